@@ -1,0 +1,62 @@
+"""The command line: one thin file a verb. This file alone catches `InferctlError`; `console.py` alone prints.
+
+Nothing heavy is imported here or at the top of a verb's file: `inferctl --help` must cost little more than importing Typer.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+import inferctl
+from inferctl.cli import console
+from inferctl.errors import EXIT_INTERRUPTED, InferctlError, UsageError
+
+app = typer.Typer(
+    name="inferctl",
+    help="Build, serve and benchmark model containers: one spec file, one standard image, numbers you can defend.",
+    epilog="Start with `inferctl init`, or without any file: `inferctl serve --model DIR`.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.data(f"inferctl {inferctl.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; ends the process with the exit code that `inferctl.errors` documents."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code; errors are printed, bugs are raised."""
+    try:
+        return int(app(arguments, prog_name="inferctl", standalone_mode=False) or 0)
+    except InferctlError as error:
+        console.error(error)
+        return error.exit_code
+    except TyperException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "inferctl"
+        message = error.format_message().rstrip(".")
+        console.error(UsageError(message[:1].lower() + message[1:], f"`{command} --help` lists what it takes"))
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        console.note("interrupted")
+        return EXIT_INTERRUPTED

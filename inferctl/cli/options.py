@@ -1,0 +1,35 @@
+"""Options that several verbs share, and how they become settings. The only reader of the process environment's INFERCTL_* variables."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from inferctl.spec import Resolved
+
+SpecFile = Annotated[Path | None, typer.Option("--spec", "-f", metavar="FILE", help="Spec file; default is ./inferctl.yaml if there is one.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+ModelSource = Annotated[str | None, typer.Option("--model", "-m", metavar="SOURCE", help="Local model folder or hub id; no spec file is needed then.")]
+PrecisionOption = Annotated[str | None, typer.Option("--precision", "-p", metavar="NAME", help="auto, fp32, fp16, bf16 or int8.")]
+
+
+def load(spec_file: Path | None, flags: dict[str, Any], *, needs_file: bool = False) -> Resolved:
+    """Settings in force: `flags` (dotted path -> value, None is not given) over INFERCTL_* over the spec file over the defaults.
+
+    Without `--spec`, `./inferctl.yaml` is read if it is there; with `--model` none is needed. Warnings are printed.
+    """
+    from inferctl import catalog, spec
+    from inferctl.cli import console
+
+    chosen = spec_file or (Path(named) if (named := os.environ.get("INFERCTL_SPEC")) else None)
+    path = chosen or Path(spec.DEFAULT_FILE)
+    without_file = not chosen and not path.exists() and (flags.get("model.source") or os.environ.get("INFERCTL_MODEL_SOURCE"))
+    document = None if without_file and not needs_file else spec.read(path)
+    resolved = spec.resolve(document, os.environ, flags, catalog.vocabulary())
+    for warning in resolved.warnings:
+        console.warn(warning)
+    return resolved

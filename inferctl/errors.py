@@ -1,0 +1,83 @@
+"""What can go wrong, and the exit code each kind ends with.
+
+Everything a user can cause or mend is an `InferctlError` with a hint; anything else is a bug and keeps its traceback.
+
+| exit code | meaning |
+|---|---|
+| 0 | ok |
+| 1 | failed, or a regression was found |
+| 2 | usage or spec mistake |
+| 3 | Docker, registry, GPU or port not ready |
+| 4 | not enough evidence |
+| 5 | invalid run |
+| 130 | interrupted |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+EXIT_INTERRUPTED = 130
+
+
+class InferctlError(Exception):
+    """Something failed in a way the user can understand. `message` says what happened, `hint` what to do next."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(InferctlError):
+    """The command line or a file given to it is wrong."""
+
+    exit_code = 2
+
+
+class NotReadyError(InferctlError):
+    """The outside world is not ready: Docker, a registry, a GPU, a port, a disk."""
+
+    exit_code = 3
+
+
+class NotEnoughEvidenceError(InferctlError):
+    """The samples do not support a verdict either way."""
+
+    exit_code = 4
+
+
+class InvalidRunError(InferctlError):
+    """A measurement happened under conditions that make its numbers worthless."""
+
+    exit_code = 5
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a file: where it is (`line` counts from 1; None when the file says nothing there), what, and the way out."""
+
+    path: str
+    message: str
+    line: int | None = None
+    hint: str | None = None
+
+
+class SpecError(UsageError):
+    """All the mistakes of one file at once."""
+
+    def __init__(self, file: str, problems: list[Problem]) -> None:
+        self.file = file
+        self.problems = problems
+        if len(problems) == 1:
+            message, hint = f"{_at(file, problems[0])} {problems[0].message}", problems[0].hint
+        else:
+            lines = [f"{_at(file, p)} {p.message}" + (f" - {p.hint}" if p.hint else "") for p in problems]
+            message, hint = "\n".join([f"{len(problems)} mistakes", *lines]), None
+        super().__init__(message, hint or "`inferctl schema` prints every key; docs/spec.md explains them")
+
+
+def _at(file: str, problem: Problem) -> str:
+    return f"{file}:{problem.line}:" if problem.line else f"{file}:"

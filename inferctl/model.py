@@ -1,0 +1,136 @@
+"""A model folder in Hugging Face layout, read without torch: what it is, how big it is, and its hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from inferctl.errors import UsageError
+
+# Weights, tokenizer and configuration; a README or a licence changes nothing that the model computes.
+_HASHED_SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".gguf", ".jinja"})
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A local model: `config.json` beside `*.safetensors`."""
+
+    path: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's `config.json`."""
+        return _json(self.path / "config.json")
+
+    @property
+    def architecture(self) -> str:
+        """Name of the model's class, as in `BertModel`."""
+        names = self.config.get("architectures") or [self.config.get("model_type", "unknown")]
+        return str(names[0])
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files of the model itself (not of its `onnx/` or `openvino/` exports)."""
+        return sorted(self.path.glob("*.safetensors"))
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of parameters, summed over the safetensors headers."""
+        return sum(math.prod(shape) for file in self.weight_files for shape in _tensor_shapes(file))
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 (hex) over the names and contents of all files that decide what the model computes."""
+        total = hashlib.sha256()
+        for file in self.files():
+            with file.open("rb") as stream:
+                total.update(f"{file.relative_to(self.path).as_posix()}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        return total.hexdigest()
+
+    def files(self) -> list[Path]:
+        """Files that decide what the model computes, in a stable order; dotted, `onnx/` and `openvino/` folders are left out."""
+        found = (p for p in self.path.rglob("*") if p.suffix in _HASHED_SUFFIXES and p.is_file())
+        skipped = {"onnx", "openvino"}
+        return sorted(p for p in found if not any(part.startswith(".") or part in skipped for part in p.relative_to(self.path).parts))
+
+
+def find(source: str, revision: str | None = None, environment: Mapping[str, str] = os.environ) -> ModelFolder:
+    """The local folder of `source`: the folder itself, or the hub model's snapshot in the local Hugging Face cache.
+
+    Nothing is downloaded. Raises `UsageError` with a hint when it is not there or is not a model.
+    """
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        snapshot = _cached_snapshot(source, revision, environment)
+        if snapshot is None:
+            looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
+            raise UsageError(
+                f"there is no model folder {source}" if looks_local else f"the model {source} is neither a folder nor in the local hub cache",
+                "check the path; `make model` fetches a small real one to try"
+                if looks_local
+                else f"`hf download {source}` fetches it, or give a local folder; set HF_HOME if your cache is elsewhere",
+            )
+        path = snapshot
+    folder = ModelFolder(path)
+    if not (path / "config.json").is_file():
+        raise UsageError(f"{path} is not a model folder: it has no config.json", "expected the Hugging Face layout: config.json, tokenizer.json, *.safetensors")
+    _ = folder.config
+    if not folder.weight_files:
+        pickled = list(path.glob("pytorch_model*.bin"))
+        raise UsageError(
+            f"{path} has no *.safetensors weights" + (" (only pickled ones, which can run code when loaded)" if pickled else ""),
+            "save the model with `model.save_pretrained(folder)`, or `hf download` the safetensors revision",
+        )
+    for file in folder.weight_files:
+        list(_tensor_shapes(file))
+    return folder
+
+
+def _cached_snapshot(source: str, revision: str | None, environment: Mapping[str, str]) -> Path | None:
+    home = Path(environment.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cache = Path(environment.get("HF_HUB_CACHE", home / "hub")) / f"models--{source.replace('/', '--')}"
+    ref = cache / "refs" / (revision or "main")
+    commit = ref.read_text().strip() if ref.is_file() else revision
+    snapshot = cache / "snapshots" / (commit or "")
+    return snapshot if commit and snapshot.is_dir() else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}", "the download may be incomplete: fetch the model again") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} is not a JSON object", "the download may be incomplete: fetch the model again")
+    return data
+
+
+def _tensor_shapes(file: Path) -> Iterator[list[int]]:
+    """Shapes in a safetensors header: an 8-byte little-endian length, then JSON (the format's own documentation).
+
+    Raises `UsageError` when the header or the file's length is wrong, as after a broken download or a Git LFS pointer.
+    """
+    problem = UsageError(
+        f"{file} is not a complete safetensors file", "the download may be incomplete (or a Git LFS pointer): fetch the model again"
+    )
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > 100_000_000:
+                raise problem
+            header = json.loads(stream.read(length))
+        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+        end = max((entry["data_offsets"][1] for entry in tensors), default=0)
+        if file.stat().st_size != 8 + length + end:
+            raise problem
+        yield from (entry["shape"] for entry in tensors)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
+        raise problem from None
