@@ -1,0 +1,68 @@
+"""Fixtures shared by all tests: the real model, the real Docker Engine, golden files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+MODEL = ROOT / "models" / "all-MiniLM-L6-v2"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="Write the golden files anew instead of comparing with them.")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_foreign_settings() -> None:
+    """Settings of the person who runs the tests must not leak into them."""
+    for variable in [v for v in os.environ if v.startswith("INFERCTL_") and v != "INFERCTL_REQUIRE"]:
+        del os.environ[variable]
+    os.environ["COLUMNS"] = "80"
+    os.environ["NO_COLOR"] = "1"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of the real all-MiniLM-L6-v2."""
+    if not (MODEL / "model.safetensors").is_file():
+        pytest.fail(f"{MODEL.relative_to(ROOT)} is not there: `make model` fetches it")
+    return MODEL
+
+
+@pytest.fixture(scope="session")
+def engine() -> None:
+    """A Docker Engine with buildx. Skips without one, unless INFERCTL_REQUIRE=docker turns that into a failure."""
+    problem = None
+    if not shutil.which("docker"):
+        problem = "there is no docker command"
+    elif subprocess.run(["docker", "version"], capture_output=True, check=False).returncode:
+        problem = "the Docker Engine does not answer"
+    elif subprocess.run(["docker", "buildx", "version"], capture_output=True, check=False).returncode:
+        problem = "docker has no buildx"
+    if problem and "docker" in os.environ.get("INFERCTL_REQUIRE", "").split(","):
+        pytest.fail(problem)
+    if problem:
+        pytest.skip(problem)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """`golden("name.txt", text)`: compare with tests/golden/name.txt, or write it with --update-golden."""
+
+    def check(name: str, text: str) -> None:
+        file = GOLDEN / name
+        if request.config.getoption("--update-golden"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        assert file.is_file(), f"no golden file {name}: run `make golden` and read what it writes"
+        assert text == file.read_text(encoding="utf-8"), f"differs from tests/golden/{name}; `make golden` writes it anew"
+
+    return check
