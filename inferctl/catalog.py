@@ -1,20 +1,32 @@
-"""What is known of base images, torch stacks and hardware; which precision runs where, and why not.
+"""What is known of base images, torch stacks and hardware, and which precision runs where.
 
-Facts are data (`base-images/*.yaml`, `benchmarks/hardware/*.yaml`), each with its source; decisions are the functions here.
+Facts are data (`base-images/*.yaml`, `benchmarks/hardware/*.yaml`), each with its source; `inferctl.fit` judges.
 """
 
 from __future__ import annotations
 
+import datetime
+import difflib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from inferctl import assets
+from inferctl.errors import UsageError
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 Level = Literal["native", "emulated", "unsupported"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What decides which precisions a device runs: `cuda` with a compute capability, or `cpu` with its instruction flags."""
+    """What decides which precisions run: `cuda` with a compute capability, or `cpu` with its instruction flags."""
 
     kind: Literal["cuda", "cpu"]
     compute_capability: tuple[int, int] | None = None
@@ -29,11 +41,139 @@ class Support:
     reason: str
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where `facts` (names of fields) come from, and when they were read if that is known."""
+
+    facts: tuple[str, ...]
+    source: str
+    date: datetime.date | None = None
+
+
+@dataclass(frozen=True)
+class PythonInstall:
+    """The Python of a base: `major.minor`, its path, and the apt packages that bring it (none when it is there)."""
+
+    version: str
+    executable: str
+    packages: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BaseImage:
+    """A container base. `ships` are its CUDA libraries, `provides` its Python packages; `notes` explain null facts."""
+
+    key: str
+    description: str
+    reference: str
+    digest: str | None
+    distribution: str
+    cuda: str | None
+    python: PythonInstall
+    constraints: str | None
+    ships: tuple[str, ...]
+    provides: tuple[str, ...]
+    driver_floor: int | None
+    compressed_bytes: int | None
+    end_of_life: datetime.date | None
+    stack: str
+    platforms: tuple[str, ...]
+    notes: Mapping[str, str]
+    sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One row torch x CUDA x Python x kernels x driver. `driver_floor` is the major driver version, as in 580."""
+
+    key: str
+    torch: str
+    cuda: str | None
+    python: tuple[str, ...]
+    sm: tuple[str, ...]
+    sm_complete: bool
+    ptx: bool | None
+    driver_floor: int | None
+    compressed_bytes: int | None
+    platforms: tuple[str, ...]
+    sources: tuple[Source, ...]
+    default_for: tuple[str, ...] = ()
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    def has_kernels(self, capability: tuple[int, int]) -> bool | None:
+        """Whether compiled code in the wheel runs on `capability`; None when the known list is not complete.
+
+        A kernel built for X.y runs on X.z with z >= y (CUDA binary compatibility); PTX runs on anything newer.
+        """
+        built = [capability_of(sm) for sm in self.sm]
+        if any(major == capability[0] and minor <= capability[1] for major, minor in built):
+            return True
+        if self.ptx and any(target <= capability for target in built):
+            return True
+        return False if self.sm_complete and self.ptx is not None else None
+
+
+@dataclass(frozen=True)
+class Price:
+    """On-demand price of one such device, US dollars an hour, out of an instance's price divided by its devices."""
+
+    provider: str
+    instance: str
+    usd_per_hour: float
+    source: str
+    date: datetime.date
+
+
+@dataclass(frozen=True)
+class MigSlice:
+    """A MIG instance of an A100: multiprocessors and the share of memory it gets, and how many fit one GPU."""
+
+    profile: str
+    parent: str
+    sms: int
+    memory_fraction: float
+    at_most: int
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A GPU, a slice of one, or a CPU. Peaks are dense, in TFLOP/s (int8: TOP/s), None where none is known."""
+
+    key: str
+    name: str
+    kind: Literal["cuda", "cpu"]
+    compute_capability: str | None
+    peaks: Mapping[str, float | None]
+    memory_bytes: int | None
+    bandwidth_gbs: float | None
+    tdp_watts: int | None
+    sm_count: int | None
+    device_names: tuple[str, ...]
+    labels: Mapping[str, str]
+    prices: tuple[Price, ...]
+    notes: Mapping[str, str]
+    sources: tuple[Source, ...]
+    mig: MigSlice | None = None
+
+    @property
+    def traits(self) -> Traits:
+        """What `support` asks; the instruction flags of a CPU are the running machine's, so a profile has none."""
+        return Traits(self.kind, capability_of(self.compute_capability) if self.compute_capability else None)
+
+
+def capability_of(text: str) -> tuple[int, int]:
+    """`"8.6"` -> `(8, 6)`."""
+    major, minor = text.split(".")
+    return int(major), int(minor)
+
+
 def support(precision: str, device: Traits) -> Support:
     """Whether `device` runs `precision` natively, emulates it or cannot; the one place that decides it."""
     if precision == "fp32":
         return Support("native", "fp32 runs everywhere")
-    return _cuda_support(precision, device.compute_capability or (0, 0)) if device.kind == "cuda" else _cpu_support(precision, device.cpu_flags)
+    if device.kind == "cuda":
+        return _cuda_support(precision, device.compute_capability or (0, 0))
+    return _cpu_support(precision, device.cpu_flags)
 
 
 def _cuda_support(precision: str, capability: tuple[int, int]) -> Support:
@@ -47,7 +187,7 @@ def _cuda_support(precision: str, capability: tuple[int, int]) -> Support:
             return Support("native", f"{sm} has fp16 tensor cores")
         return Support("emulated", f"{sm} has no fp16 tensor cores (7.0 or newer needed)")
     if capability >= (7, 5):
-        return Support("native", f"{sm} runs LLM.int8; it halves the weights' memory and is slower than fp16 where it was measured")
+        return Support("native", f"{sm} runs LLM.int8: half the weights' memory, slower than fp16 wherever measured")
     return Support("unsupported", f"{sm} is below 7.5, which bitsandbytes' LLM.int8 needs")
 
 
@@ -67,6 +207,146 @@ def _cpu_support(precision: str, flags: frozenset[str]) -> Support:
     return Support("emulated", "the CPU has no VNNI or AMX instructions: int8 saves memory, not time")
 
 
+@cache
+def bases() -> dict[str, BaseImage]:
+    """Every base image, by key."""
+    files = sorted((assets.root() / "base-images").glob("*.yaml"))
+    return {f.stem: _typed(BaseImage, {"key": f.stem, **_yaml(f)}, f) for f in files if f.stem != "stacks"}
+
+
+@cache
+def stacks() -> dict[str, Stack]:
+    """Every known torch stack, by key, oldest first."""
+    file = assets.root() / "base-images" / "stacks.yaml"
+    table = _yaml(file)
+    return {key: _typed(Stack, {"key": key, **table["defaults"], **row}, file) for key, row in table["stacks"].items()}
+
+
+@cache
+def hardware_profiles() -> dict[str, Hardware]:
+    """Every part, and after each the MIG slices derived from it, by key."""
+    found: dict[str, Hardware] = {}
+    for file in sorted((assets.root() / "benchmarks" / "hardware").glob("*.yaml")):
+        found |= _parts(file)
+    return found
+
+
+def base(key: str) -> BaseImage:
+    """The base `key`, or the one described in the file `key` when it ends in .yaml. Raises `UsageError`."""
+    if key.endswith((".yaml", ".yml")):
+        file = Path(key)
+        return _typed(BaseImage, {"key": file.stem, **_yaml(file)}, file)
+    return _pick("base image", key, bases())
+
+
+def stack(key: str) -> Stack:
+    """The stack `key`. Raises `UsageError`."""
+    return _pick("stack", key, stacks())
+
+
+def hardware(key: str) -> Hardware:
+    """The part or slice `key`, or the one described in the file `key` when it ends in .yaml. Raises `UsageError`."""
+    if key.endswith((".yaml", ".yml")):
+        return next(iter(_parts(Path(key)).values()))
+    return _pick("hardware", key, hardware_profiles())
+
+
 def vocabulary() -> dict[str, list[str]]:
     """Dotted paths of the spec -> the names that are known there, for `spec.resolve`."""
-    return {}
+    plans = sorted(file.stem for file in (assets.root() / "benchmarks" / "plans").glob("*.yaml"))
+    known = {"hardware": list(hardware_profiles()), "image.base": list(bases())}
+    return known | ({"bench.plan": plans} if plans else {})
+
+
+def detect_gpu(name: str, memory_bytes: int | None = None) -> Hardware | None:
+    """The profile of a device by the name NVML or torch gives it, as in `NVIDIA A100-SXM4-40GB MIG 3g.20gb`.
+
+    None when nothing in the catalog is that device, or when `memory_bytes` is more than 15 % off what the profile says.
+    """
+    wanted = _device_name(name)
+    for part in hardware_profiles().values():
+        if wanted not in map(_device_name, part.device_names):
+            continue
+        if memory_bytes and part.memory_bytes and abs(memory_bytes / part.memory_bytes - 1) > 0.15:
+            continue
+        return part
+    return None
+
+
+def _device_name(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name.strip().casefold()).removeprefix("nvidia ")
+
+
+def _pick(what: str, key: str, known: Mapping[str, T]) -> T:
+    if key in known:
+        return known[key]
+    begins = [name for name in known if name.startswith(key.lower()) and "-mig-" not in name]
+    close = begins or difflib.get_close_matches(key.lower(), known, 3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+    raise UsageError(f"there is no {what} {key!r}", hint)
+
+
+def _parts(file: Path) -> dict[str, Hardware]:
+    data = _yaml(file)
+    slices = data.pop("slices", None)
+    whole = _typed(Hardware, {"key": file.stem, **data}, file)
+    parts = {whole.key: whole}
+    for row in slices["table"] if slices else []:
+        part = _slice(whole, slices["prefix"], MigSlice(parent=whole.key, **row), slices["source"])
+        parts[part.key] = part
+    return parts
+
+
+def _slice(whole: Hardware, prefix: str, mig: MigSlice, source: str) -> Hardware:
+    """A slice out of its GPU: peaks by its share of the multiprocessors, bandwidth by its share of the memory."""
+    if not (whole.sm_count and whole.memory_bytes and whole.bandwidth_gbs):
+        raise UsageError(f"{whole.key} has slices but no sm_count, memory_bytes or bandwidth_gbs")
+    share = mig.sms / whole.sm_count
+    product = whole.labels.get("nvidia.com/gpu.product")
+    return Hardware(
+        key=f"{prefix}-mig-{mig.profile}",
+        name=f"{whole.name}, MIG {mig.profile}",
+        kind=whole.kind,
+        compute_capability=whole.compute_capability,
+        peaks={precision: None if peak is None else peak * share for precision, peak in whole.peaks.items()},
+        memory_bytes=int(whole.memory_bytes * mig.memory_fraction),
+        bandwidth_gbs=whole.bandwidth_gbs * mig.memory_fraction,
+        tdp_watts=None,
+        sm_count=mig.sms,
+        device_names=tuple(f"{name} MIG {mig.profile}" for name in whole.device_names),
+        labels={"nvidia.com/gpu.product": f"{product}-MIG-{mig.profile}"} if product else {},
+        prices=(),
+        notes={
+            "peaks": f"derived: {mig.sms} of {whole.sm_count} multiprocessors of {whole.key}",
+            "bandwidth_gbs": "derived: proportional to the memory share, the usual reading, not measured",
+            "tdp_watts": "a slice has no power limit of its own",
+            "prices": f"sold as a share of {whole.key}",
+        },
+        sources=(Source(("mig", "sm_count", "memory_bytes"), source), *whole.sources),
+        mig=mig,
+    )
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    try:
+        data = yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"{file} cannot be read: {error}", "`inferctl catalog` lists what is built in") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{file} is not a YAML mapping", "take one of the built-in entries as a pattern")
+    return data
+
+
+def _typed(kind: type[T], data: dict[str, Any], file: Path) -> T:
+    """`data` as the dataclass `kind`; every wrong or unknown field is named in the `UsageError`."""
+    from pydantic import TypeAdapter, ValidationError
+
+    unknown = sorted(set(data) - set(kind.__dataclass_fields__))  # type: ignore[attr-defined]  # kind is a dataclass
+    try:
+        entry = TypeAdapter(kind).validate_python(data)
+    except ValidationError as error:
+        mistakes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise UsageError(f"{file}: " + "; ".join(mistakes), "take one of the built-in entries as a pattern") from None
+    if unknown:
+        raise UsageError(f"{file}: unknown {', '.join(unknown)}", "take one of the built-in entries as a pattern")
+    return entry
