@@ -52,14 +52,20 @@ class ModelFolder:
         total = hashlib.sha256()
         for file in self.files():
             with file.open("rb") as stream:
-                total.update(f"{file.relative_to(self.path).as_posix()}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+                total.update(
+                    f"{file.relative_to(self.path).as_posix()}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode()
+                )
         return total.hexdigest()
 
     def files(self) -> list[Path]:
         """Files that decide what the model computes, in a stable order; dotted, `onnx/` and `openvino/` folders are left out."""
         found = (p for p in self.path.rglob("*") if p.suffix in _HASHED_SUFFIXES and p.is_file())
         skipped = {"onnx", "openvino"}
-        return sorted(p for p in found if not any(part.startswith(".") or part in skipped for part in p.relative_to(self.path).parts))
+        return sorted(
+            p
+            for p in found
+            if not any(part.startswith(".") or part in skipped for part in p.relative_to(self.path).parts)
+        )
 
 
 def find(source: str, revision: str | None = None, environment: Mapping[str, str] = os.environ) -> ModelFolder:
@@ -73,7 +79,9 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
         if snapshot is None:
             looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
             raise UsageError(
-                f"there is no model folder {source}" if looks_local else f"the model {source} is neither a folder nor in the local hub cache",
+                f"there is no model folder {source}"
+                if looks_local
+                else f"the model {source} is neither a folder nor in the local hub cache",
                 "check the path; `make model` fetches a small real one to try"
                 if looks_local
                 else f"`hf download {source}` fetches it, or give a local folder; set HF_HOME if your cache is elsewhere",
@@ -81,12 +89,16 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
         path = snapshot
     folder = ModelFolder(path)
     if not (path / "config.json").is_file():
-        raise UsageError(f"{path} is not a model folder: it has no config.json", "expected the Hugging Face layout: config.json, tokenizer.json, *.safetensors")
+        raise UsageError(
+            f"{path} is not a model folder: it has no config.json",
+            "expected the Hugging Face layout: config.json, tokenizer.json, *.safetensors",
+        )
     _ = folder.config
     if not folder.weight_files:
         pickled = list(path.glob("pytorch_model*.bin"))
         raise UsageError(
-            f"{path} has no *.safetensors weights" + (" (only pickled ones, which can run code when loaded)" if pickled else ""),
+            f"{path} has no *.safetensors weights"
+            + (" (only pickled ones, which can run code when loaded)" if pickled else ""),
             "save the model with `model.save_pretrained(folder)`, or `hf download` the safetensors revision",
         )
     for file in folder.weight_files:
@@ -107,7 +119,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}", "the download may be incomplete: fetch the model again") from None
+        raise UsageError(
+            f"{path} cannot be read: {error}", "the download may be incomplete: fetch the model again"
+        ) from None
     if not isinstance(data, dict):
         raise UsageError(f"{path} is not a JSON object", "the download may be incomplete: fetch the model again")
     return data
@@ -119,7 +133,8 @@ def _tensor_shapes(file: Path) -> Iterator[list[int]]:
     Raises `UsageError` when the header or the file's length is wrong, as after a broken download or a Git LFS pointer.
     """
     problem = UsageError(
-        f"{file} is not a complete safetensors file", "the download may be incomplete (or a Git LFS pointer): fetch the model again"
+        f"{file} is not a complete safetensors file",
+        "the download may be incomplete (or a Git LFS pointer): fetch the model again",
     )
     try:
         with file.open("rb") as stream:

@@ -41,8 +41,12 @@ class _Section(BaseModel):
 class Model(_Section):
     """Which model, and how its weights reach the container."""
 
-    source: OneLine = Field(description="Hub id (`org/name`) or a local folder with config.json and safetensors weights.")
-    revision: OneLine | None = Field(None, description="Commit of a hub model; `inferctl build` refuses a floating one unless told.")
+    source: OneLine = Field(
+        description="Hub id (`org/name`) or a local folder with config.json and safetensors weights."
+    )
+    revision: OneLine | None = Field(
+        None, description="Commit of a hub model; `inferctl build` refuses a floating one unless told."
+    )
     task: Task = Field("embed", description="What the server does with it.")
     weights: Weights = Field(
         "mount",
@@ -53,30 +57,45 @@ class Model(_Section):
 class Serve(_Section):
     """How the server runs. Every field can be overridden when it starts."""
 
-    precision: Precision = Field("auto", description="Number format of the forward pass; `auto` takes the best the hardware runs natively.")
+    precision: Precision = Field(
+        "auto", description="Number format of the forward pass; `auto` takes the best the hardware runs natively."
+    )
     host: OneLine = Field("127.0.0.1", description="Address to listen on. In a container it is always 0.0.0.0.")
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     max_batch_tokens: int = Field(16384, ge=64, le=1_048_576, description="Tokens of one forward pass at most.")
-    max_input_tokens: int | None = Field(None, ge=8, description="Tokens of one input at most; default is what the model was made for.")
-    max_queue_tokens: int = Field(262_144, ge=64, description="Tokens waiting at most; beyond it the server answers 429.")
+    max_input_tokens: int | None = Field(
+        None, ge=8, description="Tokens of one input at most; default is what the model was made for."
+    )
+    max_queue_tokens: int = Field(
+        262_144, ge=64, description="Tokens waiting at most; beyond it the server answers 429."
+    )
     max_client_batch: int = Field(2048, ge=1, le=65536, description="Inputs in one request at most.")
-    drain_seconds: float = Field(30.0, ge=0, description="After SIGTERM, how long accepted requests may take to finish.")
+    drain_seconds: float = Field(
+        30.0, ge=0, description="After SIGTERM, how long accepted requests may take to finish."
+    )
 
 
 class Image(_Section):
     """The container image."""
 
-    repository: OneLine | None = Field(None, description="Where the image is pushed: `registry/namespace/name`, without a tag.")
+    repository: OneLine | None = Field(
+        None, description="Where the image is pushed: `registry/namespace/name`, without a tag."
+    )
     tag: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")] | None = Field(
         None, description="Default is `<precision>-<spec hash>`, so that equal specs get equal names."
     )
     base: OneLine = Field("cuda12.8", description="An entry of base-images/.")
-    base_image: OneLine | None = Field(None, description="Your mirror of the base, best with a digest: `registry/cuda@sha256:...`.")
+    base_image: OneLine | None = Field(
+        None, description="Your mirror of the base, best with a digest: `registry/cuda@sha256:...`."
+    )
     platform: OneLine = Field("linux/amd64", description="Platform to build for.")
-    wheels: OneLine | None = Field(None, description="Folder of wheels that stands in for the package index (air-gapped builds).")
+    wheels: OneLine | None = Field(
+        None, description="Folder of wheels that stands in for the package index (air-gapped builds)."
+    )
     locks: OneLine | None = Field(None, description="Folder with your own hashed locks, written by `inferctl lock`.")
     frontend: OneLine | None = Field(
-        None, description="Dockerfile frontend to pull, as in `docker/dockerfile:1`. Default is the builder's own: air-gapped builders cannot pull."
+        None,
+        description="Dockerfile frontend to pull, as in `docker/dockerfile:1`. Default is the builder's own: air-gapped builders cannot pull.",
     )
     max_size: OneLine | None = Field(None, description="Refuse to build an image forecast to be larger, as in `6GB`.")
 
@@ -100,11 +119,15 @@ class Deploy(_Section):
 class Spec(_Section):
     """One model container: what it serves, how it is built, what it must hold."""
 
-    name: Slug = Field(description="Name of the model in the API and of the image: lower-case letters, digits, `-` and `.`.")
+    name: Slug = Field(
+        description="Name of the model in the API and of the image: lower-case letters, digits, `-` and `.`."
+    )
     model: Model
     serve: Serve = Field(default_factory=Serve)  # type: ignore[arg-type]  # pydantic fills the defaults
     image: Image = Field(default_factory=Image)  # type: ignore[arg-type]
-    hardware: list[OneLine] = Field(default_factory=list, description="It must run on all of these: entries of benchmarks/hardware/.")
+    hardware: list[OneLine] = Field(
+        default_factory=list, description="It must run on all of these: entries of benchmarks/hardware/."
+    )
     slo: Slo = Field(default_factory=Slo)  # type: ignore[arg-type]
     bench: Bench = Field(default_factory=Bench)  # type: ignore[arg-type]
     deploy: Deploy = Field(default_factory=Deploy)
@@ -150,11 +173,15 @@ def read(path: Path) -> Document:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UsageError(f"there is no spec file {path}", "`inferctl init` writes one; `--spec FILE` names another") from None
+        raise UsageError(
+            f"there is no spec file {path}", "`inferctl init` writes one; `--spec FILE` names another"
+        ) from None
     except IsADirectoryError:
         raise UsageError(f"{path} is a folder, not a spec file", f"did you mean {path / DEFAULT_FILE}?") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}", "a spec is UTF-8 YAML; `inferctl init` writes an example") from None
+        raise UsageError(
+            f"{path} cannot be read: {error}", "a spec is UTF-8 YAML; `inferctl init` writes an example"
+        ) from None
     return parse(text, str(path))
 
 
@@ -167,11 +194,25 @@ def parse(text: str, file: str = DEFAULT_FILE) -> Document:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
         line = mark.line + 1 if mark else None
-        raise SpecError(file, [Problem("", f"not valid YAML: {what}", line, "check the indentation and quotes on that line")]) from None
+        raise SpecError(
+            file, [Problem("", f"not valid YAML: {what}", line, "check the indentation and quotes on that line")]
+        ) from None
     if node is None:
-        raise SpecError(file, [Problem("", "the file is empty", None, "`inferctl init --force` writes a commented example")])
+        raise SpecError(
+            file, [Problem("", "the file is empty", None, "`inferctl init --force` writes a commented example")]
+        )
     if not isinstance(node, yaml.MappingNode):
-        raise SpecError(file, [Problem("", "expected `key: value` lines", node.start_mark.line + 1, "`inferctl init` writes a commented example")])
+        raise SpecError(
+            file,
+            [
+                Problem(
+                    "",
+                    "expected `key: value` lines",
+                    node.start_mark.line + 1,
+                    "`inferctl init` writes a commented example",
+                )
+            ],
+        )
     lines: dict[tuple[str | int, ...], int] = {}
     repeated = list(_walk(node, (), lines))
     if repeated:
@@ -185,7 +226,12 @@ def _walk(node: yaml.Node, path: tuple[str | int, ...], lines: dict[tuple[str | 
             here = (*path, str(key.value))
             line = key.start_mark.line + 1
             if here in lines:
-                yield Problem(_dotted(here), f"{_dotted(here)} is given twice (first on line {lines[here]})", line, "keep one of the two")
+                yield Problem(
+                    _dotted(here),
+                    f"{_dotted(here)} is given twice (first on line {lines[here]})",
+                    line,
+                    "keep one of the two",
+                )
             lines[here] = line
             yield from _walk(value, here, lines)
     elif isinstance(node, yaml.SequenceNode):
@@ -208,7 +254,7 @@ def resolve(
     known = settings()
     data: dict[str, Any] = json.loads(json.dumps(document.data, default=str)) if document else {}
     file = document.file if document else None
-    origins = {path: "default" for path in known}
+    origins = dict.fromkeys(known, "default")
     for path in known:
         if document and _get(data, path) is not _ABSENT:
             origins[path] = f"{file}:{document.line(path.split('.'))}"
@@ -257,7 +303,11 @@ def settings() -> dict[str, Any]:
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of `inferctl.yaml`, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "inferctl.yaml", **Spec.model_json_schema()}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "inferctl.yaml",
+        **Spec.model_json_schema(),
+    }
 
 
 def slug(source: str) -> str:
@@ -303,7 +353,7 @@ def _dotted(path: Sequence[Hashable]) -> str:
 def _section_fields(path: Sequence[str | int]) -> list[str]:
     section: Any = Spec
     for key in path:
-        info = section.model_fields.get(key) if isinstance(section, type) and issubclass(section, BaseModel) else None
+        info = section.model_fields.get(str(key)) if isinstance(section, type) and issubclass(section, BaseModel) else None
         if info is None:
             return []
         section = info.annotation
@@ -324,28 +374,51 @@ def _where(path: str, document: Document | None, origins: Mapping[str, str]) -> 
     return path, document.line(tuple(int(p) if p.isdigit() else p for p in path.split("."))) if document else None
 
 
-def _problem(error: dict[str, Any], document: Document | None, origins: Mapping[str, str], data: dict[str, Any]) -> Problem:
-    location = [part for part in error["loc"] if not (isinstance(part, str) and part.startswith(("function-", "constrained-")))]
+def _problem(
+    error: dict[str, Any], document: Document | None, origins: Mapping[str, str], data: dict[str, Any]
+) -> Problem:
+    location = [
+        part for part in error["loc"] if not (isinstance(part, str) and part.startswith(("function-", "constrained-")))
+    ]
     path, kind, value = _dotted(location), error["type"], error.get("input")
     label, line = _where(path, document, origins)
     if kind == "extra_forbidden":
         siblings = _section_fields(location[:-1])
         where = f" in {_dotted(location[:-1])}" if location[:-1] else ""
-        hint = did_you_mean(str(location[-1]), siblings) or (f"known{where}: {', '.join(siblings)}" if siblings else "this section takes no keys yet")
+        hint = did_you_mean(str(location[-1]), siblings) or (
+            f"known{where}: {', '.join(siblings)}" if siblings else "this section takes no keys yet"
+        )
         return Problem(path, f"unknown key {str(location[-1])!r}{where}", line, hint)
     if kind == "missing":
         _, line = _where(_dotted(location[:-1]), document, origins) if location[:-1] else ("", None)
-        example = {"name": "name: my-model", "model": "model: {source: ORG/NAME}", "model.source": "source: ORG/NAME or a local folder"}
-        return Problem(path, f"{path} is missing", line, f"add `{example.get(path, f'{location[-1]}: ...')}`, or `--model SOURCE`")
+        example = {
+            "name": "name: my-model",
+            "model": "model: {source: ORG/NAME}",
+            "model.source": "source: ORG/NAME or a local folder",
+        }
+        return Problem(
+            path, f"{path} is missing", line, f"add `{example.get(path, f'{location[-1]}: ...')}`, or `--model SOURCE`"
+        )
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        return Problem(path, f"{label}: {value!r} is not one of {', '.join(allowed)}", line, did_you_mean(str(value), allowed))
+        return Problem(
+            path, f"{label}: {value!r} is not one of {', '.join(allowed)}", line, did_you_mean(str(value), allowed)
+        )
     if kind == "string_pattern_mismatch":
-        what = "must be lower-case letters, digits, '-' and '.'" if path == "name" else "has characters that are not allowed there"
+        what = (
+            "must be lower-case letters, digits, '-' and '.'"
+            if path == "name"
+            else "has characters that are not allowed there"
+        )
         hint = f"try {slug(str(value))!r}" if path == "name" else None
         return Problem(path, f"{label}: {value!r} {what}", line, hint)
     if kind == "model_type":
-        return Problem(path, f"{label}: expected `key: value` lines, got {value!r}", line, f"known in {path}: {', '.join(_section_fields(location))}")
+        return Problem(
+            path,
+            f"{label}: expected `key: value` lines, got {value!r}",
+            line,
+            f"known in {path}: {', '.join(_section_fields(location))}",
+        )
     message = error["msg"].replace("Input should be", "must be")
     return Problem(path, f"{label}: {message}, got {value!r}", line, None)
 
@@ -367,8 +440,17 @@ def _unknown_names(
         for index, item in enumerate(value if isinstance(value, list) else [value]):
             if not isinstance(item, str) or item in names or item.endswith((".yaml", ".yml")):
                 continue
-            label, line = _where(f"{path}.{index}" if isinstance(value, list) and path not in origins else path, document, origins)
+            label, line = _where(
+                f"{path}.{index}" if isinstance(value, list) and path not in origins else path, document, origins
+            )
             if document and isinstance(value, list) and line is not None:
                 line = document.line((*path.split("."), index)) or line
-            problems.append(Problem(path, f"{label}: there is no {item!r}", line, did_you_mean(item, names) or f"known: {', '.join(names)}"))
+            problems.append(
+                Problem(
+                    path,
+                    f"{label}: there is no {item!r}",
+                    line,
+                    did_you_mean(item, names) or f"known: {', '.join(names)}",
+                )
+            )
     return problems

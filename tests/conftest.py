@@ -16,7 +16,9 @@ MODEL = ROOT / "models" / "all-MiniLM-L6-v2"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="Write the golden files anew instead of comparing with them.")
+    parser.addoption(
+        "--update-golden", action="store_true", help="Write the golden files anew instead of comparing with them."
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,6 +65,8 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
         assert file.is_file(), f"no golden file {name}: run `make golden` and read what it writes"
-        assert text == file.read_text(encoding="utf-8"), f"differs from tests/golden/{name}; `make golden` writes it anew"
+        assert text == file.read_text(encoding="utf-8"), (
+            f"differs from tests/golden/{name}; `make golden` writes it anew"
+        )
 
     return check

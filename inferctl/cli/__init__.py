@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 import inferctl
-from inferctl.cli import console
+from inferctl.cli import catalog, check, console, init, lock, render, settings
 from inferctl.errors import EXIT_INTERRUPTED, InferctlError, UsageError
 
 app = typer.Typer(
@@ -34,9 +34,21 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
 ) -> None:
     pass
+
+
+# In the order in which `inferctl --help` lists them: the way of a model from a file to a measured container.
+app.command("init")(init.init)
+app.command("check")(check.check)
+app.command("render")(render.render)
+app.command("lock")(lock.lock)
+app.command("config")(settings.config)
+app.add_typer(catalog.app, name="catalog")
+app.command("schema")(settings.schema)
 
 
 def main() -> None:

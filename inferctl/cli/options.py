@@ -11,10 +11,18 @@ import typer
 if TYPE_CHECKING:
     from inferctl.spec import Resolved
 
-SpecFile = Annotated[Path | None, typer.Option("--spec", "-f", metavar="FILE", help="Spec file; default is ./inferctl.yaml if there is one.")]
+SpecFile = Annotated[
+    Path | None,
+    typer.Option("--spec", "-f", metavar="FILE", help="Spec file; default is ./inferctl.yaml if there is one."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-ModelSource = Annotated[str | None, typer.Option("--model", "-m", metavar="SOURCE", help="Local model folder or hub id; no spec file is needed then.")]
-PrecisionOption = Annotated[str | None, typer.Option("--precision", "-p", metavar="NAME", help="auto, fp32, fp16, bf16 or int8.")]
+ModelSource = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="SOURCE", help="Local model folder or hub id; no spec file is needed then."),
+]
+PrecisionOption = Annotated[
+    str | None, typer.Option("--precision", "-p", metavar="NAME", help="auto, fp32, fp16, bf16 or int8.")
+]
 
 
 def load(spec_file: Path | None, flags: dict[str, Any], *, needs_file: bool = False) -> Resolved:
@@ -27,7 +35,9 @@ def load(spec_file: Path | None, flags: dict[str, Any], *, needs_file: bool = Fa
 
     chosen = spec_file or (Path(named) if (named := os.environ.get("INFERCTL_SPEC")) else None)
     path = chosen or Path(spec.DEFAULT_FILE)
-    without_file = not chosen and not path.exists() and (flags.get("model.source") or os.environ.get("INFERCTL_MODEL_SOURCE"))
+    without_file = (
+        not chosen and not path.exists() and (flags.get("model.source") or os.environ.get("INFERCTL_MODEL_SOURCE"))
+    )
     document = None if without_file and not needs_file else spec.read(path)
     resolved = spec.resolve(document, os.environ, flags, catalog.vocabulary())
     for warning in resolved.warnings:

@@ -1,0 +1,46 @@
+"""`inferctl lock`: resolve the hashed locks an image is built from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from inferctl.cli import console
+
+
+def lock(
+    base: Annotated[
+        str, typer.Option(help="Base image whose stack is resolved: an entry of `inferctl catalog bases`.")
+    ] = "cuda12.8",
+    platform: Annotated[str, typer.Option(help="Platform of the image.")] = "linux/amd64",
+    wheels: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of wheels that stands in for the package index.")
+    ] = None,
+    index: Annotated[
+        str | None, typer.Option(metavar="URL", help="One more package index, as for CPU-only wheels of torch.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Where torch.txt, server.txt and int8.txt go.")
+    ] = Path("locks"),
+) -> None:
+    """Resolve the locks with uv and print the paths written; name the folder in the spec as image.locks.
+
+    Example: inferctl lock --base cpu --wheels ./wheels --output locks
+    """
+    from inferctl import catalog, locks
+    from inferctl.errors import UsageError
+
+    if wheels is not None and not wheels.is_dir():
+        raise UsageError(f"there is no wheel folder {wheels}", "`pip download --dest wheels ...` fills one")
+    chosen = catalog.base(base)
+    stack = catalog.stack(chosen.stack)
+    with console.progress(f"resolving {stack.key} for Python {chosen.python.version} on {platform}"):
+        target = locks.Target(stack, chosen.python.version, platform, wheels, index)
+        resolved = locks.resolve(target, chosen.provides)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, content in resolved.files().items():
+        file = output / Path(name).name
+        file.write_bytes(content)
+        console.data(str(file))

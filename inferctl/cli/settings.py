@@ -1,0 +1,54 @@
+"""`inferctl schema` and `inferctl config`: what can be set, and what is set from where."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from inferctl.cli import console
+from inferctl.cli.options import Json, ModelSource, SpecFile, load
+
+
+def schema() -> None:
+    """Print the JSON Schema of inferctl.yaml, for editors.
+
+    Example: inferctl schema > inferctl.schema.json
+    """
+    from inferctl import spec
+
+    console.document(spec.json_schema())
+
+
+def config(
+    spec_file: SpecFile = None,
+    model: ModelSource = None,
+    changed: Annotated[bool, typer.Option("--changed", help="Only what differs from the default.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print each setting, its value, and where it came from: flag, environment, file or default.
+
+    Every setting can be given as INFERCTL_<SECTION>_<NAME>, as in INFERCTL_SERVE_PRECISION=bf16.
+    """
+    from inferctl import spec
+
+    resolved = load(spec_file, {"model.source": model})
+    values = {}
+    for path in spec.settings():
+        value: object = resolved.spec
+        for key in path.split("."):
+            value = getattr(value, key)
+        if not changed or resolved.origins[path] != "default":
+            values[path] = value
+    if as_json:
+        console.document({path: {"value": value, "origin": resolved.origins[path]} for path, value in values.items()})
+        return
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("setting", "value", "from"):
+        table.add_column(heading, overflow="fold")
+    for path, value in values.items():
+        table.add_row(path, "-" if value is None else str(value), resolved.origins[path])
+    console.report(table)

@@ -1,0 +1,159 @@
+"""Hashed locks of what an image installs, split so that its layers stay stable: the torch closure, the server's dependencies, int8.
+
+A lock is a requirements file in which every package has its version and hashes; pip installs it with `--require-hashes --no-deps`.
+The shipped locks live in `base-images/locks/<stack>/`; `inferctl lock` resolves new ones with uv, from an index or from a folder of wheels.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from inferctl import assets
+from inferctl.errors import InferctlError, NotReadyError, UsageError
+
+if TYPE_CHECKING:
+    from inferctl.catalog import Stack
+
+_UV_PLATFORM = {"linux/amd64": "x86_64-manylinux_2_28", "linux/arm64": "aarch64-manylinux_2_28"}
+# What an int8 image needs on top, by whether the stack has CUDA.
+_INT8 = {True: ["bitsandbytes"], False: ["torchao"]}
+
+
+@dataclass(frozen=True)
+class Locks:
+    """Texts of the requirements files. `torch` is None when the base image brings torch itself."""
+
+    torch: str | None
+    server: str
+    int8: str | None = None
+
+    def files(self) -> dict[str, bytes]:
+        """Build-context path -> content, for the locks that are there."""
+        named = {"torch": self.torch, "server": self.server, "int8": self.int8}
+        return {f"locks/{name}.txt": text.encode() for name, text in named.items() if text is not None}
+
+
+def load(stack: Stack, folder: Path | None, *, int8: bool) -> Locks:
+    """The locks of `stack`, from `folder` or the shipped ones; `int8` asks for the int8 lock too."""
+    where = folder or assets.root() / "base-images" / "locks" / stack.key
+    server = where / "server.txt"
+    if not server.is_file():
+        raise UsageError(
+            f"there are no locks for the stack {stack.key} in {where}"
+            if folder
+            else f"no locks are shipped for the stack {stack.key}",
+            f"`inferctl lock --stack {stack.key} --output locks` resolves them; then set image.locks: locks",
+        )
+    torch = where / "torch.txt"
+    extra = where / "int8.txt"
+    if int8 and not extra.is_file():
+        raise UsageError(
+            f"{where} has no int8.txt, which an int8 image needs",
+            f"`inferctl lock --stack {stack.key} --output {where}` writes it",
+        )
+    return Locks(
+        torch=torch.read_text(encoding="utf-8") if torch.is_file() else None,
+        server=server.read_text(encoding="utf-8"),
+        int8=extra.read_text(encoding="utf-8") if int8 else None,
+    )
+
+
+@dataclass(frozen=True)
+class Target:
+    """What locks are resolved for. `wheels`: folder that stands in for the index; `index`: one more index, as for CPU wheels of torch."""
+
+    stack: Stack
+    python: str
+    platform: str
+    wheels: Path | None = None
+    index: str | None = None
+
+
+def resolve(target: Target, provided: tuple[str, ...]) -> Locks:
+    """Resolve the locks of `target` with uv. `provided`: packages that the base image brings and the image must not shadow.
+
+    Raises `NotReadyError` without uv, `InferctlError` with uv's own words when there is no solution.
+    """
+    if util.find_spec("uv") is None:
+        raise NotReadyError("uv is not installed", "pip install 'inferctl[lock]'")
+    # NVIDIA's containers carry pre-releases that no index has; their own release number stands in for the resolution.
+    release = re.match(r"\d+(\.\d+)*", target.stack.torch)
+    torch_pin = f"torch=={release.group() if release else target.stack.torch}"
+    wanted = [torch_pin, *_requirements(None), *_requirements("serve")]
+    everything = _compile([*wanted, *_INT8[target.stack.cuda is not None]], [], target)
+    pins = [f"{name}=={version}" for name, version in versions(everything).items()]
+    closure = versions(_compile([torch_pin], pins, target))
+    server = versions(_compile(wanted, pins, target))
+    brought = {normalise(name) for name in provided}
+    torch_comes_with_base = "torch" in brought
+    in_torch = set(closure) - (brought if torch_comes_with_base else set())
+    return Locks(
+        torch=None if torch_comes_with_base else select(everything, in_torch),
+        server=select(everything, set(server) - set(closure) - brought),
+        int8=select(everything, set(versions(everything)) - set(server) - set(closure) - brought),
+    )
+
+
+def versions(lock: str) -> dict[str, str]:
+    """Normalised package name -> version, in the order of the lock."""
+    return {
+        normalise(m.group(1)): m.group(2)
+        for m in re.finditer(r"^([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;\\]+)", lock, re.MULTILINE)
+    }
+
+
+def select(lock: str, names: set[str]) -> str:
+    """The entries of `lock` for `names` only, hashes included, sorted by name."""
+    entries = re.split(r"^(?=[A-Za-z0-9])", lock, flags=re.MULTILINE)
+    chosen = [entry.rstrip() for entry in entries if (found := versions(entry)) and next(iter(found)) in names]
+    return "".join(f"{entry}\n" for entry in sorted(chosen))
+
+
+def normalise(name: str) -> str:
+    """A package name as PEP 503 compares them."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _requirements(extra: str | None) -> list[str]:
+    """What inferctl itself declares: its core dependencies, or those of an extra."""
+    found = []
+    for line in metadata.requires("inferctl") or []:
+        requirement, _, marker = line.partition(";")
+        named = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", marker)
+        if (named.group(1) if named else None) == extra:
+            found.append(requirement.strip())
+    return found
+
+
+def _compile(requirements: list[str], constraints: list[str], target: Target) -> str:
+    if target.platform not in _UV_PLATFORM:
+        raise UsageError(
+            f"no locks can be resolved for the platform {target.platform}", f"known: {', '.join(_UV_PLATFORM)}"
+        )
+    from uv import find_uv_bin
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "in.txt").write_text("\n".join(requirements) + "\n")
+        (Path(folder) / "pins.txt").write_text("\n".join(constraints) + "\n")
+        command = [
+            *(find_uv_bin(), "pip", "compile", "in.txt", "--constraint", "pins.txt", "--quiet"),
+            *("--no-header", "--no-annotate", "--generate-hashes", "--index-strategy", "unsafe-best-match"),
+            *("--python-version", target.python, "--python-platform", _UV_PLATFORM[target.platform]),
+            *(["--no-index", "--find-links", str(target.wheels.resolve())] if target.wheels else []),
+            *(["--index", target.index] if target.index else []),
+        ]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InferctlError(
+            f"uv found no versions for the stack {target.stack.key}:\n{done.stderr.strip()}",
+            "the wheel folder may lack a package or a version"
+            if target.wheels
+            else "check the network and the index that uv is set up for",
+        )
+    return done.stdout
