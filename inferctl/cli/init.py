@@ -29,7 +29,7 @@ def init(
     """
     import jinja2
 
-    from inferctl import assets, catalog, spec
+    from inferctl import assets, catalog, settings, spec
 
     target = directory / spec.DEFAULT_FILE
     if target.exists() and not force:
@@ -46,7 +46,7 @@ def init(
             hardware=hardware or ["t4", "a100-40gb-mig-3g.20gb"],
         )
     )
-    spec.resolve(spec.parse(text, str(target)), {}, {}, catalog.vocabulary())
+    settings.resolve(settings.parse(text, str(target)), {}, {}, catalog.vocabulary())
     try:
         directory.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from inferctl.spec import Resolved
+    from inferctl.settings import Resolved
 
 SpecFile = Annotated[
     Path | None,
@@ -30,7 +30,7 @@ def load(spec_file: Path | None, flags: dict[str, Any], *, needs_file: bool = Fa
 
     Without `--spec`, `./inferctl.yaml` is read if it is there; with `--model` none is needed. Warnings are printed.
     """
-    from inferctl import catalog, spec
+    from inferctl import catalog, settings, spec
     from inferctl.cli import console
 
     chosen = spec_file or (Path(named) if (named := os.environ.get("INFERCTL_SPEC")) else None)
@@ -38,8 +38,8 @@ def load(spec_file: Path | None, flags: dict[str, Any], *, needs_file: bool = Fa
     without_file = (
         not chosen and not path.exists() and (flags.get("model.source") or os.environ.get("INFERCTL_MODEL_SOURCE"))
     )
-    document = None if without_file and not needs_file else spec.read(path)
-    resolved = spec.resolve(document, os.environ, flags, catalog.vocabulary())
+    document = None if without_file and not needs_file else settings.read(path)
+    resolved = settings.resolve(document, os.environ, flags, catalog.vocabulary())
     for warning in resolved.warnings:
         console.warn(warning)
     return resolved

@@ -14,7 +14,7 @@ from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, l
 
 if TYPE_CHECKING:
     from inferctl.render import Provenance, Rendered
-    from inferctl.spec import Resolved
+    from inferctl.settings import Resolved
 
 
 def render(

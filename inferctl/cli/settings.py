@@ -30,11 +30,11 @@ def config(
 
     Every setting can be given as INFERCTL_<SECTION>_<NAME>, as in INFERCTL_SERVE_PRECISION=bf16.
     """
-    from inferctl import spec
+    from inferctl import settings
 
     resolved = load(spec_file, {"model.source": model})
     values = {}
-    for path in spec.settings():
+    for path in settings.paths():
         value: object = resolved.spec
         for key in path.split("."):
             value = getattr(value, key)

@@ -1,0 +1,326 @@
+"""`inferctl.yaml`, environment and flags -> the settings in force: every mistake at once, each with its line; and where each came from.
+
+Settings come from four places, first one wins: command-line flag, `INFERCTL_*` environment variable, the spec file, the default.
+`resolve` is the one pure function that knows this; nothing else reads the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import typing
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from inferctl.errors import Problem, SpecError, UsageError, did_you_mean
+from inferctl.spec import DEFAULT_FILE, Spec, slug
+
+ENVIRONMENT_PREFIX = "INFERCTL_"
+# Read by the command line or the tests rather than being a setting of the spec.
+RESERVED_VARIABLES = frozenset({"INFERCTL_SPEC", "INFERCTL_REQUIRE"})
+
+
+@dataclass(frozen=True)
+class Document:
+    """A YAML file as plain data, with the line (from 1) of every key and item: `lines[("serve", "port")] == 9`."""
+
+    file: str
+    data: dict[str, Any]
+    lines: Mapping[tuple[str | int, ...], int] = field(default_factory=dict)
+
+    def line(self, path: Sequence[str | int]) -> int | None:
+        """Line of `path`, or of its closest parent that the file mentions."""
+        for end in range(len(path), 0, -1):
+            if (line := self.lines.get(tuple(path[:end]))) is not None:
+                return line
+        return None
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The settings in force. `origins` maps a dotted path to `flag --x`, `env INFERCTL_X`, `file.yaml:12` or `default`."""
+
+    spec: Spec
+    file: str | None
+    origins: dict[str, str]
+    warnings: list[str]
+
+
+def read(path: Path) -> Document:
+    """Read a spec file. Raises `UsageError` when there is none, `SpecError` when it is not a YAML mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(
+            f"there is no spec file {path}", "`inferctl init` writes one; `--spec FILE` names another"
+        ) from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder, not a spec file", f"did you mean {path / DEFAULT_FILE}?") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path} cannot be read: {error}", "a spec is UTF-8 YAML; `inferctl init` writes an example"
+        ) from None
+    return parse(text, str(path))
+
+
+def parse(text: str, file: str = DEFAULT_FILE) -> Document:
+    """YAML text -> `Document`. Raises `SpecError` for bad syntax, repeated keys, or anything but a mapping."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        line = mark.line + 1 if mark else None
+        raise SpecError(
+            file, [Problem("", f"not valid YAML: {what}", line, "check the indentation and quotes on that line")]
+        ) from None
+    if node is None:
+        raise SpecError(
+            file, [Problem("", "the file is empty", None, "`inferctl init --force` writes a commented example")]
+        )
+    if not isinstance(node, yaml.MappingNode):
+        raise SpecError(
+            file,
+            [
+                Problem(
+                    "",
+                    "expected `key: value` lines",
+                    node.start_mark.line + 1,
+                    "`inferctl init` writes a commented example",
+                )
+            ],
+        )
+    lines: dict[tuple[str | int, ...], int] = {}
+    repeated = list(_walk(node, (), lines))
+    if repeated:
+        raise SpecError(file, repeated)
+    return Document(file, data, lines)
+
+
+def _walk(node: yaml.Node, path: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int]) -> Iterator[Problem]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, str(key.value))
+            line = key.start_mark.line + 1
+            if here in lines:
+                yield Problem(
+                    _dotted(here),
+                    f"{_dotted(here)} is given twice (first on line {lines[here]})",
+                    line,
+                    "keep one of the two",
+                )
+            lines[here] = line
+            yield from _walk(value, here, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines[(*path, index)] = item.start_mark.line + 1
+            yield from _walk(item, (*path, index), lines)
+
+
+def resolve(
+    document: Document | None,
+    environment: Mapping[str, str],
+    flags: Mapping[str, Any],
+    vocabulary: Mapping[str, Sequence[str]] | None = None,
+) -> Resolved:
+    """Flags over environment over file over defaults, validated as a whole.
+
+    `flags` maps dotted paths to values, None meaning not given. `vocabulary` maps dotted paths to the names the catalog knows there.
+    Raises `SpecError` with all the mistakes.
+    """
+    known = paths()
+    data: dict[str, Any] = json.loads(json.dumps(document.data, default=str)) if document else {}
+    file = document.file if document else None
+    origins = dict.fromkeys(known, "default")
+    for path in known:
+        if document and _get(data, path) is not _ABSENT:
+            origins[path] = f"{file}:{document.line(path.split('.'))}"
+    variables = {f"{ENVIRONMENT_PREFIX}{path.upper().replace('.', '_')}": path for path in known}
+    warnings: list[str] = []
+    for variable, text in sorted(environment.items()):
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in RESERVED_VARIABLES:
+            continue
+        if variable not in variables:
+            close = difflib.get_close_matches(variable, variables, 1)
+            warnings.append(f"{variable} is not a setting" + (f"; did you mean {close[0]}?" if close else ""))
+            continue
+        path = variables[variable]
+        _put(data, path, _from_text(text, known[path]))
+        origins[path] = f"env {variable}"
+    for path, value in flags.items():
+        if value is not None:
+            _put(data, path, value)
+            origins[path] = f"flag {_flag(path)}"
+    if "name" not in data and isinstance(source := _get(data, "model.source"), str):
+        data["name"] = slug(source)
+    try:
+        spec = Spec.model_validate(data)
+    except ValidationError as error:
+        problems = [_problem(dict(e), document, origins) for e in error.errors()]
+        problems += _unknown_names(data, document, origins, vocabulary or {})
+        raise SpecError(file or "settings", sorted(_without_union_noise(problems), key=lambda p: p.line or 0)) from None
+    if problems := _unknown_names(data, document, origins, vocabulary or {}):
+        raise SpecError(file or "settings", problems)
+    return Resolved(spec, file, origins, warnings)
+
+
+def paths() -> dict[str, Any]:
+    """Dotted path of every setting -> its type annotation."""
+
+    def walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, info in section.model_fields.items():
+            annotation = info.annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                yield from walk(annotation, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", annotation
+
+    return dict(walk(Spec, ""))
+
+
+_ABSENT = object()
+
+
+def _flag(path: str) -> str:
+    return "--model" if path == "model.source" else f"--{path.rsplit('.', 1)[-1].replace('_', '-')}"
+
+
+def _get(data: Any, path: str) -> Any:
+    for key in path.split("."):
+        if not isinstance(data, dict) or key not in data:
+            return _ABSENT
+        data = data[key]
+    return data
+
+
+def _put(data: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for key in parents:
+        inner = data.get(key)
+        if not isinstance(inner, dict):
+            inner = data[key] = {}
+        data = inner
+    data[last] = value
+
+
+def _from_text(text: str, annotation: Any) -> Any:
+    if typing.get_origin(annotation) is list and not text.lstrip().startswith("["):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _dotted(path: Sequence[Hashable]) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def _section_fields(path: Sequence[str | int]) -> list[str]:
+    section: Any = Spec
+    for key in path:
+        info = (
+            section.model_fields.get(str(key)) if isinstance(section, type) and issubclass(section, BaseModel) else None
+        )
+        if info is None:
+            return []
+        section = info.annotation
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+
+
+def _where(path: str, document: Document | None, origins: Mapping[str, str]) -> tuple[str, int | None]:
+    """How to name `path` in a message (with the flag or variable that set it, when one did), and its line in the file."""
+    origin = origins.get(path, "")
+    if origin.startswith(("flag ", "env ")):
+        return f"{path} (from {origin.split(' ', 1)[1]})", None
+    return path, document.line(tuple(int(p) if p.isdigit() else p for p in path.split("."))) if document else None
+
+
+def _problem(error: dict[str, Any], document: Document | None, origins: Mapping[str, str]) -> Problem:
+    """One of pydantic's errors in the words of someone who edits YAML."""
+    location = list(error["loc"])
+    path, kind, value = _dotted(location), error["type"], error.get("input")
+    label, line = _where(path, document, origins)
+    if kind == "extra_forbidden":
+        siblings = _section_fields(location[:-1])
+        where = f" in {_dotted(location[:-1])}" if location[:-1] else ""
+        hint = did_you_mean(str(location[-1]), siblings) or (
+            f"known{where}: {', '.join(siblings)}" if siblings else "this section takes no keys yet"
+        )
+        return Problem(path, f"unknown key {str(location[-1])!r}{where}", line, hint)
+    if kind == "missing":
+        parent = _where(_dotted(location[:-1]), document, origins)[1] if location[:-1] else None
+        example = {
+            "name": "name: my-model",
+            "model": "model: {source: ORG/NAME}",
+            "model.source": "source: ORG/NAME or a local folder",
+        }
+        return Problem(
+            path,
+            f"{path} is missing",
+            parent,
+            f"add `{example.get(path, f'{location[-1]}: ...')}`, or `--model SOURCE`",
+        )
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        return Problem(
+            path, f"{label}: {value!r} is not one of {', '.join(allowed)}", line, did_you_mean(str(value), allowed)
+        )
+    if kind == "string_pattern_mismatch":
+        what = (
+            "must be lower-case letters, digits, '-' and '.'"
+            if path == "name"
+            else "has characters that are not allowed there"
+        )
+        return Problem(
+            path, f"{label}: {value!r} {what}", line, f"try {slug(str(value))!r}" if path == "name" else None
+        )
+    if kind == "model_type":
+        return Problem(
+            path,
+            f"{label}: expected `key: value` lines, got {value!r}",
+            line,
+            f"known in {path}: {', '.join(_section_fields(location))}",
+        )
+    message = error["msg"].replace("Input should be", "must be")
+    return Problem(path, f"{label}: {message}, got {value!r}", line, None)
+
+
+def _without_union_noise(problems: list[Problem]) -> list[Problem]:
+    seen: dict[tuple[str, str], Problem] = {}
+    for problem in problems:
+        seen.setdefault((problem.path, problem.message), problem)
+    return list(seen.values())
+
+
+def _unknown_names(
+    data: dict[str, Any], document: Document | None, origins: Mapping[str, str], vocabulary: Mapping[str, Sequence[str]]
+) -> list[Problem]:
+    """Names that the catalog does not have, wherever it has a say."""
+    problems = []
+    for path, names in vocabulary.items():
+        value = _get(data, path)
+        for index, item in enumerate(value if isinstance(value, list) else [value]):
+            if not isinstance(item, str) or item in names or item.endswith((".yaml", ".yml")):
+                continue
+            label, line = _where(
+                f"{path}.{index}" if isinstance(value, list) and path not in origins else path, document, origins
+            )
+            if document and isinstance(value, list) and line is not None:
+                line = document.line((*path.split("."), index)) or line
+            problems.append(
+                Problem(
+                    path,
+                    f"{label}: there is no {item!r}",
+                    line,
+                    did_you_mean(item, names) or f"known: {', '.join(names)}",
+                )
+            )
+    return problems
