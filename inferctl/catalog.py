@@ -100,6 +100,10 @@ class Stack:
     default_for: tuple[str, ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for sm in self.sm:
+            capability_of(sm)
+
     def has_kernels(self, capability: tuple[int, int]) -> bool | None:
         """Whether compiled code in the wheel runs on `capability`; None when the known list is not complete.
 
@@ -126,13 +130,19 @@ class Price:
 
 @dataclass(frozen=True)
 class MigSlice:
-    """A MIG instance of an A100: multiprocessors and the share of memory it gets, and how many fit one GPU."""
+    """A MIG instance: its multiprocessors and those of the whole GPU, its share of the memory, how many fit one GPU."""
 
     profile: str
     parent: str
     sms: int
+    parent_sms: int
     memory_fraction: float
     at_most: int
+
+    @property
+    def compute_share(self) -> float:
+        """Share of the whole GPU's multiprocessors: 42 of 108 for 3g."""
+        return self.sms / self.parent_sms
 
 
 @dataclass(frozen=True)
@@ -155,6 +165,13 @@ class Hardware:
     sources: tuple[Source, ...]
     mig: MigSlice | None = None
 
+    def __post_init__(self) -> None:
+        if missing := set(PRECISIONS) - set(self.peaks):
+            raise ValueError(f"peaks lack {', '.join(sorted(missing))} (null says that none is known)")
+        if (self.kind == "cuda") != (self.compute_capability is not None):
+            raise ValueError("compute_capability goes with kind cuda, and only with it")
+        _ = self.traits
+
     @property
     def traits(self) -> Traits:
         """What `support` asks; the instruction flags of a CPU are the running machine's, so a profile has none."""
@@ -162,8 +179,10 @@ class Hardware:
 
 
 def capability_of(text: str) -> tuple[int, int]:
-    """`"8.6"` -> `(8, 6)`."""
-    major, minor = text.split(".")
+    """`"8.6"` -> `(8, 6)`. Raises `ValueError`."""
+    major, dot, minor = text.partition(".")
+    if not (dot and major.isdigit() and minor.isdigit()):
+        raise ValueError(f"{text!r} is not a compute capability like 8.6")
     return int(major), int(minor)
 
 
@@ -174,6 +193,13 @@ def support(precision: str, device: Traits) -> Support:
     if device.kind == "cuda":
         return _cuda_support(precision, device.compute_capability or (0, 0))
     return _cpu_support(precision, device.cpu_flags)
+
+
+def best_precision(device: Traits) -> str:
+    """What `auto` means on `device`: bf16 where it is native, else fp16 where a GPU runs it natively, else fp32."""
+    if support("bf16", device).level == "native":
+        return "bf16"
+    return "fp16" if device.kind == "cuda" and support("fp16", device).level == "native" else "fp32"
 
 
 def _cuda_support(precision: str, capability: tuple[int, int]) -> Support:
@@ -247,12 +273,15 @@ def stack(key: str) -> Stack:
 def hardware(key: str) -> Hardware:
     """The part or slice `key`, or the one described in the file `key` when it ends in .yaml. Raises `UsageError`."""
     if key.endswith((".yaml", ".yml")):
-        return next(iter(_parts(Path(key)).values()))
+        file = Path(key)
+        data = _yaml(file)
+        data.pop("slices", None)
+        return _typed(Hardware, {"key": file.stem, **data}, file)
     return _pick("hardware", key, hardware_profiles())
 
 
 def vocabulary() -> dict[str, list[str]]:
-    """Dotted paths of the spec -> the names that are known there, for `spec.resolve`."""
+    """Dotted paths of the spec -> the names that are known there, for `settings.resolve`."""
     plans = sorted(file.stem for file in (assets.root() / "benchmarks" / "plans").glob("*.yaml"))
     known = {"hardware": list(hardware_profiles()), "image.base": list(bases())}
     return known | ({"bench.plan": plans} if plans else {})
@@ -282,7 +311,8 @@ def _pick(what: str, key: str, known: Mapping[str, T]) -> T:
         return known[key]
     begins = [name for name in known if name.startswith(key.lower()) and "-mig-" not in name]
     close = begins or difflib.get_close_matches(key.lower(), known, 3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+    several = "one of " if len(close) > 1 else ""
+    hint = f"did you mean {several}{', '.join(close)}?" if close else f"known: {', '.join(known)}"
     raise UsageError(f"there is no {what} {key!r}", hint)
 
 
@@ -292,19 +322,21 @@ def _parts(file: Path) -> dict[str, Hardware]:
     whole = _typed(Hardware, {"key": file.stem, **data}, file)
     parts = {whole.key: whole}
     for row in slices["table"] if slices else []:
-        part = _slice(whole, slices["prefix"], MigSlice(parent=whole.key, **row), slices["source"])
+        mig = _typed(MigSlice, {"parent": whole.key, "parent_sms": whole.sm_count, **row}, file)
+        part = _slice(whole, mig, f"{slices['prefix']}-mig-{mig.profile}", slices["device_names"], slices["source"])
         parts[part.key] = part
     return parts
 
 
-def _slice(whole: Hardware, prefix: str, mig: MigSlice, source: str) -> Hardware:
+def _slice(whole: Hardware, mig: MigSlice, key: str, device_names: list[str], source: str) -> Hardware:
     """A slice out of its GPU: peaks by its share of the multiprocessors, bandwidth by its share of the memory."""
-    if not (whole.sm_count and whole.memory_bytes and whole.bandwidth_gbs):
-        raise UsageError(f"{whole.key} has slices but no sm_count, memory_bytes or bandwidth_gbs")
-    share = mig.sms / whole.sm_count
-    product = whole.labels.get("nvidia.com/gpu.product")
+    if not (whole.memory_bytes and whole.bandwidth_gbs):
+        raise UsageError(f"{whole.key} has slices but no memory_bytes or bandwidth_gbs")
+    share = mig.compute_share
+    labels = {**whole.labels, "cloud.google.com/gke-gpu-partition-size": mig.profile}
+    labels["nvidia.com/gpu.product"] += f"-MIG-{mig.profile}"
     return Hardware(
-        key=f"{prefix}-mig-{mig.profile}",
+        key=key,
         name=f"{whole.name}, MIG {mig.profile}",
         kind=whole.kind,
         compute_capability=whole.compute_capability,
@@ -313,11 +345,12 @@ def _slice(whole: Hardware, prefix: str, mig: MigSlice, source: str) -> Hardware
         bandwidth_gbs=whole.bandwidth_gbs * mig.memory_fraction,
         tdp_watts=None,
         sm_count=mig.sms,
-        device_names=tuple(f"{name} MIG {mig.profile}" for name in whole.device_names),
-        labels={"nvidia.com/gpu.product": f"{product}-MIG-{mig.profile}"} if product else {},
+        device_names=tuple(f"{name} MIG {mig.profile}" for name in device_names),
+        labels=labels,
         prices=(),
         notes={
-            "peaks": f"derived: {mig.sms} of {whole.sm_count} multiprocessors of {whole.key}",
+            "peaks": f"derived: {mig.sms} of {mig.parent_sms} multiprocessors of {whole.key}",
+            "labels": "gpu.product as the single strategy of the MIG manager sets it",
             "bandwidth_gbs": "derived: proportional to the memory share, the usual reading, not measured",
             "tdp_watts": "a slice has no power limit of its own",
             "prices": f"sold as a share of {whole.key}",

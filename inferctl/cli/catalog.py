@@ -1,0 +1,198 @@
+"""`inferctl catalog`: the facts that inferctl judges by, each with its source."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from inferctl.cli import console
+from inferctl.cli.options import Json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from inferctl.catalog import BaseImage, Hardware, Stack
+
+Key = Annotated[str | None, typer.Argument(metavar="[KEY]", help="Explain this entry, with its sources.")]
+
+app = typer.Typer(
+    help="What is known of base images, torch stacks and hardware, with sources.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@app.command()
+def bases(key: Key = None, as_json: Json = False) -> None:
+    """Base images: what they ship, what they need, how long they are maintained.
+
+    Example: inferctl catalog bases cuda13.0
+    """
+    from inferctl import catalog
+
+    if key:
+        _explain(catalog.base(key), as_json)
+        return
+    _list(
+        ("base", "Python", "CUDA", "driver", "torch stack", "until"),
+        [
+            (b.key, b.python.version, b.cuda or "-", _driver(b.driver_floor), b.stack, str(b.end_of_life or "unknown"))
+            for b in catalog.bases().values()
+        ],
+        catalog.bases(),
+        as_json,
+    )
+
+
+@app.command()
+def stacks(key: Key = None, as_json: Json = False) -> None:
+    """Torch stacks: torch x CUDA x Python x compute capabilities x driver.
+
+    Example: inferctl catalog stacks torch2.13-cu130
+    """
+    from inferctl import catalog
+
+    if key:
+        _explain(catalog.stack(key), as_json)
+        return
+    _list(
+        ("stack", "CUDA", "Python", "driver", "GB", "kernels"),
+        [
+            (
+                s.key,
+                s.cuda or "-",
+                s.python[0] if len(s.python) == 1 else f"{s.python[0]}-{s.python[-1]}",
+                _driver(s.driver_floor),
+                f"{s.compressed_bytes / 1e9:.2f}" if s.compressed_bytes else "-",
+                (" ".join(s.sm) + ("" if s.sm_complete else " ...") if s.sm else "unknown") if s.cuda else "-",
+            )
+            for s in catalog.stacks().values()
+        ],
+        catalog.stacks(),
+        as_json,
+    )
+    if not as_json:
+        console.note(
+            "GB: compressed download; kernels: compute capabilities, one for 8.6 also runs on 8.9; `...`: others may be in"
+        )
+
+
+@app.command()
+def hardware(key: Key = None, as_json: Json = False) -> None:
+    """GPUs, slices of GPUs, and the CPU: peaks, memory, labels, prices.
+
+    Example: inferctl catalog hardware a100-40gb-mig-3g.20gb
+    """
+    from inferctl import catalog
+
+    if key:
+        _explain(catalog.hardware(key), as_json)
+        return
+    _list(
+        ("hardware", "cc", "SMs", "fp32", "fp16", "bf16", "int8", "GB", "GB/s"),
+        [
+            (
+                h.key,
+                h.compute_capability or "-",
+                _figure(h.sm_count),
+                *(_peak(h, precision) for precision in catalog.PRECISIONS),
+                _figure(h.memory_bytes and h.memory_bytes / 1e9),
+                _figure(h.bandwidth_gbs),
+            )
+            for h in catalog.hardware_profiles().values()
+        ],
+        catalog.hardware_profiles(),
+        as_json,
+    )
+    if not as_json:
+        console.note("dense peaks in TFLOP/s (int8: TOP/s); those of slices are derived; `emul.`: emulated, no peak")
+
+
+def _peak(part: Hardware, precision: str) -> str:
+    from inferctl.catalog import support
+
+    emulated = part.kind == "cuda" and support(precision, part.traits).level == "emulated"
+    return "emul." if emulated else _figure(part.peaks[precision])
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _driver(floor: int | None) -> str:
+    return "-" if floor is None else f">={floor}"
+
+
+def _list(
+    headings: tuple[str, ...],
+    rows: list[tuple[str, ...]],
+    entries: Mapping[str, BaseImage] | Mapping[str, Stack] | Mapping[str, Hardware],
+    as_json: bool,
+) -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        console.document([asdict(entry) for entry in entries.values()])
+        return
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for heading in headings:
+        table.add_column(heading, no_wrap=heading == headings[0], overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.report(table)
+
+
+def _explain(entry: BaseImage | Stack | Hardware, as_json: bool) -> None:
+    """Every fact of one entry, beside it its note and where it comes from."""
+    from dataclasses import asdict
+
+    facts: dict[str, Any] = asdict(entry)
+    if as_json:
+        console.document(facts)
+        return
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    sources, notes = facts.pop("sources"), facts.pop("notes")
+    numbered = list(enumerate(sources, 1))
+    cited = {fact: number for number, source in reversed(numbered) for fact in source["facts"]}
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for heading in ("fact", "value", "source"):
+        table.add_column(heading, overflow="fold")
+    for fact, value in facts.items():
+        said = _value(value) + (f"\n({notes[fact]})" if fact in notes else "")
+        table.add_row(fact, Text(said), f"[{cited[fact]}]" if fact in cited else "")
+    for fact in notes.keys() - facts.keys():
+        table.add_row(fact, Text(f"({notes[fact]})"), "")
+    lines = [
+        f"[{number}] {source['source']}" + (f", {source['date']}" if source["date"] else "")
+        for number, source in numbered
+    ]
+    console.report(Group(table, Text(), Text("\n".join(lines))))
+
+
+def _value(value: Any) -> str:
+    if value is None or value == () or value == {}:
+        return "-"
+    if isinstance(value, dict):
+        return "\n".join(f"{name}: {_value(inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        separator = "\n" if isinstance(value[0], dict) else ", "
+        return separator.join(_priced(item) if isinstance(item, dict) else str(item) for item in value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value > 99999 else str(value)
+
+
+def _priced(price: dict[str, Any]) -> str:
+    return (
+        f"{price['usd_per_hour']} USD/h, {price['provider']} {price['instance']} ({price['source']}, {price['date']})"
+    )

@@ -1,0 +1,221 @@
+"""`inferctl check`: is the spec right, and what fits which hardware and why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from inferctl.cli import console
+from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from inferctl.fit import Finding, Fit, ModelSize
+    from inferctl.spec import Spec
+
+_MARK = {"ok": "note", "warn": "warn", "error": "error"}
+_STYLE = {"ok": "cyan", "warn": "yellow", "error": "bold red"}
+
+
+def check(
+    spec_file: SpecFile = None,
+    model: ModelSource = None,
+    precision: PrecisionOption = None,
+    hardware: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Judge for this part instead of the spec's; repeatable; `all`."),
+    ] = None,
+    driver: Annotated[
+        str | None, typer.Option(metavar="VERSION", help="NVIDIA driver of the nodes, as in 535 or 535.129.03.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Validate the spec; say what fits which hardware and why not.
+
+    Exit code 2 when the spec is wrong or something cannot run. Example: inferctl check --hardware all
+    """
+    from inferctl.errors import SpecError
+
+    flags = {
+        "model.source": model,
+        "serve.precision": precision,
+        "hardware": None if not hardware or "all" in hardware else hardware,
+    }
+    try:
+        resolved = load(spec_file, flags)
+    except SpecError as error:
+        if not as_json:
+            raise
+        problems = [vars(problem) for problem in error.problems]
+        console.document({"ok": False, "file": error.file, "problems": problems})
+        raise typer.Exit(error.exit_code) from None
+    every = bool(hardware) and "all" in (hardware or [])
+    general, fits = _judge(resolved.spec, every, _major(driver))
+    findings = [*general, *(finding for fit in fits for finding in fit.findings)]
+    failed = any(finding.level == "error" for finding in findings)
+    if as_json:
+        console.document(_document(resolved.file, resolved.spec, findings, fits))
+    else:
+        _report(resolved.file, resolved.spec, findings, fits)
+    if failed:
+        raise typer.Exit(2)
+
+
+def _major(driver: str | None) -> int | None:
+    from inferctl.errors import UsageError
+
+    if driver is None:
+        return None
+    major = driver.lstrip("Rr").split(".")[0]
+    if not major.isdigit():
+        raise UsageError(
+            f"--driver: {driver!r} is not a driver version", "as `nvidia-smi` prints it: 535.129.03, or 535"
+        )
+    return int(major)
+
+
+def _judge(spec: Spec, every: bool, driver: int | None) -> tuple[list[Finding], list[Fit]]:
+    import datetime
+
+    from inferctl import catalog, fit
+    from inferctl.render import is_hub_id
+
+    base = catalog.base(spec.image.base)
+    stack = catalog.stack(base.stack)
+    parts = list(catalog.hardware_profiles()) if every else spec.hardware
+    hub_model = is_hub_id(spec.model.source)
+    today = datetime.datetime.now(tz=datetime.UTC).date()
+    general = fit.check_image(spec, base, stack, hub_model=hub_model, today=today)
+    if not parts:
+        why = "nothing says what it must run on, so precision, kernels, driver and memory were not checked"
+        general.append(fit.Finding("warn", "hardware", "no hardware named", why, "hardware: [t4], or --hardware all"))
+    size = _size(spec) if parts else None
+    return general, [fit.check_part(spec, stack, catalog.hardware(key), size, driver) for key in parts]
+
+
+def _size(spec: Spec) -> ModelSize | None:
+    """The model's size when it is here. A folder that is here but broken raises its `UsageError`."""
+    from inferctl import fit, model
+    from inferctl.errors import UsageError
+
+    try:
+        folder = model.find(spec.model.source, spec.model.revision)
+    except UsageError:
+        if Path(spec.model.source).expanduser().is_dir():
+            raise
+        return None
+    return fit.ModelSize(folder.parameters, folder.config)
+
+
+def _document(file: str | None, spec: Spec, findings: list[Finding], fits: list[Fit]) -> dict[str, Any]:
+    from inferctl import catalog
+    from inferctl.fit import worst
+
+    base = catalog.base(spec.image.base)
+    stack = catalog.stack(base.stack)
+    return {
+        "ok": worst(findings) != "error",
+        "verdict": worst(findings),
+        "file": file,
+        "name": spec.name,
+        "precision": spec.serve.precision,
+        "base": base.key,
+        "stack": {"key": stack.key, "torch": stack.torch, "cuda": stack.cuda, "driver_floor": stack.driver_floor},
+        "hardware": [
+            {
+                "key": fit.part,
+                "verdict": fit.verdict,
+                "precision": {
+                    "requested": fit.requested,
+                    "effective": fit.precision,
+                    "level": fit.level,
+                    "reason": fit.reason,
+                },
+                "kernels": fit.kernels,
+                "memory": None
+                if fit.memory is None
+                else {"estimated": True, "total_bytes": fit.memory.total, **vars(fit.memory), "has": fit.memory_bytes},
+            }
+            for fit in fits
+        ],
+        "findings": [vars(finding) for finding in findings],
+        "problems": [],
+    }
+
+
+def _report(file: str | None, spec: Spec, findings: list[Finding], fits: list[Fit]) -> None:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from inferctl import catalog
+
+    base = catalog.base(spec.image.base)
+    stack = catalog.stack(base.stack)
+    gpu = f"CUDA {stack.cuda}, driver {stack.driver_floor} or newer" if stack.cuda else "no CUDA"
+    grouped = _grouped(findings)
+    notes = Table.grid(padding=(0, 2))
+    for finding, parts in grouped:
+        notes.add_row(Text(_MARK[finding.level], style=_STYLE[finding.level]), Text(_explained(finding, parts)))
+    errors, warnings = (sum(finding.level == level for finding, _ in grouped) for level in ("error", "warn"))
+    able = sum(fit.verdict != "error" for fit in fits)
+    summary = f"{_count(errors, 'error')}, {_count(warnings, 'warning')}"
+    pieces: list[RenderableType] = [
+        Text(f"{spec.name}: {spec.serve.precision} on {base.key} (torch {stack.torch}, {gpu})"),
+        Text(),
+    ]
+    if fits:
+        pieces += [_table(fits), Text()]
+    pieces += [notes, Text(f"\n{file or 'flags'}: {summary}" + (f"; {able} of {len(fits)} can run it" if fits else ""))]
+    console.report(Group(*pieces))
+
+
+def _table(fits: list[Fit]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from inferctl.fit import gigabytes
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for heading in ("hardware", "precision", "kernels", "memory, estimated", "verdict"):
+        table.add_column(heading, overflow="fold")
+    for fit in fits:
+        need, has = fit.memory, fit.memory_bytes
+        table.add_row(
+            fit.part,
+            f"{fit.precision} {fit.level}",
+            {True: "yes", False: "no", None: "unknown"}[fit.kernels],
+            "not checked" if need is None else gigabytes(need.total) + (f" of {gigabytes(has)}" if has else ""),
+            Text(fit.verdict, style="" if fit.verdict == "ok" else _STYLE[fit.verdict]),
+        )
+    return table
+
+
+def _grouped(findings: list[Finding]) -> list[tuple[Finding, list[str]]]:
+    """What is worth reading, gravest first, each with the parts that it holds for. Equal sentences are said once."""
+    groups: dict[tuple[str, str, str, str | None], tuple[Finding, list[str]]] = {}
+    for finding in findings:
+        if finding.level != "ok" or finding.hint:
+            key = (finding.topic, finding.what, finding.why, finding.hint)
+            groups.setdefault(key, (finding, []))[1].extend([finding.part] if finding.part else [])
+    return sorted(groups.values(), key=lambda group: ("error", "warn", "ok").index(group[0].level))
+
+
+def _explained(finding: Finding, parts: list[str]) -> str:
+    named = parts if len(parts) <= 3 else [*parts[:2], f"{len(parts) - 2} more"]
+    return "\n".join(
+        [
+            (f"{', '.join(named)}: " if named else "") + finding.what,
+            finding.why,
+            *([f"hint: {finding.hint}"] if finding.hint else []),
+        ]
+    )
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number or 'no'} {word}{'' if number == 1 else 's'}"
