@@ -1,0 +1,206 @@
+"""Text encoders out of transformers: packed where that is exact, else padded after sorting by length."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from inferctl import model
+from inferctl.errors import NotReadyError
+from inferctl.serve import recipe
+from inferctl.serve.engines import device as devices
+from inferctl.serve.engines import int8, packed, plain
+from inferctl.serve.tokenise import TokenizerPool
+from inferctl.serve.types import Batch, BatchResult, EngineConfig, EngineInfo, PrecisionInfo, Tokens, Vectors
+
+log = logging.getLogger("inferctl.engine")
+
+# On a CPU larger batches only add latency: throughput is flat from about a thousand tokens on and falls when the caches overflow.
+_CPU_BATCH_TOKENS = 2048
+# A padded sub-batch may hold at most this share of padding before it is split.
+_MAX_PADDING = 0.15
+# Weights above this many parameters are not held twice just to compare.
+_MAX_CHECKED_PARAMETERS = 1_500_000_000
+# Wrong attention gives cosines far below this; rounding in 16 bits stays far above it.
+_SAME = {"fp32": 0.99999, "bf16": 0.99, "fp16": 0.999, "int8": 0.95}
+
+CHECK_TEXTS = (
+    "ok",
+    "Which river flows through Vienna?",
+    "Padding-free inference puts all sequences of a batch end to end, and each of them attends to itself alone.",
+    "El veloz murciélago hindú comía feliz cardillo y kiwi; la cigüeña tocaba el saxofón.",
+    "def mean(values: list[float]) -> float:\n    return sum(values) / len(values)",
+    "机器学习模型把文本变成向量。",
+    "The quick brown fox jumps over the lazy dog. " * 8,
+    "Invoice 4711, due 30 days after receipt, total 1,234.56 EUR. " * 40,
+)
+
+
+class EncoderEngine:
+    """One model on one device in one precision."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+
+    def load(self) -> EngineInfo:
+        """See `Engine.load`."""
+        folder = model.find(self._config.model)
+        self._recipe = recipe.read(folder.path, self._config.max_input_tokens)
+        self._device, info, traits = devices.detect(self._config.device)
+        precision, self._dtype = devices.choose(self._config.precision, traits)
+        if info.threads:
+            torch.set_num_threads(info.threads)
+        sequences = self._check_sequences(folder.path)
+        expected, why = self._reference(folder, sequences)
+        self._varlen = info.kind == "cuda" and traits.compute_capability >= (8, 0) and self._dtype != torch.float32  # type: ignore[operator]
+        attention, reason = self._load_checked(folder.path, precision, info.kind, sequences, expected)
+        cosines = _cosines(self._embed(sequences), expected) if expected is not None else None
+        self._warm_up()
+        on_cpu = info.kind == "cpu"
+        return EngineInfo(
+            dimensions=int(self._embed(sequences[:1]).shape[1]),
+            attention=attention,
+            attention_reason=reason,
+            precision=precision,
+            device=info,
+            batch_tokens=min(self._config.max_batch_tokens, _CPU_BATCH_TOKENS) if on_cpu else self._config.max_batch_tokens,
+            cosine_min=None if cosines is None else float(cosines.min()),
+            cosine_mean=None if cosines is None else float(cosines.mean()),
+            check=why,
+            versions={"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        )
+
+    def run(self, batch: Batch) -> BatchResult:
+        """See `Engine.run`."""
+        started = time.perf_counter()
+        vectors = self._embed(np.split(batch.tokens, np.cumsum(batch.lengths)[:-1]))
+        return BatchResult(batch.id, vectors, np.isfinite(vectors).all(axis=1), time.perf_counter() - started)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._model = None
+
+    def _check_sequences(self, folder: Path) -> list[Tokens]:
+        pool = TokenizerPool(folder, self._recipe, threads=1)
+        sequences = pool.encode_now(CHECK_TEXTS, truncate=True)
+        pool.close()
+        return sequences
+
+    def _reference(self, folder: model.ModelFolder, sequences: list[Tokens]) -> tuple[Vectors | None, str]:
+        if folder.parameters > _MAX_CHECKED_PARAMETERS:
+            return None, f"not compared with fp32: {folder.parameters / 1e9:.1f} billion parameters"
+        return plain.embed(plain.load_model(folder.path), sequences, self._recipe), f"{len(sequences)} texts against padded fp32"
+
+    def _load_checked(
+        self, folder: Path, precision: PrecisionInfo, kind: str, sequences: list[Tokens], expected: Vectors | None
+    ) -> tuple[str, str]:
+        """Load the model packed if that is exact, else padded; returns the attention path and the reason for it."""
+        if kind == "cuda" and not self._varlen:
+            self._load(folder, precision, "sdpa")
+            return "padded", "variable-length attention needs compute capability 8.0 and a 16-bit format"
+        try:
+            packed.register()
+            self._load(folder, precision, packed.NAME)
+            together = self._embed(sequences)
+            alone = expected if expected is not None else np.concatenate([self._embed([s]) for s in sequences])
+            if (worst := float(_cosines(together, alone).min())) >= _SAME[precision.effective]:
+                return "packed", "no padding; equals the padded result"
+            reason = f"packed differs from padded (cosine {worst:.4f})"
+        except Exception as error:  # noqa: BLE001  # architectures refuse in many ways; padding works for all of them
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        log.warning("packed attention is not used: %s", reason)
+        self._load(folder, precision, "sdpa")
+        return "padded", f"sorted by length; {reason}"
+
+    def _load(self, folder: Path, precision: PrecisionInfo, attention: str) -> None:
+        self._model: Any = None  # let the memory go before it is needed again
+        loaded = plain.load_model(folder, self._dtype, attention)
+        if precision.effective == "int8":
+            int8.quantise(loaded)
+        try:
+            self._model = loaded.to(self._device)
+        except torch.cuda.OutOfMemoryError as error:
+            raise NotReadyError(f"the model does not fit into the GPU's memory: {error}", "int8 halves the weights; a larger GPU or slice helps") from None
+        self._packed = attention == packed.NAME
+        embeddings = getattr(loaded, "embeddings", None)
+        # RoBERTa and its kin count positions from the padding index on.
+        numbered = hasattr(embeddings, "create_position_ids_from_input_ids")
+        self._first_position = int(embeddings.padding_idx) + 1 if numbered and embeddings is not None else 0
+        self._padding = int(loaded.config.pad_token_id or 0)
+
+    def _warm_up(self) -> None:
+        """Run a large and a small batch, so that the first request pays for no initialisation."""
+        longest = min(self._recipe.max_tokens, self._config.max_batch_tokens)
+        total = min(_CPU_BATCH_TOKENS if self._device.type == "cpu" else self._config.max_batch_tokens, 8 * longest)
+        for count in (max(1, total // longest), 1):
+            self._embed([np.full(longest, 5, dtype=np.int32)] * count)
+
+    @torch.inference_mode()
+    def _embed(self, sequences: list[Tokens]) -> Vectors:
+        """float32 [sequences, dimensions], in the order given."""
+        lengths = np.array([len(s) for s in sequences])
+        order = np.argsort(-lengths, kind="stable")
+        ordered = [sequences[i] for i in order]
+        rows = self._packed_rows(ordered) if self._packed else torch.cat([self._padded_rows(part) for part in self._split(ordered)])
+        if self._recipe.normalize:
+            rows = torch.nn.functional.normalize(rows, dim=1)
+        out = np.empty(rows.shape, dtype=np.float32)
+        out[order] = rows.cpu().numpy()
+        return out
+
+    def _packed_rows(self, sequences: list[Tokens]) -> torch.Tensor:
+        lengths = [len(s) for s in sequences]
+        tokens = torch.from_numpy(np.concatenate(sequences).astype(np.int64)).to(self._device, non_blocking=True)
+        positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]) + self._first_position).to(self._device, non_blocking=True)
+        layout = packed.layout(lengths, self._device, varlen=self._varlen)
+        hidden = self._model(input_ids=tokens[None], position_ids=positions[None], layout=layout).last_hidden_state[0]
+        counts = torch.tensor(lengths, device=self._device)
+        ends = counts.cumsum(0)
+        if self._recipe.pooling == "mean":
+            # Summed in fp32: bf16 keeps 8 bits, too few for a long sum.
+            return torch.segment_reduce(hidden.float(), "mean", lengths=counts, unsafe=True)
+        chosen: torch.Tensor = hidden[ends - counts if self._recipe.pooling == "cls" else ends - 1]
+        return chosen.float()
+
+    def _padded_rows(self, sequences: list[Tokens]) -> torch.Tensor:
+        lengths = torch.tensor([len(s) for s in sequences])
+        tokens = torch.full((len(sequences), int(lengths.max())), self._padding)
+        for row, ids in enumerate(sequences):
+            tokens[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
+        mask = (torch.arange(tokens.shape[1])[None] < lengths[:, None]).long()
+        tokens, mask, lengths = tokens.to(self._device), mask.to(self._device), lengths.to(self._device)
+        hidden = self._model(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
+        if self._recipe.pooling == "mean":
+            summed: torch.Tensor = (hidden * mask[..., None]).sum(dim=1)
+            return summed / lengths[:, None]
+        at = torch.zeros_like(lengths) if self._recipe.pooling == "cls" else lengths - 1
+        chosen: torch.Tensor = hidden[torch.arange(len(sequences), device=self._device), at]
+        return chosen
+
+    def _split(self, ordered: list[Tokens]) -> Iterator[list[Tokens]]:
+        """Cut sequences sorted by falling length into parts with little padding and at most the batch limit, padding counted."""
+        part: list[Tokens] = []
+        used = 0
+        for ids in ordered:
+            area = (len(part) + 1) * (len(part[0]) if part else len(ids))
+            if part and (area > self._config.max_batch_tokens or used + len(ids) < (1 - _MAX_PADDING) * area):
+                yield part
+                part, used = [], 0
+            part.append(ids)
+            used += len(ids)
+        yield part
+
+
+def _cosines(a: Vectors, b: Vectors) -> Vectors:
+    """Cosine of each row of `a` with the same row of `b`."""
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosines: Vectors = (a * b).sum(axis=1) / np.maximum(norms, 1e-12)
+    return cosines

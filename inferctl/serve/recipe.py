@@ -1,0 +1,124 @@
+"""How a model folder says its embeddings are made: pooling, normalisation, prompt, longest input. Read without torch.
+
+Source of the formats: the files that sentence-transformers writes (`modules.json`, `1_Pooling/config.json`, `sentence_bert_config.json`,
+`config_sentence_transformers.json`) and transformers' `config.json` and `tokenizer_config.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from inferctl.errors import UsageError
+
+Pooling = Literal["mean", "cls", "last"]
+
+_POOLING_FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
+_POOLING_NAMES = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+# Positions that RoBERTa-like models lose to the padding index.
+_OFFSET_TYPES = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "roberta-prelayernorm", "data2vec-text"})
+_NO_LIMIT = 1_000_000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`max_tokens` counts special tokens too; `assumed` is True when the folder does not say how to pool, so mean pooling is taken.
+
+    `matryoshka`: dimensions that the vectors may be cut to; empty for a model that was not trained for it, None when any will do.
+    """
+
+    pooling: Pooling
+    normalize: bool
+    max_tokens: int
+    prompt: str = ""
+    lower_case: bool = False
+    assumed: bool = False
+    matryoshka: tuple[int, ...] | None = ()
+
+
+def read(folder: Path, max_input_tokens: int | None = None) -> Recipe:
+    """The recipe of a model folder. Raises `UsageError` for a module or a pooling that this server does not know."""
+    config = _json(folder / "config.json")
+    modules = _json_list(folder / "modules.json")
+    pooling, normalize, assumed = _pooling(folder, modules)
+    transformer = folder / next((str(m.get("path", "")) for m in modules if _kind(m) == "Transformer"), "")
+    bert = _json(transformer / "sentence_bert_config.json")
+    longest = _longest(folder, config, bert)
+    settings = _json(folder / "config_sentence_transformers.json")
+    prompt = (settings.get("prompts") or {}).get(settings.get("default_prompt_name") or "", "") or ""
+    return Recipe(
+        pooling=pooling,
+        normalize=normalize,
+        max_tokens=min(longest, max_input_tokens or longest),
+        prompt=str(prompt),
+        lower_case=bool(bert.get("do_lower_case", False)),
+        assumed=assumed,
+        matryoshka=_matryoshka(config),
+    )
+
+
+def _kind(module: dict[str, Any]) -> str:
+    return str(module.get("type", "")).rsplit(".", 1)[-1]
+
+
+def _pooling(folder: Path, modules: list[dict[str, Any]]) -> tuple[Pooling, bool, bool]:
+    if not modules:
+        return "mean", False, True
+    unknown = [_kind(m) for m in modules if _kind(m) not in {"Transformer", "Pooling", "Normalize"}]
+    if unknown:
+        raise UsageError(
+            f"{folder} has a {unknown[0]} module, which this server does not run",
+            "models made of Transformer, Pooling and Normalize modules work",
+        )
+    module = next((m for m in modules if _kind(m) == "Pooling"), None)
+    normalize = any(_kind(m) == "Normalize" for m in modules)
+    if module is None:
+        return "mean", normalize, True
+    config = _json(folder / str(module.get("path", "")) / "config.json")
+    named = config.get("pooling_mode")
+    chosen = [str(named)] if isinstance(named, str) else [k for k, v in config.items() if k.startswith("pooling_mode_") and v]
+    known = {**_POOLING_FLAGS, **_POOLING_NAMES}
+    if len(chosen) != 1 or chosen[0] not in known:
+        raise UsageError(
+            f"{folder} pools by {' + '.join(chosen) or 'nothing'}, which this server does not run", "mean, cls and last-token pooling work"
+        )
+    mode: Any = known[chosen[0]]
+    return mode, normalize, False
+
+
+def _longest(folder: Path, config: dict[str, Any], bert: dict[str, Any]) -> int:
+    tokenizer = _json(folder / "tokenizer_config.json")
+    positions = config.get("max_position_embeddings")
+    if isinstance(positions, int) and config.get("model_type") in _OFFSET_TYPES:
+        positions -= int(config.get("pad_token_id") or 0) + 1
+    limits = [positions, bert.get("max_seq_length") or tokenizer.get("model_max_length")]
+    known = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < _NO_LIMIT]
+    return min(known, default=512)
+
+
+def _matryoshka(config: dict[str, Any]) -> tuple[int, ...] | None:
+    dimensions = config.get("matryoshka_dimensions")
+    if isinstance(dimensions, list):
+        return tuple(int(d) for d in dimensions)
+    return None if config.get("is_matryoshka") else ()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    data = _load(path)
+    return data if isinstance(data, dict) else {}
+
+
+def _json_list(path: Path) -> list[dict[str, Any]]:
+    data = _load(path)
+    return [item for item in data if isinstance(item, dict)] if isinstance(data, list) else []
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}", "the download may be incomplete: fetch the model again") from None

@@ -1,0 +1,59 @@
+"""The reference embeddings of a model folder, by the plainest path there is: transformers, fp32, one text at a time.
+
+    echo '["a text"]' | python -m inferctl.serve.reference MODEL_DIR
+
+stdout is JSON: `model_sha256`, `dimensions`, `tokens` (per text) and `embeddings` (base64 of little-endian float32). Nothing of the serving
+path (batcher, packed attention, quantisation) takes part, so image verification and benchmarks can compare with it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from typing import Any
+
+from inferctl import model
+from inferctl.errors import InferctlError, UsageError
+from inferctl.serve import recipe
+from inferctl.serve.tokenise import TokenizerPool
+
+
+def reference(source: str, texts: list[str]) -> dict[str, Any]:
+    """What `python -m inferctl.serve.reference` prints. Raises `UsageError` for a folder that is not a model."""
+    folder = model.find(source)
+    how = recipe.read(folder.path)
+    pool = TokenizerPool(folder.path, how, threads=1)
+    sequences = [pool.encode_now([text], truncate=True)[0] for text in texts]
+    pool.close()
+
+    from inferctl.serve.engines import plain
+
+    vectors = plain.embed(plain.load_model(folder.path), sequences, how)
+    return {
+        "model_sha256": folder.digest,
+        "dimensions": int(vectors.shape[1]),
+        "tokens": [len(ids) for ids in sequences],
+        "embeddings": [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors],
+    }
+
+
+def main() -> None:
+    """Entry point; ends with the exit codes of `inferctl.errors`."""
+    try:
+        if len(sys.argv) != 2:
+            raise UsageError("expected one argument, the model folder", "python -m inferctl.serve.reference MODEL_DIR < texts.json")
+        try:
+            texts = json.load(sys.stdin)
+        except ValueError as error:
+            raise UsageError(f"stdin is not JSON: {error}", "stdin is a JSON list of texts") from None
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise UsageError("stdin is not a list of texts", 'as in `["one text", "another"]`')
+        sys.stdout.write(json.dumps(reference(sys.argv[1], texts)) + "\n")
+    except InferctlError as error:
+        sys.stderr.write(f"error: {error.message}\n" + (f"\nhint: {error.hint}\n" if error.hint else ""))
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The engine process: reads batches from a socket, runs them, writes results. torch lives here and nowhere else.
+
+    python -m inferctl.serve.worker FD
+
+FD is an inherited stream socket that speaks `frames`. The process ends when the other side is gone, or with the exit code of what kept the
+engine from starting.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import signal
+import socket
+import sys
+import traceback
+
+from inferctl.errors import InferctlError
+from inferctl.serve import frames
+from inferctl.serve.frames import Kind
+from inferctl.serve.types import Engine, EngineConfig
+
+log = logging.getLogger("inferctl.engine")
+
+
+def make_engine(config: EngineConfig) -> Engine:
+    """The engine that the configuration names; imports what it needs and nothing else."""
+    if config.engine == "echo":
+        from inferctl.serve.engines.echo import EchoEngine
+
+        return EchoEngine(config)
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    return EncoderEngine(config)
+
+
+def serve(connection: socket.socket) -> int:
+    """Speak the protocol until the other side is gone; returns the exit code."""
+    first = frames.receive(connection)
+    if first is None or first[0] is not Kind.CONFIG:
+        return 1
+    try:
+        engine = make_engine(EngineConfig(**json.loads(first[1])))
+        info = engine.load()
+    except InferctlError as error:
+        return _fatal(connection, error.message, error.hint, error.exit_code)
+    except Exception as error:  # noqa: BLE001  # whatever it was, the API process must hear of it
+        traceback.print_exc()
+        return _fatal(connection, f"the engine cannot start: {type(error).__name__}: {error}", None, 1)
+    gc.collect()
+    gc.freeze()
+    connection.sendall(frames.pack_json(Kind.READY, info.to_json()))
+    try:
+        return _loop(connection, engine)
+    except ConnectionError:
+        return 0
+    finally:
+        engine.close()
+
+
+def _loop(connection: socket.socket, engine: Engine) -> int:
+    while (frame := frames.receive(connection)) is not None:
+        kind, body = frame
+        if kind is not Kind.BATCH:
+            return 1
+        batch = frames.unpack_batch(body)
+        try:
+            answer = frames.pack_result(engine.run(batch))
+        except Exception as error:  # one bad batch must not end the engine
+            log.exception("batch %d failed", batch.id)
+            answer = frames.pack_json(Kind.FAILED, {"id": batch.id, "message": f"{type(error).__name__}: {error}"})
+        connection.sendall(answer)
+    return 0
+
+
+def _fatal(connection: socket.socket, message: str, hint: str | None, exit_code: int) -> int:
+    connection.sendall(frames.pack_json(Kind.FATAL, {"message": message, "hint": hint, "exit_code": exit_code}))
+    return exit_code
+
+
+def main() -> None:
+    """Entry point of the engine process."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    # Ctrl-C reaches the whole process group; the API process decides when the engine ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
+        code = serve(connection)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
