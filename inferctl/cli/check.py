@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from inferctl.fit import Finding, Fit, ModelSize
+    from inferctl.fit import Finding, Fit, Memory, ModelSize
     from inferctl.spec import Spec
 
 _MARK = {"ok": "note", "warn": "warn", "error": "error"}
@@ -136,15 +136,18 @@ def _document(file: str | None, spec: Spec, findings: list[Finding], fits: list[
                     "reason": fit.reason,
                 },
                 "kernels": fit.kernels,
-                "memory": None
-                if fit.memory is None
-                else {"estimated": True, "total_bytes": fit.memory.total, **vars(fit.memory), "has": fit.memory_bytes},
+                "memory": fit.memory and _memory(fit.memory, fit.memory_bytes),
             }
             for fit in fits
         ],
         "findings": [vars(finding) for finding in findings],
         "problems": [],
     }
+
+
+def _memory(need: Memory, has: int | None) -> dict[str, Any]:
+    parts = {f"{name}_bytes": size for name, size in vars(need).items()}
+    return {"estimated": True, "needs_bytes": need.total, "has_bytes": has, **parts}
 
 
 def _report(file: str | None, spec: Spec, findings: list[Finding], fits: list[Fit]) -> None:

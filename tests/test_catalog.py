@@ -1,0 +1,229 @@
+"""The facts that decisions rest on, and that each of them says where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from inferctl import assets, catalog
+from inferctl.errors import UsageError
+
+# What needs no source: names and words, not facts of the outside world.
+_NOT_FACTS = {"key", "name", "kind", "description", "sm_complete", "default_for", "notes", "sources", "prices"}
+_ENTRIES = [*catalog.bases().values(), *catalog.stacks().values(), *catalog.hardware_profiles().values()]
+
+
+@pytest.mark.parametrize("entry", _ENTRIES, ids=lambda entry: entry.key)
+def test_every_fact_has_a_source_and_every_gap_a_reason(entry: Any) -> None:
+    sourced = {fact for source in entry.sources for fact in source.facts}
+    values = {name: value for name, value in asdict(entry).items() if name not in _NOT_FACTS}
+    known = {name for name, value in values.items() if value not in (None, (), {}, [])}
+    if isinstance(entry, catalog.Hardware) and not any(value is not None for value in entry.peaks.values()):
+        known -= {"peaks"}
+    gaps = {name for name, value in values.items() if value is None} - {"mig"}
+    assert known <= sourced, "facts without a source"
+    assert gaps <= set(entry.notes), "unknown without a reason"
+    assert all(source.source.strip() for source in entry.sources)
+
+
+@pytest.mark.parametrize("entry", catalog.hardware_profiles().values(), ids=lambda entry: entry.key)
+def test_every_price_has_a_source_and_a_date(entry: catalog.Hardware) -> None:
+    assert entry.prices or "prices" in entry.notes
+    for price in entry.prices:
+        assert 0.1 < price.usd_per_hour < 20
+        assert price.source
+        assert price.date.year == 2026
+
+
+def test_the_parts_that_users_have_are_there() -> None:
+    parts = {"t4", "l4", "a10", "l40s", "h100-pcie", "h100-sxm", "h200-sxm", "cpu"}
+    parts |= {f"a100-{memory}gb-{form}" for memory in (40, 80) for form in ("pcie", "sxm")}
+    parts |= {f"a100-40gb-mig-{profile}" for profile in ("1g.5gb", "2g.10gb", "3g.20gb", "4g.20gb", "7g.40gb")}
+    parts |= {f"a100-80gb-mig-{profile}" for profile in ("1g.10gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb")}
+    assert set(catalog.hardware_profiles()) == parts
+
+
+def test_a_base_names_a_stack_that_goes_with_it() -> None:
+    for base in catalog.bases().values():
+        stack = catalog.stack(base.stack)
+        assert base.key in stack.default_for
+        assert base.python.version in stack.python
+        assert stack.driver_floor == base.driver_floor
+        major = stack.cuda and stack.cuda.split(".")[0]
+        assert major == (base.cuda and base.cuda.split(".")[0])
+
+
+def test_cuda_13_needs_driver_580_and_cuda_12_driver_525() -> None:
+    floors = {stack.cuda: stack.driver_floor for stack in catalog.stacks().values() if stack.cuda}
+    assert floors == {"12.4": 525, "12.6": 525, "12.8": 525, "13.0": 580, "13.1": 580, "13.2": 580}
+
+
+def test_cuda_13_wheels_dropped_volta_and_kept_turing() -> None:
+    assert catalog.stack("torch2.10-cu128").has_kernels((7, 0)) is True
+    assert catalog.stack("torch2.13-cu130").has_kernels((7, 0)) is False
+    assert catalog.stack("torch2.13-cu130").has_kernels((7, 5)) is True
+
+
+def test_a_kernel_runs_on_a_newer_minor_of_its_major_and_on_no_other() -> None:
+    modern = catalog.stack("torch2.13-cu130")
+    assert "8.9" not in modern.sm
+    assert modern.has_kernels((8, 9)) is True
+    assert modern.has_kernels((11, 0)) is False
+    assert catalog.stack("torch2.6-cu124").has_kernels((9, 0)) is None
+    assert catalog.stack("ngc25.12").has_kernels((8, 0)) is None
+
+
+def test_ptx_lets_newer_parts_run() -> None:
+    row = {**vars(catalog.stack("torch2.13-cu130")), "ptx": True}
+    assert catalog.Stack(**row).has_kernels((13, 0)) is True
+    assert catalog.Stack(**row).has_kernels((7, 0)) is False
+
+
+def test_bf16_on_a_t4_is_emulated_and_has_no_peak() -> None:
+    t4 = catalog.hardware("t4")
+    how = catalog.support("bf16", t4.traits)
+    assert how.level == "emulated"
+    assert "compute capability 7.5" in how.reason
+    assert "fp16" in how.reason
+    assert t4.peaks == {"fp32": 8.1, "fp16": 65, "bf16": None, "int8": 130}
+    assert catalog.support("fp16", t4.traits).level == "native"
+
+
+@pytest.mark.parametrize(
+    ("key", "best"),
+    [("t4", "fp16"), ("l4", "bf16"), ("a100-40gb-mig-1g.5gb", "bf16"), ("h200-sxm", "bf16"), ("cpu", "fp32")],
+)
+def test_auto_takes_the_best_that_is_native(key: str, best: str) -> None:
+    assert catalog.best_precision(catalog.hardware(key).traits) == best
+
+
+def test_int8_says_that_it_saves_memory_and_not_time() -> None:
+    reason = catalog.support("int8", catalog.hardware("a100-80gb-sxm").traits).reason
+    assert "half the weights' memory" in reason
+    assert "slower" in reason
+
+
+def test_half_an_a100_is_39_percent_of_its_multiprocessors_and_half_its_memory() -> None:
+    whole, half = catalog.hardware("a100-40gb-sxm"), catalog.hardware("a100-40gb-mig-3g.20gb")
+    assert half.mig is not None
+    assert (half.sm_count, half.mig.compute_share) == (42, 42 / 108)
+    assert f"{half.mig.compute_share:.1%}" == "38.9%"
+    assert (half.memory_bytes, half.bandwidth_gbs) == (20_000_000_000, 777.5)
+    assert half.peaks["bf16"] == pytest.approx(312 * 42 / 108)
+    assert half.traits == whole.traits
+    assert half.labels["nvidia.com/gpu.product"] == "NVIDIA-A100-SXM4-40GB-MIG-3g.20gb"
+
+
+def test_mig_mode_gives_up_a_tenth_of_the_gpu() -> None:
+    slices = [part for part in catalog.hardware_profiles().values() if part.mig]
+    assert [part.sm_count for part in slices] == [14, 28, 42, 56, 98] * 2
+    assert [part.mig.at_most for part in slices if part.mig] == [7, 3, 2, 1, 1] * 2
+
+
+def test_peaks_are_dense() -> None:
+    # The sparse figure, twice the dense one, is what many pages print.
+    assert catalog.hardware("h100-sxm").peaks["bf16"] == 989
+    assert catalog.hardware("h200-sxm").peaks["bf16"] == 989
+    assert catalog.hardware("a100-80gb-sxm").peaks["bf16"] == 312
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_bytes", "key"),
+    [
+        ("Tesla T4", 15_843_721_216, "t4"),
+        ("NVIDIA L4", 23_576_576_000, "l4"),
+        ("NVIDIA A10", 23_696_375_808, "a10"),
+        ("NVIDIA L40S", 47_576_711_168, "l40s"),
+        ("NVIDIA A100-PCIE-40GB", None, "a100-40gb-pcie"),
+        ("NVIDIA A100 80GB PCIe", 85_899_345_920, "a100-80gb-pcie"),
+        ("NVIDIA A100-SXM4-80GB", 85_899_345_920, "a100-80gb-sxm"),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", 20_937_965_568, "a100-40gb-mig-3g.20gb"),
+        ("NVIDIA A100 80GB PCIe MIG 1g.10gb", None, "a100-80gb-mig-1g.10gb"),
+        ("NVIDIA H100 80GB HBM3", 85_520_809_984, "h100-sxm"),
+        ("NVIDIA H200", 150_754_820_096, "h200-sxm"),
+        ("NVIDIA H100 NVL", 100_000_000_000, None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 10_000_000_000, None),
+        ("NVIDIA A10G", 24_000_000_000, None),
+        ("NVIDIA A100-SXM4-40GB", 85_899_345_920, None),
+        ("NVIDIA GeForce RTX 4090", None, None),
+    ],
+)
+def test_a_device_is_told_by_its_name_and_never_guessed(name: str, memory_bytes: int | None, key: str | None) -> None:
+    found = catalog.detect_gpu(name, memory_bytes)
+    assert (found and found.key) == key
+
+
+@pytest.mark.parametrize(
+    ("key", "offered"),
+    [
+        ("a100", ["a100-40gb-pcie", "a100-40gb-sxm", "a100-80gb-pcie", "a100-80gb-sxm"]),
+        ("a100-80gb", ["a100-80gb-pcie", "a100-80gb-sxm"]),
+        ("h100", ["h100-pcie", "h100-sxm"]),
+        ("T4", ["t4"]),
+    ],
+)
+def test_a_shorthand_is_answered_with_the_parts_it_may_mean(key: str, offered: list[str]) -> None:
+    with pytest.raises(UsageError, match="there is no hardware") as caught:
+        catalog.hardware(key)
+    assert caught.value.hint == f"did you mean {'one of ' if len(offered) > 1 else ''}{', '.join(offered)}?"
+
+
+def test_an_unknown_name_lists_what_is_known() -> None:
+    with pytest.raises(UsageError) as caught:
+        catalog.base("windows")
+    assert caught.value.hint == "known: cpu, cuda12.8, cuda13.0, ngc25.12"
+
+
+def test_the_vocabulary_of_a_spec_is_the_catalog() -> None:
+    vocabulary = catalog.vocabulary()
+    assert vocabulary["hardware"] == list(catalog.hardware_profiles())
+    assert vocabulary["image.base"] == list(catalog.bases())
+    plans = (assets.root() / "benchmarks" / "plans").glob("*.yaml")
+    assert vocabulary["bench.plan"] == sorted(plan.stem for plan in plans)
+
+
+def test_a_base_of_your_own_comes_from_a_file(tmp_path: Path) -> None:
+    own = yaml.safe_load((assets.root() / "base-images" / "cuda13.0.yaml").read_text())
+    file = tmp_path / "hardened.yaml"
+    file.write_text(yaml.safe_dump({**own, "digest": "sha256:" + "0" * 64}))
+    assert catalog.base(str(file)).key == "hardened"
+    assert catalog.base(str(file)).driver_floor == 580
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"driver_floor": "new"}, "driver_floor: Input should be a valid integer"),
+        ({"driverfloor": 580}, "unknown driverfloor"),
+        ({"python": {"version": "3.12"}}, "python.executable: Field required"),
+    ],
+)
+def test_every_mistake_in_a_file_of_your_own_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    own = yaml.safe_load((assets.root() / "base-images" / "cuda13.0.yaml").read_text())
+    file = tmp_path / "hardened.yaml"
+    file.write_text(yaml.safe_dump({**own, **change}))
+    with pytest.raises(UsageError) as caught:
+        catalog.base(str(file))
+    assert message in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"compute_capability": "seven"}, "'seven' is not a compute capability"),
+        ({"compute_capability": None}, "compute_capability goes with kind cuda"),
+        ({"peaks": {"fp32": 1.0}}, "peaks lack bf16, fp16, int8"),
+    ],
+)
+def test_a_part_of_your_own_must_make_sense(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    own = yaml.safe_load((assets.root() / "benchmarks" / "hardware" / "t4.yaml").read_text())
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({**own, **change}))
+    with pytest.raises(UsageError) as caught:
+        catalog.hardware(str(file))
+    assert message in caught.value.message

@@ -1,0 +1,212 @@
+"""What fits what, and why not: each judgement with its exact words where users will act on them."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import pytest
+
+from inferctl import catalog, fit
+from inferctl.spec import Spec
+
+TODAY = datetime.date(2026, 11, 24)
+MINILM = fit.ModelSize(
+    22_713_216, {"architectures": ["BertModel"], "hidden_size": 384, "intermediate_size": 1536, "vocab_size": 30522}
+)
+SEVEN_BILLION = fit.ModelSize(
+    7_000_000_000,
+    {
+        "architectures": ["MistralForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "vocab_size": 32000,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 32,
+    },
+)
+
+
+def spec(**sections: Any) -> Spec:
+    return Spec.model_validate({"name": "m", "model": {"source": "org/model"}, **sections})
+
+
+def on(part: str, precision: str = "bf16", base: str = "cuda13.0", **options: Any) -> fit.Fit:
+    stack = catalog.stack(catalog.base(base).stack)
+    options = {"model": MINILM, **options}
+    return fit.check_part(spec(serve={"precision": precision}), stack, catalog.hardware(part), **options)
+
+
+def image(hub_model: bool = True, base: str = "cuda13.0", **sections: Any) -> dict[str, fit.Finding]:
+    entry = catalog.base(base)
+    stack = catalog.stack(entry.stack)
+    found = fit.check_image(spec(**sections), entry, stack, hub_model=hub_model, today=TODAY)
+    return {finding.topic: finding for finding in found}
+
+
+def finding(judged: fit.Fit, topic: str) -> fit.Finding:
+    (found,) = [finding for finding in judged.findings if finding.topic == topic]
+    return found
+
+
+def test_bf16_on_a_t4_is_a_warning_that_names_fp16() -> None:
+    judged = on("t4")
+    found = finding(judged, "precision")
+    assert (judged.verdict, judged.level, found.what) == ("warn", "emulated", "bf16 is emulated")
+    assert found.hint == "serve.precision: fp16, or auto to choose for each part"
+
+
+def test_auto_takes_fp16_on_a_t4_and_bf16_on_an_a100() -> None:
+    assert (on("t4", "auto").precision, on("t4", "auto").verdict) == ("fp16", "ok")
+    assert (on("a100-40gb-sxm", "auto").precision, on("a100-40gb-sxm", "auto").verdict) == ("bf16", "ok")
+
+
+def test_a_precision_that_does_not_run_is_an_error() -> None:
+    volta = catalog.Hardware(
+        **{**vars(catalog.hardware("t4")), "key": "v100", "compute_capability": "7.0"}  # no V100 in the catalog
+    )
+    judged = fit.check_part(spec(serve={"precision": "int8"}), catalog.stack("torch2.10-cu128"), volta, MINILM)
+    assert (judged.verdict, judged.level) == ("error", "unsupported")
+    assert finding(judged, "precision").hint == "serve.precision: fp16"
+    assert not [f for f in judged.findings if f.topic == "int8"]
+
+
+def test_a_stack_without_kernels_for_the_gpu_is_an_error() -> None:
+    volta = catalog.Hardware(**{**vars(catalog.hardware("t4")), "key": "v100", "compute_capability": "7.0"})
+    modern = fit.check_part(spec(serve={"precision": "fp16"}), catalog.stack("torch2.13-cu130"), volta, MINILM)
+    conservative = fit.check_part(spec(serve={"precision": "fp16"}), catalog.stack("torch2.10-cu128"), volta, MINILM)
+    assert (modern.verdict, modern.kernels) == ("error", False)
+    assert finding(modern, "kernels").why == (
+        "torch2.13-cu130 is built for compute capability 7.5, 8.0, 8.6, 9.0, 10.0, 12.0 (no PTX); the part is 7.0"
+    )
+    assert (conservative.verdict, conservative.kernels) == ("ok", True)
+
+
+def test_what_nobody_read_is_said_to_be_unknown() -> None:
+    judged = on("l4", base="ngc25.12")
+    assert (judged.verdict, judged.kernels) == ("warn", None)
+    assert finding(judged, "kernels").what == "not known whether the stack has kernels"
+
+
+def test_a_cpu_stack_on_a_gpu_is_an_error_and_a_gpu_stack_on_a_cpu_a_waste() -> None:
+    assert finding(on("t4", "fp16", base="cpu"), "kernels").level == "error"
+    assert finding(on("cpu", "fp32"), "kernels").what == "the image is larger than it need be"
+    assert on("cpu", "fp32", base="cpu").verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    ("base", "driver", "level"),
+    [("cuda13.0", 579, "error"), ("cuda13.0", 580, "ok"), ("cuda12.8", 525, "ok"), ("cuda12.8", 470, "error")],
+)
+def test_a_driver_below_the_floor_is_an_error(base: str, driver: int, level: str) -> None:
+    assert finding(on("a10", base=base, driver=driver), "driver").level == level
+
+
+def test_without_a_driver_the_floor_is_told() -> None:
+    found = finding(on("a10"), "driver")
+    assert (found.level, found.what) == ("ok", "CUDA 13 needs driver 580 or newer")
+    assert found.hint
+
+
+def test_int8_is_said_to_save_memory_not_time() -> None:
+    found = finding(on("t4", "int8"), "int8")
+    assert (found.level, found.what) == ("ok", "int8 saves memory, not time")
+    assert found.hint == "for speed: serve.precision: fp16"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
+def test_on_a_cpu_it_depends_on_the_processor(precision: str) -> None:
+    judged = on("cpu", precision, base="cpu")
+    assert (judged.level, judged.verdict) == ("depends", "warn")
+
+
+def test_memory_is_parameters_times_bytes_plus_one_layer_and_overhead() -> None:
+    t4 = catalog.hardware("t4")
+    need = fit.memory(MINILM, "bf16", 16384, t4)
+    assert need.weights == 22_713_216 * 2
+    assert need.activations == 16384 * (5 * 384 + 2 * 1536) * 2
+    assert need.overhead == fit.CUDA_OVERHEAD_BYTES
+    assert need.total == need.weights + need.activations + need.overhead
+    assert fit.memory(MINILM, "fp32", 16384, t4).weights == 22_713_216 * 4
+    assert fit.memory(MINILM, "fp32", 16384, catalog.hardware("cpu")).overhead == 0
+
+
+def test_int8_keeps_the_embedding_table_in_16_bits() -> None:
+    need = fit.memory(MINILM, "int8", 16384, catalog.hardware("t4"))
+    assert need.weights == 22_713_216 + 30522 * 384
+
+
+def test_a_generator_needs_room_for_its_cache() -> None:
+    t4 = catalog.hardware("t4")
+    encoder = fit.ModelSize(7_000_000_000, {**SEVEN_BILLION.config, "architectures": ["MistralModel"]})
+    cache = fit.memory(SEVEN_BILLION, "bf16", 4096, t4).activations - fit.memory(encoder, "bf16", 4096, t4).activations
+    assert cache == 4096 * 2 * 32 * 8 * 128 * 2
+
+
+@pytest.mark.parametrize(
+    ("part", "level"),
+    [("a100-40gb-mig-1g.5gb", "error"), ("t4", "error"), ("a100-40gb-mig-3g.20gb", "warn"), ("l4", "ok")],
+)
+def test_a_model_that_is_too_big_for_a_slice_is_an_error(part: str, level: str) -> None:
+    found = finding(on(part, "fp16", model=SEVEN_BILLION), "memory")
+    assert found.level == level
+    assert "estimated" in found.what
+    assert found.why.startswith("estimated: weights 14.0 GB")
+
+
+def test_a_model_that_is_not_here_is_said_to_be_unchecked() -> None:
+    judged = on("t4", "fp16", model=None)
+    assert judged.memory is None
+    assert finding(judged, "memory").what == "memory not checked"
+
+
+def test_a_slice_is_to_be_sized_by_its_multiprocessors() -> None:
+    half, quarter = on("a100-40gb-mig-3g.20gb"), on("a100-40gb-mig-2g.10gb")
+    assert finding(half, "slice").what == "38.9% of the GPU's multiprocessors, 50.0% of its memory"
+    assert finding(half, "slice").hint
+    assert finding(quarter, "slice").hint is None
+
+
+def test_a_hub_model_without_a_revision_floats_and_a_folder_does_not() -> None:
+    assert image()["revision"].level == "warn"
+    assert "revision" not in image(model={"source": "org/model", "revision": "abc"})
+    assert "revision" not in image(hub_model=False)
+
+
+def test_a_base_without_a_digest_is_told_and_a_pinned_mirror_is_not() -> None:
+    assert image()["base.digest"].level == "warn"
+    mirror = "registry.example.com/cuda"
+    assert image(image={"base_image": f"{mirror}:13"})["base.digest"].what == f"{mirror}:13 is not pinned by digest"
+    assert "base.digest" not in image(image={"base_image": f"{mirror}@sha256:{'0' * 64}"})
+
+
+def test_an_end_of_life_is_told_before_and_after() -> None:
+    base = catalog.base("cuda13.0")
+    stack = catalog.stack(base.stack)
+
+    def told(today: datetime.date) -> tuple[str, str]:
+        found = fit.check_image(spec(), base, stack, hub_model=False, today=today)
+        (end,) = [f for f in found if f.topic == "base.end_of_life"]
+        return end.level, end.what
+
+    assert told(TODAY) == ("ok", "cuda13.0 is maintained until 2028-06-30")
+    assert told(datetime.date(2028, 2, 1)) == ("warn", "cuda13.0 ends on 2028-06-30")
+    assert told(datetime.date(2028, 6, 30)) == ("warn", "cuda13.0 is past its end of life, 2028-06-30")
+    assert image(base="ngc25.12")["base.end_of_life"].what == "ngc25.12: end of life unknown"
+
+
+def test_no_slo_is_told() -> None:
+    assert image()["slo"].level == "warn"
+    assert image(slo={"p99_ms": 70})["slo"].what == "p99 within 70 ms"
+
+
+def test_a_platform_without_a_lock_is_an_error_unless_you_bring_one() -> None:
+    assert image(image={"platform": "linux/arm64"})["platform"].level == "error"
+    assert "platform" not in image(image={"platform": "linux/arm64", "locks": "mine"})
+    assert image(image={"platform": "linux/s390x", "locks": "mine"})["platform"].level == "error"
+
+
+def test_the_gravest_finding_decides() -> None:
+    levels = [fit.Finding(level, "t", "w", "y") for level in ("ok", "error", "warn")]
+    assert (fit.worst(levels), fit.worst(levels[::2]), fit.worst([])) == ("error", "warn", "ok")
