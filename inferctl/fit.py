@@ -270,10 +270,8 @@ def _memory(need: Memory | None, part: Hardware) -> Finding:
     if need is None:
         why = "the model's files are not on this machine"
         return Finding("warn", "memory", "memory not checked", why, "--model FOLDER, or fetch the model", part.key)
-    why = (
-        f"estimated: weights {gigabytes(need.weights)}, activations {gigabytes(need.activations)}"
-        f", overhead {gigabytes(need.overhead)}"
-    )
+    sizes = (gigabytes(size) for size in (need.weights, need.activations, need.overhead))
+    why = "weights {}, activations of one full batch {}, CUDA itself {}".format(*sizes)
     if part.memory_bytes is None:
         what = f"needs about {gigabytes(need.total)}, estimated"
         return Finding("ok", "memory", what, f"{why}; the profile has no memory size", None, part.key)
@@ -290,8 +288,8 @@ def _slice(part: Hardware) -> Iterator[Finding]:
     if not part.mig:
         return
     compute, memory_share = part.mig.compute_share, part.mig.memory_fraction
-    what = f"{compute:.1%} of the GPU's multiprocessors, {memory_share:.1%} of its memory"
+    what = f"{compute:.1%} of the GPU's compute, {memory_share:.1%} of its memory"
     why = f"{part.mig.sms} of {part.mig.parent_sms} multiprocessors; bandwidth is taken as the memory's share, not measured"
     misleading = memory_share - compute > 0.05
-    hint = "size it by the multiprocessors, not by its name" if misleading else None
+    hint = "size it by its compute, not by its name" if misleading else None
     yield Finding("ok", "slice", what, why, hint, part.key)

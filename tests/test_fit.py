@@ -152,7 +152,7 @@ def test_a_model_that_is_too_big_for_a_slice_is_an_error(part: str, level: str) 
     found = finding(on(part, "fp16", model=SEVEN_BILLION), "memory")
     assert found.level == level
     assert "estimated" in found.what
-    assert found.why.startswith("estimated: weights 14.0 GB")
+    assert found.why.startswith("weights 14.0 GB, ")
 
 
 def test_a_model_that_is_not_here_is_said_to_be_unchecked() -> None:
@@ -161,9 +161,9 @@ def test_a_model_that_is_not_here_is_said_to_be_unchecked() -> None:
     assert finding(judged, "memory").what == "memory not checked"
 
 
-def test_a_slice_is_to_be_sized_by_its_multiprocessors() -> None:
+def test_a_slice_is_to_be_sized_by_its_compute() -> None:
     half, quarter = on("a100-40gb-mig-3g.20gb"), on("a100-40gb-mig-2g.10gb")
-    assert finding(half, "slice").what == "38.9% of the GPU's multiprocessors, 50.0% of its memory"
+    assert finding(half, "slice").what == "38.9% of the GPU's compute, 50.0% of its memory"
     assert finding(half, "slice").hint
     assert finding(quarter, "slice").hint is None
 

@@ -1,0 +1,183 @@
+"""`inferctl check` and `inferctl catalog` as a person or a pipeline sees them: exit code, stdout, stderr."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from inferctl import catalog
+from inferctl.cli import run
+
+Golden = Callable[[str, str], None]
+Captured = pytest.CaptureFixture[str]
+
+SPEC = """\
+name: minilm
+model: {source: model}
+serve: {precision: bf16}
+image: {base: cuda13.0}
+hardware: [t4, a100-40gb-mig-1g.5gb, a100-40gb-mig-3g.20gb, l4]
+slo: {p99_ms: 70}
+"""
+
+
+def model_folder(path: Path, rows: int, width: int = 384) -> None:
+    """A model folder whose weights file is a hole of the right size: only its header is ever read."""
+    path.mkdir()
+    config = {"architectures": ["BertModel"], "hidden_size": width, "intermediate_size": 4 * width, "vocab_size": 30522}
+    (path / "config.json").write_text(json.dumps(config))
+    size = rows * width * 2
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [rows, width], "data_offsets": [0, size]}}).encode()
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a spec and a model of 22.7 million parameters, and the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inferctl.yaml").write_text(SPEC)
+    model_folder(tmp_path / "model", rows=59_149)
+    return tmp_path
+
+
+def test_the_report_at_80_columns(here: Path, capsys: Captured, golden: Golden) -> None:
+    code = run(["check"])
+    told = capsys.readouterr()
+    assert (code, told.err) == (0, "")
+    assert max(map(len, told.out.splitlines())) <= 80
+    golden("check-warnings.txt", told.out)
+
+
+def test_a_model_too_big_for_a_slice_ends_with_2(here: Path, capsys: Captured, golden: Golden) -> None:
+    model_folder(here / "large", rows=1_000_000, width=4096)
+    code = run(["check", "--model", "large"])
+    told = capsys.readouterr()
+    assert code == 2
+    golden("check-too-big.txt", told.out)
+
+
+def test_a_driver_that_is_too_old_ends_with_2(here: Path, capsys: Captured) -> None:
+    assert run(["check", "--driver", "535.129.03"]) == 2
+    assert "driver 535 is too old" in capsys.readouterr().out
+    assert run(["check", "--driver", "580.65.06"]) == 0
+
+
+def test_a_driver_that_is_none_is_a_usage_mistake(here: Path, capsys: Captured) -> None:
+    assert run(["check", "--driver", "new"]) == 2
+    assert capsys.readouterr().err.startswith("error: --driver: 'new' is not a driver version\n\nhint: ")
+
+
+def test_all_judges_every_part(here: Path, capsys: Captured) -> None:
+    assert run(["check", "--hardware", "all", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [part["key"] for part in document["hardware"]] == list(catalog.hardware_profiles())
+
+
+def test_the_document_has_stable_keys(here: Path, capsys: Captured) -> None:
+    assert run(["check", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert list(document) == [
+        *("ok", "verdict", "file", "name", "precision", "base", "stack", "hardware", "findings", "problems")
+    ]
+    t4 = document["hardware"][0]
+    assert t4["precision"] == {
+        "requested": "bf16",
+        "effective": "bf16",
+        "level": "emulated",
+        "reason": "compute capability 7.5 has no bf16 tensor cores (8.0 or newer needed): use fp16",
+    }
+    assert t4["memory"] == {
+        "estimated": True,
+        "needs_bytes": 45_426_432 + 163_577_856 + 1_000_000_000,
+        "has_bytes": 16_000_000_000,
+        "weights_bytes": 45_426_432,
+        "activations_bytes": 163_577_856,
+        "overhead_bytes": 1_000_000_000,
+    }
+    assert set(document["findings"][0]) == {"level", "topic", "part", "what", "why", "hint"}
+    assert document["stack"]["driver_floor"] == 580
+
+
+def test_every_mistake_of_a_spec_is_told_at_once(here: Path, capsys: Captured) -> None:
+    (here / "inferctl.yaml").write_text(
+        SPEC.replace("bf16", "bf17").replace("cuda13.0", "cuda13").replace("t4,", "t5,")
+    )
+    assert run(["check"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("error: 3 mistakes\n")
+    assert all(word in told.err for word in ("bf17", "'cuda13'", "'t5'"))
+
+
+def test_the_mistakes_come_as_a_document_too(here: Path, capsys: Captured) -> None:
+    (here / "inferctl.yaml").write_text(SPEC.replace("cuda13.0", "cuda13"))
+    assert run(["check", "--json"]) == 2
+    document = json.loads(capsys.readouterr().out)
+    assert document["ok"] is False
+    (problem,) = document["problems"]
+    assert (problem["path"], problem["line"]) == ("image.base", 4)
+
+
+def test_a_spec_without_hardware_is_told_so(here: Path, capsys: Captured) -> None:
+    (here / "inferctl.yaml").write_text("\n".join(line for line in SPEC.splitlines() if "hardware" not in line))
+    assert run(["check"]) == 0
+    assert "no hardware named" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_here_is_not_checked(here: Path, capsys: Captured) -> None:
+    assert run(["check", "--model", "org/model"]) == 0
+    told = capsys.readouterr().out
+    assert "memory not checked" in told
+    assert "the model's revision floats" in told
+
+
+def test_a_broken_model_folder_is_an_error(here: Path, capsys: Captured) -> None:
+    (here / "model" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    assert run(["check"]) == 2
+    assert "not a complete safetensors file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["bases", "stacks", "hardware"])
+def test_the_catalog_fits_80_columns(what: str, capsys: Captured, golden: Golden) -> None:
+    assert run(["catalog", what]) == 0
+    told = capsys.readouterr()
+    assert max(map(len, told.out.splitlines())) <= 80
+    golden(f"catalog-{what}.txt", told.out)
+
+
+@pytest.mark.parametrize("what", ["bases", "stacks", "hardware"])
+def test_the_catalog_is_one_document(what: str, capsys: Captured) -> None:
+    assert run(["catalog", what, "--json"]) == 0
+    told = capsys.readouterr()
+    entries = json.loads(told.out)
+    known = {"bases": catalog.bases(), "stacks": catalog.stacks(), "hardware": catalog.hardware_profiles()}[what]
+    assert [entry["key"] for entry in entries] == list(known)
+    assert all(entry["sources"] or entry["notes"] for entry in entries)
+    assert told.err == ""
+
+
+def test_an_entry_is_explained_with_its_sources(capsys: Captured, golden: Golden) -> None:
+    assert run(["catalog", "hardware", "a100-40gb-mig-3g.20gb"]) == 0
+    golden("catalog-slice.txt", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("what", ["bases", "stacks", "hardware"])
+def test_every_entry_can_be_explained(what: str, capsys: Captured) -> None:
+    known = {"bases": catalog.bases(), "stacks": catalog.stacks(), "hardware": catalog.hardware_profiles()}[what]
+    for key, entry in known.items():
+        assert run(["catalog", what, key]) == 0
+        told = capsys.readouterr().out
+        assert all(f"[{number}] " in told for number in range(1, len(entry.sources) + 1))
+
+
+def test_a_shorthand_is_answered_with_what_it_may_mean(capsys: Captured) -> None:
+    assert run(["catalog", "hardware", "h100"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err == "error: there is no hardware 'h100'\n\nhint: did you mean one of h100-pcie, h100-sxm?\n"
