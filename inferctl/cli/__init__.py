@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 import inferctl
-from inferctl.cli import catalog, check, console, init, lock, render, settings
+from inferctl.cli import build, catalog, check, console, doctor, init, lock, push, render, serve, settings
 from inferctl.errors import EXIT_INTERRUPTED, InferctlError, UsageError
 
 app = typer.Typer(
@@ -46,8 +46,12 @@ app.command("init")(init.init)
 app.command("check")(check.check)
 app.command("render")(render.render)
 app.command("lock")(lock.lock)
+app.command("build")(build.build)
+app.command("push")(push.push)
+app.command("serve", epilog=serve.EPILOG)(serve.serve)
 app.command("config")(settings.config)
 app.add_typer(catalog.app, name="catalog")
+app.command("doctor")(doctor.doctor)
 app.command("schema")(settings.schema)
 
 

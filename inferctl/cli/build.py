@@ -1,0 +1,223 @@
+"""`inferctl build`: plan, build, verify, tag, push."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from inferctl.cli import console
+from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load
+
+if TYPE_CHECKING:
+    from inferctl.image.build import Built
+    from inferctl.image.plan import BuildPlan
+
+_FILE = {"exists": False, "dir_okay": False, "metavar": "FILE"}
+
+
+def build(
+    spec_file: SpecFile = None,
+    model: ModelSource = None,
+    precision: PrecisionOption = None,
+    base: Annotated[str | None, typer.Option(help="Base image: an entry of `inferctl catalog bases`.")] = None,
+    base_image: Annotated[str | None, typer.Option(help="Your mirror of the base image, best with a digest.")] = None,
+    tag: Annotated[
+        str | None, typer.Option("--tag", "-t", metavar="NAME", help="Name of the image; default: from the spec.")
+    ] = None,
+    push: Annotated[bool, typer.Option("--push", help="Push once it is verified.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print plan, Dockerfile and size forecast; build nothing.")
+    ] = False,
+    max_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Refuse to build an image forecast to be larger, as in 6GB.")
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Start the image and check its vectors before it gets its name."),
+    ] = True,
+    ready_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long the image may take to be ready.")
+    ] = 300.0,
+    lint_layers: Annotated[
+        bool, typer.Option("--lint/--no-lint", help="Look for bytes wasted in the image's layers.")
+    ] = True,
+    platform: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Platforms, as in linux/amd64,linux/arm64.")
+    ] = None,
+    cache_to: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REF", help="Export the build cache: a registry name (mode max), or type=..."),
+    ] = None,
+    cache_from: Annotated[
+        list[str] | None, typer.Option(metavar="REF", help="Import a build cache: a registry name, or type=...")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="oci=FILE", help="Write the image as an OCI archive too.")
+    ] = None,
+    metadata_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write digest and names as JSON, as buildx does.")
+    ] = None,
+    pip_conf: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="pip's configuration with your index, as a build secret.")
+    ] = None,
+    ca: Annotated[Path | None, typer.Option(metavar="FILE", help="Certificate authorities, as a build secret.")] = None,
+    hf_token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Token for gated hub models, as a build secret.")
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="`host`: build steps and the verification use the host's network."),
+    ] = None,
+    allow_floating: Annotated[
+        bool, typer.Option("--allow-floating", help="Build although the hub model has no commit.")
+    ] = False,
+    provenance: Annotated[
+        bool, typer.Option("--provenance/--no-provenance", help="Attach provenance where the builder can.")
+    ] = True,
+    sbom: Annotated[bool, typer.Option("--sbom/--no-sbom", help="Attach an SBOM where the builder can.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Build the image of the spec, verify it, name it, and with --push publish it; prints its name@digest or id.
+
+    Example: inferctl build --push --max-size 6GB
+    """
+    from inferctl import catalog, render
+    from inferctl.cli.render import rendered_image
+    from inferctl.image.forecast import parse_size
+    from inferctl.image.plan import BuildOptions, plan
+
+    flags = {"model.source": model, "serve.precision": precision, "image.base": base, "image.base_image": base_image}
+    resolved = load(spec_file, {**flags, "image.max_size": max_size})
+    spec = resolved.spec
+    secrets = {"pip_conf": pip_conf, "ca": ca, "hf_token": hf_token_file}
+    options = BuildOptions(
+        push=push,
+        verify=verify,
+        lint_layers=lint_layers,
+        platforms=tuple(part.strip() for part in platform.split(",")) if platform else (),
+        cache_to=tuple(cache_to or ()),
+        cache_from=tuple(cache_from or ()),
+        oci=oci_file(output) if output else None,
+        metadata_file=metadata_file,
+        reference=full_reference(tag) if tag else None,
+        secrets={name: file for name, file in secrets.items() if file is not None},
+        network=network,
+        allow_floating=allow_floating,
+        max_bytes=parse_size(spec.image.max_size) if spec.image.max_size else None,
+        provenance=provenance,
+        sbom=sbom,
+        ready_seconds=ready_timeout,
+    )
+    chosen = catalog.base(spec.image.base)
+    made = plan(spec, chosen, catalog.stack(chosen.stack), rendered_image(resolved), render.server_files(), options)
+    for finding in made.findings:
+        console.warn(finding.text())
+    if dry_run:
+        _print_plan(made, as_json)
+        return
+    built = _run(made)
+    _print(built, as_json)
+
+
+def oci_file(text: str) -> Path:
+    """`oci=FILE` or `type=oci,dest=FILE` -> FILE. Raises `UsageError`."""
+    from inferctl.errors import UsageError
+
+    fields = dict(part.partition("=")[::2] for part in text.split(","))
+    file = fields.get("oci") or (fields.get("dest") if fields.get("type") == "oci" else None)
+    if not file:
+        raise UsageError(f"--output {text!r} is not understood", "write it as oci=FILE or type=oci,dest=FILE")
+    if not Path(file).absolute().parent.is_dir():
+        raise UsageError(f"there is no folder for {file}", "make it first")
+    return Path(file)
+
+
+def full_reference(text: str) -> str:
+    """`name` -> `name:latest`, `name:tag` as it is. Raises `UsageError` for what is no image name."""
+    import re
+
+    from inferctl.errors import UsageError
+
+    part = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+    host = r"(?:[A-Za-z0-9.-]+(?::\d+)?/)?"
+    if not re.fullmatch(rf"{host}{part}(?:/{part})*(?::[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}})?", text):
+        raise UsageError(
+            f"{text!r} is not an image name", "as in registry.example.com/team/name:tag, all lower case but the tag"
+        )
+    return text if ":" in text.rpartition("/")[2] else f"{text}:latest"
+
+
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """A cancelled CI job gets SIGTERM: clean up for it as for Ctrl-C."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(made: BuildPlan) -> Built:
+    import sys
+
+    from inferctl.cli.buildview import BuildView
+    from inferctl.image import build as building
+    from inferctl.image.docker import Engine
+
+    engine = Engine.connect()
+    with terminated_like_interrupted(), BuildView(live=sys.stderr.isatty()) as view:
+        running = building.run(made, engine, engine.info())
+        try:
+            while True:
+                view.show(next(running))
+        except StopIteration as end:
+            result: Built = end.value
+            return result
+        finally:
+            running.close()
+
+
+def _print_plan(made: BuildPlan, as_json: bool) -> None:
+    from inferctl.image.forecast import size
+
+    if as_json:
+        console.document(made.document())
+        return
+    total = f"{'' if made.forecast.complete else 'at least '}{size(made.forecast.total)} compressed"
+    lines = [made.reference, *(f"  {step}" for step in made.steps()), "", f"size forecast: {total}"]
+    lines += [f"  {line}" for line in made.forecast.lines()]
+    console.data("\n".join([*lines, "", made.rendered.dockerfile]))
+
+
+def _print(built: Built, as_json: bool) -> None:
+    from inferctl.cli.buildview import short
+    from inferctl.image.forecast import size
+
+    for layer in built.layers:
+        if layer.size:
+            console.note(f"  {size(layer.size):>10}  {short(layer.created_by)}")
+    for finding in built.findings:
+        console.warn(finding.text())
+    if built.verified:
+        found = built.verified
+        near = f", cosine to fp32 at least {found.cosine_min:.6f}" if found.cosine_min is not None else ""
+        console.note(
+            f"verified: {found.precision} ({found.level}) on {found.device}, {found.texts} texts, {found.dimensions} dimensions{near}"
+        )
+    sizes = f"{size(built.size)} uncompressed"
+    sizes += f", {size(built.compressed)} compressed" if built.compressed is not None else ""
+    sizes += f", {size(built.pushed)} pushed" if built.pushed is not None else ""
+    console.note(f"{built.reference}: {sizes}")
+    if as_json:
+        console.document(built.document())
+    else:
+        console.data(built.digest or built.image)

@@ -1,0 +1,139 @@
+"""Build and push events as lines for people: one a step, with its seconds, what it moved, and whether it was cached."""
+
+from __future__ import annotations
+
+import re
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from inferctl.cli import console
+from inferctl.image.events import (
+    Event,
+    LayerPush,
+    Note,
+    Phase,
+    Retry,
+    StepBytes,
+    StepFinished,
+    StepLog,
+    StepStarted,
+)
+from inferctl.image.forecast import size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+_NAME_WIDTH = 74
+
+
+class BuildView:
+    """Shows events as they come. On a terminal, what is running shows below the lines, with a clock; elsewhere only lines."""
+
+    def __init__(self, live: bool) -> None:
+        self._progress: Progress | None = None
+        if live:
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+            self._progress = Progress(*columns, console=console.rich(stderr=True), transient=True)
+        self._tasks: dict[str, TaskID] = {}
+        self._names: dict[str, str] = {}
+        self._layers: dict[str, LayerPush] = {}
+        self._said: dict[str, float] = {}
+
+    def __enter__(self) -> BuildView:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def show(self, event: Event) -> None:
+        """Show one event."""
+        match event:
+            case Phase(name, detail):
+                self._line(f"{name}: {detail}" if detail else name)
+            case Note(text):
+                self._line(f"  {text}")
+            case StepStarted(id, name):
+                self._names[id] = name
+                self._run(id, short(name))
+            case StepBytes(id, item, current, total):
+                of = f" of {size(total)}" if total else ""
+                self._run(
+                    id, f"{short(self._names.get(id, ''))}  {item.removeprefix('sha256:')[:12]} {size(current)}{of}"
+                )
+            case StepLog(id, name, text):
+                self._run(id, f"{short(name)}  {text[:60]}")
+            case StepFinished():
+                self._finished(event)
+            case LayerPush():
+                self._pushed(event)
+            case Retry(attempt, attempts, delay, reason):
+                self._line(f"  attempt {attempt} of {attempts} failed, again in {delay:.0f} s: {reason}")
+            case _:
+                pass
+
+    def _finished(self, step: StepFinished) -> None:
+        self._done(step.id)
+        if step.error is not None and "context canceled" in step.error:
+            return
+        moved = f"  {size(step.bytes)}" if step.bytes > 1000 else ""
+        if step.name.startswith("[internal]") and not step.error and not moved:
+            return
+        result = "FAILED" if step.error else "CACHED" if step.cached else f"{step.seconds:.1f}s"
+        self._line(f"  {short(step.name):<{_NAME_WIDTH}} {result:>7}{moved}")
+
+    def _pushed(self, layer: LayerPush) -> None:
+        before = self._layers.get(layer.id)
+        self._layers[layer.id] = layer
+        if layer.status == "pushing":
+            of = f" of {size(layer.total)}" if layer.total else ""
+            self._run(layer.id, f"{layer.id}  {size(layer.current)}{of}")
+            return
+        if layer.status == "waiting" or (before and before.status == layer.status):
+            return
+        self._done(layer.id)
+        sent = f"  {size(before.total)} uncompressed" if before and before.total and layer.status == "pushed" else ""
+        words = {"pushed": "pushed", "exists": "already there", "mounted": "already there (another repository has it)"}
+        self._line(f"  {layer.id}  {words[layer.status]}{sent}")
+
+    def _run(self, key: str, text: str) -> None:
+        if self._progress is None:
+            self._still(key, text)
+            return
+        if key not in self._tasks:
+            self._tasks[key] = self._progress.add_task(text, total=None)
+        else:
+            self._progress.update(self._tasks[key], description=text)
+
+    def _still(self, key: str, text: str) -> None:
+        """Without a terminal, a step says every half minute that it is alive: CI kills jobs that are silent."""
+        now = time.monotonic()
+        if now - self._said.setdefault(key, now) >= 30:
+            self._said[key] = now
+            console.note(f"  ... {text}")
+
+    def _done(self, key: str) -> None:
+        self._said.pop(key, None)
+        task = self._tasks.pop(key, None)
+        if self._progress and task is not None:
+            self._progress.remove_task(task)
+
+    def _line(self, text: str) -> None:
+        if self._progress:
+            self._progress.console.print(text, markup=False, overflow="ignore", crop=False)
+        else:
+            console.note(text)
+
+
+def short(name: str, width: int = _NAME_WIDTH) -> str:
+    """A step's name on one line: mounts and options out, the rest cut to `width`."""
+    text = re.sub(r"\s--(?:mount|link|from|chown|chmod)(?:=\S+)?", "", name)
+    text = re.sub(r"\s+", " ", text).strip()
+    return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -1,0 +1,45 @@
+"""`inferctl push`: push an image that is in the engine; any failure is a failure."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from inferctl.cli import console
+from inferctl.cli.options import Json
+
+
+def push(
+    reference: Annotated[
+        str, typer.Argument(metavar="REF", help="Name of the image, as in registry.example.com/team/name:tag.")
+    ],
+    attempts: Annotated[
+        int, typer.Option(min=1, max=10, help="How often to try when the registry or the network is flaky.")
+    ] = 4,
+    as_json: Json = False,
+) -> None:
+    """Push an image and print its name@digest.
+
+    Example: inferctl push registry.example.com/ml/minilm:bf16
+    """
+    from inferctl.cli.build import full_reference, terminated_like_interrupted
+    from inferctl.cli.buildview import BuildView
+    from inferctl.image.docker import Engine
+    from inferctl.image.publish import push_named
+
+    engine = Engine.connect()
+    with terminated_like_interrupted(), BuildView(live=sys.stderr.isatty()) as view:
+        running = push_named(engine, full_reference(reference), attempts)
+        try:
+            while True:
+                view.show(next(running))
+        except StopIteration as end:
+            outcome = end.value
+        finally:
+            running.close()
+    if as_json:
+        console.document(outcome.document())
+    else:
+        console.data(outcome.digest)

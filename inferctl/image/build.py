@@ -1,0 +1,201 @@
+"""Plan, build, verify, tag, push: the whole way of an image, as a stream of events.
+
+plan() ──► run():  stage context ──► buildx ──► lint ──► verify ──► tag ──► push ──► compare with what was verified
+                              an image without a name │ discarded when anything fails │ named only from here on
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from inferctl.errors import InferctlError, NotReadyError
+from inferctl.image import buildx, forecast, layers, lint
+from inferctl.image.context import staged
+from inferctl.image.docker import Engine, EngineInfo, ImageInfo, LayerInfo
+from inferctl.image.events import Event, Note, Phase, StepFinished
+from inferctl.image.plan import BuildPlan
+from inferctl.image.publish import Outcome, build_once, publish
+from inferctl.image.verify import Verified, VerifyOptions, verify
+
+# Reading an image out of the engine to look for hidden files takes about a second for each 100 MB.
+_ANALYSED_BYTES = 4_000_000_000
+
+
+@dataclass(frozen=True)
+class Built:
+    """The image that came out. `digest` is `name@sha256:...` when it was pushed; sizes are bytes.
+
+    `size` is uncompressed; `compressed` what the registry stores, `pushed` what this push sent: both None when not known.
+    """
+
+    image: str
+    reference: str
+    digest: str | None
+    size: int
+    compressed: int | None
+    pushed: int | None
+    steps: tuple[StepFinished, ...]
+    layers: tuple[LayerInfo, ...]
+    planned_findings: tuple[lint.Finding, ...]
+    findings: tuple[lint.Finding, ...]
+    verified: Verified | None
+    forecast: forecast.Forecast
+    seconds: Mapping[str, float]
+
+    def document(self) -> dict[str, Any]:
+        """As JSON, for `--json`."""
+        steps = [
+            {"name": s.name, "seconds": round(s.seconds, 3), "cached": s.cached, "bytes": s.bytes} for s in self.steps
+        ]
+        return {
+            "image": self.image,
+            "reference": self.reference,
+            "digest": self.digest,
+            "size_bytes": self.size,
+            "compressed_bytes": self.compressed,
+            "pushed_bytes": self.pushed,
+            "forecast": self.forecast.document(),
+            "steps": steps,
+            "layers": [vars(layer) for layer in self.layers],
+            "findings": [vars(finding) for finding in (*self.planned_findings, *self.findings)],
+            "verified": self.verified.document() if self.verified else None,
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+        }
+
+
+def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, None, Built]:
+    """Do what `plan` says; yields events and returns the image.
+
+    Whatever fails, or when this generator is closed: containers are removed, the image without a name is discarded, and
+    `plan.reference` names what it named before.
+    """
+    options = plan.options
+    builder = buildx.detect(info.containerd_store)
+    platforms = options.platforms or (info.platform,)
+    native = info.platform if info.platform in platforms else platforms[0]
+    clock = _Clock()
+    with staged(plan.rendered, plan.server) as context:
+        request = buildx.BuildRequest(
+            context=context,
+            contexts=plan.rendered.contexts,
+            secrets=options.secrets,
+            platforms=(native,) if native != info.platform or options.platforms else (),
+            cache_to=options.cache_to,
+            cache_from=options.cache_from,
+            network=options.network,
+        )
+        outputs = (f"type=oci,dest={options.oci}",) if options.oci else ()
+        buildx.refuse(builder, replace(request, platforms=platforms if options.platforms else (), outputs=outputs))
+        if options.verify and native != info.platform:
+            raise NotReadyError(
+                f"an image for {native} cannot be started on this engine ({info.platform}), so it cannot be verified",
+                "build it on such a machine, or give `--no-verify`",
+            )
+        yield Phase("build", builder.describe())
+        if builder.checks:
+            for warning in buildx.check(request):
+                yield Note(f"Dockerfile check: {warning}")
+        steps, metadata = yield from build_once(request)
+        clock.lap("build")
+        image = _loaded(engine, metadata)
+        try:
+            findings, checked = yield from _examine(plan, engine, info, image)
+            clock.lap("verify")
+            outcome = yield from publish(plan, engine, builder, request, image, _config_digest(metadata, image))
+            clock.lap("publish")
+        except BaseException:
+            engine.discard(image.id)
+            raise
+    if options.metadata_file:
+        _write_metadata(options.metadata_file, metadata, plan.reference, image, outcome)
+    return Built(
+        image=image.id,
+        reference=plan.reference,
+        digest=outcome.digest,
+        size=image.size,
+        compressed=outcome.compressed,
+        pushed=outcome.pushed,
+        steps=tuple(steps),
+        layers=tuple(engine.history(plan.reference)),
+        planned_findings=plan.findings,
+        findings=tuple(findings),
+        verified=checked,
+        forecast=plan.forecast,
+        seconds=clock.laps,
+    )
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name] = now - self._last
+        self._last = now
+
+
+def _loaded(engine: Engine, metadata: Mapping[str, Any]) -> ImageInfo:
+    # The classic store names an image by its configuration, the containerd store by its manifest.
+    for key in ("containerimage.digest", "containerimage.config.digest"):
+        if (found := metadata.get(key)) and (image := engine.image(str(found))):
+            return image
+    raise NotReadyError(
+        "the builder's image did not arrive in the engine",
+        "check that `docker buildx inspect` and `docker info` speak of one engine",
+    )
+
+
+def _config_digest(metadata: Mapping[str, Any], image: ImageInfo) -> str:
+    return str(metadata.get("containerimage.config.digest") or image.id)
+
+
+def _examine(
+    plan: BuildPlan, engine: Engine, info: EngineInfo, image: ImageInfo
+) -> Generator[Event, None, tuple[list[lint.Finding], Verified | None]]:
+    options = plan.options
+    waste = None
+    if options.lint_layers and image.size <= _ANALYSED_BYTES:
+        waste = layers.analyse(engine.save(image.id))
+    elif options.lint_layers:
+        yield Note(f"layers not analysed for wasted bytes: the image has {forecast.size(image.size)}")
+    findings = lint.built(image.environment, image.user, waste)
+    if refused := lint.errors(findings):
+        raise InferctlError("\n".join(f"{f.message}: {f.reason}" for f in refused), refused[0].fix)
+    if not options.verify:
+        return findings, None
+    fetched = plan.spec.model.weights == "download"
+    gpu = plan.stack.cuda is not None and info.gpu
+    yield Phase(
+        "verify",
+        "on the GPU" if gpu else "on the CPU: the engine has no GPU runtime" if plan.stack.cuda else "on the CPU",
+    )
+    if fetched:
+        yield Note("the weights are downloaded when the container starts: vectors are checked, but not against fp32")
+    wanted = VerifyOptions(
+        model=plan.model if plan.spec.model.weights == "mount" else None,
+        network=options.network,
+        gpu=gpu,
+        ready_seconds=options.ready_seconds,
+        compare=not fetched,
+        embeds=plan.spec.model.task == "embed",
+    )
+    return findings, (yield from verify(engine, image, wanted))
+
+
+def _write_metadata(
+    file: Path, metadata: Mapping[str, Any], reference: str, image: ImageInfo, outcome: Outcome
+) -> None:
+    document = {**metadata, "image.name": reference, "image.id": image.id}
+    if outcome.digest:
+        document["containerimage.digest"] = outcome.digest.partition("@")[2]
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    partial.replace(file)

@@ -1,0 +1,95 @@
+"""A push through the engine: every line of its answer is read, because a failure comes as a line in a 200 answer (docker-py #3161, #3277)."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from inferctl.errors import InferctlError
+from inferctl.image import failures
+from inferctl.image.events import LayerPush, LayerStatus, PushEvent, Retry
+
+ATTEMPTS = 4
+_FIRST_DELAY = 1.0
+_STATUS: dict[str, LayerStatus] = {
+    "Preparing": "waiting",
+    "Waiting": "waiting",
+    "Pushing": "pushing",
+    "Pushed": "pushed",
+    "Layer already exists": "exists",
+}
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A push that worked: the digest the registry now has, and what became of each layer (short diff id -> status)."""
+
+    digest: str
+    layers: Mapping[str, LayerStatus]
+
+
+class PushFailedError(Exception):
+    """One attempt failed; the text is the engine's."""
+
+
+def push(
+    open_stream: Callable[[], Iterable[Mapping[str, Any]]],
+    reference: str,
+    attempts: int = ATTEMPTS,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Generator[PushEvent, None, Pushed]:
+    """Push, trying again after failures that may pass: at most `attempts` times, with delays of 1, 2, 4, ... seconds.
+
+    `open_stream` starts one attempt and gives its lines. Raises what `failures.of_push` makes of the last failure.
+    """
+    for attempt in range(1, attempts + 1):
+        try:
+            return (yield from read(open_stream()))
+        except PushFailedError as error:
+            message = str(error)
+            if attempt == attempts or not failures.transient(message):
+                raise failures.of_push(message, reference) from None
+            delay = _FIRST_DELAY * 2 ** (attempt - 1)
+            yield Retry(attempt, attempts, delay, message)
+            sleep(delay)
+    raise InferctlError(f"pushing {reference} was not tried", "give at least one attempt")
+
+
+def read(lines: Iterable[Mapping[str, Any]]) -> Generator[LayerPush, None, Pushed]:
+    """The lines of one attempt. Raises `PushFailedError` at the first error line, or when the answer ends without a digest."""
+    layers: dict[str, LayerStatus] = {}
+    digest: str | None = None
+    for line in lines:
+        if problem := line.get("error") or line.get("errorDetail"):
+            raise PushFailedError(
+                str(problem.get("message", problem)) if isinstance(problem, Mapping) else str(problem)
+            )
+        digest = _digest(line) or digest
+        for event in _layer(line):
+            layers[event.id] = event.status
+            yield event
+    if digest is None:
+        raise PushFailedError("the engine's answer ended without a digest")
+    return Pushed(digest, layers)
+
+
+def _layer(line: Mapping[str, Any]) -> Iterator[LayerPush]:
+    identity, status = line.get("id"), str(line.get("status", ""))
+    if not identity:
+        return
+    kind = "mounted" if status.startswith("Mounted from") else _STATUS.get(status)
+    if kind is None:
+        return
+    detail = line.get("progressDetail") or {}
+    yield LayerPush(str(identity), kind, int(detail.get("current") or 0), int(detail.get("total") or 0))
+
+
+def _digest(line: Mapping[str, Any]) -> str | None:
+    aux = line.get("aux")
+    if isinstance(aux, Mapping) and aux.get("Digest"):
+        return str(aux["Digest"])
+    found = re.search(r"digest: (sha256:[0-9a-f]{64})", str(line.get("status", "")))
+    return found.group(1) if found else None

@@ -1,0 +1,170 @@
+"""The stream that `docker buildx build --progress=rawjson` writes to stderr, turned into events.
+
+The stream is BuildKit's `SolveStatus` (moby/buildkit client/graph.go) as JSON objects, mixed with plain lines. buildx 0.13 indents the
+objects over many lines, later ones write one a line; both are read.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from inferctl.image.events import BuildEvent, PlainLine, StepBytes, StepFinished, StepLog, StepStarted
+
+# A step is first reported as looked up in the cache (microseconds), then again as run: the look-up is not the step.
+_LOOKUP_SECONDS = 0.001
+_TAIL_LINES = 60
+_LOG_LINES = 25
+_STATUS_KEYS = frozenset({"vertexes", "statuses", "logs", "warnings"})
+
+
+@dataclass
+class _Step:
+    name: str = ""
+    started: bool = False
+    finished: bool = False
+    lookup: StepFinished | None = None
+    transfers: dict[str, int] = field(default_factory=dict)
+    partial: str = ""
+    log: deque[str] = field(default_factory=lambda: deque(maxlen=_LOG_LINES))
+
+
+class Reader:
+    """Feed it the lines of stderr in order; it yields events and keeps what an error message needs.
+
+    `tail`: the last plain lines. `failed_step()`: name and last log lines of the step that failed first.
+    """
+
+    def __init__(self) -> None:
+        self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._steps: dict[str, _Step] = {}
+        self._object: list[str] = []
+        self._failed: str | None = None
+
+    def feed(self, line: str) -> Iterator[BuildEvent]:
+        """Events that one line completes."""
+        line = line.rstrip("\r\n")
+        if self._object:
+            if line.startswith((" ", "\t")) or line in ("}", ""):
+                self._object.append(line)
+                if line == "}":
+                    yield from self._close()
+                return
+            yield from self._give_up()
+        if line.startswith("{"):
+            self._object = [line]
+            if line.endswith("}"):
+                yield from self._close()
+            return
+        if line.strip():
+            self.tail.append(line)
+            yield PlainLine(line)
+
+    def finish(self) -> Iterator[BuildEvent]:
+        """Events that only the end of the stream decides."""
+        yield from self._give_up()
+        for digest, step in self._steps.items():
+            if step.partial:
+                yield from self._log_line(digest, step, step.partial)
+                step.partial = ""
+            if step.lookup and not step.finished:
+                step.finished = True
+                yield step.lookup
+
+    def failed_step(self) -> tuple[str, list[str]] | None:
+        """Name and last log lines of the first step that failed, None when none did."""
+        if self._failed is None:
+            return None
+        step = self._steps[self._failed]
+        return step.name, list(step.log)
+
+    def _close(self) -> Iterator[BuildEvent]:
+        text = "\n".join(self._object)
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict) or not value.keys() <= _STATUS_KEYS:
+            yield from self._give_up()
+            return
+        self._object = []
+        yield from self._status(value)
+
+    def _give_up(self) -> Iterator[BuildEvent]:
+        lines, self._object = self._object, []
+        for line in lines:
+            if line.strip():
+                self.tail.append(line)
+                yield PlainLine(line)
+
+    def _status(self, value: dict[str, Any]) -> Iterator[BuildEvent]:
+        for vertex in value.get("vertexes") or []:
+            yield from self._vertex(vertex)
+        for status in value.get("statuses") or []:
+            yield from self._transfer(status)
+        for log in value.get("logs") or []:
+            yield from self._log(log)
+
+    def _vertex(self, vertex: dict[str, Any]) -> Iterator[BuildEvent]:
+        digest = str(vertex.get("digest", ""))
+        step = self._steps.setdefault(digest, _Step())
+        step.name = str(vertex.get("name") or step.name)
+        if not vertex.get("started"):
+            return
+        if not step.started:
+            step.started = True
+            yield StepStarted(digest, step.name)
+        if not vertex.get("completed") or step.finished:
+            return
+        seconds = max(0.0, (_time(vertex["completed"]) - _time(vertex["started"])).total_seconds())
+        cached, error = bool(vertex.get("cached")), vertex.get("error") or None
+        done = StepFinished(digest, step.name, seconds, cached, sum(step.transfers.values()), error)
+        if seconds < _LOOKUP_SECONDS and not cached and not error:
+            step.lookup = done
+            return
+        step.finished = True
+        # When one step fails the others end as cancelled: the first failure is the cause.
+        if error and self._failed is None and "context canceled" not in error:
+            self._failed = digest
+        yield done
+
+    def _transfer(self, status: dict[str, Any]) -> Iterator[BuildEvent]:
+        digest, item = str(status.get("vertex", "")), str(status.get("id", ""))
+        current, total = int(status.get("current") or 0), int(status.get("total") or 0)
+        if not current or item.startswith("extracting"):
+            return
+        step = self._steps.setdefault(digest, _Step())
+        if step.transfers.get(item, 0) < current:
+            step.transfers[item] = current
+            yield StepBytes(digest, item, current, total)
+
+    def _log(self, log: dict[str, Any]) -> Iterator[BuildEvent]:
+        digest = str(log.get("vertex", ""))
+        step = self._steps.setdefault(digest, _Step())
+        try:
+            text = base64.b64decode(log.get("data") or "").decode("utf-8", "replace")
+        except (binascii.Error, ValueError):
+            return
+        *lines, step.partial = (step.partial + text).split("\n")
+        for line in lines:
+            yield from self._log_line(digest, step, line)
+
+    @staticmethod
+    def _log_line(digest: str, step: _Step, line: str) -> Iterator[BuildEvent]:
+        # A progress bar redraws its line with carriage returns: the last state is the line.
+        text = line.rstrip("\r").rsplit("\r", 1)[-1].rstrip()
+        if text:
+            step.log.append(text)
+            yield StepLog(digest, step.name, text)
+
+
+def _time(text: str) -> datetime:
+    # Go writes nanoseconds, Python reads at most microseconds.
+    return datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", text).replace("Z", "+00:00"))
