@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
     from inferctl.catalog import BaseImage, Hardware, Stack
 
-Key = Annotated[str | None, typer.Argument(metavar="[KEY]", help="Explain this entry, with its sources.")]
+Key = Annotated[str | None, typer.Argument(metavar="KEY", help="Explain this entry, with its sources.")]
 
 app = typer.Typer(
-    help="What is known of base images, torch stacks and hardware, with sources.",
+    help="Known bases, torch stacks and hardware, with sources.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -25,7 +25,7 @@ app = typer.Typer(
 
 @app.command()
 def bases(key: Key = None, as_json: Json = False) -> None:
-    """Base images: what they ship, what they need, how long they are maintained.
+    """Base images: contents, needs, end of life.
 
     Example: inferctl catalog bases cuda13.0
     """
@@ -47,7 +47,7 @@ def bases(key: Key = None, as_json: Json = False) -> None:
 
 @app.command()
 def stacks(key: Key = None, as_json: Json = False) -> None:
-    """Torch stacks: torch x CUDA x Python x compute capabilities x driver.
+    """Torch stacks: CUDA, Python, driver, kernels.
 
     Example: inferctl catalog stacks torch2.13-cu130
     """
@@ -80,7 +80,7 @@ def stacks(key: Key = None, as_json: Json = False) -> None:
 
 @app.command()
 def hardware(key: Key = None, as_json: Json = False) -> None:
-    """GPUs, slices of GPUs, and the CPU: peaks, memory, labels, prices.
+    """GPUs, slices and CPU: peaks, memory, prices.
 
     Example: inferctl catalog hardware a100-40gb-mig-3g.20gb
     """
