@@ -264,7 +264,7 @@ else:
             self.play(pool, WARMUP, LOAD["warmup_schedule"], begun)
             while load.phase == WARMUP:
                 gevent.sleep(0.001)
-            assert load.stop_ns is not None  # noqa: S101 - set together with the phase
+            assert load.stop_ns is not None  # set together with the phase
             self.play(pool, MEASURED, LOAD["schedule"], load.stop_ns - int(LOAD["duration_s"] * 1e9))
             pool.join()
             raise StopUser

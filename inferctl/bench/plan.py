@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from inferctl import assets
-from inferctl.errors import Problem, SpecError, UsageError
-from inferctl.spec import Document, did_you_mean, read
+from inferctl.errors import Problem, SpecError, UsageError, did_you_mean
+from inferctl.settings import Document, read
 
 Precision = Literal["auto", "fp32", "fp16", "bf16", "int8"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=40)]

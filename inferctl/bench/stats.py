@@ -55,7 +55,7 @@ def interval_ranks(n: int, q: float, confidence: float = CONFIDENCE) -> tuple[in
     # The quantile is under the sample of rank r when fewer than r samples lie below it: P(B <= r - 1).
     low = start + int(np.searchsorted(below, alpha, side="right"))
     high = start + int(np.searchsorted(below, 1 - alpha, side="left")) + 1
-    return (low, high) if 1 <= low and high <= n else None
+    return (low, high) if low >= 1 and high <= n else None
 
 
 def quantile(ascending: npt.NDArray[np.float64] | Sequence[float], q: float, confidence: float = CONFIDENCE) -> Quantile:

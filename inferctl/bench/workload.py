@@ -12,8 +12,7 @@ import numpy.typing as npt
 
 from inferctl import assets
 from inferctl.bench.plan import Load
-from inferctl.errors import UsageError
-from inferctl.spec import did_you_mean
+from inferctl.errors import UsageError, did_you_mean
 
 ORDER_LENGTH = 65_536
 # Marks where the load generator puts a number that no other request has: without it a server's cache would answer instead of its model.

@@ -1,0 +1,105 @@
+"""What the numbers say, in words: which configuration wins, by how much, at what quality; a difference within the noise is a tie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Less than this between two configurations is called a tie even when the intervals part: the same system differs that much from run to run.
+TIE = 0.05
+
+Row = Mapping[str, Any]
+
+
+def state(rows: Sequence[Row], mode: str) -> list[str]:
+    """Sentences, the most important first. `mode` is that of the load: closed compares throughput, open compares p99."""
+    measured = [row for row in rows if row["outcome"] == "measured" and row["valid"]]
+    sentences = [_winner(measured, mode)] if measured else ["Nothing was measured that can be used: see the reasons."]
+    sentences += _emulated(measured)
+    sentences += _memory(measured)
+    sentences += [
+        f"{row['configuration']} fails on quality: cosine p1 {row['quality']['cosine']['p1']:.4f} (limit {row['quality']['limits']['cosine_p1']:g}), "
+        f"recall@10 {row['recall_at_10']:.3f} (limit {row['quality']['limits']['recall_at_10']:g}); it cannot be recommended."
+        for row in measured
+        if row["quality"].get("passes") is False
+    ]
+    sentences += [f"{row['configuration']} is invalid: {'; '.join(row['reasons'])}." for row in rows if row["receipt"] and not row["valid"]]
+    sentences += [f"{row['configuration']} did not run: {row['reason']}." for row in rows if row["outcome"] == "not run"]
+    absent = [row["configuration"] for row in rows if row["outcome"] == "not measured here"]
+    return sentences + ([f"Not measured here: {', '.join(absent)}."] if absent else [])
+
+
+def _winner(measured: Sequence[Row], mode: str) -> str:
+    fit = [row for row in measured if row["quality"].get("passes") is not False]
+    if not fit:
+        return "No configuration keeps the quality of fp32, so none is recommended."
+    ranked = sorted(fit, key=lambda row: cost(row, mode))
+    best, others = ranked[0], ranked[1:]
+    tied = [row for row in others if tie(best, row, mode)]
+    beaten = [row for row in others if row not in tied]
+    if not others:
+        return f"{best['configuration']} ran alone: {_figure(best, mode)}, {_quality(best)}."
+    names = " and ".join(row["configuration"] for row in [best, *tied])
+    behind = ", ".join(f"{_ratio(row, best, mode)} of {row['configuration']}" for row in beaten)
+    if tied and not beaten:
+        return f"{names} are a tie: the difference is within the noise ({_figure(best, mode)}, {_quality(best)})."
+    if tied:
+        return f"{names} lead in a tie: {behind}, at {_quality(best)}."
+    return f"{best['configuration']} wins: {behind}, at {_quality(best)}."
+
+
+def cost(row: Row, mode: str) -> float:
+    """What is compared, smaller is better: seconds a request for a closed loop, the p99 (else the p50) for an open one."""
+    if mode == "closed":
+        return 1 / row["requests_per_s"] if row["requests_per_s"] else float("inf")
+    value = row["p99_ms"] or row["p50_ms"]
+    return float(value) if value else float("inf")
+
+
+def tie(one: Row, other: Row, mode: str) -> bool:
+    """Whether two configurations cannot be told apart: under 5 % between them, or intervals that overlap."""
+    if abs(cost(other, mode) / cost(one, mode) - 1) < TIE:
+        return True
+    if mode == "closed":
+        spans = [row["requests_per_s_interval"] for row in (one, other)]
+        return any(span is None for span in spans) or (spans[0]["low"] <= spans[1]["high"] and spans[1]["low"] <= spans[0]["high"])
+    key = "p99_interval_ms" if one["p99_ms"] and other["p99_ms"] else "p50_interval_ms"
+    (low, high), (other_low, other_high) = one[key], other[key]
+    return any(bound is None for bound in (low, high, other_low, other_high)) or (low <= other_high and other_low <= high)
+
+
+def _ratio(slower: Row, best: Row, mode: str) -> str:
+    if mode == "closed":
+        return f"{cost(slower, mode) / cost(best, mode):.2f}x the requests/s"
+    return f"{cost(best, mode) / cost(slower, mode):.0%} of the {'p99' if slower['p99_ms'] else 'p50'}"
+
+
+def _figure(row: Row, mode: str) -> str:
+    return f"{row['requests_per_s']:.1f} requests/s" if mode == "closed" or not row["p99_ms"] else f"p99 {row['p99_ms']:.1f} ms"
+
+
+def _quality(row: Row) -> str:
+    if not row["quality"].get("checked"):
+        return f"quality not checked ({row['quality'].get('reason')})"
+    return f"cosine {row['cosine_mean']:.5f} and recall@10 {row['recall_at_10']:.3f} to fp32"
+
+
+def _emulated(measured: Sequence[Row]) -> list[str]:
+    return [
+        f"{row['configuration']} ran emulated: {row['precision'].get('reason')}."
+        for row in measured
+        if row["precision"].get("level") == "emulated"
+    ]
+
+
+def _memory(measured: Sequence[Row]) -> list[str]:
+    """8-bit weights are about memory: say what they saved, or that they did not."""
+    known = {row["precision"].get("effective"): row for row in measured if row.get("server_peak_bytes")}
+    small, other = known.get("int8"), known.get("bf16") or known.get("fp16") or known.get("fp32")
+    if not small or not other:
+        return []
+    ratio = small["server_peak_bytes"] / other["server_peak_bytes"]
+    return [
+        f"int8 held {small['server_peak_bytes'] / 1e6:.0f} MB at most, {ratio:.2f}x of {other['configuration']}'s "
+        f"{other['server_peak_bytes'] / 1e6:.0f} MB (whole server processes)."
+    ]

@@ -1,0 +1,120 @@
+"""How close a server's vectors are to fp32 ones of the same weights, computed on an independent path (`inferctl.serve.reference`)."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from inferctl.bench.plan import Quality
+from inferctl.bench.stats import rank
+from inferctl.bench.target import Target
+from inferctl.errors import InferctlError
+
+NEIGHBOURS = 10
+_BATCH = 16
+
+Matrix = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """fp32 vectors of `texts`, shape (n, dimensions), from the model folder with the digest `model_sha256`."""
+
+    texts: list[str]
+    vectors: Matrix
+    model_sha256: str
+
+
+def reference(model: Path, texts: list[str], waiting: Callable[[float], None]) -> Reference:
+    """Compute the reference in a process of its own; `waiting` is called with the seconds passed. Raises `InferctlError` when it fails."""
+    arguments = [sys.executable, "-m", "inferctl.serve.reference", str(model)]
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as complaint:
+        given.write(json.dumps(texts).encode())
+        given.seek(0)
+        process = subprocess.Popen(arguments, stdin=given, stdout=answer, stderr=complaint, start_new_session=True)
+        try:
+            passed = 0.0
+            while process.poll() is None:
+                waiting(passed)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)
+                passed += 0.5
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        answer.seek(0)
+        complaint.seek(0)
+        if process.returncode:
+            raise InferctlError(f"the fp32 reference could not be computed: {_reason(complaint.read().decode(errors='replace'))}")
+        document = json.loads(answer.read())
+    rows = [np.frombuffer(base64.b64decode(text), "<f4") for text in document["embeddings"]]
+    return Reference(texts, np.stack(rows), str(document["model_sha256"]))
+
+
+def check(target: Target, expected: Reference, limits: Quality) -> dict[str, Any]:
+    """Embed the reference's texts on `target` and compare. Raises `InferctlError` when the server fails."""
+    rows: list[Sequence[float]] = []
+    for start in range(0, len(expected.texts), _BATCH):
+        rows += target.embed(expected.texts[start : start + _BATCH])
+    found = np.asarray(rows, np.float32)
+    if found.shape != expected.vectors.shape:
+        raise InferctlError(f"the server's vectors have the shape {found.shape}, the reference's {expected.vectors.shape}")
+    if not np.isfinite(found).all():
+        raise InferctlError("the server answered vectors that are not finite")
+    return compare(expected.vectors, found, limits)
+
+
+def compare(expected: Matrix, found: Matrix, limits: Quality) -> dict[str, Any]:
+    """Cosine of each pair of rows, and how many of each text's ten nearest neighbours are the same; shapes (n, dimensions)."""
+    cosine = np.sort(np.sum(_unit(expected) * _unit(found), axis=1))
+    recall = recall_at(expected, found, NEIGHBOURS)
+    p1 = float(cosine[rank(len(cosine), 0.01) - 1])
+    return {
+        "checked": True,
+        "texts": len(expected),
+        "cosine": {"mean": round(float(cosine.mean()), 6), "p1": round(p1, 6), "min": round(float(cosine[0]), 6)},
+        "recall_at_10": round(recall, 4),
+        "limits": {"cosine_p1": limits.min_cosine_p1, "recall_at_10": limits.min_recall},
+        "passes": p1 >= limits.min_cosine_p1 and recall >= limits.min_recall,
+    }
+
+
+def unchecked(reason: str) -> dict[str, Any]:
+    """The quality entry of a receipt whose vectors were not compared."""
+    return {"checked": False, "reason": reason}
+
+
+def recall_at(expected: Matrix, found: Matrix, k: int) -> float:
+    """Mean share of each row's k nearest other rows (by cosine, among `expected`) that are among its k nearest among `found`."""
+    near, got = _nearest(expected, k), _nearest(found, k)
+    return float(np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(near.tolist(), got.tolist(), strict=True)]))
+
+
+def _nearest(vectors: Matrix, k: int) -> npt.NDArray[np.intp]:
+    unit = _unit(vectors)
+    likeness = unit @ unit.T
+    np.fill_diagonal(likeness, -np.inf)
+    return np.argsort(-likeness, axis=1, kind="stable")[:, : min(k, len(vectors) - 1)]
+
+
+def _unit(vectors: Matrix) -> npt.NDArray[np.float64]:
+    wide = vectors.astype(np.float64)
+    unit: npt.NDArray[np.float64] = wide / np.linalg.norm(wide, axis=1, keepdims=True)
+    return unit
+
+
+def _reason(complaint: str) -> str:
+    lines = [line for line in complaint.splitlines() if line.strip()]
+    return next((line.removeprefix("error: ") for line in lines if line.startswith("error:")), lines[-1] if lines else "no message")

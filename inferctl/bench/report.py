@@ -1,0 +1,68 @@
+"""The report: one HTML file that needs nothing else, no network either. Every number in it comes out of the receipts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from inferctl import assets
+from inferctl.bench import charts, view
+from inferctl.bench.receipt import Receipt
+
+
+def write(path: Path, result: Mapping[str, Any], receipts: Sequence[Receipt]) -> Path:
+    """Write the report of `result` (what `inferctl bench --json` prints) and its receipts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(result, receipts), encoding="utf-8")
+    return path
+
+
+def render(result: Mapping[str, Any], receipts: Sequence[Receipt]) -> str:
+    """The page as text."""
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    loader = jinja2.FileSystemLoader(assets.root() / "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    drawn = charts.all_charts(receipts)
+    return environment.get_template("report.html.j2").render(
+        result=result,
+        rows=[{**row, "runs_as": view.runs_as(row["precision"])} for row in result["rows"]],
+        honesty=honesty(result, receipts),
+        charts=drawn,
+        colours=charts.colours(receipts),
+        # A name from the command line must not be able to end the script element.
+        figures=json.dumps({name: figure for name, (_, _, figure) in drawn.items()}).replace("<", "\\u003c"),
+        plotly=get_plotlyjs(),
+        receipts=[one.data for one in receipts],
+        seals={one.name: one.data["seal"] for one in receipts},
+    )
+
+
+def honesty(result: Mapping[str, Any], receipts: Sequence[Receipt]) -> list[tuple[str, str]]:
+    """(kind, sentence): what to know before reading a number. Kinds: invalid, missing, emulated, caution, setup."""
+    notes = [("invalid", f"{one.name} is invalid: {reason}") for one in receipts for reason in one.data["validity"]["reasons"]]
+    for row in result["rows"]:
+        if row["outcome"] == "not measured here":
+            notes.append(("missing", f"{row['configuration']} was not measured: {row['reason']}. No figures are made up for it."))
+        elif row["outcome"] == "not run":
+            notes.append(("missing", f"{row['configuration']} did not run: {row['reason']}"))
+    for one in receipts:
+        precision = one.data["precision"]
+        if precision["level"] == "emulated":
+            notes.append(("emulated", f"{one.name} ran emulated: {precision['reason']}"))
+        if not one.data["quality"]["checked"]:
+            notes.append(("missing", f"{one.name}: quality not checked, {one.data['quality']['reason']}"))
+        notes += [("caution", f"{one.name}: {caution}") for caution in one.data["validity"]["cautions"]]
+    load = result["load"]
+    if load["mode"] == "closed":
+        notes.append(("setup", "Closed loop: a slow server is asked less, so its latency under a fixed rate would be worse than shown."))
+    if any(one.data["configuration"]["url"] is None for one in receipts):
+        notes.append(("setup", "Load generator and server shared this machine's cores: compare the configurations with each other, not with other machines."))
+    if load["inputs"] == "unique":
+        notes.append(("setup", "Every request carries a number of its own (about four tokens), so that no cache answers in the model's place."))
+    if result["repeats"] < 5:
+        notes.append(("setup", f"{result['repeats']} run(s) each: intervals are within runs; at least five are needed for intervals between runs."))
+    return notes

@@ -1,0 +1,191 @@
+"""From outcomes to receipts, and to the one document that the table, the report and `--json` show."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import inferctl
+from inferctl import catalog
+from inferctl.bench import findings, receipt, runner, summary, workload
+from inferctl.bench.environment import Environment
+from inferctl.bench.plan import Plan
+from inferctl.errors import InferctlError, InvalidRunError
+
+SCHEMA = "inferctl.bench/1"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What receipts say about the bench as a whole. `hardware_wanted` are the catalog keys that the spec asks for."""
+
+    plan: Plan
+    environment: Environment
+    model_source: str | None
+    hardware_wanted: Sequence[str]
+    slo_p99_ms: float | None
+    output: Path
+
+
+def receipts(context: Context, outcomes: Sequence[runner.Outcome]) -> list[receipt.Receipt]:
+    """Write one receipt for each outcome that has at least one run."""
+    work = workload.draw(context.plan.load, context.plan.corpus, context.plan.seed)
+    described = {
+        "sha256": work.digest,
+        "corpus": context.plan.corpus,
+        "corpus_sha256": work.corpus_sha256,
+        "seed": context.plan.seed,
+        "inputs": context.plan.load.inputs,
+    }
+    return [
+        receipt.write(context.output / "receipts" / f"{outcome.subject.name}.json", _receipt(context, outcome, described))
+        for outcome in outcomes
+        if outcome.measurements
+    ]
+
+
+def _receipt(context: Context, outcome: runner.Outcome, described: dict[str, Any]) -> dict[str, Any]:
+    pooled, each, whole = runner.judge(outcome, context.environment.cores)
+    info, subject = outcome.info, outcome.subject
+    parts = [m.part for m in outcome.measurements]
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "inferctl": inferctl.__version__,
+        "configuration": {"name": subject.name, "precision": subject.precision, "url": subject.url},
+        "plan": context.plan.model_dump(mode="json"),
+        "slo": {"p99_ms": context.slo_p99_ms},
+        "workload": described,
+        "model": {**(info.get("model") or {}), "source": (info.get("model") or {}).get("source") or context.model_source},
+        "precision": precision_of(info, subject),
+        "hardware": hardware_of(info, subject, context.environment),
+        "environment": context.environment.as_dict(),
+        "server": info,
+        "image": info.get("image"),
+        "summary": pooled,
+        "resources": _worst(outcome.measurements),
+        "quality": outcome.quality,
+        "validity": whole.as_dict(),
+        "curve": summary.latency_curve(parts),
+        "runs": [
+            {
+                "repeat": m.run.repeat,
+                "started": datetime.datetime.fromtimestamp(m.started, datetime.UTC).isoformat(timespec="milliseconds"),
+                "ready_seconds": m.ready_s,
+                "summary": summary.summarise([m.part]),
+                "resources": m.resources,
+                "validity": verdict.as_dict(),
+                "warmup": {"settled": m.state.get("steady"), "windows": m.state.get("windows")},
+                "locust_percentiles_ms": m.state.get("locust_percentiles_ms"),
+                "timeline": summary.timeline(m.part),
+                "records": [
+                    {"path": file.relative_to(context.output).as_posix(), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+                    for file in sorted(m.folder.glob("requests-*.bin"))
+                ],
+            }
+            for m, verdict in zip(outcome.measurements, each, strict=True)
+        ],
+    }
+
+
+def precision_of(info: dict[str, Any], subject: runner.Subject) -> dict[str, Any]:
+    """Requested and effective precision as the server states them; None where it does not."""
+    said = info.get("precision") or {}
+    return {key: said.get(key) for key in ("effective", "level", "reason", "method")} | {"requested": said.get("requested") or subject.precision}
+
+
+def hardware_of(info: dict[str, Any], subject: runner.Subject, environment: Environment) -> dict[str, Any]:
+    """What the server ran on: its own word for it, else (for a server that we started) this machine."""
+    device = info.get("device") or {}
+    if device.get("name"):
+        key = device.get("hardware") or ("cpu" if device.get("kind") == "cpu" else None)
+        name = environment.cpu_model if device["name"].lower() == "cpu" and not subject.url else device["name"]
+        return {"key": key, "name": name, "kind": device.get("kind"), "detected_by": "server"}
+    if subject.url:
+        return {"key": None, "name": "not stated", "kind": None, "detected_by": None}
+    return {"key": environment.hardware, "name": environment.name, "kind": "cuda" if environment.gpus else "cpu", "detected_by": "bench"}
+
+
+def _worst(measurements: Sequence[runner.Measurement]) -> dict[str, float]:
+    """The highest of each resource figure over the runs."""
+    keys = {key for m in measurements for key in m.resources}
+    return {key: max(m.resources[key] for m in measurements if key in m.resources) for key in sorted(keys)}
+
+
+def document(context: Context, outcomes: Sequence[runner.Outcome], written: Sequence[receipt.Receipt], report: Path) -> dict[str, Any]:
+    """What `--json` prints; docs/bench.md describes every key."""
+    by_name = {one.name: one for one in written}
+    rows = [_row(outcome, by_name.get(outcome.subject.name)) for outcome in outcomes]
+    rows += _not_measured(context, rows)
+    found = findings.state(rows, context.plan.load.mode)
+    return {
+        "schema": SCHEMA,
+        "plan": context.plan.name,
+        "load": context.plan.load.model_dump(mode="json"),
+        "repeats": context.plan.repeats,
+        "finding": found[0],
+        "findings": found,
+        "rows": rows,
+        "environment": context.environment.as_dict(),
+        "output": str(context.output),
+        "report": str(report),
+    }
+
+
+def _row(outcome: runner.Outcome, sealed: receipt.Receipt | None) -> dict[str, Any]:
+    if sealed is None:
+        return _empty(outcome.subject.name, "not run", outcome.failure or "no run was completed") | {"precision": {"requested": outcome.subject.precision}}
+    data = sealed.data
+    latency, cosine = data["summary"]["latency_ms"], data["quality"].get("cosine") or {}
+    return {
+        "configuration": sealed.name,
+        "outcome": "failed" if outcome.failure else "measured",
+        "reason": outcome.failure,
+        "precision": data["precision"],
+        "hardware": data["hardware"],
+        **{f"{key}_ms": latency[key]["value"] for key in ("p50", "p90", "p99")},
+        "p50_interval_ms": [latency["p50"]["low"], latency["p50"]["high"]],
+        "p99_interval_ms": [latency["p99"]["low"], latency["p99"]["high"]],
+        "n": latency["n"],
+        "requests_per_s": data["summary"]["requests_per_s"],
+        "requests_per_s_interval": data["summary"]["requests_per_s_interval"],
+        "tokens_per_s": data["summary"]["tokens_per_s"],
+        "server_peak_bytes": data["resources"].get("server_peak_bytes"),
+        "quality": data["quality"],
+        "cosine_mean": cosine.get("mean"),
+        "recall_at_10": data["quality"].get("recall_at_10"),
+        **data["validity"],
+        "receipt": str(sealed.path),
+    }
+
+
+def _empty(name: str, outcome: str, reason: str) -> dict[str, Any]:
+    return {"configuration": name, "outcome": outcome, "reason": reason, "precision": {}, "valid": False, "reasons": [], "cautions": [], "receipt": None}
+
+
+def _not_measured(context: Context, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each part that the spec asks for and that nothing here is."""
+    present = {row["hardware"]["key"] for row in rows if row.get("hardware")} | {context.environment.hardware}
+    known = catalog.hardware_profiles()
+    return [
+        _empty(key, "not measured here", f"this machine is {context.environment.name}")
+        | {"hardware": {"key": key, "name": known[key].name if key in known else key}}
+        for key in context.hardware_wanted
+        if key not in present
+    ]
+
+
+def verdict(result: dict[str, Any]) -> InferctlError | None:
+    """The error that a bench ends with: nothing could be measured, or nothing that was measured is valid. None when all is well."""
+    rows = [row for row in result["rows"] if row["outcome"] != "not measured here"]
+    measured = [row for row in rows if row["receipt"]]
+    if not measured:
+        reasons = "; ".join(f"{row['configuration']}: {row['reason']}" for row in rows)
+        return InferctlError(f"nothing could be measured ({reasons})", f"the servers' logs are in {result['output']}/runs")
+    if not any(row["valid"] for row in measured):
+        reasons = "; ".join(f"{row['configuration']}: {row['reasons'][0]}" for row in measured)
+        return InvalidRunError(f"the run is invalid ({reasons})", "the receipts say so too; mend the cause and measure again")
+    return None

@@ -1,0 +1,136 @@
+"""Figures of one run, or of several pooled, out of exact records. Definitions stand here and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from inferctl.bench import records, stats
+
+QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
+LATE_MS = 1.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run: its records, its measured window [start_ns, end_ns) on CLOCK_MONOTONIC, requests offered in it (open loop)."""
+
+    rows: records.Rows
+    start_ns: int
+    end_ns: int
+    inputs_per_request: int
+    offered: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        return (self.end_ns - self.start_ns) / 1e9
+
+    @property
+    def measured(self) -> records.Rows:
+        """Requests of the measured window, by intended send: warm-up is out, the drain's answers to them are in."""
+        measured: records.Rows = self.rows[self.rows["phase"] == records.MEASURED]
+        return measured
+
+    @property
+    def completed(self) -> records.Rows:
+        """Good answers that arrived within the window, whenever they were sent: what throughput counts."""
+        rows = self.rows[self.rows["error"] == records.OK]
+        inside: records.Rows = rows[(rows["end_ns"] >= self.start_ns) & (rows["end_ns"] < self.end_ns)]
+        return inside
+
+
+def summarise(parts: Sequence[Part]) -> dict[str, Any]:
+    """Summary of one or more runs of the same configuration.
+
+    Latency, ms, from the intended send to the end of the answer, over good answers to measured requests. Throughput counts good answers that
+    arrived within the measured windows, over the length of those windows. Intervals are two-sided, 95 %.
+    """
+    measured = np.concatenate([part.measured for part in parts])
+    completed = np.concatenate([part.completed for part in parts])
+    seconds = math.fsum(part.seconds for part in parts)
+    good = measured[measured["error"] == records.OK]
+    latency = np.sort(records.latency_ms(good))
+    sent = measured[measured["error"] != records.DROPPED]
+    late = (sent["sent_ns"].astype(np.int64) - sent["intended_ns"].astype(np.int64)) / 1e6 > LATE_MS
+    requests_per_s = len(completed) / seconds
+    offered = sum(part.offered for part in parts if part.offered is not None) if parts[0].offered is not None else None
+    return {
+        "runs": len(parts),
+        "seconds": round(seconds, 3),
+        "requests": len(measured),
+        "errors": {name: count for code, name in records.ERROR_NAMES.items() if (count := int(np.sum(measured["error"] == code)))},
+        "late": int(np.sum(late)),
+        "dropped": int(np.sum(measured["error"] == records.DROPPED)),
+        "requested_per_s": None if offered is None else round(offered / seconds, 3),
+        "requests_per_s": round(requests_per_s, 3),
+        "requests_per_s_interval": throughput_interval(parts),
+        "texts_per_s": round(requests_per_s * parts[0].inputs_per_request, 3),
+        "tokens_per_s": round(float(np.sum(completed["tokens"], dtype=np.int64)) / seconds, 1) if np.any(completed["tokens"]) else None,
+        "tokens_per_request": round(float(np.mean(completed["tokens"])), 2) if np.any(completed["tokens"]) else None,
+        "latency_ms": latency_summary(latency),
+        "server_ms": {name: median for name in ("queue", "tokenize", "inference") if (median := _median(good[f"{name}_ms"])) is not None},
+        "response_bytes": int(np.median(good["bytes"])) if len(good) else None,
+    }
+
+
+def latency_summary(ascending: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """Mean, extremes and percentiles of sorted latencies; a percentile that n does not support has the value None."""
+    summary: dict[str, Any] = {"n": len(ascending)}
+    if len(ascending):
+        summary |= {"min": _ms(ascending[0]), "mean": _ms(ascending.mean()), "max": _ms(ascending[-1])}
+    for q in QUANTILES:
+        found = stats.quantile(ascending, q)
+        figures = {"value": found.value, "low": found.low, "high": found.high}
+        summary[f"p{q * 100:g}"] = {name: None if value is None else _ms(value) for name, value in figures.items()} | {"needed": found.needed}
+    return summary
+
+
+def throughput_interval(parts: Sequence[Part]) -> dict[str, Any] | None:
+    """95 % interval of requests/s: over runs when there are at least five, else over one-second windows (which knows less); None if too few."""
+    if len(parts) >= 5:
+        found, over = stats.mean_interval([len(part.completed) / part.seconds for part in parts]), "runs"
+    else:
+        found, over = stats.mean_interval([rate for part in parts for _, rate, _ in timeline(part)]), "windows"
+    if found is None:
+        return None
+    mean, half = found
+    return {"low": round(mean - half, 3), "high": round(mean + half, 3), "over": over}
+
+
+def timeline(part: Part, window_s: float = 1.0) -> list[tuple[float, float, float | None]]:
+    """(seconds since the start, requests/s, median latency in ms) of each whole window."""
+    rows = part.completed
+    slots = ((rows["end_ns"] - np.uint64(part.start_ns)) / (window_s * 1e9)).astype(int)
+    latency = records.latency_ms(rows)
+    points: list[tuple[float, float, float | None]] = []
+    for slot in range(int(part.seconds / window_s + 1e-9)):
+        inside = latency[slots == slot]
+        points.append((slot * window_s, len(inside) / window_s, _ms(np.median(inside)) if len(inside) else None))
+    return points
+
+
+def latency_curve(parts: Sequence[Part]) -> list[tuple[float, float]]:
+    """Points (share, ms) of the latency distribution of all good answers to measured requests."""
+    measured = np.concatenate([part.measured for part in parts])
+    return [(share, _ms(value)) for share, value in stats.curve(np.sort(records.latency_ms(measured[measured["error"] == records.OK])))]
+
+
+def client_cpu_percent(state: Mapping[str, Any]) -> float | None:
+    """CPU time of the load generator over the measured window, per cent of one core."""
+    wall = state.get("cpu_wall_ns")
+    return round(100 * state["cpu_ns"] / wall, 1) if wall else None
+
+
+def _median(values: npt.NDArray[Any]) -> float | None:
+    known = values[~np.isnan(values)]
+    return _ms(np.median(known)) if len(known) else None
+
+
+def _ms(value: float | np.floating[Any]) -> float:
+    # A microsecond is finer than anything here can be trusted to.
+    return round(float(value), 3)

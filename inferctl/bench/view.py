@@ -1,0 +1,89 @@
+"""The result in a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+HEADINGS = ("config", "runs as", "p50", "p90", "p99", "req/s", "tok/s", "cosine", "recall")
+_UNKNOWN = "-"
+
+
+def render(result: Mapping[str, Any]) -> RenderableType:
+    """Finding, reasons against invalid rows, table, cautions; `result` is what `inferctl bench --json` prints."""
+    parts: list[RenderableType] = [Text(result["finding"], style="bold"), Text("")]
+    if bad := [row for row in result["rows"] if row["receipt"] and not row["valid"]]:
+        parts += [Text(f"INVALID {row['configuration']}: {'; '.join(row['reasons'])}", style="bold red") for row in bad]
+        parts.append(Text(""))
+    parts.append(table(result))
+    parts += [Padding(Text(note, style="dim"), (0, 0, 0, 1)) for note in notes(result)]
+    return Group(*parts)
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    """One row a configuration, then one for each part that this machine is not."""
+    grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 1), header_style="bold", collapse_padding=True)
+    for heading in HEADINGS:
+        left = heading in ("config", "runs as")
+        grid.add_column(heading, justify="left" if left else "right", no_wrap=not left, overflow="fold")
+    for row in result["rows"]:
+        style = "dim" if not row["receipt"] else "" if row["valid"] else "red"
+        grid.add_row(*cells(row), style=style)
+    return grid
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """The nine texts of a row; a number that the sample does not support is `n<NEEDED`."""
+    name = row["configuration"] if row["valid"] or not row["receipt"] else f"{row['configuration']} (!)"
+    if not row["receipt"]:
+        return [name, row["outcome"], *[_UNKNOWN] * 7]
+    return [
+        name,
+        runs_as(row["precision"]),
+        *(milliseconds(row, key) for key in ("p50", "p90", "p99")),
+        short(row["requests_per_s"]),
+        short(row["tokens_per_s"]),
+        _UNKNOWN if row["cosine_mean"] is None else f"{row['cosine_mean']:.5f}",
+        _UNKNOWN if row["recall_at_10"] is None else f"{row['recall_at_10']:.3f}",
+    ]
+
+
+def runs_as(precision: Mapping[str, Any]) -> str:
+    """The precision that really ran and how: `bf16 native`, `fp16 emulated`."""
+    return " ".join(part for part in (precision.get("effective"), precision.get("level")) if part) or "not stated"
+
+
+def milliseconds(row: Mapping[str, Any], key: str) -> str:
+    value = row[f"{key}_ms"]
+    return f"n<{ {'p50': 6, 'p90': 36, 'p99': 368}[key]}" if value is None else short(value)
+
+
+def short(value: float | None) -> str:
+    """Three digits that fit six columns: `8.42`, `84.2`, `842`, `8,421`, `84.2k`."""
+    if value is None:
+        return _UNKNOWN
+    if value >= 10_000:
+        return f"{value / 1000:.1f}k"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def notes(result: Mapping[str, Any]) -> Iterator[str]:
+    """Lines under the table: units, why rows are empty, cautions."""
+    load = result["load"]
+    how = f"{load['users']} users, closed loop" if load["mode"] == "closed" else f"{load['rate']:g} requests/s offered, {load['arrivals']}, open loop"
+    runs = f"{result['repeats']} runs each" if result["repeats"] > 1 else "one run each"
+    yield f"latency in ms; {how}, {load['duration_s']:g} s, {runs}; cosine (mean) and recall@10 against fp32"
+    yield from result["findings"][1:]
+    seen: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        for caution in row["cautions"]:
+            seen.setdefault(caution.split(": ", 1)[-1] if caution.startswith("run ") else caution, []).append(row["configuration"])
+        if row["receipt"] and not row["quality"].get("checked"):
+            seen.setdefault(f"quality not checked: {row['quality'].get('reason')}", []).append(row["configuration"])
+    for caution, names in seen.items():
+        yield f"{', '.join(dict.fromkeys(names))}: {caution}"

@@ -1,0 +1,145 @@
+"""A small server with the HTTP contract of `inferctl serve`, whose latencies are drawn from a known distribution with a fixed seed.
+
+    python answering.py --announce FILE [--median-ms 8 --sigma 0.5] [--stall-every 5 --stall-for 0.5] [--fail-after N] [--die-after N]
+                        [--drift 0.01] [--sha256 HEX] [--model DIR --precision bf16 ...]
+
+Each request sleeps for the next draw; `GET /truth` lists the time that each answer really took inside the server, ms, in order.
+It uses the standard library only and answers each connection in a thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import http.server
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import struct
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+DIMENSIONS = 32
+
+
+def vector(text: str, drift: float) -> list[float]:
+    """A unit vector that depends on the text's words, moved by `drift` in a direction of the text's own."""
+    total = [0.0] * DIMENSIONS
+    for word in text.lower().split():
+        draw = random.Random(word)
+        total = [value + draw.gauss(0, 1) for value in total]
+    away = random.Random(text + "#")
+    total = [value + drift * away.gauss(0, 1) * math.sqrt(len(text.split()) or 1) for value in total]
+    norm = math.sqrt(sum(value * value for value in total)) or 1.0
+    return [value / norm for value in total]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    # One packet an answer: small writes one by one wait 40 ms for each other (Nagle's algorithm against delayed acknowledgements).
+    wbufsize = -1
+    disable_nagle_algorithm = True
+    options: argparse.Namespace
+    delays: Any
+    numbers = itertools.count()
+    truth: list[float] = []  # noqa: RUF012 - one list for the whole server is meant
+    lock = threading.Lock()
+    started = time.monotonic()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
+        content = json.dumps(value).encode()
+        self.send_response(status)
+        for name, text in {"Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(name, text)
+        self.end_headers()
+        self.wfile.write(content)
+        self.wfile.flush()
+
+    def do_GET(self) -> None:
+        pages = {"/truth": self.truth, "/v1/models": {"data": [{"id": "test"}]}, "/info": info(self.options)}
+        self.answer(200, pages[self.path]) if self.path in pages else self.answer(404, {"error": {"message": "not here"}})
+
+    def do_POST(self) -> None:
+        begun = time.perf_counter()
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        number = next(self.numbers)
+        if self.options.die_after and number >= self.options.die_after:
+            sys.stderr.write("error: out of memory\n")
+            sys.stderr.flush()
+            os._exit(9)
+        if self.options.fail_after and number >= self.options.fail_after:
+            self.answer(500, {"error": {"message": "broken"}})
+            return
+        with self.lock:
+            delay = next(self.delays)
+        if self.options.stall_every and (now := time.monotonic() - self.started) % self.options.stall_every < self.options.stall_for:
+            delay += self.options.stall_for - now % self.options.stall_every
+        time.sleep(delay)
+        texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
+        packed = [base64.b64encode(struct.pack(f"<{DIMENSIONS}f", *vector(t, self.options.drift))).decode() for t in texts]
+        tokens = sum(len(text.split()) + 2 for text in texts)
+        data = {"data": [{"index": i, "embedding": e} for i, e in enumerate(packed)], "usage": {"prompt_tokens": tokens}}
+        inference = f"{delay * 1e3:.3f}"
+        self.answer(200, data, {"x-inferctl-tokens": str(tokens), "x-inferctl-queue-ms": "0.1", "x-inferctl-inference-ms": inference})
+        self.truth.append((time.perf_counter() - begun) * 1e3)
+
+
+def info(options: argparse.Namespace) -> dict[str, Any]:
+    effective = options.precision if options.precision != "auto" else "fp32"
+    return {
+        "name": "test",
+        "model": {"source": options.model, "sha256": options.sha256, "architecture": "Test", "dimensions": DIMENSIONS},
+        "precision": {
+            "requested": options.precision,
+            "effective": effective,
+            "level": "emulated" if effective == "fp16" else "native",
+            "reason": "the CPU has no fp16 arithmetic" if effective == "fp16" else "it just sleeps",
+            "method": "sleep",
+        },
+        "device": {"kind": "cpu", "name": "cpu", "hardware": "cpu"},
+        "ready_seconds": 0.1,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--announce", type=Path, required=True)
+    parser.add_argument("--model", default="test")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--median-ms", type=float, default=8.0)
+    parser.add_argument("--sigma", type=float, default=0.5)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--stall-every", type=float, default=0.0)
+    parser.add_argument("--stall-for", type=float, default=0.0)
+    parser.add_argument("--fail-after", type=int, default=0)
+    parser.add_argument("--die-after", type=int, default=0)
+    parser.add_argument("--drift", type=float, default=0.0)
+    parser.add_argument("--sha256", default=hashlib.sha256(b"test").hexdigest())
+    parser.add_argument("--refuse", default="")
+    options, _ = parser.parse_known_args()
+    if options.refuse and options.precision == options.refuse:
+        sys.exit(f"error: {options.precision} cannot run on this device\n\nhint: use another")
+    draw = random.Random(options.seed)
+    Handler.options = options
+    Handler.delays = (draw.lognormvariate(math.log(options.median_ms / 1e3), options.sigma) for _ in itertools.count())
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    part = options.announce.with_suffix(".part")
+    part.write_text(json.dumps({"url": f"http://127.0.0.1:{server.server_port}", "pid": os.getpid()}))
+    part.rename(options.announce)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
