@@ -6,7 +6,6 @@ Facts are data (`base-images/*.yaml`, `benchmarks/hardware/*.yaml`), each with i
 from __future__ import annotations
 
 import datetime
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from inferctl import assets
-from inferctl.errors import UsageError
+from inferctl.errors import UsageError, did_you_mean
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 Level = Literal["native", "emulated", "unsupported"]
@@ -309,10 +308,7 @@ def _device_name(name: str) -> str:
 def _pick(what: str, key: str, known: Mapping[str, T]) -> T:
     if key in known:
         return known[key]
-    begins = [name for name in known if name.startswith(key.lower()) and "-mig-" not in name]
-    close = begins or difflib.get_close_matches(key.lower(), known, 3, cutoff=0.5)
-    several = "one of " if len(close) > 1 else ""
-    hint = f"did you mean {several}{', '.join(close)}?" if close else f"known: {', '.join(known)}"
+    hint = did_you_mean(key, known) or f"known: {', '.join(known)}"
     raise UsageError(f"there is no {what} {key!r}", hint)
 
 

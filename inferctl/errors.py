@@ -86,6 +86,11 @@ def _at(file: str, problem: Problem) -> str:
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str | None:
-    """`did you mean 'x'?` for the closest of `words`, or None when nothing is close."""
-    close = difflib.get_close_matches(word, list(words), 1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else None
+    """`did you mean x?` for what starts with `word`, else for the closest of `words`; None when nothing is close."""
+    known = list(words)
+    # Somebody who types `a100` means one of the a100s, not an `a10`, however close that is. Slices are named whole.
+    longer = [candidate for candidate in known if candidate.startswith(word.lower()) and "-mig-" not in candidate]
+    close = (longer if word else []) or difflib.get_close_matches(word, known, 1, cutoff=0.5)
+    if not close:
+        return None
+    return f"did you mean {'one of ' if len(close) > 1 else ''}{', '.join(close)}?"

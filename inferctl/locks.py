@@ -14,11 +14,11 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inferctl import assets
+from inferctl import assets, catalog
 from inferctl.errors import InferctlError, NotReadyError, UsageError
 
 if TYPE_CHECKING:
-    from inferctl.catalog import Stack
+    from inferctl.catalog import BaseImage, Stack
 
 _UV_PLATFORM = {"linux/amd64": "x86_64-manylinux_2_28", "linux/arm64": "aarch64-manylinux_2_28"}
 # What an int8 image needs on top, by whether the stack has CUDA.
@@ -39,29 +39,26 @@ class Locks:
         return {f"locks/{name}.txt": text.encode() for name, text in named.items() if text is not None}
 
 
-def load(stack: Stack, folder: Path | None, *, int8: bool) -> Locks:
-    """The locks of `stack`, from `folder` or the shipped ones; `int8` asks for the int8 lock too."""
-    where = folder or assets.root() / "base-images" / "locks" / stack.key
-    server = where / "server.txt"
-    if not server.is_file():
-        raise UsageError(
-            f"there are no locks for the stack {stack.key} in {where}"
-            if folder
-            else f"no locks are shipped for the stack {stack.key}",
-            f"`inferctl lock --stack {stack.key} --output locks` resolves them; then set image.locks: locks",
+def load(base: BaseImage, folder: Path | None, *, int8: bool) -> Locks:
+    """The locks for an image on `base`, from `folder` or the shipped ones; `int8` asks for the int8 lock too."""
+    where = folder or assets.root() / "base-images" / "locks" / base.stack
+    needed = ["server", *([] if "torch" in base.provides else ["torch"]), *(["int8"] if int8 else [])]
+    texts = {name: _read(where / f"{name}.txt") for name in needed}
+    if missing := [name for name, text in texts.items() if text is None]:
+        index = (
+            ""
+            if catalog.stack(base.stack).cuda
+            else " --wheels DIR (or --index URL: CPU wheels of torch are not on PyPI)"
         )
-    torch = where / "torch.txt"
-    extra = where / "int8.txt"
-    if int8 and not extra.is_file():
         raise UsageError(
-            f"{where} has no int8.txt, which an int8 image needs",
-            f"`inferctl lock --stack {stack.key} --output {where}` writes it",
+            f"there is no {missing[0]}.txt in {where}" if folder else f"no locks are shipped for the base {base.key}",
+            f"`inferctl lock --base {base.key} --output {folder or 'locks'}{index}`, then image.locks: {folder or 'locks'}",
         )
-    return Locks(
-        torch=torch.read_text(encoding="utf-8") if torch.is_file() else None,
-        server=server.read_text(encoding="utf-8"),
-        int8=extra.read_text(encoding="utf-8") if int8 else None,
-    )
+    return Locks(torch=texts.get("torch"), server=texts["server"] or "", int8=texts.get("int8"))
+
+
+def _read(file: Path) -> str | None:
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ def resolve(target: Target, provided: tuple[str, ...]) -> Locks:
     # NVIDIA's containers carry pre-releases that no index has; their own release number stands in for the resolution.
     release = re.match(r"\d+(\.\d+)*", target.stack.torch)
     torch_pin = f"torch=={release.group() if release else target.stack.torch}"
-    wanted = [torch_pin, *_requirements(None), *_requirements("serve")]
+    wanted = [torch_pin, *declared("serve")]
     everything = _compile([*wanted, *_INT8[target.stack.cuda is not None]], [], target)
     pins = [f"{name}=={version}" for name, version in versions(everything).items()]
     closure = versions(_compile([torch_pin], pins, target))
@@ -120,15 +117,21 @@ def normalise(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _requirements(extra: str | None) -> list[str]:
-    """What inferctl itself declares: its core dependencies, or those of an extra."""
+def declared(extra: str) -> list[str]:
+    """What inferctl itself declares that it needs: its core dependencies and those of `extra`."""
     found = []
     for line in metadata.requires("inferctl") or []:
         requirement, _, marker = line.partition(";")
         named = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", marker)
-        if (named.group(1) if named else None) == extra:
+        if named is None or named.group(1) == extra:
             found.append(requirement.strip())
     return found
+
+
+def name_of(requirement: str) -> str:
+    """The package that a requirement line is about: `uvicorn[standard]>=0.34` -> `uvicorn`."""
+    found = re.match(r"[A-Za-z0-9._-]+", requirement)
+    return found.group() if found else requirement
 
 
 def _compile(requirements: list[str], constraints: list[str], target: Target) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -104,6 +105,11 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
     for file in folder.weight_files:
         list(_tensor_shapes(file))
     return folder
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `source` names a hub model (`org/name`) rather than a folder."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) is not None and not Path(source).is_dir()
 
 
 def _cached_snapshot(source: str, revision: str | None, environment: Mapping[str, str]) -> Path | None:

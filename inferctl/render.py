@@ -20,6 +20,7 @@ import yaml
 
 from inferctl import assets
 from inferctl.errors import UsageError
+from inferctl.model import is_hub_id
 
 if TYPE_CHECKING:
     from inferctl.catalog import BaseImage, Stack
@@ -114,16 +115,11 @@ def server_files() -> dict[str, Path]:
         for file in package.rglob("*")
         if file.is_file() and file.suffix != ".pyc" and file.relative_to(package).parts[0] != "_assets"
     }
-    for folder in ("templates", "base-images", "benchmarks/plans", "benchmarks/hardware", "benchmarks/corpora"):
-        for file in (assets.root() / folder).rglob("*"):
-            if file.is_file():
-                found[f"{place}/_assets/{file.relative_to(assets.root()).as_posix()}"] = file
+    # Of the shipped facts, a server reads the catalog alone: its settings are checked against it.
+    for folder in ("base-images", "benchmarks/plans", "benchmarks/hardware"):
+        for file in (assets.root() / folder).glob("*.yaml"):
+            found[f"{place}/_assets/{file.relative_to(assets.root()).as_posix()}"] = file
     return dict(sorted(found.items()))
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether `source` names a hub model (`org/name`) rather than a folder."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) is not None and not Path(source).is_dir()
 
 
 def _container_config(spec: Spec, port: int) -> bytes:

@@ -235,19 +235,22 @@ def _section_fields(path: Sequence[str | int]) -> list[str]:
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
 
 
-def _where(path: str, document: Document | None, origins: Mapping[str, str]) -> tuple[str, int | None]:
-    """How to name `path` in a message (with the flag or variable that set it, when one did), and its line in the file."""
+def _where(
+    location: Sequence[str | int], document: Document | None, origins: Mapping[str, str]
+) -> tuple[str, int | None]:
+    """How to name a place in a message (with the flag or variable that set it, when one did), and its line in the file."""
+    path = _dotted(location)
     origin = origins.get(path, "")
     if origin.startswith(("flag ", "env ")):
         return f"{path} (from {origin.split(' ', 1)[1]})", None
-    return path, document.line(tuple(int(p) if p.isdigit() else p for p in path.split("."))) if document else None
+    return path, document.line(location) if document else None
 
 
 def _problem(error: dict[str, Any], document: Document | None, origins: Mapping[str, str]) -> Problem:
     """One of pydantic's errors in the words of someone who edits YAML."""
     location = list(error["loc"])
     path, kind, value = _dotted(location), error["type"], error.get("input")
-    label, line = _where(path, document, origins)
+    label, line = _where(location, document, origins)
     if kind == "extra_forbidden":
         siblings = _section_fields(location[:-1])
         where = f" in {_dotted(location[:-1])}" if location[:-1] else ""
@@ -256,7 +259,7 @@ def _problem(error: dict[str, Any], document: Document | None, origins: Mapping[
         )
         return Problem(path, f"unknown key {str(location[-1])!r}{where}", line, hint)
     if kind == "missing":
-        parent = _where(_dotted(location[:-1]), document, origins)[1] if location[:-1] else None
+        parent = _where(location[:-1], document, origins)[1] if location[:-1] else None
         example = {
             "name": "name: my-model",
             "model": "model: {source: ORG/NAME}",
@@ -310,17 +313,9 @@ def _unknown_names(
         for index, item in enumerate(value if isinstance(value, list) else [value]):
             if not isinstance(item, str) or item in names or item.endswith((".yaml", ".yml")):
                 continue
-            label, line = _where(
-                f"{path}.{index}" if isinstance(value, list) and path not in origins else path, document, origins
-            )
+            label, line = _where(path.split("."), document, origins)
             if document and isinstance(value, list) and line is not None:
-                line = document.line((*path.split("."), index)) or line
-            problems.append(
-                Problem(
-                    path,
-                    f"{label}: there is no {item!r}",
-                    line,
-                    did_you_mean(item, names) or f"known: {', '.join(names)}",
-                )
-            )
+                line = document.line((*path.split("."), index))
+            hint = did_you_mean(item, names) or f"known: {', '.join(names)}"
+            problems.append(Problem(path, f"{label}: there is no {item!r}", line, hint))
     return problems

@@ -69,7 +69,7 @@ class Image(_Section):
     tag: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")] | None = Field(
         None, description="Default is `<precision>-<spec hash>`, so that equal specs get equal names."
     )
-    base: OneLine = Field("cuda12.8", description="An entry of base-images/.")
+    base: OneLine = Field("cuda13.0", description="An entry of base-images/.")
     base_image: OneLine | None = Field(
         None, description="Your mirror of the base, best with a digest: `registry/cuda@sha256:...`."
     )

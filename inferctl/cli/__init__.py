@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 import inferctl
-from inferctl.cli import build, catalog, check, console, doctor, init, lock, push, render, serve, settings
+from inferctl.cli import bench, build, catalog, check, console, doctor, init, lock, push, render, serve, settings
 from inferctl.errors import EXIT_INTERRUPTED, InferctlError, UsageError
 
 app = typer.Typer(
@@ -49,6 +49,7 @@ app.command("lock")(lock.lock)
 app.command("build")(build.build)
 app.command("push")(push.push)
 app.command("serve", epilog=serve.EPILOG)(serve.serve)
+app.command("bench")(bench.bench)
 app.command("config")(settings.config)
 app.add_typer(catalog.app, name="catalog")
 app.command("doctor")(doctor.doctor)

@@ -12,7 +12,7 @@ from inferctl.cli import bench_progress, console, options
 if TYPE_CHECKING:
     from inferctl.bench.plan import Plan
     from inferctl.bench.runner import Bench, Outcome, Subject
-    from inferctl.spec import Resolved
+    from inferctl.settings import Resolved
 
 Precisions = Annotated[
     list[str] | None,

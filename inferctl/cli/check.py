@@ -82,7 +82,7 @@ def _judge(spec: Spec, every: bool, driver: int | None) -> tuple[list[Finding], 
     import datetime
 
     from inferctl import catalog, fit
-    from inferctl.render import is_hub_id
+    from inferctl.model import is_hub_id
 
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)

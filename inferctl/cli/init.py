@@ -17,7 +17,7 @@ def init(
         str, typer.Option("--model", "-m", metavar="SOURCE", help="Hub id or local model folder.")
     ] = "sentence-transformers/all-MiniLM-L6-v2",
     name: Annotated[str | None, typer.Option(help="Name of the model; default is taken from its source.")] = None,
-    base: Annotated[str, typer.Option(help="Base image: an entry of `inferctl catalog bases`.")] = "cuda12.8",
+    base: Annotated[str, typer.Option(help="Base image: an entry of `inferctl catalog bases`.")] = "cuda13.0",
     hardware: Annotated[
         list[str] | None, typer.Option(help="Hardware it must run on (repeatable); default t4 and half an A100.")
     ] = None,

@@ -13,7 +13,7 @@ from inferctl.cli import console
 def lock(
     base: Annotated[
         str, typer.Option(help="Base image whose stack is resolved: an entry of `inferctl catalog bases`.")
-    ] = "cuda12.8",
+    ] = "cuda13.0",
     platform: Annotated[str, typer.Option(help="Platform of the image.")] = "linux/amd64",
     wheels: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of wheels that stands in for the package index.")

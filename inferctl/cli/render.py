@@ -88,7 +88,7 @@ def rendered_image(resolved: Resolved) -> Rendered:
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
     folder = Path(spec.image.locks) if spec.image.locks else None
-    chosen = locks.load(stack, folder, int8=spec.serve.precision == "int8")
+    chosen = locks.load(base, folder, int8=spec.serve.precision == "int8")
     return rendering.render(spec, base, stack, chosen, _provenance(Path(resolved.file or ".").resolve().parent))
 
 

@@ -18,20 +18,46 @@ def serve(
     spec_file: options.SpecFile = None,
     model: options.ModelSource = None,
     precision: options.PrecisionOption = None,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the model in the API; default is the model's own.")] = None,
-    host: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 is all. Default is 127.0.0.1.")] = None,
-    port: Annotated[int | None, typer.Option(metavar="PORT", help="Port to listen on; 0 takes a free one. Default is 8080.")] = None,
-    max_batch_tokens: Annotated[int | None, typer.Option(metavar="N", help="Tokens of one forward pass at most.")] = None,
-    max_input_tokens: Annotated[int | None, typer.Option(metavar="N", help="Tokens of one input at most; default is the model's.")] = None,
-    max_queue_tokens: Annotated[int | None, typer.Option(metavar="N", help="Tokens waiting at most; beyond it the answer is 429.")] = None,
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N; auto takes a GPU when there is one.")] = "auto",
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the model in the API; default is the model's own.")
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 is all. Default is 127.0.0.1.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(metavar="PORT", help="Port to listen on; 0 takes a free one. Default is 8080.")
+    ] = None,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens of one forward pass at most.")
+    ] = None,
+    max_input_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens of one input at most; default is the model's.")
+    ] = None,
+    max_queue_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens waiting at most; beyond it the answer is 429.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N; auto takes a GPU when there is one.")
+    ] = "auto",
     truncate: Annotated[
-        bool, typer.Option("--truncate/--no-truncate", help="Cut inputs that are too long, or answer 400. A request's own `truncate` wins.")
+        bool,
+        typer.Option(
+            "--truncate/--no-truncate",
+            help="Cut inputs that are too long, or answer 400. A request's own `truncate` wins.",
+        ),
     ] = True,
-    announce: Annotated[Path | None, typer.Option(metavar="FILE", help="Write {url, pid} to FILE as JSON once the server is ready.")] = None,
-    image: Annotated[str | None, typer.Option(metavar="REF", help="Run this built image as a container instead of a process.")] = None,
-    image_reference: Annotated[str | None, typer.Option(hidden=True, help="What /info says of the image this runs in.")] = None,
-    engine: Annotated[str, typer.Option(hidden=True, help="encoder, or echo: no model, for measuring the rest.")] = "encoder",
+    announce: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write {url, pid} to FILE as JSON once the server is ready.")
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="REF", help="Run this built image as a container instead of a process.")
+    ] = None,
+    image_reference: Annotated[
+        str | None, typer.Option(hidden=True, help="What /info says of the image this runs in.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(hidden=True, help="encoder, or echo: no model, for measuring the rest.")
+    ] = "encoder",
 ) -> None:
     """Serve embeddings over HTTP, OpenAI-compatible.
 
@@ -59,7 +85,9 @@ def serve(
     try:
         from inferctl.serve import server
     except ModuleNotFoundError as error:
-        raise UsageError(f"serving needs the package {error.name}, which is not installed", "pip install 'inferctl[serve]'") from None
+        raise UsageError(
+            f"serving needs the package {error.name}, which is not installed", "pip install 'inferctl[serve]'"
+        ) from None
     reference, _, digest = (image_reference or "").partition("@")
     chosen = server.Options(device, engine, truncate, announce, (reference, digest or None) if reference else None)
     raise typer.Exit(server.run(spec, chosen, console.note))

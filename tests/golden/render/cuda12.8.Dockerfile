@@ -1,0 +1,74 @@
+# minilm: cuda12.8, torch2.10-cu128, weights mount. Rendered by inferctl 0.1.0; `inferctl render` writes it anew.
+
+# The interpreter, and nothing that only a build needs: CUDA's libraries come with the torch wheels, once.
+FROM nvidia/cuda:12.8.1-base-ubuntu24.04 AS python
+RUN apt-get update && \
+    apt-get install --yes --no-install-recommends python3 python3-venv && \
+    rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /var/cache/ldconfig
+
+FROM python AS installer
+RUN apt-get update && apt-get install --yes --no-install-recommends python3-pip
+
+# Each closure is installed apart and copied with --link, so that a change in one leaves the others' layers as they are.
+# Bytecode is checked by hash, and times are fixed up to the root: equal locks make equal layers, on any builder.
+FROM installer AS torch
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
+    --mount=type=secret,id=ca,target=/run/secrets/ca \
+    --mount=type=bind,source=locks/torch.txt,target=/locks/torch.txt \
+    if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi; \
+    env -u PIP_CONSTRAINT /usr/bin/python3.12 -m pip install --require-hashes --no-deps --no-compile --no-input \
+        --disable-pip-version-check --root-user-action=ignore \
+        --target=/layer/opt/inferctl/torch --requirement=/locks/torch.txt && \
+    { /usr/bin/python3.12 -m compileall -q -j 0 --invalidation-mode unchecked-hash /layer/opt/inferctl/torch > /dev/null || true; } && \
+    find /layer -exec touch --no-dereference --date=@315532800 {} +
+
+FROM installer AS server-dependencies
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
+    --mount=type=secret,id=ca,target=/run/secrets/ca \
+    --mount=type=bind,source=locks/server.txt,target=/locks/server.txt \
+    if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi; \
+    env -u PIP_CONSTRAINT /usr/bin/python3.12 -m pip install --require-hashes --no-deps --no-compile --no-input \
+        --disable-pip-version-check --root-user-action=ignore \
+        --target=/layer/opt/inferctl/dependencies --requirement=/locks/server.txt && \
+    { /usr/bin/python3.12 -m compileall -q -j 0 --invalidation-mode unchecked-hash /layer/opt/inferctl/dependencies > /dev/null || true; } && \
+    find /layer -exec touch --no-dereference --date=@315532800 {} +
+
+FROM python
+COPY --link --from=torch /layer /
+COPY --link --from=server-dependencies /layer /
+COPY --link layers/server /
+COPY --link layers/config /
+
+ENV PYTHONPATH=/opt/inferctl/server:/opt/inferctl/dependencies:/opt/inferctl/torch \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    HOME=/tmp \
+    USER=inferctl \
+    HF_HUB_OFFLINE=1 \
+    INFERCTL_MODEL_SOURCE=/model \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    INFERCTL_SERVE_PORT=8080
+# A number, so that Kubernetes can prove that it is not root; it owns nothing and needs to write nothing but /tmp.
+USER 10001:10001
+EXPOSE 8080
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=15s --timeout=5s --start-period=180s --retries=3 \
+    CMD ["/usr/bin/python3.12", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['INFERCTL_SERVE_PORT'] + '/readyz', timeout=4)"]
+LABEL \
+    org.opencontainers.image.title="minilm" \
+    org.opencontainers.image.version="auto-3822a913ddbe" \
+    org.opencontainers.image.source="https://example.com/team/minilm" \
+    org.opencontainers.image.revision="0123abc" \
+    org.opencontainers.image.created="2026-01-02T03:04:05+00:00" \
+    org.opencontainers.image.base.name="nvidia/cuda:12.8.1-base-ubuntu24.04" \
+    io.inferctl.version="0.1.0" \
+    io.inferctl.spec.sha256="3822a913ddbe20043a014c6515ed8c10d00de0dca6157f17589740c2312d4cb9" \
+    io.inferctl.precision="auto" \
+    io.inferctl.stack="torch2.10-cu128" \
+    io.inferctl.model.source="sentence-transformers/all-MiniLM-L6-v2" \
+    io.inferctl.model.weights="mount"
+ENTRYPOINT ["/usr/bin/python3.12", "-m", "inferctl"]
+CMD ["serve", "--spec", "/etc/inferctl/inferctl.yaml", "--host", "0.0.0.0"]

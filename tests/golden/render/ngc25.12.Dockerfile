@@ -1,0 +1,55 @@
+# minilm: ngc25.12, ngc25.12, weights mount. Rendered by inferctl 0.1.0; `inferctl render` writes it anew.
+
+# The interpreter, and nothing that only a build needs: CUDA's libraries come with the torch wheels, once.
+FROM nvcr.io/nvidia/pytorch:25.12-py3 AS python
+
+FROM python AS installer
+
+FROM installer AS server-dependencies
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
+    --mount=type=secret,id=ca,target=/run/secrets/ca \
+    --mount=type=bind,source=locks/server.txt,target=/locks/server.txt \
+    if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi; \
+    env -u PIP_CONSTRAINT /usr/bin/python3.12 -m pip install --require-hashes --no-deps --no-compile --no-input \
+        --disable-pip-version-check --root-user-action=ignore \
+        --target=/layer/opt/inferctl/dependencies --requirement=/locks/server.txt && \
+    { /usr/bin/python3.12 -m compileall -q -j 0 --invalidation-mode unchecked-hash /layer/opt/inferctl/dependencies > /dev/null || true; } && \
+    find /layer -exec touch --no-dereference --date=@315532800 {} +
+
+FROM python
+COPY --link --from=server-dependencies /layer /
+COPY --link layers/server /
+COPY --link layers/config /
+
+ENV PYTHONPATH=/opt/inferctl/server:/opt/inferctl/dependencies \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    HOME=/tmp \
+    USER=inferctl \
+    HF_HUB_OFFLINE=1 \
+    INFERCTL_MODEL_SOURCE=/model \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    INFERCTL_SERVE_PORT=8080
+# A number, so that Kubernetes can prove that it is not root; it owns nothing and needs to write nothing but /tmp.
+USER 10001:10001
+EXPOSE 8080
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=15s --timeout=5s --start-period=180s --retries=3 \
+    CMD ["/usr/bin/python3.12", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['INFERCTL_SERVE_PORT'] + '/readyz', timeout=4)"]
+LABEL \
+    org.opencontainers.image.title="minilm" \
+    org.opencontainers.image.version="auto-2bf558450661" \
+    org.opencontainers.image.source="https://example.com/team/minilm" \
+    org.opencontainers.image.revision="0123abc" \
+    org.opencontainers.image.created="2026-01-02T03:04:05+00:00" \
+    org.opencontainers.image.base.name="nvcr.io/nvidia/pytorch:25.12-py3" \
+    io.inferctl.version="0.1.0" \
+    io.inferctl.spec.sha256="2bf5584506611cdfc8b7c6f22896895ca96eef4ac1c96aa56757a5bdcad1075f" \
+    io.inferctl.precision="auto" \
+    io.inferctl.stack="ngc25.12" \
+    io.inferctl.model.source="sentence-transformers/all-MiniLM-L6-v2" \
+    io.inferctl.model.weights="mount"
+ENTRYPOINT ["/usr/bin/python3.12", "-m", "inferctl"]
+CMD ["serve", "--spec", "/etc/inferctl/inferctl.yaml", "--host", "0.0.0.0"]

@@ -1,0 +1,131 @@
+"""Who may import whom, and what the command line costs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "inferctl"
+# Part of the package -> the parts it may import. `cli` may import everything.
+FACTS = {"errors", "assets", "spec", "settings", "model", "catalog"}
+ALLOWED = {
+    "errors": set(),
+    "assets": set(),
+    "spec": {"errors"},
+    "settings": {"errors", "spec"},
+    "model": {"errors"},
+    "catalog": {"errors", "assets"},
+    "fit": {"errors", "spec", "catalog", "model"},
+    "locks": {"errors", "assets", "catalog"},
+    "render": {"errors", "assets", "spec", "model", "catalog", "locks"},
+    "image": FACTS | {"render", "locks"},
+    "serve": FACTS,
+    "bench": FACTS,
+    "deploy": {"errors", "catalog", "spec", "bench.capacity"},
+}
+# Third party -> the only places that may import it.
+ONLY_IN = {
+    "torch": ("serve/engines/", "serve/reference.py"),
+    "transformers": ("serve/engines/", "serve/reference.py"),
+    "docker": ("image/docker.py",),
+    "locust": (),
+    "gevent": (),
+    "plotly": ("bench/charts.py", "bench/report.py"),
+}
+HEAVY = [
+    "torch",
+    "transformers",
+    "docker",
+    "jinja2",
+    "numpy",
+    "rich",
+    "yaml",
+    "pydantic",
+    "starlette",
+    "uvicorn",
+    "locust",
+    "plotly",
+]
+
+
+def imports(file: Path, *, at_run_time_only: bool = False) -> set[str]:
+    """Dotted names that `file` imports anywhere; without those under `if TYPE_CHECKING` when asked."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if at_run_time_only and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            skipped.update(inner for statement in node.body for inner in ast.walk(statement))
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if "_assets" not in file.parts)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
+def test_each_file_imports_only_what_lies_below_it(file: Path) -> None:
+    part = part_of(file)
+    if part in {"cli", "__main__", "__init__"}:
+        return
+    allowed = ALLOWED[part] | {part}
+    for name in imports(file):
+        if name.startswith("inferctl.") and name != "inferctl.__version__":
+            inner = name.removeprefix("inferctl.")
+            assert any(inner == a or inner.startswith(f"{a}.") for a in allowed), f"{part} imports {name}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
+def test_heavy_libraries_are_imported_in_their_one_place(file: Path) -> None:
+    where = file.relative_to(PACKAGE).as_posix()
+    for name in imports(file, at_run_time_only=True):
+        top = name.split(".")[0]
+        if top in ONLY_IN:
+            assert where.startswith(ONLY_IN[top]) if ONLY_IN[top] else False, f"{where} imports {top}"
+
+
+def test_only_the_console_prints() -> None:
+    for file in FILES:
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        printing = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+        assert not printing or file.name == "console.py", f"{file.name}:{printing}"
+
+
+def test_the_command_line_and_its_help_load_nothing_heavy() -> None:
+    code = (
+        "import sys, json, io, contextlib\n"
+        "from inferctl import cli\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    cli.run(['--help'])\n"
+        f"print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
+
+
+def test_help_costs_at_most_twice_importing_typer() -> None:
+    """A ratio of whole processes, interleaved, by the best of each: noise only adds time."""
+    import time
+
+    def seconds(*arguments: str) -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+        return time.perf_counter() - start
+
+    pairs = [(seconds("-c", "import typer"), seconds("-m", "inferctl", "--help")) for _ in range(8)]
+    assert min(b for _, b in pairs) <= 2 * min(a for a, _ in pairs)

@@ -1,0 +1,58 @@
+"""Hashed locks: what is in them, and how they are told apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from inferctl import catalog, locks
+from inferctl.errors import UsageError
+
+LOCK = "a-b==1.0 \\\n    --hash=sha256:aa \\\n    --hash=sha256:ab\ntorch==2.13.0+cpu \\\n    --hash=sha256:bb\nuvicorn[standard]==0.5 ; python_version > '3' \\\n    --hash=sha256:cc\n"
+SHIPPED = [base for base in catalog.bases().values() if base.key != "cpu"]
+
+
+def test_versions_are_read_with_normalised_names() -> None:
+    assert locks.versions(LOCK) == {"a-b": "1.0", "torch": "2.13.0+cpu", "uvicorn": "0.5"}
+    assert locks.normalise("A_b.C") == "a-b-c"
+
+
+def test_a_selection_keeps_the_hashes_and_nothing_else() -> None:
+    assert locks.select(LOCK, {"torch"}) == "torch==2.13.0+cpu \\\n    --hash=sha256:bb\n"
+    assert locks.select(LOCK, set()) == ""
+
+
+@pytest.mark.parametrize("base", SHIPPED, ids=lambda base: base.key)
+def test_every_shipped_lock_is_hashed_and_split_without_overlap(base: catalog.BaseImage) -> None:
+    found = locks.load(base, None, int8=True)
+    parts = [locks.versions(text) for text in (found.torch or "", found.server, found.int8 or "")]
+    assert sum(map(len, parts)) == len(set().union(*parts))
+    for text in (found.torch or "", found.server, found.int8 or ""):
+        assert all("--hash=sha256:" in entry for entry in text.split("==")[1:])
+        assert "://" not in text
+
+
+@pytest.mark.parametrize("base", SHIPPED, ids=lambda base: base.key)
+def test_every_shipped_lock_holds_what_the_server_declares(base: catalog.BaseImage) -> None:
+    """Fails when a dependency was added without `make locks`."""
+    found = locks.load(base, None, int8=True)
+    locked = {*locks.versions(found.torch or ""), *locks.versions(found.server)} | set(base.provides)
+    declared = {locks.normalise(locks.name_of(line)) for line in locks.declared("serve")}
+    # jinja2 is one of torch's own dependencies: it comes with a torch that comes with the base.
+    assert declared - locked - ({"jinja2"} if "torch" in base.provides else set()) == set()
+
+
+def test_the_torch_of_a_lock_is_the_one_of_its_stack() -> None:
+    for base in SHIPPED:
+        torch = locks.load(base, None, int8=False).torch
+        assert torch is None or locks.versions(torch)["torch"] == catalog.stack(base.stack).torch
+
+
+def test_a_base_without_locks_says_how_to_make_them(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        locks.load(catalog.base("cpu"), None, int8=False)
+    assert "inferctl lock" in (caught.value.hint or "")
+    (tmp_path / "server.txt").write_text("x==1\n")
+    with pytest.raises(UsageError):
+        locks.load(catalog.base("cpu"), tmp_path, int8=True)

@@ -1,0 +1,83 @@
+"""A model folder read without torch."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from inferctl import model
+from inferctl.errors import UsageError
+
+
+def write_model(folder: Path, shapes: dict[str, list[int]]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text('{"architectures": ["BertModel"], "model_type": "bert"}')
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 4
+        for length in shape:
+            size *= length
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    packed = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(packed)) + packed + bytes(end))
+    return folder
+
+
+def test_parameters_are_counted_from_the_headers(tmp_path: Path) -> None:
+    found = model.find(str(write_model(tmp_path / "m", {"a": [3, 4], "b": [5], "scalar": []})))
+    assert (found.parameters, found.architecture) == (18, "BertModel")
+
+
+def test_the_real_model_has_its_published_size(minilm: Path) -> None:
+    found = model.find(str(minilm))
+    # 22.7 million by its model card; the file also holds the position ids.
+    assert 22_700_000 < found.parameters < 22_800_000
+
+
+def test_the_digest_follows_weights_and_tokenizer_but_not_the_readme(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", {"a": [2]})
+    before = model.ModelFolder(folder).digest
+    (folder / "README.md").write_text("hello")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "config.json").write_text("{}")
+    assert model.ModelFolder(folder).digest == before
+    (folder / "tokenizer.json").write_text("{}")
+    assert model.ModelFolder(folder).digest != before
+
+
+def test_a_hub_model_is_found_in_the_local_cache_at_its_revision(tmp_path: Path) -> None:
+    cache = tmp_path / "hub" / "models--org--m"
+    write_model(cache / "snapshots" / "abc", {"a": [1]})
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc\n")
+    for revision in (None, "main", "abc"):
+        assert model.find("org/m", revision, {"HF_HOME": str(tmp_path)}).path.name == "abc"
+    with pytest.raises(UsageError):
+        model.find("org/m", "other", {"HF_HOME": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    "broken", ["no-config", "no-weights", "truncated", "lfs-pointer", "bad-config", "not-there", "hub"]
+)
+def test_what_is_no_model_is_refused_with_a_hint(tmp_path: Path, broken: str) -> None:
+    folder = write_model(tmp_path / "m", {"a": [100]})
+    weights = folder / "model.safetensors"
+    match broken:
+        case "no-config":
+            (folder / "config.json").unlink()
+        case "no-weights":
+            weights.rename(folder / "pytorch_model.bin")
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-1])
+        case "lfs-pointer":
+            weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1\n")
+        case "bad-config":
+            (folder / "config.json").write_text("{")
+    source = {"not-there": str(tmp_path / "x"), "hub": "org/m"}.get(broken, str(folder))
+    with pytest.raises(UsageError) as caught:
+        model.find(source, environment={"HF_HOME": str(tmp_path)})
+    assert caught.value.hint

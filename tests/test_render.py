@@ -1,0 +1,135 @@
+"""The Dockerfile that a spec turns into."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from inferctl import catalog, locks, render, settings
+from inferctl.errors import UsageError
+
+LOCKS = locks.Locks(torch="torch==2.13.0 --hash=sha256:aa\n", server="numpy==2.4.6 --hash=sha256:bb\n")
+PROVENANCE = render.Provenance("https://example.com/team/minilm", "0123abc", "2026-01-02T03:04:05+00:00", "0.1.0")
+
+
+def rendered(base: str = "cuda13.0", chosen: locks.Locks = LOCKS, **flags: Any) -> render.Rendered:
+    paths = {"model.source": "sentence-transformers/all-MiniLM-L6-v2", "name": "minilm", "image.base": base}
+    spec = settings.resolve(None, {}, {**paths, **{k.replace("__", "."): v for k, v in flags.items()}}).spec
+    entry = catalog.base(base)
+    return render.render(spec, entry, catalog.stack(entry.stack), chosen, PROVENANCE)
+
+
+@pytest.mark.parametrize("base", ["cuda12.8", "cuda13.0", "ngc25.12", "cpu"])
+def test_each_base_renders_its_golden_dockerfile(base: str, golden: Callable[[str, str], None]) -> None:
+    chosen = LOCKS if base != "ngc25.12" else locks.Locks(torch=None, server=LOCKS.server)
+    golden(f"render/{base}.Dockerfile", rendered(base, chosen).dockerfile)
+
+
+def test_rendering_is_deterministic_to_the_byte() -> None:
+    assert rendered() == rendered()
+
+
+def test_heavy_layers_come_first_and_the_config_last() -> None:
+    text = rendered(
+        chosen=locks.Locks(LOCKS.torch, LOCKS.server, int8="bitsandbytes==1\n"),
+        model__weights="bake",
+        model__revision="abc",
+        serve__precision="int8",
+    ).dockerfile
+    final = text[text.rindex("\nFROM ") :]
+    assert re.findall(r"^COPY --link (.*)$", final, re.MULTILINE) == [
+        "--from=torch /layer /",
+        "--from=server-dependencies /layer /",
+        "--from=int8 /layer /",
+        "--from=model /layer /",
+        "layers/server /",
+        "layers/config /",
+    ]
+
+
+def test_a_base_that_brings_torch_gets_no_torch_layer() -> None:
+    text = rendered("ngc25.12", locks.Locks(torch=None, server="x==1\n")).dockerfile
+    assert "AS torch" not in text
+    assert "/opt/inferctl/torch" not in text
+
+
+def test_the_base_is_the_mirror_when_one_is_given() -> None:
+    found = rendered(image__base_image="registry.example.com/cuda@sha256:" + "a" * 64)
+    assert f"FROM registry.example.com/cuda@sha256:{'a' * 64} AS python" in found.dockerfile
+    assert found.labels["org.opencontainers.image.base.digest"] == "sha256:" + "a" * 64
+
+
+def test_the_labels_say_where_the_image_comes_from() -> None:
+    labels = rendered(serve__precision="bf16").labels
+    assert labels["org.opencontainers.image.source"] == "https://example.com/team/minilm"
+    assert labels["org.opencontainers.image.revision"] == "0123abc"
+    assert labels["org.opencontainers.image.base.name"] == "nvidia/cuda:13.0.2-base-ubuntu24.04"
+    assert labels["io.inferctl.precision"] == "bf16"
+    assert len(labels["io.inferctl.spec.sha256"]) == 64
+
+
+def test_the_container_runs_as_a_number_and_is_stopped_and_watched_properly() -> None:
+    text = rendered().dockerfile
+    assert "\nUSER 10001:10001\n" in text
+    assert "\nSTOPSIGNAL SIGTERM\n" in text
+    assert "\nHEALTHCHECK " in text
+    assert "chown" not in text
+
+
+def test_secrets_are_mounted_and_never_passed_as_arguments() -> None:
+    found = rendered(model__weights="bake", model__revision="abc")
+    assert "ARG " not in found.dockerfile
+    for secret in found.secrets:
+        assert f"--mount=type=secret,id={secret}," in found.dockerfile
+
+
+def test_a_wheel_folder_stands_in_for_the_index() -> None:
+    found = rendered(image__wheels="./wheels")
+    assert found.contexts == {"wheels": "./wheels"}
+    assert found.dockerfile.count("--no-index --find-links=/wheels") == 2
+    assert "--no-index" not in rendered().dockerfile
+
+
+@pytest.mark.parametrize(
+    ("weights", "source_in_container"), [("mount", "/model"), ("bake", "/model"), ("download", "org/m")]
+)
+def test_the_container_is_told_where_its_weights_are(weights: str, source_in_container: str) -> None:
+    found = rendered(model__weights=weights, model__source="org/m", model__revision="abc")
+    config = yaml.safe_load(found.files["layers/config/etc/inferctl/inferctl.yaml"])
+    assert config["model"]["source"] == source_in_container
+    assert ("INFERCTL_MODEL_SOURCE=/model" in found.dockerfile) == (weights != "download")
+    assert ("snapshot_download" in found.dockerfile) == (weights == "bake")
+
+
+def test_a_local_model_is_baked_from_a_context_of_its_own_and_its_path_stays_here(tmp_path: Path) -> None:
+    found = rendered(model__weights="bake", model__source=str(tmp_path))
+    assert found.contexts == {"model": str(tmp_path)}
+    assert "COPY --link --from=model . /model" in found.dockerfile
+    everything = found.dockerfile.encode() + b"".join(found.files.values()) + str(found.labels).encode()
+    assert str(tmp_path).encode() not in everything
+
+
+def test_the_config_in_the_image_is_a_spec_again() -> None:
+    found = rendered(serve__precision="bf16", serve__max_batch_tokens=4096)
+    document = settings.parse(found.files["layers/config/etc/inferctl/inferctl.yaml"].decode())
+    serve = settings.resolve(document, {}, {}).spec.serve
+    assert (serve.precision, serve.max_batch_tokens, serve.host) == ("bf16", 4096, "0.0.0.0")
+
+
+@pytest.mark.parametrize("nasty", ['a"b/c', "a/b$HOME", "a/b; rm -rf x", "a/`id`", "a/b\\c"])
+def test_values_that_could_escape_into_the_dockerfile_are_refused(nasty: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        rendered(image__base_image=nasty)
+    assert "cannot stand in a Dockerfile" in caught.value.message
+
+
+def test_the_server_layer_is_the_package_and_its_assets_without_caches() -> None:
+    names = set(render.server_files())
+    top = "layers/server/opt/inferctl/server/inferctl/"
+    assert {f"{top}__main__.py", f"{top}_assets/base-images/cuda13.0.yaml"} <= names
+    assert not [name for name in names if name.endswith(".pyc") or "__pycache__" in name or "/locks/" in name]

@@ -1,0 +1,151 @@
+"""What a spec file, the environment and flags turn into, and what is said about mistakes in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inferctl import settings, spec
+from inferctl.errors import SpecError, UsageError
+
+VOCABULARY = {"hardware": ["t4", "l4"], "image.base": ["cuda12.8", "cpu"], "bench.plan": ["precision"]}
+GOOD = "name: m\nmodel:\n  source: org/m\n"
+
+
+def problems(
+    text: str, environment: dict[str, str] | None = None, **flags: object
+) -> list[tuple[int | None, str, str | None]]:
+    with pytest.raises(SpecError) as caught:
+        settings.resolve(
+            settings.parse(text), environment or {}, {k.replace("__", "."): v for k, v in flags.items()}, VOCABULARY
+        )
+    return [(p.line, p.message, p.hint) for p in caught.value.problems]
+
+
+def test_every_mistake_is_reported_at_once_each_with_its_line() -> None:
+    text = "name: MiniLM\nmodel:\n  source: org/m\n  revison: abc\nserve:\n  precision: bf61\n  port: 99999\nhardware:\n  - l4\n  - t5\n"
+    found = problems(text)
+    assert [line for line, _, _ in found] == [1, 4, 6, 7, 10]
+    assert found[1][1:] == ("unknown key 'revison' in model", "did you mean revision?")
+    assert found[2][2] == "did you mean bf16?"
+    assert found[4][1:] == ("hardware: there is no 't5'", "did you mean t4?")
+
+
+def test_a_repeated_key_is_a_mistake_that_names_the_first_line() -> None:
+    with pytest.raises(SpecError) as caught:
+        settings.parse("name: a\nname: b\n")
+    assert [(p.line, p.message) for p in caught.value.problems] == [(2, "name is given twice (first on line 1)")]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("name: [a\n", 2, "not valid YAML"),
+        ("", None, "the file is empty"),
+        ("# only a comment\n", None, "the file is empty"),
+        ("- a\n- b\n", 1, "expected `key: value` lines"),
+        ("name: a\n\tmodel: x\n", 2, "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_mapping_says_so(text: str, line: int | None, words: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        settings.parse(text)
+    (problem,) = caught.value.problems
+    assert problem.line == line
+    assert words in problem.message
+
+
+def test_a_section_that_is_a_scalar_lists_its_keys() -> None:
+    assert problems(GOOD + "slo: 5\n") == [(4, "slo: expected `key: value` lines, got 5", "known in slo: p99_ms")]
+
+
+def test_missing_keys_show_what_to_add() -> None:
+    (found,) = problems("name: m\n")
+    assert found[1] == "model is missing"
+    assert "--model" in (found[2] or "")
+
+
+def test_flags_win_over_environment_over_file_over_defaults() -> None:
+    document = settings.parse(GOOD + "serve:\n  port: 1\n  precision: fp32\n  host: file\n")
+    environment = {"INFERCTL_SERVE_PORT": "2", "INFERCTL_SERVE_PRECISION": "fp16"}
+    resolved = settings.resolve(document, environment, {"serve.port": 3, "serve.host": None}, VOCABULARY)
+    serve = resolved.spec.serve
+    assert (serve.port, serve.precision, serve.host, serve.drain_seconds) == (3, "fp16", "file", 30.0)
+    origins = [resolved.origins[f"serve.{name}"] for name in ("port", "precision", "host", "drain_seconds")]
+    assert origins == ["flag --port", "env INFERCTL_SERVE_PRECISION", "inferctl.yaml:7", "default"]
+
+
+def test_a_mistake_in_a_flag_or_variable_names_it_instead_of_a_line() -> None:
+    assert problems(GOOD, {"INFERCTL_SERVE_PORT": "x"})[0][:2] == (
+        None,
+        "serve.port (from INFERCTL_SERVE_PORT): must be a valid integer, unable to parse string as an integer, got 'x'",
+    )
+    assert problems(GOOD, serve__precision="b16")[0] == (
+        None,
+        "serve.precision (from --precision): 'b16' is not one of auto, fp32, fp16, bf16, int8",
+        "did you mean bf16?",
+    )
+
+
+def test_lists_in_variables_are_separated_by_commas() -> None:
+    resolved = settings.resolve(settings.parse(GOOD), {"INFERCTL_HARDWARE": "t4, l4"}, {}, VOCABULARY)
+    assert resolved.spec.hardware == ["t4", "l4"]
+
+
+def test_an_unknown_variable_is_a_warning_with_the_closest_name() -> None:
+    resolved = settings.resolve(settings.parse(GOOD), {"INFERCTL_SERVE_PRECISON": "bf16", "INFERCTL_REQUIRE": "x"}, {})
+    assert resolved.warnings == ["INFERCTL_SERVE_PRECISON is not a setting; did you mean INFERCTL_SERVE_PRECISION?"]
+
+
+def test_without_a_file_the_name_comes_from_the_model() -> None:
+    resolved = settings.resolve(None, {}, {"model.source": "sentence-transformers/all-MiniLM-L6-v2"})
+    assert resolved.spec.name == "all-minilm-l6-v2"
+    assert resolved.spec.image_reference().startswith("inferctl/all-minilm-l6-v2:auto-")
+
+
+def test_no_file_points_to_init(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        settings.read(tmp_path / "inferctl.yaml")
+    assert "inferctl init" in (caught.value.hint or "")
+
+
+def test_equal_specs_have_equal_digests_and_a_changed_one_another() -> None:
+    one = settings.resolve(settings.parse("name: m\nmodel: {source: org/m}\n"), {}, {}).spec
+    same = settings.resolve(settings.parse("model:\n  source: org/m\nname: m\nserve: {port: 8080}\n"), {}, {}).spec
+    other = settings.resolve(settings.parse(GOOD + "serve: {port: 8081}\n"), {}, {}).spec
+    assert one.digest() == same.digest() != other.digest()
+
+
+def test_the_json_schema_takes_what_the_reader_takes_and_refuses_what_it_refuses() -> None:
+    validator = jsonschema.Draft202012Validator(spec.json_schema())
+    validator.check_schema(spec.json_schema())
+    assert not list(validator.iter_errors(yaml.safe_load(GOOD + "serve: {precision: bf16}\n")))
+    assert len(list(validator.iter_errors(yaml.safe_load(GOOD + "serve: {precision: bf61, prot: 1}\n")))) == 2
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    )
+)
+def test_no_yaml_value_crashes_the_reader(value: object) -> None:
+    text = json.dumps({"name": "m", "model": {"source": "x"}, "serve": value, "hardware": value})
+    try:
+        settings.resolve(settings.parse(text), {}, {}, VOCABULARY)
+    except SpecError as error:
+        assert error.problems
+
+
+@given(st.text(max_size=60))
+def test_no_text_crashes_the_reader(text: str) -> None:
+    try:
+        settings.resolve(settings.parse(text), {}, {}, VOCABULARY)
+    except SpecError as error:
+        assert error.problems

@@ -1,0 +1,63 @@
+"""The wheel, in an environment of its own, outside the checkout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = (
+    "templates/",
+    "base-images/",
+    "benchmarks/plans/",
+    "benchmarks/hardware/",
+    "benchmarks/corpora/",
+    "benchmarks/locustfile.py",
+)
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    code = f"from hatchling.build import build_wheel; print(build_wheel({str(folder)!r}))"
+    return folder / run(sys.executable, "-c", code).strip().splitlines()[-1]
+
+
+def test_the_wheel_carries_the_tracked_assets_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {n.removeprefix("inferctl/_assets/") for n in archive.namelist() if n.startswith("inferctl/_assets/")}
+    tracked = {name for name in run("git", "ls-files").splitlines() if name.startswith(SHIPPED)}
+    assert packed == tracked
+
+
+@pytest.mark.slow
+def test_a_clean_environment_without_torch_can_init_check_and_render(wheel: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel)
+    command, work = tmp_path / "venv" / "bin" / "inferctl", tmp_path / "work"
+    work.mkdir()
+    assert run(command, "init", cwd=work).strip() == "inferctl.yaml"
+    assert "FROM nvidia/cuda:" in run(command, "render", cwd=work)
+    written = run(command, "render", "--output", "build", cwd=work).splitlines()
+    assert all((work / path).exists() for path in written)
+    run(command, "check", cwd=work)
+    run(command, "schema", cwd=work)
+    assert subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode
+    assert "not installed" in run(command, "doctor", cwd=work)
+    # What goes into an image is the same from a wheel as from a checkout.
+    code = "from inferctl.render import server_files; print(*(f'{n} {f.stat().st_size}' for n, f in server_files().items()), sep='\\n')"
+    assert run(python, "-c", code, cwd=work) == run(sys.executable, "-c", code, cwd=Path(os.sep))
