@@ -134,6 +134,6 @@ class BuildView:
 
 def short(name: str, width: int = _NAME_WIDTH) -> str:
     """A step's name on one line: mounts and options out, the rest cut to `width`."""
-    text = re.sub(r"\s--(?:mount|link|from|chown|chmod)(?:=\S+)?", "", name)
+    text = re.sub(r"\s--(?:mount|link|chown|chmod)(?:=\S+)?", "", name)
     text = re.sub(r"\s+", " ", text).strip()
     return text if len(text) <= width else f"{text[: width - 1]}…"

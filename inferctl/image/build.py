@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
@@ -105,7 +106,7 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
         clock.lap("build")
         image = _loaded(engine, metadata)
         try:
-            findings, checked = yield from _examine(plan, engine, info, image)
+            findings, checked = yield from _examine(plan, engine, info, image, steps)
             clock.lap("verify")
             outcome = yield from publish(plan, engine, builder, request, image, _config_digest(metadata, image))
             clock.lap("publish")
@@ -122,13 +123,23 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
         compressed=outcome.compressed,
         pushed=outcome.pushed,
         steps=tuple(steps),
-        layers=tuple(engine.history(plan.reference)),
+        layers=named_layers(engine.history(plan.reference), steps),
         planned_findings=plan.findings,
         findings=tuple(findings),
         verified=checked,
         forecast=plan.forecast,
         seconds=clock.laps,
     )
+
+
+def named_layers(history: list[LayerInfo], steps: list[StepFinished]) -> tuple[LayerInfo, ...]:
+    """The image's layers with the steps that made them in place of the engine's own words, where they can be matched."""
+    numbered = [(found, step) for step in steps if (found := re.match(r"\[(?:(\S+) )?(\d+)/(\d+)\] (?!FROM )(.*)", step.name))]
+    last_stage = numbered and max(numbered, key=lambda item: item[1].name.startswith("[stage-"))[0].group(1)
+    made = sorted((int(found.group(2)), found.group(4)) for found, _ in numbered if found.group(1) == last_stage)
+    filled = [index for index, layer in enumerate(history) if layer.created_by.startswith(("COPY ", "RUN ", "ADD "))]
+    names = dict(zip(filled[-len(made) :], (name for _, name in made), strict=True)) if made and len(filled) >= len(made) else {}
+    return tuple(replace(layer, created_by=names.get(index, layer.created_by)) for index, layer in enumerate(history))
 
 
 class _Clock:
@@ -158,13 +169,15 @@ def _config_digest(metadata: Mapping[str, Any], image: ImageInfo) -> str:
 
 
 def _examine(
-    plan: BuildPlan, engine: Engine, info: EngineInfo, image: ImageInfo
+    plan: BuildPlan, engine: Engine, info: EngineInfo, image: ImageInfo, steps: list[StepFinished]
 ) -> Generator[Event, None, tuple[list[lint.Finding], Verified | None]]:
     options = plan.options
     waste = None
-    if options.lint_layers and image.size <= _ANALYSED_BYTES:
+    # What RUN steps left is what hides bytes; when all of them came from the cache, an earlier build has told it.
+    analysed = options.lint_layers and any("] RUN " in step.name and not step.cached for step in steps)
+    if analysed and image.size <= _ANALYSED_BYTES:
         waste = layers.analyse(engine.save(image.id))
-    elif options.lint_layers:
+    elif analysed:
         yield Note(f"layers not analysed for wasted bytes: the image has {forecast.size(image.size)}")
     findings = lint.built(image.environment, image.user, waste)
     if refused := lint.errors(findings):

@@ -41,6 +41,10 @@ _TRANSIENT = re.compile(
 )
 
 
+class NoBridgeError(NotReadyError):
+    """The engine cannot connect a container to its bridge network."""
+
+
 def host_of(reference: str) -> str:
     """The registry of an image reference: `localhost:5000/a/b:c` -> `localhost:5000`, `a/b` -> `docker.io`."""
     first, slash, _ = reference.partition("/")
@@ -60,11 +64,11 @@ def disk_full() -> NotReadyError:
     )
 
 
-def no_bridge(message: str) -> NotReadyError | None:
-    """The error for an engine that cannot connect a container to its bridge network, None when `message` says something else."""
+def no_bridge(message: str) -> NoBridgeError | None:
+    """The error for an engine without a working bridge network, None when `message` says something else."""
     if not _BRIDGE.search(message):
         return None
-    return NotReadyError(
+    return NoBridgeError(
         f"the engine cannot connect a container to its bridge network: {last_line(message)}",
         "`--network host` uses the host's network instead",
     )

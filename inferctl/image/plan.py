@@ -91,7 +91,7 @@ def plan(
 ) -> BuildPlan:
     """Decide everything that needs no engine. Raises for a refused lint, a refused size, and local weights that are not there."""
     from inferctl import model
-    from inferctl.render import is_hub_id
+    from inferctl.model import is_hub_id
 
     hub = is_hub_id(spec.model.source)
     folder = None

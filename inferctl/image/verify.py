@@ -16,11 +16,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from inferctl.errors import InferctlError, NotReadyError
+from inferctl.image import failures
 from inferctl.image.docker import Container, ContainerOptions, Engine, ImageInfo
 from inferctl.image.events import Note
 
@@ -93,12 +94,18 @@ def verify(engine: Engine, image: ImageInfo, options: VerifyOptions) -> Generato
     started = time.monotonic()
     port = int(image.environment.get("INFERCTL_SERVE_PORT", "8080"))
     container_options, here = serving(image, options, port)
-    with engine.start(image.id, container_options) as container:
+    try:
+        running = engine.start(image.id, container_options)
+    except failures.NoBridgeError as error:
+        yield Note(f"{error.message}; verifying on the host's network")
+        container_options, here = serving(image, replace(options, network="host"), port)
+        running = engine.start(image.id, container_options)
+    with running as container:
         address = ("127.0.0.1", here or _published(container, port))
         _wait_ready(container, address, started, options.ready_seconds)
         ready = time.monotonic() - started
         yield Note(f"ready after {ready:.1f} s")
-        info = _get(container, address, "/info")
+        info = fetch(container, address, "/info")
         precision = str(info["precision"]["effective"])
         facts = (
             precision,
@@ -127,7 +134,7 @@ def serving(image: ImageInfo, options: VerifyOptions, port: int) -> tuple[Contai
     labels = {"io.inferctl.role": "verify"}
     if options.network != "host":
         return ContainerOptions(mounts=mounts, port=port, gpu=options.gpu, labels=labels, scratch=_scratch(image)), None
-    free = _free_port()
+    free = free_port()
     return ContainerOptions(
         command=(*image.command, "--host", "127.0.0.1", "--port", str(free)),
         environment={"INFERCTL_SERVE_PORT": str(free)},
@@ -216,7 +223,7 @@ def _wait_ready(container: Container, address: tuple[str, int], started: float, 
         if error := explain_exit(container):
             raise InferctlError(f"verification failed: {error.message}", error.hint) from None
         try:
-            _request(address, "GET", "/readyz", timeout=5.0)
+            request(address, "GET", "/readyz", timeout=5.0)
         except (OSError, http.client.HTTPException):
             pass
         else:
@@ -232,7 +239,7 @@ def _wait_ready(container: Container, address: tuple[str, int], started: float, 
 
 def _embed(container: Container, address: tuple[str, int], model: str) -> list[list[float]]:
     body = {"model": model, "input": list(TEXTS), "encoding_format": "base64"}
-    answer = _get(container, address, "/v1/embeddings", body)
+    answer = fetch(container, address, "/v1/embeddings", body)
     found = sorted(answer["data"], key=lambda item: item["index"])
     if len(found) != len(TEXTS):
         _broken(f"{len(TEXTS)} texts got {len(found)} vectors")
@@ -260,11 +267,11 @@ def _reference(engine: Engine, image: ImageInfo, options: VerifyOptions) -> dict
         _broken(_with_log("the fp32 reference wrote no JSON", err))
 
 
-def _get(
+def fetch(
     container: Container, address: tuple[str, int], path: str, body: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     try:
-        return dict(json.loads(_request(address, "POST" if body else "GET", path, body, _REQUEST_SECONDS)))
+        return dict(json.loads(request(address, "POST" if body else "GET", path, body, _REQUEST_SECONDS)))
     except urllib.error.HTTPError as error:
         said = error.read().decode("utf-8", "replace")
         _broken(_with_log(f"{path} answered {error.code}: {said[:500]}", container.log(_LOG_LINES)))
@@ -274,8 +281,9 @@ def _get(
         _broken(_with_log(f"{path} did not answer: {error}", container.log(_LOG_LINES)))
 
 
-def _request(address: tuple[str, int], method: str, path: str, body: Any = None, timeout: float = 10.0) -> bytes:
-    request = urllib.request.Request(
+def request(address: tuple[str, int], method: str, path: str, body: Any = None, timeout: float = 10.0) -> bytes:
+    """One HTTP request to a container of ours. Raises `OSError` (`HTTPError` is one) or `HTTPException`."""
+    asked = urllib.request.Request(
         f"http://{address[0]}:{address[1]}{path}",
         data=json.dumps(body).encode() if body is not None else None,
         headers={"content-type": "application/json"},
@@ -283,7 +291,7 @@ def _request(address: tuple[str, int], method: str, path: str, body: Any = None,
     )
     # A proxy for the outside world has no business between this process and its own container.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=timeout) as answer:
+    with opener.open(asked, timeout=timeout) as answer:
         return bytes(answer.read())
 
 
@@ -302,7 +310,8 @@ def _scratch(image: ImageInfo) -> tuple[str, ...]:
     return (CACHE_PATH,) if image.environment.get("HF_HOME") == CACHE_PATH else ()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that is free here now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
