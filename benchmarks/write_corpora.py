@@ -139,7 +139,16 @@ TOPICS = {
         "how to study for a maths exam;tips for learning vocabulary;what is photosynthesis for kids;how long should homework take",
     ),
 }
-JOINERS = ("In practice", "Even so", "As a rule", "Most people find that", "It is worth knowing that", "By contrast", "Last year", "For that reason")
+JOINERS = (
+    "In practice",
+    "Even so",
+    "As a rule",
+    "Most people find that",
+    "It is worth knowing that",
+    "By contrast",
+    "Last year",
+    "For that reason",
+)
 MAX_WORDS = 150  # stays under 256 tokens, so that no model has to cut a text
 
 

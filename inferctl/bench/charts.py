@@ -24,16 +24,36 @@ def all_charts(receipts: Sequence[Receipt]) -> dict[str, tuple[str, str, Figure]
             "How slow the slowest share of requests is. The bars at p50, p90 and p99 are 95 % intervals; a percentile that the sample does not support has none.",
             percentiles(receipts, shades),
         ),
-        "ecdf": ("Latency, cumulative", "Share of requests that were answered within a time.", cumulative(receipts, shades)),
-        "throughput": ("Throughput", "Good answers per second in the measured window, with 95 % intervals. Hatched: emulated precision.", throughput(receipts, shades)),
+        "ecdf": (
+            "Latency, cumulative",
+            "Share of requests that were answered within a time.",
+            cumulative(receipts, shades),
+        ),
+        "throughput": (
+            "Throughput",
+            "Good answers per second in the measured window, with 95 % intervals. Hatched: emulated precision.",
+            throughput(receipts, shades),
+        ),
         "quality": (
             "Distance to fp32",
             "1 - cosine between each vector and the fp32 one of the same text; lower is closer. At 1e-7 and below the difference is float rounding.",
             distance(receipts, shades),
         ),
-        "recall": ("Neighbours kept", "Share of each text's ten nearest neighbours that are the same as with fp32.", recall(receipts, shades)),
-        "memory": ("Memory", "Resident memory of the whole server, highest seen while measuring.", memory(receipts, shades)),
-        "timeline": ("Throughput over time", "Each run, second by second: a run that drifts has not settled.", timeline(receipts, shades)),
+        "recall": (
+            "Neighbours kept",
+            "Share of each text's ten nearest neighbours that are the same as with fp32.",
+            recall(receipts, shades),
+        ),
+        "memory": (
+            "Memory",
+            "Resident memory of the whole server, highest seen while measuring.",
+            memory(receipts, shades),
+        ),
+        "timeline": (
+            "Throughput over time",
+            "Each run, second by second: a run that drifts has not settled.",
+            timeline(receipts, shades),
+        ),
     }
     return {name: chart for name, chart in charts.items() if chart[2]["data"]}
 
@@ -92,12 +112,41 @@ def percentiles(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
             }
         )
     shares = (0.5, 0.9, 0.99, 0.999, 0.9999)
-    axis = {"type": "log", "tickvals": [1 / (1 - q) for q in shares], "ticktext": [f"p{q * 100:g}" for q in shares], "title": {"text": "percentile"}}
-    layout = {"xaxis": axis, "yaxis": {"title": {"text": "latency, ms"}, "rangemode": "tozero"}, "hovermode": "closest"}
+    axis = {
+        "type": "log",
+        "tickvals": [1 / (1 - q) for q in shares],
+        "ticktext": [f"p{q * 100:g}" for q in shares],
+        "title": {"text": "percentile"},
+    }
+    layout = {
+        "xaxis": axis,
+        "yaxis": {"type": "log", "dtick": "D2", "title": {"text": "latency, ms"}},
+        "hovermode": "closest",
+    }
     slo = next((found for one in receipts if (found := one.data.get("slo", {}).get("p99_ms"))), None)
     if slo:
-        layout["shapes"] = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": slo, "y1": slo, "line": {"dash": "dot", "color": "#d55e00"}}]
-        layout["annotations"] = [{"xref": "paper", "x": 0, "y": slo, "text": f"SLO: p99 {slo:g} ms", "showarrow": False, "yshift": 9, "xanchor": "left"}]
+        layout["shapes"] = [
+            {
+                "type": "line",
+                "xref": "paper",
+                "x0": 0,
+                "x1": 1,
+                "y0": slo,
+                "y1": slo,
+                "line": {"dash": "dot", "color": "#d55e00"},
+            }
+        ]
+        layout["annotations"] = [
+            {
+                "xref": "paper",
+                "x": 0,
+                "y": slo,
+                "text": f"SLO: p99 {slo:g} ms",
+                "showarrow": False,
+                "yshift": 9,
+                "xanchor": "left",
+            }
+        ]
     return {"data": data, "layout": layout}
 
 
@@ -115,14 +164,17 @@ def cumulative(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
         for one in receipts
         if one.data["curve"]
     ]
-    layout = {"xaxis": {"type": "log", "title": {"text": "latency, ms"}, "dtick": "D2"}, "yaxis": {"title": {"text": "requests, %"}, "range": [0, 101]}}
+    layout = {
+        "xaxis": {"type": "log", "title": {"text": "latency, ms"}, "dtick": "D2"},
+        "yaxis": {"title": {"text": "requests, %"}, "range": [0, 101]},
+    }
     return {"data": data, "layout": layout}
 
 
 def throughput(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
     values = [one.data["summary"]["requests_per_s"] for one in receipts]
     spans = [one.data["summary"]["requests_per_s_interval"] for one in receipts]
-    bars = _bars(receipts, shades, values, "%{x}: %{y:.2f} requests/s<extra></extra>")
+    bars = _bars(receipts, shades, values, "%{customdata}: %{y:.2f} requests/s<extra></extra>")
     bars["error_y"] = {
         "type": "data",
         "symmetric": False,
@@ -130,7 +182,10 @@ def throughput(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
         "arrayminus": [value - span["low"] if span else 0 for span, value in zip(spans, values, strict=True)],
         "color": "#8c8c8c",
     }
-    return {"data": [bars] if receipts else [], "layout": {"yaxis": {"title": {"text": "requests/s"}, "rangemode": "tozero"}, "showlegend": False}}
+    return {
+        "data": [bars] if receipts else [],
+        "layout": {"yaxis": {"title": {"text": "requests/s"}, "rangemode": "tozero"}, "showlegend": False},
+    }
 
 
 def distance(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
@@ -150,19 +205,38 @@ def distance(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
         for key, symbol in marks
         if checked
     ]
-    return {"data": data, "layout": {"yaxis": {"type": "log", "title": {"text": "1 - cosine"}, "exponentformat": "power", "dtick": 1}}}
+    return {
+        "data": data,
+        "layout": {"yaxis": {"type": "log", "title": {"text": "1 - cosine"}, "exponentformat": "power", "dtick": 1}},
+    }
 
 
 def recall(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
     checked = [one for one in receipts if one.data["quality"]["checked"]]
-    bars = _bars(checked, shades, [100 * one.data["quality"]["recall_at_10"] for one in checked], "%{x}: %{y:.2f} %<extra></extra>")
-    return {"data": [bars] if checked else [], "layout": {"yaxis": {"title": {"text": "recall@10, %"}, "range": [0, 105]}, "showlegend": False}}
+    bars = _bars(
+        checked,
+        shades,
+        [100 * one.data["quality"]["recall_at_10"] for one in checked],
+        "%{customdata}: %{y:.2f} %<extra></extra>",
+    )
+    return {
+        "data": [bars] if checked else [],
+        "layout": {"yaxis": {"title": {"text": "recall@10, %"}, "range": [0, 105]}, "showlegend": False},
+    }
 
 
 def memory(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
     known = [one for one in receipts if one.data["resources"].get("server_peak_bytes")]
-    bars = _bars(known, shades, [one.data["resources"]["server_peak_bytes"] / 1e6 for one in known], "%{x}: %{y:.0f} MB<extra></extra>")
-    return {"data": [bars] if known else [], "layout": {"yaxis": {"title": {"text": "MB"}, "rangemode": "tozero"}, "showlegend": False}}
+    bars = _bars(
+        known,
+        shades,
+        [one.data["resources"]["server_peak_bytes"] / 1e6 for one in known],
+        "%{customdata}: %{y:.0f} MB<extra></extra>",
+    )
+    return {
+        "data": [bars] if known else [],
+        "layout": {"yaxis": {"title": {"text": "MB"}, "rangemode": "tozero"}, "showlegend": False},
+    }
 
 
 def timeline(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
@@ -176,25 +250,39 @@ def timeline(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
             "line": {"color": shades[one.name], "width": 2, "dash": "solid" if number == 0 else "dot"},
             "x": [second + 1 for second, _, _ in run["timeline"]],
             "y": [rate for _, rate, _ in run["timeline"]],
-            "hovertemplate": "second %{x}: %{y:.0f} requests/s<extra>" + f"{label(one)}, run {run['repeat'] + 1}" + "</extra>",
+            "hovertemplate": "second %{x}: %{y:.0f} requests/s<extra>"
+            + f"{label(one)}, run {run['repeat'] + 1}"
+            + "</extra>",
         }
         for one in receipts
         for number, run in enumerate(one.data["runs"])
     ]
-    return {"data": data, "layout": {"xaxis": {"title": {"text": "seconds measured"}}, "yaxis": {"title": {"text": "requests/s"}, "rangemode": "tozero"}}}
+    return {
+        "data": data,
+        "layout": {
+            "xaxis": {"title": {"text": "seconds measured"}},
+            "yaxis": {"title": {"text": "requests/s"}, "rangemode": "tozero"},
+        },
+    }
 
 
 def _bars(receipts: Sequence[Receipt], shades: dict[str, str], values: list[float], hover: str) -> dict[str, Any]:
+    """Bars with their values under the names, where no error bar crosses them; hatched where the precision is emulated."""
     emulated = [one.data["precision"].get("level") == "emulated" for one in receipts]
+    pattern = {
+        "shape": ["/" if one else "" for one in emulated],
+        "fillmode": "overlay",
+        "fgcolor": "#ffffff",
+        "fgopacity": 0.45,
+        "solidity": 0.3,
+    }
+    shown = [f"{value:,.1f}" if value < 1000 else f"{value:,.0f}" for value in values]
     return {
         "type": "bar",
-        "x": [label(one) for one in receipts],
+        "x": [f"{label(one)}<br><b>{text}</b>" for one, text in zip(receipts, shown, strict=True)],
         "y": values,
-        "text": [f"{value:,.1f}" if value < 1000 else f"{value:,.0f}" for value in values],
-        "textposition": "inside",
-        "insidetextanchor": "middle",
-        "insidetextfont": {"color": "#ffffff", "size": 14},
+        "customdata": [label(one) for one in receipts],
         "width": 0.6,
-        "marker": {"color": [shades[one.name] for one in receipts], "pattern": {"shape": ["/" if one else "" for one in emulated], "solidity": 0.25}},
+        "marker": {"color": [shades[one.name] for one in receipts], "pattern": pattern},
         "hovertemplate": hover,
     }

@@ -14,10 +14,27 @@ from typing import Any
 from inferctl import catalog
 
 # Instructions that decide how fast a precision runs.
-_TELLING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_fp16", "amx_int8", "f16c")
+_TELLING_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_fp16",
+    "avx512_vnni",
+    "avx_vnni",
+    "amx_bf16",
+    "amx_fp16",
+    "amx_int8",
+    "f16c",
+)
 _PACKAGES = ("torch", "transformers", "tokenizers", "bitsandbytes", "torchao", "numpy", "locust", "gevent")
 # Settings of the numeric libraries that change speeds; recorded when set.
-_TELLING_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA")
+_TELLING_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "ONEDNN_MAX_CPU_ISA",
+)
 
 
 @dataclass(frozen=True)

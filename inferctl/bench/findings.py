@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 # Less than this between two configurations is called a tie even when the intervals part: the same system differs that much from run to run.
@@ -12,21 +12,58 @@ Row = Mapping[str, Any]
 
 
 def state(rows: Sequence[Row], mode: str) -> list[str]:
-    """Sentences, the most important first. `mode` is that of the load: closed compares throughput, open compares p99."""
+    """What was found, the most important first. `mode` is that of the load: closed compares throughput, open compares p99."""
     measured = [row for row in rows if row["outcome"] == "measured" and row["valid"]]
     sentences = [_winner(measured, mode)] if measured else ["Nothing was measured that can be used: see the reasons."]
-    sentences += _emulated(measured)
-    sentences += _memory(measured)
     sentences += [
         f"{row['configuration']} fails on quality: cosine p1 {row['quality']['cosine']['p1']:.4f} (limit {row['quality']['limits']['cosine_p1']:g}), "
         f"recall@10 {row['recall_at_10']:.3f} (limit {row['quality']['limits']['recall_at_10']:g}); it cannot be recommended."
         for row in measured
         if row["quality"].get("passes") is False
     ]
-    sentences += [f"{row['configuration']} is invalid: {'; '.join(row['reasons'])}." for row in rows if row["receipt"] and not row["valid"]]
-    sentences += [f"{row['configuration']} did not run: {row['reason']}." for row in rows if row["outcome"] == "not run"]
-    absent = [row["configuration"] for row in rows if row["outcome"] == "not measured here"]
-    return sentences + ([f"Not measured here: {', '.join(absent)}."] if absent else [])
+    return sentences + _memory(measured)
+
+
+def caveats(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(kind, sentence) of everything to know before reading a number, the gravest first.
+
+    Kinds: `invalid`, `missing` (not run, not measured here, not checked), `emulated`, `caution`.
+    """
+    found = [
+        ("invalid", f"{row['configuration']}: {reason}") for row in rows if row["receipt"] for reason in row["reasons"]
+    ]
+    found += [
+        ("missing", f"{row['configuration']} did not run: {row['reason']}")
+        for row in rows
+        if row["outcome"] == "not run"
+    ]
+    for reason, names in _grouped(
+        (row["reason"], row["configuration"]) for row in rows if row["outcome"] == "not measured here"
+    ):
+        found.append(("missing", f"not measured here: {names}; {reason}. No figures are made up."))
+    emulated = (
+        (row["precision"].get("reason"), row["configuration"])
+        for row in rows
+        if row["precision"].get("level") == "emulated"
+    )
+    found += [("emulated", f"{names} ran emulated: {reason}") for reason, names in _grouped(emulated)]
+    unchecked = (
+        (row["quality"]["reason"], row["configuration"])
+        for row in rows
+        if row["receipt"] and not row["quality"]["checked"]
+    )
+    found += [("missing", f"{names}: quality not checked, {reason}") for reason, names in _grouped(unchecked)]
+    cautions = ((caution, row["configuration"]) for row in rows for caution in row["cautions"])
+    return found + [("caution", f"{names}: {caution}") for caution, names in _grouped(cautions)]
+
+
+def _grouped(pairs: Iterable[tuple[str | None, str]]) -> Iterator[tuple[str | None, str]]:
+    """(text, names) of (text, name) pairs: each text once, with everyone it is true of."""
+    groups: dict[str | None, list[str]] = {}
+    for text, name in pairs:
+        groups.setdefault(text, []).append(name)
+    for text, names in groups.items():
+        yield text, ", ".join(dict.fromkeys(names))
 
 
 def _winner(measured: Sequence[Row], mode: str) -> str:
@@ -62,10 +99,14 @@ def tie(one: Row, other: Row, mode: str) -> bool:
         return True
     if mode == "closed":
         spans = [row["requests_per_s_interval"] for row in (one, other)]
-        return any(span is None for span in spans) or (spans[0]["low"] <= spans[1]["high"] and spans[1]["low"] <= spans[0]["high"])
+        return any(span is None for span in spans) or (
+            spans[0]["low"] <= spans[1]["high"] and spans[1]["low"] <= spans[0]["high"]
+        )
     key = "p99_interval_ms" if one["p99_ms"] and other["p99_ms"] else "p50_interval_ms"
     (low, high), (other_low, other_high) = one[key], other[key]
-    return any(bound is None for bound in (low, high, other_low, other_high)) or (low <= other_high and other_low <= high)
+    return any(bound is None for bound in (low, high, other_low, other_high)) or (
+        low <= other_high and other_low <= high
+    )
 
 
 def _ratio(slower: Row, best: Row, mode: str) -> str:
@@ -75,21 +116,17 @@ def _ratio(slower: Row, best: Row, mode: str) -> str:
 
 
 def _figure(row: Row, mode: str) -> str:
-    return f"{row['requests_per_s']:.1f} requests/s" if mode == "closed" or not row["p99_ms"] else f"p99 {row['p99_ms']:.1f} ms"
+    return (
+        f"{row['requests_per_s']:.1f} requests/s"
+        if mode == "closed" or not row["p99_ms"]
+        else f"p99 {row['p99_ms']:.1f} ms"
+    )
 
 
 def _quality(row: Row) -> str:
     if not row["quality"].get("checked"):
         return f"quality not checked ({row['quality'].get('reason')})"
     return f"cosine {row['cosine_mean']:.5f} and recall@10 {row['recall_at_10']:.3f} to fp32"
-
-
-def _emulated(measured: Sequence[Row]) -> list[str]:
-    return [
-        f"{row['configuration']} ran emulated: {row['precision'].get('reason')}."
-        for row in measured
-        if row["precision"].get("level") == "emulated"
-    ]
 
 
 def _memory(measured: Sequence[Row]) -> list[str]:

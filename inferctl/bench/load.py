@@ -47,12 +47,21 @@ class Measured:
 def prepare(load: Load, workload: Workload, target: Target, serial: int, folder: Path) -> Path:
     """Write everything the load generator reads into `folder`; returns the file that describes the load."""
     (folder / "bodies.jsonl").write_bytes(b"\n".join(workload.bodies(target.model)) + b"\n")
-    parts: dict[str, npt.NDArray[Any]] = {"order": workload.order, "schedule": workload.schedule_ns, "warmup_schedule": workload.warmup_schedule_ns}
+    parts: dict[str, npt.NDArray[Any]] = {
+        "order": workload.order,
+        "schedule": workload.schedule_ns,
+        "warmup_schedule": workload.warmup_schedule_ns,
+    }
     for name, values in parts.items():
         (folder / f"{name}.bin").write_bytes(values.astype(values.dtype.newbyteorder("<")).tobytes())
     description: dict[str, Any] = load.model_dump()
     description |= {name: str(folder / f"{name}.bin") for name in parts}
-    description |= {"url": target.embeddings_url, "bodies": str(folder / "bodies.jsonl"), "output": str(folder), "serial": serial}
+    description |= {
+        "url": target.embeddings_url,
+        "bodies": str(folder / "bodies.jsonl"),
+        "output": str(folder),
+        "serial": serial,
+    }
     file = folder / "load.json"
     file.write_text(json.dumps(description, indent=1))
     return file
@@ -62,7 +71,17 @@ def command(load: Load) -> list[str]:
     """How Locust is started; our own file ends the run, so it gets no run time."""
     users = str(load.users if load.mode == "closed" else 1)
     locustfile = str(assets.root() / "benchmarks" / "locustfile.py")
-    options = ["--headless", "--users", users, "--spawn-rate", users, "--only-summary", "--reset-stats", "--exit-code-on-error", "0"]
+    options = [
+        "--headless",
+        "--users",
+        users,
+        "--spawn-rate",
+        users,
+        "--only-summary",
+        "--reset-stats",
+        "--exit-code-on-error",
+        "0",
+    ]
     return [sys.executable, "-m", "locust", "-f", locustfile, *options, "--loglevel", "WARNING"]
 
 
@@ -78,7 +97,13 @@ def run(load: Load, description: Path, watch: Callable[[Live], None], check: Cal
     log = folder / "locust.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            command(load), env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            command(load),
+            env=environment,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         _follow(process, load, folder, watch, check)
@@ -88,7 +113,9 @@ def run(load: Load, description: Path, watch: Callable[[Live], None], check: Cal
         process.wait()
     state = read_state(folder)
     if process.returncode or state.get("phase") != "done":
-        raise InferctlError(f"the load generator failed (exit code {process.returncode}): {last_words(log)}", f"its log is {log}")
+        raise InferctlError(
+            f"the load generator failed (exit code {process.returncode}): {last_words(log)}", f"its log is {log}"
+        )
     return Measured(records.merge(folder), state)
 
 
@@ -100,7 +127,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _follow(process: subprocess.Popen[bytes], load: Load, folder: Path, watch: Callable[[Live], None], check: Callable[[], None]) -> None:
+def _follow(
+    process: subprocess.Popen[bytes], load: Load, folder: Path, watch: Callable[[Live], None], check: Callable[[], None]
+) -> None:
     tail = records.Tail(folder / "requests-0.bin")
     recent: list[tuple[int, float]] = []
     limit = time.monotonic() + load.warmup_s + load.duration_s + 2 * load.timeout_s + 60

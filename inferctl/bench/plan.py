@@ -89,7 +89,8 @@ class Plan(_Section):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise UsageError(
-                f"{where} cannot be {first.get('input')!r}: {_lower(first['msg'])}", "`inferctl bench --help` lists the options"
+                f"{where} cannot be {first.get('input')!r}: {_lower(first['msg'])}",
+                "`inferctl bench --help` lists the options",
             ) from None
 
     def runs(self) -> list[Run]:
@@ -143,12 +144,18 @@ def _folder() -> Path:
 def _contradictions(plan: Plan, document: Document) -> list[Problem]:
     problems = []
     if plan.load.mode == "open" and plan.load.rate is None:
-        problems.append(Problem("load.rate", "an open loop needs load.rate", document.line(["load"]), "add `rate: 50` (requests/s)"))
+        problems.append(
+            Problem("load.rate", "an open loop needs load.rate", document.line(["load"]), "add `rate: 50` (requests/s)")
+        )
     seen: set[str] = set()
     for index, configuration in enumerate(plan.configurations):
         if configuration.name in seen:
             line = document.line(["configurations", index])
-            problems.append(Problem("configurations", f"the name {configuration.name!r} is used twice", line, "give each its own name"))
+            problems.append(
+                Problem(
+                    "configurations", f"the name {configuration.name!r} is used twice", line, "give each its own name"
+                )
+            )
         seen.add(configuration.name)
     return problems
 
@@ -159,7 +166,12 @@ def _problem(error: dict[str, Any], document: Document) -> Problem:
     line = document.line(location)
     if error["type"] == "extra_forbidden":
         known = _fields(location[:-1])
-        return Problem(path, f"unknown key {location[-1]!r}", line, did_you_mean(str(location[-1]), known) or f"known: {', '.join(known)}")
+        return Problem(
+            path,
+            f"unknown key {location[-1]!r}",
+            line,
+            did_you_mean(str(location[-1]), known) or f"known: {', '.join(known)}",
+        )
     if error["type"] == "missing":
         return Problem(path, f"{path} is missing", line, "docs/bench.md explains every key")
     return Problem(path, f"{path}: {_lower(error['msg'])}, got {value!r}", line)

@@ -84,7 +84,9 @@ class Sampler:
 
     def _watch(self) -> None:
         while True:
-            self.samples.append((time.monotonic_ns(), {name: usage(pid) for name, pid in self._roots.items()}, machine()))
+            self.samples.append(
+                (time.monotonic_ns(), {name: usage(pid) for name, pid in self._roots.items()}, machine())
+            )
             if self._stop.wait(self._every):
                 return
 

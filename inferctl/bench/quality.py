@@ -57,7 +57,9 @@ def reference(model: Path, texts: list[str], waiting: Callable[[float], None]) -
         answer.seek(0)
         complaint.seek(0)
         if process.returncode:
-            raise InferctlError(f"the fp32 reference could not be computed: {_reason(complaint.read().decode(errors='replace'))}")
+            raise InferctlError(
+                f"the fp32 reference could not be computed: {_reason(complaint.read().decode(errors='replace'))}"
+            )
         document = json.loads(answer.read())
     rows = [np.frombuffer(base64.b64decode(text), "<f4") for text in document["embeddings"]]
     return Reference(texts, np.stack(rows), str(document["model_sha256"]))
@@ -70,7 +72,9 @@ def check(target: Target, expected: Reference, limits: Quality) -> dict[str, Any
         rows += target.embed(expected.texts[start : start + _BATCH])
     found = np.asarray(rows, np.float32)
     if found.shape != expected.vectors.shape:
-        raise InferctlError(f"the server's vectors have the shape {found.shape}, the reference's {expected.vectors.shape}")
+        raise InferctlError(
+            f"the server's vectors have the shape {found.shape}, the reference's {expected.vectors.shape}"
+        )
     if not np.isfinite(found).all():
         raise InferctlError("the server answered vectors that are not finite")
     return compare(expected.vectors, found, limits)
@@ -117,4 +121,7 @@ def _unit(vectors: Matrix) -> npt.NDArray[np.float64]:
 
 def _reason(complaint: str) -> str:
     lines = [line for line in complaint.splitlines() if line.strip()]
-    return next((line.removeprefix("error: ") for line in lines if line.startswith("error:")), lines[-1] if lines else "no message")
+    return next(
+        (line.removeprefix("error: ") for line in lines if line.startswith("error:")),
+        lines[-1] if lines else "no message",
+    )

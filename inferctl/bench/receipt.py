@@ -62,9 +62,16 @@ def load(path: Path) -> Receipt:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read as a receipt: {error}", "`inferctl bench` writes receipts") from None
     if not isinstance(data, dict) or not str(data.get("schema", "")).startswith("inferctl.receipt/"):
-        raise UsageError(f"{path} is not a receipt", "`inferctl bench` writes receipts, into receipts/ of its output folder")
+        raise UsageError(
+            f"{path} is not a receipt", "`inferctl bench` writes receipts, into receipts/ of its output folder"
+        )
     if data["schema"] != SCHEMA:
-        raise UsageError(f"{path} has the schema {data['schema']}, this version reads {SCHEMA}", "use the inferctl that wrote it, or run the bench again")
+        raise UsageError(
+            f"{path} has the schema {data['schema']}, this version reads {SCHEMA}",
+            "use the inferctl that wrote it, or run the bench again",
+        )
     if data.get("seal") != seal_of(data):
-        raise InvalidRunError(f"{path} was altered after it was sealed", "measure again: `inferctl bench` writes a new receipt")
+        raise InvalidRunError(
+            f"{path} was altered after it was sealed", "measure again: `inferctl bench` writes a new receipt"
+        )
     return Receipt(path, data)

@@ -29,7 +29,9 @@ def read(path: Path) -> Rows:
     """
     with path.open("rb") as stream:
         if stream.readline() != MAGIC:
-            raise InferctlError(f"{path} is not a records file", "it should be requests-N.bin, as `inferctl bench` writes it")
+            raise InferctlError(
+                f"{path} is not a records file", "it should be requests-N.bin, as `inferctl bench` writes it"
+            )
         header = json.loads(stream.readline())
         kind = np.dtype([(name, code) for name, code in header["fields"]])
         content = stream.read()
@@ -40,7 +42,9 @@ def merge(folder: Path) -> Rows:
     """Records of all workers in `folder`, by the time at which they should have left. Raises `InferctlError` when there is none."""
     parts = [read(path) for path in sorted(folder.glob("requests-*.bin"))]
     if not parts:
-        raise InferctlError(f"there are no records in {folder}", "the load generator wrote nothing: see locust.log there")
+        raise InferctlError(
+            f"there are no records in {folder}", "the load generator wrote nothing: see locust.log there"
+        )
     rows = np.concatenate(parts)
     return rows[np.argsort(rows["intended_ns"], kind="stable")]
 

@@ -25,7 +25,9 @@ def render(result: Mapping[str, Any], receipts: Sequence[Receipt]) -> str:
     from plotly.offline import get_plotlyjs
 
     loader = jinja2.FileSystemLoader(assets.root() / "templates")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     drawn = charts.all_charts(receipts)
     return environment.get_template("report.html.j2").render(
         result=result,
@@ -42,27 +44,30 @@ def render(result: Mapping[str, Any], receipts: Sequence[Receipt]) -> str:
 
 
 def honesty(result: Mapping[str, Any], receipts: Sequence[Receipt]) -> list[tuple[str, str]]:
-    """(kind, sentence): what to know before reading a number. Kinds: invalid, missing, emulated, caution, setup."""
-    notes = [("invalid", f"{one.name} is invalid: {reason}") for one in receipts for reason in one.data["validity"]["reasons"]]
-    for row in result["rows"]:
-        if row["outcome"] == "not measured here":
-            notes.append(("missing", f"{row['configuration']} was not measured: {row['reason']}. No figures are made up for it."))
-        elif row["outcome"] == "not run":
-            notes.append(("missing", f"{row['configuration']} did not run: {row['reason']}"))
-    for one in receipts:
-        precision = one.data["precision"]
-        if precision["level"] == "emulated":
-            notes.append(("emulated", f"{one.name} ran emulated: {precision['reason']}"))
-        if not one.data["quality"]["checked"]:
-            notes.append(("missing", f"{one.name}: quality not checked, {one.data['quality']['reason']}"))
-        notes += [("caution", f"{one.name}: {caution}") for caution in one.data["validity"]["cautions"]]
-    load = result["load"]
-    if load["mode"] == "closed":
-        notes.append(("setup", "Closed loop: a slow server is asked less, so its latency under a fixed rate would be worse than shown."))
+    """(kind, sentence): what to know before reading a number, the caveats of the result and how the measurement was set up."""
+    notes = [(caveat["kind"], caveat["text"]) for caveat in result["caveats"]]
+    if result["load"]["mode"] == "closed":
+        notes.append(
+            (
+                "setup",
+                "Closed loop: a slow server is asked less, so its latency under a fixed rate would be worse than shown.",
+            )
+        )
     if any(one.data["configuration"]["url"] is None for one in receipts):
-        notes.append(("setup", "Load generator and server shared this machine's cores: compare the configurations with each other, not with other machines."))
-    if load["inputs"] == "unique":
-        notes.append(("setup", "Every request carries a number of its own (about four tokens), so that no cache answers in the model's place."))
+        notes.append(
+            (
+                "setup",
+                "Load generator and server shared this machine's cores: compare the rows with each other, not with other machines.",
+            )
+        )
+    if result["load"]["inputs"] == "unique":
+        notes.append(
+            (
+                "setup",
+                "Every request carries a number of its own (about four tokens), so that no cache answers for the model.",
+            )
+        )
     if result["repeats"] < 5:
-        notes.append(("setup", f"{result['repeats']} run(s) each: intervals are within runs; at least five are needed for intervals between runs."))
+        runs = "One run each" if result["repeats"] == 1 else f"{result['repeats']} runs each"
+        notes.append(("setup", f"{runs}: intervals are within runs; intervals between runs need at least five."))
     return notes

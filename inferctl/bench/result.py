@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,9 @@ def receipts(context: Context, outcomes: Sequence[runner.Outcome]) -> list[recei
         "inputs": context.plan.load.inputs,
     }
     return [
-        receipt.write(context.output / "receipts" / f"{outcome.subject.name}.json", _receipt(context, outcome, described))
+        receipt.write(
+            context.output / "receipts" / f"{outcome.subject.name}.json", _receipt(context, outcome, described)
+        )
         for outcome in outcomes
         if outcome.measurements
     ]
@@ -59,7 +62,10 @@ def _receipt(context: Context, outcome: runner.Outcome, described: dict[str, Any
         "plan": context.plan.model_dump(mode="json"),
         "slo": {"p99_ms": context.slo_p99_ms},
         "workload": described,
-        "model": {**(info.get("model") or {}), "source": (info.get("model") or {}).get("source") or context.model_source},
+        "model": {
+            **(info.get("model") or {}),
+            "source": (info.get("model") or {}).get("source") or context.model_source,
+        },
         "precision": precision_of(info, subject),
         "hardware": hardware_of(info, subject, context.environment),
         "environment": context.environment.as_dict(),
@@ -82,7 +88,10 @@ def _receipt(context: Context, outcome: runner.Outcome, described: dict[str, Any
                 "locust_percentiles_ms": m.state.get("locust_percentiles_ms"),
                 "timeline": summary.timeline(m.part),
                 "records": [
-                    {"path": file.relative_to(context.output).as_posix(), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+                    {
+                        "path": file.relative_to(context.output).as_posix(),
+                        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+                    }
                     for file in sorted(m.folder.glob("requests-*.bin"))
                 ],
             }
@@ -94,7 +103,9 @@ def _receipt(context: Context, outcome: runner.Outcome, described: dict[str, Any
 def precision_of(info: dict[str, Any], subject: runner.Subject) -> dict[str, Any]:
     """Requested and effective precision as the server states them; None where it does not."""
     said = info.get("precision") or {}
-    return {key: said.get(key) for key in ("effective", "level", "reason", "method")} | {"requested": said.get("requested") or subject.precision}
+    return {key: said.get(key) for key in ("effective", "level", "reason", "method")} | {
+        "requested": said.get("requested") or subject.precision
+    }
 
 
 def hardware_of(info: dict[str, Any], subject: runner.Subject, environment: Environment) -> dict[str, Any]:
@@ -106,7 +117,12 @@ def hardware_of(info: dict[str, Any], subject: runner.Subject, environment: Envi
         return {"key": key, "name": name, "kind": device.get("kind"), "detected_by": "server"}
     if subject.url:
         return {"key": None, "name": "not stated", "kind": None, "detected_by": None}
-    return {"key": environment.hardware, "name": environment.name, "kind": "cuda" if environment.gpus else "cpu", "detected_by": "bench"}
+    return {
+        "key": environment.hardware,
+        "name": environment.name,
+        "kind": "cuda" if environment.gpus else "cpu",
+        "detected_by": "bench",
+    }
 
 
 def _worst(measurements: Sequence[runner.Measurement]) -> dict[str, float]:
@@ -115,12 +131,15 @@ def _worst(measurements: Sequence[runner.Measurement]) -> dict[str, float]:
     return {key: max(m.resources[key] for m in measurements if key in m.resources) for key in sorted(keys)}
 
 
-def document(context: Context, outcomes: Sequence[runner.Outcome], written: Sequence[receipt.Receipt], report: Path) -> dict[str, Any]:
+def document(
+    context: Context, outcomes: Sequence[runner.Outcome], written: Sequence[receipt.Receipt], report: Path
+) -> dict[str, Any]:
     """What `--json` prints; docs/bench.md describes every key."""
     by_name = {one.name: one for one in written}
     rows = [_row(outcome, by_name.get(outcome.subject.name)) for outcome in outcomes]
     rows += _not_measured(context, rows)
     found = findings.state(rows, context.plan.load.mode)
+    caveats = [{"kind": kind, "text": text} for kind, text in findings.caveats(rows)]
     return {
         "schema": SCHEMA,
         "plan": context.plan.name,
@@ -128,6 +147,7 @@ def document(context: Context, outcomes: Sequence[runner.Outcome], written: Sequ
         "repeats": context.plan.repeats,
         "finding": found[0],
         "findings": found,
+        "caveats": caveats,
         "rows": rows,
         "environment": context.environment.as_dict(),
         "output": str(context.output),
@@ -135,9 +155,16 @@ def document(context: Context, outcomes: Sequence[runner.Outcome], written: Sequ
     }
 
 
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Keep the document beside its receipts."""
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _row(outcome: runner.Outcome, sealed: receipt.Receipt | None) -> dict[str, Any]:
     if sealed is None:
-        return _empty(outcome.subject.name, "not run", outcome.failure or "no run was completed") | {"precision": {"requested": outcome.subject.precision}}
+        return _empty(outcome.subject.name, "not run", outcome.failure or "no run was completed") | {
+            "precision": {"requested": outcome.subject.precision}
+        }
     data = sealed.data
     latency, cosine = data["summary"]["latency_ms"], data["quality"].get("cosine") or {}
     return {
@@ -163,7 +190,16 @@ def _row(outcome: runner.Outcome, sealed: receipt.Receipt | None) -> dict[str, A
 
 
 def _empty(name: str, outcome: str, reason: str) -> dict[str, Any]:
-    return {"configuration": name, "outcome": outcome, "reason": reason, "precision": {}, "valid": False, "reasons": [], "cautions": [], "receipt": None}
+    return {
+        "configuration": name,
+        "outcome": outcome,
+        "reason": reason,
+        "precision": {},
+        "valid": False,
+        "reasons": [],
+        "cautions": [],
+        "receipt": None,
+    }
 
 
 def _not_measured(context: Context, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -184,8 +220,12 @@ def verdict(result: dict[str, Any]) -> InferctlError | None:
     measured = [row for row in rows if row["receipt"]]
     if not measured:
         reasons = "; ".join(f"{row['configuration']}: {row['reason']}" for row in rows)
-        return InferctlError(f"nothing could be measured ({reasons})", f"the servers' logs are in {result['output']}/runs")
+        return InferctlError(
+            f"nothing could be measured ({reasons})", f"the servers' logs are in {result['output']}/runs"
+        )
     if not any(row["valid"] for row in measured):
         reasons = "; ".join(f"{row['configuration']}: {row['reasons'][0]}" for row in measured)
-        return InvalidRunError(f"the run is invalid ({reasons})", "the receipts say so too; mend the cause and measure again")
+        return InvalidRunError(
+            f"the run is invalid ({reasons})", "the receipts say so too; mend the cause and measure again"
+        )
     return None

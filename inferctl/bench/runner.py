@@ -100,7 +100,9 @@ def run(bench: Bench, notify: Notify) -> list[Outcome]:
             if outcome.failure:
                 continue
 
-            def tell(phase: str, seconds: float = 0.0, live: loads.Live | None = None, one: Run = one, number: int = number) -> None:
+            def tell(
+                phase: str, seconds: float = 0.0, live: loads.Live | None = None, one: Run = one, number: int = number
+            ) -> None:
                 notify(Progress(one.configuration, number, len(order), phase, seconds, live))
 
             try:
@@ -120,14 +122,22 @@ def _reference(bench: Bench, notify: Notify) -> quality.Reference | str:
     texts, _ = workload.read_corpus(limits.corpus)
     try:
         return quality.reference(
-            bench.model, texts[: limits.texts], lambda passed: notify(Progress("fp32 reference", 0, len(bench.plan.runs()), "computing", passed))
+            bench.model,
+            texts[: limits.texts],
+            lambda passed: notify(Progress("fp32 reference", 0, len(bench.plan.runs()), "computing", passed)),
         )
     except InferctlError as error:
         return error.message
 
 
 def _measure(
-    bench: Bench, work: workload.Workload, outcome: Outcome, one: Run, expected: quality.Reference | str, serial: int, tell: Callable[..., None]
+    bench: Bench,
+    work: workload.Workload,
+    outcome: Outcome,
+    one: Run,
+    expected: quality.Reference | str,
+    serial: int,
+    tell: Callable[..., None],
 ) -> None:
     folder = bench.output / "runs" / one.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +151,9 @@ def _measure(
                 raise InferctlError(f"{subject.name} has neither a URL nor a precision")
             announce = folder / "announce.json"
             arguments = bench.command(subject.precision, announce)
-            child = stack.enter_context(server.running(arguments, announce, folder, lambda passed: tell("starting", passed)))
+            child = stack.enter_context(
+                server.running(arguments, announce, folder, lambda passed: tell("starting", passed))
+            )
             aim = child.target
         outcome.info = outcome.info or aim.info
         measurement = _load(bench, work, aim, child, one, folder, serial, tell)
@@ -169,7 +181,9 @@ def _load(
     description = loads.prepare(plan, work, aim, serial, folder)
     with procfs.Sampler({"server": child.process.pid} if child else {}) as sampler:
         try:
-            done = loads.run(plan, description, lambda live: tell(live.phase, 0.0, live), child.check if child else lambda: None)
+            done = loads.run(
+                plan, description, lambda live: tell(live.phase, 0.0, live), child.check if child else lambda: None
+            )
         finally:
             for scratch in ("bodies.jsonl", "order.bin", "schedule.bin", "warmup_schedule.bin"):
                 (folder / scratch).unlink(missing_ok=True)
@@ -189,7 +203,11 @@ def _quality(bench: Bench, aim: target.Target, expected: quality.Reference | str
         return quality.unchecked(expected)
     served = (aim.info.get("model") or {}).get("sha256")
     if served != expected.model_sha256:
-        what = f"the server's weights ({served[:12]}…) are not those of the local folder" if served else "the server does not say which weights it has"
+        what = (
+            f"the server's weights ({served[:12]}…) are not those of the local folder"
+            if served
+            else "the server does not say which weights it has"
+        )
         return quality.unchecked(what)
     if bench.plan.quality is None:
         return quality.unchecked("the plan asks for no quality check")
@@ -201,9 +219,7 @@ def _quality(bench: Bench, aim: target.Target, expected: quality.Reference | str
 
 def judge(outcome: Outcome, cores: int) -> tuple[dict[str, Any], list[validity.Validity], validity.Validity]:
     """Pooled summary of an outcome with runs, the validity of each run, and that of the whole."""
-    each = [
-        validity.judge(summary.summarise([m.part]), m.resources, m.state, cores) for m in outcome.measurements
-    ]
+    each = [validity.judge(summary.summarise([m.part]), m.resources, m.state, cores) for m in outcome.measurements]
     pooled = summary.summarise([m.part for m in outcome.measurements])
     whole = validity.combine(each, pooled)
     if outcome.failure:

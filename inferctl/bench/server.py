@@ -40,7 +40,10 @@ class Server:
     def check(self) -> None:
         """Raise `ServerError` when the server has ended."""
         if (code := self.process.poll()) is not None:
-            raise ServerError(f"the server ended with exit code {code} during the run: {last_words(self.log)}", f"its log is {self.log}")
+            raise ServerError(
+                f"the server ended with exit code {code} during the run: {last_words(self.log)}",
+                f"its log is {self.log}",
+            )
 
 
 def serve_command(model: str, name: str, spec_file: Path | None) -> Command:
@@ -55,7 +58,9 @@ def serve_command(model: str, name: str, spec_file: Path | None) -> Command:
 
 
 @contextlib.contextmanager
-def running(arguments: Sequence[str], announce: Path, folder: Path, waiting: Callable[[float], None]) -> Iterator[Server]:
+def running(
+    arguments: Sequence[str], announce: Path, folder: Path, waiting: Callable[[float], None]
+) -> Iterator[Server]:
     """Start a server and wait until it announces itself; whatever happens, it is gone afterwards.
 
     `waiting` is called with the seconds passed. Raises `ServerError` with the server's own reason when it ends or takes over five minutes.
@@ -65,7 +70,12 @@ def running(arguments: Sequence[str], announce: Path, folder: Path, waiting: Cal
     with log.open("wb") as stream:
         # Its own session: Ctrl-C reaches us alone, and we end it in order.
         process = subprocess.Popen(
-            arguments, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            start_new_session=True,
         )
     try:
         yield Server(process, connect(_ready(process, announce, log, waiting)), log)

@@ -58,7 +58,9 @@ def interval_ranks(n: int, q: float, confidence: float = CONFIDENCE) -> tuple[in
     return (low, high) if low >= 1 and high <= n else None
 
 
-def quantile(ascending: npt.NDArray[np.float64] | Sequence[float], q: float, confidence: float = CONFIDENCE) -> Quantile:
+def quantile(
+    ascending: npt.NDArray[np.float64] | Sequence[float], q: float, confidence: float = CONFIDENCE
+) -> Quantile:
     """The q-quantile of samples sorted in ascending order, in their unit."""
     n = len(ascending)
     ranks = interval_ranks(n, q, confidence)
@@ -74,7 +76,9 @@ def curve(ascending: npt.NDArray[np.float64]) -> list[tuple[float, float]]:
     n = len(ascending)
     if not n:
         return []
-    shares = [step / 200 for step in range(1, 200)] + [1 - 10**-exponent * step for exponent in (3, 4, 5) for step in (5, 2, 1)]
+    shares = [step / 200 for step in range(1, 200)] + [
+        1 - 10**-exponent * step for exponent in (3, 4, 5) for step in (5, 2, 1)
+    ]
     points = {share: float(ascending[rank(n, share) - 1]) for share in shares if n * (1 - share) >= 1 - 1e-9}
     return [(0.0, float(ascending[0])), *sorted(points.items()), (1.0, float(ascending[-1]))]
 
@@ -106,6 +110,12 @@ def _binomial(n: int, q: float) -> tuple[int, npt.NDArray[np.float64]]:
     mean, spread = n * q, 12 * math.sqrt(n * q * (1 - q)) + 20
     start, end = max(0, math.floor(mean - spread)), min(n, math.ceil(mean + spread))
     counts = np.arange(start, end + 1)
-    first = math.lgamma(n + 1) - math.lgamma(start + 1) - math.lgamma(n - start + 1) + start * math.log(q) + (n - start) * math.log1p(-q)
+    first = (
+        math.lgamma(n + 1)
+        - math.lgamma(start + 1)
+        - math.lgamma(n - start + 1)
+        + start * math.log(q)
+        + (n - start) * math.log1p(-q)
+    )
     steps = np.log((n - counts[:-1]) / (counts[:-1] + 1)) + math.log(q) - math.log1p(-q)
     return start, np.exp(first + np.concatenate([[0.0], np.cumsum(steps)]))

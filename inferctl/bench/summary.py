@@ -63,17 +63,27 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
         "runs": len(parts),
         "seconds": round(seconds, 3),
         "requests": len(measured),
-        "errors": {name: count for code, name in records.ERROR_NAMES.items() if (count := int(np.sum(measured["error"] == code)))},
+        "errors": {
+            name: count
+            for code, name in records.ERROR_NAMES.items()
+            if (count := int(np.sum(measured["error"] == code)))
+        },
         "late": int(np.sum(late)),
         "dropped": int(np.sum(measured["error"] == records.DROPPED)),
         "requested_per_s": None if offered is None else round(offered / seconds, 3),
         "requests_per_s": round(requests_per_s, 3),
         "requests_per_s_interval": throughput_interval(parts),
         "texts_per_s": round(requests_per_s * parts[0].inputs_per_request, 3),
-        "tokens_per_s": round(float(np.sum(completed["tokens"], dtype=np.int64)) / seconds, 1) if np.any(completed["tokens"]) else None,
+        "tokens_per_s": round(float(np.sum(completed["tokens"], dtype=np.int64)) / seconds, 1)
+        if np.any(completed["tokens"])
+        else None,
         "tokens_per_request": round(float(np.mean(completed["tokens"])), 2) if np.any(completed["tokens"]) else None,
         "latency_ms": latency_summary(latency),
-        "server_ms": {name: median for name in ("queue", "tokenize", "inference") if (median := _median(good[f"{name}_ms"])) is not None},
+        "server_ms": {
+            name: median
+            for name in ("queue", "tokenize", "inference")
+            if (median := _median(good[f"{name}_ms"])) is not None
+        },
         "response_bytes": int(np.median(good["bytes"])) if len(good) else None,
     }
 
@@ -86,7 +96,9 @@ def latency_summary(ascending: npt.NDArray[np.float64]) -> dict[str, Any]:
     for q in QUANTILES:
         found = stats.quantile(ascending, q)
         figures = {"value": found.value, "low": found.low, "high": found.high}
-        summary[f"p{q * 100:g}"] = {name: None if value is None else _ms(value) for name, value in figures.items()} | {"needed": found.needed}
+        summary[f"p{q * 100:g}"] = {name: None if value is None else _ms(value) for name, value in figures.items()} | {
+            "needed": found.needed
+        }
     return summary
 
 
@@ -117,7 +129,10 @@ def timeline(part: Part, window_s: float = 1.0) -> list[tuple[float, float, floa
 def latency_curve(parts: Sequence[Part]) -> list[tuple[float, float]]:
     """Points (share, ms) of the latency distribution of all good answers to measured requests."""
     measured = np.concatenate([part.measured for part in parts])
-    return [(share, _ms(value)) for share, value in stats.curve(np.sort(records.latency_ms(measured[measured["error"] == records.OK])))]
+    return [
+        (share, _ms(value))
+        for share, value in stats.curve(np.sort(records.latency_ms(measured[measured["error"] == records.OK])))
+    ]
 
 
 def client_cpu_percent(state: Mapping[str, Any]) -> float | None:

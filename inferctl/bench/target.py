@@ -38,7 +38,9 @@ class Target:
             rows = sorted(answer["data"], key=lambda row: row["index"])
             vectors = [_vector(row["embedding"]) for row in rows]
         except (KeyError, TypeError, ValueError, struct.error) as error:
-            raise InferctlError(f"{self.embeddings_url} answered something that is no list of embeddings: {error}") from None
+            raise InferctlError(
+                f"{self.embeddings_url} answered something that is no list of embeddings: {error}"
+            ) from None
         if len(vectors) != len(texts):
             raise InferctlError(f"{self.embeddings_url} answered {len(vectors)} embeddings for {len(texts)} texts")
         return vectors
@@ -55,7 +57,8 @@ def connect(url: str, timeout_s: float = 10) -> Target:
         model = str(info.get("name") or models["data"][0]["id"])
     except (KeyError, IndexError, TypeError):
         raise NotReadyError(
-            f"{url} answers, but neither GET /info nor GET /v1/models names a model", "is it an OpenAI-compatible embeddings server?"
+            f"{url} answers, but neither GET /info nor GET /v1/models names a model",
+            "is it an OpenAI-compatible embeddings server?",
         ) from None
     return Target(url, model, info)
 
@@ -72,7 +75,9 @@ def _optional(url: str, timeout_s: float) -> dict[str, Any]:
         return {}
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        raise NotReadyError(f"nothing answers at {url}: {reason}", "start the server first, or check host and port") from None
+        raise NotReadyError(
+            f"nothing answers at {url}: {reason}", "start the server first, or check host and port"
+        ) from None
     return value if isinstance(value, dict) else {}
 
 

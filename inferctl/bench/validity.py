@@ -33,10 +33,14 @@ def judge(summary: Mapping[str, Any], resources: Mapping[str, float], state: Map
     reasons, cautions = [], []
     client = resources.get("client_cpu_percent")
     if client is not None and client > CLIENT_CPU_LIMIT:
-        reasons.append(f"the load generator used {client:.0f} % of its core (limit {CLIENT_CPU_LIMIT:.0f} %): it was the bottleneck")
+        reasons.append(
+            f"the load generator used {client:.0f} % of its core (limit {CLIENT_CPU_LIMIT:.0f} %): it was the bottleneck"
+        )
     requested, achieved = summary["requested_per_s"], summary["requests_per_s"]
     if requested and achieved < ACHIEVED_LIMIT * requested:
-        reasons.append(f"answered {achieved:.1f} of {requested:.1f} requests/s offered ({100 * achieved / requested:.0f} %, limit 98 %)")
+        reasons.append(
+            f"answered {achieved:.1f} of {requested:.1f} requests/s offered ({100 * achieved / requested:.0f} %, limit 98 %)"
+        )
     if summary["errors"]:
         kinds = ", ".join(f"{name}: {count}" for name, count in summary["errors"].items())
         reasons.append(f"{sum(summary['errors'].values())} of {summary['requests']} requests failed ({kinds})")
@@ -62,7 +66,9 @@ def combine(parts: Sequence[Validity], pooled: Mapping[str, Any]) -> Validity:
     Cautions about the number of samples are judged on the pool.
     """
     many = len(parts) > 1
-    reasons = [f"run {number}: {reason}" if many else reason for number, part in enumerate(parts, 1) for reason in part.reasons]
+    reasons = [
+        f"run {number}: {reason}" if many else reason for number, part in enumerate(parts, 1) for reason in part.reasons
+    ]
     cautions = [
         f"run {number}: {caution}" if many else caution
         for number, part in enumerate(parts, 1)

@@ -60,7 +60,7 @@ def runs_as(precision: Mapping[str, Any]) -> str:
 
 def milliseconds(row: Mapping[str, Any], key: str) -> str:
     value = row[f"{key}_ms"]
-    return f"n<{ {'p50': 6, 'p90': 36, 'p99': 368}[key]}" if value is None else short(value)
+    return f"n<{ {'p50': 6, 'p90': 36, 'p99': 368}[key] }" if value is None else short(value)
 
 
 def short(value: float | None) -> str:
@@ -73,17 +73,13 @@ def short(value: float | None) -> str:
 
 
 def notes(result: Mapping[str, Any]) -> Iterator[str]:
-    """Lines under the table: units, why rows are empty, cautions."""
+    """Lines under the table: units and load, what else was found, what to know before using the numbers."""
     load = result["load"]
-    how = f"{load['users']} users, closed loop" if load["mode"] == "closed" else f"{load['rate']:g} requests/s offered, {load['arrivals']}, open loop"
+    if load["mode"] == "closed":
+        how = f"closed loop, {load['users']} users"
+    else:
+        how = f"open loop, {load['rate']:g} requests/s offered ({load['arrivals']})"
     runs = f"{result['repeats']} runs each" if result["repeats"] > 1 else "one run each"
     yield f"latency in ms; {how}, {load['duration_s']:g} s, {runs}; cosine (mean) and recall@10 against fp32"
     yield from result["findings"][1:]
-    seen: dict[str, list[str]] = {}
-    for row in result["rows"]:
-        for caution in row["cautions"]:
-            seen.setdefault(caution.split(": ", 1)[-1] if caution.startswith("run ") else caution, []).append(row["configuration"])
-        if row["receipt"] and not row["quality"].get("checked"):
-            seen.setdefault(f"quality not checked: {row['quality'].get('reason')}", []).append(row["configuration"])
-    for caution, names in seen.items():
-        yield f"{', '.join(dict.fromkeys(names))}: {caution}"
+    yield from (f"{caveat['kind']}: {caveat['text']}" for caveat in result["caveats"] if caveat["kind"] != "invalid")

@@ -56,7 +56,11 @@ def draw(load: Load, corpus: str, seed: int) -> Workload:
     random = np.random.Generator(np.random.PCG64(seed))
     size = load.inputs_per_request
     shuffled = random.permutation(len(texts))
-    picks = [shuffled[start : start + size] for start in range(0, len(texts) - size + 1, size)] if size > 1 else shuffled[:, None]
+    picks = (
+        [shuffled[start : start + size] for start in range(0, len(texts) - size + 1, size)]
+        if size > 1
+        else shuffled[:, None]
+    )
     if not len(picks):
         picks = [random.integers(0, len(texts), size)]
     groups = [[texts[i] for i in pick] for pick in picks]
@@ -88,7 +92,10 @@ def read_corpus(name: str) -> tuple[list[str], str]:
     path = Path(name) if own else folder / f"{name}.jsonl"
     if not path.is_file():
         known = sorted(file.stem for file in folder.glob("*.jsonl"))
-        raise UsageError(f"there is no corpus {name!r}", did_you_mean(name, known) or f"known: {', '.join(known)}; or a .jsonl or .txt file")
+        raise UsageError(
+            f"there is no corpus {name!r}",
+            did_you_mean(name, known) or f"known: {', '.join(known)}; or a .jsonl or .txt file",
+        )
     content = path.read_bytes()
     texts = []
     for number, line in enumerate(content.decode("utf-8").splitlines(), 1):
@@ -97,7 +104,10 @@ def read_corpus(name: str) -> tuple[list[str], str]:
         try:
             texts.append(line if path.suffix == ".txt" else str(json.loads(line)["text"]))
         except (ValueError, KeyError, TypeError):
-            raise UsageError(f'{path}:{number}: not a line like {{"text": "..."}}', "give JSON lines, or one text a line in a .txt file") from None
+            raise UsageError(
+                f'{path}:{number}: not a line like {{"text": "..."}}',
+                "give JSON lines, or one text a line in a .txt file",
+            ) from None
     if not texts:
         raise UsageError(f"the corpus {path} is empty", "it needs one text a line")
     return texts, hashlib.sha256(content).hexdigest()

@@ -81,6 +81,7 @@ def bench(
     page = (report or work.output / "report.html").resolve()
     document = result.document(context, outcomes, sealed, page)
     reports.write(page, document, sealed)
+    result.write(work.output / "result.json", document)
     if json_:
         console.document(document)
     else:

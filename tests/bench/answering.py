@@ -59,7 +59,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
         content = json.dumps(value).encode()
         self.send_response(status)
-        for name, text in {"Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})}.items():
+        for name, text in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(content)),
+            **(headers or {}),
+        }.items():
             self.send_header(name, text)
         self.end_headers()
         self.wfile.write(content)
@@ -67,7 +71,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         pages = {"/truth": self.truth, "/v1/models": {"data": [{"id": "test"}]}, "/info": info(self.options)}
-        self.answer(200, pages[self.path]) if self.path in pages else self.answer(404, {"error": {"message": "not here"}})
+        self.answer(200, pages[self.path]) if self.path in pages else self.answer(
+            404, {"error": {"message": "not here"}}
+        )
 
     def do_POST(self) -> None:
         begun = time.perf_counter()
@@ -82,15 +88,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         with self.lock:
             delay = next(self.delays)
-        if self.options.stall_every and (now := time.monotonic() - self.started) % self.options.stall_every < self.options.stall_for:
+        if (
+            self.options.stall_every
+            and (now := time.monotonic() - self.started) % self.options.stall_every < self.options.stall_for
+        ):
             delay += self.options.stall_for - now % self.options.stall_every
         time.sleep(delay)
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
-        packed = [base64.b64encode(struct.pack(f"<{DIMENSIONS}f", *vector(t, self.options.drift))).decode() for t in texts]
+        packed = [
+            base64.b64encode(struct.pack(f"<{DIMENSIONS}f", *vector(t, self.options.drift))).decode() for t in texts
+        ]
         tokens = sum(len(text.split()) + 2 for text in texts)
-        data = {"data": [{"index": i, "embedding": e} for i, e in enumerate(packed)], "usage": {"prompt_tokens": tokens}}
+        data = {
+            "data": [{"index": i, "embedding": e} for i, e in enumerate(packed)],
+            "usage": {"prompt_tokens": tokens},
+        }
         inference = f"{delay * 1e3:.3f}"
-        self.answer(200, data, {"x-inferctl-tokens": str(tokens), "x-inferctl-queue-ms": "0.1", "x-inferctl-inference-ms": inference})
+        self.answer(
+            200,
+            data,
+            {"x-inferctl-tokens": str(tokens), "x-inferctl-queue-ms": "0.1", "x-inferctl-inference-ms": inference},
+        )
         self.truth.append((time.perf_counter() - begun) * 1e3)
 
 
