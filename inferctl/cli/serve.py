@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from inferctl.cli import options
+from inferctl.errors import SpecError, UsageError
+
+if TYPE_CHECKING:
+    from inferctl.spec import Spec
 
 EPILOG = """Examples: `inferctl serve --model ./all-MiniLM-L6-v2` serves a local folder on port 8080;
 `inferctl serve --model DIR --precision bf16 --port 0 --announce ready.json` takes a free port and says which;
@@ -73,15 +77,13 @@ def serve(
         "serve.max_input_tokens": max_input_tokens,
         "serve.max_queue_tokens": max_queue_tokens,
     }
-    spec = options.load(spec_file, flags).spec
     from inferctl.cli import console
 
     if image:
-        from inferctl.image import docker
+        from inferctl.image import server as container
 
-        raise typer.Exit(docker.run_server(image, spec, say=console.note, announce=announce))
-    from inferctl.errors import UsageError
-
+        raise typer.Exit(container.run_server(image, _spec_of_image(image, spec_file, flags), console.note, announce))
+    spec = options.load(spec_file, flags).spec
     try:
         from inferctl.serve import server
     except ModuleNotFoundError as error:
@@ -91,3 +93,15 @@ def serve(
     reference, _, digest = (image_reference or "").partition("@")
     chosen = server.Options(device, engine, truncate, announce, (reference, digest or None) if reference else None)
     raise typer.Exit(server.run(spec, chosen, console.note))
+
+
+def _spec_of_image(image: str, spec_file: Path | None, flags: dict[str, Any]) -> Spec:
+    """The spec for a container: an image with its own weights and settings needs none, so a missing file is no mistake."""
+    try:
+        return options.load(spec_file, flags).spec
+    except SpecError:
+        raise
+    except UsageError:
+        if spec_file or flags["model.source"]:
+            raise
+        return options.load(None, {**flags, "model.source": image}).spec

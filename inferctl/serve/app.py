@@ -162,12 +162,20 @@ class EmbeddingsEndpoint:
         answer = await _unless_gone(self._embed(sequences), receive)
         if not answer.ok.all():
             metrics.non_finite.inc(int((~answer.ok).sum()))
-            raise ApiError(500, f"the model gave numbers that are not finite for input {int((~answer.ok).argmax())}", code="non_finite")
+            raise ApiError(
+                500,
+                f"the model gave numbers that are not finite for input {int((~answer.ok).argmax())}",
+                code="non_finite",
+            )
         tokens = sum(map(len, sequences))
         body = http.embeddings(_cut(answer.vectors, dimensions), request.encoding_format, state.name, tokens)
         metrics.tokens.inc(tokens)
         metrics.texts.inc(len(sequences))
-        phases = (("tokenize", tokenised - started), ("queue", answer.queue_seconds), ("inference", answer.inference_seconds))
+        phases = (
+            ("tokenize", tokenised - started),
+            ("queue", answer.queue_seconds),
+            ("inference", answer.inference_seconds),
+        )
         for phase, seconds in phases:
             metrics.phase.labels(phase).observe(seconds)
         headers = [(f"x-inferctl-{phase}-ms".encode(), f"{seconds * 1000:.3f}".encode()) for phase, seconds in phases]
@@ -183,7 +191,9 @@ class EmbeddingsEndpoint:
             size = state.tokenizer.vocabulary_size
             for index, row in enumerate(items):
                 if max(row) >= size:
-                    raise ApiError(400, f"input[{index}] has a token id of {size} or more", code="invalid_token", param="input")
+                    raise ApiError(
+                        400, f"input[{index}] has a token id of {size} or more", code="invalid_token", param="input"
+                    )
             return state.tokenizer.cut(items, truncate=truncate)
         except TooLongError as error:
             message = f"input[{error.index}] has more than {error.limit} tokens; send `truncate: true` to cut it"
@@ -237,7 +247,9 @@ async def _body(receive: Receive, limit: int) -> bytes | None:
         part = message.get("body", b"")
         size += len(part)
         if size > limit:
-            raise ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large", headers={"connection": "close"})
+            raise ApiError(
+                413, f"the body is larger than {limit} bytes", code="body_too_large", headers={"connection": "close"}
+            )
         parts.append(part)
         if not message.get("more_body"):
             return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -257,7 +269,12 @@ def _dimensions(state: State, wanted: int | None) -> int | None:
         return wanted
     allowed = [str(d) for d in state.matryoshka or () if d <= state.dimensions] or [str(state.dimensions)]
     possible = f"1 to {state.dimensions}" if state.matryoshka is None else ", ".join(allowed)
-    raise ApiError(400, f"{state.name} cannot give {wanted} dimensions, only {possible}", code="invalid_dimensions", param="dimensions")
+    raise ApiError(
+        400,
+        f"{state.name} cannot give {wanted} dimensions, only {possible}",
+        code="invalid_dimensions",
+        param="dimensions",
+    )
 
 
 def _cut(vectors: Vectors, dimensions: int | None) -> Vectors:
@@ -273,11 +290,15 @@ def _cut(vectors: Vectors, dimensions: int | None) -> Vectors:
 
 
 def _unknown_model(wanted: str, name: str) -> ApiError:
-    return ApiError(404, f"there is no model {wanted!r} here; this server has {name!r}", code="model_not_found", param="model")
+    return ApiError(
+        404, f"there is no model {wanted!r} here; this server has {name!r}", code="model_not_found", param="model"
+    )
 
 
 def _unavailable(state: State) -> ApiError:
-    reason = {"starting": "starting", "restarting": "starting its engine again", "draining": "shutting down"}.get(state.phase, "not ready")
+    reason = {"starting": "starting", "restarting": "starting its engine again", "draining": "shutting down"}.get(
+        state.phase, "not ready"
+    )
     return ApiError(503, f"the server is {reason}", code="not_ready", headers={"retry-after": "5"})
 
 

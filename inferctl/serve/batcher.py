@@ -77,7 +77,9 @@ class Batcher:
         """Take the next batch out of the queue; empty when nothing waits. Its sum of tokens keeps the limit unless one sequence alone is over it."""
         if not self._queue:
             return []
-        batch, room, skipped = [], self.limits.batch_tokens, []
+        batch: list[Work] = []
+        skipped: list[Work] = []
+        room = self.limits.batch_tokens
         for _ in range(min(self.limits.window, len(self._queue))):
             work = self._queue.popleft()
             if work.tokens <= room or not batch:

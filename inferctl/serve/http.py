@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -19,10 +19,22 @@ class ApiError(Exception):
     """An answer other than 200, in OpenAI's envelope. `param` names the field at fault."""
 
     def __init__(
-        self, status: int, message: str, *, code: str | None = None, param: str | None = None, headers: Mapping[str, str] | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.param, self.headers = status, message, code, param, dict(headers or {})
+        self.status, self.message, self.code, self.param, self.headers = (
+            status,
+            message,
+            code,
+            param,
+            dict(headers or {}),
+        )
 
     def body(self) -> bytes:
         """The envelope as JSON."""
@@ -36,7 +48,9 @@ class EmbeddingRequest(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     input: Input = Field(description="A text, a list of texts, one list of token ids, or a list of such lists.")
-    model: StrictStr | None = Field(None, description="Name of the served model, as in `GET /v1/models`; may be left out.")
+    model: StrictStr | None = Field(
+        None, description="Name of the served model, as in `GET /v1/models`; may be left out."
+    )
     encoding_format: Literal["float", "base64"] | None = Field(
         None, description="`float`: a list of numbers (the default). `base64`: little-endian float32."
     )
@@ -45,7 +59,8 @@ class EmbeddingRequest(BaseModel):
     )
     user: StrictStr | None = Field(None, description="Accepted and not used.")
     truncate: bool | None = Field(
-        None, description="Whether to cut inputs that are too long (true) or answer 400 (false); the server's setting otherwise."
+        None,
+        description="Whether to cut inputs that are too long (true) or answer 400 (false); the server's setting otherwise.",
     )
 
 
@@ -96,7 +111,9 @@ def parse(raw: bytes, *, max_inputs: int) -> EmbeddingRequest:
         raise _bad_request(error) from None
     count = 1 if is_single(request.input) else len(request.input)
     if count > max_inputs:
-        raise ApiError(400, f"input has {count} items, at most {max_inputs} are taken", code="too_many_inputs", param="input")
+        raise ApiError(
+            400, f"input has {count} items, at most {max_inputs} are taken", code="too_many_inputs", param="input"
+        )
     if not request.input:
         raise ApiError(400, "input is empty", code="empty_input", param="input")
     if not isinstance(request.input, str):
@@ -113,7 +130,9 @@ def is_single(value: Input) -> bool:
 
 def embeddings(vectors: Vectors, encoding: str | None, model: str, tokens: int) -> bytes:
     """The JSON of a successful answer."""
-    rows: Sequence[Any] = [base64.b64encode(row).decode() for row in vectors.astype("<f4", copy=False)] if encoding == "base64" else vectors
+    rows: Iterable[Any] = vectors
+    if encoding == "base64":
+        rows = (base64.b64encode(row).decode() for row in vectors.astype("<f4", copy=False))
     answer = {
         "object": "list",
         "data": [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)],
@@ -135,7 +154,9 @@ def _bad_request(error: ValidationError) -> ApiError:
     if field == "input":
         message = "input must be a text, a list of texts, a list of token ids, or a list of lists of token ids"
         return ApiError(400, message, code="invalid_type", param=field)
-    return ApiError(400, f"{field}: {first['msg'].replace('Input should be', 'must be')}", code="invalid_value", param=field)
+    return ApiError(
+        400, f"{field}: {first['msg'].replace('Input should be', 'must be')}", code="invalid_value", param=field
+    )
 
 
 def _error_type(status: int) -> str:

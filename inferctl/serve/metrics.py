@@ -17,26 +17,46 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter("inferctl_requests", "Requests answered, by HTTP status.", ["endpoint", "status"], registry=registry)
+        self.requests = Counter(
+            "inferctl_requests", "Requests answered, by HTTP status.", ["endpoint", "status"], registry=registry
+        )
         self.duration = Histogram(
-            "inferctl_request_duration_seconds", "From the last byte of a request to its answer.", ["endpoint"], buckets=_SECONDS, registry=registry
+            "inferctl_request_duration_seconds",
+            "From the last byte of a request to its answer.",
+            ["endpoint"],
+            buckets=_SECONDS,
+            registry=registry,
         )
         self.phase = Histogram(
-            "inferctl_phase_duration_seconds", "Where a request's time goes.", ["phase"], buckets=_SECONDS, registry=registry
+            "inferctl_phase_duration_seconds",
+            "Where a request's time goes.",
+            ["phase"],
+            buckets=_SECONDS,
+            registry=registry,
         )
         self.tokens = Counter("inferctl_tokens", "Tokens of the requests answered.", registry=registry)
         self.texts = Counter("inferctl_inputs", "Inputs of the requests answered.", registry=registry)
-        self.truncated = Counter("inferctl_inputs_truncated", "Inputs cut to the longest that the model takes.", registry=registry)
+        self.truncated = Counter(
+            "inferctl_inputs_truncated", "Inputs cut to the longest that the model takes.", registry=registry
+        )
         self.rejected = Counter("inferctl_rejected", "Requests refused before any work.", ["reason"], registry=registry)
         self.cancelled = Counter("inferctl_cancelled", "Requests whose client went away.", registry=registry)
-        self.non_finite = Counter("inferctl_non_finite", "Inputs whose vectors were not finite; never sent.", registry=registry)
+        self.non_finite = Counter(
+            "inferctl_non_finite", "Inputs whose vectors were not finite; never sent.", registry=registry
+        )
         self.queue_tokens = Gauge("inferctl_queue_tokens", "Tokens waiting for the engine.", registry=registry)
-        self.in_flight = Gauge("inferctl_requests_in_flight", "Requests accepted and not answered yet.", registry=registry)
+        self.in_flight = Gauge(
+            "inferctl_requests_in_flight", "Requests accepted and not answered yet.", registry=registry
+        )
         self.engine_up = Gauge("inferctl_engine_up", "1 while the engine takes batches.", registry=registry)
         self.engine_deaths = Counter("inferctl_engine_deaths", "Engine processes that died.", registry=registry)
-        self.batch_failures = Counter("inferctl_batch_failures", "Batches that the engine could not compute.", registry=registry)
+        self.batch_failures = Counter(
+            "inferctl_batch_failures", "Batches that the engine could not compute.", registry=registry
+        )
         self.batch_tokens = Histogram("inferctl_batch_tokens", "Tokens in a batch.", buckets=_TOKENS, registry=registry)
-        self.batch_sequences = Histogram("inferctl_batch_sequences", "Sequences in a batch.", buckets=_SEQUENCES, registry=registry)
+        self.batch_sequences = Histogram(
+            "inferctl_batch_sequences", "Sequences in a batch.", buckets=_SEQUENCES, registry=registry
+        )
         self.batch_seconds = Histogram(
             "inferctl_batch_duration_seconds", "Time of a batch in the engine.", buckets=_SECONDS, registry=registry
         )

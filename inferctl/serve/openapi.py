@@ -30,14 +30,21 @@ _PLAIN = {
     "/livez": ("200 while the process is worth keeping.", "text/plain"),
     "/readyz": ("200 while embeddings are answered.", "text/plain"),
     "/metrics": ("Prometheus metrics.", "text/plain"),
-    "/info": ("Model, precision that really runs, attention path, fidelity to fp32, device, limits.", "application/json"),
+    "/info": (
+        "Model, precision that really runs, attention path, fidelity to fp32, device, limits.",
+        "application/json",
+    ),
     "/openapi.json": ("This document.", "application/json"),
 }
 
 
 def document(name: str) -> dict[str, Any]:
     """OpenAPI 3.1 of this server."""
-    models: list[tuple[Any, Any]] = [(EmbeddingRequest, "validation"), (EmbeddingResponse, "serialization"), (ErrorResponse, "serialization")]
+    models: list[tuple[Any, Any]] = [
+        (EmbeddingRequest, "validation"),
+        (EmbeddingResponse, "serialization"),
+        (ErrorResponse, "serialization"),
+    ]
     _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
     paths: dict[str, Any] = {"/v1/embeddings": {"post": _embeddings(name)}}
     for path, (summary, media) in _PLAIN.items():
@@ -47,10 +54,16 @@ def document(name: str) -> dict[str, Any]:
             responses["503"] = {"description": "Not now.", "content": {media: {"schema": schema}}}
         if path == "/info":
             responses["503"] = _error(_ERRORS["503"])
-        paths[path] = {"get": {"summary": summary, "operationId": path.strip("/").replace("/", "_"), "responses": responses}}
+        paths[path] = {
+            "get": {"summary": summary, "operationId": path.strip("/").replace("/", "_"), "responses": responses}
+        }
     return {
         "openapi": "3.1.0",
-        "info": {"title": f"{name} - embeddings", "version": inferctl.__version__, "description": "OpenAI-compatible embeddings."},
+        "info": {
+            "title": f"{name} - embeddings",
+            "version": inferctl.__version__,
+            "description": "OpenAI-compatible embeddings.",
+        },
         "paths": paths,
         "components": {"schemas": schemas["$defs"]},
     }
@@ -73,7 +86,10 @@ def _embeddings(name: str) -> dict[str, Any]:
 
 
 def _error(description: str) -> dict[str, Any]:
-    return {"description": description, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}}
+    return {
+        "description": description,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}},
+    }
 
 
 def page(name: str) -> str:

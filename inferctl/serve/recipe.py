@@ -18,7 +18,9 @@ Pooling = Literal["mean", "cls", "last"]
 _POOLING_FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
 _POOLING_NAMES = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 # Positions that RoBERTa-like models lose to the padding index.
-_OFFSET_TYPES = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "roberta-prelayernorm", "data2vec-text"})
+_OFFSET_TYPES = frozenset(
+    {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "roberta-prelayernorm", "data2vec-text"}
+)
 _NO_LIMIT = 1_000_000
 
 
@@ -78,11 +80,16 @@ def _pooling(folder: Path, modules: list[dict[str, Any]]) -> tuple[Pooling, bool
         return "mean", normalize, True
     config = _json(folder / str(module.get("path", "")) / "config.json")
     named = config.get("pooling_mode")
-    chosen = [str(named)] if isinstance(named, str) else [k for k, v in config.items() if k.startswith("pooling_mode_") and v]
+    chosen = (
+        [str(named)]
+        if isinstance(named, str)
+        else [k for k, v in config.items() if k.startswith("pooling_mode_") and v]
+    )
     known = {**_POOLING_FLAGS, **_POOLING_NAMES}
     if len(chosen) != 1 or chosen[0] not in known:
         raise UsageError(
-            f"{folder} pools by {' + '.join(chosen) or 'nothing'}, which this server does not run", "mean, cls and last-token pooling work"
+            f"{folder} pools by {' + '.join(chosen) or 'nothing'}, which this server does not run",
+            "mean, cls and last-token pooling work",
         )
     mode: Any = known[chosen[0]]
     return mode, normalize, False
@@ -121,4 +128,6 @@ def _load(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}", "the download may be incomplete: fetch the model again") from None
+        raise UsageError(
+            f"{path} cannot be read: {error}", "the download may be incomplete: fetch the model again"
+        ) from None

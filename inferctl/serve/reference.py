@@ -42,7 +42,9 @@ def main() -> None:
     """Entry point; ends with the exit codes of `inferctl.errors`."""
     try:
         if len(sys.argv) != 2:
-            raise UsageError("expected one argument, the model folder", "python -m inferctl.serve.reference MODEL_DIR < texts.json")
+            raise UsageError(
+                "expected one argument, the model folder", "python -m inferctl.serve.reference MODEL_DIR < texts.json"
+            )
         try:
             texts = json.load(sys.stdin)
         except ValueError as error:

@@ -20,13 +20,13 @@ from typing import Any
 import uvicorn
 
 import inferctl
-from inferctl import model
-from inferctl.errors import EXIT_INTERRUPTED, InferctlError, NotReadyError
+from inferctl.errors import EXIT_INTERRUPTED, NotReadyError
 from inferctl.serve import app as http_app
 from inferctl.serve import recipe
 from inferctl.serve.batcher import Batcher
 from inferctl.serve.batcher import Limits as QueueLimits
 from inferctl.serve.dispatcher import Dispatcher
+from inferctl.serve.locate import locate
 from inferctl.serve.metrics import Metrics
 from inferctl.serve.supervisor import Supervisor
 from inferctl.serve.tokenise import TokenizerPool
@@ -74,7 +74,11 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        hint = "`--port 0` takes a free one, `--port N` another" if error.errno != 99 else "`--host 0.0.0.0` listens on all addresses"
+        hint = (
+            "`--port 0` takes a free one, `--port N` another"
+            if error.errno != 99
+            else "`--host 0.0.0.0` listens on all addresses"
+        )
         raise NotReadyError(f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0).lower()}", hint) from None
     except OverflowError:
         listener.close()
@@ -96,7 +100,7 @@ class Server:
 
     def __init__(self, spec: Spec, options: Options, say: Callable[[str], None]) -> None:
         self._spec, self._options, self._say = spec, options, say
-        self._folder = model.find(spec.model.source, spec.model.revision)
+        self._folder = locate(spec, say)
         self._recipe = recipe.read(self._folder.path, spec.serve.max_input_tokens)
         self._metrics = Metrics()
         queue = QueueLimits(spec.serve.max_batch_tokens, spec.serve.max_queue_tokens)
@@ -111,7 +115,11 @@ class Server:
             echo_seconds_per_token=options.echo_seconds_per_token,
         )
         self._supervisor = Supervisor(config, self._dispatcher)
-        self._dispatcher.send, self._dispatcher.on_ready, self._dispatcher.on_lost = self._supervisor.send, self._ready, self._lost
+        self._dispatcher.send, self._dispatcher.on_ready, self._dispatcher.on_lost = (
+            self._supervisor.send,
+            self._ready,
+            self._lost,
+        )
         self._state = http_app.State(
             name=spec.name,
             aliases=frozenset({spec.model.source}),
@@ -223,7 +231,7 @@ class Server:
             "attention": info.attention,
             "attention_reason": info.attention_reason,
             "fidelity": {"cosine_min": info.cosine_min, "cosine_mean": info.cosine_mean, "check": info.check},
-            "device": {**said["device"], "hardware": None},
+            "device": said["device"],
             "versions": {"python": sys.version.split()[0], **info.versions},
             "limits": {
                 "max_client_batch": limits.max_inputs,
@@ -245,7 +253,9 @@ def _lines(info: EngineInfo, name: str, url: str, seconds: float) -> Iterator[st
     yield f"attention  {info.attention}: {info.attention_reason}"
     if info.cosine_min is not None:
         yield f"fidelity   cosine to fp32 at least {info.cosine_min:.5f}, {info.cosine_mean:.5f} on average ({info.check})"
-    yield f"device     {device.name}" + (f", {device.threads} threads" if device.threads else f", compute capability {device.compute_capability}")
+    yield f"device     {device.name}" + (
+        f", {device.threads} threads" if device.threads else f", compute capability {device.compute_capability}"
+    )
     yield f"ready      {name} at {url} after {seconds:.1f} s; {url}/docs describes it"
 
 
@@ -253,6 +263,3 @@ def _announce(file: Path, url: str) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     temporary.write_text(json.dumps({"url": url, "pid": os.getpid()}))
     temporary.replace(file)
-
-
-__all__ = ["InferctlError", "Options", "Server", "listen", "run"]

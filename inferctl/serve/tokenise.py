@@ -35,7 +35,8 @@ class TokenizerPool:
         self._file, self._recipe = folder / "tokenizer.json", recipe
         if not self._file.is_file():
             raise UsageError(
-                f"{folder} has no tokenizer.json", "`AutoTokenizer.from_pretrained(folder).save_pretrained(folder)` with transformers writes one"
+                f"{folder} has no tokenizer.json",
+                "`AutoTokenizer.from_pretrained(folder).save_pretrained(folder)` with transformers writes one",
             )
         self._local = threading.local()
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenise")
@@ -81,7 +82,9 @@ class TokenizerPool:
             try:
                 tokenizer = Tokenizer.from_file(str(self._file))
             except Exception as error:  # noqa: BLE001  # the library raises bare Exception
-                raise UsageError(f"{self._file} cannot be read: {error}", "the download may be incomplete: fetch the model again") from None
+                raise UsageError(
+                    f"{self._file} cannot be read: {error}", "the download may be incomplete: fetch the model again"
+                ) from None
             tokenizer.no_padding()
             tokenizer.enable_truncation(self._recipe.max_tokens)
             self._local.tokenizer = tokenizer

@@ -43,13 +43,14 @@ class PrecisionInfo:
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """Where the forward pass runs. `memory_bytes` is the whole device's (CPU: the machine's)."""
+    """Where the forward pass runs. `memory_bytes` is the whole device's (CPU: the machine's); `hardware` is a key of the catalog."""
 
     kind: Literal["cuda", "cpu"]
     name: str
     compute_capability: str | None
     memory_bytes: int
     threads: int | None = None
+    hardware: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ class BatchResult:
     vectors: Vectors
     ok: npt.NDArray[np.bool_]
     seconds: float
+
+
+def finite_rows(vectors: Vectors) -> npt.NDArray[np.bool_]:
+    """Which rows hold finite numbers only."""
+    return np.asarray(np.isfinite(vectors).all(axis=1), dtype=np.bool_)
 
 
 class Engine(Protocol):

@@ -81,7 +81,9 @@ def _fatal(connection: socket.socket, message: str, hint: str | None, exit_code:
 
 def main() -> None:
     """Entry point of the engine process."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
     # Ctrl-C reaches the whole process group; the API process decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[1])) as connection:

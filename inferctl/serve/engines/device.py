@@ -6,6 +6,7 @@ import math
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,15 +21,24 @@ def detect(wanted: str) -> tuple[torch.device, DeviceInfo, catalog.Traits]:
     """The device to use; `wanted` is auto, cpu, cuda or cuda:N. Raises `NotReadyError` when a GPU is asked for and there is none."""
     if wanted.startswith("cuda") or (wanted == "auto" and torch.cuda.is_available()):
         if not torch.cuda.is_available():
-            raise NotReadyError("there is no usable CUDA GPU", "`nvidia-smi` must work where the server runs; `--device cpu` runs without one")
+            raise NotReadyError(
+                "there is no usable CUDA GPU",
+                "`nvidia-smi` must work where the server runs; `--device cpu` runs without one",
+            )
         device = torch.device(wanted if ":" in wanted else "cuda:0")
         properties = torch.cuda.get_device_properties(device)
         capability = (properties.major, properties.minor)
-        info = DeviceInfo("cuda", properties.name, f"{capability[0]}.{capability[1]}", properties.total_memory)
+        info = DeviceInfo(
+            "cuda",
+            properties.name,
+            f"{capability[0]}.{capability[1]}",
+            properties.total_memory,
+            hardware=_key(properties),
+        )
         return device, info, catalog.Traits("cuda", compute_capability=capability)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     name, flags = _cpu()
-    info = DeviceInfo("cpu", name, None, memory, usable_cores())
+    info = DeviceInfo("cpu", name, None, memory, usable_cores(), "cpu")
     return torch.device("cpu"), info, catalog.Traits("cpu", cpu_flags=flags)
 
 
@@ -44,29 +54,30 @@ def usable_cores() -> int:
 
 def choose(wanted: str, traits: catalog.Traits) -> tuple[PrecisionInfo, torch.dtype]:
     """The precision that will run, and the number format of its activations. Raises `NotReadyError` where the device cannot run it."""
-    effective, because = (wanted, "") if wanted != "auto" else _automatic(traits)
+    effective = catalog.best_precision(traits) if wanted == "auto" else wanted
     support = catalog.support(effective, traits)
     if support.level == "unsupported":
-        raise NotReadyError(f"{effective} does not run here: {support.reason}", "`--precision auto` takes the best that does")
-    reason = f"{because}: {support.reason}" if because else support.reason
+        raise NotReadyError(
+            f"{effective} does not run here: {support.reason}", "`--precision auto` takes the best that does"
+        )
+    reason = f"auto took {effective}: {support.reason}" if wanted == "auto" else support.reason
     if effective == "int8":
-        return PrecisionInfo(wanted, effective, support.level, reason, "bitsandbytes LLM.int8"), _int8_activations(traits)
+        return PrecisionInfo(wanted, effective, support.level, reason, "bitsandbytes LLM.int8"), _int8_activations(
+            traits
+        )
     return PrecisionInfo(wanted, effective, support.level, reason), _DTYPES[effective]
-
-
-def _automatic(traits: catalog.Traits) -> tuple[str, str]:
-    if catalog.support("bf16", traits).level == "native":
-        return "bf16", "auto took bf16"
-    if traits.kind == "cuda" and catalog.support("fp16", traits).level == "native":
-        return "fp16", "auto took fp16, as bf16 would be emulated"
-    return "fp32", "auto took fp32, as no 16-bit format is native"
 
 
 def _int8_activations(traits: catalog.Traits) -> torch.dtype:
     """LLM.int8 computes in fp16 on CUDA whatever comes in; on a CPU the best native format saves casts."""
     if traits.kind == "cuda":
         return torch.float16
-    return torch.bfloat16 if catalog.support("bf16", traits).level == "native" else torch.float32
+    return _DTYPES[catalog.best_precision(traits)]
+
+
+def _key(properties: Any) -> str | None:
+    part = catalog.detect_gpu(properties.name, properties.total_memory)
+    return part.key if part else None
 
 
 def _cpu() -> tuple[str, frozenset[str]]:
@@ -78,4 +89,6 @@ def _cpu() -> tuple[str, frozenset[str]]:
     for line in lines:
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())
-    return fields.get("model name", platform.machine()), frozenset(fields.get("flags", fields.get("Features", "")).split())
+    return fields.get("model name", platform.machine()), frozenset(
+        fields.get("flags", fields.get("Features", "")).split()
+    )

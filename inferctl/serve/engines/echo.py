@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from inferctl.serve.types import Batch, BatchResult, DeviceInfo, EngineConfig, EngineInfo, PrecisionInfo
+from inferctl.serve.types import Batch, BatchResult, DeviceInfo, EngineConfig, EngineInfo, PrecisionInfo, finite_rows
 
 NON_FINITE_TOKEN = 13
 FAILING_TOKEN = 14
@@ -28,7 +28,9 @@ class EchoEngine:
             dimensions=self._config.echo_dimensions,
             attention="none",
             attention_reason="the echo engine has no model",
-            precision=PrecisionInfo(self._config.precision, "fp32", "native", "the echo engine computes nothing", "echo"),
+            precision=PrecisionInfo(
+                self._config.precision, "fp32", "native", "the echo engine computes nothing", "echo"
+            ),
             device=DeviceInfo("cpu", "echo", None, 0),
             batch_tokens=self._config.max_batch_tokens,
             check="the echo engine has no model",
@@ -51,7 +53,7 @@ class EchoEngine:
         vectors[firsts == NON_FINITE_TOKEN] = np.nan
         if self._config.echo_seconds_per_token:
             time.sleep(self._config.echo_seconds_per_token * len(batch.tokens))
-        return BatchResult(batch.id, vectors, np.isfinite(vectors).all(axis=1), time.perf_counter() - started)
+        return BatchResult(batch.id, vectors, finite_rows(vectors), time.perf_counter() - started)
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -27,7 +27,11 @@ def quantise(module: Any) -> None:
     for name, child in list(module.named_children()):
         if isinstance(child, torch.nn.Linear):
             layer = Linear8bitLt(
-                child.in_features, child.out_features, bias=child.bias is not None, has_fp16_weights=False, threshold=_OUTLIER_THRESHOLD
+                child.in_features,
+                child.out_features,
+                bias=child.bias is not None,
+                has_fp16_weights=False,
+                threshold=_OUTLIER_THRESHOLD,
             )
             layer.load_state_dict(child.state_dict())
             setattr(module, name, layer.eval())

@@ -71,14 +71,19 @@ def attention(
         raise ValueError("the architecture does not hand the packed layout to its attention")
     causal = bool(getattr(module, "is_causal", False))
     if layout.offsets is not None:
-        return _varlen(query, key, value, layout, scaling, causal, sliding_window), None
+        return _varlen(query, key, value, layout.offsets, layout.longest, scaling, causal, sliding_window), None
     grouped = key.shape[1] != query.shape[1]
     out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
     for start, count, length in layout.runs:
-        q, k, v = (t[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1) for t in (query, key, value))
+        end = start + count * length
+        q, k, v = (
+            t[0, :, start:end].reshape(t.shape[1], count, length, -1).transpose(0, 1) for t in (query, key, value)
+        )
         mask = _window(length, sliding_window, causal, query.device)
-        done = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scaling, enable_gqa=grouped)
-        out[0, start : start + count * length] = done.transpose(1, 2).flatten(0, 1)
+        done = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scaling, enable_gqa=grouped
+        )
+        out[0, start:end] = done.transpose(1, 2).flatten(0, 1)
     return out, None
 
 
@@ -95,7 +100,8 @@ def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    layout: Layout,
+    offsets: torch.Tensor,
+    longest: int,
     scaling: float | None,
     causal: bool,
     sliding_window: int | None,
@@ -109,10 +115,10 @@ def _varlen(
         q,
         k,
         v,
-        layout.offsets,
-        layout.offsets,
-        layout.longest,
-        layout.longest,
+        offsets,
+        offsets,
+        longest,
+        longest,
         scale=scaling,
         window_size=(reach, 0 if causal else reach),
         enable_gqa=k.shape[1] != q.shape[1],

@@ -24,7 +24,12 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, attention: str 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     model = AutoModel.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        folder,
+        dtype=dtype,
+        attn_implementation=attention,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # computed for every text and used by no sentence embedding
