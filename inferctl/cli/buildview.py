@@ -41,6 +41,7 @@ class BuildView:
         self._names: dict[str, str] = {}
         self._layers: dict[str, LayerPush] = {}
         self._said: dict[str, float] = {}
+        self._again = False
 
     def __enter__(self) -> BuildView:
         if self._progress:
@@ -57,11 +58,14 @@ class BuildView:
         """Show one event."""
         match event:
             case Phase(name, detail):
+                # Exports and pushes run the build again out of the cache: only what is new is worth a line.
+                self._again = name in ("export", "push")
                 self._line(f"{name}: {detail}" if detail else name)
             case Note(text):
                 self._line(f"  {text}")
             case StepStarted(id, name):
                 self._names[id] = name
+                self._said.pop(id, None)
                 self._run(id, short(name))
             case StepBytes(id, item, current, total):
                 of = f" of {size(total)}" if total else ""
@@ -84,7 +88,7 @@ class BuildView:
         if step.error is not None and "context canceled" in step.error:
             return
         moved = f"  {size(step.bytes)}" if step.bytes > 1000 else ""
-        if step.name.startswith("[internal]") and not step.error and not moved:
+        if not step.error and (_is_quiet(step.name) or (self._again and (step.cached or step.name.startswith("[")))):
             return
         result = "FAILED" if step.error else "CACHED" if step.cached else f"{step.seconds:.1f}s"
         self._line(f"  {short(step.name):<{_NAME_WIDTH}} {result:>7}{moved}")
@@ -130,6 +134,11 @@ class BuildView:
             self._progress.console.print(text, markup=False, overflow="ignore", crop=False)
         else:
             console.note(text)
+
+
+def _is_quiet(name: str) -> bool:
+    """Whether a step is the builder's own housekeeping rather than a line of the Dockerfile."""
+    return bool(re.match(r"\[internal\] (?!load build context)|\[[^\]]*\] (?:LINK |load \.dockerignore)", name))
 
 
 def short(name: str, width: int = _NAME_WIDTH) -> str:

@@ -57,7 +57,7 @@ class Built:
         return {
             "image": self.image,
             "reference": self.reference,
-            "digest": self.digest,
+            "pushed": self.digest,
             "size_bytes": self.size,
             "compressed_bytes": self.compressed,
             "pushed_bytes": self.pushed,
@@ -85,6 +85,7 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
         request = buildx.BuildRequest(
             context=context,
             contexts=plan.rendered.contexts,
+            build_args=plan.rendered.build_args,
             secrets=options.secrets,
             platforms=(native,) if native != info.platform or options.platforms else (),
             cache_to=options.cache_to,
@@ -115,15 +116,17 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
             raise
     if options.metadata_file:
         _write_metadata(options.metadata_file, metadata, plan.reference, image, outcome)
+    made = engine.history(plan.reference)
     return Built(
         image=image.id,
         reference=plan.reference,
         digest=outcome.digest,
-        size=image.size,
+        # The containerd store reports the packed size of an image; the layers are unpacked in both.
+        size=sum(layer.size for layer in made),
         compressed=outcome.compressed,
         pushed=outcome.pushed,
         steps=tuple(steps),
-        layers=named_layers(engine.history(plan.reference), steps),
+        layers=named_layers(made, steps),
         planned_findings=plan.findings,
         findings=tuple(findings),
         verified=checked,
@@ -134,11 +137,17 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
 
 def named_layers(history: list[LayerInfo], steps: list[StepFinished]) -> tuple[LayerInfo, ...]:
     """The image's layers with the steps that made them in place of the engine's own words, where they can be matched."""
-    numbered = [(found, step) for step in steps if (found := re.match(r"\[(?:(\S+) )?(\d+)/(\d+)\] (?!FROM )(.*)", step.name))]
+    numbered = [
+        (found, step) for step in steps if (found := re.match(r"\[(?:(\S+) )?(\d+)/(\d+)\] (?!FROM )(.*)", step.name))
+    ]
     last_stage = numbered and max(numbered, key=lambda item: item[1].name.startswith("[stage-"))[0].group(1)
     made = sorted((int(found.group(2)), found.group(4)) for found, _ in numbered if found.group(1) == last_stage)
     filled = [index for index, layer in enumerate(history) if layer.created_by.startswith(("COPY ", "RUN ", "ADD "))]
-    names = dict(zip(filled[-len(made) :], (name for _, name in made), strict=True)) if made and len(filled) >= len(made) else {}
+    names = (
+        dict(zip(filled[-len(made) :], (name for _, name in made), strict=True))
+        if made and len(filled) >= len(made)
+        else {}
+    )
     return tuple(replace(layer, created_by=names.get(index, layer.created_by)) for index, layer in enumerate(history))
 
 

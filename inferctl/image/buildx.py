@@ -62,6 +62,7 @@ class BuildRequest:
 
     context: Path
     contexts: Mapping[str, str] = field(default_factory=dict)
+    build_args: Mapping[str, str] = field(default_factory=dict)
     secrets: Mapping[str, Path] = field(default_factory=dict)
     platforms: tuple[str, ...] = ()
     cache_to: tuple[str, ...] = ()
@@ -147,6 +148,8 @@ def command(request: BuildRequest, metadata: Path) -> list[str]:
         made += ["--build-context", f"{name}={Path(folder).resolve()}"]
     for name, file in sorted(request.secrets.items()):
         made += ["--secret", f"id={name},src={Path(file).resolve()}"]
+    for name, value in sorted(request.build_args.items()):
+        made += ["--build-arg", f"{name}={value}"]
     if request.platforms:
         made += ["--platform", ",".join(request.platforms)]
     for target in request.cache_to:

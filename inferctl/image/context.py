@@ -11,12 +11,11 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from inferctl.errors import InferctlError
+from inferctl.render import EPOCH
 
 if TYPE_CHECKING:
     from inferctl.render import Rendered
 
-# 1980-01-01, the oldest time a zip can carry; layers made from these files are equal whenever they are made.
-EPOCH = 315532800
 _FILE_MODE, _FOLDER_MODE = 0o644, 0o755
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Generator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Outcome:
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
-        return asdict(self)
+        return {"pushed": self.digest, "compressed_bytes": self.compressed, "pushed_bytes": self.pushed}
 
 
 def build_once(request: buildx.BuildRequest) -> Generator[BuildEvent, None, tuple[list[StepFinished], dict[str, Any]]]:
