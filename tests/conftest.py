@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,3 +71,48 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         )
 
     return check
+
+
+@pytest.fixture(scope="session")
+def base_image(engine: None) -> str:
+    """Digest reference of the stand-in base (Debian with Python 3.11), which `.ci/stand-in-base` makes and pushes."""
+    name = "localhost:5000/base:trixie-python3.11"
+    done = subprocess.run(
+        ["docker", "image", "inspect", "--format", "{{index .RepoDigests 0}}", name],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        return done.stdout.strip()
+    problem = (
+        f"there is no image {name}: `.ci/stand-in-base {name}` makes it (as root, with a registry at localhost:5000)"
+    )
+    if "docker" in os.environ.get("INFERCTL_REQUIRE", "").split(","):
+        pytest.fail(problem)
+    pytest.skip(problem)
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of wheels that stands in for the package index: all that a CPU server needs, for this Python."""
+    from inferctl import catalog, locks
+
+    folder = tmp_path_factory.mktemp("wheels")
+    torch = catalog.stack(catalog.base("cpu").stack).torch
+    wanted = [f"torch=={torch}", "torchao", *locks.declared("serve")]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
+    subprocess.run([*command, *wanted], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cpu_locks(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hashed locks of the CPU stack, resolved from `wheels` by `inferctl lock`."""
+    folder = tmp_path_factory.mktemp("locks")
+    subprocess.run(
+        [sys.executable, "-m", "inferctl", "lock", "--base", "cpu", "--wheels", str(wheels), "--output", str(folder)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return folder

@@ -1,0 +1,238 @@
+"""From one spec file to a built, verified, pushed, served and measured container; on a real engine and a real registry."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import yaml
+
+pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.xdist_group("docker"), pytest.mark.timeout(900)]
+
+TEXTS = [
+    "the cat sat on the mat",
+    "a dog chased the ball",
+    "",
+    "Quarterly revenue grew by nine percent.",
+    "naïve café ☕",
+]
+REPOSITORY = "localhost:5000/e2e/minilm"
+
+
+def inferctl(*arguments: str | Path, code: int = 0, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "inferctl", *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=timeout, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def inspect(reference: str) -> dict[str, Any]:
+    done = subprocess.run(["docker", "image", "inspect", reference], capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)[0]
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def spec_file(
+    base_image: str, wheels: Path, cpu_locks: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    file = tmp_path_factory.mktemp("spec") / "inferctl.yaml"
+    spec = {
+        "name": "minilm",
+        "model": {"source": str(minilm)},
+        "serve": {"precision": "bf16", "max_batch_tokens": 4096},
+        "image": {
+            "repository": REPOSITORY,
+            "base": "cpu",
+            "base_image": base_image,
+            "wheels": str(wheels),
+            "locks": str(cpu_locks),
+        },
+        "hardware": ["cpu"],
+        "slo": {"p99_ms": 500},
+    }
+    file.write_text(yaml.safe_dump(spec))
+    return file
+
+
+@pytest.fixture(scope="module")
+def pushed(spec_file: Path) -> str:
+    """`name@sha256:...` of the image that `inferctl build --push` made, verified and pushed."""
+    inferctl("check", "--spec", spec_file)
+    done = inferctl("build", "--spec", spec_file, "--push", "--network", "host", "--json")
+    built = json.loads(done.stdout)
+    assert built["verified"]["cosine_min"] >= 0.999, built
+    return str(built["pushed"])
+
+
+@pytest.fixture(scope="module")
+def container(pushed: str, minilm: Path) -> Iterator[str]:
+    """URL of a container that runs the digest as the registry has it: the local copy is removed first."""
+    subprocess.run(["docker", "image", "rm", "--force", inspect(pushed)["Id"]], capture_output=True, check=True)
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "inferctl",
+        "serve",
+        "--image",
+        pushed,
+        "--model",
+        str(minilm),
+        "--port",
+        str(port),
+        "--network",
+        "host",
+    ]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{url}/readyz", timeout=1)
+                break
+            except OSError:
+                assert server.poll() is None, server.stderr.read() if server.stderr else ""
+                time.sleep(0.2)
+        yield url
+    finally:
+        server.terminate()
+        assert server.wait(60) == 0
+    running = subprocess.run(
+        ["docker", "ps", "--quiet", "--filter", f"ancestor={pushed}"], capture_output=True, text=True, check=True
+    )
+    assert running.stdout == ""
+
+
+def embed(url: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    answer = client.embeddings.create(model="minilm", input=TEXTS)
+    return np.array([item.embedding for item in answer.data], dtype=np.float32)
+
+
+def test_the_pushed_container_answers_the_official_client_as_the_host_process_does(
+    container: str, minilm: Path, tmp_path: Path
+) -> None:
+    announce = tmp_path / "announce.json"
+    command = [
+        sys.executable,
+        "-m",
+        "inferctl",
+        "serve",
+        "--model",
+        str(minilm),
+        "--name",
+        "minilm",
+        "--precision",
+        "bf16",
+        "--port",
+        "0",
+        "--announce",
+        str(announce),
+    ]
+    host = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            if announce.exists():
+                break
+            assert host.poll() is None
+            time.sleep(0.1)
+        from_host = embed(json.loads(announce.read_text())["url"])
+    finally:
+        host.terminate()
+        assert host.wait(60) == 0
+    from_container = embed(container)
+    assert from_container.shape == (len(TEXTS), 384)
+    assert np.all(np.isfinite(from_container))
+    # Same weights, same precision, same code: what differs is the order of additions, if anything.
+    assert np.min(np.sum(from_host * from_container, axis=1)) > 0.9999
+
+
+def test_the_container_says_what_it_is(container: str, pushed: str) -> None:
+    info = json.load(urllib.request.urlopen(f"{container}/info"))
+    assert info["precision"]["effective"] == "bf16"
+    found = inspect(pushed)
+    assert found["Config"]["User"] == "10001:10001"
+    assert found["Config"]["StopSignal"] == "SIGTERM"
+    labels = found["Config"]["Labels"]
+    assert labels["io.inferctl.precision"] == "bf16"
+    assert labels["org.opencontainers.image.base.digest"].startswith("sha256:")
+
+
+def test_a_short_benchmark_runs_against_the_container(container: str, minilm: Path, tmp_path: Path) -> None:
+    done = inferctl(
+        "bench",
+        "--url",
+        f"container={container}",
+        "--model",
+        minilm,
+        "--plan",
+        "quick",
+        "--duration",
+        "5",
+        "--output",
+        tmp_path,
+        "--json",
+    )
+    document = json.loads(done.stdout)
+    assert document["rows"][0]["precision"]["effective"] == "bf16", document
+    assert list(tmp_path.rglob("*.json"))
+
+
+def test_a_new_config_reuses_every_heavy_layer(pushed: str, spec_file: Path) -> None:
+    before = inspect(pushed)["RootFS"]["Layers"]
+    changed = spec_file.with_name("changed.yaml")
+    spec = yaml.safe_load(spec_file.read_text())
+    spec["serve"]["max_batch_tokens"] = 2048
+    changed.write_text(yaml.safe_dump(spec))
+    done = inferctl("build", "--spec", changed, "--push", "--network", "host", "--no-verify", "--json")
+    after = inspect(json.loads(done.stdout)["pushed"])["RootFS"]["Layers"]
+    # base | torch closure | server dependencies | server | config
+    assert len(before) == len(after) == 5
+    assert before[:4] == after[:4]
+    assert before[4] != after[4]
+
+
+def test_a_cold_build_makes_the_same_layers_to_the_bit(
+    pushed: str, spec_file: Path, tmp_path: Path, wheels: Path
+) -> None:
+    """Rendered by hand and built without any cache, as on another builder."""
+    inferctl("render", "--spec", spec_file, "--output", tmp_path / "build")
+    command = [
+        "docker",
+        "buildx",
+        "build",
+        "--quiet",
+        "--no-cache",
+        "--network",
+        "host",
+        "--build-context",
+        f"wheels={wheels}",
+        "--build-arg",
+        "SOURCE_DATE_EPOCH=315532800",
+    ]
+    image = subprocess.run(
+        [*command, str(tmp_path / "build")], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    try:
+        assert inspect(image)["RootFS"]["Layers"] == inspect(pushed)["RootFS"]["Layers"]
+    finally:
+        subprocess.run(["docker", "image", "rm", "--force", image], capture_output=True, check=False)
