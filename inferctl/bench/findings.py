@@ -46,7 +46,7 @@ def caveats(rows: Sequence[Row]) -> list[tuple[str, str]]:
         for row in rows
         if row["precision"].get("level") == "emulated"
     )
-    found += [("emulated", f"{names} ran emulated: {reason}") for reason, names in _grouped(emulated)]
+    found += [("emulated", f"{names}: {reason}") for reason, names in _grouped(emulated)]
     unchecked = (
         (row["quality"]["reason"], row["configuration"])
         for row in rows

@@ -53,10 +53,10 @@ def judge(summary: Mapping[str, Any], resources: Mapping[str, float], state: Map
         cautions.append(f"n too small for a p99: {n} of {p99['needed']} answers")
     if not state.get("steady", True):
         cautions.append("the warm-up ended before three windows agreed within 10 %")
-    if (others := resources.get("other_cores", 0.0)) > OTHERS_LIMIT * cores:
-        cautions.append(f"other processes used {others:.1f} of {cores} cores")
-    if (stolen := resources.get("stolen_cores", 0.0)) > STOLEN_LIMIT * cores:
-        cautions.append(f"the hypervisor withheld {stolen:.1f} of {cores} cores")
+    if resources.get("other_cores", 0.0) > OTHERS_LIMIT * cores:
+        cautions.append(f"other processes used more than {OTHERS_LIMIT:.0%} of the cores meanwhile")
+    if resources.get("stolen_cores", 0.0) > STOLEN_LIMIT * cores:
+        cautions.append(f"the hypervisor withheld more than {STOLEN_LIMIT:.0%} of the cores")
     return Validity(tuple(reasons), tuple(cautions))
 
 
@@ -66,16 +66,11 @@ def combine(parts: Sequence[Validity], pooled: Mapping[str, Any]) -> Validity:
     Cautions about the number of samples are judged on the pool.
     """
     many = len(parts) > 1
-    reasons = [
-        f"run {number}: {reason}" if many else reason for number, part in enumerate(parts, 1) for reason in part.reasons
-    ]
-    cautions = [
-        f"run {number}: {caution}" if many else caution
-        for number, part in enumerate(parts, 1)
-        for caution in part.cautions
-        if not (many and caution.startswith("n too small"))
-    ]
-    p99 = pooled["latency_ms"]["p99"]
-    if many and p99["value"] is None:
-        cautions.append(f"n too small for a p99: {pooled['latency_ms']['n']} of {p99['needed']} answers")
+    reasons = [f"run {number}: {one}" if many else one for number, part in enumerate(parts, 1) for one in part.reasons]
+    cautions = list(dict.fromkeys(one for part in parts for one in part.cautions))
+    if many:
+        cautions = [one for one in cautions if not one.startswith("n too small")]
+        p99 = pooled["latency_ms"]["p99"]
+        if p99["value"] is None:
+            cautions.append(f"n too small for a p99: {pooled['latency_ms']['n']} of {p99['needed']} answers")
     return Validity(tuple(reasons), tuple(cautions))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -20,30 +20,38 @@ def render(result: Mapping[str, Any]) -> RenderableType:
     if bad := [row for row in result["rows"] if row["receipt"] and not row["valid"]]:
         parts += [Text(f"INVALID {row['configuration']}: {'; '.join(row['reasons'])}", style="bold red") for row in bad]
         parts.append(Text(""))
-    parts.append(table(result))
+    rows = result["rows"]
+    if measured := [row for row in rows if row["receipt"]]:
+        parts.append(table(measured))
+    if absent := [row for row in rows if not row["receipt"]]:
+        parts.append(absences(absent))
     parts += [Padding(Text(note, style="dim"), (0, 0, 0, 1)) for note in notes(result)]
     return Group(*parts)
 
 
-def table(result: Mapping[str, Any]) -> Table:
-    """One row a configuration, then one for each part that this machine is not."""
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows with figures; one that is invalid is red and marked."""
     grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 1), header_style="bold", collapse_padding=True)
     for heading in HEADINGS:
         left = heading in ("config", "runs as")
         grid.add_column(heading, justify="left" if left else "right", no_wrap=not left, overflow="fold")
-    for row in result["rows"]:
-        style = "dim" if not row["receipt"] else "" if row["valid"] else "red"
-        grid.add_row(*cells(row), style=style)
+    for row in rows:
+        grid.add_row(*cells(row), style="" if row["valid"] else "red")
+    return grid
+
+
+def absences(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows without figures: what could not run, and the parts that this machine is not. Nothing is made up for them."""
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    for row in rows:
+        grid.add_row(row["configuration"], Text(f"{row['outcome']}: {row['reason']}"), style="dim")
     return grid
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
-    """The nine texts of a row; a number that the sample does not support is `n<NEEDED`."""
-    name = row["configuration"] if row["valid"] or not row["receipt"] else f"{row['configuration']} (!)"
-    if not row["receipt"]:
-        return [name, row["outcome"], *[_UNKNOWN] * 7]
+    """The nine texts of a row; a percentile that the sample does not support is `n<NEEDED`."""
     return [
-        name,
+        row["configuration"] if row["valid"] else f"{row['configuration']} (!)",
         runs_as(row["precision"]),
         *(milliseconds(row, key) for key in ("p50", "p90", "p99")),
         short(row["requests_per_s"]),
@@ -82,4 +90,8 @@ def notes(result: Mapping[str, Any]) -> Iterator[str]:
     runs = f"{result['repeats']} runs each" if result["repeats"] > 1 else "one run each"
     yield f"latency in ms; {how}, {load['duration_s']:g} s, {runs}; cosine (mean) and recall@10 against fp32"
     yield from result["findings"][1:]
-    yield from (f"{caveat['kind']}: {caveat['text']}" for caveat in result["caveats"] if caveat["kind"] != "invalid")
+    yield from (
+        f"{caveat['kind']}: {caveat['text']}"
+        for caveat in result["caveats"]
+        if caveat["kind"] not in ("invalid", "absent")
+    )

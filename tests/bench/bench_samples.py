@@ -1,0 +1,101 @@
+"""Hand-made records, results and receipts for the benchmark's tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inferctl.bench import receipt, records, summary
+from inferctl.bench.records import MEASURED, OK, WARMUP
+
+FIELDS = [
+    ("intended_ns", "<u8"),
+    ("sent_ns", "<u8"),
+    ("first_ns", "<u8"),
+    ("end_ns", "<u8"),
+    ("index", "<u4"),
+    ("bytes", "<u4"),
+    ("tokens", "<u4"),
+    ("queue_ms", "<f4"),
+    ("tokenize_ms", "<f4"),
+    ("inference_ms", "<f4"),
+    ("status", "<u2"),
+    ("phase", "<u1"),
+    ("error", "<u1"),
+]
+SECOND = 1_000_000_000
+
+
+def row(
+    start_ms: float, latency_ms: float, *, late_ms: float = 0, phase: int = MEASURED, error: int = OK, tokens: int = 10
+) -> tuple[Any, ...]:
+    """A record of a request meant for `start_ms`, sent `late_ms` later and answered `latency_ms` after `start_ms`."""
+    start, sent, end = (int(ms * 1e6) for ms in (start_ms, start_ms + late_ms, start_ms + latency_ms))
+    return (start, sent, end, end, 0, 100, tokens, 1.0, float("nan"), 2.0, 200 if error == OK else 500, phase, error)
+
+
+def table(*rows: tuple[Any, ...]) -> records.Rows:
+    return np.array(list(rows), dtype=np.dtype(FIELDS))
+
+
+def steady(rate: float, latency_ms: float, seconds: int = 10, jitter: float = 0.2) -> summary.Part:
+    """A run of `seconds` with evenly spaced requests, whose latencies spread evenly by `jitter` around `latency_ms`."""
+    count = int(rate * seconds)
+    rows = [
+        row(1000 / rate * i, latency_ms * (1 - jitter + 2 * jitter * ((i * 7) % count) / count)) for i in range(count)
+    ]
+    warm = row(0, 9999, phase=WARMUP)
+    return summary.Part(table(warm, *rows), 0, seconds * SECOND, 1)
+
+
+def document(name: str, rate: float, latency_ms: float, level: str = "native", **changes: Any) -> dict[str, Any]:
+    """A receipt's document for `steady(rate, latency_ms)`."""
+    part = steady(rate, latency_ms)
+    made: dict[str, Any] = {
+        "created": "2026-01-02T03:04:05+00:00",
+        "inferctl": "0",
+        "configuration": {"name": name, "precision": name, "url": None},
+        "plan": {"name": "quick"},
+        "slo": {"p99_ms": None},
+        "workload": {"sha256": "ab" * 32, "corpus": "short", "corpus_sha256": "cd" * 32, "seed": 1, "inputs": "unique"},
+        "model": {"source": "models/test", "sha256": "ef" * 32},
+        "precision": {
+            "effective": name,
+            "level": level,
+            "reason": f"the reason of {name}",
+            "method": "torch",
+            "requested": name,
+        },
+        "hardware": {"key": "cpu", "name": "Test CPU", "kind": "cpu", "detected_by": "server"},
+        "environment": {},
+        "server": {},
+        "image": None,
+        "summary": summary.summarise([part]),
+        "resources": {"client_cpu_percent": 20.0, "server_peak_bytes": 5e8 if name != "int8" else 4e8},
+        "quality": {
+            "checked": True,
+            "texts": 100,
+            "cosine": {"mean": 0.99991, "p1": 0.9991, "min": 0.9989},
+            "recall_at_10": 0.987,
+            "limits": {"cosine_p1": 0.98, "recall_at_10": 0.9},
+            "passes": True,
+        },
+        "validity": {"valid": True, "reasons": [], "cautions": []},
+        "curve": summary.latency_curve([part]),
+        "runs": [{"repeat": 0, "timeline": summary.timeline(part), "records": []}],
+    }
+    return made | changes
+
+
+def sealed(folder: Path, *documents: dict[str, Any]) -> list[receipt.Receipt]:
+    return [receipt.write(folder / "receipts" / f"{one['configuration']['name']}.json", one) for one in documents]
+
+
+def records_file(path: Path, rows: records.Rows) -> Path:
+    """Write rows the way the load generator does."""
+    header = {"fields": FIELDS, "worker": 0}
+    path.write_bytes(records.MAGIC + json.dumps(header).encode() + b"\n" + rows.tobytes())
+    return path

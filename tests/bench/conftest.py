@@ -1,0 +1,35 @@
+"""Makes this folder's helpers importable, and starts the answering server."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+ANSWERING = Path(__file__).with_name("answering.py")
+
+
+@pytest.fixture
+def answering(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """`answering("--median-ms", "5")` starts the test server and returns its URL; it ends with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*options: str) -> str:
+            announce = tmp_path / f"announce-{time.monotonic_ns()}.json"
+            process = subprocess.Popen([sys.executable, str(ANSWERING), "--announce", str(announce), *options])
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            while not announce.is_file():
+                assert process.poll() is None, "the answering server did not start"
+                time.sleep(0.02)
+            return str(json.loads(announce.read_text())["url"])
+
+        yield start

@@ -1,0 +1,117 @@
+"""Locust for real, as a process, against a server whose latencies are known."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from inferctl.bench import load, plan, records, stats, summary, target, workload
+
+
+def measure(url: str, folder: Path, **settings: object) -> tuple[load.Measured, summary.Part, workload.Workload]:
+    wanted = plan.Load.model_validate({"warmup_s": 0, "timeout_s": 10, **settings})
+    work = workload.draw(wanted, "short", seed=3)
+    folder.mkdir(exist_ok=True)
+    description = load.prepare(wanted, work, target.connect(url), 100, folder)
+    done = load.run(wanted, description, lambda live: None, lambda: None)
+    offered = len(work.schedule_ns) if wanted.mode == "open" else None
+    part = summary.Part(done.rows, done.state["measure_start_ns"], done.state["measure_end_ns"], 1, offered)
+    return done, part, work
+
+
+def test_percentiles_are_those_of_the_server_where_locusts_own_are_rounded(
+    answering: Callable[..., str], tmp_path: Path
+) -> None:
+    url = answering("--median-ms", "120", "--sigma", "0.3")
+    done, part, _ = measure(url, tmp_path / "run", users=16, duration_s=5)
+    truth = np.sort(json.loads(urllib.request.urlopen(f"{url}/truth").read())[-len(part.measured) :])
+    found = np.sort(records.latency_ms(part.measured))
+    assert len(found) > 300
+    for q in (0.5, 0.9):
+        own, exact = found[stats.rank(len(found), q) - 1], truth[stats.rank(len(truth), q) - 1]
+        # What the client adds (connection, scheduling on busy cores) is all on one side.
+        assert -0.5 < own - exact < 0.15 * exact
+    rounded = done.state["locust_percentiles_ms"]
+    assert all(value % 10 == 0 for value in rounded.values())
+
+
+def test_every_request_is_recorded_once_with_what_the_server_said(
+    answering: Callable[..., str], tmp_path: Path
+) -> None:
+    done, part, _ = measure(answering("--median-ms", "3"), tmp_path / "run", users=3, duration_s=2)
+    rows = part.measured
+    assert sorted(rows["index"].tolist()) == list(range(len(rows)))
+    assert (rows["status"] == 200).all()
+    assert (rows["tokens"] >= 4).all()
+    assert np.allclose(rows["queue_ms"], 0.1)
+    assert np.isnan(rows["tokenize_ms"]).all()
+    assert (rows["sent_ns"] <= rows["first_ns"]).all()
+    assert (rows["first_ns"] <= rows["end_ns"]).all()
+    assert done.state["phase"] == "done"
+    assert 0 < (summary.client_cpu_percent(done.state) or 0) <= 110
+
+
+def test_the_warm_up_ends_when_windows_agree_and_is_not_measured(answering: Callable[..., str], tmp_path: Path) -> None:
+    done, part, _ = measure(
+        answering("--median-ms", "5", "--sigma", "0"),
+        tmp_path / "run",
+        users=4,
+        duration_s=1,
+        warmup_s=20,
+        window_s=0.5,
+    )
+    warm = done.rows[done.rows["phase"] == records.WARMUP]
+    assert len(warm) > 0
+    assert warm["sent_ns"].max() <= part.measured["sent_ns"].max()
+    if done.state["steady"]:
+        last = done.state["windows"][-3:]
+        assert max(last) - min(last) <= 0.1 * sum(last) / 3 + 1e-9
+
+
+def test_an_open_loop_sends_its_schedule_and_no_more(answering: Callable[..., str], tmp_path: Path) -> None:
+    _, part, work = measure(answering("--median-ms", "5"), tmp_path / "run", mode="open", rate=100, duration_s=3)
+    rows = part.measured
+    offsets = rows["intended_ns"].astype(np.int64) - part.start_ns
+    assert offsets.tolist() == work.schedule_ns.astype(np.int64).tolist()
+    assert (rows["sent_ns"] >= rows["intended_ns"]).all()
+
+
+def test_a_stall_shows_in_an_open_loop_and_hides_in_a_closed_one(answering: Callable[..., str], tmp_path: Path) -> None:
+    stalling = ("--median-ms", "2", "--sigma", "0", "--stall-every", "2", "--stall-for", "0.4")
+    _, opened, _ = measure(
+        answering(*stalling), tmp_path / "open", mode="open", arrivals="constant", rate=100, duration_s=6
+    )
+    _, closed, _ = measure(answering(*stalling), tmp_path / "closed", mode="closed", users=1, duration_s=6)
+    # A fifth of all requests are due during a stall: half of the stall is the median of those, a tenth of all wait 200 ms or more.
+    long = [float(np.mean(records.latency_ms(part.measured) > 100)) for part in (opened, closed)]
+    assert long[0] == pytest.approx(0.15, abs=0.04)
+    assert long[1] < 0.02
+
+
+def test_sends_beyond_the_outstanding_limit_are_dropped_and_counted(
+    answering: Callable[..., str], tmp_path: Path
+) -> None:
+    url = answering("--median-ms", "400", "--sigma", "0")
+    _, part, work = measure(
+        url, tmp_path / "run", mode="open", arrivals="constant", rate=50, duration_s=2, max_outstanding=5
+    )
+    found = summary.summarise([part])
+    assert found["dropped"] > 50
+    assert found["requests"] == len(work.schedule_ns) == 100
+    assert found["errors"]["dropped"] == found["dropped"]
+
+
+def test_failures_are_recorded_by_kind(answering: Callable[..., str], tmp_path: Path) -> None:
+    _, part, _ = measure(
+        answering("--median-ms", "5", "--fail-after", "20"), tmp_path / "status", users=2, duration_s=1
+    )
+    assert set(part.measured["status"].tolist()) == {200, 500}
+    assert summary.summarise([part])["errors"]["HTTP status"] > 0
+    slow = answering("--median-ms", "3000", "--sigma", "0")
+    _, part, _ = measure(slow, tmp_path / "slow", users=1, duration_s=1, timeout_s=0.5)
+    assert set(part.measured["error"].tolist()) == {records.TIMEOUT}

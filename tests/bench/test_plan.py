@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from inferctl.bench import plan, workload
+from inferctl.errors import SpecError, UsageError
+
+
+def written(folder: Path, text: str) -> str:
+    file = folder / "mine.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+@pytest.mark.parametrize("name", ["precision", "quick"])
+def test_shipped_plans_load_and_their_corpora_exist(name: str) -> None:
+    shipped = plan.load(name)
+    assert shipped.name == name
+    assert workload.draw(shipped.load, shipped.corpus, shipped.seed).groups
+    assert shipped.quality is not None
+    assert len(workload.read_corpus(shipped.quality.corpus)[0]) >= shipped.quality.texts
+
+
+def test_repeats_alternate_in_direction() -> None:
+    names = [
+        run.name for run in plan.load("precision").with_overrides(["a", "b"][:0] or ["fp32", "int8"], repeats=3).runs()
+    ]
+    assert names == ["fp32-1", "int8-1", "int8-2", "fp32-2", "fp32-3", "int8-3"]
+
+
+def test_a_rate_makes_the_loop_open() -> None:
+    changed = plan.load("quick").with_overrides(rate=50, users=2, duration_s=3)
+    assert (changed.load.mode, changed.load.rate, changed.load.users, changed.load.duration_s) == ("open", 50, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"users": 0}, {"duration_s": 0.1}, {"precisions": ["fp8"]}, {"repeats": 0}, {"rate": -1}]
+)
+def test_overrides_that_make_no_sense_are_usage_errors(changes: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        plan.load("quick").with_overrides(**changes)  # type: ignore[arg-type]
+
+
+def test_an_unknown_plan_gets_a_suggestion() -> None:
+    with pytest.raises(UsageError) as caught:
+        plan.load("precison")
+    assert caught.value.hint == "did you mean 'precision'?"
+
+
+def test_every_mistake_of_a_plan_comes_with_its_line(tmp_path: Path) -> None:
+    text = "name: mine\nconfigurations:\n  - {name: a, precision: fp8}\nload:\n  user: 3\n  duration_s: nine\n"
+    with pytest.raises(SpecError) as caught:
+        plan.load(written(tmp_path, text))
+    lines = [(problem.line, problem.hint) for problem in caught.value.problems]
+    assert [line for line, _ in lines] == [3, 5, 6]
+    assert "did you mean 'users'?" in [hint for _, hint in lines]
+
+
+def test_contradictions_are_refused(tmp_path: Path) -> None:
+    text = "name: m\nconfigurations: [{name: a, precision: fp32}, {name: a, precision: bf16}]\nload: {mode: open}\n"
+    with pytest.raises(SpecError) as caught:
+        plan.load(written(tmp_path, text))
+    assert len(caught.value.problems) == 2
+
+
+def test_equal_seeds_draw_equal_work() -> None:
+    load = plan.Load.model_validate({"mode": "open", "rate": 100, "duration_s": 5})
+    one, same, other = (workload.draw(load, "short", seed) for seed in (1, 1, 2))
+    assert one.digest == same.digest
+    assert one.digest != other.digest
+    assert (one.schedule_ns == same.schedule_ns).all()
+
+
+def test_poisson_arrivals_have_the_asked_rate_and_exponential_gaps() -> None:
+    load = plan.Load.model_validate({"mode": "open", "rate": 200})
+    times = workload.arrivals(load, 100, np.random.default_rng(1)).astype(np.float64) / 1e9
+    gaps = np.diff(times)
+    assert len(times) == pytest.approx(20_000, rel=0.03)
+    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.03)
+    assert times[-1] < 100
+
+
+def test_constant_arrivals_are_evenly_spaced() -> None:
+    load = plan.Load.model_validate({"mode": "open", "rate": 4, "arrivals": "constant"})
+    assert workload.arrivals(load, 1, np.random.default_rng(1)).tolist() == [0, 250_000_000, 500_000_000, 750_000_000]
+
+
+def test_bodies_are_one_line_each_and_marked_to_become_unique() -> None:
+    load = plan.Load.model_validate({"inputs_per_request": 3})
+    bodies = workload.draw(load, "mixed", 1).bodies("m")
+    first = json.loads(bodies[0])
+    assert len(first["input"]) == 3
+    assert first["input"][0].startswith("@SERIAL@ ")
+    assert not any(b"\n" in body for body in bodies)
+    plain = workload.draw(load.model_copy(update={"inputs": "as-is"}), "mixed", 1).bodies("m")
+    assert not any(b"@SERIAL@" in body for body in plain)
+
+
+def test_own_corpora_are_accepted_and_bad_lines_named(tmp_path: Path) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("one\n\ntwo\n")
+    assert workload.read_corpus(str(own))[0] == ["one", "two"]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"txt": "not"}\n')
+    with pytest.raises(UsageError, match=r"bad\.jsonl:2"):
+        workload.read_corpus(str(bad))
+    with pytest.raises(UsageError) as caught:
+        workload.read_corpus("mixd")
+    assert caught.value.hint == "did you mean 'mixed'?"
+
+
+def test_the_corpora_are_what_their_script_writes(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    benchmarks = request.config.rootpath / "benchmarks"
+    subprocess.run(
+        [sys.executable, str(benchmarks / "write_corpora.py"), str(tmp_path)], check=True, capture_output=True
+    )
+    for name in ("short", "paragraphs", "mixed"):
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (benchmarks / "corpora" / f"{name}.jsonl").read_bytes()
+
+
+def test_mixed_lengths_are_about_log_normal() -> None:
+    words = np.array([len(text.split()) for text in workload.read_corpus("mixed")[0]])
+    assert np.median(words) == pytest.approx(28, abs=5)
+    assert words.mean() > 1.15 * np.median(words)
+    assert words.max() <= 150

@@ -1,0 +1,154 @@
+"""How results look: the table in 80 columns, and the HTML report."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_samples import document, sealed
+from rich.console import Console
+
+from inferctl.bench import charts, environment, plan, receipt, report, result, runner, view
+
+
+def made(folder: Path) -> tuple[dict[str, Any], list[receipt.Receipt]]:
+    """A result with a winner, an emulated, an invalid, an unsupported and an absent row."""
+    invalid = {
+        "valid": False,
+        "reasons": ["the load generator used 97 % of its core (limit 90 %): it was the bottleneck"],
+        "cautions": [],
+    }
+    receipts = sealed(
+        folder,
+        document("fp32", 812.25, 12.34),
+        document("fp16", 8.5, 987.6, level="emulated"),
+        document("bf16", 2345.6, 4.321),
+        document("remote-t4", 4000, 2.5, validity=invalid),
+    )
+    outcomes = [runner.Outcome(runner.Subject(one.name, one.name), measurements=[]) for one in receipts]
+    outcomes.append(runner.Outcome(runner.Subject("int8", "int8"), failure="bitsandbytes is not installed"))
+    machine = environment.Environment(
+        "cpu", "Test CPU", "Test CPU", ("avx2",), 2, 8 * 10**9, (), "Linux 6", "3.11", {"torch": "2"}, {}, 0.5
+    )
+    context = result.Context(
+        plan.load("quick"), machine, "models/test", ["cpu", "t4", "a100-40gb-mig-3g.20gb"], 20.0, folder
+    )
+    found = result.document(context, outcomes, receipts, folder / "report.html")
+    found["report"], found["output"] = "report.html", "."
+    return found, receipts
+
+
+def test_the_table_fits_80_columns(tmp_path: Path, golden: Callable[[str, str], None]) -> None:
+    found, _ = made(tmp_path)
+    stream = io.StringIO()
+    Console(file=stream, width=80, highlight=False).print(view.render(found))
+    text = "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+    assert max(map(len, text.splitlines())) <= 80
+    golden("bench-view.txt", text)
+
+
+def test_reasons_against_a_row_stand_above_the_numbers(tmp_path: Path) -> None:
+    found, _ = made(tmp_path)
+    stream = io.StringIO()
+    Console(file=stream, width=200, highlight=False).print(view.render(found))
+    text = stream.getvalue()
+    assert text.index("INVALID remote-t4: the load generator used 97 %") < text.index("config")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (0.123, "0.12"),
+        (8.456, "8.46"),
+        (84.26, "84.3"),
+        (842.4, "842"),
+        (8421.0, "8,421"),
+        (84210.0, "84.2k"),
+    ],
+)
+def test_numbers_fit_their_columns(value: float | None, text: str) -> None:
+    assert view.short(value) == text
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells: list[str] = []
+        self.loaded: list[str] = []
+        self.ids: list[str] = []
+        self._open = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.loaded += [value for name in ("src", "href") if (value := given.get(name))]
+        self.ids += [given["id"]] if given.get("id") else []  # type: ignore[list-item]
+        if tag == "td":
+            self.cells.append("")
+            self._open = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = self._open and tag != "td"
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.cells[-1] += data
+
+
+def test_the_report_shows_the_receipts_numbers(tmp_path: Path) -> None:
+    found, receipts = made(tmp_path)
+    page = Page()
+    page.feed(report.render(found, receipts))
+    text = " | ".join(" ".join(cell.split()) for cell in page.cells)
+    for one in receipts:
+        figures = one.data["summary"]
+        for key in ("p50", "p90"):
+            p = figures["latency_ms"][key]
+            assert f"{p['value']:.2f}{p['low']:.2f} – {p['high']:.2f}" in text
+        assert f"{figures['requests_per_s']:.2f}" in text
+        assert f"{figures['tokens_per_s']:,.0f}" in text
+        assert one.data["seal"][:16] in text
+    assert "n too small85 of 368" in text
+    assert "not measured here: this machine is Test CPU" in text
+    assert "not run: bitsandbytes is not installed" in text
+
+
+def test_the_report_needs_no_network_and_every_chart_has_its_place(tmp_path: Path) -> None:
+    found, receipts = made(tmp_path)
+    text = report.render(found, receipts)
+    page = Page()
+    page.feed(text)
+    assert page.loaded == []
+    figures = json.loads(re.findall(r"^const figures = (.*);$", text, re.MULTILINE)[0])
+    assert set(figures) == set(page.ids)
+    assert {"percentiles", "ecdf", "throughput", "distance", "recall", "memory", "timeline"} >= set(figures)
+
+
+def test_what_was_not_measured_or_is_invalid_stands_before_the_numbers(tmp_path: Path) -> None:
+    text = report.render(*made(tmp_path))
+    for sentence in (
+        "remote-t4: the load generator used 97 %",
+        "not measured here: t4, a100-40gb-mig-3g.20gb",
+        "fp16: the reason of fp16",
+    ):
+        assert text.index(sentence) < text.index("<h2>Results</h2>")
+
+
+def test_figures_are_ones_that_plotly_accepts(tmp_path: Path) -> None:
+    graph_objects = pytest.importorskip("plotly.graph_objects")
+    _, receipts = made(tmp_path)
+    for _, _, figure in charts.all_charts(receipts).values():
+        graph_objects.Figure(figure)
+
+
+def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
+    found, receipts = made(tmp_path)
+    receipts[0].data["configuration"]["name"] = "</script><b>x"
+    found["rows"][0]["configuration"] = "</script><b>x"
+    assert "</script><b>x" not in report.render(found, receipts)

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from bench_samples import FIELDS, SECOND, records_file, row, steady, table
+
+from inferctl.bench import records, summary
+from inferctl.bench.records import DROPPED, HTTP_ERROR, WARMUP
+from inferctl.errors import InferctlError
+
+
+def test_throughput_counts_answers_within_the_window_only() -> None:
+    before, across = row(950, 40, phase=WARMUP), row(995, 10, phase=WARMUP)
+    within, draining = [row(1010, 20), row(1500, 20)], row(2990, 20)
+    part = summary.Part(table(before, across, *within, draining), SECOND, 3 * SECOND, 4)
+    found = summary.summarise([part])
+    assert found["requests_per_s"] == 1.5
+    assert found["texts_per_s"] == 6.0
+    assert found["tokens_per_s"] == 15.0
+    assert found["requests"] == 3
+    assert found["latency_ms"]["n"] == 3
+
+
+def test_latency_counts_from_the_intended_send() -> None:
+    part = summary.Part(table(*(row(100 * i, 50, late_ms=30) for i in range(10))), 0, SECOND, 1, offered=10)
+    found = summary.summarise([part])
+    assert found["latency_ms"]["p50"]["value"] == 50.0
+    assert found["late"] == 10
+    assert found["requested_per_s"] == 10.0
+
+
+def test_failed_and_dropped_requests_are_counted_and_not_timed() -> None:
+    rows = [row(10 * i, 5) for i in range(40)] + [
+        row(410, 1, error=HTTP_ERROR),
+        row(420, 0, error=DROPPED),
+        row(430, 0, error=DROPPED),
+    ]
+    found = summary.summarise([summary.Part(table(*rows), 0, SECOND, 1)])
+    assert found["errors"] == {"HTTP status": 1, "dropped": 2}
+    assert found["dropped"] == 2
+    assert found["requests"] == 43
+    assert found["latency_ms"]["n"] == 40
+    assert found["requests_per_s"] == 40.0
+
+
+def test_percentiles_that_the_sample_does_not_support_have_no_value() -> None:
+    found = summary.summarise([steady(10, 20)])["latency_ms"]
+    assert found["n"] == 100
+    assert found["p90"]["value"] is not None
+    assert found["p99"] == {"value": None, "low": None, "high": None, "needed": 368}
+
+
+def test_runs_are_pooled() -> None:
+    found = summary.summarise([steady(100, 10), steady(50, 30)])
+    assert found["runs"] == 2
+    assert found["seconds"] == 20.0
+    assert found["latency_ms"]["n"] == 1500
+    assert found["requests_per_s"] == pytest.approx(75, abs=0.3)
+    assert found["requests_per_s_interval"]["over"] == "windows"
+
+
+def test_five_runs_give_an_interval_over_runs() -> None:
+    found = summary.summarise([steady(rate, 10) for rate in (98, 99, 100, 101, 102)])["requests_per_s_interval"]
+    assert found["over"] == "runs"
+    assert found["low"] < 100 < found["high"]
+    assert found["high"] - found["low"] == pytest.approx(2 * 2.776 * (2.5 / 5) ** 0.5, rel=0.05)
+
+
+def test_the_servers_own_figures_are_medians_where_it_gives_them() -> None:
+    assert summary.summarise([steady(10, 20)])["server_ms"] == {"queue": 1.0, "inference": 2.0}
+
+
+def test_records_are_read_back_and_a_torn_one_is_left_out(tmp_path: Path) -> None:
+    rows = table(row(1, 2), row(3, 4))
+    file = records_file(tmp_path / "requests-0.bin", rows)
+    assert records.read(file).tobytes() == rows.tobytes()
+    file.write_bytes(file.read_bytes()[:-1])
+    assert len(records.read(file)) == 1
+
+
+def test_workers_are_merged_in_the_order_of_intended_sends(tmp_path: Path) -> None:
+    records_file(tmp_path / "requests-0.bin", table(row(5, 1), row(9, 1)))
+    records_file(tmp_path / "requests-1.bin", table(row(1, 1), row(7, 1)))
+    assert [int(ns / 1e6) for ns in records.merge(tmp_path)["intended_ns"]] == [1, 5, 7, 9]
+
+
+def test_files_that_hold_no_records_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "requests-0.bin").write_bytes(b"something else\n{}\n")
+    with pytest.raises(InferctlError, match="not a records file"):
+        records.merge(tmp_path)
+    with pytest.raises(InferctlError, match="no records"):
+        records.merge(tmp_path / "empty")
+
+
+def test_a_tail_follows_a_growing_file(tmp_path: Path) -> None:
+    file = tmp_path / "requests-0.bin"
+    tail = records.Tail(file)
+    assert len(tail.new()) == 0
+    rows = table(row(1, 2), row(3, 4))
+    records_file(file, rows[:1])
+    assert len(tail.new()) == 1
+    with file.open("ab") as stream:
+        stream.write(rows[1:].tobytes()[:-3])
+        stream.flush()
+        assert len(tail.new()) == 0
+        stream.write(rows[1:].tobytes()[-3:])
+    assert tail.new()["intended_ns"].tolist() == [3_000_000]
+
+
+def test_the_load_generator_writes_the_fields_that_are_read(request: pytest.FixtureRequest) -> None:
+    source = (request.config.rootpath / "benchmarks" / "locustfile.py").read_text()
+    assert all(f'("{name}", "{kind}"' in source for name, kind in FIELDS)
