@@ -68,21 +68,21 @@ class Problem:
 
 
 class SpecError(UsageError):
-    """All the mistakes of one file at once."""
+    """All the mistakes of one file at once; `file` is None when there is only the command line and the environment."""
 
-    def __init__(self, file: str, problems: list[Problem]) -> None:
+    def __init__(self, file: str | None, problems: list[Problem]) -> None:
         self.file = file
         self.problems = problems
         if len(problems) == 1:
-            message, hint = f"{_at(file, problems[0])} {problems[0].message}", problems[0].hint
+            message, hint = f"{_at(file, problems[0])}{problems[0].message}", problems[0].hint
         else:
-            lines = [f"{_at(file, p)} {p.message}" + (f" - {p.hint}" if p.hint else "") for p in problems]
+            lines = [f"{_at(file, p)}{p.message}" + (f" - {p.hint}" if p.hint else "") for p in problems]
             message, hint = "\n".join([f"{len(problems)} mistakes", *lines]), None
-        super().__init__(message, hint or "`inferctl schema` prints every key; docs/spec.md explains them")
+        super().__init__(message, hint or "`inferctl schema` prints every key; docs/reference.md explains them")
 
 
-def _at(file: str, problem: Problem) -> str:
-    return f"{file}:{problem.line}:" if problem.line else f"{file}:"
+def _at(file: str | None, problem: Problem) -> str:
+    return f"{file}:{problem.line}: " if file and problem.line else f"{file}: " if file else ""
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str | None:

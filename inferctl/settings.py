@@ -165,9 +165,9 @@ def resolve(
     except ValidationError as error:
         problems = [_problem(dict(e), document, origins) for e in error.errors()]
         problems += _unknown_names(data, document, origins, vocabulary or {})
-        raise SpecError(file or "settings", sorted(_without_union_noise(problems), key=lambda p: p.line or 0)) from None
+        raise SpecError(file, sorted(_without_union_noise(problems), key=lambda p: p.line or 0)) from None
     if problems := _unknown_names(data, document, origins, vocabulary or {}):
-        raise SpecError(file or "settings", problems)
+        raise SpecError(file, problems)
     return Resolved(spec, file, origins, warnings)
 
 

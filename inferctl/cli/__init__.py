@@ -42,18 +42,18 @@ def root(
 
 
 # In the order in which `inferctl --help` lists them: the way of a model from a file to a measured container.
-app.command("init")(init.init)
-app.command("check")(check.check)
-app.command("render")(render.render)
-app.command("lock")(lock.lock)
-app.command("build")(build.build)
-app.command("push")(push.push)
-app.command("serve", epilog=serve.EPILOG)(serve.serve)
-app.command("bench")(bench.bench)
-app.command("config")(settings.config)
-app.add_typer(catalog.app, name="catalog")
-app.command("doctor")(doctor.doctor)
-app.command("schema")(settings.schema)
+app.command("init", short_help="Write a commented inferctl.yaml.")(init.init)
+app.command("check", short_help="Validate the spec; say what fits which hardware.")(check.check)
+app.command("render", short_help="Print the Dockerfile, or write all it needs.")(render.render)
+app.command("build", short_help="Build, verify, name and push the image.")(build.build)
+app.command("push", short_help="Push an image; print its name@digest.")(push.push)
+app.command("serve", short_help="Serve embeddings over HTTP, OpenAI-compatible.", epilog=serve.EPILOG)(serve.serve)
+app.command("bench", short_help="Measure latency, throughput and quality.")(bench.bench)
+app.add_typer(catalog.app, name="catalog", short_help="Known bases, stacks, hardware; with sources.")
+app.command("doctor", short_help="Say what this machine can do.")(doctor.doctor)
+app.command("config", short_help="Print each setting and where it came from.")(settings.config)
+app.command("schema", short_help="Print the JSON Schema of inferctl.yaml.")(settings.schema)
+app.command("lock", short_help="Resolve the hashed locks of an image.")(lock.lock)
 
 
 def main() -> None:

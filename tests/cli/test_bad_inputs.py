@@ -1,0 +1,140 @@
+"""Mistakes that people make: each gets a clear error, a hint, and the right exit code. The golden file holds the words."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SPEC = "name: m\nmodel:\n  source: org/m\n"
+
+
+def broken_model(folder: Path, *, weights: bytes | None) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architectures": ["BertModel"], "model_type": "bert"}')
+    if weights is not None:
+        (folder / "model.safetensors").write_bytes(weights)
+    return folder
+
+
+def spec(text: str) -> Callable[[Path], list[str]]:
+    def prepare(folder: Path) -> list[str]:
+        (folder / "inferctl.yaml").write_text(text)
+        return ["check"]
+
+    return prepare
+
+
+def with_spec(*command: str, text: str = SPEC) -> Callable[[Path], list[str]]:
+    def prepare(folder: Path) -> list[str]:
+        (folder / "inferctl.yaml").write_text(text)
+        return list(command)
+
+    return prepare
+
+
+def bare(*command: str) -> Callable[[Path], list[str]]:
+    return lambda _: list(command)
+
+
+def lfs_pointer(folder: Path) -> list[str]:
+    broken_model(
+        folder / "model", weights=b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 90868376\n"
+    )
+    return ["serve", "--model", "./model"]
+
+
+def pickled(folder: Path) -> list[str]:
+    broken_model(folder / "model", weights=None)
+    (folder / "model" / "pytorch_model.bin").write_bytes(b"")
+    return ["serve", "--model", "./model"]
+
+
+CASES: dict[str, tuple[int, Callable[[Path], list[str]]]] = {
+    "spec-missing": (2, bare("render")),
+    "spec-is-a-folder": (2, bare("check", "--spec", ".")),
+    "spec-empty": (2, spec("")),
+    "spec-not-yaml": (2, spec("name: [m\n")),
+    "spec-many-mistakes": (
+        2,
+        spec(
+            "nmae: m\nmodel:\n  source: org/m\n  weights: baked\nserve:\n  precision: bf61\n  port: 123456\nhardware: [a100]\n"
+        ),
+    ),
+    "spec-key-twice": (2, spec(SPEC + "name: n\n")),
+    "base-unknown": (2, spec(SPEC + "image: {base: cuda12.9}\n")),
+    "command-unknown": (2, bare("biuld")),
+    "option-unknown": (2, bare("render", "--ouput", "x")),
+    "catalog-entry-unknown": (2, bare("catalog", "hardware", "a100")),
+    "init-over-a-spec": (2, with_spec("init")),
+    "locks-not-shipped": (2, with_spec("render", "--base", "cpu")),
+    "value-escapes-the-dockerfile": (2, with_spec("render", "--base-image", "a/b; rm -rf /")),
+    "model-folder-missing": (2, bare("serve", "--model", "./nowhere")),
+    "model-not-in-the-hub-cache": (2, bare("serve", "--model", "org/absent")),
+    "model-is-an-lfs-pointer": (2, lfs_pointer),
+    "model-has-pickled-weights-only": (2, pickled),
+    "plan-unknown": (2, bare("bench", "--model", "org/absent", "--plan", "precison")),
+    "bench-url-without-a-name": (2, bare("bench", "--url", "localhost")),
+    "bench-url-not-answering": (3, bare("bench", "--url", "t4=http://127.0.0.1:9", "--plan", "quick")),
+    "size-not-understood": (2, with_spec("build", "--dry-run", "--max-size", "six")),
+    "image-larger-than-allowed": (1, with_spec("build", "--dry-run", "--no-verify", "--max-size", "1GB")),
+    "floating-revision-refused": (1, with_spec("build", "--dry-run", text=SPEC + "  weights: bake\n")),
+    "tag-not-a-name": (2, with_spec("build", "--dry-run", "--no-verify", "--tag", "Bad Name")),
+    "docker-down": (3, with_spec("build", "--no-verify")),
+    "push-without-docker": (3, bare("push", "registry.example.com/ml/m:1")),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_mistake_is_answered_with_an_error_a_hint_and_its_exit_code(
+    name: str, tmp_path: Path, golden: Callable[[str, str], None]
+) -> None:
+    code, prepare = CASES[name]
+    environment = {
+        **os.environ,
+        "DOCKER_HOST": "unix:///nowhere/docker.sock",
+        "HF_HOME": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    arguments = prepare(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "inferctl", *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode == code, done.stderr
+    assert "error: " in done.stderr
+    assert "\nhint: " in done.stderr
+    said = done.stderr.replace(str(tmp_path.resolve()), "FOLDER")
+    # inferctl's own size changes with every line of it.
+    said = re.sub(r"^(  server +)\d+\.\d kB", r"\1SIZE", said, flags=re.MULTILINE)
+    golden(f"errors/{name}.txt", f"$ inferctl {' '.join(arguments)}\n{done.stdout}{said}exit {done.returncode}\n")
+
+
+def test_a_taken_port_is_answered_with_what_to_do(minilm: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "inferctl", "serve", "--model", str(minilm), "--port", str(port)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+    assert done.returncode == 3, done.stderr
+    assert f":{port}" in done.stderr
+    assert "hint: " in done.stderr

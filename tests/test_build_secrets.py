@@ -1,0 +1,160 @@
+"""A private package index behind a company's own certificate authority: its credentials and its authority leave no trace in the image."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import http.server
+import io
+import json
+import ssl
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trustme
+import yaml
+
+pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.xdist_group("docker"), pytest.mark.timeout(300)]
+
+USER, PASSWORD = "builder", "s3cret-token-0451"
+
+
+class Index(http.server.SimpleHTTPRequestHandler):
+    """The simple repository API over a folder of `<project>/<wheel>`, for those who know the password."""
+
+    def do_GET(self) -> None:
+        expected = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+        if self.headers.get("Authorization") != expected:
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", 'Basic realm="index"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        super().do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(scope="module")
+def private_wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small packages of the company's own, one for each closure."""
+    folder = tmp_path_factory.mktemp("index")
+    for name in ("private-torch", "private-server"):
+        module = name.replace("-", "_")
+        source = tmp_path_factory.mktemp(module)
+        (source / f"{module}.py").write_text(f"NAME = {name!r}\n")
+        (source / "pyproject.toml").write_text(
+            f'[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n[project]\nname = "{name}"\nversion = "1.0"\n'
+            f'[tool.hatch.build.targets.wheel]\ninclude = ["{module}.py"]\n'
+        )
+        target = folder / name
+        target.mkdir()
+        code = f"from hatchling.build import build_wheel; build_wheel({str(target)!r})"
+        subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def index_port(authority: trustme.CA, private_wheels: Path) -> Iterator[int]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost", "127.0.0.1").configure_cert(context)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Index, directory=str(private_wheels)))
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_address[1]
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def spec_file(base_image: str, private_wheels: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("private")
+    for lock, name in (("torch", "private-torch"), ("server", "private-server")):
+        (wheel,) = (private_wheels / name).glob("*.whl")
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        (folder / f"{lock}.txt").write_text(f"{name}==1.0 --hash=sha256:{digest}\n")
+    image = {
+        "base": "cpu",
+        "base_image": base_image,
+        "locks": str(folder),
+        "repository": "localhost:5000/private/model",
+    }
+    spec = {"name": "private", "model": {"source": str(minilm)}, "image": image}
+    (folder / "inferctl.yaml").write_text(yaml.safe_dump(spec))
+    return folder / "inferctl.yaml"
+
+
+def build(spec_file: Path, *flags: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "inferctl",
+        "build",
+        "--spec",
+        spec_file,
+        "--no-verify",
+        "--network",
+        "host",
+        "--json",
+        *flags,
+    ]
+    return subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+
+
+def test_secrets_open_the_index_and_leave_no_trace(
+    spec_file: Path, index_port: int, authority: trustme.CA, tmp_path: Path
+) -> None:
+    pip_conf, ca = tmp_path / "pip.conf", tmp_path / "ca.pem"
+    pip_conf.write_text(f"[global]\nindex-url = https://{USER}:{PASSWORD}@localhost:{index_port}/\n")
+    authority.cert_pem.write_to_path(str(ca))
+    done = build(spec_file, "--pip-conf", pip_conf, "--ca", ca)
+    assert done.returncode == 0, done.stderr
+    built = json.loads(done.stdout)
+    archive = tmp_path / "image.tar"
+    subprocess.run(["docker", "save", "--output", str(archive), built["image"]], check=True)
+    certificate = ca.read_bytes().splitlines()[1]
+    names: list[str] = []
+    with tarfile.open(archive) as image:
+        for member in image.getmembers():
+            content = image.extractfile(member)
+            if content is None:
+                continue
+            data = content.read()
+            assert PASSWORD.encode() not in data, member.name
+            assert certificate not in data, member.name
+            if data[257:262] == b"ustar":
+                with tarfile.open(fileobj=io.BytesIO(data)) as layer:
+                    names += layer.getnames()
+    subprocess.run(["docker", "image", "rm", "--force", built["image"]], capture_output=True, check=False)
+    assert "opt/inferctl/torch/private_torch.py" in names
+    assert "opt/inferctl/dependencies/private_server.py" in names
+    assert not [name for name in names if name.endswith("pip.conf") or "run/secrets" in name]
+    assert PASSWORD not in done.stdout + done.stderr
+
+
+def test_without_the_authority_the_build_fails_and_says_which_secret_is_missing(
+    spec_file: Path, index_port: int, tmp_path: Path
+) -> None:
+    pip_conf = tmp_path / "pip.conf"
+    pip_conf.write_text(f"[global]\nindex-url = https://{USER}:{PASSWORD}@localhost:{index_port}/\nretries = 0\n")
+    # Another name, so that BuildKit's cache of the good build is of no use.
+    text = spec_file.with_name("server.txt").read_text()
+    spec_file.with_name("server.txt").write_text(text + "# again\n")
+    done = build(spec_file, "--pip-conf", pip_conf)
+    assert done.returncode in (1, 3)
+    assert "certificate" in done.stderr.lower()
+    assert "--ca" in done.stderr
+    assert PASSWORD not in done.stdout + done.stderr

@@ -1,0 +1,49 @@
+"""The documentation says what the program does."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def test_the_reference_is_what_the_program_says() -> None:
+    located = importlib.util.spec_from_file_location("write_reference", ROOT / "docs" / "write_reference.py")
+    assert located and located.loader
+    module = importlib.util.module_from_spec(located)
+    located.loader.exec_module(module)
+    assert module.TARGET.read_text(encoding="utf-8") == module.reference(), "`make docs` writes it anew"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_a_page_shows_exist(page: Path) -> None:
+    from typer.main import get_command
+
+    from inferctl import cli
+
+    known = set(get_command(cli.app).commands)  # type: ignore[attr-defined]  # the root is a group
+    for verb in re.findall(r"(?:^ {4}|`|\$ )inferctl ([a-z]+)\b", page.read_text(encoding="utf-8"), re.MULTILINE):
+        assert verb in known, f"{page.name} shows `inferctl {verb}`"
+
+
+def test_no_path_of_a_developers_machine_is_in_the_repository() -> None:
+    names = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for name in names:
+        text = (ROOT / name).read_bytes()
+        for trace in (b"/ro" + b"ot/.pyenv", b"/wo" + b"rk/", b"/opt/" + b"wheels", b"/ho" + b"me/"):
+            assert trace not in text, f"{name} carries {trace.decode()}"
