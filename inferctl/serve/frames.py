@@ -21,7 +21,7 @@ from inferctl.serve.types import Batch, BatchResult
 _HEAD = struct.Struct("<IB")
 _BATCH = struct.Struct("<QI")
 _RESULT = struct.Struct("<QIId")
-_MAX_FRAME = 1 << 30
+_MAX_FRAME = 1 << 28
 
 
 class Kind(IntEnum):

@@ -47,7 +47,6 @@ class Options:
     truncate: bool = True
     announce: Path | None = None
     image: tuple[str, str | None] | None = None
-    echo_seconds_per_token: float = 0.0
 
 
 def run(spec: Spec, options: Options, say: Callable[[str], None]) -> int:
@@ -112,7 +111,6 @@ class Server:
             device=options.device,
             max_input_tokens=spec.serve.max_input_tokens,
             max_batch_tokens=spec.serve.max_batch_tokens,
-            echo_seconds_per_token=options.echo_seconds_per_token,
         )
         self._supervisor = Supervisor(config, self._dispatcher)
         self._dispatcher.send, self._dispatcher.on_ready, self._dispatcher.on_lost = (

@@ -27,7 +27,6 @@ class EngineConfig:
     max_input_tokens: int | None = None
     max_batch_tokens: int = 16384
     echo_dimensions: int = 8
-    echo_seconds_per_token: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,14 @@ from inferctl.serve.types import Batch, BatchResult, DeviceInfo, EngineConfig, E
 NON_FINITE_TOKEN = 13
 FAILING_TOKEN = 14
 CRASHING_TOKEN = 15
+SLOW_TOKEN = 16
+SLOW_SECONDS = 0.5
 
 
 class EchoEngine:
-    """Row i is (sum of the ids, length, 1, 0, 0, ...), scaled to length one. Takes `echo_seconds_per_token` for each token.
+    """Row i is (sum of the ids, length, 1, 0, 0, ...), scaled to length one.
 
-    Three token ids misbehave when a sequence starts with them: one gives NaN, one raises, one ends the process.
+    Four token ids misbehave when a sequence starts with them: one gives NaN, one raises, one ends the process, one takes its time.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -51,8 +53,7 @@ class EchoEngine:
         vectors[:, 2] = 1
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         vectors[firsts == NON_FINITE_TOKEN] = np.nan
-        if self._config.echo_seconds_per_token:
-            time.sleep(self._config.echo_seconds_per_token * len(batch.tokens))
+        time.sleep(SLOW_SECONDS * int((firsts == SLOW_TOKEN).sum()))
         return BatchResult(batch.id, vectors, finite_rows(vectors), time.perf_counter() - started)
 
     def close(self) -> None:

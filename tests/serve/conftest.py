@@ -1,0 +1,88 @@
+"""A real server process on a free port, as the tests of this folder use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+START_SECONDS = 120
+
+
+@dataclass
+class Running:
+    """A server that is ready. `log` is the file with its stderr."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def embed(self, **body: object) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/embeddings", json=body, timeout=60)
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", timeout=60)
+
+    def wait_ready(self) -> None:
+        until(lambda: self.get("/readyz").status_code == 200)
+
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return int(children[0])
+
+
+def until(condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.02)
+
+
+def start(folder: Path, *arguments: str) -> Running:
+    announce, log = folder / "ready.json", folder / "server.log"
+    command = [sys.executable, "-m", "inferctl", "serve", "--port", "0", "--announce", str(announce), *arguments]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stderr=stream, stdout=subprocess.DEVNULL, cwd=folder, env=dict(os.environ))
+    until(lambda: announce.exists() or process.poll() is not None)
+    assert process.poll() is None, log.read_text()
+    said = json.loads(announce.read_text())
+    assert said["pid"] == process.pid
+    return Running(said["url"], process, log)
+
+
+def stop(server: Running) -> None:
+    if server.process.poll() is None:
+        server.process.send_signal(signal.SIGKILL)
+    server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def echo(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The server with the echo engine: all that is real except the model."""
+    arguments = ("--model", str(minilm), "--engine", "echo", "--name", "echo", "--max-queue-tokens", "64")
+    server = start(tmp_path_factory.mktemp("echo"), *arguments)
+    yield server
+    stop(server)
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """`serve("--model", ...)` starts a server of the test's own."""
+    started: list[Running] = []
+
+    def run(*arguments: str) -> Running:
+        started.append(start(tmp_path, *arguments))
+        return started[-1]
+
+    yield run
+    for server in started:
+        stop(server)

@@ -1,0 +1,80 @@
+"""Frames survive the socket, and the end of the other side is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inferctl.serve import frames
+from inferctl.serve.frames import Kind
+from inferctl.serve.types import Batch, BatchResult
+
+LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=30)
+
+
+@given(LENGTHS, st.integers(0, 2**63))
+def test_a_batch_arrives_as_it_was_sent(lengths: list[int], number: int) -> None:
+    tokens = np.arange(sum(lengths), dtype=np.int32)
+    arrived = frames.unpack_batch(frames.pack_batch(Batch(number, tokens, np.array(lengths, dtype=np.int32)))[5:])
+    assert arrived.id == number
+    assert arrived.lengths.tolist() == lengths
+    assert arrived.tokens.tolist() == tokens.tolist()
+
+
+@given(st.integers(1, 20), st.integers(1, 20))
+def test_a_result_arrives_bit_for_bit(rows: int, width: int) -> None:
+    vectors = np.random.default_rng(rows).standard_normal((rows, width)).astype(np.float32)
+    vectors[0, 0] = np.nan
+    ok = np.isfinite(vectors).all(axis=1)
+    arrived = frames.unpack_result(frames.pack_result(BatchResult(7, vectors, ok, 0.25))[5:])
+    assert arrived.vectors.tobytes() == vectors.tobytes()
+    assert arrived.ok.tolist() == ok.tolist()
+    assert arrived.seconds == 0.25
+
+
+def test_a_frame_larger_than_the_socket_buffer_arrives_whole() -> None:
+    ours, theirs = socket.socketpair()
+    frame = frames.pack_json(Kind.FAILED, {"message": "x" * 3_000_000})
+    sender = threading.Thread(target=theirs.sendall, args=(frame,))
+    sender.start()
+    received = frames.receive(ours)
+    sender.join()
+    assert received is not None
+    assert received[0] is Kind.FAILED
+    assert len(received[1]) == len(frame) - 5
+    ours.close()
+    theirs.close()
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x05\x00", frames.pack_json(Kind.READY, {"a": 1})[:-1]])
+def test_an_end_in_the_middle_of_a_frame_is_the_end(sent: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    theirs.sendall(sent)
+    theirs.close()
+    assert frames.receive(ours) is None
+    ours.close()
+
+
+def test_the_asyncio_reader_agrees_with_the_blocking_one() -> None:
+    async def read() -> list[object]:
+        reader = asyncio.StreamReader()
+        reader.feed_data(frames.pack_json(Kind.READY, {"a": 1}) + b"\x00")
+        reader.feed_eof()
+        return [await frames.receive_async(reader), await frames.receive_async(reader)]
+
+    assert asyncio.run(read()) == [(Kind.READY, b'{"a": 1}'), None]
+
+
+def test_a_stranger_on_the_line_is_refused() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.sendall(b"GET / HTTP/1.1\r\n")
+    with pytest.raises(ValueError, match="same version"):
+        frames.receive(ours)
+    ours.close()
+    theirs.close()

@@ -1,0 +1,285 @@
+"""The whole server with the echo engine: HTTP, queue, engine process, signals. All real but the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from inferctl.serve.engines.echo import CRASHING_TOKEN, FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_TOKEN
+from tests.serve.conftest import Running, until
+
+Serve = Callable[..., Running]
+
+
+def echo_arguments(minilm: Path) -> tuple[str, ...]:
+    return ("--model", str(minilm), "--engine", "echo", "--name", "echo")
+
+
+def metric(server: Running, name: str, **labels: str) -> float:
+    for family in text_string_to_metric_families(server.get("/metrics").text):
+        for sample in family.samples:
+            if sample.name == name and labels.items() <= sample.labels.items():
+                return sample.value
+    return 0.0
+
+
+def vector(tokens: list[int]) -> list[float]:
+    raw = [sum(tokens), len(tokens), 1.0]
+    norm = sum(x * x for x in raw) ** 0.5
+    return [x / norm for x in raw] + [0.0] * 5
+
+
+def test_every_input_gets_its_own_vector_in_order(echo: Running) -> None:
+    rows = [[100 + i] * (1 + i % 7) for i in range(200)]
+    answer = echo.embed(input=rows).json()
+    assert [entry["index"] for entry in answer["data"]] == list(range(200))
+    for row, entry in zip(rows, answer["data"], strict=True):
+        assert entry["embedding"] == pytest.approx(vector(row), abs=1e-6)
+    assert answer["usage"]["total_tokens"] == sum(map(len, rows))
+    assert answer["model"] == "echo"
+
+
+def test_requests_at_the_same_time_do_not_mix(serve: Serve, minilm: Path) -> None:
+    server = serve(*echo_arguments(minilm))
+    rows = [[1000 + i] * (1 + i % 11) for i in range(300)]
+    with ThreadPoolExecutor(24) as pool, httpx.Client() as client:
+        answers = list(
+            pool.map(lambda row: client.post(f"{server.url}/v1/embeddings", json={"input": row}).json(), rows)
+        )
+    for row, answer in zip(rows, answers, strict=True):
+        assert answer["data"][0]["embedding"] == pytest.approx(vector(row), abs=1e-6)
+
+
+def test_answers_say_where_the_time_went_and_which_request_it_was(echo: Running) -> None:
+    answer = httpx.post(f"{echo.url}/v1/embeddings", json={"input": [5, 6]}, headers={"x-request-id": "mine-1"})
+    assert answer.headers["x-request-id"] == "mine-1"
+    assert answer.headers["x-inferctl-tokens"] == "2"
+    for phase in ("queue", "tokenize", "inference"):
+        assert float(answer.headers[f"x-inferctl-{phase}-ms"]) >= 0
+    assert echo.embed(input="a").headers["x-request-id"] != echo.embed(input="a").headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        ({"input": "a", "model": "other"}, 404, "model_not_found"),
+        ({"input": "a", "dimensions": 4}, 400, "invalid_dimensions"),
+        ({"input": "a", "dimensions": 9}, 400, "invalid_dimensions"),
+        ({"input": [[5], [30522]]}, 400, "invalid_token"),
+        ({"input": "word " * 400, "truncate": False}, 400, "context_length_exceeded"),
+        ({"input": [5] * 400, "truncate": False}, 400, "context_length_exceeded"),
+        ({"input": [NON_FINITE_TOKEN]}, 500, "non_finite"),
+        ({"input": [FAILING_TOKEN]}, 500, "engine_failed"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_in_the_envelope(
+    echo: Running, body: dict[str, object], status: int, code: str
+) -> None:
+    answer = echo.embed(**body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+def test_too_long_inputs_are_cut_and_only_the_rest_is_counted(echo: Running) -> None:
+    assert echo.embed(input="word " * 400).json()["usage"]["total_tokens"] == 256
+    assert echo.embed(input=[5] * 400).json()["usage"]["total_tokens"] == 256
+
+
+def test_dimensions_may_be_named_when_they_are_the_models_own(echo: Running) -> None:
+    assert len(echo.embed(input="a", dimensions=8).json()["data"][0]["embedding"]) == 8
+
+
+def test_unknown_routes_and_methods_use_the_envelope_too(echo: Running) -> None:
+    assert echo.get("/nope").json()["error"]["type"] == "invalid_request_error"
+    refused = echo.get("/v1/embeddings")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+
+
+def test_a_body_that_is_too_large_is_refused(echo: Running) -> None:
+    answer = httpx.post(f"{echo.url}/v1/embeddings", content=b'{"input": "' + b"a" * (33 << 20) + b'"}', timeout=60)
+    assert answer.status_code == 413
+
+
+def test_one_bad_sequence_fails_its_own_request_only(serve: Serve, minilm: Path) -> None:
+    server = serve(*echo_arguments(minilm))
+    bodies = [[SLOW_TOKEN], *[[FAILING_TOKEN] if i == 5 else [200 + i] for i in range(12)]]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        statuses = list(pool.map(lambda row: server.embed(input=row).status_code, bodies))
+    assert statuses == [500 if row == [FAILING_TOKEN] else 200 for row in bodies]
+
+
+def test_a_full_queue_answers_429_with_retry_after(echo: Running) -> None:
+    with ThreadPoolExecutor(30) as pool:
+        answers = list(pool.map(lambda _: echo.embed(input=[SLOW_TOKEN] + [5] * 30), range(8)))
+    assert {answer.status_code for answer in answers} == {200, 429}
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["code"] == "queue_full"
+    assert metric(echo, "inferctl_rejected_total", reason="queue_full") >= 1
+    assert echo.embed(input=[5]).status_code == 200
+
+
+def test_work_of_a_client_that_left_is_dropped(serve: Serve, minilm: Path) -> None:
+    server = serve(*echo_arguments(minilm), "--max-batch-tokens", "64")
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps({"input": [[SLOW_TOKEN] * 64] * 400}).encode()
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        until(lambda: metric(server, "inferctl_queue_tokens") > 0, 30)
+    until(lambda: metric(server, "inferctl_queue_tokens") == 0, 30)
+    assert metric(server, "inferctl_cancelled_total") == 1
+    assert server.embed(input=[5]).status_code == 200
+
+
+def test_probes_metrics_and_descriptions(echo: Running) -> None:
+    assert echo.get("/livez").status_code == 200
+    assert echo.get("/readyz").status_code == 200
+    assert echo.get("/v1/models").json()["data"][0]["id"] == "echo"
+    assert echo.get("/v1/models/echo").json()["id"] == "echo"
+    assert echo.get("/v1/models/other").status_code == 404
+    echo.embed(input=[5, 6])
+    assert metric(echo, "inferctl_requests_total", endpoint="embeddings", status="200") >= 1
+    info = echo.get("/info").json()
+    assert {"name", "inferctl", "model", "precision", "attention", "fidelity", "device", "versions", "limits"} <= set(
+        info
+    )
+    assert info["limits"]["max_queue_tokens"] == 64
+    page = echo.get("/docs").text
+    assert "/v1/embeddings" in page
+    assert "<script" not in page
+    assert "http" not in page.replace(echo.url, "")
+
+
+def test_every_route_of_the_openapi_document_exists(echo: Running) -> None:
+    document = echo.get("/openapi.json").json()
+    for path, methods in document["paths"].items():
+        answer = httpx.request(
+            next(iter(methods)), f"{echo.url}{path}", json={"input": "a"} if "post" in methods else None
+        )
+        assert answer.status_code == 200, path
+    schemas = document["components"]["schemas"]
+    references = {part.rsplit("/", 1)[1] for part in json.dumps(document).split('"') if part.startswith("#/components")}
+    assert references <= set(schemas)
+
+
+def test_a_killed_engine_costs_no_accepted_request(serve: Serve, minilm: Path) -> None:
+    server = serve(*echo_arguments(minilm))
+    engine = server.engine_pid()
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(server.embed, input=[SLOW_TOKEN, 5, i]) for i in range(4)]
+        until(lambda: metric(server, "inferctl_requests_in_flight") == 4)
+        os.kill(engine, signal.SIGKILL)
+        assert [future.result().status_code for future in waiting] == [200] * 4
+    assert server.engine_pid() != engine
+    assert metric(server, "inferctl_engine_deaths_total") == 1
+    assert server.get("/readyz").status_code == 200
+
+
+def test_a_request_that_kills_the_engine_twice_is_given_up(serve: Serve, minilm: Path) -> None:
+    server = serve(*echo_arguments(minilm))
+    assert server.embed(input=[CRASHING_TOKEN]).status_code == 503
+    server.wait_ready()
+    assert server.embed(input=[5]).status_code == 200
+    assert metric(server, "inferctl_engine_deaths_total") == 2
+
+
+def test_without_an_engine_the_server_is_alive_but_not_ready(serve: Serve, minilm: Path) -> None:
+    server = serve(*echo_arguments(minilm))
+    seen: set[int] = set()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.add(server.get("/readyz").status_code)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    os.kill(server.engine_pid(), signal.SIGKILL)
+    until(lambda: 503 in seen)
+    assert server.get("/livez").status_code == 200
+    until(lambda: metric(server, "inferctl_engine_up") == 1)
+    done.set()
+    watcher.join()
+    server.wait_ready()
+
+
+def test_sigterm_finishes_what_was_accepted_then_exits_0(serve: Serve, minilm: Path) -> None:
+    server = serve(*echo_arguments(minilm))
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(server.embed, input=[SLOW_TOKEN, i]) for i in range(4)]
+        until(lambda: metric(server, "inferctl_requests_in_flight") == 4)
+        server.process.send_signal(signal.SIGTERM)
+        assert [future.result().status_code for future in waiting] == [200] * 4
+    assert server.process.wait(timeout=60) == 0
+
+
+def test_a_second_sigterm_exits_at_once_and_takes_the_engine_along(serve: Serve, minilm: Path) -> None:
+    server = serve(*echo_arguments(minilm))
+    engine = server.engine_pid()
+    with ThreadPoolExecutor(1) as pool:
+        lost = pool.submit(server.embed, input=[[SLOW_TOKEN]] * 100)
+        until(lambda: metric(server, "inferctl_requests_in_flight") == 1)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: "shutting down" in server.log.read_text())
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert isinstance(lost.exception(), httpx.TransportError)
+    until(lambda: not Path(f"/proc/{engine}").exists())
+
+
+def test_the_engine_ends_when_the_api_process_is_killed(serve: Serve, minilm: Path) -> None:
+    server = serve(*echo_arguments(minilm))
+    engine = server.engine_pid()
+    server.process.kill()
+    server.process.wait()
+    until(lambda: not Path(f"/proc/{engine}").exists() or "Z" in Path(f"/proc/{engine}/stat").read_text().split()[2])
+
+
+def run_serve(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "inferctl", "serve", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
+
+
+def test_a_taken_port_is_a_clear_error(minilm: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run_serve(*echo_arguments(minilm), "--port", port, "--announce", "ready.json", cwd=tmp_path)
+    assert done.returncode == 3
+    assert f"error: cannot listen on 127.0.0.1:{port}: address already in use" in done.stderr
+    assert "hint: `--port 0`" in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "ready.json").exists()
+
+
+def test_a_missing_model_is_a_clear_error(tmp_path: Path) -> None:
+    done = run_serve("--model", "./nothing", "--port", "0", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "error: there is no model folder ./nothing" in done.stderr
+
+
+def test_a_gpu_that_is_not_there_is_a_clear_error(minilm: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "inferctl", "serve", "--model", str(minilm), "--device", "cuda", "--port", "0"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120, check=False
+    )
+    assert done.returncode == 3
+    assert "error: there is no usable CUDA GPU" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_api_process_imports_neither_torch_nor_transformers() -> None:
+    code = "import sys, inferctl.serve.server; print(sorted({'torch', 'transformers', 'fastapi'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -1,0 +1,91 @@
+"""Bodies of requests: what is taken, and how what is not taken is refused."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inferctl.serve import http
+from inferctl.serve.http import ApiError
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize("value", ["a text", ["one", "two"], [1, 2, 3], [[1, 2], [3]]])
+def test_all_four_kinds_of_input_are_taken(value: object) -> None:
+    assert http.parse(json.dumps({"input": value, "model": "m", "extra": 1}).encode(), max_inputs=10).input == value
+
+
+@pytest.mark.parametrize(
+    ("raw", "param", "code"),
+    [
+        (b"", None, "invalid_json"),
+        (b"{", None, "invalid_json"),
+        (b'{"input": "\xff"}', None, "invalid_json"),
+        (b'{"input": "\\ud800"}', None, "invalid_json"),
+        (b"[" * 100_000, None, "invalid_json"),
+        (b'"text"', None, "invalid_type"),
+        (b"{}", "input", "missing_field"),
+        (b'{"input": null}', "input", "invalid_type"),
+        (b'{"input": 1}', "input", "invalid_type"),
+        (b'{"input": {"text": "a"}}', "input", "invalid_type"),
+        (b'{"input": ["a", 1]}', "input", "invalid_type"),
+        (b'{"input": [true]}', "input", "invalid_type"),
+        (b'{"input": [1.5]}', "input", "invalid_type"),
+        (b'{"input": [-1]}', "input", "invalid_type"),
+        (b'{"input": [[1], "a"]}', "input", "invalid_type"),
+        (b'{"input": [99999999999999999999]}', "input", "invalid_type"),
+        (b'{"input": ""}', "input", "empty_input"),
+        (b'{"input": []}', "input", "empty_input"),
+        (b'{"input": ["a", ""]}', "input", "empty_input"),
+        (b'{"input": [[1], []]}', "input", "empty_input"),
+        (b'{"input": ["a", "b", "c", "d"]}', "input", "too_many_inputs"),
+        (b'{"input": "a", "encoding_format": "hex"}', "encoding_format", "invalid_value"),
+        (b'{"input": "a", "dimensions": 0}', "dimensions", "invalid_value"),
+        (b'{"input": "a", "dimensions": "8"}', "dimensions", "invalid_value"),
+        (b'{"input": "a", "model": 3}', "model", "invalid_value"),
+    ],
+)
+def test_bad_bodies_name_the_field_at_fault(raw: bytes, param: str | None, code: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        http.parse(raw, max_inputs=3)
+    assert (refused.value.status, refused.value.param, refused.value.code) == (400, param, code)
+    envelope = json.loads(refused.value.body())["error"]
+    assert set(envelope) == {"message", "type", "param", "code"}
+    assert envelope["type"] == "invalid_request_error"
+
+
+@given(JSON)
+def test_any_json_is_taken_or_refused_with_400(value: object) -> None:
+    for body in (value, {"input": value}, {"input": "a", "dimensions": value, "encoding_format": value}):
+        try:
+            http.parse(json.dumps(body).encode(), max_inputs=3)
+        except ApiError as error:
+            assert error.status == 400
+
+
+@given(st.binary(max_size=64))
+def test_any_bytes_are_taken_or_refused_with_400(raw: bytes) -> None:
+    with pytest.raises(ApiError) as refused:
+        http.parse(raw, max_inputs=3)
+    assert refused.value.status == 400
+
+
+def test_base64_is_little_endian_float32_and_equals_the_floats() -> None:
+    vectors = np.random.default_rng(1).standard_normal((3, 5)).astype(np.float32)
+    floats = json.loads(http.embeddings(vectors, "float", "m", 9))
+    encoded = json.loads(http.embeddings(vectors, "base64", "m", 9))
+    assert floats["usage"] == {"prompt_tokens": 9, "total_tokens": 9}
+    assert [entry["index"] for entry in floats["data"]] == [0, 1, 2]
+    for row, plain, packed in zip(vectors, floats["data"], encoded["data"], strict=True):
+        assert np.frombuffer(base64.b64decode(packed["embedding"]), "<f4").tobytes() == row.tobytes()
+        assert np.array(plain["embedding"], dtype=np.float32).tobytes() == row.tobytes()
