@@ -27,20 +27,20 @@ def state(rows: Sequence[Row], mode: str) -> list[str]:
 def caveats(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """(kind, sentence) of everything to know before reading a number, the gravest first.
 
-    Kinds: `invalid`, `missing` (not run, not measured here, not checked), `emulated`, `caution`.
+    Kinds: `invalid`, `absent` (not run, not measured here), `emulated`, `unchecked` (quality), `caution`.
     """
     found = [
         ("invalid", f"{row['configuration']}: {reason}") for row in rows if row["receipt"] for reason in row["reasons"]
     ]
     found += [
-        ("missing", f"{row['configuration']} did not run: {row['reason']}")
+        ("absent", f"{row['configuration']} did not run: {row['reason']}")
         for row in rows
         if row["outcome"] == "not run"
     ]
     for reason, names in _grouped(
         (row["reason"], row["configuration"]) for row in rows if row["outcome"] == "not measured here"
     ):
-        found.append(("missing", f"not measured here: {names}; {reason}. No figures are made up."))
+        found.append(("absent", f"not measured here: {names}; {reason}. No figures are made up."))
     emulated = (
         (row["precision"].get("reason"), row["configuration"])
         for row in rows
@@ -52,7 +52,7 @@ def caveats(rows: Sequence[Row]) -> list[tuple[str, str]]:
         for row in rows
         if row["receipt"] and not row["quality"]["checked"]
     )
-    found += [("missing", f"{names}: quality not checked, {reason}") for reason, names in _grouped(unchecked)]
+    found += [("unchecked", f"{names}: quality not checked, {reason}") for reason, names in _grouped(unchecked)]
     cautions = ((caution, row["configuration"]) for row in rows for caution in row["cautions"])
     return found + [("caution", f"{names}: {caution}") for caution, names in _grouped(cautions)]
 

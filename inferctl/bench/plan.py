@@ -131,7 +131,8 @@ def load(name: str) -> Plan:
     try:
         plan = Plan.model_validate(document.data)
     except ValidationError as error:
-        raise SpecError(document.file, [_problem(dict(e), document) for e in error.errors()]) from None
+        problems = [_problem(dict(e), document) for e in error.errors()]
+        raise SpecError(document.file, sorted(problems, key=lambda problem: problem.line or 0)) from None
     if problems := _contradictions(plan, document):
         raise SpecError(document.file, problems)
     return plan

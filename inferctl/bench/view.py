@@ -25,6 +25,7 @@ def render(result: Mapping[str, Any]) -> RenderableType:
         parts.append(table(measured))
     if absent := [row for row in rows if not row["receipt"]]:
         parts.append(absences(absent))
+    parts.append(Text(""))
     parts += [Padding(Text(note, style="dim"), (0, 0, 0, 1)) for note in notes(result)]
     return Group(*parts)
 

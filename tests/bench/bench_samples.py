@@ -27,6 +27,7 @@ FIELDS = [
     ("error", "<u1"),
 ]
 SECOND = 1_000_000_000
+ANSWERING = Path(__file__).with_name("answering.py")
 
 
 def row(

@@ -14,13 +14,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-ANSWERING = Path(__file__).with_name("answering.py")
-
 
 @pytest.fixture
 def answering(tmp_path: Path) -> Iterator[Callable[..., str]]:
     """`answering("--median-ms", "5")` starts the test server and returns its URL; it ends with the test."""
     with contextlib.ExitStack() as stack:
+        from bench_samples import ANSWERING
 
         def start(*options: str) -> str:
             announce = tmp_path / f"announce-{time.monotonic_ns()}.json"

@@ -127,7 +127,7 @@ def test_the_report_needs_no_network_and_every_chart_has_its_place(tmp_path: Pat
     assert page.loaded == []
     figures = json.loads(re.findall(r"^const figures = (.*);$", text, re.MULTILINE)[0])
     assert set(figures) == set(page.ids)
-    assert {"percentiles", "ecdf", "throughput", "distance", "recall", "memory", "timeline"} >= set(figures)
+    assert {"percentiles", "ecdf", "throughput", "quality", "recall", "memory", "timeline"} >= set(figures)
 
 
 def test_what_was_not_measured_or_is_invalid_stands_before_the_numbers(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_less_than_98_per_cent_of_the_offered_rate_is_invalid() -> None:
     part = steady(97, 1)
     short = summary.Part(part.rows, part.start_ns, part.end_ns, 1, offered=1000)
     enough = summary.Part(part.rows, part.start_ns, part.end_ns, 1, offered=985)
-    assert judged(short).reasons == ("answered 97.0 of 100.0 requests/s offered (97 %, limit 98 %)",)
+    assert judged(short).reasons == ("answered 97.1 of 100.0 requests/s offered (97 %, limit 98 %)",)
     assert judged(enough).valid
 
 
