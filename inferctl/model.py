@@ -17,7 +17,7 @@ from typing import Any
 from inferctl.errors import UsageError
 
 # Weights, tokenizer and configuration; a README or a licence changes nothing that the model computes.
-_HASHED_SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".gguf", ".jinja"})
+SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".gguf", ".jinja"})
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ModelFolder:
 
     def files(self) -> list[Path]:
         """Files that decide what the model computes, in a stable order; dotted, `onnx/` and `openvino/` folders are left out."""
-        found = (p for p in self.path.rglob("*") if p.suffix in _HASHED_SUFFIXES and p.is_file())
+        found = (p for p in self.path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         skipped = {"onnx", "openvino"}
         return sorted(
             p

@@ -20,7 +20,7 @@ import yaml
 
 from inferctl import assets
 from inferctl.errors import UsageError
-from inferctl.model import is_hub_id
+from inferctl.model import SUFFIXES, is_hub_id
 
 if TYPE_CHECKING:
     from inferctl.catalog import BaseImage, Stack
@@ -81,6 +81,7 @@ def render(spec: Spec, base: BaseImage, stack: Stack, locks: Locks, provenance: 
         "hub_model": hub_model if spec.model.weights == "bake" else None,
         "hub_revision": spec.model.revision,
         "labels": labels,
+        "model_files": [f"*{suffix}" for suffix in sorted(SUFFIXES)],
         "port": port,
         "python": base.python.executable,
         "pythonpath": ":".join(f"/opt/inferctl/{folder}" for folder in folders),

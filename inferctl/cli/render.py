@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,7 +50,7 @@ def render(
         else:
             console.data(rendered.dockerfile)
         return
-    from inferctl.render import EPOCH, server_files
+    from inferctl.render import server_files
 
     written = [output / "Dockerfile", output / ".dockerignore", *(output / name for name in sorted(rendered.files))]
     contents = [
@@ -65,9 +64,6 @@ def render(
     for name, source in server_files().items():
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (output / name).write_bytes(source.read_bytes())
-    # Equal input must make equal layers, and a layer carries the times of its files and folders.
-    for path in [*output.rglob("*"), output]:
-        os.utime(path, (EPOCH, EPOCH))
     if as_json:
         console.document({"paths": [str(path) for path in written], "server": str(output / "layers" / "server")})
         return

@@ -35,11 +35,19 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     { /usr/bin/python3.12 -m compileall -q -j 0 --invalidation-mode unchecked-hash /layer/opt/inferctl/dependencies > /dev/null || true; } && \
     find /layer -exec touch --no-dereference --date=@315532800 {} +
 
+FROM python AS server
+RUN --mount=type=bind,source=layers/server,target=/context cp -R /context /layer && \
+    find /layer -exec chmod u=rwX,go=rX {} + && find /layer -exec touch --no-dereference --date=@315532800 {} +
+
+FROM python AS config
+RUN --mount=type=bind,source=layers/config,target=/context cp -R /context /layer && \
+    find /layer -exec chmod u=rwX,go=rX {} + && find /layer -exec touch --no-dereference --date=@315532800 {} +
+
 FROM python
 COPY --link --from=torch /layer /
 COPY --link --from=server-dependencies /layer /
-COPY --link layers/server /
-COPY --link layers/config /
+COPY --link --from=server /layer /
+COPY --link --from=config /layer /
 
 ENV PYTHONPATH=/opt/inferctl/server:/opt/inferctl/dependencies:/opt/inferctl/torch \
     PYTHONDONTWRITEBYTECODE=1 \
