@@ -190,25 +190,23 @@ def throughput(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
 
 def distance(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
     checked = [one for one in receipts if one.data["quality"]["checked"]]
-    marks = (("mean", "circle"), ("p1", "diamond"), ("min", "triangle-up"))
-    data = [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": {"mean": "mean", "p1": "worst 1 %", "min": "worst"}[key],
-            "marker": {"symbol": symbol, "size": 12, "color": [shades[one.name] for one in checked]},
+    marks = (("mean", "mean", "circle"), ("p1", "worst 1 %", "diamond"), ("min", "worst", "triangle-up"))
+    data: list[dict[str, Any]] = []
+    for key, name, symbol in marks if checked else ():
+        marker = {"symbol": symbol, "size": 12}
+        # The legend explains shapes only, so it is drawn by an empty trace in a neutral colour.
+        legend = {"name": name, "x": [None], "y": [None], "marker": {**marker, "color": "#8c8c8c"}}
+        points = {
+            "showlegend": False,
+            "marker": {**marker, "color": [shades[one.name] for one in checked]},
             "x": [label(one) for one in checked],
             "y": [max(_LOWEST_ERROR, 1 - one.data["quality"]["cosine"][key]) for one in checked],
             "customdata": [one.data["quality"]["cosine"][key] for one in checked],
-            "hovertemplate": "%{x}: cosine %{customdata:.6f}<extra>" + key + "</extra>",
+            "hovertemplate": "%{x}: cosine %{customdata:.6f}<extra>" + name + "</extra>",
         }
-        for key, symbol in marks
-        if checked
-    ]
-    return {
-        "data": data,
-        "layout": {"yaxis": {"type": "log", "title": {"text": "1 - cosine"}, "exponentformat": "power", "dtick": 1}},
-    }
+        data += [{"type": "scatter", "mode": "markers", **part} for part in (points, legend)]
+    axis = {"type": "log", "title": {"text": "1 - cosine"}, "exponentformat": "power", "dtick": 1}
+    return {"data": data, "layout": {"yaxis": axis, "xaxis": {"type": "category"}}}
 
 
 def recall(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:

@@ -76,13 +76,15 @@ def _winner(measured: Sequence[Row], mode: str) -> str:
     beaten = [row for row in others if row not in tied]
     if not others:
         return f"{best['configuration']} ran alone: {_figure(best, mode)}, {_quality(best)}."
-    names = " and ".join(row["configuration"] for row in [best, *tied])
     behind = ", ".join(f"{_ratio(row, best, mode)} of {row['configuration']}" for row in beaten)
-    if tied and not beaten:
-        return f"{names} are a tie: the difference is within the noise ({_figure(best, mode)}, {_quality(best)})."
-    if tied:
-        return f"{names} lead in a tie: {behind}, at {_quality(best)}."
-    return f"{best['configuration']} wins: {behind}, at {_quality(best)}."
+    if not tied:
+        return f"{best['configuration']} wins: {behind}, at {_quality(best)}."
+    group = sorted([best, *tied], key=lambda row: -(row["cosine_mean"] or 0))
+    names = " and ".join(row["configuration"] for row in group)
+    closest = f"{group[0]['configuration']} has the better quality: {_quality(group[0])}"
+    if not beaten:
+        return f"{names} are a tie, the difference is within the noise ({_figure(best, mode)}); {closest}."
+    return f"{names} lead in a tie: {behind}; {closest}."
 
 
 def cost(row: Row, mode: str) -> float:

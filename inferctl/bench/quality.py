@@ -88,7 +88,7 @@ def compare(expected: Matrix, found: Matrix, limits: Quality) -> dict[str, Any]:
     return {
         "checked": True,
         "texts": len(expected),
-        "cosine": {"mean": round(float(cosine.mean()), 6), "p1": round(p1, 6), "min": round(float(cosine[0]), 6)},
+        "cosine": {"mean": round(float(cosine.mean()), 8), "p1": round(p1, 8), "min": round(float(cosine[0]), 8)},
         "recall_at_10": round(recall, 4),
         "limits": {"cosine_p1": limits.min_cosine_p1, "recall_at_10": limits.min_recall},
         "passes": p1 >= limits.min_cosine_p1 and recall >= limits.min_recall,

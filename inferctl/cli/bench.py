@@ -67,7 +67,7 @@ def bench(
     chosen, subjects = _subjects(chosen, targets, bool(precision))
     machine = environment.detect()
     work = _prepare(resolved, chosen, subjects, output, machine.cores)
-    with bench_progress.Show() as show:
+    with bench_progress.Show(chosen.load.warmup_s + chosen.load.duration_s + 12) as show:
         outcomes: list[Outcome] = runner.run(work, show.tell)
     context = result.Context(
         plan=chosen,

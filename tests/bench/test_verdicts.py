@@ -99,7 +99,7 @@ def test_the_fastest_wins_by_its_ratio_and_with_its_quality(tmp_path: Path) -> N
 
 def test_differences_under_five_per_cent_are_a_tie(tmp_path: Path) -> None:
     found = findings.state(rows_of(tmp_path, document("fp32", 100, 10), document("bf16", 104, 10)), "closed")
-    assert found[0].startswith("bf16 and fp32 are a tie: the difference is within the noise")
+    assert found[0].startswith("bf16 and fp32 are a tie, the difference is within the noise")
 
 
 def test_overlapping_intervals_are_a_tie(tmp_path: Path) -> None:
@@ -190,3 +190,12 @@ def test_what_is_no_receipt_of_this_version_is_a_usage_error(tmp_path: Path, tex
 def test_how_a_bench_ends(rows: list[dict[str, Any]], kind: type[InferctlError] | None) -> None:
     problem = result.verdict({"rows": rows, "output": "out"})
     assert (type(problem) if problem else None) is kind
+
+
+def test_of_tied_configurations_the_closest_to_fp32_is_named_first(tmp_path: Path) -> None:
+    exact = document("fp16", 98, 10)
+    exact["quality"] = {**exact["quality"], "cosine": {"mean": 1.0, "p1": 1.0, "min": 1.0}}
+    found = findings.state(rows_of(tmp_path, document("int8", 100, 10), exact, document("fp32", 50, 20)), "closed")
+    assert found[0].startswith(
+        "fp16 and int8 lead in a tie: 2.00x the requests/s of fp32; fp16 has the better quality: cosine 1.00000"
+    )
