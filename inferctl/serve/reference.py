@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import sys
 from typing import Any
 
@@ -40,6 +41,7 @@ def reference(source: str, texts: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point; ends with the exit codes of `inferctl.errors`."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a server may run beside; read when torch is loaded
     try:
         if len(sys.argv) != 2:
             raise UsageError(

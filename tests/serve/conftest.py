@@ -16,6 +16,8 @@ import httpx
 import pytest
 
 START_SECONDS = 120
+# Tests run side by side: OpenMP threads that spin while they wait would take each other's cores. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @dataclass

@@ -123,7 +123,7 @@ class EncoderEngine:
     ) -> tuple[str, str]:
         """Load the model packed if that is exact, else padded; returns the attention path and the reason for it."""
         if kind == "cuda" and not self._varlen:
-            self._load(folder, precision, "sdpa")
+            self._load(folder, precision, None)
             return "padded", "variable-length attention needs compute capability 8.0 and a 16-bit format"
         try:
             packed.register()
@@ -140,10 +140,10 @@ class EncoderEngine:
         except Exception as error:  # noqa: BLE001  # architectures refuse in many ways; padding works for all of them
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
         log.warning("packed attention is not used: %s", reason)
-        self._load(folder, precision, "sdpa")
+        self._load(folder, precision, None)
         return "padded", f"sorted by length; {reason}"
 
-    def _load(self, folder: Path, precision: PrecisionInfo, attention: str) -> None:
+    def _load(self, folder: Path, precision: PrecisionInfo, attention: str | None) -> None:
         self._model = None  # let the memory go before it is needed again
         loaded = plain.load_model(folder, self._dtype, attention)
         if precision.effective == "int8":

@@ -13,8 +13,11 @@ from inferctl.serve.recipe import Pooling, Recipe
 from inferctl.serve.types import Tokens, Vectors
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
-    """The bare encoder of a model folder, in evaluation mode. Only safetensors, only local files, no code from the folder."""
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:
+    """The bare encoder of a model folder, in evaluation mode; `attention` None lets transformers choose.
+
+    Only safetensors, only local files, no code from the folder.
+    """
     # transformers imports torchao where it is installed, and that one complains about kernels for GPUs that are not there.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,0 +1,221 @@
+"""Packed and padded forwards equal the plain one, for the real model and for small random models of other architectures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from inferctl.errors import NotReadyError, UsageError
+from inferctl.serve import recipe
+from inferctl.serve.types import Batch, EngineConfig, Tokens, Vectors
+
+TINY: dict[str, dict[str, Any]] = {
+    "bert": {"num_attention_heads": 4},
+    "distilbert": {"dim": 32, "hidden_dim": 64, "n_heads": 4, "n_layers": 2},
+    "electra": {"num_attention_heads": 4, "embedding_size": 32},
+    "roberta": {"num_attention_heads": 4, "pad_token_id": 1},
+    "xlm-roberta": {"num_attention_heads": 4, "pad_token_id": 1},
+    "mpnet": {"num_attention_heads": 4, "pad_token_id": 1},
+    "modernbert": {"num_attention_heads": 4, "local_attention": 16, "global_attn_every_n_layers": 2},
+    "nomic_bert": {"num_attention_heads": 4, "head_dim": 8},
+    "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+    "mistral": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 12},
+    "gemma3_text": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 12},
+}
+EXACT = {
+    "bert",
+    "electra",
+    "roberta",
+    "xlm-roberta",
+    "modernbert",
+    "nomic_bert",
+    "qwen3",
+    "mistral",
+    "gemma3_text",
+    "distilbert",
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`tiny("bert", "mean")`: a folder with a small random model of that architecture and MiniLM's tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    def make(architecture: str, pooling: str, normalize: bool = True) -> Path:
+        folder = tmp_path_factory.mktemp(architecture)
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": 30522}
+        settings = {"max_position_embeddings": 130, "pad_token_id": 0, "initializer_range": 0.5, **TINY[architecture]}
+        config = AutoConfig.for_model(architecture, **sizes, **settings)
+        model = AutoModel.from_config(config)
+        # Random positions and tokens of a size that attention notices: near-zero weights would hide a wrong mask.
+        model.save_pretrained(folder)
+        shutil.copy(minilm / "tokenizer.json", folder)
+        modules = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
+        listing = [
+            {"path": f"{i}_{m}" if i else "", "type": f"sentence_transformers.models.{m}"}
+            for i, m in enumerate(modules)
+        ]
+        (folder / "modules.json").write_text(json.dumps(listing))
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
+        return folder
+
+    return make
+
+
+def sequences(count: int = 12, longest: int = 120) -> list[Tokens]:
+    rng = np.random.default_rng(3)
+    lengths = [1, 2, 2, longest, *rng.integers(3, longest, count - 4).tolist()]
+    return [rng.integers(1000, 30000, n).astype(np.int32) for n in lengths]
+
+
+def batch(rows: list[Tokens]) -> Batch:
+    return Batch(1, np.concatenate(rows), np.array([len(r) for r in rows], dtype=np.int32))
+
+
+def plain(folder: Path, rows: list[Tokens]) -> Vectors:
+    from inferctl.serve.engines import plain
+
+    return plain.embed(plain.load_model(folder), rows, recipe.read(folder))
+
+
+@pytest.mark.parametrize("architecture", TINY)
+def test_every_architecture_gives_what_the_plain_forward_gives(tiny: Any, architecture: str) -> None:
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    folder = tiny(architecture, "mean_tokens", normalize=False)
+    engine = EncoderEngine(EngineConfig(model=str(folder), precision="fp32", device="cpu"))
+    info = engine.load()
+    rows = sequences()
+    result = engine.run(batch(rows))
+    np.testing.assert_allclose(result.vectors, plain(folder, rows), rtol=2e-4, atol=2e-4)
+    assert result.ok.all()
+    assert info.attention == ("packed" if architecture in EXACT else "padded"), info.attention_reason
+
+
+@pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token", "lasttoken"])
+@pytest.mark.parametrize("architecture", ["bert", "mpnet"])
+def test_every_pooling_is_the_same_packed_and_padded(tiny: Any, architecture: str, pooling: str) -> None:
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    folder = tiny(architecture, pooling)
+    engine = EncoderEngine(EngineConfig(model=str(folder), precision="fp32", device="cpu"))
+    engine.load()
+    rows = sequences()
+    np.testing.assert_allclose(engine.run(batch(rows)).vectors, plain(folder, rows), rtol=1e-4, atol=1e-5)
+
+
+def test_a_broken_packed_path_is_noticed_and_not_used(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from inferctl.serve.engines import packed
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    layout = packed.layout
+
+    def leaking(lengths: list[int], *arguments: Any, **keywords: Any) -> Any:
+        return layout([sum(lengths)], *arguments, **keywords)
+
+    monkeypatch.setattr(packed, "layout", leaking)
+    folder = tiny("bert", "mean_tokens")
+    engine = EncoderEngine(EngineConfig(model=str(folder), precision="fp32", device="cpu"))
+    info = engine.load()
+    assert info.attention == "padded"
+    assert "differs from padded" in info.attention_reason
+    rows = sequences()
+    np.testing.assert_allclose(engine.run(batch(rows)).vectors, plain(folder, rows), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "least"), [("fp32", 0.99999), ("bf16", 0.999), ("fp16", 0.9999), ("int8", 0.98)])
+def test_every_precision_stays_close_to_fp32_on_the_real_model(minilm: Path, precision: str, least: float) -> None:
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    engine = EncoderEngine(EngineConfig(model=str(minilm), precision=precision, device="cpu"))
+    info = engine.load()
+    rows = sequences(24, 200)
+    cosines = (engine.run(batch(rows)).vectors * plain(minilm, rows)).sum(axis=1)
+    assert cosines.min() >= least
+    assert info.cosine_min is not None
+    assert info.cosine_min >= least
+    assert info.attention == "packed"
+    assert (info.precision.requested, info.precision.effective) == (precision, precision)
+
+
+def test_an_emulated_format_is_called_emulated() -> None:
+    from inferctl import catalog
+    from inferctl.serve.engines import device
+
+    old_cpu = catalog.Traits("cpu", cpu_flags=frozenset({"avx2"}))
+    t4 = catalog.Traits("cuda", compute_capability=(7, 5))
+    assert device.choose("bf16", t4)[0].level == "emulated"
+    assert device.choose("auto", t4)[0].effective == "fp16"
+    assert device.choose("auto", old_cpu)[0].effective == "fp32"
+    assert device.choose("auto", catalog.Traits("cuda", compute_capability=(8, 0)))[0].effective == "bf16"
+    with pytest.raises(NotReadyError, match=r"int8 does not run here"):
+        device.choose("int8", catalog.Traits("cuda", compute_capability=(7, 0)))
+
+
+def test_rows_that_are_not_finite_are_marked(tiny: Any) -> None:
+    import torch
+
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    engine = EncoderEngine(EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", device="cpu"))
+    engine.load()
+    with torch.no_grad():
+        engine._model.embeddings.word_embeddings.weight[777] = float("nan")
+    rows = [np.array(ids, dtype=np.int32) for ids in ([5, 6], [5, 777, 6], [7])]
+    assert engine.run(batch(rows)).ok.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (
+            "modules.json",
+            [{"path": "", "type": "x.Transformer"}, {"path": "2_Dense", "type": "x.Dense"}],
+            "a Dense module",
+        ),
+        ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pools by pooling_mode_max_tokens"),
+        ("1_Pooling/config.json", {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "pools by"),
+    ],
+)
+def test_what_the_server_cannot_pool_is_said_at_once(
+    minilm: Path, tmp_path: Path, file: str, content: Any, message: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(minilm, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=message):
+        recipe.read(folder)
+
+
+def test_the_recipe_is_read_from_the_models_own_files(minilm: Path, tmp_path: Path) -> None:
+    assert recipe.read(minilm) == recipe.Recipe("mean", normalize=True, max_tokens=256)
+    assert recipe.read(minilm, max_input_tokens=64).max_tokens == 64
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 514}'
+    )
+    assert recipe.read(tmp_path) == recipe.Recipe("mean", normalize=False, max_tokens=512, assumed=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["bert", "modernbert", "qwen3"])
+def test_variable_length_attention_on_a_gpu_equals_padding(tiny: Any, architecture: str) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA GPU")
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    folder = tiny(architecture, "mean_tokens")
+    engine = EncoderEngine(EngineConfig(model=str(folder), precision="auto", device="cuda"))
+    info = engine.load()
+    assert info.device.kind == "cuda"
+    rows = sequences()
+    assert (engine.run(batch(rows)).vectors * plain(folder, rows)).sum(axis=1).min() > 0.98
