@@ -105,17 +105,20 @@ class Reader:
                 yield PlainLine(line)
 
     def _status(self, value: dict[str, Any]) -> Iterator[BuildEvent]:
-        for vertex in value.get("vertexes") or []:
-            yield from self._vertex(vertex)
-        for status in value.get("statuses") or []:
-            yield from self._transfer(status)
+        vertexes = value.get("vertexes") or []
+        for vertex in vertexes:
+            self._steps.setdefault(str(vertex.get("digest", "")), _Step()).name = str(vertex.get("name") or "")
+        # One object may carry a step's last transfer and its end: the end comes last.
         for log in value.get("logs") or []:
             yield from self._log(log)
+        for status in value.get("statuses") or []:
+            yield from self._transfer(status)
+        for vertex in vertexes:
+            yield from self._vertex(vertex)
 
     def _vertex(self, vertex: dict[str, Any]) -> Iterator[BuildEvent]:
         digest = str(vertex.get("digest", ""))
-        step = self._steps.setdefault(digest, _Step())
-        step.name = str(vertex.get("name") or step.name)
+        step = self._steps[digest]
         if not vertex.get("started"):
             return
         if not step.started:

@@ -1,0 +1,85 @@
+"""Sizes forecast from facts: exact sums, unknown parts named, and the gate of --max-size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from inferctl import catalog
+from inferctl.errors import InferctlError, UsageError
+from inferctl.image.forecast import SERVER_DEPENDENCIES_BYTES, Forecast, forecast, parse_size, refuse_larger, size
+
+BASE = replace(catalog.base("cuda12.8"), compressed_bytes=250_000_000)
+STACK = replace(catalog.stack("torch2.10-cu128"), compressed_bytes=4_130_000_000)
+
+
+def cuda(**changes: object) -> Forecast:
+    usual = {"locks": ("torch", "server"), "wheels": None, "weights": None, "baked": False, "server": 400_000}
+    return forecast(BASE, STACK, **{**usual, **changes})  # type: ignore[arg-type]
+
+
+def test_the_parts_add_up_biggest_first() -> None:
+    found = cuda(weights=90_000_000, baked=True)
+    assert [part.name for part in found.parts] == ["torch closure", "base image", "weights", "server dependencies", "server"]
+    assert found.total == 4_130_000_000 + 250_000_000 + 90_000_000 + SERVER_DEPENDENCIES_BYTES + 400_000
+    assert found.complete
+    assert all(part.source for part in found.parts)
+
+
+def test_mounted_weights_weigh_nothing() -> None:
+    assert cuda(weights=90_000_000).total == cuda().total
+
+
+def test_a_base_with_torch_has_no_torch_closure() -> None:
+    assert "torch closure" not in [part.name for part in cuda(locks=("server",)).parts]
+
+
+def test_a_wheel_folder_is_weighed_itself() -> None:
+    found = cuda(wheels={"torch": 170_000_000, "server": 52_000_000})
+    assert found.total == 170_000_000 + 52_000_000 + 250_000_000 + 400_000
+
+
+def test_what_nobody_knows_makes_the_total_a_lower_bound() -> None:
+    found = cuda(weights=None, baked=True)
+    assert not found.complete
+    assert found.parts[-1].name == "weights"
+    assert found.total == cuda().total
+
+
+def test_an_image_too_large_is_refused_with_its_parts() -> None:
+    with pytest.raises(InferctlError) as caught:
+        refuse_larger(cuda(), parse_size("2GB"))
+    assert caught.value.exit_code == 1
+    lines = caught.value.message.splitlines()
+    assert lines[0].startswith("the image would be 4.43 GB, more than the 2.00 GB of --max-size")
+    assert "torch closure" in lines[1]
+    assert "4.13 GB" in lines[1]
+    assert "CUDA 13" in (caught.value.hint or "")
+
+
+def test_a_lower_bound_above_the_limit_is_refused_and_says_so() -> None:
+    with pytest.raises(InferctlError, match="would be at least"):
+        refuse_larger(cuda(baked=True), 10**9)
+
+
+def test_an_image_just_small_enough_passes() -> None:
+    refuse_larger(cuda(), cuda().total)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("6GB", 6_000_000_000), ("6 gb", 6_000_000_000), ("1.5g", 1_500_000_000), ("2GiB", 2**31), ("800", 800), ("10 MB", 10_000_000)],
+)
+def test_sizes_are_read(text: str, expected: int) -> None:
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "six", "6XB", "-1GB", "6GB!"])
+def test_what_is_no_size_is_a_usage_error(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_size(text)
+
+
+def test_sizes_are_written_for_people() -> None:
+    assert [size(n) for n in (0, 999, 1000, 4_130_000_000, 52_100_000)] == ["0 B", "999 B", "1.0 kB", "4.13 GB", "52.1 MB"]

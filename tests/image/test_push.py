@@ -1,0 +1,203 @@
+"""Pushes against an engine that speaks the real API over a real socket, and says what engines say when a push fails."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import socketserver
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inferctl.errors import InferctlError, NotReadyError
+from inferctl.image.docker import Engine
+from inferctl.image.events import LayerPush, PushEvent, Retry
+from inferctl.image.push import PushFailedError, Pushed, push, read
+
+DIGEST = "sha256:" + "a" * 64
+GOOD = [
+    {"status": "The push refers to repository [localhost:5000/t]"},
+    {"status": "Preparing", "progressDetail": {}, "id": "e729a1e34409"},
+    {"status": "Preparing", "progressDetail": {}, "id": "0a5cbea82d5c"},
+    {"status": "Preparing", "progressDetail": {}, "id": "4e64fa8fcdf0"},
+    {"status": "Mounted from base", "progressDetail": {}, "id": "4e64fa8fcdf0"},
+    {"status": "Layer already exists", "progressDetail": {}, "id": "e729a1e34409"},
+    {"status": "Pushing", "progressDetail": {"current": 512, "total": 2000}, "progress": "[>]", "id": "0a5cbea82d5c"},
+    {"status": "Pushed", "progressDetail": {}, "id": "0a5cbea82d5c"},
+    {"status": f"x: digest: {DIGEST} size: 947"},
+    {"progressDetail": {}, "aux": {"Tag": "x", "Digest": DIGEST, "Size": 947}},
+]
+
+
+def failing(message: str) -> list[dict[str, Any]]:
+    return [*GOOD[:2], {"errorDetail": {"message": message}, "error": message}]
+
+
+class Server(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def handle_error(self, *_: object) -> None:
+        """A client that hangs up is what some of these tests are about."""
+
+
+class FakeEngine:
+    """An engine on a unix socket; each push gets the next of `answers`: JSON lines in a 200, or None for a cut connection."""
+
+    def __init__(self, folder: Path, answers: list[list[dict[str, Any]] | None]) -> None:
+        self.pushes = 0
+        self.url = f"http+unix://{folder / 'engine.sock'}"
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def address_string(self) -> str:
+                return "unix"
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                body = b"OK" if self.path.endswith("_ping") else json.dumps({"ApiVersion": "1.45"}).encode()
+                self.send_response(200)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_POST(self) -> None:
+                answer = answers[min(outer.pushes, len(answers) - 1)]
+                outer.pushes += 1
+                self.send_response(200)
+                self.send_header("transfer-encoding", "chunked")
+                self.end_headers()
+                for line in answer if answer is not None else GOOD[:3]:
+                    data = json.dumps(line).encode() + b"\r\n"
+                    self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+                if answer is None:
+                    self.close_connection = True
+                    return
+                self.wfile.write(b"0\r\n\r\n")
+
+        self.server = Server(str(folder / "engine.sock"), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[Any]:
+    made: list[FakeEngine] = []
+
+    def make(*answers: list[dict[str, Any]] | None) -> FakeEngine:
+        made.append(FakeEngine(tmp_path, list(answers)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.server.shutdown()
+        one.server.server_close()
+
+
+def run(engine: FakeEngine, reference: str = "localhost:5000/t:x", attempts: int = 1) -> tuple[list[PushEvent], Pushed]:
+    events: list[PushEvent] = []
+    going = Engine.connect(engine.url).push(reference, attempts)
+    while True:
+        try:
+            events.append(next(going))
+        except StopIteration as end:
+            return events, end.value
+
+
+def test_a_push_ends_with_the_digest_and_what_became_of_each_layer(fake: Any) -> None:
+    events, pushed = run(fake(GOOD))
+    assert pushed.digest == DIGEST
+    assert pushed.layers == {"e729a1e34409": "exists", "0a5cbea82d5c": "pushed", "4e64fa8fcdf0": "mounted"}
+    assert LayerPush("0a5cbea82d5c", "pushing", 512, 2000) in events
+
+
+@pytest.mark.parametrize(
+    ("message", "hint"),
+    [
+        ("no basic auth credentials", "docker login registry.example.com"),
+        ("denied: requested access to the resource is denied", "docker login registry.example.com"),
+        ("unauthorized: authentication required", "docker login registry.example.com"),
+        ("failed to do request: Put \"https://r\": write: no space left on device", "full"),
+        ('Get "https://registry.example.com/v2/": http: server gave HTTP response to HTTPS client', "insecure-registries"),
+        ("An image does not exist locally with the tag: registry.example.com/t", "inferctl build"),
+    ],
+)
+def test_an_error_line_in_a_200_answer_is_a_failure_with_a_hint(fake: Any, message: str, hint: str) -> None:
+    engine = fake(failing(message))
+    with pytest.raises(NotReadyError) as caught:
+        run(engine, "registry.example.com/t:x", attempts=3)
+    assert caught.value.exit_code == 3
+    assert hint in (caught.value.hint or "")
+    assert engine.pushes == 1, "what will not pass is not tried again"
+
+
+def test_an_unknown_error_line_is_a_failure_too(fake: Any) -> None:
+    with pytest.raises(InferctlError, match="manifest invalid") as caught:
+        run(fake(failing("manifest invalid: manifest invalid")))
+    assert caught.value.exit_code == 1
+
+
+def test_a_flaky_push_is_tried_again_and_says_so() -> None:
+    answers = iter([failing("received unexpected HTTP status: 503 Service Unavailable"), failing("connection reset by peer"), GOOD])
+    slept: list[float] = []
+    events: list[PushEvent] = []
+    going = push(lambda: next(answers), "localhost:5000/t:x", attempts=4, sleep=slept.append)
+    while True:
+        try:
+            events.append(next(going))
+        except StopIteration as end:
+            assert end.value.digest == DIGEST
+            break
+    assert [event.attempt for event in events if isinstance(event, Retry)] == [1, 2]
+    assert slept == [1.0, 2.0]
+
+
+def test_a_push_that_stays_flaky_ends_after_the_last_attempt() -> None:
+    tried: list[int] = []
+
+    def attempt() -> list[dict[str, Any]]:
+        tried.append(1)
+        return failing("received unexpected HTTP status: 502 Bad Gateway")
+
+    with pytest.raises(NotReadyError, match="502 Bad Gateway"):
+        list(push(attempt, "localhost:5000/t:x", attempts=3, sleep=lambda _: None))
+    assert len(tried) == 3
+
+
+def test_an_answer_cut_off_is_not_taken_for_success(fake: Any) -> None:
+    with pytest.raises(NotReadyError, match="connection broken|without a digest"):
+        run(fake(None))
+
+
+def test_an_answer_cut_off_is_tried_again(fake: Any) -> None:
+    engine = fake(None, GOOD)
+    _, pushed = run(engine, attempts=2)
+    assert pushed.digest == DIGEST
+    assert engine.pushes == 2
+
+
+def test_an_error_line_after_the_digest_still_fails() -> None:
+    with pytest.raises(PushFailedError, match="late"):
+        list(read([*GOOD, {"errorDetail": {"message": "late"}}]))
+
+
+def test_there_is_no_engine(tmp_path: Path) -> None:
+    with pytest.raises(NotReadyError, match="no Docker Engine here") as caught:
+        Engine.connect(f"unix://{tmp_path}/nothing.sock")
+    assert "apt-get install docker.io" in (caught.value.hint or "")
+
+
+def test_the_engine_is_down(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as left_over:
+        left_over.bind(str(tmp_path / "docker.sock"))
+    with pytest.raises(NotReadyError, match="down") as caught:
+        Engine.connect(f"unix://{tmp_path}/docker.sock")
+    assert "systemctl start docker" in (caught.value.hint or "")

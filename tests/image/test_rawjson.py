@@ -1,0 +1,125 @@
+"""What buildx writes becomes events: recorded from buildx 0.13 (indented objects), and as newer ones write it (one a line)."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+
+from inferctl.image.events import BuildEvent, PlainLine, StepBytes, StepFinished, StepLog, StepStarted
+from inferctl.image.rawjson import Reader
+
+RECORDED = Path(__file__).parent / "recorded"
+
+
+def read(lines: list[str]) -> tuple[list[BuildEvent], Reader]:
+    reader = Reader()
+    events = [event for line in lines for event in reader.feed(line)]
+    return events + list(reader.finish()), reader
+
+
+def recorded(name: str, style: str) -> list[str]:
+    """The recording's lines as they are, or with each JSON object on one line."""
+    lines = (RECORDED / name).read_text().splitlines(keepends=True)
+    if style == "indented":
+        return lines
+    compact: list[str] = []
+    inside: list[str] = []
+    for line in lines:
+        if inside or line.startswith("{"):
+            inside.append(line)
+            if line.startswith("}"):
+                compact.append(json.dumps(json.loads("".join(inside)), separators=(",", ":")) + "\n")
+                inside = []
+        else:
+            compact.append(line)
+    assert len(compact) < len(lines)
+    return compact
+
+
+@pytest.mark.parametrize("style", ["indented", "one a line"])
+def test_each_step_starts_once_and_ends_once(style: str) -> None:
+    events, _ = read(recorded("fresh.txt", style))
+    started = [event.id for event in events if isinstance(event, StepStarted)]
+    finished = [event.id for event in events if isinstance(event, StepFinished)]
+    assert len(started) == len(set(started))
+    assert sorted(started) == sorted(finished)
+
+
+@pytest.mark.parametrize("style", ["indented", "one a line"])
+def test_a_step_has_its_own_seconds_and_not_those_of_the_cache_lookup(style: str) -> None:
+    events, _ = read(recorded("fresh.txt", style))
+    run = next(e for e in events if isinstance(e, StepFinished) and "RUN --mount" in e.name)
+    assert 0.3 <= run.seconds < 30
+    assert not run.cached
+    assert run.error is None
+
+
+def test_cached_steps_say_so() -> None:
+    events, _ = read(recorded("cached.txt", "indented"))
+    cached = [e.name for e in events if isinstance(e, StepFinished) and e.cached]
+    assert [name for name in cached if "RUN --mount" in name]
+    assert [name for name in cached if "COPY --link a.txt" in name]
+
+
+def test_logs_are_whole_lines_with_progress_bars_at_their_last_state() -> None:
+    events, _ = read(recorded("fresh.txt", "indented"))
+    assert [e.text for e in events if isinstance(e, StepLog)] == ["one", "100%", "no newline"]
+
+
+def test_a_log_line_split_over_two_chunks_comes_as_one() -> None:
+    def log(data: bytes) -> str:
+        return json.dumps({"logs": [{"vertex": "sha256:1", "stream": 1, "data": base64.b64encode(data).decode()}]})
+
+    events, _ = read([log(b"Downloading to"), log(b"rch\nnext\n")])
+    assert [e.text for e in events if isinstance(e, StepLog)] == ["Downloading torch", "next"]
+
+
+def test_transfers_count_up_and_end_in_the_step() -> None:
+    events, _ = read(recorded("fresh.txt", "indented"))
+    context = next(e for e in events if isinstance(e, StepFinished) and e.name == "[internal] load build context")
+    moved = [e.current for e in events if isinstance(e, StepBytes) and e.id == context.id]
+    assert moved == sorted(moved)
+    assert context.bytes == moved[-1] > 0
+
+
+@pytest.mark.parametrize("style", ["indented", "one a line"])
+def test_a_failure_keeps_the_plain_lines_and_the_log_of_the_step(style: str) -> None:
+    events, reader = read(recorded("failed.txt", style))
+    failed = [e for e in events if isinstance(e, StepFinished) and e.error]
+    assert len(failed) == 1
+    assert failed[0].error is not None
+    assert "exit code: 7" in failed[0].error
+    assert reader.tail[-1].startswith("ERROR: failed to solve: process")
+    assert any(isinstance(e, PlainLine) and ">>> RUN echo collecting" in e.text for e in events)
+    step = reader.failed_step()
+    assert step is not None
+    assert step[0].startswith("[2/2] RUN echo collecting")
+    assert step[1] == ["collecting", "No space was wanted here"]
+
+
+def test_steps_cancelled_by_another_failure_are_not_the_cause() -> None:
+    def vertex(digest: str, error: str) -> dict[str, str]:
+        times = {"started": "2026-01-01T00:00:00.5Z", "completed": "2026-01-01T00:00:02.123456789Z"}
+        return {"digest": digest, "name": digest, **times, "error": error}
+
+    first = json.dumps({"vertexes": [vertex("a", "process did not complete: context canceled")]})
+    _, reader = read([first, json.dumps({"vertexes": [vertex("b", "exit code: 1")]})])
+    assert reader.failed_step() == ("b", [])
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", '{"vertexes": [', '{"level":"warning","msg":"not progress"}', "{not json}", "[1, 2]"],
+)
+def test_what_only_looks_like_progress_stays_a_plain_line(line: str) -> None:
+    _, reader = read([line, "ERROR: the end"])
+    assert list(reader.tail) == [line, "ERROR: the end"]
+
+
+def test_a_plain_line_in_the_middle_of_an_object_loses_neither() -> None:
+    events, reader = read(["WARNING: before", '{"vertexes":[{"digest":"a","name":"x","started":"2026-01-01T00:00:00Z"}]}', "after"])
+    assert [e.name for e in events if isinstance(e, StepStarted)] == ["x"]
+    assert list(reader.tail) == ["WARNING: before", "after"]
