@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,33 +121,16 @@ def percentiles(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
     }
     layout = {
         "xaxis": axis,
-        "yaxis": {"type": "log", "dtick": "D2", "title": {"text": "latency, ms"}},
+        "yaxis": {"type": "log", **_ticks(receipts), "title": {"text": "latency, ms"}},
         "hovermode": "closest",
     }
     slo = next((found for one in receipts if (found := one.data.get("slo", {}).get("p99_ms"))), None)
     if slo:
-        layout["shapes"] = [
-            {
-                "type": "line",
-                "xref": "paper",
-                "x0": 0,
-                "x1": 1,
-                "y0": slo,
-                "y1": slo,
-                "line": {"dash": "dot", "color": "#d55e00"},
-            }
-        ]
-        layout["annotations"] = [
-            {
-                "xref": "paper",
-                "x": 0,
-                "y": slo,
-                "text": f"SLO: p99 {slo:g} ms",
-                "showarrow": False,
-                "yshift": 9,
-                "xanchor": "left",
-            }
-        ]
+        line = {"dash": "dot", "color": "#d55e00"}
+        layout["shapes"] = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": slo, "y1": slo, "line": line}]
+        # On a logarithmic axis Plotly places shapes by value and annotations by exponent.
+        place = {"xref": "paper", "x": 1, "y": math.log10(slo), "xanchor": "right", "yshift": 9, "showarrow": False}
+        layout["annotations"] = [{"text": f"SLO: p99 {slo:g} ms", **place}]
     return {"data": data, "layout": layout}
 
 
@@ -165,7 +149,7 @@ def cumulative(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
         if one.data["curve"]
     ]
     layout = {
-        "xaxis": {"type": "log", "title": {"text": "latency, ms"}, "dtick": "D2"},
+        "xaxis": {"type": "log", "title": {"text": "latency, ms"}, **_ticks(receipts)},
         "yaxis": {"title": {"text": "requests, %"}, "range": [0, 101]},
     }
     return {"data": data, "layout": layout}
@@ -262,6 +246,14 @@ def timeline(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
             "yaxis": {"title": {"text": "requests/s"}, "rangemode": "tozero"},
         },
     }
+
+
+def _ticks(receipts: Sequence[Receipt]) -> dict[str, Any]:
+    """Ticks 1, 2, 5, 10, 20, … over the range of the latencies, written out: Plotly's own would leave the zeros away."""
+    values = [ms for one in receipts for _, ms in one.data["curve"] if ms > 0] or [1.0]
+    exponents = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
+    ticks = [step * 10.0**exponent for exponent in exponents for step in (1, 2, 5)]
+    return {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def _bars(receipts: Sequence[Receipt], shades: dict[str, str], values: list[float], hover: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ TIE = 0.05
 Row = Mapping[str, Any]
 
 
-def state(rows: Sequence[Row], mode: str) -> list[str]:
+def state(rows: Sequence[Row], mode: str, slo_p99_ms: float | None = None) -> list[str]:
     """What was found, the most important first. `mode` is that of the load: closed compares throughput, open compares p99."""
     measured = [row for row in rows if row["outcome"] == "measured" and row["valid"]]
     sentences = [_winner(measured, mode)] if measured else ["Nothing was measured that can be used: see the reasons."]
@@ -21,6 +21,11 @@ def state(rows: Sequence[Row], mode: str) -> list[str]:
         for row in measured
         if row["quality"].get("passes") is False
     ]
+    if slo_p99_ms and measured:
+        within = [row["configuration"] for row in measured if row["p99_ms"] and row["p99_ms"] <= slo_p99_ms]
+        sentences.append(
+            f"At this load the SLO (p99 {slo_p99_ms:g} ms) holds for {', '.join(within) or 'none of them'}."
+        )
     return sentences + _memory(measured)
 
 

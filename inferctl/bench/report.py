@@ -39,6 +39,7 @@ def render(result: Mapping[str, Any], receipts: Sequence[Receipt]) -> str:
         figures=json.dumps({name: figure for name, (_, _, figure) in drawn.items()}).replace("<", "\\u003c"),
         plotly=get_plotlyjs(),
         receipts=[one.data for one in receipts],
+        summaries={one.name: one.data["summary"] for one in receipts},
         seals={one.name: one.data["seal"] for one in receipts},
     )
 

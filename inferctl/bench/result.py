@@ -138,7 +138,7 @@ def document(
     by_name = {one.name: one for one in written}
     rows = [_row(outcome, by_name.get(outcome.subject.name)) for outcome in outcomes]
     rows += _not_measured(context, rows)
-    found = findings.state(rows, context.plan.load.mode)
+    found = findings.state(rows, context.plan.load.mode, context.slo_p99_ms)
     caveats = [{"kind": kind, "text": text} for kind, text in findings.caveats(rows)]
     return {
         "schema": SCHEMA,

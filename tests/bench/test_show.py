@@ -152,3 +152,11 @@ def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     receipts[0].data["configuration"]["name"] = "</script><b>x"
     found["rows"][0]["configuration"] = "</script><b>x"
     assert "</script><b>x" not in report.render(found, receipts)
+
+
+def test_the_slo_line_lies_where_its_label_is(tmp_path: Path) -> None:
+    receipts = sealed(tmp_path, document("bf16", 100, 10, slo={"p99_ms": 70}))
+    layout = charts.percentiles(receipts, charts.colours(receipts))["layout"]
+    assert layout["yaxis"]["type"] == "log"
+    assert layout["shapes"][0]["y0"] == 70
+    assert 10 ** layout["annotations"][0]["y"] == pytest.approx(70)

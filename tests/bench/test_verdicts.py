@@ -199,3 +199,9 @@ def test_of_tied_configurations_the_closest_to_fp32_is_named_first(tmp_path: Pat
     assert found[0].startswith(
         "fp16 and int8 lead in a tie: 2.00x the requests/s of fp32; fp16 has the better quality: cosine 1.00000"
     )
+
+
+def test_who_holds_the_slo_is_said(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, document("fp32", 100, 20), document("bf16", 200, 10))
+    assert "At this load the SLO (p99 15 ms) holds for bf16." in findings.state(rows, "closed", 15)
+    assert "At this load the SLO (p99 5 ms) holds for none of them." in findings.state(rows, "closed", 5)
