@@ -1,0 +1,208 @@
+"""What is decided without an engine: contexts, command lines, refusals, judgement of vectors."""
+
+from __future__ import annotations
+
+import base64
+import math
+import os
+import stat
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from inferctl.errors import InferctlError, NotReadyError, UsageError
+from inferctl.image import buildx, verify
+from inferctl.image.build import named_layers
+from inferctl.image.context import staged
+from inferctl.image.docker import ImageInfo, LayerInfo
+from inferctl.image.events import StepFinished
+from inferctl.render import Rendered
+
+RENDERED = Rendered("FROM scratch\n", "*\n!a\n", {"locks/server.txt": b"x==1\n", "a/b.yaml": b"k: v\n"}, {}, (), {}, {})
+INSPECTED = """Name:          default
+Driver:        docker
+Last Activity: 2026-01-01 00:00:00 +0000 UTC
+
+Nodes:
+Name:             default
+Endpoint:         default
+Status:           running
+BuildKit version: v0.0.0+unknown
+Platforms:        linux/amd64, linux/amd64/v2, linux/386
+"""
+CLASSIC = buildx.read_inspection(INSPECTED, (0, 13, 1), False)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        status = path.stat()
+        name = path.relative_to(folder).as_posix()
+        found[name] = (int(status.st_mtime), stat.S_IMODE(status.st_mode), path.read_bytes() if path.is_file() else b"")
+    return found
+
+
+def test_a_context_is_the_same_whenever_and_by_whomever_it_is_staged(tmp_path: Path) -> None:
+    source = tmp_path / "server.py"
+    source.write_text("x = 1\n")
+    with staged(RENDERED, {"layers/server/x.py": source}) as first:
+        one = snapshot(first)
+    source.chmod(0o600)
+    os.utime(source, (1, 1))
+    before = os.umask(0o077)
+    try:
+        with staged(RENDERED, {"layers/server/x.py": source}) as second:
+            two = snapshot(second)
+    finally:
+        os.umask(before)
+    assert one == two
+    assert one["layers/server/x.py"] == (315532800, 0o644, b"x = 1\n")
+    assert one["layers"] == (315532800, 0o755, b"")
+    assert not first.exists()
+    assert not second.exists()
+
+
+def test_a_context_is_gone_when_the_build_fails() -> None:
+    with pytest.raises(ZeroDivisionError), staged(RENDERED, {}) as folder:
+        raise ZeroDivisionError
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../x"])
+def test_a_context_keeps_to_its_folder(path: str) -> None:
+    with pytest.raises(InferctlError, match="not a path inside"), staged(replace(RENDERED, files={path: b""}), {}):
+        pass
+
+
+def test_the_builder_is_read_from_its_inspection() -> None:
+    assert (CLASSIC.name, CLASSIC.driver, CLASSIC.platforms[0]) == ("default", "docker", "linux/amd64")
+    assert not CLASSIC.exports
+    assert not CLASSIC.checks
+    assert replace(CLASSIC, containerd_store=True).exports
+    assert replace(CLASSIC, driver="docker-container").exports
+    assert replace(CLASSIC, version=(0, 19, 0)).checks
+
+
+@pytest.mark.parametrize(
+    ("request_", "what"),
+    [
+        (buildx.BuildRequest(Path(), cache_to=("r/cache:x",)), "export a build cache to r/cache:x"),
+        (buildx.BuildRequest(Path(), outputs=("type=oci,dest=x",)), "write an OCI archive"),
+        (buildx.BuildRequest(Path(), platforms=("linux/amd64", "linux/386")), "several platforms"),
+    ],
+)
+def test_the_classic_engine_refuses_what_it_cannot_do_before_building(request_: buildx.BuildRequest, what: str) -> None:
+    with pytest.raises(NotReadyError, match=what) as caught:
+        buildx.refuse(CLASSIC, request_)
+    assert "docker buildx create --use" in (caught.value.hint or "")
+    buildx.refuse(replace(CLASSIC, containerd_store=True), request_)
+
+
+def test_a_platform_that_the_builder_lacks_is_refused() -> None:
+    with pytest.raises(NotReadyError, match="cannot build for linux/arm64"):
+        buildx.refuse(CLASSIC, buildx.BuildRequest(Path(), platforms=("linux/arm64",)))
+
+
+def test_missing_secrets_and_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="for the build secret ca"):
+        buildx.refuse(CLASSIC, buildx.BuildRequest(Path(), secrets={"ca": tmp_path / "none"}))
+    with pytest.raises(UsageError, match="weights are missing"):
+        buildx.refuse(CLASSIC, buildx.BuildRequest(Path(), contexts={"model": str(tmp_path / "none")}))
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    request = buildx.BuildRequest(
+        context=Path("/c"),
+        contexts={"wheels": str(tmp_path)},
+        build_args={"SOURCE_DATE_EPOCH": "1"},
+        secrets={"ca": tmp_path / "ca.pem"},
+        cache_to=("r/cache:x", "type=inline"),
+        cache_from=("r/cache:x",),
+        network="host",
+    )
+    command = buildx.command(request, Path("/m.json"))
+    assert command[:4] == ["docker", "buildx", "build", "--progress=rawjson"]
+    assert command[-2:] == ["--load", "/c"]
+    pairs = list(zip(command, command[1:], strict=False))
+    for pair in (
+        ("--build-context", f"wheels={tmp_path}"),
+        ("--build-arg", "SOURCE_DATE_EPOCH=1"),
+        ("--secret", f"id=ca,src={tmp_path}/ca.pem"),
+        ("--cache-to", "type=registry,ref=r/cache:x,mode=max"),
+        ("--cache-to", "type=inline"),
+        ("--cache-from", "type=registry,ref=r/cache:x"),
+        ("--network", "host"),
+    ):
+        assert pair in pairs
+    assert "--provenance=false" in command
+    assert not any(part.startswith(("-t", "--tag")) for part in command), "an image is named only once it is verified"
+
+
+GOOD = [[0.6, 0.8], [1.0, 0.0]]
+
+
+def test_equal_vectors_have_cosine_one() -> None:
+    assert verify.judge(GOOD, GOOD, 2, 0.999) == pytest.approx(1.0)
+
+
+def test_the_lowest_cosine_counts() -> None:
+    assert verify.judge([[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.8, 0.6]], 2, 0.9) == pytest.approx(0.96)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "what"),
+    [
+        ([[0.6, 0.8], [math.nan, 0.0]], "text 2 got a vector with 1 of 2 numbers NaN"),
+        ([[0.6, 0.8], [math.inf, 0.0]], "NaN or infinite"),
+        ([[0.6, 0.8], [0.0, 0.0]], "zeros"),
+        ([[0.6, 0.8], [1.0]], "1 numbers, the model has 2"),
+        ([[0.6, 0.8], [0.0, 1.0]], r"text 2 is too far .* cosine 0\.0"),
+        ([[0.6, 0.8]], "other shapes"),
+    ],
+)
+def test_broken_vectors_are_told_apart(vectors: list[list[float]], what: str) -> None:
+    with pytest.raises(InferctlError, match=what) as caught:
+        verify.judge(vectors, GOOD, 2, 0.999)
+    assert caught.value.exit_code == 1
+
+
+def test_vectors_travel_as_little_endian_float32() -> None:
+    assert verify.decode(base64.b64encode(struct.pack("<2f", 0.5, -2.0)).decode()) == [0.5, -2.0]
+
+
+def test_links_out_of_a_hub_snapshot_are_mounted_one_by_one(tmp_path: Path) -> None:
+    blob = tmp_path / "blobs" / "abc"
+    blob.parent.mkdir()
+    blob.write_text("{}")
+    snapshot_ = tmp_path / "snapshots" / "1"
+    (snapshot_ / "1_Pooling").mkdir(parents=True)
+    (snapshot_ / "1_Pooling" / "config.json").symlink_to(blob)
+    assert verify.mounts_of(snapshot_) == {"/model/1_Pooling/config.json": str(blob)}
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert verify.mounts_of(plain) == {"/model": str(plain)}
+
+
+def test_on_the_hosts_network_the_server_takes_a_free_port_of_its_own() -> None:
+    image = ImageInfo("sha256:0", (), (), 0, "linux/amd64", "1", {}, ("python",), ("serve",), {}, ())
+    options, port = verify.serving(image, verify.VerifyOptions(None, network="host"), 8080)
+    assert port is not None
+    assert options.command == ("serve", "--host", "127.0.0.1", "--port", str(port))
+    assert options.environment == {"INFERCTL_SERVE_PORT": str(port)}
+    bridged, none = verify.serving(image, verify.VerifyOptions(None), 8080)
+    assert none is None
+    assert bridged.port == 8080
+
+
+def test_layers_are_named_by_the_last_stages_steps() -> None:
+    names = ["[python 1/1] FROM b", "[torch 1/1] RUN pip", "[stage-2 2/2] COPY layers/server /", "[stage-2 1/2] COPY --from=torch /layer /"]
+    steps = [StepFinished(name, name, 1.0, False) for name in names]
+    history = [LayerInfo("base", 9), LayerInfo("COPY /layer / # buildkit", 5), LayerInfo("COPY layers/server / # buildkit", 3), LayerInfo("USER 1", 0)]
+    assert [layer.created_by for layer in named_layers(history, steps)] == [
+        "base",
+        "COPY --from=torch /layer /",
+        "COPY layers/server /",
+        "USER 1",
+    ]
