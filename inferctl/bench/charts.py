@@ -119,7 +119,7 @@ def percentiles(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
         "ticktext": [f"p{q * 100:g}" for q in shares],
         "title": {"text": "percentile"},
     }
-    layout = {
+    layout: dict[str, Any] = {
         "xaxis": axis,
         "yaxis": {"type": "log", **_ticks(receipts), "title": {"text": "latency, ms"}},
         "hovermode": "closest",
@@ -148,7 +148,7 @@ def cumulative(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
         for one in receipts
         if one.data["curve"]
     ]
-    layout = {
+    layout: dict[str, Any] = {
         "xaxis": {"type": "log", "title": {"text": "latency, ms"}, **_ticks(receipts)},
         "yaxis": {"title": {"text": "requests, %"}, "range": [0, 101]},
     }

@@ -81,7 +81,7 @@ def _winner(measured: Sequence[Row], mode: str) -> str:
     beaten = [row for row in others if row not in tied]
     if not others:
         return f"{best['configuration']} ran alone: {_figure(best, mode)}, {_quality(best)}."
-    behind = ", ".join(f"{_ratio(row, best, mode)} of {row['configuration']}" for row in beaten)
+    behind = ", ".join(f"{_ratio(row, best, mode)} of {_named(row)}" for row in beaten)
     if not tied:
         return f"{best['configuration']} wins: {behind}, at {_quality(best)}."
     group = sorted([best, *tied], key=lambda row: -(row["cosine_mean"] or 0))
@@ -90,6 +90,14 @@ def _winner(measured: Sequence[Row], mode: str) -> str:
     if not beaten:
         return f"{names} are a tie, the difference is within the noise ({_figure(best, mode)}); {closest}."
     return f"{names} lead in a tie: {behind}; {closest}."
+
+
+def _named(row: Row) -> str:
+    return (
+        f"{row['configuration']} (emulated here)"
+        if row["precision"].get("level") == "emulated"
+        else str(row["configuration"])
+    )
 
 
 def cost(row: Row, mode: str) -> float:
