@@ -93,6 +93,7 @@ class ContainerOptions:
     stdin: bool = False
     labels: Mapping[str, str] | None = None
     scratch: tuple[str, ...] = ()
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -297,6 +298,7 @@ class Engine:
             port_bindings={f"{published}/tcp": (options.host, options.host_port or None)} if published else None,
             network_mode=options.network,
             read_only=True,
+            mem_limit=options.memory_bytes,
             # Compiled kernels (Triton, torch.compile) are loaded from there: it must allow that.
             tmpfs={"/tmp": "rw,exec,nosuid,nodev,mode=1777"},
             cap_drop=["ALL"],

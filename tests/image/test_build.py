@@ -1,0 +1,296 @@
+"""Builds on the real engine, of images small enough to verify in seconds; what fails leaves no name, no container, no image."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inferctl.errors import InferctlError, NotReadyError
+from inferctl.image import build
+from inferctl.image.build import Built
+from inferctl.image.docker import ContainerOptions, Engine
+from inferctl.image.events import Event, LayerPush, Note, Phase, StepFinished, StepLog
+from inferctl.image.plan import BuildPlan
+from inferctl.image.verify import explain_exit
+from tests.image import tiny
+
+pytestmark = [pytest.mark.docker, pytest.mark.xdist_group("docker")]
+REGISTRY = "localhost:5000"
+
+
+@pytest.fixture
+def docker(engine: None) -> Iterator[Engine]:
+    yield Engine.connect()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind(engine: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(tiny, "mark", uuid.uuid4().hex)
+    yield
+    try:
+        assert _ours("ps", "--all") == []
+    finally:
+        for image in _ours("images", "--no-trunc"):
+            subprocess.run(["docker", "image", "rm", "--force", image], capture_output=True, check=False)
+
+
+def _ours(*command: str) -> list[str]:
+    """Ids of this test's containers or images, the unnamed included."""
+    return _output("docker", *command, "--quiet", "--filter", f"label=test={tiny.mark}").split()
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def run(docker: Engine, made: BuildPlan) -> tuple[list[Event], Built]:
+    events: list[Event] = []
+    with contextlib.closing(build.run(made, docker, docker.info())) as going:
+        while True:
+            try:
+                events.append(next(going))
+            except StopIteration as end:
+                return events, end.value
+
+
+def test_an_image_is_built_verified_and_named(docker: Engine, base_image: str) -> None:
+    made = tiny.plan(tiny.rendered(base_image))
+    events, built = run(docker, made)
+    assert built.verified is not None
+    assert (built.verified.precision, built.verified.texts, built.verified.dimensions) == ("bf16", 8, 32)
+    assert built.verified.cosine_min == pytest.approx(1.0)
+    assert [event.name for event in events if isinstance(event, Phase)] == ["build", "verify", "tag"]
+    found = docker.image(made.reference)
+    assert found is not None
+    assert found.id == built.image
+    assert built.digest is None
+    assert [layer.created_by for layer in built.layers if layer.created_by.startswith("COPY")] == ["COPY --link app /app"]
+
+
+def test_a_second_build_is_cached(docker: Engine, base_image: str) -> None:
+    made = tiny.with_options(tiny.plan(tiny.rendered(base_image)), verify=False)
+    run(docker, made)
+    events, _ = run(docker, made)
+    steps = {event.name: event.cached for event in events if isinstance(event, StepFinished)}
+    assert [cached for name, cached in steps.items() if "RUN echo preparing" in name] == [True]
+    assert [cached for name, cached in steps.items() if "COPY --link app" in name] == [True]
+
+
+def test_a_pushed_image_is_what_was_verified_and_a_second_push_sends_next_to_nothing(docker: Engine, base_image: str) -> None:
+    name = f"{REGISTRY}/inferctl-test/{uuid.uuid4().hex[:12]}:x"
+    made = tiny.with_options(tiny.plan(tiny.rendered(base_image), name=name), push=True)
+    events, built = run(docker, made)
+    assert built.digest is not None
+    assert built.digest.startswith(name.removesuffix(":x") + "@sha256:")
+    assert built.pushed is not None
+    assert built.compressed is not None
+    assert 0 < built.pushed < built.compressed
+    assert any(isinstance(event, LayerPush) and event.status == "pushed" for event in events)
+    again = replace(tiny.rendered(base_image), files={**made.rendered.files, "app/note.txt": b"changed"})
+    _, second = run(docker, tiny.with_options(tiny.plan(again, name=name), push=True, verify=False))
+    assert second.digest != built.digest
+    assert second.pushed is not None
+    assert second.pushed < 10_000
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "what"),
+    [
+        ("nan", "text 4 got a vector with 1 of 32 numbers NaN"),
+        ("far", r"text 6 is too far from the fp32 reference .* at least 0.999"),
+        ("short", "text 3 got a vector of 31 numbers"),
+        ("swapped", "other weights"),
+        ("refuses", "/v1/embeddings answered 422: .*no thanks"),
+        ("dies", r"(?s)ended with exit code 1 .*there is no such model"),
+    ],
+)
+def test_an_image_that_breaks_the_contract_gets_no_name(docker: Engine, base_image: str, behaviour: str, what: str) -> None:
+    made = tiny.plan(tiny.rendered(base_image, behaviour))
+    with pytest.raises(InferctlError, match=what) as caught:
+        run(docker, made)
+    assert caught.value.message.startswith("verification failed: ")
+    assert caught.value.exit_code == 1
+    assert docker.image(made.reference) is None
+    assert _ours("images") == []
+
+
+def test_an_image_that_is_never_ready_fails_with_its_log(docker: Engine, base_image: str) -> None:
+    made = tiny.with_options(tiny.plan(tiny.rendered(base_image, "slow")), ready_seconds=2.0)
+    with pytest.raises(InferctlError, match=r"(?s)not ready within 2 s.*tiny server: slow") as caught:
+        run(docker, made)
+    assert "--ready-timeout" in (caught.value.hint or "")
+
+
+def test_a_broken_image_keeps_what_its_name_named_before(docker: Engine, base_image: str) -> None:
+    good = tiny.plan(tiny.rendered(base_image))
+    _, built = run(docker, good)
+    with pytest.raises(InferctlError):
+        run(docker, tiny.plan(tiny.rendered(base_image, "nan"), name=good.reference))
+    found = docker.image(good.reference)
+    assert found is not None
+    assert found.id == built.image
+
+
+def test_without_verification_a_broken_image_is_named(docker: Engine, base_image: str) -> None:
+    _, built = run(docker, tiny.with_options(tiny.plan(tiny.rendered(base_image, "nan")), verify=False))
+    assert built.verified is None
+
+
+def test_an_image_that_runs_as_root_is_refused(docker: Engine, base_image: str) -> None:
+    with pytest.raises(InferctlError, match="runs as root"):
+        run(docker, tiny.plan(tiny.rendered(base_image, user="root")))
+
+
+def test_bytes_hidden_by_a_later_layer_are_found(docker: Engine, base_image: str) -> None:
+    marker = uuid.uuid4().hex
+    extra = f"RUN echo {marker} && head -c 9000000 /dev/urandom > /big\nRUN rm /big"
+    _, built = run(docker, tiny.with_options(tiny.plan(tiny.rendered(base_image, extra=extra)), verify=False, lint_layers=True))
+    assert [finding.code for finding in built.findings] == ["wasted-bytes"]
+    assert "/big (9.0 MB, deleted)" in built.findings[0].reason
+
+
+@pytest.mark.parametrize(
+    ("line", "what", "hint", "code"),
+    [
+        ("RUN echo reading the lock; exit 7", r"(?s)failed in \[2/.*reading the lock", "inferctl render", 1),
+        ("RUN dd if=/dev/zero of=/dev/full bs=1k count=1", "disk is full", "docker builder prune", 3),
+        ("COPY nothing /x", "nothing", "inferctl render", 1),
+    ],
+)
+def test_a_step_that_fails(docker: Engine, base_image: str, line: str, what: str, hint: str, code: int) -> None:
+    made = tiny.plan(replace(tiny.rendered(base_image), dockerfile=f"FROM {base_image}\n{line}\n"))
+    with pytest.raises(InferctlError, match=what) as caught:
+        run(docker, made)
+    assert hint in (caught.value.hint or "")
+    assert caught.value.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("base", "what"),
+    [
+        (f"{REGISTRY}/inferctl-test/none:1", "was not found"),
+        (f"{REGISTRY}/inferctl-test/none@sha256:{'0' * 64}", "was not found"),
+        ("localhost:1/none:1", "its registry localhost:1 cannot be reached"),
+    ],
+)
+def test_a_base_that_cannot_be_had(docker: Engine, base: str, what: str) -> None:
+    with pytest.raises(NotReadyError, match=what):
+        run(docker, tiny.plan(tiny.rendered(base)))
+
+
+def test_closing_a_build_stops_it_and_names_nothing(docker: Engine, base_image: str) -> None:
+    marker = uuid.uuid4().hex
+    made = tiny.plan(tiny.rendered(base_image, extra=f"RUN echo {marker} && sleep 600"))
+    going = build.run(made, docker, docker.info())
+    for event in going:
+        if isinstance(event, StepLog) and marker in event.text:
+            break
+    going.close()
+    assert f"echo {marker}" not in _output("ps", "-eo", "args")
+    assert docker.image(made.reference) is None
+
+
+@contextlib.contextmanager
+def registry(status: int, body: bytes, headers: dict[str, str]) -> Iterator[str]:
+    """A registry that answers every request alike."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def _answer(self) -> None:
+            self.send_response(status)
+            for name, value in {"content-type": "application/json", "content-length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_GET = do_HEAD = do_POST = do_PUT = _answer  # noqa: N815
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"localhost:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_push_without_login_fails_and_takes_the_name_back(docker: Engine, base_image: str) -> None:
+    body = b'{"errors":[{"code":"UNAUTHORIZED","message":"authentication required"}]}'
+    with registry(401, body, {"www-authenticate": 'Basic realm="private"'}) as host:
+        made = tiny.with_options(tiny.plan(tiny.rendered(base_image), name=f"{host}/inferctl-test/private:x"), push=True, verify=False)
+        with pytest.raises(NotReadyError, match="no basic auth credentials") as caught:
+            run(docker, made)
+    assert f"docker login {host}" in (caught.value.hint or "")
+    assert docker.image(made.reference) is None
+
+
+def test_a_taken_port_is_named(docker: Engine, base_image: str) -> None:
+    _, built = run(docker, tiny.with_options(tiny.plan(tiny.rendered(base_image)), verify=False))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(NotReadyError) as caught:
+            docker.start(built.image, ContainerOptions(port=8080, host_port=port, labels={"io.inferctl.role": "verify"}))
+    # An engine whose bridge does not work says that first.
+    assert f"port {port} is taken" in caught.value.message or "bridge network" in caught.value.message
+
+
+def test_a_container_that_runs_out_of_memory_is_named(docker: Engine, base_image: str) -> None:
+    _, built = run(docker, tiny.with_options(tiny.plan(tiny.rendered(base_image, "hungry")), verify=False))
+    options = ContainerOptions(network="none", labels={"io.inferctl.role": "verify"}, memory_bytes=100_000_000)
+    with docker.start(built.image, options) as container:
+        assert container.wait(60) == 137
+        error = explain_exit(container)
+    assert isinstance(error, NotReadyError)
+    assert "ran out of memory" in error.message
+
+
+def test_an_image_is_served_as_a_container_until_it_is_told_to_stop(docker: Engine, base_image: str, tmp_path: Path) -> None:
+    _, built = run(docker, tiny.plan(tiny.rendered(base_image)))
+    announce = tmp_path / "ready.json"
+    script = (
+        "import sys; from pathlib import Path; from inferctl.image.server import run_server; from inferctl.spec import Spec\n"
+        "spec = Spec.model_validate({'name': 't', 'model': {'source': 't', 'weights': 'bake'}, 'serve': {'port': 0}})\n"
+        "say = lambda text: print(text, file=sys.stderr, flush=True)\n"
+        "sys.exit(run_server(sys.argv[1], spec, say, Path(sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", script, built.reference, str(announce)]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        while not announce.exists():
+            assert server.poll() is None
+            time.sleep(0.05)
+        url = json.loads(announce.read_text())["url"]
+        with urllib.request.urlopen(f"{url}/info") as answer:
+            assert json.load(answer)["name"] == "tiny"
+    finally:
+        server.terminate()
+        said = server.communicate(timeout=90)[1]
+    assert "tiny server: works" in said
+    assert _output("docker", "ps", "--all", "--quiet", "--filter", f"ancestor={built.image}") == ""
+
+
+def test_the_classic_engine_says_that_it_attaches_no_provenance(docker: Engine, base_image: str) -> None:
+    info = docker.info()
+    name = f"{REGISTRY}/inferctl-test/{uuid.uuid4().hex[:12]}:x"
+    events, _ = run(docker, tiny.with_options(tiny.plan(tiny.rendered(base_image), name=name), push=True, verify=False))
+    said = any(isinstance(event, Note) and "no provenance" in event.text for event in events)
+    assert said is not info.containerd_store

@@ -1,0 +1,119 @@
+"""A small image with the shape of a real one: a server and a reference in plain Python that agree, or fail as they are told."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import replace
+
+from inferctl import catalog
+from inferctl.image.forecast import Forecast
+from inferctl.image.plan import BuildOptions, BuildPlan
+from inferctl.render import Rendered
+from inferctl.spec import Spec
+
+PYTHON = "/usr/local/bin/python3.11"
+# Every image and container of a test carries it as the label `test`, so that tests can run side by side and clean up their own.
+mark = uuid.uuid4().hex
+VECTORS = '''
+import base64, hashlib, struct
+
+def vector(text):
+    raw = [b - 127.5 for b in hashlib.sha256(text.encode()).digest()]
+    length = sum(x * x for x in raw) ** 0.5
+    return [x / length for x in raw]
+
+def packed(numbers):
+    return base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
+'''
+SERVER = '''
+import http.server, json, os, signal, sys
+from inferctl.vectors import packed, vector
+
+how = os.environ["BEHAVIOUR"]
+print("tiny server:", how, flush=True)
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+if how == "dies":
+    sys.exit("there is no such model")
+if how == "hungry":
+    hoard = []
+    while True:
+        hoard.append(bytearray(10_000_000))
+port = int(sys.argv[sys.argv.index("--port") + 1] if "--port" in sys.argv else os.environ["INFERCTL_SERVE_PORT"])
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def answer(self, value, code=200):
+        body = json.dumps(value).encode()
+        self.send_response(code)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *_): pass
+    def do_GET(self):
+        if self.path == "/readyz":
+            return self.answer({}, 503 if how == "slow" else 200)
+        model = {"dimensions": 32, "sha256": "other" if how == "swapped" else "tiny"}
+        self.answer({"name": "tiny", "model": model, "precision": {"effective": "bf16", "level": "native"},
+                     "device": {"kind": "cpu", "name": "tiny cpu"}})
+    def do_POST(self):
+        texts = json.loads(self.rfile.read(int(self.headers["content-length"])))["input"]
+        if how == "refuses":
+            return self.answer({"error": {"message": "no thanks"}}, 422)
+        found = [vector(t) for t in texts]
+        if how == "nan":
+            found[3][0] = float("nan")
+        if how == "far":
+            found[5] = found[5][::-1]
+        if how == "short":
+            found[2] = found[2][:-1]
+        self.answer({"data": [{"index": i, "embedding": packed(v)} for i, v in enumerate(found)]})
+
+http.server.ThreadingHTTPServer(("0.0.0.0", port), Handler).serve_forever()
+'''
+REFERENCE = '''
+import json, sys
+from inferctl.vectors import packed, vector
+texts = json.load(sys.stdin)
+print(json.dumps({"model_sha256": "tiny", "dimensions": 32, "embeddings": [packed(vector(t)) for t in texts]}))
+'''
+
+
+def rendered(base: str, behaviour: str = "works", extra: str = "", user: str = "10001:10001") -> Rendered:
+    dockerfile = f"""FROM {base}
+RUN echo preparing > /prepared
+{extra}
+COPY --link app /app
+ENV PYTHONPATH=/app INFERCTL_SERVE_PORT=8080 BEHAVIOUR={behaviour} PYTHONDONTWRITEBYTECODE=1
+LABEL test={mark}
+USER {user}
+ENTRYPOINT ["{PYTHON}", "-m", "inferctl"]
+CMD ["serve"]
+"""
+    files = {
+        "app/inferctl/__init__.py": b"",
+        "app/inferctl/__main__.py": SERVER.encode(),
+        "app/inferctl/vectors.py": VECTORS.encode(),
+        "app/inferctl/serve/__init__.py": b"",
+        "app/inferctl/serve/reference.py": REFERENCE.encode(),
+    }
+    return Rendered(dockerfile, "", files, {}, (), {}, {})
+
+
+def plan(image: Rendered, options: BuildOptions | None = None, name: str | None = None) -> BuildPlan:
+    """A plan for `image` under a name that no other test uses."""
+    spec = Spec.model_validate({"name": "tiny", "model": {"source": "tiny", "weights": "bake"}})
+    return BuildPlan(
+        reference=name or f"inferctl-test/{uuid.uuid4().hex[:12]}:x",
+        spec=spec,
+        base=catalog.base("cpu"),
+        stack=catalog.stack(catalog.base("cpu").stack),
+        rendered=image,
+        server={},
+        model=None,
+        forecast=Forecast(()),
+        findings=(),
+        options=options or BuildOptions(ready_seconds=60.0, lint_layers=False),
+    )
+
+
+def with_options(made: BuildPlan, **changes: object) -> BuildPlan:
+    return replace(made, options=replace(made.options, **changes))  # type: ignore[arg-type]
