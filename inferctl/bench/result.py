@@ -137,7 +137,7 @@ def document(
     """What `--json` prints; docs/bench.md describes every key."""
     by_name = {one.name: one for one in written}
     rows = [_row(outcome, by_name.get(outcome.subject.name)) for outcome in outcomes]
-    rows += _not_measured(context, rows)
+    rows += _not_measured(context, rows, here=any(outcome.subject.url is None for outcome in outcomes))
     found = findings.state(rows, context.plan.load.mode, context.slo_p99_ms)
     caveats = [{"kind": kind, "text": text} for kind, text in findings.caveats(rows)]
     return {
@@ -202,12 +202,15 @@ def _empty(name: str, outcome: str, reason: str) -> dict[str, Any]:
     }
 
 
-def _not_measured(context: Context, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each part that the spec asks for and that nothing here is."""
-    present = {row["hardware"]["key"] for row in rows if row.get("hardware")} | {context.environment.hardware}
+def _not_measured(context: Context, rows: Sequence[dict[str, Any]], here: bool) -> list[dict[str, Any]]:
+    """A row for each part that the spec asks for and that nothing here is; `here` when this machine itself was measured."""
+    present = {row["hardware"]["key"] for row in rows if row.get("hardware")} | (
+        {context.environment.hardware} if here else set()
+    )
+    reason = f"this machine is {context.environment.name}" if here else "none of the servers runs on it"
     known = catalog.hardware_profiles()
     return [
-        _empty(key, "not measured here", f"this machine is {context.environment.name}")
+        _empty(key, "not measured here", reason)
         | {"hardware": {"key": key, "name": known[key].name if key in known else key}}
         for key in context.hardware_wanted
         if key not in present

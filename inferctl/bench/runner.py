@@ -74,14 +74,13 @@ Notify = Callable[[Progress], None]
 class Bench:
     """What `run` needs: the plan, its subjects, how to start a server, the model folder for the quality check, and where to write.
 
-    `model` and its digest may be None when only running servers are measured; their vectors are then not checked.
+    `model` may be None when only running servers are measured; their vectors are then not checked.
     """
 
     plan: Plan
     subjects: Sequence[Subject]
     command: server.Command | None
     model: Path | None
-    model_sha256: str | None
     output: Path
     cores: int
 

@@ -66,7 +66,7 @@ def bench(
     chosen = chosen.with_overrides(precision, users, rate, duration, repeats)
     chosen, subjects = _subjects(chosen, targets, bool(precision))
     machine = environment.detect()
-    work = _prepare(resolved, chosen, subjects, output, machine.cores)
+    work = _prepare(resolved, model, chosen, subjects, output, machine.cores)
     with bench_progress.Show(chosen.load.warmup_s + chosen.load.duration_s + 12) as show:
         outcomes: list[Outcome] = runner.run(work, show.tell)
     context = result.Context(
@@ -105,12 +105,13 @@ def _require_packages() -> None:
 
 def _settings(spec_file: Path | None, model: str | None, plan: str | None, needed: bool) -> Resolved | None:
     """Settings in force; None when only running servers are measured and nothing names a model."""
+    from inferctl import spec
     from inferctl.errors import UsageError
 
     try:
         return options.load(spec_file, {"model.source": model, "bench.plan": plan})
     except UsageError:
-        if needed or spec_file or model:
+        if needed or spec_file or model or Path(spec.DEFAULT_FILE).exists():
             raise
         return None
 
@@ -147,12 +148,14 @@ def _subjects(chosen: Plan, targets: list[tuple[str, str]], with_precisions: boo
     return chosen.model_copy(update={"configurations": listed}), subjects
 
 
-def _prepare(resolved: Resolved | None, chosen: Plan, subjects: list[Subject], output: Path, cores: int) -> Bench:
+def _prepare(
+    resolved: Resolved | None, model: str | None, chosen: Plan, subjects: list[Subject], output: Path, cores: int
+) -> Bench:
     """Everything that can be wrong is found here, before anything is started."""
     import time
 
-    from inferctl import model as models
     from inferctl.bench import runner, server, target, workload
+    from inferctl.errors import NotReadyError
 
     workload.read_corpus(chosen.corpus)
     if chosen.quality:
@@ -160,19 +163,29 @@ def _prepare(resolved: Resolved | None, chosen: Plan, subjects: list[Subject], o
     for subject in subjects:
         if subject.url:
             target.connect(subject.url)
-    folder = models.find(resolved.spec.model.source, resolved.spec.model.revision) if resolved else None
+    folder = _model(resolved, needed=any(subject.url is None for subject in subjects) or model is not None)
     command = None
     if resolved and folder:
         file = Path(resolved.file).resolve() if resolved.file else None
-        command = server.serve_command(str(folder.path.resolve()), resolved.spec.name, file)
+        command = server.serve_command(str(folder), resolved.spec.name, file)
     place = (output / f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
-    place.mkdir(parents=True, exist_ok=True)
-    return runner.Bench(
-        chosen,
-        subjects,
-        command,
-        folder.path.resolve() if folder else None,
-        folder.digest if folder else None,
-        place,
-        cores,
-    )
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NotReadyError(f"{place} cannot be made: {error.strerror}", "give another folder with --output") from None
+    return runner.Bench(chosen, subjects, command, folder, place, cores)
+
+
+def _model(resolved: Resolved | None, needed: bool) -> Path | None:
+    """The local model folder; None when there is none and only running servers are measured (their vectors are then not checked)."""
+    from inferctl import model as models
+    from inferctl.errors import UsageError
+
+    if resolved is None:
+        return None
+    try:
+        return models.find(resolved.spec.model.source, resolved.spec.model.revision).path.resolve()
+    except UsageError:
+        if needed:
+            raise
+        return None

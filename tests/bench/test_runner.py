@@ -46,7 +46,7 @@ def bench(
             *options,
         ]
 
-    return runner.Bench(wanted, [runner.Subject(name, name) for name in names], command, None, None, folder, 2)
+    return runner.Bench(wanted, [runner.Subject(name, name) for name in names], command, None, folder, 2)
 
 
 def processes_in(folder: Path) -> list[int]:
@@ -203,3 +203,28 @@ def test_the_real_server_is_measured_and_its_vectors_are_close_to_fp32(minilm: P
     assert row["recall_at_10"] > 0.95
     assert row["tokens_per_s"] > row["requests_per_s"]
     assert row["server_peak_bytes"] > 50e6
+
+
+def test_a_running_server_is_measured_without_the_specs_weights_but_not_past_a_broken_spec(
+    answering: Callable[..., str], tmp_path: Path
+) -> None:
+    url = answering("--median-ms", "5")
+    spec = tmp_path / "inferctl.yaml"
+    spec.write_text("name: m\nmodel: {source: org/absent}\nhardware: [cpu, t4]\n")
+    done = command("--url", f"mine={url}", "--plan", "quick", "--duration", "1", "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [(row["configuration"], row["outcome"]) for row in rows] == [
+        ("mine", "measured"),
+        ("t4", "not measured here"),
+    ]
+    spec.write_text("nam: m\n")
+    assert command("--url", f"mine={url}", folder=tmp_path).returncode == 2
+
+
+def test_a_folder_that_cannot_be_made_is_named(answering: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    done = command("--url", f"mine={answering()}", "--output", "taken", folder=tmp_path)
+    assert done.returncode == 3
+    assert "taken" in done.stderr
+    assert "--output" in done.stderr
