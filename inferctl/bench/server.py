@@ -68,7 +68,7 @@ def running(
     log = folder / "server.log"
     announce.unlink(missing_ok=True)
     with log.open("wb") as stream:
-        # Its own session: Ctrl-C reaches us alone, and we end it in order.
+        # A process group of its own: Ctrl-C reaches us alone, and we end it in order.
         process = subprocess.Popen(
             arguments,
             stdin=subprocess.DEVNULL,
