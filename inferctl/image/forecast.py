@@ -52,10 +52,12 @@ class Forecast:
         return [f"{name:<28}{bytes_:>10}  {source}" for name, bytes_, source in shown]
 
 
-# Closures measured as downloads from the public package index; base-images/locks/ pins what they contain.
-SERVER_DEPENDENCIES_BYTES = 45_000_000
-INT8_BYTES = {True: 60_000_000, False: 4_000_000}
-_MEASURED = "measured: wheels of the shipped lock"
+# Wheels of the server closure as base-images/locks/ pins it; of int8, by whether the stack has CUDA (bitsandbytes, else torchao).
+SERVER_WHEELS_BYTES = 52_100_000
+INT8_WHEELS_BYTES = {True: 43_100_000, False: 3_400_000}
+# What a closure's layer weighs in a registry beyond its wheels: the bytecode that the image carries so that it starts fast.
+BYTECODE_BYTES = {"torch": 36_500_000, "server": 32_500_000, "int8": 2_000_000}
+_MEASURED = "measured: the wheels of the shipped lock, and their bytecode"
 
 
 def forecast(
@@ -73,28 +75,16 @@ def forecast(
     `locks`: names of the closures that are installed (`torch`, `server`, `int8`). `wheels`: closure -> bytes when a wheel folder
     stands in for the index. `weights`: bytes, None when unknown; counted when `baked`. `server`: bytes of the server's own files.
     """
-    folder = "the wheel folder"
     base_source = "; ".join(s.source for s in base.sources if "compressed_bytes" in s.facts)
     parts = [Part("base image", base.compressed_bytes, base_source or base.notes.get("compressed_bytes", "not known"))]
     if "torch" in locks:
-        known = "; ".join(s.source for s in stack.sources if "compressed_bytes" in s.facts)
-        parts.append(
-            Part("torch closure", wheels["torch"], folder)
-            if wheels and "torch" in wheels
-            else Part("torch closure", stack.compressed_bytes, known if stack.compressed_bytes else "not known")
-        )
+        facts = [s.source for s in stack.sources if "compressed_bytes" in s.facts]
+        known = "; ".join(facts) if stack.compressed_bytes else "not known"
+        parts.append(_closure("torch closure", "torch", stack.compressed_bytes, known, wheels))
     if "server" in locks:
-        parts.append(
-            Part("server dependencies", wheels["server"], folder)
-            if wheels and "server" in wheels
-            else Part("server dependencies", SERVER_DEPENDENCIES_BYTES, _MEASURED)
-        )
+        parts.append(_closure("server dependencies", "server", SERVER_WHEELS_BYTES, _MEASURED, wheels))
     if "int8" in locks:
-        parts.append(
-            Part("int8 library", wheels["int8"], folder)
-            if wheels and "int8" in wheels
-            else Part("int8 library", INT8_BYTES[stack.cuda is not None], _MEASURED)
-        )
+        parts.append(_closure("int8 library", "int8", INT8_WHEELS_BYTES[stack.cuda is not None], _MEASURED, wheels))
     if baked:
         parts.append(
             Part(
@@ -105,6 +95,12 @@ def forecast(
         )
     parts.append(Part("server", server, "the installed inferctl, uncompressed"))
     return Forecast(tuple(sorted(parts, key=lambda part: (part.bytes is None, -(part.bytes or 0)))))
+
+
+def _closure(name: str, lock: str, known: int | None, source: str, wheels: Mapping[str, int] | None) -> Part:
+    download = wheels[lock] if wheels and lock in wheels else known
+    where = "the wheel folder, and bytecode" if wheels and lock in wheels else source
+    return Part(name, download + BYTECODE_BYTES[lock] if download is not None else None, where)
 
 
 def parse_size(text: str) -> int:
@@ -123,22 +119,27 @@ def size(value: int) -> str:
     return f"{value} B"
 
 
-def refuse_larger(found: Forecast, limit: int) -> None:
-    """Raise `InferctlError` with the parts, biggest first, when the image would be larger than `limit` bytes."""
+def refuse_larger(found: Forecast, limit: int, cuda: str | None = None) -> None:
+    """Raise `InferctlError` with the parts, biggest first, when the image would be larger than `limit` bytes.
+
+    `cuda`: the CUDA of its torch, for the advice.
+    """
     if found.total <= limit:
         return
     least = "" if found.complete else "at least "
     parts = "\n".join(f"  {line}" for line in found.lines())
     raise InferctlError(
         f"the image would be {least}{size(found.total)}, more than the {size(limit)} of --max-size (compressed)\n{parts}",
-        _advice(found),
+        _advice(found, cuda),
     )
 
 
-def _advice(found: Forecast) -> str:
+def _advice(found: Forecast, cuda: str | None) -> str:
     biggest = found.parts[0].name
-    return {
-        "weights": "mount the weights instead of baking them: model.weights: mount",
-        "torch closure": "a CUDA 13 base has a torch closure 1.1-1.4 GB smaller (drivers from R580 on): `inferctl catalog stacks`",
-        "base image": "a `-base` tag is the smallest: torch brings its own CUDA libraries; `inferctl catalog bases`",
-    }.get(biggest, "raise --max-size, or drop what is biggest")
+    if biggest == "weights":
+        return "mount the weights instead of baking them: model.weights: mount"
+    if biggest == "torch closure" and cuda is not None and cuda.startswith("12."):
+        return "a CUDA 13 base has a torch closure 1.1-1.4 GB smaller (drivers from R580 on): `inferctl catalog stacks`"
+    if biggest == "base image":
+        return "a `-base` tag is the smallest, torch brings its own CUDA libraries: `inferctl catalog bases`"
+    return "raise --max-size, or drop what is biggest"

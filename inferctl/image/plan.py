@@ -114,7 +114,7 @@ def plan(
         server=sum(file.stat().st_size for file in server.values()),
     )
     if options.max_bytes is not None:
-        forecast.refuse_larger(found, options.max_bytes)
+        forecast.refuse_larger(found, options.max_bytes, stack.cuda)
     reference = options.reference or spec.image_reference()
     return BuildPlan(reference, spec, base, stack, rendered, server, folder, found, tuple(findings), options)
 

@@ -78,7 +78,9 @@ def test_an_image_is_built_verified_and_named(docker: Engine, base_image: str) -
     assert found is not None
     assert found.id == built.image
     assert built.digest is None
-    assert [layer.created_by for layer in built.layers if layer.created_by.startswith("COPY")] == ["COPY --link app /app"]
+    assert [layer.created_by for layer in built.layers if layer.created_by.startswith("COPY")] == [
+        "COPY --link app /app"
+    ]
 
 
 def test_a_second_build_is_cached(docker: Engine, base_image: str) -> None:
@@ -90,9 +92,14 @@ def test_a_second_build_is_cached(docker: Engine, base_image: str) -> None:
     assert [cached for name, cached in steps.items() if "COPY --link app" in name] == [True]
 
 
-def test_a_pushed_image_is_what_was_verified_and_a_second_push_sends_next_to_nothing(docker: Engine, base_image: str) -> None:
+def test_a_pushed_image_is_what_was_verified_and_a_second_push_sends_next_to_nothing(
+    docker: Engine, base_image: str
+) -> None:
     name = f"{REGISTRY}/inferctl-test/{uuid.uuid4().hex[:12]}:x"
-    made = tiny.with_options(tiny.plan(tiny.rendered(base_image), name=name), push=True)
+    image = tiny.rendered(base_image)
+    # A layer that no other repository has, so that it is sent rather than mounted.
+    image = replace(image, files={**image.files, "app/unique.txt": uuid.uuid4().bytes})
+    made = tiny.with_options(tiny.plan(image, name=name), push=True)
     events, built = run(docker, made)
     assert built.digest is not None
     assert built.digest.startswith(name.removesuffix(":x") + "@sha256:")
@@ -118,7 +125,9 @@ def test_a_pushed_image_is_what_was_verified_and_a_second_push_sends_next_to_not
         ("dies", r"(?s)ended with exit code 1 .*there is no such model"),
     ],
 )
-def test_an_image_that_breaks_the_contract_gets_no_name(docker: Engine, base_image: str, behaviour: str, what: str) -> None:
+def test_an_image_that_breaks_the_contract_gets_no_name(
+    docker: Engine, base_image: str, behaviour: str, what: str
+) -> None:
     made = tiny.plan(tiny.rendered(base_image, behaviour))
     with pytest.raises(InferctlError, match=what) as caught:
         run(docker, made)
@@ -158,7 +167,9 @@ def test_an_image_that_runs_as_root_is_refused(docker: Engine, base_image: str) 
 def test_bytes_hidden_by_a_later_layer_are_found(docker: Engine, base_image: str) -> None:
     marker = uuid.uuid4().hex
     extra = f"RUN echo {marker} && head -c 9000000 /dev/urandom > /big\nRUN rm /big"
-    _, built = run(docker, tiny.with_options(tiny.plan(tiny.rendered(base_image, extra=extra)), verify=False, lint_layers=True))
+    _, built = run(
+        docker, tiny.with_options(tiny.plan(tiny.rendered(base_image, extra=extra)), verify=False, lint_layers=True)
+    )
     assert [finding.code for finding in built.findings] == ["wasted-bytes"]
     assert "/big (9.0 MB, deleted)" in built.findings[0].reason
 
@@ -214,7 +225,11 @@ def registry(status: int, body: bytes, headers: dict[str, str]) -> Iterator[str]
 
         def _answer(self) -> None:
             self.send_response(status)
-            for name, value in {"content-type": "application/json", "content-length": str(len(body)), **headers}.items():
+            for name, value in {
+                "content-type": "application/json",
+                "content-length": str(len(body)),
+                **headers,
+            }.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
@@ -234,7 +249,9 @@ def registry(status: int, body: bytes, headers: dict[str, str]) -> Iterator[str]
 def test_a_push_without_login_fails_and_takes_the_name_back(docker: Engine, base_image: str) -> None:
     body = b'{"errors":[{"code":"UNAUTHORIZED","message":"authentication required"}]}'
     with registry(401, body, {"www-authenticate": 'Basic realm="private"'}) as host:
-        made = tiny.with_options(tiny.plan(tiny.rendered(base_image), name=f"{host}/inferctl-test/private:x"), push=True, verify=False)
+        made = tiny.with_options(
+            tiny.plan(tiny.rendered(base_image), name=f"{host}/inferctl-test/private:x"), push=True, verify=False
+        )
         with pytest.raises(NotReadyError, match="no basic auth credentials") as caught:
             run(docker, made)
     assert f"docker login {host}" in (caught.value.hint or "")
@@ -248,7 +265,9 @@ def test_a_taken_port_is_named(docker: Engine, base_image: str) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(NotReadyError) as caught:
-            docker.start(built.image, ContainerOptions(port=8080, host_port=port, labels={"io.inferctl.role": "verify"}))
+            docker.start(
+                built.image, ContainerOptions(port=8080, host_port=port, labels={"io.inferctl.role": "verify"})
+            )
     # An engine whose bridge does not work says that first.
     assert f"port {port} is taken" in caught.value.message or "bridge network" in caught.value.message
 
@@ -263,7 +282,9 @@ def test_a_container_that_runs_out_of_memory_is_named(docker: Engine, base_image
     assert "ran out of memory" in error.message
 
 
-def test_an_image_is_served_as_a_container_until_it_is_told_to_stop(docker: Engine, base_image: str, tmp_path: Path) -> None:
+def test_an_image_is_served_as_a_container_until_it_is_told_to_stop(
+    docker: Engine, base_image: str, tmp_path: Path
+) -> None:
     _, built = run(docker, tiny.plan(tiny.rendered(base_image)))
     announce = tmp_path / "ready.json"
     script = (

@@ -7,7 +7,9 @@ import pytest
 from inferctl.errors import InferctlError
 from inferctl.image import failures
 
-BASE = "ERROR: failed to solve: r.example.com/cuda:12.8: failed to resolve source metadata for r.example.com/cuda:12.8: "
+BASE = (
+    "ERROR: failed to solve: r.example.com/cuda:12.8: failed to resolve source metadata for r.example.com/cuda:12.8: "
+)
 
 
 @pytest.mark.parametrize(
@@ -86,11 +88,15 @@ def test_the_registry_of_a_name(reference: str, host: str) -> None:
     assert failures.host_of(reference) == host
 
 
-@pytest.mark.parametrize("message", ["net/http: TLS handshake timeout", "EOF", "unexpected HTTP status: 503 Service Unavailable"])
+@pytest.mark.parametrize(
+    "message", ["net/http: TLS handshake timeout", "EOF", "unexpected HTTP status: 503 Service Unavailable"]
+)
 def test_failures_that_may_pass(message: str) -> None:
     assert failures.transient(message)
 
 
-@pytest.mark.parametrize("message", ["denied: no", "unauthorized: 503", "write: no space left on device: EOF", "manifest invalid"])
+@pytest.mark.parametrize(
+    "message", ["denied: no", "unauthorized: 503", "write: no space left on device: EOF", "manifest invalid"]
+)
 def test_failures_that_will_not(message: str) -> None:
     assert not failures.transient(message)

@@ -8,7 +8,15 @@ import pytest
 
 from inferctl import catalog
 from inferctl.errors import InferctlError, UsageError
-from inferctl.image.forecast import SERVER_DEPENDENCIES_BYTES, Forecast, forecast, parse_size, refuse_larger, size
+from inferctl.image.forecast import (
+    BYTECODE_BYTES,
+    SERVER_WHEELS_BYTES,
+    Forecast,
+    forecast,
+    parse_size,
+    refuse_larger,
+    size,
+)
 
 BASE = replace(catalog.base("cuda12.8"), compressed_bytes=250_000_000)
 STACK = replace(catalog.stack("torch2.10-cu128"), compressed_bytes=4_130_000_000)
@@ -21,8 +29,17 @@ def cuda(**changes: object) -> Forecast:
 
 def test_the_parts_add_up_biggest_first() -> None:
     found = cuda(weights=90_000_000, baked=True)
-    assert [part.name for part in found.parts] == ["torch closure", "base image", "weights", "server dependencies", "server"]
-    assert found.total == 4_130_000_000 + 250_000_000 + 90_000_000 + SERVER_DEPENDENCIES_BYTES + 400_000
+    assert [part.name for part in found.parts] == [
+        "torch closure",
+        "base image",
+        "weights",
+        "server dependencies",
+        "server",
+    ]
+    assert (
+        found.total
+        == 4_130_000_000 + 36_500_000 + 250_000_000 + 90_000_000 + SERVER_WHEELS_BYTES + 32_500_000 + 400_000
+    )
     assert found.complete
     assert all(part.source for part in found.parts)
 
@@ -37,7 +54,8 @@ def test_a_base_with_torch_has_no_torch_closure() -> None:
 
 def test_a_wheel_folder_is_weighed_itself() -> None:
     found = cuda(wheels={"torch": 170_000_000, "server": 52_000_000})
-    assert found.total == 170_000_000 + 52_000_000 + 250_000_000 + 400_000
+    bytecode = BYTECODE_BYTES["torch"] + BYTECODE_BYTES["server"]
+    assert found.total == 170_000_000 + 52_000_000 + bytecode + 250_000_000 + 400_000
 
 
 def test_what_nobody_knows_makes_the_total_a_lower_bound() -> None:
@@ -49,12 +67,12 @@ def test_what_nobody_knows_makes_the_total_a_lower_bound() -> None:
 
 def test_an_image_too_large_is_refused_with_its_parts() -> None:
     with pytest.raises(InferctlError) as caught:
-        refuse_larger(cuda(), parse_size("2GB"))
+        refuse_larger(cuda(), parse_size("2GB"), STACK.cuda)
     assert caught.value.exit_code == 1
     lines = caught.value.message.splitlines()
-    assert lines[0].startswith("the image would be 4.43 GB, more than the 2.00 GB of --max-size")
+    assert lines[0].startswith("the image would be 4.50 GB, more than the 2.00 GB of --max-size")
     assert "torch closure" in lines[1]
-    assert "4.13 GB" in lines[1]
+    assert "4.17 GB" in lines[1]
     assert "CUDA 13" in (caught.value.hint or "")
 
 
@@ -69,7 +87,14 @@ def test_an_image_just_small_enough_passes() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("6GB", 6_000_000_000), ("6 gb", 6_000_000_000), ("1.5g", 1_500_000_000), ("2GiB", 2**31), ("800", 800), ("10 MB", 10_000_000)],
+    [
+        ("6GB", 6_000_000_000),
+        ("6 gb", 6_000_000_000),
+        ("1.5g", 1_500_000_000),
+        ("2GiB", 2**31),
+        ("800", 800),
+        ("10 MB", 10_000_000),
+    ],
 )
 def test_sizes_are_read(text: str, expected: int) -> None:
     assert parse_size(text) == expected
@@ -82,4 +107,10 @@ def test_what_is_no_size_is_a_usage_error(text: str) -> None:
 
 
 def test_sizes_are_written_for_people() -> None:
-    assert [size(n) for n in (0, 999, 1000, 4_130_000_000, 52_100_000)] == ["0 B", "999 B", "1.0 kB", "4.13 GB", "52.1 MB"]
+    assert [size(n) for n in (0, 999, 1000, 4_130_000_000, 52_100_000)] == [
+        "0 B",
+        "999 B",
+        "1.0 kB",
+        "4.13 GB",
+        "52.1 MB",
+    ]

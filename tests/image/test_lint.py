@@ -32,13 +32,18 @@ def codes(found: list[lint.Finding]) -> list[tuple[str, str]]:
     return [(finding.code, finding.level) for finding in found]
 
 
-def plan(what: Spec, base: catalog.BaseImage = PINNED, dockerfile: str = CLEAN, *, hub: bool = True) -> list[tuple[str, str]]:
+def plan(
+    what: Spec, base: catalog.BaseImage = PINNED, dockerfile: str = CLEAN, *, hub: bool = True
+) -> list[tuple[str, str]]:
     return codes(lint.plan(what, base, STACK, dockerfile, TODAY, hub_model=hub))
 
 
 def test_nothing_is_found_where_nothing_is_wrong() -> None:
     assert plan(spec()) == []
-    assert lint.built({"PATH": "/bin", "TOKENIZERS_PARALLELISM": "false"}, "10001:10001", layers.Waste(10, 10**9, ())) == []
+    assert (
+        lint.built({"PATH": "/bin", "TOKENIZERS_PARALLELISM": "false"}, "10001:10001", layers.Waste(10, 10**9, ()))
+        == []
+    )
 
 
 def test_a_base_with_the_libraries_of_the_wheels_ships_cuda_twice() -> None:
@@ -128,7 +133,9 @@ def saved(*contents: bytes) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_files_overwritten_or_deleted_by_a_later_layer_are_waste(compressed: bool) -> None:
-    bottom = tar({"app/model.bin": 2_000_000, "app/kept": 10, "tmp/cache/a": 300_000, "tmp/cache/b": 200_000}, compressed)
+    bottom = tar(
+        {"app/model.bin": 2_000_000, "app/kept": 10, "tmp/cache/a": 300_000, "tmp/cache/b": 200_000}, compressed
+    )
     top = tar({"app/model.bin": 2_000_000, "tmp/.wh.cache": 0, "app/new": 5}, compressed)
     waste = layers.analyse(saved(bottom, top))
     assert waste.bytes == 2_500_000

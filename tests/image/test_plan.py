@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import math
 import os
 import stat
@@ -125,7 +126,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     command = buildx.command(request, Path("/m.json"))
     assert command[:4] == ["docker", "buildx", "build", "--progress=rawjson"]
     assert command[-2:] == ["--load", "/c"]
-    pairs = list(zip(command, command[1:], strict=False))
+    pairs = list(itertools.pairwise(command))
     for pair in (
         ("--build-context", f"wheels={tmp_path}"),
         ("--build-arg", "SOURCE_DATE_EPOCH=1"),
@@ -197,9 +198,19 @@ def test_on_the_hosts_network_the_server_takes_a_free_port_of_its_own() -> None:
 
 
 def test_layers_are_named_by_the_last_stages_steps() -> None:
-    names = ["[python 1/1] FROM b", "[torch 1/1] RUN pip", "[stage-2 2/2] COPY layers/server /", "[stage-2 1/2] COPY --from=torch /layer /"]
+    names = [
+        "[python 1/1] FROM b",
+        "[torch 1/1] RUN pip",
+        "[stage-2 2/2] COPY layers/server /",
+        "[stage-2 1/2] COPY --from=torch /layer /",
+    ]
     steps = [StepFinished(name, name, 1.0, False) for name in names]
-    history = [LayerInfo("base", 9), LayerInfo("COPY /layer / # buildkit", 5), LayerInfo("COPY layers/server / # buildkit", 3), LayerInfo("USER 1", 0)]
+    history = [
+        LayerInfo("base", 9),
+        LayerInfo("COPY /layer / # buildkit", 5),
+        LayerInfo("COPY layers/server / # buildkit", 3),
+        LayerInfo("USER 1", 0),
+    ]
     assert [layer.created_by for layer in named_layers(history, steps)] == [
         "base",
         "COPY --from=torch /layer /",

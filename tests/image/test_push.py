@@ -15,7 +15,7 @@ import pytest
 from inferctl.errors import InferctlError, NotReadyError
 from inferctl.image.docker import Engine
 from inferctl.image.events import LayerPush, PushEvent, Retry
-from inferctl.image.push import PushFailedError, Pushed, push, read
+from inferctl.image.push import Pushed, PushFailedError, push, read
 
 DIGEST = "sha256:" + "a" * 64
 GOOD = [
@@ -123,8 +123,11 @@ def test_a_push_ends_with_the_digest_and_what_became_of_each_layer(fake: Any) ->
         ("no basic auth credentials", "docker login registry.example.com"),
         ("denied: requested access to the resource is denied", "docker login registry.example.com"),
         ("unauthorized: authentication required", "docker login registry.example.com"),
-        ("failed to do request: Put \"https://r\": write: no space left on device", "full"),
-        ('Get "https://registry.example.com/v2/": http: server gave HTTP response to HTTPS client', "insecure-registries"),
+        ('failed to do request: Put "https://r": write: no space left on device', "full"),
+        (
+            'Get "https://registry.example.com/v2/": http: server gave HTTP response to HTTPS client',
+            "insecure-registries",
+        ),
         ("An image does not exist locally with the tag: registry.example.com/t", "inferctl build"),
     ],
 )
@@ -144,7 +147,9 @@ def test_an_unknown_error_line_is_a_failure_too(fake: Any) -> None:
 
 
 def test_a_flaky_push_is_tried_again_and_says_so() -> None:
-    answers = iter([failing("received unexpected HTTP status: 503 Service Unavailable"), failing("connection reset by peer"), GOOD])
+    answers = iter(
+        [failing("received unexpected HTTP status: 503 Service Unavailable"), failing("connection reset by peer"), GOOD]
+    )
     slept: list[float] = []
     events: list[PushEvent] = []
     going = push(lambda: next(answers), "localhost:5000/t:x", attempts=4, sleep=slept.append)
@@ -171,7 +176,7 @@ def test_a_push_that_stays_flaky_ends_after_the_last_attempt() -> None:
 
 
 def test_an_answer_cut_off_is_not_taken_for_success(fake: Any) -> None:
-    with pytest.raises(NotReadyError, match="connection broken|without a digest"):
+    with pytest.raises(NotReadyError, match=r"connection broken|without a digest"):
         run(fake(None))
 
 

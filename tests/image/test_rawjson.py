@@ -120,6 +120,8 @@ def test_what_only_looks_like_progress_stays_a_plain_line(line: str) -> None:
 
 
 def test_a_plain_line_in_the_middle_of_an_object_loses_neither() -> None:
-    events, reader = read(["WARNING: before", '{"vertexes":[{"digest":"a","name":"x","started":"2026-01-01T00:00:00Z"}]}', "after"])
+    events, reader = read(
+        ["WARNING: before", '{"vertexes":[{"digest":"a","name":"x","started":"2026-01-01T00:00:00Z"}]}', "after"]
+    )
     assert [e.name for e in events if isinstance(e, StepStarted)] == ["x"]
     assert list(reader.tail) == ["WARNING: before", "after"]

@@ -14,7 +14,7 @@ from inferctl.spec import Spec
 PYTHON = "/usr/local/bin/python3.11"
 # Every image and container of a test carries it as the label `test`, so that tests can run side by side and clean up their own.
 mark = uuid.uuid4().hex
-VECTORS = '''
+VECTORS = """
 import base64, hashlib, struct
 
 def vector(text):
@@ -24,8 +24,8 @@ def vector(text):
 
 def packed(numbers):
     return base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
-'''
-SERVER = '''
+"""
+SERVER = """
 import http.server, json, os, signal, sys
 from inferctl.vectors import packed, vector
 
@@ -68,13 +68,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer({"data": [{"index": i, "embedding": packed(v)} for i, v in enumerate(found)]})
 
 http.server.ThreadingHTTPServer(("0.0.0.0", port), Handler).serve_forever()
-'''
-REFERENCE = '''
+"""
+REFERENCE = """
 import json, sys
 from inferctl.vectors import packed, vector
 texts = json.load(sys.stdin)
 print(json.dumps({"model_sha256": "tiny", "dimensions": 32, "embeddings": [packed(vector(t)) for t in texts]}))
-'''
+"""
 
 
 def rendered(base: str, behaviour: str = "works", extra: str = "", user: str = "10001:10001") -> Rendered:

@@ -1,0 +1,196 @@
+"""`inferctl build` and `inferctl push` as commands: stdout, hints and exit codes."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+HASH = f"--hash=sha256:{'0' * 64}"
+
+
+def model(folder: Path) -> Path:
+    """The smallest folder that is a model: an empty safetensors file."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architectures": ["BertModel"]}')
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    return folder
+
+
+def spec(folder: Path, **image: str) -> Path:
+    locks = folder / "locks"
+    locks.mkdir()
+    for name in ("torch", "server"):
+        (locks / f"{name}.txt").write_text(f"{name}-of-nowhere==1 {HASH}\n")
+    content = {
+        "name": "tiny",
+        "model": {"source": str(model(folder / "model"))},
+        "image": {"base": "cpu", "locks": str(locks), **image},
+    }
+    file = folder / "inferctl.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def inferctl(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "inferctl", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, env={**os.environ, **environment}
+    )
+
+
+def test_a_dry_run_needs_no_engine_and_prints_plan_forecast_and_dockerfile(tmp_path: Path) -> None:
+    done = inferctl("build", "--dry-run", "--push", "--spec", spec(tmp_path), DOCKER_HOST=f"unix://{tmp_path}/none")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("inferctl/tiny:auto-")
+    for part in ("verify: start it", "push to docker.io", "size forecast: at least", "FROM python:3.11-slim-trixie"):
+        assert part in done.stdout
+    assert "[floating-base]" in done.stderr
+
+
+def test_a_dry_run_as_json_is_one_document(tmp_path: Path) -> None:
+    done = inferctl("build", "--dry-run", "--json", "--tag", "r.example.com/a/b", "--spec", spec(tmp_path))
+    plan = json.loads(done.stdout)
+    assert plan["reference"] == "r.example.com/a/b:latest"
+    assert plan["forecast"]["complete"] is False
+    assert [finding["code"] for finding in plan["findings"]] == ["floating-base"]
+    assert "FROM" in plan["dockerfile"]
+
+
+def failed(done: subprocess.CompletedProcess[str], code: int, message: str, hint: str) -> None:
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert hint in done.stderr.partition("hint: ")[2]
+
+
+def test_an_image_too_large_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    nowhere = f"unix://{tmp_path}/none"
+    done = inferctl("build", "--max-size", "10MB", "--spec", spec(tmp_path), DOCKER_HOST=nowhere)
+    failed(done, 1, "more than the 10.0 MB of --max-size", "--max-size")
+    assert "server dependencies" in done.stderr
+
+
+def test_there_is_no_engine(tmp_path: Path) -> None:
+    nowhere = f"unix://{tmp_path}/none"
+    failed(
+        inferctl("build", "--spec", spec(tmp_path), DOCKER_HOST=nowhere), 3, "no Docker Engine here", "apt-get install"
+    )
+    failed(inferctl("push", "a:b", DOCKER_HOST=nowhere), 3, "no Docker Engine here", "apt-get install")
+
+
+def test_a_floating_hub_model_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
+    file = spec(tmp_path)
+    content = yaml.safe_load(file.read_text())
+    content["model"] = {"source": "sentence-transformers/all-MiniLM-L6-v2", "weights": "download"}
+    file.write_text(yaml.safe_dump(content))
+    failed(inferctl("build", "--dry-run", "--spec", file), 1, "floats", "--allow-floating")
+    allowed = inferctl("build", "--dry-run", "--allow-floating", "--spec", file)
+    assert allowed.returncode == 0
+    assert "[floating-model]" in allowed.stderr
+
+
+def test_weights_that_are_not_there(tmp_path: Path) -> None:
+    file = spec(tmp_path)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    failed(inferctl("build", "--spec", file), 2, "no *.safetensors weights", "save_pretrained")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (["--output", "tar=x"], "--output 'tar=x' is not understood", "oci=FILE"),
+        (["--output", "oci=none/x.tar"], "no folder for none/x.tar", "make it first"),
+        (["--tag", "Not A Name"], "'Not A Name' is not an image name", "all lower case"),
+        (["--max-size", "big"], "'big' is not a size", "6GB"),
+    ],
+)
+def test_bad_options(tmp_path: Path, arguments: list[str], message: str, hint: str) -> None:
+    failed(inferctl("build", "--spec", spec(tmp_path), *arguments), 2, message, hint)
+
+
+@pytest.mark.docker
+def test_an_image_that_is_not_there_cannot_be_pushed(engine: None) -> None:
+    failed(inferctl("push", f"localhost:5000/{uuid.uuid4().hex}:x"), 3, "there is no image", "inferctl build")
+
+
+@pytest.mark.docker
+def test_a_package_that_no_index_has_fails_the_build_with_a_hint(base_image: str, tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    done = inferctl("build", "--spec", spec(tmp_path, base_image=base_image, wheels=str(wheels)))
+    failed(done, 1, "the build failed in [", "inferctl lock")
+    assert "No matching distribution found" in done.stderr
+
+
+@contextmanager
+def silent_index() -> Iterator[tuple[str, threading.Event]]:
+    """A package index that takes requests and never answers; the event says that one came."""
+    asked, over = threading.Event(), threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            asked.set()
+            over.wait()
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.block_on_close = False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/", asked
+    finally:
+        over.set()
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_build_stops_at_once_and_leaves_nothing(
+    base_image: str, tmp_path: Path, sign: signal.Signals
+) -> None:
+    name = f"inferctl-test/{uuid.uuid4().hex}:x"
+    with silent_index() as (url, asked):
+        pip_conf = tmp_path / "pip.conf"
+        pip_conf.write_text(f"[global]\nindex-url = {url}\ntimeout = 300\n")
+        file = spec(tmp_path, base_image=base_image)
+        command = [sys.executable, "-m", "inferctl", "build", "--spec", str(file), "--tag", name]
+        command += ["--network", "host", "--pip-conf", str(pip_conf)]
+        building = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+        )
+        assert asked.wait(60)
+        building.send_signal(sign)
+        out, err = building.communicate(timeout=60)
+    assert building.returncode == 130, err
+    assert out == ""
+    assert "Traceback" not in err
+    assert list(tmp_path.glob("inferctl-*")) == [], "the build context is gone"
+    for _ in range(50):
+        processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+        if str(tmp_path) not in processes:
+            break
+        time.sleep(0.1)
+    assert str(tmp_path) not in processes
+    assert subprocess.run(["docker", "image", "inspect", name], capture_output=True, check=False).returncode != 0
