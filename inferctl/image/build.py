@@ -135,20 +135,30 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
     )
 
 
-def named_layers(history: list[LayerInfo], steps: list[StepFinished]) -> tuple[LayerInfo, ...]:
-    """The image's layers with the steps that made them in place of the engine's own words, where they can be matched."""
-    numbered = [
-        (found, step) for step in steps if (found := re.match(r"\[(?:(\S+) )?(\d+)/(\d+)\] (?!FROM )(.*)", step.name))
-    ]
-    last_stage = numbered and max(numbered, key=lambda item: item[1].name.startswith("[stage-"))[0].group(1)
-    made = sorted((int(found.group(2)), found.group(4)) for found, _ in numbered if found.group(1) == last_stage)
+def matched(history: list[LayerInfo], steps: list[StepFinished]) -> list[tuple[LayerInfo, StepFinished | None]]:
+    """The image's layers, each with the step of the last stage that made it; None for what the base brings and for metadata."""
+    numbered = [(m, s) for s in steps if (m := re.match(r"\[(?:(\S+) )?(\d+)/\d+\] (?!FROM |LINK )", s.name))]
+    if not numbered:
+        return [(layer, None) for layer in history]
+    # The last stage has no name of its own; BuildKit numbers it.
+    stage = max((m.group(1) or "" for m, _ in numbered), key=lambda name: name.startswith("stage-"))
+    made = [step for m, step in sorted(numbered, key=lambda pair: int(pair[0].group(2))) if (m.group(1) or "") == stage]
     filled = [index for index, layer in enumerate(history) if layer.created_by.startswith(("COPY ", "RUN ", "ADD "))]
-    names = (
-        dict(zip(filled[-len(made) :], (name for _, name in made), strict=True))
-        if made and len(filled) >= len(made)
-        else {}
+    found = dict(zip(filled[-len(made) :], made, strict=True)) if len(filled) >= len(made) else {}
+    return [(layer, found.get(index)) for index, layer in enumerate(history)]
+
+
+def named_layers(history: list[LayerInfo], steps: list[StepFinished]) -> tuple[LayerInfo, ...]:
+    """The layers in the words of the Dockerfile where `matched` knows them, else in the engine's."""
+    return tuple(
+        replace(layer, created_by=step.name.partition("] ")[2]) if step else layer
+        for layer, step in matched(history, steps)
     )
-    return tuple(replace(layer, created_by=names.get(index, layer.created_by)) for index, layer in enumerate(history))
+
+
+def new_bytes(history: list[LayerInfo], steps: list[StepFinished]) -> int:
+    """Uncompressed bytes of the layers that this build made rather than found in the cache."""
+    return sum(layer.size for layer, step in matched(history, steps) if step is not None and not step.cached)
 
 
 class _Clock:
@@ -182,8 +192,8 @@ def _examine(
 ) -> Generator[Event, None, tuple[list[lint.Finding], Verified | None]]:
     options = plan.options
     waste = None
-    # What RUN steps left is what hides bytes; when all of them came from the cache, an earlier build has told it.
-    analysed = options.lint_layers and any("] RUN " in step.name and not step.cached for step in steps)
+    # A build that changes next to nothing hides next to nothing, and an earlier one has told what the cached layers hide.
+    analysed = options.lint_layers and new_bytes(engine.history(image.id), steps) >= lint.WASTE_BYTES
     if analysed and image.size <= _ANALYSED_BYTES:
         waste = layers.analyse(engine.save(image.id))
     elif analysed:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _IN_WHEELS = ("cublas", "cudnn", "nccl", "cusparse", "cufft")
 _EOL_NOTICE = datetime.timedelta(days=90)
 # Below these, layer waste is not worth a line: a rewritten configuration file, a touched package database.
-_WASTE_BYTES, _WASTE_SHARE = 1_000_000, 0.01
+WASTE_BYTES, _WASTE_SHARE = 1_000_000, 0.01
 _SECRET_NAME = re.compile(
     r"(?:^|_)(?:TOKEN|PASSWORD|PASSWD|SECRET|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIALS?)(?:$|_)", re.IGNORECASE
 )
@@ -166,7 +166,7 @@ def _root(user: str) -> Iterator[Finding]:
 
 
 def _wasted(waste: Waste) -> Iterator[Finding]:
-    if waste.bytes < _WASTE_BYTES or waste.bytes < waste.total * _WASTE_SHARE:
+    if waste.bytes < WASTE_BYTES or waste.bytes < waste.total * _WASTE_SHARE:
         return
     worst: Sequence[str] = [f"{file.path} ({size(file.bytes)}, {file.how})" for file in waste.files[:3]]
     yield Finding(
