@@ -12,6 +12,7 @@ import torch
 
 from inferctl import catalog
 from inferctl.errors import NotReadyError
+from inferctl.serve.engines import int8
 from inferctl.serve.types import DeviceInfo, PrecisionInfo
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -62,13 +63,14 @@ def choose(wanted: str, traits: catalog.Traits) -> tuple[PrecisionInfo, torch.dt
         )
     reason = f"auto took {effective}: {support.reason}" if wanted == "auto" else support.reason
     if effective == "int8":
-        return PrecisionInfo(wanted, effective, support.level, reason, "bitsandbytes LLM.int8"), _int8_activations(
-            traits
-        )
+        around = _around_int8(traits)
+        if traits.kind == "cpu":
+            reason = f"8-bit weights, products in {str(around).removeprefix('torch.')}: saves memory, not time"
+        return PrecisionInfo(wanted, effective, support.level, reason, int8.METHOD[traits.kind]), around
     return PrecisionInfo(wanted, effective, support.level, reason), _DTYPES[effective]
 
 
-def _int8_activations(traits: catalog.Traits) -> torch.dtype:
+def _around_int8(traits: catalog.Traits) -> torch.dtype:
     """LLM.int8 computes in fp16 on CUDA whatever comes in; on a CPU the best native format saves casts."""
     if traits.kind == "cuda":
         return torch.float16

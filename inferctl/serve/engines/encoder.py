@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import platform
+import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,11 @@ from inferctl.serve.types import (
 
 log = logging.getLogger("inferctl.engine")
 
-# On a CPU larger batches only add latency: throughput is flat from about a thousand tokens on and falls when the caches overflow.
-_CPU_BATCH_TOKENS = 2048
+# On a CPU larger batches only add latency: throughput is flat from about a thousand tokens a core on and falls when the caches overflow.
+_CORE_BATCH_TOKENS = 1024
+# A CPU batch is cut into one part a core, each on a single thread, once a part has this many tokens: parts never wait for one another as
+# the threads of one matrix product do. Two busy cores: 1.4 times faster than two threads a product, and steady beside other load.
+_CORE_PART_TOKENS = 64
 # A padded sub-batch may hold at most this share of padding before it is split.
 _MAX_PADDING = 0.15
 # Weights above this many parameters are not held twice just to compare.
@@ -67,24 +72,29 @@ class EncoderEngine:
         self._recipe = recipe.read(folder.path, self._config.max_input_tokens)
         self._device, info, traits = devices.detect(self._config.device)
         precision, self._dtype = devices.choose(self._config.precision, traits)
-        if info.threads:
-            torch.set_num_threads(info.threads)
+        on_cpu = info.kind == "cpu"
+        self._cores = info.threads or 1
+        torch.set_num_threads(self._cores)
+        # With 8-bit weights every part would turn them into 16 bits again for itself.
+        self._pool = (
+            _single_threads(self._cores) if on_cpu and precision.effective != "int8" and self._cores > 1 else None
+        )
+        self._batch_tokens = min(
+            self._config.max_batch_tokens, _CORE_BATCH_TOKENS * self._cores if on_cpu else sys.maxsize
+        )
         sequences = self._check_sequences(folder.path)
         expected, why = self._reference(folder, sequences)
         self._varlen = info.kind == "cuda" and traits.compute_capability >= (8, 0) and self._dtype != torch.float32  # type: ignore[operator]
         attention, reason = self._load_checked(folder.path, precision, info.kind, sequences, expected)
         cosines = _cosines(self._embed(sequences), expected) if expected is not None else None
         self._warm_up()
-        on_cpu = info.kind == "cpu"
         return EngineInfo(
             dimensions=int(self._embed(sequences[:1]).shape[1]),
             attention=attention,
             attention_reason=reason,
             precision=precision,
             device=info,
-            batch_tokens=min(self._config.max_batch_tokens, _CPU_BATCH_TOKENS)
-            if on_cpu
-            else self._config.max_batch_tokens,
+            batch_tokens=self._batch_tokens,
             cosine_min=None if cosines is None else float(cosines.min()),
             cosine_mean=None if cosines is None else float(cosines.mean()),
             check=why,
@@ -103,6 +113,8 @@ class EncoderEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
+        if self._pool is not None:
+            self._pool.shutdown()
         self._model = None
 
     def _check_sequences(self, folder: Path) -> list[Tokens]:
@@ -147,7 +159,7 @@ class EncoderEngine:
         self._model = None  # let the memory go before it is needed again
         loaded = plain.load_model(folder, self._dtype, attention)
         if precision.effective == "int8":
-            int8.quantise(loaded)
+            int8.quantise(loaded, self._device.type)
         try:
             self._model = loaded.to(self._device)
         except torch.cuda.OutOfMemoryError as error:
@@ -164,14 +176,24 @@ class EncoderEngine:
 
     def _warm_up(self) -> None:
         """Run a large and a small batch, so that the first request pays for no initialisation."""
-        longest = min(self._recipe.max_tokens, self._config.max_batch_tokens)
-        total = min(_CPU_BATCH_TOKENS if self._device.type == "cpu" else self._config.max_batch_tokens, 8 * longest)
-        for count in (max(1, total // longest), 1):
+        longest = min(self._recipe.max_tokens, self._batch_tokens)
+        for count in (max(1, min(self._batch_tokens, 16 * longest) // longest), 1):
             self._embed([np.full(longest, 5, dtype=np.int32)] * count)
 
-    @torch.inference_mode()
     def _embed(self, sequences: list[Tokens]) -> Vectors:
-        """float32 [sequences, dimensions], in the order given."""
+        """float32 [sequences, dimensions], in the order given; on a CPU spread over its cores."""
+        parts = min(self._cores, sum(map(len, sequences)) // _CORE_PART_TOKENS, len(sequences))
+        if self._pool is None or parts < 2:
+            return self._forward(sequences)
+        split = _balanced([len(s) for s in sequences], parts)
+        rows = np.concatenate(list(self._pool.map(self._forward, [[sequences[i] for i in part] for part in split])))
+        out = np.empty_like(rows)
+        out[np.concatenate(split)] = rows
+        return out
+
+    @torch.inference_mode()
+    def _forward(self, sequences: list[Tokens]) -> Vectors:
+        """`_embed` on the calling thread."""
         lengths = np.array([len(s) for s in sequences])
         order = np.argsort(-lengths, kind="stable")
         ordered = [sequences[i] for i in order]
@@ -229,6 +251,22 @@ class EncoderEngine:
             part.append(ids)
             used += len(ids)
         yield part
+
+
+def _single_threads(count: int) -> ThreadPoolExecutor:
+    """A pool whose threads each compute alone; the thread count is torch's, per calling thread."""
+    return ThreadPoolExecutor(count, thread_name_prefix="core", initializer=torch.set_num_threads, initargs=(1,))
+
+
+def _balanced(lengths: list[int], parts: int) -> list[list[int]]:
+    """Indices of `lengths` in `parts` groups of about equal sums: the longest first, each to the group with the least so far."""
+    groups: list[list[int]] = [[] for _ in range(parts)]
+    loads = [0] * parts
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        lightest = loads.index(min(loads))
+        groups[lightest].append(index)
+        loads[lightest] += lengths[index]
+    return groups
 
 
 def _cosines(a: Vectors, b: Vectors) -> Vectors:

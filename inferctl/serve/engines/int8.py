@@ -1,4 +1,8 @@
-"""8-bit weights and activations by bitsandbytes' LLM.int8: linear layers only, outlier columns kept in 16 bits. Runs on CUDA and on CPUs."""
+"""8-bit linear layers. CUDA: bitsandbytes' LLM.int8 (weights and activations). CPU: torchao's 8-bit weights, products in the format around them.
+
+On a CPU LLM.int8 ran at a third of the speed of bf16 and torchao's dynamic 8-bit activations at half of it, with lower cosines than 8-bit
+weights, which run about as fast as bf16 in half the memory.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,28 @@ from inferctl.errors import NotReadyError
 
 # From the LLM.int8 paper (Dettmers et al., 2022): columns with a larger activation stay out of the 8-bit product.
 _OUTLIER_THRESHOLD = 6.0
+METHOD = {"cuda": "bitsandbytes LLM.int8", "cpu": "torchao int8 weights"}
 
 
-def quantise(module: Any) -> None:
-    """Replace every `torch.nn.Linear` below `module` by its 8-bit version, in place; the weights are quantised when moved to their device.
+def quantise(model: Any, kind: str) -> None:
+    """Make the linear layers of `model` 8-bit, in place, before it is moved to its device. `kind` is cuda or cpu.
 
-    Raises `NotReadyError` when bitsandbytes is not installed.
+    Raises `NotReadyError` when the library for it is not installed.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise NotReadyError("int8 needs bitsandbytes, which is not installed", "pip install 'inferctl[int8]'")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    library = "bitsandbytes" if kind == "cuda" else "torchao"
+    if importlib.util.find_spec(library) is None:
+        raise NotReadyError(f"int8 on {kind} needs {library}, which is not installed", "pip install 'inferctl[int8]'")
+    logging.getLogger(library).setLevel(logging.ERROR)
+    if kind == "cuda":
+        _llm_int8(model)
+    else:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False))
+
+
+def _llm_int8(module: Any) -> None:
+    """Replace every linear layer; bitsandbytes quantises the weights when they are moved to the GPU."""
     from bitsandbytes.nn import Linear8bitLt
 
     for name, child in list(module.named_children()):
@@ -36,4 +52,4 @@ def quantise(module: Any) -> None:
             layer.load_state_dict(child.state_dict())
             setattr(module, name, layer.eval())
         else:
-            quantise(child)
+            _llm_int8(child)
