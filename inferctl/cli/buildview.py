@@ -60,13 +60,16 @@ class BuildView:
             case Phase(name, detail):
                 # Exports and pushes run the build again out of the cache: only what is new is worth a line.
                 self._again = name in ("export", "push")
+                for key in list(self._tasks):
+                    self._done(key)
                 self._line(f"{name}: {detail}" if detail else name)
             case Note(text):
                 self._line(f"  {text}")
             case StepStarted(id, name):
                 self._names[id] = name
                 self._said.pop(id, None)
-                self._run(id, short(name))
+                if not _is_quiet(name):
+                    self._run(id, short(name))
             case StepBytes(id, item, current, total):
                 of = f" of {size(total)}" if total else ""
                 self._run(
