@@ -94,11 +94,9 @@ def plan(
     from inferctl.model import is_hub_id
 
     hub = is_hub_id(spec.model.source)
-    folder = None
-    if spec.model.weights != "download" and not hub:
-        folder = model.find(spec.model.source).path
-    elif spec.model.weights == "mount" and options.verify:
-        folder = model.find(spec.model.source, spec.model.revision).path
+    # A builder without the weights can still build an image that mounts them; only verifying it takes them.
+    wanted = {"bake": not hub, "mount": options.verify, "download": False}[spec.model.weights]
+    folder = model.find(spec.model.source, spec.model.revision).path if wanted else None
     findings = lint.plan(spec, base, stack, rendered.dockerfile, options.today, hub_model=hub)
     refused = [f for f in lint.errors(findings) if not (f.code == "floating-model" and options.allow_floating)]
     if refused:

@@ -109,6 +109,12 @@ def test_weights_that_are_not_there(tmp_path: Path) -> None:
     failed(inferctl("build", "--spec", file), 2, "no *.safetensors weights", "save_pretrained")
 
 
+def test_an_image_that_mounts_its_weights_can_be_built_where_they_are_not(tmp_path: Path) -> None:
+    file = spec(tmp_path)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert inferctl("build", "--dry-run", "--no-verify", "--spec", file).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [

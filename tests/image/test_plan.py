@@ -15,7 +15,7 @@ import pytest
 
 from inferctl.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image import buildx, verify
-from inferctl.image.build import named_layers
+from inferctl.image.build import named_layers, new_bytes
 from inferctl.image.context import staged
 from inferctl.image.docker import ImageInfo, LayerInfo
 from inferctl.image.events import StepFinished
@@ -217,3 +217,16 @@ def test_layers_are_named_by_the_last_stages_steps() -> None:
         "COPY layers/server /",
         "USER 1",
     ]
+
+
+def test_the_links_that_a_containerd_store_reports_are_no_layers_of_their_own() -> None:
+    names = [
+        "[stage-1 1/2] COPY a /",
+        "[stage-1 1/2] LINK COPY a /",
+        "[stage-1 2/2] COPY b /",
+        "[stage-1 2/2] LINK COPY b /",
+    ]
+    steps = [StepFinished(name, name, 1.0, "1/2" in name) for name in names]
+    history = [LayerInfo("COPY a / # buildkit", 5_000_000), LayerInfo("COPY b / # buildkit", 3_000_000)]
+    assert [layer.created_by for layer in named_layers(history, steps)] == ["COPY a /", "COPY b /"]
+    assert new_bytes(history, steps) == 3_000_000

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
+import socket
 import socketserver
 import threading
 from collections.abc import Iterator
@@ -199,10 +201,26 @@ def test_there_is_no_engine(tmp_path: Path) -> None:
 
 
 def test_the_engine_is_down(tmp_path: Path) -> None:
-    import socket
-
     with socket.socket(socket.AF_UNIX) as left_over:
         left_over.bind(str(tmp_path / "docker.sock"))
     with pytest.raises(NotReadyError, match="down") as caught:
         Engine.connect(f"unix://{tmp_path}/docker.sock")
     assert "systemctl start docker" in (caught.value.hint or "")
+
+
+def test_the_engine_is_forbidden(tmp_path: Path) -> None:
+    place = tmp_path / "docker.sock"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(place))
+        listening.listen()
+        place.chmod(0)
+        user = os.geteuid()
+        if user == 0:
+            # Permissions do not hold for root.
+            os.seteuid(65534)
+        try:
+            with pytest.raises(NotReadyError, match="no permission") as caught:
+                Engine.connect(f"unix://{place}")
+        finally:
+            os.seteuid(user)
+    assert "usermod -aG docker" in (caught.value.hint or "")
