@@ -59,6 +59,7 @@ class Dispatcher:
         self.send: Callable[[Batch], None] | None = None
         self.on_ready: Callable[[EngineInfo], None] = lambda _: None
         self.on_lost: Callable[[], None] = lambda: None
+        self.abandoned = 0  # requests that nobody waited for until they had their answer
         self._batcher, self._metrics, self._clock = batcher, metrics, clock
         self._requests: dict[int, _Request] = {}
         self._in_flight: dict[int, list[Work]] = {}
@@ -78,6 +79,7 @@ class Dispatcher:
         try:
             return await request.future
         finally:
+            self.abandoned += not request.future.done() or request.future.cancelled()
             if self._requests.pop(number, None) is not None:
                 self._batcher.cancel(number)
                 self._show_queue()

@@ -20,7 +20,7 @@ from typing import Any
 import uvicorn
 
 import inferctl
-from inferctl.errors import EXIT_INTERRUPTED, NotReadyError
+from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
 from inferctl.serve import app as http_app
 from inferctl.serve import recipe
 from inferctl.serve.batcher import Batcher
@@ -136,6 +136,9 @@ class Server:
         self._started = time.monotonic()
         self._signals = 0
         self._interrupted = False
+        self._draining_since, self._abandoned_before = 0.0, 0
+        if options.announce:
+            _prepare(options.announce)
 
     async def run(self) -> int:
         """Serve until a signal; returns the exit code."""
@@ -164,7 +167,9 @@ class Server:
             await web
             raise problem
         await web
-        unfinished = self._dispatcher.outstanding
+        unfinished = 0
+        if loop.time() - self._draining_since >= self._uvicorn.config.timeout_graceful_shutdown:  # type: ignore[operator]
+            unfinished = self._dispatcher.abandoned - self._abandoned_before
         self._supervisor.stop()
         await engine
         self._state.tokenizer.close()
@@ -184,6 +189,8 @@ class Server:
             os._exit(EXIT_INTERRUPTED if self._interrupted else _EXIT_AT_ONCE)
         self._say(f"shutting down: {self._dispatcher.outstanding} requests to finish; once more stops at once")
         self._state.phase = "draining"
+        self._draining_since = asyncio.get_running_loop().time()
+        self._abandoned_before = self._dispatcher.abandoned
         self._uvicorn.should_exit = True
 
     def _ready(self, info: EngineInfo) -> None:
@@ -255,6 +262,15 @@ def _lines(info: EngineInfo, name: str, url: str, seconds: float) -> Iterator[st
         f", {device.threads} threads" if device.threads else f", compute capability {device.compute_capability}"
     )
     yield f"ready      {name} at {url} after {seconds:.1f} s; {url}/docs describes it"
+
+
+def _prepare(announce: Path) -> None:
+    """Remove what an earlier server announced; raises `UsageError` when the file cannot be written later."""
+    if not os.access(announce.parent, os.W_OK):
+        raise UsageError(
+            f"{announce} cannot be written", "--announce takes a file in a folder that exists and is writable"
+        )
+    announce.unlink(missing_ok=True)
 
 
 def _announce(file: Path, url: str) -> None:

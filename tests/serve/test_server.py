@@ -225,6 +225,19 @@ def test_sigterm_finishes_what_was_accepted_then_exits_0(serve: Serve, minilm: P
     assert server.process.wait(timeout=60) == 0
 
 
+def test_a_drain_that_takes_too_long_is_not_called_clean(serve: Serve, minilm: Path, tmp_path: Path) -> None:
+    spec = tmp_path / "short.yaml"
+    spec.write_text(f"name: echo\nmodel: {{source: {minilm}}}\nserve: {{drain_seconds: 1}}\n")
+    server = serve("--spec", str(spec), "--engine", "echo")
+    with ThreadPoolExecutor(1) as pool:
+        lost = pool.submit(server.embed, input=[[SLOW_TOKEN]] * 20)
+        until(lambda: metric(server, "inferctl_requests_in_flight") == 1)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=60) == 1
+        assert isinstance(lost.exception(), httpx.TransportError) or lost.result().status_code >= 500
+    assert "1 requests unanswered after 1 s" in server.log.read_text()
+
+
 def test_a_second_sigterm_exits_at_once_and_takes_the_engine_along(serve: Serve, minilm: Path) -> None:
     server = serve(*echo_arguments(minilm))
     engine = server.engine_pid()
@@ -261,6 +274,12 @@ def test_a_taken_port_is_a_clear_error(minilm: Path, tmp_path: Path) -> None:
     assert "hint: `--port 0`" in done.stderr
     assert done.stdout == ""
     assert not (tmp_path / "ready.json").exists()
+
+
+def test_a_place_that_cannot_be_written_is_a_clear_error(minilm: Path, tmp_path: Path) -> None:
+    done = run_serve(*echo_arguments(minilm), "--announce", "nowhere/ready.json", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "error: nowhere/ready.json cannot be written" in done.stderr
 
 
 def test_a_missing_model_is_a_clear_error(tmp_path: Path) -> None:

@@ -175,9 +175,9 @@ class EncoderEngine:
         self._padding = int(loaded.config.pad_token_id or 0)
 
     def _warm_up(self) -> None:
-        """Run a large and a small batch, so that the first request pays for no initialisation."""
+        """Run the largest batch and a small one: memory that does not suffice shows now, and no request pays for first times."""
         longest = min(self._recipe.max_tokens, self._batch_tokens)
-        for count in (max(1, min(self._batch_tokens, 16 * longest) // longest), 1):
+        for count in (max(1, self._batch_tokens // longest), 1):
             self._embed([np.full(longest, 5, dtype=np.int32)] * count)
 
     def _embed(self, sequences: list[Tokens]) -> Vectors:
