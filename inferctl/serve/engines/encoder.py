@@ -74,7 +74,8 @@ class EncoderEngine:
         precision, self._dtype = devices.choose(self._config.precision, traits)
         on_cpu = info.kind == "cpu"
         self._cores = info.threads or 1
-        torch.set_num_threads(self._cores)
+        if on_cpu:
+            torch.set_num_threads(self._cores)
         # With 8-bit weights every part would turn them into 16 bits again for itself.
         self._pool = (
             _single_threads(self._cores) if on_cpu and precision.effective != "int8" and self._cores > 1 else None
