@@ -1,0 +1,79 @@
+"""Events as lines: one a step, on stderr, nothing on stdout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from inferctl.cli.buildview import BuildView, short
+from inferctl.image.events import Event, LayerPush, Note, Phase, Retry
+from inferctl.image.rawjson import Reader
+
+RECORDED = Path(__file__).parent / "recorded"
+
+
+def shown(events: list[Event], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    with BuildView(live=False) as view:
+        for event in events:
+            view.show(event)
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err.splitlines()
+
+
+def recorded(name: str) -> list[Event]:
+    reader = Reader()
+    lines = (RECORDED / name).read_text().splitlines()
+    return [*(event for line in lines for event in reader.feed(line)), *reader.finish()]
+
+
+def test_a_cached_build_says_so_for_each_step_of_the_dockerfile(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown([Phase("build"), *recorded("cached.txt")], capsys)
+    assert lines[0] == "build"
+    assert [line.split()[0:2] for line in lines if line.endswith("CACHED")] == [
+        ["[deps", "2/2]"],
+        ["[stage-1", "2/3]"],
+        ["[stage-1", "3/3]"],
+    ]
+    assert not any("load .dockerignore" in line or "load metadata" in line for line in lines)
+
+
+def test_a_failed_step_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(recorded("failed.txt"), capsys)
+    assert [line.split()[0] for line in lines if line.endswith("FAILED")] == ["[2/2]"]
+
+
+def test_a_build_run_again_for_its_export_says_only_what_is_new(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown([Phase("push", "r/x:1"), *recorded("cached.txt")], capsys)
+    assert not any(line.endswith("CACHED") for line in lines)
+    assert any("exporting to image" in line for line in lines)
+
+
+def test_layers_and_retries_of_a_push(capsys: pytest.CaptureFixture[str]) -> None:
+    events: list[Event] = [
+        LayerPush("aa", "waiting"),
+        LayerPush("bb", "waiting"),
+        LayerPush("aa", "pushing", 10, 3_000_000),
+        Retry(1, 4, 2.0, "EOF"),
+        LayerPush("aa", "pushed"),
+        LayerPush("bb", "exists"),
+        LayerPush("bb", "exists"),
+        Note("said once"),
+    ]
+    assert shown(events, capsys) == [
+        "  attempt 1 of 4 failed, again in 2 s: EOF",
+        "  aa  pushed  3.0 MB uncompressed",
+        "  bb  already there",
+        "  said once",
+    ]
+
+
+def test_names_of_steps_fit_a_line() -> None:
+    name = (
+        "[torch 1/1] RUN --mount=type=cache,target=/root/.cache/pip \\\n   --mount=type=secret,id=ca pip install "
+        + "x" * 200
+    )
+    assert short(name).startswith("[torch 1/1] RUN \\ pip install xxx")
+    assert len(short(name)) == 74
+    assert short("[s 1/2] COPY --link --from=torch /layer /") == "[s 1/2] COPY --from=torch /layer /"
