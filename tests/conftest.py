@@ -22,6 +22,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need the Docker Engine run in one worker: BuildKit makes equal steps of builds at the same time one step."""
+    for item in items:
+        if item.get_closest_marker("docker"):
+            item.add_marker(pytest.mark.xdist_group("docker"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _without_foreign_settings() -> None:
     """Settings of the person who runs the tests must not leak into them."""
@@ -30,6 +38,8 @@ def _without_foreign_settings() -> None:
     os.environ["COLUMNS"] = "80"
     os.environ["NO_COLOR"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # Two workers whose torch threads spin while they wait take each other's cores: many times slower.
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ import pytest
 import trustme
 import yaml
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.xdist_group("docker"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(300)]
 
 USER, PASSWORD = "builder", "s3cret-token-0451"
 

@@ -17,7 +17,7 @@ import openai
 import pytest
 import yaml
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.xdist_group("docker"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(900)]
 
 TEXTS = [
     "the cat sat on the mat",

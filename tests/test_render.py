@@ -104,6 +104,7 @@ def test_the_container_is_told_where_its_weights_are(weights: str, source_in_con
     assert config["model"]["source"] == source_in_container
     assert ("INFERCTL_MODEL_SOURCE=/model" in found.dockerfile) == (weights != "download")
     assert ("snapshot_download" in found.dockerfile) == (weights == "bake")
+    assert ("chmod 1777 /layer/model-cache" in found.dockerfile) == (weights == "download")
 
 
 def test_a_local_model_is_baked_from_a_context_of_its_own_and_its_path_stays_here(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; errors are printed, bugs are raised."""
     try:
-        return int(app(arguments, prog_name="inferctl", standalone_mode=False) or 0)
+        code = int(app(arguments, prog_name="inferctl", standalone_mode=False) or 0)
     except InferctlError as error:
         console.error(error)
         return error.exit_code
@@ -75,5 +75,8 @@ def run(arguments: list[str]) -> int:
         console.error(UsageError(message[:1].lower() + message[1:], f"`{command} --help` lists what it takes"))
         return 2
     except (KeyboardInterrupt, typer.Abort):
+        code = EXIT_INTERRUPTED
+    # Typer makes Ctrl-C this exit code by itself.
+    if code == EXIT_INTERRUPTED:
         console.note("interrupted")
-        return EXIT_INTERRUPTED
+    return code

@@ -81,10 +81,10 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
     platforms = options.platforms or (info.platform,)
     native = info.platform if info.platform in platforms else platforms[0]
     clock = _Clock()
-    with staged(plan.rendered, plan.server) as context:
+    with staged(plan.rendered, plan.server) as (context, contexts):
         request = buildx.BuildRequest(
             context=context,
-            contexts=plan.rendered.contexts,
+            contexts=contexts,
             build_args=plan.rendered.build_args,
             secrets=options.secrets,
             platforms=(native,) if native != info.platform or options.platforms else (),

@@ -1,4 +1,4 @@
-"""A build context on disk, equal to the byte for equal input, and gone when the build is over."""
+"""A build context on disk, gone when the build is over."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from inferctl.errors import InferctlError
-from inferctl.render import EPOCH
+from inferctl.model import ModelFolder
 
 if TYPE_CHECKING:
     from inferctl.render import Rendered
 
-_FILE_MODE, _FOLDER_MODE = 0o644, 0o755
+# BuildKit sends only what changed since the last build of a context of the same base name, a folder of wheels beside it included.
+# It compares sizes and times, so times must stay those of the writing: the Dockerfile sets the ones that a layer carries.
+_NAME = "inferctl"
 
 
 @contextmanager
-def staged(rendered: Rendered, server: Mapping[str, Path]) -> Iterator[Path]:
-    """The folder to build from: Dockerfile, .dockerignore, `rendered.files` and the `server` files (context path -> file on disk)."""
+def staged(rendered: Rendered, server: Mapping[str, Path]) -> Iterator[tuple[Path, dict[str, str]]]:
+    """The folder to build from, and the named contexts: name -> folder.
+
+    The folder has the Dockerfile, .dockerignore, `rendered.files` and the `server` files (context path -> file on disk).
+    """
     with tempfile.TemporaryDirectory(prefix="inferctl-context-") as name:
-        folder = Path(name)
+        folder = Path(name) / _NAME
+        folder.mkdir()
         texts = {
             "Dockerfile": rendered.dockerfile.encode(),
             ".dockerignore": rendered.dockerignore.encode(),
@@ -33,8 +39,26 @@ def staged(rendered: Rendered, server: Mapping[str, Path]) -> Iterator[Path]:
             _inside(folder, path).write_bytes(content)
         for path, file in sorted(server.items()):
             shutil.copyfile(file, _inside(folder, path))
-        _normalise(folder)
-        yield folder
+        contexts = dict(rendered.contexts)
+        if "model" in contexts:
+            contexts["model"] = str(_followed(Path(contexts["model"]), Path(name) / "model"))
+        yield folder, contexts
+
+
+def _followed(source: Path, target: Path) -> Path:
+    """`source`, or, when it holds links (a hub cache's snapshot does, out of the folder), `target` with what they lead to."""
+    files = ModelFolder(source).files()
+    if not any(file.is_symlink() for file in files):
+        return source
+    for file in files:
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file.resolve(), place)
+        except OSError:
+            # Another file system, or one without hard links.
+            shutil.copyfile(file, place)
+    return target
 
 
 def _inside(folder: Path, path: str) -> Path:
@@ -46,15 +70,3 @@ def _inside(folder: Path, path: str) -> Path:
     target = folder.joinpath(*parts.parts)
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
-
-
-def _normalise(folder: Path) -> None:
-    # Depth first: setting a file's time touches nothing, but making it did touch its folder.
-    for parent, folders, files in os.walk(folder, topdown=False):
-        for names, mode in ((files, _FILE_MODE), (folders, _FOLDER_MODE)):
-            for name in names:
-                path = Path(parent) / name
-                path.chmod(mode)
-                os.utime(path, (EPOCH, EPOCH))
-    folder.chmod(_FOLDER_MODE)
-    os.utime(folder, (EPOCH, EPOCH))

@@ -81,8 +81,9 @@ def options(image: ImageInfo, model: Path | None, where: Address, gpu: bool) -> 
     inside = listening_port(image)
     on_host = where.network == "host"
     port = where.port if on_host else inside
+    address = ("--host", where.host, "--port", str(port)) if on_host else ()
     return ContainerOptions(
-        command=(*image.command, "--host", where.host, "--port", str(port)) if on_host else None,
+        command=(*image.command, *address, "--image-reference", image.digests[0] if image.digests else image.id),
         environment={"INFERCTL_SERVE_PORT": str(port)},
         mounts=mounts_of(model) if model else {},
         volumes={CACHE_PATH: _CACHE_VOLUME} if image.environment.get("HF_HOME") == CACHE_PATH else {},

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import itertools
 import math
-import os
-import stat
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -36,37 +34,47 @@ Platforms:        linux/amd64, linux/amd64/v2, linux/386
 CLASSIC = buildx.read_inspection(INSPECTED, (0, 13, 1), False)
 
 
-def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        status = path.stat()
-        name = path.relative_to(folder).as_posix()
-        found[name] = (int(status.st_mtime), stat.S_IMODE(status.st_mode), path.read_bytes() if path.is_file() else b"")
-    return found
-
-
-def test_a_context_is_the_same_whenever_and_by_whomever_it_is_staged(tmp_path: Path) -> None:
+def test_a_context_holds_what_was_rendered_and_the_server_and_is_gone_afterwards(tmp_path: Path) -> None:
     source = tmp_path / "server.py"
     source.write_text("x = 1\n")
-    with staged(RENDERED, {"layers/server/x.py": source}) as first:
-        one = snapshot(first)
-    source.chmod(0o600)
-    os.utime(source, (1, 1))
-    before = os.umask(0o077)
-    try:
-        with staged(RENDERED, {"layers/server/x.py": source}) as second:
-            two = snapshot(second)
-    finally:
-        os.umask(before)
-    assert one == two
-    assert one["layers/server/x.py"] == (315532800, 0o644, b"x = 1\n")
-    assert one["layers"] == (315532800, 0o755, b"")
-    assert not first.exists()
-    assert not second.exists()
+    with staged(RENDERED, {"layers/server/x.py": source}) as (folder, _):
+        found = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert found == {
+        "Dockerfile": "FROM scratch\n",
+        ".dockerignore": "*\n!a\n",
+        "locks/server.txt": "x==1\n",
+        "a/b.yaml": "k: v\n",
+        "layers/server/x.py": "x = 1\n",
+    }
+    assert not folder.parent.exists()
+
+
+def test_contexts_have_one_base_name_and_each_its_own_times() -> None:
+    """BuildKit keeps what it got under the base name, and takes equal sizes and times for equal content."""
+    with staged(RENDERED, {}) as (first, _), staged(RENDERED, {}) as (second, _):
+        assert first.name == second.name
+        assert first != second
+        assert (first / "a" / "b.yaml").stat().st_mtime_ns != (second / "a" / "b.yaml").stat().st_mtime_ns
+
+
+def test_a_snapshot_of_links_is_followed_and_a_plain_model_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    blob, snapshot, plain = tmp_path / "blobs" / "x", tmp_path / "snapshot", tmp_path / "plain"
+    for folder in (blob.parent, snapshot / "1_Pooling", plain):
+        folder.mkdir(parents=True)
+    blob.write_text("{}")
+    (snapshot / "1_Pooling" / "config.json").symlink_to(blob)
+    (plain / "config.json").write_text("{}")
+    with staged(replace(RENDERED, contexts={"model": str(plain), "wheels": "w"}), {}) as (_, contexts):
+        assert contexts == {"model": str(plain), "wheels": "w"}
+    with staged(replace(RENDERED, contexts={"model": str(snapshot)}), {}) as (_, contexts):
+        copied = Path(contexts["model"]) / "1_Pooling" / "config.json"
+        assert not copied.is_symlink()
+        assert copied.read_text() == "{}"
+    assert blob.read_text() == "{}"
 
 
 def test_a_context_is_gone_when_the_build_fails() -> None:
-    with pytest.raises(ZeroDivisionError), staged(RENDERED, {}) as folder:
+    with pytest.raises(ZeroDivisionError), staged(RENDERED, {}) as (folder, _):
         raise ZeroDivisionError
     assert not folder.exists()
 
