@@ -54,7 +54,7 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'error: Python 3.11 or newer is needed'; echo; echo 'hint: apt-get install python3 python3-venv, or make PYTHON=/path/to/python3.11'; exit 1; }
 	@echo "setting up $(VENV) with $$($(PYTHON) --version) ..."
-	@$(PYTHON) -m venv $(VENV) || { echo 'error: no virtual environment could be made'; echo; echo 'hint: apt-get install python3-venv'; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'error: no virtual environment could be made'; echo; echo 'hint: apt-get install python3-venv'; exit 1; }
 
 # torch is the large part: PyPI's own build brings CUDA (about 3 GB); pip's settings (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL) can name a CPU build.
 $(VENV)/.demo: pyproject.toml | $(BIN)/python

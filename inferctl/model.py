@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.errors import UsageError
+from inferctl.spec import HUB_ID
 
 # Weights, tokenizer and configuration; a README or a licence changes nothing that the model computes.
 SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".gguf", ".jinja"})
@@ -109,7 +110,7 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
 
 def is_hub_id(source: str) -> bool:
     """Whether `source` names a hub model (`org/name`) rather than a folder."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) is not None and not Path(source).is_dir()
+    return re.fullmatch(HUB_ID, source) is not None and not Path(source).is_dir()
 
 
 def _cached_snapshot(source: str, revision: str | None, environment: Mapping[str, str]) -> Path | None:

@@ -1,4 +1,6 @@
-"""Spec + catalog -> Dockerfile, ignore file, locks and labels. Pure: equal input gives equal bytes, and nothing is read but the template.
+"""Spec + catalog -> Dockerfile, ignore file, locks and labels. Equal input gives equal bytes.
+
+Nothing is read but the template, and whether the model's source is a folder here.
 
 The image's layers, heavy and stable first, each a `COPY --link` of its own:
 

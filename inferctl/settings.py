@@ -1,7 +1,7 @@
 """`inferctl.yaml`, environment and flags -> the settings in force: every mistake at once, each with its line; and where each came from.
 
 Settings come from four places, first one wins: command-line flag, `INFERCTL_*` environment variable, the spec file, the default.
-`resolve` is the one pure function that knows this; nothing else reads the environment.
+`resolve` is the one pure function that knows this; nothing else reads INFERCTL_* variables.
 """
 
 from __future__ import annotations
@@ -24,6 +24,16 @@ from inferctl.spec import DEFAULT_FILE, Spec, slug
 ENVIRONMENT_PREFIX = "INFERCTL_"
 # Read by the command line or the tests rather than being a setting of the spec.
 RESERVED_VARIABLES = frozenset({"INFERCTL_SPEC", "INFERCTL_REQUIRE"})
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without timestamps: a tag like 2024-02-30 is a text, not a date (and not an error)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 @dataclass(frozen=True)
@@ -72,9 +82,9 @@ def read(path: Path) -> Document:
 def parse(text: str, file: str = DEFAULT_FILE) -> Document:
     """YAML text -> `Document`. Raises `SpecError` for bad syntax, repeated keys, or anything but a mapping."""
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        node = yaml.compose(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
         line = mark.line + 1 if mark else None
@@ -104,7 +114,18 @@ def parse(text: str, file: str = DEFAULT_FILE) -> Document:
     return Document(file, data, lines)
 
 
-def _walk(node: yaml.Node, path: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int]) -> Iterator[Problem]:
+def _walk(
+    node: yaml.Node,
+    path: tuple[str | int, ...],
+    lines: dict[tuple[str | int, ...], int],
+    above: tuple[yaml.Node, ...] = (),
+) -> Iterator[Problem]:
+    if node in above:
+        line = node.start_mark.line + 1
+        yield Problem(
+            _dotted(path), f"{_dotted(path)} contains itself", line, "an alias must not stand inside what it names"
+        )
+        return
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, str(key.value))
@@ -117,11 +138,11 @@ def _walk(node: yaml.Node, path: tuple[str | int, ...], lines: dict[tuple[str | 
                     "keep one of the two",
                 )
             lines[here] = line
-            yield from _walk(value, here, lines)
+            yield from _walk(value, here, lines, (*above, node))
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             lines[(*path, index)] = item.start_mark.line + 1
-            yield from _walk(item, (*path, index), lines)
+            yield from _walk(item, (*path, index), lines, (*above, node))
 
 
 def resolve(
@@ -158,6 +179,9 @@ def resolve(
         if value is not None:
             _put(data, path, value)
             origins[path] = f"flag {_flag(path)}"
+    for path in _PATHS:
+        if isinstance(value := _get(data, path), str) and value.startswith("~"):
+            _put(data, path, str(Path(value).expanduser()))
     if "name" not in data and isinstance(source := _get(data, "model.source"), str):
         data["name"] = slug(source)
     try:
@@ -186,6 +210,14 @@ def paths() -> dict[str, Any]:
 
 
 _ABSENT = object()
+# Settings that may name a folder here: `~` is the home of whoever runs this.
+_PATHS = ("model.source", "image.wheels", "image.locks")
+_HINTS = {
+    "image.repository": "as in registry.example.com/team/name: lower case, no tag",
+    "image.tag": "letters, digits, '_', '.' and '-', 128 at most",
+    "image.max_size": "write it like 6GB, 800MB or 2GiB",
+    "model": "give a hub id, or `weights: mount` or `bake` for a local folder",
+}
 
 
 def _flag(path: str) -> str:
@@ -211,10 +243,13 @@ def _put(data: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _from_text(text: str, annotation: Any) -> Any:
-    if typing.get_origin(annotation) is list and not text.lstrip().startswith("["):
-        return [part.strip() for part in text.split(",") if part.strip()]
+    """The value of an environment variable for a setting of that type: text stays text, as in a tag of 20250101."""
+    if typing.get_origin(annotation) is list:
+        return [part.strip() for part in text.strip("[] ").split(",") if part.strip()]
+    if not {int, float, bool} & {annotation, *typing.get_args(annotation)}:
+        return text
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         return text
 
@@ -277,14 +312,9 @@ def _problem(error: dict[str, Any], document: Document | None, origins: Mapping[
             path, f"{label}: {value!r} is not one of {', '.join(allowed)}", line, did_you_mean(str(value), allowed)
         )
     if kind == "string_pattern_mismatch":
-        what = (
-            "must be lower-case letters, digits, '-' and '.'"
-            if path == "name"
-            else "has characters that are not allowed there"
-        )
-        return Problem(
-            path, f"{label}: {value!r} {what}", line, f"try {slug(str(value))!r}" if path == "name" else None
-        )
+        what = path.rsplit(".", 1)[-1].replace("_", " ")
+        way_out = f"try {slug(str(value))!r}" if path == "name" else _HINTS.get(path)
+        return Problem(path, f"{label}: {value!r} is not a valid {what}", line, way_out)
     if kind == "model_type":
         return Problem(
             path,
@@ -292,6 +322,12 @@ def _problem(error: dict[str, Any], document: Document | None, origins: Mapping[
             line,
             f"known in {path}: {', '.join(_section_fields(location))}",
         )
+    if kind == "string_type" and isinstance(value, int | float):
+        return Problem(
+            path, f"{label}: must be text, got the number {value!r}", line, f'put quotes around it: "{value}"'
+        )
+    if kind == "value_error":
+        return Problem(path, error["msg"].removeprefix("Value error, "), line, _HINTS.get(path))
     message = error["msg"].replace("Input should be", "must be")
     return Problem(path, f"{label}: {message}, got {value!r}", line, None)
 

@@ -5,22 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 DEFAULT_FILE = "inferctl.yaml"
+HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 
 Precision = Literal["auto", "fp32", "fp16", "bf16", "int8"]
-Task = Literal["embed", "generate"]
+Task = Literal["embed"]
 Weights = Literal["mount", "bake", "download"]
-Slug = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=63)]
+# A part of an image name as Docker takes it, and the names made of such parts.
+_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+IMAGE_NAME = rf"(?:[A-Za-z0-9.-]+(?::\d+)?/)?{_PART}(?:/{_PART})*"
+IMAGE_TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+(?:(?:\.|-+)[a-z0-9]+)*$", max_length=63)]
+Size = Annotated[str, Field(pattern=r"^\d+(?:\.\d+)? ?[kKmMgGtT]?i?[bB]?$")]
 # What ends up in a Dockerfile or a label must stay on its line.
 OneLine = Annotated[str, Field(pattern=r"^[^\r\n\x00]+$")]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Model(_Section):
@@ -37,6 +43,12 @@ class Model(_Section):
         "mount",
         description="`mount`: a volume at /model. `bake`: a layer of the image. `download`: fetched when the container starts.",
     )
+
+    @model_validator(mode="after")
+    def _downloaded_from_a_hub(self) -> Self:
+        if self.weights == "download" and not re.fullmatch(HUB_ID, self.source):
+            raise ValueError(f"weights: download needs a hub id (org/name), and {self.source!r} is none")
+        return self
 
 
 class Serve(_Section):
@@ -63,10 +75,10 @@ class Serve(_Section):
 class Image(_Section):
     """The container image."""
 
-    repository: OneLine | None = Field(
+    repository: Annotated[str, Field(pattern=rf"^{IMAGE_NAME}$")] | None = Field(
         None, description="Where the image is pushed: `registry/namespace/name`, without a tag."
     )
-    tag: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")] | None = Field(
+    tag: Annotated[str, Field(pattern=rf"^{IMAGE_TAG}$")] | None = Field(
         None, description="Default is `<precision>-<spec hash>`, so that equal specs get equal names."
     )
     base: OneLine = Field("cuda13.0", description="An entry of base-images/.")
@@ -82,7 +94,7 @@ class Image(_Section):
         None,
         description="Dockerfile frontend to pull, as in `docker/dockerfile:1`. Default is the builder's own: air-gapped builders cannot pull.",
     )
-    max_size: OneLine | None = Field(None, description="Refuse to build an image forecast to be larger, as in `6GB`.")
+    max_size: Size | None = Field(None, description="Refuse to build an image forecast to be larger, as in `6GB`.")
 
 
 class Slo(_Section):
@@ -116,6 +128,12 @@ class Spec(_Section):
     slo: Slo = Field(default_factory=Slo)  # type: ignore[arg-type]
     bench: Bench = Field(default_factory=Bench)  # type: ignore[arg-type]
     deploy: Deploy = Field(default_factory=Deploy)
+
+    @field_validator("serve", "image", "slo", "bench", "deploy", mode="before")
+    @classmethod
+    def _empty_section(cls, value: Any) -> Any:
+        """`serve:` with nothing under it is null in YAML, and means the defaults."""
+        return {} if value is None else value
 
     def digest(self) -> str:
         """sha256 (hex) over the canonical JSON of every setting; equal specs have equal digests."""

@@ -18,7 +18,7 @@ ALLOWED = {
     "assets": set(),
     "spec": {"errors"},
     "settings": {"errors", "spec"},
-    "model": {"errors"},
+    "model": {"errors", "spec"},
     "catalog": {"errors", "assets"},
     "fit": {"errors", "spec", "catalog", "model"},
     "locks": {"errors", "assets", "catalog"},

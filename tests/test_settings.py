@@ -149,3 +149,57 @@ def test_no_text_crashes_the_reader(text: str) -> None:
         settings.resolve(settings.parse(text), {}, {}, VOCABULARY)
     except SpecError as error:
         assert error.problems
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("image: {repository: Team/MiniLM}", "not a valid repository"),
+        ("image: {repository: 'host/team/m:v1'}", "not a valid repository"),
+        ("image: {tag: 1.0}", "must be text, got the number 1.0"),
+        ("image: {max_size: six}", "not a valid max size"),
+        ("serve: {drain_seconds: .inf}", "must be a finite number"),
+        ("serve: &a [*a]", "serve.0 contains itself"),
+    ],
+)
+def test_values_that_would_fail_later_are_refused_with_their_line(text: str, words: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        settings.resolve(settings.parse(GOOD + text + "\n"), {}, {}, VOCABULARY)
+    assert words in caught.value.problems[0].message
+    assert caught.value.problems[0].line == 4
+
+
+@pytest.mark.parametrize("name", ["a..b", "a.-b", "-a", "a-", "A", "a_b"])
+def test_a_name_that_no_image_can_have_is_refused(name: str) -> None:
+    (found,) = problems(f"name: {name}\nmodel: {{source: org/m}}\n")
+    assert "not a valid name" in found[1]
+
+
+def test_weights_are_downloaded_from_a_hub_only() -> None:
+    (found,) = problems("name: m\nmodel:\n  source: ./here\n  weights: download\n")
+    assert found[1] == "weights: download needs a hub id (org/name), and './here' is none"
+
+
+def test_only_embeddings_are_served() -> None:
+    assert problems(GOOD + "  task: generate\n")[0][1] == "model.task: 'generate' is not one of embed"
+
+
+def test_an_empty_section_means_its_defaults() -> None:
+    resolved = settings.resolve(settings.parse(GOOD + "serve:\nimage:\nslo:\n"), {}, {})
+    assert resolved.spec.serve.port == 8080
+
+
+@pytest.mark.parametrize("text", ["20250101", "1.10", "2024-02-30", "true", "null"])
+def test_text_in_a_variable_stays_text(text: str) -> None:
+    resolved = settings.resolve(settings.parse(GOOD), {"INFERCTL_IMAGE_TAG": text}, {})
+    assert resolved.spec.image.tag == text
+
+
+def test_a_date_like_tag_in_the_file_is_text() -> None:
+    assert settings.resolve(settings.parse(GOOD + "image: {tag: 2024-02-30}\n"), {}, {}).spec.image.tag == "2024-02-30"
+
+
+def test_a_tilde_is_the_home_of_whoever_runs_this(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/nowhere/me")
+    resolved = settings.resolve(settings.parse("model: {source: ~/m}\nimage: {wheels: ~/w}\n"), {}, {})
+    assert (resolved.spec.model.source, resolved.spec.image.wheels) == ("/nowhere/me/m", "/nowhere/me/w")

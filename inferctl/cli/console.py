@@ -67,7 +67,7 @@ def progress(description: str) -> Iterator[None]:
 
     with Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         TimeElapsedColumn(),
         console=rich(stderr=True),
         transient=True,

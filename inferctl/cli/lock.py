@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from inferctl.cli import console
+from inferctl.cli.render import write_files
 
 
 def lock(
@@ -39,8 +40,7 @@ def lock(
     with console.progress(f"resolving {stack.key} for Python {chosen.python.version} on {platform}"):
         target = locks.Target(stack, chosen.python.version, platform, wheels, index)
         resolved = locks.resolve(target, chosen.provides)
-    output.mkdir(parents=True, exist_ok=True)
-    for name, content in resolved.files().items():
-        file = output / Path(name).name
-        file.write_bytes(content)
-        console.data(str(file))
+    files = {Path(name).name: content for name, content in resolved.files().items()}
+    write_files(output, files)
+    for name in files:
+        console.data(str(output / name))

@@ -25,7 +25,7 @@ PrecisionOption = Annotated[
 ]
 
 
-def load(spec_file: Path | None, flags: dict[str, Any], *, needs_file: bool = False) -> Resolved:
+def load(spec_file: Path | None, flags: dict[str, Any]) -> Resolved:
     """Settings in force: `flags` (dotted path -> value, None is not given) over INFERCTL_* over the spec file over the defaults.
 
     Without `--spec`, `./inferctl.yaml` is read if it is there; with `--model` none is needed. Warnings are printed.
@@ -38,7 +38,7 @@ def load(spec_file: Path | None, flags: dict[str, Any], *, needs_file: bool = Fa
     without_file = (
         not chosen and not path.exists() and (flags.get("model.source") or os.environ.get("INFERCTL_MODEL_SOURCE"))
     )
-    document = None if without_file and not needs_file else settings.read(path)
+    document = None if without_file else settings.read(path)
     resolved = settings.resolve(document, os.environ, flags, catalog.vocabulary())
     for warning in resolved.warnings:
         console.warn(warning)

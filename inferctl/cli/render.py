@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,27 +55,36 @@ def render(
         return
     from inferctl.render import server_files
 
-    written = [output / "Dockerfile", output / ".dockerignore", *(output / name for name in sorted(rendered.files))]
-    contents = [
-        rendered.dockerfile.encode(),
-        rendered.dockerignore.encode(),
-        *(rendered.files[name] for name in sorted(rendered.files)),
-    ]
-    for file, content in zip(written, contents, strict=True):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
-    for name, source in server_files().items():
-        (output / name).parent.mkdir(parents=True, exist_ok=True)
-        (output / name).write_bytes(source.read_bytes())
+    written = {
+        "Dockerfile": rendered.dockerfile.encode(),
+        ".dockerignore": rendered.dockerignore.encode(),
+        **rendered.files,
+    }
+    write_files(output, {**written, **{name: file.read_bytes() for name, file in server_files().items()}})
+    paths = [str(output / name) for name in written]
     if as_json:
-        console.document({"paths": [str(path) for path in written], "server": str(output / "layers" / "server")})
+        console.document({"paths": paths, "server": str(output / "layers" / "server")})
         return
-    console.data("\n".join(str(path) for path in [*written, output / "layers" / "server"]))
-    flags = [
-        *(f"--build-context {k}={v}" for k, v in rendered.contexts.items()),
-        *(f"--build-arg {k}={v}" for k, v in rendered.build_args.items()),
-    ]
-    console.note(f"next: docker buildx build {' '.join([*flags, str(output)])}")
+    console.data("\n".join([*paths, str(output / "layers" / "server")]))
+    flags = [flag for name, value in rendered.contexts.items() for flag in ("--build-context", f"{name}={value}")]
+    flags += [flag for name, value in rendered.build_args.items() for flag in ("--build-arg", f"{name}={value}")]
+    console.note(f"next: {shlex.join(['docker', 'buildx', 'build', *flags, str(output)])}")
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write `files` (name in `folder` -> content), making folders as needed. Raises `InferctlError` when that is not possible."""
+    from inferctl.errors import InferctlError
+
+    for name, content in files.items():
+        file = folder / name
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        except OSError as error:
+            raise InferctlError(
+                f"{file} cannot be written: {(error.strerror or str(error)).lower()}",
+                "name another folder with --output",
+            ) from None
 
 
 def rendered_image(resolved: Resolved) -> Rendered:
@@ -89,9 +101,7 @@ def rendered_image(resolved: Resolved) -> Rendered:
 
 
 def _provenance(folder: Path) -> Provenance:
-    """The repository that the spec lies in, when there is one: without credentials in its URL."""
-    import re
-
+    """The repository that the spec lies in, when there is one."""
     import inferctl
     from inferctl.render import Provenance
 
@@ -102,10 +112,33 @@ def _provenance(folder: Path) -> Provenance:
             return None
         return done.stdout.strip() or None if done.returncode == 0 else None
 
-    source = git("config", "--get", "remote.origin.url")
+    revision = git("rev-parse", "HEAD")
+    if revision and git("status", "--porcelain", "--untracked-files=no"):
+        revision += "-dirty"
+    url = git("config", "--get", "remote.origin.url")
     return Provenance(
-        source=re.sub(r"://[^/@]*@", "://", source) if source else None,
-        revision=git("rev-parse", "HEAD"),
+        source=public_url(url) if url else None,
+        revision=revision,
         created=git("log", "-1", "--format=%cI"),
         version=inferctl.__version__,
     )
+
+
+def public_url(remote: str) -> str | None:
+    """A git remote as the image may name it: scheme, host and path alone; None for a folder of this machine.
+
+    `git@host:team/repo` becomes `https://host/team/repo`; user, password, query and fragment are left out.
+    """
+    from urllib.parse import urlsplit
+
+    short = re.fullmatch(r"(?:[^@/]+@)?([A-Za-z0-9.-]+):(?!/)(.+)", remote)
+    if short and "://" not in remote:
+        return f"https://{short.group(1)}/{short.group(2)}"
+    try:
+        parts = urlsplit(remote)
+        port = f":{parts.port}" if parts.port and parts.scheme != "ssh" else ""
+    except ValueError:
+        return None
+    if parts.scheme not in ("http", "https", "ssh") or not parts.hostname:
+        return None
+    return f"{'https' if parts.scheme == 'ssh' else parts.scheme}://{parts.hostname}{port}{parts.path}"

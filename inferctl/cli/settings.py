@@ -45,10 +45,12 @@ def config(
         return
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("setting", "value", "from"):
         table.add_column(heading, overflow="fold")
     for path, value in values.items():
-        table.add_row(path, "-" if value is None else str(value), resolved.origins[path])
+        # Text, not str: a value with brackets is no markup.
+        table.add_row(path, Text("-" if value is None else str(value)), Text(resolved.origins[path]))
     console.report(table)

@@ -1,0 +1,79 @@
+"""`inferctl render`: what it writes, and what it takes from the repository around the spec."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from inferctl.cli.render import public_url
+
+SPEC = "name: m\nmodel: {source: org/m}\n"
+
+
+def render(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "inferctl", "render", *flags]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("remote", "named"),
+    [
+        ("https://github.example/team/m.git", "https://github.example/team/m.git"),
+        ("https://user:p@ss@host.example/x", "https://host.example/x"),
+        ("https://host.example:8443/x?private_token=abc#y", "https://host.example:8443/x"),
+        ("git@host.example:team/m.git", "https://host.example/team/m.git"),
+        ("ssh://git@host.example:22/team/m", "https://host.example/team/m"),
+        ("/srv/git/m", None),
+        ("file:///srv/git/m", None),
+        ("../m", None),
+    ],
+)
+def test_a_remote_is_named_without_credentials_and_only_when_others_can_reach_it(
+    remote: str, named: str | None
+) -> None:
+    assert public_url(remote) == named
+
+
+def test_the_labels_name_the_commit_and_say_when_it_is_not_all(tmp_path: Path) -> None:
+    (tmp_path / "inferctl.yaml").write_text(SPEC)
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.com"]
+        return subprocess.run(
+            ["git", *identity, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    git("init", "--quiet")
+    git("remote", "add", "origin", "https://user:secret@host.example/team/m")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "x")
+    labels = json.loads(render(tmp_path, "--json").stdout)["labels"]
+    assert labels["org.opencontainers.image.revision"] == git("rev-parse", "HEAD")
+    assert labels["org.opencontainers.image.source"] == "https://host.example/team/m"
+    (tmp_path / "inferctl.yaml").write_text(SPEC + "serve: {port: 9000}\n")
+    labels = json.loads(render(tmp_path, "--json").stdout)["labels"]
+    assert labels["org.opencontainers.image.revision"] == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_a_folder_gets_everything_a_build_needs(tmp_path: Path) -> None:
+    (tmp_path / "inferctl.yaml").write_text(SPEC)
+    done = render(tmp_path, "--output", "out dir")
+    assert done.returncode == 0, done.stderr
+    assert all((tmp_path / path).exists() for path in done.stdout.splitlines())
+    assert (tmp_path / "out dir" / "layers/server/opt/inferctl/server/inferctl/__main__.py").is_file()
+    assert "docker buildx build --build-arg SOURCE_DATE_EPOCH=315532800 'out dir'" in done.stderr
+
+
+def test_a_place_that_cannot_be_written_is_an_error_with_a_hint(tmp_path: Path) -> None:
+    (tmp_path / "inferctl.yaml").write_text(SPEC)
+    (tmp_path / "file").write_text("")
+    done = render(tmp_path, "--output", "file/x")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert (
+        done.stderr
+        == "error: file/x/Dockerfile cannot be written: not a directory\n\nhint: name another folder with --output\n"
+    )
