@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,8 +13,6 @@ from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, l
 if TYPE_CHECKING:
     from inferctl.image.build import Built
     from inferctl.image.plan import BuildPlan
-
-_FILE = {"exists": False, "dir_okay": False, "metavar": "FILE"}
 
 
 def build(
@@ -152,26 +147,13 @@ def full_reference(text: str) -> str:
     return text if ":" in text.rpartition("/")[2] else f"{text}:latest"
 
 
-@contextmanager
-def terminated_like_interrupted() -> Iterator[None]:
-    """A cancelled CI job gets SIGTERM: clean up for it as for Ctrl-C."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _run(made: BuildPlan) -> Built:
     import sys
 
     from inferctl.cli.buildview import BuildView
     from inferctl.image import build as building
     from inferctl.image.docker import Engine
+    from inferctl.image.interrupt import terminated_like_interrupted
 
     engine = Engine.connect()
     with terminated_like_interrupted(), BuildView(live=sys.stderr.isatty()) as view:

@@ -25,6 +25,14 @@ PrecisionOption = Annotated[
 ]
 
 
+def names_model(spec_file: Path | None, flags: dict[str, Any]) -> bool:
+    """Whether anything says which model is meant: a spec file, named or found, `--model`, or the environment."""
+    from inferctl import spec
+
+    named = spec_file or os.environ.get("INFERCTL_SPEC") or os.environ.get("INFERCTL_MODEL_SOURCE")
+    return bool(named or flags.get("model.source") or Path(spec.DEFAULT_FILE).exists())
+
+
 def load(spec_file: Path | None, flags: dict[str, Any]) -> Resolved:
     """Settings in force: `flags` (dotted path -> value, None is not given) over INFERCTL_* over the spec file over the defaults.
 

@@ -24,9 +24,10 @@ def push(
 
     Example: inferctl push registry.example.com/ml/minilm:bf16
     """
-    from inferctl.cli.build import full_reference, terminated_like_interrupted
+    from inferctl.cli.build import full_reference
     from inferctl.cli.buildview import BuildView
     from inferctl.image.docker import Engine
+    from inferctl.image.interrupt import terminated_like_interrupted
     from inferctl.image.publish import push_named
 
     engine = Engine.connect()

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from inferctl.cli import options
-from inferctl.errors import SpecError, UsageError
-
-if TYPE_CHECKING:
-    from inferctl.spec import Spec
+from inferctl.errors import UsageError
 
 EPILOG = """Examples: `inferctl serve --model ./all-MiniLM-L6-v2` serves a local folder on port 8080;
 `inferctl serve --model DIR --precision bf16 --port 0 --announce ready.json` takes a free port and says which;
 `inferctl serve --image registry.example.com/ml/minilm@sha256:...` runs a built image."""
 
 
+# Options that reach the server inside a container as they were given; host, port and model are the container's own.
+_FORWARDED = {
+    "precision": "--precision",
+    "name": "--name",
+    "max_batch_tokens": "--max-batch-tokens",
+    "max_input_tokens": "--max-input-tokens",
+    "max_queue_tokens": "--max-queue-tokens",
+    "device": "--device",
+    "engine": "--engine",
+}
+
+
 def serve(
+    context: typer.Context,
     spec_file: options.SpecFile = None,
     model: options.ModelSource = None,
     precision: options.PrecisionOption = None,
@@ -54,7 +64,10 @@ def serve(
         Path | None, typer.Option(metavar="FILE", help="Write {url, pid} to FILE as JSON once the server is ready.")
     ] = None,
     image: Annotated[
-        str | None, typer.Option(metavar="REF", help="Run this built image as a container instead of a process.")
+        str | None,
+        typer.Option(
+            metavar="REF", help="Run this built image as a container; the options given here override its settings."
+        ),
     ] = None,
     image_reference: Annotated[
         str | None, typer.Option(hidden=True, help="What /info says of the image this runs in.")
@@ -80,9 +93,7 @@ def serve(
     from inferctl.cli import console
 
     if image:
-        from inferctl.image import server as container
-
-        raise typer.Exit(container.run_server(image, _spec_of_image(image, spec_file, flags), console.note, announce))
+        raise typer.Exit(_serve_image(image, spec_file, flags, _given(context), announce))
     spec = options.load(spec_file, flags).spec
     try:
         from inferctl.serve import server
@@ -95,13 +106,37 @@ def serve(
     raise typer.Exit(server.run(spec, chosen, console.note))
 
 
-def _spec_of_image(image: str, spec_file: Path | None, flags: dict[str, Any]) -> Spec:
-    """The spec for a container: an image with its own weights and settings needs none, so a missing file is no mistake."""
-    try:
-        return options.load(spec_file, flags).spec
-    except SpecError:
-        raise
-    except UsageError:
-        if spec_file or flags["model.source"]:
-            raise
-        return options.load(None, {**flags, "model.source": image}).spec
+def _given(context: typer.Context) -> dict[str, Any]:
+    """The options that the command line itself gives, by parameter."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
+def _arguments(given: dict[str, Any]) -> tuple[str, ...]:
+    """What of `given` the server inside the container is told."""
+    made = [part for name, option in _FORWARDED.items() if name in given for part in (option, str(given[name]))]
+    if "truncate" in given:
+        made.append("--truncate" if given["truncate"] else "--no-truncate")
+    return tuple(made)
+
+
+def _serve_image(
+    image: str, spec_file: Path | None, flags: dict[str, Any], given: dict[str, Any], announce: Path | None
+) -> int:
+    from inferctl.cli import console
+    from inferctl.image import server
+
+    if "image_reference" in given:
+        raise UsageError("--image-reference cannot be given with --image", "leave it out: it is told to the container")
+    known = options.names_model(spec_file, flags)
+    # Settings are of a whole spec, and a spec names a model. An image needs neither: its name stands in, and nothing reads it.
+    spec = options.load(spec_file, flags if known else {**flags, "model.source": image}).spec
+    wanted = server.ServeOptions(
+        address=server.Address(spec.serve.host, spec.serve.port),
+        model=spec.model.source if known else None,
+        revision=spec.model.revision if known else None,
+        replaces_model="model" in given,
+        drain_seconds=spec.serve.drain_seconds,
+        arguments=_arguments(given),
+    )
+    return server.run_server(image, wanted, console.note, announce)

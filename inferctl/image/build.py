@@ -18,10 +18,11 @@ from typing import Any
 from inferctl.errors import InferctlError, NotReadyError
 from inferctl.image import buildx, forecast, layers, lint
 from inferctl.image.context import staged
-from inferctl.image.docker import Engine, EngineInfo, ImageInfo, LayerInfo
+from inferctl.image.docker import Engine
 from inferctl.image.events import Event, Note, Phase, StepFinished
 from inferctl.image.plan import BuildPlan
 from inferctl.image.publish import Outcome, build_once, publish
+from inferctl.image.records import EngineInfo, ImageInfo, LayerInfo
 from inferctl.image.verify import Verified, VerifyOptions, verify
 
 # Reading an image out of the engine to look for hidden files takes about a second for each 100 MB.

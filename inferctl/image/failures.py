@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from inferctl.errors import InferctlError, NotReadyError
+from inferctl.image.reference import host_of
 
 _NO_LOGIN = re.compile(
     r"no basic auth credentials|unauthorized|authentication required|authorization failed|pull access denied|insufficient_scope"
@@ -45,15 +49,14 @@ class NoBridgeError(NotReadyError):
     """The engine cannot connect a container to its bridge network."""
 
 
-def host_of(reference: str) -> str:
-    """The registry of an image reference: `localhost:5000/a/b:c` -> `localhost:5000`, `a/b` -> `docker.io`."""
-    first, slash, _ = reference.partition("/")
-    return first if slash and (first == "localhost" or "." in first or ":" in first) else "docker.io"
-
-
 def transient(message: str) -> bool:
     """Whether trying the same push again may help."""
     return bool(_TRANSIENT.search(message)) and not (_NO_LOGIN.search(message) or _DISK_FULL.search(message))
+
+
+def unreachable(message: str) -> bool:
+    """Whether `message` says that a registry could not be asked, rather than what it answered."""
+    return bool(_UNREACHABLE.search(message)) or transient(message)
 
 
 def disk_full() -> NotReadyError:
@@ -62,6 +65,24 @@ def disk_full() -> NotReadyError:
         "the disk is full",
         "`docker system df` shows what takes the room; `docker builder prune` frees the build cache, `docker image prune` old images",
     )
+
+
+@contextmanager
+def telling_disk_full() -> Iterator[None]:
+    """A write to a full disk in the body becomes `disk_full()`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full() from None
+        raise
+
+
+def of_engine(message: str, what: str) -> NotReadyError:
+    """The error of an engine that could not do `what`; `message` is what it said."""
+    if _DISK_FULL.search(message):
+        return disk_full()
+    return NotReadyError(f"the engine could not {what}: {message}", "`journalctl -u docker` shows the engine's own log")
 
 
 def no_bridge(message: str) -> NoBridgeError | None:

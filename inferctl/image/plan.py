@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from inferctl import locks
 from inferctl.errors import InferctlError
-from inferctl.image import failures, forecast, lint
+from inferctl.image import forecast, lint
 from inferctl.image.push import ATTEMPTS
+from inferctl.image.reference import host_of
 from inferctl.image.verify import READY_SECONDS
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class BuildPlan:
             "verify: start it, embed eight texts, compare with fp32" if options.verify else "verify: skipped",
             f"tag {self.reference}",
             *([f"write {options.oci}"] if options.oci else []),
-            *([f"push to {failures.host_of(self.reference)}"] if options.push else []),
+            *([f"push to {host_of(self.reference)}"] if options.push else []),
         ]
 
 

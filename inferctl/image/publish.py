@@ -11,9 +11,10 @@ from typing import Any
 
 from inferctl.errors import InferctlError, NotReadyError
 from inferctl.image import buildx, failures
-from inferctl.image.docker import Engine, ImageInfo
+from inferctl.image.docker import Engine
 from inferctl.image.events import BuildEvent, Event, Note, Phase, Retry, StepFinished
 from inferctl.image.plan import BuildPlan
+from inferctl.image.records import ImageInfo
 
 
 @dataclass(frozen=True)

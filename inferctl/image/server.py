@@ -5,21 +5,19 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from inferctl.errors import UsageError
+from inferctl.errors import NotReadyError, UsageError
 from inferctl.image import failures
-from inferctl.image.docker import Container, ContainerOptions, Engine, ImageInfo
+from inferctl.image.docker import Container, Engine
+from inferctl.image.interrupt import terminated_like_interrupted
+from inferctl.image.records import ContainerOptions, ImageInfo
 from inferctl.image.verify import CACHE_PATH, explain_exit, free_port, mounts_of, request
-
-if TYPE_CHECKING:
-    from inferctl.spec import Spec
 
 # Weights that a container downloads outlive it there.
 _CACHE_VOLUME = "inferctl-models"
@@ -37,12 +35,25 @@ class Address:
     network: str | None = None
 
 
-def run_server(
-    reference: str, spec: Spec, say: Callable[[str], None], announce: Path | None = None, network: str | None = None
-) -> int:
+@dataclass(frozen=True)
+class ServeOptions:
+    """How an image is served. `model`: where weights to mount are (a folder or a hub id), None when nothing says so.
+
+    `replaces_model`: that was asked for on the command line. `arguments`: options of `inferctl serve` for the server inside.
+    """
+
+    address: Address
+    model: str | None = None
+    revision: str | None = None
+    replaces_model: bool = False
+    drain_seconds: float = 30.0
+    arguments: tuple[str, ...] = ()
+
+
+def run_server(reference: str, wanted: ServeOptions, say: Callable[[str], None], announce: Path | None = None) -> int:
     """Run the image `reference` until it ends, or until SIGINT or SIGTERM, which drain it; returns its exit code.
 
-    The image is pulled when the engine has none; a GPU is passed through when the engine can; local weights of `spec` are mounted
+    The image is pulled when the engine has none; a GPU is passed through when the engine can; local weights are mounted
     when the image brings none. `say` gets every line of its log. `announce`: file that gets `{"url", "pid"}` once it is ready.
     Raises `NotReadyError` for no engine, no image or a taken port, `UsageError` for missing weights.
     """
@@ -54,36 +65,46 @@ def run_server(
         image = engine.image(reference)
     if image is None:
         raise UsageError(f"there is no image {reference}", "`inferctl build` makes one")
-    model = weights(image, spec)
+    model = weights(image, wanted)
     gpu = engine.info().gpu and "NVIDIA_VISIBLE_DEVICES" in image.environment
-    where = Address(spec.serve.host, spec.serve.port, network)
+    where = wanted.address
     try:
-        container = engine.start(image.id, options(image, model, where, gpu))
+        container = engine.start(image.id, options(image, model, where, gpu, wanted.arguments))
     except failures.NoBridgeError as error:
         say(f"{error.message}; using the host's network")
         where = replace(where, network="host", port=where.port or free_port())
-        container = engine.start(image.id, options(image, model, where, gpu))
+        container = engine.start(image.id, options(image, model, where, gpu, wanted.arguments))
     with container:
-        return _attend(container, image, where, say, announce, int(spec.serve.drain_seconds) + _STOP_GRACE_SECONDS)
+        return _attend(container, image, where, say, announce, int(wanted.drain_seconds) + _STOP_GRACE_SECONDS)
 
 
-def weights(image: ImageInfo, spec: Spec) -> Path | None:
+def weights(image: ImageInfo, wanted: ServeOptions) -> Path | None:
     """The folder to mount at /model, None when the image brings or fetches its weights."""
-    if image.labels.get("io.inferctl.model.weights", spec.model.weights) != "mount":
+    # Only an image of ours says what it does with weights; another one gets them when that is asked for.
+    kind = image.labels.get("io.inferctl.model.weights", "mount" if wanted.replaces_model else "bake")
+    if kind != "mount":
+        if wanted.replaces_model:
+            how = "fetches its own weights" if kind == "download" else "brings its own weights"
+            raise UsageError(f"this image {how}: --model cannot replace them", "leave --model out")
         return None
+    if wanted.model is None:
+        raise UsageError("this image mounts its weights, and nothing says where they are", "give `--model DIR`")
     from inferctl import model
 
-    return model.find(spec.model.source, spec.model.revision).path
+    return model.find(wanted.model, wanted.revision).path
 
 
-def options(image: ImageInfo, model: Path | None, where: Address, gpu: bool) -> ContainerOptions:
-    """How the container runs."""
+def options(
+    image: ImageInfo, model: Path | None, where: Address, gpu: bool, arguments: tuple[str, ...] = ()
+) -> ContainerOptions:
+    """How the container runs. `arguments` come last, so that they win over the image's own."""
     inside = listening_port(image)
     on_host = where.network == "host"
     port = where.port if on_host else inside
     address = ("--host", where.host, "--port", str(port)) if on_host else ()
+    reference = ("--image-reference", image.digests[0] if image.digests else image.id)
     return ContainerOptions(
-        command=(*image.command, *address, "--image-reference", image.digests[0] if image.digests else image.id),
+        command=(*image.command, *address, *reference, *arguments),
         environment={"INFERCTL_SERVE_PORT": str(port)},
         mounts=mounts_of(model) if model else {},
         volumes={CACHE_PATH: _CACHE_VOLUME} if image.environment.get("HF_HOME") == CACHE_PATH else {},
@@ -109,28 +130,24 @@ def _attend(
     announce: Path | None,
     grace: int,
 ) -> int:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
     reader = threading.Thread(target=_relay, args=(container, say), daemon=True)
     reader.start()
-    try:
-        port = where.port if where.network == "host" else container.host_port(listening_port(image))
-        url = f"http://{where.host}:{port}"
-        say(f"the container {container.id[:12]} is at {url}")
-        if announce is not None and _ready(container, (where.host if where.host != "0.0.0.0" else "127.0.0.1", port)):
-            partial = announce.with_name(f".{announce.name}.{os.getpid()}")
-            partial.write_text(json.dumps({"url": url, "pid": os.getpid()}), encoding="utf-8")
-            partial.replace(announce)
-        while (code := container.wait(3600.0)) is None:
-            pass
-    except KeyboardInterrupt:
-        say("stopping the container")
-        container.stop(grace)
-        code = container.wait(float(grace)) or 0
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with terminated_like_interrupted():
+        try:
+            port = where.port if where.network == "host" else container.host_port(listening_port(image))
+            url = f"http://{where.host}:{port}"
+            say(f"the container {container.id[:12]} is at {url}")
+            near = "127.0.0.1" if where.host == "0.0.0.0" else where.host
+            if announce is not None and _ready(container, (near, port)):
+                partial = announce.with_name(f".{announce.name}.{os.getpid()}")
+                partial.write_text(json.dumps({"url": url, "pid": os.getpid()}), encoding="utf-8")
+                partial.replace(announce)
+            while (code := container.wait(3600.0)) is None:
+                pass
+        except KeyboardInterrupt:
+            say("stopping the container")
+            container.stop(grace)
+            code = container.wait(float(grace)) or 0
     reader.join(timeout=2.0)
     if code and (error := explain_exit(container)):
         raise error
@@ -138,8 +155,10 @@ def _attend(
 
 
 def _relay(container: Container, say: Callable[[str], None]) -> None:
-    for line in container.follow():
-        say(line)
+    # An engine that died is told by whoever waits for the container.
+    with suppress(NotReadyError):
+        for line in container.follow():
+            say(line)
 
 
 def _ready(container: Container, address: tuple[str, int]) -> bool:

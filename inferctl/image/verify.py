@@ -22,8 +22,10 @@ from typing import Any, NoReturn
 
 from inferctl.errors import InferctlError, NotReadyError
 from inferctl.image import failures
-from inferctl.image.docker import Container, ContainerOptions, Engine, ImageInfo
+from inferctl.image.docker import Container, Engine
 from inferctl.image.events import Note
+from inferctl.image.records import ContainerOptions, ImageInfo
+from inferctl.model import ModelFolder
 
 # Least cosine between a served vector and the fp32 reference. fp32 on the same weights differs by the order of sums only;
 # fp16 and bf16 keep 11 and 8 bits of the mantissa, which costs up to about 5e-4 over a transformer's layers; int8 quantises
@@ -149,13 +151,13 @@ def serving(image: ImageInfo, options: VerifyOptions, port: int) -> tuple[Contai
 def mounts_of(folder: Path) -> dict[str, str]:
     """Mounts (path in the container -> path here) that put `folder` at /model.
 
-    A snapshot in a hub cache is links to files outside of it: those are mounted one by one.
+    A snapshot in a hub cache is links to files outside of it: those that decide what the model computes are mounted one by one.
     """
     folder = folder.resolve()
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = ModelFolder(folder).files()
     if not any(path.is_symlink() for path in files):
         return {MODEL_PATH: str(folder)}
-    return {f"{MODEL_PATH}/{path.relative_to(folder).as_posix()}": str(path.resolve()) for path in sorted(files)}
+    return {f"{MODEL_PATH}/{path.relative_to(folder).as_posix()}": str(path.resolve()) for path in files}
 
 
 def judge(

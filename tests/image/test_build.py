@@ -22,9 +22,10 @@ import pytest
 from inferctl.errors import InferctlError, NotReadyError
 from inferctl.image import build
 from inferctl.image.build import Built
-from inferctl.image.docker import ContainerOptions, Engine
+from inferctl.image.docker import Engine
 from inferctl.image.events import Event, LayerPush, Note, Phase, StepFinished, StepLog
 from inferctl.image.plan import BuildPlan
+from inferctl.image.records import ContainerOptions
 from inferctl.image.verify import explain_exit
 from tests.image import tiny
 
@@ -288,10 +289,10 @@ def test_an_image_is_served_as_a_container_until_it_is_told_to_stop(
     _, built = run(docker, tiny.plan(tiny.rendered(base_image)))
     announce = tmp_path / "ready.json"
     script = (
-        "import sys; from pathlib import Path; from inferctl.image.server import run_server; from inferctl.spec import Spec\n"
-        "spec = Spec.model_validate({'name': 't', 'model': {'source': 't', 'weights': 'bake'}, 'serve': {'port': 0}})\n"
+        "import sys; from pathlib import Path; from inferctl.image.server import Address, ServeOptions, run_server\n"
+        "wanted = ServeOptions(Address('127.0.0.1', 0))\n"
         "say = lambda text: print(text, file=sys.stderr, flush=True)\n"
-        "sys.exit(run_server(sys.argv[1], spec, say, Path(sys.argv[2])))"
+        "sys.exit(run_server(sys.argv[1], wanted, say, Path(sys.argv[2])))"
     )
     command = [sys.executable, "-c", script, built.reference, str(announce)]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

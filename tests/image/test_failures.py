@@ -6,6 +6,7 @@ import pytest
 
 from inferctl.errors import InferctlError
 from inferctl.image import failures
+from inferctl.image.reference import host_of
 
 BASE = (
     "ERROR: failed to solve: r.example.com/cuda:12.8: failed to resolve source metadata for r.example.com/cuda:12.8: "
@@ -85,7 +86,7 @@ def test_the_last_lines_of_the_step_are_in_the_message() -> None:
     ],
 )
 def test_the_registry_of_a_name(reference: str, host: str) -> None:
-    assert failures.host_of(reference) == host
+    assert host_of(reference) == host
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from inferctl.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image import buildx, verify
 from inferctl.image.build import named_layers, new_bytes
 from inferctl.image.context import staged
-from inferctl.image.docker import ImageInfo, LayerInfo
 from inferctl.image.events import StepFinished
+from inferctl.image.records import ImageInfo, LayerInfo
 from inferctl.render import Rendered
 
 RENDERED = Rendered("FROM scratch\n", "*\n!a\n", {"locks/server.txt": b"x==1\n", "a/b.yaml": b"k: v\n"}, {}, (), {}, {})
@@ -188,7 +188,14 @@ def test_links_out_of_a_hub_snapshot_are_mounted_one_by_one(tmp_path: Path) -> N
     snapshot_ = tmp_path / "snapshots" / "1"
     (snapshot_ / "1_Pooling").mkdir(parents=True)
     (snapshot_ / "1_Pooling" / "config.json").symlink_to(blob)
-    assert verify.mounts_of(snapshot_) == {"/model/1_Pooling/config.json": str(blob)}
+    (snapshot_ / "vocab.txt").symlink_to(blob)
+    (snapshot_ / "README.md").symlink_to(blob)
+    (snapshot_ / "onnx").mkdir()
+    (snapshot_ / "onnx" / "config.json").symlink_to(blob)
+    assert verify.mounts_of(snapshot_) == {
+        "/model/1_Pooling/config.json": str(blob),
+        "/model/vocab.txt": str(blob),
+    }
     plain = tmp_path / "plain"
     plain.mkdir()
     assert verify.mounts_of(plain) == {"/model": str(plain)}

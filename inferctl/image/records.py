@@ -1,0 +1,128 @@
+"""What an engine says about itself, its images and its containers, and how a container is to run: plain records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_CDI_GPU = "nvidia.com/gpu"
+# Every NVIDIA GPU of the machine, by the name that the container toolkit gives them together.
+CDI_ALL_GPUS = f"{_CDI_GPU}=all"
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """The engine at hand. `platform` as in `linux/amd64`; `cdi_gpu`: it found device specifications of NVIDIA GPUs."""
+
+    version: str
+    api_version: str
+    platform: str
+    storage_driver: str
+    containerd_store: bool
+    root_dir: str
+    runtimes: tuple[str, ...]
+    cdi_gpu: bool
+    memory_bytes: int
+    cpus: int
+
+    @property
+    def gpu(self) -> bool:
+        """Whether containers can be given NVIDIA GPUs, by the NVIDIA runtime or by a device specification (CDI)."""
+        return "nvidia" in self.runtimes or self.cdi_gpu
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """An image in the engine. `layers` are diff ids, bottom first; `size` is uncompressed bytes."""
+
+    id: str
+    tags: tuple[str, ...]
+    digests: tuple[str, ...]
+    size: int
+    platform: str
+    user: str
+    environment: Mapping[str, str]
+    entrypoint: tuple[str, ...]
+    command: tuple[str, ...]
+    labels: Mapping[str, str]
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One row of an image's history: the instruction that made it and its uncompressed bytes."""
+
+    created_by: str
+    size: int
+
+
+@dataclass(frozen=True)
+class ContainerOptions:
+    """How a container runs. `mounts`: path in the container -> path here, read-only. `volumes`: path -> named volume.
+
+    `scratch`: paths in memory besides /tmp. `network`: `host`, `none`, or None for the engine's bridge.
+
+    `port`: the port inside that is published at `host`:`host_port` (0 takes a free one); not with `network`.
+    """
+
+    command: tuple[str, ...] | None = None
+    entrypoint: tuple[str, ...] | None = None
+    environment: Mapping[str, str] | None = None
+    mounts: Mapping[str, str] | None = None
+    volumes: Mapping[str, str] | None = None
+    port: int | None = None
+    host: str = "127.0.0.1"
+    host_port: int = 0
+    network: str | None = None
+    gpu: bool = False
+    stdin: bool = False
+    labels: Mapping[str, str] | None = None
+    scratch: tuple[str, ...] = ()
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """State of a container; `exit_code` is None while it runs."""
+
+    running: bool
+    exit_code: int | None
+    out_of_memory: bool
+    error: str
+
+
+def read_engine(info: Mapping[str, Any], version: Mapping[str, Any]) -> EngineInfo:
+    """The `EngineInfo` out of what the engine answers to `/info` and `/version`."""
+    status = dict(pair for pair in info.get("DriverStatus") or [] if len(pair) == 2)
+    devices = [str(device.get("ID", "")) for device in info.get("DiscoveredDevices") or []]
+    return EngineInfo(
+        version=str(version["Version"]),
+        api_version=str(version["ApiVersion"]),
+        platform=f"{version['Os']}/{version['Arch']}",
+        storage_driver=str(info.get("Driver", "")),
+        containerd_store=str(status.get("driver-type", "")).startswith("io.containerd.snapshotter"),
+        root_dir=str(info.get("DockerRootDir", "")),
+        runtimes=tuple(sorted(info.get("Runtimes") or {})),
+        cdi_gpu=any(device.partition("=")[0] == _CDI_GPU for device in devices),
+        memory_bytes=int(info.get("MemTotal") or 0),
+        cpus=int(info.get("NCPU") or 0),
+    )
+
+
+def read_image(found: Mapping[str, Any]) -> ImageInfo:
+    """The `ImageInfo` out of an image's inspection."""
+    config = found.get("Config") or {}
+    return ImageInfo(
+        id=str(found["Id"]),
+        tags=tuple(found.get("RepoTags") or ()),
+        digests=tuple(found.get("RepoDigests") or ()),
+        size=int(found.get("Size") or 0),
+        platform=f"{found.get('Os')}/{found.get('Architecture')}",
+        user=str(config.get("User") or ""),
+        environment=dict(item.partition("=")[::2] for item in config.get("Env") or []),
+        entrypoint=tuple(config.get("Entrypoint") or ()),
+        command=tuple(config.get("Cmd") or ()),
+        labels=dict(config.get("Labels") or {}),
+        layers=tuple((found.get("RootFS") or {}).get("Layers") or ()),
+    )

@@ -1,0 +1,119 @@
+"""`inferctl serve --image`: what the container is told, and what cannot apply to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inferctl.errors import UsageError
+from inferctl.image import server
+from inferctl.image.records import ImageInfo
+from inferctl.image.server import Address, ServeOptions
+from tests.image import tiny
+
+HERE = Address("127.0.0.1", 0)
+
+
+def image(weights: str | None) -> ImageInfo:
+    labels = {"io.inferctl.model.weights": weights} if weights else {}
+    return ImageInfo("sha256:0", (), (), 0, "linux/amd64", "1", {}, ("python",), ("serve", "--x"), labels, ())
+
+
+def test_options_come_last_so_that_they_win_over_the_images_own() -> None:
+    made = server.options(image("bake"), None, HERE, False, ("--precision", "bf16"))
+    assert made.command == ("serve", "--x", "--image-reference", "sha256:0", "--precision", "bf16")
+
+
+def test_an_image_that_mounts_its_weights_asks_for_them() -> None:
+    with pytest.raises(UsageError, match="this image mounts its weights") as caught:
+        server.weights(image("mount"), ServeOptions(HERE))
+    assert caught.value.hint == "give `--model DIR`"
+
+
+@pytest.mark.parametrize(("weights", "how"), [("bake", "brings"), ("download", "fetches")])
+def test_a_model_for_an_image_with_its_own_is_refused_when_asked_for_and_ignored_when_the_spec_has_one(
+    weights: str, how: str
+) -> None:
+    with pytest.raises(UsageError, match=f"this image {how} its own weights"):
+        server.weights(image(weights), ServeOptions(HERE, model="./m", replaces_model=True))
+    assert server.weights(image(weights), ServeOptions(HERE, model="./m")) is None
+
+
+def test_an_image_that_says_nothing_of_weights_gets_those_that_are_asked_for(tmp_path: Path) -> None:
+    assert server.weights(image(None), ServeOptions(HERE, model="./of-the-spec")) is None
+    with pytest.raises(UsageError, match="no model folder"):
+        server.weights(image(None), ServeOptions(HERE, model=f"{tmp_path}/none", replaces_model=True))
+
+
+def inferctl(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "inferctl", *arguments]
+    environment = {**os.environ, "DOCKER_HOST": f"unix://{folder}/none", **environment}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
+
+
+def test_a_wrong_spec_variable_is_told_and_no_spec_at_all_is_no_mistake(tmp_path: Path) -> None:
+    wrong = inferctl(tmp_path, "serve", "--image", "a:b", INFERCTL_SPEC="nowhere.yaml")
+    assert wrong.returncode == 2
+    assert "no spec file nowhere.yaml" in wrong.stderr
+    none = inferctl(tmp_path, "serve", "--image", "a:b")
+    assert none.returncode == 3
+    assert "no Docker Engine here" in none.stderr
+
+
+def test_wrong_settings_are_told_before_an_engine_is_asked(tmp_path: Path) -> None:
+    done = inferctl(tmp_path, "serve", "--image", "a:b", "--precision", "fp8")
+    assert done.returncode == 2
+    assert "'fp8' is not one of" in done.stderr
+
+
+def test_what_only_a_container_is_told_cannot_be_given(tmp_path: Path) -> None:
+    done = inferctl(tmp_path, "serve", "--image", "a:b", "--image-reference", "c:d")
+    assert done.returncode == 2
+    assert "--image-reference cannot be given with --image" in done.stderr
+
+
+@pytest.fixture
+def named(base_image: str, tmp_path: Path) -> Iterator[str]:
+    """A tiny image under a name of its own."""
+    made = tiny.rendered(base_image)
+    for path, content in {"Dockerfile": made.dockerfile.encode(), **made.files}.items():
+        (tmp_path / "context" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "context" / path).write_bytes(content)
+    name = f"inferctl-test/{uuid.uuid4().hex}:x"
+    subprocess.run(["docker", "buildx", "build", "--quiet", "--load", "-t", name, tmp_path / "context"], check=True)
+    yield name
+    subprocess.run(["docker", "image", "rm", "--force", name], capture_output=True, check=False)
+
+
+@pytest.mark.docker
+def test_the_container_gets_what_the_command_line_gives_and_nothing_else(named: str, tmp_path: Path) -> None:
+    (tmp_path / "inferctl.yaml").write_text("name: m\nmodel: {source: org/m}\nserve: {max_batch_tokens: 128}\n")
+    flags = ["--precision", "bf16", "--name", "other", "--max-queue-tokens", "99999"]
+    flags += ["--device", "cpu", "--engine", "echo", "--no-truncate"]
+    announce = tmp_path / "ready.json"
+    command = [sys.executable, "-m", "inferctl", "serve", "--image", named, "--port", "0", "--announce", str(announce)]
+    running = subprocess.Popen([*command, *flags], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        while not announce.exists():
+            assert running.poll() is None
+            time.sleep(0.05)
+        found: list[Any] = json.loads(_docker("inspect", *_docker("ps", "-q", "--filter", f"ancestor={named}").split()))
+    finally:
+        running.terminate()
+        running.communicate(timeout=90)
+    told = found[0]["Args"]
+    assert told[told.index("--image-reference") + 2 :] == flags
+    assert "--max-batch-tokens" not in told
+
+
+def _docker(*arguments: str) -> str:
+    return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=True).stdout
