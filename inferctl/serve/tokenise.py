@@ -9,14 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from inferctl.errors import UsageError
+from inferctl.serve.http import ApiError
 from inferctl.serve.recipe import Recipe
 from inferctl.serve.types import Tokens
 
 # Below this many characters a hop to another thread costs more than tokenising.
 _INLINE_CHARACTERS = 2_000
+# Texts tokenised in one call: what is cut off is held until the call ends.
+_TOGETHER = 64
+# A text is tokenised up to this many characters a token first: 30 MiB of words would cost 20 s and 5 GB, to keep 256 tokens of them.
+_CHARACTERS_PER_TOKEN = 16
+# Where so much of a text still does not fill the model it is blanks or one endless word: refused rather than read to its end.
+_LONGEST_HEAD = 1_000_000
 
 
 class TooLongError(Exception):
@@ -48,7 +55,7 @@ class TokenizerPool:
         return self._recipe.max_tokens
 
     async def encode(self, texts: Sequence[str], *, truncate: bool) -> list[Tokens]:
-        """Token ids (int32) of each text. Raises `TooLongError` unless `truncate`."""
+        """Token ids (int32) of each text. Raises `TooLongError` unless `truncate`, `ApiError` 400 for a text without any token."""
         if sum(map(len, texts)) <= _INLINE_CHARACTERS:
             return self.encode_now(texts, truncate=truncate)
         call = lambda: self.encode_now(texts, truncate=truncate)  # noqa: E731  # run_in_executor takes no keyword arguments
@@ -56,14 +63,32 @@ class TokenizerPool:
 
     def encode_now(self, texts: Sequence[str], *, truncate: bool) -> list[Tokens]:
         """`encode` on the calling thread."""
-        tokenizer, recipe = self._tokenizer(), self._recipe
+        recipe, rows = self._recipe, []
         prepared = [(recipe.prompt + text).lower() if recipe.lower_case else recipe.prompt + text for text in texts]
-        encodings = tokenizer.encode_batch_fast(prepared) if len(prepared) > 1 else [tokenizer.encode(prepared[0])]
-        if not truncate:
-            for index, encoding in enumerate(encodings):
-                if encoding.overflowing:
+        for start in range(0, len(prepared), _TOGETHER):
+            for index, encoding in enumerate(self._encodings(prepared[start : start + _TOGETHER], start), start):
+                if not truncate and encoding.overflowing:
                     raise TooLongError(index, recipe.max_tokens)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+                if not encoding.ids:
+                    raise ApiError(400, f"input[{index}] has no token", code="empty_input", param="input")
+                rows.append(np.array(encoding.ids, dtype=np.int32))
+        return rows
+
+    def _encodings(self, texts: Sequence[str], first: int) -> list[Encoding]:
+        """What the tokenizer makes of each text. A head with too many tokens says all about its text; other long texts are tokenised whole."""
+        tokenizer, longest = self._tokenizer(), _CHARACTERS_PER_TOKEN * self._recipe.max_tokens
+        heads = [text if len(text) <= longest else _head(text, longest) for text in texts]
+        encodings: list[Encoding] = (
+            tokenizer.encode_batch_fast(heads) if len(heads) > 1 else [tokenizer.encode(heads[0])]
+        )
+        for index, (text, head) in enumerate(zip(texts, heads, strict=True)):
+            while len(head) < len(text) and not encodings[index].overflowing:
+                if len(head) >= max(_LONGEST_HEAD, longest):
+                    message = f"input[{first + index}] is too long: {len(text)} characters that are hardly words"
+                    raise ApiError(400, message, code="text_too_long", param="input")
+                head = _head(text, 4 * len(head))
+                encodings[index] = tokenizer.encode(head)
+        return encodings
 
     def cut(self, ids: Sequence[Sequence[int]], *, truncate: bool) -> list[Tokens]:
         """Ready-made token ids, cut to the longest input. Raises `TooLongError` unless `truncate`."""
@@ -89,3 +114,12 @@ class TokenizerPool:
             tokenizer.enable_truncation(self._recipe.max_tokens)
             self._local.tokenizer = tokenizer
         return tokenizer
+
+
+def _head(text: str, longest: int) -> str:
+    """At most `longest` characters of a text and at least half of them, up to the end of a word where there is one."""
+    if len(text) <= longest:
+        return text
+    head = text[:longest]
+    end = max(head.rfind(space, longest // 2) for space in " \n\t")
+    return head if end < 0 else head[:end]

@@ -1,0 +1,96 @@
+"""Texts to token ids: cut as the tokenizer alone would cut them, at a cost that does not grow with what is cut off."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from inferctl.serve import recipe, tokenise
+from inferctl.serve.http import ApiError
+from inferctl.serve.tokenise import TokenizerPool, TooLongError
+
+LIMIT = 16
+WORDS = st.sampled_from(
+    ["a", "river", "unbelievably", "北京", "naïve", "🚀", "x" * 200, " " * 300, "\n", "-", "e\u0301"]
+)
+
+
+@pytest.fixture(scope="module")
+def pool(minilm: Path) -> TokenizerPool:
+    return TokenizerPool(minilm, recipe.read(minilm, LIMIT))
+
+
+@pytest.fixture(scope="module")
+def whole(minilm: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(LIMIT)
+    return tokenizer
+
+
+@given(st.lists(st.lists(WORDS, min_size=1, max_size=200).map(" ".join), min_size=1, max_size=4))
+@settings(max_examples=60)
+@example([" " * 5000 + "river", "x" * 5000 + " river", "北" * 5000, "river" + "\n" * 5000 + "river"])
+def test_long_texts_are_cut_as_the_tokenizer_alone_would(
+    pool: TokenizerPool, whole: Tokenizer, texts: list[str]
+) -> None:
+    rows = pool.encode_now(texts, truncate=True)
+    for text, row in zip(texts, rows, strict=True):
+        encoding = whole.encode(text)
+        assert row.tolist() == encoding.ids
+        if encoding.overflowing:
+            with pytest.raises(TooLongError):
+                pool.encode_now([text], truncate=False)
+        else:
+            assert pool.encode_now([text], truncate=False)[0].tolist() == encoding.ids
+
+
+def test_a_huge_text_is_tokenised_only_as_far_as_it_counts(
+    pool: TokenizerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    class Counting:
+        def __init__(self, inner: Tokenizer) -> None:
+            self._inner = inner
+
+        def encode(self, text: str) -> object:
+            seen.append(len(text))
+            return self._inner.encode(text)
+
+    tokenizer = pool._tokenizer()
+    monkeypatch.setattr(pool, "_tokenizer", lambda: Counting(tokenizer))
+    assert len(pool.encode_now(["word " * 2_000_000], truncate=True)[0]) == LIMIT
+    assert sum(seen) <= tokenise._CHARACTERS_PER_TOKEN * LIMIT
+
+
+def test_the_index_of_a_text_that_is_too_long_is_right_past_the_first_call(pool: TokenizerPool) -> None:
+    texts = ["short"] * 150 + ["word " * 50]
+    with pytest.raises(TooLongError) as refused:
+        pool.encode_now(texts, truncate=False)
+    assert refused.value.index == 150
+    assert len(pool.encode_now(texts, truncate=True)) == 151
+
+
+def test_a_text_without_any_token_is_refused(minilm: Path, tmp_path: Path) -> None:
+    bare = json.loads((minilm / "tokenizer.json").read_text())
+    bare["post_processor"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(bare))
+    pool = TokenizerPool(tmp_path, recipe.read(minilm))
+    with pytest.raises(ApiError) as refused:
+        pool.encode_now(["a text", " \u0000 "], truncate=True)
+    assert (refused.value.status, refused.value.code) == (400, "empty_input")
+    assert "input[1]" in refused.value.message
+
+
+@pytest.mark.parametrize("character", ["x", " "])
+def test_a_huge_text_without_words_is_refused(pool: TokenizerPool, character: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        pool.encode_now(["a", character * 8_000_000], truncate=True)
+    assert (refused.value.status, refused.value.code) == (400, "text_too_long")
+    assert "input[1]" in refused.value.message
