@@ -22,12 +22,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Tests that need the Docker Engine run in one worker: BuildKit makes equal steps of builds at the same time one step."""
-    for item in items:
-        if item.get_closest_marker("docker"):
-            item.add_marker(pytest.mark.xdist_group("docker"))
+    if item.get_closest_marker("docker"):
+        item.add_marker(pytest.mark.xdist_group("docker"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -121,7 +121,7 @@ def test_an_image_that_mounts_its_weights_can_be_built_where_they_are_not(tmp_pa
         (["--output", "tar=x"], "--output 'tar=x' is not understood", "oci=FILE"),
         (["--output", "oci=none/x.tar"], "no folder for none/x.tar", "make it first"),
         (["--tag", "Not A Name"], "'Not A Name' is not an image name", "all lower case"),
-        (["--max-size", "big"], "'big' is not a size", "6GB"),
+        (["--max-size", "big"], "'big' is not a valid max size", "6GB"),
     ],
 )
 def test_bad_options(tmp_path: Path, arguments: list[str], message: str, hint: str) -> None:
