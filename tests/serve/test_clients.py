@@ -1,0 +1,140 @@
+"""Clients that people already have, pointed at a real server: each gets the reference's vectors."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+
+from tests.serve.conftest import Running, start, stop
+
+TEXTS = [
+    "Which river flows through Vienna?",
+    "The Danube\nflows through Vienna.",
+    "int main(void) { return 0; }",
+    "ok",
+    "naïve café, 北京, 🚀 " * 30,
+    "a long text that will be cut " * 100,
+]
+Matrix = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@pytest.fixture(scope="module")
+def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    arguments = ("--model", str(minilm), "--precision", "fp32", "--name", "minilm")
+    running = start(tmp_path_factory.mktemp("clients"), *arguments)
+    yield running
+    stop(running)
+
+
+@pytest.fixture(scope="module")
+def reference(minilm: Path) -> Matrix:
+    command = [sys.executable, "-m", "inferctl.serve.reference", str(minilm)]
+    done = subprocess.run(command, input=json.dumps(TEXTS).encode(), capture_output=True, check=True)
+    return np.array([np.frombuffer(base64.b64decode(row), "<f4") for row in json.loads(done.stdout)["embeddings"]])
+
+
+def same(got: Any, reference: Matrix) -> None:
+    np.testing.assert_allclose(np.array(got, dtype=np.float32), reference, atol=2e-6)
+
+
+@pytest.mark.parametrize("encoding", [None, "float", "base64"])
+def test_openai(server: Running, reference: Matrix, encoding: Any) -> None:
+    extra = {} if encoding is None else {"encoding_format": encoding}
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+        answer = client.embeddings.create(model="minilm", input=TEXTS, **extra)
+    assert (answer.object, answer.model) == ("list", "minilm")
+    assert [(entry.index, entry.object) for entry in answer.data] == [(i, "embedding") for i in range(len(TEXTS))]
+    if encoding == "base64":
+        # Asked for by name it is handed on as it came.
+        same([np.frombuffer(base64.b64decode(str(entry.embedding)), "<f4") for entry in answer.data], reference)
+    else:
+        same([entry.embedding for entry in answer.data], reference)
+
+
+def test_openai_asynchronous(server: Running, reference: Matrix) -> None:
+    async def run() -> list[list[float]]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+            answers = await asyncio.gather(
+                *(client.embeddings.create(model="minilm", input=[text]) for text in TEXTS * 4)
+            )
+        return [answer.data[0].embedding for answer in answers]
+
+    same(asyncio.run(run()), np.tile(reference, (4, 1)))
+
+
+def test_openai_dimensions(minilm: Path, tmp_path: Path, serve: Callable[..., Running]) -> None:
+    folder = tmp_path / "matryoshka"
+    folder.mkdir()
+    for name in ("tokenizer.json", "modules.json", "model.safetensors"):
+        (folder / name).symlink_to(minilm / name)
+    shutil.copytree(minilm / "1_Pooling", folder / "1_Pooling")
+    config = json.loads((minilm / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"matryoshka_dimensions": [8, 4]}))
+    server = serve("--model", str(folder), "--engine", "echo", "--name", "echo")
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+        full = np.float32(client.embeddings.create(model="echo", input=[5, 6]).data[0].embedding)
+        cut = client.embeddings.create(model="echo", input=[5, 6], dimensions=4).data[0].embedding
+        np.testing.assert_allclose(cut, full[:4] / np.linalg.norm(full[:4]), atol=1e-6)
+        with pytest.raises(openai.BadRequestError, match="only 8, 4") as refused:
+            client.embeddings.create(model="echo", input=[5, 6], dimensions=5)
+    assert (refused.value.param, refused.value.code) == ("dimensions", "invalid_dimensions")
+
+
+def test_openai_sees_its_own_exceptions(server: Running) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+        with pytest.raises(openai.NotFoundError) as unknown:
+            client.embeddings.create(model="other", input="a")
+        with pytest.raises(openai.BadRequestError) as untrained:
+            client.embeddings.create(model="minilm", input="a", dimensions=128)
+        with pytest.raises(openai.BadRequestError) as empty:
+            client.embeddings.create(model="minilm", input=[])
+    errors = [unknown.value, untrained.value, empty.value]
+    assert [e.code for e in errors] == ["model_not_found", "invalid_dimensions", "empty_input"]
+    assert [e.param for e in errors] == ["model", "dimensions", "input"]
+    assert {e.type for e in errors} == {"invalid_request_error"}
+
+
+def test_langchain(server: Running, reference: Matrix) -> None:
+    from langchain_openai import OpenAIEmbeddings
+
+    # Without check_embedding_ctx_length=False it sends token ids of OpenAI's own vocabulary, which mean other words here.
+    client = OpenAIEmbeddings(
+        base_url=f"{server.url}/v1", api_key="unused", model="minilm", check_embedding_ctx_length=False, max_retries=0
+    )
+    same(client.embed_documents(TEXTS), reference)
+    same(client.embed_query(TEXTS[0]), reference[0])
+    same(asyncio.run(client.aembed_documents(TEXTS)), reference)
+
+
+def test_llama_index(server: Running, reference: Matrix) -> None:
+    from llama_index.embeddings.openai import OpenAIEmbedding
+
+    client = OpenAIEmbedding(model_name="minilm", api_base=f"{server.url}/v1", api_key="unused", max_retries=0)
+    # It turns line breaks into blanks; to this tokenizer both are the same.
+    same(client.get_text_embedding_batch(TEXTS), reference)
+    same(client.get_query_embedding(TEXTS[0]), reference[0])
+    same(asyncio.run(client.aget_text_embedding_batch(TEXTS)), reference)
+
+
+@pytest.mark.parametrize(
+    "extra", [(), ("--http1.0",), ("-H", "transfer-encoding: chunked"), ("-H", "expect: 100-continue")]
+)
+def test_curl(server: Running, reference: Matrix, tmp_path: Path, extra: tuple[str, ...]) -> None:
+    body = tmp_path / "body.json"
+    body.write_text(json.dumps({"input": TEXTS}))
+    command = ["curl", "-sS", "--fail-with-body", "--max-time", "60", *extra, "-H", "content-type: application/json"]
+    done = subprocess.run(
+        [*command, "-d", f"@{body}", f"{server.url}/v1/embeddings"], capture_output=True, text=True, check=True
+    )
+    same([entry["embedding"] for entry in json.loads(done.stdout)["data"]], reference)
