@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
+from collections.abc import Generator
+from contextlib import closing
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from inferctl.cli import console
 from inferctl.image.events import (
@@ -19,12 +22,14 @@ from inferctl.image.events import (
     StepLog,
     StepStarted,
 )
-from inferctl.image.forecast import size
+from inferctl.sizes import size
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-_NAME_WIDTH = 74
+Result = TypeVar("Result")
+# What a line needs beside the step's name: two blanks, the result, the bytes moved.
+_BESIDE_NAME = 2 + 1 + 7 + 2 + 8
 
 
 class BuildView:
@@ -54,6 +59,17 @@ class BuildView:
         if self._progress:
             self._progress.stop()
 
+    def follow(self, running: Generator[Event, None, Result]) -> Result:
+        """Show what happens until the end of `running`; returns its result, and closes it whatever happens."""
+        with closing(running):
+            while True:
+                try:
+                    event = next(running)
+                except StopIteration as end:
+                    result: Result = end.value
+                    return result
+                self.show(event)
+
     def show(self, event: Event) -> None:
         """Show one event."""
         match event:
@@ -76,7 +92,7 @@ class BuildView:
                     id, f"{short(self._names.get(id, ''))}  {item.removeprefix('sha256:')[:12]} {size(current)}{of}"
                 )
             case StepLog(id, name, text):
-                self._run(id, f"{short(name)}  {text[:60]}")
+                self._run(id, f"{short(name, name_width() // 2)}  {text[: name_width() // 2]}")
             case StepFinished():
                 self._finished(event)
             case LayerPush():
@@ -94,7 +110,7 @@ class BuildView:
         if not step.error and (_is_quiet(step.name) or (self._again and (step.cached or step.name.startswith("[")))):
             return
         result = "FAILED" if step.error else "CACHED" if step.cached else f"{step.seconds:.1f}s"
-        self._line(f"  {short(step.name):<{_NAME_WIDTH}} {result:>7}{moved}")
+        self._line(f"  {short(step.name):<{name_width()}} {result:>7}{moved}")
 
     def _pushed(self, layer: LayerPush) -> None:
         before = self._layers.get(layer.id)
@@ -144,8 +160,15 @@ def _is_quiet(name: str) -> bool:
     return bool(re.match(r"\[internal\] (?!load build context)|\[[^\]]*\] (?:LINK |load \.dockerignore)", name))
 
 
-def short(name: str, width: int = _NAME_WIDTH) -> str:
-    """A step's name on one line: mounts and options out, the rest cut to `width`."""
+def name_width() -> int:
+    """Columns for a step's name, so that its line fits the terminal (COLUMNS, or 80 without one)."""
+    return max(30, min(100, shutil.get_terminal_size().columns) - _BESIDE_NAME)
+
+
+def short(name: str, width: int | None = None) -> str:
+    """A step's name on one line: mounts and options out, the preparation of pip too, the rest cut to `width`."""
+    width = width or name_width()
     text = re.sub(r"\s--(?:mount|link|chown|chmod)(?:=\S+)?", "", name)
     text = re.sub(r"\s+", " ", text).strip()
+    text = re.sub(r"RUN if \[ .*?; fi; (?:env -u \S+ )?", "RUN ", text)
     return text if len(text) <= width else f"{text[: width - 1]}…"

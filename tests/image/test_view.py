@@ -75,5 +75,19 @@ def test_names_of_steps_fit_a_line() -> None:
         + "x" * 200
     )
     assert short(name).startswith("[torch 1/1] RUN \\ pip install xxx")
-    assert len(short(name)) == 74
+    assert len(short(name)) == 60
+    assert len(short(name, 20)) == 20
+    prepared = (
+        "[torch 1/1] RUN if [ -s /x ]; then export PIP_CERT=/x; fi; env -u PIP_CONSTRAINT python -m pip install a"
+    )
+    assert short(prepared) == "[torch 1/1] RUN python -m pip install a"
     assert short("[s 1/2] COPY --link --from=torch /layer /") == "[s 1/2] COPY --from=torch /layer /"
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_every_line_of_a_build_fits_the_terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = shown([Phase("build"), *recorded("cached.txt"), *recorded("failed.txt")], capsys)
+    assert max(map(len, lines)) <= columns
