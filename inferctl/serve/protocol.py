@@ -1,0 +1,182 @@
+"""uvicorn's connection with bounds on what a client may send and how long it may take; what it refuses itself comes in OpenAI's envelope.
+
+Left alone, uvicorn waits for ever for the rest of a request, takes heads of any size, never finishes a request that asks for an upgrade, and
+closes on a client that still sends, which then sees a reset instead of the 413.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Literal
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from inferctl.serve.http import ApiError
+
+_HEAD_BYTES = 64 * 1024
+_HEADERS = 200
+# A request has this long to arrive (seconds), and a second more for each of these many bytes that did.
+_PATIENCE = 30.0
+_SLOWEST = 16 * 1024
+# How long a refused client may go on sending before the connection is cut (seconds).
+_LINGER = 2.0
+# Fields of one connection only: without them an upgrade is an ordinary request.
+_HOP = frozenset({b"connection", b"upgrade", b"http2-settings"})
+
+
+def connection(max_body_bytes: int, patience: float = _PATIENCE) -> type[Connection]:
+    """The class to give to uvicorn as `http`."""
+    return type("BoundedConnection", (Connection,), {"max_body_bytes": max_body_bytes, "patience": patience})
+
+
+class Connection(HttpToolsProtocol):
+    """One client's connection."""
+
+    max_body_bytes = 32 * 1024 * 1024
+    patience = _PATIENCE
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._phase: Literal["idle", "head", "body", "refused"] = "idle"
+        self._head = self._body = 0  # bytes of the request that arrives
+        self._began = self.loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+        self._problem: ApiError | None = None
+        self._upgrade = b""
+
+    def connection_made(self, transport: Any) -> None:
+        """See asyncio."""
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(self.patience, self._check)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio."""
+        if self._phase == "refused":
+            return
+        self._unset_keepalive_if_required()
+        self._head += len(data)
+        self._problem = None
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._go_on_without_upgrade(data[upgrade.args[0] :])
+            return
+        except httptools.HttpParserError:
+            self._refuse(self._problem or ApiError(400, "this is not valid HTTP", code="invalid_http"))
+            return
+        if self._phase == "head" and self._head > _HEAD_BYTES:
+            self._refuse(_head_too_large())
+        elif self._phase == "idle":
+            self._stop_timer()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self.patience, self._check)
+
+    def on_message_begin(self) -> None:
+        """See httptools."""
+        super().on_message_begin()
+        self._phase, self._began, self._body = "head", self.loop.time(), 0
+
+    def on_url(self, url: bytes) -> None:
+        """See httptools."""
+        super().on_url(url)
+        self._limit_head()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """See httptools."""
+        super().on_header(name, value)
+        self._limit_head()
+
+    def on_headers_complete(self) -> None:
+        """See httptools."""
+        if self.parser.get_method() == b"CONNECT":
+            self._fail(ApiError(405, "this is no proxy", code="method_not_allowed"))
+        if self.parser.should_upgrade():
+            version = self.parser.get_http_version().encode()
+            lines = [b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, version)]
+            lines += [b"%s: %s\r\n" % field for field in self.headers if field[0] not in _HOP]
+            self._upgrade = b"".join([*lines, b"\r\n"])
+            return
+        size = next((value for name, value in self.headers if name == b"content-length"), b"0")
+        if int(size) > self.max_body_bytes:
+            self._fail(_body_too_large(self.max_body_bytes))
+        super().on_headers_complete()
+        self._phase, self._head = "body", 0
+
+    def on_body(self, body: bytes) -> None:
+        """See httptools."""
+        self._body += len(body)
+        if self._body > self.max_body_bytes:
+            self._fail(_body_too_large(self.max_body_bytes))
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """See httptools."""
+        if not self._upgrade:
+            self._phase, self._head = "idle", 0
+            super().on_message_complete()
+
+    def _go_on_without_upgrade(self, rest: bytes) -> None:
+        head, self._upgrade = self._upgrade, b""
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._head = 0
+        self.data_received(head + rest)
+
+    def _limit_head(self) -> None:
+        if len(self.headers) > _HEADERS or len(self.url) > _HEAD_BYTES:
+            self._fail(_head_too_large())
+
+    def _fail(self, problem: ApiError) -> None:
+        """Leave the parser; `data_received` answers."""
+        self._problem = problem
+        raise problem
+
+    def _check(self) -> None:
+        self._timer = None
+        left = self._began + self.patience + self._body / _SLOWEST - self.loop.time()
+        if self._phase in ("head", "body") and (left > 0 or self.flow.read_paused):
+            self._timer = self.loop.call_later(max(left, 0.1), self._check)
+        elif self._phase == "head" or (self._phase == "body" and not self.cycle.response_complete):
+            self._refuse(ApiError(408, "the request did not arrive in time", code="request_timeout"))
+        elif self._phase != "idle" or self.cycle is None:
+            self.transport.close()
+
+    def _refuse(self, problem: ApiError) -> None:
+        """Answer, then read on for a while without keeping anything: a client that still sends would see a reset instead of the answer."""
+        own, self._phase = self._phase == "body", "refused"
+        self._stop_timer()
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            if not own or cycle.response_started or self.pipeline:
+                # An answer is on its way and must not be mixed with this one.
+                cycle.keep_alive = False
+                return
+            cycle.disconnected = True
+            cycle.message_event.set()
+        body = problem.body()
+        fields = [*self.server_state.default_headers, (b"content-type", b"application/json"), (b"connection", b"close")]
+        lines = [b"%s: %s\r\n" % field for field in [*fields, (b"content-length", b"%d" % len(body))]]
+        self.transport.write(b"".join([STATUS_LINE[problem.status], *lines, b"\r\n", body]))
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.resume_reading()
+        self._timer = self.loop.call_later(_LINGER, self._check)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _head_too_large() -> ApiError:
+    return ApiError(431, f"more than {_HEADERS} headers or {_HEAD_BYTES} bytes of them", code="headers_too_large")
+
+
+def _body_too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
