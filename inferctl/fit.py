@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from inferctl.catalog import BaseImage, Hardware, Level, Stack, best_precision, capability_of, support
+from inferctl.sizes import size
 from inferctl.spec import Spec
 
 Verdict = Literal["ok", "warn", "error"]
@@ -17,6 +19,9 @@ _WORST = ("ok", "warn", "error")
 CUDA_OVERHEAD_BYTES = 1_000_000_000
 _BYTES_PER_PARAMETER = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 _FULL = 0.9
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# What torch's CUDA wheels bring themselves.
+_IN_WHEELS = ("cublas", "cudnn", "nccl", "cusparse", "cufft")
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,10 @@ class Finding:
     why: str
     hint: str | None = None
     part: str | None = None
+
+    def text(self) -> str:
+        """For people, on one line."""
+        return f"{self.what} [{self.topic}]: {self.why}" + (f". Fix: {self.hint}" if self.hint else "")
 
 
 @dataclass(frozen=True)
@@ -81,14 +90,35 @@ def worst(findings: tuple[Finding, ...] | list[Finding]) -> Verdict:
     return max((finding.level for finding in findings), key=_WORST.index, default="ok")
 
 
-def check_image(spec: Spec, base: BaseImage, stack: Stack, *, hub_model: bool, today: datetime.date) -> list[Finding]:
-    """What is true whatever it runs on. `hub_model`: the source is a hub id, so that its revision matters."""
+def check_image(
+    spec: Spec,
+    base: BaseImage,
+    stack: Stack,
+    *,
+    hub_model: bool,
+    today: datetime.date,
+    platforms: tuple[str, ...] | None = None,
+) -> list[Finding]:
+    """What is true of the image whatever it runs on: what `inferctl check` and `inferctl build` both say.
+
+    `hub_model`: the source is a hub id, so that its revision matters. `platforms`: those of one build, instead of the spec's.
+    """
     return [
-        *_pins(spec, base, hub_model=hub_model),
+        *(_revision(spec) if hub_model else ()),
+        *_base_digest(spec, base),
         *_end_of_life(base, today),
-        *_platform(spec, base, stack),
-        _slo(spec),
+        *_platforms(spec, base, stack, platforms or (spec.image.platform,)),
+        *_python(base, stack),
+        *_cuda_twice(base, stack),
     ]
+
+
+def check_slo(spec: Spec) -> Finding:
+    """Whether the spec says how fast it must be."""
+    if spec.slo.p99_ms is None:
+        why = "without one, no benchmark can say how much load a replica takes"
+        return Finding("warn", "slo", "no SLO", why, "slo: {p99_ms: 70}")
+    return Finding("ok", "slo", f"p99 within {spec.slo.p99_ms:g} ms", "set in the spec")
 
 
 def check_part(spec: Spec, stack: Stack, part: Hardware, model: ModelSize | None, driver: int | None = None) -> Fit:
@@ -131,24 +161,23 @@ def memory(model: ModelSize, precision: str, batch_tokens: int, part: Hardware) 
     return Memory(weights, activations, CUDA_OVERHEAD_BYTES if part.kind == "cuda" else 0)
 
 
-def gigabytes(count: float) -> str:
-    """Decimal GB with one digit: `15.0 GB`; below a tenth in MB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"
-
-
 def _first(config: Mapping[str, Any], *names: str) -> int:
     return next((value for name in names if isinstance(value := config.get(name), int)), 0)
 
 
-def _pins(spec: Spec, base: BaseImage, *, hub_model: bool) -> Iterator[Finding]:
-    if hub_model and not spec.model.revision:
-        yield Finding(
-            "warn",
-            "revision",
-            "the model's revision floats",
-            f"{spec.model.source} can change between two builds of the same spec",
-            "model.revision: the commit you tested (`inferctl build` refuses a floating one)",
-        )
+def _revision(spec: Spec) -> Iterator[Finding]:
+    revision = spec.model.revision
+    if revision and _COMMIT.fullmatch(revision):
+        return
+    what = "the model's revision floats" + (f": {revision!r} is no commit" if revision else "")
+    why = f"{spec.model.source} can change between two builds of the same spec"
+    hint = "model.revision: the commit you tested, 40 hex digits"
+    if spec.model.weights != "mount":
+        hint += "; `inferctl build --allow-floating` builds anyway"
+    yield Finding("warn", "revision", what, why, hint)
+
+
+def _base_digest(spec: Spec, base: BaseImage) -> Iterator[Finding]:
     reference = spec.image.base_image or base.reference
     if "@sha256:" not in reference and not (base.digest and not spec.image.base_image):
         why = "the tag can be moved or deleted" + (
@@ -174,26 +203,37 @@ def _end_of_life(base: BaseImage, today: datetime.date) -> Iterator[Finding]:
         yield Finding("ok", "base.end_of_life", f"{base.key} is maintained until {end}", note)
 
 
-def _platform(spec: Spec, base: BaseImage, stack: Stack) -> Iterator[Finding]:
-    wanted = spec.image.platform
-    if wanted not in base.platforms:
-        what, known = f"{base.key} does not exist for {wanted}", ", ".join(base.platforms)
-        yield Finding("error", "platform", what, f"it exists for {known}", "image.platform, or another base")
-    elif wanted not in stack.platforms and not spec.image.locks:
-        known = ", ".join(stack.platforms)
-        why = f"its lock and its kernel list are those of {known}; aarch64 wheels differ, they have no sm_75"
-        yield Finding("error", "platform", f"{stack.key} is not locked for {wanted}", why, "image.locks: your own lock")
+def _platforms(spec: Spec, base: BaseImage, stack: Stack, platforms: tuple[str, ...]) -> Iterator[Finding]:
+    for wanted in platforms:
+        if wanted not in base.platforms:
+            what, known = f"{base.key} does not exist for {wanted}", ", ".join(base.platforms)
+            hint = "image.platform or --platform, or another base"
+            yield Finding("error", "platform", what, f"it exists for {known}", hint)
+        elif wanted not in stack.platforms and not spec.image.locks:
+            known = ", ".join(stack.platforms)
+            why = f"its lock and its kernel list are those of {known}; aarch64 wheels differ, they have no sm_75"
+            yield Finding(
+                "error", "platform", f"{stack.key} is not locked for {wanted}", why, "image.locks: your own lock"
+            )
+    if len(platforms) > 1 and spec.image.locks:
+        why = "a lock is resolved for one platform: a package that another one needs is not in it"
+        hint = "build each platform with its own image.locks and --platform"
+        yield Finding("warn", "platform", f"one lock for {len(platforms)} platforms", why, hint)
+
+
+def _python(base: BaseImage, stack: Stack) -> Iterator[Finding]:
     if base.python.version not in stack.python:
         why = f"its wheels are for Python {', '.join(stack.python)}"
         hint = "`inferctl catalog stacks` lists what goes together"
         yield Finding("error", "python", f"{stack.key} has no wheel for Python {base.python.version}", why, hint)
 
 
-def _slo(spec: Spec) -> Finding:
-    if spec.slo.p99_ms is None:
-        why = "without one, no benchmark can say how much load a replica takes"
-        return Finding("warn", "slo", "no SLO", why, "slo: {p99_ms: 70}")
-    return Finding("ok", "slo", f"p99 within {spec.slo.p99_ms:g} ms", "set in the spec")
+def _cuda_twice(base: BaseImage, stack: Stack) -> Iterator[Finding]:
+    twice = [name for name in base.ships if name in _IN_WHEELS]
+    if twice and stack.cuda is not None and "torch" not in base.provides:
+        what = f"the image ships CUDA twice: the base {base.key} has {', '.join(twice)}"
+        why = "torch's wheels bring their own copies and load those, so the base's are 1-3 GB that nothing uses"
+        yield Finding("warn", "base.cuda_twice", what, why, "take a `-base` tag, as in `inferctl catalog bases`")
 
 
 def _level(precision: str, part: Hardware) -> tuple[Level | Literal["depends"], str]:
@@ -270,12 +310,12 @@ def _memory(need: Memory | None, part: Hardware) -> Finding:
     if need is None:
         why = "the model's files are not on this machine"
         return Finding("warn", "memory", "memory not checked", why, "--model FOLDER, or fetch the model", part.key)
-    sizes = (gigabytes(size) for size in (need.weights, need.activations, need.overhead))
+    sizes = (size(part_of_it, 1) for part_of_it in (need.weights, need.activations, need.overhead))
     why = "weights {}, activations of one full batch {}, CUDA itself {}".format(*sizes)
     if part.memory_bytes is None:
-        what = f"needs about {gigabytes(need.total)}, estimated"
+        what = f"needs about {size(need.total, 1)}, estimated"
         return Finding("ok", "memory", what, f"{why}; the profile has no memory size", None, part.key)
-    what = f"needs about {gigabytes(need.total)} of {gigabytes(part.memory_bytes)}, estimated"
+    what = f"needs about {size(need.total, 1)} of {size(part.memory_bytes, 1)}, estimated"
     if need.total > part.memory_bytes:
         hint = "int8, a smaller serve.max_batch_tokens, or a part with more memory"
         return Finding("error", "memory", f"does not fit: {what}", why, hint, part.key)

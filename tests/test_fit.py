@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from typing import Any
 
@@ -170,8 +171,17 @@ def test_a_slice_is_to_be_sized_by_its_compute() -> None:
 
 def test_a_hub_model_without_a_revision_floats_and_a_folder_does_not() -> None:
     assert image()["revision"].level == "warn"
-    assert "revision" not in image(model={"source": "org/model", "revision": "abc"})
+    assert "revision" not in image(model={"source": "org/model", "revision": "0" * 40})
     assert "revision" not in image(hub_model=False)
+
+
+@pytest.mark.parametrize("revision", ["main", "v1.0", "abc", "0" * 39])
+def test_a_revision_that_is_no_commit_floats(revision: str) -> None:
+    found = image(model={"source": "org/model", "revision": revision})["revision"]
+    assert found.what == f"the model's revision floats: {revision!r} is no commit"
+    assert "--allow-floating" not in (found.hint or "")
+    baked = image(model={"source": "org/model", "revision": revision, "weights": "bake"})["revision"]
+    assert "--allow-floating" in (baked.hint or "")
 
 
 def test_a_base_without_a_digest_is_told_and_a_pinned_mirror_is_not() -> None:
@@ -197,14 +207,43 @@ def test_an_end_of_life_is_told_before_and_after() -> None:
 
 
 def test_no_slo_is_told() -> None:
-    assert image()["slo"].level == "warn"
-    assert image(slo={"p99_ms": 70})["slo"].what == "p99 within 70 ms"
+    assert fit.check_slo(spec()).level == "warn"
+    assert fit.check_slo(spec(slo={"p99_ms": 70})).what == "p99 within 70 ms"
+
+
+def test_a_base_with_the_libraries_of_the_wheels_ships_cuda_twice() -> None:
+    base = dataclasses.replace(catalog.base("cuda12.8"), ships=("cudart", "cublas", "cudnn"))
+    stack = catalog.stack(base.stack)
+
+    def topics(of: catalog.BaseImage) -> set[str]:
+        found = fit.check_image(spec(), of, stack, hub_model=False, today=TODAY)
+        return {finding.topic for finding in found}
+
+    assert "base.cuda_twice" in topics(base)
+    assert "base.cuda_twice" not in topics(catalog.base("cuda12.8"))
+    assert "base.cuda_twice" not in topics(dataclasses.replace(base, provides=("torch",)))
 
 
 def test_a_platform_without_a_lock_is_an_error_unless_you_bring_one() -> None:
     assert image(image={"platform": "linux/arm64"})["platform"].level == "error"
     assert "platform" not in image(image={"platform": "linux/arm64", "locks": "mine"})
     assert image(image={"platform": "linux/s390x", "locks": "mine"})["platform"].level == "error"
+
+
+def test_the_platforms_of_a_build_are_judged_each_and_one_lock_for_several_is_told() -> None:
+    base = catalog.base("cuda13.0")
+    stack = catalog.stack(base.stack)
+
+    def told(*platforms: str, **image: str) -> list[tuple[str, str]]:
+        made = spec(image=image)
+        found = fit.check_image(made, base, stack, hub_model=False, today=TODAY, platforms=platforms)
+        return [(f.level, f.what) for f in found if f.topic == "platform"]
+
+    both = ("linux/amd64", "linux/arm64")
+    assert told(*both) == [("error", "torch2.13-cu130 is not locked for linux/arm64")]
+    assert told(*both, locks="mine") == [("warn", "one lock for 2 platforms")]
+    assert told("linux/amd46") == [("error", "cuda13.0 does not exist for linux/amd46")]
+    assert told("linux/amd64", platform="linux/arm64") == []
 
 
 def test_the_gravest_finding_decides() -> None:

@@ -83,8 +83,8 @@ def build(
     """
     from inferctl import catalog, render
     from inferctl.cli.render import rendered_image
-    from inferctl.image.forecast import parse_size
     from inferctl.image.plan import BuildOptions, plan
+    from inferctl.sizes import parse_size
 
     flags = {"model.source": model, "serve.precision": precision, "image.base": base, "image.base_image": base_image}
     resolved = load(spec_file, {**flags, "image.max_size": max_size})
@@ -94,7 +94,7 @@ def build(
         push=push,
         verify=verify,
         lint_layers=lint_layers,
-        platforms=tuple(part.strip() for part in platform.split(",")) if platform else (),
+        platforms=tuple(part.strip() for part in (platform or "").split(",") if part.strip()),
         cache_to=tuple(cache_to or ()),
         cache_from=tuple(cache_from or ()),
         oci=oci_file(output) if output else None,
@@ -127,8 +127,6 @@ def oci_file(text: str) -> Path:
     file = fields.get("oci") or (fields.get("dest") if fields.get("type") == "oci" else None)
     if not file:
         raise UsageError(f"--output {text!r} is not understood", "write it as oci=FILE or type=oci,dest=FILE")
-    if not Path(file).absolute().parent.is_dir():
-        raise UsageError(f"there is no folder for {file}", "make it first")
     return Path(file)
 
 
@@ -137,10 +135,9 @@ def full_reference(text: str) -> str:
     import re
 
     from inferctl.errors import UsageError
+    from inferctl.spec import IMAGE_NAME, IMAGE_TAG
 
-    part = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
-    host = r"(?:[A-Za-z0-9.-]+(?::\d+)?/)?"
-    if not re.fullmatch(rf"{host}{part}(?:/{part})*(?::[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}})?", text):
+    if not re.fullmatch(rf"{IMAGE_NAME}(?::{IMAGE_TAG})?", text):
         raise UsageError(
             f"{text!r} is not an image name", "as in registry.example.com/team/name:tag, all lower case but the tag"
         )
@@ -157,19 +154,11 @@ def _run(made: BuildPlan) -> Built:
 
     engine = Engine.connect()
     with terminated_like_interrupted(), BuildView(live=sys.stderr.isatty()) as view:
-        running = building.run(made, engine, engine.info())
-        try:
-            while True:
-                view.show(next(running))
-        except StopIteration as end:
-            result: Built = end.value
-            return result
-        finally:
-            running.close()
+        return view.follow(building.run(made, engine, engine.info()))
 
 
 def _print_plan(made: BuildPlan, as_json: bool) -> None:
-    from inferctl.image.forecast import size
+    from inferctl.sizes import size
 
     if as_json:
         console.document(made.document())
@@ -182,7 +171,7 @@ def _print_plan(made: BuildPlan, as_json: bool) -> None:
 
 def _print(built: Built, as_json: bool) -> None:
     from inferctl.cli.buildview import short
-    from inferctl.image.forecast import size
+    from inferctl.sizes import size
 
     for layer in built.layers:
         if layer.size:

@@ -89,7 +89,7 @@ def _judge(spec: Spec, every: bool, driver: int | None) -> tuple[list[Finding], 
     parts = list(catalog.hardware_profiles()) if every else spec.hardware
     hub_model = is_hub_id(spec.model.source)
     today = datetime.datetime.now(tz=datetime.UTC).date()
-    general = fit.check_image(spec, base, stack, hub_model=hub_model, today=today)
+    general = [*fit.check_image(spec, base, stack, hub_model=hub_model, today=today), fit.check_slo(spec)]
     if not parts:
         why = "nothing says what it must run on, so precision, kernels, driver and memory were not checked"
         general.append(fit.Finding("warn", "hardware", "no hardware named", why, "hardware: [t4], or --hardware all"))
@@ -182,7 +182,7 @@ def _table(fits: list[Fit]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from inferctl.fit import gigabytes
+    from inferctl.sizes import size
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for heading in ("hardware", "precision", "kernels", "memory, estimated", "verdict"):
@@ -193,7 +193,7 @@ def _table(fits: list[Fit]) -> Table:
             fit.part,
             f"{fit.precision} {fit.level}",
             {True: "yes", False: "no", None: "unknown"}[fit.kernels],
-            "not checked" if need is None else gigabytes(need.total) + (f" of {gigabytes(has)}" if has else ""),
+            "not checked" if need is None else size(need.total, 1) + (f" of {size(has, 1)}" if has else ""),
             Text(fit.verdict, style="" if fit.verdict == "ok" else _STYLE[fit.verdict]),
         )
     return table

@@ -15,7 +15,10 @@ from inferctl.cli.options import Json
 from inferctl.errors import InferctlError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from inferctl.bench.environment import Environment
+    from inferctl.image.buildx import Builder
 
 # A CUDA image with its build cache: torch closure packed and unpacked, base, room for the next build.
 _ROOM_FOR_BUILDS = 25_000_000_000
@@ -57,16 +60,23 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         console.document({"checks": [asdict(check) for check in found]})
         return
+    console.report(table_of(found))
+
+
+def table_of(found: list[Check]) -> Table:
+    """The checks as a table; what they say is text, never markup."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("", "what", "found"):
         table.add_column(heading, overflow="fold")
-    marks = {"can": "[green]✓[/]", "limited": "[yellow]![/]", "cannot": "[red]✗[/]"}
+    marks = {"can": ("✓", "green"), "limited": ("!", "yellow"), "cannot": ("✗", "red")}
     for check in found:
-        table.add_row(marks[check.verdict], check.name, check.detail + (f"\n→ {check.hint}" if check.hint else ""))
-    console.report(table)
+        told = check.detail + (f"\n→ {check.hint}" if check.hint else "")
+        table.add_row(Text(*marks[check.verdict]), Text(check.name), Text(told))
+    return table
 
 
 def _python(here: Environment) -> Iterator[Check]:
@@ -94,6 +104,22 @@ def _docker(_: Environment) -> Iterator[Check]:
         yield Check("build", "cannot", error.message, error.hint)
         return
     yield Check("build", "can", builder.describe())
+    yield features(builder)
+
+
+def features(builder: Builder) -> Check:
+    """What the builder can do beyond building for this machine."""
+    able = {
+        "cache export, OCI archives, several platforms at once, SBOM and provenance": builder.exports,
+        "Dockerfile check": builder.checks,
+    }
+    has, lacks = ([what for what, can in able.items() if can is wanted] for wanted in (True, False))
+    told = [f"for {', '.join(builder.platforms)}"] if builder.platforms else []
+    told += [f"{word}: {', '.join(names)}" for word, names in (("with", has), ("without", lacks)) if names]
+    hint = None if builder.exports else "docker buildx create --use --driver docker-container"
+    if builder.exports and not builder.checks:
+        hint = "buildx 0.15 or newer checks Dockerfiles"
+    return Check("builder", "limited" if lacks else "can", "; ".join(told), hint)
 
 
 def _registries(_: Environment) -> Iterator[Check]:

@@ -32,15 +32,8 @@ def push(
 
     engine = Engine.connect()
     with terminated_like_interrupted(), BuildView(live=sys.stderr.isatty()) as view:
-        running = push_named(engine, full_reference(reference), attempts)
-        try:
-            while True:
-                view.show(next(running))
-        except StopIteration as end:
-            outcome = end.value
-        finally:
-            running.close()
+        outcome = view.follow(push_named(engine, full_reference(reference), attempts))
     if as_json:
         console.document(outcome.document())
     else:
-        console.data(outcome.digest)
+        console.data(outcome.digest or reference)

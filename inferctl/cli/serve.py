@@ -64,10 +64,7 @@ def serve(
         Path | None, typer.Option(metavar="FILE", help="Write {url, pid} to FILE as JSON once the server is ready.")
     ] = None,
     image: Annotated[
-        str | None,
-        typer.Option(
-            metavar="REF", help="Run this built image as a container; the options given here override its settings."
-        ),
+        str | None, typer.Option(metavar="REF", help="Run this built image as a container instead of a process.")
     ] = None,
     image_reference: Annotated[
         str | None, typer.Option(hidden=True, help="What /info says of the image this runs in.")

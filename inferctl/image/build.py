@@ -10,20 +10,22 @@ import json
 import os
 import re
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from inferctl.errors import InferctlError, NotReadyError
+from inferctl.fit import Finding
 from inferctl.image import buildx, forecast, layers, lint
 from inferctl.image.context import staged
 from inferctl.image.docker import Engine
 from inferctl.image.events import Event, Note, Phase, StepFinished
-from inferctl.image.plan import BuildPlan
+from inferctl.image.plan import BuildPlan, refuse
 from inferctl.image.publish import Outcome, build_once, publish
 from inferctl.image.records import EngineInfo, ImageInfo, LayerInfo
 from inferctl.image.verify import Verified, VerifyOptions, verify
+from inferctl.sizes import size
 
 # Reading an image out of the engine to look for hidden files takes about a second for each 100 MB.
 _ANALYSED_BYTES = 4_000_000_000
@@ -44,8 +46,8 @@ class Built:
     pushed: int | None
     steps: tuple[StepFinished, ...]
     layers: tuple[LayerInfo, ...]
-    planned_findings: tuple[lint.Finding, ...]
-    findings: tuple[lint.Finding, ...]
+    planned_findings: tuple[Finding, ...]
+    findings: tuple[Finding, ...]
     verified: Verified | None
     forecast: forecast.Forecast
     seconds: Mapping[str, float]
@@ -77,10 +79,11 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
     Whatever fails, or when this generator is closed: containers are removed, the image without a name is discarded, and
     `plan.reference` names what it named before.
     """
-    options = plan.options
+    options, platforms = plan.options, plan.platforms
     builder = buildx.detect(info.containerd_store)
-    platforms = options.platforms or (info.platform,)
     native = info.platform if info.platform in platforms else platforms[0]
+    # The engine's own platform is not asked for by name: it is what every builder makes by itself.
+    named = platforms if platforms != (info.platform,) else ()
     clock = _Clock()
     with staged(plan.rendered, plan.server) as (context, contexts):
         request = buildx.BuildRequest(
@@ -88,13 +91,13 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
             contexts=contexts,
             build_args=plan.rendered.build_args,
             secrets=options.secrets,
-            platforms=(native,) if native != info.platform or options.platforms else (),
+            platforms=(native,) if named else (),
             cache_to=options.cache_to,
             cache_from=options.cache_from,
             network=options.network,
         )
         outputs = (f"type=oci,dest={options.oci}",) if options.oci else ()
-        buildx.refuse(builder, replace(request, platforms=platforms if options.platforms else (), outputs=outputs))
+        buildx.refuse(builder, replace(request, platforms=named, outputs=outputs))
         if options.verify and native != info.platform:
             raise NotReadyError(
                 f"an image for {native} cannot be started on this engine ({info.platform}), so it cannot be verified",
@@ -108,9 +111,15 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
         clock.lap("build")
         image = _loaded(engine, metadata)
         try:
+            yield from _weigh(plan, info, image)
+            if len(platforms) > 1 and options.verify:
+                others = ", ".join(platform for platform in platforms if platform != native)
+                yield Note(
+                    f"only the image for {native} is checked and verified; {others}: built from the same context"
+                )
             findings, checked = yield from _examine(plan, engine, info, image, steps)
             clock.lap("verify")
-            outcome = yield from publish(plan, engine, builder, request, image, _config_digest(metadata, image))
+            outcome = yield from publish(plan, engine, builder, request, named, image, _config_digest(metadata, image))
             clock.lap("publish")
         except BaseException:
             engine.discard(image.id)
@@ -190,7 +199,7 @@ def _config_digest(metadata: Mapping[str, Any], image: ImageInfo) -> str:
 
 def _examine(
     plan: BuildPlan, engine: Engine, info: EngineInfo, image: ImageInfo, steps: list[StepFinished]
-) -> Generator[Event, None, tuple[list[lint.Finding], Verified | None]]:
+) -> Generator[Event, None, tuple[list[Finding], Verified | None]]:
     options = plan.options
     waste = None
     # A build that changes next to nothing hides next to nothing, and an earlier one has told what the cached layers hide.
@@ -198,10 +207,9 @@ def _examine(
     if analysed and image.size <= _ANALYSED_BYTES:
         waste = layers.analyse(engine.save(image.id))
     elif analysed:
-        yield Note(f"layers not analysed for wasted bytes: the image has {forecast.size(image.size)}")
+        yield Note(f"layers not analysed for wasted bytes: the image has {size(image.size)}")
     findings = lint.built(image.environment, image.user, waste)
-    if refused := lint.errors(findings):
-        raise InferctlError("\n".join(f"{f.message}: {f.reason}" for f in refused), refused[0].fix)
+    refuse([finding for finding in findings if finding.level == "error"])
     if not options.verify:
         return findings, None
     fetched = plan.spec.model.weights == "download"
@@ -223,6 +231,28 @@ def _examine(
     return findings, (yield from verify(engine, image, wanted))
 
 
+def _weigh(plan: BuildPlan, info: EngineInfo, image: ImageInfo) -> Iterator[Note]:
+    """Hold the image against --max-size: packed where the engine stores it so, else unpacked, which is always more."""
+    limit = plan.options.max_bytes
+    if limit is None or image.size <= limit:
+        return
+    advice = "raise --max-size, or drop what is biggest: `inferctl build --dry-run` lists the parts"
+    if info.containerd_store:
+        raise InferctlError(
+            f"the image has {size(image.size)}, more than the {size(limit)} of --max-size (compressed)", advice
+        )
+    if not plan.forecast.complete:
+        raise InferctlError(
+            f"the image has {size(image.size)} uncompressed, more than the {size(limit)} of --max-size; this engine does not "
+            f"know its compressed size, and without the size of {', '.join(plan.forecast.unknown)} it cannot be forecast",
+            "raise --max-size to what it may be uncompressed, or use the engine's containerd image store",
+        )
+    yield Note(
+        f"{size(image.size)} uncompressed; this engine does not know the compressed size: the forecast of "
+        f"{size(plan.forecast.total)} stands for --max-size"
+    )
+
+
 def _write_metadata(
     file: Path, metadata: Mapping[str, Any], reference: str, image: ImageInfo, outcome: Outcome
 ) -> None:
@@ -230,5 +260,12 @@ def _write_metadata(
     if outcome.digest:
         document["containerimage.digest"] = outcome.digest.partition("@")[2]
     partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)
+    try:
+        partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise NotReadyError(
+            f"{outcome.digest or reference} is done, but {file} cannot be written: {error.strerror}",
+            "the next build is cached: give another --metadata-file",
+        ) from None

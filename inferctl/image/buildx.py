@@ -212,18 +212,26 @@ def check(request: BuildRequest) -> list[str]:
 
 def manifest(reference: str, platform: str) -> dict[str, Any]:
     """The image manifest of `reference` in its registry, for `platform` when it is an index. Layers have compressed sizes, bytes."""
-    found = json.loads(_docker("buildx", "imagetools", "inspect", "--raw", reference))
+    found = _raw_manifest(reference)
     if "manifests" in found:
         wanted = platform.split("/")
         for entry in found["manifests"]:
             offered = entry.get("platform") or {}
             if [offered.get("os"), offered.get("architecture")] == wanted[:2]:
                 name = reference.partition("@")[0]
-                return dict(
-                    json.loads(_docker("buildx", "imagetools", "inspect", "--raw", f"{name}@{entry['digest']}"))
-                )
+                return _raw_manifest(f"{name}@{entry['digest']}")
         raise InferctlError(f"{reference} has no image for {platform}", "build it with `--platform`")
-    return dict(found)
+    return found
+
+
+def _raw_manifest(reference: str) -> dict[str, Any]:
+    try:
+        found = json.loads(_docker("buildx", "imagetools", "inspect", "--raw", reference))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InferctlError(f"the registry's manifest of {reference} is no JSON object", "see the registry's log")
+    return found
 
 
 def _docker(*arguments: str) -> str:

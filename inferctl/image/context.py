@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from inferctl.errors import InferctlError
+from inferctl.image.failures import telling_disk_full
 from inferctl.model import ModelFolder
 
 if TYPE_CHECKING:
@@ -26,23 +27,30 @@ def staged(rendered: Rendered, server: Mapping[str, Path]) -> Iterator[tuple[Pat
     """The folder to build from, and the named contexts: name -> folder.
 
     The folder has the Dockerfile, .dockerignore, `rendered.files` and the `server` files (context path -> file on disk).
+    Raises `NotReadyError` when the disk is full.
     """
     with tempfile.TemporaryDirectory(prefix="inferctl-context-") as name:
-        folder = Path(name) / _NAME
-        folder.mkdir()
-        texts = {
-            "Dockerfile": rendered.dockerfile.encode(),
-            ".dockerignore": rendered.dockerignore.encode(),
-            **rendered.files,
-        }
-        for path, content in sorted(texts.items()):
-            _inside(folder, path).write_bytes(content)
-        for path, file in sorted(server.items()):
-            shutil.copyfile(file, _inside(folder, path))
-        contexts = dict(rendered.contexts)
-        if "model" in contexts:
-            contexts["model"] = str(_followed(Path(contexts["model"]), Path(name) / "model"))
+        with telling_disk_full():
+            folder, contexts = _write(Path(name), rendered, server)
         yield folder, contexts
+
+
+def _write(room: Path, rendered: Rendered, server: Mapping[str, Path]) -> tuple[Path, dict[str, str]]:
+    folder = room / _NAME
+    folder.mkdir()
+    texts = {
+        "Dockerfile": rendered.dockerfile.encode(),
+        ".dockerignore": rendered.dockerignore.encode(),
+        **rendered.files,
+    }
+    for path, content in sorted(texts.items()):
+        _inside(folder, path).write_bytes(content)
+    for path, file in sorted(server.items()):
+        shutil.copyfile(file, _inside(folder, path))
+    contexts = dict(rendered.contexts)
+    if "model" in contexts:
+        contexts["model"] = str(_followed(Path(contexts["model"]), room / "model"))
+    return folder, contexts
 
 
 def _followed(source: Path, target: Path) -> Path:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from inferctl.errors import InferctlError, UsageError
+from inferctl.errors import InferctlError
+from inferctl.sizes import size
 
 if TYPE_CHECKING:
     from inferctl.catalog import BaseImage, Stack
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,11 @@ class Forecast:
     def complete(self) -> bool:
         """Whether every part is known; otherwise `total` is a lower bound."""
         return all(part.bytes is not None for part in self.parts)
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Names of the parts whose size nobody knows."""
+        return tuple(part.name for part in self.parts if part.bytes is None)
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
@@ -101,22 +104,6 @@ def _closure(name: str, lock: str, known: int | None, source: str, wheels: Mappi
     download = wheels[lock] if wheels and lock in wheels else known
     where = "the wheel folder, and bytecode" if wheels and lock in wheels else source
     return Part(name, download + BYTECODE_BYTES[lock] if download is not None else None, where)
-
-
-def parse_size(text: str) -> int:
-    """`6GB`, `800 MiB`, `1.5g` -> bytes. Raises `UsageError`."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
-    if not found:
-        raise UsageError(f"{text!r} is not a size", "write it like 6GB, 800MB or 2GiB")
-    return int(float(found.group(1)) * _UNITS[(found.group(2) or "").lower()])
-
-
-def size(value: int) -> str:
-    """Bytes for people, decimal units: `4.13 GB`."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if value >= factor:
-            return f"{value / factor:.2f} {unit}" if factor == 10**9 else f"{value / factor:.1f} {unit}"
-    return f"{value} B"
 
 
 def refuse_larger(found: Forecast, limit: int, cuda: str | None = None) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inferctl import locks
-from inferctl.errors import InferctlError
+from inferctl import fit, locks
+from inferctl.errors import InferctlError, UsageError
 from inferctl.image import forecast, lint
 from inferctl.image.push import ATTEMPTS
 from inferctl.image.reference import host_of
 from inferctl.image.verify import READY_SECONDS
+from inferctl.sizes import size
 
 if TYPE_CHECKING:
     from inferctl.catalog import BaseImage, Stack
@@ -57,14 +59,22 @@ class BuildPlan:
     server: Mapping[str, Path]
     model: Path | None
     forecast: forecast.Forecast
-    findings: tuple[lint.Finding, ...]
+    findings: tuple[fit.Finding, ...]
     options: BuildOptions
+
+    @property
+    def platforms(self) -> tuple[str, ...]:
+        """What to build for, as in `linux/amd64`."""
+        return platforms_of(self.spec, self.options)
 
     def document(self) -> dict[str, Any]:
         """As JSON, for `--dry-run --json`."""
+        mirror = self.spec.image.base_image
+        digest = (mirror.partition("@")[2] or None) if mirror else self.base.digest
         return {
             "reference": self.reference,
-            "base": {"key": self.base.key, "reference": self.base.reference, "digest": self.base.digest},
+            "platforms": list(self.platforms),
+            "base": {"key": self.base.key, "reference": mirror or self.base.reference, "digest": digest},
             "stack": self.stack.key,
             "dockerfile": self.rendered.dockerfile,
             "files": sorted([*self.rendered.files, *self.server]),
@@ -77,32 +87,39 @@ class BuildPlan:
     def steps(self) -> list[str]:
         """What `run` would do, one line each."""
         options = self.options
-        platforms = ", ".join(options.platforms) or "the engine's platform"
+        which = " (the engine's platform only)" if len(self.platforms) > 1 else ""
         return [
-            f"build for {platforms} on {self.base.key} with {self.stack.key}",
-            "verify: start it, embed eight texts, compare with fp32" if options.verify else "verify: skipped",
+            f"build for {', '.join(self.platforms)} on {self.base.key} with {self.stack.key}",
+            f"verify: start it, embed eight texts, compare with fp32{which}" if options.verify else "verify: skipped",
             f"tag {self.reference}",
             *([f"write {options.oci}"] if options.oci else []),
             *([f"push to {host_of(self.reference)}"] if options.push else []),
         ]
 
 
+def platforms_of(spec: Spec, options: BuildOptions) -> tuple[str, ...]:
+    """The platforms of the command line, else the one of the spec."""
+    return options.platforms or (spec.image.platform,)
+
+
 def plan(
     spec: Spec, base: BaseImage, stack: Stack, rendered: Rendered, server: Mapping[str, Path], options: BuildOptions
 ) -> BuildPlan:
-    """Decide everything that needs no engine. Raises for a refused lint, a refused size, and local weights that are not there."""
+    """Decide everything that needs no engine.
+
+    Raises `UsageError` for a platform that cannot be had, files that cannot be written, and local weights that are not there;
+    `InferctlError` for a floating revision, a secret in the Dockerfile, and an image too large.
+    """
     from inferctl import model
     from inferctl.model import is_hub_id
 
+    _refuse_targets(options)
     hub = is_hub_id(spec.model.source)
     # A builder without the weights can still build an image that mounts them; only verifying it takes them.
     wanted = {"bake": not hub, "mount": options.verify, "download": False}[spec.model.weights]
-    folder = model.find(spec.model.source, spec.model.revision).path if wanted else None
-    findings = lint.plan(spec, base, stack, rendered.dockerfile, options.today, hub_model=hub)
-    refused = [f for f in lint.errors(findings) if not (f.code == "floating-model" and options.allow_floating)]
-    if refused:
-        raise InferctlError("\n".join(f"{f.message}: {f.reason}" for f in refused), refused[0].fix)
-    weights = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder else None
+    folder = model.find(spec.model.source, spec.model.revision) if wanted else None
+    findings = _judged(spec, base, stack, rendered, options, hub)
+    weights = sum(file.stat().st_size for file in folder.files()) if folder else None
     found = forecast.forecast(
         base,
         stack,
@@ -114,8 +131,50 @@ def plan(
     )
     if options.max_bytes is not None:
         forecast.refuse_larger(found, options.max_bytes, stack.cuda)
+        findings += [] if found.complete else [_unweighed(found)]
     reference = options.reference or spec.image_reference()
-    return BuildPlan(reference, spec, base, stack, rendered, server, folder, found, tuple(findings), options)
+    here = folder.path if folder else None
+    return BuildPlan(reference, spec, base, stack, rendered, server, here, found, tuple(findings), options)
+
+
+def _judged(
+    spec: Spec, base: BaseImage, stack: Stack, rendered: Rendered, options: BuildOptions, hub: bool
+) -> list[fit.Finding]:
+    """What is worth a warning; raises for what is not to be built."""
+    told = fit.check_image(spec, base, stack, hub_model=hub, today=options.today, platforms=platforms_of(spec, options))
+    told += lint.secrets_in_dockerfile(rendered.dockerfile)
+    impossible = [f for f in told if f.level == "error" and f.topic in ("platform", "python")]
+    if impossible:
+        raise UsageError("\n".join(f"{f.what}: {f.why}" for f in impossible), impossible[0].hint)
+    floats = spec.model.weights != "mount" and not options.allow_floating
+    refuse([f for f in told if f.level == "error" or (f.topic == "revision" and floats)])
+    return [f for f in told if f.level != "ok"]
+
+
+def refuse(findings: list[fit.Finding]) -> None:
+    """Raise `InferctlError` when there are any."""
+    if findings:
+        raise InferctlError("\n".join(f"{f.what}: {f.why}" for f in findings), findings[0].hint)
+
+
+def _unweighed(found: forecast.Forecast) -> fit.Finding:
+    why = f"nobody knows the size of {', '.join(found.unknown)}; the rest is {size(found.total)} compressed"
+    return fit.Finding(
+        "warn", "size", "--max-size is judged only once the image is built", why, "`--dry-run` lists the parts"
+    )
+
+
+def _refuse_targets(options: BuildOptions) -> None:
+    for file in (options.oci, options.metadata_file):
+        if file is None:
+            continue
+        folder = file.absolute().parent
+        if not folder.is_dir():
+            raise UsageError(f"there is no folder for {file}", "make it first")
+        if file.is_dir():
+            raise UsageError(f"{file} is a folder", "name a file")
+        if not os.access(folder, os.W_OK):
+            raise UsageError(f"{file} cannot be written: no permission in {folder}", "name another file")
 
 
 def wheel_sizes(rendered: Rendered, folder: Path) -> dict[str, int]:

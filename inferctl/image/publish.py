@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +11,11 @@ from typing import Any
 from inferctl.errors import InferctlError, NotReadyError
 from inferctl.image import buildx, failures
 from inferctl.image.docker import Engine
-from inferctl.image.events import BuildEvent, Event, Note, Phase, Retry, StepFinished
+from inferctl.image.events import BuildEvent, Event, Note, Phase, StepFinished
 from inferctl.image.plan import BuildPlan
+from inferctl.image.push import PushFailedError, retrying
 from inferctl.image.records import ImageInfo
+from inferctl.image.reference import split
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,14 @@ def publish(
     engine: Engine,
     builder: buildx.Builder,
     request: buildx.BuildRequest,
+    platforms: tuple[str, ...],
     image: ImageInfo,
     config: str,
 ) -> Generator[Event, None, Outcome]:
-    """Name the image, export and push it. On failure the name goes back to what it named before."""
+    """Name the image, export and push it for `platforms` (none: the engine's). On failure the name goes back to what it named before."""
     options, reference = plan.options, plan.reference
     # From here on every build is the one that was verified, out of the cache; only its exports differ.
-    again = replace(request, cache_to=(), platforms=options.platforms)
+    again = replace(request, cache_to=(), platforms=platforms)
     if options.oci:
         yield Phase("export", str(options.oci))
         yield from _export(again, options.oci)
@@ -91,37 +93,34 @@ def publish(
                 sent = {layer for layer, status in pushed.layers.items() if status == "pushed"}
             outcome = yield from _confirm(reference, digest, image, config, sent)
     except BaseException:
-        if before:
-            engine.tag(before.id, reference)
-        else:
-            engine.untag(reference)
+        # An engine that died is why there is an error already.
+        with contextlib.suppress(NotReadyError):
+            if before:
+                engine.tag(before.id, reference)
+            else:
+                engine.untag(reference)
         raise
     return outcome
 
 
 def _push_by_builder(plan: BuildPlan, request: buildx.BuildRequest) -> Generator[Event, None, str]:
-    options, sbom = plan.options, plan.options.sbom
-    attempt = 1
-    while True:
-        wanted = replace(
-            request, outputs=(f"type=image,name={plan.reference},push=true",), provenance=options.provenance, sbom=sbom
-        )
-        try:
-            with contextlib.closing(buildx.run(wanted)) as running:
-                metadata = yield from running
-            return str(metadata["containerimage.digest"])
-        except buildx.BuildFailedError as error:
-            if sbom and "buildkit-syft-scanner" in error.text:
-                yield Note("no SBOM: the builder cannot pull its scanner (docker/buildkit-syft-scanner)")
-                sbom = False
-                continue
-            message = failures.last_line(error.text)
-            if attempt >= options.attempts or not failures.transient(message):
-                raise failures.of_push(message, plan.reference) from None
-            delay = float(2 ** (attempt - 1))
-            yield Retry(attempt, options.attempts, delay, message)
-            time.sleep(delay)
-            attempt += 1
+    options = plan.options
+    output = f"type=image,name={plan.reference},push=true"
+    wanted = replace(request, outputs=(output,), provenance=options.provenance, sbom=options.sbom)
+
+    def attempt() -> Generator[Event, None, str]:
+        nonlocal wanted
+        while True:
+            try:
+                metadata = yield from buildx.run(wanted)
+                return str(metadata["containerimage.digest"])
+            except buildx.BuildFailedError as error:
+                if not (wanted.sbom and "buildkit-syft-scanner" in error.text):
+                    raise PushFailedError(failures.last_line(error.text)) from None
+            yield Note("no SBOM: the builder cannot pull its scanner (docker/buildkit-syft-scanner)")
+            wanted = replace(wanted, sbom=False)
+
+    return (yield from retrying(attempt, plan.reference, options.attempts))
 
 
 def _export(request: buildx.BuildRequest, target: Path) -> Generator[Event, None, None]:
@@ -140,14 +139,22 @@ def _confirm(
 
     `config`: digest of the verified image's configuration, None when nothing was. `sent`: short diff ids, None when not known.
     """
-    name = f"{without_tag(reference)}@{digest}"
+    name = f"{split(reference)[0]}@{digest}"
     try:
         manifest = buildx.manifest(name, image.platform)
+    except NotReadyError as error:
+        if not failures.unreachable(error.message):
+            raise
+        yield Note(f"pushed, but not compared with what was verified: {error.message}")
+        return Outcome(name)
+    try:
         sizes = [int(layer["size"]) for layer in manifest["layers"]]
         found = str(manifest["config"]["digest"])
-    except (InferctlError, KeyError, ValueError) as error:
-        yield Note(f"pushed, but the registry's manifest could not be read: {error}")
-        return Outcome(name)
+    except (KeyError, TypeError, ValueError):
+        raise InferctlError(
+            f"{name} is not an image: its manifest in the registry has no layers or no configuration",
+            f"`docker buildx imagetools inspect {name}` shows what is there; build and push again",
+        ) from None
     if config is not None and found != config:
         raise InferctlError(
             f"{name} is not the image that was verified: its configuration is {found}, the verified one's {config}",
@@ -160,9 +167,3 @@ def _confirm(
         )
         pushed += int(manifest["config"]["size"])
     return Outcome(name, sum(sizes) + int(manifest["config"]["size"]), pushed)
-
-
-def without_tag(reference: str) -> str:
-    """`localhost:5000/a/b:c` -> `localhost:5000/a/b`."""
-    head, colon, tag = reference.rpartition(":")
-    return head if colon and "/" not in tag else reference

@@ -6,12 +6,14 @@ import re
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from inferctl.errors import InferctlError
 from inferctl.image import failures
 from inferctl.image.events import LayerPush, LayerStatus, PushEvent, Retry
 
+Step = TypeVar("Step")
+Result = TypeVar("Result")
 ATTEMPTS = 4
 _FIRST_DELAY = 1.0
 _STATUS: dict[str, LayerStatus] = {
@@ -35,27 +37,37 @@ class PushFailedError(Exception):
     """One attempt failed; the text is the engine's."""
 
 
+def retrying(
+    attempt: Callable[[], Generator[Step, None, Result]],
+    reference: str,
+    attempts: int = ATTEMPTS,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Generator[Step | Retry, None, Result]:
+    """Do `attempt` until it works, again only after a `PushFailedError` that may pass: with delays of 1, 2, 4, ... seconds.
+
+    Raises what `failures.of_push` makes of the last failure.
+    """
+    for number in range(1, attempts + 1):
+        try:
+            return (yield from attempt())
+        except PushFailedError as error:
+            message = str(error)
+            if number == attempts or not failures.transient(message):
+                raise failures.of_push(message, reference) from None
+            delay = _FIRST_DELAY * 2 ** (number - 1)
+            yield Retry(number, attempts, delay, message)
+            sleep(delay)
+    raise InferctlError(f"pushing {reference} was not tried", "give at least one attempt")
+
+
 def push(
     open_stream: Callable[[], Iterable[Mapping[str, Any]]],
     reference: str,
     attempts: int = ATTEMPTS,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Generator[PushEvent, None, Pushed]:
-    """Push, trying again after failures that may pass: at most `attempts` times, with delays of 1, 2, 4, ... seconds.
-
-    `open_stream` starts one attempt and gives its lines. Raises what `failures.of_push` makes of the last failure.
-    """
-    for attempt in range(1, attempts + 1):
-        try:
-            return (yield from read(open_stream()))
-        except PushFailedError as error:
-            message = str(error)
-            if attempt == attempts or not failures.transient(message):
-                raise failures.of_push(message, reference) from None
-            delay = _FIRST_DELAY * 2 ** (attempt - 1)
-            yield Retry(attempt, attempts, delay, message)
-            sleep(delay)
-    raise InferctlError(f"pushing {reference} was not tried", "give at least one attempt")
+    """Push, `retrying`. `open_stream` starts one attempt and gives its lines."""
+    return (yield from retrying(lambda: read(open_stream()), reference, attempts, sleep))
 
 
 def read(lines: Iterable[Mapping[str, Any]]) -> Generator[LayerPush, None, Pushed]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.server
 import json
 import socket
@@ -20,12 +21,13 @@ from typing import Any
 import pytest
 
 from inferctl.errors import InferctlError, NotReadyError
-from inferctl.image import build
+from inferctl.image import build, publish
 from inferctl.image.build import Built
 from inferctl.image.docker import Engine
 from inferctl.image.events import Event, LayerPush, Note, Phase, StepFinished, StepLog
+from inferctl.image.forecast import Forecast, Part
 from inferctl.image.plan import BuildPlan
-from inferctl.image.records import ContainerOptions
+from inferctl.image.records import ContainerOptions, ImageInfo
 from inferctl.image.verify import explain_exit
 from tests.image import tiny
 
@@ -171,8 +173,8 @@ def test_bytes_hidden_by_a_later_layer_are_found(docker: Engine, base_image: str
     _, built = run(
         docker, tiny.with_options(tiny.plan(tiny.rendered(base_image, extra=extra)), verify=False, lint_layers=True)
     )
-    assert [finding.code for finding in built.findings] == ["wasted-bytes"]
-    assert "/big (9.0 MB, deleted)" in built.findings[0].reason
+    assert [finding.topic for finding in built.findings] == ["wasted-bytes"]
+    assert "/big (9.0 MB, deleted)" in built.findings[0].why
 
 
 @pytest.mark.parametrize(
@@ -245,6 +247,81 @@ def registry(status: int, body: bytes, headers: dict[str, str]) -> Iterator[str]
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_an_image_larger_than_allowed_gets_no_name(docker: Engine, base_image: str) -> None:
+    unknown = Forecast((Part("base image", None, "not known"),))
+    made = replace(tiny.plan(tiny.rendered(base_image)), forecast=unknown)
+    with pytest.raises(InferctlError, match=r"more than the 1\.0 MB of --max-size") as caught:
+        run(docker, tiny.with_options(made, max_bytes=1_000_000))
+    assert caught.value.exit_code == 1
+    assert docker.image(made.reference) is None
+    assert _ours("images") == []
+    run(docker, tiny.with_options(made, max_bytes=10**10))
+
+
+def test_an_engine_that_dies_while_an_image_is_built_is_told(
+    docker: Engine, base_image: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    adapter = getattr(docker._api, "_custom_adapter", None)
+    if not hasattr(adapter, "socket_path"):
+        pytest.skip("the engine is not at a unix socket")
+    with socket.socket(socket.AF_UNIX) as left_over:
+        left_over.bind(str(tmp_path / "dead.sock"))
+    made = tiny.plan(tiny.rendered(base_image))
+    going = build.run(made, docker, docker.info())
+    with pytest.raises(NotReadyError, match="is down: it refused the connection"):
+        for event in going:
+            if isinstance(event, Phase) and event.name == "verify":
+                # From here on nobody listens.
+                monkeypatch.setattr(adapter, "socket_path", str(tmp_path / "dead.sock"))
+                adapter.pools.clear()
+
+
+def test_metadata_that_cannot_be_written_does_not_hide_that_the_image_is_there(
+    docker: Engine, base_image: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    made = tiny.with_options(tiny.plan(tiny.rendered(base_image)), verify=False, metadata_file=folder / "x.json")
+    going = build.run(made, docker, docker.info())
+    with pytest.raises(NotReadyError, match=f"{made.reference} is done, but .* cannot be written"):
+        for event in going:
+            if isinstance(event, Phase) and event.name == "tag":
+                folder.rmdir()
+
+
+INDEX = {
+    "schemaVersion": 2,
+    "mediaType": "application/vnd.oci.image.index.v1+json",
+    "manifests": [
+        {
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "digest": f"sha256:{'0' * 64}",
+            "size": 1,
+            "platform": {"os": "linux", "architecture": "s390x"},
+        }
+    ],
+}
+IMAGE = ImageInfo("sha256:0", (), (), 0, "linux/amd64", "1", {}, (), (), {}, ())
+
+
+def confirm(host: str, digest: str) -> list[Event]:
+    return list(publish._confirm(f"{host}/inferctl-test/x:1", digest, IMAGE, f"sha256:{'1' * 64}", None))
+
+
+def test_a_registry_that_has_another_image_is_an_error_and_one_out_of_reach_a_note(engine: None) -> None:
+    body = json.dumps(INDEX).encode()
+    digest = f"sha256:{hashlib.sha256(body).hexdigest()}"
+    headers = {"content-type": str(INDEX["mediaType"]), "docker-content-digest": digest}
+    with registry(200, body, headers) as host, pytest.raises(InferctlError, match="has no image for linux/amd64"):
+        confirm(host, digest)
+    gone = b'{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}'
+    with registry(404, gone, {}) as host, pytest.raises(NotReadyError, match="not found"):
+        confirm(host, digest)
+    (note,) = confirm("localhost:1", digest)
+    assert isinstance(note, Note)
+    assert "not compared with what was verified" in note.text
 
 
 def test_a_push_without_login_fails_and_takes_the_name_back(docker: Engine, base_image: str) -> None:

@@ -58,7 +58,7 @@ def test_a_dry_run_needs_no_engine_and_prints_plan_forecast_and_dockerfile(tmp_p
     assert done.stdout.startswith("inferctl/tiny:auto-")
     for part in ("verify: start it", "push to docker.io", "size forecast: at least", "FROM python:3.11-slim-trixie"):
         assert part in done.stdout
-    assert "[floating-base]" in done.stderr
+    assert "[base.digest]" in done.stderr
 
 
 def test_a_dry_run_as_json_is_one_document(tmp_path: Path) -> None:
@@ -66,8 +66,72 @@ def test_a_dry_run_as_json_is_one_document(tmp_path: Path) -> None:
     plan = json.loads(done.stdout)
     assert plan["reference"] == "r.example.com/a/b:latest"
     assert plan["forecast"]["complete"] is False
-    assert [finding["code"] for finding in plan["findings"]] == ["floating-base"]
+    assert [finding["topic"] for finding in plan["findings"]] == ["base.digest"]
+    assert plan["platforms"] == ["linux/amd64"]
+    assert plan["base"]["reference"] == "python:3.11-slim-trixie"
     assert "FROM" in plan["dockerfile"]
+
+
+def test_the_plan_names_the_mirror_that_is_built_on(tmp_path: Path) -> None:
+    mirror = f"r.example.com/python@sha256:{'1' * 64}"
+    done = inferctl("build", "--dry-run", "--json", "--spec", spec(tmp_path, base_image=mirror))
+    plan = json.loads(done.stdout)
+    assert plan["base"] == {"key": "cpu", "reference": mirror, "digest": mirror.partition("@")[2]}
+    assert plan["findings"] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "image", "message"),
+    [
+        (["--platform", "linux/amd46"], {}, "cpu does not exist for linux/amd46"),
+        ([], {"platform": "linux/s390x"}, "cpu does not exist for linux/s390x"),
+        (["--platform", "linux/amd64,linux/riscv64"], {}, "cpu does not exist for linux/riscv64"),
+    ],
+)
+def test_a_platform_that_cannot_be_had_is_refused_before_the_engine_is_asked(
+    tmp_path: Path, flags: list[str], image: dict[str, str], message: str
+) -> None:
+    nowhere = f"unix://{tmp_path}/none"
+    done = inferctl("build", *flags, "--spec", spec(tmp_path, **image), DOCKER_HOST=nowhere)
+    failed(done, 2, message, "--platform")
+
+
+def test_the_platform_of_the_spec_is_what_is_built_for(tmp_path: Path) -> None:
+    file = spec(tmp_path, platform="linux/arm64")
+    assert "build for linux/arm64 on cpu" in inferctl("build", "--dry-run", "--spec", file).stdout
+    both = inferctl("build", "--dry-run", "--platform", "linux/amd64, linux/arm64", "--spec", file)
+    assert "build for linux/amd64, linux/arm64 on cpu" in both.stdout
+    assert "(the engine's platform only)" in both.stdout
+    assert "one lock for 2 platforms" in both.stderr
+
+
+def test_a_size_limit_that_cannot_be_judged_yet_says_so(tmp_path: Path) -> None:
+    done = inferctl("build", "--dry-run", "--max-size", "6GB", "--spec", spec(tmp_path))
+    assert done.returncode == 0
+    assert "--max-size is judged only once the image is built" in done.stderr
+    assert "base image" in done.stderr
+
+
+def test_only_what_the_image_takes_of_a_model_folder_is_weighed(tmp_path: Path) -> None:
+    file = spec(tmp_path)
+    content = yaml.safe_load(file.read_text())
+    content["model"]["weights"] = "bake"
+    file.write_text(yaml.safe_dump(content))
+    (tmp_path / "model" / "onnx").mkdir()
+    (tmp_path / "model" / "onnx" / "model.json").write_bytes(b"x" * 10_000)
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"x" * 10_000)
+    plan = json.loads(inferctl("build", "--dry-run", "--json", "--spec", file).stdout)
+    weights = [part["bytes"] for part in plan["forecast"]["parts"] if part["name"] == "weights"]
+    assert weights == [len('{"architectures": ["BertModel"]}') + 10]
+
+
+def test_a_revision_that_is_a_branch_is_refused_too(tmp_path: Path) -> None:
+    file = spec(tmp_path)
+    content = yaml.safe_load(file.read_text())
+    content["model"] = {"source": "org/model", "weights": "bake", "revision": "main"}
+    file.write_text(yaml.safe_dump(content))
+    failed(inferctl("build", "--dry-run", "--spec", file), 1, "'main' is no commit", "--allow-floating")
+    assert "'main' is no commit" in inferctl("check", "--spec", file).stdout.replace("\n      ", " ")
 
 
 def failed(done: subprocess.CompletedProcess[str], code: int, message: str, hint: str) -> None:
@@ -100,7 +164,7 @@ def test_a_floating_hub_model_is_refused_unless_it_is_allowed(tmp_path: Path) ->
     failed(inferctl("build", "--dry-run", "--spec", file), 1, "floats", "--allow-floating")
     allowed = inferctl("build", "--dry-run", "--allow-floating", "--spec", file)
     assert allowed.returncode == 0
-    assert "[floating-model]" in allowed.stderr
+    assert "[revision]" in allowed.stderr
 
 
 def test_weights_that_are_not_there(tmp_path: Path) -> None:
@@ -120,6 +184,8 @@ def test_an_image_that_mounts_its_weights_can_be_built_where_they_are_not(tmp_pa
     [
         (["--output", "tar=x"], "--output 'tar=x' is not understood", "oci=FILE"),
         (["--output", "oci=none/x.tar"], "no folder for none/x.tar", "make it first"),
+        (["--metadata-file", "none/x.json"], "no folder for none/x.json", "make it first"),
+        (["--metadata-file", "/"], "/ is a folder", "name a file"),
         (["--tag", "Not A Name"], "'Not A Name' is not an image name", "all lower case"),
         (["--max-size", "big"], "'big' is not a valid max size", "6GB"),
     ],

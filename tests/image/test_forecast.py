@@ -13,10 +13,9 @@ from inferctl.image.forecast import (
     SERVER_WHEELS_BYTES,
     Forecast,
     forecast,
-    parse_size,
     refuse_larger,
-    size,
 )
+from inferctl.sizes import parse_size, size
 
 BASE = replace(catalog.base("cuda12.8"), compressed_bytes=250_000_000)
 STACK = replace(catalog.stack("torch2.10-cu128"), compressed_bytes=4_130_000_000)

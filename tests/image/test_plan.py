@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from inferctl.errors import InferctlError, NotReadyError, UsageError
-from inferctl.image import buildx, verify
+from inferctl.image import buildx, context, verify
 from inferctl.image.build import named_layers, new_bytes
 from inferctl.image.context import staged
 from inferctl.image.events import StepFinished
@@ -77,6 +77,12 @@ def test_a_context_is_gone_when_the_build_fails() -> None:
     with pytest.raises(ZeroDivisionError), staged(RENDERED, {}) as (folder, _):
         raise ZeroDivisionError
     assert not folder.exists()
+
+
+def test_a_disk_that_fills_while_a_context_is_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "_inside", lambda *_: Path("/dev/full"))
+    with pytest.raises(NotReadyError, match="the disk is full"), staged(RENDERED, {}):
+        pass
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../x"])

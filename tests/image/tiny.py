@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import replace
+from platform import machine
 
 from inferctl import catalog
 from inferctl.image.forecast import Forecast
@@ -100,7 +101,9 @@ CMD ["serve"]
 
 def plan(image: Rendered, options: BuildOptions | None = None, name: str | None = None) -> BuildPlan:
     """A plan for `image` under a name that no other test uses."""
-    spec = Spec.model_validate({"name": "tiny", "model": {"source": "tiny", "weights": "bake"}})
+    platform = {"aarch64": "linux/arm64", "arm64": "linux/arm64"}.get(machine(), "linux/amd64")
+    model = {"source": "./tiny", "weights": "bake"}
+    spec = Spec.model_validate({"name": "tiny", "model": model, "image": {"platform": platform}})
     return BuildPlan(
         reference=name or f"inferctl-test/{uuid.uuid4().hex[:12]}:x",
         spec=spec,
