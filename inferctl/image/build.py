@@ -111,12 +111,8 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
         clock.lap("build")
         image = _loaded(engine, metadata)
         try:
-            yield from _weigh(plan, info, image)
-            if len(platforms) > 1 and options.verify:
-                others = ", ".join(platform for platform in platforms if platform != native)
-                yield Note(
-                    f"only the image for {native} is checked and verified; {others}: built from the same context"
-                )
+            yield from weigh(plan, info, image)
+            yield from unverified(plan, native)
             findings, checked = yield from _examine(plan, engine, info, image, steps)
             clock.lap("verify")
             outcome = yield from publish(plan, engine, builder, request, named, image, _config_digest(metadata, image))
@@ -142,6 +138,36 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
         verified=checked,
         forecast=plan.forecast,
         seconds=clock.laps,
+    )
+
+
+def unverified(plan: BuildPlan, native: str) -> Iterator[Note]:
+    """Says which images of a build for several platforms are built but neither linted nor verified: all but the `native` one."""
+    others = ", ".join(platform for platform in plan.platforms if platform != native)
+    if others:
+        what = "linted and verified" if plan.options.verify else "linted"
+        yield Note(f"only the image for {native} is {what}; {others}: built from the same files, not started")
+
+
+def weigh(plan: BuildPlan, info: EngineInfo, image: ImageInfo) -> Iterator[Note]:
+    """Hold the image against --max-size: packed where the engine stores it so, else unpacked, which is always more."""
+    limit = plan.options.max_bytes
+    if limit is None or image.size <= limit:
+        return
+    advice = "raise --max-size, or drop what is biggest: `inferctl build --dry-run` lists the parts"
+    if info.containerd_store:
+        raise InferctlError(
+            f"the image has {size(image.size)}, more than the {size(limit)} of --max-size (compressed)", advice
+        )
+    if not plan.forecast.complete:
+        raise InferctlError(
+            f"the image has {size(image.size)} uncompressed, more than the {size(limit)} of --max-size; this engine does not "
+            f"know its compressed size, and without the size of {', '.join(plan.forecast.unknown)} it cannot be forecast",
+            "raise --max-size to what it may be uncompressed, or use the engine's containerd image store",
+        )
+    yield Note(
+        f"{size(image.size)} uncompressed; this engine does not know the compressed size: the forecast of "
+        f"{size(plan.forecast.total)} stands for --max-size"
     )
 
 
@@ -226,31 +252,8 @@ def _examine(
         gpu=gpu,
         ready_seconds=options.ready_seconds,
         compare=not fetched,
-        embeds=plan.spec.model.task == "embed",
     )
     return findings, (yield from verify(engine, image, wanted))
-
-
-def _weigh(plan: BuildPlan, info: EngineInfo, image: ImageInfo) -> Iterator[Note]:
-    """Hold the image against --max-size: packed where the engine stores it so, else unpacked, which is always more."""
-    limit = plan.options.max_bytes
-    if limit is None or image.size <= limit:
-        return
-    advice = "raise --max-size, or drop what is biggest: `inferctl build --dry-run` lists the parts"
-    if info.containerd_store:
-        raise InferctlError(
-            f"the image has {size(image.size)}, more than the {size(limit)} of --max-size (compressed)", advice
-        )
-    if not plan.forecast.complete:
-        raise InferctlError(
-            f"the image has {size(image.size)} uncompressed, more than the {size(limit)} of --max-size; this engine does not "
-            f"know its compressed size, and without the size of {', '.join(plan.forecast.unknown)} it cannot be forecast",
-            "raise --max-size to what it may be uncompressed, or use the engine's containerd image store",
-        )
-    yield Note(
-        f"{size(image.size)} uncompressed; this engine does not know the compressed size: the forecast of "
-        f"{size(plan.forecast.total)} stands for --max-size"
-    )
 
 
 def _write_metadata(

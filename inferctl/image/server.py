@@ -149,7 +149,7 @@ def _attend(
             container.stop(grace)
             code = container.wait(float(grace)) or 0
     reader.join(timeout=2.0)
-    if code and (error := explain_exit(container)):
+    if code and (error := explain_exit(container, "see the log above")):
         raise error
     return code
 

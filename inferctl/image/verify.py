@@ -66,7 +66,6 @@ class VerifyOptions:
     gpu: bool = False
     ready_seconds: float = READY_SECONDS
     compare: bool = True
-    embeds: bool = True
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,6 @@ def verify(engine: Engine, image: ImageInfo, options: VerifyOptions) -> Generato
             str(info["precision"].get("level", "")),
             str(info["device"].get("name") or info["device"]["kind"]),
         )
-        if not options.embeds:
-            return Verified(*facts, 0, 0, None, None, ready, info["model"].get("sha256"))
         vectors = _embed(container, address, str(info["name"]))
     # The server is gone before the reference loads the weights again, so that memory is needed once.
     dimensions = int(info["model"]["dimensions"])
@@ -196,8 +193,8 @@ def decode(text: str) -> list[float]:
     return numbers.tolist()
 
 
-def explain_exit(container: Container) -> InferctlError | None:
-    """Why a container that should be serving is not running, None when it is."""
+def explain_exit(container: Container, hint: str = _NO_VERIFY) -> InferctlError | None:
+    """Why a container that should be serving is not running, None when it is. `hint`: for reasons that only its log tells."""
     state = container.state()
     if state.running:
         return None
@@ -206,6 +203,11 @@ def explain_exit(container: Container) -> InferctlError | None:
         return NotReadyError(
             _with_log("the container ran out of memory (OOM-killed)", log),
             "give the engine more memory, or take a smaller model",
+        )
+    if f"Permission denied: '{MODEL_PATH}" in log:
+        return NotReadyError(
+            _with_log("the container may not read its weights: it runs as a user of its own, not as you", log),
+            "let everyone read the mounted folder: `chmod -R a+rX DIR`",
         )
     known = {
         1: "it failed",
@@ -217,7 +219,7 @@ def explain_exit(container: Container) -> InferctlError | None:
     what = f"the container ended with exit code {state.exit_code}"
     if state.exit_code in known:
         what += f" ({known[state.exit_code]})"
-    return InferctlError(_with_log(what, log or state.error), _NO_VERIFY)
+    return InferctlError(_with_log(what, log or state.error), hint)
 
 
 def _wait_ready(container: Container, address: tuple[str, int], started: float, seconds: float) -> None:

@@ -140,6 +140,17 @@ def test_an_image_that_breaks_the_contract_gets_no_name(
     assert _ours("images") == []
 
 
+def test_weights_that_only_their_owner_may_read_are_told(docker: Engine, base_image: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").chmod(0o600)
+    made = tiny.plan(tiny.rendered(base_image, "forbidden"))
+    mounting = made.spec.model.model_copy(update={"weights": "mount"})
+    made = replace(made, model=tmp_path, spec=made.spec.model_copy(update={"model": mounting}))
+    with pytest.raises(InferctlError, match="may not read its weights") as caught:
+        run(docker, made)
+    assert "chmod -R a+rX" in (caught.value.hint or "")
+
+
 def test_an_image_that_is_never_ready_fails_with_its_log(docker: Engine, base_image: str) -> None:
     made = tiny.with_options(tiny.plan(tiny.rendered(base_image, "slow")), ready_seconds=2.0)
     with pytest.raises(InferctlError, match=r"(?s)not ready within 2 s.*tiny server: slow") as caught:
@@ -385,6 +396,21 @@ def test_an_image_is_served_as_a_container_until_it_is_told_to_stop(
         said = server.communicate(timeout=90)[1]
     assert "tiny server: works" in said
     assert _output("docker", "ps", "--all", "--quiet", "--filter", f"ancestor={built.image}") == ""
+
+
+def test_a_served_image_that_dies_ends_with_its_log_and_exit_code(docker: Engine, base_image: str) -> None:
+    made = tiny.with_options(tiny.plan(tiny.rendered(base_image, "dies")), verify=False)
+    _, built = run(docker, made)
+    done = subprocess.run(
+        [sys.executable, "-m", "inferctl", "serve", "--image", built.reference, "--port", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "ended with exit code 1" in done.stderr
+    assert "there is no such model" in done.stderr
+    assert "hint: see the log above\n" in done.stderr
 
 
 def test_the_classic_engine_says_that_it_attaches_no_provenance(docker: Engine, base_image: str) -> None:

@@ -13,11 +13,14 @@ import pytest
 
 from inferctl.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image import buildx, context, verify
-from inferctl.image.build import named_layers, new_bytes
+from inferctl.image.build import named_layers, new_bytes, unverified, weigh
 from inferctl.image.context import staged
 from inferctl.image.events import StepFinished
-from inferctl.image.records import ImageInfo, LayerInfo
+from inferctl.image.forecast import Forecast, Part
+from inferctl.image.plan import BuildOptions
+from inferctl.image.records import EngineInfo, ImageInfo, LayerInfo
 from inferctl.render import Rendered
+from tests.image import tiny
 
 RENDERED = Rendered("FROM scratch\n", "*\n!a\n", {"locks/server.txt": b"x==1\n", "a/b.yaml": b"k: v\n"}, {}, (), {}, {})
 INSPECTED = """Name:          default
@@ -216,6 +219,46 @@ def test_on_the_hosts_network_the_server_takes_a_free_port_of_its_own() -> None:
     bridged, none = verify.serving(image, verify.VerifyOptions(None), 8080)
     assert none is None
     assert bridged.port == 8080
+
+
+def measured(size: int) -> ImageInfo:
+    return ImageInfo("sha256:0", (), (), size, "linux/amd64", "1", {}, (), (), {}, ())
+
+
+def engine(containerd_store: bool) -> EngineInfo:
+    return EngineInfo("28", "1.51", "linux/amd64", "overlay2", containerd_store, "/", (), False, 0, 1)
+
+
+KNOWN, UNKNOWN = Part("base image", 1_000_000, "measured"), Part("base image", None, "not known")
+
+
+@pytest.mark.parametrize(
+    ("containerd", "part", "size", "what"),
+    [
+        (True, KNOWN, 9_000_000, "the image has 9.0 MB, more than the 5.0 MB of --max-size (compressed)"),
+        (True, UNKNOWN, 9_000_000, "more than the 5.0 MB of --max-size (compressed)"),
+        (False, UNKNOWN, 9_000_000, "9.0 MB uncompressed, more than the 5.0 MB"),
+        (False, KNOWN, 9_000_000, None),
+        (False, UNKNOWN, 5_000_000, None),
+        (True, KNOWN, 5_000_000, None),
+    ],
+)
+def test_a_built_image_is_held_against_the_limit(containerd: bool, part: Part, size: int, what: str | None) -> None:
+    made = replace(tiny.plan(RENDERED, BuildOptions(max_bytes=5_000_000)), forecast=Forecast((part,)))
+    if what is None:
+        notes = [note.text for note in weigh(made, engine(containerd), measured(size))]
+        assert len(notes) == (size > 5_000_000), "a larger one passes on its forecast only, and says so"
+        return
+    with pytest.raises(InferctlError) as caught:
+        list(weigh(made, engine(containerd), measured(size)))
+    assert what in caught.value.message
+
+
+def test_of_several_platforms_it_is_said_which_were_not_verified() -> None:
+    both = tiny.plan(RENDERED, BuildOptions(platforms=("linux/amd64", "linux/arm64")))
+    (note,) = unverified(both, "linux/amd64")
+    assert note.text.startswith("only the image for linux/amd64 is linted and verified; linux/arm64: ")
+    assert list(unverified(tiny.plan(RENDERED, BuildOptions(platforms=("linux/amd64",))), "linux/amd64")) == []
 
 
 def test_layers_are_named_by_the_last_stages_steps() -> None:

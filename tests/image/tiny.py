@@ -35,6 +35,8 @@ print("tiny server:", how, flush=True)
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 if how == "dies":
     sys.exit("there is no such model")
+if how == "forbidden":
+    open("/model/config.json")
 if how == "hungry":
     hoard = []
     while True:
