@@ -96,13 +96,7 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
             cache_from=options.cache_from,
             network=options.network,
         )
-        outputs = (f"type=oci,dest={options.oci}",) if options.oci else ()
-        buildx.refuse(builder, replace(request, platforms=named, outputs=outputs))
-        if options.verify and native != info.platform:
-            raise NotReadyError(
-                f"an image for {native} cannot be started on this engine ({info.platform}), so it cannot be verified",
-                "build it on such a machine, or give `--no-verify`",
-            )
+        _refuse(plan, builder, replace(request, platforms=named), info)
         yield Phase("build", builder.describe())
         if builder.checks:
             for warning in buildx.check(request):
@@ -139,6 +133,17 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
         forecast=plan.forecast,
         seconds=clock.laps,
     )
+
+
+def _refuse(plan: BuildPlan, builder: buildx.Builder, request: buildx.BuildRequest, info: EngineInfo) -> None:
+    """Raise for what the builder or the engine cannot do; `request` is the build for all platforms."""
+    outputs = (f"type=oci,dest={plan.options.oci}",) if plan.options.oci else ()
+    buildx.refuse(builder, replace(request, outputs=outputs))
+    if plan.options.verify and info.platform not in plan.platforms:
+        raise NotReadyError(
+            f"an image for {plan.platforms[0]} cannot be started on this engine ({info.platform}), so it cannot be verified",
+            "build it on such a machine, or give `--no-verify`",
+        )
 
 
 def unverified(plan: BuildPlan, native: str) -> Iterator[Note]:

@@ -188,6 +188,14 @@ def test_bytes_hidden_by_a_later_layer_are_found(docker: Engine, base_image: str
     assert "/big (9.0 MB, deleted)" in built.findings[0].why
 
 
+def test_the_platform_of_the_spec_is_not_ignored(docker: Engine, base_image: str) -> None:
+    made = tiny.plan(tiny.rendered(base_image))
+    image = made.spec.image.model_copy(update={"platform": "linux/s390x"})
+    with pytest.raises(NotReadyError, match="linux/s390x"):
+        run(docker, replace(made, spec=made.spec.model_copy(update={"image": image})))
+    assert _ours("images") == []
+
+
 @pytest.mark.parametrize(
     ("line", "what", "hint", "code"),
     [
