@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import gevent
+import gevent.event
 import gevent.pool
 from locust import FastHttpUser, events, task
 from locust.exception import StopUser
@@ -106,6 +107,7 @@ class Load:
         self.order = integers(LOAD["order"], "I")
         self.recorder = Recorder(self.folder, worker)
         self.phase = WARMUP
+        self.measuring = gevent.event.Event()
         self.taken = 0
         self.outstanding = 0
         self.active = 0
@@ -213,6 +215,7 @@ class Load:
         environment.stats.reset_all()
         cpu, begun = time.process_time_ns(), time.monotonic_ns()
         self.taken, self.phase, self.stop_ns = 0, MEASURED, begun + int(LOAD["duration_s"] * 1e9)
+        self.measuring.set()
         self.announce(phase="measure", measure_start_ns=begun, measure_end_ns=self.stop_ns)
         self.wait(LOAD["duration_s"])
         self.announce(phase="drain", cpu_ns=time.process_time_ns() - cpu, cpu_wall_ns=time.monotonic_ns() - begun)
@@ -291,8 +294,7 @@ else:
             pool = gevent.pool.Pool()
             begun = time.monotonic_ns()
             self.play(pool, WARMUP, LOAD["warmup_schedule"], begun)
-            while load.phase == WARMUP:
-                gevent.sleep(0.001)
+            load.measuring.wait()
             assert load.stop_ns is not None  # set together with the phase
             self.play(pool, MEASURED, LOAD["schedule"], load.stop_ns - int(LOAD["duration_s"] * 1e9))
             pool.join()
@@ -305,7 +307,11 @@ else:
                     continue
                 due = begun_ns + offset
                 while (left := due - time.monotonic_ns()) > 0 and load.phase == phase:
-                    gevent.sleep(min(left / 1e9, 0.1))
+                    # The measurement's first requests must not wait for the warm-up's next one.
+                    if phase == WARMUP:
+                        load.measuring.wait(left / 1e9)
+                    else:
+                        gevent.sleep(left / 1e9)
                 if load.phase != phase:
                     return
                 if load.outstanding >= LOAD["max_outstanding"]:

@@ -173,7 +173,7 @@ def throughput(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
 
 
 def distance(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
-    checked = [one for one in receipts if one.data["quality"]["checked"]]
+    checked = [one for one in receipts if "cosine" in one.data["quality"]]
     marks = (("mean", "mean", "circle"), ("p1", "worst 1 %", "diamond"), ("min", "worst", "triangle-up"))
     data: list[dict[str, Any]] = []
     for key, name, symbol in marks if checked else ():
@@ -194,7 +194,7 @@ def distance(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
 
 
 def recall(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
-    checked = [one for one in receipts if one.data["quality"]["checked"]]
+    checked = [one for one in receipts if "cosine" in one.data["quality"]]
     bars = _bars(
         checked,
         shades,

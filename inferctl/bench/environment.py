@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl import catalog
+from inferctl.bench import procfs
 
 # Instructions that decide how fast a precision runs.
 _TELLING_FLAGS = (
@@ -49,13 +50,17 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Environment:
-    """This machine. `hardware` is a catalog key: that of its first GPU, else `cpu`; None for a GPU the catalog does not know."""
+    """This machine. `hardware` is a catalog key: that of its first GPU, else `cpu`; None for a GPU the catalog does not know.
+
+    `cores` are those that this process may use, `machine_cores` all there are.
+    """
 
     hardware: str | None
     name: str
     cpu_model: str
     cpu_flags: tuple[str, ...]
     cores: int
+    machine_cores: int
     memory_bytes: int
     gpus: tuple[Gpu, ...]
     kernel: str
@@ -80,7 +85,8 @@ def detect() -> Environment:
         name=gpus[0].name if gpus else model,
         cpu_model=model,
         cpu_flags=tuple(flag for flag in _TELLING_FLAGS if flag in flags),
-        cores=len(os.sched_getaffinity(0)),
+        cores=procfs.cores(),
+        machine_cores=os.cpu_count() or 1,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpus=gpus,
         kernel=f"{platform.system()} {platform.release()}",

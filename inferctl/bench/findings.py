@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from inferctl.bench import stats
+
 # Less than this between two configurations is called a tie even when the intervals part: the same system differs that much from run to run.
 TIE = 0.05
 
@@ -16,17 +18,40 @@ def state(rows: Sequence[Row], mode: str, slo_p99_ms: float | None = None) -> li
     measured = [row for row in rows if row["outcome"] == "measured" and row["valid"]]
     sentences = [_winner(measured, mode)] if measured else ["Nothing was measured that can be used: see the reasons."]
     sentences += [
-        f"{row['configuration']} fails on quality: cosine p1 {row['quality']['cosine']['p1']:.4f} (limit {row['quality']['limits']['cosine_p1']:g}), "
-        f"recall@10 {row['recall_at_10']:.3f} (limit {row['quality']['limits']['recall_at_10']:g}); it cannot be recommended."
-        for row in measured
-        if row["quality"].get("passes") is False
+        f"{row['configuration']} fails on quality: {_failure(row['quality'])}; it cannot be recommended."
+        for row in rows
+        if row["receipt"] and row["quality"].get("passes") is False
     ]
     if slo_p99_ms and measured:
-        within = [row["configuration"] for row in measured if row["p99_ms"] and row["p99_ms"] <= slo_p99_ms]
-        sentences.append(
-            f"At this load the SLO (p99 {slo_p99_ms:g} ms) holds for {', '.join(within) or 'none of them'}."
-        )
+        sentences.append(f"At this load the SLO (p99 {slo_p99_ms:g} ms) {_slo(measured, slo_p99_ms)}.")
     return sentences + _memory(measured)
+
+
+def _failure(quality: Mapping[str, Any]) -> str:
+    if "cosine" not in quality:
+        return str(quality["reason"])
+    limits = quality["limits"]
+    return (
+        f"cosine p1 {quality['cosine']['p1']:.4f} (limit {limits['cosine_p1']:g}), "
+        f"recall@10 {quality['recall_at_10']:.3f} (limit {limits['recall_at_10']:g})"
+    )
+
+
+def _slo(measured: Sequence[Row], limit: float) -> str:
+    """Where the p99 holds `limit`, where not, and where its interval leaves that open."""
+    holds, fails, unknown = [], [], []
+    for row in measured:
+        low, high = row["p99_interval_ms"]
+        if low is None or high is None:
+            unknown.append(f"{row['configuration']} (n too small: {row['n']} of {stats.needed(0.99)} answers)")
+        elif high <= limit:
+            holds.append(row["configuration"])
+        elif low > limit:
+            fails.append(row["configuration"])
+        else:
+            unknown.append(f"{row['configuration']} (the interval {low:.1f} - {high:.1f} ms contains it)")
+    said = (("holds for", holds), ("does not hold for", fails), ("cannot be judged for", unknown))
+    return "; ".join(f"{verb} {', '.join(names)}" for verb, names in said if names)
 
 
 def caveats(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -83,13 +108,16 @@ def _winner(measured: Sequence[Row], mode: str) -> str:
         return f"{best['configuration']} ran alone: {_figure(best, mode)}, {_quality(best)}."
     behind = ", ".join(f"{_ratio(row, best, mode)} of {_named(row)}" for row in beaten)
     if not tied:
-        return f"{best['configuration']} wins: {behind}, at {_quality(best)}."
-    group = sorted([best, *tied], key=lambda row: -(row["cosine_mean"] or 0))
+        return f"{best['configuration']} wins: {behind}, {_at(best)}."
+    group, closest = [best, *tied], ""
+    if all(row["quality"].get("checked") for row in group):
+        group.sort(key=lambda row: (-row["cosine_mean"], -row["recall_at_10"]))
+        if len({_quality(row) for row in group}) > 1:
+            closest = f"; {group[0]['configuration']} has the better quality: {_quality(group[0])}"
     names = " and ".join(row["configuration"] for row in group)
-    closest = f"{group[0]['configuration']} has the better quality: {_quality(group[0])}"
     if not beaten:
-        return f"{names} are a tie, the difference is within the noise ({_figure(best, mode)}); {closest}."
-    return f"{names} lead in a tie: {behind}; {closest}."
+        return f"{names} are a tie, the difference is within the noise ({_figure(best, mode)}){closest}."
+    return f"{names} lead in a tie: {behind}{closest}."
 
 
 def _named(row: Row) -> str:
@@ -142,6 +170,10 @@ def _quality(row: Row) -> str:
     if not row["quality"].get("checked"):
         return f"quality not checked ({row['quality'].get('reason')})"
     return f"cosine {row['cosine_mean']:.5f} and recall@10 {row['recall_at_10']:.3f} to fp32"
+
+
+def _at(row: Row) -> str:
+    return f"at {_quality(row)}" if row["quality"].get("checked") else _quality(row)
 
 
 def _memory(measured: Sequence[Row]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -93,13 +94,17 @@ class Plan(_Section):
                 "`inferctl bench --help` lists the options",
             ) from None
 
-    def runs(self) -> list[Run]:
-        """Every run in its order. Repeats alternate in direction (A B B A), so that a slow drift of the machine hits all alike."""
-        order = []
-        for repeat in range(self.repeats):
-            configurations = self.configurations if repeat % 2 == 0 else list(reversed(self.configurations))
-            order += [Run(configuration.name, repeat) for configuration in configurations]
-        return order
+    def runs(self, names: Sequence[str] | None = None) -> list[Run]:
+        """Every run in its order, of the plan's configurations or of `names` in their place.
+
+        Repeats alternate in direction (A B B A), so that a slow drift of the machine hits all alike.
+        """
+        listed = list(names if names is not None else [one.name for one in self.configurations])
+        return [
+            Run(name, repeat)
+            for repeat in range(self.repeats)
+            for name in (listed if repeat % 2 == 0 else reversed(listed))
+        ]
 
 
 @dataclass(frozen=True)

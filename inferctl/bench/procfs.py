@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _PROC = Path("/proc")
+_CGROUPS = Path("/sys/fs/cgroup")
+# Beginnings of names of processes that listen here for a server that runs elsewhere, in a container or on another machine.
+_FORWARDERS = (
+    "docker-proxy",
+    "rootlessport",
+    "rootlesskit",
+    "conmon",
+    "pasta",
+    "slirp4netns",
+    "ssh",
+    "kubectl",
+    "socat",
+)
+_LISTENING = "0A"
 
 
 @dataclass(frozen=True)
@@ -32,15 +48,33 @@ class Machine:
 def tree(root: int) -> list[int]:
     """`root` and all its descendants that run now."""
     children: dict[int, list[int]] = {}
-    for entry in _PROC.iterdir():
-        if entry.name.isdigit() and (fields := _stat(int(entry.name))):
-            children.setdefault(int(fields[1]), []).append(int(entry.name))
+    for pid in _pids():
+        if fields := _stat(pid):
+            children.setdefault(int(fields[1]), []).append(pid)
     found, todo = [], [root]
     while todo:
         pid = todo.pop()
         found.append(pid)
         todo += children.get(pid, [])
     return found
+
+
+def listener(port: int) -> int | None:
+    """The process that listens on TCP `port` of this machine: the one on top when several share the socket.
+
+    None when there is none, when it is another user's, or when it only passes connections on to somewhere else.
+    """
+    sockets = {f"socket:[{inode}]" for inode in _listening(port)}
+    holders = {pid for pid in _pids() if sockets & _open_files(pid)} if sockets else set()
+    tops = [pid for pid in holders if (fields := _stat(pid)) and int(fields[1]) not in holders]
+    return tops[0] if len(tops) == 1 and not _name(tops[0]).startswith(_FORWARDERS) else None
+
+
+def cores() -> int:
+    """Cores that this process may use: its affinity, and the CPU quotas of its cgroups rounded up."""
+    found = len(os.sched_getaffinity(0))
+    quotas = [quota for folder in _cgroups() if (quota := _quota(folder))]
+    return max(1, min([found, *(math.ceil(quota) for quota in quotas)]))
 
 
 def usage(root: int) -> Usage:
@@ -116,3 +150,64 @@ def _stat(pid: int) -> list[str] | None:
         return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
         return None
+
+
+def _pids() -> list[int]:
+    return [int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit()]
+
+
+def _name(pid: int) -> str:
+    try:
+        return (_PROC / str(pid) / "comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _listening(port: int) -> set[str]:
+    """Inodes of the sockets that listen on `port` (proc(5): local address, state and inode are fields 2, 4 and 10)."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = (_PROC / "net" / table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for fields in map(str.split, lines):
+            if fields[3] == _LISTENING and int(fields[1].rpartition(":")[2], 16) == port:
+                found.add(fields[9])
+    return found
+
+
+def _open_files(pid: int) -> set[str]:
+    found = set()
+    try:
+        for entry in (_PROC / str(pid) / "fd").iterdir():
+            found.add(str(entry.readlink()))
+    except OSError:  # ended, or another user's
+        pass
+    return found
+
+
+def _cgroups() -> Iterator[Path]:
+    """Folders of this process's cgroups that can hold a CPU quota, and of those above them: version 2 and version 1."""
+    try:
+        lines = (_PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        top = _CGROUPS if not controllers else _CGROUPS / "cpu" if "cpu" in controllers.split(",") else None
+        if top:
+            inner = top / path.strip("/")
+            # In a container the path is often that of the host: its folder is then not there, and the top is the container's own.
+            yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(top))
+
+
+def _quota(folder: Path) -> float | None:
+    """Cores that the cgroup in `folder` may use; None without a limit."""
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        except OSError:
+            return None
+    return None if quota in ("max", "-1") else int(quota) / int(period)

@@ -1,4 +1,4 @@
-"""How close a server's vectors are to fp32 ones of the same weights, computed on an independent path (`inferctl.serve.reference`)."""
+"""How close a server's vectors are to fp32 ones of the same weights, computed by `inferctl.serve.reference` in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from inferctl import model as models
+from inferctl.bench import workload
 from inferctl.bench.plan import Quality
 from inferctl.bench.stats import rank
 from inferctl.bench.target import Target
@@ -36,9 +38,60 @@ class Reference:
     model_sha256: str
 
 
-def reference(model: Path, texts: list[str], waiting: Callable[[float], None]) -> Reference:
-    """Compute the reference in a process of its own; `waiting` is called with the seconds passed. Raises `InferctlError` when it fails."""
-    arguments = [sys.executable, "-m", "inferctl.serve.reference", str(model)]
+class Checker:
+    """Compares servers with the fp32 reference of the folder `model`, which is computed once for each input limit that a server states.
+
+    `limits` None: the plan asks for no check; `model` None: there are no weights to compare with.
+    """
+
+    def __init__(self, limits: Quality | None, model: Path | None) -> None:
+        self._limits = limits
+        self._model = models.ModelFolder(model) if model else None
+        self._known: dict[int | None, Reference | str] = {}
+
+    def __call__(self, target: Target, waiting: Callable[[float], None]) -> dict[str, Any]:
+        """The quality entry of a receipt. A server that fails at this is broken, not unchecked; `waiting` hears the seconds passed."""
+        if self._limits is None:
+            return unchecked("the plan asks for no quality check")
+        if self._model is None:
+            return unchecked("no local model folder was given to compare with")
+        served = (target.info.get("model") or {}).get("sha256")
+        if not served:
+            return unchecked("the server does not say which weights it has")
+        if served != self._model.digest:
+            return unchecked(f"the server's weights ({served[:12]}…) are not those of the local folder")
+        longest = (target.info.get("limits") or {}).get("max_input_tokens")
+        if longest not in self._known:
+            self._known[longest] = self._reference(self._model.path, self._limits, longest, waiting)
+        expected = self._known[longest]
+        if isinstance(expected, str):
+            return unchecked(expected)
+        try:
+            return check(target, expected, self._limits)
+        except InferctlError as error:
+            return broken(error.message)
+
+    @staticmethod
+    def _reference(
+        model: Path, limits: Quality, longest: int | None, waiting: Callable[[float], None]
+    ) -> Reference | str:
+        """The vectors to compare with, or why there are none."""
+        texts, _ = workload.read_corpus(limits.corpus)
+        try:
+            return reference(model, texts[: limits.texts], longest, waiting)
+        except InferctlError as error:
+            return error.message
+
+
+def reference(
+    model: Path, texts: list[str], max_input_tokens: int | None, waiting: Callable[[float], None]
+) -> Reference:
+    """Compute the reference in a process of its own, with inputs cut where the server cuts them; `waiting` is called with the seconds passed.
+
+    Raises `InferctlError` when it fails.
+    """
+    limit = ["--max-input-tokens", str(max_input_tokens)] if max_input_tokens else []
+    arguments = [sys.executable, "-m", "inferctl.serve.reference", str(model), *limit]
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as complaint:
         given.write(json.dumps(texts).encode())
         given.seek(0)
@@ -66,17 +119,19 @@ def reference(model: Path, texts: list[str], waiting: Callable[[float], None]) -
 
 
 def check(target: Target, expected: Reference, limits: Quality) -> dict[str, Any]:
-    """Embed the reference's texts on `target` and compare. Raises `InferctlError` when the server fails."""
+    """Embed the reference's texts on `target` and compare. Raises `InferctlError` when the server fails or answers no usable vectors."""
     rows: list[Sequence[float]] = []
     for start in range(0, len(expected.texts), _BATCH):
         rows += target.embed(expected.texts[start : start + _BATCH])
-    found = np.asarray(rows, np.float32)
-    if found.shape != expected.vectors.shape:
-        raise InferctlError(
-            f"the server's vectors have the shape {found.shape}, the reference's {expected.vectors.shape}"
-        )
+    size = expected.vectors.shape[1]
+    if odd := [len(row) for row in rows if len(row) != size]:
+        raise InferctlError(f"the server answered vectors of {odd[0]} dimensions, the reference has {size}")
+    with np.errstate(over="ignore"):
+        found = np.asarray(rows, np.float32)
     if not np.isfinite(found).all():
         raise InferctlError("the server answered vectors that are not finite")
+    if not found.any(axis=1).all():
+        raise InferctlError("the server answered vectors that are all zeros")
     return compare(expected.vectors, found, limits)
 
 
@@ -98,6 +153,11 @@ def compare(expected: Matrix, found: Matrix, limits: Quality) -> dict[str, Any]:
 def unchecked(reason: str) -> dict[str, Any]:
     """The quality entry of a receipt whose vectors were not compared."""
     return {"checked": False, "reason": reason}
+
+
+def broken(reason: str) -> dict[str, Any]:
+    """The quality entry of a receipt whose server gave no vectors that could be compared: it fails."""
+    return {"checked": True, "passes": False, "reason": reason}
 
 
 def recall_at(expected: Matrix, found: Matrix, k: int) -> float:

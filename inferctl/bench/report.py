@@ -29,10 +29,15 @@ def render(result: Mapping[str, Any], receipts: Sequence[Receipt]) -> str:
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     drawn = charts.all_charts(receipts)
+    remote = any(one.data["configuration"]["url"] for one in receipts)
+    machines = list(dict.fromkeys(one.data["hardware"]["name"] for one in receipts))
     return environment.get_template("report.html.j2").render(
         result=result,
         rows=[{**row, "runs_as": view.runs_as(row["precision"])} for row in result["rows"]],
         honesty=honesty(result, receipts),
+        machines=machines,
+        machines_differ=remote or len(machines) > 1,
+        remote=remote,
         charts=drawn,
         colours=charts.colours(receipts),
         # A name from the command line must not be able to end the script element.
@@ -54,7 +59,7 @@ def honesty(result: Mapping[str, Any], receipts: Sequence[Receipt]) -> list[tupl
                 "Closed loop: a slow server is asked less, so its latency under a fixed rate would be worse than shown.",
             )
         )
-    if any(one.data["configuration"]["url"] is None for one in receipts):
+    if any(one.data["configuration"]["this_machine"] for one in receipts):
         notes.append(
             (
                 "setup",

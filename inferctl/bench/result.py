@@ -12,7 +12,7 @@ from typing import Any
 
 import inferctl
 from inferctl import catalog
-from inferctl.bench import findings, receipt, runner, summary, workload
+from inferctl.bench import findings, privacy, receipt, runner, summary, target, workload
 from inferctl.bench.environment import Environment
 from inferctl.bench.plan import Plan
 from inferctl.errors import InferctlError, InvalidRunError
@@ -22,7 +22,8 @@ SCHEMA = "inferctl.bench/1"
 
 @dataclass(frozen=True)
 class Context:
-    """What receipts say about the bench as a whole. `hardware_wanted` are the catalog keys that the spec asks for."""
+    """What receipts say about the bench as a whole. `hardware_wanted` are the catalog keys that the spec asks for; `subjects` is what
+    was measured, when that is not what the plan lists."""
 
     plan: Plan
     environment: Environment
@@ -30,6 +31,7 @@ class Context:
     hardware_wanted: Sequence[str]
     slo_p99_ms: float | None
     output: Path
+    subjects: Sequence[runner.Subject] = ()
 
 
 def receipts(context: Context, outcomes: Sequence[runner.Outcome]) -> list[receipt.Receipt]:
@@ -37,14 +39,15 @@ def receipts(context: Context, outcomes: Sequence[runner.Outcome]) -> list[recei
     work = workload.draw(context.plan.load, context.plan.corpus, context.plan.seed)
     described = {
         "sha256": work.digest,
-        "corpus": context.plan.corpus,
+        "corpus": privacy.name_of(context.plan.corpus),
         "corpus_sha256": work.corpus_sha256,
         "seed": context.plan.seed,
         "inputs": context.plan.load.inputs,
     }
     return [
         receipt.write(
-            context.output / "receipts" / f"{outcome.subject.name}.json", _receipt(context, outcome, described)
+            context.output / "receipts" / f"{outcome.subject.name}.json",
+            privacy.without_home(_receipt(context, outcome, described)),
         )
         for outcome in outcomes
         if outcome.measurements
@@ -52,20 +55,17 @@ def receipts(context: Context, outcomes: Sequence[runner.Outcome]) -> list[recei
 
 
 def _receipt(context: Context, outcome: runner.Outcome, described: dict[str, Any]) -> dict[str, Any]:
-    pooled, each, whole = runner.judge(outcome, context.environment.cores)
-    info, subject = outcome.info, outcome.subject
+    pooled, each, whole = runner.judge(outcome, context.environment.machine_cores)
+    info, subject = _nameless(outcome.info), outcome.subject
     parts = [m.part for m in outcome.measurements]
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "inferctl": inferctl.__version__,
-        "configuration": {"name": subject.name, "precision": subject.precision, "url": subject.url},
-        "plan": context.plan.model_dump(mode="json"),
+        "configuration": _configuration(subject),
+        "plan": _plan(context),
         "slo": {"p99_ms": context.slo_p99_ms},
         "workload": described,
-        "model": {
-            **(info.get("model") or {}),
-            "source": (info.get("model") or {}).get("source") or context.model_source,
-        },
+        "model": {**(info.get("model") or {}), "source": _source(context, info, subject)},
         "precision": precision_of(info, subject),
         "hardware": hardware_of(info, subject, context.environment),
         "environment": context.environment.as_dict(),
@@ -80,7 +80,9 @@ def _receipt(context: Context, outcome: runner.Outcome, described: dict[str, Any
             {
                 "repeat": m.run.repeat,
                 "started": datetime.datetime.fromtimestamp(m.started, datetime.UTC).isoformat(timespec="milliseconds"),
-                "ready_seconds": m.ready_s,
+                "ready_seconds": m.info.get("ready_seconds"),
+                "serial": m.serial,
+                "server": _nameless(m.info),
                 "summary": summary.summarise([m.part]),
                 "resources": m.resources,
                 "validity": verdict.as_dict(),
@@ -100,6 +102,42 @@ def _receipt(context: Context, outcome: runner.Outcome, described: dict[str, Any
     }
 
 
+def _configuration(subject: runner.Subject) -> dict[str, Any]:
+    return {
+        "name": subject.name,
+        "precision": subject.precision,
+        "url": subject.url,
+        "this_machine": subject.url is None or target.is_local(subject.url),
+    }
+
+
+def _plan(context: Context) -> dict[str, Any]:
+    """The plan with what was really measured in the place of its configurations."""
+    plan = context.plan.model_dump(mode="json")
+    plan["corpus"] = privacy.name_of(plan["corpus"])
+    if plan["quality"]:
+        plan["quality"]["corpus"] = privacy.name_of(plan["quality"]["corpus"])
+    if context.subjects:
+        plan["configurations"] = [
+            {"name": one.name, "url": one.url} if one.url else {"name": one.name, "precision": one.precision}
+            for one in context.subjects
+        ]
+    return plan
+
+
+def _source(context: Context, info: dict[str, Any], subject: runner.Subject) -> str | None:
+    """Where the weights come from: for our own servers as the spec says it, since they are started with the folder that it leads to."""
+    said = (info.get("model") or {}).get("source")
+    source = said if subject.url and said else context.model_source or said
+    return privacy.name_of(source) if source else None
+
+
+def _nameless(info: dict[str, Any]) -> dict[str, Any]:
+    """`GET /info` without the folders above the model's."""
+    model = info.get("model") or {}
+    return {**info, "model": {**model, "source": privacy.name_of(model["source"])}} if model.get("source") else info
+
+
 def precision_of(info: dict[str, Any], subject: runner.Subject) -> dict[str, Any]:
     """Requested and effective precision as the server states them; None where it does not."""
     said = info.get("precision") or {}
@@ -113,16 +151,13 @@ def hardware_of(info: dict[str, Any], subject: runner.Subject, environment: Envi
     device = info.get("device") or {}
     if device.get("name"):
         key = device.get("hardware") or ("cpu" if device.get("kind") == "cpu" else None)
-        name = environment.cpu_model if device["name"].lower() == "cpu" and not subject.url else device["name"]
+        here = subject.url is None or target.is_local(subject.url)
+        name = environment.cpu_model if device["name"].lower() == "cpu" and here else device["name"]
         return {"key": key, "name": name, "kind": device.get("kind"), "detected_by": "server"}
-    if subject.url:
+    # On a machine with a GPU a server that says nothing may have run on either.
+    if subject.url or environment.gpus:
         return {"key": None, "name": "not stated", "kind": None, "detected_by": None}
-    return {
-        "key": environment.hardware,
-        "name": environment.name,
-        "kind": "cuda" if environment.gpus else "cpu",
-        "detected_by": "bench",
-    }
+    return {"key": "cpu", "name": environment.cpu_model, "kind": "cpu", "detected_by": "bench"}
 
 
 def _worst(measurements: Sequence[runner.Measurement]) -> dict[str, float]:
@@ -137,7 +172,7 @@ def document(
     """What `--json` prints; docs/bench.md describes every key."""
     by_name = {one.name: one for one in written}
     rows = [_row(outcome, by_name.get(outcome.subject.name)) for outcome in outcomes]
-    rows += _not_measured(context, rows, here=any(outcome.subject.url is None for outcome in outcomes))
+    rows += _not_measured(context, rows)
     found = findings.state(rows, context.plan.load.mode, context.slo_p99_ms)
     caveats = [{"kind": kind, "text": text} for kind, text in findings.caveats(rows)]
     return {
@@ -162,7 +197,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 def _row(outcome: runner.Outcome, sealed: receipt.Receipt | None) -> dict[str, Any]:
     if sealed is None:
-        return _empty(outcome.subject.name, "not run", outcome.failure or "no run was completed") | {
+        return _empty(outcome.subject.name, "not run", outcome.failure or outcome.interrupted or "no run was made") | {
             "precision": {"requested": outcome.subject.precision}
         }
     data = sealed.data
@@ -173,10 +208,14 @@ def _row(outcome: runner.Outcome, sealed: receipt.Receipt | None) -> dict[str, A
         "reason": outcome.failure,
         "precision": data["precision"],
         "hardware": data["hardware"],
+        "url": data["configuration"]["url"],
         **{f"{key}_ms": latency[key]["value"] for key in ("p50", "p90", "p99")},
         "p50_interval_ms": [latency["p50"]["low"], latency["p50"]["high"]],
         "p99_interval_ms": [latency["p99"]["low"], latency["p99"]["high"]],
         "n": latency["n"],
+        "requests": data["summary"]["requests"],
+        "late": data["summary"]["late"],
+        "dropped": data["summary"]["dropped"],
         "requests_per_s": data["summary"]["requests_per_s"],
         "requests_per_s_interval": data["summary"]["requests_per_s_interval"],
         "tokens_per_s": data["summary"]["tokens_per_s"],
@@ -202,12 +241,12 @@ def _empty(name: str, outcome: str, reason: str) -> dict[str, Any]:
     }
 
 
-def _not_measured(context: Context, rows: Sequence[dict[str, Any]], here: bool) -> list[dict[str, Any]]:
-    """A row for each part that the spec asks for and that nothing here is; `here` when this machine itself was measured."""
-    present = {row["hardware"]["key"] for row in rows if row.get("hardware")} | (
-        {context.environment.hardware} if here else set()
-    )
-    reason = f"this machine is {context.environment.name}" if here else "none of the servers runs on it"
+def _not_measured(context: Context, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each part that the spec asks for and that no row ran on; a GPU that no server used was not measured."""
+    ran_on = [row["hardware"] for row in rows if row.get("hardware")]
+    present = {hardware["key"] for hardware in ran_on}
+    names = ", ".join(dict.fromkeys(hardware["name"] for hardware in ran_on))
+    reason = f"the hardware measured is {names}" if names else "nothing was measured"
     known = catalog.hardware_profiles()
     return [
         _empty(key, "not measured here", reason)

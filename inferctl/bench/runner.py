@@ -1,7 +1,7 @@
 """Runs a plan: a server per run, warm-up, load, quality, in an order that lets slow drifts of the machine cancel out.
 
     for each run (A B C D, D C B A, …):  start server ─► warm up ─► measure ─► compare with fp32 (first time) ─► stop server
-    for each configuration:              pool its runs ─► judge ─► receipt
+    for each configuration, each time:   pool its runs ─► judge ─► receipt
 
 A configuration that cannot run becomes an outcome with its reason and the others go on. Whatever ends this, no child process is left.
 """
@@ -9,6 +9,7 @@ A configuration that cannot run becomes an outcome with its reason and the other
 from __future__ import annotations
 
 import contextlib
+import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,7 @@ class Subject:
 
 @dataclass
 class Measurement:
-    """One run that gave records."""
+    """One run that gave records. `info` is what the server said of itself then; `serial` is the number that its inputs began with."""
 
     run: Run
     started: float
@@ -41,18 +42,30 @@ class Measurement:
     state: dict[str, Any]
     resources: dict[str, float]
     folder: Path
-    ready_s: float | None
+    info: dict[str, Any]
+    serial: int
 
 
 @dataclass
 class Outcome:
-    """Everything about one subject. `failure` says why it has fewer runs than planned, in one line."""
+    """Everything about one subject. `failure` says why it has fewer runs than `planned`, in one line; None when it was interrupted."""
 
     subject: Subject
     measurements: list[Measurement] = field(default_factory=list)
-    info: dict[str, Any] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=lambda: quality.unchecked("no run got that far"))
     failure: str | None = None
+    planned: int = 1
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the server said of itself at the first run; `judge` holds the others against it."""
+        return self.measurements[0].info if self.measurements else {}
+
+    @property
+    def interrupted(self) -> str | None:
+        """How far it got when the bench ended before its last run; None when it got there or failed."""
+        done = len(self.measurements)
+        return None if self.failure or done >= self.planned else f"interrupted after {done} of {self.planned} runs"
 
 
 @dataclass(frozen=True)
@@ -82,20 +95,25 @@ class Bench:
     command: server.Command | None
     model: Path | None
     output: Path
-    cores: int
 
 
-def run(bench: Bench, notify: Notify) -> list[Outcome]:
-    """Run everything; one outcome a subject, in the plan's order. SIGTERM is taken like Ctrl-C: children are ended, then it is raised."""
+def outcomes(bench: Bench) -> list[Outcome]:
+    """An empty outcome for each subject, in order, for `run` to fill."""
+    return [Outcome(subject, planned=bench.plan.repeats) for subject in bench.subjects]
+
+
+def run(bench: Bench, into: Sequence[Outcome], notify: Notify, kept: Callable[[Outcome], object]) -> None:
+    """Run everything, filling `into`; `kept` hears of an outcome after each run that it gained, so that nothing measured is lost.
+
+    SIGTERM is taken like Ctrl-C: children are ended, then it is raised.
+    """
     work = workload.draw(bench.plan.load, bench.plan.corpus, bench.plan.seed)
-    outcomes = {subject.name: Outcome(subject) for subject in bench.subjects}
-    # Differs from bench to bench, so that a server that lives through several of them never sees an input again.
-    serial = int(time.time() / 60) % 10_000 * 10
+    named = {outcome.subject.name: outcome for outcome in into}
+    checker = quality.Checker(bench.plan.quality, bench.model)
+    order = bench.plan.runs([outcome.subject.name for outcome in into])
     with interruptible():
-        expected = _reference(bench, notify)
-        order = bench.plan.runs()
         for number, one in enumerate(order, 1):
-            outcome = outcomes[one.configuration]
+            outcome = named[one.configuration]
             if outcome.failure:
                 continue
 
@@ -105,28 +123,12 @@ def run(bench: Bench, notify: Notify) -> list[Outcome]:
                 notify(Progress(one.configuration, number, len(order), phase, seconds, live))
 
             try:
-                _measure(bench, work, outcome, one, expected, serial + 2 * one.repeat, tell)
+                _measure(bench, work, outcome, one, checker, tell)
             except InferctlError as error:
                 outcome.failure = error.message
-    return list(outcomes.values())
-
-
-def _reference(bench: Bench, notify: Notify) -> quality.Reference | str:
-    """The fp32 vectors to compare with, or why there are none."""
-    limits = bench.plan.quality
-    if limits is None:
-        return "the plan asks for no quality check"
-    if bench.model is None:
-        return "no local model folder was given to compare with"
-    texts, _ = workload.read_corpus(limits.corpus)
-    try:
-        return quality.reference(
-            bench.model,
-            texts[: limits.texts],
-            lambda passed: notify(Progress("fp32 reference", 0, len(bench.plan.runs()), "computing", passed)),
-        )
-    except InferctlError as error:
-        return error.message
+            finally:
+                if outcome.measurements:
+                    kept(outcome)
 
 
 def _measure(
@@ -134,8 +136,7 @@ def _measure(
     work: workload.Workload,
     outcome: Outcome,
     one: Run,
-    expected: quality.Reference | str,
-    serial: int,
+    checker: quality.Checker,
     tell: Callable[..., None],
 ) -> None:
     folder = bench.output / "runs" / one.name
@@ -154,13 +155,13 @@ def _measure(
                 server.running(arguments, announce, folder, lambda passed: tell("starting", passed))
             )
             aim = child.target
-        outcome.info = outcome.info or aim.info
-        measurement = _load(bench, work, aim, child, one, folder, serial, tell)
+        measurement = _load(bench, work, aim, child, one, folder, tell)
         measurement.started = started
         outcome.measurements.append(measurement)
         if one.repeat == 0:
             tell("checking quality")
-            outcome.quality = _quality(bench, aim, expected)
+            outcome.quality = quality.unchecked("the check was interrupted")
+            outcome.quality = checker(aim, lambda passed: tell("computing the fp32 reference", passed))
             if child:
                 child.check()
         tell("stopping")
@@ -173,12 +174,15 @@ def _load(
     child: server.Server | None,
     one: Run,
     folder: Path,
-    serial: int,
     tell: Callable[..., None],
 ) -> Measurement:
     plan = bench.plan.load
+    # Of no seed: a server that lives through several benches must not see an input again. Even (warm-up takes the next
+    # number) and always six digits, so that all runs have inputs of one length.
+    serial = 100_000 + 2 * secrets.randbelow(450_000)
     description = loads.prepare(plan, work, aim, serial, folder)
-    with procfs.Sampler({"server": child.process.pid} if child else {}) as sampler:
+    watched = child.process.pid if child else target.process(aim.url)
+    with procfs.Sampler({"server": watched} if watched else {}) as sampler:
         try:
             done = loads.run(
                 plan, description, lambda live: tell(live.phase, 0.0, live), child.check if child else lambda: None
@@ -188,32 +192,16 @@ def _load(
                 (folder / scratch).unlink(missing_ok=True)
     start, end = done.state["measure_start_ns"], done.state["measure_end_ns"]
     resources = sampler.between(start, end)
+    if watched is None and target.is_local(aim.url):
+        # What the measured server itself used cannot be told from what others did.
+        resources.pop("other_cores", None)
     if (client := summary.client_cpu_percent(done.state)) is not None:
         resources["client_cpu_percent"] = client
         if "other_cores" in resources:
             resources["other_cores"] = round(max(0.0, resources["other_cores"] - client / 100), 3)
     offered = len(work.schedule_ns) if plan.mode == "open" else None
     part = summary.Part(done.rows, start, end, plan.inputs_per_request, offered)
-    return Measurement(one, 0.0, part, done.state, resources, folder, aim.info.get("ready_seconds"))
-
-
-def _quality(bench: Bench, aim: target.Target, expected: quality.Reference | str) -> dict[str, Any]:
-    if isinstance(expected, str):
-        return quality.unchecked(expected)
-    served = (aim.info.get("model") or {}).get("sha256")
-    if served != expected.model_sha256:
-        what = (
-            f"the server's weights ({served[:12]}…) are not those of the local folder"
-            if served
-            else "the server does not say which weights it has"
-        )
-        return quality.unchecked(what)
-    if bench.plan.quality is None:
-        return quality.unchecked("the plan asks for no quality check")
-    try:
-        return quality.check(aim, expected, bench.plan.quality)
-    except InferctlError as error:
-        return quality.unchecked(error.message)
+    return Measurement(one, 0.0, part, done.state, resources, folder, aim.info, serial)
 
 
 def judge(outcome: Outcome, cores: int) -> tuple[dict[str, Any], list[validity.Validity], validity.Validity]:
@@ -221,9 +209,11 @@ def judge(outcome: Outcome, cores: int) -> tuple[dict[str, Any], list[validity.V
     each = [validity.judge(summary.summarise([m.part]), m.resources, m.state, cores) for m in outcome.measurements]
     pooled = summary.summarise([m.part for m in outcome.measurements])
     whole = validity.combine(each, pooled)
+    reasons = (*whole.reasons, *validity.same([m.info for m in outcome.measurements]).reasons)
     if outcome.failure:
-        whole = validity.Validity((*whole.reasons, outcome.failure), whole.cautions)
-    return pooled, each, whole
+        reasons = (*reasons, outcome.failure)
+    cautions = (outcome.interrupted, *whole.cautions) if outcome.interrupted else whole.cautions
+    return pooled, each, validity.Validity(reasons, cautions)
 
 
 @contextlib.contextmanager

@@ -84,14 +84,16 @@ def running(
 
 
 def stop(process: subprocess.Popen[bytes], patience_s: float = DRAIN_S) -> None:
-    """SIGTERM, then SIGKILL to the whole process group after `patience_s`."""
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience_s)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    """SIGTERM, then SIGKILL to the whole process group after `patience_s`, or at once when Ctrl-C comes meanwhile."""
+    try:
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(patience_s)
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _ready(process: subprocess.Popen[bytes], announce: Path, log: Path, waiting: Callable[[float], None]) -> str:

@@ -37,6 +37,20 @@ class Part:
         return measured
 
     @property
+    def answered(self) -> int:
+        """Good answers to measured requests that came while the window lasted, or after it no later than a request takes.
+
+        What a request takes is the p90 of those sent in the window's first fifth, before a server that is too slow has fallen far behind.
+        A server that keeps up always has requests in flight at the end; one that does not has more and more of them.
+        """
+        rows = self.measured[self.measured["error"] == records.OK]
+        first = np.sort(
+            records.latency_ms(rows[rows["intended_ns"] < self.start_ns + (self.end_ns - self.start_ns) / 5])
+        )
+        grace_ms = first[stats.rank(len(first), 0.9) - 1] if len(first) else 0.0
+        return int(np.sum(rows["end_ns"] < self.end_ns + grace_ms * 1e6))
+
+    @property
     def completed(self) -> records.Rows:
         """Good answers that arrived within the window, whenever they were sent: what throughput counts."""
         rows = self.rows[self.rows["error"] == records.OK]
@@ -70,6 +84,8 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
         },
         "late": int(np.sum(late)),
         "dropped": int(np.sum(measured["error"] == records.DROPPED)),
+        "offered": offered,
+        "answered": None if offered is None else sum(part.answered for part in parts),
         "requested_per_s": None if offered is None else round(offered / seconds, 3),
         "requests_per_s": round(requests_per_s, 3),
         "requests_per_s_interval": throughput_interval(parts),

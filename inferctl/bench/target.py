@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import ipaddress
 import json
 import struct
 import urllib.error
@@ -12,8 +13,10 @@ import urllib.request
 from dataclasses import dataclass, field
 from typing import Any
 
+from inferctl.bench import procfs
 from inferctl.errors import InferctlError, NotReadyError, UsageError
 
+_ABSENT = (404, 405, 501)
 # The load generator knows no proxies either, and a proxy's latency is not the server's.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -47,12 +50,12 @@ class Target:
 
 
 def connect(url: str, timeout_s: float = 10) -> Target:
-    """The server at `url`. Raises `UsageError` for a bad URL, `NotReadyError` when nothing answers there."""
+    """The server at `url`. Raises `UsageError` for a bad URL, `NotReadyError` when nothing answers there or it refuses."""
     url = url.rstrip("/").removesuffix("/v1/embeddings").removesuffix("/v1")
     if urllib.parse.urlsplit(url).scheme not in ("http", "https") or not urllib.parse.urlsplit(url).hostname:
         raise UsageError(f"{url!r} is not an http or https URL", "give one like `--url t4=http://10.0.0.7:8080`")
     info = _optional(f"{url}/info", timeout_s)
-    models = _optional(f"{url}/v1/models", timeout_s)
+    models = {} if info.get("name") else _optional(f"{url}/v1/models", timeout_s)
     try:
         model = str(info.get("name") or models["data"][0]["id"])
     except (KeyError, IndexError, TypeError):
@@ -64,13 +67,15 @@ def connect(url: str, timeout_s: float = 10) -> Target:
 
 
 def _optional(url: str, timeout_s: float) -> dict[str, Any]:
-    """The JSON object at `url`; empty when the server has no such page. Raises `NotReadyError` when there is no server."""
+    """The JSON object at `url`; empty when the server has no such page. Raises `NotReadyError` when there is no server or it refuses."""
     try:
         with _OPENER.open(url, timeout=timeout_s) as response:
             value = json.loads(response.read())
     except urllib.error.HTTPError as error:
         error.close()
-        return {}
+        if error.code in _ABSENT:
+            return {}
+        raise NotReadyError(f"{url} answered {error.code} {error.reason}", _advice(error.code)) from None
     except ValueError:
         return {}
     except (OSError, http.client.HTTPException) as error:
@@ -79,6 +84,30 @@ def _optional(url: str, timeout_s: float) -> dict[str, Any]:
             f"nothing answers at {url}: {reason}", "start the server first, or check host and port"
         ) from None
     return value if isinstance(value, dict) else {}
+
+
+def _advice(status: int) -> str:
+    if status in (401, 403):
+        return "the server wants credentials, and `inferctl bench` sends none: measure it behind its gateway"
+    if status in (429, 502, 503, 504):
+        return "it may still be loading its model, or be busy: wait until GET /readyz answers 200"
+    return "see the server's own log"
+
+
+def is_local(url: str) -> bool:
+    """Whether `url` leads to this machine by its loopback interface; the server then shares cores with the load generator."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
+def process(url: str) -> int | None:
+    """The process of this machine that serves `url`; None when the server is elsewhere or cannot be told."""
+    parts = urllib.parse.urlsplit(url)
+    return procfs.listener(parts.port or (443 if parts.scheme == "https" else 80)) if is_local(url) else None
 
 
 def _json(url: str, timeout_s: float, body: bytes) -> dict[str, Any]:

@@ -8,9 +8,18 @@ from typing import Any
 
 CLIENT_CPU_LIMIT = 90.0
 ACHIEVED_LIMIT = 0.98
+LATE_LIMIT = 0.01
 OTHERS_LIMIT = 0.10
 STOLEN_LIMIT = 0.05
 _TOO_SMALL_P90 = 36
+# What must stay as it is from run to run, and where `GET /info` says it.
+_IDENTITY = {
+    "the model's sha256": ("model", "sha256"),
+    "effective precision": ("precision", "effective"),
+    "attention": ("attention",),
+    "image": ("image", "digest"),
+    "device": ("device", "name"),
+}
 
 
 @dataclass(frozen=True)
@@ -29,28 +38,33 @@ class Validity:
 
 
 def judge(summary: Mapping[str, Any], resources: Mapping[str, float], state: Mapping[str, Any], cores: int) -> Validity:
-    """Judge one run by its summary, by what processes used meanwhile, and by the load generator's account of itself."""
+    """Judge one run by its summary, by what processes used meanwhile, and by the load generator's account of itself.
+
+    Whether there are answers enough is for `samples` to say, of all runs together.
+    """
     reasons, cautions = [], []
     client = resources.get("client_cpu_percent")
     if client is not None and client > CLIENT_CPU_LIMIT:
         reasons.append(
             f"the load generator used {client:.0f} % of its core (limit {CLIENT_CPU_LIMIT:.0f} %): it was the bottleneck"
         )
-    requested, achieved = summary["requested_per_s"], summary["requests_per_s"]
-    if requested and achieved < ACHIEVED_LIMIT * requested:
+    offered, answered = summary["offered"], summary["answered"]
+    if offered and answered < ACHIEVED_LIMIT * offered:
         reasons.append(
-            f"answered {achieved:.1f} of {requested:.1f} requests/s offered ({100 * achieved / requested:.0f} %, limit 98 %)"
+            f"{answered} of {offered} requests offered were answered in time "
+            f"({100 * answered / offered:.0f} %, limit {100 * ACHIEVED_LIMIT:.0f} %): the server fell behind"
         )
     if summary["errors"]:
         kinds = ", ".join(f"{name}: {count}" for name, count in summary["errors"].items())
         reasons.append(f"{sum(summary['errors'].values())} of {summary['requests']} requests failed ({kinds})")
     if state.get("unfinished"):
         reasons.append(f"{state['unfinished']} requests were never answered")
-    n, p99 = summary["latency_ms"]["n"], summary["latency_ms"]["p99"]
-    if n < _TOO_SMALL_P90:
-        reasons.append(f"n too small: {n} answers, {_TOO_SMALL_P90} needed for a p90")
-    elif p99["value"] is None:
-        cautions.append(f"n too small for a p99: {n} of {p99['needed']} answers")
+    sent = summary["requests"] - summary["dropped"]
+    if offered and summary["late"] > LATE_LIMIT * sent:
+        cautions.append(
+            f"{summary['late']} of {sent} requests left over 1 ms late ({100 * summary['late'] / sent:.1f} %): "
+            "the load generator was short of time, and latencies contain that"
+        )
     if not state.get("steady", True):
         cautions.append("the warm-up ended before three windows agreed within 10 %")
     if resources.get("other_cores", 0.0) > OTHERS_LIMIT * cores:
@@ -60,17 +74,36 @@ def judge(summary: Mapping[str, Any], resources: Mapping[str, float], state: Map
     return Validity(tuple(reasons), tuple(cautions))
 
 
-def combine(parts: Sequence[Validity], pooled: Mapping[str, Any]) -> Validity:
-    """Validity of several runs of one configuration, whose pooled summary is given: invalid when one of them is.
+def samples(summary: Mapping[str, Any]) -> Validity:
+    """Whether a configuration has answers enough, by the summary of all its runs."""
+    n, p99 = summary["latency_ms"]["n"], summary["latency_ms"]["p99"]
+    if n < _TOO_SMALL_P90:
+        return Validity((f"n too small: {n} answers, {_TOO_SMALL_P90} needed for a p90",), ())
+    if p99["value"] is None:
+        return Validity((), (f"n too small for a p99: {n} of {p99['needed']} answers",))
+    return Validity((), ())
 
-    Cautions about the number of samples are judged on the pool.
-    """
+
+def same(infos: Sequence[Mapping[str, Any]]) -> Validity:
+    """Whether runs of one configuration measured the same thing, by what the server said of itself (`GET /info`) at each of them."""
+    told = {name: list(dict.fromkeys(str(_within(info, path)) for info in infos)) for name, path in _IDENTITY.items()}
+    return Validity(
+        tuple(f"the runs differ in {name}: {', '.join(values)}" for name, values in told.items() if len(values) > 1),
+        (),
+    )
+
+
+def combine(parts: Sequence[Validity], pooled: Mapping[str, Any]) -> Validity:
+    """Validity of the runs of one configuration, whose pooled summary is given: invalid when one of them is, or all are too few answers."""
     many = len(parts) > 1
     reasons = [f"run {number}: {one}" if many else one for number, part in enumerate(parts, 1) for one in part.reasons]
-    cautions = list(dict.fromkeys(one for part in parts for one in part.cautions))
-    if many:
-        cautions = [one for one in cautions if not one.startswith("n too small")]
-        p99 = pooled["latency_ms"]["p99"]
-        if p99["value"] is None:
-            cautions.append(f"n too small for a p99: {pooled['latency_ms']['n']} of {p99['needed']} answers")
-    return Validity(tuple(reasons), tuple(cautions))
+    cautions = [one for part in parts for one in part.cautions]
+    enough = samples(pooled)
+    return Validity((*reasons, *enough.reasons), tuple(dict.fromkeys((*cautions, *enough.cautions))))
+
+
+def _within(info: Mapping[str, Any], path: Sequence[str]) -> Any:
+    value: Any = info
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value

@@ -23,6 +23,8 @@ def render(result: Mapping[str, Any]) -> RenderableType:
     rows = result["rows"]
     if measured := [row for row in rows if row["receipt"]]:
         parts.append(table(measured))
+        if machines := hardware(measured):
+            parts += [Text(""), machines]
     if absent := [row for row in rows if not row["receipt"]]:
         parts.append(absences(absent))
     parts.append(Text(""))
@@ -38,6 +40,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         grid.add_column(heading, justify="left" if left else "right", no_wrap=not left, overflow="fold")
     for row in rows:
         grid.add_row(*cells(row), style="" if row["valid"] else "red")
+    return grid
+
+
+def hardware(rows: Sequence[Mapping[str, Any]]) -> Table | None:
+    """What each row ran on, when rows differ in that or when servers elsewhere were measured."""
+    if not any(row["url"] for row in rows) and len({row["hardware"]["name"] for row in rows}) == 1:
+        return None
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    for row in rows:
+        key = row["hardware"]["key"]
+        grid.add_row(row["configuration"], "on", row["hardware"]["name"] + (f" ({key})" if key else ""))
     return grid
 
 
@@ -57,9 +70,13 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         *(milliseconds(row, key) for key in ("p50", "p90", "p99")),
         short(row["requests_per_s"]),
         short(row["tokens_per_s"]),
-        _UNKNOWN if row["cosine_mean"] is None else f"{row['cosine_mean']:.5f}",
-        _UNKNOWN if row["recall_at_10"] is None else f"{row['recall_at_10']:.3f}",
+        _without_number(row) if row["cosine_mean"] is None else f"{row['cosine_mean']:.5f}",
+        _without_number(row) if row["recall_at_10"] is None else f"{row['recall_at_10']:.3f}",
     ]
+
+
+def _without_number(row: Mapping[str, Any]) -> str:
+    return "broken" if row["quality"]["checked"] else _UNKNOWN
 
 
 def runs_as(precision: Mapping[str, Any]) -> str:
@@ -90,6 +107,13 @@ def notes(result: Mapping[str, Any]) -> Iterator[str]:
         how = f"open loop, {load['rate']:g} requests/s offered ({load['arrivals']})"
     runs = f"{result['repeats']} runs each" if result["repeats"] > 1 else "one run each"
     yield f"latency in ms; {how}, {load['duration_s']:g} s, {runs}; cosine (mean) and recall@10 against fp32"
+    if load["mode"] == "open":
+        sends = ", ".join(
+            f"{row['configuration']} {row['late']:,} late and {row['dropped']:,} dropped of {row['requests']:,}"
+            for row in result["rows"]
+            if row["receipt"]
+        )
+        yield f"sends over 1 ms late, and sends dropped: {sends or 'none'}"
     yield from result["findings"][1:]
     yield from (
         f"{caveat['kind']}: {caveat['text']}"

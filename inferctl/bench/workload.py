@@ -69,7 +69,9 @@ def draw(load: Load, corpus: str, seed: int) -> Workload:
     if load.mode == "closed":
         return Workload(groups, order, empty, empty, load.inputs == "unique", digest)
     schedule = arrivals(load, load.duration_s, random)
-    return Workload(groups, order, schedule, arrivals(load, load.warmup_s, random), load.inputs == "unique", digest)
+    # The warm-up may overrun by a window; were its schedule to end first, the measurement would begin with a rested server.
+    warmup_s = load.warmup_s + 2 * load.window_s + 5 if load.warmup_s else 0.0
+    return Workload(groups, order, schedule, arrivals(load, warmup_s, random), load.inputs == "unique", digest)
 
 
 def arrivals(load: Load, seconds: float, random: np.random.Generator) -> npt.NDArray[np.uint64]:
@@ -98,7 +100,9 @@ def read_corpus(name: str) -> tuple[list[str], str]:
         )
     content = path.read_bytes()
     texts = []
-    for number, line in enumerate(content.decode("utf-8").splitlines(), 1):
+    # Not splitlines(): JSON strings may hold U+2028 and others that it takes for the end of a line.
+    for number, line in enumerate(_decoded(path, content).split("\n"), 1):
+        line = line.removesuffix("\r")
         if not line.strip():
             continue
         try:
@@ -111,3 +115,13 @@ def read_corpus(name: str) -> tuple[list[str], str]:
     if not texts:
         raise UsageError(f"the corpus {path} is empty", "it needs one text a line")
     return texts, hashlib.sha256(content).hexdigest()
+
+
+def _decoded(path: Path, content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"{path}:{line}: not UTF-8 ({error.reason})", "convert the file, as with `iconv -f latin1 -t utf-8`"
+        ) from None

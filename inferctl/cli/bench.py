@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,7 @@ from inferctl.cli import bench_progress, console, options
 
 if TYPE_CHECKING:
     from inferctl.bench.plan import Plan
+    from inferctl.bench.result import Context
     from inferctl.bench.runner import Bench, Outcome, Subject
     from inferctl.settings import Resolved
 
@@ -56,19 +57,18 @@ def bench(
 ) -> None:
     """Measure latency, throughput and quality of each precision, or of running servers."""
     _require_packages()
-    from inferctl.bench import environment, receipt, result, runner, view
+    from inferctl.bench import environment, result, runner
     from inferctl.bench import plan as plans
-    from inferctl.bench import report as reports
 
     targets = [_target(text) for text in url or []]
     resolved = _settings(spec_file, model, plan, needed=not targets or bool(precision))
     chosen = plans.load(plan or (resolved.spec.bench.plan if resolved else "precision"))
     chosen = chosen.with_overrides(precision, users, rate, duration, repeats)
-    chosen, subjects = _subjects(chosen, targets, bool(precision))
+    if users is not None and chosen.load.mode == "open":
+        console.warn(f"--users {users} changes nothing: this load is an open loop, {chosen.load.rate:g} requests/s")
+    subjects = _subjects(chosen, targets, bool(precision))
     machine = environment.detect()
-    work = _prepare(resolved, model, chosen, subjects, output, machine.cores)
-    with bench_progress.Show(chosen.load.warmup_s + chosen.load.duration_s + 12) as show:
-        outcomes: list[Outcome] = runner.run(work, show.tell)
+    work = _prepare(resolved, model, chosen, subjects, output)
     context = result.Context(
         plan=chosen,
         environment=machine,
@@ -76,19 +76,35 @@ def bench(
         hardware_wanted=resolved.spec.hardware if resolved else [],
         slo_p99_ms=resolved.spec.slo.p99_ms if resolved else None,
         output=work.output,
+        subjects=subjects,
     )
-    sealed: list[receipt.Receipt] = result.receipts(context, outcomes)
+    outcomes = runner.outcomes(work)
     page = (report or work.output / "report.html").resolve()
+    try:
+        with bench_progress.Show(chosen.load.warmup_s + chosen.load.duration_s + 12) as show:
+            runner.run(work, outcomes, show.tell, lambda outcome: result.receipts(context, [outcome]))
+    except BaseException:
+        if any(outcome.measurements for outcome in outcomes):
+            _keep(context, outcomes, page, json_)
+        raise
+    if problem := result.verdict(_keep(context, outcomes, page, json_)):
+        raise problem
+
+
+def _keep(context: Context, outcomes: list[Outcome], page: Path, json_: bool) -> dict[str, Any]:
+    """Seal what was measured, write the report, show the comparison."""
+    from inferctl.bench import report, result, view
+
+    sealed = result.receipts(context, outcomes)
     document = result.document(context, outcomes, sealed, page)
-    reports.write(page, document, sealed)
-    result.write(work.output / "result.json", document)
+    report.write(page, document, sealed)
+    result.write(context.output / "result.json", document)
     if json_:
         console.document(document)
     else:
         console.report(view.render(document))
-    console.note(f"receipts: {work.output / 'receipts'}\nreport:   {page}")
-    if problem := result.verdict(document):
-        raise problem
+    console.note(f"receipts: {context.output / 'receipts'}\nreport:   {page}")
+    return document
 
 
 def _require_packages() -> None:
@@ -128,12 +144,15 @@ def _target(text: str) -> tuple[str, str]:
         or not address.startswith(("http://", "https://"))
     ):
         raise UsageError(f"--url {text!r} is not NAME=URL", "give one like `--url t4=http://10.0.0.7:8080`")
+    if len(name) > 40:
+        raise UsageError(
+            f"the name {name!r} has {len(name)} characters, at most 40 fit", "give the server a shorter name"
+        )
     return name, address
 
 
-def _subjects(chosen: Plan, targets: list[tuple[str, str]], with_precisions: bool) -> tuple[Plan, list[Subject]]:
+def _subjects(chosen: Plan, targets: list[tuple[str, str]], with_precisions: bool) -> list[Subject]:
     """What is measured: the plan's configurations; with --url those servers, and our own only when --precision asks for them too."""
-    from inferctl.bench.plan import Configuration
     from inferctl.bench.runner import Subject
     from inferctl.errors import UsageError
 
@@ -144,18 +163,14 @@ def _subjects(chosen: Plan, targets: list[tuple[str, str]], with_precisions: boo
         raise UsageError(
             f"the name {sorted(repeated)[0]!r} is used twice", "give each server its own name: `--url NAME=URL`"
         )
-    listed = [Configuration(name=subject.name, precision=subject.precision or "auto") for subject in subjects]  # type: ignore[arg-type]
-    return chosen.model_copy(update={"configurations": listed}), subjects
+    return subjects
 
 
 def _prepare(
-    resolved: Resolved | None, model: str | None, chosen: Plan, subjects: list[Subject], output: Path, cores: int
+    resolved: Resolved | None, model: str | None, chosen: Plan, subjects: list[Subject], output: Path
 ) -> Bench:
     """Everything that can be wrong is found here, before anything is started."""
-    import time
-
     from inferctl.bench import runner, server, target, workload
-    from inferctl.errors import NotReadyError
 
     workload.read_corpus(chosen.corpus)
     if chosen.quality:
@@ -168,12 +183,32 @@ def _prepare(
     if resolved and folder:
         file = Path(resolved.file).resolve() if resolved.file else None
         command = server.serve_command(str(folder), resolved.spec.name, file)
-    place = (output / f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise NotReadyError(f"{place} cannot be made: {error.strerror}", "give another folder with --output") from None
-    return runner.Bench(chosen, subjects, command, folder, place, cores)
+    return runner.Bench(chosen, subjects, command, folder, _place(output, chosen.name))
+
+
+def _place(output: Path, name: str) -> Path:
+    """A new folder for one bench: two that start in the same second get two."""
+    import itertools
+    import time
+
+    from inferctl.errors import NotReadyError
+
+    first = (output / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    numbered = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    for place in itertools.chain([first], numbered):
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.mkdir()
+        except FileExistsError:
+            if place.parent.is_dir():
+                continue
+            raise NotReadyError(f"{place.parent} is a file", "give another folder with --output") from None
+        except OSError as error:
+            raise NotReadyError(
+                f"{place} cannot be made: {error.strerror}", "give another folder with --output"
+            ) from None
+        return place
+    raise AssertionError("unreachable")
 
 
 def _model(resolved: Resolved | None, needed: bool) -> Path | None:

@@ -2,17 +2,19 @@
 
     echo '["a text"]' | python -m inferctl.serve.reference MODEL_DIR
 
-stdout is JSON: `model_sha256`, `dimensions`, `tokens` (per text) and `embeddings` (base64 of little-endian float32). Nothing of the serving
-path (batcher, packed attention, quantisation) takes part, so image verification and benchmarks can compare with it.
+stdout is JSON: `model_sha256`, `dimensions`, `tokens` (per text) and `embeddings` (base64 of little-endian float32). `--max-input-tokens N` cuts
+texts where a server with that limit does. Batcher, packed attention and quantisation take no part, so image verification and benchmarks can
+compare with it; tokenising and the reading of the model's recipe are the server's own, and a mistake in those shows in neither.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import json
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from inferctl import model
 from inferctl.errors import InferctlError, UsageError
@@ -20,10 +22,10 @@ from inferctl.serve import recipe
 from inferctl.serve.tokenise import TokenizerPool
 
 
-def reference(source: str, texts: list[str]) -> dict[str, Any]:
+def reference(source: str, texts: list[str], max_input_tokens: int | None = None) -> dict[str, Any]:
     """What `python -m inferctl.serve.reference` prints. Raises `UsageError` for a folder that is not a model."""
     folder = model.find(source)
-    how = recipe.read(folder.path)
+    how = recipe.read(folder.path, max_input_tokens)
     pool = TokenizerPool(folder.path, how, threads=1)
     sequences = [pool.encode_now([text], truncate=True)[0] for text in texts]
     pool.close()
@@ -39,21 +41,29 @@ def reference(source: str, texts: list[str]) -> dict[str, Any]:
     }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(
+            f"expected one argument, the model folder: {message}",
+            "python -m inferctl.serve.reference MODEL_DIR [--max-input-tokens N] < texts.json",
+        )
+
+
 def main() -> None:
     """Entry point; ends with the exit codes of `inferctl.errors`."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a server may run beside; read when torch is loaded
     try:
-        if len(sys.argv) != 2:
-            raise UsageError(
-                "expected one argument, the model folder", "python -m inferctl.serve.reference MODEL_DIR < texts.json"
-            )
+        parser = _Parser(add_help=False)
+        parser.add_argument("source")
+        parser.add_argument("--max-input-tokens", type=int)
+        given = parser.parse_args()
         try:
             texts = json.load(sys.stdin)
         except ValueError as error:
             raise UsageError(f"stdin is not JSON: {error}", "stdin is a JSON list of texts") from None
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise UsageError("stdin is not a list of texts", 'as in `["one text", "another"]`')
-        sys.stdout.write(json.dumps(reference(sys.argv[1], texts)) + "\n")
+        sys.stdout.write(json.dumps(reference(given.source, texts, given.max_input_tokens)) + "\n")
     except InferctlError as error:
         sys.stderr.write(f"error: {error.message}\n" + (f"\nhint: {error.hint}\n" if error.hint else ""))
         sys.exit(error.exit_code)

@@ -58,7 +58,7 @@ def document(name: str, rate: float, latency_ms: float, level: str = "native", *
     made: dict[str, Any] = {
         "created": "2026-01-02T03:04:05+00:00",
         "inferctl": "0",
-        "configuration": {"name": name, "precision": name, "url": None},
+        "configuration": {"name": name, "precision": name, "url": None, "this_machine": True},
         "plan": {"name": "quick"},
         "slo": {"p99_ms": None},
         "workload": {"sha256": "ab" * 32, "corpus": "short", "corpus_sha256": "cd" * 32, "seed": 1, "inputs": "unique"},

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bench_samples import ANSWERING, FIELDS
@@ -20,7 +21,12 @@ SHORT = {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0, "timeout_
 
 
 def bench(
-    folder: Path, *names: str, repeats: int = 1, options: Sequence[str] = (), check_quality: bool = False
+    folder: Path,
+    *names: str,
+    repeats: int = 1,
+    options: Sequence[str] = (),
+    check_quality: bool = False,
+    model: Path | None = None,
 ) -> runner.Bench:
     wanted = plan.Plan.model_validate(
         {
@@ -46,7 +52,17 @@ def bench(
             *options,
         ]
 
-    return runner.Bench(wanted, [runner.Subject(name, name) for name in names], command, None, folder, 2)
+    return runner.Bench(wanted, [runner.Subject(name, name) for name in names], command, model, folder)
+
+
+def ran(
+    work: runner.Bench,
+    notify: runner.Notify = lambda progress: None,
+    kept: Callable[[runner.Outcome], object] = lambda outcome: None,
+) -> list[runner.Outcome]:
+    outcomes = runner.outcomes(work)
+    runner.run(work, outcomes, notify, kept)
+    return outcomes
 
 
 def processes_in(folder: Path) -> list[int]:
@@ -61,8 +77,12 @@ def processes_in(folder: Path) -> list[int]:
     return found
 
 
-def document(work: runner.Bench, outcomes: list[runner.Outcome]) -> dict[str, object]:
-    context = result.Context(work.plan, environment.detect(), "test", [], None, work.output)
+def context_of(work: runner.Bench) -> result.Context:
+    return result.Context(work.plan, environment.detect(), "test", [], None, work.output)
+
+
+def document(work: runner.Bench, outcomes: list[runner.Outcome]) -> dict[str, Any]:
+    context = context_of(work)
     return result.document(context, outcomes, result.receipts(context, outcomes), work.output / "report.html")
 
 
@@ -74,7 +94,7 @@ def test_runs_alternate_and_are_pooled_into_one_receipt_a_configuration(tmp_path
             seen.append(f"{progress.name} {progress.number}")
 
     work = bench(tmp_path, "fp32", "bf16", repeats=2)
-    document(work, runner.run(work, notify))
+    document(work, ran(work, notify))
     assert seen == ["fp32 1", "bf16 2", "bf16 3", "fp32 4"]
     sealed = receipt.load(tmp_path / "receipts" / "bf16.json").data
     assert sealed["summary"]["runs"] == 2
@@ -88,8 +108,8 @@ def test_runs_alternate_and_are_pooled_into_one_receipt_a_configuration(tmp_path
 
 def test_a_configuration_that_cannot_run_is_a_row_with_its_reason(tmp_path: Path) -> None:
     work = bench(tmp_path, "int8", "bf16", options=("--refuse", "int8"))
-    found = document(work, runner.run(work, lambda progress: None))
-    rows = {row["configuration"]: row for row in found["rows"]}  # type: ignore[attr-defined]
+    found = document(work, ran(work))
+    rows = {row["configuration"]: row for row in found["rows"]}
     assert rows["int8"]["outcome"] == "not run"
     assert rows["int8"]["reason"] == "int8 cannot run on this device"
     assert rows["bf16"]["outcome"] == "measured"
@@ -97,7 +117,7 @@ def test_a_configuration_that_cannot_run_is_a_row_with_its_reason(tmp_path: Path
 
 def test_a_server_that_dies_in_mid_run_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
     work = bench(tmp_path, "fp32", options=("--die-after", "20"))
-    (outcome,) = runner.run(work, lambda progress: None)
+    (outcome,) = ran(work)
     assert outcome.failure == "the server ended with exit code 9 during the run: out of memory"
     assert processes_in(tmp_path) == []
 
@@ -109,13 +129,13 @@ def test_nothing_is_left_running_after_an_interrupt(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        runner.run(bench(tmp_path, "fp32"), interrupt)
+        ran(bench(tmp_path, "fp32"), interrupt)
     assert processes_in(tmp_path) == []
 
 
 def test_quality_is_not_checked_without_the_weights(tmp_path: Path) -> None:
     work = bench(tmp_path, "fp32", check_quality=True)
-    (outcome,) = runner.run(work, lambda progress: None)
+    (outcome,) = ran(work)
     assert outcome.quality == quality.unchecked("no local model folder was given to compare with")
 
 

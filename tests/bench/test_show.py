@@ -34,7 +34,7 @@ def made(folder: Path) -> tuple[dict[str, Any], list[receipt.Receipt]]:
     outcomes = [runner.Outcome(runner.Subject(one.name, one.name), measurements=[]) for one in receipts]
     outcomes.append(runner.Outcome(runner.Subject("int8", "int8"), failure="bitsandbytes is not installed"))
     machine = environment.Environment(
-        "cpu", "Test CPU", "Test CPU", ("avx2",), 2, 8 * 10**9, (), "Linux 6", "3.11", {"torch": "2"}, {}, 0.5
+        "cpu", "Test CPU", "Test CPU", ("avx2",), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {"torch": "2"}, {}, 0.5
     )
     context = result.Context(
         plan.load("quick"), machine, "models/test", ["cpu", "t4", "a100-40gb-mig-3g.20gb"], 20.0, folder
@@ -115,7 +115,7 @@ def test_the_report_shows_the_receipts_numbers(tmp_path: Path) -> None:
         assert f"{figures['tokens_per_s']:,.0f}" in text
         assert one.data["seal"][:16] in text
     assert "n too small85 of 368" in text
-    assert "not measured here: this machine is Test CPU" in text
+    assert "not measured here: the hardware measured is Test CPU" in text
     assert "not run: bitsandbytes is not installed" in text
 
 

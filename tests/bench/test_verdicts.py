@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from bench_samples import SECOND, document, row, sealed, steady, table
 
-from inferctl.bench import findings, plan, quality, receipt, result, runner, summary, validity
-from inferctl.bench.records import TIMEOUT
+from inferctl.bench import environment, findings, plan, privacy, quality, receipt, result, runner, summary, validity
+from inferctl.bench.records import TIMEOUT, WARMUP
 from inferctl.errors import InferctlError, InvalidRunError, UsageError
 
 LIMITS = plan.Quality.model_validate({})
 
 
 def judged(part: summary.Part, **resources: float) -> validity.Validity:
-    return validity.judge(summary.summarise([part]), resources, {"steady": True}, cores=2)
+    found = summary.summarise([part])
+    return validity.combine([validity.judge(found, resources, {"steady": True}, cores=2)], found)
 
 
 def test_a_calm_run_is_valid_and_needs_no_caution() -> None:
@@ -33,7 +34,9 @@ def test_less_than_98_per_cent_of_the_offered_rate_is_invalid() -> None:
     part = steady(97, 1)
     short = summary.Part(part.rows, part.start_ns, part.end_ns, 1, offered=1000)
     enough = summary.Part(part.rows, part.start_ns, part.end_ns, 1, offered=985)
-    assert judged(short).reasons == ("answered 97.1 of 100.0 requests/s offered (97 %, limit 98 %)",)
+    assert judged(short).reasons == (
+        "970 of 1000 requests offered were answered in time (97 %, limit 98 %): the server fell behind",
+    )
     assert judged(enough).valid
 
 
@@ -47,15 +50,82 @@ def test_too_few_answers_are_invalid_and_too_few_for_p99_a_caution() -> None:
     assert judged(steady(30, 10)).cautions == ("n too small for a p99: 300 of 368 answers",)
 
 
-def test_pooling_runs_can_make_n_large_enough() -> None:
-    parts = [steady(30, 10), steady(30, 10)]
-    whole = validity.combine([judged(part) for part in parts], summary.summarise(parts))
+def alone(part: summary.Part, **resources: float) -> validity.Validity:
+    return validity.judge(summary.summarise([part]), resources, {"steady": True}, cores=2)
+
+
+@pytest.mark.parametrize("rate", [3, 30])  # 30 answers are too few for a p90, 300 for a p99
+def test_pooling_runs_can_make_n_large_enough(rate: float) -> None:
+    parts = [steady(rate, 10)] * 15
+    whole = validity.combine([alone(part) for part in parts], summary.summarise(parts))
     assert whole == validity.Validity((), ())
+
+
+def test_a_pool_that_is_too_small_is_said_once() -> None:
+    parts = [steady(1, 10), steady(1, 10)]
+    whole = validity.combine([alone(part) for part in parts], summary.summarise(parts))
+    assert whole.reasons == ("n too small: 20 answers, 36 needed for a p90",)
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ({"model": {"sha256": "b"}}, "the model's sha256: a, b"),
+        ({"precision": {"effective": "bf16"}}, "effective precision: fp32, bf16"),
+        ({"attention": "padded"}, "attention: packed, padded"),
+        ({"image": None}, "image: sha256:1, None"),
+        ({"device": {"name": "T4"}}, "device: CPU, T4"),
+    ],
+)
+def test_runs_of_different_servers_are_not_one_configuration(other: dict[str, Any], what: str) -> None:
+    info = {
+        "model": {"sha256": "a"},
+        "precision": {"effective": "fp32"},
+        "attention": "packed",
+        "image": {"digest": "sha256:1"},
+        "device": {"name": "CPU"},
+        "ready_seconds": 1.0,
+    }
+    assert validity.same([info, {**info, "ready_seconds": 2.0}]).valid
+    assert validity.same([{}, {}]).valid
+    assert validity.same([info, {**info, **other}]).reasons == (f"the runs differ in {what}",)
+
+
+def offering(rate: float, latency_ms: float, *, slower_by: float = 0.0, warm: bool = True) -> summary.Part:
+    """An open loop of 10 s; each later request takes `slower_by` of the time passed longer. Warm: the same load came before."""
+    gap = 1000 / rate
+    start = 10_000
+    before = [row(start - gap * i, latency_ms, phase=WARMUP) for i in range(1, 50)] if warm else []
+    rows = [row(start + gap * i, latency_ms + slower_by * gap * i) for i in range(int(rate * 10))]
+    return summary.Part(table(*before, *rows), start * 10**6, (start + 10_000) * 10**6, 1, offered=len(rows))
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_requests_in_flight_at_the_end_are_not_held_against_a_server_that_keeps_up(warm: bool) -> None:
+    # Two seconds each at 40 requests/s: 80 of 400 are always in flight, a fifth of all.
+    assert judged(offering(40, 2000, warm=warm)).reasons == ()
+
+
+@pytest.mark.parametrize(("slower_by", "valid"), [(0.0, True), (0.005, True), (0.1, False), (1.0, False)])
+def test_a_server_that_falls_behind_is_found_by_its_growing_delay(slower_by: float, valid: bool) -> None:
+    found = judged(offering(100, 20, slower_by=slower_by))
+    assert found.valid is valid
+    assert all("the server fell behind" in reason for reason in found.reasons)
+
+
+def test_late_sends_above_one_per_cent_are_a_caution_in_an_open_loop() -> None:
+    rows = [row(10 * i, 5, late_ms=2 if i % 50 == 0 else 0) for i in range(1000)]
+    few = [row(10 * i, 5, late_ms=2 if i % 100 == 0 else 0) for i in range(1000)]
+    said = judged(summary.Part(table(*rows), 0, 10 * SECOND, 1, offered=1000)).cautions
+    assert [one for one in said if "late" in one] == [
+        "20 of 1000 requests left over 1 ms late (2.0 %): the load generator was short of time, and latencies contain that"
+    ]
+    assert judged(summary.Part(table(*few), 0, 10 * SECOND, 1, offered=1000)).cautions == ()
 
 
 def test_one_invalid_run_makes_the_configuration_invalid() -> None:
     parts = [steady(100, 10), steady(100, 10)]
-    each = [judged(parts[0]), judged(parts[1], client_cpu_percent=99)]
+    each = [alone(parts[0]), alone(parts[1], client_cpu_percent=99)]
     assert validity.combine(each, summary.summarise(parts)).reasons[0].startswith("run 2: the load generator used 99 %")
 
 
@@ -203,5 +273,131 @@ def test_of_tied_configurations_the_closest_to_fp32_is_named_first(tmp_path: Pat
 
 def test_who_holds_the_slo_is_said(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, document("fp32", 100, 20), document("bf16", 200, 10))
-    assert "At this load the SLO (p99 15 ms) holds for bf16." in findings.state(rows, "closed", 15)
-    assert "At this load the SLO (p99 5 ms) holds for none of them." in findings.state(rows, "closed", 5)
+    assert "At this load the SLO (p99 15 ms) holds for bf16; does not hold for fp32." in findings.state(
+        rows, "closed", 15
+    )
+    assert "At this load the SLO (p99 5 ms) does not hold for fp32, bf16." in findings.state(rows, "closed", 5)
+
+
+def test_the_slo_is_judged_by_the_interval_and_what_it_leaves_open_is_said(tmp_path: Path) -> None:
+    rows = rows_of(
+        tmp_path, document("a", 100, 20), document("b", 100, 10), document("c", 8, 10), document("d", 100, 15)
+    )
+    low, high = rows[3]["p99_interval_ms"]
+    limit = (low + high) / 2
+    assert (
+        f"At this load the SLO (p99 {limit:g} ms) holds for b; does not hold for a; cannot be judged for "
+        f"c (n too small: 80 of 368 answers), d (the interval {low:.1f} - {high:.1f} ms contains it)."
+    ) in findings.state(rows, "closed", limit)
+
+
+UNCHECKED = {"checked": False, "reason": "no weights"}
+
+
+@pytest.mark.parametrize(("one", "other"), [(UNCHECKED, UNCHECKED), (UNCHECKED, None), (None, UNCHECKED), (None, None)])
+def test_no_tied_configuration_is_called_better_where_quality_is_unknown_or_equal(
+    tmp_path: Path, one: dict[str, Any] | None, other: dict[str, Any] | None
+) -> None:
+    documents = document("bf16", 100, 10), document("int8", 101, 10)
+    for made, quality_ in zip(documents, (one, other), strict=True):
+        made["quality"] = quality_ or made["quality"]
+    found = findings.state(rows_of(tmp_path, *documents), "closed")
+    assert "tie" in found[0]
+    assert "better quality" not in found[0]
+
+
+def test_broken_vectors_cannot_win_and_are_said(tmp_path: Path) -> None:
+    bad = document("int8", 300, 4, quality=quality.broken("the server answered vectors that are not finite"))
+    found = findings.state(rows_of(tmp_path, document("fp32", 100, 10), bad), "closed")
+    assert found[0].startswith("fp32 ran alone")
+    assert (
+        "int8 fails on quality: the server answered vectors that are not finite; it cannot be recommended." in found[1:]
+    )
+
+
+def context(folder: Path, **changes: Any) -> result.Context:
+    machine = environment.Environment(
+        "t4",
+        "Tesla T4",
+        "Test CPU",
+        (),
+        2,
+        2,
+        8 * 10**9,
+        (environment.Gpu("Tesla T4", "t4", 1, "1"),),
+        "",
+        "",
+        {},
+        {},
+        0,
+    )
+    given: dict[str, Any] = {"model_source": "test", "hardware_wanted": ["cpu", "t4"], "slo_p99_ms": None}
+    return result.Context(**{"plan": plan.load("quick"), "environment": machine, "output": folder, **given, **changes})
+
+
+def test_a_gpu_that_no_server_used_was_not_measured(tmp_path: Path) -> None:
+    written = sealed(tmp_path, document("bf16", 100, 10))
+    outcomes = [runner.Outcome(runner.Subject("bf16", "bf16"))]
+    rows = result.document(context(tmp_path), outcomes, written, tmp_path / "x")["rows"]
+    assert [(one["configuration"], one["outcome"]) for one in rows] == [
+        ("bf16", "measured"),
+        ("t4", "not measured here"),
+    ]
+    assert rows[1]["reason"] == "the hardware measured is Test CPU"
+
+
+def test_what_a_silent_server_ran_on_is_not_guessed(tmp_path: Path) -> None:
+    machine = context(tmp_path).environment
+    assert result.hardware_of({}, runner.Subject("a", "bf16"), machine)["key"] is None
+
+
+def outcome_of(
+    folder: Path, *parts: summary.Part, subject: runner.Subject | None = None, **info: Any
+) -> runner.Outcome:
+    given = subject or runner.Subject("bf16", "bf16")
+    runs = [
+        runner.Measurement(plan.Run(given.name, i), 0.0, part, {"steady": True}, {}, folder, info, 100_002)
+        for i, part in enumerate(parts)
+    ]
+    return runner.Outcome(given, runs, planned=len(runs))
+
+
+def test_a_receipt_names_the_spec_source_and_no_folder_of_the_user(tmp_path: Path) -> None:
+    home = Path.home()
+    info = {"model": {"source": f"{home}/models/mini", "sha256": "a"}, "note": f"below {home}/models"}
+    outcome = outcome_of(tmp_path, steady(100, 10), **info)
+    chosen = plan.load("quick").model_copy(update={"corpus": str(tmp_path / "own.txt")})
+    (tmp_path / "own.txt").write_text("a text\n")
+    for source, shown in (("org/mini", "org/mini"), (f"{home}/models/mini", "mini"), (str(tmp_path), tmp_path.name)):
+        (written,) = result.receipts(context(tmp_path, plan=chosen, model_source=source), [outcome])
+        assert written.data["model"]["source"] == shown
+        assert written.data["plan"]["corpus"] == written.data["workload"]["corpus"] == "own.txt"
+        assert f"{home}/" not in written.path.read_text()
+        assert written.data["server"]["note"] == "below ~/models"
+
+
+def test_home_is_replaced_as_a_folder_only() -> None:
+    given = {"a": ["/home/u/x", "/home/us/x", 1], "b": "in /home/u: y"}
+    assert privacy.without_home(given, Path("/home/u")) == {"a": ["~/x", "/home/us/x", 1], "b": "in ~: y"}
+    assert privacy.without_home(given, Path("/")) == given
+
+
+def test_the_plan_of_a_measured_url_asks_for_no_precision(tmp_path: Path) -> None:
+    subjects = [runner.Subject("mine", url="http://10.0.0.7:8080"), runner.Subject("bf16", "bf16")]
+    outcome = outcome_of(tmp_path, steady(100, 10), subject=subjects[0], device={"name": "Tesla T4", "hardware": "t4"})
+    (written,) = result.receipts(context(tmp_path, subjects=subjects), [outcome])
+    assert written.data["plan"]["configurations"] == [
+        {"name": "mine", "url": "http://10.0.0.7:8080"},
+        {"name": "bf16", "precision": "bf16"},
+    ]
+    assert written.data["configuration"]["this_machine"] is False
+    assert written.data["precision"]["requested"] is None
+
+
+def test_each_run_keeps_what_the_server_said_and_an_exchanged_server_is_invalid(tmp_path: Path) -> None:
+    outcome = outcome_of(tmp_path, steady(100, 10), steady(100, 10), model={"sha256": "a"})
+    outcome.measurements[1].info = {"model": {"sha256": "b"}}
+    (written,) = result.receipts(context(tmp_path), [outcome])
+    assert [run["server"]["model"]["sha256"] for run in written.data["runs"]] == ["a", "b"]
+    assert [run["serial"] for run in written.data["runs"]] == [100_002, 100_002]
+    assert written.data["validity"]["reasons"] == ["the runs differ in the model's sha256: a, b"]
