@@ -67,6 +67,9 @@ class Serve(_Section):
         262_144, ge=64, description="Tokens waiting at most; beyond it the server answers 429."
     )
     max_client_batch: int = Field(2048, ge=1, le=65536, description="Inputs in one request at most.")
+    grace_seconds: float = Field(
+        1.0, ge=0, description="After SIGTERM, how long the server still takes requests while it says it is not ready."
+    )
     drain_seconds: float = Field(
         30.0, ge=0, description="After SIGTERM, how long accepted requests may take to finish."
     )
