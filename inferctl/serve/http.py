@@ -169,6 +169,14 @@ def parse(raw: bytes, *, max_inputs: int) -> EmbeddingRequest:
         raise _bad_request(error) from None
 
 
+def check_content_type(value: bytes) -> None:
+    """Raises `ApiError` 415 when a body is said to be something other than JSON; one of which nothing is said (b"") may be JSON."""
+    media = value.partition(b";")[0].strip().lower()
+    if media and media != b"application/json" and not (media.startswith(b"application/") and media.endswith(b"+json")):
+        message = "the body must be JSON, sent with `content-type: application/json`"
+        raise ApiError(415, message, code="unsupported_media_type")
+
+
 def is_single(value: Input) -> bool:
     """Whether the input is one text or one list of token ids."""
     return isinstance(value, str) or bool(value and isinstance(value[0], int))

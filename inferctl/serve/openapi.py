@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
@@ -14,9 +15,16 @@ _ERRORS = {
     "400": "The request is wrong; the message says where.",
     "404": "There is no model of that name.",
     "413": "The body is too large.",
+    "415": "The body is said to be something other than JSON.",
     "429": "The queue is full: come back after `Retry-After` seconds.",
     "500": "The model could not compute this input.",
     "503": "Starting, shutting down, or the engine is being started again.",
+}
+_PRIORITY = {
+    "name": "x-priority",
+    "in": "header",
+    "description": "`bulk` work waits while there is `interactive` work (the default).",
+    "schema": {"type": "string", "enum": ["interactive", "bulk"]},
 }
 _HEADERS = {
     "x-request-id": "The request's own id, or a new one.",
@@ -27,6 +35,7 @@ _HEADERS = {
 }
 _PLAIN = {
     "/v1/models": ("The served model, in OpenAI's list.", "application/json"),
+    "/v1/models/{name}": ("The served model, if that is its name.", "application/json"),
     "/livez": ("200 while the process is worth keeping.", "text/plain"),
     "/readyz": ("200 while embeddings are answered.", "text/plain"),
     "/metrics": ("Prometheus metrics.", "text/plain"),
@@ -34,29 +43,35 @@ _PLAIN = {
         "Model, precision that really runs, attention path, fidelity to fp32, device, limits.",
         "application/json",
     ),
+    "/docs": ("This document for people.", "text/html"),
     "/openapi.json": ("This document.", "application/json"),
 }
 
 
-def document(name: str) -> dict[str, Any]:
-    """OpenAPI 3.1 of this server."""
+@dataclass(frozen=True)
+class Facts:
+    """What one server takes, to be said exactly: token ids below `vocabulary`, at most `max_inputs` inputs.
+
+    `dimensions`: those that vectors may have, or None when any number up to `longest` will do.
+    """
+
+    vocabulary: int
+    max_inputs: int
+    longest: int
+    dimensions: tuple[int, ...] | None
+
+
+def document(name: str, facts: Facts | None = None) -> dict[str, Any]:
+    """OpenAPI 3.1 of this server. Without `facts` it says no more of requests than their types."""
     models: list[tuple[Any, Any]] = [
         (EmbeddingRequest, "validation"),
         (EmbeddingResponse, "serialization"),
         (ErrorResponse, "serialization"),
     ]
     _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
+    if facts:
+        _narrow(schemas["$defs"]["EmbeddingRequest"]["properties"], facts)
     paths: dict[str, Any] = {"/v1/embeddings": {"post": _embeddings(name)}}
-    for path, (summary, media) in _PLAIN.items():
-        schema = {"type": "object"} if media == "application/json" else {"type": "string"}
-        responses: dict[str, Any] = {"200": {"description": summary, "content": {media: {"schema": schema}}}}
-        if path in ("/livez", "/readyz"):
-            responses["503"] = {"description": "Not now.", "content": {media: {"schema": schema}}}
-        if path == "/info":
-            responses["503"] = _error(_ERRORS["503"])
-        paths[path] = {
-            "get": {"summary": summary, "operationId": path.strip("/").replace("/", "_"), "responses": responses}
-        }
     return {
         "openapi": "3.1.0",
         "info": {
@@ -64,23 +79,62 @@ def document(name: str) -> dict[str, Any]:
             "version": inferctl.__version__,
             "description": "OpenAI-compatible embeddings.",
         },
-        "paths": paths,
+        "paths": paths | {path: {"get": _plain(path, name)} for path in _PLAIN},
         "components": {"schemas": schemas["$defs"]},
     }
 
 
+def _narrow(properties: dict[str, Any], facts: Facts) -> None:
+    """Put a server's own limits into the schema of its requests, so that what keeps to the schema is answered."""
+    _, texts, ids, rows = properties["input"]["anyOf"]
+    texts["maxItems"] = rows["maxItems"] = facts.max_inputs
+    ids["items"]["maximum"] = rows["items"]["items"]["maximum"] = facts.vocabulary - 1
+    number = {"type": "integer"}
+    allowed = (
+        {**number, "enum": sorted(facts.dimensions)}
+        if facts.dimensions
+        else {**number, "minimum": 1, "maximum": facts.longest}
+    )
+    properties["dimensions"]["anyOf"][0] = allowed
+
+
+def _plain(path: str, name: str) -> dict[str, Any]:
+    summary, media = _PLAIN[path]
+    schema = {"type": "object"} if media == "application/json" else {"type": "string"}
+    responses: dict[str, Any] = {"200": {"description": summary, "content": {media: {"schema": schema}}}}
+    operation: dict[str, Any] = {
+        "summary": summary,
+        "operationId": path.strip("/").replace("/", "_"),
+        "responses": responses,
+    }
+    if path in ("/livez", "/readyz"):
+        responses["503"] = {"description": "Not now.", "content": {media: {"schema": schema}}}
+    if path == "/info":
+        responses["503"] = _error(_ERRORS["503"])
+    if "{name}" in path:
+        operation["operationId"] = "v1_model"
+        operation["parameters"] = [
+            {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}, "example": name}
+        ]
+        responses["404"] = _error(_ERRORS["404"])
+    return operation
+
+
 def _embeddings(name: str) -> dict[str, Any]:
     headers = {key: {"description": text, "schema": {"type": "string"}} for key, text in _HEADERS.items()}
+    wait = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
     example = {"model": name, "input": ["first text", "second text"]}
     body = {"schema": {"$ref": "#/components/schemas/EmbeddingRequest"}, "example": example}
     answer = {"application/json": {"schema": {"$ref": "#/components/schemas/EmbeddingResponse"}}}
     return {
         "summary": "Embed texts.",
         "operationId": "create_embedding",
+        "parameters": [_PRIORITY],
         "requestBody": {"required": True, "content": {"application/json": body}},
         "responses": {
             "200": {"description": "One vector per input, in order.", "headers": headers, "content": answer},
             **{status: _error(text) for status, text in _ERRORS.items()},
+            "429": {**_error(_ERRORS["429"]), "headers": {"retry-after": wait}},
         },
     }
 

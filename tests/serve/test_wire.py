@@ -69,6 +69,24 @@ def test_bad_bodies_name_the_field_at_fault(raw: bytes, param: str | None, code:
     assert envelope["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("value", [b"", b"application/json", b"Application/JSON; charset=utf-8", b"application/a+json"])
+def test_json_and_what_is_not_said_may_be_parsed(value: bytes) -> None:
+    http.check_content_type(value)
+
+
+@pytest.mark.parametrize(
+    "value", [b"text/plain", b"application/x-www-form-urlencoded", b"multipart/form-data; a=b", b"\xff"]
+)
+def test_other_media_types_are_refused(value: bytes) -> None:
+    with pytest.raises(ApiError) as refused:
+        http.check_content_type(value)
+    assert refused.value.status == 415
+
+
+def test_messages_do_not_quote_a_whole_body() -> None:
+    assert len(ApiError(404, "a" * 10_000_000).body()) < 2000
+
+
 @given(JSON)
 def test_any_json_is_taken_or_refused_with_400(value: object) -> None:
     for body in (value, {"input": value}, {"input": "a", "dimensions": value, "encoding_format": value}):
