@@ -1,7 +1,7 @@
 """A small server with the HTTP contract of `inferctl serve`, whose latencies are drawn from a known distribution with a fixed seed.
 
     python answering.py --announce FILE [--median-ms 8 --sigma 0.5] [--stall-every 5 --stall-for 0.5] [--fail-after N] [--die-after N]
-                        [--drift 0.01] [--sha256 HEX] [--model DIR --precision bf16 ...]
+                        [--drift 0.01] [--broken nan|shape|ragged|zeros|error] [--info-status 503] [--sha256 HEX] [--model DIR --precision bf16 ...]
 
 Each request sleeps for the next draw; `GET /truth` lists the time that each answer really took inside the server, ms, in order.
 It uses the standard library only and answers each connection in a thread.
@@ -41,6 +41,13 @@ def vector(text: str, drift: float) -> list[float]:
     return [value / norm for value in total]
 
 
+def spoilt(values: list[float], how: str, number: int) -> list[float]:
+    """The vector, or what a broken server answers in its place."""
+    if how == "ragged":
+        return values[: len(values) - number % 2]
+    return {"nan": [math.nan, *values[1:]], "shape": values[1:], "zeros": [0.0] * len(values)}.get(how, values)
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     # One packet an answer: small writes one by one wait 40 ms for each other (Nagle's algorithm against delayed acknowledgements).
@@ -70,6 +77,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def do_GET(self) -> None:
+        if self.path == "/info" and self.options.info_status:
+            self.answer(self.options.info_status, {"error": {"message": "no"}})
+            return
         pages = {"/truth": self.truth, "/v1/models": {"data": [{"id": "test"}]}, "/info": info(self.options)}
         self.answer(200, pages[self.path]) if self.path in pages else self.answer(
             404, {"error": {"message": "not here"}}
@@ -95,8 +105,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             delay += self.options.stall_for - now % self.options.stall_every
         time.sleep(delay)
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
+        if self.options.broken == "error" and len(texts) > 1:  # as the quality check asks, not the load
+            self.answer(500, {"error": {"message": "broken"}})
+            return
         packed = [
-            base64.b64encode(struct.pack(f"<{DIMENSIONS}f", *vector(t, self.options.drift))).decode() for t in texts
+            base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+            for values in (spoilt(vector(t, self.options.drift), self.options.broken, i) for i, t in enumerate(texts))
         ]
         tokens = sum(len(text.split()) + 2 for text in texts)
         data = {
@@ -104,12 +118,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "usage": {"prompt_tokens": tokens},
         }
         inference = f"{delay * 1e3:.3f}"
+        # Before the answer leaves: what this thread waits for afterwards is no part of it.
+        self.truth.append((time.perf_counter() - begun) * 1e3)
         self.answer(
             200,
             data,
             {"x-inferctl-tokens": str(tokens), "x-inferctl-queue-ms": "0.1", "x-inferctl-inference-ms": inference},
         )
-        self.truth.append((time.perf_counter() - begun) * 1e3)
 
 
 def info(options: argparse.Namespace) -> dict[str, Any]:
@@ -142,6 +157,8 @@ def main() -> None:
     parser.add_argument("--fail-after", type=int, default=0)
     parser.add_argument("--die-after", type=int, default=0)
     parser.add_argument("--drift", type=float, default=0.0)
+    parser.add_argument("--broken", default="")
+    parser.add_argument("--info-status", type=int, default=0)
     parser.add_argument("--sha256", default=hashlib.sha256(b"test").hexdigest())
     parser.add_argument("--refuse", default="")
     options, _ = parser.parse_known_args()

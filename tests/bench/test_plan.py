@@ -115,6 +115,29 @@ def test_own_corpora_are_accepted_and_bad_lines_named(tmp_path: Path) -> None:
     assert caught.value.hint == "did you mean mixed?"
 
 
+def test_line_separators_within_a_text_do_not_end_it(tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"text": "one\u2028two"}\r\n{"text": "three\x85four"}\n', encoding="utf-8", newline="")
+    assert workload.read_corpus(str(own))[0] == ["one\u2028two", "three\x85four"]
+    plain = tmp_path / "own.txt"
+    plain.write_text("one\u2028two\r\nthree\r\n", encoding="utf-8", newline="")
+    assert workload.read_corpus(str(plain))[0] == ["one\u2028two", "three"]
+
+
+def test_a_corpus_that_is_not_utf_8_is_named_with_its_line(tmp_path: Path) -> None:
+    own = tmp_path / "own.txt"
+    own.write_bytes("fine\ncafé\n".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"own\.txt:2: not UTF-8"):
+        workload.read_corpus(str(own))
+
+
+def test_the_warm_ups_schedule_outlasts_the_warm_up() -> None:
+    load = plan.Load.model_validate({"mode": "open", "rate": 20, "arrivals": "constant", "warmup_s": 4, "window_s": 3})
+    assert workload.draw(load, "short", 1).warmup_schedule_ns[-1] > (4 + 3) * 1e9
+    cold = load.model_copy(update={"warmup_s": 0.0})
+    assert len(workload.draw(cold, "short", 1).warmup_schedule_ns) == 0
+
+
 def test_the_corpora_are_what_their_script_writes(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     benchmarks = request.config.rootpath / "benchmarks"
     subprocess.run(

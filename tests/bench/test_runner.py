@@ -6,16 +6,32 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from answering import vector
 from bench_samples import ANSWERING, FIELDS
 
-from inferctl.bench import environment, plan, quality, receipt, records, result, runner
-from inferctl.errors import InvalidRunError
+from inferctl import model as models
+from inferctl.bench import (
+    charts,
+    environment,
+    plan,
+    procfs,
+    quality,
+    receipt,
+    records,
+    report,
+    result,
+    runner,
+    server,
+    target,
+    view,
+)
+from inferctl.errors import InferctlError, InvalidRunError
 
 SHORT = {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0, "timeout_s": 5}
 
@@ -139,6 +155,145 @@ def test_quality_is_not_checked_without_the_weights(tmp_path: Path) -> None:
     assert outcome.quality == quality.unchecked("no local model folder was given to compare with")
 
 
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
+    """A model folder and its digest, whose fp32 vectors are those of the answering server (it has no weights to compute them from)."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    digest = models.ModelFolder(folder).digest
+
+    def reference(model: Path, texts: list[str], longest: int | None, waiting: Callable[[float], None]) -> object:
+        return quality.Reference(texts, np.array([vector(text, 0) for text in texts], np.float32), digest)
+
+    monkeypatch.setattr(quality, "reference", reference)
+    return folder, digest
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ("nan", "not finite"),
+        ("zeros", "all zeros"),
+        ("shape", "of 31 dimensions, the reference has 32"),
+        ("ragged", "of 31 dimensions, the reference has 32"),
+        ("error", "answered 500"),
+    ],
+)
+def test_a_server_with_broken_vectors_fails_on_quality_and_its_results_can_be_shown(
+    tmp_path: Path, weights: tuple[Path, str], broken: str, reason: str
+) -> None:
+    folder, digest = weights
+    options = ("--sha256", digest, "--broken", broken)
+    work = bench(tmp_path, "int8", options=options, check_quality=True, model=folder)
+    outcomes = ran(work)
+    found = document(work, outcomes)
+    (row,) = found["rows"]
+    assert (row["quality"]["checked"], row["quality"]["passes"]) == (True, False)
+    assert reason in row["quality"]["reason"]
+    assert found["finding"] == "No configuration keeps the quality of fp32, so none is recommended."
+    assert f"int8 fails on quality: {row['quality']['reason']}; it cannot be recommended." in found["findings"]
+    assert view.cells(row)[-2:] == ["broken", "broken"]
+    sealed = [receipt.load(Path(row["receipt"]))]
+    assert {"quality", "recall"}.isdisjoint(charts.all_charts(sealed))
+    assert "<td>broken</td>" in report.render(found, sealed)
+
+
+def test_the_same_weights_are_compared_once_for_each_input_limit(tmp_path: Path, weights: tuple[Path, str]) -> None:
+    folder, digest = weights
+    work = bench(tmp_path, "fp32", options=("--sha256", digest), check_quality=True, model=folder)
+    (outcome,) = ran(work)
+    assert outcome.quality["passes"]
+    asked: list[int | None] = []
+    real = quality.reference
+
+    def counted(model: Path, texts: list[str], longest: int | None, waiting: Callable[[float], None]) -> object:
+        asked.append(longest)
+        return real(model, texts, longest, waiting)
+
+    quality.reference = counted  # type: ignore[assignment]  # put back by the fixture
+    checker = quality.Checker(work.plan.quality, folder)
+    for limit in (256, 512, 256):
+        info = {"model": {"sha256": digest}, "limits": {"max_input_tokens": limit}}
+        checker(target.Target("http://127.0.0.1:9", "m", info), lambda passed: None)
+    assert asked == [256, 512]
+
+
+def test_other_weights_are_not_compared(tmp_path: Path, weights: tuple[Path, str]) -> None:
+    work = bench(tmp_path, "fp32", options=("--sha256", "ab" * 32), check_quality=True, model=weights[0])
+    (outcome,) = ran(work)
+    assert outcome.quality == quality.unchecked(
+        "the server's weights (abababababab…) are not those of the local folder"
+    )
+
+
+def test_the_reference_cuts_inputs_where_the_server_does(minilm: Path) -> None:
+    texts = ["one two three four five six seven eight nine ten", "hello"]
+    cut, whole, head = (
+        quality.reference(minilm, given, limit, lambda passed: None).vectors
+        for given, limit in ((texts, 8), (texts, None), ([" ".join(texts[0].split()[:6]), texts[1]], None))
+    )
+    assert not np.allclose(cut[0], whole[0], atol=1e-3)
+    assert np.allclose(cut[0], head[0], atol=1e-5)
+    assert np.allclose(cut[1], whole[1], atol=1e-6)
+    with pytest.raises(InferctlError, match="one argument, the model folder"):
+        quality.reference(minilm, texts, 8.5, lambda passed: None)  # type: ignore[arg-type]
+
+
+def test_each_run_draws_its_own_serial(tmp_path: Path) -> None:
+    (outcome,) = ran(bench(tmp_path, "fp32", repeats=2))
+    one, other = (run.serial for run in outcome.measurements)
+    assert one != other
+    assert all(serial % 2 == 0 and 100_000 <= serial < 1_000_000 for serial in (one, other))
+    for run in outcome.measurements:
+        assert json.loads((run.folder / "load.json").read_text())["serial"] == run.serial
+
+
+def test_what_was_measured_is_kept_after_each_run(tmp_path: Path) -> None:
+    work = bench(tmp_path, "fp32", "bf16", repeats=2)
+    context = context_of(work)
+
+    def stop(progress: runner.Progress) -> None:
+        if progress.number == 4 and progress.live:
+            raise RuntimeError("a bug")
+
+    outcomes = runner.outcomes(work)
+    with pytest.raises(RuntimeError):
+        runner.run(work, outcomes, stop, lambda outcome: result.receipts(context, [outcome]))
+    assert processes_in(tmp_path) == []
+    kept = {name: receipt.load(tmp_path / "receipts" / f"{name}.json").data for name in ("fp32", "bf16")}
+    assert {name: data["summary"]["runs"] for name, data in kept.items()} == {"fp32": 1, "bf16": 2}
+    assert kept["fp32"]["validity"]["cautions"][0] == "interrupted after 1 of 2 runs"
+    assert not any("interrupted" in caution for caution in kept["bf16"]["validity"]["cautions"])
+
+
+def test_a_server_on_this_machine_is_not_counted_as_another_process(
+    answering: Callable[..., str], tmp_path: Path
+) -> None:
+    work = bench(tmp_path, "fp32")
+    work = runner.Bench(work.plan, [runner.Subject("here", url=answering("--median-ms", "1"))], None, None, tmp_path)
+    found = document(work, ran(work))
+    data = receipt.load(Path(found["rows"][0]["receipt"])).data
+    assert data["resources"]["server_cores"] > 0
+    assert data["resources"]["server_peak_bytes"] > 1e6
+    assert data["configuration"]["this_machine"]
+    assert any(
+        "shared this machine's cores" in text
+        for _, text in report.honesty(found, [receipt.load(Path(found["rows"][0]["receipt"]))])
+    )
+
+
+def test_a_local_server_whose_process_is_not_known_is_not_blamed_on_others(
+    answering: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(procfs, "listener", lambda port: None)
+    work = bench(tmp_path, "fp32")
+    work = runner.Bench(work.plan, [runner.Subject("here", url=answering("--median-ms", "1"))], None, None, tmp_path)
+    (outcome,) = ran(work)
+    assert "other_cores" not in outcome.measurements[0].resources
+    assert "client_cpu_percent" in outcome.measurements[0].resources
+
+
 def command(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "inferctl", "bench", *arguments]
     return subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
@@ -178,6 +333,7 @@ def test_a_run_of_failures_ends_with_5_and_still_leaves_receipts(answering: Call
         (["--url", "a=http://127.0.0.1:9", "--plan", "quik"], 2, "'quik'", "did you mean quick"),
         (["--url", "a=http://x", "--url", "a=http://y"], 2, "the name 'a' is used twice", "its own name"),
         (["--model", "nowhere", "--plan", "quick"], 2, "there is no model folder nowhere", "check the path"),
+        (["--url", f"{'a' * 41}=http://127.0.0.1:9"], 2, "has 41 characters", "a shorter name"),
         (["--url", "a=http://127.0.0.1:9", "--users", "0"], 2, "load.users cannot be 0", "--help"),
     ],
 )
@@ -193,21 +349,67 @@ def test_mistakes_end_before_anything_is_started(
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_interrupted_leaves_no_process(
+def test_the_command_interrupted_keeps_what_it_has_and_leaves_no_process(
     answering: Callable[..., str], tmp_path: Path, sent: signal.Signals
 ) -> None:
     url = answering("--median-ms", "5")
-    line = [sys.executable, "-m", "inferctl", "bench", "--url", f"mine={url}", "--plan", "quick", "--duration", "60"]
-    process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    line = [sys.executable, "-m", "inferctl", "bench", "--url", f"first={url}", "--url", f"second={url}"]
+    line += ["--plan", "quick", "--duration", "3"]
+    process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for told in process.stderr:
-        if "warm-up" in told or "measure" in told:
+        if "[2/2]" in told:
             break
-    time.sleep(1)
     process.send_signal(sent)
-    assert process.wait(20) == 130
-    process.stderr.close()
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
     assert processes_in(tmp_path / "bench-results") == []
+    (folder,) = (tmp_path / "bench-results").iterdir()
+    assert [file.name for file in (folder / "receipts").iterdir()] == ["first.json"]
+    assert receipt.load(folder / "receipts" / "first.json").data["summary"]["runs"] == 1
+    rows = json.loads((folder / "result.json").read_text())["rows"]
+    assert [(row["configuration"], row["outcome"], row["reason"]) for row in rows] == [
+        ("first", "measured", None),
+        ("second", "not run", "interrupted after 0 of 1 runs"),
+    ]
+    assert (folder / "report.html").is_file()
+    assert "second" in shown
+
+
+def test_a_second_interrupt_while_a_server_stops_still_ends_its_whole_group() -> None:
+    class Impatient(subprocess.Popen[bytes]):
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is not None:
+                raise KeyboardInterrupt
+            return super().wait()
+
+    stubborn = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+    )
+    with Impatient([sys.executable, "-c", stubborn], stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                server.stop(process)
+            assert process.poll() == -signal.SIGKILL
+        finally:
+            process.kill()
+
+
+def test_two_benches_in_the_same_second_have_two_folders(tmp_path: Path) -> None:
+    from inferctl.cli import bench as command_
+
+    places = [command_._place(tmp_path, "quick") for _ in range(3)]
+    assert len(set(places)) == 3
+    assert all(place.is_dir() for place in places)
+
+
+def test_users_of_an_open_loop_are_said_to_change_nothing(answering: Callable[..., str], tmp_path: Path) -> None:
+    line = ["--url", f"mine={answering('--median-ms', '2')}", "--plan", "quick", "--duration", "1"]
+    done = command(*line, "--rate", "50", "--users", "4", folder=tmp_path)
+    assert "--users 4 changes nothing: this load is an open loop, 50 requests/s" in done.stderr
+    assert "late and 0 dropped of" in done.stdout
 
 
 @pytest.mark.slow

@@ -140,6 +140,49 @@ def test_what_was_not_measured_or_is_invalid_stands_before_the_numbers(tmp_path:
         assert text.index(sentence) < text.index("<h2>Results</h2>")
 
 
+def remote(folder: Path) -> tuple[dict[str, Any], list[receipt.Receipt]]:
+    """Two servers on different hardware, under an open loop."""
+    t4 = document("t4", 100, 10, hardware={"key": "t4", "name": "Tesla T4", "kind": "cuda", "detected_by": "server"})
+    t4["configuration"] = {"name": "t4", "precision": None, "url": "http://10.0.0.7:8080", "this_machine": False}
+    t4["summary"] = {**t4["summary"], "late": 31, "dropped": 7}
+    receipts = sealed(folder, t4, document("fp32", 50, 20))
+    opened = plan.load("quick").with_overrides(rate=100)
+    machine = environment.Environment(
+        "cpu", "Laptop CPU", "Laptop CPU", (), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {}, {}, 0.5
+    )
+    outcomes = [runner.Outcome(runner.Subject(one.name, one.name)) for one in receipts]
+    context = result.Context(opened, machine, None, [], None, folder)
+    return result.document(context, outcomes, receipts, folder / "report.html"), receipts
+
+
+def text_of(found: dict[str, Any], width: int = 80) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=width, highlight=False).print(view.render(found))
+    return stream.getvalue()
+
+
+def test_rows_say_what_they_ran_on_when_it_is_not_the_same(tmp_path: Path) -> None:
+    found, receipts = remote(tmp_path)
+    text = text_of(found)
+    assert re.search(r"^t4 +on Tesla T4 \(t4\)", text, re.MULTILINE)
+    assert re.search(r"^fp32 +on Test CPU \(cpu\)", text, re.MULTILINE)
+    page = report.render(found, receipts)
+    assert "plan quick · Tesla T4, Test CPU</h1>" in page
+    assert "<th>load generator&#39;s machine</th><td>Laptop CPU" in page
+    assert '<span class="range">Tesla T4 (t4)</span>' in page
+    same, alike = made(tmp_path / "same")
+    assert " on Test CPU" not in text_of(same)
+    assert "<th>machine</th>" in report.render(same, alike)
+
+
+def test_late_and_dropped_sends_of_an_open_loop_are_shown(tmp_path: Path) -> None:
+    found, receipts = remote(tmp_path)
+    assert "t4 31 late and 7 dropped of 1,000" in text_of(found, 200)
+    page = " ".join(report.render(found, receipts).split())
+    assert "<th>late</th><th>dropped</th>" in page
+    assert "<td>31</td><td>7</td>" in page
+
+
 def test_figures_are_ones_that_plotly_accepts(tmp_path: Path) -> None:
     graph_objects = pytest.importorskip("plotly.graph_objects")
     _, receipts = made(tmp_path)

@@ -1,0 +1,110 @@
+"""Servers that are measured where they are: what they answer, where they run, and which process they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from inferctl.bench import procfs, target
+from inferctl.errors import NotReadyError
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+def test_a_server_without_the_page_is_measured_all_the_same(answering: Callable[..., str], status: int) -> None:
+    found = target.connect(answering("--info-status", str(status)))
+    assert (found.info, found.model) == ({}, "test")
+
+
+@pytest.mark.parametrize(
+    ("status", "hint"), [(503, "/readyz"), (429, "/readyz"), (401, "credentials"), (403, "credentials"), (500, "log")]
+)
+def test_a_server_that_refuses_is_not_taken_for_one_without_the_page(
+    answering: Callable[..., str], status: int, hint: str
+) -> None:
+    with pytest.raises(NotReadyError, match=f"/info answered {status}") as caught:
+        target.connect(answering("--info-status", str(status)))
+    assert hint in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("url", "local"),
+    [
+        ("http://127.0.0.1:8080", True),
+        ("http://127.0.0.9", True),
+        ("http://localhost:8080", True),
+        ("http://[::1]:8080", True),
+        ("http://0.0.0.0:8080", True),
+        ("http://10.0.0.7:8080", False),
+        ("http://localhost.example.org", False),
+        ("https://example.org", False),
+    ],
+)
+def test_loopback_is_told_from_elsewhere(url: str, local: bool) -> None:
+    assert target.is_local(url) is local
+
+
+def test_the_process_that_listens_is_found(answering: Callable[..., str]) -> None:
+    pid = target.process(answering())
+    assert pid is not None
+    assert b"answering.py" in (Path("/proc") / str(pid) / "cmdline").read_bytes()
+
+
+def test_of_processes_that_share_a_socket_the_one_on_top_is_taken() -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        port = listening.getsockname()[1]
+        line = [sys.executable, "-c", "input()"]
+        with subprocess.Popen(line, stdin=subprocess.PIPE, pass_fds=[listening.fileno()]) as child:
+            assert procfs.listener(port) == os.getpid()
+            child.communicate(b"\n")
+    assert procfs.listener(port) is None
+
+
+def test_a_forwarder_is_not_taken_for_the_server(tmp_path: Path) -> None:
+    code = "import json, socket, sys; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); input()"
+    forwarder = tmp_path / "docker-proxy"
+    forwarder.symlink_to(sys.executable)
+    with subprocess.Popen([str(forwarder), "-S", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        port = json.loads(process.stdout.readline())
+        assert procfs.listener(port) is None
+        process.communicate(b"\n")
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.cfs_quota_us": "50000\n", "cpu.cfs_period_us": "100000\n"}, 0.5),
+        ({"cpu.cfs_quota_us": "-1\n", "cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_cpu_quotas_are_read_in_both_versions(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert procfs._quota(tmp_path) == quota
+
+
+def test_cores_are_bounded_by_the_tightest_quota_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    (tmp_path / "a" / "cpu.max").write_text("50000 100000")
+    (inner / "cpu.max").write_text("max 100000")
+    process = tmp_path / "proc" / "self"
+    process.mkdir(parents=True)
+    (process / "cgroup").write_text("0::/a/b\n")
+    monkeypatch.setattr(procfs, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(procfs, "_CGROUPS", tmp_path)
+    assert procfs.cores() == 1
+    (tmp_path / "a" / "cpu.max").unlink()
+    assert procfs.cores() == len(os.sched_getaffinity(0))
