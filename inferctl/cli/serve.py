@@ -23,7 +23,10 @@ _FORWARDED = {
     "max_input_tokens": "--max-input-tokens",
     "max_queue_tokens": "--max-queue-tokens",
     "device": "--device",
+    "hang_seconds": "--hang-seconds",
+    "log": "--log",
     "engine": "--engine",
+    "engines": "--engines",
 }
 
 
@@ -63,6 +66,23 @@ def serve(
     announce: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write {url, pid} to FILE as JSON once the server is ready.")
     ] = None,
+    capacity: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Measured capacity (JSON) that admission starts from, before it has seen load."
+        ),
+    ] = None,
+    hang_seconds: Annotated[
+        float,
+        typer.Option(
+            metavar="S",
+            min=0.1,
+            help="Start the engine again when a batch takes this long, or 20 times what it should.",
+        ),
+    ] = 60.0,
+    log: Annotated[
+        str, typer.Option(metavar="STYLE", help="text, or json: one object a line, one line a request.")
+    ] = "text",
     image: Annotated[
         str | None, typer.Option(metavar="REF", help="Run this built image as a container instead of a process.")
     ] = None,
@@ -72,6 +92,9 @@ def serve(
     engine: Annotated[
         str, typer.Option(hidden=True, help="encoder, or echo: no model, for measuring the rest.")
     ] = "encoder",
+    engines: Annotated[
+        int | None, typer.Option(hidden=True, min=1, help="Engine processes; default is one a GPU, or one.")
+    ] = None,
 ) -> None:
     """Serve embeddings over HTTP, OpenAI-compatible.
 
@@ -99,7 +122,18 @@ def serve(
             f"serving needs the package {error.name}, which is not installed", "pip install 'inferctl[serve]'"
         ) from None
     reference, _, digest = (image_reference or "").partition("@")
-    chosen = server.Options(device, engine, truncate, announce, (reference, digest or None) if reference else None)
+    chosen = server.Options(
+        device=device,
+        engine=engine,
+        truncate=truncate,
+        announce=announce,
+        image=(reference, digest or None) if reference else None,
+        engines=engines,
+        hang_seconds=hang_seconds,
+        capacity=capacity,
+        log=log,
+        traces=options.traces_wanted(),
+    )
     raise typer.Exit(server.run(spec, chosen, console.note))
 
 
@@ -125,6 +159,8 @@ def _serve_image(
 
     if "image_reference" in given:
         raise UsageError("--image-reference cannot be given with --image", "leave it out: it is told to the container")
+    if "capacity" in given:
+        raise UsageError("--capacity cannot be given with --image", "it is of another server; leave it out")
     known = options.names_model(spec_file, flags)
     # Settings are of a whole spec, and a spec names a model. An image needs neither: its name stands in, and nothing reads it.
     spec = options.load(spec_file, flags if known else {**flags, "model.source": image}).spec

@@ -1,6 +1,8 @@
-"""Between requests and the engine: queues what requests bring, sends batches, hands results back, retries what an engine took with it.
+"""Between requests and engines: queues what requests bring, sends batches, hands results back, tries again what an engine could not do.
 
-One batch runs; a second is sent ahead only when it is full already, as a partial one can still grow until the engine is free.
+An engine runs one batch; a second is sent ahead only when it is full already, as a partial one can still grow until the engine is free.
+What went wrong is tried again alone, nothing else beside it, so that only the request at fault is given up: a batch that raised in halves, a
+batch that its engine died of by request, a vector that is not finite in fp32.
 """
 
 from __future__ import annotations
@@ -9,22 +11,24 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass, field, replace
+from itertools import count, groupby
 
 import numpy as np
 import numpy.typing as npt
 
-from inferctl.serve.batcher import Batcher, Work
+from inferctl.serve.batcher import Batcher
+from inferctl.serve.lane import Lane, Sent
 from inferctl.serve.metrics import Metrics
-from inferctl.serve.types import Batch, BatchResult, EngineInfo, Tokens, Vectors
+from inferctl.serve.types import Batch, BatchResult, Tokens, Vectors
 
-_AHEAD = 2
 _ATTEMPTS = 2
+# A batch that did not fit into memory is no reason to send less than this (tokens).
+_SMALLEST_BATCH = 64
 
 
 class EngineUnavailableError(Exception):
-    """There is no engine, or it died twice under this request."""
+    """There is no engine, or it died twice under this request, or its memory does not suffice."""
 
 
 class EngineFailedError(Exception):
@@ -53,98 +57,161 @@ class _Request:
 
 
 class Dispatcher:
-    """All requests of one engine. Lives on the event loop; `send` is the supervisor's."""
+    """All requests, over one lane for each engine. Lives on the event loop."""
 
     def __init__(self, batcher: Batcher, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
-        self.send: Callable[[Batch], None] | None = None
-        self.on_ready: Callable[[EngineInfo], None] = lambda _: None
-        self.on_lost: Callable[[], None] = lambda: None
-        self.abandoned = 0  # requests that nobody waited for until they had their answer
+        self.lanes: list[Lane] = []
+        self.out_of_memory = 0  # batches
         self._batcher, self._metrics, self._clock = batcher, metrics, clock
         self._requests: dict[int, _Request] = {}
-        self._in_flight: dict[int, list[Work]] = {}
-        self._again: deque[list[Work]] = deque()  # halves of failed batches
+        self._again: deque[Sent] = deque()
         self._ids = count()
-        self._up = False
+        metrics.queue_tokens.set_function(lambda: batcher.waiting_tokens)
+        metrics.in_flight.set_function(lambda: len(self._requests))
 
-    async def embed(self, sequences: Sequence[Tokens]) -> Answer:
-        """Vectors of all sequences. Raises `QueueFullError`, `EngineUnavailableError` or `EngineFailedError`; cancelling it drops the work."""
-        if not self._up:
+    def lane(self) -> Lane:
+        """A lane for one more engine."""
+        self.lanes.append(Lane(self, self._clock))
+        return self.lanes[-1]
+
+    async def embed(self, sequences: Sequence[Tokens], *, bulk: bool = False) -> Answer:
+        """Vectors of all sequences. Raises `RefusedError`, `EngineUnavailableError` or `EngineFailedError`; cancelling it drops the work."""
+        if not self.up:
             raise EngineUnavailableError("the engine is not ready")
         number, now = next(self._ids), self._clock()
-        self._batcher.submit(number, [len(s) for s in sequences], now)
+        self._batcher.submit(number, [len(s) for s in sequences], now, bulk=bulk, running=self._running())
         request = _Request(sequences, asyncio.get_running_loop().create_future(), now, len(sequences))
         self._requests[number] = request
-        self._pump()
+        self.pump()
         try:
             return await request.future
         finally:
-            self.abandoned += not request.future.done() or request.future.cancelled()
             if self._requests.pop(number, None) is not None:
                 self._batcher.cancel(number)
-                self._show_queue()
+
+    def check(self, *, bulk: bool = False) -> None:
+        """Raises `RefusedError` when not even the smallest request would be taken now: before any work is spent on it."""
+        self._batcher.check(1, bulk=bulk, running=self._running())
 
     @property
-    def outstanding(self) -> int:
-        """Requests that wait for an answer."""
-        return len(self._requests)
+    def up(self) -> bool:
+        """Whether any engine takes batches."""
+        return any(lane.up for lane in self.lanes)
 
-    def engine_ready(self, info: EngineInfo) -> None:
-        """See `Listener`."""
-        self._up = True
-        self._batcher.limits = self._batcher.limits.with_batch_tokens(info.batch_tokens)
-        self._metrics.engine_up.set(1)
-        self.on_ready(info)
-        self._pump()
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a batch at most, now."""
+        return self._batcher.limits.batch_tokens
 
-    def engine_lost(self) -> None:
-        """See `Listener`. What was with the engine goes back to the front of the queue, once."""
-        if self._up:
-            self._metrics.engine_deaths.inc()
-        self._up = False
-        self._metrics.engine_up.set(0)
-        lost = [work for batch in (*self._in_flight.values(), *self._again) for work in batch]
-        self._in_flight.clear()
-        self._again.clear()
-        for work in lost:
-            if work.attempt + 1 >= _ATTEMPTS:
-                self._fail(work.request, EngineUnavailableError("the engine died twice while it ran this request"))
-        self._batcher.requeue([work for work in lost if work.request in self._requests])
-        self._show_queue()
-        self.on_lost()
+    @property
+    def slo_ms(self) -> float | None:
+        """Latency that admission holds interactive requests to (ms)."""
+        slo = self._batcher.limits.slo
+        return None if slo is None else slo * 1000
 
-    def batch_done(self, result: BatchResult) -> None:
-        """See `Listener`."""
-        batch, now = self._in_flight.pop(result.id), self._clock()
-        tokens = sum(work.tokens for work in batch)
-        self._batcher.observe(tokens, result.seconds)
-        self._metrics.batch(len(batch), tokens, result.seconds)
-        for row, work in enumerate(batch):
+    @property
+    def pace(self) -> dict[str, float | None]:
+        """The fit that predictions come from, in the words of a `--capacity` file."""
+        pace = self._batcher.pace
+        rate = 1 / pace.per_token if pace.per_token else None
+        return {"fixed_s": round(pace.fixed, 6), "tokens_per_s": rate and round(rate, 1)}
+
+    def patience(self, least: float) -> float:
+        """Seconds after which a batch means that the engine hangs: twenty times what the largest takes, and `least` at least."""
+        return max(least, 20 * self._batcher.pace.seconds(self.batch_tokens))
+
+    def lanes_changed(self) -> None:
+        """An engine came or went."""
+        up = [lane for lane in self.lanes if lane.up]
+        self._batcher.engines = len(up)
+        self._metrics.engine_up.set(len(up))
+        if up:
+            self._limit_batches(min(lane.batch_tokens for lane in up))
+
+    def lost(self, batches: Sequence[Sent]) -> None:
+        """An engine died with these, in the order sent. It ran the first; what was sent ahead of time is as good as new."""
+        self._metrics.engine_deaths.inc()
+        if batches:
+            running, *ahead = batches
+            self._batcher.requeue([w for sent in ahead for w in sent.works if w.request in self._requests])
+            self._again.extend(self._suspects(running))
+
+    def done(self, lane: Lane, sent: Sent, result: BatchResult, seconds: float) -> None:
+        """A batch came back, `seconds` after the engine could begin it."""
+        now, tokens = self._clock(), sent.tokens
+        if not sent.exact:
+            self._batcher.pace.observe(tokens, max(seconds, result.seconds))
+        self._metrics.batch(len(sent.works), tokens, result.seconds)
+        for row, work in enumerate(sent.works):
             request = self._requests.get(work.request)
             if request is None:
                 continue
-            if request.vectors is None:
-                request.vectors = np.empty((len(request.sequences), result.vectors.shape[1]), dtype=np.float32)
-                request.ok = np.zeros(len(request.sequences), dtype=np.bool_)
-            request.vectors[work.index] = result.vectors[row]
-            request.ok[work.index] = result.ok[row]
             request.first_start = min(request.first_start, now - result.seconds)
-            request.left -= 1
-            if not request.left and not request.future.done():
-                queued = max(0.0, request.first_start - request.arrived)
-                request.future.set_result(Answer(request.vectors, request.ok, queued, now - request.first_start))
-        self._pump()
+            if not result.ok[row] and not sent.exact:
+                self._metrics.fp32_retries.inc()
+                self._again.append(Sent([work], exact=True))
+            else:
+                self._fill(request, work.index, result.vectors[row], bool(result.ok[row]), now)
+        self.pump()
 
-    def batch_failed(self, number: int, message: str) -> None:
-        """See `Listener`. Halves are tried again until the sequence that cannot be computed stands alone."""
-        batch = [work for work in self._in_flight.pop(number) if work.request in self._requests]
+    def failed(self, lane: Lane, sent: Sent, message: str, out_of_memory: bool) -> None:
+        """A batch raised. Halves are tried again until the sequence that cannot be computed stands alone."""
         self._metrics.batch_failures.inc()
-        if len(batch) == 1:
-            self._fail(batch[0].request, EngineFailedError(message))
-        elif batch:
-            middle = len(batch) // 2
-            self._again.extend((batch[:middle], batch[middle:]))
-        self._pump()
+        if out_of_memory:
+            self.out_of_memory += 1
+            self._metrics.out_of_memory.inc()
+            lane.batch_tokens = max(_SMALLEST_BATCH, min(lane.batch_tokens, sent.tokens // 2))
+            self.lanes_changed()
+        works = [work for work in sent.works if work.request in self._requests]
+        if len(works) == 1:
+            memory = EngineUnavailableError(f"the engine's memory does not suffice for this: {message}")
+            self._fail(works[0].request, memory if out_of_memory else EngineFailedError(message))
+        elif works:
+            middle = len(works) // 2
+            self._again.extend(Sent(half, exact=sent.exact) for half in (works[:middle], works[middle:]))
+        self.pump()
+
+    def pump(self) -> None:
+        """Send what can be sent, to the engine with the least to do first."""
+        for lane in sorted((lane for lane in self.lanes if lane.up), key=lambda lane: lane.tokens):
+            while (sent := self._next(lane)) is not None:
+                number = next(self._ids)
+                parts = [self._requests[work.request].sequences[work.index] for work in sent.works]
+                lengths = np.array([work.tokens for work in sent.works], dtype=np.int32)
+                lane.send(Batch(number, np.concatenate(parts), lengths, sent.exact), sent)
+
+    def _next(self, lane: Lane) -> Sent | None:
+        """What to send to this engine now: a retry once it is idle, else the next batch."""
+        while self._again and not lane.busy:
+            again = self._again.popleft()
+            if works := [work for work in again.works if work.request in self._requests]:
+                return Sent(works, alone=True, exact=again.exact)
+        if self._again or not lane.takes(ahead=self._batcher.has_full_batch()):
+            return None
+        works = self._batcher.next_batch(self._clock())
+        return Sent(works) if works else None
+
+    def _suspects(self, sent: Sent) -> list[Sent]:
+        """The batch that an engine died of, by request. Who was alone in it is tried once more, then given up."""
+        works = sorted((w for w in sent.works if w.request in self._requests), key=lambda work: work.request)
+        groups = [list(group) for _, group in groupby(works, key=lambda work: work.request)]
+        if len(groups) == 1:
+            works = [replace(work, attempt=work.attempt + 1) for work in works]
+            if works[0].attempt >= _ATTEMPTS:
+                self._fail(works[0].request, EngineUnavailableError("the engine died twice while it ran this alone"))
+                return []
+            groups = [works]
+        return [Sent(group, exact=sent.exact) for group in groups]
+
+    def _fill(self, request: _Request, index: int, vector: Vectors, ok: bool, now: float) -> None:
+        if request.vectors is None:
+            request.vectors = np.empty((len(request.sequences), len(vector)), dtype=np.float32)
+            request.ok = np.zeros(len(request.sequences), dtype=np.bool_)
+        request.vectors[index], request.ok[index] = vector, ok
+        request.left -= 1
+        if not request.left and not request.future.done():
+            queued = max(0.0, request.first_start - request.arrived)
+            request.future.set_result(Answer(request.vectors, request.ok, queued, now - request.first_start))
 
     def _fail(self, number: int, error: Exception) -> None:
         request = self._requests.pop(number, None)
@@ -152,22 +219,11 @@ class Dispatcher:
         if request is not None and not request.future.done():
             request.future.set_exception(error)
 
-    def _pump(self) -> None:
-        while self._up and self.send and len(self._in_flight) < _AHEAD:
-            if self._in_flight and not self._again and not self._batcher.has_full_batch():
-                break
-            batch = self._again.popleft() if self._again else self._batcher.next_batch()
-            batch = [work for work in batch if work.request in self._requests]
-            if not batch:
-                if self._again or len(self._batcher):
-                    continue
-                break
-            parts = [self._requests[work.request].sequences[work.index] for work in batch]
-            number = next(self._ids)
-            self._in_flight[number] = batch
-            self.send(Batch(number, np.concatenate(parts), np.array([work.tokens for work in batch], dtype=np.int32)))
-        self._show_queue()
+    def _running(self) -> float:
+        """Seconds until some engine has done what it has."""
+        pace = self._batcher.pace
+        return min((lane.left(lambda sent: pace.seconds(sent.tokens)) for lane in self.lanes if lane.up), default=0.0)
 
-    def _show_queue(self) -> None:
-        self._metrics.queue_tokens.set(self._batcher.waiting_tokens)
-        self._metrics.in_flight.set(len(self._requests))
+    def _limit_batches(self, tokens: int) -> None:
+        self._batcher.limits = self._batcher.limits.with_batch_tokens(tokens)
+        self._metrics.batch_limit.set(tokens)

@@ -19,7 +19,7 @@ import numpy as np
 from inferctl.serve.types import Batch, BatchResult
 
 _HEAD = struct.Struct("<IB")
-_BATCH = struct.Struct("<QI")
+_BATCH = struct.Struct("<QII")  # id, sequences, whether exact
 _RESULT = struct.Struct("<QIId")
 _MAX_FRAME = 1 << 28
 
@@ -32,7 +32,7 @@ class Kind(IntEnum):
     FATAL = 3  # from the engine: it cannot start; {"message", "hint", "exit_code"}
     BATCH = 4  # to the engine
     RESULT = 5  # from the engine
-    FAILED = 6  # from the engine: one batch failed; {"id", "message"}
+    FAILED = 6  # from the engine: one batch failed; {"id", "message", "out_of_memory"}
 
 
 def pack_json(kind: Kind, value: Any) -> bytes:
@@ -45,14 +45,14 @@ def pack_batch(batch: Batch) -> bytes:
     """A whole BATCH frame."""
     count, lengths, tokens = len(batch.lengths), batch.lengths.tobytes(), batch.tokens.tobytes()
     size = 1 + _BATCH.size + len(lengths) + len(tokens)
-    return b"".join((_HEAD.pack(size, Kind.BATCH), _BATCH.pack(batch.id, count), lengths, tokens))
+    return b"".join((_HEAD.pack(size, Kind.BATCH), _BATCH.pack(batch.id, count, batch.exact), lengths, tokens))
 
 
 def unpack_batch(body: bytes) -> Batch:
     """The batch in the body of a BATCH frame."""
-    number, count = _BATCH.unpack_from(body)
+    number, count, exact = _BATCH.unpack_from(body)
     values = np.frombuffer(body, dtype="<i4", offset=_BATCH.size)
-    return Batch(number, values[count:], values[:count])
+    return Batch(number, values[count:], values[:count], bool(exact))
 
 
 def pack_result(result: BatchResult) -> bytes:

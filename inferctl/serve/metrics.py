@@ -42,16 +42,30 @@ class Metrics:
         self.rejected = Counter("inferctl_rejected", "Requests refused before any work.", ["reason"], registry=registry)
         self.cancelled = Counter("inferctl_cancelled", "Requests whose client went away.", registry=registry)
         self.non_finite = Counter(
-            "inferctl_non_finite", "Inputs whose vectors were not finite; never sent.", registry=registry
+            "inferctl_non_finite", "Inputs whose vectors were not finite in fp32 either; never sent.", registry=registry
+        )
+        self.fp32_retries = Counter(
+            "inferctl_fp32_retries", "Inputs computed again in fp32: not finite at first.", registry=registry
         )
         self.queue_tokens = Gauge("inferctl_queue_tokens", "Tokens waiting for the engine.", registry=registry)
         self.in_flight = Gauge(
             "inferctl_requests_in_flight", "Requests accepted and not answered yet.", registry=registry
         )
-        self.engine_up = Gauge("inferctl_engine_up", "1 while the engine takes batches.", registry=registry)
+        self.engine_up = Gauge("inferctl_engine_up", "Engines that take batches.", registry=registry)
         self.engine_deaths = Counter("inferctl_engine_deaths", "Engine processes that died.", registry=registry)
+        self.engine_restarts = Gauge(
+            "inferctl_engine_restarts", "Engine processes started again since the server started.", registry=registry
+        )
         self.batch_failures = Counter(
             "inferctl_batch_failures", "Batches that the engine could not compute.", registry=registry
+        )
+        self.out_of_memory = Counter(
+            "inferctl_out_of_memory", "Batches that did not fit into the engine's memory.", registry=registry
+        )
+        self.batch_limit = Gauge(
+            "inferctl_batch_limit_tokens",
+            "Tokens of a batch at most; less after running out of memory.",
+            registry=registry,
         )
         self.batch_tokens = Histogram("inferctl_batch_tokens", "Tokens in a batch.", buckets=_TOKENS, registry=registry)
         self.batch_sequences = Histogram(

@@ -1,4 +1,4 @@
-"""The API process from start to end: port, engine, HTTP, signals, drain."""
+"""The API process from start to end: port, engines, HTTP, signals, drain."""
 
 from __future__ import annotations
 
@@ -6,47 +6,50 @@ import asyncio
 import contextlib
 import gc
 import json
-import logging
 import os
 import signal
-import socket
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 import inferctl
-from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
+from inferctl.errors import EXIT_INTERRUPTED, UsageError
 from inferctl.serve import app as http_app
-from inferctl.serve import recipe
+from inferctl.serve import describe, logs, recipe, web
 from inferctl.serve.batcher import Batcher
 from inferctl.serve.batcher import Limits as QueueLimits
 from inferctl.serve.dispatcher import Dispatcher
 from inferctl.serve.locate import locate
 from inferctl.serve.metrics import Metrics
+from inferctl.serve.pace import Capacity, Pace
 from inferctl.serve.supervisor import Supervisor
 from inferctl.serve.tokenise import TokenizerPool
 from inferctl.serve.types import EngineConfig, EngineInfo
 from inferctl.spec import Spec
-
-log = logging.getLogger("inferctl.server")
 
 _EXIT_AT_ONCE = 128 + signal.SIGTERM
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is not part of the spec. `announce` is written once the server is ready; `image` is (reference, digest) inside a container."""
+    """What is not part of the spec. `announce` is written once the server is ready; `image` is (reference, digest) inside a container.
+
+    `engines`: None for one a device. `hang_seconds`: an engine is killed when a batch takes that long, or twenty times what it should.
+    `capacity`: a measurement to start from. `log`: text or json. `traces`: whether OpenTelemetry is configured.
+    """
 
     device: str = "auto"
     engine: str = "encoder"
     truncate: bool = True
     announce: Path | None = None
     image: tuple[str, str | None] | None = None
+    engines: int | None = None
+    hang_seconds: float = 60.0
+    capacity: Path | None = None
+    log: str = "text"
+    traces: bool = False
 
 
 def run(spec: Spec, options: Options, say: Callable[[str], None]) -> int:
@@ -54,7 +57,10 @@ def run(spec: Spec, options: Options, say: Callable[[str], None]) -> int:
 
     Raises `UsageError` for a model that is not there or not usable, `NotReadyError` for a port or a device that is not.
     """
-    server = Server(spec, options, say)
+    if options.log not in ("text", "json"):
+        raise UsageError(f"there is no log style {options.log!r}", "--log takes text or json")
+    logs.configure(options.log)
+    server = Server(spec, options, logs.speaker(options.log, say))
     loop_factory = None
     with contextlib.suppress(ImportError):
         import uvloop
@@ -64,36 +70,6 @@ def run(spec: Spec, options: Options, say: Callable[[str], None]) -> int:
         return runner.run(server.run())
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises `NotReadyError` when the port is taken or the address is not ours."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        hint = (
-            "`--port 0` takes a free one, `--port N` another"
-            if error.errno != 99
-            else "`--host 0.0.0.0` listens on all addresses"
-        )
-        raise NotReadyError(f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0).lower()}", hint) from None
-    except OverflowError:
-        listener.close()
-        raise NotReadyError(f"there is no port {port}", "ports go from 1 to 65535") from None
-    listener.setblocking(False)
-    return listener
-
-
-class _Uvicorn(uvicorn.Server):
-    """uvicorn without its signal handling: draining is ours."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 class Server:
     """One running server."""
 
@@ -101,172 +77,165 @@ class Server:
         self._spec, self._options, self._say = spec, options, say
         self._folder = locate(spec, say)
         self._recipe = recipe.read(self._folder.path, spec.serve.max_input_tokens)
-        self._metrics = Metrics()
-        queue = QueueLimits(spec.serve.max_batch_tokens, spec.serve.max_queue_tokens)
-        self._dispatcher = Dispatcher(Batcher(queue), self._metrics)
-        config = EngineConfig(
-            engine="echo" if options.engine == "echo" else "encoder",
-            model=str(self._folder.path),
-            precision=spec.serve.precision,
-            device=options.device,
-            max_input_tokens=spec.serve.max_input_tokens,
-            max_batch_tokens=spec.serve.max_batch_tokens,
+        metrics = Metrics()
+        capacity = Capacity.read(options.capacity) if options.capacity else None
+        slo_ms = spec.slo.p99_ms or (capacity and capacity.slo_p99_ms)
+        queue = QueueLimits(
+            spec.serve.max_batch_tokens, spec.serve.max_queue_tokens, slo=slo_ms / 1000 if slo_ms else None
         )
-        self._supervisor = Supervisor(config, self._dispatcher)
-        self._dispatcher.send, self._dispatcher.on_ready, self._dispatcher.on_lost = (
-            self._supervisor.send,
-            self._ready,
-            self._lost,
-        )
+        self._dispatcher = Dispatcher(Batcher(queue, Pace(capacity)), metrics)
         self._state = http_app.State(
             name=spec.name,
             aliases=frozenset({spec.model.source}),
             limits=http_app.Limits(
                 max_inputs=spec.serve.max_client_batch,
                 max_input_tokens=self._recipe.max_tokens,
-                max_batch_tokens=spec.serve.max_batch_tokens,
                 max_queue_tokens=spec.serve.max_queue_tokens,
                 truncate=options.truncate,
             ),
-            tokenizer=TokenizerPool(self._folder.path, self._recipe),
+            tokenizer=TokenizerPool(self._folder.path, self._recipe, on_cut=metrics.truncated.inc),
             dispatcher=self._dispatcher,
-            metrics=self._metrics,
+            metrics=metrics,
             matryoshka=self._recipe.matryoshka,
+            describe=self._describe,
+            log_requests=options.log == "json",
+            hopeless=lambda: all(supervisor.hopeless for supervisor in self._supervisors),
         )
-        self._started = time.monotonic()
+        if options.traces:
+            from inferctl.serve import tracing
+
+            self._state.trace = tracing.tracer(spec.name, inferctl.__version__)
+        self._config = EngineConfig(
+            engine="echo" if options.engine == "echo" else "encoder",
+            model=str(self._folder.path),
+            precision=spec.serve.precision,
+            device=options.device,
+            max_input_tokens=spec.serve.max_input_tokens,
+            max_batch_tokens=spec.serve.max_batch_tokens,
+            log=options.log,
+        )
+        self._supervisors: list[Supervisor] = []
+        self._engines: list[asyncio.Task[None]] = []
+        self._info: dict[str, Any] | None = None
+        self._started, self._ready_seconds = time.monotonic(), 0.0
         self._signals = 0
         self._interrupted = False
-        self._draining_since, self._abandoned_before = 0.0, 0
         if options.announce:
             _prepare(options.announce)
 
     async def run(self) -> int:
         """Serve until a signal; returns the exit code."""
-        listener = listen(self._spec.serve.host, self._spec.serve.port)
-        port = listener.getsockname()[1]
-        host = "127.0.0.1" if self._spec.serve.host in ("0.0.0.0", "::") else self._spec.serve.host
-        self._url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        self._uvicorn = _Uvicorn(
-            uvicorn.Config(
-                http_app.create(self._state),
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                lifespan="off",
-                timeout_graceful_shutdown=max(1, round(self._spec.serve.drain_seconds)),
-            )
+        web.allow_connections()
+        listener = web.listen(self._spec.serve.host, self._spec.serve.port)
+        self._url = web.url_of(listener, self._spec.serve.host)
+        self._web = web.Web(
+            http_app.create(self._state), self._spec.serve.drain_seconds, self._state.limits.max_body_bytes
         )
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signal, number)
-        engine = asyncio.create_task(self._supervisor.run())
-        web = asyncio.create_task(self._uvicorn.serve(sockets=[listener]))
-        await asyncio.wait((engine, web), return_when=asyncio.FIRST_COMPLETED)
-        if engine.done() and (problem := engine.exception()) is not None:
-            self._uvicorn.should_exit = True
-            await web
-            raise problem
-        await web
-        unfinished = 0
-        if loop.time() - self._draining_since >= self._uvicorn.config.timeout_graceful_shutdown:  # type: ignore[operator]
-            unfinished = self._dispatcher.abandoned - self._abandoned_before
-        self._supervisor.stop()
-        await engine
+        for _ in range(self._options.engines or 1):
+            self._add_engine(self._config)
+        serving = asyncio.create_task(self._web.serve(sockets=[listener]))
+        await asyncio.wait((serving, self._engines[0]), return_when=asyncio.FIRST_COMPLETED)
+        self._web.close()
+        await serving
+        for supervisor in self._supervisors:
+            supervisor.stop()
+        await asyncio.gather(*self._engines)
         self._state.tokenizer.close()
-        if unfinished:
-            self._say(f"stopped with {unfinished} requests unanswered after {self._spec.serve.drain_seconds:g} s")
+        if unanswered := self._state.load.accepted:
+            self._say(f"stopped with {unanswered} requests unanswered after {self._spec.serve.drain_seconds:g} s")
             return 1
         self._say("stopped")
         return EXIT_INTERRUPTED if self._interrupted else 0
+
+    def _add_engine(self, config: EngineConfig) -> None:
+        lane, first = self._dispatcher.lane(), not self._supervisors
+        supervisor = Supervisor(
+            config, lane, lambda: self._dispatcher.patience(self._options.hang_seconds), essential=first
+        )
+        lane.write, lane.on_ready, lane.on_lost = supervisor.send, self._ready, self._lost
+        self._supervisors.append(supervisor)
+        self._engines.append(asyncio.create_task(supervisor.run()))
 
     def _signal(self, number: int) -> None:
         self._signals += 1
         self._interrupted |= number == signal.SIGINT
         if self._signals > 1:
-            if self._supervisor.pid:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self._supervisor.pid, signal.SIGKILL)
+            for supervisor in self._supervisors:
+                if supervisor.pid:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(supervisor.pid, signal.SIGKILL)
             os._exit(EXIT_INTERRUPTED if self._interrupted else _EXIT_AT_ONCE)
-        self._say(f"shutting down: {self._dispatcher.outstanding} requests to finish; once more stops at once")
-        self._state.phase = "draining"
-        self._draining_since = asyncio.get_running_loop().time()
-        self._abandoned_before = self._dispatcher.abandoned
-        self._uvicorn.should_exit = True
+        self._say(f"shutting down: {self._state.load.requests} requests to finish; once more stops at once")
+        self._state.draining = True
+        # Who sends requests hears of it a moment late. A person at a terminal, or a server that is not up yet, need not wait.
+        grace = 0 if self._interrupted or not self._state.started else self._spec.serve.grace_seconds
+        asyncio.get_running_loop().call_later(grace, self._close)
+
+    def _close(self) -> None:
+        self._state.closed = True
+        self._web.close()
 
     def _ready(self, info: EngineInfo) -> None:
-        first = self._state.info is None
-        seconds = time.monotonic() - self._started
-        self._state.dimensions, self._state.hopeless = info.dimensions, False
-        if self._state.phase != "draining":
-            self._state.phase = "ready"
-        if not first:
-            self._say(f"the engine is back (restart {self._supervisor.restarts})")
+        state = self._state
+        state.dimensions = info.dimensions
+        self._info = describe.document(self._spec, self._folder, self._recipe, state.limits, info, self._options.image)
+        if self._options.engines is None and len(self._supervisors) == 1:
+            for index in range(1, info.device.count):
+                self._add_engine(replace(self._config, device=f"cuda:{index}"))
+        if state.started:
+            self._say(f"an engine is up, {self._up()}")
             return
-        self._state.info = self._describe(info, seconds)
+        state.started = True
+        self._ready_seconds = time.monotonic() - self._started
         gc.collect()
         gc.freeze()
-        for line in _lines(info, self._spec.name, self._url, seconds):
+        if state.draining:
+            return
+        for line in describe.lines(info, self._spec.name, self._url, self._ready_seconds):
             self._say(line)
         if self._options.announce:
             _announce(self._options.announce, self._url)
 
     def _lost(self) -> None:
-        if self._state.phase == "ready":
-            self._state.phase = "restarting"
-        self._state.hopeless = self._supervisor.hopeless
+        self._state.metrics.engine_restarts.set(sum(supervisor.restarts for supervisor in self._supervisors))
 
-    def _describe(self, info: EngineInfo, seconds: float) -> dict[str, Any]:
+    def _up(self) -> str:
+        up = sum(lane.up for lane in self._dispatcher.lanes)
+        restarts = sum(supervisor.restarts for supervisor in self._supervisors)
+        return f"{up} of {len(self._supervisors)} (restarts so far: {restarts})"
+
+    def _describe(self) -> dict[str, Any] | None:
         """The document of `GET /info`."""
-        how, limits, image = self._recipe, self._state.limits, self._options.image
-        said = info.to_json()
-        return {
-            "name": self._spec.name,
-            "inferctl": inferctl.__version__,
-            "model": {
-                "source": self._spec.model.source,
-                "sha256": self._folder.digest,
-                "architecture": self._folder.architecture,
-                "dimensions": info.dimensions,
-                "max_tokens": how.max_tokens,
-                "pooling": how.pooling,
-                "pooling_assumed": how.assumed,
-                "normalize": how.normalize,
-            },
-            "precision": said["precision"],
-            "attention": info.attention,
-            "attention_reason": info.attention_reason,
-            "fidelity": {"cosine_min": info.cosine_min, "cosine_mean": info.cosine_mean, "check": info.check},
-            "device": said["device"],
-            "versions": {"python": sys.version.split()[0], **info.versions},
-            "limits": {
-                "max_client_batch": limits.max_inputs,
-                "max_input_tokens": limits.max_input_tokens,
-                "max_batch_tokens": info.batch_tokens,
-                "max_queue_tokens": limits.max_queue_tokens,
-                "max_body_bytes": limits.max_body_bytes,
-                "truncate": limits.truncate,
-            },
-            "ready_seconds": round(seconds, 3),
-            "image": {"reference": image[0], "digest": image[1]} if image else None,
+        if self._info is None:
+            return None
+        limits = {
+            **self._info["limits"],
+            "max_batch_tokens": self._dispatcher.batch_tokens,
+            "slo_p99_ms": self._dispatcher.slo_ms,
         }
-
-
-def _lines(info: EngineInfo, name: str, url: str, seconds: float) -> Iterator[str]:
-    precision, device = info.precision, info.device
-    asked = f" (asked for {precision.requested})" if precision.requested != precision.effective else ""
-    yield f"precision  {precision.effective}{asked}, {precision.level}, {precision.method}: {precision.reason}"
-    yield f"attention  {info.attention}: {info.attention_reason}"
-    if info.cosine_min is not None:
-        yield f"fidelity   cosine to fp32 at least {info.cosine_min:.5f}, {info.cosine_mean:.5f} on average ({info.check})"
-    yield f"device     {device.name}" + (
-        f", {device.threads} threads" if device.threads else f", compute capability {device.compute_capability}"
-    )
-    yield f"ready      {name} at {url} after {seconds:.1f} s; {url}/docs describes it"
+        engines = {
+            "count": len(self._supervisors),
+            "up": sum(lane.up for lane in self._dispatcher.lanes),
+            "restarts": sum(supervisor.restarts for supervisor in self._supervisors),
+            "hangs": sum(supervisor.hangs for supervisor in self._supervisors),
+            "out_of_memory": self._dispatcher.out_of_memory,
+        }
+        return {
+            **self._info,
+            "limits": limits,
+            "engines": engines,
+            "restarts": engines["restarts"],
+            "pace": self._dispatcher.pace,
+            "ready_seconds": round(self._ready_seconds, 3),
+        }
 
 
 def _prepare(announce: Path) -> None:
     """Remove what an earlier server announced; raises `UsageError` when the file cannot be written later."""
-    if not os.access(announce.parent, os.W_OK):
+    if announce.is_dir() or not os.access(announce.parent, os.W_OK):
         raise UsageError(
             f"{announce} cannot be written", "--announce takes a file in a folder that exists and is writable"
         )

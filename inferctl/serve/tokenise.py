@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,8 +37,11 @@ class TooLongError(Exception):
 class TokenizerPool:
     """Tokenises on `threads` threads (and short texts on the caller's)."""
 
-    def __init__(self, folder: Path, recipe: Recipe, threads: int = 2) -> None:
-        """Raises `UsageError` when the folder has no usable `tokenizer.json`."""
+    def __init__(
+        self, folder: Path, recipe: Recipe, threads: int = 2, on_cut: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """`on_cut` is told how many inputs of a request were cut, on any thread. Raises `UsageError` when the folder has no usable `tokenizer.json`."""
+        self._on_cut = on_cut
         self._file, self._recipe = folder / "tokenizer.json", recipe
         if not self._file.is_file():
             raise UsageError(
@@ -49,11 +52,6 @@ class TokenizerPool:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenise")
         self.vocabulary_size = self._tokenizer().get_vocab_size(with_added_tokens=True)
 
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of one input at most, special tokens included."""
-        return self._recipe.max_tokens
-
     async def encode(self, texts: Sequence[str], *, truncate: bool) -> list[Tokens]:
         """Token ids (int32) of each text. Raises `TooLongError` unless `truncate`, `ApiError` 400 for a text without any token."""
         if sum(map(len, texts)) <= _INLINE_CHARACTERS:
@@ -63,7 +61,7 @@ class TokenizerPool:
 
     def encode_now(self, texts: Sequence[str], *, truncate: bool) -> list[Tokens]:
         """`encode` on the calling thread."""
-        recipe, rows = self._recipe, []
+        recipe, rows, cut = self._recipe, [], 0
         prepared = [(recipe.prompt + text).lower() if recipe.lower_case else recipe.prompt + text for text in texts]
         for start in range(0, len(prepared), _TOGETHER):
             for index, encoding in enumerate(self._encodings(prepared[start : start + _TOGETHER], start), start):
@@ -72,6 +70,9 @@ class TokenizerPool:
                 if not encoding.ids:
                     raise ApiError(400, f"input[{index}] has no token", code="empty_input", param="input")
                 rows.append(np.array(encoding.ids, dtype=np.int32))
+                cut += len(rows[-1]) >= recipe.max_tokens and bool(encoding.overflowing)
+        if cut:
+            self._on_cut(cut)
         return rows
 
     def _encodings(self, texts: Sequence[str], first: int) -> list[Encoding]:
@@ -95,6 +96,8 @@ class TokenizerPool:
         limit = self._recipe.max_tokens
         if not truncate and (over := next((i for i, row in enumerate(ids) if len(row) > limit), None)) is not None:
             raise TooLongError(over, limit)
+        if cut := sum(len(row) > limit for row in ids):
+            self._on_cut(cut)
         return [np.array(row[:limit], dtype=np.int32) for row in ids]
 
     def close(self) -> None:

@@ -27,6 +27,7 @@ class EngineConfig:
     max_input_tokens: int | None = None
     max_batch_tokens: int = 16384
     echo_dimensions: int = 8
+    log: str = "text"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ class PrecisionInfo:
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """Where the forward pass runs. `memory_bytes` is the whole device's (CPU: the machine's); `hardware` is a key of the catalog."""
+    """Where the forward pass runs. `memory_bytes` is the whole device's (CPU: the machine's); `hardware` is a key of the catalog.
+
+    `count`: devices like this that `auto` may use, each by an engine of its own.
+    """
 
     kind: Literal["cuda", "cpu"]
     name: str
@@ -50,6 +54,7 @@ class DeviceInfo:
     memory_bytes: int
     threads: int | None = None
     hardware: str | None = None
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,15 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences for one forward pass: `tokens` is their ids end to end, `lengths` (one per sequence, none zero) says where they end."""
+    """Sequences for one forward pass: `tokens` is their ids end to end, `lengths` (one per sequence, none zero) says where they end.
+
+    `exact` asks for fp32, whatever the engine runs otherwise: its last answer to this was not finite.
+    """
 
     id: int
     tokens: Tokens
     lengths: Tokens
+    exact: bool = False
 
 
 @dataclass(frozen=True)

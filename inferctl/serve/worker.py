@@ -14,10 +14,9 @@ import logging
 import signal
 import socket
 import sys
-import traceback
 
 from inferctl.errors import InferctlError
-from inferctl.serve import frames
+from inferctl.serve import frames, logs
 from inferctl.serve.frames import Kind
 from inferctl.serve.types import Engine, EngineConfig
 
@@ -40,21 +39,21 @@ def serve(connection: socket.socket) -> int:
     first = frames.receive(connection)
     if first is None or first[0] is not Kind.CONFIG:
         return 1
+    config = EngineConfig(**json.loads(first[1]))
+    logs.configure(config.log)
     try:
-        engine = make_engine(EngineConfig(**json.loads(first[1])))
+        engine = make_engine(config)
         info = engine.load()
     except InferctlError as error:
         return _fatal(connection, error.message, error.hint, error.exit_code)
-    except Exception as error:  # noqa: BLE001  # whatever it was, the API process must hear of it
-        traceback.print_exc()
+    except Exception as error:  # whatever it was, the API process must hear of it
+        log.exception("the engine cannot start")
         return _fatal(connection, f"the engine cannot start: {type(error).__name__}: {error}", None, 1)
     gc.collect()
     gc.freeze()
     connection.sendall(frames.pack_json(Kind.READY, info.to_json()))
     try:
         return _loop(connection, engine)
-    except ConnectionError:
-        return 0
     finally:
         engine.close()
 
@@ -69,9 +68,19 @@ def _loop(connection: socket.socket, engine: Engine) -> int:
             answer = frames.pack_result(engine.run(batch))
         except Exception as error:  # one bad batch must not end the engine
             log.exception("batch %d failed", batch.id)
-            answer = frames.pack_json(Kind.FAILED, {"id": batch.id, "message": f"{type(error).__name__}: {error}"})
+            said = {"id": batch.id, "message": f"{type(error).__name__}: {error}", "out_of_memory": _is_memory(error)}
+            answer = frames.pack_json(Kind.FAILED, said)
         connection.sendall(answer)
     return 0
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory did not suffice; torch has an error of its own for GPUs and a message for CPUs."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "you tried to allocate" in str(error)
+    )
 
 
 def _fatal(connection: socket.socket, message: str, hint: str | None, exit_code: int) -> int:
@@ -81,13 +90,14 @@ def _fatal(connection: socket.socket, message: str, hint: str | None, exit_code:
 
 def main() -> None:
     """Entry point of the engine process."""
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    # Ctrl-C reaches the whole process group; the API process decides when the engine ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Both reach the whole process group; the API process decides when the engine ends.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
-        code = serve(connection)
+        try:
+            code = serve(connection)
+        except ConnectionError:  # the API process is gone, or has stopped listening: the end as well
+            code = 0
     sys.exit(code)
 
 

@@ -18,10 +18,12 @@ from inferctl.serve.types import Batch, BatchResult
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=30)
 
 
-@given(LENGTHS, st.integers(0, 2**63))
-def test_a_batch_arrives_as_it_was_sent(lengths: list[int], number: int) -> None:
+@given(LENGTHS, st.integers(0, 2**63), st.booleans())
+def test_a_batch_arrives_as_it_was_sent(lengths: list[int], number: int, exact: bool) -> None:
     tokens = np.arange(sum(lengths), dtype=np.int32)
-    arrived = frames.unpack_batch(frames.pack_batch(Batch(number, tokens, np.array(lengths, dtype=np.int32)))[5:])
+    sent = Batch(number, tokens, np.array(lengths, dtype=np.int32), exact)
+    arrived = frames.unpack_batch(frames.pack_batch(sent)[5:])
+    assert arrived.exact is exact
     assert arrived.id == number
     assert arrived.lengths.tolist() == lengths
     assert arrived.tokens.tolist() == tokens.tolist()

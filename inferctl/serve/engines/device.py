@@ -35,6 +35,7 @@ def detect(wanted: str) -> tuple[torch.device, DeviceInfo, catalog.Traits]:
             f"{capability[0]}.{capability[1]}",
             properties.total_memory,
             hardware=_key(properties),
+            count=torch.cuda.device_count() if wanted == "auto" else 1,
         )
         return device, info, catalog.Traits("cuda", compute_capability=capability)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

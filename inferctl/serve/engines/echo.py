@@ -13,12 +13,15 @@ FAILING_TOKEN = 14
 CRASHING_TOKEN = 15
 SLOW_TOKEN = 16
 SLOW_SECONDS = 0.5
+OVERFLOWING_TOKEN = 17
+LARGE_TOKEN = 18
 
 
 class EchoEngine:
     """Row i is (sum of the ids, length, 1, 0, 0, ...), scaled to length one.
 
-    Four token ids misbehave when a sequence starts with them: one gives NaN, one raises, one ends the process, one takes its time.
+    Some token ids misbehave when a sequence starts with them: one gives NaN, one raises, one ends the process, one takes its time, one gives
+    NaN unless the batch is exact, and one does not fit into memory beside other sequences.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -47,12 +50,14 @@ class EchoEngine:
             raise SystemExit(9)
         if (firsts == FAILING_TOKEN).any():
             raise RuntimeError("asked to fail")
+        if (firsts == LARGE_TOKEN).any() and len(firsts) > 1:
+            raise MemoryError("asked to be too large")
         vectors = np.zeros((len(batch.lengths), self._config.echo_dimensions), dtype=np.float32)
         vectors[:, 0] = np.add.reduceat(batch.tokens, ends - batch.lengths)
         vectors[:, 1] = batch.lengths
         vectors[:, 2] = 1
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        vectors[firsts == NON_FINITE_TOKEN] = np.nan
+        vectors[(firsts == NON_FINITE_TOKEN) | ((firsts == OVERFLOWING_TOKEN) & (not batch.exact))] = np.nan
         time.sleep(SLOW_SECONDS * int((firsts == SLOW_TOKEN).sum()))
         return BatchResult(batch.id, vectors, finite_rows(vectors), time.perf_counter() - started)
 

@@ -1,0 +1,64 @@
+"""What the server says about itself: `GET /info`, and the lines at the start."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import inferctl
+from inferctl.model import ModelFolder
+from inferctl.serve.app import Limits
+from inferctl.serve.recipe import Recipe
+from inferctl.serve.types import EngineInfo
+from inferctl.spec import Spec
+
+
+def document(
+    spec: Spec, folder: ModelFolder, how: Recipe, limits: Limits, info: EngineInfo, image: tuple[str, str | None] | None
+) -> dict[str, Any]:
+    """What of `GET /info` stays as it is while an engine lives."""
+    said = info.to_json()
+    return {
+        "name": spec.name,
+        "inferctl": inferctl.__version__,
+        "model": {
+            "source": spec.model.source,
+            "sha256": folder.digest,
+            "architecture": folder.architecture,
+            "dimensions": info.dimensions,
+            "max_tokens": how.max_tokens,
+            "pooling": how.pooling,
+            "pooling_assumed": how.assumed,
+            "normalize": how.normalize,
+        },
+        "precision": said["precision"],
+        "attention": info.attention,
+        "attention_reason": info.attention_reason,
+        "fidelity": {"cosine_min": info.cosine_min, "cosine_mean": info.cosine_mean, "check": info.check},
+        "device": said["device"],
+        "versions": {"python": sys.version.split()[0], **info.versions},
+        "limits": {
+            "max_client_batch": limits.max_inputs,
+            "max_input_tokens": limits.max_input_tokens,
+            "max_batch_tokens": info.batch_tokens,
+            "max_queue_tokens": limits.max_queue_tokens,
+            "max_body_bytes": limits.max_body_bytes,
+            "truncate": limits.truncate,
+        },
+        "image": {"reference": image[0], "digest": image[1]} if image else None,
+    }
+
+
+def lines(info: EngineInfo, name: str, url: str, seconds: float) -> Iterator[str]:
+    """What runs, for people."""
+    precision, device = info.precision, info.device
+    asked = f" (asked for {precision.requested})" if precision.requested != precision.effective else ""
+    yield f"precision  {precision.effective}{asked}, {precision.level}, {precision.method}: {precision.reason}"
+    yield f"attention  {info.attention}: {info.attention_reason}"
+    if info.cosine_min is not None:
+        yield f"fidelity   cosine to fp32 at least {info.cosine_min:.5f}, {info.cosine_mean:.5f} on average ({info.check})"
+    yield f"device     {device.name}" + (
+        f", {device.threads} threads" if device.threads else f", compute capability {device.compute_capability}"
+    )
+    yield f"ready      {name} at {url} after {seconds:.1f} s; {url}/docs describes it"

@@ -1,0 +1,230 @@
+"""`POST /v1/embeddings` as a plain ASGI application, as Starlette's request objects cost more than all the rest of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from starlette.types import Receive, Scope, Send
+
+from inferctl.serve import http
+from inferctl.serve.batcher import RefusedError
+from inferctl.serve.dispatcher import Answer, EngineFailedError, EngineUnavailableError
+from inferctl.serve.http import ApiError
+from inferctl.serve.load import busy
+from inferctl.serve.tokenise import TooLongError
+from inferctl.serve.types import Tokens, Vectors
+
+if TYPE_CHECKING:
+    from inferctl.serve.app import State
+
+log = logging.getLogger("inferctl.request")
+
+_JSON = b"application/json"
+_MAX_ID = 128
+_PHASES = ("tokenize", "queue", "inference")
+
+
+class Call:
+    """One request: what its headers say, and what is known of it when it is over."""
+
+    __slots__ = ("bulk", "held", "id", "media", "phases", "priority", "tokens")
+
+    def __init__(self, scope: Scope) -> None:
+        self.id = self.priority = self.media = b""
+        for name, value in scope["headers"]:
+            if name == b"x-request-id":
+                self.id = value
+            elif name == b"x-priority":
+                self.priority = value.strip().lower()
+            elif name == b"content-type":
+                self.media = value
+        if not (0 < len(self.id) <= _MAX_ID and all(33 <= character <= 126 for character in self.id)):
+            self.id = uuid.uuid4().hex.encode()
+        self.bulk = self.priority == b"bulk"
+        self.held = self.tokens = 0
+        self.phases: tuple[float, ...] = ()
+
+
+class EmbeddingsEndpoint:
+    """The application of one route."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        state, call, entered, accepted = self._state, Call(scope), False, False
+        started = time.monotonic()
+        headers: list[tuple[bytes, bytes]] = [(b"x-request-id", call.id)]
+        try:
+            self._admit(call)
+            state.load.enter()
+            entered = True
+            raw = await self._body(receive, call)
+            started = time.monotonic()
+            state.load.accepted += 1
+            accepted = True
+            status, body = 200, await self._answer(raw, receive, call)
+            for phase, seconds in zip(_PHASES, call.phases, strict=True):
+                headers.append((f"x-inferctl-{phase}-ms".encode(), f"{seconds * 1000:.3f}".encode()))
+            headers.append((b"x-inferctl-tokens", str(call.tokens).encode()))
+        except _ClientGoneError:
+            state.metrics.cancelled.inc()
+            state.load.accepted -= accepted
+            return
+        except ApiError as error:
+            status, body = error.status, error.body()
+            headers += [(key.lower().encode(), value.encode()) for key, value in error.headers.items()]
+            if status == 429 or error.code == "not_ready":
+                state.metrics.rejected.labels(error.code).inc()
+        except Exception:  # a fault of ours: answered with 500 above this
+            state.load.accepted -= accepted
+            raise
+        finally:
+            if entered:
+                state.load.leave(call.held)
+        headers += [(b"content-type", _JSON), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+        state.load.accepted -= accepted
+        self._ended(scope, call, status, time.monotonic() - started)
+
+    def _admit(self, call: Call) -> None:
+        """Refuse what is sure to be refused before anything is spent on it."""
+        state = self._state
+        if not state.answering:
+            raise state.unavailable()
+        http.check_content_type(call.media)
+        if call.priority not in (b"", b"interactive", b"bulk"):
+            raise ApiError(400, "x-priority must be interactive or bulk", code="invalid_priority", param="x-priority")
+        try:
+            state.dispatcher.check(bulk=call.bulk)
+        except RefusedError as error:
+            raise _refused(error) from None
+
+    def _ended(self, scope: Scope, call: Call, status: int, seconds: float) -> None:
+        state = self._state
+        state.metrics.requests.labels("embeddings", str(status)).inc()
+        state.metrics.duration.labels("embeddings").observe(seconds)
+        if state.log_requests:
+            phases = {f"{name}_ms": round(spent * 1000, 3) for name, spent in zip(_PHASES, call.phases, strict=False)}
+            fields = {"request_id": call.id.decode(), "status": status, "ms": round(seconds * 1000, 3)}
+            log.info("request", extra={"fields": {**fields, "tokens": call.tokens, "bulk": call.bulk, **phases}})
+        if state.trace is not None:
+            phases = dict(zip(_PHASES, call.phases, strict=False))
+            state.trace(scope["headers"], call.id.decode(), status, call.tokens, seconds, phases)
+
+    async def _answer(self, raw: bytes, receive: Receive, call: Call) -> bytes:
+        state, metrics = self._state, self._state.metrics
+        request = http.parse(raw, max_inputs=state.limits.max_inputs)
+        if request.model not in (None, state.name) and request.model not in state.aliases:
+            raise state.unknown_model(str(request.model))
+        dimensions = state.dimensions_for(request.dimensions)
+        started = time.monotonic()
+        sequences = await self._tokens(request)
+        tokenised = time.monotonic()
+        answer = await _unless_gone(self._embed(sequences, call), receive)
+        if not answer.ok.all():
+            bad = int((~answer.ok).argmax())
+            metrics.non_finite.inc(int((~answer.ok).sum()))
+            raise ApiError(500, f"the model gave numbers that are not finite for input {bad}", code="non_finite")
+        call.tokens = sum(map(len, sequences))
+        call.phases = (tokenised - started, answer.queue_seconds, answer.inference_seconds)
+        metrics.tokens.inc(call.tokens)
+        metrics.texts.inc(len(sequences))
+        for phase, seconds in zip(_PHASES, call.phases, strict=True):
+            metrics.phase.labels(phase).observe(seconds)
+        return http.embeddings(_cut(answer.vectors, dimensions), request.encoding_format, state.name, call.tokens)
+
+    async def _tokens(self, request: http.EmbeddingRequest) -> list[Tokens]:
+        state, given = self._state, request.input
+        truncate = state.limits.truncate if request.truncate is None else request.truncate
+        items: Sequence[Any] = [given] if http.is_single(given) else given
+        try:
+            if isinstance(items[0], str):
+                return await state.tokenizer.encode(items, truncate=truncate)
+            size = state.tokenizer.vocabulary_size
+            for index, row in enumerate(items):
+                if max(row) >= size:
+                    raise ApiError(
+                        400, f"input[{index}] has a token id of {size} or more", code="invalid_token", param="input"
+                    )
+            return state.tokenizer.cut(items, truncate=truncate)
+        except TooLongError as error:
+            message = f"input[{error.index}] has more than {error.limit} tokens; send `truncate: true` to cut it"
+            raise ApiError(400, message, code="context_length_exceeded", param="input") from None
+
+    async def _embed(self, sequences: list[Tokens], call: Call) -> Answer:
+        try:
+            return await self._state.dispatcher.embed(sequences, bulk=call.bulk)
+        except RefusedError as error:
+            raise _refused(error) from None
+        except EngineUnavailableError as error:
+            raise ApiError(503, str(error), code="engine_unavailable", headers={"retry-after": "1"}) from None
+        except EngineFailedError as error:
+            raise ApiError(500, f"the engine could not compute this: {error}", code="engine_failed") from None
+
+    async def _body(self, receive: Receive, call: Call) -> bytes:
+        """The whole body. Raises `ApiError` 413 when it is too large, 429 when too much is held already."""
+        parts, more = [], True
+        while more:
+            message = await receive()
+            parts.append(self._part(message, call))
+            more = message.get("more_body", False)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _part(self, message: Any, call: Call) -> bytes:
+        if message["type"] == "http.disconnect":
+            raise _ClientGoneError
+        part: bytes = message.get("body", b"")
+        limit = self._state.limits.max_body_bytes
+        if call.held + len(part) > limit:
+            said = f"the body is larger than {limit} bytes"
+            raise ApiError(413, said, code="body_too_large", headers={"connection": "close"})
+        self._state.load.hold(len(part))
+        call.held += len(part)
+        return part
+
+
+class _ClientGoneError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def _unless_gone(work: Any, receive: Receive) -> Answer:
+    """The result of `work`, cancelled as soon as the client disconnects."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise _ClientGoneError
+        answer: Answer = task.result()
+        return answer
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _refused(error: RefusedError) -> ApiError:
+    return busy(str(error), error.reason, max(1, math.ceil(error.retry_after)))
+
+
+def _cut(vectors: Vectors, dimensions: int | None) -> Vectors:
+    """The first `dimensions` of each vector, scaled to length one again."""
+    if dimensions is None:
+        return vectors
+    head = vectors[:, :dimensions]
+    norms = np.linalg.norm(head, axis=1, keepdims=True)
+    cut: Vectors = np.ascontiguousarray(head / np.maximum(norms, np.float32(1e-12)))
+    return cut

@@ -1,0 +1,110 @@
+"""One engine as the dispatcher sees it: what is with it, since when, and whether it takes more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from inferctl.serve.batcher import Work
+from inferctl.serve.types import Batch, BatchResult, EngineInfo
+
+if TYPE_CHECKING:
+    from inferctl.serve.dispatcher import Dispatcher
+
+_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A batch by its works. `alone`: nothing may be with the engine beside it. `exact`: in fp32."""
+
+    works: Sequence[Work]
+    alone: bool = False
+    exact: bool = False
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens in it."""
+        return sum(work.tokens for work in self.works)
+
+
+class Lane:
+    """The `Listener` of one supervisor."""
+
+    def __init__(self, dispatcher: Dispatcher, clock: Callable[[], float]) -> None:
+        self.write: Callable[[Batch], None] | None = None  # the supervisor's
+        self.on_ready: Callable[[EngineInfo], None] = lambda _: None
+        self.on_lost: Callable[[], None] = lambda: None
+        self.info: EngineInfo | None = None
+        self.batch_tokens = 0
+        self._dispatcher, self._clock = dispatcher, clock
+        self._in_flight: dict[int, Sent] = {}  # the oldest first
+        self._since = 0.0  # when the engine could begin the oldest
+
+    @property
+    def up(self) -> bool:
+        """Whether the engine takes batches."""
+        return self.info is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is with the engine."""
+        return bool(self._in_flight)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are with the engine."""
+        return sum(sent.tokens for sent in self._in_flight.values())
+
+    def takes(self, *, ahead: bool) -> bool:
+        """Whether another batch may be sent; `ahead`: also while one runs."""
+        alone = any(sent.alone for sent in self._in_flight.values())
+        return not self._in_flight or (ahead and not alone and len(self._in_flight) < _AHEAD)
+
+    def left(self, seconds: Callable[[Sent], float]) -> float:
+        """How long until the engine has done what it has, when a batch takes `seconds`."""
+        if not self._in_flight:
+            return 0.0
+        return max(0.0, sum(map(seconds, self._in_flight.values())) - (self._clock() - self._since))
+
+    def send(self, batch: Batch, sent: Sent) -> None:
+        """Hand a batch to the engine."""
+        assert self.write is not None
+        if not self._in_flight:
+            self._since = self._clock()
+        self._in_flight[batch.id] = sent
+        self.write(batch)
+
+    def engine_ready(self, info: EngineInfo) -> None:
+        """See `Listener`."""
+        self.info, self.batch_tokens = info, info.batch_tokens
+        self._dispatcher.lanes_changed()
+        self.on_ready(info)
+        self._dispatcher.pump()
+
+    def engine_lost(self) -> None:
+        """See `Listener`."""
+        was_up, self.info = self.up, None
+        lost, self._in_flight = list(self._in_flight.values()), {}
+        self._dispatcher.lanes_changed()
+        if was_up:
+            self._dispatcher.lost(lost)
+        self.on_lost()
+        self._dispatcher.pump()
+
+    def batch_done(self, result: BatchResult) -> None:
+        """See `Listener`."""
+        sent, seconds = self._ended(result.id)
+        self._dispatcher.done(self, sent, result, seconds)
+
+    def batch_failed(self, number: int, message: str, out_of_memory: bool) -> None:
+        """See `Listener`."""
+        sent, _ = self._ended(number)
+        self._dispatcher.failed(self, sent, message, out_of_memory)
+
+    def _ended(self, number: int) -> tuple[Sent, float]:
+        now = self._clock()
+        since, self._since = self._since, now
+        return self._in_flight.pop(number), now - since
