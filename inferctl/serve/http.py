@@ -68,23 +68,26 @@ def _checked(value: Any, info: ValidationInfo) -> Input:
     if kind in (str, list) and limit is not None and len(value) > limit:
         detail = {"count": len(value), "limit": limit}
         raise PydanticCustomError("too_many_inputs", "input has {count} items, at most {limit} are taken", detail)
-    if kind not in (str, int, list) or set(map(type, value)) != {kind}:
+    if kind not in (str, list):
+        return _ids(value)
+    if set(map(type, value)) != {kind}:
         raise _wrong_type()
-    if kind is int:
-        _check_ids(value)
-    elif not all(value):
+    if not all(value):
         raise _empty(f"input[{next(index for index, item in enumerate(value) if not item)}]")
-    elif kind is list:
-        for row in value:
-            if set(map(type, row)) != {int}:
-                raise _wrong_type()
-            _check_ids(row)
-    return value
+    return [_ids(row) for row in value] if kind is list else value
 
 
-def _check_ids(ids: list[int]) -> None:
-    if min(ids) < 0 or max(ids) > _LARGEST_ID:
+def _ids(row: list[Any]) -> list[int]:
+    """Token ids; 5.0 is an integer to JSON Schema, so it is one here."""
+    kinds = set(map(type, row))
+    if kinds != {int}:
+        whole = list(map(int, row)) if kinds <= {int, float} else []
+        if whole != row:
+            raise _wrong_type()
+        row = whole
+    if min(row) < 0 or max(row) > _LARGEST_ID:
         raise PydanticCustomError("invalid_token", "token ids go from 0 to the size of the model's vocabulary")
+    return row
 
 
 def _empty(what: str) -> PydanticCustomError:

@@ -48,7 +48,9 @@ def test_all_four_kinds_of_input_are_taken(value: object) -> None:
         (b'{"input": "a", "user": NaN}', None, "invalid_json"),
         (b'{"input": "a", "truncate": "yes"}', "truncate", "invalid_value"),
         (b'{"input": [[1], "a"]}', "input", "invalid_type"),
-        (b'{"input": [99999999999999999999]}', "input", "invalid_type"),
+        (b'{"input": [99999999999999999999]}', "input", "invalid_token"),
+        (b'{"input": [1, 2.5]}', "input", "invalid_type"),
+        (b'{"input": [[1], [2, "a"]]}', "input", "invalid_type"),
         (b'{"input": ""}', "input", "empty_input"),
         (b'{"input": []}', "input", "empty_input"),
         (b'{"input": ["a", ""]}', "input", "empty_input"),
@@ -67,6 +69,11 @@ def test_bad_bodies_name_the_field_at_fault(raw: bytes, param: str | None, code:
     envelope = json.loads(refused.value.body())["error"]
     assert set(envelope) == {"message", "type", "param", "code"}
     assert envelope["type"] == "invalid_request_error"
+
+
+def test_whole_numbers_are_token_ids_however_they_are_written() -> None:
+    assert http.parse(b'{"input": [1, 2.0, 3e1]}', max_inputs=3).input == [1, 2, 30]
+    assert http.parse(b'{"input": [[1.0], [2]]}', max_inputs=3).input == [[1], [2]]
 
 
 @pytest.mark.parametrize("value", [b"", b"application/json", b"Application/JSON; charset=utf-8", b"application/a+json"])
