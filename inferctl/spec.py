@@ -139,8 +139,10 @@ class Spec(_Section):
         return {} if value is None else value
 
     def digest(self) -> str:
-        """sha256 (hex) over the canonical JSON of every setting; equal specs have equal digests."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """sha256 (hex) over the canonical JSON of what differs from the defaults: equal for equal specs, also after a new setting."""
+        canonical = json.dumps(
+            self.model_dump(mode="json", exclude_defaults=True), sort_keys=True, separators=(",", ":")
+        )
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def image_reference(self) -> str:

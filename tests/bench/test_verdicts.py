@@ -377,8 +377,8 @@ def test_a_receipt_names_the_spec_source_and_no_folder_of_the_user(tmp_path: Pat
 
 
 def test_home_is_replaced_as_a_folder_only() -> None:
-    given = {"a": ["/home/u/x", "/home/us/x", 1], "b": "in /home/u: y"}
-    assert privacy.without_home(given, Path("/home/u")) == {"a": ["~/x", "/home/us/x", 1], "b": "in ~: y"}
+    given = {"a": ["/users/u/x", "/users/us/x", 1], "b": "in /users/u: y"}
+    assert privacy.without_home(given, Path("/users/u")) == {"a": ["~/x", "/users/us/x", 1], "b": "in ~: y"}
     assert privacy.without_home(given, Path("/")) == given
 
 

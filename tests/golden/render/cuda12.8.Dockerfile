@@ -67,13 +67,13 @@ HEALTHCHECK --interval=15s --timeout=5s --start-period=180s --retries=3 \
     CMD ["/usr/bin/python3.12", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['INFERCTL_SERVE_PORT'] + '/readyz', timeout=4)"]
 LABEL \
     org.opencontainers.image.title="minilm" \
-    org.opencontainers.image.version="auto-3822a913ddbe" \
+    org.opencontainers.image.version="auto-e15e994de574" \
     org.opencontainers.image.source="https://example.com/team/minilm" \
     org.opencontainers.image.revision="0123abc" \
     org.opencontainers.image.created="2026-01-02T03:04:05+00:00" \
     org.opencontainers.image.base.name="nvidia/cuda:12.8.1-base-ubuntu24.04" \
     io.inferctl.version="0.1.0" \
-    io.inferctl.spec.sha256="3822a913ddbe20043a014c6515ed8c10d00de0dca6157f17589740c2312d4cb9" \
+    io.inferctl.spec.sha256="e15e994de5748d754ede3db7e93e176f456800a7fd490c6a510a90754a7a3af2" \
     io.inferctl.precision="auto" \
     io.inferctl.stack="torch2.10-cu128" \
     io.inferctl.model.source="sentence-transformers/all-MiniLM-L6-v2" \

@@ -67,13 +67,13 @@ HEALTHCHECK --interval=15s --timeout=5s --start-period=180s --retries=3 \
     CMD ["/usr/bin/python3.12", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['INFERCTL_SERVE_PORT'] + '/readyz', timeout=4)"]
 LABEL \
     org.opencontainers.image.title="minilm" \
-    org.opencontainers.image.version="auto-740e594e49e3" \
+    org.opencontainers.image.version="auto-568b5339751a" \
     org.opencontainers.image.source="https://example.com/team/minilm" \
     org.opencontainers.image.revision="0123abc" \
     org.opencontainers.image.created="2026-01-02T03:04:05+00:00" \
     org.opencontainers.image.base.name="nvidia/cuda:13.0.2-base-ubuntu24.04" \
     io.inferctl.version="0.1.0" \
-    io.inferctl.spec.sha256="740e594e49e39fff156b6ae2c29a63cb5937f9cf8bd300e116b0f4177aadf729" \
+    io.inferctl.spec.sha256="568b5339751ae8824308c4276c9171257d86efa9387e6eef6f4edc9690b3fb66" \
     io.inferctl.precision="auto" \
     io.inferctl.stack="torch2.13-cu130" \
     io.inferctl.model.source="sentence-transformers/all-MiniLM-L6-v2" \
