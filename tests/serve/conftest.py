@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import hypothesis
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 START_SECONDS = 120
 # No test here judges time: other work on the machine must not fail one.
@@ -38,6 +39,13 @@ class Running:
     def get(self, path: str) -> httpx.Response:
         return httpx.get(f"{self.url}{path}", timeout=60)
 
+    def metric(self, name: str, **labels: str) -> float:
+        for family in text_string_to_metric_families(self.get("/metrics").text):
+            for sample in family.samples:
+                if sample.name == name and labels.items() <= sample.labels.items():
+                    return float(sample.value)
+        return 0.0
+
     def wait_ready(self) -> None:
         until(lambda: self.get("/readyz").status_code == 200)
 
@@ -57,7 +65,10 @@ def start(folder: Path, *arguments: str) -> Running:
     announce, log = folder / "ready.json", folder / "server.log"
     command = [sys.executable, "-m", "inferctl", "serve", "--port", "0", "--announce", str(announce), *arguments]
     with log.open("wb") as stream:
-        process = subprocess.Popen(command, stderr=stream, stdout=subprocess.DEVNULL, cwd=folder, env=dict(os.environ))
+        # A process group of its own, so that a test can signal all of it.
+        process = subprocess.Popen(
+            command, stderr=stream, stdout=subprocess.DEVNULL, cwd=folder, env=dict(os.environ), start_new_session=True
+        )
     until(lambda: announce.exists() or process.poll() is not None)
     assert process.poll() is None, log.read_text()
     said = json.loads(announce.read_text())

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from inferctl.serve.engines.echo import CRASHING_TOKEN, FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_TOKEN
 from tests.serve.conftest import Running, until
@@ -28,11 +27,7 @@ def echo_arguments(minilm: Path) -> tuple[str, ...]:
 
 
 def metric(server: Running, name: str, **labels: str) -> float:
-    for family in text_string_to_metric_families(server.get("/metrics").text):
-        for sample in family.samples:
-            if sample.name == name and labels.items() <= sample.labels.items():
-                return sample.value
-    return 0.0
+    return server.metric(name, **labels)
 
 
 def vector(tokens: list[int]) -> list[float]:
@@ -94,6 +89,10 @@ def test_what_cannot_be_answered_is_refused_in_the_envelope(
 def test_too_long_inputs_are_cut_and_only_the_rest_is_counted(echo: Running) -> None:
     assert echo.embed(input="word " * 400).json()["usage"]["total_tokens"] == 256
     assert echo.embed(input=[5] * 400).json()["usage"]["total_tokens"] == 256
+    before = metric(echo, "inferctl_inputs_truncated_total")
+    echo.embed(input=["word " * 400, "short", "word " * 400])
+    echo.embed(input=[[5] * 257, [5] * 256])
+    assert metric(echo, "inferctl_inputs_truncated_total") == before + 3
 
 
 def test_dimensions_may_be_named_when_they_are_the_models_own(echo: Running) -> None:
@@ -282,6 +281,27 @@ def test_a_place_that_cannot_be_written_is_a_clear_error(minilm: Path, tmp_path:
     done = run_serve(*echo_arguments(minilm), "--announce", "nowhere/ready.json", cwd=tmp_path)
     assert done.returncode == 2
     assert "error: nowhere/ready.json cannot be written" in done.stderr
+    (tmp_path / "folder").mkdir()
+    done = run_serve(*echo_arguments(minilm), "--announce", "folder", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "error: folder cannot be written" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "said"),
+    [
+        ("no.such.host.invalid", "0", "cannot listen on no.such.host.invalid:0"),
+        ("192.0.2.1", "0", "cannot assign requested address"),
+    ],
+)
+def test_an_address_that_is_not_ours_is_a_clear_error(
+    minilm: Path, tmp_path: Path, host: str, port: str, said: str
+) -> None:
+    done = run_serve(*echo_arguments(minilm), "--host", host, "--port", port, cwd=tmp_path)
+    assert done.returncode == 3
+    assert said in done.stderr
+    assert "hint: `--host " in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_missing_model_is_a_clear_error(tmp_path: Path) -> None:

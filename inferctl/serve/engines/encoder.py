@@ -65,10 +65,11 @@ class EncoderEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._model: Any = None
+        self._plain: Any = None  # fp32 weights, once a batch had to be exact
 
     def load(self) -> EngineInfo:
         """See `Engine.load`."""
-        folder = model.find(self._config.model)
+        self._folder = folder = model.find(self._config.model)
         self._recipe = recipe.read(folder.path, self._config.max_input_tokens)
         self._device, info, traits = devices.detect(self._config.device)
         precision, self._dtype = devices.choose(self._config.precision, traits)
@@ -109,14 +110,23 @@ class EncoderEngine:
     def run(self, batch: Batch) -> BatchResult:
         """See `Engine.run`."""
         started = time.perf_counter()
-        vectors = self._embed(np.split(batch.tokens, np.cumsum(batch.lengths)[:-1]))
+        sequences = np.split(batch.tokens, np.cumsum(batch.lengths)[:-1])
+        vectors = self._exactly(sequences) if batch.exact else self._embed(sequences)
         return BatchResult(batch.id, vectors, finite_rows(vectors), time.perf_counter() - started)
 
     def close(self) -> None:
         """See `Engine.close`."""
         if self._pool is not None:
             self._pool.shutdown()
-        self._model = None
+        self._model = self._plain = None
+
+    def _exactly(self, sequences: list[Tokens]) -> Vectors:
+        """`_embed` in plain fp32 on the CPU, for what was not finite otherwise; its weights are loaded when first needed, and kept."""
+        if self._folder.parameters > _MAX_CHECKED_PARAMETERS:
+            return self._embed(sequences)
+        if self._plain is None:
+            self._plain = plain.load_model(self._folder.path)
+        return plain.embed(self._plain, sequences, self._recipe)
 
     def _check_sequences(self, folder: Path) -> list[Tokens]:
         pool = TokenizerPool(folder, self._recipe, threads=1)

@@ -1,0 +1,183 @@
+"""The dispatcher on a virtual clock, with engines that the tests play themselves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inferctl.serve.batcher import Batcher, Limits, RefusedError
+from inferctl.serve.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError
+from inferctl.serve.lane import Lane
+from inferctl.serve.metrics import Metrics
+from inferctl.serve.pace import Capacity, Pace
+from inferctl.serve.types import Batch, BatchResult, DeviceInfo, EngineInfo, PrecisionInfo, Tokens
+
+INFO = EngineInfo(
+    1, "none", "", PrecisionInfo("fp32", "fp32", "native", ""), DeviceInfo("cpu", "virtual", None, 0), batch_tokens=8
+)
+KILLER, FAILING = 666, 13
+
+
+class World:
+    """A dispatcher over engines that take a second for ten tokens."""
+
+    def __init__(self, engines: int = 1, slo: float | None = None) -> None:
+        self.now = 0.0
+        limits = Limits(8, 1_000, slo=slo)
+        self.dispatcher = Dispatcher(Batcher(limits, Pace(Capacity(0.0, 10.0))), Metrics(), lambda: self.now)
+        self.lanes = [self.dispatcher.lane() for _ in range(engines)]
+        self.with_engine: dict[Lane, list[Batch]] = {lane: [] for lane in self.lanes}
+        self.deaths = 0
+        for lane in self.lanes:
+            lane.write = self.with_engine[lane].append
+            lane.engine_ready(INFO)
+
+    def step(self, lane: Lane) -> None:
+        """The engine ends its oldest batch, one way or another."""
+        batch = self.with_engine[lane].pop(0)
+        self.now += len(batch.tokens) / 10
+        if KILLER in batch.tokens:
+            self.deaths += 1
+            self.with_engine[lane].clear()
+            lane.engine_lost()
+            lane.engine_ready(INFO)
+        elif FAILING in batch.tokens:
+            lane.batch_failed(batch.id, "asked to fail", False)
+        else:
+            ends = np.cumsum(batch.lengths) - 1
+            vectors = batch.tokens[ends].astype(np.float32)[:, None]
+            lane.batch_done(BatchResult(batch.id, vectors, np.ones(len(ends), dtype=np.bool_), len(batch.tokens) / 10))
+
+    async def drain(self) -> None:
+        await asyncio.sleep(0)
+        while busy := [lane for lane in self.lanes if self.with_engine[lane]]:
+            for lane in busy:
+                assert len(self.with_engine[lane]) <= 2
+                self.step(lane)
+            await asyncio.sleep(0)
+
+    def ask(self, *rows: list[int]) -> asyncio.Task[Any]:
+        return asyncio.ensure_future(self.dispatcher.embed([tokens(row) for row in rows]))
+
+
+def tokens(row: list[int]) -> Tokens:
+    return np.array(row, dtype=np.int32)
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await scenario()
+
+    asyncio.run(main())
+
+
+ROWS = st.lists(st.lists(st.integers(20, 99), min_size=1, max_size=6), min_size=1, max_size=4)
+
+
+@given(
+    st.lists(ROWS, min_size=1, max_size=8),
+    st.sets(st.integers(0, 7), max_size=2),
+    st.sampled_from([KILLER, FAILING]),
+    st.integers(1, 3),
+)
+def test_whoever_is_not_at_fault_is_answered(
+    requests: list[list[list[int]]], bad: set[int], how: int, engines: int
+) -> None:
+    async def scenario() -> None:
+        world = World(engines)
+        asked = [[[how, *row] if i in bad else row for row in rows] for i, rows in enumerate(requests)]
+        tasks = [world.ask(*rows) for rows in asked]
+        await world.drain()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        for i, (rows, answer) in enumerate(zip(asked, answers, strict=True)):
+            if i in bad:
+                assert isinstance(answer, EngineUnavailableError if how == KILLER else EngineFailedError)
+            else:
+                assert answer.vectors[:, 0].tolist() == [row[-1] for row in rows]
+        # Each killer costs one engine in company and two alone; its other sequences go with it.
+        assert world.deaths <= 3 * len(bad) + 2 * (engines - 1)
+
+    run(scenario)
+
+
+def test_a_batch_sent_ahead_is_no_suspect_and_runs_in_company_again() -> None:
+    async def scenario() -> None:
+        world = World()
+        lane = world.lanes[0]
+        first = world.ask([20])
+        await asyncio.sleep(0)
+        tasks = [world.ask([KILLER, 1, 1]), *(world.ask([30 + i, 1, 1]) for i in range(6))]
+        await asyncio.sleep(0)
+        world.step(lane)
+        await asyncio.sleep(0)
+        assert [len(batch.lengths) for batch in world.with_engine[lane]] == [2, 2], "the killer's and one ahead"
+        world.step(lane)  # dies
+        sizes = []
+        while world.with_engine[lane]:
+            sizes.append([len(batch.lengths) for batch in world.with_engine[lane]])
+            world.step(lane)
+            await asyncio.sleep(0)
+        assert sizes[:3] == [[1], [1], [1]], "the killer, its neighbour, the killer again: each with nothing beside it"
+        assert sizes[3:] == [[2, 2], [2], [1]]
+        answers = await asyncio.gather(first, *tasks, return_exceptions=True)
+        assert [isinstance(answer, EngineUnavailableError) for answer in answers] == [False, True, *[False] * 6]
+
+    run(scenario)
+
+
+def test_the_engine_with_the_least_to_do_is_next() -> None:
+    async def scenario() -> None:
+        world = World(engines=2)
+        one, two = world.lanes
+        tasks = [world.ask([20] * 7), world.ask([21] * 2)]
+        await asyncio.sleep(0)
+        assert (one.tokens, two.tokens) == (7, 2)
+        world.step(two)
+        tasks.append(world.ask([22] * 3))
+        await asyncio.sleep(0)
+        assert (one.tokens, two.tokens) == (7, 3)
+        await world.drain()
+        await asyncio.gather(*tasks)
+
+    run(scenario)
+
+
+def test_what_runs_counts_for_the_wait_and_time_that_passed_does_not() -> None:
+    async def scenario() -> None:
+        world = World(slo=1.0)
+        task = world.ask([20] * 8)  # 0.8 s
+        await asyncio.sleep(0)
+        with pytest.raises(RefusedError) as refused:
+            await world.ask([21] * 4)
+        assert refused.value.retry_after == pytest.approx(0.2)
+        world.now += 0.25
+        late = world.ask([21] * 4)
+        await asyncio.sleep(0)
+        assert not late.done()
+        await world.drain()
+        await asyncio.gather(task, late)
+
+    run(scenario)
+
+
+def test_a_cancelled_request_never_runs() -> None:
+    async def scenario() -> None:
+        world = World()
+        first, gone = world.ask([20]), world.ask([66], [66])
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.sleep(0)
+        ran = [batch.tokens.tolist() for batch in world.with_engine[world.lanes[0]]]
+        await world.drain()
+        await first
+        assert ran == [[20]]
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+
+    run(scenario)

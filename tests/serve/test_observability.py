@@ -1,0 +1,112 @@
+"""Metrics that Prometheus likes, logs that a machine reads, traces that a collector gets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+
+from inferctl.serve.engines.echo import FAILING_TOKEN
+from tests.serve.conftest import Running, until
+
+Serve = Callable[..., Running]
+
+
+def echo(serve: Serve, minilm: Path, *more: str) -> Running:
+    return serve("--model", str(minilm), "--engine", "echo", "--name", "echo", *more)
+
+
+def test_promtool_has_nothing_to_say_about_the_metrics(serve: Serve, minilm: Path) -> None:
+    if not shutil.which("promtool"):
+        pytest.skip("there is no promtool: `apt-get install prometheus` brings it")
+    server = echo(serve, minilm)
+    server.embed(input=[5])
+    server.embed(input=[FAILING_TOKEN])
+    text = server.get("/metrics").content
+    done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_json_logs_are_one_object_a_line_with_the_requests_own_id(serve: Serve, minilm: Path) -> None:
+    server = echo(serve, minilm, "--log", "json")
+    httpx.post(f"{server.url}/v1/embeddings", json={"input": [5, 6]}, headers={"x-request-id": "mine-7"})
+    server.embed(input=[FAILING_TOKEN])
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(timeout=60) == 0
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    assert all({"time", "level", "logger", "message"} <= set(line) for line in lines)
+    mine, failed = (line for line in lines if line["logger"] == "inferctl.request")
+    assert (mine["request_id"], mine["status"], mine["tokens"]) == ("mine-7", 200, 2)
+    assert {"ms", "queue_ms", "tokenize_ms", "inference_ms"} <= set(mine)
+    assert failed["status"] == 500
+    # The engine's own lines are in the same form, its traceback inside one of them.
+    assert any(line["logger"] == "inferctl.engine" and "asked to fail" in line["exception"] for line in lines)
+
+
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
+    """What an OTLP collector was sent."""
+    got: list[bytes] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            got.append(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
+    yield got
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_traces_go_where_the_environment_says_and_join_the_callers(
+    serve: Serve, minilm: Path, collector: list[bytes]
+) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the otel extra is not installed")
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    server = echo(serve, minilm)
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    headers = {"traceparent": f"00-{trace}-{parent}-01", "x-request-id": "mine-8"}
+    assert httpx.post(f"{server.url}/v1/embeddings", json={"input": [5]}, headers=headers).status_code == 200
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(timeout=60) == 0
+    until(lambda: bool(collector), 30)
+    sent = [ExportTraceServiceRequest.FromString(body) for body in collector]
+    spans = {s.name: s for r in sent for rs in r.resource_spans for ss in rs.scope_spans for s in ss.spans}
+    assert set(spans) == {"embeddings", "tokenize", "queue", "inference"}
+    whole = spans["embeddings"]
+    assert (whole.trace_id.hex(), whole.parent_span_id.hex()) == (trace, parent)
+    assert {a.key: a.value.string_value for a in whole.attributes}["inferctl.request_id"] == "mine-8"
+    for name in ("tokenize", "queue", "inference"):
+        assert spans[name].parent_span_id == whole.span_id
+        assert whole.start_time_unix_nano <= spans[name].start_time_unix_nano <= spans[name].end_time_unix_nano
+        assert spans[name].end_time_unix_nano <= whole.end_time_unix_nano
+
+
+@pytest.mark.usefixtures("collector")
+def test_traces_without_the_packages_are_a_clear_error(minilm: Path, tmp_path: Path) -> None:
+    hidden = "import sys; sys.modules['opentelemetry.sdk'] = None; from inferctl.cli import main; main()"
+    command = [sys.executable, "-c", hidden, "serve", "--model", str(minilm), "--engine", "echo", "--port", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "pip install 'inferctl[otel]'" in done.stderr

@@ -1,0 +1,220 @@
+"""What happens to requests when engines die, hang, run out of memory or give nonsense. The server is real, the model is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from inferctl.serve.engines.echo import (
+    CRASHING_TOKEN,
+    LARGE_TOKEN,
+    NON_FINITE_TOKEN,
+    OVERFLOWING_TOKEN,
+    SLOW_TOKEN,
+)
+from inferctl.serve.types import Batch, EngineConfig
+from tests.serve.conftest import Running, until
+
+Serve = Callable[..., Running]
+
+
+@pytest.fixture
+def start(serve: Serve, minilm: Path) -> Serve:
+    return lambda *more: serve("--model", str(minilm), "--engine", "echo", "--name", "echo", *more)
+
+
+def embed_all(server: Running, rows: list[list[int]], first: list[int] | None = None) -> list[int]:
+    """The statuses of one request a row, all of them waiting while the engine is busy with `first`."""
+    with ThreadPoolExecutor(len(rows) + 1) as pool:
+        busy = pool.submit(server.embed, input=first or [SLOW_TOKEN])
+        until(lambda: server.metric("inferctl_requests_in_flight") == 1)
+        waiting = [pool.submit(server.embed, input=row) for row in rows]
+        statuses = [future.result().status_code for future in waiting]
+        assert busy.result().status_code == 200
+    return statuses
+
+
+def test_only_the_request_that_kills_engines_is_given_up(start: Serve) -> None:
+    server = start("--max-batch-tokens", "64")
+    # Neighbours share the killer's batch, and more than a batch of others is sent ahead and waits.
+    rows = [[100 + i] * 8 for i in range(4)] + [[CRASHING_TOKEN] * 8] + [[200 + i] * 8 for i in range(16)]
+    assert embed_all(server, rows) == [503 if row[0] == CRASHING_TOKEN else 200 for row in rows]
+    assert server.metric("inferctl_engine_deaths_total") <= 3
+    assert server.get("/livez").status_code == 200
+
+
+def test_two_killers_and_their_neighbours(start: Serve) -> None:
+    server = start()
+    rows = [[CRASHING_TOKEN], *[[100 + i] for i in range(6)], [CRASHING_TOKEN]]
+    assert embed_all(server, rows) == [503, *[200] * 6, 503]
+
+
+def test_an_engine_that_hangs_is_noticed_and_its_requests_are_answered(start: Serve) -> None:
+    server = start("--hang-seconds", "1")
+    engine = server.engine_pid()
+    os.kill(engine, signal.SIGSTOP)
+    with ThreadPoolExecutor(4) as pool:
+        assert [a.status_code for a in pool.map(lambda i: server.embed(input=[5, i]), range(1, 5))] == [200] * 4
+    assert server.engine_pid() != engine
+    info = server.get("/info").json()
+    assert (info["restarts"], info["engines"]["hangs"]) == (1, 1)
+    assert "has not answered" in server.log.read_text()
+
+
+def test_engines_that_do_not_start_five_times_make_the_process_hopeless_until_one_does(start: Serve) -> None:
+    server = start()
+    killed: set[int] = set()
+
+    def hopeless() -> bool:
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+        for pid in {int(child) for child in children} - killed:
+            killed.add(pid)
+            os.kill(pid, signal.SIGKILL)
+        return server.get("/livez").status_code == 503
+
+    until(hopeless)
+    assert len(killed) == 6, "one that was ready, and five starts"
+    assert server.get("/readyz").status_code == 503
+    server.wait_ready()
+    assert server.get("/livez").status_code == 200
+    assert server.get("/info").json()["restarts"] == 6 == server.metric("inferctl_engine_restarts")
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_split_and_later_ones_are_smaller(start: Serve) -> None:
+    server = start()
+    before = server.get("/info").json()["limits"]["max_batch_tokens"]
+    rows = [[LARGE_TOKEN] * 100, *[[100 + i] * 100 for i in range(7)]]
+    assert embed_all(server, rows) == [200] * 8
+    info = server.get("/info").json()
+    assert info["engines"]["out_of_memory"] == server.metric("inferctl_out_of_memory_total") >= 1
+    assert info["limits"]["max_batch_tokens"] == server.metric("inferctl_batch_limit_tokens") < before
+    assert server.metric("inferctl_engine_deaths_total") == 0
+
+
+def test_what_is_not_finite_is_computed_again_in_fp32_alone(start: Serve) -> None:
+    server = start()
+    rows = [[OVERFLOWING_TOKEN], [100], [NON_FINITE_TOKEN], [101]]
+    assert embed_all(server, rows) == [200, 200, 500, 200]
+    assert server.metric("inferctl_fp32_retries_total") == 2
+    assert server.metric("inferctl_non_finite_total") == 1
+
+
+def test_several_engines_share_the_work_and_one_may_die(start: Serve) -> None:
+    server = start("--engines", "2")
+    until(lambda: server.metric("inferctl_engine_up") == 2)
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(server.embed, input=[SLOW_TOKEN, i]) for i in range(1, 5)]
+        until(lambda: server.metric("inferctl_requests_in_flight") == 4)
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        until(lambda: server.metric("inferctl_engine_up") == 1)
+        assert server.get("/readyz").status_code == 200
+        assert server.embed(input=[5]).status_code == 200
+        assert [future.result().status_code for future in waiting] == [200] * 4
+    until(lambda: server.metric("inferctl_engine_up") == 2)
+    assert server.get("/info").json()["engines"]["count"] == 2
+
+
+def test_a_signal_to_the_whole_group_still_lets_requests_finish(start: Serve) -> None:
+    server = start()
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(server.embed, input=[SLOW_TOKEN, i]) for i in range(1, 5)]
+        until(lambda: server.metric("inferctl_requests_in_flight") == 4)
+        os.killpg(server.process.pid, signal.SIGTERM)
+        assert [future.result().status_code for future in waiting] == [200] * 4
+    assert server.process.wait(timeout=60) == 0
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_during_the_grace_requests_are_still_answered_and_nobody_is_sent_here(
+    start: Serve, tmp_path: Path, minilm: Path
+) -> None:
+    spec = tmp_path / "grace.yaml"
+    spec.write_text(f"name: echo\nmodel: {{source: {minilm}}}\nserve: {{grace_seconds: 4}}\n")
+    server = start("--spec", str(spec))
+    with httpx.Client(base_url=server.url) as client:
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: client.get("/readyz").status_code == 503)
+        assert client.post("/v1/embeddings", json={"input": [5]}).status_code == 200
+        assert client.get("/livez").status_code == 200
+    assert server.process.wait(timeout=60) == 0
+
+
+def test_a_stop_while_the_engine_loads_is_quick_and_announces_nothing(minilm: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "inferctl",
+        "serve",
+        "--model",
+        str(minilm),
+        "--port",
+        "0",
+        "--announce",
+        "ready.json",
+    ]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=log)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        until(lambda: bool(children.read_text()))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    said = (tmp_path / "log").read_text()
+    assert "Traceback" not in said
+    assert "stopped" in said
+    assert not (tmp_path / "ready.json").exists()
+
+
+def test_what_would_be_late_is_refused_with_the_time_to_come_back(start: Serve, tmp_path: Path) -> None:
+    capacity = tmp_path / "capacity.json"
+    capacity.write_text('{"fixed_s": 0.5, "tokens_per_s": 1000, "slo_p99_ms": 2000}')
+    server = start("--capacity", str(capacity), "--max-batch-tokens", "64")
+    info = server.get("/info").json()
+    assert info["limits"]["slo_p99_ms"] == 2000
+    assert info["pace"] == {"fixed_s": pytest.approx(0.5), "tokens_per_s": pytest.approx(1000)}
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda i: server.embed(input=[SLOW_TOKEN] + [5] * 60 + [i]), range(1, 13)))
+    assert {answer.status_code for answer in answers} == {200, 429}
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert {answer.json()["error"]["code"] for answer in refused} == {"slo"}
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+    assert server.metric("inferctl_rejected_total", reason="slo") == len(refused)
+
+
+def test_interactive_requests_overtake_bulk_and_probes_overtake_both(start: Serve) -> None:
+    server = start("--max-batch-tokens", "64")
+    url = f"{server.url}/v1/embeddings"
+    with ThreadPoolExecutor(2) as pool:
+        bulk = pool.submit(
+            httpx.post, url, json={"input": [[SLOW_TOKEN] * 64] * 12}, headers={"x-priority": "bulk"}, timeout=60
+        )
+        until(lambda: server.metric("inferctl_queue_tokens") > 0)
+        assert server.get("/readyz").status_code == 200
+        assert server.embed(input=[5]).status_code == 200
+        assert not bulk.done()
+        assert bulk.result().status_code == 200
+    odd = httpx.post(url, json={"input": [5]}, headers={"x-priority": "urgent"})
+    assert (odd.status_code, odd.json()["error"]["code"]) == (400, "invalid_priority")
+
+
+def test_an_exact_batch_is_the_plain_fp32_forward(minilm: Path) -> None:
+    from inferctl.serve import recipe
+    from inferctl.serve.engines import plain
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    engine = EncoderEngine(EngineConfig(model=str(minilm), precision="bf16", device="cpu"))
+    engine.load()
+    tokens = np.array([101, 2054, 2003, 102], dtype=np.int32)
+    lengths = np.array([4], dtype=np.int32)
+    expected = plain.embed(plain.load_model(minilm), [tokens], recipe.read(minilm))
+    np.testing.assert_array_equal(engine.run(Batch(1, tokens, lengths, exact=True)).vectors, expected)
+    assert not np.array_equal(engine.run(Batch(2, tokens, lengths)).vectors, expected)
+    engine.close()
