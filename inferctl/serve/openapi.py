@@ -24,7 +24,7 @@ _PRIORITY = {
     "name": "x-priority",
     "in": "header",
     "description": "`bulk` work waits while there is `interactive` work (the default).",
-    "schema": {"type": "string", "enum": ["interactive", "bulk"]},
+    "schema": {"type": "string", "enum": ["interactive", "bulk", ""]},
 }
 _HEADERS = {
     "x-request-id": "The request's own id, or a new one.",

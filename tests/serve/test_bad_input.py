@@ -1,0 +1,200 @@
+"""Anything at all, sent to a running server: answered, or refused with a 4xx in OpenAI's envelope; never a 5xx, never a hang."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from inferctl.serve import http
+from tests.serve.conftest import Running, start, stop, until
+
+# Token ids that the echo engine fails at on purpose are left out.
+NUMBERS = st.integers().filter(lambda number: not 13 <= number <= 18)
+SCALARS = st.none() | st.booleans() | NUMBERS | st.floats() | st.text(max_size=20)
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=20,
+)
+IDS = st.integers(-2, 40_000).filter(lambda number: not 13 <= number <= 18)
+INPUTS = st.text(max_size=200) | st.lists(st.text(max_size=20), max_size=6) | st.lists(IDS, max_size=6)
+BODIES = st.fixed_dictionaries(
+    {"input": INPUTS | st.lists(st.lists(IDS, max_size=4), max_size=6) | JSON},
+    optional={
+        "model": st.just("echo") | SCALARS,
+        "encoding_format": st.sampled_from(["float", "base64", "hex"]) | SCALARS,
+        "dimensions": st.integers(-1, 9) | SCALARS,
+        "truncate": SCALARS,
+        "user": SCALARS,
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    arguments = ("--model", str(minilm), "--engine", "echo", "--name", "echo")
+    running = start(tmp_path_factory.mktemp("bad"), *arguments)
+    yield running
+    # Whatever the tests sent: nothing is left behind, and it still answers.
+    until(lambda: in_flight(running) == 0, 30)
+    assert running.embed(input=[5]).status_code == 200
+    assert "Traceback" not in running.log.read_text()
+    stop(running)
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as connected:
+        yield connected
+
+
+def in_flight(server: Running) -> float:
+    families = text_string_to_metric_families(server.get("/metrics").text)
+    return next(s.value for f in families for s in f.samples if s.name == "inferctl_requests_in_flight")
+
+
+def taken_or_refused(answer: httpx.Response) -> int:
+    if answer.status_code != 200:
+        assert 400 <= answer.status_code < 500, answer.text
+        error = answer.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["type"] == "invalid_request_error"
+        assert error["message"]
+    return answer.status_code
+
+
+def post(client: httpx.Client, raw: bytes, media: str = "application/json") -> httpx.Response:
+    return client.post("/v1/embeddings", content=raw, headers={"content-type": media})
+
+
+@given(BODIES)
+@settings(max_examples=300)
+def test_any_body_of_the_right_shape(client: httpx.Client, body: dict[str, Any]) -> None:
+    taken_or_refused(post(client, json.dumps(body).encode()))
+
+
+@given(JSON | st.dictionaries(st.text(max_size=8), JSON))
+def test_any_json(client: httpx.Client, body: object) -> None:
+    assert taken_or_refused(post(client, json.dumps(body).encode())) == 400
+
+
+@given(st.binary(max_size=200), st.sampled_from([b"", b'{"input": "', b'{"input": [5], "user": "', b'{"input": [']))
+def test_any_bytes(client: httpx.Client, raw: bytes, before: bytes) -> None:
+    taken_or_refused(post(client, before + raw))
+
+
+@given(st.text(st.characters(min_codepoint=33, max_codepoint=255, exclude_categories=["Cc"]), max_size=40))
+def test_any_content_type_and_request_id(client: httpx.Client, value: str) -> None:
+    headers = {"content-type": value.encode("latin-1"), "x-request-id": value.encode("latin-1")}
+    taken_or_refused(client.post("/v1/embeddings", content=b'{"input": [5]}', headers=headers))
+
+
+@given(st.binary(max_size=60), st.sampled_from([b"", b"POST /v1/embeddings HTTP/1.1\r\n", b"GET /v1/models/"]))
+@settings(max_examples=60)
+def test_any_bytes_on_the_wire(server: Running, raw: bytes, before: bytes) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(before + raw + b"\r\n\r\n")
+        connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        try:
+            while part := connection.recv(1 << 16):
+                answer += part
+        except ConnectionResetError:
+            pass
+    assert not answer or answer[9:10] in b"234"
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"])
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/models", "/livez", "/metrics", "/nothing", "/v1/embeddings/x"])
+def test_methods_and_paths(client: httpx.Client, method: str, path: str) -> None:
+    answer = client.request(method, path)
+    known = path not in ("/nothing", "/v1/embeddings/x")
+    allowed = known and method in ("GET", "HEAD") and path != "/v1/embeddings"
+    assert answer.status_code == (200 if allowed else 405 if known else 404)
+    if method != "HEAD" and not allowed:
+        taken_or_refused(answer)
+    if answer.status_code == 405:
+        assert method not in answer.headers["allow"].split(", ")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["//v1/embeddings", "/v1/models/%00", "/v1/models/%ff%fe", "/v1/models/" + "a" * 5000, "/%0d%0ax: y", "/../x"],
+)
+def test_odd_paths(client: httpx.Client, path: str) -> None:
+    assert taken_or_refused(client.get(path)) == 404
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "code"),
+    [
+        (b'{"input": [5], "input": []}', 400, "empty_input"),
+        (b'{"input": "a", "user": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, "invalid_json"),
+        (b'{"input": [' + b"1.5," * 500_000 + b"1.5]}", 400, "invalid_type"),
+        (b'{"input": [' + b'"a",' * 500_000 + b"1]}", 400, "too_many_inputs"),
+        (b'{"input": [' + b"[5]," * 300_000 + b"[5]]}", 400, "too_many_inputs"),
+        (b'{"input": [' + b"9" * 100_000 + b"]}", 400, "invalid_json"),
+        (b'{"input": "' + b" " * 8_000_000 + b'"}', 400, "text_too_long"),
+        (b'{"input": "a", "model": "' + b"m" * 1_000_000 + b'"}', 404, "model_not_found"),
+        (b'{"input": "a"}' + b" " * (33 << 20), 413, "body_too_large"),
+    ],
+    ids=["duplicate key", "deep", "floats", "texts", "lists", "number", "blanks", "model", "large"],
+)
+def test_bodies_that_are_dear_to_read(client: httpx.Client, raw: bytes, status: int, code: str) -> None:
+    answer = post(client, raw)
+    assert (taken_or_refused(answer), answer.json()["error"]["code"]) == (status, code)
+    assert len(answer.content) < 4000
+
+
+@pytest.mark.parametrize("item", ["1.5", '"a"', "true", "null", "{}"])
+def test_refusing_costs_about_as_much_as_reading(item: str) -> None:
+    raw = f'{{"input": [5,{",".join([item] * 200_000)}]}}'.encode()
+
+    def seconds(call: Any) -> float:
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+
+    def refuse() -> None:
+        with pytest.raises(http.ApiError):
+            http.parse(raw, max_inputs=2048)
+
+    reading = min(seconds(lambda: orjson.loads(raw)) for _ in range(3))
+    assert min(seconds(refuse) for _ in range(3)) < 20 * reading
+
+
+def test_bad_bodies_beside_good_ones_delay_nobody_for_ever(server: Running) -> None:
+    bad = [b'{"input": [1.5,' + b"1.5," * 100_000 + b"1]}", b"{", b'{"input": "' + b"word " * 1_000_000 + b'"}']
+    bodies = [b'{"input": [5, 6]}', *bad] * 10
+    with httpx.Client(base_url=server.url, timeout=60) as shared, ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(lambda raw: taken_or_refused(post(shared, raw)), bodies))
+    assert statuses == [200, 400, 400, 200] * 10
+
+
+@pytest.mark.parametrize("read", [0, 100, 20_000])
+def test_clients_that_leave_in_the_middle_of_the_answer(server: Running, read: int) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps({"input": [[100 + i] for i in range(2000)]}).encode()
+    for _ in range(10):
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            connection.sendall(
+                b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+            )
+            got = 0
+            while got < read:
+                got += len(connection.recv(min(4096, read - got)))
+    until(lambda: in_flight(server) == 0, 60)
+    assert server.embed(input=[5]).status_code == 200
