@@ -1,0 +1,60 @@
+"""Schemathesis over the server's own OpenAPI document: what the schema allows is answered, what it forbids refused, nothing hangs or breaks."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.serve.conftest import Running, until
+
+Serve = Callable[..., Running]
+
+
+def answers(server: Running) -> dict[str, float]:
+    """Answers of POST /v1/embeddings by status."""
+    families = text_string_to_metric_families(server.get("/metrics").text)
+    samples = [sample for family in families for sample in family.samples]
+    return {s.labels["status"]: s.value for s in samples if s.name == "inferctl_requests_total"}
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "examples"),
+    [
+        ("encoder", (), 30),
+        ("echo", ("--exclude-checks", "not_a_server_error"), 60),
+        pytest.param("encoder", (), 1000, marks=pytest.mark.slow),
+    ],
+)
+def test_schemathesis_finds_nothing(
+    serve: Serve, minilm: Path, tmp_path: Path, engine: str, options: tuple[str, ...], examples: int
+) -> None:
+    server = serve("--model", str(minilm), "--engine", engine, "--name", "minilm", "--precision", "fp32")
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--no-color"]
+    bounds = [
+        "--seed",
+        "1",
+        "--max-examples",
+        str(examples),
+        "--request-timeout",
+        "60",
+        "--generation-database",
+        "none",
+    ]
+    done = subprocess.run([*command, *bounds, *options], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "8 selected / 8 total" in done.stdout
+    generated = re.search(r"(\d+) generated", done.stdout)
+    assert generated
+    assert int(generated[1]) > 8 * examples / 2
+    until(lambda: server.get("/readyz").status_code == 200)
+    statuses = answers(server)
+    assert statuses["200"] > 0
+    assert statuses["400"] > 0
+    if engine == "encoder":
+        assert not [status for status in statuses if status.startswith("5")], statuses
