@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from inferctl.serve.batcher import RefusedError
 from inferctl.serve.dispatcher import Answer, EngineFailedError, EngineUnavailableError
 from inferctl.serve.http import ApiError
 from inferctl.serve.load import busy
+from inferctl.serve.metrics import PHASES
 from inferctl.serve.tokenise import TooLongError
 from inferctl.serve.types import Tokens, Vectors
 
@@ -28,7 +29,7 @@ log = logging.getLogger("inferctl.request")
 
 _JSON = b"application/json"
 _MAX_ID = 128
-_PHASES = ("tokenize", "queue", "inference")
+_HEADERS = [f"x-inferctl-{phase}-ms".encode() for phase in PHASES]
 
 
 class Call:
@@ -46,7 +47,7 @@ class Call:
             elif name == b"content-type":
                 self.media = value
         if not (0 < len(self.id) <= _MAX_ID and all(33 <= character <= 126 for character in self.id)):
-            self.id = uuid.uuid4().hex.encode()
+            self.id = os.urandom(16).hex().encode()
         self.bulk = self.priority == b"bulk"
         self.held = self.tokens = 0
         self.phases: tuple[float, ...] = ()
@@ -72,8 +73,7 @@ class EmbeddingsEndpoint:
             state.load.accepted += 1
             accepted = True
             status, body = 200, await self._answer(raw, receive, call)
-            for phase, seconds in zip(_PHASES, call.phases, strict=True):
-                headers.append((f"x-inferctl-{phase}-ms".encode(), f"{seconds * 1000:.3f}".encode()))
+            headers += [(name, b"%.3f" % (spent * 1000)) for name, spent in zip(_HEADERS, call.phases, strict=True)]
             headers.append((b"x-inferctl-tokens", str(call.tokens).encode()))
         except _ClientGoneError:
             state.metrics.cancelled.inc()
@@ -84,9 +84,10 @@ class EmbeddingsEndpoint:
             headers += [(key.lower().encode(), value.encode()) for key, value in error.headers.items()]
             if status == 429 or error.code == "not_ready":
                 state.metrics.rejected.labels(error.code).inc()
-        except Exception:  # a fault of ours: answered with 500 above this
-            state.load.accepted -= accepted
-            raise
+        except Exception:  # a fault of ours must be answered too
+            log.exception("request %s", call.id.decode())
+            fault = ApiError(500, "an internal error; the server's log has it", code="internal_error")
+            status, body = fault.status, fault.body()
         finally:
             if entered:
                 state.load.leave(call.held)
@@ -111,14 +112,13 @@ class EmbeddingsEndpoint:
 
     def _ended(self, scope: Scope, call: Call, status: int, seconds: float) -> None:
         state = self._state
-        state.metrics.requests.labels("embeddings", str(status)).inc()
-        state.metrics.duration.labels("embeddings").observe(seconds)
+        state.metrics.ended(status, seconds)
         if state.log_requests:
-            phases = {f"{name}_ms": round(spent * 1000, 3) for name, spent in zip(_PHASES, call.phases, strict=False)}
+            phases = {f"{name}_ms": round(spent * 1000, 3) for name, spent in zip(PHASES, call.phases, strict=False)}
             fields = {"request_id": call.id.decode(), "status": status, "ms": round(seconds * 1000, 3)}
             log.info("request", extra={"fields": {**fields, "tokens": call.tokens, "bulk": call.bulk, **phases}})
         if state.trace is not None:
-            phases = dict(zip(_PHASES, call.phases, strict=False))
+            phases = dict(zip(PHASES, call.phases, strict=False))
             state.trace(scope["headers"], call.id.decode(), status, call.tokens, seconds, phases)
 
     async def _answer(self, raw: bytes, receive: Receive, call: Call) -> bytes:
@@ -137,10 +137,7 @@ class EmbeddingsEndpoint:
             raise ApiError(500, f"the model gave numbers that are not finite for input {bad}", code="non_finite")
         call.tokens = sum(map(len, sequences))
         call.phases = (tokenised - started, answer.queue_seconds, answer.inference_seconds)
-        metrics.tokens.inc(call.tokens)
-        metrics.texts.inc(len(sequences))
-        for phase, seconds in zip(_PHASES, call.phases, strict=True):
-            metrics.phase.labels(phase).observe(seconds)
+        metrics.answered(call.tokens, len(sequences), call.phases)
         return http.embeddings(_cut(answer.vectors, dimensions), request.encoding_format, state.name, call.tokens)
 
     async def _tokens(self, request: http.EmbeddingRequest) -> list[Tokens]:
@@ -197,17 +194,26 @@ class _ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
-async def _unless_gone(work: Any, receive: Receive) -> Answer:
+async def _unless_gone(work: Awaitable[Answer], receive: Receive) -> Answer:
     """The result of `work`, cancelled as soon as the client disconnects."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise _ClientGoneError
-        answer: Answer = task.result()
-        return answer
-    finally:
+    task, gone, left = asyncio.current_task(), asyncio.ensure_future(_disconnect(receive)), False
+    assert task is not None
+
+    def leave(_: object) -> None:
+        nonlocal left
+        left = True
         task.cancel()
+
+    gone.add_done_callback(leave)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if not left:
+            raise
+        task.uncancel()
+        raise _ClientGoneError from None
+    finally:
+        gone.remove_done_callback(leave)
         gone.cancel()
 
 

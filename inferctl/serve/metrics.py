@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
+PHASES = ("tokenize", "queue", "inference")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -74,6 +77,25 @@ class Metrics:
         self.batch_seconds = Histogram(
             "inferctl_batch_duration_seconds", "Time of a batch in the engine.", buckets=_SECONDS, registry=registry
         )
+
+        # Looking children up by their labels costs as much as counting in them.
+        self._phases = [self.phase.labels(phase) for phase in PHASES]
+        self._duration = self.duration.labels("embeddings")
+        self._by_status: dict[int, Counter] = {}
+
+    def ended(self, status: int, seconds: float) -> None:
+        """Count a request for embeddings, `seconds` after its body was there."""
+        if status not in self._by_status:
+            self._by_status[status] = self.requests.labels("embeddings", str(status))
+        self._by_status[status].inc()
+        self._duration.observe(seconds)
+
+    def answered(self, tokens: int, texts: int, phases: Sequence[float]) -> None:
+        """Count what an answered request held, and where its time went (seconds, as in `PHASES`)."""
+        self.tokens.inc(tokens)
+        self.texts.inc(texts)
+        for child, seconds in zip(self._phases, phases, strict=True):
+            child.observe(seconds)
 
     def batch(self, sequences: int, tokens: int, seconds: float) -> None:
         """Count a finished batch."""

@@ -91,6 +91,7 @@ class Web(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 lifespan="off",
                 timeout_keep_alive=_IDLE_SECONDS,
                 timeout_graceful_shutdown=max(1, round(drain_seconds)),
