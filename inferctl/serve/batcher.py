@@ -14,6 +14,10 @@ from dataclasses import dataclass, field, replace
 
 from inferctl.serve.pace import Pace
 
+# A request ends with its batch, which later ones fill: predictions are stretched until nine answers of ten come in time. Steps of that search.
+_LATE, _IN_TIME = 1.02, 1.02 ** (-1 / 9)
+_LONGEST_STRETCH = 4.0
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -37,14 +41,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Work:
-    """One sequence of a request. `tokens` is its length; `attempt` counts the engines that died while they ran it alone."""
+    """One sequence of a request. `tokens` is its length."""
 
     request: int
     index: int
     tokens: int
     arrived: float
     bulk: bool = False
-    attempt: int = 0
 
 
 class RefusedError(Exception):
@@ -83,6 +86,7 @@ class Batcher:
     _interactive: _Lane = field(default_factory=_Lane, init=False)
     _bulk: _Lane = field(default_factory=_Lane, init=False)
     _shares: dict[int, _Share] = field(default_factory=dict, init=False)  # by request; work without one was cancelled
+    _stretch: float = field(default=1.0, init=False)
     _earned: float = field(default=0.0, init=False)  # tokens that bulk may take before interactive work
 
     def __len__(self) -> int:
@@ -95,16 +99,23 @@ class Batcher:
 
     def submit(
         self, request: int, lengths: Sequence[int], now: float, *, bulk: bool = False, running: float = 0.0
-    ) -> None:
-        """Queue all sequences of a request. Raises `RefusedError` as `check` does."""
+    ) -> float:
+        """Queue all sequences of a request; returns in how many seconds it should be answered. Raises `RefusedError` as `check` does."""
         total = sum(lengths)
-        self.check(total, bulk=bulk, running=running)
+        predicted = self.check(total, bulk=bulk, running=running)
         lane = self._lane(bulk)
         lane.works.extend(Work(request, index, tokens, now, bulk) for index, tokens in enumerate(lengths))
         self._joined(lane, request, len(lengths), total)
+        return predicted
 
-    def check(self, tokens: int, *, bulk: bool = False, running: float = 0.0) -> None:
-        """Raises `RefusedError` when a request of `tokens` may not wait. `running`: seconds until an engine is free.
+    def answered(self, predicted: float, seconds: float) -> None:
+        """Learn from a request how far predictions are off, where they matter."""
+        if self.limits.slo is not None and predicted > self.limits.slo / (2 * _LONGEST_STRETCH):
+            self._stretch *= _LATE if seconds > self._stretch * predicted else _IN_TIME
+            self._stretch = min(max(self._stretch, 1.0), _LONGEST_STRETCH)
+
+    def check(self, tokens: int, *, bulk: bool = False, running: float = 0.0) -> float:
+        """Seconds in which a request of `tokens` should be answered. Raises `RefusedError` when it may not wait. `running`: seconds until an engine is free.
 
         Where nothing waits, any request may: one that is larger than the limits must be possible at some time.
         """
@@ -114,11 +125,13 @@ class Batcher:
         if lane.tokens and lane.tokens + tokens > limit:
             message = f"{lane.tokens} tokens are waiting, the limit is {limit}"
             raise RefusedError("queue_full", message, ahead if self.pace.known else 1.0)
+        predicted = ahead + self.pace.seconds(tokens, self.limits.batch_tokens)
         if self.limits.slo is None or bulk or not ahead:
-            return
-        late = ahead + self.pace.seconds(tokens, self.limits.batch_tokens) - self.limits.slo
+            return predicted
+        late = predicted - self.limits.slo / self._stretch
         if late > 0:
             raise RefusedError("slo", f"this would be answered {late:.2g} s too late", min(late, ahead))
+        return predicted
 
     def expected_wait(self, *, bulk: bool = True) -> float:
         """Seconds until what waits now is done (`bulk` False: what goes before a new interactive request); 0 before anything was seen."""

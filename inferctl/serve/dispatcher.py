@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count, groupby
 
 import numpy as np
@@ -50,7 +50,9 @@ class _Request:
     sequences: Sequence[Tokens]
     future: asyncio.Future[Answer]
     arrived: float
+    predicted: float  # seconds
     left: int
+    deaths: int = 0  # engines that died while they ran it alone
     first_start: float = float("inf")
     vectors: Vectors | None = None
     ok: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
@@ -79,8 +81,8 @@ class Dispatcher:
         if not self.up:
             raise EngineUnavailableError("the engine is not ready")
         number, now = next(self._ids), self._clock()
-        self._batcher.submit(number, [len(s) for s in sequences], now, bulk=bulk, running=self._running())
-        request = _Request(sequences, asyncio.get_running_loop().create_future(), now, len(sequences))
+        predicted = self._batcher.submit(number, [len(s) for s in sequences], now, bulk=bulk, running=self._running())
+        request = _Request(sequences, asyncio.get_running_loop().create_future(), now, predicted, len(sequences))
         self._requests[number] = request
         self.pump()
         try:
@@ -196,11 +198,11 @@ class Dispatcher:
         works = sorted((w for w in sent.works if w.request in self._requests), key=lambda work: work.request)
         groups = [list(group) for _, group in groupby(works, key=lambda work: work.request)]
         if len(groups) == 1:
-            works = [replace(work, attempt=work.attempt + 1) for work in works]
-            if works[0].attempt >= _ATTEMPTS:
-                self._fail(works[0].request, EngineUnavailableError("the engine died twice while it ran this alone"))
+            number = works[0].request
+            self._requests[number].deaths += 1
+            if self._requests[number].deaths >= _ATTEMPTS:
+                self._fail(number, EngineUnavailableError("the engine died twice while it ran this alone"))
                 return []
-            groups = [works]
         return [Sent(group, exact=sent.exact) for group in groups]
 
     def _fill(self, request: _Request, index: int, vector: Vectors, ok: bool, now: float) -> None:
@@ -210,6 +212,7 @@ class Dispatcher:
         request.vectors[index], request.ok[index] = vector, ok
         request.left -= 1
         if not request.left and not request.future.done():
+            self._batcher.answered(request.predicted, now - request.arrived)
             queued = max(0.0, request.first_start - request.arrived)
             request.future.set_result(Answer(request.vectors, request.ok, queued, now - request.first_start))
 

@@ -210,3 +210,16 @@ def test_where_nothing_waits_even_what_is_always_late_is_taken() -> None:
     queue = Batcher(Limits(100, 200, slo=0.1), Pace(Capacity(0.1, 1000.0)))
     queue.submit(1, [100] * 9, now=0.0)
     assert queue.waiting_tokens == 900
+
+
+def test_answers_that_come_later_than_predicted_make_admission_stricter_and_not_for_ever() -> None:
+    queue = Batcher(Limits(100, 10_000, slo=1.0), Pace(Capacity(0.0, 1000.0)))
+    queue.submit(1, [100] * 6, now=0.0)
+    queue.check(50)
+    for _ in range(100):
+        queue.answered(0.5, 1.0)
+    with pytest.raises(RefusedError):
+        queue.check(50)
+    for _ in range(1000):
+        queue.answered(0.2, 0.2)
+    assert queue.check(50) == pytest.approx(0.65)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from hypothesis import given
@@ -80,6 +81,7 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
 ROWS = st.lists(st.lists(st.integers(20, 99), min_size=1, max_size=6), min_size=1, max_size=4)
 
 
+@hypothesis.settings(max_examples=400)
 @given(
     st.lists(ROWS, min_size=1, max_size=8),
     st.sets(st.integers(0, 7), max_size=2),
@@ -100,8 +102,8 @@ def test_whoever_is_not_at_fault_is_answered(
                 assert isinstance(answer, EngineUnavailableError if how == KILLER else EngineFailedError)
             else:
                 assert answer.vectors[:, 0].tolist() == [row[-1] for row in rows]
-        # Each killer costs one engine in company and two alone; its other sequences go with it.
-        assert world.deaths <= 3 * len(bad) + 2 * (engines - 1)
+        # A killer may be with every engine at once, first in company, then alone; the second death alone is the last.
+        assert world.deaths <= (2 * engines + 1) * len(bad)
 
     run(scenario)
 
