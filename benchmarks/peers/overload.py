@@ -44,7 +44,7 @@ def main() -> None:
         server = peers.start("inferctl-overload", command, 18521, "/v1/embeddings", "/readyz", pausable=False)
     try:
         ready = requests(server.url, server.path, [{"input": text} for text in peers.texts(2000)])
-        peaks = [closed(server.url, ready, options.clients, 10)]
+        peaks = [closed(server.url, ready, options.clients, 10, warm=20)]
         pids = {"server": server.process.pid, "engine": engine(server.process.pid)}
         samples: list[dict[str, float]] = []
         with Load(server.url, [("single", r) for r in ready], options.times * peaks[0].rate, options.seconds) as load:

@@ -54,7 +54,7 @@ def main() -> None:
         bodies = mixed(2000)
         raw = requests(server.url, server.path, [body for _, body in bodies])
         ready = [(kind, request) for (kind, _), request in zip(bodies, raw, strict=True)]
-        peak = closed(server.url, raw, 16, 10)
+        peak = closed(server.url, raw, 16, 10, warm=20)
         rate = sum(peak.statuses.values()) / peak.seconds
         pids = {"server": server.process.pid, "engine": engine(server.process.pid)}
         samples: list[tuple[float, dict[str, float]]] = []
