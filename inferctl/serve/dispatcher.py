@@ -2,12 +2,14 @@
 
 An engine runs one batch; a second is sent ahead only when it is full already, as a partial one can still grow until the engine is free.
 What went wrong is tried again alone, nothing else beside it, so that only the request at fault is given up: a batch that raised in halves, a
-batch that its engine died of by request, a vector that is not finite in fp32.
+batch that its engine died of by request, a vector that is not finite in fp32. An engine that then fails at a harmless batch too is at fault
+itself, and is replaced.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,9 +24,12 @@ from inferctl.serve.lane import Lane, Sent
 from inferctl.serve.metrics import Metrics
 from inferctl.serve.types import Batch, BatchResult, Tokens, Vectors
 
+log = logging.getLogger("inferctl.dispatcher")
+
 _ATTEMPTS = 2
 # A batch that did not fit into memory is no reason to send less than this (tokens).
 _SMALLEST_BATCH = 64
+_HARMLESS = np.full(1, 5, dtype=np.int32)
 
 
 class EngineUnavailableError(Exception):
@@ -137,9 +142,15 @@ class Dispatcher:
             running, *ahead = batches
             self._batcher.requeue([w for sent in ahead for w in sent.works if w.request in self._requests])
             self._again.extend(self._suspects(running))
+            self._again.extend(sent.doubt[0] for sent in batches if sent.doubt)
 
     def done(self, lane: Lane, sent: Sent, result: BatchResult, seconds: float) -> None:
         """A batch came back, `seconds` after the engine could begin it."""
+        if sent.doubt:
+            at_fault, error = sent.doubt
+            self._fail(at_fault.works[0].request, error)
+            self.pump()
+            return
         now, tokens = self._clock(), sent.tokens
         if not sent.exact:
             self._batcher.pace.observe(tokens, max(seconds, result.seconds))
@@ -159,6 +170,11 @@ class Dispatcher:
     def failed(self, lane: Lane, sent: Sent, message: str, out_of_memory: bool) -> None:
         """A batch raised. Halves are tried again until the sequence that cannot be computed stands alone."""
         self._metrics.batch_failures.inc()
+        if sent.doubt:
+            log.error("the engine fails at anything: %s; replacing it", message)
+            self._again.extendleft(self._suspects(sent.doubt[0]))  # first of all: a well engine clears it
+            lane.replace()
+            return
         if out_of_memory:
             self.out_of_memory += 1
             self._metrics.out_of_memory.inc()
@@ -167,7 +183,8 @@ class Dispatcher:
         works = [work for work in sent.works if work.request in self._requests]
         if len(works) == 1:
             memory = EngineUnavailableError(f"the engine's memory does not suffice for this: {message}")
-            self._fail(works[0].request, memory if out_of_memory else EngineFailedError(message))
+            error = memory if out_of_memory else EngineFailedError(message)
+            self._send(lane, Sent([], alone=True, doubt=(Sent(works, exact=sent.exact), error)))
         elif works:
             middle = len(works) // 2
             self._again.extend(Sent(half, exact=sent.exact) for half in (works[:middle], works[middle:]))
@@ -177,10 +194,12 @@ class Dispatcher:
         """Send what can be sent, to the engine with the least to do first."""
         for lane in sorted((lane for lane in self.lanes if lane.up), key=lambda lane: lane.tokens):
             while (sent := self._next(lane)) is not None:
-                number = next(self._ids)
-                parts = [self._requests[work.request].sequences[work.index] for work in sent.works]
-                lengths = np.array([work.tokens for work in sent.works], dtype=np.int32)
-                lane.send(Batch(number, np.concatenate(parts), lengths, sent.exact), sent)
+                self._send(lane, sent)
+
+    def _send(self, lane: Lane, sent: Sent) -> None:
+        parts = [self._requests[work.request].sequences[work.index] for work in sent.works] or [_HARMLESS]
+        lengths = np.array([len(part) for part in parts], dtype=np.int32)
+        lane.send(Batch(next(self._ids), np.concatenate(parts), lengths, sent.exact), sent)
 
     def _next(self, lane: Lane) -> Sent | None:
         """What to send to this engine now: a retry once it is idle, else the next batch."""

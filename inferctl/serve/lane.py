@@ -18,11 +18,15 @@ _AHEAD = 2
 
 @dataclass(frozen=True)
 class Sent:
-    """A batch by its works. `alone`: nothing may be with the engine beside it. `exact`: in fp32."""
+    """A batch by its works. `alone`: nothing may be with the engine beside it. `exact`: in fp32.
+
+    `doubt`: what failed though it was alone, and how; the batch itself is a harmless one that shows whether the engine is well.
+    """
 
     works: Sequence[Work]
     alone: bool = False
     exact: bool = False
+    doubt: tuple[Sent, Exception] | None = None
 
     @cached_property
     def tokens(self) -> int:
@@ -35,12 +39,14 @@ class Lane:
 
     def __init__(self, dispatcher: Dispatcher, clock: Callable[[], float]) -> None:
         self.write: Callable[[Batch], None] | None = None  # the supervisor's
+        self.kill: Callable[[], None] = lambda: None  # the supervisor's
         self.on_ready: Callable[[EngineInfo], None] = lambda _: None
         self.on_lost: Callable[[], None] = lambda: None
         self.info: EngineInfo | None = None
         self.batch_tokens = 0
         self._dispatcher, self._clock = dispatcher, clock
         self._in_flight: dict[int, Sent] = {}  # the oldest first
+        self._alive = False  # was ready in this life
         self._since = 0.0  # when the engine could begin the oldest
 
     @property
@@ -77,8 +83,15 @@ class Lane:
         self._in_flight[batch.id] = sent
         self.write(batch)
 
+    def replace(self) -> None:
+        """Give up this engine: it takes nothing more, and its end is near."""
+        self.info = None
+        self._dispatcher.lanes_changed()
+        self.kill()
+
     def engine_ready(self, info: EngineInfo) -> None:
         """See `Listener`."""
+        self._alive = True
         self.info, self.batch_tokens = info, info.batch_tokens
         self._dispatcher.lanes_changed()
         self.on_ready(info)
@@ -86,10 +99,10 @@ class Lane:
 
     def engine_lost(self) -> None:
         """See `Listener`."""
-        was_up, self.info = self.up, None
+        was_alive, self._alive, self.info = self._alive, False, None
         lost, self._in_flight = list(self._in_flight.values()), {}
         self._dispatcher.lanes_changed()
-        if was_up:
+        if was_alive:
             self._dispatcher.lost(lost)
         self.on_lost()
         self._dispatcher.pump()

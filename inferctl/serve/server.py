@@ -155,7 +155,8 @@ class Server:
         supervisor = Supervisor(
             config, lane, lambda: self._dispatcher.patience(self._options.hang_seconds), essential=first
         )
-        lane.write, lane.on_ready, lane.on_lost = supervisor.send, self._ready, self._lost
+        lane.write, lane.kill = supervisor.send, supervisor.kill
+        lane.on_ready, lane.on_lost = self._ready, self._lost
         self._supervisors.append(supervisor)
         self._engines.append(asyncio.create_task(supervisor.run()))
 

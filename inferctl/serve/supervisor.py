@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -123,6 +124,12 @@ class Supervisor:
         self._stopping.set()
         if self._writer is not None:
             self._writer.close()
+
+    def kill(self) -> None:
+        """End this engine, and start another."""
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
     async def _live(self) -> EngineStartError:
         """One life of the engine process, from start to death; returns why it ended."""

@@ -19,6 +19,7 @@ from inferctl.serve.engines.echo import (
     LARGE_TOKEN,
     NON_FINITE_TOKEN,
     OVERFLOWING_TOKEN,
+    SICKENING_TOKEN,
     SLOW_TOKEN,
 )
 from inferctl.serve.types import Batch, EngineConfig
@@ -98,6 +99,14 @@ def test_a_batch_that_does_not_fit_into_memory_is_split_and_later_ones_are_small
     assert info["engines"]["out_of_memory"] == server.metric("inferctl_out_of_memory_total") >= 1
     assert info["limits"]["max_batch_tokens"] == server.metric("inferctl_batch_limit_tokens") < before
     assert server.metric("inferctl_engine_deaths_total") == 0
+
+
+def test_an_engine_that_fails_at_anything_is_replaced(start: Serve) -> None:
+    server = start()
+    rows = [[100], [101], [SICKENING_TOKEN], [102], [103]]
+    assert embed_all(server, rows) == [200, 200, 503, 200, 200]
+    assert server.embed(input=[5]).status_code == 200
+    assert "fails at anything" in server.log.read_text()
 
 
 def test_what_is_not_finite_is_computed_again_in_fp32_alone(start: Serve) -> None:

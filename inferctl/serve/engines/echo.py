@@ -15,17 +15,19 @@ SLOW_TOKEN = 16
 SLOW_SECONDS = 0.5
 OVERFLOWING_TOKEN = 17
 LARGE_TOKEN = 18
+SICKENING_TOKEN = 19
 
 
 class EchoEngine:
     """Row i is (sum of the ids, length, 1, 0, 0, ...), scaled to length one.
 
     Some token ids misbehave when a sequence starts with them: one gives NaN, one raises, one ends the process, one takes its time, one gives
-    NaN unless the batch is exact, and one does not fit into memory beside other sequences.
+    NaN unless the batch is exact, one does not fit into memory beside other
+    sequences, and one makes this engine fail from then on.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self._config = config
+        self._config, self._sick = config, False
 
     def load(self) -> EngineInfo:
         """Ready at once."""
@@ -48,7 +50,8 @@ class EchoEngine:
         firsts = batch.tokens[ends - batch.lengths]
         if (firsts == CRASHING_TOKEN).any():
             raise SystemExit(9)
-        if (firsts == FAILING_TOKEN).any():
+        self._sick |= bool((firsts == SICKENING_TOKEN).any())
+        if self._sick or (firsts == FAILING_TOKEN).any():
             raise RuntimeError("asked to fail")
         if (firsts == LARGE_TOKEN).any() and len(firsts) > 1:
             raise MemoryError("asked to be too large")
