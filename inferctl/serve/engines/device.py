@@ -66,7 +66,7 @@ def choose(wanted: str, traits: catalog.Traits) -> tuple[PrecisionInfo, torch.dt
     if effective == "int8":
         around = _around_int8(traits)
         if traits.kind == "cpu":
-            reason = f"8-bit weights, products in {str(around).removeprefix('torch.')}: saves memory, not time"
+            reason += f"; 8-bit weights and activations, {str(around).removeprefix('torch.')} between the products"
         return PrecisionInfo(wanted, effective, support.level, reason, int8.METHOD[traits.kind]), around
     return PrecisionInfo(wanted, effective, support.level, reason), _DTYPES[effective]
 

@@ -19,7 +19,7 @@ from inferctl import model
 from inferctl.errors import NotReadyError
 from inferctl.serve import recipe
 from inferctl.serve.engines import device as devices
-from inferctl.serve.engines import int8, packed, plain
+from inferctl.serve.engines import int8, onednn, packed, plain
 from inferctl.serve.tokenise import TokenizerPool
 from inferctl.serve.types import (
     Batch,
@@ -77,10 +77,7 @@ class EncoderEngine:
         self._cores = info.threads or 1
         if on_cpu:
             torch.set_num_threads(self._cores)
-        # With 8-bit weights every part would turn them into 16 bits again for itself.
-        self._pool = (
-            _single_threads(self._cores) if on_cpu and precision.effective != "int8" and self._cores > 1 else None
-        )
+        self._pool = _single_threads(self._cores) if on_cpu and self._cores > 1 else None
         self._batch_tokens = min(
             self._config.max_batch_tokens, _CORE_BATCH_TOKENS * self._cores if on_cpu else sys.maxsize
         )
@@ -169,8 +166,10 @@ class EncoderEngine:
     def _load(self, folder: Path, precision: PrecisionInfo, attention: str | None) -> None:
         self._model = None  # let the memory go before it is needed again
         loaded = plain.load_model(folder, self._dtype, attention)
-        if precision.effective == "int8":
-            int8.quantise(loaded, self._device.type)
+        if precision.effective == "int8" and self._device.type == "cuda":
+            int8.quantise(loaded)
+        elif precision.effective == "int8" or (self._device.type == "cpu" and _native_bf16(precision)):
+            onednn.pack(loaded, int8=precision.effective == "int8")
         try:
             self._model = loaded.to(self._device)
         except torch.cuda.OutOfMemoryError as error:
@@ -179,6 +178,8 @@ class EncoderEngine:
                 "int8 halves the weights; a larger GPU or slice helps",
             ) from None
         self._packed = attention == packed.NAME
+        # In fp32 the fused attention kernel is the faster one.
+        self._bucketed = self._dtype if self._device.type == "cpu" and self._dtype == torch.bfloat16 else None
         embeddings = getattr(loaded, "embeddings", None)
         # RoBERTa and its kin count positions from the padding index on.
         numbered = hasattr(embeddings, "create_position_ids_from_input_ids")
@@ -225,7 +226,7 @@ class EncoderEngine:
         positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]) + self._first_position).to(
             self._device, non_blocking=True
         )
-        layout = packed.layout(lengths, self._device, varlen=self._varlen)
+        layout = packed.layout(lengths, self._device, varlen=self._varlen, bucketed=self._bucketed)
         hidden = self._model(input_ids=tokens[None], position_ids=positions[None], layout=layout).last_hidden_state[0]
         counts = torch.tensor(lengths, device=self._device)
         ends = counts.cumsum(0)
@@ -262,6 +263,10 @@ class EncoderEngine:
             part.append(ids)
             used += len(ids)
         yield part
+
+
+def _native_bf16(precision: PrecisionInfo) -> bool:
+    return precision.effective == "bf16" and precision.level == "native"
 
 
 def _single_threads(count: int) -> ThreadPoolExecutor:

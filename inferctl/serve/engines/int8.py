@@ -1,8 +1,4 @@
-"""8-bit linear layers. CUDA: bitsandbytes' LLM.int8 (weights and activations). CPU: torchao's 8-bit weights, products in the format around them.
-
-On a CPU LLM.int8 ran at a third of the speed of bf16 and torchao's dynamic 8-bit activations at half of it, with lower cosines than 8-bit
-weights, which run about as fast as bf16 in half the memory.
-"""
+"""8-bit linear layers on CUDA: bitsandbytes' LLM.int8, weights and activations. CPUs have `onednn.Int8Linear`."""
 
 from __future__ import annotations
 
@@ -16,24 +12,18 @@ from inferctl.errors import NotReadyError
 
 # From the LLM.int8 paper (Dettmers et al., 2022): columns with a larger activation stay out of the 8-bit product.
 _OUTLIER_THRESHOLD = 6.0
-METHOD = {"cuda": "bitsandbytes LLM.int8", "cpu": "torchao int8 weights"}
+METHOD = {"cuda": "bitsandbytes LLM.int8", "cpu": "oneDNN int8"}
 
 
-def quantise(model: Any, kind: str) -> None:
-    """Make the linear layers of `model` 8-bit, in place, before it is moved to its device. `kind` is cuda or cpu.
+def quantise(model: Any) -> None:
+    """Make the linear layers of `model` 8-bit, in place, before it is moved to its device.
 
-    Raises `NotReadyError` when the library for it is not installed.
+    Raises `NotReadyError` when bitsandbytes is not installed.
     """
-    library = "bitsandbytes" if kind == "cuda" else "torchao"
-    if importlib.util.find_spec(library) is None:
-        raise NotReadyError(f"int8 on {kind} needs {library}, which is not installed", "pip install 'inferctl[int8]'")
-    logging.getLogger(library).setLevel(logging.ERROR)
-    if kind == "cuda":
-        _llm_int8(model)
-    else:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-        quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False))
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise NotReadyError("int8 on cuda needs bitsandbytes, which is not installed", "pip install 'inferctl[int8]'")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    _llm_int8(model)
 
 
 def _llm_int8(module: Any) -> None:

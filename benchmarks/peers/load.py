@@ -1,0 +1,223 @@
+"""A load generator that costs little: prepared bytes out, status and length of the answer read, one asyncio protocol a connection.
+
+It shares the machine with the server. `python benchmarks/peers/load.py` shows its own ceiling, against a server that answers fixed bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+
+@dataclass
+class Outcome:
+    """Seconds of each answered request, answers by status, and seconds measured."""
+
+    seconds: float = 0.0
+    latencies: list[float] = field(default_factory=list)
+    statuses: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        """Answers with status 200 a second."""
+        return self.statuses.get(200, 0) / self.seconds
+
+    def quantile(self, q: float) -> float:
+        """Of the latencies, in milliseconds."""
+        ordered = sorted(self.latencies)
+        return 1000 * ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+    @property
+    def failures(self) -> int:
+        return sum(count for status, count in self.statuses.items() if status != 200)
+
+
+class _Connection(asyncio.Protocol):
+    """One HTTP/1.1 connection, one request at a time; `answered(status)` is called when an answer is complete."""
+
+    def __init__(self) -> None:
+        self.answered: Callable[[int], None] = lambda _: None
+        self._buffer = bytearray()
+        self._missing = -1
+        self._busy = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._busy:
+            self.answered(0)
+
+    def send(self, request: bytes) -> None:
+        self._busy = True
+        self.transport.write(request)  # type: ignore[attr-defined]
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        if self._missing < 0:
+            end = self._buffer.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            head = bytes(self._buffer[:end]).lower()
+            self._status = int(head[9:12])
+            at = head.find(b"content-length:")
+            stop = head.find(b"\r\n", at)
+            self._missing = end + 4 + int(head[at + 15 : stop if stop > 0 else end])
+        if len(self._buffer) >= self._missing:
+            self._buffer.clear()
+            self._missing = -1
+            self._busy = False
+            self.answered(self._status)
+
+
+def requests(url: str, path: str, bodies: Sequence[Any]) -> list[bytes]:
+    """Whole HTTP requests, ready to send."""
+    host = urlsplit(url).netloc
+    head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: "
+    raw = [json.dumps(body).encode() for body in bodies]
+    return [f"{head}{len(body)}\r\n\r\n".encode() + body for body in raw]
+
+
+def closed(url: str, ready: Sequence[bytes], clients: int, seconds: float, warm: float = 2.0) -> Outcome:
+    """`clients` connections, each sending as soon as it has its answer; the first `warm` seconds do not count."""
+    return _run(_closed(url, ready, clients, seconds, warm))
+
+
+def opened(url: str, ready: Sequence[bytes], rate: float, seconds: float, seed: int = 1) -> Outcome:
+    """`rate` requests a second at Poisson times whatever the server does; latencies count from the time that was meant."""
+    return _run(_opened(url, ready, rate, seconds, seed))
+
+
+async def _closed(url: str, ready: Sequence[bytes], clients: int, seconds: float, warm: float) -> Outcome:
+    outcome, begin = Outcome(seconds), time.perf_counter() + warm
+    end, at = begin + seconds, 0
+    finished = [asyncio.get_running_loop().create_future() for _ in range(clients)]
+
+    def drive(connection: _Connection, done: asyncio.Future[None]) -> None:
+        sent = 0.0
+
+        def go() -> None:
+            nonlocal sent, at
+            at += 1
+            sent = time.perf_counter()
+            connection.send(ready[at % len(ready)])
+
+        def answered(status: int) -> None:
+            now = time.perf_counter()
+            if begin <= now < end:
+                outcome.latencies.append(now - sent)
+                outcome.statuses[status] = outcome.statuses.get(status, 0) + 1
+            if now < end and status:
+                go()
+            elif not done.done():
+                done.set_result(None)
+
+        connection.answered = answered
+        go()
+
+    connections = [await _connect(url) for _ in range(clients)]
+    for connection, done in zip(connections, finished, strict=True):
+        drive(connection, done)
+    await asyncio.wait(finished, timeout=warm + seconds + 30)
+    _close(connections)
+    return outcome
+
+
+async def _opened(url: str, ready: Sequence[bytes], rate: float, seconds: float, seed: int) -> Outcome:
+    outcome, random_ = Outcome(seconds), random.Random(seed)
+    free = [await _connect(url) for _ in range(64)]
+    everything, waiting = list(free), set()
+    due, index, begin = 0.0, 0, time.perf_counter()
+    while (due := due + random_.expovariate(rate)) < seconds:
+        meant = begin + due
+        if (pause := meant - time.perf_counter()) > 0:
+            await asyncio.sleep(pause)
+        while free and free[-1].transport.is_closing():  # servers close what is idle for long
+            free.pop()
+        if not free:
+            free.append(await _connect(url))
+            everything.append(free[-1])
+        connection, done = free.pop(), asyncio.get_running_loop().create_future()
+
+        def answered(status: int, c: _Connection = connection, d: Any = done, m: float = meant) -> None:
+            outcome.latencies.append(time.perf_counter() - m)
+            outcome.statuses[status] = outcome.statuses.get(status, 0) + 1
+            free.append(c)
+            d.done() or d.set_result(None)
+
+        connection.answered = answered
+        waiting.add(done)
+        done.add_done_callback(waiting.discard)
+        connection.send(ready[(index := index + 1) % len(ready)])
+    if waiting:
+        await asyncio.wait(list(waiting), timeout=60)
+    _close(everything)
+    return outcome
+
+
+async def _connect(url: str) -> _Connection:
+    at = urlsplit(url)
+    _, connection = await asyncio.get_running_loop().create_connection(_Connection, at.hostname, at.port)
+    return connection
+
+
+def _close(connections: Sequence[_Connection]) -> None:
+    for connection in connections:
+        connection.answered = lambda _: None
+        connection.transport.close()
+
+
+def _run(work: Coroutine[Any, Any, Outcome]) -> Outcome:
+    try:
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    except ImportError:
+        factory = None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(work)
+
+
+class _Fixed(asyncio.Protocol):
+    """Answers every read with the same bytes: what a server costs that does nothing."""
+
+    BODY = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 8000\r\n\r\n" + b"x" * 8000
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(self.BODY)  # type: ignore[attr-defined]
+
+
+async def _fixed_server(port: int) -> Any:
+    server = await asyncio.get_running_loop().create_server(_Fixed, "127.0.0.1", port)
+    await server.serve_forever()
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["serve"]:
+        _run(_fixed_server(int(sys.argv[2])))
+    import subprocess
+
+    server = subprocess.Popen([sys.executable, __file__, "serve", "18599"])
+    time.sleep(1)
+    try:
+        url = "http://127.0.0.1:18599"
+        outcome = closed(url, requests(url, "/", [{"input": "x" * 250}]), 64, 5)
+        print(
+            f"ceiling of the load generator: {outcome.rate:.0f} requests/s, 8 KB answers, 64 clients, server and load on the same cores"
+        )
+    finally:
+        server.kill()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""What the scripts beside this one share: texts, virtual environments of the peers, servers, tables.
+
+A peer lives in .cache/peers/NAME, a virtual environment that is made with pip the first time a script needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+MODEL = ROOT / "models" / "all-MiniLM-L6-v2"
+LOGS = ROOT / ".cache" / "peers"
+# infinity's last release was written for click before 8.2 ("Secondary flag is not valid for non-boolean flag" otherwise).
+PACKAGES = {
+    "infinity": ("infinity-emb[torch,server]", "click<8.2"),
+    "sentence-transformers": ("sentence-transformers", "fastapi", "uvicorn", "uvloop", "httptools"),
+    "openvino": ("openvino", "nncf", "torch", "transformers<5"),
+}
+START_SECONDS = 180
+T = TypeVar("T")
+
+
+def python(peer: str) -> Path:
+    """The interpreter of a peer's virtual environment, made on demand. Exits with pip's words when that fails."""
+    folder = LOGS / peer
+    interpreter, stamp = folder / "bin" / "python", folder / "installed.json"
+    if stamp.is_file() and json.loads(stamp.read_text()) == list(PACKAGES[peer]):
+        return interpreter
+    print(f"making a virtual environment for {peer} ...", file=sys.stderr)
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    done = subprocess.run([interpreter, "-m", "pip", "install", "-q", *PACKAGES[peer]], check=False)
+    if done.returncode:
+        sys.exit(f"error: {peer} cannot be installed\nhint: pip's words are above")
+    stamp.write_text(json.dumps(PACKAGES[peer]))
+    return interpreter
+
+
+def texts(count: int, mean_tokens: float = 55, seed: int = 7) -> list[str]:
+    """Texts of log-normal length, about `mean_tokens` tokens on average, 255 at most; cut out of the benchmark's corpus."""
+    random_ = random.Random(seed)
+    lines = (ROOT / "benchmarks" / "corpora" / "paragraphs.jsonl").read_text().splitlines()
+    words = " ".join(json.loads(line)["text"] for line in lines).split()
+    found = []
+    for _ in range(count):
+        # sigma 0.7: a median of 43 and a few per cent above 150; the corpus has 1.15 tokens a word and two are special.
+        tokens = min(random_.lognormvariate(0, 0.7) * mean_tokens / 1.278, 255)
+        size = max(1, round((tokens - 2) / 1.15))
+        start = random_.randrange(len(words) - size)
+        found.append(" ".join(words[start : start + size]))
+    return found
+
+
+@dataclass
+class Server:
+    """A running server. While it is not measured it is stopped (SIGSTOP) when `pausable`."""
+
+    name: str
+    url: str
+    path: str
+    process: subprocess.Popen[bytes]
+    pausable: bool = True
+
+    def pause(self) -> None:
+        if self.pausable:
+            os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.killpg(self.process.pid, signal.SIGCONT)
+
+    def end(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def start(
+    name: str, command: Sequence[str | Path], port: int, path: str, ready: str, *, pausable: bool = True
+) -> Server:
+    """Start a server in a process group of its own and wait until `ready` (a path) answers 200."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    log = LOGS / f"{name.replace(' ', '-')}.log"
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "INFINITY_ANONYMOUS_USAGE_STATS": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [str(c) for c in command],
+            stdout=stream,
+            stderr=stream,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+            cwd=HERE,
+        )
+    server = Server(name, f"http://127.0.0.1:{port}", path, process, pausable)
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(server.url + ready, timeout=2):
+                return server
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.2)
+    if process.poll() is None:
+        server.end()
+    sys.exit(f"error: {name} did not start\nhint: {log} has its words")
+
+
+def inferctl(port: int, *arguments: str, name: str = "inferctl") -> Server:
+    """`inferctl serve` of this checkout."""
+    command = [sys.executable, "-m", "inferctl", "serve", "--model", str(MODEL), "--port", str(port), *arguments]
+    # A queue deep enough that nothing is refused: these scripts measure throughput, not admission.
+    command += ["--max-queue-tokens", "1000000"]
+    return start(name, command, port, "/v1/embeddings", "/readyz", pausable=False)
+
+
+def infinity(port: int, dtype: str | None) -> Server:
+    """infinity as installed (dtype None), or with a number format, without BetterTransformer, which new torch has no more."""
+    command: list[str | Path] = [
+        python("infinity").with_name("infinity_emb"),
+        "v2",
+        "--model-id",
+        MODEL,
+        "--device",
+        "cpu",
+    ]
+    command += ["--engine", "torch", "--port", str(port), "--host", "127.0.0.1", "--no-bettertransformer"]
+    if dtype:
+        command += ["--dtype", dtype, "--lengths-via-tokenize"]
+    return start(f"infinity {dtype or 'default'}", command, port, "/embeddings", "/health")
+
+
+def fastapi(port: int) -> Server:
+    """sentence-transformers in bf16 behind FastAPI."""
+    command = [python("sentence-transformers"), HERE / "fastapi_app.py", MODEL, str(port)]
+    return start("sentence-transformers bf16", command, port, "/v1/embeddings", "/health")
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    """A parser with what every script takes."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=8, help="seconds of each measurement")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds; every second one runs in reverse order")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    return parser
+
+
+def machine() -> dict[str, object]:
+    """The machine that a figure belongs to."""
+    info = Path("/proc/cpuinfo").read_text()
+    name = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), "?")
+    flags = [flag for flag in ("avx512_bf16", "amx_bf16", "avx512_vnni", "avx_vnni", "amx_int8") if flag in info]
+    return {"cpu": name, "cores": len(os.sched_getaffinity(0)), "flags": flags, "load": os.getloadavg()[0]}
+
+
+def order(items: Sequence[T], rounds: int) -> list[T]:
+    """A B C C B A ...: what drifts with time hits all alike."""
+    return [item for turn in range(rounds) for item in (items if turn % 2 == 0 else items[::-1])]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Columns to stdout; numbers with three digits that matter."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
+    for row in [list(head), *cells]:
+        print(
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+        )
+
+
+def write(file: Path | None, figures: dict[str, object]) -> None:
+    """The figures as JSON, with the machine, when asked for."""
+    if file:
+        file.write_text(json.dumps({"machine": machine(), **figures}, indent=1) + "\n")
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.5f}" if 0.9 < value < 1 and value != round(value, 3) else f"{value:.4g}"
+    return str(value)

@@ -1,0 +1,90 @@
+"""Servers side by side over HTTP: inferctl, infinity, sentence-transformers behind FastAPI; one model, one machine, one run.
+
+    python benchmarks/peers/servers.py [--seconds 8] [--rounds 2] [--clients 64] [--json FILE]
+
+Single texts of log-normal length, mean 55 tokens. Closed loop first, interleaved A B C D D C B A, then inferctl and infinity at one and the same
+open-loop rate: 80 % of what infinity bf16 reached. A server that is not measured is stopped.
+"""
+
+from __future__ import annotations
+
+import peers
+from load import Outcome, closed, opened, requests
+
+
+def main() -> None:
+    parser = peers.options(__doc__ or "")
+    parser.add_argument("--clients", type=int, default=64)
+    options = parser.parse_args()
+    bodies = [{"input": text} for text in peers.texts(2000)]
+    running: list[peers.Server] = []
+    try:
+        for begin in (
+            lambda: peers.inferctl(18501, "--precision", "bf16", name="inferctl bf16"),
+            lambda: peers.infinity(18502, "bfloat16"),
+            lambda: peers.infinity(18503, None),
+            lambda: peers.fastapi(18504),
+        ):
+            running.append(begin())
+            running[-1].pause()
+        results: dict[str, list[Outcome]] = {server.name: [] for server in running}
+        for server in peers.order(running, options.rounds):
+            server.resume()
+            ready = requests(server.url, server.path, bodies)
+            results[server.name].append(closed(server.url, ready, options.clients, options.seconds))
+            server.pause()
+        ours, theirs = running[0], running[1]
+        same = 0.8 * peers.median([o.rate for o in results[theirs.name]])
+        at_rate: dict[str, list[Outcome]] = {ours.name: [], theirs.name: []}
+        for server in peers.order([ours, theirs], 2):
+            server.resume()
+            at_rate[server.name].append(
+                opened(server.url, requests(server.url, server.path, bodies), same, 2 * options.seconds)
+            )
+            server.pause()
+    finally:
+        for server in running:
+            server.end()
+    own = peers.median([o.rate for o in results[ours.name]])
+    figures = {}
+    rows = []
+    for name, outcomes in results.items():
+        rate, p50, p99 = (
+            peers.median(values)
+            for values in (
+                [o.rate for o in outcomes],
+                [o.quantile(0.5) for o in outcomes],
+                [o.quantile(0.99) for o in outcomes],
+            )
+        )
+        failures = sum(o.failures for o in outcomes)
+        rows.append((name, rate, own / rate, p50, p99, failures))
+        figures[name] = {
+            "rates": [o.rate for o in outcomes],
+            "p50_ms": p50,
+            "p99_ms": p99,
+            "failures": failures,
+            "inferctl_is": own / rate,
+        }
+    print(f"closed loop, {options.clients} clients")
+    peers.table(("server", "requests/s", "inferctl is x", "p50 ms", "p99 ms", "failures"), rows)
+    print(f"\nopen loop, {same:.1f} requests/s")
+    tails = {name: peers.median([o.quantile(0.99) for o in outcomes]) for name, outcomes in at_rate.items()}
+    peers.table(
+        ("server", "p50 ms", "p99 ms", "inferctl's p99 is lower by x", "failures"),
+        [
+            (
+                name,
+                peers.median([o.quantile(0.5) for o in outcomes]),
+                tails[name],
+                tails[name] / tails[ours.name],
+                sum(o.failures for o in outcomes),
+            )
+            for name, outcomes in at_rate.items()
+        ],
+    )
+    peers.write(options.json, {"clients": options.clients, "closed": figures, "open": {"rate": same, "p99_ms": tails}})
+
+
+if __name__ == "__main__":
+    main()
