@@ -57,7 +57,7 @@ class _Request:
     arrived: float
     predicted: float  # seconds
     left: int
-    deaths: int = 0  # engines that died while they ran it alone
+    deaths: int = 0  # engines that died, one after the other, while they ran it alone
     first_start: float = float("inf")
     vectors: Vectors | None = None
     ok: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
@@ -141,7 +141,7 @@ class Dispatcher:
         if batches:
             running, *ahead = batches
             self._batcher.requeue([w for sent in ahead for w in sent.works if w.request in self._requests])
-            self._again.extend(self._suspects(running))
+            self._again.extendleft(self._suspects(running))
             self._again.extend(sent.doubt[0] for sent in batches if sent.doubt)
 
     def done(self, lane: Lane, sent: Sent, result: BatchResult, seconds: float) -> None:
@@ -160,6 +160,7 @@ class Dispatcher:
             if request is None:
                 continue
             request.first_start = min(request.first_start, now - result.seconds)
+            request.deaths = 0 if sent.alone else request.deaths
             if not result.ok[row] and not sent.exact:
                 self._metrics.fp32_retries.inc()
                 self._again.append(Sent([work], exact=True))
@@ -172,7 +173,11 @@ class Dispatcher:
         self._metrics.batch_failures.inc()
         if sent.doubt:
             log.error("the engine fails at anything: %s; replacing it", message)
-            self._again.extendleft(self._suspects(sent.doubt[0]))  # first of all: a well engine clears it
+            suspect = sent.doubt[0]
+            if lane.ran == 2:  # it was the first that this engine ran
+                self._fail(suspect.works[0].request, EngineUnavailableError(f"engines break over this: {message}"))
+            else:
+                self._again.appendleft(suspect)
             lane.replace()
             return
         if out_of_memory:
@@ -181,13 +186,13 @@ class Dispatcher:
             lane.batch_tokens = max(_SMALLEST_BATCH, min(lane.batch_tokens, sent.tokens // 2))
             self.lanes_changed()
         works = [work for work in sent.works if work.request in self._requests]
-        if len(works) == 1:
+        if works and len(sent.works) == 1:
             memory = EngineUnavailableError(f"the engine's memory does not suffice for this: {message}")
             error = memory if out_of_memory else EngineFailedError(message)
             self._send(lane, Sent([], alone=True, doubt=(Sent(works, exact=sent.exact), error)))
         elif works:
             middle = len(works) // 2
-            self._again.extend(Sent(half, exact=sent.exact) for half in (works[:middle], works[middle:]))
+            self._again.extend(Sent(half, exact=sent.exact) for half in (works[:middle], works[middle:]) if half)
         self.pump()
 
     def pump(self) -> None:
@@ -214,10 +219,9 @@ class Dispatcher:
 
     def _suspects(self, sent: Sent) -> list[Sent]:
         """The batch that an engine died of, by request. Who was alone in it is tried once more, then given up."""
-        works = sorted((w for w in sent.works if w.request in self._requests), key=lambda work: work.request)
+        works = sorted(sent.works, key=lambda work: work.request)
         groups = [list(group) for _, group in groupby(works, key=lambda work: work.request)]
-        if len(groups) == 1:
-            number = works[0].request
+        if len(groups) == 1 and (number := works[0].request) in self._requests:
             self._requests[number].deaths += 1
             if self._requests[number].deaths >= _ATTEMPTS:
                 self._fail(number, EngineUnavailableError("the engine died twice while it ran this alone"))

@@ -47,6 +47,7 @@ class Lane:
         self._dispatcher, self._clock = dispatcher, clock
         self._in_flight: dict[int, Sent] = {}  # the oldest first
         self._alive = False  # was ready in this life
+        self.ran = 0  # batches, in this life
         self._since = 0.0  # when the engine could begin the oldest
 
     @property
@@ -91,7 +92,7 @@ class Lane:
 
     def engine_ready(self, info: EngineInfo) -> None:
         """See `Listener`."""
-        self._alive = True
+        self._alive, self.ran = True, 0
         self.info, self.batch_tokens = info, info.batch_tokens
         self._dispatcher.lanes_changed()
         self.on_ready(info)
@@ -118,6 +119,7 @@ class Lane:
         self._dispatcher.failed(self, sent, message, out_of_memory)
 
     def _ended(self, number: int) -> tuple[Sent, float]:
+        self.ran += 1
         now = self._clock()
         since, self._since = self._since, now
         return self._in_flight.pop(number), now - since
