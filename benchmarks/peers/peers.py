@@ -6,11 +6,13 @@ A peer lives in .cache/peers/NAME, a virtual environment that is made with pip t
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import os
 import random
 import signal
 import statistics
+import struct
 import subprocess
 import sys
 import time
@@ -65,6 +67,28 @@ def texts(count: int, mean_tokens: float = 55, seed: int = 7) -> list[str]:
     return found
 
 
+def environment() -> dict[str, str]:
+    """For every process measured: no network, and threads that wait do not take the cores of those that work."""
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "INFINITY_ANONYMOUS_USAGE_STATS": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+
+
+def decode(row: str) -> list[float]:
+    """A vector out of base64 of little-endian float32."""
+    raw = base64.b64decode(row)
+    return list(struct.unpack(f"<{len(raw) // 4}f", raw))
+
+
+def token_ids(text: str) -> list[int]:
+    """As many ids as the text has tokens, about; which ones does not matter to what is measured with them."""
+    return [1000 + len(word) for word in text.split()] + [102, 102]
+
+
 @dataclass
 class Server:
     """A running server. While it is not measured it is stopped (SIGSTOP) when `pausable`."""
@@ -82,6 +106,18 @@ class Server:
     def resume(self) -> None:
         os.killpg(self.process.pid, signal.SIGCONT)
 
+    def cpu_seconds(self) -> float:
+        """Of all its processes so far."""
+        ticks = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except OSError:  # it ended meanwhile
+                continue
+            if int(fields[3]) == self.process.pid:  # its session
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def end(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -93,19 +129,13 @@ def start(
     """Start a server in a process group of its own and wait until `ready` (a path) answers 200."""
     LOGS.mkdir(parents=True, exist_ok=True)
     log = LOGS / f"{name.replace(' ', '-')}.log"
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "INFINITY_ANONYMOUS_USAGE_STATS": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
     with log.open("wb") as stream:
         process = subprocess.Popen(
             [str(c) for c in command],
             stdout=stream,
             stderr=stream,
             stdin=subprocess.DEVNULL,
-            env=environment,
+            env=environment(),
             start_new_session=True,
             cwd=HERE,
         )
@@ -153,7 +183,8 @@ def fastapi(port: int) -> Server:
 
 
 def options(description: str) -> argparse.ArgumentParser:
-    """A parser with what every script takes."""
+    """A parser with what every script takes. From here on SIGTERM ends the script as Ctrl-C does: the servers end with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=8, help="seconds of each measurement")
     parser.add_argument("--rounds", type=int, default=2, help="rounds; every second one runs in reverse order")

@@ -3,7 +3,8 @@
     python benchmarks/peers/servers.py [--seconds 8] [--rounds 2] [--clients 64] [--json FILE]
 
 Single texts of log-normal length, mean 55 tokens. Closed loop first, interleaved A B C D D C B A, then inferctl and infinity at one and the same
-open-loop rate: 80 % of what infinity bf16 reached. A server that is not measured is stopped.
+open-loop rate: 80 % of what infinity bf16 reached. A server that is not measured is stopped. CPU time a request stands beside the rates, as
+what else runs on the machine disturbs it least.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ def main() -> None:
         ):
             running.append(begin())
             running[-1].pause()
+        used = dict.fromkeys((server.name for server in running), 0.0)
         results: dict[str, list[Outcome]] = {server.name: [] for server in running}
         for server in peers.order(running, options.rounds):
             server.resume()
             ready = requests(server.url, server.path, bodies)
-            results[server.name].append(closed(server.url, ready, options.clients, options.seconds))
+            before = server.cpu_seconds()
+            results[server.name].append(closed(server.url, ready, options.clients, options.seconds, warm=0))
+            used[server.name] += server.cpu_seconds() - before
             server.pause()
         ours, theirs = running[0], running[1]
         same = 0.8 * peers.median([o.rate for o in results[theirs.name]])
@@ -58,16 +62,21 @@ def main() -> None:
             )
         )
         failures = sum(o.failures for o in outcomes)
-        rows.append((name, rate, own / rate, p50, p99, failures))
+        cost = 1000 * used[name] / sum(len(o.latencies) for o in outcomes)
+        cheapest = 1000 * used[ours.name] / sum(len(o.latencies) for o in results[ours.name])
+        rows.append((name, rate, own / rate, cost, cost / cheapest, p50, p99, failures))
         figures[name] = {
             "rates": [o.rate for o in outcomes],
+            "cpu_ms_per_request": cost,
             "p50_ms": p50,
             "p99_ms": p99,
             "failures": failures,
             "inferctl_is": own / rate,
         }
     print(f"closed loop, {options.clients} clients")
-    peers.table(("server", "requests/s", "inferctl is x", "p50 ms", "p99 ms", "failures"), rows)
+    peers.table(
+        ("server", "requests/s", "inferctl is x", "CPU ms a request", "by CPU x", "p50 ms", "p99 ms", "failures"), rows
+    )
     print(f"\nopen loop, {same:.1f} requests/s")
     tails = {name: peers.median([o.quantile(0.99) for o in outcomes]) for name, outcomes in at_rate.items()}
     peers.table(

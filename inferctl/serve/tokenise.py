@@ -79,9 +79,8 @@ class TokenizerPool:
         """What the tokenizer makes of each text. A head with too many tokens says all about its text; other long texts are tokenised whole."""
         tokenizer, longest = self._tokenizer(), _CHARACTERS_PER_TOKEN * self._recipe.max_tokens
         heads = [text if len(text) <= longest else _head(text, longest) for text in texts]
-        encodings: list[Encoding] = (
-            tokenizer.encode_batch_fast(heads) if len(heads) > 1 else [tokenizer.encode(heads[0])]
-        )
+        # The fast one computes no offsets: a fifth of the time, for one text as well.
+        encodings: list[Encoding] = tokenizer.encode_batch_fast(heads)
         for index, (text, head) in enumerate(zip(texts, heads, strict=True)):
             while len(head) < len(text) and not encodings[index].overflowing:
                 if len(head) >= max(_LONGEST_HEAD, longest):

@@ -1,0 +1,95 @@
+"""What HTTP costs: the front end against a bare Starlette application, and 32 texts a request against the engine called directly.
+
+    python benchmarks/peers/frontend.py [--seconds 8] [--rounds 4] [--json FILE]
+
+Front end: inferctl with its echo engine (all that is real except the model) and an application that answers the very same bytes without
+looking at the request; 64 clients, single texts, then the same as token ids, which need no tokenizer. Batches: requests of 32 texts, 8 clients, beside `EncoderEngine.run` on the same texts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+
+import engine
+import peers
+from load import closed, requests
+
+TEXTS, CLIENTS = 32, 8
+
+
+def front_end(seconds: float, rounds: int, *, token_ids: bool) -> dict[str, float]:
+    """Requests a second of both."""
+    bodies = [{"input": peers.token_ids(text) if token_ids else text} for text in peers.texts(500)]
+    ours = peers.inferctl(18511, "--engine", "echo", name="inferctl echo")
+    running = [ours]
+    try:
+        request = urllib.request.Request(
+            f"{ours.url}{ours.path}", json.dumps(bodies[0]).encode(), {"content-type": "application/json"}
+        )
+        with tempfile.NamedTemporaryFile() as file, urllib.request.urlopen(request) as answer:
+            file.write(answer.read())
+            file.flush()
+            command = [sys.executable, peers.HERE / "bare_app.py", "18512", file.name]
+            running.append(peers.start("bare Starlette", command, 18512, "/v1/embeddings", "/health"))
+        rates: dict[str, list[float]] = {server.name: [] for server in running}
+        for server in peers.order(running, rounds):
+            outcome = closed(server.url, requests(server.url, server.path, bodies), 64, seconds, warm=1)
+            assert not outcome.failures, f"{server.name} refused {outcome.statuses}"
+            rates[server.name].append(outcome.rate)
+    finally:
+        for server in running:
+            server.end()
+    return {name: peers.median(values) for name, values in rates.items()}
+
+
+def batches(seconds: float, rounds: int) -> dict[str, float]:
+    """Texts a second over HTTP and in-process."""
+    given = peers.texts(1024)
+    bodies = [{"input": given[at : at + TEXTS], "encoding_format": "base64"} for at in range(0, len(given), TEXTS)]
+    server = peers.inferctl(18513, "--precision", "bf16", name="inferctl bf16")
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump({"texts": given}, file)
+        file.flush()
+        direct = engine.begin("inferctl bf16", Path(file.name))
+        rates: dict[str, list[float]] = {"over HTTP": [], "in-process": []}
+        try:
+            for name in peers.order(list(rates), rounds):
+                if name == "in-process":
+                    direct.measure()
+                    rates[name].append(len(given) / direct.wall[-1])
+                    continue
+                outcome = closed(server.url, requests(server.url, server.path, bodies), CLIENTS, seconds)
+                assert not outcome.failures, f"refused {outcome.statuses}"
+                rates[name].append(TEXTS * outcome.rate)
+        finally:
+            server.end()
+            direct.process.kill()
+    return {name: peers.median(values) for name, values in rates.items()}
+
+
+def main() -> None:
+    parser = peers.options(__doc__ or "")
+    parser.set_defaults(rounds=4)
+    options = parser.parse_args()
+    fronts = {
+        kind: front_end(options.seconds, options.rounds, token_ids=kind == "token ids")
+        for kind in ("texts", "token ids")
+    }
+    for kind, front in fronts.items():
+        bare = front["bare Starlette"]
+        print(f"front end alone, {kind}, requests/s")
+        peers.table(("server", "requests/s", "share"), [(name, rate, rate / bare) for name, rate in front.items()])
+        print()
+    many = batches(options.seconds, options.rounds)
+    http, direct = many.values()
+    print(f"{TEXTS} texts a request, {CLIENTS} clients, texts/s")
+    peers.table(("path", "texts/s", "share"), [(name, rate, rate / direct) for name, rate in many.items()])
+    peers.write(options.json, {"front_end": fronts, "batches": many, "batch_share": http / direct})
+
+
+if __name__ == "__main__":
+    main()
