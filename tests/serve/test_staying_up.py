@@ -33,10 +33,10 @@ def start(serve: Serve, minilm: Path) -> Serve:
     return lambda *more: serve("--model", str(minilm), "--engine", "echo", "--name", "echo", *more)
 
 
-def embed_all(server: Running, rows: list[list[int]], first: list[int] | None = None) -> list[int]:
-    """The statuses of one request a row, all of them waiting while the engine is busy with `first`."""
+def embed_all(server: Running, rows: list[list[int]]) -> list[int]:
+    """The statuses of one request a row, all of them waiting while the engine is busy for two seconds."""
     with ThreadPoolExecutor(len(rows) + 1) as pool:
-        busy = pool.submit(server.embed, input=first or [SLOW_TOKEN])
+        busy = pool.submit(server.embed, input=[[SLOW_TOKEN]] * 4)
         until(lambda: server.metric("inferctl_requests_in_flight") == 1)
         waiting = [pool.submit(server.embed, input=row) for row in rows]
         statuses = [future.result().status_code for future in waiting]
@@ -105,6 +105,7 @@ def test_an_engine_that_fails_at_anything_is_replaced(start: Serve) -> None:
     server = start()
     rows = [[100], [101], [SICKENING_TOKEN], [102], [103]]
     assert embed_all(server, rows) == [200, 200, 503, 200, 200]
+    server.wait_ready()
     assert server.embed(input=[5]).status_code == 200
     assert "fails at anything" in server.log.read_text()
 
