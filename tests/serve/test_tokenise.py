@@ -63,6 +63,10 @@ def test_a_huge_text_is_tokenised_only_as_far_as_it_counts(
             seen.append(len(text))
             return self._inner.encode(text)
 
+        def encode_batch_fast(self, texts: list[str]) -> object:
+            seen.extend(map(len, texts))
+            return self._inner.encode_batch_fast(texts)
+
     tokenizer = pool._tokenizer()
     monkeypatch.setattr(pool, "_tokenizer", lambda: Counting(tokenizer))
     assert len(pool.encode_now(["word " * 2_000_000], truncate=True)[0]) == LIMIT
