@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from inferctl.catalog import BaseImage, Stack
 
 _UV_PLATFORM = {"linux/amd64": "x86_64-manylinux_2_28", "linux/arm64": "aarch64-manylinux_2_28"}
-# What an int8 image needs on top, by whether the stack has CUDA.
-_INT8 = {True: ["bitsandbytes"], False: ["torchao"]}
+# What an int8 image needs on top, by whether the stack has CUDA: on CPUs torch's own oneDNN does it.
+_INT8: dict[bool, list[str]] = {True: ["bitsandbytes"], False: []}
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,12 @@ class Locks:
 
 def load(base: BaseImage, folder: Path | None, *, int8: bool) -> Locks:
     """The locks for an image on `base`, from `folder` or the shipped ones; `int8` asks for the int8 lock too."""
+    cuda = catalog.stack(base.stack).cuda is not None
     where = folder or assets.root() / "base-images" / "locks" / base.stack
-    needed = ["server", *([] if "torch" in base.provides else ["torch"]), *(["int8"] if int8 else [])]
+    needed = ["server", *([] if "torch" in base.provides else ["torch"]), *(["int8"] if int8 and _INT8[cuda] else [])]
     texts = {name: _read(where / f"{name}.txt") for name in needed}
     if missing := [name for name, text in texts.items() if text is None]:
-        index = (
-            ""
-            if catalog.stack(base.stack).cuda
-            else " --wheels DIR (or --index URL: CPU wheels of torch are not on PyPI)"
-        )
+        index = "" if cuda else " --wheels DIR (or --index URL: CPU wheels of torch are not on PyPI)"
         raise UsageError(
             f"there is no {missing[0]}.txt in {where}" if folder else f"no locks are shipped for the base {base.key}",
             f"`inferctl lock --base {base.key} --output {folder or 'locks'}{index}`, then image.locks: {folder or 'locks'}",
@@ -93,7 +90,7 @@ def resolve(target: Target, provided: tuple[str, ...]) -> Locks:
     return Locks(
         torch=None if torch_comes_with_base else select(everything, in_torch),
         server=select(everything, set(server) - set(closure) - brought),
-        int8=select(everything, set(versions(everything)) - set(server) - set(closure) - brought),
+        int8=select(everything, set(versions(everything)) - set(server) - set(closure) - brought) or None,
     )
 
 

@@ -112,7 +112,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("wheels")
     torch = catalog.stack(catalog.base("cpu").stack).torch
-    wanted = [f"torch=={torch}", "torchao", *locks.declared("serve")]
+    wanted = [f"torch=={torch}", *locks.declared("serve")]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
     subprocess.run([*command, *wanted], check=True)
     return folder

@@ -216,7 +216,7 @@ def main() -> None:
 def download(folder: Path) -> Path:
     from inferctl import catalog, locks
 
-    wanted = [f"torch=={catalog.stack(catalog.base('cpu').stack).torch}", "torchao", *locks.declared("serve")]
+    wanted = [f"torch=={catalog.stack(catalog.base('cpu').stack).torch}", *locks.declared("serve")]
     run(sys.executable, "-m", "pip", "download", "--quiet", "--dest", folder, *wanted)
     return folder
 

@@ -27,7 +27,7 @@ _TELLING_FLAGS = (
     "amx_int8",
     "f16c",
 )
-_PACKAGES = ("torch", "transformers", "tokenizers", "bitsandbytes", "torchao", "numpy", "locust", "gevent")
+_PACKAGES = ("torch", "transformers", "tokenizers", "bitsandbytes", "numpy", "locust", "gevent")
 # Settings of the numeric libraries that change speeds; recorded when set.
 _TELLING_VARIABLES = (
     "OMP_NUM_THREADS",

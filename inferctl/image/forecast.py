@@ -55,9 +55,9 @@ class Forecast:
         return [f"{name:<28}{bytes_:>10}  {source}" for name, bytes_, source in shown]
 
 
-# Wheels of the server closure as base-images/locks/ pins it; of int8, by whether the stack has CUDA (bitsandbytes, else torchao).
+# Wheels of the server closure as base-images/locks/ pins it; of int8 (bitsandbytes; CPU stacks need nothing).
 SERVER_WHEELS_BYTES = 52_100_000
-INT8_WHEELS_BYTES = {True: 43_100_000, False: 3_400_000}
+INT8_WHEELS_BYTES = 43_100_000
 # What a closure's layer weighs in a registry beyond its wheels: the bytecode that the image carries so that it starts fast.
 BYTECODE_BYTES = {"torch": 36_500_000, "server": 32_500_000, "int8": 2_000_000}
 _MEASURED = "measured: the wheels of the shipped lock, and their bytecode"
@@ -87,7 +87,7 @@ def forecast(
     if "server" in locks:
         parts.append(_closure("server dependencies", "server", SERVER_WHEELS_BYTES, _MEASURED, wheels))
     if "int8" in locks:
-        parts.append(_closure("int8 library", "int8", INT8_WHEELS_BYTES[stack.cuda is not None], _MEASURED, wheels))
+        parts.append(_closure("int8 library", "int8", INT8_WHEELS_BYTES, _MEASURED, wheels))
     if baked:
         parts.append(
             Part(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,13 +30,13 @@ def test_percentiles_are_those_of_the_server_where_locusts_own_are_rounded(
 ) -> None:
     url = answering("--median-ms", "120", "--sigma", "0.3")
     done, part, _ = measure(url, tmp_path / "run", users=16, duration_s=5)
-    truth = np.sort(json.loads(urllib.request.urlopen(f"{url}/truth").read())[-len(part.measured) :])
-    found = np.sort(records.latency_ms(part.measured))
+    found, drawn = records.latency_ms(part.measured), part.measured["inference_ms"]
     assert len(found) > 300
+    # What the client and the busy cores add is all on one side, request by request.
+    assert (found > drawn - 0.001).all()
     for q in (0.5, 0.9):
-        own, exact = found[stats.rank(len(found), q) - 1], truth[stats.rank(len(truth), q) - 1]
-        # What the client adds (connection, scheduling on busy cores) is all on one side.
-        assert -0.5 < own - exact < 0.15 * exact
+        own, exact = (np.sort(times)[stats.rank(len(times), q) - 1] for times in (found, drawn))
+        assert own < 1.15 * exact
     rounded = done.state["locust_percentiles_ms"]
     assert all(value % 10 == 0 for value in rounded.values())
 
