@@ -6,7 +6,7 @@ FROM python:3.11-slim-trixie AS python
 FROM python AS installer
 
 # Each closure is installed apart and copied with --link, so that a change in one leaves the others' layers as they are.
-# Bytecode is checked by hash, and times are fixed up to the root: equal locks make equal layers, on any builder.
+# Bytecode is checked by hash, and times are fixed up to the root: equal locks make equal layers.
 FROM installer AS torch
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \

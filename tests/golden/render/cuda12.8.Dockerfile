@@ -10,7 +10,7 @@ FROM python AS installer
 RUN apt-get update && apt-get install --yes --no-install-recommends python3-pip
 
 # Each closure is installed apart and copied with --link, so that a change in one leaves the others' layers as they are.
-# Bytecode is checked by hash, and times are fixed up to the root: equal locks make equal layers, on any builder.
+# Bytecode is checked by hash, and times are fixed up to the root: equal locks make equal layers.
 FROM installer AS torch
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
