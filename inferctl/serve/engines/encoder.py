@@ -166,9 +166,10 @@ class EncoderEngine:
     def _load(self, folder: Path, precision: PrecisionInfo, attention: str | None) -> None:
         self._model = None  # let the memory go before it is needed again
         loaded = plain.load_model(folder, self._dtype, attention)
+        self._fill = self._device.type == "cpu" and (precision.effective == "int8" or _native_bf16(precision))
         if precision.effective == "int8" and self._device.type == "cuda":
             int8.quantise(loaded)
-        elif precision.effective == "int8" or (self._device.type == "cpu" and _native_bf16(precision)):
+        elif self._fill:
             onednn.pack(loaded, int8=precision.effective == "int8")
         try:
             self._model = loaded.to(self._device)
@@ -222,12 +223,17 @@ class EncoderEngine:
 
     def _packed_rows(self, sequences: list[Tokens]) -> torch.Tensor:
         lengths = [len(s) for s in sequences]
-        tokens = torch.from_numpy(np.concatenate(sequences).astype(np.int64)).to(self._device, non_blocking=True)
-        positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]) + self._first_position).to(
+        total = sum(lengths)
+        filling = onednn.filled(total) - total if self._fill else 0
+        rest = np.full(filling, self._padding, dtype=np.int64)
+        tokens = torch.from_numpy(np.concatenate([*sequences, rest], dtype=np.int64)).to(
             self._device, non_blocking=True
         )
-        layout = packed.layout(lengths, self._device, varlen=self._varlen, bucketed=self._bucketed)
-        hidden = self._model(input_ids=tokens[None], position_ids=positions[None], layout=layout).last_hidden_state[0]
+        within = np.concatenate([*(np.arange(n) for n in lengths), np.zeros(filling, dtype=np.int64)])
+        positions = torch.from_numpy(within + self._first_position).to(self._device, non_blocking=True)
+        layout = packed.layout(lengths, self._device, varlen=self._varlen, bucketed=self._bucketed, filling=filling)
+        states = self._model(input_ids=tokens[None], position_ids=positions[None], layout=layout).last_hidden_state
+        hidden = states[0, :total]
         counts = torch.tensor(lengths, device=self._device)
         ends = counts.cumsum(0)
         if self._recipe.pooling == "mean":

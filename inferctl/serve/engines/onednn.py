@@ -8,10 +8,14 @@ very large activations: it took all-MiniLM-L6-v2's lowest cosine to fp32 from 0.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+# oneDNN makes code for every number of rows that it meets, and keeps it: half a MiB each, beyond the reach of its own cache's limit. A row of 1,024
+# tokens at most would come to a GiB within minutes. Rows are filled up to few numbers instead: multiples of an eighth of the power of two below.
+_FINEST = 16
 # The batch that oneDNN packs weights for; others run as well.
 _PACKED_FOR = 512
 _TINY = 1e-12
@@ -20,6 +24,21 @@ _GELU: tuple[Any, ...] = ("gelu", [], "none")
 _PLAIN: tuple[Any, ...] = ("none", [], "")
 # torch's own operators of this kind are to move to torchao; the one used here has no successor yet.
 warnings.filterwarnings("ignore", message=r"torch\.quantize_per_tensor")
+
+
+def filled(rows: int) -> int:
+    """To how many rows `rows` should be filled up: an eighth more at most, from 128 on."""
+    step = max(_FINEST, 1 << max(0, (rows - 1).bit_length() - 4))
+    return -(-rows // step) * step
+
+
+def _with_filling(compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """`compute` on x [..., in], filled up where the caller did not do so already."""
+    rows = x.numel() // x.shape[-1]
+    if (whole := filled(rows)) == rows:
+        return compute(x)
+    flat = torch.nn.functional.pad(x.reshape(rows, -1), (0, 0, 0, whole - rows))
+    return compute(flat)[:rows].view(*x.shape[:-1], -1)
 
 
 class Linear(torch.nn.Module):
@@ -33,6 +52,9 @@ class Linear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
+        return _with_filling(self._compute, x)
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._after)
         return out
 
@@ -52,6 +74,9 @@ class Int8Linear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out] in the format of `x`."""
+        return _with_filling(self._compute, x)
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
         scales = x.abs().amax(dim=-1, keepdim=True).float().clamp_(min=_TINY) / 127
         levels = torch.quantize_per_tensor(x.float().mul_(scales.reciprocal()), 1.0, _ZERO, torch.quint8)
         # int_repr() would copy what is only to be looked at as bytes.

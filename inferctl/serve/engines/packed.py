@@ -48,28 +48,36 @@ class Layout:
     buckets: Buckets | None = None
 
 
-def buckets(lengths: list[int], dtype: torch.dtype) -> Buckets:
-    """The buckets of sequences that lie end to end in this order; equal lengths should be neighbours."""
+def buckets(lengths: list[int], dtype: torch.dtype, filling: int) -> Buckets:
+    """The buckets of sequences that lie end to end in this order; equal lengths should be neighbours. `filling` rows come after them."""
     true = np.array(lengths)
     padded = -(-true // _STEP) * _STEP
     starts, firsts = np.cumsum(true) - true, np.cumsum(padded) - padded
     within = np.arange(padded.sum()) - np.repeat(firsts, padded)
     # Padding reads the first token of its own sequence: the mask hides it, whatever it is.
     spread = np.repeat(starts, padded) + np.where(within < np.repeat(true, padded), within, 0)
-    collect = np.arange(true.sum()) + np.repeat(firsts - starts, true)
+    collect = np.zeros(true.sum() + filling, dtype=np.int64)  # filling takes any row: nobody looks at it
+    collect[: true.sum()] = np.arange(true.sum()) + np.repeat(firsts - starts, true)
     groups, at = [], 0
     for length, group in groupby(padded.tolist()):
-        count = sum(1 for _ in group)
-        mine = torch.from_numpy(true[at : at + count])
-        hidden = torch.arange(length) >= mine[:, None]
-        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[:, None, None]
-        groups.append((int(firsts[at]), count, length, mask if bool(hidden.any()) else None))
-        at += count
+        for count in _powers_of_two(sum(1 for _ in group)):
+            mine = torch.from_numpy(true[at : at + count])
+            hidden = torch.arange(length) >= mine[:, None]
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[:, None, None]
+            groups.append((int(firsts[at]), count, length, mask if bool(hidden.any()) else None))
+            at += count
     return Buckets(torch.from_numpy(spread), torch.from_numpy(collect), groups)
 
 
-def layout(lengths: list[int], device: torch.device, *, varlen: bool, bucketed: torch.dtype | None = None) -> Layout:
-    """The layout of sequences that lie end to end in this order; equal lengths should be neighbours."""
+def _powers_of_two(count: int) -> list[int]:
+    """`count` as a sum of falling powers of two: attention in few shapes, for the reason that `onednn.filled` has."""
+    return [1 << bit for bit in reversed(range(count.bit_length())) if count >> bit & 1]
+
+
+def layout(
+    lengths: list[int], device: torch.device, *, varlen: bool, bucketed: torch.dtype | None = None, filling: int = 0
+) -> Layout:
+    """The layout of sequences that lie end to end in this order; equal lengths should be neighbours. `filling` rows come after them."""
     if varlen:
         offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         offsets[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
@@ -79,9 +87,8 @@ def layout(lengths: list[int], device: torch.device, *, varlen: bool, bucketed: 
         count = sum(1 for _ in group)
         runs.append((start, count, length))
         start += count * length
-    return Layout(
-        runs, max(lengths), buckets=buckets(lengths, bucketed) if bucketed and max(lengths) <= _LONGEST else None
-    )
+    short = bucketed is not None and max(lengths) <= _LONGEST
+    return Layout(runs, max(lengths), buckets=buckets(lengths, bucketed, filling) if short and bucketed else None)
 
 
 def register() -> None:
@@ -117,7 +124,7 @@ def attention(
     grouped = key.shape[1] != query.shape[1]
     if layout.buckets is not None and not (grouped or causal or sliding_window):
         return _bucketed(query, key, value, layout.buckets, scaling), None
-    out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+    out = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
     for start, count, length in layout.runs:
         end = start + count * length
         q, k, v = (
