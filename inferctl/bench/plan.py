@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from inferctl import assets
 from inferctl.errors import Problem, SpecError, UsageError, did_you_mean
@@ -22,10 +23,13 @@ class _Section(BaseModel):
 
 
 class Configuration(_Section):
-    """One way to serve the model."""
+    """One way to serve the model, and what differs from the plan when it is measured: texts, and keys of the load."""
 
     name: Name
     precision: Precision
+    max_batch_tokens: int | None = Field(None, ge=64, le=1_048_576)
+    corpus: str | None = None
+    load: dict[str, Any] | None = None
 
 
 class Load(_Section):
@@ -53,44 +57,120 @@ class Quality(_Section):
     min_recall: float = Field(0.9, ge=0, le=1)
 
 
+class Matrix(_Section):
+    """Every value of each axis with every value of the others. `load` gives each load a name and the keys in which it differs."""
+
+    precision: list[Precision] = Field(min_length=1)
+    max_batch_tokens: list[Annotated[int, Field(ge=64, le=1_048_576)]] = Field(default_factory=list)
+    corpus: list[str] = Field(default_factory=list)
+    load: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+    hardware: list[str] = Field(default_factory=list)
+
+    def configurations(self) -> list[Configuration]:
+        """One a combination, named after the axes that have more than one value."""
+        return vary(
+            [Configuration(name=one, precision=one) for one in dict.fromkeys(self.precision)],
+            self.max_batch_tokens,
+            self.corpus,
+            self.load,
+        )
+
+
+class Search(_Section):
+    """How the highest rate that holds the SLO is looked for; `inferctl/bench/search.py` says what is done with it."""
+
+    slo_p99_ms: float | None = Field(None, gt=0)
+    resolution: float = Field(0.05, gt=0, le=1)
+    probe_s: float = Field(8, ge=1, le=3600)
+    max_probe_s: float = Field(60, ge=1, le=86_400)
+    max_probes: int = Field(24, ge=3, le=200)
+    start_rate: float | None = Field(None, gt=0, le=100_000)
+    max_rate: float = Field(100_000, gt=0, le=100_000)
+
+
 class Plan(_Section):
-    """A benchmark, complete: two runs of equal plans on the same machine do the same work."""
+    """A benchmark, complete: two runs of equal plans on the same machine do the same work.
+
+    A `matrix` is written out into `configurations` when it is read, so that whoever has a plan has every configuration.
+    """
 
     name: Name
     description: str = ""
-    configurations: list[Configuration] = Field(min_length=1)
+    configurations: list[Configuration] = Field(default_factory=list)
+    matrix: Matrix | None = None
+    hardware: list[str] = Field(default_factory=list)
+    search: Search | None = None
     load: Load = Field(default_factory=lambda: Load.model_validate({}))
     corpus: str = "mixed"
     seed: int = Field(0, ge=0, lt=2**63)
     repeats: int = Field(1, ge=1, le=100)
     quality: Quality | None = Field(default_factory=lambda: Quality.model_validate({}))
 
+    @model_validator(mode="after")
+    def _written_out(self) -> Plan:
+        if bool(self.configurations) == bool(self.matrix):
+            raise ValueError("a plan has either configurations or a matrix")
+        made = self
+        if self.matrix:
+            hardware = list(dict.fromkeys([*self.hardware, *self.matrix.hardware]))
+            changes = {"configurations": self.matrix.configurations(), "matrix": None, "hardware": hardware}
+            made = self.model_copy(update=changes)
+        for one in made.configurations:
+            try:
+                made.load_with(one.load)
+            except ValidationError as error:
+                first = error.errors()[0]
+                raise ValueError(
+                    f"the load of {one.name}: {'.'.join(map(str, first['loc']))}: {_lower(first['msg'])}"
+                ) from None
+        return made
+
+    def load_with(self, changes: Mapping[str, Any] | None) -> Load:
+        """The plan's load with `changes`; a rate makes it open and users make it closed, unless they say a mode too."""
+        if not changes:
+            return self.load
+        implied = {"mode": "open"} if "rate" in changes else {"mode": "closed"} if "users" in changes else {}
+        return Load.model_validate({**self.load.model_dump(exclude_unset=True), **implied, **changes})
+
     def with_overrides(
         self,
-        precisions: list[str] | None = None,
+        precisions: Sequence[str] | None = None,
         users: int | None = None,
         rate: float | None = None,
         duration_s: float | None = None,
         repeats: int | None = None,
+        **more: Any,
     ) -> Plan:
-        """The plan with what the command line says put in its place; None leaves the plan's own. Raises `UsageError`."""
-        data = self.model_dump()
-        if precisions:
-            data["configurations"] = [{"name": name, "precision": name} for name in dict.fromkeys(precisions)]
-        for key, value in {"users": users, "rate": rate, "duration_s": duration_s}.items():
-            if value is not None:
-                data["load"][key] = value
+        """The plan with what the command line says put in its place; None leaves the plan's own. Raises `UsageError`.
+
+        `more`: `load` (dict of further load keys), `batch_tokens` and `corpora` (lists, each multiplies the configurations),
+        `hardware` (list), `search` (dict of search keys; an empty one asks for a search).
+        """
+        data = self.model_dump(exclude_unset=True) | {"configurations": [one.model_dump() for one in self.configurations]}
+        data.pop("matrix", None)
+        data["load"] = self.load.model_dump(exclude_unset=True)
+        given = {"users": users, "rate": rate, "duration_s": duration_s, **(more.get("load") or {})}
+        data["load"] |= {key: value for key, value in given.items() if value is not None}
         if rate is not None:
             data["load"]["mode"] = "open"
         if repeats is not None:
             data["repeats"] = repeats
+        if hardware := more.get("hardware"):
+            data["hardware"] = list(dict.fromkeys([*self.hardware, *hardware]))
+        if (search := more.get("search")) is not None:
+            own = self.search.model_dump(exclude_unset=True) if self.search else {}
+            data["search"] = own | {key: value for key, value in search.items() if value is not None}
         try:
+            if precisions:
+                data["configurations"] = [{"name": name, "precision": name} for name in dict.fromkeys(precisions)]
+            listed = [Configuration.model_validate(one) for one in data["configurations"]]
+            data["configurations"] = vary(listed, more.get("batch_tokens") or [], more.get("corpora") or [])
             return Plan.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise UsageError(
-                f"{where} cannot be {first.get('input')!r}: {_lower(first['msg'])}",
+                f"{where} cannot be {first.get('input')!r}: {_lower(first['msg'])}" if where else _lower(first["msg"]),
                 "`inferctl bench --help` lists the options",
             ) from None
 
@@ -118,6 +198,29 @@ class Run:
     def name(self) -> str:
         """Name of its folder, as in `bf16-1`."""
         return f"{self.configuration}-{self.repeat + 1}"
+
+
+def vary(
+    configurations: Sequence[Configuration],
+    batch_tokens: Sequence[int] = (),
+    corpora: Sequence[str] = (),
+    loads: Mapping[str, dict[str, Any]] | None = None,
+) -> list[Configuration]:
+    """Each configuration with each batch budget, corpus and load; an axis with one value or more than one replaces the configurations' own.
+
+    Only an axis with several values becomes part of the names.
+    """
+    axes: list[list[tuple[str, dict[str, Any]]]] = [
+        [(str(value), {"max_batch_tokens": value}) for value in dict.fromkeys(batch_tokens)],
+        [(Path(value).stem, {"corpus": value}) for value in dict.fromkeys(corpora)],
+        [(name, {"load": changes}) for name, changes in (loads or {}).items()],
+    ]
+    made = []
+    for one, *choices in itertools.product(configurations, *(axis or [("", {})] for axis in axes)):
+        parts = [one.name, *(label for (label, _), axis in zip(choices, axes, strict=True) if len(axis) > 1)]
+        changes = {key: value for _, values in choices for key, value in values.items()}
+        made.append(Configuration.model_validate({**one.model_dump(), **changes, "name": "-".join(parts)}))
+    return made
 
 
 def names() -> list[str]:
@@ -178,13 +281,21 @@ def _problem(error: dict[str, Any], document: Document) -> Problem:
             line,
             did_you_mean(str(location[-1]), known) or f"known: {', '.join(known)}",
         )
+    if not location:
+        return Problem("", _lower(error["msg"]), None, "docs/bench.md explains every key")
     if error["type"] == "missing":
         return Problem(path, f"{path} is missing", line, "docs/bench.md explains every key")
     return Problem(path, f"{path}: {_lower(error['msg'])}, got {value!r}", line)
 
 
 def _fields(location: tuple[str | int, ...]) -> list[str]:
-    sections: dict[str, type[BaseModel]] = {"load": Load, "quality": Quality, "configurations": Configuration}
+    sections: dict[str, type[BaseModel]] = {
+        "load": Load,
+        "quality": Quality,
+        "configurations": Configuration,
+        "matrix": Matrix,
+        "search": Search,
+    }
     section = sections.get(str(location[0]), Plan) if location else Plan
     return list(section.model_fields)
 

@@ -1,0 +1,299 @@
+"""The highest rate that holds an SLO, out of probes at chosen rates: which rate to try next, and what the probes say together. Sends nothing.
+
+    sweep      from a fifth of the ceiling upward, until the server falls behind or fails, and one step beyond
+    bisect     between the highest rate that holds and the lowest above it that does not
+    confirm    the highest that holds, once more with other times: the one that was picked as the best of many had luck
+
+Words, as R. Jain and D.-M. Chiu use them (Computer Networks 17, 1989): up to the *knee* more load costs little latency, beyond it latency bends
+while throughput still grows; at the *cliff* throughput falls, or errors start. Between them throughput may just stop growing: *saturation*.
+The knee is where throughput / latency, Kleinrock's power, is greatest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from inferctl.bench import stats
+from inferctl.bench.plan import Search
+from inferctl.bench.validity import ACHIEVED_LIMIT, CLIENT_CPU_LIMIT
+
+SWEEP = (0.2, 0.4, 0.6, 0.75, 0.9, 1.0, 1.15)
+BEYOND = 1.3
+FALLS = 0.95
+CONFIRMATIONS = 3
+# Constraints that more load cannot mend: the sweep need not go on.
+_SATURATED = ("fell behind", "errors", "generator")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One rate offered to the server for a while (`runs` times, pooled). Rates in requests/s, times in ms; None is "n too small".
+
+    `holds` is None when the sample is too small to say; `broke` names the constraint otherwise: p99, errors, fell behind, generator.
+    `ended_early`: the backlog grew without doubt, so the rest was not waited for, and its latencies are lower bounds.
+    """
+
+    stage: str
+    rate: float
+    seed: int
+    seconds: float
+    offered: int
+    answered: int
+    achieved_rps: float
+    n: int
+    p50_ms: float | None
+    p50_interval_ms: tuple[float | None, float | None]
+    p99_ms: float | None
+    p99_interval_ms: tuple[float | None, float | None]
+    errors: dict[str, int]
+    late: int
+    client_cpu_percent: float | None
+    holds: bool | None
+    broke: str | None
+    reason: str
+    ended_early: bool = False
+    runs: int = 1
+    records: list[str] = field(default_factory=list)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether more of the same could turn the verdict: the interval of the p99 contains the SLO."""
+        return self.broke == "p99" and self.reason.endswith("contains it")
+
+
+Measure = Callable[[float, str, Sequence[Probe]], Probe]
+
+
+def judge(
+    summary: Mapping[str, Any], slo_p99_ms: float, client_cpu: float | None, growing: str | None = None
+) -> tuple[bool | None, str | None, str]:
+    """(holds, broke, reason) of one rate by its summary. `growing` says how the backlog grew when the probe was ended for that."""
+    errors = {name: count for name, count in summary["errors"].items() if name != "dropped"}
+    offered, answered = summary["offered"] or 0, summary["answered"] or 0
+    p99 = summary["latency_ms"]["p99"]
+    if client_cpu is not None and client_cpu > CLIENT_CPU_LIMIT:
+        return False, "generator", f"the load generator used {client_cpu:.0f} % of its core"
+    if errors:
+        return False, "errors", f"{sum(errors.values())} of {summary['requests']} requests failed ({_listed(errors)})"
+    if growing:
+        return False, "fell behind", growing
+    if answered < ACHIEVED_LIMIT * offered:
+        return False, "fell behind", f"{answered} of {offered} requests offered were answered in time"
+    if p99["value"] is None:
+        return None, "n too small", f"n too small for a p99: {summary['latency_ms']['n']} of {p99['needed']} answers"
+    span = f"p99 {p99['value']:.1f} ms ({p99['low']:.1f} - {p99['high']:.1f})"
+    if p99["high"] <= slo_p99_ms:
+        return True, None, f"{span} is within {slo_p99_ms:g} ms"
+    if p99["low"] > slo_p99_ms:
+        return False, "p99", f"{span} is over {slo_p99_ms:g} ms"
+    return False, "p99", f"{span} is not shown to be within {slo_p99_ms:g} ms: its interval contains it"
+
+
+def find(settings: Search, slo_p99_ms: float, ceiling: float | None, measure: Measure) -> dict[str, Any]:
+    """Probe by way of `measure(rate, stage, earlier probes of that rate to pool with)`; returns the receipt's `search` key.
+
+    `ceiling`: requests/s of a closed loop that keeps the server busy; None starts at `settings.start_rate`.
+    """
+    hunt = _Hunt(settings, measure)
+    hunt.sweep(ceiling)
+    hunt.descend()
+    hunt.bisect()
+    best = hunt.confirm()
+    return _result(settings, slo_p99_ms, ceiling, hunt, best)
+
+
+class _Hunt:
+    def __init__(self, settings: Search, measure: Measure) -> None:
+        self._settings, self._measure = settings, measure
+        self.log: list[Probe] = []
+        self.latest: dict[float, Probe] = {}
+
+    @property
+    def spent(self) -> bool:
+        return len(self.log) >= self._settings.max_probes
+
+    def probe(self, rate: float, stage: str) -> Probe:
+        """Probe a rate; once more, pooled, when its interval leaves the verdict open."""
+        rate = _tidy(min(rate, self._settings.max_rate))
+        made = self._measure(rate, stage, [])
+        self.log.append(made)
+        if made.undecided and not self.spent:
+            made = self._measure(rate, stage, [made])
+            self.log[-1] = made
+        self.latest[rate] = made
+        return made
+
+    def sweep(self, ceiling: float | None) -> None:
+        """Upward until the server is saturated, and one step beyond, where throughput may fall."""
+        start = self._settings.start_rate
+        ladder = [ceiling * share for share in SWEEP] if ceiling else []
+        if start is not None:
+            ladder = [start, *(rate for rate in ladder if rate > start)]
+        rate, beyond = 0.0, False
+        while not self.spent:
+            rate = ladder.pop(0) if ladder else rate * BEYOND
+            made = self.probe(rate, "sweep")
+            if beyond or made.broke == "generator" or rate >= self._settings.max_rate:
+                return
+            if made.broke in _SATURATED:
+                beyond, ladder = True, []
+
+    def descend(self) -> None:
+        """Downward when even the first rate does not hold."""
+        for _ in range(5):
+            low, high = self.bracket()
+            if low is not None or high is None or self.spent:
+                return
+            if self.probe(high / 2, "bisect").holds is None:
+                return
+
+    def bracket(self) -> tuple[float | None, float | None]:
+        """The highest rate that holds below the lowest that does not, and that lowest one."""
+        high = min((rate for rate, probe in self.latest.items() if probe.holds is False), default=None)
+        low = max(
+            (rate for rate, probe in self.latest.items() if probe.holds and (high is None or rate < high)), default=None
+        )
+        return low, high
+
+    def bisect(self) -> None:
+        doubted: set[float] = set()
+        while not self.spent:
+            low, high = self.bracket()
+            if low is None or high is None:
+                return
+            above = [rate for rate, probe in self.latest.items() if probe.holds and rate > high]
+            if above and high not in doubted:
+                # More load held: the failure may have been the machine's. Once more, and the new result counts.
+                doubted.add(high)
+                self.probe(high, "bisect")
+                continue
+            if high <= low * (1 + self._settings.resolution):
+                return
+            if self.probe((low + high) / 2, "bisect").holds is None:
+                return
+
+    def confirm(self) -> Probe | None:
+        """The best rate's own, fresh probe; steps down where it does not hold again."""
+        for _ in range(CONFIRMATIONS):
+            low, _high = self.bracket()
+            if low is None:
+                return None
+            made = self.probe(low, "confirm")
+            if made.holds:
+                return made
+            if self.bracket()[0] is None:
+                self.probe(low / (1 + self._settings.resolution), "bisect")
+        return None
+
+
+def _result(
+    settings: Search, slo_p99_ms: float, ceiling: float | None, hunt: _Hunt, best: Probe | None
+) -> dict[str, Any]:
+    probes = sorted(hunt.latest.values(), key=lambda probe: probe.rate)
+    failing = [probe for probe in probes if probe.holds is False and (best is None or probe.rate > best.rate)]
+    first = failing[0] if failing else None
+    small = any(probe.holds is None for probe in probes)
+    if best:
+        verdict = "found" if first and first.broke != "generator" else "at least"
+    else:
+        verdict = "n too small" if small else "none holds" if failing else "not confirmed"
+    return {
+        "slo_p99_ms": slo_p99_ms,
+        "resolution": settings.resolution,
+        "ceiling_rps": ceiling and round(ceiling, 3),
+        "verdict": verdict,
+        "max_goodput_rps": best.rate if best else None,
+        "first_failing_rps": first.rate if first else None,
+        "limited_by": first.broke if first else None,
+        "reason": first.reason if first else "",
+        **shape(probes),
+        "probes": [asdict(probe) for probe in hunt.log],
+    }
+
+
+def shape(probes: Sequence[Probe]) -> dict[str, Any]:
+    """Knee, saturation and cliff of probes in the order of their rates; each None where it was not seen."""
+    kept = [p for p in probes if p.broke not in _SATURATED and p.p50_ms and p.achieved_rps]
+    knee = max(kept, key=lambda p: p.achieved_rps / (p.p50_ms or 1), default=None)
+    if knee and (len(kept) < 3 or knee is kept[-1]):
+        knee = None
+    behind = next((p for p in probes if p.broke == "fell behind"), None)
+    cliff = None
+    best = 0.0
+    for probe in probes:
+        if probe.broke == "errors":
+            cliff = {"rps": probe.rate, "kind": "errors", "reason": probe.reason}
+        elif probe.broke == "fell behind" and probe.achieved_rps < FALLS * best:
+            reason = f"{probe.achieved_rps:.1f} requests/s, after {best:.1f} at a lower rate"
+            cliff = {"rps": probe.rate, "kind": "throughput falls", "reason": reason}
+        if cliff:
+            break
+        best = max(best, probe.achieved_rps)
+    return {
+        "knee_rps": knee.rate if knee else None,
+        "saturation_rps": behind.rate if behind else None,
+        "saturated_at_rps": round(max((p.achieved_rps for p in probes), default=0.0), 3) if behind else None,
+        "cliff": cliff,
+    }
+
+
+def sentences(name: str, search: Mapping[str, Any]) -> list[str]:
+    """What a search found, in words; the first one is the finding."""
+    slo, best = search["slo_p99_ms"], search["max_goodput_rps"]
+    last = next((p for p in reversed(search["probes"]) if p["rate"] == best and p["holds"]), None)
+    if best and last:
+        low, high = last["p99_interval_ms"]
+        more = "at least " if search["verdict"] == "at least" else ""
+        found = [
+            f"{name} holds p99 {slo:g} ms up to {more}{best:g} requests/s "
+            f"(p99 there {last['p99_ms']:.1f} ms, interval {low:.1f} - {high:.1f})."
+        ]
+    elif search["verdict"] == "n too small":
+        found = [f"{name}: n too small to say which rate holds p99 {slo:g} ms; give the probes more time (max_probe_s)."]
+    elif search["verdict"] == "not confirmed":
+        found = [f"{name}: no rate that held p99 {slo:g} ms once held it again; the machine is too unsteady to say."]
+    else:
+        found = [f"{name} holds p99 {slo:g} ms at no rate that was tried."]
+    if search["first_failing_rps"]:
+        found.append(
+            f"{name} first fails at {search['first_failing_rps']:g} requests/s by {search['limited_by']}: {search['reason']}."
+        )
+    return [*found, *_bends(name, search)]
+
+
+def _bends(name: str, search: Mapping[str, Any]) -> list[str]:
+    parts = []
+    if search["knee_rps"]:
+        parts.append(f"knee at {search['knee_rps']:g} requests/s (beyond it latency grows faster than throughput)")
+    if search["saturation_rps"]:
+        parts.append(
+            f"behind from {search['saturation_rps']:g} offered (it does {search['saturated_at_rps']:.1f} at most)"
+        )
+    cliff = search["cliff"]
+    parts.append(f"cliff at {cliff['rps']:g}: {cliff['kind']}, {cliff['reason']}" if cliff else "no cliff seen")
+    return [f"{name}: {'; '.join(parts)}."]
+
+
+def slope(times: Sequence[float], values: Sequence[float]) -> tuple[float, float] | None:
+    """Least-squares slope of `values` over `times` and the half-width of its 95 % interval; None for fewer than four points."""
+    n = len(times)
+    if n < 4:
+        return None
+    mean_t, mean_v = sum(times) / n, sum(values) / n
+    spread = sum((t - mean_t) ** 2 for t in times)
+    if not spread:
+        return None
+    rise = sum((t - mean_t) * (v - mean_v) for t, v in zip(times, values, strict=True)) / spread
+    left = sum((v - mean_v - rise * (t - mean_t)) ** 2 for t, v in zip(times, values, strict=True))
+    return rise, stats.student_t(n - 2) * (left / (n - 2) / spread) ** 0.5
+
+
+def _tidy(rate: float) -> float:
+    """Three digits: nobody can tell 84.1237 requests/s from 84.1."""
+    return float(f"{rate:.3g}")
+
+
+def _listed(errors: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in errors.items())
