@@ -67,7 +67,7 @@ def listener(port: int) -> int | None:
     sockets = {f"socket:[{inode}]" for inode in _listening(port)}
     holders = {pid for pid in _pids() if sockets & _open_files(pid)} if sockets else set()
     tops = [pid for pid in holders if (fields := _stat(pid)) and int(fields[1]) not in holders]
-    return tops[0] if len(tops) == 1 and not _name(tops[0]).startswith(_FORWARDERS) else None
+    return tops[0] if len(tops) == 1 and not name(tops[0]).startswith(_FORWARDERS) else None
 
 
 def cores() -> int:
@@ -156,7 +156,8 @@ def _pids() -> list[int]:
     return [int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit()]
 
 
-def _name(pid: int) -> str:
+def name(pid: int) -> str:
+    """Name of a process as the kernel knows it; empty when it is gone or cannot be seen."""
     try:
         return (_PROC / str(pid) / "comm").read_text().strip()
     except OSError:

@@ -12,7 +12,7 @@ from typing import Any
 
 import inferctl
 from inferctl import catalog
-from inferctl.bench import findings, privacy, receipt, runner, summary, target, workload
+from inferctl.bench import efficiency, findings, privacy, receipt, runner, summary, target, workload
 from inferctl.bench.environment import Environment
 from inferctl.bench.plan import Plan
 from inferctl.errors import InferctlError, InvalidRunError
@@ -58,6 +58,7 @@ def _receipt(context: Context, outcome: runner.Outcome, described: dict[str, Any
     pooled, each, whole = runner.judge(outcome, context.environment.machine_cores)
     info, subject = _nameless(outcome.info), outcome.subject
     parts = [m.part for m in outcome.measurements]
+    hardware = hardware_of(info, subject, context.environment)
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "inferctl": inferctl.__version__,
@@ -67,12 +68,15 @@ def _receipt(context: Context, outcome: runner.Outcome, described: dict[str, Any
         "workload": described,
         "model": {**(info.get("model") or {}), "source": _source(context, info, subject)},
         "precision": precision_of(info, subject),
-        "hardware": hardware_of(info, subject, context.environment),
+        "hardware": hardware,
         "environment": context.environment.as_dict(),
         "server": info,
         "image": info.get("image"),
         "summary": pooled,
         "resources": _worst(outcome.measurements),
+        "efficiency": efficiency.efficiency(
+            pooled, [m.telemetry for m in outcome.measurements], _worst(outcome.measurements), hardware["key"]
+        ),
         "quality": outcome.quality,
         "validity": whole.as_dict(),
         "curve": summary.latency_curve(parts),
@@ -85,6 +89,7 @@ def _receipt(context: Context, outcome: runner.Outcome, described: dict[str, Any
                 "server": _nameless(m.info),
                 "summary": summary.summarise([m.part]),
                 "resources": m.resources,
+                "telemetry": m.telemetry,
                 "validity": verdict.as_dict(),
                 "warmup": {"settled": m.state.get("steady"), "windows": m.state.get("windows")},
                 "locust_percentiles_ms": m.state.get("locust_percentiles_ms"),
@@ -220,11 +225,27 @@ def _row(outcome: runner.Outcome, sealed: receipt.Receipt | None) -> dict[str, A
         "requests_per_s_interval": data["summary"]["requests_per_s_interval"],
         "tokens_per_s": data["summary"]["tokens_per_s"],
         "server_peak_bytes": data["resources"].get("server_peak_bytes"),
+        **_costs(data),
         "quality": data["quality"],
         "cosine_mean": cosine.get("mean"),
         "recall_at_10": data["quality"].get("recall_at_10"),
         **data["validity"],
         "receipt": str(sealed.path),
+    }
+
+
+def _costs(data: dict[str, Any]) -> dict[str, Any]:
+    """What a row says of energy, money and GPUs; None where it is not known."""
+    spent = data.get("efficiency") or {}
+    cheapest = next(iter(spent.get("cost") or ()), None)
+    gpus = [gpu for run in data["runs"] for gpu in (run.get("telemetry") or {}).get("gpus", ())]
+    busy = [gpu["utilisation_percent"]["mean"] for gpu in gpus if gpu["utilisation_percent"]]
+    return {
+        **{key: spent.get(key) for key in ("watts", "joules_per_1000_requests", "joules_per_million_texts")},
+        "cpu_seconds_per_1000_requests": spent.get("cpu_seconds_per_1000_requests"),
+        "usd_per_million_texts": cheapest["usd_per_million_texts"] if cheapest else None,
+        "price": cheapest,
+        "gpu_utilisation_percent": round(sum(busy) / len(busy), 1) if busy else None,
     }
 
 

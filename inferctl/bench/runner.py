@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.bench import load as loads
-from inferctl.bench import procfs, quality, server, summary, target, validity, workload
+from inferctl.bench import procfs, quality, server, summary, target, telemetry, validity, workload
 from inferctl.bench.plan import Plan, Run
 from inferctl.errors import InferctlError
 
@@ -44,6 +44,7 @@ class Measurement:
     folder: Path
     info: dict[str, Any]
     serial: int
+    telemetry: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -144,6 +145,8 @@ def _measure(
     subject = outcome.subject
     started = time.time()
     with contextlib.ExitStack() as stack:
+        # Before the server starts: who is on a GPU now is not of ours.
+        watch = stack.enter_context(telemetry.Watch())
         if subject.url:
             child, aim = None, target.connect(subject.url)
         else:
@@ -155,7 +158,7 @@ def _measure(
                 server.running(arguments, announce, folder, lambda passed: tell("starting", passed))
             )
             aim = child.target
-        measurement = _load(bench, work, aim, child, one, folder, tell)
+        measurement = _load(bench, work, aim, child, one, folder, tell, watch)
         measurement.started = started
         outcome.measurements.append(measurement)
         if one.repeat == 0:
@@ -175,6 +178,7 @@ def _load(
     one: Run,
     folder: Path,
     tell: Callable[..., None],
+    watch: telemetry.Watch,
 ) -> Measurement:
     plan = bench.plan.load
     # Of no seed: a server that lives through several benches must not see an input again. Even (warm-up takes the next
@@ -182,6 +186,7 @@ def _load(
     serial = 100_000 + 2 * secrets.randbelow(450_000)
     description = loads.prepare(plan, work, aim, serial, folder)
     watched = child.process.pid if child else target.process(aim.url)
+    watch.ours |= {watched} if watched else set()
     with procfs.Sampler({"server": watched} if watched else {}) as sampler:
         try:
             done = loads.run(
@@ -201,12 +206,20 @@ def _load(
             resources["other_cores"] = round(max(0.0, resources["other_cores"] - client / 100), 3)
     offered = len(work.schedule_ns) if plan.mode == "open" else None
     part = summary.Part(done.rows, start, end, plan.inputs_per_request, offered)
-    return Measurement(one, 0.0, part, done.state, resources, folder, aim.info, serial)
+    seen = watch.window(
+        start, end, aim.info, here=child is not None or target.is_local(aim.url), ours=child is not None
+    )
+    return Measurement(one, 0.0, part, done.state, resources, folder, aim.info, serial, seen)
 
 
 def judge(outcome: Outcome, cores: int) -> tuple[dict[str, Any], list[validity.Validity], validity.Validity]:
     """Pooled summary of an outcome with runs, the validity of each run, and that of the whole."""
-    each = [validity.judge(summary.summarise([m.part]), m.resources, m.state, cores) for m in outcome.measurements]
+    each = [
+        validity.both(
+            validity.judge(summary.summarise([m.part]), m.resources, m.state, cores), telemetry.judge(m.telemetry)
+        )
+        for m in outcome.measurements
+    ]
     pooled = summary.summarise([m.part for m in outcome.measurements])
     whole = validity.combine(each, pooled)
     reasons = (*whole.reasons, *validity.same([m.info for m in outcome.measurements]).reasons)

@@ -93,6 +93,11 @@ def same(infos: Sequence[Mapping[str, Any]]) -> Validity:
     )
 
 
+def both(one: Validity, other: Validity) -> Validity:
+    """What two judges say of one run."""
+    return Validity((*one.reasons, *other.reasons), (*one.cautions, *other.cautions))
+
+
 def combine(parts: Sequence[Validity], pooled: Mapping[str, Any]) -> Validity:
     """Validity of the runs of one configuration, whose pooled summary is given: invalid when one of them is, or all are too few answers."""
     many = len(parts) > 1

@@ -1,0 +1,318 @@
+"""What is read beside a load, and what it means: recorded samples of GPUs, energy counters in a folder, this machine itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from inferctl.bench import efficiency, nvml, telemetry
+from inferctl.bench.nvml import Described, GpuSample, Process
+
+SECOND = 10**9
+T4 = Described(0, "Tesla T4", 16 * 10**9, "580.65", 70.0, 70.0, sliced=False, slices=())
+SAMPLE = GpuSample(
+    0,
+    utilisation_percent=90.0,
+    memory_bytes=10**9,
+    power_w=60.0,
+    energy_j=None,
+    sm_clock_mhz=1500,
+    temperature_c=70,
+    throttle=0,
+    processes=(Process(10),),
+)
+
+
+def recorded(count: int = 10, **changes: Any) -> list[GpuSample]:
+    """A sample every half second; a change may be a function of the sample's number."""
+    return [
+        dataclasses.replace(
+            SAMPLE,
+            at_ns=i * SECOND // 2,
+            **{name: value(i) if callable(value) else value for name, value in changes.items()},
+        )
+        for i in range(count)
+    ]
+
+
+def judged(samples: list[GpuSample], device: Described = T4, ours: set[int] | None = None, earlier: Any = ()) -> Any:
+    found = telemetry.gpu(device, samples, {10} if ours is None else ours, earlier)
+    return telemetry.judge({"gpus": [found]})
+
+
+def test_a_quiet_gpu_of_our_own_is_valid() -> None:
+    found = judged(recorded())
+    assert (found.reasons, found.cautions) == ((), ())
+
+
+def test_another_process_on_the_gpu_makes_a_run_invalid() -> None:
+    found = judged(recorded(processes=lambda i: (Process(10), Process(4_000_001)) if i == 3 else (Process(10),)))
+    assert found.reasons == ("another process was on Tesla T4 meanwhile (process 4000001)",)
+
+
+def test_whoever_was_there_before_our_server_is_foreign_even_where_ids_cannot_be_matched() -> None:
+    # In a container NVML gives the host's ids: ours is 555 there, and nothing says so.
+    alone = judged(recorded(processes=(Process(555),)), ours={10})
+    assert (alone.reasons, alone.cautions) == ((), ())
+    samples = recorded(processes=(Process(555), Process(4_000_001)))
+    assert judged(samples, earlier=(Process(4_000_001),)).reasons == (
+        "another process was on Tesla T4 meanwhile (process 4000001)",
+    )
+    untold = judged(samples)
+    assert untold.reasons == ()
+    assert untold.cautions == (
+        "2 processes were on Tesla T4, and which of them are the server's cannot be told from here",
+    )
+
+
+def test_other_slices_of_a_gpu_are_neighbours_and_our_own_slice_is_not() -> None:
+    sliced = dataclasses.replace(T4, name="A100", sliced=True)
+    beside = judged(recorded(processes=(Process(10, 1), Process(4_000_001, 2))), sliced)
+    assert (beside.reasons, beside.cautions) == ((), ("other slices of A100 were in use meanwhile",))
+    within = judged(recorded(processes=(Process(10, 1), Process(4_000_001, 1))), sliced)
+    assert within.reasons == ("another process was on A100 meanwhile (process 4000001)",)
+
+
+@pytest.mark.parametrize(
+    ("mask", "cause"),
+    [(0x20, "heat"), (0x48, "heat"), (0x88, "power brake"), (0x08, "hardware"), (0x200, "board limit")],
+)
+def test_clocks_held_down_make_a_run_invalid(mask: int, cause: str) -> None:
+    found = judged(recorded(20, throttle=lambda i: mask if i < 2 else 0))
+    assert found.reasons == (f"Tesla T4 held its clocks down in 10% of the samples: {cause}",)
+    rarely = judged(recorded(20, throttle=lambda i: mask if i < 1 else 0))
+    assert rarely.reasons == ()
+    assert rarely.cautions == (f"Tesla T4 held its clocks down in 5% of the samples: {cause}",)
+
+
+def test_idling_and_clocks_set_by_hand_are_no_throttling() -> None:
+    found = judged(recorded(throttle=0x01 | 0x02 | 0x10 | 0x100))
+    assert (found.reasons, found.cautions) == ((), ())
+
+
+def test_a_part_at_its_own_power_limit_is_said_and_one_that_was_lowered_is_another_part() -> None:
+    own = judged(recorded(throttle=0x04))
+    assert own.reasons == ()
+    assert own.cautions == ("Tesla T4 held its clocks down in 100% of the samples: power limit, its own (70 W)",)
+    capped = dataclasses.replace(T4, power_limit_w=50.0)
+    assert judged(recorded(throttle=0x04), capped).reasons == (
+        "Tesla T4 held its clocks down in 100% of the samples: power limit, lowered to 50 W of 70 W",
+    )
+    assert judged(recorded(), capped).cautions == ("the power limit of Tesla T4 is lowered to 50 W of 70 W",)
+
+
+def test_what_a_part_does_not_tell_stays_unknown() -> None:
+    silent = recorded(
+        utilisation_percent=None, memory_bytes=None, power_w=None, sm_clock_mhz=None, temperature_c=None, throttle=None,
+        processes=None,
+    )  # fmt: skip
+    found = telemetry.gpu(T4, silent, {10}, ())
+    assert found is not None
+    for key in (
+        "utilisation_percent",
+        "memory_bytes",
+        "power_w",
+        "sm_clock_mhz",
+        "temperature_c",
+        "throttled",
+        "joules",
+    ):
+        assert found[key] is None
+    assert telemetry.judge({"gpus": [found]}).valid
+
+
+def test_energy_is_the_parts_own_counter_else_power_over_time() -> None:
+    counted = telemetry.gpu(T4, recorded(11, energy_j=lambda i: 1000.0 + 40 * i), {10}, ())
+    assert counted is not None
+    assert (counted["joules"], counted["joules_from"]) == (400.0, "counter")
+    # 0 W rising to 100 W in five seconds: 250 J.
+    risen = telemetry.gpu(T4, recorded(11, power_w=lambda i: 10.0 * i), {10}, ())
+    assert risen is not None
+    assert (risen["joules"], risen["joules_from"]) == (250.0, "power, integrated")
+
+
+class Played:
+    """GPUs that play samples one after the other, in the place of NVML."""
+
+    def __init__(self, devices: list[Described], samples: list[list[GpuSample]]) -> None:
+        self._devices, self._samples, self._next = devices, samples, [0] * len(devices)
+
+    def devices(self) -> list[Described]:
+        return self._devices
+
+    def sample(self, index: int, at_ns: int) -> GpuSample:
+        place = min(self._next[index], len(self._samples[index]) - 1)
+        self._next[index] += 1
+        return dataclasses.replace(self._samples[index][place], at_ns=at_ns)
+
+    def close(self) -> None:
+        pass
+
+
+def watched(played: Played, **options: Any) -> dict[str, Any]:
+    with telemetry.Watch(telemetry.Sensors(gpus=played), every_s=0.01) as watch:
+        watch.ours.add(os.getpid())
+        started = time.monotonic_ns()
+        while len(watch.looks) < 8:
+            time.sleep(0.01)
+        return watch.window(started, time.monotonic_ns(), {"device": {"kind": "cuda"}}, **options)
+
+
+def test_the_gpu_that_the_server_is_on_is_the_one_that_counts() -> None:
+    two = [T4, dataclasses.replace(T4, index=1, name="Other T4")]
+    ours = [dataclasses.replace(SAMPLE, processes=(Process(os.getpid()),))]
+    others = [dataclasses.replace(SAMPLE, processes=(Process(4_000_001),))]
+    found = watched(Played(two, [others, ours]))
+    assert [one["name"] for one in found["gpus"]] == ["Other T4"]
+    assert telemetry.judge(found).valid
+
+
+def test_gpus_are_no_business_of_a_server_on_the_cpu_or_elsewhere() -> None:
+    with telemetry.Watch(telemetry.Sensors(gpus=Played([T4], [[SAMPLE]])), every_s=0.01) as watch:
+        time.sleep(0.1)
+    end = time.monotonic_ns()
+    assert watch.window(0, end, {"device": {"kind": "cpu"}})["gpus"] == []
+    assert len(watch.window(0, end, {})["gpus"]) == 1
+    away = watch.window(0, end, {}, here=False)
+    assert (away["gpus"], away["cpu_energy"]) == ([], None)
+    assert "another machine" in away["absent"]["gpu"]
+
+
+def counters(root: Path, **microjoules: int) -> Path:
+    """A powercap folder as the kernel lays it out."""
+    for place, (name, value) in enumerate(microjoules.items()):
+        folder = root / f"intel-rapl:{place}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "name").write_text(f"{name.replace('_', '-')}\n")
+        (folder / "energy_uj").write_text(f"{value}\n")
+        (folder / "max_energy_range_uj").write_text("10000000\n")
+    return root
+
+
+def test_energy_counters_are_read_over_the_window_and_may_start_again(tmp_path: Path) -> None:
+    root = counters(tmp_path, package_0=9_000_000, dram=100, core=5, psys=7)
+    found, why = telemetry.zones(root)
+    assert [zone.name for zone in found] == ["package-0", "dram"]
+    assert why is None
+    with telemetry.Watch(telemetry.Sensors(zones=found), every_s=0.01) as watch:
+        counters(root, package_0=1_000_000, dram=500_100, core=6, psys=9)
+        while len(watch.looks) < 4:
+            time.sleep(0.01)
+        energy = watch.window(0, time.monotonic_ns(), {})["cpu_energy"]
+    # The package's counter went from 9 J over its end at 10 J to 1 J; memory took half a joule.
+    assert energy["joules"] == pytest.approx(2.5)
+    assert energy["zones"] == ["package-0", "dram"]
+    assert "whole machine" in energy["scope"]
+
+
+def test_why_there_is_no_energy_counter_is_said(tmp_path: Path) -> None:
+    assert "offers no energy counters" in str(telemetry.zones(tmp_path)[1])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_counters_of_root_only_are_said_to_be_that(tmp_path: Path) -> None:
+    root = counters(tmp_path, package_0=1)
+    (root / "intel-rapl:0" / "energy_uj").chmod(0)
+    found, why = telemetry.zones(root)
+    assert found == []
+    assert "only root" in str(why)
+
+
+def test_this_machine_can_be_watched_and_says_what_it_lacks() -> None:
+    with telemetry.Watch(every_s=0.05) as watch:
+        start = time.monotonic_ns()
+        time.sleep(0.2)
+        found = watch.window(start, time.monotonic_ns(), {})
+    assert bool(found["gpus"]) != ("gpu" in found["absent"])
+    assert bool(found["cpu_energy"]) != ("cpu_energy" in found["absent"])
+
+
+class FakeError(Exception):
+    pass
+
+
+def test_samples_hold_what_nvml_says_and_nothing_where_it_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise FakeError("not supported")
+
+    told: dict[str, Any] = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: 1,
+        "nvmlDeviceGetHandleByIndex": lambda index: f"gpu {index}",
+        "nvmlDeviceGetName": lambda handle: "Tesla T4",
+        "nvmlSystemGetDriverVersion": lambda: "580.65",
+        "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=16 * 10**9, used=10**9),
+        "nvmlDeviceGetPowerUsage": lambda handle: 61_500,
+        "nvmlDeviceGetUtilizationRates": lambda handle: SimpleNamespace(gpu=93, memory=40),
+        "nvmlDeviceGetComputeRunningProcesses": lambda handle: [
+            SimpleNamespace(pid=7, gpuInstanceId=0xFFFFFFFF),
+            SimpleNamespace(pid=8, gpuInstanceId=2),
+        ],
+        "nvmlDeviceGetClockInfo": lambda handle, kind: 1590,
+        "nvmlDeviceGetTemperature": lambda handle, kind: 71,
+        "nvmlDeviceGetCurrentClocksThrottleReasons": lambda handle: 4,
+        "nvmlDeviceGetEnforcedPowerLimit": lambda handle: 70_000,
+        "nvmlDeviceGetPowerManagementDefaultLimit": lambda handle: 70_000,
+        "nvmlDeviceGetMigMode": unsupported,
+        "nvmlDeviceGetTotalEnergyConsumption": unsupported,
+    }
+    fake = SimpleNamespace(NVMLError=FakeError, NVML_CLOCK_SM=1, NVML_TEMPERATURE_GPU=0, **told)
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", fake)
+    gpus = nvml.Nvml()
+    assert gpus.devices() == [T4]
+    assert gpus.sample(0, 5) == GpuSample(5, 93.0, 10**9, 61.5, None, 1590, 71, 4, (Process(7), Process(8, 2)))
+
+
+def document(joules: float | None = 500.0, *, sliced: bool = False) -> dict[str, Any]:
+    """Telemetry of a run on one GPU for ten seconds."""
+    made = telemetry.gpu(T4, recorded(), {10}, ())
+    assert made is not None
+    return {"gpus": [made | {"joules": joules, "seconds": 10.0, "sliced": sliced}], "cpu_energy": None, "absent": {}}
+
+
+RATES = {"requests_per_s": 100.0, "texts_per_s": 400.0}
+
+
+def test_energy_and_money_per_request_and_per_text() -> None:
+    found = efficiency.efficiency(RATES, [document(500), document(700)], {"server_cores": 1.5}, "t4")
+    assert found["watts"] == 60  # 50 W and 70 W
+    assert found["joules_per_1000_requests"] == 600
+    assert found["joules_per_million_texts"] == 150_000
+    assert found["cpu_seconds_per_1000_requests"] == 15
+    cheapest = found["cost"][0]
+    assert cheapest["usd_per_million_texts"] == pytest.approx(cheapest["usd_per_hour"] / 3600 / 400 * 1e6, rel=1e-3)
+    assert [one["usd_per_hour"] for one in found["cost"]] == sorted(one["usd_per_hour"] for one in found["cost"])
+    assert all(one["source"] and one["date"] for one in found["cost"])
+    assert found["unknown"] == {}
+
+
+@pytest.mark.parametrize(
+    ("runs", "hardware", "why"),
+    [
+        ([document(None)], "t4", {"joules": "Tesla T4 does not tell its power"}),
+        ([document(sliced=True)], "a100-40gb-sxm-mig-3g.20gb", {"joules": "Tesla T4 counts energy for all of its slices together"}),
+        ([document(), {}], "t4", {"joules": "no energy counter was read"}),
+        ([], "cpu", {"joules": "no run was watched", "cost": "the catalog has no price for cpu"}),
+        ([document()], None, {"cost": "the catalog does not know this hardware"}),
+    ],
+)  # fmt: skip
+def test_what_is_not_known_is_not_made_up(
+    runs: list[dict[str, Any]], hardware: str | None, why: dict[str, str]
+) -> None:
+    found = efficiency.efficiency(RATES, runs, {}, hardware)
+    assert why.items() <= found["unknown"].items()
+    assert (found["joules_per_million_texts"] is None) == ("joules" in why)
+    assert (found["cost"] == []) == ("cost" in found["unknown"])
+
+
+def test_nothing_answered_costs_nothing_that_could_be_said() -> None:
+    found = efficiency.efficiency({"requests_per_s": 0.0, "texts_per_s": 0.0}, [document()], {"server_cores": 1}, "t4")
+    assert found["joules_per_million_texts"] is None
+    assert found["cost"] == []
