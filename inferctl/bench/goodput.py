@@ -251,7 +251,9 @@ def sentences(name: str, search: Mapping[str, Any]) -> list[str]:
             f"(p99 there {last['p99_ms']:.1f} ms, interval {low:.1f} - {high:.1f})."
         ]
     elif search["verdict"] == "n too small":
-        found = [f"{name}: n too small to say which rate holds p99 {slo:g} ms; give the probes more time (max_probe_s)."]
+        found = [
+            f"{name}: n too small to say which rate holds p99 {slo:g} ms; give the probes more time (max_probe_s)."
+        ]
     elif search["verdict"] == "not confirmed":
         found = [f"{name}: no rate that held p99 {slo:g} ms once held it again; the machine is too unsteady to say."]
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -12,7 +13,7 @@ from typing import Any
 
 import inferctl
 from inferctl import catalog
-from inferctl.bench import efficiency, findings, privacy, receipt, runner, summary, target, workload
+from inferctl.bench import efficiency, findings, privacy, receipt, runner, summary, target
 from inferctl.bench.environment import Environment
 from inferctl.bench.plan import Plan
 from inferctl.errors import InferctlError, InvalidRunError
@@ -36,25 +37,17 @@ class Context:
 
 def receipts(context: Context, outcomes: Sequence[runner.Outcome]) -> list[receipt.Receipt]:
     """Write one receipt for each outcome that has at least one run."""
-    work = workload.draw(context.plan.load, context.plan.corpus, context.plan.seed)
-    described = {
-        "sha256": work.digest,
-        "corpus": privacy.name_of(context.plan.corpus),
-        "corpus_sha256": work.corpus_sha256,
-        "seed": context.plan.seed,
-        "inputs": context.plan.load.inputs,
-    }
     return [
         receipt.write(
             context.output / "receipts" / f"{outcome.subject.name}.json",
-            privacy.without_home(_receipt(context, outcome, described)),
+            privacy.without_home(_receipt(context, outcome)),
         )
         for outcome in outcomes
         if outcome.measurements
     ]
 
 
-def _receipt(context: Context, outcome: runner.Outcome, described: dict[str, Any]) -> dict[str, Any]:
+def _receipt(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
     pooled, each, whole = runner.judge(outcome, context.environment.machine_cores)
     info, subject = _nameless(outcome.info), outcome.subject
     parts = [m.part for m in outcome.measurements]
@@ -63,9 +56,9 @@ def _receipt(context: Context, outcome: runner.Outcome, described: dict[str, Any
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "inferctl": inferctl.__version__,
         "configuration": _configuration(subject),
-        "plan": _plan(context),
+        "plan": _plan(context, outcome),
         "slo": {"p99_ms": context.slo_p99_ms},
-        "workload": described,
+        "workload": outcome.measurements[0].workload,
         "model": {**(info.get("model") or {}), "source": _source(context, info, subject)},
         "precision": precision_of(info, subject),
         "hardware": hardware,
@@ -80,6 +73,7 @@ def _receipt(context: Context, outcome: runner.Outcome, described: dict[str, Any
         "quality": outcome.quality,
         "validity": whole.as_dict(),
         "curve": summary.latency_curve(parts),
+        "search": outcome.measurements[0].search,
         "runs": [
             {
                 "repeat": m.run.repeat,
@@ -89,6 +83,7 @@ def _receipt(context: Context, outcome: runner.Outcome, described: dict[str, Any
                 "server": _nameless(m.info),
                 "summary": summary.summarise([m.part]),
                 "resources": m.resources,
+                "pace": m.pace,
                 "telemetry": m.telemetry,
                 "validity": verdict.as_dict(),
                 "warmup": {"settled": m.state.get("steady"), "windows": m.state.get("windows")},
@@ -111,20 +106,23 @@ def _configuration(subject: runner.Subject) -> dict[str, Any]:
     return {
         "name": subject.name,
         "precision": subject.precision,
+        "max_batch_tokens": subject.max_batch_tokens,
         "url": subject.url,
         "this_machine": subject.url is None or target.is_local(subject.url),
     }
 
 
-def _plan(context: Context) -> dict[str, Any]:
-    """The plan with what was really measured in the place of its configurations."""
+def _plan(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
+    """The plan with what was really measured in the place of its configurations, and the load and corpus of this one."""
     plan = context.plan.model_dump(mode="json")
-    plan["corpus"] = privacy.name_of(plan["corpus"])
+    plan["load"] = outcome.measurements[0].load
+    plan["corpus"] = privacy.name_of(outcome.subject.corpus or plan["corpus"])
     if plan["quality"]:
         plan["quality"]["corpus"] = privacy.name_of(plan["quality"]["corpus"])
     if context.subjects:
         plan["configurations"] = [
-            {"name": one.name, "url": one.url} if one.url else {"name": one.name, "precision": one.precision}
+            {key: value for key, value in dataclasses.asdict(one).items() if value is not None}
+            | ({"corpus": privacy.name_of(one.corpus)} if one.corpus else {})
             for one in context.subjects
         ]
     return plan
@@ -209,6 +207,9 @@ def _row(outcome: runner.Outcome, sealed: receipt.Receipt | None) -> dict[str, A
     latency, cosine = data["summary"]["latency_ms"], data["quality"].get("cosine") or {}
     return {
         "configuration": sealed.name,
+        "max_batch_tokens": data["configuration"]["max_batch_tokens"],
+        "workload": [data["workload"]["corpus"], outcome.subject.load],
+        "search": data["search"],
         "outcome": "failed" if outcome.failure else "measured",
         "reason": outcome.failure,
         "precision": data["precision"],

@@ -9,69 +9,28 @@ A configuration that cannot run becomes an outcome with its reason and the other
 from __future__ import annotations
 
 import contextlib
+import itertools
 import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from inferctl.bench import load as loads
-from inferctl.bench import procfs, quality, server, summary, target, telemetry, validity, workload
-from inferctl.bench.plan import Plan, Run
-from inferctl.errors import InferctlError
+from inferctl.bench import quality, resume, search, server, summary, target, telemetry, validity, workload
+from inferctl.bench.outcome import Measurement, Outcome, Subject
+from inferctl.bench.plan import Load, Plan, Run
+from inferctl.bench.session import Session, Tell, describe
+from inferctl.errors import InferctlError, UsageError
 
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured under one name: a precision to start our own server in, or the `url` of one that runs already."""
-
-    name: str
-    precision: str | None = None
-    url: str | None = None
-
-
-@dataclass
-class Measurement:
-    """One run that gave records. `info` is what the server said of itself then; `serial` is the number that its inputs began with."""
-
-    run: Run
-    started: float
-    part: summary.Part
-    state: dict[str, Any]
-    resources: dict[str, float]
-    folder: Path
-    info: dict[str, Any]
-    serial: int
-    telemetry: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Outcome:
-    """Everything about one subject. `failure` says why it has fewer runs than `planned`, in one line; None when it was interrupted."""
-
-    subject: Subject
-    measurements: list[Measurement] = field(default_factory=list)
-    quality: dict[str, Any] = field(default_factory=lambda: quality.unchecked("no run got that far"))
-    failure: str | None = None
-    planned: int = 1
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """What the server said of itself at the first run; `judge` holds the others against it."""
-        return self.measurements[0].info if self.measurements else {}
-
-    @property
-    def interrupted(self) -> str | None:
-        """How far it got when the bench ended before its last run; None when it got there or failed."""
-        done = len(self.measurements)
-        return None if self.failure or done >= self.planned else f"interrupted after {done} of {self.planned} runs"
+__all__ = ["Bench", "Measurement", "Outcome", "Progress", "Subject", "interruptible", "judge", "outcomes", "run"]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What is happening now. `number` of `total` runs; `seconds` in this phase; `live` while a load runs."""
+    """What is happening now. `number` of `total` runs; `seconds` in this phase; `live` while a load runs; `done` what has just ended, in a line."""
 
     name: str
     number: int
@@ -79,6 +38,7 @@ class Progress:
     phase: str
     seconds: float = 0.0
     live: loads.Live | None = None
+    done: str | None = None
 
 
 Notify = Callable[[Progress], None]
@@ -88,7 +48,8 @@ Notify = Callable[[Progress], None]
 class Bench:
     """What `run` needs: the plan, its subjects, how to start a server, the model folder for the quality check, and where to write.
 
-    `model` may be None when only running servers are measured; their vectors are then not checked.
+    `model` may be None when only running servers are measured; their vectors are then not checked. `slo_p99_ms` is what a search
+    looks for where the plan does not say it.
     """
 
     plan: Plan
@@ -96,6 +57,18 @@ class Bench:
     command: server.Command | None
     model: Path | None
     output: Path
+    slo_p99_ms: float | None = None
+
+    @property
+    def order(self) -> list[Run]:
+        """Every run, in its order."""
+        return self.plan.runs([subject.name for subject in self.subjects])
+
+    def load_of(self, subject: Subject) -> Load:
+        return self.plan.load_with(subject.load)
+
+    def corpus_of(self, subject: Subject) -> str:
+        return subject.corpus or self.plan.corpus
 
 
 def outcomes(bench: Bench) -> list[Outcome]:
@@ -104,42 +77,41 @@ def outcomes(bench: Bench) -> list[Outcome]:
 
 
 def run(bench: Bench, into: Sequence[Outcome], notify: Notify, kept: Callable[[Outcome], object]) -> None:
-    """Run everything, filling `into`; `kept` hears of an outcome after each run that it gained, so that nothing measured is lost.
+    """Run everything that `into` lacks, filling it; `kept` hears of an outcome after each run that it gained, so that nothing measured is lost.
 
-    SIGTERM is taken like Ctrl-C: children are ended, then it is raised.
+    Each complete run is also written down for `resume`. SIGTERM is taken like Ctrl-C: children are ended, then it is raised.
     """
-    work = workload.draw(bench.plan.load, bench.plan.corpus, bench.plan.seed)
     named = {outcome.subject.name: outcome for outcome in into}
     checker = quality.Checker(bench.plan.quality, bench.model)
-    order = bench.plan.runs([outcome.subject.name for outcome in into])
+    order = bench.order
     with interruptible():
         for number, one in enumerate(order, 1):
             outcome = named[one.configuration]
-            if outcome.failure:
+            if outcome.failure or outcome.has(one):
                 continue
 
             def tell(
-                phase: str, seconds: float = 0.0, live: loads.Live | None = None, one: Run = one, number: int = number
+                phase: str,
+                seconds: float = 0.0,
+                live: loads.Live | None = None,
+                done: str | None = None,
+                one: Run = one,
+                number: int = number,
             ) -> None:
-                notify(Progress(one.configuration, number, len(order), phase, seconds, live))
+                notify(Progress(one.configuration, number, len(order), phase, seconds, live, done))
 
+            before = len(outcome.measurements)
             try:
-                _measure(bench, work, outcome, one, checker, tell)
+                _measure(bench, outcome, one, checker, tell)
+                resume.keep(bench.output, outcome.measurements[-1], outcome.quality if one.repeat == 0 else None)
             except InferctlError as error:
                 outcome.failure = error.message
             finally:
-                if outcome.measurements:
+                if len(outcome.measurements) > before or (outcome.failure and outcome.measurements):
                     kept(outcome)
 
 
-def _measure(
-    bench: Bench,
-    work: workload.Workload,
-    outcome: Outcome,
-    one: Run,
-    checker: quality.Checker,
-    tell: Callable[..., None],
-) -> None:
+def _measure(bench: Bench, outcome: Outcome, one: Run, checker: quality.Checker, tell: Tell) -> None:
     folder = bench.output / "runs" / one.name
     folder.mkdir(parents=True, exist_ok=True)
     subject = outcome.subject
@@ -147,20 +119,13 @@ def _measure(
     with contextlib.ExitStack() as stack:
         # Before the server starts: who is on a GPU now is not of ours.
         watch = stack.enter_context(telemetry.Watch())
-        if subject.url:
-            child, aim = None, target.connect(subject.url)
-        else:
-            if bench.command is None or subject.precision is None:
-                raise InferctlError(f"{subject.name} has neither a URL nor a precision")
-            announce = folder / "announce.json"
-            arguments = bench.command(subject.precision, announce)
-            child = stack.enter_context(
-                server.running(arguments, announce, folder, lambda passed: tell("starting", passed))
-            )
-            aim = child.target
-        measurement = _load(bench, work, aim, child, one, folder, tell, watch)
+        child = stack.enter_context(_started(bench, subject, folder, tell)) if not subject.url else None
+        aim = child.target if child else target.connect(subject.url or "")
+        session = Session(aim, child, watch, tell)
+        measurement = (_searched if bench.plan.search else _loaded)(bench, subject, session, one, folder)
         measurement.started = started
         outcome.measurements.append(measurement)
+        tell("measured", done=_brief(measurement))
         if one.repeat == 0:
             tell("checking quality")
             outcome.quality = quality.unchecked("the check was interrupted")
@@ -170,46 +135,65 @@ def _measure(
         tell("stopping")
 
 
-def _load(
-    bench: Bench,
-    work: workload.Workload,
-    aim: target.Target,
-    child: server.Server | None,
-    one: Run,
-    folder: Path,
-    tell: Callable[..., None],
-    watch: telemetry.Watch,
-) -> Measurement:
-    plan = bench.plan.load
-    # Of no seed: a server that lives through several benches must not see an input again. Even (warm-up takes the next
-    # number) and always six digits, so that all runs have inputs of one length.
-    serial = 100_000 + 2 * secrets.randbelow(450_000)
-    description = loads.prepare(plan, work, aim, serial, folder)
-    watched = child.process.pid if child else target.process(aim.url)
-    watch.ours |= {watched} if watched else set()
-    with procfs.Sampler({"server": watched} if watched else {}) as sampler:
-        try:
-            done = loads.run(
-                plan, description, lambda live: tell(live.phase, 0.0, live), child.check if child else lambda: None
-            )
-        finally:
-            for scratch in ("bodies.jsonl", "order.bin", "schedule.bin", "warmup_schedule.bin"):
-                (folder / scratch).unlink(missing_ok=True)
-    start, end = done.state["measure_start_ns"], done.state["measure_end_ns"]
-    resources = sampler.between(start, end)
-    if watched is None and target.is_local(aim.url):
-        # What the measured server itself used cannot be told from what others did.
-        resources.pop("other_cores", None)
-    if (client := summary.client_cpu_percent(done.state)) is not None:
-        resources["client_cpu_percent"] = client
-        if "other_cores" in resources:
-            resources["other_cores"] = round(max(0.0, resources["other_cores"] - client / 100), 3)
-    offered = len(work.schedule_ns) if plan.mode == "open" else None
-    part = summary.Part(done.rows, start, end, plan.inputs_per_request, offered)
-    seen = watch.window(
-        start, end, aim.info, here=child is not None or target.is_local(aim.url), ours=child is not None
-    )
-    return Measurement(one, 0.0, part, done.state, resources, folder, aim.info, serial, seen)
+@contextlib.contextmanager
+def _started(bench: Bench, subject: Subject, folder: Path, tell: Tell) -> Iterator[server.Server]:
+    if bench.command is None or subject.precision is None:
+        raise InferctlError(f"{subject.name} has neither a URL nor a precision")
+    announce = folder / "announce.json"
+    arguments = [*bench.command(subject.precision, announce)]
+    if subject.max_batch_tokens:
+        arguments += ["--max-batch-tokens", str(subject.max_batch_tokens)]
+    with server.running(arguments, announce, folder, lambda passed: tell("starting", passed)) as child:
+        yield child
+
+
+def _loaded(bench: Bench, subject: Subject, session: Session, one: Run, folder: Path) -> Measurement:
+    load, corpus = bench.load_of(subject), bench.corpus_of(subject)
+    work = workload.draw(load, corpus, bench.plan.seed)
+    made = session.measure(load, work, one, folder)
+    made.workload = describe(work, load, corpus, bench.plan.seed)
+    return made
+
+
+def _searched(bench: Bench, subject: Subject, session: Session, one: Run, folder: Path) -> Measurement:
+    settings, corpus = bench.plan.search, bench.corpus_of(subject)
+    slo = (settings and settings.slo_p99_ms) or bench.slo_p99_ms
+    if settings is None or slo is None:
+        raise UsageError(
+            "a search needs to know which p99 must hold",
+            "give --slo 100 (ms), `search.slo_p99_ms`, or `slo.p99_ms` in the spec",
+        )
+    text = workload.read_corpus(corpus)[0][0]
+    numbers = itertools.count()
+
+    def ask() -> object:
+        return session.aim.embed([f"{next(numbers)} {secrets.token_hex(4)} {text}"], 30)
+
+    def take(load: Load, work: workload.Workload, place: Path, seed: int, check: Callable[[], None]) -> Measurement:
+        made = session.measure(load, work, one, place, check)
+        made.workload = describe(work, load, corpus, seed)
+        return made
+
+    idle_s = min(search.settle(ask, 0, None) for _ in range(5))
+    return search.Searcher(
+        settings=settings,
+        slo_p99_ms=slo,
+        load=bench.load_of(subject),
+        corpus=corpus,
+        seed=bench.plan.seed,
+        folder=folder,
+        take=take,
+        settle=lambda patience: search.settle(ask, patience, idle_s),
+        told=lambda probe: session.tell("search", done=f"{probe.stage} {probe.rate:g}/s: {probe.reason}"),
+    ).run()
+
+
+def _brief(measurement: Measurement) -> str:
+    """One line on a run that has just ended."""
+    found = summary.summarise([measurement.part])
+    latency = found["latency_ms"]
+    figures = [f"{key} {latency[key]['value']:.1f}" for key in ("p50", "p99") if latency[key]["value"] is not None]
+    return f"{found['requests_per_s']:.1f} req/s" + (f", {' '.join(figures)} ms" if figures else "")
 
 
 def judge(outcome: Outcome, cores: int) -> tuple[dict[str, Any], list[validity.Validity], validity.Validity]:

@@ -1,0 +1,219 @@
+"""Looks for the highest rate that one running server holds within an SLO: sends the probes that `goodput.find` asks for."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inferctl.bench import goodput, records, stats, summary, workload
+from inferctl.bench import load as loads
+from inferctl.bench.goodput import Probe
+from inferctl.bench.outcome import Measurement
+from inferctl.bench.plan import Load, Run, Search
+from inferctl.bench.validity import ACHIEVED_LIMIT
+from inferctl.errors import InferctlError
+
+BURST_S, BURST_USERS = 4.0, 32
+# More answers than a p99's interval needs: the last ones of a probe may come late.
+ENOUGH = round(1.15 * stats.needed(0.99))
+WINDOW_S, SHORTEST_S = 0.5, 4.0
+SETTLE_S = 30.0
+_OF_OTHER_SHAPE = ("stages", "trace", "spike")
+
+Take = Callable[[Load, workload.Workload, Path, int, Callable[[], None]], Measurement]
+
+
+class Hopeless(Exception):  # noqa: N818 - no error: the answer came sooner
+    """The backlog of a probe grows without doubt."""
+
+
+@dataclass
+class Searcher:
+    """Probes one server. `take` measures one load in a folder; `settle` waits until the server is idle again; `told` hears of each probe."""
+
+    settings: Search
+    slo_p99_ms: float
+    load: Load
+    corpus: str
+    seed: int
+    folder: Path
+    take: Take
+    settle: Callable[[float], None]
+    told: Callable[[Probe], None]
+    _taken: list[tuple[Probe, Measurement]] = field(default_factory=list)
+    _count: int = 0
+
+    def run(self) -> Measurement:
+        """Search; returns the measurement at the best rate (else at the lowest that lasted), with the result as its `search`.
+
+        Raises `InferctlError` when no probe lasted to its end.
+        """
+        ceiling = None if self.settings.start_rate else self._ceiling()
+        found = goodput.find(self.settings, self.slo_p99_ms, ceiling, self.measure)
+        lasted = [(probe, made) for probe, made in self._taken if not probe.ended_early and probe.n]
+        if not lasted:
+            raise InferctlError(
+                f"no probe lasted: {found['reason']}", "give `search.start_rate` a rate that the server can do"
+            )
+        best = [made for probe, made in lasted if probe.rate == found["max_goodput_rps"] and probe.stage == "confirm"]
+        chosen = best[-1] if best else min(lasted, key=lambda pair: pair[0].rate)[1]
+        return replace(chosen, search=found)
+
+    def _ceiling(self) -> float:
+        """Requests/s of a closed loop that always has work waiting. Its end is also the server's warm-up."""
+        users = max(BURST_USERS, self.load.users)
+        burst = self._shaped(mode="closed", users=users, duration_s=BURST_S, warmup_s=self.load.warmup_s)
+        made = self._taken_in("ceiling", burst, self.seed)
+        found = summary.summarise([made.part])
+        if not found["requests_per_s"]:
+            raise InferctlError(f"the server answered nothing to {users} users", f"its log is {self.folder}/server.log")
+        return float(found["requests_per_s"])
+
+    def measure(self, rate: float, stage: str, earlier: Sequence[Probe]) -> Probe:
+        """Offer `rate` once and judge it together with the `earlier` probes of that rate."""
+        seconds = max(self.settings.probe_s, ENOUGH / rate)
+        if stage == "confirm":
+            seconds = max(seconds, self.load.duration_s)
+        seconds = min(seconds, max(self.settings.probe_s, self.settings.max_probe_s))
+        # One draw of gaps for all rates of the search: what differs between them is the rate. A second look has its own.
+        seed = self.seed + len(earlier) + (100 if stage == "confirm" else 0)
+        warmup_s = min(self.load.warmup_s, 4 * self.load.window_s)
+        load = self._shaped(mode="open", rate=rate, duration_s=seconds, warmup_s=warmup_s)
+        self.settle(SETTLE_S)
+        growing = None
+        name = f"{stage}-{rate:g}"
+        try:
+            made = self._taken_in(name, load, seed)
+        except Hopeless as reason:
+            growing = str(reason)
+            made = self._cut_short(load, seed)
+        before = [taken for probe, taken in self._taken if probe in earlier]
+        probe = self._judged(rate, stage, seed, [*before, made], growing)
+        self._taken.append((probe, made))
+        self.told(probe)
+        return probe
+
+    def _shaped(self, **changes: Any) -> Load:
+        kept = {key: value for key, value in self.load.model_dump().items() if key not in _OF_OTHER_SHAPE}
+        return Load.model_validate({**kept, **changes})
+
+    def _taken_in(self, name: str, load: Load, seed: int) -> Measurement:
+        self._count += 1
+        self._place = self.folder / f"{self._count:02d}-{name}"
+        self._place.mkdir(parents=True, exist_ok=True)
+        self._work = workload.draw(load, self.corpus, seed)
+        backlog = Backlog(self._place, self._work, load.rate) if load.mode == "open" else None
+        return self.take(load, self._work, self._place, seed, backlog.check if backlog else lambda: None)
+
+    def _cut_short(self, load: Load, seed: int) -> Measurement:
+        """What a probe that was ended early left: its window ends with its last answer."""
+        rows, state = records.merge(self._place), loads.read_state(self._place)
+        start = int(state["measure_start_ns"])
+        end = max(start + 1, int(rows["end_ns"].max()))
+        offered = int(np.sum(self._work.schedule_ns < end - start))
+        part = summary.Part(rows, start, end, load.inputs_per_request, offered)
+        return Measurement(Run("cut", 0), 0.0, part, state, {}, self._place, {}, 0)
+
+    def _judged(self, rate: float, stage: str, seed: int, parts: Sequence[Measurement], growing: str | None) -> Probe:
+        found = summary.summarise([one.part for one in parts])
+        errors = _by_kind(found["errors"], [one.part for one in parts])
+        cpu = max((one.resources.get("client_cpu_percent", 0.0) for one in parts), default=0.0)
+        holds, broke, reason = goodput.judge({**found, "errors": errors}, self.slo_p99_ms, cpu or None, growing)
+        latency = found["latency_ms"]
+        spans = {key: (latency[key]["low"], latency[key]["high"]) for key in ("p50", "p99")}
+        return Probe(
+            stage=stage,
+            rate=rate,
+            seed=seed,
+            seconds=found["seconds"],
+            offered=found["offered"],
+            answered=found["answered"],
+            achieved_rps=found["requests_per_s"],
+            n=latency["n"],
+            p50_ms=latency["p50"]["value"],
+            p50_interval_ms=spans["p50"],
+            p99_ms=latency["p99"]["value"],
+            p99_interval_ms=spans["p99"],
+            errors=errors,
+            late=found["late"],
+            client_cpu_percent=cpu or None,
+            holds=holds,
+            broke=broke,
+            reason=reason,
+            ended_early=growing is not None,
+            runs=len(parts),
+            records=[
+                file.relative_to(self.folder.parent.parent).as_posix()
+                for one in parts
+                for file in sorted(one.folder.glob("requests-*.bin"))
+            ],
+        )
+
+
+class Backlog:
+    """Watches the records of an open loop while it runs; `check` raises `Hopeless` when the server falls ever further behind."""
+
+    def __init__(self, folder: Path, work: workload.Workload, rate: float | None) -> None:
+        self._folder, self._schedule, self._rate = folder, work.schedule_ns, rate or 1.0
+        self._tails: dict[Path, records.Tail] = {}
+        self._ends: list[int] = []
+        self._latencies: list[float] = []
+
+    def check(self) -> None:
+        """Raise `Hopeless` when, for certain, unanswered requests grow by more than 2 % of the rate and latency grows too."""
+        state = loads.read_state(self._folder)
+        if state.get("phase") != "measure":
+            return
+        for file in self._folder.glob("requests-*.bin"):
+            new = self._tails.setdefault(file, records.Tail(file)).new()
+            if len(new):
+                measured = new[new["phase"] == records.MEASURED]
+                self._ends += measured["end_ns"].tolist()
+                self._latencies += records.latency_ms(measured).tolist()
+        passed = (time.monotonic_ns() - state["measure_start_ns"]) / 1e9
+        if passed >= SHORTEST_S and (reason := self.growing(state["measure_start_ns"], passed)):
+            raise Hopeless(reason)
+
+    def growing(self, start_ns: int, passed_s: float) -> str | None:
+        """How the backlog grew within `passed_s` seconds, in words; None when that is not certain."""
+        ends = (np.array(self._ends, np.float64) - start_ns) / 1e9
+        latencies = np.array(self._latencies)
+        # The newest records may still be in the load generator's buffer.
+        edges = np.arange(WINDOW_S, passed_s - WINDOW_S, WINDOW_S)
+        waiting = [float(np.sum(self._schedule < edge * 1e9) - np.sum(ends < edge)) for edge in edges]
+        windows = [latencies[(ends >= edge - WINDOW_S) & (ends < edge)] for edge in edges]
+        known = [(edge, float(np.median(inside))) for edge, inside in zip(edges, windows, strict=True) if len(inside)]
+        backlog = goodput.slope([float(edge) for edge in edges], waiting)
+        latency = goodput.slope([edge for edge, _ in known], [value for _, value in known])
+        if not backlog or not latency:
+            return None
+        (grows, unsure), (bends, unclear) = backlog, latency
+        if grows - unsure > (1 - ACHIEVED_LIMIT) * self._rate and bends - unclear > 0:
+            return f"the backlog grew by {grows:.1f} requests and latency by {bends:.0f} ms a second: ended early"
+        return None
+
+
+def settle(ask: Callable[[], object], patience_s: float, idle_s: float | None) -> float:
+    """Ask one thing at a time until an answer takes no longer than twice `idle_s`, or `patience_s` is over; returns the last answer's seconds."""
+    until = time.monotonic() + patience_s
+    while True:
+        begun = time.monotonic()
+        with contextlib.suppress(InferctlError):
+            ask()
+        took = time.monotonic() - begun
+        if idle_s is None or took <= 2 * idle_s + 0.005 or time.monotonic() > until:
+            return took
+        time.sleep(0.05)
+
+
+def _by_kind(errors: dict[str, int], parts: Sequence[summary.Part]) -> dict[str, int]:
+    """Errors by kind, with 429 apart from other HTTP statuses: the server refused, it did not break."""
+    full = sum(int(np.sum(part.measured["status"] == 429)) for part in parts)
+    rest = {**errors, "HTTP status": errors.get("HTTP status", 0) - full, "429": full}
+    return {name: count for name, count in rest.items() if count > 0}
