@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,21 @@ def inferctl(precision: str, model: str) -> Embed:
     from inferctl.serve.types import Batch, EngineConfig
 
     engine = EncoderEngine(EngineConfig(model=model, precision=precision, device="cpu"))
-    limit = engine.load().batch_tokens
+    info = engine.load()
+    limit, pool = info.batch_tokens, ThreadPoolExecutor(info.parallel)
     tokenizer = TokenizerPool(Path(model), recipe.read(Path(model), None))
 
     def embed(texts: list[str]) -> Any:
         sequences = tokenizer.encode_now(texts, truncate=True)
-        rows, part = [], []
+        running, part = [], []
         for index, ids in enumerate(sequences):
             part.append(ids)
             following = len(sequences[index + 1]) if index + 1 < len(sequences) else limit
             if sum(map(len, part)) + following > limit:
                 lengths = np.array([len(s) for s in part], dtype=np.int32)
-                rows.append(engine.run(Batch(0, np.concatenate(part), lengths)).vectors)
+                running.append(pool.submit(engine.run, Batch(0, np.concatenate(part), lengths)))
                 part = []
-        return np.concatenate(rows)
+        return np.concatenate([batch.result().vectors for batch in running])
 
     return embed
 

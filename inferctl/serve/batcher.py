@@ -8,6 +8,7 @@ earns a share of the batches, so nothing starves. There is no waiting window: a 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,8 @@ from inferctl.serve.pace import Pace
 # A request ends with its batch, which later ones fill: predictions are stretched until nine answers of ten come in time. Steps of that search.
 _LATE, _IN_TIME = 1.02, 1.02 ** (-1 / 9)
 _LONGEST_STRETCH = 4.0
+# Less than this (tokens) is not worth a batch of its own while others could share one.
+_SMALLEST_SHARE = 64
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class _Share:
 
 @dataclass
 class Batcher:
-    """The queue in front of `engines` equal engines."""
+    """The queue in front of `engines` equal engines, or an engine that runs as many batches at a time."""
 
     limits: Limits
     pace: Pace = field(default_factory=Pace)
@@ -149,11 +152,16 @@ class Batcher:
         if len(lane.works) > 2 * lane.count + self.limits.window:
             lane.works = deque(work for work in lane.works if work.request in self._shares)
 
-    def next_batch(self, now: float) -> list[Work]:
-        """Take the next batch out of the queue; empty when nothing waits. Its sum of tokens keeps the limit unless one sequence alone is over it."""
-        batch = self._earned_by_bulk(now)
+    def next_batch(self, now: float, share: int = 1) -> list[Work]:
+        """Take the next batch out of the queue; empty when nothing waits. Its sum of tokens keeps the limit unless one sequence alone is over it.
+
+        `share`: so many batches could begin at once, so this one takes its part of what waits.
+        """
+        part = max(_SMALLEST_SHARE, math.ceil(self.waiting_tokens / share)) if share > 1 else self.waiting_tokens
+        room = min(self.limits.batch_tokens, part)
+        batch = self._earned_by_bulk(now, room)
         for lane in (self._interactive, self._bulk):
-            batch += self._take(lane, now, self.limits.batch_tokens - sum(work.tokens for work in batch), not batch)
+            batch += self._take(lane, now, room - sum(work.tokens for work in batch), not batch)
         return batch
 
     def has_full_batch(self) -> bool:
@@ -170,13 +178,12 @@ class Batcher:
     def _lane(self, bulk: bool) -> _Lane:
         return self._bulk if bulk else self._interactive
 
-    def _earned_by_bulk(self, now: float) -> list[Work]:
+    def _earned_by_bulk(self, now: float, room: int) -> list[Work]:
         """Bulk that goes before interactive work: when the oldest has waited too long, it earns tokens with every batch until it has paid."""
         oldest = self._oldest(self._bulk)
         if oldest is None or not self._interactive.count or now - oldest.arrived < self.limits.age_cap:
             self._earned = 0.0
             return []
-        room = self.limits.batch_tokens
         self._earned += self.limits.aged_share * room
         batch: list[Work] = []
         while (work := self._oldest(self._bulk)) and (not batch or work.tokens <= room):

@@ -37,6 +37,7 @@ def document(
         "attention_reason": info.attention_reason,
         "fidelity": {"cosine_min": info.cosine_min, "cosine_mean": info.cosine_mean, "check": info.check},
         "device": said["device"],
+        "parallel_batches": info.parallel,
         "versions": {"python": sys.version.split()[0], **info.versions},
         "limits": {
             "max_client_batch": limits.max_inputs,
@@ -58,7 +59,8 @@ def lines(info: EngineInfo, name: str, url: str, seconds: float) -> Iterator[str
     yield f"attention  {info.attention}: {info.attention_reason}"
     if info.cosine_min is not None:
         yield f"fidelity   cosine to fp32 at least {info.cosine_min:.5f}, {info.cosine_mean:.5f} on average ({info.check})"
+    cores = f", {device.threads} threads, {info.parallel} batches at a time"
     yield f"device     {device.name}" + (
-        f", {device.threads} threads" if device.threads else f", compute capability {device.compute_capability}"
+        cores if device.threads else f", compute capability {device.compute_capability}"
     )
     yield f"ready      {name} at {url} after {seconds:.1f} s; {url}/docs describes it"

@@ -1,6 +1,7 @@
 """Between requests and engines: queues what requests bring, sends batches, hands results back, tries again what an engine could not do.
 
-An engine runs one batch; a second is sent ahead only when it is full already, as a partial one can still grow until the engine is free.
+An engine gets as many batches as it runs at a time; one more is sent ahead only when it is full already, as a partial one can still grow until
+the engine is free.
 What went wrong is tried again alone, nothing else beside it, so that only the request at fault is given up: a batch that raised in halves, a
 batch that its engine died of by request, a vector that is not finite in fp32. An engine that then fails at a harmless batch too is at fault
 itself, and is replaced.
@@ -130,19 +131,17 @@ class Dispatcher:
     def lanes_changed(self) -> None:
         """An engine came or went."""
         up = [lane for lane in self.lanes if lane.up]
-        self._batcher.engines = len(up)
+        self._batcher.engines = sum(lane.slots for lane in up)
         self._metrics.engine_up.set(len(up))
         if up:
             self._limit_batches(min(lane.batch_tokens for lane in up))
 
-    def lost(self, batches: Sequence[Sent]) -> None:
-        """An engine died with these, in the order sent. It ran the first; what was sent ahead of time is as good as new."""
+    def lost(self, running: Sequence[Sent], ahead: Sequence[Sent]) -> None:
+        """An engine died while it ran these; what was sent ahead of time is as good as new."""
         self._metrics.engine_deaths.inc()
-        if batches:
-            running, *ahead = batches
-            self._batcher.requeue([w for sent in ahead for w in sent.works if w.request in self._requests])
-            self._again.extendleft(self._suspects(running))
-            self._again.extend(sent.doubt[0] for sent in batches if sent.doubt)
+        self._batcher.requeue([w for sent in ahead for w in sent.works if w.request in self._requests])
+        self._again.extendleft(again for sent in running for again in self._suspects(sent, len(running) == 1))
+        self._again.extend(sent.doubt[0] for sent in running if sent.doubt)
 
     def done(self, lane: Lane, sent: Sent, result: BatchResult, seconds: float) -> None:
         """A batch came back, `seconds` after the engine could begin it."""
@@ -214,14 +213,15 @@ class Dispatcher:
                 return Sent(works, alone=True, exact=again.exact)
         if self._again or not lane.takes(ahead=self._batcher.has_full_batch()):
             return None
-        works = self._batcher.next_batch(self._clock())
+        idle = sum(other.free for other in self.lanes)
+        works = self._batcher.next_batch(self._clock(), share=max(1, idle))
         return Sent(works) if works else None
 
-    def _suspects(self, sent: Sent) -> list[Sent]:
-        """The batch that an engine died of, by request. Who was alone in it is tried once more, then given up."""
+    def _suspects(self, sent: Sent, alone: bool) -> list[Sent]:
+        """The batch that an engine died of, by request; `alone`: it ran no other. Who was alone there is tried once more, then given up."""
         works = sorted(sent.works, key=lambda work: work.request)
         groups = [list(group) for _, group in groupby(works, key=lambda work: work.request)]
-        if len(groups) == 1 and (number := works[0].request) in self._requests:
+        if alone and len(groups) == 1 and (number := works[0].request) in self._requests:
             self._requests[number].deaths += 1
             if self._requests[number].deaths >= _ATTEMPTS:
                 self._fail(number, EngineUnavailableError("the engine died twice while it ran this alone"))

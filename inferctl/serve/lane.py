@@ -13,8 +13,6 @@ from inferctl.serve.types import Batch, BatchResult, EngineInfo
 if TYPE_CHECKING:
     from inferctl.serve.dispatcher import Dispatcher
 
-_AHEAD = 2
-
 
 @dataclass(frozen=True)
 class Sent:
@@ -34,6 +32,14 @@ class Sent:
         return sum(work.tokens for work in self.works)
 
 
+@dataclass
+class _Flight:
+    """A batch that is with the engine; `began` is None while all its slots are taken."""
+
+    sent: Sent
+    began: float | None
+
+
 class Lane:
     """The `Listener` of one supervisor."""
 
@@ -45,15 +51,25 @@ class Lane:
         self.info: EngineInfo | None = None
         self.batch_tokens = 0
         self._dispatcher, self._clock = dispatcher, clock
-        self._in_flight: dict[int, Sent] = {}  # the oldest first
+        self._in_flight: dict[int, _Flight] = {}  # the oldest first
         self._alive = False  # was ready in this life
         self.ran = 0  # batches, in this life
-        self._since = 0.0  # when the engine could begin the oldest
 
     @property
     def up(self) -> bool:
         """Whether the engine takes batches."""
         return self.info is not None
+
+    @property
+    def slots(self) -> int:
+        """Batches that the engine runs at a time; 0 while it is not up."""
+        return self.info.parallel if self.info else 0
+
+    @property
+    def free(self) -> int:
+        """Batches that it would begin at once."""
+        alone = any(flight.sent.alone for flight in self._in_flight.values())
+        return 0 if alone else max(0, self.slots - len(self._in_flight))
 
     @property
     def busy(self) -> bool:
@@ -63,25 +79,25 @@ class Lane:
     @property
     def tokens(self) -> int:
         """Tokens that are with the engine."""
-        return sum(sent.tokens for sent in self._in_flight.values())
+        return sum(flight.sent.tokens for flight in self._in_flight.values())
 
     def takes(self, *, ahead: bool) -> bool:
-        """Whether another batch may be sent; `ahead`: also while one runs."""
-        alone = any(sent.alone for sent in self._in_flight.values())
-        return not self._in_flight or (ahead and not alone and len(self._in_flight) < _AHEAD)
+        """Whether another batch may be sent; `ahead`: also one that waits for the engine."""
+        alone = any(flight.sent.alone for flight in self._in_flight.values())
+        return not alone and len(self._in_flight) < self.slots + ahead
 
     def left(self, seconds: Callable[[Sent], float]) -> float:
-        """How long until the engine has done what it has, when a batch takes `seconds`."""
-        if not self._in_flight:
+        """How long until the engine can begin another batch, when one takes `seconds`."""
+        if self.free or not self._in_flight:
             return 0.0
-        return max(0.0, sum(map(seconds, self._in_flight.values())) - (self._clock() - self._since))
+        now = self._clock()
+        passed = sum(now - flight.began for flight in self._in_flight.values() if flight.began is not None)
+        return max(0.0, sum(seconds(flight.sent) for flight in self._in_flight.values()) - passed) / max(1, self.slots)
 
     def send(self, batch: Batch, sent: Sent) -> None:
         """Hand a batch to the engine."""
         assert self.write is not None
-        if not self._in_flight:
-            self._since = self._clock()
-        self._in_flight[batch.id] = sent
+        self._in_flight[batch.id] = _Flight(sent, self._clock() if len(self._in_flight) < self.slots else None)
         self.write(batch)
 
     def replace(self) -> None:
@@ -104,7 +120,8 @@ class Lane:
         lost, self._in_flight = list(self._in_flight.values()), {}
         self._dispatcher.lanes_changed()
         if was_alive:
-            self._dispatcher.lost(lost)
+            running = [flight.sent for flight in lost if flight.began is not None]
+            self._dispatcher.lost(running, [flight.sent for flight in lost if flight.began is None])
         self.on_lost()
         self._dispatcher.pump()
 
@@ -119,7 +136,9 @@ class Lane:
         self._dispatcher.failed(self, sent, message, out_of_memory)
 
     def _ended(self, number: int) -> tuple[Sent, float]:
+        """The batch, and for how long the engine had it."""
         self.ran += 1
-        now = self._clock()
-        since, self._since = self._since, now
-        return self._in_flight.pop(number), now - since
+        now, flight = self._clock(), self._in_flight.pop(number)
+        if following := next((waiting for waiting in self._in_flight.values() if waiting.began is None), None):
+            following.began = now
+        return flight.sent, 0.0 if flight.began is None else now - flight.began

@@ -83,8 +83,8 @@ class Supervisor:
         self._writer: asyncio.StreamWriter | None = None
         self._stopping = asyncio.Event()
         self._ready = False  # this life has been
-        self._waiting = 0  # batches with the engine
-        self._since = 0.0  # when the engine last began something
+        self._batches: dict[int, float] = {}  # with the engine, the oldest first, and when they were sent
+        self._since = 0.0  # when this life began
         self._start_seconds: float | None = None  # the first time
 
     @property
@@ -95,9 +95,7 @@ class Supervisor:
     def send(self, batch: Batch) -> None:
         """Hand a batch to the engine. Only while it is ready."""
         assert self._writer is not None
-        if not self._waiting:
-            self._since = asyncio.get_running_loop().time()
-        self._waiting += 1
+        self._batches[batch.id] = asyncio.get_running_loop().time()
         self._writer.write(frames.pack_batch(batch))
 
     async def run(self) -> None:
@@ -133,7 +131,8 @@ class Supervisor:
 
     async def _live(self) -> EngineStartError:
         """One life of the engine process, from start to death; returns why it ended."""
-        self._ready, self._waiting, self._since = False, 0, asyncio.get_running_loop().time()
+        self._ready, self._since = False, asyncio.get_running_loop().time()
+        self._batches.clear()
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -176,17 +175,17 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         while (frame := await frames.receive_async(reader)) is not None:
             kind, body = frame
-            began, self._since = self._since, loop.time()
             if kind is Kind.RESULT:
-                self._waiting -= 1
-                self._listener.batch_done(frames.unpack_result(body))
+                result = frames.unpack_result(body)
+                del self._batches[result.id]
+                self._listener.batch_done(result)
             elif kind is Kind.FAILED:
-                self._waiting -= 1
                 failed = json.loads(body)
+                del self._batches[failed["id"]]
                 self._listener.batch_failed(failed["id"], failed["message"], failed["out_of_memory"])
             elif kind is Kind.READY and not self._stopping.is_set():
                 self._ready, self.failures = True, 0
-                self._start_seconds = self._start_seconds or self._since - began
+                self._start_seconds = self._start_seconds or loop.time() - self._since
                 self._listener.engine_ready(EngineInfo.from_json(json.loads(body)))
             elif kind is Kind.FATAL:
                 fatal = json.loads(body)
@@ -196,7 +195,7 @@ class Supervisor:
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         """Kill the engine when it sits on a batch, or on a later start, for too long."""
         loop = asyncio.get_running_loop()
-        while (limit := self._allowed()) is None or loop.time() - self._since <= limit:
+        while (limit := self._allowed()) is None or loop.time() - self._oldest() <= limit:
             await asyncio.sleep(max(0.01, self._patience() / _CHECKS))
         self.hangs += 1
         log.error("the engine has not answered for %.3g s; killing it", limit)
@@ -206,8 +205,12 @@ class Supervisor:
     def _allowed(self) -> float | None:
         """How long what the engine does now may take; None for as long as it likes."""
         if self._ready:
-            return self._patience() if self._waiting else None
+            return self._patience() if self._batches else None
         return self._start_seconds and max(_SHORTEST_START, _SLOW_START * self._start_seconds)
+
+    def _oldest(self) -> float:
+        """When that began which is not done yet."""
+        return next(iter(self._batches.values()), self._since)
 
 
 async def _reap(process: asyncio.subprocess.Process, patience: float) -> int:

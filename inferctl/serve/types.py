@@ -61,7 +61,7 @@ class DeviceInfo:
 class EngineInfo:
     """What an engine says about itself once it is loaded, warm and checked.
 
-    `batch_tokens` is the largest batch worth sending (tokens); `cosine_*` compare with a plain padded fp32 forward of the same weights
+    `batch_tokens` is the largest batch worth sending (tokens), `parallel` how many batches run at a time; `cosine_*` compare with a plain padded fp32 forward of the same weights
     and are None when that comparison was not made (`check` says why).
     """
 
@@ -71,6 +71,7 @@ class EngineInfo:
     precision: PrecisionInfo
     device: DeviceInfo
     batch_tokens: int
+    parallel: int = 1
     cosine_min: float | None = None
     cosine_mean: float | None = None
     check: str = ""
@@ -116,13 +117,13 @@ def finite_rows(vectors: Vectors) -> npt.NDArray[np.bool_]:
 
 
 class Engine(Protocol):
-    """Turns batches of token ids into vectors. Not thread-safe: one batch at a time."""
+    """Turns batches of token ids into vectors."""
 
     def load(self) -> EngineInfo:
         """Load the weights, warm up, check against fp32. Raises `InferctlError` for what the user can mend."""
 
     def run(self, batch: Batch) -> BatchResult:
-        """One forward pass. An exception fails this batch only; the engine must stay usable."""
+        """One forward pass; at most `EngineInfo.parallel` at a time. An exception fails this batch only; the engine must stay usable."""
 
     def close(self) -> None:
         """Give back memory and devices."""

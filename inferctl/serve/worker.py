@@ -8,17 +8,20 @@ engine from starting.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
 import signal
 import socket
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 from inferctl.errors import InferctlError
 from inferctl.serve import frames, logs
 from inferctl.serve.frames import Kind
-from inferctl.serve.types import Engine, EngineConfig
+from inferctl.serve.types import Batch, Engine, EngineConfig
 
 log = logging.getLogger("inferctl.engine")
 
@@ -53,33 +56,45 @@ def serve(connection: socket.socket) -> int:
     gc.freeze()
     connection.sendall(frames.pack_json(Kind.READY, info.to_json()))
     try:
-        return _loop(connection, engine)
+        return _loop(connection, engine, info.parallel)
     finally:
         engine.close()
 
 
-def _loop(connection: socket.socket, engine: Engine) -> int:
-    while (frame := frames.receive(connection)) is not None:
-        kind, body = frame
-        if kind is not Kind.BATCH:
-            return 1
-        batch = frames.unpack_batch(body)
-        try:
-            answer = frames.pack_result(engine.run(batch))
-        except Exception as error:  # one bad batch must not end the engine
-            log.exception("batch %d failed", batch.id)
-            said = {"id": batch.id, "message": f"{type(error).__name__}: {error}", "out_of_memory": _is_memory(error)}
-            answer = frames.pack_json(Kind.FAILED, said)
-        connection.sendall(answer)
+def _loop(connection: socket.socket, engine: Engine, parallel: int) -> int:
+    """Batches on this thread, or on one thread for each that may run at a time."""
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(parallel, "batch")) if parallel > 1 else None
+        sending = threading.Lock()
+        while (frame := frames.receive(connection)) is not None:
+            kind, body = frame
+            if kind is not Kind.BATCH:
+                return 1
+            if pool is None:
+                _answer(connection, sending, engine, frames.unpack_batch(body))
+            else:
+                pool.submit(_answer, connection, sending, engine, frames.unpack_batch(body))
     return 0
 
 
+def _answer(connection: socket.socket, sending: threading.Lock, engine: Engine, batch: Batch) -> None:
+    try:
+        answer = frames.pack_result(engine.run(batch))
+    except Exception as error:  # one bad batch must not end the engine
+        log.exception("batch %d failed", batch.id)
+        said = {"id": batch.id, "message": f"{type(error).__name__}: {error}", "out_of_memory": _is_memory(error)}
+        answer = frames.pack_json(Kind.FAILED, said)
+    with sending:
+        connection.sendall(answer)
+
+
 def _is_memory(error: Exception) -> bool:
-    """Whether memory did not suffice; torch has an error of its own for GPUs and a message for CPUs."""
+    """Whether memory did not suffice; torch has an error of its own for GPUs and messages for CPUs, its own, C++'s and oneDNN's."""
+    said = str(error)
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or "you tried to allocate" in str(error)
+        or any(words in said for words in ("you tried to allocate", "std::bad_alloc", "could not create a primitive"))
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import hypothesis
@@ -28,8 +29,9 @@ KILLER, FAILING, SICKENING = 666, 13, 14
 class World:
     """A dispatcher over engines that take a second for ten tokens."""
 
-    def __init__(self, engines: int = 1, slo: float | None = None) -> None:
+    def __init__(self, engines: int = 1, slo: float | None = None, parallel: int = 1) -> None:
         self.now = 0.0
+        self.info = replace(INFO, parallel=parallel)
         limits = Limits(8, 1_000, slo=slo)
         self.dispatcher = Dispatcher(Batcher(limits, Pace(Capacity(0.0, 10.0))), Metrics(), lambda: self.now)
         self.lanes = [self.dispatcher.lane() for _ in range(engines)]
@@ -38,7 +40,7 @@ class World:
         for lane in self.lanes:
             lane.write = self.with_engine[lane].append
             lane.kill = lambda lane=lane: self.die(lane)  # type: ignore[misc]
-            lane.engine_ready(INFO)
+            lane.engine_ready(self.info)
         self.sick: set[Lane] = set()
 
     def die(self, lane: Lane) -> None:
@@ -46,11 +48,11 @@ class World:
         self.with_engine[lane].clear()
         self.sick.discard(lane)
         lane.engine_lost()
-        lane.engine_ready(INFO)
+        lane.engine_ready(self.info)
 
-    def step(self, lane: Lane) -> None:
-        """The engine ends its oldest batch, one way or another."""
-        batch = self.with_engine[lane].pop(0)
+    def step(self, lane: Lane, which: int = 0) -> None:
+        """The engine ends one of the batches that it runs, one way or another."""
+        batch = self.with_engine[lane].pop(which)
         self.now += len(batch.tokens) / 10
         if SICKENING in batch.tokens:
             self.sick.add(lane)
@@ -67,8 +69,9 @@ class World:
         await asyncio.sleep(0)
         while busy := [lane for lane in self.lanes if self.with_engine[lane]]:
             for lane in busy:
-                assert len(self.with_engine[lane]) <= 2
-                self.step(lane)
+                assert len(self.with_engine[lane]) <= self.info.parallel + 1
+                # The youngest of those that run is done first: the order of answers is not that of batches.
+                self.step(lane, min(len(self.with_engine[lane]), self.info.parallel) - 1)
             await asyncio.sleep(0)
 
     def ask(self, *rows: list[int]) -> asyncio.Task[Any]:
@@ -95,12 +98,13 @@ ROWS = st.lists(st.lists(st.integers(20, 99), min_size=1, max_size=6), min_size=
     st.sets(st.integers(0, 7), max_size=2),
     st.sampled_from([KILLER, FAILING, SICKENING]),
     st.integers(1, 3),
+    st.integers(1, 3),
 )
 def test_whoever_is_not_at_fault_is_answered(
-    requests: list[list[list[int]]], bad: set[int], how: int, engines: int
+    requests: list[list[list[int]]], bad: set[int], how: int, engines: int, parallel: int
 ) -> None:
     async def scenario() -> None:
-        world = World(engines)
+        world = World(engines, parallel=parallel)
         asked = [[[how, *row] if i in bad else row for row in rows] for i, rows in enumerate(requests)]
         tasks = [world.ask(*rows) for rows in asked]
         await world.drain()
@@ -112,7 +116,7 @@ def test_whoever_is_not_at_fault_is_answered(
                 assert answer.vectors[:, 0].tolist() == [row[-1] for row in rows]
         # A killer may be with every engine at once, first in company, then alone; the second death alone is the last.
         # A request that makes engines sick does so until it fails on a fresh one, alone: once for each half that it was in.
-        assert how == SICKENING or world.deaths <= (2 * engines + 1) * len(bad)
+        assert how == SICKENING or world.deaths <= (2 * engines * parallel + 1) * len(bad)
 
     run(scenario)
 
@@ -190,5 +194,38 @@ def test_a_cancelled_request_never_runs() -> None:
         assert ran == [[20]]
         with pytest.raises(asyncio.CancelledError):
             await gone
+
+    run(scenario)
+
+
+def test_an_engine_that_runs_several_batches_gets_them_at_once_and_of_equal_size() -> None:
+    async def scenario() -> None:
+        world = World(parallel=2)
+        world.dispatcher._batcher.limits = Limits(1_000, 10_000)
+        lane = world.lanes[0]
+        task = world.ask(*([20] * 50 for _ in range(8)))
+        await asyncio.sleep(0)
+        assert [len(batch.tokens) for batch in world.with_engine[lane]] == [200, 200]
+        assert lane.free == 0
+        await world.drain()
+        await task
+
+    run(scenario)
+
+
+def test_a_batch_that_waits_for_a_slot_begins_when_one_is_free() -> None:
+    async def scenario() -> None:
+        world = World(parallel=2)
+        lane = world.lanes[0]
+        tasks = [world.ask([20] * 8) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert len(world.with_engine[lane]) == 3, "two run, a full one is sent ahead"
+        assert lane.left(lambda sent: sent.tokens / 10) == pytest.approx(1.2)
+        world.step(lane, 1)
+        assert lane.left(lambda sent: sent.tokens / 10) == pytest.approx((0.0 + 0.8) / 2), (
+            "the first is due, the third began now"
+        )
+        await world.drain()
+        await asyncio.gather(*tasks)
 
     run(scenario)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
-import sys
+import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,9 +37,12 @@ log = logging.getLogger("inferctl.engine")
 
 # On a CPU larger batches only add latency: throughput is flat from about a thousand tokens a core on and falls when the caches overflow.
 _CORE_BATCH_TOKENS = 1024
-# A CPU batch is cut into one part a core, each on a single thread, once a part has this many tokens: parts never wait for one another as
-# the threads of one matrix product do. Two busy cores: 1.4 times faster than two threads a product, and steady beside other load.
+# Where a batch gets several threads it is cut into a part for each, once a part has this many tokens: parts never wait for one another as the
+# threads of one matrix product do. Two busy cores: 1.4 times faster than two threads a product, and steady beside other load.
 _CORE_PART_TOKENS = 64
+# A text gets twice the threads when that makes it this much faster at least; else the cores run more batches at a time.
+_WORTH_TWICE_THE_THREADS = 1.4
+_TYPICAL_TOKENS = 64
 # A padded sub-batch may hold at most this share of padding before it is split.
 _MAX_PADDING = 0.15
 # Weights above this many parameters are not held twice just to compare.
@@ -74,19 +78,19 @@ class EncoderEngine:
         self._device, info, traits = devices.detect(self._config.device)
         precision, self._dtype = devices.choose(self._config.precision, traits)
         on_cpu = info.kind == "cpu"
-        self._cores = info.threads or 1
-        if on_cpu:
-            torch.set_num_threads(self._cores)
-        self._pool = _single_threads(self._cores) if on_cpu and self._cores > 1 else None
-        self._batch_tokens = min(
-            self._config.max_batch_tokens, _CORE_BATCH_TOKENS * self._cores if on_cpu else sys.maxsize
-        )
+        cores = info.threads or 1
+        self._threads, self._pool, self._batch_tokens = 1, None, self._config.max_batch_tokens
         sequences = self._check_sequences(folder.path)
         expected, why = self._reference(folder, sequences)
         self._varlen = info.kind == "cuda" and traits.compute_capability >= (8, 0) and self._dtype != torch.float32  # type: ignore[operator]
         attention, reason = self._load_checked(folder.path, precision, info.kind, sequences, expected)
         cosines = _cosines(self._embed(sequences), expected) if expected is not None else None
-        self._warm_up()
+        if on_cpu:
+            self._threads = self._choose_threads(cores)
+            self._pool = _single_threads(cores) if self._threads > 1 else None
+            self._batch_tokens = min(self._batch_tokens, _CORE_BATCH_TOKENS * self._threads)
+        parallel = cores // self._threads
+        self._warm_up(parallel)
         return EngineInfo(
             dimensions=int(self._embed(sequences[:1]).shape[1]),
             attention=attention,
@@ -94,6 +98,7 @@ class EncoderEngine:
             precision=precision,
             device=info,
             batch_tokens=self._batch_tokens,
+            parallel=parallel,
             cosine_min=None if cosines is None else float(cosines.min()),
             cosine_mean=None if cosines is None else float(cosines.mean()),
             check=why,
@@ -121,6 +126,7 @@ class EncoderEngine:
         """`_embed` in plain fp32 on the CPU, for what was not finite otherwise; its weights are loaded when first needed, and kept."""
         if self._folder.parameters > _MAX_CHECKED_PARAMETERS:
             return self._embed(sequences)
+        self._take_threads()
         if self._plain is None:
             self._plain = plain.load_model(self._folder.path)
         return plain.embed(self._plain, sequences, self._recipe)
@@ -187,15 +193,41 @@ class EncoderEngine:
         self._first_position = int(embeddings.padding_idx) + 1 if numbered and embeddings is not None else 0
         self._padding = int(loaded.config.pad_token_id or 0)
 
-    def _warm_up(self) -> None:
-        """Run the largest batch and a small one: memory that does not suffice shows now, and no request pays for first times."""
+    def _choose_threads(self, cores: int) -> int:
+        """Threads a batch: what one text of usual length is faster with, on the cores as they are now."""
+        text = [np.full(min(self._recipe.max_tokens, _TYPICAL_TOKENS), 5, dtype=np.int32)]
+        chosen, seconds = 1, math.inf
+        for threads in (1 << bit for bit in range(cores.bit_length())):
+            torch.set_num_threads(threads)
+            times = []
+            for _ in range(8):
+                started = time.perf_counter()
+                self._forward(text)
+                times.append(time.perf_counter() - started)
+            if (now := statistics.median(times[2:])) * _WORTH_TWICE_THE_THREADS > seconds:
+                break
+            chosen, seconds = threads, now
+        torch.set_num_threads(chosen)
+        return chosen
+
+    def _take_threads(self) -> None:
+        """Torch keeps their number for each calling thread."""
+        if self._device.type == "cpu" and torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+
+    def _warm_up(self, parallel: int) -> None:
+        """Run the largest batch as often as it may run at a time, and a small one: memory that does not suffice shows now, and no request pays for first times."""
         longest = min(self._recipe.max_tokens, self._batch_tokens)
-        for count in (max(1, self._batch_tokens // longest), 1):
-            self._embed([np.full(longest, 5, dtype=np.int32)] * count)
+        text = np.full(longest, 5, dtype=np.int32)
+        with ThreadPoolExecutor(parallel) as pool:
+            for _ in pool.map(self._embed, [[text] * max(1, self._batch_tokens // longest)] * parallel):
+                pass
+        self._embed([text])
 
     def _embed(self, sequences: list[Tokens]) -> Vectors:
-        """float32 [sequences, dimensions], in the order given; on a CPU spread over its cores."""
-        parts = min(self._cores, sum(map(len, sequences)) // _CORE_PART_TOKENS, len(sequences))
+        """float32 [sequences, dimensions], in the order given; spread over the threads that a batch has."""
+        self._take_threads()
+        parts = min(self._threads, sum(map(len, sequences)) // _CORE_PART_TOKENS, len(sequences))
         if self._pool is None or parts < 2:
             return self._forward(sequences)
         split = _balanced([len(s) for s in sequences], parts)
