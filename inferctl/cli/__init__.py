@@ -12,7 +12,21 @@ import typer
 from typer.exceptions import TyperException
 
 import inferctl
-from inferctl.cli import bench, build, catalog, check, console, doctor, init, lock, push, render, serve, settings
+from inferctl.cli import (
+    bench,
+    build,
+    catalog,
+    check,
+    compare,
+    console,
+    doctor,
+    init,
+    lock,
+    push,
+    render,
+    serve,
+    settings,
+)
 from inferctl.errors import EXIT_INTERRUPTED, InferctlError, UsageError
 
 app = typer.Typer(
@@ -48,7 +62,8 @@ app.command("render", short_help="Print the Dockerfile, or write all it needs.")
 app.command("build", short_help="Build, verify, name and push the image.")(build.build)
 app.command("push", short_help="Push an image; print its name@digest.")(push.push)
 app.command("serve", short_help="Serve embeddings over HTTP, OpenAI-compatible.", epilog=serve.EPILOG)(serve.serve)
-app.command("bench", short_help="Measure latency, throughput and quality.")(bench.bench)
+app.command("bench", short_help="Measure latency, throughput and quality.", epilog=bench.EPILOG)(bench.bench)
+app.command("compare", short_help="Say whether a measurement became worse.")(compare.compare)
 app.add_typer(catalog.app, name="catalog", short_help="Known bases, stacks, hardware; with sources.")
 app.command("doctor", short_help="Say what this machine can do.")(doctor.doctor)
 app.command("config", short_help="Print each setting and where it came from.")(settings.config)

@@ -1,0 +1,136 @@
+"""Which receipts belong together, and why some must not be compared: another machine, other work, another precision, or invalid by themselves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inferctl.bench import receipt
+from inferctl.bench.receipt import Receipt
+from inferctl.errors import UsageError
+
+ALLOWABLE = ("precision", "hardware")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The receipts of one configuration; `new` None: it was not measured again."""
+
+    old: Receipt
+    new: Receipt | None
+
+    @property
+    def together(self) -> bool:
+        """Whether both were measured in one go, repeat by repeat."""
+        return self.new is not None and interleaved(self.old.data["runs"], self.new.data["runs"])
+
+    @property
+    def name(self) -> str:
+        return (
+            self.old.name
+            if self.new is None or self.new.name == self.old.name
+            else f"{self.new.name} against {self.old.name}"
+        )
+
+
+def pairs(old: Path, new: Path) -> tuple[list[Pair], list[str]]:
+    """Receipts of two files, or of two folders matched by configuration name; and notes on what has no counterpart in `old`.
+
+    A folder is one that `inferctl bench` wrote, or its receipts/. Raises `UsageError`, or `InvalidRunError` for an altered receipt.
+    """
+    if old.is_file() and new.is_file():
+        found = Pair(receipt.load(old), receipt.load(new))
+        if found.new is not None and found.old.data["seal"] == found.new.data["seal"]:
+            raise UsageError(f"{old} and {new} are the same receipt", "give the baseline's, then the candidate's")
+        return [found], []
+    if not (old.is_dir() and new.is_dir()):
+        missing = next((path for path in (old, new) if not path.exists()), None)
+        what = f"{missing} is not there" if missing else f"{old} and {new} are a file and a folder"
+        raise UsageError(what, "give two receipts, or two folders that `inferctl bench` wrote")
+    before, after = _folder(old), _folder(new)
+    if not set(before) & set(after):
+        raise UsageError(
+            f"no configuration is in both ({', '.join(before)}; {', '.join(after)})",
+            "give the two receipts themselves: they may have different names",
+        )
+    notes = [f"{name} is new: there is nothing to compare it with" for name in after if name not in before]
+    return [Pair(one, after.get(name)) for name, one in before.items()], notes
+
+
+def _folder(path: Path) -> dict[str, Receipt]:
+    place = path / "receipts" if (path / "receipts").is_dir() else path
+    found = [receipt.load(file) for file in sorted(place.glob("*.json")) if file.name != "result.json"]
+    if not found:
+        raise UsageError(
+            f"there are no receipts in {path}", "`inferctl bench` writes them into receipts/ of its folder"
+        )
+    named = {one.name: one for one in found}
+    if len(named) < len(found):
+        raise UsageError(f"two receipts in {path} have one configuration name", "keep one of each")
+    return named
+
+
+def refused(pair: Pair, allow: Sequence[str]) -> list[str]:
+    """Why the pair cannot be compared; empty when it can."""
+    if pair.new is None:
+        return [f"{pair.old.name} was not measured again: there is no new receipt of that name"]
+    old, new = pair.old.data, pair.new.data
+    reasons = [
+        f"the {side} receipt is invalid: {'; '.join(one['validity']['reasons'])}"
+        for side, one in (("old", old), ("new", new))
+        if not one["validity"]["valid"]
+    ]
+    if "hardware" not in allow:
+        reasons += hardware(old, new)
+    if schedule := _schedule(old, new):
+        reasons.append(schedule)
+    ran = [one["precision"].get("effective") or "not stated" for one in (old, new)]
+    if ran[0] != ran[1] and "precision" not in allow:
+        reasons.append(
+            f"the effective precisions differ: {ran[0]} and {ran[1]} (--allow precision compares them as such)"
+        )
+    return reasons
+
+
+def hardware(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """In what the hardware of two receipts differs."""
+    reasons = []
+    said = [
+        " ".join(str(part) for part in (one["hardware"].get("name"), one["hardware"].get("key")) if part)
+        for one in (old, new)
+    ]
+    if said[0] != said[1]:
+        reasons.append(f"the hardware differs: {said[0]} and {said[1]}")
+    here = [bool(one["configuration"].get("this_machine")) for one in (old, new)]
+    if here[0] != here[1]:
+        reasons.append("one server shared the load generator's machine, the other did not")
+    cores = [one["environment"].get("cores") for one in (old, new)]
+    if all(here) and None not in cores and cores[0] != cores[1]:
+        reasons.append(f"the hardware differs: {cores[0]} and {cores[1]} cores")
+    return reasons
+
+
+def _schedule(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    loads = [one["plan"].get("load") or {} for one in (old, new)]
+    changed = [key for key in dict.fromkeys([*loads[0], *loads[1]]) if loads[0].get(key) != loads[1].get(key)]
+    if changed:
+        said = ", ".join(f"{key} {loads[0].get(key)} and {loads[1].get(key)}" for key in changed)
+        return f"the loads differ: {said}"
+    if old["workload"]["sha256"] != new["workload"]["sha256"]:
+        return (
+            "the schedules differ (texts, order or times: another corpus, another seed or another version of inferctl)"
+        )
+    return ""
+
+
+def interleaved(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether both were measured in one go: every repeat of both lies before the next repeat of either."""
+    blocks: dict[int, list[str]] = {}
+    for run in (*old, *new):
+        blocks.setdefault(run["repeat"], []).append(run.get("started") or "")
+    times = [sorted(blocks[repeat]) for repeat in sorted(blocks)]
+    complete = all(len(block) == 2 and block[0] for block in times[: min(len(old), len(new))])
+    return complete and all(before[-1] < after[0] for before, after in itertools.pairwise(times))

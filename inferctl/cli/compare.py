@@ -1,0 +1,143 @@
+"""`inferctl compare`: the verdict on two receipts, for people and for CI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from inferctl.cli import console, options
+
+if TYPE_CHECKING:
+    from inferctl.bench.compare import Options
+
+FORMATS = ("text", "markdown", "json", "junit")
+_SUFFIXES = {".txt": "text", ".md": "markdown", ".json": "json", ".xml": "junit"}
+
+
+def compare(
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="The baseline: a receipt, or a folder of a bench.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="The candidate, likewise.")],
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PERCENT", help="What a change must exceed, default 5; METRIC=PERCENT for one metric; repeatable."
+        ),
+    ] = None,
+    floor_ms: Annotated[
+        float, typer.Option(metavar="MS", min=0, help="What a change of a latency must exceed too.")
+    ] = 0.2,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="p50, p90, p99, requests_per_s or memory; repeatable; default all."),
+    ] = None,
+    max_cosine_drop: Annotated[
+        float, typer.Option(metavar="X", min=0, help="By how much the cosine (1st percentile) may fall.")
+    ] = 0.005,
+    max_recall_drop: Annotated[float, typer.Option(metavar="X", min=0, help="By how much recall@10 may fall.")] = 0.02,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WHAT", help="Compare although `precision` or `hardware` differ; repeatable."),
+    ] = None,
+    format_: Annotated[str, typer.Option("--format", metavar="NAME", help="text, markdown, json or junit.")] = "text",
+    output: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write it there too: .md, .json, .xml or .txt; else as --format."
+        ),
+    ] = None,
+    json_: options.Json = False,
+) -> None:
+    """Say whether NEW is worse than OLD: exit code 0 no, 1 yes, 4 not enough evidence, 5 not comparable.
+
+    Example: inferctl compare bench-results/RUN/receipts/old.json bench-results/RUN/receipts/new.json -o verdict.md
+    """
+    from inferctl.bench import comparable
+    from inferctl.bench import compare as comparing
+
+    style = "json" if json_ else _one_of(format_, FORMATS, "--format")
+    wanted = _options(threshold, floor_ms, metric, max_cosine_drop, max_recall_drop, allow)
+    found, notes = comparable.pairs(old, new)
+    result = comparing.document(found, notes, wanted)
+    for file in output or []:
+        _write(file, _text(result, _SUFFIXES.get(file.suffix, style)))
+    if style == "text":
+        from inferctl.bench import compare_view
+
+        console.report(compare_view.render(result))
+    else:
+        console.data(_text(result, style))
+    if problem := comparing.problem(result):
+        raise problem
+
+
+def _options(
+    threshold: list[str] | None,
+    floor_ms: float,
+    metric: list[str] | None,
+    cosine_drop: float,
+    recall_drop: float,
+    allow: list[str] | None,
+) -> Options:
+    from inferctl.bench import comparable
+    from inferctl.bench import compare as comparing
+
+    shares = {}
+    for text in threshold or []:
+        name, separator, value = text.rpartition("=")
+        if separator:
+            _one_of(name, comparing.METRICS, "--threshold")
+        shares[name] = _share(value)
+    overall = shares.pop("", 0.05)
+    return comparing.Options(
+        threshold=overall,
+        thresholds=shares,
+        floor_ms=floor_ms,
+        metrics=[_one_of(name, comparing.METRICS, "--metric") for name in metric or []],
+        cosine_drop=cosine_drop,
+        recall_drop=recall_drop,
+        allow=[_one_of(name, comparable.ALLOWABLE, "--allow") for name in allow or []],
+    )
+
+
+def _share(text: str) -> float:
+    from inferctl.errors import UsageError
+
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 100:
+        raise UsageError(f"--threshold {text!r} is not a percentage between 0 and 100", "as in `--threshold 5`")
+    return value / 100
+
+
+def _one_of(name: str, known: Any, option: str) -> str:
+    from inferctl.errors import UsageError, did_you_mean
+
+    if name not in known:
+        raise UsageError(f"{option} cannot be {name!r}", did_you_mean(name, known) or f"known: {', '.join(known)}")
+    return name
+
+
+def _text(result: dict[str, Any], style: str) -> str:
+    import json
+
+    from inferctl.bench import compare_view, junit
+
+    if style == "json":
+        return json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+    if style == "junit":
+        return junit.render(result)
+    return compare_view.markdown(result) if style == "markdown" else compare_view.plain(result)
+
+
+def _write(file: Path, text: str) -> None:
+    from inferctl.errors import NotReadyError
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise NotReadyError(f"{file} cannot be written: {error.strerror}", "name another file with --output") from None
