@@ -31,7 +31,7 @@ class Measurement:
 
     `info` is what the server said of itself then, `serial` the number that its inputs began with, `load` and `workload` what was sent
     (the plan's load as it was for this subject; digest, corpus and seed), `pace` what the server had learnt of its speed by the end,
-    `search` what a search for the highest rate found, whose best probe this then is.
+    `search` what a search for the highest rate found, whose best probe this then is, `beside` the same run with busy neighbours.
     """
 
     run: Run
@@ -47,6 +47,7 @@ class Measurement:
     workload: dict[str, Any] = field(default_factory=dict)
     pace: dict[str, Any] | None = None
     search: dict[str, Any] | None = None
+    beside: dict[str, Any] | None = None
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 
 import inferctl
 from inferctl import catalog
-from inferctl.bench import efficiency, findings, privacy, receipt, runner, summary, target
+from inferctl.bench import efficiency, findings, neighbours, privacy, receipt, runner, summary, target
 from inferctl.bench.environment import Environment
 from inferctl.bench.plan import Plan
 from inferctl.errors import InferctlError, InvalidRunError
@@ -74,6 +74,7 @@ def _receipt(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
         "validity": whole.as_dict(),
         "curve": summary.latency_curve(parts),
         "search": outcome.measurements[0].search,
+        "neighbours": neighbours.document(outcome.measurements, context.environment.machine_cores),
         "runs": [
             {
                 "repeat": m.run.repeat,
@@ -117,6 +118,8 @@ def _plan(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
     plan = context.plan.model_dump(mode="json")
     plan["load"] = outcome.measurements[0].load
     plan["corpus"] = privacy.name_of(outcome.subject.corpus or plan["corpus"])
+    if plan["load"].get("trace"):
+        plan["load"]["trace"] = privacy.name_of(plan["load"]["trace"])
     if plan["quality"]:
         plan["quality"]["corpus"] = privacy.name_of(plan["quality"]["corpus"])
     if context.subjects:
@@ -210,6 +213,7 @@ def _row(outcome: runner.Outcome, sealed: receipt.Receipt | None) -> dict[str, A
         "max_batch_tokens": data["configuration"]["max_batch_tokens"],
         "workload": [data["workload"]["corpus"], outcome.subject.load],
         "search": data["search"],
+        "neighbours": _beside(data.get("neighbours")),
         "outcome": "failed" if outcome.failure else "measured",
         "reason": outcome.failure,
         "precision": data["precision"],
@@ -248,6 +252,11 @@ def _costs(data: dict[str, Any]) -> dict[str, Any]:
         "price": cheapest,
         "gpu_utilisation_percent": round(sum(busy) / len(busy), 1) if busy else None,
     }
+
+
+def _beside(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What a row says of busy neighbours."""
+    return found and {key: value for key, value in found.items() if key not in ("runs", "cautions")}
 
 
 def _empty(name: str, outcome: str, reason: str) -> dict[str, Any]:

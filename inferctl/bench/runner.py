@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.bench import load as loads
-from inferctl.bench import quality, resume, search, server, summary, target, telemetry, validity, workload
+from inferctl.bench import neighbours, quality, resume, search, server, summary, target, telemetry, validity, workload
 from inferctl.bench.outcome import Measurement, Outcome, Subject
 from inferctl.bench.plan import Load, Plan, Run
 from inferctl.bench.session import Session, Tell, describe
@@ -49,7 +49,7 @@ class Bench:
     """What `run` needs: the plan, its subjects, how to start a server, the model folder for the quality check, and where to write.
 
     `model` may be None when only running servers are measured; their vectors are then not checked. `slo_p99_ms` is what a search
-    looks for where the plan does not say it.
+    looks for where the plan does not say it. `slices` are the MIG devices that a server and its neighbours are spread over.
     """
 
     plan: Plan
@@ -58,6 +58,7 @@ class Bench:
     model: Path | None
     output: Path
     slo_p99_ms: float | None = None
+    slices: Sequence[str] = ()
 
     @property
     def order(self) -> list[Run]:
@@ -122,7 +123,8 @@ def _measure(bench: Bench, outcome: Outcome, one: Run, checker: quality.Checker,
         child = stack.enter_context(_started(bench, subject, folder, tell)) if not subject.url else None
         aim = child.target if child else target.connect(subject.url or "")
         session = Session(aim, child, watch, tell)
-        measurement = (_searched if bench.plan.search else _loaded)(bench, subject, session, one, folder)
+        take = _searched if bench.plan.search else _paired if bench.plan.neighbours else _loaded
+        measurement = take(bench, subject, session, one, folder)
         measurement.started = started
         outcome.measurements.append(measurement)
         tell("measured", done=_brief(measurement))
@@ -136,14 +138,17 @@ def _measure(bench: Bench, outcome: Outcome, one: Run, checker: quality.Checker,
 
 
 @contextlib.contextmanager
-def _started(bench: Bench, subject: Subject, folder: Path, tell: Tell) -> Iterator[server.Server]:
+def _started(bench: Bench, subject: Subject, folder: Path, tell: Tell, number: int = 0) -> Iterator[server.Server]:
+    """Server 0 is the one that is measured, the others are its neighbours."""
     if bench.command is None or subject.precision is None:
         raise InferctlError(f"{subject.name} has neither a URL nor a precision")
     announce = folder / "announce.json"
     arguments = [*bench.command(subject.precision, announce)]
     if subject.max_batch_tokens:
         arguments += ["--max-batch-tokens", str(subject.max_batch_tokens)]
-    with server.running(arguments, announce, folder, lambda passed: tell("starting", passed)) as child:
+    arguments = neighbours.placed(arguments, bench.slices, number)
+    phase = f"starting neighbour {number}" if number else "starting"
+    with server.running(arguments, announce, folder, lambda passed: tell(phase, passed)) as child:
         yield child
 
 
@@ -152,6 +157,22 @@ def _loaded(bench: Bench, subject: Subject, session: Session, one: Run, folder: 
     work = workload.draw(load, corpus, bench.plan.seed)
     made = session.measure(load, work, one, folder)
     made.workload = describe(work, load, corpus, bench.plan.seed)
+    return made
+
+
+def _paired(bench: Bench, subject: Subject, session: Session, one: Run, folder: Path) -> Measurement:
+    """The run, and the same beside busy neighbours."""
+    load, corpus = bench.load_of(subject), bench.corpus_of(subject)
+    pair = neighbours.Pair(
+        session,
+        load,
+        corpus,
+        bench.plan.seed,
+        bench.plan.neighbours,
+        start=lambda number, place: _started(bench, subject, place, session.tell, number),
+    )
+    made = neighbours.measure(pair, one, folder)
+    made.workload = describe(workload.draw(load, corpus, bench.plan.seed), load, corpus, bench.plan.seed)
     return made
 
 
@@ -207,6 +228,9 @@ def judge(outcome: Outcome, cores: int) -> tuple[dict[str, Any], list[validity.V
     pooled = summary.summarise([m.part for m in outcome.measurements])
     whole = validity.combine(each, pooled)
     reasons = (*whole.reasons, *validity.same([m.info for m in outcome.measurements]).reasons)
+    if beside := neighbours.document(outcome.measurements, cores):
+        whole = validity.both(whole, validity.Validity((), tuple(beside["cautions"])))
+        reasons = (*reasons, *beside["reasons"])
     if outcome.failure:
         reasons = (*reasons, outcome.failure)
     cautions = (outcome.interrupted, *whole.cautions) if outcome.interrupted else whole.cautions

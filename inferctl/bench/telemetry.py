@@ -92,6 +92,18 @@ def sensors() -> Sensors:
     return made
 
 
+def slices() -> list[str]:
+    """UUIDs of the MIG devices of the first GPU in slices; none where there is no such GPU."""
+    try:
+        gpus = Nvml()
+    except NoNvmlError:
+        return []
+    try:
+        return next((list(one.slices) for one in gpus.devices() if one.slices), [])
+    finally:
+        gpus.close()
+
+
 @dataclass(frozen=True)
 class Look:
     """One look at everything: samples by GPU, counters by zone (microjoules), and our processes at that moment."""

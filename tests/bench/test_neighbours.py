@@ -1,0 +1,235 @@
+"""`--neighbours`: the factor between latencies without and with, and whole pairs of runs on real child processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bench_samples import ANSWERING, SECOND, row, table
+
+from inferctl.bench import encroachment, environment, neighbours, plan, receipt, records, result, runner, stats, summary
+from inferctl.bench.plan import Load
+from inferctl.errors import UsageError
+
+
+def drawn(seed: int, count: int, scale: float) -> summary.Part:
+    """A run whose latencies are log-normal around `scale` ms."""
+    draw = random.Random(seed)
+    rows = [row(10 * i, scale * math.exp(draw.gauss(0, 0.4))) for i in range(count)]
+    return summary.Part(table(*rows), 0, 10 * SECOND, 1)
+
+
+def test_the_factor_between_two_known_distributions_lies_in_its_interval() -> None:
+    found = encroachment.inflation([drawn(1, 4000, 10)], [drawn(2, 4000, 25)])
+    for key in ("p50", "p90", "p99"):
+        figures = found["percentiles"][key]
+        assert figures["low"] < 2.5 < figures["high"]
+        assert figures["factor"] == pytest.approx(figures["with_ms"] / figures["without_ms"], abs=1e-3)
+    assert "order statistics" in found["interval"]
+
+
+def test_the_interval_within_runs_holds_at_least_as_often_as_it_says() -> None:
+    held = 0
+    for seed in range(60):
+        figures = encroachment.inflation([drawn(2 * seed, 600, 10)], [drawn(2 * seed + 1, 600, 20)])["percentiles"][
+            "p99"
+        ]
+        held += figures["low"] <= 2 <= figures["high"]
+    assert held >= 57
+
+
+def test_with_five_pairs_the_interval_is_over_runs_and_knows_how_they_differ() -> None:
+    # Each pair is slower or faster as a whole by up to 30 %, the factor within a pair is 2 but for a tenth.
+    scales = [(8.0, 16.2), (13.0, 25.5), (10.0, 20.9), (9.0, 17.5), (12.0, 24.0)]
+    without = [drawn(2 * i, 800, a) for i, (a, _) in enumerate(scales)]
+    beside = [drawn(2 * i + 1, 800, b) for i, (_, b) in enumerate(scales)]
+    found = encroachment.inflation(without, beside)
+    assert found["pairs"] == 5
+    assert "5 pairs of runs" in found["interval"]
+    figures = found["percentiles"]["p50"]
+    logs = [
+        math.log(np.quantile(records.latency_ms(b.measured), 0.5) / np.quantile(records.latency_ms(a.measured), 0.5))
+        for a, b in zip(without, beside, strict=True)
+    ]
+    expected = stats.mean_interval(logs)
+    assert expected
+    assert figures["factor"] == pytest.approx(math.exp(expected[0]), rel=0.01)
+    assert figures["high"] / figures["factor"] == pytest.approx(math.exp(expected[1]), rel=0.01)
+
+
+def test_a_percentile_that_n_does_not_support_has_no_factor() -> None:
+    found = encroachment.inflation([drawn(1, 400, 10)], [drawn(2, 4000, 25)])["percentiles"]
+    assert found["p99"]["factor"] is None
+    # Both intervals must hold together, so each needs more than the 368 of one alone.
+    assert (found["p99"]["n"], found["p99"]["needed"]) == (400, stats.needed(0.99, 0.975))
+    assert found["p50"]["factor"] is not None
+
+
+def test_what_a_neighbour_achieved_counts_within_the_window_only() -> None:
+    rows = table(row(0, 500), row(900, 200), row(1500, 100), row(1600, 100, error=records.TIMEOUT), row(1900, 300))
+    assert encroachment.achieved(rows, 1 * SECOND, 2 * SECOND) == {"requests_per_s": 2.0, "failed": 1}
+
+
+@pytest.mark.parametrize(("repeat", "busy"), [(0, (False, True)), (1, (True, False)), (2, (False, True))])
+def test_pairs_alternate(repeat: int, busy: tuple[bool, bool]) -> None:
+    assert neighbours.order(repeat) == busy
+
+
+def test_servers_are_spread_over_the_slices_that_there_are() -> None:
+    three = neighbours.slices({"CUDA_VISIBLE_DEVICES": "MIG-a, MIG-b,MIG-c"})
+    assert [neighbours.placed(["serve"], three, number)[1] for number in range(4)] == [
+        "CUDA_VISIBLE_DEVICES=MIG-a",
+        "CUDA_VISIBLE_DEVICES=MIG-b",
+        "CUDA_VISIBLE_DEVICES=MIG-c",
+        "CUDA_VISIBLE_DEVICES=MIG-b",
+    ]
+    assert neighbours.placed(["serve"], ["MIG-a"], 1) == ["env", "CUDA_VISIBLE_DEVICES=MIG-a", "serve"]
+    # Whole GPUs are not shared by being two: neighbours stay on the same one.
+    assert neighbours.slices({"CUDA_VISIBLE_DEVICES": "0,1"}) == []
+    assert neighbours.placed(["serve"], [], 1) == ["serve"]
+
+
+def test_the_background_outlasts_the_run_and_is_a_closed_loop() -> None:
+    load = Load(mode="open", rate=50, users=3, duration_s=20, warmup_s=10, timeout_s=5)
+    busy = neighbours.background(load)
+    assert (busy.mode, busy.users) == ("closed", 3)
+    assert busy.duration_s > load.duration_s + load.warmup_s + load.timeout_s
+
+
+def test_a_server_that_runs_already_cannot_be_given_neighbours() -> None:
+    neighbours.refuse([])
+    with pytest.raises(UsageError, match="mine runs already"):
+        neighbours.refuse(["mine"])
+
+
+def bench(folder: Path, count: int, repeats: int, *options: str, only: str = "") -> runner.Bench:
+    """Pairs on the answering server; `options` are those of the servers whose announcement lies in a folder called `only`."""
+    wanted = plan.Plan.model_validate(
+        {
+            "name": "test",
+            "configurations": [{"name": "fp32", "precision": "fp32"}],
+            "load": {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0, "timeout_s": 5},
+            "corpus": "short",
+            "repeats": repeats,
+            "neighbours": count,
+            "quality": None,
+        }
+    )
+
+    def command(precision: str, announce: Path) -> list[str]:
+        more = list(options) if only in announce.parts else []
+        return [sys.executable, str(ANSWERING), "--announce", str(announce), "--median-ms", "4", *more]
+
+    return runner.Bench(wanted, [runner.Subject("fp32", "fp32")], command, None, folder)
+
+
+def receipt_of(work: runner.Bench) -> dict[str, Any]:
+    outcomes = runner.outcomes(work)
+    runner.run(work, outcomes, lambda progress: None, lambda outcome: None)
+    assert outcomes[0].failure is None
+    context = result.Context(work.plan, environment.detect(), "test", [], None, work.output)
+    result.receipts(context, outcomes)
+    return receipt.load(work.output / "receipts" / "fp32.json").data
+
+
+def test_a_pair_measures_both_ways_and_records_what_the_neighbours_did(tmp_path: Path) -> None:
+    found = receipt_of(bench(tmp_path, 2, 2))
+    beside = found["neighbours"]
+    assert (beside["count"], beside["pairs"], beside["valid"]) == (2, 2, True)
+    assert [one["first"] for one in beside["runs"]] == ["without", "with"]
+    assert beside["percentiles"]["p50"]["factor"] > 0
+    for one in beside["runs"]:
+        assert [other["outlived"] for other in one["others"]] == [True, True]
+        assert all(other["requests_per_s"] > 20 for other in one["others"])
+    # The receipt itself is about the runs without.
+    assert found["summary"]["latency_ms"]["n"] == sum(run["summary"]["latency_ms"]["n"] for run in found["runs"])
+    assert found["summary"]["requests_per_s"] == beside["requests_per_s"]["without"]
+    assert len(list(tmp_path.glob("runs/fp32-*/with-neighbours/requests-*.bin"))) == 2
+
+
+def test_a_neighbour_that_did_not_outlive_the_run_makes_it_invalid(tmp_path: Path) -> None:
+    made = runner.outcomes(bench(tmp_path, 1, 1))[0]
+    beside = {
+        "window": [0, 10 * SECOND],
+        "inputs_per_request": 1,
+        "offered": None,
+        "serial": 1,
+        "state": {"steady": True},
+        "resources": {},
+        "telemetry": {},
+        "count": 1,
+        "users": 2,
+        "others": [{"number": 1, "requests_per_s": 9.0, "failed": 0, "outlived": False, "failure": None}],
+    }
+    part = drawn(1, 1000, 5)
+    folder = tmp_path / "runs" / "fp32-1"
+    from bench_samples import records_file
+
+    (folder / "with-neighbours").mkdir(parents=True)
+    records_file(folder / "with-neighbours" / "requests-0.bin", part.rows)
+    made.measurements.append(
+        runner.Measurement(
+            plan.Run("fp32", 0), 0.0, part, {"steady": True}, {}, folder, {"name": "x"}, 1, beside=beside
+        )
+    )
+    _, _, whole = runner.judge(made, 2)
+    assert whole.reasons == (
+        "beside neighbours, run 1: neighbour 1 did not outlive the run (no answer came after its end)",
+    )
+    beside["others"] = [{"number": 1, "requests_per_s": 9.0, "failed": 0, "outlived": True, "failure": "it died"}]
+    assert "did not outlive the run (it died)" in runner.judge(made, 2)[2].reasons[0]
+    beside["others"] = [{"number": 1, "requests_per_s": 9.0, "failed": 50, "outlived": True, "failure": None}]
+    assert "answered 50 requests with errors" in runner.judge(made, 2)[2].reasons[0]
+    beside["others"] = [{"number": 1, "requests_per_s": 9.0, "failed": 1, "outlived": True, "failure": None}]
+    assert runner.judge(made, 2)[2].valid
+
+
+def test_a_neighbour_that_dies_meanwhile_makes_the_run_invalid_with_its_reason(tmp_path: Path) -> None:
+    found = receipt_of(bench(tmp_path, 1, 1, "--die-after", "60", only="neighbour-1"))
+    assert found["validity"]["valid"] is False
+    assert any(
+        "neighbour 1 did not outlive the run" in one and "out of memory" in one for one in found["validity"]["reasons"]
+    )
+    left = [
+        entry for entry in Path("/proc").iterdir() if entry.name.isdigit() and str(tmp_path).encode() in _command(entry)
+    ]
+    assert left == []
+
+
+def _command(entry: Path) -> bytes:
+    try:
+        return (entry / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_pairs_outlast_a_bench_that_was_killed(tmp_path: Path) -> None:
+    from inferctl.bench import resume
+
+    work = bench(tmp_path, 1, 1)
+    outcomes = runner.outcomes(work)
+    runner.run(work, outcomes, lambda progress: None, lambda outcome: None)
+    again = runner.outcomes(work)
+    assert resume.restore(tmp_path, work.order, again) == 1
+    then, now = (neighbours.document(one[0].measurements, 2) for one in (outcomes, again))
+    assert json.dumps(then) == json.dumps(now)
+    assert dataclasses.asdict(again[0].measurements[0].run) == {"configuration": "fp32", "repeat": 0}
+
+
+def test_the_command_refuses_neighbours_of_a_running_server(tmp_path: Path, answering: Any) -> None:
+    url = answering("--median-ms", "5")
+    done = subprocess.run(
+        [sys.executable, "-m", "inferctl", "bench", "--url", f"mine={url}", "--plan", "quick", "--neighbours", "1"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "mine runs already" in done.stderr
+    assert not (tmp_path / "bench-results").exists()
