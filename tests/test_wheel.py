@@ -18,6 +18,7 @@ SHIPPED = (
     "benchmarks/hardware/",
     "benchmarks/corpora/",
     "benchmarks/locustfile.py",
+    "benchmarks/loadgen/",
 )
 
 

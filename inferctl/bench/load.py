@@ -1,14 +1,11 @@
-"""Runs Locust as a process of its own, which leaves exact records; Locust is never imported (it patches the process it is in)."""
+"""Runs a load: writes what is to be sent, follows Locust's processes, and gathers the exact records that they leave."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from inferctl import assets
-from inferctl.bench import records, stats
+from inferctl.bench import locust, records, stats
 from inferctl.bench.plan import Load
 from inferctl.bench.server import last_words
 from inferctl.bench.target import Target
@@ -38,7 +34,7 @@ class Live:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a load left: all records, and the load generator's account of the run (`state-0.json`)."""
+    """What a load left: all records, on this machine's clock, and the load generator's account of the run (`state-0.json`)."""
 
     rows: records.Rows
     state: dict[str, Any]
@@ -54,69 +50,47 @@ def prepare(load: Load, workload: Workload, target: Target, serial: int, folder:
     }
     for name, values in parts.items():
         (folder / f"{name}.bin").write_bytes(values.astype(values.dtype.newbyteorder("<")).tobytes())
-    description: dict[str, Any] = load.model_dump()
+    closed = load.mode == "closed"
+    description: dict[str, Any] = load.model_dump(exclude={"stages", "spike", "trace"})
     description |= {name: str(folder / f"{name}.bin") for name in parts}
     description |= {
         "url": target.embeddings_url,
         "bodies": str(folder / "bodies.jsonl"),
         "output": str(folder),
         "serial": serial,
+        "users": load.peak_users if closed else load.workers + load.remote_workers,
+        "timeline": [stage.model_dump(include={"duration_s", "users"}) for stage in load.timeline] if closed else [],
     }
     file = folder / "load.json"
     file.write_text(json.dumps(description, indent=1))
     return file
 
 
-def command(load: Load) -> list[str]:
-    """How Locust is started; our own file ends the run, so it gets no run time."""
-    users = str(load.users if load.mode == "closed" else 1)
-    locustfile = str(assets.root() / "benchmarks" / "locustfile.py")
-    options = [
-        "--headless",
-        "--users",
-        users,
-        "--spawn-rate",
-        users,
-        "--only-summary",
-        "--reset-stats",
-        "--exit-code-on-error",
-        "0",
-    ]
-    return [sys.executable, "-m", "locust", "-f", locustfile, *options, "--loglevel", "WARNING"]
-
-
 def run(load: Load, description: Path, watch: Callable[[Live], None], check: Callable[[], None]) -> Measured:
     """Run the load that `description` names; `watch` hears of it twice a second, `check` may raise to end it.
 
-    Raises `InferctlError` when Locust fails or hangs. Locust has ended when this returns or raises.
+    Raises `InferctlError` when Locust or one of its workers fails, is killed or hangs; what they had recorded stays in the folder.
+    All processes have ended when this returns or raises.
     """
     folder = description.parent
-    # Locust takes options from LOCUST_* variables and a locust.conf in its folder: neither may change what a plan says.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("LOCUST_")}
-    environment["INFERCTL_LOAD_FILE"] = str(description)
-    log = folder / "locust.log"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command(load),
-            env=environment,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        _follow(process, load, folder, watch, check)
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
+    for old in (*records.files(folder), folder / "state-0.json", folder / "master.json"):
+        old.unlink(missing_ok=True)
+    with locust.processes(load, description, folder) as processes:
+        _follow(processes, load, folder, watch, check)
+    (folder / "master.json").unlink(missing_ok=True)
     state = read_state(folder)
-    if process.returncode or state.get("phase") != "done":
-        raise InferctlError(
-            f"the load generator failed (exit code {process.returncode}): {last_words(log)}", f"its log is {log}"
-        )
-    return Measured(records.merge(folder), state)
+    if problem := processes.problem() or state.get("problem"):
+        raise InferctlError(f"the load generator failed: {problem}", f"its log is {processes.log}")
+    if state.get("phase") != "done":
+        raise InferctlError(f"the load generator failed: {last_words(processes.log)}", f"its log is {processes.log}")
+    offsets = {int(worker["worker"]): int(worker["clock_offset_ns"]) for worker in state["workers"]}
+    return Measured(records.merge(folder, offsets), state)
+
+
+def cores_used(state: Mapping[str, Any]) -> float | None:
+    """Cores of this machine that the whole load generator used while it measured: all its processes here together."""
+    wall = state.get("cpu_wall_ns")
+    return float(state.get("cpu_here_ns", state["cpu_ns"])) / float(wall) if wall else None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -128,23 +102,26 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _follow(
-    process: subprocess.Popen[bytes], load: Load, folder: Path, watch: Callable[[Live], None], check: Callable[[], None]
+    processes: locust.Processes,
+    load: Load,
+    folder: Path,
+    watch: Callable[[Live], None],
+    check: Callable[[], None],
 ) -> None:
-    tail = records.Tail(folder / "requests-0.bin")
+    tails: dict[Path, records.Tail] = {}
     recent: list[tuple[int, float]] = []
     limit = time.monotonic() + load.warmup_s + load.duration_s + 2 * load.timeout_s + 60
-    while process.poll() is None:
+    while processes.running():
         if time.monotonic() > limit:
-            raise InferctlError("the load generator did not end in time", f"its log is {folder / 'locust.log'}")
+            raise InferctlError("the load generator did not end in time", f"its log is {processes.log}")
         check()
-        rows = tail.new()
         now = time.monotonic_ns()
-        if len(rows):
-            recent += zip(rows["end_ns"].tolist(), records.latency_ms(rows).tolist(), strict=True)
-        recent = [entry for entry in recent if entry[0] > now - 5_000_000_000]
+        for path in records.files(folder):
+            rows = tails.setdefault(path, records.Tail(path)).new()
+            recent += zip(rows["end_ns"].tolist(), records.latency_ms(rows).tolist(), strict=True) if len(rows) else []
+        recent = [entry for entry in recent if now - 5_000_000_000 < entry[0] <= now + 1_000_000_000]
         watch(_live(recent, read_state(folder), load, now))
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.5)
+        processes.wait(0.5)
 
 
 def _live(recent: list[tuple[int, float]], state: dict[str, Any], load: Load, now_ns: int) -> Live:

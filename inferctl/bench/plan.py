@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from inferctl import assets
+from inferctl.bench import traces
 from inferctl.errors import Problem, SpecError, UsageError, did_you_mean
 from inferctl.settings import Document, read
 
@@ -32,20 +34,123 @@ class Configuration(_Section):
     load: dict[str, Any] | None = None
 
 
+class Stage(_Section):
+    """A stretch of a load with a rate (open loop, requests/s) or a number of users (closed loop) of its own."""
+
+    duration_s: float = Field(gt=0, le=86_400)
+    rate: Annotated[float, Field(ge=0, le=100_000)] | None = None
+    users: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    name: Name | None = None
+
+
+class Spike(_Section):
+    """A sudden burst: from `at_s` on, for `duration_s`, `times` the rate (open loop) or the users (closed loop)."""
+
+    at_s: float = Field(gt=0, le=86_400)
+    duration_s: float = Field(gt=0, le=86_400)
+    times: float = Field(gt=0, le=1000)
+
+
 class Load(_Section):
-    """What is sent at the server."""
+    """What is sent at the server. `timeline` is its course, whichever way it was given."""
 
     mode: Literal["closed", "open"] = "closed"
     users: int = Field(8, ge=1, le=10_000)
     rate: float | None = Field(None, gt=0, le=100_000)
     arrivals: Literal["poisson", "constant"] = "poisson"
+    stages: list[Stage] = Field(default_factory=list, max_length=1000)
+    spike: Spike | None = None
+    trace: str | None = None
     duration_s: float = Field(15, ge=1, le=86_400)
     warmup_s: float = Field(15, ge=0, le=3600)
     window_s: float = Field(1, ge=0.2, le=60)
     timeout_s: float = Field(30, gt=0, le=3600)
     max_outstanding: int = Field(1000, ge=1, le=100_000)
     inputs_per_request: int = Field(1, ge=1, le=2048)
-    inputs: Literal["unique", "as-is"] = "unique"
+    inputs: Literal["unique", "as-is", "zipf"] = "unique"
+    zipf_s: float = Field(1.0, ge=0, le=10)
+    zipf_share: float = Field(1.0, ge=0, le=1)
+    workers: int = Field(1, ge=1, le=256)
+    remote_workers: int = Field(0, ge=0, le=256)
+    master_port: int = Field(5557, ge=1, le=65_535)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _implied(cls, given: Any) -> Any:
+        """Stages, a trace and their rates say how long a load lasts and which loop it is."""
+        if not isinstance(given, dict):
+            return given
+        data = dict(given)
+        if stages := _list_of_dicts(data.get("stages")):
+            seconds = [one["duration_s"] for one in stages if isinstance(one.get("duration_s"), int | float)]
+            if len(seconds) == len(stages):
+                data.setdefault("duration_s", sum(seconds))
+            data.setdefault("mode", "open" if any(one.get("rate") is not None for one in stages) else "closed")
+        if isinstance(data.get("trace"), str):
+            data.setdefault("mode", "open")
+            if "duration_s" not in data:
+                data["duration_s"] = max(1.0, math.ceil(traces.read(data["trace"])[-1].at_s + 1e-9))
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Load:
+        if sum(map(bool, (self.stages, self.spike, self.trace))) > 1:
+            raise ValueError("a load has one of stages, spike and trace")
+        if self.trace and self.mode == "closed":
+            raise ValueError("a trace is an open loop")
+        wanted, other = ("rate", "users") if self.mode == "open" else ("users", "rate")
+        for number, stage in enumerate(self.stages, 1):
+            if getattr(stage, wanted) is None or getattr(stage, other) is not None:
+                raise ValueError(f"stage {number} of this {self.mode} loop needs {wanted}, and no {other}")
+        if self.stages:
+            if abs(sum(stage.duration_s for stage in self.stages) - self.duration_s) > 1e-6:
+                raise ValueError("duration_s is the sum of the stages: leave it out")
+            if self.rate is not None:
+                raise ValueError("the stages have rates of their own: leave rate out")
+            if not any(getattr(stage, wanted) for stage in self.stages):
+                raise ValueError("the stages send nothing")
+        if self.spike and self.spike.at_s + self.spike.duration_s > self.duration_s:
+            raise ValueError("the spike ends after the load")
+        if self.mode == "closed" and self.stages:
+            object.__setattr__(self, "users", max(stage.users or 0 for stage in self.stages))
+        return self
+
+    @property
+    def timeline(self) -> list[Stage]:
+        """The load as stages with names, in order, over `duration_s`. A trace is one stage without a rate."""
+        if self.stages:
+            return [
+                stage.model_copy(update={"name": stage.name or f"stage-{number}"})
+                for number, stage in enumerate(self.stages, 1)
+            ]
+        level: dict[str, Any] = {"rate": self.rate} if self.mode == "open" else {"users": self.users}
+        if self.trace:
+            return [Stage(name="trace", duration_s=self.duration_s)]
+        if not self.spike:
+            return [Stage(name="all", duration_s=self.duration_s, **level)]
+        peak = {
+            key: value
+            if value is None
+            else value * self.spike.times
+            if key == "rate"
+            else round(value * self.spike.times)
+            for key, value in level.items()
+        }
+        after = self.duration_s - self.spike.at_s - self.spike.duration_s
+        parts = [
+            Stage(name="before", duration_s=self.spike.at_s, **level),
+            Stage(name="spike", duration_s=self.spike.duration_s, **peak),
+        ]
+        return parts + ([Stage(name="after", duration_s=after, **level)] if after > 1e-9 else [])
+
+    @property
+    def peak_users(self) -> int:
+        """Most clients of a closed loop at any time."""
+        return max(stage.users or 0 for stage in self.timeline) if self.mode == "closed" else 0
+
+
+def _list_of_dicts(value: Any) -> list[dict[str, Any]]:
+    return value if isinstance(value, list) and all(isinstance(one, dict) for one in value) else []
 
 
 class Quality(_Section):
@@ -100,6 +205,7 @@ class Plan(_Section):
     matrix: Matrix | None = None
     hardware: list[str] = Field(default_factory=list)
     search: Search | None = None
+    neighbours: int = Field(0, ge=0, le=64)
     load: Load = Field(default_factory=lambda: Load.model_validate({}))
     corpus: str = "mixed"
     seed: int = Field(0, ge=0, lt=2**63)
@@ -110,6 +216,8 @@ class Plan(_Section):
     def _written_out(self) -> Plan:
         if bool(self.configurations) == bool(self.matrix):
             raise ValueError("a plan has either configurations or a matrix")
+        if self.search and self.repeats > 1:
+            raise ValueError("a search measures each configuration once, it repeats what decides by itself: leave repeats out")
         made = self
         if self.matrix:
             hardware = list(dict.fromkeys([*self.hardware, *self.matrix.hardware]))
@@ -144,9 +252,11 @@ class Plan(_Section):
         """The plan with what the command line says put in its place; None leaves the plan's own. Raises `UsageError`.
 
         `more`: `load` (dict of further load keys), `batch_tokens` and `corpora` (lists, each multiplies the configurations),
-        `hardware` (list), `search` (dict of search keys; an empty one asks for a search).
+        `hardware` (list), `search` (dict of search keys; an empty one asks for a search), `neighbours` (how many).
         """
-        data = self.model_dump(exclude_unset=True) | {"configurations": [one.model_dump() for one in self.configurations]}
+        data = self.model_dump(exclude_unset=True) | {
+            "configurations": [one.model_dump() for one in self.configurations]
+        }
         data.pop("matrix", None)
         data["load"] = self.load.model_dump(exclude_unset=True)
         given = {"users": users, "rate": rate, "duration_s": duration_s, **(more.get("load") or {})}
@@ -155,11 +265,16 @@ class Plan(_Section):
             data["load"]["mode"] = "open"
         if repeats is not None:
             data["repeats"] = repeats
+        if (neighbours := more.get("neighbours")) is not None:
+            data["neighbours"] = neighbours
         if hardware := more.get("hardware"):
             data["hardware"] = list(dict.fromkeys([*self.hardware, *hardware]))
         if (search := more.get("search")) is not None:
             own = self.search.model_dump(exclude_unset=True) if self.search else {}
             data["search"] = own | {key: value for key, value in search.items() if value is not None}
+            data["repeats"] = repeats or 1
+        elif self.search and more.get("slo_p99_ms"):
+            data["search"] = {**data["search"], "slo_p99_ms": more["slo_p99_ms"]}
         try:
             if precisions:
                 data["configurations"] = [{"name": name, "precision": name} for name in dict.fromkeys(precisions)]
@@ -252,7 +367,7 @@ def _folder() -> Path:
 
 def _contradictions(plan: Plan, document: Document) -> list[Problem]:
     problems = []
-    if plan.load.mode == "open" and plan.load.rate is None:
+    if plan.load.mode == "open" and plan.load.rate is None and not (plan.load.stages or plan.load.trace):
         problems.append(
             Problem("load.rate", "an open loop needs load.rate", document.line(["load"]), "add `rate: 50` (requests/s)")
         )

@@ -1,11 +1,13 @@
 """The exact records that the load generator wrote, one row a request; the fields are documented in benchmarks/locustfile.py.
 
-A records file is a line of magic, a line of JSON that names the fields, then fixed-size little-endian records.
+A records file is a line of magic, a line of JSON that names the fields, then fixed-size little-endian records. While it is being written,
+and when its writer was killed, zeros follow the last record.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ Rows = npt.NDArray[Any]
 
 
 def read(path: Path) -> Rows:
-    """Records of one worker, shape (n,), a structured array. A record cut short at the end is left out.
+    """Records of one worker, shape (n,), a structured array. What is not a whole record at the end is left out.
 
     Raises `InferctlError` when the file is not a records file.
     """
@@ -35,18 +37,48 @@ def read(path: Path) -> Rows:
         header = json.loads(stream.readline())
         kind = np.dtype([(name, code) for name, code in header["fields"]])
         content = stream.read()
-    return np.frombuffer(content, kind, count=len(content) // kind.itemsize)
+    return _written(np.frombuffer(content, kind, count=len(content) // kind.itemsize))
 
 
-def merge(folder: Path) -> Rows:
-    """Records of all workers in `folder`, by the time at which they should have left. Raises `InferctlError` when there is none."""
-    parts = [read(path) for path in sorted(folder.glob("requests-*.bin"))]
+def merge(folder: Path, offsets_ns: Mapping[int, int] | None = None) -> Rows:
+    """Records of all workers in `folder`, by the time at which they should have left. Raises `InferctlError` when there is none.
+
+    `offsets_ns`: what to take from the times of a worker (by number) whose clock is another machine's.
+    """
+    parts = [_shifted(read(path), (offsets_ns or {}).get(number_of(path), 0)) for path in files(folder)]
     if not parts:
         raise InferctlError(
             f"there are no records in {folder}", "the load generator wrote nothing: see locust.log there"
         )
     rows = np.concatenate(parts)
     return rows[np.argsort(rows["intended_ns"], kind="stable")]
+
+
+def files(folder: Path) -> list[Path]:
+    """Records files in `folder`, by the number of their worker."""
+    return sorted(folder.glob("requests-*.bin"), key=number_of)
+
+
+def number_of(path: Path) -> int:
+    """The worker that wrote a records file."""
+    return int(path.stem.rpartition("-")[2])
+
+
+def _shifted(rows: Rows, offset_ns: int) -> Rows:
+    if not offset_ns:
+        return rows
+    moved = rows.copy()
+    for name in ("intended_ns", "sent_ns", "first_ns", "end_ns"):
+        # 0 means that there is no such time.
+        moved[name] = np.where(rows[name] == 0, 0, rows[name].astype(np.int64) - offset_ns)
+    return moved
+
+
+def _written(rows: Rows) -> Rows:
+    """Without the empty records at the end of a file that was not closed."""
+    empty = np.flatnonzero(rows["end_ns"] == 0)
+    written: Rows = rows[: empty[0]] if len(empty) else rows
+    return written
 
 
 def latency_ms(rows: Rows) -> npt.NDArray[np.float64]:
@@ -75,6 +107,6 @@ class Tail:
                 self._kind, self._offset = np.dtype([(name, code) for name, code in fields]), len(head)
             stream.seek(self._offset)
             content = stream.read()
-        count = len(content) // self._kind.itemsize
-        self._offset += count * self._kind.itemsize
-        return np.frombuffer(content, self._kind, count=count)
+        rows = _written(np.frombuffer(content, self._kind, count=len(content) // self._kind.itemsize))
+        self._offset += len(rows) * self._kind.itemsize
+        return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from inferctl import assets
-from inferctl.bench.plan import Load
+from inferctl.bench import traces
+from inferctl.bench.plan import Load, Stage
 from inferctl.errors import UsageError, did_you_mean
 
 ORDER_LENGTH = 65_536
@@ -24,36 +26,48 @@ class Workload:
     """Inputs of all requests. `order[n % len(order)]` is the row of `groups` that the n-th request sends.
 
     `schedule_ns` (open loop; nanoseconds after the start of the measurement) and `warmup_schedule_ns` are empty for a closed loop.
+    Groups from `unique_from` on get a serial number each time they are sent; those before are sent as they are.
     """
 
     groups: list[list[str]]
     order: npt.NDArray[np.uint32]
     schedule_ns: npt.NDArray[np.uint64]
     warmup_schedule_ns: npt.NDArray[np.uint64]
-    unique: bool
+    unique_from: int
     corpus_sha256: str
 
     @property
     def digest(self) -> str:
         """sha256 (hex) of texts, order and times; equal digests mean equal work."""
-        total = hashlib.sha256(json.dumps([self.groups, self.unique]).encode())
+        marks = self.unique_from == 0 if self.unique_from in (0, len(self.groups)) else self.unique_from
+        total = hashlib.sha256(json.dumps([self.groups, marks]).encode())
         for part in (self.order, self.schedule_ns, self.warmup_schedule_ns):
             total.update(part.tobytes())
         return total.hexdigest()
 
     def bodies(self, model: str) -> list[bytes]:
         """One JSON request body a group, each on one line."""
-        mark = f"{SERIAL} " if self.unique else ""
         return [
-            json.dumps({"model": model, "input": [mark + text for text in group], "encoding_format": "base64"}).encode()
-            for group in self.groups
+            json.dumps({"model": model, "input": texts, "encoding_format": "base64"}).encode()
+            for texts in (
+                [f"{SERIAL} {text}" for text in group] if number >= self.unique_from else group
+                for number, group in enumerate(self.groups)
+            )
         ]
+
+    def repeated(self, requests: int) -> float:
+        """Share of the first `requests` requests whose whole input was sent before among them: what a cache could answer at most."""
+        rows = np.resize(self.order, requests)
+        as_they_are = rows[rows < self.unique_from]
+        return float(len(as_they_are) - len(np.unique(as_they_are))) / requests if requests else 0.0
 
 
 def draw(load: Load, corpus: str, seed: int) -> Workload:
-    """The workload that `load`, `corpus` and `seed` stand for; the same ones always give the same workload."""
+    """The workload that `load`, `corpus` and `seed` stand for; the same ones always give the same workload. Raises `UsageError`."""
     texts, digest = read_corpus(corpus)
     random = np.random.Generator(np.random.PCG64(seed))
+    if load.trace:
+        return _replay(load, texts, digest, random)
     size = load.inputs_per_request
     shuffled = random.permutation(len(texts))
     picks = (
@@ -65,26 +79,73 @@ def draw(load: Load, corpus: str, seed: int) -> Workload:
         picks = [random.integers(0, len(texts), size)]
     groups = [[texts[i] for i in pick] for pick in picks]
     order = random.integers(0, len(groups), ORDER_LENGTH, dtype=np.uint32)
+    unique_from = 0 if load.inputs == "unique" else len(groups)
+    if load.inputs == "zipf":
+        order = _zipf(load, len(groups), random)
+        groups = groups + groups
     empty = np.zeros(0, np.uint64)
     if load.mode == "closed":
-        return Workload(groups, order, empty, empty, load.inputs == "unique", digest)
-    schedule = arrivals(load, load.duration_s, random)
+        return Workload(groups, order, empty, empty, unique_from, digest)
+    schedule = arrivals(load, load.timeline, random)
+    warmup = arrivals(load, _warmup(load, load.timeline[0].rate), random)
+    return Workload(groups, order, schedule, warmup, unique_from, digest)
+
+
+def arrivals(load: Load, stages: Sequence[Stage], random: np.random.Generator) -> npt.NDArray[np.uint64]:
+    """Times of an open loop over `stages`, nanoseconds, ascending: Poisson or evenly spaced at the rate of each."""
+    parts, begun = [np.zeros(0)], 0.0
+    for stage in stages:
+        parts.append(begun + _arrivals(load.arrivals, stage.rate or 0.0, stage.duration_s, random))
+        begun += stage.duration_s
+    return np.round(np.concatenate(parts) * 1e9).astype(np.uint64)
+
+
+def _arrivals(kind: str, rate: float, seconds: float, random: np.random.Generator) -> npt.NDArray[np.float64]:
+    if not rate:
+        return np.zeros(0)
+    if kind == "constant":
+        return np.arange(int(np.floor(seconds * rate + 1e-9))) / rate
+    expected = seconds * rate
+    times = np.cumsum(random.exponential(1 / rate, int(expected + 10 * np.sqrt(expected) + 20)))
+    return times[times < seconds]
+
+
+def _warmup(load: Load, rate: float | None) -> list[Stage]:
     # The warm-up may overrun by a window; were its schedule to end first, the measurement would begin with a rested server.
-    warmup_s = load.warmup_s + 2 * load.window_s + 5 if load.warmup_s else 0.0
-    return Workload(groups, order, schedule, arrivals(load, warmup_s, random), load.inputs == "unique", digest)
+    seconds = load.warmup_s + 2 * load.window_s + 5
+    return [Stage(duration_s=seconds, rate=rate)] if load.warmup_s else []
 
 
-def arrivals(load: Load, seconds: float, random: np.random.Generator) -> npt.NDArray[np.uint64]:
-    """Times of an open loop within `seconds`, nanoseconds, ascending: Poisson or evenly spaced at `load.rate`."""
-    rate = load.rate or 1.0
-    if load.arrivals == "constant":
-        times = np.arange(int(np.floor(seconds * rate + 1e-9))) / rate
-    else:
-        expected = seconds * rate
-        gaps = random.exponential(1 / rate, int(expected + 10 * np.sqrt(expected) + 20))
-        times = np.cumsum(gaps)
-        times = times[times < seconds]
-    return np.round(times * 1e9).astype(np.uint64)
+def _zipf(load: Load, groups: int, random: np.random.Generator) -> npt.NDArray[np.uint32]:
+    """Order in which the k-th most popular input comes with a chance of 1 / k**zipf_s, and 1 - zipf_share of all are made unique."""
+    weights = 1 / np.arange(1, groups + 1) ** load.zipf_s
+    order = random.choice(groups, ORDER_LENGTH, p=weights / weights.sum()).astype(np.uint32)
+    fresh = random.random(ORDER_LENGTH) >= load.zipf_share
+    order[fresh] = groups + random.integers(0, groups, int(fresh.sum()), dtype=np.uint32)
+    return order
+
+
+def _replay(load: Load, texts: list[str], digest: str, random: np.random.Generator) -> Workload:
+    """A trace: its times, its inputs in its order, as they are. The warm-up repeats them from the start at the trace's mean rate."""
+    try:
+        sent = [one for one in traces.read(str(load.trace)) if one.at_s < load.duration_s]
+    except ValueError as error:
+        raise UsageError(str(error), 'a trace has lines like {"at_s": 0.25, "input": "text"}') from None
+    if not sent:
+        raise UsageError(f"the trace sends nothing in its first {load.duration_s:g} s", "give a longer duration_s")
+    words = " ".join(texts).split()
+    groups = [list(one.inputs) or [_words(words, one.tokens or 1, random)] for one in sent]
+    schedule = np.round(np.array([one.at_s for one in sent]) * 1e9).astype(np.uint64)
+    warmup = arrivals(load, _warmup(load, len(sent) / load.duration_s), random)
+    whole = hashlib.sha256(digest.encode() + json.dumps(groups).encode()).hexdigest()
+    return Workload(groups, np.arange(len(groups), dtype=np.uint32), schedule, warmup, len(groups), whole)
+
+
+def _words(words: list[str], tokens: int, random: np.random.Generator) -> str:
+    """A text of about `tokens` tokens out of the corpus: English has about 1.3 tokens a word, and two mark the ends."""
+    count = max(1, round((tokens - 2) / 1.3))
+    start = int(random.integers(0, len(words)))
+    return " ".join(words[(start + i) % len(words)] for i in range(count))
 
 
 def read_corpus(name: str) -> tuple[list[str], str]:

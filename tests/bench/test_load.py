@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,42 +115,18 @@ def test_failures_are_recorded_by_kind(answering: Callable[..., str], tmp_path: 
     assert set(part.measured["error"].tolist()) == {records.TIMEOUT}
 
 
-SWITCH = """
-import sys, time, gevent, gevent.pool
-sys.path.insert(0, sys.argv[1])
-import locustfile
-class Runner: worker_index = 0
-class Environment: runner = Runner
-def switched_after():
-    locustfile.load = load = locustfile.Load(0, 1)
-    user = object.__new__(locustfile.OpenLoop)
-    playing = gevent.spawn(user.play, gevent.pool.Pool(), locustfile.WARMUP, sys.argv[2], time.monotonic_ns())
-    gevent.sleep(0.01)
-    load.phase = locustfile.MEASURED
-    load.measuring.set()
-    begun = time.monotonic()
-    playing.join()
-    return time.monotonic() - begun
-print(min(switched_after() for _ in range(5)))
-"""
-
-
 def test_the_measurement_does_not_wait_for_the_warm_ups_next_request(
-    tmp_path: Path, request: pytest.FixtureRequest
+    answering: Callable[..., str], tmp_path: Path
 ) -> None:
-    wanted = plan.Load.model_validate({"mode": "open", "rate": 1})
-    description = load.prepare(
-        wanted, workload.draw(wanted, "short", 1), target.Target("http://127.0.0.1:9", "m"), 100, tmp_path
+    _, part, _ = measure(
+        answering("--median-ms", "1"),
+        tmp_path / "run",
+        mode="open",
+        arrivals="constant",
+        rate=0.5,
+        warmup_s=1,
+        duration_s=2,
     )
-    later = tmp_path / "later.bin"
-    later.write_bytes(np.array([60 * 10**9], "<u8").tobytes())
-    folder = request.config.rootpath / "benchmarks"
-    done = subprocess.run(
-        [sys.executable, "-c", SWITCH, str(folder), str(later)],
-        env={**os.environ, "INFERCTL_LOAD_FILE": str(description)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    # Of five, the quickest: a poll of 0.1 s would take 0.09 s every time.
-    assert float(done.stdout) < 0.05
+    first = part.measured[0]
+    # The warm-up's next request would have been due a second later.
+    assert first["sent_ns"] - first["intended_ns"] < 500_000_000

@@ -79,7 +79,7 @@ def test_equal_seeds_draw_equal_work() -> None:
 
 def test_poisson_arrivals_have_the_asked_rate_and_exponential_gaps() -> None:
     load = plan.Load.model_validate({"mode": "open", "rate": 200})
-    times = workload.arrivals(load, 100, np.random.default_rng(1)).astype(np.float64) / 1e9
+    times = workload.arrivals(load, [plan.Stage(duration_s=100, rate=200)], np.random.default_rng(1)).astype(np.float64) / 1e9
     gaps = np.diff(times)
     assert len(times) == pytest.approx(20_000, rel=0.03)
     assert gaps.std() == pytest.approx(gaps.mean(), rel=0.03)
@@ -87,8 +87,8 @@ def test_poisson_arrivals_have_the_asked_rate_and_exponential_gaps() -> None:
 
 
 def test_constant_arrivals_are_evenly_spaced() -> None:
-    load = plan.Load.model_validate({"mode": "open", "rate": 4, "arrivals": "constant"})
-    assert workload.arrivals(load, 1, np.random.default_rng(1)).tolist() == [0, 250_000_000, 500_000_000, 750_000_000]
+    load = plan.Load.model_validate({"mode": "open", "rate": 4, "duration_s": 1, "arrivals": "constant"})
+    assert workload.arrivals(load, load.timeline[:1], np.random.default_rng(1)).tolist() == [0, 250_000_000, 500_000_000, 750_000_000]
 
 
 def test_bodies_are_one_line_each_and_marked_to_become_unique() -> None:

@@ -109,5 +109,5 @@ def test_a_tail_follows_a_growing_file(tmp_path: Path) -> None:
 
 
 def test_the_load_generator_writes_the_fields_that_are_read(request: pytest.FixtureRequest) -> None:
-    source = (request.config.rootpath / "benchmarks" / "locustfile.py").read_text()
+    source = (request.config.rootpath / "benchmarks" / "loadgen" / "recorder.py").read_text()
     assert all(f'("{name}", "{kind}"' in source for name, kind in FIELDS)
