@@ -1,36 +1,59 @@
-"""Progress of a benchmark on stderr: one live line on a terminal, else a line for each phase."""
+"""Progress of a benchmark on stderr: what has ended stays as a line, below it one live line; without a terminal a line for each phase."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from inferctl.cli import console
 
 if TYPE_CHECKING:
-    from inferctl.bench.runner import Progress
+    from inferctl.bench.runner import Bench, Progress
+
+# What a run takes beside its load: the server's start and end, Locust's start, the quality check.
+AROUND_S = 12.0
+# Probes of a search, about.
+PROBES = 14
+
+
+def expected(work: Bench) -> list[float]:
+    """Seconds that each run of a bench should take, in order: a guess, corrected by the runs as they end."""
+    named = {subject.name: work.load_of(subject) for subject in work.subjects}
+    search = work.plan.search
+
+    def seconds(name: str) -> float:
+        load = named[name]
+        if search:
+            return load.warmup_s + PROBES * (search.probe_s + 4 * load.window_s + 3) + load.duration_s + AROUND_S
+        return load.warmup_s / 2 + load.duration_s + AROUND_S
+
+    return [seconds(run.configuration) for run in work.order]
 
 
 class Show:
-    """Shows what `runner.run` tells; use it as a context manager. `run_s` is a first guess of what one run takes."""
+    """Shows what `runner.run` tells; use it as a context manager. `expected_s` is a first guess of what each run takes, `done` how many are."""
 
-    def __init__(self, run_s: float) -> None:
-        self._guess = run_s
+    def __init__(self, expected_s: Sequence[float], done: int = 0) -> None:
+        self._expected, self._done = list(expected_s), done
         self._live: Any = None
         self._task: Any = None
         self._last: tuple[str, int, str] | None = None
-        self._began: dict[int, float] = {}
+        self._number, self._began = 0, 0.0
+        self._took: list[tuple[float, float]] = []
 
     def __enter__(self) -> Show:
         if sys.stderr.isatty():
+            from rich.progress import BarColumn, SpinnerColumn, TextColumn
             from rich.progress import Progress as Bar
-            from rich.progress import SpinnerColumn, TextColumn
             from rich.table import Column
 
-            text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
-            self._live = Bar(SpinnerColumn(), text, console=console.rich(stderr=True), transient=True)
-            self._task = self._live.add_task("preparing", total=None)
+            text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+            self._live = Bar(
+                SpinnerColumn(), BarColumn(8), text, console=console.rich(stderr=True), transient=True, expand=True
+            )
+            self._task = self._live.add_task("preparing", total=sum(self._expected) or 1)
             self._live.start()
         return self
 
@@ -40,26 +63,40 @@ class Show:
 
     def tell(self, progress: Progress) -> None:
         """Take in what is happening now."""
-        self._began.setdefault(progress.number, time.monotonic())
+        if progress.number != self._number:
+            if self._number and progress.number:
+                self._took.append((self._expected[self._number - 1], time.monotonic() - self._began))
+            self._number, self._began = progress.number, time.monotonic()
+        if progress.done is not None:
+            self._say(f"[{progress.number}/{progress.total}] {progress.name} · {progress.done}")
+            return
+        left = self.left_s(progress)
         key = (progress.name, progress.number, progress.phase)
         if self._live:
-            self._live.update(self._task, description=line(progress, self.left_s(progress)))
+            total = sum(self._expected)
+            self._live.update(self._task, description=line(progress, left), completed=max(0.0, total - left))
         elif key != self._last:
-            console.note(line(progress, self.left_s(progress)))
+            self._say(line(progress, left))
         self._last = key
 
     def left_s(self, progress: Progress) -> float:
-        """Seconds left: what the runs so far took on average (before one has ended: the guess), times the runs to come."""
-        now, first = time.monotonic(), self._began.get(1)
-        if first is None:
-            return self._guess * progress.total
-        begun, done = self._began[progress.number], progress.number - 1
-        each = (begun - first) / done if done else self._guess
-        return max(each - (now - begun), 0) + each * (progress.total - progress.number)
+        """Seconds left of the whole bench: what is to come by the guess, times how wrong the guess was for the runs that ended."""
+        guessed, took = (sum(column) for column in zip(*self._took, strict=True)) if self._took else (1.0, 1.0)
+        ratio = took / guessed
+        if not progress.number:
+            return ratio * sum(self._expected[self._done :])
+        this = ratio * self._expected[progress.number - 1] - (time.monotonic() - self._began)
+        return max(this, 0) + ratio * sum(self._expected[progress.number :])
+
+    def _say(self, text: str) -> None:
+        if self._live:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            console.note(text)
 
 
 def line(progress: Progress, left_s: float) -> str:
-    """As in `[2/6] bf16 · measure · 312 req/s · p50 24.1 p99 40.0 ms · ~50 s left`; fits 80 columns."""
+    """As in `[2/6] bf16 · measure · 312 req/s · p50 24.1 p99 40.0 ms · 50 s left`; fits 80 columns with a short name."""
     parts = [
         f"[{progress.number}/{progress.total}] {progress.name}" if progress.number else progress.name,
         progress.phase,
@@ -69,4 +106,11 @@ def line(progress: Progress, left_s: float) -> str:
         parts += [f"{live.rate:.0f} req/s", f"p50 {live.p50_ms:.1f} p99 {live.p99_ms:.1f} ms"]
     elif progress.seconds >= 1:
         parts.append(f"{progress.seconds:.0f} s")
-    return " · ".join([*parts, f"~{left_s:.0f} s left"])
+    return " · ".join([*parts, f"{duration(left_s)} left"])
+
+
+def duration(seconds: float) -> str:
+    """As in `50 s`, `7 min`, `2.5 h`: no more digits than a guess has."""
+    if seconds < 100:
+        return f"~{seconds:.0f} s"
+    return f"~{seconds / 60:.0f} min" if seconds < 5400 else f"~{seconds / 3600:.1f} h"

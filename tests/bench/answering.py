@@ -1,7 +1,7 @@
 """A small server with the HTTP contract of `inferctl serve`, whose latencies are drawn from a known distribution with a fixed seed.
 
     python answering.py --announce FILE [--median-ms 8 --sigma 0.5] [--stall-every 5 --stall-for 0.5] [--fail-after N] [--die-after N]
-                        [--drift 0.01] [--broken nan|shape|ragged|zeros|error] [--info-status 503] [--sha256 HEX] [--model DIR --precision bf16 ...]
+                        [--slots N [--queue N]] [--drift 0.01] [--broken nan|shape|ragged|zeros|error] [--info-status 503] [--sha256 HEX] [--model DIR --precision bf16 ...]
 
 Each request sleeps for the next draw; `GET /truth` lists the time that each answer really took inside the server, ms, in order.
 It uses the standard library only and answers each connection in a thread.
@@ -58,6 +58,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     numbers = itertools.count()
     truth: list[float] = []  # noqa: RUF012 - one list for the whole server is meant
     lock = threading.Lock()
+    slots: threading.Semaphore | None = None
+    waiting = [0]  # noqa: RUF012 - one count for the whole server is meant
     started = time.monotonic()
 
     def log_message(self, *_: object) -> None:
@@ -75,6 +77,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
         self.wfile.flush()
+
+    def served(self, delay: float) -> bool:
+        """Sleep, in one of the `--slots` if they are bounded; False when more than `--queue` requests wait for one."""
+        if self.slots is None:
+            time.sleep(delay)
+            return True
+        with self.lock:
+            if self.options.queue and self.waiting[0] >= self.options.queue:
+                return False
+            self.waiting[0] += 1
+        with self.slots:
+            with self.lock:
+                self.waiting[0] -= 1
+            time.sleep(delay)
+        return True
 
     def do_GET(self) -> None:
         if self.path == "/info" and self.options.info_status:
@@ -103,7 +120,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             and (now := time.monotonic() - self.started) % self.options.stall_every < self.options.stall_for
         ):
             delay += self.options.stall_for - now % self.options.stall_every
-        time.sleep(delay)
+        if not self.served(delay):
+            self.answer(429, {"error": {"message": "full"}}, {"Retry-After": "1"})
+            return
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
         if self.options.broken == "error" and len(texts) > 1:  # as the quality check asks, not the load
             self.answer(500, {"error": {"message": "broken"}})
@@ -125,6 +144,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             data,
             {"x-inferctl-tokens": str(tokens), "x-inferctl-queue-ms": "0.1", "x-inferctl-inference-ms": inference},
         )
+
+
+class Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away in mid request is nothing to tell of."""
 
 
 def info(options: argparse.Namespace) -> dict[str, Any]:
@@ -156,6 +180,8 @@ def main() -> None:
     parser.add_argument("--stall-for", type=float, default=0.0)
     parser.add_argument("--fail-after", type=int, default=0)
     parser.add_argument("--die-after", type=int, default=0)
+    parser.add_argument("--slots", type=int, default=0)
+    parser.add_argument("--queue", type=int, default=0)
     parser.add_argument("--drift", type=float, default=0.0)
     parser.add_argument("--broken", default="")
     parser.add_argument("--info-status", type=int, default=0)
@@ -166,8 +192,10 @@ def main() -> None:
         sys.exit(f"error: {options.precision} cannot run on this device\n\nhint: use another")
     draw = random.Random(options.seed)
     Handler.options = options
+    if options.slots:
+        Handler.slots = threading.Semaphore(options.slots)
     Handler.delays = (draw.lognormvariate(math.log(options.median_ms / 1e3), options.sigma) for _ in itertools.count())
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     part = options.announce.with_suffix(".part")

@@ -1,0 +1,290 @@
+"""From the options of `inferctl bench`, or from the folder of a bench that was cut short, to something that can run. Nothing is started here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inferctl.cli import console, options
+
+if TYPE_CHECKING:
+    from inferctl.bench.environment import Environment
+    from inferctl.bench.outcome import Outcome, Subject
+    from inferctl.bench.plan import Plan
+    from inferctl.bench.result import Context
+    from inferctl.bench.runner import Bench
+    from inferctl.settings import Resolved
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the command line says; None and empty are not given."""
+
+    spec_file: Path | None = None
+    model: str | None = None
+    plan: str | None = None
+    precisions: list[str] = field(default_factory=list)
+    urls: list[str] = field(default_factory=list)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    slo_p99_ms: float | None = None
+    output: Path = Path("bench-results")
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything that can be wrong was found; `done` runs are complete already."""
+
+    work: Bench
+    context: Context
+    outcomes: list[Outcome]
+    done: int = 0
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What both ways lead to: the bench as it was asked for, before its folder."""
+
+    resolved: Resolved | None
+    plan: Plan
+    plan_file: str | None
+    subjects: list[Subject]
+    folder: Path | None
+    slo_p99_ms: float | None
+
+
+def start(given: Given) -> Ready:
+    """A new bench, in a folder of its own."""
+    from inferctl.bench import environment, resume, runner
+    from inferctl.bench import plan as plans
+
+    targets = [_target(text) for text in given.urls]
+    resolved = _settings(given, needed=not targets or bool(given.precisions))
+    name = given.plan or (resolved.spec.bench.plan if resolved else "precision")
+    chosen = plans.load(name).with_overrides(given.precisions, **given.overrides)
+    if given.overrides.get("users") is not None and chosen.load.mode == "open":
+        console.warn(
+            f"--users {given.overrides['users']} changes nothing: this load is an open loop, {_offered(chosen)}"
+        )
+    subjects = _subjects(chosen, targets, bool(given.precisions))
+    needed = any(subject.url is None for subject in subjects) or given.model is not None
+    slo = given.slo_p99_ms or (resolved.spec.slo.p99_ms if resolved else None)
+    file = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) or "/" in name else None
+    asked = _Asked(resolved, chosen, file, subjects, _model(resolved, needed), slo)
+    machine = environment.detect()
+    what = _identity(asked, machine)
+    _check_search(asked)
+    _check_neighbours(asked)
+    place = _place(given.output, chosen.name)
+    spec = str(Path(resolved.file).resolve()) if resolved and resolved.file else None
+    model = given.model if given.model is None or not Path(given.model).exists() else str(Path(given.model).resolve())
+    resume.begin(place, what, {"spec": spec, "model": model, "plan_file": file, "slo_p99_ms": given.slo_p99_ms})
+    work, context = _bench(asked, machine, place)
+    return Ready(work, context, runner.outcomes(work))
+
+
+def go_on(output: Path) -> Ready:
+    """The bench in `output`, from where it stopped. Raises `UsageError` when anything that its figures depend on has changed."""
+    from inferctl.bench import environment, resume, runner
+    from inferctl.bench.outcome import Subject
+    from inferctl.bench.plan import Plan
+
+    output = output.resolve()
+    manifest = resume.read(output)
+    then, called = manifest["identity"], manifest["called"]
+    if then["code"] != (code := {"version": _version(), "sha256": resume.code_sha256()}):
+        # Before anything else: another version may not even understand the rest.
+        resume.check({"code": then["code"]}, {"code": code}, output)
+    chosen = Plan.model_validate(then["plan"])
+    subjects = [Subject(**one) for one in then["subjects"]]
+    own = any(subject.url is None for subject in subjects)
+    spec_file = Path(called["spec"]) if called["spec"] else None
+    resolved = _settings(Given(spec_file, called["model"]), needed=own)
+    slo = called["slo_p99_ms"] or (resolved.spec.slo.p99_ms if resolved else None)
+    folder = _model(resolved, own or called["model"] is not None)
+    asked = _Asked(resolved, chosen, called["plan_file"], subjects, folder, slo)
+    machine = environment.detect()
+    resume.check(then, _identity(asked, machine), output)
+    work, context = _bench(asked, machine, output)
+    return Ready(work, context, runner.outcomes(work))
+
+
+def _version() -> str:
+    import inferctl
+
+    return inferctl.__version__
+
+
+def _identity(asked: _Asked, machine: Environment) -> dict[str, Any]:
+    """What the figures depend on; reaches out to the servers that run already."""
+    from inferctl import model as models
+    from inferctl.bench import resume, target
+
+    servers = {}
+    for subject in asked.subjects:
+        if subject.url:
+            info = target.connect(subject.url).info
+            said = [(info.get("model") or {}).get("sha256"), (info.get("precision") or {}).get("effective")]
+            servers[subject.name] = said
+    return resume.identity(
+        asked.plan,
+        asked.subjects,
+        machine,
+        models.ModelFolder(asked.folder).digest if asked.folder else None,
+        asked.resolved.spec.digest() if asked.resolved else None,
+        servers,
+        asked.plan_file,
+    )
+
+
+def _bench(asked: _Asked, machine: Environment, place: Path) -> tuple[Bench, Context]:
+    from inferctl.bench import neighbours, result, runner, server
+
+    resolved, command = asked.resolved, None
+    if resolved and asked.folder:
+        file = Path(resolved.file).resolve() if resolved.file else None
+        command = server.serve_command(str(asked.folder), resolved.spec.name, file)
+    slices = neighbours.slices(machine.variables) if asked.plan.neighbours else []
+    work = runner.Bench(asked.plan, asked.subjects, command, asked.folder, place, asked.slo_p99_ms, slices)
+    wanted = [*asked.plan.hardware, *(resolved.spec.hardware if resolved else [])]
+    context = result.Context(
+        plan=asked.plan,
+        environment=machine,
+        model_source=resolved.spec.model.source if resolved else None,
+        hardware_wanted=list(dict.fromkeys(wanted)),
+        slo_p99_ms=asked.slo_p99_ms,
+        output=place,
+        subjects=asked.subjects,
+    )
+    return work, context
+
+
+def _check_search(asked: _Asked) -> None:
+    from inferctl.errors import UsageError
+
+    search = asked.plan.search
+    if search and not (search.slo_p99_ms or asked.slo_p99_ms):
+        raise UsageError(
+            "a search needs to know which p99 must hold",
+            "give --slo 100 (ms), `search.slo_p99_ms` in the plan, or `slo.p99_ms` in the spec",
+        )
+
+
+def _check_neighbours(asked: _Asked) -> None:
+    from inferctl.bench import neighbours
+    from inferctl.errors import UsageError
+
+    if asked.plan.neighbours:
+        neighbours.refuse([subject.name for subject in asked.subjects if subject.url])
+        if asked.plan.search:
+            raise UsageError(
+                "a search has no neighbours", "measure one rate beside neighbours: --rate 50 --neighbours 1"
+            )
+
+
+def _offered(plan: Plan) -> str:
+    return f"{plan.load.rate:g} requests/s" if plan.load.rate else "with rates of its own"
+
+
+def _settings(given: Given, needed: bool) -> Resolved | None:
+    """Settings in force; None when only running servers are measured and nothing names a model."""
+    from inferctl import spec
+    from inferctl.errors import UsageError
+
+    try:
+        return options.load(given.spec_file, {"model.source": given.model, "bench.plan": given.plan})
+    except UsageError:
+        if needed or given.spec_file or given.model or Path(spec.DEFAULT_FILE).exists():
+            raise
+        return None
+
+
+def _target(text: str) -> tuple[str, str]:
+    import re
+
+    from inferctl.errors import UsageError
+
+    name, separator, address = text.partition("=")
+    if (
+        not separator
+        or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)
+        or not address.startswith(("http://", "https://"))
+    ):
+        raise UsageError(f"--url {text!r} is not NAME=URL", "give one like `--url t4=http://10.0.0.7:8080`")
+    if len(name) > 40:
+        raise UsageError(
+            f"the name {name!r} has {len(name)} characters, at most 40 fit", "give the server a shorter name"
+        )
+    return name, address
+
+
+def _subjects(chosen: Plan, targets: list[tuple[str, str]], with_precisions: bool) -> list[Subject]:
+    """What is measured: the plan's configurations; with --url those servers, and our own only when --precision asks for them too."""
+    from inferctl.bench.outcome import Subject
+    from inferctl.errors import UsageError
+
+    own = [
+        Subject(one.name, one.precision, None, one.max_batch_tokens, one.corpus, one.load)
+        for one in (chosen.configurations if with_precisions or not targets else [])
+    ]
+    subjects = own + [Subject(name, url=address) for name, address in targets]
+    names = [subject.name for subject in subjects]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise UsageError(
+            f"the name {sorted(repeated)[0]!r} is used twice", "give each server its own name: `--url NAME=URL`"
+        )
+    return subjects
+
+
+def hardware(texts: list[str]) -> list[str]:
+    """Keys of the catalog out of `--hardware a,b --hardware c`. Raises `UsageError` for one that it does not know."""
+    from inferctl import catalog
+    from inferctl.errors import UsageError, did_you_mean
+
+    known = list(catalog.hardware_profiles())
+    keys = [key.strip() for text in texts for key in text.split(",") if key.strip()]
+    for key in keys:
+        if key not in known:
+            hint = did_you_mean(key, known) or "`inferctl catalog hardware` lists what is known"
+            raise UsageError(f"there is no hardware {key!r}", hint)
+    return keys
+
+
+def _place(output: Path, name: str) -> Path:
+    """A new folder for one bench: two that start in the same second get two."""
+    import itertools
+    import time
+
+    from inferctl.errors import NotReadyError
+
+    first = (output / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    numbered = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    for place in itertools.chain([first], numbered):
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.mkdir()
+        except FileExistsError:
+            if place.parent.is_dir():
+                continue
+            raise NotReadyError(f"{place.parent} is a file", "give another folder with --output") from None
+        except OSError as error:
+            raise NotReadyError(
+                f"{place} cannot be made: {error.strerror}", "give another folder with --output"
+            ) from None
+        return place
+    raise AssertionError("unreachable")
+
+
+def _model(resolved: Resolved | None, needed: bool) -> Path | None:
+    """The local model folder; None when there is none and only running servers are measured (their vectors are then not checked)."""
+    from inferctl import model as models
+    from inferctl.errors import UsageError
+
+    if resolved is None:
+        return None
+    try:
+        return models.find(resolved.spec.model.source, resolved.spec.model.revision).path.resolve()
+    except UsageError:
+        if needed:
+            raise
+        return None
