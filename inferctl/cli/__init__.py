@@ -15,6 +15,7 @@ import inferctl
 from inferctl.cli import (
     bench,
     build,
+    capacity,
     catalog,
     check,
     compare,
@@ -64,6 +65,7 @@ app.command("push", short_help="Push an image; print its name@digest.")(push.pus
 app.command("serve", short_help="Serve embeddings over HTTP, OpenAI-compatible.", epilog=serve.EPILOG)(serve.serve)
 app.command("bench", short_help="Measure latency, throughput and quality.", epilog=bench.EPILOG)(bench.bench)
 app.command("compare", short_help="Say whether a measurement became worse.")(compare.compare)
+app.command("capacity", short_help="Turn a receipt into capacity.json.", epilog=capacity.EPILOG)(capacity.capacity)
 app.add_typer(catalog.app, name="catalog", short_help="Known bases, stacks, hardware; with sources.")
 app.command("doctor", short_help="Say what this machine can do.")(doctor.doctor)
 app.command("config", short_help="Print each setting and where it came from.")(settings.config)

@@ -1,0 +1,98 @@
+"""Capacity: what one replica can do, out of a receipt, for the server's admission and for manifests. Imports no numeric library: others read it too.
+
+`seconds of a batch = fixed_s + tokens / tokens_per_s` is what the server learnt of itself while it was measured (`GET /info`, `pace`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from inferctl.bench.receipt import Receipt
+from inferctl.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
+
+SCHEMA = "inferctl.capacity/1"
+# Paces are compared, and the middle one is taken, by what a batch of this many tokens takes.
+_TOKENS = 2048
+
+
+def capacity(sealed: Receipt, slo_p99_ms: float | None = None) -> dict[str, Any]:
+    """The capacity that a receipt supports; docs/bench.md describes every key. `slo_p99_ms` takes the place of the receipt's.
+
+    Raises `InvalidRunError` for an invalid receipt, `NotEnoughEvidenceError` when its server did not say how fast it is, `UsageError`
+    when another SLO is asked for than the one that a search held.
+    """
+    data = sealed.data
+    if not sealed.valid:
+        raise InvalidRunError(
+            f"{sealed.path} is of an invalid run ({data['validity']['reasons'][0]})",
+            "measure again, then ask for its capacity",
+        )
+    pace = _pace(data["runs"])
+    if pace is None:
+        raise NotEnoughEvidenceError(
+            f"{sealed.path} does not say how long batches took: its server had no `pace` in GET /info",
+            "measure an inferctl server, under a load that keeps it busy",
+        )
+    search = data.get("search") or {}
+    slo = slo_p99_ms or search.get("slo_p99_ms") or (data.get("slo") or {}).get("p99_ms")
+    if search and slo != search["slo_p99_ms"]:
+        raise UsageError(
+            f"the search of this receipt was for p99 {search['slo_p99_ms']:g} ms, not {slo:g} ms",
+            f"search again: `inferctl bench --search --slo {slo:g}`",
+        )
+    return {
+        "schema": SCHEMA,
+        "fixed_s": pace["fixed_s"],
+        "tokens_per_s": pace["tokens_per_s"],
+        "slo_p99_ms": slo,
+        "max_goodput_rps": search.get("max_goodput_rps"),
+        "first_failing_rps": search.get("first_failing_rps"),
+        "limited_by": search.get("limited_by"),
+        "tokens_per_request": data["summary"].get("tokens_per_request"),
+        "model_sha256": (data.get("model") or {}).get("sha256"),
+        "precision": data["precision"]["effective"],
+        "max_batch_tokens": ((data.get("server") or {}).get("limits") or {}).get("max_batch_tokens"),
+        "hardware": data["hardware"]["key"],
+        "hardware_name": data["hardware"]["name"],
+        "image_digest": (data.get("image") or {}).get("digest"),
+        "measured": data["created"],
+        "receipt_seal": data["seal"],
+    }
+
+
+def _pace(runs: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    """The middle one of what the runs' servers had learnt by their ends; None when none of them says."""
+    known = [pace for run in runs if _usable(pace := run.get("pace") or {})]
+    known.sort(key=lambda pace: pace["fixed_s"] + _TOKENS / pace["tokens_per_s"])
+    return known[(len(known) - 1) // 2] if known else None
+
+
+def _usable(pace: Mapping[str, Any]) -> bool:
+    fixed, rate = pace.get("fixed_s"), pace.get("tokens_per_s")
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in (fixed, rate)) and bool(rate)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A capacity file. Raises `UsageError` when it is none."""
+    hint = "`inferctl capacity RECEIPT.json -o capacity.json` writes one"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}", hint) from None
+    if not isinstance(data, dict) or not _usable(data):
+        raise UsageError(f"{path} is no capacity: fixed_s and tokens_per_s are missing", hint)
+    return data
+
+
+def sentence(found: Mapping[str, Any]) -> str:
+    """What it says, for people."""
+    batch = f"a batch takes {found['fixed_s'] * 1e3:.1f} ms and 1 s for each {found['tokens_per_s']:,.0f} tokens"
+    slo = f"p99 {found['slo_p99_ms']:g} ms" if found["slo_p99_ms"] else None
+    best = found["max_goodput_rps"]
+    if best:
+        return f"{batch}; it holds {slo} up to {best:g} requests/s"
+    return f"{batch}; " + (f"{slo}, at which rate was not searched" if slo else "no SLO was set")

@@ -1,0 +1,50 @@
+"""`inferctl capacity`: what one replica can do, out of a receipt, as the file that `inferctl serve --capacity` reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from inferctl.cli import console, options
+
+EPILOG = """Examples: `inferctl capacity bench-results/search-20260102-030405/receipts/bf16.json -o capacity.json`, then
+`inferctl serve --model DIR --precision bf16 --capacity capacity.json` admits by it from the first request on."""
+
+
+def capacity(
+    receipt_file: Annotated[Path, typer.Argument(metavar="RECEIPT.json", help="A receipt of `inferctl bench`.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it to FILE instead of stdout.")
+    ] = None,
+    slo: Annotated[
+        float | None, typer.Option("--slo", metavar="MS", help="p99 to admit by, where the receipt has none.")
+    ] = None,
+    json_: options.Json = False,
+) -> None:
+    """Turn a receipt into the capacity that admission and manifests read.
+
+    Prints one JSON document; with --output, the file's path. Refuses receipts that were altered or are of an invalid run.
+    """
+    from inferctl.bench import capacity as capacities
+    from inferctl.bench import receipt
+    from inferctl.errors import NotReadyError
+
+    sealed = receipt.load(receipt_file)
+    found = capacities.capacity(sealed, slo)
+    if sealed.data["quality"].get("passes") is False:
+        console.warn(f"{sealed.name} fails on quality: it should not be served")
+    console.note(capacities.sentence(found))
+    if output is None:
+        console.document(found)
+        return
+    try:
+        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise NotReadyError(f"{output} cannot be written: {error.strerror}", "give another file") from None
+    if json_:
+        console.document(found)
+    else:
+        console.data(str(output))
