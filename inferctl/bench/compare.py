@@ -68,17 +68,20 @@ METRICS = {
 }
 
 
+# What differs more by itself gets more room: the p99 of a run rests on its last hundredth, memory on how a process happened to start.
+DEFAULT_THRESHOLDS = {"p50": 0.05, "p90": 0.05, "p99": 0.10, "requests_per_s": 0.05, "memory": 0.10}
+
+
 @dataclass(frozen=True)
 class Options:
-    """What counts. `threshold` is a share, `thresholds` by metric win over it; `metrics`: those to judge, empty for all that were measured.
+    """What counts. `thresholds` are shares, by metric; `metrics`: those to judge, empty for all that were measured.
 
     `cosine_drop` and `recall_drop`: by how much the 1st percentile of the cosine and the recall may fall. `allow`: of `ALLOWABLE`.
     """
 
-    threshold: float = 0.05
-    thresholds: Mapping[str, float] = field(default_factory=dict)
+    thresholds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_THRESHOLDS)
     floor_ms: float = 0.2
-    floor_mib: float = 16.0
+    floor_mib: float = 32.0
     metrics: Sequence[str] = ()
     cosine_drop: float = 0.005
     recall_drop: float = 0.02
@@ -86,16 +89,14 @@ class Options:
 
     def limits(self, metric: Metric) -> verdict.Limits:
         floor = {"ms": self.floor_ms, "MiB": self.floor_mib}.get(metric.unit, 0.0)
-        return verdict.Limits(self.thresholds.get(metric.name, self.threshold), floor)
+        return verdict.Limits(self.thresholds[metric.name], floor)
 
 
 def document(found: Sequence[Pair], notes: Sequence[str], options: Options) -> dict[str, Any]:
     """The whole verdict; `outcome` and `exit_code` are those of the worst part. All figures that are judged share one error rate."""
     refusals = [refused(pair, options.allow) for pair in found]
     judged = [pair for pair, reasons in zip(found, refusals, strict=True) if not reasons]
-    family = max(
-        1, sum(len(_values(pair, metric)[0]) >= verdict.FEWEST_RUNS for pair in judged for metric in _wanted(options))
-    )
+    family = max(1, sum(_is_sample(pair, metric) for pair in judged for metric in _wanted(options)))
     parts = [
         _refused(pair, reasons) if reasons else configuration(pair, options, family)
         for pair, reasons in zip(found, refusals, strict=True)
@@ -146,19 +147,19 @@ def judge(pair: Pair, metric: Metric, options: Options, family: int) -> dict[str
         "threshold": limits.threshold,
         "floor": limits.floor,
     }
-    if why or min(len(before), len(after)) < verdict.FEWEST_RUNS:
+    if not why and _stayed_up(pair, metric):
+        return row | _once(max(before), max(after), limits)
+    if not _is_sample(pair, metric):
         # What nobody asked for and no server can tell is left out; everything else is owed an answer.
         blocks = metric.name in options.metrics or metric.name != "memory"
-        outcome = "not enough evidence" if blocks else "not compared"
-        few = f"one run of each says nothing about differences between runs: {WANTED_REPEATS} repeats are wanted"
-        return (
-            row
-            | _blank(before, after)
-            | {"outcome": outcome, "reason": why or few, "repeats_needed": None if why else WANTED_REPEATS}
-        )
-    assert pair.new is not None
-    together = pair.together
-    effect = verdict.paired(before, after) if together else verdict.unpaired(before, after)
+        few = f"{min(len(before), len(after))} runs say too little of how runs differ: {WANTED_REPEATS} repeats are wanted"
+        return row | {
+            **_blank(before, after),
+            "outcome": "not enough evidence" if blocks else "not compared",
+            "reason": why or few,
+            "repeats_needed": None if why else WANTED_REPEATS,
+        }
+    effect = verdict.paired(before, after) if pair.together else verdict.unpaired(before, after)
     base = _centre(before)
     found = verdict.decide(effect, base, metric.higher_is_worse, limits, family)
     return row | {
@@ -173,6 +174,30 @@ def judge(pair: Pair, metric: Metric, options: Options, family: int) -> dict[str
         "outcome": found.outcome,
         "reason": found.reason,
         "repeats_needed": found.repeats_needed,
+    }
+
+
+def _is_sample(pair: Pair, metric: Metric) -> bool:
+    """Whether there are runs enough that differ by chance."""
+    before, after, _ = _values(pair, metric)
+    return min(len(before), len(after)) >= verdict.FEWEST_RUNS and not _stayed_up(pair, metric)
+
+
+def _stayed_up(pair: Pair, metric: Metric) -> bool:
+    """Memory of a server that lived through all runs is one figure, however many runs there were."""
+    sides = [one.data["configuration"].get("url") for one in (pair.old, pair.new) if one]
+    return metric.name == "memory" and any(sides)
+
+
+def _once(before: float, after: float, limits: verdict.Limits) -> dict[str, Any]:
+    """A figure that there is one of on each side: held against its limits alone."""
+    worse = after - before > max(limits.threshold * before, limits.floor)
+    return {
+        **_blank([before], [after]),
+        "change": round(after / before - 1, 5),
+        "outcome": "regression" if worse else "no regression",
+        "reason": "one process of each: judged by the limit alone" if worse else "",
+        "repeats_needed": None,
     }
 
 

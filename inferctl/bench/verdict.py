@@ -15,7 +15,7 @@ from typing import Literal
 
 CONFIDENCE = 0.95
 POWER = 0.8
-FEWEST_RUNS = 2
+FEWEST_RUNS = 3
 MOST_REPEATS = 100
 
 Outcome = Literal["regression", "no regression", "improvement", "not enough evidence", "not compared"]
@@ -62,7 +62,7 @@ class Verdict:
 
 
 def paired(old: Sequence[float], new: Sequence[float]) -> Effect:
-    """Effect over repeats that were measured side by side: Student's t of the per-repeat log ratios. Needs two or more pairs, all above 0."""
+    """Effect over repeats that were measured side by side: Student's t of the per-repeat log ratios. Needs two pairs at least, all above 0."""
     ratios = [math.log(after / before) for before, after in zip(old, new, strict=True)]
     n = len(ratios)
     spread = math.sqrt(_variance(ratios))

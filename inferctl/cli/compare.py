@@ -22,7 +22,8 @@ def compare(
     threshold: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="PERCENT", help="What a change must exceed, default 5; METRIC=PERCENT for one metric; repeatable."
+            metavar="PERCENT",
+            help="What a change must exceed; METRIC=PERCENT for one metric, repeatable. Default 5; p99 and memory 10.",
         ),
     ] = None,
     floor_ms: Annotated[
@@ -89,10 +90,10 @@ def _options(
         if separator:
             _one_of(name, comparing.METRICS, "--threshold")
         shares[name] = _share(value)
-    overall = shares.pop("", 0.05)
+    overall = shares.pop("", None)
+    defaults = comparing.DEFAULT_THRESHOLDS if overall is None else dict.fromkeys(comparing.METRICS, overall)
     return comparing.Options(
-        threshold=overall,
-        thresholds=shares,
+        thresholds={**defaults, **shares},
         floor_ms=floor_ms,
         metrics=[_one_of(name, comparing.METRICS, "--metric") for name in metric or []],
         cosine_drop=cosine_drop,

@@ -1,14 +1,24 @@
-"""`inferctl init`: a commented spec to start from."""
+"""`inferctl init`: a commented spec to start from, and with `--ci` the steps of a CI that gates by it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from inferctl.cli import console
 from inferctl.errors import UsageError
+
+_GITLAB_ROOT, _GITLAB_PART = ".gitlab-ci.yml", ".gitlab/inferctl.yml"
+# CI -> path in the repository -> template.
+_CI = {
+    "github": {
+        ".github/actions/inferctl/action.yml": "github-action.yml.j2",
+        ".github/workflows/inferctl.yml": "github-workflow.yml.j2",
+    },
+    "gitlab": {_GITLAB_PART: "gitlab.yml.j2", _GITLAB_ROOT: "gitlab-ci.yml.j2"},
+}
 
 
 def init(
@@ -21,38 +31,78 @@ def init(
     hardware: Annotated[
         list[str] | None, typer.Option(help="Hardware it must run on (repeatable); default t4 and half an A100.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite a spec that is already there.")] = False,
+    ci: Annotated[
+        str | None, typer.Option("--ci", metavar="NAME", help="Also write the steps for github or gitlab.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files that are already there.")] = False,
 ) -> None:
-    """Write a commented inferctl.yaml and print its path.
+    """Write a commented inferctl.yaml and print its path; with --ci the CI steps too, beside a spec that may be there already.
 
-    Example: inferctl init --model ./models/all-MiniLM-L6-v2 --hardware t4
+    Examples: inferctl init --model ./models/all-MiniLM-L6-v2 --hardware t4; inferctl init --ci github
     """
-    import jinja2
-
-    from inferctl import assets, catalog, settings, spec
+    from inferctl import catalog, settings, spec
 
     target = directory / spec.DEFAULT_FILE
-    if target.exists() and not force:
+    if ci is not None and ci not in _CI:
+        raise UsageError(f"--ci cannot be {ci!r}", f"known: {', '.join(_CI)}")
+    written: dict[Path, str] = {}
+    if not target.exists() or (force and ci is None):
+        values = {
+            "name": name or spec.slug(model),
+            "source": model,
+            "revision": None,
+            "base": base,
+            "hardware": hardware or ["t4", "a100-40gb-mig-3g.20gb"],
+        }
+        written[target] = _rendered("inferctl.yaml.j2", values)
+    elif ci is None:
         raise UsageError(f"{target} is already there", "edit it, or overwrite it with --force")
-    template = (assets.root() / "templates" / "inferctl.yaml.j2").read_text(encoding="utf-8")
-    text = (
-        jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-        .from_string(template)
-        .render(
-            name=name or spec.slug(model),
-            source=model,
-            revision=None,
-            base=base,
-            hardware=hardware or ["t4", "a100-40gb-mig-3g.20gb"],
-        )
-    )
-    settings.resolve(settings.parse(text, str(target)), {}, {}, catalog.vocabulary())
+    document = settings.parse(written[target], str(target)) if written else settings.read(target)
+    resolved = settings.resolve(document, {}, {}, catalog.vocabulary())
+    if ci:
+        written |= _ci_files(ci, directory, resolved.spec.name, resolved.spec.image.repository, force)
+    for file, text in written.items():
+        _write(file, text)
+    if ci:
+        console.note("next: read what they say about runners and registries, and commit them")
+    else:
+        console.note("next: `inferctl check`, then `inferctl render` or `inferctl serve`")
+    console.data("\n".join(str(file) for file in written))
+
+
+def _ci_files(ci: str, directory: Path, name: str, repository: str | None, force: bool) -> dict[Path, str]:
+    """The files of a CI and their text. One that is the user's own by nature is left alone when it is there."""
+    from inferctl import spec
+
+    values = {"name": name, "repository": repository, "spec": spec.DEFAULT_FILE}
+    parts = {part: _rendered(f"ci/{part}.sh.j2", values).rstrip() for part in ("measure", "compare")}
+    made = {}
+    for path, template in _CI[ci].items():
+        file = directory / path
+        if file.exists() and path == _GITLAB_ROOT:
+            console.note(f"{file} is yours already: add `include: [{{local: {_GITLAB_PART}}}]` to it")
+            continue
+        if file.exists() and not force:
+            raise UsageError(f"{file} is already there", "edit it, or overwrite it with --force")
+        made[file] = _rendered(f"ci/{template}", {**values, **parts})
+    return made
+
+
+def _rendered(template: str, values: dict[str, Any]) -> str:
+    import jinja2
+
+    from inferctl import assets
+
+    text = (assets.root() / "templates" / template).read_text(encoding="utf-8")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(text).render(values)
+
+
+def _write(file: Path, text: str) -> None:
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(
-            f"{target} cannot be written: {error.strerror}", "name another folder: `inferctl init FOLDER`"
+            f"{file} cannot be written: {error.strerror}", "name another folder: `inferctl init FOLDER`"
         ) from None
-    console.note("next: `inferctl check`, then `inferctl render` or `inferctl serve`")
-    console.data(str(target))
