@@ -1,0 +1,134 @@
+"""The published rows, and what the estimator says of each."""
+
+from __future__ import annotations
+
+import csv
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from inferctl.estimate import lengths
+from inferctl.estimate.cost import BERT_LARGE, Cost
+from inferctl.estimate.search import Server
+from inferctl.estimate.simulate import UNBOUNDED
+from inferctl.serve.batcher import Limits
+
+HERE = Path(__file__).resolve().parent
+SLO = 0.130
+# The server's own default. The submitters chose a batch for each system; nothing is chosen for a row here.
+BATCH_TOKENS = 16_384
+WITHIN = {"Offline": 0.10, "SingleStream": 0.15, "Server": 0.15}
+CONDITIONS = {
+    "a100-80gb-mig-1g.10gb (6 busy neighbours)": ("a100-80gb-mig-1g.10gb", "six other slices of the GPU ran other benchmarks"),
+    "a100-80gb-sxm (power-capped)": ("a100-80gb-sxm", "DGX Station: a lower power limit than a DGX A100"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published result. `value`: samples/s of an accelerator, for SingleStream the p90 in seconds."""
+
+    part: str
+    precision: str
+    scenario: Literal["Offline", "SingleStream", "Server"]
+    system: str
+    value: float
+    percentiles_ms: tuple[float, float, float] | None
+
+    @property
+    def catalogued(self) -> str:
+        """The catalog's key of the part, without its condition."""
+        return CONDITIONS[self.part][0] if self.part in CONDITIONS else self.part
+
+    def error(self, estimated: float) -> float:
+        """Of an estimate, as a share of the given value."""
+        return estimated / self.value - 1
+
+
+def read() -> list[Row]:
+    """Every row of the CSV, none left out."""
+    with (HERE / "mlperf-bert-large.csv").open(encoding="utf-8") as file:
+        return [_row(line) for line in csv.DictReader(file)]
+
+
+def _row(line: dict[str, str]) -> Row:
+    single = line["scenario"] == "SingleStream"
+    value = float(line["p90_ms"]) / 1000 if single else float(line["samples_per_s_per_accelerator"])
+    station = "DGX-Station" in line["system"]
+    # The same machine, submitted to two categories with the same Offline run.
+    system = line["system"].removesuffix("_datacenter").removesuffix("_edge")
+    return Row(
+        "a100-80gb-sxm (power-capped)" if station else line["hardware"],
+        line["precision"],
+        line["scenario"],  # type: ignore[arg-type]  # three words in the file
+        f"{line['round']} {line['submitter']} {system}",
+        value,
+        (float(line["p50_ms"]), float(line["p90_ms"]), float(line["p99_ms"])) if line["p99_ms"] else None,
+    )
+
+
+class Samples:
+    """MLPerf's samples as they are estimated: SQuAD lengths of a mean, `count` of them."""
+
+    def __init__(self, mean: float, count: int = 20_000) -> None:
+        self.lengths = lengths.squad(mean, count)
+        flop = [BERT_LARGE.flop(tokens) for tokens in self.lengths]
+        self.mean_flop = sum(flop) / count
+        self._ordered = sorted(flop)
+
+    def quantile(self, q: float) -> float:
+        """FLOP of the sample at `q`."""
+        return self._ordered[max(0, math.ceil(q * len(self._ordered)) - 1)]
+
+    def server(self, cost: Cost) -> Server:
+        """The simulated server with all samples, one a request."""
+        return Server(cost, Limits(BATCH_TOKENS, UNBOUNDED), [[tokens] for tokens in self.lengths])
+
+
+def simulated(row: Row, cost: Cost, samples: Samples) -> float:
+    """The estimate of a row, by the batcher on a virtual clock."""
+    server = samples.server(cost)
+    if row.scenario == "Offline":
+        return server.offline().per_second
+    if row.scenario == "SingleStream":
+        return server.single().percentile(0.90)
+    return server.highest_rate(SLO)
+
+
+class Table:
+    """What the simulation says, tabulated, so that a fit need not simulate thousands of times.
+
+    With times in units of the mean work of a sample, the highest rate depends on the fixed time and the SLO alone.
+    """
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+        self._fixed = [0.3 * (30 / 0.3) ** (i / 9) for i in range(10)]
+        self._slo = [18 * (700 / 18) ** (i / 8) for i in range(9)]
+        self._rate = [[samples.server(self.unit(fixed)).highest_rate(slo) for slo in self._slo] for fixed in self._fixed]
+
+    def unit(self, fixed: float) -> Cost:
+        """A part on which the mean sample takes one second."""
+        return Cost.of(BERT_LARGE, self._samples.mean_flop, fixed)
+
+    def estimate(self, row: Row, mean: float, fixed: float) -> float:
+        """Of a row, when the mean sample takes `mean` and a batch `fixed` seconds."""
+        if row.scenario == "SingleStream":
+            return fixed + mean * self._samples.quantile(0.90) / self._samples.mean_flop
+        if row.scenario == "Offline":
+            size = BATCH_TOKENS * len(self._samples.lengths) / sum(self._samples.lengths)
+            return size / (fixed + size * mean)
+        i, a = _place(self._fixed, fixed / mean)
+        j, b = _place(self._slo, SLO / mean)
+        low = (1 - b) * self._rate[i][j] + b * self._rate[i][j + 1]
+        high = (1 - b) * self._rate[i + 1][j] + b * self._rate[i + 1][j + 1]
+        return ((1 - a) * low + a * high) / mean
+
+
+def _place(points: list[float], value: float) -> tuple[int, float]:
+    """Index of the point below, and how far to the next one, on a logarithmic axis."""
+    value = min(max(value, points[0]), points[-1])
+    i = min(bisect_right(points, value), len(points) - 1) - 1
+    return i, math.log(value / points[i]) / math.log(points[i + 1] / points[i])

@@ -1,0 +1,8 @@
+"""What hardware that is not here would do: the server's own batcher on a virtual clock, against a calibrated latency model.
+
+Everything in here is an estimate and says so; docs/estimate.md says how far to believe it.
+"""
+
+from inferctl.estimate.forecast import Estimate, rows
+
+__all__ = ["Estimate", "rows"]

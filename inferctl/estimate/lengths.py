@@ -1,0 +1,55 @@
+"""Lengths of inputs in tokens: of MLPerf's SQuAD samples, of a distribution, or of a corpus."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Sequence
+from statistics import NormalDist
+
+from inferctl.errors import UsageError
+
+# SQuAD v1.1 has 10,570 development questions; windows of 384 tokens with a stride of 128 make MLPerf's 10,833 samples of them,
+# so about one question in fifty is longer than 384 tokens. With that, a log-normal of lengths has one free number, its mean.
+SQUAD_LONGEST = 384
+_SQUAD_OVER = 0.02
+_FORMS = "a number of tokens (128), MEAN:SIGMA of a log-normal (55:0.8), or squad"
+
+
+def lognormal(median: float, sigma: float, longest: int, count: int, seed: int = 0) -> list[int]:
+    """`count` lengths whose quantiles are those of a log-normal cut at `longest`, in an order drawn from `seed`."""
+    normal = NormalDist(math.log(median), sigma)
+    found = [max(1, min(longest, round(math.exp(normal.inv_cdf((i + 0.5) / count))))) for i in range(count)]
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def squad(mean: float, count: int, seed: int = 0) -> list[int]:
+    """`count` lengths as of MLPerf's BERT samples without padding, `mean` tokens on average."""
+    beyond = NormalDist().inv_cdf(1 - _SQUAD_OVER)
+    low, high = 20.0, float(SQUAD_LONGEST)
+    while high - low > 0.05:
+        median = (low + high) / 2
+        sample = lognormal(median, math.log(SQUAD_LONGEST / median) / beyond, SQUAD_LONGEST, 2000)
+        low, high = (median, high) if sum(sample) / len(sample) < mean else (low, median)
+    return lognormal(low, math.log(SQUAD_LONGEST / low) / beyond, SQUAD_LONGEST, count, seed)
+
+
+def parse(text: str, longest: int, squad_mean: float, count: int, seed: int = 0) -> list[int]:
+    """Lengths that `--length` stands for: `128`, `55:0.8` (mean and sigma of a log-normal) or `squad`. Raises `UsageError`."""
+    if text == "squad":
+        return squad(squad_mean, count, seed)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(?::(\d+(?:\.\d+)?))?", text)
+    mean = float(found[1]) if found else 0.0
+    sigma = float(found[2] or 0) if found else 0.0
+    if not 1 <= mean <= longest or sigma > 3:
+        raise UsageError(f"--length {text!r} is none that can be read, up to {longest} tokens", f"give {_FORMS}")
+    return lognormal(mean / math.exp(sigma * sigma / 2), sigma, longest, count, seed) if sigma else [round(mean)] * count
+
+
+def spread(lengths: Sequence[int], count: int, seed: int = 0) -> list[int]:
+    """`count` draws from `lengths`, each as often as the others, in an order drawn from `seed`."""
+    found = [lengths[i % len(lengths)] for i in range(count)]
+    random.Random(seed).shuffle(found)
+    return found
