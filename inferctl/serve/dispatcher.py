@@ -74,6 +74,7 @@ class Dispatcher:
         self._requests: dict[int, _Request] = {}
         self._again: deque[Sent] = deque()
         self._ids = count()
+        self._pumping = False  # is about to be called
         metrics.queue_tokens.set_function(lambda: batcher.waiting_tokens)
         metrics.in_flight.set_function(lambda: len(self._requests))
 
@@ -90,7 +91,7 @@ class Dispatcher:
         predicted = self._batcher.submit(number, [len(s) for s in sequences], now, bulk=bulk, running=self._running())
         request = _Request(sequences, asyncio.get_running_loop().create_future(), now, predicted, len(sequences))
         self._requests[number] = request
-        self.pump()
+        self._pump_soon()
         try:
             return await request.future
         finally:
@@ -199,6 +200,16 @@ class Dispatcher:
         for lane in sorted((lane for lane in self.lanes if lane.up), key=lambda lane: lane.tokens):
             while (sent := self._next(lane)) is not None:
                 self._send(lane, sent)
+
+    def _pump_soon(self) -> None:
+        """`pump`, once what else arrived by now is queued as well."""
+        if not self._pumping:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump_now)
+
+    def _pump_now(self) -> None:
+        self._pumping = False
+        self.pump()
 
     def _send(self, lane: Lane, sent: Sent) -> None:
         parts = [self._requests[work.request].sequences[work.index] for work in sent.works] or [_HARMLESS]

@@ -1,4 +1,4 @@
-"""`POST /v1/embeddings` as a plain ASGI application, as Starlette's request objects cost more than all the rest of it."""
+"""`POST /v1/embeddings`: an ASGI application that answers past ASGI (`protocol.Exchange`), as what Starlette and ASGI add costs more than all the rest."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import logging
 import math
 import os
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from starlette.types import Receive, Scope, Send
 
-from inferctl.serve import http
+from inferctl.serve import http, protocol
 from inferctl.serve.batcher import RefusedError
 from inferctl.serve.dispatcher import Answer, EngineFailedError, EngineUnavailableError
 from inferctl.serve.http import ApiError
 from inferctl.serve.load import busy
 from inferctl.serve.metrics import PHASES
+from inferctl.serve.protocol import Exchange
 from inferctl.serve.tokenise import TooLongError
 from inferctl.serve.types import Tokens, Vectors
 
@@ -62,6 +63,7 @@ class EmbeddingsEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         state, call, entered, accepted = self._state, Call(scope), False, False
+        exchange = protocol.exchange(scope)
         started = time.monotonic()
         headers: list[tuple[bytes, bytes]] = [(b"x-request-id", call.id)]
         try:
@@ -72,7 +74,7 @@ class EmbeddingsEndpoint:
             started = time.monotonic()
             state.load.accepted += 1
             accepted = True
-            status, body = 200, await self._answer(raw, receive, call)
+            status, body = 200, await self._answer(raw, exchange, call)
             headers += [(name, b"%.3f" % (spent * 1000)) for name, spent in zip(_HEADERS, call.phases, strict=True)]
             headers.append((b"x-inferctl-tokens", str(call.tokens).encode()))
         except _ClientGoneError:
@@ -92,8 +94,7 @@ class EmbeddingsEndpoint:
             if entered:
                 state.load.leave(call.held)
         headers += [(b"content-type", _JSON), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await exchange.answer(status, headers, body)
         state.load.accepted -= accepted
         self._ended(scope, call, status, time.monotonic() - started)
 
@@ -121,7 +122,7 @@ class EmbeddingsEndpoint:
             phases = dict(zip(PHASES, call.phases, strict=False))
             state.trace(scope["headers"], call.id.decode(), status, call.tokens, seconds, phases)
 
-    async def _answer(self, raw: bytes, receive: Receive, call: Call) -> bytes:
+    async def _answer(self, raw: bytes, exchange: Exchange, call: Call) -> bytes:
         state, metrics = self._state, self._state.metrics
         request = http.parse(raw, max_inputs=state.limits.max_inputs)
         if request.model not in (None, state.name) and request.model not in state.aliases:
@@ -130,7 +131,7 @@ class EmbeddingsEndpoint:
         started = time.monotonic()
         sequences = await self._tokens(request)
         tokenised = time.monotonic()
-        answer = await _unless_gone(self._embed(sequences, call), receive)
+        answer = await _unless_gone(self._embed(sequences, call), exchange)
         if not answer.ok.all():
             bad = int((~answer.ok).argmax())
             metrics.non_finite.inc(int((~answer.ok).sum()))
@@ -194,17 +195,20 @@ class _ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
-async def _unless_gone(work: Awaitable[Answer], receive: Receive) -> Answer:
-    """The result of `work`, cancelled as soon as the client disconnects."""
-    task, gone, left = asyncio.current_task(), asyncio.ensure_future(_disconnect(receive)), False
+async def _unless_gone(work: Coroutine[None, None, Answer], exchange: Exchange) -> Answer:
+    """The result of `work`, cancelled as soon as the client leaves."""
+    task, left = asyncio.current_task(), False
     assert task is not None
 
-    def leave(_: object) -> None:
+    def leave() -> None:
         nonlocal left
         left = True
         task.cancel()
 
-    gone.add_done_callback(leave)
+    if exchange.gone:
+        work.close()
+        raise _ClientGoneError
+    exchange.when_gone(leave)
     try:
         return await work
     except asyncio.CancelledError:
@@ -213,13 +217,7 @@ async def _unless_gone(work: Awaitable[Answer], receive: Receive) -> Answer:
         task.uncancel()
         raise _ClientGoneError from None
     finally:
-        gone.remove_done_callback(leave)
-        gone.cancel()
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        exchange.forget(leave)
 
 
 def _refused(error: RefusedError) -> ApiError:

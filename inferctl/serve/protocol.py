@@ -7,10 +7,12 @@ closes on a client that still sends, which then sees a reset instead of the 413.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from starlette.types import Scope
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from inferctl.serve.http import ApiError
 
@@ -23,6 +25,58 @@ _SLOWEST = 16 * 1024
 _LINGER = 2.0
 # Fields of one connection only: without them an upgrade is an ordinary request.
 _HOP = frozenset({b"connection", b"upgrade", b"http2-settings"})
+
+
+_EXCHANGE = "inferctl.exchange"
+
+
+class Exchange:
+    """One request and its answer, past ASGI: an answer in one piece instead of two, and a call instead of a task to hear of a client that leaves."""
+
+    __slots__ = ("_connection", "_cycle")
+
+    def __init__(self, connection: Connection, cycle: RequestResponseCycle) -> None:
+        self._connection, self._cycle = connection, cycle
+
+    @property
+    def gone(self) -> bool:
+        """Whether the client has left."""
+        return self._cycle.disconnected
+
+    def when_gone(self, call: Callable[[], None]) -> None:
+        """Have `call` called when the client leaves."""
+        self._connection.waiting.add(call)
+
+    def forget(self, call: Callable[[], None]) -> None:
+        """The opposite of `when_gone`."""
+        self._connection.waiting.discard(call)
+
+    async def answer(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        """The whole answer. `headers` must be valid as they are, in lower case, and hold `content-length`."""
+        cycle = self._cycle
+        if cycle.flow.write_paused and not cycle.disconnected:
+            await cycle.flow.drain()
+        if cycle.disconnected:
+            return
+        parts = [STATUS_LINE[status]]
+        for name, value in (*cycle.default_headers, *headers):
+            if name == b"connection":
+                cycle.keep_alive = False
+            else:
+                parts += (name, b": ", value, b"\r\n")
+        parts += (b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", body)
+        cycle.response_started = cycle.response_complete = True
+        cycle.transport.write(b"".join(parts))
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            cycle.transport.close()
+        cycle.on_response()
+
+
+def exchange(scope: Scope) -> Exchange:
+    """That of a request which came over a `Connection`."""
+    found: Exchange = scope["extensions"][_EXCHANGE]
+    return found
 
 
 def connection(max_body_bytes: int, patience: float = _PATIENCE) -> type[Connection]:
@@ -44,6 +98,7 @@ class Connection(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._problem: ApiError | None = None
         self._upgrade = b""
+        self.waiting: set[Callable[[], None]] = set()  # for the end of this connection
 
     def connection_made(self, transport: Any) -> None:
         """See asyncio."""
@@ -54,6 +109,8 @@ class Connection(HttpToolsProtocol):
         """See asyncio."""
         self._stop_timer()
         super().connection_lost(exc)
+        for call in tuple(self.waiting):
+            call()
 
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
@@ -106,6 +163,7 @@ class Connection(HttpToolsProtocol):
         if int(size) > self.max_body_bytes:
             self._fail(_body_too_large(self.max_body_bytes))
         super().on_headers_complete()
+        self.scope["extensions"] = {_EXCHANGE: Exchange(self, self.cycle)}
         self._phase, self._head = "body", 0
 
     def on_body(self, body: bytes) -> None:
