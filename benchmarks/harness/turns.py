@@ -1,0 +1,121 @@
+"""Two servers measured in turns by `inferctl bench`, and the verdict of `inferctl compare` on them: what same.py and slower.py share."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from inferctl.bench import comparable, compare
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MODEL = ROOT / "models" / "all-MiniLM-L6-v2"
+
+
+@contextlib.contextmanager
+def started(command: list[str], announce: Path) -> Iterator[str]:
+    """Run a server that writes {"url": ...} to `announce` once it is ready; yields the URL and ends the server afterwards."""
+    announce.unlink(missing_ok=True)
+    with announce.with_suffix(".log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            while not announce.is_file():
+                if process.poll() is not None:
+                    sys.exit(f"{' '.join(command)} ended: {announce.with_suffix('.log').read_text()}")
+                time.sleep(0.1)
+            yield str(json.loads(announce.read_text())["url"])
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def serving(announce: Path) -> list[str]:
+    """The command of a server with the real model in bf16."""
+    options = ["--precision", "bf16", "--port", "0", "--announce", str(announce)]
+    return [sys.executable, "-m", "inferctl", "serve", "--model", str(MODEL), *options]
+
+
+def plan(folder: Path, users: int, seconds: float, repeats: int) -> Path:
+    """A plan of short runs in a closed loop."""
+    file = folder / f"turns-{repeats}.yaml"
+    load = {"mode": "closed", "users": users, "duration_s": seconds, "warmup_s": 0}
+    bare = {"configurations": [{"name": "bf16", "precision": "bf16"}], "corpus": "short", "quality": None}
+    file.write_text(yaml.safe_dump({"name": "turns", "load": load, "repeats": repeats, **bare}), encoding="utf-8")
+    return file
+
+
+def measure(work: Path, old: str, new: str, folder: Path) -> dict[str, Any]:
+    """Bench both in turns (A B, B A, ...) under the plan file `work`, and compare the receipts."""
+    command = [sys.executable, "-m", "inferctl", "bench", "--plan", str(work), "--output", str(folder)]
+    done = subprocess.run(
+        [*command, "--url", f"old={old}", "--url", f"new={new}", "--json"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode not in (0, 5):
+        sys.exit(done.stderr[-2000:])
+    receipts = Path(json.loads(done.stdout)["output"]) / "receipts"
+    pairs, notes = comparable.pairs(receipts / "old.json", receipts / "new.json")
+    return compare.document(pairs, notes, compare.Options())
+
+
+def short(verdict: dict[str, Any]) -> dict[str, Any]:
+    """What is worth keeping of one verdict."""
+    (part,) = verdict["configurations"]
+    keys = (
+        "name",
+        "outcome",
+        "change",
+        "interval",
+        "worse_at_most",
+        "spread",
+        "repeats_needed",
+        "old_runs",
+        "new_runs",
+    )
+    metrics = [
+        {key: metric.get(key) for key in keys} for metric in part["metrics"] if metric["outcome"] != "not compared"
+    ]
+    return {
+        "outcome": verdict["outcome"],
+        "exit_code": verdict["exit_code"],
+        "repeats": part["old"]["repeats"],
+        "repeats_needed": verdict["repeats_needed"],
+        "interleaved": part["interleaved"],
+        "reasons": part["reasons"],
+        "metrics": metrics,
+    }
+
+
+def line(number: int, kept: dict[str, Any]) -> str:
+    """One comparison in a line: the change of each figure, marked where it is called worse (!) or left open (?)."""
+    marks = {"regression": "!", "not enough evidence": "?"}
+    changes = [
+        f"{metric['name']} {100 * metric['change']:+.1f} %{marks.get(metric['outcome'], '')}"
+        for metric in kept["metrics"]
+        if metric["change"] is not None
+    ]
+    needed = f" ({kept['repeats_needed']} repeats needed)" if kept["repeats_needed"] else ""
+    return f"{number:>3}  {kept['outcome']}{needed}: {', '.join(changes) or '; '.join(kept['reasons'])}"
+
+
+def counts(all_kept: list[dict[str, Any]]) -> dict[str, int]:
+    """How many comparisons had which outcome."""
+    return dict(Counter(kept["outcome"] for kept in all_kept))
+
+
+def write(file: Path | None, document: dict[str, Any]) -> None:
+    """Keep the figures."""
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

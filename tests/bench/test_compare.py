@@ -1,0 +1,278 @@
+"""`inferctl compare`: what it refuses, what it calls worse, and how it says so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from compare_samples import receipts_of, run_values
+
+from inferctl import cli
+from inferctl.bench import comparable, compare, compare_view, receipt
+from inferctl.errors import InvalidRunError, UsageError
+
+STEADY = [1.0, 1.01, 0.99, 1.005, 0.995]
+
+
+def verdict(old: receipt.Receipt, new: receipt.Receipt, **options: Any) -> dict[str, Any]:
+    return compare.document([comparable.Pair(old, new)], [], compare.Options(**options))
+
+
+def metrics(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {metric["name"]: metric for metric in result["configurations"][0]["metrics"]}
+
+
+def changed(one: receipt.Receipt, change: Callable[[dict[str, Any]], object]) -> receipt.Receipt:
+    """The receipt with something else in it, sealed anew."""
+    data = json.loads(json.dumps(one.data))
+    change(data)
+    return receipt.write(one.path, data)
+
+
+def test_a_steady_slow_down_of_ten_per_cent_is_a_regression(tmp_path: Path) -> None:
+    result = verdict(*receipts_of(tmp_path, run_values(20, STEADY), run_values(22, STEADY[::-1])))
+    assert (result["outcome"], result["exit_code"]) == ("regression", 1)
+    p50 = metrics(result)["p50"]
+    assert p50["change"] == pytest.approx(0.1, abs=0.002)
+    assert 0 < p50["interval"][0] < 0.1 < p50["interval"][1]
+    assert metrics(result)["memory"]["outcome"] == "no regression"
+
+
+def test_the_same_again_is_no_regression(tmp_path: Path) -> None:
+    result = verdict(*receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY[::-1])))
+    assert (result["outcome"], result["exit_code"]) == ("no regression", 0)
+
+
+def test_a_faster_one_is_no_regression_and_said_to_be_better(tmp_path: Path) -> None:
+    result = verdict(*receipts_of(tmp_path, run_values(20, STEADY), run_values(16, STEADY)))
+    assert (result["outcome"], result["exit_code"]) == ("improvement", 0)
+    assert metrics(result)["requests_per_s"]["outcome"] == "improvement"
+
+
+def test_a_difference_that_noise_can_explain_wants_more_repeats(tmp_path: Path) -> None:
+    noisy = [1.0, 1.2, 0.85, 1.1, 0.9]
+    result = verdict(*receipts_of(tmp_path, run_values(20, STEADY), run_values(22, noisy)))
+    assert (result["outcome"], result["exit_code"]) == ("not enough evidence", 4)
+    assert 5 < result["repeats_needed"] <= 100
+    assert f"{result['repeats_needed'] - 5} more" in compare.advice(result)
+
+
+def test_a_change_is_no_regression_under_the_floor_or_the_threshold_however_sure_it_is(tmp_path: Path) -> None:
+    exact = [1.0, 1.0001, 0.9999, 1.0, 1.0]
+    old, new = receipts_of(tmp_path, run_values(2, exact), run_values(2.16, exact))
+    assert metrics(verdict(old, new))["p50"]["outcome"] == "no regression"
+    assert metrics(verdict(old, new, floor_ms=0.1))["p50"]["outcome"] == "regression"
+    wide = dict.fromkeys(compare.METRICS, 0.09)
+    assert verdict(old, new, floor_ms=0.1, thresholds=wide)["outcome"] == "no regression"
+
+
+def test_repeats_measured_in_turns_are_compared_pair_by_pair(tmp_path: Path) -> None:
+    """The machine became three times slower meanwhile: in turns that hits both alike, one after the other it drowns everything."""
+    drift = [1.0, 1.3, 1.7, 2.3, 3.0]
+    values = run_values(20, drift), run_values(22.4, drift)
+    together = verdict(*receipts_of(tmp_path / "a", *values))
+    apart = verdict(*receipts_of(tmp_path / "b", *values, apart=True))
+    assert together["outcome"] == "regression"
+    assert apart["outcome"] == "not enough evidence"
+    assert any("measured apart" in note for note in apart["configurations"][0]["notes"])
+
+
+def test_few_repeats_give_no_verdict_and_say_how_many_are_wanted(tmp_path: Path) -> None:
+    result = verdict(*receipts_of(tmp_path, run_values(20, [1.0, 1.0]), run_values(30, [1.0, 1.0])))
+    assert result["outcome"] == "not enough evidence"
+    assert result["repeats_needed"] == 5
+
+
+def test_a_percentile_that_runs_are_too_short_for_is_named_with_the_length_they_need(tmp_path: Path) -> None:
+    old, new = receipts_of(tmp_path, run_values(20, STEADY, n=200), run_values(20, STEADY, n=200))
+    p99 = metrics(verdict(old, new))["p99"]
+    assert p99["outcome"] == "not enough evidence"
+    assert p99["reason"] == "n too small: 200 of 368 answers in a run: measure 5 s a run"
+    assert verdict(old, new, metrics=["p50"])["outcome"] == "no regression"
+
+
+def test_more_figures_judged_together_have_wider_intervals(tmp_path: Path) -> None:
+    old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(21, STEADY[::-1]))
+    alone, together = verdict(old, new, metrics=["p50"]), verdict(old, new)
+    assert (alone["family"], together["family"]) == (1, 5)
+    assert metrics(alone)["p50"]["interval"][0] > metrics(together)["p50"]["interval"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda data: data["hardware"].update(name="Another CPU"), "hardware differs"),
+        (lambda data: data["environment"].update(cores=64), "2 and 64 cores"),
+        (lambda data: data["configuration"].update(this_machine=False), "shared the load generator's machine"),
+        (lambda data: data["precision"].update(effective="fp32"), "effective precisions differ: bf16 and fp32"),
+        (lambda data: data["workload"].update(sha256="00" * 32), "schedules differ"),
+        (lambda data: data["plan"]["load"].update(users=9), "loads differ: users 4 and 9"),
+        (lambda data: data["validity"].update(valid=False, reasons=["too hot"]), "new receipt is invalid: too hot"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, change: Callable[[Any], object], reason: str) -> None:
+    old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
+    result = verdict(old, changed(new, change))
+    assert (result["outcome"], result["exit_code"]) == ("invalid", 5)
+    assert reason in result["configurations"][0]["reasons"][0]
+
+
+def test_other_precisions_and_hardware_are_compared_when_that_is_said_and_noted(tmp_path: Path) -> None:
+    old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(10, STEADY))
+    new = changed(new, lambda data: data["precision"].update(effective="fp32"))
+    new = changed(new, lambda data: data["hardware"].update(name="Another CPU"))
+    assert verdict(old, new, allow=["precision"])["outcome"] == "invalid"
+    result = verdict(old, new, allow=["precision", "hardware"])
+    assert result["outcome"] == "improvement"
+    assert [note for note in result["configurations"][0]["notes"] if "allowed" in note] == [
+        "different precisions, as allowed: bf16 and fp32",
+        "as allowed: the hardware differs: Test CPU cpu and Another CPU cpu",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "outcome", "reason"),
+    [
+        (lambda quality: quality.update(recall_at_10=0.966), "regression", "fell by 0.021, 0.02 are allowed"),
+        (lambda quality: quality.update(recall_at_10=0.967), "no regression", ""),
+        (lambda quality: quality["cosine"].update(p1=0.97), "regression", "under the plan's limit of 0.98"),
+        (lambda quality: quality["cosine"].update(p1=0.9941), "no regression", ""),
+    ],
+)
+def test_quality_is_held_against_its_limits_exactly(
+    tmp_path: Path, change: Callable[[Any], object], outcome: str, reason: str
+) -> None:
+    old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
+    result = verdict(old, changed(new, lambda data: change(data["quality"])))
+    assert result["outcome"] == outcome
+    reasons = [
+        metric["reason"] for metric in metrics(result).values() if metric["name"] in ("cosine_p1", "recall_at_10")
+    ]
+    assert reason in reasons
+
+
+def test_broken_vectors_are_a_regression_and_unchecked_ones_no_evidence(tmp_path: Path) -> None:
+    old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
+    broken = {"checked": True, "passes": False, "reason": "not finite"}
+    assert verdict(old, changed(new, lambda data: data.update(quality=broken)))["outcome"] == "regression"
+    unchecked = {"checked": False, "reason": "no local folder"}
+    assert verdict(old, changed(new, lambda data: data.update(quality=unchecked)))["outcome"] == "not enough evidence"
+
+
+def test_memory_of_servers_that_stayed_up_is_one_figure_and_judged_by_its_limit(tmp_path: Path) -> None:
+    old, new = receipts_of(tmp_path, run_values(20, STEADY, memory=500), run_values(20, STEADY, memory=540))
+    assert metrics(verdict(old, new))["memory"]["interval"]
+    for one in (old, new):
+        changed(one, lambda data: data["configuration"].update(url="http://127.0.0.1:1"))
+    old, new = (receipt.load(one.path) for one in (old, new))
+    assert metrics(verdict(old, new))["memory"].items() >= {"outcome": "no regression", "interval": None}.items()
+    tight = {**compare.DEFAULT_THRESHOLDS, "memory": 0.07}
+    assert metrics(verdict(old, new, thresholds=tight))["memory"]["outcome"] == "regression"
+
+
+def test_folders_are_matched_by_name_and_one_that_was_not_measured_again_is_not_forgotten(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    for name in ("bf16", "int8"):
+        receipts_of(old, run_values(20, STEADY), run_values(20, STEADY), names=(name, "other"))
+    (old / "receipts" / "other.json").unlink()
+    receipts_of(new, run_values(20, STEADY), run_values(20, STEADY), names=("bf16", "fp16"))
+    pairs, notes = comparable.pairs(old, new / "receipts")
+    result = compare.document(pairs, notes, compare.Options())
+    assert [part["outcome"] for part in result["configurations"]] == ["no regression", "invalid"]
+    assert result["exit_code"] == 5
+    assert "int8 was not measured again" in result["configurations"][1]["reasons"][0]
+    assert notes == ["fp16 is new: there is nothing to compare it with"]
+
+
+def test_a_regression_stays_one_beside_what_cannot_be_compared(tmp_path: Path) -> None:
+    old, new = receipts_of(tmp_path / "a", run_values(20, STEADY), run_values(25, STEADY))
+    gone, _ = receipts_of(tmp_path / "b", run_values(20, STEADY), run_values(20, STEADY))
+    result = compare.document([comparable.Pair(old, new), comparable.Pair(gone, None)], [], compare.Options())
+    assert (result["outcome"], result["exit_code"]) == ("regression", 1)
+
+
+def test_mistakes_of_the_command_line_are_told_from_invalid_receipts(tmp_path: Path) -> None:
+    old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
+    with pytest.raises(UsageError, match="same receipt"):
+        comparable.pairs(old.path, old.path)
+    with pytest.raises(UsageError, match="is not there"):
+        comparable.pairs(old.path, tmp_path / "absent.json")
+    with pytest.raises(UsageError, match="a file and a folder"):
+        comparable.pairs(old.path, tmp_path)
+    new.path.write_text(new.path.read_text().replace("Test CPU", "Rest CPU"))
+    with pytest.raises(InvalidRunError, match="altered"):
+        comparable.pairs(old.path, new.path)
+
+
+def shown(tmp_path: Path, *arguments: str) -> int:
+    place = tmp_path / "receipts"
+    return cli.run(["compare", str(place / "old.json"), str(place / "new.json"), *arguments])
+
+
+def test_each_outcome_has_its_exit_code_and_each_format_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    receipts_of(tmp_path, run_values(20, STEADY), run_values(23, STEADY[::-1]))
+    files = [tmp_path / f"verdict{suffix}" for suffix in (".md", ".json", ".xml", ".txt")]
+    assert shown(tmp_path, *(part for file in files for part in ("--output", str(file)))) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("error: regression: p50")
+    assert out.startswith("Regression: p50 +15.")
+    assert max(len(line) for line in out.splitlines()) <= 80
+    markdown, document, junit, text = (file.read_text() for file in files)
+    assert [line.rstrip() for line in out.splitlines()] == text.splitlines()
+    assert markdown.startswith("### Regression: p50 +15.")
+    assert json.loads(document)["schema"] == "inferctl.compare/1"
+    suite = ElementTree.fromstring(junit)[0]
+    assert suite.attrib["failures"] == str(len(suite.findall("testcase/failure"))) == "4"
+    assert shown(tmp_path, "--threshold", "20") == 0
+    capsys.readouterr()
+    assert shown(tmp_path, "--threshold", "20", "--threshold", "p50=5", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["outcome"] == "regression"
+
+
+def test_the_formats_go_to_stdout_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY[::-1]))
+    for style, start in (
+        ("markdown", "### No regression"),
+        ("json", "{"),
+        ("junit", "<?xml"),
+        ("text", "No regression"),
+    ):
+        assert shown(tmp_path, "--format", style) == 0
+        assert capsys.readouterr().out.startswith(start)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--threshold", "0"], ["--threshold", "p5=3"], ["--metric", "p95"], ["--allow", "schedule"], ["--format", "html"]],
+)
+def test_options_that_make_no_sense_are_refused(tmp_path: Path, arguments: list[str]) -> None:
+    receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
+    assert shown(tmp_path, *arguments) == 2
+
+
+def test_nothing_from_a_receipt_becomes_markup(tmp_path: Path) -> None:
+    old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
+    bad = "a|b <img src=x> [link](y)"
+    new = changed(new, lambda data: data["validity"].update(valid=False, reasons=[bad]))
+    page = compare_view.markdown(verdict(old, new))
+    assert r"a\|b &lt;img src=x> \[link\](y)" in page
+
+
+def test_every_key_of_the_document_is_documented() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
+    for name in (
+        *compare.METRICS,
+        "cosine_p1",
+        "recall_at_10",
+        "repeats_needed",
+        "interleaved",
+        "family",
+        "worse_at_most",
+    ):
+        assert f"`{name}`" in page

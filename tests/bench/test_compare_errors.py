@@ -1,0 +1,111 @@
+"""How often the verdict is wrong: hundreds of simulated comparisons, with noise like that of a shared machine with two cores.
+
+The noise (benchmarks/results/same.json has what was seen): runs of two seconds differ by a few per cent, whole stretches are slower, now and then a
+neighbour takes a core for one run. It hits all figures of a run together; the p99 has noise of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+from compare_samples import runs
+
+from inferctl.bench import comparable, compare, receipt, verdict
+
+PAIRS = 400
+# With this share of false alarms or less, 20 comparisons give at most one with a probability of 95 %.
+MOST_FALSE_ALARMS = 0.0178
+
+
+def one_run(random: Random, slower: float, noise: float, stretch: float, burst: float) -> dict[str, float]:
+    own = random.gauss(0, noise) + stretch + (random.uniform(0.1, 0.5) if random.random() < burst else 0)
+    body, tail = math.exp(own) * slower, math.exp(random.gauss(0, noise))
+    return {
+        "p50": 20 * body,
+        "p90": 27 * body * math.exp(random.gauss(0, noise / 2)),
+        "p99": 36 * body * tail,
+        "rate": 200 / (body * math.exp(random.gauss(0, noise / 4))),
+        "n": 1000,
+        "memory": 500 * math.exp(random.gauss(0, 0.01)),
+    }
+
+
+def compared(random: Random, repeats: int, slower: float, noise: float, burst: float) -> tuple[str, int | None]:
+    """Outcome of one comparison of a server with one that is `slower` times as slow, in turns, and the repeats it asks for."""
+    stretch, sides = 0.0, ([], [])  # type: tuple[float, tuple[list[dict[str, float]], list[dict[str, float]]]]
+    for repeat in range(repeats):
+        for side in (0, 1) if repeat % 2 == 0 else (1, 0):
+            stretch = 0.8 * stretch + random.gauss(0, noise / 2)
+            sides[side].append(one_run(random, slower if side else 1.0, noise, stretch, burst))
+    shared = {
+        "validity": {"valid": True, "reasons": [], "cautions": []},
+        "hardware": {"name": "Test CPU", "key": "cpu"},
+        "configuration": {"name": "bf16", "url": None, "this_machine": True},
+        "environment": {},
+        "plan": {},
+        "workload": {"sha256": ""},
+        "precision": {"effective": "bf16"},
+        "model": {},
+        "quality": {"checked": False, "reason": "simulated"},
+        "created": "",
+        "seal": "",
+    }
+    old, new = (
+        receipt.Receipt(Path(), shared | {"runs": runs(values, side == 0)}) for side, values in enumerate(sides)
+    )
+    result = compare.document([comparable.Pair(old, new)], [], compare.Options())
+    return result["outcome"], result["repeats_needed"]
+
+
+def outcomes(repeats: int, slower: float, noise: float, burst: float, pairs: int = PAIRS) -> dict[str, float]:
+    """Share of each outcome."""
+    random = Random(f"{repeats} {slower} {noise} {burst}")
+    found = Counter(compared(random, repeats, slower, noise, burst)[0] for _ in range(pairs))
+    return {name: count / pairs for name, count in found.items()}
+
+
+@pytest.mark.parametrize("burst", [0.0, 0.1])
+@pytest.mark.parametrize("noise", [0.01, 0.03, 0.08])
+@pytest.mark.parametrize("repeats", [3, 5, 10])
+def test_the_same_again_is_hardly_ever_called_a_regression(repeats: int, noise: float, burst: float) -> None:
+    assert outcomes(repeats, 1.0, noise, burst).get("regression", 0) <= MOST_FALSE_ALARMS
+
+
+@pytest.mark.parametrize(("repeats", "noise", "least"), [(5, 0.01, 0.99), (5, 0.02, 0.9), (10, 0.03, 0.95)])
+def test_ten_per_cent_are_found_where_the_machine_allows_it(repeats: int, noise: float, least: float) -> None:
+    assert outcomes(repeats, 1.1, noise, 0.0).get("regression", 0) >= least
+
+
+@pytest.mark.parametrize("burst", [0.0, 0.1])
+@pytest.mark.parametrize("noise", [0.01, 0.03, 0.08])
+def test_ten_per_cent_are_not_passed_however_noisy_it_is(noise: float, burst: float) -> None:
+    found = outcomes(5, 1.1, noise, burst)
+    assert found.get("no regression", 0) + found.get("improvement", 0) <= 0.05
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.1])
+def test_as_many_repeats_as_it_asks_for_settle_it(slower: float) -> None:
+    """The number is an estimate from few runs: what is held is that most comparisons are settled by it, and correctly."""
+    random, settled, right = Random(1), 0, 0
+    asked = []
+    while len(asked) < 60:
+        outcome, needed = compared(random, 6, slower, 0.03, 0.0)
+        if outcome == "not enough evidence" and needed:
+            asked.append(needed)
+    for needed in asked:
+        outcome, _ = compared(random, needed, slower, 0.03, 0.0)
+        settled += outcome != "not enough evidence"
+        right += (outcome == "regression") == (slower > 1)
+    assert settled >= 0.7 * len(asked)
+    assert right >= 0.9 * settled
+
+
+def test_quantiles_of_student_are_those_of_the_tables() -> None:
+    """Abramowitz and Stegun, table 26.10."""
+    tabled = {(0.975, 1): 12.706, (0.975, 4): 2.776, (0.995, 5): 4.032, (0.95, 30): 1.697, (0.995, 120): 2.617}
+    for (p, degrees), value in tabled.items():
+        assert verdict.quantile(p, degrees) == pytest.approx(value, abs=6e-4)

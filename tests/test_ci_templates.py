@@ -1,0 +1,204 @@
+"""The CI steps that `inferctl init --ci` writes: valid for their CI, sound as shell scripts, and made of commands that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from inferctl import cli
+from inferctl.errors import UsageError
+
+GITHUB = (".github/actions/inferctl/action.yml", ".github/workflows/inferctl.yml")
+GITLAB = (".gitlab/inferctl.yml", ".gitlab-ci.yml")
+SCHEMAS = dict(zip((*GITHUB, *GITLAB), ("github-actions", "github-workflows", "gitlab-ci", "gitlab-ci"), strict=True))
+STEPS = ("check", "build", "bench", "compare", "push")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with the files of both CIs."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name in ("github", "gitlab"):
+        assert cli.run(["init", str(folder), "--ci", name]) == 0
+    return folder
+
+
+def scripts(file: Path) -> list[str]:
+    """Every shell script in a CI file, whichever CI it is for."""
+    found: list[str] = []
+
+    def walk(value: Any, key: str = "") -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                walk(inner, name)
+        elif isinstance(value, list) and key in ("script", "before_script"):
+            found.append("\n".join(value))
+        elif isinstance(value, list):
+            for inner in value:
+                walk(inner)
+        elif key == "run":
+            found.append(value)
+
+    walk(yaml.safe_load(file.read_text()))
+    return found
+
+
+def commands(script: str) -> Iterator[list[str]]:
+    """The arguments of every `inferctl` in a script, with variables as they stand."""
+    joined = script.replace("\\\n", " ")
+    for line in joined.splitlines():
+        if found := re.match(r"\s*inferctl (.*)", line):
+            # Command substitutions hold quotes of their own; what they print is a value like any other.
+            plain = re.sub(r"\$\([^)]*\)", "x", found[1])
+            words = shlex.split(plain, comments=True)
+            end = next((i for i, word in enumerate(words) if re.fullmatch(r"[|&;]+|\d?>.*", word)), len(words))
+            yield words[:end]
+
+
+@pytest.mark.parametrize("path", [*GITHUB, *GITLAB])
+def test_each_file_is_valid_for_its_ci(written: Path, path: str) -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{SCHEMAS[path]}", path]
+    done = subprocess.run(command, cwd=written, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", [*GITHUB, *GITLAB[:1]])
+def test_every_script_passes_shellcheck(written: Path, path: str) -> None:
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    found = scripts(written / path)
+    assert found
+    for script in found:
+        done = subprocess.run(
+            [shellcheck, "--shell", "bash", "--exclude", "SC2034", "-"],
+            input="set -euo pipefail\n" + script,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+
+
+def test_the_workflow_passes_actionlint(written: Path) -> None:
+    actionlint = shutil.which("actionlint")
+    if not actionlint:
+        pytest.skip("there is no actionlint (a Go program; its Python package downloads it when it is installed)")
+    (written / ".git").mkdir(exist_ok=True)
+    done = subprocess.run([actionlint], cwd=written, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("files", [GITHUB, GITLAB], ids=["github", "gitlab"])
+def test_every_inferctl_command_exists_with_those_options(written: Path, files: tuple[str, ...]) -> None:
+    known = get_command(cli.app).commands  # type: ignore[attr-defined]  # the root is a group
+    used = [words for path in files for script in scripts(written / path) for words in commands(script)]
+    assert {words[0] for words in used} >= set(STEPS)
+    for verb, *arguments in used:
+        values = [re.sub(r"\$REPEATS\b", "10", argument) for argument in arguments]
+        # Parses the line as the command would, and raises for an unknown option, a missing value or one of the wrong type.
+        known[verb].make_context(verb, values)
+
+
+@pytest.mark.parametrize("files", [GITHUB, GITLAB], ids=["github", "gitlab"])
+def test_the_steps_come_in_an_order_that_pushes_only_what_is_green(written: Path, files: tuple[str, ...]) -> None:
+    verbs = [words[0] for path in files for script in scripts(written / path) for words in commands(script)]
+    first = [verbs.index(verb) for verb in STEPS]
+    assert first == sorted(first)
+
+
+def test_no_expression_of_github_reaches_a_shell(written: Path) -> None:
+    """A branch may be called `$(anything)`: what comes from outside goes through the environment."""
+    for path in GITHUB:
+        for script in scripts(written / path):
+            assert "${{" not in script
+
+
+def test_every_input_that_is_used_is_declared_and_every_declared_one_is_used(written: Path) -> None:
+    action = (written / GITHUB[0]).read_text()
+    assert set(yaml.safe_load(action)["inputs"]) == set(re.findall(r"\$\{\{ inputs\.([\w-]+) \}\}", action))
+    (step,) = (
+        one
+        for one in yaml.safe_load((written / GITHUB[1]).read_text())["jobs"]["gate"]["steps"]
+        if one.get("uses", "").startswith("./")
+    )
+    assert set(step["with"]) <= set(yaml.safe_load(action)["inputs"])
+    assert (written / step["uses"] / "action.yml").is_file()
+
+
+@pytest.mark.parametrize("path", [GITHUB[0], GITLAB[0]])
+def test_every_variable_that_a_script_reads_is_set(written: Path, path: str) -> None:
+    text = (written / path).read_text()
+    provided = set(re.findall(r"^ +([A-Z_]+): ", text, re.MULTILINE)) | {"PATH", "PWD"}
+    provided |= set(re.findall(r"export ([A-Z_]+)=", text))
+    for script in scripts(written / path):
+        for name in re.findall(r"\$\{?([A-Z][A-Z_]+)", script):
+            assert name in provided or name.startswith(("CI_", "GITHUB_", "RUNNER_", "REGISTRY_")), name
+
+
+def compare_step(written: Path, tmp_path: Path, code: int, policy: str) -> int:
+    """Run the script of the compare step with an `inferctl` that ends with `code`."""
+    (script,) = (one for one in scripts(written / GITHUB[0]) if "inferctl compare" in one)
+    program = tmp_path / "bin" / "inferctl"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\nexit {code}\n")
+    program.chmod(0o755)
+    (tmp_path / "bench-results" / "one" / "receipts").mkdir(parents=True)
+    (tmp_path / "new.json").write_text("{}")
+    environment = {"PATH": f"{program.parent}:/usr/bin:/bin", "THRESHOLD": "5", "OPEN": policy}
+    return subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", script], cwd=tmp_path, env=environment, check=False
+    ).returncode
+
+
+@pytest.mark.parametrize(
+    ("code", "policy", "expected"),
+    [(0, "fail", 0), (1, "fail", 1), (1, "pass", 1), (4, "fail", 4), (4, "pass", 0), (5, "pass", 5)],
+)
+def test_a_verdict_becomes_the_state_of_the_job(
+    written: Path, tmp_path: Path, code: int, policy: str, expected: int
+) -> None:
+    assert compare_step(written, tmp_path, code, policy) == expected
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("fail", 1), ("pass", 0)])
+def test_a_missing_baseline_passes_only_when_that_was_said(
+    written: Path, tmp_path: Path, policy: str, expected: int
+) -> None:
+    (script,) = (one for one in scripts(written / GITHUB[0]) if "inferctl bench" in one)
+    docker = tmp_path / "docker"
+    docker.write_text("#!/bin/sh\nexit 1\n")
+    docker.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "BASELINE": "r/m:main", "WITHOUT_BASELINE": policy}
+    done = subprocess.run(["bash", "-eo", "pipefail", "-c", script], cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == expected
+    assert "`r/m:main`" in (tmp_path / "verdict.md").read_text()
+
+
+def test_ci_files_that_are_there_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / ".gitlab-ci.yml").write_text("mine: {script: [true]}\n")
+    assert cli.run(["init", str(tmp_path), "--ci", "gitlab"]) == 0
+    assert (tmp_path / ".gitlab-ci.yml").read_text() == "mine: {script: [true]}\n"
+    assert "include" in capsys.readouterr().err
+    assert cli.run(["init", str(tmp_path), "--ci", "gitlab"]) == UsageError.exit_code
+    assert cli.run(["init", str(tmp_path), "--ci", "gitlab", "--force"]) == 0
+
+
+def test_a_spec_that_is_there_is_read_and_kept(tmp_path: Path) -> None:
+    assert cli.run(["init", str(tmp_path), "--model", "org/named"]) == 0
+    spec = tmp_path / "inferctl.yaml"
+    spec.write_text(
+        spec.read_text().replace("  # repository: registry.example.com/ml/", "  repository: registry.example.com/team/")
+    )
+    before = spec.read_text()
+    assert cli.run(["init", str(tmp_path), "--ci", "github", "--force"]) == 0
+    assert spec.read_text() == before
+    assert "REPOSITORY: registry.example.com/team/named" in (tmp_path / GITHUB[1]).read_text()
