@@ -1,0 +1,232 @@
+"""A bench that was cut short goes on where it stopped: real SIGKILLs, real children."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_samples import ANSWERING
+
+from inferctl.bench import environment, plan, receipt, records, resume, runner
+from inferctl.errors import NotReadyError, UsageError
+
+LOAD = {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0, "timeout_s": 5}
+
+
+def bench(folder: Path, *names: str, repeats: int = 1) -> runner.Bench:
+    wanted = plan.Plan.model_validate(
+        {
+            "name": "test",
+            "configurations": [{"name": name, "precision": name} for name in names],
+            "load": LOAD,
+            "corpus": "short",
+            "repeats": repeats,
+            "quality": None,
+        }
+    )
+
+    def command(precision: str, announce: Path) -> Sequence[str]:
+        return [sys.executable, str(ANSWERING), "--announce", str(announce), "--precision", precision]
+
+    return runner.Bench(wanted, [runner.Subject(name, name) for name in names], command, None, folder)
+
+
+def go_on(work: runner.Bench) -> tuple[int, list[runner.Outcome]]:
+    outcomes = runner.outcomes(work)
+    done = resume.restore(work.output, work.order, outcomes)
+    runner.run(work, outcomes, lambda progress: None, lambda outcome: None)
+    return done, outcomes
+
+
+def command(*arguments: str, folder: Path) -> subprocess.Popen[str]:
+    line = [sys.executable, "-m", "inferctl", "bench", *arguments]
+    return subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(*arguments: str, folder: Path) -> tuple[int, str, str]:
+    process = command(*arguments, folder=folder)
+    shown, told = process.communicate(timeout=120)
+    return process.returncode, shown, told
+
+
+PLAN = f"""name: mine
+configurations: [{{name: a, precision: fp32}}]
+load: {json.dumps(LOAD)}
+corpus: short
+quality: null
+repeats: 2
+"""
+
+
+@pytest.fixture
+def killed(answering: Callable[..., str], tmp_path: Path) -> Path:
+    """The folder of a bench of two servers and two repeats that got a SIGKILL while its third run was measured."""
+    (tmp_path / "mine.yaml").write_text(PLAN)
+    url = answering("--median-ms", "5")
+    process = command("--plan", "mine.yaml", "--url", f"one={url}", "--url", f"two={url}", folder=tmp_path)
+    assert process.stderr is not None
+    for told in process.stderr:
+        if "[3/4] two · measure" in told:
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.communicate()
+    (folder,) = (tmp_path / "bench-results").iterdir()
+    return folder
+
+
+def test_after_a_sigkill_no_run_is_lost_and_none_made_twice(killed: Path, tmp_path: Path) -> None:
+    complete = {file.parent.name: file.read_bytes() for file in killed.glob("runs/*/run.json")}
+    assert set(complete) == {"one-1", "two-1"}
+    assert (killed / "runs" / "two-2").is_dir()
+    code, shown, told = finished("--resume", str(killed), "--json", folder=tmp_path)
+    assert code == 0, told
+    assert "2 of 4 runs are complete, 2 to go" in told
+    assert [line.split(" · ")[0] for line in told.splitlines() if "· measure ·" in line] == ["[3/4] two", "[4/4] one"]
+    assert sorted(entry.name for entry in (killed / "runs").iterdir()) == ["one-1", "one-2", "two-1", "two-2"]
+    for name, content in complete.items():
+        assert (killed / "runs" / name / "run.json").read_bytes() == content
+    for name in ("one", "two"):
+        sealed = receipt.load(killed / "receipts" / f"{name}.json").data
+        assert sorted(run["repeat"] for run in sealed["runs"]) == [0, 1]
+        assert len({run["serial"] for run in sealed["runs"]}) == 2
+        for run in sealed["runs"]:
+            rows = records.read(killed / run["records"][0]["path"])
+            assert int((rows["phase"] == records.MEASURED).sum()) == run["summary"]["requests"]
+        assert sealed["summary"]["requests"] == sum(run["summary"]["requests"] for run in sealed["runs"])
+    assert [row["outcome"] for row in json.loads(shown)["rows"]] == ["measured", "measured"]
+
+
+def test_what_changed_meanwhile_is_named_and_refused(killed: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(PLAN.replace("repeats: 2", "repeats: 3"))
+    code, _, told = finished("--resume", str(killed), folder=tmp_path)
+    assert code == 2
+    assert "the plan's file changed" in told
+    (tmp_path / "mine.yaml").write_text(PLAN)
+    manifest = json.loads((killed / "bench.json").read_text())
+    manifest["identity"]["code"]["sha256"] = "0" * 64
+    (killed / "bench.json").write_text(json.dumps(manifest))
+    code, _, told = finished("--resume", str(killed), folder=tmp_path)
+    assert code == 2
+    assert "was altered after the bench began" in told
+    manifest["seal"] = receipt.seal_of(manifest)
+    (killed / "bench.json").write_text(json.dumps(manifest))
+    code, _, told = finished("--resume", str(killed), folder=tmp_path)
+    assert code == 2
+    assert "inferctl's code changed (sha256: 000000000000… -> " in told
+    assert "start a new bench" in told
+    assert len(list(killed.glob("runs/*/run.json"))) == 2
+
+
+def test_a_resumed_bench_takes_nothing_that_it_had_from_its_start(tmp_path: Path) -> None:
+    code, _, told = finished("--resume", "nowhere", "--repeats", "3", folder=tmp_path)
+    assert code == 2
+    assert "--repeats cannot be given with --resume" in told
+    code, _, told = finished("--resume", "nowhere", folder=tmp_path)
+    assert code == 2
+    assert "holds no bench to go on with" in told
+
+
+def test_everything_that_figures_depend_on_is_compared(tmp_path: Path) -> None:
+    work, machine = bench(tmp_path, "fp32"), environment.detect()
+
+    def identity(**changes: Any) -> dict[str, Any]:
+        given = {"model": "aa", "spec": "bb", "servers": {"x": ["cc", "bf16"]}, "plan": work.plan, **changes}
+        subjects = work.subjects
+        return resume.identity(given["plan"], subjects, machine, given["model"], given["spec"], given["servers"], None)
+
+    then = json.loads(json.dumps(identity()))
+    resume.check(then, identity(), tmp_path)
+    for change, said in (
+        ({"model": "dd"}, "the model's weights changed (aa -> dd)"),
+        ({"spec": "ee"}, "the settings changed"),
+        ({"servers": {"x": ["cc", "fp32"]}}, "a server's weights or precision changed"),
+        ({"plan": work.plan.with_overrides(repeats=2)}, "the plan changed (repeats: 1 -> 2)"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            resume.check(then, identity(**change), tmp_path)
+        assert said in caught.value.message
+
+
+def test_a_run_whose_records_are_not_whole_is_made_again(tmp_path: Path) -> None:
+    work = bench(tmp_path, "fp32", "bf16")
+    _, first = go_on(work)
+    done, again = go_on(work)
+    assert done == 2
+    assert [one.measurements[0].serial for one in again] == [one.measurements[0].serial for one in first]
+    rows = [one[0].measurements[0].part.rows.tobytes() for one in (first, again)]
+    assert rows[0] == rows[1]
+    broken = tmp_path / "runs" / "bf16-1" / "requests-0.bin"
+    broken.write_bytes(broken.read_bytes()[:-60])
+    done, again = go_on(work)
+    assert done == 1
+    assert again[0].measurements[0].serial == first[0].measurements[0].serial
+    assert again[1].measurements[0].serial != first[1].measurements[0].serial
+
+
+def test_what_failed_is_tried_again(tmp_path: Path) -> None:
+    work = bench(tmp_path, "fp32")
+    absent = runner.Bench(work.plan, work.subjects, lambda precision, announce: ["false"], None, tmp_path)
+    _, outcomes = go_on(absent)
+    assert outcomes[0].failure
+    _, outcomes = go_on(work)
+    assert outcomes[0].failure is None
+    assert len(outcomes[0].measurements) == 1
+
+
+def test_only_one_bench_at_a_time_has_a_folder(tmp_path: Path) -> None:
+    with resume.alone(tmp_path), pytest.raises(NotReadyError, match="another bench runs in"), resume.alone(tmp_path):
+        pass
+    with resume.alone(tmp_path):
+        pass
+
+
+def test_servers_that_a_killed_bench_left_are_ended(tmp_path: Path) -> None:
+    place = tmp_path / "runs" / "fp32-1"
+    place.mkdir(parents=True)
+    announce = place / "announce.json"
+    line = [sys.executable, str(ANSWERING), "--announce", str(announce)]
+    server = subprocess.Popen(line, cwd=place, start_new_session=True)
+    shell = subprocess.Popen(["sleep", "60"], cwd=place, start_new_session=True)
+    try:
+        while not announce.is_file():
+            assert server.poll() is None
+            time.sleep(0.02)
+        assert resume.leftovers(tmp_path) == [server.pid]
+        work = bench(tmp_path, "fp32")
+        assert resume.restore(tmp_path, work.order, runner.outcomes(work)) == 0
+        assert server.wait(10) == -signal.SIGKILL
+        assert shell.poll() is None
+        assert not place.exists()
+    finally:
+        for process in (server, shell):
+            process.kill()
+            process.wait()
+
+
+def test_the_interrupted_bench_says_how_to_go_on(answering: Callable[..., str], tmp_path: Path) -> None:
+    url = answering("--median-ms", "5")
+    (tmp_path / "mine.yaml").write_text(PLAN)
+    process = command("--plan", "mine.yaml", "--url", f"one={url}", folder=tmp_path)
+    assert process.stderr is not None
+    for told in process.stderr:
+        if "[2/2]" in told:
+            break
+    os.kill(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    (folder,) = (tmp_path / "bench-results").iterdir()
+    assert f"to go on where this stopped: inferctl bench --resume bench-results/{folder.name}" in told
+    shutil.rmtree(folder / "receipts")
+    code, _, told = finished("--resume", f"bench-results/{folder.name}", folder=tmp_path)
+    assert code == 0, told
+    assert receipt.load(folder / "receipts" / "one.json").data["summary"]["runs"] == 2
