@@ -1,0 +1,172 @@
+"""A server whose latencies are known exactly, for tests of the load generator: it answers `POST /v1/embeddings` after a drawn delay.
+
+    python known_server.py --announce FILE --truth FILE [--median-ms 20 --sigma 0.5 --slow-share 0.03 --slow-ms 300 --seed 1]
+                           [--stall-every 10 --stall-for 1] [--bare]
+
+The delay is log-normal; a share of the answers gets a second, longer one on top. It logs what it really took, not what was drawn: for each
+request two numbers that the request carries (the serial and the index that the load generator puts before each text) and the
+nanoseconds from reading the request to writing the answer, as three little-endian uint64. The log is written when it ends (SIGTERM).
+
+`--stall-every 10 --stall-for 1`: nothing is answered in the first second of every ten. `--bare`: the same bytes at once, nothing logged.
+One thread, asyncio streams of bytes; uvloop where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import asyncio
+import contextlib
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+NUMBERS = re.compile(rb'"input": ?\[?"(\d+) (\d+) ')
+BODY = json.dumps({"data": [{"index": 0, "embedding": "A" * 512}], "usage": {"prompt_tokens": 12}}).encode()
+ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(BODY), BODY)
+MODELS = b'{"data": [{"id": "known"}]}'
+NOT_FOUND = b"HTTP/1.1 404 Not Found\r\ncontent-length: 2\r\n\r\n{}"
+
+
+class Known:
+    """Draws delays and notes what each answer took."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.random = options, random.Random(options.seed)
+        self.log = array.array("Q")
+        self.begun = time.monotonic()
+
+    def delay(self, now: float) -> float:
+        """Seconds until the answer of a request that is read at `now` (monotonic)."""
+        options, draw = self.options, self.random
+        seconds = draw.lognormvariate(math.log(options.median_ms / 1e3), options.sigma)
+        if draw.random() < options.slow_share:
+            seconds += draw.lognormvariate(math.log(options.slow_ms / 1e3), options.sigma / 2)
+        if options.stall_every:
+            into = (now + seconds - self.begun) % options.stall_every
+            seconds += max(0.0, options.stall_for - into)
+        return seconds
+
+
+class Connection(asyncio.Protocol):
+    """One client; requests come one at a time."""
+
+    def __init__(self, known: Known) -> None:
+        self.known, self.bare = known, known.options.bare
+        self.content, self.loop = b"", asyncio.get_running_loop()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        read = time.monotonic_ns()
+        self.content += data
+        end = self.content.find(b"\r\n\r\n")
+        if end < 0:
+            return
+        if self.content.startswith(b"GET"):
+            is_models = self.content.startswith(b"GET /v1/models")
+            self.content = b""
+            head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(MODELS), MODELS)
+            self.transport.write(head if is_models else NOT_FOUND)
+            return
+        length = LENGTH.search(self.content, 0, end)
+        if len(self.content) < end + 4 + (int(length[1]) if length else 0):
+            return
+        request, self.content = self.content, b""
+        if self.bare:
+            self.transport.write(ANSWER)
+            return
+        numbers = NUMBERS.search(request, end)
+        serial, index = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+        self.loop.call_later(self.known.delay(read / 1e9), self.answer, serial, index, read)
+
+    def answer(self, serial: int, index: int, read: int) -> None:
+        self.known.log.extend((serial, index, time.monotonic_ns() - read))
+        self.transport.write(ANSWER)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A started server; `truth` may be called once it has ended."""
+
+    url: str
+    pid: int
+    log: Path
+
+    def truth_ms(self, serial: int) -> dict[int, float]:
+        """What the answers to one serial's requests took, by index."""
+        rows: npt.NDArray[np.uint64] = np.fromfile(self.log, "<u8").reshape(-1, 3)
+        return {int(index): float(ns) / 1e6 for number, index, ns in rows.tolist() if number == serial}
+
+
+@contextlib.contextmanager
+def running(*options: str) -> Iterator[Running]:
+    """Start one, and end it: `truth_ms` of what is yielded works afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="known-server-"))
+    announce, log = folder / "announce.json", folder / "truth.bin"
+    process = subprocess.Popen([sys.executable, __file__, "--announce", str(announce), "--truth", str(log), *options])
+    try:
+        while not announce.is_file():
+            if process.poll() is not None:
+                raise RuntimeError(f"the server ended with exit code {process.returncode}")
+            time.sleep(0.02)
+        yield Running(json.loads(announce.read_text())["url"], process.pid, log)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def serve(options: argparse.Namespace) -> None:
+    known, loop, ended = Known(options), asyncio.get_running_loop(), asyncio.Event()
+    server = await loop.create_server(lambda: Connection(known), "127.0.0.1", 0, backlog=4096)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    part = options.announce.with_suffix(".part")
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    part.write_text(json.dumps({"url": url, "pid": os.getpid()}))
+    part.rename(options.announce)
+    await ended.wait()
+    options.truth.write_bytes(known.log.tobytes())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--announce", type=Path, required=True)
+    parser.add_argument("--truth", type=Path, required=True)
+    parser.add_argument("--median-ms", type=float, default=20.0)
+    parser.add_argument("--sigma", type=float, default=0.5)
+    parser.add_argument("--slow-share", type=float, default=0.0)
+    parser.add_argument("--slow-ms", type=float, default=300.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--stall-every", type=float, default=0.0)
+    parser.add_argument("--stall-for", type=float, default=0.0)
+    parser.add_argument("--bare", action="store_true")
+    options = parser.parse_args()
+    try:
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    except ImportError:
+        factory = None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(serve(options))
+
+
+if __name__ == "__main__":
+    main()
