@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from inferctl.bench import charts_load
 from inferctl.bench.receipt import Receipt
 
 Figure = dict[str, Any]
@@ -13,42 +14,71 @@ Figure = dict[str, Any]
 # Okabe and Ito's colours: told apart with every kind of colour vision, on white and on black.
 _PRECISIONS = {"fp32": "#0072b2", "fp16": "#e69f00", "bf16": "#009e73", "int8": "#cc79a7"}
 _OTHERS = ("#56b4e9", "#d55e00", "#8c8c8c", "#b2a100")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+GREY = "#8c8c8c"
 _LOWEST_ERROR = 1e-7
+# Pixels of a bar and of what is around them; so many fit a chart of the usual height.
+_BAR, _AROUND, _FITS = 34, 74, 7
 
 
-def all_charts(receipts: Sequence[Receipt]) -> dict[str, tuple[str, str, Figure]]:
-    """Chart id -> (title, what it shows, figure), in the order of the page; those without data are left out."""
+def all_charts(
+    receipts: Sequence[Receipt], rows: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, tuple[str, str, Figure]]:
+    """Chart id -> (title, what it shows, figure), in the order of the page; those without data are left out.
+
+    `rows` are those of the result: what was estimated is drawn beside what was measured, hatched and named so.
+    """
     shades = colours(receipts)
+    estimated = [row for row in rows if row["outcome"] == "estimated"]
     charts = {
+        "goodput": (
+            "Rate against p99",
+            "Each probe of the search, with the 95 % interval of its p99. A cross broke a constraint, an open triangle was ended early: its "
+            "true p99 is higher. The upright line is the highest rate that held, and held again.",
+            charts_load.goodput(receipts, shades),
+        ),
+        "neighbours": (
+            "Beside busy neighbours",
+            "Circle: alone. Diamond: beside busy neighbours on the same device. The figure is the factor with its 95 % interval.",
+            charts_load.neighbours(receipts, shades),
+        ),
         "percentiles": (
             "Latency by percentile",
             "How slow the slowest share of requests is. The bars at p50, p90 and p99 are 95 % intervals; a percentile that the sample does not support has none.",
             percentiles(receipts, shades),
+        ),
+        "throughput": (
+            "Throughput",
+            "Good answers per second in the measured window, with 95 % intervals. Filled and hatched: emulated precision."
+            + (" Outlines only: estimated, with the error band." if estimated else ""),
+            throughput(receipts, shades, estimated),
+        ),
+        "memory": (
+            "Memory",
+            "Resident memory of the whole server, highest seen while measuring.",
+            memory(receipts, shades),
         ),
         "ecdf": (
             "Latency, cumulative",
             "Share of requests that were answered within a time.",
             cumulative(receipts, shades),
         ),
-        "throughput": (
-            "Throughput",
-            "Good answers per second in the measured window, with 95 % intervals. Hatched: emulated precision.",
-            throughput(receipts, shades),
-        ),
+        "frontier": charts_load.frontier(receipts, shades),
         "quality": (
             "Distance to fp32",
             "1 - cosine between each vector and the fp32 one of the same text; lower is closer. At 1e-7 and below the difference is float rounding.",
             distance(receipts, shades),
         ),
         "recall": (
-            "Neighbours kept",
+            "Nearest neighbours kept",
             "Share of each text's ten nearest neighbours that are the same as with fp32.",
             recall(receipts, shades),
         ),
-        "memory": (
-            "Memory",
-            "Resident memory of the whole server, highest seen while measuring.",
-            memory(receipts, shades),
+        "latency": (
+            "Latency over time",
+            "By the time at which requests should have left: median (line) and highest (dots) of each window of the first run."
+            + (" Shaded: more load than at first." if any(one.data.get("stages") for one in receipts) else ""),
+            charts_load.latency_over_time(receipts, shades),
         ),
         "timeline": (
             "Throughput over time",
@@ -61,8 +91,20 @@ def all_charts(receipts: Sequence[Receipt]) -> dict[str, tuple[str, str, Figure]
 
 def colours(receipts: Sequence[Receipt]) -> dict[str, str]:
     """Colour of each configuration."""
-    spare = iter(_OTHERS * len(receipts))
+    spare = itertools.cycle(
+        _OTHERS if any(one.name in _PRECISIONS for one in receipts) else (*_PRECISIONS.values(), *_OTHERS)
+    )
     return {one.name: _PRECISIONS.get(one.name) or next(spare) for one in receipts}
+
+
+def dashes(shades: Mapping[str, str]) -> dict[str, str]:
+    """How the line of each configuration is drawn: where colours come again, the dashes differ."""
+    seen: dict[str, int] = {}
+    found = {}
+    for name, colour in shades.items():
+        found[name] = _DASHES[seen.get(colour, 0) % len(_DASHES)]
+        seen[colour] = seen.get(colour, 0) + 1
+    return found
 
 
 def label(one: Receipt) -> str:
@@ -73,9 +115,10 @@ def label(one: Receipt) -> str:
 def percentiles(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
     """Latency over 1 / (1 - percentile), logarithmic: the tail gets the room."""
     data: list[dict[str, Any]] = []
+    dash = dashes(shades)
     for one in receipts:
         points = [(share, ms) for share, ms in one.data["curve"] if 0 < share < 1]
-        line = {"color": shades[one.name], "width": 2}
+        line = {"color": shades[one.name], "width": 2, "dash": dash[one.name]}
         hover = "%{customdata:.5~g} %: %{y:.2f} ms<extra>" + label(one) + "</extra>"
         data.append(
             {
@@ -126,11 +169,8 @@ def percentiles(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
     }
     slo = next((found for one in receipts if (found := one.data.get("slo", {}).get("p99_ms"))), None)
     if slo:
-        line = {"dash": "dot", "color": "#d55e00"}
-        layout["shapes"] = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": slo, "y1": slo, "line": line}]
-        # On a logarithmic axis Plotly places shapes by value and annotations by exponent.
-        place = {"xref": "paper", "x": 1, "y": math.log10(slo), "xanchor": "right", "yshift": 9, "showarrow": False}
-        layout["annotations"] = [{"text": f"SLO: p99 {slo:g} ms", **place}]
+        line, note = charts_load.slo_line(slo)
+        layout |= {"shapes": [line], "annotations": [note]}
     return {"data": data, "layout": layout}
 
 
@@ -140,7 +180,7 @@ def cumulative(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
             "type": "scatter",
             "mode": "lines",
             "name": label(one),
-            "line": {"color": shades[one.name], "width": 2, "shape": "hv"},
+            "line": {"color": shades[one.name], "width": 2, "shape": "hv", "dash": dashes(shades)[one.name]},
             "x": [ms for _, ms in one.data["curve"]],
             "y": [100 * share for share, _ in one.data["curve"]],
             "hovertemplate": "%{y:.5~g} % within %{x:.2f} ms<extra>" + label(one) + "</extra>",
@@ -155,20 +195,54 @@ def cumulative(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
     return {"data": data, "layout": layout}
 
 
-def throughput(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
+def throughput(
+    receipts: Sequence[Receipt], shades: dict[str, str], estimated: Sequence[Mapping[str, Any]] = ()
+) -> Figure:
     values = [one.data["summary"]["requests_per_s"] for one in receipts]
     spans = [one.data["summary"]["requests_per_s_interval"] for one in receipts]
-    bars = _bars(receipts, shades, values, "%{customdata}: %{y:.2f} requests/s<extra></extra>")
-    bars["error_y"] = {
+    bars = _bars(receipts, shades, values, "%{y}: %{x:.2f} requests/s<extra></extra>")
+    ends = [
+        (max(0.0, value - span["low"]), span["high"] - value) if span else (0.0, 0.0)
+        for span, value in zip(spans, values, strict=True)
+    ]
+    bars["error_x"] = _whiskers(ends)
+    data = [bars] if receipts else []
+    guessed = [row for row in estimated if row["estimate"].get("requests_per_s") is not None]
+    if guessed:
+        data.append(_estimated(guessed))
+    return {"data": data, "layout": _bar_layout(len(receipts) + len(guessed), "requests/s")}
+
+
+def _estimated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Bars of what was computed: hollow, hatched, and called so."""
+    values = [row["estimate"]["requests_per_s"] for row in rows]
+    bands = [row["estimate"].get("band") or {"low": 1.0, "high": 1.0} for row in rows]
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "y": [f"{short(row['configuration'])} on {row['hardware']['key']}, estimated" for row in rows],
+        "x": values,
+        "text": [f"~{_figure(value)}" for value in values],
+        "textposition": "none",
+        "width": 0.6,
+        "marker": {
+            "color": "rgba(0,0,0,0)",
+            "line": {"color": GREY, "width": 1.5},
+            "pattern": {"shape": "x", "fgcolor": GREY, "fgopacity": 0.7, "solidity": 0.15, "size": 7},
+        },
+        "error_x": _whiskers([(v * (1 - b["low"]), v * (b["high"] - 1)) for v, b in zip(values, bands, strict=True)]),
+        "hovertemplate": "%{y}: about %{x:.1f} requests/s<extra></extra>",
+    }
+
+
+def _whiskers(ends: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Error bars from (below, above) of each value."""
+    return {
         "type": "data",
         "symmetric": False,
-        "array": [span["high"] - value if span else 0 for span, value in zip(spans, values, strict=True)],
-        "arrayminus": [value - span["low"] if span else 0 for span, value in zip(spans, values, strict=True)],
-        "color": "#8c8c8c",
-    }
-    return {
-        "data": [bars] if receipts else [],
-        "layout": {"yaxis": {"title": {"text": "requests/s"}, "rangemode": "tozero"}, "showlegend": False},
+        "arrayminus": [low for low, _ in ends],
+        "array": [high for _, high in ends],
+        "color": GREY,
     }
 
 
@@ -189,36 +263,22 @@ def distance(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
             "hovertemplate": "%{x}: cosine %{customdata:.6f}<extra>" + name + "</extra>",
         }
         data += [{"type": "scatter", "mode": "markers", **part} for part in (points, legend)]
-    axis = {"type": "log", "title": {"text": "1 - cosine"}, "exponentformat": "power", "dtick": 1}
+    axis = {"type": "log", "title": {"text": "1 - cosine", "standoff": 14}, "exponentformat": "power", "dtick": 1}
     return {"data": data, "layout": {"yaxis": axis, "xaxis": {"type": "category"}}}
 
 
 def recall(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
     checked = [one for one in receipts if "cosine" in one.data["quality"]]
-    bars = _bars(
-        checked,
-        shades,
-        [100 * one.data["quality"]["recall_at_10"] for one in checked],
-        "%{customdata}: %{y:.2f} %<extra></extra>",
-    )
-    return {
-        "data": [bars] if checked else [],
-        "layout": {"yaxis": {"title": {"text": "recall@10, %"}, "range": [0, 105]}, "showlegend": False},
-    }
+    values = [100 * one.data["quality"]["recall_at_10"] for one in checked]
+    bars = _bars(checked, shades, values, "%{y}: %{x:.2f} %<extra></extra>")
+    return {"data": [bars] if checked else [], "layout": _bar_layout(len(checked), "recall@10, %", [0, 104])}
 
 
 def memory(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
     known = [one for one in receipts if one.data["resources"].get("server_peak_bytes")]
-    bars = _bars(
-        known,
-        shades,
-        [one.data["resources"]["server_peak_bytes"] / 1e6 for one in known],
-        "%{customdata}: %{y:.0f} MB<extra></extra>",
-    )
-    return {
-        "data": [bars] if known else [],
-        "layout": {"yaxis": {"title": {"text": "MB"}, "rangemode": "tozero"}, "showlegend": False},
-    }
+    values = [one.data["resources"]["server_peak_bytes"] / 1e6 for one in known]
+    bars = _bars(known, shades, values, "%{y}: %{x:.0f} MB<extra></extra>")
+    return {"data": [bars] if known else [], "layout": _bar_layout(len(known), "MB")}
 
 
 def timeline(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
@@ -249,15 +309,11 @@ def timeline(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
 
 
 def _ticks(receipts: Sequence[Receipt]) -> dict[str, Any]:
-    """Ticks 1, 2, 5, 10, 20, … over the range of the latencies, written out: Plotly's own would leave the zeros away."""
-    values = [ms for one in receipts for _, ms in one.data["curve"] if ms > 0] or [1.0]
-    exponents = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
-    ticks = [step * 10.0**exponent for exponent in exponents for step in (1, 2, 5)]
-    return {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+    return charts_load.ticks([ms for one in receipts for _, ms in one.data["curve"]])
 
 
 def _bars(receipts: Sequence[Receipt], shades: dict[str, str], values: list[float], hover: str) -> dict[str, Any]:
-    """Bars with their values under the names, where no error bar crosses them; hatched where the precision is emulated."""
+    """Lying bars, so that long names have room; each with its value beside its name; hatched where the precision is emulated."""
     emulated = [one.data["precision"].get("level") == "emulated" for one in receipts]
     pattern = {
         "shape": ["/" if one else "" for one in emulated],
@@ -266,13 +322,32 @@ def _bars(receipts: Sequence[Receipt], shades: dict[str, str], values: list[floa
         "fgopacity": 0.45,
         "solidity": 0.3,
     }
-    shown = [f"{value:,.1f}" if value < 1000 else f"{value:,.0f}" for value in values]
     return {
         "type": "bar",
-        "x": [f"{label(one)}<br><b>{text}</b>" for one, text in zip(receipts, shown, strict=True)],
-        "y": values,
-        "customdata": [label(one) for one in receipts],
+        "orientation": "h",
+        "y": [f"{short(label(one))}  <b>{_figure(value)}</b>" for one, value in zip(receipts, values, strict=True)],
+        "x": values,
         "width": 0.6,
         "marker": {"color": [shades[one.name] for one in receipts], "pattern": pattern},
         "hovertemplate": hover,
     }
+
+
+def _bar_layout(count: int, title: str, span: list[float] | None = None) -> dict[str, Any]:
+    """First on top; as high as its bars need."""
+    axis = {"range": span} if span else {"rangemode": "tozero"}
+    return {
+        "xaxis": {"title": {"text": title}, **axis},
+        "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
+        "showlegend": False,
+        **({"height": _AROUND + _BAR * count} if count > _FITS else {}),
+    }
+
+
+def short(name: str, most: int = 34) -> str:
+    """A name that leaves room for what it names."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"

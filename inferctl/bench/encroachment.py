@@ -32,8 +32,8 @@ def inflation(without: Sequence[summary.Part], beside: Sequence[summary.Part]) -
     how = (
         f"Student's t on the logarithms of the factors of {pairs} pairs of runs"
         if over_runs
-        else "order statistics of the pooled answers; it knows nothing of differences between runs, "
-        f"for which {PAIRS_NEEDED} pairs are needed"
+        else "order statistics of the pooled answers, widened to the factors of the single pairs; "
+        f"an interval over runs needs {PAIRS_NEEDED} pairs"
     )
     return {"pairs": pairs, "percentiles": found, "interval": how}
 
@@ -43,9 +43,19 @@ def _within_runs(without: Sequence[summary.Part], beside: Sequence[summary.Part]
     if before.value is None or after.value is None:
         return _none(min((before, after), key=lambda one: one.n), stats.needed(q, _EACH))
     assert before.low and before.high and after.low is not None and after.high is not None
-    return _figures(
-        before.value, after.value, after.value / before.value, after.low / before.high, after.high / before.low
-    )
+    # Runs differ by more than their answers show: a pair that lies outside has seen it.
+    single = [
+        _point(b, q) / _point(a, q)
+        for a, b in zip(without, beside, strict=False)
+        if len(a.measured) and len(b.measured)
+    ]
+    low, high = min(after.low / before.high, *single), max(after.high / before.low, *single)
+    return _figures(before.value, after.value, after.value / before.value, low, high)
+
+
+def _point(part: summary.Part, q: float) -> float:
+    ascending = _latencies([part])
+    return float(ascending[stats.rank(len(ascending), q) - 1]) if len(ascending) else math.nan
 
 
 def _over_runs(without: Sequence[summary.Part], beside: Sequence[summary.Part], q: float) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from inferctl.bench import stats
+from inferctl.bench import goodput, stats
 
 # Less than this between two configurations is called a tie even when the intervals part: the same system differs that much from run to run.
 TIE = 0.05
@@ -16,15 +17,76 @@ Row = Mapping[str, Any]
 def state(rows: Sequence[Row], mode: str, slo_p99_ms: float | None = None) -> list[str]:
     """What was found, the most important first. `mode` is that of the load: closed compares throughput, open compares p99."""
     measured = [row for row in rows if row["outcome"] == "measured" and row["valid"]]
-    sentences = [_winner(measured, mode)] if measured else ["Nothing was measured that can be used: see the reasons."]
+    groups = alike(measured)
+    winners = {name: _winner(members, _mode(members[0], mode)) for name, members in groups.items()}
+    sentences = [f"{name}: {one}" if len(groups) > 1 else one for name, one in winners.items()]
+    sentences = sentences or ["Nothing was measured that can be used: see the reasons."]
     sentences += [
         f"{row['configuration']} fails on quality: {_failure(row['quality'])}; it cannot be recommended."
         for row in rows
         if row["receipt"] and row["quality"].get("passes") is False
     ]
-    if slo_p99_ms and measured:
+    searched = [row for row in measured if row.get("search")]
+    for row in searched:
+        sentences += goodput.sentences(row["configuration"], row["search"])
+    if slo_p99_ms and measured and not searched:
         sentences.append(f"At this load the SLO (p99 {slo_p99_ms:g} ms) {_slo(measured, slo_p99_ms)}.")
+    sentences += [sentence for row in measured if (sentence := _burst(row))]
+    sentences += [_beside(row) for row in measured if row.get("neighbours")]
     return sentences + _memory(measured)
+
+
+def alike(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows that were asked the same, by what they were asked: others cannot be compared."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        corpus, changes = row.get("workload") or (None, None)
+        asked = ", ".join(f"{key} {value}" for key, value in (changes or {}).items())
+        groups.setdefault(" with ".join(part for part in (f"texts {corpus}", asked) if part), []).append(row)
+    return groups
+
+
+def _mode(row: Row, mode: str) -> str:
+    """The loop that a row ran under: its own where the plan gives it one."""
+    changes = (row.get("workload") or (None, None))[1] or {}
+    implied = "open" if "rate" in changes else "closed" if "users" in changes else mode
+    return str(changes.get("mode", implied))
+
+
+def _burst(row: Row) -> str | None:
+    """What a stage with more load than the first did to the latency."""
+    first, *others = row.get("stages") or [None]
+    level = "rate" if first and first["rate"] else "users"
+    peak = max(others, key=lambda stage: stage[level] or 0, default=None)
+    if not first or not peak or not (peak[level] or 0) > (first[level] or 0) > 0:
+        return None
+    times = f"{peak[level] / first[level]:g} times the {'rate' if level == 'rate' else 'users'}"
+    quiet, busy = (stage["latency_ms"] for stage in (first, peak))
+    key = "p99" if quiet["p99"]["value"] and busy["p99"]["value"] else "p50"
+    if not quiet[key]["value"] or not busy[key]["value"]:
+        return f"{row['configuration']}: n too small to say what {times} did."
+    lost = f", {peak['failed']} of {peak['requests']} requests failed" if peak["failed"] else ""
+    return (
+        f"{row['configuration']} under {times}: {key} {quiet[key]['value']:.1f} ms before, "
+        f"{busy[key]['value']:.1f} ms in {peak['name']}{lost}."
+    )
+
+
+def _beside(row: Row) -> str:
+    """What busy neighbours did to the latency."""
+    found = row["neighbours"]
+    whom = "1 busy neighbour" if found["count"] == 1 else f"{found['count']} busy neighbours"
+    key = next((key for key in ("p99", "p90", "p50") if found["percentiles"][key]["factor"] is not None), None)
+    if key is None:
+        return f"{row['configuration']} beside {whom}: n too small to say what they cost."
+    figures = found["percentiles"][key]
+    rates = found["neighbour_requests_per_s"]
+    each = f"{rates['min']:.1f}" if rates["min"] == rates["max"] else f"{rates['min']:.1f} to {rates['max']:.1f}"
+    return (
+        f"{row['configuration']} beside {whom}: {key} {figures['without_ms']:.1f} -> {figures['with_ms']:.1f} ms, "
+        f"{figures['factor']:.2f}x ({figures['low']:.2f} to {figures['high']:.2f}); "
+        f"{'it' if found['count'] == 1 else 'each'} did {each} requests/s itself."
+    )
 
 
 def _failure(quality: Mapping[str, Any]) -> str:
@@ -129,7 +191,11 @@ def _named(row: Row) -> str:
 
 
 def cost(row: Row, mode: str) -> float:
-    """What is compared, smaller is better: seconds a request for a closed loop, the p99 (else the p50) for an open one."""
+    """What is compared, smaller is better: seconds a request at the highest rate that held after a search, or for a closed loop;
+    the p99 (else the p50) for an open one."""
+    if row.get("search"):
+        best = row["search"]["max_goodput_rps"]
+        return 1 / best if best else float("inf")
     if mode == "closed":
         return 1 / row["requests_per_s"] if row["requests_per_s"] else float("inf")
     value = row["p99_ms"] or row["p50_ms"]
@@ -138,6 +204,10 @@ def cost(row: Row, mode: str) -> float:
 
 def tie(one: Row, other: Row, mode: str) -> bool:
     """Whether two configurations cannot be told apart: under 5 % between them, or intervals that overlap."""
+    if one.get("search") and other.get("search"):
+        # Each is known to within its resolution.
+        near = max(TIE, one["search"]["resolution"], other["search"]["resolution"])
+        return cost(one, mode) == cost(other, mode) or abs(cost(other, mode) / cost(one, mode) - 1) < near
     if abs(cost(other, mode) / cost(one, mode) - 1) < TIE:
         return True
     if mode == "closed":
@@ -153,12 +223,18 @@ def tie(one: Row, other: Row, mode: str) -> bool:
 
 
 def _ratio(slower: Row, best: Row, mode: str) -> str:
+    if best.get("search"):
+        factor = cost(slower, mode) / cost(best, mode)
+        return "requests/s within the SLO where there are none" if math.isinf(factor) else f"{factor:.2f}x the goodput"
     if mode == "closed":
         return f"{cost(slower, mode) / cost(best, mode):.2f}x the requests/s"
     return f"{cost(best, mode) / cost(slower, mode):.0%} of the {'p99' if slower['p99_ms'] else 'p50'}"
 
 
 def _figure(row: Row, mode: str) -> str:
+    if row.get("search"):
+        best = row["search"]["max_goodput_rps"]
+        return f"{best:.1f} requests/s within the SLO" if best else "no rate held the SLO"
     return (
         f"{row['requests_per_s']:.1f} requests/s"
         if mode == "closed" or not row["p99_ms"]

@@ -28,12 +28,25 @@ def render(result: Mapping[str, Any], receipts: Sequence[Receipt]) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    drawn = charts.all_charts(receipts)
+    drawn = charts.all_charts(receipts, result["rows"])
     remote = any(one.data["configuration"]["url"] for one in receipts)
     machines = list(dict.fromkeys(one.data["hardware"]["name"] for one in receipts))
     return environment.get_template("report.html.j2").render(
         result=result,
-        rows=[{**row, "runs_as": view.runs_as(row["precision"])} for row in result["rows"]],
+        rows=[
+            {**row, "runs_as": view.runs_as(row["precision"])}
+            for row in result["rows"]
+            if row["outcome"] != "estimated"
+        ],
+        estimated=[
+            {**row, "runs_as": view.runs_as(row["precision"]), "band": view.band(row["estimate"])}
+            for row in result["rows"]
+            if row["outcome"] == "estimated"
+        ],
+        costs=[row for row in result["rows"] if row["receipt"]],
+        sent=view.loop(result["load"]),
+        prices=list(view.prices(result["rows"])),
+        unknown=unknown(receipts),
         honesty=honesty(result, receipts),
         machines=machines,
         machines_differ=remote or len(machines) > 1,
@@ -47,6 +60,16 @@ def render(result: Mapping[str, Any], receipts: Sequence[Receipt]) -> str:
         summaries={one.name: one.data["summary"] for one in receipts},
         seals={one.name: one.data["seal"] for one in receipts},
     )
+
+
+def unknown(receipts: Sequence[Receipt]) -> list[str]:
+    """Why energy or money is not known, each reason once with those that it is true of."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for one in receipts:
+        for what, why in ((one.data.get("efficiency") or {}).get("unknown") or {}).items():
+            said.setdefault((what, why), []).append(one.name)
+    words = {"joules": "Energy", "cost": "Cost"}
+    return [f"{words[what]} not known for {', '.join(names)}: {why}" for (what, why), names in said.items()]
 
 
 def honesty(result: Mapping[str, Any], receipts: Sequence[Receipt]) -> list[tuple[str, str]]:

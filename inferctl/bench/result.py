@@ -15,7 +15,7 @@ import inferctl
 from inferctl import catalog
 from inferctl.bench import efficiency, findings, neighbours, privacy, receipt, runner, summary, target
 from inferctl.bench.environment import Environment
-from inferctl.bench.plan import Plan
+from inferctl.bench.plan import Load, Plan
 from inferctl.errors import InferctlError, InvalidRunError
 
 SCHEMA = "inferctl.bench/1"
@@ -73,6 +73,7 @@ def _receipt(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
         "quality": outcome.quality,
         "validity": whole.as_dict(),
         "curve": summary.latency_curve(parts),
+        "stages": _stages(outcome, parts),
         "search": outcome.measurements[0].search,
         "neighbours": neighbours.document(outcome.measurements, context.environment.machine_cores),
         "runs": [
@@ -90,6 +91,7 @@ def _receipt(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
                 "warmup": {"settled": m.state.get("steady"), "windows": m.state.get("windows")},
                 "locust_percentiles_ms": m.state.get("locust_percentiles_ms"),
                 "timeline": summary.timeline(m.part),
+                "latency_over_time": summary.over_time(m.part),
                 "records": [
                     {
                         "path": file.relative_to(context.output).as_posix(),
@@ -101,6 +103,13 @@ def _receipt(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
             for m, verdict in zip(outcome.measurements, each, strict=True)
         ],
     }
+
+
+def _stages(outcome: runner.Outcome, parts: Sequence[summary.Part]) -> list[dict[str, Any]] | None:
+    """What each stage of the load did; None for a load of one stage."""
+    load = outcome.measurements[0].load
+    stages = Load.model_validate(load).timeline if load else []
+    return summary.by_stage(parts, [one.model_dump() for one in stages]) if len(stages) > 1 else None
 
 
 def _configuration(subject: runner.Subject) -> dict[str, Any]:
@@ -116,7 +125,7 @@ def _configuration(subject: runner.Subject) -> dict[str, Any]:
 def _plan(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
     """The plan with what was really measured in the place of its configurations, and the load and corpus of this one."""
     plan = context.plan.model_dump(mode="json")
-    plan["load"] = outcome.measurements[0].load
+    plan["load"] = dict(outcome.measurements[0].load)
     plan["corpus"] = privacy.name_of(outcome.subject.corpus or plan["corpus"])
     if plan["load"].get("trace"):
         plan["load"]["trace"] = privacy.name_of(plan["load"]["trace"])
@@ -210,10 +219,11 @@ def _row(outcome: runner.Outcome, sealed: receipt.Receipt | None) -> dict[str, A
     latency, cosine = data["summary"]["latency_ms"], data["quality"].get("cosine") or {}
     return {
         "configuration": sealed.name,
-        "max_batch_tokens": data["configuration"]["max_batch_tokens"],
+        "max_batch_tokens": data["configuration"].get("max_batch_tokens"),
         "workload": [data["workload"]["corpus"], outcome.subject.load],
-        "search": data["search"],
+        "search": data.get("search"),
         "neighbours": _beside(data.get("neighbours")),
+        "stages": data.get("stages"),
         "outcome": "failed" if outcome.failure else "measured",
         "reason": outcome.failure,
         "precision": data["precision"],

@@ -142,6 +142,52 @@ def timeline(part: Part, window_s: float = 1.0) -> list[tuple[float, float, floa
     return points
 
 
+def over_time(part: Part, windows: int = 240) -> dict[str, Any]:
+    """Latency by intended send: `points` of (seconds since the start, answers, median, highest, failures), one a window of `window_s`.
+
+    Windows are half seconds or a multiple of them, at most `windows` of them. Median and highest are of the sample, no more is claimed.
+    """
+    window_s = max(0.5, math.ceil(2 * part.seconds / windows) / 2)
+    rows = part.measured
+    slots = ((rows["intended_ns"].astype(np.int64) - part.start_ns) / (window_s * 1e9)).astype(int)
+    good, latency = rows["error"] == records.OK, records.latency_ms(rows)
+    points = []
+    for slot in range(math.ceil(part.seconds / window_s - 1e-9)):
+        inside = latency[(slots == slot) & good]
+        figures = (_ms(np.median(inside)), _ms(inside.max())) if len(inside) else (None, None)
+        points.append((slot * window_s, len(inside), *figures, int(np.sum((slots == slot) & ~good))))
+    return {"window_s": window_s, "points": points}
+
+
+def by_stage(parts: Sequence[Part], stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What each stage of a load (`name`, `duration_s`, `rate` or `users`) did, by intended send, over all runs."""
+    found = []
+    start = 0.0
+    for stage in stages:
+        end = start + stage["duration_s"]
+        measured = np.concatenate([_sent_between(part, start, end) for part in parts])
+        latency = np.sort(records.latency_ms(measured[measured["error"] == records.OK]))
+        found.append(
+            {
+                **{key: stage.get(key) for key in ("name", "rate", "users")},
+                "from_s": round(start, 3),
+                "to_s": round(end, 3),
+                "requests": len(measured),
+                "failed": len(measured) - len(latency),
+                "latency_ms": latency_summary(latency),
+            }
+        )
+        start = end
+    return found
+
+
+def _sent_between(part: Part, start_s: float, end_s: float) -> records.Rows:
+    rows = part.measured
+    since = (rows["intended_ns"].astype(np.int64) - part.start_ns) / 1e9
+    inside: records.Rows = rows[(since >= start_s) & (since < end_s)]
+    return inside
+
+
 def latency_curve(parts: Sequence[Part]) -> list[tuple[float, float]]:
     """Points (share, ms) of the latency distribution of all good answers to measured requests."""
     measured = np.concatenate([part.measured for part in parts])

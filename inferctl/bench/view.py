@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+
+Row = Mapping[str, Any]
 
 HEADINGS = ("config", "runs as", "p50", "p90", "p99", "req/s", "tok/s", "cosine", "recall")
 _UNKNOWN = "-"
@@ -25,7 +28,10 @@ def render(result: Mapping[str, Any]) -> RenderableType:
         parts.append(table(measured))
         if machines := hardware(measured):
             parts += [Text(""), machines]
-    if absent := [row for row in rows if not row["receipt"]]:
+        parts += [block for block in (searched(measured), beside(measured), stages(measured), costs(measured)) if block]
+    if estimated := [row for row in rows if row["outcome"] == "estimated"]:
+        parts += [Text(""), estimates(estimated)]
+    if absent := [row for row in rows if not row["receipt"] and row["outcome"] != "estimated"]:
         parts.append(absences(absent))
     parts.append(Text(""))
     parts += [Padding(Text(note, style="dim"), (0, 0, 0, 1)) for note in notes(result)]
@@ -51,6 +57,122 @@ def hardware(rows: Sequence[Mapping[str, Any]]) -> Table | None:
     for row in rows:
         key = row["hardware"]["key"]
         grid.add_row(row["configuration"], "on", row["hardware"]["name"] + (f" ({key})" if key else ""))
+    return grid
+
+
+def searched(rows: Sequence[Row]) -> RenderableType | None:
+    """The highest rate within the SLO, and what broke above it."""
+    found = [(row, row["search"]) for row in rows if row.get("search")]
+    if not found:
+        return None
+    slo = found[0][1]["slo_p99_ms"]
+    grid = _grid(f"highest rate with p99 within {slo:g} ms", "holds", "fails at", "by", "knee", "behind from")
+    for row, search in found:
+        known = [short(search[key]) for key in ("max_goodput_rps", "first_failing_rps", "knee_rps", "saturation_rps")]
+        least = ">" if search["verdict"] == "at least" else ""
+        by = search["limited_by"] or ("" if search["verdict"] == "found" else search["verdict"])
+        grid.add_row(row["configuration"], least + known[0], known[1], by, *known[2:])
+    return Group(Text(""), grid)
+
+
+def beside(rows: Sequence[Row]) -> RenderableType | None:
+    """Latency without and with busy neighbours."""
+    found = [(row, row["neighbours"]) for row in rows if row.get("neighbours")]
+    if not found:
+        return None
+    count = found[0][1]["count"]
+    whom = "1 busy neighbour" if count == 1 else f"{count} busy neighbours"
+    grid = _grid(f"beside {whom}", "", "alone", "beside", "factor", "95 % interval")
+    for row, one in found:
+        name = row["configuration"]
+        for key, figures in one["percentiles"].items():
+            if figures["factor"] is None:
+                grid.add_row(name, key, f"n<{figures['needed']}")
+            else:
+                ends = f"{figures['low']:.2f} - {figures['high']:.2f}"
+                cells = [short(figures[which]) for which in ("without_ms", "with_ms")]
+                grid.add_row(name, f"{key} ms", *cells, f"{figures['factor']:.2f}x", ends)
+            name = ""
+        rates = one["requests_per_s"]
+        factor = f"{rates['with'] / rates['without']:.2f}x" if rates["without"] else _UNKNOWN
+        grid.add_row("", "req/s", short(rates["without"]), short(rates["with"]), factor)
+        if others := one["neighbour_requests_per_s"]:
+            each = " to ".join(dict.fromkeys((short(others["min"]), short(others["max"]))))
+            grid.add_row("", "theirs", "idle", each)
+    return Group(Text(""), grid)
+
+
+def stages(rows: Sequence[Row]) -> RenderableType | None:
+    """Each stage of a load that has several."""
+    found = [row for row in rows if row.get("stages")]
+    if not found:
+        return None
+    grid = _grid("by stage", "stage", "seconds", "load", "p50", "p99", "failed")
+    for row in found:
+        name = row["configuration"]
+        for one in row["stages"]:
+            level = f"{one['rate']:g} req/s" if one["rate"] is not None else f"{one['users']} users"
+            span = f"{one['from_s']:g} - {one['to_s']:g}"
+            figures = [_quantile(one["latency_ms"][key]) for key in ("p50", "p99")]
+            grid.add_row(name, one["name"], span, level, *figures, str(one["failed"]))
+            name = ""
+    return Group(Text(""), grid)
+
+
+def _quantile(found: Mapping[str, Any]) -> str:
+    return f"n<{found['needed']}" if found["value"] is None else short(found["value"])
+
+
+_COSTS = (
+    ("CPU s", "cpu_seconds_per_1000_requests"),
+    ("J", "joules_per_1000_requests"),
+    ("J/M texts", "joules_per_million_texts"),
+    ("$/M texts", "usd_per_million_texts"),
+    ("GPU %", "gpu_utilisation_percent"),
+    ("W", "watts"),
+)
+
+
+def costs(rows: Sequence[Row]) -> RenderableType | None:
+    """What 1,000 requests and a million texts cost: only the columns of which something is known."""
+    columns = [(title, key) for title, key in _COSTS if any(row.get(key) is not None for row in rows)]
+    if not columns:
+        return None
+    grid = _grid("per 1,000 requests", *(title for title, _ in columns))
+    for row in rows:
+        grid.add_row(row["configuration"], *(short(row.get(key)) for _, key in columns))
+    return Group(Text(""), grid)
+
+
+def estimates(rows: Sequence[Row]) -> RenderableType:
+    """Figures that were computed and not measured: apart from the others, each with its band."""
+    grid = _grid("ESTIMATED, not measured", "on", "p50", "p90", "p99", "req/s", "band")
+    for row in rows:
+        figures = row["estimate"]
+        cells = [f"~{short(figures.get(f'{key}_ms'))}" for key in ("p50", "p90", "p99")]
+        grid.add_row(
+            row["configuration"],
+            row["hardware"]["key"],
+            *cells,
+            f"~{short(figures.get('requests_per_s'))}",
+            band(figures),
+            style="italic",
+        )
+    return grid
+
+
+def band(figures: Mapping[str, Any]) -> str:
+    """The error band of an estimate, as factors."""
+    found = figures.get("band") or {}
+    return f"x{found['low']:.2f} - {found['high']:.2f}" if found else "not known"
+
+
+def _grid(first: str, *headings: str) -> Table:
+    """A table under a first column that says what it is about."""
+    grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 1), header_style="bold", collapse_padding=True)
+    grid.add_column(first, overflow="fold", max_width=30)
+    for heading in headings:
+        grid.add_column(heading, justify="right", overflow="fold")
     return grid
 
 
@@ -101,10 +223,7 @@ def short(value: float | None) -> str:
 def notes(result: Mapping[str, Any]) -> Iterator[str]:
     """Lines under the table: units and load, what else was found, what to know before using the numbers."""
     load = result["load"]
-    if load["mode"] == "closed":
-        how = f"closed loop, {load['users']} users"
-    else:
-        how = f"open loop, {load['rate']:g} requests/s offered ({load['arrivals']})"
+    how = loop(load)
     runs = f"{result['repeats']} runs each" if result["repeats"] > 1 else "one run each"
     yield f"latency in ms; {how}, {load['duration_s']:g} s, {runs}; cosine (mean) and recall@10 against fp32"
     if load["mode"] == "open":
@@ -115,8 +234,34 @@ def notes(result: Mapping[str, Any]) -> Iterator[str]:
         )
         yield f"sends over 1 ms late, and sends dropped: {sends or 'none'}"
     yield from result["findings"][1:]
+    yield from prices(result["rows"])
     yield from (
         f"{caveat['kind']}: {caveat['text']}"
         for caveat in result["caveats"]
         if caveat["kind"] not in ("invalid", "absent")
     )
+
+
+def loop(load: Mapping[str, Any]) -> str:
+    """What was sent, in words."""
+    if load["mode"] == "closed":
+        how = f"closed loop, {load['users']} users"
+    elif load.get("trace"):
+        how = f"open loop, times of the trace {Path(load['trace']).name}"
+    elif load.get("rate") is None:
+        how = f"open loop ({load['arrivals']})"
+    else:
+        how = f"open loop, {load['rate']:g} requests/s offered ({load['arrivals']})"
+    if spike := load.get("spike"):
+        how += f", {spike['times']:g} times that from {spike['at_s']:g} s for {spike['duration_s']:g} s"
+    return f"{how}, {len(load['stages'])} stages" if load.get("stages") else how
+
+
+def prices(rows: Sequence[Row]) -> Iterator[str]:
+    """Each price that a cost was computed with, with its source and date."""
+    known = [row["price"] for row in rows if row.get("price")]
+    for one in {(price["provider"], price["instance"]): price for price in known}.values():
+        yield (
+            f"price: {one['provider']} {one['instance']} ${one['usd_per_hour']:g}/h on {one['date']} ({one['source']}), "
+            "at the load measured"
+        )

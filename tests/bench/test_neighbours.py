@@ -233,3 +233,11 @@ def test_the_command_refuses_neighbours_of_a_running_server(tmp_path: Path, answ
     assert done.returncode == 2
     assert "mine runs already" in done.stderr
     assert not (tmp_path / "bench-results").exists()
+
+
+def test_two_pairs_that_disagree_are_not_given_a_narrow_interval() -> None:
+    without = [drawn(1, 4000, 10), drawn(2, 4000, 30)]
+    beside = [drawn(3, 4000, 20), drawn(4, 4000, 21)]
+    figures = encroachment.inflation(without, beside)["percentiles"]["p50"]
+    assert figures["low"] < 0.75
+    assert figures["high"] > 1.9

@@ -356,7 +356,17 @@ def outcome_of(
 ) -> runner.Outcome:
     given = subject or runner.Subject("bf16", "bf16")
     runs = [
-        runner.Measurement(plan.Run(given.name, i), 0.0, part, {"steady": True}, {}, folder, info, 100_002)
+        runner.Measurement(
+            plan.Run(given.name, i),
+            0.0,
+            part,
+            {"steady": True},
+            {},
+            folder,
+            info,
+            100_002,
+            workload={"corpus": "own.txt"},
+        )
         for i, part in enumerate(parts)
     ]
     return runner.Outcome(given, runs, planned=len(runs))
