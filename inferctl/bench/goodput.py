@@ -194,11 +194,13 @@ def _result(
     probes = sorted(hunt.latest.values(), key=lambda probe: probe.rate)
     failing = [probe for probe in probes if probe.holds is False and (best is None or probe.rate > best.rate)]
     first = failing[0] if failing else None
-    small = any(probe.holds is None for probe in probes)
     if best:
         verdict = "found" if first and first.broke != "generator" else "at least"
     else:
-        verdict = "n too small" if small else "none holds" if failing else "not confirmed"
+        held = any(probe.holds for probe in hunt.log)
+        # A rate under which the server broke down says nothing of lower ones that nobody could judge.
+        judged = failing and (failing[0].broke == "p99" or all(probe.holds is not None for probe in probes))
+        verdict = "not confirmed" if held else "none holds" if judged else "n too small"
     return {
         "slo_p99_ms": slo_p99_ms,
         "resolution": settings.resolution,
@@ -257,7 +259,9 @@ def sentences(name: str, search: Mapping[str, Any]) -> list[str]:
     elif search["verdict"] == "not confirmed":
         found = [f"{name}: no rate that held p99 {slo:g} ms once held it again; the machine is too unsteady to say."]
     else:
-        found = [f"{name} holds p99 {slo:g} ms at no rate that was tried."]
+        small = max((p["rate"] for p in search["probes"] if p["holds"] is None), default=None)
+        unsaid = f"; n was too small to say at {small:g} requests/s" if small else ""
+        found = [f"{name} holds p99 {slo:g} ms at no rate that was tried{unsaid}."]
     if search["first_failing_rps"]:
         found.append(
             f"{name} first fails at {search['first_failing_rps']:g} requests/s by {search['limited_by']}: {search['reason']}."

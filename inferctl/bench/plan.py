@@ -174,7 +174,7 @@ class Matrix(_Section):
     def configurations(self) -> list[Configuration]:
         """One a combination, named after the axes that have more than one value."""
         return vary(
-            [Configuration(name=one, precision=one) for one in dict.fromkeys(self.precision)],
+            [Configuration.model_validate({"name": one, "precision": one}) for one in dict.fromkeys(self.precision)],
             self.max_batch_tokens,
             self.corpus,
             self.load,
@@ -217,7 +217,9 @@ class Plan(_Section):
         if bool(self.configurations) == bool(self.matrix):
             raise ValueError("a plan has either configurations or a matrix")
         if self.search and self.repeats > 1:
-            raise ValueError("a search measures each configuration once, it repeats what decides by itself: leave repeats out")
+            raise ValueError(
+                "a search measures each configuration once, it repeats what decides by itself: leave repeats out"
+            )
         made = self
         if self.matrix:
             hardware = list(dict.fromkeys([*self.hardware, *self.matrix.hardware]))

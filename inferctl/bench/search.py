@@ -23,6 +23,9 @@ BURST_S, BURST_USERS = 4.0, 32
 # More answers than a p99's interval needs: the last ones of a probe may come late.
 ENOUGH = round(1.15 * stats.needed(0.99))
 WINDOW_S, SHORTEST_S = 0.5, 4.0
+# A queue's length now is much like that a moment ago, so windows say less than as many independent ones: intervals are this much wider.
+# With it, of 100 simulated queues at 85, 90 and 95 % load 0, 2 and 4 were taken for hopeless within 8 s, at 115 % 99.
+CORRELATED = 2.0
 SETTLE_S = 30.0
 _OF_OTHER_SHAPE = ("stages", "trace", "spike")
 
@@ -44,7 +47,7 @@ class Searcher:
     seed: int
     folder: Path
     take: Take
-    settle: Callable[[float], None]
+    settle: Callable[[float], object]
     told: Callable[[Probe], None]
     _taken: list[tuple[Probe, Measurement]] = field(default_factory=list)
     _count: int = 0
@@ -186,7 +189,10 @@ class Backlog:
         latencies = np.array(self._latencies)
         # The newest records may still be in the load generator's buffer.
         edges = np.arange(WINDOW_S, passed_s - WINDOW_S, WINDOW_S)
-        waiting = [float(np.sum(self._schedule < edge * 1e9) - np.sum(ends < edge)) for edge in edges]
+        waiting = [
+            float(np.count_nonzero(self._schedule < edge * 1e9)) - float(np.count_nonzero(ends < edge))
+            for edge in edges
+        ]
         windows = [latencies[(ends >= edge - WINDOW_S) & (ends < edge)] for edge in edges]
         known = [(edge, float(np.median(inside))) for edge, inside in zip(edges, windows, strict=True) if len(inside)]
         backlog = goodput.slope([float(edge) for edge in edges], waiting)
@@ -194,7 +200,7 @@ class Backlog:
         if not backlog or not latency:
             return None
         (grows, unsure), (bends, unclear) = backlog, latency
-        if grows - unsure > (1 - ACHIEVED_LIMIT) * self._rate and bends - unclear > 0:
+        if grows - CORRELATED * unsure > (1 - ACHIEVED_LIMIT) * self._rate and bends - CORRELATED * unclear > 0:
             return f"the backlog grew by {grows:.1f} requests and latency by {bends:.0f} ms a second: ended early"
         return None
 

@@ -1,0 +1,265 @@
+"""The search for the highest rate within an SLO: on simulated queues, whose true answer is known, and against a server with a real queue."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bench_samples import SECOND, row, table
+
+from inferctl.bench import goodput, plan, receipt, records, search, stats, summary, workload
+from inferctl.bench.goodput import Probe
+
+SERVICE_S = 0.010
+
+
+def waits(rate: float, seconds: float, seed: int, service_s: float = SERVICE_S) -> tuple[np.ndarray[Any, Any], ...]:
+    """Arrivals and ends (s) of Poisson requests at one server that takes `service_s` for each (Lindley's recursion)."""
+    random = np.random.default_rng(seed)
+    arrivals = np.cumsum(random.exponential(1 / rate, int(rate * seconds * 1.5) + 50))
+    arrivals = arrivals[arrivals < seconds]
+    ends, free = np.empty_like(arrivals), 0.0
+    for index, at in enumerate(arrivals):
+        free = max(free, at) + service_s
+        ends[index] = free
+    return arrivals, ends
+
+
+class Simulated:
+    """A server of one queue; `refuses_from` answers 429 to every tenth request at and over that rate."""
+
+    def __init__(self, slo_ms: float, seconds: float = 30, refuses_from: float = math.inf) -> None:
+        self.slo_ms, self.seconds, self.refuses_from = slo_ms, seconds, refuses_from
+        self.parts: dict[int, summary.Part] = {}
+        self.asked: list[tuple[str, float]] = []
+
+    def __call__(self, rate: float, stage: str, earlier: Sequence[Probe]) -> Probe:
+        seed = len(self.asked)
+        self.asked.append((stage, rate))
+        arrivals, ends = waits(rate, self.seconds, seed)
+        refused = rate >= self.refuses_from
+        rows = table(
+            *(
+                row(at * 1e3, (end - at) * 1e3, error=records.HTTP_ERROR if refused and i % 10 == 0 else records.OK)
+                for i, (at, end) in enumerate(zip(arrivals, ends, strict=True))
+            )
+        )
+        part = summary.Part(rows, 0, int(self.seconds * SECOND), 1, len(rows))
+        self.parts[seed] = part
+        found = summary.summarise([*(self.parts[probe.seed] for probe in earlier), part])
+        holds, broke, reason = goodput.judge(found, self.slo_ms, 20.0)
+        latency = found["latency_ms"]
+        return Probe(
+            stage=stage,
+            rate=rate,
+            seed=seed,
+            seconds=found["seconds"],
+            offered=found["offered"],
+            answered=found["answered"],
+            achieved_rps=found["requests_per_s"],
+            n=latency["n"],
+            p50_ms=latency["p50"]["value"],
+            p50_interval_ms=(latency["p50"]["low"], latency["p50"]["high"]),
+            p99_ms=latency["p99"]["value"],
+            p99_interval_ms=(latency["p99"]["low"], latency["p99"]["high"]),
+            errors=found["errors"],
+            late=0,
+            client_cpu_percent=20.0,
+            holds=holds,
+            broke=broke,
+            reason=reason,
+            runs=1 + len(earlier),
+        )
+
+
+def true_goodput(slo_ms: float) -> float:
+    """The rate at which the true p99 is the SLO, by bisection over long simulations."""
+    low, high = 1.0, 1 / SERVICE_S
+    for _ in range(12):
+        middle = (low + high) / 2
+        arrivals, ends = waits(middle, 40_000 / middle, 7)
+        p99 = np.sort((ends - arrivals) * 1e3)[math.ceil(0.99 * len(ends)) - 1]
+        low, high = (middle, high) if p99 <= slo_ms else (low, middle)
+    return low
+
+
+def found(settings: dict[str, Any], server: Simulated, ceiling: float | None = 100.0) -> dict[str, Any]:
+    return goodput.find(plan.Search.model_validate(settings), server.slo_ms, ceiling, server)
+
+
+def test_the_goodput_is_close_to_the_true_one_and_not_over_it() -> None:
+    truth = true_goodput(80)
+    results = [found({"resolution": 0.02, "max_probes": 40}, Simulated(80, seconds=120))]
+    for result in results:
+        assert result["verdict"] == "found"
+        assert 0.85 * truth < result["max_goodput_rps"] < 1.03 * truth
+        assert result["limited_by"] == "p99"
+        assert result["max_goodput_rps"] < result["first_failing_rps"] < 1.12 * truth
+        last = [probe for probe in result["probes"] if probe["stage"] == "confirm"][-1]
+        assert last["rate"] == result["max_goodput_rps"]
+        assert last["holds"]
+        assert last["p99_interval_ms"][1] <= 80
+
+
+def test_knee_saturation_and_cliff_are_told_apart() -> None:
+    result = found({}, Simulated(80))
+    # M/D/1: throughput over median latency is greatest well below the server's rate, which it can never pass.
+    assert 30 < result["knee_rps"] < 90
+    assert 90 <= result["saturation_rps"] <= 130
+    assert 90 < result["saturated_at_rps"] < 102
+    assert result["cliff"] is None
+    refusing = found({}, Simulated(80, refuses_from=70))
+    assert refusing["limited_by"] == "errors"
+    assert refusing["cliff"]["kind"] == "errors"
+    assert refusing["cliff"]["rps"] == refusing["first_failing_rps"]
+    assert refusing["max_goodput_rps"] < 70
+
+
+def probe(rate: float, achieved: float, p50: float, broke: str | None = None) -> Probe:
+    return Probe(
+        "sweep",
+        rate,
+        0,
+        8,
+        int(8 * rate),
+        1,
+        achieved,
+        1,
+        p50,
+        (p50, p50),
+        2 * p50,
+        (p50, 3 * p50),
+        {},
+        0,
+        1,
+        not broke,
+        broke,
+        "",
+    )
+
+
+def test_falling_throughput_is_a_cliff_and_a_plateau_is_none() -> None:
+    rising = [probe(20, 20, 5), probe(40, 40, 6), probe(60, 60, 12)]
+    plateau = [*rising, probe(80, 65, 300, "fell behind"), probe(104, 65, 900, "fell behind")]
+    assert goodput.shape(plateau) == {
+        "knee_rps": 40,
+        "saturation_rps": 80,
+        "saturated_at_rps": 65,
+        "cliff": None,
+    }
+    falls = goodput.shape([*rising, probe(80, 65, 300, "fell behind"), probe(104, 40, 900, "fell behind")])
+    assert falls["cliff"] == {
+        "rps": 104,
+        "kind": "throughput falls",
+        "reason": "40.0 requests/s, after 65.0 at a lower rate",
+    }
+
+
+def test_too_few_answers_are_said_to_be_too_few() -> None:
+    result = found({}, Simulated(80, seconds=2))
+    assert result["verdict"] == "n too small"
+    assert result["max_goodput_rps"] is None
+    assert "n too small" in goodput.sentences("x", result)[0]
+
+
+def test_an_slo_that_no_rate_holds_is_said_to_be_held_by_none() -> None:
+    server = Simulated(5)
+    result = found({}, server)
+    assert result["verdict"] == "none holds"
+    assert result["limited_by"] == "p99"
+    assert min(rate for _, rate in server.asked) == 10
+    said = goodput.sentences("x", result)[0]
+    assert said == "x holds p99 5 ms at no rate that was tried; n was too small to say at 10 requests/s."
+
+
+def test_the_generators_limit_is_not_blamed_on_the_server() -> None:
+    measured = Simulated(80)
+
+    def limited(rate: float, stage: str, earlier: Sequence[Probe]) -> Probe:
+        made = measured(rate, stage, earlier)
+        if rate < 45:
+            return made
+        return Probe(**{**vars(made), "holds": False, "broke": "generator", "reason": "busy"})
+
+    result = goodput.find(plan.Search.model_validate({}), 80, 100.0, limited)
+    assert result["verdict"] == "at least"
+    assert result["limited_by"] == "generator"
+    assert result["saturation_rps"] is None
+    assert "at least" in goodput.sentences("x", result)[0]
+
+
+def test_probes_stay_within_their_number_and_their_rate() -> None:
+    server = Simulated(80)
+    result = found({"max_probes": 5, "max_rate": 50}, server)
+    assert len(result["probes"]) <= 5 + goodput.CONFIRMATIONS + 1
+    assert max(rate for _, rate in server.asked) <= 50
+    assert [rate for _, rate in server.asked][:2] == [20, 40]
+    started = Simulated(80)
+    found({"start_rate": 10, "max_probes": 4}, started, ceiling=None)
+    assert [rate for _, rate in started.asked][:3] == [10, 13, 16.9]
+
+
+def test_a_hopeless_backlog_is_found_and_one_that_comes_and_goes_is_not(tmp_path: Path) -> None:
+    for rate, hopeless in ((200, True), (150, True), (60, False), (85, False)):
+        said = 0
+        for seed in range(5):
+            arrivals, ends = waits(rate, 6, seed)
+            work = workload.draw(plan.Load(mode="open", rate=rate), "short", 1)  # type: ignore[call-arg]
+            work = workload.Workload(**{**vars(work), "schedule_ns": np.round(arrivals * 1e9).astype(np.uint64)})
+            backlog = search.Backlog(tmp_path, work, rate)
+            answered = ends < 6
+            backlog._ends = (ends[answered] * 1e9).astype(int).tolist()
+            backlog._latencies = ((ends - arrivals)[answered] * 1e3).tolist()
+            said += backlog.growing(0, 6.0) is not None
+        assert said == (5 if hopeless else 0), (rate, said)
+
+
+def test_slopes_come_with_their_interval() -> None:
+    times = [0.0, 1, 2, 3, 4, 5]
+    exact = goodput.slope(times, [3 + 2 * t for t in times])
+    assert exact is not None
+    assert exact == (pytest.approx(2), pytest.approx(0, abs=1e-6))
+    # By hand: residuals -1, 1, 0, 0, 1, -1 around a level line; spread of the times 17.5.
+    rise, half = goodput.slope(times, [-1.0, 1, 0, 0, 1, -1]) or (math.nan, math.nan)
+    assert rise == pytest.approx(0)
+    assert half == pytest.approx(stats.student_t(4) * math.sqrt(4 / 4 / 17.5))
+    assert goodput.slope(times[:3], times[:3]) is None
+
+
+@pytest.mark.slow
+def test_a_server_with_a_queue_is_searched_and_the_receipt_says_what_was_found(
+    answering: Callable[..., str], tmp_path: Path
+) -> None:
+    """One slot of 8 ms with room for 30: over 125 requests/s it must refuse."""
+    url = answering("--median-ms", "8", "--sigma", "0.1", "--slots", "1", "--queue", "30")
+    (tmp_path / "mine.yaml").write_text(
+        "name: mine\nconfigurations: [{name: a, precision: fp32}]\ncorpus: short\nquality: null\n"
+        "load: {mode: open, rate: 1, duration_s: 4, warmup_s: 1}\n"
+        "search: {slo_p99_ms: 120, resolution: 0.3, probe_s: 4, max_probes: 8}\n"
+    )
+    line = [sys.executable, "-m", "inferctl", "bench", "--plan", "mine.yaml", "--url", f"mine={url}", "--json"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    result = document["rows"][0]["search"]
+    assert result["verdict"] == "found", result
+    assert 20 < result["max_goodput_rps"] < 125
+    assert result["first_failing_rps"] > result["max_goodput_rps"]
+    assert any(
+        name in document["finding"] + " ".join(document["findings"]) for name in ("mine holds p99 120 ms up to",)
+    )
+    sealed = receipt.load(Path(document["rows"][0]["receipt"])).data
+    assert sealed["search"] == result
+    assert sealed["plan"]["load"]["rate"] == result["max_goodput_rps"]
+    last = [probe for probe in result["probes"] if probe["stage"] == "confirm"][-1]
+    assert sealed["summary"]["latency_ms"]["p99"]["value"] == last["p99_ms"]
+    for made in result["probes"]:
+        assert all((Path(document["output"]) / name).is_file() for name in made["records"])
+    assert "confirm" in done.stderr
