@@ -18,7 +18,7 @@ def written(folder: Path, text: str) -> str:
     return str(file)
 
 
-@pytest.mark.parametrize("name", ["precision", "quick"])
+@pytest.mark.parametrize("name", ["precision", "quick", "search", "spike"])
 def test_shipped_plans_load_and_their_corpora_exist(name: str) -> None:
     shipped = plan.load(name)
     assert shipped.name == name
@@ -32,6 +32,70 @@ def test_repeats_alternate_in_direction() -> None:
         run.name for run in plan.load("precision").with_overrides(["a", "b"][:0] or ["fp32", "int8"], repeats=3).runs()
     ]
     assert names == ["fp32-1", "int8-1", "int8-2", "fp32-2", "fp32-3", "int8-3"]
+
+
+def test_a_matrix_is_every_value_with_every_other_in_turns(tmp_path: Path) -> None:
+    text = """name: m
+matrix:
+  precision: [bf16, fp32]
+  max_batch_tokens: [4096, 16384]
+  corpus: [short]
+  load: {light: {users: 2}, steady: {rate: 30}}
+  hardware: [t4]
+load: {users: 8, duration_s: 3}
+hardware: [cpu]
+repeats: 2
+"""
+    made = plan.load(written(tmp_path, text))
+    names = [one.name for one in made.configurations]
+    assert names[:4] == ["bf16-4096-light", "bf16-4096-steady", "bf16-16384-light", "bf16-16384-steady"]
+    assert len(names) == 8
+    assert made.hardware == ["cpu", "t4"]
+    assert {one.corpus for one in made.configurations} == {"short"}
+    light, steady = (made.load_with(one.load) for one in made.configurations[:2])
+    assert (light.mode, light.users, light.duration_s) == ("closed", 2, 3)
+    assert (steady.mode, steady.rate, steady.duration_s) == ("open", 30, 3)
+    order = [run.configuration for run in made.runs()]
+    assert order == [*names, *reversed(names)]
+    again = plan.Plan.model_validate(json.loads(made.model_dump_json()))
+    assert again == made
+
+
+def test_the_command_line_multiplies_configurations() -> None:
+    made = plan.load("quick").with_overrides(["bf16"], batch_tokens=[4096, 8192], corpora=["short", "mixed"])
+    assert [one.name for one in made.configurations] == [
+        "bf16-4096-short",
+        "bf16-4096-mixed",
+        "bf16-8192-short",
+        "bf16-8192-mixed",
+    ]
+    one = plan.load("quick").with_overrides(["bf16"], batch_tokens=[4096]).configurations
+    assert [(c.name, c.max_batch_tokens) for c in one] == [("bf16", 4096)]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: m\n", "either configurations or a matrix"),
+        ("name: m\nmatrix: {precision: [fp32], batch: [1]}\n", "unknown key 'batch'"),
+        ("name: m\nmatrix: {precision: [fp32], load: {a: {user: 2}}}\n", "the load of fp32: user: "),
+        ("name: m\nmatrix: {precision: [fp32], load: {a: {rate: -2}}}\n", "the load of fp32: rate: "),
+        ("name: m\nmatrix: {precision: [fp32]}\nsearch: {}\nrepeats: 2\n", "a search measures each configuration once"),
+    ],
+)
+def test_mistakes_of_a_matrix_are_named(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        plan.load(written(tmp_path, text))
+    assert said in caught.value.message
+
+
+def test_a_search_can_be_asked_of_any_plan() -> None:
+    made = plan.load("precision").with_overrides(search={"slo_p99_ms": 50})
+    assert made.search is not None
+    assert (made.search.slo_p99_ms, made.repeats) == (50, 1)
+    own = plan.load("search").with_overrides(slo_p99_ms=70)
+    assert own.search is not None
+    assert (own.search.slo_p99_ms, own.search.probe_s) == (70, 8)
 
 
 def test_a_rate_makes_the_loop_open() -> None:
@@ -79,7 +143,10 @@ def test_equal_seeds_draw_equal_work() -> None:
 
 def test_poisson_arrivals_have_the_asked_rate_and_exponential_gaps() -> None:
     load = plan.Load.model_validate({"mode": "open", "rate": 200})
-    times = workload.arrivals(load, [plan.Stage(duration_s=100, rate=200)], np.random.default_rng(1)).astype(np.float64) / 1e9
+    times = (
+        workload.arrivals(load, [plan.Stage(duration_s=100, rate=200)], np.random.default_rng(1)).astype(np.float64)
+        / 1e9
+    )
     gaps = np.diff(times)
     assert len(times) == pytest.approx(20_000, rel=0.03)
     assert gaps.std() == pytest.approx(gaps.mean(), rel=0.03)
@@ -88,7 +155,12 @@ def test_poisson_arrivals_have_the_asked_rate_and_exponential_gaps() -> None:
 
 def test_constant_arrivals_are_evenly_spaced() -> None:
     load = plan.Load.model_validate({"mode": "open", "rate": 4, "duration_s": 1, "arrivals": "constant"})
-    assert workload.arrivals(load, load.timeline[:1], np.random.default_rng(1)).tolist() == [0, 250_000_000, 500_000_000, 750_000_000]
+    assert workload.arrivals(load, load.timeline[:1], np.random.default_rng(1)).tolist() == [
+        0,
+        250_000_000,
+        500_000_000,
+        750_000_000,
+    ]
 
 
 def test_bodies_are_one_line_each_and_marked_to_become_unique() -> None:

@@ -1,0 +1,98 @@
+"""From a receipt to capacity.json, and from there into a server."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_samples import document, sealed
+
+from inferctl.bench import capacity, receipt
+from inferctl.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
+
+FOUND = {"slo_p99_ms": 100.0, "max_goodput_rps": 84.0, "first_failing_rps": 88.0, "limited_by": "p99"}
+
+
+def written(folder: Path, *paces: dict[str, Any] | None, **changes: Any) -> receipt.Receipt:
+    runs = [{"repeat": number, "pace": pace, "records": []} for number, pace in enumerate(paces)]
+    (made,) = sealed(folder, document("bf16", 50, 8, runs=runs, **changes))
+    return receipt.load(made.path)
+
+
+def test_the_capacity_is_the_middle_pace_with_what_the_search_found(tmp_path: Path) -> None:
+    paces = [{"fixed_s": 0.001 * n, "tokens_per_s": 10_000.0} for n in (9, 1, 5)]
+    made = written(tmp_path, *paces, search=FOUND)
+    found = capacity.capacity(made)
+    assert (found["fixed_s"], found["tokens_per_s"]) == (0.005, 10_000.0)
+    assert {key: found[key] for key in FOUND} == FOUND
+    assert found["receipt_seal"] == made.data["seal"]
+    assert (found["model_sha256"], found["precision"], found["hardware"]) == ("ef" * 32, "bf16", "cpu")
+    assert capacity.sentence(found) == (
+        "a batch takes 5.0 ms and 1 s for each 10,000 tokens; it holds p99 100 ms up to 84 requests/s"
+    )
+
+
+def test_the_slo_is_the_searchs_then_the_receipts_then_nobodys(tmp_path: Path) -> None:
+    pace = {"fixed_s": 0.001, "tokens_per_s": 10_000.0}
+    assert capacity.capacity(written(tmp_path, pace))["slo_p99_ms"] is None
+    assert capacity.capacity(written(tmp_path, pace), 50)["slo_p99_ms"] == 50
+    assert capacity.capacity(written(tmp_path, pace, slo={"p99_ms": 70}))["slo_p99_ms"] == 70
+    with pytest.raises(UsageError, match="was for p99 100 ms, not 50 ms"):
+        capacity.capacity(written(tmp_path, pace, search=FOUND), 50)
+
+
+def test_no_capacity_comes_from_an_invalid_run_or_from_a_server_that_says_nothing(tmp_path: Path) -> None:
+    with pytest.raises(NotEnoughEvidenceError, match="no `pace`"):
+        capacity.capacity(written(tmp_path, None, {"fixed_s": 0.0, "tokens_per_s": None}))
+    bad = {"valid": False, "reasons": ["3 of 9 requests failed"], "cautions": []}
+    with pytest.raises(InvalidRunError, match="3 of 9 requests failed"):
+        capacity.capacity(written(tmp_path, {"fixed_s": 0.001, "tokens_per_s": 1.0}, validity=bad))
+
+
+@contextlib.contextmanager
+def serving(model: Path, folder: Path, *more: str) -> Iterator[dict[str, Any]]:
+    """A real server with the echo engine; gives its URL and what it says of itself."""
+    announce = folder / f"ready-{time.monotonic_ns()}.json"
+    line = [sys.executable, "-m", "inferctl", "serve", "--model", str(model), "--engine", "echo", "--port", "0"]
+    process = subprocess.Popen([*line, "--announce", str(announce), *more], cwd=folder, stderr=subprocess.DEVNULL)
+    try:
+        while not announce.is_file():
+            assert process.poll() is None, "the server did not start"
+            time.sleep(0.05)
+        url = json.loads(announce.read_text())["url"]
+        with urllib.request.urlopen(f"{url}/info") as answer:
+            yield {"url": url, "info": json.loads(answer.read())}
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_server_admits_by_the_capacity_that_was_measured(minilm: Path, tmp_path: Path) -> None:
+    def inferctl(*arguments: str) -> str:
+        line = [sys.executable, "-m", "inferctl", *arguments]
+        return subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    with serving(minilm, tmp_path) as first:
+        assert first["info"]["pace"]["tokens_per_s"] is None
+        document = json.loads(
+            inferctl(
+                "bench", "--url", f"echo={first['url']}", "--plan", "quick", "--duration", "2", "--slo", "80", "--json"
+            )
+        )
+    made = inferctl("capacity", document["rows"][0]["receipt"], "-o", "capacity.json").strip()
+    found = capacity.read(tmp_path / made)
+    assert found["tokens_per_s"] > 0
+    with serving(minilm, tmp_path, "--capacity", "capacity.json") as second:
+        pace = second["info"]["pace"]
+        assert second["info"]["limits"]["slo_p99_ms"] == 80
+    assert pace["fixed_s"] == pytest.approx(found["fixed_s"], abs=1e-6)
+    assert pace["tokens_per_s"] == pytest.approx(found["tokens_per_s"], rel=1e-3)
