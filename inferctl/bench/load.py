@@ -83,8 +83,13 @@ def run(load: Load, description: Path, watch: Callable[[Live], None], check: Cal
         raise InferctlError(f"the load generator failed: {problem}", f"its log is {processes.log}")
     if state.get("phase") != "done":
         raise InferctlError(f"the load generator failed: {last_words(processes.log)}", f"its log is {processes.log}")
-    offsets = {int(worker["worker"]): int(worker["clock_offset_ns"]) for worker in state["workers"]}
-    return Measured(records.merge(folder, offsets), state)
+    return Measured(merged(folder, state), state)
+
+
+def merged(folder: Path, state: Mapping[str, Any]) -> records.Rows:
+    """All records in `folder`, on this machine's clock. `state` is the load generator's account; before its end it names no workers."""
+    workers = state.get("workers", ())
+    return records.merge(folder, {int(one["worker"]): int(one["clock_offset_ns"]) for one in workers})
 
 
 def cores_used(state: Mapping[str, Any]) -> float | None:

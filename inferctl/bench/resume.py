@@ -24,6 +24,7 @@ from typing import Any
 
 import inferctl
 from inferctl import assets
+from inferctl.bench import load as loads
 from inferctl.bench import receipt, records, summary, workload
 from inferctl.bench.environment import Environment
 from inferctl.bench.outcome import Measurement, Outcome, Subject
@@ -158,7 +159,7 @@ def keep(output: Path, measurement: Measurement, quality: Mapping[str, Any] | No
         if one.name not in ("run", "part", "folder")
     }
     part = measurement.part
-    files = sorted(measurement.folder.glob("requests-*.bin"))
+    files = records.files(measurement.folder)
     document = {
         "schema": SCHEMA,
         "run": dataclasses.asdict(measurement.run),
@@ -207,7 +208,13 @@ def _restored(output: Path, folder: Path, run: Run) -> tuple[Measurement, dict[s
     except (OSError, ValueError, KeyError, TypeError):
         return None
     start, end = document["window"]
-    part = summary.Part(records.merge(place), start, end, document["inputs_per_request"], document["offered"])
+    part = summary.Part(
+        loads.merged(place, document["values"]["state"]),
+        start,
+        end,
+        document["inputs_per_request"],
+        document["offered"],
+    )
     return Measurement(run=run, part=part, folder=place, **document["values"]), document["quality"]
 
 

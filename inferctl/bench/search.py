@@ -116,7 +116,8 @@ class Searcher:
 
     def _cut_short(self, load: Load, seed: int) -> Measurement:
         """What a probe that was ended early left: its window ends with its last answer."""
-        rows, state = records.merge(self._place), loads.read_state(self._place)
+        state = loads.read_state(self._place)
+        rows = loads.merged(self._place, state)
         start = int(state["measure_start_ns"])
         end = max(start + 1, int(rows["end_ns"].max()))
         offered = int(np.sum(self._work.schedule_ns < end - start))
@@ -154,7 +155,7 @@ class Searcher:
             records=[
                 file.relative_to(self.folder.parent.parent).as_posix()
                 for one in parts
-                for file in sorted(one.folder.glob("requests-*.bin"))
+                for file in records.files(one.folder)
             ],
         )
 
@@ -173,7 +174,7 @@ class Backlog:
         state = loads.read_state(self._folder)
         if state.get("phase") != "measure":
             return
-        for file in self._folder.glob("requests-*.bin"):
+        for file in records.files(self._folder):
             new = self._tails.setdefault(file, records.Tail(file)).new()
             if len(new):
                 measured = new[new["phase"] == records.MEASURED]
