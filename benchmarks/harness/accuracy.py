@@ -61,7 +61,8 @@ def compared(rate: float, seconds: float, seed: int) -> dict[str, Any]:
         "failed": int(np.sum(rows["error"] != records.OK)),
         "not_logged": len(missing),
         "percentiles": table,
-        "added_ms": {f"p{q * 100:g}": round(float(np.quantile(ours - truth, q)), 3) for q in QUANTILES},
+        "added_ms": {"least": round(float(np.min(ours - truth)), 3)}
+        | {f"p{q * 100:g}": round(float(np.quantile(ours - truth, q)), 3) for q in QUANTILES},
         "lateness_ms": {f"p{q * 100:g}": round(float(np.quantile(lateness, q)), 3) for q in QUANTILES},
         "client_cpu_percent": summary.client_cpu_percent(done.state),
         "validity": loads.judged(done, part).as_dict(),

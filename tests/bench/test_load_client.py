@@ -1,0 +1,122 @@
+"""The HTTP client of the load generator against servers that are legal but awkward."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trustme
+from test_load import measure
+
+from inferctl.bench import load, plan, records, target, workload
+
+MODELS = b'{"data": [{"id": "m"}]}'
+BODY = b'{"data": [], "usage": {"prompt_tokens": 7}}'
+SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(BODY), BODY)
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"".join(
+    b"%x\r\n%b\r\n" % (len(piece), piece) for piece in (BODY[:5], BODY[5:38], BODY[38:], b"")
+)
+CONTINUED = b"HTTP/1.1 100 Continue\r\n\r\n" + SIZED
+UNTIL_CLOSED = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + BODY
+Answer = Callable[[int], tuple[bytes, bool]]
+
+
+@contextlib.contextmanager
+def serving(answer: Answer, tls: ssl.SSLContext | None = None) -> Iterator[str]:
+    """A server whose n-th answer on a connection is `answer(n)`: bytes, and whether it closes afterwards without a word."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+
+    def talk(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            talking = stack.enter_context(tls.wrap_socket(connection, server_side=True) if tls else connection)
+            stream, number = talking.makefile("rb"), 0
+            while line := stream.readline():
+                length = 0
+                while (header := stream.readline()).strip():
+                    if header.lower().startswith(b"content-length:"):
+                        length = int(header.split(b":")[1])
+                stream.read(length)
+                if line.startswith(b"GET"):
+                    known = line.startswith(b"GET /v1/models")
+                    status = b"200 OK" if known else b"404 Not Found"
+                    talking.sendall(b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status, len(MODELS), MODELS))
+                    continue
+                content, closes = answer(number)
+                number += 1
+                # In two pieces: an answer need not come in one.
+                talking.sendall(content[:20])
+                talking.sendall(content[20:])
+                if closes:
+                    return
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=talk, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"{'https' if tls else 'http'}://localhost:{listener.getsockname()[1]}"
+    finally:
+        listener.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "closes"),
+    [(SIZED, False), (CHUNKED, False), (CONTINUED, False), (UNTIL_CLOSED, True)],
+    ids=["sized", "chunked", "after a 100", "until closed"],
+)
+def test_every_legal_form_of_an_answer_is_read(content: bytes, closes: bool, tmp_path: Path) -> None:
+    with serving(lambda _: (content, closes)) as url:
+        _, part, _ = measure(url, tmp_path / "run", mode="open", rate=50, duration_s=1)
+    rows = part.measured
+    assert len(rows) > 20
+    assert set(rows["error"].tolist()) == {records.OK}
+    assert set(rows["bytes"].tolist()) == {len(BODY)}
+    assert set(rows["tokens"].tolist()) == {7}
+
+
+def test_a_connection_that_the_server_closed_while_idle_costs_no_request(tmp_path: Path) -> None:
+    with serving(lambda number: (SIZED, number == 2)) as url:
+        done, part, work = measure(url, tmp_path / "run", mode="open", rate=50, duration_s=1)
+    assert set(part.measured["error"].tolist()) == {records.OK}
+    assert len(part.measured) == len(work.schedule_ns)
+    assert done.state["workers"][0]["connections"] >= len(part.measured) // 3
+
+
+def test_an_answer_that_breaks_off_is_a_failed_request(tmp_path: Path) -> None:
+    with serving(lambda number: (SIZED[:-5] if number else SIZED, bool(number))) as url:
+        _, part, _ = measure(url, tmp_path / "run", users=1, duration_s=1)
+    assert set(part.measured["error"].tolist()) == {records.OK, records.CONNECTION}
+
+
+def test_a_server_that_is_gone_is_not_asked_without_end(answering: Callable[..., str], tmp_path: Path) -> None:
+    _, part, _ = measure(answering("--die-after", "5"), tmp_path / "run", users=2, duration_s=1)
+    failed = part.measured[part.measured["error"] == records.CONNECTION]
+    # Two clients that rest for 50 ms after each failure.
+    assert 2 <= len(failed) <= 2 * 20 + 4
+
+
+def test_tls_is_spoken_and_certificates_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    with serving(lambda _: (CHUNKED, False), context) as url:
+        _, part, _ = measure(url, tmp_path / "run", mode="open", rate=50, duration_s=1)
+        assert set(part.measured["error"].tolist()) == {records.OK}
+        assert set(part.measured["bytes"].tolist()) == {len(BODY)}
+        # The same server, to a load generator that does not know its authority.
+        trustme.CA().cert_pem.write_to_path(str(tmp_path / "other.pem"))
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "other.pem"))
+        wanted = plan.Load.model_validate({"users": 1, "duration_s": 1, "warmup_s": 0})
+        work = workload.draw(wanted, "short", 1)
+        description = load.prepare(wanted, work, target.Target(url, "m"), 100_000, tmp_path)
+        refused = load.run(wanted, description, lambda live: None, lambda: None)
+    assert set(refused.rows["error"].tolist()) == {records.CONNECTION}

@@ -1,0 +1,56 @@
+"""The scripts that test the benchmark itself, on a small scale: what they must show holds by proportion, whatever the machine does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HARNESS = Path(__file__).resolve().parents[2] / "benchmarks" / "harness"
+
+
+def figures(tmp_path: Path, script: str, *options: str) -> dict[str, Any]:
+    file = tmp_path / "figures.json"
+    # Whether it passes by its own, narrow limits is for a quiet machine.
+    command = [sys.executable, str(HARNESS / script), *options, "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert file.is_file(), done.stderr
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def test_our_percentiles_are_the_servers_and_locusts_are_rounded(tmp_path: Path) -> None:
+    run = figures(tmp_path, "accuracy.py", "--seconds", "5", "--rate", "80")["runs"][0]
+    assert run["requests"] > 300
+    assert (run["failed"], run["not_logged"]) == (0, 0)
+    # Time is only ever added, request by request.
+    assert run["added_ms"]["least"] > 0
+    rows = {row["percentile"]: row for row in run["percentiles"]}
+    for name in ("p50", "p90"):
+        assert rows[name]["truth_ms"] < rows[name]["inferctl_ms"] < 1.2 * rows[name]["truth_ms"]
+    assert rows["p50"]["locust_ms"] == round(rows["p50"]["locust_ms"])
+    assert rows["p99"]["locust_ms"] % 10 == 0
+    assert rows["p99"]["inferctl_ms"] % 10 != 0
+
+
+def test_an_open_loop_sees_a_stall_that_a_closed_one_hides(tmp_path: Path) -> None:
+    found = figures(tmp_path, "stall.py", "--every", "3", "--stall", "0.6", "--periods", "2")
+    assert found["analytic_p99_ms"] == pytest.approx(570)
+    assert found["open"]["latency_ms"]["p99"]["value"] == pytest.approx(570, rel=0.2)
+    assert found["closed"]["latency_ms"]["p99"]["value"] < 0.5 * 570
+    assert found["open"]["loop"].startswith("open loop")
+    assert found["closed"]["loop"].startswith("closed loop")
+
+
+def test_the_load_generator_says_when_it_is_the_bottleneck(tmp_path: Path) -> None:
+    options = ("--seconds", "1", "--workers", "1", "--no-stock", "--rates", "100", "60000")
+    found = figures(tmp_path, "ceiling.py", *options)
+    assert found["closed"][0]["requests_per_s_per_core"] > 0
+    calm, loud = found["open"]
+    assert not calm["declares_itself"]
+    assert loud["declares_itself"]
+    assert "load generator" in found["declares_itself_with"]

@@ -1,0 +1,124 @@
+"""Several workers, here and elsewhere: the same schedule, the same exact records, and nothing lost with one that is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_load import measure
+
+from inferctl.bench import load, plan, records, summary, target, workload
+from inferctl.errors import InferctlError
+
+HARNESS = Path(__file__).resolve().parents[2] / "benchmarks" / "harness"
+
+
+def offsets(part: summary.Part) -> list[int]:
+    return [int(at) for at in part.measured["intended_ns"].astype(np.int64) - part.start_ns]
+
+
+def test_workers_send_the_drawn_schedule_together(answering: Callable[..., str], tmp_path: Path) -> None:
+    done, part, work = measure(
+        answering("--median-ms", "2"), tmp_path / "run", mode="open", rate=150, duration_s=2, workers=2, warmup_s=1
+    )
+    assert offsets(part) == work.schedule_ns.astype(np.int64).tolist()
+    assert part.measured["index"].tolist() == list(range(len(work.schedule_ns)))
+    each = [records.read(path) for path in records.files(tmp_path / "run")]
+    assert [len(rows) > 0 for rows in each] == [True, True]
+    assert [set(rows["index"] % 2) for rows in each] == [{0}, {1}]
+    workers = done.state["workers"]
+    assert [worker["worker"] for worker in workers] == [0, 1]
+    assert done.state["cpu_ns"] == max(worker["cpu_ns"] for worker in workers)
+    assert (load.cores_used(done.state) or 0) * 100 > (summary.client_cpu_percent(done.state) or 0)
+
+
+def test_clients_of_a_closed_loop_are_spread_over_workers(answering: Callable[..., str], tmp_path: Path) -> None:
+    done, part, _ = measure(
+        answering("--median-ms", "20", "--sigma", "0"), tmp_path / "run", users=5, duration_s=1, workers=2
+    )
+    assert sorted(worker["users"] for worker in done.state["workers"]) == [2, 3]
+    rows = part.measured
+    assert len(set(rows["index"].tolist())) == len(rows)
+    middle = part.start_ns + 500_000_000
+    busy = [int(np.sum((rows["sent_ns"] <= at) & (rows["end_ns"] > at))) for at in range(middle, middle + 10**8, 10**6)]
+    assert max(busy) == 5
+
+
+def test_a_killed_worker_ends_the_run_and_loses_no_record(tmp_path: Path) -> None:
+    sys.path.insert(0, str(HARNESS))
+    try:
+        import known_server
+    finally:
+        sys.path.remove(str(HARNESS))
+    killed: list[int] = []
+
+    def kill(live: load.Live) -> None:
+        state = load.read_state(tmp_path)
+        rows = records.read(tmp_path / "requests-1.bin") if state.get("phase") == "measure" else []
+        if len(rows) > 100 and not killed:
+            head = (tmp_path / "requests-1.bin").open("rb").readlines(300)[1]
+            killed.append(int(json.loads(head)["pid"]))
+            os.kill(killed[0], signal.SIGKILL)
+
+    wanted = plan.Load.model_validate({"mode": "open", "rate": 200, "duration_s": 20, "warmup_s": 0, "workers": 2})
+    with known_server.running("--median-ms", "2") as server:
+        work = workload.draw(wanted, "short", 1)
+        description = load.prepare(wanted, work, target.connect(server.url), 100_000, tmp_path)
+        with pytest.raises(InferctlError, match=r"load worker \d was killed \(signal 9\)"):
+            load.run(wanted, description, kill, lambda: None)
+    with pytest.raises(ProcessLookupError):
+        os.kill(killed[0], 0)
+    answered = {index for index in server.truth_ms(100_000) if index % 2 == 1}
+    kept = set(records.read(tmp_path / "requests-1.bin")["index"].tolist())
+    assert len(answered) > 100
+    # What the server answered in the instant of the kill was never read.
+    assert len(answered - kept) <= 3
+    assert (records.merge(tmp_path)["end_ns"] > 0).all()
+
+
+@contextlib.contextmanager
+def elsewhere(port: int, folder: Path) -> Iterator[bool]:
+    """A worker as on another machine: no folder in common, and where the kernel lets us a clock of its own, 1000 s ahead."""
+    apart = ["unshare", "--time", "--monotonic", "1000"]
+    own_clock = False
+    with contextlib.suppress(OSError):
+        own_clock = subprocess.run([*apart, "true"], capture_output=True, check=False).returncode == 0
+    command = [sys.executable, "-m", "inferctl.bench.worker", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen([*(apart if own_clock else []), *command], cwd=folder, start_new_session=True)
+    try:
+        yield own_clock
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_worker_elsewhere_needs_only_the_address_and_its_clock_is_compared(
+    answering: Callable[..., str], tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = int(free.getsockname()[1])
+    away = tmp_path / "away"
+    away.mkdir()
+    url = answering("--median-ms", "5", "--sigma", "0")
+    with elsewhere(port, away) as own_clock:
+        done, part, work = measure(
+            url, tmp_path / "run", mode="open", rate=100, duration_s=2, remote_workers=1, master_port=port
+        )
+    assert offsets(part) == work.schedule_ns.astype(np.int64).tolist()
+    assert (records.latency_ms(part.measured) > 4.9).all()
+    remote = [worker for worker in done.state["workers"] if not worker["here"]]
+    assert len(remote) == int(own_clock)
+    for worker in remote:
+        assert abs(worker["clock_offset_ns"] - 1000 * 10**9) <= worker["clock_uncertainty_ns"]
+        assert done.state["clock_uncertainty_ns"] == worker["clock_uncertainty_ns"]
+    assert not any(away.iterdir())
