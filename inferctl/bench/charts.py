@@ -86,7 +86,20 @@ def all_charts(
             timeline(receipts, shades),
         ),
     }
-    return {name: chart for name, chart in charts.items() if chart[2]["data"]}
+    drawn = {name: chart for name, chart in charts.items() if chart[2]["data"]}
+    return drawn if len(receipts) <= _FITS else _crowded(drawn, len(receipts))
+
+
+def _crowded(charts: dict[str, tuple[str, str, Figure]], count: int) -> dict[str, tuple[str, str, Figure]]:
+    """With many configurations one chart has the legend, in room of its own; it would leave the others none."""
+    for name in ("ecdf", "frontier", "latency", "timeline", "goodput"):
+        if name in charts:
+            title, text, figure = charts[name]
+            figure["layout"]["showlegend"] = False
+            charts[name] = (title, f"{text} Colours as in the table of results.", figure)
+    if "percentiles" in charts:
+        charts["percentiles"][2]["layout"]["height"] = 320 + 10 * count
+    return charts
 
 
 def colours(receipts: Sequence[Receipt]) -> dict[str, str]:
@@ -216,11 +229,15 @@ def throughput(
 def _estimated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Bars of what was computed: hollow, hatched, and called so."""
     values = [row["estimate"]["requests_per_s"] for row in rows]
-    bands = [row["estimate"].get("band") or {"low": 1.0, "high": 1.0} for row in rows]
+    spans = [(row["estimate"].get("ranges") or {}).get("requests_per_s") for row in rows]
+    ends = [
+        (value - span["low"], (span["high"] or value) - value) if span else (0.0, 0.0)
+        for value, span in zip(values, spans, strict=True)
+    ]
     return {
         "type": "bar",
         "orientation": "h",
-        "y": [f"{short(row['configuration'])} on {row['hardware']['key']}, estimated" for row in rows],
+        "y": [f"{short(row['configuration'])}, estimated<br>{row['hardware']['key']}" for row in rows],
         "x": values,
         "text": [f"~{_figure(value)}" for value in values],
         "textposition": "none",
@@ -230,7 +247,7 @@ def _estimated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "line": {"color": GREY, "width": 1.5},
             "pattern": {"shape": "x", "fgcolor": GREY, "fgopacity": 0.7, "solidity": 0.15, "size": 7},
         },
-        "error_x": _whiskers([(v * (1 - b["low"]), v * (b["high"] - 1)) for v, b in zip(values, bands, strict=True)]),
+        "error_x": _whiskers(ends),
         "hovertemplate": "%{y}: about %{x:.1f} requests/s<extra></extra>",
     }
 
@@ -257,14 +274,15 @@ def distance(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
         points = {
             "showlegend": False,
             "marker": {**marker, "color": [shades[one.name] for one in checked]},
-            "x": [label(one) for one in checked],
-            "y": [max(_LOWEST_ERROR, 1 - one.data["quality"]["cosine"][key]) for one in checked],
+            "y": [short(label(one)) for one in checked],
+            "x": [max(_LOWEST_ERROR, 1 - one.data["quality"]["cosine"][key]) for one in checked],
             "customdata": [one.data["quality"]["cosine"][key] for one in checked],
-            "hovertemplate": "%{x}: cosine %{customdata:.6f}<extra>" + name + "</extra>",
+            "hovertemplate": "%{y}: cosine %{customdata:.6f}<extra>" + name + "</extra>",
         }
         data += [{"type": "scatter", "mode": "markers", **part} for part in (points, legend)]
-    axis = {"type": "log", "title": {"text": "1 - cosine", "standoff": 14}, "exponentformat": "power", "dtick": 1}
-    return {"data": data, "layout": {"yaxis": axis, "xaxis": {"type": "category"}}}
+    axis = {"type": "log", "title": {"text": "1 - cosine"}, "exponentformat": "power", "dtick": 1}
+    layout = _bar_layout(len(checked), "") | {"xaxis": axis, "showlegend": True}
+    return {"data": data, "layout": layout | {"yaxis": {**layout["yaxis"], "showgrid": True}}}
 
 
 def recall(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:

@@ -101,7 +101,11 @@ def neighbours(receipts: Sequence[Receipt], shades: Mapping[str, str]) -> Figure
                 {"text": text, "x": math.log10(furthest), "y": row, "xanchor": "left", "xshift": 10, "showarrow": False}
             )
     values = [x for trace in data for x in trace["x"]]
-    reach = [math.log10(min(values) * 0.8), math.log10(max(values) * 2)] if values else None
+    reach = (
+        [math.log10(min(values) * 0.8), math.log10(max(values) * (max(values) / min(values)) ** 0.9 * 1.2)]
+        if values
+        else None
+    )
     layout = {
         "xaxis": {"type": "log", "title": {"text": "latency, ms"}, "range": reach, **ticks(values)},
         "yaxis": {"type": "category", "autorange": "reversed"},
@@ -226,6 +230,8 @@ def latency_over_time(receipts: Sequence[Receipt], shades: Mapping[str, str]) ->
     staged = next((one.data["stages"] for one in receipts if one.data.get("stages")), None)
     if staged and data:
         layout |= _shaded(staged)
+        # Room above the points for the names of the stages.
+        layout["yaxis"]["range"] = [math.log10(0.8 * min(values)), math.log10(3 * max(values))]
     return {"data": data, "layout": layout}
 
 

@@ -11,6 +11,9 @@ from inferctl.bench import goodput, stats
 # Less than this between two configurations is called a tie even when the intervals part: the same system differs that much from run to run.
 TIE = 0.05
 
+# So many of those that were beaten are named in the finding; the table has them all.
+NAMED = 4
+
 Row = Mapping[str, Any]
 
 
@@ -119,7 +122,7 @@ def _slo(measured: Sequence[Row], limit: float) -> str:
 def caveats(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """(kind, sentence) of everything to know before reading a number, the gravest first.
 
-    Kinds: `invalid`, `absent` (not run, not measured here), `emulated`, `unchecked` (quality), `caution`.
+    Kinds: `invalid`, `absent` (not run, not measured here), `estimated`, `emulated`, `unchecked` (quality), `caution`.
     """
     found = [
         ("invalid", f"{row['configuration']}: {reason}") for row in rows if row["receipt"] for reason in row["reasons"]
@@ -133,6 +136,13 @@ def caveats(rows: Sequence[Row]) -> list[tuple[str, str]]:
         (row["reason"], row["configuration"]) for row in rows if row["outcome"] == "not measured here"
     ):
         found.append(("absent", f"not measured here: {names}; {reason}. No figures are made up."))
+    estimated = (
+        (note, f"{row['configuration']} on {row['hardware']['key']}")
+        for row in rows
+        if row["outcome"] == "estimated"
+        for note in row["estimate"].get("notes", [])
+    )
+    found += [("estimated", f"{names}: {note}") for note, names in _grouped(estimated)]
     emulated = (
         (row["precision"].get("reason"), row["configuration"])
         for row in rows
@@ -168,7 +178,9 @@ def _winner(measured: Sequence[Row], mode: str) -> str:
     beaten = [row for row in others if row not in tied]
     if not others:
         return f"{best['configuration']} ran alone: {_figure(best, mode)}, {_quality(best)}."
-    behind = ", ".join(f"{_ratio(row, best, mode)} of {_named(row)}" for row in beaten)
+    behind = ", ".join(f"{_ratio(row, best, mode)} of {_named(row)}" for row in beaten[:NAMED])
+    if rest := beaten[NAMED:]:
+        behind += f", further ahead of {len(rest)} more"
     if not tied:
         return f"{best['configuration']} wins: {behind}, {_at(best)}."
     group, closest = [best, *tied], ""

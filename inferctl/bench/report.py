@@ -39,7 +39,7 @@ def render(result: Mapping[str, Any], receipts: Sequence[Receipt]) -> str:
             if row["outcome"] != "estimated"
         ],
         estimated=[
-            {**row, "runs_as": view.runs_as(row["precision"]), "band": view.band(row["estimate"])}
+            {**row, "runs_as": view.runs_as(row["precision"])}
             for row in result["rows"]
             if row["outcome"] == "estimated"
         ],

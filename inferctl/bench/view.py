@@ -24,15 +24,19 @@ def render(result: Mapping[str, Any]) -> RenderableType:
         parts += [Text(f"INVALID {row['configuration']}: {'; '.join(row['reasons'])}", style="bold red") for row in bad]
         parts.append(Text(""))
     rows = result["rows"]
-    if measured := [row for row in rows if row["receipt"]]:
+    measured = [row for row in rows if row["receipt"]]
+    estimated = [row for row in rows if row["outcome"] == "estimated"]
+    absent = [row for row in rows if row not in measured and row not in estimated]
+    if measured:
         parts.append(table(measured))
         if machines := hardware(measured):
             parts += [Text(""), machines]
-        parts += [block for block in (searched(measured), beside(measured), stages(measured), costs(measured)) if block]
-    if estimated := [row for row in rows if row["outcome"] == "estimated"]:
-        parts += [Text(""), estimates(estimated)]
-    if absent := [row for row in rows if not row["receipt"] and row["outcome"] != "estimated"]:
-        parts.append(absences(absent))
+        blocks = (searched(measured), beside(measured), stages(measured), costs(measured))
+        parts += [part for block in blocks if block for part in (Text(""), block)]
+    if estimated:
+        parts += [Text(""), estimates(estimated)] if measured else [estimates(estimated)]
+    if absent:
+        parts += [Text(""), absences(absent)] if measured or estimated else [absences(absent)]
     parts.append(Text(""))
     parts += [Padding(Text(note, style="dim"), (0, 0, 0, 1)) for note in notes(result)]
     return Group(*parts)
@@ -66,13 +70,13 @@ def searched(rows: Sequence[Row]) -> RenderableType | None:
     if not found:
         return None
     slo = found[0][1]["slo_p99_ms"]
-    grid = _grid(f"highest rate with p99 within {slo:g} ms", "holds", "fails at", "by", "knee", "behind from")
+    grid = _grid("holds", "fails at", "by", "knee", "behind from")
     for row, search in found:
         known = [short(search[key]) for key in ("max_goodput_rps", "first_failing_rps", "knee_rps", "saturation_rps")]
         least = ">" if search["verdict"] == "at least" else ""
         by = search["limited_by"] or ("" if search["verdict"] == "found" else search["verdict"])
         grid.add_row(row["configuration"], least + known[0], known[1], by, *known[2:])
-    return Group(Text(""), grid)
+    return _titled(f"highest rate (requests/s) with p99 within {slo:g} ms", grid)
 
 
 def beside(rows: Sequence[Row]) -> RenderableType | None:
@@ -82,7 +86,7 @@ def beside(rows: Sequence[Row]) -> RenderableType | None:
         return None
     count = found[0][1]["count"]
     whom = "1 busy neighbour" if count == 1 else f"{count} busy neighbours"
-    grid = _grid(f"beside {whom}", "", "alone", "beside", "factor", "95 % interval")
+    grid = _grid("", "alone", "beside", "factor", "95 % interval")
     for row, one in found:
         name = row["configuration"]
         for key, figures in one["percentiles"].items():
@@ -91,7 +95,7 @@ def beside(rows: Sequence[Row]) -> RenderableType | None:
             else:
                 ends = f"{figures['low']:.2f} - {figures['high']:.2f}"
                 cells = [short(figures[which]) for which in ("without_ms", "with_ms")]
-                grid.add_row(name, f"{key} ms", *cells, f"{figures['factor']:.2f}x", ends)
+                grid.add_row(name, key, *cells, f"{figures['factor']:.2f}x", ends)
             name = ""
         rates = one["requests_per_s"]
         factor = f"{rates['with'] / rates['without']:.2f}x" if rates["without"] else _UNKNOWN
@@ -99,7 +103,7 @@ def beside(rows: Sequence[Row]) -> RenderableType | None:
         if others := one["neighbour_requests_per_s"]:
             each = " to ".join(dict.fromkeys((short(others["min"]), short(others["max"]))))
             grid.add_row("", "theirs", "idle", each)
-    return Group(Text(""), grid)
+    return _titled(f"beside {whom}, latency in ms", grid)
 
 
 def stages(rows: Sequence[Row]) -> RenderableType | None:
@@ -107,7 +111,7 @@ def stages(rows: Sequence[Row]) -> RenderableType | None:
     found = [row for row in rows if row.get("stages")]
     if not found:
         return None
-    grid = _grid("by stage", "stage", "seconds", "load", "p50", "p99", "failed")
+    grid = _grid("stage", "seconds", "load", "p50", "p99", "failed")
     for row in found:
         name = row["configuration"]
         for one in row["stages"]:
@@ -116,7 +120,7 @@ def stages(rows: Sequence[Row]) -> RenderableType | None:
             figures = [_quantile(one["latency_ms"][key]) for key in ("p50", "p99")]
             grid.add_row(name, one["name"], span, level, *figures, str(one["failed"]))
             name = ""
-    return Group(Text(""), grid)
+    return _titled("by stage of the load", grid)
 
 
 def _quantile(found: Mapping[str, Any]) -> str:
@@ -138,27 +142,21 @@ def costs(rows: Sequence[Row]) -> RenderableType | None:
     columns = [(title, key) for title, key in _COSTS if any(row.get(key) is not None for row in rows)]
     if not columns:
         return None
-    grid = _grid("per 1,000 requests", *(title for title, _ in columns))
+    grid = _grid(*(title for title, _ in columns))
     for row in rows:
         grid.add_row(row["configuration"], *(short(row.get(key)) for _, key in columns))
-    return Group(Text(""), grid)
+    return _titled("cost (of 1,000 requests, where it does not say of a million texts)", grid)
 
 
 def estimates(rows: Sequence[Row]) -> RenderableType:
     """Figures that were computed and not measured: apart from the others, each with its band."""
-    grid = _grid("ESTIMATED, not measured", "on", "p50", "p90", "p99", "req/s", "band")
+    grid = _grid("on", "p50", "p90", "p99", "req/s", "band")
     for row in rows:
         figures = row["estimate"]
-        cells = [f"~{short(figures.get(f'{key}_ms'))}" for key in ("p50", "p90", "p99")]
-        grid.add_row(
-            row["configuration"],
-            row["hardware"]["key"],
-            *cells,
-            f"~{short(figures.get('requests_per_s'))}",
-            band(figures),
-            style="italic",
-        )
-    return grid
+        known = (figures.get(key) for key in ("p50_ms", "p90_ms", "p99_ms", "requests_per_s"))
+        cells = [_UNKNOWN if value is None else f"~{short(value)}" for value in known]
+        grid.add_row(row["configuration"], row["hardware"]["key"], *cells, band(figures), style="italic")
+    return _titled("ESTIMATED, not measured (band: of the requests/s)", grid)
 
 
 def band(figures: Mapping[str, Any]) -> str:
@@ -167,10 +165,14 @@ def band(figures: Mapping[str, Any]) -> str:
     return f"x{found['low']:.2f} - {found['high']:.2f}" if found else "not known"
 
 
-def _grid(first: str, *headings: str) -> Table:
-    """A table under a first column that says what it is about."""
+def _titled(title: str, grid: Table) -> Group:
+    return Group(Text(title, style="underline"), grid)
+
+
+def _grid(*headings: str) -> Table:
+    """A table with the configuration in its first column."""
     grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 1), header_style="bold", collapse_padding=True)
-    grid.add_column(first, overflow="fold", max_width=30)
+    grid.add_column("config", overflow="fold", max_width=24)
     for heading in headings:
         grid.add_column(heading, justify="right", overflow="fold")
     return grid

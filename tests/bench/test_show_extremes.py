@@ -1,0 +1,233 @@
+"""The table and the report where there is little, much, or something unusual to show."""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_samples import SECOND, WARMUP, document, row, sealed, table
+from rich.console import Console
+
+from inferctl.bench import charts, environment, plan, receipt, report, result, runner, summary, view
+
+MACHINE = environment.Environment(
+    "cpu", "Test CPU", "Test CPU", ("avx2",), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {}, {}, 0.5
+)
+Found = tuple[dict[str, Any], list[receipt.Receipt]]
+
+
+def shown(
+    folder: Path,
+    *documents: dict[str, Any],
+    failed: tuple[str, ...] = (),
+    estimated: bool = False,
+    rate: float | None = None,
+) -> Found:
+    receipts = sealed(folder, *documents)
+    outcomes = [runner.Outcome(runner.Subject(one.name, one.name)) for one in receipts]
+    outcomes += [runner.Outcome(runner.Subject(name, name), failure="out of memory") for name in failed]
+    context = result.Context(plan.load("quick").with_overrides(rate=rate), MACHINE, "models/test", [], 20.0, folder)
+    found = result.document(context, outcomes, receipts, folder / "report.html")
+    found["rows"] += [guess("t4", 24.0, True), guess("a100-40gb-sxm-mig-3g.20gb", 9.0)] if estimated else []
+    return found, receipts
+
+
+def guess(key: str, p50: float, saturated: bool = False) -> dict[str, Any]:
+    """A row of a part that is not here, as `inferctl.bench.estimated` makes them."""
+    figures: dict[str, Any] = {"p50_ms": p50, "p90_ms": 2 * p50, "p99_ms": None if saturated else 3 * p50}
+    figures["requests_per_s"] = 4321.0 / p50
+    ranges = {
+        key: value and {"value": value, "low": 0.8 * value, "high": 1.3 * value} for key, value in figures.items()
+    }
+    more = {"precision": "fp16", "band": {"low": 0.8, "high": 1.3}, "saturated": saturated, "rests_on": "MLPerf rows"}
+    return result._empty("bf16", "estimated", "it is not here") | {
+        "hardware": {"key": key, "name": f"the part {key}"},
+        "precision": {"requested": "auto", "effective": "fp16"},
+        "estimate": {**figures, "ranges": ranges, **more, "notes": ["of the GPU alone"]},
+    }
+
+
+def text_of(found: dict[str, Any]) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=80, highlight=False).print(view.render(found))
+    text = stream.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    return text
+
+
+def burst() -> dict[str, Any]:
+    """A receipt of an open loop that sends three times the rate for five seconds, in which answers take four times as long."""
+    draw, rows, at = random.Random(1), [], 0.0
+    while at < 20_000:
+        busy = 8000 <= at < 13_000
+        rows.append(row(at, (48 if busy else 12) * math.exp(draw.gauss(0, 0.2))))
+        at += 1000 * draw.expovariate(240 if busy else 80)
+    part = summary.Part(table(row(0, 999, phase=WARMUP), *rows), 0, 20 * SECOND, 1)
+    stages = [
+        {"name": "before", "duration_s": 8, "rate": 80},
+        {"name": "spike", "duration_s": 5, "rate": 240},
+        {"name": "after", "duration_s": 7, "rate": 80},
+    ]
+    made = document("bf16", 100, 10, stages=summary.by_stage([part], stages))
+    made["summary"], made["curve"] = summary.summarise([part]), summary.latency_curve([part])
+    made["runs"][0]["latency_over_time"] = summary.over_time(part)
+    return made
+
+
+def probe(rate: float, p99: float, holds: bool, early: bool = False) -> dict[str, Any]:
+    return {
+        "stage": "sweep", "rate": rate, "achieved_rps": rate, "p50_ms": p99 / 3, "p99_ms": p99, "n": 500, "errors": {},
+        "p99_interval_ms": [0.9 * p99, 1.2 * p99], "holds": holds, "broke": None if holds else "p99", "reason": "so it was",
+        "ended_early": early, "runs": 1,
+    }  # fmt: skip
+
+
+SEARCH = {
+    "slo_p99_ms": 100, "resolution": 0.05, "verdict": "found", "max_goodput_rps": 82.0, "first_failing_rps": 86.0,
+    "limited_by": "p99", "reason": "p99 133.2 ms is above 100 ms", "knee_rps": 60.0, "saturation_rps": 90.0,
+    "saturated_at_rps": 88.0, "cliff": None,
+    "probes": [probe(40, 30, True), probe(82, 90, True), probe(86, 133, False), probe(100, 400, False, early=True)],
+}  # fmt: skip
+BESIDE = {
+    "count": 1, "users": 4, "pairs": 2, "interval": "order statistics", "valid": True, "reasons": [], "cautions": [],
+    "percentiles": {
+        "p50": {"without_ms": 12.0, "with_ms": 25.2, "factor": 2.1, "low": 1.9, "high": 2.4},
+        "p90": {"without_ms": 19.0, "with_ms": 41.8, "factor": 2.2, "low": 1.8, "high": 2.6},
+        "p99": {"without_ms": None, "with_ms": None, "factor": None, "low": None, "high": None, "n": 200, "needed": 436},
+    },
+    "requests_per_s": {"without": 300.0, "with": 180.0}, "neighbour_requests_per_s": {"min": 171.0, "max": 171.0},
+    "runs": [],
+}  # fmt: skip
+COSTS = {
+    "watts": 61.0, "watts_from": ["GPU (counter)"], "joules_per_1000_requests": 203.0, "joules_per_million_texts": 203_000.0,
+    "cpu_seconds_per_1000_requests": 3.2, "unknown": {},
+    "cost": [{
+        "provider": "aws", "instance": "g4dn.xlarge", "usd_per_hour": 0.526, "source": "a public list", "date": "2026-11-24",
+        "usd_per_million_texts": 0.487,
+    }],
+}  # fmt: skip
+
+
+def long_names() -> list[dict[str, Any]]:
+    names = [
+        f"{precision}-{budget}-{'x' * 30}"[:40]
+        for budget in (1024, 4096, 16384)
+        for precision in ("fp32", "fp16", "bf16", "int8")
+    ]
+    return [document(name, 100 + 20 * i, 10 + i) for i, name in enumerate(names)]
+
+
+CASES: dict[str, Any] = {
+    "one": lambda folder: shown(folder, document("bf16", 300, 12)),
+    "twelve long names": lambda folder: shown(folder, *long_names()),
+    "all failed": lambda folder: shown(folder, failed=("fp32", "int8")),
+    "only estimated": lambda folder: shown(folder, estimated=True),
+    "n too small": lambda folder: shown(folder, document("bf16", 2, 12), document("fp32", 20, 12)),
+    "nothing answered": lambda folder: shown(folder, document("bf16", 2, 12, curve=[])),
+    "everything": lambda folder: shown(
+        folder, burst() | {"search": SEARCH, "neighbours": BESIDE, "efficiency": COSTS}, document("fp32", 50, 20),
+        failed=("int8",), estimated=True, rate=80,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whatever_came_out_can_be_shown(case: str, tmp_path: Path) -> None:
+    graph_objects = pytest.importorskip("plotly.graph_objects")
+    found, receipts = CASES[case](tmp_path)
+    text_of(found)
+    assert "Before you read the numbers" in report.render(found, receipts)
+    for _, _, figure in charts.all_charts(receipts, found["rows"]).values():
+        graph_objects.Figure(figure)
+
+
+def test_what_was_estimated_stands_apart_from_what_was_measured(tmp_path: Path) -> None:
+    found, receipts = shown(tmp_path, document("bf16", 300, 12), estimated=True)
+    text = text_of(found)
+    measured, apart = text.split("ESTIMATED, not measured")
+    assert "~" not in measured
+    assert "bf16" in apart
+    assert "~180" in apart  # 4321 / 24
+    page = report.render(found, receipts)
+    results = page[page.index("<h2>Results</h2>") : page.index("Estimated, not measured</h2>")]
+    assert "180.0" not in results
+    assert "~180.0" in page
+    bars = charts.all_charts(receipts, found["rows"])["throughput"][2]["data"]
+    assert bars[1]["marker"]["color"] == "rgba(0,0,0,0)"
+    assert all("estimated" in name for name in bars[1]["y"])
+    assert not any("estimated" in name for name in bars[0]["y"])
+
+
+def test_estimated_rows_alone_are_no_measurement(tmp_path: Path) -> None:
+    found, _ = shown(tmp_path, failed=("bf16",), estimated=True)
+    problem = result.verdict(found)
+    assert problem is not None
+    assert problem.exit_code == 1
+    assert "t4" not in problem.message
+
+
+def test_a_search_shows_every_probe_against_the_slo(tmp_path: Path) -> None:
+    found, receipts = shown(tmp_path, document("bf16", 80, 12, search=SEARCH), rate=80)
+    assert "82.0" in text_of(found)
+    figure = charts.all_charts(receipts)["goodput"][2]
+    (trace,) = figure["data"]
+    assert trace["x"] == [40, 82, 86, 100]
+    assert trace["marker"]["symbol"] == ["circle", "circle", "x", "triangle-up-open"]
+    assert figure["layout"]["shapes"][-1]["y0"] == 100
+    assert "<b>82</b>/s" in report.render(found, receipts)
+
+
+def test_searches_are_compared_by_the_rate_that_held(tmp_path: Path) -> None:
+    slower = SEARCH | {"max_goodput_rps": 41.0}
+    # By p99 the other would win: it was measured at half the rate.
+    found, _ = shown(
+        tmp_path, document("bf16", 80, 30, search=SEARCH), document("fp32", 40, 15, search=slower), rate=80
+    )
+    assert found["finding"].startswith("bf16 wins: 2.00x the goodput of fp32")
+
+
+def test_neighbours_are_shown_with_what_they_did_themselves(tmp_path: Path) -> None:
+    found, receipts = shown(tmp_path, document("bf16", 300, 12, neighbours=BESIDE))
+    text = text_of(found)
+    assert "2.20x   1.80 - 2.60" in text
+    assert "n<436" in text
+    sentence = (
+        "bf16 beside 1 busy neighbour: p90 19.0 -> 41.8 ms, 2.20x (1.80 to 2.60); it did 171.0 requests/s itself."
+    )
+    assert sentence in found["findings"]
+    assert "200 of 436" in report.render(found, receipts)
+
+
+def test_a_burst_is_told_by_stage_and_shaded_in_time(tmp_path: Path) -> None:
+    found, receipts = shown(tmp_path, burst(), rate=80)
+    assert any(one.startswith("bf16 under 3 times the rate: p99 ") for one in found["findings"])
+    before, spike, after = found["rows"][0]["stages"]
+    assert before["latency_ms"]["p50"]["value"] == pytest.approx(12, rel=0.05)
+    assert spike["latency_ms"]["p50"]["value"] == pytest.approx(48, rel=0.05)
+    assert after["requests"] == pytest.approx(7 * 80, rel=0.2)
+    layout = charts.all_charts(receipts)["latency"][2]["layout"]
+    assert [(one["x0"], one["x1"]) for one in layout["shapes"]] == [(8, 13)]
+
+
+def test_a_price_is_never_shown_without_its_source_and_date(tmp_path: Path) -> None:
+    found, receipts = shown(tmp_path, document("bf16", 300, 12, efficiency=COSTS), document("fp32", 50, 20))
+    text = " ".join(text_of(found).split())
+    assert "price: aws g4dn.xlarge $0.526/h on 2026-11-24 (a public list)" in text
+    page = " ".join(report.render(found, receipts).split())
+    assert "aws g4dn.xlarge, $0.526/h, 2026-11-24" in page
+    assert "(a public list)" in page
+    # What is known of one configuration only is a dash for the other, and no chart compares the two in dollars.
+    assert "0.49" in text
+    assert charts.all_charts(receipts)["frontier"][1].endswith("Not known for fp32.")
+
+
+def test_configurations_that_were_asked_different_things_are_not_compared(tmp_path: Path) -> None:
+    short, mixed = document("bf16-short", 300, 12), document("bf16-mixed", 100, 30)
+    mixed["workload"] = {**mixed["workload"], "corpus": "mixed"}
+    found, _ = shown(tmp_path, short, mixed)
+    assert found["findings"][0].startswith("texts short: bf16-short ran alone")
+    assert found["findings"][1].startswith("texts mixed: bf16-mixed ran alone")
