@@ -18,6 +18,7 @@ from typing import Any
 from inferctl.bench import stats
 from inferctl.bench.plan import Search
 from inferctl.bench.validity import ACHIEVED_LIMIT, CLIENT_CPU_LIMIT
+from inferctl.errors import NotEnoughEvidenceError
 
 SWEEP = (0.2, 0.4, 0.6, 0.75, 0.9, 1.0, 1.15)
 BEYOND = 1.3
@@ -267,6 +268,17 @@ def sentences(name: str, search: Mapping[str, Any]) -> list[str]:
             f"{name} first fails at {search['first_failing_rps']:g} requests/s by {search['limited_by']}: {search['reason']}."
         )
     return [*found, *_bends(name, search)]
+
+
+def unsettled(rows: Sequence[Mapping[str, Any]]) -> NotEnoughEvidenceError | None:
+    """The error that a bench ends with when none of its searches came to an answer; `rows` are those of its result."""
+    searched = [row for row in rows if row.get("search")]
+    if not searched or any(row["search"]["verdict"] not in ("n too small", "not confirmed") for row in searched):
+        return None
+    reasons = "; ".join(sentences(row["configuration"], row["search"])[0].rstrip(".") for row in searched)
+    return NotEnoughEvidenceError(
+        reasons, "give the probes more time: `search: {probe_s: 20, max_probe_s: 120}` in a plan"
+    )
 
 
 def _bends(name: str, search: Mapping[str, Any]) -> list[str]:

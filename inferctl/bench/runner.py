@@ -127,7 +127,7 @@ def _measure(bench: Bench, outcome: Outcome, one: Run, checker: quality.Checker,
         measurement = take(bench, subject, session, one, folder)
         measurement.started = started
         outcome.measurements.append(measurement)
-        tell("measured", done=_brief(measurement))
+        tell("measured", done=f"measured: {_brief(measurement)}")
         if one.repeat == 0:
             tell("checking quality")
             outcome.quality = quality.unchecked("the check was interrupted")

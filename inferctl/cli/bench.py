@@ -127,7 +127,7 @@ def bench(
 
 
 def _run(ready: bench_setup.Ready, report: Path | None, json_: bool) -> None:
-    from inferctl.bench import result, resume, runner
+    from inferctl.bench import goodput, result, resume, runner
 
     work, context, outcomes = ready.work, ready.context, ready.outcomes
     page = (report or work.output / "report.html").resolve()
@@ -148,7 +148,8 @@ def _run(ready: bench_setup.Ready, report: Path | None, json_: bool) -> None:
                 _keep(context, outcomes, page, json_)
             console.note(f"to go on where this stopped: {again}")
             raise
-        if problem := result.verdict(_keep(context, outcomes, page, json_)):
+        document = _keep(context, outcomes, page, json_)
+        if problem := result.verdict(document) or goodput.unsettled(document["rows"]):
             raise problem
 
 

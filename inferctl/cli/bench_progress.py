@@ -38,22 +38,19 @@ class Show:
     def __init__(self, expected_s: Sequence[float], done: int = 0) -> None:
         self._expected, self._done = list(expected_s), done
         self._live: Any = None
-        self._task: Any = None
+        self._spinner: Any = None
+        self._start = time.monotonic()
         self._last: tuple[str, int, str] | None = None
         self._number, self._began = 0, 0.0
         self._took: list[tuple[float, float]] = []
 
     def __enter__(self) -> Show:
         if sys.stderr.isatty():
-            from rich.progress import BarColumn, SpinnerColumn, TextColumn
-            from rich.progress import Progress as Bar
-            from rich.table import Column
+            from rich.live import Live
+            from rich.spinner import Spinner
 
-            text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
-            self._live = Bar(
-                SpinnerColumn(), BarColumn(8), text, console=console.rich(stderr=True), transient=True, expand=True
-            )
-            self._task = self._live.add_task("preparing", total=sum(self._expected) or 1)
+            self._spinner = Spinner("dots")
+            self._live = Live(console=console.rich(stderr=True), transient=True, refresh_per_second=8)
             self._live.start()
         return self
 
@@ -73,11 +70,24 @@ class Show:
         left = self.left_s(progress)
         key = (progress.name, progress.number, progress.phase)
         if self._live:
-            total = sum(self._expected)
-            self._live.update(self._task, description=line(progress, left), completed=max(0.0, total - left))
+            self._live.update(self._drawn(progress, left))
         elif key != self._last:
-            self._say(line(progress, left))
+            self._say(f"{line(progress)} · {duration(left)} left")
         self._last = key
+
+    def _drawn(self, progress: Progress, left_s: float) -> Any:
+        """Two rows: the whole bench with the time left, and what happens now."""
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        passed = time.monotonic() - self._start
+        whole = Table.grid(padding=(0, 1))
+        share = ProgressBar(total=max(passed + left_s, 1e-9), completed=passed, width=24)
+        whole.add_row(share, f"{self._done + len(self._took)} of {progress.total} runs · {duration(left_s)} left")
+        self._spinner.update(text=Text(line(progress), no_wrap=True, overflow="ellipsis"))
+        return Group(whole, self._spinner)
 
     def left_s(self, progress: Progress) -> float:
         """Seconds left of the whole bench: what is to come by the guess, times how wrong the guess was for the runs that ended."""
@@ -95,10 +105,11 @@ class Show:
             console.note(text)
 
 
-def line(progress: Progress, left_s: float) -> str:
-    """As in `[2/6] bf16 · measure · 312 req/s · p50 24.1 p99 40.0 ms · 50 s left`; fits 80 columns with a short name."""
+def line(progress: Progress) -> str:
+    """As in `[2/6] bf16 · measure · 312 req/s · p50 24.1 p99 40.0 ms`; fits 80 columns, of long names the beginning is shown."""
+    name = progress.name if len(progress.name) <= 22 else f"{progress.name[:21]}…"
     parts = [
-        f"[{progress.number}/{progress.total}] {progress.name}" if progress.number else progress.name,
+        f"[{progress.number}/{progress.total}] {name}" if progress.number else name,
         progress.phase,
     ]
     live = progress.live
@@ -106,7 +117,7 @@ def line(progress: Progress, left_s: float) -> str:
         parts += [f"{live.rate:.0f} req/s", f"p50 {live.p50_ms:.1f} p99 {live.p99_ms:.1f} ms"]
     elif progress.seconds >= 1:
         parts.append(f"{progress.seconds:.0f} s")
-    return " · ".join([*parts, f"{duration(left_s)} left"])
+    return " · ".join(parts)
 
 
 def duration(seconds: float) -> str:

@@ -167,6 +167,12 @@ def test_too_few_answers_are_said_to_be_too_few() -> None:
     assert result["verdict"] == "n too small"
     assert result["max_goodput_rps"] is None
     assert "n too small" in goodput.sentences("x", result)[0]
+    problem = goodput.unsettled([{"configuration": "x", "search": result}])
+    assert problem is not None
+    assert problem.exit_code == 4
+    settled = {"configuration": "y", "search": {**result, "verdict": "found"}}
+    assert goodput.unsettled([{"configuration": "x", "search": result}, settled]) is None
+    assert goodput.unsettled([{"configuration": "x", "search": None}]) is None
 
 
 def test_an_slo_that_no_rate_holds_is_said_to_be_held_by_none() -> None:
