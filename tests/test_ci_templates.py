@@ -202,3 +202,74 @@ def test_a_spec_that_is_there_is_read_and_kept(tmp_path: Path) -> None:
     assert cli.run(["init", str(tmp_path), "--ci", "github", "--force"]) == 0
     assert spec.read_text() == before
     assert "REPOSITORY: registry.example.com/team/named" in (tmp_path / GITHUB[1]).read_text()
+
+
+PLAN = {
+    "name": "gate",
+    "configurations": [{"name": "auto", "precision": "auto"}],
+    "load": {"mode": "closed", "users": 4, "duration_s": 1, "warmup_s": 0},
+    "corpus": "short",
+    "repeats": 3,
+    "quality": None,
+}
+SHIM = """#!/bin/bash
+# Images cannot run here: `serve --image NAME` starts the answering server, slower for a NAME that says so.
+if [ "$1" = serve ]; then
+  case "$*" in *slow*) median=12 ;; *) median=6 ;; esac
+  while [ "$1" != --announce ]; do shift; done
+  exec {python} {answering} --announce "$2" --median-ms "$median" --sigma 0.05
+fi
+exec {python} -m inferctl "$@"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [GITHUB[0], GITLAB[0]])
+def test_the_steps_measure_both_images_and_give_a_verdict(written: Path, tmp_path: Path, path: str) -> None:
+    """Measure and compare as the CI runs them, with a real bench; only the images are stood in for."""
+    answering = Path(__file__).parent / "bench" / "answering.py"
+    programs = {"inferctl": SHIM.format(python=sys.executable, answering=answering), "docker": "#!/bin/sh\n"}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    shutil.copy(written / "inferctl.yaml", tmp_path)
+    (tmp_path / "gate.yaml").write_text(yaml.safe_dump(PLAN))
+    parts = [
+        part
+        for script in scripts(written / path)
+        for part in ([script] if path == GITHUB[0] else yaml_items(written / path))
+        if "inferctl bench" in part or "inferctl compare" in part
+    ]
+    environment = {
+        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin",
+        "SPEC": "inferctl.yaml",
+        "PLAN": "./gate.yaml",
+        "REPEATS": "3",
+        "BASELINE": "r/m:main",
+        "CANDIDATE": "r/m:slow",
+        "WITHOUT_BASELINE": "fail",
+        "THRESHOLD": "5",
+        "OPEN": "fail",
+        "HOME": str(tmp_path),
+    }
+    codes = [
+        subprocess.run(["bash", "-eo", "pipefail", "-c", part], cwd=tmp_path, env=environment, check=False).returncode
+        for part in dict.fromkeys(parts)
+    ]
+    assert codes == [0, 1]
+    assert (tmp_path / "verdict.md").read_text().startswith("### Regression: p50 +")
+    assert "<failure" in (tmp_path / "verdict.xml").read_text()
+    left = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit() and runs_in(entry, tmp_path)]
+    assert left == []
+
+
+def yaml_items(file: Path) -> list[str]:
+    """The entries of GitLab's `script`, one by one."""
+    return [item for job in yaml.safe_load(file.read_text()).values() for item in job.get("script", [])]
+
+
+def runs_in(process: Path, folder: Path) -> bool:
+    try:
+        return (process / "cwd").readlink().is_relative_to(folder)
+    except OSError:
+        return False

@@ -114,7 +114,11 @@ def hardware(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _schedule(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    loads = [one["plan"].get("load") or {} for one in (old, new)]
+    if old.get("search") or new.get("search"):
+        return "a search ends at a rate of its own: compare at one rate, as `inferctl bench --rate` measures it"
+    loads = [
+        {**(one["plan"].get("load") or {}), "neighbours": one["plan"].get("neighbours") or 0} for one in (old, new)
+    ]
     changed = [key for key in dict.fromkeys([*loads[0], *loads[1]]) if loads[0].get(key) != loads[1].get(key)]
     if changed:
         said = ", ".join(f"{key} {loads[0].get(key)} and {loads[1].get(key)}" for key in changed)

@@ -381,17 +381,17 @@ def problem(result: Mapping[str, Any]) -> InferctlError | None:
 
 def advice(result: Mapping[str, Any]) -> str:
     """What would settle what is not settled."""
-    needed = result["repeats_needed"]
-    open_ = [
-        metric
-        for part in result["configurations"]
-        for metric in part["metrics"]
-        if metric["outcome"] == "not enough evidence"
-    ]
-    if all(metric["repeats_needed"] for metric in open_) and needed:
-        done = min(part["old"]["repeats"] for part in result["configurations"])
-        return f"about {needed} repeats of each ({needed - done} more) would settle it: measure anew with `--repeats {needed}`"
-    other = [metric for metric in open_ if not metric["repeats_needed"]]
-    if short := next((metric["reason"] for metric in other if metric["reason"] and metric.get("spread") is None), ""):
-        return str(short)
-    return f"over {verdict.MOST_REPEATS} repeats would be needed: measure longer runs on a quieter machine, or allow more with --threshold"
+    parts = [part for part in result["configurations"] if part["outcome"] == "not enough evidence"]
+    left = [metric for part in parts for metric in part["metrics"] if metric["outcome"] == "not enough evidence"]
+    said = [metric["reason"] for metric in left if metric.get("interval") is None and not metric["repeats_needed"]]
+    if any(metric.get("interval") and not metric["repeats_needed"] for metric in left):
+        said.append(
+            f"over {verdict.MOST_REPEATS} repeats would be needed: measure longer runs on a quieter machine, "
+            "or allow more with --threshold"
+        )
+    elif needed := max((metric["repeats_needed"] or 0 for metric in left), default=0):
+        done = min(part[side]["repeats"] for part in parts for side in ("old", "new"))
+        said.append(
+            f"about {needed} repeats of each ({needed - done} more) would settle it: measure anew with `--repeats {needed}`"
+        )
+    return "; ".join(dict.fromkeys(said))

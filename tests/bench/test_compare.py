@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,8 @@ def test_more_figures_judged_together_have_wider_intervals(tmp_path: Path) -> No
         (lambda data: data["precision"].update(effective="fp32"), "effective precisions differ: bf16 and fp32"),
         (lambda data: data["workload"].update(sha256="00" * 32), "schedules differ"),
         (lambda data: data["plan"]["load"].update(users=9), "loads differ: users 4 and 9"),
+        (lambda data: data["plan"].update(neighbours=2), "loads differ: neighbours 0 and 2"),
+        (lambda data: data.update(search={"probes": []}), "a search ends at a rate of its own"),
         (lambda data: data["validity"].update(valid=False, reasons=["too hot"]), "new receipt is invalid: too hot"),
     ],
 )
@@ -262,6 +266,15 @@ def test_nothing_from_a_receipt_becomes_markup(tmp_path: Path) -> None:
     new = changed(new, lambda data: data["validity"].update(valid=False, reasons=[bad]))
     page = compare_view.markdown(verdict(old, new))
     assert r"a\|b &lt;img src=x> \[link\](y)" in page
+
+
+def test_comparing_needs_the_core_alone() -> None:
+    """A CI step that only compares installs neither numpy nor the rest of what measuring needs."""
+    code = (
+        "import sys; from inferctl.bench import comparable, compare, compare_view, junit\n"
+        "sys.exit(bool({'numpy', 'locust', 'torch', 'plotly'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_every_key_of_the_document_is_documented() -> None:

@@ -1,7 +1,7 @@
 """How often the verdict is wrong: hundreds of simulated comparisons, with noise like that of a shared machine with two cores.
 
-The noise (benchmarks/results/same.json has what was seen): runs of two seconds differ by a few per cent, whole stretches are slower, now and then a
-neighbour takes a core for one run. It hits all figures of a run together; the p99 has noise of its own.
+The noise: runs differ by a few per cent, whole stretches are slower, now and then a neighbour takes a core for one run. It hits all figures of a run
+together; the p99 has noise of its own, twice as large. At `SEEN` the repeats spread as in benchmarks/results/same.json (runs of 1.6 s, two cores).
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from compare_samples import runs
 from inferctl.bench import comparable, compare, receipt, verdict
 
 PAIRS = 400
+SEEN = 0.025
 # With this share of false alarms or less, 20 comparisons give at most one with a probability of 95 %.
 MOST_FALSE_ALARMS = 0.0178
 
 
 def one_run(random: Random, slower: float, noise: float, stretch: float, burst: float) -> dict[str, float]:
     own = random.gauss(0, noise) + stretch + (random.uniform(0.1, 0.5) if random.random() < burst else 0)
-    body, tail = math.exp(own) * slower, math.exp(random.gauss(0, noise))
+    body, tail = math.exp(own) * slower, math.exp(random.gauss(0, 2 * noise))
     return {
         "p50": 20 * body,
         "p90": 27 * body * math.exp(random.gauss(0, noise / 2)),
@@ -69,19 +70,19 @@ def outcomes(repeats: int, slower: float, noise: float, burst: float, pairs: int
 
 
 @pytest.mark.parametrize("burst", [0.0, 0.1])
-@pytest.mark.parametrize("noise", [0.01, 0.03, 0.08])
+@pytest.mark.parametrize("noise", [0.01, SEEN, 0.08])
 @pytest.mark.parametrize("repeats", [3, 5, 10])
 def test_the_same_again_is_hardly_ever_called_a_regression(repeats: int, noise: float, burst: float) -> None:
     assert outcomes(repeats, 1.0, noise, burst).get("regression", 0) <= MOST_FALSE_ALARMS
 
 
-@pytest.mark.parametrize(("repeats", "noise", "least"), [(5, 0.01, 0.99), (5, 0.02, 0.9), (10, 0.03, 0.95)])
+@pytest.mark.parametrize(("repeats", "noise", "least"), [(5, 0.01, 0.99), (5, SEEN, 0.6), (10, SEEN, 0.95)])
 def test_ten_per_cent_are_found_where_the_machine_allows_it(repeats: int, noise: float, least: float) -> None:
     assert outcomes(repeats, 1.1, noise, 0.0).get("regression", 0) >= least
 
 
 @pytest.mark.parametrize("burst", [0.0, 0.1])
-@pytest.mark.parametrize("noise", [0.01, 0.03, 0.08])
+@pytest.mark.parametrize("noise", [0.01, SEEN, 0.08])
 def test_ten_per_cent_are_not_passed_however_noisy_it_is(noise: float, burst: float) -> None:
     found = outcomes(5, 1.1, noise, burst)
     assert found.get("no regression", 0) + found.get("improvement", 0) <= 0.05
@@ -93,11 +94,11 @@ def test_as_many_repeats_as_it_asks_for_settle_it(slower: float) -> None:
     random, settled, right = Random(1), 0, 0
     asked = []
     while len(asked) < 60:
-        outcome, needed = compared(random, 6, slower, 0.03, 0.0)
+        outcome, needed = compared(random, 6, slower, SEEN, 0.0)
         if outcome == "not enough evidence" and needed:
             asked.append(needed)
     for needed in asked:
-        outcome, _ = compared(random, needed, slower, 0.03, 0.0)
+        outcome, _ = compared(random, needed, slower, SEEN, 0.0)
         settled += outcome != "not enough evidence"
         right += (outcome == "regression") == (slower > 1)
     assert settled >= 0.7 * len(asked)
