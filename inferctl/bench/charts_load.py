@@ -248,8 +248,8 @@ def _shaded(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "type": "rect",
             "xref": "x",
             "yref": "paper",
-            "x0": one["from_s"],
-            "x1": one["to_s"],
+            "x0": one["start_s"],
+            "x1": one["end_s"],
             "y0": 0,
             "y1": 1,
             "fillcolor": "#d55e00",
@@ -264,7 +264,7 @@ def _shaded(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     notes = [
         {
             "text": f"{one['name']}<br>{one[level] or 0:g}{unit}",
-            "x": (one["from_s"] + one["to_s"]) / 2,
+            "x": (one["start_s"] + one["end_s"]) / 2,
             "y": 1,
             "yref": "paper",
             "yanchor": "top",

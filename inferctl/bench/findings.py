@@ -68,11 +68,24 @@ def _burst(row: Row) -> str | None:
     key = "p99" if quiet["p99"]["value"] and busy["p99"]["value"] else "p50"
     if not quiet[key]["value"] or not busy[key]["value"]:
         return f"{row['configuration']}: n too small to say what {times} did."
-    lost = f", {peak['failed']} of {peak['requests']} requests failed" if peak["failed"] else ""
+    failed = sum(peak["errors"].values())
+    lost = f", {failed} of {peak['requests']} requests failed" if failed else ""
     return (
         f"{row['configuration']} under {times}: {key} {quiet[key]['value']:.1f} ms before, "
-        f"{busy[key]['value']:.1f} ms in {peak['name']}{lost}."
+        f"{busy[key]['value']:.1f} ms in {peak['name']}{lost}{_recovered(row.get('recovery') or [])}."
     )
+
+
+def _recovered(runs: Sequence[Mapping[str, Any]]) -> str:
+    """How long the slowest of the runs took until its latency was what it had been."""
+    if not runs:
+        return ""
+    if lacking := next((one for one in runs if one["seconds"] is None), None):
+        return f"; when it was over: {lacking['reason']}"
+    slowest = max(runs, key=lambda one: one["seconds"])
+    if slowest["seconds"] == 0:
+        return f"; back at once (to within {slowest['resolution_s']:.1f} s)"
+    return f"; back {slowest['seconds']:.1f} s after it (to within {slowest['resolution_s']:.1f} s)"
 
 
 def _beside(row: Row) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import inferctl
 from inferctl import catalog
-from inferctl.bench import efficiency, findings, neighbours, privacy, receipt, runner, summary, target
+from inferctl.bench import efficiency, findings, neighbours, privacy, receipt, runner, stages, summary, target
 from inferctl.bench.environment import Environment
 from inferctl.bench.plan import Load, Plan
 from inferctl.errors import InferctlError, InvalidRunError
@@ -52,6 +52,8 @@ def _receipt(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
     info, subject = _nameless(outcome.info), outcome.subject
     parts = [m.part for m in outcome.measurements]
     hardware = hardware_of(info, subject, context.environment)
+    sent = outcome.measurements[0].load
+    load = Load.model_validate(sent) if sent else None
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "inferctl": inferctl.__version__,
@@ -73,7 +75,7 @@ def _receipt(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
         "quality": outcome.quality,
         "validity": whole.as_dict(),
         "curve": summary.latency_curve(parts),
-        "stages": _stages(outcome, parts),
+        "stages": stages.summarise(parts, load) if load else [],
         "search": outcome.measurements[0].search,
         "neighbours": neighbours.document(outcome.measurements, context.environment.machine_cores),
         "runs": [
@@ -92,6 +94,7 @@ def _receipt(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
                 "locust_percentiles_ms": m.state.get("locust_percentiles_ms"),
                 "timeline": summary.timeline(m.part),
                 "latency_over_time": summary.over_time(m.part),
+                "recovery": stages.recovery(m.part, load).as_dict() if load and len(load.timeline) > 2 else None,
                 "records": [
                     {
                         "path": file.relative_to(context.output).as_posix(),
@@ -103,13 +106,6 @@ def _receipt(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
             for m, verdict in zip(outcome.measurements, each, strict=True)
         ],
     }
-
-
-def _stages(outcome: runner.Outcome, parts: Sequence[summary.Part]) -> list[dict[str, Any]] | None:
-    """What each stage of the load did; None for a load of one stage."""
-    load = outcome.measurements[0].load
-    stages = Load.model_validate(load).timeline if load else []
-    return summary.by_stage(parts, [one.model_dump() for one in stages]) if len(stages) > 1 else None
 
 
 def _configuration(subject: runner.Subject) -> dict[str, Any]:
@@ -224,6 +220,7 @@ def _row(outcome: runner.Outcome, sealed: receipt.Receipt | None) -> dict[str, A
         "search": data.get("search"),
         "neighbours": _beside(data.get("neighbours")),
         "stages": data.get("stages"),
+        "recovery": [run["recovery"] for run in data["runs"] if run.get("recovery")],
         "outcome": "failed" if outcome.failure else "measured",
         "reason": outcome.failure,
         "precision": data["precision"],

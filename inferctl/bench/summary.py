@@ -70,7 +70,7 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
     good = measured[measured["error"] == records.OK]
     latency = np.sort(records.latency_ms(good))
     sent = measured[measured["error"] != records.DROPPED]
-    late = (sent["sent_ns"].astype(np.int64) - sent["intended_ns"].astype(np.int64)) / 1e6 > LATE_MS
+    late = _late(sent)
     requests_per_s = len(completed) / seconds
     offered = sum(part.offered for part in parts if part.offered is not None) if parts[0].offered is not None else None
     return {
@@ -157,35 +157,6 @@ def over_time(part: Part, windows: int = 240) -> dict[str, Any]:
         figures = (_ms(np.median(inside)), _ms(inside.max())) if len(inside) else (None, None)
         points.append((slot * window_s, len(inside), *figures, int(np.sum((slots == slot) & ~good))))
     return {"window_s": window_s, "points": points}
-
-
-def by_stage(parts: Sequence[Part], stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What each stage of a load (`name`, `duration_s`, `rate` or `users`) did, by intended send, over all runs."""
-    found = []
-    start = 0.0
-    for stage in stages:
-        end = start + stage["duration_s"]
-        measured = np.concatenate([_sent_between(part, start, end) for part in parts])
-        latency = np.sort(records.latency_ms(measured[measured["error"] == records.OK]))
-        found.append(
-            {
-                **{key: stage.get(key) for key in ("name", "rate", "users")},
-                "from_s": round(start, 3),
-                "to_s": round(end, 3),
-                "requests": len(measured),
-                "failed": len(measured) - len(latency),
-                "latency_ms": latency_summary(latency),
-            }
-        )
-        start = end
-    return found
-
-
-def _sent_between(part: Part, start_s: float, end_s: float) -> records.Rows:
-    rows = part.measured
-    since = (rows["intended_ns"].astype(np.int64) - part.start_ns) / 1e9
-    inside: records.Rows = rows[(since >= start_s) & (since < end_s)]
-    return inside
 
 
 def latency_curve(parts: Sequence[Part]) -> list[tuple[float, float]]:

@@ -116,9 +116,9 @@ def stages(rows: Sequence[Row]) -> RenderableType | None:
         name = row["configuration"]
         for one in row["stages"]:
             level = f"{one['rate']:g} req/s" if one["rate"] is not None else f"{one['users']} users"
-            span = f"{one['from_s']:g} - {one['to_s']:g}"
+            span = f"{one['start_s']:g} - {one['end_s']:g}"
             figures = [_quantile(one["latency_ms"][key]) for key in ("p50", "p99")]
-            grid.add_row(name, one["name"], span, level, *figures, str(one["failed"]))
+            grid.add_row(name, one["name"], span, level, *figures, str(sum(one["errors"].values())))
             name = ""
     return _titled("by stage of the load", grid)
 

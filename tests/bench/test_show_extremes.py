@@ -12,7 +12,7 @@ import pytest
 from bench_samples import SECOND, WARMUP, document, row, sealed, table
 from rich.console import Console
 
-from inferctl.bench import charts, environment, plan, receipt, report, result, runner, summary, view
+from inferctl.bench import charts, environment, plan, receipt, report, result, runner, stages, summary, view
 
 MACHINE = environment.Environment(
     "cpu", "Test CPU", "Test CPU", ("avx2",), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {}, {}, 0.5
@@ -67,12 +67,11 @@ def burst() -> dict[str, Any]:
         rows.append(row(at, (48 if busy else 12) * math.exp(draw.gauss(0, 0.2))))
         at += 1000 * draw.expovariate(240 if busy else 80)
     part = summary.Part(table(row(0, 999, phase=WARMUP), *rows), 0, 20 * SECOND, 1)
-    stages = [
-        {"name": "before", "duration_s": 8, "rate": 80},
-        {"name": "spike", "duration_s": 5, "rate": 240},
-        {"name": "after", "duration_s": 7, "rate": 80},
-    ]
-    made = document("bf16", 100, 10, stages=summary.by_stage([part], stages))
+    load = plan.Load.model_validate(
+        {"mode": "open", "rate": 80, "duration_s": 20, "spike": {"at_s": 8, "duration_s": 5, "times": 3}}
+    )
+    made = document("bf16", 100, 10, stages=stages.summarise([part], load))
+    made["runs"][0]["recovery"] = stages.recovery(part, load).as_dict()
     made["summary"], made["curve"] = summary.summarise([part]), summary.latency_curve([part])
     made["runs"][0]["latency_over_time"] = summary.over_time(part)
     return made
@@ -204,7 +203,8 @@ def test_neighbours_are_shown_with_what_they_did_themselves(tmp_path: Path) -> N
 
 def test_a_burst_is_told_by_stage_and_shaded_in_time(tmp_path: Path) -> None:
     found, receipts = shown(tmp_path, burst(), rate=80)
-    assert any(one.startswith("bf16 under 3 times the rate: p99 ") for one in found["findings"])
+    (sentence,) = [one for one in found["findings"] if one.startswith("bf16 under 3 times the rate: p99 ")]
+    assert "; back at once" in sentence
     before, spike, after = found["rows"][0]["stages"]
     assert before["latency_ms"]["p50"]["value"] == pytest.approx(12, rel=0.05)
     assert spike["latency_ms"]["p50"]["value"] == pytest.approx(48, rel=0.05)
