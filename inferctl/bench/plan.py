@@ -171,7 +171,11 @@ class Plan(Section):
             if precisions:
                 data["configurations"] = [{"name": name, "precision": name} for name in dict.fromkeys(precisions)]
             listed = [Configuration.model_validate(one) for one in data["configurations"]]
-            data["configurations"] = vary(listed, more.get("batch_tokens") or [], more.get("corpora") or [])
+            corpora = list(dict.fromkeys(more.get("corpora") or []))
+            if len(corpora) == 1:
+                data["corpus"] = corpora.pop()
+                listed = [one.model_copy(update={"corpus": None}) for one in listed]
+            data["configurations"] = vary(listed, more.get("batch_tokens") or [], corpora)
             return Plan.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
