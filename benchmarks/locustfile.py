@@ -26,8 +26,12 @@ All times are CLOCK_MONOTONIC of the process that wrote them, in nanoseconds.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
+import shutil
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -104,8 +108,9 @@ class Worker:
         self.generator.finished.wait()
         if self._remote:
             self._send_piece()
-        else:
-            self.generator.recorder.close()
+        self.generator.recorder.close()
+        if self._remote:
+            shutil.rmtree(self.generator.recorder.path.parent)
         self.runner.send_message("inferctl-done", self.generator.state)
         self.finished.set()
 
@@ -130,6 +135,16 @@ class Worker:
             self.environment.stats.log_error("POST", "embeddings", str(error))
 
 
+def end_with_parent() -> None:
+    """Be killed when whoever started us dies, however that happens: a load that nobody waits for must not go on (Linux only)."""
+    parent = os.getppid()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+end_with_parent()
 worker: Worker | None = None
 
 

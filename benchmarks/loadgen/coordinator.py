@@ -15,6 +15,7 @@ from loadgen import clock
 STEADY_WINDOWS, STEADY_SPREAD = 3, 0.10
 LEAD_NS = 300_000_000
 TRIPS = 20
+SILENT_S = 10
 
 
 class Coordinator:
@@ -66,7 +67,7 @@ class Coordinator:
         for node in self._ready:
             self._tell(node, "measure", start_ns=begun + offsets[node].ns)
         self.announce(phase="measure", measure_start_ns=begun, measure_end_ns=end)
-        gevent.sleep(max(0.0, (end - time.monotonic_ns()) / 1e9))
+        self._watch(end)
         self.announce(phase="drain")
         own = time.process_time_ns() - cpu
         patience = self.load["timeout_s"] + 15
@@ -80,6 +81,17 @@ class Coordinator:
         rounded = {f"p{q * 100:g}": total.get_response_time_percentile(q) for q in (0.5, 0.9, 0.95, 0.99)}
         self.announce(**self._account(own), locust_percentiles_ms=rounded if self.workers == 1 else None)
         self.announce(phase="done", done_ns=time.monotonic_ns())
+
+    def _watch(self, end_ns: int) -> None:
+        """Wait until `end_ns`. Raises `TimeoutError` when a worker has said nothing for long: Locust marks it after three seconds."""
+        silent = 0
+        while (left := (end_ns - time.monotonic_ns()) / 1e9) > 0:
+            gevent.sleep(min(left, 1.0))
+            clients = getattr(self.runner, "clients", None)
+            silent = silent + 1 if clients and clients.missing else 0
+            if silent > SILENT_S:
+                lost = ", ".join(str(self._ready[client.id]["worker"]) for client in clients.missing)
+                raise TimeoutError(f"load worker {lost} was lost")
 
     def announce(self, **changes: Any) -> None:
         """Publish where the run is, atomically."""

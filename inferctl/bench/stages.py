@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from inferctl.bench import records, stats, summary
-from inferctl.bench.plan import Load, Stage
+from inferctl.bench.load_plan import Load, Stage
 
 # Answers looked at together, and how many such groups in a row must be as before.
 GROUP, CALM = 50, 3

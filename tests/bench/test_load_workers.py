@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -53,6 +54,48 @@ def test_clients_of_a_closed_loop_are_spread_over_workers(answering: Callable[..
     assert max(busy) == 5
 
 
+RUN = """
+import sys
+from pathlib import Path
+from inferctl.bench import load, plan, target, workload
+wanted = plan.Load.model_validate({"mode": "open", "rate": 50, "duration_s": 600, "warmup_s": 0})
+description = load.prepare(wanted, workload.draw(wanted, "short", 1), target.connect(sys.argv[1]), 100_000, Path(sys.argv[2]))
+load.run(wanted, description, lambda live: None, lambda: None)
+"""
+
+
+def writer(file: Path) -> int:
+    """The process that writes a records file."""
+    with file.open("rb") as stream:
+        return int(json.loads(stream.readlines(300)[1])["pid"])
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_no_load_goes_on_without_the_bench_that_started_it(answering: Callable[..., str], tmp_path: Path) -> None:
+    bench = subprocess.Popen([sys.executable, "-c", RUN, answering("--median-ms", "2"), str(tmp_path)])
+    try:
+        within(30, lambda: load.read_state(tmp_path).get("phase") == "measure")
+        pid = writer(tmp_path / "requests-0.bin")
+        assert runs(pid)
+    finally:
+        bench.kill()
+        bench.wait()
+    within(10, lambda: not runs(pid))
+
+
+def within(seconds: float, met: Callable[[], bool]) -> None:
+    limit = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < limit, "it took too long"
+        time.sleep(0.05)
+
+
 def test_a_killed_worker_ends_the_run_and_loses_no_record(tmp_path: Path) -> None:
     sys.path.insert(0, str(HARNESS))
     try:
@@ -65,8 +108,7 @@ def test_a_killed_worker_ends_the_run_and_loses_no_record(tmp_path: Path) -> Non
         state = load.read_state(tmp_path)
         rows = records.read(tmp_path / "requests-1.bin") if state.get("phase") == "measure" else []
         if len(rows) > 100 and not killed:
-            head = (tmp_path / "requests-1.bin").open("rb").readlines(300)[1]
-            killed.append(int(json.loads(head)["pid"]))
+            killed.append(writer(tmp_path / "requests-1.bin"))
             os.kill(killed[0], signal.SIGKILL)
 
     wanted = plan.Load.model_validate({"mode": "open", "rate": 200, "duration_s": 20, "warmup_s": 0, "workers": 2})
@@ -93,7 +135,12 @@ def elsewhere(port: int, folder: Path) -> Iterator[bool]:
     with contextlib.suppress(OSError):
         own_clock = subprocess.run([*apart, "true"], capture_output=True, check=False).returncode == 0
     command = [sys.executable, "-m", "inferctl.bench.worker", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen([*(apart if own_clock else []), *command], cwd=folder, start_new_session=True)
+    process = subprocess.Popen(
+        [*(apart if own_clock else []), *command],
+        cwd=folder,
+        start_new_session=True,
+        env={**os.environ, "TMPDIR": str(folder)},
+    )
     try:
         yield own_clock
     finally:
