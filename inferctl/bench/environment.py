@@ -13,6 +13,7 @@ from typing import Any
 
 from inferctl import catalog
 from inferctl.bench import procfs
+from inferctl.bench.nvml import NoNvmlError, Nvml
 
 # Instructions that decide how fast a precision runs.
 _TELLING_FLAGS = (
@@ -118,19 +119,12 @@ def _versions() -> dict[str, str]:
 def _gpus() -> Iterator[Gpu]:
     """Devices that NVML lists; none without nvidia-ml-py or without a driver."""
     try:
-        import pynvml
-    except ImportError:
+        gpus = Nvml()
+    except NoNvmlError:
         return
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return
-    try:
-        driver = str(pynvml.nvmlSystemGetDriverVersion())
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            name, memory = str(pynvml.nvmlDeviceGetName(handle)), int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-            part = catalog.detect_gpu(name, memory)
-            yield Gpu(name, part.key if part else None, memory, driver)
+        for one in gpus.devices():
+            part = catalog.detect_gpu(one.name, one.memory_bytes)
+            yield Gpu(one.name, part.key if part else None, one.memory_bytes, one.driver)
     finally:
-        pynvml.nvmlShutdown()
+        gpus.close()

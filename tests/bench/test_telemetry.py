@@ -316,3 +316,32 @@ def test_nothing_answered_costs_nothing_that_could_be_said() -> None:
     found = efficiency.efficiency({"requests_per_s": 0.0, "texts_per_s": 0.0}, [document()], {"server_cores": 1}, "t4")
     assert found["joules_per_million_texts"] is None
     assert found["cost"] == []
+
+
+def test_a_shared_gpu_is_said_above_the_numbers_and_ends_with_5(tmp_path: Path) -> None:
+    import io
+
+    from bench_samples import steady
+    from rich.console import Console
+
+    from inferctl.bench import environment, plan, report, result, runner, view
+
+    shared = telemetry.gpu(T4, recorded(processes=(Process(10), Process(4_000_001))), {10}, ())
+    measured = runner.Measurement(
+        plan.Run("fp16", 0), 0.0, steady(100, 10), {"steady": True}, {}, tmp_path, {}, 1,
+        telemetry={"gpus": [shared], "cpu_energy": None, "absent": {}}, workload={"corpus": "short", "seed": 1, "sha256": "ab"},
+    )  # fmt: skip
+    outcome = runner.Outcome(runner.Subject("fp16", "fp16"), [measured])
+    context = result.Context(plan.load("quick"), environment.detect(), None, [], None, tmp_path)
+    sealed = result.receipts(context, [outcome])
+    found = result.document(context, [outcome], sealed, tmp_path / "report.html")
+    problem = result.verdict(found)
+    assert problem is not None
+    assert problem.exit_code == 5
+    stream = io.StringIO()
+    Console(file=stream, width=200, highlight=False).print(view.render(found))
+    text = stream.getvalue()
+    assert text.index("INVALID fp16: another process was on Tesla T4") < text.index("config")
+    assert found["rows"][0]["gpu_utilisation_percent"] == 90
+    page = report.render(found, sealed)
+    assert page.index("another process was on Tesla T4 meanwhile") < page.index("<h2>Results</h2>")
