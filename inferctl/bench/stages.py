@@ -13,20 +13,21 @@ import numpy.typing as npt
 from inferctl.bench import records, stats, summary
 from inferctl.bench.load_plan import Load, Stage
 
-# Answers looked at together, and how many such groups in a row must be as before.
-GROUP, CALM = 50, 3
-Q = 0.99
+# Quantiles, best first, and how many answers are looked at together with each; so many such groups in a row must be as before.
+GROUPS = {0.99: 50, 0.95: 25, 0.9: 25}
+CALM = 3
 
 
 @dataclass(frozen=True)
 class Recovery:
     """Seconds from the end of a disturbance until latency is as it was before.
 
-    `seconds` is None when it is not back by the end, or when nothing can be said: then `reason` says why. `limit_ms` is the upper end of the
-    interval of the p99 before, and `resolution_s` how long a group of answers lasts, which is how fine the answer can be.
+    `seconds` is None when it is not back by the end, or when nothing can be said: then `reason` says why. `percentile` is the one that was looked
+    at, `limit_ms` the upper end of its interval before, and `resolution_s` how long a group of answers lasts: so fine is the answer.
     """
 
     seconds: float | None
+    percentile: str | None = None
     limit_ms: float | None = None
     resolution_s: float | None = None
     reason: str = ""
@@ -34,6 +35,7 @@ class Recovery:
     def as_dict(self) -> dict[str, Any]:
         return {
             "seconds": None if self.seconds is None else round(self.seconds, 3),
+            "percentile": self.percentile,
             "limit_ms": self.limit_ms and round(self.limit_ms, 3),
             "resolution_s": self.resolution_s and round(self.resolution_s, 3),
             "reason": self.reason,
@@ -88,11 +90,11 @@ def _stage(parts: Sequence[summary.Part], stage: Stage, begun: float) -> dict[st
 
 
 def recovery(part: summary.Part, load: Load) -> Recovery:
-    """How long after the busiest stage of one run the p99 is back to what it was in the stages before it.
+    """How long after the busiest stage of one run the p99 is back to what it was in the stages before it; p95 or p90 where n is too small for it.
 
-    Before the disturbance one answer in a hundred takes longer than the p99. Afterwards answers are looked at in groups of fifty, in the order
-    of their intended sends: a group is as before when no more of them exceed the upper end of that p99's interval than chance allows
-    (97.5 %, binomial), and latency is back where three groups in a row are. A failed request counts as one that took longer.
+    Before the disturbance one answer in a hundred takes longer than the p99. Afterwards answers are looked at in groups of fifty (of 25 with p95
+    and p90), in the order of their intended sends: a group is as before when no more of them exceed the upper end of that percentile's interval
+    than chance allows (97.5 %, binomial), and latency is back where three groups in a row are. A failed request counts as one that took longer.
     """
     timeline = load.timeline
     levels = [stage.rate if load.mode == "open" else stage.users for stage in timeline]
@@ -104,34 +106,36 @@ def recovery(part: summary.Part, load: Load) -> Recovery:
     rows = part.measured
     at = offsets_s(part, rows["intended_ns"])
     latency = np.where(rows["error"] == records.OK, records.latency_ms(rows), np.inf)
-    before = stats.quantile(np.sort(latency[at < begun]), Q)
-    if before.high is None:
-        return Recovery(None, reason=f"n too small before it: {before.n} of {before.needed} answers")
+    quiet = np.sort(latency[at < begun])
+    before = next((found for q in GROUPS if (found := stats.quantile(quiet, q)).high is not None), None)
+    if before is None or before.high is None:
+        return Recovery(None, reason=f"n too small before it: {len(quiet)} of {stats.needed(min(GROUPS))} answers")
     if not math.isfinite(before.high):
         return Recovery(None, reason="requests failed before it")
-    return _back(at[at >= over] - over, latency[at >= over] > before.high, before.high)
+    return _back(at[at >= over] - over, latency[at >= over] > before.high, before.q, before.high)
 
 
-def _back(at: npt.NDArray[np.float64], longer: npt.NDArray[np.bool_], limit_ms: float) -> Recovery:
+def _back(at: npt.NDArray[np.float64], longer: npt.NDArray[np.bool_], q: float, limit_ms: float) -> Recovery:
+    name, size = f"p{q * 100:g}", GROUPS[q]
     order = np.argsort(at, kind="stable")
-    groups = len(order) // GROUP
+    groups = len(order) // size
     if groups < CALM:
-        return Recovery(None, limit_ms, reason=f"n too small after it: {len(order)} of {CALM * GROUP} answers")
-    times = at[order][: groups * GROUP].reshape(groups, GROUP)
-    calm = longer[order][: groups * GROUP].reshape(groups, GROUP).sum(axis=1) <= _allowed(GROUP)
+        return Recovery(None, name, limit_ms, reason=f"n too small after it: {len(order)} of {CALM * size} answers")
+    times = at[order][: groups * size].reshape(groups, size)
+    calm = longer[order][: groups * size].reshape(groups, size).sum(axis=1) <= _allowed(size, q)
     resolution = float(np.median(times[:, -1] - times[:, 0]))
     for number in range(groups - CALM + 1):
         if calm[number : number + CALM].all():
             # With the first calm group it was back at the end already, as far as can be seen.
-            return Recovery(float(times[number][0]) if number else 0.0, limit_ms, resolution)
-    return Recovery(None, limit_ms, resolution, "it was not back by the end of the run")
+            return Recovery(float(times[number][0]) if number else 0.0, name, limit_ms, resolution)
+    return Recovery(None, name, limit_ms, resolution, "it was not back by the end of the run")
 
 
-def _allowed(n: int) -> int:
-    """Answers of n that may exceed the p99 by chance, 97.5 % of the time."""
-    chance, total, count = (Q) ** n, 0.0, 0
+def _allowed(n: int, q: float) -> int:
+    """Answers of n that may exceed the q-quantile by chance, 97.5 % of the time."""
+    chance, total, count = q**n, 0.0, 0
     while (total := total + chance) < 1 - (1 - stats.CONFIDENCE) / 2:
-        chance *= (n - count) / (count + 1) * (1 - Q) / Q
+        chance *= (n - count) / (count + 1) * (1 - q) / q
         count += 1
     return count
 

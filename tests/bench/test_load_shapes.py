@@ -163,11 +163,20 @@ def test_latency_that_does_not_come_back_has_no_time_and_a_reason() -> None:
     found = stages.recovery(disturbed(100), loaded(**BURST))
     assert found.seconds is None
     assert "not back" in found.reason
-    few = disturbed(0, rate=20)
-    assert "n too small" in stages.recovery(few, loaded(**{**BURST, "rate": 20})).reason
+    few = disturbed(0, rate=3)
+    assert "n too small" in stages.recovery(few, loaded(**{**BURST, "rate": 3})).reason
     flat = loaded(mode="open", rate=100, duration_s=30)
     assert stages.recovery(few, flat).seconds is None
     assert stages.summarise([few], flat) == []
+
+
+def test_few_answers_are_judged_by_a_lower_percentile() -> None:
+    found = stages.recovery(disturbed(5, rate=20), loaded(**{**BURST, "rate": 20}))
+    assert found.percentile == "p95"
+    assert found.seconds is not None
+    assert found.resolution_s is not None
+    assert abs(found.seconds - 5) <= 1.1 * found.resolution_s
+    assert stages.recovery(disturbed(5), loaded(**BURST)).percentile == "p99"
 
 
 def test_failures_after_a_spike_are_no_recovery() -> None:
