@@ -126,6 +126,9 @@ CASES: dict[str, Any] = {
     "all failed": lambda folder: shown(folder, failed=("fp32", "int8")),
     "only estimated": lambda folder: shown(folder, estimated=True),
     "n too small": lambda folder: shown(folder, document("bf16", 2, 12), document("fp32", 20, 12)),
+    "a server that says nothing of itself": lambda folder: shown(
+        folder, document("x", 300, 12, model={"source": None}, precision=dict.fromkeys(("effective", "level", "reason", "method", "requested")), quality={"checked": False, "reason": "no"})
+    ),
     "nothing answered": lambda folder: shown(folder, document("bf16", 2, 12, curve=[])),
     "everything": lambda folder: shown(
         folder, burst() | {"search": SEARCH, "neighbours": BESIDE, "efficiency": COSTS}, document("fp32", 50, 20),
