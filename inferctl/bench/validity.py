@@ -49,21 +49,28 @@ def judge(summary: Mapping[str, Any], resources: Mapping[str, float], state: Map
             f"the load generator used {client:.0f} % of its core (limit {CLIENT_CPU_LIMIT:.0f} %): it was the bottleneck"
         )
     offered, answered = summary["offered"], summary["answered"]
+    sent = summary["requests"] - summary["dropped"]
+    late = bool(offered) and summary["late"] > LATE_LIMIT * sent
     if offered and answered < ACHIEVED_LIMIT * offered:
         reasons.append(
             f"{answered} of {offered} requests offered were answered in time "
-            f"({100 * answered / offered:.0f} %, limit {100 * ACHIEVED_LIMIT:.0f} %): the server fell behind"
+            f"({100 * answered / offered:.0f} %, limit {100 * ACHIEVED_LIMIT:.0f} %): "
+            + ("the load generator was late itself" if late else "the server fell behind")
         )
     if summary["errors"]:
         kinds = ", ".join(f"{name}: {count}" for name, count in summary["errors"].items())
         reasons.append(f"{sum(summary['errors'].values())} of {summary['requests']} requests failed ({kinds})")
     if state.get("unfinished"):
         reasons.append(f"{state['unfinished']} requests were never answered")
-    sent = summary["requests"] - summary["dropped"]
-    if offered and summary["late"] > LATE_LIMIT * sent:
+    if late:
         cautions.append(
             f"{summary['late']} of {sent} requests left over 1 ms late ({100 * summary['late'] / sent:.1f} %): "
             "the load generator was short of time, and latencies contain that"
+        )
+    peak = state.get("cpu_peak_percent") or 0.0
+    if peak > CLIENT_CPU_LIMIT and (client or 0.0) <= CLIENT_CPU_LIMIT:
+        cautions.append(
+            f"the load generator used {peak:.0f} % of its core in its busiest second: latencies then contain its own"
         )
     if not state.get("steady", True):
         cautions.append("the warm-up ended before three windows agreed within 10 %")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bench_samples import SECOND, row, table
 
-from inferctl.bench import load, plan, records, stats, summary, target, workload
+from inferctl.bench import load, plan, records, stats, summary, target, validity, workload
 
 
 def measure(url: str, folder: Path, **settings: object) -> tuple[load.Measured, summary.Part, workload.Workload]:
@@ -130,3 +131,15 @@ def test_the_measurement_does_not_wait_for_the_warm_ups_next_request(
     first = part.measured[0]
     # The warm-up's next request would have been due a second later.
     assert first["sent_ns"] - first["intended_ns"] < 500_000_000
+
+
+def test_a_load_generator_that_was_short_of_time_is_named() -> None:
+    def judged(late_ms: float, answered: int, **state: float) -> validity.Validity:
+        rows = [row(10 * n, 5 + late_ms, late_ms=late_ms) for n in range(400)]
+        found = summary.summarise([summary.Part(table(*rows), 0, 4 * SECOND, 1, 400)])
+        return validity.judge(found | {"answered": answered}, {"client_cpu_percent": 40}, state, 2)
+
+    assert "the server fell behind" in judged(0, 300).reasons[0]
+    assert "the load generator was late itself" in judged(5, 300).reasons[0]
+    assert "busiest second" in judged(0, 400, cpu_peak_percent=97).cautions[0]
+    assert judged(0, 400, cpu_peak_percent=80) == validity.Validity((), ())
