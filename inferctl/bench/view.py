@@ -145,7 +145,7 @@ def costs(rows: Sequence[Row]) -> RenderableType | None:
     grid = _grid(*(title for title, _ in columns))
     for row in rows:
         grid.add_row(row["configuration"], *(short(row.get(key)) for _, key in columns))
-    return _titled("cost (of 1,000 requests, where it does not say of a million texts)", grid)
+    return _titled("cost of 1,000 requests", grid)
 
 
 def estimates(rows: Sequence[Row]) -> RenderableType:
