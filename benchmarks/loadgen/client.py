@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import gevent
-from geventhttpclient.response import HTTPResponseParser
+from geventhttpclient._parser import HTTPResponseParser
 
 from loadgen.recorder import CONNECTION, HTTP_ERROR, OK, TIMEOUT
 
@@ -118,7 +118,8 @@ class Tls(Plain):
         while True:
             try:
                 self._tls.do_handshake()
-                return connected.sendall(self._out.read())
+                connected.sendall(self._out.read())
+                return
             except ssl.SSLWantReadError:
                 connected.sendall(self._out.read())
                 self._fed(connected.recv(READ))

@@ -87,10 +87,10 @@ class Coordinator:
         silent = 0
         while (left := (end_ns - time.monotonic_ns()) / 1e9) > 0:
             gevent.sleep(min(left, 1.0))
-            clients = getattr(self.runner, "clients", None)
-            silent = silent + 1 if clients and clients.missing else 0
+            missing = self.runner.clients.missing if self.workers > 1 else []
+            silent = silent + 1 if missing else 0
             if silent > SILENT_S:
-                lost = ", ".join(str(self._ready[client.id]["worker"]) for client in clients.missing)
+                lost = ", ".join(str(self._ready[client.id]["worker"]) for client in missing)
                 raise TimeoutError(f"load worker {lost} was lost")
 
     def announce(self, **changes: Any) -> None:

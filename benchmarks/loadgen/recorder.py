@@ -46,12 +46,13 @@ class Recorder:
         self._file.write(MAGIC + json.dumps(fields).encode() + b"\n")
         self._start = self._next = self._file.tell()
         self._size = 0
-        self._grow()
+        self._map = self._grown()
 
     def add(self, *values: float) -> None:
         """One value a field of `FIELDS`."""
         if self._next + PACKER.size > self._size:
-            self._grow()
+            self._map.close()
+            self._map = self._grown()
         PACKER.pack_into(self._map, self._next, *values)
         self._next += PACKER.size
 
@@ -69,10 +70,11 @@ class Recorder:
         self._file.truncate(self._next)
         self._file.close()
 
-    def _grow(self) -> None:
-        # Reserved and not only lengthened: a full disk is then an error here, and not a signal at some later write.
-        os.posix_fallocate(self._file.fileno(), self._size, CHUNK)
+    def _grown(self) -> mmap.mmap:
+        if hasattr(os, "posix_fallocate"):
+            # Reserved and not only lengthened: a full disk is then an error here, and not a signal at some later write.
+            os.posix_fallocate(self._file.fileno(), self._size, CHUNK)
+        else:
+            self._file.truncate(self._size + CHUNK)
         self._size += CHUNK
-        if hasattr(self, "_map"):
-            self._map.close()
-        self._map = mmap.mmap(self._file.fileno(), self._size)
+        return mmap.mmap(self._file.fileno(), self._size)
