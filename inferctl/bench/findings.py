@@ -24,6 +24,7 @@ def state(rows: Sequence[Row], mode: str, slo_p99_ms: float | None = None) -> li
     winners = {name: _winner(members, _mode(members[0], mode)) for name, members in groups.items()}
     sentences = [f"{name}: {one}" if len(groups) > 1 else one for name, one in winners.items()]
     sentences = sentences or ["Nothing was measured that can be used: see the reasons."]
+    sentences += [one for members in groups.values() for one in _emulations(members, _mode(members[0], mode))]
     sentences += [
         f"{row['configuration']} fails on quality: {_failure(row['quality'])}; it cannot be recommended."
         for row in rows
@@ -37,6 +38,19 @@ def state(rows: Sequence[Row], mode: str, slo_p99_ms: float | None = None) -> li
     sentences += [sentence for row in measured if (sentence := _burst(row))]
     sentences += [_beside(row) for row in measured if row.get("neighbours")]
     return sentences + _memory(measured)
+
+
+def _emulations(members: Sequence[Row], mode: str) -> list[str]:
+    """Why what is emulated is slow here, with what that cost: against fp32, which every device has."""
+    native = {row["precision"].get("effective"): row for row in members if row["precision"].get("level") == "native"}
+    plain = native.get("fp32")
+    found = []
+    for row in members:
+        if plain and row["precision"].get("level") == "emulated" and math.isfinite(cost(row, mode)):
+            reason = str(row["precision"].get("reason") or "the device lacks it").partition(":")[0]
+            how = _ratio(plain, row, mode)
+            found.append(f"{row['configuration']} is emulated here, since {reason}: {how} of {plain['configuration']}.")
+    return found
 
 
 def alike(rows: Sequence[Row]) -> dict[str, list[Row]]:

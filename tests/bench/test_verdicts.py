@@ -199,6 +199,15 @@ def test_emulation_is_said_with_its_reason(tmp_path: Path) -> None:
     assert ("emulated", "fp16: the reason of fp16") in findings.caveats(rows)
 
 
+def test_what_an_emulated_precision_costs_is_said_against_fp32(tmp_path: Path) -> None:
+    half = document("fp16", 25, 90, level="emulated")
+    half["precision"]["reason"] = "the CPU has no fp16 arithmetic: expect it to be slow"
+    rows = rows_of(tmp_path, document("fp32", 100, 20), half)
+    said = "fp16 is emulated here, since the CPU has no fp16 arithmetic: 0.25x the requests/s of fp32."
+    assert said in findings.state(rows, "closed")
+    assert not any("emulated here, since" in one for one in findings.state(rows[1:], "closed"))
+
+
 def test_an_open_loop_compares_p99(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, document("fp32", 100, 20), document("bf16", 100, 10))
     assert findings.state(rows, "open")[0].startswith("bf16 wins: 50% of the p99 of fp32")
