@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import secrets
 import threading
 import time
@@ -20,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inferctl.bench import encroachment, records, summary, telemetry, validity, workload
+from inferctl.bench import encroachment, procfs, records, summary, telemetry, validity, workload
 from inferctl.bench import load as loads
 from inferctl.bench.plan import Load, Run
 from inferctl.errors import InferctlError, UsageError
@@ -142,7 +143,9 @@ def _beside(pair: Pair, servers: Sequence[Server], run: Run, folder: Path) -> di
         for number, one in enumerate(servers, 1):
             pair.session.tell(f"waking neighbour {number}")
             busy.append(stack.enter_context(_busy(pair, number, one, folder / f"neighbour-{number}")))
-        made = _taken(pair, run, place, f"beside {pair.count}")
+        # This process and all below it: the server, its neighbours and every load. What is left was not meant to be there.
+        with procfs.Sampler({"bench": os.getpid()}) as everything:
+            made = _taken(pair, run, place, f"beside {pair.count}")
         part = made.part
         others = []
         for load in busy:
@@ -150,8 +153,8 @@ def _beside(pair: Pair, servers: Sequence[Server], run: Run, folder: Path) -> di
             rows = load.rows()
             done = {} if rows is None else encroachment.achieved(rows, part.start_ns, part.end_ns)
             others.append({"number": load.number, **done, "outlived": lasted, "failure": load.failure})
-    # Who else used the machine is known from the run without: here the neighbours are meant to.
-    resources = {key: value for key, value in made.resources.items() if key != "other_cores"}
+    used = everything.between(part.start_ns, part.end_ns)
+    resources = made.resources | {key: used[key] for key in ("other_cores",) if key in used}
     return {
         "window": [part.start_ns, part.end_ns],
         "inputs_per_request": part.inputs_per_request,
