@@ -112,10 +112,11 @@ def _beside(row: Row) -> str:
     figures = found["percentiles"][key]
     rates = found["neighbour_requests_per_s"]
     each = f"{rates['min']:.1f}" if rates["min"] == rates["max"] else f"{rates['min']:.1f} to {rates['max']:.1f}"
+    open_ = "; the interval contains 1, so this is not settled" if figures["low"] <= 1 <= figures["high"] else ""
     return (
         f"{row['configuration']} beside {whom}: {key} {figures['without_ms']:.1f} -> {figures['with_ms']:.1f} ms, "
         f"{figures['factor']:.2f}x ({figures['low']:.2f} to {figures['high']:.2f}); "
-        f"{'it' if found['count'] == 1 else 'each'} did {each} requests/s itself."
+        f"{'it' if found['count'] == 1 else 'each'} did {each} requests/s itself{open_}."
     )
 
 

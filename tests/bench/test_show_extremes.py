@@ -201,6 +201,9 @@ def test_neighbours_are_shown_with_what_they_did_themselves(tmp_path: Path) -> N
         "bf16 beside 1 busy neighbour: p90 19.0 -> 41.8 ms, 2.20x (1.80 to 2.60); it did 171.0 requests/s itself."
     )
     assert sentence in found["findings"]
+    unsettled = BESIDE | {"percentiles": BESIDE["percentiles"] | {"p90": BESIDE["percentiles"]["p90"] | {"low": 0.9}}}
+    found, _ = shown(tmp_path / "unsettled", document("bf16", 300, 12, neighbours=unsettled))
+    assert any("the interval contains 1, so this is not settled" in one for one in found["findings"])
     assert "200 of 436" in report.render(found, receipts)
 
 
