@@ -115,7 +115,8 @@ def _follow(
 ) -> None:
     tails: dict[Path, records.Tail] = {}
     recent: list[tuple[int, float]] = []
-    limit = time.monotonic() + load.warmup_s + load.duration_s + 2 * load.timeout_s + 60
+    patience = 60 + (locust.WORKERS_S if load.remote_workers else 0)
+    limit = time.monotonic() + load.warmup_s + load.duration_s + 2 * load.timeout_s + patience
     while processes.running():
         if time.monotonic() > limit:
             raise InferctlError("the load generator did not end in time", f"its log is {processes.log}")

@@ -18,6 +18,8 @@ from inferctl.bench.server import last_words
 from inferctl.errors import InferctlError
 
 LOAD_FILE = "INFERCTL_LOAD_FILE"
+# How long a run waits for its workers to come.
+WORKERS_S = 300
 _PORT_S = 60.0
 
 
@@ -143,7 +145,7 @@ def _users(load: Load) -> int:
 def _master(load: Load) -> list[str]:
     workers = load.workers + load.remote_workers
     host, port = ("*", load.master_port) if load.remote_workers else ("127.0.0.1", 0)
-    expected = ["--expect-workers", str(workers), "--expect-workers-max-wait", "300"]
+    expected = ["--expect-workers", str(workers), "--expect-workers-max-wait", str(WORKERS_S)]
     return ["--master", "--master-bind-host", host, "--master-bind-port", str(port), *expected]
 
 
