@@ -14,7 +14,7 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,13 @@ def _searched(bench: Bench, subject: Subject, session: Session, one: Run, folder
         return session.aim.embed([f"{next(numbers)} {secrets.token_hex(4)} {text}"], 30)
 
     def take(load: Load, work: workload.Workload, place: Path, seed: int, check: Callable[[], None]) -> Measurement:
-        made = session.measure(load, work, one, place, check)
+        # Folders of probes are named as in 03-bisect-48.5.
+        label = place.name.partition("-")[2].replace("-", " ")
+
+        def told(phase: str, *rest: Any, **more: Any) -> None:
+            session.tell(f"{label}, {phase}", *rest, **more)
+
+        made = replace(session, tell=told).measure(load, work, one, place, check)
         made.workload = describe(work, load, corpus, seed)
         return made
 

@@ -49,8 +49,8 @@ class Searcher:
     take: Take
     settle: Callable[[float], object]
     told: Callable[[Probe], None]
-    _taken: list[tuple[Probe, Measurement]] = field(default_factory=list)
-    _count: int = 0
+    _taken: list[tuple[Probe, Measurement]] = field(default_factory=list, init=False)
+    _count: int = field(default=0, init=False)
 
     def run(self) -> Measurement:
         """Search; returns the measurement at the best rate (else at the lowest that lasted), with the result as its `search`.
@@ -72,7 +72,8 @@ class Searcher:
         """Requests/s of a closed loop that always has work waiting. Its end is also the server's warm-up."""
         users = max(BURST_USERS, self.load.users)
         burst = self._shaped(mode="closed", users=users, duration_s=BURST_S, warmup_s=self.load.warmup_s)
-        made = self._taken_in("ceiling", burst, self.seed)
+        work = workload.draw(burst, self.corpus, self.seed)
+        made = self.take(burst, work, self._next("ceiling"), self.seed, lambda: None)
         found = summary.summarise([made.part])
         if not found["requests_per_s"]:
             raise InferctlError(f"the server answered nothing to {users} users", f"its log is {self.folder}/server.log")
@@ -89,13 +90,13 @@ class Searcher:
         warmup_s = min(self.load.warmup_s, 4 * self.load.window_s)
         load = self._shaped(mode="open", rate=rate, duration_s=seconds, warmup_s=warmup_s)
         self.settle(SETTLE_S)
-        growing = None
-        name = f"{stage}-{rate:g}"
+        place, growing = self._next(f"{stage}-{rate:g}"), None
+        work = workload.draw(load, self.corpus, seed)
         try:
-            made = self._taken_in(name, load, seed)
+            made = self.take(load, work, place, seed, Backlog(place, work, rate).check)
         except Hopeless as reason:
             growing = str(reason)
-            made = self._cut_short(load, seed)
+            made = _cut_short(load, work, place)
         before = [taken for probe, taken in self._taken if probe in earlier]
         probe = self._judged(rate, stage, seed, [*before, made], growing)
         self._taken.append((probe, made))
@@ -106,23 +107,11 @@ class Searcher:
         kept = {key: value for key, value in self.load.model_dump().items() if key not in _OF_OTHER_SHAPE}
         return Load.model_validate({**kept, **changes})
 
-    def _taken_in(self, name: str, load: Load, seed: int) -> Measurement:
+    def _next(self, name: str) -> Path:
         self._count += 1
-        self._place = self.folder / f"{self._count:02d}-{name}"
-        self._place.mkdir(parents=True, exist_ok=True)
-        self._work = workload.draw(load, self.corpus, seed)
-        backlog = Backlog(self._place, self._work, load.rate) if load.mode == "open" else None
-        return self.take(load, self._work, self._place, seed, backlog.check if backlog else lambda: None)
-
-    def _cut_short(self, load: Load, seed: int) -> Measurement:
-        """What a probe that was ended early left: its window ends with its last answer."""
-        state = loads.read_state(self._place)
-        rows = loads.merged(self._place, state)
-        start = int(state["measure_start_ns"])
-        end = max(start + 1, int(rows["end_ns"].max()))
-        offered = int(np.sum(self._work.schedule_ns < end - start))
-        part = summary.Part(rows, start, end, load.inputs_per_request, offered)
-        return Measurement(Run("cut", 0), 0.0, part, state, {}, self._place, {}, 0)
+        place = self.folder / f"{self._count:02d}-{name}"
+        place.mkdir(parents=True, exist_ok=True)
+        return place
 
     def _judged(self, rate: float, stage: str, seed: int, parts: Sequence[Measurement], growing: str | None) -> Probe:
         found = summary.summarise([one.part for one in parts])
@@ -163,8 +152,8 @@ class Searcher:
 class Backlog:
     """Watches the records of an open loop while it runs; `check` raises `Hopeless` when the server falls ever further behind."""
 
-    def __init__(self, folder: Path, work: workload.Workload, rate: float | None) -> None:
-        self._folder, self._schedule, self._rate = folder, work.schedule_ns, rate or 1.0
+    def __init__(self, folder: Path, work: workload.Workload, rate: float) -> None:
+        self._folder, self._schedule, self._rate = folder, work.schedule_ns, rate
         self._tails: dict[Path, records.Tail] = {}
         self._ends: list[int] = []
         self._latencies: list[float] = []
@@ -204,6 +193,17 @@ class Backlog:
         if grows - CORRELATED * unsure > (1 - ACHIEVED_LIMIT) * self._rate and bends - CORRELATED * unclear > 0:
             return f"the backlog grew by {grows:.1f} requests and latency by {bends:.0f} ms a second: ended early"
         return None
+
+
+def _cut_short(load: Load, work: workload.Workload, place: Path) -> Measurement:
+    """What a probe that was ended early left: its window ends with its last answer."""
+    state = loads.read_state(place)
+    rows = loads.merged(place, state)
+    start = int(state["measure_start_ns"])
+    end = max(start + 1, int(rows["end_ns"].max()))
+    offered = int(np.count_nonzero(work.schedule_ns < end - start))
+    part = summary.Part(rows, start, end, load.inputs_per_request, offered)
+    return Measurement(Run("cut", 0), 0.0, part, state, {}, place, {}, 0)
 
 
 def settle(ask: Callable[[], object], patience_s: float, idle_s: float | None) -> float:
