@@ -48,7 +48,8 @@ def markdown(result: Mapping[str, Any]) -> str:
             lines += ["| " + " | ".join(HEADINGS) + " |", "|---|--:|--:|--:|:-:|--:|---|"]
             lines += ["| " + " | ".join(_marked(metric)) + " |" for metric in part["metrics"]]
         lines += ["", *(f"- {_escaped(note)}" for note in remarks(part)), ""]
-    lines += ["<sub>" + " ".join(f"{_escaped(note)}." for note in footnotes(result)) + "</sub>"]
+    if below := [f"{_escaped(note)}." for note in footnotes(result)]:
+        lines.append(f"<sub>{' '.join(below)}</sub>")
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 
 
@@ -116,7 +117,7 @@ def footnotes(result: Mapping[str, Any]) -> Iterator[str]:
     )
     yield f"a regression exceeds {limits}, and its interval excludes no change"
     family = result["family"]
-    yield f"interval: {verdict.CONFIDENCE:.0%} for {'all ' + str(family) + ' figures together' if family > 1 else 'the figure'}, over runs; worse by: at most, one-sided {verdict.CONFIDENCE:.0%}"
+    yield f"interval: {100 * verdict.CONFIDENCE:.0f} % for {'all ' + str(family) + ' figures together' if family > 1 else 'the figure'}, over runs; worse by: at most, one-sided {100 * verdict.CONFIDENCE:.0f} %"
 
 
 def _table(metrics: Sequence[Mapping[str, Any]]) -> Table:
