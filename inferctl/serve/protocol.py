@@ -163,7 +163,8 @@ class Connection(HttpToolsProtocol):
         if int(size) > self.max_body_bytes:
             self._fail(_body_too_large(self.max_body_bytes))
         super().on_headers_complete()
-        self.scope["extensions"] = {_EXCHANGE: Exchange(self, self.cycle)}
+        extensions: Any = {_EXCHANGE: Exchange(self, self.cycle)}
+        self.scope["extensions"] = extensions
         self._phase, self._head = "body", 0
 
     def on_body(self, body: bytes) -> None:

@@ -6,6 +6,8 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,8 @@ from inferctl.serve.http import ApiError
 from inferctl.serve.recipe import Recipe
 from inferctl.serve.types import Tokens
 
-# Below this many characters a hop to another thread costs more than tokenising.
-_INLINE_CHARACTERS = 2_000
+# Requests up to this many characters are tokenised together: a hop to another thread costs as much as tokenising one.
+_SMALL_CHARACTERS = 2_000
 # Texts tokenised in one call: what is cut off is held until the call ends.
 _TOGETHER = 64
 # A text is tokenised up to this many characters a token first: 30 MiB of words would cost 20 s and 5 GB, to keep 256 tokens of them.
@@ -34,8 +36,17 @@ class TooLongError(Exception):
         self.index, self.limit = index, limit
 
 
+@dataclass(frozen=True)
+class _Small:
+    """A request that shares a call."""
+
+    texts: Sequence[str]
+    truncate: bool
+    done: asyncio.Future[list[Tokens]]
+
+
 class TokenizerPool:
-    """Tokenises on `threads` threads (and short texts on the caller's)."""
+    """Tokenises on `threads` threads (and a short text alone on the caller's)."""
 
     def __init__(
         self, folder: Path, recipe: Recipe, threads: int = 2, on_cut: Callable[[int], None] = lambda _: None
@@ -48,47 +59,101 @@ class TokenizerPool:
                 f"{folder} has no tokenizer.json",
                 "`AutoTokenizer.from_pretrained(folder).save_pretrained(folder)` with transformers writes one",
             )
+        self._longest = _CHARACTERS_PER_TOKEN * recipe.max_tokens
+        self._small: list[_Small] = []
+        self._beginning = self._busy = False  # `_begin` is about to be called; a thread has small requests
         self._local = threading.local()
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenise")
         self.vocabulary_size = self._tokenizer().get_vocab_size(with_added_tokens=True)
 
     async def encode(self, texts: Sequence[str], *, truncate: bool) -> list[Tokens]:
         """Token ids (int32) of each text. Raises `TooLongError` unless `truncate`, `ApiError` 400 for a text without any token."""
-        if sum(map(len, texts)) <= _INLINE_CHARACTERS:
-            return self.encode_now(texts, truncate=truncate)
-        call = lambda: self.encode_now(texts, truncate=truncate)  # noqa: E731  # run_in_executor takes no keyword arguments
-        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+        loop = asyncio.get_running_loop()
+        if sum(map(len, texts)) > _SMALL_CHARACTERS:
+            call = lambda: self.encode_now(texts, truncate=truncate)  # noqa: E731  # run_in_executor takes no keyword arguments
+            return await loop.run_in_executor(self._executor, call)
+        small = _Small(texts, truncate, loop.create_future())
+        self._small.append(small)
+        if not self._beginning:
+            self._beginning = True
+            loop.call_soon(self._begin)
+        return await small.done
 
     def encode_now(self, texts: Sequence[str], *, truncate: bool) -> list[Tokens]:
         """`encode` on the calling thread."""
-        recipe, rows, cut = self._recipe, [], 0
-        prepared = [(recipe.prompt + text).lower() if recipe.lower_case else recipe.prompt + text for text in texts]
-        for start in range(0, len(prepared), _TOGETHER):
-            for index, encoding in enumerate(self._encodings(prepared[start : start + _TOGETHER], start), start):
-                if not truncate and encoding.overflowing:
-                    raise TooLongError(index, recipe.max_tokens)
-                if not encoding.ids:
-                    raise ApiError(400, f"input[{index}] has no token", code="empty_input", param="input")
-                rows.append(np.array(encoding.ids, dtype=np.int32))
-                cut += len(rows[-1]) >= recipe.max_tokens and bool(encoding.overflowing)
+        rows = []
+        for start in range(0, len(texts), _TOGETHER):
+            part = self._prepared(texts[start : start + _TOGETHER])
+            rows += self._rows(part, self._encodings(part), start, truncate)
+        return rows
+
+    def _begin(self) -> None:
+        """Tokenise the small requests that wait: one alone here, several together on a thread, which then costs each of them little."""
+        self._beginning = False
+        if self._busy or not self._small:
+            return
+        together, self._small = self._small[:_TOGETHER], self._small[_TOGETHER:]
+        if len(together) == 1:
+            _hand_out(together, self._encode_small(together))
+            return
+        self._busy = True
+        job = asyncio.get_running_loop().run_in_executor(self._executor, self._encode_small, together)
+        job.add_done_callback(lambda done: self._ended(together, done))
+
+    def _ended(self, together: list[_Small], done: asyncio.Future[list[list[Tokens] | Exception]]) -> None:
+        self._busy = False
+        _hand_out(together, done.result())
+        self._begin()
+
+    def _encode_small(self, together: list[_Small]) -> list[list[Tokens] | Exception]:
+        """What becomes of each request."""
+        texts = [self._prepared(small.texts) for small in together]
+        encodings = iter(self._encodings([text for part in texts for text in part]))
+        found: list[list[Tokens] | Exception] = []
+        for small, part in zip(together, texts, strict=True):
+            mine = list(islice(encodings, len(part)))
+            try:
+                found.append(self._rows(part, mine, 0, small.truncate))
+            except Exception as error:  # noqa: BLE001  # whatever it is belongs to this request alone
+                found.append(error)
+        return found
+
+    def _prepared(self, texts: Sequence[str]) -> list[str]:
+        recipe = self._recipe
+        return [(recipe.prompt + text).lower() if recipe.lower_case else recipe.prompt + text for text in texts]
+
+    def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
+        """What the tokenizer makes of the head of each text."""
+        # The fast one computes no offsets: a fifth of the time, for one text as well.
+        found: list[Encoding] = self._tokenizer().encode_batch_fast([_head(text, self._longest) for text in texts])
+        return found
+
+    def _rows(self, texts: Sequence[str], encodings: Sequence[Encoding], first: int, truncate: bool) -> list[Tokens]:
+        """Token ids out of the encodings of heads; a head with too many tokens says all about its text, other long texts are read on."""
+        limit, rows, cut = self._recipe.max_tokens, [], 0
+        for index, (text, head) in enumerate(zip(texts, encodings, strict=True), first):
+            encoding = head if len(text) <= self._longest else self._read_on(text, head, index)
+            if not truncate and encoding.overflowing:
+                raise TooLongError(index, limit)
+            ids = encoding.ids
+            if not ids:
+                raise ApiError(400, f"input[{index}] has no token", code="empty_input", param="input")
+            rows.append(np.array(ids, dtype=np.int32))
+            cut += len(ids) >= limit and bool(encoding.overflowing)
         if cut:
             self._on_cut(cut)
         return rows
 
-    def _encodings(self, texts: Sequence[str], first: int) -> list[Encoding]:
-        """What the tokenizer makes of each text. A head with too many tokens says all about its text; other long texts are tokenised whole."""
-        tokenizer, longest = self._tokenizer(), _CHARACTERS_PER_TOKEN * self._recipe.max_tokens
-        heads = [text if len(text) <= longest else _head(text, longest) for text in texts]
-        # The fast one computes no offsets: a fifth of the time, for one text as well.
-        encodings: list[Encoding] = tokenizer.encode_batch_fast(heads)
-        for index, (text, head) in enumerate(zip(texts, heads, strict=True)):
-            while len(head) < len(text) and not encodings[index].overflowing:
-                if len(head) >= max(_LONGEST_HEAD, longest):
-                    message = f"input[{first + index}] is too long: {len(text)} characters that are hardly words"
-                    raise ApiError(400, message, code="text_too_long", param="input")
-                head = _head(text, 4 * len(head))
-                encodings[index] = tokenizer.encode(head)
-        return encodings
+    def _read_on(self, text: str, encoding: Encoding, index: int) -> Encoding:
+        """The encoding of ever longer heads, until there are too many tokens or the text ends."""
+        tokenizer, size = self._tokenizer(), len(_head(text, self._longest))
+        while size < len(text) and not encoding.overflowing:
+            if size >= max(_LONGEST_HEAD, self._longest):
+                message = f"input[{index}] is too long: {len(text)} characters that are hardly words"
+                raise ApiError(400, message, code="text_too_long", param="input")
+            head = _head(text, 4 * size)
+            encoding, size = tokenizer.encode(head), len(head)
+        return encoding
 
     def cut(self, ids: Sequence[Sequence[int]], *, truncate: bool) -> list[Tokens]:
         """Ready-made token ids, cut to the longest input. Raises `TooLongError` unless `truncate`."""
@@ -116,6 +181,16 @@ class TokenizerPool:
             tokenizer.enable_truncation(self._recipe.max_tokens)
             self._local.tokenizer = tokenizer
         return tokenizer
+
+
+def _hand_out(together: list[_Small], found: list[list[Tokens] | Exception]) -> None:
+    for small, outcome in zip(together, found, strict=True):
+        if small.done.done():  # cancelled
+            continue
+        if isinstance(outcome, Exception):
+            small.done.set_exception(outcome)
+        else:
+            small.done.set_result(outcome)
 
 
 def _head(text: str, longest: int) -> str:

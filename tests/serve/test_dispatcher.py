@@ -66,16 +66,22 @@ class World:
             lane.batch_done(BatchResult(batch.id, vectors, np.ones(len(ends), dtype=np.bool_), len(batch.tokens) / 10))
 
     async def drain(self) -> None:
-        await asyncio.sleep(0)
+        await settled()
         while busy := [lane for lane in self.lanes if self.with_engine[lane]]:
             for lane in busy:
                 assert len(self.with_engine[lane]) <= self.info.parallel + 1
                 # The youngest of those that run is done first: the order of answers is not that of batches.
                 self.step(lane, min(len(self.with_engine[lane]), self.info.parallel) - 1)
-            await asyncio.sleep(0)
+            await settled()
 
     def ask(self, *rows: list[int]) -> asyncio.Task[Any]:
         return asyncio.ensure_future(self.dispatcher.embed([tokens(row) for row in rows]))
+
+
+async def settled() -> None:
+    """Requests are queued, what arrived together is sent, answers are taken."""
+    for _ in range(3):
+        await asyncio.sleep(0)
 
 
 def tokens(row: list[int]) -> Tokens:
@@ -126,18 +132,18 @@ def test_a_batch_sent_ahead_is_no_suspect_and_runs_in_company_again() -> None:
         world = World()
         lane = world.lanes[0]
         first = world.ask([20])
-        await asyncio.sleep(0)
+        await settled()
         tasks = [world.ask([KILLER, 1, 1]), *(world.ask([30 + i, 1, 1]) for i in range(6))]
-        await asyncio.sleep(0)
+        await settled()
         world.step(lane)
-        await asyncio.sleep(0)
+        await settled()
         assert [len(batch.lengths) for batch in world.with_engine[lane]] == [2, 2], "the killer's and one ahead"
         world.step(lane)  # dies
         sizes = []
         while world.with_engine[lane]:
             sizes.append([len(batch.lengths) for batch in world.with_engine[lane]])
             world.step(lane)
-            await asyncio.sleep(0)
+            await settled()
         assert sizes[:3] == [[1], [1], [1]], "the killer, its neighbour, the killer again: each with nothing beside it"
         assert sizes[3:] == [[2, 2], [2], [1]]
         answers = await asyncio.gather(first, *tasks, return_exceptions=True)
@@ -151,11 +157,11 @@ def test_the_engine_with_the_least_to_do_is_next() -> None:
         world = World(engines=2)
         one, two = world.lanes
         tasks = [world.ask([20] * 7), world.ask([21] * 2)]
-        await asyncio.sleep(0)
+        await settled()
         assert (one.tokens, two.tokens) == (7, 2)
         world.step(two)
         tasks.append(world.ask([22] * 3))
-        await asyncio.sleep(0)
+        await settled()
         assert (one.tokens, two.tokens) == (7, 3)
         await world.drain()
         await asyncio.gather(*tasks)
@@ -167,13 +173,13 @@ def test_what_runs_counts_for_the_wait_and_time_that_passed_does_not() -> None:
     async def scenario() -> None:
         world = World(slo=1.0)
         task = world.ask([20] * 8)  # 0.8 s
-        await asyncio.sleep(0)
+        await settled()
         with pytest.raises(RefusedError) as refused:
             await world.ask([21] * 4)
         assert refused.value.retry_after == pytest.approx(0.2)
         world.now += 0.25
         late = world.ask([21] * 4)
-        await asyncio.sleep(0)
+        await settled()
         assert not late.done()
         await world.drain()
         await asyncio.gather(task, late)
@@ -184,10 +190,12 @@ def test_what_runs_counts_for_the_wait_and_time_that_passed_does_not() -> None:
 def test_a_cancelled_request_never_runs() -> None:
     async def scenario() -> None:
         world = World()
-        first, gone = world.ask([20]), world.ask([66], [66])
-        await asyncio.sleep(0)
+        first = world.ask([20])
+        await settled()
+        gone = world.ask([66], [66])
+        await settled()
         gone.cancel()
-        await asyncio.sleep(0)
+        await settled()
         ran = [batch.tokens.tolist() for batch in world.with_engine[world.lanes[0]]]
         await world.drain()
         await first
@@ -204,7 +212,7 @@ def test_an_engine_that_runs_several_batches_gets_them_at_once_and_of_equal_size
         world.dispatcher._batcher.limits = Limits(1_000, 10_000)
         lane = world.lanes[0]
         task = world.ask(*([20] * 50 for _ in range(8)))
-        await asyncio.sleep(0)
+        await settled()
         assert [len(batch.tokens) for batch in world.with_engine[lane]] == [200, 200]
         assert lane.free == 0
         await world.drain()
@@ -218,7 +226,7 @@ def test_a_batch_that_waits_for_a_slot_begins_when_one_is_free() -> None:
         world = World(parallel=2)
         lane = world.lanes[0]
         tasks = [world.ask([20] * 8) for _ in range(3)]
-        await asyncio.sleep(0)
+        await settled()
         assert len(world.with_engine[lane]) == 3, "two run, a full one is sent ahead"
         assert lane.left(lambda sent: sent.tokens / 10) == pytest.approx(1.2)
         world.step(lane, 1)
