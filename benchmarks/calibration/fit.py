@@ -25,7 +25,9 @@ from inferctl import catalog
 from inferctl.estimate.calibration import BASES, Calibration, Fit, fixed_seconds
 from inferctl.estimate.cost import BERT_LARGE, Cost
 
-SOURCE = "MLPerf Inference v0.7 and v1.0, BERT-large, SQuAD v1.1, TensorRT (benchmarks/calibration/mlperf-bert-large.csv)"
+SOURCE = (
+    "MLPerf Inference v0.7 and v1.0, BERT-large, SQuAD v1.1, TensorRT (benchmarks/calibration/mlperf-bert-large.csv)"
+)
 KIND = {"Offline": "throughput", "SingleStream": "latency", "Server": "rate"}
 Key = tuple[str, str]
 
@@ -79,7 +81,11 @@ class Fitter:
         timed = {key for key, group in groups.items() if any(row.scenario == "SingleStream" for row in group)}
         for part, precision in sorted(timed - conditions.keys()):
             fits[part][precision] = self.fit(groups[part, precision])
-        launches = {key[0]: Calibration(dict(fits), 0.0).of(key[0], "int8").fit.launch for key in groups if key not in conditions}
+        launches = {
+            key[0]: Calibration(dict(fits), 0.0).of(key[0], "int8").fit.launch
+            for key in groups
+            if key not in conditions
+        }
         for key in groups.keys() - timed - conditions.keys():
             fits[key[0]][key[1]] = self.fit(groups[key], launches[key[0]])
         return Calibration({part: fits[part] for part in sorted(fits)}, 0.0), conditions
@@ -172,7 +178,9 @@ def main() -> int:
     options = parser.parse_args()
     rows = read()
     mean, rms, flat = mean_length(rows)
-    print(f"mean length {mean:g} tokens (rms error of SingleStream p50 and p90 {rms:.1%}; within a tenth of that: {flat[0]:g} to {flat[-1]:g})")
+    print(
+        f"mean length {mean:g} tokens (rms error of SingleStream p50 and p90 {rms:.1%}; within a tenth of that: {flat[0]:g} to {flat[-1]:g})"
+    )
     fitter = Fitter(Samples(mean))
     calibration, conditions = fitter.calibration(rows)
     lines = table(rows, calibration, conditions, fitter.samples)
@@ -198,7 +206,9 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def table(rows: Sequence[Row], calibration: Calibration, conditions: dict[Key, Fit], samples: Samples) -> list[dict[str, Any]]:
+def table(
+    rows: Sequence[Row], calibration: Calibration, conditions: dict[Key, Fit], samples: Samples
+) -> list[dict[str, Any]]:
     """Every row: given, estimated by simulation, error."""
     known: dict[tuple[str, str, str], float] = {}
     lines = []
@@ -210,7 +220,9 @@ def table(rows: Sequence[Row], calibration: Calibration, conditions: dict[Key, F
             peak = (part.peaks[row.precision] or 0.0) * 1e12
             cost = Cost.of(BERT_LARGE, peak * fit.fraction, fixed_seconds(part, row.precision, fit, BERT_LARGE))
             known[key] = simulated(row, cost, samples)
-        lines.append(vars(row) | {"estimated": known[key], "error": row.error(known[key]), "within": WITHIN[row.scenario]})
+        lines.append(
+            vars(row) | {"estimated": known[key], "error": row.error(known[key]), "within": WITHIN[row.scenario]}
+        )
     return lines
 
 
@@ -232,13 +244,17 @@ def report(
             f"| {line['part']} | {line['precision']} | {line['scenario']} | {line['system']} | {line['value'] * unit:.{digits}f} "
             f"| {line['estimated'] * unit:.{digits}f} | {line['error']:+.1%}{mark} |"
         )
-    print("\n| left out, estimated from | scenario | rows | error: mean of sizes | from | to |\n|---|---|---|---|---|---|")
+    print(
+        "\n| left out, estimated from | scenario | rows | error: mean of sizes | from | to |\n|---|---|---|---|---|---|"
+    )
     for basis, found in held.items():
         for scenario in KIND:
             errors = [row.error(estimated) for row, estimated in found if row.scenario == scenario]
             if errors:
                 size = sum(map(abs, errors)) / len(errors)
-                print(f"| {basis} | {scenario} | {len(errors)} | {size:.1%} | {min(errors):+.1%} | {max(errors):+.1%} |")
+                print(
+                    f"| {basis} | {scenario} | {len(errors)} | {size:.1%} | {min(errors):+.1%} | {max(errors):+.1%} |"
+                )
 
 
 def _plain(fit: Fit) -> dict[str, Any]:

@@ -21,7 +21,10 @@ SLO = 0.130
 BATCH_TOKENS = 16_384
 WITHIN = {"Offline": 0.10, "SingleStream": 0.15, "Server": 0.15}
 CONDITIONS = {
-    "a100-80gb-mig-1g.10gb (6 busy neighbours)": ("a100-80gb-mig-1g.10gb", "six other slices of the GPU ran other benchmarks"),
+    "a100-80gb-mig-1g.10gb (6 busy neighbours)": (
+        "a100-80gb-mig-1g.10gb",
+        "six other slices of the GPU ran other benchmarks",
+    ),
     "a100-80gb-sxm (power-capped)": ("a100-80gb-sxm", "DGX Station: a lower power limit than a DGX A100"),
 }
 
@@ -107,7 +110,9 @@ class Table:
         self._samples = samples
         self._fixed = [0.3 * (30 / 0.3) ** (i / 9) for i in range(10)]
         self._slo = [18 * (700 / 18) ** (i / 8) for i in range(9)]
-        self._rate = [[samples.server(self.unit(fixed)).highest_rate(slo) for slo in self._slo] for fixed in self._fixed]
+        self._rate = [
+            [samples.server(self.unit(fixed)).highest_rate(slo) for slo in self._slo] for fixed in self._fixed
+        ]
 
     def unit(self, fixed: float) -> Cost:
         """A part on which the mean sample takes one second."""

@@ -13,7 +13,18 @@ from typing import Any
 
 import inferctl
 from inferctl import catalog
-from inferctl.bench import efficiency, findings, neighbours, privacy, receipt, runner, stages, summary, target
+from inferctl.bench import (
+    efficiency,
+    estimated,
+    findings,
+    neighbours,
+    privacy,
+    receipt,
+    runner,
+    stages,
+    summary,
+    target,
+)
 from inferctl.bench.environment import Environment
 from inferctl.bench.plan import Load, Plan
 from inferctl.errors import InferctlError, InvalidRunError
@@ -24,7 +35,7 @@ SCHEMA = "inferctl.bench/1"
 @dataclass(frozen=True)
 class Context:
     """What receipts say about the bench as a whole. `hardware_wanted` are the catalog keys that the spec asks for; `subjects` is what
-    was measured, when that is not what the plan lists."""
+    was measured, when that is not what the plan lists; `model` is the folder that estimates take the model's sizes from."""
 
     plan: Plan
     environment: Environment
@@ -33,6 +44,7 @@ class Context:
     slo_p99_ms: float | None
     output: Path
     subjects: Sequence[runner.Subject] = ()
+    model: Path | None = None
 
 
 def receipts(context: Context, outcomes: Sequence[runner.Outcome]) -> list[receipt.Receipt]:
@@ -287,16 +299,34 @@ def _not_measured(context: Context, rows: Sequence[dict[str, Any]]) -> list[dict
     reason = f"the hardware measured is {names}" if names else "nothing was measured"
     known = catalog.hardware_profiles()
     return [
-        _empty(key, "not measured here", reason)
-        | {"hardware": {"key": key, "name": known[key].name if key in known else key}}
+        row
         for key in context.hardware_wanted
         if key not in present
+        for row in _elsewhere(context, {"key": key, "name": known[key].name if key in known else key}, reason)
     ]
+
+
+def _elsewhere(context: Context, hardware: dict[str, Any], reason: str) -> list[dict[str, Any]]:
+    """Rows of a part that is not here: estimated, or one for each reason why not."""
+    rows, reasons = [], {}
+    for subject, figures in estimated.each(context.plan, context.subjects, context.model, hardware["key"]):
+        if isinstance(figures, str):
+            reasons.setdefault(figures, []).append(subject.name)
+            continue
+        precision = {"requested": subject.precision, "effective": figures["precision"]}
+        why = f"{reason}; estimated from {figures['rests_on']}"
+        rows.append(_empty(subject.name, "estimated", why) | {"precision": precision, "estimate": figures})
+    rows += [
+        _empty(f"{hardware['key']}: {', '.join(names)}", "not measured here", f"{reason}; not estimated: {why}")
+        for why, names in reasons.items()
+    ]
+    found = rows or [_empty(hardware["key"], "not measured here", reason)]
+    return [row | {"hardware": hardware} for row in found]
 
 
 def verdict(result: dict[str, Any]) -> InferctlError | None:
     """The error that a bench ends with: nothing could be measured, or nothing that was measured is valid. None when all is well."""
-    rows = [row for row in result["rows"] if row["outcome"] != "not measured here"]
+    rows = [row for row in result["rows"] if row["outcome"] not in ("not measured here", "estimated")]
     measured = [row for row in rows if row["receipt"]]
     if not measured:
         reasons = "; ".join(f"{row['configuration']}: {row['reason']}" for row in rows)

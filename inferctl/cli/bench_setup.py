@@ -66,15 +66,17 @@ def start(given: Given) -> Ready:
         console.warn(
             f"--users {given.overrides['users']} changes nothing: this load is an open loop, {_offered(chosen)}"
         )
-    subjects = _subjects(chosen, targets, bool(given.precisions))
+    subjects = _subjects(chosen, targets, given)
     needed = any(subject.url is None for subject in subjects) or given.model is not None
     slo = given.slo_p99_ms or (resolved.spec.slo.p99_ms if resolved else None)
     file = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) or "/" in name else None
     asked = _Asked(resolved, chosen, file, subjects, _model(resolved, needed), slo)
-    machine = environment.detect()
-    what = _identity(asked, machine)
+    hardware(chosen.hardware)
     _check_search(asked)
     _check_neighbours(asked)
+    _check_corpora(asked)
+    machine = environment.detect()
+    what = _identity(asked, machine)
     place = _place(given.output, chosen.name)
     spec = str(Path(resolved.file).resolve()) if resolved and resolved.file else None
     model = given.model if given.model is None or not Path(given.model).exists() else str(Path(given.model).resolve())
@@ -155,8 +157,18 @@ def _bench(asked: _Asked, machine: Environment, place: Path) -> tuple[Bench, Con
         slo_p99_ms=asked.slo_p99_ms,
         output=place,
         subjects=asked.subjects,
+        model=asked.folder,
     )
     return work, context
+
+
+def _check_corpora(asked: _Asked) -> None:
+    from inferctl.bench import workload
+
+    plan = asked.plan
+    named = [plan.corpus, *(one.corpus for one in asked.subjects), plan.quality.corpus if plan.quality else None]
+    for corpus in dict.fromkeys(name for name in named if name):
+        workload.read_corpus(corpus)
 
 
 def _check_search(asked: _Asked) -> None:
@@ -218,16 +230,27 @@ def _target(text: str) -> tuple[str, str]:
     return name, address
 
 
-def _subjects(chosen: Plan, targets: list[tuple[str, str]], with_precisions: bool) -> list[Subject]:
+def _subjects(chosen: Plan, targets: list[tuple[str, str]], given: Given) -> list[Subject]:
     """What is measured: the plan's configurations; with --url those servers, and our own only when --precision asks for them too."""
     from inferctl.bench.outcome import Subject
     from inferctl.errors import UsageError
 
     own = [
         Subject(one.name, one.precision, None, one.max_batch_tokens, one.corpus, one.load)
-        for one in (chosen.configurations if with_precisions or not targets else [])
+        for one in (chosen.configurations if given.precisions or not targets else [])
     ]
-    subjects = own + [Subject(name, url=address) for name, address in targets]
+    if targets and not own and given.overrides.get("batch_tokens"):
+        raise UsageError(
+            "--batch-tokens is for servers that are started here, and --url names one that runs already",
+            "start that server with --max-batch-tokens, or add --precision",
+        )
+    corpora = list(dict.fromkeys(given.overrides.get("corpora") or []))
+    several = corpora if len(corpora) > 1 else [None]
+    subjects = own + [
+        Subject(f"{name}-{Path(corpus).stem}" if corpus else name, url=address, corpus=corpus)
+        for name, address in targets
+        for corpus in several
+    ]
     names = [subject.name for subject in subjects]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise UsageError(

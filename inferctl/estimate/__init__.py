@@ -3,6 +3,6 @@
 Everything in here is an estimate and says so; docs/estimate.md says how far to believe it.
 """
 
-from inferctl.estimate.forecast import Estimate, rows
+from inferctl.estimate.forecast import Estimate, read_config, rows
 
-__all__ = ["Estimate", "rows"]
+__all__ = ["Estimate", "read_config", "rows"]

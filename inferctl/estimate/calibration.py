@@ -89,7 +89,9 @@ class Calibration:
         part = catalog.hardware(key)
         peak = part.peaks.get(precision)
         if peak is None:
-            how = catalog.support(precision, part.traits).reason if part.kind == "cuda" else "a CPU profile has no peaks"
+            how = (
+                catalog.support(precision, part.traits).reason if part.kind == "cuda" else "a CPU profile has no peaks"
+            )
             hint = "give its measured pace instead: --capacity FILE" if part.kind == "cpu" else "fp16 is native there"
             raise UsageError(f"{precision} on {part.key} cannot be estimated: no peak is known ({how})", hint)
         fit, basis, rests_on = self._nearest(part, _ROWS_OF.get(precision, precision))
@@ -99,7 +101,9 @@ class Calibration:
         if precision == "fp32":
             basis, notes = "others", ("no row ran fp32: the sustained fraction is that of fp16, a guess",)
         if precision == "int8":
-            notes = ("int8 is TensorRT's here; the LLM.int8 that `inferctl serve` runs on GPUs was slower than fp16 wherever measured",)
+            notes = (
+                "int8 is TensorRT's here; the LLM.int8 that `inferctl serve` runs on GPUs was slower than fp16 wherever measured",
+            )
         return Calibrated(part, precision, fit, basis, rests_on, self.bands.get(basis, Band()), notes)
 
     def _nearest(self, part: Hardware, precision: str) -> tuple[Fit, Basis, str]:
@@ -108,9 +112,8 @@ class Calibration:
             return own[precision], "own", f"{own[precision].rows} rows of {part.key} in {precision}"
         if own and (moved := self._moved(own, precision)):
             return moved[0], "precision", f"rows of {part.key} in {moved[1]}, moved to {precision} as on other parts"
-        if part.mig:
-            if found := self._slice(part, precision):
-                return found
+        if part.mig and (found := self._slice(part, precision)):
+            return found
         if same := self._mean(precision, lambda one: _chip(one) == _chip(part) and not one.mig):
             return same[0], "chip", f"rows of {', '.join(same[1])}: the same chip"
         others = self._mean(precision, lambda one: not one.mig)
@@ -144,8 +147,8 @@ class Calibration:
         bottom = self._nearest(measured[0], precision)
         low, high = math.log(measured[0].sm_count or 1), math.log(whole.sm_count or 1)
         share = (math.log(part.sm_count or 1) - low) / (high - low)
-        fraction = bottom[0].fraction ** (1 - share) * top[0].fraction**share
-        launch = bottom[0].launch ** (1 - share) * top[0].launch**share
+        fraction = bottom[0].fraction ** (1 - share) * top[0].fraction ** share
+        launch = bottom[0].launch ** (1 - share) * top[0].launch ** share
         return Fit(fraction, launch), "slice", f"between rows of {measured[0].key} and of {whole.key}"
 
     def _mean(self, precision: str, wanted: Any) -> tuple[Fit, list[str]] | None:

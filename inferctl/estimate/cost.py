@@ -9,7 +9,19 @@ from typing import Any
 from inferctl.errors import UsageError
 
 _GATED = ("silu", "swish", "swiglu", "geglu", "gelu_gated", "gated-gelu")
-_GATED_FAMILIES = ("modernbert", "nomic_bert", "gte", "new", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+_GATED_FAMILIES = (
+    "modernbert",
+    "nomic_bert",
+    "gte",
+    "new",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,9 @@ class Transformer:
         head = _first(config, "head_dim") or hidden // heads
         projections = 2 * hidden * heads * head + 2 * hidden * kv_heads * head
         weights = layers * (projections + (3 if _gated(config) else 2) * hidden * width)
-        return cls(str(config.get("model_type", "transformer")), 2.0 * weights, 4.0 * layers * heads * head, layers, weights)
+        return cls(
+            str(config.get("model_type", "transformer")), 2.0 * weights, 4.0 * layers * heads * head, layers, weights
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,9 @@ class Cost:
 
 def _gated(config: Mapping[str, Any]) -> bool:
     """Whether the feed-forward block has three matrices (a gate), not two."""
-    act = str(config.get("hidden_act") or config.get("hidden_activation") or config.get("activation_function") or "").lower()
+    act = str(
+        config.get("hidden_act") or config.get("hidden_activation") or config.get("activation_function") or ""
+    ).lower()
     return act in _GATED or str(config.get("model_type", "")).lower() in _GATED_FAMILIES
 
 
@@ -92,5 +108,11 @@ def _size(config: Mapping[str, Any], *names: str) -> int:
 
 # What the calibration rows ran: bert-large-uncased.
 BERT_LARGE = Transformer.of(
-    {"model_type": "bert", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    {
+        "model_type": "bert",
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    }
 )

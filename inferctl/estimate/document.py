@@ -67,6 +67,7 @@ def build(
         "tokens": {"mean": sum(work.tokens) / len(work.tokens), "longest": max(work.tokens), "inputs": work.inputs},
         "load": None if question.load is None else _load(question.load),
         "slo_p99_ms": question.slo_p99_ms,
+        "against": question.against,
         "batch_tokens": work.batch_tokens,
         "seed": work.seed,
         "source": known.source,
@@ -133,10 +134,21 @@ def paced(cost: Cost, name: str, work: Work, question: Question) -> dict[str, An
     load = question.load
     if load is not None:
         saturated = load.mode == "open" and (load.rate or 1.0) >= offline
-        answers = None if saturated else server.open(load.rate or 1.0, load.arrivals) if load.mode == "open" else server.closed(load.users)
+        answers = (
+            None
+            if saturated
+            else server.open(load.rate or 1.0, load.arrivals)
+            if load.mode == "open"
+            else server.closed(load.users)
+        )
         result["load"] = {
-            "requests_per_s": _exact(offline if answers is None else load.rate if load.mode == "open" else answers.per_second),
-            **{f"p{q * 100:g}_ms": None if answers is None else _exact(answers.percentile(q) * 1000) for q in (0.5, 0.9, 0.99)},
+            "requests_per_s": _exact(
+                offline if answers is None else load.rate if load.mode == "open" else answers.per_second
+            ),
+            **{
+                f"p{q * 100:g}_ms": None if answers is None else _exact(answers.percentile(q) * 1000)
+                for q in (0.5, 0.9, 0.99)
+            },
             "saturated": answers is None,
         }
     if question.slo_p99_ms is not None:
@@ -145,10 +157,13 @@ def paced(cost: Cost, name: str, work: Work, question: Question) -> dict[str, An
 
 
 def compare(rows: Sequence[dict[str, Any]], against: str) -> None:
-    """Puts beside each row how it stands to the part `against` in the same precision: throughput, a lone request, and where the price flips."""
+    """Puts beside each row how it stands to the part `against`: throughput, a lone request, and where the price flips.
+
+    In the same precision where both have it, else with the other's only one.
+    """
     others = {one["precision"]: one for one in rows if one["hardware"] == against}
     for one in rows:
-        other = others.get(one["precision"])
+        other = others.get(one["precision"]) or (next(iter(others.values())) if len(others) == 1 else None)
         if other is None or other is one:
             continue
         mine, theirs = (each.get("highest_rate") or each["offline_texts_per_s"] for each in (one, other))
@@ -163,6 +178,7 @@ def compare(rows: Sequence[dict[str, Any]], against: str) -> None:
         }
         one["against"] = {
             "hardware": against,
+            "precision": other["precision"],
             "throughput": ratio,
             "single_p99": lone["value"] / their_lone["value"],
             # Up to this many times the price of the other part a text is cheaper here.

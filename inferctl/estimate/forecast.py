@@ -102,7 +102,13 @@ class Estimate:
 
 
 def rows(
-    config: Path, precision: str, hardware: str, load: Load, tokens: Sequence[int], batch_tokens: int = 16_384, seed: int = 0
+    config: Path,
+    precision: str,
+    hardware: str,
+    load: Load,
+    tokens: Sequence[int],
+    batch_tokens: int = 16_384,
+    seed: int = 0,
 ) -> Estimate:
     """What the part `hardware` would do as `inferctl serve` under `load`, with the model of `config` (its `config.json`, or its folder).
 
@@ -180,7 +186,9 @@ def notes_for(calibrated: Calibrated, config: Mapping[str, Any], batch_tokens: i
     model, part = Transformer.of(config), calibrated.part
     found = [*calibrated.notes, OTHER_ENGINE, WITHOUT_HTTP]
     if (model.layers, model.per_token) != (BERT_LARGE.layers, BERT_LARGE.per_token):
-        found.append("the rows ran BERT-large: the band does not know how well the matrices of another model fill the part")
+        found.append(
+            "the rows ran BERT-large: the band does not know how well the matrices of another model fill the part"
+        )
     vocabulary = int(config.get("vocab_size") or 0) * int(config.get("hidden_size") or config.get("dim") or 0)
     need = fit.memory(fit.ModelSize(model.weights + vocabulary, config), calibrated.precision, batch_tokens, part)
     if part.memory_bytes and need.total > part.memory_bytes:
@@ -231,5 +239,3 @@ def per_million(usd_per_hour: float, texts_per_s: Range) -> Range:
 
     high = texts_per_s.high
     return Range(dollars(texts_per_s.value), dollars(high) if high else 0.0, dollars(texts_per_s.low))
-
-

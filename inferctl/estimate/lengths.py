@@ -6,6 +6,8 @@ import math
 import random
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from statistics import NormalDist
 
 from inferctl.errors import UsageError
@@ -14,6 +16,7 @@ from inferctl.errors import UsageError
 # so about one question in fifty is longer than 384 tokens. With that, a log-normal of lengths has one free number, its mean.
 SQUAD_LONGEST = 384
 _SQUAD_OVER = 0.02
+_TOKENS_PER_WORD = 1.3
 _FORMS = "a number of tokens (128), MEAN:SIGMA of a log-normal (55:0.8), or squad"
 
 
@@ -45,7 +48,9 @@ def parse(text: str, longest: int, squad_mean: float, count: int, seed: int = 0)
     sigma = float(found[2] or 0) if found else 0.0
     if not 1 <= mean <= longest or sigma > 3:
         raise UsageError(f"--length {text!r} is none that can be read, up to {longest} tokens", f"give {_FORMS}")
-    return lognormal(mean / math.exp(sigma * sigma / 2), sigma, longest, count, seed) if sigma else [round(mean)] * count
+    return (
+        lognormal(mean / math.exp(sigma * sigma / 2), sigma, longest, count, seed) if sigma else [round(mean)] * count
+    )
 
 
 def spread(lengths: Sequence[int], count: int, seed: int = 0) -> list[int]:
@@ -53,3 +58,18 @@ def spread(lengths: Sequence[int], count: int, seed: int = 0) -> list[int]:
     found = [lengths[i % len(lengths)] for i in range(count)]
     random.Random(seed).shuffle(found)
     return found
+
+
+def of_texts(texts: Sequence[str], tokenizer: Path | None, longest: int) -> tuple[list[int], str]:
+    """Tokens of each text, cut at `longest`, and how they were counted: by the model's `tokenizer.json`, else by words."""
+    if tokenizer is not None and tokenizer.is_file() and find_spec("tokenizers"):
+        from tokenizers import Tokenizer
+
+        loaded = Tokenizer.from_file(str(tokenizer))
+        loaded.no_truncation()
+        loaded.no_padding()
+        return [
+            min(longest, len(one.ids)) for one in loaded.encode_batch(list(texts))
+        ], "counted by the model's tokenizer"
+    found = [min(longest, 2 + math.ceil(_TOKENS_PER_WORD * len(text.split()))) for text in texts]
+    return found, f"guessed: {_TOKENS_PER_WORD:g} tokens a word, as no tokenizer is at hand"

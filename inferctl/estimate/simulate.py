@@ -106,7 +106,9 @@ class Simulation:
                 self._arrive(heappop(again)[1], now)
             self._pump(now)
         good = [seconds for seconds in self._latency if not math.isnan(seconds)]
-        sequences = sum(len(one) for one, seconds in zip(self._requests, self._latency, strict=True) if not math.isnan(seconds))
+        sequences = sum(
+            len(one) for one, seconds in zip(self._requests, self._latency, strict=True) if not math.isnan(seconds)
+        )
         return Answers(good, self._last - first, sequences, self._batches, self._busy, self._refused)
 
     def _arrive(self, request: int, now: float) -> None:

@@ -1,0 +1,245 @@
+"""`inferctl estimate`: what parts that are not here would do, each figure with its error band."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from inferctl.cli import console, options
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from inferctl.estimate.document import Question
+    from inferctl.estimate.forecast import Work
+    from inferctl.spec import Spec
+
+_STANDARD = "t4,l4,a100-40gb-sxm,h100-sxm"
+_TEXTS = "mixed"
+
+
+def estimate(
+    spec_file: options.SpecFile = None,
+    model: options.ModelSource = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Only the model's config.json; its weights need not be here.")
+    ] = None,
+    hardware: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help=f"Parts, comma-separated or repeated; default the spec's, else {_STANDARD}."),
+    ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--precision", "-p", metavar="NAME", help="auto, fp32, fp16, bf16, int8; comma-separated or repeated."
+        ),
+    ] = None,
+    corpus: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Texts whose lengths are taken, or a .jsonl or .txt file.")
+    ] = None,
+    length: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="Instead of a corpus: 128, 55:0.8 (log-normal), or squad.")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(min=0.001, help="Open loop: requests/s, Poisson.")] = None,
+    users: Annotated[int | None, typer.Option(min=1, help="Closed loop: users at once.")] = None,
+    slo: Annotated[
+        float | None, typer.Option("--slo-p99-ms", min=0.001, metavar="MS", help="Find the highest rate with this p99.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Compare every part with this one, and say where the price flips.")
+    ] = None,
+    inputs: Annotated[int, typer.Option(min=1, help="Texts a request.")] = 1,
+    capacity: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also a server whose pace was measured: a capacity.json.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of arrivals and order; equal seeds give equal figures.")] = 0,
+    as_json: options.Json = False,
+) -> None:
+    """What parts that are not here would do, estimated: the real batcher on a virtual clock.
+
+    Example: inferctl estimate --model DIR --hardware t4,a100-40gb-mig-3g.20gb --slo-p99-ms 70
+    """
+    from inferctl.errors import UsageError
+    from inferctl.estimate import calibration, document, forecast
+
+    if rate and users:
+        raise UsageError("--rate and --users are two kinds of load", "give one of them")
+    if corpus and length:
+        raise UsageError("--corpus and --length both say how long inputs are", "give one of them")
+    spec, file = _model(spec_file, model, config)
+    data = forecast.read_config(file)
+    longest = _longest(data)
+    known = calibration.load()
+    tokens, how = _tokens(corpus, length, file, longest, known.mean_length, seed)
+    work = forecast.Work(tokens, inputs, spec.serve.max_batch_tokens if spec else 16_384, seed)
+    question = document.Question(_load(rate, users, inputs), slo or (spec.slo.p99_ms if spec else None), against)
+    keys = _split(hardware) or (spec.hardware if spec else []) or ([] if capacity else _STANDARD.split(","))
+    with console.progress("estimating"):
+        result = document.build(keys, _split(precision) or _precision(spec), data, work, question)
+        if capacity:
+            result["rows"].insert(0, _paced(capacity, work, question))
+    result["tokens"]["how"] = how
+    if as_json:
+        console.document(result)
+    else:
+        console.report(render(result))
+    if not result["rows"]:
+        first = result["absent"][0]
+        raise UsageError(first["reason"], first["hint"])
+
+
+def _model(spec_file: Path | None, model: str | None, config: Path | None) -> tuple[Spec | None, Path]:
+    """The spec, when there is one, and the model's `config.json`."""
+    from inferctl import model as models
+    from inferctl.errors import UsageError
+
+    if config is not None:
+        spec = options.load(spec_file, {}).spec if options.names_model(spec_file, {}) and model is None else None
+        return spec, config
+    if not options.names_model(spec_file, {"model.source": model}):
+        raise UsageError("nothing says which model is meant", "--model DIR, or --config FILE with its config.json")
+    spec = options.load(spec_file, {"model.source": model}).spec
+    folder = Path(spec.model.source)
+    # The weights are not needed, so a folder with the configuration alone will do.
+    if (folder / "config.json").is_file():
+        return spec, folder / "config.json"
+    return spec, models.find(spec.model.source, spec.model.revision).path / "config.json"
+
+
+def _longest(config: dict[str, Any]) -> int:
+    """Tokens that the model takes at most; RoBERTa's positions begin behind the padding index."""
+    positions = config.get("max_position_embeddings")
+    offset = 2 if str(config.get("model_type", "")) in ("roberta", "xlm-roberta", "mpnet", "camembert") else 0
+    return int(positions) - offset if isinstance(positions, int) and positions > offset else 512
+
+
+def _tokens(
+    corpus: str | None, length: str | None, config: Path, longest: int, squad_mean: float, seed: int
+) -> tuple[list[int], str]:
+    from inferctl.bench import workload
+    from inferctl.estimate import lengths
+
+    if length:
+        return lengths.parse(length, longest, squad_mean, 20_000, seed), f"drawn: {length}"
+    texts, _ = workload.read_corpus(corpus or _TEXTS)
+    found, how = lengths.of_texts(texts, config.parent / "tokenizer.json", longest)
+    return found, f"corpus {corpus or _TEXTS}, {how}"
+
+
+def _load(rate: float | None, users: int | None, inputs: int) -> Any:
+    from types import SimpleNamespace
+
+    if not rate and not users:
+        return None
+    mode = "open" if rate else "closed"
+    return SimpleNamespace(mode=mode, users=users or 1, rate=rate, arrivals="poisson", inputs_per_request=inputs)
+
+
+def _precision(spec: Spec | None) -> list[str]:
+    return [spec.serve.precision if spec else "auto"]
+
+
+def _split(values: list[str] | None) -> list[str]:
+    """`a,b` and repeated options alike."""
+    return [part.strip() for value in values or [] for part in value.split(",") if part.strip()]
+
+
+def _paced(file: Path, work: Work, question: Question) -> dict[str, Any]:
+    from inferctl.estimate import document
+    from inferctl.estimate.cost import Cost
+    from inferctl.serve.pace import Capacity
+
+    measured = Capacity.read(file)
+    return document.paced(Cost(measured.fixed_s, 1 / measured.tokens_per_s), file.name, work, question)
+
+
+def render(result: dict[str, Any]) -> RenderableType:
+    """The table, what each row rests on, prices, and what to know; fits 80 columns."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = result["rows"]
+    loaded, slo, against = result["load"], result["slo_p99_ms"], any("against" in row for row in rows)
+    headings = ["hardware", "runs", "offline\ntexts/s", "lone\np99 ms"]
+    headings += ["p50 ms", "p99 ms"] if loaded else []
+    headings += ["req/s at\nthe SLO"] if slo else []
+    headings += [f"times\n{result['against']}"] if against else []
+    headings += ["USD per\n1M texts"]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for heading in headings:
+        left = heading in ("hardware", "runs")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=heading == "hardware", overflow="fold")
+    for row in rows:
+        cells = [
+            row["hardware"],
+            row["precision"] or "as is",
+            span(row["offline_texts_per_s"]),
+            span(row["single_ms"]["p99"]),
+        ]
+        if loaded:
+            cells += [span(row["load"][key]) if row["load"][key] else "over" for key in ("p50_ms", "p99_ms")]
+        if slo:
+            cells.append(span(row["highest_rate"]))
+        if against:
+            cells.append(span(row["against"]["throughput"]) if "against" in row else "-")
+        cells.append("\n".join(span(one["usd_per_million_texts"]) for one in row["costs"][:1]) or "-")
+        table.add_row(*cells)
+    return Group(
+        Text(f"estimated, not measured: {_what(result)}", style="bold"),
+        Text(),
+        table,
+        Text(),
+        *map(Text, lines(result)),
+    )
+
+
+def span(value: dict[str, Any]) -> str:
+    """A figure over the range of its band."""
+    if value["low"] == value["high"]:
+        return _short(value["value"])
+    high = "over" if value["high"] is None else _short(value["high"])
+    return f"{_short(value['value'])}\n{_short(value['low'])} {high}"
+
+
+def _short(value: float) -> str:
+    if value >= 10_000:
+        return f"{value / 1000:.1f}k"
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}" if value < 1 else f"{value:.3g}"
+
+
+def _what(result: dict[str, Any]) -> str:
+    load, slo = result["load"], result["slo_p99_ms"]
+    said = [f"{result['tokens']['mean']:.0f} tokens a text on average"]
+    if load:
+        said.append(f"{load['rate']:g} requests/s" if load["mode"] == "open" else f"{load['users']} users")
+    if slo:
+        said.append(f"p99 within {slo:g} ms")
+    return ", ".join(said)
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """Under the table: what rows rest on, prices with source and date, and what to know, each said once."""
+    found = [
+        f"{row['hardware']} {row['precision'] or ''}: {row['rests_on']}".replace(" :", ":") for row in result["rows"]
+    ]
+    found += [f"not estimated: {one['reason']}" for one in result["absent"]]
+    priced = {
+        f"{row['hardware']}: {one['usd_per_hour']:.3f} USD/h, {one['provider']} {one['instance']} ({one['source']}, {one['date']})"
+        for row in result["rows"]
+        for one in row["costs"][:1]
+    }
+    found += ["", *sorted(priced)] if priced else []
+    for row in result["rows"]:
+        if (flip := row.get("against")) is not None:
+            at = flip["whole_gpu_price_flips_at"]
+            found.append(
+                f"{row['hardware']} {row['precision']}: cheaper a text than {flip['hardware']} up to {flip['price_flips_at']['value']:.2f} times its price"
+                f" ({flip['price_flips_at']['low']:.2f}-{flip['price_flips_at']['high']:.2f})"
+                + (f"; for the whole GPU {at['value']:.1f} times" if "-mig-" in row["hardware"] else "")
+            )
+    notes = list(dict.fromkeys(note for row in result["rows"] for note in row["notes"]))
+    return [*found, "", f"lengths: {result['tokens']['how']}; under each figure the range of its error band", *notes]
