@@ -169,7 +169,7 @@ def _serve_image(
         model=spec.model.source if known else None,
         revision=spec.model.revision if known else None,
         replaces_model="model" in given,
-        drain_seconds=spec.serve.drain_seconds,
+        drain_seconds=spec.serve.grace_seconds + spec.serve.drain_seconds,
         arguments=_arguments(given),
     )
     return server.run_server(image, wanted, console.note, announce)

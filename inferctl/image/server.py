@@ -39,7 +39,7 @@ class Address:
 class ServeOptions:
     """How an image is served. `model`: where weights to mount are (a folder or a hub id), None when nothing says so.
 
-    `replaces_model`: that was asked for on the command line. `arguments`: options of `inferctl serve` for the server inside.
+    `replaces_model`: that was asked for on the command line. `drain_seconds`: what a stop may take, grace included. `arguments`: options of `inferctl serve` for the server inside.
     """
 
     address: Address

@@ -116,7 +116,8 @@ def verify(engine: Engine, image: ImageInfo, options: VerifyOptions) -> Generato
         vectors = _embed(container, address, str(info["name"]))
     # The server is gone before the reference loads the weights again, so that memory is needed once.
     dimensions = int(info["model"]["dimensions"])
-    reference = _reference(engine, image, options) if options.compare else None
+    longest = (info.get("limits") or {}).get("max_input_tokens")
+    reference = _reference(engine, image, options, longest) if options.compare else None
     if reference is not None and reference["model_sha256"] != info["model"].get("sha256"):
         _broken(
             f"the server has other weights ({info['model'].get('sha256')}) than the image ({reference['model_sha256']})"
@@ -250,11 +251,12 @@ def _embed(container: Container, address: tuple[str, int], model: str) -> list[l
     return [decode(item["embedding"]) for item in found]
 
 
-def _reference(engine: Engine, image: ImageInfo, options: VerifyOptions) -> dict[str, Any]:
+def _reference(engine: Engine, image: ImageInfo, options: VerifyOptions, longest: int | None) -> dict[str, Any]:
+    """The reference's answer, with inputs cut to `longest` tokens as the server cuts them."""
     python = image.entrypoint[0] if image.entrypoint and "python" in image.entrypoint[0] else "python3"
     running = ContainerOptions(
         entrypoint=(python, "-m", "inferctl.serve.reference"),
-        command=(MODEL_PATH,),
+        command=(MODEL_PATH, *(("--max-input-tokens", str(longest)) if longest else ())),
         mounts=mounts_of(options.model) if options.model else {},
         network="none",
         stdin=True,

@@ -122,10 +122,10 @@ def create(state: State) -> ASGIApp:
         return _json({"id": state.name, "object": "model", "created": state.created, "owned_by": "inferctl"})
 
     async def livez(_: Request) -> Response:
-        return Response("the engine does not start\n", 503) if state.hopeless() else Response("ok\n")
+        return _text("the engine does not start", 503) if state.hopeless() else _text("ok")
 
     async def readyz(_: Request) -> Response:
-        return Response("ok\n") if state.phase == "ready" else Response(f"{state.phase}\n", 503)
+        return _text("ok") if state.phase == "ready" else _text(state.phase, 503)
 
     async def metrics(_: Request) -> Response:
         return Response(state.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
@@ -165,12 +165,17 @@ def create(state: State) -> ASGIApp:
         ],
         exception_handlers={ApiError: failed, HTTPException: failed, Exception: failed},
     )
+    others.router.redirect_slashes = False  # a POST that is redirected loses its body with many clients: better a 404
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
         hot = scope["type"] == "http" and scope["path"] == "/v1/embeddings" and scope["method"] == "POST"
         await (embeddings if hot else others)(scope, receive, send)
 
     return route
+
+
+def _text(line: str, status: int = 200) -> Response:
+    return Response(f"{line}\n", status, media_type="text/plain")
 
 
 def _json(value: Any) -> Response:

@@ -28,8 +28,10 @@ from inferctl.serve.types import Batch, BatchResult, Tokens, Vectors
 log = logging.getLogger("inferctl.dispatcher")
 
 _ATTEMPTS = 2
-# A batch that did not fit into memory is no reason to send less than this (tokens).
+# A batch that did not fit into memory is no reason to send less than this (tokens). After so many full batches that did fit, the limit is what
+# it was: memory that is short for good costs a retry in that many batches.
 _SMALLEST_BATCH = 64
+_REGAINED_AFTER = 256
 _HARMLESS = np.full(1, 5, dtype=np.int32)
 
 
@@ -155,6 +157,7 @@ class Dispatcher:
         if not sent.exact:
             self._batcher.pace.observe(tokens, max(seconds, result.seconds))
         self._metrics.batch(len(sent.works), tokens, result.seconds)
+        self._regain(lane, tokens)
         for row, work in enumerate(sent.works):
             request = self._requests.get(work.request)
             if request is None:
@@ -260,6 +263,13 @@ class Dispatcher:
         """Seconds until some engine has done what it has."""
         pace = self._batcher.pace
         return min((lane.left(lambda sent: pace.seconds(sent.tokens)) for lane in self.lanes if lane.up), default=0.0)
+
+    def _regain(self, lane: Lane, tokens: int) -> None:
+        """A batch fitted into memory: where the limit is lower than it was and this came near it, the next may be larger."""
+        full = lane.info.batch_tokens if lane.info else 0
+        if lane.batch_tokens < full and 2 * tokens > lane.batch_tokens:
+            lane.batch_tokens = min(full, lane.batch_tokens + max(1, full // _REGAINED_AFTER))
+            self.lanes_changed()
 
     def _limit_batches(self, tokens: int) -> None:
         self._batcher.limits = self._batcher.limits.with_batch_tokens(tokens)

@@ -237,3 +237,25 @@ def test_a_batch_that_waits_for_a_slot_begins_when_one_is_free() -> None:
         await asyncio.gather(*tasks)
 
     run(scenario)
+
+
+def test_the_batch_limit_grows_back_after_memory_was_short() -> None:
+    async def scenario() -> None:
+        world = World()
+        lane, limits = world.lanes[0], world.dispatcher._batcher.limits
+        lane.engine_ready(replace(INFO, batch_tokens=1024))
+        task = world.ask(*([20] * 100 for _ in range(8)))
+        await settled()
+        lane.batch_failed(world.with_engine[lane].pop(0).id, "no memory", True)
+        low = world.dispatcher.batch_tokens
+        await world.drain()
+        await task
+        assert low == 400
+        for _ in range(400):
+            task = world.ask(*([20] * 100 for _ in range(10)))
+            await settled()
+            await world.drain()
+            await task
+        assert world.dispatcher.batch_tokens == 1024 > limits.batch_tokens
+
+    run(scenario)
