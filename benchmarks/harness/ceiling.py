@@ -121,7 +121,7 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=32)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
     parser.add_argument(
-        "--rates", type=float, nargs="*", default=[1000, 2000, 4000, 6000, 8000, 10_000, 12_000, 14_000, 16_000, 20_000]
+        "--rates", type=float, nargs="*", default=[2000, 5000, 10_000, 15_000, 20_000, 25_000, 30_000, 40_000, 60_000]
     )
     parser.add_argument("--no-stock", action="store_true")
     parser.add_argument("--json", type=Path)
