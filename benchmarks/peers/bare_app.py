@@ -1,6 +1,6 @@
-"""A bare Starlette application on uvicorn that answers every request with the same bytes: what any such server costs at least.
+"""A bare Starlette application that answers every request with the same bytes: what any such server costs at least.
 
-python bare_app.py PORT BODY.json
+python bare_app.py PORT BODY.json [uvicorn|granian]
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -27,4 +26,15 @@ async def health(_: Request) -> Response:
 
 
 app = Starlette(routes=[Route("/v1/embeddings", embed, methods=["POST"]), Route("/health", health)])
-uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning", access_log=False)
+if __name__ == "__main__":
+    port = int(sys.argv[1])
+    if sys.argv[3:] == ["granian"]:
+        from granian import Granian
+        from granian.constants import Interfaces, Loops
+
+        options = {"interface": Interfaces.ASGI, "loop": Loops.uvloop, "workers": 1, "log_enabled": False}
+        Granian("bare_app:app", address="127.0.0.1", port=port, **options).serve()
+    else:
+        import uvicorn
+
+        uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", access_log=False)

@@ -31,6 +31,7 @@ LOGS = ROOT / ".cache" / "peers"
 PACKAGES = {
     "infinity": ("infinity-emb[torch,server]", "click<8.2"),
     "sentence-transformers": ("sentence-transformers", "fastapi", "uvicorn", "uvloop", "httptools"),
+    "http-servers": ("starlette", "uvicorn", "uvloop", "httptools", "granian"),
     "openvino": ("openvino", "nncf", "torch", "transformers<5"),
 }
 START_SECONDS = 180
