@@ -99,9 +99,7 @@ def find(settings: Search, slo_p99_ms: float, ceiling: float | None, measure: Me
     """
     hunt = _Hunt(settings, measure)
     hunt.sweep(ceiling)
-    hunt.descend()
-    hunt.bisect()
-    best = hunt.confirm()
+    best = hunt.settle()
     return _result(settings, slo_p99_ms, ceiling, hunt, best)
 
 
@@ -175,17 +173,18 @@ class _Hunt:
             if self.probe((low + high) / 2, "bisect").holds is None:
                 return
 
-    def confirm(self) -> Probe | None:
-        """The best rate's own, fresh probe; steps down where it does not hold again."""
+    def settle(self) -> Probe | None:
+        """The best rate's own, fresh probe. One that held and now fails is probed a third time, which decides; then the next lower is found."""
         for _ in range(CONFIRMATIONS):
+            self.descend()
+            self.bisect()
             low, _high = self.bracket()
             if low is None:
                 return None
-            made = self.probe(low, "confirm")
-            if made.holds:
-                return made
-            if self.bracket()[0] is None:
-                self.probe(low / (1 + self._settings.resolution), "bisect")
+            for _ in range(2):
+                made = self.probe(low, "confirm")
+                if made.holds:
+                    return made
         return None
 
 
@@ -222,24 +221,32 @@ def shape(probes: Sequence[Probe]) -> dict[str, Any]:
     knee = max(kept, key=lambda p: p.achieved_rps / (p.p50_ms or 1), default=None)
     if knee and (len(kept) < 3 or knee is kept[-1]):
         knee = None
-    behind = next((p for p in probes if p.broke == "fell behind"), None)
+    behind = _from_here_on(probes, lambda probe: probe.broke in ("fell behind", "errors"), "fell behind")
+    most = [max((p.achieved_rps for p in probes[: index + 1]), default=0.0) for index in range(len(probes))]
+    erring = _from_here_on(probes, lambda probe: probe.broke in _SATURATED, "errors")
+    low = {p.rate for p, before in zip(probes[1:], most, strict=False) if p.achieved_rps < FALLS * before}
+    falling = _from_here_on(probes, lambda probe: probe.rate in low, "fell behind")
     cliff = None
-    best = 0.0
-    for probe in probes:
-        if probe.broke == "errors":
-            cliff = {"rps": probe.rate, "kind": "errors", "reason": probe.reason}
-        elif probe.broke == "fell behind" and probe.achieved_rps < FALLS * best:
-            reason = f"{probe.achieved_rps:.1f} requests/s, after {best:.1f} at a lower rate"
-            cliff = {"rps": probe.rate, "kind": "throughput falls", "reason": reason}
-        if cliff:
-            break
-        best = max(best, probe.achieved_rps)
+    if falling and (not erring or falling.rate < erring.rate):
+        before = max(p.achieved_rps for p in probes if p.rate < falling.rate)
+        reason = f"{falling.achieved_rps:.1f} requests/s, after {before:.1f} at a lower rate"
+        cliff = {"rps": falling.rate, "kind": "throughput falls", "reason": reason}
+    elif erring:
+        cliff = {"rps": erring.rate, "kind": "errors", "reason": erring.reason}
     return {
         "knee_rps": knee.rate if knee else None,
         "saturation_rps": behind.rate if behind else None,
         "saturated_at_rps": round(max((p.achieved_rps for p in probes), default=0.0), 3) if behind else None,
         "cliff": cliff,
     }
+
+
+def _from_here_on(probes: Sequence[Probe], bad: Callable[[Probe], bool], broke: str) -> Probe | None:
+    """The lowest probe that broke so, of those from which on all are bad: one bad probe below good ones was the machine's."""
+    start = len(probes)
+    while start and bad(probes[start - 1]):
+        start -= 1
+    return next((probe for probe in probes[start:] if probe.broke == broke), None)
 
 
 def sentences(name: str, search: Mapping[str, Any]) -> list[str]:

@@ -162,6 +162,33 @@ def test_falling_throughput_is_a_cliff_and_a_plateau_is_none() -> None:
     }
 
 
+def test_a_bad_moment_of_the_machine_below_good_probes_is_no_cliff() -> None:
+    stalled = probe(50, 30, 900, "fell behind")
+    shaped = goodput.shape(
+        [probe(20, 20, 5), probe(40, 40, 6), stalled, probe(60, 60, 7), probe(80, 65, 300, "fell behind")]
+    )
+    assert shaped["saturation_rps"] == 80
+    assert shaped["cliff"] is None
+
+
+def test_a_rate_that_held_and_fails_once_is_probed_a_third_time() -> None:
+    server = Simulated(80, seconds=60)
+    failed: list[float] = []
+
+    def unlucky(rate: float, stage: str, earlier: Sequence[Probe]) -> Probe:
+        made = server(rate, stage, earlier)
+        if stage == "confirm" and not failed:
+            failed.append(rate)
+            return Probe(**{**vars(made), "holds": False, "broke": "p99", "reason": "a stall"})
+        return made
+
+    result = goodput.find(plan.Search.model_validate({}), 80, 100.0, unlucky)
+    assert [p["rate"] for p in result["probes"] if p["stage"] == "confirm"][:2] == failed * 2
+    if result["max_goodput_rps"] != failed[0]:
+        # The third had no luck either: then what lies between it and the next lower one is searched, not skipped.
+        assert result["max_goodput_rps"] > failed[0] / 1.2
+
+
 def test_too_few_answers_are_said_to_be_too_few() -> None:
     result = found({}, Simulated(80, seconds=2))
     assert result["verdict"] == "n too small"
