@@ -225,10 +225,11 @@ def short(value: float | None) -> str:
 def notes(result: Mapping[str, Any]) -> Iterator[str]:
     """Lines under the table: units and load, what else was found, what to know before using the numbers."""
     load = result["load"]
-    how = loop(load)
+    searched = any(row.get("search") for row in result["rows"])
+    how = "the open loop that confirmed the highest rate of each" if searched else loop(load)
     runs = f"{result['repeats']} runs each" if result["repeats"] > 1 else "one run each"
     yield f"latency in ms; {how}, {load['duration_s']:g} s, {runs}; cosine (mean) and recall@10 against fp32"
-    if load["mode"] == "open":
+    if load["mode"] == "open" or searched:
         sends = ", ".join(
             f"{row['configuration']} {row['late']:,} late and {row['dropped']:,} dropped of {row['requests']:,}"
             for row in result["rows"]
