@@ -68,7 +68,9 @@ class Session:
         if (client := summary.client_cpu_percent(done.state)) is not None:
             resources["client_cpu_percent"] = client
             if "other_cores" in resources:
-                resources["other_cores"] = round(max(0.0, resources["other_cores"] - client / 100), 3)
+                resources["other_cores"] = round(
+                    max(0.0, resources["other_cores"] - (loads.cores_used(done.state) or 0)), 3
+                )
         offered = len(work.schedule_ns) if load.mode == "open" else None
         return Measurement(
             run=run,
