@@ -15,8 +15,8 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Protocol
+from dataclasses import asdict, replace
+from typing import Any, Protocol
 
 from inferctl.errors import InferctlError
 from inferctl.serve import frames
@@ -86,6 +86,7 @@ class Supervisor:
         self._batches: dict[int, float] = {}  # with the engine, the oldest first, and when they were sent
         self._since = 0.0  # when this life began
         self._start_seconds: float | None = None  # the first time
+        self._known: dict[str, Any] | None = None  # what the engine said when it was first ready
 
     @property
     def hopeless(self) -> bool:
@@ -144,7 +145,7 @@ class Supervisor:
         watchdog = asyncio.create_task(self._watch(process))
         try:
             reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 24)
-            self._writer.write(frames.pack_json(Kind.CONFIG, asdict(self._config)))
+            self._writer.write(frames.pack_json(Kind.CONFIG, asdict(replace(self._config, known=self._known))))
             if self._stopping.is_set():  # `stop` came before there was anything to close
                 self._writer.close()
             problem = await self._listen(reader)
@@ -186,7 +187,8 @@ class Supervisor:
             elif kind is Kind.READY and not self._stopping.is_set():
                 self._ready, self.failures = True, 0
                 self._start_seconds = self._start_seconds or loop.time() - self._since
-                self._listener.engine_ready(EngineInfo.from_json(json.loads(body)))
+                self._known = json.loads(body)
+                self._listener.engine_ready(EngineInfo.from_json(self._known))
             elif kind is Kind.FATAL:
                 fatal = json.loads(body)
                 return EngineStartError(fatal["message"], fatal["hint"], fatal["exit_code"])

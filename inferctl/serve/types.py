@@ -18,7 +18,10 @@ Vectors: TypeAlias = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What an engine is told when it starts. `model` is a folder; `max_input_tokens` and `max_batch_tokens` count tokens."""
+    """What an engine is told when it starts. `model` is a folder; `max_input_tokens` and `max_batch_tokens` count tokens.
+
+    `known`: the `EngineInfo` (as JSON) that an engine with the same configuration found on this device before: it is not found again.
+    """
 
     engine: Literal["encoder", "echo"] = "encoder"
     model: str = ""
@@ -28,6 +31,7 @@ class EngineConfig:
     max_batch_tokens: int = 16384
     echo_dimensions: int = 8
     log: str = "text"
+    known: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,25 @@ def test_variable_length_attention_on_a_gpu_equals_padding(tiny: Any, architectu
     assert info.device.kind == "cuda"
     rows = sequences()
     assert (engine.run(batch(rows)).vectors * plain(folder, rows)).sum(axis=1).min() > 0.98
+
+
+@pytest.mark.parametrize("size", [1, 16, 17, 128, 129, 1000, 1024, 5000])
+def test_rows_are_filled_up_to_few_numbers_and_little(size: int) -> None:
+    from inferctl.serve.engines.onednn import filled
+
+    assert size <= filled(size) <= max(size + 15, size * 9 / 8 + 1)
+    assert filled(filled(size)) == filled(size)
+    assert len({filled(rows) for rows in range(1, 2049)}) <= 8 * 5
+
+
+def test_an_engine_that_was_checked_before_starts_without_and_computes_the_same(minilm: Path) -> None:
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    config = EngineConfig(model=str(minilm), precision="auto", device="cpu")
+    first = EncoderEngine(config)
+    found = first.load()
+    again = EncoderEngine(replace(config, known=found.to_json()))
+    again._reference = again._check_sequences = None  # type: ignore[assignment,method-assign]  # would fail if they were called
+    assert again.load() == found
+    both = batch([np.arange(1000, 1060, dtype=np.int32), np.arange(1060, 1100, dtype=np.int32)])
+    assert np.allclose(again.run(both).vectors, first.run(both).vectors, atol=1e-3)

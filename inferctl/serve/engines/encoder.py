@@ -79,16 +79,17 @@ class EncoderEngine:
         precision, self._dtype = devices.choose(self._config.precision, traits)
         on_cpu = info.kind == "cpu"
         cores = info.threads or 1
-        self._threads, self._pool, self._batch_tokens = 1, None, self._config.max_batch_tokens
+        self._pool: ThreadPoolExecutor | None = None
+        self._threads, self._batch_tokens = 1, self._config.max_batch_tokens
+        self._varlen = info.kind == "cuda" and traits.compute_capability >= (8, 0) and self._dtype != torch.float32  # type: ignore[operator]
+        if self._config.known:
+            return self._load_known(EngineInfo.from_json(self._config.known), folder.path, precision, cores)
         sequences = self._check_sequences(folder.path)
         expected, why = self._reference(folder, sequences)
-        self._varlen = info.kind == "cuda" and traits.compute_capability >= (8, 0) and self._dtype != torch.float32  # type: ignore[operator]
         attention, reason = self._load_checked(folder.path, precision, info.kind, sequences, expected)
         cosines = _cosines(self._embed(sequences), expected) if expected is not None else None
         if on_cpu:
-            self._threads = self._choose_threads(cores)
-            self._pool = _single_threads(cores) if self._threads > 1 else None
-            self._batch_tokens = min(self._batch_tokens, _CORE_BATCH_TOKENS * self._threads)
+            self._share_out(cores, self._choose_threads(cores))
         parallel = cores // self._threads
         self._warm_up(parallel)
         return EngineInfo(
@@ -108,6 +109,20 @@ class EncoderEngine:
                 "transformers": transformers.__version__,
             },
         )
+
+    def _load_known(self, known: EngineInfo, folder: Path, precision: PrecisionInfo, cores: int) -> EngineInfo:
+        """`load` without what an earlier engine found: clients wait for this one."""
+        self._load(folder, precision, packed.NAME if known.attention == "packed" else None)
+        if self._device.type == "cpu":
+            self._share_out(cores, max(1, cores // known.parallel))
+        self._warm_up(known.parallel)
+        return known
+
+    def _share_out(self, cores: int, threads: int) -> None:
+        """Give each batch so many threads of a CPU."""
+        self._threads = threads
+        self._pool = _single_threads(cores) if threads > 1 else None
+        self._batch_tokens = min(self._batch_tokens, _CORE_BATCH_TOKENS * threads)
 
     def run(self, batch: Batch) -> BatchResult:
         """See `Engine.run`."""
@@ -152,7 +167,6 @@ class EncoderEngine:
             self._load(folder, precision, None)
             return "padded", "variable-length attention needs compute capability 8.0 and a 16-bit format"
         try:
-            packed.register()
             self._load(folder, precision, packed.NAME)
             together = self._embed(sequences)
             alone = np.concatenate([self._embed([s]) for s in sequences])
@@ -171,6 +185,8 @@ class EncoderEngine:
 
     def _load(self, folder: Path, precision: PrecisionInfo, attention: str | None) -> None:
         self._model = None  # let the memory go before it is needed again
+        if attention == packed.NAME:
+            packed.register()
         loaded = plain.load_model(folder, self._dtype, attention)
         self._fill = self._device.type == "cpu" and (precision.effective == "int8" or _native_bf16(precision))
         if precision.effective == "int8" and self._device.type == "cuda":
