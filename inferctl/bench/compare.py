@@ -119,7 +119,8 @@ def configuration(pair: Pair, options: Options, family: int) -> dict[str, Any]:
     """The verdict on one pair that may be compared."""
     assert pair.new is not None  # `refused` says so otherwise
     metrics = [judge(pair, metric, options, family) for metric in _wanted(options)]
-    metrics += quality(pair.old.data["quality"], pair.new.data["quality"], options)
+    corpora = {(one.data["plan"].get("quality") or {}).get("corpus") for one in (pair.old, pair.new)}
+    metrics += quality(pair.old.data["quality"], pair.new.data["quality"], options, same_texts=len(corpora) == 1)
     outcomes = [metric["outcome"] for metric in metrics]
     outcome = next((one for one in ("regression", "not enough evidence") if one in outcomes), "no regression")
     if outcome == "no regression" and "improvement" in outcomes:
@@ -201,7 +202,9 @@ def _once(before: float, after: float, limits: verdict.Limits) -> dict[str, Any]
     }
 
 
-def quality(old: Mapping[str, Any], new: Mapping[str, Any], options: Options) -> list[dict[str, Any]]:
+def quality(
+    old: Mapping[str, Any], new: Mapping[str, Any], options: Options, same_texts: bool = True
+) -> list[dict[str, Any]]:
     """Quality against its limits and against the old one, exactly: vectors are computed, not sampled."""
     if not new.get("checked"):
         row = {"name": "quality", "unit": "", "repeats_needed": None, "old": None, "new": None}
@@ -221,7 +224,7 @@ def quality(old: Mapping[str, Any], new: Mapping[str, Any], options: Options) ->
                 "reason": f"broken: {new.get('reason')}",
             }
         ]
-    same = (old.get("texts"), old.get("corpus")) == (new.get("texts"), new.get("corpus"))
+    same = same_texts and old.get("texts") == new.get("texts")
     known: Mapping[str, Any] = old if old.get("checked") and "cosine" in old and same else {}
     limits = new.get("limits") or {}
     return [

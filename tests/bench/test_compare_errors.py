@@ -73,7 +73,8 @@ def outcomes(repeats: int, slower: float, noise: float, burst: float, pairs: int
 @pytest.mark.parametrize("noise", [0.01, SEEN, 0.08])
 @pytest.mark.parametrize("repeats", [3, 5, 10])
 def test_the_same_again_is_hardly_ever_called_a_regression(repeats: int, noise: float, burst: float) -> None:
-    assert outcomes(repeats, 1.0, noise, burst).get("regression", 0) <= MOST_FALSE_ALARMS
+    # Of 1,200 pairs: a rate of 1.6 % is then known to 0.4 %. The seed is fixed.
+    assert outcomes(repeats, 1.0, noise, burst, pairs=3 * PAIRS).get("regression", 0) <= MOST_FALSE_ALARMS
 
 
 @pytest.mark.parametrize(("repeats", "noise", "least"), [(5, 0.01, 0.99), (5, SEEN, 0.6), (10, SEEN, 0.95)])
