@@ -58,20 +58,21 @@ class Range:
 
 @dataclass(frozen=True)
 class Work:
-    """The requests of an estimate: `tokens` of each input, inputs a request, and the batcher's limit (tokens)."""
+    """The requests of an estimate: `tokens` of each input, inputs a request, the batcher's limit (tokens), and batches that the engine runs at a time."""
 
     tokens: Sequence[int]
     inputs: int = 1
     batch_tokens: int = 16_384
     seed: int = 0
     count: int = REQUESTS
+    slots: int = 1
 
     def server(self, cost: Cost) -> Server:
         """A server that gets these requests."""
         total = max(2000, self.count // self.inputs)
         drawn = lengths.spread(self.tokens, total * self.inputs, self.seed)
         requests = [drawn[i * self.inputs : (i + 1) * self.inputs] for i in range(total)]
-        return Server(cost, Limits(self.batch_tokens, UNBOUNDED), requests, seed=self.seed)
+        return Server(cost, Limits(self.batch_tokens, UNBOUNDED), requests, self.slots, self.seed)
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ _STEPS = 8
 
 @dataclass(frozen=True)
 class Server:
-    """A server to simulate: what a batch costs, the batcher's limits, and the requests that come (lengths of each one's sequences)."""
+    """A server to simulate: what a batch costs, the batcher's limits, the requests that come (lengths of each one's
+    sequences), and how many batches its engine runs at a time (`slots`)."""
 
     cost: Cost
     limits: Limits
     requests: Sequence[Sequence[int]]
-    engines: int = 1
+    slots: int = 1
     seed: int = 0
 
     def offline(self) -> Answers:
@@ -70,4 +71,4 @@ class Server:
         return low
 
     def _new(self, times: int = 1) -> Simulation:
-        return Simulation(self.cost, self.limits, list(self.requests) * times, self.engines)
+        return Simulation(self.cost, self.limits, list(self.requests) * times, self.slots)

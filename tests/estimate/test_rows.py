@@ -1,0 +1,131 @@
+"""Estimates as a bench takes them: labelled, ranged, and never in a measured column."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inferctl import estimate
+from inferctl.bench import estimated, findings
+from inferctl.bench.outcome import Subject
+from inferctl.bench.plan import Configuration, Load, Plan
+from inferctl.errors import UsageError
+
+MINILM = {
+    "model_type": "bert",
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+    "vocab_size": 30522,
+    "max_position_embeddings": 512,
+}
+LENGTHS = [20 + i % 100 for i in range(300)]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(MINILM))
+    return tmp_path
+
+
+def load(**values: Any) -> Load:
+    return Load.model_validate(values)
+
+
+def test_an_estimate_is_labelled_ranged_and_equal_each_time(model: Path) -> None:
+    one, other = (estimate.rows(model, "fp16", "t4", load(mode="open", rate=2000), LENGTHS) for _ in range(2))
+    assert one == other
+    assert one.outcome == "estimated"
+    assert one.p99_ms and one.p50_ms
+    assert one.p99_ms.high and one.p99_ms.low < one.p99_ms.value < one.p99_ms.high
+    assert one.p50_ms.value < one.p99_ms.value
+    assert one.requests_per_s.value == 2000
+    for expected in ("TensorRT", "BERT-large"):
+        assert any(expected in note for note in one.notes)
+    json.dumps(one.as_dict())
+
+
+def test_more_than_the_part_does_has_no_latency(model: Path) -> None:
+    found = estimate.rows(model, "fp16", "t4", load(mode="open", rate=90_000), LENGTHS)
+    assert found.saturated
+    assert (found.p50_ms, found.p90_ms, found.p99_ms) == (None, None, None)
+    assert found.requests_per_s.value < 90_000
+
+
+def test_a_closed_loop_gives_throughput_and_latency(model: Path) -> None:
+    found = estimate.rows(model, "auto", "a100-40gb-sxm", load(users=8), LENGTHS)
+    assert found.precision == "bf16"
+    assert any("no row ran bf16" in note for note in found.notes)
+    assert found.p50_ms and found.requests_per_s.value == pytest.approx(8000 / found.p50_ms.value, rel=0.25)
+
+
+def test_int8_as_the_server_runs_it_is_not_estimated_from_another_programs_rows(model: Path) -> None:
+    with pytest.raises(UsageError, match=r"LLM\.int8"):
+        estimate.rows(model, "int8", "t4", load(), LENGTHS)
+
+
+def test_a_model_that_does_not_fit_is_said_first(model: Path) -> None:
+    large = MINILM | {
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+    }
+    (model / "config.json").write_text(json.dumps(large))
+    found = estimate.rows(model, "fp16", "t4", load(), LENGTHS)
+    assert found.notes[0].startswith("does not fit")
+
+
+def plan(**values: Any) -> Plan:
+    names = ("fp16", "int8")
+    return Plan(
+        name="x",
+        configurations=[Configuration.model_validate({"name": name, "precision": name}) for name in names],
+        load=Load.model_validate(values),
+        corpus="short",
+    )
+
+
+def test_a_bench_gets_figures_or_a_reason_for_each_configuration(model: Path) -> None:
+    subjects = [Subject("fp16", "fp16"), Subject("int8", "int8"), Subject("far", url="http://example.com")]
+    found = {subject.name: figures for subject, figures in estimated.each(plan(), subjects, model, "t4")}
+    assert isinstance(found["fp16"], dict)
+    assert found["fp16"]["p99_ms"] > 0 and found["fp16"]["band"]["low"] < 1 < found["fp16"]["band"]["high"]
+    assert "LLM.int8" in found["int8"]
+    assert found["far"] == "a server that runs elsewhere"
+
+
+def test_loads_of_several_stages_are_not_estimated(model: Path) -> None:
+    stages = plan(mode="open", stages=[{"duration_s": 5, "rate": 10}, {"duration_s": 5, "rate": 20}])
+    assert [figures for _, figures in estimated.each(stages, [Subject("fp16", "fp16")], model, "t4")] == [
+        "only loads of one stage are estimated"
+    ]
+
+
+def test_rows_of_a_bench_keep_estimates_out_of_measured_columns(model: Path, tmp_path: Path) -> None:
+    from inferctl.bench import environment, result
+
+    subjects = [Subject("fp16", "fp16"), Subject("int8", "int8")]
+    context = result.Context(plan(), environment.detect(), None, ["t4", "cpu"], None, tmp_path, subjects, model)
+    rows = result._not_measured(context, [{"hardware": {"key": "cpu", "name": "a CPU"}}])
+    assert [(row["configuration"], row["outcome"]) for row in rows] == [
+        ("fp16", "estimated"),
+        ("t4: int8", "not measured here"),
+    ]
+    assert not {"p50_ms", "p99_ms", "requests_per_s", "n"} & rows[0].keys()
+    assert rows[0]["hardware"]["key"] == "t4" and not rows[0]["valid"]
+    assert "estimated from 4 rows of t4 in fp16" in rows[0]["reason"]
+    said = [text for kind, text in findings.caveats(rows) if kind == "estimated"]
+    assert any(text.startswith("fp16 on t4: ") for text in said)
+    assert findings.state(rows, "closed")[0].startswith("Nothing was measured")
+
+
+def test_figures_survive_as_plain_data(model: Path) -> None:
+    found = estimate.rows(model, "fp16", "t4", load(), LENGTHS)
+    assert dataclasses.is_dataclass(found)
+    assert found.as_dict()["band"] == {"low": found.band[0], "high": found.band[1]}

@@ -1,0 +1,110 @@
+"""The batcher on a virtual clock: exact times of small cases, queueing theory for large ones."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inferctl.estimate.cost import Cost
+from inferctl.estimate.search import Server
+from inferctl.estimate.simulate import UNBOUNDED, Simulation
+from inferctl.serve import batcher
+from inferctl.serve.batcher import Limits
+
+LIMITS = Limits(16_384, UNBOUNDED)
+COST = Cost(1.0, 0.01)  # a batch of one text of 100 tokens takes two seconds
+
+
+def test_it_is_the_servers_own_batcher() -> None:
+    assert type(Simulation(COST, LIMITS, [[1]]).batcher) is batcher.Batcher
+
+
+def test_what_comes_while_a_batch_runs_goes_together() -> None:
+    answers = Simulation(COST, LIMITS, [[100], [100], [100]]).open([0.0, 0.5, 1.9])
+    # 0 to 2 alone, then the other two from 2 to 5.
+    assert answers.latencies == pytest.approx([2.0, 4.5, 3.1])
+    assert (answers.batches, answers.seconds) == (2, pytest.approx(5.0))
+
+
+def test_what_comes_together_runs_together() -> None:
+    assert Simulation(COST, LIMITS, [[100], [100]]).open([0.0, 0.0]).latencies == pytest.approx([3.0, 3.0])
+
+
+def test_two_batches_at_a_time_share_what_waits() -> None:
+    answers = Simulation(COST, LIMITS, [[100], [100]], slots=2).open([0.0, 0.0])
+    assert answers.latencies == pytest.approx([2.0, 2.0])
+
+
+def test_a_user_sends_again_when_answered() -> None:
+    answers = Simulation(COST, LIMITS, [[100]] * 4).closed(1)
+    assert answers.latencies == pytest.approx([2.0] * 4)
+    assert answers.per_second == pytest.approx(0.5)
+
+
+def test_a_request_ends_with_its_last_text() -> None:
+    assert Simulation(COST, Limits(100, UNBOUNDED), [[100, 100]]).open([0.0]).latencies == pytest.approx([4.0])
+
+
+def test_admission_refuses_what_would_be_late() -> None:
+    limits = Limits(100, UNBOUNDED, slo=5.0)
+    answers = Simulation(COST, limits, [[100]] * 200).open([0.1 * i for i in range(200)])
+    assert answers.refused > 100
+    assert len(answers.latencies) + answers.refused == 200
+
+
+def test_waiting_is_that_of_a_queue_with_constant_service() -> None:
+    """M/D/1: the mean wait is load x service / (2 (1 - load)); batches of one text make the server such a queue."""
+    service, load = 2.0, 0.7
+    draw, now, arrivals = random.Random(5), 0.0, []
+    for _ in range(60_000):
+        now += draw.expovariate(load / service)
+        arrivals.append(now)
+    answers = Simulation(COST, Limits(100, UNBOUNDED), [[100]] * len(arrivals)).open(arrivals)
+    wait = sum(answers.latencies) / len(answers.latencies) - service
+    assert wait == pytest.approx(load * service / (2 * (1 - load)), rel=0.05)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 20), st.lists(st.integers(1, 400), min_size=1, max_size=4)), min_size=1, max_size=40
+    ),
+    st.integers(1, 3),
+)
+def test_everyone_is_answered_and_no_sooner_than_alone(coming: list[tuple[float, list[int]]], slots: int) -> None:
+    coming.sort(key=lambda one: one[0])
+    requests = [lengths for _, lengths in coming]
+    answers = Simulation(COST, Limits(500, UNBOUNDED), requests, slots).open([now for now, _ in coming])
+    assert len(answers.latencies) == len(requests)
+    assert answers.busy <= slots * answers.seconds + 1e-9
+    for lengths, latency in zip(requests, answers.latencies, strict=True):
+        assert latency >= COST.fixed + COST.per_token * max(lengths) - 1e-9
+
+
+def test_equal_seeds_give_equal_figures() -> None:
+    requests = [[1 + i % 90] for i in range(2000)]
+    one, other = (Server(COST, LIMITS, requests, seed=seed).open(1.0).latencies for seed in (3, 3))
+    assert one == other != Server(COST, LIMITS, requests, seed=4).open(1.0).latencies
+
+
+def test_the_highest_rate_holds_and_a_little_more_does_not() -> None:
+    server = Server(Cost(0.003, 1e-5), LIMITS, [[100 + i % 100] for i in range(5000)])
+    rate = server.highest_rate(0.1)
+    assert 0 < rate < server.offline().per_second
+    assert server.holds(rate, 0.1)
+    assert not server.holds(rate * 1.03, 0.1)
+
+
+def test_no_rate_holds_what_a_lone_request_does_not() -> None:
+    assert Server(COST, LIMITS, [[100]] * 100).highest_rate(1.5) == 0
+
+
+def test_a_percentile_is_an_order_statistic() -> None:
+    answers = Simulation(COST, LIMITS, [[100]]).open([0.0])
+    answers.latencies = [float(i) for i in range(1, 101)]
+    assert [answers.percentile(q) for q in (0.5, 0.99, 1.0)] == [50, 99, 100]
+    assert not math.isnan(answers.seconds)
