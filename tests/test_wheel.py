@@ -17,6 +17,7 @@ SHIPPED = (
     "benchmarks/plans/",
     "benchmarks/hardware/",
     "benchmarks/corpora/",
+    "benchmarks/calibration/fitted.yaml",
     "benchmarks/locustfile.py",
     "benchmarks/loadgen/",
 )
