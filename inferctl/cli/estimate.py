@@ -201,8 +201,8 @@ def span(value: dict[str, Any]) -> str:
     """A figure over the range of its band."""
     if value["low"] == value["high"]:
         return _short(value["value"])
-    high = "over" if value["high"] is None else _short(value["high"])
-    return f"{_short(value['value'])}\n{_short(value['low'])} {high}"
+    high = "over" if value["high"] is None else f"≤{_short(value['high'])}"
+    return f"{_short(value['value'])}\n≥{_short(value['low'])}\n{high}"
 
 
 def _short(value: float) -> str:
