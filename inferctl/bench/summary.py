@@ -70,7 +70,7 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
     good = measured[measured["error"] == records.OK]
     latency = np.sort(records.latency_ms(good))
     sent = measured[measured["error"] != records.DROPPED]
-    late = _late(sent)
+    late = (sent["sent_ns"].astype(np.int64) - sent["intended_ns"].astype(np.int64)) / 1e6 > LATE_MS
     requests_per_s = len(completed) / seconds
     offered = sum(part.offered for part in parts if part.offered is not None) if parts[0].offered is not None else None
     return {
