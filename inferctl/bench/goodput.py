@@ -149,12 +149,15 @@ class _Hunt:
                 return
 
     def bracket(self) -> tuple[float | None, float | None]:
-        """The highest rate that holds below the lowest that does not, and that lowest one."""
-        high = min((rate for rate, probe in self.latest.items() if probe.holds is False), default=None)
-        low = max(
-            (rate for rate, probe in self.latest.items() if probe.holds and (high is None or rate < high)), default=None
-        )
-        return low, high
+        """The highest rate that holds and the lowest above it that does not, where the fewest probes say otherwise (of equals: the lower one).
+
+        A single failure below rates that hold was the machine's; a single success above rates that fail was luck.
+        """
+        known = [(rate, bool(probe.holds)) for rate, probe in sorted(self.latest.items()) if probe.holds is not None]
+        borders = [0.0, *(rate for rate, holds in known if holds)]
+        low = min(borders, key=lambda border: sum(holds != (rate <= border) for rate, holds in known))
+        high = min((rate for rate, holds in known if not holds and rate > low), default=None)
+        return low or None, high
 
     def bisect(self) -> None:
         doubted: set[float] = set()
@@ -210,6 +213,7 @@ def _result(
         "first_failing_rps": first.rate if first else None,
         "limited_by": first.broke if first else None,
         "reason": first.reason if first else "",
+        "failed_below": [probe.rate for probe in probes if best and probe.holds is False and probe.rate < best.rate],
         **shape(probes),
         "probes": [asdict(probe) for probe in hunt.log],
     }
@@ -274,6 +278,9 @@ def sentences(name: str, search: Mapping[str, Any]) -> list[str]:
         found.append(
             f"{name} first fails at {search['first_failing_rps']:g} requests/s by {search['limited_by']}: {search['reason']}."
         )
+    if search.get("failed_below"):
+        rates = ", ".join(f"{rate:g}" for rate in search["failed_below"])
+        found.append(f"{name} failed at {rates} requests/s too, below rates that held: the machine was unsteady.")
     return [*found, *_bends(name, search)]
 
 

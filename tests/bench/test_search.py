@@ -171,6 +171,23 @@ def test_a_bad_moment_of_the_machine_below_good_probes_is_no_cliff() -> None:
     assert shaped["cliff"] is None
 
 
+def test_one_failure_below_rates_that_hold_does_not_decide() -> None:
+    server = Simulated(80, seconds=60)
+
+    def stalled(rate: float, stage: str, earlier: Sequence[Probe]) -> Probe:
+        made = server(rate, stage, earlier)
+        return Probe(**{**vars(made), "holds": False, "broke": "p99", "reason": "a stall"}) if rate == 20 else made
+
+    result = goodput.find(plan.Search.model_validate({}), 80, 100.0, stalled)
+    assert result["verdict"] == "found"
+    assert result["max_goodput_rps"] > 60
+    assert result["first_failing_rps"] > result["max_goodput_rps"]
+    assert result["failed_below"] == [20]
+    assert "x failed at 20 requests/s too, below rates that held: the machine was unsteady." in goodput.sentences(
+        "x", result
+    )
+
+
 def test_a_rate_that_held_and_fails_once_is_probed_a_third_time() -> None:
     server = Simulated(80, seconds=60)
     failed: list[float] = []
@@ -275,7 +292,7 @@ def test_a_server_with_a_queue_is_searched_and_the_receipt_says_what_was_found(
     (tmp_path / "mine.yaml").write_text(
         "name: mine\nconfigurations: [{name: a, precision: fp32}]\ncorpus: short\nquality: null\n"
         "load: {mode: open, rate: 1, duration_s: 4, warmup_s: 1}\n"
-        "search: {slo_p99_ms: 120, resolution: 0.3, probe_s: 4, max_probes: 8}\n"
+        "search: {slo_p99_ms: 120, resolution: 0.3, probe_s: 4, max_probes: 8, start_rate: 70}\n"
     )
     line = [sys.executable, "-m", "inferctl", "bench", "--plan", "mine.yaml", "--url", f"mine={url}", "--json"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
