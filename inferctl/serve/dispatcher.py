@@ -87,22 +87,28 @@ class Dispatcher:
 
     async def embed(self, sequences: Sequence[Tokens], *, bulk: bool = False) -> Answer:
         """Vectors of all sequences. Raises `RefusedError`, `EngineUnavailableError` or `EngineFailedError`; cancelling it drops the work."""
+        return await self.begin(sequences, bulk=bulk)
+
+    def begin(self, sequences: Sequence[Tokens], *, bulk: bool = False) -> asyncio.Future[Answer]:
+        """`embed` as a future: cancelling it drops the work. Raises `RefusedError`, and `EngineUnavailableError` where there is no engine now."""
         if not self.up:
             raise EngineUnavailableError("the engine is not ready")
         number, now = next(self._ids), self._clock()
         predicted = self._batcher.submit(number, [len(s) for s in sequences], now, bulk=bulk, running=self._running())
         request = _Request(sequences, asyncio.get_running_loop().create_future(), now, predicted, len(sequences))
         self._requests[number] = request
+        request.future.add_done_callback(lambda _: self._over(number))
         self._pump_soon()
-        try:
-            return await request.future
-        finally:
-            if self._requests.pop(number, None) is not None:
-                self._batcher.cancel(number)
+        return request.future
+
+    def _over(self, number: int) -> None:
+        if self._requests.pop(number, None) is not None:
+            self._batcher.cancel(number)
 
     def check(self, *, bulk: bool = False) -> None:
         """Raises `RefusedError` when not even the smallest request would be taken now: before any work is spent on it."""
-        self._batcher.check(1, bulk=bulk, running=self._running())
+        if self._batcher.waiting_tokens:
+            self._batcher.check(1, bulk=bulk, running=self._running())
 
     @property
     def up(self) -> bool:

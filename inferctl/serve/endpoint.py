@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -131,7 +131,7 @@ class EmbeddingsEndpoint:
         started = time.monotonic()
         sequences = await self._tokens(request)
         tokenised = time.monotonic()
-        answer = await _unless_gone(self._embed(sequences, call), exchange)
+        answer = await self._embed(sequences, exchange, call)
         if not answer.ok.all():
             bad = int((~answer.ok).argmax())
             metrics.non_finite.inc(int((~answer.ok).sum()))
@@ -159,9 +159,19 @@ class EmbeddingsEndpoint:
             message = f"input[{error.index}] has more than {error.limit} tokens; send `truncate: true` to cut it"
             raise ApiError(400, message, code="context_length_exceeded", param="input") from None
 
-    async def _embed(self, sequences: list[Tokens], call: Call) -> Answer:
+    async def _embed(self, sequences: list[Tokens], exchange: Exchange, call: Call) -> Answer:
+        """The answer; the work is dropped when the client leaves."""
         try:
-            return await self._state.dispatcher.embed(sequences, bulk=call.bulk)
+            answer = self._state.dispatcher.begin(sequences, bulk=call.bulk)
+            exchange.when_gone(answer.cancel)
+            try:
+                return await answer
+            finally:
+                exchange.forget(answer.cancel)
+        except asyncio.CancelledError:
+            if exchange.gone:
+                raise _ClientGoneError from None
+            raise
         except RefusedError as error:
             raise _refused(error) from None
         except EngineUnavailableError as error:
@@ -193,31 +203,6 @@ class EmbeddingsEndpoint:
 
 class _ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
-
-
-async def _unless_gone(work: Coroutine[None, None, Answer], exchange: Exchange) -> Answer:
-    """The result of `work`, cancelled as soon as the client leaves."""
-    task, left = asyncio.current_task(), False
-    assert task is not None
-
-    def leave() -> None:
-        nonlocal left
-        left = True
-        task.cancel()
-
-    if exchange.gone:
-        work.close()
-        raise _ClientGoneError
-    exchange.when_gone(leave)
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if not left:
-            raise
-        task.uncancel()
-        raise _ClientGoneError from None
-    finally:
-        exchange.forget(leave)
 
 
 def _refused(error: RefusedError) -> ApiError:

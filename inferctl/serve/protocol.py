@@ -43,11 +43,14 @@ class Exchange:
         """Whether the client has left."""
         return self._cycle.disconnected
 
-    def when_gone(self, call: Callable[[], None]) -> None:
-        """Have `call` called when the client leaves."""
-        self._connection.waiting.add(call)
+    def when_gone(self, call: Callable[[], object]) -> None:
+        """Have `call` called when the client leaves, or now when it has left."""
+        if self.gone:
+            call()
+        else:
+            self._connection.waiting.add(call)
 
-    def forget(self, call: Callable[[], None]) -> None:
+    def forget(self, call: Callable[[], object]) -> None:
         """The opposite of `when_gone`."""
         self._connection.waiting.discard(call)
 
@@ -98,7 +101,7 @@ class Connection(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._problem: ApiError | None = None
         self._upgrade = b""
-        self.waiting: set[Callable[[], None]] = set()  # for the end of this connection
+        self.waiting: set[Callable[[], object]] = set()  # for the end of this connection
 
     def connection_made(self, transport: Any) -> None:
         """See asyncio."""
