@@ -308,7 +308,8 @@ def _not_measured(context: Context, rows: Sequence[dict[str, Any]]) -> list[dict
 
 def _elsewhere(context: Context, hardware: dict[str, Any], reason: str) -> list[dict[str, Any]]:
     """Rows of a part that is not here: estimated, or one for each reason why not."""
-    rows, reasons = [], {}
+    rows: list[dict[str, Any]] = []
+    reasons: dict[str, list[str]] = {}
     for subject, figures in estimated.each(context.plan, context.subjects, context.model, hardware["key"]):
         if isinstance(figures, str):
             reasons.setdefault(figures, []).append(subject.name)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
@@ -182,10 +182,15 @@ def load() -> Calibration:
         for key, by in data["parts"].items()
     }
     bands = {
-        name: Band(*(tuple(one[key]) for key in ("throughput", "latency", "rate")), rows=one["rows"])
+        name: Band(_pair(one["throughput"]), _pair(one["latency"]), _pair(one["rate"]), one["rows"])
         for name, one in data["bands"].items()
     }
     return Calibration(fits, data["lengths"]["mean"], data["source"], bands, data["conditions"])
+
+
+def _pair(values: Sequence[float]) -> tuple[float, float]:
+    low, high = values
+    return low, high
 
 
 def _chip(part: Hardware) -> tuple[str | None, int | None]:

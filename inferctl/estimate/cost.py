@@ -74,6 +74,10 @@ class Cost:
         """`flop_per_s`: peak x sustained fraction."""
         return cls(fixed, model.per_token / flop_per_s, model.per_token2 / flop_per_s)
 
+    def times(self, factor: float) -> Cost:
+        """The cost on a part that takes `factor` times as long for everything."""
+        return Cost(self.fixed * factor, self.per_token * factor, self.per_token2 * factor)
+
     def sequence(self, tokens: int) -> float:
         """Seconds that one sequence adds to its batch."""
         if (known := self._known.get(tokens)) is None:

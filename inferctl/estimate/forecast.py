@@ -136,18 +136,20 @@ def under(calibrated: Calibrated, model: Transformer, work: Work, load: Load, no
     saturated = fitted is None
     most = work.server(calibrated.cost(model)).offline().per_second if fitted is None else fitted.per_second
     rate = load.rate if open_loop and load.rate and not saturated else None
-    throughput = Range(rate, rate, rate) if rate else Range(most, most * band.throughput[0], most * band.throughput[1])
+    p50, p90, p99 = (None if fitted is None else latency(q, fitted, fast, slow) for q in (0.5, 0.9, 0.99))
     return Estimate(
-        calibrated.part.key,
-        calibrated.part.name,
-        calibrated.precision,
-        calibrated.basis,
-        calibrated.rests_on,
-        band.throughput,
-        throughput,
-        *(None if fitted is None else latency(q, fitted, fast, slow) for q in (0.5, 0.9, 0.99)),
-        saturated,
-        tuple(notes),
+        hardware=calibrated.part.key,
+        name=calibrated.part.name,
+        precision=calibrated.precision,
+        basis=calibrated.basis,
+        rests_on=calibrated.rests_on,
+        band=band.throughput,
+        requests_per_s=Range(rate, rate, rate) if rate else ranged(band.throughput, most),
+        p50_ms=p50,
+        p90_ms=p90,
+        p99_ms=p99,
+        saturated=saturated,
+        notes=tuple(notes),
     )
 
 
@@ -162,11 +164,8 @@ def latency(q: float, fitted: Answers, fast: Answers | None, slow: Answers | Non
 
 def ends(calibrated: Calibrated, model: Transformer) -> tuple[Cost, Cost, Cost]:
     """The cost of batches as fitted, at the fast end of the band and at the slow end."""
-    cost = calibrated.cost(model)
-    return cost, *(
-        Cost(cost.fixed * times, cost.per_token * times, cost.per_token2 * times)
-        for times in (calibrated.band.fastest, calibrated.band.slowest)
-    )
+    cost, band = calibrated.cost(model), calibrated.band
+    return cost, cost.times(band.fastest), cost.times(band.slowest)
 
 
 def answers(server: Server, load: Load) -> Answers | None:
