@@ -62,7 +62,16 @@ def stock(seconds: float, users: int) -> dict[str, Any]:
             str(Path(__file__).with_name("stock_locustfile.py")),
             "--headless",
         ]
-        options = ["--users", str(users), "--spawn-rate", str(users), "--run-time", f"{round(seconds)}s", "--csv", "stock"]
+        options = [
+            "--users",
+            str(users),
+            "--spawn-rate",
+            str(users),
+            "--run-time",
+            f"{round(seconds)}s",
+            "--csv",
+            "stock",
+        ]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         # The server is another child, but not waited for yet, so its time is not in the figure.
         subprocess.run(
