@@ -164,13 +164,7 @@ def caveats(rows: Sequence[Row]) -> list[tuple[str, str]]:
         (row["reason"], row["configuration"]) for row in rows if row["outcome"] == "not measured here"
     ):
         found.append(("absent", f"not measured here: {names}; {reason}. No figures are made up."))
-    estimated = (
-        (note, f"{row['configuration']} on {row['hardware']['key']}")
-        for row in rows
-        if row["outcome"] == "estimated"
-        for note in row["estimate"].get("notes", [])
-    )
-    found += [("estimated", f"{names}: {note}") for note, names in _grouped(estimated)]
+    found += [("estimated", text) for text in _of_estimates([row for row in rows if row["outcome"] == "estimated"])]
     emulated = (
         (row["precision"].get("reason"), row["configuration"])
         for row in rows
@@ -185,6 +179,18 @@ def caveats(rows: Sequence[Row]) -> list[tuple[str, str]]:
     found += [("unchecked", f"{names}: quality not checked, {reason}") for reason, names in _grouped(unchecked)]
     cautions = ((caution, row["configuration"]) for row in rows for caution in row["cautions"])
     return found + [("caution", f"{names}: {caution}") for caution, names in _grouped(cautions)]
+
+
+def _of_estimates(rows: Sequence[Row]) -> Iterator[str]:
+    """What to know of estimated rows; what holds for all of them names none."""
+    named = [
+        (note, f"{row['configuration']} on {row['hardware']['key']}")
+        for row in rows
+        for note in row["estimate"].get("notes", [])
+    ]
+    for note, names in _grouped(named):
+        everywhere = all(note in row["estimate"].get("notes", []) for row in rows)
+        yield f"{'all of them' if everywhere and len(rows) > 1 else names}: {note}"
 
 
 def _grouped(pairs: Iterable[tuple[str | None, str]]) -> Iterator[tuple[str | None, str]]:
