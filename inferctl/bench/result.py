@@ -326,7 +326,7 @@ def _elsewhere(context: Context, hardware: dict[str, Any], reason: str) -> list[
 
 
 def verdict(result: dict[str, Any]) -> InferctlError | None:
-    """The error that a bench ends with: nothing could be measured, or nothing that was measured is valid. None when all is well."""
+    """The error that a bench ends with: nothing could be measured, or something that was measured is invalid. None when all is well."""
     rows = [row for row in result["rows"] if row["outcome"] not in ("not measured here", "estimated")]
     measured = [row for row in rows if row["receipt"]]
     if not measured:
@@ -334,9 +334,13 @@ def verdict(result: dict[str, Any]) -> InferctlError | None:
         return InferctlError(
             f"nothing could be measured ({reasons})", f"the servers' logs are in {result['output']}/runs"
         )
-    if not any(row["valid"] for row in measured):
-        reasons = "; ".join(f"{row['configuration']}: {row['reasons'][0]}" for row in measured)
+    invalid = [row for row in measured if not row["valid"]]
+    if invalid:
+        reasons = "; ".join(f"{row['configuration']}: {row['reasons'][0]}" for row in invalid)
+        which = (
+            "the run is" if len(invalid) == len(measured) else f"{len(invalid)} of {len(measured)} configurations are"
+        )
         return InvalidRunError(
-            f"the run is invalid ({reasons})", "the receipts say so too; mend the cause and measure again"
+            f"{which} invalid ({reasons})", "the receipts say so too; mend the cause and measure again"
         )
     return None

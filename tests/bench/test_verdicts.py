@@ -420,3 +420,15 @@ def test_each_run_keeps_what_the_server_said_and_an_exchanged_server_is_invalid(
     assert [run["server"]["model"]["sha256"] for run in written.data["runs"]] == ["a", "b"]
     assert [run["serial"] for run in written.data["runs"]] == [100_002, 100_002]
     assert written.data["validity"]["reasons"] == ["the runs differ in the model's sha256: a, b"]
+
+
+def test_one_invalid_configuration_among_valid_ones_ends_with_5() -> None:
+    from inferctl.bench import result
+
+    good = {"configuration": "bf16", "outcome": "measured", "receipt": "r.json", "valid": True, "reasons": []}
+    bad = {**good, "configuration": "fp16", "valid": False, "reasons": ["3 of 90 requests failed"]}
+    assert result.verdict({"rows": [good], "output": "."}) is None
+    problem = result.verdict({"rows": [good, bad], "output": "."})
+    assert problem is not None
+    assert (problem.exit_code, "1 of 2 configurations" in problem.message) == (5, True)
+    assert "fp16: 3 of 90 requests failed" in problem.message
