@@ -1,7 +1,7 @@
 """The highest rate that holds an SLO, out of probes at chosen rates: which rate to try next, and what the probes say together. Sends nothing.
 
     sweep      from a fifth of the ceiling upward, until the server falls behind or fails, and one step beyond
-    bisect     between the highest rate that holds and the lowest above it that does not
+    bisect     between the highest rate that holds and the lowest above it that does not, which must fail twice
     confirm    the highest that holds, once more with other times: the one that was picked as the best of many had luck
 
 Words, as R. Jain and D.-M. Chiu use them (Computer Networks 17, 1989): up to the *knee* more load costs little latency, beyond it latency bends
@@ -108,6 +108,7 @@ class _Hunt:
         self._settings, self._measure = settings, measure
         self.log: list[Probe] = []
         self.latest: dict[float, Probe] = {}
+        self._doubted: set[float] = set()
 
     @property
     def spent(self) -> bool:
@@ -160,20 +161,18 @@ class _Hunt:
         return low or None, high
 
     def bisect(self) -> None:
-        doubted: set[float] = set()
+        """Until the failing rate is close above the holding one, and has failed twice."""
         while not self.spent:
             low, high = self.bracket()
             if low is None or high is None:
                 return
             above = [rate for rate, probe in self.latest.items() if probe.holds and rate > high]
-            if above and high not in doubted:
-                # More load held: the failure may have been the machine's. Once more, and the new result counts.
-                doubted.add(high)
+            near = high <= low * (1 + self._settings.resolution)
+            if (above or near) and high not in self._doubted:
+                # One bad moment of the machine must not become the server's limit. Once more, and the new result counts.
+                self._doubted.add(high)
                 self.probe(high, "bisect")
-                continue
-            if high <= low * (1 + self._settings.resolution):
-                return
-            if self.probe((low + high) / 2, "bisect").holds is None:
+            elif near or self.probe((low + high) / 2, "bisect").holds is None:
                 return
 
     def settle(self) -> Probe | None:

@@ -85,8 +85,9 @@ class Searcher:
         if stage == "confirm":
             seconds = max(seconds, self.load.duration_s)
         seconds = min(seconds, max(self.settings.probe_s, self.settings.max_probe_s))
-        # One draw of gaps for all rates of the search: what differs between them is the rate. A second look has its own.
-        seed = self.seed + len(earlier) + (100 + self._count if stage == "confirm" else 0)
+        # One draw of gaps for all rates of the search: what differs between them is the rate. Each further look at a rate has its own.
+        looks = sum(probe.rate == rate for probe, _ in self._taken)
+        seed = self.seed + looks + (100 if stage == "confirm" else 0)
         warmup_s = min(self.load.warmup_s, 4 * self.load.window_s)
         load = self._shaped(mode="open", rate=rate, duration_s=seconds, warmup_s=warmup_s)
         self.settle(SETTLE_S)

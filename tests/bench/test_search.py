@@ -171,6 +171,24 @@ def test_a_bad_moment_of_the_machine_below_good_probes_is_no_cliff() -> None:
     assert shaped["cliff"] is None
 
 
+def test_the_failing_rate_must_fail_twice() -> None:
+    server = Simulated(80, seconds=60)
+    stalled: list[float] = []
+
+    def unlucky(rate: float, stage: str, earlier: Sequence[Probe]) -> Probe:
+        made = server(rate, stage, earlier)
+        if rate == 60 and not stalled:
+            stalled.append(rate)
+            return Probe(**{**vars(made), "holds": False, "broke": "p99", "reason": "a stall"})
+        return made
+
+    result = goodput.find(plan.Search.model_validate({}), 80, 100.0, unlucky)
+    assert stalled
+    assert result["max_goodput_rps"] > 60
+    first = result["first_failing_rps"]
+    assert len([probe for probe in result["probes"] if probe["rate"] == first]) >= 2
+
+
 def test_one_failure_below_rates_that_hold_does_not_decide() -> None:
     server = Simulated(80, seconds=60)
 
