@@ -208,7 +208,8 @@ class Connection:
             return
         if answer.done:
             self.flight, self.used = None, True
-            flight.end_ns, flight.error = now, OK if answer.status < 400 else HTTP_ERROR
+            # A redirect is not followed: whatever it leads to was not answered.
+            flight.end_ns, flight.error = now, OK if 200 <= answer.status < 300 else HTTP_ERROR
             if not content or not answer.should_keep_alive():
                 self.close()
             self._client.landed(self, flight, answer)

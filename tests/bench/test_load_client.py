@@ -22,6 +22,9 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"".join(
     b"%x\r\n%b\r\n" % (len(piece), piece) for piece in (BODY[:5], BODY[5:38], BODY[38:], b"")
 )
 CONTINUED = b"HTTP/1.1 100 Continue\r\n\r\n" + SIZED
+REDIRECT = SIZED.replace(b"200 OK", b"307 Temporary Redirect").replace(
+    b"Content-Length", b"Location: /elsewhere\r\nContent-Length"
+)
 UNTIL_CLOSED = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + BODY
 Answer = Callable[[int], tuple[bytes, bool]]
 
@@ -93,6 +96,13 @@ def test_an_answer_that_breaks_off_is_a_failed_request(tmp_path: Path) -> None:
     with serving(lambda number: (SIZED[:-5] if number else SIZED, bool(number))) as url:
         _, part, _ = measure(url, tmp_path / "run", users=1, duration_s=1)
     assert set(part.measured["error"].tolist()) == {records.OK, records.CONNECTION}
+
+
+def test_a_redirect_is_a_failed_request(tmp_path: Path) -> None:
+    with serving(lambda number: (REDIRECT if number % 2 else SIZED, False)) as url:
+        _, part, _ = measure(url, tmp_path / "run", users=1, duration_s=1)
+    answers = set(zip(part.measured["status"].tolist(), part.measured["error"].tolist(), strict=True))
+    assert answers == {(200, records.OK), (307, records.HTTP_ERROR)}
 
 
 def test_a_server_that_is_gone_is_not_asked_without_end(answering: Callable[..., str], tmp_path: Path) -> None:
