@@ -56,6 +56,7 @@ def capacity(sealed: Receipt, slo_p99_ms: float | None = None) -> dict[str, Any]
         "model_sha256": (data.get("model") or {}).get("sha256"),
         "precision": data["precision"]["effective"],
         "max_batch_tokens": ((data.get("server") or {}).get("limits") or {}).get("max_batch_tokens"),
+        "parallel_batches": (data.get("server") or {}).get("parallel_batches") or 1,
         "hardware": data["hardware"]["key"],
         "hardware_name": data["hardware"]["name"],
         "image_digest": (data.get("image") or {}).get("digest"),
@@ -85,6 +86,10 @@ def read(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read: {error}", hint) from None
     if not isinstance(data, dict) or not _usable(data):
         raise UsageError(f"{path} is no capacity: fixed_s and tokens_per_s are missing", hint)
+    for key in ("parallel_batches", "max_batch_tokens"):
+        value = data.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UsageError(f"{path}: {key} must be a whole number above zero, got {value!r}", hint)
     return data
 
 

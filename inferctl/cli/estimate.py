@@ -147,12 +147,21 @@ def _split(values: list[str] | None) -> list[str]:
 
 
 def _paced(file: Path, work: Work, question: Question) -> dict[str, Any]:
+    """The row of a measured pace, with the batches at a time and the batch limit that it was measured with."""
+    from dataclasses import replace
+
+    from inferctl.bench import capacity
     from inferctl.estimate import document
     from inferctl.estimate.cost import Cost
     from inferctl.serve.pace import Capacity
 
-    measured = Capacity.read(file)
-    return document.paced(Cost(measured.fixed_s, 1 / measured.tokens_per_s), file.name, work, question)
+    pace, measured = Capacity.read(file), capacity.read(file)
+    as_measured = replace(
+        work,
+        slots=measured.get("parallel_batches") or 1,
+        batch_tokens=measured.get("max_batch_tokens") or work.batch_tokens,
+    )
+    return document.paced(Cost(pace.fixed_s, 1 / pace.tokens_per_s), file.name, as_measured, question)
 
 
 def render(result: dict[str, Any]) -> RenderableType:

@@ -123,7 +123,10 @@ def paced(cost: Cost, name: str, work: Work, question: Question) -> dict[str, An
         "precision": None,
         "outcome": "estimated",
         "basis": "pace",
-        "rests_on": "the pace that a server measured of itself",
+        "rests_on": "the pace that a server measured of itself"
+        + (f", {work.slots} batches at a time" if work.slots > 1 else ""),
+        "parallel_batches": work.slots,
+        "batch_tokens": work.batch_tokens,
         "fixed_ms": cost.fixed * 1000,
         "sustained_fraction": None,
         "offline_texts_per_s": _exact(offline * work.inputs),

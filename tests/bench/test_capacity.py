@@ -40,6 +40,14 @@ def test_the_capacity_is_the_middle_pace_with_what_the_search_found(tmp_path: Pa
     )
 
 
+def test_how_many_batches_ran_at_a_time_is_kept_since_the_pace_is_that_of_each(tmp_path: Path) -> None:
+    pace = {"fixed_s": 0.001, "tokens_per_s": 10_000.0}
+    server = {"parallel_batches": 2, "limits": {"max_batch_tokens": 2048}}
+    found = capacity.capacity(written(tmp_path, pace, server=server))
+    assert (found["parallel_batches"], found["max_batch_tokens"]) == (2, 2048)
+    assert capacity.capacity(written(tmp_path, pace))["parallel_batches"] == 1
+
+
 def test_the_slo_is_the_searchs_then_the_receipts_then_nobodys(tmp_path: Path) -> None:
     pace = {"fixed_s": 0.001, "tokens_per_s": 10_000.0}
     assert capacity.capacity(written(tmp_path, pace))["slo_p99_ms"] is None

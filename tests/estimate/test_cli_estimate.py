@@ -68,6 +68,32 @@ def test_a_measured_pace_is_a_row_of_its_own(config: str, tmp_path: Path, capsys
     assert row["single_ms"]["p99"]["value"] == pytest.approx(4 + 100 / 15)
 
 
+def test_a_measured_pace_is_that_of_each_of_the_batches_at_a_time_within_the_limit_it_was_measured_with(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def texts_per_s(**measured: int) -> float:
+        (tmp_path / "capacity.json").write_text(json.dumps({"fixed_s": 0.004, "tokens_per_s": 15_000, **measured}))
+        assert (
+            cli.run(["estimate", "--config", config, "--capacity", "capacity.json", "--length", "100", "--json"]) == 0
+        )
+        (row,) = json.loads(capsys.readouterr().out)["rows"]
+        return float(row["offline_texts_per_s"]["value"])
+
+    # A batch of one text of 100 tokens takes 4 + 100 / 15 ms; two cores run two such batches.
+    alone = texts_per_s(max_batch_tokens=100)
+    assert alone == pytest.approx(1000 / (4 + 100 / 15))
+    assert texts_per_s(max_batch_tokens=100, parallel_batches=2) == pytest.approx(2 * alone, rel=1e-3)
+    assert texts_per_s() > 1.5 * alone
+
+
+def test_a_capacity_that_makes_no_sense_is_named(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "capacity.json").write_text('{"fixed_s": 0.004, "tokens_per_s": 15000, "parallel_batches": 0}')
+    assert cli.run(["estimate", "--config", config, "--capacity", "capacity.json", "--length", "100"]) == 2
+    assert "parallel_batches must be a whole number above zero" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
