@@ -1,4 +1,4 @@
-"""uvicorn beside granian, under one and the same bare Starlette application; and what is left of it for inferctl's own front end.
+"""uvicorn beside granian, under one and the same bare Starlette application.
 
     python benchmarks/peers/http_servers.py [--seconds 6] [--rounds 4] [--json FILE]
 

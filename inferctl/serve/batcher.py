@@ -128,7 +128,9 @@ class Batcher:
         if lane.tokens and lane.tokens + tokens > limit:
             message = f"{lane.tokens} tokens are waiting, the limit is {limit}"
             raise RefusedError("queue_full", message, ahead if self.pace.known else 1.0)
-        predicted = ahead + self.pace.seconds(tokens, self.limits.batch_tokens)
+        # Its sequences run on all engines that are free by then.
+        spread = max(1, min(self.engines, tokens // _SMALLEST_SHARE))
+        predicted = ahead + self.pace.seconds(tokens, self.limits.batch_tokens) / spread
         if self.limits.slo is None or bulk or not ahead:
             return predicted
         late = predicted - self.limits.slo / self._stretch

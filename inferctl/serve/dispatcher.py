@@ -28,8 +28,8 @@ from inferctl.serve.types import Batch, BatchResult, Tokens, Vectors
 log = logging.getLogger("inferctl.dispatcher")
 
 _ATTEMPTS = 2
-# A batch that did not fit into memory is no reason to send less than this (tokens). After so many full batches that did fit, the limit is what
-# it was: memory that is short for good costs a retry in that many batches.
+# A batch that did not fit into memory is no reason to send less than this (tokens). After so many batches near the limit that did fit, the limit is
+# what it was, wherever it had been: memory that is short for good costs a retry in about that many batches.
 _SMALLEST_BATCH = 64
 _REGAINED_AFTER = 256
 _HARMLESS = np.full(1, 5, dtype=np.int32)
@@ -133,9 +133,12 @@ class Dispatcher:
         rate = 1 / pace.per_token if pace.per_token else None
         return {"fixed_s": round(pace.fixed, 6), "tokens_per_s": rate and round(rate, 1)}
 
-    def patience(self, least: float) -> float:
-        """Seconds after which a batch means that the engine hangs: twenty times what the largest takes, and `least` at least."""
-        return max(least, 20 * self._batcher.pace.seconds(self.batch_tokens))
+    def patience(self, least: float, longest: int = 0) -> float:
+        """Seconds after which a batch means that the engine hangs: twenty times what the largest takes, and `least` at least.
+
+        `longest`: tokens of the longest sequence, which may be more than a batch holds.
+        """
+        return max(least, 20 * self._batcher.pace.seconds(max(self.batch_tokens, longest)))
 
     def lanes_changed(self) -> None:
         """An engine came or went."""
@@ -150,7 +153,7 @@ class Dispatcher:
         self._metrics.engine_deaths.inc()
         self._batcher.requeue([w for sent in ahead for w in sent.works if w.request in self._requests])
         self._again.extendleft(again for sent in running for again in self._suspects(sent, len(running) == 1))
-        self._again.extend(sent.doubt[0] for sent in running if sent.doubt)
+        self._again.extend(sent.doubt[0] for sent in (*running, *ahead) if sent.doubt)
 
     def done(self, lane: Lane, sent: Sent, result: BatchResult, seconds: float) -> None:
         """A batch came back, `seconds` after the engine could begin it."""
@@ -192,10 +195,14 @@ class Dispatcher:
         if out_of_memory:
             self.out_of_memory += 1
             self._metrics.out_of_memory.inc()
-            lane.batch_tokens = max(_SMALLEST_BATCH, min(lane.batch_tokens, sent.tokens // 2))
+            largest = max(sent.tokens, lane.largest)
+            lane.batch_tokens = max(_SMALLEST_BATCH, min(lane.batch_tokens, largest // 2))
             self.lanes_changed()
         works = [work for work in sent.works if work.request in self._requests]
-        if works and len(sent.works) == 1:
+        if out_of_memory and not sent.alone and len(works) == 1:
+            # What ran beside it may have taken the memory.
+            self._again.append(Sent(works, exact=sent.exact))
+        elif works and len(sent.works) == 1:
             memory = EngineUnavailableError(f"the engine's memory does not suffice for this: {message}")
             error = memory if out_of_memory else EngineFailedError(message)
             self._send(lane, Sent([], alone=True, doubt=(Sent(works, exact=sent.exact), error)))

@@ -161,6 +161,8 @@ class EmbeddingsEndpoint:
 
     async def _embed(self, sequences: list[Tokens], exchange: Exchange, call: Call) -> Answer:
         """The answer; the work is dropped when the client leaves."""
+        if exchange.gone:
+            raise _ClientGoneError
         try:
             answer = self._state.dispatcher.begin(sequences, bulk=call.bulk)
             exchange.when_gone(answer.cancel)

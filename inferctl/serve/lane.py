@@ -81,6 +81,11 @@ class Lane:
         """Tokens that are with the engine."""
         return sum(flight.sent.tokens for flight in self._in_flight.values())
 
+    @property
+    def largest(self) -> int:
+        """Tokens of the largest batch that is with the engine; 0 when there is none."""
+        return max((flight.sent.tokens for flight in self._in_flight.values()), default=0)
+
     def takes(self, *, ahead: bool) -> bool:
         """Whether another batch may be sent; `ahead`: also one that waits for the engine."""
         alone = any(flight.sent.alone for flight in self._in_flight.values())
@@ -91,8 +96,12 @@ class Lane:
         if self.free or not self._in_flight:
             return 0.0
         now = self._clock()
-        passed = sum(now - flight.began for flight in self._in_flight.values() if flight.began is not None)
-        return max(0.0, sum(seconds(flight.sent) for flight in self._in_flight.values()) - passed) / max(1, self.slots)
+        left = [
+            max(0.0, seconds(flight.sent) - (0.0 if flight.began is None else now - flight.began))
+            for flight in self._in_flight.values()
+        ]
+        alone = any(flight.sent.alone for flight in self._in_flight.values())
+        return sum(left) if alone else sum(left) / max(1, self.slots)
 
     def send(self, batch: Batch, sent: Sent) -> None:
         """Hand a batch to the engine."""

@@ -41,7 +41,8 @@ class Exchange:
     @property
     def gone(self) -> bool:
         """Whether the client has left."""
-        return self._cycle.disconnected
+        # uvicorn tells the newest request of a connection only, not those before it in a pipeline.
+        return self._cycle.disconnected or self._connection.lost
 
     def when_gone(self, call: Callable[[], object]) -> None:
         """Have `call` called when the client leaves, or now when it has left."""
@@ -57,9 +58,9 @@ class Exchange:
     async def answer(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """The whole answer. `headers` must be valid as they are, in lower case, and hold `content-length`."""
         cycle = self._cycle
-        if cycle.flow.write_paused and not cycle.disconnected:
+        if cycle.flow.write_paused and not self.gone:
             await cycle.flow.drain()
-        if cycle.disconnected:
+        if self.gone:
             return
         parts = [STATUS_LINE[status]]
         for name, value in (*cycle.default_headers, *headers):
@@ -101,6 +102,7 @@ class Connection(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._problem: ApiError | None = None
         self._upgrade = b""
+        self.lost = False
         self.waiting: set[Callable[[], object]] = set()  # for the end of this connection
 
     def connection_made(self, transport: Any) -> None:
@@ -111,6 +113,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio."""
         self._stop_timer()
+        self.lost = True
         super().connection_lost(exc)
         for call in tuple(self.waiting):
             call()

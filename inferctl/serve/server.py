@@ -60,6 +60,8 @@ def run(spec: Spec, options: Options, say: Callable[[str], None]) -> int:
     if options.log not in ("text", "json"):
         raise UsageError(f"there is no log style {options.log!r}", "--log takes text or json")
     logs.configure(options.log)
+    # Its own threads, one a core, would compete with batches that have a core each.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     server = Server(spec, options, logs.speaker(options.log, say))
     loop_factory = None
     with contextlib.suppress(ImportError):
@@ -153,7 +155,10 @@ class Server:
     def _add_engine(self, config: EngineConfig) -> None:
         lane, first = self._dispatcher.lane(), not self._supervisors
         supervisor = Supervisor(
-            config, lane, lambda: self._dispatcher.patience(self._options.hang_seconds), essential=first
+            config,
+            lane,
+            lambda: self._dispatcher.patience(self._options.hang_seconds, self._recipe.max_tokens),
+            essential=first,
         )
         lane.write, lane.kill = supervisor.send, supervisor.kill
         lane.on_ready, lane.on_lost = self._ready, self._lost

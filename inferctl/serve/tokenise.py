@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -36,6 +38,9 @@ class TooLongError(Exception):
         self.index, self.limit = index, limit
 
 
+Outcome: TypeAlias = list[Tokens] | BaseException
+
+
 @dataclass(frozen=True)
 class _Small:
     """A request that shares a call."""
@@ -60,7 +65,7 @@ class TokenizerPool:
                 "`AutoTokenizer.from_pretrained(folder).save_pretrained(folder)` with transformers writes one",
             )
         self._longest = _CHARACTERS_PER_TOKEN * recipe.max_tokens
-        self._small: list[_Small] = []
+        self._small: deque[_Small] = deque()
         self._beginning = self._busy = False  # `_begin` is about to be called; a thread has small requests
         self._local = threading.local()
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenise")
@@ -69,7 +74,7 @@ class TokenizerPool:
     async def encode(self, texts: Sequence[str], *, truncate: bool) -> list[Tokens]:
         """Token ids (int32) of each text. Raises `TooLongError` unless `truncate`, `ApiError` 400 for a text without any token."""
         loop = asyncio.get_running_loop()
-        if sum(map(len, texts)) > _SMALL_CHARACTERS:
+        if sum(map(len, texts)) + len(texts) * len(self._recipe.prompt) > _SMALL_CHARACTERS:
             call = lambda: self.encode_now(texts, truncate=truncate)  # noqa: E731  # run_in_executor takes no keyword arguments
             return await loop.run_in_executor(self._executor, call)
         small = _Small(texts, truncate, loop.create_future())
@@ -92,29 +97,40 @@ class TokenizerPool:
         self._beginning = False
         if self._busy or not self._small:
             return
-        together, self._small = self._small[:_TOGETHER], self._small[_TOGETHER:]
-        if len(together) == 1:
+        together = self._take()
+        if len(together) == 1 and len(together[0].texts) <= _TOGETHER:
             _hand_out(together, self._encode_small(together))
             return
         self._busy = True
         job = asyncio.get_running_loop().run_in_executor(self._executor, self._encode_small, together)
         job.add_done_callback(lambda done: self._ended(together, done))
 
-    def _ended(self, together: list[_Small], done: asyncio.Future[list[list[Tokens] | Exception]]) -> None:
+    def _take(self) -> list[_Small]:
+        """The requests that are next: as many as hold about so many texts, one at least."""
+        together, texts = [self._small.popleft()], 0
+        while self._small and (texts := texts + len(together[-1].texts)) < _TOGETHER:
+            together.append(self._small.popleft())
+        return together
+
+    def _ended(self, together: list[_Small], done: asyncio.Future[list[Outcome]]) -> None:
         self._busy = False
-        _hand_out(together, done.result())
+        error = done.exception()
+        _hand_out(together, done.result() if error is None else [error] * len(together))
         self._begin()
 
-    def _encode_small(self, together: list[_Small]) -> list[list[Tokens] | Exception]:
-        """What becomes of each request."""
+    def _encode_small(self, together: list[_Small]) -> list[Outcome]:
+        """What becomes of each request. What goes wrong is the matter of one of them alone."""
         texts = [self._prepared(small.texts) for small in together]
-        encodings = iter(self._encodings([text for part in texts for text in part]))
-        found: list[list[Tokens] | Exception] = []
+        try:
+            encodings = iter(self._encodings([text for part in texts for text in part]))
+        except BaseException as error:  # noqa: BLE001  # the library's panics are no Exception
+            return [error] if len(together) == 1 else [self._encode_small([small])[0] for small in together]
+        found: list[Outcome] = []
         for small, part in zip(together, texts, strict=True):
             mine = list(islice(encodings, len(part)))
             try:
                 found.append(self._rows(part, mine, 0, small.truncate))
-            except Exception as error:  # noqa: BLE001  # whatever it is belongs to this request alone
+            except Exception as error:  # noqa: BLE001
                 found.append(error)
         return found
 
@@ -183,11 +199,11 @@ class TokenizerPool:
         return tokenizer
 
 
-def _hand_out(together: list[_Small], found: list[list[Tokens] | Exception]) -> None:
+def _hand_out(together: list[_Small], found: Sequence[Outcome]) -> None:
     for small, outcome in zip(together, found, strict=True):
         if small.done.done():  # cancelled
             continue
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             small.done.set_exception(outcome)
         else:
             small.done.set_result(outcome)

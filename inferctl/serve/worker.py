@@ -64,7 +64,9 @@ def serve(connection: socket.socket) -> int:
 def _loop(connection: socket.socket, engine: Engine, parallel: int) -> int:
     """Batches on this thread, or on one thread for each that may run at a time."""
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(parallel, "batch")) if parallel > 1 else None
+        pool = ThreadPoolExecutor(parallel, "batch") if parallel > 1 else None
+        if pool:
+            stack.callback(pool.shutdown, cancel_futures=True)
         sending = threading.Lock()
         while (frame := frames.receive(connection)) is not None:
             kind, body = frame
@@ -94,7 +96,8 @@ def _is_memory(error: Exception) -> bool:
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or any(words in said for words in ("you tried to allocate", "std::bad_alloc", "could not create a primitive"))
+        or any(words in said for words in ("you tried to allocate", "std::bad_alloc"))
+        or ("could not create a primitive" in said and "descriptor" not in said)
     )
 
 

@@ -229,9 +229,10 @@ def test_a_batch_that_waits_for_a_slot_begins_when_one_is_free() -> None:
         await settled()
         assert len(world.with_engine[lane]) == 3, "two run, a full one is sent ahead"
         assert lane.left(lambda sent: sent.tokens / 10) == pytest.approx(1.2)
+        world.now += 0.5
         world.step(lane, 1)
         assert lane.left(lambda sent: sent.tokens / 10) == pytest.approx((0.0 + 0.8) / 2), (
-            "the first is due, the third began now"
+            "the first is overdue, the third began now"
         )
         await world.drain()
         await asyncio.gather(*tasks)
@@ -257,5 +258,58 @@ def test_the_batch_limit_grows_back_after_memory_was_short() -> None:
             await world.drain()
             await task
         assert world.dispatcher.batch_tokens == 1024 > limits.batch_tokens
+
+    run(scenario)
+
+
+@hypothesis.settings(max_examples=300)
+@given(
+    st.lists(ROWS, min_size=1, max_size=8),
+    st.lists(st.sampled_from([0, 0, KILLER, FAILING, SICKENING]), min_size=8, max_size=8),
+    st.integers(1, 3),
+)
+def test_faults_of_several_kinds_leave_nobody_without_an_answer(
+    requests: list[list[list[int]]], faults: list[int], parallel: int
+) -> None:
+    async def scenario() -> None:
+        world = World(parallel=parallel)
+        asked = [
+            [[fault, *row] if fault else row for row in rows] for rows, fault in zip(requests, faults, strict=False)
+        ]
+        tasks = [world.ask(*rows) for rows in asked]
+        await world.drain()
+        assert all(task.done() for task in tasks)
+        for rows, fault, task in zip(asked, faults, tasks, strict=False):
+            if not fault:
+                assert task.result().vectors[:, 0].tolist() == [row[-1] for row in rows]
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    run(scenario)
+
+
+def test_an_engine_that_dies_while_a_doubt_waits_does_not_lose_the_suspect() -> None:
+    async def scenario() -> None:
+        world = World()
+        suspect = world.ask([FAILING])
+        await settled()
+        killer = world.ask([KILLER, *[1] * 7])
+        await settled()
+        await world.drain()
+        answers = await asyncio.wait_for(asyncio.gather(suspect, killer, return_exceptions=True), 5)
+        assert [type(answer) for answer in answers] == [EngineFailedError, EngineUnavailableError]
+
+    run(scenario)
+
+
+def test_a_text_that_ran_out_of_memory_beside_others_is_tried_alone() -> None:
+    async def scenario() -> None:
+        world = World(parallel=2)
+        lane = world.lanes[0]
+        tasks = [world.ask([20] * 8), world.ask([30] * 8)]
+        await settled()
+        lane.batch_failed(world.with_engine[lane].pop(0).id, "no memory", True)
+        await world.drain()
+        answers = await asyncio.gather(*tasks)
+        assert [answer.vectors[0, 0] for answer in answers] == [20, 30]
 
     run(scenario)

@@ -242,3 +242,14 @@ def test_an_engine_that_was_checked_before_starts_without_and_computes_the_same(
     assert again.load() == found
     both = batch([np.arange(1000, 1060, dtype=np.int32), np.arange(1060, 1100, dtype=np.int32)])
     assert np.allclose(again.run(both).vectors, first.run(both).vectors, atol=1e-3)
+
+
+def test_what_another_device_found_is_not_believed(minilm: Path) -> None:
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    config = EngineConfig(model=str(minilm), precision="auto", device="cpu")
+    found = EncoderEngine(config).load()
+    other = replace(found, device=replace(found.device, name="another"), attention="none", parallel=7)
+    again = EncoderEngine(replace(config, known=other.to_json())).load()
+    assert (again.device, again.attention) == (found.device, found.attention)
+    assert again.parallel != 7

@@ -324,3 +324,20 @@ def test_a_gpu_that_is_not_there_is_a_clear_error(minilm: Path, tmp_path: Path) 
 def test_the_api_process_imports_neither_torch_nor_transformers() -> None:
     code = "import sys, inferctl.serve.server; print(sorted({'torch', 'transformers', 'fastapi'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_a_client_that_pipelines_and_leaves_is_not_waited_for(serve: Serve, minilm: Path) -> None:
+    server = serve(*echo_arguments(minilm))
+    body = json.dumps({"input": [SLOW_TOKEN, 5]}).encode()
+    request = (
+        b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
+    )
+    port = int(server.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(2 * (request % (len(body), body)))
+        until(lambda: metric(server, "inferctl_requests_in_flight") == 1)
+    until(lambda: metric(server, "inferctl_cancelled_total") == 1)
+    assert server.embed(input=[5]).status_code == 200
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(timeout=60) == 0, server.log.read_text()
+    assert "unanswered" not in server.log.read_text()

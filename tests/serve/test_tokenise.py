@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -98,3 +99,46 @@ def test_a_huge_text_without_words_is_refused(pool: TokenizerPool, character: st
         pool.encode_now(["a", character * 8_000_000], truncate=True)
     assert (refused.value.status, refused.value.code) == (400, "text_too_long")
     assert "input[1]" in refused.value.message
+
+
+def together(pool: TokenizerPool, *requests: list[str]) -> list[object]:
+    """What becomes of requests that arrive at once."""
+
+    async def ask() -> list[object]:
+        calls = (pool.encode(texts, truncate=False) for texts in requests)
+        return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 30)
+
+    return asyncio.run(ask())
+
+
+def test_small_requests_that_arrive_together_get_their_own_tokens_and_errors(pool: TokenizerPool) -> None:
+    requests = [[f"text {i}", "river"][: 1 + i % 2] for i in range(150)]
+    requests[7] = ["word " * 50]
+    found = together(pool, *requests)
+    assert isinstance(found[7], TooLongError)
+    for texts, rows in zip(requests, found, strict=True):
+        if rows is not found[7]:
+            assert [row.tolist() for row in rows] == [r.tolist() for r in pool.encode_now(texts, truncate=True)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("requests", [[["z"]], [["ab"], ["z"], ["ba"]]])
+def test_a_text_that_the_tokenizer_raises_on_is_the_matter_of_its_own_request(
+    minilm: Path, tmp_path: Path, requests: list[list[str]]
+) -> None:
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [], "unk_token": "nothing", "fuse_unk": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    pool = TokenizerPool(tmp_path, recipe.read(minilm))
+    for texts, found in zip(requests, together(pool, *requests), strict=True):
+        assert isinstance(found, Exception) == (texts == ["z"]), found
+
+
+def test_a_request_that_is_cancelled_while_it_waits_leaves_the_others_alone(pool: TokenizerPool) -> None:
+    async def ask() -> object:
+        tasks = [asyncio.ensure_future(pool.encode([f"text {i}"], truncate=True)) for i in range(3)]
+        await asyncio.sleep(0)
+        tasks[1].cancel()
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 30)
+
+    first, cancelled, last = asyncio.run(ask())  # type: ignore[misc]
+    assert isinstance(cancelled, asyncio.CancelledError)
+    assert len(first) == len(last) == 1

@@ -80,17 +80,19 @@ class EncoderEngine:
         on_cpu = info.kind == "cpu"
         cores = info.threads or 1
         self._pool: ThreadPoolExecutor | None = None
-        self._threads, self._batch_tokens = 1, self._config.max_batch_tokens
+        self._threads, self._batch_tokens = cores, self._config.max_batch_tokens
         self._varlen = info.kind == "cuda" and traits.compute_capability >= (8, 0) and self._dtype != torch.float32  # type: ignore[operator]
-        if self._config.known:
-            return self._load_known(EngineInfo.from_json(self._config.known), folder.path, precision, cores)
+        known = EngineInfo.from_json(self._config.known) if self._config.known else None
+        if known and (known.device, known.precision) == (info, precision):
+            return self._load_known(known, folder.path, precision, cores)
         sequences = self._check_sequences(folder.path)
         expected, why = self._reference(folder, sequences)
         attention, reason = self._load_checked(folder.path, precision, info.kind, sequences, expected)
         cosines = _cosines(self._embed(sequences), expected) if expected is not None else None
+        parallel = 1
         if on_cpu:
-            self._share_out(cores, self._choose_threads(cores))
-        parallel = cores // self._threads
+            parallel = cores // self._choose_threads(cores)
+            self._share_out(cores, parallel)
         self._warm_up(parallel)
         return EngineInfo(
             dimensions=int(self._embed(sequences[:1]).shape[1]),
@@ -114,13 +116,13 @@ class EncoderEngine:
         """`load` without what an earlier engine found: clients wait for this one."""
         self._load(folder, precision, packed.NAME if known.attention == "packed" else None)
         if self._device.type == "cpu":
-            self._share_out(cores, max(1, cores // known.parallel))
+            self._share_out(cores, known.parallel)
         self._warm_up(known.parallel)
         return known
 
-    def _share_out(self, cores: int, threads: int) -> None:
-        """Give each batch so many threads of a CPU."""
-        self._threads = threads
+    def _share_out(self, cores: int, parallel: int) -> None:
+        """Share the cores of a CPU out among so many batches at a time."""
+        self._threads = threads = cores // parallel
         self._pool = _single_threads(cores) if threads > 1 else None
         self._batch_tokens = min(self._batch_tokens, _CORE_BATCH_TOKENS * threads)
 

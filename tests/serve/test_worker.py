@@ -1,0 +1,72 @@
+"""The engine's side of the wire, with an engine that runs several batches at a time."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from inferctl.serve import frames, worker
+from inferctl.serve.frames import Kind
+from inferctl.serve.types import Batch, BatchResult, EngineInfo
+
+
+class Sleeping:
+    """Takes as many milliseconds for a batch as its first token says; fails at token 13. `most` is how many ran at a time."""
+
+    def __init__(self) -> None:
+        self.running = self.most = 0
+        self._lock = threading.Lock()
+
+    def load(self) -> EngineInfo:
+        raise AssertionError
+
+    def run(self, batch: Batch) -> BatchResult:
+        with self._lock:
+            self.running += 1
+            self.most = max(self.most, self.running)
+        try:
+            if batch.tokens[0] == 13:
+                raise MemoryError("asked to")
+            time.sleep(int(batch.tokens[0]) / 1000)
+        finally:
+            with self._lock:
+                self.running -= 1
+        rows = len(batch.lengths)
+        return BatchResult(batch.id, np.ones((rows, 2), np.float32), np.ones(rows, np.bool_), 0.0)
+
+    def close(self) -> None:
+        pass
+
+
+def ask(connection: socket.socket, number: int, token: int) -> None:
+    one = np.array([token], dtype=np.int32)
+    connection.sendall(frames.pack_batch(Batch(number, one, np.ones(1, dtype=np.int32))))
+
+
+def test_batches_run_side_by_side_and_each_is_answered_once() -> None:
+    ours, theirs = socket.socketpair()
+    engine: Any = Sleeping()
+    thread = threading.Thread(target=worker._loop, args=(theirs, engine, 2))
+    thread.start()
+    for number, token in enumerate((300, 1, 13, 2, 3)):
+        ask(ours, number, token)
+    answers = []
+    for _ in range(5):
+        frame = frames.receive(ours)
+        assert frame is not None
+        kind, body = frame
+        answers.append((frames.unpack_result(body).id if kind is Kind.RESULT else json.loads(body)["id"], kind))
+        if kind is Kind.FAILED:
+            assert json.loads(body)["out_of_memory"]
+    ours.close()
+    thread.join(timeout=30)
+    assert not thread.is_alive(), "it ends when the other side is gone"
+    assert sorted(number for number, _ in answers) == [0, 1, 2, 3, 4]
+    assert [number for number, kind in answers if kind is Kind.FAILED] == [2]
+    assert answers[-1][0] == 0, "the long one does not hold up the others"
+    assert engine.most == 2
