@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,9 @@ def start(given: Given) -> Ready:
     from inferctl.bench import plan as plans
 
     targets = [_target(text) for text in given.urls]
+    # As `go_on` will name it, from whichever folder that is called.
+    if given.model and Path(given.model).exists():
+        given = replace(given, model=str(Path(given.model).absolute()))
     resolved = _settings(given, needed=not targets or bool(given.precisions))
     name = given.plan or (resolved.spec.bench.plan if resolved else "precision")
     chosen = plans.load(name).with_overrides(given.precisions, **given.overrides)
@@ -79,8 +82,10 @@ def start(given: Given) -> Ready:
     what = _identity(asked, machine)
     place = _place(given.output, chosen.name)
     spec = str(Path(resolved.file).resolve()) if resolved and resolved.file else None
-    model = given.model if given.model is None or not Path(given.model).exists() else str(Path(given.model).resolve())
-    resume.begin(place, what, {"spec": spec, "model": model, "plan_file": file, "slo_p99_ms": given.slo_p99_ms})
+    called = {"spec": spec, "model": given.model, "plan_file": file, "slo_p99_ms": given.slo_p99_ms}
+    # Only what it sets: a load of a configuration says otherwise what follows from it, as stages say how long it lasts.
+    called["plan"] = chosen.model_dump(mode="json", exclude_unset=True)
+    resume.begin(place, what, called)
     work, context = _bench(asked, machine, place)
     return Ready(work, context, runner.outcomes(work))
 
@@ -89,7 +94,6 @@ def go_on(output: Path) -> Ready:
     """The bench in `output`, from where it stopped. Raises `UsageError` when anything that its figures depend on has changed."""
     from inferctl.bench import environment, resume, runner
     from inferctl.bench.outcome import Subject
-    from inferctl.bench.plan import Plan
 
     output = output.resolve()
     manifest = resume.read(output)
@@ -97,7 +101,7 @@ def go_on(output: Path) -> Ready:
     if then["code"] != (code := {"version": _version(), "sha256": resume.code_sha256()}):
         # Before anything else: another version may not even understand the rest.
         resume.check({"code": then["code"]}, {"code": code}, output)
-    chosen = Plan.model_validate(then["plan"])
+    chosen = _as_it_was(called["plan"])
     subjects = [Subject(**one) for one in then["subjects"]]
     own = any(subject.url is None for subject in subjects)
     spec_file = Path(called["spec"]) if called["spec"] else None
@@ -109,6 +113,27 @@ def go_on(output: Path) -> Ready:
     resume.check(then, _identity(asked, machine), output)
     work, context = _bench(asked, machine, output)
     return Ready(work, context, runner.outcomes(work))
+
+
+def _as_it_was(plan: dict[str, Any]) -> Plan:
+    """The plan of a bench that began; the traces that it names may be gone since, or no traces any more."""
+    from pydantic import ValidationError
+
+    from inferctl.bench.plan import Plan
+    from inferctl.errors import UsageError
+
+    try:
+        return Plan.model_validate(plan)
+    except ValidationError as error:
+        said = error.errors()[0]["msg"].replace("Value error, ", "")
+        raise UsageError(f"the plan of this bench cannot be taken up again: {said}", "put it back as it was") from None
+
+
+def _settings_sha256(resolved: Resolved | None) -> str | None:
+    """Digest of the settings without what `bench` names: the plan, which is held in full beside it."""
+    from inferctl import spec
+
+    return resolved and resolved.spec.model_copy(update={"bench": spec.Bench.model_validate({})}).digest()
 
 
 def _version() -> str:
@@ -133,7 +158,7 @@ def _identity(asked: _Asked, machine: Environment) -> dict[str, Any]:
         asked.subjects,
         machine,
         models.ModelFolder(asked.folder).digest if asked.folder else None,
-        asked.resolved.spec.digest() if asked.resolved else None,
+        _settings_sha256(asked.resolved),
         servers,
         asked.plan_file,
     )

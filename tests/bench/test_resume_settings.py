@@ -1,0 +1,66 @@
+"""A bench goes on however it was called: the folder that it left leads to the same bench again."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inferctl.cli import bench_setup
+from inferctl.errors import UsageError
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that commands are given in, with a small model."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"architectures": ["BertModel"]}')
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "model" / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_bench_goes_on_whatever_named_its_model_and_plan(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "elsewhere").mkdir()
+    for model in ("model", "./model/../model", str(here / "model")):
+        for plan in ("quick", None):
+            given = bench_setup.Given(model=model, plan=plan, output=here / "bench-results")
+            begun = bench_setup.start(given)
+            monkeypatch.chdir(here / "elsewhere")
+            again = bench_setup.go_on(begun.work.output)
+            monkeypatch.chdir(here)
+            assert again.work.plan == begun.work.plan
+            assert again.work.model == begun.work.model == here / "model"
+            assert again.context.slo_p99_ms is begun.context.slo_p99_ms is None
+
+
+def test_a_bench_goes_on_with_a_spec_that_names_another_plan(here: Path) -> None:
+    spec = here / "inferctl.yaml"
+    spec.write_text("name: m\nmodel: {source: model}\nslo: {p99_ms: 50}\nbench: {plan: precision}\n")
+    begun = bench_setup.start(bench_setup.Given(plan="quick"))
+    assert bench_setup.go_on(begun.work.output).work.plan.name == "quick"
+    spec.write_text(spec.read_text().replace("50", "60"))
+    with pytest.raises(UsageError, match="the settings changed"):
+        bench_setup.go_on(begun.work.output)
+
+
+LOADS: dict[str, dict[str, Any]] = {
+    "steps": {"stages": [{"duration_s": 3, "rate": 5}, {"duration_s": 4, "rate": 9}]},
+    "recorded": {"trace": "recorded.jsonl"},
+}
+
+
+@pytest.mark.parametrize("name", list(LOADS))
+def test_loads_that_say_by_themselves_how_long_they_last_go_on(here: Path, name: str) -> None:
+    (here / "recorded.jsonl").write_text('{"at_s": 0, "input": "a"}\n{"at_s": 6.5, "input": "b"}\n')
+    matrix = {"precision": ["fp32"], "load": {"steady": {"rate": 50}, name: LOADS[name]}}
+    (here / "mine.yaml").write_text(json.dumps({"name": "mine", "matrix": matrix}))
+    begun = bench_setup.start(bench_setup.Given(model="model", plan="mine.yaml")).work
+    again = bench_setup.go_on(begun.output).work
+    for one, other in zip(begun.subjects, again.subjects, strict=True):
+        assert begun.load_of(one) == again.load_of(other)
+    assert again.load_of(again.subjects[1]).duration_s == 7
