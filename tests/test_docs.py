@@ -21,11 +21,20 @@ def test_the_reference_is_what_the_program_says() -> None:
     assert module.TARGET.read_text(encoding="utf-8") == module.reference(), "`make docs` writes it anew"
 
 
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as forges make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-        if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for name, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+        if "://" in name:
+            continue
+        other = page.parent / name if name else page
+        assert other.exists(), f"{page.name} links to {name}"
+        assert not anchor or anchor in anchors(other), f"{page.name} links to {name}#{anchor}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
