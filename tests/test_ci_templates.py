@@ -60,6 +60,8 @@ def commands(script: str) -> Iterator[list[str]]:
         if found := re.match(r"\s*inferctl (.*)", line):
             # Command substitutions hold quotes of their own; what they print is a value like any other.
             plain = re.sub(r"\$\([^)]*\)", "x", found[1])
+            # An option that is there only when its variable is set: as if it were.
+            plain = re.sub(r"\$\{\w+:\+([^}]*)\}", r"\1", plain)
             words = shlex.split(plain, comments=True)
             end = next((i for i, word in enumerate(words) if re.fullmatch(r"[|&;]+|\d?>.*", word)), len(words))
             yield words[:end]
@@ -153,7 +155,7 @@ def compare_step(written: Path, tmp_path: Path, code: int, policy: str) -> int:
     program.chmod(0o755)
     (tmp_path / "bench-results" / "one" / "receipts").mkdir(parents=True)
     (tmp_path / "new.json").write_text("{}")
-    environment = {"PATH": f"{program.parent}:/usr/bin:/bin", "THRESHOLD": "5", "OPEN": policy}
+    environment = {"PATH": f"{program.parent}:/usr/bin:/bin", "THRESHOLD": "", "OPEN": policy}
     return subprocess.run(
         ["bash", "-eo", "pipefail", "-c", script], cwd=tmp_path, env=environment, check=False
     ).returncode
@@ -167,6 +169,27 @@ def test_a_verdict_becomes_the_state_of_the_job(
     written: Path, tmp_path: Path, code: int, policy: str, expected: int
 ) -> None:
     assert compare_step(written, tmp_path, code, policy) == expected
+
+
+@pytest.mark.parametrize("path", [GITHUB[0], GITLAB[0]])
+@pytest.mark.parametrize(("given", "expected"), [(None, []), ("3", ["--threshold", "3"])])
+def test_figures_keep_limits_of_their_own_unless_one_is_given_for_all(
+    written: Path, tmp_path: Path, path: str, given: str | None, expected: list[str]
+) -> None:
+    parts = scripts(written / path) if path == GITHUB[0] else yaml_items(written / path)
+    (script,) = (one for one in parts if "inferctl compare" in one)
+    text = (written / path).read_text()
+    default = re.search(r"^ +threshold:\n.*\n +default: \"(.*)\"$|^ +THRESHOLD: \"(.*)\"$", text, re.MULTILINE)
+    assert default
+    program = tmp_path / "inferctl"
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > arguments\n')
+    program.chmod(0o755)
+    (tmp_path / "new.json").write_text("{}")
+    threshold = (default[1] or default[2] or "") if given is None else given
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "THRESHOLD": threshold, "OPEN": "fail"}
+    subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=environment, check=True)
+    arguments = (tmp_path / "arguments").read_text().splitlines()
+    assert [one for one in arguments if one == "--threshold" or one.isdigit()] == expected
 
 
 @pytest.mark.parametrize(("policy", "expected"), [("fail", 1), ("pass", 0)])
@@ -248,7 +271,7 @@ def test_the_steps_measure_both_images_and_give_a_verdict(written: Path, tmp_pat
         "BASELINE": "r/m:main",
         "CANDIDATE": "r/m:slow",
         "WITHOUT_BASELINE": "fail",
-        "THRESHOLD": "5",
+        "THRESHOLD": "",
         "OPEN": "fail",
         "HOME": str(tmp_path),
     }
