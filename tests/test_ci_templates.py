@@ -192,6 +192,30 @@ def test_figures_keep_limits_of_their_own_unless_one_is_given_for_all(
     assert [one for one in arguments if one == "--threshold" or one.isdigit()] == expected
 
 
+@pytest.mark.parametrize("path", [GITHUB[0], GITLAB[0]])
+@pytest.mark.parametrize(("code", "expected"), [(0, 0), (5, 0), (1, 1), (4, 4)])
+def test_an_invalid_bench_is_left_to_compare_and_other_failures_end_the_job(
+    written: Path, tmp_path: Path, path: str, code: int, expected: int
+) -> None:
+    parts = scripts(written / path) if path == GITHUB[0] else yaml_items(written / path)
+    (script,) = (one for one in parts if "inferctl bench" in one)
+    inferctl = f"""#!/bin/bash
+if [ "$1" = bench ]; then exit {code}; fi
+while [ "$1" != --announce ]; do shift; done
+echo '{{"url": "http://127.0.0.1:1"}}' > "$2"
+exec /bin/sleep 20
+"""
+    programs = {"inferctl": inferctl, "docker": "#!/bin/sh\n", "sleep": "#!/bin/sh\nexec /bin/sleep 0.02\n"}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    names = ("SPEC", "PLAN", "REPEATS", "BASELINE", "CANDIDATE")
+    environment = {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin", "WITHOUT_BASELINE": "fail"}
+    environment |= dict.fromkeys(names, "x")
+    done = subprocess.run(["bash", "-eo", "pipefail", "-c", script], cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == expected
+
+
 @pytest.mark.parametrize(("policy", "expected"), [("fail", 1), ("pass", 0)])
 def test_a_missing_baseline_passes_only_when_that_was_said(
     written: Path, tmp_path: Path, policy: str, expected: int
