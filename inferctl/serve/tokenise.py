@@ -38,7 +38,7 @@ class TooLongError(Exception):
         self.index, self.limit = index, limit
 
 
-Outcome: TypeAlias = list[Tokens] | BaseException
+Outcome: TypeAlias = list[Tokens] | Exception
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,7 @@ class TokenizerPool:
 
     def _ended(self, together: list[_Small], done: asyncio.Future[list[Outcome]]) -> None:
         self._busy = False
-        error = done.exception()
-        _hand_out(together, done.result() if error is None else [error] * len(together))
+        _hand_out(together, done.result())
         self._begin()
 
     def _encode_small(self, together: list[_Small]) -> list[Outcome]:
@@ -124,7 +123,9 @@ class TokenizerPool:
         try:
             encodings = iter(self._encodings([text for part in texts for text in part]))
         except BaseException as error:  # noqa: BLE001  # the library's panics are no Exception
-            return [error] if len(together) == 1 else [self._encode_small([small])[0] for small in together]
+            if len(together) > 1:
+                return [self._encode_small([small])[0] for small in together]
+            return [error if isinstance(error, Exception) else RuntimeError(str(error))]
         found: list[Outcome] = []
         for small, part in zip(together, texts, strict=True):
             mine = list(islice(encodings, len(part)))
@@ -203,7 +204,7 @@ def _hand_out(together: list[_Small], found: Sequence[Outcome]) -> None:
     for small, outcome in zip(together, found, strict=True):
         if small.done.done():  # cancelled
             continue
-        if isinstance(outcome, BaseException):
+        if isinstance(outcome, Exception):
             small.done.set_exception(outcome)
         else:
             small.done.set_result(outcome)
