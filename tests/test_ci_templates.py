@@ -239,6 +239,28 @@ def test_ci_files_that_are_there_are_kept(tmp_path: Path, capsys: pytest.Capture
     assert cli.run(["init", str(tmp_path), "--ci", "gitlab", "--force"]) == 0
 
 
+def packages(folder: Path) -> list[str]:
+    """What the jobs of both CIs install."""
+    action, part = (yaml.safe_load((folder / path).read_text()) for path in (GITHUB[0], GITLAB[0]))
+    return [action["inputs"]["package"]["default"], part[".inferctl"]["variables"]["PACKAGE"]]
+
+
+def test_jobs_install_what_was_said_to_the_letter(written: Path, tmp_path: Path) -> None:
+    assert packages(written) == ["inferctl[bench]"] * 2
+    odd = "inferctl[bench] @ git+https://git.example.com/team/inferctl@v1#egg=\"x\": 'é'"
+    for name in ("github", "gitlab"):
+        assert cli.run(["init", str(tmp_path), "--ci", name, "--package", odd]) == 0
+    assert packages(tmp_path) == [odd] * 2
+
+
+@pytest.mark.parametrize("arguments", [["--package", "inferctl"], ["--ci", "github", "--package", " "]])
+def test_a_package_without_a_job_or_without_a_name_is_refused_and_nothing_written(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    assert cli.run(["init", str(tmp_path), *arguments]) == UsageError.exit_code
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_spec_that_is_there_is_read_and_kept(tmp_path: Path) -> None:
     assert cli.run(["init", str(tmp_path), "--model", "org/named"]) == 0
     spec = tmp_path / "inferctl.yaml"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from inferctl.cli import console
 from inferctl.errors import UsageError
 
+_PACKAGE = "inferctl[bench]"
 _GITLAB_ROOT, _GITLAB_PART = ".gitlab-ci.yml", ".gitlab/inferctl.yml"
 # CI -> path in the repository -> template.
 _CI = {
@@ -34,6 +36,10 @@ def init(
     ci: Annotated[
         str | None, typer.Option("--ci", metavar="NAME", help="Also write the steps for github or gitlab.")
     ] = None,
+    package: Annotated[
+        str | None,
+        typer.Option(metavar="REQUIREMENT", help=f"With --ci: what pip installs in the job; default {_PACKAGE}."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that are already there.")] = False,
 ) -> None:
     """Write a commented inferctl.yaml and print its path; with --ci the CI steps too, beside a spec that may be there already.
@@ -45,6 +51,7 @@ def init(
     target = directory / spec.DEFAULT_FILE
     if ci is not None and ci not in _CI:
         raise UsageError(f"--ci cannot be {ci!r}", f"known: {', '.join(_CI)}")
+    installed = _requirement(package, ci)
     written: dict[Path, str] = {}
     if not target.exists() or (force and ci is None):
         values = {
@@ -60,7 +67,8 @@ def init(
     document = settings.parse(written[target], str(target)) if written else settings.read(target)
     resolved = settings.resolve(document, {}, {}, catalog.vocabulary())
     if ci:
-        written |= _ci_files(ci, directory, resolved.spec.name, resolved.spec.image.repository, force)
+        given = {"name": resolved.spec.name, "repository": resolved.spec.image.repository, "package": installed}
+        written |= _ci_files(ci, directory, given, force)
     for file, text in written.items():
         _write(file, text)
     if ci:
@@ -70,11 +78,21 @@ def init(
     console.data("\n".join(str(file) for file in written))
 
 
-def _ci_files(ci: str, directory: Path, name: str, repository: str | None, force: bool) -> dict[Path, str]:
+def _requirement(package: str | None, ci: str | None) -> str:
+    """What the CI job installs, as a YAML string: a requirement may hold what YAML would read otherwise."""
+    if package is not None and (ci is None or not package.strip()):
+        raise UsageError(
+            "--package says what the CI job installs" if ci is None else "--package is empty",
+            f"give it beside --ci, as in `--ci github --package '{_PACKAGE} @ git+https://HOST/inferctl'`",
+        )
+    return json.dumps(package or _PACKAGE, ensure_ascii=False)
+
+
+def _ci_files(ci: str, directory: Path, given: dict[str, Any], force: bool) -> dict[Path, str]:
     """The files of a CI and their text. One that is the user's own by nature is left alone when it is there."""
     from inferctl import spec
 
-    values = {"name": name, "repository": repository, "spec": spec.DEFAULT_FILE}
+    values = {**given, "spec": spec.DEFAULT_FILE}
     parts = {part: _rendered(f"ci/{part}.sh.j2", values).rstrip() for part in ("measure", "compare")}
     made = {}
     for path, template in _CI[ci].items():
