@@ -23,6 +23,7 @@ from inferctl.bench.stats import rank
 from inferctl.bench.target import Target
 from inferctl.errors import InferctlError
 
+PROGRAM = "inferctl.serve.reference"
 NEIGHBOURS = 10
 _BATCH = 16
 
@@ -41,11 +42,13 @@ class Reference:
 class Checker:
     """Compares servers with the fp32 reference of the folder `model`, which is computed once for each input limit that a server states.
 
-    `limits` None: the plan asks for no check; `model` None: there are no weights to compare with.
+    `limits` None: the plan asks for no check; `model` None: there are no weights to compare with. The reference's process works in
+    `folder` (None: in this one), so that a bench that goes on finds what a killed one left.
     """
 
-    def __init__(self, limits: Quality | None, model: Path | None) -> None:
+    def __init__(self, limits: Quality | None, model: Path | None, folder: Path | None = None) -> None:
         self._limits = limits
+        self._folder = folder
         self._model = models.ModelFolder(model) if model else None
         self._known: dict[int | None, Reference | str] = {}
 
@@ -71,31 +74,37 @@ class Checker:
         except InferctlError as error:
             return broken(error.message)
 
-    @staticmethod
     def _reference(
-        model: Path, limits: Quality, longest: int | None, waiting: Callable[[float], None]
+        self, model: Path, limits: Quality, longest: int | None, waiting: Callable[[float], None]
     ) -> Reference | str:
         """The vectors to compare with, or why there are none."""
         texts, _ = workload.read_corpus(limits.corpus)
         try:
-            return reference(model, texts[: limits.texts], longest, waiting)
+            return reference(model, texts[: limits.texts], longest, waiting, self._folder)
         except InferctlError as error:
             return error.message
 
 
 def reference(
-    model: Path, texts: list[str], max_input_tokens: int | None, waiting: Callable[[float], None]
+    model: Path,
+    texts: list[str],
+    max_input_tokens: int | None,
+    waiting: Callable[[float], None],
+    folder: Path | None = None,
 ) -> Reference:
-    """Compute the reference in a process of its own, with inputs cut where the server cuts them; `waiting` is called with the seconds passed.
+    """Compute the reference in a process of its own that works in `folder`, with inputs cut where the server cuts them; `waiting` is called
+    with the seconds passed.
 
     Raises `InferctlError` when it fails.
     """
     limit = ["--max-input-tokens", str(max_input_tokens)] if max_input_tokens else []
-    arguments = [sys.executable, "-m", "inferctl.serve.reference", str(model), *limit]
+    arguments = [sys.executable, "-m", PROGRAM, str(model.resolve()), *limit]
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as complaint:
         given.write(json.dumps(texts).encode())
         given.seek(0)
-        process = subprocess.Popen(arguments, stdin=given, stdout=answer, stderr=complaint, start_new_session=True)
+        process = subprocess.Popen(
+            arguments, stdin=given, stdout=answer, stderr=complaint, cwd=folder, start_new_session=True
+        )
         try:
             passed = 0.0
             while process.poll() is None:

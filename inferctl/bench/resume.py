@@ -25,7 +25,7 @@ from typing import Any
 import inferctl
 from inferctl import assets
 from inferctl.bench import load as loads
-from inferctl.bench import receipt, records, summary, workload
+from inferctl.bench import quality, receipt, records, summary, workload
 from inferctl.bench.environment import Environment
 from inferctl.bench.outcome import Measurement, Outcome, Subject
 from inferctl.bench.plan import Plan, Run
@@ -39,10 +39,11 @@ _NAMES = {
     "plan_file": "the plan's file",
     "subjects": "what is measured",
     "corpora": "a corpus",
+    "traces": "a trace",
     "model": "the model's weights",
     "spec": "the settings",
     "code": "inferctl's code",
-    "machine": "the machine",
+    "machine": "the machine or its software",
     "servers": "a server's weights or precision",
 }
 
@@ -56,28 +57,50 @@ def identity(
     servers: Mapping[str, Any],
     plan_file: str | None,
 ) -> dict[str, Any]:
-    """Everything that the figures of a bench depend on; runs of benches that differ in it must not be pooled."""
+    """Everything that the figures of a bench depend on; runs of benches that differ in it must not be pooled. Raises `UsageError`."""
     corpora = {
         plan.corpus,
         *(one.corpus for one in subjects if one.corpus),
         *([plan.quality.corpus] if plan.quality else []),
     }
+    traces = {plan.load.trace, *((one.load or {}).get("trace") for one in subjects)}
     file = Path(plan_file) if plan_file else None
     return {
         "plan": plan.model_dump(mode="json"),
         "plan_file": hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else None,
         "subjects": [dataclasses.asdict(one) for one in subjects],
         "corpora": {name: workload.read_corpus(name)[1] for name in sorted(corpora)},
+        "traces": {name: _trace_sha256(name) for name in sorted(filter(None, traces))},
         "model": model_sha256,
         "spec": spec_sha256,
         "code": {"version": inferctl.__version__, "sha256": code_sha256()},
-        "machine": {
-            "cpu": environment.cpu_model,
-            "cores": environment.cores,
-            "gpus": [gpu.name for gpu in environment.gpus],
-        },
+        "machine": _machine(environment),
         "servers": dict(servers),
     }
+
+
+def _machine(environment: Environment) -> dict[str, Any]:
+    """Hardware, system and the software that the figures come from, flat: so a difference is told by its name."""
+    return {
+        "cpu": environment.cpu_model,
+        "cores": environment.cores,
+        "gpus": [gpu.name for gpu in environment.gpus],
+        "driver": sorted({gpu.driver for gpu in environment.gpus}),
+        "kernel": environment.kernel,
+        "python": environment.python,
+        **environment.versions,
+        **environment.variables,
+    }
+
+
+def _trace_sha256(name: str) -> str:
+    try:
+        return hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UsageError(
+            f"the trace {name} cannot be read: {error.strerror}",
+            "it is looked for where the plan says, from this folder",
+        ) from None
 
 
 def code_sha256() -> str:
@@ -219,7 +242,7 @@ def _restored(output: Path, folder: Path, run: Run) -> tuple[Measurement, dict[s
 
 
 def leftovers(output: Path) -> list[int]:
-    """Leaders of process groups that a killed bench started in `output` and that still run: its server, its load generator."""
+    """Leaders of process groups that a killed bench started in `output` and that still run: its server, its load generator, its reference."""
     runs = (output / "runs").resolve()
     found = []
     for entry in Path("/proc").iterdir():
@@ -231,7 +254,7 @@ def leftovers(output: Path) -> list[int]:
         except OSError:
             continue
         # Somebody may have a shell or a pager in that folder.
-        if leads and (b"--announce" in words or b"locust" in words):
+        if leads and not {b"--announce", b"locust", quality.PROGRAM.encode()}.isdisjoint(words):
             found.append(int(entry.name))
     return found
 

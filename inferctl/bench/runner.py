@@ -83,7 +83,7 @@ def run(bench: Bench, into: Sequence[Outcome], notify: Notify, kept: Callable[[O
     Each complete run is also written down for `resume`. SIGTERM is taken like Ctrl-C: children are ended, then it is raised.
     """
     named = {outcome.subject.name: outcome for outcome in into}
-    checker = quality.Checker(bench.plan.quality, bench.model)
+    checker = quality.Checker(bench.plan.quality, bench.model, bench.output / "runs")
     order = bench.order
     with interruptible():
         for number, one in enumerate(order, 1):
@@ -234,6 +234,8 @@ def judge(outcome: Outcome, cores: int) -> tuple[dict[str, Any], list[validity.V
     pooled = summary.summarise([m.part for m in outcome.measurements])
     whole = validity.combine(each, pooled)
     reasons = (*whole.reasons, *validity.same([m.info for m in outcome.measurements]).reasons)
+    if len({m.workload.get("sha256") for m in outcome.measurements}) > 1:
+        reasons = (*reasons, "the runs differ in what was sent: a corpus or a trace changed meanwhile")
     if beside := neighbours.document(outcome.measurements, cores):
         whole = validity.both(whole, validity.Validity((), tuple(beside["cautions"])))
         reasons = (*reasons, *beside["reasons"])

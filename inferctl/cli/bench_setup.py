@@ -33,12 +33,11 @@ class Given:
 
 @dataclass(frozen=True)
 class Ready:
-    """Everything that can be wrong was found; `done` runs are complete already."""
+    """Everything that can be wrong was found."""
 
     work: Bench
     context: Context
     outcomes: list[Outcome]
-    done: int = 0
 
 
 @dataclass(frozen=True)

@@ -64,3 +64,20 @@ def test_loads_that_say_by_themselves_how_long_they_last_go_on(here: Path, name:
     for one, other in zip(begun.subjects, again.subjects, strict=True):
         assert begun.load_of(one) == again.load_of(other)
     assert again.load_of(again.subjects[1]).duration_s == 7
+
+
+@pytest.mark.parametrize("where", ["plan", "configuration"])
+def test_a_trace_that_changed_is_named_and_refused(here: Path, where: str) -> None:
+    trace = here / "recorded.jsonl"
+    trace.write_text('{"at_s": 0, "input": "a"}\n{"at_s": 6.5, "input": "b"}\n')
+    plan: dict[str, Any] = {"name": "mine", "configurations": [{"name": "fp32", "precision": "fp32"}]}
+    (plan if where == "plan" else plan["configurations"][0])["load"] = LOADS["recorded"]
+    (here / "mine.yaml").write_text(json.dumps(plan))
+    place = bench_setup.start(bench_setup.Given(model="model", plan="mine.yaml")).work.output
+    bench_setup.go_on(place)
+    trace.write_text(trace.read_text().replace('"b"', '"c"'))
+    with pytest.raises(UsageError, match=r"a trace changed \(recorded\.jsonl: "):
+        bench_setup.go_on(place)
+    trace.unlink()
+    with pytest.raises(UsageError, match=r"the trace recorded\.jsonl cannot be read"):
+        bench_setup.go_on(place)

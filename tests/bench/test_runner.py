@@ -163,7 +163,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]
     (folder / "config.json").write_text("{}")
     digest = models.ModelFolder(folder).digest
 
-    def reference(model: Path, texts: list[str], longest: int | None, waiting: Callable[[float], None]) -> object:
+    def reference(model: Path, texts: list[str], longest: int | None, *rest: Any) -> object:
         return quality.Reference(texts, np.array([vector(text, 0) for text in texts], np.float32), digest)
 
     monkeypatch.setattr(quality, "reference", reference)
@@ -207,9 +207,9 @@ def test_the_same_weights_are_compared_once_for_each_input_limit(tmp_path: Path,
     asked: list[int | None] = []
     real = quality.reference
 
-    def counted(model: Path, texts: list[str], longest: int | None, waiting: Callable[[float], None]) -> object:
+    def counted(model: Path, texts: list[str], longest: int | None, *rest: Any) -> object:
         asked.append(longest)
-        return real(model, texts, longest, waiting)
+        return real(model, texts, longest, *rest)
 
     quality.reference = counted  # type: ignore[assignment]  # put back by the fixture
     checker = quality.Checker(work.plan.quality, folder)

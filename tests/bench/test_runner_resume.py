@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,8 +17,8 @@ from typing import Any
 import pytest
 from bench_samples import ANSWERING
 
-from inferctl.bench import environment, plan, receipt, records, resume, runner
-from inferctl.errors import NotReadyError, UsageError
+from inferctl.bench import environment, plan, quality, receipt, records, resume, runner
+from inferctl.errors import InferctlError, NotReadyError, UsageError
 
 LOAD = {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0, "timeout_s": 5}
 
@@ -141,8 +142,11 @@ def test_everything_that_figures_depend_on_is_compared(tmp_path: Path) -> None:
 
     def identity(**changes: Any) -> dict[str, Any]:
         given = {"model": "aa", "spec": "bb", "servers": {"x": ["cc", "bf16"]}, "plan": work.plan, **changes}
-        subjects = work.subjects
-        return resume.identity(given["plan"], subjects, machine, given["model"], given["spec"], given["servers"], None)
+        here, subjects = given.get("machine", machine), work.subjects
+        return resume.identity(given["plan"], subjects, here, given["model"], given["spec"], given["servers"], None)
+
+    def other(**changes: Any) -> environment.Environment:
+        return dataclasses.replace(machine, **changes)
 
     then = json.loads(json.dumps(identity()))
     resume.check(then, identity(), tmp_path)
@@ -151,6 +155,10 @@ def test_everything_that_figures_depend_on_is_compared(tmp_path: Path) -> None:
         ({"spec": "ee"}, "the settings changed"),
         ({"servers": {"x": ["cc", "fp32"]}}, "a server's weights or precision changed"),
         ({"plan": work.plan.with_overrides(repeats=2)}, "the plan changed (repeats: 1 -> 2)"),
+        ({"machine": other(versions={**machine.versions, "locust": "0.1"})}, "-> 0.1)"),
+        ({"machine": other(variables={"OMP_NUM_THREADS": "1"})}, "software changed (OMP_NUM_THREADS: null -> 1)"),
+        ({"machine": other(kernel="Linux 0.1")}, "-> Linux 0.1)"),
+        ({"machine": other(gpus=(environment.Gpu("T4", "t4", 1, "570.1"),))}, 'driver: [] -> ["570.1"])'),
     ):
         with pytest.raises(UsageError) as caught:
             resume.check(then, identity(**change), tmp_path)
@@ -188,6 +196,25 @@ def test_only_one_bench_at_a_time_has_a_folder(tmp_path: Path) -> None:
         pass
     with resume.alone(tmp_path):
         pass
+
+
+def test_the_reference_that_a_killed_bench_was_computing_is_ended(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    work = bench(tmp_path, "fp32")
+    ended: list[int] = []
+
+    def waiting(passed: float) -> None:
+        for _ in range(500):  # its command line is there a moment after it
+            if found := resume.leftovers(tmp_path):
+                ended.extend(found)
+                break
+            time.sleep(0.01)
+        resume.restore(tmp_path, work.order, runner.outcomes(work))
+
+    # Killed, it says nothing; left alone, it says that there is no such model.
+    with pytest.raises(InferctlError, match="reference could not be computed: no message"):
+        quality.reference(tmp_path / "model", ["a text"], None, waiting, tmp_path / "runs")
+    assert len(ended) == 1
 
 
 def test_servers_that_a_killed_bench_left_are_ended(tmp_path: Path) -> None:

@@ -422,6 +422,18 @@ def test_each_run_keeps_what_the_server_said_and_an_exchanged_server_is_invalid(
     assert written.data["validity"]["reasons"] == ["the runs differ in the model's sha256: a, b"]
 
 
+def test_runs_that_were_sent_different_requests_are_not_one_configuration(tmp_path: Path) -> None:
+    outcome = outcome_of(tmp_path, steady(100, 10), steady(100, 10))
+    for sha256, valid in (("a", True), ("b", False)):
+        for measurement, sent in zip(outcome.measurements, ("a", sha256), strict=True):
+            measurement.workload = {"corpus": "own.txt", "sha256": sent}
+        (written,) = result.receipts(context(tmp_path), [outcome])
+        assert written.data["validity"]["valid"] is valid
+    assert written.data["validity"]["reasons"] == [
+        "the runs differ in what was sent: a corpus or a trace changed meanwhile"
+    ]
+
+
 def test_one_invalid_configuration_among_valid_ones_ends_with_5() -> None:
     from inferctl.bench import result
 
