@@ -39,23 +39,23 @@ def inflation(without: Sequence[summary.Part], beside: Sequence[summary.Part]) -
 
 
 def _within_runs(without: Sequence[summary.Part], beside: Sequence[summary.Part], q: float) -> dict[str, Any]:
+    # Other runs must not stand in for one that answered nothing.
+    single = [(_point(a, q), _point(b, q)) for a, b in zip(without, beside, strict=False)]
+    if any(point is None for pair in single for point in pair):
+        return _none(0, stats.needed(q, _EACH))
     before, after = (stats.quantile(_latencies(parts), q, _EACH) for parts in (without, beside))
     if before.value is None or after.value is None:
-        return _none(min((before, after), key=lambda one: one.n), stats.needed(q, _EACH))
+        return _none(min(before.n, after.n), stats.needed(q, _EACH))
     assert before.low and before.high and after.low is not None and after.high is not None
     # Runs differ by more than their answers show: a pair that lies outside has seen it.
-    single = [
-        _point(b, q) / _point(a, q)
-        for a, b in zip(without, beside, strict=False)
-        if len(a.measured) and len(b.measured)
-    ]
-    low, high = min(after.low / before.high, *single), max(after.high / before.low, *single)
+    factors = [b / a for a, b in single if a and b]
+    low, high = min(after.low / before.high, *factors), max(after.high / before.low, *factors)
     return _figures(before.value, after.value, after.value / before.value, low, high)
 
 
-def _point(part: summary.Part, q: float) -> float:
+def _point(part: summary.Part, q: float) -> float | None:
     ascending = _latencies([part])
-    return float(ascending[stats.rank(len(ascending), q) - 1]) if len(ascending) else math.nan
+    return float(ascending[stats.rank(len(ascending), q) - 1]) if len(ascending) else None
 
 
 def _over_runs(without: Sequence[summary.Part], beside: Sequence[summary.Part], q: float) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _over_runs(without: Sequence[summary.Part], beside: Sequence[summary.Part], 
         for a, b in zip(without, beside, strict=False)
     ]
     if small := [one for pair in each for one in pair if one.value is None]:
-        return _none(min(small, key=lambda one: one.n), stats.needed(q))
+        return _none(min(one.n for one in small), stats.needed(q))
     values = [(a.value or 0.0, b.value or 0.0) for a, b in each]
     factors = [math.log(b / a) for a, b in values]
     found = stats.mean_interval(factors)
@@ -89,9 +89,9 @@ def _figures(before: float, after: float, factor: float, low: float, high: float
     }
 
 
-def _none(smallest: stats.Quantile, needed: int) -> dict[str, Any]:
+def _none(n: int, needed: int) -> dict[str, Any]:
     none: dict[str, Any] = dict.fromkeys(("without_ms", "with_ms", "factor", "low", "high"))
-    return none | {"n": smallest.n, "needed": needed}
+    return none | {"n": n, "needed": needed}
 
 
 def achieved(rows: records.Rows, start_ns: int, end_ns: int) -> dict[str, Any]:

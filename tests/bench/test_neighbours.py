@@ -73,6 +73,18 @@ def test_a_percentile_that_n_does_not_support_has_no_factor() -> None:
     assert found["p50"]["factor"] is not None
 
 
+@pytest.mark.parametrize("side", ["without", "beside"])
+def test_a_run_that_answered_nothing_good_leaves_no_factor(side: str) -> None:
+    broken = summary.Part(table(*(row(10 * i, 5, error=records.HTTP_ERROR) for i in range(500))), 0, 10 * SECOND, 1)
+    runs = {"without": [drawn(1, 4000, 10), drawn(3, 4000, 10)], "beside": [drawn(2, 4000, 25), drawn(4, 4000, 25)]}
+    assert encroachment.inflation(**runs)["percentiles"]["p50"]["factor"] is not None
+    runs[side][1] = broken
+    found = encroachment.inflation(**runs)
+    assert receipt.canonical(found)
+    for figures in found["percentiles"].values():
+        assert (figures["factor"], figures["low"], figures["high"], figures["n"]) == (None, None, None, 0)
+
+
 def test_what_a_neighbour_achieved_counts_within_the_window_only() -> None:
     rows = table(row(0, 500), row(900, 200), row(1500, 100), row(1600, 100, error=records.TIMEOUT), row(1900, 300))
     assert encroachment.achieved(rows, 1 * SECOND, 2 * SECOND) == {"requests_per_s": 2.0, "failed": 1}
