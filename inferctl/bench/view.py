@@ -149,20 +149,25 @@ def costs(rows: Sequence[Row]) -> RenderableType | None:
 
 
 def estimates(rows: Sequence[Row]) -> RenderableType:
-    """Figures that were computed and not measured: apart from the others, each with its band."""
-    grid = _grid("on", "p50", "p90", "p99", "req/s", "band")
+    """Figures that were computed and not measured: apart from the others, each above its error band."""
+    grid = _grid("on", "p50", "p90", "p99", "req/s")
     for row in rows:
-        figures = row["estimate"]
-        known = (figures.get(key) for key in ("p50_ms", "p90_ms", "p99_ms", "requests_per_s"))
-        cells = [_UNKNOWN if value is None else f"~{short(value)}" for value in known]
-        grid.add_row(row["configuration"], row["hardware"]["key"], *cells, band(figures), style="italic")
-    return _titled("ESTIMATED, not measured (band: of the requests/s)", grid)
+        cells = [_estimated(row["estimate"], key) for key in ("p50_ms", "p90_ms", "p99_ms", "requests_per_s")]
+        grid.add_row(row["configuration"], row["hardware"]["key"], *cells, style="italic")
+    return _titled("ESTIMATED, not measured (below each figure its error band)", grid)
 
 
-def band(figures: Mapping[str, Any]) -> str:
-    """The error band of an estimate, as factors."""
-    found = figures.get("band") or {}
-    return f"x{found['low']:.2f} - {found['high']:.2f}" if found else "not known"
+def _estimated(figures: Mapping[str, Any], key: str) -> str:
+    """A figure and under it its band; the rate that an open loop offers is no estimate and has none."""
+    if (value := figures.get(key)) is None:
+        return _UNKNOWN
+    found = (figures.get("ranges") or {}).get(key)
+    if not found:
+        return f"~{short(value)}"
+    if key == "requests_per_s" and found["low"] == found["high"]:
+        return f"{short(value)}\noffered"
+    ends = f"over {short(found['low'])}" if found["high"] is None else f"{short(found['low'])}-{short(found['high'])}"
+    return f"~{short(value)}\n{ends}"
 
 
 def _titled(title: str, grid: Table) -> Group:

@@ -154,6 +154,9 @@ def test_what_was_estimated_stands_apart_from_what_was_measured(tmp_path: Path) 
     assert "~" not in measured
     assert "bf16" in apart
     assert "~180" in apart  # 4321 / 24
+    # Each with its own band, as in the report.
+    for band in ("19.2-31.2", "38.4-62.4", "144-234"):
+        assert band in apart
     page = report.render(found, receipts)
     results = page[page.index("<h2>Results</h2>") : page.index("Estimated, not measured</h2>")]
     assert "180.0" not in results
@@ -162,6 +165,20 @@ def test_what_was_estimated_stands_apart_from_what_was_measured(tmp_path: Path) 
     assert bars[1]["marker"]["color"] == "rgba(0,0,0,0)"
     assert all("estimated" in name for name in bars[1]["y"])
     assert not any("estimated" in name for name in bars[0]["y"])
+
+
+def test_a_rate_that_was_offered_is_no_estimate_and_a_latency_without_bound_says_so(tmp_path: Path) -> None:
+    found, receipts = shown(tmp_path, document("bf16", 300, 12), estimated=True, rate=80)
+    figures = found["rows"][-1]["estimate"]
+    figures["requests_per_s"], figures["ranges"]["requests_per_s"] = 80.0, {"value": 80.0, "low": 80.0, "high": 80.0}
+    figures["ranges"]["p99_ms"]["high"] = None
+    apart = text_of(found).split("ESTIMATED, not measured")[1]
+    assert "over 21.6" in apart  # 0.8 * 3 * 9
+    assert "~80" not in apart
+    assert "offered" in apart
+    page = report.render(found, receipts)
+    assert '80.0<span class="range">offered' in page
+    assert ">~80.0<" not in page
 
 
 def test_estimated_rows_alone_are_no_measurement(tmp_path: Path) -> None:
