@@ -1,4 +1,4 @@
-"""The exact records that the load generator wrote, one row a request; the fields are documented in benchmarks/locustfile.py.
+"""The exact records that the load generator wrote, one row a request; the fields are documented in benchmarks/loadgen/recorder.py.
 
 A records file is a line of magic, a line of JSON that names the fields, then fixed-size little-endian records. While it is being written,
 and when its writer was killed, zeros follow the last record.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,7 +42,6 @@ def build(
     config: Mapping[str, Any],
     work: Work,
     question: Question,
-    tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Every part in every precision; those that cannot be estimated are in `absent`, with the reason. Raises `UsageError` for a wrong part."""
     found, absent = [], []
@@ -51,7 +50,6 @@ def build(
     for key in dict.fromkeys([*keys, *([question.against] if question.against else [])]):
         part = catalog.hardware(key)
         for precision in dict.fromkeys(catalog.best_precision(part.traits) if p == "auto" else p for p in precisions):
-            tell(f"{key} {precision}")
             try:
                 calibrated = known.of(part.key, precision)
             except UsageError as error:
