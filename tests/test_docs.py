@@ -48,6 +48,17 @@ def test_the_commands_a_page_shows_exist(page: Path) -> None:
         assert verb in known, f"{page.name} shows `inferctl {verb}`"
 
 
+def test_the_help_of_every_command_has_an_example() -> None:
+    from typer.main import get_command
+
+    from inferctl import cli
+
+    for name, command in get_command(cli.app).commands.items():  # type: ignore[attr-defined]  # the root is a group
+        for one in getattr(command, "commands", {name: command}).values():
+            said = f"{one.help} {one.epilog}"
+            assert "Example" in said and "inferctl" in said.partition("Example")[2], f"{name}: no example in its help"
+
+
 def test_no_path_of_a_developers_machine_is_in_the_repository() -> None:
     names = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True

@@ -29,6 +29,8 @@ def config(
     """Print each setting, its value, and where it came from: flag, environment, file or default.
 
     Every setting can be given as INFERCTL_<SECTION>_<NAME>, as in INFERCTL_SERVE_PRECISION=bf16.
+
+    Example: inferctl config --changed
     """
     from inferctl import settings
 
