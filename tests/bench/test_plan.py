@@ -18,7 +18,17 @@ def written(folder: Path, text: str) -> str:
     return str(file)
 
 
-@pytest.mark.parametrize("name", ["precision", "quick", "search", "spike"])
+PLANS = sorted(file.stem for file in (Path(__file__).resolve().parents[2] / "benchmarks" / "plans").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_shipped_plan_is_in_the_table_of_plans(name: str) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "bench.md"
+    table = page.read_text(encoding="utf-8").partition("\n## Plans\n")[2].partition("\n| key |")[0]
+    assert f"\n| `{name}` |" in table
+
+
+@pytest.mark.parametrize("name", PLANS)
 def test_shipped_plans_load_and_their_corpora_exist(name: str) -> None:
     shipped = plan.load(name)
     assert shipped.name == name
