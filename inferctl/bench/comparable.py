@@ -28,6 +28,14 @@ class Pair:
         return self.new is not None and interleaved(self.old.data["runs"], self.new.data["runs"])
 
     @property
+    def same_texts(self) -> bool:
+        """Whether the quality of both was checked with texts of one corpus: by its sha256, by its name where a receipt has none."""
+        both = [one.data for one in (self.old, self.new) if one]
+        digests = {one["quality"].get("corpus_sha256") for one in both}
+        names = {(one["plan"].get("quality") or {}).get("corpus") for one in both}
+        return len(names if None in digests else digests) == 1
+
+    @property
     def name(self) -> str:
         return (
             self.old.name

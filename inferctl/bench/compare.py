@@ -119,8 +119,7 @@ def configuration(pair: Pair, options: Options, family: int) -> dict[str, Any]:
     """The verdict on one pair that may be compared."""
     assert pair.new is not None  # `refused` says so otherwise
     metrics = [judge(pair, metric, options, family) for metric in _wanted(options)]
-    corpora = {(one.data["plan"].get("quality") or {}).get("corpus") for one in (pair.old, pair.new)}
-    metrics += quality(pair.old.data["quality"], pair.new.data["quality"], options, same_texts=len(corpora) == 1)
+    metrics += quality(pair.old.data["quality"], pair.new.data["quality"], options, same_texts=pair.same_texts)
     outcomes = [metric["outcome"] for metric in metrics]
     outcome = next((one for one in ("regression", "not enough evidence") if one in outcomes), "no regression")
     if outcome == "no regression" and "improvement" in outcomes:

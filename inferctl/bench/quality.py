@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ Matrix = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Reference:
-    """fp32 vectors of `texts`, shape (n, dimensions), from the model folder with the digest `model_sha256`."""
+    """fp32 vectors of `texts`, shape (n, dimensions), from the model folder with the digest `model_sha256`; `corpus_sha256` is that of the
+    file that the texts are from, where they are from one."""
 
     texts: list[str]
     vectors: Matrix
     model_sha256: str
+    corpus_sha256: str | None = None
 
 
 class Checker:
@@ -78,9 +80,10 @@ class Checker:
         self, model: Path, limits: Quality, longest: int | None, waiting: Callable[[float], None]
     ) -> Reference | str:
         """The vectors to compare with, or why there are none."""
-        texts, _ = workload.read_corpus(limits.corpus)
+        texts, digest = workload.read_corpus(limits.corpus)
         try:
-            return reference(model, texts[: limits.texts], longest, waiting, self._folder)
+            found = reference(model, texts[: limits.texts], longest, waiting, self._folder)
+            return replace(found, corpus_sha256=digest)
         except InferctlError as error:
             return error.message
 
@@ -141,7 +144,7 @@ def check(target: Target, expected: Reference, limits: Quality) -> dict[str, Any
         raise InferctlError("the server answered vectors that are not finite")
     if not found.any(axis=1).all():
         raise InferctlError("the server answered vectors that are all zeros")
-    return compare(expected.vectors, found, limits)
+    return compare(expected.vectors, found, limits) | {"corpus_sha256": expected.corpus_sha256}
 
 
 def compare(expected: Matrix, found: Matrix, limits: Quality) -> dict[str, Any]:

@@ -159,6 +159,34 @@ def test_quality_is_held_against_its_limits_exactly(
     assert reason in reasons
 
 
+@pytest.mark.parametrize(
+    ("digests", "names", "outcome"),
+    [
+        (("aa", "aa"), ("texts.jsonl", "texts.jsonl"), "regression"),
+        (("aa", "bb"), ("texts.jsonl", "texts.jsonl"), "no regression"),
+        (("aa", "aa"), ("texts.jsonl", "renamed.jsonl"), "regression"),
+        ((None, "bb"), ("texts.jsonl", "texts.jsonl"), "regression"),
+        ((None, "bb"), ("texts.jsonl", "renamed.jsonl"), "no regression"),
+    ],
+)
+def test_quality_is_held_against_the_old_one_only_on_the_same_texts_whatever_their_file_is_called(
+    tmp_path: Path, digests: tuple[str | None, str], names: tuple[str, str], outcome: str
+) -> None:
+    sides = []
+    made = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
+    for one, digest, name, recall in zip(made, digests, names, (0.987, 0.95), strict=True):
+
+        def change(data: dict[str, Any], digest: str | None = digest, name: str = name, recall: float = recall) -> None:
+            data["plan"]["quality"] = {"corpus": name}
+            data["quality"] |= {"recall_at_10": recall} | ({"corpus_sha256": digest} if digest else {})
+
+        sides.append(changed(one, change))
+    result = verdict(*sides)
+    assert result["outcome"] == outcome
+    compared = outcome == "regression"
+    assert (metrics(result)["recall_at_10"]["old"] is not None) == compared
+
+
 def test_broken_vectors_are_a_regression_and_unchecked_ones_no_evidence(tmp_path: Path) -> None:
     old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
     broken = {"checked": True, "passes": False, "reason": "not finite"}

@@ -30,6 +30,7 @@ from inferctl.bench import (
     server,
     target,
     view,
+    workload,
 )
 from inferctl.errors import InferctlError, InvalidRunError
 
@@ -204,6 +205,7 @@ def test_the_same_weights_are_compared_once_for_each_input_limit(tmp_path: Path,
     work = bench(tmp_path, "fp32", options=("--sha256", digest), check_quality=True, model=folder)
     (outcome,) = ran(work)
     assert outcome.quality["passes"]
+    assert outcome.quality["corpus_sha256"] == workload.read_corpus("short")[1]
     asked: list[int | None] = []
     real = quality.reference
 
