@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from inferctl.bench.receipt import Receipt
 from inferctl.errors import UsageError
 
 ALLOWABLE = ("precision", "hardware")
+# What lies between two runs of a repeat beside other runs: starts of servers, warm-up, the quality check of the first repeat.
+_BETWEEN_S, _LONGER = 600.0, 3
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,13 @@ class Pair:
     old: Receipt
     new: Receipt | None
 
-    @property
+    @cached_property
     def together(self) -> bool:
         """Whether both were measured in one go, repeat by repeat."""
-        return self.new is not None and interleaved(self.old.data["runs"], self.new.data["runs"])
+        if self.new is None:
+            return False
+        configurations = len(self.old.data["plan"].get("configurations") or ()) or 2
+        return interleaved(self.old.data["runs"], self.new.data["runs"], configurations)
 
     @property
     def same_texts(self) -> bool:
@@ -138,11 +145,29 @@ def _schedule(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return ""
 
 
-def interleaved(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether both were measured in one go: every repeat of both lies before the next repeat of either."""
-    blocks: dict[int, list[str]] = {}
-    for run in (*old, *new):
-        blocks.setdefault(run["repeat"], []).append(run.get("started") or "")
-    times = [sorted(blocks[repeat]) for repeat in sorted(blocks)]
-    complete = all(len(block) == 2 and block[0] for block in times[: min(len(old), len(new))])
-    return complete and all(before[-1] < after[0] for before, after in itertools.pairwise(times))
+def interleaved(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], configurations: int = 2) -> bool:
+    """Whether both were measured in turns in one go: two repeats or more, every repeat of both before the next repeat of either, and the
+    two runs of a repeat one after the other, no further apart than a bench of so many `configurations` takes for it."""
+    if not all(run.get("started") for run in (*old, *new)):
+        return False
+    blocks: dict[int, list[Mapping[str, Any]]] = {}
+    for run in sorted((*old, *new), key=_started):
+        blocks.setdefault(run["repeat"], []).append(run)
+    repeats = [blocks[repeat] for repeat in sorted(blocks)]
+    both = repeats[: min(len(old), len(new))]
+    return (
+        len(both) >= 2
+        and all(_in_turn(block, configurations) for block in both)
+        and all(_started(before[-1]) < _started(after[0]) for before, after in itertools.pairwise(repeats))
+    )
+
+
+def _in_turn(block: Sequence[Mapping[str, Any]], configurations: int) -> bool:
+    """Whether a repeat is two runs of which one followed the other: neither beside it, nor on another day, as in a bench that was resumed."""
+    lengths = [float(run["summary"].get("seconds") or 0) for run in block]
+    most = _BETWEEN_S + _LONGER * configurations * max(lengths)
+    return len(block) == 2 and lengths[0] <= (_started(block[1]) - _started(block[0])).total_seconds() <= most
+
+
+def _started(run: Mapping[str, Any]) -> datetime.datetime:
+    return datetime.datetime.fromisoformat(run["started"])

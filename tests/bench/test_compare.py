@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import subprocess
 import sys
@@ -81,6 +82,55 @@ def test_repeats_measured_in_turns_are_compared_pair_by_pair(tmp_path: Path) -> 
     assert together["outcome"] == "regression"
     assert apart["outcome"] == "not enough evidence"
     assert any("measured apart" in note for note in apart["configurations"][0]["notes"])
+
+
+def started(*minutes: float, seconds: float = 30) -> list[dict[str, Any]]:
+    """Runs of a receipt that began so many minutes after midnight."""
+    midnight = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
+    return [
+        {
+            "repeat": repeat,
+            "started": (midnight + datetime.timedelta(minutes=minute)).isoformat(timespec="milliseconds"),
+            "summary": {"seconds": seconds},
+        }
+        for repeat, minute in enumerate(minutes)
+    ]
+
+
+DAY = 24 * 60
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "together"),
+    [
+        ((0, 3, 4), (1, 2, 5), True),
+        ((0,), (1,), False),  # one repeat says nothing of turns
+        ((0,), (DAY,), False),
+        ((0, 1, 2), (DAY, DAY + 1, DAY + 2), False),
+        ((0, DAY + 3, DAY + 4), (DAY + 1, DAY + 2, DAY + 5), False),  # resumed the next day, within a repeat
+        ((0, 3, DAY + 4), (1, 2, DAY + 5), True),  # resumed between two repeats
+        ((0, 1, 2), (0.1, 1.1, 2.1), False),  # two benches at the same time
+        ((0, 14, 15), (12, 13, 16), True),  # the first repeat has the quality check between its runs
+        ((0, 50, 51), (40, 41, 61), False),
+    ],
+)
+def test_repeats_count_as_pairs_only_where_their_runs_followed_one_another(
+    old: tuple[float, ...], new: tuple[float, ...], together: bool
+) -> None:
+    assert comparable.interleaved(started(*old), started(*new)) == together
+
+
+def test_runs_of_a_repeat_may_be_further_apart_where_many_configurations_lie_between(tmp_path: Path) -> None:
+    sides = (started(0, 61), started(29, 32))
+    assert not comparable.interleaved(*sides)
+    assert comparable.interleaved(*sides, configurations=20)
+    old, new = receipts_of(tmp_path, run_values(20, STEADY[:2]), run_values(20, STEADY[:2]))
+    names = [{"name": str(number)} for number in range(20)]
+
+    def of_twenty(one: receipt.Receipt, runs: list[dict[str, Any]]) -> receipt.Receipt:
+        return changed(one, lambda data: data.update(runs=runs, plan={**data["plan"], "configurations": names}))
+
+    assert comparable.Pair(of_twenty(old, sides[0]), of_twenty(new, sides[1])).together
 
 
 def test_few_repeats_give_no_verdict_and_say_how_many_are_wanted(tmp_path: Path) -> None:
