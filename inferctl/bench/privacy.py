@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from inferctl.spec import HUB_ID
+
+# A path of at least two parts, where none of a URL begins; the server's own routes are no files.
+_PATH = re.compile(r"(?<![\w.~:/-])(?!/v1/)(?:/[^\s/'\"]+)+/([^\s/'\"]+)/?")
 
 
 def name_of(source: str) -> str:
@@ -15,6 +19,20 @@ def name_of(source: str) -> str:
     if path.exists() or not re.fullmatch(HUB_ID, source):
         return path.name or path.resolve().name or source
     return source
+
+
+def traceless(load: Mapping[str, Any]) -> dict[str, Any]:
+    """`load` (keys of a plan's load) whose trace, if it has one, is only named."""
+    return {**load, "trace": name_of(load["trace"])} if load.get("trace") else dict(load)
+
+
+def without_folders(value: Any) -> Any:
+    """`value` (plain data) with only the last part of the absolute paths in its texts: messages and logs are quoted in receipts."""
+    if isinstance(value, dict):
+        return {key: without_folders(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(one) for one in value]
+    return _PATH.sub(r"\1", value) if isinstance(value, str) else value
 
 
 def without_home(value: Any, home: Path | None = None) -> Any:

@@ -84,12 +84,14 @@ def _receipt(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
         "efficiency": efficiency.efficiency(
             pooled, [m.telemetry for m in outcome.measurements], _worst(outcome.measurements), hardware["key"]
         ),
-        "quality": outcome.quality,
-        "validity": whole.as_dict(),
+        "quality": privacy.without_folders(outcome.quality),
+        "validity": privacy.without_folders(whole.as_dict()),
         "curve": summary.latency_curve(parts),
         "stages": stages.summarise(parts, load) if load else [],
-        "search": outcome.measurements[0].search,
-        "neighbours": neighbours.document(outcome.measurements, context.environment.machine_cores),
+        "search": privacy.without_folders(outcome.measurements[0].search),
+        "neighbours": privacy.without_folders(
+            neighbours.document(outcome.measurements, context.environment.machine_cores)
+        ),
         "runs": [
             {
                 "repeat": m.run.repeat,
@@ -101,7 +103,7 @@ def _receipt(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
                 "resources": m.resources,
                 "pace": m.pace,
                 "telemetry": m.telemetry,
-                "validity": verdict.as_dict(),
+                "validity": privacy.without_folders(verdict.as_dict()),
                 "warmup": {"settled": m.state.get("steady"), "windows": m.state.get("windows")},
                 "locust_percentiles_ms": m.state.get("locust_percentiles_ms"),
                 "timeline": summary.timeline(m.part),
@@ -133,18 +135,18 @@ def _configuration(subject: runner.Subject) -> dict[str, Any]:
 def _plan(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
     """The plan with what was really measured in the place of its configurations, and the load and corpus of this one."""
     plan = context.plan.model_dump(mode="json")
-    plan["load"] = dict(outcome.measurements[0].load)
+    plan["load"] = privacy.traceless(outcome.measurements[0].load)
     plan["corpus"] = privacy.name_of(outcome.subject.corpus or plan["corpus"])
-    if plan["load"].get("trace"):
-        plan["load"]["trace"] = privacy.name_of(plan["load"]["trace"])
     if plan["quality"]:
         plan["quality"]["corpus"] = privacy.name_of(plan["quality"]["corpus"])
     if context.subjects:
         plan["configurations"] = [
             {key: value for key, value in dataclasses.asdict(one).items() if value is not None}
-            | ({"corpus": privacy.name_of(one.corpus)} if one.corpus else {})
             for one in context.subjects
         ]
+    for one in plan["configurations"]:
+        one |= {"corpus": privacy.name_of(one["corpus"])} if one.get("corpus") else {}
+        one |= {"load": privacy.traceless(one["load"])} if one.get("load") else {}
     return plan
 
 
@@ -201,7 +203,7 @@ def document(
     return {
         "schema": SCHEMA,
         "plan": context.plan.name,
-        "load": context.plan.load.model_dump(mode="json"),
+        "load": privacy.traceless(context.plan.load.model_dump(mode="json")),
         "repeats": context.plan.repeats,
         "finding": found[0],
         "findings": found,
@@ -220,21 +222,20 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 def _row(outcome: runner.Outcome, sealed: receipt.Receipt | None) -> dict[str, Any]:
     if sealed is None:
-        return _empty(outcome.subject.name, "not run", outcome.failure or outcome.interrupted or "no run was made") | {
-            "precision": {"requested": outcome.subject.precision}
-        }
+        why = privacy.without_folders(outcome.failure or outcome.interrupted or "no run was made")
+        return _empty(outcome.subject.name, "not run", why) | {"precision": {"requested": outcome.subject.precision}}
     data = sealed.data
     latency, cosine = data["summary"]["latency_ms"], data["quality"].get("cosine") or {}
     return {
         "configuration": sealed.name,
         "max_batch_tokens": data["configuration"].get("max_batch_tokens"),
-        "workload": [data["workload"]["corpus"], outcome.subject.load],
+        "workload": [data["workload"]["corpus"], _asked(outcome)],
         "search": data.get("search"),
         "neighbours": _beside(data.get("neighbours")),
         "stages": data.get("stages"),
         "recovery": [run["recovery"] for run in data["runs"] if run.get("recovery")],
         "outcome": "failed" if outcome.failure else "measured",
-        "reason": outcome.failure,
+        "reason": privacy.without_folders(outcome.failure),
         "precision": data["precision"],
         "hardware": data["hardware"],
         "url": data["configuration"]["url"],
@@ -256,6 +257,15 @@ def _row(outcome: runner.Outcome, sealed: receipt.Receipt | None) -> dict[str, A
         **data["validity"],
         "receipt": str(sealed.path),
     }
+
+
+def _asked(outcome: runner.Outcome) -> dict[str, Any] | None:
+    """In what the load differs from the plan's; two traces of one name are told apart by what was sent."""
+    changes = outcome.subject.load
+    if not changes or not changes.get("trace"):
+        return changes
+    sent = str(outcome.measurements[0].workload.get("sha256"))[:8]
+    return {**changes, "trace": f"{privacy.name_of(changes['trace'])} ({sent})"}
 
 
 def _costs(data: dict[str, Any]) -> dict[str, Any]:

@@ -395,6 +395,42 @@ def test_a_receipt_names_the_spec_source_and_no_folder_of_the_user(tmp_path: Pat
         assert written.data["server"]["note"] == "below ~/models"
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_no_receipt_names_the_folder_of_a_trace_or_of_what_failed(tmp_path: Path, asked: bool) -> None:
+    trace = tmp_path / "monday.jsonl"
+    trace.write_text('{"at_s": 0, "input": "a"}\n')
+    matrix = {"precision": ["bf16"], "load": {"steady": {"rate": 9}, "replay": {"trace": str(trace)}}}
+    chosen = plan.Plan.model_validate({"name": "mine", "matrix": matrix})
+    subjects = [runner.Subject(one.name, one.precision, load=one.load) for one in chosen.configurations]
+    outcome = outcome_of(tmp_path, steady(100, 10), subject=subjects[1])
+    outcome.measurements[0].load = chosen.load_with(subjects[1].load).model_dump(mode="json")
+    outcome.failure = f"there is no space left in {tmp_path}/cache, says http://10.0.0.7/a/b"
+    given = context(tmp_path, plan=chosen, subjects=subjects if asked else ())
+    written = result.receipts(given, [outcome])
+    assert str(tmp_path) not in written[0].path.read_text()
+    data = written[0].data
+    assert data["validity"]["reasons"][-1] == "there is no space left in cache, says http://10.0.0.7/a/b"
+    assert data["plan"]["load"]["trace"] == data["plan"]["configurations"][1]["load"]["trace"] == "monday.jsonl"
+    found = result.document(given, [outcome], written, tmp_path / "report.html")
+    row = {key: value for key, value in found["rows"][0].items() if key != "receipt"}
+    assert str(tmp_path) not in json.dumps([row, found["finding"], found["findings"], found["caveats"], found["load"]])
+    assert row["workload"][1]["trace"].startswith("monday.jsonl (")
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("the log is /var/log/x/server.log: it ended", "the log is server.log: it ended"),
+        ("FileNotFoundError: '/mnt/data/mini'", "FileNotFoundError: 'mini'"),
+        ("neither GET /info nor GET /v1/models names a model", "neither GET /info nor GET /v1/models names a model"),
+        ("http://10.0.0.7:8080/a/b says 12/11/2026, 3 req/s", "http://10.0.0.7:8080/a/b says 12/11/2026, 3 req/s"),
+        ({"a": ["/x/y/", 1]}, {"a": ["y", 1]}),
+    ],
+)
+def test_of_paths_in_messages_only_the_last_part_is_kept(said: Any, kept: Any) -> None:
+    assert privacy.without_folders(said) == kept
+
+
 def test_home_is_replaced_as_a_folder_only() -> None:
     given = {"a": ["/users/u/x", "/users/us/x", 1], "b": "in /users/u: y"}
     assert privacy.without_home(given, Path("/users/u")) == {"a": ["~/x", "/users/us/x", 1], "b": "in ~: y"}
