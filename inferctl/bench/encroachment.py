@@ -43,7 +43,10 @@ def _within_runs(without: Sequence[summary.Part], beside: Sequence[summary.Part]
     single = [(_point(a, q), _point(b, q)) for a, b in zip(without, beside, strict=False)]
     if any(point is None for pair in single for point in pair):
         return _none(0, stats.needed(q, _EACH))
-    before, after = (stats.quantile(_latencies(parts), q, _EACH) for parts in (without, beside))
+    before, after = (
+        stats.quantile(_latencies(parts), q, _EACH, series=[part.latencies for part in parts])
+        for parts in (without, beside)
+    )
     if before.value is None or after.value is None:
         return _none(min(before.n, after.n), stats.needed(q, _EACH))
     assert before.low and before.high and after.low is not None and after.high is not None
@@ -75,8 +78,7 @@ def _over_runs(without: Sequence[summary.Part], beside: Sequence[summary.Part], 
 
 
 def _latencies(parts: Sequence[summary.Part]) -> Any:
-    measured = np.concatenate([part.measured for part in parts])
-    return np.sort(records.latency_ms(measured[measured["error"] == records.OK]))
+    return np.sort(np.concatenate([part.latencies for part in parts]))
 
 
 def _figures(before: float, after: float, factor: float, low: float, high: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The highest rate that holds an SLO, out of probes at chosen rates: which rate to try next, and what the probes say together. Sends nothing.
 
     sweep      from a fifth of the ceiling upward, until the server falls behind or fails, and one step beyond
-    bisect     between the highest rate that holds and the lowest above it that does not, which must fail twice
+    bisect     between the highest rate that holds and the lowest above it that does not, which is probed twice while probes are left
     confirm    the highest that holds, once more with other times: the one that was picked as the best of many had luck
 
 Words, as R. Jain and D.-M. Chiu use them (Computer Networks 17, 1989): up to the *knee* more load costs little latency, beyond it latency bends
@@ -82,6 +82,8 @@ def judge(
         return False, "fell behind", growing
     if answered < ACHIEVED_LIMIT * offered:
         return False, "fell behind", f"{answered} of {offered} requests offered were answered in time"
+    if dropped := summary["dropped"]:
+        return False, "fell behind", f"{dropped} of {summary['requests']} requests were dropped, so many were waiting"
     if p99["value"] is None:
         return None, "n too small", f"n too small for a p99: {summary['latency_ms']['n']} of {p99['needed']} answers"
     span = f"p99 {p99['value']:.1f} ms ({p99['low']:.1f} - {p99['high']:.1f})"
@@ -161,7 +163,7 @@ class _Hunt:
         return low or None, high
 
     def bisect(self) -> None:
-        """Until the failing rate is close above the holding one, and has failed twice."""
+        """Until the failing rate is close above the holding one, and has failed twice, or the probes are spent."""
         while not self.spent:
             low, high = self.bracket()
             if low is None or high is None:
@@ -210,6 +212,7 @@ def _result(
         "verdict": verdict,
         "max_goodput_rps": best.rate if best else None,
         "first_failing_rps": first.rate if first else None,
+        "first_failing_times": sum(p.rate == first.rate and p.holds is False for p in hunt.log) if first else None,
         "limited_by": first.broke if first else None,
         "reason": first.reason if first else "",
         "failed_below": [probe.rate for probe in probes if best and probe.holds is False and probe.rate < best.rate],
@@ -274,8 +277,9 @@ def sentences(name: str, search: Mapping[str, Any]) -> list[str]:
         unsaid = f"; n was too small to say at {small:g} requests/s" if small else ""
         found = [f"{name} holds p99 {slo:g} ms at no rate that was tried{unsaid}."]
     if search["first_failing_rps"]:
+        once = " (one probe only)" if search.get("first_failing_times") == 1 else ""
         found.append(
-            f"{name} first fails at {search['first_failing_rps']:g} requests/s by {search['limited_by']}: {search['reason']}."
+            f"{name} first fails at {search['first_failing_rps']:g} requests/s{once} by {search['limited_by']}: {search['reason']}."
         )
     if search.get("failed_below"):
         rates = ", ".join(f"{rate:g}" for rate in search["failed_below"])

@@ -96,7 +96,13 @@ def honesty(result: Mapping[str, Any], receipts: Sequence[Receipt]) -> list[tupl
                 "Every request carries a number of its own (about four tokens), so that no cache answers for the model.",
             )
         )
-    if result["repeats"] < 5:
-        runs = "One run each" if result["repeats"] == 1 else f"{result['repeats']} runs each"
-        notes.append(("setup", f"{runs}: intervals are within runs; intervals between runs need at least five."))
+    runs = "One run each" if result["repeats"] == 1 else f"{result['repeats']} runs each"
+    within = "Intervals of latencies are within runs" if result["repeats"] >= 5 else "Intervals are within runs"
+    notes.append(
+        (
+            "setup",
+            f"{runs}. {within}, widened by how much answers in a row depend on each other: how runs differ is not in them. "
+            "`inferctl compare` judges over runs, and needs at least five.",
+        )
+    )
     return notes

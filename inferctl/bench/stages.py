@@ -59,15 +59,15 @@ def summarise(parts: Sequence[summary.Part], load: Load) -> list[dict[str, Any]]
 
 def _stage(parts: Sequence[summary.Part], stage: Stage, begun: float) -> dict[str, Any]:
     end = begun + stage.duration_s
-    chosen, arrived = [], 0
+    chosen, latencies, arrived = [], [], 0
     for part in parts:
         measured = part.measured
         at = offsets_s(part, measured["intended_ns"])
         chosen.append(measured[(at >= begun) & (at < end)])
+        latencies.append(records.latency_ms(chosen[-1][chosen[-1]["error"] == records.OK]))
         ends = offsets_s(part, part.completed["end_ns"])
         arrived += int(np.sum((ends >= begun) & (ends < end)))
     rows = np.concatenate(chosen)
-    good = rows[rows["error"] == records.OK]
     sent = rows[rows["error"] != records.DROPPED]
     late = (sent["sent_ns"].astype(np.int64) - sent["intended_ns"].astype(np.int64)) / 1e6 > summary.LATE_MS
     seconds = stage.duration_s * len(parts)
@@ -85,7 +85,7 @@ def _stage(parts: Sequence[summary.Part], stage: Stage, begun: float) -> dict[st
         },
         "late": int(np.sum(late)),
         "dropped": int(np.sum(rows["error"] == records.DROPPED)),
-        "latency_ms": summary.latency_summary(np.sort(records.latency_ms(good))),
+        "latency_ms": summary.latency_summary(latencies),
     }
 
 
@@ -106,8 +106,10 @@ def recovery(part: summary.Part, load: Load) -> Recovery:
     rows = part.measured
     at = offsets_s(part, rows["intended_ns"])
     latency = np.where(rows["error"] == records.OK, records.latency_ms(rows), np.inf)
-    quiet = np.sort(latency[at < begun])
-    before = next((found for q in GROUPS if (found := stats.quantile(quiet, q)).high is not None), None)
+    ordered = latency[at < begun]
+    quiet = np.sort(ordered)
+    each = (stats.quantile(quiet, q, series=[ordered]) for q in GROUPS)
+    before = next((found for found in each if found.high is not None), None)
     if before is None or before.high is None:
         return Recovery(None, reason=f"n too small before it: {len(quiet)} of {stats.needed(min(GROUPS))} answers")
     if not math.isfinite(before.high):

@@ -1,7 +1,9 @@
 """Percentiles from exact records, with the interval that the sample supports, or the reason why there is none.
 
 Order statistics only: a percentile is a latency that was measured, and its interval lies between two that were measured.
-Source of the interval: the number of samples below the true quantile is binomial (H. A. David, Order Statistics, section 7.1).
+Source of the interval: the number of samples below the true quantile is binomial (H. A. David, Order Statistics, section 7.1), for independent
+samples. Requests that queue behind each other are not. What their dependence does to a quantile is what it does to the share of samples over it
+(P. Heidelberger and P. A. W. Lewis, Operations Research 32, 1984), and that is seen in batch means (R. W. Conway, Management Science 10, 1963).
 """
 
 from __future__ import annotations
@@ -9,16 +11,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 CONFIDENCE = 0.95
 
+# About so many batches in all: enough to know the variance between them, and each long enough to hold what depends on each other. Fewer than
+# `_FEWEST` say nothing.
+_BATCHES, _SMALLEST, _FEWEST = 30, 5, 8
+_NORMAL = 1.959964
+
 
 @dataclass(frozen=True)
 class Quantile:
-    """`value` with its two-sided 95 % interval [`low`, `high`]; all None when `n` samples are fewer than `needed`."""
+    """`value` with its two-sided 95 % interval [`low`, `high`]; all None when `n` samples are fewer than `needed`.
+
+    `dependence`: the n samples say as much as n / dependence independent ones, and the interval is as wide; None where nothing is known of it.
+    """
 
     q: float
     n: int
@@ -26,6 +37,7 @@ class Quantile:
     value: float | None
     low: float | None
     high: float | None
+    dependence: float | None = None
 
     @property
     def text(self) -> str:
@@ -45,8 +57,11 @@ def rank(n: int, q: float) -> int:
     return min(n, max(1, math.ceil(n * q - 1e-9)))
 
 
-def interval_ranks(n: int, q: float, confidence: float = CONFIDENCE) -> tuple[int, int] | None:
-    """Ranks (from 1) between which the true quantile lies with at least `confidence`; None when n is too small."""
+def interval_ranks(n: int, q: float, confidence: float = CONFIDENCE, dependence: float = 1.0) -> tuple[int, int] | None:
+    """Ranks (from 1) between which the true quantile lies with at least `confidence`; None when n is too small.
+
+    A `dependence` over 1 is a factor of the variance: both lie its square root times as far from n * q, but no further than the sample reaches.
+    """
     if n < needed(q, confidence):
         return None
     alpha = (1 - confidence) / 2
@@ -55,20 +70,61 @@ def interval_ranks(n: int, q: float, confidence: float = CONFIDENCE) -> tuple[in
     # The quantile is under the sample of rank r when fewer than r samples lie below it: P(B <= r - 1).
     low = start + int(np.searchsorted(below, alpha, side="right"))
     high = start + int(np.searchsorted(below, 1 - alpha, side="left")) + 1
-    return (low, high) if low >= 1 and high <= n else None
+    if dependence == 1:
+        return low, high
+    wider, centre = math.sqrt(dependence), n * q
+    return max(1, math.floor(centre - wider * (centre - low))), min(n, math.ceil(centre + wider * (high - centre)))
 
 
 def quantile(
-    ascending: npt.NDArray[np.float64] | Sequence[float], q: float, confidence: float = CONFIDENCE
+    ascending: npt.NDArray[np.float64] | Sequence[float],
+    q: float,
+    confidence: float = CONFIDENCE,
+    series: Sequence[npt.NDArray[np.float64]] = (),
 ) -> Quantile:
-    """The q-quantile of samples sorted in ascending order, in their unit."""
-    n = len(ascending)
-    ranks = interval_ranks(n, q, confidence)
-    if ranks is None:
-        return Quantile(q, n, needed(q, confidence), None, None, None)
-    low, high = ranks
+    """The q-quantile of samples sorted in ascending order, in their unit.
+
+    `series`: the same samples run by run, each run's in the order in which they arose. The interval is then as wide as their dependence makes it;
+    without, they are taken to be independent.
+    """
+    n, least = len(ascending), needed(q, confidence)
+    if n < least:
+        return Quantile(q, n, least, None, None, None)
     value = float(ascending[rank(n, q) - 1])
-    return Quantile(q, n, needed(q, confidence), value, float(ascending[low - 1]), float(ascending[high - 1]))
+    found = dependence(series, value)
+    ranks = interval_ranks(n, q, confidence, found or 1.0)
+    assert ranks
+    low, high = (float(ascending[one - 1]) for one in ranks)
+    return Quantile(q, n, least, value, low, high, found)
+
+
+def dependence(series: Sequence[npt.NDArray[np.float64]], value: float) -> float | None:
+    """By how much the share of samples over `value` varies more than that of independent samples would: a factor of the variance, at least 1.
+
+    It is the variance between about thirty batches of neighbours, none of which spans two runs of `series`, over the binomial one, times what
+    Student's t makes of so many batches. None when there are fewer than eight. What changes more slowly than a batch lasts, from run to run too, is
+    seen in part.
+    """
+    runs = [run for run in series if len(run)]
+    most = math.ceil(_BATCHES / max(1, len(runs)))
+    batches = [batch for run in runs for batch in np.array_split(run, min(most, max(1, len(run) // _SMALLEST)))]
+    if len(batches) < _FEWEST:
+        return None
+    sizes = np.array([len(batch) for batch in batches], np.float64)
+    # Where many samples equal the value, those at it tell what those over it do not.
+    over, at_least = (
+        np.array([above(batch, value).sum() for batch in batches]) for above in (np.greater, np.greater_equal)
+    )
+    return max(1.0, _inflation(over, sizes), _inflation(at_least, sizes))
+
+
+def _inflation(counts: npt.NDArray[Any], sizes: npt.NDArray[np.float64]) -> float:
+    """Variance of counts in batches of these sizes over the binomial one, times the square of Student's t over the normal's; 0 when all or none count."""
+    share, degrees = counts.sum() / sizes.sum(), len(sizes) - 1
+    if share in (0.0, 1.0):
+        return 0.0
+    spread = np.sum((counts - share * sizes) ** 2) * (1 + 1 / degrees)
+    return float(spread / (sizes.sum() * share * (1 - share))) * (student_t(degrees) / _NORMAL) ** 2
 
 
 def curve(ascending: npt.NDArray[np.float64]) -> list[tuple[float, float]]:
@@ -98,7 +154,7 @@ def student_t(degrees: int) -> float:
     table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
     if degrees <= len(table):
         return table[degrees - 1]
-    z = 1.959964
+    z = _NORMAL
     return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 

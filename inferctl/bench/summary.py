@@ -18,7 +18,7 @@ LATE_MS = 1.0
 
 @dataclass(frozen=True)
 class Part:
-    """One run: its records, its measured window [start_ns, end_ns) on CLOCK_MONOTONIC, requests offered in it (open loop)."""
+    """One run: its records in the order of their intended sends, its measured window [start_ns, end_ns) on CLOCK_MONOTONIC, requests offered in it (open loop)."""
 
     rows: records.Rows
     start_ns: int
@@ -35,6 +35,11 @@ class Part:
         """Requests of the measured window, by intended send: warm-up is out, the drain's answers to them are in."""
         measured: records.Rows = self.rows[self.rows["phase"] == records.MEASURED]
         return measured
+
+    @property
+    def latencies(self) -> npt.NDArray[np.float64]:
+        """Latency of good answers to measured requests, ms, in the order in which these should have left."""
+        return records.latency_ms(self.measured[self.measured["error"] == records.OK])
 
     @property
     def answered(self) -> int:
@@ -62,13 +67,13 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
     """Summary of one or more runs of the same configuration.
 
     Latency, ms, from the intended send to the end of the answer, over good answers to measured requests. Throughput counts good answers that
-    arrived within the measured windows, over the length of those windows. Intervals are two-sided, 95 %.
+    arrived within the measured windows, over the length of those windows. Intervals are two-sided, 95 %; those of latencies are of all answers
+    together, widened by how much answers of one run depend on each other.
     """
     measured = np.concatenate([part.measured for part in parts])
     completed = np.concatenate([part.completed for part in parts])
     seconds = math.fsum(part.seconds for part in parts)
     good = measured[measured["error"] == records.OK]
-    latency = np.sort(records.latency_ms(good))
     sent = measured[measured["error"] != records.DROPPED]
     late = (sent["sent_ns"].astype(np.int64) - sent["intended_ns"].astype(np.int64)) / 1e6 > LATE_MS
     requests_per_s = len(completed) / seconds
@@ -94,7 +99,7 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
         if np.any(completed["tokens"])
         else None,
         "tokens_per_request": round(float(np.mean(completed["tokens"])), 2) if np.any(completed["tokens"]) else None,
-        "latency_ms": latency_summary(latency),
+        "latency_ms": latency_summary([part.latencies for part in parts]),
         "server_ms": {
             name: median
             for name in ("queue", "tokenize", "inference")
@@ -104,16 +109,21 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
     }
 
 
-def latency_summary(ascending: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """Mean, extremes and percentiles of sorted latencies; a percentile that n does not support has the value None."""
+def latency_summary(series: Sequence[npt.NDArray[np.float64]]) -> dict[str, Any]:
+    """Mean, extremes and percentiles of latencies, run by run in the order of their intended sends.
+
+    A percentile that n does not support has the value None. `dependence` is what its interval was widened by (`stats.dependence`).
+    """
+    ascending = np.sort(np.concatenate(series))
     summary: dict[str, Any] = {"n": len(ascending)}
     if len(ascending):
         summary |= {"min": _ms(ascending[0]), "mean": _ms(ascending.mean()), "max": _ms(ascending[-1])}
     for q in QUANTILES:
-        found = stats.quantile(ascending, q)
+        found = stats.quantile(ascending, q, series=series)
         figures = {"value": found.value, "low": found.low, "high": found.high}
         summary[f"p{q * 100:g}"] = {name: None if value is None else _ms(value) for name, value in figures.items()} | {
-            "needed": found.needed
+            "needed": found.needed,
+            "dependence": None if found.dependence is None else round(found.dependence, 2),
         }
     return summary
 
@@ -161,11 +171,8 @@ def over_time(part: Part, windows: int = 240) -> dict[str, Any]:
 
 def latency_curve(parts: Sequence[Part]) -> list[tuple[float, float]]:
     """Points (share, ms) of the latency distribution of all good answers to measured requests."""
-    measured = np.concatenate([part.measured for part in parts])
-    return [
-        (share, _ms(value))
-        for share, value in stats.curve(np.sort(records.latency_ms(measured[measured["error"] == records.OK])))
-    ]
+    ascending = np.sort(np.concatenate([part.latencies for part in parts]))
+    return [(share, _ms(value)) for share, value in stats.curve(ascending)]
 
 
 def client_cpu_percent(state: Mapping[str, Any]) -> float | None:

@@ -37,12 +37,21 @@ class Validity:
         return {"valid": self.valid, "reasons": list(self.reasons), "cautions": list(self.cautions)}
 
 
-def judge(summary: Mapping[str, Any], resources: Mapping[str, float], state: Mapping[str, Any], cores: int) -> Validity:
+def judge(
+    summary: Mapping[str, Any],
+    resources: Mapping[str, float],
+    state: Mapping[str, Any],
+    cores: int,
+    searched: bool = False,
+) -> Validity:
     """Judge one run by its summary, by what processes used meanwhile, and by the load generator's account of itself.
 
-    Whether there are answers enough is for `samples` to say, of all runs together.
+    Whether there are answers enough is for `samples` to say, of all runs together. In a search (`searched`) what the server could not do at a rate
+    is the answer: it is a caution, and the search's verdict says what follows.
     """
-    reasons, cautions = [], []
+    reasons: list[str] = []
+    cautions: list[str] = []
+    servers = cautions if searched else reasons
     client = resources.get("client_cpu_percent")
     if client is not None and client > CLIENT_CPU_LIMIT:
         reasons.append(
@@ -52,16 +61,16 @@ def judge(summary: Mapping[str, Any], resources: Mapping[str, float], state: Map
     sent = summary["requests"] - summary["dropped"]
     late = bool(offered) and summary["late"] > LATE_LIMIT * sent
     if offered and answered < ACHIEVED_LIMIT * offered:
-        reasons.append(
+        (reasons if late else servers).append(
             f"{answered} of {offered} requests offered were answered in time "
             f"({100 * answered / offered:.0f} %, limit {100 * ACHIEVED_LIMIT:.0f} %): "
             + ("the load generator was late itself" if late else "the server fell behind")
         )
     if summary["errors"]:
         kinds = ", ".join(f"{name}: {count}" for name, count in summary["errors"].items())
-        reasons.append(f"{sum(summary['errors'].values())} of {summary['requests']} requests failed ({kinds})")
+        servers.append(f"{sum(summary['errors'].values())} of {summary['requests']} requests failed ({kinds})")
     if state.get("unfinished"):
-        reasons.append(f"{state['unfinished']} requests were never answered")
+        servers.append(f"{state['unfinished']} requests were never answered")
     if late:
         cautions.append(
             f"{summary['late']} of {sent} requests left over 1 ms late ({100 * summary['late'] / sent:.1f} %): "
@@ -88,6 +97,14 @@ def samples(summary: Mapping[str, Any]) -> Validity:
         return Validity((f"n too small: {n} answers, {_TOO_SMALL_P90} needed for a p90",), ())
     if p99["value"] is None:
         return Validity((), (f"n too small for a p99: {n} of {p99['needed']} answers",))
+    if (worth := int(n / (p99.get("dependence") or 1))) < p99["needed"]:
+        return Validity(
+            (),
+            (
+                f"the p99's answers depend on each other: {n} say what {worth} independent ones would (of {p99['needed']}), "
+                "so its interval ends with the sample and the true p99 may lie outside",
+            ),
+        )
     return Validity((), ())
 
 

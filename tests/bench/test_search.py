@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from bench_samples import SECOND, row, table
 
-from inferctl.bench import goodput, plan, receipt, records, search, stats, summary, workload
+from inferctl.bench import goodput, plan, receipt, records, runner, search, stats, summary, validity, workload
 from inferctl.bench.goodput import Probe
 
 SERVICE_S = 0.010
@@ -115,11 +115,11 @@ def test_knee_saturation_and_cliff_are_told_apart() -> None:
     assert 90 <= result["saturation_rps"] <= 130
     assert 90 < result["saturated_at_rps"] < 102
     assert result["cliff"] is None
-    refusing = found({}, Simulated(80, refuses_from=70))
+    refusing = found({}, Simulated(80, refuses_from=45))
     assert refusing["limited_by"] == "errors"
     assert refusing["cliff"]["kind"] == "errors"
     assert refusing["cliff"]["rps"] == refusing["first_failing_rps"]
-    assert refusing["max_goodput_rps"] < 70
+    assert refusing["max_goodput_rps"] < 45
 
 
 def probe(rate: float, achieved: float, p50: float, broke: str | None = None) -> Probe:
@@ -172,7 +172,7 @@ def test_a_bad_moment_of_the_machine_below_good_probes_is_no_cliff() -> None:
 
 
 def test_the_failing_rate_must_fail_twice() -> None:
-    server = Simulated(80, seconds=60)
+    server = Simulated(80, seconds=180)
     stalled: list[float] = []
 
     def unlucky(rate: float, stage: str, earlier: Sequence[Probe]) -> Probe:
@@ -190,7 +190,7 @@ def test_the_failing_rate_must_fail_twice() -> None:
 
 
 def test_one_failure_below_rates_that_hold_does_not_decide() -> None:
-    server = Simulated(80, seconds=60)
+    server = Simulated(80, seconds=180)
 
     def stalled(rate: float, stage: str, earlier: Sequence[Probe]) -> Probe:
         made = server(rate, stage, earlier)
@@ -235,6 +235,52 @@ def test_too_few_answers_are_said_to_be_too_few() -> None:
     settled = {"configuration": "y", "search": {**result, "verdict": "found"}}
     assert goodput.unsettled([{"configuration": "x", "search": result}, settled]) is None
     assert goodput.unsettled([{"configuration": "x", "search": None}]) is None
+
+
+def test_a_rate_at_which_requests_were_dropped_does_not_hold() -> None:
+    rows = [row(10 * i, 5) for i in range(995)]
+    dropped = [row(9950 + 10 * i, 0, error=records.DROPPED) for i in range(5)]
+    whole, lacking = (
+        summary.summarise([summary.Part(table(*all_), 0, 10 * SECOND, 1, len(all_))])
+        for all_ in (rows, [*rows, *dropped])
+    )
+    assert goodput.judge(whole, 80, 20.0)[:2] == (True, None)
+    assert lacking["answered"] >= 0.98 * lacking["offered"]
+    assert goodput.judge(lacking, 80, 20.0) == (
+        False,
+        "fell behind",
+        "5 of 1000 requests were dropped, so many were waiting",
+    )
+
+
+def test_a_search_that_found_its_server_behind_at_every_rate_is_an_answer_and_no_invalid_run(tmp_path: Path) -> None:
+    part = summary.Part(table(*(row(20 * i, 500 + 20 * i) for i in range(500))), 0, 10 * SECOND, 1, 500)
+    answer = {"verdict": "none holds", "max_goodput_rps": None}
+
+    def judged(found: dict[str, Any] | None, **resources: float) -> validity.Validity:
+        made = runner.Measurement(
+            plan.Run("a", 0), 0.0, part, {"steady": True}, resources, tmp_path, {"name": "x"}, 1, search=found
+        )
+        return runner.judge(runner.Outcome(runner.Subject("a"), [made]), 2)[2]
+
+    behind = "of 500 requests offered were answered in time"
+    assert behind in judged(None).reasons[0]
+    assert judged(answer).valid
+    assert behind in judged(answer).cautions[0]
+    # What the load generator could not do says nothing of the server.
+    assert "bottleneck" in judged(answer, client_cpu_percent=99.0).reasons[0]
+
+
+def test_a_failing_rate_that_was_probed_once_is_said_to_be() -> None:
+    short = found({"start_rate": 40, "max_probes": 3, "max_rate": 300}, Simulated(80, refuses_from=50), ceiling=None)
+    assert short["first_failing_rps"] == 52
+    assert short["first_failing_times"] == 1
+    assert any(
+        "first fails at 52 requests/s (one probe only) by errors" in one for one in goodput.sentences("x", short)
+    )
+    long = found({}, Simulated(80, refuses_from=50))
+    assert long["first_failing_times"] >= 2
+    assert not any("one probe only" in sentence for sentence in goodput.sentences("x", long))
 
 
 def test_an_slo_that_no_rate_holds_is_said_to_be_held_by_none() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,6 +80,73 @@ def test_intervals_hold_the_truth_in_about_95_of_100_samples() -> None:
         assert found.high is not None
         hits += found.low <= truth <= found.high
     assert 0.92 < hits / 400 <= 1
+
+
+def queue(load: float, n: int, replications: int, seed: int, warmup: int) -> np.ndarray[Any, Any]:
+    """Times in system of `n` Poisson requests at one server that takes 1 for each (Lindley's recursion), shape (replications, n)."""
+    gaps = np.random.default_rng(seed).exponential(1 / load, (n + warmup, replications))
+    waits = np.zeros((n + warmup, replications))
+    for index in range(1, n + warmup):
+        waits[index] = np.maximum(0, waits[index - 1] + 1 - gaps[index])
+    return 1 + waits[warmup:].T
+
+
+def coverage(samples: np.ndarray[Any, Any], q: float, truth: float, runs: int = 1, seen: bool = True) -> float:
+    """Share of the samples whose interval contains the truth; each is split into so many runs. `seen`: by their dependence."""
+    hits = 0
+    for one in samples:
+        found = stats.quantile(np.sort(one), q, series=np.split(one, runs) if seen else ())
+        assert found.low is not None
+        assert found.high is not None
+        hits += found.low <= truth <= found.high
+    return hits / len(samples)
+
+
+def test_requests_that_queue_behind_each_other_get_the_interval_that_they_support() -> None:
+    everything = np.sort(queue(0.7, 2000, 500, seed=9, warmup=2000).ravel())
+    samples = queue(0.7, 4000, 300, seed=4, warmup=400)
+    for q in (0.5, 0.9, 0.99):
+        truth = float(everything[stats.rank(len(everything), q) - 1])
+        assert coverage(samples, q, truth, seen=False) < 0.65
+        assert coverage(samples, q, truth) >= 0.88
+    independent_runs = queue(0.7, 1000, 1200, seed=5, warmup=400).reshape(300, 4000)
+    assert coverage(independent_runs, 0.99, truth, seen=False) < 0.65
+    assert coverage(independent_runs, 0.99, truth, runs=4) >= 0.85
+
+
+def test_independent_samples_keep_their_interval() -> None:
+    samples = np.random.default_rng(6).exponential(3.0, (300, 2000))
+    truth = 3.0 * math.log(100)
+    assert 0.94 <= coverage(samples, 0.99, truth) <= 0.99
+    widths = []
+    for seen in (True, False):
+        found = [stats.quantile(np.sort(one), 0.99, series=[one] if seen else ()) for one in samples]
+        widths.append(np.mean([(one.high or 0) - (one.low or 0) for one in found]))
+    assert 1 <= widths[0] / widths[1] < 1.15
+
+
+def test_dependence_is_the_variance_between_batches_over_the_binomial_one() -> None:
+    # Every batch of ten is all over the value or all under it: ten times the variance of independent ones.
+    random = np.random.default_rng(1)
+    blocks = random.permutation(np.repeat([0.0, 2.0], 150))
+    found = stats.dependence([np.repeat(blocks, 10)], 1.0)
+    assert found is not None
+    assert 5 < found < 20
+    assert stats.dependence([np.tile([0.0, 2.0], 500)], 1.0) == 1.0
+    assert stats.dependence([np.full(1000, 3.0)], 3.0) == 1.0
+    assert stats.dependence([np.arange(20.0)], 3.0) is None
+    assert stats.dependence([np.arange(20.0), np.zeros(0), np.arange(20.0)], 3.0) is not None
+
+
+@given(st.integers(368, 5000), st.sampled_from([0.5, 0.9, 0.99]), st.floats(1, 2000), st.floats(1, 3))
+def test_more_dependence_never_narrows_an_interval_nor_leads_out_of_the_sample(
+    n: int, q: float, factor: float, more: float
+) -> None:
+    found = stats.interval_ranks(n, q, dependence=factor)
+    wider = stats.interval_ranks(n, q, dependence=factor * more)
+    assert found
+    assert wider
+    assert 1 <= wider[0] <= found[0] <= stats.rank(n, q) <= found[1] <= wider[1] <= n
 
 
 def test_mean_interval_of_known_values() -> None:

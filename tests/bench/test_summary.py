@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from bench_samples import FIELDS, SECOND, records_file, row, steady, table
 
-from inferctl.bench import records, summary
+from inferctl.bench import plan, records, stages, summary
 from inferctl.bench.records import DROPPED, HTTP_ERROR, WARMUP
 from inferctl.errors import InferctlError
 
@@ -48,7 +49,24 @@ def test_percentiles_that_the_sample_does_not_support_have_no_value() -> None:
     found = summary.summarise([steady(10, 20)])["latency_ms"]
     assert found["n"] == 100
     assert found["p90"]["value"] is not None
-    assert found["p99"] == {"value": None, "low": None, "high": None, "needed": 368}
+    assert found["p99"] == {"value": None, "low": None, "high": None, "needed": 368, "dependence": None}
+
+
+def test_answers_that_queue_behind_each_other_have_wider_intervals_in_summary_and_stages() -> None:
+    def run(latencies: list[float]) -> summary.Part:
+        return summary.Part(table(*(row(10 * i, ms) for i, ms in enumerate(latencies))), 0, 10 * SECOND, 1, 1000)
+
+    random = np.random.default_rng(2)
+    drawn = [float(ms) for ms in random.permutation(np.arange(1.0, 1001.0))]
+    alike = [ms for start in range(0, 1000, 50) for ms in sorted(drawn)[start : start + 50]]
+    load = plan.Load.model_validate({"stages": [{"duration_s": 9, "rate": 100}, {"duration_s": 1, "rate": 100}]})
+    for q in ("p50", "p90"):
+        mixed, sorted_ = (summary.summarise([run(one)])["latency_ms"][q] for one in (drawn, alike))
+        assert mixed["value"] == sorted_["value"]
+        assert sorted_["dependence"] > 5 > mixed["dependence"] >= 1
+        assert sorted_["high"] - sorted_["low"] > 2 * (mixed["high"] - mixed["low"])
+        mixed, sorted_ = (stages.summarise([run(one)], load)[0]["latency_ms"][q] for one in (drawn, alike))
+        assert sorted_["dependence"] > 5 > mixed["dependence"] >= 1
 
 
 def test_runs_are_pooled() -> None:

@@ -50,6 +50,15 @@ def test_too_few_answers_are_invalid_and_too_few_for_p99_a_caution() -> None:
     assert judged(steady(30, 10)).cautions == ("n too small for a p99: 300 of 368 answers",)
 
 
+def test_answers_that_depend_on_each_other_are_a_caution_where_they_say_too_little_for_a_p99() -> None:
+    slow = [row(10 * i, 50 if 400 <= i < 440 else 5) for i in range(1000)]
+    spread = [row(10 * i, 50 if i % 25 == 0 else 5) for i in range(1000)]
+    cautions, none = (judged(summary.Part(table(*rows), 0, 11 * SECOND, 1)).cautions for rows in (slow, spread))
+    assert "1000 say what" in cautions[0]
+    assert "of 368" in cautions[0]
+    assert none == ()
+
+
 def alone(part: summary.Part, **resources: float) -> validity.Validity:
     return validity.judge(summary.summarise([part]), resources, {"steady": True}, cores=2)
 
