@@ -53,6 +53,12 @@ class Coordinator:
             120,
             lambda: f"{len(self._ready)} of {self.workers} load workers came",
         )
+        if (numbers := [self._ready[node]["worker"] for node in self._order()]) != list(range(self.workers)):
+            # Their numbers share the schedule out, and these would leave a part of it to nobody.
+            raise TimeoutError(
+                f"load workers {numbers} came where {self.workers} should be numbered from 0: "
+                "there are more of them, or one is left of a run that was cut short (it ends within a minute)"
+            )
         offsets = {node: self._offset(node) for node in self._ready}
         started, user = time.monotonic_ns(), 0
         self.announce(warmup_start_ns=started)
@@ -199,8 +205,12 @@ class Coordinator:
         self._replies[msg.node_id] = {**msg.data, "heard_ns": time.monotonic_ns()}
 
     def _keep(self, msg: Any, **_: Any) -> None:
+        # Of a run that was cut short, whose worker has not noticed yet.
+        if msg.node_id not in self._ready:
+            return
         with (self.folder / f"requests-{int(msg.data['worker'])}.bin").open("ab") as file:
             file.write(msg.data["content"])
 
     def _hear_done(self, msg: Any, **_: Any) -> None:
-        self._done[msg.node_id] = msg.data
+        if msg.node_id in self._ready:
+            self._done[msg.node_id] = msg.data

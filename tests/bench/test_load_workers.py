@@ -18,6 +18,7 @@ import pytest
 from test_load import measure
 
 from inferctl.bench import load, plan, records, summary, target, workload
+from inferctl.bench.worker import serve
 from inferctl.errors import InferctlError
 
 HARNESS = Path(__file__).resolve().parents[2] / "benchmarks" / "harness"
@@ -149,12 +150,46 @@ def elsewhere(port: int, folder: Path) -> Iterator[bool]:
         process.wait()
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def test_a_worker_elsewhere_serves_one_run_after_another(answering: Callable[..., str], tmp_path: Path) -> None:
+    port, away, url = free_port(), tmp_path / "away", answering("--median-ms", "2")
+    away.mkdir()
+    settings = {"mode": "open", "rate": 50, "duration_s": 1, "remote_workers": 1, "master_port": port}
+    pids = []
+    with elsewhere(port, away):
+        for number in range(2):
+            _, part, work = measure(url, tmp_path / f"run-{number}", **settings)
+            assert offsets(part) == work.schedule_ns.astype(np.int64).tolist()
+            pids.append(writer(tmp_path / f"run-{number}" / "requests-0.bin"))
+    assert pids[0] != pids[1]
+    assert not any(away.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("codes", "ends_with"),
+    [((255,), 255), ((0, 255), 0), ((0, 0, 3), 3)],
+    ids=["no run ever", "no more runs", "a worker that fails"],
+)
+def test_a_worker_elsewhere_ends_without_runs_and_with_a_failure(
+    codes: tuple[int, ...], ends_with: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inferctl.bench.worker._LOOK_S", 0.05)
+    for code in codes:
+        (tmp_path / f"{len(list(tmp_path.iterdir()))}-{code}").touch()
+    # Takes the next exit code there is; the shell starts much faster than Locust.
+    script = f'cd "{tmp_path}"; next=$(ls | head -n 1); rm "$next"; exit "${{next#*-}}"'
+    assert serve(["sh", "-c", script], 1) == ends_with
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_worker_elsewhere_needs_only_the_address_and_its_clock_is_compared(
     answering: Callable[..., str], tmp_path: Path
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = int(free.getsockname()[1])
-    away = tmp_path / "away"
+    port, away = free_port(), tmp_path / "away"
     away.mkdir()
     url = answering("--median-ms", "5", "--sigma", "0")
     with elsewhere(port, away) as own_clock:
