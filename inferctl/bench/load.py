@@ -140,5 +140,6 @@ def _live(recent: list[tuple[int, float]], state: dict[str, Any], load: Load, no
         passed = (now_ns - state["warmup_start_ns"]) / 1e9 if "warmup_start_ns" in state else 0.0
         left = max(0.0, load.warmup_s - passed) + load.duration_s
     else:
-        left = max(0.0, (state["measure_end_ns"] - now_ns) / 1e9)
+        # A load that failed before it measured has no end.
+        left = max(0.0, (state.get("measure_end_ns", now_ns) - now_ns) / 1e9)
     return Live(phase, rate, figures[0], figures[1], left)

@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
+import zmq
 from test_load import measure
 
 from inferctl.bench import load, plan, records, summary, target, workload
@@ -167,6 +169,22 @@ def test_a_worker_elsewhere_serves_one_run_after_another(answering: Callable[...
             pids.append(writer(tmp_path / f"run-{number}" / "requests-0.bin"))
     assert pids[0] != pids[1]
     assert not any(away.iterdir())
+
+
+def test_what_a_worker_of_an_earlier_run_still_sends_is_refused(answering: Callable[..., str], tmp_path: Path) -> None:
+    port, url = free_port(), answering("--median-ms", "2")
+    left_over = zmq.Context.instance().socket(zmq.DEALER)
+    left_over.setsockopt(zmq.IDENTITY, b"left over")
+    left_over.connect(f"tcp://127.0.0.1:{port}")
+    left_over.send(msgpack.dumps(("inferctl-records", {"worker": 0, "content": b"not of this run"}, "left over")))
+    try:
+        with elsewhere(port, tmp_path), pytest.raises(InferctlError, match="one is left of a run that was cut short"):
+            measure(
+                url, tmp_path / "run", mode="open", rate=50, duration_s=1, workers=1, remote_workers=1, master_port=port
+            )
+    finally:
+        left_over.close(linger=0)
+    assert not any(b"not of this run" in file.read_bytes() for file in records.files(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
