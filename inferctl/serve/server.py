@@ -128,6 +128,7 @@ class Server:
     async def run(self) -> int:
         """Serve until a signal; returns the exit code."""
         web.allow_connections()
+        self._state.tokenizer.warm()
         listener = web.listen(self._spec.serve.host, self._spec.serve.port)
         self._url = web.url_of(listener, self._spec.serve.host)
         self._web = web.Web(

@@ -26,6 +26,8 @@ _SMALL_CHARACTERS = 2_000
 _TOGETHER = 64
 # A text is tokenised up to this many characters a token first: 30 MiB of words would cost 20 s and 5 GB, to keep 256 tokens of them.
 _CHARACTERS_PER_TOKEN = 16
+# Threads start one by one as long as none is idle: each waits this long (seconds) for the others to have started.
+_WARM_SECONDS = 60.0
 # Where so much of a text still does not fill the model it is blanks or one endless word: refused rather than read to its end.
 _LONGEST_HEAD = 1_000_000
 
@@ -68,8 +70,14 @@ class TokenizerPool:
         self._small: deque[_Small] = deque()
         self._beginning = self._busy = False  # `_begin` is about to be called; a thread has small requests
         self._local = threading.local()
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenise")
+        self._threads, self._executor = threads, ThreadPoolExecutor(threads, thread_name_prefix="tokenise")
         self.vocabulary_size = self._tokenizer().get_vocab_size(with_added_tokens=True)
+
+    def warm(self) -> None:
+        """Begin to load each thread's tokenizer, so that no request pays for it and memory is what it will be."""
+        together = threading.Barrier(self._threads)
+        for _ in range(self._threads):
+            self._executor.submit(lambda: (self._tokenizer(), together.wait(_WARM_SECONDS)))
 
     async def encode(self, texts: Sequence[str], *, truncate: bool) -> list[Tokens]:
         """Token ids (int32) of each text. Raises `TooLongError` unless `truncate`, `ApiError` 400 for a text without any token."""
