@@ -52,13 +52,17 @@ class Measurement:
 
 @dataclass
 class Outcome:
-    """Everything about one subject. `failure` says why it has fewer runs than `planned`, in one line; None when it was interrupted."""
+    """Everything about one subject. `failure` says why it has fewer runs than `planned`, in one line; None when it was interrupted.
+
+    `checked`: whether the quality check was made, whatever it found.
+    """
 
     subject: Subject
     measurements: list[Measurement] = field(default_factory=list)
     quality: dict[str, Any] = field(default_factory=lambda: quality.unchecked("no run got that far"))
     failure: str | None = None
     planned: int = 1
+    checked: bool = False
 
     @property
     def info(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What lets a bench that was killed go on where it stopped: what it was (`bench.json`), and each run that is complete (`run.json`).
 
     begin   bench.json: plan, subjects, what the figures depend on (identity); sealed        once, before the first run
-    keep    runs/NAME/run.json: a measurement, with the sha256 of its records; renamed into place when all of it is there
+    keep    runs/NAME/run.json: a measurement, with the sha256 of its records; renamed into place when all of it is there, and
+            again with the quality check that follows it
     resume  a run without run.json, or with other records than it names, is thrown away and made again
 
 A folder belongs to one bench at a time (a lock that dies with its process), so no run is made twice.
@@ -210,10 +211,12 @@ def restore(output: Path, order: Sequence[Run], into: Sequence[Outcome]) -> int:
         if found is None:
             shutil.rmtree(folder, ignore_errors=True)
             continue
-        measurement, quality = found
-        named[run.configuration].measurements.append(measurement)
-        if quality:
-            named[run.configuration].quality = quality
+        measurement, check = found
+        outcome = named[run.configuration]
+        outcome.measurements.append(measurement)
+        if run.repeat == 0:
+            outcome.quality = check or quality.unchecked("the check was interrupted")
+            outcome.checked = bool(check)
         done += 1
     return done
 

@@ -80,7 +80,8 @@ def outcomes(bench: Bench) -> list[Outcome]:
 def run(bench: Bench, into: Sequence[Outcome], notify: Notify, kept: Callable[[Outcome], object]) -> None:
     """Run everything that `into` lacks, filling it; `kept` hears of an outcome after each run that it gained, so that nothing measured is lost.
 
-    Each complete run is also written down for `resume`. SIGTERM is taken like Ctrl-C: children are ended, then it is raised.
+    Each complete run is also written down for `resume`, before its quality check: one that was cut short is made up. SIGTERM is taken like
+    Ctrl-C: children are ended, then it is raised.
     """
     named = {outcome.subject.name: outcome for outcome in into}
     checker = quality.Checker(bench.plan.quality, bench.model, bench.output / "runs")
@@ -88,8 +89,10 @@ def run(bench: Bench, into: Sequence[Outcome], notify: Notify, kept: Callable[[O
     with interruptible():
         for number, one in enumerate(order, 1):
             outcome = named[one.configuration]
-            if outcome.failure or outcome.has(one):
+            unchecked = one.repeat == 0 and not outcome.checked
+            if outcome.failure or (outcome.has(one) and not unchecked):
                 continue
+            shown = 0 if outcome.has(one) else number  # a check that is made up is no run
 
             def tell(
                 phase: str,
@@ -97,23 +100,24 @@ def run(bench: Bench, into: Sequence[Outcome], notify: Notify, kept: Callable[[O
                 live: loads.Live | None = None,
                 done: str | None = None,
                 one: Run = one,
-                number: int = number,
+                number: int = shown,
             ) -> None:
                 notify(Progress(one.configuration, number, len(order), phase, seconds, live, done))
 
-            before = len(outcome.measurements)
             try:
                 _measure(bench, outcome, one, checker, tell)
-                resume.keep(bench.output, outcome.measurements[-1], outcome.quality if one.repeat == 0 else None)
             except InferctlError as error:
                 outcome.failure = error.message
             finally:
-                if len(outcome.measurements) > before or (outcome.failure and outcome.measurements):
+                if outcome.measurements:
                     kept(outcome)
 
 
 def _measure(bench: Bench, outcome: Outcome, one: Run, checker: quality.Checker, tell: Tell) -> None:
+    """Measure what was not measured yet, and check the quality where it was not checked."""
     folder = bench.output / "runs" / one.name
+    if outcome.has(one):
+        folder /= "quality"
     folder.mkdir(parents=True, exist_ok=True)
     subject = outcome.subject
     started = time.time()
@@ -122,18 +126,22 @@ def _measure(bench: Bench, outcome: Outcome, one: Run, checker: quality.Checker,
         watch = stack.enter_context(telemetry.Watch())
         child = stack.enter_context(_started(bench, subject, folder, tell)) if not subject.url else None
         aim = child.target if child else target.connect(subject.url or "")
-        session = Session(aim, child, watch, tell)
-        take = _searched if bench.plan.search else _paired if bench.plan.neighbours else _loaded
-        measurement = take(bench, subject, session, one, folder)
-        measurement.started = started
-        outcome.measurements.append(measurement)
-        tell("measured", done=f"measured: {_brief(measurement)}")
+        if not outcome.has(one):
+            session = Session(aim, child, watch, tell)
+            take = _searched if bench.plan.search else _paired if bench.plan.neighbours else _loaded
+            measurement = take(bench, subject, session, one, folder)
+            measurement.started = started
+            outcome.measurements.append(measurement)
+            resume.keep(bench.output, measurement, None)
+            tell("measured", done=f"measured: {_brief(measurement)}")
         if one.repeat == 0:
             tell("checking quality")
             outcome.quality = quality.unchecked("the check was interrupted")
             outcome.quality = checker(aim, lambda passed: tell("computing the fp32 reference", passed))
             if child:
                 child.check()
+            outcome.checked = True
+            resume.keep(bench.output, next(m for m in outcome.measurements if m.run == one), outcome.quality)
         tell("stopping")
 
 
@@ -227,7 +235,8 @@ def judge(outcome: Outcome, cores: int) -> tuple[dict[str, Any], list[validity.V
     """Pooled summary of an outcome with runs, the validity of each run, and that of the whole."""
     each = [
         validity.both(
-            validity.judge(summary.summarise([m.part]), m.resources, m.state, cores), telemetry.judge(m.telemetry)
+            validity.judge(summary.summarise([m.part]), m.resources, m.state, cores, searched=m.search is not None),
+            telemetry.judge(m.telemetry),
         )
         for m in outcome.measurements
     ]

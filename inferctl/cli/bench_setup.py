@@ -81,9 +81,14 @@ def start(given: Given) -> Ready:
     what = _identity(asked, machine)
     place = _place(given.output, chosen.name)
     spec = str(Path(resolved.file).resolve()) if resolved and resolved.file else None
-    called = {"spec": spec, "model": given.model, "plan_file": file, "slo_p99_ms": given.slo_p99_ms}
-    # Only what it sets: a load of a configuration says otherwise what follows from it, as stages say how long it lasts.
-    called["plan"] = chosen.model_dump(mode="json", exclude_unset=True)
+    called = {
+        "spec": spec,
+        "model": given.model,
+        # Only what it sets: a load of a configuration says otherwise what follows from it, as stages say how long it lasts.
+        "plan": chosen.model_dump(mode="json", exclude_unset=True),
+        "plan_file": file,
+        "slo_p99_ms": given.slo_p99_ms,
+    }
     resume.begin(place, what, called)
     work, context = _bench(asked, machine, place)
     return Ready(work, context, runner.outcomes(work))
@@ -132,7 +137,7 @@ def _settings_sha256(resolved: Resolved | None) -> str | None:
     """Digest of the settings without what `bench` names: the plan, which is held in full beside it."""
     from inferctl import spec
 
-    return resolved and resolved.spec.model_copy(update={"bench": spec.Bench.model_validate({})}).digest()
+    return resolved.spec.model_copy(update={"bench": spec.Bench.model_validate({})}).digest() if resolved else None
 
 
 def _version() -> str:

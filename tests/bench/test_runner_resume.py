@@ -181,6 +181,30 @@ def test_a_run_whose_records_are_not_whole_is_made_again(tmp_path: Path) -> None
     assert again[1].measurements[0].serial != first[1].measurements[0].serial
 
 
+def test_a_run_whose_quality_check_was_cut_short_is_kept_and_the_check_made_up(tmp_path: Path) -> None:
+    work = bench(tmp_path, "fp32", repeats=2)
+    work = dataclasses.replace(work, plan=work.plan.model_copy(update={"quality": plan.Quality.model_validate({})}))
+    found = quality.unchecked("no local model folder was given to compare with")
+
+    def interrupt(progress: runner.Progress) -> None:
+        if progress.phase == "checking quality":
+            raise KeyboardInterrupt
+
+    (first,) = runner.outcomes(work)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(work, [first], interrupt, lambda outcome: None)
+    assert len(first.measurements) == 1
+    log = tmp_path / "runs" / "fp32-1" / "quality" / "server.log"
+    for complete in (1, 2):
+        done, (again,) = go_on(work)
+        assert done == complete
+        assert again.quality == found
+        assert [one.run.repeat for one in again.measurements] == [0, 1]
+        assert again.measurements[0].serial == first.measurements[0].serial
+        assert log.is_file() is (complete == 1)
+        log.unlink(missing_ok=True)
+
+
 def test_what_failed_is_tried_again(tmp_path: Path) -> None:
     work = bench(tmp_path, "fp32")
     absent = runner.Bench(work.plan, work.subjects, lambda precision, announce: ["false"], None, tmp_path)
