@@ -87,8 +87,8 @@ class State:
 
     def unavailable(self) -> ApiError:
         """The 503 of this phase."""
-        headers = {"retry-after": "5"} | ({"connection": "close"} if self.draining else {})
-        return ApiError(503, f"the server is {_SAID.get(self.phase, self.phase)}", code="not_ready", headers=headers)
+        said = f"the server is {_SAID.get(self.phase, self.phase)}"
+        return ApiError(503, said, code="not_ready", headers={"retry-after": "5"}, close=self.draining)
 
     def unknown_model(self, wanted: str) -> ApiError:
         """The 404 for another model's name."""
@@ -144,7 +144,8 @@ def create(state: State) -> ASGIApp:
 
     async def failed(_: Request, error: Exception) -> Response:
         if isinstance(error, ApiError):
-            return Response(error.body(), error.status, error.headers, "application/json")
+            headers = error.headers | ({"connection": "close"} if error.close else {})
+            return Response(error.body(), error.status, headers, "application/json")
         status = error.status_code if isinstance(error, HTTPException) else 500
         headers = dict(getattr(error, "headers", None) or {})
         detail = str(error.detail) if isinstance(error, HTTPException) else "an internal error; the server's log has it"

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from itertools import count, groupby
 
 import numpy as np
-import numpy.typing as npt
 
 from inferctl.serve.batcher import Batcher
 from inferctl.serve.lane import Lane, Sent
@@ -45,10 +44,10 @@ class EngineFailedError(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """Vectors of one request ([sequences, dimensions]), which of them are finite, and where the time went (seconds)."""
+    """Vectors of one request ([sequences, dimensions]), which of them are not finite (indices), and where the time went (seconds)."""
 
     vectors: Vectors
-    ok: npt.NDArray[np.bool_]
+    bad: Sequence[int]
     queue_seconds: float
     inference_seconds: float
 
@@ -63,7 +62,7 @@ class _Request:
     deaths: int = 0  # engines that died, one after the other, while they ran it alone
     first_start: float = float("inf")
     vectors: Vectors | None = None
-    ok: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    bad: list[int] = field(default_factory=list)
 
 
 class Dispatcher:
@@ -71,12 +70,14 @@ class Dispatcher:
 
     def __init__(self, batcher: Batcher, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
         self.lanes: list[Lane] = []
+        self.up = False  # whether any engine takes batches
         self.out_of_memory = 0  # batches
         self._batcher, self._metrics, self._clock = batcher, metrics, clock
         self._requests: dict[int, _Request] = {}
         self._again: deque[Sent] = deque()
         self._ids = count()
         self._pumping = False  # is about to be called
+        self._running_now: float | None = None  # `_running()`, in this turn of the event loop
         metrics.queue_tokens.set_function(lambda: batcher.waiting_tokens)
         metrics.in_flight.set_function(lambda: len(self._requests))
 
@@ -111,11 +112,6 @@ class Dispatcher:
             self._batcher.check(1, bulk=bulk, running=self._running())
 
     @property
-    def up(self) -> bool:
-        """Whether any engine takes batches."""
-        return any(lane.up for lane in self.lanes)
-
-    @property
     def batch_tokens(self) -> int:
         """Tokens of a batch at most, now."""
         return self._batcher.limits.batch_tokens
@@ -143,6 +139,7 @@ class Dispatcher:
     def lanes_changed(self) -> None:
         """An engine came or went."""
         up = [lane for lane in self.lanes if lane.up]
+        self.up = bool(up)
         self._batcher.engines = sum(lane.slots for lane in up)
         self._metrics.engine_up.set(len(up))
         if up:
@@ -213,6 +210,7 @@ class Dispatcher:
 
     def pump(self) -> None:
         """Send what can be sent, to the engine with the least to do first."""
+        self._look_again()
         for lane in sorted((lane for lane in self.lanes if lane.up), key=lambda lane: lane.tokens):
             while (sent := self._next(lane)) is not None:
                 self._send(lane, sent)
@@ -258,13 +256,14 @@ class Dispatcher:
     def _fill(self, request: _Request, index: int, vector: Vectors, ok: bool, now: float) -> None:
         if request.vectors is None:
             request.vectors = np.empty((len(request.sequences), len(vector)), dtype=np.float32)
-            request.ok = np.zeros(len(request.sequences), dtype=np.bool_)
-        request.vectors[index], request.ok[index] = vector, ok
+        request.vectors[index] = vector
+        if not ok:
+            request.bad.append(index)
         request.left -= 1
         if not request.left and not request.future.done():
             self._batcher.answered(request.predicted, now - request.arrived)
             queued = max(0.0, request.first_start - request.arrived)
-            request.future.set_result(Answer(request.vectors, request.ok, queued, now - request.first_start))
+            request.future.set_result(Answer(request.vectors, request.bad, queued, now - request.first_start))
 
     def _fail(self, number: int, error: Exception) -> None:
         request = self._requests.pop(number, None)
@@ -273,9 +272,16 @@ class Dispatcher:
             request.future.set_exception(error)
 
     def _running(self) -> float:
-        """Seconds until some engine has done what it has."""
-        pace = self._batcher.pace
-        return min((lane.left(lambda sent: pace.seconds(sent.tokens)) for lane in self.lanes if lane.up), default=0.0)
+        """Seconds until some engine has done what it has: looked up once in a turn of the event loop, for all requests that it brought."""
+        if self._running_now is None:
+            pace = self._batcher.pace
+            left = (lane.left(lambda sent: pace.seconds(sent.tokens)) for lane in self.lanes if lane.up)
+            self._running_now = min(left, default=0.0)
+            asyncio.get_running_loop().call_soon(self._look_again)
+        return self._running_now
+
+    def _look_again(self) -> None:
+        self._running_now = None
 
     def _regain(self, lane: Lane, tokens: int) -> None:
         """A batch fitted into memory: where the limit is lower than it was and this came near it, the next may be larger."""

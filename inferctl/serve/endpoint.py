@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("inferctl.request")
 
-_JSON = b"application/json"
 _MAX_ID = 128
-_HEADERS = [f"x-inferctl-{phase}-ms".encode() for phase in PHASES]
+_HEAD = b"x-request-id: %b\r\n%bcontent-type: application/json\r\ncontent-length: %d\r\n"
+_SPENT = "".join([*(f"x-inferctl-{phase}-ms: %.3f\r\n" for phase in PHASES), "x-inferctl-tokens: %d\r\n"]).encode()
 
 
 class Call:
@@ -65,7 +65,7 @@ class EmbeddingsEndpoint:
         state, call, entered, accepted = self._state, Call(scope), False, False
         exchange = protocol.exchange(scope)
         started = time.monotonic()
-        headers: list[tuple[bytes, bytes]] = [(b"x-request-id", call.id)]
+        close, more = False, b""
         try:
             self._admit(call)
             state.load.enter()
@@ -75,15 +75,15 @@ class EmbeddingsEndpoint:
             state.load.accepted += 1
             accepted = True
             status, body = 200, await self._answer(raw, exchange, call)
-            headers += [(name, b"%.3f" % (spent * 1000)) for name, spent in zip(_HEADERS, call.phases, strict=True)]
-            headers.append((b"x-inferctl-tokens", str(call.tokens).encode()))
+            more = _SPENT % (*[1000 * spent for spent in call.phases], call.tokens)
         except _ClientGoneError:
             state.metrics.cancelled.inc()
             state.load.accepted -= accepted
             return
         except ApiError as error:
             status, body = error.status, error.body()
-            headers += [(key.lower().encode(), value.encode()) for key, value in error.headers.items()]
+            close = error.close
+            more = b"".join([f"{key}: {value}\r\n".encode() for key, value in error.headers.items()])
             if status == 429 or error.code == "not_ready":
                 state.metrics.rejected.labels(error.code).inc()
         except Exception:  # a fault of ours must be answered too
@@ -93,8 +93,8 @@ class EmbeddingsEndpoint:
         finally:
             if entered:
                 state.load.leave(call.held)
-        headers += [(b"content-type", _JSON), (b"content-length", str(len(body)).encode())]
-        await exchange.answer(status, headers, body)
+        await exchange.writable()
+        exchange.answer(status, _HEAD % (call.id, more, len(body)), body, close=close)
         state.load.accepted -= accepted
         self._ended(scope, call, status, time.monotonic() - started)
 
@@ -132,10 +132,10 @@ class EmbeddingsEndpoint:
         sequences = await self._tokens(request)
         tokenised = time.monotonic()
         answer = await self._embed(sequences, exchange, call)
-        if not answer.ok.all():
-            bad = int((~answer.ok).argmax())
-            metrics.non_finite.inc(int((~answer.ok).sum()))
-            raise ApiError(500, f"the model gave numbers that are not finite for input {bad}", code="non_finite")
+        if answer.bad:
+            metrics.non_finite.inc(len(answer.bad))
+            said = f"the model gave numbers that are not finite for input {min(answer.bad)}"
+            raise ApiError(500, said, code="non_finite")
         call.tokens = sum(map(len, sequences))
         call.phases = (tokenised - started, answer.queue_seconds, answer.inference_seconds)
         metrics.answered(call.tokens, len(sequences), call.phases)
@@ -197,7 +197,7 @@ class EmbeddingsEndpoint:
         limit = self._state.limits.max_body_bytes
         if call.held + len(part) > limit:
             said = f"the body is larger than {limit} bytes"
-            raise ApiError(413, said, code="body_too_large", headers={"connection": "close"})
+            raise ApiError(413, said, code="body_too_large", close=True)
         self._state.load.hold(len(part))
         call.held += len(part)
         return part

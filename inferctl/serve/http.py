@@ -34,7 +34,7 @@ _Described = (
 
 
 class ApiError(Exception):
-    """An answer other than 200, in OpenAI's envelope. `param` names the field at fault."""
+    """An answer other than 200, in OpenAI's envelope. `param` names the field at fault; `close`: the connection is of no use after this."""
 
     def __init__(
         self,
@@ -44,11 +44,12 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        close: bool = False,
     ) -> None:
         super().__init__(message)
         # Messages quote what was sent, which may be as long as a body.
         self.message = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}..."
-        self.status, self.code, self.param, self.headers = status, code, param, dict(headers or {})
+        self.status, self.code, self.param, self.headers, self.close = status, code, param, dict(headers or {}), close
 
     def body(self) -> bytes:
         """The envelope as JSON."""
@@ -174,6 +175,8 @@ def parse(raw: bytes, *, max_inputs: int) -> EmbeddingRequest:
 
 def check_content_type(value: bytes) -> None:
     """Raises `ApiError` 415 when a body is said to be something other than JSON; one of which nothing is said (b"") may be JSON."""
+    if value == b"application/json":
+        return
     media = value.partition(b";")[0].strip().lower()
     if media and media != b"application/json" and not (media.startswith(b"application/") and media.endswith(b"+json")):
         message = "the body must be JSON, sent with `content-type: application/json`"

@@ -7,7 +7,7 @@ closes on a client that still sends, which then sees a reset instead of the 413.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import httptools
@@ -55,26 +55,26 @@ class Exchange:
         """The opposite of `when_gone`."""
         self._connection.waiting.discard(call)
 
-    async def answer(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
-        """The whole answer. `headers` must be valid as they are, in lower case, and hold `content-length`."""
+    def answer(self, status: int, head: bytes, body: bytes, *, close: bool = False) -> None:
+        """The whole answer, once `writable`. `head`: lines of header fields, each with its end, `content-length` among them. `close`: the connection, afterwards."""
         cycle = self._cycle
-        if cycle.flow.write_paused and not self.gone:
-            await cycle.flow.drain()
         if self.gone:
             return
-        parts = [STATUS_LINE[status]]
-        for name, value in (*cycle.default_headers, *headers):
-            if name == b"connection":
-                cycle.keep_alive = False
-            else:
-                parts += (name, b": ", value, b"\r\n")
-        parts += (b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", body)
+        if close:
+            cycle.keep_alive = False
+        lines = [STATUS_LINE[status], self._connection.default_head(), head]
+        lines += (b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", body)
         cycle.response_started = cycle.response_complete = True
-        cycle.transport.write(b"".join(parts))
+        cycle.transport.write(b"".join(lines))
         cycle.message_event.set()
         if not cycle.keep_alive:
             cycle.transport.close()
         cycle.on_response()
+
+    async def writable(self) -> None:
+        """Wait while the client reads nothing of what was written before."""
+        if self._cycle.flow.write_paused and not self.gone:
+            await self._cycle.flow.drain()
 
 
 def exchange(scope: Scope) -> Exchange:
@@ -133,7 +133,7 @@ class Connection(HttpToolsProtocol):
         except httptools.HttpParserError:
             self._refuse(self._problem or ApiError(400, "this is not valid HTTP", code="invalid_http"))
             return
-        if self._phase == "head" and self._head > _HEAD_BYTES:
+        if self._phase == "head" and (self._head > _HEAD_BYTES or self._too_much_head()):
             self._refuse(_head_too_large())
         elif self._phase == "idle":
             self._stop_timer()
@@ -145,18 +145,10 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self._phase, self._began, self._body = "head", self.loop.time(), 0
 
-    def on_url(self, url: bytes) -> None:
-        """See httptools."""
-        super().on_url(url)
-        self._limit_head()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """See httptools."""
-        super().on_header(name, value)
-        self._limit_head()
-
     def on_headers_complete(self) -> None:
         """See httptools."""
+        if self._too_much_head():
+            self._fail(_head_too_large())
         if self.parser.get_method() == b"CONNECT":
             self._fail(ApiError(405, "this is no proxy", code="method_not_allowed"))
         if self.parser.should_upgrade():
@@ -193,9 +185,12 @@ class Connection(HttpToolsProtocol):
         self._head = 0
         self.data_received(head + rest)
 
-    def _limit_head(self) -> None:
-        if len(self.headers) > _HEADERS or len(self.url) > _HEAD_BYTES:
-            self._fail(_head_too_large())
+    def default_head(self) -> bytes:
+        """Lines of the header fields that every answer has; uvicorn makes them anew each second."""
+        return b"".join([b"%s: %s\r\n" % field for field in self.server_state.default_headers])
+
+    def _too_much_head(self) -> bool:
+        return len(self.headers) > _HEADERS or len(self.url) > _HEAD_BYTES
 
     def _fail(self, problem: ApiError) -> None:
         """Leave the parser; `data_received` answers."""
@@ -225,9 +220,8 @@ class Connection(HttpToolsProtocol):
             cycle.disconnected = True
             cycle.message_event.set()
         body = problem.body()
-        fields = [*self.server_state.default_headers, (b"content-type", b"application/json"), (b"connection", b"close")]
-        lines = [b"%s: %s\r\n" % field for field in [*fields, (b"content-length", b"%d" % len(body))]]
-        self.transport.write(b"".join([STATUS_LINE[problem.status], *lines, b"\r\n", body]))
+        head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+        self.transport.write(b"".join((STATUS_LINE[problem.status], self.default_head(), head, body)))
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.flow.resume_reading()
