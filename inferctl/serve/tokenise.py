@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -53,7 +53,7 @@ class _Small:
 
 
 class TokenizerPool:
-    """Tokenises on `threads` threads (and a short text alone on the caller's)."""
+    """Tokenises large requests on `threads` threads, small ones that come together on one of their own, a small one alone on the caller's."""
 
     def __init__(
         self, folder: Path, recipe: Recipe, threads: int = 2, on_cut: Callable[[int], None] = lambda _: None
@@ -70,21 +70,24 @@ class TokenizerPool:
         self._small: deque[_Small] = deque()
         self._beginning = self._busy = False  # `_begin` is about to be called; a thread has small requests
         self._local = threading.local()
-        self._threads, self._executor = threads, ThreadPoolExecutor(threads, thread_name_prefix="tokenise")
+        # Small requests have a thread of their own: behind large ones, two that come together would wait where one alone does not.
+        self._for_small = ThreadPoolExecutor(1, "tokenise-small")
+        self._threads, self._for_large = threads, ThreadPoolExecutor(threads, "tokenise")
         self.vocabulary_size = self._tokenizer().get_vocab_size(with_added_tokens=True)
 
     def warm(self) -> None:
         """Begin to load each thread's tokenizer, so that no request pays for it and memory is what it will be."""
         together = threading.Barrier(self._threads)
         for _ in range(self._threads):
-            self._executor.submit(lambda: (self._tokenizer(), together.wait(_WARM_SECONDS)))
+            self._for_large.submit(lambda: (self._tokenizer(), together.wait(_WARM_SECONDS)))
+        self._for_small.submit(self._tokenizer)
 
     async def encode(self, texts: Sequence[str], *, truncate: bool) -> list[Tokens]:
         """Token ids (int32) of each text. Raises `TooLongError` unless `truncate`, `ApiError` 400 for a text without any token."""
         loop = asyncio.get_running_loop()
         if sum(map(len, texts)) + len(texts) * len(self._recipe.prompt) > _SMALL_CHARACTERS:
             call = lambda: self.encode_now(texts, truncate=truncate)  # noqa: E731  # run_in_executor takes no keyword arguments
-            return await loop.run_in_executor(self._executor, call)
+            return await loop.run_in_executor(self._for_large, call)
         small = _Small(texts, truncate, loop.create_future())
         self._small.append(small)
         if not self._beginning:
@@ -106,11 +109,11 @@ class TokenizerPool:
         if self._busy or not self._small:
             return
         together = self._take()
-        if len(together) == 1 and len(together[0].texts) <= _TOGETHER:
+        if len(together) == 1 and not self._small:
             _hand_out(together, self._encode_small(together))
             return
         self._busy = True
-        job = asyncio.get_running_loop().run_in_executor(self._executor, self._encode_small, together)
+        job = asyncio.get_running_loop().run_in_executor(self._for_small, self._encode_small, together)
         job.add_done_callback(lambda done: self._ended(together, done))
 
     def _take(self) -> list[_Small]:
@@ -130,10 +133,8 @@ class TokenizerPool:
         texts = [self._prepared(small.texts) for small in together]
         try:
             encodings = iter(self._encodings([text for part in texts for text in part]))
-        except BaseException as error:  # noqa: BLE001  # the library's panics are no Exception
-            if len(together) > 1:
-                return [self._encode_small([small])[0] for small in together]
-            return [error if isinstance(error, Exception) else RuntimeError(str(error))]
+        except Exception as error:  # noqa: BLE001
+            return [error] if len(together) == 1 else [self._encode_small([small])[0] for small in together]
         found: list[Outcome] = []
         for small, part in zip(together, texts, strict=True):
             mine = list(islice(encodings, len(part)))
@@ -150,7 +151,8 @@ class TokenizerPool:
     def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
         """What the tokenizer makes of the head of each text."""
         # The fast one computes no offsets: a fifth of the time, for one text as well.
-        found: list[Encoding] = self._tokenizer().encode_batch_fast([_head(text, self._longest) for text in texts])
+        heads = [_head(text, self._longest) for text in texts]
+        found: list[Encoding] = _without_panic(self._tokenizer().encode_batch_fast, heads)
         return found
 
     def _rows(self, texts: Sequence[str], encodings: Sequence[Encoding], first: int, truncate: bool) -> list[Tokens]:
@@ -177,7 +179,7 @@ class TokenizerPool:
                 message = f"input[{index}] is too long: {len(text)} characters that are hardly words"
                 raise ApiError(400, message, code="text_too_long", param="input")
             head = _head(text, 4 * size)
-            encoding, size = tokenizer.encode(head), len(head)
+            encoding, size = _without_panic(tokenizer.encode, head), len(head)
         return encoding
 
     def cut(self, ids: Sequence[Sequence[int]], *, truncate: bool) -> list[Tokens]:
@@ -191,7 +193,8 @@ class TokenizerPool:
 
     def close(self) -> None:
         """Stop the threads."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._for_small, self._for_large):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     def _tokenizer(self) -> Tokenizer:
         tokenizer: Tokenizer | None = getattr(self._local, "tokenizer", None)
@@ -216,6 +219,16 @@ def _hand_out(together: list[_Small], found: Sequence[Outcome]) -> None:
             small.done.set_exception(outcome)
         else:
             small.done.set_result(outcome)
+
+
+def _without_panic(call: Callable[[Any], Any], given: Any) -> Any:
+    """`call(given)`. A panic of the library, which is no `Exception`, becomes a `RuntimeError`: it must not end a thread or strand a request."""
+    try:
+        return call(given)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(f"the tokenizer panicked: {error}") from error
 
 
 def _head(text: str, longest: int) -> str:

@@ -121,6 +121,53 @@ def test_small_requests_that_arrive_together_get_their_own_tokens_and_errors(poo
             assert [row.tolist() for row in rows] == [r.tolist() for r in pool.encode_now(texts, truncate=True)]  # type: ignore[attr-defined]
 
 
+def test_a_request_of_as_many_texts_as_go_together_leaves_nobody_behind(pool: TokenizerPool) -> None:
+    many, one, last = together(pool, ["text"] * tokenise._TOGETHER, ["one"], ["another"])
+    assert (len(many), len(one), len(last)) == (tokenise._TOGETHER, 1, 1)  # type: ignore[arg-type]
+
+
+def test_small_requests_do_not_wait_for_large_ones(pool: TokenizerPool) -> None:
+    async def ask() -> bool:
+        large = [asyncio.ensure_future(pool.encode(["word " * 500] * 400, truncate=True)) for _ in range(6)]
+        await asyncio.sleep(0)
+        await asyncio.gather(*(pool.encode([f"text {i}"], truncate=True) for i in range(4)))
+        waits = not all(one.done() for one in large)
+        await asyncio.gather(*large)
+        return waits
+
+    assert asyncio.run(ask())
+
+
+class PanicException(BaseException):  # as the library's Rust side names it
+    """What a panic looks like from here."""
+
+
+@pytest.mark.parametrize("method", ["encode", "encode_batch_fast"])
+@pytest.mark.parametrize("size", [1, 300])
+def test_a_panic_is_an_error_of_its_own_request(
+    pool: TokenizerPool, monkeypatch: pytest.MonkeyPatch, method: str, size: int
+) -> None:
+    class Panicking:
+        def __init__(self, inner: Tokenizer) -> None:
+            self._inner = inner
+
+        def __getattr__(self, name: str) -> object:
+            call = getattr(self._inner, name)
+
+            def panic(given: list[str] | str) -> object:
+                if name == method and "panic" in str(given):
+                    raise PanicException("index out of bounds")
+                return call(given)
+
+            return panic
+
+    inner, blank = pool._tokenizer(), " " * (tokenise._CHARACTERS_PER_TOKEN * LIMIT)
+    monkeypatch.setattr(pool, "_tokenizer", lambda: Panicking(inner))
+    requests = [["a text"], [f"panic {blank} panic"] * size, ["another"]]
+    for requested, found in zip(requests, together(pool, *requests), strict=True):
+        assert isinstance(found, RuntimeError) == (len(requested[0]) > 100), found
+
+
 @pytest.mark.parametrize("requests", [[["z"]], [["ab"], ["z"], ["ba"]]])
 def test_a_text_that_the_tokenizer_raises_on_is_the_matter_of_its_own_request(
     minilm: Path, tmp_path: Path, requests: list[list[str]]
