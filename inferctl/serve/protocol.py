@@ -16,6 +16,12 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from inferctl.serve.http import ApiError
 
+# Above this many connections a new one is told so and closed, probes too: far more than the requests that may be in flight.
+_MAX_CONNECTIONS = 8192
+_TOO_MANY = (
+    b"HTTP/1.1 429 Too Many Requests\r\nretry-after: 1\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: 115\r\n\r\n"
+    b'{"error":{"message":"too many connections","type":"rate_limit_error","param":null,"code":"too_many_connections"}}\r\n'
+)
 _HEAD_BYTES = 64 * 1024
 _HEADERS = 200
 # A request has this long to arrive (seconds), and a second more for each of these many bytes that did.
@@ -50,6 +56,8 @@ class Exchange:
             call()
         else:
             self._connection.waiting.add(call)
+            # uvicorn stops reading in the middle of a large body; who does not read hears of no end.
+            self._cycle.flow.resume_reading()
 
     def forget(self, call: Callable[[], object]) -> None:
         """The opposite of `when_gone`."""
@@ -108,6 +116,10 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """See asyncio."""
         super().connection_made(transport)
+        if len(self.connections) > _MAX_CONNECTIONS:
+            transport.write(_TOO_MANY)
+            transport.close()
+            return
         self._timer = self.loop.call_later(self.patience, self._check)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -15,12 +15,6 @@ import uvicorn
 from inferctl.errors import NotReadyError
 from inferctl.serve import protocol
 
-# Above this many connections a new one is told so and closed, probes too: far more than the requests that may be in flight.
-_MAX_CONNECTIONS = 8192
-_TOO_MANY = (
-    b"HTTP/1.1 429 Too Many Requests\r\nretry-after: 1\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: 115\r\n\r\n"
-    b'{"error":{"message":"too many connections","type":"rate_limit_error","param":null,"code":"too_many_connections"}}\r\n'
-)
 _IDLE_SECONDS = 75  # longer than the usual load balancer in front keeps a connection
 
 
@@ -67,26 +61,14 @@ def allow_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-class _Bounded(protocol.Connection):
-    """One of so many connections."""
-
-    def connection_made(self, transport: Any) -> None:
-        """See asyncio."""
-        super().connection_made(transport)
-        if len(self.connections) > _MAX_CONNECTIONS:
-            transport.write(_TOO_MANY)
-            transport.close()
-
-
 class Web(uvicorn.Server):
     """uvicorn without its signal handling: draining is ours. `close()` stops accepting and lets requests finish."""
 
     def __init__(self, app: Any, drain_seconds: float, max_body_bytes: int) -> None:
-        bounded = type("Bounded", (_Bounded,), {"max_body_bytes": max_body_bytes})
         super().__init__(
             uvicorn.Config(
                 app,
-                http=bounded,
+                http=protocol.connection(max_body_bytes),
                 ws="none",
                 log_config=None,
                 access_log=False,

@@ -121,6 +121,11 @@ def test_a_connection_that_says_nothing_is_closed(port: int) -> None:
     assert talk(port) == b""
 
 
+def test_one_connection_too_many_is_told_so_and_closed(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "_MAX_CONNECTIONS", 0)
+    assert refusal(talk(port)) == (429, "too_many_connections")
+
+
 @pytest.mark.parametrize("token", [b"h2c", b"websocket"])
 @pytest.mark.parametrize("cut", [0, 20, 110, 175])
 def test_a_request_that_asks_for_an_upgrade_is_answered_without_it(port: int, token: bytes, cut: int) -> None:

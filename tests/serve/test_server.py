@@ -326,6 +326,16 @@ def test_the_api_process_imports_neither_torch_nor_transformers() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
+def test_a_client_that_leaves_after_a_large_body_is_noticed(serve: Serve, minilm: Path) -> None:
+    server = serve(*echo_arguments(minilm))
+    body = json.dumps({"input": [*[[SLOW_TOKEN]] * 20, *[[5] * 200] * 1000]}).encode()
+    head = b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
+        connection.sendall(head % len(body) + body)
+        until(lambda: metric(server, "inferctl_requests_in_flight") == 1)
+    until(lambda: metric(server, "inferctl_cancelled_total") == 1, 8)
+
+
 def test_a_client_that_pipelines_and_leaves_is_not_waited_for(serve: Serve, minilm: Path) -> None:
     server = serve(*echo_arguments(minilm))
     body = json.dumps({"input": [SLOW_TOKEN, 5]}).encode()
