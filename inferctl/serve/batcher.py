@@ -105,7 +105,7 @@ class Batcher:
     ) -> float:
         """Queue all sequences of a request; returns in how many seconds it should be answered. Raises `RefusedError` as `check` does."""
         total = sum(lengths)
-        predicted = self.check(total, bulk=bulk, running=running)
+        predicted = self.check(total, max(lengths), bulk=bulk, running=running)
         lane = self._lane(bulk)
         lane.works.extend(Work(request, index, tokens, now, bulk) for index, tokens in enumerate(lengths))
         self._joined(lane, request, len(lengths), total)
@@ -117,9 +117,10 @@ class Batcher:
             self._stretch *= _LATE if seconds > self._stretch * predicted else _IN_TIME
             self._stretch = min(max(self._stretch, 1.0), _LONGEST_STRETCH)
 
-    def check(self, tokens: int, *, bulk: bool = False, running: float = 0.0) -> float:
-        """Seconds in which a request of `tokens` should be answered. Raises `RefusedError` when it may not wait. `running`: seconds until an engine is free.
+    def check(self, tokens: int, longest: int = 1, *, bulk: bool = False, running: float = 0.0) -> float:
+        """Seconds in which a request of `tokens`, its longest sequence of so many, should be answered. Raises `RefusedError` when it may not wait.
 
+        `running`: seconds until an engine is free.
         Where nothing waits, any request may: one that is larger than the limits must be possible at some time.
         """
         lane, half = self._lane(bulk), self.limits.queue_tokens // 2
@@ -128,8 +129,8 @@ class Batcher:
         if lane.tokens and lane.tokens + tokens > limit:
             message = f"{lane.tokens} tokens are waiting, the limit is {limit}"
             raise RefusedError("queue_full", message, ahead if self.pace.known else 1.0)
-        # Its sequences run on all engines that are free by then.
-        spread = max(1, min(self.engines, tokens // _SMALLEST_SHARE))
+        # Its sequences run on all engines that are free by then, each of them on one.
+        spread = max(1, min(self.engines, tokens // max(_SMALLEST_SHARE, longest)))
         predicted = ahead + self.pace.seconds(tokens, self.limits.batch_tokens) / spread
         if self.limits.slo is None or bulk or not ahead:
             return predicted

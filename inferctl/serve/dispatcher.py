@@ -86,12 +86,11 @@ class Dispatcher:
         self.lanes.append(Lane(self, self._clock))
         return self.lanes[-1]
 
-    async def embed(self, sequences: Sequence[Tokens], *, bulk: bool = False) -> Answer:
-        """Vectors of all sequences. Raises `RefusedError`, `EngineUnavailableError` or `EngineFailedError`; cancelling it drops the work."""
-        return await self.begin(sequences, bulk=bulk)
-
     def begin(self, sequences: Sequence[Tokens], *, bulk: bool = False) -> asyncio.Future[Answer]:
-        """`embed` as a future: cancelling it drops the work. Raises `RefusedError`, and `EngineUnavailableError` where there is no engine now."""
+        """Vectors of all sequences, to be awaited; cancelling it drops the work. Raises `RefusedError`, and `EngineUnavailableError` where there is no engine now.
+
+        The future raises `EngineUnavailableError` or `EngineFailedError`.
+        """
         if not self.up:
             raise EngineUnavailableError("the engine is not ready")
         number, now = next(self._ids), self._clock()
@@ -108,8 +107,7 @@ class Dispatcher:
 
     def check(self, *, bulk: bool = False) -> None:
         """Raises `RefusedError` when not even the smallest request would be taken now: before any work is spent on it."""
-        if self._batcher.waiting_tokens:
-            self._batcher.check(1, bulk=bulk, running=self._running())
+        self._batcher.check(1, bulk=bulk, running=self._running())
 
     @property
     def batch_tokens(self) -> int:
@@ -150,7 +148,10 @@ class Dispatcher:
         self._metrics.engine_deaths.inc()
         self._batcher.requeue([w for sent in ahead for w in sent.works if w.request in self._requests])
         self._again.extendleft(again for sent in running for again in self._suspects(sent, len(running) == 1))
-        self._again.extend(sent.doubt[0] for sent in (*running, *ahead) if sent.doubt)
+        for doubt in [sent.doubt for sent in running if sent.doubt]:
+            # The harmless batch is never sent ahead. An engine that dies of it was left in that state by the suspect, as far as anyone can tell.
+            self._died_of(doubt[0].works[0].request, "engines die after this")
+            self._again.append(doubt[0])
 
     def done(self, lane: Lane, sent: Sent, result: BatchResult, seconds: float) -> None:
         """A batch came back, `seconds` after the engine could begin it."""
@@ -196,8 +197,8 @@ class Dispatcher:
             lane.batch_tokens = max(_SMALLEST_BATCH, min(lane.batch_tokens, largest // 2))
             self.lanes_changed()
         works = [work for work in sent.works if work.request in self._requests]
-        if out_of_memory and not sent.alone and len(works) == 1:
-            # What ran beside it may have taken the memory.
+        if not sent.alone and len(works) == 1:
+            # What ran beside it may have taken the memory, or spoilt the engine.
             self._again.append(Sent(works, exact=sent.exact))
         elif works and len(sent.works) == 1:
             memory = EngineUnavailableError(f"the engine's memory does not suffice for this: {message}")
@@ -209,11 +210,12 @@ class Dispatcher:
         self.pump()
 
     def pump(self) -> None:
-        """Send what can be sent, to the engine with the least to do first."""
+        """Send what can be sent, to the engine with the least to do first, and nothing ahead of time while any is free."""
         self._look_again()
-        for lane in sorted((lane for lane in self.lanes if lane.up), key=lambda lane: lane.tokens):
-            while (sent := self._next(lane)) is not None:
-                self._send(lane, sent)
+        for ahead in (False, True):
+            for lane in sorted((lane for lane in self.lanes if lane.up), key=lambda lane: lane.tokens):
+                while (sent := self._next(lane, ahead)) is not None:
+                    self._send(lane, sent)
 
     def _pump_soon(self) -> None:
         """`pump`, once what else arrived by now is queued as well."""
@@ -230,13 +232,13 @@ class Dispatcher:
         lengths = np.array([len(part) for part in parts], dtype=np.int32)
         lane.send(Batch(next(self._ids), np.concatenate(parts), lengths, sent.exact), sent)
 
-    def _next(self, lane: Lane) -> Sent | None:
-        """What to send to this engine now: a retry once it is idle, else the next batch."""
+    def _next(self, lane: Lane, ahead: bool) -> Sent | None:
+        """What to send to this engine now: a retry once it is idle, else the next batch; `ahead`: also one that will wait for it."""
         while self._again and not lane.busy:
             again = self._again.popleft()
             if works := [work for work in again.works if work.request in self._requests]:
                 return Sent(works, alone=True, exact=again.exact)
-        if self._again or not lane.takes(ahead=self._batcher.has_full_batch()):
+        if self._again or not lane.takes(ahead=ahead and self._batcher.has_full_batch()):
             return None
         idle = sum(other.free for other in self.lanes)
         works = self._batcher.next_batch(self._clock(), share=max(1, idle))
@@ -246,12 +248,17 @@ class Dispatcher:
         """The batch that an engine died of, by request; `alone`: it ran no other. Who was alone there is tried once more, then given up."""
         works = sorted(sent.works, key=lambda work: work.request)
         groups = [list(group) for _, group in groupby(works, key=lambda work: work.request)]
-        if alone and len(groups) == 1 and (number := works[0].request) in self._requests:
-            self._requests[number].deaths += 1
-            if self._requests[number].deaths >= _ATTEMPTS:
-                self._fail(number, EngineUnavailableError("the engine died twice while it ran this alone"))
-                return []
+        if alone and len(groups) == 1:
+            self._died_of(works[0].request, "the engine died twice while it ran this alone")
         return [Sent(group, exact=sent.exact) for group in groups]
+
+    def _died_of(self, number: int, said: str) -> None:
+        """Count a death against a request, and give it up at the last one; what it has in `_again` is skipped then."""
+        request = self._requests.get(number)
+        if request is not None:
+            request.deaths += 1
+            if request.deaths >= _ATTEMPTS:
+                self._fail(number, EngineUnavailableError(said))
 
     def _fill(self, request: _Request, index: int, vector: Vectors, ok: bool, now: float) -> None:
         if request.vectors is None:

@@ -68,8 +68,12 @@ class Lane:
     @property
     def free(self) -> int:
         """Batches that it would begin at once."""
-        alone = any(flight.sent.alone for flight in self._in_flight.values())
-        return 0 if alone else max(0, self.slots - len(self._in_flight))
+        return 0 if self._alone else max(0, self.slots - len(self._in_flight))
+
+    @property
+    def _alone(self) -> bool:
+        """Whether what is with the engine wants nothing beside it."""
+        return any(flight.sent.alone for flight in self._in_flight.values())
 
     @property
     def busy(self) -> bool:
@@ -88,8 +92,7 @@ class Lane:
 
     def takes(self, *, ahead: bool) -> bool:
         """Whether another batch may be sent; `ahead`: also one that waits for the engine."""
-        alone = any(flight.sent.alone for flight in self._in_flight.values())
-        return not alone and len(self._in_flight) < self.slots + ahead
+        return not self._alone and len(self._in_flight) < self.slots + ahead
 
     def left(self, seconds: Callable[[Sent], float]) -> float:
         """How long until the engine can begin another batch, when one takes `seconds`."""
@@ -100,8 +103,7 @@ class Lane:
             max(0.0, seconds(flight.sent) - (0.0 if flight.began is None else now - flight.began))
             for flight in self._in_flight.values()
         ]
-        alone = any(flight.sent.alone for flight in self._in_flight.values())
-        return sum(left) if alone else sum(left) / max(1, self.slots)
+        return sum(left) if self._alone else sum(left) / max(1, self.slots)
 
     def send(self, batch: Batch, sent: Sent) -> None:
         """Hand a batch to the engine."""

@@ -86,7 +86,7 @@ class Supervisor:
         self._batches: dict[int, float] = {}  # with the engine, the oldest first, and when they were sent
         self._since = 0.0  # when this life began
         self._start_seconds: float | None = None  # the first time
-        self._known: dict[str, Any] | None = None  # what the engine said when it was first ready
+        self._known: dict[str, Any] | None = None  # what the engine said when it was last ready
 
     @property
     def hopeless(self) -> bool:

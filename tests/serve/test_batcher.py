@@ -223,3 +223,10 @@ def test_answers_that_come_later_than_predicted_make_admission_stricter_and_not_
     for _ in range(1000):
         queue.answered(0.2, 0.2)
     assert queue.check(50) == pytest.approx(0.65)
+
+
+def test_one_sequence_runs_on_one_engine_however_many_there_are() -> None:
+    queue = Batcher(Limits(16_384, 100_000, slo=0.3), Pace(Capacity(0.0, 1_000.0)), engines=8)
+    assert queue.check(512, longest=64) == pytest.approx(0.064)
+    with pytest.raises(RefusedError):
+        queue.check(512, longest=512, running=0.01)

@@ -23,7 +23,7 @@ from inferctl.serve.types import Batch, BatchResult, DeviceInfo, EngineInfo, Pre
 INFO = EngineInfo(
     1, "none", "", PrecisionInfo("fp32", "fp32", "native", ""), DeviceInfo("cpu", "virtual", None, 0), batch_tokens=8
 )
-KILLER, FAILING, SICKENING = 666, 13, 14
+KILLER, FAILING, SICKENING, CURSING = 666, 13, 14, 15
 
 
 class World:
@@ -42,11 +42,13 @@ class World:
             lane.kill = lambda lane=lane: self.die(lane)  # type: ignore[misc]
             lane.engine_ready(self.info)
         self.sick: set[Lane] = set()
+        self.cursed: set[Lane] = set()  # will die of whatever they run next
 
     def die(self, lane: Lane) -> None:
         self.deaths += 1
         self.with_engine[lane].clear()
         self.sick.discard(lane)
+        self.cursed.discard(lane)
         lane.engine_lost()
         lane.engine_ready(self.info)
 
@@ -56,9 +58,11 @@ class World:
         self.now += len(batch.tokens) / 10
         if SICKENING in batch.tokens:
             self.sick.add(lane)
-        if KILLER in batch.tokens:
+        if KILLER in batch.tokens or lane in self.cursed:
             self.die(lane)
-        elif FAILING in batch.tokens or lane in self.sick:
+        elif {FAILING, CURSING} & set(batch.tokens.tolist()) or lane in self.sick:
+            if CURSING in batch.tokens:
+                self.cursed.add(lane)
             lane.batch_failed(batch.id, "asked to fail", False)
         else:
             ends = np.cumsum(batch.lengths) - 1
@@ -75,7 +79,10 @@ class World:
             await settled()
 
     def ask(self, *rows: list[int]) -> asyncio.Task[Any]:
-        return asyncio.ensure_future(self.dispatcher.embed([tokens(row) for row in rows]))
+        async def answer() -> Any:
+            return await self.dispatcher.begin([tokens(row) for row in rows])
+
+        return asyncio.ensure_future(answer())
 
 
 async def settled() -> None:
@@ -102,7 +109,7 @@ ROWS = st.lists(st.lists(st.integers(20, 99), min_size=1, max_size=6), min_size=
 @given(
     st.lists(ROWS, min_size=1, max_size=8),
     st.sets(st.integers(0, 7), max_size=2),
-    st.sampled_from([KILLER, FAILING, SICKENING]),
+    st.sampled_from([KILLER, FAILING, SICKENING, CURSING]),
     st.integers(1, 3),
     st.integers(1, 3),
 )
@@ -121,8 +128,8 @@ def test_whoever_is_not_at_fault_is_answered(
             else:
                 assert answer.vectors[:, 0].tolist() == [row[-1] for row in rows]
         # A killer may be with every engine at once, first in company, then alone; the second death alone is the last.
-        # A request that makes engines sick does so until it fails on a fresh one, alone: once for each half that it was in.
-        assert how == SICKENING or world.deaths <= (2 * engines * parallel + 1) * len(bad)
+        # A request that makes engines sick, or die later, does so until it fails on a fresh one, alone: once for each half that it was in.
+        assert how in (SICKENING, CURSING) or world.deaths <= (2 * engines * parallel + 1) * len(bad)
 
     run(scenario)
 
@@ -165,6 +172,20 @@ def test_the_engine_with_the_least_to_do_is_next() -> None:
         assert (one.tokens, two.tokens) == (7, 3)
         await world.drain()
         await asyncio.gather(*tasks)
+
+    run(scenario)
+
+
+def test_a_request_that_comes_too_late_anyway_is_refused_before_its_body_is_read() -> None:
+    async def scenario() -> None:
+        world = World(slo=0.5)
+        world.dispatcher.check()
+        task = world.ask([20] * 8)  # 0.8 s
+        await settled()
+        with pytest.raises(RefusedError):
+            world.dispatcher.check()
+        await world.drain()
+        await task
 
     run(scenario)
 
@@ -221,6 +242,18 @@ def test_an_engine_that_runs_several_batches_gets_them_at_once_and_of_equal_size
     run(scenario)
 
 
+def test_nothing_is_sent_ahead_while_another_engine_is_free() -> None:
+    async def scenario() -> None:
+        world = World(engines=4)
+        tasks = [world.ask([20] * 8) for _ in range(6)]
+        await settled()
+        assert sorted(len(batches) for batches in world.with_engine.values()) == [1, 1, 2, 2]
+        await world.drain()
+        await asyncio.gather(*tasks)
+
+    run(scenario)
+
+
 def test_a_batch_that_waits_for_a_slot_begins_when_one_is_free() -> None:
     async def scenario() -> None:
         world = World(parallel=2)
@@ -265,7 +298,7 @@ def test_the_batch_limit_grows_back_after_memory_was_short() -> None:
 @hypothesis.settings(max_examples=300)
 @given(
     st.lists(ROWS, min_size=1, max_size=8),
-    st.lists(st.sampled_from([0, 0, KILLER, FAILING, SICKENING]), min_size=8, max_size=8),
+    st.lists(st.sampled_from([0, 0, KILLER, FAILING, SICKENING, CURSING]), min_size=8, max_size=8),
     st.integers(1, 3),
 )
 def test_faults_of_several_kinds_leave_nobody_without_an_answer(
@@ -297,6 +330,33 @@ def test_an_engine_that_dies_while_a_doubt_waits_does_not_lose_the_suspect() -> 
         await world.drain()
         answers = await asyncio.wait_for(asyncio.gather(suspect, killer, return_exceptions=True), 5)
         assert [type(answer) for answer in answers] == [EngineFailedError, EngineUnavailableError]
+
+    run(scenario)
+
+
+def test_a_request_that_engines_die_after_is_given_up_and_the_next_is_answered() -> None:
+    async def scenario() -> None:
+        world = World()
+        cursing, innocent = world.ask([CURSING]), world.ask([20] * 8)
+        await asyncio.wait_for(world.drain(), 5)
+        assert isinstance(cursing.exception(), EngineUnavailableError)
+        assert innocent.result().vectors[0, 0] == 20
+        assert world.deaths <= 3
+
+    run(scenario)
+
+
+def test_who_fails_beside_what_spoils_the_engine_is_tried_again_alone() -> None:
+    async def scenario() -> None:
+        world = World(parallel=2)
+        lane = world.lanes[0]
+        innocent, spoiling = world.ask([20] * 8), world.ask([SICKENING, *[30] * 7])
+        await settled()
+        world.sick.add(lane)
+        world.step(lane, 0)
+        await world.drain()
+        assert innocent.result().vectors[0, 0] == 20
+        assert isinstance(spoiling.exception(), EngineUnavailableError)
 
     run(scenario)
 
