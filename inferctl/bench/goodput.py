@@ -24,6 +24,8 @@ SWEEP = (0.2, 0.4, 0.6, 0.75, 0.9, 1.0, 1.15)
 BEYOND = 1.3
 FALLS = 0.95
 CONFIRMATIONS = 3
+# How often a rate whose answers are too few, or too much alike, is measured and pooled before the probe stands as it is.
+LOOKS = 4
 # Constraints that more load cannot mend: the sweep need not go on.
 _SATURATED = ("fell behind", "errors", "generator")
 
@@ -33,6 +35,7 @@ class Probe:
     """One rate offered to the server for a while (`runs` times, pooled). Rates in requests/s, times in ms; None is "n too small".
 
     `holds` is None when the sample is too small to say; `broke` names the constraint otherwise: p99, errors, fell behind, generator.
+    `dependence` is that of the p99's interval (`stats.dependence`).
     `ended_early`: the backlog grew without doubt, so the rest was not waited for, and its latencies are lower bounds.
     """
 
@@ -56,12 +59,18 @@ class Probe:
     reason: str
     ended_early: bool = False
     runs: int = 1
+    dependence: float | None = None
     records: list[str] = field(default_factory=list)
 
     @property
     def undecided(self) -> bool:
         """Whether more of the same could turn the verdict: the interval of the p99 contains the SLO."""
         return self.broke == "p99" and self.reason.endswith("contains it")
+
+    @property
+    def short(self) -> bool:
+        """Whether answers are lacking: too few for a p99, or so much alike that its interval, within the SLO, only ends because the sample does."""
+        return self.holds is None or (self.holds and self.n / (self.dependence or 1) < stats.needed(0.99))
 
 
 Measure = Callable[[float, str, Sequence[Probe]], Probe]
@@ -88,7 +97,11 @@ def judge(
         return None, "n too small", f"n too small for a p99: {summary['latency_ms']['n']} of {p99['needed']} answers"
     span = f"p99 {p99['value']:.1f} ms ({p99['low']:.1f} - {p99['high']:.1f})"
     if p99["high"] <= slo_p99_ms:
-        return True, None, f"{span} is within {slo_p99_ms:g} ms"
+        n, but = summary["latency_ms"]["n"], ""
+        if (worth := int(n / (p99.get("dependence") or 1))) < p99["needed"]:
+            alike = f"{n} answers say what {worth} independent ones would (of {p99['needed']})"
+            but = f", but its interval ends with the sample: {alike}"
+        return True, None, f"{span} is within {slo_p99_ms:g} ms{but}"
     if p99["low"] > slo_p99_ms:
         return False, "p99", f"{span} is over {slo_p99_ms:g} ms"
     return False, "p99", f"{span} is not shown to be within {slo_p99_ms:g} ms: its interval contains it"
@@ -117,13 +130,14 @@ class _Hunt:
         return len(self.log) >= self._settings.max_probes
 
     def probe(self, rate: float, stage: str) -> Probe:
-        """Probe a rate; once more, pooled, when its interval leaves the verdict open."""
+        """Probe a rate; again, pooled, while answers are lacking, and once more when its interval leaves the verdict open."""
         rate = _tidy(min(rate, self._settings.max_rate))
-        made = self._measure(rate, stage, [])
+        earlier: list[Probe] = []
+        made = self._measure(rate, stage, earlier)
+        while (made.short and len(earlier) < LOOKS - 1) or (made.undecided and not earlier):
+            earlier = [*earlier, made]
+            made = self._measure(rate, stage, earlier)
         self.log.append(made)
-        if made.undecided and not self.spent:
-            made = self._measure(rate, stage, [made])
-            self.log[-1] = made
         self.latest[rate] = made
         return made
 
@@ -215,6 +229,7 @@ def _result(
         "first_failing_times": sum(p.rate == first.rate and p.holds is False for p in hunt.log) if first else None,
         "limited_by": first.broke if first else None,
         "reason": first.reason if first else "",
+        "caution": best.reason if best and best.short else None,
         "failed_below": [probe.rate for probe in probes if best and probe.holds is False and probe.rate < best.rate],
         **shape(probes),
         "probes": [asdict(probe) for probe in hunt.log],
@@ -262,9 +277,10 @@ def sentences(name: str, search: Mapping[str, Any]) -> list[str]:
     if best and last:
         low, high = last["p99_interval_ms"]
         more = "at least " if search["verdict"] == "at least" else ""
+        ends = ", which ends with the sample: the true one may lie above" if search.get("caution") else ""
         found = [
             f"{name} holds p99 {slo:g} ms up to {more}{best:g} requests/s "
-            f"(p99 there {last['p99_ms']:.1f} ms, interval {low:.1f} - {high:.1f})."
+            f"(p99 there {last['p99_ms']:.1f} ms, interval {low:.1f} - {high:.1f}{ends})."
         ]
     elif search["verdict"] == "n too small":
         found = [

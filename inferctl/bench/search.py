@@ -84,6 +84,9 @@ class Searcher:
         seconds = max(self.settings.probe_s, ENOUGH / rate)
         if stage == "confirm":
             seconds = max(seconds, self.load.duration_s)
+        # Once it is known how much answers at this rate are alike, as many as say what enough independent ones would.
+        alike = next((probe.dependence for probe, _ in reversed(self._taken) if probe.rate == rate), None) or 1.0
+        seconds = max(seconds, (ENOUGH * alike - (earlier[-1].n if earlier else 0)) / rate)
         seconds = min(seconds, max(self.settings.probe_s, self.settings.max_probe_s))
         # One draw of gaps for all rates of the search: what differs between them is the rate. Each further look at a rate has its own.
         looks = sum(probe.rate == rate for probe, _ in self._taken)
@@ -142,6 +145,7 @@ class Searcher:
             reason=reason,
             ended_early=growing is not None,
             runs=len(parts),
+            dependence=latency["p99"]["dependence"],
             records=[
                 file.relative_to(self.folder.parent.parent).as_posix()
                 for one in parts
