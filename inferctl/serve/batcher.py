@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from inferctl.serve.pace import Pace
 
@@ -42,12 +43,11 @@ class Limits:
         return replace(self, batch_tokens=tokens)
 
 
-@dataclass(frozen=True)
-class Work:
-    """One sequence of a request. `tokens` is its length."""
+class Work(NamedTuple):
+    """One sequence of a request, the `sequence`-th of it. `tokens` is its length."""
 
     request: int
-    index: int
+    sequence: int
     tokens: int
     arrived: float
     bulk: bool = False
@@ -107,7 +107,7 @@ class Batcher:
         total = sum(lengths)
         predicted = self.check(total, max(lengths), bulk=bulk, running=running)
         lane = self._lane(bulk)
-        lane.works.extend(Work(request, index, tokens, now, bulk) for index, tokens in enumerate(lengths))
+        lane.works.extend(Work(request, number, tokens, now, bulk) for number, tokens in enumerate(lengths))
         self._joined(lane, request, len(lengths), total)
         return predicted
 

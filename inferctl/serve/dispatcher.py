@@ -77,7 +77,9 @@ class Dispatcher:
         self._again: deque[Sent] = deque()
         self._ids = count()
         self._pumping = False  # is about to be called
-        self._running_now: float | None = None  # `_running()`, in this turn of the event loop
+        # What was found out in this turn of the event loop, for all requests that it brought: `_running()`, and for whom `check` passed.
+        self._running_now: float | None = None
+        self._passed: set[bool] = set()
         metrics.queue_tokens.set_function(lambda: batcher.waiting_tokens)
         metrics.in_flight.set_function(lambda: len(self._requests))
 
@@ -107,7 +109,9 @@ class Dispatcher:
 
     def check(self, *, bulk: bool = False) -> None:
         """Raises `RefusedError` when not even the smallest request would be taken now: before any work is spent on it."""
-        self._batcher.check(1, bulk=bulk, running=self._running())
+        if bulk not in self._passed:
+            self._batcher.check(1, bulk=bulk, running=self._running())
+            self._passed.add(bulk)
 
     @property
     def batch_tokens(self) -> int:
@@ -175,7 +179,7 @@ class Dispatcher:
                 self._metrics.fp32_retries.inc()
                 self._again.append(Sent([work], exact=True))
             else:
-                self._fill(request, work.index, result.vectors[row], bool(result.ok[row]), now)
+                self._fill(request, work.sequence, result.vectors[row], bool(result.ok[row]), now)
         self.pump()
 
     def failed(self, lane: Lane, sent: Sent, message: str, out_of_memory: bool) -> None:
@@ -228,7 +232,7 @@ class Dispatcher:
         self.pump()
 
     def _send(self, lane: Lane, sent: Sent) -> None:
-        parts = [self._requests[work.request].sequences[work.index] for work in sent.works] or [_HARMLESS]
+        parts = [self._requests[work.request].sequences[work.sequence] for work in sent.works] or [_HARMLESS]
         lengths = np.array([len(part) for part in parts], dtype=np.int32)
         lane.send(Batch(next(self._ids), np.concatenate(parts), lengths, sent.exact), sent)
 
@@ -261,9 +265,12 @@ class Dispatcher:
                 self._fail(number, EngineUnavailableError(said))
 
     def _fill(self, request: _Request, index: int, vector: Vectors, ok: bool, now: float) -> None:
-        if request.vectors is None:
-            request.vectors = np.empty((len(request.sequences), len(vector)), dtype=np.float32)
-        request.vectors[index] = vector
+        if len(request.sequences) == 1:
+            request.vectors = vector[None]
+        else:
+            if request.vectors is None:
+                request.vectors = np.empty((len(request.sequences), len(vector)), dtype=np.float32)
+            request.vectors[index] = vector
         if not ok:
             request.bad.append(index)
         request.left -= 1
@@ -279,7 +286,7 @@ class Dispatcher:
             request.future.set_exception(error)
 
     def _running(self) -> float:
-        """Seconds until some engine has done what it has: looked up once in a turn of the event loop, for all requests that it brought."""
+        """Seconds until some engine has done what it has."""
         if self._running_now is None:
             pace = self._batcher.pace
             left = (lane.left(lambda sent: pace.seconds(sent.tokens)) for lane in self.lanes if lane.up)
@@ -289,6 +296,7 @@ class Dispatcher:
 
     def _look_again(self) -> None:
         self._running_now = None
+        self._passed.clear()
 
     def _regain(self, lane: Lane, tokens: int) -> None:
         """A batch fitted into memory: where the limit is lower than it was and this came near it, the next may be larger."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
+import random
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,7 @@ class Call:
             elif name == b"content-type":
                 self.media = value
         if not (0 < len(self.id) <= _MAX_ID and all(33 <= character <= 126 for character in self.id)):
-            self.id = os.urandom(16).hex().encode()
+            self.id = b"%032x" % random.getrandbits(128)
         self.bulk = self.priority == b"bulk"
         self.held = self.tokens = 0
         self.phases: tuple[float, ...] = ()

@@ -101,6 +101,7 @@ class Connection(HttpToolsProtocol):
 
     max_body_bytes = 32 * 1024 * 1024
     patience = _PATIENCE
+    _default_head: tuple[list[tuple[bytes, bytes]], bytes] = ([], b"")  # those of all connections
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -198,8 +199,13 @@ class Connection(HttpToolsProtocol):
         self.data_received(head + rest)
 
     def default_head(self) -> bytes:
-        """Lines of the header fields that every answer has; uvicorn makes them anew each second."""
-        return b"".join([b"%s: %s\r\n" % field for field in self.server_state.default_headers])
+        """Lines of the header fields that every answer has. uvicorn makes them anew each second, and so do we."""
+        fields, lines = self._default_head
+        if fields is not self.server_state.default_headers:
+            fields = self.server_state.default_headers
+            lines = b"".join([b"%s: %s\r\n" % field for field in fields])
+            type(self)._default_head = (fields, lines)
+        return lines
 
     def _too_much_head(self) -> bool:
         return len(self.headers) > _HEADERS or len(self.url) > _HEAD_BYTES

@@ -34,7 +34,7 @@ def drain(queue: Batcher, now: float = 0.0) -> list[list[Work]]:
 @given(REQUESTS, st.integers(1, 100), st.integers(1, 30), st.floats(0, 10))
 def test_every_sequence_comes_out_exactly_once(requests: Requests, batch_tokens: int, window: int, now: float) -> None:
     queue = filled(batcher(batch_tokens, window=window), requests)
-    out = sorted((work.request, work.index, work.tokens) for batch in drain(queue, now) for work in batch)
+    out = sorted((work.request, work.sequence, work.tokens) for batch in drain(queue, now) for work in batch)
     assert out == [(r, i, n) for r, (_, lengths) in enumerate(requests) for i, n in enumerate(lengths)]
     assert queue.waiting_tokens == 0
     assert len(queue) == 0
@@ -55,8 +55,8 @@ def test_the_oldest_sequence_of_the_highest_priority_is_in_the_next_batch(
     queue = filled(batcher(limit, window=window), requests)
     waiting = sorted((bulk, r, i) for r, (bulk, lengths) in enumerate(requests) for i in range(len(lengths)))
     while batch := queue.next_batch(0.0):
-        assert (batch[0].bulk, batch[0].request, batch[0].index) == waiting[0]
-        taken = {(work.bulk, work.request, work.index) for work in batch}
+        assert (batch[0].bulk, batch[0].request, batch[0].sequence) == waiting[0]
+        taken = {(work.bulk, work.request, work.sequence) for work in batch}
         waiting = [w for w in waiting if w not in taken]
 
 
@@ -96,11 +96,11 @@ def test_cancelled_requests_never_run_and_the_rest_is_untouched(requests: Reques
     gone = data.draw(st.sets(st.integers(0, max(0, len(requests) - 1))))
     for number in gone:
         queue.cancel(number)
-    ran = {(work.request, work.index) for work in before}
+    ran = {(work.request, work.sequence) for work in before}
     kept = {(r, i) for r, (_, ns) in enumerate(requests) if r not in gone for i in range(len(ns))} - ran
     assert queue.waiting_tokens == sum(requests[r][1][i] for r, i in kept)
     assert len(queue) == len(kept)
-    assert sorted((work.request, work.index) for batch in drain(queue) for work in batch) == sorted(kept)
+    assert sorted((work.request, work.sequence) for batch in drain(queue) for work in batch) == sorted(kept)
 
 
 def test_a_queue_that_is_filled_and_cancelled_for_ever_stays_small() -> None:
