@@ -60,7 +60,7 @@ class Worker:
         self.generator: Generator | None = None
         self.finished = gevent.event.Event()
         self._sent = 0
-        self._remote = LOAD is None
+        self._remote, self._folder = LOAD is None, ""
         for name in ("load", "begin", "measure", "window", "clock"):
             self.runner.register_message(f"inferctl-{name}", getattr(self, f"_{name}"))
 
@@ -72,8 +72,8 @@ class Worker:
             self._prepare(LOAD, load_files(LOAD), int(LOAD["workers"]) + int(LOAD.get("remote_workers", 0)))
 
     def _load(self, msg: Any, **_: Any) -> None:
-        folder = tempfile.mkdtemp(prefix="inferctl-load-")
-        self._prepare({**msg.data["load"], "output": folder}, msg.data["files"], msg.data["workers"])
+        self._folder = tempfile.mkdtemp(prefix="inferctl-load-")
+        self._prepare({**msg.data["load"], "output": self._folder}, msg.data["files"], msg.data["workers"])
 
     def _prepare(self, load: dict[str, Any], files: dict[str, bytes], workers: int) -> None:
         index = int(self.runner.worker_index)
@@ -109,10 +109,14 @@ class Worker:
         if self._remote:
             self._send_piece()
         self.generator.recorder.close()
-        if self._remote:
-            shutil.rmtree(self.generator.recorder.path.parent)
+        self.tidy()
         self.runner.send_message("inferctl-done", self.generator.state)
         self.finished.set()
+
+    def tidy(self) -> None:
+        """Leave nothing on a machine that is not the bench's, however the run ended."""
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _send_records(self) -> None:
         while not self.finished.is_set():
@@ -168,6 +172,12 @@ def connect(environment: Any, **_: Any) -> None:
 def spawned(**_: Any) -> None:
     if worker:
         worker.start()
+
+
+@events.quitting.add_listener
+def leave(**_: Any) -> None:
+    if worker:
+        worker.tidy()
 
 
 class Client(User):

@@ -21,14 +21,19 @@ LOAD_FILE = "INFERCTL_LOAD_FILE"
 # How long a run waits for its workers to come.
 WORKERS_S = 300
 _PORT_S = 60.0
+# How long the master may take to send its workers home: Locust waits half a second for their last words.
+_QUIT_S = 3.0
 
 
 class Processes:
-    """The processes of one load, in a folder that holds their logs. The first one decides when the load ends."""
+    """The processes of one load, in a folder that holds their logs. The first one decides when the load ends.
 
-    def __init__(self, folder: Path) -> None:
+    `remote`: it has workers on other machines.
+    """
+
+    def __init__(self, folder: Path, remote: bool = False) -> None:
         self.log = folder / "locust.log"
-        self._folder = folder
+        self._folder, self._remote = folder, remote
         self._all: list[subprocess.Popen[bytes]] = []
 
     def start(self, arguments: Sequence[str], description: Path) -> None:
@@ -71,8 +76,11 @@ class Processes:
         return None
 
     def end(self) -> None:
-        """Kill what still runs."""
+        """Kill what still runs; workers on other machines are told to quit first, since nothing else would tell them."""
         alive = [process for process in self._all if process.poll() is None]
+        if self._remote and self._all[0] in alive:
+            self._all[0].terminate()
+            self.wait(_QUIT_S)
         for process in alive:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -87,7 +95,7 @@ class Processes:
 @contextlib.contextmanager
 def processes(load: Load, description: Path, folder: Path) -> Iterator[Processes]:
     """Start what `load` needs; nothing of it runs any more at the end. Raises `InferctlError` when the master does not come up."""
-    made = Processes(folder)
+    made = Processes(folder, remote=bool(load.remote_workers))
     try:
         if load.workers == 1 and not load.remote_workers:
             made.start(command(_users(load)), description)

@@ -1,8 +1,8 @@
 """A load worker on this machine for a bench that runs on another: `python -m inferctl.bench.worker HOST [--port 5557] [--processes N]`.
 
 It needs inferctl with the extra `bench` in the same version, a way to HOST at that port (TCP), and a way to the measured server. What is
-sent comes from HOST and the records go back there; nothing is left here. It serves one run after another, and ends when no run has wanted
-it for five minutes, or with Ctrl-C.
+sent comes from HOST and the records go back there; nothing is left here unless it is killed. It serves one run after another, cut short or not, and
+ends when no run has wanted it for five minutes, or with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from inferctl.bench import locust
 NO_MASTER = 255
 INTERRUPTED = 130
 _LOOK_S = 1.0
+_LEAVE_S = 3.0
 
 
 def main() -> int:
@@ -51,9 +52,15 @@ def serve(command: Sequence[str], processes: int) -> int:
                     served, started[number] = True, None
             time.sleep(_LOOK_S)
     finally:
-        for process in filter(None, started):
-            process.kill()
-            process.wait()
+        running = [process for process in started if process]
+        for process in running:
+            process.terminate()  # Locust then leaves in order, and what it had written here goes
+        for process in running:
+            try:
+                process.wait(_LEAVE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 if __name__ == "__main__":

@@ -171,6 +171,34 @@ def test_a_worker_elsewhere_serves_one_run_after_another(answering: Callable[...
     assert not any(away.iterdir())
 
 
+class CutShort(Exception):  # noqa: N818 - as a probe of a search is, when its answer came sooner
+    pass
+
+
+@pytest.mark.parametrize("cut_in", ["warm-up", "measure"])
+def test_a_run_that_is_cut_short_sends_its_workers_elsewhere_home(
+    cut_in: str, answering: Callable[..., str], tmp_path: Path
+) -> None:
+    port, away, url = free_port(), tmp_path / "away", answering("--median-ms", "2")
+    away.mkdir()
+    settings = {"mode": "open", "rate": 50, "remote_workers": 1, "master_port": port}
+    wanted = plan.Load.model_validate({**settings, "duration_s": 60, "warmup_s": 20 if cut_in == "warm-up" else 0})
+    cut = tmp_path / "cut"
+    cut.mkdir()
+
+    def check() -> None:
+        if load.read_state(cut).get("phase") == cut_in:
+            raise CutShort
+
+    description = load.prepare(wanted, workload.draw(wanted, "short", 1), target.connect(url), 100_000, cut)
+    with elsewhere(port, away):
+        with pytest.raises(CutShort):
+            load.run(wanted, description, lambda _: None, check)
+        _, part, work = measure(url, tmp_path / "next", **settings, duration_s=1)
+        assert offsets(part) == work.schedule_ns.astype(np.int64).tolist()
+    assert not any(away.iterdir())
+
+
 def test_what_a_worker_of_an_earlier_run_still_sends_is_refused(answering: Callable[..., str], tmp_path: Path) -> None:
     port, url = free_port(), answering("--median-ms", "2")
     left_over = zmq.Context.instance().socket(zmq.DEALER)
