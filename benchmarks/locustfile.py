@@ -59,13 +59,16 @@ class Worker:
         self.environment, self.runner = environment, environment.runner
         self.generator: Generator | None = None
         self.finished = gevent.event.Event()
-        self._sent = 0
+        self._sent, self._started = 0, False
         self._remote, self._folder = LOAD is None, ""
         for name in ("load", "begin", "measure", "window", "clock"):
             self.runner.register_message(f"inferctl-{name}", getattr(self, f"_{name}"))
 
     def start(self) -> None:
-        """All users are here: say so, once what they send is known."""
+        """All users are here: say so, once what they send is known. Locust says it again when it spreads them anew for one that came late."""
+        if self._started:
+            return
+        self._started = True
         if LOAD is None:
             self.runner.send_message("inferctl-need", {})
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Coordinator:
         self.folder = Path(load["output"])
         self.workers = int(load["workers"]) + int(load.get("remote_workers", 0))
         self._ready: dict[str, dict[str, Any]] = {}
+        self._complete = False
         self._replies: dict[str, dict[str, Any]] = {}
         self._done: dict[str, dict[str, Any]] = {}
         self._offsets: dict[str, tuple[clock.Offset, clock.Offset]] = {}
@@ -45,7 +47,11 @@ class Coordinator:
             self._run()
         except TimeoutError as error:
             self.announce(phase="failed", problem=str(error))
-        self.runner.quit()
+        except Exception as error:  # noqa: BLE001 - whatever it is: a run that nobody ends hangs for minutes
+            traceback.print_exc()
+            self.announce(phase="failed", problem=f"{type(error).__name__}: {error}")
+        finally:
+            self.runner.quit()
 
     def _run(self) -> None:
         self._await(
@@ -59,6 +65,7 @@ class Coordinator:
                 f"load workers {numbers} came where {self.workers} should be numbered from 0: "
                 "there are more of them, or one is left of a run that was cut short (it ends within a minute)"
             )
+        self._complete = True
         offsets = {node: self._offset(node) for node in self._ready}
         started, user = time.monotonic_ns(), 0
         self.announce(warmup_start_ns=started)
@@ -93,7 +100,7 @@ class Coordinator:
         silent = 0
         while (left := (end_ns - time.monotonic_ns()) / 1e9) > 0:
             gevent.sleep(min(left, 1.0))
-            missing = self.runner.clients.missing if self.workers > 1 else []
+            missing = [one for one in self.runner.clients.missing if one.id in self._ready] if self.workers > 1 else []
             silent = silent + 1 if missing else 0
             if silent > SILENT_S:
                 lost = ", ".join(str(self._ready[client.id]["worker"]) for client in missing)
@@ -199,10 +206,13 @@ class Coordinator:
         self._tell(msg.node_id, "load", load=dict(self.load), files=self._files(), workers=self.workers)
 
     def _hear_ready(self, msg: Any, **_: Any) -> None:
-        self._ready[msg.node_id] = msg.data
+        # The schedule is shared out by then: who comes later has no part in this run, and waits for the next.
+        if not self._complete:
+            self._ready[msg.node_id] = msg.data
 
     def _hear_reply(self, msg: Any, **_: Any) -> None:
-        self._replies[msg.node_id] = {**msg.data, "heard_ns": time.monotonic_ns()}
+        if msg.node_id in self._ready:
+            self._replies[msg.node_id] = {**msg.data, "heard_ns": time.monotonic_ns()}
 
     def _keep(self, msg: Any, **_: Any) -> None:
         # Of a run that was cut short, whose worker has not noticed yet.

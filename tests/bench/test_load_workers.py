@@ -215,6 +215,54 @@ def test_what_a_worker_of_an_earlier_run_still_sends_is_refused(answering: Calla
     assert not any(b"not of this run" in file.read_bytes() for file in records.files(tmp_path / "run"))
 
 
+def test_a_worker_too_many_has_no_part_in_the_run_that_it_comes_into(
+    answering: Callable[..., str], tmp_path: Path
+) -> None:
+    port, url = free_port(), answering("--median-ms", "2")
+    wanted = plan.Load.model_validate(
+        {"mode": "open", "rate": 50, "duration_s": 8, "warmup_s": 0, "remote_workers": 1, "master_port": port}
+    )
+    run, away = tmp_path / "run", [tmp_path / "first", tmp_path / "second"]
+    for folder in (run, *away):
+        folder.mkdir()
+    work = workload.draw(wanted, "short", 1)
+    description = load.prepare(wanted, work, target.connect(url), 100_000, run)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(elsewhere(port, away[0]))
+        late: list[bool] = []
+
+        def check() -> None:
+            if load.read_state(run).get("phase") == "measure" and not late:
+                late.append(stack.enter_context(elsewhere(port, away[1])))
+
+        done = load.run(wanted, description, lambda _: None, check)
+    assert late
+    assert [worker["worker"] for worker in done.state["workers"]] == [0, 1]
+    measured = done.rows[done.rows["phase"] == records.MEASURED]
+    assert measured["index"].tolist() == list(range(len(work.schedule_ns)))
+
+
+def test_whatever_goes_wrong_in_the_coordinator_ends_the_run_with_the_reason(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    script = """
+import json, sys
+from types import SimpleNamespace
+sys.path.insert(0, sys.argv[1])
+from loadgen.coordinator import Coordinator
+runner = SimpleNamespace(register_message=lambda *_: None, quit=lambda: print("quit"))
+load = {"output": sys.argv[2], "workers": 1, "mode": "open"}
+coordinator = Coordinator(SimpleNamespace(runner=runner, stats=None), load, dict)
+coordinator._ready = {"node": {}}
+coordinator.run()
+"""
+    benchmarks = request.config.rootpath / "benchmarks"
+    line = [sys.executable, "-c", script, str(benchmarks), str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.stdout == "quit\n"
+    assert load.read_state(tmp_path)["problem"] == "KeyError: 'worker'"
+
+
 @pytest.mark.parametrize(
     ("codes", "ends_with"),
     [((255,), 255), ((0, 255), 0), ((0, 0, 3), 3)],
