@@ -54,7 +54,7 @@ class Measurement:
 class Outcome:
     """Everything about one subject. `failure` says why it has fewer runs than `planned`, in one line; None when it was interrupted.
 
-    `checked`: whether the quality check was made, whatever it found.
+    `check_done`: whether the quality check needs no other try, whatever it found; one that was cut short or had no reference does.
     """
 
     subject: Subject
@@ -62,7 +62,7 @@ class Outcome:
     quality: dict[str, Any] = field(default_factory=lambda: quality.unchecked("no run got that far"))
     failure: str | None = None
     planned: int = 1
-    checked: bool = False
+    check_done: bool = False
 
     @property
     def info(self) -> dict[str, Any]:

@@ -45,7 +45,8 @@ class Checker:
     """Compares servers with the fp32 reference of the folder `model`, which is computed once for each input limit that a server states.
 
     `limits` None: the plan asks for no check; `model` None: there are no weights to compare with. The reference's process works in
-    `folder` (None: in this one), so that a bench that goes on finds what a killed one left.
+    `folder` (None: in this one), so that a bench that goes on finds what a killed one left. `failed`: whether there was no reference to compare
+    the last server with, because it could not be computed; a later bench may be able to.
     """
 
     def __init__(self, limits: Quality | None, model: Path | None, folder: Path | None = None) -> None:
@@ -53,9 +54,11 @@ class Checker:
         self._folder = folder
         self._model = models.ModelFolder(model) if model else None
         self._known: dict[int | None, Reference | str] = {}
+        self.failed = False
 
     def __call__(self, target: Target, waiting: Callable[[float], None]) -> dict[str, Any]:
         """The quality entry of a receipt. A server that fails at this is broken, not unchecked; `waiting` hears the seconds passed."""
+        self.failed = False
         if self._limits is None:
             return unchecked("the plan asks for no quality check")
         if self._model is None:
@@ -70,6 +73,7 @@ class Checker:
             self._known[longest] = self._reference(self._model.path, self._limits, longest, waiting)
         expected = self._known[longest]
         if isinstance(expected, str):
+            self.failed = True
             return unchecked(expected)
         try:
             return check(target, expected, self._limits)

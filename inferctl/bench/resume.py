@@ -176,7 +176,7 @@ def alone(output: Path) -> Iterator[None]:
 
 
 def keep(output: Path, measurement: Measurement, quality: Mapping[str, Any] | None) -> None:
-    """Write a complete run down, atomically. `quality`: the check that was made with it, if it was."""
+    """Write a complete run down, atomically. `quality`: the check that was made with it; None when it is still to be made, or to be tried again."""
     values = {
         one.name: getattr(measurement, one.name)
         for one in dataclasses.fields(measurement)
@@ -216,7 +216,7 @@ def restore(output: Path, order: Sequence[Run], into: Sequence[Outcome]) -> int:
         outcome.measurements.append(measurement)
         if run.repeat == 0:
             outcome.quality = check or quality.unchecked("the check was interrupted")
-            outcome.checked = bool(check)
+            outcome.check_done = bool(check)
         done += 1
     return done
 

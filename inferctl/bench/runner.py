@@ -89,7 +89,7 @@ def run(bench: Bench, into: Sequence[Outcome], notify: Notify, kept: Callable[[O
     with interruptible():
         for number, one in enumerate(order, 1):
             outcome = named[one.configuration]
-            unchecked = one.repeat == 0 and not outcome.checked
+            unchecked = one.repeat == 0 and not outcome.check_done
             if outcome.failure or (outcome.has(one) and not unchecked):
                 continue
             shown = 0 if outcome.has(one) else number  # a check that is made up is no run
@@ -140,8 +140,9 @@ def _measure(bench: Bench, outcome: Outcome, one: Run, checker: quality.Checker,
             outcome.quality = checker(aim, lambda passed: tell("computing the fp32 reference", passed))
             if child:
                 child.check()
-            outcome.checked = True
-            resume.keep(bench.output, next(m for m in outcome.measurements if m.run == one), outcome.quality)
+            outcome.check_done = not checker.failed
+            first = next(m for m in outcome.measurements if m.run == one)
+            resume.keep(bench.output, first, outcome.quality if outcome.check_done else None)
         tell("stopping")
 
 

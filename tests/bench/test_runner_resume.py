@@ -14,16 +14,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from answering import vector
 from bench_samples import ANSWERING
 
+from inferctl import model as models
 from inferctl.bench import environment, plan, quality, receipt, records, resume, runner
 from inferctl.errors import InferctlError, NotReadyError, UsageError
 
 LOAD = {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0, "timeout_s": 5}
 
 
-def bench(folder: Path, *names: str, repeats: int = 1) -> runner.Bench:
+def bench(folder: Path, *names: str, repeats: int = 1, options: Sequence[str] = ()) -> runner.Bench:
     wanted = plan.Plan.model_validate(
         {
             "name": "test",
@@ -36,7 +39,7 @@ def bench(folder: Path, *names: str, repeats: int = 1) -> runner.Bench:
     )
 
     def command(precision: str, announce: Path) -> Sequence[str]:
-        return [sys.executable, str(ANSWERING), "--announce", str(announce), "--precision", precision]
+        return [sys.executable, str(ANSWERING), "--announce", str(announce), "--precision", precision, *options]
 
     return runner.Bench(wanted, [runner.Subject(name, name) for name in names], command, None, folder)
 
@@ -203,6 +206,30 @@ def test_a_run_whose_quality_check_was_cut_short_is_kept_and_the_check_made_up(t
         assert again.measurements[0].serial == first.measurements[0].serial
         assert log.is_file() is (complete == 1)
         log.unlink(missing_ok=True)
+
+
+def test_a_reference_that_could_not_be_computed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "config.json").write_text("{}")
+    digest = models.ModelFolder(weights).digest
+    work = bench(tmp_path, "fp32", options=("--sha256", digest))
+    checked = plan.Quality.model_validate({"corpus": "short", "texts": 40})
+    work = dataclasses.replace(work, plan=work.plan.model_copy(update={"quality": checked}), model=weights)
+    _, (first,) = go_on(work)  # there are no weights to compute from
+    assert "the fp32 reference could not be computed" in first.quality["reason"]
+    assert json.loads((tmp_path / "runs" / "fp32-1" / "run.json").read_text())["quality"] is None
+
+    def reference(_: Path, texts: list[str], *rest: Any) -> quality.Reference:
+        return quality.Reference(texts, np.array([vector(text, 0) for text in texts], np.float32), digest)
+
+    monkeypatch.setattr(quality, "reference", reference)
+    for _ in range(2):
+        done, (again,) = go_on(work)
+        assert done == 1
+        assert again.quality["passes"]
+        assert again.measurements[0].serial == first.measurements[0].serial
+        monkeypatch.setattr(quality, "reference", None)  # what was compared is not compared again
 
 
 def test_what_failed_is_tried_again(tmp_path: Path) -> None:
