@@ -123,7 +123,6 @@ class _Hunt:
         self._settings, self._measure = settings, measure
         self.log: list[Probe] = []
         self.latest: dict[float, Probe] = {}
-        self._doubted: set[float] = set()
 
     @property
     def spent(self) -> bool:
@@ -184,9 +183,8 @@ class _Hunt:
                 return
             above = [rate for rate, probe in self.latest.items() if probe.holds and rate > high]
             near = high <= low * (1 + self._settings.resolution)
-            if (above or near) and high not in self._doubted:
+            if (above or near) and sum(probe.rate == high and probe.holds is False for probe in self.log) < 2:
                 # One bad moment of the machine must not become the server's limit. Once more, and the new result counts.
-                self._doubted.add(high)
                 self.probe(high, "bisect")
             elif near or self.probe((low + high) / 2, "bisect").holds is None:
                 return

@@ -288,6 +288,21 @@ def test_a_rate_that_held_and_fails_once_is_probed_a_third_time() -> None:
         assert result["max_goodput_rps"] > failed[0] / 1.2
 
 
+def test_a_rate_that_held_once_and_failed_twice_gets_no_further_chance() -> None:
+    confirmed: list[float] = []
+
+    def unlucky(rate: float, stage: str, earlier: Sequence[Probe]) -> Probe:
+        if stage == "confirm":
+            confirmed.append(rate)
+        fails = rate > 60 or (stage == "confirm" and confirmed.count(rate) <= 2 and rate == confirmed[0])
+        return Probe(**{**vars(probe(rate, rate, 5, "p99" if fails else None)), "stage": stage, "n": 1000})
+
+    result = goodput.find(plan.Search.model_validate({"max_rate": 115}), 80, 100.0, unlucky)
+    assert confirmed.count(confirmed[0]) == 2
+    assert result["verdict"] == "found"
+    assert result["max_goodput_rps"] < confirmed[0]
+
+
 def test_too_few_answers_are_said_to_be_too_few() -> None:
     result = found({}, Simulated(80, seconds=0.5))
     assert result["verdict"] == "n too small"
