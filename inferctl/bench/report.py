@@ -97,11 +97,16 @@ def honesty(result: Mapping[str, Any], receipts: Sequence[Receipt]) -> list[tupl
             )
         )
     runs = "One run each" if result["repeats"] == 1 else f"{result['repeats']} runs each"
-    within = "Intervals of latencies are within runs" if result["repeats"] >= 5 else "Intervals are within runs"
+    # From five runs on those of requests/s are over runs; before, over windows, and nothing widens them.
+    within = (
+        "Intervals of latencies are within runs,"
+        if result["repeats"] >= 5
+        else "Intervals are within runs; those of latencies are"
+    )
     notes.append(
         (
             "setup",
-            f"{runs}. {within}, widened by how much answers in a row depend on each other: how runs differ is not in them. "
+            f"{runs}. {within} widened by how much answers in a row depend on each other: how runs differ is not in them. "
             "`inferctl compare` judges over runs, and needs at least five.",
         )
     )

@@ -134,9 +134,10 @@ def test_the_report_needs_no_network_and_every_chart_has_its_place(tmp_path: Pat
 def test_intervals_of_latencies_are_said_to_be_within_runs_however_many_there_are(tmp_path: Path, repeats: int) -> None:
     found, receipts = made(tmp_path)
     notes = [text for _, text in report.honesty(found | {"repeats": repeats}, receipts)]
-    kind = "Intervals of latencies are" if repeats >= 5 else "Intervals are"
+    over_runs, within_too = "of latencies are within runs,", "are within runs; those of latencies are"
+    kind = over_runs if repeats >= 5 else within_too
     runs = "One run each" if repeats == 1 else f"{repeats} runs each"
-    assert any(text.startswith(f"{runs}. {kind} within runs") for text in notes)
+    assert any(text.startswith(f"{runs}. Intervals {kind} widened by") for text in notes)
 
 
 def test_what_was_not_measured_or_is_invalid_stands_before_the_numbers(tmp_path: Path) -> None:
