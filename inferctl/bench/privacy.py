@@ -11,6 +11,10 @@ from inferctl.spec import HUB_ID
 
 # A path of at least two parts, where none of a URL begins; the server's own routes are no files.
 _PATH = re.compile(r"(?<![\w.~:/-])(?!/v1/)(?:/[^\s/'\"]+)+/([^\s/'\"]+)/?")
+# The same in quotes, where its parts may have spaces; one before a slash ends it: what is quoted is a command then.
+_PART = r"(?:(?!\1)[^/\n])*(?!\1)[^/\s]"
+_QUOTED = re.compile(rf"(['\"`])(?!/v1/)(?:/{_PART})+/({_PART})/?\1")
+_FILE_URL = re.compile(r"\bfile:(?://[^/\s'\"]*)?(?=/)")
 
 
 def name_of(source: str) -> str:
@@ -32,7 +36,9 @@ def without_folders(value: Any) -> Any:
         return {key: without_folders(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [without_folders(one) for one in value]
-    return _PATH.sub(r"\1", value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return _PATH.sub(r"\1", _QUOTED.sub(r"\1\2\1", _FILE_URL.sub("", value)))
 
 
 def without_home(value: Any, home: Path | None = None) -> Any:

@@ -434,6 +434,14 @@ def test_no_receipt_names_the_folder_of_a_trace_or_of_what_failed(tmp_path: Path
         ("neither GET /info nor GET /v1/models names a model", "neither GET /info nor GET /v1/models names a model"),
         ("http://10.0.0.7:8080/a/b says 12/11/2026, 3 req/s", "http://10.0.0.7:8080/a/b says 12/11/2026, 3 req/s"),
         ({"a": ["/x/y/", 1]}, {"a": ["y", 1]}),
+        ("no such folder: '/data 2/secret/model'", "no such folder: 'model'"),
+        ("cannot read '/srv/team a/models/mini/x.json', try again", "cannot read 'x.json', try again"),
+        ('"/srv/bob\'s models/mini/" and `/data 2/x`', '"mini" and `x`'),
+        ("'/usr/bin/python -m tool /srv/secret/x' failed", "'python -m tool x' failed"),
+        ("'/one' and '/two', then '/v1/models/x y'", "'/one' and '/two', then '/v1/models/x y'"),
+        ("loads file:/srv/secret/model", "loads model"),
+        ("loads file:///srv/secret/model, 'file:///srv/team a/mini'", "loads model, 'mini'"),
+        ("profile: /srv/secret/model", "profile: model"),
     ],
 )
 def test_of_paths_in_messages_only_the_last_part_is_kept(said: Any, kept: Any) -> None:
