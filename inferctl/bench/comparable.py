@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,15 @@ class Pair:
             return False
         configurations = len(self.old.data["plan"].get("configurations") or ()) or 2
         return interleaved(self.old.data["runs"], self.new.data["runs"], configurations)
+
+    @property
+    def stretched(self) -> bool:
+        """Whether both were measured in turns, but with more time between the runs of a repeat than `together` allows."""
+        return (
+            self.new is not None
+            and not self.together
+            and interleaved(self.old.data["runs"], self.new.data["runs"], None)
+        )
 
     @property
     def same_texts(self) -> bool:
@@ -145,9 +155,11 @@ def _schedule(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return ""
 
 
-def interleaved(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], configurations: int = 2) -> bool:
+def interleaved(
+    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], configurations: int | None = 2
+) -> bool:
     """Whether both were measured in turns in one go: two repeats or more, every repeat of both before the next repeat of either, and the
-    two runs of a repeat one after the other, no further apart than a bench of so many `configurations` takes for it."""
+    two runs of a repeat one after the other, no further apart than a bench of so many `configurations` takes for it (None: however far)."""
     if not all(run.get("started") for run in (*old, *new)):
         return False
     blocks: dict[int, list[Mapping[str, Any]]] = {}
@@ -162,10 +174,10 @@ def interleaved(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any
     )
 
 
-def _in_turn(block: Sequence[Mapping[str, Any]], configurations: int) -> bool:
+def _in_turn(block: Sequence[Mapping[str, Any]], configurations: int | None) -> bool:
     """Whether a repeat is two runs of which one followed the other: neither beside it, nor on another day, as in a bench that was resumed."""
     lengths = [float(run["summary"].get("seconds") or 0) for run in block]
-    most = _BETWEEN_S + _LONGER * configurations * max(lengths)
+    most = math.inf if configurations is None else _BETWEEN_S + _LONGER * configurations * max(lengths)
     return len(block) == 2 and lengths[0] <= (_started(block[1]) - _started(block[0])).total_seconds() <= most
 
 

@@ -296,9 +296,11 @@ def _notes(pair: Pair, options: Options) -> list[str]:
         notes.append("the weights differ (sha256): their quality is each against its own fp32")
     least = min(len(old["runs"]), len(new["runs"]))
     if not pair.together and least >= verdict.FEWEST_RUNS:
-        notes.append(
-            "measured apart: what changed on the machine in between counts as a change here; measure both in one bench"
-        )
+        why, advice = "measured apart", "measure both in one bench"
+        if pair.stretched:
+            why = "the runs of a repeat lie too far apart in time"
+            advice = "a quality check of fewer texts (`quality.texts`), or a bench that nothing interrupts, brings them together"
+        notes.append(f"{why}: what changed on the machine in between counts as a change here; {advice}")
     if verdict.FEWEST_RUNS <= least < WANTED_REPEATS:
         notes.append(f"{least} repeats: {WANTED_REPEATS} or more are wanted")
     for side, one in (("old", old), ("new", new)):

@@ -133,6 +133,23 @@ def test_runs_of_a_repeat_may_be_further_apart_where_many_configurations_lie_bet
     assert comparable.Pair(of_twenty(old, sides[0]), of_twenty(new, sides[1])).together
 
 
+def test_turns_that_took_too_long_are_not_said_to_be_of_two_benches(tmp_path: Path) -> None:
+    old, new = receipts_of(tmp_path, run_values(20, STEADY[:5]), run_values(20, STEADY[:5]))
+    assert not any("apart" in note for note in verdict(old, new)["configurations"][0]["notes"])
+
+    def later(data: dict[str, Any]) -> None:
+        """The check after the first run took two hours, and so everything else is later."""
+        begun = min(run["started"] for run in (*old.data["runs"], *new.data["runs"]))
+        for run in data["runs"]:
+            if run["started"] > begun:
+                moved = datetime.datetime.fromisoformat(run["started"]) + datetime.timedelta(hours=2)
+                run["started"] = moved.isoformat(timespec="milliseconds")
+
+    notes = verdict(changed(old, later), changed(new, later))["configurations"][0]["notes"]
+    assert any(note.startswith("the runs of a repeat lie too far apart in time:") for note in notes)
+    assert not any("one bench" in note for note in notes)
+
+
 def test_few_repeats_give_no_verdict_and_say_how_many_are_wanted(tmp_path: Path) -> None:
     result = verdict(*receipts_of(tmp_path, run_values(20, [1.0, 1.0]), run_values(30, [1.0, 1.0])))
     assert result["outcome"] == "not enough evidence"
