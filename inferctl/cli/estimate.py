@@ -153,15 +153,15 @@ def _paced(file: Path, work: Work, question: Question) -> dict[str, Any]:
     from inferctl.bench import capacity
     from inferctl.estimate import document
     from inferctl.estimate.cost import Cost
-    from inferctl.serve.pace import Capacity
 
-    pace, measured = Capacity.read(file), capacity.read(file)
+    measured = capacity.read(file)
     as_measured = replace(
         work,
         slots=measured.get("parallel_batches") or 1,
         batch_tokens=measured.get("max_batch_tokens") or work.batch_tokens,
     )
-    return document.paced(Cost(pace.fixed_s, 1 / pace.tokens_per_s), file.name, as_measured, question)
+    cost = Cost(float(measured["fixed_s"]), 1 / measured["tokens_per_s"])
+    return document.paced(cost, file.name, as_measured, question)
 
 
 def render(result: dict[str, Any]) -> RenderableType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from bench_samples import document, sealed
 
 from inferctl.bench import capacity, receipt
 from inferctl.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
+from inferctl.serve.pace import Capacity
 
 FOUND = {"slo_p99_ms": 100.0, "max_goodput_rps": 84.0, "first_failing_rps": 88.0, "limited_by": "p99"}
 
@@ -63,6 +65,35 @@ def test_no_capacity_comes_from_an_invalid_run_or_from_a_server_that_says_nothin
     bad = {"valid": False, "reasons": ["3 of 9 requests failed"], "cautions": []}
     with pytest.raises(InvalidRunError, match="3 of 9 requests failed"):
         capacity.capacity(written(tmp_path, {"fixed_s": 0.001, "tokens_per_s": 1.0}, validity=bad))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("fixed_s", -0.001),
+        ("fixed_s", True),
+        ("fixed_s", None),
+        ("tokens_per_s", 0),
+        ("tokens_per_s", -5.0),
+        ("tokens_per_s", True),
+        ("tokens_per_s", math.nan),
+        ("tokens_per_s", "fast"),
+        ("slo_p99_ms", 0),
+        ("slo_p99_ms", False),
+    ],
+)
+def test_a_file_that_the_server_would_refuse_is_no_capacity(key: str, value: Any, tmp_path: Path) -> None:
+    file = tmp_path / "capacity.json"
+    file.write_text(json.dumps({"fixed_s": 0.004, "tokens_per_s": 15_000, key: value}))
+    for read in (capacity.read, Capacity.read):
+        with pytest.raises(UsageError, match=f"{key} must be a number"):
+            read(file)
+
+
+def test_a_file_that_the_server_takes_is_a_capacity(tmp_path: Path) -> None:
+    file = tmp_path / "capacity.json"
+    file.write_text('{"fixed_s": 0, "tokens_per_s": 15000, "slo_p99_ms": null}')
+    assert capacity.read(file)["tokens_per_s"] == Capacity.read(file).tokens_per_s == 15_000
 
 
 @contextlib.contextmanager
