@@ -36,6 +36,8 @@ def capacity(
     found = capacities.capacity(sealed, slo)
     if sealed.data["quality"].get("passes") is False:
         console.warn(f"{sealed.name} fails on quality: it should not be served")
+    if caution := (sealed.data.get("search") or {}).get("caution"):
+        console.warn(f"{sealed.name} at the max goodput: {caution}")
     console.note(capacities.sentence(found))
     if output is None:
         console.document(found)

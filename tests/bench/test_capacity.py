@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from bench_samples import document, sealed
 
+from inferctl import cli
 from inferctl.bench import capacity, receipt
 from inferctl.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
 from inferctl.serve.pace import Capacity
@@ -40,6 +41,14 @@ def test_the_capacity_is_the_middle_pace_with_what_the_search_found(tmp_path: Pa
     assert capacity.sentence(found) == (
         "a batch takes 5.0 ms and 1 s for each 10,000 tokens; it holds p99 100 ms up to 84 requests/s"
     )
+
+
+def test_that_the_max_goodput_was_not_shown_to_hold_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pace = {"fixed_s": 0.001, "tokens_per_s": 10_000.0}
+    caution = "p99 80.0 ms (75.0 - 90.0) is within 100 ms, but its interval ends with the sample"
+    made = written(tmp_path, pace, search=FOUND | {"caution": caution})
+    assert cli.run(["capacity", str(made.path)]) == 0
+    assert "its interval ends with the sample" in " ".join(capsys.readouterr().err.split())
 
 
 def test_how_many_batches_ran_at_a_time_is_kept_since_the_pace_is_that_of_each(tmp_path: Path) -> None:
