@@ -147,11 +147,13 @@ class Dispatcher:
         if up:
             self._limit_batches(min(lane.batch_tokens for lane in up))
 
-    def lost(self, running: Sequence[Sent], ahead: Sequence[Sent]) -> None:
-        """An engine died while it ran these; what was sent ahead of time is as good as new."""
+    def lost(self, running: Sequence[Sent], ahead: Sequence[Sent], *, spoilt: bool) -> None:
+        """An engine died while it ran these; what was sent ahead of time is as good as new. `spoilt`: the batch before had failed, and may be what it died of."""
         self._metrics.engine_deaths.inc()
         self._batcher.requeue([w for sent in ahead for w in sent.works if w.request in self._requests])
-        self._again.extendleft(again for sent in running for again in self._suspects(sent, len(running) == 1))
+        self._again.extendleft(
+            again for sent in running for again in self._suspects(sent, len(running) == 1 and not spoilt)
+        )
         for doubt in [sent.doubt for sent in running if sent.doubt]:
             # The harmless batch is never sent ahead. An engine that dies of it was left in that state by the suspect, as far as anyone can tell.
             self._died_of(doubt[0].works[0].request, "engines die after this")
@@ -249,7 +251,7 @@ class Dispatcher:
         return Sent(works) if works else None
 
     def _suspects(self, sent: Sent, alone: bool) -> list[Sent]:
-        """The batch that an engine died of, by request; `alone`: it ran no other. Who was alone there is tried once more, then given up."""
+        """The batch that an engine died of, by request; `alone`: of nothing else. Who was alone there is tried once more, then given up."""
         works = sorted(sent.works, key=lambda work: work.request)
         groups = [list(group) for _, group in groupby(works, key=lambda work: work.request)]
         if alone and len(groups) == 1:

@@ -54,6 +54,7 @@ class Lane:
         self._in_flight: dict[int, _Flight] = {}  # the oldest first
         self._alive = False  # was ready in this life
         self.ran = 0  # batches, in this life
+        self._failed = False  # the last of them raised
 
     @property
     def up(self) -> bool:
@@ -119,7 +120,7 @@ class Lane:
 
     def engine_ready(self, info: EngineInfo) -> None:
         """See `Listener`."""
-        self._alive, self.ran = True, 0
+        self._alive, self.ran, self._failed = True, 0, False
         self.info, self.batch_tokens = info, info.batch_tokens
         self._dispatcher.lanes_changed()
         self.on_ready(info)
@@ -132,17 +133,20 @@ class Lane:
         self._dispatcher.lanes_changed()
         if was_alive:
             running = [flight.sent for flight in lost if flight.began is not None]
-            self._dispatcher.lost(running, [flight.sent for flight in lost if flight.began is None])
+            ahead = [flight.sent for flight in lost if flight.began is None]
+            self._dispatcher.lost(running, ahead, spoilt=self._failed)
         self.on_lost()
         self._dispatcher.pump()
 
     def batch_done(self, result: BatchResult) -> None:
         """See `Listener`."""
+        self._failed = False
         sent, seconds = self._ended(result.id)
         self._dispatcher.done(self, sent, result, seconds)
 
     def batch_failed(self, number: int, message: str, out_of_memory: bool) -> None:
         """See `Listener`."""
+        self._failed = True
         sent, _ = self._ended(number)
         self._dispatcher.failed(self, sent, message, out_of_memory)
 

@@ -106,7 +106,9 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._phase: Literal["idle", "head", "body", "refused"] = "idle"
-        self._head = self._body = 0  # bytes of the request that arrives
+        self._head = self._body = (
+            0  # bytes of the request that arrives: all since its head began, or ended; and those of its body
+        )
         self._began = self.loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self._problem: ApiError | None = None
@@ -146,7 +148,7 @@ class Connection(HttpToolsProtocol):
         except httptools.HttpParserError:
             self._refuse(self._problem or ApiError(400, "this is not valid HTTP", code="invalid_http"))
             return
-        if self._phase == "head" and (self._head > _HEAD_BYTES or self._too_much_head()):
+        if self._phase != "idle" and self._too_much_head():
             self._refuse(_head_too_large())
         elif self._phase == "idle":
             self._stop_timer()
@@ -160,7 +162,7 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """See httptools."""
-        if self._too_much_head():
+        if len(self.headers) > _HEADERS or len(self.url) > _HEAD_BYTES:
             self._fail(_head_too_large())
         if self.parser.get_method() == b"CONNECT":
             self._fail(ApiError(405, "this is no proxy", code="method_not_allowed"))
@@ -208,7 +210,9 @@ class Connection(HttpToolsProtocol):
         return lines
 
     def _too_much_head(self) -> bool:
-        return len(self.headers) > _HEADERS or len(self.url) > _HEAD_BYTES
+        # Fields may also follow a body that comes in chunks; each of its bytes may be a chunk of six.
+        size = self._head - 6 * self._body if self._phase == "body" else self._head
+        return size > _HEAD_BYTES or len(self.headers) > _HEADERS
 
     def _fail(self, problem: ApiError) -> None:
         """Leave the parser; `data_received` answers."""

@@ -109,7 +109,7 @@ class TokenizerPool:
         if self._busy or not self._small:
             return
         together = self._take()
-        if len(together) == 1 and not self._small:
+        if len(together) == 1 and not self._small and len(together[0].texts) <= _TOGETHER:
             _hand_out(together, self._encode_small(together))
             return
         self._busy = True

@@ -88,6 +88,16 @@ CASES: dict[str, tuple[tuple[bytes, ...], int, str]] = {
     "raw bytes in the path": ((b"GET /\xff HTTP/1.1\r\nhost: a\r\n\r\n",), 400, "invalid_http"),
     "many headers": ((HEAD + b"".join(b"x-%d: y\r\n" % i for i in range(5000)) + b"\r\n",), 431, "headers_too_large"),
     "many headers, slowly": ((HEAD, *[b"x: y\r\n" * 60] * 5), 431, "headers_too_large"),
+    "many trailers": (
+        (HEAD + b"transfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\n", *[b"x: y\r\n" * 60] * 5),
+        431,
+        "headers_too_large",
+    ),
+    "long trailer": (
+        (HEAD + b"transfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx: " + b"y" * 5_000_000,),
+        431,
+        "headers_too_large",
+    ),
     "long header": ((HEAD + b"x: ", *[b"y" * 40_000] * 3), 431, "headers_too_large"),
     "long header at once": ((HEAD + b"x: " + b"y" * 5_000_000,), 431, "headers_too_large"),
     "long path": ((b"GET /", *[b"y" * 30_000] * 3), 431, "headers_too_large"),

@@ -29,8 +29,12 @@ KILLER, FAILING, SICKENING, CURSING = 666, 13, 14, 15
 class World:
     """A dispatcher over engines that take a second for ten tokens."""
 
-    def __init__(self, engines: int = 1, slo: float | None = None, parallel: int = 1) -> None:
-        self.now = 0.0
+    def __init__(
+        self, engines: int = 1, slo: float | None = None, parallel: int = 1, *, slow_start: bool = False
+    ) -> None:
+        """`slow_start`: an engine that died comes back when the others have nothing to do any more, and not at once."""
+        self.now, self.slow_start = 0.0, slow_start
+        self.down: list[Lane] = []
         self.info = replace(INFO, parallel=parallel)
         limits = Limits(8, 1_000, slo=slo)
         self.dispatcher = Dispatcher(Batcher(limits, Pace(Capacity(0.0, 10.0))), Metrics(), lambda: self.now)
@@ -50,7 +54,10 @@ class World:
         self.sick.discard(lane)
         self.cursed.discard(lane)
         lane.engine_lost()
-        lane.engine_ready(self.info)
+        if self.slow_start:
+            self.down.append(lane)
+        else:
+            lane.engine_ready(self.info)
 
     def step(self, lane: Lane, which: int = 0) -> None:
         """The engine ends one of the batches that it runs, one way or another."""
@@ -71,7 +78,9 @@ class World:
 
     async def drain(self) -> None:
         await settled()
-        while busy := [lane for lane in self.lanes if self.with_engine[lane]]:
+        while (busy := [lane for lane in self.lanes if self.with_engine[lane]]) or self.down:
+            if not busy:
+                self.down.pop().engine_ready(self.info)
             for lane in busy:
                 assert len(self.with_engine[lane]) <= self.info.parallel + 1
                 # The youngest of those that run is done first: the order of answers is not that of batches.
@@ -112,12 +121,14 @@ ROWS = st.lists(st.lists(st.integers(20, 99), min_size=1, max_size=6), min_size=
     st.sampled_from([KILLER, FAILING, SICKENING, CURSING]),
     st.integers(1, 3),
     st.integers(1, 3),
+    st.booleans(),
 )
+@hypothesis.example([[[22] * 2], [[20] * 3], [[24]]], {1}, CURSING, 2, 1, True)
 def test_whoever_is_not_at_fault_is_answered(
-    requests: list[list[list[int]]], bad: set[int], how: int, engines: int, parallel: int
+    requests: list[list[list[int]]], bad: set[int], how: int, engines: int, parallel: int, slow_start: bool
 ) -> None:
     async def scenario() -> None:
-        world = World(engines, parallel=parallel)
+        world = World(engines, parallel=parallel, slow_start=slow_start)
         asked = [[[how, *row] if i in bad else row for row in rows] for i, rows in enumerate(requests)]
         tasks = [world.ask(*rows) for rows in asked]
         await world.drain()
@@ -300,12 +311,14 @@ def test_the_batch_limit_grows_back_after_memory_was_short() -> None:
     st.lists(ROWS, min_size=1, max_size=8),
     st.lists(st.sampled_from([0, 0, KILLER, FAILING, SICKENING, CURSING]), min_size=8, max_size=8),
     st.integers(1, 3),
+    st.integers(1, 3),
+    st.booleans(),
 )
 def test_faults_of_several_kinds_leave_nobody_without_an_answer(
-    requests: list[list[list[int]]], faults: list[int], parallel: int
+    requests: list[list[list[int]]], faults: list[int], engines: int, parallel: int, slow_start: bool
 ) -> None:
     async def scenario() -> None:
-        world = World(parallel=parallel)
+        world = World(engines, parallel=parallel, slow_start=slow_start)
         asked = [
             [[fault, *row] if fault else row for row in rows] for rows, fault in zip(requests, faults, strict=False)
         ]

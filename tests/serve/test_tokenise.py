@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -127,15 +128,17 @@ def test_a_request_of_as_many_texts_as_go_together_leaves_nobody_behind(pool: To
 
 
 def test_small_requests_do_not_wait_for_large_ones(pool: TokenizerPool) -> None:
-    async def ask() -> bool:
-        large = [asyncio.ensure_future(pool.encode(["word " * 500] * 400, truncate=True)) for _ in range(6)]
-        await asyncio.sleep(0)
-        await asyncio.gather(*(pool.encode([f"text {i}"], truncate=True) for i in range(4)))
-        waits = not all(one.done() for one in large)
-        await asyncio.gather(*large)
-        return waits
+    released = threading.Event()
 
-    assert asyncio.run(ask())
+    async def ask() -> None:
+        await asyncio.wait_for(asyncio.gather(*(pool.encode([f"text {i}"], truncate=True) for i in range(4))), 30)
+
+    for _ in range(pool._threads):
+        pool._for_large.submit(released.wait)
+    try:
+        asyncio.run(ask())
+    finally:
+        released.set()
 
 
 class PanicException(BaseException):  # as the library's Rust side names it
