@@ -3,15 +3,19 @@
     python benchmarks/peers/frontend.py [--seconds 8] [--rounds 4] [--json FILE]
 
 Front end: inferctl with its echo engine (all that is real except the model) and an application that answers the very same bytes without
-looking at the request; 64 clients, single texts, then the same as token ids, which need no tokenizer. Batches: requests of 32 texts, 8 clients, beside `EncoderEngine.run` on the same texts.
+looking at the request; 64 clients, single texts whose words have all been seen before, texts with one new word in ten (English prose has about as many: the server remembers
+words), and the first as token ids, which need no tokenizer. Batches: requests of 32 texts, 8 clients, beside `EncoderEngine.run` on the same texts.
 """
 
 from __future__ import annotations
 
 import json
+import random
+import string
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import engine
@@ -19,11 +23,23 @@ import peers
 from load import closed, requests
 
 TEXTS, CLIENTS = 32, 8
+# Together they have more new words than the server remembers, so that none is known when its text comes again.
+TEXTS_WITH_NEW_WORDS = 20_000
 
 
-def front_end(seconds: float, rounds: int, *, token_ids: bool) -> dict[str, float]:
+def with_new_words(count: int) -> list[str]:
+    """Texts of which one word in ten is of seven random letters."""
+    random_ = random.Random(11)
+
+    def changed(word: str) -> str:
+        return "".join(random_.choices(string.ascii_lowercase, k=7)) if random_.random() < 0.1 else word
+
+    return [" ".join(map(changed, text.split())) for text in peers.texts(count)]
+
+
+def front_end(seconds: float, rounds: int, inputs: Sequence[str | list[int]]) -> dict[str, float]:
     """Requests a second of both."""
-    bodies = [{"input": peers.token_ids(text) if token_ids else text} for text in peers.texts(500)]
+    bodies = [{"input": given} for given in inputs]
     ours = peers.inferctl(18511, "--engine", "echo", name="inferctl echo")
     running = [ours]
     try:
@@ -75,10 +91,13 @@ def main() -> None:
     parser = peers.options(__doc__ or "")
     parser.set_defaults(rounds=4)
     options = parser.parse_args()
-    fronts = {
-        kind: front_end(options.seconds, options.rounds, token_ids=kind == "token ids")
-        for kind in ("texts", "token ids")
+    texts = peers.texts(500)
+    inputs = {
+        "known words": texts,
+        "one new word in ten": with_new_words(TEXTS_WITH_NEW_WORDS),
+        "token ids": [peers.token_ids(text) for text in texts],
     }
+    fronts = {kind: front_end(options.seconds, options.rounds, given) for kind, given in inputs.items()}
     for kind, front in fronts.items():
         bare = front["bare Starlette"]
         print(f"front end alone, {kind}, requests/s")

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from inferctl.serve import recipe, tokenise
 from inferctl.serve.http import ApiError
 from inferctl.serve.tokenise import TokenizerPool, TooLongError
+from inferctl.serve.types import Tokens
 
 LIMIT = 16
 WORDS = st.sampled_from(
@@ -22,9 +23,14 @@ WORDS = st.sampled_from(
 )
 
 
-@pytest.fixture(scope="module")
-def pool(minilm: Path) -> TokenizerPool:
-    return TokenizerPool(minilm, recipe.read(minilm, LIMIT))
+@pytest.fixture(scope="module", params=["words", "whole texts"])
+def pool(minilm: Path, request: pytest.FixtureRequest) -> TokenizerPool:
+    """Both ways: a text's tokens out of those of its words, and as for a tokenizer that takes no words."""
+    pool = TokenizerPool(minilm, recipe.read(minilm, LIMIT))
+    assert pool._words is not None
+    if request.param != "words":
+        pool._words = None
+    return pool
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +71,9 @@ def test_a_huge_text_is_tokenised_only_as_far_as_it_counts(
             seen.append(len(text))
             return self._inner.encode(text)
 
-        def encode_batch_fast(self, texts: list[str]) -> object:
+        def encode_batch_fast(self, texts: list[str], **options: bool) -> object:
             seen.extend(map(len, texts))
-            return self._inner.encode_batch_fast(texts)
+            return self._inner.encode_batch_fast(texts, **options)
 
     tokenizer = pool._tokenizer()
     monkeypatch.setattr(pool, "_tokenizer", lambda: Counting(tokenizer))
@@ -127,6 +133,28 @@ def test_a_request_of_as_many_texts_as_go_together_leaves_nobody_behind(pool: To
     assert (len(many), len(one), len(last)) == (tokenise._TOGETHER, 1, 1)  # type: ignore[arg-type]
 
 
+def test_known_words_wait_for_no_thread(minilm: Path) -> None:
+    pool = TokenizerPool(minilm, recipe.read(minilm, LIMIT))
+    released = threading.Event()
+    pool._for_small.submit(released.wait)
+
+    async def ask() -> tuple[list[Tokens], bool]:
+        row = await asyncio.wait_for(pool.encode(["The river runs through it."], truncate=False), 30)
+        unknown = [asyncio.ensure_future(pool.encode([f"{'word ' * 300}{i}"], truncate=True)) for i in range(2)]
+        unknown += [asyncio.ensure_future(pool.encode(["北" * 200 + str(i)], truncate=True)) for i in range(2)]
+        await asyncio.sleep(0.2)
+        waiting = not any(task.done() for task in unknown[2:])
+        released.set()
+        await asyncio.wait_for(asyncio.gather(*unknown), 30)
+        return row, waiting
+
+    try:
+        rows, waiting = asyncio.run(ask())
+    finally:
+        released.set()
+    assert (len(rows), waiting) == (1, True)
+
+
 def test_small_requests_do_not_wait_for_large_ones(pool: TokenizerPool) -> None:
     released = threading.Event()
 
@@ -147,9 +175,14 @@ class PanicException(BaseException):  # as the library's Rust side names it
 
 @pytest.mark.parametrize("method", ["encode", "encode_batch_fast"])
 @pytest.mark.parametrize("size", [1, 300])
+@pytest.mark.parametrize("words", [True, False])
 def test_a_panic_is_an_error_of_its_own_request(
-    pool: TokenizerPool, monkeypatch: pytest.MonkeyPatch, method: str, size: int
+    minilm: Path, monkeypatch: pytest.MonkeyPatch, method: str, size: int, words: bool
 ) -> None:
+    pool = TokenizerPool(minilm, recipe.read(minilm, LIMIT))
+    if not words:
+        pool._words = None
+
     class Panicking:
         def __init__(self, inner: Tokenizer) -> None:
             self._inner = inner
@@ -157,10 +190,10 @@ def test_a_panic_is_an_error_of_its_own_request(
         def __getattr__(self, name: str) -> object:
             call = getattr(self._inner, name)
 
-            def panic(given: list[str] | str) -> object:
+            def panic(given: list[str] | str, **options: bool) -> object:
                 if name == method and "panic" in str(given):
                     raise PanicException("index out of bounds")
-                return call(given)
+                return call(given, **options)
 
             return panic
 
@@ -184,7 +217,8 @@ def test_a_text_that_the_tokenizer_raises_on_is_the_matter_of_its_own_request(
 
 def test_a_request_that_is_cancelled_while_it_waits_leaves_the_others_alone(pool: TokenizerPool) -> None:
     async def ask() -> object:
-        tasks = [asyncio.ensure_future(pool.encode([f"text {i}"], truncate=True)) for i in range(3)]
+        # An endless word, which is never known: it waits for a thread.
+        tasks = [asyncio.ensure_future(pool.encode(["x" * 200 + str(i)], truncate=True)) for i in range(3)]
         await asyncio.sleep(0)
         tasks[1].cancel()
         return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 30)

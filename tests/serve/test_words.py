@@ -1,0 +1,147 @@
+"""The ids of a text out of those of its words: the same as the tokenizer's own, for every text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Encoding, Tokenizer
+
+from inferctl.serve import words as words_module
+from inferctl.serve.words import Words
+
+LIMIT = 12
+ODD = st.sampled_from(["[MASK]", "[SEP]x", "x[CLS]", "İstanbul", "ΟΔΟΣ", "e\u0301", "\u0301", "\u00ad", "\x1c", "\x00", "\u3000", "\u2028", "北京", "🚀", "unbelievably", "x" * 120, "", "\t", "don't", "3.14"])  # fmt: skip
+TEXTS = st.lists(st.one_of(ODD, st.text(max_size=8)), max_size=20).map(" ".join) | st.text(max_size=60)
+
+
+def changed(minilm: Path, **parts: Any) -> Tokenizer:
+    """The model's tokenizer with other parts."""
+    data = json.loads((minilm / "tokenizer.json").read_text())
+    tokenizer = Tokenizer.from_str(json.dumps({**data, **parts}))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(LIMIT)
+    return tokenizer
+
+
+def like_bert(minilm: Path) -> dict[str, Tokenizer]:
+    cased = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": False}  # fmt: skip
+    mpnet = {"type": "RobertaProcessing", "cls": ["[CLS]", 101], "sep": ["[SEP]", 102], "trim_offsets": True, "add_prefix_space": False}  # fmt: skip
+    bert = {"type": "BertProcessing", "cls": ["[CLS]", 101], "sep": ["[SEP]", 102]}
+    added = changed(minilm)
+    added.add_tokens([AddedToken("<special>", lstrip=True, rstrip=True, normalized=True), AddedToken("run", single_word=True)])  # fmt: skip
+    return {
+        "uncased": changed(minilm),
+        "cased": changed(minilm, normalizer=cased),
+        "MPNet's": changed(minilm, post_processor=mpnet),
+        "BERT's processor": changed(minilm, post_processor=bert),
+        "added tokens": added,
+    }
+
+
+class Asked:
+    """Encodes words; `words` are all that it was asked for."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.words: list[str] = []
+
+    def __call__(self, words: list[str]) -> Sequence[Encoding]:
+        self.words += words
+        found: Sequence[Encoding] = self._tokenizer.encode_batch_fast(words, add_special_tokens=False)
+        return found
+
+
+@pytest.fixture(scope="module")
+def tokenizers(minilm: Path) -> list[tuple[Tokenizer, Words]]:
+    found = [(tokenizer, Words.of(tokenizer, LIMIT)) for tokenizer in like_bert(minilm).values()]
+    assert all(words is not None for _, words in found)
+    return found  # type: ignore[return-value]
+
+
+@given(st.lists(TEXTS, min_size=1, max_size=4))
+@settings(max_examples=200)
+@example(["a <special> b", "run rerun run. <SPECIAL>x", "the [MASK]", " ".join("abcdefghij"), " ".join("abcdefghijk")])
+def test_every_text_has_the_tokenizers_own_ids(tokenizers: list[tuple[Tokenizer, Words]], texts: list[str]) -> None:
+    for tokenizer, words in tokenizers:
+        for (ids, more), encoding in zip(
+            words.encode(texts, Asked(tokenizer)), tokenizer.encode_batch(texts), strict=True
+        ):
+            assert ids.tolist() == encoding.ids
+            assert more == bool(encoding.overflowing)
+
+
+def test_a_word_is_asked_for_once(minilm: Path) -> None:
+    asked = Asked(changed(minilm))
+    words = Words.of(changed(minilm), LIMIT)
+    assert words is not None
+    words.encode(["swift brook", "swift  swift"], asked)
+    assert sorted(asked.words) == ["brook", "swift"]  # "" was among the probes
+    assert words.encode_if_cheap(["brook swift"], asked, 0) is not None
+    assert words.encode_if_cheap(["brook bank"], asked, 3) is None
+    assert sorted(asked.words) == ["brook", "swift"]
+    assert words.encode_if_cheap(["brook bank"], asked, 4) is not None
+    assert asked.words[2:] == ["bank"]
+
+
+def test_what_is_remembered_is_bounded(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words_module, "_MOST_WORDS", 50)
+    tokenizer = changed(minilm)
+    words = Words.of(tokenizer, LIMIT)
+    assert words is not None
+    for first in range(0, 1000, 7):
+        text = " ".join(map(str, range(first, first + 7))) + " " + "x" * 65
+        ((ids, _),) = words.encode([text], Asked(tokenizer))
+        assert ids.tolist() == tokenizer.encode(text).ids
+        assert len(words._known) <= 50
+        assert "x" * 65 not in words._known
+
+
+def test_threads_that_forget_and_learn_at_once_get_the_right_ids(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words_module, "_MOST_WORDS", 20)
+    words = Words.of(changed(minilm), LIMIT)
+    assert words is not None
+
+    def run(offset: int) -> bool:
+        tokenizer = changed(minilm)
+        texts = [f"{i} {i + 1} river {i * offset}" for i in range(400)]
+        rows = [words.encode([text], Asked(tokenizer))[0][0].tolist() for text in texts]
+        return rows == [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(run, range(1, 9)))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}},
+        {"normalizer": {"type": "Lowercase"}},
+        {"normalizer": None},
+        {"post_processor": None},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": "a"}},
+    ],
+    ids=["pre-tokenizer", "normalizer", "no normalizer", "no special tokens", "model"],
+)
+def test_another_kind_of_tokenizer_gets_whole_texts(minilm: Path, parts: dict[str, Any]) -> None:
+    if "model" in parts:
+        parts = {**parts, "added_tokens": []}
+    assert Words.of(changed(minilm, **parts), LIMIT) is None
+
+
+def test_an_added_token_with_a_space_needs_whole_texts(minilm: Path) -> None:
+    tokenizer = changed(minilm)
+    tokenizer.add_tokens(["new york"])
+    assert Words.of(tokenizer, LIMIT) is None
+
+
+def test_what_looks_alike_but_gives_other_ids_gets_whole_texts(minilm: Path) -> None:
+    tokenizer = changed(minilm)
+    tokenizer.enable_truncation(LIMIT, direction="left")
+    assert Words.of(tokenizer, LIMIT) is None
