@@ -83,11 +83,12 @@ def test_engines_that_do_not_start_five_times_make_the_process_hopeless_until_on
         return server.get("/livez").status_code == 503
 
     until(hopeless)
-    assert len(killed) == 6, "one that was ready, and five starts"
+    # One that was ready, and five starts; more where one was ready before this process got to it.
+    assert len(killed) >= 6
     assert server.get("/readyz").status_code == 503
     server.wait_ready()
     assert server.get("/livez").status_code == 200
-    assert server.get("/info").json()["restarts"] == 6 == server.metric("inferctl_engine_restarts")
+    assert server.get("/info").json()["restarts"] == len(killed) == server.metric("inferctl_engine_restarts")
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_split_and_later_ones_are_smaller(start: Serve) -> None:
