@@ -23,8 +23,8 @@ import peers
 from load import closed, requests
 
 TEXTS, CLIENTS = 32, 8
-# Together they have more new words than the server remembers, so that none is known when its text comes again.
-TEXTS_WITH_NEW_WORDS = 20_000
+# For each round, more than it can send (5,500 requests/s and less were seen): no new word comes twice before the server has forgotten it.
+TEXTS_WITH_NEW_WORDS = 100_000
 
 
 def with_new_words(count: int) -> list[str]:

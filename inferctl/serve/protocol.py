@@ -106,9 +106,8 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._phase: Literal["idle", "head", "body", "refused"] = "idle"
-        self._head = self._body = (
-            0  # bytes of the request that arrives: all since its head began, or ended; and those of its body
-        )
+        # Bytes of the request that arrives: those of its head, of its last chunk's surroundings or of its trailers; and those of its body.
+        self._head = self._body = 0
         self._began = self.loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self._problem: ApiError | None = None
@@ -180,9 +179,14 @@ class Connection(HttpToolsProtocol):
         self.scope["extensions"] = extensions
         self._phase, self._head = "body", 0
 
+    def on_chunk_header(self) -> None:
+        """See httptools. Called before the fields that follow the last chunk, too."""
+        self._head = 0
+
     def on_body(self, body: bytes) -> None:
         """See httptools."""
         self._body += len(body)
+        self._head -= len(body)
         if self._body > self.max_body_bytes:
             self._fail(_body_too_large(self.max_body_bytes))
         super().on_body(body)
@@ -210,9 +214,8 @@ class Connection(HttpToolsProtocol):
         return lines
 
     def _too_much_head(self) -> bool:
-        # Fields may also follow a body that comes in chunks; each of its bytes may be a chunk of six.
-        size = self._head - 6 * self._body if self._phase == "body" else self._head
-        return size > _HEAD_BYTES or len(self.headers) > _HEADERS
+        # Fields may also follow a body that comes in chunks.
+        return self._head > _HEAD_BYTES or len(self.headers) > _HEADERS
 
     def _fail(self, problem: ApiError) -> None:
         """Leave the parser; `data_received` answers."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -20,12 +20,14 @@ from inferctl.errors import UsageError
 from inferctl.serve.http import ApiError
 from inferctl.serve.recipe import Recipe
 from inferctl.serve.types import Tokens
-from inferctl.serve.words import Row, Words
+from inferctl.serve.words import Row, Words, without_panic
 
 # Requests up to this many characters are tokenised together: a hop to another thread costs as much as tokenising one.
 _SMALL_CHARACTERS = 2_000
-# A small request whose words are known but for so many characters is tokenised at once, on the event loop: in about 50 us.
-_FEW_CHARACTERS = 100
+# A small request with no more new words is tokenised at once, on the event loop.
+_FEW_WORDS = 8
+# A text that is tokenised whole teaches an eighth of its words: asked for one by one, all of them would take two to four times as long as the text.
+_LEARNT = 8
 # Texts tokenised in one call: what is cut off is held until the call ends.
 _TOGETHER = 64
 # A text is tokenised up to this many characters a token first: 30 MiB of words would cost 20 s and 5 GB, to keep 256 tokens of them.
@@ -57,7 +59,7 @@ class _Small:
 
 
 class TokenizerPool:
-    """Tokenises large requests on `threads` threads, small ones that come together on one of their own, a small one alone on the caller's."""
+    """Tokenises large requests on `threads` threads, small ones with new words that come together on one of their own, other small ones on the caller's."""
 
     def __init__(
         self, folder: Path, recipe: Recipe, threads: int = 2, on_cut: Callable[[int], None] = lambda _: None
@@ -113,11 +115,21 @@ class TokenizerPool:
 
     def _encode_at_once(self, texts: Sequence[str], truncate: bool) -> list[Tokens] | None:
         """`encode` where it costs hardly anything, else None."""
-        if self._words is None or len(texts) > _TOGETHER:
+        words = self._words
+        if words is None or len(texts) > _TOGETHER:
             return None
-        part = self._prepared(texts)
-        heads = self._words.encode_if_cheap(self._cut(part), self._of_words, _FEW_CHARACTERS)
-        return None if heads is None else self._rows(part, heads, 0, truncate)
+        texts = self._prepared(texts)
+        if any(len(text) > self._longest for text in texts):
+            return None
+        found = words.rows(texts)
+        if missing := [text for text in texts if text not in found]:
+            if len(unknown := words.unknown(missing)) > _FEW_WORDS:
+                return None
+            words.learn(unknown, self._ask)
+            found |= words.rows(missing)
+            if any(text not in found for text in missing):
+                return None
+        return self._rows(texts, [found[text] for text in texts], 0, truncate)
 
     def _begin(self) -> None:
         """Tokenise the small requests that wait: one alone here, several together on a thread, which then costs each of them little."""
@@ -164,20 +176,27 @@ class TokenizerPool:
         recipe = self._recipe
         return [(recipe.prompt + text).lower() if recipe.lower_case else recipe.prompt + text for text in texts]
 
-    def _cut(self, texts: Sequence[str]) -> list[str]:
-        return [_head(text, self._longest) for text in texts]
-
     def _heads(self, texts: Sequence[str]) -> list[Row]:
         """What the head of each text comes to."""
-        heads = self._cut(texts)
-        if self._words is not None:
-            return self._words.encode(heads, self._of_words)
-        # The fast one computes no offsets: a fifth of the time, for one text as well.
-        return [_row(encoding) for encoding in _without_panic(self._tokenizer().encode_batch_fast, heads)]
+        heads = [_head(text, self._longest) for text in texts]
+        if (words := self._words) is None:
+            return self._whole(heads)
+        found = words.rows(heads)
+        if missing := [head for head in heads if head not in found]:
+            size = sum(head.count(" ") + 1 for head in missing)
+            words.learn(words.unknown(missing)[: size // _LEARNT + 1], self._ask)
+            found |= words.rows(missing)
+            rest = [head for head in missing if head not in found]
+            found |= zip(rest, self._whole(rest), strict=True)
+        return [found[head] for head in heads]
 
-    def _of_words(self, words: list[str]) -> Sequence[Encoding]:
+    def _whole(self, texts: list[str]) -> list[Row]:
+        # The fast one computes no offsets: a fifth of the time, for one text as well.
+        return [_row(encoding) for encoding in without_panic(self._tokenizer().encode_batch_fast, texts)]
+
+    def _ask(self, words: list[str]) -> Sequence[Encoding]:
         encode = partial(self._tokenizer().encode_batch_fast, add_special_tokens=False)
-        found: Sequence[Encoding] = _without_panic(encode, words)
+        found: Sequence[Encoding] = without_panic(encode, words)
         return found
 
     def _rows(self, texts: Sequence[str], heads: Sequence[Row], first: int, truncate: bool) -> list[Tokens]:
@@ -203,7 +222,7 @@ class TokenizerPool:
                 message = f"input[{index}] is too long: {len(text)} characters that are hardly words"
                 raise ApiError(400, message, code="text_too_long", param="input")
             head = _head(text, 4 * size)
-            row, size = _row(_without_panic(tokenizer.encode, head)), len(head)
+            row, size = _row(without_panic(tokenizer.encode, head)), len(head)
         return row
 
     def cut(self, ids: Sequence[Sequence[int]], *, truncate: bool) -> list[Tokens]:
@@ -247,16 +266,6 @@ def _hand_out(together: list[_Small], found: Sequence[Outcome]) -> None:
 
 def _row(encoding: Encoding) -> Row:
     return np.array(encoding.ids, dtype=np.int32), bool(encoding.overflowing)
-
-
-def _without_panic(call: Callable[[Any], Any], given: Any) -> Any:
-    """`call(given)`. A panic of the library, which is no `Exception`, becomes a `RuntimeError`: it must not end a thread or strand a request."""
-    try:
-        return call(given)
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise RuntimeError(f"the tokenizer panicked: {error}") from error
 
 
 def _head(text: str, longest: int) -> str:

@@ -98,6 +98,11 @@ CASES: dict[str, tuple[tuple[bytes, ...], int, str]] = {
         431,
         "headers_too_large",
     ),
+    "long trailer after a large body": (
+        (HEAD + b"transfer-encoding: chunked\r\n\r\nfffff\r\n" + b"a" * 0xFFFFF + b"\r\n0\r\nx: " + b"y" * 2_000_000,),
+        431,
+        "headers_too_large",
+    ),
     "long header": ((HEAD + b"x: ", *[b"y" * 40_000] * 3), 431, "headers_too_large"),
     "long header at once": ((HEAD + b"x: " + b"y" * 5_000_000,), 431, "headers_too_large"),
     "long path": ((b"GET /", *[b"y" * 30_000] * 3), 431, "headers_too_large"),
@@ -120,6 +125,12 @@ CASES: dict[str, tuple[tuple[bytes, ...], int, str]] = {
 def test_refused_in_the_envelope_and_closed(port: int, name: str) -> None:
     pieces, status, code = CASES[name]
     assert refusal(talk(port, *pieces)) == (status, code)
+
+
+def test_a_body_in_many_small_chunks_is_taken(port: int) -> None:
+    head = HEAD + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n"
+    answer = talk(port, head + b"1\r\na\r\n" * 50_000 + b"0\r\nx: y\r\n\r\n")
+    assert b'{"path": "/a", "bytes": 50000}' in answer
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_sent(port: int) -> None:

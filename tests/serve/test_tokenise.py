@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 from inferctl.serve import recipe, tokenise
 from inferctl.serve.http import ApiError
 from inferctl.serve.tokenise import TokenizerPool, TooLongError
-from inferctl.serve.types import Tokens
 
 LIMIT = 16
 WORDS = st.sampled_from(
@@ -133,26 +132,39 @@ def test_a_request_of_as_many_texts_as_go_together_leaves_nobody_behind(pool: To
     assert (len(many), len(one), len(last)) == (tokenise._TOGETHER, 1, 1)  # type: ignore[arg-type]
 
 
-def test_known_words_wait_for_no_thread(minilm: Path) -> None:
-    pool = TokenizerPool(minilm, recipe.read(minilm, LIMIT))
+def test_few_new_words_wait_for_no_thread_and_others_take_one(minilm: Path) -> None:
+    pool = TokenizerPool(minilm, recipe.read(minilm))
     released = threading.Event()
     pool._for_small.submit(released.wait)
 
-    async def ask() -> tuple[list[Tokens], bool]:
-        row = await asyncio.wait_for(pool.encode(["The river runs through it."], truncate=False), 30)
-        unknown = [asyncio.ensure_future(pool.encode([f"{'word ' * 300}{i}"], truncate=True)) for i in range(2)]
-        unknown += [asyncio.ensure_future(pool.encode(["北" * 200 + str(i)], truncate=True)) for i in range(2)]
-        await asyncio.sleep(0.2)
-        waiting = not any(task.done() for task in unknown[2:])
-        released.set()
-        await asyncio.wait_for(asyncio.gather(*unknown), 30)
-        return row, waiting
+    async def ask() -> tuple[bool, bool]:
+        cheap = [asyncio.ensure_future(pool.encode([f"The river runs {i} {i}."], truncate=True)) for i in range(4)]
+        costly = [asyncio.ensure_future(pool.encode(["北" * 200 + str(i)], truncate=True)) for i in range(2)]
+        costly.append(asyncio.ensure_future(pool.encode(["a"] * (tokenise._TOGETHER + 1), truncate=True)))
+        try:
+            await asyncio.wait_for(asyncio.gather(*cheap), 30)
+            await asyncio.sleep(0.2)
+            return True, not any(task.done() for task in costly)
+        finally:
+            released.set()
+            await asyncio.wait_for(asyncio.gather(*costly), 30)
 
     try:
-        rows, waiting = asyncio.run(ask())
+        assert asyncio.run(ask()) == (True, True)
     finally:
         released.set()
-    assert (len(rows), waiting) == (1, True)
+
+
+@pytest.mark.parametrize("words", [3, 300])
+def test_a_text_is_tokenised_alike_before_and_after_its_words_are_known(
+    minilm: Path, whole: Tokenizer, words: int
+) -> None:
+    pool = TokenizerPool(minilm, recipe.read(minilm, LIMIT))
+    text = " ".join(f"Word{i}," for i in range(words))
+    for _ in range(2 * tokenise._LEARNT):
+        assert pool.encode_now([text, text], truncate=True)[1].tolist() == whole.encode(text).ids
+    assert pool._words is not None
+    assert pool._words.unknown([tokenise._head(text, pool._longest)]) == []
 
 
 def test_small_requests_do_not_wait_for_large_ones(pool: TokenizerPool) -> None:
