@@ -40,7 +40,7 @@ model: $(VENV)/.demo  ## fetch the real all-MiniLM-L6-v2, checksum verified
 wheel: $(VENV)/.dev  ## build the wheel into dist/
 	$(BIN)/python -c "import os; os.makedirs('dist', exist_ok=True); from hatchling.build import build_wheel; print('dist/' + build_wheel('dist'))"
 
-bench-peers: $(VENV)/.dev model  ## side-by-side measurements; needs Docker and a registry at localhost:5000
+bench-peers: $(VENV)/.dev model  ## what a rebuild costs beside plain Dockerfiles; needs Docker and a registry at localhost:5000
 	$(BIN)/python benchmarks/peers/rebuild.py
 
 gpu-check: $(VENV)/.dev model  ## on a GPU machine: the gpu tests and a benchmark; the receipt goes to benchmarks/results/

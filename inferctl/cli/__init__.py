@@ -1,4 +1,4 @@
-"""The command line: one thin file a verb. This file alone catches `InferctlError`; `console.py` alone prints.
+"""The command line: one thin file a verb. This file turns an `InferctlError` into message and exit code; `console.py` alone prints.
 
 Nothing heavy is imported here or at the top of a verb's file: `inferctl --help` must cost little more than importing Typer.
 """

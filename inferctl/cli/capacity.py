@@ -20,7 +20,12 @@ def capacity(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it to FILE instead of stdout.")
     ] = None,
     slo: Annotated[
-        float | None, typer.Option("--slo", metavar="MS", help="p99 to admit by, where the receipt has none.")
+        float | None,
+        typer.Option(
+            "--slo",
+            metavar="MS",
+            help="p99 to admit by, instead of the receipt's; refused where a search held another.",
+        ),
     ] = None,
     json_: options.Json = False,
 ) -> None:
