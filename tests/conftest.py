@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -52,6 +53,22 @@ def minilm() -> Path:
     return MODEL
 
 
+def _missing(what: str, problem: str) -> NoReturn:
+    """Skips; fails where INFERCTL_REQUIRE names `what` (`docker`, `gpu`)."""
+    if what in os.environ.get("INFERCTL_REQUIRE", "").split(","):
+        pytest.fail(problem)
+    pytest.skip(problem)
+
+
+@pytest.fixture(scope="session")
+def gpu() -> None:
+    """A CUDA GPU. Skips without one, unless INFERCTL_REQUIRE=gpu turns that into a failure."""
+    import torch
+
+    if not torch.cuda.is_available():
+        _missing("gpu", "there is no CUDA GPU")
+
+
 @pytest.fixture(scope="session")
 def engine() -> None:
     """A Docker Engine with buildx. Skips without one, unless INFERCTL_REQUIRE=docker turns that into a failure."""
@@ -62,10 +79,8 @@ def engine() -> None:
         problem = "the Docker Engine does not answer"
     elif subprocess.run(["docker", "buildx", "version"], capture_output=True, check=False).returncode:
         problem = "docker has no buildx"
-    if problem and "docker" in os.environ.get("INFERCTL_REQUIRE", "").split(","):
-        pytest.fail(problem)
     if problem:
-        pytest.skip(problem)
+        _missing("docker", problem)
 
 
 @pytest.fixture
@@ -100,9 +115,7 @@ def base_image(engine: None) -> str:
     problem = (
         f"there is no image {name}: `.ci/stand-in-base {name}` makes it (as root, with a registry at localhost:5000)"
     )
-    if "docker" in os.environ.get("INFERCTL_REQUIRE", "").split(","):
-        pytest.fail(problem)
-    pytest.skip(problem)
+    _missing("docker", problem)
 
 
 @pytest.fixture(scope="session")

@@ -207,11 +207,8 @@ def test_the_recipe_is_read_from_the_models_own_files(minilm: Path, tmp_path: Pa
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("architecture", ["bert", "modernbert", "qwen3"])
+@pytest.mark.usefixtures("gpu")
 def test_variable_length_attention_on_a_gpu_equals_padding(tiny: Any, architecture: str) -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA GPU")
     from inferctl.serve.engines.encoder import EncoderEngine
 
     folder = tiny(architecture, "mean_tokens")
