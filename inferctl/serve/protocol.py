@@ -106,8 +106,8 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._phase: Literal["idle", "head", "body", "refused"] = "idle"
-        # Bytes of the request that arrives: those of its head, of its last chunk's surroundings or of its trailers; and those of its body.
-        self._head = self._body = 0
+        # Bytes of the request that arrives: those of its head, of what is around its last chunk, or of its trailers; of its body; and around all its chunks.
+        self._head = self._body = self._around = 0
         self._began = self.loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self._problem: ApiError | None = None
@@ -138,6 +138,7 @@ class Connection(HttpToolsProtocol):
             return
         self._unset_keepalive_if_required()
         self._head += len(data)
+        self._around += len(data)
         self._problem = None
         try:
             self.parser.feed_data(data)
@@ -177,7 +178,7 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         extensions: Any = {_EXCHANGE: Exchange(self, self.cycle)}
         self.scope["extensions"] = extensions
-        self._phase, self._head = "body", 0
+        self._phase, self._head, self._around = "body", 0, 0
 
     def on_chunk_header(self) -> None:
         """See httptools. Called before the fields that follow the last chunk, too."""
@@ -187,6 +188,7 @@ class Connection(HttpToolsProtocol):
         """See httptools."""
         self._body += len(body)
         self._head -= len(body)
+        self._around -= len(body)
         if self._body > self.max_body_bytes:
             self._fail(_body_too_large(self.max_body_bytes))
         super().on_body(body)
@@ -194,6 +196,8 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """See httptools."""
         if not self._upgrade:
+            if len(self.headers) > _HEADERS:  # they came after the body
+                self._fail(_head_too_large())
             self._phase, self._head = "idle", 0
             super().on_message_complete()
 
@@ -214,8 +218,9 @@ class Connection(HttpToolsProtocol):
         return lines
 
     def _too_much_head(self) -> bool:
-        # Fields may also follow a body that comes in chunks.
-        return self._head > _HEAD_BYTES or len(self.headers) > _HEADERS
+        # Fields may also follow a body that comes in chunks, each of whose bytes may be a chunk with five more; and chunks may have extensions.
+        around = self._around if self._phase == "body" else 0
+        return self._head > _HEAD_BYTES or around > _HEAD_BYTES + 6 * self._body or len(self.headers) > _HEADERS
 
     def _fail(self, problem: ApiError) -> None:
         """Leave the parser; `data_received` answers."""

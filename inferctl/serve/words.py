@@ -101,8 +101,8 @@ class Words:
         return [word for word in words if len(word) <= _LONGEST_WORD]
 
     def learn(self, words: list[str], ask: Callable[[list[str]], Sequence[Encoding]]) -> None:
-        """Have `ask` make tokens of words, without special ones, and remember them. Costs about 4 us a word."""
-        known = self._known
+        """Have `ask` make tokens of words, without special ones, and remember them, but for those beyond `_MOST_WORDS`. Costs about 4 us a word."""
+        known, words = self._known, words[:_MOST_WORDS]
         if len(known) + len(words) > _MOST_WORDS:
             known = self._known = {}  # not emptied: another thread may be reading it
         known.update(zip(words, (_bytes(encoding.ids) for encoding in ask(words)), strict=True))

@@ -98,12 +98,14 @@ def test_what_is_remembered_is_bounded(minilm: Path, monkeypatch: pytest.MonkeyP
         words.learn(words.unknown([text]), ask(tokenizer))
         assert words.rows([text])[text][0].tolist() == tokenizer.encode(text).ids
         assert len(words._known) <= 50
+    words.learn([f"new{i}" for i in range(60)], ask(tokenizer))
+    assert len(words._known) == 50
 
 
 def test_threads_that_forget_and_learn_at_once_get_the_right_ids(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words_module, "_MOST_WORDS", 20)
     words = Words.of(changed(minilm), LIMIT)
     assert words is not None
+    monkeypatch.setattr(words_module, "_MOST_WORDS", 20)
 
     def run(offset: int) -> bool:
         tokenizer = changed(minilm)
