@@ -150,17 +150,17 @@ def _paced(file: Path, work: Work, question: Question) -> dict[str, Any]:
     """The row of a measured pace, with the batches at a time and the batch limit that it was measured with."""
     from dataclasses import replace
 
-    from inferctl.bench import capacity
     from inferctl.estimate import document
     from inferctl.estimate.cost import Cost
+    from inferctl.serve.pace import Capacity
 
-    measured = capacity.read(file)
+    measured = Capacity.read(file)
     as_measured = replace(
         work,
-        slots=measured.get("parallel_batches") or 1,
-        batch_tokens=measured.get("max_batch_tokens") or work.batch_tokens,
+        slots=measured.parallel_batches or 1,
+        batch_tokens=measured.max_batch_tokens or work.batch_tokens,
     )
-    cost = Cost(float(measured["fixed_s"]), 1 / measured["tokens_per_s"])
+    cost = Cost(measured.fixed_s, 1 / measured.tokens_per_s)
     return document.paced(cost, file.name, as_measured, question)
 
 

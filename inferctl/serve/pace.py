@@ -21,16 +21,21 @@ _SEED_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a measurement found: seconds a batch costs whatever is in it, tokens a second beyond that, and the latency it held."""
+    """What a measurement found: seconds a batch costs whatever is in it, tokens a second beyond that, and the latency it held.
+
+    `parallel_batches` and `max_batch_tokens` are how it was measured; the server has its own.
+    """
 
     fixed_s: float
     tokens_per_s: float
     slo_p99_ms: float | None = None
+    parallel_batches: int | None = None
+    max_batch_tokens: int | None = None
 
     @classmethod
     def read(cls, file: Path) -> Capacity:
-        """A JSON object with `fixed_s`, `tokens_per_s` and, if it likes, `slo_p99_ms`; more is ignored. Raises `UsageError`."""
-        hint = '--capacity takes JSON like {"fixed_s": 0.004, "tokens_per_s": 15000, "slo_p99_ms": 200}'
+        """A JSON object with `fixed_s`, `tokens_per_s` and, if it likes, the others; more is ignored. Raises `UsageError`."""
+        hint = '--capacity takes what `inferctl capacity` writes, or JSON like {"fixed_s": 0.004, "tokens_per_s": 15000, "slo_p99_ms": 200}'
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -42,14 +47,23 @@ class Capacity:
             _number(file, hint, "fixed_s", data.get("fixed_s"), zero=True),
             _number(file, hint, "tokens_per_s", data.get("tokens_per_s")),
             None if slo is None else _number(file, hint, "slo_p99_ms", slo),
+            _whole(file, hint, "parallel_batches", data.get("parallel_batches")),
+            _whole(file, hint, "max_batch_tokens", data.get("max_batch_tokens")),
         )
 
 
 def _number(file: Path, hint: str, name: str, value: Any, *, zero: bool = False) -> float:
     right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not right or value < 0 or (value == 0 and not zero):
-        raise UsageError(f"{file}: {name} must be a number above zero, got {value!r}", hint)
+        least = "no less than zero" if zero else "above zero"
+        raise UsageError(f"{file}: {name} must be a number {least}, got {value!r}", hint)
     return float(value)
+
+
+def _whole(file: Path, hint: str, name: str, value: Any) -> int | None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise UsageError(f"{file}: {name} must be a whole number above zero, got {value!r}", hint)
+    return value
 
 
 class Pace:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 from pathlib import Path
 
@@ -65,6 +67,33 @@ def test_a_measured_capacity_is_the_start_and_gives_way_to_what_is_seen(tmp_path
     for tokens in [100, 1000] * 200:
         pace.observe(tokens, tokens / 2000)
     assert pace.seconds(1000) == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("fixed_s", -0.001),
+        ("fixed_s", True),
+        ("fixed_s", None),
+        ("tokens_per_s", 0),
+        ("tokens_per_s", -5.0),
+        ("tokens_per_s", True),
+        ("tokens_per_s", math.nan),
+        ("tokens_per_s", "fast"),
+        ("slo_p99_ms", 0),
+        ("slo_p99_ms", False),
+        ("parallel_batches", 0),
+        ("max_batch_tokens", 2048.5),
+        ("max_batch_tokens", True),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_named(key: str, value: object, tmp_path: Path) -> None:
+    file = tmp_path / "capacity.json"
+    file.write_text(json.dumps({"fixed_s": 0, "tokens_per_s": 15_000, "slo_p99_ms": None}))
+    assert Capacity.read(file) == Capacity(0, 15_000)
+    file.write_text(json.dumps({"fixed_s": 0.004, "tokens_per_s": 15_000, key: value}))
+    with pytest.raises(UsageError, match=f"{key} must be a"):
+        Capacity.read(file)
 
 
 @pytest.mark.parametrize(
