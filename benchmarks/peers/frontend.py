@@ -3,8 +3,7 @@
     python benchmarks/peers/frontend.py [--seconds 8] [--rounds 4] [--json FILE]
 
 Front end: inferctl with its echo engine (all that is real except the model) and an application that answers the very same bytes without
-looking at the request; 64 clients, single texts whose words have all been seen before, texts with one new word in ten (English prose has about as many: the server remembers
-words), and the first as token ids, which need no tokenizer. Batches: requests of 32 texts, 8 clients, beside `EncoderEngine.run` on the same texts.
+looking at the request; 64 clients, single texts whose words have all been seen before, texts with one new word in ten (the server remembers words), and the first as token ids, which need no tokenizer. Batches: requests of 32 texts, 8 clients, beside `EncoderEngine.run` on the same texts.
 """
 
 from __future__ import annotations

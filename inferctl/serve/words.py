@@ -1,7 +1,7 @@
 """Token ids of a text out of those of its words, remembered from texts before.
 
 BERT's tokenizer splits at every space and makes tokens of each word by itself (but for an added token with a space in it), so the ids of a text are those of what stands between its
-spaces, one after another. A text whose words are all known takes a fifteenth of the tokenizer's time.
+spaces, one after another. A text whose words are all known takes a tenth of the tokenizer's time or less (benchmarks/peers/tokenising.py).
 """
 
 from __future__ import annotations

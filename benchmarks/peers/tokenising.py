@@ -1,0 +1,77 @@
+"""What remembered words save and cost: the server's tokenising with and without them.
+
+    python benchmarks/peers/tokenising.py [--texts FILE] [--rounds 4] [--json FILE]
+
+Single texts, one after another, in turns (words, whole, whole, words, ...): texts whose words all came before, texts with one new word in ten, texts of letters at random in which
+nothing comes twice, and those of FILE (a text a line), each of them once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import string
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import frontend
+import peers
+
+from inferctl.serve import recipe
+from inferctl.serve.tokenise import TokenizerPool
+
+TEXTS = 4_000
+
+
+def never_twice(count: int) -> list[str]:
+    """Texts of 250 characters, one in six a space."""
+    random_ = random.Random(5)
+    return ["".join(random_.choices(string.ascii_lowercase + 5 * " ", k=250)) for _ in range(count)]
+
+
+async def _microseconds(pool: TokenizerPool, texts: Sequence[str]) -> float:
+    begin = time.perf_counter()
+    for text in texts:
+        await pool.encode([text], truncate=True)
+    return 1e6 * (time.perf_counter() - begin) / len(texts)
+
+
+def measured(texts: Sequence[str], rounds: int) -> tuple[float, float]:
+    """Microseconds a text with remembered words and without; each round has texts of its own, and what was learnt before stays."""
+    how = recipe.read(peers.MODEL)
+    words, whole = TokenizerPool(peers.MODEL, how), TokenizerPool(peers.MODEL, how)
+    whole._words = None
+    parts = [texts[number::rounds] for number in range(rounds)]
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for number, part in enumerate(parts):
+        for remembered in (True, False) if number % 2 else (False, True):
+            times[remembered].append(asyncio.run(_microseconds(words if remembered else whole, part)))
+    for pool in (words, whole):
+        pool.close()
+    return peers.median(times[True]), peers.median(times[False])
+
+
+def main() -> None:
+    parser = peers.options(__doc__ or "")
+    parser.set_defaults(rounds=4)
+    parser.add_argument("--texts", type=Path, help="a text a line")
+    options = parser.parse_args()
+    os.environ.update(peers.environment())  # as the server sets it: no threads of the tokenizer's own
+    known = peers.texts(500)
+    kinds = {
+        "known words": known * (TEXTS // len(known)),
+        "one new word in ten": frontend.with_new_words(TEXTS),
+        "nothing twice": never_twice(TEXTS),
+    }
+    if options.texts:
+        kinds[options.texts.name] = [text for text in options.texts.read_text().splitlines() if text.strip()]
+    found = {kind: measured(texts, options.rounds) for kind, texts in kinds.items()}
+    rows = [(kind, words, whole, words / whole) for kind, (words, whole) in found.items()]
+    peers.table(("texts", "us by words", "us whole", "ratio"), rows)
+    peers.write(options.json, {"microseconds": {kind: list(times) for kind, times in found.items()}})
+
+
+if __name__ == "__main__":
+    main()
