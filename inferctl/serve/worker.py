@@ -90,14 +90,25 @@ def _answer(connection: socket.socket, sending: threading.Lock, engine: Engine, 
         connection.sendall(answer)
 
 
+# What torch, C++, CUDA and cuBLAS write where they lack memory and raise no error type of their own for it.
+_MEMORY_MESSAGES = (
+    "you tried to allocate",
+    "std::bad_alloc",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUSPARSE_STATUS_ALLOC_FAILED",
+)
+
+
 def _is_memory(error: Exception) -> bool:
-    """Whether memory did not suffice; torch has an error of its own for GPUs and messages for CPUs, its own, C++'s and oneDNN's."""
+    """Whether `error` says that memory was insufficient, on the host or on a GPU."""
     said = str(error)
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or any(words in said for words in ("you tried to allocate", "std::bad_alloc"))
-        or ("could not create a primitive" in said and "descriptor" not in said)
+        or any(words in said for words in _MEMORY_MESSAGES)
+        or ("could not create a primitive" in said and "descriptor" not in said)  # oneDNN
     )
 
 

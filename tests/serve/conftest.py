@@ -17,6 +17,8 @@ import hypothesis
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.serve import tiny_models
+
 START_SECONDS = 120
 # No test here judges time: other work on the machine must not fail one.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -103,3 +105,11 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Running]]:
     yield run
     for server in started:
         stop(server)
+
+
+@pytest.fixture(scope="module")
+def tiny(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny("bert", "mean_tokens")`: a folder with a small random model of that architecture."""
+    return lambda architecture, pooling, normalize=True: tiny_models.make(
+        minilm, tmp_path_factory.mktemp(architecture), architecture, pooling, normalize
+    )

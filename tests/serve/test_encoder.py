@@ -14,20 +14,8 @@ import pytest
 from inferctl.errors import NotReadyError, UsageError
 from inferctl.serve import recipe
 from inferctl.serve.types import Batch, EngineConfig, Tokens, Vectors
+from tests.serve import tiny_models
 
-TINY: dict[str, dict[str, Any]] = {
-    "bert": {"num_attention_heads": 4},
-    "distilbert": {"dim": 32, "hidden_dim": 64, "n_heads": 4, "n_layers": 2},
-    "electra": {"num_attention_heads": 4, "embedding_size": 32},
-    "roberta": {"num_attention_heads": 4, "pad_token_id": 1},
-    "xlm-roberta": {"num_attention_heads": 4, "pad_token_id": 1},
-    "mpnet": {"num_attention_heads": 4, "pad_token_id": 1},
-    "modernbert": {"num_attention_heads": 4, "local_attention": 16, "global_attn_every_n_layers": 2},
-    "nomic_bert": {"num_attention_heads": 4, "head_dim": 8},
-    "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
-    "mistral": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 12},
-    "gemma3_text": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 12},
-}
 EXACT = {
     "bert",
     "electra",
@@ -40,35 +28,6 @@ EXACT = {
     "gemma3_text",
     "distilbert",
 }
-
-
-@pytest.fixture(scope="module")
-def tiny(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`tiny("bert", "mean")`: a folder with a small random model of that architecture and MiniLM's tokenizer."""
-    import torch
-    from transformers import AutoConfig, AutoModel
-
-    def make(architecture: str, pooling: str, normalize: bool = True) -> Path:
-        folder = tmp_path_factory.mktemp(architecture)
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": 30522}
-        settings = {"max_position_embeddings": 130, "pad_token_id": 0, "initializer_range": 0.5, **TINY[architecture]}
-        config = AutoConfig.for_model(architecture, **sizes, **settings)
-        model = AutoModel.from_config(config)
-        # Random positions and tokens of a size that attention notices: near-zero weights would hide a wrong mask.
-        model.save_pretrained(folder)
-        shutil.copy(minilm / "tokenizer.json", folder)
-        modules = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
-        listing = [
-            {"path": f"{i}_{m}" if i else "", "type": f"sentence_transformers.models.{m}"}
-            for i, m in enumerate(modules)
-        ]
-        (folder / "modules.json").write_text(json.dumps(listing))
-        (folder / "1_Pooling").mkdir()
-        (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
-        return folder
-
-    return make
 
 
 def sequences(count: int = 12, longest: int = 120) -> list[Tokens]:
@@ -87,7 +46,7 @@ def plain(folder: Path, rows: list[Tokens]) -> Vectors:
     return plain.embed(plain.load_model(folder), rows, recipe.read(folder))
 
 
-@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize("architecture", tiny_models.TINY)
 def test_every_architecture_gives_what_the_plain_forward_gives(tiny: Any, architecture: str) -> None:
     from inferctl.serve.engines.encoder import EncoderEngine
 

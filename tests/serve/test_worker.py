@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import numpy as np
+import pytest
 
 from inferctl.serve import frames, worker
 from inferctl.serve.frames import Kind
@@ -70,3 +71,27 @@ def test_batches_run_side_by_side_and_each_is_answered_once() -> None:
     assert [number for number, kind in answers if kind is Kind.FAILED] == [2]
     assert answers[-1][0] == 0, "the long one does not hold up the others"
     assert engine.most == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        ("AcceleratorError", "CUDA error: out of memory"),
+        ("RuntimeError", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        ("RuntimeError", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 20.00 MiB."),
+        (
+            "RuntimeError",
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
+        ),
+    ],
+)
+def test_every_spelling_of_insufficient_memory_is_recognized(error: str, memory: str) -> None:
+    assert worker._is_memory(type(error, (RuntimeError,), {})(memory))
+
+
+@pytest.mark.parametrize(
+    "said", ["CUDA error: device-side assert triggered", "CUDA error: an illegal memory access was encountered"]
+)
+def test_other_cuda_errors_are_not_called_insufficient_memory(said: str) -> None:
+    assert not worker._is_memory(type("AcceleratorError", (RuntimeError,), {})(said))

@@ -179,6 +179,8 @@ class EncoderEngine:
                 return "packed", "no padding; equals the padded result"
             worst = worst if expected is None else min(worst, float(_cosines(together, expected).min()))
             reason = f"packed differs from padded (cosine {worst:.4f})"
+        except packed.UnsupportedError as error:
+            reason = str(error)
         except Exception as error:  # noqa: BLE001  # architectures refuse in many ways; padding works for all of them
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
         log.warning("packed attention is not used: %s", reason)

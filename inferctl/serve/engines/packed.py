@@ -6,7 +6,11 @@ through to the attention of each layer. Whether an architecture honours all of t
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -166,6 +170,10 @@ def _window(length: int, sliding_window: int | None, causal: bool, device: torch
     return (distance < sliding_window) & ((distance >= 0) if causal else (distance > -sliding_window))
 
 
+class UnsupportedError(ValueError):
+    """The variable-length kernel of this torch cannot compute the model's attention."""
+
+
 def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -179,19 +187,42 @@ def _varlen(
     """Flash attention over the whole row at once (CUDA, compute capability 8.0 or newer, fp16 or bf16)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    reach = sliding_window - 1 if sliding_window is not None else -1
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
-    out: Any = varlen_attn(
-        q,
-        k,
-        v,
-        offsets,
-        offsets,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(reach, 0 if causal else reach),
-        enable_gqa=k.shape[1] != q.shape[1],
-    )
+    options = _varlen_options(varlen_attn, q.shape[2], scaling, causal, sliding_window)
+    if (shared := q.shape[1] // k.shape[1]) > 1:
+        if "enable_gqa" in _parameters(varlen_attn):
+            options["enable_gqa"] = True
+        else:
+            k, v = (t.repeat_interleave(shared, dim=1) for t in (k, v))
+    out: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest, **options)
     joined: torch.Tensor = out[None]
     return joined
+
+
+def _varlen_options(
+    varlen_attn: Callable[..., Any], size: int, scaling: float | None, causal: bool, sliding_window: int | None
+) -> dict[str, Any]:
+    """The keyword arguments that make `varlen_attn` compute this attention; `size`: elements of one head.
+
+    torch 2.10 takes `is_causal` alone; 2.11 brought `scale` and `window_size` in its place. Raises `UnsupportedError`.
+    """
+    accepted = _parameters(varlen_attn)
+    options: dict[str, Any] = {}
+    if "scale" in accepted:
+        options["scale"] = scaling
+    elif scaling is not None and not math.isclose(scaling, size**-0.5):
+        raise UnsupportedError(f"varlen_attn of torch {torch.__version__} takes no `scale`; the model sets {scaling:g}")
+    if "window_size" in accepted:
+        reach = sliding_window - 1 if sliding_window is not None else -1
+        options["window_size"] = (reach, 0 if causal else reach)
+    elif sliding_window is not None:
+        # Also where this batch is shorter than the window: the start-up check must not pass what a longer text fails.
+        raise UnsupportedError(f"varlen_attn of torch {torch.__version__} takes no `window_size`")
+    else:
+        options["is_causal"] = causal
+    return options
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
