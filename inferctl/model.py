@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from inferctl.errors import UsageError
@@ -43,6 +43,13 @@ class ModelFolder:
         """The safetensors files of the model itself (not of its `onnx/` or `openvino/` exports)."""
         return sorted(self.path.glob("*.safetensors"))
 
+    @property
+    def shards(self) -> set[str]:
+        """Names of the weight files that the index of a sharded model lists; empty without an index."""
+        index = self.path / "model.safetensors.index.json"
+        names = _json(index).get("weight_map") if index.is_file() else None
+        return set(names.values()) if isinstance(names, dict) else set()
+
     @cached_property
     def parameters(self) -> int:
         """Number of parameters, summed over the safetensors headers."""
@@ -62,12 +69,7 @@ class ModelFolder:
     def files(self) -> list[Path]:
         """Files that decide what the model computes, in a stable order; dotted, `onnx/` and `openvino/` folders are left out."""
         found = (p for p in self.path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-        skipped = {"onnx", "openvino"}
-        return sorted(
-            p
-            for p in found
-            if not any(part.startswith(".") or part in skipped for part in p.relative_to(self.path).parts)
-        )
+        return sorted(p for p in found if is_loaded(p.relative_to(self.path)))
 
 
 def find(source: str, revision: str | None = None, environment: Mapping[str, str] = os.environ) -> ModelFolder:
@@ -105,7 +107,17 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
         )
     for file in folder.weight_files:
         list(_tensor_shapes(file))
+    if missing := sorted(folder.shards - {file.name for file in folder.weight_files}):
+        raise UsageError(
+            f"{path} is not complete: {missing[0]} is missing ({len(missing)} of {len(folder.shards)} weight files)",
+            "fetch the model again",
+        )
     return folder
+
+
+def is_loaded(file: PurePath) -> bool:
+    """Whether a file of a model, relative to its folder, is of the model itself: not dotted, and not an export."""
+    return not any(part.startswith(".") or part in ("onnx", "openvino") for part in file.parts)
 
 
 def is_hub_id(source: str) -> bool:
@@ -114,8 +126,11 @@ def is_hub_id(source: str) -> bool:
 
 
 def _cached_snapshot(source: str, revision: str | None, environment: Mapping[str, str]) -> Path | None:
-    home = Path(environment.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    cache = Path(environment.get("HF_HUB_CACHE", home / "hub")) / f"models--{source.replace('/', '--')}"
+    # As huggingface_hub looks for its cache.
+    caches = environment.get("XDG_CACHE_HOME", "~/.cache")
+    home = environment.get("HF_HOME", f"{caches}/huggingface")
+    hub = environment.get("HF_HUB_CACHE", environment.get("HUGGINGFACE_HUB_CACHE", f"{home}/hub"))
+    cache = Path(hub).expanduser() / f"models--{source.replace('/', '--')}"
     ref = cache / "refs" / (revision or "main")
     commit = ref.read_text().strip() if ref.is_file() else revision
     snapshot = cache / "snapshots" / (commit or "")

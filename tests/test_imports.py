@@ -21,11 +21,12 @@ ALLOWED = {
     "model": {"errors", "spec"},
     "catalog": {"errors", "assets"},
     "sizes": {"errors"},
+    "hub": {"errors", "model", "sizes"},
     "fit": {"errors", "spec", "catalog", "model", "sizes"},
     "locks": {"errors", "assets", "catalog"},
     "render": {"errors", "assets", "spec", "model", "catalog", "locks"},
-    "image": FACTS | {"render", "locks", "fit", "sizes"},
-    "serve": FACTS,
+    "image": FACTS | {"hub", "render", "locks", "fit", "sizes"},
+    "serve": FACTS | {"hub"},
     # The server's own batcher, which knows neither HTTP nor torch, runs on a virtual clock there.
     "estimate": FACTS | {"fit", "sizes", "serve.batcher", "serve.pace"},
     "bench": FACTS | {"estimate"},
@@ -36,6 +37,7 @@ ONLY_IN = {
     "torch": ("serve/engines/", "serve/reference.py"),
     "transformers": ("serve/engines/", "serve/reference.py"),
     "docker": ("image/docker.py",),
+    "huggingface_hub": ("hub.py",),
     "locust": (),
     "gevent": (),
     "plotly": ("bench/charts.py", "bench/report.py"),
@@ -53,6 +55,7 @@ HEAVY = [
     "uvicorn",
     "locust",
     "plotly",
+    "huggingface_hub",
 ]
 
 

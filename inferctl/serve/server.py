@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import inferctl
+from inferctl import hub
 from inferctl.errors import EXIT_INTERRUPTED, UsageError
 from inferctl.serve import app as http_app
 from inferctl.serve import describe, logs, recipe, web
 from inferctl.serve.batcher import Batcher
 from inferctl.serve.batcher import Limits as QueueLimits
 from inferctl.serve.dispatcher import Dispatcher
-from inferctl.serve.locate import locate
 from inferctl.serve.metrics import Metrics
 from inferctl.serve.pace import Capacity, Pace
 from inferctl.serve.supervisor import Supervisor
@@ -77,7 +77,7 @@ class Server:
 
     def __init__(self, spec: Spec, options: Options, say: Callable[[str], None]) -> None:
         self._spec, self._options, self._say = spec, options, say
-        self._folder = locate(spec, say)
+        self._folder = hub.fetch(spec.model.source, spec.model.revision, hub.Lines(spec.model.source, say))
         self._recipe = recipe.read(self._folder.path, spec.serve.max_input_tokens)
         metrics = Metrics()
         capacity = Capacity.read(options.capacity) if options.capacity else None

@@ -1,0 +1,135 @@
+"""Downloads from a hub, against a small one on 127.0.0.1.
+
+`huggingface_hub` reads its environment once, so that each call is a process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from inferctl import model
+from tests.hub import Hub, Repository, serving
+from tests.test_model import write_model
+
+SOURCE = "org/m"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny model with what a hub repository has besides: pickles, exports, a README."""
+    found = write_model(tmp_path / "repository", {"a": [300, 1000]})
+    (found / "tokenizer.json").write_text('{"version": "1.0"}')
+    (found / "README.md").write_text("hello")
+    (found / "pytorch_model.bin").write_bytes(b"pickle")
+    for inner in ("onnx", "1_Pooling"):
+        (found / inner).mkdir()
+        (found / inner / "config.json").write_text("{}")
+    return found
+
+
+@pytest.fixture
+def hub(folder: Path) -> Iterator[Hub]:
+    with serving({SOURCE: folder, "org/gated": Repository(folder, gated=True)}) as running:
+        yield running
+
+
+def online(hub: Hub | str, home: Path) -> dict[str, str]:
+    """The environment of a command that may reach `hub`, with a cache of its own."""
+    url = hub if isinstance(hub, str) else hub.url
+    return {**{k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}, "HF_HOME": str(home), "HF_ENDPOINT": url}
+
+
+def run(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    script = (
+        "from inferctl import hub, errors\n"
+        f"try:\n    print({code})\n"
+        "except errors.InferctlError as e:\n    print(type(e).__name__, e.message, '|', e.hint)\n"
+    )
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+FETCH = f"hub.fetch({SOURCE!r}, None, lambda done, total: print(done, total)).path"
+
+
+def test_a_model_is_downloaded_once_with_its_bytes_counted_and_without_what_is_not_loaded(
+    hub: Hub, tmp_path: Path
+) -> None:
+    done = run(FETCH, online(hub, tmp_path / "home"))
+    assert done.stderr == ""
+    *steps, path = done.stdout.split("\n")[:-1]
+    counts = [tuple(map(int, line.split())) for line in steps]
+    total = sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+    assert counts[0] == (0, total)
+    assert counts[-1] == (total, total)
+    assert counts == sorted(counts)
+    assert hub.downloads()[-1] == "model.safetensors", "weights come last"
+    assert sorted(hub.downloads()) == ["1_Pooling/config.json", "config.json", "model.safetensors", "tokenizer.json"]
+    hub.requests.clear()
+    again = run(FETCH, online(hub, tmp_path / "home"))
+    assert again.stdout.splitlines() == [path]
+    assert hub.requests == []
+
+
+def test_facts_and_the_commit_need_no_weights(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    environment = online(hub, tmp_path / "home")
+    done = run(f"hub.facts({SOURCE!r}, None)", environment)
+    local = model.ModelFolder(folder)
+    assert f"parameters={local.parameters}" in done.stdout, done
+    assert f"commit={hub.repositories[SOURCE].commit!r}" in done.stdout
+    assert "'architectures': ['BertModel']" in done.stdout
+    assert hub.sent < (folder / "model.safetensors").stat().st_size / 5
+    assert run(f"hub.commit({SOURCE!r}, 'main')", environment).stdout.strip() == hub.repositories[SOURCE].commit
+    # What facts left in the cache is not taken for a model.
+    assert run(FETCH, environment).stdout.splitlines()[-1].endswith(hub.repositories[SOURCE].commit)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "said"),
+    [
+        ("fetch('org/absent', None, print)", "UsageError", "hub has no such model"),
+        ("fetch('org/m', 'v9', print)", "UsageError", "no revision 'v9'"),
+        ("fetch('org/gated', None, print)", "NotReadyError", "refuses access to org/gated | accept its terms"),
+        ("commit('org/m', 'v9')", "UsageError", "no revision 'v9'"),
+        ("facts('org/absent', None)", "UsageError", "hub has no such model"),
+        ("fetch('org/..--x', None, print)", "UsageError", "not a hub id"),
+    ],
+)
+def test_what_a_hub_refuses_is_one_error_with_a_hint(hub: Hub, tmp_path: Path, call: str, kind: str, said: str) -> None:
+    done = run(f"hub.{call}", online(hub, tmp_path / "home"))
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(kind), done
+    assert said in last
+    assert done.stderr == ""
+
+
+def test_without_network_and_offline_the_error_says_what_to_do(hub: Hub, tmp_path: Path) -> None:
+    nobody = online("http://127.0.0.1:9", tmp_path / "home")
+    for call in (FETCH, f"hub.facts({SOURCE!r}, None)", f"hub.commit({SOURCE!r})"):
+        done = run(call, nobody)
+        assert done.stdout.startswith("NotReadyError"), done
+        assert "http://127.0.0.1:9" in done.stdout
+        assert "check the network" in done.stdout
+        offline = run(call, {**online(hub, tmp_path / "home"), "HF_HUB_OFFLINE": "1"})
+        assert "HF_HUB_OFFLINE" in offline.stdout, offline
+    assert hub.requests == []
+
+
+def test_a_hub_that_fails_is_named(hub: Hub, tmp_path: Path) -> None:
+    hub.status = 500
+    done = run(FETCH, online(hub, tmp_path / "home"))
+    assert done.stdout.startswith("NotReadyError"), done
+    assert hub.url in done.stdout
+
+
+def test_a_cache_that_cannot_be_written_is_named(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run(FETCH, online(hub, tmp_path / "file"))
+    assert "NotReadyError" in done.stdout, done
+    assert str(tmp_path / "file") in done.stdout
