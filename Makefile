@@ -30,7 +30,7 @@ docs: $(VENV)/.dev  ## write docs/reference.md anew from the command line's own 
 	$(BIN)/python docs/write_reference.py
 
 locks: $(VENV)/.dev  ## resolve the shipped locks anew (needs the package index)
-	for base in cuda12.8 cuda13.0 ngc25.12; do \
+	for base in cpu cuda12.8 cuda13.0 ngc25.12; do \
 	  $(BIN)/inferctl lock --base $$base --output base-images/locks/$$($(BIN)/python -c "from inferctl import catalog; print(catalog.base('$$base').stack)") || exit 1; \
 	done
 

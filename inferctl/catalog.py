@@ -83,7 +83,10 @@ class BaseImage:
 
 @dataclass(frozen=True)
 class Stack:
-    """One row torch x CUDA x Python x kernels x driver. `driver_floor` is the major driver version, as in 580."""
+    """One row torch x CUDA x Python x kernels x driver. `driver_floor` is the major driver version, as in 580.
+
+    `index`: URL of the package index that has its torch, None when that is PyPI.
+    """
 
     key: str
     torch: str
@@ -97,6 +100,7 @@ class Stack:
     platforms: tuple[str, ...]
     sources: tuple[Source, ...]
     default_for: tuple[str, ...] = ()
+    index: str | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -46,10 +46,9 @@ def load(base: BaseImage, folder: Path | None, *, int8: bool) -> Locks:
     needed = ["server", *([] if "torch" in base.provides else ["torch"]), *(["int8"] if int8 and _INT8[cuda] else [])]
     texts = {name: _read(where / f"{name}.txt") for name in needed}
     if missing := [name for name, text in texts.items() if text is None]:
-        index = "" if cuda else " --wheels DIR (or --index URL: CPU wheels of torch are not on PyPI)"
         raise UsageError(
             f"there is no {missing[0]}.txt in {where}" if folder else f"no locks are shipped for the base {base.key}",
-            f"`inferctl lock --base {base.key} --output {folder or 'locks'}{index}`, then image.locks: {folder or 'locks'}",
+            f"`inferctl lock --base {base.key} --output {folder or 'locks'}`, then image.locks: {folder or 'locks'}",
         )
     return Locks(torch=texts.get("torch"), server=texts["server"] or "", int8=texts.get("int8"))
 
@@ -60,7 +59,10 @@ def _read(file: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Target:
-    """What locks are resolved for. `wheels`: folder that stands in for the index; `index`: one more index, as for CPU wheels of torch."""
+    """What locks are resolved for.
+
+    `wheels`: folder that replaces the package index. `index`: one more index, instead of the one that the stack names.
+    """
 
     stack: Stack
     python: str
@@ -79,6 +81,9 @@ def resolve(target: Target, provided: tuple[str, ...]) -> Locks:
     # NVIDIA's containers carry pre-releases that no index has; their own release number stands in for the resolution.
     release = re.match(r"\d+(\.\d+)*", target.stack.torch)
     torch_pin = f"torch=={release.group() if release else target.stack.torch}"
+    if target.stack.index and target.stack.cuda is None:
+        # Without the local version, PyPI's wheel of the same release would do too, and that one brings CUDA.
+        torch_pin += "+cpu"
     wanted = [torch_pin, *declared("serve")]
     everything = _compile([*wanted, *_INT8[target.stack.cuda is not None]], [], target)
     pins = [f"{name}=={version}" for name, version in versions(everything).items()]
@@ -138,6 +143,7 @@ def _compile(requirements: list[str], constraints: list[str], target: Target) ->
         )
     from uv import find_uv_bin
 
+    index = target.index or (target.stack.index if target.wheels is None else None)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "in.txt").write_text("\n".join(requirements) + "\n")
         (Path(folder) / "pins.txt").write_text("\n".join(constraints) + "\n")
@@ -146,7 +152,7 @@ def _compile(requirements: list[str], constraints: list[str], target: Target) ->
             *("--no-header", "--no-annotate", "--generate-hashes", "--index-strategy", "unsafe-best-match"),
             *("--python-version", target.python, "--python-platform", _UV_PLATFORM[target.platform]),
             *(["--no-index", "--find-links", str(target.wheels.resolve())] if target.wheels else []),
-            *(["--index", target.index] if target.index else []),
+            *(["--index", index] if index else []),
         ]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:

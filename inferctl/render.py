@@ -89,6 +89,7 @@ def render(spec: Spec, base: BaseImage, stack: Stack, locks: Locks, provenance: 
         "pythonpath": ":".join(f"/opt/inferctl/{folder}" for folder in folders),
         "stack_key": stack.key,
         "title": spec.name,
+        "torch_index": stack.index,
         "version": provenance.version,
         "weights": spec.model.weights,
         "wheels": spec.image.wheels is not None,

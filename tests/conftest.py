@@ -120,24 +120,16 @@ def base_image(engine: None) -> str:
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of wheels that stands in for the package index: all that a CPU server needs, for this Python."""
+    """A folder of wheels that replaces the package index: the versions of the shipped CPU locks, for this Python."""
     from inferctl import catalog, locks
 
     folder = tmp_path_factory.mktemp("wheels")
-    torch = catalog.stack(catalog.base("cpu").stack).torch
-    wanted = [f"torch=={torch}", *locks.declared("serve")]
+    shipped = locks.load(catalog.base("cpu"), None, int8=False)
+    pins = {**locks.versions(shipped.torch or ""), **locks.versions(shipped.server)}
+    (folder / "pins.txt").write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
-    subprocess.run([*command, *wanted], check=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def cpu_locks(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Hashed locks of the CPU stack, resolved from `wheels` by `inferctl lock`."""
-    folder = tmp_path_factory.mktemp("locks")
-    subprocess.run(
-        [sys.executable, "-m", "inferctl", "lock", "--base", "cpu", "--wheels", str(wheels), "--output", str(folder)],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    # Also what the locks leave out: resolving them anew takes it.
+    wanted = [f"torch=={pins['torch']}", *locks.declared("serve")]
+    subprocess.run([*command, "--constraint", str(folder / "pins.txt"), *wanted], check=True)
+    (folder / "pins.txt").unlink()
     return folder

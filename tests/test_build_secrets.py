@@ -14,11 +14,14 @@ import sys
 import tarfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trustme
 import yaml
+
+from inferctl import catalog, locks, render, settings
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -143,6 +146,31 @@ def test_secrets_open_the_index_and_leave_no_trace(
     assert "opt/inferctl/dependencies/private_server.py" in names
     assert not [name for name in names if name.endswith("pip.conf") or "run/secrets" in name]
     assert PASSWORD not in done.stdout + done.stderr
+
+
+def test_without_an_index_of_ones_own_the_torch_closure_also_comes_from_the_index_of_its_stack(
+    base_image: str, private_wheels: Path, tmp_path: Path
+) -> None:
+    """An index without a password stands in for PyTorch's, under the name that the stack gives."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(private_wheels))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    stack = replace(catalog.stack("torch2.13-cpu"), index=f"http://127.0.0.1:{server.server_port}/")
+    (wheel,) = (private_wheels / "private-torch").glob("*.whl")
+    lock = f"private-torch==1.0 --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n"
+    wanted = {"model.source": "org/m", "image.base": "cpu", "image.base_image": base_image}
+    spec = settings.resolve(None, {}, wanted).spec
+    made = render.render(spec, catalog.base("cpu"), stack, locks.Locks(torch=lock, server=""), render.Provenance())
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "locks" / "torch.txt").write_text(lock)
+    (tmp_path / "Dockerfile").write_text(made.dockerfile)
+    command = ["docker", "buildx", "build", "--network", "host", "--target", "torch", "--quiet", str(tmp_path)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    subprocess.run(["docker", "image", "rm", "--force", done.stdout.strip()], capture_output=True, check=False)
 
 
 def test_without_the_authority_the_build_fails_and_says_which_secret_is_missing(

@@ -51,9 +51,7 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def spec_file(
-    base_image: str, wheels: Path, cpu_locks: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def spec_file(base_image: str, wheels: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("spec") / "inferctl.yaml"
     spec = {
         "name": "minilm",
@@ -64,7 +62,6 @@ def spec_file(
             "base": "cpu",
             "base_image": base_image,
             "wheels": str(wheels),
-            "locks": str(cpu_locks),
         },
         "hardware": ["cpu"],
         "slo": {"p99_ms": 500},

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ from inferctl import catalog, locks
 from inferctl.errors import UsageError
 
 LOCK = "a-b==1.0 \\\n    --hash=sha256:aa \\\n    --hash=sha256:ab\ntorch==2.13.0+cpu \\\n    --hash=sha256:bb\nuvicorn[standard]==0.5 ; python_version > '3' \\\n    --hash=sha256:cc\n"
-SHIPPED = [base for base in catalog.bases().values() if base.key != "cpu"]
+SHIPPED = list(catalog.bases().values())
 
 
 def test_versions_are_read_with_normalised_names() -> None:
@@ -45,14 +49,32 @@ def test_every_shipped_lock_holds_what_the_server_declares(base: catalog.BaseIma
 
 def test_the_torch_of_a_lock_is_the_one_of_its_stack() -> None:
     for base in SHIPPED:
-        torch = locks.load(base, None, int8=False).torch
-        assert torch is None or locks.versions(torch)["torch"] == catalog.stack(base.stack).torch
+        torch, stack = locks.load(base, None, int8=False).torch, catalog.stack(base.stack)
+        # The local version tells PyTorch's own CPU wheel from the one on PyPI, which brings CUDA.
+        wanted = f"{stack.torch}+cpu" if stack.cuda is None else stack.torch
+        assert torch is None or locks.versions(torch)["torch"] == wanted
 
 
-def test_a_base_without_locks_says_how_to_make_them(tmp_path: Path) -> None:
+def test_the_cpu_stack_has_no_package_of_a_gpu() -> None:
+    found = locks.load(catalog.base("cpu"), None, int8=True)
+    assert not [name for name in locks.versions(found.torch or "") if re.match("nvidia|cuda|triton", name)]
+
+
+def test_a_stack_without_locks_and_a_folder_without_one_say_how_to_make_them(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        locks.load(catalog.base("cpu"), None, int8=False)
+        locks.load(replace(catalog.base("cpu"), stack="torch2.6-cu124"), None, int8=False)
     assert "inferctl lock" in (caught.value.hint or "")
     (tmp_path / "server.txt").write_text("x==1\n")
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError) as caught:
         locks.load(catalog.base("cpu"), tmp_path, int8=True)
+    assert "there is no torch.txt" in caught.value.message
+
+
+@pytest.mark.slow
+def test_a_wheel_folder_resolves_to_the_versions_that_are_in_it(wheels: Path, tmp_path: Path) -> None:
+    """The fixture's folder holds the versions of the shipped locks."""
+    command = ["lock", "--base", "cpu", "--wheels", str(wheels), "--output", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "inferctl", *command], check=True, capture_output=True)
+    shipped = locks.load(catalog.base("cpu"), None, int8=False)
+    for name, text in (("torch", shipped.torch or ""), ("server", shipped.server)):
+        assert locks.versions((tmp_path / f"{name}.txt").read_text()) == locks.versions(text)

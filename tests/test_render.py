@@ -88,6 +88,16 @@ def test_secrets_are_mounted_and_never_passed_as_arguments() -> None:
         assert f"--mount=type=secret,id={secret}," in found.dockerfile
 
 
+def test_only_the_torch_closure_is_also_looked_for_in_the_index_of_its_stack() -> None:
+    assert catalog.stack("torch2.13-cpu").index == "https://download.pytorch.org/whl/cpu"
+    named = "if [ ! -s /etc/pip.conf ]; then export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu; fi;"
+    torch, _, rest = rendered("cpu").dockerfile.partition("AS server-dependencies")
+    assert torch.count(named) == 1
+    assert "PIP_EXTRA_INDEX_URL" not in rest
+    assert "PIP_EXTRA_INDEX_URL" not in rendered("cuda13.0").dockerfile
+    assert "PIP_EXTRA_INDEX_URL" not in rendered("cpu", image__wheels="./wheels").dockerfile
+
+
 def test_a_wheel_folder_stands_in_for_the_index() -> None:
     found = rendered(image__wheels="./wheels")
     assert found.contexts == {"wheels": "./wheels"}

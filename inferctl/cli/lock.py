@@ -20,7 +20,8 @@ def lock(
         Path | None, typer.Option(metavar="DIR", help="Folder of wheels that stands in for the package index.")
     ] = None,
     index: Annotated[
-        str | None, typer.Option(metavar="URL", help="One more package index, as for CPU-only wheels of torch.")
+        str | None,
+        typer.Option(metavar="URL", help="Search this package index too, instead of the one that the stack names."),
     ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where torch.txt, server.txt and int8.txt go.")

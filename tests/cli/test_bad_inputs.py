@@ -73,7 +73,7 @@ CASES: dict[str, tuple[int, Callable[[Path], list[str]]]] = {
     "option-unknown": (2, bare("render", "--ouput", "x")),
     "catalog-entry-unknown": (2, bare("catalog", "hardware", "a100")),
     "init-over-a-spec": (2, with_spec("init")),
-    "locks-not-shipped": (2, with_spec("render", "--base", "cpu")),
+    "locks-incomplete": (2, with_spec("render", text=SPEC + "image: {locks: .}\n")),
     "value-escapes-the-dockerfile": (2, with_spec("render", "--base-image", "a/b; rm -rf /")),
     "model-folder-missing": (2, bare("serve", "--model", "./nowhere")),
     "model-not-in-the-hub-cache": (2, bare("serve", "--model", "org/absent")),

@@ -13,6 +13,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=ca,target=/run/secrets/ca \
     --mount=type=bind,source=locks/torch.txt,target=/locks/torch.txt \
     if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi; \
+    if [ ! -s /etc/pip.conf ]; then export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu; fi; \
     env -u PIP_CONSTRAINT /usr/local/bin/python3.11 -m pip install --require-hashes --no-deps --no-compile --no-input \
         --disable-pip-version-check --root-user-action=ignore \
         --target=/layer/opt/inferctl/torch --requirement=/locks/torch.txt && \
