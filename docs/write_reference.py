@@ -15,9 +15,29 @@ TARGET = Path(__file__).resolve().parent / "reference.md"
 HEAD = """\
 # Reference
 
-Written by `make docs` from the program itself; a test holds the two together. What a command prints for people goes to stderr, its result to
-stdout; `--json` makes the result one JSON document. Exit codes: 0 ok, 1 failed or a regression, 2 usage or spec mistake, 3 Docker, registry,
-GPU or port not ready, 4 not enough evidence, 5 invalid run, 130 interrupted.
+`make docs` writes this page from the program itself, and a test compares the two. A command prints its result on
+stdout and everything for people on stderr. With `--json` the result is one JSON document.
+
+| exit code | meaning |
+|---|---|
+| 0 | ok |
+| 1 | failed, or a regression was found |
+| 2 | usage or spec error |
+| 3 | Docker, registry, GPU, port or disk not ready, or stdout cannot be written |
+| 4 | not enough evidence |
+| 5 | invalid run |
+| 130 | interrupted by Ctrl-C or SIGTERM |
+
+If a command with `--json` fails before it has a result, stdout is this document. `problems` lists the errors of a
+file one by one:
+
+```json
+{"error": {"message": "...", "hint": "...", "exit_code": 2,
+           "problems": [{"file": "inferctl.yaml", "line": 3, "path": "serve.port", "message": "...", "hint": "..."}]}}
+```
+
+If the reader of stdout is gone (`| head -1`) or stdout is closed, the command drops its output and keeps its exit code.
+A stderr that cannot be written never changes the exit code.
 """
 
 

@@ -6,11 +6,11 @@ Everything a user can cause or mend is an `InferctlError` with a hint; anything 
 |---|---|
 | 0 | ok |
 | 1 | failed, or a regression was found |
-| 2 | usage or spec mistake |
-| 3 | Docker, registry, GPU or port not ready |
+| 2 | usage or spec error |
+| 3 | Docker, registry, GPU, port or disk not ready, or stdout cannot be written |
 | 4 | not enough evidence |
 | 5 | invalid run |
-| 130 | interrupted |
+| 130 | interrupted by Ctrl-C or SIGTERM |
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import secrets
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from inferctl.bench.plan import Load, Plan, Run
 from inferctl.bench.session import Session, Tell, describe
 from inferctl.errors import InferctlError, UsageError
 
-__all__ = ["Bench", "Measurement", "Outcome", "Progress", "Subject", "interruptible", "judge", "outcomes", "run"]
+__all__ = ["Bench", "Measurement", "Outcome", "Progress", "Subject", "judge", "outcomes", "run"]
 
 
 @dataclass(frozen=True)
@@ -80,37 +79,36 @@ def outcomes(bench: Bench) -> list[Outcome]:
 def run(bench: Bench, into: Sequence[Outcome], notify: Notify, kept: Callable[[Outcome], object]) -> None:
     """Run everything that `into` lacks, filling it; `kept` hears of an outcome after each run that it gained, so that nothing measured is lost.
 
-    Each complete run is also written down for `resume`, before its quality check: one that was cut short is made up. SIGTERM is taken like
-    Ctrl-C: children are ended, then it is raised.
+    Each complete run is also written down for `resume`, before its quality check: one that was cut short is made up.
+    If it is interrupted, it ends its children first.
     """
     named = {outcome.subject.name: outcome for outcome in into}
     checker = quality.Checker(bench.plan.quality, bench.model, bench.output / "runs")
     order = bench.order
-    with interruptible():
-        for number, one in enumerate(order, 1):
-            outcome = named[one.configuration]
-            unchecked = one.repeat == 0 and not outcome.check_done
-            if outcome.failure or (outcome.has(one) and not unchecked):
-                continue
-            shown = 0 if outcome.has(one) else number  # a check that is made up is no run
+    for number, one in enumerate(order, 1):
+        outcome = named[one.configuration]
+        unchecked = one.repeat == 0 and not outcome.check_done
+        if outcome.failure or (outcome.has(one) and not unchecked):
+            continue
+        shown = 0 if outcome.has(one) else number  # a check that is made up is no run
 
-            def tell(
-                phase: str,
-                seconds: float = 0.0,
-                live: loads.Live | None = None,
-                done: str | None = None,
-                one: Run = one,
-                number: int = shown,
-            ) -> None:
-                notify(Progress(one.configuration, number, len(order), phase, seconds, live, done))
+        def tell(
+            phase: str,
+            seconds: float = 0.0,
+            live: loads.Live | None = None,
+            done: str | None = None,
+            one: Run = one,
+            number: int = shown,
+        ) -> None:
+            notify(Progress(one.configuration, number, len(order), phase, seconds, live, done))
 
-            try:
-                _measure(bench, outcome, one, checker, tell)
-            except InferctlError as error:
-                outcome.failure = error.message
-            finally:
-                if outcome.measurements:
-                    kept(outcome)
+        try:
+            _measure(bench, outcome, one, checker, tell)
+        except InferctlError as error:
+            outcome.failure = error.message
+        finally:
+            if outcome.measurements:
+                kept(outcome)
 
 
 def _measure(bench: Bench, outcome: Outcome, one: Run, checker: quality.Checker, tell: Tell) -> None:
@@ -253,21 +251,3 @@ def judge(outcome: Outcome, cores: int) -> tuple[dict[str, Any], list[validity.V
         reasons = (*reasons, outcome.failure)
     cautions = (outcome.interrupted, *whole.cautions) if outcome.interrupted else whole.cautions
     return pooled, each, validity.Validity(reasons, cautions)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Turn SIGTERM, which CI systems send, into KeyboardInterrupt, so that every child is ended on the way out."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -5,6 +5,8 @@ Nothing heavy is imported here or at the top of a verb's file: `inferctl --help`
 
 from __future__ import annotations
 
+import errno
+import signal
 import sys
 from typing import Annotated
 
@@ -28,14 +30,15 @@ from inferctl.cli import (
     render,
     serve,
     settings,
+    streams,
 )
-from inferctl.errors import EXIT_INTERRUPTED, InferctlError, UsageError
+from inferctl.errors import EXIT_INTERRUPTED, InferctlError, NotReadyError, UsageError
 
 app = typer.Typer(
     name="inferctl",
     help="Build, serve and benchmark model containers: one spec file, one standard image, numbers you can defend.",
     epilog="Start with `inferctl init`, or without any file: `inferctl serve --model DIR`.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -50,11 +53,12 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    pass
+    console.help_without_command(context)
 
 
 # In the order in which `inferctl --help` lists them: the way of a model from a file to a measured container.
@@ -75,27 +79,60 @@ app.command("schema", short_help="Print the JSON Schema of inferctl.yaml.")(sett
 app.command("lock", short_help="Resolve the hashed locks of an image.")(lock.lock)
 
 
+# Failures of the machine that can strike any command, and the way out of each.
+_OF_THE_MACHINE = {
+    errno.ENOSPC: "free some space, or name another folder",
+    errno.EDQUOT: "free some space within your quota, or name another folder",
+    errno.EROFS: "the file system is read-only: name another folder",
+    errno.EACCES: "check the permissions of the file and of its folder",
+    errno.EPERM: "check the permissions of the file and of its folder",
+    errno.EIO: "`dmesg` shows what the disk reports",
+    errno.EMFILE: "raise the limit of open files: `ulimit -n 4096`",
+    errno.ENFILE: "the machine has too many open files: close some programs",
+    errno.ELOOP: "a symbolic link leads back to itself: remove it",
+    errno.ENAMETOOLONG: "use a shorter name",
+}
+
+
 def main() -> None:
     """Run the command line; ends the process with the exit code that `inferctl.errors` documents."""
+    streams.guard()
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; errors are printed, bugs are raised."""
+    console.expect_document("--json" in arguments)
     try:
-        code = int(app(arguments, prog_name="inferctl", standalone_mode=False) or 0)
+        code = _run(arguments)
+        # A full disk may show only here.
+        sys.stdout.flush()
     except InferctlError as error:
-        console.error(error)
-        return error.exit_code
+        return console.fail(error)
+    except (KeyboardInterrupt, typer.Abort):
+        code = EXIT_INTERRUPTED
+    # Typer turns Ctrl-C into this exit code.
+    return console.interrupt() if code == EXIT_INTERRUPTED else code
+
+
+def _terminate(*_: object) -> None:
+    """Take SIGTERM, which CI systems send, like Ctrl-C: children end and temporary files go on the way out."""
+    raise KeyboardInterrupt
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        return int(app(arguments, prog_name="inferctl", standalone_mode=False) or 0)
     except TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "inferctl"
         message = error.format_message().rstrip(".")
-        console.error(UsageError(message[:1].lower() + message[1:], f"`{command} --help` lists what it takes"))
-        return 2
-    except (KeyboardInterrupt, typer.Abort):
-        code = EXIT_INTERRUPTED
-    # Typer makes Ctrl-C this exit code by itself.
-    if code == EXIT_INTERRUPTED:
-        console.note("interrupted")
-    return code
+        hint = f"`{command} --help` lists what it takes"
+        raise UsageError(message[:1].lower() + message[1:], hint) from None
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        raise NotReadyError(f"{(error.strerror or str(error)).lower()}{where}", _OF_THE_MACHINE[error.errno]) from None

@@ -150,10 +150,9 @@ def _run(made: BuildPlan) -> Built:
     from inferctl.cli.buildview import BuildView
     from inferctl.image import build as building
     from inferctl.image.docker import Engine
-    from inferctl.image.interrupt import terminated_like_interrupted
 
     engine = Engine.connect()
-    with terminated_like_interrupted(), BuildView(live=sys.stderr.isatty()) as view:
+    with BuildView(live=sys.stderr.isatty()) as view:
         return view.follow(building.run(made, engine, engine.info()))
 
 

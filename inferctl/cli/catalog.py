@@ -18,9 +18,14 @@ Key = Annotated[str | None, typer.Argument(metavar="KEY", help="Explain this ent
 
 app = typer.Typer(
     help="Known bases, torch stacks and hardware, with sources.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,
 )
+
+
+@app.callback()
+def root(context: typer.Context) -> None:
+    console.help_without_command(context)
 
 
 @app.command()

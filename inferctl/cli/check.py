@@ -48,11 +48,10 @@ def check(
     try:
         resolved = load(spec_file, flags)
     except SpecError as error:
-        if not as_json:
-            raise
-        problems = [vars(problem) for problem in error.problems]
-        console.document({"ok": False, "file": error.file, "problems": problems})
-        raise typer.Exit(error.exit_code) from None
+        if as_json:
+            problems = [vars(problem) for problem in error.problems]
+            console.document({"ok": False, "file": error.file, "problems": problems, **console.failure(error)})
+        raise
     every = bool(hardware) and "all" in (hardware or [])
     general, fits = _judge(resolved.spec, every, _major(driver))
     findings = [*general, *(finding for fit in fits for finding in fit.findings)]

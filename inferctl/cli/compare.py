@@ -67,6 +67,8 @@ def compare(
         from inferctl.bench import compare_view
 
         console.report(compare_view.render(result))
+    elif style == "json":
+        console.document(result)
     else:
         console.data(_text(result, style))
     if problem := comparing.problem(result):

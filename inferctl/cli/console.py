@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from inferctl.errors import InferctlError
+from inferctl.errors import EXIT_INTERRUPTED, InferctlError, SpecError
 
 if TYPE_CHECKING:
+    import typer
     from rich.console import Console, RenderableType
 
 
@@ -21,9 +22,22 @@ def data(text: str) -> None:
     sys.stdout.flush()
 
 
+_owes_document = False
+
+
+def expect_document(wanted: bool) -> None:
+    """Whether the command was called with `--json`: a failure before its document then prints one."""
+    global _owes_document
+    _owes_document = wanted
+
+
 def document(value: Any) -> None:
     """Write one JSON document to stdout (what `--json` asks for)."""
-    data(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    global _owes_document
+    _owes_document = False
+    # Text in another encoding than UTF-8 is no JSON; escapes are.
+    escaped = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    data(json.dumps(value, indent=2, ensure_ascii=escaped, default=str))
 
 
 def note(text: str) -> None:
@@ -42,6 +56,44 @@ def error(problem: InferctlError) -> None:
     if problem.hint:
         print(f"\n{_paint('hint:', '1;36')} {problem.hint}", file=sys.stderr)
     sys.stderr.flush()
+
+
+def fail(problem: InferctlError) -> int:
+    """Print the error, with `--json` also as the document that the command owes; returns the exit code."""
+    error(problem)
+    return _settle(failure(problem), problem.exit_code)
+
+
+def interrupt() -> int:
+    """Say that the command was interrupted, with `--json` also as the document that it owes; returns the exit code."""
+    note("interrupted")
+    return _settle(_failure("interrupted", None, EXIT_INTERRUPTED, []), EXIT_INTERRUPTED)
+
+
+def failure(problem: InferctlError) -> dict[str, Any]:
+    """The error as JSON: message, hint, exit code, and the problems of a file one by one."""
+    listed = [{"file": problem.file, **vars(one)} for one in problem.problems] if isinstance(problem, SpecError) else []
+    return _failure(problem.message, problem.hint, problem.exit_code, listed)
+
+
+def _failure(message: str, hint: str | None, exit_code: int, problems: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"error": {"message": message, "hint": hint, "exit_code": exit_code, "problems": problems}}
+
+
+def _settle(found: dict[str, Any], exit_code: int) -> int:
+    if _owes_document:
+        try:
+            document(found)
+        except InferctlError as unwritten:
+            error(unwritten)
+            return unwritten.exit_code
+    return exit_code
+
+
+def help_without_command(context: typer.Context) -> None:
+    """Print the help of a group that was called without a command, on stdout, and end the command."""
+    if context.invoked_subcommand is None:
+        data(context.get_help())
 
 
 def rich(stderr: bool = False) -> Console:

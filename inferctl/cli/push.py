@@ -27,11 +27,10 @@ def push(
     from inferctl.cli.build import full_reference
     from inferctl.cli.buildview import BuildView
     from inferctl.image.docker import Engine
-    from inferctl.image.interrupt import terminated_like_interrupted
     from inferctl.image.publish import push_named
 
     engine = Engine.connect()
-    with terminated_like_interrupted(), BuildView(live=sys.stderr.isatty()) as view:
+    with BuildView(live=sys.stderr.isatty()) as view:
         outcome = view.follow(push_named(engine, full_reference(reference), attempts))
     if as_json:
         console.document(outcome.document())

@@ -15,7 +15,6 @@ from pathlib import Path
 from inferctl.errors import NotReadyError, UsageError
 from inferctl.image import failures
 from inferctl.image.docker import Container, Engine
-from inferctl.image.interrupt import terminated_like_interrupted
 from inferctl.image.records import ContainerOptions, ImageInfo
 from inferctl.image.verify import CACHE_PATH, explain_exit, free_port, mounts_of, request
 
@@ -132,22 +131,21 @@ def _attend(
 ) -> int:
     reader = threading.Thread(target=_relay, args=(container, say), daemon=True)
     reader.start()
-    with terminated_like_interrupted():
-        try:
-            port = where.port if where.network == "host" else container.host_port(listening_port(image))
-            url = f"http://{where.host}:{port}"
-            say(f"the container {container.id[:12]} is at {url}")
-            near = "127.0.0.1" if where.host == "0.0.0.0" else where.host
-            if announce is not None and _ready(container, (near, port)):
-                partial = announce.with_name(f".{announce.name}.{os.getpid()}")
-                partial.write_text(json.dumps({"url": url, "pid": os.getpid()}), encoding="utf-8")
-                partial.replace(announce)
-            while (code := container.wait(3600.0)) is None:
-                pass
-        except KeyboardInterrupt:
-            say("stopping the container")
-            container.stop(grace)
-            code = container.wait(float(grace)) or 0
+    try:
+        port = where.port if where.network == "host" else container.host_port(listening_port(image))
+        url = f"http://{where.host}:{port}"
+        say(f"the container {container.id[:12]} is at {url}")
+        near = "127.0.0.1" if where.host == "0.0.0.0" else where.host
+        if announce is not None and _ready(container, (near, port)):
+            partial = announce.with_name(f".{announce.name}.{os.getpid()}")
+            partial.write_text(json.dumps({"url": url, "pid": os.getpid()}), encoding="utf-8")
+            partial.replace(announce)
+        while (code := container.wait(3600.0)) is None:
+            pass
+    except KeyboardInterrupt:
+        say("stopping the container")
+        container.stop(grace)
+        code = container.wait(float(grace)) or 0
     reader.join(timeout=2.0)
     if code and (error := explain_exit(container, "see the log above")):
         raise error
