@@ -26,6 +26,7 @@ from inferctl.cli import (
     estimate,
     init,
     lock,
+    pull,
     push,
     render,
     serve,
@@ -67,6 +68,7 @@ app.command("check", short_help="Validate the spec; say what fits which hardware
 app.command("render", short_help="Print the Dockerfile, or write all it needs.")(render.render)
 app.command("build", short_help="Build, verify, name and push the image.")(build.build)
 app.command("push", short_help="Push an image; print its name@digest.")(push.push)
+app.command("pull", short_help="Pull an image; print its name@digest.")(pull.pull)
 app.command("serve", short_help="Serve embeddings over HTTP, OpenAI-compatible.", epilog=serve.EPILOG)(serve.serve)
 app.command("bench", short_help="Measure latency, throughput and quality.", epilog=bench.EPILOG)(bench.bench)
 app.command("compare", short_help="Say whether a measurement became worse.")(compare.compare)

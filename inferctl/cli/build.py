@@ -57,6 +57,10 @@ def build(
     metadata_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write digest and names as JSON, as buildx does.")
     ] = None,
+    expect: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Publish only this image: fail if the build produces another id."),
+    ] = None,
     pip_conf: Annotated[
         Path | None, typer.Option(metavar="FILE", help="pip's configuration with your index, as a build secret.")
     ] = None,
@@ -104,6 +108,7 @@ def build(
         network=network,
         allow_floating=allow_floating,
         max_bytes=parse_size(spec.image.max_size) if spec.image.max_size else None,
+        expected=expect,
         provenance=provenance,
         sbom=sbom,
         ready_seconds=ready_timeout,

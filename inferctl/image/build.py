@@ -84,6 +84,9 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
     native = info.platform if info.platform in platforms else platforms[0]
     # The engine's own platform is not asked for by name: it is what every builder makes by itself.
     named = platforms if platforms != (info.platform,) else ()
+    cache_to = buildx.exportable(builder, options.cache_to)
+    if cache_to != options.cache_to:
+        yield Note(f"no build cache is exported: {builder.describe()} cannot export one")
     clock = _Clock()
     with staged(plan.rendered, plan.server) as (context, contexts):
         request = buildx.BuildRequest(
@@ -92,7 +95,7 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
             build_args=plan.rendered.build_args,
             secrets=options.secrets,
             platforms=(native,) if named else (),
-            cache_to=options.cache_to,
+            cache_to=cache_to,
             cache_from=options.cache_from,
             network=options.network,
         )
@@ -105,6 +108,7 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
         clock.lap("build")
         image = _loaded(engine, metadata)
         try:
+            _expect(options.expected, image)
             yield from weigh(plan, info, image)
             yield from unverified(plan, native)
             findings, checked = yield from _examine(plan, engine, info, image, steps)
@@ -143,6 +147,14 @@ def _refuse(plan: BuildPlan, builder: buildx.Builder, request: buildx.BuildReque
         raise NotReadyError(
             f"an image for {plan.platforms[0]} cannot be started on this engine ({info.platform}), so it cannot be verified",
             "build it on such a machine, or give `--no-verify`",
+        )
+
+
+def _expect(expected: str | None, image: ImageInfo) -> None:
+    if expected is not None and image.id != expected:
+        raise InferctlError(
+            f"the build produced {image.id}, not the image {expected} that `--expect` names",
+            "an input changed since that image was built: build and verify again without `--expect`",
         )
 
 

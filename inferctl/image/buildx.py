@@ -172,6 +172,15 @@ def cache_to(target: str) -> str:
     return target if "type=" in target else f"type=registry,ref={target},mode=max"
 
 
+def exportable(builder: Builder, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The cache targets without those that `builder` cannot write and whose `ignore-error=true` allows to skip."""
+    return tuple(
+        target
+        for target in targets
+        if builder.exports or "type=inline" in target or "ignore-error=true" not in target.split(",")
+    )
+
+
 def run(request: BuildRequest) -> Generator[BuildEvent, None, dict[str, Any]]:
     """Build; yields events and returns buildx's metadata. Raises `BuildFailedError`.
 

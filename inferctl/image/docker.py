@@ -267,8 +267,11 @@ class Engine:
             raise _unreachable(error, None) from None
         return Container(self._api, str(made["Id"]))
 
-    def pull(self, reference: str) -> None:
-        """Pull an image by name or digest. Raises `NotReadyError` when its registry does not give it."""
+    def pull(self, reference: str) -> str:
+        """Pull an image by name or digest and return its `name@digest`.
+
+        Raises `MissingImageError` when the registry has no such image, `NotReadyError` for any other failure.
+        """
         repository, tag = split(reference)
         try:
             for line in self._api.pull(repository, tag, stream=True, decode=True):
@@ -276,6 +279,11 @@ class Engine:
                     raise failures.of_pull(str(problem), reference)
         except _BROKEN as error:
             raise failures.of_pull(_words(error), reference) from None
+        image = self.image(reference)
+        # The engine leaves `docker.io/` out of its names.
+        names = (repository, repository.removeprefix("docker.io/").removeprefix("library/"))
+        digests = image.digests if image else ()
+        return next((one for one in digests if one.partition("@")[0] in names), reference)
 
     def converse(
         self, image: str, options: ContainerOptions, stdin: bytes, seconds: float

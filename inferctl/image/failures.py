@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from inferctl.errors import InferctlError, NotReadyError
-from inferctl.image.reference import host_of
+from inferctl.image.reference import host_of, split
 
 _NO_LOGIN = re.compile(
     r"no basic auth credentials|unauthorized|authentication required|authorization failed|pull access denied|insufficient_scope"
@@ -22,6 +22,8 @@ _UNREACHABLE = re.compile(
     re.IGNORECASE,
 )
 _NOT_FOUND = re.compile(r"manifest unknown|not found|does not exist|NAME_UNKNOWN|MANIFEST_UNKNOWN", re.IGNORECASE)
+# How the two image stores report that the registry has no such image. The HTML page of a proxy may say "not found" too.
+_MISSING = re.compile(r"manifest unknown|name unknown|MANIFEST_UNKNOWN|NAME_UNKNOWN|: not found$")
 _METADATA = re.compile(r"failed to resolve source metadata for (\S+?): ")
 _BRIDGE = re.compile(
     r"failed to create endpoint|failed to set up container networking|operation not supported[^\n]*veth|adding interface veth",
@@ -43,6 +45,10 @@ _TRANSIENT = re.compile(
     r"|upload invalid|TLS handshake|temporar|unexpected http status|http: server closed|connection broken|without a digest|invalid chunk",
     re.IGNORECASE,
 )
+
+
+class MissingImageError(NotReadyError):
+    """The registry responded and has no such image."""
 
 
 class NoBridgeError(NotReadyError):
@@ -203,16 +209,18 @@ def of_push(message: str, reference: str) -> InferctlError:
 
 
 def of_pull(message: str, reference: str) -> InferctlError:
-    """The error of a failed pull of `reference`."""
+    """The error of a failed pull of `reference`: `MissingImageError` only if the registry says that it has none."""
     host = host_of(reference)
+    # A name may contain any of the words that follow.
+    said = message.strip().replace(reference, "").replace(split(reference)[0], "")
     if _DISK_FULL.search(message):
         return disk_full()
-    if _NO_LOGIN.search(message):
+    if _NO_LOGIN.search(said):
         return NotReadyError(
             f"{host} refused to give {reference}: {message}", f"`docker login {host}`, and check the name"
         )
-    if _NOT_FOUND.search(message):
-        return NotReadyError(f"there is no image {reference} in {host}", "check the name, tag and digest")
+    if _MISSING.search(said) and not unreachable(said):
+        return MissingImageError(f"image {reference} not found in {host}", "check the name, tag and digest")
     return NotReadyError(f"pulling {reference} failed: {message}", f"check that {host} is up and reachable")
 
 

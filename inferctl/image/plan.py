@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What the command line says. `secrets`: id -> file. `today` decides what is past its end of life."""
+    """What the command line says. `secrets`: id -> file. `today` decides what is past its end of life.
+
+    `expected`: id of the only image that may be published, None for any.
+    """
 
     push: bool = False
     verify: bool = True
@@ -40,6 +43,7 @@ class BuildOptions:
     network: str | None = None
     allow_floating: bool = False
     max_bytes: int | None = None
+    expected: str | None = None
     provenance: bool = True
     sbom: bool = True
     ready_seconds: float = READY_SECONDS

@@ -95,6 +95,29 @@ def test_a_second_build_is_cached(docker: Engine, base_image: str) -> None:
     assert [cached for name, cached in steps.items() if "COPY --link app" in name] == [True]
 
 
+def test_only_the_expected_image_is_named(docker: Engine, base_image: str) -> None:
+    made = tiny.with_options(tiny.plan(tiny.rendered(base_image)), verify=False)
+    _, measured = run(docker, made)
+    second = f"{made.reference}-second"
+    again = replace(made, reference=second, options=replace(made.options, expected=measured.image))
+    _, built = run(docker, again)
+    assert built.image == measured.image
+    changed = replace(again, rendered=tiny.rendered(base_image, behaviour="nan"), reference=f"{second}-changed")
+    with pytest.raises(InferctlError, match="--expect"):
+        run(docker, changed)
+    assert docker.image(changed.reference) is None
+
+
+def test_a_cache_that_may_fail_is_skipped_where_the_builder_cannot_export_one(docker: Engine, base_image: str) -> None:
+    name = f"{REGISTRY}/inferctl-test/{uuid.uuid4().hex[:12]}:cache"
+    target = f"type=registry,ref={name},mode=max"
+    made = tiny.with_options(tiny.plan(tiny.rendered(base_image)), verify=False)
+    with pytest.raises(NotReadyError, match="cannot export a build cache"):
+        run(docker, tiny.with_options(made, cache_to=(target,)))
+    events, _ = run(docker, tiny.with_options(made, cache_to=(f"{target},ignore-error=true",), cache_from=(name,)))
+    assert [event for event in events if isinstance(event, Note) and "no build cache is exported" in event.text]
+
+
 def test_a_pushed_image_is_what_was_verified_and_a_second_push_sends_next_to_nothing(
     docker: Engine, base_image: str
 ) -> None:

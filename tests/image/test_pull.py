@@ -1,0 +1,118 @@
+"""`inferctl pull`: a baseline that does not exist yet is told apart from a registry that cannot say so."""
+
+from __future__ import annotations
+
+import http.server
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from inferctl.errors import NotReadyError
+from inferctl.image import failures
+
+REFERENCE = "localhost:5000/team/model:main"
+# What Engine 26.1 says, with its classic and with its containerd image store.
+NO_SUCH_IMAGE = [
+    f"manifest for {REFERENCE} not found: manifest unknown: manifest unknown",
+    "name unknown: The repository with name 'model' does not exist in the registry",
+    f'failed to resolve reference "{REFERENCE}": {REFERENCE}: not found',
+]
+CANNOT_TELL = [
+    'Get "http://localhost:5000/v2/": dial tcp 127.0.0.1:5000: connect: connection refused',
+    'Get "https://r.example.com/v2/": dial tcp: lookup r.example.com on 127.0.0.53:53: no such host',
+    "unknown: <html><body>404 page not found</body></html>",
+    "received unexpected HTTP status: 500 Internal Server Error",
+    "unauthorized: authentication required",
+    'Head "http://localhost:5000/v2/team/model/manifests/main": no basic auth credentials',
+    "pull access denied for team/model, repository does not exist or may require 'docker login': denied",
+    f'failed to resolve reference "{REFERENCE}": pull access denied, repository does not exist or may require '
+    "authorization: server message: insufficient_scope: authorization failed",
+]
+
+
+@pytest.mark.parametrize("message", NO_SUCH_IMAGE)
+def test_a_registry_that_has_no_such_image_is_recognized(message: str) -> None:
+    assert isinstance(failures.of_pull(message, REFERENCE), failures.MissingImageError)
+
+
+@pytest.mark.parametrize("message", CANNOT_TELL)
+def test_a_registry_that_cannot_tell_is_never_taken_for_one_without_the_image(message: str) -> None:
+    error = failures.of_pull(message, REFERENCE)
+    assert isinstance(error, NotReadyError)
+    assert not isinstance(error, failures.MissingImageError)
+
+
+def test_words_in_the_name_of_an_image_decide_nothing() -> None:
+    name = "localhost:5000/access-denied/timeout-503:main"
+    message = f"manifest for {name} not found: manifest unknown: manifest unknown"
+    assert isinstance(failures.of_pull(message, name), failures.MissingImageError)
+
+
+def pull(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "inferctl", "pull", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+@contextmanager
+def answering(status: int, **headers: str) -> Iterator[str]:
+    """Host and port of something on HTTP that gives every request the same answer."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Length": "0", **headers}.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"localhost:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.docker
+def test_an_image_that_exists_is_pulled_and_its_digest_printed(base_image: str) -> None:
+    done = pull("localhost:5000/base:trixie-python3.11", "--if-exists")
+    assert (done.returncode, done.stdout.strip()) == (0, base_image)
+    assert pull(base_image).stdout.strip() == base_image
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize("name", ["base:{}", "none/{}:main"], ids=["no such tag", "no such repository"])
+def test_an_image_that_does_not_exist_is_an_error_or_nothing_with_if_exists(base_image: str, name: str) -> None:
+    reference = f"localhost:5000/{name.format(uuid.uuid4().hex)}"
+    done = pull(reference)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert f"{reference} not found" in done.stderr
+    done = pull(reference, "--if-exists")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert f"{reference} not found" in done.stderr
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize("status", [401, 403, 404, 500, 503])
+def test_a_registry_that_denies_or_fails_is_an_error_also_with_if_exists(engine: None, status: int) -> None:
+    with answering(status, WWW_Authenticate='Basic realm="registry"') as host:
+        done = pull(f"{host}/team/model:main", "--if-exists")
+    assert (done.returncode, done.stdout) == (3, ""), done.stderr
+
+
+@pytest.mark.docker
+def test_a_registry_that_is_down_is_an_error_also_with_if_exists(engine: None) -> None:
+    with answering(200) as host:
+        pass
+    done = pull(f"{host}/team/model:main", "--if-exists")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "connection refused" in done.stderr
