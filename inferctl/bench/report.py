@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from inferctl import assets
+from inferctl import assets, outputs
 from inferctl.bench import charts, view
 from inferctl.bench.receipt import Receipt
 
 
 def write(path: Path, result: Mapping[str, Any], receipts: Sequence[Receipt]) -> Path:
-    """Write the report of `result` (what `inferctl bench --json` prints) and its receipts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(result, receipts), encoding="utf-8")
+    """Write the report of `result` (what `inferctl bench --json` prints) and its receipts. Raises `NotReadyError`."""
+    outputs.write(path, render(result, receipts), "--report")
     return path
 
 

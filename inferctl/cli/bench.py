@@ -103,7 +103,11 @@ def bench(
 
     A bench that was cut short, even killed, goes on with --resume: complete runs are kept, a half-done one is made again.
     """
+    from inferctl import outputs
+
     _require_packages()
+    if report is not None:
+        outputs.check(report, "--report", parents=True)
     if resume:
         _alone_with_resume(context)
         ready = bench_setup.go_on(resume)
@@ -159,13 +163,17 @@ def _keep(context: Context, outcomes: list[Outcome], page: Path, json_: bool) ->
 
     sealed = result.receipts(context, outcomes)
     document = result.document(context, outcomes, sealed, page)
-    report.write(page, document, sealed)
     result.write(context.output / "result.json", document)
-    if json_:
-        console.document(document)
-    else:
-        console.report(view.render(document))
-    console.note(f"receipts: {context.output / 'receipts'}\nreport:   {page}")
+    try:
+        report.write(page, document, sealed)
+    finally:
+        # A report that cannot be written must not hide what was measured.
+        if json_:
+            console.document(document)
+        else:
+            console.report(view.render(document))
+        console.note(f"receipts: {context.output / 'receipts'}")
+    console.note(f"report:   {page}")
     return document
 
 

@@ -33,10 +33,12 @@ def capacity(
 
     Prints one JSON document; with --output, the file's path. Refuses receipts that were altered or are of an invalid run.
     """
+    from inferctl import outputs
     from inferctl.bench import capacity as capacities
     from inferctl.bench import receipt
-    from inferctl.errors import NotReadyError
 
+    if output is not None:
+        outputs.check(output, "--output", parents=True)
     sealed = receipt.load(receipt_file)
     found = capacities.capacity(sealed, slo)
     if sealed.data["quality"].get("passes") is False:
@@ -47,10 +49,7 @@ def capacity(
     if output is None:
         console.document(found)
         return
-    try:
-        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise NotReadyError(f"{output} cannot be written: {error.strerror}", "give another file") from None
+    outputs.write(output, json.dumps(found, indent=1) + "\n", "--output")
     if json_:
         console.document(found)
     else:

@@ -54,15 +54,16 @@ def compare(
 
     Example: inferctl compare bench-results/RUN/receipts/old.json bench-results/RUN/receipts/new.json -o verdict.md
     """
+    from inferctl import outputs
     from inferctl.bench import comparable
     from inferctl.bench import compare as comparing
 
+    for file in output or []:
+        outputs.check(file, "--output", parents=True)
     style = "json" if json_ else _one_of(format_, FORMATS, "--format")
     wanted = _options(threshold, floor_ms, metric, max_cosine_drop, max_recall_drop, allow)
     found, notes = comparable.pairs(old, new)
     result = comparing.document(found, notes, wanted)
-    for file in output or []:
-        _write(file, _text(result, _SUFFIXES.get(file.suffix, style)))
     if style == "text":
         from inferctl.bench import compare_view
 
@@ -71,6 +72,8 @@ def compare(
         console.document(result)
     else:
         console.data(_text(result, style))
+    for file in output or []:
+        outputs.write(file, _text(result, _SUFFIXES.get(file.suffix, style)), "--output")
     if problem := comparing.problem(result):
         raise problem
 
@@ -134,13 +137,3 @@ def _text(result: dict[str, Any], style: str) -> str:
     if style == "junit":
         return junit.render(result)
     return compare_view.markdown(result) if style == "markdown" else compare_view.plain(result)
-
-
-def _write(file: Path, text: str) -> None:
-    from inferctl.errors import NotReadyError
-
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise NotReadyError(f"{file} cannot be written: {error.strerror}", "name another file with --output") from None

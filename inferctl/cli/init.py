@@ -46,7 +46,7 @@ def init(
 
     Examples: inferctl init --model ./models/all-MiniLM-L6-v2 --hardware t4; inferctl init --ci github
     """
-    from inferctl import catalog, settings, spec
+    from inferctl import catalog, outputs, settings, spec
 
     target = directory / spec.DEFAULT_FILE
     if ci is not None and ci not in _CI:
@@ -69,8 +69,10 @@ def init(
     if ci:
         given = {"name": resolved.spec.name, "repository": resolved.spec.image.repository, "package": installed}
         written |= _ci_files(ci, directory, given, force)
+    for file in written:
+        outputs.check(file, "inferctl init FOLDER", parents=True)
     for file, text in written.items():
-        _write(file, text)
+        outputs.write(file, text, "inferctl init FOLDER")
     if ci:
         console.note("next: read what they say about runners and registries, and commit them")
     else:
@@ -114,13 +116,3 @@ def _rendered(template: str, values: dict[str, Any]) -> str:
     text = (assets.root() / "templates" / template).read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(text).render(values)
-
-
-def _write(file: Path, text: str) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(
-            f"{file} cannot be written: {error.strerror}", "name another folder: `inferctl init FOLDER`"
-        ) from None

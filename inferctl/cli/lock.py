@@ -31,11 +31,12 @@ def lock(
 
     Example: inferctl lock --base cpu --wheels ./wheels --output locks
     """
-    from inferctl import catalog, locks
+    from inferctl import catalog, locks, outputs
     from inferctl.errors import UsageError
 
     if wheels is not None and not wheels.is_dir():
         raise UsageError(f"there is no wheel folder {wheels}", "`pip download --dest wheels ...` fills one")
+    outputs.check_folder(output, "--output")
     chosen = catalog.base(base)
     stack = catalog.stack(chosen.stack)
     with console.progress(f"resolving {stack.key} for Python {chosen.python.version} on {platform}"):

@@ -37,7 +37,11 @@ def render(
 
     Example: inferctl render --output build && docker buildx build build
     """
+    from inferctl import outputs
+
     settings = {"model.source": model, "serve.precision": precision, "image.base": base, "image.base_image": base_image}
+    if output is not None:
+        outputs.check_folder(output, "--output")
     resolved = load(spec_file, settings)
     rendered = rendered_image(resolved)
     if output is None:
@@ -72,19 +76,11 @@ def render(
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write `files` (name in `folder` -> content), making folders as needed. Raises `InferctlError` when that is not possible."""
-    from inferctl.errors import InferctlError
+    """Write `files` (name in `folder` -> content), making folders as needed. Raises `NotReadyError`."""
+    from inferctl import outputs
 
     for name, content in files.items():
-        file = folder / name
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
-        except OSError as error:
-            raise InferctlError(
-                f"{file} cannot be written: {(error.strerror or str(error)).lower()}",
-                "name another folder with --output",
-            ) from None
+        outputs.write(folder / name, content, "--output")
 
 
 def rendered_image(resolved: Resolved) -> Rendered:

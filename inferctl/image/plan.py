@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inferctl import fit, locks
+from inferctl import fit, locks, outputs
 from inferctl.errors import InferctlError, UsageError
 from inferctl.image import forecast, lint
 from inferctl.image.push import ATTEMPTS
@@ -169,16 +168,9 @@ def _unweighed(found: forecast.Forecast) -> fit.Finding:
 
 
 def _refuse_targets(options: BuildOptions) -> None:
-    for file in (options.oci, options.metadata_file):
-        if file is None:
-            continue
-        folder = file.absolute().parent
-        if not folder.is_dir():
-            raise UsageError(f"there is no folder for {file}", "make it first")
-        if file.is_dir():
-            raise UsageError(f"{file} is a folder", "name a file")
-        if not os.access(folder, os.W_OK):
-            raise UsageError(f"{file} cannot be written: no permission in {folder}", "name another file")
+    for file, option in ((options.oci, "--output oci=FILE"), (options.metadata_file, "--metadata-file")):
+        if file is not None:
+            outputs.check(file, option)
 
 
 def wheel_sizes(rendered: Rendered, folder: Path) -> dict[str, int]:

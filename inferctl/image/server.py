@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import json
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from inferctl import outputs
 from inferctl.errors import NotReadyError, UsageError
 from inferctl.image import failures
 from inferctl.image.docker import Container, Engine
@@ -56,6 +55,9 @@ def run_server(reference: str, wanted: ServeOptions, say: Callable[[str], None],
     when the image brings none. `say` gets every line of its log. `announce`: file that gets `{"url", "pid"}` once it is ready.
     Raises `NotReadyError` for no engine, no image or a taken port, `UsageError` for missing weights.
     """
+    if announce is not None:
+        outputs.check(announce, "--announce")
+        announce.unlink(missing_ok=True)
     engine = Engine.connect()
     image = engine.image(reference)
     if image is None:
@@ -137,9 +139,7 @@ def _attend(
         say(f"the container {container.id[:12]} is at {url}")
         near = "127.0.0.1" if where.host == "0.0.0.0" else where.host
         if announce is not None and _ready(container, (near, port)):
-            partial = announce.with_name(f".{announce.name}.{os.getpid()}")
-            partial.write_text(json.dumps({"url": url, "pid": os.getpid()}), encoding="utf-8")
-            partial.replace(announce)
+            outputs.announce(announce, url)
         while (code := container.wait(3600.0)) is None:
             pass
     except KeyboardInterrupt:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import json
 import os
 import signal
 import time
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import inferctl
-from inferctl import hub
-from inferctl.errors import EXIT_INTERRUPTED, UsageError
+from inferctl import hub, outputs
+from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
 from inferctl.serve import app as http_app
 from inferctl.serve import describe, logs, recipe, web
 from inferctl.serve.batcher import Batcher
@@ -62,6 +61,8 @@ def run(spec: Spec, options: Options, say: Callable[[str], None]) -> int:
     logs.configure(options.log)
     # Its own threads, one a core, would compete with batches that have a core each.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if options.announce:
+        _prepare(options.announce)
     server = Server(spec, options, logs.speaker(options.log, say))
     loop_factory = None
     with contextlib.suppress(ImportError):
@@ -122,8 +123,7 @@ class Server:
         self._started, self._ready_seconds = time.monotonic(), 0.0
         self._signals = 0
         self._interrupted = False
-        if options.announce:
-            _prepare(options.announce)
+        self._failure: NotReadyError | None = None
 
     async def run(self) -> int:
         """Serve until a signal; returns the exit code."""
@@ -147,6 +147,8 @@ class Server:
             supervisor.stop()
         await asyncio.gather(*self._engines)
         self._state.tokenizer.close()
+        if self._failure:
+            raise self._failure
         if unanswered := self._state.load.accepted:
             self._say(f"stopped with {unanswered} requests unanswered after {self._spec.serve.drain_seconds:g} s")
             return 1
@@ -204,7 +206,12 @@ class Server:
         for line in describe.lines(info, self._spec.name, self._url, self._ready_seconds):
             self._say(line)
         if self._options.announce:
-            _announce(self._options.announce, self._url)
+            try:
+                outputs.announce(self._options.announce, self._url)
+            except NotReadyError as error:
+                # Whoever watches the file would wait for ever.
+                self._failure = error
+                self._close()
 
     def _lost(self) -> None:
         self._state.metrics.engine_restarts.set(sum(supervisor.restarts for supervisor in self._supervisors))
@@ -241,15 +248,6 @@ class Server:
 
 
 def _prepare(announce: Path) -> None:
-    """Remove what an earlier server announced; raises `UsageError` when the file cannot be written later."""
-    if announce.is_dir() or not os.access(announce.parent, os.W_OK):
-        raise UsageError(
-            f"{announce} cannot be written", "--announce takes a file in a folder that exists and is writable"
-        )
+    """Remove what an earlier server announced. Raises `UsageError` if the file cannot be written later."""
+    outputs.check(announce, "--announce")
     announce.unlink(missing_ok=True)
-
-
-def _announce(file: Path, url: str) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"url": url, "pid": os.getpid()}))
-    temporary.replace(file)

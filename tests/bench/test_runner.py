@@ -15,6 +15,7 @@ import pytest
 from answering import vector
 from bench_samples import ANSWERING, FIELDS
 
+from inferctl import cli
 from inferctl import model as models
 from inferctl.bench import (
     charts,
@@ -467,3 +468,16 @@ def test_a_folder_that_cannot_be_made_is_named(answering: Callable[..., str], tm
     assert done.returncode == 3
     assert "taken" in done.stderr
     assert "--output" in done.stderr
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_the_results(
+    answering: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = answering("--median-ms", "2")
+    code = cli.run(["bench", "--url", f"a={url}", "--plan", "quick", "--duration", "1", "--report", "/dev/full"])
+    out, err = capsys.readouterr()
+    assert code == 3
+    assert "/dev/full cannot be written: no space left on device" in err
+    assert "requests/s" in out or "req/s" in out
+    assert list(tmp_path.glob("bench-results/*/result.json"))

@@ -72,8 +72,7 @@ def test_a_place_that_cannot_be_written_is_an_error_with_a_hint(tmp_path: Path) 
     (tmp_path / "inferctl.yaml").write_text(SPEC)
     (tmp_path / "file").write_text("")
     done = render(tmp_path, "--output", "file/x")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert (
-        done.stderr
-        == "error: file/x/Dockerfile cannot be written: not a directory\n\nhint: name another folder with --output\n"
+        done.stderr == "error: file/x cannot be written: not a directory\n\nhint: name another folder with `--output`\n"
     )

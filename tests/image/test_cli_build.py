@@ -183,9 +183,18 @@ def test_an_image_that_mounts_its_weights_can_be_built_where_they_are_not(tmp_pa
     ("arguments", "message", "hint"),
     [
         (["--output", "tar=x"], "--output 'tar=x' is not understood", "oci=FILE"),
-        (["--output", "oci=none/x.tar"], "no folder for none/x.tar", "make it first"),
-        (["--metadata-file", "none/x.json"], "no folder for none/x.json", "make it first"),
-        (["--metadata-file", "/"], "/ is a folder", "name a file"),
+        (
+            ["--output", "oci=none/x.tar"],
+            "none/x.tar cannot be written: no such file or directory",
+            "a folder that exists",
+        ),
+        (
+            ["--metadata-file", "none/x.json"],
+            "none/x.json cannot be written: no such file or directory",
+            "a folder that exists",
+        ),
+        (["--metadata-file", "/"], "/ cannot be written: it is a folder", "name a file"),
+        (["--metadata-file", "/proc/x"], "/proc/x cannot be written", "name a file"),
         (["--tag", "Not A Name"], "'Not A Name' is not an image name", "all lower case"),
         (["--max-size", "big"], "'big' is not a valid max size", "6GB"),
     ],

@@ -1,0 +1,84 @@
+"""Files that a command writes: checked before the work that fills them, and written after it."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+from inferctl.errors import NotReadyError, UsageError
+
+
+def check(file: Path, option: str, *, parents: bool = False) -> None:
+    """Raise `UsageError` if `file`, which `option` names, cannot be written later.
+
+    `parents`: folders that are missing are made when it is written.
+    """
+    place = "a file" if parents else "a file in a folder that exists and is writable"
+    hint = f"name {place} with `{option}`"
+    try:
+        if file.is_dir():
+            raise UsageError(f"{file} cannot be written: it is a folder", hint)
+        if not file.exists():
+            _probe(file.parent, parents)
+        elif not os.access(file, os.W_OK):
+            raise PermissionError(0, "no permission")
+        elif stat.S_ISREG(file.stat().st_mode):
+            file.open("ab").close()
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written: {_reason(error)}", hint) from None
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Raise `UsageError` if no file can be written into `folder`, which is made if it is missing."""
+    try:
+        _probe(folder, parents=True)
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be written: {_reason(error)}", f"name another folder with `{option}`"
+        ) from None
+
+
+def write(file: Path, content: str | bytes, option: str) -> None:
+    """Write `content` (text as UTF-8) to `file`, making folders as needed. Raises `NotReadyError`."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise NotReadyError(
+            f"{file} cannot be written: {_reason(error)}", f"name another place with `{option}`"
+        ) from None
+
+
+def replace(file: Path, text: str) -> None:
+    """Write `text` to `file` at once: a reader sees the old file or the whole new one. Raises `OSError`."""
+    partial = file.with_name(f".inferctl-{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def announce(file: Path, url: str) -> None:
+    """Tell whoever watches `file` that a server is ready at `url`. Raises `NotReadyError`."""
+    try:
+        replace(file, json.dumps({"url": url, "pid": os.getpid()}))
+    except OSError as error:
+        raise NotReadyError(
+            f"{file} cannot be written: {_reason(error)}", "name another file with `--announce`"
+        ) from None
+
+
+def _probe(folder: Path, parents: bool) -> None:
+    """Make and remove a file in `folder`, or in the folder above that exists if `parents`. Raises `OSError`."""
+    while parents and not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    probe = folder / f".inferctl-{os.getpid()}.partial"
+    probe.open("xb").close()
+    probe.unlink()
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

@@ -1,0 +1,120 @@
+"""Files that a command writes: a place that cannot be written is an error before the work, not after it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from inferctl import cli, outputs
+from inferctl.errors import NotReadyError, UsageError
+
+Captured = pytest.CaptureFixture[str]
+SPEC = "name: m\nmodel: {source: org/m}\n"
+# Each would take long, or fail for another reason, if the place were not looked at first.
+FILES = {
+    "serve": "serve --model ./absent --announce {}",
+    "serve-image": "serve --image nobody/absent:1 --announce {}",
+    "bench-report": "bench --url a=http://127.0.0.1:9 --report {}",
+    "compare": "compare A B --output {}",
+    "capacity": "capacity absent.json --output {}",
+    "metadata": "build --no-verify --metadata-file {}",
+    "archive": "build --no-verify --output oci={}",
+}
+FOLDERS = {"lock": "lock --output {}", "render": "render --output {}", "init": "init {} --force"}
+
+
+@pytest.fixture(autouse=True)
+def _folder_with_a_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
+    (tmp_path / "inferctl.yaml").write_text(SPEC)
+    (tmp_path / "file").write_text("")
+
+
+def refusal(command: str, place: str, capsys: Captured) -> str:
+    assert cli.run(command.format(place).split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"error: {place}" in err, err
+    assert " cannot be written: " in err
+    assert "\nhint: name " in err
+    return err
+
+
+@pytest.mark.parametrize("command", FILES.values(), ids=FILES)
+@pytest.mark.parametrize("place", ["/proc/x", "file/x", "."])
+def test_a_file_that_cannot_be_written_is_an_error_before_the_work(
+    command: str, place: str, capsys: Captured, tmp_path: Path
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    refusal(command, place, capsys)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", FOLDERS.values(), ids=FOLDERS)
+@pytest.mark.parametrize("place", ["/proc/x", "file", "file/x"])
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_work(
+    command: str, place: str, capsys: Captured
+) -> None:
+    refusal(command, place, capsys)
+
+
+@pytest.mark.parametrize("place", ["n" * 300, "loop/x"])
+def test_names_that_no_file_system_has_are_refused(place: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UsageError, match="cannot be written"):
+        outputs.check(Path(place), "--output", parents=True)
+
+
+def test_the_check_leaves_a_file_and_its_folder_as_they_are(tmp_path: Path) -> None:
+    kept = tmp_path / "kept.json"
+    kept.write_text("old")
+    outputs.check(kept, "--output")
+    outputs.check(tmp_path / "a" / "b" / "new.json", "--output", parents=True)
+    outputs.check_folder(tmp_path / "c" / "d", "--output")
+    assert kept.read_text() == "old"
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "c").exists()
+    assert not list(tmp_path.glob(".inferctl-*"))
+
+
+def test_a_device_and_a_pipe_can_be_output_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (Path("/dev/null"), tmp_path / "pipe"):
+        outputs.check(place, "--output")
+    outputs.write(Path("/dev/null"), "text", "--output")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_disk_that_fills_up_later_is_an_error_of_the_machine() -> None:
+    outputs.check(Path("/dev/full"), "--output")
+    with pytest.raises(NotReadyError, match="/dev/full cannot be written: no space left on device"):
+        outputs.write(Path("/dev/full"), "text", "--output")
+
+
+def test_a_server_that_cannot_announce_itself_ends(minilm: Path, tmp_path: Path) -> None:
+    """Whoever waits for the file would wait for ever."""
+    folder = tmp_path / "ready"
+    folder.mkdir()
+    command = [sys.executable, "-m", "inferctl", "serve", "--model", str(minilm), "--engine", "echo", "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--announce", str(folder / "ready.json")], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    # The place was fine when it was checked.
+    remove_as_soon_as_checked(folder, process)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 3, err
+    assert "ready.json cannot be written: no such file or directory" in err
+    assert "Traceback" not in err
+
+
+def remove_as_soon_as_checked(folder: Path, process: subprocess.Popen[str]) -> None:
+    inside = folder / "ready.json"
+    inside.write_text("of an earlier server")
+    while inside.exists():
+        assert process.poll() is None
+    folder.rmdir()
