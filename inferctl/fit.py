@@ -85,6 +85,14 @@ class ModelSize:
     config: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class UnknownSize:
+    """Why the memory estimate has no figures for a model, and what to do about it."""
+
+    why: str
+    hint: str
+
+
 def worst(findings: tuple[Finding, ...] | list[Finding]) -> Verdict:
     """The gravest level among `findings`; ok when there are none."""
     return max((finding.level for finding in findings), key=_WORST.index, default="ok")
@@ -121,13 +129,16 @@ def check_slo(spec: Spec) -> Finding:
     return Finding("ok", "slo", f"p99 within {spec.slo.p99_ms:g} ms", "set in the spec")
 
 
-def check_part(spec: Spec, stack: Stack, part: Hardware, model: ModelSize | None, driver: int | None = None) -> Fit:
+def check_part(
+    spec: Spec, stack: Stack, part: Hardware, model: ModelSize | UnknownSize, driver: int | None = None
+) -> Fit:
     """How `part` serves `spec` with `stack`; `driver` is the major version of the driver on its nodes, when known."""
     requested = spec.serve.precision
     precision = best_precision(part.traits) if requested == "auto" else requested
     level, reason = _level(precision, part)
     kernels = stack.has_kernels(capability_of(part.compute_capability)) if part.compute_capability else True
-    need = memory(model, precision, spec.serve.max_batch_tokens, part) if model else None
+    batch = spec.serve.max_batch_tokens
+    need = model if isinstance(model, UnknownSize) else memory(model, precision, batch, part)
     findings = [
         *_precision(precision, level, reason, part),
         *_kernels(stack, kernels, part),
@@ -135,7 +146,8 @@ def check_part(spec: Spec, stack: Stack, part: Hardware, model: ModelSize | None
         _memory(need, part),
         *_slice(part),
     ]
-    return Fit(part.key, requested, precision, level, reason, kernels, need, part.memory_bytes, tuple(findings))
+    shown = need if isinstance(need, Memory) else None
+    return Fit(part.key, requested, precision, level, reason, kernels, shown, part.memory_bytes, tuple(findings))
 
 
 def memory(model: ModelSize, precision: str, batch_tokens: int, part: Hardware) -> Memory:
@@ -306,10 +318,9 @@ def _driver(stack: Stack, part: Hardware, driver: int | None) -> Iterator[Findin
         yield Finding("error", "driver", f"driver {driver} is too old", need, hint, part.key)
 
 
-def _memory(need: Memory | None, part: Hardware) -> Finding:
-    if need is None:
-        why = "the model's files are not on this machine"
-        return Finding("warn", "memory", "memory not checked", why, "--model FOLDER, or fetch the model", part.key)
+def _memory(need: Memory | UnknownSize, part: Hardware) -> Finding:
+    if isinstance(need, UnknownSize):
+        return Finding("warn", "memory", "memory not checked", need.why, need.hint, part.key)
     sizes = (size(part_of_it, 1) for part_of_it in (need.weights, need.activations, need.overhead))
     why = "weights {}, activations of one full batch {}, CUDA itself {}".format(*sizes)
     if part.memory_bytes is None:

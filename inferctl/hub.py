@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Receives the bytes that are here and the bytes of the whole model.
 Progress = Callable[[int, int], None]
+# Brings the model `source` at `revision` to this machine, as `fetch` does with a progress of the caller's choice.
+Fetch = Callable[[str, str | None], ModelFolder]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT_S = 10.0

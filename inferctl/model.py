@@ -66,6 +66,11 @@ class ModelFolder:
                 )
         return total.hexdigest()
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of `files`."""
+        return sum(file.stat().st_size for file in self.files())
+
     def files(self) -> list[Path]:
         """Files that decide what the model computes, in a stable order; dotted, `onnx/` and `openvino/` folders are left out."""
         found = (p for p in self.path.rglob("*") if p.suffix in SUFFIXES and p.is_file())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import threading
 import time
@@ -21,16 +22,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from inferctl.model import ModelFolder
+
 BRANCH = "main"
 _CHUNK = 64 * 1024
 
 
 @dataclass
 class Repository:
-    """One model. `gated`: readable with a token only. `commit` is by default made from names and sizes of the files."""
+    """One model. `gated`: readable with a token only. `counted`: the hub knows the number of parameters.
+
+    `commit` is by default made from names and sizes of the files.
+    """
 
     folder: Path
     gated: bool = False
+    counted: bool = True
     commit: str = ""
 
     def __post_init__(self) -> None:
@@ -83,6 +90,12 @@ def serving(repositories: dict[str, Repository | Path], port: int = 0) -> Iterat
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def online(hub: Hub | str, home: Path) -> dict[str, str]:
+    """The environment of a command that may reach `hub`, with a cache of its own."""
+    url = hub if isinstance(hub, str) else hub.url
+    return {**{k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}, "HF_HOME": str(home), "HF_ENDPOINT": url}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -199,15 +212,11 @@ def _info(name: str, repository: Repository) -> dict[str, object]:
         {"rfilename": path, "size": file.stat().st_size, "blobId": _etag(file)[:40]}
         for path, file in repository.files().items()
     ]
-    return {
-        "_id": name,
-        "id": name,
-        "modelId": name,
-        "sha": repository.commit,
-        "private": False,
-        "gated": "manual" if repository.gated else False,
-        "siblings": siblings,
-    }
+    gated = "manual" if repository.gated else False
+    info = {"_id": name, "id": name, "modelId": name, "sha": repository.commit, "private": False, "gated": gated}
+    if repository.counted:
+        info["safetensors"] = {"total": ModelFolder(repository.folder).parameters, "parameters": {}}
+    return {**info, "siblings": siblings}
 
 
 def _tree(repository: Repository) -> list[dict[str, object]]:

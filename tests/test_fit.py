@@ -156,10 +156,12 @@ def test_a_model_that_is_too_big_for_a_slice_is_an_error(part: str, level: str) 
     assert found.why.startswith("weights 14.0 GB, ")
 
 
-def test_a_model_that_is_not_here_is_said_to_be_unchecked() -> None:
-    judged = on("t4", "fp16", model=None)
+def test_a_model_of_unknown_size_is_said_to_be_unchecked_and_why() -> None:
+    judged = on("t4", "fp16", model=fit.UnknownSize("the hub does not respond", "check the network"))
     assert judged.memory is None
-    assert finding(judged, "memory").what == "memory not checked"
+    found = finding(judged, "memory")
+    assert (found.level, found.what) == ("warn", "memory not checked")
+    assert (found.why, found.hint) == ("the hub does not respond", "check the network")
 
 
 def test_a_slice_is_to_be_sized_by_its_compute() -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from inferctl import model
-from tests.hub import Hub, Repository, serving
+from tests.hub import Hub, Repository, online, serving
 from tests.test_model import write_model
 
 SOURCE = "org/m"
@@ -35,14 +34,10 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(folder: Path) -> Iterator[Hub]:
-    with serving({SOURCE: folder, "org/gated": Repository(folder, gated=True)}) as running:
+    with serving(
+        {SOURCE: folder, "org/gated": Repository(folder, gated=True), "org/old": Repository(folder, counted=False)}
+    ) as running:
         yield running
-
-
-def online(hub: Hub | str, home: Path) -> dict[str, str]:
-    """The environment of a command that may reach `hub`, with a cache of its own."""
-    url = hub if isinstance(hub, str) else hub.url
-    return {**{k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}, "HF_HOME": str(home), "HF_ENDPOINT": url}
 
 
 def run(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -84,8 +79,11 @@ def test_facts_and_the_commit_need_no_weights(hub: Hub, folder: Path, tmp_path: 
     assert f"parameters={local.parameters}" in done.stdout, done
     assert f"commit={hub.repositories[SOURCE].commit!r}" in done.stdout
     assert "'architectures': ['BertModel']" in done.stdout
-    assert hub.sent < (folder / "model.safetensors").stat().st_size / 5
     assert run(f"hub.commit({SOURCE!r}, 'main')", environment).stdout.strip() == hub.repositories[SOURCE].commit
+    assert "model.safetensors" not in hub.downloads(), "the hub knows the parameters"
+    # A hub that does not know them sends the header of the weights.
+    assert f"parameters={local.parameters}" in run("hub.facts('org/old', None)", environment).stdout
+    assert hub.sent < (folder / "model.safetensors").stat().st_size / 5
     # What facts left in the cache is not taken for a model.
     assert run(FETCH, environment).stdout.splitlines()[-1].endswith(hub.repositories[SOURCE].commit)
 

@@ -72,11 +72,13 @@ def start(given: Given) -> Ready:
     needed = any(subject.url is None for subject in subjects) or given.model is not None
     slo = given.slo_p99_ms or (resolved.spec.slo.p99_ms if resolved else None)
     file = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) or "/" in name else None
-    asked = _Asked(resolved, chosen, file, subjects, _model(resolved, needed), slo)
+    asked = _Asked(resolved, chosen, file, subjects, None, slo)
     hardware(chosen.hardware)
     _check_search(asked)
     _check_neighbours(asked)
     _check_corpora(asked)
+    # A download comes after everything that can be wrong without it.
+    asked = replace(asked, folder=_model(resolved, needed))
     machine = environment.detect()
     what = _identity(asked, machine)
     place = _place(given.output, chosen.name)
@@ -328,15 +330,15 @@ def _place(output: Path, name: str) -> Path:
 
 
 def _model(resolved: Resolved | None, needed: bool) -> Path | None:
-    """The local model folder; None when there is none and only running servers are measured (their vectors are then not checked)."""
-    from inferctl import model as models
-    from inferctl.errors import UsageError
+    """The local model folder, downloaded if it is `needed`.
+
+    None if only running servers are measured and the model is not on this machine: their vectors are then not checked.
+    """
+    from inferctl import hub
+    from inferctl.cli import download
 
     if resolved is None:
         return None
-    try:
-        return models.find(resolved.spec.model.source, resolved.spec.model.revision).path.resolve()
-    except UsageError:
-        if needed:
-            raise
-        return None
+    source, revision = resolved.spec.model.source, resolved.spec.model.revision
+    found = download.fetch(source, revision) if needed else hub.cached(source, revision)
+    return found.path.resolve() if found else None

@@ -151,12 +151,21 @@ def full_reference(text: str) -> str:
 
 def _run(made: BuildPlan) -> Built:
     import sys
+    from dataclasses import replace
 
+    from inferctl import model
+    from inferctl.cli import download
     from inferctl.cli.buildview import BuildView
     from inferctl.image import build as building
     from inferctl.image.docker import Engine
+    from inferctl.model import is_hub_id
 
+    source, revision = made.spec.model.source, made.spec.model.revision
+    if made.needs_model and not is_hub_id(source):
+        made = replace(made, model=model.find(source).path)
     engine = Engine.connect()
+    if made.needs_model and made.model is None:
+        made = replace(made, model=download.fetch(source, revision).path)
     with BuildView(live=sys.stderr.isatty()) as view:
         return view.follow(building.run(made, engine, engine.info()))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,10 +13,15 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from inferctl.fit import Finding, Fit, Memory, ModelSize
+    from inferctl.fit import Finding, Fit, Memory, ModelSize, UnknownSize
     from inferctl.spec import Spec
 
 _MARK = {"ok": "note", "warn": "warn", "error": "error"}
+_NEEDS = {
+    "mount": "the server needs its weights",
+    "bake": "the image needs its weights",
+    "download": "the container downloads its weights when it starts",
+}
 _STYLE = {"ok": "cyan", "warn": "yellow", "error": "bold red"}
 
 
@@ -81,6 +85,7 @@ def _judge(spec: Spec, every: bool, driver: int | None) -> tuple[list[Finding], 
     import datetime
 
     from inferctl import catalog, fit
+    from inferctl.errors import UsageError
     from inferctl.model import is_hub_id
 
     base = catalog.base(spec.image.base)
@@ -92,22 +97,34 @@ def _judge(spec: Spec, every: bool, driver: int | None) -> tuple[list[Finding], 
     if not parts:
         why = "nothing says what it must run on, so precision, kernels, driver and memory were not checked"
         general.append(fit.Finding("warn", "hardware", "no hardware named", why, "hardware: [t4], or --hardware all"))
-    size = _size(spec) if parts else None
+    try:
+        size = _size(spec, ask=bool(parts))
+    except UsageError as error:
+        general.append(fit.Finding("error", "model", error.message, _NEEDS[spec.model.weights], error.hint))
+        size = fit.UnknownSize("the model was not found", "fix the model first")
     return general, [fit.check_part(spec, stack, catalog.hardware(key), size, driver) for key in parts]
 
 
-def _size(spec: Spec) -> ModelSize | None:
-    """The model's size when it is here. A folder that is here but broken raises its `UsageError`."""
-    from inferctl import fit, model
-    from inferctl.errors import UsageError
+def _size(spec: Spec, ask: bool) -> ModelSize | UnknownSize:
+    """The model's size: of the folder, of the hub's cache, or, with `ask`, as the hub says.
 
+    Raises `UsageError` for a folder or a hub model that does not exist or is not usable.
+    """
+    from inferctl import fit, hub, model
+    from inferctl.errors import NotReadyError
+
+    source, revision = spec.model.source, spec.model.revision
+    folder = hub.cached(source, revision) if model.is_hub_id(source) else model.find(source)
+    if folder is not None:
+        return fit.ModelSize(folder.parameters, folder.config)
+    unknown = fit.UnknownSize("the size of the model is not known", "pass `--model DIR` with the model on this machine")
+    if not ask:
+        return unknown
     try:
-        folder = model.find(spec.model.source, spec.model.revision)
-    except UsageError:
-        if Path(spec.model.source).expanduser().is_dir():
-            raise
-        return None
-    return fit.ModelSize(folder.parameters, folder.config)
+        facts = hub.facts(source, revision)
+    except NotReadyError as error:
+        return fit.UnknownSize(error.message, error.hint or unknown.hint)
+    return unknown if facts.parameters is None else fit.ModelSize(facts.parameters, facts.config)
 
 
 def _document(file: str | None, spec: Spec, findings: list[Finding], fits: list[Fit]) -> dict[str, Any]:

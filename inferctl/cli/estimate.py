@@ -92,6 +92,7 @@ def estimate(
 
 def _model(spec_file: Path | None, model: str | None, config: Path | None) -> tuple[Spec | None, Path]:
     """The spec, when there is one, and the model's `config.json`."""
+    from inferctl import hub
     from inferctl import model as models
     from inferctl.errors import UsageError
 
@@ -105,7 +106,12 @@ def _model(spec_file: Path | None, model: str | None, config: Path | None) -> tu
     # The weights are not needed, so a folder with the configuration alone will do.
     if (folder / "config.json").is_file():
         return spec, folder / "config.json"
-    return spec, models.find(spec.model.source, spec.model.revision).path / "config.json"
+    if (found := hub.cached(spec.model.source, spec.model.revision)) is not None:
+        return spec, found.path / "config.json"
+    if not models.is_hub_id(spec.model.source):
+        return spec, models.find(spec.model.source).path / "config.json"
+    names = ("config.json", "tokenizer.json")
+    return spec, hub.small_files(spec.model.source, spec.model.revision, names) / "config.json"
 
 
 def _longest(config: dict[str, Any]) -> int:

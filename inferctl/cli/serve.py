@@ -110,7 +110,7 @@ def serve(
         "serve.max_input_tokens": max_input_tokens,
         "serve.max_queue_tokens": max_queue_tokens,
     }
-    from inferctl.cli import console
+    from inferctl.cli import console, download
 
     if image:
         raise typer.Exit(_serve_image(image, spec_file, flags, _given(context), announce))
@@ -134,7 +134,7 @@ def serve(
         log=log,
         traces=options.traces_wanted(),
     )
-    raise typer.Exit(server.run(spec, chosen, console.note))
+    raise typer.Exit(server.run(spec, chosen, console.note, download.fetch))
 
 
 def _given(context: typer.Context) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _arguments(given: dict[str, Any]) -> tuple[str, ...]:
 def _serve_image(
     image: str, spec_file: Path | None, flags: dict[str, Any], given: dict[str, Any], announce: Path | None
 ) -> int:
-    from inferctl.cli import console
+    from inferctl.cli import console, download
     from inferctl.image import server
 
     if "image_reference" in given:
@@ -172,4 +172,4 @@ def _serve_image(
         drain_seconds=spec.serve.grace_seconds + spec.serve.drain_seconds,
         arguments=_arguments(given),
     )
-    return server.run_server(image, wanted, console.note, announce)
+    return server.run_server(image, wanted, console.note, announce, download.fetch)

@@ -69,14 +69,13 @@ def forecast(
     *,
     locks: tuple[str, ...],
     wheels: Mapping[str, int] | None,
-    weights: int | None,
-    baked: bool,
+    weights: Part | None,
     server: int,
 ) -> Forecast:
     """The size of an image. Pure.
 
     `locks`: names of the closures that are installed (`torch`, `server`, `int8`). `wheels`: closure -> bytes when a wheel folder
-    stands in for the index. `weights`: bytes, None when unknown; counted when `baked`. `server`: bytes of the server's own files.
+    stands in for the index. `weights`: those that the image bakes. `server`: bytes of the server's own files.
     """
     base_source = "; ".join(s.source for s in base.sources if "compressed_bytes" in s.facts)
     parts = [Part("base image", base.compressed_bytes, base_source or base.notes.get("compressed_bytes", "not known"))]
@@ -88,14 +87,8 @@ def forecast(
         parts.append(_closure("server dependencies", "server", SERVER_WHEELS_BYTES, _MEASURED, wheels))
     if "int8" in locks:
         parts.append(_closure("int8 library", "int8", INT8_WHEELS_BYTES, _MEASURED, wheels))
-    if baked:
-        parts.append(
-            Part(
-                "weights",
-                weights,
-                "the model folder" if weights is not None else "a hub model: not known before it is fetched",
-            )
-        )
+    if weights is not None:
+        parts.append(weights)
     parts.append(Part("server", server, "the installed inferctl, uncompressed"))
     return Forecast(tuple(sorted(parts, key=lambda part: (part.bytes is None, -(part.bytes or 0)))))
 

@@ -52,7 +52,10 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """Everything decided before the engine is asked. `model`: folder of the weights here, None when they come from a hub."""
+    """Everything decided before the engine is asked.
+
+    `model`: the folder of the weights that a verification mounts. `plan` sets none: a dry run needs no weights.
+    """
 
     reference: str
     spec: Spec
@@ -64,6 +67,12 @@ class BuildPlan:
     forecast: forecast.Forecast
     findings: tuple[fit.Finding, ...]
     options: BuildOptions
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether `run` needs the weights here: to bake a local folder, or to mount them in a verification."""
+        weights = self.spec.model.weights
+        return (weights == "mount" and self.options.verify) or (weights == "bake" and "model" in self.rendered.contexts)
 
     @property
     def platforms(self) -> tuple[str, ...]:
@@ -108,36 +117,44 @@ def platforms_of(spec: Spec, options: BuildOptions) -> tuple[str, ...]:
 def plan(
     spec: Spec, base: BaseImage, stack: Stack, rendered: Rendered, server: Mapping[str, Path], options: BuildOptions
 ) -> BuildPlan:
-    """Decide everything that needs no engine.
+    """Decide everything that needs no engine and no weights.
 
-    Raises `UsageError` for a platform that cannot be had, files that cannot be written, and local weights that are not there;
-    `InferctlError` for a floating revision, a secret in the Dockerfile, and an image too large.
+    Raises `UsageError` for a platform that does not exist and files that cannot be written, `InferctlError` for a
+    floating revision, a secret in the Dockerfile, and an image too large.
     """
-    from inferctl import model
     from inferctl.model import is_hub_id
 
     _refuse_targets(options)
     hub = is_hub_id(spec.model.source)
-    # A builder without the weights can still build an image that mounts them; only verifying it takes them.
-    wanted = {"bake": not hub, "mount": options.verify, "download": False}[spec.model.weights]
-    folder = model.find(spec.model.source, spec.model.revision) if wanted else None
     findings = _judged(spec, base, stack, rendered, options, hub)
-    weights = sum(file.stat().st_size for file in folder.files()) if folder else None
+    baked = spec.model.weights == "bake"
     found = forecast.forecast(
         base,
         stack,
         locks=tuple(Path(name).stem for name in rendered.files if name.startswith("locks/")),
         wheels=wheel_sizes(rendered, Path(spec.image.wheels)) if spec.image.wheels else None,
-        weights=weights,
-        baked=spec.model.weights == "bake",
+        weights=_weights(spec) if baked else None,
         server=sum(file.stat().st_size for file in server.values()),
     )
     if options.max_bytes is not None:
         forecast.refuse_larger(found, options.max_bytes, stack.cuda)
         findings += [] if found.complete else [_unweighed(found)]
     reference = options.reference or spec.image_reference()
-    here = folder.path if folder else None
-    return BuildPlan(reference, spec, base, stack, rendered, server, here, found, tuple(findings), options)
+    return BuildPlan(reference, spec, base, stack, rendered, server, None, found, tuple(findings), options)
+
+
+def _weights(spec: Spec) -> forecast.Part:
+    """The weights that the image bakes: of the folder, of the hub's cache, or as the hub lists them."""
+    from inferctl import hub, model
+
+    source, revision = spec.model.source, spec.model.revision
+    local = not model.is_hub_id(source)
+    try:
+        if folder := model.find(source) if local else hub.cached(source, revision):
+            return forecast.Part("weights", folder.bytes, "the model folder")
+        return forecast.Part("weights", hub.facts(source, revision).bytes, "the files that the hub lists")
+    except InferctlError as error:
+        return forecast.Part("weights", None, error.message)
 
 
 def _judged(

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from inferctl import outputs
+from inferctl import hub, model, outputs
 from inferctl.errors import NotReadyError, UsageError
 from inferctl.image import failures
 from inferctl.image.docker import Container, Engine
@@ -48,11 +48,18 @@ class ServeOptions:
     arguments: tuple[str, ...] = ()
 
 
-def run_server(reference: str, wanted: ServeOptions, say: Callable[[str], None], announce: Path | None = None) -> int:
+def run_server(
+    reference: str,
+    wanted: ServeOptions,
+    say: Callable[[str], None],
+    announce: Path | None = None,
+    fetch: hub.Fetch = model.find,
+) -> int:
     """Run the image `reference` until it ends, or until SIGINT or SIGTERM, which drain it; returns its exit code.
 
     The image is pulled when the engine has none; a GPU is passed through when the engine can; local weights are mounted
-    when the image brings none. `say` gets every line of its log. `announce`: file that gets `{"url", "pid"}` once it is ready.
+    when the image brings none. `fetch` brings those of a hub model. `say` gets every line of its log. `announce`: file
+    that gets `{"url", "pid"}` once it is ready.
     Raises `NotReadyError` for no engine, no image or a taken port, `UsageError` for missing weights.
     """
     if announce is not None:
@@ -66,20 +73,20 @@ def run_server(reference: str, wanted: ServeOptions, say: Callable[[str], None],
         image = engine.image(reference)
     if image is None:
         raise UsageError(f"there is no image {reference}", "`inferctl build` makes one")
-    model = weights(image, wanted)
+    folder = weights(image, wanted, fetch)
     gpu = engine.info().gpu and "NVIDIA_VISIBLE_DEVICES" in image.environment
     where = wanted.address
     try:
-        container = engine.start(image.id, options(image, model, where, gpu, wanted.arguments))
+        container = engine.start(image.id, options(image, folder, where, gpu, wanted.arguments))
     except failures.NoBridgeError as error:
         say(f"{error.message}; using the host's network")
         where = replace(where, network="host", port=where.port or free_port())
-        container = engine.start(image.id, options(image, model, where, gpu, wanted.arguments))
+        container = engine.start(image.id, options(image, folder, where, gpu, wanted.arguments))
     with container:
         return _attend(container, image, where, say, announce, int(wanted.drain_seconds) + _STOP_GRACE_SECONDS)
 
 
-def weights(image: ImageInfo, wanted: ServeOptions) -> Path | None:
+def weights(image: ImageInfo, wanted: ServeOptions, fetch: hub.Fetch = model.find) -> Path | None:
     """The folder to mount at /model, None when the image brings or fetches its weights."""
     # Only an image of ours says what it does with weights; another one gets them when that is asked for.
     kind = image.labels.get("io.inferctl.model.weights", "mount" if wanted.replaces_model else "bake")
@@ -90,13 +97,11 @@ def weights(image: ImageInfo, wanted: ServeOptions) -> Path | None:
         return None
     if wanted.model is None:
         raise UsageError("this image mounts its weights, and nothing says where they are", "give `--model DIR`")
-    from inferctl import model
-
-    return model.find(wanted.model, wanted.revision).path
+    return fetch(wanted.model, wanted.revision).path
 
 
 def options(
-    image: ImageInfo, model: Path | None, where: Address, gpu: bool, arguments: tuple[str, ...] = ()
+    image: ImageInfo, folder: Path | None, where: Address, gpu: bool, arguments: tuple[str, ...] = ()
 ) -> ContainerOptions:
     """How the container runs. `arguments` come last, so that they win over the image's own."""
     inside = listening_port(image)
@@ -107,7 +112,7 @@ def options(
     return ContainerOptions(
         command=(*image.command, *address, *reference, *arguments),
         environment={"INFERCTL_SERVE_PORT": str(port)},
-        mounts=mounts_of(model) if model else {},
+        mounts=mounts_of(folder) if folder else {},
         volumes={CACHE_PATH: _CACHE_VOLUME} if image.environment.get("HF_HOME") == CACHE_PATH else {},
         port=inside,
         host=where.host,

@@ -16,6 +16,7 @@ from typing import Any
 import inferctl
 from inferctl import hub, outputs
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
+from inferctl.model import ModelFolder
 from inferctl.serve import app as http_app
 from inferctl.serve import describe, logs, recipe, web
 from inferctl.serve.batcher import Batcher
@@ -51,9 +52,10 @@ class Options:
     traces: bool = False
 
 
-def run(spec: Spec, options: Options, say: Callable[[str], None]) -> int:
+def run(spec: Spec, options: Options, say: Callable[[str], None], fetch: hub.Fetch | None = None) -> int:
     """Serve until told to stop; returns the exit code. `say` gets lines for people.
 
+    `fetch` brings the model. Without it, or if all lines are JSON, the progress of a download are lines as well.
     Raises `UsageError` for a model that is not there or not usable, `NotReadyError` for a port or a device that is not.
     """
     if options.log not in ("text", "json"):
@@ -61,9 +63,15 @@ def run(spec: Spec, options: Options, say: Callable[[str], None]) -> int:
     logs.configure(options.log)
     # Its own threads, one a core, would compete with batches that have a core each.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    say = logs.speaker(options.log, say)
     if options.announce:
         _prepare(options.announce)
-    server = Server(spec, options, logs.speaker(options.log, say))
+    source, revision = spec.model.source, spec.model.revision
+    if fetch is None or options.log == "json":
+        folder = hub.fetch(source, revision, hub.Lines(source, say))
+    else:
+        folder = fetch(source, revision)
+    server = Server(spec, options, say, folder)
     loop_factory = None
     with contextlib.suppress(ImportError):
         import uvloop
@@ -76,9 +84,8 @@ def run(spec: Spec, options: Options, say: Callable[[str], None]) -> int:
 class Server:
     """One running server."""
 
-    def __init__(self, spec: Spec, options: Options, say: Callable[[str], None]) -> None:
-        self._spec, self._options, self._say = spec, options, say
-        self._folder = hub.fetch(spec.model.source, spec.model.revision, hub.Lines(spec.model.source, say))
+    def __init__(self, spec: Spec, options: Options, say: Callable[[str], None], folder: ModelFolder) -> None:
+        self._spec, self._options, self._say, self._folder = spec, options, say, folder
         self._recipe = recipe.read(self._folder.path, spec.serve.max_input_tokens)
         metrics = Metrics()
         capacity = Capacity.read(options.capacity) if options.capacity else None

@@ -76,7 +76,7 @@ CASES: dict[str, tuple[int, Callable[[Path], list[str]]]] = {
     "locks-incomplete": (2, with_spec("render", text=SPEC + "image: {locks: .}\n")),
     "value-escapes-the-dockerfile": (2, with_spec("render", "--base-image", "a/b; rm -rf /")),
     "model-folder-missing": (2, bare("serve", "--model", "./nowhere")),
-    "model-not-in-the-hub-cache": (2, bare("serve", "--model", "org/absent")),
+    "model-not-in-the-hub-cache": (3, bare("serve", "--model", "org/absent")),
     "model-is-an-lfs-pointer": (2, lfs_pointer),
     "model-has-pickled-weights-only": (2, pickled),
     "plan-unknown": (2, bare("bench", "--model", "org/absent", "--plan", "precison")),

@@ -140,7 +140,7 @@ def test_a_model_that_is_not_here_is_not_checked(here: Path, capsys: Captured) -
 def test_a_broken_model_folder_is_an_error(here: Path, capsys: Captured) -> None:
     (here / "model" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     assert run(["check"]) == 2
-    assert "not a complete safetensors file" in capsys.readouterr().err
+    assert "not a complete safetensors file" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["bases", "stacks", "hardware"])

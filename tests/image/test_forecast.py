@@ -12,6 +12,7 @@ from inferctl.image.forecast import (
     BYTECODE_BYTES,
     SERVER_WHEELS_BYTES,
     Forecast,
+    Part,
     forecast,
     refuse_larger,
 )
@@ -20,14 +21,16 @@ from inferctl.sizes import parse_size, size
 BASE = replace(catalog.base("cuda12.8"), compressed_bytes=250_000_000)
 STACK = replace(catalog.stack("torch2.10-cu128"), compressed_bytes=4_130_000_000)
 
+UNKNOWN = Part("weights", None, "the hub does not respond")
+
 
 def cuda(**changes: object) -> Forecast:
-    usual = {"locks": ("torch", "server"), "wheels": None, "weights": None, "baked": False, "server": 400_000}
+    usual = {"locks": ("torch", "server"), "wheels": None, "weights": None, "server": 400_000}
     return forecast(BASE, STACK, **{**usual, **changes})  # type: ignore[arg-type]
 
 
 def test_the_parts_add_up_biggest_first() -> None:
-    found = cuda(weights=90_000_000, baked=True)
+    found = cuda(weights=Part("weights", 90_000_000, "the model folder"))
     assert [part.name for part in found.parts] == [
         "torch closure",
         "base image",
@@ -43,10 +46,6 @@ def test_the_parts_add_up_biggest_first() -> None:
     assert all(part.source for part in found.parts)
 
 
-def test_mounted_weights_weigh_nothing() -> None:
-    assert cuda(weights=90_000_000).total == cuda().total
-
-
 def test_a_base_with_torch_has_no_torch_closure() -> None:
     assert "torch closure" not in [part.name for part in cuda(locks=("server",)).parts]
 
@@ -58,7 +57,7 @@ def test_a_wheel_folder_is_weighed_itself() -> None:
 
 
 def test_what_nobody_knows_makes_the_total_a_lower_bound() -> None:
-    found = cuda(weights=None, baked=True)
+    found = cuda(weights=UNKNOWN)
     assert not found.complete
     assert found.parts[-1].name == "weights"
     assert found.total == cuda().total
@@ -77,7 +76,7 @@ def test_an_image_too_large_is_refused_with_its_parts() -> None:
 
 def test_a_lower_bound_above_the_limit_is_refused_and_says_so() -> None:
     with pytest.raises(InferctlError, match="would be at least"):
-        refuse_larger(cuda(baked=True), 10**9)
+        refuse_larger(cuda(weights=UNKNOWN), 10**9)
 
 
 def test_an_image_just_small_enough_passes() -> None:

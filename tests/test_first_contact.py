@@ -1,0 +1,291 @@
+"""Every verb with a hub model that is not on this machine yet, against a hub on 127.0.0.1."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hub import Hub, Repository, online, serving
+from tests.test_model import write_model
+
+DEFAULT = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that the commands can read, with weights that nothing can compute with."""
+    folder = write_model(tmp_path_factory.mktemp("tiny") / "m", {"a": [1000, 1000]})
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536, "num_attention_heads": 12}
+    config = {"architectures": ["BertModel"], "model_type": "bert", "vocab_size": 30522, **sizes}
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    return folder
+
+
+@pytest.fixture
+def hub(tiny: Path) -> Iterator[Hub]:
+    with serving({DEFAULT: tiny, "org/gated": Repository(tiny, gated=True)}) as running:
+        yield running
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """An empty directory."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    return folder
+
+
+def inferctl(here: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "inferctl", *arguments]
+    return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def weights(hub: Hub) -> list[str]:
+    return [name for name in hub.downloads() if name.endswith(".safetensors")]
+
+
+def whole_weights(hub: Hub) -> bool:
+    """Whether the weights left the hub as a whole, rather than their header alone."""
+    return hub.sent > 4_000_000
+
+
+def test_a_dry_run_needs_no_weights_and_no_network(here: Path, hub: Hub, tmp_path: Path) -> None:
+    environment = online(hub, tmp_path / "home")
+    assert inferctl(here, environment, "init").returncode == 0
+    done = inferctl(here, environment, "build", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "size forecast" in done.stdout
+    for nowhere in (online("http://127.0.0.1:9", tmp_path / "home"), {**environment, "HF_HUB_OFFLINE": "1"}):
+        assert inferctl(here, nowhere, "build", "--dry-run").returncode == 0
+    assert weights(hub) == []
+
+
+def test_the_forecast_of_baked_weights_is_what_the_hub_lists_or_says_why_not(
+    here: Path, hub: Hub, tiny: Path, tmp_path: Path
+) -> None:
+    baked = f"name: m\nmodel: {{source: {DEFAULT}, weights: bake}}\n"
+    (here / "inferctl.yaml").write_text(baked)
+
+    def part(environment: dict[str, str]) -> dict[str, Any]:
+        done = inferctl(here, environment, "build", "--dry-run", "--allow-floating", "--json")
+        assert done.returncode == 0, done.stderr
+        (found,) = (part for part in json.loads(done.stdout)["forecast"]["parts"] if part["name"] == "weights")
+        return dict(found)
+
+    asked = part(online(hub, tmp_path / "home"))
+    assert asked["bytes"] == sum(file.stat().st_size for file in tiny.iterdir())
+    assert asked["source"] == "the files that the hub lists"
+    assert not whole_weights(hub)
+    unreachable = part(online("http://127.0.0.1:9", tmp_path / "other"))
+    assert unreachable["bytes"] is None
+    assert "http://127.0.0.1:9" in unreachable["source"]
+
+
+def test_check_estimates_the_memory_of_a_hub_model_without_its_weights(here: Path, hub: Hub, tmp_path: Path) -> None:
+    environment = online(hub, tmp_path / "home")
+    inferctl(here, environment, "init")
+    done = inferctl(here, environment, "check", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    # 1,000,000 parameters in 16 bits.
+    assert [part["memory"]["weights_bytes"] for part in document["hardware"]] == [2_000_000, 2_000_000]
+    assert not whole_weights(hub)
+
+
+def test_check_goes_on_without_the_hub_and_says_why_memory_is_unknown(here: Path, hub: Hub, tmp_path: Path) -> None:
+    inferctl(here, online(hub, tmp_path / "home"), "init")
+    done = inferctl(here, online("http://127.0.0.1:9", tmp_path / "home"), "check", "--json")
+    assert done.returncode == 0, done.stderr
+    found = [one for one in json.loads(done.stdout)["findings"] if one["topic"] == "memory"]
+    assert {one["level"] for one in found} == {"warn"}
+    assert all("http://127.0.0.1:9" in one["why"] for one in found)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "{source: org/absent}",
+        f"{{source: {DEFAULT}, revision: v9}}",
+        "{source: ./absent}",
+        "{source: ./absent, weights: bake}",
+        "{source: /absent/folder}",
+    ],
+)
+def test_check_refuses_a_model_that_does_not_exist(here: Path, hub: Hub, tmp_path: Path, model: str) -> None:
+    (here / "inferctl.yaml").write_text(f"name: m\nmodel: {model}\nhardware: [t4]\n")
+    done = inferctl(here, online(hub, tmp_path / "home"), "check", "--json")
+    assert done.returncode == 2, done.stdout
+    (found,) = (one for one in json.loads(done.stdout)["findings"] if one["topic"] == "model")
+    assert found["level"] == "error"
+    assert found["hint"]
+
+
+def test_estimate_takes_a_hub_model_without_its_weights_and_again_without_network(
+    here: Path, hub: Hub, tmp_path: Path
+) -> None:
+    environment = online(hub, tmp_path / "home")
+    inferctl(here, environment, "init")
+    first = inferctl(here, environment, "estimate", "--json", "--length", "128")
+    assert first.returncode == 0, first.stderr
+    assert weights(hub) == []
+    nowhere = online("http://127.0.0.1:9", tmp_path / "home")
+    again = inferctl(here, nowhere, "estimate", "--json", "--length", "128")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["rows"] == json.loads(first.stdout)["rows"]
+
+
+@pytest.mark.parametrize("verb", ["serve", "bench", "estimate"])
+def test_without_network_there_is_one_error_that_says_what_to_do(here: Path, tmp_path: Path, verb: str) -> None:
+    environment = online("http://127.0.0.1:9", tmp_path / "home")
+    inferctl(here, environment, "init")
+    done = inferctl(here, environment, verb)
+    assert done.returncode == 3, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("error:") == 1
+    assert "Traceback" not in done.stderr
+    assert "check the network" in done.stderr.partition("hint: ")[2]
+
+
+def test_a_gated_model_names_its_page_and_the_token(here: Path, hub: Hub, tmp_path: Path) -> None:
+    done = inferctl(here, online(hub, tmp_path / "home"), "serve", "--model", "org/gated")
+    assert done.returncode == 3, done.stderr
+    assert f"{hub.url}/org/gated" in done.stderr
+    assert "HF_TOKEN" in done.stderr
+
+
+def test_the_progress_of_a_download_is_lines_on_stderr_and_a_bar_on_a_terminal(
+    here: Path, hub: Hub, tmp_path: Path
+) -> None:
+    # The engine of the tiny model cannot start: what matters here is before.
+    piped = inferctl(here, online(hub, tmp_path / "home"), "serve", "--model", DEFAULT, "--port", "0")
+    assert piped.stdout == ""
+    assert piped.stderr.startswith(f"downloading {DEFAULT}: 4.0 MB\ndownloaded {DEFAULT}: 4.0 MB\n")
+    master, slave = pty.openpty()
+    hub.bytes_per_second = 8_000_000
+    environment = {**online(hub, tmp_path / "other"), "TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "inferctl", "serve", "--model", DEFAULT, "--port", "0"],
+        cwd=here,
+        env=environment,
+        stderr=slave,
+        stdin=slave,
+        stdout=subprocess.PIPE,
+    )
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(master, 4096)
+        except OSError:
+            break
+    assert process.stdout is not None
+    assert process.stdout.read() == b""
+    process.wait()
+    os.close(master)
+    assert b"/4.0 MB" in shown, shown
+    assert f"downloaded {DEFAULT}".encode() in shown
+
+
+def test_json_logs_stay_json_during_a_download(here: Path, hub: Hub, tmp_path: Path) -> None:
+    done = inferctl(here, online(hub, tmp_path / "home"), "serve", "--model", DEFAULT, "--port", "0", "--log", "json")
+    first = [json.loads(line)["message"] for line in done.stderr.splitlines()[:2]]
+    assert first == [f"downloading {DEFAULT}: 4.0 MB", f"downloaded {DEFAULT}: 4.0 MB"]
+
+
+def test_an_interrupted_download_ends_with_130_and_the_next_one_continues(here: Path, hub: Hub, tmp_path: Path) -> None:
+    environment = online(hub, tmp_path / "home")
+    hub.bytes_per_second = 1_000_000
+    command = [sys.executable, "-m", "inferctl", "serve", "--model", DEFAULT, "--port", "0"]
+    process = subprocess.Popen(command, cwd=here, env=environment, stderr=subprocess.PIPE, text=True)
+    while not weights(hub):
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in said
+    hub.bytes_per_second = None
+    hub.requests.clear()
+    again = inferctl(here, environment, "serve", "--model", DEFAULT, "--port", "0")
+    assert f"downloaded {DEFAULT}" in again.stderr
+    assert hub.downloads() == ["model.safetensors"], "what was complete is not sent again"
+
+
+@pytest.mark.slow
+def test_from_an_empty_directory_to_an_embedding_in_three_commands(here: Path, minilm: Path, tmp_path: Path) -> None:
+    with serving({DEFAULT: minilm}) as hub:
+        environment = online(hub, tmp_path / "home")
+        for verb in ("init", "check"):
+            done = inferctl(here, environment, verb)
+            assert done.returncode == 0, done.stdout + done.stderr
+        url = f"http://127.0.0.1:{_free_port()}"
+        environment["INFERCTL_SERVE_PORT"] = url.rpartition(":")[2]
+        server = subprocess.Popen(
+            [sys.executable, "-m", "inferctl", "serve"],
+            cwd=here,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+        )
+        try:
+            _until_ready(url, server)
+            body = json.dumps({"model": "all-minilm-l6-v2", "input": "hello"}).encode()
+            request = urllib.request.Request(f"{url}/v1/embeddings", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as response:
+                vector = json.load(response)["data"][0]["embedding"]
+            assert len(vector) == 384
+        finally:
+            server.terminate()
+            out, _ = server.communicate(timeout=60)
+        assert out == b"", "stdout stays data"
+    assert weights(hub) == ["model.safetensors"]
+
+
+@pytest.mark.slow
+def test_a_bench_downloads_once_before_its_servers_start(here: Path, minilm: Path, tmp_path: Path) -> None:
+    plan = {
+        "name": "once",
+        "load": {"mode": "closed", "users": 1, "duration_s": 2, "warmup_s": 1},
+        "quality": None,
+        "configurations": [{"name": "fp32", "precision": "fp32"}, {"name": "bf16", "precision": "bf16"}],
+        "repeats": 1,
+    }
+    (here / "once.yaml").write_text(json.dumps(plan))
+    with serving({DEFAULT: minilm}) as hub:
+        environment = online(hub, tmp_path / "home")
+        done = inferctl(here, environment, "bench", "--model", DEFAULT, "--plan", "once.yaml", "--json")
+    assert weights(hub) == ["model.safetensors"]
+    assert done.stderr.startswith(f"downloading {DEFAULT}")
+    assert [row["configuration"] for row in json.loads(done.stdout)["rows"]] == ["fp32", "bf16"], done.stderr
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert server.poll() is None, "the server ended"
+        try:
+            with urllib.request.urlopen(f"{url}/readyz", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError("the server was never ready")
