@@ -21,7 +21,8 @@ from inferctl.errors import UsageError
 GITHUB = (".github/actions/inferctl/action.yml", ".github/workflows/inferctl.yml")
 GITLAB = (".gitlab/inferctl.yml", ".gitlab-ci.yml")
 SCHEMAS = dict(zip((*GITHUB, *GITLAB), ("github-actions", "github-workflows", "gitlab-ci", "gitlab-ci"), strict=True))
-STEPS = ("check", "build", "bench", "compare", "push")
+STEPS = ("check", "build", "pull", "bench", "compare", "build --push")
+PACKAGE = "inferctl[bench] @ git+https://git.example.com/team/inferctl@v0.1.0"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with the files of both CIs."""
     folder = tmp_path_factory.mktemp("repository")
     for name in ("github", "gitlab"):
-        assert cli.run(["init", str(folder), "--ci", name]) == 0
+        assert cli.run(["init", str(folder), "--ci", name, "--package", PACKAGE]) == 0
     return folder
 
 
@@ -57,14 +58,19 @@ def commands(script: str) -> Iterator[list[str]]:
     """The arguments of every `inferctl` in a script, with variables as they stand."""
     joined = script.replace("\\\n", " ")
     for line in joined.splitlines():
-        if found := re.match(r"\s*inferctl (.*)", line):
+        if found := re.match(r"\s*(?:\w+=\$\()?inferctl (.*)", line):
             # Command substitutions hold quotes of their own; what they print is a value like any other.
-            plain = re.sub(r"\$\([^)]*\)", "x", found[1])
+            plain = re.sub(r"\$\([^)]*\)", "x", found[1]).removesuffix(")")
             # An option that is there only when its variable is set: as if it were.
             plain = re.sub(r"\$\{\w+:\+([^}]*)\}", r"\1", plain)
             words = shlex.split(plain, comments=True)
             end = next((i for i, word in enumerate(words) if re.fullmatch(r"[|&;]+|\d?>.*", word)), len(words))
             yield words[:end]
+
+
+def verb(words: list[str]) -> str:
+    """The step that a command line is: the build that pushes is one of its own."""
+    return f"{words[0]} --push" if "--push" in words else words[0]
 
 
 @pytest.mark.parametrize("path", [*GITHUB, *GITLAB])
@@ -74,7 +80,7 @@ def test_each_file_is_valid_for_its_ci(written: Path, path: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", [*GITHUB, *GITLAB[:1]])
+@pytest.mark.parametrize("path", [GITHUB[0], GITLAB[0]])
 def test_every_script_passes_shellcheck(written: Path, path: str) -> None:
     shellcheck = Path(sys.executable).with_name("shellcheck")
     found = scripts(written / path)
@@ -107,16 +113,16 @@ def test_the_workflow_passes_actionlint(written: Path, tmp_path: Path) -> None:
 def test_every_inferctl_command_exists_with_those_options(written: Path, files: tuple[str, ...]) -> None:
     known = get_command(cli.app).commands  # type: ignore[attr-defined]  # the root is a group
     used = [words for path in files for script in scripts(written / path) for words in commands(script)]
-    assert {words[0] for words in used} >= set(STEPS)
-    for verb, *arguments in used:
+    assert {verb(words) for words in used} >= set(STEPS)
+    for name, *arguments in used:
         values = [re.sub(r"\$REPEATS\b", "10", argument) for argument in arguments]
         # Parses the line as the command would, and raises for an unknown option, a missing value or one of the wrong type.
-        known[verb].make_context(verb, values)
+        known[name].make_context(name, values)
 
 
 @pytest.mark.parametrize("files", [GITHUB, GITLAB], ids=["github", "gitlab"])
 def test_the_steps_come_in_an_order_that_pushes_only_what_is_green(written: Path, files: tuple[str, ...]) -> None:
-    verbs = [words[0] for path in files for script in scripts(written / path) for words in commands(script)]
+    verbs = [verb(words) for path in files for script in scripts(written / path) for words in commands(script)]
     first = [verbs.index(verb) for verb in STEPS]
     assert first == sorted(first)
 
@@ -130,21 +136,78 @@ def test_no_expression_of_github_reaches_a_shell(written: Path) -> None:
 
 def test_every_input_that_is_used_is_declared_and_every_declared_one_is_used(written: Path) -> None:
     action = (written / GITHUB[0]).read_text()
-    assert set(yaml.safe_load(action)["inputs"]) == set(re.findall(r"\$\{\{ inputs\.([\w-]+) \}\}", action))
-    (step,) = (
-        one
-        for one in yaml.safe_load((written / GITHUB[1]).read_text())["jobs"]["gate"]["steps"]
-        if one.get("uses", "").startswith("./")
+    assert set(yaml.safe_load(action)["inputs"]) == set(re.findall(r"\binputs\.([\w-]+)", action))
+    for job in yaml.safe_load((written / GITHUB[1]).read_text())["jobs"].values():
+        (step,) = (one for one in job["steps"] if one.get("uses", "").startswith("./"))
+        assert set(step["with"]) == set(yaml.safe_load(action)["inputs"]) - {"package"}
+        assert (written / step["uses"] / "action.yml").is_file()
+
+
+def test_only_the_push_to_the_default_branch_may_write(written: Path) -> None:
+    workflow = yaml.safe_load((written / GITHUB[1]).read_text())
+    assert workflow["permissions"] == {}
+    jobs = workflow["jobs"]
+    assert {name: job["permissions"] for name, job in jobs.items()} == {
+        "check": {"contents": "read", "packages": "read"},
+        "publish": {"contents": "read", "packages": "write"},
+    }
+    assert {name: job["steps"][-1]["with"]["publish"] for name, job in jobs.items()} == {
+        "check": "false",
+        "publish": "true",
+    }
+    assert "github.event.repository.default_branch" in jobs["publish"]["if"]
+
+
+@pytest.mark.parametrize(
+    ("repository", "branch", "host", "baseline"),
+    [
+        ("ghcr.io/Acme/Models/MiniLM", "main", "ghcr.io", "ghcr.io/acme/models/minilm:main"),
+        ("myorg/minilm", "release/1.x", "docker.io", "myorg/minilm:release-1.x"),
+        ("my.org/minilm", "feature/#12", "my.org", "my.org/minilm:feature-12"),
+        ("localhost:5000/minilm", "#é", "localhost:5000", "localhost:5000/minilm:branch"),
+        ("minilm.v2", ".x", "docker.io", "minilm.v2:x"),
+        ("team/models.v2/minilm", "main", "docker.io", "team/models.v2/minilm:main"),
+        ("r.io/m", "a" * 200, "r.io", "r.io/m:" + "a" * 128),
+    ],
+)
+@pytest.mark.parametrize("path", [GITHUB[0], GITLAB[0]])
+def test_every_repository_and_branch_makes_a_host_and_a_tag(
+    written: Path, tmp_path: Path, path: str, repository: str, branch: str, host: str, baseline: str
+) -> None:
+    document = yaml.safe_load((written / path).read_text())
+    if path == GITHUB[0]:
+        (script,) = (step["run"] for step in document["runs"]["steps"] if step.get("id") == "names")
+    else:
+        script = document[".inferctl"]["before_script"][-1] + 'printf "host=%s\nbaseline=%s\n" "$host" "$BASELINE"'
+    program = tmp_path / "inferctl"
+    program.write_text('#!/bin/sh\necho \'{"model.source": {"value": "org/m"}, "model.revision": {"value": null}}\'\n')
+    program.chmod(0o755)
+    output = tmp_path / "output"
+    environment = {
+        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin",
+        "REPOSITORY": repository,
+        "BRANCH": branch,
+        "CI_COMMIT_REF_NAME": branch,
+        "CI_COMMIT_SHA": "0" * 40,
+        "GITHUB_SHA": "0" * 40,
+        "GITHUB_OUTPUT": str(output),
+        "SPEC": "inferctl.yaml",
+        "LANG": "C.UTF-8",
+    }
+    done = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", script], env=environment, check=True, capture_output=True, text=True
     )
-    assert set(step["with"]) <= set(yaml.safe_load(action)["inputs"])
-    assert (written / step["uses"] / "action.yml").is_file()
+    said = (output.read_text() if path == GITHUB[0] else done.stdout).splitlines()
+    assert f"host={host}" in said
+    assert f"baseline={baseline}" in said
+    assert path != GITHUB[0] or "weights=org-m-None" in said
 
 
 @pytest.mark.parametrize("path", [GITHUB[0], GITLAB[0]])
 def test_every_variable_that_a_script_reads_is_set(written: Path, path: str) -> None:
     text = (written / path).read_text()
     provided = set(re.findall(r"^ +([A-Z_]+): ", text, re.MULTILINE)) | {"PATH", "PWD"}
-    provided |= set(re.findall(r"export ([A-Z_]+)=", text))
+    provided |= set(re.findall(r"\b([A-Z_]+)=", text))
     for script in scripts(written / path):
         for name in re.findall(r"\$\{?([A-Z][A-Z_]+)", script):
             assert name in provided or name.startswith(("CI_", "GITHUB_", "RUNNER_", "REGISTRY_")), name
@@ -204,43 +267,48 @@ def test_an_invalid_bench_is_left_to_compare_and_other_failures_end_the_job(
     parts = scripts(written / path) if path == GITHUB[0] else yaml_items(written / path)
     (script,) = (one for one in parts if "inferctl bench" in one)
     inferctl = f"""#!/bin/bash
+if [ "$1" = pull ]; then echo r/m@sha256:0; exit; fi
 if [ "$1" = bench ]; then exit {code}; fi
 while [ "$1" != --announce ]; do shift; done
 echo '{{"url": "http://127.0.0.1:1"}}' > "$2"
 exec /bin/sleep 20
 """
-    programs = {"inferctl": inferctl, "docker": "#!/bin/sh\n", "sleep": "#!/bin/sh\nexec /bin/sleep 0.02\n"}
+    programs = {"inferctl": inferctl, "sleep": "#!/bin/sh\nexec /bin/sleep 0.02\n"}
     for name, text in programs.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     names = ("SPEC", "PLAN", "REPEATS", "BASELINE", "CANDIDATE")
-    environment = {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin", "WITHOUT_BASELINE": "fail"}
+    environment = {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin"}
     environment |= dict.fromkeys(names, "x")
     done = subprocess.run(["bash", "-eo", "pipefail", "-c", script], cwd=tmp_path, env=environment, check=False)
     assert done.returncode == expected
 
 
-@pytest.mark.parametrize(("policy", "expected"), [("fail", 1), ("pass", 0)])
-def test_a_missing_baseline_passes_only_when_that_was_said(
-    written: Path, tmp_path: Path, policy: str, expected: int
+@pytest.mark.parametrize("path", [GITHUB[0], GITLAB[0]])
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_missing_baseline_passes_with_a_notice_and_a_registry_that_cannot_be_read_fails(
+    written: Path, tmp_path: Path, path: str, code: int
 ) -> None:
-    (script,) = (one for one in scripts(written / GITHUB[0]) if "inferctl bench" in one)
-    docker = tmp_path / "docker"
-    docker.write_text("#!/bin/sh\nexit 1\n")
-    docker.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "BASELINE": "r/m:main", "WITHOUT_BASELINE": policy}
+    parts = scripts(written / path) if path == GITHUB[0] else yaml_items(written / path)
+    (script,) = (one for one in parts if "inferctl pull" in one)
+    program = tmp_path / "inferctl"
+    program.write_text(f"#!/bin/sh\nexit {code}\n")
+    program.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "BASELINE": "r/m:main"}
     done = subprocess.run(["bash", "-eo", "pipefail", "-c", script], cwd=tmp_path, env=environment, check=False)
-    assert done.returncode == expected
-    assert "`r/m:main`" in (tmp_path / "verdict.md").read_text()
+    assert done.returncode == code
+    verdict = tmp_path / "verdict.md"
+    assert "`r/m:main`" in verdict.read_text() if code == 0 else not verdict.exists()
 
 
 def test_ci_files_that_are_there_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / ".gitlab-ci.yml").write_text("mine: {script: [true]}\n")
-    assert cli.run(["init", str(tmp_path), "--ci", "gitlab"]) == 0
+    gitlab = ["init", str(tmp_path), "--ci", "gitlab", "--package", PACKAGE]
+    assert cli.run(gitlab) == 0
     assert (tmp_path / ".gitlab-ci.yml").read_text() == "mine: {script: [true]}\n"
     assert "include" in capsys.readouterr().err
-    assert cli.run(["init", str(tmp_path), "--ci", "gitlab"]) == UsageError.exit_code
-    assert cli.run(["init", str(tmp_path), "--ci", "gitlab", "--force"]) == 0
+    assert cli.run(gitlab) == UsageError.exit_code
+    assert cli.run([*gitlab, "--force"]) == 0
 
 
 def packages(folder: Path) -> list[str]:
@@ -250,15 +318,17 @@ def packages(folder: Path) -> list[str]:
 
 
 def test_jobs_install_what_was_said_to_the_letter(written: Path, tmp_path: Path) -> None:
-    assert packages(written) == ["inferctl[bench]"] * 2
+    assert packages(written) == [PACKAGE] * 2
     odd = "inferctl[bench] @ git+https://git.example.com/team/inferctl@v1#egg=\"x\": 'é'"
     for name in ("github", "gitlab"):
         assert cli.run(["init", str(tmp_path), "--ci", name, "--package", odd]) == 0
     assert packages(tmp_path) == [odd] * 2
 
 
-@pytest.mark.parametrize("arguments", [["--package", "inferctl"], ["--ci", "github", "--package", " "]])
-def test_a_package_without_a_job_or_without_a_name_is_refused_and_nothing_written(
+@pytest.mark.parametrize(
+    "arguments", [["--package", "inferctl"], ["--ci", "gitlab"], ["--ci", "github", "--package", " "]]
+)
+def test_a_package_without_a_job_and_a_job_without_a_package_is_refused_and_nothing_written(
     tmp_path: Path, arguments: list[str]
 ) -> None:
     assert cli.run(["init", str(tmp_path), *arguments]) == UsageError.exit_code
@@ -272,7 +342,7 @@ def test_a_spec_that_is_there_is_read_and_kept(tmp_path: Path) -> None:
         spec.read_text().replace("  # repository: registry.example.com/ml/", "  repository: registry.example.com/team/")
     )
     before = spec.read_text()
-    assert cli.run(["init", str(tmp_path), "--ci", "github", "--force"]) == 0
+    assert cli.run(["init", str(tmp_path), "--ci", "github", "--package", PACKAGE, "--force"]) == 0
     assert spec.read_text() == before
     assert "REPOSITORY: registry.example.com/team/named" in (tmp_path / GITHUB[1]).read_text()
 
@@ -286,6 +356,7 @@ PLAN = {
     "quality": None,
 }
 SHIM = """#!/bin/bash
+if [ "$1" = pull ]; then echo r/m@sha256:0; exit; fi
 # Images cannot run here: `serve --image NAME` starts the answering server, slower for a NAME that says so.
 if [ "$1" = serve ]; then
   case "$*" in *slow*) median=12 ;; *) median=6 ;; esac
@@ -320,7 +391,6 @@ def test_the_steps_measure_both_images_and_give_a_verdict(written: Path, tmp_pat
         "REPEATS": "3",
         "BASELINE": "r/m:main",
         "CANDIDATE": "r/m:slow",
-        "WITHOUT_BASELINE": "fail",
         "THRESHOLD": "",
         "OPEN": "fail",
         "HOME": str(tmp_path),

@@ -1,4 +1,4 @@
-"""`inferctl init`: a commented spec to start from, and with `--ci` the steps of a CI that gates by it."""
+"""`inferctl init`: a commented spec to start from, and with `--ci` the files of a CI job that gates and publishes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import typer
 from inferctl.cli import console
 from inferctl.errors import UsageError
 
-_PACKAGE = "inferctl[bench]"
+_EXAMPLE = "inferctl[bench] @ git+https://git.example.com/team/inferctl@v0.1.0"
+# Scripts that both CIs share.
+_PARTS = ("names", "build", "measure", "compare", "publish")
 _GITLAB_ROOT, _GITLAB_PART = ".gitlab-ci.yml", ".gitlab/inferctl.yml"
 # CI -> path in the repository -> template.
 _CI = {
@@ -34,17 +36,18 @@ def init(
         list[str] | None, typer.Option(help="Hardware it must run on (repeatable); default t4 and half an A100.")
     ] = None,
     ci: Annotated[
-        str | None, typer.Option("--ci", metavar="NAME", help="Also write the steps for github or gitlab.")
+        str | None, typer.Option("--ci", metavar="NAME", help="Also write the CI files: github or gitlab.")
     ] = None,
     package: Annotated[
         str | None,
-        typer.Option(metavar="REQUIREMENT", help=f"With --ci: what pip installs in the job; default {_PACKAGE}."),
+        typer.Option(metavar="REQUIREMENT", help="Set what pip installs in the job; required with --ci."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that are already there.")] = False,
 ) -> None:
-    """Write a commented inferctl.yaml and print its path; with --ci the CI steps too, beside a spec that may be there already.
+    """Write a commented inferctl.yaml and print its path. With --ci, write the CI files too; an existing spec is kept.
 
-    Examples: inferctl init --model ./models/all-MiniLM-L6-v2 --hardware t4; inferctl init --ci github
+    Examples: inferctl init --model ./models/all-MiniLM-L6-v2 --hardware t4;
+    inferctl init --ci github --package 'inferctl[bench] @ git+https://git.example.com/team/inferctl@v0.1.0'
     """
     from inferctl import catalog, outputs, settings, spec
 
@@ -81,13 +84,18 @@ def init(
 
 
 def _requirement(package: str | None, ci: str | None) -> str:
-    """What the CI job installs, as a YAML string: a requirement may hold what YAML would read otherwise."""
-    if package is not None and (ci is None or not package.strip()):
+    """What the CI job installs, as a YAML string: a requirement may hold what YAML would read otherwise.
+
+    There is no default: on a public index, the bare name can belong to anybody.
+    """
+    if ci is None and package is not None:
+        raise UsageError("--package needs --ci: it sets what the CI job installs", "add `--ci github` or `--ci gitlab`")
+    if ci is not None and not (package or "").strip():
         raise UsageError(
-            "--package says what the CI job installs" if ci is None else "--package is empty",
-            f"give it beside --ci, as in `--ci github --package '{_PACKAGE} @ git+https://HOST/inferctl'`",
+            f"--ci {ci} needs --package: the job must know where to install inferctl from",
+            f"pass a Git address, a wheel or a folder, as in `--package '{_EXAMPLE}'`",
         )
-    return json.dumps(package or _PACKAGE, ensure_ascii=False)
+    return json.dumps((package or "").strip(), ensure_ascii=False)
 
 
 def _ci_files(ci: str, directory: Path, given: dict[str, Any], force: bool) -> dict[Path, str]:
@@ -95,7 +103,7 @@ def _ci_files(ci: str, directory: Path, given: dict[str, Any], force: bool) -> d
     from inferctl import spec
 
     values = {**given, "spec": spec.DEFAULT_FILE}
-    parts = {part: _rendered(f"ci/{part}.sh.j2", values).rstrip() for part in ("measure", "compare")}
+    parts = {part: _rendered(f"ci/{part}.sh.j2", values).rstrip() for part in _PARTS}
     made = {}
     for path, template in _CI[ci].items():
         file = directory / path
