@@ -148,11 +148,24 @@ def _schedule(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     if changed:
         said = ", ".join(f"{key} {loads[0].get(key)} and {loads[1].get(key)}" for key in changed)
         return f"the loads differ: {said}"
-    if old["workload"]["sha256"] != new["workload"]["sha256"]:
+    before, after = _schedules(old), _schedules(new)
+    if before.get(0) != after.get(0):
         return (
             "the schedules differ (texts, order or times: another corpus, another seed or another version of inferctl)"
         )
+    other = [str(repeat + 1) for repeat in sorted(before.keys() & after.keys()) if before[repeat] != after[repeat]]
+    if other:
+        return (
+            f"the schedules of repeat {', '.join(other)} differ: receipts of different versions of inferctl, "
+            "or another seed"
+        )
     return ""
+
+
+def _schedules(data: Mapping[str, Any]) -> dict[int, str]:
+    """Return the sha256 of texts, order and times, by repeat. An older receipt has one for all of its repeats."""
+    whole = data["workload"]["sha256"]
+    return {0: whole} | {run["repeat"]: (run.get("workload") or {}).get("sha256") or whole for run in data["runs"]}
 
 
 def interleaved(

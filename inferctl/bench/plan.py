@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -131,6 +132,16 @@ class Plan(Section):
             return self.load
         implied = {"mode": "open"} if "rate" in changes else {"mode": "closed"} if "users" in changes else {}
         return Load.model_validate({**self.load.model_dump(exclude_unset=True), **implied, **changes})
+
+    def seed_of(self, repeat: int) -> int:
+        """Return the seed of a repeat: the plan's seed for the first one (0), a hash of seed and repeat for the others.
+
+        All configurations share the seed of a repeat, so that their runs are pairs. Different repeats have different
+        schedules: if all had one, pooled runs would show the luck of that schedule only.
+        """
+        if not repeat:
+            return self.seed
+        return int.from_bytes(hashlib.sha256(f"{self.seed}/{repeat}".encode()).digest()[:8], "big") >> 1
 
     def with_overrides(
         self,

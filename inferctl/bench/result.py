@@ -98,6 +98,7 @@ def _receipt(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
                 "started": datetime.datetime.fromtimestamp(m.started, datetime.UTC).isoformat(timespec="milliseconds"),
                 "ready_seconds": m.info.get("ready_seconds"),
                 "serial": m.serial,
+                "workload": {key: m.workload.get(key) for key in ("seed", "sha256")},
                 "server": _nameless(m.info),
                 "summary": summary.summarise([m.part]),
                 "resources": m.resources,

@@ -161,25 +161,32 @@ def _started(bench: Bench, subject: Subject, folder: Path, tell: Tell, number: i
 
 def _loaded(bench: Bench, subject: Subject, session: Session, one: Run, folder: Path) -> Measurement:
     load, corpus = bench.load_of(subject), bench.corpus_of(subject)
-    work = workload.draw(load, corpus, bench.plan.seed)
+    seed = _seed(bench, load, one)
+    work = workload.draw(load, corpus, seed)
     made = session.measure(load, work, one, folder)
-    made.workload = describe(work, load, corpus, bench.plan.seed)
+    made.workload = describe(work, load, corpus, seed)
     return made
+
+
+def _seed(bench: Bench, load: Load, one: Run) -> int:
+    """Return the seed of a run. A trace is replayed as it is, in each repeat."""
+    return bench.plan.seed if load.trace else bench.plan.seed_of(one.repeat)
 
 
 def _paired(bench: Bench, subject: Subject, session: Session, one: Run, folder: Path) -> Measurement:
     """The run, and the same beside busy neighbours."""
     load, corpus = bench.load_of(subject), bench.corpus_of(subject)
+    seed = _seed(bench, load, one)
     pair = neighbours.Pair(
         session,
         load,
         corpus,
-        bench.plan.seed,
+        seed,
         bench.plan.neighbours,
         start=lambda number, place: _started(bench, subject, place, session.tell, number),
     )
     made = neighbours.measure(pair, one, folder)
-    made.workload = describe(workload.draw(load, corpus, bench.plan.seed), load, corpus, bench.plan.seed)
+    made.workload = describe(workload.draw(load, corpus, seed), load, corpus, seed)
     return made
 
 
@@ -230,6 +237,13 @@ def _brief(measurement: Measurement) -> str:
     return f"{found['requests_per_s']:.1f} req/s" + (f", {' '.join(figures)} ms" if figures else "")
 
 
+def _sent_other_work(workloads: Sequence[dict[str, Any]]) -> bool:
+    """Return whether a corpus or a trace changed between runs: one seed then has two digests, or one corpus two."""
+    digests = {(one.get("seed"), one.get("sha256")) for one in workloads}
+    corpora = {one.get("corpus_sha256") for one in workloads}
+    return len(digests) > len({seed for seed, _ in digests}) or len(corpora) > 1
+
+
 def judge(outcome: Outcome, cores: int) -> tuple[dict[str, Any], list[validity.Validity], validity.Validity]:
     """Pooled summary of an outcome with runs, the validity of each run, and that of the whole."""
     each = [
@@ -242,7 +256,7 @@ def judge(outcome: Outcome, cores: int) -> tuple[dict[str, Any], list[validity.V
     pooled = summary.summarise([m.part for m in outcome.measurements])
     whole = validity.combine(each, pooled)
     reasons = (*whole.reasons, *validity.same([m.info for m in outcome.measurements]).reasons)
-    if len({m.workload.get("sha256") for m in outcome.measurements}) > 1:
+    if _sent_other_work([m.workload for m in outcome.measurements]):
         reasons = (*reasons, "the runs differ in what was sent: a corpus or a trace changed meanwhile")
     if beside := neighbours.document(outcome.measurements, cores):
         whole = validity.both(whole, validity.Validity((), tuple(beside["cautions"])))

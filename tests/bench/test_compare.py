@@ -192,6 +192,32 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, change: Callable[[An
     assert reason in result["configurations"][0]["reasons"][0]
 
 
+@pytest.mark.parametrize(
+    ("old_sent", "new_sent", "reason"),
+    [
+        ("abc", "abc", None),
+        ("abc", "abd", "the schedules of repeat 3 differ"),
+        ("aaa", None, None),  # an older receipt has one schedule for all repeats, and says it once
+        ("abc", None, "the schedules of repeat 2, 3 differ"),
+    ],
+)
+def test_repeats_are_compared_with_the_repeat_that_had_the_same_schedule(
+    tmp_path: Path, old_sent: str, new_sent: str | None, reason: str | None
+) -> None:
+    def sent(digests: str | None) -> Callable[[dict[str, Any]], None]:
+        def change(data: dict[str, Any]) -> None:
+            data["workload"]["sha256"] = "a"
+            for run, digest in zip(data["runs"], digests or "", strict=False):
+                run["workload"] = {"seed": 1, "sha256": digest}
+
+        return change
+
+    old, new = receipts_of(tmp_path, run_values(20, STEADY[:3]), run_values(20, STEADY[:3]))
+    result = verdict(changed(old, sent(old_sent)), changed(new, sent(new_sent)))
+    reasons = result["configurations"][0]["reasons"]
+    assert (reason is None and not reasons) or reason in reasons[0]
+
+
 def test_other_precisions_and_hardware_are_compared_when_that_is_said_and_noted(tmp_path: Path) -> None:
     old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(10, STEADY))
     new = changed(new, lambda data: data["precision"].update(effective="fp32"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from inferctl import cli
 from inferctl import model as models
 from inferctl.bench import (
     charts,
+    comparable,
     environment,
     plan,
     procfs,
@@ -120,8 +122,32 @@ def test_runs_alternate_and_are_pooled_into_one_receipt_a_configuration(tmp_path
     for run in sealed["runs"]:
         rows = records.read(tmp_path / run["records"][0]["path"])
         assert int((rows["phase"] == records.MEASURED).sum()) == run["summary"]["requests"]
-    assert sealed["workload"]["sha256"] == receipt.load(tmp_path / "receipts" / "fp32.json").data["workload"]["sha256"]
+    other = receipt.load(tmp_path / "receipts" / "fp32.json").data
+    assert sealed["workload"]["sha256"] == other["workload"]["sha256"]
     assert list(rows.dtype.names or ()) == [name for name, _ in FIELDS]
+
+
+def test_each_repeat_has_a_schedule_of_its_own_that_all_configurations_share(tmp_path: Path) -> None:
+    work = bench(tmp_path, "fp32", "bf16", repeats=3)
+    load = {"mode": "open", "rate": 40, "duration_s": 1, "warmup_s": 0}
+    work = dataclasses.replace(work, plan=work.plan.model_copy(update={"load": plan.Load.model_validate(load)}))
+    document(work, ran(work))
+    fp32, bf16 = (receipt.load(tmp_path / "receipts" / f"{name}.json") for name in ("fp32", "bf16"))
+    sent = [
+        [run["workload"] for run in sorted(one.data["runs"], key=lambda run: run["repeat"])] for one in (fp32, bf16)
+    ]
+    assert sent[0] == sent[1]
+    assert len({one["sha256"] for one in sent[0]}) == len({one["seed"] for one in sent[0]}) == 3
+    assert sent[0][0]["seed"] == work.plan.seed
+    assert fp32.data["validity"]["reasons"] == []
+    times = []
+    for run in fp32.data["runs"]:
+        due = records.read(tmp_path / run["records"][0]["path"])["intended_ns"]
+        times.append((due - due.min()).tolist())
+    assert times[0] != times[1] != times[2]
+    pair = comparable.Pair(fp32, bf16)
+    assert comparable.refused(pair, ["precision"]) == []
+    assert pair.together
 
 
 def test_a_configuration_that_cannot_run_is_a_row_with_its_reason(tmp_path: Path) -> None:
