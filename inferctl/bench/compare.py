@@ -76,15 +76,16 @@ DEFAULT_THRESHOLDS = {"p50": 0.05, "p90": 0.05, "p99": 0.10, "requests_per_s": 0
 class Options:
     """What counts. `thresholds` are shares, by metric; `metrics`: those to judge, empty for all that were measured.
 
-    `cosine_drop` and `recall_drop`: by how much the 1st percentile of the cosine and the recall may fall. `allow`: of `ALLOWABLE`.
+    `cosine_drop` and `recall_drop`: by how much the 1st percentile of the cosine and the recall may fall; None: as
+    `allowed_drop` says. `allow`: of `ALLOWABLE`.
     """
 
     thresholds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_THRESHOLDS)
-    floor_ms: float = 0.2
-    floor_mib: float = 32.0
+    floor_ms: float = 0.05
+    floor_mib: float = 8.0
     metrics: Sequence[str] = ()
-    cosine_drop: float = 0.005
-    recall_drop: float = 0.02
+    cosine_drop: float | None = None
+    recall_drop: float | None = None
     allow: Sequence[str] = ()
 
     def limits(self, metric: Metric) -> verdict.Limits:
@@ -233,6 +234,7 @@ def quality(
             new["cosine"]["p1"],
             limits.get("cosine_p1"),
             options.cosine_drop,
+            options,
         ),
         _quality(
             "recall_at_10",
@@ -240,11 +242,30 @@ def quality(
             new["recall_at_10"],
             limits.get("recall_at_10"),
             options.recall_drop,
+            options,
         ),
     ]
 
 
-def _quality(name: str, old: float | None, new: float, least: float | None, drop: float) -> dict[str, Any]:
+# The most that may be lost, and what always may: near-ties change places when texts are batched in another way.
+MOST_DROP = {"cosine_p1": 0.005, "recall_at_10": 0.02}
+_ALWAYS = {"cosine_p1": 0.0005, "recall_at_10": 0.005}
+
+
+def allowed_drop(name: str, old: float | None, options: Options) -> float:
+    """Return the default drop of a quality figure: its distance from 1 may double, between a least and a most drop.
+
+    Precisions that differ, as allowed, differ in quality: the most drop counts.
+    """
+    if old is None or "precision" in options.allow:
+        return MOST_DROP[name]
+    return min(MOST_DROP[name], max(_ALWAYS[name], 1 - old))
+
+
+def _quality(
+    name: str, old: float | None, new: float, least: float | None, given: float | None, options: Options
+) -> dict[str, Any]:
+    drop = allowed_drop(name, old, options) if given is None else given
     reason = ""
     if least is not None and new < least:
         reason = f"under the plan's limit of {least:g}"

@@ -15,10 +15,13 @@ from inferctl import catalog
 def efficiency(
     summary: Mapping[str, Any],
     telemetry: Sequence[Mapping[str, Any]],
-    resources: Mapping[str, float],
+    runs: Sequence[tuple[Mapping[str, Any], Mapping[str, float]]],
     hardware: str | None,
 ) -> dict[str, Any]:
-    """Costs of one configuration under its load. `summary` pools its runs, `telemetry` has a document a run, `hardware` is a catalog key.
+    """Return the costs of one configuration under its load.
+
+    `summary` pools its runs, `telemetry` has one document per run, `runs` the summary and the resources of each run.
+    `hardware` is a catalog key.
 
     Energy is average power over the runs, divided by what was answered: it holds idle power too.
     """
@@ -28,18 +31,28 @@ def efficiency(
     if not requests:
         return _nothing("nothing was answered")
     reasons = {"joules": unknown, "cost": no_price}
-    cores = resources.get("server_cores")
     return {
         "watts": watts,
         "watts_from": sources,
         "joules_per_1000_requests": None if watts is None else _digits(1000 * watts / requests),
         "joules_per_million_texts": None if watts is None else _digits(1e6 * watts / texts),
-        "cpu_seconds_per_1000_requests": None if cores is None else _digits(1000 * cores / requests),
+        "cpu_seconds_per_1000_requests": _cpu_seconds(runs),
         "cost": [
             {**one, "usd_per_million_texts": _digits(1e6 * one["usd_per_hour"] / 3600 / texts)} for one in dollars
         ],
         "unknown": {name: reason for name, reason in reasons.items() if reason},
     }
+
+
+def _cpu_seconds(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, float]]]) -> float | None:
+    """Return the CPU seconds per 1,000 requests: time and requests of the same runs. None where no run knows both."""
+    known = [
+        (found["seconds"] * used["server_cores"], found["seconds"] * found["requests_per_s"])
+        for found, used in runs
+        if "server_cores" in used
+    ]
+    seconds, requests = (math.fsum(column) for column in zip(*known, strict=True)) if known else (0.0, 0.0)
+    return _digits(1000 * seconds / requests) if requests else None
 
 
 def power(telemetry: Sequence[Mapping[str, Any]]) -> tuple[float | None, list[str], str | None]:

@@ -82,7 +82,10 @@ def _receipt(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
         "summary": pooled,
         "resources": _worst(outcome.measurements),
         "efficiency": efficiency.efficiency(
-            pooled, [m.telemetry for m in outcome.measurements], _worst(outcome.measurements), hardware["key"]
+            pooled,
+            [m.telemetry for m in outcome.measurements],
+            [(summary.summarise([m.part]), m.resources) for m in outcome.measurements],
+            hardware["key"],
         ),
         "quality": privacy.without_folders(outcome.quality),
         "validity": privacy.without_folders(whole.as_dict()),

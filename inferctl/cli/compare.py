@@ -27,16 +27,30 @@ def compare(
         ),
     ] = None,
     floor_ms: Annotated[
-        float, typer.Option(metavar="MS", min=0, help="What a change of a latency must exceed too.")
-    ] = 0.2,
+        float, typer.Option(metavar="MS", min=0, help="Set the minimum absolute difference of a latency.")
+    ] = 0.05,
     metric: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="p50, p90, p99, requests_per_s or memory; repeatable; default all."),
     ] = None,
     max_cosine_drop: Annotated[
-        float, typer.Option(metavar="X", min=0, help="By how much the cosine (1st percentile) may fall.")
-    ] = 0.005,
-    max_recall_drop: Annotated[float, typer.Option(metavar="X", min=0, help="By how much recall@10 may fall.")] = 0.02,
+        float | None,
+        typer.Option(
+            metavar="X",
+            min=0,
+            help="Set the largest drop of the cosine (1st percentile).",
+            show_default="the distance from 1 may double; 0.0005 to 0.005",
+        ),
+    ] = None,
+    max_recall_drop: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            min=0,
+            help="Set the largest drop of recall@10.",
+            show_default="the distance from 1 may double; 0.005 to 0.02",
+        ),
+    ] = None,
     allow: Annotated[
         list[str] | None,
         typer.Option(metavar="WHAT", help="Compare although `precision` or `hardware` differ; repeatable."),
@@ -82,8 +96,8 @@ def _options(
     threshold: list[str] | None,
     floor_ms: float,
     metric: list[str] | None,
-    cosine_drop: float,
-    recall_drop: float,
+    cosine_drop: float | None,
+    recall_drop: float | None,
     allow: list[str] | None,
 ) -> Options:
     from inferctl.bench import comparable

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib.util
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,6 +114,36 @@ def test_requests_that_queue_behind_each_other_get_the_interval_that_they_suppor
     independent_runs = queue(0.7, 1000, 1200, seed=5, warmup=400).reshape(300, 4000)
     assert coverage(independent_runs, 0.99, truth, seen=False) < 0.65
     assert coverage(independent_runs, 0.99, truth, runs=4) >= 0.85
+
+
+@pytest.fixture(scope="module")
+def simulated() -> Any:
+    """The module benchmarks/harness/coverage.py, which does the same with more trials."""
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "harness" / "coverage.py"
+    spec = importlib.util.spec_from_file_location("coverage_of_intervals", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.LONG = 1_500_000
+    return module
+
+
+def test_intervals_of_pooled_repeats_contain_the_truth_only_if_each_repeat_has_its_own_schedule(simulated: Any) -> None:
+    shares = [
+        share
+        for load, trials in ((0.5, 200), (0.7, 100), (0.85, 40))
+        for repeats in (1, 5)
+        for share in simulated.coverage(load, repeats, "fresh", trials, seed=2).values()
+    ]
+    assert min(shares) >= 0.88
+    assert 0.93 <= np.mean(shares) <= 0.97
+    assert max(simulated.coverage(0.5, 5, "same", 100, seed=2).values()) < 0.75
+
+
+def test_intervals_of_pooled_repeats_contain_what_differs_from_run_to_run(simulated: Any) -> None:
+    shares = list(simulated.coverage(0.5, 5, "drift", 200, seed=2).values())
+    assert min(shares) >= 0.88  # without the differences between runs 65 % of those of the p50
 
 
 def test_independent_samples_keep_their_interval() -> None:

@@ -281,7 +281,8 @@ RATES = {"requests_per_s": 100.0, "texts_per_s": 400.0}
 
 
 def test_energy_and_money_per_request_and_per_text() -> None:
-    found = efficiency.efficiency(RATES, [document(500), document(700)], {"server_cores": 1.5}, "t4")
+    runs = [({"seconds": 10, "requests_per_s": 100.0}, {"server_cores": 1.5})]
+    found = efficiency.efficiency(RATES, [document(500), document(700)], runs, "t4")
     assert found["watts"] == 60  # 50 W and 70 W
     assert found["joules_per_1000_requests"] == 600
     assert found["joules_per_million_texts"] == 150_000
@@ -306,14 +307,26 @@ def test_energy_and_money_per_request_and_per_text() -> None:
 def test_what_is_not_known_is_not_made_up(
     runs: list[dict[str, Any]], hardware: str | None, why: dict[str, str]
 ) -> None:
-    found = efficiency.efficiency(RATES, runs, {}, hardware)
+    found = efficiency.efficiency(RATES, runs, [], hardware)
     assert why.items() <= found["unknown"].items()
     assert (found["joules_per_million_texts"] is None) == ("joules" in why)
     assert (found["cost"] == []) == ("cost" in found["unknown"])
 
 
+def test_cpu_seconds_and_requests_are_those_of_the_same_runs() -> None:
+    """A second run at half the rate and half the cores costs the same; a run that was not watched does not count."""
+    runs = [
+        ({"seconds": 10, "requests_per_s": 200.0}, {"server_cores": 2.0}),
+        ({"seconds": 10, "requests_per_s": 100.0}, {"server_cores": 1.0}),
+        ({"seconds": 10, "requests_per_s": 900.0}, {}),
+    ]
+    found = efficiency.efficiency({"requests_per_s": 400.0, "texts_per_s": 400.0}, [document()] * 3, runs, "t4")
+    assert found["cpu_seconds_per_1000_requests"] == 10
+
+
 def test_nothing_answered_costs_nothing_that_could_be_said() -> None:
-    found = efficiency.efficiency({"requests_per_s": 0.0, "texts_per_s": 0.0}, [document()], {"server_cores": 1}, "t4")
+    nothing = {"requests_per_s": 0.0, "texts_per_s": 0.0, "seconds": 10}
+    found = efficiency.efficiency(nothing, [document()], [(nothing, {"server_cores": 1})], "t4")
     assert found["joules_per_million_texts"] is None
     assert found["cost"] == []
 

@@ -1,0 +1,112 @@
+"""Do 95 % intervals of pooled repeats contain the true percentile? Simulated queues, whose true percentiles are known.
+
+    python benchmarks/harness/coverage.py [--trials 1000] [--seed 1] [--json FILE]
+
+One queue with Poisson arrivals and one server (Lindley's recursion), service times with a spread of 10 %, after a
+warm-up. Each trial measures it once, or five times with a fifth of the requests. `fresh`: each repeat has arrival times
+of its own, as `inferctl bench` does it. `same`: all repeats have the same arrival times, to show why not. `drift`: the
+speed of the server differs by 5 % from run to run. About one minute.
+It ends with 1 when the coverage with fresh arrival times is not within 93 to 97 %, give or take what so many trials
+leave to chance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from inferctl.bench import stats
+
+Values = npt.NDArray[np.float64]
+
+# Load, and requests of all repeats together: so many that the effective sample size is enough for a p99.
+LOADS = {0.5: 10_000, 0.7: 25_000, 0.85: 100_000}
+QUANTILES = (0.5, 0.9, 0.99)
+WARMUP, LONG = 1000, 4_000_000
+GOAL = (0.93, 0.97)
+
+
+def sojourn(arrivals: Values, service: Values) -> Values:
+    """Return the time that each request spends in the queue and in service."""
+    steps = np.concatenate([[0.0], service[:-1] - np.diff(arrivals)]).cumsum()
+    return np.asarray(steps - np.minimum.accumulate(steps) + service)[WARMUP:]
+
+
+def arrive(random: np.random.Generator, load: float, count: int) -> Values:
+    return random.exponential(1 / load, count + WARMUP).cumsum()
+
+
+def serve(random: np.random.Generator, count: int) -> Values:
+    return random.lognormal(-0.005, 0.1, count + WARMUP)
+
+
+def truth(load: float, seed: int) -> dict[float, float]:
+    """Return the true percentiles, in service times, from one long simulation."""
+    random = np.random.default_rng([seed, 99])
+    ascending = np.sort(sojourn(arrive(random, load, LONG), serve(random, LONG)))
+    return {q: float(ascending[stats.rank(len(ascending), q) - 1]) for q in QUANTILES}
+
+
+def trial(random: np.random.Generator, load: float, count: int, repeats: int, how: str) -> list[Values]:
+    """Return the latencies of each run of one measurement."""
+    each = count // repeats
+    shared = arrive(random, load, each)
+    return [
+        sojourn(shared if how == "same" else arrive(random, load, each), serve(random, each))
+        * (math.exp(random.normal(0, 0.05)) if how == "drift" else 1.0)
+        for _ in range(repeats)
+    ]
+
+
+def coverage(load: float, repeats: int, how: str, trials: int, seed: int) -> dict[float, float]:
+    """Return the share of the intervals that contain the true percentile, for each percentile."""
+    known = truth(load, seed)
+    random = np.random.default_rng([seed, int(100 * load), repeats])
+    hits = dict.fromkeys(QUANTILES, 0)
+    for _ in range(trials):
+        runs = trial(random, load, LOADS[load], repeats, how)
+        ascending = np.sort(np.concatenate(runs))
+        for q in QUANTILES:
+            found = stats.quantile(ascending, q, series=runs)
+            hits[q] += found.low is not None and found.high is not None and found.low <= known[q] <= found.high
+    return {q: count / trials for q, count in hits.items()}
+
+
+def table(trials: int, seed: int) -> Iterator[dict[str, Any]]:
+    for load, count in LOADS.items():
+        for repeats, how in ((1, "fresh"), (5, "fresh"), (5, "drift"), (5, "same")):
+            found = coverage(load, repeats, how, trials, seed)
+            yield {"load": load, "requests": count, "repeats": repeats, "schedules": how} | {
+                f"p{q * 100:g}": share for q, share in found.items()
+            }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for row in table(options.trials, options.seed):
+        rows.append(row)
+        shares = ", ".join(f"{key} {row[key]:.1%}" for key in ("p50", "p90", "p99"))
+        print(f"load {row['load']:.0%}, {row['repeats']} repeats, {row['schedules']:5}: {shares}", flush=True)
+    chance = 2 * math.sqrt(0.95 * 0.05 / options.trials)
+    shares = [row[key] for row in rows if row["schedules"] == "fresh" for key in ("p50", "p90", "p99")]
+    passed = all(GOAL[0] - chance <= share <= GOAL[1] + chance for share in shares)
+    import loads
+
+    loads.write(options.json, {"trials": options.trials, "seed": options.seed, "passed": passed, "rows": rows})
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
