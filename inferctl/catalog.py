@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from inferctl import assets
+from inferctl import assets, drivers
 from inferctl.errors import UsageError, did_you_mean
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -42,11 +42,20 @@ class Support:
 
 @dataclass(frozen=True)
 class Source:
-    """Where `facts` (names of fields) come from, and when they were read if that is known."""
+    """Where `facts` (names of fields) come from: a text with an https link, and the day of reading.
+
+    `kind`: read in the source, derived from what it says (`source` names how), or a choice of inferctl (`source`: why).
+    """
 
     facts: tuple[str, ...]
     source: str
     date: datetime.date | None = None
+    kind: Literal["read", "derived", "own-choice"] = "read"
+
+    @property
+    def title(self) -> str:
+        """`source` up to its first link."""
+        return re.split(r":? \(?https://", self.source, maxsplit=1)[0]
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,11 @@ class PythonInstall:
 
 @dataclass(frozen=True)
 class BaseImage:
-    """A container base. `ships` are its CUDA libraries, `provides` its Python packages; `notes` explain null facts."""
+    """A container base. `ships` are its CUDA libraries, `provides` its Python packages; `notes` explain null facts.
+
+    `require_cuda` is the image's NVIDIA_REQUIRE_CUDA, `cuda_compat` the CUDA version of its forward compatibility
+    libraries.
+    """
 
     key: str
     description: str
@@ -79,6 +92,16 @@ class BaseImage:
     platforms: tuple[str, ...]
     notes: Mapping[str, str]
     sources: tuple[Source, ...]
+    require_cuda: str | None = None
+    cuda_compat: str | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.requirement
+
+    @property
+    def requirement(self) -> drivers.Requirement | None:
+        """`require_cuda`, parsed; None when the image has none or it is not known."""
+        return drivers.Requirement.parse(self.require_cuda) if self.require_cuda else None
 
 
 @dataclass(frozen=True)
@@ -150,7 +173,10 @@ class MigSlice:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A GPU, a slice of one, or a CPU. Peaks are dense, in TFLOP/s (int8: TOP/s), None where none is known."""
+    """A GPU, a slice of one, or a CPU. Peaks are dense, in TFLOP/s (int8: TOP/s), None where none is known.
+
+    `brand` is the GPU's brand in the words of NVIDIA_REQUIRE_CUDA, such as `nvidia` or `geforce`.
+    """
 
     key: str
     name: str
@@ -167,6 +193,7 @@ class Hardware:
     notes: Mapping[str, str]
     sources: tuple[Source, ...]
     mig: MigSlice | None = None
+    brand: str | None = None
 
     def __post_init__(self) -> None:
         if missing := set(PRECISIONS) - set(self.peaks):
@@ -239,11 +266,15 @@ def _cpu_support(precision: str, flags: frozenset[str]) -> Support:
     return Support("emulated", "the CPU has no VNNI or AMX instructions: int8 saves memory, not time")
 
 
+# Files of base-images/ that are no base.
+_TABLES = ("drivers", "stacks")
+
+
 @cache
 def bases() -> dict[str, BaseImage]:
     """Every base image, by key."""
     files = sorted((assets.root() / "base-images").glob("*.yaml"))
-    return {f.stem: _typed(BaseImage, {"key": f.stem, **_yaml(f)}, f) for f in files if f.stem != "stacks"}
+    return {f.stem: _typed(BaseImage, {"key": f.stem, **_yaml(f)}, f) for f in files if f.stem not in _TABLES}
 
 
 @cache
@@ -252,6 +283,25 @@ def stacks() -> dict[str, Stack]:
     file = assets.root() / "base-images" / "stacks.yaml"
     table = _yaml(file)
     return {key: _typed(Stack, {"key": key, **table["defaults"], **row}, file) for key, row in table["stacks"].items()}
+
+
+def image_of(base: BaseImage, stack: Stack) -> drivers.Image | None:
+    """What of a base and its stack a driver must satisfy; None for images without CUDA."""
+    if stack.cuda is None or stack.driver_floor is None:
+        return None
+    return drivers.Image(base.key, base.requirement, base.cuda_compat, stack.cuda, stack.driver_floor)
+
+
+def cuda_of_driver(branch: int) -> tuple[int, ...]:
+    """The newest CUDA version that a driver of this branch offers by itself: 535 -> (12, 2)."""
+    known = _driver_branches()
+    older = [version for since, version in known.items() if since <= branch]
+    return drivers.version(older[-1]) if older else (0,)
+
+
+@cache
+def _driver_branches() -> dict[int, str]:
+    return dict(sorted(_yaml(assets.root() / "base-images" / "drivers.yaml")["cuda"].items()))
 
 
 @cache
@@ -331,7 +381,7 @@ def _parts(file: Path) -> dict[str, Hardware]:
     return parts
 
 
-def _slice(whole: Hardware, mig: MigSlice, key: str, device_names: list[str], source: str) -> Hardware:
+def _slice(whole: Hardware, mig: MigSlice, key: str, device_names: list[str], source: Mapping[str, Any]) -> Hardware:
     """A slice out of its GPU: peaks by its share of the multiprocessors, bandwidth by its share of the memory."""
     if not (whole.memory_bytes and whole.bandwidth_gbs):
         raise UsageError(f"{whole.key} has slices but no memory_bytes or bandwidth_gbs")
@@ -351,6 +401,7 @@ def _slice(whole: Hardware, mig: MigSlice, key: str, device_names: list[str], so
         device_names=tuple(f"{name} MIG {mig.profile}" for name in device_names),
         labels=labels,
         prices=(),
+        brand=whole.brand,
         notes={
             "peaks": f"derived: {mig.sms} of {mig.parent_sms} multiprocessors of {whole.key}",
             "labels": "gpu.product as the single strategy of the MIG manager sets it",
@@ -358,7 +409,7 @@ def _slice(whole: Hardware, mig: MigSlice, key: str, device_names: list[str], so
             "tdp_watts": "a slice has no power limit of its own",
             "prices": f"sold as a share of {whole.key}",
         },
-        sources=(Source(("mig", "sm_count", "memory_bytes"), source), *whole.sources),
+        sources=(Source(("mig", "sm_count", "memory_bytes"), source["source"], source["date"]), *whole.sources),
         mig=mig,
     )
 

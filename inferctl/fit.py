@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from inferctl import catalog, drivers
 from inferctl.catalog import BaseImage, Hardware, Level, Stack, best_precision, capability_of, support
 from inferctl.sizes import size
 from inferctl.spec import Spec
@@ -130,9 +131,9 @@ def check_slo(spec: Spec) -> Finding:
 
 
 def check_part(
-    spec: Spec, stack: Stack, part: Hardware, model: ModelSize | UnknownSize, driver: int | None = None
+    spec: Spec, base: BaseImage, stack: Stack, part: Hardware, model: ModelSize | UnknownSize, driver: int | None = None
 ) -> Fit:
-    """How `part` serves `spec` with `stack`; `driver` is the major version of the driver on its nodes, when known."""
+    """How `part` serves `spec` on `base` with `stack`. `driver`: the branch of the driver on its nodes, if known."""
     requested = spec.serve.precision
     precision = best_precision(part.traits) if requested == "auto" else requested
     level, reason = _level(precision, part)
@@ -142,7 +143,7 @@ def check_part(
     findings = [
         *_precision(precision, level, reason, part),
         *_kernels(stack, kernels, part),
-        *_driver(stack, part, driver),
+        *_driver(base, stack, part, driver),
         _memory(need, part),
         *_slice(part),
     ]
@@ -183,7 +184,7 @@ def _revision(spec: Spec) -> Iterator[Finding]:
         return
     what = "the model's revision floats" + (f": {revision!r} is no commit" if revision else "")
     why = f"{spec.model.source} can change between two builds of the same spec"
-    hint = "model.revision: the commit you tested, 40 hex digits"
+    hint = "`inferctl pin` writes today's commit into the spec; or set model.revision to the commit you tested"
     if spec.model.weights != "mount":
         hint += "; `inferctl build --allow-floating` builds anyway"
     yield Finding("warn", "revision", what, why, hint)
@@ -192,10 +193,8 @@ def _revision(spec: Spec) -> Iterator[Finding]:
 def _base_digest(spec: Spec, base: BaseImage) -> Iterator[Finding]:
     reference = spec.image.base_image or base.reference
     if "@sha256:" not in reference and not (base.digest and not spec.image.base_image):
-        why = "the tag can be moved or deleted" + (
-            "" if spec.image.base_image else f"; {base.notes.get('digest', 'none is recorded')}"
-        )
-        hint = "image.base_image: your mirror, as in registry.example.com/cuda@sha256:..."
+        why = "the tag can be moved or deleted"
+        hint = "`inferctl pin` writes its digest into the spec; or set image.base_image to your mirror with a digest"
         yield Finding("warn", "base.digest", f"{reference} is not pinned by digest", why, hint)
 
 
@@ -303,19 +302,24 @@ def _kernels(stack: Stack, kernels: bool | None, part: Hardware) -> Iterator[Fin
         yield Finding("error", "kernels", f"{stack.key} has no kernels for it", why, hint, part.key)
 
 
-def _driver(stack: Stack, part: Hardware, driver: int | None) -> Iterator[Finding]:
-    if part.kind == "cpu" or stack.cuda is None or stack.driver_floor is None:
+def judge_driver(base: BaseImage, stack: Stack, brand: str, driver: int) -> drivers.Verdict | None:
+    """Whether `driver` runs images of `base` with `stack` on a GPU of `brand`; None for images without CUDA."""
+    image = catalog.image_of(base, stack)
+    return drivers.judge(image, brand, driver, catalog.cuda_of_driver(driver)) if image else None
+
+
+def _driver(base: BaseImage, stack: Stack, part: Hardware, driver: int | None) -> Iterator[Finding]:
+    image = catalog.image_of(base, stack)
+    if part.kind == "cpu" or image is None:
         return
-    floor = stack.driver_floor
-    need = f"CUDA {stack.cuda.split('.')[0]} needs driver {floor} or newer"
+    brand = part.brand or drivers.brand_of(part.name)
     if driver is None:
         hint = "`nvidia-smi` on a node shows its driver; `inferctl check --driver 535` judges by one"
-        yield Finding("ok", "driver", need, f"{stack.key} is built for CUDA {stack.cuda}", hint, part.key)
-    elif driver >= floor:
-        yield Finding("ok", "driver", f"driver {driver} is new enough", need, None, part.key)
-    else:
-        hint = f"upgrade the nodes to R{floor}, or take a base that needs less: `inferctl catalog bases`"
-        yield Finding("error", "driver", f"driver {driver} is too old", need, hint, part.key)
+        why = f"{stack.key} is built for CUDA {stack.cuda}"
+        yield Finding("ok", "driver", drivers.needs(image, brand), why, hint, part.key)
+        return
+    verdict = drivers.judge(image, brand, driver, catalog.cuda_of_driver(driver))
+    yield Finding(verdict.level, "driver", verdict.what, verdict.why, verdict.hint, part.key)
 
 
 def _memory(need: Memory | UnknownSize, part: Hardware) -> Finding:

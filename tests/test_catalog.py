@@ -28,7 +28,19 @@ def test_every_fact_has_a_source_and_every_gap_a_reason(entry: Any) -> None:
     gaps = {name for name, value in values.items() if value is None} - {"mig", "index"}
     assert known <= sourced, "facts without a source"
     assert gaps <= set(entry.notes), "unknown without a reason"
-    assert all(source.source.strip() for source in entry.sources)
+    for source in entry.sources:
+        assert source.source.strip()
+        if source.kind != "own-choice":
+            assert "https://" in source.source, "a source without a link"
+            assert source.date is not None, "a source without the day of reading"
+
+
+def test_the_table_of_drivers_has_a_link_and_a_date() -> None:
+    table = yaml.safe_load((assets.root() / "base-images" / "drivers.yaml").read_text())
+    for source in table["sources"]:
+        assert "https://" in source["source"]
+        assert source["date"].year >= 2026
+    assert list(table["cuda"]) == sorted(table["cuda"])
 
 
 @pytest.mark.parametrize("entry", catalog.hardware_profiles().values(), ids=lambda entry: entry.key)
@@ -36,15 +48,17 @@ def test_every_price_has_a_source_and_a_date(entry: catalog.Hardware) -> None:
     assert entry.prices or "prices" in entry.notes
     for price in entry.prices:
         assert 0.1 < price.usd_per_hour < 20
-        assert price.source
+        assert "https://" in price.source, "a price without a link"
         assert price.date.year >= 2026
 
 
 def test_the_parts_that_users_have_are_there() -> None:
-    parts = {"t4", "l4", "a10", "l40s", "h100-pcie", "h100-sxm", "h200-sxm", "cpu"}
+    parts = {"t4", "l4", "a10", "a10g", "l40s", "h100-pcie", "h100-nvl", "h100-sxm", "h200-sxm", "cpu"}
+    parts |= {"b200-sxm", "rtx-pro-6000-server"}
     parts |= {f"a100-{memory}gb-{form}" for memory in (40, 80) for form in ("pcie", "sxm")}
     parts |= {f"a100-40gb-mig-{profile}" for profile in ("1g.5gb", "2g.10gb", "3g.20gb", "4g.20gb", "7g.40gb")}
     parts |= {f"a100-80gb-mig-{profile}" for profile in ("1g.10gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb")}
+    parts |= {f"h100-80gb-mig-{p}" for p in ("1g.10gb", "1g.20gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb")}
     assert set(catalog.hardware_profiles()) == parts
 
 
@@ -121,8 +135,21 @@ def test_half_an_a100_is_39_percent_of_its_multiprocessors_and_half_its_memory()
 
 def test_mig_mode_gives_up_a_tenth_of_the_gpu() -> None:
     slices = [part for part in catalog.hardware_profiles().values() if part.mig]
-    assert [part.sm_count for part in slices] == [14, 28, 42, 56, 98] * 2
-    assert [part.mig.at_most for part in slices if part.mig] == [7, 3, 2, 1, 1] * 2
+    a100 = [part for part in slices if part.key.startswith("a100")]
+    assert [part.sm_count for part in a100] == [14, 28, 42, 56, 98] * 2
+    assert [part.mig.at_most for part in a100 if part.mig] == [7, 3, 2, 1, 1] * 2
+
+
+def test_an_h100_keeps_all_its_multiprocessors_in_mig_mode() -> None:
+    slices = [part for part in catalog.hardware_profiles().values() if part.key.startswith("h100-80gb-mig")]
+    assert [part.sm_count for part in slices] == [16, 26, 32, 60, 64, 132]
+    assert [part.mig.at_most for part in slices if part.mig] == [7, 4, 3, 2, 1, 1]
+
+
+def test_an_a10g_is_not_an_a10() -> None:
+    a10, a10g = catalog.hardware("a10"), catalog.hardware("a10g")
+    assert (a10.peaks["bf16"], a10g.peaks["bf16"]) == (125, 70)
+    assert (a10.bandwidth_gbs, a10g.bandwidth_gbs) == (600, 600)
 
 
 def test_peaks_are_dense() -> None:
@@ -146,9 +173,11 @@ def test_peaks_are_dense() -> None:
         ("NVIDIA A100 80GB PCIe MIG 1g.10gb", None, "a100-80gb-mig-1g.10gb"),
         ("NVIDIA H100 80GB HBM3", 85_520_809_984, "h100-sxm"),
         ("NVIDIA H200", 150_754_820_096, "h200-sxm"),
-        ("NVIDIA H100 NVL", 100_000_000_000, None),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 10_000_000_000, None),
-        ("NVIDIA A10G", 24_000_000_000, None),
+        ("NVIDIA H100 NVL", 100_000_000_000, "h100-nvl"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 10_468_982_784, "h100-80gb-mig-1g.10gb"),
+        ("NVIDIA A10G", 23_684_000_000, "a10g"),
+        ("NVIDIA B200", 191_500_000_000, "b200-sxm"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 102_641_958_912, "rtx-pro-6000-server"),
         ("NVIDIA A100-SXM4-40GB", 85_899_345_920, None),
         ("NVIDIA GeForce RTX 4090", None, None),
     ],
@@ -163,7 +192,7 @@ def test_a_device_is_told_by_its_name_and_never_guessed(name: str, memory_bytes:
     [
         ("a100", ["a100-40gb-pcie", "a100-40gb-sxm", "a100-80gb-pcie", "a100-80gb-sxm"]),
         ("a100-80gb", ["a100-80gb-pcie", "a100-80gb-sxm"]),
-        ("h100", ["h100-pcie", "h100-sxm"]),
+        ("h100", ["h100-nvl", "h100-pcie", "h100-sxm"]),
         ("T4", ["t4"]),
     ],
 )

@@ -68,7 +68,7 @@ def test_the_labels_say_where_the_image_comes_from() -> None:
     labels = rendered(serve__precision="bf16").labels
     assert labels["org.opencontainers.image.source"] == "https://example.com/team/minilm"
     assert labels["org.opencontainers.image.revision"] == "0123abc"
-    assert labels["org.opencontainers.image.base.name"] == "nvidia/cuda:13.0.2-base-ubuntu24.04"
+    assert labels["org.opencontainers.image.base.name"] == "nvidia/cuda:13.0.3-base-ubuntu24.04"
     assert labels["io.inferctl.precision"] == "bf16"
     assert len(labels["io.inferctl.spec.sha256"]) == 64
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from inferctl.catalog import BaseImage, Hardware, Stack
 
+_KINDS = {"read": "", "derived": "derived: ", "own-choice": "inferctl's choice: "}
+
 Key = Annotated[str | None, typer.Argument(metavar="KEY", help="Explain this entry, with its sources.")]
 
 app = typer.Typer(
@@ -167,6 +169,8 @@ def _explain(entry: BaseImage | Stack | Hardware, as_json: bool) -> None:
     from rich.text import Text
 
     sources, notes = facts.pop("sources"), facts.pop("notes")
+    if requirement := getattr(entry, "requirement", None):
+        facts["require_cuda"] = requirement.describe()
     numbered = list(enumerate(sources, 1))
     cited = {fact: number for number, source in reversed(numbered) for fact in source["facts"]}
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
@@ -178,7 +182,7 @@ def _explain(entry: BaseImage | Stack | Hardware, as_json: bool) -> None:
     for fact in notes.keys() - facts.keys():
         table.add_row(fact, Text(f"({notes[fact]})"), "")
     lines = [
-        f"[{number}] {source['source']}" + (f", {source['date']}" if source["date"] else "")
+        f"[{number}] {_KINDS[source['kind']]}{source['source']}" + (f", {source['date']}" if source["date"] else "")
         for number, source in numbered
     ]
     console.report(Group(table, Text(), Text("\n".join(lines))))

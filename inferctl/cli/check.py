@@ -102,7 +102,7 @@ def _judge(spec: Spec, every: bool, driver: int | None) -> tuple[list[Finding], 
     except UsageError as error:
         general.append(fit.Finding("error", "model", error.message, _NEEDS[spec.model.weights], error.hint))
         size = fit.UnknownSize("the model was not found", "fix the model first")
-    return general, [fit.check_part(spec, stack, catalog.hardware(key), size, driver) for key in parts]
+    return general, [fit.check_part(spec, base, stack, catalog.hardware(key), size, driver) for key in parts]
 
 
 def _size(spec: Spec, ask: bool) -> ModelSize | UnknownSize:
@@ -175,7 +175,7 @@ def _report(file: str | None, spec: Spec, findings: list[Finding], fits: list[Fi
 
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
-    gpu = f"CUDA {stack.cuda}, driver {stack.driver_floor} or newer" if stack.cuda else "no CUDA"
+    gpu = f"CUDA {stack.cuda}" if stack.cuda else "no CUDA"
     grouped = _grouped(findings)
     notes = Table.grid(padding=(0, 2))
     for finding, parts in grouped:

@@ -17,7 +17,7 @@ from inferctl.errors import InferctlError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from inferctl.bench.environment import Environment
+    from inferctl.bench.environment import Environment, Gpu
     from inferctl.image.buildx import Builder
 
 # A CUDA image with its build cache: torch closure packed and unpacked, base, room for the next build.
@@ -155,10 +155,27 @@ def _gpu(here: Environment) -> Iterator[Check]:
     for gpu in here.gpus:
         known = gpu.hardware or "not in the catalog"
         yield Check("gpu", "can", f"{gpu.name} ({known}), {gpu.memory_bytes / 1e9:.0f} GB, driver {gpu.driver}")
+        yield from images(gpu)
     if not here.gpus:
         driver = Path("/proc/driver/nvidia/version").exists()
         missing = "there is a driver, but NVML lists no GPU" if driver else "none: models run on the CPU"
         yield Check("gpu", "limited", missing, "pip install 'inferctl[gpu]'" if driver else None)
+
+
+def images(gpu: Gpu) -> Iterator[Check]:
+    """Which images with CUDA this GPU and its driver run, by base."""
+    from inferctl import catalog, drivers, fit
+
+    branch = gpu.driver.partition(".")[0]
+    if not branch.isdigit():
+        return
+    known = catalog.hardware(gpu.hardware) if gpu.hardware else None
+    able: dict[str, Verdict] = {"ok": "can", "warn": "limited", "error": "cannot"}
+    brand = (known.brand if known else None) or drivers.brand_of(gpu.name)
+    for base in catalog.bases().values():
+        verdict = fit.judge_driver(base, catalog.stack(base.stack), brand, int(branch))
+        if verdict:
+            yield Check(f"base {base.key}", able[verdict.level], f"{verdict.what}: {verdict.why}", verdict.hint)
 
 
 def _torch(here: Environment) -> Iterator[Check]:

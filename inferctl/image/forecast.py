@@ -77,10 +77,10 @@ def forecast(
     `locks`: names of the closures that are installed (`torch`, `server`, `int8`). `wheels`: closure -> bytes when a wheel folder
     stands in for the index. `weights`: those that the image bakes. `server`: bytes of the server's own files.
     """
-    base_source = "; ".join(s.source for s in base.sources if "compressed_bytes" in s.facts)
+    base_source = "; ".join(s.title for s in base.sources if "compressed_bytes" in s.facts)
     parts = [Part("base image", base.compressed_bytes, base_source or base.notes.get("compressed_bytes", "not known"))]
     if "torch" in locks:
-        facts = [s.source for s in stack.sources if "compressed_bytes" in s.facts]
+        facts = [s.title for s in stack.sources if "compressed_bytes" in s.facts]
         known = "; ".join(facts) if stack.compressed_bytes else "not known"
         parts.append(_closure("torch closure", "torch", stack.compressed_bytes, known, wheels))
     if "server" in locks:

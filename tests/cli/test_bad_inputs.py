@@ -119,7 +119,7 @@ def test_a_mistake_is_answered_with_an_error_a_hint_and_its_exit_code(
     assert "\nhint: " in done.stderr
     said = done.stderr.replace(str(tmp_path.resolve()), "FOLDER")
     # inferctl's own size changes with every line of it.
-    said = re.sub(r"^(  server +)\d+\.\d kB", r"\1SIZE", said, flags=re.MULTILINE)
+    said = re.sub(r"^(  server) +\d+\.\d [kM]B", r"\1 SIZE", said, flags=re.MULTILINE)
     golden(f"errors/{name}.txt", f"$ inferctl {' '.join(arguments)}\n{done.stdout}{said}exit {done.returncode}\n")
 
 

@@ -63,8 +63,9 @@ def test_a_model_too_big_for_a_slice_ends_with_2(here: Path, capsys: Captured, g
 
 
 def test_a_driver_that_is_too_old_ends_with_2(here: Path, capsys: Captured) -> None:
-    assert run(["check", "--driver", "535.129.03"]) == 2
-    assert "driver 535 is too old" in capsys.readouterr().out
+    assert run(["check", "--driver", "525.147.05"]) == 2
+    assert "the container toolkit refuses the image on driver 525" in " ".join(capsys.readouterr().out.split())
+    assert run(["check", "--driver", "535.129.03"]) == 0
     assert run(["check", "--driver", "580.65.06"]) == 0
 
 
@@ -180,4 +181,6 @@ def test_a_shorthand_is_answered_with_what_it_may_mean(capsys: Captured) -> None
     assert run(["catalog", "hardware", "h100"]) == 2
     told = capsys.readouterr()
     assert told.out == ""
-    assert told.err == "error: there is no hardware 'h100'\n\nhint: did you mean one of h100-pcie, h100-sxm?\n"
+    assert (
+        told.err == "error: there is no hardware 'h100'\n\nhint: did you mean one of h100-nvl, h100-pcie, h100-sxm?\n"
+    )

@@ -8,7 +8,8 @@ import io
 import pytest
 from rich.console import Console
 
-from inferctl.cli.doctor import Check, features, table_of
+from inferctl.bench.environment import Gpu
+from inferctl.cli.doctor import Check, features, images, table_of
 from inferctl.image.buildx import Builder
 
 CLASSIC = Builder((0, 13, 1), "default", "docker", ("linux/amd64", "linux/386"), False)
@@ -41,3 +42,22 @@ def test_a_builder_that_has_it_all_is_able() -> None:
     assert (found.verdict, found.hint) == ("can", None)
     assert found.detail.startswith("for linux/amd64, linux/386; with: cache export")
     assert "without" not in found.detail
+
+
+@pytest.mark.parametrize(
+    ("gpu", "verdicts"),
+    [
+        (Gpu("Tesla T4", "t4", 16_000_000_000, "550.127.05"), ["can", "can", "limited"]),
+        (Gpu("Tesla T4", "t4", 16_000_000_000, "525.147.05"), ["cannot", "cannot", "limited"]),
+        (Gpu("NVIDIA GeForce RTX 4090", None, 24_000_000_000, "570.86.10"), ["can", "cannot", "cannot"]),
+        (Gpu("NVIDIA GeForce RTX 4090", None, 24_000_000_000, "580.95.05"), ["can", "can", "can"]),
+        (Gpu("NVIDIA GeForce RTX 4090", None, 24_000_000_000, "None"), []),
+    ],
+)
+def test_the_gpu_and_its_driver_are_judged_against_every_base_with_cuda(gpu: Gpu, verdicts: list[str]) -> None:
+    found = list(images(gpu))
+    assert [check.name for check in found] == [f"base {key}" for key in ("cuda12.8", "cuda13.0", "ngc25.12")][
+        : len(found)
+    ]
+    assert [check.verdict for check in found] == verdicts
+    assert all(check.hint for check in found if check.verdict != "can")

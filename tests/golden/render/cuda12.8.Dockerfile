@@ -1,7 +1,7 @@
 # minilm: cuda12.8, torch2.10-cu128, weights mount. Rendered by inferctl 0.1.0; `inferctl render` writes it anew.
 
 # The interpreter, and nothing that only a build needs: CUDA's libraries come with the torch wheels, once.
-FROM nvidia/cuda:12.8.1-base-ubuntu24.04 AS python
+FROM nvidia/cuda:12.8.2-base-ubuntu24.04 AS python
 RUN apt-get update && \
     apt-get install --yes --no-install-recommends python3 python3-venv && \
     rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /var/cache/ldconfig
@@ -71,7 +71,7 @@ LABEL \
     org.opencontainers.image.source="https://example.com/team/minilm" \
     org.opencontainers.image.revision="0123abc" \
     org.opencontainers.image.created="2026-01-02T03:04:05+00:00" \
-    org.opencontainers.image.base.name="nvidia/cuda:12.8.1-base-ubuntu24.04" \
+    org.opencontainers.image.base.name="nvidia/cuda:12.8.2-base-ubuntu24.04" \
     io.inferctl.version="0.1.0" \
     io.inferctl.spec.sha256="e15e994de5748d754ede3db7e93e176f456800a7fd490c6a510a90754a7a3af2" \
     io.inferctl.precision="auto" \

@@ -1,7 +1,7 @@
 # minilm: cuda13.0, torch2.13-cu130, weights mount. Rendered by inferctl 0.1.0; `inferctl render` writes it anew.
 
 # The interpreter, and nothing that only a build needs: CUDA's libraries come with the torch wheels, once.
-FROM nvidia/cuda:13.0.2-base-ubuntu24.04 AS python
+FROM nvidia/cuda:13.0.3-base-ubuntu24.04 AS python
 RUN apt-get update && \
     apt-get install --yes --no-install-recommends python3 python3-venv && \
     rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /var/cache/ldconfig
@@ -71,7 +71,7 @@ LABEL \
     org.opencontainers.image.source="https://example.com/team/minilm" \
     org.opencontainers.image.revision="0123abc" \
     org.opencontainers.image.created="2026-01-02T03:04:05+00:00" \
-    org.opencontainers.image.base.name="nvidia/cuda:13.0.2-base-ubuntu24.04" \
+    org.opencontainers.image.base.name="nvidia/cuda:13.0.3-base-ubuntu24.04" \
     io.inferctl.version="0.1.0" \
     io.inferctl.spec.sha256="568b5339751ae8824308c4276c9171257d86efa9387e6eef6f4edc9690b3fb66" \
     io.inferctl.precision="auto" \

@@ -1,0 +1,197 @@
+"""Whether an NVIDIA driver runs a CUDA image: the image's requirement, minor version and forward compatibility."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+# Brands that NVIDIA's data-center parts report to the container toolkit. T4: `Tesla` or `NVIDIA`, by driver.
+DATA_CENTER = frozenset({"tesla", "nvidia"})
+# Brands of which some boards have forward compatibility ("select NGC Server Ready SKUs of RTX cards").
+SOMETIMES = frozenset({"nvidiartx", "quadro", "quadrortx"})
+
+_CONDITION = re.compile(r"(cuda|driver|brand|arch)(>=|<=|!=|=|>|<)([\w.]+)")
+Rule = Literal["image", "stack", "cuda-compat"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One comparison of `NVIDIA_REQUIRE_CUDA`, as in `driver>=535`."""
+
+    subject: str
+    operator: str
+    value: str
+
+    def holds(self, actual: str | tuple[int, ...]) -> bool:
+        """Whether `actual` (a brand, or a version) satisfies it."""
+        if isinstance(actual, str):
+            return (actual == self.value) == (self.operator == "=")
+        wanted = version(self.value)
+        width = max(len(actual), len(wanted))
+        a, b = (v + (0,) * (width - len(v)) for v in (actual, wanted))
+        return {">=": a >= b, "<=": a <= b, "=": a == b, "!=": a != b, ">": a > b, "<": a < b}[self.operator]
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A parsed `NVIDIA_REQUIRE_CUDA`: any alternative suffices, and all conditions of an alternative must hold."""
+
+    alternatives: tuple[tuple[Condition, ...], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Requirement:
+        """Spaces separate alternatives, commas the conditions of one. Raises `ValueError`."""
+        return cls(tuple(tuple(map(_condition, alternative.split(","))) for alternative in text.split()))
+
+    def satisfied_by(self, brand: str, driver: int, cuda: tuple[int, ...]) -> tuple[Condition, ...] | None:
+        """The alternative that holds, one about CUDA before one about drivers; None when the image is refused."""
+        actual: Mapping[str, str | tuple[int, ...]] = {"brand": brand, "driver": (driver,), "cuda": cuda}
+        held = [
+            alternative
+            for alternative in self.alternatives
+            # `arch` depends on the GPU; no image of the catalog uses it, and a base of your own may.
+            if all(c.subject == "arch" or c.holds(actual[c.subject]) for c in alternative)
+        ]
+        return next((a for a in held if not _names_driver(a)), held[0] if held else None)
+
+    @property
+    def cuda(self) -> str | None:
+        """The CUDA version that a driver must offer where no driver branch is listed: `13.0`."""
+        return next((a[0].value for a in self.alternatives if len(a) == 1 and a[0].subject == "cuda"), None)
+
+    def branches(self, brand: str) -> tuple[int, ...]:
+        """Driver branches that are listed for `brand` although their CUDA is older."""
+        found = set()
+        for alternative in self.alternatives:
+            brands = {c.value for c in alternative if c.subject == "brand"}
+            if brand in brands or not brands:
+                found |= {version(c.value)[0] for c in alternative if c.subject == "driver" and c.operator == ">="}
+        return tuple(sorted(found))
+
+    def describe(self) -> str:
+        """For people, on one line."""
+        listed: dict[tuple[int, ...], list[str]] = {}
+        for brand in dict.fromkeys(c.value for a in self.alternatives for c in a if c.subject == "brand"):
+            listed.setdefault(self.branches(brand), []).append(brand)
+        rows = [f"{_named(branches)} for brands {', '.join(brands)}" for branches, brands in listed.items()]
+        return "; or ".join([*([f"CUDA {self.cuda} or newer"] if self.cuda else []), *rows])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a driver runs an image on a part, by which rule. `level` is that of a finding."""
+
+    level: Literal["ok", "warn", "error"]
+    rule: Rule
+    what: str
+    why: str
+    hint: str | None = None
+
+
+@dataclass(frozen=True)
+class Image:
+    """What of a base and its stack decides. `requirement`: None when it has none or it is not known.
+
+    `compat`: CUDA version of the forward compatibility libraries in the image. `cuda`, `floor`: the stack's CUDA
+    version and oldest driver branch.
+    """
+
+    name: str
+    requirement: Requirement | None
+    compat: str | None
+    cuda: str
+    floor: int
+
+
+def judge(image: Image, brand: str, driver: int, cuda: tuple[int, ...]) -> Verdict:
+    """Whether `driver` (a branch, as in 535, which offers CUDA `cuda`) runs `image` on a GPU of `brand`.
+
+    Three rules in this order: the container toolkit starts the image only if `NVIDIA_REQUIRE_CUDA` holds; CUDA's
+    minor version compatibility; the forward compatibility libraries in the image.
+    """
+    held: tuple[Condition, ...] | None = ()
+    if image.requirement:
+        held = image.requirement.satisfied_by(brand, driver, cuda)
+    if held is None and image.requirement:
+        return _refused(image, image.requirement, brand, driver, cuda)
+    family = f"CUDA {image.cuda.split('.')[0]}"
+    if driver >= image.floor:
+        why = f"{family} runs on driver {image.floor} or newer (minor version compatibility)"
+        return Verdict("ok", "stack", f"driver {driver} is new enough", why)
+    needs = f"{family} needs driver {image.floor} or newer, or forward compatibility"
+    upgrade = f"upgrade the nodes to R{image.floor}, or take a base that needs less: `inferctl catalog bases`"
+    if not image.compat:
+        why = f"{needs}, and {image.name} has no cuda-compat libraries"
+        return Verdict("error", "cuda-compat", f"driver {driver} is too old", why, upgrade)
+    if brand not in DATA_CENTER | SOMETIMES:
+        why = f"{needs}; forward compatibility exists for data-center GPUs, and this one is of brand {brand}"
+        return Verdict("error", "cuda-compat", f"driver {driver} is too old", why, upgrade)
+    carries = f"{image.name} carries cuda-compat for CUDA {image.compat}"
+    if not _names_driver(held):
+        why = f"{needs}; {carries}, but the image does not list the branches that it supports"
+        hint = f"try it there, or upgrade the nodes to R{image.floor}"
+        return Verdict("warn", "cuda-compat", f"driver {driver} may be too old", why, hint)
+    if brand in SOMETIMES:
+        why = f"{carries}; only some RTX boards have forward compatibility"
+        hint = f"try it there, or upgrade the nodes to R{image.floor}"
+        return Verdict("warn", "cuda-compat", f"driver {driver} may be too old", why, hint)
+    why = f"{carries}, and NVIDIA_REQUIRE_CUDA lists R{driver} for this data-center GPU"
+    return Verdict("ok", "cuda-compat", f"driver {driver} works through forward compatibility", why)
+
+
+def needs(image: Image, brand: str) -> str:
+    """Which drivers run `image` on a GPU of `brand`, for people."""
+    least = f"needs driver {image.floor} or newer"
+    branches = image.requirement.branches(brand) if image.requirement else ()
+    if brand in DATA_CENTER and image.compat and (older := tuple(b for b in branches if b < image.floor)):
+        return f"{least}, or {_named(older)} with forward compatibility"
+    return least
+
+
+def version(text: str) -> tuple[int, ...]:
+    """`"12.8"` -> `(12, 8)`. Raises `ValueError`."""
+    return tuple(int(part) for part in text.split("."))
+
+
+def brand_of(name: str) -> str:
+    """The brand of a GPU by its device name, for one that the catalog does not know."""
+    words = name.casefold()
+    if "geforce" in words:
+        return "geforcertx" if "rtx" in words else "geforce"
+    if "titan" in words:
+        return "titan"
+    if "quadro" in words:
+        return "quadrortx" if "rtx" in words else "quadro"
+    return "nvidiartx" if "rtx" in words else "nvidia"
+
+
+def _refused(image: Image, requirement: Requirement, brand: str, driver: int, cuda: tuple[int, ...]) -> Verdict:
+    has = f"driver {driver} offers CUDA {'.'.join(map(str, cuda))}"
+    listed = requirement.branches(brand)
+    instead = f" or, for brand {brand}, {_named(listed)}" if listed else f" and lists no branch for brand {brand}"
+    why = f"NVIDIA_REQUIRE_CUDA of {image.name} asks for CUDA {requirement.cuda} or newer{instead}; {has}"
+    hint = "upgrade the nodes, or take a base that needs less: `inferctl catalog bases`"
+    return Verdict("error", "image", f"the container toolkit refuses the image on driver {driver}", why, hint)
+
+
+def _condition(text: str) -> Condition:
+    found = _CONDITION.fullmatch(text)
+    if not found:
+        raise ValueError(f"{text!r} is no condition like driver>=535")
+    condition = Condition(*found.groups())
+    if condition.subject != "brand":
+        version(condition.value)
+    elif condition.operator not in ("=", "!="):
+        raise ValueError(f"{text!r} compares a brand by size")
+    return condition
+
+
+def _names_driver(alternative: tuple[Condition, ...] | None) -> bool:
+    return any(condition.subject == "driver" for condition in alternative or ())
+
+
+def _named(branches: tuple[int, ...]) -> str:
+    names = [f"R{branch}" for branch in branches]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}" if names else "no branch"

@@ -1,0 +1,167 @@
+"""Which driver runs which image on which GPU, and which of the three rules says so."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from inferctl import catalog, drivers, fit
+from inferctl.drivers import Requirement
+from inferctl.spec import Spec
+
+SPEC = Spec.model_validate({"name": "m", "model": {"source": "org/model"}, "serve": {"precision": "fp16"}})
+UNKNOWN = fit.UnknownSize("not read", "read it")
+DATA_CENTER = ("t4", "a100-40gb-sxm", "a100-80gb-mig-3g.40gb", "h100-nvl")
+GEFORCE = dataclasses.replace(catalog.hardware("l4"), key="rtx-4090", brand="geforcertx")
+RTX = dataclasses.replace(catalog.hardware("l40s"), key="rtx-6000-ada", brand="nvidiartx")
+
+
+def judged(base: str, part: catalog.Hardware, driver: int) -> drivers.Verdict:
+    entry = catalog.base(base)
+    verdict = fit.judge_driver(entry, catalog.stack(entry.stack), part.brand or "", driver)
+    assert verdict is not None
+    finding = next(
+        f
+        for f in fit.check_part(SPEC, entry, catalog.stack(entry.stack), part, UNKNOWN, driver).findings
+        if f.topic == "driver"
+    )
+    assert (finding.level, finding.what, finding.why) == (verdict.level, verdict.what, verdict.why)
+    return verdict
+
+
+@pytest.mark.parametrize("part", DATA_CENTER)
+@pytest.mark.parametrize(
+    ("base", "driver", "level", "rule"),
+    [
+        ("cuda12.8", 470, "error", "image"),
+        ("cuda12.8", 525, "error", "image"),  # CUDA 12 would run, the image refuses to start
+        ("cuda12.8", 535, "ok", "stack"),
+        ("cuda12.8", 545, "error", "image"),  # newer than 535, and not listed
+        ("cuda12.8", 550, "ok", "stack"),
+        ("cuda12.8", 570, "ok", "stack"),
+        ("cuda12.8", 575, "ok", "stack"),
+        ("cuda12.8", 580, "ok", "stack"),
+        ("cuda13.0", 525, "error", "image"),
+        ("cuda13.0", 535, "ok", "cuda-compat"),
+        ("cuda13.0", 545, "error", "image"),
+        ("cuda13.0", 550, "ok", "cuda-compat"),
+        ("cuda13.0", 570, "ok", "cuda-compat"),
+        ("cuda13.0", 575, "ok", "cuda-compat"),
+        ("cuda13.0", 580, "ok", "stack"),
+        ("cuda13.0", 615, "ok", "stack"),
+        ("ngc25.12", 570, "warn", "cuda-compat"),
+        ("ngc25.12", 580, "ok", "stack"),
+    ],
+)
+def test_drivers_of_data_center_gpus(part: str, base: str, driver: int, level: str, rule: str) -> None:
+    verdict = judged(base, catalog.hardware(part), driver)
+    assert (verdict.level, verdict.rule) == (level, rule), verdict
+
+
+@pytest.mark.parametrize(
+    ("base", "driver", "level", "rule"),
+    [
+        ("cuda12.8", 535, "error", "image"),
+        ("cuda12.8", 550, "error", "image"),
+        ("cuda12.8", 570, "ok", "stack"),
+        ("cuda13.0", 535, "error", "image"),
+        ("cuda13.0", 575, "error", "image"),
+        ("cuda13.0", 580, "ok", "stack"),
+        ("ngc25.12", 570, "error", "cuda-compat"),
+        ("ngc25.12", 580, "ok", "stack"),
+    ],
+)
+def test_drivers_of_geforce_cards_have_no_forward_compatibility(base: str, driver: int, level: str, rule: str) -> None:
+    verdict = judged(base, GEFORCE, driver)
+    assert (verdict.level, verdict.rule) == (level, rule), verdict
+    assert verdict.level == "ok" or "geforcertx" in verdict.why
+
+
+@pytest.mark.parametrize(
+    ("base", "driver", "level", "rule"),
+    [
+        ("cuda12.8", 535, "ok", "stack"),
+        ("cuda13.0", 550, "warn", "cuda-compat"),  # the image starts; some boards have forward compatibility
+        ("cuda13.0", 580, "ok", "stack"),
+    ],
+)
+def test_drivers_of_rtx_boards_may_have_forward_compatibility(base: str, driver: int, level: str, rule: str) -> None:
+    verdict = judged(base, RTX, driver)
+    assert (verdict.level, verdict.rule) == (level, rule), verdict
+
+
+def test_the_message_names_the_rule_that_decides() -> None:
+    t4 = catalog.hardware("t4")
+    refused, compatible, plain = (judged("cuda13.0", t4, driver) for driver in (545, 550, 580))
+    assert refused.why == (
+        "NVIDIA_REQUIRE_CUDA of cuda13.0 asks for CUDA 13.0 or newer or, for brand nvidia, "
+        "R535, R550, R565, R570 or R575; driver 545 offers CUDA 12.3"
+    )
+    assert compatible.why == (
+        "cuda13.0 carries cuda-compat for CUDA 13.0, and NVIDIA_REQUIRE_CUDA lists R550 for this data-center GPU"
+    )
+    assert plain.why == "CUDA 13 runs on driver 580 or newer (minor version compatibility)"
+    assert refused.hint
+    assert plain.hint is None
+
+
+def test_an_image_without_the_compat_libraries_needs_the_newer_driver() -> None:
+    base = dataclasses.replace(catalog.base("cuda13.0"), cuda_compat=None)
+    verdict = fit.judge_driver(base, catalog.stack(base.stack), "nvidia", 550)
+    assert verdict is not None
+    assert (verdict.level, verdict.rule) == ("error", "cuda-compat")
+    assert "has no cuda-compat libraries" in verdict.why
+
+
+def test_an_image_without_cuda_asks_for_no_driver() -> None:
+    base = catalog.base("cpu")
+    assert fit.judge_driver(base, catalog.stack(base.stack), "nvidia", 470) is None
+
+
+@pytest.mark.parametrize(
+    ("branch", "cuda"), [(525, (12, 0)), (540, (12, 2)), (580, (13, 0)), (700, (13, 5)), (1, (0,))]
+)
+def test_a_driver_offers_the_cuda_version_of_its_branch(branch: int, cuda: tuple[int, ...]) -> None:
+    assert catalog.cuda_of_driver(branch) == cuda
+
+
+@pytest.mark.parametrize(
+    ("text", "brand", "driver", "holds"),
+    [
+        ("cuda>=12.0 driver>=525.60.13", "nvidia", 530, True),
+        ("cuda>=13.0,driver>=580", "nvidia", 575, False),
+        ("brand!=geforce,driver>=470", "nvidia", 525, True),
+        ("brand!=geforce,driver>=470", "geforce", 525, False),
+        ("cuda<12.0", "nvidia", 580, False),
+        ("cuda=12.8", "nvidia", 570, True),
+        ("driver<=535", "nvidia", 535, True),
+        ("driver>535", "nvidia", 535, False),
+        ("arch>=7.5,cuda>=12.0", "nvidia", 580, True),
+    ],
+)
+def test_a_requirement_reads_as_the_container_toolkit_reads_it(text: str, brand: str, driver: int, holds: bool) -> None:
+    held = Requirement.parse(text).satisfied_by(brand, driver, catalog.cuda_of_driver(driver))
+    assert (held is not None) == holds
+
+
+@pytest.mark.parametrize("text", ["cuda", "cuda>=", "gpu>=1", "driver>=new", "brand>=tesla", "cuda>=12.8,"])
+def test_a_requirement_that_nobody_can_read_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"condition|invalid literal|compares"):
+        Requirement.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "brand"),
+    [
+        ("Tesla T4", "nvidia"),
+        ("NVIDIA A100-SXM4-40GB", "nvidia"),
+        ("NVIDIA GeForce RTX 4090", "geforcertx"),
+        ("NVIDIA GeForce GTX 1080", "geforce"),
+        ("NVIDIA RTX A6000", "nvidiartx"),
+        ("Quadro RTX 5000", "quadrortx"),
+        ("NVIDIA TITAN V", "titan"),
+    ],
+)
+def test_an_unknown_gpu_gets_its_brand_from_its_name(name: str, brand: str) -> None:
+    assert drivers.brand_of(name) == brand
