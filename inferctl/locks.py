@@ -23,6 +23,24 @@ if TYPE_CHECKING:
 _UV_PLATFORM = {"linux/amd64": "x86_64-manylinux_2_28", "linux/arm64": "aarch64-manylinux_2_28"}
 # What an int8 image needs on top, by whether the stack has CUDA: on CPUs torch's own oneDNN does it.
 _INT8: dict[bool, list[str]] = {True: ["bitsandbytes"], False: []}
+# Packages that others require and that serving never imports -> what requires them. An image does without them.
+# `tests/test_end_to_end.py` compares what a running server has imported with what its image has installed.
+LEFT_OUT = {
+    "typer": "the command line of inferctl, and that of transformers",
+    "annotated-doc": "typer",
+    "shellingham": "typer",
+    "rich": "the command line of inferctl, and typer",
+    "markdown-it-py": "rich",
+    "mdurl": "rich",
+    "pygments": "rich",
+    "docker": "builds of images",
+    "requests": "docker",
+    "certifi": "requests",
+    "charset-normalizer": "requests",
+    "urllib3": "docker",
+    "networkx": "compilation of models by torch",
+    "setuptools": "compilation of C++ extensions by torch",
+}
 
 
 @dataclass(frozen=True)
@@ -84,18 +102,16 @@ def resolve(target: Target, provided: tuple[str, ...]) -> Locks:
     if target.stack.index and target.stack.cuda is None:
         # Without the local version, PyPI's wheel of the same release would do too, and that one brings CUDA.
         torch_pin += "+cpu"
-    wanted = [torch_pin, *declared("serve")]
+    wanted = [torch_pin, *served()]
     everything = _compile([*wanted, *_INT8[target.stack.cuda is not None]], [], target)
     pins = [f"{name}=={version}" for name, version in versions(everything).items()]
     closure = versions(_compile([torch_pin], pins, target))
     server = versions(_compile(wanted, pins, target))
-    brought = {normalise(name) for name in provided}
-    torch_comes_with_base = "torch" in brought
-    in_torch = set(closure) - (brought if torch_comes_with_base else set())
+    absent = {normalise(name) for name in provided} | set(LEFT_OUT)
     return Locks(
-        torch=None if torch_comes_with_base else select(everything, in_torch),
-        server=select(everything, set(server) - set(closure) - brought),
-        int8=select(everything, set(versions(everything)) - set(server) - set(closure) - brought) or None,
+        torch=None if "torch" in absent else select(everything, set(closure) - set(LEFT_OUT)),
+        server=select(everything, set(server) - set(closure) - absent),
+        int8=select(everything, set(versions(everything)) - set(server) - set(closure) - absent) or None,
     )
 
 
@@ -128,6 +144,11 @@ def declared(extra: str) -> list[str]:
         if named is None or named.group(1) == extra:
             found.append(requirement.strip())
     return found
+
+
+def served() -> list[str]:
+    """What a server needs of what inferctl declares."""
+    return [line for line in declared("serve") if normalise(name_of(line)) not in LEFT_OUT]
 
 
 def name_of(requirement: str) -> str:

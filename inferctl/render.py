@@ -32,6 +32,20 @@ if TYPE_CHECKING:
 # 1980-01-01, the oldest time a zip can carry: the modification time of everything that is installed.
 EPOCH = 315532800
 DEFAULT_PORT = 8080
+# What `inferctl/serve/` imports of the rest of the package.
+_SERVER_MODULES = (
+    "__init__",
+    "assets",
+    "catalog",
+    "drivers",
+    "errors",
+    "hub",
+    "model",
+    "outputs",
+    "settings",
+    "sizes",
+    "spec",
+)
 
 
 @dataclass(frozen=True)
@@ -114,15 +128,12 @@ def server_files() -> dict[str, Path]:
     """The server's own files: name in the build context (`layers/server/opt/inferctl/...`) -> file on this disk, sorted."""
     package = assets.package()
     place = "layers/server/opt/inferctl/server/inferctl"
-    found = {
-        f"{place}/{file.relative_to(package).as_posix()}": file
-        for file in package.rglob("*")
-        if file.is_file() and file.suffix != ".pyc" and file.relative_to(package).parts[0] != "_assets"
-    }
-    # Of the shipped facts, a server reads the catalog alone: its settings are checked against it.
-    for folder in ("base-images", "benchmarks/plans", "benchmarks/hardware"):
-        for file in (assets.root() / folder).glob("*.yaml"):
-            found[f"{place}/_assets/{file.relative_to(assets.root()).as_posix()}"] = file
+    files = [package / f"{module}.py" for module in _SERVER_MODULES]
+    files += (package / "serve").rglob("*.py")
+    found = {f"{place}/{file.relative_to(package).as_posix()}": file for file in files}
+    # Of the shipped facts, the server reads those of hardware: it names the GPU that it runs on.
+    for file in (assets.root() / "benchmarks" / "hardware").glob("*.yaml"):
+        found[f"{place}/_assets/benchmarks/hardware/{file.name}"] = file
     return dict(sorted(found.items()))
 
 

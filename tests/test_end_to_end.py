@@ -17,6 +17,8 @@ import openai
 import pytest
 import yaml
 
+from inferctl import locks
+
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(900)]
 
 TEXTS = [
@@ -170,6 +172,75 @@ def test_the_container_says_what_it_is(container: str, pushed: str) -> None:
     labels = found["Config"]["Labels"]
     assert labels["io.inferctl.precision"] == "bf16"
     assert labels["org.opencontainers.image.base.digest"].startswith("sha256:")
+
+
+# Writes every file of every imported module, from each Python process of a container.
+WATCH = """
+import atexit, os, sys
+def write():
+    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())} - {None}
+    with open(f"/seen/{os.getpid()}-{os.environ['RUN']}", "w") as seen:
+        seen.write("\\n".join(files))
+atexit.register(write)
+"""
+INSTALLED = """
+import json
+from importlib import metadata
+found = {}
+for one in metadata.distributions():
+    if str(one.locate_file("")).startswith("/opt/inferctl"):
+        found[one.name.lower()] = [str(one.locate_file(file)) for file in one.files]
+print(json.dumps(found))
+"""
+# Imported only by a server that downloads its weights.
+DOWNLOADS = {"hf-xet", "fsspec"}
+
+
+def test_the_image_has_no_package_that_serving_does_not_import(pushed: str, minilm: Path, tmp_path: Path) -> None:
+    """Runs the server and the fp32 reference in the image, and compares what they import with what is installed."""
+    watch, seen = tmp_path / "watch", tmp_path / "seen"
+    for folder in (watch, seen):
+        folder.mkdir()
+        folder.chmod(0o777)  # the container runs as a user of its own
+    (watch / "sitecustomize.py").write_text(WATCH)
+    folders = inspect(pushed)["Config"]["Env"]
+    path = next(item.partition("=")[2] for item in folders if item.startswith("PYTHONPATH="))
+    docker = ["docker", "run", "--network", "host", "--volume", f"{minilm}:/model:ro", "--volume", f"{seen}:/seen"]
+    docker += ["--volume", f"{watch}:/watch:ro", "--env", f"PYTHONPATH=/watch:{path}"]
+    port = str(free_port())
+    command = [*docker, "--detach", "--env", "RUN=server", pushed, "--host", "127.0.0.1", "--port", port]
+    server = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.2)
+        embed(f"http://127.0.0.1:{port}")
+        for page in ("metrics", "openapi.json", "docs", "info"):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/{page}").read()
+        subprocess.run(["docker", "stop", "--time", "60", server], capture_output=True, check=True)
+    finally:
+        subprocess.run(["docker", "rm", "--force", server], capture_output=True, check=True)
+    python = inspect(pushed)["Config"]["Entrypoint"][0]
+    once = [*docker, "--rm", "--interactive", "--env", "RUN=reference", "--entrypoint", python, pushed]
+    subprocess.run([*once, "-m", "inferctl.serve.reference", "/model"], input=b'["a"]', capture_output=True, check=True)
+    listed = subprocess.run([*once, "-c", INSTALLED], capture_output=True, text=True, check=True).stdout
+    runs = list(seen.iterdir())
+    assert len(runs) >= 3, "the API process, its engine process and the reference"
+    imported = {file for run in runs for file in run.read_text().splitlines()}
+    unused = {name for name, files in json.loads(listed).items() if not imported & set(files)}
+    assert unused - DOWNLOADS == set()
+    assert (unused | set(json.loads(listed))) & set(locks.LEFT_OUT) == set()
+
+
+def test_an_option_of_the_server_is_an_argument_of_docker_run(pushed: str, minilm: Path) -> None:
+    command = ["docker", "run", "--rm", "--network", "none", "--volume", f"{minilm}:/model:ro", pushed]
+    done = subprocess.run([*command, "--precision", "fp8"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "serve.precision (from --precision): 'fp8' is not one of" in done.stderr
+    assert "usage: " in subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
 
 
 def test_a_short_benchmark_runs_against_the_container(container: str, minilm: Path, tmp_path: Path) -> None:

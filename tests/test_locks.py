@@ -42,7 +42,7 @@ def test_every_shipped_lock_holds_what_the_server_declares(base: catalog.BaseIma
     """Fails when a dependency was added without `make locks`."""
     found = locks.load(base, None, int8=True)
     locked = {*locks.versions(found.torch or ""), *locks.versions(found.server)} | set(base.provides)
-    declared = {locks.normalise(locks.name_of(line)) for line in locks.declared("serve")}
+    declared = {locks.normalise(locks.name_of(line)) for line in locks.served()}
     # jinja2 is one of torch's own dependencies: it comes with a torch that comes with the base.
     assert declared - locked - ({"jinja2"} if "torch" in base.provides else set()) == set()
 
@@ -53,6 +53,14 @@ def test_the_torch_of_a_lock_is_the_one_of_its_stack() -> None:
         # The local version tells PyTorch's own CPU wheel from the one on PyPI, which brings CUDA.
         wanted = f"{stack.torch}+cpu" if stack.cuda is None else stack.torch
         assert torch is None or locks.versions(torch)["torch"] == wanted
+
+
+@pytest.mark.parametrize("base", SHIPPED, ids=lambda base: base.key)
+def test_no_shipped_lock_holds_what_serving_never_imports(base: catalog.BaseImage) -> None:
+    found = locks.load(base, None, int8=True)
+    locked = {name for text in (found.torch, found.server, found.int8) for name in locks.versions(text or "")}
+    assert locked & set(locks.LEFT_OUT) == set()
+    assert {"pydantic", "pyyaml"} <= locked, "the settings in the image need them"
 
 
 def test_the_cpu_stack_has_no_package_of_a_gpu() -> None:

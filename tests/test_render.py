@@ -12,6 +12,7 @@ import yaml
 
 from inferctl import catalog, locks, render, settings
 from inferctl.errors import UsageError
+from tests.test_imports import imports
 
 LOCKS = locks.Locks(torch="torch==2.13.0 --hash=sha256:aa\n", server="numpy==2.4.6 --hash=sha256:bb\n")
 PROVENANCE = render.Provenance("https://example.com/team/minilm", "0123abc", "2026-01-02T03:04:05+00:00", "0.1.0")
@@ -139,8 +140,19 @@ def test_values_that_could_escape_into_the_dockerfile_are_refused(nasty: str) ->
     assert "cannot stand in a Dockerfile" in caught.value.message
 
 
-def test_the_server_layer_is_the_package_and_its_assets_without_caches() -> None:
-    names = set(render.server_files())
+def test_the_server_layer_is_what_serving_imports_of_the_package() -> None:
     top = "layers/server/opt/inferctl/server/inferctl/"
-    assert {f"{top}__main__.py", f"{top}_assets/base-images/cuda13.0.yaml"} <= names
-    assert not [name for name in names if name.endswith(".pyc") or "__pycache__" in name or "/locks/" in name]
+    names = {name.removeprefix(top) for name in render.server_files()}
+    assert {"serve/__main__.py", "serve/reference.py", "_assets/benchmarks/hardware/t4.yaml"} <= names
+    assert not [name for name in names if name.endswith(".pyc") or "__pycache__" in name]
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    assert folders == {"serve", "_assets"}
+    for name in names:
+        if name.endswith(".py"):
+            for imported in imports(render.assets.package() / name):
+                path = imported.removeprefix("inferctl.").replace(".", "/")
+                ours = imported.startswith("inferctl.") and imported != "inferctl.__version__"
+                # `from inferctl.errors import X` is the file errors.py; `from inferctl import model` is model.py.
+                assert not ours or {f"{path}.py", f"{Path(path).parent}.py", f"{path}/__init__.py"} & names, (
+                    f"{name} imports {imported}, which the image does not have"
+                )

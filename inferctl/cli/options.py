@@ -51,9 +51,3 @@ def load(spec_file: Path | None, flags: dict[str, Any]) -> Resolved:
     for warning in resolved.warnings:
         console.warn(warning)
     return resolved
-
-
-def traces_wanted() -> bool:
-    """Whether the environment says, in OpenTelemetry's own variables, where traces go."""
-    names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-    return any(os.environ.get(name) for name in names) and os.environ.get("OTEL_SDK_DISABLED", "").lower() != "true"

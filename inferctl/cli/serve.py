@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,21 +14,6 @@ from inferctl.errors import UsageError
 EPILOG = """Examples: `inferctl serve --model ./all-MiniLM-L6-v2` serves a local folder on port 8080;
 `inferctl serve --model DIR --precision bf16 --port 0 --announce ready.json` takes a free port and says which;
 `inferctl serve --image registry.example.com/ml/minilm@sha256:...` runs a built image."""
-
-
-# Options that reach the server inside a container as they were given; host, port and model are the container's own.
-_FORWARDED = {
-    "precision": "--precision",
-    "name": "--name",
-    "max_batch_tokens": "--max-batch-tokens",
-    "max_input_tokens": "--max-input-tokens",
-    "max_queue_tokens": "--max-queue-tokens",
-    "device": "--device",
-    "hang_seconds": "--hang-seconds",
-    "log": "--log",
-    "engine": "--engine",
-    "engines": "--engines",
-}
 
 
 def serve(
@@ -100,39 +86,31 @@ def serve(
 
     Stops cleanly on SIGTERM: accepted requests finish first. Says on stderr which precision and attention really run.
     """
-    flags = {
-        "model.source": model,
-        "name": name,
-        "serve.precision": precision,
-        "serve.host": host,
-        "serve.port": port,
-        "serve.max_batch_tokens": max_batch_tokens,
-        "serve.max_input_tokens": max_input_tokens,
-        "serve.max_queue_tokens": max_queue_tokens,
-    }
     from inferctl.cli import console, download
+    from inferctl.serve import main
+
+    flags = {path: context.params[option] for option, path in main.SETTINGS.items()}
 
     if image:
         raise typer.Exit(_serve_image(image, spec_file, flags, _given(context), announce))
     spec = options.load(spec_file, flags).spec
     try:
-        from inferctl.serve import server
+        from inferctl.serve import server, tracing
     except ModuleNotFoundError as error:
         raise UsageError(
             f"serving needs the package {error.name}, which is not installed", "pip install 'inferctl[serve]'"
         ) from None
-    reference, _, digest = (image_reference or "").partition("@")
     chosen = server.Options(
         device=device,
         engine=engine,
         truncate=truncate,
         announce=announce,
-        image=(reference, digest or None) if reference else None,
+        image=main.reference(image_reference),
         engines=engines,
         hang_seconds=hang_seconds,
         capacity=capacity,
         log=log,
-        traces=options.traces_wanted(),
+        traces=tracing.wanted(os.environ),
     )
     raise typer.Exit(server.run(spec, chosen, console.note, download.fetch))
 
@@ -143,19 +121,12 @@ def _given(context: typer.Context) -> dict[str, Any]:
     return {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
-def _arguments(given: dict[str, Any]) -> tuple[str, ...]:
-    """What of `given` the server inside the container is told."""
-    made = [part for name, option in _FORWARDED.items() if name in given for part in (option, str(given[name]))]
-    if "truncate" in given:
-        made.append("--truncate" if given["truncate"] else "--no-truncate")
-    return tuple(made)
-
-
 def _serve_image(
     image: str, spec_file: Path | None, flags: dict[str, Any], given: dict[str, Any], announce: Path | None
 ) -> int:
     from inferctl.cli import console, download
     from inferctl.image import server
+    from inferctl.serve import main
 
     if "image_reference" in given:
         raise UsageError("--image-reference cannot be given with --image", "leave it out: it is told to the container")
@@ -170,6 +141,6 @@ def _serve_image(
         revision=spec.model.revision if known else None,
         replaces_model="model" in given,
         drain_seconds=spec.serve.grace_seconds + spec.serve.drain_seconds,
-        arguments=_arguments(given),
+        arguments=main.arguments(given),
     )
     return server.run_server(image, wanted, console.note, announce, download.fetch)

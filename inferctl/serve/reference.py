@@ -17,8 +17,9 @@ import sys
 from typing import Any, NoReturn
 
 from inferctl import model
-from inferctl.errors import InferctlError, UsageError
+from inferctl.errors import UsageError
 from inferctl.serve import recipe
+from inferctl.serve.main import exit_with
 from inferctl.serve.tokenise import TokenizerPool
 
 
@@ -49,25 +50,22 @@ class _Parser(argparse.ArgumentParser):
         )
 
 
-def main() -> None:
-    """Entry point; ends with the exit codes of `inferctl.errors`."""
+def main() -> int:
+    """Read texts from stdin and write their embeddings to stdout; returns the exit code."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a server may run beside; read when torch is loaded
+    parser = _Parser(add_help=False)
+    parser.add_argument("source")
+    parser.add_argument("--max-input-tokens", type=int)
+    given = parser.parse_args()
     try:
-        parser = _Parser(add_help=False)
-        parser.add_argument("source")
-        parser.add_argument("--max-input-tokens", type=int)
-        given = parser.parse_args()
-        try:
-            texts = json.load(sys.stdin)
-        except ValueError as error:
-            raise UsageError(f"stdin is not JSON: {error}", "stdin is a JSON list of texts") from None
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise UsageError("stdin is not a list of texts", 'as in `["one text", "another"]`')
-        sys.stdout.write(json.dumps(reference(given.source, texts, given.max_input_tokens)) + "\n")
-    except InferctlError as error:
-        sys.stderr.write(f"error: {error.message}\n" + (f"\nhint: {error.hint}\n" if error.hint else ""))
-        sys.exit(error.exit_code)
+        texts = json.load(sys.stdin)
+    except ValueError as error:
+        raise UsageError(f"stdin is not JSON: {error}", "stdin is a JSON list of texts") from None
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise UsageError("stdin is not a list of texts", 'as in `["one text", "another"]`')
+    sys.stdout.write(json.dumps(reference(given.source, texts, given.max_input_tokens)) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

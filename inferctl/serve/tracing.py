@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from inferctl.errors import UsageError
 
 _TO_NS = 1_000_000_000
+
+
+def wanted(environment: Mapping[str, str]) -> bool:
+    """Whether OpenTelemetry's own variables say where traces go."""
+    names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    disabled = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    return any(environment.get(name) for name in names) and not disabled
 
 
 def tracer(

@@ -17,7 +17,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     env -u PIP_CONSTRAINT /usr/local/bin/python3.11 -m pip install --require-hashes --no-deps --no-compile --no-input \
         --disable-pip-version-check --root-user-action=ignore \
         --target=/layer/opt/inferctl/torch --requirement=/locks/torch.txt && \
-    { /usr/local/bin/python3.11 -m compileall -q -j 0 --invalidation-mode unchecked-hash /layer/opt/inferctl/torch > /dev/null || true; } && \
+    find /layer/opt/inferctl/torch -name '*.dist-info' -prune -o \( -path /layer/opt/inferctl/torch/bin -o -type d -name include -o -type d -name tests -o -name '*.a' -o -path '*/torch/bin/protoc*' \) -prune -exec rm -rf {} + && \
+    /usr/local/bin/python3.11 -m compileall -q -j 0 -x '/torch/testing/_internal/py312_intrinsics\.py$' --invalidation-mode unchecked-hash /layer/opt/inferctl/torch && \
     find /layer -exec touch --no-dereference --date=@315532800 {} +
 
 FROM installer AS server-dependencies
@@ -29,7 +30,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     env -u PIP_CONSTRAINT /usr/local/bin/python3.11 -m pip install --require-hashes --no-deps --no-compile --no-input \
         --disable-pip-version-check --root-user-action=ignore \
         --target=/layer/opt/inferctl/dependencies --requirement=/locks/server.txt && \
-    { /usr/local/bin/python3.11 -m compileall -q -j 0 --invalidation-mode unchecked-hash /layer/opt/inferctl/dependencies > /dev/null || true; } && \
+    find /layer/opt/inferctl/dependencies -name '*.dist-info' -prune -o \( -path /layer/opt/inferctl/dependencies/bin -o -type d -name include -o -type d -name tests -o -name '*.a' -o -path '*/torch/bin/protoc*' \) -prune -exec rm -rf {} + && \
+    /usr/local/bin/python3.11 -m compileall -q -j 0 -x '/torch/testing/_internal/py312_intrinsics\.py$' --invalidation-mode unchecked-hash /layer/opt/inferctl/dependencies && \
     find /layer -exec touch --no-dereference --date=@315532800 {} +
 
 FROM python AS server
@@ -73,5 +75,5 @@ LABEL \
     io.inferctl.stack="torch2.13-cpu" \
     io.inferctl.model.source="sentence-transformers/all-MiniLM-L6-v2" \
     io.inferctl.model.weights="mount"
-ENTRYPOINT ["/usr/local/bin/python3.11", "-m", "inferctl"]
-CMD ["serve", "--spec", "/etc/inferctl/inferctl.yaml", "--host", "0.0.0.0"]
+# `docker run IMAGE --precision bf16` adds to this; of an option given twice, the last one wins.
+ENTRYPOINT ["/usr/local/bin/python3.11", "-m", "inferctl.serve", "--spec", "/etc/inferctl/inferctl.yaml", "--host", "0.0.0.0"]

@@ -3,7 +3,7 @@
 # The interpreter, and nothing that only a build needs: CUDA's libraries come with the torch wheels, once.
 FROM nvidia/cuda:13.0.3-base-ubuntu24.04 AS python
 RUN apt-get update && \
-    apt-get install --yes --no-install-recommends python3 python3-venv && \
+    apt-get install --yes --no-install-recommends python3 && \
     rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /var/cache/ldconfig
 
 FROM python AS installer
@@ -20,7 +20,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     env -u PIP_CONSTRAINT /usr/bin/python3.12 -m pip install --require-hashes --no-deps --no-compile --no-input \
         --disable-pip-version-check --root-user-action=ignore \
         --target=/layer/opt/inferctl/torch --requirement=/locks/torch.txt && \
-    { /usr/bin/python3.12 -m compileall -q -j 0 --invalidation-mode unchecked-hash /layer/opt/inferctl/torch > /dev/null || true; } && \
+    find /layer/opt/inferctl/torch -name '*.dist-info' -prune -o \( -path /layer/opt/inferctl/torch/bin -o -type d -name include -o -type d -name tests -o -name '*.a' -o -path '*/torch/bin/protoc*' \) -prune -exec rm -rf {} + && \
+    /usr/bin/python3.12 -m compileall -q -j 0 -x '/torch/testing/_internal/py312_intrinsics\.py$' --invalidation-mode unchecked-hash /layer/opt/inferctl/torch && \
     find /layer -exec touch --no-dereference --date=@315532800 {} +
 
 FROM installer AS server-dependencies
@@ -32,7 +33,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     env -u PIP_CONSTRAINT /usr/bin/python3.12 -m pip install --require-hashes --no-deps --no-compile --no-input \
         --disable-pip-version-check --root-user-action=ignore \
         --target=/layer/opt/inferctl/dependencies --requirement=/locks/server.txt && \
-    { /usr/bin/python3.12 -m compileall -q -j 0 --invalidation-mode unchecked-hash /layer/opt/inferctl/dependencies > /dev/null || true; } && \
+    find /layer/opt/inferctl/dependencies -name '*.dist-info' -prune -o \( -path /layer/opt/inferctl/dependencies/bin -o -type d -name include -o -type d -name tests -o -name '*.a' -o -path '*/torch/bin/protoc*' \) -prune -exec rm -rf {} + && \
+    /usr/bin/python3.12 -m compileall -q -j 0 -x '/torch/testing/_internal/py312_intrinsics\.py$' --invalidation-mode unchecked-hash /layer/opt/inferctl/dependencies && \
     find /layer -exec touch --no-dereference --date=@315532800 {} +
 
 FROM python AS server
@@ -78,5 +80,5 @@ LABEL \
     io.inferctl.stack="torch2.13-cu130" \
     io.inferctl.model.source="sentence-transformers/all-MiniLM-L6-v2" \
     io.inferctl.model.weights="mount"
-ENTRYPOINT ["/usr/bin/python3.12", "-m", "inferctl"]
-CMD ["serve", "--spec", "/etc/inferctl/inferctl.yaml", "--host", "0.0.0.0"]
+# `docker run IMAGE --precision bf16` adds to this; of an option given twice, the last one wins.
+ENTRYPOINT ["/usr/bin/python3.12", "-m", "inferctl.serve", "--spec", "/etc/inferctl/inferctl.yaml", "--host", "0.0.0.0"]

@@ -1,0 +1,128 @@
+"""`python -m inferctl.serve`, the server as a container starts it: its options, and how little it needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path, PurePosixPath
+
+import pytest
+import typer.main
+
+from inferctl import cli, render
+from inferctl.locks import LEFT_OUT
+from inferctl.serve import main
+
+# Modules of the packages that an image leaves out, where their names differ.
+_MODULES = {
+    "markdown-it-py": "markdown_it",
+    "annotated-doc": "annotated_doc",
+    "charset-normalizer": "charset_normalizer",
+}
+ABSENT = [_MODULES.get(name, name) for name in LEFT_OUT if name not in ("networkx", "setuptools")]
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The server layer of an image as a folder, beside a module that refuses to import what the image leaves out."""
+    folder = tmp_path_factory.mktemp("layer")
+    for name, file in render.server_files().items():
+        target = folder.joinpath(*PurePosixPath(name).parts[5:])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    (folder / "sitecustomize.py").write_text(
+        "import sys\n"
+        f"ABSENT = {ABSENT!r}\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ABSENT:\n"
+        "            raise ModuleNotFoundError(f'{name} is not in the image', name=name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+    )
+    return folder
+
+
+def run(image: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "inferctl.serve", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(image)}
+    return subprocess.Popen(
+        command, cwd=image, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_it_serves_with_the_files_of_an_image_and_without_what_the_image_leaves_out(
+    image: Path, minilm: Path, tmp_path: Path
+) -> None:
+    spec = tmp_path / "inferctl.yaml"
+    spec.write_text("name: m\nmodel: {source: /model}\nserve: {host: 127.0.0.1, port: 1, precision: fp32}\n")
+    announce = tmp_path / "ready.json"
+    flags = ["--spec", spec, "--model", minilm, "--port", "0", "--precision", "bf16", "--announce", announce]
+    server = run(image, *map(str, flags), "--engine", "echo")
+    try:
+        while not announce.exists():
+            assert server.poll() is None, server.communicate()[1]
+            time.sleep(0.05)
+        url = json.loads(announce.read_text())["url"]
+        body = json.dumps({"model": "m", "input": ["a", "b"]}).encode()
+        asked = urllib.request.Request(f"{url}/v1/embeddings", body, {"content-type": "application/json"})
+        assert len(json.load(urllib.request.urlopen(asked))["data"]) == 2
+        assert json.load(urllib.request.urlopen(f"{url}/info"))["name"] == "m"
+    finally:
+        server.send_signal(signal.SIGTERM)
+        _, said = server.communicate(timeout=30)
+    assert server.returncode == 0, said
+
+
+def test_its_options_are_those_of_inferctl_serve() -> None:
+    command = typer.main.get_command(cli.app).commands["serve"]  # type: ignore[attr-defined]
+    ours = {name for action in main.parser()._actions for name in action.option_strings if name.startswith("--")}
+    theirs = {name for option in command.params for name in (*option.opts, *option.secondary_opts) if name[:2] == "--"}
+    assert ours - {"--help"} == theirs - {"--image", "--help"}
+
+
+def test_what_is_forwarded_to_a_container_is_what_its_server_gets() -> None:
+    given = {
+        "precision": "bf16",
+        "name": "m",
+        "max_batch_tokens": 64,
+        "max_input_tokens": 32,
+        "max_queue_tokens": 99,
+        "device": "cpu",
+        "hang_seconds": 2.5,
+        "log": "json",
+        "engine": "echo",
+        "engines": 1,
+        "truncate": False,
+    }
+    assert set(given) == set(main.FORWARDED)
+    assert vars(main.parser().parse_args(main.arguments(given))) == given
+    assert main.arguments({"port": 8000, "announce": Path("x")}) == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prescision", "bf16"], "unrecognized arguments: --prescision bf16"),
+        (["serve"], "unrecognized arguments: serve"),
+        (["--port", "many"], "invalid int value: 'many'"),
+        (["--hang-seconds", "0"], "0 is less than 0.1"),
+        (["--spec", "nowhere.yaml"], "there is no spec file nowhere.yaml"),
+        (["--model", "org/m", "--precision", "fp8"], "'fp8' is not one of"),
+        (["--model", "./nowhere"], "there is no model folder ./nowhere"),
+    ],
+)
+def test_a_mistake_is_an_error_with_a_hint(image: Path, arguments: list[str], message: str) -> None:
+    done = run(image, *arguments)
+    out, said = done.communicate(timeout=60)
+    assert done.returncode == 2, said
+    assert said.startswith("error: ")
+    assert message in said
+    assert "\nhint: " in said
+    assert "Traceback" not in said
+    assert out == ""
