@@ -61,17 +61,20 @@ class Serve(_Section):
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     max_batch_tokens: int = Field(16384, ge=64, le=1_048_576, description="Tokens of one forward pass at most.")
     max_input_tokens: int | None = Field(
-        None, ge=8, description="Tokens of one input at most; default is what the model was made for."
+        None, ge=8, le=1_048_576, description="Tokens of one input at most; default is what the model was made for."
     )
     max_queue_tokens: int = Field(
-        262_144, ge=64, description="Tokens waiting at most; beyond it the server answers 429."
+        262_144, ge=64, le=1_000_000_000, description="Tokens waiting at most; beyond it the server answers 429."
     )
     max_client_batch: int = Field(2048, ge=1, le=65536, description="Inputs in one request at most.")
     grace_seconds: float = Field(
-        1.0, ge=0, description="After SIGTERM, how long the server still takes requests while it says it is not ready."
+        1.0,
+        ge=0,
+        le=86_400,
+        description="After SIGTERM, how long the server still takes requests while it says it is not ready.",
     )
     drain_seconds: float = Field(
-        30.0, ge=0, description="After SIGTERM, how long accepted requests may take to finish."
+        30.0, ge=0, le=86_400, description="After SIGTERM, how long accepted requests may take to finish."
     )
 
 
@@ -103,7 +106,9 @@ class Image(_Section):
 class Slo(_Section):
     """What must hold."""
 
-    p99_ms: float | None = Field(None, gt=0, description="99th percentile of the request latency, milliseconds.")
+    p99_ms: float | None = Field(
+        None, gt=0, le=3_600_000, description="99th percentile of the request latency, milliseconds."
+    )
 
 
 class Bench(_Section):

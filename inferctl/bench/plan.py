@@ -75,7 +75,7 @@ class Matrix(Section):
 class Search(Section):
     """How the highest rate that holds the SLO is looked for; `inferctl/bench/search.py` says what is done with it."""
 
-    slo_p99_ms: float | None = Field(None, gt=0)
+    slo_p99_ms: float | None = Field(None, gt=0, le=3_600_000)
     resolution: float = Field(0.05, gt=0, le=1)
     probe_s: float = Field(8, ge=1, le=3600)
     max_probe_s: float = Field(60, ge=1, le=86_400)

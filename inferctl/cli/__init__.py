@@ -130,7 +130,7 @@ def _run(arguments: list[str]) -> int:
     except TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "inferctl"
-        message = error.format_message().rstrip(".")
+        message = error.format_message().rstrip(".").replace("Input should", "must")
         hint = f"`{command} --help` lists what it takes"
         raise UsageError(message[:1].lower() + message[1:], hint) from None
     except OSError as error:

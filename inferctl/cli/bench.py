@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from inferctl.cli import bench_progress, bench_setup, console, options
+from inferctl.cli import console, options
 
 if TYPE_CHECKING:
     from inferctl.bench.outcome import Outcome
     from inferctl.bench.result import Context
+    from inferctl.cli import bench_setup
 
 EPILOG = """Examples: `inferctl bench --model DIR --plan quick` compares precisions in under two minutes;
 `inferctl bench -p bf16 --rate 50` offers 50 requests/s whatever the server does;
@@ -50,7 +51,14 @@ PlanName = Annotated[
     ),
 ]
 Slo = Annotated[
-    float | None, typer.Option("--slo", metavar="MS", help="The p99 that must hold, instead of the spec's slo.p99_ms.")
+    float | None,
+    typer.Option(
+        "--slo",
+        metavar="MS",
+        min=options.MIN_SLO_MS,
+        max=options.MAX_SLO_MS,
+        help="The p99 that must hold, instead of the spec's slo.p99_ms.",
+    ),
 ]
 Neighbours = Annotated[
     int | None,
@@ -104,6 +112,7 @@ def bench(
     A bench that was cut short, even killed, goes on with --resume: complete runs are kept, a half-done one is made again.
     """
     from inferctl import outputs
+    from inferctl.cli import bench_setup
 
     _require_packages()
     if report is not None:
@@ -132,6 +141,7 @@ def bench(
 
 def _run(ready: bench_setup.Ready, report: Path | None, json_: bool) -> None:
     from inferctl.bench import goodput, result, resume, runner
+    from inferctl.cli import bench_progress
 
     work, context, outcomes = ready.work, ready.context, ready.outcomes
     page = (report or work.output / "report.html").resolve()

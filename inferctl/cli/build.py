@@ -36,7 +36,7 @@ def build(
         typer.Option("--verify/--no-verify", help="Start the image and check its vectors before it gets its name."),
     ] = True,
     ready_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="How long the image may take to be ready.")
+        float, typer.Option(metavar="SECONDS", min=0.1, max=86_400, help="How long the image may take to be ready.")
     ] = 300.0,
     lint_layers: Annotated[
         bool, typer.Option("--lint/--no-lint", help="Look for bytes wasted in the image's layers.")

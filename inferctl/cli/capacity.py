@@ -24,6 +24,8 @@ def capacity(
         typer.Option(
             "--slo",
             metavar="MS",
+            min=options.MIN_SLO_MS,
+            max=options.MAX_SLO_MS,
             help="p99 to admit by, instead of the receipt's; refused where a search held another.",
         ),
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -73,12 +74,12 @@ def _major(driver: str | None) -> int | None:
 
     if driver is None:
         return None
-    major = driver.lstrip("Rr").split(".")[0]
-    if not major.isdigit():
+    found = re.fullmatch(r"[Rr]?([1-9][0-9]{2,3})(?:\.[0-9]{1,4}){0,2}", driver)
+    if not found:
         raise UsageError(
             f"--driver: {driver!r} is not a driver version", "as `nvidia-smi` prints it: 535.129.03, or 535"
         )
-    return int(major)
+    return int(found[1])
 
 
 def _judge(spec: Spec, every: bool, driver: int | None) -> tuple[list[Finding], list[Fit]]:

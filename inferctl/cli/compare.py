@@ -27,7 +27,10 @@ def compare(
         ),
     ] = None,
     floor_ms: Annotated[
-        float, typer.Option(metavar="MS", min=0, help="Set the minimum absolute difference of a latency.")
+        float,
+        typer.Option(
+            metavar="MS", min=0, max=options.MAX_SLO_MS, help="Set the minimum absolute difference of a latency."
+        ),
     ] = 0.05,
     metric: Annotated[
         list[str] | None,
@@ -38,6 +41,7 @@ def compare(
         typer.Option(
             metavar="X",
             min=0,
+            max=2,
             help="Set the largest drop of the cosine (1st percentile).",
             show_default="the distance from 1 may double; 0.0005 to 0.005",
         ),
@@ -47,6 +51,7 @@ def compare(
         typer.Option(
             metavar="X",
             min=0,
+            max=1,
             help="Set the largest drop of recall@10.",
             show_default="the distance from 1 may double; 0.005 to 0.02",
         ),

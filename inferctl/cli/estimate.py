@@ -42,19 +42,28 @@ def estimate(
     length: Annotated[
         str | None, typer.Option(metavar="TOKENS", help="Instead of a corpus: 128, 55:0.8 (log-normal), or squad.")
     ] = None,
-    rate: Annotated[float | None, typer.Option(min=0.001, help="Open loop: requests/s, Poisson.")] = None,
-    users: Annotated[int | None, typer.Option(min=1, help="Closed loop: users at once.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0.001, max=100_000, help="Open loop: requests/s, Poisson.")] = None,
+    users: Annotated[int | None, typer.Option(min=1, max=10_000, help="Closed loop: users at once.")] = None,
     slo: Annotated[
-        float | None, typer.Option("--slo-p99-ms", min=0.001, metavar="MS", help="Find the highest rate with this p99.")
+        float | None,
+        typer.Option(
+            "--slo-p99-ms",
+            min=options.MIN_SLO_MS,
+            max=options.MAX_SLO_MS,
+            metavar="MS",
+            help="Find the highest rate with this p99.",
+        ),
     ] = None,
     against: Annotated[
         str | None, typer.Option(metavar="KEY", help="Compare every part with this one, and say where the price flips.")
     ] = None,
-    inputs: Annotated[int, typer.Option(min=1, help="Texts a request.")] = 1,
+    inputs: Annotated[int, typer.Option(min=1, max=2048, help="Set the number of texts per request.")] = 1,
     capacity: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also a server whose pace was measured: a capacity.json.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of arrivals and order; equal seeds give equal figures.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of arrivals and order; equal seeds give equal figures.")
+    ] = 0,
     as_json: options.Json = False,
 ) -> None:
     """What parts that are not here would do, estimated: the real batcher on a virtual clock.
@@ -66,7 +75,7 @@ def estimate(
 
     if rate and users:
         raise UsageError("--rate and --users are two kinds of load", "give one of them")
-    if corpus and length:
+    if corpus is not None and length is not None:
         raise UsageError("--corpus and --length both say how long inputs are", "give one of them")
     spec, file = _model(spec_file, model, config)
     data = forecast.read_config(file)
@@ -127,9 +136,9 @@ def _tokens(
     from inferctl.bench import workload
     from inferctl.estimate import lengths
 
-    if length:
+    if length is not None:
         return lengths.parse(length, longest, squad_mean, 20_000, seed), f"drawn: {length}"
-    texts, _ = workload.read_corpus(corpus or _TEXTS)
+    texts, _ = workload.read_corpus(_TEXTS if corpus is None else corpus)
     found, how = lengths.of_texts(texts, config.parent / "tokenizer.json", longest)
     return found, f"corpus {corpus or _TEXTS}, {how}"
 

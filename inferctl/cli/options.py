@@ -15,6 +15,8 @@ SpecFile = Annotated[
     Path | None,
     typer.Option("--spec", "-f", metavar="FILE", help="Spec file; default is ./inferctl.yaml if there is one."),
 ]
+# An hour is longer than any client waits; a larger number is a slip, and infinity makes a verdict of nothing.
+MIN_SLO_MS, MAX_SLO_MS = 0.001, 3_600_000
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 ModelSource = Annotated[
     str | None,

@@ -63,6 +63,7 @@ def serve(
         typer.Option(
             metavar="S",
             min=0.1,
+            max=86_400,
             help="Start the engine again when a batch takes this long, or 20 times what it should.",
         ),
     ] = 60.0,
@@ -79,7 +80,7 @@ def serve(
         str, typer.Option(hidden=True, help="encoder, or echo: no model, for measuring the rest.")
     ] = "encoder",
     engines: Annotated[
-        int | None, typer.Option(hidden=True, min=1, help="Engine processes; default is one a GPU, or one.")
+        int | None, typer.Option(hidden=True, min=1, max=64, help="Engine processes; default is one a GPU, or one.")
     ] = None,
 ) -> None:
     """Serve embeddings over HTTP, OpenAI-compatible.

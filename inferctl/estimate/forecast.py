@@ -25,6 +25,7 @@ from inferctl.sizes import size
 
 # Every estimate for a GPU rests on rows of another program; this belongs beside its figures.
 OTHER_ENGINE = "the rows ran TensorRT with CUDA graphs: another engine is slower by an unknown factor, most of all at small batches"
+_SEQUENCES = 250_000
 WITHOUT_HTTP = "HTTP, tokenising and the network are not in it"
 
 
@@ -70,6 +71,8 @@ class Work:
     def server(self, cost: Cost) -> Server:
         """A server that gets these requests."""
         total = max(2000, self.count // self.inputs)
+        # Large requests vary less, and a million sequences take half a minute.
+        total = max(500, min(total, _SEQUENCES // self.inputs))
         drawn = lengths.spread(self.tokens, total * self.inputs, self.seed)
         requests = [drawn[i * self.inputs : (i + 1) * self.inputs] for i in range(total)]
         return Server(cost, Limits(self.batch_tokens, UNBOUNDED), requests, self.slots, self.seed)
