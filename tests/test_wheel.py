@@ -45,6 +45,16 @@ def test_the_wheel_carries_the_tracked_assets_and_nothing_else(wheel: Path) -> N
     assert packed == tracked
 
 
+def test_the_wheel_carries_its_license_and_types(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (license_file,) = (name for name in archive.namelist() if name.endswith("licenses/LICENSE"))
+        assert archive.read(license_file) == (ROOT / "LICENSE").read_bytes()
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        fields = archive.read(metadata).decode().partition("\n\n")[0].splitlines()
+        assert "inferctl/py.typed" in archive.namelist()
+    assert {"License-Expression: Apache-2.0", "License-File: LICENSE"} <= set(fields)
+
+
 @pytest.mark.slow
 def test_a_clean_environment_without_torch_can_init_check_and_render(wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", tmp_path / "venv")
