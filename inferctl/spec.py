@@ -17,7 +17,9 @@ Task = Literal["embed"]
 Weights = Literal["mount", "bake", "download"]
 # A part of an image name as Docker takes it, and the names made of such parts.
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
-IMAGE_NAME = rf"(?:[A-Za-z0-9.-]+(?::\d+)?/)?{_PART}(?:/{_PART})*"
+# The first part is a registry if it has a dot or a port, or is localhost. All else is a name on Docker Hub.
+_LABELS = r"[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)"
+IMAGE_NAME = rf"(?:(?:{_LABELS}+|localhost)/|{_LABELS}*:\d+/)?{_PART}(?:/{_PART})*"
 IMAGE_TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+(?:(?:\.|-+)[a-z0-9]+)*$", max_length=63)]
 Size = Annotated[str, Field(pattern=r"^\d+(?:\.\d+)? ?[kKmMgGtT]?i?[bB]?$")]

@@ -32,7 +32,7 @@ from inferctl.image.records import (
     read_engine,
     read_image,
 )
-from inferctl.image.reference import split
+from inferctl.image.reference import familiar, normalized, split
 
 _TIMEOUT_SECONDS = 60
 # A registry may take minutes over the last blob of a layer without a word; only then is a push taken for stalled.
@@ -195,7 +195,8 @@ class Engine:
 
     def push(self, reference: str, attempts: int = ATTEMPTS) -> Generator[PushEvent, None, Pushed]:
         """Push `reference` with the docker command's own credentials; see `inferctl.image.push.push`."""
-        repository, tag = split(reference)
+        # With its registry: the SDK finds no login for `registry-1.docker.io`, another name of Docker Hub.
+        repository, tag = split(normalized(reference))
         usual, self._api.timeout = self._api.timeout, _PUSH_SILENCE_SECONDS
         try:
             return (yield from push(lambda: _lines(self._api, repository, tag), reference, attempts))
@@ -280,10 +281,8 @@ class Engine:
         except _BROKEN as error:
             raise failures.of_pull(_words(error), reference) from None
         image = self.image(reference)
-        # The engine leaves `docker.io/` out of its names.
-        names = (repository, repository.removeprefix("docker.io/").removeprefix("library/"))
         digests = image.digests if image else ()
-        return next((one for one in digests if one.partition("@")[0] in names), reference)
+        return next((one for one in digests if familiar(one).partition("@")[0] == familiar(repository)), reference)
 
     def converse(
         self, image: str, options: ContainerOptions, stdin: bytes, seconds: float

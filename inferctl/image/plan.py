@@ -125,6 +125,11 @@ def plan(
     from inferctl.model import is_hub_id
 
     _refuse_targets(options)
+    if options.push and not options.reference and not spec.image.repository:
+        raise UsageError(
+            f"--push needs a repository, and {spec.image_reference()} is a name on this machine only",
+            "set `image.repository`, as in registry.example.com/team/name, or give `--tag`",
+        )
     hub = is_hub_id(spec.model.source)
     findings = _judged(spec, base, stack, rendered, options, hub)
     baked = spec.model.weights == "bake"

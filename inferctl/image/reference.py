@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_HUB, _LIBRARY = "docker.io", "library"
+
 
 def split(reference: str) -> tuple[str, str]:
     """`localhost:5000/a/b:c` -> (`localhost:5000/a/b`, `c`); a digest stands in for the tag, which is `latest` when absent."""
@@ -14,5 +16,20 @@ def split(reference: str) -> tuple[str, str]:
 
 def host_of(reference: str) -> str:
     """The registry of an image reference: `localhost:5000/a/b:c` -> `localhost:5000`, `a/b` -> `docker.io`."""
-    first, slash, _ = reference.partition("/")
-    return first if slash and (first == "localhost" or "." in first or ":" in first) else "docker.io"
+    return normalized(reference).partition("/")[0]
+
+
+def normalized(reference: str) -> str:
+    """The reference with its registry, as registries and builders name it: `a/b:c` -> `docker.io/a/b:c`."""
+    first, slash, rest = reference.partition("/")
+    if not slash or not (first == "localhost" or "." in first or ":" in first):
+        first, rest = _HUB, reference
+    if first not in (_HUB, "index.docker.io", "registry-1.docker.io"):
+        return reference
+    return f"{_HUB}/{rest}" if "/" in rest else f"{_HUB}/{_LIBRARY}/{rest}"
+
+
+def familiar(reference: str) -> str:
+    """The reference as the engine lists it, which leaves Docker Hub out: `docker.io/library/a:b` -> `a:b`."""
+    full = normalized(reference)
+    return full.removeprefix(f"{_HUB}/").removeprefix(f"{_LIBRARY}/") if full.startswith(f"{_HUB}/") else full

@@ -55,10 +55,11 @@ def inferctl(*arguments: str | Path, **environment: str) -> subprocess.Completed
 
 
 def test_a_dry_run_needs_no_engine_and_prints_plan_forecast_and_dockerfile(tmp_path: Path) -> None:
-    done = inferctl("build", "--dry-run", "--push", "--spec", spec(tmp_path), DOCKER_HOST=f"unix://{tmp_path}/none")
+    file = spec(tmp_path, repository="registry.example.com/ml/tiny")
+    done = inferctl("build", "--dry-run", "--push", "--spec", file, DOCKER_HOST=f"unix://{tmp_path}/none")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("inferctl/tiny:auto-")
-    for part in ("verify: start it", "push to docker.io", "size forecast: ", "FROM python:3.11-slim-trixie"):
+    assert done.stdout.startswith("registry.example.com/ml/tiny:auto-")
+    for part in ("verify: start it", "push to registry.example.com", "size forecast: ", "FROM python:3.11-slim-trixie"):
         assert part in done.stdout
     assert "[base.digest]" in done.stderr
 
@@ -202,6 +203,8 @@ def test_an_image_that_mounts_its_weights_can_be_built_where_they_are_not(tmp_pa
         (["--metadata-file", "/"], "/ cannot be written: it is a folder", "name a file"),
         (["--metadata-file", "/proc/x"], "/proc/x cannot be written", "name a file"),
         (["--tag", "Not A Name"], "'Not A Name' is not an image name", "all lower case"),
+        (["--tag", "MyOrg/minilm"], "'MyOrg/minilm' is not an image name", "all lower case"),
+        (["--push"], "--push needs a repository", "image.repository"),
         (["--max-size", "big"], "'big' is not a valid max size", "6GB"),
     ],
 )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from inferctl.errors import InferctlError
 from inferctl.image import failures
-from inferctl.image.reference import host_of
+from inferctl.image.reference import familiar, host_of, normalized
+from inferctl.spec import IMAGE_NAME
 
 BASE = (
     "ERROR: failed to solve: r.example.com/cuda:12.8: failed to resolve source metadata for r.example.com/cuda:12.8: "
@@ -101,3 +104,32 @@ def test_failures_that_may_pass(message: str) -> None:
 )
 def test_failures_that_will_not(message: str) -> None:
     assert not failures.transient(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "full", "short"),
+    [
+        ("minilm", "docker.io/library/minilm", "minilm"),
+        ("myorg/minilm:1", "docker.io/myorg/minilm:1", "myorg/minilm:1"),
+        ("docker.io/library/minilm", "docker.io/library/minilm", "minilm"),
+        ("index.docker.io/myorg/minilm", "docker.io/myorg/minilm", "myorg/minilm"),
+        ("localhost/minilm", "localhost/minilm", "localhost/minilm"),
+        ("host:5000/minilm@sha256:0", "host:5000/minilm@sha256:0", "host:5000/minilm@sha256:0"),
+        ("ghcr.io/library/minilm", "ghcr.io/library/minilm", "ghcr.io/library/minilm"),
+    ],
+)
+def test_a_name_has_a_full_form_and_one_that_the_engine_lists(name: str, full: str, short: str) -> None:
+    assert (normalized(name), familiar(name)) == (full, short)
+    assert (normalized(short), familiar(full)) == (full, short)
+
+
+@pytest.mark.parametrize(
+    "name", ["minilm", "myorg/minilm", "localhost/x", "localhost:5000/x", "host:5000/a/b", "a.b/c"]
+)
+def test_names_of_images_are_accepted(name: str) -> None:
+    assert re.fullmatch(IMAGE_NAME, name)
+
+
+@pytest.mark.parametrize("name", ["MyOrg/minilm", "myorg/MiniLM", "-/x", ":5000/x", "a..b/c", "a/b/", "https://a.b/c"])
+def test_names_that_no_registry_has_are_refused(name: str) -> None:
+    assert not re.fullmatch(IMAGE_NAME, name)

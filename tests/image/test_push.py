@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
 import json
 import os
@@ -51,6 +52,7 @@ class FakeEngine:
 
     def __init__(self, folder: Path, answers: list[list[dict[str, Any]] | None]) -> None:
         self.pushes = 0
+        self.asked: list[tuple[str, str]] = []
         self.url = f"http+unix://{folder / 'engine.sock'}"
         outer = self
 
@@ -73,6 +75,7 @@ class FakeEngine:
             def do_POST(self) -> None:
                 answer = answers[min(outer.pushes, len(answers) - 1)]
                 outer.pushes += 1
+                outer.asked.append((self.path, self.headers["X-Registry-Auth"] or ""))
                 self.send_response(200)
                 self.send_header("transfer-encoding", "chunked")
                 self.end_headers()
@@ -224,3 +227,32 @@ def test_the_engine_is_forbidden(tmp_path: Path) -> None:
         finally:
             os.seteuid(user)
     assert "usermod -aG docker" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("reference", "full", "user"),
+    [
+        ("myorg/minilm:x", "docker.io/myorg/minilm", "hub"),
+        ("minilm:x", "docker.io/library/minilm", "hub"),
+        ("docker.io/library/minilm:x", "docker.io/library/minilm", "hub"),
+        ("index.docker.io/myorg/minilm:x", "docker.io/myorg/minilm", "hub"),
+        ("registry-1.docker.io/myorg/minilm:x", "docker.io/myorg/minilm", "hub"),
+        ("localhost/minilm:x", "localhost/minilm", None),
+        ("host:5000/minilm:x", "host:5000/minilm", "own"),
+        ("registry.example.com/myorg/minilm:x", "registry.example.com/myorg/minilm", "example"),
+    ],
+)
+def test_every_spelling_of_a_name_is_pushed_with_the_login_of_its_registry(
+    fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str, full: str, user: str | None
+) -> None:
+    # As `docker login`, `docker login host:5000` and `docker login registry.example.com` leave it.
+    hosts = {"https://index.docker.io/v1/": "hub", "host:5000": "own", "registry.example.com": "example"}
+    auths = {host: {"auth": base64.b64encode(f"{name}:secret".encode()).decode()} for host, name in hosts.items()}
+    (tmp_path / "config.json").write_text(json.dumps({"auths": auths}))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    engine = fake(GOOD)
+    assert run(engine, reference)[1].digest == DIGEST
+    ((path, login),) = engine.asked
+    assert path.endswith(f"/images/{full}/push?tag=x")
+    found = json.loads(base64.urlsafe_b64decode(login)) if login else {}
+    assert found.get("username") == user
