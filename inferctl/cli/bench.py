@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from inferctl.cli import console, options
+from inferctl.cli import completion, console, options
 
 if TYPE_CHECKING:
     from inferctl.bench.outcome import Outcome
@@ -24,7 +24,11 @@ EPILOG = """Examples: `inferctl bench --model DIR --plan quick` compares precisi
 Precisions = Annotated[
     list[str] | None,
     typer.Option(
-        "--precision", "-p", metavar="NAME", help="Instead of the plan's: fp32, fp16, bf16 or int8; repeatable."
+        "--precision",
+        "-p",
+        metavar="NAME",
+        autocompletion=completion.PRECISIONS,
+        help="Instead of the plan's: fp32, fp16, bf16 or int8; repeatable.",
     ),
 ]
 BatchTokens = Annotated[
@@ -33,7 +37,12 @@ BatchTokens = Annotated[
 ]
 Corpora = Annotated[
     list[str] | None,
-    typer.Option("--corpus", metavar="NAME", help="short, paragraphs, mixed or a file; repeat for a matrix."),
+    typer.Option(
+        "--corpus",
+        metavar="NAME",
+        autocompletion=completion.CORPORA,
+        help="short, paragraphs, mixed or a file; repeat for a matrix.",
+    ),
 ]
 Urls = Annotated[
     list[str] | None, typer.Option("--url", metavar="NAME=URL", help="Measure a server that runs already; repeatable.")
@@ -41,13 +50,19 @@ Urls = Annotated[
 Hardware = Annotated[
     list[str] | None,
     typer.Option(
-        "--hardware", metavar="KEY,...", help="Parts to show beside: estimated where this machine is not one."
+        "--hardware",
+        metavar="KEY,...",
+        autocompletion=completion.HARDWARE,
+        help="Parts to show beside: estimated where this machine is not one.",
     ),
 ]
 PlanName = Annotated[
     str | None,
     typer.Option(
-        "--plan", metavar="NAME", help="A plan of benchmarks/plans (quick, precision, search, ...), or a YAML file."
+        "--plan",
+        metavar="NAME",
+        autocompletion=completion.PLANS,
+        help="A plan of benchmarks/plans (quick, precision, search, ...), or a YAML file.",
     ),
 ]
 Slo = Annotated[

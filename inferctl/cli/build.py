@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inferctl.cli import console
+from inferctl.cli import completion, console
 from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load
 
 if TYPE_CHECKING:
@@ -19,7 +19,10 @@ def build(
     spec_file: SpecFile = None,
     model: ModelSource = None,
     precision: PrecisionOption = None,
-    base: Annotated[str | None, typer.Option(help="Base image: an entry of `inferctl catalog bases`.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(autocompletion=completion.BASES, help="Base image: an entry of `inferctl catalog bases`."),
+    ] = None,
     base_image: Annotated[str | None, typer.Option(help="Your mirror of the base image, best with a digest.")] = None,
     tag: Annotated[
         str | None, typer.Option("--tag", "-t", metavar="NAME", help="Name of the image; default: from the spec.")
@@ -42,7 +45,10 @@ def build(
         bool, typer.Option("--lint/--no-lint", help="Look for bytes wasted in the image's layers.")
     ] = True,
     platform: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Platforms, as in linux/amd64,linux/arm64.")
+        str | None,
+        typer.Option(
+            metavar="LIST", autocompletion=completion.PLATFORMS, help="Platforms, as in linux/amd64,linux/arm64."
+        ),
     ] = None,
     cache_to: Annotated[
         list[str] | None,
@@ -70,7 +76,11 @@ def build(
     ] = None,
     network: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="`host`: build steps and the verification use the host's network."),
+        typer.Option(
+            metavar="NAME",
+            autocompletion=completion.one_of("host"),
+            help="`host`: build steps and the verification use the host's network.",
+        ),
     ] = None,
     allow_floating: Annotated[
         bool, typer.Option("--allow-floating", help="Build although the hub model has no commit.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from inferctl.cli import console
+from inferctl.cli import completion, console
 from inferctl.cli.options import Json
 
 if TYPE_CHECKING:
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 _KINDS = {"read": "", "derived": "derived: ", "own-choice": "inferctl's choice: "}
 
-Key = Annotated[str | None, typer.Argument(metavar="KEY", help="Explain this entry, with its sources.")]
+
+def _key(offered: completion.Callback) -> Any:
+    return typer.Argument(metavar="KEY", autocompletion=offered, help="Explain this entry, with its sources.")
+
 
 app = typer.Typer(
     help="Known bases, torch stacks and hardware, with sources.",
@@ -31,7 +34,7 @@ def root(context: typer.Context) -> None:
 
 
 @app.command()
-def bases(key: Key = None, as_json: Json = False) -> None:
+def bases(key: Annotated[str | None, _key(completion.BASES)] = None, as_json: Json = False) -> None:
     """Base images: contents, needs, end of life.
 
     Example: inferctl catalog bases cuda13.0
@@ -53,7 +56,7 @@ def bases(key: Key = None, as_json: Json = False) -> None:
 
 
 @app.command()
-def stacks(key: Key = None, as_json: Json = False) -> None:
+def stacks(key: Annotated[str | None, _key(completion.STACKS)] = None, as_json: Json = False) -> None:
     """Torch stacks: CUDA, Python, driver, kernels.
 
     Example: inferctl catalog stacks torch2.13-cu130
@@ -86,7 +89,7 @@ def stacks(key: Key = None, as_json: Json = False) -> None:
 
 
 @app.command()
-def hardware(key: Key = None, as_json: Json = False) -> None:
+def hardware(key: Annotated[str | None, _key(completion.HARDWARE)] = None, as_json: Json = False) -> None:
     """GPUs, slices and CPU: peaks, memory, prices.
 
     Example: inferctl catalog hardware a100-40gb-mig-3g.20gb

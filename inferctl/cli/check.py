@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from inferctl.cli import console
+from inferctl.cli import completion, console
 from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load
 
 if TYPE_CHECKING:
@@ -32,7 +32,11 @@ def check(
     precision: PrecisionOption = None,
     hardware: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY", help="Judge for this part instead of the spec's; repeatable; `all`."),
+        typer.Option(
+            metavar="KEY",
+            autocompletion=completion.HARDWARE_OR_ALL,
+            help="Judge for this part instead of the spec's; repeatable; `all`.",
+        ),
     ] = None,
     driver: Annotated[
         str | None, typer.Option(metavar="VERSION", help="NVIDIA driver of the nodes, as in 535 or 535.129.03.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from inferctl.cli import console, options
+from inferctl.cli import completion, console, options
 
 if TYPE_CHECKING:
     from inferctl.bench.compare import Options
@@ -34,7 +34,11 @@ def compare(
     ] = 0.05,
     metric: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="p50, p90, p99, requests_per_s or memory; repeatable; default all."),
+        typer.Option(
+            metavar="NAME",
+            autocompletion=completion.METRICS,
+            help="p50, p90, p99, requests_per_s or memory; repeatable; default all.",
+        ),
     ] = None,
     max_cosine_drop: Annotated[
         float | None,
@@ -58,9 +62,21 @@ def compare(
     ] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(metavar="WHAT", help="Compare although `precision` or `hardware` differ; repeatable."),
+        typer.Option(
+            metavar="WHAT",
+            autocompletion=completion.one_of("precision", "hardware"),
+            help="Compare although `precision` or `hardware` differ; repeatable.",
+        ),
     ] = None,
-    format_: Annotated[str, typer.Option("--format", metavar="NAME", help="text, markdown, json or junit.")] = "text",
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            autocompletion=completion.one_of(*FORMATS),
+            help="text, markdown, json or junit.",
+        ),
+    ] = "text",
     output: Annotated[
         list[Path] | None,
         typer.Option(

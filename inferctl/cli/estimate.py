@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from inferctl.cli import console, options
+from inferctl.cli import completion, console, options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,16 +28,29 @@ def estimate(
     ] = None,
     hardware: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY", help=f"Parts, comma-separated or repeated; default the spec's, else {_STANDARD}."),
+        typer.Option(
+            metavar="KEY",
+            autocompletion=completion.HARDWARE,
+            help=f"Parts, comma-separated or repeated; default the spec's, else {_STANDARD}.",
+        ),
     ] = None,
     precision: Annotated[
         list[str] | None,
         typer.Option(
-            "--precision", "-p", metavar="NAME", help="auto, fp32, fp16, bf16, int8; comma-separated or repeated."
+            "--precision",
+            "-p",
+            metavar="NAME",
+            autocompletion=completion.PRECISIONS,
+            help="auto, fp32, fp16, bf16, int8; comma-separated or repeated.",
         ),
     ] = None,
     corpus: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Texts whose lengths are taken, or a .jsonl or .txt file.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            autocompletion=completion.CORPORA,
+            help="Texts whose lengths are taken, or a .jsonl or .txt file.",
+        ),
     ] = None,
     length: Annotated[
         str | None, typer.Option(metavar="TOKENS", help="Instead of a corpus: 128, 55:0.8 (log-normal), or squad.")
@@ -55,7 +68,12 @@ def estimate(
         ),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Compare every part with this one, and say where the price flips.")
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            autocompletion=completion.HARDWARE,
+            help="Compare every part with this one, and say where the price flips.",
+        ),
     ] = None,
     inputs: Annotated[int, typer.Option(min=1, max=2048, help="Set the number of texts per request.")] = 1,
     capacity: Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from inferctl.cli import console
+from inferctl.cli import completion, console
 from inferctl.errors import UsageError
 
 _EXAMPLE = "inferctl[bench] @ git+https://git.example.com/team/inferctl@v0.1.0"
@@ -31,12 +31,24 @@ def init(
         str, typer.Option("--model", "-m", metavar="SOURCE", help="Hub id or local model folder.")
     ] = "sentence-transformers/all-MiniLM-L6-v2",
     name: Annotated[str | None, typer.Option(help="Name of the model; default is taken from its source.")] = None,
-    base: Annotated[str, typer.Option(help="Base image: an entry of `inferctl catalog bases`.")] = "cuda13.0",
+    base: Annotated[
+        str, typer.Option(autocompletion=completion.BASES, help="Base image: an entry of `inferctl catalog bases`.")
+    ] = "cuda13.0",
     hardware: Annotated[
-        list[str] | None, typer.Option(help="Hardware it must run on (repeatable); default t4 and half an A100.")
+        list[str] | None,
+        typer.Option(
+            autocompletion=completion.HARDWARE,
+            help="Hardware it must run on (repeatable); default t4 and half an A100.",
+        ),
     ] = None,
     ci: Annotated[
-        str | None, typer.Option("--ci", metavar="NAME", help="Also write the CI files: github or gitlab.")
+        str | None,
+        typer.Option(
+            "--ci",
+            metavar="NAME",
+            autocompletion=completion.one_of("github", "gitlab"),
+            help="Also write the CI files: github or gitlab.",
+        ),
     ] = None,
     package: Annotated[
         str | None,

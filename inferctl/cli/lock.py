@@ -7,15 +7,21 @@ from typing import Annotated
 
 import typer
 
-from inferctl.cli import console
+from inferctl.cli import completion, console
 from inferctl.cli.render import write_files
 
 
 def lock(
     base: Annotated[
-        str, typer.Option(help="Base image whose stack is resolved: an entry of `inferctl catalog bases`.")
+        str,
+        typer.Option(
+            autocompletion=completion.BASES,
+            help="Base image whose stack is resolved: an entry of `inferctl catalog bases`.",
+        ),
     ] = "cuda13.0",
-    platform: Annotated[str, typer.Option(help="Platform of the image.")] = "linux/amd64",
+    platform: Annotated[
+        str, typer.Option(autocompletion=completion.PLATFORMS, help="Platform of the image.")
+    ] = "linux/amd64",
     wheels: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of wheels that stands in for the package index.")
     ] = None,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from inferctl.cli import completion
+
 if TYPE_CHECKING:
     from inferctl.settings import Resolved
 
@@ -23,7 +25,14 @@ ModelSource = Annotated[
     typer.Option("--model", "-m", metavar="SOURCE", help="Local model folder or hub id; no spec file is needed then."),
 ]
 PrecisionOption = Annotated[
-    str | None, typer.Option("--precision", "-p", metavar="NAME", help="auto, fp32, fp16, bf16 or int8.")
+    str | None,
+    typer.Option(
+        "--precision",
+        "-p",
+        metavar="NAME",
+        autocompletion=completion.PRECISIONS,
+        help="auto, fp32, fp16, bf16 or int8.",
+    ),
 ]
 
 

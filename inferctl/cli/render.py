@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inferctl.cli import console
+from inferctl.cli import completion, console
 from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load
 
 if TYPE_CHECKING:
@@ -23,7 +23,10 @@ def render(
     spec_file: SpecFile = None,
     model: ModelSource = None,
     precision: PrecisionOption = None,
-    base: Annotated[str | None, typer.Option(help="Base image: an entry of `inferctl catalog bases`.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(autocompletion=completion.BASES, help="Base image: an entry of `inferctl catalog bases`."),
+    ] = None,
     base_image: Annotated[str | None, typer.Option(help="Your mirror of the base image.")] = None,
     output: Annotated[
         Path | None,

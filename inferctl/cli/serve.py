@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from inferctl.cli import options
+from inferctl.cli import completion, options
 from inferctl.errors import UsageError
 
 EPILOG = """Examples: `inferctl serve --model ./all-MiniLM-L6-v2` serves a local folder on port 8080;
@@ -40,7 +40,12 @@ def serve(
         int | None, typer.Option(metavar="N", help="Tokens waiting at most; beyond it the answer is 429.")
     ] = None,
     device: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N; auto takes a GPU when there is one.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            autocompletion=completion.one_of("auto", "cpu", "cuda"),
+            help="auto, cpu, cuda or cuda:N; auto takes a GPU when there is one.",
+        ),
     ] = "auto",
     truncate: Annotated[
         bool,
@@ -68,7 +73,12 @@ def serve(
         ),
     ] = 60.0,
     log: Annotated[
-        str, typer.Option(metavar="STYLE", help="text, or json: one object a line, one line a request.")
+        str,
+        typer.Option(
+            metavar="STYLE",
+            autocompletion=completion.one_of("text", "json"),
+            help="text, or json: one object a line, one line a request.",
+        ),
     ] = "text",
     image: Annotated[
         str | None, typer.Option(metavar="REF", help="Run this built image as a container instead of a process.")

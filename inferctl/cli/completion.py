@@ -1,0 +1,74 @@
+"""Values that a shell offers for options and arguments; each list is read when a shell asks for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+
+from inferctl.errors import InferctlError
+
+Callback = Callable[[str], list[str]] | None
+
+
+def _offer(names: Callable[[], Iterable[str]]) -> Callback:
+    """A callback for Typer. None unless a shell asks: Typer inspects each callback at every start of the program."""
+    if "_INFERCTL_COMPLETE" not in os.environ:
+        return None
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        try:
+            return [f"{before}{comma}{name}" for name in names() if name.startswith(last)]
+        except InferctlError:
+            # A shell shows nothing but values.
+            return []
+
+    return complete
+
+
+def one_of(*names: str) -> Callback:
+    """A callback that offers these words."""
+    return _offer(lambda: names)
+
+
+def _hardware() -> Iterable[str]:
+    from inferctl import catalog
+
+    return catalog.hardware_profiles()
+
+
+def _bases() -> Iterable[str]:
+    from inferctl import catalog
+
+    return catalog.bases()
+
+
+def _stacks() -> Iterable[str]:
+    from inferctl import catalog
+
+    return catalog.stacks()
+
+
+def _plans() -> Iterable[str]:
+    from inferctl.bench import plan
+
+    return plan.names()
+
+
+def _corpora() -> Iterable[str]:
+    from inferctl import assets
+
+    return sorted(file.stem for file in (assets.root() / "benchmarks" / "corpora").glob("*.jsonl"))
+
+
+def _metrics() -> Iterable[str]:
+    from inferctl.bench import compare
+
+    return compare.METRICS
+
+
+HARDWARE, BASES, STACKS = _offer(_hardware), _offer(_bases), _offer(_stacks)
+HARDWARE_OR_ALL = _offer(lambda: ["all", *_hardware()])
+PLANS, CORPORA, METRICS = _offer(_plans), _offer(_corpora), _offer(_metrics)
+PRECISIONS = one_of("auto", "fp32", "fp16", "bf16", "int8")
+PLATFORMS = one_of("linux/amd64", "linux/arm64")

@@ -1,0 +1,79 @@
+"""Shell completion, through the protocol that the installed scripts speak."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = [sys.executable, "-m", "inferctl"]
+
+
+def offered(line: str, tmp_path: Path) -> list[str]:
+    words = line.split(" ")
+    environment = {"_INFERCTL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    done = subprocess.run(
+        PROGRAM, env={**os.environ, **environment}, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "among"),
+    [
+        ("inferctl ch", {"check"}),
+        ("inferctl check --hardware ", {"all", "t4", "a100-40gb-mig-3g.20gb"}),
+        ("inferctl check --precision b", {"bf16"}),
+        ("inferctl init --hardware l", {"l4", "l40s"}),
+        ("inferctl init --base ", {"cpu", "cuda13.0"}),
+        ("inferctl init --ci ", {"github", "gitlab"}),
+        ("inferctl render --base cuda", {"cuda12.8", "cuda13.0"}),
+        ("inferctl build --platform linux/amd64,", {"linux/amd64,linux/arm64"}),
+        ("inferctl lock --base c", {"cpu", "cuda13.0"}),
+        ("inferctl serve -p ", {"auto", "fp32", "fp16", "bf16", "int8"}),
+        ("inferctl serve --log ", {"text", "json"}),
+        ("inferctl bench --plan ", {"quick", "precision", "search"}),
+        ("inferctl bench --corpus ", {"short", "paragraphs", "mixed"}),
+        ("inferctl bench --hardware t4,a100-40gb-s", {"t4,a100-40gb-sxm"}),
+        ("inferctl estimate --against t", {"t4"}),
+        ("inferctl compare A B --format ", {"text", "markdown", "json", "junit"}),
+        ("inferctl compare A B --metric p", {"p50", "p90", "p99"}),
+        ("inferctl compare A B --allow ", {"precision", "hardware"}),
+        ("inferctl catalog hardware h100", {"h100-sxm"}),
+        ("inferctl catalog bases ", {"cpu", "cuda13.0"}),
+        ("inferctl catalog stacks ", {"torch2.13-cu130"}),
+    ],
+)
+def test_values_are_offered(line: str, among: set[str], tmp_path: Path) -> None:
+    found = offered(line, tmp_path)
+    assert among <= set(found)
+    assert len(found) == len(set(found))
+    assert all(value.startswith(line.split(" ")[-1]) for value in found)
+
+
+def test_bash_completes_with_the_script_that_it_gets(tmp_path: Path) -> None:
+    program = tmp_path / "inferctl"
+    program.write_text(f'#!/bin/sh\nexec {" ".join(PROGRAM)} "$@"\n')
+    program.chmod(0o755)
+    script = """
+    eval "$(_INFERCTL_COMPLETE=source_bash inferctl)"
+    COMP_WORDS=(inferctl bench --plan qu) COMP_CWORD=3
+    _inferctl_completion inferctl
+    echo "${COMPREPLY[@]}"
+    """
+    path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], env=path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "quick\n"), done.stderr
+
+
+def test_zsh_gets_values_too(tmp_path: Path) -> None:
+    environment = {"_INFERCTL_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "inferctl init --ci gith"}
+    done = subprocess.run(
+        PROGRAM, env={**os.environ, **environment}, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert '"github"' in done.stdout
+    assert "gitlab" not in done.stdout
