@@ -68,6 +68,9 @@ METRICS = {
 }
 
 
+# Judged by the difference and not by the ratio, so it is none of `METRICS`.
+REJECTED = "rejected"
+
 # What differs more by itself gets more room: the p99 of a run rests on its last hundredth, memory on how a process happened to start.
 DEFAULT_THRESHOLDS = {"p50": 0.05, "p90": 0.05, "p99": 0.10, "requests_per_s": 0.05, "memory": 0.10}
 
@@ -83,6 +86,7 @@ class Options:
     thresholds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_THRESHOLDS)
     floor_ms: float = 0.05
     floor_mib: float = 8.0
+    floor_rejected: float = 0.1
     metrics: Sequence[str] = ()
     cosine_drop: float | None = None
     recall_drop: float | None = None
@@ -97,7 +101,11 @@ def document(found: Sequence[Pair], notes: Sequence[str], options: Options) -> d
     """The whole verdict; `outcome` and `exit_code` are those of the worst part. All figures that are judged share one error rate."""
     refusals = [refused(pair, options.allow) for pair in found]
     judged = [pair for pair, reasons in zip(found, refusals, strict=True) if not reasons]
-    family = max(1, sum(_is_sample(pair, metric) for pair in judged for metric in _wanted(options)))
+    family = max(
+        1,
+        sum(_is_sample(pair, metric) for pair in judged for metric in _wanted(options))
+        + sum(_rejects(pair, options) for pair in judged),
+    )
     parts = [
         _refused(pair, reasons) if reasons else configuration(pair, options, family)
         for pair, reasons in zip(found, refusals, strict=True)
@@ -120,6 +128,7 @@ def configuration(pair: Pair, options: Options, family: int) -> dict[str, Any]:
     """The verdict on one pair that may be compared."""
     assert pair.new is not None  # `refused` says so otherwise
     metrics = [judge(pair, metric, options, family) for metric in _wanted(options)]
+    metrics += rejections(pair, options, family)
     metrics += quality(pair.old.data["quality"], pair.new.data["quality"], options, same_texts=pair.same_texts)
     outcomes = [metric["outcome"] for metric in metrics]
     outcome = next((one for one in ("regression", "not enough evidence") if one in outcomes), "no regression")
@@ -176,6 +185,66 @@ def judge(pair: Pair, metric: Metric, options: Options, family: int) -> dict[str
         "reason": found.reason,
         "repeats_needed": found.repeats_needed,
     }
+
+
+def rejections(pair: Pair, options: Options, family: int) -> list[dict[str, Any]]:
+    """Return the verdict on the share of rejected requests (429), as a list of one; empty where no side rejected any.
+
+    It is judged by the difference in percentage points: a share of zero has no ratio.
+    """
+    if not _rejects(pair, options):
+        return []
+    before, after = ([share for _, share in sorted(one.items())] for one in _rejected(pair))
+    row: dict[str, Any] = {
+        "name": REJECTED,
+        "unit": "%",
+        "higher_is_worse": True,
+        "threshold": 0.0,
+        "floor": options.floor_rejected,
+        "old": round(math.fsum(before) / len(before), 4),
+        "new": round(math.fsum(after) / len(after), 4),
+        "old_runs": before,
+        "new_runs": after,
+        "change": None,
+        "interval": None,
+        "worse_at_most": None,
+        "spread": None,
+    }
+    if min(len(before), len(after)) < verdict.FEWEST_RUNS:
+        few = f"requests were rejected, {WANTED_REPEATS} repeats are needed to judge that"
+        return [row | {"outcome": "not enough evidence", "reason": few, "repeats_needed": WANTED_REPEATS}]
+    found = verdict.decide_difference(before, after, pair.together, options.floor_rejected, family)
+    return [
+        row
+        | {
+            "difference": round(found.change, 4),
+            "difference_interval": [round(found.low, 4), round(found.high, 4)],
+            "difference_at_most": round(found.at_most, 4),
+            "outcome": found.outcome,
+            "reason": found.reason,
+            "repeats_needed": found.repeats_needed,
+        }
+    ]
+
+
+def _rejected(pair: Pair) -> tuple[dict[int, float], dict[int, float]]:
+    """Return the percentage of rejected requests of each run of both sides, by repeat; older receipts know of none."""
+    assert pair.new is not None
+    old, new = (
+        {run["repeat"]: float(run["summary"].get("rejected_percent") or 0.0) for run in one.data["runs"]}
+        for one in (pair.old, pair.new)
+    )
+    if pair.together:
+        both = old.keys() & new.keys()
+        old, new = {key: old[key] for key in both}, {key: new[key] for key in both}
+    return old, new
+
+
+def _rejects(pair: Pair, options: Options) -> bool:
+    """Return whether a share of rejected requests is to be judged: where it is asked for, or a side rejected any."""
+    if options.metrics and REJECTED not in options.metrics:
+        return False
+    return bool(options.metrics) or any(share for side in _rejected(pair) for share in side.values())
 
 
 def _is_sample(pair: Pair, metric: Metric) -> bool:

@@ -86,12 +86,12 @@ def heading(part: Mapping[str, Any]) -> str:
 def cells(metric: Mapping[str, Any]) -> list[str]:
     """The seven texts of a row."""
     return [
-        _name(metric) + (f" {metric['unit']}" if metric["unit"] in ("ms", "MiB") else ""),
+        _name(metric) + (f" {metric['unit']}" if metric["unit"] in ("ms", "MiB", "%") else ""),
         _number(metric, metric["old"]),
         _number(metric, metric["new"]),
         _change(metric),
-        "" if not metric.get("interval") else " to ".join(_percent(edge) for edge in metric["interval"]),
-        "" if metric.get("worse_at_most") is None else f"≤{100 * max(0.0, metric['worse_at_most']):.1f} %",
+        _interval(metric),
+        _at_most(metric),
         _word(metric),
     ]
 
@@ -141,6 +141,8 @@ def _name(metric: Mapping[str, Any]) -> str:
 
 
 def _figure(metric: Mapping[str, Any]) -> str:
+    if metric.get("difference") is not None:
+        return f"{_name(metric)} {metric['difference']:+.2f} percentage points"
     if metric.get("change") is None:
         return f"{_name(metric)} {metric['reason']}".rstrip()
     by = f" ({metric['new'] - metric['old']:+.3g} ms)" if metric["unit"] == "ms" else ""
@@ -153,7 +155,21 @@ def _word(metric: Mapping[str, Any]) -> str:
     ) + (f": {metric['repeats_needed']} repeats" if metric.get("repeats_needed") else "")
 
 
+def _interval(metric: Mapping[str, Any]) -> str:
+    if metric.get("difference_interval"):
+        return " to ".join(f"{edge:+.2f}" for edge in metric["difference_interval"])
+    return "" if not metric.get("interval") else " to ".join(_percent(edge) for edge in metric["interval"])
+
+
+def _at_most(metric: Mapping[str, Any]) -> str:
+    if metric.get("difference_at_most") is not None:
+        return f"≤{max(0.0, metric['difference_at_most']):.2f}"
+    return "" if metric.get("worse_at_most") is None else f"≤{100 * max(0.0, metric['worse_at_most']):.1f} %"
+
+
 def _change(metric: Mapping[str, Any]) -> str:
+    if metric.get("difference") is not None:
+        return f"{metric['difference']:+.2f}"
     if metric.get("change") is not None:
         return _percent(metric["change"])
     old, new = metric["old"], metric["new"]

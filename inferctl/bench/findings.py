@@ -1,15 +1,23 @@
-"""What the numbers say, in words: which configuration wins, by how much, at what quality; a difference within the noise is a tie."""
+"""What the numbers say, in words: which configuration wins, by how much, at what quality.
+
+A winner needs five repeats and a verdict (`verdict.decide`) on each pair of configurations. The pairs share one error
+rate: of equal configurations, one is said to win in fewer than 5 % of all results. With fewer repeats a sentence says
+only which one was fastest in this run.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from inferctl.bench import goodput, stats
+from inferctl.bench import goodput, verdict
 
-# Less than this between two configurations is called a tie even when the intervals part: the same system differs that much from run to run.
+# A smaller difference is no clear difference, however sure it is: the same system differs that much from run to run.
 TIE = 0.05
+# Fewer repeats say too little about how runs differ.
+REPEATS = 5
 
 # So many of those that were beaten are named in the finding; the table has them all.
 NAMED = 4
@@ -17,11 +25,13 @@ NAMED = 4
 Row = Mapping[str, Any]
 
 
-def state(rows: Sequence[Row], mode: str, slo_p99_ms: float | None = None) -> list[str]:
+def state(rows: Sequence[Row], mode: str, error_budget_percent: float = 0.1) -> list[str]:
     """What was found, the most important first. `mode` is that of the load: closed compares throughput, open compares p99."""
     measured = [row for row in rows if row["outcome"] == "measured" and row["valid"]]
     groups = alike(measured)
-    winners = {name: _winner(members, _mode(members[0], mode)) for name, members in groups.items()}
+    fit = {name: _fit(members, error_budget_percent) for name, members in groups.items()}
+    family = max(1, sum(math.comb(len(members), 2) for members in fit.values()))
+    winners = {name: _winner(fit[name], _mode(members[0], mode), family) for name, members in groups.items()}
     sentences = [f"{name}: {one}" if len(groups) > 1 else one for name, one in winners.items()]
     sentences = sentences or ["Nothing was measured that can be used: see the reasons."]
     sentences += [one for members in groups.values() for one in _emulations(members, _mode(members[0], mode))]
@@ -30,14 +40,29 @@ def state(rows: Sequence[Row], mode: str, slo_p99_ms: float | None = None) -> li
         for row in rows
         if row["receipt"] and row["quality"].get("passes") is False
     ]
+    sentences += [_rejected(row) for row in measured if row.get("rejected")]
     searched = [row for row in measured if row.get("search")]
     for row in searched:
         sentences += goodput.sentences(row["configuration"], row["search"])
-    if slo_p99_ms and measured and not searched:
-        sentences.append(f"At this load the SLO (p99 {slo_p99_ms:g} ms) {_slo(measured, slo_p99_ms)}.")
+    if judged := [row for row in measured if row.get("slo") and not row.get("search")]:
+        sentences.append(_slo(judged))
     sentences += [sentence for row in measured if (sentence := _burst(row))]
     sentences += [_beside(row) for row in measured if row.get("neighbours")]
     return sentences + _memory(measured)
+
+
+def _fit(members: Sequence[Row], error_budget_percent: float) -> list[Row]:
+    """Return the configurations that can win: of sufficient quality, and not by rejecting requests."""
+    good = [row for row in members if row["quality"].get("passes") is not False]
+    accepting = [row for row in good if (row.get("rejected_percent") or 0) <= error_budget_percent]
+    return accepting or good
+
+
+def _rejected(row: Row) -> str:
+    return (
+        f"{row['configuration']} rejected {row['rejected_percent']:.2g} % of the requests (429): "
+        "its latencies are those of accepted requests."
+    )
 
 
 def _emulations(members: Sequence[Row], mode: str) -> list[str]:
@@ -130,21 +155,17 @@ def _failure(quality: Mapping[str, Any]) -> str:
     )
 
 
-def _slo(measured: Sequence[Row], limit: float) -> str:
-    """Where the p99 holds `limit`, where not, and where its interval leaves that open."""
-    holds, fails, unknown = [], [], []
-    for row in measured:
-        low, high = row["p99_interval_ms"]
-        if low is None or high is None:
-            unknown.append(f"{row['configuration']} (n too small: {row['n']} of {stats.needed(0.99)} answers)")
-        elif high <= limit:
-            holds.append(row["configuration"])
-        elif low > limit:
-            fails.append(row["configuration"])
-        else:
-            unknown.append(f"{row['configuration']} (the interval {low:.1f} - {high:.1f} ms contains it)")
-    said = (("holds for", holds), ("does not hold for", fails), ("cannot be judged for", unknown))
-    return "; ".join(f"{verb} {', '.join(names)}" for verb, names in said if names)
+def _slo(judged: Sequence[Row]) -> str:
+    """Which configurations meet the SLO at this load, which do not, and which are inconclusive and why."""
+    met = {row["configuration"]: (row["slo"]["met"], row["slo"]["reason"]) for row in judged}
+    said = [
+        f"{verb} {', '.join(names)}"
+        for verb, which in (("is met by", True), ("is not met by", False))
+        if (names := [name for name, (found, _) in met.items() if found is which])
+    ]
+    if unknown := [f"{name} ({reason})" for name, (found, reason) in met.items() if found is None]:
+        said.append(f"is inconclusive for {', '.join(unknown)}")
+    return f"At this load the SLO (p99 {judged[0]['slo']['p99_ms']:g} ms) {'; '.join(said)}."
 
 
 def caveats(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -202,30 +223,109 @@ def _grouped(pairs: Iterable[tuple[str | None, str]]) -> Iterator[tuple[str | No
         yield text, ", ".join(dict.fromkeys(names))
 
 
-def _winner(measured: Sequence[Row], mode: str) -> str:
-    fit = [row for row in measured if row["quality"].get("passes") is not False]
+@dataclass(frozen=True)
+class _Against:
+    """The best configuration against another: `beaten` or not, and how many repeats would settle what is inconclusive.
+
+    `span` is the interval of the ratio, in words; empty where it comes from one run.
+    """
+
+    row: Row
+    beaten: bool
+    span: str = ""
+    inconclusive: bool = False
+    repeats_needed: int | None = None
+
+
+def _winner(fit: Sequence[Row], mode: str, family: int) -> str:
     if not fit:
         return "No configuration keeps the quality of fp32, so none is recommended."
     ranked = sorted(fit, key=lambda row: cost(row, mode))
     best, others = ranked[0], ranked[1:]
-    tied = [row for row in others if tie(best, row, mode)]
-    beaten = [row for row in others if row not in tied]
     if not others:
         return f"{best['configuration']} ran alone: {_figure(best, mode)}, {_quality(best)}."
-    behind = ", ".join(f"{_ratio(row, best, mode)} of {_named(row)}" for row in beaten[:NAMED])
+    repeats = _common_repeats(fit, mode)
+    judged = repeats >= REPEATS and not any(row.get("search") for row in fit)
+    found = [_against(best, row, mode, family) if judged else _in_this_run(best, row, mode) for row in others]
+    beaten = [one for one in found if one.beaten]
+    behind = ", ".join(f"{_ratio(one.row, best, mode)} of {_named(one.row)}{one.span}" for one in beaten[:NAMED])
     if rest := beaten[NAMED:]:
         behind += f", further ahead of {len(rest)} more"
-    if not tied:
-        return f"{best['configuration']} wins: {behind}, {_at(best)}."
+    open_ = [one for one in found if one.inconclusive]
+    tied = [one.row for one in found if not one.beaten and not one.inconclusive]
+    said = []
+    if beaten and judged:
+        verb = "wins" if len(beaten) == len(others) else "is faster"
+        said.append(f"{best['configuration']} {verb}: {behind}, {_at(best)}.")
+    elif beaten:
+        said.append(f"{best['configuration']} is fastest in {_these(repeats)}: {behind}, {_at(best)}.")
+    if tied:
+        said.append(_no_difference(best, tied, mode, "" if judged or len(fit) == 1 else f" in {_these(repeats)}"))
+    said += [_inconclusive(best, one) for one in open_]
+    if not judged and not any(row.get("search") for row in fit):
+        said.append(f"{REPEATS} repeats are needed to say which one wins.")
+    return " ".join(said)
+
+
+def _these(repeats: int) -> str:
+    return "this run" if repeats <= 1 else f"these {repeats} runs"
+
+
+def _no_difference(best: Row, tied: Sequence[Row], mode: str, where: str) -> str:
+    """Name configurations without a clear difference, the one with the best quality first."""
     group, closest = [best, *tied], ""
     if all(row["quality"].get("checked") for row in group):
         group.sort(key=lambda row: (-row["cosine_mean"], -row["recall_at_10"]))
         if len({_quality(row) for row in group}) > 1:
             closest = f"; {group[0]['configuration']} has the better quality: {_quality(group[0])}"
     names = " and ".join(row["configuration"] for row in group)
-    if not beaten:
-        return f"{names} are a tie, the difference is within the noise ({_figure(best, mode)}){closest}."
-    return f"{names} lead in a tie: {behind}{closest}."
+    return f"No clear difference between {names}{where} ({_figure(best, mode)}){closest}."
+
+
+def _inconclusive(best: Row, one: _Against) -> str:
+    needed = (
+        f"needs {one.repeats_needed} repeats"
+        if one.repeats_needed
+        else f"over {verdict.MOST_REPEATS} repeats would be needed"
+    )
+    return f"{best['configuration']} against {one.row['configuration']} is inconclusive: {needed}."
+
+
+def _common_repeats(rows: Sequence[Row], mode: str) -> int:
+    return min((len(_costs(row, mode)) for row in rows), default=0)
+
+
+def _costs(row: Row, mode: str) -> dict[int, float]:
+    """Return what is compared, smaller is better, of each run by its repeat: as `cost`, without a search."""
+    runs = row.get("runs") or []
+    if mode == "closed":
+        return {run["repeat"]: 1 / run["requests_per_s"] for run in runs if run["requests_per_s"]}
+    key = "p99_ms" if all(run["p99_ms"] for run in runs) else "p50_ms"
+    return {run["repeat"]: float(run[key]) for run in runs if run[key]}
+
+
+def _against(best: Row, other: Row, mode: str, family: int) -> _Against:
+    """Judge two configurations over their repeats, which were measured in alternating order."""
+    if mode == "open" and not all(run["p99_ms"] for row in (best, other) for run in row["runs"]):
+        best, other = ({**row, "runs": [{**run, "p99_ms": None} for run in row["runs"]]} for row in (best, other))
+    one, two = _costs(best, mode), _costs(other, mode)
+    repeats = sorted(one.keys() & two.keys())
+    effect = verdict.paired([one[key] for key in repeats], [two[key] for key in repeats])
+    base = math.exp(math.fsum(math.log(one[key]) for key in repeats) / len(repeats))
+    found = verdict.decide(effect, base, True, verdict.Limits(TIE), family)
+    low, high = 1 + found.low, 1 + found.high
+    ends = f"{low:.2f}x to {high:.2f}x" if mode == "closed" else f"{1 / high:.0%} to {1 / low:.0%}"
+    return _Against(
+        other,
+        found.outcome == "regression",
+        f" ({ends}, {len(repeats)} repeats)",
+        found.outcome == "not enough evidence",
+        found.repeats_needed,
+    )
+
+
+def _in_this_run(best: Row, other: Row, mode: str) -> _Against:
+    return _Against(other, not tie(best, other, mode))
 
 
 def _named(row: Row) -> str:
@@ -249,11 +349,10 @@ def cost(row: Row, mode: str) -> float:
 
 
 def tie(one: Row, other: Row, mode: str) -> bool:
-    """Whether two configurations cannot be told apart: under 5 % between them, or intervals that overlap."""
+    """Return whether two configurations show no clear difference: under 5 % between them, or intervals that overlap."""
     if one.get("search") and other.get("search"):
-        # Each is known to within its resolution.
-        near = max(TIE, one["search"]["resolution"], other["search"]["resolution"])
-        return cost(one, mode) == cost(other, mode) or abs(cost(other, mode) / cost(one, mode) - 1) < near
+        (low, high), (other_low, other_high) = (_band(row["search"]) for row in (one, other))
+        return (high is None or other_low <= high) and (other_high is None or low <= other_high)
     if abs(cost(other, mode) / cost(one, mode) - 1) < TIE:
         return True
     if mode == "closed":
@@ -266,6 +365,14 @@ def tie(one: Row, other: Row, mode: str) -> bool:
     return any(bound is None for bound in (low, high, other_low, other_high)) or (
         low <= other_high and other_low <= high
     )
+
+
+def _band(search: Mapping[str, Any]) -> tuple[float, float | None]:
+    """Return the rates between which the highest rate within the SLO lies. Older receipts know probed rates only."""
+    if band := search.get("band_rps"):
+        return band[0], band[1]
+    low = search["max_goodput_rps"] or 0.0
+    return low, search["first_failing_rps"]
 
 
 def _ratio(slower: Row, best: Row, mode: str) -> str:

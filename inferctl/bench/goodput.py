@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from inferctl.bench import stats
+from inferctl.bench import slo, stats
 from inferctl.bench.plan import Search
 from inferctl.bench.validity import ACHIEVED_LIMIT, CLIENT_CPU_LIMIT
 from inferctl.errors import NotEnoughEvidenceError
@@ -68,43 +68,48 @@ class Probe:
         return self.broke == "p99" and self.reason.endswith("contains it")
 
     @property
+    def exceeds(self) -> bool:
+        """Return whether the rate is shown to be too much for the server: not by an interval that contains the SLO."""
+        return self.broke in ("fell behind", "errors") or (self.broke == "p99" and not self.undecided)
+
+    @property
     def short(self) -> bool:
-        """Whether answers are lacking: too few for a p99, or so much alike that its interval, within the SLO, only ends because the sample does."""
-        return self.holds is None or (self.holds and self.n / (self.dependence or 1) < stats.needed(0.99))
+        """Return whether samples are lacking: too few for a p99, or too autocorrelated to judge it."""
+        return self.holds is None
 
 
 Measure = Callable[[float, str, Sequence[Probe]], Probe]
 
 
 def judge(
-    summary: Mapping[str, Any], slo_p99_ms: float, client_cpu: float | None, growing: str | None = None
+    summary: Mapping[str, Any],
+    slo_p99_ms: float,
+    client_cpu: float | None,
+    growing: str | None = None,
+    budget: float = 0.0,
 ) -> tuple[bool | None, str | None, str]:
-    """(holds, broke, reason) of one rate by its summary. `growing` says how the backlog grew when the probe was ended for that."""
+    """Return (holds, broke, reason) of one rate by its summary.
+
+    `growing` says how the backlog grew when the probe was ended for that; `budget` is the share of requests that may
+    fail.
+    """
     errors = {name: count for name, count in summary["errors"].items() if name != "dropped"}
     offered, answered = summary["offered"] or 0, summary["answered"] or 0
-    p99 = summary["latency_ms"]["p99"]
+    failed = sum(errors.values())
     if client_cpu is not None and client_cpu > CLIENT_CPU_LIMIT:
         return False, "generator", f"the load generator used {client_cpu:.0f} % of its core"
-    if errors:
-        return False, "errors", f"{sum(errors.values())} of {summary['requests']} requests failed ({_listed(errors)})"
+    if failed > budget * summary["requests"]:
+        return False, "errors", f"{failed} of {summary['requests']} requests failed ({_listed(errors)})"
     if growing:
         return False, "fell behind", growing
     if answered < ACHIEVED_LIMIT * offered:
         return False, "fell behind", f"{answered} of {offered} requests offered were answered in time"
     if dropped := summary["dropped"]:
         return False, "fell behind", f"{dropped} of {summary['requests']} requests were dropped, so many were waiting"
-    if p99["value"] is None:
-        return None, "n too small", f"n too small for a p99: {summary['latency_ms']['n']} of {p99['needed']} answers"
-    span = f"p99 {p99['value']:.1f} ms ({p99['low']:.1f} - {p99['high']:.1f})"
-    if p99["high"] <= slo_p99_ms:
-        n, but = summary["latency_ms"]["n"], ""
-        if (worth := int(n / (p99.get("dependence") or 1))) < p99["needed"]:
-            alike = f"{n} answers say what {worth} independent ones would (of {p99['needed']})"
-            but = f", but its interval ends with the sample: {alike}"
-        return True, None, f"{span} is within {slo_p99_ms:g} ms{but}"
-    if p99["low"] > slo_p99_ms:
-        return False, "p99", f"{span} is over {slo_p99_ms:g} ms"
-    return False, "p99", f"{span} is not shown to be within {slo_p99_ms:g} ms: its interval contains it"
+    holds, reason = slo.judge(summary["latency_ms"], slo_p99_ms, failed / max(1, summary["requests"]), budget)
+    if holds is None and reason.endswith("contains it"):
+        return False, "p99", reason
+    return holds, None if holds else "n too small" if holds is None else "p99", reason
 
 
 def find(settings: Search, slo_p99_ms: float, ceiling: float | None, measure: Measure) -> dict[str, Any]:
@@ -227,11 +232,24 @@ def _result(
         "first_failing_times": sum(p.rate == first.rate and p.holds is False for p in hunt.log) if first else None,
         "limited_by": first.broke if first else None,
         "reason": first.reason if first else "",
-        "caution": best.reason if best and best.short else None,
+        "band_rps": _band(hunt.log, best),
+        "caution": None,
         "failed_below": [probe.rate for probe in probes if best and probe.holds is False and probe.rate < best.rate],
         **shape(probes),
         "probes": [asdict(probe) for probe in hunt.log],
     }
+
+
+def _band(log: Sequence[Probe], best: Probe | None) -> list[float | None] | None:
+    """Return the rates between which the highest rate within the SLO lies, or None if no rate was confirmed.
+
+    Below: the confirmed rate, whose p99 is shown to be within the SLO. Above: the lowest rate that is shown not to meet
+    it; None if no rate is.
+    """
+    if best is None:
+        return None
+    shown = [probe.rate for probe in log if probe.exceeds and probe.rate > best.rate]
+    return [best.rate, min(shown, default=None)]
 
 
 def shape(probes: Sequence[Probe]) -> dict[str, Any]:
@@ -277,19 +295,23 @@ def sentences(name: str, search: Mapping[str, Any]) -> list[str]:
         more = "at least " if search["verdict"] == "at least" else ""
         ends = ", which ends with the sample: the true one may lie above" if search.get("caution") else ""
         found = [
-            f"{name} holds p99 {slo:g} ms up to {more}{best:g} requests/s "
-            f"(p99 there {last['p99_ms']:.1f} ms, interval {low:.1f} - {high:.1f}{ends})."
+            f"{name} meets the SLO (p99 {slo:g} ms) up to {more}{best:g} requests/s{_within(search)}; "
+            f"p99 there {last['p99_ms']:.1f} ms, interval {low:.1f} - {high:.1f}{ends}."
         ]
     elif search["verdict"] == "n too small":
         found = [
-            f"{name}: n too small to say which rate holds p99 {slo:g} ms; give the probes more time (max_probe_s)."
+            f"{name}: inconclusive, not enough samples to say which rate meets the SLO (p99 {slo:g} ms); "
+            "give the probes more time (max_probe_s)."
         ]
     elif search["verdict"] == "not confirmed":
-        found = [f"{name}: no rate that held p99 {slo:g} ms once held it again; the machine is too unsteady to say."]
+        found = [
+            f"{name}: inconclusive, no rate that met the SLO (p99 {slo:g} ms) met it again; "
+            "the machine is too unsteady."
+        ]
     else:
         small = max((p["rate"] for p in search["probes"] if p["holds"] is None), default=None)
-        unsaid = f"; n was too small to say at {small:g} requests/s" if small else ""
-        found = [f"{name} holds p99 {slo:g} ms at no rate that was tried{unsaid}."]
+        unsaid = f"; {small:g} requests/s is inconclusive (not enough samples)" if small else ""
+        found = [f"{name} meets the SLO (p99 {slo:g} ms) at no rate that was tried{unsaid}."]
     if search["first_failing_rps"]:
         once = " (one probe only)" if search.get("first_failing_times") == 1 else ""
         found.append(
@@ -299,6 +321,14 @@ def sentences(name: str, search: Mapping[str, Any]) -> list[str]:
         rates = ", ".join(f"{rate:g}" for rate in search["failed_below"])
         found.append(f"{name} failed at {rates} requests/s too, below rates that held: the machine was unsteady.")
     return [*found, *_bends(name, search)]
+
+
+def _within(search: Mapping[str, Any]) -> str:
+    """Return the band of the rate in words; older receipts have none."""
+    if not (band := search.get("band_rps")):
+        return ""
+    low, high = band
+    return f" (the limit lies between {low:g} and {high:g})" if high else f" (the limit is {low:g} or more)"
 
 
 def unsettled(rows: Sequence[Mapping[str, Any]]) -> NotEnoughEvidenceError | None:

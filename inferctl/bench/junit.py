@@ -42,5 +42,7 @@ def render(result: Mapping[str, Any]) -> str:
 
 def _message(case: Mapping[str, Any]) -> str:
     change = f"{100 * case['change']:+.1f} %" if case.get("change") is not None else ""
+    if case.get("difference") is not None:
+        change = f"{case['difference']:+.2f} percentage points"
     needed = f"about {case['repeats_needed']} repeats would settle it" if case.get("repeats_needed") else ""
     return "; ".join(part for part in (change, case["reason"], needed) if part)

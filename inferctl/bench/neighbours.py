@@ -203,7 +203,7 @@ def background(load: Load) -> Load:
     )
 
 
-def document(measurements: Sequence[Measurement], cores: int) -> dict[str, Any] | None:
+def document(measurements: Sequence[Measurement], cores: int, budget_percent: float = 0.1) -> dict[str, Any] | None:
     """The receipt's `neighbours` key (docs/bench.md describes it) of all pairs; None where there were no neighbours."""
     pairs = [(one, one.beside) for one in measurements if one.beside]
     if not pairs:
@@ -218,7 +218,7 @@ def document(measurements: Sequence[Measurement], cores: int) -> dict[str, Any] 
         **encroachment.inflation([one.part for one, _ in pairs], parts),
         "requests_per_s": {"without": alone["requests_per_s"], "with": together["requests_per_s"]},
         "neighbour_requests_per_s": {"min": min(rates), "max": max(rates)} if rates else None,
-        **_judged(pairs, parts, cores).as_dict(),
+        **_judged(pairs, parts, cores, validity.failed(together, budget_percent)).as_dict(),
         "runs": [
             {
                 "repeat": one.run.repeat,
@@ -244,11 +244,15 @@ def _part(one: Measurement, beside: Mapping[str, Any]) -> summary.Part:
 
 
 def _judged(
-    pairs: Sequence[tuple[Measurement, dict[str, Any]]], parts: Sequence[summary.Part], cores: int
+    pairs: Sequence[tuple[Measurement, dict[str, Any]]],
+    parts: Sequence[summary.Part],
+    cores: int,
+    failed: validity.Validity,
 ) -> validity.Validity:
-    """Whether the inflation may be believed: the neighbours outlived every run and answered, and every run beside them is valid by itself."""
-    reasons: list[str] = []
-    cautions: list[str] = []
+    """Return whether the inflation is valid: the neighbors outlived each run and responded, and each run next to them
+    is valid by itself. `failed` judges the failed requests of these runs together."""
+    reasons = [f"beside neighbours: {reason}" for reason in failed.reasons]
+    cautions = [f"beside neighbours: {caution}" for caution in failed.cautions]
     for (one, beside), part in zip(pairs, parts, strict=True):
         found = validity.both(
             validity.judge(summary.summarise([part]), beside["resources"], beside["state"], cores),

@@ -101,6 +101,7 @@ class Plan(Section):
     corpus: str = "mixed"
     seed: int = Field(0, ge=0, lt=2**63)
     repeats: int = Field(1, ge=1, le=100)
+    error_budget_percent: float = Field(0.1, ge=0, le=100)
     quality: Quality | None = Field(default_factory=lambda: Quality.model_validate({}))
 
     @model_validator(mode="after")
@@ -155,7 +156,8 @@ class Plan(Section):
         """The plan with what the command line says put in its place; None leaves the plan's own. Raises `UsageError`.
 
         `more`: `load` (dict of further load keys), `batch_tokens` and `corpora` (lists, each multiplies the configurations),
-        `hardware` (list), `search` (dict of search keys; an empty one asks for a search), `neighbours` (how many).
+        `hardware` (list), `search` (dict of search keys; an empty one asks for a search), `neighbours` (how many),
+        `error_budget_percent`.
         """
         data = self.model_dump(exclude_unset=True) | {
             "configurations": [one.model_dump() for one in self.configurations]
@@ -168,6 +170,8 @@ class Plan(Section):
             data["load"]["mode"] = "open"
         if repeats is not None:
             data["repeats"] = repeats
+        if (budget := more.get("error_budget_percent")) is not None:
+            data["error_budget_percent"] = budget
         if (neighbours := more.get("neighbours")) is not None:
             data["neighbours"] = neighbours
         if hardware := more.get("hardware"):

@@ -21,6 +21,7 @@ from inferctl.bench import (
     privacy,
     receipt,
     runner,
+    slo,
     stages,
     summary,
     target,
@@ -60,7 +61,8 @@ def receipts(context: Context, outcomes: Sequence[runner.Outcome]) -> list[recei
 
 
 def _receipt(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
-    pooled, each, whole = runner.judge(outcome, context.environment.machine_cores)
+    budget = context.plan.error_budget_percent
+    pooled, each, whole = runner.judge(outcome, context.environment.machine_cores, budget)
     info, subject = _nameless(outcome.info), outcome.subject
     parts = [m.part for m in outcome.measurements]
     hardware = hardware_of(info, subject, context.environment)
@@ -93,7 +95,7 @@ def _receipt(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
         "stages": stages.summarise(parts, load) if load else [],
         "search": privacy.without_folders(outcome.measurements[0].search),
         "neighbours": privacy.without_folders(
-            neighbours.document(outcome.measurements, context.environment.machine_cores)
+            neighbours.document(outcome.measurements, context.environment.machine_cores, budget)
         ),
         "runs": [
             {
@@ -200,9 +202,9 @@ def document(
 ) -> dict[str, Any]:
     """What `--json` prints; docs/bench.md describes every key."""
     by_name = {one.name: one for one in written}
-    rows = [_row(outcome, by_name.get(outcome.subject.name)) for outcome in outcomes]
+    rows = [_row(outcome, by_name.get(outcome.subject.name), context.slo_p99_ms) for outcome in outcomes]
     rows += _not_measured(context, rows)
-    found = findings.state(rows, context.plan.load.mode, context.slo_p99_ms)
+    found = findings.state(rows, context.plan.load.mode, context.plan.error_budget_percent)
     caveats = [{"kind": kind, "text": text} for kind, text in findings.caveats(rows)]
     return {
         "schema": SCHEMA,
@@ -224,7 +226,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _row(outcome: runner.Outcome, sealed: receipt.Receipt | None) -> dict[str, Any]:
+def _row(outcome: runner.Outcome, sealed: receipt.Receipt | None, slo_p99_ms: float | None = None) -> dict[str, Any]:
     if sealed is None:
         why = privacy.without_folders(outcome.failure or outcome.interrupted or "no run was made")
         return _empty(outcome.subject.name, "not run", why) | {"precision": {"requested": outcome.subject.precision}}
@@ -246,8 +248,13 @@ def _row(outcome: runner.Outcome, sealed: receipt.Receipt | None) -> dict[str, A
         **{f"{key}_ms": latency[key]["value"] for key in ("p50", "p90", "p99")},
         "p50_interval_ms": [latency["p50"]["low"], latency["p50"]["high"]],
         "p99_interval_ms": [latency["p99"]["low"], latency["p99"]["high"]],
+        "slo": _slo(data, slo_p99_ms or (data.get("slo") or {}).get("p99_ms")),
+        "runs": [_figures(run) for run in data["runs"] if run.get("summary")],
         "n": latency["n"],
         "requests": data["summary"]["requests"],
+        "failed": sum(summary.failures(data["summary"]).values()),
+        "rejected": data["summary"].get("rejected", 0),
+        "rejected_percent": data["summary"].get("rejected_percent", 0.0),
         "late": data["summary"]["late"],
         "dropped": data["summary"]["dropped"],
         "requests_per_s": data["summary"]["requests_per_s"],
@@ -261,6 +268,22 @@ def _row(outcome: runner.Outcome, sealed: receipt.Receipt | None) -> dict[str, A
         **data["validity"],
         "receipt": str(sealed.path),
     }
+
+
+def _slo(data: dict[str, Any], limit: float | None) -> dict[str, Any] | None:
+    """Return whether the SLO is met at this load (null: inconclusive) and why; None without an SLO."""
+    if not limit:
+        return None
+    budget = (data["plan"].get("error_budget_percent") or 0) / 100
+    met, reason = slo.judge(data["summary"]["latency_ms"], limit, summary.lost_share(data["summary"]), budget)
+    return {"p99_ms": limit, "met": met, "reason": reason}
+
+
+def _figures(run: dict[str, Any]) -> dict[str, Any]:
+    """Return what configurations are compared by, of one run."""
+    latency = run["summary"]["latency_ms"]
+    values = {f"{key}_ms": latency[key]["value"] for key in ("p50", "p99")}
+    return {"repeat": run["repeat"], "requests_per_s": run["summary"]["requests_per_s"], **values}
 
 
 def _asked(outcome: runner.Outcome) -> dict[str, Any] | None:

@@ -225,6 +225,7 @@ def _searched(bench: Bench, subject: Subject, session: Session, one: Run, folder
         folder=folder,
         take=take,
         settle=lambda patience: search.settle(ask, patience, idle_s),
+        budget=bench.plan.error_budget_percent / 100,
         told=lambda probe: session.tell("search", done=f"{probe.stage} {probe.rate:g}/s: {probe.reason}"),
     ).run()
 
@@ -244,7 +245,9 @@ def _sent_other_work(workloads: Sequence[dict[str, Any]]) -> bool:
     return len(digests) > len({seed for seed, _ in digests}) or len(corpora) > 1
 
 
-def judge(outcome: Outcome, cores: int) -> tuple[dict[str, Any], list[validity.Validity], validity.Validity]:
+def judge(
+    outcome: Outcome, cores: int, budget_percent: float = 0.1
+) -> tuple[dict[str, Any], list[validity.Validity], validity.Validity]:
     """Pooled summary of an outcome with runs, the validity of each run, and that of the whole."""
     each = [
         validity.both(
@@ -254,11 +257,13 @@ def judge(outcome: Outcome, cores: int) -> tuple[dict[str, Any], list[validity.V
         for m in outcome.measurements
     ]
     pooled = summary.summarise([m.part for m in outcome.measurements])
-    whole = validity.combine(each, pooled)
+    whole = validity.combine(
+        each, pooled, budget_percent, searched=any(m.search is not None for m in outcome.measurements)
+    )
     reasons = (*whole.reasons, *validity.same([m.info for m in outcome.measurements]).reasons)
     if _sent_other_work([m.workload for m in outcome.measurements]):
         reasons = (*reasons, "the runs differ in what was sent: a corpus or a trace changed meanwhile")
-    if beside := neighbours.document(outcome.measurements, cores):
+    if beside := neighbours.document(outcome.measurements, cores, budget_percent):
         whole = validity.both(whole, validity.Validity((), tuple(beside["cautions"])))
         reasons = (*reasons, *beside["reasons"])
     if outcome.failure:

@@ -38,7 +38,8 @@ class Hopeless(Exception):  # noqa: N818 - no error: the answer came sooner
 
 @dataclass
 class Searcher:
-    """Probes one server. `take` measures one load in a folder; `settle` waits until the server is idle again; `told` hears of each probe."""
+    """Probes one server. `take` measures one load in a folder; `settle` waits until the server is idle again; `told`
+    hears of each probe. `budget` is the share of requests that may fail at a rate within the SLO."""
 
     settings: Search
     slo_p99_ms: float
@@ -49,6 +50,7 @@ class Searcher:
     take: Take
     settle: Callable[[float], object]
     told: Callable[[Probe], None]
+    budget: float = 0.0
     _taken: list[tuple[Probe, Measurement]] = field(default_factory=list, init=False)
     _count: int = field(default=0, init=False)
 
@@ -121,7 +123,9 @@ class Searcher:
         found = summary.summarise([one.part for one in parts])
         errors = _by_kind(found["errors"], [one.part for one in parts])
         cpu = max((one.resources.get("client_cpu_percent", 0.0) for one in parts), default=0.0)
-        holds, broke, reason = goodput.judge({**found, "errors": errors}, self.slo_p99_ms, cpu or None, growing)
+        holds, broke, reason = goodput.judge(
+            {**found, "errors": errors}, self.slo_p99_ms, cpu or None, growing, self.budget
+        )
         latency = found["latency_ms"]
         spans = {key: (latency[key]["low"], latency[key]["high"]) for key in ("p50", "p99")}
         return Probe(

@@ -100,6 +100,11 @@ def quantile(
     return Quantile(q, n, least, value, low, high, found)
 
 
+def effective(n: int, dependence: float | None) -> int:
+    """Return the effective sample size: n autocorrelated samples say as much as so many independent ones."""
+    return int(n / (dependence or 1))
+
+
 def dependence(series: Sequence[npt.NDArray[np.float64]], value: float) -> float | None:
     """By how much the share of samples over `value` varies more than that of independent samples would: a factor of the variance, at least 1.
 

@@ -14,6 +14,8 @@ from inferctl.bench import records, stats
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
 LATE_MS = 1.0
+# The server rejects a request that it could not answer in time: an outcome of its own, not a failure.
+REJECTED = 429
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
             for code, name in records.ERROR_NAMES.items()
             if (count := int(np.sum(measured["error"] == code)))
         },
+        "rejected": (rejected := int(np.sum(measured["status"] == REJECTED))),
+        "rejected_percent": _percent(rejected, len(measured)),
         "late": int(np.sum(late)),
         "dropped": int(np.sum(measured["error"] == records.DROPPED)),
         "offered": offered,
@@ -107,6 +111,18 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
         },
         "response_bytes": int(np.median(good["bytes"])) if len(good) else None,
     }
+
+
+def failures(summary: Mapping[str, Any]) -> dict[str, int]:
+    """Return the requests that failed, by kind: without rejected ones (429), and without those that were not sent."""
+    found = {name: count for name, count in summary["errors"].items() if name != "dropped"}
+    found["HTTP status"] = found.get("HTTP status", 0) - summary.get("rejected", 0)
+    return {name: count for name, count in found.items() if count > 0}
+
+
+def lost_share(summary: Mapping[str, Any]) -> float:
+    """Return the share of requests without a good response: failed, rejected or dropped. They have no latency."""
+    return sum(summary["errors"].values()) / summary["requests"] if summary["requests"] else 0.0
 
 
 def latency_summary(series: Sequence[npt.NDArray[np.float64]]) -> dict[str, Any]:
@@ -179,6 +195,10 @@ def client_cpu_percent(state: Mapping[str, Any]) -> float | None:
     """CPU time of the load generator over the measured window, per cent of one core."""
     wall = state.get("cpu_wall_ns")
     return round(100 * state["cpu_ns"] / wall, 1) if wall else None
+
+
+def _percent(count: int, total: int) -> float:
+    return round(100 * count / total, 4) if total else 0.0
 
 
 def _median(values: npt.NDArray[Any]) -> float | None:

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from inferctl.bench import stats
+from inferctl.bench.summary import failures
+
 CLIENT_CPU_LIMIT = 90.0
 ACHIEVED_LIMIT = 0.98
 LATE_LIMIT = 0.01
@@ -60,15 +63,18 @@ def judge(
     offered, answered = summary["offered"], summary["answered"]
     sent = summary["requests"] - summary["dropped"]
     late = bool(offered) and summary["late"] > LATE_LIMIT * sent
-    if offered and answered < ACHIEVED_LIMIT * offered:
+    # A rejection is an answer in time.
+    expected = (offered or 0) - summary.get("rejected", 0)
+    if offered and answered < ACHIEVED_LIMIT * expected:
         (reasons if late else servers).append(
-            f"{answered} of {offered} requests offered were answered in time "
-            f"({100 * answered / offered:.0f} %, limit {100 * ACHIEVED_LIMIT:.0f} %): "
+            f"{answered} of {expected} requests offered were answered in time "
+            f"({100 * answered / expected:.0f} %, limit {100 * ACHIEVED_LIMIT:.0f} %): "
             + ("the load generator was late itself" if late else "the server fell behind")
         )
-    if summary["errors"]:
-        kinds = ", ".join(f"{name}: {count}" for name, count in summary["errors"].items())
-        servers.append(f"{sum(summary['errors'].values())} of {summary['requests']} requests failed ({kinds})")
+    if dropped := summary["dropped"]:
+        servers.append(f"{dropped} of {summary['requests']} requests were dropped: too many were unanswered")
+    if summary.get("rejected"):
+        cautions.append(_rejected(summary))
     if state.get("unfinished"):
         servers.append(f"{state['unfinished']} requests were never answered")
     if late:
@@ -90,6 +96,29 @@ def judge(
     return Validity(tuple(reasons), tuple(cautions))
 
 
+def failed(summary: Mapping[str, Any], budget_percent: float, searched: bool = False) -> Validity:
+    """Judge the failed requests of all runs of a configuration against the error budget."""
+    kinds = failures(summary)
+    if not kinds:
+        return Validity((), ())
+    count = sum(kinds.values())
+    said = (
+        f"{count} of {summary['requests']} requests failed "
+        f"({', '.join(f'{name}: {each}' for name, each in kinds.items())})"
+    )
+    share = 100 * count / summary["requests"]
+    if share <= budget_percent or searched:
+        return Validity((), (said,))
+    return Validity((f"{said}: {share:.2g} %, the error budget is {budget_percent:g} %",), ())
+
+
+def _rejected(summary: Mapping[str, Any]) -> str:
+    return (
+        f"the server rejected {summary['rejected']} of {summary['requests']} requests (429, "
+        f"{summary['rejected_percent']:.2g} %): latencies are those of accepted requests"
+    )
+
+
 def samples(summary: Mapping[str, Any]) -> Validity:
     """Whether a configuration has answers enough, by the summary of all its runs."""
     n, p99 = summary["latency_ms"]["n"], summary["latency_ms"]["p99"]
@@ -97,14 +126,9 @@ def samples(summary: Mapping[str, Any]) -> Validity:
         return Validity((f"n too small: {n} answers, {_TOO_SMALL_P90} needed for a p90",), ())
     if p99["value"] is None:
         return Validity((), (f"n too small for a p99: {n} of {p99['needed']} answers",))
-    if (worth := int(n / (p99.get("dependence") or 1))) < p99["needed"]:
-        return Validity(
-            (),
-            (
-                f"the p99's answers depend on each other: {n} say what {worth} independent ones would (of {p99['needed']}), "
-                "so its interval ends with the sample and the true p99 may lie outside",
-            ),
-        )
+    if (worth := stats.effective(n, p99.get("dependence"))) < p99["needed"]:
+        said = f"effective sample size {worth} ({n} responses, autocorrelated), the p99 needs {p99['needed']}"
+        return Validity((), (f"{said}: its interval is bounded by the largest sample, the true p99 may lie above",))
     return Validity((), ())
 
 
@@ -122,13 +146,22 @@ def both(one: Validity, other: Validity) -> Validity:
     return Validity((*one.reasons, *other.reasons), (*one.cautions, *other.cautions))
 
 
-def combine(parts: Sequence[Validity], pooled: Mapping[str, Any]) -> Validity:
-    """Validity of the runs of one configuration, whose pooled summary is given: invalid when one of them is, or all are too few answers."""
+def combine(
+    parts: Sequence[Validity], pooled: Mapping[str, Any], budget_percent: float = 0.1, searched: bool = False
+) -> Validity:
+    """Return the validity of the runs of one configuration, whose pooled summary is given.
+
+    It is invalid if one run is, if all together are too few samples, or if more than the error budget failed.
+    """
     many = len(parts) > 1
     reasons = [f"run {number}: {one}" if many else one for number, part in enumerate(parts, 1) for one in part.reasons]
     cautions = [one for part in parts for one in part.cautions]
-    enough = samples(pooled)
-    return Validity((*reasons, *enough.reasons), tuple(dict.fromkeys((*cautions, *enough.cautions))))
+    whole = both(samples(pooled), failed(pooled, budget_percent, searched))
+    if many and pooled.get("rejected"):
+        # Once for all runs instead of once per run.
+        each = "the server rejected "
+        cautions = [*(one for one in cautions if not one.startswith(each)), _rejected(pooled)]
+    return Validity((*reasons, *whole.reasons), tuple(dict.fromkeys((*cautions, *whole.cautions))))
 
 
 def _within(info: Mapping[str, Any], path: Sequence[str]) -> Any:

@@ -63,15 +63,22 @@ class Verdict:
 
 def paired(old: Sequence[float], new: Sequence[float]) -> Effect:
     """Effect over repeats that were measured side by side: Student's t of the per-repeat log ratios. Needs two pairs at least, all above 0."""
-    ratios = [math.log(after / before) for before, after in zip(old, new, strict=True)]
-    n = len(ratios)
-    spread = math.sqrt(_variance(ratios))
-    return Effect(math.fsum(ratios) / n, spread / math.sqrt(n), n - 1, spread, n, True)
+    return _paired_differences([math.log(value) for value in old], [math.log(value) for value in new])
 
 
 def unpaired(old: Sequence[float], new: Sequence[float]) -> Effect:
     """Effect over runs that were not measured side by side: Welch's t of the logs, degrees of freedom by Satterthwaite, rounded down."""
-    before, after = [math.log(value) for value in old], [math.log(value) for value in new]
+    return _welch([math.log(value) for value in old], [math.log(value) for value in new])
+
+
+def _paired_differences(old: Sequence[float], new: Sequence[float]) -> Effect:
+    differences = [after - before for before, after in zip(old, new, strict=True)]
+    n = len(differences)
+    spread = math.sqrt(_variance(differences))
+    return Effect(math.fsum(differences) / n, spread / math.sqrt(n), n - 1, spread, n, True)
+
+
+def _welch(before: Sequence[float], after: Sequence[float]) -> Effect:
     parts = [_variance(before) / len(before), _variance(after) / len(after)]
     total = math.fsum(parts)
     least = min(len(before), len(after))
@@ -92,19 +99,7 @@ def decide(effect: Effect, base: float, higher_is_worse: bool, limits: Limits, f
     """
     sign = 1.0 if higher_is_worse else -1.0
     worse, margin = sign * effect.estimate, _margin(base, higher_is_worse, limits)
-    joint = effect.error * quantile(1 - (1 - CONFIDENCE) / (2 * family), effect.degrees)
-    bound = worse + effect.error * quantile(CONFIDENCE, effect.degrees)
-    needed, reason = None, ""
-    outcome: Outcome
-    if worse - joint > 0 and worse > margin:
-        outcome = "regression"
-    elif worse + joint < 0 and -worse > margin:
-        outcome = "improvement"
-    elif bound <= margin:
-        outcome = "no regression"
-    else:
-        outcome, reason = "not enough evidence", _why(worse, joint, margin)
-        needed = repeats_needed(worse, margin, effect.spread, family, effect.repeats)
+    outcome, joint, bound, needed, reason = _settle(effect, worse, margin, family)
     return Verdict(
         outcome,
         change=math.expm1(effect.estimate),
@@ -114,6 +109,33 @@ def decide(effect: Effect, base: float, higher_is_worse: bool, limits: Limits, f
         repeats_needed=needed,
         reason=reason,
     )
+
+
+def decide_difference(
+    old: Sequence[float], new: Sequence[float], together: bool, margin: float, family: int
+) -> Verdict:
+    """Return the verdict on a figure that may be zero, such as a share of requests, and that is worse if it is higher.
+
+    `change`, `low`, `high` and `at_most` are differences in the unit of the figure, as is `margin`. Otherwise `decide`.
+    """
+    effect = _paired_differences(old, new) if together else _welch(old, new)
+    outcome, joint, bound, needed, reason = _settle(effect, effect.estimate, margin, family)
+    estimate = effect.estimate
+    return Verdict(outcome, estimate, estimate - joint, estimate + joint, bound, needed, reason)
+
+
+def _settle(effect: Effect, worse: float, margin: float, family: int) -> tuple[Outcome, float, float, int | None, str]:
+    """Return (outcome, half-width of the joint interval, bound on how much worse, repeats needed, reason)."""
+    joint = effect.error * quantile(1 - (1 - CONFIDENCE) / (2 * family), effect.degrees)
+    bound = worse + effect.error * quantile(CONFIDENCE, effect.degrees)
+    if worse - joint > 0 and worse > margin:
+        return "regression", joint, bound, None, ""
+    if worse + joint < 0 and -worse > margin:
+        return "improvement", joint, bound, None, ""
+    if bound <= margin:
+        return "no regression", joint, bound, None, ""
+    needed = repeats_needed(worse, margin, effect.spread, family, effect.repeats)
+    return "not enough evidence", joint, bound, needed, _why(worse, joint, margin)
 
 
 def repeats_needed(worse: float, margin: float, spread: float, family: int, done: int) -> int | None:

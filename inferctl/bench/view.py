@@ -70,13 +70,20 @@ def searched(rows: Sequence[Row]) -> RenderableType | None:
     if not found:
         return None
     slo = found[0][1]["slo_p99_ms"]
-    grid = _grid("holds", "fails at", "by", "knee", "behind from")
+    grid = _grid("max rate", "band", "fails at", "limited by", "knee", "saturation")
     for row, search in found:
         known = [short(search[key]) for key in ("max_goodput_rps", "first_failing_rps", "knee_rps", "saturation_rps")]
         least = ">" if search["verdict"] == "at least" else ""
         by = search["limited_by"] or ("" if search["verdict"] == "found" else search["verdict"])
-        grid.add_row(row["configuration"], least + known[0], known[1], by, *known[2:])
+        grid.add_row(row["configuration"], least + known[0], _band(search), known[1], by, *known[2:])
     return _titled(f"highest rate (requests/s) with p99 within {slo:g} ms", grid)
+
+
+def _band(search: Mapping[str, Any]) -> str:
+    """Return the rates between which the highest rate within the SLO lies."""
+    if not (band := search.get("band_rps")):
+        return _UNKNOWN
+    return f"{short(band[0])}-{short(band[1])}" if band[1] else f"{short(band[0])} or more"
 
 
 def beside(rows: Sequence[Row]) -> RenderableType | None:

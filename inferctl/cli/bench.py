@@ -79,6 +79,16 @@ Neighbours = Annotated[
     int | None,
     typer.Option("--neighbours", metavar="N", help="Also measure beside N busy servers on the same device, in turns."),
 ]
+ErrorBudget = Annotated[
+    float | None,
+    typer.Option(
+        "--error-budget",
+        metavar="PERCENT",
+        min=0,
+        max=100,
+        help="Requests that may fail before a result is invalid, instead of the plan's 0.1.",
+    ),
+]
 Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Where receipts, records, logs and the report go.")
 ]
@@ -117,6 +127,7 @@ def bench(
         int | None, typer.Option(help="Processes that make the load, when one core is not enough.")
     ] = None,
     neighbours: Neighbours = None,
+    error_budget: ErrorBudget = None,
     output: Output = Path("bench-results"),
     report: Report = None,
     resume: Resume = None,
@@ -148,6 +159,7 @@ def bench(
             "search": {"slo_p99_ms": slo} if search else None,
             "slo_p99_ms": slo,
             "neighbours": neighbours,
+            "error_budget_percent": error_budget,
         }
         given = bench_setup.Given(spec_file, model, plan, precision or [], url or [], overrides, slo, output)
         ready = bench_setup.start(given)

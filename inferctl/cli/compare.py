@@ -37,7 +37,7 @@ def compare(
         typer.Option(
             metavar="NAME",
             autocompletion=completion.METRICS,
-            help="p50, p90, p99, requests_per_s or memory; repeatable; default all.",
+            help="p50, p90, p99, requests_per_s, memory or rejected; repeatable; default all.",
         ),
     ] = None,
     max_cosine_drop: Annotated[
@@ -46,8 +46,7 @@ def compare(
             metavar="X",
             min=0,
             max=2,
-            help="Set the largest drop of the cosine (1st percentile).",
-            show_default="the distance from 1 may double; 0.0005 to 0.005",
+            help="Set the largest drop of the cosine (1st percentile). Default: its error may double.",
         ),
     ] = None,
     max_recall_drop: Annotated[
@@ -56,8 +55,7 @@ def compare(
             metavar="X",
             min=0,
             max=1,
-            help="Set the largest drop of recall@10.",
-            show_default="the distance from 1 may double; 0.005 to 0.02",
+            help="Set the largest drop of recall@10. Default: its error may double.",
         ),
     ] = None,
     allow: Annotated[
@@ -135,7 +133,7 @@ def _options(
     return comparing.Options(
         thresholds={**defaults, **shares},
         floor_ms=floor_ms,
-        metrics=[_one_of(name, comparing.METRICS, "--metric") for name in metric or []],
+        metrics=[_one_of(name, (*comparing.METRICS, comparing.REJECTED), "--metric") for name in metric or []],
         cosine_drop=cosine_drop,
         recall_drop=recall_drop,
         allow=[_one_of(name, comparable.ALLOWABLE, "--allow") for name in allow or []],

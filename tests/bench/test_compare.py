@@ -85,6 +85,37 @@ def test_a_small_server_that_grows_by_a_quarter_is_found(tmp_path: Path, new_mib
     assert metrics(verdict(*receipts_of(tmp_path, *values)))["memory"]["outcome"] == outcome
 
 
+@pytest.mark.parametrize(
+    ("old_shares", "new_shares", "outcome"),
+    [
+        ([0, 0, 0, 0, 0], [0, 0, 0, 0, 0], None),
+        ([0, 0, 0, 0, 0], [4.1, 3.9, 4.0, 4.2, 3.8], "regression"),
+        ([4.1, 3.9, 4.0, 4.2, 3.8], [0, 0, 0, 0, 0], "improvement"),
+        ([0, 0.01, 0, 0, 0], [0, 0, 0.02, 0, 0], "no regression"),
+        ([0, 0, 0, 0, 0], [0, 9, 0, 0, 0], "not enough evidence"),
+    ],
+)
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_share_of_rejected_requests_is_judged(
+    tmp_path: Path, old_shares: list[float], new_shares: list[float], outcome: str | None, apart: bool
+) -> None:
+    sides = []
+    made = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY), apart=apart)
+    for one, shares in zip(made, (old_shares, new_shares), strict=True):
+
+        def change(data: dict[str, Any], shares: list[float] = shares) -> None:
+            for run, share in zip(data["runs"], shares, strict=True):
+                run["summary"]["rejected_percent"] = share
+
+        sides.append(changed(one, change))
+    result = verdict(*sides)
+    assert (metrics(result)["rejected"]["outcome"] if "rejected" in metrics(result) else None) == outcome
+    if outcome == "regression":
+        assert result["exit_code"] == 1
+        assert "rejected +4.00 percentage points" in compare_view.sentence(result)
+        assert "rejected" in compare_view.plain(result)
+
+
 def test_repeats_measured_in_turns_are_compared_pair_by_pair(tmp_path: Path) -> None:
     """The machine became three times slower meanwhile: in turns that hits both alike, one after the other it drowns everything."""
     drift = [1.0, 1.3, 1.7, 2.3, 3.0]

@@ -201,12 +201,21 @@ def test_a_search_shows_every_probe_against_the_slo(tmp_path: Path) -> None:
 
 
 def test_searches_are_compared_by_the_rate_that_held(tmp_path: Path) -> None:
-    slower = SEARCH | {"max_goodput_rps": 41.0}
+    slower = SEARCH | {"max_goodput_rps": 41.0, "first_failing_rps": 43.0, "band_rps": [41.0, 50.0]}
     # By p99 the other would win: it was measured at half the rate.
     found, _ = shown(
         tmp_path, document("bf16", 80, 30, search=SEARCH), document("fp32", 40, 15, search=slower), rate=80
     )
-    assert found["finding"].startswith("bf16 wins: 2.00x the goodput of fp32")
+    assert found["finding"].startswith("bf16 is fastest in this run: 2.00x the goodput of fp32")
+
+
+def test_searches_whose_bands_overlap_show_no_clear_difference(tmp_path: Path) -> None:
+    """82 against 60 requests/s is more than any step of the search, and still within what both leave open."""
+    wide = SEARCH | {"max_goodput_rps": 60.0, "first_failing_rps": 62.0, "band_rps": [60.0, 90.0]}
+    near = SEARCH | {"band_rps": [82.0, 86.0]}
+    found, _ = shown(tmp_path, document("bf16", 80, 30, search=near), document("fp32", 60, 15, search=wide), rate=80)
+    assert found["finding"].startswith("No clear difference between bf16 and fp32")
+    assert "60.0-90.0" in text_of(found)
 
 
 def test_neighbours_are_shown_with_what_they_did_themselves(tmp_path: Path) -> None:

@@ -146,6 +146,18 @@ def test_intervals_of_pooled_repeats_contain_what_differs_from_run_to_run(simula
     assert min(shares) >= 0.88  # without the differences between runs 65 % of those of the p50
 
 
+@pytest.mark.parametrize("load", [0.5, 0.7, 0.85])
+@pytest.mark.parametrize("repeats", [1, 5])
+def test_an_slo_that_is_missed_by_ten_per_cent_is_hardly_ever_said_to_be_met(
+    simulated: Any, load: float, repeats: int
+) -> None:
+    for count in (1000, 8000):
+        found = simulated.false_verdicts(load, count, repeats, 1.1, 100, seed=3)
+        assert found["met"] < 0.05
+    long = simulated.false_verdicts(load, simulated.LOADS[load], repeats, 0.8, 20, seed=3)
+    assert long["met"] > 0.5  # it says so where the sample supports it
+
+
 def test_independent_samples_keep_their_interval() -> None:
     samples = np.random.default_rng(6).exponential(3.0, (300, 2000))
     truth = 3.0 * math.log(100)
