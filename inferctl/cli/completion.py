@@ -64,7 +64,7 @@ def _corpora() -> Iterable[str]:
 def _metrics() -> Iterable[str]:
     from inferctl.bench import compare
 
-    return compare.METRICS
+    return [*compare.METRICS, compare.REJECTED]
 
 
 HARDWARE, BASES, STACKS = _offer(_hardware), _offer(_bases), _offer(_stacks)
