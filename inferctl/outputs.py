@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -52,10 +53,15 @@ def write(file: Path, content: str | bytes, option: str) -> None:
 
 
 def replace(file: Path, text: str) -> None:
-    """Write `text` to `file` at once: a reader sees the old file or the whole new one. Raises `OSError`."""
+    """Write `text` to `file` at once: a reader sees the old file or the whole new one. Raises `OSError`.
+
+    A file that was there keeps its permissions.
+    """
     partial = file.with_name(f".inferctl-{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", newline="")
+        if file.exists():
+            shutil.copymode(file, partial)
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)

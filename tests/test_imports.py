@@ -23,6 +23,7 @@ ALLOWED = {
     "drivers": set(),
     "catalog": {"errors", "assets", "drivers"},
     "sizes": {"errors"},
+    "pin": {"errors", "catalog", "model", "settings", "spec"},
     "hub": {"errors", "model", "sizes"},
     "fit": {"errors", "spec", "catalog", "drivers", "model", "sizes"},
     "locks": {"errors", "assets", "catalog"},

@@ -26,6 +26,7 @@ from inferctl.cli import (
     estimate,
     init,
     lock,
+    pin,
     pull,
     push,
     render,
@@ -65,6 +66,7 @@ def root(
 # In the order in which `inferctl --help` lists them: the way of a model from a file to a measured container.
 app.command("init", short_help="Write a commented inferctl.yaml.")(init.init)
 app.command("check", short_help="Validate the spec; say what fits which hardware.")(check.check)
+app.command("pin", short_help="Write digests and commits into the spec.")(pin.pin)
 app.command("render", short_help="Print the Dockerfile, or write all it needs.")(render.render)
 app.command("build", short_help="Build, verify, name and push the image.")(build.build)
 app.command("push", short_help="Push an image; print its name@digest.")(push.push)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from inferctl.catalog import BaseImage, Hardware, Stack
+    from inferctl.image.base_facts import Comparison
 
 _KINDS = {"read": "", "derived": "derived: ", "own-choice": "inferctl's choice: "}
 
@@ -117,6 +118,72 @@ def hardware(key: Annotated[str | None, _key(completion.HARDWARE)] = None, as_js
     )
     if not as_json:
         console.note("dense peaks in TFLOP/s (int8: TOP/s); those of slices are derived; `emul.`: emulated, no peak")
+
+
+@app.command()
+def check(
+    key: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY", autocompletion=completion.BASES, help="Check these bases, or YAML files. Default: all."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare the facts about bases with their registries.
+
+    Exit code 1 if a fact differs, 3 if a registry cannot be asked.
+
+    Example: inferctl catalog check cuda13.0
+    """
+    from dataclasses import asdict
+
+    from inferctl import catalog
+    from inferctl.errors import NotReadyError, UsageError
+    from inferctl.image import base_facts, buildx
+
+    rows: list[Comparison] = []
+    failed: NotReadyError | None = None
+    for base in [catalog.base(name) for name in key or catalog.bases()]:
+        try:
+            with console.progress(f"reading {base.reference}"):
+                rows += base_facts.compare(base, buildx.remote_image(base.reference, base.platforms[0]))
+        except UsageError as error:
+            rows.append(base_facts.Comparison(base.key, "tag", "differs", base.reference, error.message))
+        except NotReadyError as error:
+            failed = failed or error
+            rows.append(base_facts.Comparison(base.key, "tag", "unknown", base.reference, error.message))
+    differs = any(row.verdict == "differs" for row in rows)
+    if as_json:
+        console.document(
+            {
+                "same": not differs and failed is None,
+                "size_tolerance": base_facts.SIZE_TOLERANCE,
+                "facts": [asdict(row) for row in rows],
+            }
+        )
+    else:
+        _compared(rows)
+        console.note(f"sizes within {base_facts.SIZE_TOLERANCE:.0%} count as the same")
+    if differs:
+        raise typer.Exit(1)
+    if failed:
+        if as_json:
+            raise typer.Exit(failed.exit_code)
+        raise failed
+
+
+def _compared(rows: list[Comparison]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for heading in ("base", "fact", "verdict", "catalog", "registry"):
+        table.add_column(heading, no_wrap=heading in ("base", "fact", "verdict"), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(text or "-") for text in (row.base, row.fact, row.verdict, row.recorded, row.found)))
+    console.report(table)
 
 
 def _peak(part: Hardware, precision: str) -> str:

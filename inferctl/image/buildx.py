@@ -17,6 +17,7 @@ from typing import Any
 from inferctl.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image.events import BuildEvent
 from inferctl.image.rawjson import Reader
+from inferctl.image.reference import host_of
 
 _INSTALL = (
     "install Docker with buildx: `apt-get install docker.io docker-buildx`, or https://docs.docker.com/engine/install/"
@@ -240,6 +241,70 @@ def _raw_manifest(reference: str) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict):
         raise InferctlError(f"the registry's manifest of {reference} is no JSON object", "see the registry's log")
+    return found
+
+
+@dataclass(frozen=True)
+class RemoteImage:
+    """An image in its registry. `digest` is that of what the name refers to: an index, if there is one.
+
+    `compressed_bytes` (all layers) and `environment` are those of one platform.
+    """
+
+    digest: str
+    compressed_bytes: int
+    environment: Mapping[str, str]
+
+
+def digest(reference: str) -> str:
+    """The digest (`sha256:...`) that `reference` has in its registry now.
+
+    Raises `UsageError` if the registry has no such image, `NotReadyError` if it cannot be asked.
+    """
+    return str(_imagetools(reference, "{{json .Manifest}}")["digest"])
+
+
+def remote_image(reference: str, platform: str) -> RemoteImage:
+    """What the registry says about `reference` on `platform`, without a pull. Raises like `digest`."""
+    found = _imagetools(reference, "{{json .Manifest}}")
+    name = reference.partition("@")[0]
+    if "manifests" in found:
+        wanted = platform.split("/")
+        of_platform = [
+            entry["digest"]
+            for entry in found["manifests"]
+            if [(entry.get("platform") or {}).get(key) for key in ("os", "architecture")] == wanted[:2]
+        ]
+        if not of_platform:
+            raise UsageError(f"{reference} has no image for {platform}", "name another platform or image")
+        reference = f"{name}@{of_platform[0]}"
+    layers = manifest(reference, platform)["layers"]
+    config = _imagetools(reference, "{{json .Image}}").get("config") or {}
+    variables = (variable.partition("=") for variable in config.get("Env") or ())
+    return RemoteImage(
+        str(found["digest"]),
+        sum(int(layer["size"]) for layer in layers),
+        {key: value for key, _, value in variables},
+    )
+
+
+def _imagetools(reference: str, template: str) -> dict[str, Any]:
+    """What `docker buildx imagetools inspect` says about `reference`, in the form of `template`."""
+    try:
+        found = json.loads(_docker("buildx", "imagetools", "inspect", "--format", template, reference))
+    except ValueError:
+        found = None
+    except NotReadyError as error:
+        said = error.message.rpartition("ERROR: ")[2]
+        if said == error.message:  # no answer of a registry: docker or buildx is missing
+            raise
+        if said.endswith(": not found"):
+            hint = "check the name and the tag; registries delete old tags"
+            raise UsageError(f"{reference} does not exist in its registry", hint) from None
+        hint = f"check the network, or `docker login {host_of(reference)}`"
+        raise NotReadyError(f"the registry of {reference} cannot be asked: {said}", hint) from None
+    if not isinstance(found, dict):
+        raise InferctlError(f"the registry's description of {reference} is no JSON object", "see the registry's log")
     return found
 
 

@@ -1,0 +1,65 @@
+"""Facts of the catalog about a base image, compared with what its registry says. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from inferctl.catalog import BaseImage
+from inferctl.drivers import Requirement
+from inferctl.image.buildx import RemoteImage
+from inferctl.sizes import size
+
+# Rebuilds with newer distribution packages move the size of a base by a few percent.
+SIZE_TOLERANCE = 0.15
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One fact. `same`; `differs`; `unrecorded`: the catalog does not say; `unknown`: no registry answered."""
+
+    base: str
+    fact: str
+    verdict: Literal["same", "differs", "unrecorded", "unknown"]
+    recorded: str | None
+    found: str | None
+
+
+def compare(base: BaseImage, image: RemoteImage) -> list[Comparison]:
+    """Digest, size, CUDA version and driver requirement of `base` against those of its image."""
+    return [
+        Comparison(base.key, "tag", "same", base.reference, base.reference),
+        _row(base, "digest", base.digest, image.digest, base.digest == image.digest),
+        _size(base, image.compressed_bytes),
+        _cuda(base, image.environment.get("CUDA_VERSION")),
+        _requirement(base, image.environment.get("NVIDIA_REQUIRE_CUDA")),
+    ]
+
+
+def _row(base: BaseImage, fact: str, recorded: str | None, found: str | None, same: bool) -> Comparison:
+    verdict: Literal["same", "differs", "unrecorded"] = "same" if same else "differs"
+    return Comparison(base.key, fact, "unrecorded" if recorded is None and found else verdict, recorded, found)
+
+
+def _size(base: BaseImage, found: int) -> Comparison:
+    recorded = base.compressed_bytes
+    same = recorded is not None and abs(found / recorded - 1) <= SIZE_TOLERANCE
+    return _row(base, "compressed_bytes", None if recorded is None else size(recorded, 1), size(found, 1), same)
+
+
+def _cuda(base: BaseImage, found: str | None) -> Comparison:
+    version = ".".join(found.split(".")[:2]) if found else None
+    same = base.cuda == version
+    return Comparison(base.key, "cuda", "same" if same else "differs", base.cuda, found)
+
+
+def _requirement(base: BaseImage, found: str | None) -> Comparison:
+    """Order does not matter; an image that asks for what the catalog does not know is a difference."""
+    try:
+        asked = Requirement.parse(found) if found else None
+    except ValueError:
+        return Comparison(base.key, "require_cuda", "differs", base.require_cuda and "recorded", found)
+    known = base.requirement
+    same = (known and set(known.alternatives)) == (asked and set(asked.alternatives))
+    recorded, told = (requirement.describe() if requirement else None for requirement in (known, asked))
+    return Comparison(base.key, "require_cuda", "same" if same else "differs", recorded, told)
