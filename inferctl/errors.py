@@ -20,6 +20,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 EXIT_INTERRUPTED = 130
+# A file of another kind can have thousands of errors; nobody reads more than a screen.
+_MOST_LINES = 20
 
 
 class InferctlError(Exception):
@@ -76,13 +78,21 @@ class SpecError(UsageError):
         if len(problems) == 1:
             message, hint = f"{_at(file, problems[0])}{problems[0].message}", problems[0].hint
         else:
-            lines = [f"{_at(file, p)}{p.message}" + (f" - {p.hint}" if p.hint else "") for p in problems]
+            lines = [f"{_at(file, p)}{p.message}" + (f" - {p.hint}" if p.hint else "") for p in problems[:_MOST_LINES]]
+            if more := len(problems) - len(lines):
+                lines.append(f"and {more:,} more")
             message, hint = "\n".join([f"{len(problems)} mistakes", *lines]), None
         super().__init__(message, hint or "`inferctl schema` prints every key; docs/reference.md explains them")
 
 
 def _at(file: str | None, problem: Problem) -> str:
     return f"{file}:{problem.line}: " if file and problem.line else f"{file}: " if file else ""
+
+
+def shown(value: object) -> str:
+    """The value as an error shows it: its `repr`, at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str | None:

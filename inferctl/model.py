@@ -145,7 +145,7 @@ def _cached_snapshot(source: str, revision: str | None, environment: Mapping[str
 def _json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"{path} cannot be read: {error}", "the download may be incomplete: fetch the model again"
         ) from None
@@ -174,5 +174,5 @@ def _tensor_shapes(file: Path) -> Iterator[list[int]]:
         if file.stat().st_size != 8 + length + end:
             raise problem
         yield from (entry["shape"] for entry in tensors)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError, struct.error):
         raise problem from None

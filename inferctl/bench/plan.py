@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from inferctl import assets
 from inferctl.bench.load_plan import Load, Name, Section, Spike, Stage
-from inferctl.errors import Problem, SpecError, UsageError, did_you_mean
+from inferctl.errors import Problem, SpecError, UsageError, did_you_mean, shown
 from inferctl.settings import Document, read
 
 __all__ = [
@@ -196,7 +196,9 @@ class Plan(Section):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise UsageError(
-                f"{where} cannot be {first.get('input')!r}: {_lower(first['msg'])}" if where else _lower(first["msg"]),
+                f"{where} cannot be {shown(first.get('input'))}: {_lower(first['msg'])}"
+                if where
+                else _lower(first["msg"]),
                 "`inferctl bench --help` lists the options",
             ) from None
 
@@ -311,7 +313,7 @@ def _problem(error: dict[str, Any], document: Document) -> Problem:
         return Problem("", _lower(error["msg"]), None, "docs/bench.md explains every key")
     if error["type"] == "missing":
         return Problem(path, f"{path} is missing", line, "docs/bench.md explains every key")
-    return Problem(path, f"{path}: {_lower(error['msg'])}, got {value!r}", line)
+    return Problem(path, f"{path}: {_lower(error['msg'])}, got {shown(value)}", line)
 
 
 def _fields(location: tuple[str | int, ...]) -> list[str]:

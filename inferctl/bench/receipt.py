@@ -15,6 +15,7 @@ from typing import Any
 from inferctl.errors import InvalidRunError, UsageError
 
 SCHEMA = "inferctl.receipt/1"
+_REQUIRED = frozenset({"configuration", "environment", "plan", "precision", "quality", "runs", "summary", "validity"})
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def write(path: Path, document: dict[str, Any]) -> Receipt:
 def load(path: Path) -> Receipt:
     """Read a receipt. Raises `UsageError` when it is none, `InvalidRunError` when it was altered after it was sealed."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as a receipt: {error}", "`inferctl bench` writes receipts") from None
     if not isinstance(data, dict) or not str(data.get("schema", "")).startswith("inferctl.receipt/"):
         raise UsageError(
@@ -74,4 +75,13 @@ def load(path: Path) -> Receipt:
         raise InvalidRunError(
             f"{path} was altered after it was sealed", "measure again: `inferctl bench` writes a new receipt"
         )
+    if missing := _REQUIRED - data.keys():
+        raise UsageError(
+            f"{path} is incomplete: it has no {', '.join(sorted(missing))}",
+            "run the bench again: it writes a new receipt",
+        )
     return Receipt(path, data)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number that a receipt may hold")

@@ -130,7 +130,7 @@ def read(output: Path) -> dict[str, Any]:
         document = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{output} holds no bench to go on with: it has no {MANIFEST}", hint) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{file} cannot be read: {error}", hint) from None
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise UsageError(f"{file} is none of this version's", "start a new bench")
@@ -231,7 +231,7 @@ def _restored(output: Path, folder: Path, run: Run) -> tuple[Measurement, dict[s
         )
         if document["schema"] != SCHEMA or document["run"] != dataclasses.asdict(run) or not whole:
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
     start, end = document["window"]
     part = summary.Part(

@@ -6,6 +6,7 @@ import base64
 import http.client
 import ipaddress
 import json
+import re
 import struct
 import urllib.error
 import urllib.parse
@@ -52,8 +53,8 @@ class Target:
 def connect(url: str, timeout_s: float = 10) -> Target:
     """The server at `url`. Raises `UsageError` for a bad URL, `NotReadyError` when nothing answers there or it refuses."""
     url = url.rstrip("/").removesuffix("/v1/embeddings").removesuffix("/v1")
-    if urllib.parse.urlsplit(url).scheme not in ("http", "https") or not urllib.parse.urlsplit(url).hostname:
-        raise UsageError(f"{url!r} is not an http or https URL", "give one like `--url t4=http://10.0.0.7:8080`")
+    if not _is_address(url):
+        raise UsageError(f"{url!r} is not the address of a server", "give one like `--url t4=http://10.0.0.7:8080`")
     info = _optional(f"{url}/info", timeout_s)
     models = {} if info.get("name") else _optional(f"{url}/v1/models", timeout_s)
     try:
@@ -66,6 +67,17 @@ def connect(url: str, timeout_s: float = 10) -> Target:
     return Target(url, model, info)
 
 
+def _is_address(url: str) -> bool:
+    """Whether it has a scheme, a host and perhaps a port and a path, and nothing that an HTTP client would choke on."""
+    if re.search(r"[\x00-\x20\x7f@?#]", url):
+        return False
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
+
+
 def _optional(url: str, timeout_s: float) -> dict[str, Any]:
     """The JSON object at `url`; empty when the server has no such page. Raises `NotReadyError` when there is no server or it refuses."""
     try:
@@ -76,7 +88,7 @@ def _optional(url: str, timeout_s: float) -> dict[str, Any]:
         if error.code in _ABSENT:
             return {}
         raise NotReadyError(f"{url} answered {error.code} {error.reason}", _advice(error.code)) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
@@ -99,7 +111,7 @@ def is_local(url: str) -> bool:
     host = urllib.parse.urlsplit(url).hostname or ""
     try:
         address = ipaddress.ip_address(host)
-    except ValueError:
+    except (ValueError, RecursionError):
         return host == "localhost" or host.endswith(".localhost")
     return address.is_loopback or address.is_unspecified
 
@@ -118,7 +130,7 @@ def _json(url: str, timeout_s: float, body: bytes) -> dict[str, Any]:
     except urllib.error.HTTPError as error:
         with error:
             raise InferctlError(f"{url} answered {error.code}: {error.read(300).decode(errors='replace')}") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
         raise InferctlError(f"{url} failed: {error}") from None
     if not isinstance(value, dict):
         raise InferctlError(f"{url} answered something that is no JSON object")

@@ -36,7 +36,7 @@ def _read(path: str, _changed: int, _size: int) -> tuple[Sent, ...]:
         if line.strip():
             try:
                 found.append(_sent(json.loads(line)))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, RecursionError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}:{number}: {_reason(error)}") from None
     if not found:
         raise ValueError(f"the trace {path} is empty")

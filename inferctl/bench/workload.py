@@ -168,7 +168,7 @@ def read_corpus(name: str) -> tuple[list[str], str]:
             continue
         try:
             texts.append(line if path.suffix == ".txt" else str(json.loads(line)["text"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, RecursionError, KeyError, TypeError):
             raise UsageError(
                 f'{path}:{number}: not a line like {{"text": "..."}}',
                 "give JSON lines, or one text a line in a .txt file",

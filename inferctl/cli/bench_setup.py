@@ -62,7 +62,9 @@ def start(given: Given) -> Ready:
     if given.model and Path(given.model).exists():
         given = replace(given, model=str(Path(given.model).absolute()))
     resolved = _settings(given, needed=not targets or bool(given.precisions))
-    name = given.plan or (resolved.spec.bench.plan if resolved else "precision")
+    name = given.plan
+    if name is None:
+        name = resolved.spec.bench.plan if resolved else "precision"
     chosen = plans.load(name).with_overrides(given.precisions, **given.overrides)
     if given.overrides.get("users") is not None and chosen.load.mode == "open":
         console.warn(

@@ -97,6 +97,7 @@ def build(
     """
     from inferctl import catalog, render
     from inferctl.cli.render import rendered_image
+    from inferctl.errors import UsageError
     from inferctl.image.plan import BuildOptions, plan
     from inferctl.sizes import parse_size
 
@@ -104,6 +105,9 @@ def build(
     resolved = load(spec_file, {**flags, "image.max_size": max_size})
     spec = resolved.spec
     secrets = {"pip_conf": pip_conf, "ca": ca, "hf_token": hf_token_file}
+    for name, file in secrets.items():
+        if file is not None and not file.is_file():
+            raise UsageError(f"the file {file} for the build secret {name} is not there", "check the path")
     options = BuildOptions(
         push=push,
         verify=verify,
@@ -111,9 +115,9 @@ def build(
         platforms=tuple(part.strip() for part in (platform or "").split(",") if part.strip()),
         cache_to=tuple(cache_to or ()),
         cache_from=tuple(cache_from or ()),
-        oci=oci_file(output) if output else None,
+        oci=oci_file(output) if output is not None else None,
         metadata_file=metadata_file,
-        reference=full_reference(tag) if tag else None,
+        reference=full_reference(tag) if tag is not None else None,
         secrets={name: file for name, file in secrets.items() if file is not None},
         network=network,
         allow_floating=allow_floating,
@@ -146,17 +150,17 @@ def oci_file(text: str) -> Path:
 
 
 def full_reference(text: str) -> str:
-    """`name` -> `name:latest`, `name:tag` as it is. Raises `UsageError` for what is no image name."""
+    """`name` -> `name:latest`; one with a tag or a digest as it is. Raises `UsageError` for what is no image name."""
     import re
 
     from inferctl.errors import UsageError
     from inferctl.spec import IMAGE_NAME, IMAGE_TAG
 
-    if not re.fullmatch(rf"{IMAGE_NAME}(?::{IMAGE_TAG})?", text):
+    if not re.fullmatch(rf"{IMAGE_NAME}(?::{IMAGE_TAG})?(?:@sha256:[0-9a-f]{{64}})?", text):
         raise UsageError(
             f"{text!r} is not an image name", "as in registry.example.com/team/name:tag, all lower case but the tag"
         )
-    return text if ":" in text.rpartition("/")[2] else f"{text}:latest"
+    return text if "@" in text or ":" in text.rpartition("/")[2] else f"{text}:latest"
 
 
 def _run(made: BuildPlan) -> Built:

@@ -42,7 +42,7 @@ def bases(key: Annotated[str | None, _key(completion.BASES)] = None, as_json: Js
     """
     from inferctl import catalog
 
-    if key:
+    if key is not None:
         _explain(catalog.base(key), as_json)
         return
     _list(
@@ -64,7 +64,7 @@ def stacks(key: Annotated[str | None, _key(completion.STACKS)] = None, as_json: 
     """
     from inferctl import catalog
 
-    if key:
+    if key is not None:
         _explain(catalog.stack(key), as_json)
         return
     _list(
@@ -97,7 +97,7 @@ def hardware(key: Annotated[str | None, _key(completion.HARDWARE)] = None, as_js
     """
     from inferctl import catalog
 
-    if key:
+    if key is not None:
         _explain(catalog.hardware(key), as_json)
         return
     _list(

@@ -128,9 +128,11 @@ def _registries(_: Environment) -> Iterator[Check]:
     file = Path(os.environ.get("DOCKER_CONFIG", "~/.docker")).expanduser() / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         config = {}
-    hosts = sorted({*config.get("auths", {}), *config.get("credHelpers", {})})
+    config = config if isinstance(config, dict) else {}
+    kept = {*(config.get("auths") or {}), *(config.get("credHelpers") or {})}
+    hosts = sorted("docker.io" if "index.docker.io" in host else host for host in kept)
     if hosts:
         yield Check("registry login", "can", ", ".join(hosts))
     elif config.get("credsStore"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +43,8 @@ def lock(
 
     if wheels is not None and not wheels.is_dir():
         raise UsageError(f"there is no wheel folder {wheels}", "`pip download --dest wheels ...` fills one")
+    if index is not None and not re.fullmatch(r"(?:https?|file)://[^\s/]*/?\S+", index):
+        raise UsageError(f"--index {index!r} is not a URL", "as in `--index https://download.pytorch.org/whl/cpu`")
     outputs.check_folder(output, "--output")
     chosen = catalog.base(base)
     stack = catalog.stack(chosen.stack)

@@ -30,7 +30,7 @@ def pull(
     from inferctl.image.docker import Engine
     from inferctl.image.failures import MissingImageError
 
-    name = reference if "@" in reference else full_reference(reference)
+    name = full_reference(reference)
     pulled: str | None = None
     try:
         with console.progress(f"pulling {name}"):

@@ -29,9 +29,10 @@ def push(
     from inferctl.image.docker import Engine
     from inferctl.image.publish import push_named
 
+    name = full_reference(reference)
     engine = Engine.connect()
     with BuildView(live=sys.stderr.isatty()) as view:
-        outcome = view.follow(push_named(engine, full_reference(reference), attempts))
+        outcome = view.follow(push_named(engine, name, attempts))
     if as_json:
         console.document(outcome.document())
     else:

@@ -102,7 +102,7 @@ def serve(
 
     flags = {path: context.params[option] for option, path in main.SETTINGS.items()}
 
-    if image:
+    if image is not None:
         raise typer.Exit(_serve_image(image, spec_file, flags, _given(context), announce))
     spec = options.load(spec_file, flags).spec
     try:
@@ -136,9 +136,12 @@ def _serve_image(
     image: str, spec_file: Path | None, flags: dict[str, Any], given: dict[str, Any], announce: Path | None
 ) -> int:
     from inferctl.cli import console, download
+    from inferctl.cli.build import full_reference
     from inferctl.image import server
     from inferctl.serve import main
 
+    # Refuses what is neither a name nor an id before the engine is asked.
+    full_reference(image)
     if "image_reference" in given:
         raise UsageError("--image-reference cannot be given with --image", "leave it out: it is told to the container")
     if "capacity" in given:

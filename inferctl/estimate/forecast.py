@@ -204,7 +204,7 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{file} cannot be read: {error}", "--config takes the config.json of a model") from None
     if not isinstance(data, dict):
         raise UsageError(f"{file} is not a JSON object", "--config takes the config.json of a model")

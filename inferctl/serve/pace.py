@@ -38,7 +38,7 @@ class Capacity:
         hint = '--capacity takes what `inferctl capacity` writes, or JSON like {"fixed_s": 0.004, "tokens_per_s": 15000, "slo_p99_ms": 200}'
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{file} cannot be read: {error}", hint) from None
         if not isinstance(data, dict):
             raise UsageError(f"{file} holds no JSON object", hint)
