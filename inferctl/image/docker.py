@@ -297,6 +297,8 @@ class Engine:
                 raw.sendall(stdin)
                 raw.shutdown(socket.SHUT_WR)
             code = container.wait(seconds)
+            # The socket belongs to a response. Python 3.13 reports a response whose socket is closed before it.
+            getattr(attached, "_response", attached).close()
             attached.close()
             out = bytes(self._api.logs(container.id, stdout=True, stderr=False))
             err = bytes(self._api.logs(container.id, stdout=False, stderr=True, tail=20))
