@@ -48,7 +48,9 @@ def _percentile(key: str) -> Callable[[Mapping[str, Any]], float | str]:
 
 
 def _rate(run: Mapping[str, Any]) -> float | str:
-    return float(run["summary"]["requests_per_s"]) or "no request was answered"
+    """Return requests/s, of the closed loop where the run has one: the open loop after it gets what it offers."""
+    found = (run.get("closed_loop") or run)["summary"]
+    return float(found["requests_per_s"]) or "no request was answered"
 
 
 def _memory(run: Mapping[str, Any]) -> float | str:
@@ -384,6 +386,12 @@ def _notes(pair: Pair, options: Options) -> list[str]:
         notes += [f"as allowed: {reason}" for reason in hardware(old, new)]
     if old["model"].get("sha256") != new["model"].get("sha256"):
         notes.append("the weights differ (sha256): their quality is each against its own fp32")
+    if closed := old.get("closed_loop"):
+        load = old["plan"]["load"]
+        notes.append(
+            f"latencies: open loop at {load['rate']:g} requests/s, {load['capacity_percent']:g} % of the capacity "
+            f"of the first target; requests/s: closed loop of {closed['users']} users"
+        )
     least = min(len(old["runs"]), len(new["runs"]))
     if not pair.together and least >= verdict.FEWEST_RUNS:
         why, advice = "measured apart", "measure both in one bench"

@@ -34,6 +34,9 @@ def each(
         if load.stages or load.spike or load.trace:
             yield subject, "only loads of one stage are estimated"
             continue
+        if load.capacity_percent is not None:
+            yield subject, "the rate is a share of a capacity that is measured first"
+            continue
         corpus = subject.corpus or plan.corpus
         try:
             if corpus not in counted:

@@ -41,6 +41,8 @@ def state(rows: Sequence[Row], mode: str, error_budget_percent: float = 0.1) -> 
         if row["receipt"] and row["quality"].get("passes") is False
     ]
     sentences += [_rejected(row) for row in measured if row.get("rejected")]
+    if closed := [row for row in measured if row.get("closed_loop")]:
+        sentences.append(_closed_loops(closed))
     searched = [row for row in measured if row.get("search")]
     for row in searched:
         sentences += goodput.sentences(row["configuration"], row["search"])
@@ -56,6 +58,16 @@ def _fit(members: Sequence[Row], error_budget_percent: float) -> list[Row]:
     good = [row for row in members if row["quality"].get("passes") is not False]
     accepting = [row for row in good if (row.get("rejected_percent") or 0) <= error_budget_percent]
     return accepting or good
+
+
+def _closed_loops(rows: Sequence[Row]) -> str:
+    """Requests/s in the closed loops, and the capacity that the rate of the open loops is a share of."""
+    first = rows[0]["closed_loop"]
+    said = ", ".join(f"{row['configuration']} {row['closed_loop']['requests_per_s']:.1f}" for row in rows)
+    return (
+        f"Requests/s in a closed loop of {first['users']} users: {said}; the rate of the open loop is a share of "
+        f"{first['reference_rps']:.1f}, which the first run measured."
+    )
 
 
 def _rejected(row: Row) -> str:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from inferctl.bench import traces
+
+# As in `rate: 60%`.
+_SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+# A run at a share of the capacity lasts long enough for a p99, and no longer than this unless the plan says so.
+_RESPONSES, _LONGEST_S = 1.15 * 368, 60.0
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=40)]
 
@@ -36,11 +42,16 @@ class Spike(Section):
 
 
 class Load(Section):
-    """What is sent at the server. `timeline` is its course, whichever way it was given."""
+    """What is sent at the server. `timeline` is its course, whichever way it was given.
+
+    `rate: 60%` becomes `capacity_percent`; `at` gives the load its rate once the capacity was measured.
+    """
 
     mode: Literal["closed", "open"] = "closed"
     users: int = Field(8, ge=1, le=10_000)
     rate: float | None = Field(None, gt=0, le=100_000)
+    capacity_percent: float | None = Field(None, gt=0, le=100)
+    capacity_s: float = Field(5, ge=1, le=3600)
     arrivals: Literal["poisson", "constant"] = "poisson"
     stages: list[Stage] = Field(default_factory=list, max_length=1000)
     spike: Spike | None = None
@@ -65,6 +76,9 @@ class Load(Section):
         if not isinstance(given, dict):
             return given
         data = dict(given)
+        if isinstance(rate := data.get("rate"), str) and (share := _SHARE.fullmatch(rate.strip())):
+            data |= {"rate": None, "capacity_percent": float(share[1])}
+            data.setdefault("mode", "open")
         if stages := _list_of_dicts(data.get("stages")):
             seconds = [one["duration_s"] for one in stages if isinstance(one.get("duration_s"), int | float)]
             if len(seconds) == len(stages):
@@ -82,6 +96,8 @@ class Load(Section):
             raise ValueError("a load has one of stages, spike and trace")
         if self.trace and self.mode == "closed":
             raise ValueError("a trace is an open loop")
+        if self.capacity_percent is not None and (self.mode == "closed" or self.stages or self.trace):
+            raise ValueError("a rate in percent of the capacity is for an open loop without stages and trace")
         wanted, other = ("rate", "users") if self.mode == "open" else ("users", "rate")
         for number, stage in enumerate(self.stages, 1):
             if getattr(stage, wanted) is None or getattr(stage, other) is not None:
@@ -98,6 +114,12 @@ class Load(Section):
         if self.mode == "closed" and self.stages:
             object.__setattr__(self, "users", max(stage.users or 0 for stage in self.stages))
         return self
+
+    def at(self, capacity_rps: float) -> Load:
+        """Return the open loop at `capacity_percent` of a measured capacity, long enough for a p99 (60 s at most)."""
+        rate = float(f"{capacity_rps * (self.capacity_percent or 100) / 100:.3g}")
+        seconds = max(self.duration_s, min(math.ceil(_RESPONSES / rate), _LONGEST_S))
+        return self.model_copy(update={"rate": rate, "duration_s": seconds})
 
     @property
     def timeline(self) -> list[Stage]:

@@ -31,7 +31,8 @@ class Measurement:
 
     `info` is what the server said of itself then, `serial` the number that its inputs began with, `load` and `workload` what was sent
     (the plan's load as it was for this subject; digest, corpus and seed), `pace` what the server had learnt of its speed by the end,
-    `search` what a search for the highest rate found, whose best probe this then is, `beside` the same run with busy neighbours.
+    `search` what a search for the highest rate found, whose best probe this then is, `beside` the same run with busy
+    neighbours, `closed_loop` the closed loop before it, where the rate is a share of the capacity.
     """
 
     run: Run
@@ -48,6 +49,7 @@ class Measurement:
     pace: dict[str, Any] | None = None
     search: dict[str, Any] | None = None
     beside: dict[str, Any] | None = None
+    closed_loop: dict[str, Any] | None = None
 
 
 @dataclass

@@ -112,6 +112,8 @@ class Plan(Section):
             raise ValueError(
                 "a search measures each configuration once, it repeats what decides by itself: leave repeats out"
             )
+        if self.neighbours and self.load.capacity_percent:
+            raise ValueError("neighbours need a rate in requests/s: a share of the capacity is measured without them")
         made = self
         if self.matrix:
             hardware = list(dict.fromkeys([*self.hardware, *self.matrix.hardware]))
@@ -132,7 +134,10 @@ class Plan(Section):
         if not changes:
             return self.load
         implied = {"mode": "open"} if "rate" in changes else {"mode": "closed"} if "users" in changes else {}
-        return Load.model_validate({**self.load.model_dump(exclude_unset=True), **implied, **changes})
+        own = self.load.model_dump(exclude_unset=True)
+        if "rate" in changes:
+            own.pop("capacity_percent", None)
+        return Load.model_validate({**own, **implied, **changes})
 
     def seed_of(self, repeat: int) -> int:
         """Return the seed of a repeat: the plan's seed for the first one (0), a hash of seed and repeat for the others.
@@ -168,6 +173,7 @@ class Plan(Section):
         data["load"] |= {key: value for key, value in given.items() if value is not None}
         if rate is not None:
             data["load"]["mode"] = "open"
+            data["load"].pop("capacity_percent", None)
         if repeats is not None:
             data["repeats"] = repeats
         if (budget := more.get("error_budget_percent")) is not None:
@@ -280,7 +286,8 @@ def _folder() -> Path:
 
 def _contradictions(plan: Plan, document: Document) -> list[Problem]:
     problems = []
-    if plan.load.mode == "open" and plan.load.rate is None and not (plan.load.stages or plan.load.trace):
+    given = plan.load.rate or plan.load.capacity_percent or plan.load.stages or plan.load.trace
+    if plan.load.mode == "open" and not given:
         problems.append(
             Problem("load.rate", "an open loop needs load.rate", document.line(["load"]), "add `rate: 50` (requests/s)")
         )

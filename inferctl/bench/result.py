@@ -25,6 +25,7 @@ from inferctl.bench import (
     stages,
     summary,
     target,
+    throughput,
 )
 from inferctl.bench.environment import Environment
 from inferctl.bench.plan import Load, Plan
@@ -97,6 +98,7 @@ def _receipt(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
         "neighbours": privacy.without_folders(
             neighbours.document(outcome.measurements, context.environment.machine_cores, budget)
         ),
+        "closed_loop": throughput.pooled(outcome.measurements),
         "runs": [
             {
                 "repeat": m.run.repeat,
@@ -106,6 +108,7 @@ def _receipt(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
                 "workload": {key: m.workload.get(key) for key in ("seed", "sha256")},
                 "server": _nameless(m.info),
                 "summary": summary.summarise([m.part]),
+                "closed_loop": throughput.of_run(m),
                 "resources": m.resources,
                 "pace": m.pace,
                 "telemetry": m.telemetry,
@@ -238,6 +241,7 @@ def _row(outcome: runner.Outcome, sealed: receipt.Receipt | None, slo_p99_ms: fl
         "workload": [data["workload"]["corpus"], _asked(outcome)],
         "search": data.get("search"),
         "neighbours": _beside(data.get("neighbours")),
+        "closed_loop": _closed(data.get("closed_loop")),
         "stages": data.get("stages"),
         "recovery": [run["recovery"] for run in data["runs"] if run.get("recovery")],
         "outcome": "failed" if outcome.failure else "measured",
@@ -308,6 +312,14 @@ def _costs(data: dict[str, Any]) -> dict[str, Any]:
         "price": cheapest,
         "gpu_utilisation_percent": round(sum(busy) / len(busy), 1) if busy else None,
     }
+
+
+def _closed(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What a row says of the closed loop before an open one at a share of the capacity."""
+    if not found:
+        return None
+    figures = {key: found["summary"][key] for key in ("requests_per_s", "requests_per_s_interval", "runs")}
+    return {key: found[key] for key in ("users", "reference_rps")} | figures
 
 
 def _beside(found: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ A configuration that cannot run becomes an outcome with its reason and the other
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import secrets
 import time
@@ -18,7 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.bench import load as loads
-from inferctl.bench import neighbours, quality, resume, search, server, summary, target, telemetry, validity, workload
+from inferctl.bench import (
+    neighbours,
+    quality,
+    resume,
+    search,
+    server,
+    summary,
+    target,
+    telemetry,
+    throughput,
+    validity,
+    workload,
+)
 from inferctl.bench.outcome import Measurement, Outcome, Subject
 from inferctl.bench.plan import Load, Plan, Run
 from inferctl.bench.session import Session, Tell, describe
@@ -103,7 +116,7 @@ def run(bench: Bench, into: Sequence[Outcome], notify: Notify, kept: Callable[[O
             notify(Progress(one.configuration, number, len(order), phase, seconds, live, done))
 
         try:
-            _measure(bench, outcome, one, checker, tell)
+            _measure(bench, outcome, one, checker, tell, _capacity(into))
         except InferctlError as error:
             outcome.failure = error.message
         finally:
@@ -111,7 +124,9 @@ def run(bench: Bench, into: Sequence[Outcome], notify: Notify, kept: Callable[[O
                 kept(outcome)
 
 
-def _measure(bench: Bench, outcome: Outcome, one: Run, checker: quality.Checker, tell: Tell) -> None:
+def _measure(
+    bench: Bench, outcome: Outcome, one: Run, checker: quality.Checker, tell: Tell, capacity_rps: float | None
+) -> None:
     """Measure what was not measured yet, and check the quality where it was not checked."""
     folder = bench.output / "runs" / one.name
     if outcome.has(one):
@@ -126,7 +141,8 @@ def _measure(bench: Bench, outcome: Outcome, one: Run, checker: quality.Checker,
         aim = child.target if child else target.connect(subject.url or "")
         if not outcome.has(one):
             session = Session(aim, child, watch, tell)
-            take = _searched if bench.plan.search else _paired if bench.plan.neighbours else _loaded
+            plain = functools.partial(_loaded, capacity_rps=capacity_rps)
+            take = _searched if bench.plan.search else _paired if bench.plan.neighbours else plain
             measurement = take(bench, subject, session, one, folder)
             measurement.started = started
             outcome.measurements.append(measurement)
@@ -159,13 +175,27 @@ def _started(bench: Bench, subject: Subject, folder: Path, tell: Tell, number: i
         yield child
 
 
-def _loaded(bench: Bench, subject: Subject, session: Session, one: Run, folder: Path) -> Measurement:
+def _loaded(
+    bench: Bench, subject: Subject, session: Session, one: Run, folder: Path, capacity_rps: float | None
+) -> Measurement:
     load, corpus = bench.load_of(subject), bench.corpus_of(subject)
-    seed = _seed(bench, load, one)
+    seed, closed = _seed(bench, load, one), None
+    if load.capacity_percent is not None:
+        closed = throughput.measure(session, load, corpus, seed, one, folder)
+        # All targets receive the same rate, so that their latencies can be compared.
+        closed["reference_rps"] = capacity_rps or closed["requests_per_s"]
+        load = load.at(closed["reference_rps"])
     work = workload.draw(load, corpus, seed)
     made = session.measure(load, work, one, folder)
     made.workload = describe(work, load, corpus, seed)
+    made.closed_loop = closed
     return made
+
+
+def _capacity(into: Sequence[Outcome]) -> float | None:
+    """Return the capacity that the first run of this bench measured, if its rates are shares of one."""
+    known = (m.closed_loop["reference_rps"] for one in into for m in one.measurements if m.closed_loop)
+    return next(known, None)
 
 
 def _seed(bench: Bench, load: Load, one: Run) -> int:
@@ -251,8 +281,11 @@ def judge(
     """Pooled summary of an outcome with runs, the validity of each run, and that of the whole."""
     each = [
         validity.both(
-            validity.judge(summary.summarise([m.part]), m.resources, m.state, cores, searched=m.search is not None),
-            telemetry.judge(m.telemetry),
+            validity.both(
+                validity.judge(summary.summarise([m.part]), m.resources, m.state, cores, searched=m.search is not None),
+                telemetry.judge(m.telemetry),
+            ),
+            throughput.judge(m, cores),
         )
         for m in outcome.measurements
     ]
@@ -260,6 +293,9 @@ def judge(
     whole = validity.combine(
         each, pooled, budget_percent, searched=any(m.search is not None for m in outcome.measurements)
     )
+    if closed := throughput.pooled(outcome.measurements):
+        said = validity.failed(closed["summary"], budget_percent)
+        whole = validity.both(whole, said)
     reasons = (*whole.reasons, *validity.same([m.info for m in outcome.measurements]).reasons)
     if _sent_other_work([m.workload for m in outcome.measurements]):
         reasons = (*reasons, "the runs differ in what was sent: a corpus or a trace changed meanwhile")

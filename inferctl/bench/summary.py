@@ -14,6 +14,8 @@ from inferctl.bench import records, stats
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
 LATE_MS = 1.0
+# A response may come so much later than the end of the measured window, as a share of its length.
+GRACE = 0.05
 # The server rejects a request that it could not answer in time: an outcome of its own, not a failure.
 REJECTED = 429
 
@@ -45,16 +47,18 @@ class Part:
 
     @property
     def answered(self) -> int:
-        """Good answers to measured requests that came while the window lasted, or after it no later than a request takes.
+        """Good responses to measured requests that came within the window, or after it no later than a request takes.
 
-        What a request takes is the p90 of those sent in the window's first fifth, before a server that is too slow has fallen far behind.
+        That is the p90 of those sent in the window's first fifth, before a slow server has fallen far behind, and at
+        least 5 % of the window: a stall at its end is in the latencies, and does not mean that the server fell behind.
         A server that keeps up always has requests in flight at the end; one that does not has more and more of them.
         """
         rows = self.measured[self.measured["error"] == records.OK]
         first = np.sort(
             records.latency_ms(rows[rows["intended_ns"] < self.start_ns + (self.end_ns - self.start_ns) / 5])
         )
-        grace_ms = first[stats.rank(len(first), 0.9) - 1] if len(first) else 0.0
+        usual_ms = first[stats.rank(len(first), 0.9) - 1] if len(first) else 0.0
+        grace_ms = max(usual_ms, GRACE * 1e3 * self.seconds)
         return int(np.sum(rows["end_ns"] < self.end_ns + grace_ms * 1e6))
 
     @property

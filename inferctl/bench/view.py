@@ -263,6 +263,9 @@ def loop(load: Mapping[str, Any]) -> str:
         how = f"closed loop, {load['users']} users"
     elif load.get("trace"):
         how = f"open loop, times of the trace {Path(load['trace']).name}"
+    elif load.get("capacity_percent"):
+        share = f"{load['capacity_percent']:g} % of the capacity of the first target"
+        how = f"open loop at {share} ({load['arrivals']}), after a closed loop of {load['users']} users"
     elif load.get("rate") is None:
         how = f"open loop ({load['arrivals']})"
     else:

@@ -28,7 +28,8 @@ def expected(work: Bench) -> list[float]:
         if search:
             each = LONGER * search.probe_s + 4 * load.window_s + 3
             return load.warmup_s + MEASUREMENTS * each + load.duration_s + AROUND_S
-        return load.warmup_s / 2 + load.duration_s + AROUND_S
+        closed = load.warmup_s / 2 + load.capacity_s + AROUND_S / 4 if load.capacity_percent else 0.0
+        return closed + load.warmup_s / 2 + load.duration_s + AROUND_S
 
     return [seconds(run.configuration) for run in work.order]
 

@@ -66,7 +66,7 @@ def start(given: Given) -> Ready:
     if name is None:
         name = resolved.spec.bench.plan if resolved else "precision"
     chosen = plans.load(name).with_overrides(given.precisions, **given.overrides)
-    if given.overrides.get("users") is not None and chosen.load.mode == "open":
+    if given.overrides.get("users") is not None and chosen.load.mode == "open" and not chosen.load.capacity_percent:
         console.warn(
             f"--users {given.overrides['users']} changes nothing: this load is an open loop, {_offered(chosen)}"
         )

@@ -1,0 +1,116 @@
+"""The plan of a merge gate: throughput in a closed loop, latency in an open one at a share of the capacity."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from inferctl.bench import comparable, compare, plan, receipt
+from inferctl.errors import UsageError
+
+# Like the plan gate, but short.
+SHORT = """name: short
+configurations: [{name: a, precision: fp32}]
+corpus: short
+quality: null
+repeats: 4
+load: {mode: open, rate: 50%, users: 4, capacity_s: 1, duration_s: 3, warmup_s: 0}
+"""
+
+
+def bench(folder: Path, *options: str) -> dict[str, Any]:
+    (folder / "short.yaml").write_text(SHORT)
+    command = [sys.executable, "-m", "inferctl", "bench", "--plan", "short.yaml", "--json", *options]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 5), done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_a_rate_in_percent_is_a_share_of_a_capacity_that_is_measured_first() -> None:
+    gate = plan.load("gate")
+    assert (gate.load.mode, gate.load.capacity_percent, gate.load.rate) == ("open", 50, None)
+    assert plan.Plan.model_validate(gate.model_dump(mode="json", exclude_unset=True)) == gate
+    at = gate.load.at(333.33)
+    assert (at.rate, at.duration_s) == (167, 10)
+    assert gate.load.at(20).duration_s == 43  # as long as a p99 needs at 10 requests/s
+    assert gate.load.at(2).duration_s == 60
+    assert gate.with_overrides(rate=40).load.capacity_percent is None
+    assert gate.load_with({"rate": 30}).capacity_percent is None
+    assert gate.load_with({"rate": "30%"}).capacity_percent == 30
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        {"mode": "closed", "rate": "50%"},
+        {"rate": "0%"},
+        {"rate": "150%"},
+        {"rate": "half"},
+        {"rate": "50%", "trace": "x.jsonl"},
+        {"rate": "50%", "stages": [{"duration_s": 1, "rate": 5}]},
+    ],
+)
+def test_a_share_that_means_nothing_is_refused(load: dict[str, Any], tmp_path: Path) -> None:
+    if "trace" in load:
+        (tmp_path / "x.jsonl").write_text('{"at_s": 0, "input": "a"}\n')
+        load = load | {"trace": str(tmp_path / "x.jsonl")}
+    with pytest.raises(ValidationError):
+        plan.Load.model_validate(load)
+
+
+def test_neighbours_need_a_rate_in_requests_per_second() -> None:
+    with pytest.raises(UsageError, match="neighbours need a rate in requests/s"):
+        plan.load("gate").with_overrides(neighbours=1)
+
+
+@pytest.mark.slow
+def test_a_stall_that_a_closed_loop_hides_is_found(answering: Callable[..., str], tmp_path: Path) -> None:
+    """Half a second of every 3 s: one slow response per client of the closed loop, one in six of the open loop."""
+    server = ("--median-ms", "10", "--sigma", "0.1", "--slots", "2")
+    old, new = answering(*server), answering(*server, "--stall-every", "3", "--stall-for", "0.5")
+    found = bench(tmp_path, "--url", f"old={old}", "--url", f"new={new}")
+    receipts = [receipt.load(Path(row["receipt"])) for row in found["rows"]]
+    capacity = receipts[0].data["closed_loop"]["reference_rps"]
+    first = next(run for run in receipts[0].data["runs"] if run["repeat"] == 0)
+    assert capacity == first["closed_loop"]["summary"]["requests_per_s"]
+    for one in receipts:
+        load = one.data["plan"]["load"]
+        assert load["rate"] == pytest.approx(0.5 * capacity, rel=0.01)
+        assert one.data["summary"]["requested_per_s"] == pytest.approx(load["rate"], rel=0.2)
+        assert all(run["closed_loop"]["summary"]["requests_per_s"] > load["rate"] for run in one.data["runs"])
+    pair = comparable.Pair(*receipts)
+    assert [reason for reason in comparable.refused(pair, []) if "differ" in reason] == []
+    metrics = {name: compare.judge(pair, metric, compare.Options(), 5) for name, metric in compare.METRICS.items()}
+    assert metrics["p99"]["outcome"] == "regression"
+    assert metrics["p99"]["change"] > 1
+    # What was offered is the same for both: only the closed loops tell the throughput.
+    assert metrics["requests_per_s"]["old_runs"] == [
+        round(run["closed_loop"]["summary"]["requests_per_s"], 4)
+        for run in sorted(receipts[0].data["runs"], key=lambda run: run["repeat"])
+    ]
+    assert any(said.startswith("Requests/s in a closed loop of 4 users: ") for said in found["findings"])
+
+
+@pytest.mark.slow
+def test_an_interrupted_bench_keeps_its_capacity(answering: Callable[..., str], tmp_path: Path) -> None:
+    url = answering("--median-ms", "10", "--sigma", "0.1", "--slots", "2")
+    found = bench(tmp_path, "--url", f"a={url}", "--repeats", "2")
+    folder = Path(found["output"])
+    capacity = found["rows"][0]["closed_loop"]["reference_rps"]
+    (folder / "runs" / "a-2" / "run.json").unlink()
+    command = [sys.executable, "-m", "inferctl", "bench", "--resume", str(folder), "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 5), done.stderr
+    row = json.loads(done.stdout)["rows"][0]
+    assert row["closed_loop"]["reference_rps"] == capacity
+    assert row["closed_loop"]["runs"] == 2
+    sealed = receipt.load(Path(row["receipt"])).data
+    assert sealed["plan"]["load"]["rate"] == pytest.approx(0.5 * capacity, rel=0.01)
