@@ -1,6 +1,6 @@
 """Spec + catalog -> Dockerfile, ignore file, locks and labels. Equal input gives equal bytes.
 
-Nothing is read but the template, and whether the model's source is a folder here.
+Nothing is read but the template, the server's own files, and whether the model's source is a folder here.
 
 The image's layers, heavy and stable first, each a `COPY --link` of its own:
 
@@ -11,6 +11,8 @@ A new config pushes the last one alone; new weights theirs alone; a new torch le
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from inferctl.locks import Locks
     from inferctl.spec import Spec
 
-# 1980-01-01, the oldest time a zip can carry: the modification time of everything that is installed.
+# 1980-01-01, the oldest time a zip can carry: the modification time of every file in a layer, at every commit.
 EPOCH = 315532800
 DEFAULT_PORT = 8080
 # What `inferctl/serve/` imports of the rest of the package.
@@ -50,12 +52,16 @@ _SERVER_MODULES = (
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the spec comes from: URL and commit of its repository, the commit's time (RFC 3339), and inferctl's version."""
+    """Where the spec comes from: URL and commit of its repository, the commit's time (RFC 3339), inferctl's version.
+
+    `epoch`: the time that the image says it was created at, seconds since 1970.
+    """
 
     source: str | None = None
     revision: str | None = None
     created: str | None = None
     version: str = ""
+    epoch: int = EPOCH
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Rendered:
 
     `files`: build-context path -> content. `contexts`: named build contexts -> folder. `secrets`: ids that the Dockerfile accepts, all optional.
     `build_args`: SOURCE_DATE_EPOCH, so that the image's own record of its making is the same on any builder too.
+    `tag`: of the spec, else from what is in the image.
     """
 
     dockerfile: str
@@ -73,15 +80,26 @@ class Rendered:
     secrets: tuple[str, ...]
     labels: dict[str, str]
     build_args: dict[str, str]
+    tag: str = ""
 
 
-def render(spec: Spec, base: BaseImage, stack: Stack, locks: Locks, provenance: Provenance) -> Rendered:
-    """The image of `spec` on `base` with `stack`. Raises `UsageError` when a value cannot stand in a Dockerfile."""
+def render(
+    spec: Spec,
+    base: BaseImage,
+    stack: Stack,
+    locks: Locks,
+    provenance: Provenance,
+    weights: str | None = None,
+    labels: Mapping[str, str] | None = None,
+) -> Rendered:
+    """The image of `spec` on `base` with `stack`. Raises `UsageError` when a value cannot stand in a Dockerfile.
+
+    `weights`: digest of the local model folder that is baked, None if it is not known. `labels`: more labels.
+    """
     base_image = spec.image.base_image or (f"{base.reference}@{base.digest}" if base.digest else base.reference)
     hub_model = spec.model.source if spec.model.weights != "mount" and is_hub_id(spec.model.source) else None
     port = spec.serve.port or DEFAULT_PORT
     folders = ["server", "dependencies", *(["int8"] if locks.int8 else []), *(["torch"] if locks.torch else [])]
-    labels = _labels(spec, base_image, stack, provenance)
     # Ubuntu and Debian ship pip apart from the interpreter; a base that brings its own Python brings pip too.
     apt_build = ["python3-pip"] if base.python.packages else []
     values: dict[str, Any] = {
@@ -96,7 +114,7 @@ def render(spec: Spec, base: BaseImage, stack: Stack, locks: Locks, provenance: 
         "has_torch_lock": locks.torch is not None,
         "hub_model": hub_model if spec.model.weights == "bake" else None,
         "hub_revision": spec.model.revision,
-        "labels": labels,
+        "labels": {},
         "model_files": [f"*{suffix}" for suffix in sorted(SUFFIXES)],
         "port": port,
         "python": base.python.executable,
@@ -113,15 +131,34 @@ def render(spec: Spec, base: BaseImage, stack: Stack, locks: Locks, provenance: 
         contexts["model"] = spec.model.source
     if spec.image.wheels is not None:
         contexts["wheels"] = spec.image.wheels
+    files = {"layers/config/etc/inferctl/inferctl.yaml": _container_config(spec, port), **locks.files()}
+    content = None
+    if "model" not in contexts or weights is not None:
+        content = _content(_fill("Dockerfile.j2", values), files, weights if "model" in contexts else None)
+    tag = spec.image.tag or f"{spec.serve.precision}-{content[:12] if content else 'unknown'}"
+    every_label = {**_labels(spec, base_image, stack, provenance, tag, content), **(labels or {})}
     return Rendered(
-        dockerfile=_fill("Dockerfile.j2", values),
+        dockerfile=_fill("Dockerfile.j2", {**values, "labels": every_label}),
         dockerignore=_fill("dockerignore.j2", {}),
-        files={"layers/config/etc/inferctl/inferctl.yaml": _container_config(spec, port), **locks.files()},
+        files=files,
         contexts=contexts,
         secrets=("pip_conf", "ca", "hf_token"),
-        labels=labels,
-        build_args={"SOURCE_DATE_EPOCH": str(EPOCH)},
+        labels=every_label,
+        build_args={"SOURCE_DATE_EPOCH": str(provenance.epoch)},
+        tag=tag,
     )
+
+
+def _content(dockerfile: str, files: Mapping[str, bytes], weights: str | None) -> str:
+    """sha256 (hex) over what decides the files and the settings of an image.
+
+    `dockerfile` is one without labels. Its comments do not count, and neither does a revision of the spec's repository.
+    """
+    steps = "\n".join(line for line in dockerfile.splitlines() if not line.startswith("#"))
+    parts = {"Dockerfile": steps.encode(), **files, "weights": (weights or "").encode()}
+    parts |= {name: file.read_bytes() for name, file in server_files().items()}
+    listed = {name: hashlib.sha256(content).hexdigest() for name, content in parts.items()}
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
 
 
 def server_files() -> dict[str, Path]:
@@ -139,25 +176,27 @@ def server_files() -> dict[str, Path]:
 
 def _container_config(spec: Spec, port: int) -> bytes:
     """The spec as the container reads it: no path of the building machine, and nothing about the build."""
-    data = spec.model_dump(mode="json", exclude={"image", "deploy", "bench"}, exclude_none=True)
+    data = spec.model_dump(mode="json", exclude={"image", "deploy", "bench", "hardware"}, exclude_none=True)
     data["serve"] |= {"port": port, "host": "0.0.0.0"}
     if spec.model.weights != "download":
         data["model"]["source"] = "/model"
     return yaml.safe_dump(data, sort_keys=True).encode()
 
 
-def _labels(spec: Spec, base_image: str, stack: Stack, provenance: Provenance) -> dict[str, str]:
+def _labels(
+    spec: Spec, base_image: str, stack: Stack, provenance: Provenance, tag: str, content: str | None
+) -> dict[str, str]:
     name, _, digest = base_image.partition("@")
     labels = {
         "org.opencontainers.image.title": spec.name,
-        "org.opencontainers.image.version": spec.image_reference().rpartition(":")[2],
+        "org.opencontainers.image.version": tag,
         "org.opencontainers.image.source": provenance.source,
         "org.opencontainers.image.revision": provenance.revision,
         "org.opencontainers.image.created": provenance.created,
         "org.opencontainers.image.base.name": name,
         "org.opencontainers.image.base.digest": digest,
         "io.inferctl.version": provenance.version,
-        "io.inferctl.spec.sha256": spec.digest(),
+        "io.inferctl.content.sha256": content,
         "io.inferctl.precision": spec.serve.precision,
         "io.inferctl.stack": stack.key,
         "io.inferctl.model.source": spec.model.source if is_hub_id(spec.model.source) else Path(spec.model.source).name,

@@ -214,6 +214,7 @@ _ABSENT = object()
 _PATHS = ("model.source", "image.wheels", "image.locks")
 _HINTS = {
     "image.repository": "as in registry.example.com/team/name: lower case, no tag",
+    "image.base_image": "as in registry.example.com/team/cuda:13.0, or with @sha256: and the 64 digits of its digest",
     "image.tag": "letters, digits, '_', '.' and '-', 128 at most",
     "image.max_size": "write it like 6GB, 800MB or 2GiB",
     "model": "give a hub id, or `weights: mount` or `bake` for a local folder",

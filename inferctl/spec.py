@@ -21,6 +21,7 @@ _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _LABELS = r"[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)"
 IMAGE_NAME = rf"(?:(?:{_LABELS}+|localhost)/|{_LABELS}*:\d+/)?{_PART}(?:/{_PART})*"
 IMAGE_TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
+IMAGE_REFERENCE = rf"{IMAGE_NAME}(?::{IMAGE_TAG})?(?:@sha256:[0-9a-f]{{64}})?"
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+(?:(?:\.|-+)[a-z0-9]+)*$", max_length=63)]
 Size = Annotated[str, Field(pattern=r"^\d+(?:\.\d+)? ?[kKmMgGtT]?i?[bB]?$")]
 # What ends up in a Dockerfile or a label must stay on its line.
@@ -87,10 +88,10 @@ class Image(_Section):
         None, description="Where the image is pushed: `registry/namespace/name`, without a tag."
     )
     tag: Annotated[str, Field(pattern=rf"^{IMAGE_TAG}$")] | None = Field(
-        None, description="Default is `<precision>-<spec hash>`, so that equal specs get equal names."
+        None, description="Tag of the image. Default: `<precision>-<hash of what is in the image>`."
     )
     base: OneLine = Field("cuda13.0", description="An entry of base-images/.")
-    base_image: OneLine | None = Field(
+    base_image: Annotated[str, Field(pattern=rf"^{IMAGE_REFERENCE}$")] | None = Field(
         None, description="Your mirror of the base, best with a digest: `registry/cuda@sha256:...`."
     )
     platform: OneLine = Field("linux/amd64", description="Platform to build for.")
@@ -152,9 +153,10 @@ class Spec(_Section):
         )
         return hashlib.sha256(canonical.encode()).hexdigest()
 
-    def image_reference(self) -> str:
-        """`repository:tag` of the built image; the repository defaults to `inferctl/<name>`."""
-        return f"{self.image.repository or f'inferctl/{self.name}'}:{self.image.tag or f'{self.serve.precision}-{self.digest()[:12]}'}"
+    @property
+    def repository(self) -> str:
+        """Name of the built image without its tag; `inferctl/<name>` by default."""
+        return self.image.repository or f"inferctl/{self.name}"
 
 
 def json_schema() -> dict[str, Any]:

@@ -280,7 +280,7 @@ def test_a_new_config_reuses_every_heavy_layer(pushed: str, spec_file: Path) -> 
 def test_a_cold_build_makes_the_same_layers_to_the_bit(
     pushed: str, spec_file: Path, tmp_path: Path, wheels: Path
 ) -> None:
-    """Rendered by hand and built without any cache, as on another builder."""
+    """Rendered by hand and built without any cache and as at another commit, as on another builder."""
     inferctl("render", "--spec", spec_file, "--output", tmp_path / "build")
     command = [
         "docker",
@@ -293,12 +293,15 @@ def test_a_cold_build_makes_the_same_layers_to_the_bit(
         "--build-context",
         f"wheels={wheels}",
         "--build-arg",
-        "SOURCE_DATE_EPOCH=315532800",
+        "SOURCE_DATE_EPOCH=1700000000",
     ]
     image = subprocess.run(
         [*command, str(tmp_path / "build")], capture_output=True, text=True, check=True
     ).stdout.strip()
     try:
         assert inspect(image)["RootFS"]["Layers"] == inspect(pushed)["RootFS"]["Layers"]
+        assert inspect(image)["Created"].startswith("2023-11-14T22:13:20")
+        # The spec lies in no repository: the image was created today.
+        assert inspect(pushed)["Created"].startswith(time.strftime("%Y-%m-%dT00:00:00", time.gmtime()))
     finally:
         subprocess.run(["docker", "image", "rm", "--force", image], capture_output=True, check=False)

@@ -106,7 +106,7 @@ def test_an_unknown_variable_is_a_warning_with_the_closest_name() -> None:
 def test_without_a_file_the_name_comes_from_the_model() -> None:
     resolved = settings.resolve(None, {}, {"model.source": "sentence-transformers/all-MiniLM-L6-v2"})
     assert resolved.spec.name == "all-minilm-l6-v2"
-    assert resolved.spec.image_reference().startswith("inferctl/all-minilm-l6-v2:auto-")
+    assert resolved.spec.repository == "inferctl/all-minilm-l6-v2"
 
 
 def test_no_file_points_to_init(tmp_path: Path) -> None:

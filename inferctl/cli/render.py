@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +19,7 @@ from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, l
 if TYPE_CHECKING:
     from inferctl.render import Provenance, Rendered
     from inferctl.settings import Resolved
+    from inferctl.spec import Spec
 
 
 def render(
@@ -86,7 +89,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         outputs.write(folder / name, content, "--output")
 
 
-def rendered_image(resolved: Resolved) -> Rendered:
+def rendered_image(resolved: Resolved, labels: Mapping[str, str] | None = None) -> Rendered:
     """What `inferctl render` and `inferctl build` build on: the spec's image, rendered with the catalog's facts and its locks."""
     from inferctl import catalog, locks
     from inferctl import render as rendering
@@ -96,7 +99,21 @@ def rendered_image(resolved: Resolved) -> Rendered:
     stack = catalog.stack(base.stack)
     folder = Path(spec.image.locks) if spec.image.locks else None
     chosen = locks.load(base, folder, int8=spec.serve.precision == "int8")
-    return rendering.render(spec, base, stack, chosen, _provenance(Path(resolved.file or ".").resolve().parent))
+    provenance = _provenance(Path(resolved.file or ".").resolve().parent)
+    return rendering.render(spec, base, stack, chosen, provenance, _baked(spec), labels)
+
+
+def _baked(spec: Spec) -> str | None:
+    """Digest of the local model folder that the image carries; None without one, or if the folder is not here."""
+    from inferctl import model
+    from inferctl.errors import UsageError
+
+    if spec.model.weights != "bake" or model.is_hub_id(spec.model.source):
+        return None
+    try:
+        return model.find(spec.model.source).digest
+    except UsageError:
+        return None
 
 
 def _provenance(folder: Path) -> Provenance:
@@ -120,7 +137,16 @@ def _provenance(folder: Path) -> Provenance:
         revision=revision,
         created=git("log", "-1", "--format=%cI"),
         version=inferctl.__version__,
+        epoch=_epoch(git("log", "-1", "--format=%ct")),
     )
+
+
+def _epoch(commit: str | None) -> int:
+    """When the image says it was created: SOURCE_DATE_EPOCH, the commit's time, or the start of this day (UTC)."""
+    for found in (os.environ.get("SOURCE_DATE_EPOCH"), commit):
+        if found and found.isdecimal():
+            return int(found)
+    return int(time.time()) // 86_400 * 86_400
 
 
 def public_url(remote: str) -> str | None:

@@ -127,7 +127,7 @@ def plan(
     _refuse_targets(options)
     if options.push and not options.reference and not spec.image.repository:
         raise UsageError(
-            f"--push needs a repository, and {spec.image_reference()} is a name on this machine only",
+            f"--push needs a repository, and {spec.repository}:{rendered.tag} is a name on this machine only",
             "set `image.repository`, as in registry.example.com/team/name, or give `--tag`",
         )
     hub = is_hub_id(spec.model.source)
@@ -144,7 +144,7 @@ def plan(
     if options.max_bytes is not None:
         forecast.refuse_larger(found, options.max_bytes, stack.cuda)
         findings += [] if found.complete else [_unweighed(found)]
-    reference = options.reference or spec.image_reference()
+    reference = options.reference or f"{spec.repository}:{rendered.tag}"
     return BuildPlan(reference, spec, base, stack, rendered, server, None, found, tuple(findings), options)
 
 

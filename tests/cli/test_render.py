@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,11 +63,25 @@ def test_the_labels_name_the_commit_and_say_when_it_is_not_all(tmp_path: Path) -
 
 def test_a_folder_gets_everything_a_build_needs(tmp_path: Path) -> None:
     (tmp_path / "inferctl.yaml").write_text(SPEC)
+    today = int(time.time()) // 86_400 * 86_400
     done = render(tmp_path, "--output", "out dir")
     assert done.returncode == 0, done.stderr
     assert all((tmp_path / path).exists() for path in done.stdout.splitlines())
-    assert (tmp_path / "out dir" / "layers/server/opt/inferctl/server/inferctl/__main__.py").is_file()
-    assert "docker buildx build --build-arg SOURCE_DATE_EPOCH=315532800 'out dir'" in done.stderr
+    assert (tmp_path / "out dir" / "layers/server/opt/inferctl/server/inferctl/serve/__main__.py").is_file()
+    assert f"docker buildx build --build-arg SOURCE_DATE_EPOCH={today} 'out dir'" in done.stderr
+
+
+def test_the_image_is_as_old_as_the_commit_or_as_the_environment_says(tmp_path: Path) -> None:
+    (tmp_path / "inferctl.yaml").write_text(SPEC)
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        identity = ["-c", "user.name=n", "-c", "user.email=e@example.com"]
+        dates = {**os.environ, "GIT_COMMITTER_DATE": "1700000000 +0000"}
+        subprocess.run(["git", *identity, *command], cwd=tmp_path, env=dates, check=True)
+    assert "SOURCE_DATE_EPOCH=1700000000" in render(tmp_path, "--output", "out").stderr
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": "1600000000"}
+    command = [sys.executable, "-m", "inferctl", "render", "--output", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "SOURCE_DATE_EPOCH=1600000000" in done.stderr
 
 
 def test_a_place_that_cannot_be_written_is_an_error_with_a_hint(tmp_path: Path) -> None:

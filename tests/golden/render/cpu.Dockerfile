@@ -61,16 +61,16 @@ USER 10001:10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=15s --timeout=5s --start-period=180s --retries=3 \
-    CMD ["/usr/local/bin/python3.11", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['INFERCTL_SERVE_PORT'] + '/readyz', timeout=4)"]
+    CMD ["/usr/local/bin/python3.11", "-m", "inferctl.serve.health", "8080"]
 LABEL \
     org.opencontainers.image.title="minilm" \
-    org.opencontainers.image.version="auto-811b9d5697aa" \
+    org.opencontainers.image.version="auto-HASH" \
     org.opencontainers.image.source="https://example.com/team/minilm" \
     org.opencontainers.image.revision="0123abc" \
     org.opencontainers.image.created="2026-01-02T03:04:05+00:00" \
     org.opencontainers.image.base.name="python:3.11-slim-trixie" \
     io.inferctl.version="0.1.0" \
-    io.inferctl.spec.sha256="811b9d5697aa8ac4e5c6c246f168a193494702709b66f21224622a54a5b51446" \
+    io.inferctl.content.sha256="HASH" \
     io.inferctl.precision="auto" \
     io.inferctl.stack="torch2.13-cpu" \
     io.inferctl.model.source="sentence-transformers/all-MiniLM-L6-v2" \

@@ -46,16 +46,16 @@ USER 10001:10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=15s --timeout=5s --start-period=180s --retries=3 \
-    CMD ["/usr/bin/python3.12", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['INFERCTL_SERVE_PORT'] + '/readyz', timeout=4)"]
+    CMD ["/usr/bin/python3.12", "-m", "inferctl.serve.health", "8080"]
 LABEL \
     org.opencontainers.image.title="minilm" \
-    org.opencontainers.image.version="auto-7b95bce1c2c4" \
+    org.opencontainers.image.version="auto-HASH" \
     org.opencontainers.image.source="https://example.com/team/minilm" \
     org.opencontainers.image.revision="0123abc" \
     org.opencontainers.image.created="2026-01-02T03:04:05+00:00" \
     org.opencontainers.image.base.name="nvcr.io/nvidia/pytorch:25.12-py3" \
     io.inferctl.version="0.1.0" \
-    io.inferctl.spec.sha256="7b95bce1c2c46dd8b1a8631a55dc8e15894636b3b38152e2b08191e978af5227" \
+    io.inferctl.content.sha256="HASH" \
     io.inferctl.precision="auto" \
     io.inferctl.stack="ngc25.12" \
     io.inferctl.model.source="sentence-transformers/all-MiniLM-L6-v2" \

@@ -1,0 +1,111 @@
+"""The rendered Dockerfile on the real engine: what is missing is named, and apt uses the certificate authority."""
+
+from __future__ import annotations
+
+import http.server
+import ssl
+import subprocess
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from inferctl import catalog, locks, render, settings
+
+pytestmark = pytest.mark.docker
+LOCK = f"nothing==1 --hash=sha256:{'0' * 64}\n"
+
+
+def rendered(folder: Path, base_image: str, base: catalog.BaseImage, **flags: Any) -> Path:
+    """The build context for `base` on `base_image`, without the server's own files."""
+    given = {"model.source": "org/m", "name": "m", "image.base_image": base_image}
+    spec = settings.resolve(None, {}, {**given, **{k.replace("__", "."): v for k, v in flags.items()}}).spec
+    found = render.render(spec, base, catalog.stack(base.stack), locks.Locks(LOCK, LOCK), render.Provenance(), "0" * 64)
+    for name, content in {"Dockerfile": found.dockerfile.encode(), **found.files}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def build(folder: Path, target: str, *flags: str) -> str:
+    """The error of a build of `target`, empty if there is none."""
+    command = ["docker", "buildx", "build", "--no-cache", "--network", "host", "--progress", "plain", *flags]
+    command += ["--output", "type=cacheonly", "--target", target, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    return done.stderr if done.returncode else ""
+
+
+@pytest.mark.parametrize(("target", "context"), [("weights", "model"), ("torch", "wheels")])
+def test_a_build_without_its_named_context_fails_in_our_words_and_pulls_nothing(
+    base_image: str, tmp_path: Path, target: str, context: str
+) -> None:
+    (tmp_path / "m").mkdir()
+    flags = {"model__weights": "bake", "model__source": str(tmp_path / "m"), "image__wheels": "./wheels"}
+    folder = rendered(tmp_path / "context", base_image, catalog.base("cpu"), **flags)
+    said = build(folder, target)
+    assert f"give the build --build-context {context}=DIR" in said
+    assert "docker.io" not in said
+
+
+def test_a_named_context_takes_the_place_of_the_fallback(base_image: str, minilm: Path, tmp_path: Path) -> None:
+    flags = {"model__weights": "bake", "model__source": str(minilm)}
+    folder = rendered(tmp_path, base_image, catalog.base("cpu"), **flags)
+    assert build(folder, "weights", "--build-context", f"model={minilm}") == ""
+
+
+@pytest.fixture
+def mirror() -> Iterator[tuple[int, trustme.CA, list[str]]]:
+    """An HTTPS server behind an authority of its own: its port, the authority, and the paths that apt requested."""
+    authority, requests = trustme.CA(), []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requests.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost", "127.0.0.1").configure_cert(context)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_port, authority, requests
+    server.shutdown()
+
+
+def test_apt_reaches_a_mirror_behind_a_certificate_authority_of_its_own(
+    base_image: str, tmp_path: Path, mirror: tuple[int, trustme.CA, list[str]]
+) -> None:
+    port, authority, requests = mirror
+    own = f"inferctl-test/{uuid.uuid4().hex}:x"
+    source = (
+        f"RUN rm -rf /etc/apt/sources.list* && echo 'deb https://localhost:{port} x main' > /etc/apt/sources.list\n"
+    )
+    (tmp_path / "Dockerfile").write_text(f"FROM {base_image}\n{source}")
+    subprocess.run(["docker", "buildx", "build", "--quiet", "--load", "--tag", own, tmp_path], check=True)
+    try:
+        base = replace(
+            catalog.base("cuda13.0"), python=catalog.PythonInstall("3.12", "/usr/bin/python3.12", ("hello",))
+        )
+        folder = rendered(tmp_path / "context", own, base)
+        authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+        assert "certificate" in build(folder, "python").lower()
+        assert requests == []
+        build(folder, "python", "--secret", f"id=ca,src={tmp_path / 'ca.pem'}")
+        assert "/dists/x/InRelease" in requests
+    finally:
+        subprocess.run(["docker", "image", "rm", "--force", own], capture_output=True, check=False)
+
+
+def test_a_base_that_has_the_interpreter_needs_no_apt(base_image: str, tmp_path: Path) -> None:
+    """As in an air-gapped build: the network is off."""
+    python = catalog.PythonInstall("3.11", "/usr/local/bin/python3.11", ("hello",))
+    folder = rendered(tmp_path, base_image, replace(catalog.base("cuda13.0"), python=python))
+    assert build(folder, "installer", "--network", "none") == ""

@@ -1,0 +1,60 @@
+"""The health check of the image."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+
+class Handler(BaseHTTPRequestHandler):
+    status = 200
+
+    def do_GET(self) -> None:
+        self.send_response(self.status if self.path == "/readyz" else 404)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def port(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A server whose `/readyz` answers the status of the test's parameter."""
+    handler = type("Answer", (Handler,), {"status": getattr(request, "param", 200)})
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_port
+    server.shutdown()
+
+
+def check(argument: object, **environment: str) -> int:
+    command = [sys.executable, "-m", "inferctl.serve.health", str(argument)]
+    inherited = {name: value for name, value in os.environ.items() if name != "INFERCTL_SERVE_PORT"}
+    done = subprocess.run(command, env={**inherited, **environment}, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    return done.returncode
+
+
+@pytest.mark.parametrize(("port", "code"), [(200, 0), (503, 1)], indirect=["port"])
+def test_it_says_whether_the_server_is_ready(port: int, code: int) -> None:
+    assert check(port) == code
+
+
+def test_a_server_that_is_not_there_is_not_ready() -> None:
+    assert check(9) == 1
+
+
+def test_no_proxy_comes_between(port: int) -> None:
+    assert check(port, http_proxy="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9") == 0
+
+
+def test_the_environment_names_the_port_and_a_service_link_does_not(port: int) -> None:
+    assert check(9, INFERCTL_SERVE_PORT=str(port)) == 0
+    assert check(port, INFERCTL_SERVE_PORT="tcp://10.0.0.1:80") == 0
