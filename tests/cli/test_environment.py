@@ -1,0 +1,58 @@
+"""Commands with an empty environment, without a home or a temporary folder, and where nothing can be written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import inferctl
+
+ROOT = Path(inferctl.__file__).parent.parent
+
+
+def bare(folder: Path | str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "inferctl", *arguments],
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"HOME": "/nowhere"}, {"TMPDIR": "/nowhere"}, {"LANG": "C", "TERM": "dumb", "CI": "true"}],
+    ids=["empty", "no-home", "no-tmp", "ci"],
+)
+@pytest.mark.parametrize("command", ["doctor", "render --model org/m"])
+def test_a_command_needs_nothing_of_the_environment(command: str, environment: dict[str, str], tmp_path: Path) -> None:
+    done = bare(tmp_path, *command.split(), **environment)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr, "no colors and no cursor movements without a terminal"
+
+
+@pytest.mark.parametrize(
+    "command", ["init", "render --model org/m --output out", "lock --base cpu", "compare a b --output v.md"]
+)
+def test_a_folder_that_nothing_can_be_written_to_is_a_clear_error(command: str) -> None:
+    done = bare("/proc", *command.split())
+    assert done.returncode == 2, done.stderr
+    assert " cannot be written: " in done.stderr
+    assert "\nhint: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bench_that_cannot_make_its_folder_is_a_clear_error(tmp_path: Path) -> None:
+    done = bare(tmp_path, "bench", "--url", "a=http://127.0.0.1:9", "--plan", "quick", "--output", "/proc/x")
+    assert done.returncode in (2, 3)
+    assert "\nhint: " in done.stderr
+    assert "Traceback" not in done.stderr
