@@ -13,9 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
-from inferctl import assets, drivers
+from inferctl import assets, document, drivers
 from inferctl.errors import UsageError, did_you_mean
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -415,13 +413,7 @@ def _slice(whole: Hardware, mig: MigSlice, key: str, device_names: list[str], so
 
 
 def _yaml(file: Path) -> dict[str, Any]:
-    try:
-        data = yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, yaml.YAMLError) as error:
-        raise UsageError(f"{file} cannot be read: {error}", "`inferctl catalog` lists what is built in") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{file} is not a YAML mapping", "take one of the built-in entries as a pattern")
-    return data
+    return document.read(file, "`inferctl catalog` lists what is built in: take an entry as a pattern").data
 
 
 def _typed(kind: type[T], data: dict[str, Any], file: Path) -> T:

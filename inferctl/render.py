@@ -39,6 +39,7 @@ _SERVER_MODULES = (
     "__init__",
     "assets",
     "catalog",
+    "document",
     "drivers",
     "errors",
     "hub",

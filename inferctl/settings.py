@@ -10,46 +10,22 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from inferctl import document as documents
+from inferctl.document import Document, dotted
 from inferctl.errors import Problem, SpecError, UsageError, did_you_mean
-from inferctl.spec import DEFAULT_FILE, Spec, slug
+from inferctl.spec import DEFAULT_FILE, HUB_ID, Spec, slug
 
 ENVIRONMENT_PREFIX = "INFERCTL_"
 # Read by the command line or the tests rather than being a setting of the spec.
 RESERVED_VARIABLES = frozenset({"INFERCTL_SPEC", "INFERCTL_REQUIRE"})
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without timestamps: a tag like 2024-02-30 is a text, not a date (and not an error)."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-@dataclass(frozen=True)
-class Document:
-    """A YAML file as plain data, with the line (from 1) of every key and item: `lines[("serve", "port")] == 9`."""
-
-    file: str
-    data: dict[str, Any]
-    lines: Mapping[tuple[str | int, ...], int] = field(default_factory=dict)
-
-    def line(self, path: Sequence[str | int]) -> int | None:
-        """Line of `path`, or of its closest parent that the file mentions."""
-        for end in range(len(path), 0, -1):
-            if (line := self.lines.get(tuple(path[:end]))) is not None:
-                return line
-        return None
+_EXAMPLE = "`inferctl init` writes a commented example"
 
 
 @dataclass(frozen=True)
@@ -64,85 +40,16 @@ class Resolved:
 
 def read(path: Path) -> Document:
     """Read a spec file. Raises `UsageError` when there is none, `SpecError` when it is not a YAML mapping."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(
-            f"there is no spec file {path}", "`inferctl init` writes one; `--spec FILE` names another"
-        ) from None
-    except IsADirectoryError:
-        raise UsageError(f"{path} is a folder, not a spec file", f"did you mean {path / DEFAULT_FILE}?") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path} cannot be read: {error}", "a spec is UTF-8 YAML; `inferctl init` writes an example"
-        ) from None
-    return parse(text, str(path))
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, not a spec file", f"did you mean {path / DEFAULT_FILE}?")
+    if not path.exists():
+        raise UsageError(f"there is no spec file {path}", "`inferctl init` writes one; `--spec FILE` names another")
+    return documents.read(path, _EXAMPLE)
 
 
 def parse(text: str, file: str = DEFAULT_FILE) -> Document:
-    """YAML text -> `Document`. Raises `SpecError` for bad syntax, repeated keys, or anything but a mapping."""
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        data = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        line = mark.line + 1 if mark else None
-        raise SpecError(
-            file, [Problem("", f"not valid YAML: {what}", line, "check the indentation and quotes on that line")]
-        ) from None
-    if node is None:
-        raise SpecError(
-            file, [Problem("", "the file is empty", None, "`inferctl init --force` writes a commented example")]
-        )
-    if not isinstance(node, yaml.MappingNode):
-        raise SpecError(
-            file,
-            [
-                Problem(
-                    "",
-                    "expected `key: value` lines",
-                    node.start_mark.line + 1,
-                    "`inferctl init` writes a commented example",
-                )
-            ],
-        )
-    lines: dict[tuple[str | int, ...], int] = {}
-    repeated = list(_walk(node, (), lines))
-    if repeated:
-        raise SpecError(file, repeated)
-    return Document(file, data, lines)
-
-
-def _walk(
-    node: yaml.Node,
-    path: tuple[str | int, ...],
-    lines: dict[tuple[str | int, ...], int],
-    above: tuple[yaml.Node, ...] = (),
-) -> Iterator[Problem]:
-    if node in above:
-        line = node.start_mark.line + 1
-        yield Problem(
-            _dotted(path), f"{_dotted(path)} contains itself", line, "an alias must not stand inside what it names"
-        )
-        return
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*path, str(key.value))
-            line = key.start_mark.line + 1
-            if here in lines:
-                yield Problem(
-                    _dotted(here),
-                    f"{_dotted(here)} is given twice (first on line {lines[here]})",
-                    line,
-                    "keep one of the two",
-                )
-            lines[here] = line
-            yield from _walk(value, here, lines, (*above, node))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            lines[(*path, index)] = item.start_mark.line + 1
-            yield from _walk(item, (*path, index), lines, (*above, node))
+    """The text of a spec file -> `Document`. Raises `SpecError`."""
+    return documents.parse(text, file, _EXAMPLE)
 
 
 def resolve(
@@ -153,20 +60,26 @@ def resolve(
 ) -> Resolved:
     """Flags over environment over file over defaults, validated as a whole.
 
+    A path in the file is relative to the file, a path in a flag or a variable to the working directory.
     `flags` maps dotted paths to values, None meaning not given. `vocabulary` maps dotted paths to the names the catalog knows there.
     Raises `SpecError` with all the mistakes.
     """
     known = paths()
+    written: dict[str, str] = {}
     data: dict[str, Any] = json.loads(json.dumps(document.data, default=str)) if document else {}
     file = document.file if document else None
     origins = dict.fromkeys(known, "default")
     for path in known:
         if document and _get(data, path) is not _ABSENT:
             origins[path] = f"{file}:{document.line(path.split('.'))}"
+    if document:
+        written = _from_folder_of(document, data)
     variables = {f"{ENVIRONMENT_PREFIX}{path.upper().replace('.', '_')}": path for path in known}
     warnings: list[str] = []
     for variable, text in sorted(environment.items()):
         if not variable.startswith(ENVIRONMENT_PREFIX) or variable in RESERVED_VARIABLES:
+            continue
+        if is_service_link(variable, text):
             continue
         if variable not in variables:
             close = difflib.get_close_matches(variable, variables, 1)
@@ -192,7 +105,64 @@ def resolve(
         raise SpecError(file, sorted(_without_union_noise(problems), key=lambda p: p.line or 0)) from None
     if problems := _unknown_names(data, document, origins, vocabulary or {}):
         raise SpecError(file, problems)
-    return Resolved(spec, file, origins, warnings)
+    written = {path: value for path, value in written.items() if not origins[path].startswith(("flag ", "env "))}
+    return Resolved(spec.written_as(written), file, origins, warnings)
+
+
+# What Kubernetes puts into every pod for each Service of its namespace ("docker links compatible" variables).
+_LINK_NAMES = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_[A-Z0-9_]+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
+_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
+
+
+def is_service_link(variable: str, value: str) -> bool:
+    """Whether Kubernetes set `variable` for a Service, as in INFERCTL_SERVE_PORT=tcp://10.0.0.1:80."""
+    return bool(_LINK_NAMES.search(variable) or (variable.endswith("_PORT") and _LINK_VALUE.fullmatch(value)))
+
+
+def listening_port(environment: Mapping[str, str], default: int = 8080) -> int:
+    """The port that a server listens on according to the environment of its image. Raises `UsageError`."""
+    variable = f"{ENVIRONMENT_PREFIX}SERVE_PORT"
+    text = environment.get(variable, "")
+    if not text or is_service_link(variable, text):
+        return default
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise UsageError(f"{variable}: {text!r} is not a port", "build the image with `serve.port` from 1 to 65535")
+    return int(text)
+
+
+def _from_folder_of(document: Document, data: dict[str, Any]) -> dict[str, str]:
+    """Make the paths in `data` relative to the working directory, unless the file is in it.
+
+    Returns dotted path -> value as written (JSON), for those that changed.
+    """
+    folder = Path(document.file).parent
+    if folder.resolve() == Path.cwd():
+        return {}
+    written = {}
+    for path in (*_PATHS, *_NAMES_OR_FILES):
+        value = _get(data, path)
+        items = value if isinstance(value, list) else [value]
+        found = [_relative_to(folder, path, item) if isinstance(item, str) else item for item in items]
+        if found != items:
+            _put(data, path, found if isinstance(value, list) else found[0])
+            written[path] = json.dumps(value)
+    return written
+
+
+def _relative_to(folder: Path, path: str, value: str) -> str:
+    if value.startswith(("/", "~")):
+        return value
+    if path == "model.source":
+        local = (folder / value).is_dir() or not re.fullmatch(HUB_ID, value)
+    elif path in _NAMES_OR_FILES:
+        local = value.endswith((".yaml", ".yml")) or (path == "bench.plan" and "/" in value)
+    else:
+        local = True
+    if not local:
+        return value
+    found = str(folder / value)
+    # With the dot, no reader takes it for a hub id.
+    return found if found.startswith(("/", "..")) else f"./{found}"
 
 
 def paths() -> dict[str, Any]:
@@ -212,6 +182,8 @@ def paths() -> dict[str, Any]:
 _ABSENT = object()
 # Settings that may name a folder here: `~` is the home of whoever runs this.
 _PATHS = ("model.source", "image.wheels", "image.locks")
+# Settings that are a name of the catalog, or a file.
+_NAMES_OR_FILES = ("hardware", "image.base", "bench.plan")
 _HINTS = {
     "image.repository": "as in registry.example.com/team/name: lower case, no tag",
     "image.base_image": "as in registry.example.com/team/cuda:13.0, or with @sha256: and the 64 digits of its digest",
@@ -249,14 +221,7 @@ def _from_text(text: str, annotation: Any) -> Any:
         return [part.strip() for part in text.strip("[] ").split(",") if part.strip()]
     if not {int, float, bool} & {annotation, *typing.get_args(annotation)}:
         return text
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        return text
-
-
-def _dotted(path: Sequence[Hashable]) -> str:
-    return ".".join(str(part) for part in path)
+    return documents.scalar(text)
 
 
 def _section_fields(path: Sequence[str | int]) -> list[str]:
@@ -275,7 +240,7 @@ def _where(
     location: Sequence[str | int], document: Document | None, origins: Mapping[str, str]
 ) -> tuple[str, int | None]:
     """How to name a place in a message (with the flag or variable that set it, when one did), and its line in the file."""
-    path = _dotted(location)
+    path = dotted(location)
     origin = origins.get(path, "")
     if origin.startswith(("flag ", "env ")):
         return f"{path} (from {origin.split(' ', 1)[1]})", None
@@ -285,11 +250,11 @@ def _where(
 def _problem(error: dict[str, Any], document: Document | None, origins: Mapping[str, str]) -> Problem:
     """One of pydantic's errors in the words of someone who edits YAML."""
     location = list(error["loc"])
-    path, kind, value = _dotted(location), error["type"], error.get("input")
+    path, kind, value = dotted(location), error["type"], error.get("input")
     label, line = _where(location, document, origins)
     if kind == "extra_forbidden":
         siblings = _section_fields(location[:-1])
-        where = f" in {_dotted(location[:-1])}" if location[:-1] else ""
+        where = f" in {dotted(location[:-1])}" if location[:-1] else ""
         hint = did_you_mean(str(location[-1]), siblings) or (
             f"known{where}: {', '.join(siblings)}" if siblings else "this section takes no keys yet"
         )

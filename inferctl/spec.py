@@ -7,7 +7,7 @@ import json
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 DEFAULT_FILE = "inferctl.yaml"
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
@@ -146,11 +146,22 @@ class Spec(_Section):
         """`serve:` with nothing under it is null in YAML, and means the defaults."""
         return {} if value is None else value
 
+    # Paths as the file has them, where the working directory makes them others: dotted path -> JSON.
+    _written: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def written_as(self, written: dict[str, str]) -> Self:
+        """This spec, whose digest does not depend on the directory that a command is started in."""
+        self._written = written
+        return self
+
     def digest(self) -> str:
         """sha256 (hex) over the canonical JSON of what differs from the defaults: equal for equal specs, also after a new setting."""
-        canonical = json.dumps(
-            self.model_dump(mode="json", exclude_defaults=True), sort_keys=True, separators=(",", ":")
-        )
+        data = self.model_dump(mode="json", exclude_defaults=True)
+        for path, value in self._written.items():
+            section, _, key = path.rpartition(".")
+            if key in (inner := data.get(section, {}) if section else data):
+                inner[key] = json.loads(value)
+        canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @property

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import hypothesis
 import jsonschema
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferctl import settings, spec
+from inferctl import model, settings, spec
 from inferctl.errors import SpecError, UsageError
 
 VOCABULARY = {"hardware": ["t4", "l4"], "image.base": ["cuda12.8", "cpu"], "bench.plan": ["precision"]}
@@ -203,3 +204,158 @@ def test_a_tilde_is_the_home_of_whoever_runs_this(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HOME", "/nowhere/me")
     resolved = settings.resolve(settings.parse("model: {source: ~/m}\nimage: {wheels: ~/w}\n"), {}, {})
     assert (resolved.spec.model.source, resolved.spec.image.wheels) == ("/nowhere/me/m", "/nowhere/me/w")
+
+
+ALIAS_BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdef", "bcdefg", strict=True)
+)
+MERGE_BOMB = "a: &a {k: 1}\n" + "".join(
+    f"{name}: &{name} {{<<: [{', '.join([f'*{before}'] * 10)}]}}\n"
+    for before, name in zip("abcdef", "bcdefg", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (ALIAS_BOMB, "more than 100,000 values, aliases expanded"),
+        (MERGE_BOMB, "more than 100,000 values, aliases expanded"),
+        ("name: " + "[" * 10_000, "nest"),
+        ("name: " + "{a: " * 10_000, "nest"),
+        ("".join(f"{' ' * depth}a:\n" for depth in range(500)), "nest"),
+        ("name: m\n" + "#" * 1_000_000, "larger than 1,000,000 bytes"),
+    ],
+    ids=["aliases", "merges", "lists", "mappings", "blocks", "bytes"],
+)
+@pytest.mark.parametrize("reader", ["spec", "hardware", "base", "plan"])
+def test_every_reader_of_yaml_refuses_what_is_too_much(tmp_path: Path, text: str, words: str, reader: str) -> None:
+    from inferctl import catalog
+    from inferctl.bench import plan
+
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    read = {
+        "spec": lambda: settings.read(file),
+        "hardware": lambda: catalog.hardware(str(file)),
+        "base": lambda: catalog.base(str(file)),
+        "plan": lambda: plan.load(str(file)),
+    }[reader]
+    with pytest.raises(UsageError, match=words):
+        read()
+
+
+def test_aliases_and_merges_of_a_normal_size_are_fine() -> None:
+    text = (
+        "name: m\nmodel: {source: org/m}\nserve: {port: &p 1}\nslo: {p99_ms: *p}\nbench: &b {plan: quick}\ndeploy: {}\n"
+    )
+    resolved = settings.resolve(settings.parse(text), {}, {}, {})
+    assert (resolved.spec.serve.port, resolved.spec.slo.p99_ms) == (1, 1)
+
+
+ELSEWHERE = """model: {source: models/minilm}
+image: {base: base.yaml, wheels: w, locks: ./l}
+hardware: [t4, gpu.yaml]
+bench: {plan: plans/p.yaml}
+"""
+
+
+def test_paths_in_a_spec_are_relative_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "service"
+    (folder / "models" / "minilm").mkdir(parents=True)
+    (folder / "inferctl.yaml").write_text(ELSEWHERE)
+    found = {}
+    for name, here, file in (
+        ("beside", folder, "inferctl.yaml"),
+        ("above", tmp_path, "service/inferctl.yaml"),
+        ("absolute", tmp_path, str(folder / "inferctl.yaml")),
+    ):
+        monkeypatch.chdir(here)
+        found[name] = settings.resolve(settings.read(Path(file)), {}, {}).spec
+        one = found[name]
+        image = one.image
+        paths = [one.model.source, image.wheels, image.locks, one.bench.plan, one.hardware[1], image.base]
+        expected = ["models/minilm", "w", "l", "plans/p.yaml", "gpu.yaml", "base.yaml"]
+        assert [Path(path or "").absolute() for path in paths] == [folder / path for path in expected]
+        assert not model.is_hub_id(one.model.source)
+        assert (one.hardware[0], one.name) == ("t4", "minilm")
+    assert found["beside"].model.source == "models/minilm", "as it is written"
+    assert len({one.digest() for one in found.values()}) == 1, "equal specs have equal names"
+
+
+def test_hub_ids_names_flags_and_variables_are_not_relative_to_the_spec(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "service").mkdir()
+    monkeypatch.chdir(tmp_path)
+    text = "model: {source: org/m}\nimage: {base: cpu}\nhardware: [t4]\nbench: {plan: quick}\n"
+    document = settings.parse(text, "service/inferctl.yaml")
+    one = settings.resolve(document, {}, {}).spec
+    assert (one.model.source, one.image.base, one.hardware, one.bench.plan) == ("org/m", "cpu", ["t4"], "quick")
+    other = settings.resolve(document, {"INFERCTL_IMAGE_LOCKS": "l"}, {"model.source": "./m"}).spec
+    assert (other.model.source, other.image.locks) == ("./m", "l")
+    # A folder that is missing next to the spec is not taken for the hub model service/m.
+    lost = settings.resolve(settings.parse("model: {source: ./m}\n", "service/inferctl.yaml"), {}, {}).spec
+    assert not model.is_hub_id(lost.model.source)
+
+
+SERVICE_LINKS = {
+    f"INFERCTL{service}_{name}": value
+    for service in ("", "_SERVE", "_IMAGE")
+    for name, value in {
+        "SERVICE_HOST": "10.0.0.1",
+        "SERVICE_PORT": "80",
+        "SERVICE_PORT_HTTP": "80",
+        "PORT": "tcp://10.0.0.1:80",
+        "PORT_80_TCP": "tcp://10.0.0.1:80",
+        "PORT_80_TCP_PROTO": "tcp",
+        "PORT_80_TCP_PORT": "80",
+        "PORT_80_TCP_ADDR": "10.0.0.1",
+        "PORT_53_UDP": "udp://[fd00::1]:53",
+    }.items()
+}
+
+
+def test_variables_of_kubernetes_services_are_no_settings() -> None:
+    resolved = settings.resolve(settings.parse(GOOD), SERVICE_LINKS, {}, VOCABULARY)
+    assert resolved.warnings == []
+    assert resolved.spec == settings.resolve(settings.parse(GOOD), {}, {}, VOCABULARY).spec
+
+
+@pytest.mark.parametrize("text", ["tcp://", "10.0.0.1:80", "http://10.0.0.1:80", "x"])
+def test_a_wrong_port_is_still_a_mistake(text: str) -> None:
+    assert problems(GOOD, {"INFERCTL_SERVE_PORT": text})
+    with pytest.raises(UsageError, match="is not a port"):
+        settings.listening_port({"INFERCTL_SERVE_PORT": text})
+
+
+def test_the_port_of_an_image_is_not_that_of_a_kubernetes_service() -> None:
+    assert settings.listening_port({"INFERCTL_SERVE_PORT": "9000"}) == 9000
+    assert settings.listening_port(SERVICE_LINKS) == settings.listening_port({}) == 8080
+
+
+# What may be on a command line and in a spec: no line breaks, no surrogates.
+TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1)
+
+
+@hypothesis.settings(deadline=None)
+@given(TEXTS | st.sampled_from(["./my #1", "no", "1e3", "a: b", "- x", "*a", "&a", "!x", "'", "2024-01-01"]))
+def test_what_init_writes_loads_back_to_what_was_given(text: str) -> None:
+    from inferctl.cli.init import _rendered
+
+    values = {"name": "1e3", "source": text, "revision": None, "base": text, "hardware": [text, "t4"]}
+    data = settings.parse(_rendered("inferctl.yaml.j2", values)).data
+    found = (data["name"], data["model"]["source"], data["image"]["base"], data["hardware"])
+    assert found == ("1e3", text, text, [text, "t4"])
+
+
+def test_init_in_another_directory_names_the_folder_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from inferctl.cli import run
+
+    (tmp_path / "my #1").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert run(["init", "services/a", "--model", "./my #1", "--name", "m"]) == 0
+    assert settings.read(Path("services/a/inferctl.yaml")).data["model"]["source"] == "../../my #1"
+    source = settings.resolve(settings.read(Path("services/a/inferctl.yaml")), {}, {}).spec.model.source
+    assert Path(source).resolve() == tmp_path / "my #1"
+    assert run(["init", "--model", "./my #1", "--name", "m"]) == 0
+    assert settings.read(Path("inferctl.yaml")).data["model"]["source"] == "./my #1"

@@ -13,8 +13,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from inferctl import assets
 from inferctl.bench.load_plan import Load, Name, Section, Spike, Stage
+from inferctl.document import Document, read
 from inferctl.errors import Problem, SpecError, UsageError, did_you_mean, shown
-from inferctl.settings import Document, read
 
 __all__ = [
     "Configuration",
@@ -269,7 +269,7 @@ def load(name: str) -> Plan:
         known = names()
         hint = did_you_mean(name, known) or f"known plans: {', '.join(known)}; or give a YAML file"
         raise UsageError(f"there is no plan {name!r}", hint)
-    document = read(path)
+    document = read(path, "docs/bench.md explains every key")
     try:
         plan = Plan.model_validate(document.data)
     except ValidationError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,6 +63,7 @@ def init(
     inferctl init --ci github --package 'inferctl[bench] @ git+https://git.example.com/team/inferctl@v0.1.0'
     """
     from inferctl import catalog, outputs, settings, spec
+    from inferctl.model import is_hub_id
 
     target = directory / spec.DEFAULT_FILE
     if ci is not None and ci not in _CI:
@@ -71,10 +73,10 @@ def init(
     if not target.exists() or (force and ci is None):
         values = {
             "name": name or spec.slug(model),
-            "source": model,
+            "source": model if is_hub_id(model) else _seen_from(directory, model),
             "revision": None,
-            "base": base,
-            "hardware": hardware or ["t4", "a100-40gb-mig-3g.20gb"],
+            "base": _file_seen_from(directory, base),
+            "hardware": [_file_seen_from(directory, one) for one in hardware or ["t4", "a100-40gb-mig-3g.20gb"]],
         }
         written[target] = _rendered("inferctl.yaml.j2", values)
     elif ci is None:
@@ -93,6 +95,19 @@ def init(
     else:
         console.note("next: `inferctl check`, then `inferctl render` or `inferctl serve`")
     console.data("\n".join(str(file) for file in written))
+
+
+def _seen_from(directory: Path, path: str) -> str:
+    """A path of the command line as the spec in `directory` names it: relative to the spec, unless it is absolute."""
+    if path.startswith(("/", "~")) or directory.resolve() == Path.cwd():
+        return path
+    found = os.path.relpath(Path(path).absolute(), directory.resolve())
+    return found if found.startswith("..") else f"./{found}"
+
+
+def _file_seen_from(directory: Path, value: str) -> str:
+    """A name of the catalog as it is; a file as `_seen_from` has it."""
+    return _seen_from(directory, value) if value.endswith((".yaml", ".yml")) else value
 
 
 def _requirement(package: str | None, ci: str | None) -> str:
@@ -131,8 +146,9 @@ def _ci_files(ci: str, directory: Path, given: dict[str, Any], force: bool) -> d
 def _rendered(template: str, values: dict[str, Any]) -> str:
     import jinja2
 
-    from inferctl import assets
+    from inferctl import assets, document
 
     text = (assets.root() / "templates" / template).read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters["yaml"] = document.quoted
     return environment.from_string(text).render(values)

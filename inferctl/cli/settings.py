@@ -29,6 +29,8 @@ def config(
     """Print each setting, its value, and where it came from: flag, environment, file or default.
 
     Every setting can be given as INFERCTL_<SECTION>_<NAME>, as in INFERCTL_SERVE_PRECISION=bf16.
+    Paths in a spec are relative to the spec file; paths in flags and variables are relative to the working directory.
+    Variables that Kubernetes sets for a Service, such as INFERCTL_SERVE_PORT=tcp://10.0.0.1:80, are ignored.
 
     Example: inferctl config --changed
     """

@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
-import yaml
-
-from inferctl import assets, catalog
+from inferctl import assets, catalog, document
 from inferctl.catalog import Hardware
 from inferctl.errors import UsageError
 from inferctl.estimate.cost import BERT_LARGE, Cost, Transformer
@@ -176,7 +174,7 @@ def fixed_seconds(part: Hardware, precision: str, fit: Fit, model: Transformer) 
 def load() -> Calibration:
     """The calibration that comes with inferctl."""
     file = assets.root() / "benchmarks" / "calibration" / "fitted.yaml"
-    data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    data = document.read(file, "`python benchmarks/calibration/fit.py` writes it").data
     fits = {
         key: {name: Fit(one["fraction"], one["launch_ms"] / 1000, one["rows"]) for name, one in by.items()}
         for key, by in data["parts"].items()

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from inferctl import hub, model, outputs
+from inferctl import hub, model, outputs, settings
 from inferctl.errors import NotReadyError, UsageError
 from inferctl.image import failures
 from inferctl.image.docker import Container, Engine
@@ -125,7 +125,7 @@ def options(
 
 def listening_port(image: ImageInfo) -> int:
     """The port that the server in the image listens on."""
-    return int(image.environment.get("INFERCTL_SERVE_PORT", "8080"))
+    return settings.listening_port(image.environment)
 
 
 def _attend(

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from inferctl import settings
 from inferctl.errors import InferctlError, NotReadyError
 from inferctl.image import failures
 from inferctl.image.docker import Container, Engine
@@ -93,7 +94,7 @@ def verify(engine: Engine, image: ImageInfo, options: VerifyOptions) -> Generato
     Raises `InferctlError` (exit code 1) that says which part of the contract is broken, with the end of the container's log.
     """
     started = time.monotonic()
-    port = int(image.environment.get("INFERCTL_SERVE_PORT", "8080"))
+    port = settings.listening_port(image.environment)
     container_options, here = serving(image, options, port)
     try:
         running = engine.start(image.id, container_options)

@@ -18,6 +18,7 @@ import pytest
 
 from inferctl.serve.engines.echo import CRASHING_TOKEN, FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_TOKEN
 from tests.serve.conftest import Running, until
+from tests.test_settings import SERVICE_LINKS
 
 Serve = Callable[..., Running]
 
@@ -351,3 +352,18 @@ def test_a_client_that_pipelines_and_leaves_is_not_waited_for(serve: Serve, mini
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(timeout=60) == 0, server.log.read_text()
     assert "unanswered" not in server.log.read_text()
+
+
+def test_a_kubernetes_service_of_the_same_name_does_not_keep_the_server_from_starting(
+    minilm: Path, serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for variable, value in SERVICE_LINKS.items():
+        monkeypatch.setenv(variable, value)
+    running = serve("--model", str(minilm), "--engine", "echo")
+    assert running.get("/readyz").status_code == 200
+    assert "INFERCTL_" not in running.log.read_text()
+    for verb in ("check", "config"):
+        command = [sys.executable, "-m", "inferctl", verb, "--model", str(minilm)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "INFERCTL_" not in done.stderr
