@@ -25,7 +25,7 @@ from inferctl.spec import DEFAULT_FILE, HUB_ID, Spec, slug
 ENVIRONMENT_PREFIX = "INFERCTL_"
 # Read by the command line or the tests rather than being a setting of the spec.
 RESERVED_VARIABLES = frozenset({"INFERCTL_SPEC", "INFERCTL_REQUIRE"})
-_EXAMPLE = "`inferctl init` writes a commented example"
+_EXAMPLE = "`inferctl init --force` writes a commented example"
 
 
 @dataclass(frozen=True)
