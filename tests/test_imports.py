@@ -42,7 +42,7 @@ ONLY_IN = {
     "transformers": ("serve/engines/", "serve/reference.py"),
     "docker": ("image/docker.py",),
     "huggingface_hub": ("hub.py",),
-    "yaml": ("document.py", "render.py"),
+    "yaml": ("document.py", "pin.py", "render.py"),
     "locust": (),
     "gevent": (),
     "plotly": ("bench/charts.py", "bench/report.py"),
