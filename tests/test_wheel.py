@@ -18,6 +18,7 @@ SHIPPED = (
     "benchmarks/hardware/",
     "benchmarks/corpora/",
     "benchmarks/calibration/fitted.yaml",
+    "benchmarks/calibration/front-end.json",
     "benchmarks/locustfile.py",
     "benchmarks/loadgen/",
 )

@@ -1,10 +1,11 @@
-"""The estimator against reality: calibrates on this machine's own pace, predicts open-loop runs, measures them, prints both.
+"""The estimator against reality: calibrates on this machine's own pace, predicts open-loop runs, measures them,
+prints both.
 
     python benchmarks/calibration/here.py [--model DIR] [--precision bf16] [--json FILE]
 
-Pace: requests of 1 to 48 texts from four users, so that batches differ in size; then `GET /info` says what a batch costs. Predicted: p50 and
-p99 of single texts at 50 % and 80 % of what the simulated server does at saturation. Measured: `inferctl bench --url` at those rates.
-Load generator and server share the machine.
+Pace: requests of 1 to 48 texts from four users, so that batches differ in size; then `GET /info` says what a batch
+costs. Predicted: p50 and p99 of single texts at 50 % and 80 % of what the simulated server does at saturation.
+Measured: `inferctl bench --url` at those rates. Load generator and server share the machine.
 """
 
 from __future__ import annotations

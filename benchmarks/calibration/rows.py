@@ -6,6 +6,7 @@ import csv
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,8 @@ from inferctl.estimate.simulate import UNBOUNDED
 from inferctl.serve.batcher import Limits
 
 HERE = Path(__file__).resolve().parent
+# The rows that are fitted, and the rows of later rounds that no fit and no band has seen.
+FITTED, UNSEEN = "mlperf-bert-large.csv", "mlperf-bert-large-unseen.csv"
 SLO = 0.130
 # The server's own default. The submitters chose a batch for each system; nothing is chosen for a row here.
 BATCH_TOKENS = 16_384
@@ -41,6 +44,16 @@ class Row:
     percentiles_ms: tuple[float, float, float] | None
 
     @property
+    def round(self) -> str:
+        """The MLPerf round, as `1.0`."""
+        return self.system.split()[0]
+
+    @property
+    def submitter(self) -> str:
+        """Who submitted the row."""
+        return self.system.split()[1]
+
+    @property
     def catalogued(self) -> str:
         """The catalog's key of the part, without its condition."""
         return CONDITIONS[self.part][0] if self.part in CONDITIONS else self.part
@@ -50,9 +63,9 @@ class Row:
         return estimated / self.value - 1
 
 
-def read() -> list[Row]:
-    """Every row of the CSV, none left out."""
-    with (HERE / "mlperf-bert-large.csv").open(encoding="utf-8") as file:
+def read(name: str = FITTED) -> list[Row]:
+    """Every row of a CSV file, none left out."""
+    with (HERE / name).open(encoding="utf-8") as file:
         return [_row(line) for line in csv.DictReader(file)]
 
 
@@ -77,13 +90,22 @@ class Samples:
 
     def __init__(self, mean: float, count: int = 20_000) -> None:
         self.lengths = lengths.squad(mean, count)
-        flop = [BERT_LARGE.flop(tokens) for tokens in self.lengths]
-        self.mean_flop = sum(flop) / count
-        self._ordered = sorted(flop)
+        self._ordered = sorted(self.lengths)
+        self.mean_flop = sum(map(BERT_LARGE.flop, self.lengths)) / count
+        # Sums over the shortest samples, so that a fit need not go through all of them again.
+        self._sums = [0, *accumulate(self._ordered)]
+        self._squares = [0, *accumulate(tokens * tokens for tokens in self._ordered)]
 
-    def quantile(self, q: float) -> float:
-        """FLOP of the sample at `q`."""
+    def length(self, q: float) -> int:
+        """Tokens of the sample at the quantile `q`."""
         return self._ordered[max(0, math.ceil(q * len(self._ordered)) - 1)]
+
+    def seconds(self, cost: Cost) -> float:
+        """Mean seconds that a sample adds to its batch: the mean of `cost.sequence`."""
+        # Attention of the shorter samples takes as long as its memory traffic.
+        short = bisect_right(self._ordered, cost.attention / cost.per_token2)
+        attention = cost.attention * self._sums[short] + cost.per_token2 * (self._squares[-1] - self._squares[short])
+        return (cost.per_token * self._sums[-1] + attention) / len(self._ordered)
 
     def server(self, cost: Cost) -> Server:
         """The simulated server with all samples, one a request."""
@@ -118,10 +140,11 @@ class Table:
         """A part on which the mean sample takes one second."""
         return Cost.of(BERT_LARGE, self._samples.mean_flop, fixed)
 
-    def estimate(self, row: Row, mean: float, fixed: float) -> float:
-        """Of a row, when the mean sample takes `mean` and a batch `fixed` seconds."""
+    def estimate(self, row: Row, cost: Cost) -> float:
+        """The estimate of a row for this cost."""
+        fixed, mean = cost.fixed, self._samples.seconds(cost)
         if row.scenario == "SingleStream":
-            return fixed + mean * self._samples.quantile(0.90) / self._samples.mean_flop
+            return fixed + cost.sequence(self._samples.length(0.90))
         if row.scenario == "Offline":
             size = BATCH_TOKENS * len(self._samples.lengths) / sum(self._samples.lengths)
             return size / (fixed + size * mean)

@@ -50,7 +50,7 @@ def all_charts(
         "throughput": (
             "Throughput",
             "Good answers per second in the measured window, with 95 % intervals. Filled and hatched: emulated precision."
-            + (" Outlines only: estimated, with the error band." if estimated else ""),
+            + (" Outlines are estimated, with the error band or as an upper bound." if estimated else ""),
             throughput(receipts, shades, estimated),
         ),
         "memory": (
@@ -220,26 +220,38 @@ def throughput(
     ]
     bars["error_x"] = _whiskers(ends)
     data = [bars] if receipts else []
-    guessed = [row for row in estimated if row["estimate"].get("requests_per_s") is not None]
+    guessed = [row for row in estimated if _end_of_bar(row) is not None]
     if guessed:
         data.append(_estimated(guessed))
     return {"data": data, "layout": _bar_layout(len(receipts) + len(guessed), "requests/s")}
 
 
+def _end_of_bar(row: Mapping[str, Any]) -> float | None:
+    """The estimated requests/s of a row, or their upper bound."""
+    figures = row["estimate"]
+    span = (figures.get("ranges") or {}).get("requests_per_s") or {}
+    found = span.get("high") if span.get("bound") else figures.get("requests_per_s")
+    return None if found is None else float(found)
+
+
 def _estimated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Bars of what was computed: hollow, hatched, and called so."""
-    values = [row["estimate"]["requests_per_s"] for row in rows]
+    """Bars of estimates: hollow, hatched and labeled. A bound has no error bar."""
+    values = [_end_of_bar(row) or 0.0 for row in rows]
     spans = [(row["estimate"].get("ranges") or {}).get("requests_per_s") for row in rows]
+    bounds = [(span or {}).get("bound") for span in spans]
     ends = [
-        (value - span["low"], (span["high"] or value) - value) if span else (0.0, 0.0)
-        for value, span in zip(values, spans, strict=True)
+        (value - span["low"], (span["high"] or value) - value) if span and not bound else (0.0, 0.0)
+        for value, span, bound in zip(values, spans, bounds, strict=True)
     ]
     return {
         "type": "bar",
         "orientation": "h",
         "y": [f"{short(row['configuration'])}, estimated<br>{row['hardware']['key']}" for row in rows],
         "x": values,
-        "text": [f"~{_figure(value)}" for value in values],
+        "text": [
+            f"{bound} ~{_figure(value)}" if bound else f"~{_figure(value)}"
+            for value, bound in zip(values, bounds, strict=True)
+        ],
         "textposition": "none",
         "width": 0.6,
         "marker": {
@@ -248,7 +260,7 @@ def _estimated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "pattern": {"shape": "x", "fgcolor": GREY, "fgopacity": 0.7, "solidity": 0.15, "size": 7},
         },
         "error_x": _whiskers(ends),
-        "hovertemplate": "%{y}: about %{x:.1f} requests/s<extra></extra>",
+        "hovertemplate": "%{y}: %{text} requests/s<extra></extra>",
     }
 
 

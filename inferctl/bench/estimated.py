@@ -1,4 +1,4 @@
-"""What the parts that a bench did not run on would do, estimated: rows beside the measured ones that never share a column with them."""
+"""Estimated rows for hardware that a bench did not run on. They never share a column with measured rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from inferctl.bench.plan import Load, Plan
 from inferctl.errors import InferctlError
 from inferctl.estimate import lengths
 
-# As long as what the load generator puts before each text, so that no two are equal.
+# As long as the prefix that the load generator puts before each text, so that no two texts are equal.
 _SERIAL = "100000 "
 
 
@@ -22,8 +22,9 @@ def each(
 ) -> Iterator[tuple[Subject, dict[str, Any] | str]]:
     """Each configuration with its figures on `hardware`, or with the reason why there are none.
 
-    Figures: `p50_ms`, `p90_ms`, `p99_ms` (None beyond saturation), `requests_per_s`, `band` {low, high} on a throughput, `ranges` of all
-    of them, `saturated`, `basis`, `rests_on` and `notes`.
+    `p50_ms`, `p90_ms`, `p99_ms` and `requests_per_s` are None beyond saturation and where only a bound is known.
+    `ranges` has all of them as {value, low, high, bound}. `bounded_by` says why they are bounds. `band` {low, high}
+    are the factors of a throughput. The other keys are `saturated`, `basis`, `rests_on` and `notes`.
     """
     counted: dict[str, list[int]] = {}
     for subject in subjects:
@@ -69,8 +70,11 @@ def _tokens(corpus: str, unique: bool, model: Path) -> list[int]:
 def _figures(found: estimate.Estimate) -> dict[str, Any]:
     ranges = found.as_dict()
     keys = ("p50_ms", "p90_ms", "p99_ms", "requests_per_s")
+    values = {key: ranges[key] and ranges[key]["value"] for key in keys}
+    others = ("precision", "band", "bounded_by", "saturated", "basis", "rests_on")
     return {
-        **{key: None if ranges[key] is None else round(ranges[key]["value"], 4) for key in keys},
+        **{key: None if value is None else round(value, 4) for key, value in values.items()},
         "ranges": {key: ranges[key] for key in keys},
-        **{key: ranges[key] for key in ("precision", "band", "saturated", "basis", "rests_on", "notes")},
+        **{key: ranges[key] for key in others},
+        "notes": [*(f"only a bound, because of the {reason}" for reason in found.bounded_by), *found.notes],
     }

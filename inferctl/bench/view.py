@@ -156,19 +156,21 @@ def costs(rows: Sequence[Row]) -> RenderableType | None:
 
 
 def estimates(rows: Sequence[Row]) -> RenderableType:
-    """Figures that were computed and not measured: apart from the others, each above its error band."""
+    """Estimated figures in a table of their own, each above its error band or with its bound."""
     grid = _grid("on", "p50", "p90", "p99", "req/s")
     for row in rows:
         cells = [_estimated(row["estimate"], key) for key in ("p50_ms", "p90_ms", "p99_ms", "requests_per_s")]
         grid.add_row(row["configuration"], row["hardware"]["key"], *cells, style="italic")
-    return _titled("ESTIMATED, not measured (below each figure its error band)", grid)
+    return _titled("ESTIMATED, not measured (error bands, or bounds)", grid)
 
 
 def _estimated(figures: Mapping[str, Any], key: str) -> str:
-    """A figure and under it its band; the rate that an open loop offers is no estimate and has none."""
+    """A figure above its band, or a bound. The rate that an open loop offers is given, not estimated."""
+    found = (figures.get("ranges") or {}).get(key)
+    if found and found.get("bound"):
+        return f"{found['bound']}\n~{short(found['high'] if found['low'] is None else found['low'])}"
     if (value := figures.get(key)) is None:
         return _UNKNOWN
-    found = (figures.get("ranges") or {}).get(key)
     if not found:
         return f"~{short(value)}"
     if key == "requests_per_s" and found["low"] == found["high"]:

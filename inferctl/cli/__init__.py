@@ -74,7 +74,7 @@ app.command("pull", short_help="Pull an image; print its name@digest.")(pull.pul
 app.command("serve", short_help="Serve embeddings over HTTP, OpenAI-compatible.", epilog=serve.EPILOG)(serve.serve)
 app.command("bench", short_help="Measure latency, throughput and quality.", epilog=bench.EPILOG)(bench.bench)
 app.command("compare", short_help="Say whether a measurement became worse.")(compare.compare)
-app.command("estimate", short_help="Estimate hardware that is not here.")(estimate.estimate)
+app.command("estimate", short_help="Estimate latency, throughput and cost on other hardware.")(estimate.estimate)
 app.command("capacity", short_help="Turn a receipt into capacity.json.", epilog=capacity.EPILOG)(capacity.capacity)
 app.add_typer(catalog.app, name="catalog", short_help="Known bases, stacks, hardware; with sources.")
 app.command("doctor", short_help="Say what this machine can do.")(doctor.doctor)

@@ -1,4 +1,4 @@
-"""`inferctl estimate`: what parts that are not here would do, each figure with its error band."""
+"""`inferctl estimate`: latency, throughput and cost on other hardware, each figure with an error band or as a bound."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ def estimate(
     spec_file: options.SpecFile = None,
     model: options.ModelSource = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Only the model's config.json; its weights need not be here.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Read only this config.json; the weights are not needed."),
     ] = None,
     hardware: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY",
             autocompletion=completion.HARDWARE,
-            help=f"Parts, comma-separated or repeated; default the spec's, else {_STANDARD}.",
+            help=f"Estimate this hardware; comma-separated, repeatable [default: the spec's, else {_STANDARD}].",
         ),
     ] = None,
     precision: Annotated[
@@ -41,22 +42,36 @@ def estimate(
             "-p",
             metavar="NAME",
             autocompletion=completion.PRECISIONS,
-            help="auto, fp32, fp16, bf16, int8; comma-separated or repeated.",
+            help="Estimate this precision: auto, fp32, fp16, bf16, int8; comma-separated, repeatable.",
         ),
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            autocompletion=completion.one_of("torch", "tensorrt"),
+            help="Set the engine: torch, as in `inferctl serve`, or tensorrt, as in the published rows.",
+        ),
+    ] = "torch",
     corpus: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
             autocompletion=completion.CORPORA,
-            help="Texts whose lengths are taken, or a .jsonl or .txt file.",
+            help="Take input lengths from this corpus, or a .jsonl or .txt file.",
         ),
     ] = None,
     length: Annotated[
-        str | None, typer.Option(metavar="TOKENS", help="Instead of a corpus: 128, 55:0.8 (log-normal), or squad.")
+        str | None,
+        typer.Option(metavar="TOKENS", help="Set input lengths without a corpus: 128, 55:0.8 (log-normal), or squad."),
     ] = None,
-    rate: Annotated[float | None, typer.Option(min=0.001, max=100_000, help="Open loop: requests/s, Poisson.")] = None,
-    users: Annotated[int | None, typer.Option(min=1, max=10_000, help="Closed loop: users at once.")] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=100_000, help="Estimate an open loop with this many requests/s (Poisson)."),
+    ] = None,
+    users: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="Estimate a closed loop with this many users.")
+    ] = None,
     slo: Annotated[
         float | None,
         typer.Option(
@@ -64,7 +79,7 @@ def estimate(
             min=options.MIN_SLO_MS,
             max=options.MAX_SLO_MS,
             metavar="MS",
-            help="Find the highest rate with this p99.",
+            help="Find the highest rate with a p99 within this SLO.",
         ),
     ] = None,
     against: Annotated[
@@ -72,19 +87,22 @@ def estimate(
         typer.Option(
             metavar="KEY",
             autocompletion=completion.HARDWARE,
-            help="Compare every part with this one, and say where the price flips.",
+            help="Compare each row with this hardware and print the break-even price.",
         ),
     ] = None,
     inputs: Annotated[int, typer.Option(min=1, max=2048, help="Set the number of texts per request.")] = 1,
     capacity: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also a server whose pace was measured: a capacity.json.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Add a row for a measured server, from an `inferctl capacity` file."),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="Of arrivals and order; equal seeds give equal figures.")
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed arrivals and order; equal seeds give equal figures.")
     ] = 0,
     as_json: options.Json = False,
 ) -> None:
-    """What parts that are not here would do, estimated: the real batcher on a virtual clock.
+    """Estimate latency, throughput and cost on other hardware.
+
+    Figures are estimated from published results, never measured.
 
     Example: inferctl estimate --model DIR --hardware t4,a100-40gb-mig-3g.20gb --slo-p99-ms 70
     """
@@ -92,15 +110,19 @@ def estimate(
     from inferctl.estimate import calibration, document, forecast
 
     if rate and users:
-        raise UsageError("--rate and --users are two kinds of load", "give one of them")
+        raise UsageError("`--rate` and `--users` are two kinds of load", "pass one of them")
     if corpus is not None and length is not None:
-        raise UsageError("--corpus and --length both say how long inputs are", "give one of them")
+        raise UsageError("`--corpus` and `--length` both set the input lengths", "pass one of them")
+    if engine not in forecast.ENGINES:
+        raise UsageError(
+            f"unknown engine {engine!r}", f"pass `--engine {forecast.ENGINES[0]}` or `{forecast.ENGINES[1]}`"
+        )
     spec, file = _model(spec_file, model, config)
     data = forecast.read_config(file)
     longest = _longest(data)
     known = calibration.load()
     tokens, how = _tokens(corpus, length, file, longest, known.mean_length, seed)
-    work = forecast.Work(tokens, inputs, spec.serve.max_batch_tokens if spec else 16_384, seed)
+    work = forecast.Work(tokens, inputs, spec.serve.max_batch_tokens if spec else 16_384, seed, engine=engine)
     question = document.Question(_load(rate, users, inputs), slo or (spec.slo.p99_ms if spec else None), against)
     keys = _split(hardware) or (spec.hardware if spec else []) or ([] if capacity else _STANDARD.split(","))
     with console.progress("estimating"):
@@ -127,7 +149,7 @@ def _model(spec_file: Path | None, model: str | None, config: Path | None) -> tu
         spec = options.load(spec_file, {}).spec if options.names_model(spec_file, {}) and model is None else None
         return spec, config
     if not options.names_model(spec_file, {"model.source": model}):
-        raise UsageError("nothing says which model is meant", "--model DIR, or --config FILE with its config.json")
+        raise UsageError("no model specified", "pass `--model DIR`, or `--config FILE` with its config.json")
     spec = options.load(spec_file, {"model.source": model}).spec
     folder = Path(spec.model.source)
     # The weights are not needed, so a folder with the configuration alone will do.
@@ -142,7 +164,7 @@ def _model(spec_file: Path | None, model: str | None, config: Path | None) -> tu
 
 
 def _longest(config: dict[str, Any]) -> int:
-    """Tokens that the model takes at most; RoBERTa's positions begin behind the padding index."""
+    """The largest number of tokens per input. RoBERTa's positions begin after the padding index."""
     positions = config.get("max_position_embeddings")
     offset = 2 if str(config.get("model_type", "")) in ("roberta", "xlm-roberta", "mpnet", "camembert") else 0
     return int(positions) - offset if isinstance(positions, int) and positions > offset else 512
@@ -175,12 +197,12 @@ def _precision(spec: Spec | None) -> list[str]:
 
 
 def _split(values: list[str] | None) -> list[str]:
-    """`a,b` and repeated options alike."""
+    """Split `a,b` and repeated options into one list."""
     return [part.strip() for value in values or [] for part in value.split(",") if part.strip()]
 
 
 def _paced(file: Path, work: Work, question: Question) -> dict[str, Any]:
-    """The row of a measured pace, with the batches at a time and the batch limit that it was measured with."""
+    """The row of a measured server, with the parallel batches and the batch limit of its measurement."""
     from dataclasses import replace
 
     from inferctl.estimate import document
@@ -198,7 +220,7 @@ def _paced(file: Path, work: Work, question: Question) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> RenderableType:
-    """The table, what each row rests on, prices, and what to know; fits 80 columns."""
+    """The table, the data source of each row, prices, the break-even prices and the limitations; fits 80 columns."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
@@ -206,14 +228,14 @@ def render(result: dict[str, Any]) -> RenderableType:
 
     rows = result["rows"]
     loaded, slo, against = result["load"], result["slo_p99_ms"], any("against" in row for row in rows)
-    headings = ["hardware", "runs", "offline\ntexts/s", "lone\np99 ms"]
+    headings = ["hardware", "runs as", "offline\ntexts/s", "single\np99 ms"]
     headings += ["p50 ms", "p99 ms"] if loaded else []
     headings += ["req/s at\nthe SLO"] if slo else []
-    headings += [f"times\n{result['against']}"] if against else []
+    headings += [f"relative\nto {result['against']}"] if against else []
     headings += ["USD per\n1M texts"]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for heading in headings:
-        left = heading in ("hardware", "runs")
+        left = heading in ("hardware", "runs as")
         table.add_column(heading, justify="left" if left else "right", no_wrap=heading == "hardware", overflow="fold")
     for row in rows:
         cells = [
@@ -227,7 +249,7 @@ def render(result: dict[str, Any]) -> RenderableType:
         if slo:
             cells.append(span(row["highest_rate"]))
         if against:
-            cells.append(span(row["against"]["throughput"]) if "against" in row else "-")
+            cells.append(relative(row["against"]["throughput"]) if "against" in row else "-")
         cells.append("\n".join(span(one["usd_per_million_texts"]) for one in row["costs"][:1]) or "-")
         table.add_row(*cells)
     return Group(
@@ -240,11 +262,18 @@ def render(result: dict[str, Any]) -> RenderableType:
 
 
 def span(value: dict[str, Any]) -> str:
-    """A figure over the range of its band."""
+    """A figure above the ends of its band, or the bound that is known."""
+    if value["bound"]:
+        return f"{value['bound']}\n{_short(value['high'] if value['low'] is None else value['low'])}"
     if value["low"] == value["high"]:
         return _short(value["value"])
     high = "over" if value["high"] is None else f"≤{_short(value['high'])}"
     return f"{_short(value['value'])}\n≥{_short(value['low'])}\n{high}"
+
+
+def relative(ratio: dict[str, Any]) -> str:
+    """A ratio of two throughputs, or a question mark where both are only bounds."""
+    return "?" if ratio["low"] is None and ratio["high"] is None else span(ratio)
 
 
 def _short(value: float) -> str:
@@ -255,7 +284,7 @@ def _short(value: float) -> str:
 
 def _what(result: dict[str, Any]) -> str:
     load, slo = result["load"], result["slo_p99_ms"]
-    said = [f"{result['tokens']['mean']:.0f} tokens a text on average"]
+    said = [f"{result['tokens']['mean']:.0f} tokens per text on average"]
     if load:
         said.append(f"{load['rate']:g} requests/s" if load["mode"] == "open" else f"{load['users']} users")
     if slo:
@@ -264,24 +293,54 @@ def _what(result: dict[str, Any]) -> str:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """Under the table: what rows rest on, prices with source and date, and what to know, each said once."""
-    found = [
-        f"{row['hardware']} {row['precision'] or ''}: {row['rests_on']}".replace(" :", ":") for row in result["rows"]
-    ]
+    """The lines under the table: data sources, reasons of bounds, dated prices, verdicts, limitations."""
+    rows = result["rows"]
+    found = [f"{_named(row)}: based on {row['rests_on']}" for row in rows]
     found += [f"not estimated: {one['reason']}" for one in result["absent"]]
+    because = list(dict.fromkeys(reason for row in rows for reason in row["bounded_by"]))
+    if because:
+        found += ["", "only bounds, without an error band, because of", *(f"- {reason}" for reason in because)]
+    front, capped = result["front_end"], [_named(row) for row in rows if row.get("limited_by") == "front end"]
+    if capped:
+        found.append(
+            f"limited by the front end: {', '.join(capped)}. One API process serves at most"
+            f" {_short(front['texts_per_s'])} texts/s in requests of {front['texts_per_request']}"
+            f" (measured: {front['machine']})"
+        )
     priced = {
-        f"{row['hardware']}: {one['usd_per_hour']:.3f} USD/h, {one['provider']} {one['instance']} ({one['source']}, {one['date']})"
-        for row in result["rows"]
-        for one in row["costs"][:1]
+        f"{row['hardware']}: {one['usd_per_hour']:.3f} USD/h, {one['provider']} {one['instance']}"
+        f" ({one['source']}, {one['date']})"
+        for row in rows
+        for one in row["costs"]
     }
     found += ["", *sorted(priced)] if priced else []
-    for row in result["rows"]:
-        if (flip := row.get("against")) is not None:
-            at = flip["whole_gpu_price_flips_at"]
-            found.append(
-                f"{row['hardware']} {row['precision']}: cheaper a text than {flip['hardware']} up to {flip['price_flips_at']['value']:.2f} times its price"
-                f" ({flip['price_flips_at']['low']:.2f}-{flip['price_flips_at']['high']:.2f})"
-                + (f"; for the whole GPU {at['value']:.1f} times" if "-mig-" in row["hardware"] else "")
-            )
-    notes = list(dict.fromkeys(note for row in result["rows"] for note in row["notes"]))
-    return [*found, "", f"lengths: {result['tokens']['how']}; under each figure the range of its error band", *notes]
+    found += [verdict(row) for row in rows if "against" in row]
+    notes = list(dict.fromkeys(note for row in rows for note in row["notes"]))
+    legend = "" if all(row["bounded_by"] for row in rows) else "; under a figure: the ends of its 95% band"
+    return [*found, "", f"input lengths: {result['tokens']['how']}{legend}", *notes]
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """The break-even price of a row, and for each provider which of the two parts is cheaper per text."""
+    against = row["against"]
+    even, whole = against["break_even"], against["whole_gpu_break_even"]
+    found = f"{_named(row)} against {against['hardware']} {against['precision']}, per text: break-even price "
+    if even["value"] is not None:
+        found += f"{even['value']:.2f}x ({even['low']:.2f} to {even['high']:.2f})"
+    elif even["bound"]:
+        found += f"{even['bound']} {even['high'] if even['low'] is None else even['low']:.2f}x"
+    else:
+        found += f"unknown, as only bounds are known; {even['of_bounds']:.2f}x if both parts reach their bounds"
+    if "-mig-" in row["hardware"]:
+        times = whole["of_bounds"] if whole["value"] is None else whole["value"]
+        found += f"; {times:.1f}x for the whole GPU"
+    for one in against["prices"]:
+        reason = (
+            f": {one['reason']}" if one["verdict"] == "undecided" and even["bound"] is None and even["value"] else ""
+        )
+        found += f". {one['provider']}: {one['price_ratio']:.2f}x the price, {one['verdict']}{reason}"
+    return found
+
+
+def _named(row: dict[str, Any]) -> str:
+    return f"{row['hardware']} {row['precision']}" if row["precision"] else str(row["hardware"])

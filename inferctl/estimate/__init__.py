@@ -1,4 +1,4 @@
-"""What hardware that is not here would do: the server's own batcher on a virtual clock, against a calibrated latency model.
+"""Estimates for other hardware: the server's own batcher on a virtual clock with a calibrated latency model.
 
 Everything in here is an estimate and says so; docs/estimate.md says how far to believe it.
 """

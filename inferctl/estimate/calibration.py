@@ -1,6 +1,7 @@
-"""Fixed time and sustained fraction of each (part, precision): fitted on published rows, or moved from the nearest part that has rows.
+"""Launch time and sustained fraction of each part and precision: fitted on published rows, or from the nearest part.
 
-`benchmarks/calibration/fitted.yaml` holds the fit and the errors of its cross-validation; `benchmarks/calibration/fit.py` writes it.
+`benchmarks/calibration/fitted.yaml` holds the fit and the errors of its cross-validation;
+`benchmarks/calibration/fit.py` writes it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ _ROWS_OF = {"bf16": "fp16", "fp32": "fp16"}
 
 @dataclass(frozen=True)
 class Fit:
-    """What was fitted for one (part, precision): the share of the dense peak that large batches sustain, and the seconds that the
-    launches of a batch of BERT-large take, without the reading of its weights. `rows` were used."""
+    """What was fitted for one (part, precision): the share of the dense peak that large batches sustain, and the
+    seconds that the launches of a batch of BERT-large take, without the reading of its weights. `rows` were used.
+    """
 
     fraction: float
     launch: float
@@ -36,7 +38,10 @@ class Fit:
 
 @dataclass(frozen=True)
 class Band:
-    """Within which factors of its estimate the truth lay for every row left out: `throughput` (offline), `latency` (single), `rate` (SLO)."""
+    """The factors of an estimate between which 95% of further rows lie.
+
+    `throughput` (offline), `latency` (single request), `rate` (SLO).
+    """
 
     throughput: tuple[float, float] = (1.0, 1.0)
     latency: tuple[float, float] = (1.0, 1.0)
@@ -67,9 +72,29 @@ class Calibrated:
     notes: tuple[str, ...] = ()
 
     def cost(self, model: Transformer) -> Cost:
-        """What batches of `model` cost here. Launches go with its layers, the reading of weights with their bytes."""
-        peak = (self.part.peaks[self.precision] or 0.0) * 1e12
-        return Cost.of(model, peak * self.fit.fraction, fixed_seconds(self.part, self.precision, self.fit, model))
+        """What batches of `model` cost on this part."""
+        return batch_cost(self.part, self.precision, self.fit, model)
+
+    def band_for(self, model: Transformer) -> Band:
+        """The band of an estimate for `model`, whose fast end is never beyond the dense peak of the part.
+
+        A model more than twice as wide as that of the rows can fill the part better than they did, so its fast end is
+        the peak.
+        """
+        fraction = min(1.0, self.fit.fraction)
+        wide = model.width > 2 * BERT_LARGE.width
+
+        def most(high: float) -> float:
+            return 1 / fraction if wide else min(high, 1 / fraction)
+
+        band = self.band
+        latency = fraction if wide else max(band.latency[0], fraction)
+        return Band(
+            (band.throughput[0], most(band.throughput[1])),
+            (latency, band.latency[1]),
+            (band.rate[0], most(band.rate[1])),
+            band.rows,
+        )
 
 
 @dataclass(frozen=True)
@@ -95,12 +120,13 @@ class Calibration:
         fit, basis, rests_on = self._nearest(part, _ROWS_OF.get(precision, precision))
         notes: tuple[str, ...] = ()
         if precision == "bf16":
-            notes = ("no row ran bf16: it is taken as fp16, which has the same peak",)
+            notes = ("bf16: no row ran it; the estimate is that of fp16, which has the same peak",)
         if precision == "fp32":
-            basis, notes = "others", ("no row ran fp32: the sustained fraction is that of fp16, a guess",)
+            basis, notes = "others", ("fp32: no row ran it; the sustained fraction is that of fp16, which is a guess",)
         if precision == "int8":
             notes = (
-                "int8 is TensorRT's here; the LLM.int8 that `inferctl serve` runs on GPUs was slower than fp16 wherever measured",
+                "int8: the rows ran TensorRT INT8; `inferctl serve` runs LLM.int8, which was slower than fp16"
+                " in every published measurement",
             )
         return Calibrated(part, precision, fit, basis, rests_on, self.bands.get(basis, Band()), notes)
 
@@ -164,8 +190,19 @@ class Calibration:
         return Fit(_geometric(a for a, _ in each), _geometric(b for _, b in each)), names
 
 
+def batch_cost(part: Hardware, precision: str, fit: Fit, model: Transformer) -> Cost:
+    """The cost of batches of `model` on a part with this fit.
+
+    Memory runs at the bandwidth of the data sheet: the rows cannot show a lower share of it, and an upper bound must
+    not assume one.
+    """
+    peak = (part.peaks[precision] or 0.0) * 1e12
+    values_per_s = (part.bandwidth_gbs or 1000.0) * 1e9 / _BYTES[precision]
+    return Cost.of(model, peak * fit.fraction, fixed_seconds(part, precision, fit, model), values_per_s)
+
+
 def fixed_seconds(part: Hardware, precision: str, fit: Fit, model: Transformer) -> float:
-    """Seconds of a batch whatever is in it: launches by layer, and the weights read once at the part's bandwidth."""
+    """Seconds of a batch regardless of its tokens: launches in proportion to the layers, and the weights read once."""
     launches = fit.launch * model.layers / BERT_LARGE.layers
     return launches + model.weights * _BYTES[precision] / ((part.bandwidth_gbs or 1000.0) * 1e9)
 

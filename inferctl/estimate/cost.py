@@ -1,7 +1,15 @@
-"""What a batch costs: `seconds = fixed + work / (peak x sustained fraction)`, with the work taken from the model's configuration."""
+"""Cost of a batch: launches, the weights read once, and per kernel the longer of arithmetic and memory traffic.
+
+The roofline of a kernel is that of Williams, Waterman and Patterson (CACM 2009): arithmetic and traffic overlap
+inside one kernel, so the longer one counts. Kernels run one after the other, so their times add. Traffic counts each
+input of a kernel read once and each output written once, as Ivanov et al. count it for transformers ("Data Movement
+Is All You Need", MLSys 2021), with the best fusion in use: bias and activation inside the matrix product, softmax
+inside one attention kernel. So the traffic is a lower bound.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,10 +33,21 @@ _GATED_FAMILIES = (
 
 
 @dataclass(frozen=True)
-class Transformer:
-    """The arithmetic of one forward pass, in FLOP (a multiply-add counts two): `per_token` x s + `per_token2` x s x s for s tokens.
+class Kernel:
+    """One kernel of a layer, per token: its FLOP, and the activation values that it reads and writes."""
 
-    `layers` and `weights` (parameters that every pass reads: all but the embedding tables) say what a pass costs whatever is in it.
+    flop: float
+    values: int
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """The work of one forward pass, read from a configuration.
+
+    `per_token` x s + `per_token2` x s x s is the FLOP of s tokens (a multiply-add counts two). `weights` are the
+    parameters that every pass reads: all but the embedding tables. `kernels` are those of one layer without
+    attention. `attention_values` are the activation values per token that the attention kernel of one layer reads and
+    writes.
     """
 
     name: str
@@ -36,14 +55,29 @@ class Transformer:
     per_token2: float
     layers: int
     weights: int
+    width: int
+    kernels: tuple[Kernel, ...] = ()
+    attention_values: int = 0
 
     def flop(self, tokens: int) -> float:
         """FLOP of one sequence of `tokens`."""
         return self.per_token * tokens + self.per_token2 * tokens * tokens
 
+    @property
+    def values_per_token(self) -> int:
+        """Activation values that a pass reads and writes per token."""
+        return self.layers * (self.attention_values + sum(kernel.values for kernel in self.kernels))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The sizes as plain data."""
+        names = ("name", "per_token", "per_token2", "layers", "weights", "width", "values_per_token")
+        return {name: getattr(self, name) for name in names}
+
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Transformer:
-        """From a Hugging Face `config.json` of an encoder, or of a decoder that embeds. Raises `UsageError` when a size is missing.
+        """From a Hugging Face `config.json` of an encoder, or of a decoder that embeds.
+
+        Raises `UsageError` when a size is missing.
 
         Attention over a window counts as attention over everything, which is an upper bound for it.
         """
@@ -53,35 +87,61 @@ class Transformer:
         width = _first(config, "intermediate_size", "hidden_dim", "n_inner", "d_ff") or 4 * hidden
         kv_heads = _first(config, "num_key_value_heads") or heads
         head = _first(config, "head_dim") or hidden // heads
-        projections = 2 * hidden * heads * head + 2 * hidden * kv_heads * head
-        weights = layers * (projections + (3 if _gated(config) else 2) * hidden * width)
+        query, key = heads * head, kv_heads * head
+        up = (2 if _gated(config) else 1) * hidden * width
+        weights = layers * (2 * hidden * query + 2 * hidden * key + up + width * hidden)
+        kernels = (
+            Kernel(2.0 * hidden * (query + 2 * key), hidden + query + 2 * key),  # queries, keys and values
+            Kernel(2.0 * query * hidden, query + hidden),  # output projection
+            Kernel(0.0, 3 * hidden),  # residual and normalization: two inputs, one output
+            Kernel(2.0 * up, hidden + width),  # feed-forward, up; the activation is part of it
+            Kernel(2.0 * width * hidden, width + hidden),  # feed-forward, down
+            Kernel(0.0, 3 * hidden),  # residual and normalization
+        )
         return cls(
-            str(config.get("model_type", "transformer")), 2.0 * weights, 4.0 * layers * heads * head, layers, weights
+            name=str(config.get("model_type", "transformer")),
+            per_token=2.0 * weights,
+            per_token2=4.0 * layers * query,
+            layers=layers,
+            weights=weights,
+            width=hidden,
+            kernels=kernels,
+            attention_values=2 * query + 2 * key,  # queries, keys and values in, one output
         )
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a batch: `fixed`, and for each sequence of s tokens `per_token` x s + `per_token2` x s x s."""
+    """Seconds of a batch: `fixed`, and per sequence of s tokens s x (`per_token` + max(s x `per_token2`, `attention`)).
+
+    `attention` is the memory traffic of the attention kernels per token, in seconds.
+    """
 
     fixed: float
     per_token: float
     per_token2: float = 0.0
+    attention: float = 0.0
     _known: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def of(cls, model: Transformer, flop_per_s: float, fixed: float) -> Cost:
-        """`flop_per_s`: peak x sustained fraction."""
-        return cls(fixed, model.per_token / flop_per_s, model.per_token2 / flop_per_s)
+    def of(cls, model: Transformer, flop_per_s: float, fixed: float, values_per_s: float = math.inf) -> Cost:
+        """The cost of `model` on a part that sustains `flop_per_s` and moves `values_per_s` activation values.
+
+        Without `values_per_s`, memory traffic costs nothing.
+        """
+        linear = sum(max(kernel.flop / flop_per_s, kernel.values / values_per_s) for kernel in model.kernels)
+        traffic = model.layers * model.attention_values / values_per_s
+        return cls(fixed, model.layers * linear, model.per_token2 / flop_per_s, traffic)
 
     def times(self, factor: float) -> Cost:
         """The cost on a part that takes `factor` times as long for everything."""
-        return Cost(self.fixed * factor, self.per_token * factor, self.per_token2 * factor)
+        return Cost(self.fixed * factor, self.per_token * factor, self.per_token2 * factor, self.attention * factor)
 
     def sequence(self, tokens: int) -> float:
         """Seconds that one sequence adds to its batch."""
         if (known := self._known.get(tokens)) is None:
-            known = self._known[tokens] = tokens * (self.per_token + tokens * self.per_token2)
+            attention = max(tokens * self.per_token2, self.attention)
+            known = self._known[tokens] = tokens * (self.per_token + attention)
         return known
 
     def batch(self, lengths: Iterable[int]) -> float:

@@ -1,6 +1,8 @@
-"""What a part would do with a model under a load: the figures of an estimate, each with the range that the error band leaves.
+"""The figures of an estimate for one part, one model and one load: a value with its error band, or only a bound.
 
-A range comes from three simulations: as fitted, and with all times at the slow and at the fast end of the band.
+A band comes from three simulations: as fitted, and with all times at the slow and at the fast end of the band. Where
+the model or the engine is far from the published rows, no band is known. Then a figure is only the fast end: "at
+most" for rates, "at least" for times.
 """
 
 from __future__ import annotations
@@ -10,12 +12,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from inferctl import catalog, fit
 from inferctl.catalog import Hardware
 from inferctl.errors import UsageError
-from inferctl.estimate import calibration, lengths
+from inferctl.estimate import calibration, front_end, lengths
 from inferctl.estimate.calibration import Calibrated
 from inferctl.estimate.cost import BERT_LARGE, Cost, Transformer
 from inferctl.estimate.search import REQUESTS, Server
@@ -23,10 +25,14 @@ from inferctl.estimate.simulate import UNBOUNDED, Answers
 from inferctl.serve.batcher import Limits
 from inferctl.sizes import size
 
-# Every estimate for a GPU rests on rows of another program; this belongs beside its figures.
-OTHER_ENGINE = "the rows ran TensorRT with CUDA graphs: another engine is slower by an unknown factor, most of all at small batches"
+# What can run the batches: torch is what `inferctl serve` runs, TensorRT is what the rows ran.
+ENGINES = ("torch", "tensorrt")
+ROWS_ENGINE = "tensorrt"
+# A model that differs more than this from that of the rows gets a bound.
+FAR = 2.0
+WITHOUT_NETWORK = "the network and clock changes of the device are not included"
 _SEQUENCES = 250_000
-WITHOUT_HTTP = "HTTP, tokenising and the network are not in it"
+Bound = Literal["at most", "at least"]
 
 
 class Load(Protocol):
@@ -46,20 +52,52 @@ class Load(Protocol):
 
 @dataclass(frozen=True)
 class Range:
-    """An estimated figure and the ends of its band; `high` is None where it has no bound (beyond saturation)."""
+    """An estimated figure and the ends of its band, or with `bound` only one end.
 
-    value: float
-    low: float
+    "at most": only `high` is known. "at least": only `low` is known. Without a bound, `high` is None beyond saturation.
+    """
+
+    value: float | None
+    low: float | None
     high: float | None
+    bound: Bound | None = None
+
+    @classmethod
+    def exactly(cls, value: float) -> Range:
+        """A figure without a band."""
+        return cls(value, value, value)
+
+    @classmethod
+    def at_most(cls, high: float) -> Range:
+        """An upper bound."""
+        return cls(None, None, high, "at most")
+
+    @classmethod
+    def at_least(cls, low: float) -> Range:
+        """A lower bound."""
+        return cls(None, low, None, "at least")
 
     def times(self, factor: float) -> Range:
         """The same range in another unit."""
-        return Range(self.value * factor, self.low * factor, None if self.high is None else self.high * factor)
+        value, low, high = (None if one is None else one * factor for one in (self.value, self.low, self.high))
+        return Range(value, low, high, self.bound)
+
+    def capped(self, most: float) -> Range:
+        """The range under a limit: an upper bound where the limit is below the value itself."""
+        if self.high is not None and self.high <= most:
+            return self
+        if self.value is None or self.value >= most:
+            return Range.at_most(most)
+        return Range(self.value, self.low, most)
 
 
 @dataclass(frozen=True)
 class Work:
-    """The requests of an estimate: `tokens` of each input, inputs a request, the batcher's limit (tokens), and batches that the engine runs at a time."""
+    """The requests of an estimate and the server that gets them.
+
+    `tokens` of each input, `inputs` per request, the batcher's limit (tokens), batches that the engine runs at a time
+    (`slots`), and the engine. `front` is the front end's time per request in seconds; None takes the measured one.
+    """
 
     tokens: Sequence[int]
     inputs: int = 1
@@ -67,23 +105,37 @@ class Work:
     seed: int = 0
     count: int = REQUESTS
     slots: int = 1
+    engine: str = "torch"
+    front: float | None = None
 
-    def server(self, cost: Cost) -> Server:
-        """A server that gets these requests."""
+    @property
+    def front_seconds(self) -> float:
+        """Seconds of the front end per request."""
+        return front_end.load().seconds(self.inputs) if self.front is None else self.front
+
+    @property
+    def front_rate(self) -> float:
+        """Requests per second that the front end can serve."""
+        return 1 / self.front_seconds if self.front_seconds else math.inf
+
+    def server(self, cost: Cost, front: float | None = None) -> Server:
+        """A server that gets these requests. `front`: another time of the front end per request, 0 for none."""
         total = max(2000, self.count // self.inputs)
         # Large requests vary less, and a million sequences take half a minute.
         total = max(500, min(total, _SEQUENCES // self.inputs))
         drawn = lengths.spread(self.tokens, total * self.inputs, self.seed)
         requests = [drawn[i * self.inputs : (i + 1) * self.inputs] for i in range(total)]
-        return Server(cost, Limits(self.batch_tokens, UNBOUNDED), requests, self.slots, self.seed)
+        front = self.front_seconds if front is None else front
+        return Server(cost, Limits(self.batch_tokens, UNBOUNDED), requests, self.slots, self.seed, front)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated, never measured: latency (ms) and requests/s under one load, with what they rest on.
+    """Estimated, never measured: latency (ms) and requests/s under one load, and the data source of the estimate.
 
-    `band`: factors on a throughput between which every left-out row of this basis lay. `saturated`: more was offered than the part does;
-    latency then grows without end and has no figure.
+    `band`: the factors of a throughput between which 95% of further rows of this basis lie. `bounded_by`: why the
+    figures are only bounds; empty where they have a band. `saturated`: the offered rate exceeds the capacity, so
+    latency has no figure.
     """
 
     hardware: str
@@ -97,12 +149,18 @@ class Estimate:
     p90_ms: Range | None
     p99_ms: Range | None
     saturated: bool
+    bounded_by: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     outcome: str = field(default="estimated", init=False)
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
-        return {**asdict(self), "band": {"low": self.band[0], "high": self.band[1]}, "notes": list(self.notes)}
+        return {
+            **asdict(self),
+            "band": {"low": self.band[0], "high": self.band[1]},
+            "bounded_by": list(self.bounded_by),
+            "notes": list(self.notes),
+        }
 
 
 def rows(
@@ -114,9 +172,10 @@ def rows(
     batch_tokens: int = 16_384,
     seed: int = 0,
 ) -> Estimate:
-    """What the part `hardware` would do as `inferctl serve` under `load`, with the model of `config` (its `config.json`, or its folder).
+    """Estimate `inferctl serve` on the part `hardware` under `load`.
 
-    `tokens`: lengths of the inputs. Raises `UsageError` when there is nothing to estimate it from, int8 on GPUs among it: no row ran LLM.int8.
+    `config`: the `config.json` of the model, or its folder. `tokens`: lengths of the inputs. Raises `UsageError` when
+    no rows can support the estimate. That includes int8 on GPUs: no row ran LLM.int8.
     """
     part = catalog.hardware(hardware)
     chosen = catalog.best_precision(part.traits) if precision == "auto" else precision
@@ -133,13 +192,20 @@ def rows(
 
 def under(calibrated: Calibrated, model: Transformer, work: Work, load: Load, notes: Sequence[str] = ()) -> Estimate:
     """The estimate for one load."""
+    far = differences(model, work.engine)
+    band = calibrated.band_for(model)
     fitted, fast, slow = (answers(work.server(cost), load) for cost in ends(calibrated, model))
-    band = calibrated.band
+    known = fast if far else fitted
     open_loop = load.mode == "open"
-    saturated = fitted is None
-    most = work.server(calibrated.cost(model)).offline().per_second if fitted is None else fitted.per_second
-    rate = load.rate if open_loop and load.rate and not saturated else None
-    p50, p90, p99 = (None if fitted is None else latency(q, fitted, fast, slow) for q in (0.5, 0.9, 0.99))
+    if known is None:
+        requests = capacity(calibrated, model, work)
+    elif open_loop and load.rate:
+        requests = Range.exactly(load.rate)
+    elif far:
+        requests = Range.at_most(known.per_second)
+    else:
+        requests = ranged(band.throughput, known.per_second).capped(work.front_rate)
+    p50, p90, p99 = (None if known is None else latency(q, (fitted, fast, slow), bool(far)) for q in (0.5, 0.9, 0.99))
     return Estimate(
         hardware=calibrated.part.key,
         name=calibrated.part.name,
@@ -147,32 +213,56 @@ def under(calibrated: Calibrated, model: Transformer, work: Work, load: Load, no
         basis=calibrated.basis,
         rests_on=calibrated.rests_on,
         band=band.throughput,
-        requests_per_s=Range(rate, rate, rate) if rate else ranged(band.throughput, most),
+        requests_per_s=requests,
         p50_ms=p50,
         p90_ms=p90,
         p99_ms=p99,
-        saturated=saturated,
+        saturated=known is None,
+        bounded_by=tuple(far),
         notes=tuple(notes),
     )
 
 
-def latency(q: float, fitted: Answers, fast: Answers | None, slow: Answers | None) -> Range:
-    """A percentile in ms, from three simulations; one that is over capacity has no bound."""
-    return Range(
-        fitted.percentile(q) * 1000,
-        (fast or fitted).percentile(q) * 1000,
-        None if slow is None else slow.percentile(q) * 1000,
-    )
+def differences(model: Transformer, engine: str) -> list[str]:
+    """Why an estimate of this model on this engine is only a bound; empty where the rows are near enough for a band."""
+    found = []
+    if engine != ROWS_ENGINE:
+        found.append(f"engine: the rows ran TensorRT; how {engine} compares with it on a GPU is not measured")
+    for name, mine, theirs in (
+        ("width", model.width, BERT_LARGE.width),
+        ("depth", model.layers, BERT_LARGE.layers),
+    ):
+        if max(mine / theirs, theirs / mine) > FAR:
+            found.append(f"{name}: the rows ran BERT-large with {theirs}, this model has {mine}")
+    return found
+
+
+def capacity(calibrated: Calibrated, model: Transformer, work: Work) -> Range:
+    """Requests per second when all of them wait from the start."""
+    engine = work.server(calibrated.cost(model), front=0.0).offline().per_second
+    found = ranged(calibrated.band_for(model).throughput, engine)
+    if differences(model, work.engine):
+        found = Range.at_most(found.high or engine)
+    return found.capped(work.front_rate)
+
+
+def latency(q: float, simulations: Sequence[Answers | None], bounded: bool) -> Range:
+    """A percentile in ms, from simulations as fitted, at the fast and at the slow end.
+
+    None is one beyond saturation.
+    """
+    value, low, high = (None if one is None else one.percentile(q) * 1000 for one in simulations)
+    return Range.at_least(low or 0.0) if bounded else Range(value, value if low is None else low, high)
 
 
 def ends(calibrated: Calibrated, model: Transformer) -> tuple[Cost, Cost, Cost]:
     """The cost of batches as fitted, at the fast end of the band and at the slow end."""
-    cost, band = calibrated.cost(model), calibrated.band
+    cost, band = calibrated.cost(model), calibrated.band_for(model)
     return cost, cost.times(band.fastest), cost.times(band.slowest)
 
 
 def answers(server: Server, load: Load) -> Answers | None:
-    """Answers under a load; None when an open loop offers more than the server does."""
+    """Answers under a load; None when an open loop offers more than the server can serve."""
     if load.mode != "open":
         return server.closed(load.users)
     rate = load.rate or 1.0
@@ -185,13 +275,9 @@ def ranged(band: tuple[float, float], value: float) -> Range:
 
 
 def notes_for(calibrated: Calibrated, config: Mapping[str, Any], batch_tokens: int) -> list[str]:
-    """What to know before using the figures, for this part, precision and model."""
+    """The limitations of the figures for this part, precision and model."""
     model, part = Transformer.of(config), calibrated.part
-    found = [*calibrated.notes, OTHER_ENGINE, WITHOUT_HTTP]
-    if (model.layers, model.per_token) != (BERT_LARGE.layers, BERT_LARGE.per_token):
-        found.append(
-            "the rows ran BERT-large: the band does not know how well the matrices of another model fill the part"
-        )
+    found = [*calibrated.notes, WITHOUT_NETWORK]
     vocabulary = int(config.get("vocab_size") or 0) * int(config.get("hidden_size") or config.get("dim") or 0)
     need = fit.memory(fit.ModelSize(model.weights + vocabulary, config), calibrated.precision, batch_tokens, part)
     if part.memory_bytes and need.total > part.memory_bytes:
@@ -212,7 +298,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def prices(part: Hardware) -> list[dict[str, Any]]:
-    """On-demand prices with their source and date; a slice costs what it takes of its GPU, compute or memory, whichever is more."""
+    """On-demand prices with their source and date.
+
+    A slice costs what it takes of its GPU, compute or memory, whichever is more.
+    """
     whole, share = (catalog.hardware(part.mig.parent), slice_share(part)) if part.mig else (part, 1.0)
     return [
         {
@@ -235,10 +324,11 @@ def slice_share(part: Hardware) -> float:
 
 
 def per_million(usd_per_hour: float, texts_per_s: Range) -> Range:
-    """US dollars for a million texts; cheap where the throughput is high."""
+    """US dollars per million texts: a lower bound where the throughput is an upper one."""
 
-    def dollars(rate: float) -> float:
-        return usd_per_hour / 3600 * 1e6 / rate if rate > 0 else math.inf
+    def dollars(rate: float | None) -> float | None:
+        return usd_per_hour / 3600 * 1e6 / rate if rate else None
 
-    high = texts_per_s.high
-    return Range(dollars(texts_per_s.value), dollars(high) if high else 0.0, dollars(texts_per_s.low))
+    if texts_per_s.bound:
+        return Range.at_least(dollars(texts_per_s.high) or 0.0)
+    return Range(dollars(texts_per_s.value), dollars(texts_per_s.high), dollars(texts_per_s.low))

@@ -12,8 +12,9 @@ from statistics import NormalDist
 
 from inferctl.errors import UsageError
 
-# SQuAD v1.1 has 10,570 development questions; windows of 384 tokens with a stride of 128 make MLPerf's 10,833 samples of them,
-# so about one question in fifty is longer than 384 tokens. With that, a log-normal of lengths has one free number, its mean.
+# SQuAD v1.1 has 10,570 development questions; windows of 384 tokens with a stride of 128 make MLPerf's 10,833 samples
+# of them, so about one question in fifty is longer than 384 tokens. With that, a log-normal of lengths has one free
+# number, its mean.
 SQUAD_LONGEST = 384
 _SQUAD_OVER = 0.02
 _TOKENS_PER_WORD = 1.3
@@ -40,7 +41,10 @@ def squad(mean: float, count: int, seed: int = 0) -> list[int]:
 
 
 def parse(text: str, longest: int, squad_mean: float, count: int, seed: int = 0) -> list[int]:
-    """Lengths that `--length` stands for: `128`, `55:0.8` (mean and sigma of a log-normal) or `squad`. Raises `UsageError`."""
+    """Lengths that `--length` stands for.
+
+    `128`, `55:0.8` (mean and sigma of a log-normal) or `squad`. Raises `UsageError`.
+    """
     if text == "squad":
         return squad(squad_mean, count, seed)
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(?::(\d+(?:\.\d+)?))?", text)
@@ -61,7 +65,10 @@ def spread(lengths: Sequence[int], count: int, seed: int = 0) -> list[int]:
 
 
 def of_texts(texts: Sequence[str], tokenizer: Path | None, longest: int) -> tuple[list[int], str]:
-    """Tokens of each text, cut at `longest`, and how they were counted: by the model's `tokenizer.json`, else by words."""
+    """Tokens of each text, cut at `longest`, and how they were counted.
+
+    By the model's `tokenizer.json`, else by words.
+    """
     if tokenizer is not None and tokenizer.is_file() and find_spec("tokenizers"):
         from tokenizers import Tokenizer
 

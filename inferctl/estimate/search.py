@@ -13,7 +13,8 @@ from inferctl.serve.batcher import Limits
 
 # Of this many requests the p99 is known to about 3 %; the first tenth meets an empty server and is not counted.
 REQUESTS = 20_000
-# A search near saturation looks at runs of a hundred times the SLO, where that is not more than three times as many requests.
+# A search near saturation looks at runs of a hundred times the SLO, where that is not more than three times as many
+# requests.
 _SLOS, _LONGER = 100, 3
 _STEPS = 8
 
@@ -21,13 +22,16 @@ _STEPS = 8
 @dataclass(frozen=True)
 class Server:
     """A server to simulate: what a batch costs, the batcher's limits, the requests that come (lengths of each one's
-    sequences), and how many batches its engine runs at a time (`slots`)."""
+    sequences), how many batches its engine runs at a time (`slots`), and the seconds of its front end per request
+    (`front`).
+    """
 
     cost: Cost
     limits: Limits
     requests: Sequence[Sequence[int]]
     slots: int = 1
     seed: int = 0
+    front: float = 0.0
 
     def offline(self) -> Answers:
         """Everything waits from the start."""
@@ -42,7 +46,10 @@ class Server:
         return self._new().closed(users)
 
     def open(self, rate: float, arrivals: str = "poisson", times: int = 1) -> Answers:
-        """`rate` requests a second, all of them `times` over, drawn from the seed: equal seeds give equal arrivals at every rate, stretched."""
+        """`rate` requests a second, all of them `times` over, drawn from the seed.
+
+        Equal seeds give equal arrivals at every rate, stretched.
+        """
         draw, now, arrived = random.Random(self.seed), 0.0, []
         for _ in range(times * len(self.requests)):
             now += draw.expovariate(1.0) if arrivals == "poisson" else 1.0
@@ -57,7 +64,7 @@ class Server:
         return self.open(rate, times=times).percentile(q) <= slo
 
     def highest_rate(self, slo: float, q: float = 0.99, most: float | None = None) -> float:
-        """Requests a second that keep the percentile `q` within `slo` seconds; 0 when not even a lone request does.
+        """Requests a second that keep the percentile `q` within `slo` seconds; 0 when not even a single request does.
 
         `most`: what it does at saturation, when known.
         """
@@ -71,4 +78,4 @@ class Server:
         return low
 
     def _new(self, times: int = 1) -> Simulation:
-        return Simulation(self.cost, self.limits, list(self.requests) * times, self.slots)
+        return Simulation(self.cost, self.limits, list(self.requests) * times, self.slots, self.front)

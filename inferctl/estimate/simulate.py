@@ -1,7 +1,8 @@
 """The server's own batcher on a virtual clock: requests come, batches take what the latency model says, nothing runs.
 
-Batches go to the engine as the dispatcher sends them: those that run, and one ahead of time only when it is full already. What HTTP and
-tokenising cost is not in here.
+Requests pass the front end (HTTP, JSON, tokenization) one after the other, each for `front` seconds, as in one API
+process. Batches go to the engine as the dispatcher sends them: those that run, and one ahead of time only if it is
+full already.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ UNBOUNDED = 1 << 60
 
 @dataclass
 class Answers:
-    """What came out: `latencies` (seconds) in order of arrival, without refused ones; `seconds` from the first arrival to the last answer."""
+    """What came out.
+
+    `latencies` (seconds) in order of arrival, without refused ones; `seconds` from the first arrival to the last
+    answer.
+    """
 
     latencies: list[float]
     seconds: float
@@ -41,10 +46,17 @@ class Answers:
 
 
 class Simulation:
-    """One server whose engine runs `slots` batches at a time. `requests[i]` are the lengths (tokens) of the sequences of request i."""
+    """One server whose engine runs `slots` batches at a time and whose front end takes `front` seconds per request.
 
-    def __init__(self, cost: Cost, limits: Limits, requests: Sequence[Sequence[int]], slots: int = 1) -> None:
+    `requests[i]` are the lengths (tokens) of the sequences of request i.
+    """
+
+    def __init__(
+        self, cost: Cost, limits: Limits, requests: Sequence[Sequence[int]], slots: int = 1, front: float = 0.0
+    ) -> None:
         self.batcher = Batcher(limits, engines=slots)
+        self._front, self._front_free = front, 0.0
+        self._read: deque[tuple[float, int]] = deque()  # requests in the front end: when each leaves it, its number
         self._cost, self._requests, self._slots = cost, requests, slots
         self._running: list[tuple[float, int, _Batch]] = []  # a heap: when it ends, a number, the batch
         self._ahead: deque[_Batch] = deque()
@@ -67,9 +79,8 @@ class Simulation:
     def _run(self, coming: deque[tuple[float, int]], following: Callable[[], int | None]) -> Answers:
         """`coming`: time and number of requests, ascending. `following`: what whoever was answered sends at once."""
         first = coming[0][0] if coming else 0.0
-        while coming or self._running:
-            ends = self._running[0][0] if self._running else math.inf
-            now = min(ends, coming[0][0] if coming else math.inf)
+        while coming or self._read or self._running:
+            now = min(queue[0][0] for queue in (self._running, coming, self._read) if queue)
             # All that comes or ends at one time is known before the next batch is formed, as in the dispatcher.
             while self._running and self._running[0][0] <= now:
                 for _ in range(self._finish(now)):
@@ -77,12 +88,18 @@ class Simulation:
                         coming.append((now, request))
             while coming and coming[0][0] <= now:
                 self._arrive(coming.popleft()[1], now)
+            while self._read and self._read[0][0] <= now:
+                self._submit(self._read.popleft()[1], now)
             self._pump(now)
         good = [seconds for seconds in self._latency if not math.isnan(seconds)]
         return Answers(good, self._last - first, self._batches, self._busy, self._refused)
 
     def _arrive(self, request: int, now: float) -> None:
         self._arrived[request] = now
+        self._front_free = max(now, self._front_free) + self._front
+        self._read.append((self._front_free, request))
+
+    def _submit(self, request: int, now: float) -> None:
         try:
             self._predicted[request] = self.batcher.submit(
                 request, self._requests[request], now, running=self._until_free(now)

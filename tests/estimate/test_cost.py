@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from inferctl import catalog
 from inferctl.errors import UsageError
-from inferctl.estimate.cost import BERT_LARGE, Cost, Transformer
+from inferctl.estimate.calibration import Fit, batch_cost
+from inferctl.estimate.cost import BERT_LARGE, Cost, Kernel, Transformer
 
 MINILM = {
     "model_type": "bert",
@@ -43,3 +45,39 @@ def test_a_batch_costs_its_fixed_time_and_its_work() -> None:
     cost = Cost(0.003, 1e-5, 1e-8)
     assert cost.batch([100, 200]) == pytest.approx(0.003 + 300e-5 + (10_000 + 40_000) * 1e-8)
     assert Cost.of(BERT_LARGE, 1e14, 0.0).sequence(128) == pytest.approx(BERT_LARGE.flop(128) / 1e14)
+
+
+def test_every_kernel_reads_its_inputs_and_writes_its_output_once() -> None:
+    model = Transformer.of(MINILM)
+    # Queries, keys, values; output projection; two residuals with normalization; two feed-forward products.
+    per_layer = (384 + 3 * 384) + (384 + 384) + 2 * 3 * 384 + 2 * (384 + 1536)
+    attention = 4 * 384
+    assert model.values_per_token == 6 * (per_layer + attention)
+    assert sum(kernel.flop for kernel in model.kernels) * 6 == model.per_token
+
+
+def test_a_kernel_takes_the_longer_of_arithmetic_and_traffic() -> None:
+    model = Transformer("x", 100.0, 0.0, 1, 0, 1, (Kernel(100.0, 1), Kernel(0.0, 30)))
+    assert Cost.of(model, 100.0, 0.0, 10.0).per_token == pytest.approx(1.0 + 3.0)
+    assert Cost.of(model, 1000.0, 0.0, 10.0).per_token == pytest.approx(0.1 + 3.0)
+    assert Cost.of(model, 1e9, 0.0, 10.0).per_token == pytest.approx(0.1 + 3.0, rel=1e-3)
+    assert Cost.of(model, 100.0, 0.0).per_token == pytest.approx(1.0)
+
+
+def test_attention_of_short_sequences_is_bound_by_memory() -> None:
+    cost = Cost(0.0, 0.0, per_token2=1e-9, attention=1e-7)
+    assert cost.sequence(50) == pytest.approx(50 * 1e-7)
+    assert cost.sequence(200) == pytest.approx(200 * 200 * 1e-9)
+    assert cost.times(2).sequence(50) == pytest.approx(2 * cost.sequence(50))
+
+
+def test_memory_traffic_slows_narrow_models_more_than_wide_ones() -> None:
+    part, fit = catalog.hardware("t4"), Fit(0.4, 0.002)
+
+    def slowdown(model: Transformer) -> float:
+        compute = Cost.of(model, 65e12 * 0.4, 0.0)
+        return batch_cost(part, "fp16", fit, model).sequence(64) / compute.sequence(64)
+
+    large, narrow = slowdown(BERT_LARGE) - 1, slowdown(Transformer.of(MINILM)) - 1
+    assert 0.03 < large < 0.12
+    assert narrow > 2 * large

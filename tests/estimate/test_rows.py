@@ -37,16 +37,16 @@ def load(**values: Any) -> Load:
     return Load.model_validate(values)
 
 
-def test_an_estimate_is_labelled_ranged_and_equal_each_time(model: Path) -> None:
+def test_an_estimate_is_labeled_bounded_and_equal_each_time(model: Path) -> None:
     one, other = (estimate.rows(model, "fp16", "t4", load(mode="open", rate=2000), LENGTHS) for _ in range(2))
     assert one == other
     assert one.outcome == "estimated"
-    assert one.p99_ms and one.p50_ms
-    assert one.p99_ms.high and one.p99_ms.low < one.p99_ms.value < one.p99_ms.high
-    assert one.p50_ms.value < one.p99_ms.value
+    assert one.p99_ms and one.p50_ms and one.p99_ms.low and one.p50_ms.low
+    assert (one.p99_ms.value, one.p99_ms.high, one.p99_ms.bound) == (None, None, "at least")
+    assert one.p50_ms.low < one.p99_ms.low
     assert one.requests_per_s.value == 2000
     for expected in ("TensorRT", "BERT-large"):
-        assert any(expected in note for note in one.notes)
+        assert any(expected in reason for reason in one.bounded_by)
     json.dumps(one.as_dict())
 
 
@@ -54,14 +54,16 @@ def test_more_than_the_part_does_has_no_latency(model: Path) -> None:
     found = estimate.rows(model, "fp16", "t4", load(mode="open", rate=90_000), LENGTHS)
     assert found.saturated
     assert (found.p50_ms, found.p90_ms, found.p99_ms) == (None, None, None)
-    assert found.requests_per_s.value < 90_000
+    assert found.requests_per_s.bound == "at most"
+    assert found.requests_per_s.high and found.requests_per_s.high < 90_000
 
 
 def test_a_closed_loop_gives_throughput_and_latency(model: Path) -> None:
     found = estimate.rows(model, "auto", "a100-40gb-sxm", load(users=8), LENGTHS)
     assert found.precision == "bf16"
-    assert any("no row ran bf16" in note for note in found.notes)
-    assert found.p50_ms and found.requests_per_s.value == pytest.approx(8000 / found.p50_ms.value, rel=0.25)
+    assert any("bf16: no row ran it" in note for note in found.notes)
+    assert found.p50_ms and found.p50_ms.low
+    assert found.requests_per_s.high == pytest.approx(8000 / found.p50_ms.low, rel=0.25)
 
 
 def test_int8_as_the_server_runs_it_is_not_estimated_from_another_programs_rows(model: Path) -> None:
@@ -95,7 +97,9 @@ def test_a_bench_gets_figures_or_a_reason_for_each_configuration(model: Path) ->
     subjects = [Subject("fp16", "fp16"), Subject("int8", "int8"), Subject("far", url="http://example.com")]
     found = {subject.name: figures for subject, figures in estimated.each(plan(), subjects, model, "t4")}
     assert isinstance(found["fp16"], dict)
-    assert found["fp16"]["p99_ms"] > 0 and found["fp16"]["band"]["low"] < 1 < found["fp16"]["band"]["high"]
+    assert found["fp16"]["p99_ms"] is None and found["fp16"]["requests_per_s"] is None
+    assert found["fp16"]["ranges"]["p99_ms"]["low"] > 0 and found["fp16"]["ranges"]["p99_ms"]["bound"] == "at least"
+    assert any("only a bound" in note for note in found["fp16"]["notes"])
     assert "LLM.int8" in found["int8"]
     assert found["far"] == "a server that runs elsewhere"
 

@@ -108,3 +108,22 @@ def test_a_percentile_is_an_order_statistic() -> None:
     answers.latencies = [float(i) for i in range(1, 101)]
     assert [answers.percentile(q) for q in (0.5, 0.99, 1.0)] == [50, 99, 100]
     assert not math.isnan(answers.seconds)
+
+
+def test_requests_pass_the_front_end_one_after_the_other() -> None:
+    answers = Simulation(Cost(0.0, 0.0), LIMITS, [[100]] * 3, front=0.5).open([0.0, 0.0, 0.1])
+    assert answers.latencies == pytest.approx([0.5, 1.0, 1.4])
+
+
+def test_the_slower_of_front_end_and_engine_sets_the_throughput() -> None:
+    def per_second(engine: float, front: float) -> float:
+        return Server(Cost(engine, 0.0), Limits(100, UNBOUNDED), [[100]] * 500, front=front).offline().per_second
+
+    assert per_second(0.01, 0.02) == pytest.approx(50, rel=0.01)
+    assert per_second(0.02, 0.01) == pytest.approx(50, rel=0.01)
+    assert per_second(0.02, 0.0) == pytest.approx(50, rel=0.01)
+
+
+def test_waiting_for_the_front_end_counts_toward_the_slo() -> None:
+    free, busy = (Server(Cost(0.001, 0.0), LIMITS, [[100]] * 3000, front=front) for front in (0.0, 0.01))
+    assert busy.highest_rate(0.1) < 100 < free.highest_rate(0.1)

@@ -1,0 +1,96 @@
+"""Measure the front end of `inferctl serve` without a model, for requests of 1 to 128 texts.
+
+    python benchmarks/calibration/front_end.py [--seconds 6] [--rounds 4] [--json FILE]
+
+The echo engine answers, so everything runs except the model: HTTP, JSON, tokenization, queue, batches, base64. There is
+one API process. The figure is its CPU time per request, because one process cannot serve more requests than one core
+allows. Other work on the machine only adds to the CPU time, so the round with the least counts. Single texts are the
+exception: a server short of cores handles fewer of them per wake-up. For those, the rate of a quiet machine in
+benchmarks/results/peers-frontend.json counts if it is higher.
+
+All words are in the word cache and vectors have 8 values, so the figures are a best case for the CPU. Texts with new
+words cost more (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "peers"))
+
+import peers
+from load import closed, requests
+
+SIZES = (1, 8, 32, 128)
+CLIENTS = 32
+QUIET = peers.ROOT / "benchmarks" / "results" / "peers-frontend.json"
+DIMENSIONS = 8  # of the echo engine: vectors that cost almost nothing to encode
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU seconds of one process so far, threads included and children excluded."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(seconds: float, rounds: int) -> dict[int, list[tuple[float, float]]]:
+    """For each number of texts: (CPU seconds of the API process per request, requests per second) of each round."""
+    texts = peers.texts(512)
+    found: dict[int, list[tuple[float, float]]] = {size: [] for size in SIZES}
+    server = peers.inferctl(18521, "--engine", "echo", name="inferctl echo, by size of request")
+    try:
+        bodies = {
+            size: [
+                {"input": texts[at : at + size] if size > 1 else texts[at], "encoding_format": "base64"}
+                for at in range(0, len(texts), size)
+            ]
+            for size in SIZES
+        }
+        for size in peers.order(SIZES, rounds):
+            ready = requests(server.url, server.path, bodies[size])
+            closed(server.url, ready, CLIENTS, 0.5, warm=0.5)
+            before = cpu_seconds(server.process.pid)
+            outcome = closed(server.url, ready, CLIENTS, seconds, warm=0)
+            used = cpu_seconds(server.process.pid) - before
+            assert not outcome.failures, f"rejected: {outcome.statuses}"
+            found[size].append((used / outcome.statuses[200], outcome.rate))
+    finally:
+        server.end()
+    return found
+
+
+def main() -> None:
+    parser = peers.options(__doc__ or "")
+    parser.set_defaults(rounds=4, seconds=6)
+    options = parser.parse_args()
+    lines: list[dict[str, Any]] = []
+    for size, rounds in measure(options.seconds, options.rounds).items():
+        cpu = min(one for one, _ in rounds)
+        rate = max(one for _, one in rounds)
+        quiet = json.loads(QUIET.read_text(encoding="utf-8"))["front_end"]["known words"]["inferctl echo"]
+        if size == 1 and quiet > 1 / cpu:
+            cpu, source = 1 / quiet, QUIET.relative_to(peers.ROOT).as_posix()
+        else:
+            source = "CPU time of the API process"
+        lines.append(
+            {
+                "texts_per_request": size,
+                "ms_per_request": round(cpu * 1000, 5),
+                "texts_per_s": round(size / cpu, 1),
+                "from": source,
+                "texts_per_s_reached": round(size * rate, 1),
+            }
+        )
+        print(json.dumps(lines[-1]))
+    if options.json:
+        head = {"script": "benchmarks/calibration/front_end.py", "machine": peers.machine()}
+        what = {"engine": "echo", "mean_tokens": 55, "clients": CLIENTS, "encoding": "base64", "dimensions": DIMENSIONS}
+        options.json.write_text(json.dumps({**head, **what, "requests": lines}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

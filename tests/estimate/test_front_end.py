@@ -1,0 +1,31 @@
+"""The measured limit of the front end."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from inferctl import assets
+from inferctl.estimate import front_end
+from inferctl.estimate.front_end import FILE, FrontEnd
+
+TWO = FrontEnd(((1, 0.001), (9, 0.003)), "a machine")
+
+
+def test_measured_sizes_have_their_measured_times() -> None:
+    data = json.loads((assets.root() / FILE).read_text(encoding="utf-8"))
+    assert (assets.root() / data["script"]).is_file() and data["machine"]["cpu"]
+    for one in data["requests"]:
+        assert front_end.load().seconds(one["texts_per_request"]) == pytest.approx(one["ms_per_request"] / 1000)
+
+
+def test_sizes_between_and_beyond_the_measured_ones() -> None:
+    assert TWO.seconds(5) == pytest.approx(0.002)
+    assert TWO.seconds(18) == pytest.approx(0.006)
+    assert TWO.texts_per_s(5) == pytest.approx(2500)
+
+
+def test_larger_requests_serve_more_texts_per_second() -> None:
+    rates = [front_end.load().texts_per_s(size) for size in (1, 2, 8, 32, 128, 500)]
+    assert rates == sorted(rates)
