@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check golden docs locks model wheel bench-peers gpu-check clean
+.PHONY: help demo test check golden docs locks model wheel bench-peers image-check gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ wheel: $(VENV)/.dev  ## build the wheel into dist/
 
 bench-peers: $(VENV)/.dev model  ## what a rebuild costs beside plain Dockerfiles; needs Docker and a registry at localhost:5000
 	$(BIN)/python benchmarks/peers/rebuild.py
+
+image-check: $(VENV)/.dev model  ## build the CUDA 13.0 image from its shipped lock and verify it on the CPU (as root; 3 GB to download)
+	.ci/image-check $(BIN)/python
 
 gpu-check: $(VENV)/.dev model  ## on a GPU machine: the gpu tests and a benchmark; the receipt goes to benchmarks/results/
 	INFERCTL_REQUIRE=gpu $(PYTEST) -n 0 -m gpu
