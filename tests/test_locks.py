@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from inferctl import catalog, locks
+from inferctl import assets, catalog, locks
 from inferctl.errors import UsageError
 
 LOCK = "a-b==1.0 \\\n    --hash=sha256:aa \\\n    --hash=sha256:ab\ntorch==2.13.0+cpu \\\n    --hash=sha256:bb\nuvicorn[standard]==0.5 ; python_version > '3' \\\n    --hash=sha256:cc\n"
@@ -86,3 +87,69 @@ def test_a_wheel_folder_resolves_to_the_versions_that_are_in_it(wheels: Path, tm
     shipped = locks.load(catalog.base("cpu"), None, int8=False)
     for name, text in (("torch", shipped.torch or ""), ("server", shipped.server)):
         assert locks.versions((tmp_path / f"{name}.txt").read_text()) == locks.versions(text)
+
+
+@pytest.mark.parametrize("base", SHIPPED, ids=lambda base: base.key)
+def test_every_shipped_lock_says_what_it_was_resolved_for(base: catalog.BaseImage) -> None:
+    found = locks.load(base, None, int8=True)
+    for text in (found.torch, found.server, found.int8):
+        assert text is None or text.startswith(locks.header(base.stack, base.python.version, "linux/amd64"))
+
+
+def copied(folder: Path, stack: str, change: Callable[[str], str] = str) -> Path:
+    for file in (assets.root() / "base-images" / "locks" / stack).glob("*.txt"):
+        (folder / file.name).write_text(change(file.read_text()))
+    return folder
+
+
+def test_the_lock_of_another_stack_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        locks.load(catalog.base("cuda12.8"), copied(tmp_path, "torch2.13-cu130"), int8=False)
+    assert "is a lock for torch2.13-cu130 and Python 3.12" in caught.value.message
+    assert "inferctl lock --base cuda12.8" in (caught.value.hint or "")
+
+
+def test_a_lock_without_a_header_is_judged_by_its_torch(tmp_path: Path) -> None:
+    def headless(text: str) -> str:
+        return text.partition("\n")[2]
+
+    folder = copied(tmp_path, "torch2.13-cu130", headless)
+    assert locks.load(catalog.base("cuda13.0"), folder, int8=True).versions()["torch"] == "2.13.0"
+    for other in ("cuda12.8", "cpu"):
+        with pytest.raises(UsageError) as caught:
+            locks.load(catalog.base(other), folder, int8=False)
+        assert "torch.txt has torch 2.13.0" in caught.value.message
+
+
+def lock(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "inferctl", "lock", "--base", "ngc25.12", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_one_package_is_upgraded_and_the_others_stay(tmp_path: Path) -> None:
+    """With the package index: an older release of orjson is put into the shipped lock."""
+    older = f"orjson==3.10.18 --hash=sha256:{'0' * 64}"
+    folder = copied(
+        tmp_path, "ngc25.12", lambda text: re.sub(r"orjson==\S+ \\\n(    --hash=\S+( \\)?\n)+", older + "\n", text)
+    )
+    before = locks.load(catalog.base("ngc25.12"), folder, int8=True).versions()
+    assert before["orjson"] == "3.10.18"
+    done = lock("--output", folder, "--check")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    done = lock("--output", folder, "--upgrade-package", "orjson")
+    assert done.returncode == 0, done.stderr
+    after = locks.load(catalog.base("ngc25.12"), folder, int8=True).versions()
+    assert {name for name in after if after[name] != before.get(name)} == {"orjson"}
+    (folder / "server.txt").write_text(re.sub(r"uvicorn==", "unicorn==", (folder / "server.txt").read_text()))
+    kept = (folder / "server.txt").read_text()
+    done = lock("--output", folder, "--check")
+    assert done.returncode == 1
+    assert "uvicorn: absent ->" in done.stderr
+    assert (folder / "server.txt").read_text() == kept
+
+
+def test_a_package_that_the_locks_do_not_have_cannot_be_upgraded(tmp_path: Path) -> None:
+    done = lock("--output", copied(tmp_path, "ngc25.12"), "--upgrade-package", "nothing-of-this-name")
+    assert done.returncode == 2
+    assert "have no package nothing-of-this-name" in done.stderr
