@@ -67,6 +67,14 @@ def build(
         str | None,
         typer.Option(metavar="ID", help="Publish only this image: fail if the build produces another id."),
     ] = None,
+    builder: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Build with this builder of `docker buildx ls`.")
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Run every build step again.")] = False,
+    pull: Annotated[bool, typer.Option("--pull", help="Ask the registry for a newer base image.")] = False,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Add a label to the image (repeatable).")
+    ] = None,
     pip_conf: Annotated[
         Path | None, typer.Option(metavar="FILE", help="pip's configuration with your index, as a build secret.")
     ] = None,
@@ -123,12 +131,22 @@ def build(
         allow_floating=allow_floating,
         max_bytes=parse_size(spec.image.max_size) if spec.image.max_size else None,
         expected=expect,
+        builder=builder,
+        no_cache=no_cache,
+        pull=pull,
         provenance=provenance,
         sbom=sbom,
         ready_seconds=ready_timeout,
     )
     chosen = catalog.base(spec.image.base)
-    made = plan(spec, chosen, catalog.stack(chosen.stack), rendered_image(resolved), render.server_files(), options)
+    made = plan(
+        spec,
+        chosen,
+        catalog.stack(chosen.stack),
+        rendered_image(resolved, labels_of(label or [])),
+        render.server_files(),
+        options,
+    )
     for finding in made.findings:
         console.warn(finding.text())
     if dry_run:
@@ -136,6 +154,25 @@ def build(
         return
     built = _run(made)
     _print(built, as_json)
+
+
+def labels_of(given: list[str]) -> dict[str, str]:
+    """`KEY=VALUE` texts -> labels. Raises `UsageError`."""
+    import re
+
+    from inferctl.errors import UsageError
+
+    made = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        reserved = key.startswith(("io.inferctl.", "org.opencontainers.image."))
+        if not equals or reserved or not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?", key):
+            raise UsageError(
+                f"--label {text!r} is not a label that can be set",
+                "write KEY=VALUE, as in team=search; inferctl sets `io.inferctl.` and `org.opencontainers.image.`",
+            )
+        made[key] = value
+    return made
 
 
 def oci_file(text: str) -> Path:

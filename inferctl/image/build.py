@@ -80,7 +80,7 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
     `plan.reference` names what it named before.
     """
     options, platforms = plan.options, plan.platforms
-    builder = buildx.detect(info.containerd_store)
+    builder = buildx.detect(info.containerd_store, options.builder)
     native = info.platform if info.platform in platforms else platforms[0]
     # The engine's own platform is not asked for by name: it is what every builder makes by itself.
     named = platforms if platforms != (info.platform,) else ()
@@ -98,6 +98,9 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
             cache_to=cache_to,
             cache_from=options.cache_from,
             network=options.network,
+            builder=options.builder,
+            no_cache=options.no_cache,
+            pull=options.pull,
         )
         _refuse(plan, builder, replace(request, platforms=named), info)
         yield Phase("build", builder.describe())

@@ -72,6 +72,9 @@ class BuildRequest:
     network: str | None = None
     provenance: bool = False
     sbom: bool = False
+    builder: str | None = None
+    no_cache: bool = False
+    pull: bool = False
 
 
 class BuildFailedError(Exception):
@@ -82,14 +85,17 @@ class BuildFailedError(Exception):
         self.text, self.step, self.log = text, step, log
 
 
-def detect(containerd_store: bool) -> Builder:
-    """The builder in use. Raises `NotReadyError` without a docker command or buildx, or with one too old for live progress."""
+def detect(containerd_store: bool, name: str | None = None) -> Builder:
+    """The builder `name`, or the one in use.
+
+    Raises `NotReadyError` without a docker command or buildx, or with one too old for live progress.
+    """
     said = _docker("buildx", "version")
     found = re.search(r"v?(\d+)\.(\d+)\.(\d+)", said)
     version = (int(found.group(1)), int(found.group(2)), int(found.group(3))) if found else (0, 0, 0)
     if version < _RAWJSON_SINCE:
         raise NotReadyError(f"buildx {'.'.join(map(str, version))} is too old: 0.13 or newer is needed", _INSTALL)
-    return read_inspection(_docker("buildx", "inspect"), version, containerd_store)
+    return read_inspection(_docker("buildx", "inspect", *([name] if name else [])), version, containerd_store)
 
 
 def read_inspection(text: str, version: tuple[int, int, int], containerd_store: bool) -> Builder:
@@ -151,6 +157,9 @@ def command(request: BuildRequest, metadata: Path) -> list[str]:
         made += ["--secret", f"id={name},src={Path(file).resolve()}"]
     for name, value in sorted(request.build_args.items()):
         made += ["--build-arg", f"{name}={value}"]
+    made += ["--builder", request.builder] if request.builder else []
+    made += ["--no-cache"] if request.no_cache else []
+    made += ["--pull"] if request.pull else []
     if request.platforms:
         made += ["--platform", ",".join(request.platforms)]
     for target in request.cache_to:
@@ -213,7 +222,8 @@ def run(request: BuildRequest) -> Generator[BuildEvent, None, dict[str, Any]]:
 
 def check(request: BuildRequest) -> list[str]:
     """What the builder's own linter says about the Dockerfile, one warning a line. Only where `Builder.checks`."""
-    made = ["docker", "buildx", "build", "--check", "--file", str(request.context / "Dockerfile")]
+    chosen = ["--builder", request.builder] if request.builder else []
+    made = ["docker", "buildx", "build", *chosen, "--check", "--file", str(request.context / "Dockerfile")]
     for name, folder in sorted(request.contexts.items()):
         made += ["--build-context", f"{name}={Path(folder).resolve()}"]
     done = subprocess.run([*made, str(request.context)], capture_output=True, text=True, check=False)

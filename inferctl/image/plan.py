@@ -43,6 +43,9 @@ class BuildOptions:
     allow_floating: bool = False
     max_bytes: int | None = None
     expected: str | None = None
+    builder: str | None = None
+    no_cache: bool = False
+    pull: bool = False
     provenance: bool = True
     sbom: bool = True
     ready_seconds: float = READY_SECONDS

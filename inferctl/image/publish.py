@@ -73,7 +73,7 @@ def publish(
     """Name the image, export and push it for `platforms` (none: the engine's). On failure the name goes back to what it named before."""
     options, reference = plan.options, plan.reference
     # From here on every build is the one that was verified, out of the cache; only its exports differ.
-    again = replace(request, cache_to=(), platforms=platforms)
+    again = replace(request, cache_to=(), platforms=platforms, no_cache=False, pull=False)
     if options.oci:
         yield Phase("export", str(options.oci))
         yield from _export(again, options.oci)

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from inferctl import assets
+from inferctl.image import buildx
 
 HASH = f"--hash=sha256:{'0' * 64}"
 
@@ -284,3 +285,36 @@ def test_an_interrupted_build_stops_at_once_and_leaves_nothing(
         time.sleep(0.1)
     assert str(tmp_path) not in processes
     assert subprocess.run(["docker", "image", "inspect", name], capture_output=True, check=False).returncode != 0
+
+
+def test_labels_enter_the_image_and_not_its_tag(tmp_path: Path) -> None:
+    file = spec(tmp_path)
+    plain = json.loads(inferctl("build", "--dry-run", "--json", "--spec", file).stdout)
+    labelled = json.loads(inferctl("build", "--dry-run", "--json", "--label", "team=a b", "--spec", file).stdout)
+    assert labelled["labels"]["team"] == "a b"
+    assert 'team="a b"' in labelled["dockerfile"]
+    assert labelled["reference"] == plain["reference"]
+
+
+@pytest.mark.parametrize("label", ["team", "=x", "a b=c", "team=a\nUSER root", 'team=a"b', "io.inferctl.version=9"])
+def test_a_label_that_cannot_stand_in_a_dockerfile_is_refused(tmp_path: Path, label: str) -> None:
+    done = inferctl("build", "--dry-run", "--label", label, "--spec", spec(tmp_path))
+    assert done.returncode == 2, done.stdout
+    assert "Traceback" not in done.stderr
+    assert "hint: " in done.stderr
+
+
+@pytest.mark.docker
+def test_a_builder_that_is_not_there_is_an_error(engine: None, tmp_path: Path) -> None:
+    done = inferctl("build", "--no-verify", "--builder", "nowhere", "--spec", spec(tmp_path))
+    assert done.returncode == 3
+    assert "nowhere" in done.stderr
+
+
+def test_the_choice_of_builder_cache_and_base_is_passed_to_buildx(tmp_path: Path) -> None:
+    request = buildx.BuildRequest(context=tmp_path, builder="mine", no_cache=True, pull=True)
+    made = buildx.command(request, tmp_path / "metadata.json")
+    assert made[made.index("--builder") + 1] == "mine"
+    assert {"--no-cache", "--pull"} <= set(made)
+    plain = buildx.command(buildx.BuildRequest(context=tmp_path), tmp_path / "metadata.json")
+    assert {"--builder", "--no-cache", "--pull"}.isdisjoint(plain)
