@@ -249,7 +249,7 @@ def _estimated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "y": [f"{short(row['configuration'])}, estimated<br>{row['hardware']['key']}" for row in rows],
         "x": values,
         "text": [
-            f"{bound} ~{_figure(value)}" if bound else f"~{_figure(value)}"
+            f"{bound} {_figure(value)}" if bound else f"~{_figure(value)}"
             for value, bound in zip(values, bounds, strict=True)
         ],
         "textposition": "none",

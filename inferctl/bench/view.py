@@ -168,7 +168,7 @@ def _estimated(figures: Mapping[str, Any], key: str) -> str:
     """A figure above its band, or a bound. The rate that an open loop offers is given, not estimated."""
     found = (figures.get("ranges") or {}).get(key)
     if found and found.get("bound"):
-        return f"{found['bound']}\n~{short(found['high'] if found['low'] is None else found['low'])}"
+        return f"{found['bound']}\n{short(found['high'] if found['low'] is None else found['low'])}"
     if (value := figures.get(key)) is None:
         return _UNKNOWN
     if not found:

@@ -307,17 +307,35 @@ def lines(result: dict[str, Any]) -> list[str]:
             f" {_short(front['texts_per_s'])} texts/s in requests of {front['texts_per_request']}"
             f" (measured: {front['machine']})"
         )
-    priced = {
-        f"{row['hardware']}: {one['usd_per_hour']:.3f} USD/h, {one['provider']} {one['instance']}"
-        f" ({one['source']}, {one['date']})"
-        for row in rows
-        for one in row["costs"]
-    }
-    found += ["", *sorted(priced)] if priced else []
+    if priced := _prices(rows):
+        found += ["", *priced]
     found += [verdict(row) for row in rows if "against" in row]
     notes = list(dict.fromkeys(note for row in rows for note in row["notes"]))
-    legend = "" if all(row["bounded_by"] for row in rows) else "; under a figure: the ends of its 95% band"
-    return [*found, "", f"input lengths: {result['tokens']['how']}{legend}", *notes]
+    if not all(row["bounded_by"] for row in rows):
+        notes.insert(0, "under a figure: the ends of its 95% band")
+    if any(_over(row) for row in rows):
+        notes.insert(0, "over: the offered rate exceeds the capacity, so latency grows without limit")
+    return [*found, "", f"input lengths: {result['tokens']['how']}", *notes]
+
+
+def _over(row: dict[str, Any]) -> bool:
+    """Whether a latency of the row is beyond saturation, or the slow end of its band is."""
+    figures = [row["load"][key] for key in ("p50_ms", "p99_ms")] if "load" in row else []
+    return any(figure is None or (figure["high"] is None and not figure["bound"]) for figure in figures)
+
+
+def _prices(rows: list[dict[str, Any]]) -> list[str]:
+    """Each price, and each source with its date once."""
+    sources: dict[str, int] = {}
+    found = []
+    for row in rows:
+        for one in row["costs"]:
+            number = sources.setdefault(f"{one['source']}, {one['date']}", len(sources) + 1)
+            price = (
+                f"{row['hardware']}: {one['usd_per_hour']:.3f} USD/h, {one['provider']} {one['instance']} [{number}]"
+            )
+            found.append(price)
+    return [*dict.fromkeys(found), *(f"[{number}] {source}" for source, number in sources.items())]
 
 
 def verdict(row: dict[str, Any]) -> str:

@@ -173,7 +173,7 @@ class Calibration:
         share = (math.log(part.sm_count or 1) - low) / (high - low)
         fraction = bottom[0].fraction ** (1 - share) * top[0].fraction ** share
         launch = bottom[0].launch ** (1 - share) * top[0].launch ** share
-        return Fit(fraction, launch), "slice", f"between rows of {measured[0].key} and of {whole.key}"
+        return Fit(fraction, launch), "slice", f"rows of {measured[0].key} and of {whole.key}, interpolated"
 
     def _mean(self, precision: str, wanted: Any) -> tuple[Fit, list[str]] | None:
         """The geometric mean over chips of what parts `wanted` have; parts of one chip count once together."""

@@ -181,6 +181,21 @@ def test_a_rate_that_was_offered_is_no_estimate_and_a_latency_without_bound_says
     assert ">~80.0<" not in page
 
 
+def test_an_estimate_that_is_only_a_bound_has_no_value_anywhere(tmp_path: Path) -> None:
+    found, receipts = shown(tmp_path, document("bf16", 300, 12), estimated=True, rate=80)
+    figures = found["rows"][-1]["estimate"]
+    for key, bound, end in (("p99_ms", "at least", "low"), ("requests_per_s", "at most", "high")):
+        figures[key] = None
+        figures["ranges"][key] = {"value": None, "low": None, "high": None, "bound": bound} | {end: 4321.0}
+    apart = text_of(found).split("ESTIMATED, not measured")[1]
+    assert "at least" in apart and "at most" in apart
+    page = report.render(found, receipts)
+    assert "at most 4321.0" in page and "at least 4321.0" in page
+    drawn = charts.throughput([], {}, [found["rows"][-1]])["data"][-1]
+    assert drawn["x"] == [4321.0] and drawn["text"][0].startswith("at most")
+    assert drawn["error_x"]["array"] == drawn["error_x"]["arrayminus"] == [0.0]
+
+
 def test_estimated_rows_alone_are_no_measurement(tmp_path: Path) -> None:
     found, _ = shown(tmp_path, failed=("bf16",), estimated=True)
     problem = result.verdict(found)

@@ -143,7 +143,7 @@ def test_the_table_fits_a_terminal_and_says_what_it_is(
     out = capsys.readouterr().out
     assert out.startswith("estimated, not measured")
     words = " ".join(out.split())
-    assert "between rows of a100-40gb-mig-1g.5gb and of a100-40gb-sxm" in words
+    assert "based on rows of a100-40gb-mig-1g.5gb and of a100-40gb-sxm, interpolated" in words
     assert "break-even price unknown, as only bounds are known" in words
     assert "TensorRT" in out
     assert max(map(len, out.splitlines())) <= 80
@@ -212,3 +212,14 @@ def test_a_model_must_be_named(
     monkeypatch.chdir(tmp_path)
     assert cli.run(["estimate"]) == 2
     assert "--config FILE" in capsys.readouterr().err
+
+
+def test_each_source_of_prices_and_the_word_over_are_explained_once(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--hardware", "t4,l4", "-p", "fp16", "--length", "128", "--engine", "tensorrt", "--rate", "400"]
+    assert cli.run(["estimate", "--config", config, *arguments]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("over: the offered rate exceeds the capacity") == 1
+    assert out.count("[1] ") == 3  # one source, named by the prices of both
+    assert "t4: 0.526 USD/h, aws g4dn.xlarge [1]" in out
