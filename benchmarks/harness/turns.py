@@ -43,10 +43,12 @@ def serving(announce: Path) -> list[str]:
     return [sys.executable, "-m", "inferctl", "serve", "--model", str(MODEL), *options]
 
 
-def plan(folder: Path, users: int, seconds: float, repeats: int) -> Path:
-    """A plan of short runs in a closed loop."""
+def plan(folder: Path, users: int, seconds: float, repeats: int, share: str | None = None) -> Path:
+    """Write a plan of short runs: a closed loop, and with a `share` as in the plan gate an open loop after it."""
     file = folder / f"turns-{repeats}.yaml"
-    load = {"mode": "closed", "users": users, "duration_s": seconds, "warmup_s": 0}
+    load: dict[str, Any] = {"mode": "closed", "users": users, "duration_s": seconds, "warmup_s": 0}
+    if share:
+        load |= {"mode": "open", "rate": share, "capacity_s": seconds}
     bare = {"configurations": [{"name": "bf16", "precision": "bf16"}], "corpus": "short", "quality": None}
     file.write_text(yaml.safe_dump({"name": "turns", "load": load, "repeats": repeats, **bare}), encoding="utf-8")
     return file

@@ -47,7 +47,9 @@ def capacity(sealed: Receipt, slo_p99_ms: float | None = None) -> dict[str, Any]
         "fixed_s": pace["fixed_s"],
         "tokens_per_s": pace["tokens_per_s"],
         "slo_p99_ms": slo,
-        "max_goodput_rps": search.get("max_goodput_rps"),
+        # With a caution (older receipts) the rate was not shown to meet the SLO.
+        "max_goodput_rps": None if search.get("caution") else search.get("max_goodput_rps"),
+        "band_rps": search.get("band_rps"),
         "first_failing_rps": search.get("first_failing_rps"),
         "limited_by": search.get("limited_by"),
         "tokens_per_request": data["summary"].get("tokens_per_request"),
@@ -83,5 +85,5 @@ def sentence(found: Mapping[str, Any]) -> str:
     slo = f"p99 {found['slo_p99_ms']:g} ms" if found["slo_p99_ms"] else None
     best = found["max_goodput_rps"]
     if best:
-        return f"{batch}; it holds {slo} up to {best:g} requests/s"
-    return f"{batch}; " + (f"{slo}, at which rate was not searched" if slo else "no SLO was set")
+        return f"{batch}; it meets {slo} up to {best:g} requests/s"
+    return f"{batch}; " + (f"{slo}, and no rate was shown to meet it" if slo else "no SLO was set")
