@@ -3,6 +3,7 @@
     sweep      from a fifth of the ceiling upward, until the server falls behind or fails, and one step beyond
     bisect     between the highest rate that holds and the lowest above it that does not, which is probed twice while probes are left
     confirm    the highest that holds, once more with other times: the one that was picked as the best of many had luck
+    bound      the lowest that is shown not to hold, once more: it ends the band of the result
 
 Words, as R. Jain and D.-M. Chiu use them (Computer Networks 17, 1989): up to the *knee* more load costs little latency, beyond it latency bends
 while throughput still grows; at the *cliff* throughput falls, or errors start. Between them throughput may just stop growing: *saturation*.
@@ -24,6 +25,7 @@ SWEEP = (0.2, 0.4, 0.6, 0.75, 0.9, 1.0, 1.15)
 BEYOND = 1.3
 FALLS = 0.95
 CONFIRMATIONS = 3
+BOUNDS = 2
 # How often a rate whose answers are too few, or too much alike, is measured and pooled before the probe stands as it is.
 LOOKS = 4
 # Constraints that more load cannot mend: the sweep need not go on.
@@ -120,6 +122,8 @@ def find(settings: Search, slo_p99_ms: float, ceiling: float | None, measure: Me
     hunt = _Hunt(settings, measure)
     hunt.sweep(ceiling)
     best = hunt.settle()
+    if best:
+        hunt.bound(best)
     return _result(settings, slo_p99_ms, ceiling, hunt, best)
 
 
@@ -208,6 +212,18 @@ class _Hunt:
                     return made
         return None
 
+    def bound(self, best: Probe) -> None:
+        """Probe the lowest rate that was shown not to meet the SLO once more, else the next one."""
+        tried: set[float] = set()
+        for _ in range(BOUNDS):
+            band = _band(self.log, best)
+            once = {probe.rate for probe in self.log if probe.exceeds and probe.rate > best.rate} - tried
+            lowest = min(once, default=None)
+            if self.spent or band is None or lowest is None or band[1] == lowest:
+                return
+            tried.add(lowest)
+            self.probe(lowest, "bound")
+
 
 def _result(
     settings: Search, slo_p99_ms: float, ceiling: float | None, hunt: _Hunt, best: Probe | None
@@ -243,13 +259,14 @@ def _result(
 def _band(log: Sequence[Probe], best: Probe | None) -> list[float | None] | None:
     """Return the rates between which the highest rate within the SLO lies, or None if no rate was confirmed.
 
-    Below: the confirmed rate, whose p99 is shown to be within the SLO. Above: the lowest rate that is shown not to meet
-    it; None if no rate is.
+    Below: the confirmed rate, whose p99 is shown to be within the SLO. Above: the lowest rate at which a second probe
+    shows that the SLO is not met, there or at a lower rate; None if there is none. The lowest of several single probes
+    would be the one with the worst luck.
     """
     if best is None:
         return None
-    shown = [probe.rate for probe in log if probe.exceeds and probe.rate > best.rate]
-    return [best.rate, min(shown, default=None)]
+    shown = sorted(probe.rate for probe in log if probe.exceeds and probe.rate > best.rate)
+    return [best.rate, shown[1] if len(shown) > 1 else None]
 
 
 def shape(probes: Sequence[Probe]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class Searcher:
         seconds = min(seconds, max(self.settings.probe_s, self.settings.max_probe_s))
         # One draw of gaps for all rates of the search: what differs between them is the rate. Each further look at a rate has its own.
         looks = sum(probe.rate == rate for probe, _ in self._taken)
-        seed = self.seed + looks + (100 if stage == "confirm" else 0)
+        seed = self.seed + looks + {"confirm": 100, "bound": 200}.get(stage, 0)
         warmup_s = min(self.load.warmup_s, 4 * self.load.window_s)
         load = self._shaped(mode="open", rate=rate, duration_s=seconds, warmup_s=warmup_s)
         self.settle(SETTLE_S)
