@@ -45,7 +45,7 @@ ONLY_IN = {
     "yaml": ("document.py", "pin.py", "render.py"),
     "locust": (),
     "gevent": (),
-    "plotly": ("bench/charts.py", "bench/report.py"),
+    "plotly": (),
 }
 HEAVY = [
     "torch",

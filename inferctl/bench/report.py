@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 from inferctl import assets, outputs
 from inferctl.bench import charts, view
 from inferctl.bench.receipt import Receipt
+
+# plotly.js with the trace types that the charts use (scatter, bar), gzipped. CONTRIBUTING.md says how to update it.
+PLOTLY = "plotly-basic.min.js.gz"
 
 
 def write(path: Path, result: Mapping[str, Any], receipts: Sequence[Receipt]) -> Path:
@@ -21,7 +25,6 @@ def write(path: Path, result: Mapping[str, Any], receipts: Sequence[Receipt]) ->
 def render(result: Mapping[str, Any], receipts: Sequence[Receipt]) -> str:
     """The page as text."""
     import jinja2
-    from plotly.offline import get_plotlyjs
 
     loader = jinja2.FileSystemLoader(assets.root() / "templates")
     environment = jinja2.Environment(
@@ -54,7 +57,7 @@ def render(result: Mapping[str, Any], receipts: Sequence[Receipt]) -> str:
         colours=charts.colours(receipts),
         # A name from the command line must not be able to end the script element.
         figures=json.dumps({name: figure for name, (_, _, figure) in drawn.items()}).replace("<", "\\u003c"),
-        plotly=get_plotlyjs(),
+        plotly=base64.b64encode((assets.root() / "templates" / PLOTLY).read_bytes()).decode(),
         receipts=[one.data for one in receipts],
         summaries={one.name: one.data["summary"] for one in receipts},
         seals={one.name: one.data["seal"] for one in receipts},

@@ -219,7 +219,7 @@ def _require_packages() -> None:
 
     from inferctl.errors import NotReadyError
 
-    missing = [name for name in ("locust", "numpy", "plotly") if find_spec(name) is None]
+    missing = [name for name in ("locust", "numpy") if find_spec(name) is None]
     if missing:
         raise NotReadyError(
             f"{', '.join(missing)} not installed, which benchmarks need", "pip install 'inferctl[bench]'"

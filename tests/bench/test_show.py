@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -198,6 +200,23 @@ def test_figures_are_ones_that_plotly_accepts(tmp_path: Path) -> None:
     _, receipts = made(tmp_path)
     for _, _, figure in charts.all_charts(receipts).values():
         graph_objects.Figure(figure)
+
+
+def test_the_report_is_one_small_file_whose_charts_a_browser_draws_without_network(tmp_path: Path) -> None:
+    found, receipts = made(tmp_path)
+    page = report.write(tmp_path / "report.html", found, receipts)
+    assert page.stat().st_size < 1_000_000
+    assert not re.findall(r"(?:src|href)=", page.read_text())
+    if not (browser := shutil.which("chromium")):
+        pytest.skip("chromium not found")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
+    offline = ["--disable-background-networking", "--proxy-server=127.0.0.1:9", f"--user-data-dir={tmp_path}/profile"]
+    command = [browser, *options, *offline, page.as_uri()]
+    drawn = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    for name in charts.all_charts(receipts, found["rows"]):
+        chart = drawn[drawn.index(f'id="{name}"') :].partition("</section>")[0]
+        assert 'class="main-svg"' in chart, chart[:200]
+        assert "<path" in chart
 
 
 def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
