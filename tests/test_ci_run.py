@@ -1,0 +1,347 @@
+"""Executes the files of `inferctl init --ci`: a repository with `inferctl.yaml` alone becomes green and publishes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests import forges, hub
+from tests.forges import Event, GitHub, GitLab, Result
+
+pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(2400)]
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = "team/minilm"
+BRANCH = "Release/Trunk"
+TAG = "Release-Trunk"
+BRIDGE = "inferctl-ci0"
+PLAN = {
+    "name": "gate",
+    "configurations": [{"name": "auto", "precision": "auto"}],
+    "load": {"mode": "closed", "users": 2, "duration_s": 3, "warmup_s": 2},
+    "corpus": "short",
+    "repeats": 3,
+    "quality": None,
+}
+MACHINE = """FROM {base}
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv git docker-cli docker-buildx
+"""
+
+
+def output(*command: str | Path, **environment: str) -> str:
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared with the containers under one path."""
+    return tmp_path_factory.mktemp("ci")
+
+
+@pytest.fixture(scope="module")
+def exporting_engine(engine: None, folder: Path) -> Iterator[Path]:
+    """Socket of a second Docker Engine, with the containerd image store: it exports caches and attaches provenance."""
+    config = folder / "daemon.json"
+    config.write_text(json.dumps({"features": {"containerd-snapshotter": True}}))
+    socket = folder / "engine.sock"
+    subprocess.run(["ip", "link", "add", "name", BRIDGE, "type", "bridge"], check=False, capture_output=True)
+    subprocess.run(["ip", "addr", "add", "172.30.98.1/24", "dev", BRIDGE], check=False, capture_output=True)
+    output("ip", "link", "set", BRIDGE, "up")
+    command = ["dockerd", "--config-file", str(config), "--data-root", str(folder / "data"), "--bridge", BRIDGE]
+    command += ["--exec-root", str(folder / "exec"), "--pidfile", str(folder / "engine.pid"), "-H", f"unix://{socket}"]
+    command += ["--iptables=false", "--ip6tables=false", "--ip-masq=false"]
+    log = (folder / "engine.log").open("w")
+    daemon = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(120):
+            if subprocess.run(["docker", "-H", f"unix://{socket}", "info"], capture_output=True).returncode == 0:
+                break
+            assert daemon.poll() is None, (folder / "engine.log").read_text()
+            time.sleep(0.5)
+        yield socket
+    finally:
+        daemon.terminate()
+        daemon.wait(60)
+        log.close()
+        subprocess.run(["ip", "link", "delete", BRIDGE], check=False, capture_output=True)
+        shutil.rmtree(folder / "data", ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def machine_image(base_image: str) -> str:
+    """A clean machine for jobs, from Debian packages: Python, Git, and the docker command with buildx."""
+    name = "inferctl-test/ci-machine"
+    command = ["docker", "buildx", "build", "--quiet", "--network", "host", "--load", "--tag", name, "-"]
+    text = MACHINE.format(base=base_image)
+    subprocess.run(command, input=text, text=True, check=True, capture_output=True)
+    return name
+
+
+@pytest.fixture(scope="module")
+def package(folder: Path) -> str:
+    """The requirement for pip: a wheel of this checkout."""
+    code = f"from hatchling.build import build_wheel; print(build_wheel({str(folder)!r}))"
+    name = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()[-1]
+    return f"inferctl[bench] @ file://{folder / name}"
+
+
+@dataclass
+class Setting:
+    """What all jobs share."""
+
+    folder: Path
+    base_image: str
+    wheels: Path
+    package: str
+    commit: str
+    variables: dict[str, str]
+    machine: Callable[[Path], Any]
+
+    def repository(self, forge: str, image: str | None) -> Path:
+        """A fresh Git repository with `inferctl.yaml` and what `inferctl init --ci` writes."""
+        origin = self.folder / f"origin-{uuid.uuid4().hex[:8]}"
+        command = [sys.executable, "-m", "inferctl", "init", origin]
+        output(*command, "--model", MODEL, "--base", "cpu", "--hardware", "cpu")
+        file = origin / "inferctl.yaml"
+        spec = yaml.safe_load(file.read_text())
+        spec["model"]["revision"] = self.commit
+        # On a busy machine the server rejects requests that would miss the default of 70 ms.
+        spec["slo"] = {"p99_ms": 10_000}
+        spec["image"] |= {"base_image": self.base_image, "wheels": str(self.wheels)}
+        if image:
+            spec["image"]["repository"] = image
+        file.write_text(yaml.safe_dump(spec))
+        output(*command, "--ci", forge, "--package", self.package)
+        output("git", "init", "--quiet", "--initial-branch", BRANCH, origin)
+        self.commit_all(origin)
+        return origin
+
+    def commit_all(self, origin: Path) -> str:
+        output("git", "-C", origin, "add", "--all")
+        identity = ("-c", "user.name=Someone", "-c", "user.email=someone@example.com")
+        output("git", "-C", origin, *identity, "commit", "--quiet", "--allow-empty", "--message", "Change")
+        return output("git", "-C", origin, "rev-parse", "HEAD")
+
+
+@pytest.fixture(scope="module")
+def setting(
+    folder: Path, base_image: str, wheels: Path, package: str, minilm: Path, machine_image: str
+) -> Iterator[Setting]:
+    plan = folder / "plan.yaml"
+    plan.write_text(yaml.safe_dump(PLAN))
+    shared = folder / "wheels"
+    shutil.copytree(wheels, shared)
+    home = folder / "home"
+    home.mkdir()
+    environment = {
+        **forges.passed_on(),
+        "HOME": str(home),
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "PIP_CACHE_DIR": str(folder / "pip"),
+    }
+    found = [
+        Path(name) for name in ("/etc/ssl/certs", "/usr/local/share/ca-certificates", "/etc/pip.conf", "/etc/xdg/pip")
+    ]
+    found += [Path(name) for name in os.environ.get("PIP_FIND_LINKS", "").split()]
+    with hub.serving({MODEL: minilm}) as server:
+        environment["HF_ENDPOINT"] = server.url
+
+        def machine(socket: Path) -> Any:
+            return forges.machine(machine_image, folder, socket, [path for path in found if path.exists()], environment)
+
+        yield Setting(
+            folder,
+            base_image,
+            shared,
+            package,
+            server.repositories[MODEL].commit,
+            {"PLAN": str(plan), "REPEATS": "3", "THRESHOLD": "60"},
+            machine,
+        )
+
+
+def manifest(reference: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(output("docker", "buildx", "imagetools", "inspect", "--raw", reference))
+    return found
+
+
+def exists(reference: str) -> bool:
+    command = ["docker", "buildx", "imagetools", "inspect", "--raw", reference]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def content(reference: str) -> str:
+    """Digest of the image itself, without what is attached to it."""
+    (entry,) = (one for one in manifest(reference)["manifests"] if one["platform"]["os"] == "linux")
+    return str(entry["digest"])
+
+
+def provenance(reference: str) -> dict[str, Any]:
+    """The provenance that the registry has for an image."""
+    name = reference.rpartition(":")[0]
+    (attestation,) = (
+        entry
+        for entry in manifest(reference)["manifests"]
+        if entry.get("annotations", {}).get("vnd.docker.reference.type") == "attestation-manifest"
+    )
+    predicates = [
+        layer["annotations"]["in-toto.io/predicate-type"]
+        for layer in manifest(f"{name}@{attestation['digest']}")["layers"]
+    ]
+    return {"digest": attestation["digest"], "predicates": predicates}
+
+
+def minutes(forge: str, first: Result, second: Result) -> None:
+    print(f"\n{forge}: first run {first.seconds / 60:.1f} min, second run {second.seconds / 60:.1f} min", flush=True)
+
+
+def clean(socket: Path) -> None:
+    """Take all images and caches from an engine, as a hosted runner starts."""
+    for command in (("builder", "prune"), ("image", "prune")):
+        output("docker", "-H", f"unix://{socket}", *command, "--all", "--force")
+
+
+def variables(setting: Setting) -> dict[str, str]:
+    return {f"INFERCTL_{name}": value for name, value in setting.variables.items()}
+
+
+def test_github_is_green_twice_and_publishes_what_it_measured(setting: Setting, exporting_engine: Path) -> None:
+    image = f"localhost:5000/ci-{uuid.uuid4().hex[:8]}/minilm"
+    origin = setting.repository("github", image)
+    github = GitHub(origin, variables(setting), {"REGISTRY_USER": "someone", "REGISTRY_PASSWORD": "secret"})
+    clean(exporting_engine)
+    with setting.machine(exporting_engine) as machine:
+        commit = setting.commit_all(origin)
+        first = github.run(machine, Event(commit, BRANCH, BRANCH))
+        assert (first.green, first.job, first.cached) == (True, "publish", False)
+        assert "No baseline" in first.summary
+        assert "Log in" in first.steps
+        published(image, commit, first)
+        baseline = manifest(f"{image}:{TAG}")
+
+        # Everything that a hosted runner keeps between two jobs is in the registry and in the forge's cache.
+        clean(exporting_engine)
+        commit = setting.commit_all(origin)
+        second = github.run(machine, Event(commit, BRANCH, BRANCH))
+        assert (second.green, second.cached) == (True, True)
+        assert "No baseline" not in second.summary
+        assert list((second.workspace / "bench-results").glob("*/receipts/new.json"))
+        published(image, commit, second)
+        minutes("GitHub", first, second)
+
+        # A pull request from a fork gets no secrets: it passes without a login and changes nothing in the registry.
+        before = manifest(f"{image}:{TAG}")
+        request = Event(setting.commit_all(origin), "patch", BRANCH, target=BRANCH, fork=True)
+        third = github.run(machine, request)
+        assert (third.green, third.job) == (True, "check")
+        assert {"Log in", "Publish"}.isdisjoint(third.steps)
+        assert manifest(f"{image}:{TAG}") == before != baseline
+        assert not exists(f"{image}:{request.commit}")
+
+        # A registry that does not respond must not look like one without a baseline.
+        dead = setting.repository("github", "localhost:1/ci/minilm")
+        fourth = GitHub(dead, variables(setting), {}).run(machine, Event(setting.commit_all(dead), BRANCH, BRANCH))
+        assert not fourth.green
+        assert "Measure against the baseline" in fourth.steps
+        assert "Publish" not in fourth.steps
+
+
+def published(image: str, commit: str, result: Result) -> None:
+    """Both names are in the registry, are one image, and have provenance."""
+    assert content(f"{image}:{commit}") == content(f"{image}:{TAG}")
+    found = provenance(f"{image}:{TAG}")
+    assert any(one.startswith("https://slsa.dev/provenance/") for one in found["predicates"])
+    digest = next(line for line in result.summary.splitlines() if line.startswith("Published: ")).split()[1]
+    assert manifest(digest) == manifest(f"{image}:{TAG}")
+    print(f"{digest} has {found}", flush=True)
+
+
+def test_gitlab_is_green_twice_and_does_not_publish_a_regression(setting: Setting, exporting_engine: Path) -> None:
+    registry = f"localhost:5000/ci-{uuid.uuid4().hex[:8]}"
+    origin = setting.repository("gitlab", None)
+    image = f"{registry}/minilm"
+    gitlab = GitLab(origin, setting.variables, registry)
+    clean(exporting_engine)
+    with setting.machine(exporting_engine) as machine:
+        commit = setting.commit_all(origin)
+        first = gitlab.run(machine, Event(commit, BRANCH, BRANCH))
+        assert (first.green, first.cached) == (True, False)
+        assert "No baseline" in first.summary
+        published(image, commit, first)
+
+        commit = setting.commit_all(origin)
+        second = gitlab.run(machine, Event(commit, BRANCH, BRANCH))
+        assert (second.green, second.cached) == (True, True)
+        assert "No baseline" not in second.summary
+        published(image, commit, second)
+        minutes("GitLab", first, second)
+
+        before = manifest(f"{image}:{TAG}")
+        commit = setting.commit_all(origin)
+        longer = GitLab(origin, {**setting.variables, "REPEATS": "6"}, registry)
+        with throttled_candidate(setting.folder, exporting_engine):
+            third = longer.run(machine, Event(commit, BRANCH, BRANCH))
+        assert not third.green
+        assert "Regression" in third.summary
+        assert manifest(f"{image}:{TAG}") == before
+        assert not exists(f"{image}:{commit}")
+
+
+@contextmanager
+def throttled_candidate(folder: Path, socket: Path) -> Iterator[None]:
+    """While the body runs, the candidate gets a fifth of a core once it is ready."""
+    docker = ("docker", "-H", f"unix://{socket}")
+    known = set(folder.glob("workspace-*/new.json"))
+    done = threading.Event()
+
+    def throttle() -> None:
+        while not done.wait(0.2):
+            if set(folder.glob("workspace-*/new.json")) - known:
+                # The newest is the candidate: the job starts the baseline first.
+                newest, *_ = output(*docker, "ps", "--quiet", "--filter", "label=io.inferctl.role=serve").split()
+                output(*docker, "update", "--cpus", "0.2", newest)
+                return
+
+    thread = threading.Thread(target=throttle)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_gitlab_is_green_on_an_engine_that_cannot_export_a_cache(setting: Setting) -> None:
+    registry = f"localhost:5000/ci-{uuid.uuid4().hex[:8]}"
+    origin = setting.repository("gitlab", None)
+    with setting.machine(Path("/var/run/docker.sock")) as machine:
+        commit = setting.commit_all(origin)
+        result = GitLab(origin, setting.variables, registry).run(machine, Event(commit, BRANCH, BRANCH))
+    assert result.green
+    assert "layers" in manifest(f"{registry}/minilm:{TAG}")
+    assert manifest(f"{registry}/minilm:{commit}") == manifest(f"{registry}/minilm:{TAG}")
+    assert not exists(f"{registry}/minilm:buildcache")
