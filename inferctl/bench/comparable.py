@@ -144,6 +144,10 @@ def _schedule(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     loads = [
         {**(one["plan"].get("load") or {}), "neighbours": one["plan"].get("neighbours") or 0} for one in (old, new)
     ]
+    for load in loads:
+        # Without a share of the capacity it means nothing, and older receipts do not have it.
+        if not load.get("capacity_percent"):
+            load.pop("capacity_s", None)
     changed = [key for key in dict.fromkeys([*loads[0], *loads[1]]) if loads[0].get(key) != loads[1].get(key)]
     if changed:
         said = ", ".join(f"{key} {loads[0].get(key)} and {loads[1].get(key)}" for key in changed)

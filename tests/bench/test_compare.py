@@ -261,6 +261,14 @@ def test_repeats_are_compared_with_the_repeat_that_had_the_same_schedule(
     assert (reason is None and not reasons) or reason in reasons[0]
 
 
+def test_receipts_from_before_a_load_had_a_share_of_the_capacity_are_compared(tmp_path: Path) -> None:
+    old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
+    new = changed(new, lambda data: data["plan"]["load"].update(capacity_percent=None, capacity_s=5))
+    assert verdict(old, new)["outcome"] == "no regression"
+    new = changed(new, lambda data: data["plan"]["load"].update(capacity_percent=50, rate=10))
+    assert "loads differ" in verdict(old, new)["configurations"][0]["reasons"][0]
+
+
 def test_other_precisions_and_hardware_are_compared_when_that_is_said_and_noted(tmp_path: Path) -> None:
     old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(10, STEADY))
     new = changed(new, lambda data: data["precision"].update(effective="fp32"))

@@ -143,6 +143,14 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 2
 
 
+def test_the_command_line_sets_the_error_budget() -> None:
+    quick = plan.load("quick")
+    assert quick.error_budget_percent == 0.1
+    assert quick.with_overrides(error_budget_percent=2.5).error_budget_percent == 2.5
+    with pytest.raises(UsageError):
+        quick.with_overrides(error_budget_percent=-1)
+
+
 def test_equal_seeds_draw_equal_work() -> None:
     load = plan.Load.model_validate({"mode": "open", "rate": 100, "duration_s": 5})
     one, same, other = (workload.draw(load, "short", seed) for seed in (1, 1, 2))

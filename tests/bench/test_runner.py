@@ -150,6 +150,24 @@ def test_each_repeat_has_a_schedule_of_its_own_that_all_configurations_share(tmp
     assert pair.together
 
 
+def test_requests_that_a_server_rejects_are_counted_and_do_not_invalidate(tmp_path: Path) -> None:
+    work = bench(tmp_path, "fp32", options=("--slots", "1", "--queue", "1"))
+    work = dataclasses.replace(
+        work, plan=work.plan.model_copy(update={"load": plan.Load.model_validate(SHORT | {"users": 6})})
+    )
+    found = document(work, ran(work))
+    (row,) = found["rows"]
+    assert row["valid"], row["reasons"]
+    assert row["rejected"] > 0
+    assert row["failed"] == 0
+    assert row["rejected_percent"] == pytest.approx(100 * row["rejected"] / row["requests"], abs=1e-3)
+    sealed = receipt.load(Path(row["receipt"])).data
+    assert sealed["summary"]["rejected"] == row["rejected"] == sealed["summary"]["errors"]["HTTP status"]
+    assert any("rejected" in caveat["text"] for caveat in found["caveats"])
+    assert any(said.startswith("fp32 rejected ") for said in found["findings"])
+    assert f"{row['rejected']} rejected, 0 failed" in report.render(found, [receipt.load(Path(row["receipt"]))])
+
+
 def test_a_configuration_that_cannot_run_is_a_row_with_its_reason(tmp_path: Path) -> None:
     work = bench(tmp_path, "int8", "bf16", options=("--refuse", "int8"))
     found = document(work, ran(work))
