@@ -13,7 +13,7 @@ from rich.text import Text
 
 from inferctl.bench import compare, verdict
 
-HEADINGS = ("", "old", "new", "change", "interval", "worse by", "verdict")
+HEADINGS = ("", "old", "new", "change", "interval", "worst case", "verdict")
 _STYLES = {"regression": "bold red", "not enough evidence": "yellow", "improvement": "green", "invalid": "bold red"}
 _NAMES = {"requests_per_s": "requests/s", "recall_at_10": "recall@10", "cosine_p1": "cosine p1"}
 
@@ -117,7 +117,9 @@ def footnotes(result: Mapping[str, Any]) -> Iterator[str]:
     )
     yield f"a regression exceeds {limits}, and its interval excludes no change"
     family = result["family"]
-    yield f"interval: {100 * verdict.CONFIDENCE:.0f} % for {'all ' + str(family) + ' figures together' if family > 1 else 'the figure'}, over runs; worse by: at most, one-sided {100 * verdict.CONFIDENCE:.0f} %"
+    which = f"all {family} figures together" if family > 1 else "the figure"
+    confidence = f"{100 * verdict.CONFIDENCE:.0f} %"
+    yield f"interval: {confidence} for {which}, over runs; worst case: one-sided bound of {confidence}"
 
 
 def _table(metrics: Sequence[Mapping[str, Any]]) -> Table:
@@ -150,9 +152,14 @@ def _figure(metric: Mapping[str, Any]) -> str:
 
 
 def _word(metric: Mapping[str, Any]) -> str:
-    return {"no regression": "ok", "improvement": "better", "not enough evidence": "open", "not compared": "-"}.get(
-        metric["outcome"], "WORSE"
-    ) + (f": {metric['repeats_needed']} repeats" if metric.get("repeats_needed") else "")
+    return {
+        "no regression": "ok",
+        "improvement": "better",
+        "not enough evidence": "inconclusive",
+        "not compared": "-",
+    }.get(metric["outcome"], "WORSE") + (
+        f": needs {metric['repeats_needed']} repeats" if metric.get("repeats_needed") else ""
+    )
 
 
 def _interval(metric: Mapping[str, Any]) -> str:
