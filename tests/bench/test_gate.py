@@ -73,9 +73,9 @@ def test_neighbours_need_a_rate_in_requests_per_second() -> None:
 
 @pytest.mark.slow
 def test_a_stall_that_a_closed_loop_hides_is_found(answering: Callable[..., str], tmp_path: Path) -> None:
-    """Half a second of every 3 s: one slow response per client of the closed loop, one in six of the open loop."""
-    server = ("--median-ms", "10", "--sigma", "0.1", "--slots", "2")
-    old, new = answering(*server), answering(*server, "--stall-every", "3", "--stall-for", "0.5")
+    """300 ms of every 3 s: one slow response per client of the closed loop, one in ten of the open loop."""
+    server = ("--median-ms", "20", "--sigma", "0.1")
+    old, new = answering(*server), answering(*server, "--stall-every", "3", "--stall-for", "0.3")
     found = bench(tmp_path, "--url", f"old={old}", "--url", f"new={new}")
     receipts = [receipt.load(Path(row["receipt"])) for row in found["rows"]]
     capacity = receipts[0].data["closed_loop"]["reference_rps"]
