@@ -15,6 +15,8 @@
     users, duration_s, warmup_s (at most), window_s, timeout_s, max_outstanding (open), serial, workers, remote_workers
     output        folder for what is written here
 
+The variable INFERCTL_LOAD_HEADERS has further headers of each request, a JSON object: they may hold secrets.
+
 Written: `requests-<worker>.bin` (a line of magic, a line of JSON that names the fields, then one fixed-size record a request: see
 loadgen/recorder.py) and `state-0.json` (phase and its times, whether the warm-up settled, each worker's account of itself).
 
@@ -49,6 +51,8 @@ from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 
 FILE = os.environ.get("INFERCTL_LOAD_FILE")
 LOAD: dict[str, Any] | None = json.loads(Path(FILE).read_text()) if FILE else None
+if LOAD:
+    LOAD["headers"] = json.loads(os.environ.get("INFERCTL_LOAD_HEADERS", "{}"))
 SEND_EVERY_S, PIECE = 1.0, 1 << 20
 
 

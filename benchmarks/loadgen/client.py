@@ -12,7 +12,7 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -56,7 +56,8 @@ class Answer(HTTPResponseParser):
     @property
     def tokens(self) -> int:
         """Tokens that the server counted: from its header, else from the end of the body; 0 when it does not say."""
-        if told := self.headers.get("x-inferctl-tokens"):
+        told = self.headers.get("x-inferctl-tokens") or self.headers.get("x-compute-tokens") or ""
+        if told.isdigit():
             return int(told)
         return int(found[1]) if (found := USAGE.search(self.tail)) else 0
 
@@ -253,7 +254,13 @@ class Client:
     `reconnects` those that went out twice because the server had closed an idle connection, `opened` the connections made.
     """
 
-    def __init__(self, url: str, timeout_s: float, landed: Callable[[Flight, Answer | None], None]) -> None:
+    def __init__(
+        self,
+        url: str,
+        timeout_s: float,
+        landed: Callable[[Flight, Answer | None], None],
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         at = urlsplit(url)
         self.host, self.tls = at.hostname or "", at.scheme == "https"
         self.port = at.port or (443 if self.tls else 80)
@@ -263,10 +270,12 @@ class Client:
         self._idle: list[Connection] = []
         self._flying: dict[Flight, Connection | None] = {}
         path = (at.path or "/") + (f"?{at.query}" if at.query else "")
-        self._head = (
-            f"POST {path} HTTP/1.1\r\nHost: {at.netloc.rpartition('@')[2]}\r\nUser-Agent: inferctl-bench\r\nAccept: */*\r\n"
-            "Accept-Encoding: identity\r\nContent-Type: application/json\r\nContent-Length: "
-        ).encode()
+        fields = {"Host": at.netloc.rpartition("@")[2], "User-Agent": "inferctl-bench", "Accept": "*/*"}
+        fields |= {"Accept-Encoding": "identity", "Content-Type": "application/json"}
+        given = {name.lower() for name in headers or {}}
+        fields = {name: value for name, value in fields.items() if name.lower() not in given} | dict(headers or {})
+        lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        self._head = f"POST {path} HTTP/1.1\r\n{lines}Content-Length: ".encode()
         gevent.spawn(self._expire)
 
     def request(self, body: bytes) -> bytes:

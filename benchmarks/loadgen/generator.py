@@ -73,7 +73,7 @@ class Generator:
         self.load, self.worker, self.workers, self.recorder = load, worker, workers, recorder
         self.bodies = Bodies(files["bodies"], files["order"], int(load["serial"]))
         self.schedules = [integers(files[name], "Q")[worker::workers] for name in ("warmup_schedule", "schedule")]
-        self.client = Client(load["url"], load["timeout_s"], self._landed)
+        self.client = Client(load["url"], load["timeout_s"], self._landed, load.get("headers") or {})
         self.open = load["mode"] == "open"
         self.max_outstanding = max(1, load["max_outstanding"] // workers)
         self.finished = gevent.event.Event()

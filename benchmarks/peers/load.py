@@ -10,7 +10,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -77,10 +77,11 @@ class _Connection(asyncio.Protocol):
             self.answered(self._status)
 
 
-def requests(url: str, path: str, bodies: Sequence[Any]) -> list[bytes]:
+def requests(url: str, path: str, bodies: Sequence[Any], headers: Mapping[str, str] | None = None) -> list[bytes]:
     """Whole HTTP requests, ready to send."""
     host = urlsplit(url).netloc
-    head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: "
+    more = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
+    head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\n{more}content-type: application/json\r\ncontent-length: "
     raw = [json.dumps(body).encode() for body in bodies]
     return [f"{head}{len(body)}\r\n\r\n".encode() + body for body in raw]
 

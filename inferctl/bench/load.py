@@ -42,7 +42,7 @@ class Measured:
 
 def prepare(load: Load, workload: Workload, target: Target, serial: int, folder: Path) -> Path:
     """Write everything the load generator reads into `folder`; returns the file that describes the load."""
-    (folder / "bodies.jsonl").write_bytes(b"\n".join(workload.bodies(target.model)) + b"\n")
+    (folder / "bodies.jsonl").write_bytes(b"\n".join(workload.bodies(target.body)) + b"\n")
     parts: dict[str, npt.NDArray[Any]] = {
         "order": workload.order,
         "schedule": workload.schedule_ns,
@@ -66,8 +66,16 @@ def prepare(load: Load, workload: Workload, target: Target, serial: int, folder:
     return file
 
 
-def run(load: Load, description: Path, watch: Callable[[Live], None], check: Callable[[], None]) -> Measured:
+def run(
+    load: Load,
+    description: Path,
+    watch: Callable[[Live], None],
+    check: Callable[[], None],
+    headers: Mapping[str, str] | None = None,
+) -> Measured:
     """Run the load that `description` names; `watch` hears of it twice a second, `check` may raise to end it.
+
+    `headers` go with each request. They may hold secrets, so no file has them.
 
     Raises `InferctlError` when Locust or one of its workers fails, is killed or hangs; what they had recorded stays in the folder.
     All processes have ended when this returns or raises.
@@ -75,7 +83,7 @@ def run(load: Load, description: Path, watch: Callable[[Live], None], check: Cal
     folder = description.parent
     for old in (*records.files(folder), folder / "state-0.json", folder / "master.json"):
         old.unlink(missing_ok=True)
-    with locust.processes(load, description, folder) as processes:
+    with locust.processes(load, description, folder, headers) as processes:
         _follow(processes, load, folder, watch, check)
     (folder / "master.json").unlink(missing_ok=True)
     state = read_state(folder)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from inferctl import assets
@@ -18,6 +18,8 @@ from inferctl.bench.server import last_words
 from inferctl.errors import InferctlError
 
 LOAD_FILE = "INFERCTL_LOAD_FILE"
+# Headers of the requests, as JSON: a variable, since files stay and command lines are seen by all.
+HEADERS = "INFERCTL_LOAD_HEADERS"
 # How long a run waits for its workers to come.
 WORKERS_S = 300
 _PORT_S = 60.0
@@ -28,17 +30,18 @@ _QUIT_S = 3.0
 class Processes:
     """The processes of one load, in a folder that holds their logs. The first one decides when the load ends.
 
-    `remote`: it has workers on other machines.
+    `remote`: it has workers on other machines. `headers` go with each request.
     """
 
-    def __init__(self, folder: Path, remote: bool = False) -> None:
+    def __init__(self, folder: Path, remote: bool = False, headers: Mapping[str, str] | None = None) -> None:
+        self._headers = json.dumps(dict(headers or {}))
         self.log = folder / "locust.log"
         self._folder, self._remote = folder, remote
         self._all: list[subprocess.Popen[bytes]] = []
 
     def start(self, arguments: Sequence[str], description: Path) -> None:
         """Another process; its output goes into locust.log, that of workers into locust-1.log and so on."""
-        environment = clean_environment() | {LOAD_FILE: str(description)}
+        environment = clean_environment() | {LOAD_FILE: str(description), HEADERS: self._headers}
         with self._log_of(len(self._all)).open("wb") as stream:
             self._all.append(
                 subprocess.Popen(
@@ -93,9 +96,11 @@ class Processes:
 
 
 @contextlib.contextmanager
-def processes(load: Load, description: Path, folder: Path) -> Iterator[Processes]:
+def processes(
+    load: Load, description: Path, folder: Path, headers: Mapping[str, str] | None = None
+) -> Iterator[Processes]:
     """Start what `load` needs; nothing of it runs any more at the end. Raises `InferctlError` when the master does not come up."""
-    made = Processes(folder, remote=bool(load.remote_workers))
+    made = Processes(folder, bool(load.remote_workers), headers)
     try:
         if load.workers == 1 and not load.remote_workers:
             made.start(command(_users(load)), description)
@@ -115,7 +120,8 @@ def processes(load: Load, description: Path, folder: Path) -> Iterator[Processes
 
 def clean_environment() -> dict[str, str]:
     """Ours without what would change a load: Locust takes options from LOCUST_* variables."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("LOCUST_") and key != LOAD_FILE}
+    own = (LOAD_FILE, HEADERS)
+    return {key: value for key, value in os.environ.items() if not key.startswith("LOCUST_") and key not in own}
 
 
 def command(users: int, more: Sequence[str] = ()) -> list[str]:

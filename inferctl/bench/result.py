@@ -168,8 +168,12 @@ def _source(context: Context, info: dict[str, Any], subject: runner.Subject) -> 
 
 def _nameless(info: dict[str, Any]) -> dict[str, Any]:
     """`GET /info` without the folders above the model's."""
-    model = info.get("model") or {}
-    return {**info, "model": {**model, "source": privacy.name_of(model["source"])}} if model.get("source") else info
+    found = dict(info)
+    for key, name in (("model", "source"), ("api", "model")):
+        section = info.get(key) or {}
+        if section.get(name):
+            found[key] = {**section, name: privacy.name_of(section[name])}
+    return found
 
 
 def precision_of(info: dict[str, Any], subject: runner.Subject) -> dict[str, Any]:

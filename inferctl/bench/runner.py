@@ -14,7 +14,7 @@ import itertools
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Bench:
 
     `model` may be None when only running servers are measured; their vectors are then not checked. `slo_p99_ms` is what a search
     looks for where the plan does not say it. `slices` are the MIG devices that a server and its neighbours are spread over.
+    `access` is what requests to running servers need.
     """
 
     plan: Plan
@@ -71,6 +72,7 @@ class Bench:
     output: Path
     slo_p99_ms: float | None = None
     slices: Sequence[str] = ()
+    access: target.Access = field(default_factory=target.Access)
 
     @property
     def order(self) -> list[Run]:
@@ -138,7 +140,7 @@ def _measure(
         # Before the server starts: who is on a GPU now is not of ours.
         watch = stack.enter_context(telemetry.Watch())
         child = stack.enter_context(_started(bench, subject, folder, tell)) if not subject.url else None
-        aim = child.target if child else target.connect(subject.url or "")
+        aim = child.target if child else target.connect(subject.url or "", access=bench.access)
         if not outcome.has(one):
             session = Session(aim, child, watch, tell)
             plain = functools.partial(_loaded, capacity_rps=capacity_rps)

@@ -56,7 +56,13 @@ class Session:
 
         with procfs.Sampler({"server": watched} if watched else {}) as sampler:
             try:
-                done = loads.run(load, description, lambda live: self.tell(live.phase, 0.0, live), alive)
+                done = loads.run(
+                    load,
+                    description,
+                    lambda live: self.tell(live.phase, 0.0, live),
+                    alive,
+                    self.aim.access.headers,
+                )
             finally:
                 for scratch in _SCRATCH:
                     (folder / scratch).unlink(missing_ok=True)
@@ -91,7 +97,7 @@ class Session:
         if "pace" not in self.aim.info:
             return None
         with contextlib.suppress(NotReadyError):
-            said: dict[str, Any] | None = target.connect(self.aim.url).info.get("pace")
+            said: dict[str, Any] | None = target.connect(self.aim.url, access=self.aim.access).info.get("pace")
             return said
         return None
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,10 +46,10 @@ class Workload:
             total.update(part.tobytes())
         return total.hexdigest()
 
-    def bodies(self, model: str) -> list[bytes]:
-        """One JSON request body a group, each on one line."""
+    def bodies(self, body: Callable[[list[str]], dict[str, Any]]) -> list[bytes]:
+        """Return one JSON request body per group, each on one line; `body` makes it from the texts (`Target.body`)."""
         return [
-            json.dumps({"model": model, "input": texts, "encoding_format": "base64"}).encode()
+            json.dumps(body(texts)).encode()
             for texts in (
                 [f"{SERIAL} {text}" for text in group] if number >= self.unique_from else group
                 for number, group in enumerate(self.groups)

@@ -19,6 +19,7 @@ EPILOG = """Examples: `inferctl bench --model DIR --plan quick` compares precisi
 `inferctl bench -p bf16 --search --slo 100` finds the highest rate whose p99 stays within 100 ms;
 `inferctl bench -p bf16 --batch-tokens 4096 --batch-tokens 16384 --corpus short --corpus mixed` measures every combination;
 `inferctl bench --url t4=http://10.0.0.7:8080` measures a server that runs already;
+`inferctl bench --url vllm=http://10.0.0.7:8000 --api-key-env VLLM_API_KEY` measures one of vLLM that requires a key;
 `inferctl bench --resume bench-results/precision-20260102-030405` goes on where a bench was cut short."""
 
 Precisions = Annotated[
@@ -41,11 +42,35 @@ Corpora = Annotated[
         "--corpus",
         metavar="NAME",
         autocompletion=completion.CORPORA,
-        help="short, paragraphs, mixed or a file; repeat for a matrix.",
+        help="Set the texts: short, paragraphs, mixed, passages or a file; repeat for a matrix.",
     ),
 ]
 Urls = Annotated[
     list[str] | None, typer.Option("--url", metavar="NAME=URL", help="Measure a server that runs already; repeatable.")
+]
+Headers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--header",
+        metavar="'NAME: VALUE'",
+        help="Send this header to the servers of --url; repeatable. Other users see it in the list of processes.",
+    ),
+]
+ApiKeyEnv = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key-env",
+        metavar="VARIABLE",
+        help="Send the key in this environment variable to the servers of --url, as Authorization: Bearer.",
+    ),
+]
+ServedModel = Annotated[
+    str | None,
+    typer.Option(
+        "--served-model",
+        metavar="NAME",
+        help="Set the model name in requests to the servers of --url; default is the first that a server lists.",
+    ),
 ]
 Hardware = Annotated[
     list[str] | None,
@@ -100,7 +125,8 @@ Resume = Annotated[
     Path | None,
     typer.Option("--resume", metavar="DIR", help="Go on with the bench in this folder, as it began; takes no plan."),
 ]
-_WITH_RESUME = ("resume", "report", "json_")
+# A key is in no file: a bench that goes on needs it again.
+_WITH_RESUME = ("resume", "report", "json_", "header")
 
 
 def bench(
@@ -112,6 +138,9 @@ def bench(
     batch_tokens: BatchTokens = None,
     corpus: Corpora = None,
     url: Urls = None,
+    header: Headers = None,
+    api_key_env: ApiKeyEnv = None,
+    served_model: ServedModel = None,
     hardware: Hardware = None,
     duration: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Seconds to measure, instead of the plan's.")
@@ -145,7 +174,7 @@ def bench(
         outputs.check(report, "--report", parents=True)
     if resume:
         _alone_with_resume(context)
-        ready = bench_setup.go_on(resume)
+        ready = bench_setup.go_on(resume, header or [])
     else:
         overrides: dict[str, Any] = {
             "users": users,
@@ -161,7 +190,8 @@ def bench(
             "neighbours": neighbours,
             "error_budget_percent": error_budget,
         }
-        given = bench_setup.Given(spec_file, model, plan, precision or [], url or [], overrides, slo, output)
+        reach = bench_setup.Reach(header or [], api_key_env, served_model)
+        given = bench_setup.Given(spec_file, model, plan, precision or [], url or [], overrides, slo, output, reach)
         ready = bench_setup.start(given)
     _run(ready, report, json_)
 

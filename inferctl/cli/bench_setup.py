@@ -14,7 +14,46 @@ if TYPE_CHECKING:
     from inferctl.bench.plan import Plan
     from inferctl.bench.result import Context
     from inferctl.bench.runner import Bench
+    from inferctl.bench.target import Access
     from inferctl.settings import Resolved
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How the command line says that servers at --url are reached."""
+
+    headers: list[str] = field(default_factory=list, repr=False)
+    api_key_env: str | None = None
+    served_model: str | None = None
+
+    def access(self) -> Access:
+        """Return the headers and the model name. Raises `UsageError`."""
+        import os
+
+        from inferctl.bench.target import Access
+        from inferctl.errors import UsageError
+
+        headers = dict(_header(text) for text in self.headers)
+        if self.api_key_env is not None:
+            if not (key := os.environ.get(self.api_key_env, "")):
+                raise UsageError(
+                    f"the environment variable {self.api_key_env} is not set",
+                    f"set it to the key: `export {self.api_key_env}=...`",
+                )
+            if not key.isascii() or not key.isprintable():
+                raise UsageError(
+                    f"the key in {self.api_key_env} has characters that a header cannot have",
+                    "check the variable for a line break at its end",
+                )
+            if any(name.lower() == "authorization" for name in headers):
+                raise UsageError("both --api-key-env and --header set Authorization", "leave one of the two out")
+            headers["Authorization"] = f"Bearer {key}"
+        return Access(headers, self.served_model)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what a bench writes down of it: no value of a header."""
+        names = sorted(_header(text)[0].lower() for text in self.headers)
+        return {"headers": names, "api_key_env": self.api_key_env, "served_model": self.served_model}
 
 
 @dataclass(frozen=True)
@@ -29,6 +68,7 @@ class Given:
     overrides: dict[str, Any] = field(default_factory=dict)
     slo_p99_ms: float | None = None
     output: Path = Path("bench-results")
+    reach: Reach = field(default_factory=Reach)
 
 
 @dataclass(frozen=True)
@@ -50,14 +90,22 @@ class _Asked:
     subjects: list[Subject]
     folder: Path | None
     slo_p99_ms: float | None
+    access: Access
 
 
 def start(given: Given) -> Ready:
     """A new bench, in a folder of its own."""
     from inferctl.bench import environment, resume, runner
     from inferctl.bench import plan as plans
+    from inferctl.errors import UsageError
 
     targets = [_target(text) for text in given.urls]
+    if given.reach != Reach() and not targets:
+        raise UsageError(
+            "--header, --api-key-env and --served-model are for servers that run already",
+            "name one: `--url NAME=URL`",
+        )
+    access = given.reach.access()
     # As `go_on` will name it, from whichever folder that is called.
     if given.model and Path(given.model).exists():
         given = replace(given, model=str(Path(given.model).absolute()))
@@ -74,7 +122,7 @@ def start(given: Given) -> Ready:
     needed = any(subject.url is None for subject in subjects) or given.model is not None
     slo = given.slo_p99_ms or (resolved.spec.slo.p99_ms if resolved else None)
     file = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) or "/" in name else None
-    asked = _Asked(resolved, chosen, file, subjects, None, slo)
+    asked = _Asked(resolved, chosen, file, subjects, None, slo, access)
     hardware(chosen.hardware)
     _check_search(asked)
     _check_neighbours(asked)
@@ -92,14 +140,18 @@ def start(given: Given) -> Ready:
         "plan": chosen.model_dump(mode="json", exclude_unset=True),
         "plan_file": file,
         "slo_p99_ms": given.slo_p99_ms,
+        "reach": given.reach.as_dict(),
     }
     resume.begin(place, what, called)
     work, context = _bench(asked, machine, place)
     return Ready(work, context, runner.outcomes(work))
 
 
-def go_on(output: Path) -> Ready:
-    """The bench in `output`, from where it stopped. Raises `UsageError` when anything that its figures depend on has changed."""
+def go_on(output: Path, headers: list[str] | None = None) -> Ready:
+    """The bench in `output`, from where it stopped. Raises `UsageError` when anything that its figures depend on has changed.
+
+    `headers` are those that it had: no file holds them.
+    """
     from inferctl.bench import environment, resume, runner
     from inferctl.bench.outcome import Subject
 
@@ -109,6 +161,7 @@ def go_on(output: Path) -> Ready:
     if then["code"] != (code := {"version": _version(), "sha256": resume.code_sha256()}):
         # Before anything else: another version may not even understand the rest.
         resume.check({"code": then["code"]}, {"code": code}, output)
+    reach = _reach(called["reach"], headers or [], output)
     chosen = _as_it_was(called["plan"])
     subjects = [Subject(**one) for one in then["subjects"]]
     own = any(subject.url is None for subject in subjects)
@@ -116,11 +169,24 @@ def go_on(output: Path) -> Ready:
     resolved = _settings(Given(spec_file, called["model"]), needed=own)
     slo = called["slo_p99_ms"] or (resolved.spec.slo.p99_ms if resolved else None)
     folder = _model(resolved, own or called["model"] is not None)
-    asked = _Asked(resolved, chosen, called["plan_file"], subjects, folder, slo)
+    asked = _Asked(resolved, chosen, called["plan_file"], subjects, folder, slo, reach.access())
     machine = environment.detect()
     resume.check(then, _identity(asked, machine), output)
     work, context = _bench(asked, machine, output)
     return Ready(work, context, runner.outcomes(work))
+
+
+def _reach(then: dict[str, Any], headers: list[str], output: Path) -> Reach:
+    """Return how a bench reached its servers. Raises `UsageError` if its headers are not those of the command line."""
+    from inferctl.errors import UsageError
+
+    reach = Reach(headers, then["api_key_env"], then["served_model"])
+    if reach.as_dict() != then:
+        wanted = " ".join(f"--header '{name}: ...'" for name in then["headers"]) or "no --header"
+        raise UsageError(
+            f"{output} cannot go on with other headers than it had", f"give {wanted}: no file holds the values"
+        )
+    return reach
 
 
 def _as_it_was(plan: dict[str, Any]) -> Plan:
@@ -158,7 +224,7 @@ def _identity(asked: _Asked, machine: Environment) -> dict[str, Any]:
     servers = {}
     for subject in asked.subjects:
         if subject.url:
-            info = target.connect(subject.url).info
+            info = target.connect(subject.url, access=asked.access).info
             said = [(info.get("model") or {}).get("sha256"), (info.get("precision") or {}).get("effective")]
             servers[subject.name] = said
     return resume.identity(
@@ -180,7 +246,9 @@ def _bench(asked: _Asked, machine: Environment, place: Path) -> tuple[Bench, Con
         file = Path(resolved.file).resolve() if resolved.file else None
         command = server.serve_command(str(asked.folder), resolved.spec.name, file)
     slices = neighbours.slices(machine.variables) if asked.plan.neighbours else []
-    work = runner.Bench(asked.plan, asked.subjects, command, asked.folder, place, asked.slo_p99_ms, slices)
+    work = runner.Bench(
+        asked.plan, asked.subjects, command, asked.folder, place, asked.slo_p99_ms, slices, asked.access
+    )
     wanted = [*asked.plan.hardware, *(resolved.spec.hardware if resolved else [])]
     context = result.Context(
         plan=asked.plan,
@@ -261,6 +329,22 @@ def _target(text: str) -> tuple[str, str]:
             f"the name {name!r} has {len(name)} characters, at most 40 fit", "give the server a shorter name"
         )
     return name, address
+
+
+def _header(text: str) -> tuple[str, str]:
+    """Return name and value of `--header 'Name: value'`. Raises `UsageError`, which does not show the value."""
+    import re
+
+    from inferctl.errors import UsageError
+
+    name, separator, value = (part.strip() for part in text.partition(":"))
+    if not separator or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or not value:
+        raise UsageError("--header is not 'NAME: VALUE'", "give one like `--header 'X-Api-Key: abc'`")
+    if not value.isascii() or not value.isprintable():
+        raise UsageError(f"the value of the header {name} has characters that a header cannot have", "use plain ASCII")
+    if name.lower() in ("content-length", "transfer-encoding", "connection", "content-type", "accept-encoding"):
+        raise UsageError(f"the header {name} is set by the load generator", "leave it out")
+    return name, value
 
 
 def _subjects(chosen: Plan, targets: list[tuple[str, str]], given: Given) -> list[Subject]:

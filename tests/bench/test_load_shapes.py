@@ -13,7 +13,7 @@ from bench_samples import SECOND, row, table
 from pydantic import ValidationError
 from test_load import measure
 
-from inferctl.bench import plan, records, stages, summary, workload
+from inferctl.bench import plan, records, stages, summary, target, workload
 from inferctl.errors import UsageError
 
 
@@ -72,7 +72,7 @@ def test_zipf_inputs_repeat_by_rank_and_the_rest_is_unique() -> None:
     harmonic = np.sum(1 / np.arange(1, half + 1))
     assert share[0] == pytest.approx(1 / harmonic, rel=0.1)
     assert share[0] / share[9] == pytest.approx(10, rel=0.3)
-    bodies = work.bodies("m")
+    bodies = work.bodies(target.Target("http://test", "m").body)
     assert not any(b"@SERIAL@" in body for body in bodies[:half])
     assert all(b"@SERIAL@" in body for body in bodies[half:])
     assert 0.5 < work.repeated(10_000) < 0.75

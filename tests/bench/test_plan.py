@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inferctl.bench import plan, workload
+from inferctl.bench import plan, target, workload
 from inferctl.errors import SpecError, UsageError
 
 
@@ -183,12 +183,14 @@ def test_constant_arrivals_are_evenly_spaced() -> None:
 
 def test_bodies_are_one_line_each_and_marked_to_become_unique() -> None:
     load = plan.Load.model_validate({"inputs_per_request": 3})
-    bodies = workload.draw(load, "mixed", 1).bodies("m")
+    bodies = workload.draw(load, "mixed", 1).bodies(target.Target("http://test", "m").body)
     first = json.loads(bodies[0])
     assert len(first["input"]) == 3
     assert first["input"][0].startswith("@SERIAL@ ")
     assert not any(b"\n" in body for body in bodies)
-    plain = workload.draw(load.model_copy(update={"inputs": "as-is"}), "mixed", 1).bodies("m")
+    plain = workload.draw(load.model_copy(update={"inputs": "as-is"}), "mixed", 1).bodies(
+        target.Target("http://test", "m").body
+    )
     assert not any(b"@SERIAL@" in body for body in plain)
 
 
@@ -233,8 +235,34 @@ def test_the_corpora_are_what_their_script_writes(tmp_path: Path, request: pytes
     subprocess.run(
         [sys.executable, str(benchmarks / "write_corpora.py"), str(tmp_path)], check=True, capture_output=True
     )
-    for name in ("short", "paragraphs", "mixed"):
-        assert (tmp_path / f"{name}.jsonl").read_bytes() == (benchmarks / "corpora" / f"{name}.jsonl").read_bytes()
+    shipped = sorted((benchmarks / "corpora").iterdir())
+    assert [file.stem for file in shipped] == ["mixed", "paragraphs", "passages", "short"]
+    for file in shipped:
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+        assert file.stat().st_size < 400_000
+
+
+@pytest.mark.parametrize("name", ["short", "paragraphs", "mixed", "passages"])
+def test_a_corpus_has_thousands_of_distinct_words_on_every_topic(name: str) -> None:
+    texts = workload.read_corpus(name)[0]
+    words = [word.strip(".,?()").lower() for text in texts for word in text.split()]
+    assert len(set(words)) > 2500
+    assert len(set(texts)) == len(texts)
+
+
+def test_passages_have_256_to_512_tokens_and_other_texts_fewer(minilm: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    def lengths(name: str) -> list[int]:
+        # As sent: two numbers make an input unique.
+        texts = [f"100001 4321 {text}" for text in workload.read_corpus(name)[0]]
+        return [len(one.ids) for one in tokenizer.encode_batch(texts)]
+
+    assert min(lengths("passages")) >= 256 and max(lengths("passages")) <= 512
+    assert max(lengths("short") + lengths("paragraphs") + lengths("mixed")) <= 256
 
 
 def test_mixed_lengths_are_about_log_normal() -> None:

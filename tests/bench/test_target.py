@@ -19,7 +19,8 @@ from inferctl.errors import NotReadyError
 @pytest.mark.parametrize("status", [404, 405, 501])
 def test_a_server_without_the_page_is_measured_all_the_same(answering: Callable[..., str], status: int) -> None:
     found = target.connect(answering("--info-status", str(status)))
-    assert (found.info, found.model) == ({}, "test")
+    api = {"path": "/v1/embeddings", "model": "test", "encoding_format": "base64"}
+    assert (found.info, found.model) == ({"api": api}, "test")
 
 
 @pytest.mark.parametrize(

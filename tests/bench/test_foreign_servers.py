@@ -1,0 +1,269 @@
+"""Servers that are not inferctl's, measured as they come: vLLM, infinity and text-embeddings-inference.
+
+Paths, pages and shapes of the responses are those of their documentation (of infinity 0.0.78: as recorded from it).
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.server
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inferctl.bench import target
+from inferctl.errors import NotReadyError, UsageError
+
+KEY = "sk-7f3a9c-secret"
+VECTOR = [0.6, 0.8]
+MODEL = "BAAI/bge-small-en-v1.5"
+Body = dict[str, Any]
+Answer = tuple[int, Any, dict[str, str]]
+
+
+def openai(body: Body, one_format: bool = False) -> Answer:
+    """The response of POST /v1/embeddings; `one_format`: to an older server encoding_format is unknown."""
+    texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
+    packed = base64.b64encode(struct.pack("<2f", *VECTOR)).decode()
+    in_base64 = body.get("encoding_format") == "base64" and not one_format
+    rows = [
+        {"object": "embedding", "index": number, "embedding": packed if in_base64 else VECTOR}
+        for number in range(len(texts))
+    ]
+    usage = {"prompt_tokens": 7 * len(texts), "total_tokens": 7 * len(texts)}
+    return 200, {"object": "list", "data": rows, "model": body.get("model"), "usage": usage}, {}
+
+
+def vllm(path: str, body: Body | None) -> Answer:
+    if path == "/v1/models":
+        model = {"id": MODEL, "object": "model", "created": 1, "owned_by": "vllm", "root": MODEL, "max_model_len": 512}
+        return 200, {"object": "list", "data": [model]}, {}
+    if path == "/v1/embeddings" and body:
+        if body["model"] != MODEL:
+            said = f"The model `{body['model']}` does not exist."
+            return 404, {"error": {"message": said, "type": "NotFoundError", "code": 404}}, {}
+        return openai(body)
+    return 404, {"detail": "Not Found"}, {}
+
+
+def infinity(path: str, body: Body | None) -> Answer:
+    if path == "/models":
+        model = {"id": MODEL, "stats": {"batch_size": 32}, "object": "model", "owned_by": "infinity", "created": 1}
+        return 200, {"data": [{**model, "backend": "torch", "capabilities": ["embed"]}], "object": "list"}, {}
+    return openai(body) if path == "/embeddings" and body else (404, {"detail": "Not Found"}, {})
+
+
+def tei(path: str, body: Body | None, routes: tuple[str, ...] = ("/embed", "/embeddings", "/v1/embeddings")) -> Answer:
+    if path == "/info":
+        limits = {"max_concurrent_requests": 512, "max_input_length": 512, "max_batch_tokens": 16384}
+        kind = {"model_type": {"embedding": {"pooling": "cls"}}, "version": "1.7.1"}
+        return 200, {"model_id": MODEL, "model_sha": None, "model_dtype": "float16", **limits, **kind}, {}
+    if path not in routes or not body:
+        return 404, {}, {}
+    if path != "/embed":
+        return openai(body, one_format=True)
+    return 200, [VECTOR for _ in body["inputs"]], {"x-compute-tokens": str(7 * len(body["inputs"]))}
+
+
+def only_embed(path: str, body: Body | None) -> Answer:
+    return tei(path, body, ("/embed",))
+
+
+def strict(path: str, body: Body | None) -> Answer:
+    """A server that rejects keys which it does not know."""
+    if body and "encoding_format" in body:
+        return 422, {"detail": "encoding_format: extra inputs are not permitted"}, {}
+    return vllm(path, body)
+
+
+Serve = Callable[..., str]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """`serve(vllm, key=...)` starts a server that gives those responses, and returns its URL."""
+    with contextlib.ExitStack() as stack:
+
+        def start(respond: Callable[[str, Body | None], Answer], key: str | None = None) -> str:
+            class Handler(http.server.BaseHTTPRequestHandler):
+                protocol_version = "HTTP/1.1"
+                wbufsize = -1
+                disable_nagle_algorithm = True
+
+                def log_message(self, *_: object) -> None:
+                    pass
+
+                def do_GET(self, body: Body | None = None) -> None:
+                    sent = self.headers.get("Authorization")
+                    status, value, headers = respond(self.path, body)
+                    if key and sent != f"Bearer {key}":
+                        status, value, headers = 401, {"error": f"Unauthorized: {sent}"}, {}
+                    content = json.dumps(value).encode()
+                    self.send_response(status)
+                    for name, text in {"Content-Length": str(len(content)), **headers}.items():
+                        self.send_header(name, text)
+                    self.end_headers()
+                    self.wfile.write(content)
+                    self.wfile.flush()
+
+                def do_POST(self) -> None:
+                    self.do_GET(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.server_close)
+            stack.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_port}"
+
+        yield start
+
+
+@pytest.mark.parametrize(
+    ("respond", "path", "encoding"),
+    [
+        (vllm, "/v1/embeddings", "base64"),
+        (infinity, "/embeddings", "base64"),
+        (tei, "/v1/embeddings", "base64"),
+        (only_embed, "/embed", "float"),
+        (strict, "/v1/embeddings", "float"),
+    ],
+)
+def test_path_and_model_are_found_without_help(serve: Serve, respond: Any, path: str, encoding: str) -> None:
+    found = target.connect(serve(respond))
+    assert found.info["api"] == {"path": path, "model": MODEL, "encoding_format": encoding}
+    assert [pytest.approx(vector) for vector in found.embed(["a", "b"])] == [VECTOR, VECTOR]
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/embeddings", "/embed"])
+def test_a_url_with_a_path_says_which_one_is_measured(serve: Serve, path: str) -> None:
+    assert target.connect(serve(tei) + path).embeddings_url.endswith(path)
+
+
+def test_what_text_embeddings_inference_says_of_its_precision_is_taken(serve: Serve) -> None:
+    info = target.connect(serve(tei)).info
+    assert info["precision"]["effective"] == "fp16"
+    assert info["model"] == {"source": MODEL}
+    assert info["limits"] == {"max_input_tokens": 512}
+
+
+def test_the_name_of_the_model_can_be_given(serve: Serve) -> None:
+    url = serve(lambda path, body: (404, {}, {}) if path == "/v1/models" else vllm(path, body))
+    with pytest.raises(NotReadyError, match="names a model") as caught:
+        target.connect(url)
+    assert "--served-model" in (caught.value.hint or "")
+    assert target.connect(url, access=target.Access(model=MODEL)).model == MODEL
+    with pytest.raises(NotReadyError, match="does not exist"):
+        target.connect(url, access=target.Access(model="other"))
+
+
+def test_a_server_that_loads_its_model_is_not_ready(serve: Serve) -> None:
+    url = serve(lambda path, body: (503, {"error": "loading"}, {}) if body else vllm(path, body))
+    with pytest.raises(NotReadyError, match="answered 503") as caught:
+        target.connect(url)
+    assert "/health" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("respond", [vllm, infinity, tei])
+def test_a_missing_or_wrong_key_is_said_without_showing_it(serve: Serve, respond: Any) -> None:
+    url = serve(respond, key="another")
+    for access in (target.Access(), target.Access({"Authorization": f"Bearer {KEY}"})):
+        with pytest.raises(NotReadyError, match="answered 401") as caught:
+            target.connect(url, access=access)
+        assert "--api-key-env" in (caught.value.hint or "")
+        assert KEY not in f"{caught.value.message} {access!r}"
+
+
+def test_a_quoted_key_is_left_out_of_errors(serve: Serve) -> None:
+    url = serve(lambda path, body: (403, {"error": f"bad key {KEY}"}, {}) if body else vllm(path, body))
+    with pytest.raises(NotReadyError, match=r"bad key \*\*\*"):
+        target.connect(url, access=target.Access({"X-Key": KEY}))
+
+
+def bench(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "inferctl", "bench", "--plan", str(folder / "plan.yaml"), "--output", "out", "--json"]
+    (folder / "plan.yaml").write_text(
+        "name: short\nconfigurations: [{name: auto, precision: auto}]\ncorpus: short\nquality: null\n"
+        "load: {mode: closed, users: 2, duration_s: 1, warmup_s: 1, window_s: 0.2}\n"
+    )
+    return subprocess.run(
+        [*line, *arguments], cwd=folder, capture_output=True, text=True, env={**os.environ, **variables}, timeout=120
+    )
+
+
+@pytest.mark.parametrize("respond", [vllm, infinity, only_embed])
+def test_a_server_with_a_key_is_measured_and_no_file_has_the_key(serve: Serve, tmp_path: Path, respond: Any) -> None:
+    done = bench(tmp_path, "--url", f"peer={serve(respond, key=KEY)}", "--api-key-env", "PEER_KEY", PEER_KEY=KEY)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["requests_per_s"] > 0 and row["failed"] == 0
+    assert row["tokens_per_s"] == pytest.approx(7 * row["requests_per_s"], rel=0.01)
+    receipt = json.loads(Path(row["receipt"]).read_text())
+    assert receipt["server"]["api"]["path"] in target.PATHS
+    written = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert any(file.name == "bench.json" for file in written)
+    assert [file for file in written if KEY.encode() in file.read_bytes()] == []
+    assert KEY not in done.stdout + done.stderr
+
+
+def test_the_key_is_in_no_list_of_processes(serve: Serve, tmp_path: Path) -> None:
+    seen: set[str] = set()
+
+    def watched(path: str, body: Body | None) -> Answer:
+        for line in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                seen.add(line.read_bytes().decode(errors="replace"))
+        return vllm(path, body)
+
+    done = bench(tmp_path, "--url", f"peer={serve(watched, key=KEY)}", "--api-key-env", "PEER_KEY", PEER_KEY=KEY)
+    assert done.returncode == 0, done.stderr
+    assert any("locust" in line for line in seen)
+    assert not [line for line in seen if KEY in line]
+
+
+def test_headers_go_with_each_request_and_resume_asks_for_them_again(serve: Serve, tmp_path: Path) -> None:
+    given = ["--header", f"authorization: Bearer {KEY}", "--header", "X-Team: search"]
+    done = bench(tmp_path, "--url", f"peer={serve(vllm, key=KEY)}", *given)
+    assert done.returncode == 0, done.stderr
+    folder = json.loads(done.stdout)["output"]
+    line = [sys.executable, "-m", "inferctl", "bench", "--resume", folder, "--json"]
+    for more, code in ((given, 0), ([], 2)):
+        again = subprocess.run([*line, *more], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert again.returncode == code, again.stderr
+    assert "--header 'authorization: ...' --header 'x-team: ...'" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--header", "no colon"), "not 'NAME: VALUE'"),
+        (("--header", f"X: {KEY}\r\nHost: b"), "characters that a header cannot have"),
+        (("--header", "Content-Length: 3"), "set by the load generator"),
+        (("--api-key-env", "NOT_SET_ANYWHERE"), "NOT_SET_ANYWHERE is not set"),
+        (("--api-key-env", "PATH", "--header", "Authorization: x"), "both"),
+    ],
+)
+def test_headers_that_cannot_be_sent_are_mistakes(tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+    done = bench(tmp_path, "--url", "peer=http://127.0.0.1:9", *options)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert KEY not in done.stderr
+
+
+def test_headers_without_a_url_are_a_mistake(tmp_path: Path) -> None:
+    done = bench(tmp_path, "--header", "X-Team: search")
+    assert done.returncode == 2 and "--url NAME=URL" in done.stderr
+
+
+def test_an_address_that_is_none_is_still_a_mistake() -> None:
+    with pytest.raises(UsageError):
+        target.connect("http://user@host/embed")
