@@ -1,9 +1,11 @@
-"""Writes benchmarks/corpora/*.jsonl: English texts on twenty topics, composed from the phrases below with a fixed seed.
+"""Writes benchmarks/corpora/*.jsonl: English texts on twenty topics, composed with a fixed seed.
 
     python benchmarks/write_corpora.py [FOLDER]
 
-Each line is {"text", "topic"}. Texts of one topic share subjects and vocabulary, so nearest neighbours mean something; lengths follow the
-distribution the file is named after. The phrases were written for this purpose and are under this repository's licence.
+Each line is {"text", "topic"}. Texts of one topic share subjects and vocabulary, so nearest neighbors mean something.
+Details with words of vocabulary.py follow the phrases, so that a corpus has thousands of distinct words. Lengths follow
+the distribution that the file is named after. The phrases were written for this purpose and are under this repository's
+license.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from vocabulary import Words
 
 SEED = 20261
 # topic: subjects | what they do | circumstances | what people ask about
@@ -149,15 +153,21 @@ JOINERS = (
     "Last year",
     "For that reason",
 )
-MAX_WORDS = 150  # stays under 256 tokens, so that no model has to cut a text
+MAX_WORDS = 150  # stays under 256 tokens, so that models with that limit truncate none of these texts
+PASSAGE_WORDS = (224, 352)  # 256 to 512 tokens of BERT's tokenizer, numbers that make inputs unique included
+# Number of texts. Each file stays under 400 kB.
+SIZES = {"short": 1500, "paragraphs": 400, "mixed": 1000, "passages": 180}
 
 
 def sentence(topic: str, draw: random.Random, joiner: bool = False) -> str:
     subjects, actions, circumstances, _ = (part.split(";") for part in TOPICS[topic])
+    words = Words(draw)
     text = f"{draw.choice(subjects)} {draw.choice(actions)}"
-    if draw.random() < 0.6:
+    if draw.random() < 0.5:
         text += f" {draw.choice(circumstances)}"
-    if joiner and draw.random() < 0.5:
+    if draw.random() < 0.7:
+        text += f" {words.detail()}"
+    if joiner and draw.random() < 0.4:
         opening = draw.choice(JOINERS)
         text = f"{opening} {text}" if opening.endswith("that") else f"{opening}, {text}"
     return f"{text[0].upper()}{text[1:]}."
@@ -165,24 +175,31 @@ def sentence(topic: str, draw: random.Random, joiner: bool = False) -> str:
 
 def query(topic: str, draw: random.Random) -> str:
     subjects, actions, circumstances, questions = (part.split(";") for part in TOPICS[topic])
+    words = Words(draw)
     subject = draw.choice(subjects)
     bare = subject.split(" ", 1)[1]
-    form = draw.randrange(4)
+    form = draw.randrange(6)
     if form == 0:
         return f"{draw.choice(questions)} {draw.choice(['', draw.choice(circumstances)])}".strip()
     if form == 1:
-        return f"{bare} {draw.choice(circumstances)}"
+        return f"{bare} {words.detail()}"
     if form == 2:
-        return f"{draw.choice(['help with', 'advice on', 'cost of', 'problem with', 'news about'])} {bare}"
+        return (
+            f"{draw.choice(['help with', 'advice on', 'cost of', 'problem with', 'news about'])} {bare} {words.name()}"
+        )
+    if form == 3:
+        return f"{words.thing()} and {bare} {words.code()}"
+    if form == 4:
+        return f"{bare} or {words.things()} in {words.name()}"
     return f"{subject} {draw.choice(actions)}?"
 
 
-def text_of(topic: str, words: int, draw: random.Random) -> str:
+def text_of(topic: str, words: int, draw: random.Random, most: int = MAX_WORDS) -> str:
     """About `words` words on `topic`: a query when short, whole sentences when long."""
     if words < 9:
         return query(topic, draw)
     text = sentence(topic, draw)
-    while len(text.split()) < min(words, MAX_WORDS - 24):
+    while len(text.split()) < min(words, most - 24):
         text += " " + sentence(topic, draw, joiner=True)
     return text
 
@@ -196,15 +213,17 @@ def corpus(name: str, size: int) -> Iterator[dict[str, str]]:
             text = query(topic, draw)
         elif name == "paragraphs":
             text = text_of(topic, draw.randint(40, 120), draw)
+        elif name == "passages":
+            text = text_of(topic, draw.randint(*PASSAGE_WORDS), draw, most=400)
         else:
-            text = text_of(topic, round(draw.lognormvariate(math.log(24), 0.8)), draw)
+            text = text_of(topic, round(draw.lognormvariate(math.log(21), 0.8)), draw)
         if text not in seen:
             seen.add(text)
             yield {"text": text, "topic": topic}
 
 
 def main(folder: Path) -> None:
-    for name, size in {"short": 400, "paragraphs": 300, "mixed": 400}.items():
+    for name, size in SIZES.items():
         lines = [json.dumps(line, ensure_ascii=False) for line in corpus(name, size)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"{folder / name}.jsonl: {len(lines)} texts")

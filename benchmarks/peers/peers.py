@@ -60,7 +60,7 @@ def texts(count: int, mean_tokens: float = 55, seed: int = 7) -> list[str]:
     words = " ".join(json.loads(line)["text"] for line in lines).split()
     found = []
     for _ in range(count):
-        # sigma 0.7: a median of 43 and a few per cent above 150; the corpus has 1.22 tokens per word and two are special.
+        # sigma 0.7: a median of 43 and a few per cent above 150; the corpus has 1.22 tokens per word, two are special.
         tokens = min(random_.lognormvariate(0, 0.7) * mean_tokens / 1.278, 255)
         size = max(1, round((tokens - 2) / 1.22))
         start = random_.randrange(len(words) - size)

@@ -1,6 +1,6 @@
 """A server at a URL: what it says about itself, and embeddings from it.
 
-Servers of inferctl, vLLM, infinity and text-embeddings-inference differ in their paths and in how they name their model:
+Servers differ in their paths and in how they name their model:
 
     inferctl                     GET /info        POST /v1/embeddings
     vLLM                         GET /v1/models   POST /v1/embeddings
@@ -61,7 +61,7 @@ class _StatusError(InferctlError):
 
 @dataclass(frozen=True)
 class Target:
-    """A server. `info` is its `GET /info`; of a server that is not inferctl's it has what is known, under the same keys.
+    """A server. `info` is its `GET /info`; for servers that are not inferctl's, what is known, under the same keys.
 
     `model` is its name in the API, `path` where it receives texts, `base64` whether it can send vectors in base64.
     """
@@ -140,7 +140,7 @@ def _listed(url: str, timeout_s: float, access: Access) -> str | None:
 
 
 def _described(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what text-embeddings-inference says in its `GET /info` under inferctl's keys; nothing for other servers."""
+    """Return what text-embeddings-inference says in `GET /info`, under inferctl's keys; nothing for other servers."""
     if not isinstance(info.get("model_id"), str):
         return {}
     known: dict[str, Any] = {"software": f"text-embeddings-inference {info.get('version', '')}".strip()}

@@ -148,7 +148,9 @@ def start(given: Given) -> Ready:
 
 
 def go_on(output: Path, headers: list[str] | None = None) -> Ready:
-    """The bench in `output`, from where it stopped. Raises `UsageError` when anything that its figures depend on has changed.
+    """Return the bench in `output`, from where it stopped.
+
+    Raises `UsageError` if anything that its figures depend on has changed.
 
     `headers` are those that it had: no file holds them.
     """

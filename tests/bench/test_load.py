@@ -16,7 +16,7 @@ def measure(url: str, folder: Path, **settings: object) -> tuple[load.Measured, 
     wanted = plan.Load.model_validate({"warmup_s": 0, "timeout_s": 10, **settings})
     work = workload.draw(wanted, "short", seed=3)
     folder.mkdir(exist_ok=True)
-    description = load.prepare(wanted, work, target.connect(url), 100, folder)
+    description = load.prepare(wanted, work, target.Target(url, "test"), 100, folder)
     done = load.run(wanted, description, lambda live: None, lambda: None)
     offered = len(work.schedule_ns) if wanted.mode == "open" else None
     part = summary.Part(done.rows, done.state["measure_start_ns"], done.state["measure_end_ns"], 1, offered)
