@@ -20,7 +20,7 @@ SHORT = """name: short
 configurations: [{name: a, precision: fp32}]
 corpus: short
 quality: null
-repeats: 3
+repeats: 5
 load: {mode: open, rate: 50%, users: 4, capacity_s: 1, duration_s: 3, warmup_s: 0}
 """
 
@@ -85,7 +85,7 @@ def test_a_stall_that_a_closed_loop_hides_is_found(answering: Callable[..., str]
         load = one.data["plan"]["load"]
         assert load["rate"] == pytest.approx(0.5 * capacity, rel=0.01)
         assert one.data["summary"]["requested_per_s"] == pytest.approx(load["rate"], rel=0.2)
-        assert one.data["closed_loop"]["summary"]["runs"] == 3
+        assert one.data["closed_loop"]["summary"]["runs"] == 5
     pair = comparable.Pair(*receipts)
     assert [reason for reason in comparable.refused(pair, []) if "differ" in reason] == []
     metrics = {name: compare.judge(pair, metric, compare.Options(), 5) for name, metric in compare.METRICS.items()}
