@@ -33,6 +33,7 @@ from inferctl.cli import (
     serve,
     settings,
     streams,
+    verify,
 )
 from inferctl.errors import EXIT_INTERRUPTED, InferctlError, NotReadyError, UsageError
 
@@ -69,6 +70,7 @@ app.command("check", short_help="Validate the spec; say what fits which hardware
 app.command("pin", short_help="Write digests and commits into the spec.")(pin.pin)
 app.command("render", short_help="Print the Dockerfile, or write all it needs.")(render.render)
 app.command("build", short_help="Build, verify, name and push the image.")(build.build)
+app.command("verify", short_help="Check an image: start it, compare with fp32.")(verify.verify)
 app.command("push", short_help="Push an image; print its name@digest.")(push.push)
 app.command("pull", short_help="Pull an image; print its name@digest.")(pull.pull)
 app.command("serve", short_help="Serve embeddings over HTTP, OpenAI-compatible.", epilog=serve.EPILOG)(serve.serve)

@@ -13,6 +13,7 @@ from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, l
 if TYPE_CHECKING:
     from inferctl.image.build import Built
     from inferctl.image.plan import BuildPlan
+    from inferctl.image.verify import Verified
 
 
 def build(
@@ -25,7 +26,8 @@ def build(
     ] = None,
     base_image: Annotated[str | None, typer.Option(help="Your mirror of the base image, best with a digest.")] = None,
     tag: Annotated[
-        str | None, typer.Option("--tag", "-t", metavar="NAME", help="Name of the image; default: from the spec.")
+        list[str] | None,
+        typer.Option("--tag", "-t", metavar="NAME", help="Name the image; repeatable. Default: from the spec."),
     ] = None,
     push: Annotated[bool, typer.Option("--push", help="Push once it is verified.")] = False,
     dry_run: Annotated[
@@ -99,7 +101,7 @@ def build(
     sbom: Annotated[bool, typer.Option("--sbom/--no-sbom", help="Attach an SBOM where the builder can.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Build the image of the spec, verify it, name it, and with --push publish it; prints its name@digest or id.
+    """Build the image of the spec, verify it, tag it, and with --push publish every tag; prints its name@digest or id.
 
     Example: inferctl build --push --max-size 6GB
     """
@@ -125,7 +127,7 @@ def build(
         cache_from=tuple(cache_from or ()),
         oci=oci_file(output) if output is not None else None,
         metadata_file=metadata_file,
-        reference=full_reference(tag) if tag is not None else None,
+        references=tuple(dict.fromkeys(map(tag_reference, tag or ()))),
         secrets={name: file for name, file in secrets.items() if file is not None},
         network=network,
         allow_floating=allow_floating,
@@ -186,6 +188,26 @@ def oci_file(text: str) -> Path:
     return Path(file)
 
 
+def show_verified(found: Verified) -> None:
+    """Say on stderr what a verification found."""
+    near = (
+        f"cosine to fp32 at least {found.cosine_min:.6f}" if found.cosine_min is not None else "not compared with fp32"
+    )
+    console.note(
+        f"verified: {found.precision} ({found.level}) on {found.device}, "
+        f"{found.texts} texts, {found.dimensions} dimensions, {near}"
+    )
+
+
+def tag_reference(text: str) -> str:
+    """`full_reference` of a name that an image is given. Raises `UsageError` for a digest, which no one can choose."""
+    from inferctl.errors import UsageError
+
+    if "@" in text:
+        raise UsageError(f"--tag {text!r} has a digest", "give a name and a tag: the digest follows from the image")
+    return full_reference(text)
+
+
 def full_reference(text: str) -> str:
     """`name` -> `name:latest`; one with a tag or a digest as it is. Raises `UsageError` for what is no image name."""
     import re
@@ -228,7 +250,7 @@ def _print_plan(made: BuildPlan, as_json: bool) -> None:
         console.document(made.document())
         return
     total = f"{'' if made.forecast.complete else 'at least '}{size(made.forecast.total)} compressed"
-    lines = [made.reference, *(f"  {step}" for step in made.steps()), "", f"size forecast: {total}"]
+    lines = [*made.references, *(f"  {step}" for step in made.steps()), "", f"size forecast: {total}"]
     lines += [f"  {line}" for line in made.forecast.lines()]
     console.data("\n".join([*lines, "", made.rendered.dockerfile]))
 
@@ -243,16 +265,13 @@ def _print(built: Built, as_json: bool) -> None:
     for finding in built.findings:
         console.warn(finding.text())
     if built.verified:
-        found = built.verified
-        near = f", cosine to fp32 at least {found.cosine_min:.6f}" if found.cosine_min is not None else ""
-        console.note(
-            f"verified: {found.precision} ({found.level}) on {found.device}, {found.texts} texts, {found.dimensions} dimensions{near}"
-        )
+        show_verified(built.verified)
     sizes = f"{size(built.size)} uncompressed"
     sizes += f", {size(built.compressed)} compressed" if built.compressed is not None else ""
     sizes += f", {size(built.pushed)} pushed" if built.pushed is not None else ""
-    console.note(f"{built.reference}: {sizes}")
+    console.note(f"{', '.join(built.references)}: {sizes}")
     if as_json:
         console.document(built.document())
     else:
-        console.data(built.digest or built.image)
+        # Tags of one repository share a digest.
+        console.data("\n".join(dict.fromkeys(built.digests)) or built.image)

@@ -33,14 +33,15 @@ _ANALYSED_BYTES = 4_000_000_000
 
 @dataclass(frozen=True)
 class Built:
-    """The image that came out. `digest` is `name@sha256:...` when it was pushed; sizes are bytes.
+    """The built image. `references` are its names, `digests` the `name@sha256:...` of each that was pushed.
 
-    `size` is uncompressed; `compressed` what the registry stores, `pushed` what this push sent: both None when not known.
+    Sizes are bytes: `size` uncompressed, `compressed` as a registry stores it, `pushed` what this push sent. The last
+    two are None when not known.
     """
 
     image: str
-    reference: str
-    digest: str | None
+    references: tuple[str, ...]
+    digests: tuple[str, ...]
     size: int
     compressed: int | None
     pushed: int | None
@@ -52,6 +53,16 @@ class Built:
     forecast: forecast.Forecast
     seconds: Mapping[str, float]
 
+    @property
+    def reference(self) -> str:
+        """The first name of the image."""
+        return self.references[0]
+
+    @property
+    def digest(self) -> str | None:
+        """`name@sha256:...` of the first name; None when nothing was pushed."""
+        return self.digests[0] if self.digests else None
+
     def document(self) -> dict[str, Any]:
         """As JSON, for `--json`."""
         steps = [
@@ -60,7 +71,9 @@ class Built:
         return {
             "image": self.image,
             "reference": self.reference,
+            "references": list(self.references),
             "pushed": self.digest,
+            "digests": list(self.digests),
             "size_bytes": self.size,
             "compressed_bytes": self.compressed,
             "pushed_bytes": self.pushed,
@@ -77,7 +90,7 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
     """Do what `plan` says; yields events and returns the image.
 
     Whatever fails, or when this generator is closed: containers are removed, the image without a name is discarded, and
-    `plan.reference` names what it named before.
+    every name of `plan.references` names what it named before.
     """
     options, platforms = plan.options, plan.platforms
     builder = buildx.detect(info.containerd_store, options.builder)
@@ -122,12 +135,12 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
             engine.discard(image.id)
             raise
     if options.metadata_file:
-        _write_metadata(options.metadata_file, metadata, plan.reference, image, outcome)
+        _write_metadata(options.metadata_file, metadata, plan.references, image, outcome)
     made = engine.history(plan.reference)
     return Built(
         image=image.id,
-        reference=plan.reference,
-        digest=outcome.digest,
+        references=plan.references,
+        digests=outcome.digests,
         # The containerd store reports the packed size of an image; the layers are unpacked in both.
         size=sum(layer.size for layer in made),
         compressed=outcome.compressed,
@@ -277,9 +290,9 @@ def _examine(
 
 
 def _write_metadata(
-    file: Path, metadata: Mapping[str, Any], reference: str, image: ImageInfo, outcome: Outcome
+    file: Path, metadata: Mapping[str, Any], references: tuple[str, ...], image: ImageInfo, outcome: Outcome
 ) -> None:
-    document = {**metadata, "image.name": reference, "image.id": image.id}
+    document = {**metadata, "image.name": ",".join(references), "image.id": image.id}
     if outcome.digest:
         document["containerimage.digest"] = outcome.digest.partition("@")[2]
     partial = file.with_name(f".{file.name}.{os.getpid()}")
@@ -289,6 +302,6 @@ def _write_metadata(
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise NotReadyError(
-            f"{outcome.digest or reference} is done, but {file} cannot be written: {error.strerror}",
+            f"{outcome.digest or references[0]} is done, but {file} cannot be written: {error.strerror}",
             "the next build is cached: give another --metadata-file",
         ) from None

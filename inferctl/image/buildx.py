@@ -136,8 +136,10 @@ def refuse(builder: Builder, request: BuildRequest) -> None:
             what = "weights are" if name == "model" else f"folder for {name} is"
             raise UsageError(
                 f"the {what} missing: there is no folder {folder}",
-                "check the path in the spec, relative to where you are",
+                "check the path: a relative path in a spec starts at the folder of the spec",
             )
+        if name == "wheels" and not any(Path(folder).glob("*.whl")):
+            raise UsageError(f"image.wheels: {folder} has no wheels", "`pip download --dest DIR ...` fills a folder")
 
 
 def command(request: BuildRequest, metadata: Path) -> list[str]:

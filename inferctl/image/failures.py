@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -120,7 +121,7 @@ def of_build(text: str, step: str | None = None, log: list[str] | None = None) -
     if error := no_bridge(said):
         return error
     output = "\n".join(f"  | {line}" for line in (log or [])[-12:])
-    where = f"the build failed in {step}" if step else f"the build failed: {last_line(text)}"
+    where = f"the build failed in {_short(step)}" if step else f"the build failed: {last_line(text)}"
     detail = f"{where}\n{output}" if output else where if not step else f"{where}: {last_line(text)}"
     if _PACKAGE_TRUST.search(said):
         return NotReadyError(detail, "a private certificate authority is in the way: pass its bundle with `--ca FILE`")
@@ -174,6 +175,12 @@ def _of_source(reference: str, text: str) -> InferctlError:
             f"check the name and tag (NVIDIA deletes tags six months after their end of life), or {hint}",
         )
     return NotReadyError(f"{what} could not be read: {last}", hint)
+
+
+def _short(step: str) -> str:
+    """The name of a step without the many lines that its command may have."""
+    words = re.sub(r"--mount=\S+", "", step).split()
+    return textwrap.shorten(" ".join(words), 100, placeholder=" ...")
 
 
 def of_push(message: str, reference: str) -> InferctlError:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class BuildOptions:
     """What the command line says. `secrets`: id -> file. `today` decides what is past its end of life.
 
-    `expected`: id of the only image that may be published, None for any.
+    `references`: names of the image; none means the one of the spec. `expected`: id of the only image that may be
+    published, None for any.
     """
 
     push: bool = False
@@ -37,7 +38,7 @@ class BuildOptions:
     cache_from: tuple[str, ...] = ()
     oci: Path | None = None
     metadata_file: Path | None = None
-    reference: str | None = None
+    references: tuple[str, ...] = ()
     secrets: Mapping[str, Path] = field(default_factory=dict)
     network: str | None = None
     allow_floating: bool = False
@@ -57,10 +58,11 @@ class BuildOptions:
 class BuildPlan:
     """Everything decided before the engine is asked.
 
-    `model`: the folder of the weights that a verification mounts. `plan` sets none: a dry run needs no weights.
+    `references`: names of the image, with tags; one at least. `model`: the folder of the weights that a
+    verification mounts. `plan` sets none: a dry run needs no weights.
     """
 
-    reference: str
+    references: tuple[str, ...]
     spec: Spec
     base: BaseImage
     stack: Stack
@@ -70,6 +72,11 @@ class BuildPlan:
     forecast: forecast.Forecast
     findings: tuple[fit.Finding, ...]
     options: BuildOptions
+
+    @property
+    def reference(self) -> str:
+        """The first name of the image."""
+        return self.references[0]
 
     @property
     def needs_model(self) -> bool:
@@ -88,6 +95,7 @@ class BuildPlan:
         digest = (mirror.partition("@")[2] or None) if mirror else self.base.digest
         return {
             "reference": self.reference,
+            "references": list(self.references),
             "platforms": list(self.platforms),
             "base": {"key": self.base.key, "reference": mirror or self.base.reference, "digest": digest},
             "stack": self.stack.key,
@@ -106,9 +114,9 @@ class BuildPlan:
         return [
             f"build for {', '.join(self.platforms)} on {self.base.key} with {self.stack.key}",
             f"verify: start it, embed eight texts, compare with fp32{which}" if options.verify else "verify: skipped",
-            f"tag {self.reference}",
+            *(f"tag {reference}" for reference in self.references),
             *([f"write {options.oci}"] if options.oci else []),
-            *([f"push to {host_of(self.reference)}"] if options.push else []),
+            *(f"push to {host}" for host in dict.fromkeys(map(host_of, self.references)) if options.push),
         ]
 
 
@@ -128,7 +136,7 @@ def plan(
     from inferctl.model import is_hub_id
 
     _refuse_targets(options)
-    if options.push and not options.reference and not spec.image.repository:
+    if options.push and not options.references and not spec.image.repository:
         raise UsageError(
             f"--push needs a repository, and {spec.repository}:{rendered.tag} is a name on this machine only",
             "set `image.repository`, as in registry.example.com/team/name, or give `--tag`",
@@ -147,8 +155,8 @@ def plan(
     if options.max_bytes is not None:
         forecast.refuse_larger(found, options.max_bytes, stack.cuda)
         findings += [] if found.complete else [_unweighed(found)]
-    reference = options.reference or f"{spec.repository}:{rendered.tag}"
-    return BuildPlan(reference, spec, base, stack, rendered, server, None, found, tuple(findings), options)
+    references = options.references or (f"{spec.repository}:{rendered.tag}",)
+    return BuildPlan(references, spec, base, stack, rendered, server, None, found, tuple(findings), options)
 
 
 def _weights(spec: Spec) -> forecast.Part:

@@ -20,15 +20,28 @@ from inferctl.image.reference import split
 
 @dataclass(frozen=True)
 class Outcome:
-    """`digest` is `name@sha256:...`. `compressed`: bytes the registry stores; `pushed`: bytes this push sent; None when not known."""
+    """What a push left in registries: `digests` are `name@sha256:...`, one per name of the image.
 
-    digest: str | None = None
+    `compressed`: bytes that a registry stores. `pushed`: bytes that the push sent. None when not known.
+    """
+
+    digests: tuple[str, ...] = ()
     compressed: int | None = None
     pushed: int | None = None
 
+    @property
+    def digest(self) -> str | None:
+        """That of the first name; None when nothing was pushed."""
+        return self.digests[0] if self.digests else None
+
     def document(self) -> dict[str, Any]:
         """As JSON."""
-        return {"pushed": self.digest, "compressed_bytes": self.compressed, "pushed_bytes": self.pushed}
+        return {
+            "pushed": self.digest,
+            "digests": list(self.digests),
+            "compressed_bytes": self.compressed,
+            "pushed_bytes": self.pushed,
+        }
 
 
 def build_once(request: buildx.BuildRequest) -> Generator[BuildEvent, None, tuple[list[StepFinished], dict[str, Any]]]:
@@ -57,8 +70,7 @@ def push_named(engine: Engine, reference: str, attempts: int) -> Generator[Event
         )
     yield Phase("push", reference)
     pushed = yield from engine.push(reference, attempts)
-    sent = {layer for layer, status in pushed.layers.items() if status == "pushed"}
-    return (yield from _confirm(reference, pushed.digest, image, None, sent))
+    return (yield from _confirm(reference, pushed.digest, image, None, pushed.sent))
 
 
 def publish(
@@ -70,42 +82,61 @@ def publish(
     image: ImageInfo,
     config: str,
 ) -> Generator[Event, None, Outcome]:
-    """Name the image, export and push it for `platforms` (none: the engine's). On failure the name goes back to what it named before."""
-    options, reference = plan.options, plan.reference
+    """Tag the image, export it and push it for `platforms` (none: the engine's).
+
+    On failure every tag names what it named before.
+    """
+    options, references = plan.options, plan.references
     # From here on every build is the one that was verified, out of the cache; only its exports differ.
     again = replace(request, cache_to=(), platforms=platforms, no_cache=False, pull=False)
     if options.oci:
         yield Phase("export", str(options.oci))
         yield from _export(again, options.oci)
-    before = engine.image(reference)
-    outcome = Outcome()
+    before = {reference: engine.image(reference) for reference in references}
     try:
-        yield Phase("tag", reference)
-        engine.tag(image.id, reference)
-        if options.push:
-            yield Phase("push", reference)
-            if builder.exports:
-                digest, sent = (yield from _push_by_builder(plan, again)), None
-            else:
-                yield Note("no SBOM and no provenance: " + builder.describe() + " cannot attach them")
-                pushed = yield from engine.push(reference, options.attempts)
-                digest = pushed.digest
-                sent = {layer for layer, status in pushed.layers.items() if status == "pushed"}
-            outcome = yield from _confirm(reference, digest, image, config, sent)
+        for reference in references:
+            yield Phase("tag", reference)
+            engine.tag(image.id, reference)
+        if not options.push:
+            return Outcome()
+        yield Phase("push", ", ".join(references))
+        if builder.exports:
+            digest = yield from _push_by_builder(plan, again)
+            pushed: list[tuple[str, set[str] | None]] = [(digest, None)] * len(references)
+        else:
+            yield Note("no SBOM and no provenance: " + builder.describe() + " cannot attach them")
+            pushed = []
+            for reference in references:
+                found = yield from engine.push(reference, options.attempts)
+                pushed.append((found.digest, found.sent))
+        outcomes = []
+        for reference, (digest, sent) in zip(references, pushed, strict=True):
+            outcomes.append((yield from _confirm(reference, digest, image, config, sent)))
     except BaseException:
         # An engine that died is why there is an error already.
         with contextlib.suppress(NotReadyError):
-            if before:
-                engine.tag(before.id, reference)
-            else:
-                engine.untag(reference)
+            for reference, former in before.items():
+                if former:
+                    engine.tag(former.id, reference)
+                else:
+                    engine.untag(reference)
         raise
-    return outcome
+    return _together(outcomes)
+
+
+def _together(outcomes: list[Outcome]) -> Outcome:
+    sent = [outcome.pushed for outcome in outcomes]
+    return Outcome(
+        tuple(digest for outcome in outcomes for digest in outcome.digests),
+        outcomes[0].compressed,
+        None if None in sent else sum(filter(None, sent)),
+    )
 
 
 def _push_by_builder(plan: BuildPlan, request: buildx.BuildRequest) -> Generator[Event, None, str]:
     options = plan.options
-    output = f"type=image,name={plan.reference},push=true"
+    # buildx reads an output as a line of CSV, in which several names are one quoted field.
+    output = f'type=image,"name={",".join(plan.references)}",push=true'
     wanted = replace(request, outputs=(output,), provenance=options.provenance, sbom=options.sbom)
 
     def attempt() -> Generator[Event, None, str]:
@@ -120,7 +151,7 @@ def _push_by_builder(plan: BuildPlan, request: buildx.BuildRequest) -> Generator
             yield Note("no SBOM: the builder cannot pull its scanner (docker/buildkit-syft-scanner)")
             wanted = replace(wanted, sbom=False)
 
-    return (yield from retrying(attempt, plan.reference, options.attempts))
+    return (yield from retrying(attempt, ", ".join(plan.references), options.attempts))
 
 
 def _export(request: buildx.BuildRequest, target: Path) -> Generator[Event, None, None]:
@@ -146,7 +177,7 @@ def _confirm(
         if not failures.unreachable(error.message):
             raise
         yield Note(f"pushed, but not compared with what was verified: {error.message}")
-        return Outcome(name)
+        return Outcome((name,))
     try:
         sizes = [int(layer["size"]) for layer in manifest["layers"]]
         found = str(manifest["config"]["digest"])
@@ -166,4 +197,4 @@ def _confirm(
             size for size, layer in zip(sizes, image.layers, strict=True) if layer.partition(":")[2][:12] in sent
         )
         pushed += int(manifest["config"]["size"])
-    return Outcome(name, sum(sizes) + int(manifest["config"]["size"]), pushed)
+    return Outcome((name,), sum(sizes) + int(manifest["config"]["size"]), pushed)

@@ -32,6 +32,11 @@ class Pushed:
     digest: str
     layers: Mapping[str, LayerStatus]
 
+    @property
+    def sent(self) -> set[str]:
+        """Short diff ids of the layers that this push sent."""
+        return {layer for layer, status in self.layers.items() if status == "pushed"}
+
 
 class PushFailedError(Exception):
     """One attempt failed; the text is the engine's."""

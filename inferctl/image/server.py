@@ -66,13 +66,7 @@ def run_server(
         outputs.check(announce, "--announce")
         announce.unlink(missing_ok=True)
     engine = Engine.connect()
-    image = engine.image(reference)
-    if image is None:
-        say(f"pulling {reference}")
-        engine.pull(reference)
-        image = engine.image(reference)
-    if image is None:
-        raise UsageError(f"there is no image {reference}", "`inferctl build` makes one")
+    image = obtain(engine, reference, say)
     folder = weights(image, wanted, fetch)
     gpu = engine.info().gpu and "NVIDIA_VISIBLE_DEVICES" in image.environment
     where = wanted.address
@@ -84,6 +78,18 @@ def run_server(
         container = engine.start(image.id, options(image, folder, where, gpu, wanted.arguments))
     with container:
         return _attend(container, image, where, say, announce, int(wanted.drain_seconds) + _STOP_GRACE_SECONDS)
+
+
+def obtain(engine: Engine, reference: str, say: Callable[[str], None]) -> ImageInfo:
+    """The image `reference`, pulled if absent. Raises `NotReadyError` if its registry does not provide it."""
+    image = engine.image(reference)
+    if image is None:
+        say(f"pulling {reference}")
+        engine.pull(reference)
+        image = engine.image(reference)
+    if image is None:
+        raise UsageError(f"image {reference} not found", "`inferctl build` builds one")
+    return image
 
 
 def weights(image: ImageInfo, wanted: ServeOptions, fetch: hub.Fetch = model.find) -> Path | None:

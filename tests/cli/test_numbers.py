@@ -14,7 +14,7 @@ Captured = pytest.CaptureFixture[str]
 _BENCH = "bench --url a=http://127.0.0.1:9 --plan quick"
 # Command line -> its options that take a number.
 OPTIONS = {
-    _BENCH: "--duration --users --rate --repeats --workers --neighbours --slo",
+    _BENCH: "--duration --users --rate --repeats --workers --neighbours --slo --error-budget",
     "bench --model ./absent --plan quick --precision fp32": "--batch-tokens",
     "bench --search --url a=http://127.0.0.1:9": "--slo",
     "estimate --config config.json": "--rate --users --slo-p99-ms --inputs --seed",
@@ -23,13 +23,22 @@ OPTIONS = {
     "serve --model ./absent": "--port --max-batch-tokens --max-input-tokens --max-queue-tokens",
     "serve --model ./gone": "--hang-seconds --engines",
     "build --dry-run --model org/m": "--ready-timeout",
+    "verify localhost:5000/a:b": "--ready-timeout",
     "push localhost:5000/a:b": "--attempts",
 }
 # Numbers in text.
 TEXTS = {"compare A B": "--threshold", "check --model org/m --hardware t4": "--driver", "estimate -m ./m": "--length"}
 CASES = [(line, option) for line, options in OPTIONS.items() for option in options.split()]
-# `--port 0` takes a free port, `--neighbours 0` and `--seed 0` are their defaults, a change may have to exceed nothing.
-ZERO_IS_FINE = {"--port", "--neighbours", "--seed", "--floor-ms", "--max-cosine-drop", "--max-recall-drop"}
+# `--port 0` takes a free port. `--neighbours 0` and `--seed 0` are their defaults. The rest are limits that may be 0.
+ZERO_IS_FINE = {
+    "--port",
+    "--neighbours",
+    "--seed",
+    "--error-budget",
+    "--floor-ms",
+    "--max-cosine-drop",
+    "--max-recall-drop",
+}
 
 
 @pytest.fixture(autouse=True)

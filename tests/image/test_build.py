@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from inferctl.errors import InferctlError, NotReadyError
-from inferctl.image import build, publish
+from inferctl.image import build, buildx, publish
 from inferctl.image.build import Built
 from inferctl.image.docker import Engine
 from inferctl.image.events import Event, LayerPush, Note, Phase, StepFinished, StepLog
@@ -99,10 +99,10 @@ def test_only_the_expected_image_is_named(docker: Engine, base_image: str) -> No
     made = tiny.with_options(tiny.plan(tiny.rendered(base_image)), verify=False)
     _, measured = run(docker, made)
     second = f"{made.reference}-second"
-    again = replace(made, reference=second, options=replace(made.options, expected=measured.image))
+    again = replace(made, references=(second,), options=replace(made.options, expected=measured.image))
     _, built = run(docker, again)
     assert built.image == measured.image
-    changed = replace(again, rendered=tiny.rendered(base_image, behaviour="nan"), reference=f"{second}-changed")
+    changed = replace(again, rendered=tiny.rendered(base_image, behaviour="nan"), references=(f"{second}-changed",))
     with pytest.raises(InferctlError, match="--expect"):
         run(docker, changed)
     assert docker.image(changed.reference) is None
@@ -138,6 +138,31 @@ def test_a_pushed_image_is_what_was_verified_and_a_second_push_sends_next_to_not
     assert second.digest != built.digest
     assert second.pushed is not None
     assert second.pushed < 10_000
+
+
+def test_every_name_of_an_image_is_tagged_and_pushed_under_one_digest(docker: Engine, base_image: str) -> None:
+    one, other = (f"{REGISTRY}/inferctl-test/{uuid.uuid4().hex[:12]}" for _ in range(2))
+    names = (f"{one}:first", f"{one}:second", f"{other}:x")
+    made = replace(tiny.plan(tiny.rendered(base_image)), references=names)
+    _, built = run(docker, tiny.with_options(made, push=True, verify=False))
+    assert [digest.partition("@")[0] for digest in built.digests] == [one, one, other]
+    assert len({digest.partition("@")[2] for digest in built.digests}) == 1
+    for name in names:
+        assert docker.image(name).id == built.image  # type: ignore[union-attr]
+        assert buildx.manifest(name, docker.info().platform)["config"]["digest"] == built.image
+
+
+def test_if_one_of_several_names_cannot_be_pushed_all_of_them_name_what_they_did(
+    docker: Engine, base_image: str
+) -> None:
+    name = f"{REGISTRY}/inferctl-test/{uuid.uuid4().hex[:12]}:x"
+    _, before = run(docker, tiny.with_options(tiny.plan(tiny.rendered(base_image), name=name), verify=False))
+    refused = f"127.0.0.1:1/inferctl-test/{uuid.uuid4().hex[:12]}:x"
+    made = replace(tiny.plan(tiny.rendered(base_image, "nan")), references=(name, refused))
+    with pytest.raises(InferctlError):
+        run(docker, tiny.with_options(made, push=True, verify=False, attempts=1))
+    assert docker.image(name).id == before.image  # type: ignore[union-attr]
+    assert docker.image(refused) is None
 
 
 @pytest.mark.parametrize(
@@ -407,13 +432,8 @@ def test_an_image_is_served_as_a_container_until_it_is_told_to_stop(
 ) -> None:
     _, built = run(docker, tiny.plan(tiny.rendered(base_image)))
     announce = tmp_path / "ready.json"
-    script = (
-        "import sys; from pathlib import Path; from inferctl.image.server import Address, ServeOptions, run_server\n"
-        "wanted = ServeOptions(Address('127.0.0.1', 0))\n"
-        "say = lambda text: print(text, file=sys.stderr, flush=True)\n"
-        "sys.exit(run_server(sys.argv[1], wanted, say, Path(sys.argv[2])))"
-    )
-    command = [sys.executable, "-c", script, built.reference, str(announce)]
+    options = ("--image", built.reference, "--port", "0", "--announce", str(announce))
+    command = [sys.executable, "-m", "inferctl", "serve", *options]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         while not announce.exists():

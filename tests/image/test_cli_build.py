@@ -76,6 +76,21 @@ def test_a_dry_run_as_json_is_one_document(tmp_path: Path) -> None:
     assert "FROM" in plan["dockerfile"]
 
 
+def test_a_plan_lists_every_name_once(tmp_path: Path) -> None:
+    names = ["r.example.com/a/b:1", "r.example.com/a/b:2", "s.example.com/c:1", "r.example.com/a/b:1"]
+    tags = [part for name in names for part in ("--tag", name)]
+    done = inferctl("build", "--dry-run", "--json", "--push", *tags, "--spec", spec(tmp_path))
+    plan = json.loads(done.stdout)
+    assert plan["reference"] == names[0]
+    assert plan["references"] == names[:3]
+    assert plan["steps"][-2:] == ["push to r.example.com", "push to s.example.com"]
+
+
+def test_a_tag_with_a_digest_is_refused(tmp_path: Path) -> None:
+    tag = f"r.example.com/a@sha256:{'1' * 64}"
+    failed(inferctl("build", "--dry-run", "--tag", tag, "--spec", spec(tmp_path)), 2, "has a digest", "name and a tag")
+
+
 def test_the_plan_names_the_mirror_that_is_built_on(tmp_path: Path) -> None:
     mirror = f"r.example.com/python@sha256:{'1' * 64}"
     done = inferctl("build", "--dry-run", "--json", "--spec", spec(tmp_path, base_image=mirror))
@@ -222,7 +237,10 @@ def test_an_image_that_is_not_there_cannot_be_pushed(engine: None) -> None:
 def test_a_package_that_no_index_has_fails_the_build_with_a_hint(base_image: str, tmp_path: Path) -> None:
     wheels = tmp_path / "wheels"
     wheels.mkdir()
-    done = inferctl("build", "--spec", spec(tmp_path, base_image=base_image, wheels=str(wheels)))
+    file = spec(tmp_path, base_image=base_image, wheels=str(wheels))
+    failed(inferctl("build", "--spec", file), 2, "wheels has no wheels", "pip download")
+    (wheels / "other-1.0-py3-none-any.whl").write_bytes(b"")
+    done = inferctl("build", "--spec", file)
     failed(done, 1, "the build failed in [", "inferctl lock")
     assert "No matching distribution found" in done.stderr
 

@@ -86,7 +86,7 @@ RUN echo preparing > /prepared
 {extra}
 COPY --link app /app
 ENV PYTHONPATH=/app INFERCTL_SERVE_PORT=8080 BEHAVIOUR={behaviour} PYTHONDONTWRITEBYTECODE=1
-LABEL test={mark}
+LABEL test={mark} io.inferctl.version=0 io.inferctl.model.weights=bake
 USER {user}
 ENTRYPOINT ["{PYTHON}", "-m", "inferctl"]
 CMD ["serve"]
@@ -107,7 +107,7 @@ def plan(image: Rendered, options: BuildOptions | None = None, name: str | None 
     model = {"source": "./tiny", "weights": "bake"}
     spec = Spec.model_validate({"name": "tiny", "model": model, "image": {"platform": platform}})
     return BuildPlan(
-        reference=name or f"inferctl-test/{uuid.uuid4().hex[:12]}:x",
+        references=(name or f"inferctl-test/{uuid.uuid4().hex[:12]}:x",),
         spec=spec,
         base=catalog.base("cpu"),
         stack=catalog.stack(catalog.base("cpu").stack),

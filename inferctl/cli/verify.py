@@ -1,0 +1,92 @@
+"""`inferctl verify`: check an existing image as `inferctl build` checks a new one."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from inferctl.cli import console, options
+from inferctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from inferctl.image.verify import Verified
+
+
+def verify(
+    reference: Annotated[
+        str, typer.Argument(metavar="REF", help="Name, name@digest or id of the image; pulled if it is absent.")
+    ],
+    spec_file: options.SpecFile = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="SOURCE", help="Mount these weights: local model folder or hub id."),
+    ] = None,
+    ready_timeout: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=0.1, max=86_400, help="Set how long the image may take to be ready."),
+    ] = 300.0,
+    network: Annotated[
+        str | None, typer.Option(metavar="NAME", help="`host`: run the containers on the network of the host.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Start an existing image, embed eight texts and compare the vectors with fp32; print the image's id.
+
+    The image is not changed. If it mounts its weights, they come from --model or from the spec.
+
+    Example: inferctl verify registry.example.com/ml/minilm:bf16 --model ./all-MiniLM-L6-v2
+    """
+    from inferctl.cli import download
+    from inferctl.cli.build import show_verified
+    from inferctl.cli.buildview import BuildView
+    from inferctl.image import lint, server
+    from inferctl.image.docker import Engine
+    from inferctl.image.plan import refuse
+    from inferctl.image.verify import VerifyOptions
+    from inferctl.image.verify import verify as verified
+
+    if network not in (None, "host"):
+        raise UsageError(f"--network {network!r} is not supported", "leave it out, or give `--network host`")
+    engine = Engine.connect()
+    image = server.obtain(engine, reference, console.note)
+    if "io.inferctl.version" not in image.labels:
+        raise UsageError(
+            f"{reference} was not built by inferctl: it has no label `io.inferctl.version`",
+            "`inferctl build` builds an image that can be verified",
+        )
+    findings = lint.built(image.environment, image.user, None)
+    for finding in findings:
+        console.warn(finding.text())
+    refuse([finding for finding in findings if finding.level == "error"])
+    known = options.names_model(spec_file, {"model.source": model})
+    spec = options.load(spec_file, {"model.source": model}).spec if known else None
+    folder = server.weights(
+        image,
+        server.ServeOptions(
+            address=server.Address("127.0.0.1", 0),
+            model=spec.model.source if spec else None,
+            revision=spec.model.revision if spec else None,
+            replaces_model=model is not None,
+        ),
+        download.fetch,
+    )
+    wanted = VerifyOptions(
+        model=folder,
+        network=network,
+        gpu=engine.info().gpu and "NVIDIA_VISIBLE_DEVICES" in image.environment,
+        ready_seconds=ready_timeout,
+        compare=image.labels.get("io.inferctl.model.weights") != "download",
+    )
+    with BuildView(live=sys.stderr.isatty()) as view:
+        found = view.follow(verified(engine, image, wanted))
+    show_verified(found)
+    _print(reference, image.id, found, as_json)
+
+
+def _print(reference: str, image: str, found: Verified, as_json: bool) -> None:
+    if as_json:
+        console.document({"image": image, "reference": reference, "verified": found.document()})
+    else:
+        console.data(image)

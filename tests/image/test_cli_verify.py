@@ -1,0 +1,89 @@
+"""`inferctl verify`: an existing image passes or breaks the contract of a build."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from inferctl.image import build
+from inferctl.image.docker import Engine
+from tests.image import tiny
+
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(120)]
+
+
+@pytest.fixture(scope="module")
+def docker(engine: None) -> Iterator[Engine]:
+    yield Engine.connect()
+    found = subprocess.run(
+        ["docker", "images", "--quiet", "--filter", f"label=test={tiny.mark}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for image in set(found.stdout.split()):
+        subprocess.run(["docker", "rmi", "--force", image], capture_output=True, check=False)
+
+
+def built(docker: Engine, base: str, behaviour: str) -> str:
+    made = tiny.with_options(tiny.plan(tiny.rendered(base, behaviour)), verify=False)
+    with contextlib.closing(build.run(made, docker, docker.info())) as events:
+        for _ in events:
+            pass
+    return made.reference
+
+
+def verify(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "inferctl", "verify", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100, cwd=cwd)
+
+
+def containers() -> str:
+    command = ["docker", "ps", "--all", "--quiet", "--filter", f"label=test={tiny.mark}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_good_image_passes_and_its_id_is_the_output(docker: Engine, base_image: str, tmp_path: Path) -> None:
+    name = built(docker, base_image, "works")
+    done = verify(name, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == docker.image(name).id  # type: ignore[union-attr]
+    assert "verified: bf16 (native) on tiny cpu, 8 texts, 32 dimensions, cosine to fp32" in done.stderr
+    document = json.loads(verify(name, "--json", cwd=tmp_path).stdout)
+    assert document["verified"]["cosine_min"] == pytest.approx(1.0)
+    assert containers() == ""
+
+
+def test_an_image_that_breaks_the_contract_fails_and_stays(docker: Engine, base_image: str, tmp_path: Path) -> None:
+    name = built(docker, base_image, "nan")
+    done = verify(name, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "text 4 got a vector with 1 of 32 numbers NaN" in done.stderr
+    assert docker.image(name) is not None
+    assert containers() == ""
+
+
+def test_an_image_of_someone_else_is_a_usage_error(docker: Engine, base_image: str, tmp_path: Path) -> None:
+    done = verify(base_image, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "was not built by inferctl" in done.stderr
+
+
+def test_an_image_that_the_registry_does_not_have_is_not_ready(docker: Engine, tmp_path: Path) -> None:
+    done = verify(f"localhost:5000/{uuid.uuid4().hex}:x", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "not found" in done.stderr
+
+
+def test_weights_that_the_image_brings_cannot_be_replaced(docker: Engine, base_image: str, tmp_path: Path) -> None:
+    done = verify(built(docker, base_image, "works"), "--model", ".", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "brings its own weights" in done.stderr
