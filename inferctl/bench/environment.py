@@ -41,12 +41,17 @@ _TELLING_VARIABLES = (
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU or MIG slice as its driver names it; `hardware` is its key in the catalog, None when the catalog does not know it."""
+    """A GPU or MIG slice as its driver names it.
+
+    `hardware` is its key in the catalog, None when the catalog does not know it. `compute_capability` is written as in
+    `8.6`, None when the driver does not report it.
+    """
 
     name: str
     hardware: str | None
     memory_bytes: int
     driver: str
+    compute_capability: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ def _gpus() -> Iterator[Gpu]:
     try:
         for one in gpus.devices():
             part = catalog.detect_gpu(one.name, one.memory_bytes)
-            yield Gpu(one.name, part.key if part else None, one.memory_bytes, one.driver)
+            key = part.key if part else None
+            yield Gpu(one.name, key, one.memory_bytes, one.driver, one.compute_capability)
     finally:
         gpus.close()

@@ -41,7 +41,8 @@ class GpuSample:
 class Described:
     """What does not change of a GPU while a bench runs. `sliced`: it is in MIG mode; `slices` are then the UUIDs of its MIG devices.
 
-    `default_power_limit_w` is what the part comes with, `power_limit_w` what is enforced now.
+    `default_power_limit_w` is what the part comes with, `power_limit_w` what is enforced now. `compute_capability` is
+    written as in `8.6`, None when the driver does not report it.
     """
 
     index: int
@@ -52,6 +53,7 @@ class Described:
     default_power_limit_w: float | None
     sliced: bool
     slices: tuple[str, ...]
+    compute_capability: str | None = None
 
 
 class NoNvmlError(Exception):
@@ -112,6 +114,7 @@ class Nvml:
         limit = self._ask(nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
         default = self._ask(nvml.nvmlDeviceGetPowerManagementDefaultLimit, handle)
         memory = self._ask(nvml.nvmlDeviceGetMemoryInfo, handle)
+        capability = self._ask(nvml.nvmlDeviceGetCudaComputeCapability, handle)
         sliced = bool(mode and mode[0])
         return Described(
             index,
@@ -122,6 +125,7 @@ class Nvml:
             default_power_limit_w=None if default is None else default / 1e3,
             sliced=sliced,
             slices=tuple(self._slices(handle)) if sliced else (),
+            compute_capability="{}.{}".format(*capability) if capability else None,
         )
 
     def _slices(self, handle: Any) -> list[str]:

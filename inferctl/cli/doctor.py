@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from inferctl.bench.environment import Environment, Gpu
+    from inferctl.catalog import Traits
     from inferctl.image.buildx import Builder
 
 # A CUDA image with its build cache: torch closure packed and unpacked, base, room for the next build.
@@ -52,7 +53,7 @@ def doctor(as_json: Json = False) -> None:
         _disk,
         _gpu,
         _torch,
-        _precisions,
+        precisions,
         _bench,
     ]
     with console.progress("looking at this machine"):
@@ -193,16 +194,32 @@ def _torch(here: Environment) -> Iterator[Check]:
     yield Check("serve", "can", f"torch {versions['torch']}, transformers {versions['transformers']}")
 
 
-def _precisions(here: Environment) -> Iterator[Check]:
+def precisions(here: Environment) -> Iterator[Check]:
     """Which precision runs natively on what is here."""
     from inferctl import catalog
 
-    part = catalog.hardware(here.hardware) if here.gpus and here.hardware else None
-    device = part.traits if part else catalog.Traits("cpu", cpu_flags=frozenset(here.cpu_flags))
+    device = _device(here)
+    if device is None:
+        why = f"{here.gpus[0].name} is not in the catalog, and its driver does not report its compute capability"
+        yield Check("precision", "limited", f"not known: {why}", "upgrade the driver")
+        return
     verdicts: dict[str, Verdict] = {"native": "can", "emulated": "limited", "unsupported": "cannot"}
     for precision in catalog.PRECISIONS:
         support = catalog.support(precision, device)
         yield Check(precision, verdicts[support.level], f"{support.level}: {support.reason}")
+
+
+def _device(here: Environment) -> Traits | None:
+    """What decides the precisions here: the first GPU, or the CPU. None if its compute capability is unknown."""
+    from inferctl import catalog
+
+    if not here.gpus:
+        return catalog.Traits("cpu", cpu_flags=frozenset(here.cpu_flags))
+    gpu = here.gpus[0]
+    if gpu.hardware:
+        return catalog.hardware(gpu.hardware).traits
+    capability = gpu.compute_capability
+    return catalog.Traits("cuda", catalog.capability_of(capability)) if capability else None
 
 
 def _bench(here: Environment) -> Iterator[Check]:

@@ -260,12 +260,15 @@ def test_samples_hold_what_nvml_says_and_nothing_where_it_is_silent(monkeypatch:
         "nvmlDeviceGetCurrentClocksThrottleReasons": lambda handle: 4,
         "nvmlDeviceGetEnforcedPowerLimit": lambda handle: 70_000,
         "nvmlDeviceGetPowerManagementDefaultLimit": lambda handle: 70_000,
+        "nvmlDeviceGetCudaComputeCapability": lambda handle: [7, 5],
         "nvmlDeviceGetMigMode": unsupported,
         "nvmlDeviceGetTotalEnergyConsumption": unsupported,
     }
     fake = SimpleNamespace(NVMLError=FakeError, NVML_CLOCK_SM=1, NVML_TEMPERATURE_GPU=0, **told)
     monkeypatch.setitem(__import__("sys").modules, "pynvml", fake)
     gpus = nvml.Nvml()
+    assert gpus.devices() == [dataclasses.replace(T4, compute_capability="7.5")]
+    fake.nvmlDeviceGetCudaComputeCapability = unsupported
     assert gpus.devices() == [T4]
     assert gpus.sample(0, 5) == GpuSample(5, 93.0, 10**9, 61.5, None, 1590, 71, 4, (Process(7), Process(8, 2)))
 

@@ -8,8 +8,9 @@ import io
 import pytest
 from rich.console import Console
 
+from inferctl.bench import environment
 from inferctl.bench.environment import Gpu
-from inferctl.cli.doctor import Check, features, images, table_of
+from inferctl.cli.doctor import Check, features, images, precisions, table_of
 from inferctl.image.buildx import Builder
 
 CLASSIC = Builder((0, 13, 1), "default", "docker", ("linux/amd64", "linux/386"), False)
@@ -61,3 +62,20 @@ def test_the_gpu_and_its_driver_are_judged_against_every_base_with_cuda(gpu: Gpu
     ]
     assert [check.verdict for check in found] == verdicts
     assert all(check.hint for check in found if check.verdict != "can")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "verdicts"),
+    [
+        (Gpu("NVIDIA GeForce RTX 4090", None, 24_000_000_000, "580.95.05", "8.9"), {"bf16": "can", "int8": "can"}),
+        (Gpu("Quadro RTX 5000", None, 16_000_000_000, "580.95.05", "7.5"), {"bf16": "limited", "fp16": "can"}),
+        (Gpu("Tesla V100", None, 16_000_000_000, "580.95.05", "7.0"), {"fp16": "can", "int8": "cannot"}),
+        (Gpu("Tesla T4", "t4", 16_000_000_000, "580.95.05"), {"bf16": "limited", "int8": "can"}),
+        (Gpu("NVIDIA Unknown", None, 16_000_000_000, "580.95.05"), {"precision": "limited"}),
+    ],
+)
+def test_the_precisions_of_a_gpu_are_judged_by_its_compute_capability(gpu: Gpu, verdicts: dict[str, str]) -> None:
+    here = dataclasses.replace(environment.detect(), hardware=gpu.hardware, gpus=(gpu,), cpu_flags=("avx512_bf16",))
+    found = {check.name: check for check in precisions(here)}
+    assert {name: check.verdict for name, check in found.items()}.items() >= verdicts.items()
+    assert not any("CPU" in check.detail for check in found.values())
