@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -287,7 +287,30 @@ def image_of(base: BaseImage, stack: Stack) -> drivers.Image | None:
     """What of a base and its stack a driver must satisfy; None for images without CUDA."""
     if stack.cuda is None or stack.driver_floor is None:
         return None
-    return drivers.Image(base.key, base.requirement, base.cuda_compat, stack.cuda, stack.driver_floor)
+    image = drivers.Image(base.key, base.requirement, base.cuda_compat, stack.cuda, stack.driver_floor)
+    note = base.notes.get("cuda_compat")
+    return replace(image, no_compat=note) if note else image
+
+
+def gpu_of(part: Hardware) -> drivers.Gpu:
+    """What of a part a driver must satisfy. `part` is of kind cuda."""
+    return gpu(part.brand or drivers.brand_of(part.name), part.compute_capability)
+
+
+def gpu(brand: str, capability: str | None) -> drivers.Gpu:
+    """What of a GPU a driver must satisfy."""
+    oldest = oldest_driver(capability_of(capability)) if capability else None
+    return drivers.Gpu(brand, capability, oldest)
+
+
+def oldest_driver(capability: tuple[int, int]) -> int | None:
+    """The oldest driver branch that runs GPUs of `capability`, at least; None when it is not known.
+
+    A capability that the table does not have needs no older driver than the one before it of the same major version.
+    """
+    known = {capability_of(key): branch for key, branch in _driver_table()["oldest_driver"].items()}
+    earlier = [branch for (major, minor), branch in known.items() if major == capability[0] and minor <= capability[1]]
+    return max((branch for branch in earlier if branch), default=None)
 
 
 def cuda_of_driver(branch: int) -> tuple[int, ...]:
@@ -299,7 +322,12 @@ def cuda_of_driver(branch: int) -> tuple[int, ...]:
 
 @cache
 def _driver_branches() -> dict[int, str]:
-    return dict(sorted(_yaml(assets.root() / "base-images" / "drivers.yaml")["cuda"].items()))
+    return dict(sorted(_driver_table()["cuda"].items()))
+
+
+@cache
+def _driver_table() -> dict[str, Any]:
+    return _yaml(assets.root() / "base-images" / "drivers.yaml")
 
 
 @cache

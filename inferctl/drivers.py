@@ -1,4 +1,4 @@
-"""Whether an NVIDIA driver runs a CUDA image: the image's requirement, minor version and forward compatibility."""
+"""Whether an NVIDIA driver runs a CUDA image on a GPU: oldest driver, image's requirement, compatibility."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ DATA_CENTER = frozenset({"tesla", "nvidia"})
 SOMETIMES = frozenset({"nvidiartx", "quadro", "quadrortx"})
 
 _CONDITION = re.compile(r"(cuda|driver|brand|arch)(>=|<=|!=|=|>|<)([\w.]+)")
-Rule = Literal["image", "stack", "cuda-compat"]
+# The container toolkit that enables cuda-compat by default again: 1.17.4 did not
+# (https://github.com/NVIDIA/nvidia-container-toolkit/pull/906).
+TOOLKIT = "container toolkit 1.17.5 or newer"
+Rule = Literal["gpu", "image", "stack", "cuda-compat"]
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,8 @@ class Verdict:
 class Image:
     """What of a base and its stack decides. `requirement`: None when it has none or it is not known.
 
-    `compat`: CUDA version of the forward compatibility libraries in the image. `cuda`, `floor`: the stack's CUDA
-    version and oldest driver branch.
+    `compat`: CUDA version of the forward compatibility libraries that the container toolkit enables, None when there
+    are none; `no_compat` says why. `cuda`, `floor`: the stack's CUDA version and oldest driver branch.
     """
 
     name: str
@@ -103,14 +106,31 @@ class Image:
     compat: str | None
     cuda: str
     floor: int
+    no_compat: str = "it has no cuda-compat libraries"
 
 
-def judge(image: Image, brand: str, driver: int, cuda: tuple[int, ...]) -> Verdict:
-    """Whether `driver` (a branch, as in 535, which offers CUDA `cuda`) runs `image` on a GPU of `brand`.
+@dataclass(frozen=True)
+class Gpu:
+    """What of a GPU decides: its brand, its compute capability and the oldest driver branch that runs it.
 
-    Three rules in this order: the container toolkit starts the image only if `NVIDIA_REQUIRE_CUDA` holds; CUDA's
-    minor version compatibility; the forward compatibility libraries in the image.
+    `capability` and `oldest_driver` are None when they are not known.
     """
+
+    brand: str
+    capability: str | None = None
+    oldest_driver: int | None = None
+
+
+def judge(image: Image, gpu: Gpu, driver: int, cuda: tuple[int, ...]) -> Verdict:
+    """Whether `driver` (a branch, as in 535, which offers CUDA `cuda`) runs `image` on `gpu`.
+
+    Four rules in this order: the oldest driver of the GPU; the container toolkit starts the image only if
+    `NVIDIA_REQUIRE_CUDA` holds, except in CDI mode; CUDA's minor version compatibility; the forward compatibility
+    libraries in the image.
+    """
+    if gpu.oldest_driver and driver < gpu.oldest_driver:
+        return _too_old_for_the_gpu(gpu, gpu.oldest_driver, driver)
+    brand = gpu.brand
     held: tuple[Condition, ...] | None = ()
     if image.requirement:
         held = image.requirement.satisfied_by(brand, driver, cuda)
@@ -122,30 +142,33 @@ def judge(image: Image, brand: str, driver: int, cuda: tuple[int, ...]) -> Verdi
         return Verdict("ok", "stack", f"driver {driver} is new enough", why)
     needs = f"{family} needs driver {image.floor} or newer, or forward compatibility"
     upgrade = f"upgrade the nodes to R{image.floor}, or take a base that needs less: `inferctl catalog bases`"
-    if not image.compat:
-        why = f"{needs}, and {image.name} has no cuda-compat libraries"
-        return Verdict("error", "cuda-compat", f"driver {driver} is too old", why, upgrade)
     if brand not in DATA_CENTER | SOMETIMES:
         why = f"{needs}; forward compatibility exists for data-center GPUs, and this one is of brand {brand}"
+        return Verdict("error", "cuda-compat", f"driver {driver} is too old", why, upgrade)
+    if not image.compat:
+        why = f"{needs}, and {image.name} cannot use it: {image.no_compat}"
         return Verdict("error", "cuda-compat", f"driver {driver} is too old", why, upgrade)
     carries = f"{image.name} carries cuda-compat for CUDA {image.compat}"
     if not _names_driver(held):
         why = f"{needs}; {carries}, but the image does not list the branches that it supports"
-        hint = f"try it there, or upgrade the nodes to R{image.floor}"
+        hint = f"try it there with {TOOLKIT}, or upgrade the nodes to R{image.floor}"
         return Verdict("warn", "cuda-compat", f"driver {driver} may be too old", why, hint)
     if brand in SOMETIMES:
         why = f"{carries}; only some RTX boards have forward compatibility"
-        hint = f"try it there, or upgrade the nodes to R{image.floor}"
+        hint = f"try it there with {TOOLKIT}, or upgrade the nodes to R{image.floor}"
         return Verdict("warn", "cuda-compat", f"driver {driver} may be too old", why, hint)
     why = f"{carries}, and NVIDIA_REQUIRE_CUDA lists R{driver} for this data-center GPU"
-    return Verdict("ok", "cuda-compat", f"driver {driver} works through forward compatibility", why)
+    what = f"driver {driver} works through forward compatibility, with {TOOLKIT}"
+    return Verdict("ok", "cuda-compat", what, why)
 
 
-def needs(image: Image, brand: str) -> str:
-    """Which drivers run `image` on a GPU of `brand`, for people."""
-    least = f"needs driver {image.floor} or newer"
-    branches = image.requirement.branches(brand) if image.requirement else ()
-    if brand in DATA_CENTER and image.compat and (older := tuple(b for b in branches if b < image.floor)):
+def needs(image: Image, gpu: Gpu) -> str:
+    """Which drivers run `image` on `gpu`, for people."""
+    oldest = gpu.oldest_driver or 0
+    least = f"needs driver {max(image.floor, oldest)} or newer"
+    branches = image.requirement.branches(gpu.brand) if image.requirement else ()
+    older = tuple(b for b in branches if oldest <= b < image.floor)
+    if gpu.brand in DATA_CENTER and image.compat and older:
         return f"{least}, or {_named(older)} with forward compatibility"
     return least
 
@@ -167,13 +190,25 @@ def brand_of(name: str) -> str:
     return "nvidiartx" if "rtx" in words else "nvidia"
 
 
+def _too_old_for_the_gpu(gpu: Gpu, oldest: int, driver: int) -> Verdict:
+    why = f"GPUs of compute capability {gpu.capability} need driver {oldest} or newer in every image"
+    why += "; cuda-compat replaces the libraries of the driver, not its kernel module"
+    return Verdict("error", "gpu", f"driver {driver} is older than the GPU", why, f"upgrade the nodes to R{oldest}")
+
+
 def _refused(image: Image, requirement: Requirement, brand: str, driver: int, cuda: tuple[int, ...]) -> Verdict:
     has = f"driver {driver} offers CUDA {'.'.join(map(str, cuda))}"
     listed = requirement.branches(brand)
     instead = f" or, for brand {brand}, {_named(listed)}" if listed else f" and lists no branch for brand {brand}"
     why = f"NVIDIA_REQUIRE_CUDA of {image.name} asks for CUDA {requirement.cuda} or newer{instead}; {has}"
+    what = f"the container toolkit refuses the image on driver {driver}"
     hint = "upgrade the nodes, or take a base that needs less: `inferctl catalog bases`"
-    return Verdict("error", "image", f"the container toolkit refuses the image on driver {driver}", why, hint)
+    if driver < image.floor:
+        return Verdict("error", "image", what, why, hint)
+    # CDI mode does not check NVIDIA_REQUIRE_*: https://github.com/NVIDIA/nvidia-container-toolkit/issues/1470
+    why += f", which runs CUDA {image.cuda.split('.')[0]} (minor version compatibility)"
+    hint = f"use CDI mode, {hint}"
+    return Verdict("warn", "image", f"{what} unless it runs in CDI mode", why, hint)
 
 
 def _condition(text: str) -> Condition:

@@ -302,23 +302,23 @@ def _kernels(stack: Stack, kernels: bool | None, part: Hardware) -> Iterator[Fin
         yield Finding("error", "kernels", f"{stack.key} has no kernels for it", why, hint, part.key)
 
 
-def judge_driver(base: BaseImage, stack: Stack, brand: str, driver: int) -> drivers.Verdict | None:
-    """Whether `driver` runs images of `base` with `stack` on a GPU of `brand`; None for images without CUDA."""
+def judge_driver(base: BaseImage, stack: Stack, gpu: drivers.Gpu, driver: int) -> drivers.Verdict | None:
+    """Whether `driver` runs images of `base` with `stack` on `gpu`; None for images without CUDA."""
     image = catalog.image_of(base, stack)
-    return drivers.judge(image, brand, driver, catalog.cuda_of_driver(driver)) if image else None
+    return drivers.judge(image, gpu, driver, catalog.cuda_of_driver(driver)) if image else None
 
 
 def _driver(base: BaseImage, stack: Stack, part: Hardware, driver: int | None) -> Iterator[Finding]:
     image = catalog.image_of(base, stack)
     if part.kind == "cpu" or image is None:
         return
-    brand = part.brand or drivers.brand_of(part.name)
+    gpu = catalog.gpu_of(part)
     if driver is None:
         hint = "`nvidia-smi` on a node shows its driver; `inferctl check --driver 535` judges by one"
         why = f"{stack.key} is built for CUDA {stack.cuda}"
-        yield Finding("ok", "driver", drivers.needs(image, brand), why, hint, part.key)
+        yield Finding("ok", "driver", drivers.needs(image, gpu), why, hint, part.key)
         return
-    verdict = drivers.judge(image, brand, driver, catalog.cuda_of_driver(driver))
+    verdict = drivers.judge(image, gpu, driver, catalog.cuda_of_driver(driver))
     yield Finding(verdict.level, "driver", verdict.what, verdict.why, verdict.hint, part.key)
 
 

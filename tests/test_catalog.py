@@ -41,6 +41,9 @@ def test_the_table_of_drivers_has_a_link_and_a_date() -> None:
         assert "https://" in source["source"]
         assert source["date"].year >= 2026
     assert list(table["cuda"]) == sorted(table["cuda"])
+    assert {"cuda", "oldest_driver"} <= {fact for source in table["sources"] for fact in source["facts"]}
+    parts = {part.compute_capability for part in catalog.hardware_profiles().values()} - {None}
+    assert parts <= set(table["oldest_driver"]), "a part without an oldest driver"
 
 
 @pytest.mark.parametrize("entry", catalog.hardware_profiles().values(), ids=lambda entry: entry.key)

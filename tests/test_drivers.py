@@ -1,4 +1,4 @@
-"""Which driver runs which image on which GPU, and which of the three rules says so."""
+"""Which driver runs which image on which GPU, and which of the four rules says so."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RTX = dataclasses.replace(catalog.hardware("l40s"), key="rtx-6000-ada", brand="n
 
 def judged(base: str, part: catalog.Hardware, driver: int) -> drivers.Verdict:
     entry = catalog.base(base)
-    verdict = fit.judge_driver(entry, catalog.stack(entry.stack), part.brand or "", driver)
+    verdict = fit.judge_driver(entry, catalog.stack(entry.stack), catalog.gpu_of(part), driver)
     assert verdict is not None
     finding = next(
         f
@@ -34,10 +34,10 @@ def judged(base: str, part: catalog.Hardware, driver: int) -> drivers.Verdict:
 @pytest.mark.parametrize(
     ("base", "driver", "level", "rule"),
     [
-        ("cuda12.8", 470, "error", "image"),
-        ("cuda12.8", 525, "error", "image"),  # CUDA 12 would run, the image refuses to start
+        ("cuda12.8", 520, "error", "image"),
+        ("cuda12.8", 525, "warn", "image"),  # CUDA 12 runs, and the image starts in CDI mode
         ("cuda12.8", 535, "ok", "stack"),
-        ("cuda12.8", 545, "error", "image"),  # newer than 535, and not listed
+        ("cuda12.8", 545, "warn", "image"),  # newer than 535, and not listed
         ("cuda12.8", 550, "ok", "stack"),
         ("cuda12.8", 570, "ok", "stack"),
         ("cuda12.8", 575, "ok", "stack"),
@@ -50,7 +50,7 @@ def judged(base: str, part: catalog.Hardware, driver: int) -> drivers.Verdict:
         ("cuda13.0", 575, "ok", "cuda-compat"),
         ("cuda13.0", 580, "ok", "stack"),
         ("cuda13.0", 615, "ok", "stack"),
-        ("ngc25.12", 570, "warn", "cuda-compat"),
+        ("ngc25.12", 570, "error", "cuda-compat"),  # the toolkit does not find its cuda-compat
         ("ngc25.12", 580, "ok", "stack"),
     ],
 )
@@ -62,8 +62,9 @@ def test_drivers_of_data_center_gpus(part: str, base: str, driver: int, level: s
 @pytest.mark.parametrize(
     ("base", "driver", "level", "rule"),
     [
-        ("cuda12.8", 535, "error", "image"),
-        ("cuda12.8", 550, "error", "image"),
+        ("cuda12.8", 520, "error", "image"),
+        ("cuda12.8", 535, "warn", "image"),
+        ("cuda12.8", 550, "warn", "image"),
         ("cuda12.8", 570, "ok", "stack"),
         ("cuda13.0", 535, "error", "image"),
         ("cuda13.0", 575, "error", "image"),
@@ -91,6 +92,64 @@ def test_drivers_of_rtx_boards_may_have_forward_compatibility(base: str, driver:
     assert (verdict.level, verdict.rule) == (level, rule), verdict
 
 
+@pytest.mark.parametrize(
+    ("part", "base", "driver", "level", "rule"),
+    [
+        ("b200-sxm", "cuda12.8", 535, "error", "gpu"),
+        ("b200-sxm", "cuda12.8", 565, "error", "gpu"),
+        ("b200-sxm", "cuda12.8", 570, "ok", "stack"),
+        ("b200-sxm", "cuda13.0", 535, "error", "gpu"),  # cuda-compat does not replace the kernel module
+        ("b200-sxm", "cuda13.0", 570, "ok", "cuda-compat"),
+        ("b200-sxm", "ngc25.12", 550, "error", "gpu"),
+        ("b200-sxm", "ngc25.12", 580, "ok", "stack"),
+        ("rtx-pro-6000-server", "cuda12.8", 550, "error", "gpu"),
+        ("rtx-pro-6000-server", "cuda12.8", 570, "ok", "stack"),
+        ("t4", "cuda12.8", 470, "error", "image"),
+        ("h100-nvl", "cuda12.8", 470, "error", "gpu"),
+        ("h100-sxm", "cuda13.0", 515, "error", "gpu"),
+        ("h100-sxm", "cuda13.0", 535, "ok", "cuda-compat"),
+        ("l4", "cuda12.8", 515, "error", "gpu"),
+        ("a10", "cuda12.8", 450, "error", "gpu"),
+        ("a100-40gb-mig-3g.20gb", "cuda12.8", 440, "error", "gpu"),
+        ("t4", "cuda12.8", 390, "error", "gpu"),
+    ],
+)
+def test_a_driver_older_than_the_gpu_runs_no_image(part: str, base: str, driver: int, level: str, rule: str) -> None:
+    verdict = judged(base, catalog.hardware(part), driver)
+    assert (verdict.level, verdict.rule) == (level, rule), verdict
+
+
+@pytest.mark.parametrize(
+    ("capability", "oldest"),
+    [
+        ((7, 0), 384),
+        ((7, 5), 410),
+        ((8, 0), 450),
+        ((8, 6), 455),
+        ((8, 9), 520),
+        ((9, 0), 520),
+        ((10, 0), 570),
+        ((12, 0), 570),
+        ((10, 3), 570),  # newer than 10.0
+        ((11, 0), None),
+        ((6, 1), None),
+    ],
+)
+def test_every_architecture_has_an_oldest_driver(capability: tuple[int, int], oldest: int | None) -> None:
+    assert catalog.oldest_driver(capability) == oldest
+
+
+def test_without_a_driver_the_oldest_one_of_the_gpu_is_named() -> None:
+    def needs(base: str, part: str) -> str:
+        image = catalog.image_of(catalog.base(base), catalog.stack(catalog.base(base).stack))
+        assert image is not None
+        return drivers.needs(image, catalog.gpu_of(catalog.hardware(part)))
+
+    assert needs("cuda12.8", "b200-sxm") == "needs driver 570 or newer"
+    assert needs("cuda13.0", "b200-sxm") == "needs driver 580 or newer, or R570 or R575 with forward compatibility"
+    assert needs("ngc25.12", "t4") == "needs driver 580 or newer"
+
+
 def test_the_message_names_the_rule_that_decides() -> None:
     t4 = catalog.hardware("t4")
     refused, compatible, plain = (judged("cuda13.0", t4, driver) for driver in (545, 550, 580))
@@ -101,22 +160,39 @@ def test_the_message_names_the_rule_that_decides() -> None:
     assert compatible.why == (
         "cuda13.0 carries cuda-compat for CUDA 13.0, and NVIDIA_REQUIRE_CUDA lists R550 for this data-center GPU"
     )
+    assert compatible.what == ("driver 550 works through forward compatibility, with container toolkit 1.17.5 or newer")
     assert plain.why == "CUDA 13 runs on driver 580 or newer (minor version compatibility)"
+    gpu = judged("cuda13.0", catalog.hardware("b200-sxm"), 535)
+    assert (gpu.what, gpu.hint) == ("driver 535 is older than the GPU", "upgrade the nodes to R570")
+    assert gpu.why.startswith("GPUs of compute capability 10.0 need driver 570 or newer")
+    cdi = judged("cuda12.8", t4, 545)
+    assert cdi.what == "the container toolkit refuses the image on driver 545 unless it runs in CDI mode"
+    assert refused.what == "the container toolkit refuses the image on driver 545"
+    ngc = judged("ngc25.12", t4, 570)
+    assert "/usr/local/cuda/compat/lib.real" in ngc.why
     assert refused.hint
     assert plain.hint is None
 
 
 def test_an_image_without_the_compat_libraries_needs_the_newer_driver() -> None:
     base = dataclasses.replace(catalog.base("cuda13.0"), cuda_compat=None)
-    verdict = fit.judge_driver(base, catalog.stack(base.stack), "nvidia", 550)
+    verdict = fit.judge_driver(base, catalog.stack(base.stack), drivers.Gpu("nvidia"), 550)
     assert verdict is not None
     assert (verdict.level, verdict.rule) == ("error", "cuda-compat")
     assert "has no cuda-compat libraries" in verdict.why
 
 
+def test_an_image_that_lists_no_branches_may_work_through_forward_compatibility() -> None:
+    base = dataclasses.replace(catalog.base("cuda13.0"), require_cuda="cuda>=9.0")
+    verdict = fit.judge_driver(base, catalog.stack(base.stack), drivers.Gpu("nvidia"), 550)
+    assert verdict is not None
+    assert (verdict.level, verdict.rule) == ("warn", "cuda-compat")
+    assert "container toolkit 1.17.5 or newer" in (verdict.hint or "")
+
+
 def test_an_image_without_cuda_asks_for_no_driver() -> None:
     base = catalog.base("cpu")
-    assert fit.judge_driver(base, catalog.stack(base.stack), "nvidia", 470) is None
+    assert fit.judge_driver(base, catalog.stack(base.stack), drivers.Gpu("nvidia"), 470) is None
 
 
 @pytest.mark.parametrize(

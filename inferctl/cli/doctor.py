@@ -174,9 +174,9 @@ def images(gpu: Gpu) -> Iterator[Check]:
         return
     known = catalog.hardware(gpu.hardware) if gpu.hardware else None
     able: dict[str, Verdict] = {"ok": "can", "warn": "limited", "error": "cannot"}
-    brand = (known.brand if known else None) or drivers.brand_of(gpu.name)
+    device = catalog.gpu_of(known) if known else catalog.gpu(drivers.brand_of(gpu.name), gpu.compute_capability)
     for base in catalog.bases().values():
-        verdict = fit.judge_driver(base, catalog.stack(base.stack), brand, int(branch))
+        verdict = fit.judge_driver(base, catalog.stack(base.stack), device, int(branch))
         if verdict:
             yield Check(f"base {base.key}", able[verdict.level], f"{verdict.what}: {verdict.why}", verdict.hint)
 

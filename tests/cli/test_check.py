@@ -69,6 +69,12 @@ def test_a_driver_that_is_too_old_ends_with_2(here: Path, capsys: Captured) -> N
     assert run(["check", "--driver", "580.65.06"]) == 0
 
 
+def test_a_driver_older_than_the_gpu_ends_with_2(here: Path, capsys: Captured) -> None:
+    assert run(["check", "--hardware", "b200-sxm", "--driver", "535"]) == 2
+    assert "driver 535 is older than the GPU" in " ".join(capsys.readouterr().out.split())
+    assert run(["check", "--hardware", "b200-sxm", "--driver", "570"]) == 0
+
+
 def test_a_driver_that_is_none_is_a_usage_mistake(here: Path, capsys: Captured) -> None:
     assert run(["check", "--driver", "new"]) == 2
     assert capsys.readouterr().err.startswith("error: --driver: 'new' is not a driver version\n\nhint: ")

@@ -48,10 +48,13 @@ def test_a_builder_that_has_it_all_is_able() -> None:
 @pytest.mark.parametrize(
     ("gpu", "verdicts"),
     [
-        (Gpu("Tesla T4", "t4", 16_000_000_000, "550.127.05"), ["can", "can", "limited"]),
-        (Gpu("Tesla T4", "t4", 16_000_000_000, "525.147.05"), ["cannot", "cannot", "limited"]),
+        (Gpu("Tesla T4", "t4", 16_000_000_000, "550.127.05"), ["can", "can", "cannot"]),
+        (Gpu("Tesla T4", "t4", 16_000_000_000, "525.147.05"), ["limited", "cannot", "cannot"]),
         (Gpu("NVIDIA GeForce RTX 4090", None, 24_000_000_000, "570.86.10"), ["can", "cannot", "cannot"]),
         (Gpu("NVIDIA GeForce RTX 4090", None, 24_000_000_000, "580.95.05"), ["can", "can", "can"]),
+        (Gpu("NVIDIA GeForce RTX 5090", None, 32_000_000_000, "565.57.01", "12.0"), ["cannot", "cannot", "cannot"]),
+        (Gpu("NVIDIA GeForce RTX 5090", None, 32_000_000_000, "570.86.10", "12.0"), ["can", "cannot", "cannot"]),
+        (Gpu("NVIDIA B200", "b200-sxm", 180_000_000_000, "535.129.03"), ["cannot", "cannot", "cannot"]),
         (Gpu("NVIDIA GeForce RTX 4090", None, 24_000_000_000, "None"), []),
     ],
 )
