@@ -188,6 +188,7 @@ _HINTS = {
     "image.repository": "as in registry.example.com/team/name: lower case, no tag",
     "image.base_image": "as in registry.example.com/team/cuda:13.0, or with @sha256: and the 64 digits of its digest",
     "image.tag": "letters, digits, '_', '.' and '-', 128 at most",
+    "image.platform": "as in linux/amd64 or linux/arm/v7",
     "image.max_size": "write it like 6GB, 800MB or 2GiB",
     "model": "give a hub id, or `weights: mount` or `bake` for a local folder",
 }

@@ -22,6 +22,8 @@ _LABELS = r"[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)"
 IMAGE_NAME = rf"(?:(?:{_LABELS}+|localhost)/|{_LABELS}*:\d+/)?{_PART}(?:/{_PART})*"
 IMAGE_TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 IMAGE_REFERENCE = rf"{IMAGE_NAME}(?::{IMAGE_TAG})?(?:@sha256:[0-9a-f]{{64}})?"
+# Operating system, architecture and variant, as in linux/amd64 and linux/arm/v7.
+PLATFORM = r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9_.]+)?"
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+(?:(?:\.|-+)[a-z0-9]+)*$", max_length=63)]
 Size = Annotated[str, Field(pattern=r"^\d+(?:\.\d+)? ?[kKmMgGtT]?i?[bB]?$")]
 # What ends up in a Dockerfile or a label must stay on its line.
@@ -94,7 +96,9 @@ class Image(_Section):
     base_image: Annotated[str, Field(pattern=rf"^{IMAGE_REFERENCE}$")] | None = Field(
         None, description="Your mirror of the base, best with a digest: `registry/cuda@sha256:...`."
     )
-    platform: OneLine = Field("linux/amd64", description="Platform to build for.")
+    platform: Annotated[str, Field(pattern=rf"^{PLATFORM}$")] = Field(
+        "linux/amd64", description="Platform to build for: `os/architecture` or `os/architecture/variant`."
+    )
     wheels: OneLine | None = Field(
         None, description="Folder of wheels that stands in for the package index (air-gapped builds)."
     )

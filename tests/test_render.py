@@ -142,6 +142,15 @@ def test_values_that_could_escape_into_the_dockerfile_are_refused(nasty: str) ->
     assert "cannot stand in a Dockerfile" in caught.value.message
 
 
+@pytest.mark.parametrize("nonsense", ["linux/amd64; rm -rf /", "linux", "linux/", "linux/arm/v7/x", "linux/amd64\n"])
+def test_a_platform_is_an_operating_system_an_architecture_and_a_variant(nonsense: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        rendered(image__platform=nonsense)
+    assert "is not a valid platform" in caught.value.message
+    assert "linux/amd64" in (caught.value.hint or "")
+    assert rendered(image__platform="linux/arm/v7")
+
+
 @pytest.mark.parametrize(
     "nonsense", ["cuda:", "registry.example.com/Cuda", "cuda@sha256:12", "a b", "-cuda", "cuda:13@md5:1"]
 )

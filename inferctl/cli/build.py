@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from inferctl.cli import completion, console
-from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load
+from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load, network_of
 
 if TYPE_CHECKING:
     from inferctl.image.build import Built
@@ -122,14 +122,14 @@ def build(
         push=push,
         verify=verify,
         lint_layers=lint_layers,
-        platforms=tuple(part.strip() for part in (platform or "").split(",") if part.strip()),
+        platforms=platforms_of(platform) if platform is not None else (),
         cache_to=tuple(cache_to or ()),
         cache_from=tuple(cache_from or ()),
         oci=oci_file(output) if output is not None else None,
         metadata_file=metadata_file,
         references=tuple(dict.fromkeys(map(tag_reference, tag or ()))),
         secrets={name: file for name, file in secrets.items() if file is not None},
-        network=network,
+        network=network_of(network),
         allow_floating=allow_floating,
         max_bytes=parse_size(spec.image.max_size) if spec.image.max_size else None,
         expected=expect,
@@ -175,6 +175,22 @@ def labels_of(given: list[str]) -> dict[str, str]:
             )
         made[key] = value
     return made
+
+
+def platforms_of(text: str) -> tuple[str, ...]:
+    """`linux/amd64, linux/arm64` -> its platforms. Raises `UsageError`."""
+    import re
+
+    from inferctl.errors import UsageError
+    from inferctl.spec import PLATFORM
+
+    found = tuple(part.strip() for part in text.split(","))
+    for part in found:
+        if not re.fullmatch(PLATFORM, part):
+            raise UsageError(
+                f"--platform {text!r}: {part!r} is not a platform", "as in `--platform linux/amd64,linux/arm64`"
+            )
+    return found
 
 
 def oci_file(text: str) -> Path:

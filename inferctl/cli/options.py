@@ -44,6 +44,15 @@ def names_model(spec_file: Path | None, flags: dict[str, Any]) -> bool:
     return bool(named or flags.get("model.source") or Path(spec.DEFAULT_FILE).exists())
 
 
+def network_of(name: str | None) -> str | None:
+    """The value of `--network`: `host`, or None if it is not given. Raises `UsageError`."""
+    from inferctl.errors import UsageError
+
+    if name not in (None, "host"):
+        raise UsageError(f"--network {name!r} is not supported", "leave it out, or give `--network host`")
+    return name
+
+
 def load(spec_file: Path | None, flags: dict[str, Any]) -> Resolved:
     """Settings in force: `flags` (dotted path -> value, None is not given) over INFERCTL_* over the spec file over the defaults.
 

@@ -47,8 +47,7 @@ def verify(
     from inferctl.image.verify import VerifyOptions
     from inferctl.image.verify import verify as verified
 
-    if network not in (None, "host"):
-        raise UsageError(f"--network {network!r} is not supported", "leave it out, or give `--network host`")
+    network = options.network_of(network)
     engine = Engine.connect()
     image = server.obtain(engine, reference, console.note)
     if "io.inferctl.version" not in image.labels:

@@ -222,6 +222,12 @@ def test_an_image_that_mounts_its_weights_can_be_built_where_they_are_not(tmp_pa
         (["--tag", "MyOrg/minilm"], "'MyOrg/minilm' is not an image name", "all lower case"),
         (["--push"], "--push needs a repository", "image.repository"),
         (["--max-size", "big"], "'big' is not a valid max size", "6GB"),
+        (["--dry-run", "--network", "zzz"], "--network 'zzz' is not supported", "--network host"),
+        (["--dry-run", "--network", ""], "--network '' is not supported", "--network host"),
+        (["--dry-run", "--platform", ","], "--platform ',': '' is not a platform", "linux/amd64,linux/arm64"),
+        (["--dry-run", "--platform", ""], "--platform '': '' is not a platform", "linux/amd64,linux/arm64"),
+        (["--dry-run", "--platform", "linux/amd64,"], "'' is not a platform", "linux/amd64,linux/arm64"),
+        (["--dry-run", "--platform", "linux"], "'linux' is not a platform", "linux/amd64,linux/arm64"),
     ],
 )
 def test_bad_options(tmp_path: Path, arguments: list[str], message: str, hint: str) -> None:
