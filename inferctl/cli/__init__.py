@@ -1,6 +1,7 @@
 """The command line: one thin file a verb. This file turns an `InferctlError` into message and exit code; `console.py` alone prints.
 
-Nothing heavy is imported here or at the top of a verb's file: `inferctl --help` must cost little more than importing Typer.
+A verb's file is imported when that verb runs. Nothing heavy is imported here or at the top of such a file:
+`inferctl --help` must cost little more than importing Typer.
 """
 
 from __future__ import annotations
@@ -8,36 +9,47 @@ from __future__ import annotations
 import errno
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 from typer.exceptions import TyperException
 
 import inferctl
-from inferctl.cli import (
-    bench,
-    build,
-    capacity,
-    catalog,
-    check,
-    compare,
-    console,
-    doctor,
-    estimate,
-    init,
-    lock,
-    pin,
-    pull,
-    push,
-    render,
-    serve,
-    settings,
-    streams,
-    verify,
-)
+from inferctl.cli import console, streams
+from inferctl.cli.lazy import Command, LazyGroup
 from inferctl.errors import EXIT_INTERRUPTED, InferctlError, NotReadyError, UsageError
 
+
+class Root(LazyGroup):
+    """The commands of `inferctl`."""
+
+    # The order is that of `inferctl --help`: the way of a model from a file to a measured container, then the rest.
+    table: ClassVar = {
+        "init": Command("inferctl.cli.init", "init", "Write a commented inferctl.yaml."),
+        "check": Command("inferctl.cli.check", "check", "Validate the spec; say what fits which hardware."),
+        "pin": Command("inferctl.cli.pin", "pin", "Write digests and commits into the spec."),
+        "render": Command("inferctl.cli.render", "render", "Print the Dockerfile, or write all it needs."),
+        "build": Command("inferctl.cli.build", "build", "Build, verify, name and push the image."),
+        "verify": Command("inferctl.cli.verify", "verify", "Check an image: start it, compare with fp32."),
+        "push": Command("inferctl.cli.push", "push", "Push an image; print its name@digest."),
+        "pull": Command("inferctl.cli.pull", "pull", "Pull an image; print its name@digest."),
+        "serve": Command("inferctl.cli.serve", "serve", "Serve embeddings over HTTP, OpenAI-compatible."),
+        "bench": Command("inferctl.cli.bench", "bench", "Measure latency, throughput and quality."),
+        "compare": Command("inferctl.cli.compare", "compare", "Say whether a measurement became worse."),
+        "estimate": Command(
+            "inferctl.cli.estimate", "estimate", "Estimate latency, throughput and cost on other hardware."
+        ),
+        "capacity": Command("inferctl.cli.capacity", "capacity", "Turn a receipt into capacity.json."),
+        "doctor": Command("inferctl.cli.doctor", "doctor", "Say what this machine can do."),
+        "config": Command("inferctl.cli.settings", "config", "Print each setting and where it came from."),
+        "schema": Command("inferctl.cli.settings", "schema", "Print the JSON Schema of inferctl.yaml."),
+        "lock": Command("inferctl.cli.lock", "lock", "Resolve the hashed locks of an image."),
+        "catalog": Command("inferctl.cli.catalog", "app", "Known bases, stacks, hardware; with sources."),
+    }
+
+
 app = typer.Typer(
+    cls=Root,
     name="inferctl",
     help="Build, serve and benchmark model containers: one spec file, one standard image, numbers you can defend.",
     epilog="Start with `inferctl init`, or without any file: `inferctl serve --model DIR`.",
@@ -62,27 +74,6 @@ def root(
     ] = False,
 ) -> None:
     console.help_without_command(context)
-
-
-# In the order in which `inferctl --help` lists them: the way of a model from a file to a measured container.
-app.command("init", short_help="Write a commented inferctl.yaml.")(init.init)
-app.command("check", short_help="Validate the spec; say what fits which hardware.")(check.check)
-app.command("pin", short_help="Write digests and commits into the spec.")(pin.pin)
-app.command("render", short_help="Print the Dockerfile, or write all it needs.")(render.render)
-app.command("build", short_help="Build, verify, name and push the image.")(build.build)
-app.command("verify", short_help="Check an image: start it, compare with fp32.")(verify.verify)
-app.command("push", short_help="Push an image; print its name@digest.")(push.push)
-app.command("pull", short_help="Pull an image; print its name@digest.")(pull.pull)
-app.command("serve", short_help="Serve embeddings over HTTP, OpenAI-compatible.", epilog=serve.EPILOG)(serve.serve)
-app.command("bench", short_help="Measure latency, throughput and quality.", epilog=bench.EPILOG)(bench.bench)
-app.command("compare", short_help="Say whether a measurement became worse.")(compare.compare)
-app.command("estimate", short_help="Estimate latency, throughput and cost on other hardware.")(estimate.estimate)
-app.command("capacity", short_help="Turn a receipt into capacity.json.", epilog=capacity.EPILOG)(capacity.capacity)
-app.add_typer(catalog.app, name="catalog", short_help="Known bases, stacks, hardware; with sources.")
-app.command("doctor", short_help="Say what this machine can do.")(doctor.doctor)
-app.command("config", short_help="Print each setting and where it came from.")(settings.config)
-app.command("schema", short_help="Print the JSON Schema of inferctl.yaml.")(settings.schema)
-app.command("lock", short_help="Resolve the hashed locks of an image.")(lock.lock)
 
 
 # Failures of the machine that can strike any command, and the way out of each.

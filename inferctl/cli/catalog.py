@@ -23,9 +23,11 @@ def _key(offered: completion.Callback) -> Any:
 
 
 app = typer.Typer(
+    name="catalog",
     help="Known bases, torch stacks and hardware, with sources.",
     invoke_without_command=True,
     rich_markup_mode=None,
+    add_completion=False,
 )
 
 

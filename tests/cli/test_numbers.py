@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+from typer.main import get_command
 
 from inferctl import cli
 
@@ -78,7 +79,7 @@ def test_a_text_that_holds_a_number_is_checked(line: str, option: str, minilm: P
 def test_no_number_is_missing_in_the_table() -> None:
     listed = {(line.split()[0], option) for line, option in CASES}
     found = set()
-    for command in cli.app.registered_commands:
+    for command in get_command(cli.app).commands.values():  # type: ignore[attr-defined]  # the root is a group
         for name, annotation in get_type_hints(command.callback, include_extras=True).items():
             kinds = re.findall(r"\b(?:int|float)\b", str(get_args(annotation)[:1]))
             if kinds:
