@@ -1,6 +1,15 @@
-"""`python -m inferctl` is the `inferctl` command."""
+"""The entry point of `inferctl` and of `python -m inferctl`."""
 
-from inferctl.cli import main
+import signal
+
+
+def main() -> None:
+    """Run the command line. A signal that arrives during its imports takes effect after them, without a traceback."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    from inferctl import cli
+
+    cli.main()
+
 
 if __name__ == "__main__":
     main()

@@ -103,6 +103,8 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; errors are printed, bugs are raised."""
     console.expect_document("--json" in arguments)
     try:
+        # `inferctl.__main__` blocks these during the imports.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
         code = _run(arguments)
         # A full disk may show only here.
         sys.stdout.flush()

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,29 @@ def test_an_interrupted_command_leaves_a_document(sent: signal.Signals, tmp_path
     assert process.returncode == 130
     assert json.loads(out)["error"] == {"message": "interrupted", "hint": None, "exit_code": 130, "problems": []}
     assert "Traceback" not in err
+
+
+_PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+_MODULE, _FUNCTION = tomllib.loads(_PYPROJECT.read_text())["project"]["scripts"]["inferctl"].split(":")
+_STARTS = {
+    "script": f"from {_MODULE} import {_FUNCTION}; {_FUNCTION}()",
+    "module": "import runpy; runpy.run_module('inferctl', run_name='__main__')",
+}
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("start", _STARTS)
+def test_a_command_interrupted_during_its_imports_leaves_a_document(start: str, sent: signal.Signals) -> None:
+    code = f"""
+import os, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), {sent})
+sys.meta_path.insert(0, Finder)
+sys.argv = ["inferctl", "doctor", "--json"]
+{_STARTS[start]}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert json.loads(done.stdout)["error"]["message"] == "interrupted"
