@@ -101,6 +101,13 @@ def test_only_the_torch_closure_is_also_looked_for_in_the_index_of_its_stack() -
     assert "PIP_EXTRA_INDEX_URL" not in rendered("cpu", image__wheels="./wheels").dockerfile
 
 
+@pytest.mark.parametrize("base", ["cuda12.8", "cuda13.0", "ngc25.12"])
+def test_torch_compiles_nothing_and_multiplies_fp32_in_fp32_on_gpus(base: str) -> None:
+    final = rendered(base, locks.Locks(torch=None, server=LOCKS.server)).dockerfile.rpartition("\nFROM ")[2]
+    assert "TORCH_DISABLE_NATIVE_JIT=1" in final
+    assert "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0" in final
+
+
 def test_a_wheel_folder_stands_in_for_the_index() -> None:
     found = rendered(image__wheels="./wheels")
     assert found.contexts == {"wheels": "./wheels"}

@@ -347,6 +347,22 @@ def test_an_engine_that_dies_while_a_doubt_waits_does_not_lose_the_suspect() -> 
     run(scenario)
 
 
+def test_the_health_check_batch_is_one_that_an_engine_without_one_token_attention_computes() -> None:
+    async def scenario() -> None:
+        world = World()
+        lane = world.lanes[0]
+        suspect = world.ask([FAILING])
+        await settled()
+        for _ in range(2):
+            world.step(lane)
+        assert all(length > 1 for batch in world.with_engine[lane] for length in batch.lengths)
+        await world.drain()
+        assert isinstance(suspect.exception(), EngineFailedError)
+        assert world.deaths == 0
+
+    run(scenario)
+
+
 def test_a_request_that_engines_die_after_is_given_up_and_the_next_is_answered() -> None:
     async def scenario() -> None:
         world = World()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -209,3 +212,34 @@ def test_what_another_device_found_is_not_believed(minilm: Path) -> None:
     again = EncoderEngine(replace(config, known=other.to_json())).load()
     assert (again.device, again.attention) == (found.device, found.attention)
     assert again.parallel != 7
+
+
+# What torch registers for CUDA when it is imported, as on a machine that has CUDA and Triton.
+_REGISTERED = """
+import importlib, sys
+if sys.argv[1] == "engine":
+    from inferctl.serve.types import EngineConfig
+    from inferctl.serve.worker import make_engine
+    make_engine(EngineConfig(model=sys.argv[2], device="cpu"))
+else:
+    from inferctl.serve.reference import reference
+    reference(sys.argv[2], ["a text"])
+from torch._native import registry, triton_utils
+from torch._vendor.packaging.version import Version
+triton_utils._check_runtime_available = lambda: (True, Version("3.7.1"))
+importlib.import_module("torch._native.ops.bmm_outer_product.triton_impl").register_to_dispatch()
+print(sorted(op for op, nodes in registry._graphs.items() if any(node.dsl_name != "native" for node in nodes)))
+"""
+
+
+@pytest.mark.parametrize("process", ["engine", "reference"])
+@pytest.mark.parametrize(("disabled", "registered"), [(None, "[]"), ("0", "[('bmm', 'CUDA')]")])
+def test_no_kernel_that_needs_a_compiler_replaces_one_of_torch(
+    minilm: Path, process: str, disabled: str | None, registered: str
+) -> None:
+    pytest.importorskip("torch._native.ops.bmm_outer_product", reason="this torch has no kernels in Triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_DISABLE_NATIVE_JIT"}
+    environment |= {"TORCH_DISABLE_NATIVE_JIT": disabled} if disabled else {}
+    command = [sys.executable, "-c", _REGISTERED, process, str(minilm)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout.strip() == registered, done.stderr

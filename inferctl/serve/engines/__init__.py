@@ -1,0 +1,7 @@
+"""The engines. Importing this package sets what torch reads when it is imported, so import torch after it."""
+
+import os
+
+# With Triton 3.6 or later, torch 2.13 compiles kernels of its own for some operations on GPUs, such as the attention of
+# a single token. Triton needs a C compiler, which images on CUDA bases do not have, and torch has no fallback.
+os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")

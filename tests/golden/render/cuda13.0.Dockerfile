@@ -66,6 +66,8 @@ ENV PYTHONPATH=/opt/inferctl/server:/opt/inferctl/dependencies:/opt/inferctl/tor
     INFERCTL_MODEL_SOURCE=/model \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    TORCH_DISABLE_NATIVE_JIT=1 \
+    TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0 \
     INFERCTL_SERVE_PORT=8080
 # A number, so that Kubernetes can prove that it is not root; it owns nothing and needs to write nothing but /tmp.
 USER 10001:10001
