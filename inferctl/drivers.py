@@ -158,8 +158,8 @@ def judge(image: Image, gpu: Gpu, driver: int, cuda: tuple[int, ...]) -> Verdict
         hint = f"try it there with {TOOLKIT}, or upgrade the nodes to R{image.floor}"
         return Verdict("warn", "cuda-compat", f"driver {driver} may be too old", why, hint)
     why = f"{carries}, and NVIDIA_REQUIRE_CUDA lists R{driver} for this data-center GPU"
-    what = f"driver {driver} works through forward compatibility, with {TOOLKIT}"
-    return Verdict("ok", "cuda-compat", what, why)
+    hint = f"use {TOOLKIT} on the nodes: 1.17.4 does not enable cuda-compat by default"
+    return Verdict("ok", "cuda-compat", f"driver {driver} works through forward compatibility", why, hint)
 
 
 def needs(image: Image, gpu: Gpu) -> str:

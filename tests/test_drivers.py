@@ -160,7 +160,9 @@ def test_the_message_names_the_rule_that_decides() -> None:
     assert compatible.why == (
         "cuda13.0 carries cuda-compat for CUDA 13.0, and NVIDIA_REQUIRE_CUDA lists R550 for this data-center GPU"
     )
-    assert compatible.what == ("driver 550 works through forward compatibility, with container toolkit 1.17.5 or newer")
+    assert compatible.what == "driver 550 works through forward compatibility"
+    assert compatible.hint is not None
+    assert compatible.hint.startswith("use container toolkit 1.17.5 or newer")
     assert plain.why == "CUDA 13 runs on driver 580 or newer (minor version compatibility)"
     gpu = judged("cuda13.0", catalog.hardware("b200-sxm"), 535)
     assert (gpu.what, gpu.hint) == ("driver 535 is older than the GPU", "upgrade the nodes to R570")

@@ -66,6 +66,7 @@ def test_a_driver_that_is_too_old_ends_with_2(here: Path, capsys: Captured) -> N
     assert run(["check", "--driver", "525.147.05"]) == 2
     assert "the container toolkit refuses the image on driver 525" in " ".join(capsys.readouterr().out.split())
     assert run(["check", "--driver", "535.129.03"]) == 0
+    assert "container toolkit 1.17.5 or newer" in " ".join(capsys.readouterr().out.split())
     assert run(["check", "--driver", "580.65.06"]) == 0
 
 
