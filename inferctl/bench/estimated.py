@@ -9,7 +9,7 @@ from typing import Any
 from inferctl import estimate
 from inferctl.bench import workload
 from inferctl.bench.outcome import Subject
-from inferctl.bench.plan import Load, Plan
+from inferctl.bench.plan import Plan
 from inferctl.errors import InferctlError
 from inferctl.estimate import lengths
 
@@ -31,7 +31,7 @@ def each(
         if subject.precision is None or model is None:
             yield subject, "a server that runs elsewhere" if subject.url else "no model at hand"
             continue
-        load = Load.model_validate({**plan.load.model_dump(), **(subject.load or {})})
+        load = plan.load_with(subject.load)
         if load.stages or load.spike or load.trace:
             yield subject, "only loads of one stage are estimated"
             continue

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from inferctl.bench import goodput, verdict
+from inferctl.bench import concurrency, goodput, verdict
 
 # A smaller difference is no clear difference, however sure it is: the same system differs that much from run to run.
 TIE = 0.05
@@ -43,6 +43,7 @@ def state(rows: Sequence[Row], mode: str, error_budget_percent: float = 0.1) -> 
     sentences += [_rejected(row) for row in measured if row.get("rejected")]
     if closed := [row for row in measured if row.get("closed_loop")]:
         sentences.append(_closed_loops(closed))
+    sentences += concurrency.sentences(measured)
     searched = [row for row in measured if row.get("search")]
     for row in searched:
         sentences += goodput.sentences(row["configuration"], row["search"])

@@ -45,10 +45,12 @@ class Load(Section):
     """What is sent at the server. `timeline` is its course, whichever way it was given.
 
     `rate: 60%` becomes `capacity_percent`; `at` gives the load its rate once the capacity was measured.
+    `users: auto` becomes `auto_users`; `users` then has the number once it is found.
     """
 
     mode: Literal["closed", "open"] = "closed"
     users: int = Field(8, ge=1, le=10_000)
+    auto_users: bool = False
     rate: float | None = Field(None, gt=0, le=100_000)
     capacity_percent: float | None = Field(None, gt=0, le=100)
     capacity_s: float = Field(5, ge=1, le=3600)
@@ -79,6 +81,8 @@ class Load(Section):
         if isinstance(rate := data.get("rate"), str) and (share := _SHARE.fullmatch(rate.strip())):
             data |= {"rate": None, "capacity_percent": float(share[1])}
             data.setdefault("mode", "open")
+        if data.get("users") == "auto":
+            data = {key: value for key, value in data.items() if key != "users"} | {"auto_users": True}
         if stages := _list_of_dicts(data.get("stages")):
             seconds = [one["duration_s"] for one in stages if isinstance(one.get("duration_s"), int | float)]
             if len(seconds) == len(stages):
@@ -98,6 +102,8 @@ class Load(Section):
             raise ValueError("a trace is an open loop")
         if self.capacity_percent is not None and (self.mode == "closed" or self.stages or self.trace):
             raise ValueError("a rate in percent of the capacity is for an open loop without stages and trace")
+        if self.auto_users and (self.stages or (self.mode == "open" and self.capacity_percent is None)):
+            raise ValueError("users: auto is for a closed loop without stages")
         wanted, other = ("rate", "users") if self.mode == "open" else ("users", "rate")
         for number, stage in enumerate(self.stages, 1):
             if getattr(stage, wanted) is None or getattr(stage, other) is not None:

@@ -32,7 +32,8 @@ class Measurement:
     `info` is what the server said of itself then, `serial` the number that its inputs began with, `load` and `workload` what was sent
     (the plan's load as it was for this subject; digest, corpus and seed), `pace` what the server had learnt of its speed by the end,
     `search` what a search for the highest rate found, whose best probe this then is, `beside` the same run with busy
-    neighbours, `closed_loop` the closed loop before it, where the rate is a share of the capacity.
+    neighbours, `closed_loop` the closed loop before it, where the rate is a share of the capacity, `concurrency` how
+    the number of users was found.
     """
 
     run: Run
@@ -50,6 +51,7 @@ class Measurement:
     search: dict[str, Any] | None = None
     beside: dict[str, Any] | None = None
     closed_loop: dict[str, Any] | None = None
+    concurrency: dict[str, Any] | None = None
 
 
 @dataclass

@@ -135,6 +135,8 @@ class Plan(Section):
             return self.load
         implied = {"mode": "open"} if "rate" in changes else {"mode": "closed"} if "users" in changes else {}
         own = self.load.model_dump(exclude_unset=True)
+        if not {"rate", "users", "stages", "trace"}.isdisjoint(changes):
+            own.pop("auto_users", None)
         if "rate" in changes:
             own.pop("capacity_percent", None)
         return Load.model_validate({**own, **implied, **changes})
@@ -171,6 +173,8 @@ class Plan(Section):
         data["load"] = self.load.model_dump(exclude_unset=True)
         given = {"users": users, "rate": rate, "duration_s": duration_s, **(more.get("load") or {})}
         data["load"] |= {key: value for key, value in given.items() if value is not None}
+        if users is not None or rate is not None:
+            data["load"].pop("auto_users", None)
         if rate is not None:
             data["load"]["mode"] = "open"
             data["load"].pop("capacity_percent", None)

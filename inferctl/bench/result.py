@@ -99,6 +99,7 @@ def _receipt(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
             neighbours.document(outcome.measurements, context.environment.machine_cores, budget)
         ),
         "closed_loop": throughput.pooled(outcome.measurements),
+        "concurrency": outcome.measurements[0].concurrency,
         "runs": [
             {
                 "repeat": m.run.repeat,
@@ -208,6 +209,7 @@ def document(
     context: Context, outcomes: Sequence[runner.Outcome], written: Sequence[receipt.Receipt], report: Path
 ) -> dict[str, Any]:
     """What `--json` prints; docs/bench.md describes every key."""
+    context = dataclasses.replace(context, plan=_as_run(context.plan, outcomes))
     by_name = {one.name: one for one in written}
     rows = [_row(outcome, by_name.get(outcome.subject.name), context.slo_p99_ms) for outcome in outcomes]
     rows += _not_measured(context, rows)
@@ -228,6 +230,14 @@ def document(
     }
 
 
+def _as_run(plan: Plan, outcomes: Sequence[runner.Outcome]) -> Plan:
+    """Return the plan with the number of users that was found, where it says `users: auto`."""
+    found = next((m.concurrency for one in outcomes for m in one.measurements if m.concurrency), None)
+    if not found or not plan.load.auto_users:
+        return plan
+    return plan.model_copy(update={"load": plan.load.model_copy(update={"users": found["users"]})})
+
+
 def write(path: Path, result: dict[str, Any]) -> None:
     """Keep the document beside its receipts."""
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -246,6 +256,7 @@ def _row(outcome: runner.Outcome, sealed: receipt.Receipt | None, slo_p99_ms: fl
         "search": data.get("search"),
         "neighbours": _beside(data.get("neighbours")),
         "closed_loop": _closed(data.get("closed_loop")),
+        "concurrency": data.get("concurrency"),
         "stages": data.get("stages"),
         "recovery": [run["recovery"] for run in data["runs"] if run.get("recovery")],
         "outcome": "failed" if outcome.failure else "measured",

@@ -119,7 +119,7 @@ def begin(output: Path, what: Mapping[str, Any], how: Mapping[str, Any]) -> None
     document = json.loads(
         receipt.canonical({"schema": SCHEMA, "created": time.time(), "identity": dict(what), "called": dict(how)})
     )
-    _write(output / MANIFEST, {**document, "seal": receipt.seal_of(document)})
+    write(output / MANIFEST, {**document, "seal": receipt.seal_of(document)})
 
 
 def read(output: Path) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def keep(output: Path, measurement: Measurement, quality: Mapping[str, Any] | No
         "quality": quality and dict(quality),
         "records": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
     }
-    _write(output / "runs" / measurement.run.name / DONE, document)
+    write(output / "runs" / measurement.run.name / DONE, document)
 
 
 def restore(output: Path, order: Sequence[Run], into: Sequence[Outcome]) -> int:
@@ -262,7 +262,8 @@ def leftovers(output: Path) -> list[int]:
     return found
 
 
-def _write(path: Path, document: Mapping[str, Any]) -> None:
+def write(path: Path, document: Mapping[str, Any]) -> None:
+    """Write `document` atomically."""
     part = path.with_suffix(".part")
     with part.open("w", encoding="utf-8") as stream:
         stream.write(json.dumps(document, indent=1) + "\n")

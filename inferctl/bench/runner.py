@@ -1,5 +1,6 @@
 """Runs a plan: a server per run, warm-up, load, quality, in an order that lets slow drifts of the machine cancel out.
 
+    where the plan says `users: auto`:   find the users that saturate each server (`concurrency.py`)
     for each run (A B C D, D C B A, …):  start server ─► warm up ─► measure ─► compare with fp32 (first time) ─► stop server
     for each configuration, each time:   pool its runs ─► judge ─► receipt
 
@@ -11,15 +12,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import secrets
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from inferctl.bench import load as loads
 from inferctl.bench import (
+    concurrency,
     neighbours,
     quality,
     resume,
@@ -32,6 +35,7 @@ from inferctl.bench import (
     validity,
     workload,
 )
+from inferctl.bench import load as loads
 from inferctl.bench.outcome import Measurement, Outcome, Subject
 from inferctl.bench.plan import Load, Plan, Run
 from inferctl.bench.session import Session, Tell, describe
@@ -53,6 +57,7 @@ class Progress:
     done: str | None = None
 
 
+CONCURRENCY = "concurrency.json"
 Notify = Callable[[Progress], None]
 
 
@@ -62,7 +67,7 @@ class Bench:
 
     `model` may be None when only running servers are measured; their vectors are then not checked. `slo_p99_ms` is what a search
     looks for where the plan does not say it. `slices` are the MIG devices that a server and its neighbours are spread over.
-    `access` is what requests to running servers need.
+    `access` is what requests to running servers need. `users` has what was found for each subject with `users: auto`.
     """
 
     plan: Plan
@@ -73,6 +78,7 @@ class Bench:
     slo_p99_ms: float | None = None
     slices: Sequence[str] = ()
     access: target.Access = field(default_factory=target.Access)
+    users: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def order(self) -> list[Run]:
@@ -80,7 +86,9 @@ class Bench:
         return self.plan.runs([subject.name for subject in self.subjects])
 
     def load_of(self, subject: Subject) -> Load:
-        return self.plan.load_with(subject.load)
+        load = self.plan.load_with(subject.load)
+        found = self.users.get(subject.name)
+        return load.model_copy(update={"users": found["users"]}) if found and load.auto_users else load
 
     def corpus_of(self, subject: Subject) -> str:
         return subject.corpus or self.plan.corpus
@@ -98,6 +106,7 @@ def run(bench: Bench, into: Sequence[Outcome], notify: Notify, kept: Callable[[O
     If it is interrupted, it ends its children first.
     """
     named = {outcome.subject.name: outcome for outcome in into}
+    bench = replace(bench, users=_users(bench, named, notify))
     checker = quality.Checker(bench.plan.quality, bench.model, bench.output / "runs")
     order = bench.order
     for number, one in enumerate(order, 1):
@@ -147,6 +156,7 @@ def _measure(
             take = _searched if bench.plan.search else _paired if bench.plan.neighbours else plain
             measurement = take(bench, subject, session, one, folder)
             measurement.started = started
+            measurement.concurrency = bench.users.get(subject.name)
             outcome.measurements.append(measurement)
             resume.keep(bench.output, measurement, None)
             tell("measured", done=f"measured: {_brief(measurement)}")
@@ -160,6 +170,79 @@ def _measure(
             first = next(m for m in outcome.measurements if m.run == one)
             resume.keep(bench.output, first, outcome.quality if outcome.check_done else None)
         tell("stopping")
+
+
+def _users(bench: Bench, into: Mapping[str, Outcome], notify: Notify) -> dict[str, dict[str, Any]]:
+    """Find the users of the subjects whose load has `users: auto`; those with equal loads and texts get equal users.
+
+    What was found lies in the bench's folder for `resume`.
+    """
+    wanted = [one for one in bench.subjects if bench.load_of(one).auto_users and not bench.plan.search]
+    file = bench.output / CONCURRENCY
+    if not wanted:
+        return {}
+    if file.is_file():
+        known = json.loads(file.read_text(encoding="utf-8"))
+        for name, message in known["failed"].items():
+            into[name].failure = message
+        return dict(known["found"])
+    found: dict[str, concurrency.Found] = {}
+    for subject in wanted:
+        try:
+            found[subject.name] = _saturated(bench, subject, notify)
+        except InferctlError as error:
+            into[subject.name].failure = error.message
+    asked = {one.name: (bench.load_of(one).model_dump_json(), bench.corpus_of(one)) for one in wanted}
+    most = {
+        load: max(one.users for name, one in found.items() if asked[name] == load)
+        for load in {asked[name] for name in found}
+    }
+    made = {name: one.as_dict(most[asked[name]]) for name, one in found.items()}
+    if made:
+        failed = {one.name: into[one.name].failure for one in wanted if one.name not in made}
+        resume.write(file, {"found": made, "failed": failed})
+    return made
+
+
+def _saturated(bench: Bench, subject: Subject, notify: Notify) -> concurrency.Found:
+    """Put short closed loops on one subject, with ever more users."""
+    folder = bench.output / "runs" / f"{subject.name}-users"
+    folder.mkdir(parents=True, exist_ok=True)
+    load, corpus = bench.load_of(subject), bench.corpus_of(subject)
+    phase, total = ["starting"], len(bench.order)
+
+    def tell(
+        step: str, seconds: float = 0.0, live: loads.Live | None = None, done: str | None = None, **_: object
+    ) -> None:
+        notify(Progress(subject.name, 0, total, f"finding users: {phase[0]}", seconds, live, done))
+
+    with contextlib.ExitStack() as stack:
+        watch = stack.enter_context(telemetry.Watch())
+        child = stack.enter_context(_started(bench, subject, folder, tell)) if not subject.url else None
+        aim = child.target if child else target.connect(subject.url or "", access=bench.access)
+        session = Session(aim, child, watch, tell)
+
+        def measure(users: int, seconds: float) -> concurrency.Step:
+            phase[0] = str(users)
+            place = folder / f"{users:05d}"
+            place.mkdir(exist_ok=True)
+            changes = {
+                "users": users,
+                "duration_s": seconds,
+                "warmup_s": load.warmup_s if users == concurrency.FIRST else seconds,
+                "window_s": min(load.window_s, concurrency.WINDOW_S),
+            }
+            kept = {key: value for key, value in throughput.closed(load).model_dump().items() if key not in changes}
+            shaped = Load.model_validate({**kept, **changes})
+            work = workload.draw(shaped, corpus, bench.plan.seed)
+            made = session.measure(shaped, work, Run(subject.name, 0), place)
+            shutil.rmtree(place, ignore_errors=True)
+            rate = throughput.steady(made.part)
+            return concurrency.Step(users, round(rate, 3), made.resources.get("client_cpu_percent"))
+
+        found = concurrency.find(measure)
+        tell("found", done=f"users: {found.users} ({'saturated' if found.saturated else 'not saturated'})")
+        return found
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ WINDOW_S, SHORTEST_S = 0.5, 4.0
 # With it, of 100 simulated queues at 85, 90 and 95 % load 0, 2 and 4 were taken for hopeless within 8 s, at 115 % 99.
 CORRELATED = 2.0
 SETTLE_S = 30.0
-_OF_OTHER_SHAPE = ("stages", "trace", "spike", "capacity_percent")
+_OF_OTHER_SHAPE = ("auto_users", "stages", "trace", "spike", "capacity_percent")
 
 Take = Callable[[Load, workload.Workload, Path, int, Callable[[], None]], Measurement]
 

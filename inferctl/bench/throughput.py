@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from inferctl.bench import load as loads
 from inferctl.bench import records, summary, telemetry, validity, workload
 from inferctl.bench.load_plan import Load
@@ -30,7 +32,7 @@ _FOLDER = "closed-loop"
 
 def closed(load: Load) -> Load:
     """Return the closed loop that comes before `load`: the same requests, from `users` clients, for `capacity_s`."""
-    other = ("mode", "rate", "capacity_percent", "capacity_s", "duration_s", "spike", "stages", "trace")
+    other = ("auto_users", "mode", "rate", "capacity_percent", "capacity_s", "duration_s", "spike", "stages", "trace")
     kept = {key: value for key, value in load.model_dump().items() if key not in other}
     return Load.model_validate({**kept, "mode": "closed", "duration_s": load.capacity_s})
 
@@ -66,6 +68,18 @@ def measure(session: Session, load: Load, corpus: str, seed: int, run: Run, fold
         "resources": made.resources,
         "telemetry": made.telemetry,
     }
+
+
+def steady(part: summary.Part) -> float:
+    """Return requests/s of a short closed loop, where each request counts by its share inside the window.
+
+    Responses come in batches. In a short window the number of whole responses depends on where the window ends.
+    """
+    good = part.rows[part.rows["error"] == records.OK]
+    begun, ended = (good[name].astype(np.float64) for name in ("intended_ns", "end_ns"))
+    inside = np.minimum(ended, part.end_ns) - np.maximum(begun, part.start_ns)
+    shares = np.maximum(inside, 0) / np.maximum(ended - begun, 1)
+    return float(shares.sum()) / part.seconds
 
 
 def judge(measurement: Measurement, cores: int) -> validity.Validity:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from inferctl.bench.result import Context
     from inferctl.cli import bench_setup
 
-EPILOG = """Examples: `inferctl bench --model DIR --plan quick` compares precisions in under two minutes;
+EPILOG = """Examples: `inferctl bench --model DIR --plan quick` compares precisions in about three minutes;
 `inferctl bench -p bf16 --rate 50` offers 50 requests/s whatever the server does;
 `inferctl bench -p bf16 --search --slo 100` finds the highest rate whose p99 stays within 100 ms;
 `inferctl bench -p bf16 --batch-tokens 4096 --batch-tokens 16384 --corpus short --corpus mixed` measures every combination;
@@ -145,7 +145,10 @@ def bench(
     duration: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Seconds to measure, instead of the plan's.")
     ] = None,
-    users: Annotated[int | None, typer.Option(help="Concurrent users of a closed loop, instead of the plan's.")] = None,
+    users: Annotated[
+        int | None,
+        typer.Option(help="Set the users of a closed loop; default is the plan's, which may be found first (auto)."),
+    ] = None,
     rate: Annotated[
         float | None, typer.Option(help="Open loop at this many requests/s, instead of the plan's load.")
     ] = None,

@@ -104,7 +104,18 @@ def test_a_server_admits_by_the_capacity_that_was_measured(minilm: Path, tmp_pat
         assert first["info"]["pace"]["tokens_per_s"] is None
         document = json.loads(
             inferctl(
-                "bench", "--url", f"echo={first['url']}", "--plan", "quick", "--duration", "2", "--slo", "80", "--json"
+                "bench",
+                "--url",
+                f"echo={first['url']}",
+                "--plan",
+                "quick",
+                "--users",
+                "4",
+                "--duration",
+                "2",
+                "--slo",
+                "80",
+                "--json",
             )
         )
     made = inferctl("capacity", document["rows"][0]["receipt"], "-o", "capacity.json").strip()

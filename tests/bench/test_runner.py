@@ -350,7 +350,9 @@ def test_the_command_measures_a_running_server_and_prints_one_document(
     answering: Callable[..., str], tmp_path: Path
 ) -> None:
     url = answering("--median-ms", "5")
-    done = command("--url", f"mine={url}", "--plan", "quick", "--duration", "1", "--json", folder=tmp_path)
+    done = command(
+        "--url", f"mine={url}", "--plan", "quick", "--users", "4", "--duration", "1", "--json", folder=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     (row,) = found["rows"]
@@ -364,7 +366,7 @@ def test_the_command_measures_a_running_server_and_prints_one_document(
 
 def test_a_run_of_failures_ends_with_5_and_still_leaves_receipts(answering: Callable[..., str], tmp_path: Path) -> None:
     url = answering("--median-ms", "5", "--fail-after", "1")
-    done = command("--url", f"mine={url}", "--plan", "quick", "--duration", "1", folder=tmp_path)
+    done = command("--url", f"mine={url}", "--plan", "quick", "--users", "4", "--duration", "1", folder=tmp_path)
     assert done.returncode == InvalidRunError.exit_code
     assert "error: the run is invalid" in done.stderr
     assert "INVALID mine:" in done.stdout
@@ -416,7 +418,7 @@ def test_the_command_interrupted_keeps_what_it_has_and_leaves_no_process(
 ) -> None:
     url = answering("--median-ms", "5")
     line = [sys.executable, "-m", "inferctl", "bench", "--url", f"first={url}", "--url", f"second={url}"]
-    line += ["--plan", "quick", "--duration", "3"]
+    line += ["--plan", "quick", "--users", "4", "--duration", "3"]
     process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for told in process.stderr:
@@ -468,7 +470,7 @@ def test_two_benches_in_the_same_second_have_two_folders(tmp_path: Path) -> None
 
 
 def test_users_of_an_open_loop_are_said_to_change_nothing(answering: Callable[..., str], tmp_path: Path) -> None:
-    line = ["--url", f"mine={answering('--median-ms', '2')}", "--plan", "quick", "--duration", "1"]
+    line = ["--url", f"mine={answering('--median-ms', '2')}", "--plan", "quick", "--users", "4", "--duration", "1"]
     done = command(*line, "--rate", "50", "--users", "4", folder=tmp_path)
     assert "--users 4 changes nothing: this load is an open loop, 50 requests/s" in done.stderr
     assert "late and 0 dropped of" in done.stdout
@@ -476,7 +478,7 @@ def test_users_of_an_open_loop_are_said_to_change_nothing(answering: Callable[..
 
 @pytest.mark.slow
 def test_the_real_server_is_measured_and_its_vectors_are_close_to_fp32(minilm: Path, tmp_path: Path) -> None:
-    line = ["--model", str(minilm), "--plan", "quick", "-p", "bf16", "--duration", "4", "--json"]
+    line = ["--model", str(minilm), "--plan", "quick", "--users", "4", "-p", "bf16", "--duration", "4", "--json"]
     done = command(*line, folder=tmp_path)
     found = json.loads(done.stdout)
     (row,) = found["rows"]
@@ -495,7 +497,9 @@ def test_a_running_server_is_measured_without_the_specs_weights_but_not_past_a_b
     url = answering("--median-ms", "5")
     spec = tmp_path / "inferctl.yaml"
     spec.write_text("name: m\nmodel: {source: org/absent}\nhardware: [cpu, t4]\n")
-    done = command("--url", f"mine={url}", "--plan", "quick", "--duration", "1", "--json", folder=tmp_path)
+    done = command(
+        "--url", f"mine={url}", "--plan", "quick", "--users", "4", "--duration", "1", "--json", folder=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert [(row["configuration"], row["outcome"]) for row in rows] == [
@@ -519,7 +523,9 @@ def test_a_report_that_cannot_be_written_does_not_hide_the_results(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     url = answering("--median-ms", "2")
-    code = cli.run(["bench", "--url", f"a={url}", "--plan", "quick", "--duration", "1", "--report", "/dev/full"])
+    code = cli.run(
+        ["bench", "--url", f"a={url}", "--plan", "quick", "--users", "4", "--duration", "1", "--report", "/dev/full"]
+    )
     out, err = capsys.readouterr()
     assert code == 3
     assert "/dev/full cannot be written: no space left on device" in err

@@ -1,0 +1,151 @@
+"""`users: auto`: the number of users that saturates the servers is found before the runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bench_samples import ANSWERING
+
+from inferctl.bench import concurrency, environment, plan, result, resume, runner, summary, throughput
+from inferctl.bench.concurrency import Step
+from inferctl.errors import InferctlError, UsageError
+
+AUTO = {"mode": "closed", "users": "auto", "duration_s": 1, "warmup_s": 0.5, "window_s": 0.2, "timeout_s": 5}
+
+
+@pytest.mark.parametrize("capacity", [5, 8, 40, 200, 500])
+def test_a_server_is_saturated_by_the_users_that_are_found(capacity: int) -> None:
+    draw = random.Random(capacity)
+    for _ in range(200):
+        noise = {users: draw.uniform(0.985, 1.015) for users in (8, 16, 32, 64, 128, 256, 512, 1024)}
+        found = concurrency.find(
+            lambda users, _, noise=noise: Step(users, 100 * min(users, capacity) * noise[users], 20.0)
+        )
+        assert found.users >= capacity * 0.9
+        assert found.users <= max(8, 4 * capacity)
+        # Three steps show that two doublings brought nothing: the limit of 1024 leaves no room for that at 500.
+        assert found.saturated == (capacity < 500)
+
+
+def test_one_unlucky_step_does_not_end_the_steps() -> None:
+    rates = {8: 100.0, 16: 101.0, 32: 300.0, 64: 303.0, 128: 299.0}
+    found = concurrency.find(lambda users, _: Step(users, rates[users], None))
+    assert (found.users, found.limited_by, len(found.steps)) == (32, "server", 5)
+
+
+def test_a_step_lasts_until_each_user_has_sent_ten_requests() -> None:
+    lasted: dict[int, float] = {}
+
+    def slow(users: int, seconds: float) -> Step:
+        lasted[users] = seconds
+        return Step(users, 40.0, None)
+
+    assert concurrency.find(slow).users == 8
+    assert lasted == {8: 2.0, 16: 4.0, 32: 8.0}
+    assert concurrency.seconds(1024, [Step(512, 20.0, None)]) == 8.0
+
+
+def test_requests_at_the_ends_of_a_window_count_by_their_share() -> None:
+    # Two users, batches of 0.8 s: 2.5 requests/s in any window, though 2 to 6 whole ones end in one of 2 s.
+    for start in (1.0, 1.1, 1.5, 1.75):
+        rows = np.zeros(2 * 10, [("intended_ns", "<u8"), ("end_ns", "<u8"), ("error", "u1")])
+        rows["intended_ns"] = np.repeat(np.arange(10) * 0.8e9, 2).astype(np.uint64)
+        rows["end_ns"] = rows["intended_ns"] + np.uint64(800_000_000)
+        part = summary.Part(rows, int(start * 1e9), int((start + 2) * 1e9), 1, None)
+        assert throughput.steady(part) == pytest.approx(2.5)
+
+
+def test_a_busy_load_generator_is_no_saturated_server() -> None:
+    found = concurrency.find(lambda users, _: Step(users, 10.0 * users, 2.0 * users))
+    assert (found.users, found.limited_by, found.steps[-1].users) == (32, "load generator", 64)
+    said = " ".join(concurrency.sentences([{"configuration": "a", "concurrency": found.as_dict(found.users)}]))
+    assert "a may not be saturated" in said and "--workers" in said and "can show no difference" in said
+
+
+def test_a_server_that_answers_nothing_is_an_error() -> None:
+    with pytest.raises(InferctlError, match="answered nothing to 8 users"):
+        concurrency.find(lambda users, _: Step(users, 0.0, 1.0))
+
+
+def test_auto_is_for_closed_loops_and_the_command_line_wins() -> None:
+    made = plan.load("quick")
+    assert made.load.auto_users
+    assert not made.with_overrides(users=4).load.auto_users
+    assert not made.with_overrides(rate=9).load.auto_users
+    assert made.with_overrides(search={"slo_p99_ms": 9}).load.auto_users
+    assert made.load_with({"users": 3}).users == 3 and not made.load_with({"users": 3}).auto_users
+    assert not made.load_with({"rate": 3}).auto_users
+    assert plan.Plan.model_validate(made.model_dump(mode="json")) == made
+    assert plan.Load.model_validate({"mode": "open", "rate": "50%", "users": "auto"}).auto_users
+    for bad in ({"mode": "open", "rate": 9}, {"stages": [{"duration_s": 1, "users": 2}]}):
+        with pytest.raises(ValueError, match="users: auto is for a closed loop"):
+            plan.Load.model_validate({**bad, "users": "auto"})
+    with pytest.raises(UsageError):
+        made.with_overrides(load={"users": 0})
+
+
+def bench(folder: Path, *names: str, slots: int = 12) -> runner.Bench:
+    wanted = plan.Plan.model_validate(
+        {
+            "name": "test",
+            "configurations": [{"name": name, "precision": name} for name in names],
+            "load": AUTO,
+            "corpus": "short",
+            "quality": None,
+        }
+    )
+
+    def command(precision: str, announce: Path) -> list[str]:
+        line = [sys.executable, str(ANSWERING), "--announce", str(announce), "--precision", precision]
+        # bf16 needs twice the users of fp32: the load of both is that of bf16.
+        room = slots * (2 if precision == "bf16" else 1)
+        return [*line, "--median-ms", "60", "--sigma", "0", "--slots", str(room), "--refuse", "int8"]
+
+    return runner.Bench(wanted, [runner.Subject(name, name) for name in names], command, None, folder)
+
+
+def test_all_configurations_are_measured_with_the_users_that_saturate_each(tmp_path: Path) -> None:
+    work = bench(tmp_path, "fp32", "int8", "bf16")
+    outcomes = runner.outcomes(work)
+    told: list[str] = []
+    runner.run(work, outcomes, lambda progress: told.append(progress.phase), lambda outcome: None)
+    context = result.Context(work.plan, environment.detect(), "test", [], None, tmp_path)
+    found = result.document(context, outcomes, result.receipts(context, outcomes), tmp_path / "report.html")
+    rows: dict[str, dict[str, Any]] = {row["configuration"]: row for row in found["rows"]}
+    assert rows["int8"]["outcome"] == "not run" and rows["int8"]["reason"] == "int8 cannot run on this device"
+    needed = {name: rows[name]["concurrency"]["needed_users"] for name in ("fp32", "bf16")}
+    assert needed == {"fp32": 16, "bf16": 32}
+    assert [rows[name]["concurrency"]["users"] for name in needed] == [32, 32]
+    assert all(rows[name]["concurrency"]["saturated"] for name in needed)
+    assert found["load"]["users"] == 32
+    assert [outcome.measurements[0].state["workers"][0]["users"] for outcome in outcomes if outcome.measurements] == [
+        32,
+        32,
+    ]
+    assert "All servers are saturated by 32 users" in " ".join(found["findings"])
+    assert any(phase.startswith("finding users: 16") for phase in told)
+    # A bench that goes on takes the users that it found, and does not look again.
+    told.clear()
+    again = runner.outcomes(work)
+    assert resume.restore(tmp_path, work.order, again) == 2
+    (tmp_path / "runs" / "fp32-1" / "run.json").unlink()
+    again = runner.outcomes(work)
+    resume.restore(tmp_path, work.order, again)
+    runner.run(work, again, lambda progress: told.append(progress.phase), lambda outcome: None)
+    assert not any("finding users" in phase for phase in told)
+    assert again[0].measurements[0].concurrency == outcomes[0].measurements[0].concurrency
+    assert again[1].failure == "int8 cannot run on this device"
+
+
+def test_a_search_needs_no_users(tmp_path: Path) -> None:
+    work = bench(tmp_path, "fp32")
+    work = dataclasses.replace(work, plan=work.plan.with_overrides(search={"slo_p99_ms": 50}))
+    assert runner._users(work, {}, lambda progress: None) == {}
+    assert json.loads(work.plan.model_dump_json())["load"]["auto_users"]
