@@ -180,7 +180,7 @@ def _nameless(info: dict[str, Any]) -> dict[str, Any]:
 def precision_of(info: dict[str, Any], subject: runner.Subject) -> dict[str, Any]:
     """Requested and effective precision as the server states them; None where it does not."""
     said = info.get("precision") or {}
-    return {key: said.get(key) for key in ("effective", "level", "reason", "method")} | {
+    return {key: said.get(key) for key in ("effective", "level", "reason", "method", "tf32")} | {
         "requested": said.get("requested") or subject.precision
     }
 

@@ -35,7 +35,14 @@ def document(
         "precision": said["precision"],
         "attention": info.attention,
         "attention_reason": info.attention_reason,
-        "fidelity": {"cosine_min": info.cosine_min, "cosine_mean": info.cosine_mean, "check": info.check},
+        "fidelity": {
+            "cosine_min": info.cosine_min,
+            "cosine_mean": info.cosine_mean,
+            "limit": info.cosine_limit,
+            "within_limit": info.within_limit,
+            "check": info.check,
+        },
+        "warnings": info.warnings,
         "device": said["device"],
         "parallel_batches": info.parallel,
         "versions": {"python": sys.version.split()[0], **info.versions},
@@ -63,4 +70,6 @@ def lines(info: EngineInfo, name: str, url: str, seconds: float) -> Iterator[str
     yield f"device     {device.name}" + (
         cores if device.threads else f", compute capability {device.compute_capability}"
     )
+    for warning in info.warnings:
+        yield f"warning    {warning}"
     yield f"ready      {name} at {url} after {seconds:.1f} s; {url}/docs describes it"

@@ -19,6 +19,7 @@ from itertools import count, groupby
 
 import numpy as np
 
+from inferctl.serve import memory
 from inferctl.serve.batcher import Batcher
 from inferctl.serve.lane import Lane, Sent
 from inferctl.serve.metrics import Metrics
@@ -27,9 +28,8 @@ from inferctl.serve.types import Batch, BatchResult, Tokens, Vectors
 log = logging.getLogger("inferctl.dispatcher")
 
 _ATTEMPTS = 2
-# A batch that did not fit into memory is no reason to send less than this (tokens). After so many batches near the limit that did fit, the limit is
-# what it was, wherever it had been: memory that is short for good costs a retry in about that many batches.
-_SMALLEST_BATCH = 64
+# After this many batches near the limit that did fit into memory, the limit is what it was, wherever it had been.
+# Memory that stays insufficient costs a retry in about that many batches.
 _REGAINED_AFTER = 256
 # More than one token: attention over a single token has kernels of its own, in which a suspect request may have failed.
 _HARMLESS = np.full(8, 5, dtype=np.int32)
@@ -201,15 +201,15 @@ class Dispatcher:
             self.out_of_memory += 1
             self._metrics.out_of_memory.inc()
             largest = max(sent.tokens, lane.largest)
-            lane.batch_tokens = max(_SMALLEST_BATCH, min(lane.batch_tokens, largest // 2))
+            lane.batch_tokens = max(memory.SMALLEST_BATCH, min(lane.batch_tokens, largest // 2))
             self.lanes_changed()
         works = [work for work in sent.works if work.request in self._requests]
         if not sent.alone and len(works) == 1:
             # What ran beside it may have taken the memory, or spoilt the engine.
             self._again.append(Sent(works, exact=sent.exact))
         elif works and len(sent.works) == 1:
-            memory = EngineUnavailableError(f"the engine's memory does not suffice for this: {message}")
-            error = memory if out_of_memory else EngineFailedError(message)
+            insufficient = EngineUnavailableError(f"the engine's memory does not suffice for this: {message}")
+            error = insufficient if out_of_memory else EngineFailedError(message)
             self._send(lane, Sent([], alone=True, doubt=(Sent(works, exact=sent.exact), error)))
         elif works:
             middle = len(works) // 2

@@ -36,13 +36,17 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class PrecisionInfo:
-    """The number format that really runs. `method` names the library path, as in `torch` or `bitsandbytes LLM.int8`."""
+    """The number format that really runs. `method` names the library path, as in `torch` or `bitsandbytes LLM.int8`.
+
+    `tf32`: whether the device computes fp32 matrix products in TF32.
+    """
 
     requested: str
     effective: str
     level: str
     reason: str
     method: str = "torch"
+    tf32: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class EngineInfo:
     """What an engine says about itself once it is loaded, warm and checked.
 
     `batch_tokens` is the largest batch worth sending (tokens), `parallel` how many batches run at a time; `cosine_*` compare with a plain padded fp32 forward of the same weights
-    and are None when that comparison was not made (`check` says why).
+    and are None when that comparison was not made (`check` says why). `cosine_limit` is the lowest `cosine_min` that is
+    expected of this precision. `warnings`: what the user should know about this start.
     """
 
     dimensions: int
@@ -78,8 +83,17 @@ class EngineInfo:
     parallel: int = 1
     cosine_min: float | None = None
     cosine_mean: float | None = None
+    cosine_limit: float | None = None
     check: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def within_limit(self) -> bool | None:
+        """Whether the vectors are as close to fp32 as expected; None if they were not compared."""
+        if self.cosine_min is None or self.cosine_limit is None:
+            return None
+        return self.cosine_min >= self.cosine_limit
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, for the wire."""

@@ -19,7 +19,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from inferctl.errors import InferctlError
-from inferctl.serve import frames, logs
+from inferctl.serve import frames, logs, memory
 from inferctl.serve.frames import Kind
 from inferctl.serve.types import Batch, Engine, EngineConfig
 
@@ -84,32 +84,14 @@ def _answer(connection: socket.socket, sending: threading.Lock, engine: Engine, 
         answer = frames.pack_result(engine.run(batch))
     except Exception as error:  # one bad batch must not end the engine
         log.exception("batch %d failed", batch.id)
-        said = {"id": batch.id, "message": f"{type(error).__name__}: {error}", "out_of_memory": _is_memory(error)}
+        said = {
+            "id": batch.id,
+            "message": f"{type(error).__name__}: {error}",
+            "out_of_memory": memory.is_insufficient(error),
+        }
         answer = frames.pack_json(Kind.FAILED, said)
     with sending:
         connection.sendall(answer)
-
-
-# What torch, C++, CUDA and cuBLAS write where they lack memory and raise no error type of their own for it.
-_MEMORY_MESSAGES = (
-    "you tried to allocate",
-    "std::bad_alloc",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUSPARSE_STATUS_ALLOC_FAILED",
-)
-
-
-def _is_memory(error: Exception) -> bool:
-    """Whether `error` says that memory was insufficient, on the host or on a GPU."""
-    said = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or any(words in said for words in _MEMORY_MESSAGES)
-        or ("could not create a primitive" in said and "descriptor" not in said)  # oneDNN
-    )
 
 
 def _fatal(connection: socket.socket, message: str, hint: str | None, exit_code: int) -> int:

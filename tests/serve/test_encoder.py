@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,201 @@ def test_what_another_device_found_is_not_believed(minilm: Path) -> None:
     again = EncoderEngine(replace(config, known=other.to_json())).load()
     assert (again.device, again.attention) == (found.device, found.attention)
     assert again.parallel != 7
+
+
+def started(engine: Any) -> tuple[Any, list[str]]:
+    """What the engine and the lines at the start say."""
+    from inferctl.serve import describe
+
+    info = engine.load()
+    return info, list(describe.lines(info, "m", "http://x", 1.0))
+
+
+def altered(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """The model of `folder`, with weights that `change` edits in place."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def with_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (7, 5)) -> None:
+    """A GPU as far as the engine knows; its tensors are on the CPU."""
+    import torch
+
+    from inferctl import catalog
+    from inferctl.serve.engines import device
+    from inferctl.serve.types import DeviceInfo
+
+    info = DeviceInfo("cuda", "stand-in", "{}.{}".format(*capability), 16 << 30)
+    traits = catalog.Traits("cuda", compute_capability=capability)
+    monkeypatch.setattr(device, "detect", lambda _: (torch.device("cpu"), info, traits))
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Warm-up batches of more than `most` tokens do not fit into memory."""
+    import torch
+
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    forward = EncoderEngine._forward
+
+    def limited(engine: EncoderEngine, rows: list[Tokens]) -> Vectors:
+        if all((row == 5).all() for row in rows) and sum(map(len, rows)) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(engine, rows)
+
+    monkeypatch.setattr(EncoderEngine, "_forward", limited)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "mpnet"])
+def test_a_batch_limit_that_does_not_fit_into_memory_is_lowered_until_it_does(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    with_gpu(monkeypatch)
+    short_of_memory(monkeypatch, 1500)
+    config = EngineConfig(model=str(tiny(architecture, "mean_tokens")), precision="fp32", max_batch_tokens=4096)
+    info, lines = started(EncoderEngine(config))
+    assert info.batch_tokens == 1024
+    assert [line for line in lines if line.startswith("warning")] == [
+        "warning    insufficient memory for batches of 4096 tokens: the limit is 1024 (serve.max_batch_tokens)"
+    ]
+    short_of_memory(monkeypatch, 300)
+    again = EncoderEngine(replace(config, known=info.to_json()))
+    assert again.load().batch_tokens == 256
+    assert max(sum(map(len, part)) for part in again._split([np.full(100, 5, dtype=np.int32)] * 9)) <= 256
+
+
+def test_an_engine_that_fits_no_batch_into_memory_names_the_setting(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    with_gpu(monkeypatch)
+    short_of_memory(monkeypatch, 50)
+    with pytest.raises(NotReadyError, match="insufficient memory for a batch of 64 tokens") as caught:
+        EncoderEngine(EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32")).load()
+    assert "serve.max_batch_tokens" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+@pytest.mark.parametrize("error", ["AcceleratorError", "OutOfMemoryError"])
+def test_weights_that_do_not_fit_into_memory_are_not_called_an_attention_problem(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], error: str
+) -> None:
+    import torch
+
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    moves = []
+
+    def to(*_: Any, **__: Any) -> None:
+        moves.append(1)
+        raise getattr(torch, error)("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+
+    with_gpu(monkeypatch, capability)
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    with pytest.raises(NotReadyError, match=r"insufficient memory to load the model: CUDA error: out of memory$"):
+        EncoderEngine(EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp16")).load()
+    assert len(moves) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("cuda:9", "GPU cuda:9 not found"), ("cuda", "a device"), ("cuda:0", "a device")]
+)
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, device: str, message: str) -> None:
+    import torch
+
+    from inferctl.serve.engines import device as devices
+
+    def properties(_: Any) -> Any:
+        raise NotReadyError("a device")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    with pytest.raises(NotReadyError, match=message):
+        devices.detect(device)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda0", ""])
+def test_an_unknown_device_is_an_error_and_not_the_cpu(device: str) -> None:
+    from inferctl.serve.engines import device as devices
+
+    with pytest.raises(UsageError, match="unknown device"):
+        devices.detect(device)
+
+
+@pytest.mark.parametrize(("device", "warned"), [("auto", 1), ("cpu", 0)])
+def test_a_cuda_torch_without_a_usable_gpu_says_why_it_is_on_the_cpu(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, device: str, warned: int
+) -> None:
+    import torch
+
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a usable GPU")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    config = EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", device=device)
+    info, lines = started(EncoderEngine(config))
+    assert len(info.warnings) == warned
+    assert sum("no usable GPU, so the CPU is used" in line for line in lines) == warned
+    assert all("NVIDIA" in line or "compiled" in line for line in info.warnings), info.warnings
+
+
+@pytest.mark.parametrize("architecture", ["bert", "mpnet"])
+def test_a_model_that_overflows_in_a_format_does_not_start_in_it(tiny: Any, architecture: str) -> None:
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    def enlarge(weights: dict[str, Any]) -> None:
+        name = next(name for name in weights if name.endswith("layer.0.intermediate.dense.weight"))
+        weights[name] *= 1e6
+
+    folder = altered(tiny(architecture, "mean_tokens"), enlarge)
+    config = EngineConfig(model=str(folder), precision="fp16", device="cpu")
+    with pytest.raises(NotReadyError, match="NaN or infinity for 8 of 8 check texts in fp16") as caught:
+        EncoderEngine(config).load()
+    assert "`--precision bf16`" in (caught.value.hint or "")
+    assert EncoderEngine(replace(config, precision="fp32")).load().within_limit
+
+
+@pytest.mark.parametrize(("architecture", "attention"), [("bert", "packed"), ("mpnet", "padded")])
+def test_a_loss_of_precision_is_a_warning_and_not_blamed_on_packing(
+    tiny: Any, architecture: str, attention: str
+) -> None:
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    def shift(weights: dict[str, Any]) -> None:
+        # The normalization after it subtracts this again. bf16 has steps of 0.5 there, fp32 does not notice.
+        name = next(name for name in weights if name.endswith("word_embeddings.weight"))
+        weights[name] += 100
+
+    folder = altered(tiny(architecture, "mean_tokens"), shift)
+    info, lines = started(EncoderEngine(EngineConfig(model=str(folder), precision="bf16", device="cpu")))
+    assert info.attention == attention
+    # MPNet adds a bias by position to its attention, which packing cannot give it.
+    assert ("differs" in info.attention_reason) == (attention == "padded")
+    assert (info.within_limit, info.cosine_limit) == (False, 0.99)
+    assert sum(line.startswith("warning    bf16 is inaccurate: cosine to fp32 0.") for line in lines) == 1
+
+
+@pytest.mark.parametrize(("capability", "on"), [((7, 5), False), ((8, 0), True)])
+def test_tf32_is_stated_where_fp32_runs_in_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], on: bool
+) -> None:
+    import torch
+
+    from inferctl import catalog
+    from inferctl.serve.engines import device
+
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    found, _ = device.choose("fp32", catalog.Traits("cuda", compute_capability=capability))
+    assert (found.tf32, "TF32" in found.reason) == (on, on)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    assert not device.choose("fp32", catalog.Traits("cuda", compute_capability=capability))[0].tf32
 
 
 # What torch registers for CUDA when it is imported, as on a machine that has CUDA and Triton.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inferctl.serve import frames, worker
+from inferctl.serve import frames, memory, worker
 from inferctl.serve.frames import Kind
 from inferctl.serve.types import Batch, BatchResult, EngineInfo
 
@@ -74,11 +74,15 @@ def test_batches_run_side_by_side_and_each_is_answered_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "memory"),
+    ("error", "said"),
     [
         ("AcceleratorError", "CUDA error: out of memory"),
         ("RuntimeError", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         ("RuntimeError", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        ("RuntimeError", "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
+        ("RuntimeError", "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        ("RuntimeError", "CUDA driver error: out of memory"),
+        ("RuntimeError", "Triton Error [CUDA]: out of memory"),
         ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 20.00 MiB."),
         (
             "RuntimeError",
@@ -86,12 +90,12 @@ def test_batches_run_side_by_side_and_each_is_answered_once() -> None:
         ),
     ],
 )
-def test_every_spelling_of_insufficient_memory_is_recognized(error: str, memory: str) -> None:
-    assert worker._is_memory(type(error, (RuntimeError,), {})(memory))
+def test_every_spelling_of_insufficient_memory_is_recognized(error: str, said: str) -> None:
+    assert memory.is_insufficient(type(error, (RuntimeError,), {})(said))
 
 
 @pytest.mark.parametrize(
     "said", ["CUDA error: device-side assert triggered", "CUDA error: an illegal memory access was encountered"]
 )
 def test_other_cuda_errors_are_not_called_insufficient_memory(said: str) -> None:
-    assert not worker._is_memory(type("AcceleratorError", (RuntimeError,), {})(said))
+    assert not memory.is_insufficient(type("AcceleratorError", (RuntimeError,), {})(said))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from inferctl import catalog
-from inferctl.errors import NotReadyError
+from inferctl.errors import NotReadyError, UsageError, shown
+from inferctl.serve import memory
 from inferctl.serve.engines import int8
 from inferctl.serve.types import DeviceInfo, PrecisionInfo
 
@@ -19,14 +21,25 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def detect(wanted: str) -> tuple[torch.device, DeviceInfo, catalog.Traits]:
-    """The device to use; `wanted` is auto, cpu, cuda or cuda:N. Raises `NotReadyError` when a GPU is asked for and there is none."""
+    """The device to use; `wanted` is auto, cpu, cuda or cuda:N.
+
+    Raises `UsageError` for another name, `NotReadyError` if there is no such GPU.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted, re.ASCII):
+        raise UsageError(f"unknown device {shown(wanted)}", "`--device` accepts auto, cpu, cuda or cuda:N")
     if wanted.startswith("cuda") or (wanted == "auto" and torch.cuda.is_available()):
         if not torch.cuda.is_available():
             raise NotReadyError(
-                "there is no usable CUDA GPU",
+                f"there is no usable CUDA GPU: {_why_no_gpu()}",
                 "`nvidia-smi` must work where the server runs; `--device cpu` runs without one",
             )
-        device = torch.device(wanted if ":" in wanted else "cuda:0")
+        index, count = int(wanted.partition(":")[2] or 0), torch.cuda.device_count()
+        if index >= count:
+            names = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+            raise NotReadyError(
+                f"GPU {wanted} not found", f"this process can use {names}; `CUDA_VISIBLE_DEVICES` can hide GPUs from it"
+            )
+        device = torch.device("cuda", index)
         properties = torch.cuda.get_device_properties(device)
         capability = (properties.major, properties.minor)
         info = DeviceInfo(
@@ -35,13 +48,32 @@ def detect(wanted: str) -> tuple[torch.device, DeviceInfo, catalog.Traits]:
             f"{capability[0]}.{capability[1]}",
             properties.total_memory,
             hardware=_key(properties),
-            count=torch.cuda.device_count() if wanted == "auto" else 1,
+            count=count if wanted == "auto" else 1,
         )
         return device, info, catalog.Traits("cuda", compute_capability=capability)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     name, flags = _cpu()
     info = DeviceInfo("cpu", name, None, memory, usable_cores(), "cpu")
     return torch.device("cpu"), info, catalog.Traits("cpu", cpu_flags=flags)
+
+
+def unused_gpu(wanted: str) -> str | None:
+    """A warning if `auto` chose the CPU though this torch is made for GPUs, else None."""
+    if wanted != "auto" or torch.version.cuda is None or torch.cuda.is_available():
+        return None
+    return (
+        f"no usable GPU, so the CPU is used (torch is built for CUDA {torch.version.cuda}): {_why_no_gpu()}. "
+        "If this is intended, use `--device cpu`"
+    )
+
+
+def _why_no_gpu() -> str:
+    """Why `torch.cuda.is_available()` is false."""
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except Exception as error:  # noqa: BLE001  # whatever it is, it is the reason
+        return memory.summary(error).rstrip(".")
+    return "torch cannot use CUDA"
 
 
 def usable_cores() -> int:
@@ -63,12 +95,22 @@ def choose(wanted: str, traits: catalog.Traits) -> tuple[PrecisionInfo, torch.dt
             f"{effective} does not run here: {support.reason}", "`--precision auto` takes the best that does"
         )
     reason = f"auto took {effective}: {support.reason}" if wanted == "auto" else support.reason
+    tf32 = _tf32(traits)
     if effective == "int8":
         around = _around_int8(traits)
         if traits.kind == "cpu":
             reason += f"; 8-bit weights and activations, {str(around).removeprefix('torch.')} between the products"
-        return PrecisionInfo(wanted, effective, support.level, reason, int8.METHOD[traits.kind]), around
-    return PrecisionInfo(wanted, effective, support.level, reason), _DTYPES[effective]
+        return PrecisionInfo(wanted, effective, support.level, reason, int8.METHOD[traits.kind], tf32), around
+    if effective == "fp32" and tf32:
+        reason += "; matrix products in TF32 (10 bits of mantissa), as the environment or torch's settings allow it"
+    return PrecisionInfo(wanted, effective, support.level, reason, tf32=tf32), _DTYPES[effective]
+
+
+def _tf32(traits: catalog.Traits) -> bool:
+    """Whether the device computes fp32 matrix products in TF32, which GPUs have from compute capability 8.0."""
+    if traits.kind != "cuda" or traits.compute_capability is None or traits.compute_capability < (8, 0):
+        return False
+    return bool(torch.backends.cuda.matmul.allow_tf32)
 
 
 def _around_int8(traits: catalog.Traits) -> torch.dtype:

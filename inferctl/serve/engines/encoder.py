@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 import transformers
 
 from inferctl import model
-from inferctl.errors import NotReadyError
-from inferctl.serve import recipe
+from inferctl.errors import InferctlError, NotReadyError
+from inferctl.serve import memory, recipe
 from inferctl.serve.engines import device as devices
 from inferctl.serve.engines import int8, onednn, packed, plain
 from inferctl.serve.tokenise import TokenizerPool
@@ -47,8 +48,10 @@ _TYPICAL_TOKENS = 64
 _MAX_PADDING = 0.15
 # Weights above this many parameters are not held twice just to compare.
 _MAX_CHECKED_PARAMETERS = 1_500_000_000
-# Packed against each text alone (a text that sees its neighbours falls far below; LLM.int8 depends on them a little), and against fp32.
+# Lowest cosine of packed texts to each text alone: a text that sees its neighbors falls far below, and LLM.int8
+# depends on them a little.
 _ALONE = 0.995
+# Lowest cosine to fp32, and of packed to padded in the same format.
 _SAME = {"fp32": 0.99999, "bf16": 0.99, "fp16": 0.999, "int8": 0.95}
 
 CHECK_TEXTS = (
@@ -69,10 +72,24 @@ class EncoderEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._model: Any = None
+        self._device: Any = None
         self._plain: Any = None  # fp32 weights, once a batch had to be exact
 
     def load(self) -> EngineInfo:
-        """See `Engine.load`."""
+        """Load, check against fp32 and warm up. Raises `InferctlError`, also if memory is insufficient."""
+        try:
+            return self._start()
+        except InferctlError:
+            raise
+        except Exception as error:
+            if not memory.is_insufficient(error):
+                raise
+            raise NotReadyError(
+                f"insufficient memory to load the model: {memory.summary(error)}", self._more_memory()
+            ) from error
+
+    def _start(self) -> EngineInfo:
+        """`load`, with errors as torch raises them."""
         self._folder = folder = model.find(self._config.model)
         self._recipe = recipe.read(folder.path, self._config.max_input_tokens)
         self._device, info, traits = devices.detect(self._config.device)
@@ -88,14 +105,17 @@ class EncoderEngine:
         sequences = self._check_sequences(folder.path)
         expected, why = self._reference(folder, sequences)
         attention, reason = self._load_checked(folder.path, precision, info.kind, sequences, expected)
-        cosines = _cosines(self._embed(sequences), expected) if expected is not None else None
+        vectors = self._embed(sequences)
+        cosines = _cosines(vectors, expected) if expected is not None else None
+        inaccurate = _judge(vectors, expected, precision)
         parallel = 1
         if on_cpu:
             parallel = cores // self._choose_threads(cores)
             self._share_out(cores, parallel)
-        self._warm_up(parallel)
+        lowered = self._warm_up(parallel)
+        unused = devices.unused_gpu(self._config.device)
         return EngineInfo(
-            dimensions=int(self._embed(sequences[:1]).shape[1]),
+            dimensions=int(vectors.shape[1]),
             attention=attention,
             attention_reason=reason,
             precision=precision,
@@ -104,7 +124,9 @@ class EncoderEngine:
             parallel=parallel,
             cosine_min=None if cosines is None else float(cosines.min()),
             cosine_mean=None if cosines is None else float(cosines.mean()),
+            cosine_limit=None if cosines is None else _SAME[precision.effective],
             check=why,
+            warnings=[warning for warning in (unused, inaccurate, lowered) if warning],
             versions={
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -117,8 +139,17 @@ class EncoderEngine:
         self._load(folder, precision, packed.NAME if known.attention == "packed" else None)
         if self._device.type == "cpu":
             self._share_out(cores, known.parallel)
-        self._warm_up(known.parallel)
+        self._batch_tokens = min(self._batch_tokens, known.batch_tokens)
+        if lowered := self._warm_up(known.parallel):
+            log.warning(lowered)
+            return replace(known, batch_tokens=self._batch_tokens, warnings=[*known.warnings, lowered])
         return known
+
+    def _more_memory(self) -> str:
+        """The hint of an error that says that memory is insufficient."""
+        if self._device is not None and self._device.type == "cpu":
+            return "free memory on this machine, or raise the memory limit of the container"
+        return "free memory on the GPU (`nvidia-smi` lists its processes), or use a larger one"
 
     def _share_out(self, cores: int, parallel: int) -> None:
         """Share the cores of a CPU out among so many batches at a time."""
@@ -168,23 +199,37 @@ class EncoderEngine:
         if kind == "cuda" and not self._varlen:
             self._load(folder, precision, None)
             return "padded", "variable-length attention needs compute capability 8.0 and a 16-bit format"
+        if expected is None:  # padding in the same format is what there is to compare with
+            self._load(folder, precision, None)
+            expected = self._embed(sequences)
         try:
             self._load(folder, precision, packed.NAME)
             together = self._embed(sequences)
             alone = np.concatenate([self._embed([s]) for s in sequences])
-            worst = float(_cosines(together, alone).min())
-            if worst >= _ALONE and (
-                expected is None or _cosines(together, expected).min() >= _SAME[precision.effective]
-            ):
-                return "packed", "no padding; equals the padded result"
-            worst = worst if expected is None else min(worst, float(_cosines(together, expected).min()))
-            reason = f"packed differs from padded (cosine {worst:.4f})"
+        except InferctlError:
+            raise
         except packed.UnsupportedError as error:
             reason = str(error)
-        except Exception as error:  # noqa: BLE001  # architectures refuse in many ways; padding works for all of them
+        except Exception as error:  # architectures reject packing in many ways; padding works for all of them
+            if memory.is_insufficient(error):
+                raise
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            limit = _SAME[precision.effective]
+            independent = bool(_cosines(together, alone).min() >= _ALONE)
+            if independent and _cosines(together, expected).min() >= limit:
+                return "packed", "no padding; equals the padded result"
+            # Either packing is wrong, or the format loses too much. Padding in the same format shows which.
+            self._load(folder, precision, None)
+            padded = self._embed(sequences)
+            if independent and _cosines(together, padded).min() >= limit:
+                self._load(folder, precision, packed.NAME)
+                return "packed", f"no padding; equals the padded result in {precision.effective}"
+            worst = np.concatenate([_cosines(together, alone), _cosines(together, padded)]).min()
+            reason = f"packed differs from padded (cosine {worst:.4f})"
         log.warning("packed attention is not used: %s", reason)
-        self._load(folder, precision, None)
+        if self._model is None or self._packed:
+            self._load(folder, precision, None)
         return "padded", f"sorted by length; {reason}"
 
     def _load(self, folder: Path, precision: PrecisionInfo, attention: str | None) -> None:
@@ -197,13 +242,7 @@ class EncoderEngine:
             int8.quantise(loaded)
         elif self._fill:
             onednn.pack(loaded, int8=precision.effective == "int8")
-        try:
-            self._model = loaded.to(self._device)
-        except torch.cuda.OutOfMemoryError as error:
-            raise NotReadyError(
-                f"the model does not fit into the GPU's memory: {error}",
-                "int8 halves the weights; a larger GPU or slice helps",
-            ) from None
+        self._model = loaded.to(self._device)
         self._packed = attention == packed.NAME
         # In fp32 the fused attention kernel is the faster one.
         self._bucketed = self._dtype if self._device.type == "cpu" and self._dtype == torch.bfloat16 else None
@@ -235,14 +274,43 @@ class EncoderEngine:
         if self._device.type == "cpu" and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
 
-    def _warm_up(self, parallel: int) -> None:
-        """Run the largest batch as often as it may run at a time, and a small one: memory that does not suffice shows now, and no request pays for first times."""
+    def _warm_up(self, parallel: int) -> str | None:
+        """Run the largest batch as often as it may run at a time, and a small one: no request pays for first times.
+
+        Halves the batch limit until memory is sufficient, and returns a warning then. Raises `NotReadyError`.
+        """
+        configured = self._batch_tokens
+        while said := self._run_largest(parallel):
+            if self._batch_tokens <= memory.SMALLEST_BATCH:
+                raise NotReadyError(
+                    f"insufficient memory for a batch of {self._batch_tokens} tokens: {said}",
+                    f"{self._more_memory()}; a `serve.max_batch_tokens` of {self._batch_tokens} is already too large",
+                )
+            self._batch_tokens = max(memory.SMALLEST_BATCH, self._batch_tokens // 2)
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+        if self._batch_tokens == configured:
+            return None
+        limit = self._batch_tokens
+        warning = (
+            f"insufficient memory for batches of {configured} tokens: the limit is {limit} (serve.max_batch_tokens)"
+        )
+        return warning if limit >= self._recipe.max_tokens else f"{warning}; longer texts can get 503"
+
+    def _run_largest(self, parallel: int) -> str | None:
+        """Run the batches of `_warm_up`; returns what the device says if its memory is insufficient."""
         longest = min(self._recipe.max_tokens, self._batch_tokens)
         text = np.full(longest, 5, dtype=np.int32)
-        with ThreadPoolExecutor(parallel) as pool:
-            for _ in pool.map(self._embed, [[text] * max(1, self._batch_tokens // longest)] * parallel):
-                pass
-        self._embed([text])
+        try:
+            with ThreadPoolExecutor(parallel) as pool:
+                for _ in pool.map(self._embed, [[text] * max(1, self._batch_tokens // longest)] * parallel):
+                    pass
+            self._embed([text])
+        except Exception as error:
+            if not memory.is_insufficient(error):
+                raise
+            return memory.summary(error)
+        return None
 
     def _embed(self, sequences: list[Tokens]) -> Vectors:
         """float32 [sequences, dimensions], in the order given; spread over the threads that a batch has."""
@@ -315,7 +383,7 @@ class EncoderEngine:
         used = 0
         for ids in ordered:
             area = (len(part) + 1) * (len(part[0]) if part else len(ids))
-            if part and (area > self._config.max_batch_tokens or used + len(ids) < (1 - _MAX_PADDING) * area):
+            if part and (area > self._batch_tokens or used + len(ids) < (1 - _MAX_PADDING) * area):
                 yield part
                 part, used = [], 0
             part.append(ids)
@@ -341,6 +409,28 @@ def _balanced(lengths: list[int], parts: int) -> list[list[int]]:
         groups[lightest].append(index)
         loads[lightest] += lengths[index]
     return groups
+
+
+def _judge(vectors: Vectors, expected: Vectors | None, precision: PrecisionInfo) -> str | None:
+    """A warning if `vectors` are further from `expected` (fp32) than this precision should be, else None.
+
+    Raises `NotReadyError` for NaN or infinity.
+    """
+    effective = precision.effective
+    if bad := int((~finite_rows(vectors)).sum()):
+        said = f"the model returns NaN or infinity for {bad} of {len(vectors)} check texts in {effective}"
+        if effective == "fp32" or (expected is not None and not finite_rows(expected).all()):
+            raise NotReadyError(
+                said if effective == "fp32" else f"{said}, and in fp32", "check the weights of the model"
+            )
+        wider = "`--precision fp32`" if effective == "bf16" else "`--precision bf16` or `--precision fp32`"
+        raise NotReadyError(said, f"use {wider}, which have the range that this model needs")
+    if expected is None or (lowest := float(_cosines(vectors, expected).min())) >= _SAME[effective]:
+        return None
+    said = f"{effective} is inaccurate: cosine to fp32 {lowest:.5f}, at least {_SAME[effective]} is expected"
+    if effective != "fp32":
+        return f"{said}. `--precision fp32` avoids this"
+    return f"{said}. `TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0` turns TF32 off" if precision.tf32 else said
 
 
 def _cosines(a: Vectors, b: Vectors) -> Vectors:
