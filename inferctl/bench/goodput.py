@@ -22,6 +22,10 @@ from inferctl.bench.validity import ACHIEVED_LIMIT, CLIENT_CPU_LIMIT
 from inferctl.errors import NotEnoughEvidenceError
 
 SWEEP = (0.2, 0.4, 0.6, 0.75, 0.9, 1.0, 1.15)
+# With little time: fewer rates, and none beyond the first that is too much.
+SHORT_SWEEP = (0.3, 0.6, 0.9, 1.2)
+# Measurements that a search with a budget keeps for the confirmation and the end of its band.
+RESERVE = 2
 BEYOND = 1.3
 FALLS = 0.95
 CONFIRMATIONS = 3
@@ -83,6 +87,16 @@ class Probe:
 Measure = Callable[[float, str, Sequence[Probe]], Probe]
 
 
+@dataclass(frozen=True)
+class Budget:
+    """The time of a search: `left` seconds, `cost` of a measurement at a rate in seconds; `short` for a short sweep."""
+
+    seconds: float
+    left: Callable[[], float]
+    cost: Callable[[float], float]
+    short: bool = False
+
+
 def judge(
     summary: Mapping[str, Any],
     slo_p99_ms: float,
@@ -114,12 +128,15 @@ def judge(
     return holds, None if holds else "n too small" if holds is None else "p99", reason
 
 
-def find(settings: Search, slo_p99_ms: float, ceiling: float | None, measure: Measure) -> dict[str, Any]:
+def find(
+    settings: Search, slo_p99_ms: float, ceiling: float | None, measure: Measure, budget: Budget | None = None
+) -> dict[str, Any]:
     """Probe by way of `measure(rate, stage, earlier probes of that rate to pool with)`; returns the receipt's `search` key.
 
-    `ceiling`: requests/s of a closed loop that keeps the server busy; None starts at `settings.start_rate`.
+    `ceiling`: requests/s of a closed loop that keeps the server busy; None starts at `settings.start_rate`. When the
+    `budget` is used up, the result is what is known by then.
     """
-    hunt = _Hunt(settings, measure)
+    hunt = _Hunt(settings, measure, budget)
     hunt.sweep(ceiling)
     best = hunt.settle()
     if best:
@@ -128,31 +145,50 @@ def find(settings: Search, slo_p99_ms: float, ceiling: float | None, measure: Me
 
 
 class _Hunt:
-    def __init__(self, settings: Search, measure: Measure) -> None:
-        self._settings, self._measure = settings, measure
+    def __init__(self, settings: Search, measure: Measure, budget: Budget | None = None) -> None:
+        self._settings, self._measure, self._budget = settings, measure, budget
+        self.expired = False
         self.log: list[Probe] = []
         self.latest: dict[float, Probe] = {}
 
     @property
     def spent(self) -> bool:
-        return len(self.log) >= self._settings.max_probes
+        return len(self.log) >= self._settings.max_probes or self.out_of_time(RESERVE)
+
+    def out_of_time(self, reserve: int = 0) -> bool:
+        """Return whether the budget has no room for a measurement and `reserve` further ones."""
+        if self._budget is None or not self.log:
+            return False
+        out = self._budget.left() < (1 + reserve) * self._budget.cost(self.log[-1].rate)
+        self.expired |= out
+        return out
 
     def probe(self, rate: float, stage: str) -> Probe:
         """Probe a rate; again, pooled, while answers are lacking, and once more when its interval leaves the verdict open."""
         rate = _tidy(min(rate, self._settings.max_rate))
         earlier: list[Probe] = []
         made = self._measure(rate, stage, earlier)
-        while (made.short and len(earlier) < LOOKS - 1) or (made.undecided and not earlier):
+        while ((made.short and len(earlier) < LOOKS - 1) or (made.undecided and not earlier)) and not self._late(made):
             earlier = [*earlier, made]
             made = self._measure(rate, stage, earlier)
         self.log.append(made)
         self.latest[rate] = made
         return made
 
+    def _late(self, made: Probe) -> bool:
+        """Return whether the budget has no room to measure `made` again; a confirmation may use what is kept for it."""
+        if self._budget is None:
+            return False
+        reserve = 0 if made.stage in ("confirm", "bound") else RESERVE
+        late = self._budget.left() < (1 + reserve) * self._budget.cost(made.rate)
+        self.expired |= late
+        return late
+
     def sweep(self, ceiling: float | None) -> None:
         """Upward until the server is saturated, and one step beyond, where throughput may fall."""
         start = self._settings.start_rate
-        ladder = [ceiling * share for share in SWEEP] if ceiling else []
+        short = self._budget is not None and self._budget.short
+        ladder = [ceiling * share for share in (SHORT_SWEEP if short else SWEEP)] if ceiling else []
         if start is not None:
             ladder = [start, *(rate for rate in ladder if rate > start)]
         rate, beyond = 0.0, False
@@ -162,6 +198,8 @@ class _Hunt:
             if beyond or made.broke == "generator" or rate >= self._settings.max_rate:
                 return
             if made.broke in _SATURATED:
+                if short:
+                    return
                 beyond, ladder = True, []
 
     def descend(self) -> None:
@@ -207,6 +245,8 @@ class _Hunt:
             if low is None:
                 return None
             for _ in range(2):
+                if self.out_of_time():
+                    return None
                 made = self.probe(low, "confirm")
                 if made.holds:
                     return made
@@ -219,7 +259,8 @@ class _Hunt:
             band = _band(self.log, best)
             once = {probe.rate for probe in self.log if probe.exceeds and probe.rate > best.rate} - tried
             lowest = min(once, default=None)
-            if self.spent or band is None or lowest is None or band[1] == lowest:
+            full = len(self.log) >= self._settings.max_probes
+            if full or band is None or lowest is None or band[1] == lowest or self.out_of_time():
                 return
             tried.add(lowest)
             self.probe(lowest, "bound")
@@ -248,7 +289,8 @@ def _result(
         "first_failing_times": sum(p.rate == first.rate and p.holds is False for p in hunt.log) if first else None,
         "limited_by": first.broke if first else None,
         "reason": first.reason if first else "",
-        "band_rps": _band(hunt.log, best),
+        "band_rps": _band(hunt.log, best) if best or not hunt.expired else _unconfirmed(hunt),
+        "expired": hunt.expired,
         "caution": None,
         "failed_below": [probe.rate for probe in probes if best and probe.holds is False and probe.rate < best.rate],
         **shape(probes),
@@ -267,6 +309,14 @@ def _band(log: Sequence[Probe], best: Probe | None) -> list[float | None] | None
         return None
     shown = sorted(probe.rate for probe in log if probe.exceeds and probe.rate > best.rate)
     return [best.rate, shown[1] if len(shown) > 1 else None]
+
+
+def _unconfirmed(hunt: _Hunt) -> list[float | None] | None:
+    """Return the band when no time was left to confirm: from the highest rate that met the SLO once."""
+    low, _ = hunt.bracket()
+    shown = sorted(probe.rate for probe in hunt.log if probe.exceeds and probe.rate > (low or 0))
+    high = shown[1] if len(shown) > 1 else shown[0] if shown else None
+    return [low or 0.0, high] if low or high else None
 
 
 def shape(probes: Sequence[Probe]) -> dict[str, Any]:
@@ -320,6 +370,11 @@ def sentences(name: str, search: Mapping[str, Any]) -> list[str]:
             f"{name}: inconclusive, not enough samples to say which rate meets the SLO (p99 {slo:g} ms); "
             "give the probes more time (max_probe_s)."
         ]
+    elif search.get("expired") and search["verdict"] == "not confirmed":
+        found = [
+            f"{name}: inconclusive, the budget left no time to confirm a rate that meets the SLO "
+            f"(p99 {slo:g} ms){_within(search)}."
+        ]
     elif search["verdict"] == "not confirmed":
         found = [
             f"{name}: inconclusive, no rate that met the SLO (p99 {slo:g} ms) met it again; "
@@ -337,6 +392,11 @@ def sentences(name: str, search: Mapping[str, Any]) -> list[str]:
     if search.get("failed_below"):
         rates = ", ".join(f"{rate:g}" for rate in search["failed_below"])
         found.append(f"{name} failed at {rates} requests/s too, below rates that held: the machine was unsteady.")
+    if search.get("expired") and (budget := search.get("budget")):
+        found.append(
+            f"{name}: the search ended with its budget ({budget['seconds']:.0f} s, of which it took "
+            f"{budget['spent_s']:.0f} s); a longer one narrows the band."
+        )
     return [*found, *_bends(name, search)]
 
 

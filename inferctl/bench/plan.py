@@ -82,6 +82,7 @@ class Search(Section):
     max_probes: int = Field(24, ge=3, le=200)
     start_rate: float | None = Field(None, gt=0, le=100_000)
     max_rate: float = Field(100_000, gt=0, le=100_000)
+    budget_s: float | None = Field(None, ge=1, le=604_800)
 
 
 class Plan(Section):
@@ -192,6 +193,10 @@ class Plan(Section):
             data["repeats"] = repeats or 1
         elif self.search and more.get("slo_p99_ms"):
             data["search"] = {**data["search"], "slo_p99_ms": more["slo_p99_ms"]}
+        if (budget_s := more.get("budget_s")) is not None:
+            if not data.get("search"):
+                raise UsageError("--budget is for a search", "add `--search --slo MS`, or choose a plan with a search")
+            data["search"] = {**data["search"], "budget_s": budget_s}
         try:
             if precisions:
                 data["configurations"] = [{"name": name, "precision": name} for name in dict.fromkeys(precisions)]

@@ -90,6 +90,12 @@ class Bench:
         found = self.users.get(subject.name)
         return load.model_copy(update={"users": found["users"]}) if found and load.auto_users else load
 
+    @property
+    def search_s(self) -> float | None:
+        """Return the seconds of one search: an equal share of the budget for each subject."""
+        budget = self.plan.search.budget_s if self.plan.search else None
+        return None if budget is None else budget / len(self.subjects)
+
     def corpus_of(self, subject: Subject) -> str:
         return subject.corpus or self.plan.corpus
 
@@ -341,6 +347,7 @@ def _searched(bench: Bench, subject: Subject, session: Session, one: Run, folder
         take=take,
         settle=lambda patience: search.settle(ask, patience, idle_s),
         budget=bench.plan.error_budget_percent / 100,
+        seconds=bench.search_s,
         told=lambda probe: session.tell("search", done=f"{probe.stage} {probe.rate:g}/s: {probe.reason}"),
     ).run()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,13 @@ WINDOW_S, SHORTEST_S = 0.5, 4.0
 # With it, of 100 simulated queues at 85, 90 and 95 % load 0, 2 and 4 were taken for hopeless within 8 s, at 115 % 99.
 CORRELATED = 2.0
 SETTLE_S = 30.0
+# Start of the load generator, besides the warm-up. A probe takes LONGER than `probe_s` on average: it needs more
+# responses, or is measured again.
+START_S, LONGER = 3.0, 1.5
+# Measurements of a search besides those that halve the gap between two rates, and that gap, relative to the rates.
+MEASUREMENTS, GAP = 22, 0.25
+# The same for a search with little time.
+SHORT_MEASUREMENTS, SHORT_GAP = len(goodput.SHORT_SWEEP) + goodput.RESERVE, 0.5
 _OF_OTHER_SHAPE = ("auto_users", "stages", "trace", "spike", "capacity_percent")
 
 Take = Callable[[Load, workload.Workload, Path, int, Callable[[], None]], Measurement]
@@ -36,10 +44,39 @@ class Hopeless(Exception):  # noqa: N818 - no error: the answer came sooner
     """The backlog of a probe grows without doubt."""
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """How long a search of one server should take, and how close the rates around its result will be.
+
+    `short`: with fewer rates at first. `enough`: whether the time is enough for a search at all.
+    """
+
+    seconds: float
+    resolution: float
+    short: bool = False
+    enough: bool = True
+
+
+def forecast(settings: Search, load: Load, budget_s: float | None = None) -> Forecast:
+    """Return what a search takes, or what `budget_s` seconds for one server buy."""
+    around = min(load.warmup_s, 4 * load.window_s) + START_S
+    first = load.warmup_s + BURST_S + START_S
+    halvings = math.ceil(math.log2(max(1.0, GAP / settings.resolution)))
+    whole = first + (MEASUREMENTS + halvings) * (LONGER * settings.probe_s + around)
+    if budget_s is None or whole <= budget_s:
+        return Forecast(whole, settings.resolution)
+    affordable = math.floor((budget_s - first) / (settings.probe_s + around)) - SHORT_MEASUREMENTS
+    if affordable < 0:
+        least = first + SHORT_MEASUREMENTS * (settings.probe_s + around)
+        return Forecast(least, SHORT_GAP, short=True, enough=False)
+    return Forecast(budget_s, max(settings.resolution, SHORT_GAP / 2**affordable), short=True)
+
+
 @dataclass
 class Searcher:
     """Probes one server. `take` measures one load in a folder; `settle` waits until the server is idle again; `told`
-    hears of each probe. `budget` is the share of requests that may fail at a rate within the SLO."""
+    hears of each probe. `budget` is the share of requests that may fail at a rate within the SLO, `seconds` the time
+    that the search may take."""
 
     settings: Search
     slo_p99_ms: float
@@ -51,6 +88,8 @@ class Searcher:
     settle: Callable[[float], object]
     told: Callable[[Probe], None]
     budget: float = 0.0
+    seconds: float | None = None
+    _until: float = field(default=math.inf, init=False)
     _taken: list[tuple[Probe, Measurement]] = field(default_factory=list, init=False)
     _count: int = field(default=0, init=False)
 
@@ -59,8 +98,15 @@ class Searcher:
 
         Raises `InferctlError` when no probe lasted to its end.
         """
+        begun, budget = time.monotonic(), None
+        if self.seconds is not None:
+            self._until = begun + self.seconds
+            short = forecast(self.settings, self.load, self.seconds).short
+            budget = goodput.Budget(self.seconds, self._left, self._cost, short)
         ceiling = None if self.settings.start_rate else self._ceiling()
-        found = goodput.find(self.settings, self.slo_p99_ms, ceiling, self.measure)
+        found = goodput.find(self.settings, self.slo_p99_ms, ceiling, self.measure, budget)
+        if self.seconds is not None:
+            found["budget"] = {"seconds": self.seconds, "spent_s": round(time.monotonic() - begun, 1)}
         lasted = [(probe, made) for probe, made in self._taken if not probe.ended_early and probe.n]
         if not lasted:
             raise InferctlError(
@@ -69,6 +115,17 @@ class Searcher:
         best = [made for probe, made in lasted if probe.rate == found["max_goodput_rps"] and probe.stage == "confirm"]
         chosen = best[-1] if best else min(lasted, key=lambda pair: pair[0].rate)[1]
         return replace(chosen, search=found)
+
+    def _left(self) -> float:
+        return self._until - time.monotonic()
+
+    def _around(self) -> float:
+        return min(self.load.warmup_s, 4 * self.load.window_s) + START_S
+
+    def _cost(self, rate: float) -> float:
+        """Return seconds of one measurement at `rate`."""
+        seconds = max(self.settings.probe_s, ENOUGH / rate)
+        return min(seconds, max(self.settings.probe_s, self.settings.max_probe_s)) + self._around()
 
     def _ceiling(self) -> float:
         """Requests/s of a closed loop that always has work waiting. Its end is also the server's warm-up."""
@@ -90,6 +147,7 @@ class Searcher:
         alike = next((probe.dependence for probe, _ in reversed(self._taken) if probe.rate == rate), None) or 1.0
         seconds = max(seconds, (ENOUGH * alike - (earlier[-1].n if earlier else 0)) / rate)
         seconds = min(seconds, max(self.settings.probe_s, self.settings.max_probe_s))
+        seconds = min(seconds, max(SHORTEST_S, self._left() - self._around()))
         # One draw of gaps for all rates of the search: what differs between them is the rate. Each further look at a rate has its own.
         looks = sum(probe.rate == rate for probe, _ in self._taken)
         seed = self.seed + looks + {"confirm": 100, "bound": 200}.get(stage, 0)

@@ -100,6 +100,14 @@ Slo = Annotated[
         help="The p99 that must hold, instead of the spec's slo.p99_ms.",
     ),
 ]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="TIME",
+        help="Limit the searches of all servers together to this time: seconds, or as in 5m or 1.5h.",
+    ),
+]
 Neighbours = Annotated[
     int | None,
     typer.Option("--neighbours", metavar="N", help="Also measure beside N busy servers on the same device, in turns."),
@@ -154,6 +162,7 @@ def bench(
     ] = None,
     search: Annotated[bool, typer.Option("--search", help="Find the highest rate whose p99 holds the SLO.")] = False,
     slo: Slo = None,
+    budget: Budget = None,
     repeats: Annotated[int | None, typer.Option(help="Runs of each configuration, instead of the plan's.")] = None,
     workers: Annotated[
         int | None, typer.Option(help="Processes that make the load, when one core is not enough.")
@@ -190,6 +199,7 @@ def bench(
             "hardware": bench_setup.hardware(hardware or []),
             "search": {"slo_p99_ms": slo} if search else None,
             "slo_p99_ms": slo,
+            "budget_s": None if budget is None else bench_setup.seconds(budget),
             "neighbours": neighbours,
             "error_budget_percent": error_budget,
         }
@@ -214,6 +224,8 @@ def _run(ready: bench_setup.Ready, report: Path | None, json_: bool) -> None:
             if done
             else f"results go to {_shown(work.output)}; if this is cut short: {again}"
         )
+        if said := bench_progress.forecast(work):
+            console.note(said)
         try:
             with bench_progress.Show(bench_progress.expected(work), done) as show:
                 runner.run(work, outcomes, show.tell, lambda outcome: result.receipts(context, [outcome]))

@@ -14,24 +14,39 @@ if TYPE_CHECKING:
 
 # What a run takes beside its load: the server's start and end, Locust's start, the quality check.
 AROUND_S = 12.0
-# Measurements of a search, about, several of which may make one probe; and how much longer than `probe_s` they are, on average.
-MEASUREMENTS, LONGER = 25, 1.5
 
 
 def expected(work: Bench) -> list[float]:
     """Seconds that each run of a bench should take, in order: a guess, corrected by the runs as they end."""
+    from inferctl.bench import search
+
     named = {subject.name: work.load_of(subject) for subject in work.subjects}
-    search = work.plan.search
+    settings = work.plan.search
 
     def seconds(name: str) -> float:
         load = named[name]
-        if search:
-            each = LONGER * search.probe_s + 4 * load.window_s + 3
-            return load.warmup_s + MEASUREMENTS * each + load.duration_s + AROUND_S
+        if settings:
+            return search.forecast(settings, load, work.search_s).seconds + AROUND_S
         closed = load.warmup_s / 2 + load.capacity_s + AROUND_S / 4 if load.capacity_percent else 0.0
         return closed + load.warmup_s / 2 + load.duration_s + AROUND_S
 
     return [seconds(run.configuration) for run in work.order]
+
+
+def forecast(work: Bench) -> str | None:
+    """Return how long a search will take and how close its rates will be; None for other benches."""
+    from inferctl.bench import search
+
+    settings = work.plan.search
+    if not settings:
+        return None
+    each = [search.forecast(settings, work.load_of(subject), work.search_s) for subject in work.subjects]
+    took = duration(sum(one.seconds for one in each) + AROUND_S * len(each))
+    close = f"rates about {max(one.resolution for one in each):.0%} apart around the limit"
+    if settings.budget_s is None:
+        return f"this search takes about {took.removeprefix('~')}: {close}"
+    used = "all of" if any(one.short for one in each) else "less than"
+    return f"the budget of {settings.budget_s:g} s buys {close}; the search takes {used} it"
 
 
 class Show:

@@ -284,6 +284,39 @@ def _check_search(asked: _Asked) -> None:
             "give --slo 100 (ms), `search.slo_p99_ms` in the plan, or `slo.p99_ms` in the spec",
         )
 
+    if search and search.budget_s is not None:
+        _check_budget(asked, search.budget_s)
+
+
+def _check_budget(asked: _Asked, budget_s: float) -> None:
+    """Raise `UsageError` if the budget is too short for a search of each server."""
+    import math
+
+    from inferctl.bench import search
+    from inferctl.errors import UsageError
+
+    settings, count = asked.plan.search, len(asked.subjects)
+    assert settings is not None
+    each = [search.forecast(settings, asked.plan.load_with(one.load), budget_s / count) for one in asked.subjects]
+    if any(not one.enough for one in each):
+        least = math.ceil(count * max(one.seconds for one in each))
+        which = "a search" if count == 1 else f"{count} searches"
+        raise UsageError(
+            f"the budget of {budget_s:g} s is too short for {which}", f"give `--budget {least}` (seconds) or more"
+        )
+
+
+def seconds(text: str) -> float:
+    """Return the seconds of `300`, `90s`, `5m` or `1.5h`. Raises `UsageError`."""
+    import re
+
+    from inferctl.errors import UsageError
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if not found or not float(found[1]):
+        raise UsageError(f"--budget {text!r} is not a time", "give seconds, or a time like 5m or 1.5h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
 
 def _check_neighbours(asked: _Asked) -> None:
     from inferctl.bench import neighbours

@@ -16,6 +16,8 @@ from bench_samples import SECOND, row, table
 
 from inferctl.bench import goodput, plan, receipt, records, runner, search, stats, summary, validity, workload
 from inferctl.bench.goodput import Probe
+from inferctl.cli import bench_setup
+from inferctl.errors import UsageError
 
 SERVICE_S = 0.010
 
@@ -409,6 +411,93 @@ def test_probes_stay_within_their_number_and_their_rate() -> None:
     started = Simulated(80)
     found({"start_rate": 10, "max_probes": 4}, started, ceiling=None)
     assert list(dict.fromkeys(rate for _, rate in started.asked))[:3] == [10, 13, 16.9]
+
+
+class Timed(Simulated):
+    """A simulated server on a virtual clock: a probe takes its seconds and some more."""
+
+    AROUND = 5.0
+
+    def __init__(self, budget_s: float, **more: Any) -> None:
+        super().__init__(80, **more)
+        self.budget_s, self.spent = budget_s, 0.0
+
+    def __call__(self, rate: float, stage: str, earlier: Sequence[Probe]) -> Probe:
+        self.spent += self.seconds + self.AROUND
+        return super().__call__(rate, stage, earlier)
+
+    def search(self, **settings: Any) -> dict[str, Any]:
+        budget = goodput.Budget(
+            self.budget_s, lambda: self.budget_s - self.spent, lambda _: self.seconds + self.AROUND, short=True
+        )
+        chosen = plan.Search.model_validate(settings)
+        return goodput.find(chosen, self.slo_ms, 100.0, self, budget) | {
+            "budget": {"seconds": self.budget_s, "spent_s": self.spent}
+        }
+
+
+@pytest.mark.parametrize("budget_s", [400, 600, 900])
+def test_searches_end_within_their_budget_and_their_band_contains_the_limit(budget_s: float) -> None:
+    truth, inside, confirmed = true_goodput(80), 0, 0
+    for seed in range(20):
+        server = Timed(budget_s, seconds=60, seed=1000 * seed)
+        result = server.search(max_probes=40)
+        assert server.spent <= budget_s
+        low, high = result["band_rps"]
+        inside += low <= truth <= (high or math.inf)
+        confirmed += result["verdict"] in ("found", "at least")
+    assert inside >= 18
+    # At least half of the searches confirm a rate, though the time is short.
+    assert confirmed >= 10
+
+
+def test_a_budget_without_time_to_confirm_reports_what_is_known() -> None:
+    server = Timed(100, seconds=60)
+    result = server.search()
+    assert server.spent <= 100
+    assert (result["verdict"], result["max_goodput_rps"], result["expired"]) == ("not confirmed", None, True)
+    assert result["band_rps"] == [30, None]
+    said = goodput.sentences("mine", result)
+    assert "the budget left no time to confirm" in said[0] and "30" in said[0]
+    assert any("ended with its budget (100 s" in one for one in said)
+
+
+def test_a_search_says_what_its_time_buys() -> None:
+    settings, load = plan.load("search").search, plan.load("search").load
+    assert settings is not None
+    whole = search.forecast(settings, load)
+    assert whole.resolution == settings.resolution
+    assert search.forecast(settings, load, whole.seconds + 1) == whole
+    bought = [search.forecast(settings, load, share * whole.seconds).resolution for share in (0.3, 0.4, 0.6)]
+    assert bought == sorted(bought, reverse=True) and bought[0] > settings.resolution
+    small = search.forecast(settings, load, 30)
+    assert not small.enough
+    assert search.forecast(settings, load, small.seconds).enough
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("300", 300), ("90s", 90), ("5m", 300), ("1.5h", 5400)])
+def test_a_budget_is_given_in_seconds_minutes_or_hours(text: str, seconds: float) -> None:
+    assert bench_setup.seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "-5", "5d", "m", "1e3"])
+def test_other_budgets_are_mistakes(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a time"):
+        bench_setup.seconds(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--search", "--slo", "9", "--budget", "20"), "too short for a search"),
+        (("--budget", "5m"), "--budget is for a search"),
+        (("--rate", "9", "--budget", "5m"), "--budget is for a search"),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_a_mistake(tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+    line = [sys.executable, "-m", "inferctl", "bench", "--url", "a=http://127.0.0.1:9", "--plan", "quick", *options]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and said in done.stderr
 
 
 def test_a_hopeless_backlog_is_found_and_one_that_comes_and_goes_is_not(tmp_path: Path) -> None:
