@@ -309,8 +309,11 @@ def test_weights_that_do_not_fit_into_memory_are_not_called_an_attention_problem
 
     with_gpu(monkeypatch, capability)
     monkeypatch.setattr(torch.nn.Module, "to", to)
-    with pytest.raises(NotReadyError, match=r"insufficient memory to load the model: CUDA error: out of memory$"):
+    with pytest.raises(
+        NotReadyError, match=r"insufficient memory to load the model: CUDA error: out of memory$"
+    ) as caught:
         EncoderEngine(EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp16")).load()
+    assert "nvidia-smi" in (caught.value.hint or "")
     assert len(moves) == 1
 
 
@@ -392,6 +395,26 @@ def test_a_loss_of_precision_is_a_warning_and_not_blamed_on_packing(
     assert ("differs" in info.attention_reason) == (attention == "padded")
     assert (info.within_limit, info.cosine_limit) == (False, 0.99)
     assert sum(line.startswith("warning    bf16 is inaccurate: cosine to fp32 0.") for line in lines) == 1
+
+
+def test_packing_is_compared_with_padding_where_the_model_is_too_large_for_fp32(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from inferctl.serve.engines import encoder, packed
+
+    attention = packed.attention
+
+    def scaled(*arguments: Any, scaling: float | None = None, **keywords: Any) -> Any:
+        return attention(*arguments, scaling=5.0, **keywords)
+
+    monkeypatch.setattr(encoder, "_MAX_CHECKED_PARAMETERS", 0)
+    config = EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", device="cpu")
+    assert encoder.EncoderEngine(config).load().attention == "packed"
+    # Wrong in the same way for each text alone and for all together.
+    monkeypatch.setattr(packed, "attention", scaled)
+    info = encoder.EncoderEngine(config).load()
+    assert (info.attention, info.within_limit) == ("padded", None)
+    assert "differs from padded" in info.attention_reason
 
 
 @pytest.mark.parametrize(("capability", "on"), [((7, 5), False), ((8, 0), True)])

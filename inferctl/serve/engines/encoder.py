@@ -72,7 +72,7 @@ class EncoderEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._model: Any = None
-        self._device: Any = None
+        self._kind = "cuda"  # of the device; only a GPU can lack memory before it is known
         self._plain: Any = None  # fp32 weights, once a batch had to be exact
 
     def load(self) -> EngineInfo:
@@ -93,6 +93,7 @@ class EncoderEngine:
         self._folder = folder = model.find(self._config.model)
         self._recipe = recipe.read(folder.path, self._config.max_input_tokens)
         self._device, info, traits = devices.detect(self._config.device)
+        self._kind = info.kind
         precision, self._dtype = devices.choose(self._config.precision, traits)
         on_cpu = info.kind == "cpu"
         cores = info.threads or 1
@@ -147,7 +148,7 @@ class EncoderEngine:
 
     def _more_memory(self) -> str:
         """The hint of an error that says that memory is insufficient."""
-        if self._device is not None and self._device.type == "cpu":
+        if self._kind == "cpu":
             return "free memory on this machine, or raise the memory limit of the container"
         return "free memory on the GPU (`nvidia-smi` lists its processes), or use a larger one"
 
