@@ -206,7 +206,8 @@ class _Hunt:
         """Downward when even the first rate does not hold."""
         for _ in range(5):
             low, high = self.bracket()
-            if low is not None or high is None or self.spent:
+            full = len(self.log) >= self._settings.max_probes
+            if low is not None or high is None or full or self.out_of_time(1):
                 return
             if self.probe(high / 2, "bisect").holds is None:
                 return
@@ -278,7 +279,9 @@ def _result(
         held = any(probe.holds for probe in hunt.log)
         # A rate under which the server broke down says nothing of lower ones that nobody could judge.
         judged = failing and (failing[0].broke == "p99" or all(probe.holds is not None for probe in probes))
-        verdict = "not confirmed" if held else "none holds" if judged else "n too small"
+        # With more time a lower rate could have been tried, unless the lowest one is shown to be too much.
+        unfinished = hunt.expired and not (probes and probes[0].exceeds)
+        verdict = "not confirmed" if held or unfinished else "none holds" if judged else "n too small"
     return {
         "slo_p99_ms": slo_p99_ms,
         "resolution": settings.resolution,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -460,6 +461,22 @@ def test_a_budget_without_time_to_confirm_reports_what_is_known() -> None:
     said = goodput.sentences("mine", result)
     assert "the budget left no time to confirm" in said[0] and "30" in said[0]
     assert any("ended with its budget (100 s" in one for one in said)
+
+
+def test_a_search_that_ran_out_of_time_does_not_say_that_no_rate_meets_the_slo() -> None:
+    left = [100.0]
+
+    def undecided(rate: float, stage: str, earlier: Sequence[Probe]) -> Probe:
+        left[0] -= 20
+        reason = "p99 75.0 ms (60.0 - 90.0) is not shown to be within 80 ms: its interval contains it"
+        return dataclasses.replace(probe(rate, rate, 50.0, "p99"), stage=stage, reason=reason)
+
+    budget = goodput.Budget(100.0, lambda: left[0], lambda _: 20.0, short=True)
+    result = goodput.find(plan.Search(), 80, 100.0, undecided, budget)
+    assert left[0] >= 0
+    assert (result["verdict"], result["expired"]) == ("not confirmed", True)
+    said = goodput.sentences("mine", result | {"budget": {"seconds": 100.0, "spent_s": 100 - left[0]}})
+    assert "no time to confirm" in said[0] and not any("at no rate" in one for one in said)
 
 
 def test_a_search_says_what_its_time_buys() -> None:
