@@ -71,14 +71,42 @@ def run(spec: Spec, options: Options, say: Callable[[str], None], fetch: hub.Fet
         folder = hub.fetch(source, revision, hub.Lines(source, say))
     else:
         folder = fetch(source, revision)
-    server = Server(spec, options, say, folder)
     loop_factory = None
     with contextlib.suppress(ImportError):
         import uvloop
 
         loop_factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
-        return runner.run(server.run())
+    with asyncio.Runner(loop_factory=loop_factory) as runner, _Stops() as stops:
+        return runner.run(Server(spec, options, say, folder).run(stops))
+
+
+class _Stops:
+    """SIGINT and SIGTERM while the server exists, none of them as an exception.
+
+    An exception can interrupt the start of a thread at any point. Python then waits for that thread forever at exit.
+    """
+
+    def __init__(self) -> None:
+        self._early: list[int] = []
+        self._deliver: Callable[[int], object] = self._early.append
+
+    def __enter__(self) -> _Stops:
+        self._before = {
+            number: signal.signal(number, lambda number, _: self._deliver(number))
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def call(self, stop: Callable[[int], None]) -> None:
+        """Call `stop` on the running event loop with each signal, first with those that have arrived."""
+        loop = asyncio.get_running_loop()
+        self._deliver = lambda number: loop.call_soon_threadsafe(stop, number)
+        for number in self._early:
+            stop(number)
 
 
 class Server:
@@ -132,7 +160,7 @@ class Server:
         self._interrupted = False
         self._failure: NotReadyError | None = None
 
-    async def run(self) -> int:
+    async def run(self, stops: _Stops) -> int:
         """Serve until a signal; returns the exit code."""
         web.allow_connections()
         self._state.tokenizer.warm()
@@ -141,12 +169,10 @@ class Server:
         self._web = web.Web(
             http_app.create(self._state), self._spec.serve.drain_seconds, self._state.limits.max_body_bytes
         )
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signal, number)
         for _ in range(self._options.engines or 1):
             self._add_engine(self._config)
         serving = asyncio.create_task(self._web.serve(sockets=[listener]))
+        stops.call(self._signal)
         await asyncio.wait((serving, self._engines[0]), return_when=asyncio.FIRST_COMPLETED)
         self._web.close()
         await serving

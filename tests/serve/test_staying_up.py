@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 
+from inferctl.errors import EXIT_INTERRUPTED
 from inferctl.serve.engines.echo import (
     CRASHING_TOKEN,
     LARGE_TOKEN,
@@ -182,6 +185,55 @@ def test_a_stop_while_the_engine_loads_is_quick_and_announces_nothing(minilm: Pa
     assert "Traceback" not in said
     assert "stopped" in said
     assert not (tmp_path / "ready.json").exists()
+
+
+# In a process of Python: SIGTERM as soon as the first thread of that name has started, before its pool knows of it.
+SIGNAL_WITHIN_A_START = """
+import os, signal, threading
+start = threading.Thread.start
+def start_and_signal(thread):
+    start(thread)
+    if thread.name.startswith("tokenise") and not sent:
+        sent.append(thread)
+        os.kill(os.getpid(), signal.SIGTERM)
+sent = []
+threading.Thread.start = start_and_signal
+"""
+
+
+def test_a_stop_while_the_server_starts_a_thread_ends_it(minilm: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SIGNAL_WITHIN_A_START)
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "inferctl", "serve", "--model", str(minilm), "--engine", "echo", "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "stopped" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_stop_at_any_moment_of_the_start_ends_the_server(minilm: Path, tmp_path: Path) -> None:
+    ready = tmp_path / "ready.json"
+    command = [sys.executable, "-m", "inferctl", "serve", "--model", str(minilm), "--engine", "echo", "--port", "0"]
+
+    def codes(seconds: Iterable[float]) -> Iterator[int]:
+        for pause in seconds:
+            ready.unlink(missing_ok=True)
+            process = subprocess.Popen([*command, "--announce", str(ready)], stderr=subprocess.PIPE, text=True)
+            try:
+                until(lambda end=time.monotonic() + pause: time.monotonic() > end or ready.exists())
+                process.terminate()
+                _, said = process.communicate(timeout=60)
+            finally:
+                process.kill()
+            assert "Traceback" not in said, said
+            yield process.returncode
+
+    began = time.monotonic()
+    assert list(codes([math.inf])) == [0]
+    whole = time.monotonic() - began
+    # The interpreter itself takes the signal at first.
+    assert set(codes(whole * part / 12 for part in range(12))) <= {-signal.SIGTERM, EXIT_INTERRUPTED, 0}
 
 
 def test_what_would_be_late_is_refused_with_the_time_to_come_back(start: Serve, tmp_path: Path) -> None:
