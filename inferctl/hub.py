@@ -108,11 +108,14 @@ def small_files(source: str, revision: str | None, names: tuple[str, ...]) -> Pa
 
     Raises like `facts`.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 
     folder = Path()
     with _explained(source, revision):
+        if not all(isinstance(try_to_load_from_cache(source, name, revision=revision), str) for name in names):
+            # The client retries a file for minutes where a hub does not respond; this request fails at once.
+            _info(source, revision)
         for index, name in enumerate(names):
             try:
                 file = hf_hub_download(source, name, revision=revision, etag_timeout=_TIMEOUT_S)

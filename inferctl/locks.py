@@ -44,6 +44,14 @@ LEFT_OUT = {
 }
 
 
+# How uv reports an index that does not respond, or responds with a failure of its own.
+_UNREACHABLE = re.compile(
+    r"error sending request|failed to fetch|could not connect|connection (?:refused|reset)|dns error|timed? ?out"
+    r"|network (?:is unreachable|connectivity)|HTTP status (?:client|server) error \((?:401|403|407|429|5\d\d)",
+    re.IGNORECASE,
+)
+
+
 @dataclass(frozen=True)
 class Locks:
     """Texts of the requirements files. `torch` is None when the base image brings torch itself."""
@@ -232,6 +240,11 @@ def _compile(
         ]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         resolved = (Path(folder) / "out.txt").read_text()
+    if done.returncode and _UNREACHABLE.search(done.stderr):
+        raise NotReadyError(
+            f"uv cannot reach a package index:\n{done.stderr.strip()}",
+            "check the network, the proxy and the index that uv is set up for; or pass `--wheels DIR`",
+        )
     if done.returncode:
         raise InferctlError(
             f"uv found no versions for the stack {target.stack.key}:\n{done.stderr.strip()}",

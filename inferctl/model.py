@@ -91,7 +91,9 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
                 f"there is no model folder {source}"
                 if looks_local
                 else f"the model {source} is neither a folder nor in the local hub cache",
-                "check the path; `make model` fetches a small real one to try"
+                "mount the weights, as in `docker run -v DIR:/model:ro`"
+                if source == "/model"
+                else "check the path, or pass a hub id such as sentence-transformers/all-MiniLM-L6-v2"
                 if looks_local
                 else f"`hf download {source}` fetches it, or give a local folder; set HF_HOME if your cache is elsewhere",
             )

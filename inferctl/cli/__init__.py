@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import signal
 import sys
+from itertools import pairwise
 from typing import Annotated, ClassVar
 
 import typer
@@ -101,7 +102,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; errors are printed, bugs are raised."""
-    console.expect_document("--json" in arguments)
+    console.expect_document(bool({"--json", "--format=json"} & {*arguments, *map("=".join, pairwise(arguments))}))
     try:
         # `inferctl.__main__` blocks these during the imports.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})

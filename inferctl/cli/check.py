@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+    from inferctl.catalog import BaseImage
     from inferctl.fit import Finding, Fit, Memory, ModelSize, UnknownSize
     from inferctl.spec import Spec
 
@@ -99,6 +102,7 @@ def _judge(spec: Spec, every: bool, driver: int | None) -> tuple[list[Finding], 
     hub_model = is_hub_id(spec.model.source)
     today = datetime.datetime.now(tz=datetime.UTC).date()
     general = [*fit.check_image(spec, base, stack, hub_model=hub_model, today=today), fit.check_slo(spec)]
+    general += _files(spec, base)
     if not parts:
         why = "nothing says what it must run on, so precision, kernels, driver and memory were not checked"
         general.append(fit.Finding("warn", "hardware", "no hardware named", why, "hardware: [t4], or --hardware all"))
@@ -108,6 +112,26 @@ def _judge(spec: Spec, every: bool, driver: int | None) -> tuple[list[Finding], 
         general.append(fit.Finding("error", "model", error.message, _NEEDS[spec.model.weights], error.hint))
         size = fit.UnknownSize("the model was not found", "fix the model first")
     return general, [fit.check_part(spec, base, stack, catalog.hardware(key), size, driver) for key in parts]
+
+
+def _files(spec: Spec, base: BaseImage) -> Iterator[Finding]:
+    """An error for each file or folder that the spec names and that is absent or not usable."""
+    from inferctl import fit, locks
+    from inferctl.errors import UsageError
+
+    if spec.image.locks:
+        try:
+            locks.load(base, Path(spec.image.locks), int8=spec.serve.precision == "int8")
+        except UsageError as error:
+            why = "`inferctl build` installs what the locks list"
+            yield fit.Finding("error", "locks", f"image.locks: {error.message}", why, error.hint)
+    if spec.image.wheels and not any(Path(spec.image.wheels).glob("*.whl")):
+        why, hint = "`inferctl build` installs from this folder alone", "`pip download --dest DIR ...` fills a folder"
+        yield fit.Finding("error", "wheels", f"image.wheels: {spec.image.wheels} has no wheels", why, hint)
+    plan = spec.bench.plan
+    if plan.endswith((".yaml", ".yml")) and not Path(plan).is_file():
+        hint = "name a plan, such as `precision`, or a YAML file"
+        yield fit.Finding("error", "plan", f"bench.plan: there is no file {plan}", "`inferctl bench` reads it", hint)
 
 
 def _size(spec: Spec, ask: bool) -> ModelSize | UnknownSize:

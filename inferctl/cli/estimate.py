@@ -173,11 +173,18 @@ def _longest(config: dict[str, Any]) -> int:
 def _tokens(
     corpus: str | None, length: str | None, config: Path, longest: int, squad_mean: float, seed: int
 ) -> tuple[list[int], str]:
-    from inferctl.bench import workload
+    from inferctl.errors import NotReadyError
     from inferctl.estimate import lengths
 
     if length is not None:
         return lengths.parse(length, longest, squad_mean, 20_000, seed), f"drawn: {length}"
+    try:
+        from inferctl.bench import workload
+    except ModuleNotFoundError as error:
+        raise NotReadyError(
+            f"reading a corpus needs the package {error.name}, which is not installed",
+            "pip install 'inferctl[bench]', or pass `--length`",
+        ) from None
     texts, _ = workload.read_corpus(_TEXTS if corpus is None else corpus)
     found, how = lengths.of_texts(texts, config.parent / "tokenizer.json", longest)
     return found, f"corpus {corpus or _TEXTS}, {how}"

@@ -39,7 +39,7 @@ def init(
         list[str] | None,
         typer.Option(
             autocompletion=completion.HARDWARE,
-            help="Hardware it must run on (repeatable); default t4 and half an A100.",
+            help="Set the hardware it must run on; repeatable. Default: t4 and half an A100, or cpu on a CPU base.",
         ),
     ] = None,
     ci: Annotated[
@@ -76,7 +76,7 @@ def init(
             "source": model if is_hub_id(model) else _seen_from(directory, model),
             "revision": None,
             "base": _file_seen_from(directory, base),
-            "hardware": [_file_seen_from(directory, one) for one in hardware or ["t4", "a100-40gb-mig-3g.20gb"]],
+            "hardware": [_file_seen_from(directory, one) for one in hardware or _default_hardware(base)],
         }
         written[target] = _rendered("inferctl.yaml.j2", values)
     elif ci is None:
@@ -95,6 +95,15 @@ def init(
     else:
         console.note("next: `inferctl check`, then `inferctl render` or `inferctl serve`")
     console.data("\n".join(str(file) for file in written))
+
+
+def _default_hardware(base: str) -> list[str]:
+    """Hardware that images on `base` run on. A base that is not known is reported with the spec."""
+    from inferctl import catalog
+
+    known = catalog.bases().get(base)
+    cpu_only = known is not None and catalog.stack(known.stack).cuda is None
+    return ["cpu"] if cpu_only else ["t4", "a100-40gb-mig-3g.20gb"]
 
 
 def _seen_from(directory: Path, path: str) -> str:

@@ -37,6 +37,7 @@ def render(
             "--output", "-o", metavar="DIR", help="Write Dockerfile, .dockerignore, locks and config into DIR."
         ),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a Dockerfile that inferctl did not write.")] = False,
     as_json: Json = False,
 ) -> None:
     """Print the Dockerfile, or write it with all it needs into --output DIR.
@@ -70,6 +71,8 @@ def render(
         ".dockerignore": rendered.dockerignore.encode(),
         **rendered.files,
     }
+    if not force:
+        _refuse_foreign(output / "Dockerfile")
     write_files(output, {**written, **{name: file.read_bytes() for name, file in server_files().items()}})
     paths = [str(output / name) for name in written]
     if as_json:
@@ -79,6 +82,16 @@ def render(
     flags = [flag for name, value in rendered.contexts.items() for flag in ("--build-context", f"{name}={value}")]
     flags += [flag for name, value in rendered.build_args.items() for flag in ("--build-arg", f"{name}={value}")]
     console.note(f"next: {shlex.join(['docker', 'buildx', 'build', *flags, str(output)])}")
+
+
+def _refuse_foreign(dockerfile: Path) -> None:
+    """Raise `UsageError` if there is a Dockerfile that inferctl did not render."""
+    from inferctl.errors import UsageError
+
+    if dockerfile.is_file() and b"Rendered by inferctl" not in dockerfile.read_bytes()[:4096]:
+        raise UsageError(
+            f"{dockerfile} was not written by inferctl", "name another folder with `--output`, or pass `--force`"
+        )
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from inferctl.cli import completion, options
-from inferctl.errors import UsageError
+from inferctl.errors import NotReadyError, UsageError
 
 EPILOG = """Examples: `inferctl serve --model ./all-MiniLM-L6-v2` serves a local folder on port 8080;
 `inferctl serve --model DIR --precision bf16 --port 0 --announce ready.json` takes a free port and says which;
@@ -108,7 +108,7 @@ def serve(
     try:
         from inferctl.serve import server, tracing
     except ModuleNotFoundError as error:
-        raise UsageError(
+        raise NotReadyError(
             f"serving needs the package {error.name}, which is not installed", "pip install 'inferctl[serve]'"
         ) from None
     chosen = server.Options(

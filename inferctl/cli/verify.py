@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from inferctl.cli import console, options
-from inferctl.errors import UsageError
 
 if TYPE_CHECKING:
     from inferctl.image.verify import Verified
@@ -50,11 +49,7 @@ def verify(
     network = options.network_of(network)
     engine = Engine.connect()
     image = server.obtain(engine, reference, console.note)
-    if "io.inferctl.version" not in image.labels:
-        raise UsageError(
-            f"{reference} was not built by inferctl: it has no label `io.inferctl.version`",
-            "`inferctl build` builds an image that can be verified",
-        )
+    server.of_inferctl(image, reference)
     findings = lint.built(image.environment, image.user, None)
     for finding in findings:
         console.warn(finding.text())

@@ -67,6 +67,7 @@ def run_server(
         announce.unlink(missing_ok=True)
     engine = Engine.connect()
     image = obtain(engine, reference, say)
+    of_inferctl(image, reference)
     folder = weights(image, wanted, fetch)
     gpu = engine.info().gpu and "NVIDIA_VISIBLE_DEVICES" in image.environment
     where = wanted.address
@@ -90,6 +91,15 @@ def obtain(engine: Engine, reference: str, say: Callable[[str], None]) -> ImageI
     if image is None:
         raise UsageError(f"image {reference} not found", "`inferctl build` builds one")
     return image
+
+
+def of_inferctl(image: ImageInfo, reference: str) -> None:
+    """Raise `UsageError` for an image that inferctl did not build: its server is not known."""
+    if "io.inferctl.version" not in image.labels:
+        raise UsageError(
+            f"{reference} was not built by inferctl: it has no label `io.inferctl.version`",
+            "`inferctl build` builds an image that inferctl can run and verify; use `docker run` for another one",
+        )
 
 
 def weights(image: ImageInfo, wanted: ServeOptions, fetch: hub.Fetch = model.find) -> Path | None:

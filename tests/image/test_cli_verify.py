@@ -71,8 +71,12 @@ def test_an_image_that_breaks_the_contract_fails_and_stays(docker: Engine, base_
     assert containers() == ""
 
 
-def test_an_image_of_someone_else_is_a_usage_error(docker: Engine, base_image: str, tmp_path: Path) -> None:
-    done = verify(base_image, cwd=tmp_path)
+@pytest.mark.parametrize("command", [("verify",), ("serve", "--port", "0", "--image")], ids=["verify", "serve"])
+def test_an_image_of_someone_else_is_a_usage_error(
+    docker: Engine, base_image: str, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    whole = [sys.executable, "-m", "inferctl", *command, base_image]
+    done = subprocess.run(whole, capture_output=True, text=True, check=False, timeout=100, cwd=tmp_path)
     assert done.returncode == 2
     assert "was not built by inferctl" in done.stderr
 

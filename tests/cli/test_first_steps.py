@@ -1,0 +1,97 @@
+"""What the first commands of a new user say and leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from inferctl import catalog, cli, locks
+from inferctl.errors import NotReadyError
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("base", list(catalog.bases()))
+def test_what_init_writes_for_a_base_passes_check(here: Path, base: str, minilm: Path, capsys: Captured) -> None:
+    assert cli.run(["init", "--base", base, "--model", str(minilm)]) == 0
+    assert cli.run(["check"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("image: {locks: ./none}", "image.locks: there is no server.txt in none"),
+        ("image: {wheels: ./none}", "image.wheels: none has no wheels"),
+        ("bench: {plan: ./none.yaml}", "bench.plan: there is no file none.yaml"),
+        ("image: {locks: ./others}", "image.locks: "),
+    ],
+)
+def test_check_reports_a_file_that_the_spec_names_and_that_is_absent(
+    here: Path, setting: str, said: str, minilm: Path, capsys: Captured
+) -> None:
+    (here / "others").mkdir()
+    for name in ("torch", "server"):
+        header = locks.header("torch2.13-cpu", "3.11", "linux/amd64")
+        (here / "others" / f"{name}.txt").write_text(f"{header}torch==2.13.0 --hash=sha256:{'0' * 64}\n")
+    (here / "inferctl.yaml").write_text(f"name: m\nmodel: {{source: {minilm}}}\nhardware: [t4]\n{setting}\n")
+    assert cli.run(["check", "--json"]) == 2
+    errors = [one["what"] for one in json.loads(capsys.readouterr().out)["findings"] if one["level"] == "error"]
+    assert len(errors) == 1
+    assert said in errors[0].replace("./", "")
+
+
+def test_a_dockerfile_of_someone_else_is_overwritten_only_with_force(here: Path, capsys: Captured) -> None:
+    (here / "inferctl.yaml").write_text("name: m\nmodel: {source: org/m}\n")
+    (here / "Dockerfile").write_text("FROM mine\n")
+    assert cli.run(["render", "--output", "."]) == 2
+    assert (here / "Dockerfile").read_text() == "FROM mine\n"
+    assert not (here / "locks").exists()
+    assert cli.run(["render", "--output", ".", "--force"]) == 0
+    assert cli.run(["render", "--output", "."]) == 0
+
+
+def test_an_estimate_without_the_bench_extra_says_what_to_install(
+    here: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    for name in [one for one in sys.modules if one.partition(".")[0] == "numpy" or one == "inferctl.bench.workload"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    assert cli.run(["estimate", "--model", str(minilm), "--hardware", "t4"]) == 3
+    assert "pip install 'inferctl[bench]'" in capsys.readouterr().err
+
+
+def test_a_lock_is_not_judged_without_a_package_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UV_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("UV_HTTP_TIMEOUT", "2")
+    monkeypatch.setenv("UV_CACHE_DIR", "/nonexistent/cache")
+    monkeypatch.setenv("UV_NO_CACHE", "1")
+    stack = catalog.stack("torch2.13-cu130")
+    with pytest.raises(NotReadyError, match="cannot reach a package index"):
+        locks.resolve(locks.Target(stack, "3.12", "linux/amd64"), ())
+
+
+def test_an_estimate_does_not_retry_where_the_hub_does_not_respond(here: Path) -> None:
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(here / "cache")}
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-m", "inferctl", "estimate", "--model", "org/m", "--hardware", "t4"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 3
+    assert "Retrying" not in done.stderr
+    assert "hint: " in done.stderr
+
+
+def test_a_failure_with_format_json_prints_a_document(here: Path, capsys: Captured) -> None:
+    for flags in (["--format", "json"], ["--format=json"]):
+        assert cli.run(["compare", "a.json", "b.json", *flags]) == 2
+        assert json.loads(capsys.readouterr().out)["error"]["exit_code"] == 2
