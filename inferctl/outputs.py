@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from inferctl.errors import NotReadyError, UsageError
 
 
-def check(file: Path, option: str, *, parents: bool = False) -> None:
+def check(file: Path, option: str, *, parents: bool = False, inputs: Iterable[Path] = ()) -> None:
     """Raise `UsageError` if `file`, which `option` names, cannot be written later.
 
-    `parents`: folders that are missing are made when it is written.
+    A file that exists must be a regular file, and not one that the command reads. `parents`: folders that are missing
+    are made when it is written. `inputs`: files that the command reads, and folders of which it may read any file.
     """
     place = "a file" if parents else "a file in a folder that exists and is writable"
     hint = f"name {place} with `{option}`"
@@ -23,9 +24,13 @@ def check(file: Path, option: str, *, parents: bool = False) -> None:
             raise UsageError(f"{file} cannot be written: it is a folder", hint)
         if not file.exists():
             _probe(file.parent, parents)
+        elif not file.is_file():
+            raise UsageError(f"{file} cannot be written: it is not a regular file", hint)
+        elif any(_is_of(file, known) for known in inputs):
+            raise UsageError(f"{file} cannot be written: it is an input of this command", hint)
         elif not os.access(file, os.W_OK):
             raise PermissionError(0, "no permission")
-        elif stat.S_ISREG(file.stat().st_mode):
+        else:
             file.open("ab").close()
     except OSError as error:
         raise UsageError(f"{file} cannot be written: {_reason(error)}", hint) from None
@@ -67,6 +72,18 @@ def replace(file: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def retract(file: Path) -> None:
+    """Remove the announcement of an earlier server. Raises `UsageError` for any other file, or one not writable."""
+    check(file, "--announce")
+    hint = "name a new file with `--announce`"
+    # An announcement replaces the link, not the file behind it.
+    if file.is_symlink():
+        raise UsageError(f"{file} cannot be written: it is not a regular file", hint)
+    if file.exists() and not _is_announcement(file):
+        raise UsageError(f"{file} cannot be written: it exists, and no server wrote it", hint)
+    file.unlink(missing_ok=True)
+
+
 def announce(file: Path, url: str) -> None:
     """Tell whoever watches `file` that a server is ready at `url`. Raises `NotReadyError`."""
     try:
@@ -75,6 +92,21 @@ def announce(file: Path, url: str) -> None:
         raise NotReadyError(
             f"{file} cannot be written: {_reason(error)}", "name another file with `--announce`"
         ) from None
+
+
+def _is_of(file: Path, known: Path) -> bool:
+    """Return whether the existing `file` is `known`, by any name, or lies in the folder `known`."""
+    if known.is_dir():
+        return file.resolve().is_relative_to(known.resolve())
+    return known.exists() and file.samefile(known)
+
+
+def _is_announcement(file: Path) -> bool:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() == {"url", "pid"}
 
 
 def _probe(folder: Path, parents: bool) -> None:

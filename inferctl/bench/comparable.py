@@ -85,9 +85,16 @@ def pairs(old: Path, new: Path) -> tuple[list[Pair], list[str]]:
     return [Pair(one, after.get(name)) for name, one in before.items()], notes
 
 
-def _folder(path: Path) -> dict[str, Receipt]:
+def files(path: Path) -> list[Path]:
+    """Return the receipts that `path` names: itself if it is no folder, else those in it."""
+    if not path.is_dir():
+        return [path]
     place = path / "receipts" if (path / "receipts").is_dir() else path
-    found = [receipt.load(file) for file in sorted(place.glob("*.json")) if file.name != "result.json"]
+    return [file for file in sorted(place.glob("*.json")) if file.name != "result.json"]
+
+
+def _folder(path: Path) -> dict[str, Receipt]:
+    found = [receipt.load(file) for file in files(path)]
     if not found:
         raise UsageError(
             f"there are no receipts in {path}", "`inferctl bench` writes them into receipts/ of its folder"

@@ -183,7 +183,10 @@ def bench(
 
     _require_packages()
     if report is not None:
-        outputs.check(report, "--report", parents=True)
+        read = [options.spec_path(spec_file), *(Path(name) for name in (plan, model, *(corpus or [])) if name)]
+        if resume:
+            read += [resume / name for name in ("bench.json", "runs", "receipts")]
+        outputs.check(report, "--report", parents=True, inputs=read)
     if resume:
         _alone_with_resume(context)
         ready = bench_setup.go_on(resume, header or [])

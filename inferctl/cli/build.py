@@ -127,6 +127,7 @@ def build(
         cache_from=tuple(cache_from or ()),
         oci=oci_file(output) if output is not None else None,
         metadata_file=metadata_file,
+        spec_file=Path(resolved.file) if resolved.file else None,
         references=tuple(dict.fromkeys(map(tag_reference, tag or ()))),
         secrets={name: file for name, file in secrets.items() if file is not None},
         network=network_of(network),

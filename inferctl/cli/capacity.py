@@ -40,7 +40,7 @@ def capacity(
     from inferctl.bench import receipt
 
     if output is not None:
-        outputs.check(output, "--output", parents=True)
+        outputs.check(output, "--output", parents=True, inputs=[receipt_file])
     sealed = receipt.load(receipt_file)
     found = capacities.capacity(sealed, slo)
     if sealed.data["quality"].get("passes") is False:

@@ -91,8 +91,9 @@ def compare(
     from inferctl.bench import comparable
     from inferctl.bench import compare as comparing
 
+    inputs = [*comparable.files(old), *comparable.files(new)]
     for file in output or []:
-        outputs.check(file, "--output", parents=True)
+        outputs.check(file, "--output", parents=True, inputs=inputs)
     style = "json" if json_ else _one_of(format_, FORMATS, "--format")
     wanted = _options(threshold, floor_ms, metric, max_cosine_drop, max_recall_drop, allow)
     found, notes = comparable.pairs(old, new)

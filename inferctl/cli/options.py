@@ -53,16 +53,22 @@ def network_of(name: str | None) -> str | None:
     return name
 
 
+def spec_path(spec_file: Path | None) -> Path:
+    """Return the spec file in force, which need not exist: `spec_file`, else INFERCTL_SPEC, else ./inferctl.yaml."""
+    from inferctl import spec
+
+    return spec_file or Path(os.environ.get("INFERCTL_SPEC") or spec.DEFAULT_FILE)
+
+
 def load(spec_file: Path | None, flags: dict[str, Any]) -> Resolved:
     """Settings in force: `flags` (dotted path -> value, None is not given) over INFERCTL_* over the spec file over the defaults.
 
     Without `--spec`, `./inferctl.yaml` is read if it is there; with `--model` none is needed. Warnings are printed.
     """
-    from inferctl import catalog, settings, spec
+    from inferctl import catalog, settings
     from inferctl.cli import console
 
-    chosen = spec_file or (Path(named) if (named := os.environ.get("INFERCTL_SPEC")) else None)
-    path = chosen or Path(spec.DEFAULT_FILE)
+    chosen, path = spec_file or os.environ.get("INFERCTL_SPEC"), spec_path(spec_file)
     without_file = (
         not chosen and not path.exists() and (flags.get("model.source") or os.environ.get("INFERCTL_MODEL_SOURCE"))
     )

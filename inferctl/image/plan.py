@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class BuildOptions:
     """What the command line says. `secrets`: id -> file. `today` decides what is past its end of life.
 
+    `spec_file` is where the spec comes from.
     `references`: names of the image; none means the one of the spec. `expected`: id of the only image that may be
     published, None for any.
     """
@@ -51,6 +52,7 @@ class BuildOptions:
     sbom: bool = True
     ready_seconds: float = READY_SECONDS
     attempts: int = ATTEMPTS
+    spec_file: Path | None = None
     today: datetime.date = field(default_factory=datetime.date.today)
 
 
@@ -201,9 +203,10 @@ def _unweighed(found: forecast.Forecast) -> fit.Finding:
 
 
 def _refuse_targets(options: BuildOptions) -> None:
+    inputs = [*options.secrets.values(), *filter(None, [options.spec_file])]
     for file, option in ((options.oci, "--output oci=FILE"), (options.metadata_file, "--metadata-file")):
         if file is not None:
-            outputs.check(file, option)
+            outputs.check(file, option, inputs=inputs)
 
 
 def wheel_sizes(rendered: Rendered, folder: Path) -> dict[str, int]:

@@ -63,8 +63,7 @@ def run_server(
     Raises `NotReadyError` for no engine, no image or a taken port, `UsageError` for missing weights.
     """
     if announce is not None:
-        outputs.check(announce, "--announce")
-        announce.unlink(missing_ok=True)
+        outputs.retract(announce)
     engine = Engine.connect()
     image = obtain(engine, reference, say)
     of_inferctl(image, reference)

@@ -65,7 +65,7 @@ def run(spec: Spec, options: Options, say: Callable[[str], None], fetch: hub.Fet
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     say = logs.speaker(options.log, say)
     if options.announce:
-        _prepare(options.announce)
+        outputs.retract(options.announce)
     source, revision = spec.model.source, spec.model.revision
     if fetch is None or options.log == "json":
         folder = hub.fetch(source, revision, hub.Lines(source, say))
@@ -278,9 +278,3 @@ class Server:
             "pace": self._dispatcher.pace,
             "ready_seconds": round(self._ready_seconds, 3),
         }
-
-
-def _prepare(announce: Path) -> None:
-    """Remove what an earlier server announced. Raises `UsageError` if the file cannot be written later."""
-    outputs.check(announce, "--announce")
-    announce.unlink(missing_ok=True)

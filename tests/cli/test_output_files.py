@@ -13,6 +13,7 @@ from inferctl import cli, outputs
 from inferctl.errors import NotReadyError, UsageError
 
 Captured = pytest.CaptureFixture[str]
+ANNOUNCEMENT = '{"url": "http://127.0.0.1:1", "pid": 1}'
 SPEC = "name: m\nmodel: {source: org/m}\n"
 # Each would take long, or fail for another reason, if the place were not looked at first.
 FILES = {
@@ -82,16 +83,66 @@ def test_the_check_leaves_a_file_and_its_folder_as_they_are(tmp_path: Path) -> N
     assert not list(tmp_path.glob(".inferctl-*"))
 
 
-def test_a_device_and_a_pipe_can_be_output_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", FILES.values(), ids=FILES)
+def test_a_pipe_is_refused_and_stays(command: str, tmp_path: Path, capsys: Captured) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for place in (Path("/dev/null"), tmp_path / "pipe"):
-        outputs.check(place, "--output")
-    outputs.write(Path("/dev/null"), "text", "--output")
-    assert Path("/dev/null").is_char_device()
+    assert "it is not a regular file" in refusal(command, "pipe", capsys)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        ("capacity old.json --output {}", "old.json"),
+        ("compare old.json new.json --output {}", "new.json"),
+        ("compare old.json new.json -o fresh.md --output {}", "link"),
+        ("compare run run --output {}", "run/receipts/a.json"),
+        ("bench --plan ./plan.yaml --report {}", "inferctl.yaml"),
+        ("bench --plan ./plan.yaml --report {}", "plan.yaml"),
+        ("bench --spec other.yaml --report {}", "other.yaml"),
+        ("bench --corpus ./texts.jsonl --report {}", "texts.jsonl"),
+        ("bench --model ./weights --report {}", "weights/config.json"),
+        ("bench --resume run --report {}", "run/bench.json"),
+        ("build --no-verify --metadata-file {}", "inferctl.yaml"),
+        ("build --no-verify --output oci={}", "inferctl.yaml"),
+        ("build --no-verify --pip-conf pip.conf --metadata-file {}", "pip.conf"),
+    ],
+)
+def test_an_input_is_never_overwritten(command: str, place: str, tmp_path: Path, capsys: Captured) -> None:
+    for name in ("old.json", "new.json", "run/receipts/a.json", "run/bench.json", "plan.yaml", "texts.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "weights").mkdir()
+    for name in ("other.yaml", "weights/config.json", "pip.conf"):
+        (tmp_path / name).write_text(SPEC)
+    (tmp_path / "link").symlink_to("old.json")
+    before = (tmp_path / place).read_text()
+    assert "it is an input of this command" in refusal(command, place, capsys)
+    assert (tmp_path / place).read_text() == before
+
+
+@pytest.mark.parametrize("command", [FILES["serve"], FILES["serve-image"]])
+@pytest.mark.parametrize("place", ["inferctl.yaml", "file", "notes.json", "link", "dangling"])
+def test_only_an_announcement_is_removed_for_a_new_one(
+    command: str, place: str, tmp_path: Path, capsys: Captured
+) -> None:
+    (tmp_path / "notes.json").write_text('{"url": "http://127.0.0.1:1"}')
+    (tmp_path / "old.json").write_text(ANNOUNCEMENT)
+    (tmp_path / "link").symlink_to("old.json")
+    (tmp_path / "dangling").symlink_to("absent")
+    before = {file: file.readlink() if file.is_symlink() else file.read_text() for file in tmp_path.iterdir()}
+    refusal(command, place, capsys)
+    after = {file: file.readlink() if file.is_symlink() else file.read_text() for file in tmp_path.iterdir()}
+    assert after == before
+
+
+def test_what_an_earlier_server_announced_is_removed(tmp_path: Path) -> None:
+    outputs.announce(tmp_path / "ready.json", "http://127.0.0.1:1")
+    outputs.retract(tmp_path / "ready.json")
+    assert not (tmp_path / "ready.json").exists()
 
 
 def test_a_disk_that_fills_up_later_is_an_error_of_the_machine() -> None:
-    outputs.check(Path("/dev/full"), "--output")
     with pytest.raises(NotReadyError, match="/dev/full cannot be written: no space left on device"):
         outputs.write(Path("/dev/full"), "text", "--output")
 
@@ -114,7 +165,7 @@ def test_a_server_that_cannot_announce_itself_ends(minilm: Path, tmp_path: Path)
 
 def remove_as_soon_as_checked(folder: Path, process: subprocess.Popen[str]) -> None:
     inside = folder / "ready.json"
-    inside.write_text("of an earlier server")
+    inside.write_text(ANNOUNCEMENT)
     while inside.exists():
         assert process.poll() is None
     folder.rmdir()
