@@ -79,7 +79,8 @@ def retract(file: Path) -> None:
     # An announcement replaces the link, not the file behind it.
     if file.is_symlink():
         raise UsageError(f"{file} cannot be written: it is not a regular file", hint)
-    if file.exists() and not _is_announcement(file):
+    # `mktemp` makes an empty file for whoever watches it.
+    if file.exists() and file.stat().st_size and not _is_announcement(file):
         raise UsageError(f"{file} cannot be written: it exists, and no server wrote it", hint)
     file.unlink(missing_ok=True)
 

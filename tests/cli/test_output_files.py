@@ -122,7 +122,7 @@ def test_an_input_is_never_overwritten(command: str, place: str, tmp_path: Path,
 
 
 @pytest.mark.parametrize("command", [FILES["serve"], FILES["serve-image"]])
-@pytest.mark.parametrize("place", ["inferctl.yaml", "file", "notes.json", "link", "dangling"])
+@pytest.mark.parametrize("place", ["inferctl.yaml", "notes.json", "link", "dangling"])
 def test_only_an_announcement_is_removed_for_a_new_one(
     command: str, place: str, tmp_path: Path, capsys: Captured
 ) -> None:
@@ -134,6 +134,12 @@ def test_only_an_announcement_is_removed_for_a_new_one(
     refusal(command, place, capsys)
     after = {file: file.readlink() if file.is_symlink() else file.read_text() for file in tmp_path.iterdir()}
     assert after == before
+
+
+def test_an_empty_file_such_as_mktemp_makes_takes_an_announcement(tmp_path: Path) -> None:
+    (tmp_path / "ready.json").touch()
+    outputs.retract(tmp_path / "ready.json")
+    assert not (tmp_path / "ready.json").exists()
 
 
 def test_what_an_earlier_server_announced_is_removed(tmp_path: Path) -> None:
