@@ -104,13 +104,15 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; errors are printed, bugs are raised."""
     console.expect_document(bool({"--json", "--format=json"} & {*arguments, *map("=".join, pairwise(arguments))}))
     try:
-        # `inferctl.__main__` blocks these during the imports.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-        code = _run(arguments)
-        # A full disk may show only here.
-        sys.stdout.flush()
-    except InferctlError as error:
-        return console.fail(error)
+        try:
+            # `inferctl.__main__` blocks these during the imports.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+            code = _run(arguments)
+            # A full disk may show only here.
+            sys.stdout.flush()
+        except InferctlError as error:
+            return console.fail(error)
+    # Outside, since Ctrl-C may arrive while the error is printed.
     except (KeyboardInterrupt, typer.Abort):
         code = EXIT_INTERRUPTED
     # Typer turns Ctrl-C into this exit code.

@@ -92,10 +92,11 @@ def test_an_interrupted_command_leaves_a_document(sent: signal.Signals, tmp_path
             stderr=subprocess.PIPE,
             text=True,
         )
-        # It waits for an answer from now on.
-        silent.accept()
-        process.send_signal(sent)
-        out, err = process.communicate(timeout=30)
+        # It waits for a response as long as the connection is open.
+        connection, _ = silent.accept()
+        with connection:
+            process.send_signal(sent)
+            out, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert json.loads(out)["error"] == {"message": "interrupted", "hint": None, "exit_code": 130, "problems": []}
     assert "Traceback" not in err
@@ -125,3 +126,15 @@ sys.argv = ["inferctl", "doctor", "--json"]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
     assert json.loads(done.stdout)["error"]["message"] == "interrupted"
+
+
+def test_ctrl_c_while_an_error_is_printed_ends_the_command(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.console, "error", interrupted)
+    assert cli.run(["check", "--json"]) == 130
+    assert json.loads(capsys.readouterr().out)["error"]["exit_code"] == 130
