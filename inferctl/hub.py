@@ -113,7 +113,7 @@ def small_files(source: str, revision: str | None, names: tuple[str, ...]) -> Pa
 
     folder = Path()
     with _explained(source, revision):
-        if not all(isinstance(try_to_load_from_cache(source, name, revision=revision), str) for name in names):
+        if any(try_to_load_from_cache(source, name, revision=revision) is None for name in names):
             # The client retries a file for minutes where a hub does not respond; this request fails at once.
             _info(source, revision)
         for index, name in enumerate(names):

@@ -557,6 +557,8 @@ def test_a_server_with_a_queue_is_searched_and_the_receipt_says_what_was_found(
     )
     line = [sys.executable, "-m", "inferctl", "bench", "--plan", "mine.yaml", "--url", f"mine={url}", "--json"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    if done.returncode == 4 and "the machine is too unsteady" in done.stderr:
+        pytest.skip("the search found this machine too unsteady for a result")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     result = document["rows"][0]["search"]
