@@ -7,6 +7,8 @@ import json
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -521,13 +523,24 @@ def test_a_folder_that_cannot_be_made_is_named(answering: Callable[..., str], tm
 def test_a_report_that_cannot_be_written_does_not_hide_the_results(
     answering: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Its folder is there when the bench begins, and gone when the report is due."""
     monkeypatch.chdir(tmp_path)
-    url = answering("--median-ms", "2")
-    code = cli.run(
-        ["bench", "--url", f"a={url}", "--plan", "quick", "--users", "4", "--duration", "1", "--report", "/dev/full"]
-    )
+    folder = tmp_path / "reports"
+    folder.mkdir()
+
+    def lose() -> None:
+        while not (tmp_path / "bench-results").exists():
+            time.sleep(0.01)
+        folder.rmdir()
+        folder.touch()
+
+    losing = threading.Thread(target=lose, daemon=True)
+    losing.start()
+    command = ["bench", "--url", f"a={answering('--median-ms', '2')}", "--plan", "quick", "--users", "4"]
+    code = cli.run([*command, "--duration", "1", "--report", "reports/r.html"])
+    losing.join(10)
     out, err = capsys.readouterr()
-    assert code == 3
-    assert "/dev/full cannot be written: no space left on device" in err
+    assert code == 3, err
+    assert "reports/r.html cannot be written: " in err
     assert "requests/s" in out or "req/s" in out
     assert list(tmp_path.glob("bench-results/*/result.json"))
