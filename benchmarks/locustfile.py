@@ -1,7 +1,7 @@
 """The load: Locust runs it, and every request is recorded exactly. A process of its own; nothing imports it.
 
-    INFERCTL_LOAD_FILE=load.json python -m locust -f benchmarks/locustfile.py --headless ...     (inferctl/bench/load.py does)
-    python -m inferctl.bench.worker HOST                                                         (a worker on another machine)
+    INFERCTL_LOAD_FILE=load.json python -m locust -f benchmarks/locustfile.py --headless ...     (inferctl/bench/load/generator.py does)
+    python -m inferctl.bench.load.worker HOST                                                         (a worker on another machine)
 
 `load.json` says what to send:
 

@@ -35,8 +35,10 @@ ALLOWED = {
     # The server's own batcher, which knows neither HTTP nor torch, runs on a virtual clock there.
     "estimate": FACTS | {"fit", "sizes", "serve.batcher", "serve.pace"},
     "bench": FACTS | {"estimate"},
-    "deploy": {"errors", "catalog", "spec", "bench.capacity"},
+    "deploy": {"errors", "catalog", "spec", "bench.report.capacity"},
 }
+# The packages of `bench`, in the order of the data: each imports from itself and from those before it.
+BENCH_ORDER = ["", "plan", "load", "judge", "measure", "report"]
 # Third party -> the only places that may import it.
 ONLY_IN = {
     "torch": ("serve/engines/", "serve/reference.py"),
@@ -100,6 +102,14 @@ def test_each_file_imports_only_what_lies_below_it(file: Path) -> None:
         if name.startswith("inferctl.") and name != "inferctl.__version__":
             inner = name.removeprefix("inferctl.")
             assert any(inner == a or inner.startswith(f"{a}.") for a in allowed), f"{part} imports {name}"
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "bench").rglob("*.py")), ids=lambda file: file.name)
+def test_data_flows_one_way_through_the_benchmark(file: Path) -> None:
+    folder = file.parent.relative_to(PACKAGE / "bench").as_posix().replace(".", "")
+    later = BENCH_ORDER[BENCH_ORDER.index(folder) + 1 :]
+    for name in imports(file):
+        assert not any(name.startswith(f"inferctl.bench.{package}.") for package in later), f"{folder} imports {name}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())

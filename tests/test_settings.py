@@ -230,7 +230,7 @@ MERGE_BOMB = "a: &a {k: 1}\n" + "".join(
 @pytest.mark.parametrize("reader", ["spec", "hardware", "base", "plan"])
 def test_every_reader_of_yaml_refuses_what_is_too_much(tmp_path: Path, text: str, words: str, reader: str) -> None:
     from inferctl import catalog
-    from inferctl.bench import plan
+    from inferctl.bench.plan import plan
 
     file = tmp_path / "x.yaml"
     file.write_text(text)

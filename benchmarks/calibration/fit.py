@@ -23,7 +23,7 @@ import yaml
 from rows import CONDITIONS, HERE, UNSEEN, WITHIN, Row, Samples, Table, read, simulated
 
 from inferctl import catalog
-from inferctl.bench.verdict import quantile
+from inferctl.bench.judge.verdict import quantile
 from inferctl.estimate.calibration import BASES, Calibration, Fit, batch_cost
 from inferctl.estimate.cost import BERT_LARGE, Cost
 

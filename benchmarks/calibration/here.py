@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from inferctl.bench import workload
+from inferctl.bench.plan import workload
 from inferctl.estimate import lengths
 from inferctl.estimate.cost import Cost
 from inferctl.estimate.forecast import Work

@@ -23,7 +23,9 @@ import known_server
 import loads
 import numpy as np
 
-from inferctl.bench import records, stats, summary
+from inferctl.bench import stats
+from inferctl.bench.judge import summary
+from inferctl.bench.load import records
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 

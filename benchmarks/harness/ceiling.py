@@ -26,8 +26,8 @@ from typing import Any
 import known_server
 import loads
 
-from inferctl.bench import load as loading
-from inferctl.bench import locust, summary
+from inferctl.bench.judge import summary
+from inferctl.bench.load import generator, locust
 
 OWN = "load generator"
 
@@ -38,7 +38,7 @@ def closed(seconds: float, users: int, workers: int) -> dict[str, Any]:
         done, part = loads.measure(
             server.url, users=users, duration_s=seconds, warmup_s=2, window_s=0.5, workers=workers
         )
-    found, cores = summary.summarise([part]), loading.cores_used(done.state) or 0.0
+    found, cores = summary.summarise([part]), generator.cores_used(done.state) or 0.0
     return {
         "workers": workers,
         "requests_per_s": found["requests_per_s"],

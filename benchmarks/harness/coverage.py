@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from inferctl.bench import slo, stats, summary
+from inferctl.bench import stats
+from inferctl.bench.judge import slo, summary
 
 Values = npt.NDArray[np.float64]
 

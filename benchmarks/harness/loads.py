@@ -7,24 +7,26 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from inferctl.bench import load, plan, procfs, summary, target, validity, workload
+from inferctl.bench.judge import summary, validity
+from inferctl.bench.load import generator, procfs, target
+from inferctl.bench.plan import plan, workload
 
 SERIAL = 100_000
 
 
-def measure(url: str, corpus: str = "short", seed: int = 1, **settings: Any) -> tuple[load.Measured, summary.Part]:
+def measure(url: str, corpus: str = "short", seed: int = 1, **settings: Any) -> tuple[generator.Measured, summary.Part]:
     """Put a load with these keys on `url`; records on this machine's clock, and the part that was measured."""
     wanted = plan.Load.model_validate(settings)
     work = workload.draw(wanted, corpus, seed)
     with tempfile.TemporaryDirectory(prefix="inferctl-harness-") as folder:
-        description = load.prepare(wanted, work, target.connect(url), SERIAL, Path(folder))
-        done = load.run(wanted, description, lambda live: None, lambda: None)
+        description = generator.prepare(wanted, work, target.connect(url), SERIAL, Path(folder))
+        done = generator.run(wanted, description, lambda live: None, lambda: None)
     offered = len(work.schedule_ns) if wanted.mode == "open" else None
     part = summary.Part(done.rows, done.state["measure_start_ns"], done.state["measure_end_ns"], 1, offered)
     return done, part
 
 
-def judged(done: load.Measured, part: summary.Part) -> validity.Validity:
+def judged(done: generator.Measured, part: summary.Part) -> validity.Validity:
     """What `inferctl bench` would say of this run's validity, but for other processes on the machine."""
     client = summary.client_cpu_percent(done.state)
     resources = {} if client is None else {"client_cpu_percent": client}

@@ -27,7 +27,7 @@ from typing import Any
 import known_server
 import loads
 
-from inferctl.bench import summary
+from inferctl.bench.judge import summary
 
 MEDIAN_MS = 10.0
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from inferctl.bench import comparable, compare
+from inferctl.bench.judge import comparable, compare
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODEL = ROOT / "models" / "all-MiniLM-L6-v2"

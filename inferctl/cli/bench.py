@@ -10,8 +10,8 @@ import typer
 from inferctl.cli import completion, console, options
 
 if TYPE_CHECKING:
-    from inferctl.bench.outcome import Outcome
-    from inferctl.bench.result import Context
+    from inferctl.bench.measure.outcome import Outcome
+    from inferctl.bench.report.result import Context
     from inferctl.cli import bench_setup
 
 EPILOG = """Examples: `inferctl bench --model DIR --plan quick` compares precisions in about three minutes;
@@ -213,7 +213,9 @@ def bench(
 
 
 def _run(ready: bench_setup.Ready, report: Path | None, json_: bool) -> None:
-    from inferctl.bench import goodput, result, resume, runner
+    from inferctl.bench.judge import goodput
+    from inferctl.bench.measure import resume, runner
+    from inferctl.bench.report import result
     from inferctl.cli import bench_progress
 
     work, context, outcomes = ready.work, ready.context, ready.outcomes
@@ -244,19 +246,19 @@ def _run(ready: bench_setup.Ready, report: Path | None, json_: bool) -> None:
 
 def _keep(context: Context, outcomes: list[Outcome], page: Path, json_: bool) -> dict[str, Any]:
     """Seal what was measured, write the report, show the comparison."""
-    from inferctl.bench import report, result, view
+    from inferctl.bench.report import html, result, terminal
 
     sealed = result.receipts(context, outcomes)
     document = result.document(context, outcomes, sealed, page)
     result.write(context.output / "result.json", document)
     try:
-        report.write(page, document, sealed)
+        html.write(page, document, sealed)
     finally:
         # A report that cannot be written must not hide what was measured.
         if json_:
             console.document(document)
         else:
-            console.report(view.render(document))
+            console.report(terminal.render(document))
         console.note(f"receipts: {context.output / 'receipts'}")
     console.note(f"report:   {page}")
     return document

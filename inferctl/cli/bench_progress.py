@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from inferctl.cli import console
 
 if TYPE_CHECKING:
-    from inferctl.bench.runner import Bench, Progress
+    from inferctl.bench.measure.runner import Bench, Progress
 
 # What a run takes beside its load: the server's start and end, Locust's start, the quality check.
 AROUND_S = 12.0
@@ -18,7 +18,7 @@ AROUND_S = 12.0
 
 def expected(work: Bench) -> list[float]:
     """Seconds that each run of a bench should take, in order: a guess, corrected by the runs as they end."""
-    from inferctl.bench import search
+    from inferctl.bench.measure import search
 
     named = {subject.name: work.load_of(subject) for subject in work.subjects}
     settings = work.plan.search
@@ -35,7 +35,7 @@ def expected(work: Bench) -> list[float]:
 
 def forecast(work: Bench) -> str | None:
     """Return how long a search will take and how close its rates will be; None for other benches."""
-    from inferctl.bench import search
+    from inferctl.bench.measure import search
 
     settings = work.plan.search
     if not settings:

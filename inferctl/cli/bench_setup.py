@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from inferctl.cli import console, options
 
 if TYPE_CHECKING:
-    from inferctl.bench.environment import Environment
-    from inferctl.bench.outcome import Outcome, Subject
-    from inferctl.bench.plan import Plan
-    from inferctl.bench.result import Context
-    from inferctl.bench.runner import Bench
-    from inferctl.bench.target import Access
+    from inferctl.bench.load.target import Access
+    from inferctl.bench.measure.environment import Environment
+    from inferctl.bench.measure.outcome import Outcome, Subject
+    from inferctl.bench.measure.runner import Bench
+    from inferctl.bench.plan.plan import Plan
+    from inferctl.bench.report.result import Context
     from inferctl.settings import Resolved
 
 
@@ -30,7 +30,7 @@ class Reach:
         """Return the headers and the model name. Raises `UsageError`."""
         import os
 
-        from inferctl.bench.target import Access
+        from inferctl.bench.load.target import Access
         from inferctl.errors import UsageError
 
         headers = dict(_header(text) for text in self.headers)
@@ -95,8 +95,8 @@ class _Asked:
 
 def start(given: Given) -> Ready:
     """A new bench, in a folder of its own."""
-    from inferctl.bench import environment, resume, runner
-    from inferctl.bench import plan as plans
+    from inferctl.bench.measure import environment, resume, runner
+    from inferctl.bench.plan import plan as plans
     from inferctl.errors import UsageError
 
     targets = [_target(text) for text in given.urls]
@@ -154,8 +154,8 @@ def go_on(output: Path, headers: list[str] | None = None) -> Ready:
 
     `headers` are those that it had: no file holds them.
     """
-    from inferctl.bench import environment, resume, runner
-    from inferctl.bench.outcome import Subject
+    from inferctl.bench.measure import environment, resume, runner
+    from inferctl.bench.measure.outcome import Subject
 
     output = output.resolve()
     manifest = resume.read(output)
@@ -195,7 +195,7 @@ def _as_it_was(plan: dict[str, Any]) -> Plan:
     """The plan of a bench that began; the traces that it names may be gone since, or no traces any more."""
     from pydantic import ValidationError
 
-    from inferctl.bench.plan import Plan
+    from inferctl.bench.plan.plan import Plan
     from inferctl.errors import UsageError
 
     try:
@@ -221,7 +221,8 @@ def _version() -> str:
 def _identity(asked: _Asked, machine: Environment) -> dict[str, Any]:
     """What the figures depend on; reaches out to the servers that run already."""
     from inferctl import model as models
-    from inferctl.bench import resume, target
+    from inferctl.bench.load import target
+    from inferctl.bench.measure import resume
 
     servers = {}
     for subject in asked.subjects:
@@ -241,13 +242,15 @@ def _identity(asked: _Asked, machine: Environment) -> dict[str, Any]:
 
 
 def _bench(asked: _Asked, machine: Environment, place: Path) -> tuple[Bench, Context]:
-    from inferctl.bench import neighbours, result, runner, server
+    from inferctl.bench.load import child_server
+    from inferctl.bench.measure import neighbors, runner
+    from inferctl.bench.report import result
 
     resolved, command = asked.resolved, None
     if resolved and asked.folder:
         file = Path(resolved.file).resolve() if resolved.file else None
-        command = server.serve_command(str(asked.folder), resolved.spec.name, file)
-    slices = neighbours.slices(machine.variables) if asked.plan.neighbours else []
+        command = child_server.serve_command(str(asked.folder), resolved.spec.name, file)
+    slices = neighbors.slices(machine.variables) if asked.plan.neighbours else []
     work = runner.Bench(
         asked.plan, asked.subjects, command, asked.folder, place, asked.slo_p99_ms, slices, asked.access
     )
@@ -266,7 +269,7 @@ def _bench(asked: _Asked, machine: Environment, place: Path) -> tuple[Bench, Con
 
 
 def _check_corpora(asked: _Asked) -> None:
-    from inferctl.bench import workload
+    from inferctl.bench.plan import workload
 
     plan = asked.plan
     named = [plan.corpus, *(one.corpus for one in asked.subjects), plan.quality.corpus if plan.quality else None]
@@ -292,7 +295,7 @@ def _check_budget(asked: _Asked, budget_s: float) -> None:
     """Raise `UsageError` if the budget is too short for a search of each server."""
     import math
 
-    from inferctl.bench import search
+    from inferctl.bench.measure import search
     from inferctl.errors import UsageError
 
     settings, count = asked.plan.search, len(asked.subjects)
@@ -319,11 +322,11 @@ def seconds(text: str) -> float:
 
 
 def _check_neighbours(asked: _Asked) -> None:
-    from inferctl.bench import neighbours
+    from inferctl.bench.measure import neighbors
     from inferctl.errors import UsageError
 
     if asked.plan.neighbours:
-        neighbours.refuse([subject.name for subject in asked.subjects if subject.url])
+        neighbors.refuse([subject.name for subject in asked.subjects if subject.url])
         if asked.plan.search:
             raise UsageError(
                 "a search has no neighbours", "measure one rate beside neighbours: --rate 50 --neighbours 1"
@@ -384,7 +387,7 @@ def _header(text: str) -> tuple[str, str]:
 
 def _subjects(chosen: Plan, targets: list[tuple[str, str]], given: Given) -> list[Subject]:
     """What is measured: the plan's configurations; with --url those servers, and our own only when --precision asks for them too."""
-    from inferctl.bench.outcome import Subject
+    from inferctl.bench.measure.outcome import Subject
     from inferctl.errors import UsageError
 
     own = [

@@ -36,8 +36,8 @@ def capacity(
     Prints one JSON document; with --output, the file's path. Refuses receipts that were altered or are of an invalid run.
     """
     from inferctl import outputs
-    from inferctl.bench import capacity as capacities
     from inferctl.bench import receipt
+    from inferctl.bench.report import capacity as capacities
 
     if output is not None:
         outputs.check(output, "--output", parents=True, inputs=[receipt_file])

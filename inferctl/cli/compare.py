@@ -10,7 +10,7 @@ import typer
 from inferctl.cli import completion, console, options
 
 if TYPE_CHECKING:
-    from inferctl.bench.compare import Options
+    from inferctl.bench.judge.compare import Options
 
 FORMATS = ("text", "markdown", "json", "junit")
 _SUFFIXES = {".txt": "text", ".md": "markdown", ".json": "json", ".xml": "junit"}
@@ -88,8 +88,8 @@ def compare(
     Example: inferctl compare bench-results/RUN/receipts/old.json bench-results/RUN/receipts/new.json -o verdict.md
     """
     from inferctl import outputs
-    from inferctl.bench import comparable
-    from inferctl.bench import compare as comparing
+    from inferctl.bench.judge import comparable
+    from inferctl.bench.judge import compare as comparing
 
     inputs = [*comparable.files(old), *comparable.files(new)]
     for file in output or []:
@@ -99,9 +99,9 @@ def compare(
     found, notes = comparable.pairs(old, new)
     result = comparing.document(found, notes, wanted)
     if style == "text":
-        from inferctl.bench import compare_view
+        from inferctl.bench.report import comparison
 
-        console.report(compare_view.render(result))
+        console.report(comparison.render(result))
     elif style == "json":
         console.document(result)
     else:
@@ -120,8 +120,8 @@ def _options(
     recall_drop: float | None,
     allow: list[str] | None,
 ) -> Options:
-    from inferctl.bench import comparable
-    from inferctl.bench import compare as comparing
+    from inferctl.bench.judge import comparable
+    from inferctl.bench.judge import compare as comparing
 
     shares = {}
     for text in threshold or []:
@@ -164,10 +164,10 @@ def _one_of(name: str, known: Any, option: str) -> str:
 def _text(result: dict[str, Any], style: str) -> str:
     import json
 
-    from inferctl.bench import compare_view, junit
+    from inferctl.bench.report import comparison, junit
 
     if style == "json":
         return json.dumps(result, indent=2, ensure_ascii=False) + "\n"
     if style == "junit":
         return junit.render(result)
-    return compare_view.markdown(result) if style == "markdown" else compare_view.plain(result)
+    return comparison.markdown(result) if style == "markdown" else comparison.plain(result)

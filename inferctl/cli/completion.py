@@ -50,7 +50,7 @@ def _stacks() -> Iterable[str]:
 
 
 def _plans() -> Iterable[str]:
-    from inferctl.bench import plan
+    from inferctl.bench.plan import plan
 
     return plan.names()
 
@@ -62,7 +62,7 @@ def _corpora() -> Iterable[str]:
 
 
 def _metrics() -> Iterable[str]:
-    from inferctl.bench import compare
+    from inferctl.bench.judge import compare
 
     return [*compare.METRICS, compare.REJECTED]
 

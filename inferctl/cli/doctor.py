@@ -17,7 +17,7 @@ from inferctl.errors import InferctlError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from inferctl.bench.environment import Environment, Gpu
+    from inferctl.bench.measure.environment import Environment, Gpu
     from inferctl.catalog import Traits
     from inferctl.image.buildx import Builder
 
@@ -43,7 +43,7 @@ def doctor(as_json: Json = False) -> None:
 
     Example: inferctl doctor --json
     """
-    from inferctl.bench import environment
+    from inferctl.bench.measure import environment
 
     here = environment.detect()
     checks: list[Callable[[Environment], Iterator[Check]]] = [

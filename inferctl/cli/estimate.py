@@ -179,7 +179,7 @@ def _tokens(
     if length is not None:
         return lengths.parse(length, longest, squad_mean, 20_000, seed), f"drawn: {length}"
     try:
-        from inferctl.bench import workload
+        from inferctl.bench.plan import workload
     except ModuleNotFoundError as error:
         raise NotReadyError(
             f"reading a corpus needs the package {error.name}, which is not installed",

@@ -36,7 +36,7 @@ Bound = Literal["at most", "at least"]
 
 
 class Load(Protocol):
-    """What a load must say; `inferctl.bench.plan.Load` does."""
+    """What a load must say; `inferctl.bench.plan.shape.Load` does."""
 
     @property
     def mode(self) -> str: ...

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from inferctl.bench import receipt, records, summary
-from inferctl.bench.records import MEASURED, OK, WARMUP
+from inferctl.bench import receipt
+from inferctl.bench.judge import summary
+from inferctl.bench.load import records
+from inferctl.bench.load.records import MEASURED, OK, WARMUP
 
 FIELDS = [
     ("intended_ns", "<u8"),

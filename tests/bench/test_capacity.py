@@ -16,7 +16,8 @@ import pytest
 from bench_samples import document, sealed
 
 from inferctl import cli
-from inferctl.bench import capacity, receipt
+from inferctl.bench import receipt
+from inferctl.bench.report import capacity
 from inferctl.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
 from inferctl.serve.pace import Capacity
 

@@ -15,7 +15,9 @@ import pytest
 from compare_samples import receipts_of, run_values
 
 from inferctl import cli
-from inferctl.bench import comparable, compare, compare_view, receipt
+from inferctl.bench import receipt
+from inferctl.bench.judge import comparable, compare
+from inferctl.bench.report import comparison
 from inferctl.errors import InvalidRunError, UsageError
 
 STEADY = [1.0, 1.01, 0.99, 1.005, 0.995]
@@ -112,8 +114,8 @@ def test_the_share_of_rejected_requests_is_judged(
     assert (metrics(result)["rejected"]["outcome"] if "rejected" in metrics(result) else None) == outcome
     if outcome == "regression":
         assert result["exit_code"] == 1
-        assert "rejected +4.00 percentage points" in compare_view.sentence(result)
-        assert "rejected" in compare_view.plain(result)
+        assert "rejected +4.00 percentage points" in comparison.sentence(result)
+        assert "rejected" in comparison.plain(result)
 
 
 def test_repeats_measured_in_turns_are_compared_pair_by_pair(tmp_path: Path) -> None:
@@ -473,7 +475,7 @@ def test_nothing_from_a_receipt_becomes_markup(tmp_path: Path) -> None:
     old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
     bad = "a|b <img src=x> [link](y)"
     new = changed(new, lambda data: data["validity"].update(valid=False, reasons=[bad]))
-    page = compare_view.markdown(verdict(old, new))
+    page = comparison.markdown(verdict(old, new))
     assert r"a\|b &lt;img src=x> \[link\](y)" in page
 
 

@@ -14,7 +14,8 @@ from random import Random
 import pytest
 from compare_samples import runs
 
-from inferctl.bench import comparable, compare, receipt, verdict
+from inferctl.bench import receipt
+from inferctl.bench.judge import comparable, compare, verdict
 
 PAIRS = 400
 SEEN = 0.025

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from bench_samples import ANSWERING
 
-from inferctl.bench import concurrency, environment, plan, result, resume, runner, summary, throughput
-from inferctl.bench.concurrency import Step
+from inferctl.bench.judge import summary
+from inferctl.bench.measure import concurrency, environment, resume, runner, throughput
+from inferctl.bench.measure.concurrency import Step
+from inferctl.bench.plan import plan
+from inferctl.bench.report import result
 from inferctl.errors import InferctlError, UsageError
 
 AUTO = {"mode": "closed", "users": "auto", "duration_s": 1, "warmup_s": 0.5, "window_s": 0.2, "timeout_s": 5}

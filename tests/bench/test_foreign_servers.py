@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from inferctl.bench import target
+from inferctl.bench.load import target
 from inferctl.errors import NotReadyError, UsageError
 
 KEY = "sk-7f3a9c-secret"

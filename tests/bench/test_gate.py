@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from inferctl.bench import comparable, compare, plan, receipt
+from inferctl.bench import receipt
+from inferctl.bench.judge import comparable, compare
+from inferctl.bench.plan import plan
 from inferctl.errors import UsageError
 
 # Like the plan gate, but short.

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 from bench_samples import SECOND, row, table
 
-from inferctl.bench import load, plan, records, stats, summary, target, validity, workload
+from inferctl.bench import stats
+from inferctl.bench.judge import summary, validity
+from inferctl.bench.load import generator, records, target
+from inferctl.bench.plan import plan, workload
 
 
-def measure(url: str, folder: Path, **settings: object) -> tuple[load.Measured, summary.Part, workload.Workload]:
+def measure(url: str, folder: Path, **settings: object) -> tuple[generator.Measured, summary.Part, workload.Workload]:
     wanted = plan.Load.model_validate({"warmup_s": 0, "timeout_s": 10, **settings})
     work = workload.draw(wanted, "short", seed=3)
     folder.mkdir(exist_ok=True)
-    description = load.prepare(wanted, work, target.Target(url, "test"), 100, folder)
-    done = load.run(wanted, description, lambda live: None, lambda: None)
+    description = generator.prepare(wanted, work, target.Target(url, "test"), 100, folder)
+    done = generator.run(wanted, description, lambda live: None, lambda: None)
     offered = len(work.schedule_ns) if wanted.mode == "open" else None
     part = summary.Part(done.rows, done.state["measure_start_ns"], done.state["measure_end_ns"], 1, offered)
     return done, part, work

@@ -13,7 +13,8 @@ import pytest
 import trustme
 from test_load import measure
 
-from inferctl.bench import load, plan, records, target, workload
+from inferctl.bench.load import generator, records, target
+from inferctl.bench.plan import plan, workload
 
 MODELS = b'{"data": [{"id": "m"}]}'
 BODY = b'{"data": [], "usage": {"prompt_tokens": 7}}'
@@ -127,6 +128,6 @@ def test_tls_is_spoken_and_certificates_are_verified(tmp_path: Path, monkeypatch
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "other.pem"))
         wanted = plan.Load.model_validate({"users": 1, "duration_s": 1, "warmup_s": 0})
         work = workload.draw(wanted, "short", 1)
-        description = load.prepare(wanted, work, target.Target(url, "m"), 100_000, tmp_path)
-        refused = load.run(wanted, description, lambda live: None, lambda: None)
+        description = generator.prepare(wanted, work, target.Target(url, "m"), 100_000, tmp_path)
+        refused = generator.run(wanted, description, lambda live: None, lambda: None)
     assert set(refused.rows["error"].tolist()) == {records.CONNECTION}

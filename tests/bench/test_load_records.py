@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from bench_samples import records_file, row, table
 
-from inferctl.bench import records
+from inferctl.bench.load import records
 
 
 @pytest.fixture

@@ -13,7 +13,9 @@ from bench_samples import SECOND, row, table
 from pydantic import ValidationError
 from test_load import measure
 
-from inferctl.bench import plan, records, stages, summary, target, workload
+from inferctl.bench.judge import stages, summary
+from inferctl.bench.load import records, target
+from inferctl.bench.plan import plan, workload
 from inferctl.errors import UsageError
 
 

@@ -19,8 +19,10 @@ import pytest
 import zmq
 from test_load import measure
 
-from inferctl.bench import load, plan, records, summary, target, workload
-from inferctl.bench.worker import serve
+from inferctl.bench.judge import summary
+from inferctl.bench.load import generator, records, target
+from inferctl.bench.load.worker import serve
+from inferctl.bench.plan import plan, workload
 from inferctl.errors import InferctlError
 
 HARNESS = Path(__file__).resolve().parents[2] / "benchmarks" / "harness"
@@ -42,7 +44,7 @@ def test_workers_send_the_drawn_schedule_together(answering: Callable[..., str],
     workers = done.state["workers"]
     assert [worker["worker"] for worker in workers] == [0, 1]
     assert done.state["cpu_ns"] == max(worker["cpu_ns"] for worker in workers)
-    assert (load.cores_used(done.state) or 0) * 100 > (summary.client_cpu_percent(done.state) or 0)
+    assert (generator.cores_used(done.state) or 0) * 100 > (summary.client_cpu_percent(done.state) or 0)
 
 
 def test_clients_of_a_closed_loop_are_spread_over_workers(answering: Callable[..., str], tmp_path: Path) -> None:
@@ -83,7 +85,7 @@ def runs(pid: int) -> bool:
 def test_no_load_goes_on_without_the_bench_that_started_it(answering: Callable[..., str], tmp_path: Path) -> None:
     bench = subprocess.Popen([sys.executable, "-c", RUN, answering("--median-ms", "2"), str(tmp_path)])
     try:
-        within(30, lambda: load.read_state(tmp_path).get("phase") == "measure")
+        within(30, lambda: generator.read_state(tmp_path).get("phase") == "measure")
         pid = writer(tmp_path / "requests-0.bin")
         assert runs(pid)
     finally:
@@ -107,8 +109,8 @@ def test_a_killed_worker_ends_the_run_and_loses_no_record(tmp_path: Path) -> Non
         sys.path.remove(str(HARNESS))
     killed: list[int] = []
 
-    def kill(live: load.Live) -> None:
-        state = load.read_state(tmp_path)
+    def kill(live: generator.Live) -> None:
+        state = generator.read_state(tmp_path)
         rows = records.read(tmp_path / "requests-1.bin") if state.get("phase") == "measure" else []
         if len(rows) > 100 and not killed:
             killed.append(writer(tmp_path / "requests-1.bin"))
@@ -117,9 +119,9 @@ def test_a_killed_worker_ends_the_run_and_loses_no_record(tmp_path: Path) -> Non
     wanted = plan.Load.model_validate({"mode": "open", "rate": 200, "duration_s": 20, "warmup_s": 0, "workers": 2})
     with known_server.running("--median-ms", "2") as server:
         work = workload.draw(wanted, "short", 1)
-        description = load.prepare(wanted, work, target.connect(server.url), 100_000, tmp_path)
+        description = generator.prepare(wanted, work, target.connect(server.url), 100_000, tmp_path)
         with pytest.raises(InferctlError, match=r"load worker \d was killed \(signal 9\)"):
-            load.run(wanted, description, kill, lambda: None)
+            generator.run(wanted, description, kill, lambda: None)
     with pytest.raises(ProcessLookupError):
         os.kill(killed[0], 0)
     answered = {index for index in server.truth_ms(100_000) if index % 2 == 1}
@@ -137,7 +139,7 @@ def elsewhere(port: int, folder: Path) -> Iterator[bool]:
     own_clock = False
     with contextlib.suppress(OSError):
         own_clock = subprocess.run([*apart, "true"], capture_output=True, check=False).returncode == 0
-    command = [sys.executable, "-m", "inferctl.bench.worker", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "inferctl.bench.load.worker", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(
         [*(apart if own_clock else []), *command],
         cwd=folder,
@@ -187,13 +189,13 @@ def test_a_run_that_is_cut_short_sends_its_workers_elsewhere_home(
     cut.mkdir()
 
     def check() -> None:
-        if load.read_state(cut).get("phase") == cut_in:
+        if generator.read_state(cut).get("phase") == cut_in:
             raise CutShort
 
-    description = load.prepare(wanted, workload.draw(wanted, "short", 1), target.connect(url), 100_000, cut)
+    description = generator.prepare(wanted, workload.draw(wanted, "short", 1), target.connect(url), 100_000, cut)
     with elsewhere(port, away):
         with pytest.raises(CutShort):
-            load.run(wanted, description, lambda _: None, check)
+            generator.run(wanted, description, lambda _: None, check)
         _, part, work = measure(url, tmp_path / "next", **settings, duration_s=1)
         assert offsets(part) == work.schedule_ns.astype(np.int64).tolist()
     assert not any(away.iterdir())
@@ -226,16 +228,16 @@ def test_a_worker_too_many_has_no_part_in_the_run_that_it_comes_into(
     for folder in (run, *away):
         folder.mkdir()
     work = workload.draw(wanted, "short", 1)
-    description = load.prepare(wanted, work, target.connect(url), 100_000, run)
+    description = generator.prepare(wanted, work, target.connect(url), 100_000, run)
     with contextlib.ExitStack() as stack:
         stack.enter_context(elsewhere(port, away[0]))
         late: list[bool] = []
 
         def check() -> None:
-            if load.read_state(run).get("phase") == "measure" and not late:
+            if generator.read_state(run).get("phase") == "measure" and not late:
                 late.append(stack.enter_context(elsewhere(port, away[1])))
 
-        done = load.run(wanted, description, lambda _: None, check)
+        done = generator.run(wanted, description, lambda _: None, check)
     assert late
     assert [worker["worker"] for worker in done.state["workers"]] == [0, 1]
     measured = done.rows[done.rows["phase"] == records.MEASURED]
@@ -260,7 +262,7 @@ coordinator.run()
     line = [sys.executable, "-c", script, str(benchmarks), str(tmp_path)]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.stdout == "quit\n"
-    assert load.read_state(tmp_path)["problem"] == "KeyError: 'worker'"
+    assert generator.read_state(tmp_path)["problem"] == "KeyError: 'worker'"
 
 
 @pytest.mark.parametrize(
@@ -271,7 +273,7 @@ coordinator.run()
 def test_a_worker_elsewhere_ends_without_runs_and_with_a_failure(
     codes: tuple[int, ...], ends_with: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("inferctl.bench.worker._LOOK_S", 0.05)
+    monkeypatch.setattr("inferctl.bench.load.worker._LOOK_S", 0.05)
     for code in codes:
         (tmp_path / f"{len(list(tmp_path.iterdir()))}-{code}").touch()
     # Takes the next exit code there is; the shell starts much faster than Locust.

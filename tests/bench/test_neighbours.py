@@ -15,8 +15,13 @@ import numpy as np
 import pytest
 from bench_samples import ANSWERING, SECOND, row, table
 
-from inferctl.bench import encroachment, environment, neighbours, plan, receipt, records, result, runner, stats, summary
-from inferctl.bench.plan import Load
+from inferctl.bench import receipt, stats
+from inferctl.bench.judge import interference, summary
+from inferctl.bench.load import records
+from inferctl.bench.measure import environment, neighbors, runner
+from inferctl.bench.plan import plan
+from inferctl.bench.plan.plan import Load
+from inferctl.bench.report import result
 from inferctl.errors import UsageError
 
 
@@ -28,7 +33,7 @@ def drawn(seed: int, count: int, scale: float) -> summary.Part:
 
 
 def test_the_factor_between_two_known_distributions_lies_in_its_interval() -> None:
-    found = encroachment.inflation([drawn(1, 4000, 10)], [drawn(2, 4000, 25)])
+    found = interference.inflation([drawn(1, 4000, 10)], [drawn(2, 4000, 25)])
     for key in ("p50", "p90", "p99"):
         figures = found["percentiles"][key]
         assert figures["low"] < 2.5 < figures["high"]
@@ -39,7 +44,7 @@ def test_the_factor_between_two_known_distributions_lies_in_its_interval() -> No
 def test_the_interval_within_runs_holds_at_least_as_often_as_it_says() -> None:
     held = 0
     for seed in range(60):
-        figures = encroachment.inflation([drawn(2 * seed, 600, 10)], [drawn(2 * seed + 1, 600, 20)])["percentiles"][
+        figures = interference.inflation([drawn(2 * seed, 600, 10)], [drawn(2 * seed + 1, 600, 20)])["percentiles"][
             "p99"
         ]
         held += figures["low"] <= 2 <= figures["high"]
@@ -51,7 +56,7 @@ def test_with_five_pairs_the_interval_is_over_runs_and_knows_how_they_differ() -
     scales = [(8.0, 16.2), (13.0, 25.5), (10.0, 20.9), (9.0, 17.5), (12.0, 24.0)]
     without = [drawn(2 * i, 800, a) for i, (a, _) in enumerate(scales)]
     beside = [drawn(2 * i + 1, 800, b) for i, (_, b) in enumerate(scales)]
-    found = encroachment.inflation(without, beside)
+    found = interference.inflation(without, beside)
     assert found["pairs"] == 5
     assert "5 pairs of runs" in found["interval"]
     figures = found["percentiles"]["p50"]
@@ -66,7 +71,7 @@ def test_with_five_pairs_the_interval_is_over_runs_and_knows_how_they_differ() -
 
 
 def test_a_percentile_that_n_does_not_support_has_no_factor() -> None:
-    found = encroachment.inflation([drawn(1, 400, 10)], [drawn(2, 4000, 25)])["percentiles"]
+    found = interference.inflation([drawn(1, 400, 10)], [drawn(2, 4000, 25)])["percentiles"]
     assert found["p99"]["factor"] is None
     # Both intervals must hold together, so each needs more than the 368 of one alone.
     assert (found["p99"]["n"], found["p99"]["needed"]) == (400, stats.needed(0.99, 0.975))
@@ -77,9 +82,9 @@ def test_a_percentile_that_n_does_not_support_has_no_factor() -> None:
 def test_a_run_that_answered_nothing_good_leaves_no_factor(side: str) -> None:
     broken = summary.Part(table(*(row(10 * i, 5, error=records.HTTP_ERROR) for i in range(500))), 0, 10 * SECOND, 1)
     runs = {"without": [drawn(1, 4000, 10), drawn(3, 4000, 10)], "beside": [drawn(2, 4000, 25), drawn(4, 4000, 25)]}
-    assert encroachment.inflation(**runs)["percentiles"]["p50"]["factor"] is not None
+    assert interference.inflation(**runs)["percentiles"]["p50"]["factor"] is not None
     runs[side][1] = broken
-    found = encroachment.inflation(**runs)
+    found = interference.inflation(**runs)
     assert receipt.canonical(found)
     for figures in found["percentiles"].values():
         assert (figures["factor"], figures["low"], figures["high"], figures["n"]) == (None, None, None, 0)
@@ -87,39 +92,39 @@ def test_a_run_that_answered_nothing_good_leaves_no_factor(side: str) -> None:
 
 def test_what_a_neighbour_achieved_counts_within_the_window_only() -> None:
     rows = table(row(0, 500), row(900, 200), row(1500, 100), row(1600, 100, error=records.TIMEOUT), row(1900, 300))
-    assert encroachment.achieved(rows, 1 * SECOND, 2 * SECOND) == {"requests_per_s": 2.0, "failed": 1}
+    assert interference.achieved(rows, 1 * SECOND, 2 * SECOND) == {"requests_per_s": 2.0, "failed": 1}
 
 
 @pytest.mark.parametrize(("repeat", "busy"), [(0, (False, True)), (1, (True, False)), (2, (False, True))])
 def test_pairs_alternate(repeat: int, busy: tuple[bool, bool]) -> None:
-    assert neighbours.order(repeat) == busy
+    assert neighbors.order(repeat) == busy
 
 
 def test_servers_are_spread_over_the_slices_that_there_are() -> None:
-    three = neighbours.slices({"CUDA_VISIBLE_DEVICES": "MIG-a, MIG-b,MIG-c"})
-    assert [neighbours.placed(["serve"], three, number)[1] for number in range(4)] == [
+    three = neighbors.slices({"CUDA_VISIBLE_DEVICES": "MIG-a, MIG-b,MIG-c"})
+    assert [neighbors.placed(["serve"], three, number)[1] for number in range(4)] == [
         "CUDA_VISIBLE_DEVICES=MIG-a",
         "CUDA_VISIBLE_DEVICES=MIG-b",
         "CUDA_VISIBLE_DEVICES=MIG-c",
         "CUDA_VISIBLE_DEVICES=MIG-b",
     ]
-    assert neighbours.placed(["serve"], ["MIG-a"], 1) == ["env", "CUDA_VISIBLE_DEVICES=MIG-a", "serve"]
+    assert neighbors.placed(["serve"], ["MIG-a"], 1) == ["env", "CUDA_VISIBLE_DEVICES=MIG-a", "serve"]
     # Whole GPUs are not shared by being two: neighbours stay on the same one.
-    assert neighbours.slices({"CUDA_VISIBLE_DEVICES": "0,1"}) == []
-    assert neighbours.placed(["serve"], [], 1) == ["serve"]
+    assert neighbors.slices({"CUDA_VISIBLE_DEVICES": "0,1"}) == []
+    assert neighbors.placed(["serve"], [], 1) == ["serve"]
 
 
 def test_the_background_outlasts_the_run_and_is_a_closed_loop() -> None:
     load = Load(mode="open", rate=50, users=3, duration_s=20, warmup_s=10, timeout_s=5)
-    busy = neighbours.background(load)
+    busy = neighbors.background(load)
     assert (busy.mode, busy.users) == ("closed", 3)
     assert busy.duration_s > load.duration_s + load.warmup_s + load.timeout_s
 
 
 def test_a_server_that_runs_already_cannot_be_given_neighbours() -> None:
-    neighbours.refuse([])
+    neighbors.refuse([])
     with pytest.raises(UsageError, match="mine runs already"):
-        neighbours.refuse(["mine"])
+        neighbors.refuse(["mine"])
 
 
 def bench(folder: Path, count: int, repeats: int, *options: str, only: str = "") -> runner.Bench:
@@ -224,14 +229,14 @@ def _command(entry: Path) -> bytes:
 
 
 def test_pairs_outlast_a_bench_that_was_killed(tmp_path: Path) -> None:
-    from inferctl.bench import resume
+    from inferctl.bench.measure import resume
 
     work = bench(tmp_path, 1, 1)
     outcomes = runner.outcomes(work)
     runner.run(work, outcomes, lambda progress: None, lambda outcome: None)
     again = runner.outcomes(work)
     assert resume.restore(tmp_path, work.order, again) == 1
-    then, now = (neighbours.document(one[0].measurements, 2) for one in (outcomes, again))
+    then, now = (neighbors.document(one[0].measurements, 2) for one in (outcomes, again))
     assert json.dumps(then) == json.dumps(now)
     assert dataclasses.asdict(again[0].measurements[0].run) == {"configuration": "fp32", "repeat": 0}
 
@@ -250,6 +255,6 @@ def test_the_command_refuses_neighbours_of_a_running_server(tmp_path: Path, answ
 def test_two_pairs_that_disagree_are_not_given_a_narrow_interval() -> None:
     without = [drawn(1, 4000, 10), drawn(2, 4000, 30)]
     beside = [drawn(3, 4000, 20), drawn(4, 4000, 21)]
-    figures = encroachment.inflation(without, beside)["percentiles"]["p50"]
+    figures = interference.inflation(without, beside)["percentiles"]["p50"]
     assert figures["low"] < 0.75
     assert figures["high"] > 1.9

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inferctl.bench import plan, target, workload
+from inferctl.bench.load import target
+from inferctl.bench.plan import plan, workload
 from inferctl.errors import SpecError, UsageError
 
 

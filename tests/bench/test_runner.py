@@ -20,23 +20,12 @@ from bench_samples import ANSWERING, FIELDS
 
 from inferctl import cli
 from inferctl import model as models
-from inferctl.bench import (
-    charts,
-    comparable,
-    environment,
-    plan,
-    procfs,
-    quality,
-    receipt,
-    records,
-    report,
-    result,
-    runner,
-    server,
-    target,
-    view,
-    workload,
-)
+from inferctl.bench import receipt
+from inferctl.bench.judge import comparable
+from inferctl.bench.load import child_server, procfs, records, target
+from inferctl.bench.measure import environment, quality, runner
+from inferctl.bench.plan import plan, workload
+from inferctl.bench.report import charts, html, result, terminal
 from inferctl.errors import InferctlError, InvalidRunError
 
 SHORT = {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0, "timeout_s": 5}
@@ -167,7 +156,7 @@ def test_requests_that_a_server_rejects_are_counted_and_do_not_invalidate(tmp_pa
     assert sealed["summary"]["rejected"] == row["rejected"] == sealed["summary"]["errors"]["HTTP status"]
     assert any("rejected" in caveat["text"] for caveat in found["caveats"])
     assert any(said.startswith("fp32 rejected ") for said in found["findings"])
-    assert f"{row['rejected']} rejected, 0 failed" in report.render(found, [receipt.load(Path(row["receipt"]))])
+    assert f"{row['rejected']} rejected, 0 failed" in html.render(found, [receipt.load(Path(row["receipt"]))])
 
 
 def test_a_configuration_that_cannot_run_is_a_row_with_its_reason(tmp_path: Path) -> None:
@@ -241,10 +230,10 @@ def test_a_server_with_broken_vectors_fails_on_quality_and_its_results_can_be_sh
     assert reason in row["quality"]["reason"]
     assert found["finding"] == "No configuration keeps the quality of fp32, so none is recommended."
     assert f"int8 fails on quality: {row['quality']['reason']}; it cannot be recommended." in found["findings"]
-    assert view.cells(row)[-2:] == ["broken", "broken"]
+    assert terminal.cells(row)[-2:] == ["broken", "broken"]
     sealed = [receipt.load(Path(row["receipt"]))]
     assert {"quality", "recall"}.isdisjoint(charts.all_charts(sealed))
-    assert "<td>broken</td>" in report.render(found, sealed)
+    assert "<td>broken</td>" in html.render(found, sealed)
 
 
 def test_the_same_weights_are_compared_once_for_each_input_limit(tmp_path: Path, weights: tuple[Path, str]) -> None:
@@ -328,7 +317,7 @@ def test_a_server_on_this_machine_is_not_counted_as_another_process(
     assert data["configuration"]["this_machine"]
     assert any(
         "shared this machine's cores" in text
-        for _, text in report.honesty(found, [receipt.load(Path(found["rows"][0]["receipt"]))])
+        for _, text in html.honesty(found, [receipt.load(Path(found["rows"][0]["receipt"]))])
     )
 
 
@@ -457,7 +446,7 @@ def test_a_second_interrupt_while_a_server_stops_still_ends_its_whole_group() ->
         process.stdout.readline()
         try:
             with pytest.raises(KeyboardInterrupt):
-                server.stop(process)
+                child_server.stop(process)
             assert process.poll() == -signal.SIGKILL
         finally:
             process.kill()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from inferctl.bench.load import Live
-from inferctl.bench.runner import Progress
+from inferctl.bench.load.generator import Live
+from inferctl.bench.measure.runner import Progress
 from inferctl.cli import bench_progress
 
 

@@ -15,8 +15,12 @@ import numpy as np
 import pytest
 from bench_samples import SECOND, row, table
 
-from inferctl.bench import goodput, plan, receipt, records, runner, search, stats, summary, validity, workload
-from inferctl.bench.goodput import Probe
+from inferctl.bench import receipt, stats
+from inferctl.bench.judge import goodput, summary, validity
+from inferctl.bench.judge.goodput import Probe
+from inferctl.bench.load import records
+from inferctl.bench.measure import runner, search
+from inferctl.bench.plan import plan, workload
 from inferctl.cli import bench_setup
 from inferctl.errors import UsageError
 

@@ -16,7 +16,10 @@ import pytest
 from bench_samples import document, sealed
 from rich.console import Console
 
-from inferctl.bench import charts, environment, plan, receipt, report, result, runner, view
+from inferctl.bench import receipt
+from inferctl.bench.measure import environment, runner
+from inferctl.bench.plan import plan
+from inferctl.bench.report import charts, html, result, terminal
 
 
 def made(folder: Path) -> tuple[dict[str, Any], list[receipt.Receipt]]:
@@ -49,7 +52,7 @@ def made(folder: Path) -> tuple[dict[str, Any], list[receipt.Receipt]]:
 def test_the_table_fits_80_columns(tmp_path: Path, golden: Callable[[str, str], None]) -> None:
     found, _ = made(tmp_path)
     stream = io.StringIO()
-    Console(file=stream, width=80, highlight=False).print(view.render(found))
+    Console(file=stream, width=80, highlight=False).print(terminal.render(found))
     text = "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
     assert max(map(len, text.splitlines())) <= 80
     golden("bench-view.txt", text)
@@ -58,7 +61,7 @@ def test_the_table_fits_80_columns(tmp_path: Path, golden: Callable[[str, str], 
 def test_reasons_against_a_row_stand_above_the_numbers(tmp_path: Path) -> None:
     found, _ = made(tmp_path)
     stream = io.StringIO()
-    Console(file=stream, width=200, highlight=False).print(view.render(found))
+    Console(file=stream, width=200, highlight=False).print(terminal.render(found))
     text = stream.getvalue()
     assert text.index("INVALID remote-t4: the load generator used 97 %") < text.index("config")
 
@@ -76,7 +79,7 @@ def test_reasons_against_a_row_stand_above_the_numbers(tmp_path: Path) -> None:
     ],
 )
 def test_numbers_fit_their_columns(value: float | None, text: str) -> None:
-    assert view.short(value) == text
+    assert terminal.short(value) == text
 
 
 class Page(HTMLParser):
@@ -106,7 +109,7 @@ class Page(HTMLParser):
 def test_the_report_shows_the_receipts_numbers(tmp_path: Path) -> None:
     found, receipts = made(tmp_path)
     page = Page()
-    page.feed(report.render(found, receipts))
+    page.feed(html.render(found, receipts))
     text = " | ".join(" ".join(cell.split()) for cell in page.cells)
     for one in receipts:
         figures = one.data["summary"]
@@ -123,7 +126,7 @@ def test_the_report_shows_the_receipts_numbers(tmp_path: Path) -> None:
 
 def test_the_report_needs_no_network_and_every_chart_has_its_place(tmp_path: Path) -> None:
     found, receipts = made(tmp_path)
-    text = report.render(found, receipts)
+    text = html.render(found, receipts)
     page = Page()
     page.feed(text)
     assert page.loaded == []
@@ -135,7 +138,7 @@ def test_the_report_needs_no_network_and_every_chart_has_its_place(tmp_path: Pat
 @pytest.mark.parametrize("repeats", [1, 3, 5, 12])
 def test_intervals_of_latencies_are_said_to_be_within_runs_however_many_there_are(tmp_path: Path, repeats: int) -> None:
     found, receipts = made(tmp_path)
-    notes = [text for _, text in report.honesty(found | {"repeats": repeats}, receipts)]
+    notes = [text for _, text in html.honesty(found | {"repeats": repeats}, receipts)]
     over_runs, within_too = "of latencies are within runs,", "are within runs; those of latencies are"
     kind = over_runs if repeats >= 5 else within_too
     runs = "One run each" if repeats == 1 else f"{repeats} runs each"
@@ -143,7 +146,7 @@ def test_intervals_of_latencies_are_said_to_be_within_runs_however_many_there_ar
 
 
 def test_what_was_not_measured_or_is_invalid_stands_before_the_numbers(tmp_path: Path) -> None:
-    text = report.render(*made(tmp_path))
+    text = html.render(*made(tmp_path))
     for sentence in (
         "remote-t4: the load generator used 97 %",
         "not measured here: t4, a100-40gb-mig-3g.20gb",
@@ -169,7 +172,7 @@ def remote(folder: Path) -> tuple[dict[str, Any], list[receipt.Receipt]]:
 
 def text_of(found: dict[str, Any], width: int = 80) -> str:
     stream = io.StringIO()
-    Console(file=stream, width=width, highlight=False).print(view.render(found))
+    Console(file=stream, width=width, highlight=False).print(terminal.render(found))
     return stream.getvalue()
 
 
@@ -178,19 +181,19 @@ def test_rows_say_what_they_ran_on_when_it_is_not_the_same(tmp_path: Path) -> No
     text = text_of(found)
     assert re.search(r"^t4 +on Tesla T4 \(t4\)", text, re.MULTILINE)
     assert re.search(r"^fp32 +on Test CPU \(cpu\)", text, re.MULTILINE)
-    page = report.render(found, receipts)
+    page = html.render(found, receipts)
     assert "plan quick · Tesla T4, Test CPU</h1>" in page
     assert "<th>load generator&#39;s machine</th><td>Laptop CPU" in page
     assert '<span class="range">Tesla T4 (t4)</span>' in page
     same, alike = made(tmp_path / "same")
     assert " on Test CPU" not in text_of(same)
-    assert "<th>machine</th>" in report.render(same, alike)
+    assert "<th>machine</th>" in html.render(same, alike)
 
 
 def test_late_and_dropped_sends_of_an_open_loop_are_shown(tmp_path: Path) -> None:
     found, receipts = remote(tmp_path)
     assert "t4 31 late and 7 dropped of 1,000" in text_of(found, 200)
-    page = " ".join(report.render(found, receipts).split())
+    page = " ".join(html.render(found, receipts).split())
     assert "<th>late</th><th>dropped</th>" in page
     assert "<td>31</td><td>7</td>" in page
 
@@ -204,7 +207,7 @@ def test_figures_are_ones_that_plotly_accepts(tmp_path: Path) -> None:
 
 def test_the_report_is_one_small_file_whose_charts_a_browser_draws_without_network(tmp_path: Path) -> None:
     found, receipts = made(tmp_path)
-    page = report.write(tmp_path / "report.html", found, receipts)
+    page = html.write(tmp_path / "report.html", found, receipts)
     assert page.stat().st_size < 1_000_000
     assert not re.findall(r"(?:src|href)=", page.read_text())
     if not (browser := shutil.which("chromium")):
@@ -223,7 +226,7 @@ def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     found, receipts = made(tmp_path)
     receipts[0].data["configuration"]["name"] = "</script><b>x"
     found["rows"][0]["configuration"] = "</script><b>x"
-    assert "</script><b>x" not in report.render(found, receipts)
+    assert "</script><b>x" not in html.render(found, receipts)
 
 
 def test_the_slo_line_lies_where_its_label_is(tmp_path: Path) -> None:

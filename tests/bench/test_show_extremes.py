@@ -12,7 +12,11 @@ import pytest
 from bench_samples import SECOND, WARMUP, document, row, sealed, table
 from rich.console import Console
 
-from inferctl.bench import charts, environment, plan, receipt, report, result, runner, stages, summary, view
+from inferctl.bench import receipt
+from inferctl.bench.judge import stages, summary
+from inferctl.bench.measure import environment, runner
+from inferctl.bench.plan import plan
+from inferctl.bench.report import charts, html, result, terminal
 
 MACHINE = environment.Environment(
     "cpu", "Test CPU", "Test CPU", ("avx2",), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {}, {}, 0.5
@@ -37,7 +41,7 @@ def shown(
 
 
 def guess(key: str, p50: float, saturated: bool = False) -> dict[str, Any]:
-    """A row of a part that is not here, as `inferctl.bench.estimated` makes them."""
+    """A row of a part that is not here, as `inferctl.bench.report.estimated` makes them."""
     figures: dict[str, Any] = {"p50_ms": p50, "p90_ms": 2 * p50, "p99_ms": None if saturated else 3 * p50}
     figures["requests_per_s"] = 4321.0 / p50
     ranges = {
@@ -53,7 +57,7 @@ def guess(key: str, p50: float, saturated: bool = False) -> dict[str, Any]:
 
 def text_of(found: dict[str, Any]) -> str:
     stream = io.StringIO()
-    Console(file=stream, width=80, highlight=False).print(view.render(found))
+    Console(file=stream, width=80, highlight=False).print(terminal.render(found))
     text = stream.getvalue()
     assert max(map(len, text.splitlines())) <= 80
     return text
@@ -142,7 +146,7 @@ def test_whatever_came_out_can_be_shown(case: str, tmp_path: Path) -> None:
     graph_objects = pytest.importorskip("plotly.graph_objects")
     found, receipts = CASES[case](tmp_path)
     text_of(found)
-    assert "Before you read the numbers" in report.render(found, receipts)
+    assert "Before you read the numbers" in html.render(found, receipts)
     for _, _, figure in charts.all_charts(receipts, found["rows"]).values():
         graph_objects.Figure(figure)
 
@@ -157,7 +161,7 @@ def test_what_was_estimated_stands_apart_from_what_was_measured(tmp_path: Path) 
     # Each with its own band, as in the report.
     for band in ("19.2-31.2", "38.4-62.4", "144-234"):
         assert band in apart
-    page = report.render(found, receipts)
+    page = html.render(found, receipts)
     results = page[page.index("<h2>Results</h2>") : page.index("Estimated, not measured</h2>")]
     assert "180.0" not in results
     assert "~180.0" in page
@@ -176,7 +180,7 @@ def test_a_rate_that_was_offered_is_no_estimate_and_a_latency_without_bound_says
     assert "over 21.6" in apart  # 0.8 * 3 * 9
     assert "~80" not in apart
     assert "offered" in apart
-    page = report.render(found, receipts)
+    page = html.render(found, receipts)
     assert '80.0<span class="range">offered' in page
     assert ">~80.0<" not in page
 
@@ -189,7 +193,7 @@ def test_an_estimate_that_is_only_a_bound_has_no_value_anywhere(tmp_path: Path) 
         figures["ranges"][key] = {"value": None, "low": None, "high": None, "bound": bound} | {end: 4321.0}
     apart = text_of(found).split("ESTIMATED, not measured")[1]
     assert "at least" in apart and "at most" in apart
-    page = report.render(found, receipts)
+    page = html.render(found, receipts)
     assert "at most 4321.0" in page and "at least 4321.0" in page
     drawn = charts.throughput([], {}, [found["rows"][-1]])["data"][-1]
     assert drawn["x"] == [4321.0] and drawn["text"][0].startswith("at most")
@@ -212,7 +216,7 @@ def test_a_search_shows_every_probe_against_the_slo(tmp_path: Path) -> None:
     assert trace["x"] == [40, 82, 86, 100]
     assert trace["marker"]["symbol"] == ["circle", "circle", "x", "triangle-up-open"]
     assert figure["layout"]["shapes"][-1]["y0"] == 100
-    assert "<b>82</b>/s" in report.render(found, receipts)
+    assert "<b>82</b>/s" in html.render(found, receipts)
 
 
 def test_searches_are_compared_by_the_rate_that_held(tmp_path: Path) -> None:
@@ -245,7 +249,7 @@ def test_neighbours_are_shown_with_what_they_did_themselves(tmp_path: Path) -> N
     unsettled = BESIDE | {"percentiles": BESIDE["percentiles"] | {"p90": BESIDE["percentiles"]["p90"] | {"low": 0.9}}}
     found, _ = shown(tmp_path / "unsettled", document("bf16", 300, 12, neighbours=unsettled))
     assert any("the interval contains 1, so this is not settled" in one for one in found["findings"])
-    assert "200 of 436" in report.render(found, receipts)
+    assert "200 of 436" in html.render(found, receipts)
 
 
 def test_a_burst_is_told_by_stage_and_shaded_in_time(tmp_path: Path) -> None:
@@ -264,7 +268,7 @@ def test_a_price_is_never_shown_without_its_source_and_date(tmp_path: Path) -> N
     found, receipts = shown(tmp_path, document("bf16", 300, 12, efficiency=COSTS), document("fp32", 50, 20))
     text = " ".join(text_of(found).split())
     assert "price: aws g4dn.xlarge $0.526/h on 2026-11-24 (a public list)" in text
-    page = " ".join(report.render(found, receipts).split())
+    page = " ".join(html.render(found, receipts).split())
     assert "aws g4dn.xlarge, $0.526/h, 2026-11-24" in page
     assert "(a public list)" in page
     # What is known of one configuration only is a dash for the other, and no chart compares the two in dollars.

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from bench_samples import FIELDS, SECOND, records_file, row, steady, table
 
-from inferctl.bench import plan, records, stages, summary
-from inferctl.bench.records import DROPPED, HTTP_ERROR, WARMUP
+from inferctl.bench.judge import stages, summary
+from inferctl.bench.load import records
+from inferctl.bench.load.records import DROPPED, HTTP_ERROR, WARMUP
+from inferctl.bench.plan import plan
 from inferctl.errors import InferctlError
 
 

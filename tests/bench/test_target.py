@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from inferctl.bench import procfs, target
+from inferctl.bench.load import procfs, target
 from inferctl.errors import NotReadyError
 
 

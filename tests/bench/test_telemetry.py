@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from inferctl.bench import efficiency, nvml, telemetry
-from inferctl.bench.nvml import Described, GpuSample, Process
+from inferctl.bench.judge import efficiency
+from inferctl.bench.measure import nvml, telemetry
+from inferctl.bench.measure.nvml import Described, GpuSample, Process
 
 SECOND = 10**9
 T4 = Described(0, "Tesla T4", 16 * 10**9, "580.65", 70.0, 70.0, sliced=False, slices=())
@@ -340,7 +341,9 @@ def test_a_shared_gpu_is_said_above_the_numbers_and_ends_with_5(tmp_path: Path) 
     from bench_samples import steady
     from rich.console import Console
 
-    from inferctl.bench import environment, plan, report, result, runner, view
+    from inferctl.bench.measure import environment, runner
+    from inferctl.bench.plan import plan
+    from inferctl.bench.report import html, result, terminal
 
     shared = telemetry.gpu(T4, recorded(processes=(Process(10), Process(4_000_001))), {10}, ())
     measured = runner.Measurement(
@@ -355,9 +358,9 @@ def test_a_shared_gpu_is_said_above_the_numbers_and_ends_with_5(tmp_path: Path) 
     assert problem is not None
     assert problem.exit_code == 5
     stream = io.StringIO()
-    Console(file=stream, width=200, highlight=False).print(view.render(found))
+    Console(file=stream, width=200, highlight=False).print(terminal.render(found))
     text = stream.getvalue()
     assert text.index("INVALID fp16: another process was on Tesla T4") < text.index("config")
     assert found["rows"][0]["gpu_utilisation_percent"] == 90
-    page = report.render(found, sealed)
+    page = html.render(found, sealed)
     assert page.index("another process was on Tesla T4 meanwhile") < page.index("<h2>Results</h2>")

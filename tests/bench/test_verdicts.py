@@ -13,20 +13,12 @@ import numpy as np
 import pytest
 from bench_samples import FIELDS, SECOND, document, row, sealed, steady, table
 
-from inferctl.bench import (
-    environment,
-    findings,
-    plan,
-    privacy,
-    quality,
-    receipt,
-    result,
-    runner,
-    slo,
-    summary,
-    validity,
-)
-from inferctl.bench.records import TIMEOUT, WARMUP
+from inferctl.bench import privacy, receipt
+from inferctl.bench.judge import slo, summary, validity
+from inferctl.bench.load.records import TIMEOUT, WARMUP
+from inferctl.bench.measure import environment, quality, runner
+from inferctl.bench.plan import plan
+from inferctl.bench.report import findings, result
 from inferctl.errors import InferctlError, InvalidRunError, UsageError
 
 LIMITS = plan.Quality.model_validate({})
@@ -640,7 +632,7 @@ def test_runs_that_were_sent_different_requests_are_not_one_configuration(tmp_pa
 
 
 def test_one_invalid_configuration_among_valid_ones_ends_with_5() -> None:
-    from inferctl.bench import result
+    from inferctl.bench.report import result
 
     good = {"configuration": "bf16", "outcome": "measured", "receipt": "r.json", "valid": True, "reasons": []}
     bad = {**good, "configuration": "fp16", "valid": False, "reasons": ["3 of 90 requests failed"]}

@@ -8,8 +8,8 @@ import io
 import pytest
 from rich.console import Console
 
-from inferctl.bench import environment
-from inferctl.bench.environment import Gpu
+from inferctl.bench.measure import environment
+from inferctl.bench.measure.environment import Gpu
 from inferctl.cli.doctor import Check, features, images, precisions, table_of
 from inferctl.image.buildx import Builder
 

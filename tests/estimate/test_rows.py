@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from inferctl import estimate
-from inferctl.bench import estimated, findings
-from inferctl.bench.outcome import Subject
-from inferctl.bench.plan import Configuration, Load, Plan
+from inferctl.bench.measure.outcome import Subject
+from inferctl.bench.plan.plan import Configuration, Load, Plan
+from inferctl.bench.report import estimated, findings
 from inferctl.errors import UsageError
 
 MINILM = {
@@ -112,7 +112,8 @@ def test_loads_of_several_stages_are_not_estimated(model: Path) -> None:
 
 
 def test_rows_of_a_bench_keep_estimates_out_of_measured_columns(model: Path, tmp_path: Path) -> None:
-    from inferctl.bench import environment, result
+    from inferctl.bench.measure import environment
+    from inferctl.bench.report import result
 
     subjects = [Subject("fp16", "fp16"), Subject("int8", "int8")]
     context = result.Context(plan(), environment.detect(), None, ["t4", "cpu"], None, tmp_path, subjects, model)
