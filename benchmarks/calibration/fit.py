@@ -23,7 +23,7 @@ import yaml
 from rows import CONDITIONS, HERE, UNSEEN, WITHIN, Row, Samples, Table, read, simulated
 
 from inferctl import catalog
-from inferctl.bench.judge.verdict import quantile
+from inferctl.bench import student_t
 from inferctl.estimate.calibration import BASES, Calibration, Fit, batch_cost
 from inferctl.estimate.cost import BERT_LARGE, Cost
 
@@ -204,7 +204,9 @@ def prediction(groups: Sequence[Sequence[float]]) -> list[float]:
     logs = [[math.log(ratio) for ratio in group] for group in groups]
     mean = sum(sum(group) / len(group) for group in logs) / len(logs)
     squares = sum(sum((one - mean) ** 2 for one in group) / len(group) for group in logs)
-    half = quantile((1 + LEVEL) / 2, len(logs) - 1) * math.sqrt(squares / (len(logs) - 1) * (1 + 1 / len(logs)))
+    half = student_t.quantile((1 + LEVEL) / 2, len(logs) - 1) * math.sqrt(
+        squares / (len(logs) - 1) * (1 + 1 / len(logs))
+    )
     return [math.exp(min(0.0, mean - half)), math.exp(max(0.0, mean + half))]
 
 

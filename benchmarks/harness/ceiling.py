@@ -38,7 +38,7 @@ def closed(seconds: float, users: int, workers: int) -> dict[str, Any]:
         done, part = loads.measure(
             server.url, users=users, duration_s=seconds, warmup_s=2, window_s=0.5, workers=workers
         )
-    found, cores = summary.summarise([part]), generator.cores_used(done.state) or 0.0
+    found, cores = summary.summarize([part]), generator.cores_used(done.state) or 0.0
     return {
         "workers": workers,
         "requests_per_s": found["requests_per_s"],
@@ -107,7 +107,7 @@ def opened(rate: float, seconds: float, workers: int) -> dict[str, Any]:
             workers=workers,
             timeout_s=10,
         )
-    found, verdict = summary.summarise([part]), loads.judged(done, part)
+    found, verdict = summary.summarize([part]), loads.judged(done, part)
     return {
         "rate": rate,
         "workers": workers,

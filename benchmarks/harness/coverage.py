@@ -91,7 +91,7 @@ def false_verdicts(load: float, count: int, repeats: int, beyond: float, trials:
     found = {True: 0, False: 0, None: 0}
     for _ in range(trials):
         runs = trial(random, load, count, repeats, "fresh")
-        found[slo.judge(summary.latency_summary(runs), limit)[0]] += 1
+        found[slo.judge(summary.latency_summary(runs), limit).met] += 1
     return {"met": found[True] / trials, "missed": found[False] / trials, "inconclusive": found[None] / trials}
 
 

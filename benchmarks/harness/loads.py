@@ -14,7 +14,9 @@ from inferctl.bench.plan import plan, workload
 SERIAL = 100_000
 
 
-def measure(url: str, corpus: str = "short", seed: int = 1, **settings: Any) -> tuple[generator.Measured, summary.Part]:
+def measure(
+    url: str, corpus: str = "short", seed: int = 1, **settings: Any
+) -> tuple[generator.Measured, summary.RunRecords]:
     """Put a load with these keys on `url`; records on this machine's clock, and the part that was measured."""
     wanted = plan.Load.model_validate(settings)
     work = workload.draw(wanted, corpus, seed)
@@ -22,15 +24,15 @@ def measure(url: str, corpus: str = "short", seed: int = 1, **settings: Any) -> 
         description = generator.prepare(wanted, work, target.connect(url), SERIAL, Path(folder))
         done = generator.run(wanted, description, lambda live: None, lambda: None)
     offered = len(work.schedule_ns) if wanted.mode == "open" else None
-    part = summary.Part(done.rows, done.state["measure_start_ns"], done.state["measure_end_ns"], 1, offered)
+    part = summary.RunRecords(done.rows, done.state["measure_start_ns"], done.state["measure_end_ns"], 1, offered)
     return done, part
 
 
-def judged(done: generator.Measured, part: summary.Part) -> validity.Validity:
+def judged(done: generator.Measured, part: summary.RunRecords) -> validity.Validity:
     """What `inferctl bench` would say of this run's validity, but for other processes on the machine."""
     client = summary.client_cpu_percent(done.state)
     resources = {} if client is None else {"client_cpu_percent": client}
-    return validity.judge(summary.summarise([part]), resources, done.state, procfs.cores())
+    return validity.judge(summary.summarize([part]), resources, done.state, procfs.cores())
 
 
 def write(path: Path | None, document: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ def stalled(every_s: float, stall_s: float, periods: int, label: str, **load: An
     )
     with known_server.running(*options) as server:
         done, part = loads.measure(server.url, duration_s=every_s * periods, warmup_s=0, **load)
-    found = summary.summarise([part])
+    found = summary.summarize([part])
     return {
         "loop": label,
         "requests": found["requests"],

@@ -68,7 +68,7 @@ def measure(work: Path, old: str, new: str, folder: Path) -> dict[str, Any]:
         sys.exit(done.stderr[-2000:])
     receipts = Path(json.loads(done.stdout)["output"]) / "receipts"
     pairs, notes = comparable.pairs(receipts / "old.json", receipts / "new.json")
-    return compare.document(pairs, notes, compare.Options())
+    return compare.compare(pairs, notes, compare.CompareOptions()).as_dict()
 
 
 def short(verdict: dict[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""A receipt: one configuration's measurement as a JSON document that describes itself and shows when it was altered.
+"""A receipt: the measurement of one configuration as a JSON document with a seal that shows changes.
 
-`seal` is the sha256 of the document without it, in canonical form. It guards against accidents and edits, not against somebody who
-computes a new one. docs/bench.md describes every key.
+`seal` is the sha256 of the document without this key, in canonical form. It detects accidents and edits, but does not
+stop a person who computes a new seal. docs/bench.md describes every key.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,37 +17,75 @@ from inferctl.errors import InvalidRunError, UsageError
 
 SCHEMA = "inferctl.receipt/1"
 _REQUIRED = frozenset({"configuration", "environment", "plan", "precision", "quality", "runs", "summary", "validity"})
+# A receipt, or an object inside it, as read from JSON.
+JsonObject = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """A sealed document and where it is kept."""
+    """A sealed document and its file."""
 
     path: Path
     data: dict[str, Any]
 
     @property
     def name(self) -> str:
-        """Name of the configuration."""
+        """Return the name of the configuration."""
         return str(self.data["configuration"]["name"])
 
     @property
     def valid(self) -> bool:
         return bool(self.data["validity"]["valid"])
 
+    @property
+    def seal(self) -> str:
+        return str(self.data["seal"])
 
-def canonical(document: dict[str, Any]) -> bytes:
-    """The form that is hashed: sorted keys, no spaces, no NaN."""
+    @property
+    def runs(self) -> Sequence[JsonObject]:
+        runs: Sequence[JsonObject] = self.data["runs"]
+        return runs
+
+    @property
+    def url(self) -> str | None:
+        """Return the address of a server that inferctl did not start; None for a server that it started."""
+        url: str | None = self.data["configuration"].get("url")
+        return url
+
+    @property
+    def precision(self) -> str | None:
+        """Return the effective precision, if the server states it."""
+        precision: str | None = self.data["precision"].get("effective")
+        return precision
+
+    @property
+    def weights_sha256(self) -> str | None:
+        digest: str | None = self.data["model"].get("sha256")
+        return digest
+
+    @property
+    def load(self) -> JsonObject:
+        """Return the load of the plan."""
+        return self.data["plan"].get("load") or {}
+
+    @property
+    def quality(self) -> JsonObject:
+        quality: JsonObject = self.data["quality"]
+        return quality
+
+
+def canonical(document: JsonObject) -> bytes:
+    """Return the bytes that are hashed: JSON with sorted keys, without spaces and NaN."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
-def seal_of(document: dict[str, Any]) -> str:
-    """sha256 (hex) of the document without its seal."""
+def seal_of(document: JsonObject) -> str:
+    """Return the sha256 (hex) of the document without its seal."""
     return hashlib.sha256(canonical({key: value for key, value in document.items() if key != "seal"})).hexdigest()
 
 
-def write(path: Path, document: dict[str, Any]) -> Receipt:
-    """Seal `document` and write it atomically."""
+def write(path: Path, document: JsonObject) -> Receipt:
+    """Seal `document`, write it atomically and return it."""
     plain = json.loads(canonical({"schema": SCHEMA, **document}))
     sealed = {**plain, "seal": seal_of(plain)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,19 +96,22 @@ def write(path: Path, document: dict[str, Any]) -> Receipt:
 
 
 def load(path: Path) -> Receipt:
-    """Read a receipt. Raises `UsageError` when it is none, `InvalidRunError` when it was altered after it was sealed."""
+    """Read a receipt.
+
+    Raises `UsageError` if the file is not a receipt, and `InvalidRunError` if it was changed after it was sealed.
+    """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_reject_constant)
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read as a receipt: {error}", "`inferctl bench` writes receipts") from None
+        raise UsageError(f"cannot read {path} as a receipt: {error}", "`inferctl bench` writes receipts") from None
     if not isinstance(data, dict) or not str(data.get("schema", "")).startswith("inferctl.receipt/"):
         raise UsageError(
-            f"{path} is not a receipt", "`inferctl bench` writes receipts, into receipts/ of its output folder"
+            f"{path} is not a receipt", "`inferctl bench` writes receipts into receipts/ of its output folder"
         )
     if data["schema"] != SCHEMA:
         raise UsageError(
-            f"{path} has the schema {data['schema']}, this version reads {SCHEMA}",
-            "use the inferctl that wrote it, or run the bench again",
+            f"{path} has the schema {data['schema']}, but this version reads {SCHEMA}",
+            "use the version of inferctl that wrote it, or run the benchmark again",
         )
     if data.get("seal") != seal_of(data):
         raise InvalidRunError(
@@ -77,11 +119,11 @@ def load(path: Path) -> Receipt:
         )
     if missing := _REQUIRED - data.keys():
         raise UsageError(
-            f"{path} is incomplete: it has no {', '.join(sorted(missing))}",
-            "run the bench again: it writes a new receipt",
+            f"{path} is incomplete: these keys are missing: {', '.join(sorted(missing))}",
+            "run the benchmark again: it writes a new receipt",
         )
     return Receipt(path, data)
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number that a receipt may hold")
+def _reject_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not allowed in a receipt")

@@ -213,9 +213,8 @@ def bench(
 
 
 def _run(ready: bench_setup.Ready, report: Path | None, json_: bool) -> None:
-    from inferctl.bench.judge import goodput
     from inferctl.bench.measure import resume, runner
-    from inferctl.bench.report import result
+    from inferctl.bench.report import result, search_findings
     from inferctl.cli import bench_progress
 
     work, context, outcomes = ready.work, ready.context, ready.outcomes
@@ -240,7 +239,7 @@ def _run(ready: bench_setup.Ready, report: Path | None, json_: bool) -> None:
             console.note(f"to go on where this stopped: {again}")
             raise
         document = _keep(context, outcomes, page, json_)
-        if problem := result.verdict(document) or goodput.unsettled(document["rows"]):
+        if problem := result.verdict(document) or search_findings.inconclusive(document["rows"]):
             raise problem
 
 

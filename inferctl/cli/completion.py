@@ -62,9 +62,9 @@ def _corpora() -> Iterable[str]:
 
 
 def _metrics() -> Iterable[str]:
-    from inferctl.bench.judge import compare
+    from inferctl.bench.judge import metrics
 
-    return [*compare.METRICS, compare.REJECTED]
+    return [*metrics.METRICS, metrics.REJECTED]
 
 
 HARDWARE, BASES, STACKS = _offer(_hardware), _offer(_bases), _offer(_stacks)

@@ -1,4 +1,4 @@
-"""Hand-made receipts whose runs have given figures, for the tests of the verdict."""
+"""Receipts whose runs have given figures, for the tests of the verdict."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ _PERCENTILES = {"p50": (1.0, 6), "p90": (1.5, 36), "p99": (2.2, 368)}
 
 
 def run_values(
-    centre_ms: float, factors: Sequence[float], *, n: int = 1000, memory: float = 500
+    center_ms: float, factors: Sequence[float], *, n: int = 1000, memory: float = 500
 ) -> list[dict[str, float]]:
-    """One run for each of `factors`, by which its latencies exceed `centre_ms` (the median) and its rate falls short; `memory` in MiB."""
+    """The figures of one run per factor: latencies are `factor` times as long and the rate is lower by it.
+
+    `center_ms` is the median at a factor of 1, `memory` in MiB.
+    """
     return [
-        {key: centre_ms * factor * shape for key, (shape, _) in _PERCENTILES.items()}
-        | {"rate": 4000 / (centre_ms * factor), "n": n, "memory": memory * (1 + 1e-4 * place)}
+        {key: center_ms * factor * shape for key, (shape, _) in _PERCENTILES.items()}
+        | {"rate": 4000 / (center_ms * factor), "n": n, "memory": memory * (1 + 1e-4 * place)}
         for place, factor in enumerate(factors)
     ]
 
 
 def run(values: dict[str, float], repeat: int, minute: int) -> dict[str, Any]:
-    """A run of a receipt, as far as the verdict reads it."""
+    """A run of a receipt with the keys that the verdict reads."""
     n = int(values["n"])
     latency = {
         key: {"value": values[key] if n >= needed else None, "needed": needed}
@@ -40,7 +43,7 @@ def run(values: dict[str, float], repeat: int, minute: int) -> dict[str, Any]:
 
 
 def runs(values: Sequence[dict[str, float]], first: bool, apart: bool = False) -> list[dict[str, Any]]:
-    """Runs at one a minute: in turns (A B, B A, ...), where `first` tells A from B, or `apart`, A after A."""
+    """Runs, one per minute: interleaved (A B, B A, ...), or `apart`: A A B B. `first` selects A."""
     minutes = [
         (0 if first else len(values)) + repeat if apart else 2 * repeat + int((repeat % 2 == 0) != first)
         for repeat in range(len(values))

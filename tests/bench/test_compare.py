@@ -1,4 +1,4 @@
-"""`inferctl compare`: what it refuses, what it calls worse, and how it says so."""
+"""`inferctl compare`: what it rejects, what it judges to be worse, and how it reports it."""
 
 from __future__ import annotations
 
@@ -16,23 +16,28 @@ from compare_samples import receipts_of, run_values
 
 from inferctl import cli
 from inferctl.bench import receipt
-from inferctl.bench.judge import comparable, compare
+from inferctl.bench.judge import comparable, compare, compare_result, metrics, quality_drop
 from inferctl.bench.report import comparison
 from inferctl.errors import InvalidRunError, UsageError
 
 STEADY = [1.0, 1.01, 0.99, 1.005, 0.995]
 
 
+def compared(old: receipt.Receipt, new: receipt.Receipt, **options: Any) -> compare_result.CompareResult:
+    return compare.compare([comparable.ReceiptPair(old, new)], [], compare.CompareOptions(**options))
+
+
 def verdict(old: receipt.Receipt, new: receipt.Receipt, **options: Any) -> dict[str, Any]:
-    return compare.document([comparable.Pair(old, new)], [], compare.Options(**options))
+    """The JSON document of the comparison."""
+    return compared(old, new, **options).as_dict()
 
 
-def metrics(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def rows(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {metric["name"]: metric for metric in result["configurations"][0]["metrics"]}
 
 
 def changed(one: receipt.Receipt, change: Callable[[dict[str, Any]], object]) -> receipt.Receipt:
-    """The receipt with something else in it, sealed anew."""
+    """The receipt with a change, sealed again."""
     data = json.loads(json.dumps(one.data))
     change(data)
     return receipt.write(one.path, data)
@@ -41,10 +46,10 @@ def changed(one: receipt.Receipt, change: Callable[[dict[str, Any]], object]) ->
 def test_a_steady_slow_down_of_ten_per_cent_is_a_regression(tmp_path: Path) -> None:
     result = verdict(*receipts_of(tmp_path, run_values(20, STEADY), run_values(22, STEADY[::-1])))
     assert (result["outcome"], result["exit_code"]) == ("regression", 1)
-    p50 = metrics(result)["p50"]
+    p50 = rows(result)["p50"]
     assert p50["change"] == pytest.approx(0.1, abs=0.002)
     assert 0 < p50["interval"][0] < 0.1 < p50["interval"][1]
-    assert metrics(result)["memory"]["outcome"] == "no regression"
+    assert rows(result)["memory"]["outcome"] == "no regression"
 
 
 def test_the_same_again_is_no_regression(tmp_path: Path) -> None:
@@ -55,36 +60,37 @@ def test_the_same_again_is_no_regression(tmp_path: Path) -> None:
 def test_a_faster_one_is_no_regression_and_said_to_be_better(tmp_path: Path) -> None:
     result = verdict(*receipts_of(tmp_path, run_values(20, STEADY), run_values(16, STEADY)))
     assert (result["outcome"], result["exit_code"]) == ("improvement", 0)
-    assert metrics(result)["requests_per_s"]["outcome"] == "improvement"
+    assert rows(result)["requests_per_s"]["outcome"] == "improvement"
 
 
 def test_a_difference_that_noise_can_explain_wants_more_repeats(tmp_path: Path) -> None:
     noisy = [1.0, 1.2, 0.85, 1.1, 0.9]
-    result = verdict(*receipts_of(tmp_path, run_values(20, STEADY), run_values(22, noisy)))
-    assert (result["outcome"], result["exit_code"]) == ("not enough evidence", 4)
-    assert 5 < result["repeats_needed"] <= 100
-    assert f"{result['repeats_needed'] - 5} more" in compare.advice(result)
+    result = compared(*receipts_of(tmp_path, run_values(20, STEADY), run_values(22, noisy)))
+    assert (result.outcome, result.exit_code) == ("not enough evidence", 4)
+    assert result.repeats_needed
+    assert 5 < result.repeats_needed <= 100
+    assert f"{result.repeats_needed - 5} more" in compare_result.advice(result)
 
 
 def test_a_change_is_no_regression_under_the_floor_or_the_threshold_however_sure_it_is(tmp_path: Path) -> None:
     exact = [1.0, 1.0001, 0.9999, 1.0, 1.0]
     old, new = receipts_of(tmp_path, run_values(2, exact), run_values(2.16, exact))
-    assert metrics(verdict(old, new, floor_ms=0.2))["p50"]["outcome"] == "no regression"
-    assert metrics(verdict(old, new, floor_ms=0.1))["p50"]["outcome"] == "regression"
-    wide = dict.fromkeys(compare.METRICS, 0.09)
+    assert rows(verdict(old, new, floor_ms=0.2))["p50"]["outcome"] == "no regression"
+    assert rows(verdict(old, new, floor_ms=0.1))["p50"]["outcome"] == "regression"
+    wide = dict.fromkeys(metrics.METRICS, 0.09)
     assert verdict(old, new, floor_ms=0.1, thresholds=wide)["outcome"] == "no regression"
 
 
 @pytest.mark.parametrize("p50_ms", [0.5, 1.0, 1.5, 3.0])
 def test_an_eleven_per_cent_slow_down_of_a_fast_server_is_found(tmp_path: Path, p50_ms: float) -> None:
     old, new = receipts_of(tmp_path, run_values(p50_ms, STEADY), run_values(1.11 * p50_ms, STEADY[::-1]))
-    assert metrics(verdict(old, new))["p50"]["outcome"] == "regression"
+    assert rows(verdict(old, new))["p50"]["outcome"] == "regression"
 
 
 @pytest.mark.parametrize(("new_mib", "outcome"), [(105, "no regression"), (125, "regression")])
 def test_a_small_server_that_grows_by_a_quarter_is_found(tmp_path: Path, new_mib: float, outcome: str) -> None:
     values = run_values(20, STEADY, memory=100), run_values(20, STEADY, memory=new_mib)
-    assert metrics(verdict(*receipts_of(tmp_path, *values)))["memory"]["outcome"] == outcome
+    assert rows(verdict(*receipts_of(tmp_path, *values)))["memory"]["outcome"] == outcome
 
 
 @pytest.mark.parametrize(
@@ -110,27 +116,27 @@ def test_the_share_of_rejected_requests_is_judged(
                 run["summary"]["rejected_percent"] = share
 
         sides.append(changed(one, change))
-    result = verdict(*sides)
-    assert (metrics(result)["rejected"]["outcome"] if "rejected" in metrics(result) else None) == outcome
+    result = compared(*sides)
+    assert rows(result.as_dict()).get("rejected", {}).get("outcome") == outcome
     if outcome == "regression":
-        assert result["exit_code"] == 1
+        assert result.exit_code == 1
         assert "rejected +4.00 percentage points" in comparison.sentence(result)
         assert "rejected" in comparison.plain(result)
 
 
-def test_repeats_measured_in_turns_are_compared_pair_by_pair(tmp_path: Path) -> None:
-    """The machine became three times slower meanwhile: in turns that hits both alike, one after the other it drowns everything."""
+def test_interleaved_repeats_are_compared_pair_by_pair(tmp_path: Path) -> None:
+    """The machine becomes three times slower. This affects both sides of interleaved runs equally."""
     drift = [1.0, 1.3, 1.7, 2.3, 3.0]
     values = run_values(20, drift), run_values(22.4, drift)
     together = verdict(*receipts_of(tmp_path / "a", *values))
     apart = verdict(*receipts_of(tmp_path / "b", *values, apart=True))
     assert together["outcome"] == "regression"
     assert apart["outcome"] == "not enough evidence"
-    assert any("measured apart" in note for note in apart["configurations"][0]["notes"])
+    assert any("measured separately" in note for note in apart["configurations"][0]["notes"])
 
 
 def started(*minutes: float, seconds: float = 30) -> list[dict[str, Any]]:
-    """Runs of a receipt that began so many minutes after midnight."""
+    """Runs of a receipt that began at these minutes after midnight."""
     midnight = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
     return [
         {
@@ -149,7 +155,7 @@ DAY = 24 * 60
     ("old", "new", "together"),
     [
         ((0, 3, 4), (1, 2, 5), True),
-        ((0,), (1,), False),  # one repeat says nothing of turns
+        ((0,), (1,), False),  # one repeat cannot alternate
         ((0,), (DAY,), False),
         ((0, 1, 2), (DAY, DAY + 1, DAY + 2), False),
         ((0, DAY + 3, DAY + 4), (DAY + 1, DAY + 2, DAY + 5), False),  # resumed the next day, within a repeat
@@ -162,25 +168,25 @@ DAY = 24 * 60
 def test_repeats_count_as_pairs_only_where_their_runs_followed_one_another(
     old: tuple[float, ...], new: tuple[float, ...], together: bool
 ) -> None:
-    assert comparable.interleaved(started(*old), started(*new)) == together
+    assert comparable.runs_interleaved(started(*old), started(*new)) == together
 
 
 def test_runs_of_a_repeat_may_be_further_apart_where_many_configurations_lie_between(tmp_path: Path) -> None:
     sides = (started(0, 61), started(29, 32))
-    assert not comparable.interleaved(*sides)
-    assert comparable.interleaved(*sides, configurations=20)
+    assert not comparable.runs_interleaved(*sides)
+    assert comparable.runs_interleaved(*sides, configurations=20)
     old, new = receipts_of(tmp_path, run_values(20, STEADY[:2]), run_values(20, STEADY[:2]))
     names = [{"name": str(number)} for number in range(20)]
 
     def of_twenty(one: receipt.Receipt, runs: list[dict[str, Any]]) -> receipt.Receipt:
         return changed(one, lambda data: data.update(runs=runs, plan={**data["plan"], "configurations": names}))
 
-    assert comparable.Pair(of_twenty(old, sides[0]), of_twenty(new, sides[1])).together
+    assert comparable.ReceiptPair(of_twenty(old, sides[0]), of_twenty(new, sides[1])).interleaved
 
 
-def test_turns_that_took_too_long_are_not_said_to_be_of_two_benches(tmp_path: Path) -> None:
+def test_interleaved_runs_that_are_too_far_apart_have_their_own_note(tmp_path: Path) -> None:
     old, new = receipts_of(tmp_path, run_values(20, STEADY[:5]), run_values(20, STEADY[:5]))
-    assert not any("apart" in note for note in verdict(old, new)["configurations"][0]["notes"])
+    assert not any("apart" in note or "separately" in note for note in verdict(old, new)["configurations"][0]["notes"])
 
     def later(data: dict[str, Any]) -> None:
         """The check after the first run took two hours, and so everything else is later."""
@@ -191,21 +197,21 @@ def test_turns_that_took_too_long_are_not_said_to_be_of_two_benches(tmp_path: Pa
                 run["started"] = moved.isoformat(timespec="milliseconds")
 
     notes = verdict(changed(old, later), changed(new, later))["configurations"][0]["notes"]
-    assert any(note.startswith("the runs of a repeat lie too far apart in time:") for note in notes)
+    assert any(note.startswith("the runs of a repeat are too far apart in time:") for note in notes)
     assert not any("one bench" in note for note in notes)
 
 
-def test_few_repeats_give_no_verdict_and_say_how_many_are_wanted(tmp_path: Path) -> None:
+def test_few_repeats_give_no_verdict_and_the_number_that_is_needed(tmp_path: Path) -> None:
     result = verdict(*receipts_of(tmp_path, run_values(20, [1.0, 1.0]), run_values(30, [1.0, 1.0])))
     assert result["outcome"] == "not enough evidence"
     assert result["repeats_needed"] == 5
 
 
-def test_a_percentile_that_runs_are_too_short_for_is_named_with_the_length_they_need(tmp_path: Path) -> None:
+def test_a_percentile_without_enough_samples_is_named_with_the_run_length_it_needs(tmp_path: Path) -> None:
     old, new = receipts_of(tmp_path, run_values(20, STEADY, n=200), run_values(20, STEADY, n=200))
-    p99 = metrics(verdict(old, new))["p99"]
+    p99 = rows(verdict(old, new))["p99"]
     assert p99["outcome"] == "not enough evidence"
-    assert p99["reason"] == "n too small: 200 of 368 answers in a run: measure 5 s a run"
+    assert p99["reason"] == "not enough samples: 200 of 368 responses per run; measure 5 s per run"
     assert verdict(old, new, metrics=["p50"])["outcome"] == "no regression"
 
 
@@ -213,7 +219,7 @@ def test_more_figures_judged_together_have_wider_intervals(tmp_path: Path) -> No
     old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(21, STEADY[::-1]))
     alone, together = verdict(old, new, metrics=["p50"]), verdict(old, new)
     assert (alone["family"], together["family"]) == (1, 5)
-    assert metrics(alone)["p50"]["interval"][0] > metrics(together)["p50"]["interval"][0]
+    assert rows(alone)["p50"]["interval"][0] > rows(together)["p50"]["interval"][0]
 
 
 @pytest.mark.parametrize(
@@ -221,16 +227,16 @@ def test_more_figures_judged_together_have_wider_intervals(tmp_path: Path) -> No
     [
         (lambda data: data["hardware"].update(name="Another CPU"), "hardware differs"),
         (lambda data: data["environment"].update(cores=64), "2 and 64 cores"),
-        (lambda data: data["configuration"].update(this_machine=False), "shared the load generator's machine"),
+        (lambda data: data["configuration"].update(this_machine=False), "ran on the load generator's machine"),
         (lambda data: data["precision"].update(effective="fp32"), "effective precisions differ: bf16 and fp32"),
         (lambda data: data["workload"].update(sha256="00" * 32), "schedules differ"),
         (lambda data: data["plan"]["load"].update(users=9), "loads differ: users 4 and 9"),
         (lambda data: data["plan"].update(neighbours=2), "loads differ: neighbours 0 and 2"),
-        (lambda data: data.update(search={"probes": []}), "a search ends at a rate of its own"),
+        (lambda data: data.update(search={"probes": []}), "each search ends at its own rate"),
         (lambda data: data["validity"].update(valid=False, reasons=["too hot"]), "new receipt is invalid: too hot"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(tmp_path: Path, change: Callable[[Any], object], reason: str) -> None:
+def test_what_cannot_be_compared_is_rejected(tmp_path: Path, change: Callable[[Any], object], reason: str) -> None:
     old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
     result = verdict(old, changed(new, change))
     assert (result["outcome"], result["exit_code"]) == ("invalid", 5)
@@ -288,10 +294,10 @@ def test_other_precisions_and_hardware_are_compared_when_that_is_said_and_noted(
     ("change", "outcome", "reason"),
     [
         # A recall of 0.987 may lose as much as it lacks, a cosine of 0.9991 too: an error that doubles is allowed.
-        (lambda quality: quality.update(recall_at_10=0.973), "regression", "fell by 0.014, 0.013 are allowed"),
+        (lambda quality: quality.update(recall_at_10=0.973), "regression", "dropped by 0.014, the limit is 0.013"),
         (lambda quality: quality.update(recall_at_10=0.974), "no regression", ""),
-        (lambda quality: quality["cosine"].update(p1=0.97), "regression", "under the plan's limit of 0.98"),
-        (lambda quality: quality["cosine"].update(p1=0.9981), "regression", "fell by 0.001, 0.0009 are allowed"),
+        (lambda quality: quality["cosine"].update(p1=0.97), "regression", "below the plan's limit of 0.98"),
+        (lambda quality: quality["cosine"].update(p1=0.9981), "regression", "dropped by 0.001, the limit is 0.0009"),
         (lambda quality: quality["cosine"].update(p1=0.9983), "no regression", ""),
     ],
 )
@@ -301,9 +307,7 @@ def test_quality_is_held_against_its_limits_exactly(
     old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
     result = verdict(old, changed(new, lambda data: change(data["quality"])))
     assert result["outcome"] == outcome
-    reasons = [
-        metric["reason"] for metric in metrics(result).values() if metric["name"] in ("cosine_p1", "recall_at_10")
-    ]
+    reasons = [metric["reason"] for metric in rows(result).values() if metric["name"] in ("cosine_p1", "recall_at_10")]
     assert reason in reasons
 
 
@@ -317,8 +321,8 @@ def test_quality_is_held_against_its_limits_exactly(
         (None, (), 0.005),
     ],
 )
-def test_quality_may_lose_as_much_as_it_lacks(old: float | None, allow: tuple[str, ...], drop: float) -> None:
-    assert compare.allowed_drop("cosine_p1", old, compare.Options(allow=allow)) == pytest.approx(drop)
+def test_the_distance_of_quality_from_1_may_double(old: float | None, allow: tuple[str, ...], drop: float) -> None:
+    assert quality_drop.allowed_drop("cosine_p1", old, allow) == pytest.approx(drop)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +335,7 @@ def test_quality_may_lose_as_much_as_it_lacks(old: float | None, allow: tuple[st
         ((None, "bb"), ("texts.jsonl", "renamed.jsonl"), "no regression"),
     ],
 )
-def test_quality_is_held_against_the_old_one_only_on_the_same_texts_whatever_their_file_is_called(
+def test_quality_is_compared_with_the_old_one_only_on_the_same_texts(
     tmp_path: Path, digests: tuple[str | None, str], names: tuple[str, str], outcome: str
 ) -> None:
     sides = []
@@ -346,7 +350,7 @@ def test_quality_is_held_against_the_old_one_only_on_the_same_texts_whatever_the
     result = verdict(*sides)
     assert result["outcome"] == outcome
     compared = outcome == "regression"
-    assert (metrics(result)["recall_at_10"]["old"] is not None) == compared
+    assert (rows(result)["recall_at_10"]["old"] is not None) == compared
 
 
 def test_broken_vectors_are_a_regression_and_unchecked_ones_no_evidence(tmp_path: Path) -> None:
@@ -359,41 +363,42 @@ def test_broken_vectors_are_a_regression_and_unchecked_ones_no_evidence(tmp_path
 
 def test_memory_of_servers_that_stayed_up_is_one_figure_and_judged_by_its_limit(tmp_path: Path) -> None:
     old, new = receipts_of(tmp_path, run_values(20, STEADY, memory=500), run_values(20, STEADY, memory=540))
-    assert metrics(verdict(old, new))["memory"]["interval"]
+    assert rows(verdict(old, new))["memory"]["interval"]
     for one in (old, new):
         changed(one, lambda data: data["configuration"].update(url="http://127.0.0.1:1"))
     old, new = (receipt.load(one.path) for one in (old, new))
-    assert metrics(verdict(old, new))["memory"].items() >= {"outcome": "no regression", "interval": None}.items()
+    assert rows(verdict(old, new))["memory"].items() >= {"outcome": "no regression", "interval": None}.items()
     tight = {**compare.DEFAULT_THRESHOLDS, "memory": 0.07}
-    assert metrics(verdict(old, new, thresholds=tight))["memory"]["outcome"] == "regression"
+    assert rows(verdict(old, new, thresholds=tight))["memory"]["outcome"] == "regression"
 
 
-def test_folders_are_matched_by_name_and_one_that_was_not_measured_again_is_not_forgotten(tmp_path: Path) -> None:
+def test_folders_are_matched_by_name_and_a_configuration_that_is_missing_in_new_is_invalid(tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     for name in ("bf16", "int8"):
         receipts_of(old, run_values(20, STEADY), run_values(20, STEADY), names=(name, "other"))
     (old / "receipts" / "other.json").unlink()
     receipts_of(new, run_values(20, STEADY), run_values(20, STEADY), names=("bf16", "fp16"))
     pairs, notes = comparable.pairs(old, new / "receipts")
-    result = compare.document(pairs, notes, compare.Options())
+    result = compare.compare(pairs, notes, compare.CompareOptions()).as_dict()
     assert [part["outcome"] for part in result["configurations"]] == ["no regression", "invalid"]
     assert result["exit_code"] == 5
     assert "int8 was not measured again" in result["configurations"][1]["reasons"][0]
-    assert notes == ["fp16 is new: there is nothing to compare it with"]
+    assert notes == ["fp16 is only in NEW and is not compared"]
 
 
-def test_a_regression_stays_one_beside_what_cannot_be_compared(tmp_path: Path) -> None:
+def test_a_regression_is_more_severe_than_an_invalid_pair(tmp_path: Path) -> None:
     old, new = receipts_of(tmp_path / "a", run_values(20, STEADY), run_values(25, STEADY))
     gone, _ = receipts_of(tmp_path / "b", run_values(20, STEADY), run_values(20, STEADY))
-    result = compare.document([comparable.Pair(old, new), comparable.Pair(gone, None)], [], compare.Options())
-    assert (result["outcome"], result["exit_code"]) == ("regression", 1)
+    pairs = [comparable.ReceiptPair(old, new), comparable.ReceiptPair(gone, None)]
+    result = compare.compare(pairs, [], compare.CompareOptions())
+    assert (result.outcome, result.exit_code) == ("regression", 1)
 
 
-def test_mistakes_of_the_command_line_are_told_from_invalid_receipts(tmp_path: Path) -> None:
+def test_usage_errors_differ_from_invalid_receipts(tmp_path: Path) -> None:
     old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
     with pytest.raises(UsageError, match="same receipt"):
         comparable.pairs(old.path, old.path)
-    with pytest.raises(UsageError, match="is not there"):
+    with pytest.raises(UsageError, match="does not exist"):
         comparable.pairs(old.path, tmp_path / "absent.json")
     with pytest.raises(UsageError, match="a file and a folder"):
         comparable.pairs(old.path, tmp_path)
@@ -466,7 +471,7 @@ def test_the_formats_go_to_stdout_too(tmp_path: Path, capsys: pytest.CaptureFixt
     "arguments",
     [["--threshold", "0"], ["--threshold", "p5=3"], ["--metric", "p95"], ["--allow", "schedule"], ["--format", "html"]],
 )
-def test_options_that_make_no_sense_are_refused(tmp_path: Path, arguments: list[str]) -> None:
+def test_invalid_options_are_rejected(tmp_path: Path, arguments: list[str]) -> None:
     receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
     assert shown(tmp_path, *arguments) == 2
 
@@ -475,14 +480,15 @@ def test_nothing_from_a_receipt_becomes_markup(tmp_path: Path) -> None:
     old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
     bad = "a|b <img src=x> [link](y)"
     new = changed(new, lambda data: data["validity"].update(valid=False, reasons=[bad]))
-    page = comparison.markdown(verdict(old, new))
+    page = comparison.markdown(compared(old, new))
     assert r"a\|b &lt;img src=x> \[link\](y)" in page
 
 
-def test_comparing_needs_the_core_alone() -> None:
-    """A CI step that only compares installs neither numpy nor the rest of what measuring needs."""
+def test_comparing_needs_the_core_package_alone() -> None:
+    """A CI step that only compares does not install numpy or the other packages that measuring needs."""
     code = (
-        "import sys; from inferctl.bench import comparable, compare, compare_view, junit\n"
+        "import sys; from inferctl.bench.judge import comparable, compare; "
+        "from inferctl.bench.report import comparison, junit\n"
         "sys.exit(bool({'numpy', 'locust', 'torch', 'plotly'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -491,7 +497,7 @@ def test_comparing_needs_the_core_alone() -> None:
 def test_every_key_of_the_document_is_documented() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
     for name in (
-        *compare.METRICS,
+        *metrics.METRICS,
         "cosine_p1",
         "recall_at_10",
         "repeats_needed",

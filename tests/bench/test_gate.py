@@ -13,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from inferctl.bench import receipt
-from inferctl.bench.judge import comparable, compare
+from inferctl.bench.judge import comparable, compare, metrics
 from inferctl.bench.plan import plan
 from inferctl.errors import UsageError
 
@@ -88,13 +88,14 @@ def test_a_stall_that_a_closed_loop_hides_is_found(answering: Callable[..., str]
         assert load["rate"] == pytest.approx(0.5 * capacity, rel=0.01)
         assert one.data["summary"]["requested_per_s"] == pytest.approx(load["rate"], rel=0.2)
         assert one.data["closed_loop"]["summary"]["runs"] == 5
-    pair = comparable.Pair(*receipts)
-    assert [reason for reason in comparable.refused(pair, []) if "differ" in reason] == []
-    metrics = {name: compare.judge(pair, metric, compare.Options(), 5) for name, metric in compare.METRICS.items()}
-    assert metrics["p99"]["outcome"] == "regression"
-    assert metrics["p99"]["change"] > 1
+    pair = comparable.ReceiptPair(*receipts)
+    assert [reason for reason in comparable.invalid_because(pair, []) if "differ" in reason] == []
+    found = {name: compare.judge(pair, metric, compare.CompareOptions(), 5) for name, metric in metrics.METRICS.items()}
+    assert found["p99"].outcome == "regression"
+    assert (found["p99"].change or 0) > 1
     # What was offered is the same for both: only the closed loops tell the throughput.
-    assert metrics["requests_per_s"]["old_runs"] == [
+    assert (sample := found["requests_per_s"].sample)
+    assert sample.old_runs == [
         round(run["closed_loop"]["summary"]["requests_per_s"], 4)
         for run in sorted(receipts[0].data["runs"], key=lambda run: run["repeat"])
     ]

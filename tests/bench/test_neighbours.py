@@ -32,22 +32,27 @@ def drawn(seed: int, count: int, scale: float) -> summary.Part:
     return summary.Part(table(*rows), 0, 10 * SECOND, 1)
 
 
+def figures_of(found: interference.Inflation, key: str) -> interference.Figures:
+    figures = found.percentiles[key]
+    assert isinstance(figures, interference.Figures)
+    return figures
+
+
 def test_the_factor_between_two_known_distributions_lies_in_its_interval() -> None:
     found = interference.inflation([drawn(1, 4000, 10)], [drawn(2, 4000, 25)])
     for key in ("p50", "p90", "p99"):
-        figures = found["percentiles"][key]
-        assert figures["low"] < 2.5 < figures["high"]
-        assert figures["factor"] == pytest.approx(figures["with_ms"] / figures["without_ms"], abs=1e-3)
-    assert "order statistics" in found["interval"]
+        figures = figures_of(found, key)
+        assert figures.low < 2.5 < figures.high
+        assert figures.factor == pytest.approx(figures.with_ms / figures.without_ms, abs=1e-3)
+    assert "order statistics" in found.interval
 
 
 def test_the_interval_within_runs_holds_at_least_as_often_as_it_says() -> None:
     held = 0
     for seed in range(60):
-        figures = interference.inflation([drawn(2 * seed, 600, 10)], [drawn(2 * seed + 1, 600, 20)])["percentiles"][
-            "p99"
-        ]
-        held += figures["low"] <= 2 <= figures["high"]
+        found = interference.inflation([drawn(2 * seed, 600, 10)], [drawn(2 * seed + 1, 600, 20)])
+        figures = figures_of(found, "p99")
+        held += figures.low <= 2 <= figures.high
     assert held >= 57
 
 
@@ -57,34 +62,34 @@ def test_with_five_pairs_the_interval_is_over_runs_and_knows_how_they_differ() -
     without = [drawn(2 * i, 800, a) for i, (a, _) in enumerate(scales)]
     beside = [drawn(2 * i + 1, 800, b) for i, (_, b) in enumerate(scales)]
     found = interference.inflation(without, beside)
-    assert found["pairs"] == 5
-    assert "5 pairs of runs" in found["interval"]
-    figures = found["percentiles"]["p50"]
+    assert found.pairs == 5
+    assert "5 pairs of runs" in found.interval
+    figures = figures_of(found, "p50")
     logs = [
         math.log(np.quantile(records.latency_ms(b.measured), 0.5) / np.quantile(records.latency_ms(a.measured), 0.5))
         for a, b in zip(without, beside, strict=True)
     ]
     expected = stats.mean_interval(logs)
     assert expected
-    assert figures["factor"] == pytest.approx(math.exp(expected[0]), rel=0.01)
-    assert figures["high"] / figures["factor"] == pytest.approx(math.exp(expected[1]), rel=0.01)
+    assert figures.factor == pytest.approx(math.exp(expected[0]), rel=0.01)
+    assert figures.high / figures.factor == pytest.approx(math.exp(expected[1]), rel=0.01)
 
 
 def test_a_percentile_that_n_does_not_support_has_no_factor() -> None:
-    found = interference.inflation([drawn(1, 400, 10)], [drawn(2, 4000, 25)])["percentiles"]
+    found = interference.inflation([drawn(1, 400, 10)], [drawn(2, 4000, 25)]).as_dict()["percentiles"]
     assert found["p99"]["factor"] is None
     # Both intervals must hold together, so each needs more than the 368 of one alone.
     assert (found["p99"]["n"], found["p99"]["needed"]) == (400, stats.needed(0.99, 0.975))
     assert found["p50"]["factor"] is not None
 
 
-@pytest.mark.parametrize("side", ["without", "beside"])
+@pytest.mark.parametrize("side", ["without", "loaded"])
 def test_a_run_that_answered_nothing_good_leaves_no_factor(side: str) -> None:
     broken = summary.Part(table(*(row(10 * i, 5, error=records.HTTP_ERROR) for i in range(500))), 0, 10 * SECOND, 1)
-    runs = {"without": [drawn(1, 4000, 10), drawn(3, 4000, 10)], "beside": [drawn(2, 4000, 25), drawn(4, 4000, 25)]}
-    assert interference.inflation(**runs)["percentiles"]["p50"]["factor"] is not None
+    runs = {"without": [drawn(1, 4000, 10), drawn(3, 4000, 10)], "loaded": [drawn(2, 4000, 25), drawn(4, 4000, 25)]}
+    assert figures_of(interference.inflation(**runs), "p50").factor > 0
     runs[side][1] = broken
-    found = interference.inflation(**runs)
+    found = interference.inflation(**runs).as_dict()
     assert receipt.canonical(found)
     for figures in found["percentiles"].values():
         assert (figures["factor"], figures["low"], figures["high"], figures["n"]) == (None, None, None, 0)
@@ -255,6 +260,6 @@ def test_the_command_refuses_neighbours_of_a_running_server(tmp_path: Path, answ
 def test_two_pairs_that_disagree_are_not_given_a_narrow_interval() -> None:
     without = [drawn(1, 4000, 10), drawn(2, 4000, 30)]
     beside = [drawn(3, 4000, 20), drawn(4, 4000, 21)]
-    figures = interference.inflation(without, beside)["percentiles"]["p50"]
-    assert figures["low"] < 0.75
-    assert figures["high"] > 1.9
+    figures = figures_of(interference.inflation(without, beside), "p50")
+    assert figures.low < 0.75
+    assert figures.high > 1.9

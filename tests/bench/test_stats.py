@@ -55,7 +55,8 @@ def test_intervals_cover_and_no_narrower_one_does(n: int, q: float) -> None:
 def test_a_quantile_is_a_measured_value_within_its_interval(values: list[float], q: float) -> None:
     found = stats.quantile(sorted(values), q)
     if found.value is None:
-        assert found.text == f"n too small: {len(values)} of {stats.needed(q)}"
+        assert (found.n, found.needed) == (len(values), stats.needed(q))
+        assert found.n < found.needed
         return
     assert found.value in values
     assert found.low is not None
@@ -85,7 +86,10 @@ def test_intervals_hold_the_truth_in_about_95_of_100_samples() -> None:
 
 
 def queue(load: float, n: int, replications: int, seed: int, warmup: int) -> np.ndarray[Any, Any]:
-    """Times in system of `n` Poisson requests at one server that takes 1 for each (Lindley's recursion), shape (replications, n)."""
+    """Times in system of `n` Poisson requests at a server with service time 1 (Lindley's recursion).
+
+    The shape is (replications, n).
+    """
     gaps = np.random.default_rng(seed).exponential(1 / load, (n + warmup, replications))
     waits = np.zeros((n + warmup, replications))
     for index in range(1, n + warmup):
@@ -94,7 +98,10 @@ def queue(load: float, n: int, replications: int, seed: int, warmup: int) -> np.
 
 
 def coverage(samples: np.ndarray[Any, Any], q: float, truth: float, runs: int = 1, seen: bool = True) -> float:
-    """Share of the samples whose interval contains the truth; each is split into so many runs. `seen`: by their dependence."""
+    """Share of the samples whose interval contains the truth; each sample is split into `runs`.
+
+    `seen` is whether the interval takes the autocorrelation into account.
+    """
     hits = 0
     for one in samples:
         found = stats.quantile(np.sort(one), q, series=np.split(one, runs) if seen else ())
@@ -169,25 +176,25 @@ def test_independent_samples_keep_their_interval() -> None:
     assert 1 <= widths[0] / widths[1] < 1.15
 
 
-def test_dependence_is_the_variance_between_batches_over_the_binomial_one() -> None:
+def test_variance_inflation_is_the_variance_between_batches_over_the_binomial_one() -> None:
     # Every batch of ten is all over the value or all under it: ten times the variance of independent ones.
     random = np.random.default_rng(1)
     blocks = random.permutation(np.repeat([0.0, 2.0], 150))
-    found = stats.dependence([np.repeat(blocks, 10)], 1.0)
+    found = stats.variance_inflation([np.repeat(blocks, 10)], 1.0)
     assert found is not None
     assert 5 < found < 20
-    assert stats.dependence([np.tile([0.0, 2.0], 500)], 1.0) == 1.0
-    assert stats.dependence([np.full(1000, 3.0)], 3.0) == 1.0
-    assert stats.dependence([np.arange(20.0)], 3.0) is None
-    assert stats.dependence([np.arange(20.0), np.zeros(0), np.arange(20.0)], 3.0) is not None
+    assert stats.variance_inflation([np.tile([0.0, 2.0], 500)], 1.0) == 1.0
+    assert stats.variance_inflation([np.full(1000, 3.0)], 3.0) == 1.0
+    assert stats.variance_inflation([np.arange(20.0)], 3.0) is None
+    assert stats.variance_inflation([np.arange(20.0), np.zeros(0), np.arange(20.0)], 3.0) is not None
 
 
 @given(st.integers(368, 5000), st.sampled_from([0.5, 0.9, 0.99]), st.floats(1, 2000), st.floats(1, 3))
-def test_more_dependence_never_narrows_an_interval_nor_leads_out_of_the_sample(
+def test_more_variance_inflation_never_narrows_an_interval_nor_leads_out_of_the_sample(
     n: int, q: float, factor: float, more: float
 ) -> None:
-    found = stats.interval_ranks(n, q, dependence=factor)
-    wider = stats.interval_ranks(n, q, dependence=factor * more)
+    found = stats.interval_ranks(n, q, variance_inflation=factor)
+    wider = stats.interval_ranks(n, q, variance_inflation=factor * more)
     assert found
     assert wider
     assert 1 <= wider[0] <= found[0] <= stats.rank(n, q) <= found[1] <= wider[1] <= n
@@ -199,12 +206,19 @@ def test_mean_interval_of_known_values() -> None:
     assert found is not None
     mean, half = found
     assert mean == 11.0
-    assert half == pytest.approx(2.776 * math.sqrt(2.5 / 5))
+    assert half == pytest.approx(2.7764451 * math.sqrt(2.5 / 5))
 
 
-@pytest.mark.parametrize(("degrees", "expected"), [(1, 12.706), (10, 2.228), (20, 2.086), (30, 2.042), (120, 1.980)])
-def test_student_t_agrees_with_the_tables(degrees: int, expected: float) -> None:
-    assert stats.student_t(degrees) == pytest.approx(expected, abs=0.001)
+def test_slopes_have_an_interval() -> None:
+    times = [0.0, 1, 2, 3, 4, 5]
+    exact = stats.slope(times, [3 + 2 * t for t in times])
+    assert exact is not None
+    assert exact == (pytest.approx(2), pytest.approx(0, abs=1e-6))
+    # By hand: residuals -1, 1, 0, 0, 1, -1 around a level line; the squares of the times sum to 17.5.
+    rise, half = stats.slope(times, [-1.0, 1, 0, 0, 1, -1]) or (math.nan, math.nan)
+    assert rise == pytest.approx(0)
+    assert half == pytest.approx(2.7764451 * math.sqrt(4 / 4 / 17.5))
+    assert stats.slope(times[:3], times[:3]) is None
 
 
 def test_the_curve_reaches_as_far_as_the_sample_does() -> None:

@@ -16,8 +16,8 @@ from inferctl.errors import InferctlError
 def test_throughput_counts_answers_within_the_window_only() -> None:
     before, across = row(950, 40, phase=WARMUP), row(995, 10, phase=WARMUP)
     within, draining = [row(1010, 20), row(1500, 20)], row(2990, 20)
-    part = summary.Part(table(before, across, *within, draining), SECOND, 3 * SECOND, 4)
-    found = summary.summarise([part])
+    part = summary.RunRecords(table(before, across, *within, draining), SECOND, 3 * SECOND, 4)
+    found = summary.summarize([part])
     assert found["requests_per_s"] == 1.5
     assert found["texts_per_s"] == 6.0
     assert found["tokens_per_s"] == 15.0
@@ -26,8 +26,8 @@ def test_throughput_counts_answers_within_the_window_only() -> None:
 
 
 def test_latency_counts_from_the_intended_send() -> None:
-    part = summary.Part(table(*(row(100 * i, 50, late_ms=30) for i in range(10))), 0, SECOND, 1, offered=10)
-    found = summary.summarise([part])
+    part = summary.RunRecords(table(*(row(100 * i, 50, late_ms=30) for i in range(10))), 0, SECOND, 1, offered=10)
+    found = summary.summarize([part])
     assert found["latency_ms"]["p50"]["value"] == 50.0
     assert found["late"] == 10
     assert found["requested_per_s"] == 10.0
@@ -39,7 +39,7 @@ def test_failed_and_dropped_requests_are_counted_and_not_timed() -> None:
         row(420, 0, error=DROPPED),
         row(430, 0, error=DROPPED),
     ]
-    found = summary.summarise([summary.Part(table(*rows), 0, SECOND, 1)])
+    found = summary.summarize([summary.RunRecords(table(*rows), 0, SECOND, 1)])
     assert found["errors"] == {"HTTP status": 1, "dropped": 2}
     assert found["dropped"] == 2
     assert found["requests"] == 43
@@ -48,31 +48,31 @@ def test_failed_and_dropped_requests_are_counted_and_not_timed() -> None:
 
 
 def test_percentiles_that_the_sample_does_not_support_have_no_value() -> None:
-    found = summary.summarise([steady(10, 20)])["latency_ms"]
+    found = summary.summarize([steady(10, 20)])["latency_ms"]
     assert found["n"] == 100
     assert found["p90"]["value"] is not None
     assert found["p99"] == {"value": None, "low": None, "high": None, "needed": 368, "dependence": None}
 
 
 def test_answers_that_queue_behind_each_other_have_wider_intervals_in_summary_and_stages() -> None:
-    def run(latencies: list[float]) -> summary.Part:
-        return summary.Part(table(*(row(10 * i, ms) for i, ms in enumerate(latencies))), 0, 10 * SECOND, 1, 1000)
+    def run(latencies: list[float]) -> summary.RunRecords:
+        return summary.RunRecords(table(*(row(10 * i, ms) for i, ms in enumerate(latencies))), 0, 10 * SECOND, 1, 1000)
 
     random = np.random.default_rng(2)
     drawn = [float(ms) for ms in random.permutation(np.arange(1.0, 1001.0))]
     alike = [ms for start in range(0, 1000, 50) for ms in sorted(drawn)[start : start + 50]]
     load = plan.Load.model_validate({"stages": [{"duration_s": 9, "rate": 100}, {"duration_s": 1, "rate": 100}]})
     for q in ("p50", "p90"):
-        mixed, sorted_ = (summary.summarise([run(one)])["latency_ms"][q] for one in (drawn, alike))
+        mixed, sorted_ = (summary.summarize([run(one)])["latency_ms"][q] for one in (drawn, alike))
         assert mixed["value"] == sorted_["value"]
         assert sorted_["dependence"] > 5 > mixed["dependence"] >= 1
         assert sorted_["high"] - sorted_["low"] > 2 * (mixed["high"] - mixed["low"])
-        mixed, sorted_ = (stages.summarise([run(one)], load)[0]["latency_ms"][q] for one in (drawn, alike))
+        mixed, sorted_ = (stages.summarize([run(one)], load)[0]["latency_ms"][q] for one in (drawn, alike))
         assert sorted_["dependence"] > 5 > mixed["dependence"] >= 1
 
 
 def test_runs_are_pooled() -> None:
-    found = summary.summarise([steady(100, 10), steady(50, 30)])
+    found = summary.summarize([steady(100, 10), steady(50, 30)])
     assert found["runs"] == 2
     assert found["seconds"] == 20.0
     assert found["latency_ms"]["n"] == 1500
@@ -81,14 +81,14 @@ def test_runs_are_pooled() -> None:
 
 
 def test_five_runs_give_an_interval_over_runs() -> None:
-    found = summary.summarise([steady(rate, 10) for rate in (98, 99, 100, 101, 102)])["requests_per_s_interval"]
+    found = summary.summarize([steady(rate, 10) for rate in (98, 99, 100, 101, 102)])["requests_per_s_interval"]
     assert found["over"] == "runs"
     assert found["low"] < 100 < found["high"]
     assert found["high"] - found["low"] == pytest.approx(2 * 2.776 * (2.5 / 5) ** 0.5, rel=0.05)
 
 
 def test_the_servers_own_figures_are_medians_where_it_gives_them() -> None:
-    assert summary.summarise([steady(10, 20)])["server_ms"] == {"queue": 1.0, "inference": 2.0}
+    assert summary.summarize([steady(10, 20)])["server_ms"] == {"queue": 1.0, "inference": 2.0}
 
 
 def test_records_are_read_back_and_a_torn_one_is_left_out(tmp_path: Path) -> None:

@@ -281,12 +281,17 @@ def document(joules: float | None = 500.0, *, sliced: bool = False) -> dict[str,
     return {"gpus": [made | {"joules": joules, "seconds": 10.0, "sliced": sliced}], "cpu_energy": None, "absent": {}}
 
 
+def spent(*arguments: Any) -> dict[str, Any]:
+    """The costs as in a receipt."""
+    return dataclasses.asdict(efficiency.efficiency(*arguments))
+
+
 RATES = {"requests_per_s": 100.0, "texts_per_s": 400.0}
 
 
 def test_energy_and_money_per_request_and_per_text() -> None:
     runs = [({"seconds": 10, "requests_per_s": 100.0}, {"server_cores": 1.5})]
-    found = efficiency.efficiency(RATES, [document(500), document(700)], runs, "t4")
+    found = spent(RATES, [document(500), document(700)], runs, "t4")
     assert found["watts"] == 60  # 50 W and 70 W
     assert found["joules_per_1000_requests"] == 600
     assert found["joules_per_million_texts"] == 150_000
@@ -301,17 +306,17 @@ def test_energy_and_money_per_request_and_per_text() -> None:
 @pytest.mark.parametrize(
     ("runs", "hardware", "why"),
     [
-        ([document(None)], "t4", {"joules": "Tesla T4 does not tell its power"}),
+        ([document(None)], "t4", {"joules": "Tesla T4 does not report its power"}),
         ([document(sliced=True)], "a100-40gb-sxm-mig-3g.20gb", {"joules": "Tesla T4 counts energy for all of its slices together"}),
         ([document(), {}], "t4", {"joules": "no energy counter was read"}),
-        ([], "cpu", {"joules": "no run was watched", "cost": "the catalog has no price for cpu"}),
-        ([document()], None, {"cost": "the catalog does not know this hardware"}),
+        ([], "cpu", {"joules": "no run has telemetry", "cost": "the catalog has no price for cpu"}),
+        ([document()], None, {"cost": "this hardware is not in the catalog"}),
     ],
 )  # fmt: skip
 def test_what_is_not_known_is_not_made_up(
     runs: list[dict[str, Any]], hardware: str | None, why: dict[str, str]
 ) -> None:
-    found = efficiency.efficiency(RATES, runs, [], hardware)
+    found = spent(RATES, runs, [], hardware)
     assert why.items() <= found["unknown"].items()
     assert (found["joules_per_million_texts"] is None) == ("joules" in why)
     assert (found["cost"] == []) == ("cost" in found["unknown"])
@@ -324,13 +329,13 @@ def test_cpu_seconds_and_requests_are_those_of_the_same_runs() -> None:
         ({"seconds": 10, "requests_per_s": 100.0}, {"server_cores": 1.0}),
         ({"seconds": 10, "requests_per_s": 900.0}, {}),
     ]
-    found = efficiency.efficiency({"requests_per_s": 400.0, "texts_per_s": 400.0}, [document()] * 3, runs, "t4")
+    found = spent({"requests_per_s": 400.0, "texts_per_s": 400.0}, [document()] * 3, runs, "t4")
     assert found["cpu_seconds_per_1000_requests"] == 10
 
 
 def test_nothing_answered_costs_nothing_that_could_be_said() -> None:
     nothing = {"requests_per_s": 0.0, "texts_per_s": 0.0, "seconds": 10}
-    found = efficiency.efficiency(nothing, [document()], [(nothing, {"server_cores": 1})], "t4")
+    found = spent(nothing, [document()], [(nothing, {"server_cores": 1})], "t4")
     assert found["joules_per_million_texts"] is None
     assert found["cost"] == []
 

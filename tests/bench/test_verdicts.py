@@ -24,8 +24,8 @@ from inferctl.errors import InferctlError, InvalidRunError, UsageError
 LIMITS = plan.Quality.model_validate({})
 
 
-def judged(part: summary.Part, **resources: float) -> validity.Validity:
-    found = summary.summarise([part])
+def judged(part: summary.RunRecords, **resources: float) -> validity.Validity:
+    found = summary.summarize([part])
     return validity.combine([validity.judge(found, resources, {"steady": True}, cores=2)], found)
 
 
@@ -39,10 +39,10 @@ def test_a_busy_load_generator_makes_a_run_invalid() -> None:
 
 def test_less_than_98_per_cent_of_the_offered_rate_is_invalid() -> None:
     part = steady(97, 1)
-    short = summary.Part(part.rows, part.start_ns, part.end_ns, 1, offered=1000)
-    enough = summary.Part(part.rows, part.start_ns, part.end_ns, 1, offered=985)
+    short = summary.RunRecords(part.rows, part.start_ns, part.end_ns, 1, offered=1000)
+    enough = summary.RunRecords(part.rows, part.start_ns, part.end_ns, 1, offered=985)
     assert judged(short).reasons == (
-        "970 of 1000 requests offered were answered in time (97 %, limit 98 %): the server fell behind",
+        "970 of 1000 offered requests were completed in time (97%, limit 98%): the server fell behind",
     )
     assert judged(enough).valid
 
@@ -50,46 +50,46 @@ def test_less_than_98_per_cent_of_the_offered_rate_is_invalid() -> None:
 @pytest.mark.parametrize(("failed", "valid"), [(1, True), (2, True), (3, False)])
 def test_more_failed_requests_than_the_error_budget_make_a_configuration_invalid(failed: int, valid: bool) -> None:
     rows = [row(2 * i, 1) for i in range(2000 - failed)] + [row(4100, 5, error=TIMEOUT) for _ in range(failed)]
-    found = judged(summary.Part(table(*rows), 0, 5 * SECOND, 1))
+    found = judged(summary.RunRecords(table(*rows), 0, 5 * SECOND, 1))
     said = f"{failed} of 2000 requests failed (timeout: {failed})"
     assert found.valid is valid
-    assert found.reasons == (() if valid else (f"{said}: 0.15 %, the error budget is 0.1 %",))
+    assert found.reasons == (() if valid else (f"{said}: 0.15%, the error budget is 0.1%",))
     assert found.cautions == ((said,) if valid else ())
 
 
 def test_the_error_budget_is_of_all_runs_together() -> None:
     """One failure is 0.25 % of its run and 0.05 % of all five."""
     rows = [row(10 * i, 5) for i in range(400)]
-    runs = [summary.Part(table(*rows, row(4100, 5, error=TIMEOUT)), 0, 5 * SECOND, 1)]
-    runs += [summary.Part(table(*rows), 0, 5 * SECOND, 1)] * 4
+    runs = [summary.RunRecords(table(*rows, row(4100, 5, error=TIMEOUT)), 0, 5 * SECOND, 1)]
+    runs += [summary.RunRecords(table(*rows), 0, 5 * SECOND, 1)] * 4
     each = [alone(part) for part in runs]
-    assert validity.combine(each, summary.summarise(runs)).valid
-    assert not validity.combine(each, summary.summarise(runs), budget_percent=0).valid
+    assert validity.combine(each, summary.summarize(runs)).valid
+    assert not validity.combine(each, summary.summarize(runs), budget_percent=0).valid
 
 
-def rejecting(every: int, count: int = 1000, offered: int | None = None) -> summary.Part:
+def rejecting(every: int, count: int = 1000, offered: int | None = None) -> summary.RunRecords:
     """A run in which each n-th request is rejected with 429, at once."""
     rows = [list(row(10 * i, 1 if i % every == 0 else 5, error=int(i % every == 0))) for i in range(count)]
     for number in range(0, count, every):
         rows[number][FIELDS.index(("status", "<u2"))] = 429
-    return summary.Part(table(*map(tuple, rows)), 0, count * SECOND // 100, 1, offered)
+    return summary.RunRecords(table(*map(tuple, rows)), 0, count * SECOND // 100, 1, offered)
 
 
 def test_rejected_requests_are_an_outcome_of_their_own() -> None:
     part = rejecting(20, offered=1000)
-    found = summary.summarise([part])
+    found = summary.summarize([part])
     assert (found["rejected"], found["rejected_percent"]) == (50, 5.0)
     assert summary.failures(found) == {}
     assert summary.lost_share(found) == 0.05
     assert found["latency_ms"]["min"] == 5  # not that of a rejection
     assert judged(part) == validity.Validity(
-        (), ("the server rejected 50 of 1000 requests (429, 5 %): latencies are those of accepted requests",)
+        (), ("the server rejected 50 of 1000 requests (429, 5%): latencies are those of accepted requests",)
     )
 
 
 def test_a_configuration_that_rejects_requests_cannot_win_and_does_not_meet_the_slo(tmp_path: Path) -> None:
     part = rejecting(20)
-    fast = document("int8", 300, 4, slo={"p99_ms": 50}) | {"summary": summary.summarise([part])}
+    fast = document("int8", 300, 4, slo={"p99_ms": 50}) | {"summary": summary.summarize([part])}
     fast["summary"]["requests_per_s"] = 300
     found = findings.state(rows_of(tmp_path, document("fp32", 100, 10, slo={"p99_ms": 50}), fast), "closed")
     assert found[0].startswith("fp32 ran alone")
@@ -98,34 +98,34 @@ def test_a_configuration_that_rejects_requests_cannot_win_and_does_not_meet_the_
 
 
 def test_too_few_answers_are_invalid_and_too_few_for_p99_a_caution() -> None:
-    assert judged(steady(3, 10)).reasons == ("n too small: 30 answers, 36 needed for a p90",)
-    assert judged(steady(30, 10)).cautions == ("n too small for a p99: 300 of 368 answers",)
+    assert judged(steady(3, 10)).reasons == ("not enough samples for a p90: 30 of 36 responses",)
+    assert judged(steady(30, 10)).cautions == ("not enough samples for a p99: 300 of 368 responses",)
 
 
 def test_answers_that_depend_on_each_other_are_a_caution_where_they_say_too_little_for_a_p99() -> None:
     slow = [row(10 * i, 50 if 400 <= i < 440 else 5) for i in range(1000)]
     spread = [row(10 * i, 50 if i % 25 == 0 else 5) for i in range(1000)]
-    cautions, none = (judged(summary.Part(table(*rows), 0, 11 * SECOND, 1)).cautions for rows in (slow, spread))
+    cautions, none = (judged(summary.RunRecords(table(*rows), 0, 11 * SECOND, 1)).cautions for rows in (slow, spread))
     assert cautions[0].startswith("effective sample size")
     assert "(1000 responses, autocorrelated), the p99 needs 368" in cautions[0]
     assert none == ()
 
 
-def alone(part: summary.Part, **resources: float) -> validity.Validity:
-    return validity.judge(summary.summarise([part]), resources, {"steady": True}, cores=2)
+def alone(part: summary.RunRecords, **resources: float) -> validity.Validity:
+    return validity.judge(summary.summarize([part]), resources, {"steady": True}, cores=2)
 
 
 @pytest.mark.parametrize("rate", [3, 30])  # 30 answers are too few for a p90, 300 for a p99
 def test_pooling_runs_can_make_n_large_enough(rate: float) -> None:
     parts = [steady(rate, 10)] * 15
-    whole = validity.combine([alone(part) for part in parts], summary.summarise(parts))
+    whole = validity.combine([alone(part) for part in parts], summary.summarize(parts))
     assert whole == validity.Validity((), ())
 
 
 def test_a_pool_that_is_too_small_is_said_once() -> None:
     parts = [steady(1, 10), steady(1, 10)]
-    whole = validity.combine([alone(part) for part in parts], summary.summarise(parts))
-    assert whole.reasons == ("n too small: 20 answers, 36 needed for a p90",)
+    whole = validity.combine([alone(part) for part in parts], summary.summarize(parts))
+    assert whole.reasons == ("not enough samples for a p90: 20 of 36 responses",)
 
 
 @pytest.mark.parametrize(
@@ -147,18 +147,18 @@ def test_runs_of_different_servers_are_not_one_configuration(other: dict[str, An
         "device": {"name": "CPU"},
         "ready_seconds": 1.0,
     }
-    assert validity.same([info, {**info, "ready_seconds": 2.0}]).valid
-    assert validity.same([{}, {}]).valid
-    assert validity.same([info, {**info, **other}]).reasons == (f"the runs differ in {what}",)
+    assert validity.judge_identity([info, {**info, "ready_seconds": 2.0}]).valid
+    assert validity.judge_identity([{}, {}]).valid
+    assert validity.judge_identity([info, {**info, **other}]).reasons == (f"the runs differ in {what}",)
 
 
-def offering(rate: float, latency_ms: float, *, slower_by: float = 0.0, warm: bool = True) -> summary.Part:
-    """An open loop of 10 s; each later request takes `slower_by` of the time passed longer. Warm: the same load came before."""
+def offering(rate: float, latency_ms: float, *, slower_by: float = 0.0, warm: bool = True) -> summary.RunRecords:
+    """An open loop of 10 s whose latency grows by `slower_by` of the time; `warm`: after the same load."""
     gap = 1000 / rate
     start = 10_000
     before = [row(start - gap * i, latency_ms, phase=WARMUP) for i in range(1, 50)] if warm else []
     rows = [row(start + gap * i, latency_ms + slower_by * gap * i) for i in range(int(rate * 10))]
-    return summary.Part(table(*before, *rows), start * 10**6, (start + 10_000) * 10**6, 1, offered=len(rows))
+    return summary.RunRecords(table(*before, *rows), start * 10**6, (start + 10_000) * 10**6, 1, offered=len(rows))
 
 
 @pytest.mark.parametrize("warm", [True, False])
@@ -177,17 +177,21 @@ def test_a_server_that_falls_behind_is_found_by_its_growing_delay(slower_by: flo
 def test_late_sends_above_one_per_cent_are_a_caution_in_an_open_loop() -> None:
     rows = [row(10 * i, 5, late_ms=2 if i % 50 == 0 else 0) for i in range(1000)]
     few = [row(10 * i, 5, late_ms=2 if i % 100 == 0 else 0) for i in range(1000)]
-    said = judged(summary.Part(table(*rows), 0, 10 * SECOND, 1, offered=1000)).cautions
+    said = judged(summary.RunRecords(table(*rows), 0, 10 * SECOND, 1, offered=1000)).cautions
     assert [one for one in said if "late" in one] == [
-        "20 of 1000 requests left over 1 ms late (2.0 %): the load generator was short of time, and latencies contain that"
+        "the load generator sent 20 of 1000 requests over 1 ms late (2.0%): latencies include this delay"
     ]
-    assert judged(summary.Part(table(*few), 0, 10 * SECOND, 1, offered=1000)).cautions == ()
+    assert judged(summary.RunRecords(table(*few), 0, 10 * SECOND, 1, offered=1000)).cautions == ()
 
 
 def test_one_invalid_run_makes_the_configuration_invalid() -> None:
     parts = [steady(100, 10), steady(100, 10)]
     each = [alone(parts[0]), alone(parts[1], client_cpu_percent=99)]
-    assert validity.combine(each, summary.summarise(parts)).reasons[0].startswith("run 2: the load generator used 99 %")
+    assert (
+        validity.combine(each, summary.summarize(parts))
+        .reasons[0]
+        .startswith("run 2: the load generator used 99% of its core")
+    )
 
 
 def test_equal_vectors_are_perfect_whatever_their_length() -> None:
@@ -203,7 +207,8 @@ def test_cosine_and_recall_of_known_vectors() -> None:
     expected = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
     moved = np.radians([0, 10, 105, 100, 110, 120])  # the third goes over to the other group
     found = np.stack([np.cos(moved), np.sin(moved)], 1).astype(np.float32)
-    # Nearest two, before: 0:{1,2} 1:{0,2} 2:{1,0} 3:{4,5} 4:{3,5} 5:{4,3}; after: 0:{1,3} 1:{0,3} 2:{3,4} 3:{2,4} 4:{2,3 or 5} 5:{4,2}.
+    # Nearest two, before: 0:{1,2} 1:{0,2} 2:{1,0} 3:{4,5} 4:{3,5} 5:{4,3};
+    # after: 0:{1,3} 1:{0,3} 2:{3,4} 3:{2,4} 4:{2,3 or 5} 5:{4,2}.
     assert quality.recall_at(expected, found, 2) == pytest.approx((1 / 2 + 1 / 2 + 0 + 1 / 2 + 1 / 2 + 1 / 2) / 6)
     assert quality.compare(expected, found, LIMITS)["cosine"]["min"] == pytest.approx(np.cos(np.radians(85)), abs=1e-5)
 
@@ -226,7 +231,7 @@ def rows_of(folder: Path, *documents: dict[str, Any]) -> list[dict[str, Any]]:
 def repeated(name: str, rate: float, factors: Sequence[float], latency_ms: float = 10) -> dict[str, Any]:
     """A receipt of one run for each factor, by which its rate is higher and its latency lower."""
     made = document(name, rate, latency_ms)
-    found = summary.summarise([steady(rate, latency_ms)])
+    found = summary.summarize([steady(rate, latency_ms)])
     figures = {key: found["latency_ms"][key] for key in ("p50", "p90", "p99")}
     made["runs"] = [
         {
@@ -446,11 +451,11 @@ def test_the_slo_is_judged_by_the_interval_and_what_it_leaves_open_is_said(tmp_p
 def test_a_sample_that_bounds_its_own_interval_does_not_meet_the_slo() -> None:
     """A thousand responses, of which those of one stretch are slow: the effective sample size is far too small."""
     slow = [row(10 * i, 50 if 400 <= i < 405 else 5) for i in range(1000)]
-    found = summary.summarise([summary.Part(table(*slow), 0, 11 * SECOND, 1)])["latency_ms"]
+    found = summary.summarize([summary.RunRecords(table(*slow), 0, 11 * SECOND, 1)])["latency_ms"]
     assert found["p99"]["high"] <= 60
-    met, reason = slo.judge(found, 60)
-    assert met is None
-    assert "the effective sample size is" in reason
+    judged_slo = slo.judge(found, 60)
+    assert judged_slo.met is None
+    assert "the effective sample size is" in judged_slo.reason
 
 
 UNCHECKED = {"checked": False, "reason": "no weights"}
@@ -514,7 +519,7 @@ def test_what_a_silent_server_ran_on_is_not_guessed(tmp_path: Path) -> None:
 
 
 def outcome_of(
-    folder: Path, *parts: summary.Part, subject: runner.Subject | None = None, **info: Any
+    folder: Path, *parts: summary.RunRecords, subject: runner.Subject | None = None, **info: Any
 ) -> runner.Outcome:
     given = subject or runner.Subject("bf16", "bf16")
     runs = [

@@ -1,55 +1,51 @@
-"""Which receipts belong together, and why some must not be compared: another machine, other work, another precision, or invalid by themselves."""
+"""Pair the receipts of two benchmarks, and list the reasons why a pair cannot be compared."""
 
 from __future__ import annotations
 
 import datetime
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from inferctl.bench import receipt
-from inferctl.bench.receipt import Receipt
+from inferctl.bench.receipt import JsonObject, Receipt
 from inferctl.errors import UsageError
 
 ALLOWABLE = ("precision", "hardware")
-# What lies between two runs of a repeat beside other runs: starts of servers, warm-up, the quality check of the first repeat.
-_BETWEEN_S, _LONGER = 600.0, 3
+# The time between the two runs of a repeat, besides other runs: server starts, warm-up, the quality check of the first
+# repeat. Each configuration may take three times as long as its run.
+_MAX_GAP_S, _MAX_RUN_FACTOR = 600.0, 3
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The receipts of one configuration; `new` None: it was not measured again."""
+class ReceiptPair:
+    """The receipts of one configuration; `new` is None if the configuration was not measured again."""
 
     old: Receipt
     new: Receipt | None
 
     @cached_property
-    def together(self) -> bool:
-        """Whether both were measured in one go, repeat by repeat."""
+    def interleaved(self) -> bool:
+        """Return whether both were measured in one benchmark, in alternating order."""
         if self.new is None:
             return False
         configurations = len(self.old.data["plan"].get("configurations") or ()) or 2
-        return interleaved(self.old.data["runs"], self.new.data["runs"], configurations)
+        return runs_interleaved(self.old.runs, self.new.runs, configurations)
 
     @property
     def stretched(self) -> bool:
-        """Whether both were measured in turns, but with more time between the runs of a repeat than `together` allows."""
-        return (
-            self.new is not None
-            and not self.together
-            and interleaved(self.old.data["runs"], self.new.data["runs"], None)
-        )
+        """Return whether both alternated, but with more time within a repeat than `interleaved` allows."""
+        return self.new is not None and not self.interleaved and runs_interleaved(self.old.runs, self.new.runs, None)
 
     @property
     def same_texts(self) -> bool:
-        """Whether the quality of both was checked with texts of one corpus: by its sha256, by its name where a receipt has none."""
-        both = [one.data for one in (self.old, self.new) if one]
-        digests = {one["quality"].get("corpus_sha256") for one in both}
-        names = {(one["plan"].get("quality") or {}).get("corpus") for one in both}
+        """Return whether both quality checks used the same corpus, by its sha256, or by its name in older receipts."""
+        both = [side for side in (self.old, self.new) if side]
+        digests = {side.quality.get("corpus_sha256") for side in both}
+        names = {(side.data["plan"].get("quality") or {}).get("corpus") for side in both}
         return len(names if None in digests else digests) == 1
 
     @property
@@ -61,149 +57,153 @@ class Pair:
         )
 
 
-def pairs(old: Path, new: Path) -> tuple[list[Pair], list[str]]:
-    """Receipts of two files, or of two folders matched by configuration name; and notes on what has no counterpart in `old`.
+def pairs(old: Path, new: Path) -> tuple[list[ReceiptPair], list[str]]:
+    """Return the pairs of two receipts or of two folders, and a note for each configuration that is only in `new`.
 
-    A folder is one that `inferctl bench` wrote, or its receipts/. Raises `UsageError`, or `InvalidRunError` for an altered receipt.
+    A folder is the output folder of `inferctl bench` or its receipts/. Its receipts are matched by configuration name.
+    Raises `UsageError`, or `InvalidRunError` for an altered receipt.
     """
     if old.is_file() and new.is_file():
-        found = Pair(receipt.load(old), receipt.load(new))
-        if found.new is not None and found.old.data["seal"] == found.new.data["seal"]:
-            raise UsageError(f"{old} and {new} are the same receipt", "give the baseline's, then the candidate's")
-        return [found], []
+        before, after = receipt.load(old), receipt.load(new)
+        if before.seal == after.seal:
+            raise UsageError(f"{old} and {new} are the same receipt", "give the baseline first, then the candidate")
+        return [ReceiptPair(before, after)], []
     if not (old.is_dir() and new.is_dir()):
         missing = next((path for path in (old, new) if not path.exists()), None)
-        what = f"{missing} is not there" if missing else f"{old} and {new} are a file and a folder"
-        raise UsageError(what, "give two receipts, or two folders that `inferctl bench` wrote")
-    before, after = _folder(old), _folder(new)
-    if not set(before) & set(after):
+        what = f"{missing} does not exist" if missing else f"{old} and {new} are a file and a folder"
+        raise UsageError(what, "give two receipts, or two output folders of `inferctl bench`")
+    baselines, candidates = _by_name(old), _by_name(new)
+    if not baselines.keys() & candidates.keys():
         raise UsageError(
-            f"no configuration is in both ({', '.join(before)}; {', '.join(after)})",
-            "give the two receipts themselves: they may have different names",
+            f"no configuration is in both folders ({', '.join(baselines)}; {', '.join(candidates)})",
+            "give the paths of two receipts: their configurations may have different names",
         )
-    notes = [f"{name} is new: there is nothing to compare it with" for name in after if name not in before]
-    return [Pair(one, after.get(name)) for name, one in before.items()], notes
+    notes = [f"{name} is only in NEW and is not compared" for name in candidates if name not in baselines]
+    return [ReceiptPair(baseline, candidates.get(name)) for name, baseline in baselines.items()], notes
 
 
 def files(path: Path) -> list[Path]:
-    """Return the receipts that `path` names: itself if it is no folder, else those in it."""
+    """Return the files of the receipts at `path`: `path` itself, or the receipts in this folder."""
     if not path.is_dir():
         return [path]
-    place = path / "receipts" if (path / "receipts").is_dir() else path
-    return [file for file in sorted(place.glob("*.json")) if file.name != "result.json"]
+    folder = path / "receipts" if (path / "receipts").is_dir() else path
+    return [file for file in sorted(folder.glob("*.json")) if file.name != "result.json"]
 
 
-def _folder(path: Path) -> dict[str, Receipt]:
-    found = [receipt.load(file) for file in files(path)]
-    if not found:
+def _by_name(folder: Path) -> dict[str, Receipt]:
+    """Return the receipts in a folder by configuration name."""
+    loaded = [receipt.load(file) for file in files(folder)]
+    if not loaded:
         raise UsageError(
-            f"there are no receipts in {path}", "`inferctl bench` writes them into receipts/ of its folder"
+            f"no receipts found in {folder}", "`inferctl bench` writes them into receipts/ of its output folder"
         )
-    named = {one.name: one for one in found}
-    if len(named) < len(found):
-        raise UsageError(f"two receipts in {path} have one configuration name", "keep one of each")
+    named = {sealed.name: sealed for sealed in loaded}
+    if len(named) < len(loaded):
+        raise UsageError(f"two receipts in {folder} have the same configuration name", "remove one of them")
     return named
 
 
-def refused(pair: Pair, allow: Sequence[str]) -> list[str]:
-    """Why the pair cannot be compared; empty when it can."""
+def invalid_because(pair: ReceiptPair, allow: Sequence[str]) -> list[str]:
+    """Return the reasons why the pair cannot be compared. `allow` lists differences to accept, from `ALLOWABLE`."""
     if pair.new is None:
-        return [f"{pair.old.name} was not measured again: there is no new receipt of that name"]
-    old, new = pair.old.data, pair.new.data
+        return [f"{pair.old.name} was not measured again: NEW has no receipt with this name"]
+    sides = (("old", pair.old), ("new", pair.new))
     reasons = [
-        f"the {side} receipt is invalid: {'; '.join(one['validity']['reasons'])}"
-        for side, one in (("old", old), ("new", new))
-        if not one["validity"]["valid"]
+        f"the {side} receipt is invalid: {'; '.join(sealed.data['validity']['reasons'])}"
+        for side, sealed in sides
+        if not sealed.valid
     ]
     if "hardware" not in allow:
-        reasons += hardware(old, new)
-    if schedule := _schedule(old, new):
-        reasons.append(schedule)
-    ran = [one["precision"].get("effective") or "not stated" for one in (old, new)]
-    if ran[0] != ran[1] and "precision" not in allow:
+        reasons += hardware_differences(pair.old, pair.new)
+    if difference := _schedule_difference(pair.old, pair.new):
+        reasons.append(difference)
+    precisions = [sealed.precision or "not stated" for _, sealed in sides]
+    if precisions[0] != precisions[1] and "precision" not in allow:
         reasons.append(
-            f"the effective precisions differ: {ran[0]} and {ran[1]} (--allow precision compares them as such)"
+            f"the effective precisions differ: {precisions[0]} and {precisions[1]} "
+            "(`--allow precision` compares them anyway)"
         )
     return reasons
 
 
-def hardware(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """In what the hardware of two receipts differs."""
+def hardware_differences(old: Receipt, new: Receipt) -> list[str]:
+    """Return how the hardware of two receipts differs, one sentence per difference."""
     reasons = []
-    said = [
-        " ".join(str(part) for part in (one["hardware"].get("name"), one["hardware"].get("key")) if part)
-        for one in (old, new)
+    both = (old.data, new.data)
+    devices = [
+        " ".join(str(part) for part in (side["hardware"].get("name"), side["hardware"].get("key")) if part)
+        for side in both
     ]
-    if said[0] != said[1]:
-        reasons.append(f"the hardware differs: {said[0]} and {said[1]}")
-    here = [bool(one["configuration"].get("this_machine")) for one in (old, new)]
-    if here[0] != here[1]:
-        reasons.append("one server shared the load generator's machine, the other did not")
-    cores = [one["environment"].get("cores") for one in (old, new)]
-    if all(here) and None not in cores and cores[0] != cores[1]:
+    if devices[0] != devices[1]:
+        reasons.append(f"the hardware differs: {devices[0]} and {devices[1]}")
+    local = [bool(side["configuration"].get("this_machine")) for side in both]
+    if local[0] != local[1]:
+        reasons.append("one server ran on the load generator's machine, the other did not")
+    cores = [side["environment"].get("cores") for side in both]
+    if all(local) and None not in cores and cores[0] != cores[1]:
         reasons.append(f"the hardware differs: {cores[0]} and {cores[1]} cores")
     return reasons
 
 
-def _schedule(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    if old.get("search") or new.get("search"):
-        return "a search ends at a rate of its own: compare at one rate, as `inferctl bench --rate` measures it"
-    loads = [
-        {**(one["plan"].get("load") or {}), "neighbours": one["plan"].get("neighbours") or 0} for one in (old, new)
-    ]
+def _schedule_difference(old: Receipt, new: Receipt) -> str:
+    """Return how loads or schedules differ, or an empty string."""
+    if old.data.get("search") or new.data.get("search"):
+        return "each search ends at its own rate: measure both at one rate with `inferctl bench --rate`"
+    loads = [{**side.load, "neighbours": side.data["plan"].get("neighbours") or 0} for side in (old, new)]
     for load in loads:
-        # Without a share of the capacity it means nothing, and older receipts do not have it.
+        # It has no effect without a share of the capacity, and older receipts do not have it.
         if not load.get("capacity_percent"):
             load.pop("capacity_s", None)
     changed = [key for key in dict.fromkeys([*loads[0], *loads[1]]) if loads[0].get(key) != loads[1].get(key)]
     if changed:
-        said = ", ".join(f"{key} {loads[0].get(key)} and {loads[1].get(key)}" for key in changed)
-        return f"the loads differ: {said}"
+        values = ", ".join(f"{key} {loads[0].get(key)} and {loads[1].get(key)}" for key in changed)
+        return f"the loads differ: {values}"
     before, after = _schedules(old), _schedules(new)
     if before.get(0) != after.get(0):
         return (
-            "the schedules differ (texts, order or times: another corpus, another seed or another version of inferctl)"
+            "the schedules differ (texts, order or times): another corpus, another seed or another version of inferctl"
         )
     other = [str(repeat + 1) for repeat in sorted(before.keys() & after.keys()) if before[repeat] != after[repeat]]
     if other:
-        return (
-            f"the schedules of repeat {', '.join(other)} differ: receipts of different versions of inferctl, "
-            "or another seed"
-        )
+        return f"the schedules of repeat {', '.join(other)} differ: another version of inferctl or another seed"
     return ""
 
 
-def _schedules(data: Mapping[str, Any]) -> dict[int, str]:
-    """Return the sha256 of texts, order and times, by repeat. An older receipt has one for all of its repeats."""
-    whole = data["workload"]["sha256"]
-    return {0: whole} | {run["repeat"]: (run.get("workload") or {}).get("sha256") or whole for run in data["runs"]}
+def _schedules(sealed: Receipt) -> dict[int, str]:
+    """Return the sha256 of texts, order and times by repeat. An older receipt has one for all of its repeats."""
+    whole = sealed.data["workload"]["sha256"]
+    return {0: whole} | {run["repeat"]: (run.get("workload") or {}).get("sha256") or whole for run in sealed.runs}
 
 
-def interleaved(
-    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], configurations: int | None = 2
-) -> bool:
-    """Whether both were measured in turns in one go: two repeats or more, every repeat of both before the next repeat of either, and the
-    two runs of a repeat one after the other, no further apart than a bench of so many `configurations` takes for it (None: however far)."""
+def runs_interleaved(old: Sequence[JsonObject], new: Sequence[JsonObject], configurations: int | None = 2) -> bool:
+    """Return whether the runs of two receipts alternate, as in one benchmark of this number of `configurations`.
+
+    This takes two repeats or more. Each repeat of both ends before the next begins, and its two runs follow each other
+    within the time that the benchmark needs. None as `configurations` sets no limit on that time.
+    """
     if not all(run.get("started") for run in (*old, *new)):
         return False
-    blocks: dict[int, list[Mapping[str, Any]]] = {}
+    blocks: dict[int, list[JsonObject]] = {}
     for run in sorted((*old, *new), key=_started):
         blocks.setdefault(run["repeat"], []).append(run)
     repeats = [blocks[repeat] for repeat in sorted(blocks)]
-    both = repeats[: min(len(old), len(new))]
+    common = repeats[: min(len(old), len(new))]
     return (
-        len(both) >= 2
-        and all(_in_turn(block, configurations) for block in both)
+        len(common) >= 2
+        and all(_consecutive(block, configurations) for block in common)
         and all(_started(before[-1]) < _started(after[0]) for before, after in itertools.pairwise(repeats))
     )
 
 
-def _in_turn(block: Sequence[Mapping[str, Any]], configurations: int | None) -> bool:
-    """Whether a repeat is two runs of which one followed the other: neither beside it, nor on another day, as in a bench that was resumed."""
+def _consecutive(block: Sequence[JsonObject], configurations: int | None) -> bool:
+    """Return whether a repeat has two runs, of which one followed the other.
+
+    They did not overlap, and were not on different days, as in a benchmark that was resumed.
+    """
     lengths = [float(run["summary"].get("seconds") or 0) for run in block]
-    most = math.inf if configurations is None else _BETWEEN_S + _LONGER * configurations * max(lengths)
-    return len(block) == 2 and lengths[0] <= (_started(block[1]) - _started(block[0])).total_seconds() <= most
+    longest = math.inf if configurations is None else _MAX_GAP_S + _MAX_RUN_FACTOR * configurations * max(lengths)
+    return len(block) == 2 and lengths[0] <= (_started(block[1]) - _started(block[0])).total_seconds() <= longest
 
 
-def _started(run: Mapping[str, Any]) -> datetime.datetime:
+def _started(run: JsonObject) -> datetime.datetime:
     return datetime.datetime.fromisoformat(run["started"])

@@ -1,31 +1,52 @@
-"""Figures for each stage of a load (before, during and after a spike), and how long it takes until latency is back to what it was."""
+"""Figures of each stage of a load (before, during and after a spike), and the time until the latency has recovered."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from inferctl.bench import stats
 from inferctl.bench.judge import summary
+from inferctl.bench.judge.summary import RunRecords
 from inferctl.bench.load import records
 from inferctl.bench.plan.shape import Load, Stage
+from inferctl.bench.receipt import JsonObject
 
-# Quantiles, best first, and how many answers are looked at together with each; so many such groups in a row must be as before.
-GROUPS = {0.99: 50, 0.95: 25, 0.9: 25}
-CALM = 3
+# Quantiles in order of preference, with the number of consecutive responses in a group.
+GROUP_SIZES = {0.99: 50, 0.95: 25, 0.9: 25}
+# Consecutive groups that must be as before the disturbance.
+RECOVERED_GROUPS = 3
+
+
+class StageSummary(TypedDict):
+    """The figures of one stage, as in a receipt. Latencies are in ms."""
+
+    name: str | None
+    start_s: float
+    end_s: float
+    rate: float | None
+    users: int | None
+    requests: int
+    offered_per_s: float
+    answered_per_s: float
+    errors: dict[str, int]
+    late: int
+    dropped: int
+    latency_ms: JsonObject
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """Seconds from the end of a disturbance until latency is as it was before.
+    """The time from the end of a disturbance until latency is as it was before.
 
-    `seconds` is None when it is not back by the end, or when nothing can be said: then `reason` says why. `percentile` is the one that was looked
-    at, `limit_ms` the upper end of its interval before, and `resolution_s` how long a group of answers lasts: so fine is the answer.
+    `seconds` is None if the latency did not recover, or if that is unknown: `reason` says which. `percentile` is the
+    one that was compared, `limit_ms` the upper end of its interval before the disturbance. `resolution_s` is the
+    duration of a group of responses, and so the resolution of `seconds`.
     """
 
     seconds: float | None
@@ -34,7 +55,8 @@ class Recovery:
     resolution_s: float | None = None
     reason: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, float | str | None]:
+        """Return the recovery as it is in a receipt."""
         return {
             "seconds": None if self.seconds is None else round(self.seconds, 3),
             "percentile": self.percentile,
@@ -44,38 +66,40 @@ class Recovery:
         }
 
 
-def summarise(parts: Sequence[summary.Part], load: Load) -> list[dict[str, Any]]:
-    """One row a stage of `load`, over all `parts` together; empty for a load of one stage.
+def summarize(runs: Sequence[RunRecords], load: Load) -> list[StageSummary]:
+    """Return one summary per stage of `load`, over all `runs` together; empty for a load with one stage.
 
-    A request belongs to the stage in which it should have left. `answered_per_s` counts good answers that arrived while the stage lasted.
+    A request belongs to the stage of its intended send. `answered_per_s` counts good responses that arrived during the
+    stage.
     """
     timeline = load.timeline
     if len(timeline) < 2:
         return []
-    rows, begun = [], 0.0
+    stages, start = [], 0.0
     for stage in timeline:
-        rows.append(_stage(parts, stage, begun))
-        begun += stage.duration_s
-    return rows
+        stages.append(_summarize(runs, stage, start))
+        start += stage.duration_s
+    return stages
 
 
-def _stage(parts: Sequence[summary.Part], stage: Stage, begun: float) -> dict[str, Any]:
-    end = begun + stage.duration_s
+def _summarize(runs: Sequence[RunRecords], stage: Stage, start: float) -> StageSummary:
+    end = start + stage.duration_s
     chosen, latencies, arrived = [], [], 0
-    for part in parts:
-        measured = part.measured
-        at = offsets_s(part, measured["intended_ns"])
-        chosen.append(measured[(at >= begun) & (at < end)])
-        latencies.append(records.latency_ms(chosen[-1][chosen[-1]["error"] == records.OK]))
-        ends = offsets_s(part, part.completed["end_ns"])
-        arrived += int(np.sum((ends >= begun) & (ends < end)))
+    for run in runs:
+        measured = run.measured
+        at = offsets_s(run, measured["intended_ns"])
+        inside = measured[(at >= start) & (at < end)]
+        chosen.append(inside)
+        latencies.append(records.latency_ms(inside[inside["error"] == records.OK]))
+        ends = offsets_s(run, run.completed["end_ns"])
+        arrived += int(np.sum((ends >= start) & (ends < end)))
     rows = np.concatenate(chosen)
     sent = rows[rows["error"] != records.DROPPED]
     late = (sent["sent_ns"].astype(np.int64) - sent["intended_ns"].astype(np.int64)) / 1e6 > summary.LATE_MS
-    seconds = stage.duration_s * len(parts)
+    seconds = stage.duration_s * len(runs)
     return {
         "name": stage.name,
-        "start_s": round(begun, 6),
+        "start_s": round(start, 6),
         "end_s": round(end, 6),
         "rate": stage.rate,
         "users": stage.users,
@@ -91,52 +115,57 @@ def _stage(parts: Sequence[summary.Part], stage: Stage, begun: float) -> dict[st
     }
 
 
-def recovery(part: summary.Part, load: Load) -> Recovery:
-    """How long after the busiest stage of one run the p99 is back to what it was in the stages before it; p95 or p90 where n is too small for it.
+def recovery(run: RunRecords, load: Load) -> Recovery:
+    """Return how long after the busiest stage of a run the p99 is back to its value in the stages before.
 
-    Before the disturbance one answer in a hundred takes longer than the p99. Afterwards answers are looked at in groups of fifty (of 25 with p95
-    and p90), in the order of their intended sends: a group is as before when no more of them exceed the upper end of that percentile's interval
-    than chance allows (97.5 %, binomial), and latency is back where three groups in a row are. A failed request counts as one that took longer.
+    The p95 or the p90 is used where there are too few samples for the p99. Before the disturbance, one response in a
+    hundred takes longer than the p99. After it, responses are checked in groups of 50 (25 for p95 and p90), in the
+    order of their intended sends. A group is as before if no more of them exceed the upper end of the percentile's
+    interval than chance allows (97.5%, binomial). The latency has recovered at the first of three such groups in a row.
+    A failed request counts as one that took longer.
     """
     timeline = load.timeline
     levels = [stage.rate if load.mode == "open" else stage.users for stage in timeline]
     peak = max(range(len(timeline)), key=lambda number: levels[number] or 0)
     if not 0 < peak < len(timeline) - 1:
-        return Recovery(None, reason="the busiest stage has none before it and after it")
-    begun = math.fsum(stage.duration_s for stage in timeline[:peak])
-    over = begun + timeline[peak].duration_s
-    rows = part.measured
-    at = offsets_s(part, rows["intended_ns"])
+        return Recovery(None, reason="there is no stage before or after the busiest one")
+    start = math.fsum(stage.duration_s for stage in timeline[:peak])
+    end = start + timeline[peak].duration_s
+    rows = run.measured
+    at = offsets_s(run, rows["intended_ns"])
     latency = np.where(rows["error"] == records.OK, records.latency_ms(rows), np.inf)
-    ordered = latency[at < begun]
-    quiet = np.sort(ordered)
-    each = (stats.quantile(quiet, q, series=[ordered]) for q in GROUPS)
-    before = next((found for found in each if found.high is not None), None)
+    series = latency[at < start]
+    ascending = np.sort(series)
+    each = (stats.quantile(ascending, q, series=[series]) for q in GROUP_SIZES)
+    before = next((quantile for quantile in each if quantile.high is not None), None)
     if before is None or before.high is None:
-        return Recovery(None, reason=f"n too small before it: {len(quiet)} of {stats.needed(min(GROUPS))} answers")
+        needed = stats.needed(min(GROUP_SIZES))
+        return Recovery(None, reason=f"not enough samples before it: {len(ascending)} of {needed} responses")
     if not math.isfinite(before.high):
         return Recovery(None, reason="requests failed before it")
-    return _back(at[at >= over] - over, latency[at >= over] > before.high, before.q, before.high)
+    return _recovery(at[at >= end] - end, latency[at >= end] > before.high, before.q, before.high)
 
 
-def _back(at: npt.NDArray[np.float64], longer: npt.NDArray[np.bool_], q: float, limit_ms: float) -> Recovery:
-    name, size = f"p{q * 100:g}", GROUPS[q]
+def _recovery(at: npt.NDArray[np.float64], longer: npt.NDArray[np.bool_], q: float, limit_ms: float) -> Recovery:
+    """Return the recovery from times after the disturbance, and whether each response took longer than the limit."""
+    name, size = f"p{q * 100:g}", GROUP_SIZES[q]
     order = np.argsort(at, kind="stable")
     groups = len(order) // size
-    if groups < CALM:
-        return Recovery(None, name, limit_ms, reason=f"n too small after it: {len(order)} of {CALM * size} answers")
+    if groups < RECOVERED_GROUPS:
+        needed = RECOVERED_GROUPS * size
+        return Recovery(None, name, limit_ms, reason=f"not enough samples after it: {len(order)} of {needed} responses")
     times = at[order][: groups * size].reshape(groups, size)
-    calm = longer[order][: groups * size].reshape(groups, size).sum(axis=1) <= _allowed(size, q)
+    as_before = longer[order][: groups * size].reshape(groups, size).sum(axis=1) <= _allowed(size, q)
     resolution = float(np.median(times[:, -1] - times[:, 0]))
-    for number in range(groups - CALM + 1):
-        if calm[number : number + CALM].all():
-            # With the first calm group it was back at the end already, as far as can be seen.
+    for number in range(groups - RECOVERED_GROUPS + 1):
+        if as_before[number : number + RECOVERED_GROUPS].all():
+            # If the first group is as before, the latency had recovered at the end of the disturbance.
             return Recovery(float(times[number][0]) if number else 0.0, name, limit_ms, resolution)
-    return Recovery(None, name, limit_ms, resolution, "it was not back by the end of the run")
+    return Recovery(None, name, limit_ms, resolution, "the latency did not recover by the end of the run")
 
 
 def _allowed(n: int, q: float) -> int:
-    """Answers of n that may exceed the q-quantile by chance, 97.5 % of the time."""
+    """Return how many of n responses may exceed the q-quantile by chance, with 97.5% probability."""
     chance, total, count = q**n, 0.0, 0
     while (total := total + chance) < 1 - (1 - stats.CONFIDENCE) / 2:
         chance *= (n - count) / (count + 1) * (1 - q) / q
@@ -144,6 +173,10 @@ def _allowed(n: int, q: float) -> int:
     return count
 
 
-def offsets_s(part: summary.Part, times_ns: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
-    """Seconds after the start of the measurement, shape (n,)."""
-    return (times_ns.astype(np.int64) - part.start_ns) / 1e9
+def offsets_s(run: RunRecords, times_ns: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    """Return seconds after the start of the measurement, shape (n,)."""
+    return (times_ns.astype(np.int64) - run.start_ns) / 1e9
+
+
+# Former name, until all callers have changed.
+summarise = summarize

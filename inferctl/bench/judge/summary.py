@@ -1,29 +1,73 @@
-"""Figures of one run, or of several pooled, out of exact records. Definitions stand here and nowhere else."""
+"""The figures of one run, or of several runs pooled, from exact records. This module alone defines them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from inferctl.bench import stats
 from inferctl.bench.load import records
+from inferctl.bench.receipt import JsonObject
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
 LATE_MS = 1.0
-# A response may come so much later than the end of the measured window, as a share of its length.
+# How much later than the end of the measured window a response may come, as a share of the window.
 GRACE = 0.05
-# The server rejects a request that it could not answer in time: an outcome of its own, not a failure.
+# HTTP status of a rejected request: the server could not complete it in time. Not counted as a failure.
 REJECTED = 429
 
 
+class Interval(TypedDict):
+    """A 95% interval; `over` says what it was computed over: runs or one-second windows."""
+
+    low: float
+    high: float
+    over: str
+
+
+class Summary(TypedDict):
+    """The figures of one or more runs, as in a receipt. Rates are per second of the measured windows."""
+
+    runs: int
+    seconds: float
+    requests: int
+    errors: dict[str, int]
+    rejected: int
+    rejected_percent: float
+    late: int
+    dropped: int
+    offered: int | None
+    answered: int | None
+    requested_per_s: float | None
+    requests_per_s: float
+    requests_per_s_interval: Interval | None
+    texts_per_s: float
+    tokens_per_s: float | None
+    tokens_per_request: float | None
+    latency_ms: JsonObject
+    server_ms: dict[str, float]
+    response_bytes: int | None
+
+
+class LatencyOverTime(TypedDict):
+    """`points` of (seconds since the start, responses, median ms, maximum ms, failures), one per window."""
+
+    window_s: float
+    points: list[tuple[float, int, float | None, float | None, int]]
+
+
 @dataclass(frozen=True)
-class Part:
-    """One run: its records in the order of their intended sends, its measured window [start_ns, end_ns) on CLOCK_MONOTONIC, requests offered in it (open loop)."""
+class RunRecords:
+    """The records of one run in the order of their intended sends.
+
+    The measured window is [start_ns, end_ns) on CLOCK_MONOTONIC. `offered` is the number of requests that an open loop
+    offered in it; None for a closed loop.
+    """
 
     rows: records.Rows
     start_ns: int
@@ -37,22 +81,23 @@ class Part:
 
     @property
     def measured(self) -> records.Rows:
-        """Requests of the measured window, by intended send: warm-up is out, the drain's answers to them are in."""
+        """Return the requests of the measured window by intended send: without warm-up, with late responses."""
         measured: records.Rows = self.rows[self.rows["phase"] == records.MEASURED]
         return measured
 
     @property
     def latencies(self) -> npt.NDArray[np.float64]:
-        """Latency of good answers to measured requests, ms, in the order in which these should have left."""
+        """Return the latencies (ms) of good responses to measured requests, in the order of the intended sends."""
         return records.latency_ms(self.measured[self.measured["error"] == records.OK])
 
     @property
     def answered(self) -> int:
-        """Good responses to measured requests that came within the window, or after it no later than a request takes.
+        """Return the number of good responses to measured requests that came within the window and its grace period.
 
-        That is the p90 of those sent in the window's first fifth, before a slow server has fallen far behind, and at
-        least 5 % of the window: a stall at its end is in the latencies, and does not mean that the server fell behind.
-        A server that keeps up always has requests in flight at the end; one that does not has more and more of them.
+        A server that keeps up has requests in flight when the window ends, so a response may come later by the time
+        that a request takes: the p90 of the requests sent in the first fifth of the window, before a slow server is far
+        behind. The grace period is at least 5% of the window: a stall at its end is in the latencies, and does not mean
+        that the server fell behind.
         """
         rows = self.measured[self.measured["error"] == records.OK]
         first = np.sort(
@@ -64,29 +109,30 @@ class Part:
 
     @property
     def completed(self) -> records.Rows:
-        """Good answers that arrived within the window, whenever they were sent: what throughput counts."""
+        """Return the good responses that arrived within the window, at whatever time they were sent."""
         rows = self.rows[self.rows["error"] == records.OK]
         inside: records.Rows = rows[(rows["end_ns"] >= self.start_ns) & (rows["end_ns"] < self.end_ns)]
         return inside
 
 
-def summarise(parts: Sequence[Part]) -> dict[str, Any]:
-    """Summary of one or more runs of the same configuration.
+def summarize(runs: Sequence[RunRecords]) -> Summary:
+    """Return the figures of one or more runs of the same configuration.
 
-    Latency, ms, from the intended send to the end of the answer, over good answers to measured requests. Throughput counts good answers that
-    arrived within the measured windows, over the length of those windows. Intervals are two-sided, 95 %; those of latencies are of all answers
-    together, widened by how much answers of one run depend on each other.
+    Latency (ms) is from the intended send to the end of the response, of good responses to measured requests.
+    Throughput counts the good responses that arrived within the measured windows. Intervals are two-sided, 95%. Those
+    of latencies are over all responses together, widened for the autocorrelation within each run.
     """
-    measured = np.concatenate([part.measured for part in parts])
-    completed = np.concatenate([part.completed for part in parts])
-    seconds = math.fsum(part.seconds for part in parts)
+    measured = np.concatenate([run.measured for run in runs])
+    completed = np.concatenate([run.completed for run in runs])
+    seconds = math.fsum(run.seconds for run in runs)
     good = measured[measured["error"] == records.OK]
     sent = measured[measured["error"] != records.DROPPED]
     late = (sent["sent_ns"].astype(np.int64) - sent["intended_ns"].astype(np.int64)) / 1e6 > LATE_MS
     requests_per_s = len(completed) / seconds
-    offered = sum(part.offered for part in parts if part.offered is not None) if parts[0].offered is not None else None
+    offered = sum(run.offered for run in runs if run.offered is not None) if runs[0].offered is not None else None
+    rejected = int(np.sum(measured["status"] == REJECTED))
     return {
-        "runs": len(parts),
+        "runs": len(runs),
         "seconds": round(seconds, 3),
         "requests": len(measured),
         "errors": {
@@ -94,21 +140,21 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
             for code, name in records.ERROR_NAMES.items()
             if (count := int(np.sum(measured["error"] == code)))
         },
-        "rejected": (rejected := int(np.sum(measured["status"] == REJECTED))),
+        "rejected": rejected,
         "rejected_percent": _percent(rejected, len(measured)),
         "late": int(np.sum(late)),
         "dropped": int(np.sum(measured["error"] == records.DROPPED)),
         "offered": offered,
-        "answered": None if offered is None else sum(part.answered for part in parts),
+        "answered": None if offered is None else sum(run.answered for run in runs),
         "requested_per_s": None if offered is None else round(offered / seconds, 3),
         "requests_per_s": round(requests_per_s, 3),
-        "requests_per_s_interval": throughput_interval(parts),
-        "texts_per_s": round(requests_per_s * parts[0].inputs_per_request, 3),
+        "requests_per_s_interval": throughput_interval(runs),
+        "texts_per_s": round(requests_per_s * runs[0].inputs_per_request, 3),
         "tokens_per_s": round(float(np.sum(completed["tokens"], dtype=np.int64)) / seconds, 1)
         if np.any(completed["tokens"])
         else None,
         "tokens_per_request": round(float(np.mean(completed["tokens"])), 2) if np.any(completed["tokens"]) else None,
-        "latency_ms": latency_summary([part.latencies for part in parts]),
+        "latency_ms": latency_summary([run.latencies for run in runs]),
         "server_ms": {
             name: median
             for name in ("queue", "tokenize", "inference")
@@ -118,86 +164,92 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
     }
 
 
-def failures(summary: Mapping[str, Any]) -> dict[str, int]:
-    """Return the requests that failed, by kind: without rejected ones (429), and without those that were not sent."""
-    found = {name: count for name, count in summary["errors"].items() if name != "dropped"}
-    found["HTTP status"] = found.get("HTTP status", 0) - summary.get("rejected", 0)
-    return {name: count for name, count in found.items() if count > 0}
+def failures(summary: JsonObject) -> dict[str, int]:
+    """Return the number of failed requests by kind, without rejected (429) and dropped ones."""
+    kinds = {name: count for name, count in summary["errors"].items() if name != "dropped"}
+    kinds["HTTP status"] = kinds.get("HTTP status", 0) - summary.get("rejected", 0)
+    return {name: count for name, count in kinds.items() if count > 0}
 
 
-def lost_share(summary: Mapping[str, Any]) -> float:
+def lost_share(summary: JsonObject) -> float:
     """Return the share of requests without a good response: failed, rejected or dropped. They have no latency."""
     return sum(summary["errors"].values()) / summary["requests"] if summary["requests"] else 0.0
 
 
-def latency_summary(series: Sequence[npt.NDArray[np.float64]]) -> dict[str, Any]:
-    """Mean, extremes and percentiles of latencies, run by run in the order of their intended sends.
+def latency_summary(series: Sequence[npt.NDArray[np.float64]]) -> JsonObject:
+    """Return `n`, the mean, the extremes and the percentiles of latencies (ms) as in a receipt.
 
-    A percentile that n does not support has the value None. `dependence` is what its interval was widened by (`stats.dependence`).
+    `series` has one array per run, in the order of the intended sends. The value of a percentile is None if there are
+    not enough samples. `dependence` is the variance inflation factor that widened its interval.
     """
     ascending = np.sort(np.concatenate(series))
     summary: dict[str, Any] = {"n": len(ascending)}
     if len(ascending):
         summary |= {"min": _ms(ascending[0]), "mean": _ms(ascending.mean()), "max": _ms(ascending[-1])}
     for q in QUANTILES:
-        found = stats.quantile(ascending, q, series=series)
-        figures = {"value": found.value, "low": found.low, "high": found.high}
+        quantile = stats.quantile(ascending, q, series=series)
+        figures = {"value": quantile.value, "low": quantile.low, "high": quantile.high}
+        inflation = quantile.variance_inflation
         summary[f"p{q * 100:g}"] = {name: None if value is None else _ms(value) for name, value in figures.items()} | {
-            "needed": found.needed,
-            "dependence": None if found.dependence is None else round(found.dependence, 2),
+            "needed": quantile.needed,
+            "dependence": None if inflation is None else round(inflation, 2),
         }
     return summary
 
 
-def throughput_interval(parts: Sequence[Part]) -> dict[str, Any] | None:
-    """95 % interval of requests/s: over runs when there are at least five, else over one-second windows (which knows less); None if too few."""
-    if len(parts) >= 5:
-        found, over = stats.mean_interval([len(part.completed) / part.seconds for part in parts]), "runs"
+def throughput_interval(runs: Sequence[RunRecords]) -> Interval | None:
+    """Return the 95% interval of requests/s; None if there are too few values.
+
+    It is computed over runs if there are at least five, else over windows of one second, which do not show how runs
+    differ.
+    """
+    if len(runs) >= 5:
+        found, over = stats.mean_interval([len(run.completed) / run.seconds for run in runs]), "runs"
     else:
-        found, over = stats.mean_interval([rate for part in parts for _, rate, _ in timeline(part)]), "windows"
+        found, over = stats.mean_interval([rate for run in runs for _, rate, _ in timeline(run)]), "windows"
     if found is None:
         return None
-    mean, half = found
-    return {"low": round(mean - half, 3), "high": round(mean + half, 3), "over": over}
+    mean, half_width = found
+    return {"low": round(mean - half_width, 3), "high": round(mean + half_width, 3), "over": over}
 
 
-def timeline(part: Part, window_s: float = 1.0) -> list[tuple[float, float, float | None]]:
-    """(seconds since the start, requests/s, median latency in ms) of each whole window."""
-    rows = part.completed
-    slots = ((rows["end_ns"] - np.uint64(part.start_ns)) / (window_s * 1e9)).astype(int)
+def timeline(run: RunRecords, window_s: float = 1.0) -> list[tuple[float, float, float | None]]:
+    """Return (seconds since the start, requests/s, median latency in ms) of each whole window."""
+    rows = run.completed
+    slots = ((rows["end_ns"] - np.uint64(run.start_ns)) / (window_s * 1e9)).astype(int)
     latency = records.latency_ms(rows)
     points: list[tuple[float, float, float | None]] = []
-    for slot in range(int(part.seconds / window_s + 1e-9)):
+    for slot in range(int(run.seconds / window_s + 1e-9)):
         inside = latency[slots == slot]
         points.append((slot * window_s, len(inside) / window_s, _ms(np.median(inside)) if len(inside) else None))
     return points
 
 
-def over_time(part: Part, windows: int = 240) -> dict[str, Any]:
-    """Latency by intended send: `points` of (seconds since the start, answers, median, highest, failures), one a window of `window_s`.
+def over_time(run: RunRecords, windows: int = 240) -> LatencyOverTime:
+    """Return the latency by intended send, in at most `windows` windows of half a second or a multiple of it.
 
-    Windows are half seconds or a multiple of them, at most `windows` of them. Median and highest are of the sample, no more is claimed.
+    Median and maximum are those of the sample, without an interval.
     """
-    window_s = max(0.5, math.ceil(2 * part.seconds / windows) / 2)
-    rows = part.measured
-    slots = ((rows["intended_ns"].astype(np.int64) - part.start_ns) / (window_s * 1e9)).astype(int)
+    window_s = max(0.5, math.ceil(2 * run.seconds / windows) / 2)
+    rows = run.measured
+    slots = ((rows["intended_ns"].astype(np.int64) - run.start_ns) / (window_s * 1e9)).astype(int)
     good, latency = rows["error"] == records.OK, records.latency_ms(rows)
     points = []
-    for slot in range(math.ceil(part.seconds / window_s - 1e-9)):
+    for slot in range(math.ceil(run.seconds / window_s - 1e-9)):
         inside = latency[(slots == slot) & good]
-        figures = (_ms(np.median(inside)), _ms(inside.max())) if len(inside) else (None, None)
-        points.append((slot * window_s, len(inside), *figures, int(np.sum((slots == slot) & ~good))))
+        median, maximum = (_ms(np.median(inside)), _ms(inside.max())) if len(inside) else (None, None)
+        points.append((slot * window_s, len(inside), median, maximum, int(np.sum((slots == slot) & ~good))))
     return {"window_s": window_s, "points": points}
 
 
-def latency_curve(parts: Sequence[Part]) -> list[tuple[float, float]]:
-    """Points (share, ms) of the latency distribution of all good answers to measured requests."""
-    ascending = np.sort(np.concatenate([part.latencies for part in parts]))
+def latency_curve(runs: Sequence[RunRecords]) -> list[tuple[float, float]]:
+    """Return points (share, ms) of the latency distribution of all good responses to measured requests."""
+    ascending = np.sort(np.concatenate([run.latencies for run in runs]))
     return [(share, _ms(value)) for share, value in stats.curve(ascending)]
 
 
-def client_cpu_percent(state: Mapping[str, Any]) -> float | None:
-    """CPU time of the load generator over the measured window, per cent of one core."""
+def client_cpu_percent(state: JsonObject) -> float | None:
+    """Return the CPU time of the load generator in the measured window, in percent of one core."""
     wall = state.get("cpu_wall_ns")
     return round(100 * state["cpu_ns"] / wall, 1) if wall else None
 
@@ -212,5 +264,10 @@ def _median(values: npt.NDArray[Any]) -> float | None:
 
 
 def _ms(value: float | np.floating[Any]) -> float:
-    # A microsecond is finer than anything here can be trusted to.
+    # Three decimals: nothing here is more exact than a microsecond.
     return round(float(value), 3)
+
+
+# Former names, until all callers have changed.
+Part = RunRecords
+summarise = summarize

@@ -1,7 +1,7 @@
-"""Whether a figure became worse, out of a few noisy runs of each side. Pure functions, standard library only; docs/compare.md says why so.
+"""Decide from a few noisy runs of each side whether a figure became worse. docs/compare.md explains the statistics.
 
-The unit is the run, not the request: requests of one run share its luck. What is averaged is the logarithm of a run's figure, so that
-effects are ratios and the geometric mean is the centre.
+Pure functions, standard library only. The unit is the run, since requests in one run are not independent. The mean of
+the logarithms of the figures is compared: effects are ratios, and the center is the geometric mean.
 """
 
 from __future__ import annotations
@@ -9,21 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from statistics import NormalDist
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from inferctl.bench import student_t
 
 CONFIDENCE = 0.95
 POWER = 0.8
-FEWEST_RUNS = 3
-MOST_REPEATS = 100
+MIN_RUNS = 3
+MAX_REPEATS = 100
 
 Outcome = Literal["regression", "no regression", "improvement", "not enough evidence", "not compared"]
 
 
 @dataclass(frozen=True)
-class Limits:
-    """From when on a change matters: `threshold` as a share (0.05 is 5 %), and `floor` in the figure's own unit."""
+class Tolerance:
+    """The smallest change that counts.
+
+    `threshold` is a share (0.05 is 5%), `floor` the minimum absolute difference in the unit of the figure.
+    """
 
     threshold: float
     floor: float = 0.0
@@ -31,9 +35,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Effect:
-    """Change from old to new: `estimate` and `error` (standard error) of the logarithm of new/old, with `degrees` of freedom.
+    """The change from old to new on the log scale: `estimate` of log(new/old) with its standard `error`.
 
-    `spread` is the standard deviation that one more repeat brings: error = spread / sqrt(repeats).
+    `degrees` are the degrees of freedom. `spread` is the standard deviation of one repeat, so that
+    error = spread / sqrt(repeats). `paired` is whether each repeat of old was compared with the same repeat of new.
     """
 
     estimate: float
@@ -46,28 +51,46 @@ class Effect:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`change`, `low`, `high` and `at_most` are shares by which the figure grew (0.1: new is 10 % higher); `low` and `high` are the interval
-    that holds for all figures of the comparison together, `at_most` the one-sided bound on how much worse it became (a share of worsening).
+    """The decision on one figure.
 
-    `repeats_needed`: about how many repeats of each side would settle it; None when it is settled, or over `MOST_REPEATS`.
+    `change` is the share by which the figure grew (0.1: new is 10% higher), and [`low`, `high`] its interval, joint for
+    all figures that are judged together. `worst_case` is the upper bound of the regression (one-sided, 95%), as a
+    share. `repeats_needed` is about how many repeats per side would decide an inconclusive figure. It is None if the
+    figure is decided, or if it would take over `MAX_REPEATS`. `reason` says why the figure is inconclusive.
     """
 
     outcome: Outcome
     change: float
     low: float
     high: float
-    at_most: float
+    worst_case: float
     repeats_needed: int | None
     reason: str
 
 
+class _Decision(NamedTuple):
+    """An outcome, with the half-width of the joint interval and the bound of the regression on the effect's scale."""
+
+    outcome: Outcome
+    half_width: float
+    bound: float
+    repeats_needed: int | None = None
+    reason: str = ""
+
+
 def paired(old: Sequence[float], new: Sequence[float]) -> Effect:
-    """Effect over repeats that were measured side by side: Student's t of the per-repeat log ratios. Needs two pairs at least, all above 0."""
+    """Return the effect over interleaved repeats: Student's t of the log ratio of each repeat.
+
+    Needs at least two pairs, and values above 0.
+    """
     return _paired_differences([math.log(value) for value in old], [math.log(value) for value in new])
 
 
 def unpaired(old: Sequence[float], new: Sequence[float]) -> Effect:
-    """Effect over runs that were not measured side by side: Welch's t of the logs, degrees of freedom by Satterthwaite, rounded down."""
+    """Return the effect over runs that were measured at different times: Welch's t of the logarithms.
+
+    The degrees of freedom follow Satterthwaite, rounded down.
+    """
     return _welch([math.log(value) for value in old], [math.log(value) for value in new])
 
 
@@ -78,139 +101,126 @@ def _paired_differences(old: Sequence[float], new: Sequence[float]) -> Effect:
     return Effect(math.fsum(differences) / n, spread / math.sqrt(n), n - 1, spread, n, True)
 
 
-def _welch(before: Sequence[float], after: Sequence[float]) -> Effect:
-    parts = [_variance(before) / len(before), _variance(after) / len(after)]
-    total = math.fsum(parts)
-    least = min(len(before), len(after))
-    degrees = least - 1
+def _welch(old: Sequence[float], new: Sequence[float]) -> Effect:
+    variances = [_variance(values) / len(values) for values in (old, new)]
+    total = math.fsum(variances)
+    fewest = min(len(old), len(new))
+    degrees = fewest - 1
     if total > 0:
-        degrees = math.floor(
-            total**2 / math.fsum(v**2 / (len(s) - 1) for v, s in zip(parts, (before, after), strict=True)) + 1e-9
-        )
-    estimate = math.fsum(after) / len(after) - math.fsum(before) / len(before)
-    return Effect(estimate, math.sqrt(total), max(1, degrees), math.sqrt(total * least), least, False)
+        squares = (variance**2 / (len(side) - 1) for variance, side in zip(variances, (old, new), strict=True))
+        degrees = math.floor(total**2 / math.fsum(squares) + 1e-9)
+    estimate = math.fsum(new) / len(new) - math.fsum(old) / len(old)
+    return Effect(estimate, math.sqrt(total), max(1, degrees), math.sqrt(total * fewest), fewest, False)
 
 
-def decide(effect: Effect, base: float, higher_is_worse: bool, limits: Limits, family: int) -> Verdict:
-    """The verdict on a figure whose old value is `base`, one of `family` figures that are judged together.
+def decide(effect: Effect, baseline: float, higher_is_worse: bool, tolerance: Tolerance, family: int) -> Verdict:
+    """Return the verdict on a figure whose old value is `baseline`, one of `family` figures that are judged together.
 
-    A regression: the joint interval excludes no change, and the estimate exceeds both the threshold and the floor. No regression: the one-sided
-    bound stays within the threshold or the floor. Otherwise there is not enough evidence.
+    Regression: the joint interval excludes "no change", and the estimate exceeds both the threshold and the floor.
+    No regression: the one-sided bound is within the threshold or the floor. Otherwise there is not enough evidence.
     """
     sign = 1.0 if higher_is_worse else -1.0
-    worse, margin = sign * effect.estimate, _margin(base, higher_is_worse, limits)
-    outcome, joint, bound, needed, reason = _settle(effect, worse, margin, family)
+    margin = _margin(baseline, higher_is_worse, tolerance)
+    decision = _decide(effect, sign * effect.estimate, margin, family)
     return Verdict(
-        outcome,
+        decision.outcome,
         change=math.expm1(effect.estimate),
-        low=math.expm1(effect.estimate - joint),
-        high=math.expm1(effect.estimate + joint),
-        at_most=math.expm1(bound) if higher_is_worse else -math.expm1(-bound),
-        repeats_needed=needed,
-        reason=reason,
+        low=math.expm1(effect.estimate - decision.half_width),
+        high=math.expm1(effect.estimate + decision.half_width),
+        worst_case=math.expm1(decision.bound) if higher_is_worse else -math.expm1(-decision.bound),
+        repeats_needed=decision.repeats_needed,
+        reason=decision.reason,
     )
 
 
 def decide_difference(
-    old: Sequence[float], new: Sequence[float], together: bool, margin: float, family: int
+    old: Sequence[float], new: Sequence[float], interleaved: bool, margin: float, family: int
 ) -> Verdict:
     """Return the verdict on a figure that may be zero, such as a share of requests, and that is worse if it is higher.
 
-    `change`, `low`, `high` and `at_most` are differences in the unit of the figure, as is `margin`. Otherwise `decide`.
+    `change`, `low`, `high` and `worst_case` are differences in the unit of the figure, as is `margin`. Otherwise the
+    rules are those of `decide`.
     """
-    effect = _paired_differences(old, new) if together else _welch(old, new)
-    outcome, joint, bound, needed, reason = _settle(effect, effect.estimate, margin, family)
-    estimate = effect.estimate
-    return Verdict(outcome, estimate, estimate - joint, estimate + joint, bound, needed, reason)
+    effect = _paired_differences(old, new) if interleaved else _welch(old, new)
+    change = effect.estimate
+    outcome, half_width, bound, needed, reason = _decide(effect, change, margin, family)
+    return Verdict(outcome, change, change - half_width, change + half_width, bound, needed, reason)
 
 
-def _settle(effect: Effect, worse: float, margin: float, family: int) -> tuple[Outcome, float, float, int | None, str]:
-    """Return (outcome, half-width of the joint interval, bound on how much worse, repeats needed, reason)."""
-    joint = effect.error * quantile(1 - (1 - CONFIDENCE) / (2 * family), effect.degrees)
-    bound = worse + effect.error * quantile(CONFIDENCE, effect.degrees)
-    if worse - joint > 0 and worse > margin:
-        return "regression", joint, bound, None, ""
-    if worse + joint < 0 and -worse > margin:
-        return "improvement", joint, bound, None, ""
+def _decide(effect: Effect, worse: float, margin: float, family: int) -> _Decision:
+    """Return the decision on a change for the worse by `worse`, of which `margin` is tolerated."""
+    half_width = effect.error * student_t.quantile(_joint_level(family), effect.degrees)
+    bound = worse + effect.error * student_t.quantile(CONFIDENCE, effect.degrees)
+    if worse - half_width > 0 and worse > margin:
+        return _Decision("regression", half_width, bound)
+    if worse + half_width < 0 and -worse > margin:
+        return _Decision("improvement", half_width, bound)
     if bound <= margin:
-        return "no regression", joint, bound, None, ""
+        return _Decision("no regression", half_width, bound)
     needed = repeats_needed(worse, margin, effect.spread, family, effect.repeats)
-    return "not enough evidence", joint, bound, needed, _why(worse, joint, margin)
+    return _Decision("not enough evidence", half_width, bound, needed, _why_inconclusive(worse, half_width, margin))
 
 
 def repeats_needed(worse: float, margin: float, spread: float, family: int, done: int) -> int | None:
-    """Fewest repeats, more than `done`, that settle the verdict with 80 % probability at the spread seen; None: over `MOST_REPEATS`.
+    """Return the fewest repeats, more than `done`, that decide with 80% probability; None: over `MAX_REPEATS`.
 
-    Settled means: no change at all would be shown to be none, and one of twice the margin (or as large as seen) to be a regression. Where `done`
-    repeats do that already, the change is near the margin; then it is taken to be what it was seen to be. All on the log scale.
+    N repeats are enough if they would show that no change is no regression, and that a change of twice the margin (or
+    of the size seen, if larger) is one. If `done` repeats are enough for that, the change is close to the margin; then
+    N repeats must decide a change of the size seen. All values are on the log scale; `spread` is that of one repeat.
     """
 
-    def settles(n: int) -> bool:
-        found = _finds(max(worse, 2 * margin), margin, spread, family, n)
-        return found and (worse > 2 * margin or _clears(min(worse, 0.0), margin, spread, n))
+    def decides(n: int) -> bool:
+        shown = _shows_regression(max(worse, 2 * margin), margin, spread, family, n)
+        return shown and (worse > 2 * margin or _excludes_regression(min(worse, 0.0), margin, spread, n))
 
-    def as_seen(n: int) -> bool:
-        return _finds(worse, margin, spread, family, n) if worse > margin else _clears(worse, margin, spread, n)
+    def decides_as_seen(n: int) -> bool:
+        if worse > margin:
+            return _shows_regression(worse, margin, spread, family, n)
+        return _excludes_regression(worse, margin, spread, n)
 
-    enough = as_seen if settles(done) else settles
-    return next((n for n in range(done + 1, MOST_REPEATS + 1) if enough(n)), None)
+    enough = decides_as_seen if decides(done) else decides
+    return next((n for n in range(done + 1, MAX_REPEATS + 1) if enough(n)), None)
 
 
-def _finds(worse: float, margin: float, spread: float, family: int, n: int) -> bool:
-    """Whether n repeats call a true change of `worse` a regression with 80 % probability: the estimate, normal around it, exceeds both limits."""
+def _shows_regression(worse: float, margin: float, spread: float, family: int, n: int) -> bool:
+    """Return whether n repeats find a true change of `worse` to be a regression with 80% probability."""
     error = spread / math.sqrt(n)
-    edge = max(margin, error * quantile(1 - (1 - CONFIDENCE) / (2 * family), n - 1))
-    return worse - edge >= NormalDist().inv_cdf(POWER) * error
+    least = max(margin, error * student_t.quantile(_joint_level(family), n - 1))
+    return worse - least >= NormalDist().inv_cdf(POWER) * error
 
 
-def _clears(worse: float, margin: float, spread: float, n: int) -> bool:
-    """Whether n repeats show with 80 % probability that a true change of `worse` is within the margin."""
+def _excludes_regression(worse: float, margin: float, spread: float, n: int) -> bool:
+    """Return whether n repeats show with 80% probability that a true change of `worse` is within the margin."""
     error = spread / math.sqrt(n)
-    return margin - worse - error * quantile(CONFIDENCE, n - 1) >= NormalDist().inv_cdf(POWER) * error
+    return margin - worse - error * student_t.quantile(CONFIDENCE, n - 1) >= NormalDist().inv_cdf(POWER) * error
 
 
-@lru_cache(maxsize=4096)
-def quantile(p: float, degrees: int) -> float:
-    """The p-quantile of Student's t, 0.5 <= p < 1, by bisection of its distribution function."""
-    low, high = 0.0, 2.0
-    while distribution(high, degrees) < p:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if distribution(middle, degrees) < p else (low, middle)
-    return high
+def _joint_level(family: int) -> float:
+    """Return the level of a two-sided interval when `family` intervals share the error rate (Bonferroni)."""
+    return 1 - (1 - CONFIDENCE) / (2 * family)
 
 
-def distribution(t: float, degrees: int) -> float:
-    """P(T <= t) of Student's t for t >= 0 and whole degrees of freedom: the finite sums of Abramowitz and Stegun 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    if degrees == 1:
-        return 0.5 + angle / math.pi
-    term, total = (1.0, 1.0) if degrees % 2 == 0 else (cosine, cosine)
-    for k in range(2 if degrees % 2 == 0 else 3, degrees, 2):
-        term *= cosine**2 * (k - 1) / k
-        total += term
-    inside = sine * total if degrees % 2 == 0 else 2 / math.pi * (angle + sine * total)
-    return 0.5 + inside / 2
-
-
-def _margin(base: float, higher_is_worse: bool, limits: Limits) -> float:
-    """The larger of threshold and floor, on the log scale, in the direction of worse."""
-    threshold = math.log1p(limits.threshold) if higher_is_worse else -math.log1p(-limits.threshold)
+def _margin(baseline: float, higher_is_worse: bool, tolerance: Tolerance) -> float:
+    """Return the larger of threshold and floor on the log scale, in the direction of worse."""
+    threshold = math.log1p(tolerance.threshold) if higher_is_worse else -math.log1p(-tolerance.threshold)
     if higher_is_worse:
-        return max(threshold, math.log1p(limits.floor / base))
-    return max(threshold, -math.log1p(-limits.floor / base) if limits.floor < base else math.inf)
+        return max(threshold, math.log1p(tolerance.floor / baseline))
+    return max(threshold, -math.log1p(-tolerance.floor / baseline) if tolerance.floor < baseline else math.inf)
 
 
-def _why(worse: float, joint: float, margin: float) -> str:
+def _why_inconclusive(worse: float, half_width: float, margin: float) -> str:
     if worse > margin:
-        return "over the limit, but no change lies within the interval"
-    if worse - joint > 0:
-        return "worse, but not shown to be within the limit or over it"
-    return "a change over the limit cannot be ruled out"
+        return "the change exceeds the tolerance, but the interval includes zero"
+    if worse - half_width > 0:
+        return "worse, but the change may be within the tolerance or exceed it"
+    return "a change that exceeds the tolerance cannot be excluded"
 
 
 def _variance(values: Sequence[float]) -> float:
     mean = math.fsum(values) / len(values)
     return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+
+
+# Former names, until all callers have changed.
+Limits = Tolerance
+MOST_REPEATS = MAX_REPEATS

@@ -217,7 +217,7 @@ def document(measurements: Sequence[Measurement], cores: int, budget_percent: fl
     return {
         "count": pairs[0][1]["count"],
         "users": pairs[0][1]["users"],
-        **interference.inflation([one.part for one, _ in pairs], parts),
+        **interference.inflation([one.part for one, _ in pairs], parts).as_dict(),
         "requests_per_s": {"without": alone["requests_per_s"], "with": together["requests_per_s"]},
         "neighbour_requests_per_s": {"min": min(rates), "max": max(rates)} if rates else None,
         **_judged(pairs, parts, cores, validity.failed(together, budget_percent)).as_dict(),

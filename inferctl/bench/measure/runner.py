@@ -360,7 +360,7 @@ def _sent_other_work(workloads: Sequence[dict[str, Any]]) -> bool:
 
 def judge(
     outcome: Outcome, cores: int, budget_percent: float = 0.1
-) -> tuple[dict[str, Any], list[validity.Validity], validity.Validity]:
+) -> tuple[summary.Summary, list[validity.Validity], validity.Validity]:
     """Pooled summary of an outcome with runs, the validity of each run, and that of the whole."""
     each = [
         validity.both(

@@ -14,7 +14,9 @@ import numpy as np
 
 from inferctl.bench import stats
 from inferctl.bench.judge import goodput, summary
-from inferctl.bench.judge.goodput import Probe
+from inferctl.bench.judge import probe as probes
+from inferctl.bench.judge.probe import Probe
+from inferctl.bench.judge.search_outcome import BudgetUse
 from inferctl.bench.judge.validity import ACHIEVED_LIMIT
 from inferctl.bench.load import generator, records
 from inferctl.bench.measure.outcome import Measurement
@@ -108,15 +110,15 @@ class Searcher:
         ceiling = None if self.settings.start_rate else self._ceiling()
         found = goodput.find(self.settings, self.slo_p99_ms, ceiling, self.measure, budget)
         if self.seconds is not None:
-            found["budget"] = {"seconds": self.seconds, "spent_s": round(time.monotonic() - begun, 1)}
+            found = replace(found, budget=BudgetUse(self.seconds, round(time.monotonic() - begun, 1)))
         lasted = [(probe, made) for probe, made in self._taken if not probe.ended_early and probe.n]
         if not lasted:
             raise InferctlError(
-                f"no probe lasted: {found['reason']}", "give `search.start_rate` a rate that the server can do"
+                f"no probe lasted: {found.reason}", "give `search.start_rate` a rate that the server can do"
             )
-        best = [made for probe, made in lasted if probe.rate == found["max_goodput_rps"] and probe.stage == "confirm"]
+        best = [made for probe, made in lasted if probe.rate == found.max_goodput_rps and probe.stage == "confirm"]
         chosen = best[-1] if best else min(lasted, key=lambda pair: pair[0].rate)[1]
-        return replace(chosen, search=found)
+        return replace(chosen, search=found.as_dict())
 
     def _left(self) -> float:
         return self._until - time.monotonic()
@@ -146,7 +148,9 @@ class Searcher:
         if stage == "confirm":
             seconds = max(seconds, self.load.duration_s)
         # Once it is known how much answers at this rate are alike, as many as say what enough independent ones would.
-        alike = next((probe.dependence for probe, _ in reversed(self._taken) if probe.rate == rate), None) or 1.0
+        alike = (
+            next((probe.variance_inflation for probe, _ in reversed(self._taken) if probe.rate == rate), None) or 1.0
+        )
         seconds = max(seconds, (ENOUGH * alike - (earlier[-1].n if earlier else 0)) / rate)
         seconds = min(seconds, max(self.settings.probe_s, self.settings.max_probe_s))
         seconds = min(seconds, max(SHORTEST_S, self._left() - self._around()))
@@ -181,35 +185,17 @@ class Searcher:
 
     def _judged(self, rate: float, stage: str, seed: int, parts: Sequence[Measurement], growing: str | None) -> Probe:
         found = summary.summarise([one.part for one in parts])
-        errors = _by_kind(found["errors"], [one.part for one in parts])
-        cpu = max((one.resources.get("client_cpu_percent", 0.0) for one in parts), default=0.0)
-        holds, broke, reason = goodput.judge(
-            {**found, "errors": errors}, self.slo_p99_ms, cpu or None, growing, self.budget
-        )
-        latency = found["latency_ms"]
-        spans = {key: (latency[key]["low"], latency[key]["high"]) for key in ("p50", "p99")}
-        return Probe(
-            stage=stage,
-            rate=rate,
-            seed=seed,
-            seconds=found["seconds"],
-            offered=found["offered"],
-            answered=found["answered"],
-            achieved_rps=found["requests_per_s"],
-            n=latency["n"],
-            p50_ms=latency["p50"]["value"],
-            p50_interval_ms=spans["p50"],
-            p99_ms=latency["p99"]["value"],
-            p99_interval_ms=spans["p99"],
-            errors=errors,
-            late=found["late"],
-            client_cpu_percent=cpu or None,
-            holds=holds,
-            broke=broke,
-            reason=reason,
+        figures = {**found, "errors": _by_kind(found["errors"], [one.part for one in parts])}
+        cpu = max((one.resources.get("client_cpu_percent", 0.0) for one in parts), default=0.0) or None
+        return probes.make(
+            stage,
+            rate,
+            seed,
+            figures,
+            probes.judge(figures, self.slo_p99_ms, cpu, growing, self.budget),
+            client_cpu_percent=cpu,
             ended_early=growing is not None,
             runs=len(parts),
-            dependence=latency["p99"]["dependence"],
             records=[
                 file.relative_to(self.folder.parent.parent).as_posix()
                 for one in parts
@@ -254,8 +240,8 @@ class Backlog:
         ]
         windows = [latencies[(ends >= edge - WINDOW_S) & (ends < edge)] for edge in edges]
         known = [(edge, float(np.median(inside))) for edge, inside in zip(edges, windows, strict=True) if len(inside)]
-        backlog = goodput.slope([float(edge) for edge in edges], waiting)
-        latency = goodput.slope([edge for edge, _ in known], [value for _, value in known])
+        backlog = stats.slope([float(edge) for edge in edges], waiting)
+        latency = stats.slope([edge for edge, _ in known], [value for _, value in known])
         if not backlog or not latency:
             return None
         (grows, unsure), (bends, unclear) = backlog, latency

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from inferctl.bench.judge import goodput, verdict
+from inferctl.bench.judge import verdict
 from inferctl.bench.measure import concurrency
+from inferctl.bench.report import search_findings
 
 # A smaller difference is no clear difference, however sure it is: the same system differs that much from run to run.
 TIE = 0.05
@@ -47,7 +48,7 @@ def state(rows: Sequence[Row], mode: str, error_budget_percent: float = 0.1) -> 
     sentences += concurrency.sentences(measured)
     searched = [row for row in measured if row.get("search")]
     for row in searched:
-        sentences += goodput.sentences(row["configuration"], row["search"])
+        sentences += search_findings.sentences(row["configuration"], row["search"])
     if judged := [row for row in measured if row.get("slo") and not row.get("search")]:
         sentences.append(_slo(judged))
     sentences += [sentence for row in measured if (sentence := _burst(row))]

@@ -1,46 +1,54 @@
-"""The verdict as JUnit XML, which GitLab, Jenkins and others show beside a merge request: a suite a configuration, a case a figure."""
+"""Write the result of `inferctl compare` as JUnit XML, which GitLab, Jenkins and others show in a merge request.
+
+Each configuration is a test suite, and each metric a test case.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
 from xml.etree import ElementTree as Xml
 
+from inferctl.bench.judge.compare_result import CompareResult, MetricResult
 from inferctl.bench.report import comparison
 
-_KINDS = {"regression": "failure", "not enough evidence": "error", "invalid": "error", "not compared": "skipped"}
+_ELEMENTS = {"regression": "failure", "not enough evidence": "error", "invalid": "error", "not compared": "skipped"}
 
 
-def render(result: Mapping[str, Any]) -> str:
-    """A regression is a failure; no evidence and what cannot be compared are errors, since neither may pass for green."""
+def render(result: CompareResult) -> str:
+    """Return the XML document.
+
+    A regression is a failure. An inconclusive metric and an invalid pair are errors, since they must not pass.
+    """
     root = Xml.Element("testsuites", name="inferctl compare")
-    for part in result["configurations"]:
-        cases = part["metrics"] or [
-            {"name": "comparison", "outcome": part["outcome"], "reason": "; ".join(part["reasons"])}
-        ]
-        kinds = [_KINDS.get(case["outcome"]) for case in cases]
+    for pair in result.pairs:
+        outcomes: list[str] = [metric.outcome for metric in pair.metrics] or [pair.outcome]
+        elements = [_ELEMENTS.get(outcome) for outcome in outcomes]
         suite = Xml.SubElement(
             root,
             "testsuite",
-            name=part["name"],
-            tests=str(len(cases)),
-            failures=str(kinds.count("failure")),
-            errors=str(kinds.count("error")),
-            skipped=str(kinds.count("skipped")),
+            name=pair.name,
+            tests=str(len(outcomes)),
+            failures=str(elements.count("failure")),
+            errors=str(elements.count("error")),
+            skipped=str(elements.count("skipped")),
         )
-        for case, kind in zip(cases, kinds, strict=True):
-            element = Xml.SubElement(suite, "testcase", classname=part["name"], name=case["name"])
-            if kind:
-                Xml.SubElement(element, kind, message=_message(case), type=case["outcome"])
-            if "old" in case:
-                Xml.SubElement(element, "system-out").text = "  ".join(text for text in comparison.cells(case) if text)
+        for metric in pair.metrics:
+            _add_case(suite, pair.name, metric.name, metric.outcome, _message(metric))
+            Xml.SubElement(suite[-1], "system-out").text = "  ".join(text for text in comparison.cells(metric) if text)
+        if not pair.metrics:
+            _add_case(suite, pair.name, "comparison", pair.outcome, "; ".join(pair.reasons))
     Xml.indent(root)
     return Xml.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _message(case: Mapping[str, Any]) -> str:
-    change = f"{100 * case['change']:+.1f} %" if case.get("change") is not None else ""
-    if case.get("difference") is not None:
-        change = f"{case['difference']:+.2f} percentage points"
-    needed = f"about {case['repeats_needed']} repeats would settle it" if case.get("repeats_needed") else ""
-    return "; ".join(part for part in (change, case["reason"], needed) if part)
+def _add_case(suite: Xml.Element, suite_name: str, name: str, outcome: str, message: str) -> None:
+    case = Xml.SubElement(suite, "testcase", classname=suite_name, name=name)
+    if element := _ELEMENTS.get(outcome):
+        Xml.SubElement(case, element, message=message, type=outcome)
+
+
+def _message(metric: MetricResult) -> str:
+    change = f"{100 * metric.change:+.1f}%" if metric.change is not None else ""
+    if metric.difference:
+        change = f"{metric.difference.change:+.2f} percentage points"
+    needed = f"about {metric.repeats_needed} repeats are needed" if metric.repeats_needed else ""
+    return "; ".join(part for part in (change, metric.reason, needed) if part)

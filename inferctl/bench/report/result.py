@@ -75,11 +75,13 @@ def _receipt(context: Context, outcome: runner.Outcome) -> dict[str, Any]:
         "image": info.get("image"),
         "summary": pooled,
         "resources": _worst(outcome.measurements),
-        "efficiency": efficiency.efficiency(
-            pooled,
-            [m.telemetry for m in outcome.measurements],
-            [(summary.summarise([m.part]), m.resources) for m in outcome.measurements],
-            hardware["key"],
+        "efficiency": dataclasses.asdict(
+            efficiency.efficiency(
+                pooled,
+                [m.telemetry for m in outcome.measurements],
+                [(summary.summarise([m.part]), m.resources) for m in outcome.measurements],
+                hardware["key"],
+            )
         ),
         "quality": privacy.without_folders(outcome.quality),
         "validity": privacy.without_folders(whole.as_dict()),
@@ -285,8 +287,8 @@ def _slo(data: dict[str, Any], limit: float | None) -> dict[str, Any] | None:
     if not limit:
         return None
     budget = (data["plan"].get("error_budget_percent") or 0) / 100
-    met, reason = slo.judge(data["summary"]["latency_ms"], limit, summary.lost_share(data["summary"]), budget)
-    return {"p99_ms": limit, "met": met, "reason": reason}
+    judged = slo.judge(data["summary"]["latency_ms"], limit, summary.lost_share(data["summary"]), budget)
+    return {"p99_ms": limit, "met": judged.met, "reason": judged.reason}
 
 
 def _figures(run: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,254 @@
+"""The result of `inferctl compare`: one outcome, the configurations, and the verdict on each of their metrics.
+
+docs/compare.md describes the JSON document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from inferctl.bench.judge import verdict
+from inferctl.bench.judge.verdict import Outcome
+from inferctl.bench.receipt import Receipt
+from inferctl.errors import InferctlError, InvalidRunError, NotEnoughEvidenceError
+
+SCHEMA = "inferctl.compare/1"
+PairOutcome = Outcome | Literal["invalid"]
+
+# The most severe first, each with its exit code. A regression remains one if other pairs cannot be compared.
+_SEVERITY: tuple[tuple[PairOutcome, int], ...] = (
+    ("regression", 1),
+    ("invalid", InvalidRunError.exit_code),
+    ("not enough evidence", NotEnoughEvidenceError.exit_code),
+    ("no regression", 0),
+    ("improvement", 0),
+)
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """A metric that is judged over runs. Shares and intervals are None where there are too few runs to judge."""
+
+    higher_is_worse: bool
+    threshold: float
+    floor: float
+    old_runs: Sequence[float]
+    new_runs: Sequence[float]
+    change: float | None = None
+    interval: tuple[float, float] | None = None
+    worst_case: float | None = None
+    spread: float | None = None
+
+
+@dataclass(frozen=True)
+class DifferenceResult:
+    """The difference of a metric that is judged in percentage points, with its interval and upper bound."""
+
+    change: float
+    interval: tuple[float, float]
+    worst_case: float
+
+
+@dataclass(frozen=True)
+class QualityLimits:
+    """The limits of a quality metric: the largest drop, and the smallest value that the plan allows."""
+
+    drop_allowed: float
+    least: float | None
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """The verdict on one metric. `old` and `new` are geometric means over runs; a metric of quality has one value."""
+
+    name: str
+    unit: str
+    outcome: Outcome
+    reason: str = ""
+    old: float | None = None
+    new: float | None = None
+    repeats_needed: int | None = None
+    sample: SampleResult | None = None
+    difference: DifferenceResult | None = None
+    limits: QualityLimits | None = None
+
+    @property
+    def change(self) -> float | None:
+        """Return the share by which the metric grew, if it is judged by a ratio."""
+        return self.sample.change if self.sample else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Return the interval of `change`."""
+        return self.sample.interval if self.sample else None
+
+    def as_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"name": self.name, "unit": self.unit}
+        if sample := self.sample:
+            found |= {
+                "higher_is_worse": sample.higher_is_worse,
+                "threshold": sample.threshold,
+                "floor": sample.floor,
+                "old": self.old,
+                "new": self.new,
+                "old_runs": list(sample.old_runs),
+                "new_runs": list(sample.new_runs),
+                "change": sample.change,
+                "interval": sample.interval and list(sample.interval),
+                "worse_at_most": sample.worst_case,
+                "spread": sample.spread,
+            }
+        elif self.limits:
+            found |= {"old": self.old, "new": self.new, **asdict(self.limits)}
+        else:
+            found |= {"repeats_needed": None, "old": None, "new": None}
+        if difference := self.difference:
+            found |= {
+                "difference": difference.change,
+                "difference_interval": list(difference.interval),
+                "difference_at_most": difference.worst_case,
+            }
+        return found | {"outcome": self.outcome, "reason": self.reason, "repeats_needed": self.repeats_needed}
+
+
+@dataclass(frozen=True)
+class ReceiptFacts:
+    """What the result says about a receipt. The names are keys of the JSON document."""
+
+    path: str
+    seal: str
+    created: str
+    configuration: str
+    precision: str | None
+    hardware: str | None
+    image: str | None
+    model_sha256: str | None
+    repeats: int
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """The result of one pair of receipts. `reasons` say why it cannot be compared; then there are no metrics."""
+
+    name: str
+    old: ReceiptFacts
+    new: ReceiptFacts | None
+    outcome: PairOutcome
+    reasons: Sequence[str] = ()
+    interleaved: bool | None = None
+    notes: Sequence[str] = ()
+    metrics: Sequence[MetricResult] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "old": asdict(self.old),
+            "new": asdict(self.new) if self.new else None,
+            "outcome": self.outcome,
+            "reasons": list(self.reasons),
+            "interleaved": self.interleaved,
+            "notes": list(self.notes),
+            "metrics": [metric.as_dict() for metric in self.metrics],
+        }
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """The whole result. `family` is the number of metrics that share the error rate."""
+
+    pairs: Sequence[PairResult]
+    notes: Sequence[str]
+    family: int
+
+    @property
+    def outcome(self) -> PairOutcome:
+        """Return the outcome of the pair with the most severe one."""
+        return self._most_severe[0]
+
+    @property
+    def exit_code(self) -> int:
+        return self._most_severe[1]
+
+    @property
+    def _most_severe(self) -> tuple[PairOutcome, int]:
+        outcomes = {pair.outcome for pair in self.pairs}
+        return next((entry for entry in _SEVERITY if entry[0] in outcomes), _SEVERITY[-1])
+
+    @property
+    def repeats_needed(self) -> int | None:
+        """Return the number of repeats per side that would decide every inconclusive metric."""
+        needed = [metric.repeats_needed for pair in self.pairs for metric in pair.metrics if metric.repeats_needed]
+        return max(needed, default=None)
+
+    def metrics_with(self, outcome: PairOutcome) -> Iterator[MetricResult]:
+        """Yield the metrics that have this outcome."""
+        return (metric for pair in self.pairs for metric in pair.metrics if metric.outcome == outcome)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON document."""
+        return {
+            "schema": SCHEMA,
+            "outcome": self.outcome,
+            "exit_code": self.exit_code,
+            "confidence": verdict.CONFIDENCE,
+            "family": self.family,
+            "repeats_needed": self.repeats_needed,
+            "notes": list(self.notes),
+            "configurations": [pair.as_dict() for pair in self.pairs],
+        }
+
+
+def facts(sealed: Receipt) -> ReceiptFacts:
+    """Return what the result says about a receipt."""
+    return ReceiptFacts(
+        path=str(sealed.path),
+        seal=sealed.seal,
+        created=sealed.data["created"],
+        configuration=sealed.name,
+        precision=sealed.precision,
+        hardware=sealed.data["hardware"].get("name"),
+        image=(sealed.data.get("image") or {}).get("digest"),
+        model_sha256=sealed.weights_sha256,
+        repeats=len(sealed.runs),
+    )
+
+
+def problem(result: CompareResult) -> InferctlError | None:
+    """Return the error that the command ends with; None if no regression was found."""
+    if result.outcome == "invalid":
+        reasons = (
+            f"{pair.name}: {reason}" for pair in result.pairs if pair.outcome == "invalid" for reason in pair.reasons
+        )
+        return InvalidRunError(
+            f"cannot be compared ({'; '.join(reasons)})",
+            "measure both again in one benchmark: `inferctl bench --url old=... --url new=...`",
+        )
+    parts = [pair for pair in result.pairs if pair.outcome == result.outcome]
+    found = [metric.name for pair in parts for metric in pair.metrics if metric.outcome == result.outcome]
+    names = ", ".join(dict.fromkeys(found))
+    if result.outcome == "regression":
+        return InferctlError(f"regression: {names}", "each receipt names the files with the record of each request")
+    if result.outcome == "not enough evidence":
+        return NotEnoughEvidenceError(f"not enough evidence: {names}", advice(result))
+    return None
+
+
+def advice(result: CompareResult) -> str:
+    """Return what to do to decide the inconclusive metrics."""
+    pairs = [pair for pair in result.pairs if pair.outcome == "not enough evidence"]
+    inconclusive = [metric for pair in pairs for metric in pair.metrics if metric.outcome == "not enough evidence"]
+    parts = [metric.reason for metric in inconclusive if metric.interval is None and not metric.repeats_needed]
+    if any(metric.interval and not metric.repeats_needed for metric in inconclusive):
+        parts.append(
+            f"over {verdict.MAX_REPEATS} repeats would be needed: measure longer runs on a quieter machine, "
+            "or allow a larger change with `--threshold`"
+        )
+    elif needed := max((metric.repeats_needed or 0 for metric in inconclusive), default=0):
+        done = min(side.repeats for pair in pairs for side in (pair.old, pair.new) if side)
+        parts.append(
+            f"about {needed} repeats of each ({needed - done} more) are needed: "
+            f"measure both again with `--repeats {needed}`"
+        )
+    return "; ".join(dict.fromkeys(parts))

@@ -1,0 +1,120 @@
+"""The metrics that `inferctl compare` judges, and their values in the runs of two receipts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from inferctl.bench.judge.comparable import ReceiptPair
+from inferctl.bench.judge.verdict import MIN_RUNS
+from inferctl.bench.receipt import JsonObject, Receipt
+
+_MEBIBYTE = 2**20
+# Judged by the difference and not by the ratio, so it is not in `METRICS`.
+REJECTED = "rejected"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of each run. `read` returns it, or the reason why the run has none."""
+
+    name: str
+    unit: str
+    higher_is_worse: bool
+    read: Callable[[JsonObject], float | str]
+
+
+@dataclass(frozen=True)
+class RunValues:
+    """A metric in the runs of both receipts, in the order of the repeats. `missing` is why there are no values."""
+
+    old: Sequence[float]
+    new: Sequence[float]
+    missing: str = ""
+
+    @property
+    def fewest(self) -> int:
+        """Return the number of runs of the side that has fewer."""
+        return min(len(self.old), len(self.new))
+
+
+def _percentile(key: str) -> Callable[[JsonObject], float | str]:
+    def read(run: JsonObject) -> float | str:
+        latency = run["summary"]["latency_ms"]
+        figures = latency.get(key) or {}
+        if figures.get("value"):
+            return float(figures["value"])
+        n, needed = latency["n"], figures.get("needed")
+        seconds = run["summary"].get("seconds") or 0
+        advice = f"; measure {math.ceil(1.1 * seconds * needed / n)} s per run" if n and needed else ""
+        return f"not enough samples: {n} of {needed} responses per run{advice}"
+
+    return read
+
+
+def _rate(run: JsonObject) -> float | str:
+    """Return requests/s, from the closed loop if the run has one: an open loop receives what it sends."""
+    summary = (run.get("closed_loop") or run)["summary"]
+    return float(summary["requests_per_s"]) or "no request was answered"
+
+
+def _memory(run: JsonObject) -> float | str:
+    peak = (run.get("resources") or {}).get("server_peak_bytes")
+    return peak / _MEBIBYTE if peak else "not measured: server process not found"
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("p50", "ms", True, _percentile("p50")),
+        Metric("p90", "ms", True, _percentile("p90")),
+        Metric("p99", "ms", True, _percentile("p99")),
+        Metric("requests_per_s", "/s", False, _rate),
+        Metric("memory", "MiB", True, _memory),
+    )
+}
+
+
+def values(pair: ReceiptPair, metric: Metric) -> RunValues:
+    """Return the values of a metric. If the runs are interleaved, only of the repeats that both receipts have."""
+    if pair.new is None:
+        return RunValues((), (), "not measured again")
+    read = [[metric.read(run) for run in runs] for runs in _runs(pair)]
+    if missing := next((value for side in read for value in side if isinstance(value, str)), ""):
+        return RunValues((), (), missing)
+    old, new = ([float(value) for value in side] for side in read)
+    return RunValues(old, new)
+
+
+def rejected(pair: ReceiptPair) -> RunValues:
+    """Return the percentage of rejected requests of each run; older receipts count none."""
+    old, new = ([float(run["summary"].get("rejected_percent") or 0.0) for run in runs] for runs in _runs(pair))
+    return RunValues(old, new)
+
+
+def is_sample(pair: ReceiptPair, metric: Metric) -> bool:
+    """Return whether there are enough runs whose values differ by chance."""
+    return values(pair, metric).fewest >= MIN_RUNS and not is_single_value(pair, metric)
+
+
+def is_single_value(pair: ReceiptPair, metric: Metric) -> bool:
+    """Return whether all runs of a side share one value: the peak memory of a server that served all of them."""
+    return metric.name == "memory" and any(side.url for side in (pair.old, pair.new) if side)
+
+
+def geometric_mean(numbers: Sequence[float]) -> float:
+    return math.exp(math.fsum(math.log(number) for number in numbers) / len(numbers))
+
+
+def _runs(pair: ReceiptPair) -> tuple[list[JsonObject], list[JsonObject]]:
+    """Return the runs of both receipts in the order of their repeats."""
+    old, new = _by_repeat(pair.old), _by_repeat(pair.new)
+    if pair.interleaved:
+        common = old.keys() & new.keys()
+        old, new = ({repeat: side[repeat] for repeat in common} for side in (old, new))
+    return [old[repeat] for repeat in sorted(old)], [new[repeat] for repeat in sorted(new)]
+
+
+def _by_repeat(sealed: Receipt | None) -> dict[int, JsonObject]:
+    return {run["repeat"]: run for run in sealed.runs} if sealed else {}

@@ -1,0 +1,213 @@
+"""What the probes of a search say together: the highest rate within the SLO, its band, and how the server saturates.
+
+Terms as in R. Jain and D.-M. Chiu (Computer Networks 17, 1989). Up to the *knee*, more load adds little latency. Above
+it, latency grows faster than throughput. At the *cliff*, throughput falls or errors start. Between them, throughput may
+stop growing: *saturation*. The knee is the rate with the greatest throughput / latency (Kleinrock's power).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from inferctl.bench.judge.probe import SATURATED, Probe
+
+# Throughput falls if it is less than this share of the throughput at a lower rate.
+_FALLING_SHARE = 0.95
+
+SearchVerdict = Literal["found", "at least", "none holds", "not confirmed", "n too small"]
+Band = tuple[float, float | None]
+
+
+@dataclass(frozen=True)
+class Cliff:
+    """The rate at which throughput falls or errors start."""
+
+    rps: float
+    kind: Literal["throughput falls", "errors"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """Knee, saturation and cliff in requests/s; None if no probe showed them. The names are keys of the receipt."""
+
+    knee_rps: float | None
+    saturation_rps: float | None
+    saturated_at_rps: float | None
+    cliff: Cliff | None
+
+
+@dataclass(frozen=True)
+class BudgetUse:
+    """The time that a search was allowed to take, and the time that it took."""
+
+    seconds: float
+    spent_s: float
+
+
+@dataclass(frozen=True)
+class SearchOutcome:
+    """The result of a search. `best` is the probe that confirmed the highest rate within the SLO, if one did.
+
+    `first_failing` is the lowest failing probe above it, which failed `first_failing_times` times. `band` has the rates
+    between which the highest rate within the SLO lies. `expired` is whether the budget ended the search.
+    """
+
+    slo_p99_ms: float
+    resolution: float
+    ceiling_rps: float | None
+    verdict: SearchVerdict
+    best: Probe | None
+    first_failing: Probe | None
+    first_failing_times: int | None
+    band: Band | None
+    expired: bool
+    failed_below: Sequence[float]
+    saturation: Saturation
+    probes: Sequence[Probe]
+    budget: BudgetUse | None = None
+
+    @property
+    def max_goodput_rps(self) -> float | None:
+        """Return the highest rate that was confirmed to meet the SLO."""
+        return self.best.rate if self.best else None
+
+    @property
+    def reason(self) -> str:
+        """Return why the first failing rate failed."""
+        return self.first_failing.reason if self.first_failing else ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the `search` key of a receipt."""
+        return {
+            "slo_p99_ms": self.slo_p99_ms,
+            "resolution": self.resolution,
+            "ceiling_rps": self.ceiling_rps,
+            "verdict": self.verdict,
+            "max_goodput_rps": self.max_goodput_rps,
+            "first_failing_rps": self.first_failing.rate if self.first_failing else None,
+            "first_failing_times": self.first_failing_times,
+            "limited_by": self.first_failing.limited_by if self.first_failing else None,
+            "reason": self.reason,
+            "band_rps": self.band and list(self.band),
+            "expired": self.expired,
+            "caution": None,  # set by older versions only
+            "failed_below": list(self.failed_below),
+            **asdict(self.saturation),
+            "probes": [probe.as_dict() for probe in self.probes],
+        } | ({"budget": asdict(self.budget)} if self.budget else {})
+
+
+def summarize(
+    probes: Sequence[Probe],
+    best: Probe | None,
+    *,
+    slo_p99_ms: float,
+    resolution: float,
+    ceiling_rps: float | None,
+    expired: bool,
+    low: float | None,
+) -> SearchOutcome:
+    """Return the outcome of a search from its `probes` in the order in which they ran.
+
+    `best` is the confirmed probe, `low` the highest rate that met the SLO at least once.
+    """
+    latest = {probe.rate: probe for probe in probes}
+    ascending = [latest[rate] for rate in sorted(latest)]
+    failing = [probe for probe in ascending if probe.meets_slo is False and (not best or probe.rate > best.rate)]
+    first = failing[0] if failing else None
+    return SearchOutcome(
+        slo_p99_ms=slo_p99_ms,
+        resolution=resolution,
+        ceiling_rps=ceiling_rps and round(ceiling_rps, 3),
+        verdict=_verdict(probes, ascending, failing, best, expired),
+        best=best,
+        first_failing=first,
+        first_failing_times=sum(p.rate == first.rate and p.meets_slo is False for p in probes) if first else None,
+        band=band(probes, best) if best or not expired else _band_without_confirmation(probes, low),
+        expired=expired,
+        failed_below=[
+            probe.rate for probe in ascending if best and probe.meets_slo is False and probe.rate < best.rate
+        ],
+        saturation=saturation(ascending),
+        probes=probes,
+    )
+
+
+def _verdict(
+    probes: Sequence[Probe], ascending: Sequence[Probe], failing: Sequence[Probe], best: Probe | None, expired: bool
+) -> SearchVerdict:
+    if best:
+        return "found" if failing and failing[0].limited_by != "generator" else "at least"
+    # With more time, lower rates would have been probed, unless the lowest one is shown to be too high.
+    unfinished = expired and not (ascending and ascending[0].above_limit)
+    if unfinished or any(probe.meets_slo for probe in probes):
+        return "not confirmed"
+    # A rate at which the server saturates says nothing about lower rates without enough samples.
+    judged = failing and (failing[0].limited_by == "p99" or all(probe.meets_slo is not None for probe in ascending))
+    return "none holds" if judged else "n too small"
+
+
+def band(probes: Sequence[Probe], best: Probe | None) -> Band | None:
+    """Return the rates between which the highest rate within the SLO lies; None if no rate was confirmed.
+
+    The lower end is the confirmed rate. The upper end is the lowest rate at which a second probe shows that the SLO is
+    not met, there or at a lower rate; None if there is none. The lowest of several single probes would be biased.
+    """
+    if best is None:
+        return None
+    above = sorted(probe.rate for probe in probes if probe.above_limit and probe.rate > best.rate)
+    return best.rate, above[1] if len(above) > 1 else None
+
+
+def _band_without_confirmation(probes: Sequence[Probe], low: float | None) -> Band | None:
+    """Return the band if no time was left to confirm: it starts at the highest rate that met the SLO once."""
+    above = sorted(probe.rate for probe in probes if probe.above_limit and probe.rate > (low or 0))
+    high = above[1] if len(above) > 1 else above[0] if above else None
+    return (low or 0.0, high) if low or high else None
+
+
+def saturation(probes: Sequence[Probe]) -> Saturation:
+    """Return knee, saturation and cliff of probes in ascending order of their rates."""
+    unsaturated = [
+        probe for probe in probes if probe.limited_by not in SATURATED and probe.p50_ms and probe.achieved_rps
+    ]
+    knee = max(unsaturated, key=lambda probe: probe.achieved_rps / (probe.p50_ms or 1), default=None)
+    if knee and (len(unsaturated) < 3 or knee is unsaturated[-1]):
+        knee = None
+    behind = _first_of_tail(probes, lambda probe: probe.limited_by in ("fell behind", "errors"), "fell behind")
+    return Saturation(
+        knee_rps=knee.rate if knee else None,
+        saturation_rps=behind.rate if behind else None,
+        saturated_at_rps=round(max((probe.achieved_rps for probe in probes), default=0.0), 3) if behind else None,
+        cliff=_cliff(probes),
+    )
+
+
+def _cliff(probes: Sequence[Probe]) -> Cliff | None:
+    highest = [max((p.achieved_rps for p in probes[: index + 1]), default=0.0) for index in range(len(probes))]
+    low = {
+        probe.rate
+        for probe, before in zip(probes[1:], highest, strict=False)
+        if probe.achieved_rps < _FALLING_SHARE * before
+    }
+    failing = _first_of_tail(probes, lambda probe: probe.limited_by in SATURATED, "errors")
+    falling = _first_of_tail(probes, lambda probe: probe.rate in low, "fell behind")
+    if falling and (not failing or falling.rate < failing.rate):
+        before = max(probe.achieved_rps for probe in probes if probe.rate < falling.rate)
+        reason = f"{falling.achieved_rps:.1f} requests/s, after {before:.1f} at a lower rate"
+        return Cliff(falling.rate, "throughput falls", reason)
+    return Cliff(failing.rate, "errors", failing.reason) if failing else None
+
+
+def _first_of_tail(probes: Sequence[Probe], bad: Callable[[Probe], bool], limited_by: str) -> Probe | None:
+    """Return the first probe with this constraint among the last probes that are all bad.
+
+    A single bad probe below good ones is due to the machine and does not count.
+    """
+    start = len(probes)
+    while start and bad(probes[start - 1]):
+        start -= 1
+    return next((probe for probe in probes[start:] if probe.limited_by == limited_by), None)

@@ -1,0 +1,98 @@
+"""Describe the result of a search in sentences. Reads the `search` key of a receipt, also of older versions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from inferctl.bench.receipt import JsonObject
+from inferctl.errors import NotEnoughEvidenceError
+
+_INCONCLUSIVE = ("n too small", "not confirmed")
+
+
+def sentences(name: str, search: JsonObject) -> list[str]:
+    """Return what the search of configuration `name` found; the first sentence is the result."""
+    found = [f"{name} meets the SLO{_result(search)}." if _confirmed(search) else f"{name}{_without_rate(search)}."]
+    if search["first_failing_rps"]:
+        once = " (one probe only)" if search.get("first_failing_times") == 1 else ""
+        found.append(
+            f"{name} first fails at {search['first_failing_rps']:g} requests/s{once}, limited by "
+            f"{search['limited_by']}: {search['reason']}."
+        )
+    if search.get("failed_below"):
+        rates = ", ".join(f"{rate:g}" for rate in search["failed_below"])
+        found.append(f"{name} also failed at {rates} requests/s, below rates within the SLO: the machine was unsteady.")
+    if search.get("expired") and (budget := search.get("budget")):
+        found.append(
+            f"{name}: the search ended with its budget ({budget['seconds']:.0f} s, of which it used "
+            f"{budget['spent_s']:.0f} s); a longer budget narrows the band."
+        )
+    return [*found, _saturation(name, search)]
+
+
+def inconclusive(rows: Sequence[JsonObject]) -> NotEnoughEvidenceError | None:
+    """Return the error of a benchmark whose searches were all inconclusive; `rows` are those of its result."""
+    searched = [row for row in rows if row.get("search")]
+    if not searched or any(row["search"]["verdict"] not in _INCONCLUSIVE for row in searched):
+        return None
+    reasons = "; ".join(sentences(row["configuration"], row["search"])[0].rstrip(".") for row in searched)
+    return NotEnoughEvidenceError(
+        reasons, "give each probe more time: `search: {probe_s: 20, max_probe_s: 120}` in a plan"
+    )
+
+
+def _confirmed(search: JsonObject) -> JsonObject | None:
+    """Return the probe that confirmed the highest rate within the SLO; None if there is none."""
+    best = search["max_goodput_rps"]
+    probes = reversed(search["probes"])
+    return next((probe for probe in probes if best and probe["rate"] == best and probe["holds"]), None)
+
+
+def _result(search: JsonObject) -> str:
+    probe = _confirmed(search) or {}
+    low, high = probe["p99_interval_ms"]
+    least = "at least " if search["verdict"] == "at least" else ""
+    bounded = ", which is bounded by the largest sample: the true p99 may be higher" if search.get("caution") else ""
+    return (
+        f" (p99 {search['slo_p99_ms']:g} ms) up to {least}{search['max_goodput_rps']:g} requests/s{_band(search)}; "
+        f"p99 at this rate {probe['p99_ms']:.1f} ms, interval {low:.1f} - {high:.1f}{bounded}"
+    )
+
+
+def _without_rate(search: JsonObject) -> str:
+    """Return why the search has no rate within the SLO."""
+    slo = f"the SLO (p99 {search['slo_p99_ms']:g} ms)"
+    if search["verdict"] == "n too small":
+        return (
+            f": inconclusive, not enough samples to say which rate meets {slo}; "
+            "give each probe more time (`max_probe_s`)"
+        )
+    if search["verdict"] == "not confirmed":
+        if search.get("expired"):
+            return f": inconclusive, the budget left no time to confirm a rate that meets {slo}{_band(search)}"
+        return f": inconclusive, no rate met {slo} in two probes; the machine is too unsteady"
+    unknown = max((probe["rate"] for probe in search["probes"] if probe["holds"] is None), default=None)
+    rest = f"; {unknown:g} requests/s is inconclusive (not enough samples)" if unknown else ""
+    return f" meets {slo} at no probed rate{rest}"
+
+
+def _band(search: JsonObject) -> str:
+    """Return the band of the rate in words; older receipts have none."""
+    if not (band := search.get("band_rps")):
+        return ""
+    low, high = band
+    return f" (the limit is between {low:g} and {high:g})" if high else f" (the limit is {low:g} or higher)"
+
+
+def _saturation(name: str, search: JsonObject) -> str:
+    parts = []
+    if search["knee_rps"]:
+        parts.append(f"knee at {search['knee_rps']:g} requests/s (above it, latency grows faster than throughput)")
+    if search["saturation_rps"]:
+        parts.append(
+            f"saturated from {search['saturation_rps']:g} requests/s offered "
+            f"(it completes at most {search['saturated_at_rps']:.1f})"
+        )
+    cliff = search["cliff"]
+    parts.append(f"cliff at {cliff['rps']:g}: {cliff['kind']}, {cliff['reason']}" if cliff else "no cliff found")
+    return f"{name}: {'; '.join(parts)}."

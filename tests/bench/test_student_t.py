@@ -1,0 +1,39 @@
+"""Quantiles of Student's t, against tables and against its distribution function."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from inferctl.bench import student_t
+
+# Abramowitz and Stegun, table 26.10.
+TABLE = {
+    (0.95, 30): 1.697,
+    (0.975, 1): 12.706,
+    (0.975, 4): 2.776,
+    (0.975, 10): 2.228,
+    (0.975, 20): 2.086,
+    (0.975, 30): 2.042,
+    (0.975, 120): 1.980,
+    (0.995, 5): 4.032,
+    (0.995, 120): 2.617,
+}
+
+
+@pytest.mark.parametrize(("p", "degrees"), TABLE)
+def test_quantiles_are_those_of_the_tables(p: float, degrees: int) -> None:
+    assert student_t.quantile(p, degrees) == pytest.approx(TABLE[p, degrees], abs=6e-4)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.975, 0.9995, 1 - 0.05 / 200])
+@pytest.mark.parametrize("degrees", [1, 2, 3, 10, 199, 200, 201, 202, 1000, 10_001])
+def test_quantiles_invert_the_distribution(p: float, degrees: int) -> None:
+    assert student_t.distribution(student_t.quantile(p, degrees), degrees) == pytest.approx(p, abs=1e-10)
+
+
+def test_it_needs_no_numpy() -> None:
+    code = "import sys; from inferctl.bench import student_t\nsys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
