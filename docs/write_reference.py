@@ -1,4 +1,6 @@
-"""Write docs/reference.md from the command line's own help, and the spec's keys from its schema. `make docs` runs it; a test compares.
+"""Writes docs/reference.md from the help of the command line, the exit codes in errors.py and the keys of the spec.
+
+`make docs` runs it, and a test compares the result.
 
 python docs/write_reference.py
 """
@@ -15,19 +17,10 @@ TARGET = Path(__file__).resolve().parent / "reference.md"
 HEAD = """\
 # Reference
 
-`make docs` writes this page from the program itself, and a test compares the two. A command prints its result on
-stdout and everything for people on stderr. With `--json` the result is one JSON document.
-
-| exit code | meaning |
-|---|---|
-| 0 | ok |
-| 1 | failed, or a regression was found |
-| 2 | usage or spec error |
-| 3 | Docker, registry, GPU, port or disk not ready, or stdout cannot be written |
-| 4 | not enough evidence |
-| 5 | invalid run |
-| 130 | interrupted by Ctrl-C or SIGTERM |
-
+`make docs` writes this page from the program, and a test compares the two. A command prints its result on stdout and
+messages on stderr. With `--json` the result is one JSON document.
+"""
+JSON_ERRORS = """\
 If a command with `--json` fails before it has a result, stdout is this document. `problems` lists the errors of a
 file one by one:
 
@@ -41,7 +34,15 @@ A stderr that cannot be written never changes the exit code.
 """
 
 
+def exit_codes() -> str:
+    """Return the table of exit codes in the docstring of errors.py."""
+    from inferctl import errors
+
+    return "".join(f"{line}\n" for line in (errors.__doc__ or "").splitlines() if line.startswith("|"))
+
+
 def help_of(*command: str) -> str:
+    """Return the help of a command, 100 columns wide."""
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
     done = subprocess.run(
         [sys.executable, "-m", "inferctl", *command, "--help"],
@@ -54,7 +55,7 @@ def help_of(*command: str) -> str:
 
 
 def commands() -> list[tuple[str, ...]]:
-    """Every verb, and the verbs under a group, in the order of `inferctl --help`."""
+    """Return all commands and subcommands, in the order of `inferctl --help`."""
     import typer.main
 
     from inferctl import cli
@@ -68,12 +69,12 @@ def commands() -> list[tuple[str, ...]]:
 
 
 def settings() -> str:
-    """A table of every key of inferctl.yaml."""
+    """Return a table of all keys of inferctl.yaml."""
     from pydantic import BaseModel
 
     from inferctl.spec import Spec
 
-    rows = ["| key | default | what it says |", "|---|---|---|"]
+    rows = ["| key | default | description |", "|---|---|---|"]
 
     def walk(section: type[BaseModel], prefix: str) -> None:
         for name, info in section.model_fields.items():
@@ -93,7 +94,8 @@ def settings() -> str:
 
 
 def reference() -> str:
-    parts = [HEAD, "## inferctl\n", f"```text\n{help_of()}```\n"]
+    """Return the whole page."""
+    parts = [HEAD, exit_codes(), JSON_ERRORS, "## inferctl\n", f"```text\n{help_of()}```\n"]
     for command in commands():
         parts += [f"## inferctl {' '.join(command)}\n", f"```text\n{help_of(*command)}```\n"]
     parts += ["## Keys of inferctl.yaml\n", settings()]

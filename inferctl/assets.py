@@ -1,4 +1,4 @@
-"""Where the shipped folders are: inside the wheel, or at the top of a checkout."""
+"""Paths of the shipped folders: inside the wheel, or at the top of a checkout."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ _WHEEL_ASSETS = _PACKAGE / "_assets"
 
 
 def root() -> Path:
-    """The folder that holds `templates/`, `base-images/` and `benchmarks/`.
+    """Return the folder that holds `templates/`, `base-images/` and `benchmarks/`.
 
-    The wheel carries them as `inferctl/_assets`; a checkout or an editable install has them beside the package.
+    The wheel contains them as `inferctl/_assets`. In a checkout or an editable install they are next to the package.
     """
     return _WHEEL_ASSETS if _WHEEL_ASSETS.is_dir() else _PACKAGE.parent
 
 
 def package() -> Path:
-    """The folder of the `inferctl` package itself (what the server layer of an image is made of)."""
+    """Return the folder of the `inferctl` package. The server layer of an image is a copy of files from it."""
     return _PACKAGE

@@ -1,6 +1,6 @@
-"""What is known of base images, torch stacks and hardware, and which precision runs where.
+"""Reads the facts about base images, torch stacks, hardware and drivers, each with its source.
 
-Facts are data (`base-images/*.yaml`, `benchmarks/hardware/*.yaml`), each with its source; `inferctl.fit` judges.
+The facts are in `base-images/*.yaml` and `benchmarks/hardware/*.yaml`. `fit.py` judges by them.
 """
 
 from __future__ import annotations
@@ -15,34 +15,17 @@ from typing import Any, Literal, TypeVar
 
 from inferctl import assets, document, drivers
 from inferctl.errors import UsageError, did_you_mean
+from inferctl.precision import PRECISIONS, DeviceTraits, capability_of
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-Level = Literal["native", "emulated", "unsupported"]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Traits:
-    """What decides which precisions run: `cuda` with a compute capability, or `cpu` with its instruction flags."""
-
-    kind: Literal["cuda", "cpu"]
-    compute_capability: tuple[int, int] | None = None
-    cpu_flags: frozenset[str] = field(default_factory=frozenset)
-
-
-@dataclass(frozen=True)
-class Support:
-    """How a precision runs on a device, with the reason in one line."""
-
-    level: Level
-    reason: str
-
-
-@dataclass(frozen=True)
 class Source:
-    """Where `facts` (names of fields) come from: a text with an https link, and the day of reading.
+    """The source of `facts` (names of fields): a text with an https link, and the date when it was read.
 
-    `kind`: read in the source, derived from what it says (`source` names how), or a choice of inferctl (`source`: why).
+    `kind`: the facts were read in the source, derived from it (`source` says how), or chosen by inferctl (`source` says
+    why).
     """
 
     facts: tuple[str, ...]
@@ -52,13 +35,13 @@ class Source:
 
     @property
     def title(self) -> str:
-        """`source` up to its first link."""
+        """The text of `source` before its first link."""
         return re.split(r":? \(?https://", self.source, maxsplit=1)[0]
 
 
 @dataclass(frozen=True)
 class PythonInstall:
-    """The Python of a base: `major.minor`, its path, and the apt packages that bring it (none when it is there)."""
+    """The Python of a base: `major.minor`, its path, and the apt packages to install (none if the base has it)."""
 
     version: str
     executable: str
@@ -67,9 +50,9 @@ class PythonInstall:
 
 @dataclass(frozen=True)
 class BaseImage:
-    """A container base. `ships` are its CUDA libraries, `provides` its Python packages; `notes` explain null facts.
+    """A base image. `ships` are its CUDA libraries, `provides` its Python packages. `notes` explain null facts.
 
-    `require_cuda` is the image's NVIDIA_REQUIRE_CUDA, `cuda_compat` the CUDA version of its forward compatibility
+    `require_cuda` is NVIDIA_REQUIRE_CUDA of the image. `cuda_compat` is the CUDA version of its forward compatibility
     libraries.
     """
 
@@ -98,15 +81,16 @@ class BaseImage:
 
     @property
     def requirement(self) -> drivers.Requirement | None:
-        """`require_cuda`, parsed; None when the image has none or it is not known."""
+        """`require_cuda`, parsed. None if the image has none or it is unknown."""
         return drivers.Requirement.parse(self.require_cuda) if self.require_cuda else None
 
 
 @dataclass(frozen=True)
 class Stack:
-    """One row torch x CUDA x Python x kernels x driver. `driver_floor` is the major driver version, as in 580.
+    """One combination of torch, CUDA, Python, GPU kernels and driver.
 
-    `index`: URL of the package index that has its torch, None when that is PyPI.
+    `driver_floor` is the oldest driver branch, such as 580. `sm` are the compute capabilities with compiled kernels.
+    `index`: URL of the package index of its torch, None for PyPI.
     """
 
     key: str
@@ -129,9 +113,9 @@ class Stack:
             capability_of(sm)
 
     def has_kernels(self, capability: tuple[int, int]) -> bool | None:
-        """Whether compiled code in the wheel runs on `capability`; None when the known list is not complete.
+        """Return whether the wheel has kernels for `capability`; None if the known list is incomplete.
 
-        A kernel built for X.y runs on X.z with z >= y (CUDA binary compatibility); PTX runs on anything newer.
+        A kernel for X.y runs on X.z with z >= y (CUDA binary compatibility). PTX runs on every newer GPU.
         """
         built = [capability_of(sm) for sm in self.sm]
         if any(major == capability[0] and minor <= capability[1] for major, minor in built):
@@ -143,7 +127,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Price:
-    """On-demand price of one such device, US dollars an hour, out of an instance's price divided by its devices."""
+    """On-demand price of one device in US dollars per hour: the price of an instance divided by its devices."""
 
     provider: str
     instance: str
@@ -154,7 +138,7 @@ class Price:
 
 @dataclass(frozen=True)
 class MigSlice:
-    """A MIG instance: its multiprocessors and those of the whole GPU, its share of the memory, how many fit one GPU."""
+    """A MIG instance. `at_most` is the maximum number of such instances on one GPU."""
 
     profile: str
     parent: str
@@ -165,15 +149,15 @@ class MigSlice:
 
     @property
     def compute_share(self) -> float:
-        """Share of the whole GPU's multiprocessors: 42 of 108 for 3g."""
+        """Share of the multiprocessors of the GPU, such as 42 of 108 for 3g."""
         return self.sms / self.parent_sms
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A GPU, a slice of one, or a CPU. Peaks are dense, in TFLOP/s (int8: TOP/s), None where none is known.
+    """A GPU, a MIG slice or a CPU. Peaks are dense, in TFLOP/s (int8: TOP/s); None if unknown.
 
-    `brand` is the GPU's brand in the words of NVIDIA_REQUIRE_CUDA, such as `nvidia` or `geforce`.
+    `brand` is the name of the GPU's brand in NVIDIA_REQUIRE_CUDA, such as `nvidia` or `geforce`.
     """
 
     key: str
@@ -195,118 +179,61 @@ class Hardware:
 
     def __post_init__(self) -> None:
         if missing := set(PRECISIONS) - set(self.peaks):
-            raise ValueError(f"peaks lack {', '.join(sorted(missing))} (null says that none is known)")
+            raise ValueError(f"peaks lack {', '.join(sorted(missing))} (write null for an unknown peak)")
         if (self.kind == "cuda") != (self.compute_capability is not None):
-            raise ValueError("compute_capability goes with kind cuda, and only with it")
+            raise ValueError("compute_capability is required for kind cuda and not allowed for other kinds")
         _ = self.traits
 
     @property
-    def traits(self) -> Traits:
-        """What `support` asks; the instruction flags of a CPU are the running machine's, so a profile has none."""
-        return Traits(self.kind, capability_of(self.compute_capability) if self.compute_capability else None)
+    def traits(self) -> DeviceTraits:
+        """The argument of `precision.support`. A CPU profile has no instruction flags: they differ by machine."""
+        return DeviceTraits(self.kind, capability_of(self.compute_capability) if self.compute_capability else None)
 
 
-def capability_of(text: str) -> tuple[int, int]:
-    """`"8.6"` -> `(8, 6)`. Raises `ValueError`."""
-    major, dot, minor = text.partition(".")
-    if not (dot and major.isdigit() and minor.isdigit()):
-        raise ValueError(f"{text!r} is not a compute capability like 8.6")
-    return int(major), int(minor)
-
-
-def support(precision: str, device: Traits) -> Support:
-    """Whether `device` runs `precision` natively, emulates it or cannot; the one place that decides it."""
-    if precision == "fp32":
-        return Support("native", "fp32 runs everywhere")
-    if device.kind == "cuda":
-        return _cuda_support(precision, device.compute_capability or (0, 0))
-    return _cpu_support(precision, device.cpu_flags)
-
-
-def best_precision(device: Traits) -> str:
-    """What `auto` means on `device`: bf16 where it is native, else fp16 where a GPU runs it natively, else fp32."""
-    if support("bf16", device).level == "native":
-        return "bf16"
-    return "fp16" if device.kind == "cuda" and support("fp16", device).level == "native" else "fp32"
-
-
-def _cuda_support(precision: str, capability: tuple[int, int]) -> Support:
-    sm = f"compute capability {capability[0]}.{capability[1]}"
-    if precision == "bf16":
-        if capability >= (8, 0):
-            return Support("native", f"{sm} has bf16 tensor cores (8.0 or newer)")
-        return Support("emulated", f"{sm} has no bf16 tensor cores (8.0 or newer needed): use fp16")
-    if precision == "fp16":
-        if capability >= (7, 0):
-            return Support("native", f"{sm} has fp16 tensor cores")
-        return Support("emulated", f"{sm} has no fp16 tensor cores (7.0 or newer needed)")
-    if capability >= (7, 5):
-        return Support("native", f"{sm} runs LLM.int8: half the weights' memory, slower than fp16 wherever measured")
-    return Support("unsupported", f"{sm} is below 7.5, which bitsandbytes' LLM.int8 needs")
-
-
-def _cpu_support(precision: str, flags: frozenset[str]) -> Support:
-    if precision == "bf16":
-        found = sorted(flags & {"avx512_bf16", "amx_bf16"})
-        if found:
-            return Support("native", f"the CPU has {', '.join(found)}")
-        return Support("emulated", "the CPU has neither avx512_bf16 nor amx_bf16: expect bf16 to be slower than fp32")
-    if precision == "fp16":
-        if flags & {"avx512_fp16", "amx_fp16"}:
-            return Support("native", "the CPU has fp16 arithmetic")
-        return Support("emulated", "the CPU has no fp16 arithmetic: expect fp16 to be many times slower than fp32")
-    found = sorted(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
-    if found:
-        return Support(
-            "native",
-            f"the CPU has {', '.join(found)}: it halves the weights' memory; slower than bf16 on short texts, level on longer",
-        )
-    return Support("emulated", "the CPU has no VNNI or AMX instructions: int8 saves memory, not time")
-
-
-# Files of base-images/ that are no base.
+# Files in base-images/ that do not describe a base image.
 _TABLES = ("drivers", "stacks")
 
 
 @cache
 def bases() -> dict[str, BaseImage]:
-    """Every base image, by key."""
+    """Return all base images by key."""
     files = sorted((assets.root() / "base-images").glob("*.yaml"))
     return {f.stem: _typed(BaseImage, {"key": f.stem, **_yaml(f)}, f) for f in files if f.stem not in _TABLES}
 
 
 @cache
 def stacks() -> dict[str, Stack]:
-    """Every known torch stack, by key, oldest first."""
+    """Return all torch stacks by key, oldest first."""
     file = assets.root() / "base-images" / "stacks.yaml"
     table = _yaml(file)
     return {key: _typed(Stack, {"key": key, **table["defaults"], **row}, file) for key, row in table["stacks"].items()}
 
 
-def image_of(base: BaseImage, stack: Stack) -> drivers.Image | None:
-    """What of a base and its stack a driver must satisfy; None for images without CUDA."""
+def cuda_image(base: BaseImage, stack: Stack) -> drivers.CudaImage | None:
+    """Return the facts of a base and its stack that `drivers.judge` requires; None for images without CUDA."""
     if stack.cuda is None or stack.driver_floor is None:
         return None
-    image = drivers.Image(base.key, base.requirement, base.cuda_compat, stack.cuda, stack.driver_floor)
+    image = drivers.CudaImage(base.key, base.requirement, base.cuda_compat, stack.cuda, stack.driver_floor)
     note = base.notes.get("cuda_compat")
     return replace(image, no_compat=note) if note else image
 
 
-def gpu_of(part: Hardware) -> drivers.Gpu:
-    """What of a part a driver must satisfy. `part` is of kind cuda."""
-    return gpu(part.brand or drivers.brand_of(part.name), part.compute_capability)
+def cuda_gpu_of(part: Hardware) -> drivers.CudaGpu:
+    """Return the facts of a part of kind cuda that `drivers.judge` requires."""
+    return cuda_gpu(part.brand or drivers.brand_of(part.name), part.compute_capability)
 
 
-def gpu(brand: str, capability: str | None) -> drivers.Gpu:
-    """What of a GPU a driver must satisfy."""
+def cuda_gpu(brand: str, capability: str | None) -> drivers.CudaGpu:
+    """Return the facts of a GPU that `drivers.judge` requires, from its brand and compute capability."""
     oldest = oldest_driver(capability_of(capability)) if capability else None
-    return drivers.Gpu(brand, capability, oldest)
+    return drivers.CudaGpu(brand, capability, oldest)
 
 
 def oldest_driver(capability: tuple[int, int]) -> int | None:
-    """The oldest driver branch that runs GPUs of `capability`, at least; None when it is not known.
+    """Return the oldest driver branch that runs GPUs of `capability`; None if unknown.
 
-    A capability that the table does not have needs no older driver than the one before it of the same major version.
+    A capability that is not in the table gets the branch of the next lower one with the same major version. Its GPUs
+    may need a newer driver.
     """
     known = {capability_of(key): branch for key, branch in _driver_table()["oldest_driver"].items()}
     earlier = [branch for (major, minor), branch in known.items() if major == capability[0] and minor <= capability[1]]
@@ -314,7 +241,7 @@ def oldest_driver(capability: tuple[int, int]) -> int | None:
 
 
 def cuda_of_driver(branch: int) -> tuple[int, ...]:
-    """The newest CUDA version that a driver of this branch offers by itself: 535 -> (12, 2)."""
+    """Return the newest CUDA version that a driver branch supports without cuda-compat: 535 -> (12, 2)."""
     known = _driver_branches()
     older = [version for since, version in known.items() if since <= branch]
     return drivers.version(older[-1]) if older else (0,)
@@ -332,7 +259,7 @@ def _driver_table() -> dict[str, Any]:
 
 @cache
 def hardware_profiles() -> dict[str, Hardware]:
-    """Every part, and after each the MIG slices derived from it, by key."""
+    """Return all hardware by key. The MIG slices of a GPU follow the GPU."""
     found: dict[str, Hardware] = {}
     for file in sorted((assets.root() / "benchmarks" / "hardware").glob("*.yaml")):
         found |= _parts(file)
@@ -340,43 +267,43 @@ def hardware_profiles() -> dict[str, Hardware]:
 
 
 def base(key: str) -> BaseImage:
-    """The base `key`, or the one described in the file `key` when it ends in .yaml. Raises `UsageError`."""
+    """Return the base image `key`, or read it from the file `key` if that ends in .yaml. Raises `UsageError`."""
     if key.endswith((".yaml", ".yml")):
         file = Path(key)
         return _typed(BaseImage, {"key": file.stem, **_yaml(file)}, file)
-    return _pick("base image", key, bases())
+    return _find("base image", key, bases())
 
 
 def stack(key: str) -> Stack:
-    """The stack `key`. Raises `UsageError`."""
-    return _pick("stack", key, stacks())
+    """Return the stack `key`. Raises `UsageError`."""
+    return _find("stack", key, stacks())
 
 
 def hardware(key: str) -> Hardware:
-    """The part or slice `key`, or the one described in the file `key` when it ends in .yaml. Raises `UsageError`."""
+    """Return the hardware `key`, or read it from the file `key` if that ends in .yaml. Raises `UsageError`."""
     if key.endswith((".yaml", ".yml")):
         file = Path(key)
         data = _yaml(file)
         data.pop("slices", None)
         return _typed(Hardware, {"key": file.stem, **data}, file)
-    return _pick("hardware", key, hardware_profiles())
+    return _find("hardware", key, hardware_profiles())
 
 
 def vocabulary() -> dict[str, list[str]]:
-    """Dotted paths of the spec -> the names that are known there, for `settings.resolve`."""
+    """Return the known names by dotted path of the spec, for `settings.resolve`."""
     plans = sorted(file.stem for file in (assets.root() / "benchmarks" / "plans").glob("*.yaml"))
     known = {"hardware": list(hardware_profiles()), "image.base": list(bases())}
     return known | ({"bench.plan": plans} if plans else {})
 
 
 def detect_gpu(name: str, memory_bytes: int | None = None) -> Hardware | None:
-    """The profile of a device by the name NVML or torch gives it, as in `NVIDIA A100-SXM4-40GB MIG 3g.20gb`.
+    """Return the hardware with a device name of NVML or torch, such as `NVIDIA A100-SXM4-40GB MIG 3g.20gb`.
 
-    None when nothing in the catalog is that device, or when `memory_bytes` is more than 15 % off what the profile says.
+    None if the catalog has no such device, or if `memory_bytes` differs from its memory by more than 15%.
     """
-    wanted = _device_name(name)
+    normalized = _device_name(name)
     for part in hardware_profiles().values():
-        if wanted not in map(_device_name, part.device_names):
+        if normalized not in map(_device_name, part.device_names):
             continue
         if memory_bytes and part.memory_bytes and abs(memory_bytes / part.memory_bytes - 1) > 0.15:
             continue
@@ -388,11 +315,11 @@ def _device_name(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", name.strip().casefold()).removeprefix("nvidia ")
 
 
-def _pick(what: str, key: str, known: Mapping[str, T]) -> T:
+def _find(what: str, key: str, known: Mapping[str, T]) -> T:
     if key in known:
         return known[key]
     hint = did_you_mean(key, known) or f"known: {', '.join(known)}"
-    raise UsageError(f"there is no {what} {key!r}", hint)
+    raise UsageError(f"{what} {key!r} not found", hint)
 
 
 def _parts(file: Path) -> dict[str, Hardware]:
@@ -408,7 +335,10 @@ def _parts(file: Path) -> dict[str, Hardware]:
 
 
 def _slice(whole: Hardware, mig: MigSlice, key: str, device_names: list[str], source: Mapping[str, Any]) -> Hardware:
-    """A slice out of its GPU: peaks by its share of the multiprocessors, bandwidth by its share of the memory."""
+    """Derive a MIG slice from its GPU.
+
+    Peaks are proportional to its share of the multiprocessors, bandwidth to its share of the memory.
+    """
     if not (whole.memory_bytes and whole.bandwidth_gbs):
         raise UsageError(f"{whole.key} has slices but no memory_bytes or bandwidth_gbs")
     share = mig.compute_share
@@ -430,8 +360,8 @@ def _slice(whole: Hardware, mig: MigSlice, key: str, device_names: list[str], so
         brand=whole.brand,
         notes={
             "peaks": f"derived: {mig.sms} of {mig.parent_sms} multiprocessors of {whole.key}",
-            "labels": "gpu.product as the single strategy of the MIG manager sets it",
-            "bandwidth_gbs": "derived: proportional to the memory share, the usual reading, not measured",
+            "labels": "gpu.product as set by the single strategy of the MIG manager",
+            "bandwidth_gbs": "derived: proportional to the memory share, a common assumption, not measured",
             "tdp_watts": "a slice has no power limit of its own",
             "prices": f"sold as a share of {whole.key}",
         },
@@ -441,19 +371,19 @@ def _slice(whole: Hardware, mig: MigSlice, key: str, device_names: list[str], so
 
 
 def _yaml(file: Path) -> dict[str, Any]:
-    return document.read(file, "`inferctl catalog` lists what is built in: take an entry as a pattern").data
+    return document.read(file, "use a built-in entry as a template: `inferctl catalog` lists them").data
 
 
 def _typed(kind: type[T], data: dict[str, Any], file: Path) -> T:
-    """`data` as the dataclass `kind`; every wrong or unknown field is named in the `UsageError`."""
+    """Return `data` as the dataclass `kind`. Raises `UsageError` with all invalid and unknown fields."""
     from pydantic import TypeAdapter, ValidationError
 
     unknown = sorted(set(data) - set(kind.__dataclass_fields__))  # type: ignore[attr-defined]  # kind is a dataclass
     try:
         entry = TypeAdapter(kind).validate_python(data)
     except ValidationError as error:
-        mistakes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise UsageError(f"{file}: " + "; ".join(mistakes), "take one of the built-in entries as a pattern") from None
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise UsageError(f"{file}: " + "; ".join(problems), "use a built-in entry as a template") from None
     if unknown:
-        raise UsageError(f"{file}: unknown {', '.join(unknown)}", "take one of the built-in entries as a pattern")
+        raise UsageError(f"{file}: unknown keys {', '.join(unknown)}", "use a built-in entry as a template")
     return entry

@@ -1,7 +1,7 @@
-"""YAML files that people write -> plain data with the line of every key. The one reader of YAML; its input is bounded.
+"""Reads YAML files into plain data with the line number of every key. All YAML is read here.
 
-A short file can stand for gigabytes: aliases multiply what they name. Size, depth and what aliases expand to are
-counted before anything is built.
+A short file can expand to gigabytes, because aliases repeat the value that they name. The reader therefore checks the
+size, the depth and the number of values, with aliases expanded, before it builds any data.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import yaml
 from inferctl.errors import Problem, SpecError, UsageError
 
 MAX_BYTES = 1_000_000
-# Levels of nesting; a spec has four, a plan five.
+# Levels of nesting. A spec has four, a plan has five.
 MAX_DEPTH = 50
-# Keys and values after aliases are expanded. The largest shipped file has a few hundred.
+# Keys and values, with aliases expanded. The largest shipped file has a few hundred.
 MAX_VALUES = 100_000
 
-# libyaml is ten times as fast, and its parser does not recurse.
+# libyaml is ten times as fast as the Python parser and does not recurse.
 _Parser: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Loader(_Parser):  # type: ignore[misc]
-    """YAML without timestamps: a tag like 2024-02-30 is a text, not a date (and not an error)."""
+    """A YAML loader without timestamps: an image tag such as 2024-02-30 stays text instead of an invalid date."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -37,14 +37,14 @@ _Loader.yaml_implicit_resolvers = {
 
 @dataclass(frozen=True)
 class Document:
-    """A YAML file as plain data, with the line (from 1) of every key and item: `lines[("serve", "port")] == 9`."""
+    """A YAML file as plain data, with the line (from 1) of each key and item: `lines[("serve", "port")] == 9`."""
 
     file: str
     data: dict[str, Any]
     lines: Mapping[tuple[str | int, ...], int] = field(default_factory=dict)
 
     def line(self, path: Sequence[str | int]) -> int | None:
-        """Line of `path`, or of its closest parent that the file mentions."""
+        """Return the line of `path`, or of its closest parent in the file. None if the file has neither."""
         for end in range(len(path), 0, -1):
             if (line := self.lines.get(tuple(path[:end]))) is not None:
                 return line
@@ -52,7 +52,7 @@ class Document:
 
 
 def read(path: Path, example: str) -> Document:
-    """Read a YAML file. `example` is the hint of an error: where to find a right one.
+    """Read a YAML file. `example` is the hint of an error: where to find a valid file.
 
     Raises `UsageError` if it cannot be read, `SpecError` if it is not a YAML mapping.
     """
@@ -68,9 +68,9 @@ def read(path: Path, example: str) -> Document:
 
 
 def parse(text: str, file: str, example: str) -> Document:
-    """YAML text -> `Document`. Raises `SpecError` for bad syntax, repeated keys, too many values, and no mapping."""
+    """Parse YAML text. Raises `SpecError` for a syntax error, a repeated key, too many values, or no mapping."""
     try:
-        _refuse_too_much(text)
+        _check_size(text)
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
@@ -81,7 +81,7 @@ def parse(text: str, file: str, example: str) -> Document:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
         hint = "check the indentation and quotes on that line"
-        if isinstance(error, _TooMuchError):
+        if isinstance(error, _TooLargeError):
             hint = example
         line = mark.line + 1 if mark else None
         raise SpecError(file, [Problem("", f"not valid YAML: {what}", line, hint)]) from None
@@ -90,14 +90,14 @@ def parse(text: str, file: str, example: str) -> Document:
     if not isinstance(node, yaml.MappingNode):
         raise SpecError(file, [Problem("", "expected `key: value` lines", node.start_mark.line + 1, example)])
     lines: dict[tuple[str | int, ...], int] = {}
-    repeated = list(_walk(node, (), lines))
-    if repeated:
-        raise SpecError(file, repeated)
+    problems = list(_walk(node, (), lines))
+    if problems:
+        raise SpecError(file, problems)
     return Document(file, data or {}, lines)
 
 
 def scalar(text: str) -> Any:
-    """The number, boolean, null or text that `text` is in YAML; `text` itself if it is anything else."""
+    """Parse `text` as a YAML number, boolean, null or string. Return `text` itself if it is anything else."""
     try:
         node = yaml.compose(text, Loader=_Loader) if len(text) < 100 else None
         return yaml.load(text, Loader=_Loader) if isinstance(node, yaml.ScalarNode) else text
@@ -106,35 +106,35 @@ def scalar(text: str) -> Any:
 
 
 def quoted(value: Any) -> str:
-    """`value`, a text or a list of texts, as YAML on one line, in quotes where YAML would read something else."""
+    """Return `value`, a string or a list of strings, as YAML on one line, in quotes where YAML requires them."""
     text: str = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=float("inf"))
     return text.strip()[1:-1]
 
 
 def dotted(path: Sequence[Hashable]) -> str:
-    """`("serve", "port")` -> `serve.port`."""
+    """Join the keys of a path: `("serve", "port")` -> `serve.port`."""
     return ".".join(str(part) for part in path)
 
 
-class _TooMuchError(yaml.MarkedYAMLError):
+class _TooLargeError(yaml.MarkedYAMLError):
     pass
 
 
-def _refuse_too_much(text: str) -> None:
-    """Raise `_TooMuchError` for what is too deep, or too much once its aliases are expanded."""
+def _check_size(text: str) -> None:
+    """Raise `_TooLargeError` if `text` is nested too deeply or has too many values with aliases expanded."""
     sizes: dict[str, int] = {}
-    # For each level that is open: its anchor, and how many values it has so far.
-    above: list[tuple[str | None, int]] = []
+    # For each open collection: its anchor, and the number of values before it.
+    open_levels: list[tuple[str | None, int]] = []
     total = 0
     for event in yaml.parse(text, Loader=_Parser):
         mark: Any = event.start_mark
         if isinstance(event, yaml.CollectionStartEvent):
-            above.append((event.anchor, total))
+            open_levels.append((event.anchor, total))
             total += 1
-            if len(above) > MAX_DEPTH:
-                raise _TooMuchError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=mark)
+            if len(open_levels) > MAX_DEPTH:
+                raise _TooLargeError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=mark)
         elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, before = above.pop()
+            anchor, before = open_levels.pop()
             if anchor:
                 sizes[anchor] = total - before
         elif isinstance(event, yaml.AliasEvent):
@@ -144,38 +144,39 @@ def _refuse_too_much(text: str) -> None:
             if event.anchor:
                 sizes[event.anchor] = 1
         if total > MAX_VALUES:
-            raise _TooMuchError(problem=f"more than {MAX_VALUES:,} values, aliases expanded", problem_mark=mark)
+            raise _TooLargeError(problem=f"more than {MAX_VALUES:,} values with aliases expanded", problem_mark=mark)
 
 
 def _walk(
     node: yaml.Node,
     path: tuple[str | int, ...],
     lines: dict[tuple[str | int, ...], int],
-    above: tuple[yaml.Node, ...] = (),
+    parents: tuple[yaml.Node, ...] = (),
 ) -> Iterator[Problem]:
-    if node in above:
+    """Fill `lines` with the line of each key and item under `node`; yield repeated keys and recursive aliases."""
+    if node in parents:
         line = node.start_mark.line + 1
         yield Problem(
-            dotted(path), f"{dotted(path)} contains itself", line, "an alias must not stand inside what it names"
+            dotted(path), f"{dotted(path)} contains itself", line, "remove the alias from the value that it refers to"
         )
         return
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            here = (*path, str(key.value))
+            key_path = (*path, str(key.value))
             line = key.start_mark.line + 1
-            if here in lines:
+            if key_path in lines:
                 yield Problem(
-                    dotted(here),
-                    f"{dotted(here)} is given twice (first on line {lines[here]})",
+                    dotted(key_path),
+                    f"duplicate key {dotted(key_path)} (first on line {lines[key_path]})",
                     line,
-                    "keep one of the two",
+                    "remove one of the two",
                 )
-            lines[here] = line
-            yield from _walk(value, here, lines, (*above, node))
+            lines[key_path] = line
+            yield from _walk(value, key_path, lines, (*parents, node))
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             lines[(*path, index)] = item.start_mark.line + 1
-            yield from _walk(item, (*path, index), lines, (*above, node))
+            yield from _walk(item, (*path, index), lines, (*parents, node))
 
 
 def _reason(error: OSError | UnicodeDecodeError) -> str:

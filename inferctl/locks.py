@@ -1,8 +1,9 @@
-"""Hashed locks of what an image installs, split so that its layers stay stable: the torch closure, the server's dependencies, int8.
+"""Reads and resolves the hashed locks of the packages in an image.
 
-A lock is a requirements file in which every package has its version and hashes; pip installs it with `--require-hashes --no-deps`.
-Its first line names the stack, the Python version and the platform that it was resolved for.
-The shipped locks live in `base-images/locks/<stack>/`; `inferctl lock` resolves new ones with uv, from an index or from a folder of wheels.
+A lock is a requirements file with the version and the hashes of each package. pip installs it with `--require-hashes
+--no-deps`. Its first line names the stack, the Python version and the platform of the lock. Three locks keep the layers
+of an image independent: torch and its dependencies, the server's dependencies, and int8. The shipped locks are in
+`base-images/locks/<stack>/`. `inferctl lock` resolves new ones with uv, from an index or a folder of wheels.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
     from inferctl.catalog import BaseImage, Stack
 
 _UV_PLATFORM = {"linux/amd64": "x86_64-manylinux_2_28", "linux/arm64": "aarch64-manylinux_2_28"}
-# What an int8 image needs on top, by whether the stack has CUDA: on CPUs torch's own oneDNN does it.
+# Additional packages of an int8 image, by whether the stack has CUDA. On CPUs, oneDNN in torch runs int8.
 _INT8: dict[bool, list[str]] = {True: ["bitsandbytes"], False: []}
-# Packages that others require and that serving never imports -> what requires them. An image does without them.
-# `tests/test_end_to_end.py` compares what a running server has imported with what its image has installed.
+# Packages that images leave out, because the server never imports them -> what requires them.
+# `tests/test_end_to_end.py` compares the imports of a running server with the packages in its image.
 LEFT_OUT = {
     "typer": "the command line of inferctl, and that of transformers",
     "annotated-doc": "typer",
@@ -44,7 +45,7 @@ LEFT_OUT = {
 }
 
 
-# How uv reports an index that does not respond, or responds with a failure of its own.
+# Messages of uv for an index that does not respond or reports an error.
 _UNREACHABLE = re.compile(
     r"error sending request|failed to fetch|could not connect|connection (?:refused|reset)|dns error|timed? ?out"
     r"|network (?:is unreachable|connectivity)|HTTP status (?:client|server) error \((?:401|403|407|429|5\d\d)",
@@ -54,68 +55,68 @@ _UNREACHABLE = re.compile(
 
 @dataclass(frozen=True)
 class Locks:
-    """Texts of the requirements files. `torch` is None when the base image brings torch itself."""
+    """The texts of the locks. `torch` is None if the base image contains torch."""
 
     torch: str | None
     server: str
     int8: str | None = None
 
     def files(self) -> dict[str, bytes]:
-        """Build-context path -> content, for the locks that are there."""
+        """Return the content of the existing locks by path in the build context."""
         named = {"torch": self.torch, "server": self.server, "int8": self.int8}
         return {f"locks/{name}.txt": text.encode() for name, text in named.items() if text is not None}
 
     def versions(self) -> dict[str, str]:
-        """Package -> version, of all the locks."""
+        """Return the version of each package in all locks."""
         return {**versions(self.torch or ""), **versions(self.server), **versions(self.int8 or "")}
 
 
 def differences(before: Locks, after: Locks) -> list[str]:
-    """What changes from one to the other, one package a line."""
+    """Return the changed packages from `before` to `after`, one line per package."""
     old, new = before.versions(), after.versions()
     names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
     return [f"  {name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}" for name in names]
 
 
 def load(base: BaseImage, folder: Path | None, *, int8: bool) -> Locks:
-    """The locks for an image on `base`, from `folder` or the shipped ones; `int8` asks for the int8 lock too."""
+    """Return the locks for an image on `base`, from `folder` or the shipped ones. `int8`: include the int8 lock."""
     cuda = catalog.stack(base.stack).cuda is not None
-    where = folder or assets.root() / "base-images" / "locks" / base.stack
+    source = folder or assets.root() / "base-images" / "locks" / base.stack
     needed = ["server", *([] if "torch" in base.provides else ["torch"]), *(["int8"] if int8 and _INT8[cuda] else [])]
-    texts = {name: _read(where / f"{name}.txt") for name in needed}
+    texts = {name: _read(source / f"{name}.txt") for name in needed}
     for name, text in texts.items():
-        _refuse_foreign(where / f"{name}.txt", text or "", base)
+        _check_target(source / f"{name}.txt", text or "", base)
     if missing := [name for name, text in texts.items() if text is None]:
         raise UsageError(
-            f"there is no {missing[0]}.txt in {where}" if folder else f"no locks are shipped for the base {base.key}",
-            f"`inferctl lock --base {base.key} --output {folder or 'locks'}`, then image.locks: {folder or 'locks'}",
+            f"{missing[0]}.txt not found in {source}" if folder else f"no shipped locks for the base {base.key}",
+            f"run `inferctl lock --base {base.key} --output {folder or 'locks'}`, then set image.locks to that folder",
         )
     return Locks(torch=texts.get("torch"), server=texts["server"] or "", int8=texts.get("int8"))
 
 
 def header(stack: str, python: str, platform: str) -> str:
-    """The first line of a lock."""
+    """Return the first line of a lock."""
     return f"# inferctl lock: stack {stack}, Python {python}, {platform}\n"
 
 
-def _refuse_foreign(file: Path, text: str, base: BaseImage) -> None:
-    """Raise `UsageError` for the lock of another stack or Python than those of `base`.
+def _check_target(file: Path, text: str, base: BaseImage) -> None:
+    """Raise `UsageError` if the lock is for another stack or Python version than those of `base`.
 
-    A lock without a header is judged by its torch.
+    For a lock without a header, the torch version decides.
     """
-    hint = f"`inferctl lock --base {base.key} --output DIR` resolves locks for it"
+    hint = f"resolve locks for this base with `inferctl lock --base {base.key} --output DIR`"
     if found := re.match(r"# inferctl lock: stack (\S+), Python (\S+), (\S+)$", text, re.MULTILINE):
         if (found.group(1), found.group(2)) != (base.stack, base.python.version):
             raise UsageError(
                 f"{file} is a lock for {found.group(1)} and Python {found.group(2)}, "
-                f"and the base {base.key} has {base.stack} and Python {base.python.version}",
+                f"but the base {base.key} has {base.stack} and Python {base.python.version}",
                 hint,
             )
     elif torch := versions(text).get("torch"):
         stack = catalog.stack(base.stack)
         release, _, local = torch.partition("+")
         if release != stack.torch or (local == "cpu") != (stack.cuda is None and stack.index is not None):
-            raise UsageError(f"{file} has torch {torch}, and the base {base.key} has torch {stack.torch}", hint)
+            raise UsageError(f"{file} has torch {torch}, but the base {base.key} has torch {stack.torch}", hint)
 
 
 def _read(file: Path) -> str | None:
@@ -123,10 +124,10 @@ def _read(file: Path) -> str | None:
 
 
 @dataclass(frozen=True)
-class Target:
-    """What locks are resolved for.
+class LockTarget:
+    """The stack, Python version and platform of a lock.
 
-    `wheels`: folder that replaces the package index. `index`: one more index, instead of the one that the stack names.
+    `wheels`: folder that replaces the package index. `index`: URL of an additional index, instead of the stack's.
     """
 
     stack: Stack
@@ -137,48 +138,48 @@ class Target:
 
 
 def resolve(
-    target: Target, provided: tuple[str, ...], kept: Locks | None = None, upgraded: tuple[str, ...] = ()
+    target: LockTarget, provided: tuple[str, ...], previous: Locks | None = None, upgrade: tuple[str, ...] = ()
 ) -> Locks:
-    """Resolve the locks of `target` with uv. `provided`: packages that the base image brings and the image must not shadow.
+    """Resolve the locks of `target` with uv.
 
-    `kept`: locks whose versions stay where they can, except for the packages `upgraded`.
-
-    Raises `NotReadyError` without uv, `InferctlError` with uv's own words when there is no solution.
+    `provided`: packages in the base image, which the locks must not contain. `previous`: locks whose versions are kept
+    if possible, except for the packages `upgrade`. Raises `NotReadyError` without uv, `InferctlError` with the output
+    of uv if there is no solution.
     """
     if util.find_spec("uv") is None:
-        raise NotReadyError("uv is not installed", "pip install 'inferctl[lock]'")
-    # NVIDIA's containers carry pre-releases that no index has; their own release number stands in for the resolution.
+        raise NotReadyError("uv is not installed", "run `pip install 'inferctl[lock]'`")
+    # NVIDIA's containers have pre-releases of torch that no index has. Resolve with the release number instead.
     release = re.match(r"\d+(\.\d+)*", target.stack.torch)
     torch_pin = f"torch=={release.group() if release else target.stack.torch}"
     if target.stack.index and target.stack.cuda is None:
-        # Without the local version, PyPI's wheel of the same release would do too, and that one brings CUDA.
+        # Without `+cpu`, uv could select the wheel of the same release on PyPI, which includes CUDA.
         torch_pin += "+cpu"
-    wanted = [torch_pin, *served()]
-    before = "".join(text or "" for text in (kept.torch, kept.server, kept.int8)) if kept else ""
-    everything = _compile([*wanted, *_INT8[target.stack.cuda is not None]], [], target, before, upgraded)
+    requirements = [torch_pin, *server_requirements()]
+    before = "".join(text or "" for text in (previous.torch, previous.server, previous.int8)) if previous else ""
+    everything = _compile([*requirements, *_INT8[target.stack.cuda is not None]], [], target, before, upgrade)
     pins = [f"{name}=={version}" for name, version in versions(everything).items()]
     closure = versions(_compile([torch_pin], pins, target))
-    server = versions(_compile(wanted, pins, target))
-    absent = {normalise(name) for name in provided} | set(LEFT_OUT)
+    server = versions(_compile(requirements, pins, target))
+    excluded = {normalize(name) for name in provided} | set(LEFT_OUT)
     first = header(target.stack.key, target.python, target.platform)
-    int8 = select(everything, set(versions(everything)) - set(server) - set(closure) - absent)
+    int8 = select(everything, set(versions(everything)) - set(server) - set(closure) - excluded)
     return Locks(
-        torch=None if "torch" in absent else first + select(everything, set(closure) - set(LEFT_OUT)),
-        server=first + select(everything, set(server) - set(closure) - absent),
+        torch=None if "torch" in excluded else first + select(everything, set(closure) - set(LEFT_OUT)),
+        server=first + select(everything, set(server) - set(closure) - excluded),
         int8=first + int8 if int8 else None,
     )
 
 
 def versions(lock: str) -> dict[str, str]:
-    """Normalised package name -> version, in the order of the lock."""
+    """Return the version of each package by normalized name, in the order of the lock."""
     return {
-        normalise(m.group(1)): m.group(2)
+        normalize(m.group(1)): m.group(2)
         for m in re.finditer(r"^([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;\\]+)", lock, re.MULTILINE)
     }
 
 
 def select(lock: str, names: set[str]) -> str:
-    """The entries of `lock` for `names` only, hashes included, sorted by name."""
+    """Return the entries of `lock` for `names`, with their hashes, sorted by name."""
     entries = re.split(r"^(?=[A-Za-z0-9])", lock, flags=re.MULTILINE)
     chosen = [
         re.sub(r"\n#.*", "", entry.rstrip())
@@ -188,13 +189,13 @@ def select(lock: str, names: set[str]) -> str:
     return "".join(f"{entry}\n" for entry in sorted(chosen))
 
 
-def normalise(name: str) -> str:
-    """A package name as PEP 503 compares them."""
+def normalize(name: str) -> str:
+    """Return a package name in the normalized form of PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def declared(extra: str) -> list[str]:
-    """What inferctl itself declares that it needs: its core dependencies and those of `extra`."""
+def declared_requirements(extra: str) -> list[str]:
+    """Return the core dependencies of inferctl and those of its extra `extra`."""
     found = []
     for line in metadata.requires("inferctl") or []:
         requirement, _, marker = line.partition(";")
@@ -204,23 +205,28 @@ def declared(extra: str) -> list[str]:
     return found
 
 
-def served() -> list[str]:
-    """What a server needs of what inferctl declares."""
-    return [line for line in declared("serve") if normalise(name_of(line)) not in LEFT_OUT]
+def server_requirements() -> list[str]:
+    """Return the dependencies of inferctl that a server imports."""
+    return [line for line in declared_requirements("serve") if normalize(name_of(line)) not in LEFT_OUT]
 
 
 def name_of(requirement: str) -> str:
-    """The package that a requirement line is about: `uvicorn[standard]>=0.34` -> `uvicorn`."""
+    """Return the package name of a requirement: `uvicorn[standard]>=0.34` -> `uvicorn`."""
     found = re.match(r"[A-Za-z0-9._-]+", requirement)
     return found.group() if found else requirement
 
 
 def _compile(
-    requirements: list[str], constraints: list[str], target: Target, before: str = "", upgraded: tuple[str, ...] = ()
+    requirements: list[str],
+    constraints: list[str],
+    target: LockTarget,
+    previous: str = "",
+    upgrade: tuple[str, ...] = (),
 ) -> str:
+    """Return the output of `uv pip compile`. If possible, versions in `previous` stay, except those of `upgrade`."""
     if target.platform not in _UV_PLATFORM:
         raise UsageError(
-            f"no locks can be resolved for the platform {target.platform}", f"known: {', '.join(_UV_PLATFORM)}"
+            f"locks for the platform {target.platform} are not supported", f"use one of {', '.join(_UV_PLATFORM)}"
         )
     from uv import find_uv_bin
 
@@ -228,28 +234,28 @@ def _compile(
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "in.txt").write_text("\n".join(requirements) + "\n")
         (Path(folder) / "pins.txt").write_text("\n".join(constraints) + "\n")
-        # uv prefers the versions that its output has already.
-        (Path(folder) / "out.txt").write_text(before)
+        # uv prefers the versions in its existing output file.
+        (Path(folder) / "out.txt").write_text(previous)
         command = [
             *(find_uv_bin(), "pip", "compile", "in.txt", "--constraint", "pins.txt", "--quiet"),
             *("--no-header", "--no-annotate", "--generate-hashes", "--index-strategy", "unsafe-best-match"),
-            *("--output-file", "out.txt", *(part for name in upgraded for part in ("--upgrade-package", name))),
+            *("--output-file", "out.txt", *(part for name in upgrade for part in ("--upgrade-package", name))),
             *("--python-version", target.python, "--python-platform", _UV_PLATFORM[target.platform]),
             *(["--no-index", "--find-links", str(target.wheels.resolve())] if target.wheels else []),
             *(["--index", index] if index else []),
         ]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        process = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         resolved = (Path(folder) / "out.txt").read_text()
-    if done.returncode and _UNREACHABLE.search(done.stderr):
+    if process.returncode and _UNREACHABLE.search(process.stderr):
         raise NotReadyError(
-            f"uv cannot reach a package index:\n{done.stderr.strip()}",
-            "check the network, the proxy and the index that uv is set up for; or pass `--wheels DIR`",
+            f"uv cannot reach a package index:\n{process.stderr.strip()}",
+            "check the network, the proxy and the index in the uv configuration, or pass `--wheels DIR`",
         )
-    if done.returncode:
+    if process.returncode:
         raise InferctlError(
-            f"uv found no versions for the stack {target.stack.key}:\n{done.stderr.strip()}",
-            "the wheel folder may lack a package or a version"
+            f"uv found no compatible versions for the stack {target.stack.key}:\n{process.stderr.strip()}",
+            "check that the wheel folder has all packages and versions"
             if target.wheels
-            else "check the network and the index that uv is set up for",
+            else "check the index in the uv configuration",
         )
     return resolved

@@ -1,4 +1,4 @@
-"""A model folder in Hugging Face layout, read without torch: what it is, how big it is, and its hash."""
+"""Reads a model folder in Hugging Face layout without torch: architecture, size and digest."""
 
 from __future__ import annotations
 
@@ -17,70 +17,72 @@ from typing import Any
 from inferctl.errors import UsageError
 from inferctl.spec import HUB_ID
 
-# Weights, tokenizer and configuration; a README or a licence changes nothing that the model computes.
+# Weights, tokenizer and configuration. Other files, such as a README, do not change what the model computes.
 SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".gguf", ".jinja"})
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A local model: `config.json` beside `*.safetensors`."""
+    """A local model: a folder with `config.json` and `*.safetensors`."""
 
     path: Path
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The model's `config.json`."""
+        """Content of `config.json`."""
         return _json(self.path / "config.json")
 
     @property
     def architecture(self) -> str:
-        """Name of the model's class, as in `BertModel`."""
+        """Class name of the model, such as `BertModel`."""
         names = self.config.get("architectures") or [self.config.get("model_type", "unknown")]
         return str(names[0])
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The safetensors files of the model itself (not of its `onnx/` or `openvino/` exports)."""
+        """The safetensors files at the top of the folder, without those of `onnx/` or `openvino/` exports."""
         return sorted(self.path.glob("*.safetensors"))
 
     @property
     def shards(self) -> set[str]:
-        """Names of the weight files that the index of a sharded model lists; empty without an index."""
+        """Names of the weight files in the index of a sharded model; empty without an index."""
         index = self.path / "model.safetensors.index.json"
         names = _json(index).get("weight_map") if index.is_file() else None
         return set(names.values()) if isinstance(names, dict) else set()
 
     @cached_property
     def parameters(self) -> int:
-        """Number of parameters, summed over the safetensors headers."""
+        """Number of parameters, from the headers of the safetensors files."""
         return sum(math.prod(shape) for file in self.weight_files for shape in _tensor_shapes(file))
 
     @cached_property
     def digest(self) -> str:
-        """sha256 (hex) over the names and contents of all files that decide what the model computes."""
+        """sha256 (hex) over the names and contents of `files`."""
         total = hashlib.sha256()
         for file in self.files():
             with file.open("rb") as stream:
-                total.update(
-                    f"{file.relative_to(self.path).as_posix()}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode()
-                )
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            total.update(f"{file.relative_to(self.path).as_posix()}\0{content}\n".encode())
         return total.hexdigest()
 
     @property
     def bytes(self) -> int:
-        """Bytes of `files`."""
+        """Total size of `files` in bytes."""
         return sum(file.stat().st_size for file in self.files())
 
     def files(self) -> list[Path]:
-        """Files that decide what the model computes, in a stable order; dotted, `onnx/` and `openvino/` folders are left out."""
+        """Return the files that determine what the model computes, sorted.
+
+        Files in dotted, `onnx/` and `openvino/` folders are not part of the model.
+        """
         found = (p for p in self.path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         return sorted(p for p in found if is_loaded(p.relative_to(self.path)))
 
 
 def find(source: str, revision: str | None = None, environment: Mapping[str, str] = os.environ) -> ModelFolder:
-    """The local folder of `source`: the folder itself, or the hub model's snapshot in the local Hugging Face cache.
+    """Return the local folder of `source`: the folder itself, or its snapshot in the local Hugging Face cache.
 
-    Nothing is downloaded. Raises `UsageError` with a hint when it is not there or is not a model.
+    Downloads nothing. Raises `UsageError` if there is no folder or it does not contain a complete model.
     """
     path = Path(source).expanduser()
     if not path.is_dir():
@@ -88,52 +90,52 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
         if snapshot is None:
             looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
             raise UsageError(
-                f"there is no model folder {source}"
+                f"model folder {source} not found"
                 if looks_local
-                else f"the model {source} is neither a folder nor in the local hub cache",
-                "mount the weights, as in `docker run -v DIR:/model:ro`"
+                else f"model {source} not found: it is neither a folder nor in the local hub cache",
+                "mount the weights with `docker run -v DIR:/model:ro`"
                 if source == "/model"
                 else "check the path, or pass a hub id such as sentence-transformers/all-MiniLM-L6-v2"
                 if looks_local
-                else f"`hf download {source}` fetches it, or give a local folder; set HF_HOME if your cache is elsewhere",
+                else f"download it with `hf download {source}`, pass a local folder, or set HF_HOME to your cache",
             )
         path = snapshot
     folder = ModelFolder(path)
     if not (path / "config.json").is_file():
         raise UsageError(
-            f"{path} is not a model folder: it has no config.json",
-            "expected the Hugging Face layout: config.json, tokenizer.json, *.safetensors",
+            f"{path} is not a model folder: config.json not found",
+            "pass a folder in Hugging Face layout: config.json, tokenizer.json, *.safetensors",
         )
     _ = folder.config
     if not folder.weight_files:
         pickled = list(path.glob("pytorch_model*.bin"))
         raise UsageError(
             f"{path} has no *.safetensors weights"
-            + (" (only pickled ones, which can run code when loaded)" if pickled else ""),
-            "save the model with `model.save_pretrained(folder)`, or `hf download` the safetensors revision",
+            + (" (only pickled weights, which can run code when loaded)" if pickled else ""),
+            "save the model with `model.save_pretrained(folder)`, or download a revision with safetensors",
         )
     for file in folder.weight_files:
         list(_tensor_shapes(file))
     if missing := sorted(folder.shards - {file.name for file in folder.weight_files}):
         raise UsageError(
-            f"{path} is not complete: {missing[0]} is missing ({len(missing)} of {len(folder.shards)} weight files)",
-            "fetch the model again",
+            f"{path} is incomplete: {missing[0]} not found ({len(missing)} of {len(folder.shards)} weight files)",
+            "download the model again",
         )
     return folder
 
 
 def is_loaded(file: PurePath) -> bool:
-    """Whether a file of a model, relative to its folder, is of the model itself: not dotted, and not an export."""
+    """Return whether a file (relative to its model folder) is part of the model: not dotted and not an export."""
     return not any(part.startswith(".") or part in ("onnx", "openvino") for part in file.parts)
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether `source` names a hub model (`org/name`) rather than a folder."""
+    """Return whether `source` is a hub id (`org/name`) and not an existing folder."""
     return re.fullmatch(HUB_ID, source) is not None and not Path(source).is_dir()
 
 
 def _cached_snapshot(source: str, revision: str | None, environment: Mapping[str, str]) -> Path | None:
-    # As huggingface_hub looks for its cache.
+    # The same variables as in huggingface_hub, which is slow to import.
     caches = environment.get("XDG_CACHE_HOME", "~/.cache")
     home = environment.get("HF_HOME", f"{caches}/huggingface")
     hub = environment.get("HF_HUB_CACHE", environment.get("HUGGINGFACE_HUB_CACHE", f"{home}/hub"))
@@ -149,21 +151,21 @@ def _json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
-            f"{path} cannot be read: {error}", "the download may be incomplete: fetch the model again"
+            f"{path} cannot be read: {error}", "the download may be incomplete: download the model again"
         ) from None
     if not isinstance(data, dict):
-        raise UsageError(f"{path} is not a JSON object", "the download may be incomplete: fetch the model again")
+        raise UsageError(f"{path} is not a JSON object", "the download may be incomplete: download the model again")
     return data
 
 
 def _tensor_shapes(file: Path) -> Iterator[list[int]]:
-    """Shapes in a safetensors header: an 8-byte little-endian length, then JSON (the format's own documentation).
+    """Yield the tensor shapes in the header of a safetensors file: an 8-byte little-endian length, then JSON.
 
-    Raises `UsageError` when the header or the file's length is wrong, as after a broken download or a Git LFS pointer.
+    Raises `UsageError` if the header or the file size is wrong, as in an incomplete download or a Git LFS pointer.
     """
     problem = UsageError(
         f"{file} is not a complete safetensors file",
-        "the download may be incomplete (or a Git LFS pointer): fetch the model again",
+        "the file may be an incomplete download or a Git LFS pointer: download the model again",
     )
     try:
         with file.open("rb") as stream:

@@ -14,8 +14,10 @@ from inferctl.errors import NotReadyError, UsageError
 def check(file: Path, option: str, *, parents: bool = False, inputs: Iterable[Path] = ()) -> None:
     """Raise `UsageError` if `file`, which `option` names, cannot be written later.
 
-    A file that exists must be a regular file, and not one that the command reads. `parents`: folders that are missing
-    are made when it is written. `inputs`: files that the command reads, and folders of which it may read any file.
+    An existing file must be a regular file and must not be an input of the command.
+
+    `parents`: whether `write` creates missing folders. `inputs`: files that the command reads, and folders from which
+    it may read any file.
     """
     place = "a file" if parents else "a file in a folder that exists and is writable"
     hint = f"name {place} with `{option}`"
@@ -26,7 +28,7 @@ def check(file: Path, option: str, *, parents: bool = False, inputs: Iterable[Pa
             _probe(file.parent, parents)
         elif not file.is_file():
             raise UsageError(f"{file} cannot be written: it is not a regular file", hint)
-        elif any(_is_of(file, known) for known in inputs):
+        elif any(_is_input(file, path) for path in inputs):
             raise UsageError(f"{file} cannot be written: it is an input of this command", hint)
         elif not os.access(file, os.W_OK):
             raise PermissionError(0, "no permission")
@@ -37,7 +39,7 @@ def check(file: Path, option: str, *, parents: bool = False, inputs: Iterable[Pa
 
 
 def check_folder(folder: Path, option: str) -> None:
-    """Raise `UsageError` if no file can be written into `folder`, which is made if it is missing."""
+    """Raise `UsageError` if no file can be written into `folder`. The folder may be missing."""
     try:
         _probe(folder, parents=True)
     except OSError as error:
@@ -47,7 +49,7 @@ def check_folder(folder: Path, option: str) -> None:
 
 
 def write(file: Path, content: str | bytes, option: str) -> None:
-    """Write `content` (text as UTF-8) to `file`, making folders as needed. Raises `NotReadyError`."""
+    """Write `content` (text as UTF-8) to `file` and create missing folders. Raises `NotReadyError`."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -58,9 +60,9 @@ def write(file: Path, content: str | bytes, option: str) -> None:
 
 
 def replace(file: Path, text: str) -> None:
-    """Write `text` to `file` at once: a reader sees the old file or the whole new one. Raises `OSError`.
+    """Replace `file` atomically: a reader sees the old content or all of `text`. Raises `OSError`.
 
-    A file that was there keeps its permissions.
+    An existing file keeps its permissions.
     """
     partial = file.with_name(f".inferctl-{os.getpid()}.partial")
     try:
@@ -73,20 +75,23 @@ def replace(file: Path, text: str) -> None:
 
 
 def retract(file: Path) -> None:
-    """Remove the announcement of an earlier server. Raises `UsageError` for any other file, or one not writable."""
+    """Remove the announcement file of an earlier server.
+
+    Raises `UsageError` if `file` is not an announcement or is not writable.
+    """
     check(file, "--announce")
     hint = "name a new file with `--announce`"
-    # An announcement replaces the link, not the file behind it.
+    # `replace` would replace the link, not the file that it points to.
     if file.is_symlink():
         raise UsageError(f"{file} cannot be written: it is not a regular file", hint)
-    # `mktemp` makes an empty file for whoever watches it.
+    # An empty file is allowed: scripts create one with `mktemp` and wait for content.
     if file.exists() and file.stat().st_size and not _is_announcement(file):
         raise UsageError(f"{file} cannot be written: it exists, and no server wrote it", hint)
     file.unlink(missing_ok=True)
 
 
 def announce(file: Path, url: str) -> None:
-    """Tell whoever watches `file` that a server is ready at `url`. Raises `NotReadyError`."""
+    """Write to `file` that a server is ready at `url`, for scripts that wait for it. Raises `NotReadyError`."""
     try:
         replace(file, json.dumps({"url": url, "pid": os.getpid()}))
     except OSError as error:
@@ -95,11 +100,11 @@ def announce(file: Path, url: str) -> None:
         ) from None
 
 
-def _is_of(file: Path, known: Path) -> bool:
-    """Return whether the existing `file` is `known`, by any name, or lies in the folder `known`."""
-    if known.is_dir():
-        return file.resolve().is_relative_to(known.resolve())
-    return known.exists() and file.samefile(known)
+def _is_input(file: Path, path: Path) -> bool:
+    """Return whether the existing `file` is the same file as `path`, or is inside the folder `path`."""
+    if path.is_dir():
+        return file.resolve().is_relative_to(path.resolve())
+    return path.exists() and file.samefile(path)
 
 
 def _is_announcement(file: Path) -> bool:
@@ -111,7 +116,7 @@ def _is_announcement(file: Path) -> bool:
 
 
 def _probe(folder: Path, parents: bool) -> None:
-    """Make and remove a file in `folder`, or in the folder above that exists if `parents`. Raises `OSError`."""
+    """Create and remove a file in `folder`, or with `parents` in its closest existing parent. Raises `OSError`."""
     while parents and not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     probe = folder / f".inferctl-{os.getpid()}.partial"

@@ -1,7 +1,7 @@
-"""Pins of a spec: the commit of its hub model and the digest of its base, written into the YAML file as single edits.
+"""Pins a spec: writes the commit of its hub model and the digest of its base into the YAML file.
 
-The file keeps its comments, order and quotes: an edit replaces one value or inserts one line, and what the result means
-is read again before it counts. A YAML library that writes whole documents would change indentation and quotes.
+The file keeps its comments, order and quotes. Each edit replaces one value or inserts one line, and the result is
+parsed and checked. A YAML library that writes whole documents would change indentation and quotes.
 """
 
 from __future__ import annotations
@@ -21,54 +21,54 @@ from inferctl.spec import Spec
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PLAIN = re.compile(r"[A-Za-z0-9][\w./:@+-]*")
 MODEL, BASE = "model.revision", "image.base_image"
-# A new key goes below this one.
+# Key -> the key below which it is inserted.
 _AFTER = {"revision": "source", "base_image": "base"}
 _BLOCK = ("|", ">")
 
 
 @dataclass(frozen=True)
 class Pin:
-    """One setting that fixes what is built. `now` is what the spec says, None if it says nothing.
+    """One setting of a spec that can be pinned. `current` is its value in the spec, None if it is not set.
 
-    `follows`: the image or the revision that a registry or hub resolves; None: the default branch of a model, or an
-    image of which only the digest is known. `fixed` is the commit or the `name@digest` in force, None if there is none.
+    `tracked`: the image or revision to resolve in a registry or hub. None stands for the default branch of a model, or
+    for an image without a tag. `pinned_to`: the effective commit or `name@digest`, None if unpinned.
     """
 
     path: str
-    now: str | None
-    follows: str | None
-    fixed: str | None
+    current: str | None
+    tracked: str | None
+    pinned_to: str | None
 
     @property
     def pinned(self) -> bool:
-        """Whether what is built is fixed."""
-        return self.fixed is not None
+        """Whether the setting is pinned."""
+        return self.pinned_to is not None
 
     def value(self, resolved: str) -> str:
-        """What the spec has to say to fix `resolved`: a commit, or the digest of an image."""
-        return resolved if self.path == MODEL else f"{self.follows}@{resolved}"
+        """Return the value that pins the setting to `resolved`, which is a commit or an image digest."""
+        return resolved if self.path == MODEL else f"{self.tracked}@{resolved}"
 
 
 def pins(spec: Spec, base: BaseImage) -> list[Pin]:
-    """What `spec` can pin. The digest that the catalog knows for a base counts as pinned."""
+    """Return the settings of `spec` that can be pinned. A base with a digest in the catalog is pinned."""
     found = []
     if is_hub_id(spec.model.source):
         revision = spec.model.revision
-        fixed = revision if revision and _COMMIT.fullmatch(revision) else None
-        # A commit does not say which branch it was on: the default branch shows whether there is something newer.
-        found.append(Pin(MODEL, revision, None if fixed else revision, fixed))
+        commit = revision if revision and _COMMIT.fullmatch(revision) else None
+        # The branch of a commit is unknown, so updates come from the default branch.
+        found.append(Pin(MODEL, revision, None if commit else revision, commit))
     image = spec.image.base_image
-    known = f"{base.reference}@{base.digest}" if base.digest and not image else image
-    name, at, _ = (known or base.reference).partition("@")
+    effective = f"{base.reference}@{base.digest}" if base.digest and not image else image
+    name, at, _ = (effective or base.reference).partition("@")
     tagged = ":" in name.rpartition("/")[2]
-    found.append(Pin(BASE, image, name if tagged or not at else None, known if at else None))
+    found.append(Pin(BASE, image, name if tagged or not at else None, effective if at else None))
     return found
 
 
 def edit(text: str, changes: Mapping[str, str], file: str) -> str:
-    """`text` (a spec) with `changes` (dotted path of two keys -> value). Everything else stays as it is.
+    """Return `text` (a spec) with `changes` (dotted path of two keys -> value). Nothing else changes.
 
-    Raises `UsageError` if the file is written in a way that this cannot edit.
+    Raises `UsageError` if the YAML style of the file prevents the edit.
     """
     before = settings.parse(text, file).data
     edited, expected = text, dict(before)
@@ -78,31 +78,32 @@ def edit(text: str, changes: Mapping[str, str], file: str) -> str:
     try:
         for path, value in changes.items():
             edited = _set(edited, *path.split("."), value=value, file=file)
-        same = settings.parse(edited, file).data == expected
+        correct = settings.parse(edited, file).data == expected
     except (yaml.YAMLError, SpecError):
-        same = False
-    if not same:
-        raise _cannot(file, " and ".join(changes))
+        correct = False
+    if not correct:
+        raise _not_editable(file, " and ".join(changes))
     return edited
 
 
 def _set(text: str, section: str, key: str, *, value: str, file: str) -> str:
+    """Return `text` with `value` for `section.key`: replaced, inserted into the section, or in a new section."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     newline = "\r\n" if "\r\n" in text else "\n"
-    # A commit of digits alone would be a number.
-    written = value if _PLAIN.fullmatch(value) and yaml.safe_load(value) == value else f'"{value}"'
+    # YAML would read a commit of digits only as a number.
+    scalar_text = value if _PLAIN.fullmatch(value) and yaml.safe_load(value) == value else f'"{value}"'
     assert isinstance(root, yaml.MappingNode)
     found = _child(root, section)
     if found is None:
         if root.flow_style:
-            return _insert_flow(text, root, section, f"{{{key}: {written}}}")
-        return _append(text, root, f"{section}:{newline}  {key}: {written}", newline)
+            return _insert_flow(text, root, section, f"{{{key}: {scalar_text}}}")
+        return _append(text, root, f"{section}:{newline}  {key}: {scalar_text}", newline)
     name, inner = found
     if inner.start_mark.index < name.end_mark.index or not isinstance(inner, yaml.MappingNode | yaml.ScalarNode):
-        raise _cannot(file, f"{section}.{key}")  # an alias: its anchor stands for other places too
-    if isinstance(inner, yaml.ScalarNode):  # `image:` with nothing under it
+        raise _not_editable(file, f"{section}.{key}")  # an alias: the anchored value is used elsewhere too
+    if isinstance(inner, yaml.ScalarNode):  # `image:` without a value
         at = text.index(":", name.end_mark.index) + 1
-        return f"{text[:at]} {{{key}: {written}}}{text[max(at, inner.end_mark.index) :]}"
+        return f"{text[:at]} {{{key}: {scalar_text}}}{text[max(at, inner.end_mark.index) :]}"
     old = _child(inner, key)
     if old is not None:
         label, scalar = old
@@ -111,36 +112,37 @@ def _set(text: str, section: str, key: str, *, value: str, file: str) -> str:
             or not isinstance(scalar, yaml.ScalarNode)
             or (scalar.style in _BLOCK)
         ):
-            raise _cannot(file, f"{section}.{key}")
+            raise _not_editable(file, f"{section}.{key}")
         start, end = scalar.start_mark.index, scalar.end_mark.index
-        if start == end:  # `revision:` with nothing after it
+        if start == end:  # `revision:` without a value
             start = end = text.index(":", label.end_mark.index) + 1
-            written = f" {written}"
-        return text[:start] + written + text[end:]
+            scalar_text = f" {scalar_text}"
+        return text[:start] + scalar_text + text[end:]
     if inner.flow_style:
-        return _insert_flow(text, inner, key, written)
+        return _insert_flow(text, inner, key, scalar_text)
     neighbor = _child(inner, _AFTER[key])
     if neighbor and isinstance(neighbor[1], yaml.ScalarNode) and neighbor[1].style not in _BLOCK:
         line_end = re.compile(r"\r?$", re.MULTILINE).search(text, neighbor[1].end_mark.index)
         assert line_end is not None
         indent = " " * neighbor[0].start_mark.column
-        return f"{text[: line_end.start()]}{newline}{indent}{key}: {written}{text[line_end.start() :]}"
+        return f"{text[: line_end.start()]}{newline}{indent}{key}: {scalar_text}{text[line_end.start() :]}"
     first = inner.value[0][0].start_mark
-    return f"{text[: first.index]}{key}: {written}{newline}{' ' * first.column}{text[first.index :]}"
+    return f"{text[: first.index]}{key}: {scalar_text}{newline}{' ' * first.column}{text[first.index :]}"
 
 
 def _child(node: yaml.MappingNode, key: str) -> tuple[yaml.Node, yaml.Node] | None:
+    """Return the nodes of `key` and its value, None if the mapping has no such key."""
     return next(((name, value) for name, value in node.value if name.value == key), None)
 
 
-def _insert_flow(text: str, node: yaml.MappingNode, key: str, written: str) -> str:
-    """`key: written` as the first entry of a mapping in braces."""
+def _insert_flow(text: str, node: yaml.MappingNode, key: str, value: str) -> str:
+    """Return `text` with `key: value` as the first entry of a mapping in braces."""
     at = text.index("{", node.start_mark.index) + 1
-    return f"{text[:at]}{key}: {written}{', ' if node.value else ''}{text[at:]}"
+    return f"{text[:at]}{key}: {value}{', ' if node.value else ''}{text[at:]}"
 
 
 def _append(text: str, root: yaml.MappingNode, entry: str, newline: str) -> str:
-    """`entry` after the last line of the document, in front of an end marker."""
+    """Return `text` with `entry` after its last line, before a document end marker."""
     end = re.search(r"^\.\.\.\s*$", text, re.MULTILINE)
     head, tail = (text[: end.start()], text[end.start() :]) if end else (text, "")
     if head and not head.endswith(("\n", "\r\n")):
@@ -148,5 +150,5 @@ def _append(text: str, root: yaml.MappingNode, entry: str, newline: str) -> str:
     return f"{head}{entry}{newline}{tail}"
 
 
-def _cannot(file: str, path: str) -> InferctlError:
-    return UsageError(f"{file}: {path} cannot be edited as the file is written", "set it by hand, in plain YAML")
+def _not_editable(file: str, path: str) -> InferctlError:
+    return UsageError(f"{file}: inferctl cannot edit {path} in this YAML style", f"set {path} in the file yourself")

@@ -1,12 +1,13 @@
-"""Spec + catalog -> Dockerfile, ignore file, locks and labels. Equal input gives equal bytes.
+"""Renders the Dockerfile, ignore file, locks and labels of an image from a spec and the catalog.
 
-Nothing is read but the template, the server's own files, and whether the model's source is a folder here.
+Equal inputs give equal bytes. The only files that are read are the templates and the server's own files; the model
+source is checked for being a local folder.
 
-The image's layers, heavy and stable first, each a `COPY --link` of its own:
+The layers of the image, each a separate `COPY --link`, with large and stable ones first:
 
     base | python | torch closure | server dependencies | int8 | weights | server | config
 
-A new config pushes the last one alone; new weights theirs alone; a new torch leaves the rest.
+A change in one part changes only its own layer, so a new config or new weights push one layer.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
     from inferctl.locks import Locks
     from inferctl.spec import Spec
 
-# 1980-01-01, the oldest time a zip can carry: the modification time of every file in a layer, at every commit.
+# 1980-01-01, the oldest time that a zip file can store: the modification time of each file in a layer.
 EPOCH = 315532800
 DEFAULT_PORT = 8080
-# What `inferctl/serve/` imports of the rest of the package.
+# The modules outside `inferctl/serve/` that the server imports.
 _SERVER_MODULES = (
     "__init__",
     "assets",
@@ -45,6 +46,7 @@ _SERVER_MODULES = (
     "hub",
     "model",
     "outputs",
+    "precision",
     "settings",
     "sizes",
     "spec",
@@ -53,9 +55,9 @@ _SERVER_MODULES = (
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the spec comes from: URL and commit of its repository, the commit's time (RFC 3339), inferctl's version.
+    """The source of the spec: URL and commit of its repository, time of the commit (RFC 3339), version of inferctl.
 
-    `epoch`: the time that the image says it was created at, seconds since 1970.
+    `epoch`: creation time of the image, in seconds since 1970.
     """
 
     source: str | None = None
@@ -67,11 +69,11 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Everything `docker buildx build` needs besides the server's own files (`server_files`).
+    """The inputs of `docker buildx build`, without the server's own files (`server_files`).
 
-    `files`: build-context path -> content. `contexts`: named build contexts -> folder. `secrets`: ids that the Dockerfile accepts, all optional.
-    `build_args`: SOURCE_DATE_EPOCH, so that the image's own record of its making is the same on any builder too.
-    `tag`: of the spec, else from what is in the image.
+    `files`: build-context path -> content. `contexts`: name of a build context -> folder. `secrets`: ids that the
+    Dockerfile accepts, all optional. `build_args`: SOURCE_DATE_EPOCH, so that every builder records the same creation
+    time. `tag`: from the spec, or by default from the image content.
     """
 
     dockerfile: str
@@ -93,15 +95,15 @@ def render(
     weights: str | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Rendered:
-    """The image of `spec` on `base` with `stack`. Raises `UsageError` when a value cannot stand in a Dockerfile.
+    """Render the image of `spec` on `base` with `stack`. Raises `UsageError` if a value is not allowed in a Dockerfile.
 
-    `weights`: digest of the local model folder that is baked, None if it is not known. `labels`: more labels.
+    `weights`: digest of the local model folder to bake, None if unknown. `labels`: additional labels.
     """
     base_image = spec.image.base_image or (f"{base.reference}@{base.digest}" if base.digest else base.reference)
     hub_model = spec.model.source if spec.model.weights != "mount" and is_hub_id(spec.model.source) else None
     port = spec.serve.port or DEFAULT_PORT
     folders = ["server", "dependencies", *(["int8"] if locks.int8 else []), *(["torch"] if locks.torch else [])]
-    # Ubuntu and Debian ship pip apart from the interpreter; a base that brings its own Python brings pip too.
+    # Ubuntu and Debian package pip separately. A base with its own Python also has pip.
     apt_build = ["python3-pip"] if base.python.packages else []
     values: dict[str, Any] = {
         "apt_build": apt_build,
@@ -151,9 +153,9 @@ def render(
 
 
 def _content(dockerfile: str, files: Mapping[str, bytes], weights: str | None) -> str:
-    """sha256 (hex) over what decides the files and the settings of an image.
+    """Return the sha256 (hex) over all inputs that determine the files and the settings of an image.
 
-    `dockerfile` is one without labels. Its comments do not count, and neither does a revision of the spec's repository.
+    `dockerfile` is rendered without labels, so that the commit of the spec does not count. Comments do not count.
     """
     steps = "\n".join(line for line in dockerfile.splitlines() if not line.startswith("#"))
     parts = {"Dockerfile": steps.encode(), **files, "weights": (weights or "").encode()}
@@ -163,20 +165,20 @@ def _content(dockerfile: str, files: Mapping[str, bytes], weights: str | None) -
 
 
 def server_files() -> dict[str, Path]:
-    """The server's own files: name in the build context (`layers/server/opt/inferctl/...`) -> file on this disk, sorted."""
+    """Return the server's own files: path in the build context (`layers/server/opt/inferctl/...`) -> local file."""
     package = assets.package()
-    place = "layers/server/opt/inferctl/server/inferctl"
+    target = "layers/server/opt/inferctl/server/inferctl"
     files = [package / f"{module}.py" for module in _SERVER_MODULES]
     files += (package / "serve").rglob("*.py")
-    found = {f"{place}/{file.relative_to(package).as_posix()}": file for file in files}
-    # Of the shipped facts, the server reads those of hardware: it names the GPU that it runs on.
+    found = {f"{target}/{file.relative_to(package).as_posix()}": file for file in files}
+    # The server reads the hardware facts to report the name of its GPU.
     for file in (assets.root() / "benchmarks" / "hardware").glob("*.yaml"):
-        found[f"{place}/_assets/benchmarks/hardware/{file.name}"] = file
+        found[f"{target}/_assets/benchmarks/hardware/{file.name}"] = file
     return dict(sorted(found.items()))
 
 
 def _container_config(spec: Spec, port: int) -> bytes:
-    """The spec as the container reads it: no path of the building machine, and nothing about the build."""
+    """Return the spec for the container, without paths of the build machine and without build settings."""
     data = spec.model_dump(mode="json", exclude={"image", "deploy", "bench", "hardware"}, exclude_none=True)
     data["serve"] |= {"port": port, "host": "0.0.0.0"}
     if spec.model.weights != "download":
@@ -212,23 +214,23 @@ def _fill(template: str, values: Mapping[str, Any]) -> str:
         loader=jinja2.FileSystemLoader(assets.root() / "templates"),
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
-        autoescape=False,  # a Dockerfile is not HTML; _refuse is its guard
+        autoescape=False,  # a Dockerfile is not HTML; _check_values rejects unsafe values
     )
-    _refuse(values)
+    _check_values(values)
     return environment.get_template(template).render(values)
 
 
-def _refuse(value: Any, name: str = "") -> None:
-    """Refuse values that could end their line, their string, or start a variable or another command in the Dockerfile."""
+def _check_values(value: Any, name: str = "") -> None:
+    """Raise `UsageError` for a value that could end its line or string, or start a variable or a command."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            _refuse(key, name)
-            _refuse(inner, str(key))
+            _check_values(key, name)
+            _check_values(inner, str(key))
     elif isinstance(value, list):
         for inner in value:
-            _refuse(inner, name)
+            _check_values(inner, name)
     elif isinstance(value, str) and (found := re.search(r"""[\x00-\x1f\x7f"'`$\\;|&<>]""", value)):
         raise UsageError(
-            f"{name}: {value!r} contains {found.group()!r}, which cannot stand in a Dockerfile",
-            "choose a plain name or path",
+            f"{name}: {value!r} contains {found.group()!r}, which is not allowed in a Dockerfile",
+            "use a name or path without special characters",
         )

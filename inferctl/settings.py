@@ -1,7 +1,7 @@
-"""`inferctl.yaml`, environment and flags -> the settings in force: every mistake at once, each with its line; and where each came from.
+"""Merges `inferctl.yaml`, environment variables and flags into the effective settings and records their origins.
 
-Settings come from four places, first one wins: command-line flag, `INFERCTL_*` environment variable, the spec file, the default.
-`resolve` is the one pure function that knows this; nothing else reads INFERCTL_* variables.
+The order of precedence is: command-line flag, `INFERCTL_*` environment variable, spec file, default. `resolve` is a
+pure function and reports all errors at once, each with its line. No other module reads INFERCTL_* variables.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ from inferctl.errors import Problem, SpecError, UsageError, did_you_mean
 from inferctl.spec import DEFAULT_FILE, HUB_ID, Spec, slug
 
 ENVIRONMENT_PREFIX = "INFERCTL_"
-# Read by the command line or the tests rather than being a setting of the spec.
+# Variables that the command line or the tests read. They are not settings of the spec.
 RESERVED_VARIABLES = frozenset({"INFERCTL_SPEC", "INFERCTL_REQUIRE"})
-_EXAMPLE = "`inferctl init --force` writes a commented example"
+_EXAMPLE = "write a commented example with `inferctl init --force`"
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """The settings in force. `origins` maps a dotted path to `flag --x`, `env INFERCTL_X`, `file.yaml:12` or `default`."""
+    """The effective settings.
+
+    `origins` maps a dotted path to `flag --x`, `env INFERCTL_X`, `file.yaml:12` or `default`.
+    """
 
     spec: Spec
     file: str | None
@@ -39,16 +42,16 @@ class Resolved:
 
 
 def read(path: Path) -> Document:
-    """Read a spec file. Raises `UsageError` when there is none, `SpecError` when it is not a YAML mapping."""
+    """Read a spec file. Raises `UsageError` if it does not exist, `SpecError` if it is not a YAML mapping."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder, not a spec file", f"did you mean {path / DEFAULT_FILE}?")
     if not path.exists():
-        raise UsageError(f"there is no spec file {path}", "`inferctl init` writes one; `--spec FILE` names another")
+        raise UsageError(f"spec file {path} not found", "write one with `inferctl init`, or pass `--spec FILE`")
     return documents.read(path, _EXAMPLE)
 
 
 def parse(text: str, file: str = DEFAULT_FILE) -> Document:
-    """The text of a spec file -> `Document`. Raises `SpecError`."""
+    """Parse the text of a spec file. Raises `SpecError`."""
     return documents.parse(text, file, _EXAMPLE)
 
 
@@ -58,11 +61,12 @@ def resolve(
     flags: Mapping[str, Any],
     vocabulary: Mapping[str, Sequence[str]] | None = None,
 ) -> Resolved:
-    """Flags over environment over file over defaults, validated as a whole.
+    """Merge flags, environment, file and defaults, in this order of precedence, and validate the result.
 
-    A path in the file is relative to the file, a path in a flag or a variable to the working directory.
-    `flags` maps dotted paths to values, None meaning not given. `vocabulary` maps dotted paths to the names the catalog knows there.
-    Raises `SpecError` with all the mistakes.
+    A path in the file is relative to the file. A path in a flag or a variable is relative to the working directory.
+
+    `flags` maps dotted paths to values; None means that the flag is not given. `vocabulary` maps dotted paths to the
+    names that the catalog has for them. Raises `SpecError` with all errors.
     """
     known = paths()
     written: dict[str, str] = {}
@@ -73,7 +77,7 @@ def resolve(
         if document and _get(data, path) is not _ABSENT:
             origins[path] = f"{file}:{document.line(path.split('.'))}"
     if document:
-        written = _from_folder_of(document, data)
+        written = _make_relative(document, data)
     variables = {f"{ENVIRONMENT_PREFIX}{path.upper().replace('.', '_')}": path for path in known}
     warnings: list[str] = []
     for variable, text in sorted(environment.items()):
@@ -102,38 +106,38 @@ def resolve(
     except ValidationError as error:
         problems = [_problem(dict(e), document, origins) for e in error.errors()]
         problems += _unknown_names(data, document, origins, vocabulary or {})
-        raise SpecError(file, sorted(_without_union_noise(problems), key=lambda p: p.line or 0)) from None
+        raise SpecError(file, sorted(_without_duplicates(problems), key=lambda p: p.line or 0)) from None
     if problems := _unknown_names(data, document, origins, vocabulary or {}):
         raise SpecError(file, problems)
     written = {path: value for path, value in written.items() if not origins[path].startswith(("flag ", "env "))}
     return Resolved(spec.written_as(written), file, origins, warnings)
 
 
-# What Kubernetes puts into every pod for each Service of its namespace ("docker links compatible" variables).
+# Variables that Kubernetes sets in each pod for each Service of its namespace ("docker links compatible").
 _LINK_NAMES = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_[A-Z0-9_]+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
 _LINK_VALUE = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
 
 
 def is_service_link(variable: str, value: str) -> bool:
-    """Whether Kubernetes set `variable` for a Service, as in INFERCTL_SERVE_PORT=tcp://10.0.0.1:80."""
+    """Return whether Kubernetes set `variable` for a Service, as in INFERCTL_SERVE_PORT=tcp://10.0.0.1:80."""
     return bool(_LINK_NAMES.search(variable) or (variable.endswith("_PORT") and _LINK_VALUE.fullmatch(value)))
 
 
 def listening_port(environment: Mapping[str, str], default: int = 8080) -> int:
-    """The port that a server listens on according to the environment of its image. Raises `UsageError`."""
+    """Return the port of the server, from the environment of its image. Raises `UsageError`."""
     variable = f"{ENVIRONMENT_PREFIX}SERVE_PORT"
     text = environment.get(variable, "")
     if not text or is_service_link(variable, text):
         return default
     if not text.isdecimal() or not 0 < int(text) < 65536:
-        raise UsageError(f"{variable}: {text!r} is not a port", "build the image with `serve.port` from 1 to 65535")
+        raise UsageError(f"{variable}: {text!r} is not a port", "build the image with a `serve.port` from 1 to 65535")
     return int(text)
 
 
-def _from_folder_of(document: Document, data: dict[str, Any]) -> dict[str, str]:
-    """Make the paths in `data` relative to the working directory, unless the file is in it.
+def _make_relative(document: Document, data: dict[str, Any]) -> dict[str, str]:
+    """Make the paths in `data` relative to the working directory, unless that contains the file.
 
-    Returns dotted path -> value as written (JSON), for those that changed.
+    Returns the values in the file (JSON) of the changed paths, by dotted path.
     """
     folder = Path(document.file).parent
     if folder.resolve() == Path.cwd():
@@ -161,12 +165,12 @@ def _relative_to(folder: Path, path: str, value: str) -> str:
     if not local:
         return value
     found = str(folder / value)
-    # With the dot, no reader takes it for a hub id.
+    # Without the dot, `folder/name` would be a valid hub id.
     return found if found.startswith(("/", "..")) else f"./{found}"
 
 
 def paths() -> dict[str, Any]:
-    """Dotted path of every setting -> its type annotation."""
+    """Return the type annotation of each setting by dotted path."""
 
     def walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
         for name, info in section.model_fields.items():
@@ -180,17 +184,17 @@ def paths() -> dict[str, Any]:
 
 
 _ABSENT = object()
-# Settings that may name a folder here: `~` is the home of whoever runs this.
+# Settings that can be a local folder; `~` is expanded.
 _PATHS = ("model.source", "image.wheels", "image.locks")
-# Settings that are a name of the catalog, or a file.
+# Settings that are a name in the catalog or a file.
 _NAMES_OR_FILES = ("hardware", "image.base", "bench.plan")
 _HINTS = {
-    "image.repository": "as in registry.example.com/team/name: lower case, no tag",
-    "image.base_image": "as in registry.example.com/team/cuda:13.0, or with @sha256: and the 64 digits of its digest",
-    "image.tag": "letters, digits, '_', '.' and '-', 128 at most",
-    "image.platform": "as in linux/amd64 or linux/arm/v7",
-    "image.max_size": "write it like 6GB, 800MB or 2GiB",
-    "model": "give a hub id, or `weights: mount` or `bake` for a local folder",
+    "image.repository": "use lower case and no tag, as in registry.example.com/team/name",
+    "image.base_image": "use registry.example.com/team/cuda:13.0 or registry.example.com/team/cuda@sha256:<64 digits>",
+    "image.tag": "use at most 128 letters, digits, '_', '.' and '-'",
+    "image.platform": "use a platform such as linux/amd64 or linux/arm/v7",
+    "image.max_size": "write a size such as 6GB, 800MB or 2GiB",
+    "model": "set model.source to a hub id, or set `weights: mount` or `weights: bake` for a local folder",
 }
 
 
@@ -217,7 +221,7 @@ def _put(data: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _from_text(text: str, annotation: Any) -> Any:
-    """The value of an environment variable for a setting of that type: text stays text, as in a tag of 20250101."""
+    """Convert an environment variable to the type of its setting. A tag of 20250101 stays text."""
     if typing.get_origin(annotation) is list:
         return [part.strip() for part in text.strip("[] ").split(",") if part.strip()]
     if not {int, float, bool} & {annotation, *typing.get_args(annotation)}:
@@ -240,7 +244,7 @@ def _section_fields(path: Sequence[str | int]) -> list[str]:
 def _where(
     location: Sequence[str | int], document: Document | None, origins: Mapping[str, str]
 ) -> tuple[str, int | None]:
-    """How to name a place in a message (with the flag or variable that set it, when one did), and its line in the file."""
+    """Return the label of a setting in a message, with the flag or variable that sets it, and its line in the file."""
     path = dotted(location)
     origin = origins.get(path, "")
     if origin.startswith(("flag ", "env ")):
@@ -249,7 +253,7 @@ def _where(
 
 
 def _problem(error: dict[str, Any], document: Document | None, origins: Mapping[str, str]) -> Problem:
-    """One of pydantic's errors in the words of someone who edits YAML."""
+    """Convert an error of pydantic to a `Problem` with a message for someone who edits YAML."""
     location = list(error["loc"])
     path, kind, value = dotted(location), error["type"], error.get("input")
     label, line = _where(location, document, origins)
@@ -257,7 +261,7 @@ def _problem(error: dict[str, Any], document: Document | None, origins: Mapping[
         siblings = _section_fields(location[:-1])
         where = f" in {dotted(location[:-1])}" if location[:-1] else ""
         hint = did_you_mean(str(location[-1]), siblings) or (
-            f"known{where}: {', '.join(siblings)}" if siblings else "this section takes no keys yet"
+            f"known{where}: {', '.join(siblings)}" if siblings else "remove it: this section has no keys"
         )
         return Problem(path, f"unknown key {str(location[-1])!r}{where}", line, hint)
     if kind == "missing":
@@ -271,7 +275,7 @@ def _problem(error: dict[str, Any], document: Document | None, origins: Mapping[
             path,
             f"{path} is missing",
             parent,
-            f"add `{example.get(path, f'{location[-1]}: ...')}`, or `--model SOURCE`",
+            f"add `{example.get(path, f'{location[-1]}: ...')}`, or pass `--model SOURCE`",
         )
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
@@ -280,8 +284,8 @@ def _problem(error: dict[str, Any], document: Document | None, origins: Mapping[
         )
     if kind == "string_pattern_mismatch":
         what = path.rsplit(".", 1)[-1].replace("_", " ")
-        way_out = f"try {slug(str(value))!r}" if path == "name" else _HINTS.get(path)
-        return Problem(path, f"{label}: {value!r} is not a valid {what}", line, way_out)
+        hint = f"use {slug(str(value))!r}" if path == "name" else _HINTS.get(path)
+        return Problem(path, f"{label}: {value!r} is not a valid {what}", line, hint)
     if kind == "model_type":
         return Problem(
             path,
@@ -291,7 +295,7 @@ def _problem(error: dict[str, Any], document: Document | None, origins: Mapping[
         )
     if kind == "string_type" and isinstance(value, int | float):
         return Problem(
-            path, f"{label}: must be text, got the number {value!r}", line, f'put quotes around it: "{value}"'
+            path, f"{label}: expected text, got the number {value!r}", line, f'write it in quotes: "{value}"'
         )
     if kind == "value_error":
         return Problem(path, error["msg"].removeprefix("Value error, "), line, _HINTS.get(path))
@@ -299,7 +303,8 @@ def _problem(error: dict[str, Any], document: Document | None, origins: Mapping[
     return Problem(path, f"{label}: {message}, got {value!r}", line, None)
 
 
-def _without_union_noise(problems: list[Problem]) -> list[Problem]:
+def _without_duplicates(problems: list[Problem]) -> list[Problem]:
+    """Remove repeated problems: pydantic reports one for each member of a union."""
     seen: dict[tuple[str, str], Problem] = {}
     for problem in problems:
         seen.setdefault((problem.path, problem.message), problem)
@@ -309,7 +314,7 @@ def _without_union_noise(problems: list[Problem]) -> list[Problem]:
 def _unknown_names(
     data: dict[str, Any], document: Document | None, origins: Mapping[str, str], vocabulary: Mapping[str, Sequence[str]]
 ) -> list[Problem]:
-    """Names that the catalog does not have, wherever it has a say."""
+    """Return a problem for each value in `vocabulary` settings that is not in the catalog and not a file."""
     problems = []
     for path, names in vocabulary.items():
         value = _get(data, path)
@@ -320,5 +325,5 @@ def _unknown_names(
             if document and isinstance(value, list) and line is not None:
                 line = document.line((*path.split("."), index))
             hint = did_you_mean(item, names) or f"known: {', '.join(names)}"
-            problems.append(Problem(path, f"{label}: there is no {item!r}", line, hint))
+            problems.append(Problem(path, f"{label}: {item!r} not found", line, hint))
     return problems

@@ -1,4 +1,4 @@
-"""Bytes as people write and read them."""
+"""Parses and formats sizes in bytes, such as `6GB`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 
 
 def parse_size(text: str) -> int:
-    """`6GB`, `800 MiB`, `1.5g` -> bytes. Raises `UsageError`."""
+    """Return the bytes of a size such as `6GB`, `800 MiB` or `1.5g`. Raises `UsageError`."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
     if not found:
-        raise UsageError(f"{text!r} is not a size", "write it like 6GB, 800MB or 2GiB")
+        raise UsageError(f"{text!r} is not a size", "write a size such as 6GB, 800MB or 2GiB")
     return int(float(found.group(1)) * _UNITS[(found.group(2) or "").lower()])
 
 
 def size(value: float, digits: int = 2) -> str:
-    """Bytes for people, decimal units: `4.13 GB`, `52.1 MB`. `digits`: after the point of gigabytes."""
+    """Format bytes in decimal units: `4.13 GB`, `52.1 MB`. `digits`: decimal places of gigabytes."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if value >= factor:
             return f"{value / factor:.{digits if unit == 'GB' else 1}f} {unit}"

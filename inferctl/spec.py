@@ -1,4 +1,4 @@
-"""What `inferctl.yaml` says: the `Spec`, its JSON Schema and its digest. `inferctl/settings.py` reads the file."""
+"""Defines the content of `inferctl.yaml`: the `Spec`, its JSON Schema and its digest. `settings.py` reads the file."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 Precision = Literal["auto", "fp32", "fp16", "bf16", "int8"]
 Task = Literal["embed"]
 Weights = Literal["mount", "bake", "download"]
-# A part of an image name as Docker takes it, and the names made of such parts.
+# One path component of an image name, as Docker accepts it.
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
-# The first part is a registry if it has a dot or a port, or is localhost. All else is a name on Docker Hub.
+# The first component is a registry if it has a dot or a port, or is localhost. Other names are on Docker Hub.
 _LABELS = r"[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)"
 IMAGE_NAME = rf"(?:(?:{_LABELS}+|localhost)/|{_LABELS}*:\d+/)?{_PART}(?:/{_PART})*"
 IMAGE_TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 IMAGE_REFERENCE = rf"{IMAGE_NAME}(?::{IMAGE_TAG})?(?:@sha256:[0-9a-f]{{64}})?"
-# Operating system, architecture and variant, as in linux/amd64 and linux/arm/v7.
+# Operating system, architecture and variant, such as linux/amd64 or linux/arm/v7.
 PLATFORM = r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9_.]+)?"
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+(?:(?:\.|-+)[a-z0-9]+)*$", max_length=63)]
 Size = Annotated[str, Field(pattern=r"^\d+(?:\.\d+)? ?[kKmMgGtT]?i?[bB]?$")]
-# What ends up in a Dockerfile or a label must stay on its line.
+# A value in a Dockerfile or a label must not contain a line break.
 OneLine = Annotated[str, Field(pattern=r"^[^\r\n\x00]+$")]
 
 
@@ -35,93 +35,101 @@ class _Section(BaseModel):
 
 
 class Model(_Section):
-    """Which model, and how its weights reach the container."""
+    """The model to serve, and how the container gets its weights."""
 
-    source: OneLine = Field(
-        description="Hub id (`org/name`) or a local folder with config.json and safetensors weights."
-    )
+    source: OneLine = Field(description="Hub id (`org/name`) or local folder with config.json and safetensors weights.")
     revision: OneLine | None = Field(
-        None, description="Commit of a hub model; `inferctl build` refuses a floating one unless told."
+        None,
+        description="Commit of a hub model. `inferctl build` rejects a branch or tag without `--allow-floating`.",
     )
-    task: Task = Field("embed", description="What the server does with it.")
+    task: Task = Field("embed", description="Task of the server.")
     weights: Weights = Field(
         "mount",
-        description="`mount`: a volume at /model. `bake`: a layer of the image. `download`: fetched when the container starts.",
+        description="`mount`: a volume at /model. `bake`: a layer of the image. "
+        "`download`: the container downloads them when it starts.",
     )
 
     @model_validator(mode="after")
     def _downloaded_from_a_hub(self) -> Self:
         if self.weights == "download" and not re.fullmatch(HUB_ID, self.source):
-            raise ValueError(f"weights: download needs a hub id (org/name), and {self.source!r} is none")
+            raise ValueError(f"weights: download requires a hub id (org/name), not {self.source!r}")
         return self
 
 
 class Serve(_Section):
-    """How the server runs. Every field can be overridden when it starts."""
+    """Settings of the server. Each one can be overridden when the server starts."""
 
     precision: Precision = Field(
-        "auto", description="Number format of the forward pass; `auto` takes the best the hardware runs natively."
+        "auto", description="Number format of the forward pass. `auto` selects the best one that is native."
     )
-    host: OneLine = Field("127.0.0.1", description="Address to listen on. In a container it is always 0.0.0.0.")
-    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    max_batch_tokens: int = Field(16384, ge=64, le=1_048_576, description="Tokens of one forward pass at most.")
+    host: OneLine = Field("127.0.0.1", description="Address to listen on. In a container always 0.0.0.0.")
+    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 selects a free port.")
+    max_batch_tokens: int = Field(
+        16384, ge=64, le=1_048_576, description="Maximum number of tokens in one forward pass."
+    )
     max_input_tokens: int | None = Field(
-        None, ge=8, le=1_048_576, description="Tokens of one input at most; default is what the model was made for."
+        None, ge=8, le=1_048_576, description="Maximum number of tokens in one input. Default: the model's own limit."
     )
     max_queue_tokens: int = Field(
-        262_144, ge=64, le=1_000_000_000, description="Tokens waiting at most; beyond it the server answers 429."
+        262_144,
+        ge=64,
+        le=1_000_000_000,
+        description="Maximum number of queued tokens. The server rejects further requests with 429.",
     )
-    max_client_batch: int = Field(2048, ge=1, le=65536, description="Inputs in one request at most.")
+    max_client_batch: int = Field(2048, ge=1, le=65536, description="Maximum number of inputs in one request.")
     grace_seconds: float = Field(
         1.0,
         ge=0,
         le=86_400,
-        description="After SIGTERM, how long the server still takes requests while it says it is not ready.",
+        description="After SIGTERM, the server reports that it is not ready but accepts requests for this long.",
     )
     drain_seconds: float = Field(
-        30.0, ge=0, le=86_400, description="After SIGTERM, how long accepted requests may take to finish."
+        30.0, ge=0, le=86_400, description="After SIGTERM, how long the server waits for accepted requests to finish."
     )
 
 
 class Image(_Section):
-    """The container image."""
+    """Settings of the container image."""
 
     repository: Annotated[str, Field(pattern=rf"^{IMAGE_NAME}$")] | None = Field(
-        None, description="Where the image is pushed: `registry/namespace/name`, without a tag."
+        None, description="Repository to push the image to: `registry/namespace/name`, without a tag."
     )
     tag: Annotated[str, Field(pattern=rf"^{IMAGE_TAG}$")] | None = Field(
-        None, description="Tag of the image. Default: `<precision>-<hash of what is in the image>`."
+        None, description="Tag of the image. Default: `<precision>-<hash of the image content>`."
     )
-    base: OneLine = Field("cuda13.0", description="An entry of base-images/.")
+    base: OneLine = Field("cuda13.0", description="Base image: an entry of base-images/ or a YAML file.")
     base_image: Annotated[str, Field(pattern=rf"^{IMAGE_REFERENCE}$")] | None = Field(
-        None, description="Your mirror of the base, best with a digest: `registry/cuda@sha256:...`."
+        None, description="Your mirror of the base image, preferably with a digest: `registry/cuda@sha256:...`."
     )
     platform: Annotated[str, Field(pattern=rf"^{PLATFORM}$")] = Field(
-        "linux/amd64", description="Platform to build for: `os/architecture` or `os/architecture/variant`."
+        "linux/amd64", description="Platform of the image: `os/architecture` or `os/architecture/variant`."
     )
     wheels: OneLine | None = Field(
-        None, description="Folder of wheels that stands in for the package index (air-gapped builds)."
+        None, description="Folder of wheels to use instead of a package index (air-gapped builds)."
     )
-    locks: OneLine | None = Field(None, description="Folder with your own hashed locks, written by `inferctl lock`.")
+    locks: OneLine | None = Field(None, description="Folder with your own hashed locks, from `inferctl lock`.")
     frontend: OneLine | None = Field(
         None,
-        description="Dockerfile frontend to pull, as in `docker/dockerfile:1`. Default is the builder's own: air-gapped builders cannot pull.",
+        description="Dockerfile frontend to pull, such as `docker/dockerfile:1`. "
+        "Default: the frontend of the builder, because an air-gapped builder cannot pull one.",
     )
-    max_size: Size | None = Field(None, description="Refuse to build an image forecast to be larger, as in `6GB`.")
+    max_size: Size | None = Field(
+        None, description="Maximum compressed size of the image, such as `6GB`. A larger image fails the build."
+    )
 
 
 class Slo(_Section):
-    """What must hold."""
+    """Service level objective of the server."""
 
     p99_ms: float | None = Field(
-        None, gt=0, le=3_600_000, description="99th percentile of the request latency, milliseconds."
+        None, gt=0, le=3_600_000, description="Maximum 99th percentile of the request latency, in milliseconds."
     )
 
 
 class Bench(_Section):
-    """What is measured by default."""
+    """Defaults of `inferctl bench`."""
 
-    plan: OneLine = Field("precision", description="An entry of benchmarks/plans/, or a YAML file.")
+    plan: OneLine = Field("precision", description="Benchmark plan: an entry of benchmarks/plans/ or a YAML file.")
 
 
 class Deploy(_Section):
@@ -129,7 +137,7 @@ class Deploy(_Section):
 
 
 class Spec(_Section):
-    """One model container: what it serves, how it is built, what it must hold."""
+    """One model container: the model, the server, the image, the target hardware and the SLO."""
 
     name: Slug = Field(
         description="Name of the model in the API and of the image: lower-case letters, digits, `-` and `.`."
@@ -138,7 +146,8 @@ class Spec(_Section):
     serve: Serve = Field(default_factory=Serve)  # type: ignore[arg-type]  # pydantic fills the defaults
     image: Image = Field(default_factory=Image)  # type: ignore[arg-type]
     hardware: list[OneLine] = Field(
-        default_factory=list, description="It must run on all of these: entries of benchmarks/hardware/."
+        default_factory=list,
+        description="Hardware that the container must run on: entries of benchmarks/hardware/ or YAML files.",
     )
     slo: Slo = Field(default_factory=Slo)  # type: ignore[arg-type]
     bench: Bench = Field(default_factory=Bench)  # type: ignore[arg-type]
@@ -147,19 +156,22 @@ class Spec(_Section):
     @field_validator("serve", "image", "slo", "bench", "deploy", mode="before")
     @classmethod
     def _empty_section(cls, value: Any) -> Any:
-        """`serve:` with nothing under it is null in YAML, and means the defaults."""
+        """Replace null, which YAML reads for `serve:` without content, with an empty section."""
         return {} if value is None else value
 
-    # Paths as the file has them, where the working directory makes them others: dotted path -> JSON.
+    # Dotted path -> value in the file (JSON), for paths that `settings.py` made relative to the working directory.
     _written: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def written_as(self, written: dict[str, str]) -> Self:
-        """This spec, whose digest does not depend on the directory that a command is started in."""
+        """Set the paths as written in the file, so that the digest does not depend on the working directory."""
         self._written = written
         return self
 
     def digest(self) -> str:
-        """sha256 (hex) over the canonical JSON of what differs from the defaults: equal for equal specs, also after a new setting."""
+        """Return the sha256 (hex) over the canonical JSON of all values that differ from the defaults.
+
+        Equal specs have equal digests, also in a later version that adds a setting.
+        """
         data = self.model_dump(mode="json", exclude_defaults=True)
         for path, value in self._written.items():
             section, _, key = path.rpartition(".")
@@ -170,12 +182,12 @@ class Spec(_Section):
 
     @property
     def repository(self) -> str:
-        """Name of the built image without its tag; `inferctl/<name>` by default."""
+        """Name of the built image without its tag. Default: `inferctl/<name>`."""
         return self.image.repository or f"inferctl/{self.name}"
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema (2020-12) of `inferctl.yaml`, for editors."""
+    """Return the JSON Schema (2020-12) of `inferctl.yaml`, for editors."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "inferctl.yaml",
@@ -184,6 +196,6 @@ def json_schema() -> dict[str, Any]:
 
 
 def slug(source: str) -> str:
-    """A valid `name` out of a hub id or a folder: `sentence-transformers/all-MiniLM-L6-v2` -> `all-minilm-l6-v2`."""
+    """Return a valid `name` for a hub id or a folder: `org/all-MiniLM-L6-v2` -> `all-minilm-l6-v2`."""
     last = source.rstrip("/").rsplit("/", 1)[-1].lower()
     return re.sub(r"[^a-z0-9.-]+", "-", last).strip("-.")[:63] or "model"

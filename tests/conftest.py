@@ -129,7 +129,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pins.txt").write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
     # Also what the locks leave out: resolving them anew takes it.
-    wanted = [f"torch=={pins['torch']}", *locks.declared("serve")]
+    wanted = [f"torch=={pins['torch']}", *locks.declared_requirements("serve")]
     subprocess.run([*command, "--constraint", str(folder / "pins.txt"), *wanted], check=True)
     (folder / "pins.txt").unlink()
     return folder

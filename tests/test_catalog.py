@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from inferctl import assets, catalog
+from inferctl import assets, catalog, precision
 from inferctl.errors import UsageError
 
 # What needs no source: names and words, not facts of the outside world.
@@ -103,12 +103,12 @@ def test_ptx_lets_newer_parts_run() -> None:
 
 def test_bf16_on_a_t4_is_emulated_and_has_no_peak() -> None:
     t4 = catalog.hardware("t4")
-    how = catalog.support("bf16", t4.traits)
+    how = precision.support("bf16", t4.traits)
     assert how.level == "emulated"
     assert "compute capability 7.5" in how.reason
     assert "fp16" in how.reason
     assert t4.peaks == {"fp32": 8.1, "fp16": 65, "bf16": None, "int8": 130}
-    assert catalog.support("fp16", t4.traits).level == "native"
+    assert precision.support("fp16", t4.traits).level == "native"
 
 
 @pytest.mark.parametrize(
@@ -116,12 +116,12 @@ def test_bf16_on_a_t4_is_emulated_and_has_no_peak() -> None:
     [("t4", "fp16"), ("l4", "bf16"), ("a100-40gb-mig-1g.5gb", "bf16"), ("h200-sxm", "bf16"), ("cpu", "fp32")],
 )
 def test_auto_takes_the_best_that_is_native(key: str, best: str) -> None:
-    assert catalog.best_precision(catalog.hardware(key).traits) == best
+    assert precision.best_precision(catalog.hardware(key).traits) == best
 
 
 def test_int8_says_that_it_saves_memory_and_not_time() -> None:
-    reason = catalog.support("int8", catalog.hardware("a100-80gb-sxm").traits).reason
-    assert "half the weights' memory" in reason
+    reason = precision.support("int8", catalog.hardware("a100-80gb-sxm").traits).reason
+    assert "half the weight memory" in reason
     assert "slower" in reason
 
 
@@ -249,7 +249,7 @@ def test_every_mistake_in_a_file_of_your_own_is_named(tmp_path: Path, change: di
     ("change", "message"),
     [
         ({"compute_capability": "seven"}, "'seven' is not a compute capability"),
-        ({"compute_capability": None}, "compute_capability goes with kind cuda"),
+        ({"compute_capability": None}, "compute_capability is required for kind cuda"),
         ({"peaks": {"fp32": 1.0}}, "peaks lack bf16, fp16, int8"),
     ],
 )

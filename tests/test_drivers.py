@@ -17,9 +17,9 @@ GEFORCE = dataclasses.replace(catalog.hardware("l4"), key="rtx-4090", brand="gef
 RTX = dataclasses.replace(catalog.hardware("l40s"), key="rtx-6000-ada", brand="nvidiartx")
 
 
-def judged(base: str, part: catalog.Hardware, driver: int) -> drivers.Verdict:
+def judged(base: str, part: catalog.Hardware, driver: int) -> drivers.DriverVerdict:
     entry = catalog.base(base)
-    verdict = fit.judge_driver(entry, catalog.stack(entry.stack), catalog.gpu_of(part), driver)
+    verdict = fit.judge_driver(entry, catalog.stack(entry.stack), catalog.cuda_gpu_of(part), driver)
     assert verdict is not None
     finding = next(
         f
@@ -141,9 +141,9 @@ def test_every_architecture_has_an_oldest_driver(capability: tuple[int, int], ol
 
 def test_without_a_driver_the_oldest_one_of_the_gpu_is_named() -> None:
     def needs(base: str, part: str) -> str:
-        image = catalog.image_of(catalog.base(base), catalog.stack(catalog.base(base).stack))
+        image = catalog.cuda_image(catalog.base(base), catalog.stack(catalog.base(base).stack))
         assert image is not None
-        return drivers.needs(image, catalog.gpu_of(catalog.hardware(part)))
+        return drivers.describe_drivers(image, catalog.cuda_gpu_of(catalog.hardware(part)))
 
     assert needs("cuda12.8", "b200-sxm") == "needs driver 570 or newer"
     assert needs("cuda13.0", "b200-sxm") == "needs driver 580 or newer, or R570 or R575 with forward compatibility"
@@ -154,11 +154,11 @@ def test_the_message_names_the_rule_that_decides() -> None:
     t4 = catalog.hardware("t4")
     refused, compatible, plain = (judged("cuda13.0", t4, driver) for driver in (545, 550, 580))
     assert refused.why == (
-        "NVIDIA_REQUIRE_CUDA of cuda13.0 asks for CUDA 13.0 or newer or, for brand nvidia, "
-        "R535, R550, R565, R570 or R575; driver 545 offers CUDA 12.3"
+        "NVIDIA_REQUIRE_CUDA of cuda13.0 requires CUDA 13.0 or newer or, for brand nvidia, "
+        "R535, R550, R565, R570 or R575; driver 545 supports CUDA 12.3"
     )
     assert compatible.why == (
-        "cuda13.0 carries cuda-compat for CUDA 13.0, and NVIDIA_REQUIRE_CUDA lists R550 for this data-center GPU"
+        "cuda13.0 contains cuda-compat for CUDA 13.0, and NVIDIA_REQUIRE_CUDA lists R550 for this data-center GPU"
     )
     assert compatible.what == "driver 550 works through forward compatibility"
     assert compatible.hint is not None
@@ -168,8 +168,8 @@ def test_the_message_names_the_rule_that_decides() -> None:
     assert (gpu.what, gpu.hint) == ("driver 535 is older than the GPU", "upgrade the nodes to R570")
     assert gpu.why.startswith("GPUs of compute capability 10.0 need driver 570 or newer")
     cdi = judged("cuda12.8", t4, 545)
-    assert cdi.what == "the container toolkit refuses the image on driver 545 unless it runs in CDI mode"
-    assert refused.what == "the container toolkit refuses the image on driver 545"
+    assert cdi.what == "the container toolkit rejects the image on driver 545 unless it runs in CDI mode"
+    assert refused.what == "the container toolkit rejects the image on driver 545"
     ngc = judged("ngc25.12", t4, 570)
     assert "/usr/local/cuda/compat/lib.real" in ngc.why
     assert refused.hint
@@ -178,7 +178,7 @@ def test_the_message_names_the_rule_that_decides() -> None:
 
 def test_an_image_without_the_compat_libraries_needs_the_newer_driver() -> None:
     base = dataclasses.replace(catalog.base("cuda13.0"), cuda_compat=None)
-    verdict = fit.judge_driver(base, catalog.stack(base.stack), drivers.Gpu("nvidia"), 550)
+    verdict = fit.judge_driver(base, catalog.stack(base.stack), drivers.CudaGpu("nvidia"), 550)
     assert verdict is not None
     assert (verdict.level, verdict.rule) == ("error", "cuda-compat")
     assert "has no cuda-compat libraries" in verdict.why
@@ -186,7 +186,7 @@ def test_an_image_without_the_compat_libraries_needs_the_newer_driver() -> None:
 
 def test_an_image_that_lists_no_branches_may_work_through_forward_compatibility() -> None:
     base = dataclasses.replace(catalog.base("cuda13.0"), require_cuda="cuda>=9.0")
-    verdict = fit.judge_driver(base, catalog.stack(base.stack), drivers.Gpu("nvidia"), 550)
+    verdict = fit.judge_driver(base, catalog.stack(base.stack), drivers.CudaGpu("nvidia"), 550)
     assert verdict is not None
     assert (verdict.level, verdict.rule) == ("warn", "cuda-compat")
     assert "container toolkit 1.17.5 or newer" in (verdict.hint or "")
@@ -194,7 +194,7 @@ def test_an_image_that_lists_no_branches_may_work_through_forward_compatibility(
 
 def test_an_image_without_cuda_asks_for_no_driver() -> None:
     base = catalog.base("cpu")
-    assert fit.judge_driver(base, catalog.stack(base.stack), drivers.Gpu("nvidia"), 470) is None
+    assert fit.judge_driver(base, catalog.stack(base.stack), drivers.CudaGpu("nvidia"), 470) is None
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_the_forecast_of_baked_weights_is_what_the_hub_lists_or_says_why_not(
 
     asked = part(online(hub, tmp_path / "home"))
     assert asked["bytes"] == sum(file.stat().st_size for file in tiny.iterdir())
-    assert asked["source"] == "the files that the hub lists"
+    assert asked["source"] == "the files on the hub"
     assert not whole_weights(hub)
     unreachable = part(online("http://127.0.0.1:9", tmp_path / "other"))
     assert unreachable["bytes"] is None

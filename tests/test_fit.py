@@ -61,7 +61,7 @@ def test_bf16_on_a_t4_is_a_warning_that_names_fp16() -> None:
     judged = on("t4")
     found = finding(judged, "precision")
     assert (judged.verdict, judged.level, found.what) == ("warn", "emulated", "bf16 is emulated")
-    assert found.hint == "serve.precision: fp16, or auto to choose for each part"
+    assert found.hint == "set serve.precision: fp16, or auto to select it for each part"
 
 
 def test_auto_takes_fp16_on_a_t4_and_bf16_on_an_a100() -> None:
@@ -93,12 +93,12 @@ def test_a_stack_without_kernels_for_the_gpu_is_an_error() -> None:
 def test_what_nobody_read_is_said_to_be_unknown() -> None:
     judged = on("l4", base="ngc25.12")
     assert (judged.verdict, judged.kernels) == ("warn", None)
-    assert finding(judged, "kernels").what == "not known whether the stack has kernels"
+    assert finding(judged, "kernels").what == "unknown whether the stack has kernels"
 
 
 def test_a_cpu_stack_on_a_gpu_is_an_error_and_a_gpu_stack_on_a_cpu_a_waste() -> None:
     assert finding(on("t4", "fp16", base="cpu"), "kernels").level == "error"
-    assert finding(on("cpu", "fp32"), "kernels").what == "the image is larger than it need be"
+    assert finding(on("cpu", "fp32"), "kernels").what == "the image is larger than necessary"
     assert on("cpu", "fp32", base="cpu").verdict == "ok"
 
 
@@ -111,8 +111,8 @@ def test_without_a_driver_the_floor_is_told() -> None:
 
 def test_int8_is_said_to_save_memory_not_time() -> None:
     found = finding(on("t4", "int8"), "int8")
-    assert (found.level, found.what) == ("ok", "int8 saves memory, not time")
-    assert found.hint == "for speed: serve.precision: fp16"
+    assert (found.level, found.what) == ("ok", "int8 saves memory but not time")
+    assert found.hint == "for speed, set serve.precision: fp16"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
@@ -179,7 +179,7 @@ def test_a_hub_model_without_a_revision_floats_and_a_folder_does_not() -> None:
 @pytest.mark.parametrize("revision", ["main", "v1.0", "abc", "0" * 39])
 def test_a_revision_that_is_no_commit_floats(revision: str) -> None:
     found = image(model={"source": "org/model", "revision": revision})["revision"]
-    assert found.what == f"the model's revision floats: {revision!r} is no commit"
+    assert found.what == f"the model revision is not pinned: {revision!r} is not a commit"
     assert "--allow-floating" not in (found.hint or "")
     baked = image(model={"source": "org/model", "revision": revision, "weights": "bake"})["revision"]
     assert "--allow-floating" in (baked.hint or "")
@@ -241,9 +241,9 @@ def test_the_platforms_of_a_build_are_judged_each_and_one_lock_for_several_is_to
         return [(f.level, f.what) for f in found if f.topic == "platform"]
 
     both = ("linux/amd64", "linux/arm64")
-    assert told(*both) == [("error", "torch2.13-cu130 is not locked for linux/arm64")]
+    assert told(*both) == [("error", "torch2.13-cu130 has no lock for linux/arm64")]
     assert told(*both, locks="mine") == [("warn", "one lock for 2 platforms")]
-    assert told("linux/amd46") == [("error", "cuda13.0 does not exist for linux/amd46")]
+    assert told("linux/amd46") == [("error", "cuda13.0 is not available for linux/amd46")]
     assert told("linux/amd64", platform="linux/arm64") == []
 
 

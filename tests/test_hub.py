@@ -91,11 +91,11 @@ def test_facts_and_the_commit_need_no_weights(hub: Hub, folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("call", "kind", "said"),
     [
-        ("fetch('org/absent', None, print)", "UsageError", "hub has no such model"),
+        ("fetch('org/absent', None, print)", "UsageError", "hub has no public model of this name"),
         ("fetch('org/m', 'v9', print)", "UsageError", "no revision 'v9'"),
-        ("fetch('org/gated', None, print)", "NotReadyError", "refuses access to org/gated | accept its terms"),
+        ("fetch('org/gated', None, print)", "NotReadyError", "denies access to org/gated | accept its terms"),
         ("commit('org/m', 'v9')", "UsageError", "no revision 'v9'"),
-        ("facts('org/absent', None)", "UsageError", "hub has no such model"),
+        ("facts('org/absent', None)", "UsageError", "hub has no public model of this name"),
         ("fetch('org/..--x', None, print)", "UsageError", "not a hub id"),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "inferctl"
 # Part of the package -> the parts it may import. `cli` may import everything.
-FACTS = {"errors", "assets", "document", "spec", "settings", "model", "catalog", "drivers", "outputs"}
+FACTS = {"errors", "assets", "document", "spec", "settings", "model", "precision", "catalog", "drivers", "outputs"}
 ALLOWED = {
     "errors": set(),
     "assets": set(),
@@ -23,11 +23,12 @@ ALLOWED = {
     "settings": {"errors", "document", "spec"},
     "model": {"errors", "spec"},
     "drivers": set(),
-    "catalog": {"errors", "assets", "document", "drivers"},
+    "precision": set(),
+    "catalog": {"errors", "assets", "document", "drivers", "precision"},
     "sizes": {"errors"},
     "pin": {"errors", "catalog", "model", "settings", "spec"},
     "hub": {"errors", "model", "sizes"},
-    "fit": {"errors", "spec", "catalog", "drivers", "model", "sizes"},
+    "fit": {"errors", "spec", "catalog", "precision", "drivers", "model", "sizes"},
     "locks": {"errors", "assets", "catalog"},
     "render": {"errors", "assets", "spec", "model", "catalog", "locks"},
     "image": FACTS | {"hub", "render", "locks", "fit", "sizes"},

@@ -20,7 +20,7 @@ SHIPPED = list(catalog.bases().values())
 
 def test_versions_are_read_with_normalised_names() -> None:
     assert locks.versions(LOCK) == {"a-b": "1.0", "torch": "2.13.0+cpu", "uvicorn": "0.5"}
-    assert locks.normalise("A_b.C") == "a-b-c"
+    assert locks.normalize("A_b.C") == "a-b-c"
 
 
 def test_a_selection_keeps_the_hashes_and_nothing_else() -> None:
@@ -43,7 +43,7 @@ def test_every_shipped_lock_holds_what_the_server_declares(base: catalog.BaseIma
     """Fails when a dependency was added without `make locks`."""
     found = locks.load(base, None, int8=True)
     locked = {*locks.versions(found.torch or ""), *locks.versions(found.server)} | set(base.provides)
-    declared = {locks.normalise(locks.name_of(line)) for line in locks.served()}
+    declared = {locks.normalize(locks.name_of(line)) for line in locks.server_requirements()}
     # jinja2 is one of torch's own dependencies: it comes with a torch that comes with the base.
     assert declared - locked - ({"jinja2"} if "torch" in base.provides else set()) == set()
 

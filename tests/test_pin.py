@@ -58,7 +58,7 @@ def spec(revision: str | None = None, image: str | None = None, source: str = "o
 )
 def test_an_edit_keeps_comments_order_and_layout(before: str, after: str | None) -> None:
     if after is None:
-        with pytest.raises(UsageError, match="cannot be edited as the file is written"):
+        with pytest.raises(UsageError, match="in this YAML style"):
             pin.edit(before, CHANGES, "inferctl.yaml")
         return
     edited = pin.edit(before, CHANGES, "inferctl.yaml")
@@ -74,7 +74,7 @@ def test_a_commit_that_yaml_takes_for_a_number_is_quoted(commit: str) -> None:
 @pytest.mark.parametrize("revision", [None, "main", "v1.0", "c" * 39])
 def test_a_revision_that_is_no_commit_is_not_pinned(revision: str | None) -> None:
     model, _ = pin.pins(spec(revision), CPU)
-    assert (model.path, model.pinned, model.follows) == (pin.MODEL, False, revision)
+    assert (model.path, model.pinned, model.tracked) == (pin.MODEL, False, revision)
 
 
 def test_a_commit_is_pinned_and_a_folder_needs_no_pin() -> None:
@@ -94,10 +94,10 @@ def test_a_commit_is_pinned_and_a_folder_needs_no_pin() -> None:
 )
 def test_an_image_is_pinned_by_its_digest(image: str | None, follows: str | None, pinned: bool) -> None:
     base = pin.pins(spec(image=image), CPU)[-1]
-    assert (base.path, base.follows, base.pinned) == (pin.BASE, follows, pinned)
+    assert (base.path, base.tracked, base.pinned) == (pin.BASE, follows, pinned)
 
 
 def test_a_digest_of_the_catalog_counts() -> None:
     known = dataclasses.replace(CPU, digest=f"sha256:{'2' * 64}")
     base = pin.pins(spec(), known)[-1]
-    assert (base.pinned, base.follows) == (True, "python:3.11-slim-trixie")
+    assert (base.pinned, base.tracked) == (True, "python:3.11-slim-trixie")

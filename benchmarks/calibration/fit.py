@@ -24,7 +24,7 @@ from rows import CONDITIONS, HERE, UNSEEN, WITHIN, Row, Samples, Table, read, si
 
 from inferctl import catalog
 from inferctl.bench import student_t
-from inferctl.estimate.calibration import BASES, Calibration, Fit, batch_cost
+from inferctl.estimate.calibration import BASES, Calibration, FittedParameters, batch_cost
 from inferctl.estimate.cost import BERT_LARGE, Cost
 
 SOURCE = (
@@ -79,12 +79,12 @@ class Fitter:
 
     def __init__(self, samples: Samples) -> None:
         self.samples, self.table = samples, Table(samples)
-        self._known: dict[Any, Fit] = {}
+        self._known: dict[Any, FittedParameters] = {}
 
-    def calibration(self, rows: Sequence[Row]) -> tuple[Calibration, dict[Key, Fit]]:
+    def calibration(self, rows: Sequence[Row]) -> tuple[Calibration, dict[Key, FittedParameters]]:
         """From `rows`: what the package would read, and the fits of parts under a condition, which no estimate uses."""
         groups = grouped(rows)
-        fits: dict[str, dict[str, Fit]] = defaultdict(dict)
+        fits: dict[str, dict[str, FittedParameters]] = defaultdict(dict)
         conditions = {key: self.fit(group) for key, group in groups.items() if key[0] in CONDITIONS}
         timed = {key for key, group in groups.items() if any(row.scenario == "SingleStream" for row in group)}
         for part, precision in sorted(timed - conditions.keys()):
@@ -98,7 +98,7 @@ class Fitter:
             fits[key[0]][key[1]] = self.fit(groups[key], launches[key[0]])
         return Calibration({part: fits[part] for part in sorted(fits)}, 0.0), conditions
 
-    def fit(self, group: Sequence[Row], launch: float | None = None) -> Fit:
+    def fit(self, group: Sequence[Row], launch: float | None = None) -> FittedParameters:
         """Least squares over errors as shares of what each scenario allows, on ever finer grids.
 
         `launch`: given, not fitted (seconds).
@@ -108,7 +108,7 @@ class Fitter:
             self._known[known] = self._fit(group, launch)
         return self._known[known]
 
-    def _fit(self, group: Sequence[Row], given: float | None) -> Fit:
+    def _fit(self, group: Sequence[Row], given: float | None) -> FittedParameters:
         part, precision = catalog.hardware(group[0].catalogued), group[0].precision
         peak = (part.peaks[precision] or 0.0) * 1e12
         offline = [row.value for row in group if row.scenario == "Offline"] or [row.value for row in group]
@@ -117,14 +117,14 @@ class Fitter:
         step, wide = 0.15, 3.0 if given is None else 0.0
         for _ in range(7):
             candidates = [
-                Fit(fraction * math.exp(step * i / 8), launch * math.exp(wide * j / 12))
+                FittedParameters(fraction * math.exp(step * i / 8), launch * math.exp(wide * j / 12))
                 for i in range(-8, 9)
                 for j in (range(-12, 13) if wide else (0,))
             ]
             best = min(candidates, key=lambda one: self._loss(group, batch_cost(part, precision, one, BERT_LARGE)))
             fraction, launch = best.fraction, best.launch
             step, wide = step / 4, wide / 4
-        return Fit(fraction, launch, len(group))
+        return FittedParameters(fraction, launch, len(group))
 
     def _loss(self, group: Sequence[Row], cost: Cost) -> float:
         return sum((row.error(self.predict(row, cost)) / WITHIN[row.scenario]) ** 2 for row in group)
@@ -303,7 +303,7 @@ def main() -> int:
 
 
 def table(
-    rows: Sequence[Row], calibration: Calibration, conditions: dict[Key, Fit], samples: Samples
+    rows: Sequence[Row], calibration: Calibration, conditions: dict[Key, FittedParameters], samples: Samples
 ) -> list[dict[str, Any]]:
     """Every row: given, estimated by simulation, error."""
     known: dict[tuple[str, str, str], float] = {}
@@ -323,7 +323,7 @@ def table(
 def report(
     lines: Sequence[dict[str, Any]],
     calibration: Calibration,
-    conditions: dict[Key, Fit],
+    conditions: dict[Key, FittedParameters],
     held: dict[str, list[Held]],
 ) -> None:
     every = {(part, name): fit for part, by in calibration.fits.items() for name, fit in by.items()} | conditions
@@ -362,11 +362,11 @@ def report_coverage(covered: Sequence[tuple[str, str, dict[str, tuple[int, int]]
         print(f"| {seen} | {unseen} | {' | '.join(cells)} | {total[0]} of {total[1]} |")
 
 
-def _plain(fit: Fit) -> dict[str, Any]:
+def _plain(fit: FittedParameters) -> dict[str, Any]:
     return {"fraction": round(fit.fraction, 4), "launch_ms": round(fit.launch * 1000, 4), "rows": fit.rows}
 
 
-def _conditions(conditions: dict[Key, Fit]) -> dict[str, Any]:
+def _conditions(conditions: dict[Key, FittedParameters]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for (name, precision), fit in conditions.items():
         entry = found.setdefault(name, {"of": CONDITIONS[name][0], "condition": CONDITIONS[name][1]})

@@ -27,7 +27,7 @@ from typing import Any
 from inferctl.bench.plan import workload
 from inferctl.estimate import lengths
 from inferctl.estimate.cost import Cost
-from inferctl.estimate.forecast import Work
+from inferctl.estimate.forecast import Scenario
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARES = (0.5, 0.8)
@@ -121,7 +121,7 @@ def main() -> None:
         info = ask(f"{url}/info")
         limit = int(info["limits"]["max_batch_tokens"])
         cost = pace(url, texts, 20)
-        simulated = Work(tokens, batch_tokens=limit, slots=int(info["parallel_batches"])).server(cost)
+        simulated = Scenario(tokens, batch_tokens=limit, slots=int(info["parallel_batches"])).server(cost)
         most = simulated.offline().per_second
         print(
             f"pace: {cost.fixed * 1000:.2f} ms a batch and {1 / cost.per_token:,.0f} tokens/s; simulated at saturation: {most:.0f} texts/s"

@@ -12,7 +12,7 @@ from typing import Literal
 
 from inferctl.estimate import lengths
 from inferctl.estimate.cost import BERT_LARGE, Cost
-from inferctl.estimate.search import Server
+from inferctl.estimate.search import SimulatedServer
 from inferctl.estimate.simulate import UNBOUNDED
 from inferctl.serve.batcher import Limits
 
@@ -107,9 +107,9 @@ class Samples:
         attention = cost.attention * self._sums[short] + cost.per_token2 * (self._squares[-1] - self._squares[short])
         return (cost.per_token * self._sums[-1] + attention) / len(self._ordered)
 
-    def server(self, cost: Cost) -> Server:
+    def server(self, cost: Cost) -> SimulatedServer:
         """The simulated server with all samples, one a request."""
-        return Server(cost, Limits(BATCH_TOKENS, UNBOUNDED), [[tokens] for tokens in self.lengths])
+        return SimulatedServer(cost, Limits(BATCH_TOKENS, UNBOUNDED), [[tokens] for tokens in self.lengths])
 
 
 def simulated(row: Row, cost: Cost, samples: Samples) -> float:

@@ -18,7 +18,7 @@ from rows import CONDITIONS, SLO, Samples, read
 from inferctl.estimate import calibration
 from inferctl.estimate.cost import BERT_LARGE
 from inferctl.estimate.document import Question, build
-from inferctl.estimate.forecast import Work
+from inferctl.estimate.forecast import Scenario
 
 SLICES = {
     "40": ("1g.5gb", "2g.10gb", "3g.20gb", "4g.20gb", "7g.40gb"),
@@ -46,7 +46,7 @@ def main() -> None:
         keys,
         ["fp16", "int8"],
         CONFIG,
-        Work(samples.lengths, engine="tensorrt"),
+        Scenario(samples.lengths, engine="tensorrt"),
         Question(slo_p99_ms=SLO * 1000, against="t4"),
     )
     for precision in ("fp16", "int8"):

@@ -247,13 +247,13 @@ def _run(made: BuildPlan) -> Built:
     from inferctl.cli import download
     from inferctl.cli.buildview import BuildView
     from inferctl.image import build as building
-    from inferctl.image.docker import Engine
+    from inferctl.image.docker import DockerEngine
     from inferctl.model import is_hub_id
 
     source, revision = made.spec.model.source, made.spec.model.revision
     if made.needs_model and not is_hub_id(source):
         made = replace(made, model=model.find(source).path)
-    engine = Engine.connect()
+    engine = DockerEngine.connect()
     if made.needs_model and made.model is None:
         made = replace(made, model=download.fetch(source, revision).path)
     with BuildView(live=sys.stderr.isatty()) as view:

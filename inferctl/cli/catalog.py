@@ -98,6 +98,7 @@ def hardware(key: Annotated[str | None, _key(completion.HARDWARE)] = None, as_js
     Example: inferctl catalog hardware a100-40gb-mig-3g.20gb
     """
     from inferctl import catalog
+    from inferctl.precision import PRECISIONS
 
     if key is not None:
         _explain(catalog.hardware(key), as_json)
@@ -109,7 +110,7 @@ def hardware(key: Annotated[str | None, _key(completion.HARDWARE)] = None, as_js
                 h.key,
                 h.compute_capability or "-",
                 _figure(h.sm_count),
-                *(_peak(h, precision) for precision in catalog.PRECISIONS),
+                *(_peak(h, precision) for precision in PRECISIONS),
                 _figure(h.memory_bytes and h.memory_bytes / 1e9),
                 _figure(h.bandwidth_gbs),
             )

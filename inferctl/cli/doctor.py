@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from inferctl.bench.measure.environment import Environment, Gpu
-    from inferctl.catalog import Traits
     from inferctl.image.buildx import Builder
+    from inferctl.precision import DeviceTraits
 
 # A CUDA image with its build cache: torch closure packed and unpacked, base, room for the next build.
 _ROOM_FOR_BUILDS = 25_000_000_000
@@ -90,10 +90,10 @@ def _python(here: Environment) -> Iterator[Check]:
 
 def _docker(_: Environment) -> Iterator[Check]:
     from inferctl.image import buildx
-    from inferctl.image.docker import Engine
+    from inferctl.image.docker import DockerEngine
 
     try:
-        info = Engine.connect().info()
+        info = DockerEngine.connect().info()
     except InferctlError as error:
         yield Check("docker", "cannot", error.message, error.hint)
         return
@@ -174,7 +174,9 @@ def images(gpu: Gpu) -> Iterator[Check]:
         return
     known = catalog.hardware(gpu.hardware) if gpu.hardware else None
     able: dict[str, Verdict] = {"ok": "can", "warn": "limited", "error": "cannot"}
-    device = catalog.gpu_of(known) if known else catalog.gpu(drivers.brand_of(gpu.name), gpu.compute_capability)
+    device = (
+        catalog.cuda_gpu_of(known) if known else catalog.cuda_gpu(drivers.brand_of(gpu.name), gpu.compute_capability)
+    )
     for base in catalog.bases().values():
         verdict = fit.judge_driver(base, catalog.stack(base.stack), device, int(branch))
         if verdict:
@@ -196,7 +198,7 @@ def _torch(here: Environment) -> Iterator[Check]:
 
 def precisions(here: Environment) -> Iterator[Check]:
     """Which precision runs natively on what is here."""
-    from inferctl import catalog
+    from inferctl.precision import PRECISIONS, support
 
     device = _device(here)
     if device is None:
@@ -204,22 +206,23 @@ def precisions(here: Environment) -> Iterator[Check]:
         yield Check("precision", "limited", f"not known: {why}", "upgrade the driver")
         return
     verdicts: dict[str, Verdict] = {"native": "can", "emulated": "limited", "unsupported": "cannot"}
-    for precision in catalog.PRECISIONS:
-        support = catalog.support(precision, device)
-        yield Check(precision, verdicts[support.level], f"{support.level}: {support.reason}")
+    for precision in PRECISIONS:
+        result = support(precision, device)
+        yield Check(precision, verdicts[result.level], f"{result.level}: {result.reason}")
 
 
-def _device(here: Environment) -> Traits | None:
+def _device(here: Environment) -> DeviceTraits | None:
     """What decides the precisions here: the first GPU, or the CPU. None if its compute capability is unknown."""
     from inferctl import catalog
+    from inferctl.precision import DeviceTraits, capability_of
 
     if not here.gpus:
-        return catalog.Traits("cpu", cpu_flags=frozenset(here.cpu_flags))
+        return DeviceTraits("cpu", cpu_flags=frozenset(here.cpu_flags))
     gpu = here.gpus[0]
     if gpu.hardware:
         return catalog.hardware(gpu.hardware).traits
     capability = gpu.compute_capability
-    return catalog.Traits("cuda", catalog.capability_of(capability)) if capability else None
+    return DeviceTraits("cuda", capability_of(capability)) if capability else None
 
 
 def _bench(here: Environment) -> Iterator[Check]:

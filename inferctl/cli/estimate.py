@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from inferctl.estimate.document import Question
-    from inferctl.estimate.forecast import Work
+    from inferctl.estimate.forecast import Scenario
     from inferctl.spec import Spec
 
 _STANDARD = "t4,l4,a100-40gb-sxm,h100-sxm"
@@ -122,7 +122,7 @@ def estimate(
     longest = _longest(data)
     known = calibration.load()
     tokens, how = _tokens(corpus, length, file, longest, known.mean_length, seed)
-    work = forecast.Work(tokens, inputs, spec.serve.max_batch_tokens if spec else 16_384, seed, engine=engine)
+    work = forecast.Scenario(tokens, inputs, spec.serve.max_batch_tokens if spec else 16_384, seed, engine=engine)
     question = document.Question(_load(rate, users, inputs), slo or (spec.slo.p99_ms if spec else None), against)
     keys = _split(hardware) or (spec.hardware if spec else []) or ([] if capacity else _STANDARD.split(","))
     with console.progress("estimating"):
@@ -208,7 +208,7 @@ def _split(values: list[str] | None) -> list[str]:
     return [part.strip() for value in values or [] for part in value.split(",") if part.strip()]
 
 
-def _paced(file: Path, work: Work, question: Question) -> dict[str, Any]:
+def _paced(file: Path, work: Scenario, question: Question) -> dict[str, Any]:
     """The row of a measured server, with the parallel batches and the batch limit of its measurement."""
     from dataclasses import replace
 
@@ -223,7 +223,7 @@ def _paced(file: Path, work: Work, question: Question) -> dict[str, Any]:
         batch_tokens=measured.max_batch_tokens or work.batch_tokens,
     )
     cost = Cost(measured.fixed_s, 1 / measured.tokens_per_s)
-    return document.paced(cost, file.name, as_measured, question)
+    return document.measured_row(cost, file.name, as_measured, question)
 
 
 def render(result: dict[str, Any]) -> RenderableType:

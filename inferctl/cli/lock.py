@@ -57,10 +57,10 @@ def lock(
     stack = catalog.stack(chosen.stack)
     named = tuple(upgrade_package or ())
     kept = locks.load(chosen, output, int8=True) if named or check else None
-    if kept and (unknown := [name for name in named if locks.normalise(name) not in kept.versions()]):
+    if kept and (unknown := [name for name in named if locks.normalize(name) not in kept.versions()]):
         raise UsageError(f"the locks in {output} have no package {unknown[0]}", f"{output}/*.txt list what they have")
     with console.progress(f"resolving {stack.key} for Python {chosen.python.version} on {platform}"):
-        target = locks.Target(stack, chosen.python.version, platform, wheels, index)
+        target = locks.LockTarget(stack, chosen.python.version, platform, wheels, index)
         resolved = locks.resolve(target, chosen.provides, kept, named)
     if check and kept:
         if changes := locks.differences(kept, resolved):

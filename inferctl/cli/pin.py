@@ -56,7 +56,9 @@ def pin(
                 "file": str(named),
                 "written": bool(changes) and not dry_run,
                 "pinned": not failed and not (dry_run and any(not p.pinned for p in pins)),
-                "changes": [{"path": p.path, "old": p.now, "new": changes[p.path]} for p in pins if p.path in changes],
+                "changes": [
+                    {"path": p.path, "old": p.current, "new": changes[p.path]} for p in pins if p.path in changes
+                ],
                 "moved": [{"path": path, "pinned": old, "current": new} for path, old, new in moved],
                 "failed": [
                     {"path": path, "message": problem.message, "hint": problem.hint} for path, problem in failed.items()
@@ -101,7 +103,7 @@ def _resolve(
     moved: list[tuple[str, str, str]] = []
     failed: dict[str, InferctlError] = {}
     for one in pins:
-        if one.pinned and one.path == pin.BASE and one.follows is None:
+        if one.pinned and one.path == pin.BASE and one.tracked is None:
             continue
         try:
             with console.progress(f"resolving {one.path}"):
@@ -112,9 +114,9 @@ def _resolve(
             else:
                 failed[one.path] = error
             continue
-        if one.pinned and one.fixed != current:
-            moved.append((one.path, one.fixed or "", current))
-        if (update or not one.pinned) and one.fixed != current:
+        if one.pinned and one.pinned_to != current:
+            moved.append((one.path, one.pinned_to or "", current))
+        if (update or not one.pinned) and one.pinned_to != current:
             changes[one.path] = current
     return changes, moved, failed
 
@@ -124,8 +126,8 @@ def _current(spec: Spec, one: Pin) -> str:
     from inferctl.image import buildx
 
     if one.path == pin.MODEL:
-        return hub.commit(spec.model.source, one.follows)
-    return buildx.digest(one.follows or "")
+        return hub.commit(spec.model.source, one.tracked)
+    return buildx.digest(one.tracked or "")
 
 
 def _tell(
@@ -133,7 +135,7 @@ def _tell(
 ) -> None:
     for one in pins:
         if one.path in changes:
-            console.data(f"{one.path}: {one.now or 'not set'} -> {changes[one.path]}")
+            console.data(f"{one.path}: {one.current or 'not set'} -> {changes[one.path]}")
     for path, old, new in moved:
         if path not in changes:
             console.note(f"{path} is pinned to {old}; current is {new}. `inferctl pin --update` moves it")

@@ -27,14 +27,14 @@ def pull(
     Example: baseline=$(inferctl pull --if-exists registry.example.com/ml/minilm:main)
     """
     from inferctl.cli.build import full_reference
-    from inferctl.image.docker import Engine
+    from inferctl.image.docker import DockerEngine
     from inferctl.image.failures import MissingImageError
 
     name = full_reference(reference)
     pulled: str | None = None
     try:
         with console.progress(f"pulling {name}"):
-            pulled = Engine.connect().pull(name)
+            pulled = DockerEngine.connect().pull(name)
     except MissingImageError as error:
         if not if_exists:
             raise

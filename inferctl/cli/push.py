@@ -26,11 +26,11 @@ def push(
     """
     from inferctl.cli.build import full_reference
     from inferctl.cli.buildview import BuildView
-    from inferctl.image.docker import Engine
+    from inferctl.image.docker import DockerEngine
     from inferctl.image.publish import push_named
 
     name = full_reference(reference)
-    engine = Engine.connect()
+    engine = DockerEngine.connect()
     with BuildView(live=sys.stderr.isatty()) as view:
         outcome = view.follow(push_named(engine, name, attempts))
     if as_json:

@@ -137,7 +137,7 @@ def _serve_image(
 ) -> int:
     from inferctl.cli import console, download
     from inferctl.cli.build import full_reference
-    from inferctl.image import server
+    from inferctl.image import container
     from inferctl.serve import main
 
     # Refuses what is neither a name nor an id before the engine is asked.
@@ -149,12 +149,12 @@ def _serve_image(
     known = options.names_model(spec_file, flags)
     # Settings are of a whole spec, and a spec names a model. An image needs neither: its name stands in, and nothing reads it.
     spec = options.load(spec_file, flags if known else {**flags, "model.source": image}).spec
-    wanted = server.ServeOptions(
-        address=server.Address(spec.serve.host, spec.serve.port),
+    wanted = container.ServeOptions(
+        address=container.Address(spec.serve.host, spec.serve.port),
         model=spec.model.source if known else None,
         revision=spec.model.revision if known else None,
         replaces_model="model" in given,
         drain_seconds=spec.serve.grace_seconds + spec.serve.drain_seconds,
         arguments=main.arguments(given),
     )
-    return server.run_server(image, wanted, console.note, announce, download.fetch)
+    return container.run_server(image, wanted, console.note, announce, download.fetch)

@@ -40,26 +40,26 @@ def verify(
     from inferctl.cli import download
     from inferctl.cli.build import show_verified
     from inferctl.cli.buildview import BuildView
-    from inferctl.image import lint, server
-    from inferctl.image.docker import Engine
+    from inferctl.image import container, lint
+    from inferctl.image.docker import DockerEngine
     from inferctl.image.plan import refuse
     from inferctl.image.verify import VerifyOptions
     from inferctl.image.verify import verify as verified
 
     network = options.network_of(network)
-    engine = Engine.connect()
-    image = server.obtain(engine, reference, console.note)
-    server.of_inferctl(image, reference)
-    findings = lint.built(image.environment, image.user, None)
+    engine = DockerEngine.connect()
+    image = container.get_or_pull(engine, reference, console.note)
+    container.check_inferctl_image(image, reference)
+    findings = lint.check_built_image(image.environment, image.user, None)
     for finding in findings:
         console.warn(finding.text())
     refuse([finding for finding in findings if finding.level == "error"])
     known = options.names_model(spec_file, {"model.source": model})
     spec = options.load(spec_file, {"model.source": model}).spec if known else None
-    folder = server.weights(
+    folder = container.weights(
         image,
-        server.ServeOptions(
-            address=server.Address("127.0.0.1", 0),
+        container.ServeOptions(
+            address=container.Address("127.0.0.1", 0),
             model=spec.model.source if spec else None,
             revision=spec.model.revision if spec else None,
             replaces_model=model is not None,

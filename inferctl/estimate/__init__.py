@@ -1,6 +1,6 @@
-"""Estimates for other hardware: the server's own batcher on a virtual clock with a calibrated latency model.
+"""Estimates latency, throughput and cost on other hardware.
 
-Everything in here is an estimate and says so; docs/estimate.md says how far to believe it.
+The server's batcher runs on a virtual clock with a calibrated latency model. docs/estimate.md explains the error bands.
 """
 
 from inferctl.estimate.forecast import Estimate, read_config, rows

@@ -1,13 +1,13 @@
-"""Launch time and sustained fraction of each part and precision: fitted on published rows, or from the nearest part.
+"""Provides the launch time and the sustained fraction for each part and precision.
 
-`benchmarks/calibration/fitted.yaml` holds the fit and the errors of its cross-validation;
-`benchmarks/calibration/fit.py` writes it.
+They are fitted to published rows, or taken from the most similar part with rows. `benchmarks/calibration/fit.py` writes
+the fit and the errors of its cross-validation to `benchmarks/calibration/fitted.yaml`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
@@ -16,19 +16,22 @@ from inferctl import assets, catalog, document
 from inferctl.catalog import Hardware
 from inferctl.errors import UsageError
 from inferctl.estimate.cost import BERT_LARGE, Cost, Transformer
+from inferctl.precision import support
 
-# How near the rows are that an estimate rests on, the nearest first; each has its own error band.
+# How similar the rows of an estimate are to its part, most similar first. Each basis has its own error band.
 Basis = Literal["own", "precision", "slice", "chip", "others"]
 BASES: tuple[Basis, ...] = ("own", "precision", "slice", "chip", "others")
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
-# bf16 and fp16 have one peak and one memory traffic on every part that has both; no row ran bf16 or fp32.
+# bf16 and fp16 have the same peak and memory traffic on each part with both. No row ran bf16 or fp32.
 _ROWS_OF = {"bf16": "fp16", "fp32": "fp16"}
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What was fitted for one (part, precision): the share of the dense peak that large batches sustain, and the
-    seconds that the launches of a batch of BERT-large take, without the reading of its weights. `rows` were used.
+class FittedParameters:
+    """The fitted parameters for one part and precision.
+
+    `fraction`: share of the dense peak that large batches sustain. `launch`: seconds of the kernel launches of a batch
+    of BERT-large, without the read of its weights. `rows`: number of rows in the fit.
     """
 
     fraction: float
@@ -38,9 +41,9 @@ class Fit:
 
 @dataclass(frozen=True)
 class Band:
-    """The factors of an estimate between which 95% of further rows lie.
+    """The error band of an estimate: factors between which 95% of further rows lie.
 
-    `throughput` (offline), `latency` (single request), `rate` (SLO).
+    `throughput`: offline. `latency`: single request. `rate`: highest rate within the SLO.
     """
 
     throughput: tuple[float, float] = (1.0, 1.0)
@@ -50,134 +53,135 @@ class Band:
 
     @property
     def slowest(self) -> float:
-        """The factor on all times at the slow end."""
+        """The factor for all times at the slow end."""
         return max(self.latency[1], 1 / self.throughput[0], 1.0)
 
     @property
     def fastest(self) -> float:
-        """The factor on all times at the fast end."""
+        """The factor for all times at the fast end."""
         return min(self.latency[0], 1 / self.throughput[1], 1.0)
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """A part with what its estimates rest on, in words (`rests_on`), and how far those may be off (`band`)."""
+class CalibratedPart:
+    """A part in one precision, with its fitted parameters, their data source (`rests_on`) and the error band."""
 
     part: Hardware
     precision: str
-    fit: Fit
+    fit: FittedParameters
     basis: Basis
     rests_on: str
     band: Band
     notes: tuple[str, ...] = ()
 
     def cost(self, model: Transformer) -> Cost:
-        """What batches of `model` cost on this part."""
+        """Return the cost of batches of `model` on this part."""
         return batch_cost(self.part, self.precision, self.fit, model)
 
     def band_for(self, model: Transformer) -> Band:
-        """The band of an estimate for `model`, whose fast end is never beyond the dense peak of the part.
+        """Return the error band of an estimate for `model`. Its fast end is at most the dense peak of the part.
 
-        A model more than twice as wide as that of the rows can fill the part better than they did, so its fast end is
-        the peak.
+        A model more than twice as wide as the model of the rows may use the part better than the rows, so its fast end
+        is the peak.
         """
         fraction = min(1.0, self.fit.fraction)
         wide = model.width > 2 * BERT_LARGE.width
 
-        def most(high: float) -> float:
+        def limited(high: float) -> float:
             return 1 / fraction if wide else min(high, 1 / fraction)
 
         band = self.band
         latency = fraction if wide else max(band.latency[0], fraction)
         return Band(
-            (band.throughput[0], most(band.throughput[1])),
+            (band.throughput[0], limited(band.throughput[1])),
             (latency, band.latency[1]),
-            (band.rate[0], most(band.rate[1])),
+            (band.rate[0], limited(band.rate[1])),
             band.rows,
         )
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """All fits by part and precision, the bands by basis, and the mean length of the rows' samples (tokens)."""
+    """The fitted parameters by part and precision, the bands by basis, and the mean length of samples in tokens."""
 
-    fits: Mapping[str, Mapping[str, Fit]]
+    fits: Mapping[str, Mapping[str, FittedParameters]]
     mean_length: float
     source: str = ""
     bands: Mapping[str, Band] = field(default_factory=dict)
     conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def of(self, key: str, precision: str) -> Calibrated:
-        """Of the part `key` of the catalog. Raises `UsageError` when the part or the precision cannot be estimated."""
+    def of(self, key: str, precision: str) -> CalibratedPart:
+        """Return the calibration of the part `key`. Raises `UsageError` if it cannot be estimated."""
         part = catalog.hardware(key)
         peak = part.peaks.get(precision)
         if peak is None:
-            how = (
-                catalog.support(precision, part.traits).reason if part.kind == "cuda" else "a CPU profile has no peaks"
-            )
-            hint = "give its measured pace instead: --capacity FILE" if part.kind == "cpu" else "fp16 is native there"
-            raise UsageError(f"{precision} on {part.key} cannot be estimated: no peak is known ({how})", hint)
+            reason = support(precision, part.traits).reason if part.kind == "cuda" else "a CPU profile has no peaks"
+            hint = "pass a measurement with `--capacity FILE`" if part.kind == "cpu" else "use fp16, which is native"
+            raise UsageError(f"cannot estimate {precision} on {part.key}: its peak is unknown ({reason})", hint)
         fit, basis, rests_on = self._nearest(part, _ROWS_OF.get(precision, precision))
         notes: tuple[str, ...] = ()
         if precision == "bf16":
-            notes = ("bf16: no row ran it; the estimate is that of fp16, which has the same peak",)
+            notes = ("bf16: no row ran it; the estimate is for fp16, which has the same peak",)
         if precision == "fp32":
-            basis, notes = "others", ("fp32: no row ran it; the sustained fraction is that of fp16, which is a guess",)
+            basis, notes = "others", ("fp32: no row ran it; the sustained fraction of fp16 is assumed",)
         if precision == "int8":
             notes = (
                 "int8: the rows ran TensorRT INT8; `inferctl serve` runs LLM.int8, which was slower than fp16"
                 " in every published measurement",
             )
-        return Calibrated(part, precision, fit, basis, rests_on, self.bands.get(basis, Band()), notes)
+        return CalibratedPart(part, precision, fit, basis, rests_on, self.bands.get(basis, Band()), notes)
 
-    def _nearest(self, part: Hardware, precision: str) -> tuple[Fit, Basis, str]:
+    def _nearest(self, part: Hardware, precision: str) -> tuple[FittedParameters, Basis, str]:
+        """Return the parameters of the most similar part with rows, their basis and their data source."""
         own = self.fits.get(part.key, {})
         if precision in own:
             return own[precision], "own", f"{own[precision].rows} rows of {part.key} in {precision}"
-        if own and (moved := self._moved(own, precision)):
-            return moved[0], "precision", f"rows of {part.key} in {moved[1]}, moved to {precision} as on other parts"
+        if own and (scaled := self._scaled(own, precision)):
+            source = f"rows of {part.key} in {scaled[1]}, scaled to {precision} by the ratio on other parts"
+            return scaled[0], "precision", source
         if part.mig and (found := self._slice(part, precision)):
             return found
-        if same := self._mean(precision, lambda one: _chip(one) == _chip(part) and not one.mig):
+        if same := self._mean(precision, lambda other: _chip(other) == _chip(part) and not other.mig):
             return same[0], "chip", f"rows of {', '.join(same[1])}: the same chip"
-        others = self._mean(precision, lambda one: not one.mig)
+        others = self._mean(precision, lambda other: not other.mig)
         if not others:
-            raise UsageError(f"no row was measured in {precision}", "another precision")
+            raise UsageError(f"no published row ran {precision}", "use another precision")
         return others[0], "others", f"rows of other chips ({', '.join(others[1])}), none of {part.key}"
 
-    def _moved(self, own: Mapping[str, Fit], precision: str) -> tuple[Fit, str] | None:
-        """A fit in another precision, its fraction changed by the ratio of the two where a part has both."""
+    def _scaled(self, own: Mapping[str, FittedParameters], precision: str) -> tuple[FittedParameters, str] | None:
+        """Return the parameters of another precision, scaled by the ratio on parts with both, and that precision."""
         for other, fit in own.items():
             both = [fits for fits in self.fits.values() if precision in fits and other in fits]
             if both:
-                ratio = _geometric(one[precision].fraction / one[other].fraction for one in both)
-                return Fit(fit.fraction * ratio, fit.launch), other
+                ratio = _geometric(fits[precision].fraction / fits[other].fraction for fits in both)
+                return FittedParameters(fit.fraction * ratio, fit.launch), other
         return None
 
-    def _slice(self, part: Hardware, precision: str) -> tuple[Fit, Basis, str] | None:
-        """Between the smallest slice that has rows and the whole GPU, on the logarithm of their multiprocessors."""
+    def _slice(self, part: Hardware, precision: str) -> tuple[FittedParameters, Basis, str] | None:
+        """Interpolate between the smallest slice with rows and the whole GPU, by the logarithm of multiprocessors."""
         assert part.mig is not None
         whole = catalog.hardware(part.mig.parent)
-        measured = [
-            one
-            for key in self.fits
-            if (one := catalog.hardware(key)).mig and one.mig and one.mig.parent == part.mig.parent and self.fits[key]
-        ]
+        slices = (catalog.hardware(key) for key in self.fits if self.fits[key])
+        measured = [each for each in slices if each.mig and each.mig.parent == part.mig.parent]
         top = self._nearest(whole, precision)
         if top[1] == "others":
             return top
         if not measured:
-            return top[0], "slice", f"rows of the whole {whole.key}, by its share of the multiprocessors"
+            return top[0], "slice", f"rows of the whole {whole.key}, scaled by the share of the multiprocessors"
         bottom = self._nearest(measured[0], precision)
         low, high = math.log(measured[0].sm_count or 1), math.log(whole.sm_count or 1)
         share = (math.log(part.sm_count or 1) - low) / (high - low)
         fraction = bottom[0].fraction ** (1 - share) * top[0].fraction ** share
         launch = bottom[0].launch ** (1 - share) * top[0].launch ** share
-        return Fit(fraction, launch), "slice", f"rows of {measured[0].key} and of {whole.key}, interpolated"
+        return (
+            FittedParameters(fraction, launch),
+            "slice",
+            f"rows of {measured[0].key} and of {whole.key}, interpolated",
+        )
 
-    def _mean(self, precision: str, wanted: Any) -> tuple[Fit, list[str]] | None:
-        """The geometric mean over chips of what parts `wanted` have; parts of one chip count once together."""
-        chips: dict[Any, list[Fit]] = {}
+    def _mean(self, precision: str, wanted: Callable[[Hardware], bool]) -> tuple[FittedParameters, list[str]] | None:
+        """Return the geometric mean over the chips of the `wanted` parts, and the names of the parts."""
+        chips: dict[Any, list[FittedParameters]] = {}
         names: list[str] = []
         for key, fits in self.fits.items():
             part = catalog.hardware(key)
@@ -187,38 +191,41 @@ class Calibration:
         if not chips:
             return None
         each = [(_geometric(f.fraction for f in fits), _geometric(f.launch for f in fits)) for fits in chips.values()]
-        return Fit(_geometric(a for a, _ in each), _geometric(b for _, b in each)), names
+        return FittedParameters(_geometric(a for a, _ in each), _geometric(b for _, b in each)), names
 
 
-def batch_cost(part: Hardware, precision: str, fit: Fit, model: Transformer) -> Cost:
-    """The cost of batches of `model` on a part with this fit.
+def batch_cost(part: Hardware, precision: str, fit: FittedParameters, model: Transformer) -> Cost:
+    """Return the cost of batches of `model` on a part with these parameters.
 
-    Memory runs at the bandwidth of the data sheet: the rows cannot show a lower share of it, and an upper bound must
-    not assume one.
+    The memory bandwidth is that of the data sheet: the rows cannot show a lower one, and an upper bound must not assume
+    one.
     """
     peak = (part.peaks[precision] or 0.0) * 1e12
     values_per_s = (part.bandwidth_gbs or 1000.0) * 1e9 / _BYTES[precision]
     return Cost.of(model, peak * fit.fraction, fixed_seconds(part, precision, fit, model), values_per_s)
 
 
-def fixed_seconds(part: Hardware, precision: str, fit: Fit, model: Transformer) -> float:
-    """Seconds of a batch regardless of its tokens: launches in proportion to the layers, and the weights read once."""
+def fixed_seconds(part: Hardware, precision: str, fit: FittedParameters, model: Transformer) -> float:
+    """Return the fixed seconds of a batch: launches in proportion to the layers, and one read of the weights."""
     launches = fit.launch * model.layers / BERT_LARGE.layers
     return launches + model.weights * _BYTES[precision] / ((part.bandwidth_gbs or 1000.0) * 1e9)
 
 
 @cache
 def load() -> Calibration:
-    """The calibration that comes with inferctl."""
+    """Return the shipped calibration."""
     file = assets.root() / "benchmarks" / "calibration" / "fitted.yaml"
-    data = document.read(file, "`python benchmarks/calibration/fit.py` writes it").data
+    data = document.read(file, "write it with `python benchmarks/calibration/fit.py`").data
     fits = {
-        key: {name: Fit(one["fraction"], one["launch_ms"] / 1000, one["rows"]) for name, one in by.items()}
-        for key, by in data["parts"].items()
+        key: {
+            precision: FittedParameters(row["fraction"], row["launch_ms"] / 1000, row["rows"])
+            for precision, row in by_precision.items()
+        }
+        for key, by_precision in data["parts"].items()
     }
     bands = {
-        name: Band(_pair(one["throughput"]), _pair(one["latency"]), _pair(one["rate"]), one["rows"])
-        for name, one in data["bands"].items()
+        basis: Band(_pair(row["throughput"]), _pair(row["latency"]), _pair(row["rate"]), row["rows"])
+        for basis, row in data["bands"].items()
     }
     return Calibration(fits, data["lengths"]["mean"], data["source"], bands, data["conditions"])
 
@@ -229,10 +236,11 @@ def _pair(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _chip(part: Hardware) -> tuple[str | None, int | None]:
-    """What is the same silicon: compute capability and multiprocessors of the whole GPU."""
+    """Return a key of the chip: compute capability and multiprocessors of the whole GPU."""
     return part.compute_capability, part.mig.parent_sms if part.mig else part.sm_count
 
 
 def _geometric(values: Iterable[float]) -> float:
+    """Return the geometric mean."""
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs))

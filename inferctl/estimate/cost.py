@@ -1,10 +1,10 @@
-"""Cost of a batch: launches, the weights read once, and per kernel the longer of arithmetic and memory traffic.
+"""Computes the duration of a batch: launches, one read of the weights, and a roofline for each kernel.
 
-The roofline of a kernel is that of Williams, Waterman and Patterson (CACM 2009): arithmetic and traffic overlap
-inside one kernel, so the longer one counts. Kernels run one after the other, so their times add. Traffic counts each
-input of a kernel read once and each output written once, as Ivanov et al. count it for transformers ("Data Movement
-Is All You Need", MLSys 2021), with the best fusion in use: bias and activation inside the matrix product, softmax
-inside one attention kernel. So the traffic is a lower bound.
+The roofline model is that of Williams, Waterman and Patterson (CACM 2009). Arithmetic and memory traffic overlap in a
+kernel, so the longer one counts. Kernels run one after the other, so their times add. Traffic counts each input of a
+kernel read once and each output written once, as Ivanov et al. do for transformers ("Data Movement Is All You Need",
+MLSys 2021), with the best available fusion: bias and activation in the matrix product, softmax in one attention kernel.
+The traffic is therefore a lower bound.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _GATED_FAMILIES = (
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel of a layer, per token: its FLOP, and the activation values that it reads and writes."""
+    """One kernel of a layer. Per token: its FLOP, and the activation values that it reads and writes."""
 
     flop: float
     values: int
@@ -42,12 +42,11 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Transformer:
-    """The work of one forward pass, read from a configuration.
+    """The FLOP and memory traffic of one forward pass, from the configuration of a model.
 
-    `per_token` x s + `per_token2` x s x s is the FLOP of s tokens (a multiply-add counts two). `weights` are the
-    parameters that every pass reads: all but the embedding tables. `kernels` are those of one layer without
-    attention. `attention_values` are the activation values per token that the attention kernel of one layer reads and
-    writes.
+    The FLOP of s tokens is `per_token` x s + `per_token2` x s x s (a multiply-add counts as two). `weights`: number of
+    parameters that each pass reads, which excludes the embedding tables. `kernels`: kernels of one layer without
+    attention. `attention_values`: activation values per token that the attention kernel of one layer reads and writes.
     """
 
     name: str
@@ -60,33 +59,32 @@ class Transformer:
     attention_values: int = 0
 
     def flop(self, tokens: int) -> float:
-        """FLOP of one sequence of `tokens`."""
+        """Return the FLOP of one sequence of `tokens` tokens."""
         return self.per_token * tokens + self.per_token2 * tokens * tokens
 
     @property
     def values_per_token(self) -> int:
-        """Activation values that a pass reads and writes per token."""
+        """Activation values that a forward pass reads and writes per token."""
         return self.layers * (self.attention_values + sum(kernel.values for kernel in self.kernels))
 
     def as_dict(self) -> dict[str, Any]:
-        """The sizes as plain data."""
+        """Return the sizes as plain data."""
         names = ("name", "per_token", "per_token2", "layers", "weights", "width", "values_per_token")
         return {name: getattr(self, name) for name in names}
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Transformer:
-        """From a Hugging Face `config.json` of an encoder, or of a decoder that embeds.
+        """Read the `config.json` of an encoder, or of a decoder for embeddings, in Hugging Face format.
 
-        Raises `UsageError` when a size is missing.
-
-        Attention over a window counts as attention over everything, which is an upper bound for it.
+        Sliding-window attention counts as full attention, which is an upper bound. Raises `UsageError` for a missing
+        size.
         """
-        hidden = _size(config, "hidden_size", "dim", "n_embd", "d_model")
-        layers = _size(config, "num_hidden_layers", "n_layers", "n_layer", "num_layers")
-        heads = _size(config, "num_attention_heads", "n_heads", "n_head", "num_heads")
-        width = _first(config, "intermediate_size", "hidden_dim", "n_inner", "d_ff") or 4 * hidden
-        kv_heads = _first(config, "num_key_value_heads") or heads
-        head = _first(config, "head_dim") or hidden // heads
+        hidden = _required_int(config, "hidden_size", "dim", "n_embd", "d_model")
+        layers = _required_int(config, "num_hidden_layers", "n_layers", "n_layer", "num_layers")
+        heads = _required_int(config, "num_attention_heads", "n_heads", "n_head", "num_heads")
+        width = _first_int(config, "intermediate_size", "hidden_dim", "n_inner", "d_ff") or 4 * hidden
+        kv_heads = _first_int(config, "num_key_value_heads") or heads
+        head = _first_int(config, "head_dim") or hidden // heads
         query, key = heads * head, kv_heads * head
         up = (2 if _gated(config) else 1) * hidden * width
         weights = layers * (2 * hidden * query + 2 * hidden * key + up + width * hidden)
@@ -112,8 +110,9 @@ class Transformer:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a batch: `fixed`, and per sequence of s tokens s x (`per_token` + max(s x `per_token2`, `attention`)).
+    """The duration of a batch in seconds.
 
+    It is `fixed` plus, for each sequence of s tokens, s x (`per_token` + max(s x `per_token2`, `attention`)).
     `attention` is the memory traffic of the attention kernels per token, in seconds.
     """
 
@@ -121,56 +120,56 @@ class Cost:
     per_token: float
     per_token2: float = 0.0
     attention: float = 0.0
-    _known: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _seconds_by_length: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, model: Transformer, flop_per_s: float, fixed: float, values_per_s: float = math.inf) -> Cost:
-        """The cost of `model` on a part that sustains `flop_per_s` and moves `values_per_s` activation values.
+        """Return the cost of `model` on hardware that sustains `flop_per_s` and moves `values_per_s` activation values.
 
-        Without `values_per_s`, memory traffic costs nothing.
+        Without `values_per_s`, memory traffic takes no time.
         """
         linear = sum(max(kernel.flop / flop_per_s, kernel.values / values_per_s) for kernel in model.kernels)
         traffic = model.layers * model.attention_values / values_per_s
         return cls(fixed, model.layers * linear, model.per_token2 / flop_per_s, traffic)
 
     def times(self, factor: float) -> Cost:
-        """The cost on a part that takes `factor` times as long for everything."""
+        """Return the cost with all times multiplied by `factor`."""
         return Cost(self.fixed * factor, self.per_token * factor, self.per_token2 * factor, self.attention * factor)
 
     def sequence(self, tokens: int) -> float:
-        """Seconds that one sequence adds to its batch."""
-        if (known := self._known.get(tokens)) is None:
+        """Return the seconds that one sequence adds to its batch."""
+        if (seconds := self._seconds_by_length.get(tokens)) is None:
             attention = max(tokens * self.per_token2, self.attention)
-            known = self._known[tokens] = tokens * (self.per_token + attention)
-        return known
+            seconds = self._seconds_by_length[tokens] = tokens * (self.per_token + attention)
+        return seconds
 
     def batch(self, lengths: Iterable[int]) -> float:
-        """Seconds of a batch of sequences of these lengths (tokens)."""
+        """Return the seconds of a batch of sequences with these lengths in tokens."""
         return self.fixed + sum(map(self.sequence, lengths))
 
 
 def _gated(config: Mapping[str, Any]) -> bool:
-    """Whether the feed-forward block has three matrices (a gate), not two."""
+    """Return whether the feed-forward block is gated, with three matrices instead of two."""
     act = str(
         config.get("hidden_act") or config.get("hidden_activation") or config.get("activation_function") or ""
     ).lower()
     return act in _GATED or str(config.get("model_type", "")).lower() in _GATED_FAMILIES
 
 
-def _first(config: Mapping[str, Any], *names: str) -> int:
+def _first_int(config: Mapping[str, Any], *names: str) -> int:
     return next((value for name in names if isinstance(value := config.get(name), int)), 0)
 
 
-def _size(config: Mapping[str, Any], *names: str) -> int:
-    if not (value := _first(config, *names)):
+def _required_int(config: Mapping[str, Any], *names: str) -> int:
+    if not (value := _first_int(config, *names)):
         raise UsageError(
-            f"the model's configuration has no {names[0]}, so its work cannot be counted",
-            "an estimate needs the config.json of a transformer: hidden_size, num_hidden_layers, num_attention_heads",
+            f"cannot estimate this model: its configuration has no {names[0]}",
+            "use the config.json of a transformer, with hidden_size, num_hidden_layers and num_attention_heads",
         )
     return value
 
 
-# What the calibration rows ran: bert-large-uncased.
+# The model of the calibration rows: bert-large-uncased.
 BERT_LARGE = Transformer.of(
     {
         "model_type": "bert",

@@ -1,6 +1,6 @@
-"""The document of `inferctl estimate`.
+"""Builds the JSON document of `inferctl estimate`.
 
-A row per part and precision, its data source, its costs and which part is cheaper.
+It has one row per part and precision, with the data source, the costs and a comparison of costs.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 from inferctl import catalog
 from inferctl.errors import UsageError
 from inferctl.estimate import calibration, front_end
-from inferctl.estimate.calibration import Calibrated
+from inferctl.estimate.calibration import CalibratedPart
 from inferctl.estimate.cost import Cost, Transformer
 from inferctl.estimate.forecast import (
-    Load,
+    OfferedLoad,
     Range,
-    Work,
+    Scenario,
     capacity,
     differences,
     ends,
@@ -26,8 +26,9 @@ from inferctl.estimate.forecast import (
     per_million,
     prices,
     ranged,
-    under,
+    under_load,
 )
+from inferctl.precision import best_precision
 
 # Version 2: a figure can be a bound, with `value` null. `against` names the break-even price.
 SCHEMA = "inferctl.estimate/2"
@@ -35,9 +36,9 @@ SCHEMA = "inferctl.estimate/2"
 
 @dataclass(frozen=True)
 class Question:
-    """What to estimate for every part: a load, an SLO (ms), neither or both, and the part to compare with."""
+    """The figures to estimate for each part: under a load, within an SLO (ms), and compared with the part `against`."""
 
-    load: Load | None = None
+    load: OfferedLoad | None = None
     slo_p99_ms: float | None = None
     against: str | None = None
 
@@ -46,52 +47,56 @@ def build(
     keys: Sequence[str],
     precisions: Sequence[str],
     config: Mapping[str, Any],
-    work: Work,
+    scenario: Scenario,
     question: Question,
 ) -> dict[str, Any]:
-    """Every part in every precision. `absent` lists those that cannot be estimated, with the reason.
+    """Estimate each part in each precision. `absent` lists the rows that cannot be estimated, with the reason.
 
     Raises `UsageError` for an unknown part.
     """
-    found, absent = [], []
+    rows, absent = [], []
     model = Transformer.of(config)
-    known = calibration.load()
+    calibrations = calibration.load()
     for key in dict.fromkeys([*keys, *([question.against] if question.against else [])]):
         part = catalog.hardware(key)
-        for precision in dict.fromkeys(catalog.best_precision(part.traits) if p == "auto" else p for p in precisions):
+        for precision in dict.fromkeys(best_precision(part.traits) if p == "auto" else p for p in precisions):
             try:
-                calibrated = known.of(part.key, precision)
+                calibrated = calibrations.of(part.key, precision)
             except UsageError as error:
                 absent.append({"hardware": key, "precision": precision, "reason": error.message, "hint": error.hint})
                 continue
-            found.append(row(calibrated, config, model, work, question))
+            rows.append(row(calibrated, config, model, scenario, question))
     if question.against:
-        compare(found, question.against)
+        compare(rows, question.against)
     return {
         "schema": SCHEMA,
         "estimated": True,
-        "engine": work.engine,
+        "engine": scenario.engine,
         "model": model.as_dict(),
-        "tokens": {"mean": sum(work.tokens) / len(work.tokens), "longest": max(work.tokens), "inputs": work.inputs},
+        "tokens": {
+            "mean": sum(scenario.tokens) / len(scenario.tokens),
+            "longest": max(scenario.tokens),
+            "inputs": scenario.inputs,
+        },
         "load": None if question.load is None else _load(question.load),
         "slo_p99_ms": question.slo_p99_ms,
         "against": question.against,
-        "batch_tokens": work.batch_tokens,
-        "front_end": front_end.load().as_dict(work.inputs),
-        "seed": work.seed,
-        "source": known.source,
-        "rows": found,
+        "batch_tokens": scenario.batch_tokens,
+        "front_end": front_end.load().as_dict(scenario.inputs),
+        "seed": scenario.seed,
+        "source": calibrations.source,
+        "rows": rows,
         "absent": absent,
     }
 
 
 def row(
-    calibrated: Calibrated, config: Mapping[str, Any], model: Transformer, work: Work, question: Question
+    calibrated: CalibratedPart, config: Mapping[str, Any], model: Transformer, scenario: Scenario, question: Question
 ) -> dict[str, Any]:
-    """All figures of one part in one precision. Each is `{value, low, high, bound}`."""
-    fitted, fast, slow = (work.server(cost) for cost in ends(calibrated, model))
-    far = differences(model, work.engine)
-    offline = capacity(calibrated, model, work)
+    """Return all figures of one part in one precision. Each is `{value, low, high, bound}`."""
+    fitted, fast, slow = (scenario.server(cost) for cost in ends(calibrated, model))
+    reasons = differences(model, scenario.engine)
+    offline = capacity(calibrated, model, scenario)
     single = [server.single() for server in (fitted, fast, slow)]
     result: dict[str, Any] = {
         "hardware": calibrated.part.key,
@@ -100,25 +105,25 @@ def row(
         "outcome": "estimated",
         "basis": calibrated.basis,
         "rests_on": calibrated.rests_on,
-        "bounded_by": far,
-        "limited_by": "front end" if offline.high == work.front_rate else "engine",
+        "bounded_by": reasons,
+        "limited_by": "front end" if offline.high == scenario.front_rate else "engine",
         "fixed_ms": calibrated.cost(model).fixed * 1000,
         "sustained_fraction": calibrated.fit.fraction,
-        "offline_texts_per_s": asdict(offline.times(work.inputs)),
-        "single_ms": {f"p{q * 100:g}": asdict(latency(q, single, bool(far))) for q in (0.5, 0.9, 0.99)},
-        "notes": notes_for(calibrated, config, work.batch_tokens),
+        "offline_texts_per_s": asdict(offline.times(scenario.inputs)),
+        "single_ms": {f"p{q * 100:g}": asdict(latency(q, single, bool(reasons))) for q in (0.5, 0.9, 0.99)},
+        "notes": notes_for(calibrated, config, scenario.batch_tokens),
     }
     best = offline
     if question.load is not None:
-        estimate = under(calibrated, model, work, question.load).as_dict()
+        estimate = under_load(calibrated, model, scenario, question.load).as_dict()
         result["load"] = {key: estimate[key] for key in ("requests_per_s", "p50_ms", "p90_ms", "p99_ms", "saturated")}
     if question.slo_p99_ms is not None:
-        server = fast if far else fitted
+        server = fast if reasons else fitted
         rate = server.highest_rate(question.slo_p99_ms / 1000)
         best = Range.at_most(rate) if offline.bound else ranged(calibrated.band_for(model).rate, rate)
-        best = best.capped(offline.high or work.front_rate)
+        best = best.capped(offline.high or scenario.front_rate)
         result["highest_rate"] = asdict(best)
-    texts = best.times(work.inputs)
+    texts = best.times(scenario.inputs)
     result["costs"] = [
         price | {"usd_per_million_texts": asdict(per_million(price["usd_per_hour"], texts))}
         for price in prices(calibrated.part)
@@ -127,12 +132,9 @@ def row(
     return result
 
 
-def paced(cost: Cost, name: str, work: Work, question: Question) -> dict[str, Any]:
-    """A row for a server whose batch times were measured (`capacity.json`).
-
-    Its figures under load are estimated as well.
-    """
-    server = work.server(cost)
+def measured_row(cost: Cost, name: str, scenario: Scenario, question: Question) -> dict[str, Any]:
+    """Return the row of a server with measured batch times (`capacity.json`). Its figures are estimates too."""
+    server = scenario.server(cost)
     offline = server.offline().per_second
     result: dict[str, Any] = {
         "hardware": name,
@@ -140,22 +142,22 @@ def paced(cost: Cost, name: str, work: Work, question: Question) -> dict[str, An
         "precision": None,
         "outcome": "estimated",
         "basis": "pace",
-        "rests_on": "batch times that a server measured"
-        + (f", {work.slots} batches at a time" if work.slots > 1 else ""),
+        "rests_on": "measured batch times of a server"
+        + (f", {scenario.slots} batches at a time" if scenario.slots > 1 else ""),
         "bounded_by": [],
-        "parallel_batches": work.slots,
-        "batch_tokens": work.batch_tokens,
+        "parallel_batches": scenario.slots,
+        "batch_tokens": scenario.batch_tokens,
         "fixed_ms": cost.fixed * 1000,
         "sustained_fraction": None,
-        "offline_texts_per_s": _exact(offline * work.inputs),
+        "offline_texts_per_s": _exact(offline * scenario.inputs),
         "single_ms": {f"p{q * 100:g}": _exact(server.single().percentile(q) * 1000) for q in (0.5, 0.9, 0.99)},
         "costs": [],
-        "notes": ["no error band: docs/estimate.md shows the errors of two such predictions"],
+        "notes": ["no error band; docs/estimate.md has the errors of two such estimates"],
     }
     load = question.load
     if load is not None:
         saturated = load.mode == "open" and (load.rate or 1.0) >= offline
-        answers = (
+        result_under_load = (
             None
             if saturated
             else server.open(load.rate or 1.0, load.arrivals)
@@ -164,13 +166,19 @@ def paced(cost: Cost, name: str, work: Work, question: Question) -> dict[str, An
         )
         result["load"] = {
             "requests_per_s": _exact(
-                offline if answers is None else load.rate if load.mode == "open" else answers.per_second
+                offline
+                if result_under_load is None
+                else load.rate
+                if load.mode == "open"
+                else result_under_load.per_second
             ),
             **{
-                f"p{q * 100:g}_ms": None if answers is None else _exact(answers.percentile(q) * 1000)
+                f"p{q * 100:g}_ms": None
+                if result_under_load is None
+                else _exact(result_under_load.percentile(q) * 1000)
                 for q in (0.5, 0.9, 0.99)
             },
-            "saturated": answers is None,
+            "saturated": result_under_load is None,
         }
     if question.slo_p99_ms is not None:
         result["highest_rate"] = _exact(server.highest_rate(question.slo_p99_ms / 1000, most=offline))
@@ -178,71 +186,72 @@ def paced(cost: Cost, name: str, work: Work, question: Question) -> dict[str, An
 
 
 def compare(rows: Sequence[dict[str, Any]], against: str) -> None:
-    """Add to each row how it compares with the part `against`: throughput, and which of the two is cheaper per text.
+    """Add to each row a comparison with the part `against`: the ratio of throughputs, and which is cheaper per text.
 
-    The precisions are equal where both parts have them. Otherwise the other part's only precision counts.
+    Rows of the same precision are compared. If `against` has a single row, all rows are compared with it.
     """
-    others = {one["precision"]: one for one in rows if one["hardware"] == against}
-    for one in rows:
-        other = others.get(one["precision"]) or (next(iter(others.values())) if len(others) == 1 else None)
-        if other is None or other is one:
+    baselines = {row["precision"]: row for row in rows if row["hardware"] == against}
+    for row in rows:
+        baseline = baselines.get(row["precision"]) or (next(iter(baselines.values())) if len(baselines) == 1 else None)
+        if baseline is None or baseline is row:
             continue
-        mine, theirs = (each.get("highest_rate") or each["offline_texts_per_s"] for each in (one, other))
-        if not (mine["high"] and theirs["high"]):
+        rate, baseline_rate = (each.get("highest_rate") or each["offline_texts_per_s"] for each in (row, baseline))
+        if not (rate["high"] and baseline_rate["high"]):
             continue
-        ratio = _ratio(mine, theirs)
-        one["against"] = {
+        ratio = _ratio(rate, baseline_rate)
+        row["against"] = {
             "hardware": against,
-            "precision": other["precision"],
+            "precision": baseline["precision"],
             "throughput": ratio,
-            # A text costs the same on both parts at this multiple of the other part's price.
+            # At this multiple of the price of `against`, a text costs the same on both parts.
             "break_even": ratio,
-            "whole_gpu_break_even": _per_share(ratio, slice_of(one["hardware"])),
-            "prices": _verdicts(one, other, ratio),
+            "whole_gpu_break_even": _per_share(ratio, slice_of(row["hardware"])),
+            "prices": _verdicts(row, baseline, ratio),
         }
 
 
-def _ratio(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """How many times the other throughput this one is.
+def _ratio(rate: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
+    """Return the ratio of two throughputs, as a range.
 
-    Of an upper bound only `high` is known, and against an upper bound only `low`. `of_bounds` is the ratio of the two
-    fast ends: the break-even price if both parts reach them.
+    If `rate` is an upper bound, only `high` is known. If `baseline` is an upper bound, only `low` is known. `of_bounds`
+    is the ratio of the two fast ends: the break-even price if both parts reach them.
     """
-    value = mine["value"] / theirs["value"] if mine["value"] and theirs["value"] else None
-    low = mine["low"] / theirs["high"] if mine["low"] else None
-    high = mine["high"] / theirs["low"] if theirs["low"] else None
+    value = rate["value"] / baseline["value"] if rate["value"] and baseline["value"] else None
+    low = rate["low"] / baseline["high"] if rate["low"] else None
+    high = rate["high"] / baseline["low"] if baseline["low"] else None
     bound = None
     if value is None and (low or high):
         bound = "at most" if low is None else "at least"
-    return {"value": value, "low": low, "high": high, "bound": bound, "of_bounds": mine["high"] / theirs["high"]}
+    return {"value": value, "low": low, "high": high, "bound": bound, "of_bounds": rate["high"] / baseline["high"]}
 
 
 def _per_share(ratio: dict[str, Any], share: float) -> dict[str, Any]:
-    return {key: one / share if isinstance(one, float) else one for key, one in ratio.items()}
+    return {key: value / share if isinstance(value, float) else value for key, value in ratio.items()}
 
 
-def _verdicts(one: dict[str, Any], other: dict[str, Any], ratio: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each provider that sells both parts: the ratio of prices, and which part is cheaper per text."""
-    theirs = {price["provider"]: price["usd_per_hour"] for price in other["costs"]}
+def _verdicts(row: dict[str, Any], baseline: dict[str, Any], ratio: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the price ratio and which part is cheaper per text, for each provider that offers both parts."""
+    baseline_prices = {price["provider"]: price["usd_per_hour"] for price in baseline["costs"]}
     low, high = ratio["low"], ratio["high"]
     found = []
-    for price in one["costs"]:
-        if (base := theirs.get(price["provider"])) is None:
+    for price in row["costs"]:
+        if (baseline_price := baseline_prices.get(price["provider"])) is None:
             continue
-        times = price["usd_per_hour"] / base
-        if low is not None and times < low:
-            verdict, reason = "cheaper", "below the break-even price and its band"
-        elif high is not None and times > high:
-            verdict, reason = "more expensive", "above the break-even price and its band"
+        price_ratio = price["usd_per_hour"] / baseline_price
+        if low is not None and price_ratio < low:
+            verdict, reason = "cheaper", "price ratio below the band"
+        elif high is not None and price_ratio > high:
+            verdict, reason = "more expensive", "price ratio above the band"
         else:
-            known = low is not None and high is not None
-            verdict, reason = "undecided", "flips inside the band" if known else "only bounds are known"
-        found.append({"provider": price["provider"], "price_ratio": times, "verdict": verdict, "reason": reason})
+            has_band = low is not None and high is not None
+            reason = "price ratio inside the band" if has_band else "only bounds are known"
+            verdict = "undecided"
+        found.append({"provider": price["provider"], "price_ratio": price_ratio, "verdict": verdict, "reason": reason})
     return found
 
 
 def slice_of(key: str) -> float:
-    """Share of its GPU's price that a part takes; 1 for a whole one."""
+    """Return the share of the price of its GPU that the part `key` costs; 1 for a whole GPU."""
     from inferctl.estimate.forecast import slice_share
 
     return slice_share(catalog.hardware(key))
@@ -252,5 +261,5 @@ def _exact(value: float | None) -> dict[str, Any]:
     return asdict(Range.exactly(float(value or 0.0)))
 
 
-def _load(load: Load) -> dict[str, Any]:
+def _load(load: OfferedLoad) -> dict[str, Any]:
     return {"mode": load.mode, "users": load.users, "rate": load.rate, "arrivals": load.arrivals}

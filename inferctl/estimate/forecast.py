@@ -1,8 +1,8 @@
-"""The figures of an estimate for one part, one model and one load: a value with its error band, or only a bound.
+"""Computes the figures of an estimate for one part, one model and one load: a value with an error band, or a bound.
 
-A band comes from three simulations: as fitted, and with all times at the slow and at the fast end of the band. Where
-the model or the engine is far from the published rows, no band is known. Then a figure is only the fast end: "at
-most" for rates, "at least" for times.
+A band comes from three simulations: with the fitted times, and with all times at the slow and the fast end of the band.
+If the model or the engine differs too much from the published rows, the band is unknown. Then a figure is only the fast
+end: "at most" for rates, "at least" for times.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ from inferctl import catalog, fit
 from inferctl.catalog import Hardware
 from inferctl.errors import UsageError
 from inferctl.estimate import calibration, front_end, lengths
-from inferctl.estimate.calibration import Calibrated
+from inferctl.estimate.calibration import CalibratedPart
 from inferctl.estimate.cost import BERT_LARGE, Cost, Transformer
-from inferctl.estimate.search import REQUESTS, Server
-from inferctl.estimate.simulate import UNBOUNDED, Answers
+from inferctl.estimate.search import REQUESTS, SimulatedServer
+from inferctl.estimate.simulate import UNBOUNDED, SimulationResult
+from inferctl.precision import best_precision
 from inferctl.serve.batcher import Limits
 from inferctl.sizes import size
 
-# What can run the batches: torch is what `inferctl serve` runs, TensorRT is what the rows ran.
+# The engines: `inferctl serve` runs torch, the published rows ran TensorRT.
 ENGINES = ("torch", "tensorrt")
 ROWS_ENGINE = "tensorrt"
-# A model that differs more than this from that of the rows gets a bound.
-FAR = 2.0
-WITHOUT_NETWORK = "the network and clock changes of the device are not included"
+# If the width or depth of a model differs by more than this factor from the model of the rows, its figures are bounds.
+MAX_SIZE_RATIO = 2.0
+WITHOUT_NETWORK = "network time and clock changes of the device are not included"
 _SEQUENCES = 250_000
 Bound = Literal["at most", "at least"]
 
 
-class Load(Protocol):
-    """What a load must say; `inferctl.bench.plan.shape.Load` does."""
+class OfferedLoad(Protocol):
+    """The load of an estimate. `inferctl.bench.plan.shape.Load` implements it."""
 
     @property
     def mode(self) -> str: ...
@@ -52,7 +53,7 @@ class Load(Protocol):
 
 @dataclass(frozen=True)
 class Range:
-    """An estimated figure and the ends of its band, or with `bound` only one end.
+    """An estimated figure with the ends of its band, or with `bound` one end only.
 
     "at most": only `high` is known. "at least": only `low` is known. Without a bound, `high` is None beyond saturation.
     """
@@ -64,26 +65,26 @@ class Range:
 
     @classmethod
     def exactly(cls, value: float) -> Range:
-        """A figure without a band."""
+        """Return a figure without a band."""
         return cls(value, value, value)
 
     @classmethod
     def at_most(cls, high: float) -> Range:
-        """An upper bound."""
+        """Return an upper bound."""
         return cls(None, None, high, "at most")
 
     @classmethod
     def at_least(cls, low: float) -> Range:
-        """A lower bound."""
+        """Return a lower bound."""
         return cls(None, low, None, "at least")
 
     def times(self, factor: float) -> Range:
-        """The same range in another unit."""
-        value, low, high = (None if one is None else one * factor for one in (self.value, self.low, self.high))
+        """Return the range multiplied by `factor`."""
+        value, low, high = (None if end is None else end * factor for end in (self.value, self.low, self.high))
         return Range(value, low, high, self.bound)
 
     def capped(self, most: float) -> Range:
-        """The range under a limit: an upper bound where the limit is below the value itself."""
+        """Return the range limited to `most`: only an upper bound if `most` is below the value."""
         if self.high is not None and self.high <= most:
             return self
         if self.value is None or self.value >= most:
@@ -92,11 +93,12 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Work:
-    """The requests of an estimate and the server that gets them.
+class Scenario:
+    """The requests of an estimate and the server that receives them.
 
-    `tokens` of each input, `inputs` per request, the batcher's limit (tokens), batches that the engine runs at a time
-    (`slots`), and the engine. `front` is the front end's time per request in seconds; None takes the measured one.
+    `tokens`: length of each input. `inputs`: number of inputs per request. `batch_tokens`: limit of the batcher.
+    `count`: number of requests. `slots`: number of batches that the engine runs at a time. `front`: seconds of the
+    front end per request, None for the measured time.
     """
 
     tokens: Sequence[int]
@@ -118,24 +120,23 @@ class Work:
         """Requests per second that the front end can serve."""
         return 1 / self.front_seconds if self.front_seconds else math.inf
 
-    def server(self, cost: Cost, front: float | None = None) -> Server:
-        """A server that gets these requests. `front`: another time of the front end per request, 0 for none."""
+    def server(self, cost: Cost, front: float | None = None) -> SimulatedServer:
+        """Return a server for these requests. `front`: seconds of the front end per request, None for the default."""
         total = max(2000, self.count // self.inputs)
-        # Large requests vary less, and a million sequences take half a minute.
+        # Fewer large requests are sufficient, because they vary less. A million sequences take 30 s to simulate.
         total = max(500, min(total, _SEQUENCES // self.inputs))
         drawn = lengths.spread(self.tokens, total * self.inputs, self.seed)
         requests = [drawn[i * self.inputs : (i + 1) * self.inputs] for i in range(total)]
         front = self.front_seconds if front is None else front
-        return Server(cost, Limits(self.batch_tokens, UNBOUNDED), requests, self.slots, self.seed, front)
+        return SimulatedServer(cost, Limits(self.batch_tokens, UNBOUNDED), requests, self.slots, self.seed, front)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated, never measured: latency (ms) and requests/s under one load, and the data source of the estimate.
+    """Estimated latency (ms) and requests/s under one load, and the data source of the estimate.
 
-    `band`: the factors of a throughput between which 95% of further rows of this basis lie. `bounded_by`: why the
-    figures are only bounds; empty where they have a band. `saturated`: the offered rate exceeds the capacity, so
-    latency has no figure.
+    `band`: the factors of throughput between which 95% of further rows of this basis lie. `bounded_by`: why the figures
+    are only bounds, empty if they have a band. `saturated`: the offered rate exceeds the capacity, so latency is None.
     """
 
     hardware: str
@@ -154,7 +155,7 @@ class Estimate:
     outcome: str = field(default="estimated", init=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the estimate as plain data."""
         return {
             **asdict(self),
             "band": {"low": self.band[0], "high": self.band[1]},
@@ -167,45 +168,49 @@ def rows(
     config: Path,
     precision: str,
     hardware: str,
-    load: Load,
+    load: OfferedLoad,
     tokens: Sequence[int],
     batch_tokens: int = 16_384,
     seed: int = 0,
 ) -> Estimate:
     """Estimate `inferctl serve` on the part `hardware` under `load`.
 
-    `config`: the `config.json` of the model, or its folder. `tokens`: lengths of the inputs. Raises `UsageError` when
-    no rows can support the estimate. That includes int8 on GPUs: no row ran LLM.int8.
+    `config`: the `config.json` of the model, or its folder. `tokens`: lengths of the inputs. Raises `UsageError` if no
+    rows support the estimate, which includes int8 on GPUs: no row ran LLM.int8.
     """
     part = catalog.hardware(hardware)
-    chosen = catalog.best_precision(part.traits) if precision == "auto" else precision
-    if chosen == "int8" and part.kind == "cuda":
+    effective = best_precision(part.traits) if precision == "auto" else precision
+    if effective == "int8" and part.kind == "cuda":
         raise UsageError(
-            f"int8 on {part.key} cannot be estimated: the rows ran TensorRT INT8, the server runs LLM.int8",
-            "LLM.int8 was slower than fp16 wherever measured; `inferctl estimate -p int8` shows TensorRT's",
+            f"cannot estimate int8 on {part.key}: the rows ran TensorRT INT8, but the server runs LLM.int8",
+            "estimate fp16: LLM.int8 was slower in every measurement; `inferctl estimate -p int8` shows TensorRT INT8",
         )
     data = read_config(config)
-    calibrated = calibration.load().of(part.key, chosen)
-    work = Work(tokens, load.inputs_per_request, batch_tokens, seed)
-    return under(calibrated, Transformer.of(data), work, load, notes_for(calibrated, data, batch_tokens))
+    calibrated = calibration.load().of(part.key, effective)
+    scenario = Scenario(tokens, load.inputs_per_request, batch_tokens, seed)
+    return under_load(calibrated, Transformer.of(data), scenario, load, notes_for(calibrated, data, batch_tokens))
 
 
-def under(calibrated: Calibrated, model: Transformer, work: Work, load: Load, notes: Sequence[str] = ()) -> Estimate:
-    """The estimate for one load."""
-    far = differences(model, work.engine)
+def under_load(
+    calibrated: CalibratedPart, model: Transformer, scenario: Scenario, load: OfferedLoad, notes: Sequence[str] = ()
+) -> Estimate:
+    """Return the estimate for one load."""
+    reasons = differences(model, scenario.engine)
     band = calibrated.band_for(model)
-    fitted, fast, slow = (answers(work.server(cost), load) for cost in ends(calibrated, model))
-    known = fast if far else fitted
+    fitted, fast, slow = (simulate(scenario.server(cost), load) for cost in ends(calibrated, model))
+    result = fast if reasons else fitted
     open_loop = load.mode == "open"
-    if known is None:
-        requests = capacity(calibrated, model, work)
+    if result is None:
+        requests = capacity(calibrated, model, scenario)
     elif open_loop and load.rate:
         requests = Range.exactly(load.rate)
-    elif far:
-        requests = Range.at_most(known.per_second)
+    elif reasons:
+        requests = Range.at_most(result.per_second)
     else:
-        requests = ranged(band.throughput, known.per_second).capped(work.front_rate)
-    p50, p90, p99 = (None if known is None else latency(q, (fitted, fast, slow), bool(far)) for q in (0.5, 0.9, 0.99))
+        requests = ranged(band.throughput, result.per_second).capped(scenario.front_rate)
+    p50, p90, p99 = (
+        None if result is None else latency(q, (fitted, fast, slow), bool(reasons)) for q in (0.5, 0.9, 0.99)
+    )
     return Estimate(
         hardware=calibrated.part.key,
         name=calibrated.part.name,
@@ -217,52 +222,52 @@ def under(calibrated: Calibrated, model: Transformer, work: Work, load: Load, no
         p50_ms=p50,
         p90_ms=p90,
         p99_ms=p99,
-        saturated=known is None,
-        bounded_by=tuple(far),
+        saturated=result is None,
+        bounded_by=tuple(reasons),
         notes=tuple(notes),
     )
 
 
 def differences(model: Transformer, engine: str) -> list[str]:
-    """Why an estimate of this model on this engine is only a bound; empty where the rows are near enough for a band."""
+    """Return why an estimate of this model on this engine is only a bound; empty if it has an error band."""
     found = []
     if engine != ROWS_ENGINE:
-        found.append(f"engine: the rows ran TensorRT; how {engine} compares with it on a GPU is not measured")
-    for name, mine, theirs in (
+        found.append(f"engine: the rows ran TensorRT; the speed of {engine} relative to TensorRT is not measured")
+    for name, value, row_value in (
         ("width", model.width, BERT_LARGE.width),
         ("depth", model.layers, BERT_LARGE.layers),
     ):
-        if max(mine / theirs, theirs / mine) > FAR:
-            found.append(f"{name}: the rows ran BERT-large with {theirs}, this model has {mine}")
+        if max(value / row_value, row_value / value) > MAX_SIZE_RATIO:
+            found.append(f"{name}: the rows ran BERT-large with {row_value}, this model has {value}")
     return found
 
 
-def capacity(calibrated: Calibrated, model: Transformer, work: Work) -> Range:
-    """Requests per second when all of them wait from the start."""
-    engine = work.server(calibrated.cost(model), front=0.0).offline().per_second
+def capacity(calibrated: CalibratedPart, model: Transformer, scenario: Scenario) -> Range:
+    """Return the requests per second if all requests are queued from the start."""
+    engine = scenario.server(calibrated.cost(model), front=0.0).offline().per_second
     found = ranged(calibrated.band_for(model).throughput, engine)
-    if differences(model, work.engine):
+    if differences(model, scenario.engine):
         found = Range.at_most(found.high or engine)
-    return found.capped(work.front_rate)
+    return found.capped(scenario.front_rate)
 
 
-def latency(q: float, simulations: Sequence[Answers | None], bounded: bool) -> Range:
-    """A percentile in ms, from simulations as fitted, at the fast and at the slow end.
+def latency(q: float, simulations: Sequence[SimulationResult | None], bounded: bool) -> Range:
+    """Return a percentile in ms from three simulations: with the fitted times, the fast end and the slow end.
 
-    None is one beyond saturation.
+    A simulation is None beyond saturation.
     """
-    value, low, high = (None if one is None else one.percentile(q) * 1000 for one in simulations)
+    value, low, high = (None if result is None else result.percentile(q) * 1000 for result in simulations)
     return Range.at_least(low or 0.0) if bounded else Range(value, value if low is None else low, high)
 
 
-def ends(calibrated: Calibrated, model: Transformer) -> tuple[Cost, Cost, Cost]:
-    """The cost of batches as fitted, at the fast end of the band and at the slow end."""
+def ends(calibrated: CalibratedPart, model: Transformer) -> tuple[Cost, Cost, Cost]:
+    """Return the cost of batches with the fitted times, at the fast end and at the slow end of the band."""
     cost, band = calibrated.cost(model), calibrated.band_for(model)
     return cost, cost.times(band.fastest), cost.times(band.slowest)
 
 
-def answers(server: Server, load: Load) -> Answers | None:
-    """Answers under a load; None when an open loop offers more than the server can serve."""
+def simulate(server: SimulatedServer, load: OfferedLoad) -> SimulationResult | None:
+    """Simulate a load. Return None if an open loop exceeds the capacity of the server."""
     if load.mode != "open":
         return server.closed(load.users)
     rate = load.rate or 1.0
@@ -270,12 +275,12 @@ def answers(server: Server, load: Load) -> Answers | None:
 
 
 def ranged(band: tuple[float, float], value: float) -> Range:
-    """A figure with a band of factors around it."""
+    """Return a figure with its band, from the factors of the band."""
     return Range(value, value * band[0], value * band[1])
 
 
-def notes_for(calibrated: Calibrated, config: Mapping[str, Any], batch_tokens: int) -> list[str]:
-    """The limitations of the figures for this part, precision and model."""
+def notes_for(calibrated: CalibratedPart, config: Mapping[str, Any], batch_tokens: int) -> list[str]:
+    """Return the limitations of the figures for this part, precision and model."""
     model, part = Transformer.of(config), calibrated.part
     found = [*calibrated.notes, WITHOUT_NETWORK]
     vocabulary = int(config.get("vocab_size") or 0) * int(config.get("hidden_size") or config.get("dim") or 0)
@@ -286,21 +291,21 @@ def notes_for(calibrated: Calibrated, config: Mapping[str, Any], batch_tokens: i
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A `config.json`, or that of a model folder. Raises `UsageError`."""
+    """Read a `config.json`, or that of a model folder. Raises `UsageError`."""
     file = path / "config.json" if path.is_dir() else path
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{file} cannot be read: {error}", "--config takes the config.json of a model") from None
+        raise UsageError(f"{file} cannot be read: {error}", "pass the config.json of a model") from None
     if not isinstance(data, dict):
-        raise UsageError(f"{file} is not a JSON object", "--config takes the config.json of a model")
+        raise UsageError(f"{file} is not a JSON object", "pass the config.json of a model")
     return data
 
 
 def prices(part: Hardware) -> list[dict[str, Any]]:
-    """On-demand prices with their source and date.
+    """Return the on-demand prices with their source and date.
 
-    A slice costs what it takes of its GPU, compute or memory, whichever is more.
+    A slice costs its share of the GPU: the larger one of its compute share and its memory share.
     """
     whole, share = (catalog.hardware(part.mig.parent), slice_share(part)) if part.mig else (part, 1.0)
     return [
@@ -316,7 +321,7 @@ def prices(part: Hardware) -> list[dict[str, Any]]:
 
 
 def slice_share(part: Hardware) -> float:
-    """How much of a GPU's price a slice takes: its compute slots of seven or its memory, whichever is more."""
+    """Return the share of a GPU's price for a slice: the larger one of compute slots (of seven) and memory."""
     if not part.mig:
         return 1.0
     slots = int(part.mig.profile.partition("g")[0]) / 7
@@ -324,7 +329,7 @@ def slice_share(part: Hardware) -> float:
 
 
 def per_million(usd_per_hour: float, texts_per_s: Range) -> Range:
-    """US dollars per million texts: a lower bound where the throughput is an upper one."""
+    """Return US dollars per million texts. If the throughput is an upper bound, the cost is a lower bound."""
 
     def dollars(rate: float | None) -> float | None:
         return usd_per_hour / 3600 * 1e6 / rate if rate else None

@@ -1,4 +1,4 @@
-"""Lengths of inputs in tokens: of MLPerf's SQuAD samples, of a distribution, or of a corpus."""
+"""Generates lengths of inputs in tokens: of SQuAD samples in MLPerf, from a distribution, or of a corpus."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from statistics import NormalDist
 
 from inferctl.errors import UsageError
 
-# SQuAD v1.1 has 10,570 development questions; windows of 384 tokens with a stride of 128 make MLPerf's 10,833 samples
-# of them, so about one question in fifty is longer than 384 tokens. With that, a log-normal of lengths has one free
-# number, its mean.
+# SQuAD v1.1 has 10,570 development questions. MLPerf splits them into 10,833 samples: windows of 384 tokens with a
+# stride of 128. So about 2% of the questions are longer than 384 tokens. With this share fixed, a log-normal
+# distribution of lengths has one free parameter, its mean.
 SQUAD_LONGEST = 384
 _SQUAD_OVER = 0.02
 _TOKENS_PER_WORD = 1.3
-_FORMS = "a number of tokens (128), MEAN:SIGMA of a log-normal (55:0.8), or squad"
+_FORMS = "a number of tokens (128), MEAN:SIGMA of a log-normal distribution (55:0.8), or squad"
 
 
 def lognormal(median: float, sigma: float, longest: int, count: int, seed: int = 0) -> list[int]:
-    """`count` lengths whose quantiles are those of a log-normal cut at `longest`, in an order drawn from `seed`."""
+    """Return `count` lengths with the quantiles of a log-normal distribution up to `longest`, shuffled with `seed`."""
     normal = NormalDist(math.log(median), sigma)
     found = [max(1, min(longest, round(math.exp(normal.inv_cdf((i + 0.5) / count))))) for i in range(count)]
     random.Random(seed).shuffle(found)
@@ -30,7 +30,7 @@ def lognormal(median: float, sigma: float, longest: int, count: int, seed: int =
 
 
 def squad(mean: float, count: int, seed: int = 0) -> list[int]:
-    """`count` lengths as of MLPerf's BERT samples without padding, `mean` tokens on average."""
+    """Return `count` lengths distributed as the BERT samples of MLPerf without padding, with the mean `mean`."""
     beyond = NormalDist().inv_cdf(1 - _SQUAD_OVER)
     low, high = 20.0, float(SQUAD_LONGEST)
     while high - low > 0.05:
@@ -41,9 +41,9 @@ def squad(mean: float, count: int, seed: int = 0) -> list[int]:
 
 
 def parse(text: str, longest: int, squad_mean: float, count: int, seed: int = 0) -> list[int]:
-    """Lengths that `--length` stands for.
+    """Return lengths for a value of `--length`: `128`, `55:0.8` (mean and sigma of a log-normal) or `squad`.
 
-    `128`, `55:0.8` (mean and sigma of a log-normal) or `squad`. Raises `UsageError`.
+    Raises `UsageError`.
     """
     if text == "squad":
         return squad(squad_mean, count, seed)
@@ -51,23 +51,23 @@ def parse(text: str, longest: int, squad_mean: float, count: int, seed: int = 0)
     mean = float(found[1]) if found else 0.0
     sigma = float(found[2] or 0) if found else 0.0
     if not 1 <= mean <= longest or sigma > 3:
-        raise UsageError(f"--length {text!r} is none that can be read, up to {longest} tokens", f"give {_FORMS}")
+        raise UsageError(f"invalid --length {text!r} (limit {longest} tokens)", f"pass {_FORMS}")
     return (
         lognormal(mean / math.exp(sigma * sigma / 2), sigma, longest, count, seed) if sigma else [round(mean)] * count
     )
 
 
 def spread(lengths: Sequence[int], count: int, seed: int = 0) -> list[int]:
-    """`count` draws from `lengths`, each as often as the others, in an order drawn from `seed`."""
+    """Return `count` lengths: all of `lengths` equally often, shuffled with `seed`."""
     found = [lengths[i % len(lengths)] for i in range(count)]
     random.Random(seed).shuffle(found)
     return found
 
 
 def of_texts(texts: Sequence[str], tokenizer: Path | None, longest: int) -> tuple[list[int], str]:
-    """Tokens of each text, cut at `longest`, and how they were counted.
+    """Return the number of tokens of each text, up to `longest`, and how they were counted.
 
-    By the model's `tokenizer.json`, else by words.
+    The model's `tokenizer.json` counts the tokens. Without it, they are estimated from the number of words.
     """
     if tokenizer is not None and tokenizer.is_file() and find_spec("tokenizers"):
         from tokenizers import Tokenizer
@@ -76,7 +76,7 @@ def of_texts(texts: Sequence[str], tokenizer: Path | None, longest: int) -> tupl
         loaded.no_truncation()
         loaded.no_padding()
         return [
-            min(longest, len(one.ids)) for one in loaded.encode_batch(list(texts))
-        ], "counted by the model's tokenizer"
+            min(longest, len(encoding.ids)) for encoding in loaded.encode_batch(list(texts))
+        ], "counted with the model's tokenizer"
     found = [min(longest, 2 + math.ceil(_TOKENS_PER_WORD * len(text.split()))) for text in texts]
-    return found, f"guessed: {_TOKENS_PER_WORD:g} tokens a word, as no tokenizer is at hand"
+    return found, f"estimated with {_TOKENS_PER_WORD:g} tokens per word, because no tokenizer is available"

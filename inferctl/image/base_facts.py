@@ -1,4 +1,4 @@
-"""Facts of the catalog about a base image, compared with what its registry says. Pure."""
+"""Compares the catalog facts about a base image with the facts of its registry. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from inferctl.drivers import Requirement
 from inferctl.image.buildx import RemoteImage
 from inferctl.sizes import size
 
-# Rebuilds with newer distribution packages move the size of a base by a few percent.
+# Rebuilds with newer distribution packages change the size of a base by a few percent.
 SIZE_TOLERANCE = 0.15
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One fact. `same`; `differs`; `unrecorded`: the catalog does not say; `unknown`: no registry answered."""
+    """The comparison of one fact.
+
+    `unrecorded`: the catalog does not have the fact. `unknown`: the registry did not respond.
+    """
 
     base: str
     fact: str
@@ -26,7 +29,7 @@ class Comparison:
 
 
 def compare(base: BaseImage, image: RemoteImage) -> list[Comparison]:
-    """Digest, size, CUDA version and driver requirement of `base` against those of its image."""
+    """Compare digest, size, CUDA version and driver requirement of `base` with those of its image."""
     return [
         Comparison(base.key, "tag", "same", base.reference, base.reference),
         _row(base, "digest", base.digest, image.digest, base.digest == image.digest),
@@ -54,12 +57,12 @@ def _cuda(base: BaseImage, found: str | None) -> Comparison:
 
 
 def _requirement(base: BaseImage, found: str | None) -> Comparison:
-    """Order does not matter; an image that asks for what the catalog does not know is a difference."""
+    """Compare driver requirements in any order. A requirement that cannot be parsed differs."""
     try:
-        asked = Requirement.parse(found) if found else None
+        required = Requirement.parse(found) if found else None
     except ValueError:
         return Comparison(base.key, "require_cuda", "differs", base.require_cuda and "recorded", found)
     known = base.requirement
-    same = (known and set(known.alternatives)) == (asked and set(asked.alternatives))
-    recorded, told = (requirement.describe() if requirement else None for requirement in (known, asked))
-    return Comparison(base.key, "require_cuda", "same" if same else "differs", recorded, told)
+    same = (known and set(known.alternatives)) == (required and set(required.alternatives))
+    recorded, actual = (requirement.describe() if requirement else None for requirement in (known, required))
+    return Comparison(base.key, "require_cuda", "same" if same else "differs", recorded, actual)

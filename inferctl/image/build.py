@@ -1,7 +1,7 @@
-"""Plan, build, verify, tag, push: the whole way of an image, as a stream of events.
+"""Builds, verifies, tags and pushes an image, as a stream of events.
 
-plan() ──► run():  stage context ──► buildx ──► lint ──► verify ──► tag ──► push ──► compare with what was verified
-                              an image without a name │ discarded when anything fails │ named only from here on
+plan() ──► run():  stage context ──► buildx ──► lint ──► verify ──► tag ──► push ──► compare with verified
+                              the image has no tag; discarded on a failure │ tagged from here on
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ from typing import Any
 
 from inferctl.errors import InferctlError, NotReadyError
 from inferctl.fit import Finding
-from inferctl.image import buildx, forecast, layers, lint
+from inferctl.image import buildx, layers, lint
 from inferctl.image.context import staged
-from inferctl.image.docker import Engine
+from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Event, Note, Phase, StepFinished
-from inferctl.image.plan import BuildPlan, refuse
-from inferctl.image.publish import Outcome, build_once, publish
-from inferctl.image.records import EngineInfo, ImageInfo, LayerInfo
+from inferctl.image.plan import BuildPlan, raise_for
+from inferctl.image.publish import Publication, build_once, publish
+from inferctl.image.records import DockerInfo, ImageInfo, LayerInfo
+from inferctl.image.size_forecast import SizeForecast
 from inferctl.image.verify import Verified, VerifyOptions, verify
 from inferctl.sizes import size
 
-# Reading an image out of the engine to look for hidden files takes about a second for each 100 MB.
-_ANALYSED_BYTES = 4_000_000_000
+# Reading an image from the engine to find hidden files takes about 1 s per 100 MB.
+_MAX_ANALYZED_BYTES = 4_000_000_000
 
 
 @dataclass(frozen=True)
 class Built:
-    """The built image. `references` are its names, `digests` the `name@sha256:...` of each that was pushed.
+    """The built image. `references` are its names. `digests` are the `name@sha256:...` of the pushed names.
 
-    Sizes are bytes: `size` uncompressed, `compressed` as a registry stores it, `pushed` what this push sent. The last
-    two are None when not known.
+    `size` is in uncompressed bytes, `compressed` in bytes as a registry stores them, `pushed` in bytes that this push
+    sent. The last two are None if unknown.
     """
 
     image: str
@@ -50,7 +51,7 @@ class Built:
     planned_findings: tuple[Finding, ...]
     findings: tuple[Finding, ...]
     verified: Verified | None
-    forecast: forecast.Forecast
+    forecast: SizeForecast
     seconds: Mapping[str, float]
 
     @property
@@ -60,11 +61,11 @@ class Built:
 
     @property
     def digest(self) -> str | None:
-        """`name@sha256:...` of the first name; None when nothing was pushed."""
+        """`name@sha256:...` of the first name; None if nothing was pushed."""
         return self.digests[0] if self.digests else None
 
     def document(self) -> dict[str, Any]:
-        """As JSON, for `--json`."""
+        """Return the image as JSON data, for `--json`."""
         steps = [
             {"name": s.name, "seconds": round(s.seconds, 3), "cached": s.cached, "bytes": s.bytes} for s in self.steps
         ]
@@ -86,28 +87,28 @@ class Built:
         }
 
 
-def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, None, Built]:
-    """Do what `plan` says; yields events and returns the image.
+def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Event, None, Built]:
+    """Execute `plan`: yield events and return the image.
 
-    Whatever fails, or when this generator is closed: containers are removed, the image without a name is discarded, and
-    every name of `plan.references` names what it named before.
+    On a failure, or if the generator is closed, containers and the untagged image are removed, and every name in
+    `plan.references` refers to the same image as before.
     """
     options, platforms = plan.options, plan.platforms
     builder = buildx.detect(info.containerd_store, options.builder)
     native = info.platform if info.platform in platforms else platforms[0]
-    # The engine's own platform is not asked for by name: it is what every builder makes by itself.
-    named = platforms if platforms != (info.platform,) else ()
+    # Every builder builds the platform of the engine by default, so it is not passed.
+    explicit_platforms = platforms if platforms != (info.platform,) else ()
     cache_to = buildx.exportable(builder, options.cache_to)
     if cache_to != options.cache_to:
-        yield Note(f"no build cache is exported: {builder.describe()} cannot export one")
-    clock = _Clock()
+        yield Note(f"the build cache is not exported: {builder.describe()} cannot export one")
+    clock = _PhaseClock()
     with staged(plan.rendered, plan.server) as (context, contexts):
         request = buildx.BuildRequest(
             context=context,
             contexts=contexts,
             build_args=plan.rendered.build_args,
             secrets=options.secrets,
-            platforms=(native,) if named else (),
+            platforms=(native,) if explicit_platforms else (),
             cache_to=cache_to,
             cache_from=options.cache_from,
             network=options.network,
@@ -115,7 +116,7 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
             no_cache=options.no_cache,
             pull=options.pull,
         )
-        _refuse(plan, builder, replace(request, platforms=named), info)
+        _check_supported(plan, builder, replace(request, platforms=explicit_platforms), info)
         yield Phase("build", builder.describe())
         if builder.checks:
             for warning in buildx.check(request):
@@ -124,29 +125,31 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
         clock.lap("build")
         image = _loaded(engine, metadata)
         try:
-            _expect(options.expected, image)
-            yield from weigh(plan, info, image)
-            yield from unverified(plan, native)
+            _check_expected(options.expected, image)
+            yield from check_size(plan, info, image)
+            yield from note_unverified(plan, native)
             findings, checked = yield from _examine(plan, engine, info, image, steps)
             clock.lap("verify")
-            outcome = yield from publish(plan, engine, builder, request, named, image, _config_digest(metadata, image))
+            publication = yield from publish(
+                plan, engine, builder, request, explicit_platforms, image, _config_digest(metadata, image)
+            )
             clock.lap("publish")
         except BaseException:
             engine.discard(image.id)
             raise
     if options.metadata_file:
-        _write_metadata(options.metadata_file, metadata, plan.references, image, outcome)
-    made = engine.history(plan.reference)
+        _write_metadata(options.metadata_file, metadata, plan.references, image, publication)
+    history = engine.history(plan.reference)
     return Built(
         image=image.id,
         references=plan.references,
-        digests=outcome.digests,
-        # The containerd store reports the packed size of an image; the layers are unpacked in both.
-        size=sum(layer.size for layer in made),
-        compressed=outcome.compressed,
-        pushed=outcome.pushed,
+        digests=publication.digests,
+        # The containerd store reports the compressed size of an image. Layer sizes are uncompressed in both stores.
+        size=sum(layer.size for layer in history),
+        compressed=publication.compressed,
+        pushed=publication.pushed,
         steps=tuple(steps),
-        layers=named_layers(made, steps),
+        layers=named_layers(history, steps),
         planned_findings=plan.findings,
         findings=tuple(findings),
         verified=checked,
@@ -155,82 +158,90 @@ def run(plan: BuildPlan, engine: Engine, info: EngineInfo) -> Generator[Event, N
     )
 
 
-def _refuse(plan: BuildPlan, builder: buildx.Builder, request: buildx.BuildRequest, info: EngineInfo) -> None:
-    """Raise for what the builder or the engine cannot do; `request` is the build for all platforms."""
+def _check_supported(plan: BuildPlan, builder: buildx.Builder, request: buildx.BuildRequest, info: DockerInfo) -> None:
+    """Raise `NotReadyError` if the builder or the engine cannot do the build. `request` has all platforms."""
     outputs = (f"type=oci,dest={plan.options.oci}",) if plan.options.oci else ()
-    buildx.refuse(builder, replace(request, outputs=outputs))
+    buildx.check_supported(builder, replace(request, outputs=outputs))
     if plan.options.verify and info.platform not in plan.platforms:
         raise NotReadyError(
-            f"an image for {plan.platforms[0]} cannot be started on this engine ({info.platform}), so it cannot be verified",
-            "build it on such a machine, or give `--no-verify`",
+            f"cannot verify an image for {plan.platforms[0]}: this engine runs {info.platform}",
+            "build it on a machine of that platform, or pass `--no-verify`",
         )
 
 
-def _expect(expected: str | None, image: ImageInfo) -> None:
+def _check_expected(expected: str | None, image: ImageInfo) -> None:
     if expected is not None and image.id != expected:
         raise InferctlError(
-            f"the build produced {image.id}, not the image {expected} that `--expect` names",
-            "an input changed since that image was built: build and verify again without `--expect`",
+            f"the build produced {image.id}, but `--expect` requires {expected}",
+            "an input changed after that image was built: build and verify again without `--expect`",
         )
 
 
-def unverified(plan: BuildPlan, native: str) -> Iterator[Note]:
-    """Says which images of a build for several platforms are built but neither linted nor verified: all but the `native` one."""
+def note_unverified(plan: BuildPlan, native: str) -> Iterator[Note]:
+    """Yield a note that names the platforms whose images are not linted or verified: all but `native`."""
     others = ", ".join(platform for platform in plan.platforms if platform != native)
     if others:
         what = "linted and verified" if plan.options.verify else "linted"
-        yield Note(f"only the image for {native} is {what}; {others}: built from the same files, not started")
+        yield Note(f"only the image for {native} is {what}; not checked: {others} (built from the same files)")
 
 
-def weigh(plan: BuildPlan, info: EngineInfo, image: ImageInfo) -> Iterator[Note]:
-    """Hold the image against --max-size: packed where the engine stores it so, else unpacked, which is always more."""
+def check_size(plan: BuildPlan, info: DockerInfo, image: ImageInfo) -> Iterator[Note]:
+    """Compare the image with --max-size. Raises `InferctlError` if it is larger.
+
+    The size is compressed if the engine stores it. Otherwise it is uncompressed, which is always larger, and the
+    forecast decides.
+    """
     limit = plan.options.max_bytes
     if limit is None or image.size <= limit:
         return
-    advice = "raise --max-size, or drop what is biggest: `inferctl build --dry-run` lists the parts"
+    advice = "raise --max-size, or reduce the largest part: `inferctl build --dry-run` lists the parts"
     if info.containerd_store:
-        raise InferctlError(
-            f"the image has {size(image.size)}, more than the {size(limit)} of --max-size (compressed)", advice
-        )
+        raise InferctlError(f"image size {size(image.size)} exceeds --max-size {size(limit)} (compressed)", advice)
     if not plan.forecast.complete:
         raise InferctlError(
-            f"the image has {size(image.size)} uncompressed, more than the {size(limit)} of --max-size; this engine does not "
-            f"know its compressed size, and without the size of {', '.join(plan.forecast.unknown)} it cannot be forecast",
-            "raise --max-size to what it may be uncompressed, or use the engine's containerd image store",
+            f"image size {size(image.size)} (uncompressed) exceeds --max-size {size(limit)}; this engine does not know "
+            f"the compressed size, and the forecast lacks the size of {', '.join(plan.forecast.unknown)}",
+            "raise --max-size to the uncompressed size, or use the engine's containerd image store",
         )
     yield Note(
-        f"{size(image.size)} uncompressed; this engine does not know the compressed size: the forecast of "
-        f"{size(plan.forecast.total)} stands for --max-size"
+        f"image size {size(image.size)} (uncompressed); this engine does not know the compressed size, so --max-size "
+        f"is compared with the forecast of {size(plan.forecast.total)}"
     )
 
 
-def matched(history: list[LayerInfo], steps: list[StepFinished]) -> list[tuple[LayerInfo, StepFinished | None]]:
-    """The image's layers, each with the step of the last stage that made it; None for what the base brings and for metadata."""
+def match_steps(history: list[LayerInfo], steps: list[StepFinished]) -> list[tuple[LayerInfo, StepFinished | None]]:
+    """Return each layer with the step of the last stage that created it; None for layers of the base and metadata."""
     numbered = [(m, s) for s in steps if (m := re.match(r"\[(?:(\S+) )?(\d+)/\d+\] (?!FROM |LINK )", s.name))]
     if not numbered:
         return [(layer, None) for layer in history]
-    # The last stage has no name of its own; BuildKit numbers it.
+    # The last stage has no name; BuildKit calls it stage-<number>.
     stage = max((m.group(1) or "" for m, _ in numbered), key=lambda name: name.startswith("stage-"))
-    made = [step for m, step in sorted(numbered, key=lambda pair: int(pair[0].group(2))) if (m.group(1) or "") == stage]
+    stage_steps = [
+        step for m, step in sorted(numbered, key=lambda pair: int(pair[0].group(2))) if (m.group(1) or "") == stage
+    ]
     filled = [index for index, layer in enumerate(history) if layer.created_by.startswith(("COPY ", "RUN ", "ADD "))]
-    found = dict(zip(filled[-len(made) :], made, strict=True)) if len(filled) >= len(made) else {}
+    found = {}
+    if len(filled) >= len(stage_steps):
+        found = dict(zip(filled[-len(stage_steps) :], stage_steps, strict=True))
     return [(layer, found.get(index)) for index, layer in enumerate(history)]
 
 
 def named_layers(history: list[LayerInfo], steps: list[StepFinished]) -> tuple[LayerInfo, ...]:
-    """The layers in the words of the Dockerfile where `matched` knows them, else in the engine's."""
+    """Return the layers with the instruction in the Dockerfile if known, else with the description of the engine."""
     return tuple(
         replace(layer, created_by=step.name.partition("] ")[2]) if step else layer
-        for layer, step in matched(history, steps)
+        for layer, step in match_steps(history, steps)
     )
 
 
 def new_bytes(history: list[LayerInfo], steps: list[StepFinished]) -> int:
-    """Uncompressed bytes of the layers that this build made rather than found in the cache."""
-    return sum(layer.size for layer, step in matched(history, steps) if step is not None and not step.cached)
+    """Return the uncompressed bytes of the layers that this build created and did not find in the cache."""
+    return sum(layer.size for layer, step in match_steps(history, steps) if step is not None and not step.cached)
 
 
-class _Clock:
+class _PhaseClock:
+    """Measures the seconds of each phase."""
+
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self._last = time.monotonic()
@@ -241,14 +252,14 @@ class _Clock:
         self._last = now
 
 
-def _loaded(engine: Engine, metadata: Mapping[str, Any]) -> ImageInfo:
-    # The classic store names an image by its configuration, the containerd store by its manifest.
+def _loaded(engine: DockerEngine, metadata: Mapping[str, Any]) -> ImageInfo:
+    # The id of an image is the digest of its config in the classic store, of its manifest in the containerd store.
     for key in ("containerimage.digest", "containerimage.config.digest"):
         if (found := metadata.get(key)) and (image := engine.image(str(found))):
             return image
     raise NotReadyError(
-        "the builder's image did not arrive in the engine",
-        "check that `docker buildx inspect` and `docker info` speak of one engine",
+        "the engine does not have the image that the builder loaded",
+        "check that `docker buildx inspect` and `docker info` use the same engine",
     )
 
 
@@ -257,44 +268,44 @@ def _config_digest(metadata: Mapping[str, Any], image: ImageInfo) -> str:
 
 
 def _examine(
-    plan: BuildPlan, engine: Engine, info: EngineInfo, image: ImageInfo, steps: list[StepFinished]
+    plan: BuildPlan, engine: DockerEngine, info: DockerInfo, image: ImageInfo, steps: list[StepFinished]
 ) -> Generator[Event, None, tuple[list[Finding], Verified | None]]:
     options = plan.options
     waste = None
-    # A build that changes next to nothing hides next to nothing, and an earlier one has told what the cached layers hide.
-    analysed = options.lint_layers and new_bytes(engine.history(image.id), steps) >= lint.WASTE_BYTES
-    if analysed and image.size <= _ANALYSED_BYTES:
-        waste = layers.analyse(engine.save(image.id))
-    elif analysed:
-        yield Note(f"layers not analysed for wasted bytes: the image has {size(image.size)}")
-    findings = lint.built(image.environment, image.user, waste)
-    refuse([finding for finding in findings if finding.level == "error"])
+    # Cached layers were analyzed when they were built.
+    analyze = options.lint_layers and new_bytes(engine.history(image.id), steps) >= lint.WASTE_BYTES
+    if analyze and image.size <= _MAX_ANALYZED_BYTES:
+        waste = layers.analyze(engine.save(image.id))
+    elif analyze:
+        yield Note(f"layers not analyzed for wasted bytes: the image is too large ({size(image.size)})")
+    findings = lint.check_built_image(image.environment, image.user, waste)
+    raise_for([finding for finding in findings if finding.level == "error"])
     if not options.verify:
         return findings, None
-    fetched = plan.spec.model.weights == "download"
+    downloads = plan.spec.model.weights == "download"
     gpu = plan.stack.cuda is not None and info.gpu
     yield Phase(
         "verify",
         "on the GPU" if gpu else "on the CPU: the engine has no GPU runtime" if plan.stack.cuda else "on the CPU",
     )
-    if fetched:
-        yield Note("the weights are downloaded when the container starts: vectors are checked, but not against fp32")
-    wanted = VerifyOptions(
+    if downloads:
+        yield Note("the container downloads its weights: vectors are checked, but not compared with fp32")
+    verify_options = VerifyOptions(
         model=plan.model if plan.spec.model.weights == "mount" else None,
         network=options.network,
         gpu=gpu,
         ready_seconds=options.ready_seconds,
-        compare=not fetched,
+        compare=not downloads,
     )
-    return findings, (yield from verify(engine, image, wanted))
+    return findings, (yield from verify(engine, image, verify_options))
 
 
 def _write_metadata(
-    file: Path, metadata: Mapping[str, Any], references: tuple[str, ...], image: ImageInfo, outcome: Outcome
+    file: Path, metadata: Mapping[str, Any], references: tuple[str, ...], image: ImageInfo, publication: Publication
 ) -> None:
     document = {**metadata, "image.name": ",".join(references), "image.id": image.id}
-    if outcome.digest:
-        document["containerimage.digest"] = outcome.digest.partition("@")[2]
+    if publication.digest:
+        document["containerimage.digest"] = publication.digest.partition("@")[2]
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -302,6 +313,6 @@ def _write_metadata(
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise NotReadyError(
-            f"{outcome.digest or references[0]} is done, but {file} cannot be written: {error.strerror}",
-            "the next build is cached: give another --metadata-file",
+            f"{publication.digest or references[0]} is built, but {file} cannot be written: {error.strerror}",
+            "pass another `--metadata-file`; the next build uses the cache",
         ) from None

@@ -1,4 +1,4 @@
-"""`docker buildx build` as a child process: what the builder at hand can do, the command line, and the build as a stream of events."""
+"""Runs `docker buildx` as a child process: features of the builder, builds as a stream of events, registry queries."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from inferctl.image.reference import host_of
 _INSTALL = (
     "install Docker with buildx: `apt-get install docker.io docker-buildx`, or https://docs.docker.com/engine/install/"
 )
-# How long buildx gets to cancel the build and end after a signal, seconds.
+# Time for buildx to cancel the build and exit after a signal.
 _STOP_SECONDS = 10.0
-# Versions of buildx that brought what is used here (docker/buildx release notes).
+# First versions of buildx with `--progress=rawjson` and `--check` (docker/buildx release notes).
 _RAWJSON_SINCE = (0, 13, 0)
 _CHECK_SINCE = (0, 15, 0)
 
 
 @dataclass(frozen=True)
 class Builder:
-    """The builder that buildx would use: its version, driver, platforms, and whether its engine stores images in containerd."""
+    """A builder. `version` is that of buildx. `containerd_store`: whether the engine stores images in containerd."""
 
     version: tuple[int, int, int]
     name: str
@@ -41,16 +41,19 @@ class Builder:
 
     @property
     def exports(self) -> bool:
-        """Whether it can export caches, OCI archives, attestations and several platforms: all but the classic engine's own builder can."""
+        """Whether it can export caches, OCI archives and attestations and build several platforms.
+
+        Only the default builder of an engine with the classic image store cannot.
+        """
         return self.driver != "docker" or self.containerd_store
 
     @property
     def checks(self) -> bool:
-        """Whether `docker buildx build --check` is there."""
+        """Whether `docker buildx build --check` exists."""
         return self.version >= _CHECK_SINCE
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return the builder as one line of text."""
         store = "containerd image store" if self.containerd_store else "classic image store"
         return f"buildx {'.'.join(map(str, self.version))}, builder {self.name}, driver {self.driver}" + (
             f", {store}" if self.driver == "docker" else ""
@@ -59,7 +62,10 @@ class Builder:
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """One `docker buildx build`. `secrets`: id -> file. `outputs`: values of --output; none means: load into the engine, without a tag."""
+    """The options of one `docker buildx build`. `secrets`: id -> file.
+
+    `outputs`: values of --output. Without one, the image is loaded into the engine, without a tag.
+    """
 
     context: Path
     contexts: Mapping[str, str] = field(default_factory=dict)
@@ -78,7 +84,7 @@ class BuildRequest:
 
 
 class BuildFailedError(Exception):
-    """buildx ended with an error. `text`: its plain lines; `step`, `log`: the step that failed first and what it wrote last."""
+    """buildx failed. `text`: its plain lines. `step` and `log`: the first failed step and its last log lines."""
 
     def __init__(self, text: str, step: str | None, log: list[str]) -> None:
         super().__init__(text)
@@ -86,20 +92,20 @@ class BuildFailedError(Exception):
 
 
 def detect(containerd_store: bool, name: str | None = None) -> Builder:
-    """The builder `name`, or the one in use.
+    """Return the builder `name`, or the selected one.
 
-    Raises `NotReadyError` without a docker command or buildx, or with one too old for live progress.
+    Raises `NotReadyError` without a docker command or buildx, or if buildx is too old for live progress.
     """
-    said = _docker("buildx", "version")
-    found = re.search(r"v?(\d+)\.(\d+)\.(\d+)", said)
+    output = _docker("buildx", "version")
+    found = re.search(r"v?(\d+)\.(\d+)\.(\d+)", output)
     version = (int(found.group(1)), int(found.group(2)), int(found.group(3))) if found else (0, 0, 0)
     if version < _RAWJSON_SINCE:
-        raise NotReadyError(f"buildx {'.'.join(map(str, version))} is too old: 0.13 or newer is needed", _INSTALL)
+        raise NotReadyError(f"buildx {'.'.join(map(str, version))} is too old: 0.13 or newer is required", _INSTALL)
     return read_inspection(_docker("buildx", "inspect", *([name] if name else [])), version, containerd_store)
 
 
 def read_inspection(text: str, version: tuple[int, int, int], containerd_store: bool) -> Builder:
-    """The `Builder` out of what `docker buildx inspect` prints."""
+    """Parse the output of `docker buildx inspect`."""
 
     def value(key: str) -> str:
         found = re.search(rf"^{key}:[ \t]*(.*)$", text, re.MULTILINE)
@@ -109,42 +115,50 @@ def read_inspection(text: str, version: tuple[int, int, int], containerd_store: 
     return Builder(version, value("Name") or "default", value("Driver") or "docker", platforms, containerd_store)
 
 
-def refuse(builder: Builder, request: BuildRequest) -> None:
-    """Raise `NotReadyError` for what `builder` cannot do, before anything is built."""
-    create = "`docker buildx create --use --driver docker-container` makes a builder that can; or turn on the engine's containerd image store"
-    why = f"the builder {builder.name} (driver {builder.driver}, classic image store)"
-    external = [c for c in request.cache_to if "type=inline" not in c]
-    if not builder.exports and external:
-        raise NotReadyError(f"{why} cannot export a build cache to {external[0]}", create)
+def check_supported(builder: Builder, request: BuildRequest) -> None:
+    """Raise an error if `builder` cannot do the build, or if a secret, a context or a wheel folder is missing.
+
+    Raises `NotReadyError` for the builder and `UsageError` for a missing file or folder.
+    """
+    create = (
+        "create a builder with `docker buildx create --use --driver docker-container`,"
+        " or enable the containerd image store of the engine"
+    )
+    label = f"the builder {builder.name} (driver {builder.driver}, classic image store)"
+    external_caches = [c for c in request.cache_to if "type=inline" not in c]
+    if not builder.exports and external_caches:
+        raise NotReadyError(f"{label} cannot export a build cache to {external_caches[0]}", create)
     if not builder.exports and any("type=oci" in o for o in request.outputs):
-        raise NotReadyError(f"{why} cannot write an OCI archive", create)
+        raise NotReadyError(f"{label} cannot write an OCI archive", create)
     if not builder.exports and len(request.platforms) > 1:
-        raise NotReadyError(f"{why} cannot build several platforms at once", create)
+        raise NotReadyError(f"{label} cannot build several platforms at once", create)
     for platform in request.platforms:
         if builder.platforms and not any(
             known == platform or known.startswith(f"{platform}/") for known in builder.platforms
         ):
             raise NotReadyError(
-                f"the builder {builder.name} cannot build for {platform}, only for {', '.join(builder.platforms)}",
-                "a builder on such a machine, or QEMU: https://docs.docker.com/build/building/multi-platform/",
+                f"the builder {builder.name} cannot build for {platform}; it builds for {', '.join(builder.platforms)}",
+                "use a builder on that platform, or QEMU: https://docs.docker.com/build/building/multi-platform/",
             )
     for name, file in request.secrets.items():
         if not file.is_file():
-            raise UsageError(f"the file {file} for the build secret {name} is not there", "check the path")
+            raise UsageError(f"file {file} of the build secret {name} not found", "check the path")
     for name, folder in request.contexts.items():
         if not Path(folder).is_dir():
-            what = "weights are" if name == "model" else f"folder for {name} is"
+            what = "weights" if name == "model" else name
             raise UsageError(
-                f"the {what} missing: there is no folder {folder}",
+                f"{what} folder {folder} not found",
                 "check the path: a relative path in a spec starts at the folder of the spec",
             )
         if name == "wheels" and not any(Path(folder).glob("*.whl")):
-            raise UsageError(f"image.wheels: {folder} has no wheels", "`pip download --dest DIR ...` fills a folder")
+            raise UsageError(
+                f"image.wheels: {folder} has no wheels", "download wheels with `pip download --dest DIR ...`"
+            )
 
 
 def command(request: BuildRequest, metadata: Path) -> list[str]:
-    """The command line, deterministic."""
-    made = [
+    """Return the command line of a build. Equal requests give equal command lines."""
+    arguments = [
         "docker",
         "buildx",
         "build",
@@ -154,38 +168,38 @@ def command(request: BuildRequest, metadata: Path) -> list[str]:
         str(request.context / "Dockerfile"),
     ]
     for name, folder in sorted(request.contexts.items()):
-        made += ["--build-context", f"{name}={Path(folder).resolve()}"]
+        arguments += ["--build-context", f"{name}={Path(folder).resolve()}"]
     for name, file in sorted(request.secrets.items()):
-        made += ["--secret", f"id={name},src={Path(file).resolve()}"]
+        arguments += ["--secret", f"id={name},src={Path(file).resolve()}"]
     for name, value in sorted(request.build_args.items()):
-        made += ["--build-arg", f"{name}={value}"]
-    made += ["--builder", request.builder] if request.builder else []
-    made += ["--no-cache"] if request.no_cache else []
-    made += ["--pull"] if request.pull else []
+        arguments += ["--build-arg", f"{name}={value}"]
+    arguments += ["--builder", request.builder] if request.builder else []
+    arguments += ["--no-cache"] if request.no_cache else []
+    arguments += ["--pull"] if request.pull else []
     if request.platforms:
-        made += ["--platform", ",".join(request.platforms)]
+        arguments += ["--platform", ",".join(request.platforms)]
     for target in request.cache_to:
-        made += ["--cache-to", cache_to(target)]
+        arguments += ["--cache-to", cache_to(target)]
     for source in request.cache_from:
-        made += ["--cache-from", source if "type=" in source else f"type=registry,ref={source}"]
+        arguments += ["--cache-from", source if "type=" in source else f"type=registry,ref={source}"]
     if request.network:
-        made += ["--network", request.network]
-        # A builder in a container needs the entitlement as well; the engine's own takes it as given.
-        made += ["--allow", "network.host"] if request.network == "host" else []
-    made.append(f"--provenance={'mode=max' if request.provenance else 'false'}")
-    made.append(f"--sbom={'true' if request.sbom else 'false'}")
+        arguments += ["--network", request.network]
+        # A builder in a container also requires the entitlement. The engine's builder grants it.
+        arguments += ["--allow", "network.host"] if request.network == "host" else []
+    arguments.append(f"--provenance={'mode=max' if request.provenance else 'false'}")
+    arguments.append(f"--sbom={'true' if request.sbom else 'false'}")
     for output in request.outputs:
-        made += ["--output", output]
-    return [*made, *(() if request.outputs else ("--load",)), str(request.context)]
+        arguments += ["--output", output]
+    return [*arguments, *(() if request.outputs else ("--load",)), str(request.context)]
 
 
 def cache_to(target: str) -> str:
-    """`registry/name:tag` in full: a registry cache of every stage (mode max). Values with `type=` pass as they are."""
+    """Expand `registry/name:tag` to a registry cache of all stages (mode max). A value with `type=` is unchanged."""
     return target if "type=" in target else f"type=registry,ref={target},mode=max"
 
 
 def exportable(builder: Builder, targets: tuple[str, ...]) -> tuple[str, ...]:
-    """The cache targets without those that `builder` cannot write and whose `ignore-error=true` allows to skip."""
+    """Return the cache targets without those with `ignore-error=true` if `builder` cannot export them."""
     return tuple(
         target
         for target in targets
@@ -194,9 +208,9 @@ def exportable(builder: Builder, targets: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def run(request: BuildRequest) -> Generator[BuildEvent, None, dict[str, Any]]:
-    """Build; yields events and returns buildx's metadata. Raises `BuildFailedError`.
+    """Run a build: yield its events and return the metadata of buildx. Raises `BuildFailedError`.
 
-    The child runs in a process group of its own, so that one Ctrl-C reaches it once; closing this generator stops it.
+    buildx runs in its own process group, so that Ctrl-C does not signal it twice. Closing the generator stops it.
     """
     with tempfile.TemporaryDirectory(prefix="inferctl-") as folder:
         metadata = Path(folder) / "metadata.json"
@@ -218,22 +232,27 @@ def run(request: BuildRequest) -> Generator[BuildEvent, None, dict[str, Any]]:
             )
         found = json.loads(metadata.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
-            raise InferctlError("buildx wrote no metadata", "a newer buildx may help: `docker buildx version`")
+            raise InferctlError(
+                "buildx wrote no metadata", "install a newer buildx; `docker buildx version` shows the version"
+            )
         return found
 
 
 def check(request: BuildRequest) -> list[str]:
-    """What the builder's own linter says about the Dockerfile, one warning a line. Only where `Builder.checks`."""
-    chosen = ["--builder", request.builder] if request.builder else []
-    made = ["docker", "buildx", "build", *chosen, "--check", "--file", str(request.context / "Dockerfile")]
+    """Return the warnings of the builder's Dockerfile linter, one per line. Requires `Builder.checks`."""
+    builder = ["--builder", request.builder] if request.builder else []
+    arguments = ["docker", "buildx", "build", *builder, "--check", "--file", str(request.context / "Dockerfile")]
     for name, folder in sorted(request.contexts.items()):
-        made += ["--build-context", f"{name}={Path(folder).resolve()}"]
-    done = subprocess.run([*made, str(request.context)], capture_output=True, text=True, check=False)
-    return [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(("WARNING:", "ERROR:"))]
+        arguments += ["--build-context", f"{name}={Path(folder).resolve()}"]
+    process = subprocess.run([*arguments, str(request.context)], capture_output=True, text=True, check=False)
+    return [line for line in (process.stdout + process.stderr).splitlines() if line.startswith(("WARNING:", "ERROR:"))]
 
 
 def manifest(reference: str, platform: str) -> dict[str, Any]:
-    """The image manifest of `reference` in its registry, for `platform` when it is an index. Layers have compressed sizes, bytes."""
+    """Return the image manifest of `reference` in its registry, from an index for `platform`.
+
+    The sizes of its layers are in compressed bytes.
+    """
     found = _raw_manifest(reference)
     if "manifests" in found:
         wanted = platform.split("/")
@@ -242,7 +261,7 @@ def manifest(reference: str, platform: str) -> dict[str, Any]:
             if [offered.get("os"), offered.get("architecture")] == wanted[:2]:
                 name = reference.partition("@")[0]
                 return _raw_manifest(f"{name}@{entry['digest']}")
-        raise InferctlError(f"{reference} has no image for {platform}", "build it with `--platform`")
+        raise InferctlError(f"{reference} has no image for {platform}", f"build it with `--platform {platform}`")
     return found
 
 
@@ -252,13 +271,15 @@ def _raw_manifest(reference: str) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise InferctlError(f"the registry's manifest of {reference} is no JSON object", "see the registry's log")
+        raise InferctlError(
+            f"the registry returned no JSON object as the manifest of {reference}", "check the log of the registry"
+        )
     return found
 
 
 @dataclass(frozen=True)
 class RemoteImage:
-    """An image in its registry. `digest` is that of what the name refers to: an index, if there is one.
+    """An image in a registry. `digest` is that of the index, if there is one.
 
     `compressed_bytes` (all layers) and `environment` are those of one platform.
     """
@@ -269,15 +290,15 @@ class RemoteImage:
 
 
 def digest(reference: str) -> str:
-    """The digest (`sha256:...`) that `reference` has in its registry now.
+    """Return the current digest (`sha256:...`) of `reference` in its registry.
 
-    Raises `UsageError` if the registry has no such image, `NotReadyError` if it cannot be asked.
+    Raises `UsageError` if the registry does not have the image, `NotReadyError` if the registry cannot be reached.
     """
     return str(_imagetools(reference, "{{json .Manifest}}")["digest"])
 
 
 def remote_image(reference: str, platform: str) -> RemoteImage:
-    """What the registry says about `reference` on `platform`, without a pull. Raises like `digest`."""
+    """Return facts of `reference` on `platform` from its registry, without a pull. Raises the errors of `digest`."""
     found = _imagetools(reference, "{{json .Manifest}}")
     name = reference.partition("@")[0]
     if "manifests" in found:
@@ -288,7 +309,7 @@ def remote_image(reference: str, platform: str) -> RemoteImage:
             if [(entry.get("platform") or {}).get(key) for key in ("os", "architecture")] == wanted[:2]
         ]
         if not of_platform:
-            raise UsageError(f"{reference} has no image for {platform}", "name another platform or image")
+            raise UsageError(f"{reference} has no image for {platform}", "pass another platform or image")
         reference = f"{name}@{of_platform[0]}"
     layers = manifest(reference, platform)["layers"]
     config = _imagetools(reference, "{{json .Image}}").get("config") or {}
@@ -301,44 +322,44 @@ def remote_image(reference: str, platform: str) -> RemoteImage:
 
 
 def _imagetools(reference: str, template: str) -> dict[str, Any]:
-    """What `docker buildx imagetools inspect` says about `reference`, in the form of `template`."""
+    """Return the JSON output of `docker buildx imagetools inspect` for `reference`, formatted with `template`."""
     try:
         found = json.loads(_docker("buildx", "imagetools", "inspect", "--format", template, reference))
     except ValueError:
         found = None
     except NotReadyError as error:
-        said = error.message.rpartition("ERROR: ")[2]
-        if said == error.message:  # no answer of a registry: docker or buildx is missing
+        message = error.message.rpartition("ERROR: ")[2]
+        if message == error.message:  # docker or buildx is missing
             raise
-        if said.endswith(": not found"):
-            hint = "check the name and the tag; registries delete old tags"
-            raise UsageError(f"{reference} does not exist in its registry", hint) from None
-        hint = f"check the network, or `docker login {host_of(reference)}`"
-        raise NotReadyError(f"the registry of {reference} cannot be asked: {said}", hint) from None
+        if message.endswith(": not found"):
+            hint = "check the name and the tag; the registry may have deleted an old tag"
+            raise UsageError(f"image {reference} not found in its registry", hint) from None
+        hint = f"check the network, or run `docker login {host_of(reference)}`"
+        raise NotReadyError(f"cannot query the registry of {reference}: {message}", hint) from None
     if not isinstance(found, dict):
-        raise InferctlError(f"the registry's description of {reference} is no JSON object", "see the registry's log")
+        raise InferctlError(f"the registry returned no JSON object for {reference}", "check the log of the registry")
     return found
 
 
 def _docker(*arguments: str) -> str:
     try:
-        done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
+        process = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise NotReadyError("there is no docker command", _INSTALL) from None
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip()
-        if "is not a docker command" in said or "unknown command" in said:
-            raise NotReadyError("docker has no buildx", _INSTALL)
+        raise NotReadyError("docker command not found", _INSTALL) from None
+    if process.returncode:
+        output = (process.stderr or process.stdout).strip()
+        if "is not a docker command" in output or "unknown command" in output:
+            raise NotReadyError("docker has no buildx plugin", _INSTALL)
         raise NotReadyError(
-            f"`docker {' '.join(arguments[:3])}` failed: {said}", "`inferctl doctor` says what this machine can do"
+            f"`docker {' '.join(arguments[:3])}` failed: {output}", "run `inferctl doctor` to check this machine"
         )
-    return done.stdout
+    return process.stdout
 
 
-def _start(made: list[str]) -> subprocess.Popen[str]:
+def _start(arguments: list[str]) -> subprocess.Popen[str]:
     try:
         return subprocess.Popen(
-            made,
+            arguments,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -348,7 +369,7 @@ def _start(made: list[str]) -> subprocess.Popen[str]:
             start_new_session=True,
         )
     except FileNotFoundError:
-        raise NotReadyError("there is no docker command", _INSTALL) from None
+        raise NotReadyError("docker command not found", _INSTALL) from None
 
 
 def _stop(child: subprocess.Popen[str]) -> None:

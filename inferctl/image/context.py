@@ -1,4 +1,4 @@
-"""A build context on disk, gone when the build is over."""
+"""Writes a temporary build context."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from inferctl.errors import InferctlError
-from inferctl.image.failures import telling_disk_full
+from inferctl.image.failures import raising_disk_full
 from inferctl.model import ModelFolder
 
 if TYPE_CHECKING:
     from inferctl.render import Rendered
 
-# BuildKit sends only what changed since the last build of a context of the same base name, a folder of wheels beside it included.
-# It compares sizes and times, so times must stay those of the writing: the Dockerfile sets the ones that a layer carries.
+# For a context with the same base name as an earlier one, BuildKit sends only the changed files, also of named contexts
+# such as a wheel folder. It compares sizes and modification times, so files keep the time when they were written. The
+# Dockerfile sets the times in the layers.
 _NAME = "inferctl"
 
 
 @contextmanager
 def staged(rendered: Rendered, server: Mapping[str, Path]) -> Iterator[tuple[Path, dict[str, str]]]:
-    """The folder to build from, and the named contexts: name -> folder.
+    """Write a build context and return its folder and the named contexts (name -> folder). Remove it at the end.
 
-    The folder has the Dockerfile, .dockerignore, `rendered.files` and the `server` files (context path -> file on disk).
-    Raises `NotReadyError` when the disk is full.
+    The folder has the Dockerfile, .dockerignore, `rendered.files` and the `server` files (context path -> local file).
+    Raises `NotReadyError` if the disk is full.
     """
     with tempfile.TemporaryDirectory(prefix="inferctl-context-") as name:
-        with telling_disk_full():
+        with raising_disk_full():
             folder, contexts = _write(Path(name), rendered, server)
         yield folder, contexts
 
 
-def _write(room: Path, rendered: Rendered, server: Mapping[str, Path]) -> tuple[Path, dict[str, str]]:
-    folder = room / _NAME
+def _write(parent: Path, rendered: Rendered, server: Mapping[str, Path]) -> tuple[Path, dict[str, str]]:
+    folder = parent / _NAME
     folder.mkdir()
     texts = {
         "Dockerfile": rendered.dockerfile.encode(),
@@ -49,23 +50,26 @@ def _write(room: Path, rendered: Rendered, server: Mapping[str, Path]) -> tuple[
         shutil.copyfile(file, _inside(folder, path))
     contexts = dict(rendered.contexts)
     if "model" in contexts:
-        contexts["model"] = str(_followed(Path(contexts["model"]), room / "model"))
+        contexts["model"] = str(_without_links(Path(contexts["model"]), parent / "model"))
     return folder, contexts
 
 
-def _followed(source: Path, target: Path) -> Path:
-    """`source`, or, when it holds links (a hub cache's snapshot does, out of the folder), `target` with what they lead to."""
+def _without_links(source: Path, target: Path) -> Path:
+    """Return `source`, or if it contains symbolic links, `target` with the files that they point to.
+
+    A snapshot in a hub cache has links to files outside of its folder.
+    """
     files = ModelFolder(source).files()
     if not any(file.is_symlink() for file in files):
         return source
     for file in files:
-        place = target / file.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link(file.resolve(), place)
+            os.link(file.resolve(), copy)
         except OSError:
-            # Another file system, or one without hard links.
-            shutil.copyfile(file, place)
+            # The target is on another file system, or the file system has no hard links.
+            shutil.copyfile(file, copy)
     return target
 
 
@@ -73,7 +77,7 @@ def _inside(folder: Path, path: str) -> Path:
     parts = PurePosixPath(path)
     if parts.is_absolute() or ".." in parts.parts or not parts.parts:
         raise InferctlError(
-            f"{path!r} is not a path inside the build context", "this is a bug in the renderer: please report it"
+            f"{path!r} is not a path in the build context", "this is a bug in inferctl: please report it"
         )
     target = folder.joinpath(*parts.parts)
     target.parent.mkdir(parents=True, exist_ok=True)

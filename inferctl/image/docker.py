@@ -1,6 +1,6 @@
-"""The Docker Engine through its SDK: what it is, images, containers, pushes. The only file that imports `docker`.
+"""Connects to the Docker Engine through its SDK: facts, images, containers, pushes. Only this file imports `docker`.
 
-Builds do not go through here: the SDK knows the classic builder only (`inferctl.image.buildx` does them).
+`buildx.py` does the builds, because the SDK supports the classic builder only.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from inferctl.image.push import ATTEMPTS, Pushed, push
 from inferctl.image.records import (
     CDI_ALL_GPUS,
     ContainerOptions,
-    EngineInfo,
+    ContainerState,
+    DockerInfo,
     ImageInfo,
     LayerInfo,
-    State,
     read_engine,
     read_image,
 )
 from inferctl.image.reference import familiar, normalized, split
 
 _TIMEOUT_SECONDS = 60
-# A registry may take minutes over the last blob of a layer without a word; only then is a push taken for stalled.
+# A registry may take minutes for the last blob of a layer without output. After this time, a push counts as stalled.
 _PUSH_SILENCE_SECONDS = 600
-_BROKEN = (docker.errors.DockerException, requests.RequestException, urllib3.exceptions.HTTPError, OSError)
+_ENGINE_ERRORS = (docker.errors.DockerException, requests.RequestException, urllib3.exceptions.HTTPError, OSError)
 
 
 @contextmanager
-def _asking(what: str) -> Iterator[None]:
-    """Whatever the engine's answer to `what` fails with becomes a `NotReadyError`."""
+def _translate_errors(action: str) -> Iterator[None]:
+    """Convert an error of the engine during `action` to a `NotReadyError`."""
     try:
         yield
     except docker.errors.APIError as error:
-        raise failures.of_engine(_words(error), what) from None
-    except _BROKEN as error:
+        raise failures.engine_error(_message(error), action) from None
+    except _ENGINE_ERRORS as error:
         raise _unreachable(error, None) from None
 
 
 class Container:
-    """One container; always `remove()` it, or use it as a context manager."""
+    """A container. Call `remove()`, or use it as a context manager."""
 
     def __init__(self, api: docker.APIClient, identity: str) -> None:
         self._api = api
@@ -65,35 +65,35 @@ class Container:
         try:
             self.remove()
         except NotReadyError:
-            # An engine that died is why there is an error already.
+            # Keep the first error: an engine that crashed causes both.
             if error is None:
                 raise
 
-    def state(self) -> State:
-        """What the container does now."""
-        with _asking("inspect a container"):
+    def state(self) -> ContainerState:
+        """Return the current state."""
+        with _translate_errors("inspect a container"):
             found = self._api.inspect_container(self.id)["State"]
         running = bool(found["Running"])
         code = None if running else int(found["ExitCode"])
-        return State(running, code, bool(found.get("OOMKilled")), str(found.get("Error") or ""))
+        return ContainerState(running, code, bool(found.get("OOMKilled")), str(found.get("Error") or ""))
 
     def host_port(self, port: int) -> int:
-        """The port here that leads to `port` inside. Raises `NotReadyError` when none does (any more)."""
-        with _asking("inspect a container"):
+        """Return the host port that is mapped to `port` of the container. Raises `NotReadyError` if there is none."""
+        with _translate_errors("inspect a container"):
             bound = (self._api.inspect_container(self.id)["NetworkSettings"]["Ports"] or {}).get(f"{port}/tcp")
         if not bound:
-            raise NotReadyError(f"the container does not publish port {port}", "it may have ended: see its log")
+            raise NotReadyError(f"the container does not publish port {port}", "check its log: it may have exited")
         return int(bound[0]["HostPort"])
 
     def log(self, lines: int = 30) -> str:
-        """The last `lines` lines of stdout and stderr."""
-        with _asking("give a container's log"):
+        """Return the last `lines` lines of stdout and stderr."""
+        with _translate_errors("read the log of a container"):
             return bytes(self._api.logs(self.id, tail=lines)).decode("utf-8", "replace").strip()
 
     def follow(self) -> Iterator[str]:
-        """The lines of stdout and stderr as they come, until the container ends."""
+        """Yield the lines of stdout and stderr until the container ends."""
         partial = b""
-        with _asking("follow a container's log"):
+        with _translate_errors("follow the log of a container"):
             for chunk in self._api.logs(self.id, stream=True, follow=True):
                 *lines, partial = (partial + bytes(chunk)).split(b"\n")
                 yield from (line.decode("utf-8", "replace") for line in lines)
@@ -101,41 +101,42 @@ class Container:
             yield partial.decode("utf-8", "replace")
 
     def wait(self, seconds: float) -> int | None:
-        """Exit code once the container ended, None when it still runs after `seconds`."""
-        with _asking("wait for a container"):
+        """Wait until the container ends and return its exit code; None if it still runs after `seconds`."""
+        with _translate_errors("wait for a container"):
             try:
                 return int(self._api.wait(self.id, timeout=math.ceil(seconds))["StatusCode"])
             except requests.ReadTimeout:
                 return None
             except requests.ConnectionError as error:
-                # The engine sends the head of its answer at once and the code at the end: that is how requests tells a time-out in between.
+                # The engine sends the response header at once and the code at the end. For a timeout between them,
+                # requests raises ConnectionError.
                 if any(isinstance(cause, urllib3.exceptions.ReadTimeoutError) for cause in error.args):
                     return None
                 raise
 
     def stop(self, seconds: int) -> None:
-        """SIGTERM, then SIGKILL after `seconds`."""
-        with _asking("stop a container"), suppress(docker.errors.NotFound):
+        """Send SIGTERM, and SIGKILL after `seconds`."""
+        with _translate_errors("stop a container"), suppress(docker.errors.NotFound):
             self._api.stop(self.id, timeout=seconds)
 
     def remove(self) -> None:
-        """Kill and remove; no error when it is gone already."""
-        with _asking("remove a container"), suppress(docker.errors.NotFound):
+        """Kill and remove the container. It may already be removed."""
+        with _translate_errors("remove a container"), suppress(docker.errors.NotFound):
             self._api.remove_container(self.id, force=True, v=True)
 
 
-class Engine:
-    """A connection to a Docker Engine that answered."""
+class DockerEngine:
+    """A connection to a Docker Engine."""
 
     def __init__(self, client: docker.DockerClient) -> None:
         self._client = client
         self._api = client.api
 
     @classmethod
-    def connect(cls, url: str | None = None) -> Engine:
-        """Connect to `url`, or to where DOCKER_HOST and the docker command's context point.
+    def connect(cls, url: str | None = None) -> DockerEngine:
+        """Connect to `url`, or by default to the engine of DOCKER_HOST or the docker context.
 
-        Raises `NotReadyError` that says whether the engine is absent, forbidden or down.
+        Raises `NotReadyError` if the engine is missing or down, or if access is denied.
         """
         try:
             client = (
@@ -144,26 +145,26 @@ class Engine:
                 else docker.from_env(version="auto", timeout=_TIMEOUT_SECONDS)
             )
             client.ping()
-        except _BROKEN as error:
+        except _ENGINE_ERRORS as error:
             raise _unreachable(error, url) from None
         return cls(client)
 
-    def info(self) -> EngineInfo:
-        """Versions and abilities of the engine."""
-        with _asking("describe itself"):
+    def info(self) -> DockerInfo:
+        """Return the version and features of the engine."""
+        with _translate_errors("report its features"):
             return read_engine(self._api.info(), self._api.version())
 
     def image(self, reference: str) -> ImageInfo | None:
-        """The image `reference` (a name or an id), None when the engine has none."""
-        with _asking(f"inspect the image {reference}"):
+        """Return the image `reference` (a name or an id), None if the engine does not have it."""
+        with _translate_errors(f"inspect the image {reference}"):
             try:
                 return read_image(cast("Any", self._api).inspect_image(reference))
             except docker.errors.NotFound:
                 return None
 
     def history(self, reference: str) -> list[LayerInfo]:
-        """The rows that made the image, first instruction first."""
-        with _asking(f"give the history of {reference}"):
+        """Return the history of the image, first instruction first."""
+        with _translate_errors(f"read the history of {reference}"):
             rows = cast("Any", self._api).history(reference)
         return [
             LayerInfo(str(row.get("CreatedBy") or row.get("Comment") or ""), int(row.get("Size") or 0))
@@ -171,55 +172,55 @@ class Engine:
         ]
 
     def save(self, reference: str) -> Iterator[bytes]:
-        """The image as a tar stream, as `docker save` writes it."""
-        with _asking(f"save the image {reference}"):
+        """Yield the image as a tar stream, as `docker save` writes it."""
+        with _translate_errors(f"save the image {reference}"):
             yield from cast("Iterator[bytes]", self._api.get_image(reference))
 
     def tag(self, image: str, reference: str) -> None:
-        """Give the image `image` the name `reference`."""
+        """Tag the image `image` as `reference`."""
         repository, tag = split(reference)
-        with _asking(f"give an image the name {reference}"):
+        with _translate_errors(f"tag an image as {reference}"):
             self._api.tag(image, repository, tag, force=True)
 
     def untag(self, reference: str) -> None:
-        """Take the name `reference` away; the image goes with its last name. Cleaning up: it never fails."""
-        with suppress(*_BROKEN):
+        """Remove the name `reference`, and the image with its last name. Ignores errors, because it is cleanup."""
+        with suppress(*_ENGINE_ERRORS):
             self._api.remove_image(reference, noprune=True)
 
     def discard(self, image: str) -> None:
-        """Remove an image that has no name; one that is named or in use stays. Cleaning up: it never fails."""
-        with suppress(NotReadyError, *_BROKEN):
+        """Remove an untagged image that is not in use. Ignores errors, because it is cleanup."""
+        with suppress(NotReadyError, *_ENGINE_ERRORS):
             found = self.image(image)
             if found and not found.tags:
                 self._api.remove_image(image)
 
     def push(self, reference: str, attempts: int = ATTEMPTS) -> Generator[PushEvent, None, Pushed]:
-        """Push `reference` with the docker command's own credentials; see `inferctl.image.push.push`."""
-        # With its registry: the SDK finds no login for `registry-1.docker.io`, another name of Docker Hub.
+        """Push `reference` with the credentials of the docker command, retrying transient errors."""
+        # Normalized, because the SDK finds no login for `registry-1.docker.io`, an alias of Docker Hub.
         repository, tag = split(normalized(reference))
-        usual, self._api.timeout = self._api.timeout, _PUSH_SILENCE_SECONDS
+        default_timeout, self._api.timeout = self._api.timeout, _PUSH_SILENCE_SECONDS
         try:
             return (yield from push(lambda: _lines(self._api, repository, tag), reference, attempts))
         finally:
-            self._api.timeout = usual
+            self._api.timeout = default_timeout
 
     def start(self, image: str, options: ContainerOptions) -> Container:
-        """Create and start a container: not root, root file system read-only, /tmp in memory, no capabilities.
+        """Create and start a container with a read-only root file system, /tmp in memory and no capabilities.
 
-        Raises `NotReadyError` for a taken port or a network that the engine cannot make. Nothing stays behind then.
+        Raises `NotReadyError` if the port is in use or the engine cannot connect the network. The container is removed.
         """
         container = self.create(image, options)
         try:
             self._api.start(container.id)
         except docker.errors.APIError as error:
             container.remove()
-            message = _words(error)
-            if problem := failures.port_taken(message, options.host_port) or failures.no_bridge(message):
+            message = _message(error)
+            if problem := failures.port_in_use(message, options.host_port) or failures.no_bridge(message):
                 raise problem from None
             raise InferctlError(
-                f"the container did not start: {message}", "`docker run` on the image shows more"
+                f"the container did not start: {message}", "run `docker run` on the image for details"
             ) from None
-        except _BROKEN as error:
+        except _ENGINE_ERRORS as error:
             with suppress(NotReadyError):
                 container.remove()
             raise _unreachable(error, None) from None
@@ -229,9 +230,10 @@ class Engine:
         return container
 
     def create(self, image: str, options: ContainerOptions) -> Container:
-        """Like `start`, without starting it."""
+        """Create a container with the same options as `start`, without starting it."""
         mounts = [
-            docker.types.Mount(path, here, type="bind", read_only=True) for path, here in (options.mounts or {}).items()
+            docker.types.Mount(path, source, type="bind", read_only=True)
+            for path, source in (options.mounts or {}).items()
         ]
         mounts += [docker.types.Mount(path, volume, type="volume") for path, volume in (options.volumes or {}).items()]
         published = options.port if options.network is None else None
@@ -241,14 +243,14 @@ class Engine:
             network_mode=options.network,
             read_only=True,
             mem_limit=options.memory_bytes,
-            # Compiled kernels (Triton, torch.compile) are loaded from there: it must allow that.
+            # `exec`: Triton and torch.compile load compiled kernels from /tmp.
             tmpfs={"/tmp": "rw,exec,nosuid,nodev,mode=1777"},
             cap_drop=["ALL"],
             security_opt=["no-new-privileges"],
             device_requests=[_gpus(self.info())] if options.gpu else None,
         )
         try:
-            made = self._api.create_container(
+            created = self._api.create_container(
                 image,
                 command=list(options.command) if options.command is not None else None,
                 entrypoint=list(options.entrypoint) if options.entrypoint is not None else None,
@@ -260,44 +262,45 @@ class Engine:
             )
         except docker.errors.NotFound:
             raise NotReadyError(
-                f"there is no image {image} in the engine", "`docker pull` it, or build it first"
+                f"image {image} not found in the engine", "pull it with `docker pull`, or build it"
             ) from None
         except docker.errors.APIError as error:
-            raise failures.of_engine(_words(error), "make a container") from None
-        except _BROKEN as error:
+            raise failures.engine_error(_message(error), "create a container") from None
+        except _ENGINE_ERRORS as error:
             raise _unreachable(error, None) from None
-        return Container(self._api, str(made["Id"]))
+        return Container(self._api, str(created["Id"]))
 
     def pull(self, reference: str) -> str:
         """Pull an image by name or digest and return its `name@digest`.
 
-        Raises `MissingImageError` when the registry has no such image, `NotReadyError` for any other failure.
+        Raises `MissingImageError` if the registry does not have the image, `NotReadyError` for any other failure.
         """
         repository, tag = split(reference)
         try:
             for line in self._api.pull(repository, tag, stream=True, decode=True):
                 if problem := line.get("error"):
-                    raise failures.of_pull(str(problem), reference)
-        except _BROKEN as error:
-            raise failures.of_pull(_words(error), reference) from None
+                    raise failures.pull_error(str(problem), reference)
+        except _ENGINE_ERRORS as error:
+            raise failures.pull_error(_message(error), reference) from None
         image = self.image(reference)
         digests = image.digests if image else ()
-        return next((one for one in digests if familiar(one).partition("@")[0] == familiar(repository)), reference)
+        matching = (digest for digest in digests if familiar(digest).partition("@")[0] == familiar(repository))
+        return next(matching, reference)
 
-    def converse(
+    def run_with_input(
         self, image: str, options: ContainerOptions, stdin: bytes, seconds: float
     ) -> tuple[int | None, bytes, str]:
-        """Run a container to its end with `stdin`; exit code (None: it took longer), stdout, and the end of stderr."""
-        with self.create(image, options) as container, _asking("run a container"):
+        """Run a container with `stdin`; return its exit code (None after a timeout), stdout, and the end of stderr."""
+        with self.create(image, options) as container, _translate_errors("run a container"):
             attached = self._api.attach_socket(container.id, params={"stdin": 1, "stream": 1})
             self._api.start(container.id)
             raw = getattr(attached, "_sock", attached)
-            # A container that ended before it read: its exit code says why.
+            # A container that exits before it reads stdin reports the reason by its exit code.
             with suppress(OSError):
                 raw.sendall(stdin)
                 raw.shutdown(socket.SHUT_WR)
             code = container.wait(seconds)
-            # The socket belongs to a response. Python 3.13 reports a response whose socket is closed before it.
+            # The socket belongs to a response. Python 3.13 warns if the socket is closed before the response.
             getattr(attached, "_response", attached).close()
             attached.close()
             out = bytes(self._api.logs(container.id, stdout=True, stderr=False))
@@ -306,54 +309,55 @@ class Engine:
 
 
 def _lines(api: docker.APIClient, repository: str, tag: str | None) -> Iterator[Mapping[str, Any]]:
-    """One push; a connection that breaks is told as an error line, like the failures that the engine itself reports."""
+    """Yield the lines of one push. A broken connection becomes an error line, as the engine reports other failures."""
     try:
         yield from api.push(repository, tag, stream=True, decode=True)
-    except _BROKEN as error:
+    except _ENGINE_ERRORS as error:
         yield {
-            "error": f"connection broken: {_words(error)}"
+            "error": f"connection broken: {_message(error)}"
             if not isinstance(error, docker.errors.APIError)
-            else _words(error)
+            else _message(error)
         }
 
 
-def _gpus(info: EngineInfo) -> docker.types.DeviceRequest:
-    """All NVIDIA GPUs: through the NVIDIA runtime, or by their device specifications where there is no such runtime."""
+def _gpus(info: DockerInfo) -> docker.types.DeviceRequest:
+    """Return a request for all NVIDIA GPUs: through the NVIDIA runtime, or without it by their CDI specifications."""
     if "nvidia" in info.runtimes or not info.cdi_gpu:
         return docker.types.DeviceRequest(count=-1, capabilities=[["gpu"]])
     return docker.types.DeviceRequest(driver="cdi", device_ids=[CDI_ALL_GPUS])
 
 
-def _words(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     return str(getattr(error, "explanation", None) or error).strip()
 
 
 def _unreachable(error: BaseException, url: str | None) -> NotReadyError:
     where = f" at {url}" if url else ""
     codes = set()
-    seen: list[BaseException] = [error]
-    while seen:
-        one = seen.pop()
-        if isinstance(one, OSError) and one.errno:
-            codes.add(one.errno)
-        seen += [a for a in one.args if isinstance(a, BaseException)]
-        seen += [c for c in (one.__cause__, one.__context__) if c is not None]
+    pending: list[BaseException] = [error]
+    while pending:
+        cause = pending.pop()
+        if isinstance(cause, OSError) and cause.errno:
+            codes.add(cause.errno)
+        pending += [a for a in cause.args if isinstance(a, BaseException)]
+        pending += [c for c in (cause.__cause__, cause.__context__) if c is not None]
     if errno.EACCES in codes:
         return NotReadyError(
-            f"no permission to use the Docker Engine{where}",
-            "`sudo usermod -aG docker $USER` and log in again, or use rootless Docker",
+            f"permission denied for the Docker Engine{where}",
+            "run `sudo usermod -aG docker $USER` and log in again, or use rootless Docker",
         )
     if errno.ENOENT in codes:
         return NotReadyError(
-            f"there is no Docker Engine here: its socket{where} does not exist",
-            "install one (`apt-get install docker.io docker-buildx`) or start it (`systemctl start docker`); DOCKER_HOST names another",
+            f"Docker Engine not found: its socket{where} does not exist",
+            "install Docker (`apt-get install docker.io docker-buildx`), start it (`systemctl start docker`), or set"
+            " DOCKER_HOST",
         )
     if errno.ECONNREFUSED in codes:
         return NotReadyError(
-            f"the Docker Engine{where} is down: it refused the connection",
-            "`systemctl start docker`, and see `journalctl -u docker`; DOCKER_HOST names another engine",
+            f"the Docker Engine{where} is down: connection refused",
+            "start it with `systemctl start docker` and check `journalctl -u docker`, or set DOCKER_HOST",
         )
     return NotReadyError(
-        f"the Docker Engine{where} does not answer: {_words(error)}",
-        "check DOCKER_HOST and `docker context ls`; `docker version` should work",
+        f"the Docker Engine{where} does not respond: {_message(error)}",
+        "check DOCKER_HOST and `docker context ls`, and test with `docker version`",
     )

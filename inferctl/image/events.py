@@ -1,4 +1,4 @@
-"""What happens during build, verification and push, as a stream of small records; whoever reads it decides how to show it."""
+"""Events of a build, a verification and a push, as small records. `cli/buildview.py` displays them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LayerStatus = Literal["waiting", "pushing", "pushed", "exists", "mounted"]
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A part of the work begins: `build`, `verify`, `tag`, `push` or `export`."""
+    """A phase starts: `build`, `verify`, `tag`, `push` or `export`."""
 
     name: str
     detail: str = ""
@@ -18,7 +18,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class StepStarted:
-    """BuildKit began a step of the Dockerfile. `id` is the digest of the step, `name` as in `[torch 2/3] RUN ...`."""
+    """A step of the Dockerfile starts. `id` is the digest of the step, `name` such as `[torch 2/3] RUN ...`."""
 
     id: str
     name: str
@@ -26,7 +26,7 @@ class StepStarted:
 
 @dataclass(frozen=True, slots=True)
 class StepFinished:
-    """A step ended. `bytes` is what it transferred or downloaded (0 when it did neither); `error` is None on success."""
+    """A step ended. `bytes`: transferred or downloaded, 0 for neither. `error` is None on success."""
 
     id: str
     name: str
@@ -38,7 +38,7 @@ class StepFinished:
 
 @dataclass(frozen=True, slots=True)
 class StepLog:
-    """One line that a step's command wrote."""
+    """A line of output of a step."""
 
     id: str
     name: str
@@ -47,7 +47,7 @@ class StepLog:
 
 @dataclass(frozen=True, slots=True)
 class StepBytes:
-    """A transfer within a step moved on. `total` is 0 when it is not known."""
+    """Progress of a transfer in a step. `total` is 0 if unknown."""
 
     id: str
     item: str
@@ -57,14 +57,14 @@ class StepBytes:
 
 @dataclass(frozen=True, slots=True)
 class PlainLine:
-    """A line on the builder's stderr that is not progress: warnings, and the error at the end."""
+    """A line of the builder on stderr that is not progress: a warning or the final error."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPush:
-    """A layer's push moved on. `current` and `total` count uncompressed bytes, as the engine does."""
+    """Progress of the push of a layer. `current` and `total` are uncompressed bytes, as the engine reports them."""
 
     id: str
     status: LayerStatus
@@ -74,7 +74,7 @@ class LayerPush:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """An attempt failed in a way that may pass; the next one comes after `delay` seconds."""
+    """An attempt failed with a transient error. The next one starts after `delay` seconds."""
 
     attempt: int
     attempts: int
@@ -84,7 +84,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something the user should know that is no failure."""
+    """Information for the user that is not a failure."""
 
     text: str
 

@@ -1,4 +1,4 @@
-"""What builders, engines and registries say when they fail, recognised and turned into an error with a hint."""
+"""Recognizes error messages of builders, engines and registries and returns errors with a hint."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ from inferctl.errors import InferctlError, NotReadyError
 from inferctl.image.reference import host_of, split
 
 _NO_LOGIN = re.compile(
-    r"no basic auth credentials|unauthorized|authentication required|authorization failed|pull access denied|insufficient_scope"
-    r"|requested access to the resource is denied|\bdenied\b(?!:? permission)|(?:status|code)[^\n]{0,40}\b40[13]\b|403 Forbidden|401 Unauthorized",
+    r"no basic auth credentials|unauthorized|authentication required|authorization failed|pull access denied"
+    r"|insufficient_scope|requested access to the resource is denied|\bdenied\b(?!:? permission)"
+    r"|(?:status|code)[^\n]{0,40}\b40[13]\b|403 Forbidden|401 Unauthorized",
     re.IGNORECASE,
 )
 _DISK_FULL = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
 _UNREACHABLE = re.compile(
-    r"dial tcp[^\n]*|no such host|connection refused|i/o timeout|TLS handshake timeout|network is unreachable|certificate signed by unknown authority"
-    r"|server gave HTTP response to HTTPS client",
+    r"dial tcp[^\n]*|no such host|connection refused|i/o timeout|TLS handshake timeout|network is unreachable"
+    r"|certificate signed by unknown authority|server gave HTTP response to HTTPS client",
     re.IGNORECASE,
 )
 _NOT_FOUND = re.compile(r"manifest unknown|not found|does not exist|NAME_UNKNOWN|MANIFEST_UNKNOWN", re.IGNORECASE)
-# How the two image stores report that the registry has no such image. The HTML page of a proxy may say "not found" too.
+# Messages of the two image stores for an image that the registry does not have. The HTML page of a proxy may also
+# contain "not found", so the pattern is strict.
 _MISSING = re.compile(r"manifest unknown|name unknown|MANIFEST_UNKNOWN|NAME_UNKNOWN|: not found$")
 _METADATA = re.compile(r"failed to resolve source metadata for (\S+?): ")
 _BRIDGE = re.compile(
-    r"failed to create endpoint|failed to set up container networking|operation not supported[^\n]*veth|adding interface veth",
+    r"failed to create endpoint|failed to set up container networking|operation not supported[^\n]*veth"
+    r"|adding interface veth",
     re.IGNORECASE,
 )
 _PACKAGE_NETWORK = re.compile(
-    r"Failed to establish a new connection|Temporary failure in name resolution|Name or service not known|Could not resolve|NewConnectionError"
-    r"|Network is unreachable|Could not connect to|Temporary failure resolving",
+    r"Failed to establish a new connection|Temporary failure in name resolution|Name or service not known"
+    r"|Could not resolve|NewConnectionError|Network is unreachable|Could not connect to|Temporary failure resolving",
 )
 _PACKAGE_TRUST = re.compile(r"CERTIFICATE_VERIFY_FAILED|certificate verify failed|SSLCertVerificationError")
 _PACKAGE_HASH = re.compile(r"THESE PACKAGES DO NOT MATCH THE HASHES|Hashes are required")
@@ -42,14 +45,15 @@ _PACKAGE_MISSING = re.compile(
 _KILLED = re.compile(r"exit code: 137|signal: killed|cannot allocate memory", re.IGNORECASE)
 _PORT = re.compile(r"port is already allocated|address already in use|Bind for \S+ failed", re.IGNORECASE)
 _TRANSIENT = re.compile(
-    r"timeout|timed out|connection reset|broken pipe|\bEOF\b|connection refused|\b50[0234]\b|too many requests|\b429\b|blob upload unknown"
-    r"|upload invalid|TLS handshake|temporar|unexpected http status|http: server closed|connection broken|without a digest|invalid chunk",
+    r"timeout|timed out|connection reset|broken pipe|\bEOF\b|connection refused|\b50[0234]\b|too many requests|\b429\b"
+    r"|blob upload unknown|upload invalid|TLS handshake|temporar|unexpected http status|http: server closed"
+    r"|connection broken|without a digest|invalid chunk",
     re.IGNORECASE,
 )
 
 
 class MissingImageError(NotReadyError):
-    """The registry responded and has no such image."""
+    """The registry responded and does not have the image."""
 
 
 class NoBridgeError(NotReadyError):
@@ -57,26 +61,26 @@ class NoBridgeError(NotReadyError):
 
 
 def transient(message: str) -> bool:
-    """Whether trying the same push again may help."""
+    """Return whether a retry of the push may succeed."""
     return bool(_TRANSIENT.search(message)) and not (_NO_LOGIN.search(message) or _DISK_FULL.search(message))
 
 
 def unreachable(message: str) -> bool:
-    """Whether `message` says that a registry could not be asked, rather than what it answered."""
+    """Return whether `message` is about a registry that could not be reached, and not an error from the registry."""
     return bool(_UNREACHABLE.search(message)) or transient(message)
 
 
 def disk_full() -> NotReadyError:
-    """The error for a full disk, wherever it happened."""
+    """Return the error for a full disk."""
     return NotReadyError(
         "the disk is full",
-        "`docker system df` shows what takes the room; `docker builder prune` frees the build cache, `docker image prune` old images",
+        "free disk space: `docker builder prune` removes the build cache, `docker image prune` removes old images",
     )
 
 
 @contextmanager
-def telling_disk_full() -> Iterator[None]:
-    """A write to a full disk in the body becomes `disk_full()`."""
+def raising_disk_full() -> Iterator[None]:
+    """Convert an `OSError` for a full disk to `disk_full()`."""
     try:
         yield
     except OSError as error:
@@ -85,154 +89,166 @@ def telling_disk_full() -> Iterator[None]:
         raise
 
 
-def of_engine(message: str, what: str) -> NotReadyError:
-    """The error of an engine that could not do `what`; `message` is what it said."""
+def engine_error(message: str, action: str) -> NotReadyError:
+    """Return the error for an engine that failed to do `action` with `message`."""
     if _DISK_FULL.search(message):
         return disk_full()
-    return NotReadyError(f"the engine could not {what}: {message}", "`journalctl -u docker` shows the engine's own log")
+    return NotReadyError(
+        f"the engine could not {action}: {message}", "check the log of the engine with `journalctl -u docker`"
+    )
 
 
 def no_bridge(message: str) -> NoBridgeError | None:
-    """The error for an engine without a working bridge network, None when `message` says something else."""
+    """Return the error for an engine without a working bridge network, None if `message` is about something else."""
     if not _BRIDGE.search(message):
         return None
     return NoBridgeError(
         f"the engine cannot connect a container to its bridge network: {last_line(message)}",
-        "`--network host` uses the host's network instead",
+        "pass `--network host` to use the network of the host",
     )
 
 
-def port_taken(message: str, port: int) -> NotReadyError | None:
-    """The error for a taken port, None when `message` says something else."""
+def port_in_use(message: str, port: int) -> NotReadyError | None:
+    """Return the error for a port that is in use, None if `message` is about something else."""
     if not _PORT.search(message):
         return None
     return NotReadyError(
-        f"port {port} is taken", "choose another with `--port`, or 0 for a free one; `ss -ltnp` shows who has it"
+        f"port {port} is already in use", "pass another `--port`, or 0 for a free one; `ss -ltnp` shows the process"
     )
 
 
-def of_build(text: str, step: str | None = None, log: list[str] | None = None) -> InferctlError:
-    """The error of a failed build. `text`: the builder's own words; `step`, `log`: the step that failed and what it wrote last."""
-    said = "\n".join([text, *(log or [])])
-    if _DISK_FULL.search(said):
+def build_error(text: str, step: str | None = None, log: list[str] | None = None) -> InferctlError:
+    """Return the error for a failed build.
+
+    `text`: output of the builder. `step` and `log`: the failed step and its last log lines.
+    """
+    message = "\n".join([text, *(log or [])])
+    if _DISK_FULL.search(message):
         return disk_full()
     if found := _METADATA.search(text):
-        return _of_source(found.group(1), text)
-    if error := no_bridge(said):
+        return _source_error(found.group(1), text)
+    if error := no_bridge(message):
         return error
     output = "\n".join(f"  | {line}" for line in (log or [])[-12:])
-    where = f"the build failed in {_short(step)}" if step else f"the build failed: {last_line(text)}"
-    detail = f"{where}\n{output}" if output else where if not step else f"{where}: {last_line(text)}"
-    if _PACKAGE_TRUST.search(said):
-        return NotReadyError(detail, "a private certificate authority is in the way: pass its bundle with `--ca FILE`")
-    if _PACKAGE_NETWORK.search(said):
+    summary = f"the build failed in {_short(step)}" if step else f"the build failed: {last_line(text)}"
+    detail = f"{summary}\n{output}" if output else summary if not step else f"{summary}: {last_line(text)}"
+    if _PACKAGE_TRUST.search(message):
+        return NotReadyError(detail, "for a private certificate authority, pass its bundle with `--ca FILE`")
+    if _PACKAGE_NETWORK.search(message):
         return NotReadyError(
             detail,
-            "the build cannot reach the package index: try `--network host`, `--pip-conf FILE` for your own index, or image.wheels for none",
+            "the build cannot reach the package index: pass `--network host`, or `--pip-conf FILE` for your own index,"
+            " or set image.wheels",
         )
-    if _PACKAGE_HASH.search(said):
-        return InferctlError(
-            detail, "the index or wheel folder holds other files than the lock: `inferctl lock` resolves the locks anew"
-        )
-    if found := _PACKAGE_MISSING.search(said):
+    if _PACKAGE_HASH.search(message):
         return InferctlError(
             detail,
-            f"the index or wheel folder has no {found.group(1)} for this Python and platform: `inferctl lock` resolves the locks anew",
+            "the index or wheel folder has other files than the lock: resolve the locks again with `inferctl lock`",
         )
-    if _KILLED.search(said):
-        return NotReadyError(detail, "the step ran out of memory: give the builder more")
+    if found := _PACKAGE_MISSING.search(message):
+        return InferctlError(
+            detail,
+            f"the index or wheel folder has no {found.group(1)} for this Python and platform:"
+            " resolve the locks again with `inferctl lock`",
+        )
+    if _KILLED.search(message):
+        return NotReadyError(detail, "the step ran out of memory: give the builder more memory")
     return InferctlError(
         detail,
-        "`inferctl render` prints the Dockerfile; `docker buildx build` on `inferctl render --output DIR` runs it by hand",
+        "write the build context with `inferctl render --output DIR` and run `docker buildx build DIR`",
     )
 
 
-def _of_source(reference: str, text: str) -> InferctlError:
+def _source_error(reference: str, text: str) -> InferctlError:
+    """Return the error for a base image, frontend or SBOM scanner that the builder could not read."""
     host = host_of(reference)
     what = f"the base image {reference}"
-    hint = "mirror the base to your own registry and set image.base_image (`inferctl catalog bases` lists them)"
+    hint = "mirror the base to your own registry and set image.base_image"
     if "buildkit-syft-scanner" in reference:
-        what, hint = f"the SBOM scanner {reference}", "`--no-sbom` builds without an SBOM"
+        what, hint = f"the SBOM scanner {reference}", "pass `--no-sbom`"
     elif "docker/dockerfile" in reference:
         what, hint = (
             f"the Dockerfile frontend {reference}",
-            "remove image.frontend from the spec: the builder has its own",
+            "remove image.frontend from the spec to use the frontend of the builder",
         )
     last = last_line(text)
     if found := _UNREACHABLE.search(last):
         return NotReadyError(
-            f"{what}: its registry {host} cannot be reached ({found.group().strip()})",
+            f"cannot read {what}: registry {host} is unreachable ({found.group().strip()})",
             f"check the network and proxy of the builder, or {hint}",
         )
     if _NO_LOGIN.search(last):
         return NotReadyError(
-            f"{what}: {host} refused to give it: {_after_last_colon(last)}",
-            f"`docker login {host}`, and check the name: registries answer the same for a name that does not exist",
+            f"cannot read {what}: {host} denied access: {_after_last_colon(last)}",
+            f"run `docker login {host}` and check the name: registries also deny access to a name that does not exist",
         )
     if _NOT_FOUND.search(last):
         return NotReadyError(
-            f"{what} was not found",
+            f"{what} not found",
             f"check the name and tag (NVIDIA deletes tags six months after their end of life), or {hint}",
         )
-    return NotReadyError(f"{what} could not be read: {last}", hint)
+    return NotReadyError(f"cannot read {what}: {last}", hint)
 
 
 def _short(step: str) -> str:
-    """The name of a step without the many lines that its command may have."""
+    """Return the name of a step, shortened to 100 characters and without mount options."""
     words = re.sub(r"--mount=\S+", "", step).split()
     return textwrap.shorten(" ".join(words), 100, placeholder=" ...")
 
 
-def of_push(message: str, reference: str) -> InferctlError:
-    """The error of a failed push of `reference`; `message` is what the engine or the builder said."""
+def push_error(message: str, reference: str) -> InferctlError:
+    """Return the error for a failed push of `reference` with `message` from the engine or the builder."""
     host = host_of(reference)
     if _DISK_FULL.search(message):
         return NotReadyError(
             f"pushing {reference} failed: {message}",
-            "the registry's disk (or the engine's) is full: free some room there",
+            "free disk space of the registry or the engine",
         )
     if re.search(r"does not exist locally|no such image", message, re.IGNORECASE):
         return NotReadyError(
-            f"there is no image {reference} in the engine",
-            "`docker images` lists what is there; `inferctl build` makes one",
+            f"image {reference} not found in the engine",
+            "build it with `inferctl build`; `docker images` lists the images",
         )
     if "server gave HTTP response to HTTPS client" in message:
         return NotReadyError(
-            f"pushing {reference} failed: {host} speaks plain HTTP",
-            f'add "{host}" to "insecure-registries" in the engine\'s daemon.json, or give the registry a certificate',
+            f"pushing {reference} failed: {host} uses plain HTTP",
+            f'add "{host}" to "insecure-registries" in daemon.json of the engine, or set up TLS for the registry',
         )
     if _NO_LOGIN.search(message):
         return NotReadyError(
-            f"pushing {reference} failed: {message}", f"`docker login {host}` with an account that may write there"
+            f"pushing {reference} failed: {message}", f"run `docker login {host}` with an account that has write access"
         )
     if _UNREACHABLE.search(message) or transient(message):
         return NotReadyError(
             f"pushing {reference} failed: {message}",
-            f"check that {host} is up and reachable; `inferctl push {reference}` tries again",
+            f"check that {host} is up and reachable, then run `inferctl push {reference}`",
         )
     return InferctlError(
-        f"pushing {reference} failed: {message}", f"`docker push {reference}` shows the engine's own words"
+        f"pushing {reference} failed: {message}", f"run `docker push {reference}` for the output of the engine"
     )
 
 
-def of_pull(message: str, reference: str) -> InferctlError:
-    """The error of a failed pull of `reference`: `MissingImageError` only if the registry says that it has none."""
+def pull_error(message: str, reference: str) -> InferctlError:
+    """Return the error for a failed pull of `reference`.
+
+    It is a `MissingImageError` only if the registry reports that it does not have the image.
+    """
     host = host_of(reference)
-    # A name may contain any of the words that follow.
-    said = message.strip().replace(reference, "").replace(split(reference)[0], "")
+    # The name of the image may contain one of the searched words.
+    text = message.strip().replace(reference, "").replace(split(reference)[0], "")
     if _DISK_FULL.search(message):
         return disk_full()
-    if _NO_LOGIN.search(said):
+    if _NO_LOGIN.search(text):
         return NotReadyError(
-            f"{host} refused to give {reference}: {message}", f"`docker login {host}`, and check the name"
+            f"{host} denied access to {reference}: {message}", f"run `docker login {host}` and check the name"
         )
-    if _MISSING.search(said) and not unreachable(said):
+    if _MISSING.search(text) and not unreachable(text):
         return MissingImageError(f"image {reference} not found in {host}", "check the name, tag and digest")
     return NotReadyError(f"pulling {reference} failed: {message}", f"check that {host} is up and reachable")
 
 
 def last_line(text: str) -> str:
-    """The line that says what went wrong: the last one marked as an error, or the last one."""
+    """Return the last line that is marked as an error, or the last line."""
     lines = [line for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith(("ERROR:", "error:"))]
     return re.sub(r"^(?:ERROR|error): (?:failed to solve: )?", "", (errors or lines or [""])[-1]).strip()

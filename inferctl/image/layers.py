@@ -1,4 +1,4 @@
-"""Bytes that an image carries and nobody can see: files that a later layer overwrites or deletes."""
+"""Finds wasted bytes in an image: files that a later layer overwrites or deletes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import IO, Literal
 from inferctl.errors import InferctlError
 
 _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
-# Larger entries of the archive are layers, never its JSON.
-_JSON_BYTES = 4_000_000
+# Larger entries of the archive are layers, not JSON.
+_MAX_JSON_BYTES = 4_000_000
 
 
 @dataclass(frozen=True)
 class HiddenFile:
-    """A file that takes room in a layer (`layer` counts from 0 at the bottom) and is not in the image."""
+    """A file in a layer that is not visible in the image. `layer` counts from 0 at the bottom."""
 
     path: str
     bytes: int
@@ -28,15 +28,15 @@ class HiddenFile:
 
 @dataclass(frozen=True)
 class Waste:
-    """`bytes` of `total` (uncompressed file bytes over all layers) cannot be seen; `files` biggest first."""
+    """`bytes` of `total` (uncompressed file bytes of all layers) are hidden. `files` are sorted, largest first."""
 
     bytes: int
     total: int
     files: tuple[HiddenFile, ...]
 
 
-def analyse(archive: Iterable[bytes]) -> Waste:
-    """Read an image archive as `docker save` streams it; nothing is written to disk and every byte is read once."""
+def analyze(archive: Iterable[bytes]) -> Waste:
+    """Return the hidden bytes of an image archive from `docker save`. Reads each byte once and writes no files."""
     tables: dict[str, dict[str, int]] = {}
     documents: dict[str, bytes] = {}
     with tarfile.open(fileobj=_Stream(archive), mode="r|") as outer:
@@ -44,22 +44,25 @@ def analyse(archive: Iterable[bytes]) -> Waste:
             content = outer.extractfile(member) if member.isfile() else None
             if content is None:
                 continue
-            head = content.read(_JSON_BYTES) if member.size <= _JSON_BYTES else b""
+            head = content.read(_MAX_JSON_BYTES) if member.size <= _MAX_JSON_BYTES else b""
             if head[:1] in (b"{", b"["):
                 documents[member.name] = head
                 continue
-            tables[member.name] = dict(_entries(io.BytesIO(head) if member.size <= _JSON_BYTES else content))
+            tables[member.name] = dict(_entries(io.BytesIO(head) if member.size <= _MAX_JSON_BYTES else content))
     try:
         order = [str(name) for name in json.loads(documents["manifest.json"])[0]["Layers"]]
         return overlay([tables[name] for name in order])
     except (KeyError, IndexError, ValueError) as error:
         raise InferctlError(
-            f"the image archive cannot be read: {error}", "`--no-lint` skips the analysis of layers"
+            f"cannot read the image archive: {error}", "pass `--no-lint` to skip the analysis of layers"
         ) from None
 
 
 def overlay(layers: list[dict[str, int]]) -> Waste:
-    """What of `layers` (path -> bytes, bottom first; whiteouts as in the OCI image format) the later ones hide."""
+    """Return the files of `layers` that later layers hide.
+
+    Each layer maps paths to bytes, bottom layer first, with whiteouts as in the OCI image format.
+    """
     seen: dict[str, tuple[int, int]] = {}
     hidden: list[HiddenFile] = []
 
@@ -75,8 +78,8 @@ def overlay(layers: list[dict[str, int]]) -> Waste:
                 for below in [p for p in seen if p.startswith(f"{folder}/")]:
                     hide(below, "deleted")
             elif name.startswith(_WHITEOUT):
-                gone = f"{folder}/{name[len(_WHITEOUT) :]}" if folder else name[len(_WHITEOUT) :]
-                for below in [p for p in seen if p == gone or p.startswith(f"{gone}/")]:
+                deleted = f"{folder}/{name[len(_WHITEOUT) :]}" if folder else name[len(_WHITEOUT) :]
+                for below in [p for p in seen if p == deleted or p.startswith(f"{deleted}/")]:
                     hide(below, "deleted")
         for path, size in entries.items():
             if path.rpartition("/")[2].startswith(_WHITEOUT):
@@ -93,7 +96,7 @@ def _entries(content: IO[bytes]) -> Iterator[tuple[str, int]]:
     try:
         with tarfile.open(fileobj=content, mode="r|*") as layer:
             for member in layer:
-                # Directories repeat in every layer that touches them and weigh nothing.
+                # Directories are in every layer that changes their content, and have no size.
                 if not member.isdir():
                     yield member.name.removeprefix("./").lstrip("/"), member.size if member.isfile() else 0
     except tarfile.ReadError:
@@ -101,7 +104,7 @@ def _entries(content: IO[bytes]) -> Iterator[tuple[str, int]]:
 
 
 class _Stream(io.RawIOBase):
-    """An iterator of chunks as a file that can only be read forward."""
+    """A file that reads from an iterator of chunks, forward only."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self._chunks = iter(chunks)
@@ -112,13 +115,13 @@ class _Stream(io.RawIOBase):
 
     def read(self, size: int | None = -1) -> bytes:
         wanted = -1 if size is None else size
-        parts, have = [self._rest], len(self._rest)
-        while wanted < 0 or have < wanted:
+        parts, available = [self._rest], len(self._rest)
+        while wanted < 0 or available < wanted:
             chunk = next(self._chunks, None)
             if chunk is None:
                 break
             parts.append(chunk)
-            have += len(chunk)
+            available += len(chunk)
         data = b"".join(parts)
         self._rest = data[wanted:] if 0 <= wanted < len(data) else b""
         return data[:wanted] if wanted >= 0 else data

@@ -1,4 +1,4 @@
-"""What only a Dockerfile or an image can show to be wrong, although it builds. `inferctl.fit` judges what a spec shows already."""
+"""Checks a Dockerfile and a built image for secrets, root users and wasted bytes. `inferctl.fit` checks the spec."""
 
 from __future__ import annotations
 
@@ -12,33 +12,37 @@ from inferctl.sizes import size
 if TYPE_CHECKING:
     from inferctl.image.layers import Waste
 
-# Below these, layer waste is not worth a line: a rewritten configuration file, a touched package database.
+# Waste below these limits is not reported: a rewritten configuration file, a changed package database.
 WASTE_BYTES, _WASTE_SHARE = 1_000_000, 0.01
 _SECRET_NAME = re.compile(
     r"(?:^|_)(?:TOKEN|PASSWORD|PASSWD|SECRET|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIALS?)(?:$|_)", re.IGNORECASE
 )
 _SECRET_VALUE = re.compile(
     r"://[^/\s:@\"']+:[^/\s@\"']+@"  # credentials in a URL
-    r"|\bhf_[A-Za-z0-9]{20,}|\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{30,}|\bglpat-[\w-]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    r"|\bhf_[A-Za-z0-9]{20,}|\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{30,}|\bglpat-[\w-]{20,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
 
 
-def built(environment: Mapping[str, str], user: str, waste: Waste | None) -> list[Finding]:
-    """What the built image itself shows. `environment`, `user`: of its configuration; `waste`: None when it was not analysed."""
-    named = [
+def check_built_image(environment: Mapping[str, str], user: str, waste: Waste | None) -> list[Finding]:
+    """Return the findings about a built image. `environment` and `user` are from its config.
+
+    `waste`: None if the layers were not analyzed.
+    """
+    secret_names = [
         name
         for name, value in environment.items()
         if value and (_SECRET_NAME.search(name) or _SECRET_VALUE.search(value))
     ]
     return [
-        *(_secret(name, "the environment of the image") for name in sorted(named)),
+        *(_secret(name, "the environment of the image") for name in sorted(secret_names)),
         *_root(user),
         *(_wasted(waste) if waste else ()),
     ]
 
 
 def secrets_in_dockerfile(dockerfile: str) -> Iterator[Finding]:
-    """Credentials that the Dockerfile names or carries, each an error."""
+    """Yield an error for each credential in an ARG, ENV or LABEL of the Dockerfile."""
     joined = re.sub(r"\\\n", " ", dockerfile)
     for line in joined.splitlines():
         instruction, _, rest = line.strip().partition(" ")
@@ -53,24 +57,22 @@ def secrets_in_dockerfile(dockerfile: str) -> Iterator[Finding]:
 
 
 def _secret(name: str, where: str) -> Finding:
-    why = "everyone who can pull the image can read it, from its history too"
-    hint = "pass it as a build secret (`--pip-conf`, `--ca`, `--hf-token-file`), or when the container starts"
+    why = "everyone who can pull the image can read it, also in its history"
+    hint = "pass it as a build secret (`--pip-conf`, `--ca`, `--hf-token-file`) or when the container starts"
     return Finding("error", "secret-in-image", f"{name} is in {where}", why, hint)
 
 
 def _root(user: str) -> Iterator[Finding]:
     if user.partition(":")[0] in ("", "0", "root"):
-        why = "an intruder in the server would own the container, and clusters refuse such images"
+        why = "an attacker who controls the server controls the container, and many clusters reject such images"
         yield Finding("error", "runs-as-root", "the image runs as root", why, "end the Dockerfile with a numeric USER")
 
 
 def _wasted(waste: Waste) -> Iterator[Finding]:
     if waste.bytes < WASTE_BYTES or waste.bytes < waste.total * _WASTE_SHARE:
         return
-    worst: Sequence[str] = [f"{file.path} ({size(file.bytes)}, {file.how})" for file in waste.files[:3]]
-    what = f"{size(waste.bytes)} of the image's {size(waste.total)} cannot be seen in it"
-    why = (
-        f"a later layer overwrites or deletes {len(waste.files)} files that an earlier one carries: {', '.join(worst)}"
-    )
-    hint = "delete or change files in the RUN that makes them; no `chown -R` over a copied tree (COPY --chown)"
+    largest: Sequence[str] = [f"{file.path} ({size(file.bytes)}, {file.how})" for file in waste.files[:3]]
+    what = f"{size(waste.bytes)} of the image's {size(waste.total)} are hidden"
+    why = f"a later layer overwrites or deletes {len(waste.files)} files of an earlier one: {', '.join(largest)}"
+    hint = "delete or change files in the RUN that creates them; use `COPY --chown` instead of `chown -R`"
     yield Finding("warn", "wasted-bytes", what, why, hint)

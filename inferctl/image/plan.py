@@ -1,4 +1,4 @@
-"""What a build will do, decided before the engine is asked: all of a dry run."""
+"""Plans a build without the Docker Engine. A dry run ends with the plan."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from inferctl import fit, locks, outputs
 from inferctl.errors import InferctlError, UsageError
-from inferctl.image import forecast, lint
+from inferctl.image import lint, size_forecast
 from inferctl.image.push import ATTEMPTS
 from inferctl.image.reference import host_of
 from inferctl.image.verify import READY_SECONDS
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What the command line says. `secrets`: id -> file. `today` decides what is past its end of life.
+    """The options of `inferctl build`. `secrets`: id -> file. `today`: date for the end-of-life check.
 
-    `spec_file` is where the spec comes from.
-    `references`: names of the image; none means the one of the spec. `expected`: id of the only image that may be
-    published, None for any.
+    `references`: names of the image; without one, the name in the spec. `expected`: id that the built image must have,
+    None for any.
     """
 
     push: bool = False
@@ -58,10 +57,10 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """Everything decided before the engine is asked.
+    """The plan of a build.
 
-    `references`: names of the image, with tags; one at least. `model`: the folder of the weights that a
-    verification mounts. `plan` sets none: a dry run needs no weights.
+    `references`: at least one name of the image, with tag. `model`: folder of the weights that the verification mounts.
+    `plan` sets None, because a dry run needs no weights.
     """
 
     references: tuple[str, ...]
@@ -71,7 +70,7 @@ class BuildPlan:
     rendered: Rendered
     server: Mapping[str, Path]
     model: Path | None
-    forecast: forecast.Forecast
+    forecast: size_forecast.SizeForecast
     findings: tuple[fit.Finding, ...]
     options: BuildOptions
 
@@ -82,17 +81,17 @@ class BuildPlan:
 
     @property
     def needs_model(self) -> bool:
-        """Whether `run` needs the weights here: to bake a local folder, or to mount them in a verification."""
+        """Whether `run` needs local weights: to bake a folder, or to mount them for the verification."""
         weights = self.spec.model.weights
         return (weights == "mount" and self.options.verify) or (weights == "bake" and "model" in self.rendered.contexts)
 
     @property
     def platforms(self) -> tuple[str, ...]:
-        """What to build for, as in `linux/amd64`."""
+        """The platforms to build for, such as `linux/amd64`."""
         return platforms_of(self.spec, self.options)
 
     def document(self) -> dict[str, Any]:
-        """As JSON, for `--dry-run --json`."""
+        """Return the plan as JSON data, for `--dry-run --json`."""
         mirror = self.spec.image.base_image
         digest = (mirror.partition("@")[2] or None) if mirror else self.base.digest
         return {
@@ -110,12 +109,14 @@ class BuildPlan:
         }
 
     def steps(self) -> list[str]:
-        """What `run` would do, one line each."""
+        """Return the steps of `run`, one line per step."""
         options = self.options
-        which = " (the engine's platform only)" if len(self.platforms) > 1 else ""
+        scope = " (the engine's platform only)" if len(self.platforms) > 1 else ""
         return [
             f"build for {', '.join(self.platforms)} on {self.base.key} with {self.stack.key}",
-            f"verify: start it, embed eight texts, compare with fp32{which}" if options.verify else "verify: skipped",
+            f"verify: start the image, embed eight texts, compare with fp32{scope}"
+            if options.verify
+            else "verify: skipped",
             *(f"tag {reference}" for reference in self.references),
             *([f"write {options.oci}"] if options.oci else []),
             *(f"push to {host}" for host in dict.fromkeys(map(host_of, self.references)) if options.push),
@@ -123,30 +124,30 @@ class BuildPlan:
 
 
 def platforms_of(spec: Spec, options: BuildOptions) -> tuple[str, ...]:
-    """The platforms of the command line, else the one of the spec."""
+    """Return the platforms of the command line, or by default the platform of the spec."""
     return options.platforms or (spec.image.platform,)
 
 
 def plan(
     spec: Spec, base: BaseImage, stack: Stack, rendered: Rendered, server: Mapping[str, Path], options: BuildOptions
 ) -> BuildPlan:
-    """Decide everything that needs no engine and no weights.
+    """Plan a build, without the engine and without weights.
 
-    Raises `UsageError` for a platform that does not exist and files that cannot be written, `InferctlError` for a
-    floating revision, a secret in the Dockerfile, and an image too large.
+    Raises `UsageError` for an unavailable platform or a file that cannot be written, `InferctlError` for an unpinned
+    revision, a secret in the Dockerfile, or a forecast above the size limit.
     """
     from inferctl.model import is_hub_id
 
-    _refuse_targets(options)
+    _check_outputs(options)
     if options.push and not options.references and not spec.image.repository:
         raise UsageError(
-            f"--push needs a repository, and {spec.repository}:{rendered.tag} is a name on this machine only",
-            "set `image.repository`, as in registry.example.com/team/name, or give `--tag`",
+            f"--push requires a repository: {spec.repository}:{rendered.tag} is a local name",
+            "set `image.repository`, such as registry.example.com/team/name, or pass `--tag`",
         )
     hub = is_hub_id(spec.model.source)
-    findings = _judged(spec, base, stack, rendered, options, hub)
+    findings = _check(spec, base, stack, rendered, options, hub)
     baked = spec.model.weights == "bake"
-    found = forecast.forecast(
+    forecast = size_forecast.forecast(
         base,
         stack,
         locks=tuple(Path(name).stem for name in rendered.files if name.startswith("locks/")),
@@ -155,54 +156,56 @@ def plan(
         server=sum(file.stat().st_size for file in server.values()),
     )
     if options.max_bytes is not None:
-        forecast.refuse_larger(found, options.max_bytes, stack.cuda)
-        findings += [] if found.complete else [_unweighed(found)]
+        size_forecast.check_limit(forecast, options.max_bytes, stack.cuda)
+        findings += [] if forecast.complete else [_incomplete_forecast(forecast)]
     references = options.references or (f"{spec.repository}:{rendered.tag}",)
-    return BuildPlan(references, spec, base, stack, rendered, server, None, found, tuple(findings), options)
+    return BuildPlan(references, spec, base, stack, rendered, server, None, forecast, tuple(findings), options)
 
 
-def _weights(spec: Spec) -> forecast.Part:
-    """The weights that the image bakes: of the folder, of the hub's cache, or as the hub lists them."""
+def _weights(spec: Spec) -> size_forecast.ImagePart:
+    """Return the size of the baked weights: of the folder, in the hub's cache, or as listed by the hub."""
     from inferctl import hub, model
 
     source, revision = spec.model.source, spec.model.revision
     local = not model.is_hub_id(source)
     try:
         if folder := model.find(source) if local else hub.cached(source, revision):
-            return forecast.Part("weights", folder.bytes, "the model folder")
-        return forecast.Part("weights", hub.facts(source, revision).bytes, "the files that the hub lists")
+            return size_forecast.ImagePart("weights", folder.bytes, "the model folder")
+        return size_forecast.ImagePart("weights", hub.facts(source, revision).bytes, "the files on the hub")
     except InferctlError as error:
-        return forecast.Part("weights", None, error.message)
+        return size_forecast.ImagePart("weights", None, error.message)
 
 
-def _judged(
+def _check(
     spec: Spec, base: BaseImage, stack: Stack, rendered: Rendered, options: BuildOptions, hub: bool
 ) -> list[fit.Finding]:
-    """What is worth a warning; raises for what is not to be built."""
-    told = fit.check_image(spec, base, stack, hub_model=hub, today=options.today, platforms=platforms_of(spec, options))
-    told += lint.secrets_in_dockerfile(rendered.dockerfile)
-    impossible = [f for f in told if f.level == "error" and f.topic in ("platform", "python")]
+    """Return the warnings about the image. Raises an error for findings that prevent the build."""
+    findings = fit.check_image(
+        spec, base, stack, hub_model=hub, today=options.today, platforms=platforms_of(spec, options)
+    )
+    findings += lint.secrets_in_dockerfile(rendered.dockerfile)
+    impossible = [f for f in findings if f.level == "error" and f.topic in ("platform", "python")]
     if impossible:
         raise UsageError("\n".join(f"{f.what}: {f.why}" for f in impossible), impossible[0].hint)
-    floats = spec.model.weights != "mount" and not options.allow_floating
-    refuse([f for f in told if f.level == "error" or (f.topic == "revision" and floats)])
-    return [f for f in told if f.level != "ok"]
+    unpinned_is_error = spec.model.weights != "mount" and not options.allow_floating
+    raise_for([f for f in findings if f.level == "error" or (f.topic == "revision" and unpinned_is_error)])
+    return [f for f in findings if f.level != "ok"]
 
 
-def refuse(findings: list[fit.Finding]) -> None:
-    """Raise `InferctlError` when there are any."""
+def raise_for(findings: list[fit.Finding]) -> None:
+    """Raise `InferctlError` if there are findings."""
     if findings:
         raise InferctlError("\n".join(f"{f.what}: {f.why}" for f in findings), findings[0].hint)
 
 
-def _unweighed(found: forecast.Forecast) -> fit.Finding:
-    why = f"nobody knows the size of {', '.join(found.unknown)}; the rest is {size(found.total)} compressed"
-    return fit.Finding(
-        "warn", "size", "--max-size is judged only once the image is built", why, "`--dry-run` lists the parts"
-    )
+def _incomplete_forecast(forecast: size_forecast.SizeForecast) -> fit.Finding:
+    unknown = ", ".join(forecast.unknown)
+    why = f"the size of {unknown} is unknown; the other parts have {size(forecast.total)} (compressed)"
+    return fit.Finding("warn", "size", "--max-size is checked only after the build", why, "`--dry-run` lists the parts")
 
 
-def _refuse_targets(options: BuildOptions) -> None:
+def _check_outputs(options: BuildOptions) -> None:
+    """Raise `UsageError` if an output file cannot be written."""
     inputs = [*options.secrets.values(), *filter(None, [options.spec_file])]
     for file, option in ((options.oci, "--output oci=FILE"), (options.metadata_file, "--metadata-file")):
         if file is not None:
@@ -210,11 +213,11 @@ def _refuse_targets(options: BuildOptions) -> None:
 
 
 def wheel_sizes(rendered: Rendered, folder: Path) -> dict[str, int]:
-    """Closure -> bytes of its wheels in `folder`, for the closures whose every package has a wheel there."""
+    """Return the bytes of the wheels in `folder` by closure, for the closures with a wheel for each package."""
     largest: dict[tuple[str, str], int] = {}
     for wheel in folder.glob("*.whl"):
         name, version = wheel.name.split("-")[:2]
-        key = (locks.normalise(name), version)
+        key = (locks.normalize(name), version)
         largest[key] = max(largest.get(key, 0), wheel.stat().st_size)
     sizes = {}
     for file, text in rendered.files.items():

@@ -1,4 +1,4 @@
-"""The ways out: a name in the engine, a registry, an OCI archive. What a registry then has is compared with what was verified."""
+"""Publishes an image as a tag, in a registry or as an OCI archive, and compares it with the verified image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from inferctl.errors import InferctlError, NotReadyError
 from inferctl.image import buildx, failures
-from inferctl.image.docker import Engine
+from inferctl.image.docker import DockerEngine
 from inferctl.image.events import BuildEvent, Event, Note, Phase, StepFinished
 from inferctl.image.plan import BuildPlan
 from inferctl.image.push import PushFailedError, retrying
@@ -19,10 +19,10 @@ from inferctl.image.reference import split
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a push left in registries: `digests` are `name@sha256:...`, one per name of the image.
+class Publication:
+    """The result of a push. `digests` are `name@sha256:...`, one per name of the image.
 
-    `compressed`: bytes that a registry stores. `pushed`: bytes that the push sent. None when not known.
+    `compressed`: bytes that the registry stores. `pushed`: bytes that the push sent. None if unknown.
     """
 
     digests: tuple[str, ...] = ()
@@ -31,11 +31,11 @@ class Outcome:
 
     @property
     def digest(self) -> str | None:
-        """That of the first name; None when nothing was pushed."""
+        """Digest of the first name; None if nothing was pushed."""
         return self.digests[0] if self.digests else None
 
     def document(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the result as JSON data."""
         return {
             "pushed": self.digest,
             "digests": list(self.digests),
@@ -45,7 +45,7 @@ class Outcome:
 
 
 def build_once(request: buildx.BuildRequest) -> Generator[BuildEvent, None, tuple[list[StepFinished], dict[str, Any]]]:
-    """One build; passes its events on and keeps the finished steps."""
+    """Run one build: yield its events, return its finished steps and the metadata of buildx."""
     steps: list[StepFinished] = []
     with contextlib.closing(buildx.run(request)) as running:
         try:
@@ -57,16 +57,16 @@ def build_once(request: buildx.BuildRequest) -> Generator[BuildEvent, None, tupl
         except StopIteration as end:
             return steps, end.value
         except buildx.BuildFailedError as error:
-            raise failures.of_build(error.text, error.step, error.log) from None
+            raise failures.build_error(error.text, error.step, error.log) from None
 
 
-def push_named(engine: Engine, reference: str, attempts: int) -> Generator[Event, None, Outcome]:
-    """Push the image that `reference` names in the engine; `NotReadyError` when there is none."""
+def push_named(engine: DockerEngine, reference: str, attempts: int) -> Generator[Event, None, Publication]:
+    """Push the image `reference` of the engine. Raises `NotReadyError` if the engine does not have it."""
     image = engine.image(reference)
     if image is None:
         raise NotReadyError(
-            f"there is no image {reference} in the engine",
-            "`docker images` lists what is there; `inferctl build` makes one",
+            f"image {reference} not found in the engine",
+            "build it with `inferctl build`; `docker images` lists the images",
         )
     yield Phase("push", reference)
     pushed = yield from engine.push(reference, attempts)
@@ -75,33 +75,33 @@ def push_named(engine: Engine, reference: str, attempts: int) -> Generator[Event
 
 def publish(
     plan: BuildPlan,
-    engine: Engine,
+    engine: DockerEngine,
     builder: buildx.Builder,
     request: buildx.BuildRequest,
     platforms: tuple[str, ...],
     image: ImageInfo,
     config: str,
-) -> Generator[Event, None, Outcome]:
-    """Tag the image, export it and push it for `platforms` (none: the engine's).
+) -> Generator[Event, None, Publication]:
+    """Tag the image, export it and push it for `platforms` (empty: the platform of the engine).
 
-    On failure every tag names what it named before.
+    On a failure, every tag refers to the same image as before.
     """
     options, references = plan.options, plan.references
-    # From here on every build is the one that was verified, out of the cache; only its exports differ.
-    again = replace(request, cache_to=(), platforms=platforms, no_cache=False, pull=False)
+    # Further builds take the verified layers from the cache and only export them differently.
+    export_request = replace(request, cache_to=(), platforms=platforms, no_cache=False, pull=False)
     if options.oci:
         yield Phase("export", str(options.oci))
-        yield from _export(again, options.oci)
+        yield from _export(export_request, options.oci)
     before = {reference: engine.image(reference) for reference in references}
     try:
         for reference in references:
             yield Phase("tag", reference)
             engine.tag(image.id, reference)
         if not options.push:
-            return Outcome()
+            return Publication()
         yield Phase("push", ", ".join(references))
         if builder.exports:
-            digest = yield from _push_by_builder(plan, again)
+            digest = yield from _push_by_builder(plan, export_request)
             pushed: list[tuple[str, set[str] | None]] = [(digest, None)] * len(references)
         else:
             yield Note("no SBOM and no provenance: " + builder.describe() + " cannot attach them")
@@ -109,47 +109,47 @@ def publish(
             for reference in references:
                 found = yield from engine.push(reference, options.attempts)
                 pushed.append((found.digest, found.sent))
-        outcomes = []
+        publications = []
         for reference, (digest, sent) in zip(references, pushed, strict=True):
-            outcomes.append((yield from _confirm(reference, digest, image, config, sent)))
+            publications.append((yield from _confirm(reference, digest, image, config, sent)))
     except BaseException:
-        # An engine that died is why there is an error already.
+        # Keep the first error: an engine that crashed causes both.
         with contextlib.suppress(NotReadyError):
-            for reference, former in before.items():
-                if former:
-                    engine.tag(former.id, reference)
+            for reference, previous in before.items():
+                if previous:
+                    engine.tag(previous.id, reference)
                 else:
                     engine.untag(reference)
         raise
-    return _together(outcomes)
+    return _combine(publications)
 
 
-def _together(outcomes: list[Outcome]) -> Outcome:
-    sent = [outcome.pushed for outcome in outcomes]
-    return Outcome(
-        tuple(digest for outcome in outcomes for digest in outcome.digests),
-        outcomes[0].compressed,
+def _combine(publications: list[Publication]) -> Publication:
+    sent = [publication.pushed for publication in publications]
+    return Publication(
+        tuple(digest for publication in publications for digest in publication.digests),
+        publications[0].compressed,
         None if None in sent else sum(filter(None, sent)),
     )
 
 
 def _push_by_builder(plan: BuildPlan, request: buildx.BuildRequest) -> Generator[Event, None, str]:
     options = plan.options
-    # buildx reads an output as a line of CSV, in which several names are one quoted field.
+    # buildx parses an output as CSV, so several names are one quoted field.
     output = f'type=image,"name={",".join(plan.references)}",push=true'
-    wanted = replace(request, outputs=(output,), provenance=options.provenance, sbom=options.sbom)
+    push_request = replace(request, outputs=(output,), provenance=options.provenance, sbom=options.sbom)
 
     def attempt() -> Generator[Event, None, str]:
-        nonlocal wanted
+        nonlocal push_request
         while True:
             try:
-                metadata = yield from buildx.run(wanted)
+                metadata = yield from buildx.run(push_request)
                 return str(metadata["containerimage.digest"])
             except buildx.BuildFailedError as error:
-                if not (wanted.sbom and "buildkit-syft-scanner" in error.text):
+                if not (push_request.sbom and "buildkit-syft-scanner" in error.text):
                     raise PushFailedError(failures.last_line(error.text)) from None
             yield Note("no SBOM: the builder cannot pull its scanner (docker/buildkit-syft-scanner)")
-            wanted = replace(wanted, sbom=False)
+            push_request = replace(push_request, sbom=False)
 
     return (yield from retrying(attempt, ", ".join(plan.references), options.attempts))
 
@@ -165,10 +165,11 @@ def _export(request: buildx.BuildRequest, target: Path) -> Generator[Event, None
 
 def _confirm(
     reference: str, digest: str, image: ImageInfo, config: str | None, sent: set[str] | None
-) -> Generator[Event, None, Outcome]:
-    """Ask the registry what it has under `digest`: it must be the image that was verified.
+) -> Generator[Event, None, Publication]:
+    """Check that the registry has the verified image under `digest`.
 
-    `config`: digest of the verified image's configuration, None when nothing was. `sent`: short diff ids, None when not known.
+    `config`: digest of the verified image's config, None without verification. `sent`: short diff ids of the layers
+    that were sent, None if unknown.
     """
     name = f"{split(reference)[0]}@{digest}"
     try:
@@ -176,20 +177,20 @@ def _confirm(
     except NotReadyError as error:
         if not failures.unreachable(error.message):
             raise
-        yield Note(f"pushed, but not compared with what was verified: {error.message}")
-        return Outcome((name,))
+        yield Note(f"the image is pushed, but not compared with the verified image: {error.message}")
+        return Publication((name,))
     try:
         sizes = [int(layer["size"]) for layer in manifest["layers"]]
         found = str(manifest["config"]["digest"])
     except (KeyError, TypeError, ValueError):
         raise InferctlError(
-            f"{name} is not an image: its manifest in the registry has no layers or no configuration",
-            f"`docker buildx imagetools inspect {name}` shows what is there; build and push again",
+            f"{name} is not an image: its manifest in the registry has no layers or no config",
+            f"inspect it with `docker buildx imagetools inspect {name}`, then build and push again",
         ) from None
     if config is not None and found != config:
         raise InferctlError(
-            f"{name} is not the image that was verified: its configuration is {found}, the verified one's {config}",
-            "was the same name pushed by someone else at the same time? Build and push again",
+            f"{name} is not the verified image: its config is {found}, expected {config}",
+            "build and push again; another process may have pushed the same name at the same time",
         )
     pushed = None
     if sent is not None and len(sizes) == len(image.layers):
@@ -197,4 +198,4 @@ def _confirm(
             size for size, layer in zip(sizes, image.layers, strict=True) if layer.partition(":")[2][:12] in sent
         )
         pushed += int(manifest["config"]["size"])
-    return Outcome((name,), sum(sizes) + int(manifest["config"]["size"]), pushed)
+    return Publication((name,), sum(sizes) + int(manifest["config"]["size"]), pushed)

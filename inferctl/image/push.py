@@ -1,4 +1,8 @@
-"""A push through the engine: every line of its answer is read, because a failure comes as a line in a 200 answer (docker-py #3161, #3277)."""
+"""Pushes an image through the Docker Engine.
+
+Every line of the response is read, because the engine reports a failure as a line in a response with status 200
+(docker-py #3161, #3277).
+"""
 
 from __future__ import annotations
 
@@ -27,19 +31,19 @@ _STATUS: dict[str, LayerStatus] = {
 
 @dataclass(frozen=True)
 class Pushed:
-    """A push that worked: the digest the registry now has, and what became of each layer (short diff id -> status)."""
+    """A completed push: the digest in the registry, and the status of each layer by short diff id."""
 
     digest: str
     layers: Mapping[str, LayerStatus]
 
     @property
     def sent(self) -> set[str]:
-        """Short diff ids of the layers that this push sent."""
+        """Short diff ids of the layers that were sent."""
         return {layer for layer, status in self.layers.items() if status == "pushed"}
 
 
 class PushFailedError(Exception):
-    """One attempt failed; the text is the engine's."""
+    """A push attempt failed. The text is from the engine."""
 
 
 def retrying(
@@ -48,9 +52,9 @@ def retrying(
     attempts: int = ATTEMPTS,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Generator[Step | Retry, None, Result]:
-    """Do `attempt` until it works, again only after a `PushFailedError` that may pass: with delays of 1, 2, 4, ... seconds.
+    """Run `attempt` until it succeeds, and retry after a transient `PushFailedError` with delays of 1, 2, 4, ... s.
 
-    Raises what `failures.of_push` makes of the last failure.
+    Raises `failures.push_error` of the last failure.
     """
     for number in range(1, attempts + 1):
         try:
@@ -58,11 +62,11 @@ def retrying(
         except PushFailedError as error:
             message = str(error)
             if number == attempts or not failures.transient(message):
-                raise failures.of_push(message, reference) from None
+                raise failures.push_error(message, reference) from None
             delay = _FIRST_DELAY * 2 ** (number - 1)
             yield Retry(number, attempts, delay, message)
             sleep(delay)
-    raise InferctlError(f"pushing {reference} was not tried", "give at least one attempt")
+    raise InferctlError(f"pushing {reference} failed: 0 attempts", "allow at least one attempt")
 
 
 def push(
@@ -71,12 +75,12 @@ def push(
     attempts: int = ATTEMPTS,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Generator[PushEvent, None, Pushed]:
-    """Push, `retrying`. `open_stream` starts one attempt and gives its lines."""
+    """Push with retries. `open_stream` starts one attempt and returns its lines."""
     return (yield from retrying(lambda: read(open_stream()), reference, attempts, sleep))
 
 
 def read(lines: Iterable[Mapping[str, Any]]) -> Generator[LayerPush, None, Pushed]:
-    """The lines of one attempt. Raises `PushFailedError` at the first error line, or when the answer ends without a digest."""
+    """Read the lines of one attempt. Raises `PushFailedError` for an error line or a response without a digest."""
     layers: dict[str, LayerStatus] = {}
     digest: str | None = None
     for line in lines:
@@ -89,7 +93,7 @@ def read(lines: Iterable[Mapping[str, Any]]) -> Generator[LayerPush, None, Pushe
             layers[event.id] = event.status
             yield event
     if digest is None:
-        raise PushFailedError("the engine's answer ended without a digest")
+        raise PushFailedError("the engine's response ended without a digest")
     return Pushed(digest, layers)
 
 

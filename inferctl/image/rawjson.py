@@ -1,7 +1,7 @@
-"""The stream that `docker buildx build --progress=rawjson` writes to stderr, turned into events.
+"""Parses the output of `docker buildx build --progress=rawjson` into events.
 
-The stream is BuildKit's `SolveStatus` (moby/buildkit client/graph.go) as JSON objects, mixed with plain lines. buildx 0.13 indents the
-objects over many lines, later ones write one a line; both are read.
+The output is BuildKit's `SolveStatus` (moby/buildkit client/graph.go) as JSON objects, mixed with plain lines. buildx
+0.13 indents an object over many lines; later versions write one object per line. Both forms are supported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from inferctl.image.events import BuildEvent, PlainLine, StepBytes, StepFinished, StepLog, StepStarted
 
-# A step is first reported as looked up in the cache (microseconds), then again as run: the look-up is not the step.
+# BuildKit first reports the cache lookup of a step, which takes microseconds, and then the step itself.
 _LOOKUP_SECONDS = 0.001
 _TAIL_LINES = 60
 _LOG_LINES = 25
@@ -37,9 +37,9 @@ class _Step:
 
 
 class Reader:
-    """Feed it the lines of stderr in order; it yields events and keeps what an error message needs.
+    """Converts the lines of stderr to events and keeps the last lines for error messages.
 
-    `tail`: the last plain lines. `failed_step()`: name and last log lines of the step that failed first.
+    `tail`: the last plain lines.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Reader:
         self._failed: str | None = None
 
     def feed(self, line: str) -> Iterator[BuildEvent]:
-        """Events that one line completes."""
+        """Yield the events that `line` completes. Lines must be passed in order."""
         line = line.rstrip("\r\n")
         if self._object:
             if line.startswith((" ", "\t")) or line in ("}", ""):
@@ -57,7 +57,7 @@ class Reader:
                 if line == "}":
                     yield from self._close()
                 return
-            yield from self._give_up()
+            yield from self._emit_as_plain_lines()
         if line.startswith("{"):
             self._object = [line]
             if line.endswith("}"):
@@ -68,8 +68,8 @@ class Reader:
             yield PlainLine(line)
 
     def finish(self) -> Iterator[BuildEvent]:
-        """Events that only the end of the stream decides."""
-        yield from self._give_up()
+        """Yield the remaining events at the end of the stream."""
+        yield from self._emit_as_plain_lines()
         for digest, step in self._steps.items():
             if step.partial:
                 yield from self._log_line(digest, step, step.partial)
@@ -79,7 +79,7 @@ class Reader:
                 yield step.lookup
 
     def failed_step(self) -> tuple[str, list[str]] | None:
-        """Name and last log lines of the first step that failed, None when none did."""
+        """Return the name and last log lines of the first failed step, None without a failure."""
         if self._failed is None:
             return None
         step = self._steps[self._failed]
@@ -92,12 +92,12 @@ class Reader:
         except ValueError:
             value = None
         if not isinstance(value, dict) or not value.keys() <= _STATUS_KEYS:
-            yield from self._give_up()
+            yield from self._emit_as_plain_lines()
             return
         self._object = []
         yield from self._status(value)
 
-    def _give_up(self) -> Iterator[BuildEvent]:
+    def _emit_as_plain_lines(self) -> Iterator[BuildEvent]:
         lines, self._object = self._object, []
         for line in lines:
             if line.strip():
@@ -108,7 +108,7 @@ class Reader:
         vertexes = value.get("vertexes") or []
         for vertex in vertexes:
             self._steps.setdefault(str(vertex.get("digest", "")), _Step()).name = str(vertex.get("name") or "")
-        # One object may carry a step's last transfer and its end: the end comes last.
+        # One object may contain the last transfer and the end of a step. The end must be last.
         for log in value.get("logs") or []:
             yield from self._log(log)
         for status in value.get("statuses") or []:
@@ -133,7 +133,7 @@ class Reader:
             step.lookup = done
             return
         step.finished = True
-        # When one step fails the others end as cancelled: the first failure is the cause.
+        # If a step fails, BuildKit cancels the others. The first failure is the cause.
         if error and self._failed is None and "context canceled" not in error:
             self._failed = digest
         yield done
@@ -161,7 +161,7 @@ class Reader:
 
     @staticmethod
     def _log_line(digest: str, step: _Step, line: str) -> Iterator[BuildEvent]:
-        # A progress bar redraws its line with carriage returns: the last state is the line.
+        # A progress bar overwrites its line with carriage returns. Only the last state is logged.
         text = line.rstrip("\r").rsplit("\r", 1)[-1].rstrip()
         if text:
             step.log.append(text)
@@ -169,5 +169,5 @@ class Reader:
 
 
 def _time(text: str) -> datetime:
-    # Go writes nanoseconds, Python reads at most microseconds.
+    # Go writes nanoseconds, but Python parses at most microseconds.
     return datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", text).replace("Z", "+00:00"))

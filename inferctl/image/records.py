@@ -1,4 +1,4 @@
-"""What an engine says about itself, its images and its containers, and how a container is to run: plain records."""
+"""Plain records about the Docker Engine, its images and its containers, and the options of a container."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 _CDI_GPU = "nvidia.com/gpu"
-# Every NVIDIA GPU of the machine, by the name that the container toolkit gives them together.
+# Name of the container toolkit for all NVIDIA GPUs of the machine.
 CDI_ALL_GPUS = f"{_CDI_GPU}=all"
 
 
 @dataclass(frozen=True)
-class EngineInfo:
-    """The engine at hand. `platform` as in `linux/amd64`; `cdi_gpu`: it found device specifications of NVIDIA GPUs."""
+class DockerInfo:
+    """Facts about a Docker Engine. `platform` is such as `linux/amd64`. `cdi_gpu`: whether it has CDI NVIDIA GPUs."""
 
     version: str
     api_version: str
@@ -28,7 +28,7 @@ class EngineInfo:
 
     @property
     def gpu(self) -> bool:
-        """Whether containers can be given NVIDIA GPUs, by the NVIDIA runtime or by a device specification (CDI)."""
+        """Whether containers can use NVIDIA GPUs, by the NVIDIA runtime or by a device specification (CDI)."""
         return "nvidia" in self.runtimes or self.cdi_gpu
 
 
@@ -51,7 +51,7 @@ class ImageInfo:
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One row of an image's history: the instruction that made it and its uncompressed bytes."""
+    """One row in the history of an image: its instruction and its uncompressed bytes."""
 
     created_by: str
     size: int
@@ -59,11 +59,11 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class ContainerOptions:
-    """How a container runs. `mounts`: path in the container -> path here, read-only. `volumes`: path -> named volume.
+    """The options of a container.
 
-    `scratch`: paths in memory besides /tmp. `network`: `host`, `none`, or None for the engine's bridge.
-
-    `port`: the port inside that is published at `host`:`host_port` (0 takes a free one); not with `network`.
+    `mounts`: path in the container -> host path, read-only. `volumes`: path in the container -> named volume.
+    `scratch`: additional paths in memory. `network`: `host`, `none`, or None for the bridge network of the engine.
+    `port`: port of the container that is published at `host`:`host_port` (0 selects a free port); not with `network`.
     """
 
     command: tuple[str, ...] | None = None
@@ -83,8 +83,8 @@ class ContainerOptions:
 
 
 @dataclass(frozen=True)
-class State:
-    """State of a container; `exit_code` is None while it runs."""
+class ContainerState:
+    """The state of a container. `exit_code` is None while it runs."""
 
     running: bool
     exit_code: int | None
@@ -92,11 +92,11 @@ class State:
     error: str
 
 
-def read_engine(info: Mapping[str, Any], version: Mapping[str, Any]) -> EngineInfo:
-    """The `EngineInfo` out of what the engine answers to `/info` and `/version`."""
+def read_engine(info: Mapping[str, Any], version: Mapping[str, Any]) -> DockerInfo:
+    """Parse the responses of the engine to `/info` and `/version`."""
     status = dict(pair for pair in info.get("DriverStatus") or [] if len(pair) == 2)
     devices = [str(device.get("ID", "")) for device in info.get("DiscoveredDevices") or []]
-    return EngineInfo(
+    return DockerInfo(
         version=str(version["Version"]),
         api_version=str(version["ApiVersion"]),
         platform=f"{version['Os']}/{version['Arch']}",
@@ -111,7 +111,7 @@ def read_engine(info: Mapping[str, Any], version: Mapping[str, Any]) -> EngineIn
 
 
 def read_image(found: Mapping[str, Any]) -> ImageInfo:
-    """The `ImageInfo` out of an image's inspection."""
+    """Parse the inspection of an image."""
     config = found.get("Config") or {}
     return ImageInfo(
         id=str(found["Id"]),

@@ -1,4 +1,4 @@
-"""Names of images, taken apart."""
+"""Parses image references."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ _HUB, _LIBRARY = "docker.io", "library"
 
 
 def split(reference: str) -> tuple[str, str]:
-    """`localhost:5000/a/b:c` -> (`localhost:5000/a/b`, `c`); a digest stands in for the tag, which is `latest` when absent."""
+    """Split a reference: `localhost:5000/a/b:c` -> (`localhost:5000/a/b`, `c`).
+
+    The second value is the digest if there is one, or else the tag, by default `latest`.
+    """
     name, at, digest = reference.partition("@")
     if at:
         return split(name)[0], digest
@@ -15,12 +18,12 @@ def split(reference: str) -> tuple[str, str]:
 
 
 def host_of(reference: str) -> str:
-    """The registry of an image reference: `localhost:5000/a/b:c` -> `localhost:5000`, `a/b` -> `docker.io`."""
+    """Return the registry of a reference: `localhost:5000/a/b:c` -> `localhost:5000`, `a/b` -> `docker.io`."""
     return normalized(reference).partition("/")[0]
 
 
 def normalized(reference: str) -> str:
-    """The reference with its registry, as registries and builders name it: `a/b:c` -> `docker.io/a/b:c`."""
+    """Return the reference with its registry, as builders use it: `a/b:c` -> `docker.io/a/b:c`."""
     first, slash, rest = reference.partition("/")
     if not slash or not (first == "localhost" or "." in first or ":" in first):
         first, rest = _HUB, reference
@@ -30,6 +33,6 @@ def normalized(reference: str) -> str:
 
 
 def familiar(reference: str) -> str:
-    """The reference as the engine lists it, which leaves Docker Hub out: `docker.io/library/a:b` -> `a:b`."""
+    """Return the reference as the engine lists it, without Docker Hub: `docker.io/library/a:b` -> `a:b`."""
     full = normalized(reference)
     return full.removeprefix(f"{_HUB}/").removeprefix(f"{_LIBRARY}/") if full.startswith(f"{_HUB}/") else full

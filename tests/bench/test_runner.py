@@ -372,7 +372,7 @@ def test_a_run_of_failures_ends_with_5_and_still_leaves_receipts(answering: Call
         (["--url", "a=http://127.0.0.1:9"], 3, "nothing answers at http://127.0.0.1:9", "start the server first"),
         (["--url", "a=http://127.0.0.1:9", "--plan", "quik"], 2, "'quik'", "did you mean quick"),
         (["--url", "a=http://x", "--url", "a=http://y"], 2, "the name 'a' is used twice", "its own name"),
-        (["--model", "nowhere", "--plan", "quick"], 2, "there is no model folder nowhere", "check the path"),
+        (["--model", "nowhere", "--plan", "quick"], 2, "model folder nowhere not found", "check the path"),
         (["--url", f"{'a' * 41}=http://127.0.0.1:9"], 2, "has 41 characters", "a shorter name"),
         (["--url", "a=http://127.0.0.1:9", "--users", "0"], 2, "load.users cannot be 0", "--help"),
         (["--url", "a=http://127.0.0.1:9", "--hardware", "cpu,a10x"], 2, "there is no hardware 'a10x'", "did you mean"),

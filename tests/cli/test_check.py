@@ -64,7 +64,7 @@ def test_a_model_too_big_for_a_slice_ends_with_2(here: Path, capsys: Captured, g
 
 def test_a_driver_that_is_too_old_ends_with_2(here: Path, capsys: Captured) -> None:
     assert run(["check", "--driver", "525.147.05"]) == 2
-    assert "the container toolkit refuses the image on driver 525" in " ".join(capsys.readouterr().out.split())
+    assert "the container toolkit rejects the image on driver 525" in " ".join(capsys.readouterr().out.split())
     assert run(["check", "--driver", "535.129.03"]) == 0
     assert "container toolkit 1.17.5 or newer" in " ".join(capsys.readouterr().out.split())
     assert run(["check", "--driver", "580.65.06"]) == 0
@@ -98,7 +98,7 @@ def test_the_document_has_stable_keys(here: Path, capsys: Captured) -> None:
         "requested": "bf16",
         "effective": "bf16",
         "level": "emulated",
-        "reason": "compute capability 7.5 has no bf16 tensor cores (8.0 or newer needed): use fp16",
+        "reason": "compute capability 7.5 has no bf16 tensor cores (requires 8.0 or newer): use fp16",
     }
     assert t4["memory"] == {
         "estimated": True,
@@ -142,7 +142,7 @@ def test_a_model_that_is_not_here_is_not_checked(here: Path, capsys: Captured) -
     assert run(["check", "--model", "org/model"]) == 0
     told = capsys.readouterr().out
     assert "memory not checked" in told
-    assert "the model's revision floats" in told
+    assert "the model revision is not pinned" in told
 
 
 def test_a_broken_model_folder_is_an_error(here: Path, capsys: Captured) -> None:

@@ -95,7 +95,7 @@ def test_the_largest_request_is_estimated_with_fewer_of_them() -> None:
     from inferctl.estimate.cost import Cost
 
     cost = Cost(0.001, 1e-6)
-    few, many = (forecast.Work([128], inputs).server(cost).requests for inputs in (1, 2048))
+    few, many = (forecast.Scenario([128], inputs).server(cost).requests for inputs in (1, 2048))
     assert len(few) == forecast.REQUESTS
     assert len(many) * 2048 <= 1_100_000
     assert len(many) >= 500

@@ -17,7 +17,7 @@ import yaml
 from inferctl import catalog
 from inferctl.errors import UsageError
 from inferctl.estimate import calibration
-from inferctl.estimate.calibration import Fit, batch_cost, fixed_seconds
+from inferctl.estimate.calibration import FittedParameters, batch_cost, fixed_seconds
 from inferctl.estimate.cost import BERT_LARGE, Cost
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "calibration"
@@ -57,7 +57,7 @@ def samples(data: dict):  # a type of a script
 def cost_of(data: dict, part: str, precision: str) -> Cost:
     table = data["conditions"] if part in rows.CONDITIONS else data["parts"]
     fitted = table[part][precision]
-    fit = Fit(fitted["fraction"], fitted["launch_ms"] / 1000)
+    fit = FittedParameters(fitted["fraction"], fitted["launch_ms"] / 1000)
     here = catalog.hardware(rows.CONDITIONS[part][0] if part in rows.CONDITIONS else part)
     return batch_cost(here, precision, fit, BERT_LARGE)
 
@@ -103,8 +103,8 @@ def test_every_row_is_estimated_within_its_limit(part: str, precision: str, data
             assert abs(row.error(single)) <= 0.15, row
     given = [row.value for row in GROUPS[part, precision] if row.scenario == "Server"]
     if given:
-        assert server.holds(0.85 * max(given), rows.SLO)
-        assert 1.15 * min(given) >= offline or not server.holds(1.15 * min(given), rows.SLO)
+        assert server.meets_slo(0.85 * max(given), rows.SLO)
+        assert 1.15 * min(given) >= offline or not server.meets_slo(1.15 * min(given), rows.SLO)
 
 
 def test_the_band_of_a_part_holds_nine_of_ten_rows_of_rounds_that_it_has_not_seen(samples) -> None:
@@ -121,7 +121,7 @@ def test_the_band_of_a_part_holds_nine_of_ten_rows_of_rounds_that_it_has_not_see
         elif row.scenario == "SingleStream":
             held = low <= row.value / server.single().percentile(0.9) <= high
         else:
-            held = server.holds(row.value / high, rows.SLO) and not server.holds(row.value / low, rows.SLO)
+            held = server.meets_slo(row.value / high, rows.SLO) and not server.meets_slo(row.value / low, rows.SLO)
         inside[row.scenario].append(held)
     assert {name: len(found) for name, found in inside.items()} == {"Offline": 13, "SingleStream": 5, "Server": 8}
     for name, found in inside.items():
@@ -205,7 +205,7 @@ def test_what_has_no_peak_is_not_estimated(key: str, precision: str, why: str) -
 
 def test_launches_go_with_layers_and_weights_with_bytes() -> None:
     part = catalog.hardware("t4")
-    fit = Fit(0.4, 0.002)
+    fit = FittedParameters(0.4, 0.002)
     whole = fixed_seconds(part, "fp16", fit, BERT_LARGE)
     assert whole == pytest.approx(0.002 + BERT_LARGE.weights * 2 / 320e9)
     assert fixed_seconds(part, "int8", fit, BERT_LARGE) == pytest.approx(0.002 + BERT_LARGE.weights / 320e9)

@@ -6,7 +6,7 @@ import pytest
 
 from inferctl import catalog
 from inferctl.errors import UsageError
-from inferctl.estimate.calibration import Fit, batch_cost
+from inferctl.estimate.calibration import FittedParameters, batch_cost
 from inferctl.estimate.cost import BERT_LARGE, Cost, Kernel, Transformer
 
 MINILM = {
@@ -72,7 +72,7 @@ def test_attention_of_short_sequences_is_bound_by_memory() -> None:
 
 
 def test_memory_traffic_slows_narrow_models_more_than_wide_ones() -> None:
-    part, fit = catalog.hardware("t4"), Fit(0.4, 0.002)
+    part, fit = catalog.hardware("t4"), FittedParameters(0.4, 0.002)
 
     def slowdown(model: Transformer) -> float:
         compute = Cost.of(model, 65e12 * 0.4, 0.0)

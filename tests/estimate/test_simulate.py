@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inferctl.estimate.cost import Cost
-from inferctl.estimate.search import Server
+from inferctl.estimate.search import SimulatedServer
 from inferctl.estimate.simulate import UNBOUNDED, Simulation
 from inferctl.serve import batcher
 from inferctl.serve.batcher import Limits
@@ -52,8 +52,8 @@ def test_a_request_ends_with_its_last_text() -> None:
 def test_admission_refuses_what_would_be_late() -> None:
     limits = Limits(100, UNBOUNDED, slo=5.0)
     answers = Simulation(COST, limits, [[100]] * 200).open([0.1 * i for i in range(200)])
-    assert answers.refused > 100
-    assert len(answers.latencies) + answers.refused == 200
+    assert answers.rejected > 100
+    assert len(answers.latencies) + answers.rejected == 200
 
 
 def test_waiting_is_that_of_a_queue_with_constant_service() -> None:
@@ -87,20 +87,20 @@ def test_everyone_is_answered_and_no_sooner_than_alone(coming: list[tuple[float,
 
 def test_equal_seeds_give_equal_figures() -> None:
     requests = [[1 + i % 90] for i in range(2000)]
-    one, other = (Server(COST, LIMITS, requests, seed=seed).open(1.0).latencies for seed in (3, 3))
-    assert one == other != Server(COST, LIMITS, requests, seed=4).open(1.0).latencies
+    one, other = (SimulatedServer(COST, LIMITS, requests, seed=seed).open(1.0).latencies for seed in (3, 3))
+    assert one == other != SimulatedServer(COST, LIMITS, requests, seed=4).open(1.0).latencies
 
 
 def test_the_highest_rate_holds_and_a_little_more_does_not() -> None:
-    server = Server(Cost(0.003, 1e-5), LIMITS, [[100 + i % 100] for i in range(5000)])
+    server = SimulatedServer(Cost(0.003, 1e-5), LIMITS, [[100 + i % 100] for i in range(5000)])
     rate = server.highest_rate(0.1)
     assert 0 < rate < server.offline().per_second
-    assert server.holds(rate, 0.1)
-    assert not server.holds(rate * 1.03, 0.1)
+    assert server.meets_slo(rate, 0.1)
+    assert not server.meets_slo(rate * 1.03, 0.1)
 
 
 def test_no_rate_holds_what_a_lone_request_does_not() -> None:
-    assert Server(COST, LIMITS, [[100]] * 100).highest_rate(1.5) == 0
+    assert SimulatedServer(COST, LIMITS, [[100]] * 100).highest_rate(1.5) == 0
 
 
 def test_a_percentile_is_an_order_statistic() -> None:
@@ -117,7 +117,9 @@ def test_requests_pass_the_front_end_one_after_the_other() -> None:
 
 def test_the_slower_of_front_end_and_engine_sets_the_throughput() -> None:
     def per_second(engine: float, front: float) -> float:
-        return Server(Cost(engine, 0.0), Limits(100, UNBOUNDED), [[100]] * 500, front=front).offline().per_second
+        return (
+            SimulatedServer(Cost(engine, 0.0), Limits(100, UNBOUNDED), [[100]] * 500, front=front).offline().per_second
+        )
 
     assert per_second(0.01, 0.02) == pytest.approx(50, rel=0.01)
     assert per_second(0.02, 0.01) == pytest.approx(50, rel=0.01)
@@ -125,5 +127,5 @@ def test_the_slower_of_front_end_and_engine_sets_the_throughput() -> None:
 
 
 def test_waiting_for_the_front_end_counts_toward_the_slo() -> None:
-    free, busy = (Server(Cost(0.001, 0.0), LIMITS, [[100]] * 3000, front=front) for front in (0.0, 0.01))
+    free, busy = (SimulatedServer(Cost(0.001, 0.0), LIMITS, [[100]] * 3000, front=front) for front in (0.0, 0.01))
     assert busy.highest_rate(0.1) < 100 < free.highest_rate(0.1)

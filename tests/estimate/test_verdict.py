@@ -30,8 +30,8 @@ def judged(price: float, mine: dict[str, Any], theirs: dict[str, Any]) -> dict[s
     ("price", "expected", "reason"),
     [
         (3.0, "cheaper", "below"),
-        (4.2, "undecided", "flips inside the band"),
-        (6.0, "undecided", "flips inside the band"),
+        (4.2, "undecided", "price ratio inside the band"),
+        (6.0, "undecided", "price ratio inside the band"),
         (6.5, "more expensive", "above"),
     ],
 )
@@ -43,7 +43,7 @@ def test_a_price_inside_the_band_of_the_break_even_price_is_undecided(price: flo
     (one,) = found["against"]["prices"]
     assert one["verdict"] == expected and one["reason"].startswith(reason)
     assert "break-even price 5.00x (4.09 to 6.11)" in verdict(found)
-    assert (expected == "undecided") is ("undecided: flips inside the band" in verdict(found))
+    assert (expected == "undecided") is ("undecided: price ratio inside the band" in verdict(found))
 
 
 def test_two_bounds_decide_nothing() -> None:

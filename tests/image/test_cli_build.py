@@ -60,7 +60,7 @@ def test_a_dry_run_needs_no_engine_and_prints_plan_forecast_and_dockerfile(tmp_p
     done = inferctl("build", "--dry-run", "--push", "--spec", file, DOCKER_HOST=f"unix://{tmp_path}/none")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("registry.example.com/ml/tiny:auto-")
-    for part in ("verify: start it", "push to registry.example.com", "size forecast: ", "FROM python:3.11-slim-trixie"):
+    for part in ("verify: start the image", "push to registry.example.com", "size forecast: ", "FROM python:3.11-slim-trixie"):
         assert part in done.stdout
     assert "[base.digest]" in done.stderr
 
@@ -102,9 +102,9 @@ def test_the_plan_names_the_mirror_that_is_built_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "image", "message"),
     [
-        (["--platform", "linux/amd46"], {}, "cpu does not exist for linux/amd46"),
-        ([], {"platform": "linux/s390x"}, "cpu does not exist for linux/s390x"),
-        (["--platform", "linux/amd64,linux/riscv64"], {}, "cpu does not exist for linux/riscv64"),
+        (["--platform", "linux/amd46"], {}, "cpu is not available for linux/amd46"),
+        ([], {"platform": "linux/s390x"}, "cpu is not available for linux/s390x"),
+        (["--platform", "linux/amd64,linux/riscv64"], {}, "cpu is not available for linux/riscv64"),
     ],
 )
 def test_a_platform_that_cannot_be_had_is_refused_before_the_engine_is_asked(
@@ -131,7 +131,7 @@ def test_a_size_limit_that_cannot_be_judged_yet_says_so(tmp_path: Path) -> None:
     done = inferctl("build", "--dry-run", "--max-size", "6GB", "--spec", file)
     assert done.returncode == 0
     assert "size forecast: at least" in done.stdout
-    assert "--max-size is judged only once the image is built" in done.stderr
+    assert "--max-size is checked only after the build" in done.stderr
     assert "base image" in done.stderr
 
 
@@ -153,8 +153,8 @@ def test_a_revision_that_is_a_branch_is_refused_too(tmp_path: Path) -> None:
     content = yaml.safe_load(file.read_text())
     content["model"] = {"source": "org/model", "weights": "bake", "revision": "main"}
     file.write_text(yaml.safe_dump(content))
-    failed(inferctl("build", "--dry-run", "--spec", file), 1, "'main' is no commit", "--allow-floating")
-    assert "'main' is no commit" in inferctl("check", "--spec", file).stdout.replace("\n      ", " ")
+    failed(inferctl("build", "--dry-run", "--spec", file), 1, "'main' is not a commit", "--allow-floating")
+    assert "'main' is not a commit" in inferctl("check", "--spec", file).stdout.replace("\n      ", " ")
 
 
 def failed(done: subprocess.CompletedProcess[str], code: int, message: str, hint: str) -> None:
@@ -174,9 +174,9 @@ def test_an_image_too_large_is_refused_before_it_is_built(tmp_path: Path) -> Non
 def test_there_is_no_engine(tmp_path: Path) -> None:
     nowhere = f"unix://{tmp_path}/none"
     failed(
-        inferctl("build", "--spec", spec(tmp_path), DOCKER_HOST=nowhere), 3, "no Docker Engine here", "apt-get install"
+        inferctl("build", "--spec", spec(tmp_path), DOCKER_HOST=nowhere), 3, "Docker Engine not found", "apt-get install"
     )
-    failed(inferctl("push", "a:b", DOCKER_HOST=nowhere), 3, "no Docker Engine here", "apt-get install")
+    failed(inferctl("push", "a:b", DOCKER_HOST=nowhere), 3, "Docker Engine not found", "apt-get install")
 
 
 def test_a_floating_hub_model_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_floating_hub_model_is_refused_unless_it_is_allowed(tmp_path: Path) ->
     content = yaml.safe_load(file.read_text())
     content["model"] = {"source": "sentence-transformers/all-MiniLM-L6-v2", "weights": "download"}
     file.write_text(yaml.safe_dump(content))
-    failed(inferctl("build", "--dry-run", "--spec", file), 1, "floats", "--allow-floating")
+    failed(inferctl("build", "--dry-run", "--spec", file), 1, "not pinned", "--allow-floating")
     allowed = inferctl("build", "--dry-run", "--allow-floating", "--spec", file)
     assert allowed.returncode == 0
     assert "[revision]" in allowed.stderr
@@ -220,7 +220,7 @@ def test_an_image_that_mounts_its_weights_can_be_built_where_they_are_not(tmp_pa
         (["--metadata-file", "/proc/x"], "/proc/x cannot be written", "name a file"),
         (["--tag", "Not A Name"], "'Not A Name' is not an image name", "all lower case"),
         (["--tag", "MyOrg/minilm"], "'MyOrg/minilm' is not an image name", "all lower case"),
-        (["--push"], "--push needs a repository", "image.repository"),
+        (["--push"], "--push requires a repository", "image.repository"),
         (["--max-size", "big"], "'big' is not a valid max size", "6GB"),
         (["--dry-run", "--network", "zzz"], "--network 'zzz' is not supported", "--network host"),
         (["--dry-run", "--network", ""], "--network '' is not supported", "--network host"),
@@ -236,7 +236,7 @@ def test_bad_options(tmp_path: Path, arguments: list[str], message: str, hint: s
 
 @pytest.mark.docker
 def test_an_image_that_is_not_there_cannot_be_pushed(engine: None) -> None:
-    failed(inferctl("push", f"localhost:5000/{uuid.uuid4().hex}:x"), 3, "there is no image", "inferctl build")
+    failed(inferctl("push", f"localhost:5000/{uuid.uuid4().hex}:x"), 3, "not found in the engine", "inferctl build")
 
 
 @pytest.mark.docker

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from inferctl.errors import InferctlError, NotReadyError
-from inferctl.image.docker import Container, Engine
+from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.records import ContainerOptions, read_engine
 
 VERSION = {"Version": "28.3.0", "ApiVersion": "1.51", "Os": "linux", "Arch": "amd64"}
@@ -91,17 +91,17 @@ class FakeEngine:
 def fake(tmp_path: Path) -> Iterator[Any]:
     made: list[FakeEngine] = []
 
-    def make(**answers: Any) -> tuple[FakeEngine, Engine]:
+    def make(**answers: Any) -> tuple[FakeEngine, DockerEngine]:
         one = FakeEngine(tmp_path, answers)
         made.append(one)
-        return one, Engine.connect(one.url)
+        return one, DockerEngine.connect(one.url)
 
     yield make
     for one in made:
         one.die()
 
 
-ASKED: dict[str, Callable[[Engine], object]] = {
+ASKED: dict[str, Callable[[DockerEngine], object]] = {
     "info": lambda engine: engine.info(),
     "image": lambda engine: engine.image("a:b"),
     "history": lambda engine: engine.history("a:b"),
@@ -120,7 +120,7 @@ ASKED: dict[str, Callable[[Engine], object]] = {
 def test_an_engine_that_dies_is_told_as_such(fake: Any, what: str) -> None:
     server, engine = fake()
     server.die()
-    with pytest.raises(NotReadyError, match="is down: it refused the connection"):
+    with pytest.raises(NotReadyError, match="is down: connection refused"):
         ASKED[what](engine)
 
 
@@ -173,7 +173,7 @@ def test_a_container_that_still_runs_is_no_error(tmp_path: Path) -> None:
     server.block_on_close = False
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        engine = Engine.connect(f"http+unix://{tmp_path / 'engine.sock'}")
+        engine = DockerEngine.connect(f"http+unix://{tmp_path / 'engine.sock'}")
         assert Container(engine._api, "c").wait(1) is None
     finally:
         over.set()

@@ -19,12 +19,12 @@ BASE = (
 @pytest.mark.parametrize(
     ("text", "log", "message", "hint", "code"),
     [
-        (f"{BASE}r.example.com/cuda:12.8: not found", [], "base image r.example.com/cuda:12.8 was not found", "image.base_image", 3),
-        (f"{BASE}manifest unknown", [], "was not found", "six months", 3),
+        (f"{BASE}r.example.com/cuda:12.8: not found", [], "base image r.example.com/cuda:12.8 not found", "image.base_image", 3),
+        (f"{BASE}manifest unknown", [], "not found", "six months", 3),
         (
             f'{BASE}failed to do request: Head "https://r.example.com/v2/cuda/manifests/12.8": dial tcp: lookup r.example.com: no such host',
             [],
-            "registry r.example.com cannot be reached",
+            "registry r.example.com is unreachable",
             "network and proxy",
             3,
         ),
@@ -35,7 +35,7 @@ BASE = (
             "mirror",
             3,
         ),
-        (f"{BASE}pull access denied, repository does not exist or may require authorization", [], "refused", "docker login r.example.com", 3),
+        (f"{BASE}pull access denied, repository does not exist or may require authorization", [], "denied access", "docker login r.example.com", 3),
         (
             "ERROR: failed to solve: failed to resolve source metadata for docker.io/docker/dockerfile:1: dial tcp: lookup docker.io: no such host",
             [],
@@ -66,14 +66,14 @@ BASE = (
     ],
 )  # fmt: skip
 def test_a_failed_build_says_what_to_do(text: str, log: list[str], message: str, hint: str, code: int) -> None:
-    error: InferctlError = failures.of_build(text, "[torch 1/1] RUN pip" if log or "process" in text else None, log)
+    error: InferctlError = failures.build_error(text, "[torch 1/1] RUN pip" if log or "process" in text else None, log)
     assert message in error.message
     assert hint in (error.hint or "")
     assert error.exit_code == code
 
 
 def test_the_last_lines_of_the_step_are_in_the_message() -> None:
-    error = failures.of_build("ERROR: x", "[2/2] RUN make", [f"line {n}" for n in range(30)])
+    error = failures.build_error("ERROR: x", "[2/2] RUN make", [f"line {n}" for n in range(30)])
     assert "  | line 29" in error.message
     assert "line 5\n" not in error.message
 

@@ -25,7 +25,9 @@ def codes(found: Iterable[Finding]) -> list[tuple[str, str]]:
 def test_nothing_is_found_where_nothing_is_wrong() -> None:
     assert codes(lint.secrets_in_dockerfile(CLEAN)) == []
     assert (
-        lint.built({"PATH": "/bin", "TOKENIZERS_PARALLELISM": "false"}, "10001:10001", layers.Waste(10, 10**9, ()))
+        lint.check_built_image(
+            {"PATH": "/bin", "TOKENIZERS_PARALLELISM": "false"}, "10001:10001", layers.Waste(10, 10**9, ())
+        )
         == []
     )
 
@@ -46,14 +48,14 @@ def test_secrets_in_the_dockerfile_stop_the_build(line: str) -> None:
 
 
 def test_secrets_in_the_environment_of_the_image_stop_it() -> None:
-    found = lint.built({"HF_TOKEN": "x", "EMPTY_TOKEN": ""}, "10001", None)
+    found = lint.check_built_image({"HF_TOKEN": "x", "EMPTY_TOKEN": ""}, "10001", None)
     assert codes(found) == [("secret-in-image", "error")]
     assert "HF_TOKEN" in found[0].what
 
 
 @pytest.mark.parametrize("user", ["", "0", "root", "root:root", "0:0"])
 def test_root_stops_it(user: str) -> None:
-    assert codes(lint.built({}, user, None)) == [("runs-as-root", "error")]
+    assert codes(lint.check_built_image({}, user, None)) == [("runs-as-root", "error")]
 
 
 def tar(files: dict[str, int], compressed: bool = False) -> bytes:
@@ -89,7 +91,7 @@ def test_files_overwritten_or_deleted_by_a_later_layer_are_waste(compressed: boo
         {"app/model.bin": 2_000_000, "app/kept": 10, "tmp/cache/a": 300_000, "tmp/cache/b": 200_000}, compressed
     )
     top = tar({"app/model.bin": 2_000_000, "tmp/.wh.cache": 0, "app/new": 5}, compressed)
-    waste = layers.analyse(saved(bottom, top))
+    waste = layers.analyze(saved(bottom, top))
     assert waste.bytes == 2_500_000
     assert waste.total == 4_500_015
     assert [(file.path, file.how, file.layer) for file in waste.files] == [
@@ -97,7 +99,7 @@ def test_files_overwritten_or_deleted_by_a_later_layer_are_waste(compressed: boo
         ("/tmp/cache/a", "deleted", 0),
         ("/tmp/cache/b", "deleted", 0),
     ]
-    found = lint.built({}, "10001", waste)
+    found = lint.check_built_image({}, "10001", waste)
     assert codes(found) == [("wasted-bytes", "warn")]
     assert "/app/model.bin (2.0 MB, overwritten)" in found[0].why
 

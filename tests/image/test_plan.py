@@ -13,12 +13,12 @@ import pytest
 
 from inferctl.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image import buildx, context, verify
-from inferctl.image.build import named_layers, new_bytes, unverified, weigh
+from inferctl.image.build import check_size, named_layers, new_bytes, note_unverified
 from inferctl.image.context import staged
 from inferctl.image.events import StepFinished
-from inferctl.image.forecast import Forecast, Part
 from inferctl.image.plan import BuildOptions
-from inferctl.image.records import EngineInfo, ImageInfo, LayerInfo
+from inferctl.image.records import DockerInfo, ImageInfo, LayerInfo
+from inferctl.image.size_forecast import ImagePart, SizeForecast
 from inferctl.render import Rendered
 from tests.image import tiny
 
@@ -90,7 +90,7 @@ def test_a_disk_that_fills_while_a_context_is_written_is_named(monkeypatch: pyte
 
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../x"])
 def test_a_context_keeps_to_its_folder(path: str) -> None:
-    with pytest.raises(InferctlError, match="not a path inside"), staged(replace(RENDERED, files={path: b""}), {}):
+    with pytest.raises(InferctlError, match="not a path in the build context"), staged(replace(RENDERED, files={path: b""}), {}):
         pass
 
 
@@ -113,21 +113,21 @@ def test_the_builder_is_read_from_its_inspection() -> None:
 )
 def test_the_classic_engine_refuses_what_it_cannot_do_before_building(request_: buildx.BuildRequest, what: str) -> None:
     with pytest.raises(NotReadyError, match=what) as caught:
-        buildx.refuse(CLASSIC, request_)
+        buildx.check_supported(CLASSIC, request_)
     assert "docker buildx create --use" in (caught.value.hint or "")
-    buildx.refuse(replace(CLASSIC, containerd_store=True), request_)
+    buildx.check_supported(replace(CLASSIC, containerd_store=True), request_)
 
 
 def test_a_platform_that_the_builder_lacks_is_refused() -> None:
     with pytest.raises(NotReadyError, match="cannot build for linux/arm64"):
-        buildx.refuse(CLASSIC, buildx.BuildRequest(Path(), platforms=("linux/arm64",)))
+        buildx.check_supported(CLASSIC, buildx.BuildRequest(Path(), platforms=("linux/arm64",)))
 
 
 def test_missing_secrets_and_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="for the build secret ca"):
-        buildx.refuse(CLASSIC, buildx.BuildRequest(Path(), secrets={"ca": tmp_path / "none"}))
-    with pytest.raises(UsageError, match="weights are missing"):
-        buildx.refuse(CLASSIC, buildx.BuildRequest(Path(), contexts={"model": str(tmp_path / "none")}))
+        buildx.check_supported(CLASSIC, buildx.BuildRequest(Path(), secrets={"ca": tmp_path / "none"}))
+    with pytest.raises(UsageError, match="weights folder .* not found"):
+        buildx.check_supported(CLASSIC, buildx.BuildRequest(Path(), contexts={"model": str(tmp_path / "none")}))
 
 
 def test_the_command_line(tmp_path: Path) -> None:
@@ -162,27 +162,27 @@ GOOD = [[0.6, 0.8], [1.0, 0.0]]
 
 
 def test_equal_vectors_have_cosine_one() -> None:
-    assert verify.judge(GOOD, GOOD, 2, 0.999) == pytest.approx(1.0)
+    assert verify.check_vectors(GOOD, GOOD, 2, 0.999) == pytest.approx(1.0)
 
 
 def test_the_lowest_cosine_counts() -> None:
-    assert verify.judge([[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.8, 0.6]], 2, 0.9) == pytest.approx(0.96)
+    assert verify.check_vectors([[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.8, 0.6]], 2, 0.9) == pytest.approx(0.96)
 
 
 @pytest.mark.parametrize(
     ("vectors", "what"),
     [
-        ([[0.6, 0.8], [math.nan, 0.0]], "text 2 got a vector with 1 of 2 numbers NaN"),
-        ([[0.6, 0.8], [math.inf, 0.0]], "NaN or infinite"),
+        ([[0.6, 0.8], [math.nan, 0.0]], "the vector of text 2 has NaN or infinity in 1 of 2 numbers"),
+        ([[0.6, 0.8], [math.inf, 0.0]], "NaN or infinity"),
         ([[0.6, 0.8], [0.0, 0.0]], "zeros"),
-        ([[0.6, 0.8], [1.0]], "1 numbers, the model has 2"),
-        ([[0.6, 0.8], [0.0, 1.0]], r"text 2 is too far .* cosine 0\.0"),
-        ([[0.6, 0.8]], "other shapes"),
+        ([[0.6, 0.8], [1.0]], "1 numbers, but the model has 2"),
+        ([[0.6, 0.8], [0.0, 1.0]], r"the vector of text 2 differs .* cosine 0\.0"),
+        ([[0.6, 0.8]], "different shapes"),
     ],
 )
 def test_broken_vectors_are_told_apart(vectors: list[list[float]], what: str) -> None:
     with pytest.raises(InferctlError, match=what) as caught:
-        verify.judge(vectors, GOOD, 2, 0.999)
+        verify.check_vectors(vectors, GOOD, 2, 0.999)
     assert caught.value.exit_code == 1
 
 
@@ -212,11 +212,11 @@ def test_links_out_of_a_hub_snapshot_are_mounted_one_by_one(tmp_path: Path) -> N
 
 def test_on_the_hosts_network_the_server_takes_a_free_port_of_its_own() -> None:
     image = ImageInfo("sha256:0", (), (), 0, "linux/amd64", "1", {}, ("python",), ("serve",), {}, ())
-    options, port = verify.serving(image, verify.VerifyOptions(None, network="host"), 8080)
+    options, port = verify.server_options(image, verify.VerifyOptions(None, network="host"), 8080)
     assert port is not None
     assert options.command == ("serve", "--host", "127.0.0.1", "--port", str(port))
     assert options.environment == {"INFERCTL_SERVE_PORT": str(port)}
-    bridged, none = verify.serving(image, verify.VerifyOptions(None), 8080)
+    bridged, none = verify.server_options(image, verify.VerifyOptions(None), 8080)
     assert none is None
     assert bridged.port == 8080
 
@@ -225,40 +225,42 @@ def measured(size: int) -> ImageInfo:
     return ImageInfo("sha256:0", (), (), size, "linux/amd64", "1", {}, (), (), {}, ())
 
 
-def engine(containerd_store: bool) -> EngineInfo:
-    return EngineInfo("28", "1.51", "linux/amd64", "overlay2", containerd_store, "/", (), False, 0, 1)
+def engine(containerd_store: bool) -> DockerInfo:
+    return DockerInfo("28", "1.51", "linux/amd64", "overlay2", containerd_store, "/", (), False, 0, 1)
 
 
-KNOWN, UNKNOWN = Part("base image", 1_000_000, "measured"), Part("base image", None, "not known")
+KNOWN, UNKNOWN = ImagePart("base image", 1_000_000, "measured"), ImagePart("base image", None, "not known")
 
 
 @pytest.mark.parametrize(
     ("containerd", "part", "size", "what"),
     [
-        (True, KNOWN, 9_000_000, "the image has 9.0 MB, more than the 5.0 MB of --max-size (compressed)"),
-        (True, UNKNOWN, 9_000_000, "more than the 5.0 MB of --max-size (compressed)"),
-        (False, UNKNOWN, 9_000_000, "9.0 MB uncompressed, more than the 5.0 MB"),
+        (True, KNOWN, 9_000_000, "image size 9.0 MB exceeds --max-size 5.0 MB (compressed)"),
+        (True, UNKNOWN, 9_000_000, "exceeds --max-size 5.0 MB (compressed)"),
+        (False, UNKNOWN, 9_000_000, "image size 9.0 MB (uncompressed) exceeds --max-size 5.0 MB"),
         (False, KNOWN, 9_000_000, None),
         (False, UNKNOWN, 5_000_000, None),
         (True, KNOWN, 5_000_000, None),
     ],
 )
-def test_a_built_image_is_held_against_the_limit(containerd: bool, part: Part, size: int, what: str | None) -> None:
-    made = replace(tiny.plan(RENDERED, BuildOptions(max_bytes=5_000_000)), forecast=Forecast((part,)))
+def test_a_built_image_is_held_against_the_limit(
+    containerd: bool, part: ImagePart, size: int, what: str | None
+) -> None:
+    made = replace(tiny.plan(RENDERED, BuildOptions(max_bytes=5_000_000)), forecast=SizeForecast((part,)))
     if what is None:
-        notes = [note.text for note in weigh(made, engine(containerd), measured(size))]
+        notes = [note.text for note in check_size(made, engine(containerd), measured(size))]
         assert len(notes) == (size > 5_000_000), "a larger one passes on its forecast only, and says so"
         return
     with pytest.raises(InferctlError) as caught:
-        list(weigh(made, engine(containerd), measured(size)))
+        list(check_size(made, engine(containerd), measured(size)))
     assert what in caught.value.message
 
 
 def test_of_several_platforms_it_is_said_which_were_not_verified() -> None:
     both = tiny.plan(RENDERED, BuildOptions(platforms=("linux/amd64", "linux/arm64")))
-    (note,) = unverified(both, "linux/amd64")
+    (note,) = note_unverified(both, "linux/amd64")
     assert note.text.startswith("only the image for linux/amd64 is linted and verified; linux/arm64: ")
-    assert list(unverified(tiny.plan(RENDERED, BuildOptions(platforms=("linux/amd64",))), "linux/amd64")) == []
+    assert list(note_unverified(tiny.plan(RENDERED, BuildOptions(platforms=("linux/amd64",))), "linux/amd64")) == []
 
 
 def test_layers_are_named_by_the_last_stages_steps() -> None:

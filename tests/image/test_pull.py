@@ -37,12 +37,12 @@ CANNOT_TELL = [
 
 @pytest.mark.parametrize("message", NO_SUCH_IMAGE)
 def test_a_registry_that_has_no_such_image_is_recognized(message: str) -> None:
-    assert isinstance(failures.of_pull(message, REFERENCE), failures.MissingImageError)
+    assert isinstance(failures.pull_error(message, REFERENCE), failures.MissingImageError)
 
 
 @pytest.mark.parametrize("message", CANNOT_TELL)
 def test_a_registry_that_cannot_tell_is_never_taken_for_one_without_the_image(message: str) -> None:
-    error = failures.of_pull(message, REFERENCE)
+    error = failures.pull_error(message, REFERENCE)
     assert isinstance(error, NotReadyError)
     assert not isinstance(error, failures.MissingImageError)
 
@@ -50,7 +50,7 @@ def test_a_registry_that_cannot_tell_is_never_taken_for_one_without_the_image(me
 def test_words_in_the_name_of_an_image_decide_nothing() -> None:
     name = "localhost:5000/access-denied/timeout-503:main"
     message = f"manifest for {name} not found: manifest unknown: manifest unknown"
-    assert isinstance(failures.of_pull(message, name), failures.MissingImageError)
+    assert isinstance(failures.pull_error(message, name), failures.MissingImageError)
 
 
 def pull(*arguments: str) -> subprocess.CompletedProcess[str]:

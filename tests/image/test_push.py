@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from inferctl.errors import InferctlError, NotReadyError
-from inferctl.image.docker import Engine
+from inferctl.image.docker import DockerEngine
 from inferctl.image.events import LayerPush, PushEvent, Retry
 from inferctl.image.push import Pushed, PushFailedError, push, read
 
@@ -107,7 +107,7 @@ def fake(tmp_path: Path) -> Iterator[Any]:
 
 def run(engine: FakeEngine, reference: str = "localhost:5000/t:x", attempts: int = 1) -> tuple[list[PushEvent], Pushed]:
     events: list[PushEvent] = []
-    going = Engine.connect(engine.url).push(reference, attempts)
+    going = DockerEngine.connect(engine.url).push(reference, attempts)
     while True:
         try:
             events.append(next(going))
@@ -198,8 +198,8 @@ def test_an_error_line_after_the_digest_still_fails() -> None:
 
 
 def test_there_is_no_engine(tmp_path: Path) -> None:
-    with pytest.raises(NotReadyError, match="no Docker Engine here") as caught:
-        Engine.connect(f"unix://{tmp_path}/nothing.sock")
+    with pytest.raises(NotReadyError, match="Docker Engine not found") as caught:
+        DockerEngine.connect(f"unix://{tmp_path}/nothing.sock")
     assert "apt-get install docker.io" in (caught.value.hint or "")
 
 
@@ -207,7 +207,7 @@ def test_the_engine_is_down(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as left_over:
         left_over.bind(str(tmp_path / "docker.sock"))
     with pytest.raises(NotReadyError, match="down") as caught:
-        Engine.connect(f"unix://{tmp_path}/docker.sock")
+        DockerEngine.connect(f"unix://{tmp_path}/docker.sock")
     assert "systemctl start docker" in (caught.value.hint or "")
 
 
@@ -223,7 +223,7 @@ def test_the_engine_is_forbidden(tmp_path: Path) -> None:
             os.seteuid(65534)
         try:
             with pytest.raises(NotReadyError, match="no permission") as caught:
-                Engine.connect(f"unix://{place}")
+                DockerEngine.connect(f"unix://{place}")
         finally:
             os.seteuid(user)
     assert "usermod -aG docker" in (caught.value.hint or "")

@@ -7,8 +7,8 @@ from dataclasses import replace
 from platform import machine
 
 from inferctl import catalog
-from inferctl.image.forecast import Forecast
 from inferctl.image.plan import BuildOptions, BuildPlan
+from inferctl.image.size_forecast import SizeForecast
 from inferctl.render import Rendered
 from inferctl.spec import Spec
 
@@ -114,7 +114,7 @@ def plan(image: Rendered, options: BuildOptions | None = None, name: str | None 
         rendered=image,
         server={},
         model=None,
-        forecast=Forecast(()),
+        forecast=SizeForecast(()),
         findings=(),
         options=options or BuildOptions(ready_seconds=60.0, lint_layers=False),
     )

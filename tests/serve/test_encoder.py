@@ -111,17 +111,17 @@ def test_every_precision_stays_close_to_fp32_on_the_real_model(minilm: Path, pre
 
 
 def test_an_emulated_format_is_called_emulated() -> None:
-    from inferctl import catalog
+    from inferctl import precision
     from inferctl.serve.engines import device
 
-    old_cpu = catalog.Traits("cpu", cpu_flags=frozenset({"avx2"}))
-    t4 = catalog.Traits("cuda", compute_capability=(7, 5))
+    old_cpu = precision.DeviceTraits("cpu", cpu_flags=frozenset({"avx2"}))
+    t4 = precision.DeviceTraits("cuda", compute_capability=(7, 5))
     assert device.choose("bf16", t4)[0].level == "emulated"
     assert device.choose("auto", t4)[0].effective == "fp16"
     assert device.choose("auto", old_cpu)[0].effective == "fp32"
-    assert device.choose("auto", catalog.Traits("cuda", compute_capability=(8, 0)))[0].effective == "bf16"
+    assert device.choose("auto", precision.DeviceTraits("cuda", compute_capability=(8, 0)))[0].effective == "bf16"
     with pytest.raises(NotReadyError, match=r"int8 does not run here"):
-        device.choose("int8", catalog.Traits("cuda", compute_capability=(7, 0)))
+        device.choose("int8", precision.DeviceTraits("cuda", compute_capability=(7, 0)))
 
 
 def test_rows_that_are_not_finite_are_marked(tiny: Any) -> None:
@@ -237,12 +237,12 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (7, 
     """A GPU as far as the engine knows; its tensors are on the CPU."""
     import torch
 
-    from inferctl import catalog
+    from inferctl import precision
     from inferctl.serve.engines import device
     from inferctl.serve.types import DeviceInfo
 
     info = DeviceInfo("cuda", "stand-in", "{}.{}".format(*capability), 16 << 30)
-    traits = catalog.Traits("cuda", compute_capability=capability)
+    traits = precision.DeviceTraits("cuda", compute_capability=capability)
     monkeypatch.setattr(device, "detect", lambda _: (torch.device("cpu"), info, traits))
 
 
@@ -423,14 +423,14 @@ def test_tf32_is_stated_where_fp32_runs_in_it(
 ) -> None:
     import torch
 
-    from inferctl import catalog
+    from inferctl import precision
     from inferctl.serve.engines import device
 
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    found, _ = device.choose("fp32", catalog.Traits("cuda", compute_capability=capability))
+    found, _ = device.choose("fp32", precision.DeviceTraits("cuda", compute_capability=capability))
     assert (found.tf32, "TF32" in found.reason) == (on, on)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    assert not device.choose("fp32", catalog.Traits("cuda", compute_capability=capability))[0].tf32
+    assert not device.choose("fp32", precision.DeviceTraits("cuda", compute_capability=capability))[0].tf32
 
 
 # What torch registers for CUDA when it is imported, as on a machine that has CUDA and Triton.

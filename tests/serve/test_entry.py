@@ -114,7 +114,7 @@ def test_what_is_forwarded_to_a_container_is_what_its_server_gets() -> None:
         (["--hang-seconds", "0"], "0 is less than 0.1"),
         (["--spec", "nowhere.yaml"], "there is no spec file nowhere.yaml"),
         (["--model", "org/m", "--precision", "fp8"], "'fp8' is not one of"),
-        (["--model", "./nowhere"], "there is no model folder ./nowhere"),
+        (["--model", "./nowhere"], "model folder ./nowhere not found"),
     ],
 )
 def test_a_mistake_is_an_error_with_a_hint(image: Path, arguments: list[str], message: str) -> None:

@@ -308,7 +308,7 @@ def test_an_address_that_is_not_ours_is_a_clear_error(
 def test_a_missing_model_is_a_clear_error(tmp_path: Path) -> None:
     done = run_serve("--model", "./nothing", "--port", "0", cwd=tmp_path)
     assert done.returncode == 2
-    assert "error: there is no model folder ./nothing" in done.stderr
+    assert "error: model folder ./nothing not found" in done.stderr
 
 
 def test_a_gpu_that_is_not_there_is_a_clear_error(minilm: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from inferctl import catalog
+from inferctl import catalog, precision
 from inferctl.errors import NotReadyError, UsageError, shown
 from inferctl.serve import memory
 from inferctl.serve.engines import int8
@@ -20,7 +20,7 @@ from inferctl.serve.types import DeviceInfo, PrecisionInfo
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def detect(wanted: str) -> tuple[torch.device, DeviceInfo, catalog.Traits]:
+def detect(wanted: str) -> tuple[torch.device, DeviceInfo, precision.DeviceTraits]:
     """The device to use; `wanted` is auto, cpu, cuda or cuda:N.
 
     Raises `UsageError` for another name, `NotReadyError` if there is no such GPU.
@@ -50,11 +50,11 @@ def detect(wanted: str) -> tuple[torch.device, DeviceInfo, catalog.Traits]:
             hardware=_key(properties),
             count=count if wanted == "auto" else 1,
         )
-        return device, info, catalog.Traits("cuda", compute_capability=capability)
+        return device, info, precision.DeviceTraits("cuda", compute_capability=capability)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     name, flags = _cpu()
     info = DeviceInfo("cpu", name, None, memory, usable_cores(), "cpu")
-    return torch.device("cpu"), info, catalog.Traits("cpu", cpu_flags=flags)
+    return torch.device("cpu"), info, precision.DeviceTraits("cpu", cpu_flags=flags)
 
 
 def unused_gpu(wanted: str) -> str | None:
@@ -86,10 +86,10 @@ def usable_cores() -> int:
         return cores
 
 
-def choose(wanted: str, traits: catalog.Traits) -> tuple[PrecisionInfo, torch.dtype]:
+def choose(wanted: str, traits: precision.DeviceTraits) -> tuple[PrecisionInfo, torch.dtype]:
     """The precision that will run, and the number format of its activations. Raises `NotReadyError` where the device cannot run it."""
-    effective = catalog.best_precision(traits) if wanted == "auto" else wanted
-    support = catalog.support(effective, traits)
+    effective = precision.best_precision(traits) if wanted == "auto" else wanted
+    support = precision.support(effective, traits)
     if support.level == "unsupported":
         raise NotReadyError(
             f"{effective} does not run here: {support.reason}", "`--precision auto` takes the best that does"
@@ -106,18 +106,18 @@ def choose(wanted: str, traits: catalog.Traits) -> tuple[PrecisionInfo, torch.dt
     return PrecisionInfo(wanted, effective, support.level, reason, tf32=tf32), _DTYPES[effective]
 
 
-def _tf32(traits: catalog.Traits) -> bool:
+def _tf32(traits: precision.DeviceTraits) -> bool:
     """Whether the device computes fp32 matrix products in TF32, which GPUs have from compute capability 8.0."""
     if traits.kind != "cuda" or traits.compute_capability is None or traits.compute_capability < (8, 0):
         return False
     return bool(torch.backends.cuda.matmul.allow_tf32)
 
 
-def _around_int8(traits: catalog.Traits) -> torch.dtype:
+def _around_int8(traits: precision.DeviceTraits) -> torch.dtype:
     """LLM.int8 computes in fp16 on CUDA whatever comes in; on a CPU the best native format saves casts."""
     if traits.kind == "cuda":
         return torch.float16
-    return _DTYPES[catalog.best_precision(traits)]
+    return _DTYPES[precision.best_precision(traits)]
 
 
 def _key(properties: Any) -> str | None:

@@ -8,29 +8,29 @@ import pytest
 
 from inferctl import catalog
 from inferctl.errors import InferctlError, UsageError
-from inferctl.image.forecast import (
+from inferctl.image.size_forecast import (
     BYTECODE_BYTES,
     SERVER_WHEELS_BYTES,
-    Forecast,
-    Part,
+    ImagePart,
+    SizeForecast,
+    check_limit,
     forecast,
-    refuse_larger,
 )
 from inferctl.sizes import parse_size, size
 
 BASE = replace(catalog.base("cuda12.8"), compressed_bytes=250_000_000)
 STACK = replace(catalog.stack("torch2.10-cu128"), compressed_bytes=4_130_000_000)
 
-UNKNOWN = Part("weights", None, "the hub does not respond")
+UNKNOWN = ImagePart("weights", None, "the hub does not respond")
 
 
-def cuda(**changes: object) -> Forecast:
+def cuda(**changes: object) -> SizeForecast:
     usual = {"locks": ("torch", "server"), "wheels": None, "weights": None, "server": 400_000}
     return forecast(BASE, STACK, **{**usual, **changes})  # type: ignore[arg-type]
 
 
 def test_the_parts_add_up_biggest_first() -> None:
-    found = cuda(weights=Part("weights", 90_000_000, "the model folder"))
+    found = cuda(weights=ImagePart("weights", 90_000_000, "the model folder"))
     assert [part.name for part in found.parts] == [
         "torch closure",
         "base image",
@@ -63,22 +63,22 @@ def test_what_nobody_knows_makes_the_total_a_lower_bound() -> None:
 
 def test_an_image_too_large_is_refused_with_its_parts() -> None:
     with pytest.raises(InferctlError) as caught:
-        refuse_larger(cuda(), parse_size("2GB"), STACK.cuda)
+        check_limit(cuda(), parse_size("2GB"), STACK.cuda)
     assert caught.value.exit_code == 1
     lines = caught.value.message.splitlines()
-    assert lines[0].startswith("the image would be 4.47 GB, more than the 2.00 GB of --max-size")
+    assert lines[0].startswith("forecast image size 4.47 GB exceeds --max-size 2.00 GB")
     assert "torch closure" in lines[1]
     assert "4.15 GB" in lines[1]
     assert "CUDA 13" in (caught.value.hint or "")
 
 
 def test_a_lower_bound_above_the_limit_is_refused_and_says_so() -> None:
-    with pytest.raises(InferctlError, match="would be at least"):
-        refuse_larger(cuda(weights=UNKNOWN), 10**9)
+    with pytest.raises(InferctlError, match="size at least"):
+        check_limit(cuda(weights=UNKNOWN), 10**9)
 
 
 def test_an_image_just_small_enough_passes() -> None:
-    refuse_larger(cuda(), cuda().total)
+    check_limit(cuda(), cuda().total)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from inferctl.errors import UsageError
-from inferctl.image import server
+from inferctl.image import container
+from inferctl.image.container import Address, ServeOptions
 from inferctl.image.records import ImageInfo
-from inferctl.image.server import Address, ServeOptions
 from tests.image import tiny
 
 HERE = Address("127.0.0.1", 0)
@@ -29,29 +29,29 @@ def image(weights: str | None) -> ImageInfo:
 
 
 def test_options_come_last_so_that_they_win_over_the_images_own() -> None:
-    made = server.options(image("bake"), None, HERE, False, ("--precision", "bf16"))
+    made = container.options(image("bake"), None, HERE, False, ("--precision", "bf16"))
     assert made.command == ("serve", "--x", "--image-reference", "sha256:0", "--precision", "bf16")
 
 
 def test_an_image_that_mounts_its_weights_asks_for_them() -> None:
     with pytest.raises(UsageError, match="this image mounts its weights") as caught:
-        server.weights(image("mount"), ServeOptions(HERE))
-    assert caught.value.hint == "give `--model DIR`"
+        container.weights(image("mount"), ServeOptions(HERE))
+    assert caught.value.hint == "pass `--model DIR`"
 
 
-@pytest.mark.parametrize(("weights", "how"), [("bake", "brings"), ("download", "fetches")])
+@pytest.mark.parametrize(("weights", "verb"), [("bake", "contains"), ("download", "downloads")])
 def test_a_model_for_an_image_with_its_own_is_refused_when_asked_for_and_ignored_when_the_spec_has_one(
     weights: str, how: str
 ) -> None:
     with pytest.raises(UsageError, match=f"this image {how} its own weights"):
-        server.weights(image(weights), ServeOptions(HERE, model="./m", replaces_model=True))
-    assert server.weights(image(weights), ServeOptions(HERE, model="./m")) is None
+        container.weights(image(weights), ServeOptions(HERE, model="./m", replaces_model=True))
+    assert container.weights(image(weights), ServeOptions(HERE, model="./m")) is None
 
 
 def test_an_image_that_says_nothing_of_weights_gets_those_that_are_asked_for(tmp_path: Path) -> None:
-    assert server.weights(image(None), ServeOptions(HERE, model="./of-the-spec")) is None
-    with pytest.raises(UsageError, match="no model folder"):
-        server.weights(image(None), ServeOptions(HERE, model=f"{tmp_path}/none", replaces_model=True))
+    assert container.weights(image(None), ServeOptions(HERE, model="./of-the-spec")) is None
+    with pytest.raises(UsageError, match="model folder .* not found"):
+        container.weights(image(None), ServeOptions(HERE, model=f"{tmp_path}/none", replaces_model=True))
 
 
 def inferctl(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -66,7 +66,7 @@ def test_a_wrong_spec_variable_is_told_and_no_spec_at_all_is_no_mistake(tmp_path
     assert "no spec file nowhere.yaml" in wrong.stderr
     none = inferctl(tmp_path, "serve", "--image", "a:b")
     assert none.returncode == 3
-    assert "no Docker Engine here" in none.stderr
+    assert "Docker Engine not found" in none.stderr
 
 
 def test_wrong_settings_are_told_before_an_engine_is_asked(tmp_path: Path) -> None:

@@ -1,0 +1,196 @@
+"""Runs an image as a container in the foreground, for `inferctl serve --image`."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from inferctl import hub, model, outputs, settings
+from inferctl.errors import NotReadyError, UsageError
+from inferctl.image import failures
+from inferctl.image.docker import Container, DockerEngine
+from inferctl.image.records import ContainerOptions, ImageInfo
+from inferctl.image.verify import CACHE_PATH, exit_error, free_port, mounts_of, request
+
+# The volume that keeps the weights that containers download.
+_CACHE_VOLUME = "inferctl-models"
+# Added to the drain time of the server, before the engine kills it.
+_STOP_GRACE_SECONDS = 5
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Address:
+    """The address of the container. Port 0 selects a free port. `network`: None for the engine's bridge, or `host`."""
+
+    host: str
+    port: int
+    network: str | None = None
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The options of `run_server`. `model`: folder or hub id of the weights to mount, None if not specified.
+
+    `replaces_model`: whether the command line specifies the model. `drain_seconds`: maximum duration of a stop,
+    including the grace period. `arguments`: options of `inferctl serve` for the server in the container.
+    """
+
+    address: Address
+    model: str | None = None
+    revision: str | None = None
+    replaces_model: bool = False
+    drain_seconds: float = 30.0
+    arguments: tuple[str, ...] = ()
+
+
+def run_server(
+    reference: str,
+    serve_options: ServeOptions,
+    log: Callable[[str], None],
+    announce: Path | None = None,
+    fetch: hub.Fetch = model.find,
+) -> int:
+    """Run the image `reference` until it ends and return its exit code. SIGINT and SIGTERM drain it.
+
+    The image is pulled if the engine does not have it. It gets the GPUs if the engine supports that. Local weights are
+    mounted if the image has none.
+
+    `fetch` returns the folder of a hub model. `log` is called with each line of the container log. `announce`: file to
+    which `{"url", "pid"}` is written when the server is ready. Raises `NotReadyError` without an engine, an image or a
+    free port, `UsageError` for missing weights.
+    """
+    if announce is not None:
+        outputs.retract(announce)
+    engine = DockerEngine.connect()
+    image = get_or_pull(engine, reference, log)
+    check_inferctl_image(image, reference)
+    folder = weights(image, serve_options, fetch)
+    gpu = engine.info().gpu and "NVIDIA_VISIBLE_DEVICES" in image.environment
+    address = serve_options.address
+    try:
+        container = engine.start(image.id, options(image, folder, address, gpu, serve_options.arguments))
+    except failures.NoBridgeError as error:
+        log(f"{error.message}; using the host's network")
+        address = replace(address, network="host", port=address.port or free_port())
+        container = engine.start(image.id, options(image, folder, address, gpu, serve_options.arguments))
+    with container:
+        timeout = int(serve_options.drain_seconds) + _STOP_GRACE_SECONDS
+        return _run_to_end(container, image, address, log, announce, timeout)
+
+
+def get_or_pull(engine: DockerEngine, reference: str, log: Callable[[str], None]) -> ImageInfo:
+    """Return the image `reference`, pulled if the engine does not have it. Raises `NotReadyError` if the pull fails."""
+    image = engine.image(reference)
+    if image is None:
+        log(f"pulling {reference}")
+        engine.pull(reference)
+        image = engine.image(reference)
+    if image is None:
+        raise UsageError(f"image {reference} not found", "build it with `inferctl build`")
+    return image
+
+
+def check_inferctl_image(image: ImageInfo, reference: str) -> None:
+    """Raise `UsageError` for an image that inferctl did not build, because its server is unknown."""
+    if "io.inferctl.version" not in image.labels:
+        raise UsageError(
+            f"{reference} was not built by inferctl: it has no label `io.inferctl.version`",
+            "build an image with `inferctl build`, or run this one with `docker run`",
+        )
+
+
+def weights(image: ImageInfo, serve_options: ServeOptions, fetch: hub.Fetch = model.find) -> Path | None:
+    """Return the folder to mount at /model, None if the image contains or downloads its weights."""
+    # An image without the label gets weights only if the command line specifies a model.
+    kind = image.labels.get("io.inferctl.model.weights", "mount" if serve_options.replaces_model else "bake")
+    if kind != "mount":
+        if serve_options.replaces_model:
+            verb = "downloads" if kind == "download" else "contains"
+            raise UsageError(f"this image {verb} its own weights: --model cannot replace them", "remove --model")
+        return None
+    if serve_options.model is None:
+        raise UsageError("this image mounts its weights, and no model is specified", "pass `--model DIR`")
+    return fetch(serve_options.model, serve_options.revision).path
+
+
+def options(
+    image: ImageInfo, folder: Path | None, address: Address, gpu: bool, arguments: tuple[str, ...] = ()
+) -> ContainerOptions:
+    """Return the options of the container. `arguments` come last, so that they override those of the image."""
+    container_port = listening_port(image)
+    on_host = address.network == "host"
+    port = address.port if on_host else container_port
+    listen = ("--host", address.host, "--port", str(port)) if on_host else ()
+    reference = ("--image-reference", image.digests[0] if image.digests else image.id)
+    return ContainerOptions(
+        command=(*image.command, *listen, *reference, *arguments),
+        environment={"INFERCTL_SERVE_PORT": str(port)},
+        mounts=mounts_of(folder) if folder else {},
+        volumes={CACHE_PATH: _CACHE_VOLUME} if image.environment.get("HF_HOME") == CACHE_PATH else {},
+        port=container_port,
+        host=address.host,
+        host_port=address.port,
+        network=address.network,
+        gpu=gpu,
+        labels={"io.inferctl.role": "serve"},
+    )
+
+
+def listening_port(image: ImageInfo) -> int:
+    """Return the port of the server in the image."""
+    return settings.listening_port(image.environment)
+
+
+def _run_to_end(
+    container: Container,
+    image: ImageInfo,
+    address: Address,
+    log: Callable[[str], None],
+    announce: Path | None,
+    stop_timeout: int,
+) -> int:
+    """Log the output of the container and announce the server; return the exit code. Ctrl-C stops the container."""
+    reader = threading.Thread(target=_relay_log, args=(container, log), daemon=True)
+    reader.start()
+    try:
+        port = address.port if address.network == "host" else container.host_port(listening_port(image))
+        url = f"http://{address.host}:{port}"
+        log(f"the container {container.id[:12]} listens at {url}")
+        local_host = "127.0.0.1" if address.host == "0.0.0.0" else address.host
+        if announce is not None and _wait_ready(container, (local_host, port)):
+            outputs.announce(announce, url)
+        while (code := container.wait(3600.0)) is None:
+            pass
+    except KeyboardInterrupt:
+        log("stopping the container")
+        container.stop(stop_timeout)
+        code = container.wait(float(stop_timeout)) or 0
+    reader.join(timeout=2.0)
+    if code and (error := exit_error(container, "see the log above")):
+        raise error
+    return code
+
+
+def _relay_log(container: Container, log: Callable[[str], None]) -> None:
+    # If the engine crashes, the thread that waits for the container reports it.
+    with suppress(NotReadyError):
+        for line in container.follow():
+            log(line)
+
+
+def _wait_ready(container: Container, address: tuple[str, int]) -> bool:
+    """Wait until the server is ready (return True) or its container ended (return False)."""
+    while container.state().running:
+        try:
+            request(address, "GET", "/readyz", timeout=5.0)
+        except (OSError, http.client.HTTPException):
+            time.sleep(_POLL_SECONDS)
+        else:
+            return True
+    return False
