@@ -41,9 +41,9 @@ def test_an_image_that_mounts_its_weights_asks_for_them() -> None:
 
 @pytest.mark.parametrize(("weights", "verb"), [("bake", "contains"), ("download", "downloads")])
 def test_a_model_for_an_image_with_its_own_is_refused_when_asked_for_and_ignored_when_the_spec_has_one(
-    weights: str, how: str
+    weights: str, verb: str
 ) -> None:
-    with pytest.raises(UsageError, match=f"this image {how} its own weights"):
+    with pytest.raises(UsageError, match=f"this image {verb} its own weights"):
         container.weights(image(weights), ServeOptions(HERE, model="./m", replaces_model=True))
     assert container.weights(image(weights), ServeOptions(HERE, model="./m")) is None
 
