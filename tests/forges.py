@@ -1,7 +1,7 @@
-"""Runs the files of `inferctl init --ci` as GitHub and GitLab do: the scripts in order, in a container, on an engine.
+"""Runs the files of `inferctl init --ci` as GitHub and GitLab do: the scripts in order, in a container.
 
-What the forges do themselves is done here: expressions, outputs, checkout, caches and logins. Steps that only prepare a
-hosted machine (`setup-python`, `setup-buildx-action`) do nothing: the container has Python, the engine a builder.
+This module implements the features of the forges: expressions, outputs, checkout, caches and logins. Steps that only
+prepare a hosted machine (`setup-python`, `setup-buildx-action`) do nothing: the container has Python and a builder.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _LIMIT_SECONDS = 1200
 
 @dataclass
 class Machine:
-    """A clean container in which jobs run. `folder` has the same path inside, so that the engine can mount from it."""
+    """A clean container for jobs. `folder` has the same path in the container, so that the engine can mount it."""
 
     container: str
     folder: Path
     environment: dict[str, str]
 
     def run(self, script: str, where: Path, environment: Mapping[str, str]) -> int:
-        """Run a bash script; its output goes to the test's own."""
+        """Run a bash script. Its output goes to the output of the test."""
         command = ["docker", "exec", "--workdir", str(where)]
         for name, value in {**self.environment, **environment}.items():
             command += ["--env", f"{name}={value}"]
@@ -45,7 +45,7 @@ class Machine:
 def machine(
     image: str, folder: Path, socket: Path, mounts: list[Path], environment: dict[str, str]
 ) -> Iterator[Machine]:
-    """A container of `image` whose docker command talks to the engine at `socket`."""
+    """Start a container of `image` whose docker command uses the engine at `socket`."""
     command = ["docker", "run", "--detach", "--rm", "--init", "--network", "host"]
     command += ["--volume", f"{folder}:{folder}", "--volume", f"{socket}:/var/run/docker.sock"]
     for path in mounts:
@@ -60,7 +60,7 @@ def machine(
 
 @dataclass
 class Event:
-    """What starts a job. `branch`: where the commit is; `target`: the branch that a pull request wants to change."""
+    """The event that starts a job. `branch`: branch of the commit. `target`: target branch of a pull request."""
 
     commit: str
     branch: str
@@ -71,7 +71,7 @@ class Event:
 
 @dataclass
 class Result:
-    """`steps`: the names of GitHub's steps that ran. `cached`: whether the job found weights in the forge's cache."""
+    """The result of a job. `steps`: names of the GitHub steps that ran. `cached`: whether the weights were cached."""
 
     green: bool
     job: str
@@ -83,7 +83,7 @@ class Result:
 
 
 def checkout(machine: Machine, origin: Path, commit: str) -> Path:
-    """A fresh clone of `origin` at `commit`."""
+    """Clone `origin` and check out `commit`."""
     workspace = machine.folder / f"workspace-{uuid.uuid4().hex[:8]}"
     subprocess.run(["git", "clone", "--quiet", str(origin), str(workspace)], check=True)
     subprocess.run(["git", "checkout", "--quiet", commit], cwd=workspace, check=True)
@@ -91,7 +91,7 @@ def checkout(machine: Machine, origin: Path, commit: str) -> Path:
 
 
 def evaluate(expression: str, contexts: Mapping[str, Any]) -> Any:
-    """The value of a GitHub expression, of the operators and functions that the files use."""
+    """Evaluate a GitHub expression with the operators and functions that the files use."""
 
     def lookup(path: str) -> Any:
         value: Any = contexts
@@ -113,7 +113,7 @@ def evaluate(expression: str, contexts: Mapping[str, Any]) -> Any:
 
 
 def filled(value: Any, contexts: Mapping[str, Any]) -> str:
-    """A value with its `${{ }}` replaced."""
+    """Return a value with its `${{ }}` expressions replaced."""
     return re.sub(r"\$\{\{ (.*?) \}\}", lambda found: str(evaluate(found[1], contexts)), str(value))
 
 
@@ -125,7 +125,7 @@ class GitHub:
         self.cache: dict[str, Path] = {}
 
     def run(self, machine: Machine, event: Event) -> Result:
-        """Run the one job that is for this event."""
+        """Run the job for this event."""
         workspace = checkout(machine, self.origin, event.commit)
         workflow = yaml.safe_load((workspace / ".github/workflows/inferctl.yml").read_text())
         contexts: dict[str, Any] = {
@@ -220,7 +220,7 @@ class GitLab:
         self.cache: dict[str, Path] = {}
 
     def run(self, machine: Machine, event: Event) -> Result:
-        """Run the job, as the shell executor does: all scripts in one shell."""
+        """Run the job as the shell executor does: all scripts in one shell."""
         workspace = checkout(machine, self.origin, event.commit)
         document = yaml.safe_load((workspace / ".gitlab-ci.yml").read_text())
         for entry in document.pop("include"):
@@ -261,12 +261,12 @@ class GitLab:
 
 
 def _holds(rule: str, variables: Mapping[str, str]) -> bool:
-    """Whether `$A == "b"` or `$A == $B`, the two forms that the file has."""
+    """Evaluate `$A == "b"` or `$A == $B`, the two forms in the file."""
     left, right = (variables.get(side[1:]) if side.startswith("$") else side.strip('"') for side in rule.split(" == "))
     return left == right
 
 
 def passed_on() -> dict[str, str]:
-    """What of this machine's environment pip needs to reach its index."""
+    """Return the environment variables that pip needs to reach its index."""
     wanted = re.compile(r"PIP_.*|.*_CA_(BUNDLE|CERTS|INFO)|SSL_CERT_.*|(HTTPS?|NO|ALL)_PROXY", re.IGNORECASE)
     return {name: value for name, value in os.environ.items() if wanted.fullmatch(name)}

@@ -1,9 +1,9 @@
-"""A small Hugging Face hub on 127.0.0.1, which serves folders as model repositories. For tests, and as a script:
+"""A small Hugging Face hub on 127.0.0.1 that serves folders as model repositories, for tests and as a script:
 
     python tests/hub.py --port 0 ORG/NAME=FOLDER     # prints its URL; point HF_ENDPOINT at it
 
-It follows the hub's HTTP API as far as `huggingface_hub` uses it: model information, tree, files with ETag,
-X-Repo-Commit, Content-Length and Range. A gated model answers 403, a missing one 401 as the real hub does.
+It implements the part of the hub's HTTP API that `huggingface_hub` uses: model information, tree, files with ETag,
+X-Repo-Commit, Content-Length and Range. It returns 403 for a gated model and 401 for a missing one, as the real hub.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _CHUNK = 64 * 1024
 
 @dataclass
 class Repository:
-    """One model. `gated`: readable with a token only. `counted`: the hub knows the number of parameters.
+    """A model repository. `gated`: requires a token. `counted`: the hub knows the number of parameters.
 
-    `commit` is by default made from names and sizes of the files.
+    `commit` is by default a hash of the names and sizes of the files.
     """
 
     folder: Path
@@ -46,16 +46,16 @@ class Repository:
             self.commit = hashlib.sha1(listed.encode()).hexdigest()
 
     def files(self) -> dict[str, Path]:
-        """Name in the repository -> file."""
+        """Return the files by name in the repository."""
         found = (file for file in self.folder.rglob("*") if file.is_file())
         return {file.relative_to(self.folder).as_posix(): file for file in sorted(found)}
 
 
 @dataclass
 class Hub:
-    """A running hub. `requests` are those seen so far, as in `GET /api/models/org/m`; `sent` counts bytes of files.
+    """A running hub. `requests`: received requests, such as `GET /api/models/org/m`. `sent`: bytes of sent files.
 
-    `status`: answer every request with it. `bytes_per_second`: how fast files are sent, None for as fast as possible.
+    `status`: status of every response. `bytes_per_second`: speed of files, None for no limit.
     """
 
     repositories: dict[str, Repository]
@@ -66,7 +66,7 @@ class Hub:
     bytes_per_second: float | None = None
 
     def downloads(self) -> list[str]:
-        """Files that were sent, in order."""
+        """Names of the sent files, in order."""
         return [
             line.split("/resolve/", 1)[1].split("/", 1)[1]
             for line in self.requests
@@ -76,7 +76,7 @@ class Hub:
 
 @contextmanager
 def serving(repositories: dict[str, Repository | Path], port: int = 0) -> Iterator[Hub]:
-    """A hub on a free port of 127.0.0.1 while the body runs."""
+    """Run a hub on a free port of 127.0.0.1."""
     found = {name: one if isinstance(one, Repository) else Repository(one) for name, one in repositories.items()}
     hub = Hub(found)
     server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": hub}))
@@ -93,7 +93,7 @@ def serving(repositories: dict[str, Repository | Path], port: int = 0) -> Iterat
 
 
 def online(hub: Hub | str, home: Path) -> dict[str, str]:
-    """The environment of a command that may reach `hub`, with a cache of its own."""
+    """Return the environment of a command that uses `hub` and a separate cache."""
     url = hub if isinstance(hub, str) else hub.url
     return {**{k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}, "HF_HOME": str(home), "HF_ENDPOINT": url}
 

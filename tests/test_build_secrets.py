@@ -1,4 +1,4 @@
-"""A private package index behind a company's own certificate authority: its credentials and its authority leave no trace in the image."""
+"""Tests builds with a private package index and certificate authority: the image contains no trace of the secrets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ USER, PASSWORD = "builder", "s3cret-token-0451"
 
 
 class Index(http.server.SimpleHTTPRequestHandler):
-    """The simple repository API over a folder of `<project>/<wheel>`, for those who know the password."""
+    """A package index (simple repository API) with a password, for a folder of `<project>/<wheel>`."""
 
     def do_GET(self) -> None:
         expected = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
@@ -52,14 +52,15 @@ def authority() -> trustme.CA:
 
 @pytest.fixture(scope="module")
 def private_wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two small packages of the company's own, one for each closure."""
+    """Two small private packages, one for each closure."""
     folder = tmp_path_factory.mktemp("index")
     for name in ("private-torch", "private-server"):
         module = name.replace("-", "_")
         source = tmp_path_factory.mktemp(module)
         (source / f"{module}.py").write_text(f"NAME = {name!r}\n")
         (source / "pyproject.toml").write_text(
-            f'[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n[project]\nname = "{name}"\nversion = "1.0"\n'
+            '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
+            f'[project]\nname = "{name}"\nversion = "1.0"\n'
             f'[tool.hatch.build.targets.wheel]\ninclude = ["{module}.py"]\n'
         )
         target = folder / name
@@ -117,7 +118,7 @@ def build(spec_file: Path, *flags: str | Path) -> subprocess.CompletedProcess[st
     )
 
 
-def test_secrets_open_the_index_and_leave_no_trace(
+def test_build_secrets_give_access_and_are_not_in_the_image(
     spec_file: Path, index_port: int, authority: trustme.CA, tmp_path: Path
 ) -> None:
     pip_conf, ca = tmp_path / "pip.conf", tmp_path / "ca.pem"
@@ -148,10 +149,10 @@ def test_secrets_open_the_index_and_leave_no_trace(
     assert PASSWORD not in done.stdout + done.stderr
 
 
-def test_without_an_index_of_ones_own_the_torch_closure_also_comes_from_the_index_of_its_stack(
+def test_the_torch_closure_uses_the_index_of_its_stack_by_default(
     base_image: str, private_wheels: Path, tmp_path: Path
 ) -> None:
-    """An index without a password stands in for PyTorch's, under the name that the stack gives."""
+    """An index without a password replaces the PyTorch index of the stack."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(private_wheels))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -173,12 +174,12 @@ def test_without_an_index_of_ones_own_the_torch_closure_also_comes_from_the_inde
     subprocess.run(["docker", "image", "rm", "--force", done.stdout.strip()], capture_output=True, check=False)
 
 
-def test_without_the_authority_the_build_fails_and_says_which_secret_is_missing(
+def test_a_build_without_the_certificate_authority_fails_and_names_the_option(
     spec_file: Path, index_port: int, tmp_path: Path
 ) -> None:
     pip_conf = tmp_path / "pip.conf"
     pip_conf.write_text(f"[global]\nindex-url = https://{USER}:{PASSWORD}@localhost:{index_port}/\nretries = 0\n")
-    # Another name, so that BuildKit's cache of the good build is of no use.
+    # Another name, so that BuildKit cannot use the cache of the successful build.
     text = spec_file.with_name("server.txt").read_text()
     spec_file.with_name("server.txt").write_text(text + "# again\n")
     done = build(spec_file, "--pip-conf", pip_conf)

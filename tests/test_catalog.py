@@ -1,4 +1,4 @@
-"""The facts that decisions rest on, and that each of them says where it comes from."""
+"""Tests the catalog facts, their sources, and files with facts of a user."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from inferctl import assets, catalog, precision
 from inferctl.errors import UsageError
 
-# What needs no source: names and words, not facts of the outside world.
+# Fields without a source: names and text, not facts.
 _NOT_FACTS = {"key", "name", "kind", "description", "sm_complete", "default_for", "notes", "sources", "prices"}
 _ENTRIES = [*catalog.bases().values(), *catalog.stacks().values(), *catalog.hardware_profiles().values()]
 
@@ -24,7 +24,7 @@ def test_every_fact_has_a_source_and_every_gap_a_reason(entry: Any) -> None:
     known = {name for name, value in values.items() if value not in (None, (), {}, [])}
     if isinstance(entry, catalog.Hardware) and not any(value is not None for value in entry.peaks.values()):
         known -= {"peaks"}
-    # Without an index of its own, a stack comes from PyPI.
+    # A stack without an index uses PyPI.
     gaps = {name for name, value in values.items() if value is None} - {"mig", "index"}
     assert known <= sourced, "facts without a source"
     assert gaps <= set(entry.notes), "unknown without a reason"
@@ -55,7 +55,7 @@ def test_every_price_has_a_source_and_a_date(entry: catalog.Hardware) -> None:
         assert price.date.year >= 2026
 
 
-def test_the_parts_that_users_have_are_there() -> None:
+def test_the_catalog_has_common_hardware() -> None:
     parts = {"t4", "l4", "a10", "a10g", "l40s", "h100-pcie", "h100-nvl", "h100-sxm", "h200-sxm", "cpu"}
     parts |= {"b200-sxm", "rtx-pro-6000-server"}
     parts |= {f"a100-{memory}gb-{form}" for memory in (40, 80) for form in ("pcie", "sxm")}
@@ -65,7 +65,7 @@ def test_the_parts_that_users_have_are_there() -> None:
     assert set(catalog.hardware_profiles()) == parts
 
 
-def test_a_base_names_a_stack_that_goes_with_it() -> None:
+def test_a_base_and_its_stack_are_compatible() -> None:
     for base in catalog.bases().values():
         stack = catalog.stack(base.stack)
         assert base.key in stack.default_for
@@ -95,7 +95,7 @@ def test_a_kernel_runs_on_a_newer_minor_of_its_major_and_on_no_other() -> None:
     assert catalog.stack("ngc25.12").has_kernels((8, 0)) is None
 
 
-def test_ptx_lets_newer_parts_run() -> None:
+def test_ptx_runs_on_newer_gpus() -> None:
     row = {**vars(catalog.stack("torch2.13-cu130")), "ptx": True}
     assert catalog.Stack(**row).has_kernels((13, 0)) is True
     assert catalog.Stack(**row).has_kernels((7, 0)) is False
@@ -115,7 +115,7 @@ def test_bf16_on_a_t4_is_emulated_and_has_no_peak() -> None:
     ("key", "best"),
     [("t4", "fp16"), ("l4", "bf16"), ("a100-40gb-mig-1g.5gb", "bf16"), ("h200-sxm", "bf16"), ("cpu", "fp32")],
 )
-def test_auto_takes_the_best_that_is_native(key: str, best: str) -> None:
+def test_auto_selects_the_best_native_precision(key: str, best: str) -> None:
     assert precision.best_precision(catalog.hardware(key).traits) == best
 
 
@@ -136,7 +136,7 @@ def test_half_an_a100_is_39_percent_of_its_multiprocessors_and_half_its_memory()
     assert half.labels["nvidia.com/gpu.product"] == "NVIDIA-A100-SXM4-40GB-MIG-3g.20gb"
 
 
-def test_mig_mode_gives_up_a_tenth_of_the_gpu() -> None:
+def test_mig_mode_uses_nine_tenths_of_an_a100() -> None:
     slices = [part for part in catalog.hardware_profiles().values() if part.mig]
     a100 = [part for part in slices if part.key.startswith("a100")]
     assert [part.sm_count for part in a100] == [14, 28, 42, 56, 98] * 2
@@ -156,7 +156,7 @@ def test_an_a10g_is_not_an_a10() -> None:
 
 
 def test_peaks_are_dense() -> None:
-    # The sparse figure, twice the dense one, is what many pages print.
+    # Many pages print the sparse figure, which is twice the dense one.
     assert catalog.hardware("h100-sxm").peaks["bf16"] == 989
     assert catalog.hardware("h200-sxm").peaks["bf16"] == 989
     assert catalog.hardware("a100-80gb-sxm").peaks["bf16"] == 312
@@ -185,7 +185,7 @@ def test_peaks_are_dense() -> None:
         ("NVIDIA GeForce RTX 4090", None, None),
     ],
 )
-def test_a_device_is_told_by_its_name_and_never_guessed(name: str, memory_bytes: int | None, key: str | None) -> None:
+def test_a_device_is_detected_by_its_exact_name(name: str, memory_bytes: int | None, key: str | None) -> None:
     found = catalog.detect_gpu(name, memory_bytes)
     assert (found and found.key) == key
 
@@ -199,7 +199,7 @@ def test_a_device_is_told_by_its_name_and_never_guessed(name: str, memory_bytes:
         ("T4", ["t4"]),
     ],
 )
-def test_a_shorthand_is_answered_with_the_parts_it_may_mean(key: str, offered: list[str]) -> None:
+def test_an_unknown_prefix_suggests_the_matching_hardware(key: str, offered: list[str]) -> None:
     with pytest.raises(UsageError, match="there is no hardware") as caught:
         catalog.hardware(key)
     assert caught.value.hint == f"did you mean {'one of ' if len(offered) > 1 else ''}{', '.join(offered)}?"
@@ -211,7 +211,7 @@ def test_an_unknown_name_lists_what_is_known() -> None:
     assert caught.value.hint == "known: cpu, cuda12.8, cuda13.0, ngc25.12"
 
 
-def test_the_vocabulary_of_a_spec_is_the_catalog() -> None:
+def test_the_vocabulary_has_the_names_of_the_catalog() -> None:
     vocabulary = catalog.vocabulary()
     assert vocabulary["hardware"] == list(catalog.hardware_profiles())
     assert vocabulary["image.base"] == list(catalog.bases())
@@ -219,7 +219,7 @@ def test_the_vocabulary_of_a_spec_is_the_catalog() -> None:
     assert vocabulary["bench.plan"] == sorted(plan.stem for plan in plans)
 
 
-def test_a_base_of_your_own_comes_from_a_file(tmp_path: Path) -> None:
+def test_a_base_can_be_read_from_a_file(tmp_path: Path) -> None:
     own = yaml.safe_load((assets.root() / "base-images" / "cuda13.0.yaml").read_text())
     file = tmp_path / "hardened.yaml"
     file.write_text(yaml.safe_dump({**own, "digest": "sha256:" + "0" * 64}))
@@ -235,7 +235,7 @@ def test_a_base_of_your_own_comes_from_a_file(tmp_path: Path) -> None:
         ({"python": {"version": "3.12"}}, "python.executable: Field required"),
     ],
 )
-def test_every_mistake_in_a_file_of_your_own_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_all_errors_in_a_catalog_file_are_reported(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     own = yaml.safe_load((assets.root() / "base-images" / "cuda13.0.yaml").read_text())
     file = tmp_path / "hardened.yaml"
     file.write_text(yaml.safe_dump({**own, **change}))
@@ -253,7 +253,7 @@ def test_every_mistake_in_a_file_of_your_own_is_named(tmp_path: Path, change: di
         ({"peaks": {"fp32": 1.0}}, "peaks lack bf16, fp16, int8"),
     ],
 )
-def test_a_part_of_your_own_must_make_sense(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_hardware_file_is_validated(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     own = yaml.safe_load((assets.root() / "benchmarks" / "hardware" / "t4.yaml").read_text())
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({**own, **change}))

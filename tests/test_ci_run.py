@@ -1,4 +1,4 @@
-"""Executes the files of `inferctl init --ci`: a repository with `inferctl.yaml` alone becomes green and publishes."""
+"""Runs the files of `inferctl init --ci`: the jobs of a repository with only `inferctl.yaml` succeed and publish."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def output(*command: str | Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shared with the containers under one path."""
+    """A folder with the same path on the host and in the containers."""
     return tmp_path_factory.mktemp("ci")
 
 
 @pytest.fixture(scope="module")
 def exporting_engine(engine: None, folder: Path) -> Iterator[Path]:
-    """Socket of a second Docker Engine, with the containerd image store: it exports caches and attaches provenance."""
+    """Socket of a second Docker Engine with the containerd store, which exports caches and attaches provenance."""
     config = folder / "daemon.json"
     config.write_text(json.dumps({"features": {"containerd-snapshotter": True}}))
     socket = folder / "engine.sock"
@@ -111,7 +111,7 @@ def package(folder: Path) -> str:
 
 @dataclass
 class Setting:
-    """What all jobs share."""
+    """The settings that all jobs share."""
 
     folder: Path
     base_image: str
@@ -122,7 +122,7 @@ class Setting:
     machine: Callable[[Path], Any]
 
     def repository(self, forge: str, image: str | None) -> Path:
-        """A fresh Git repository with `inferctl.yaml` and what `inferctl init --ci` writes."""
+        """Create a Git repository with `inferctl.yaml` and the files of `inferctl init --ci`."""
         origin = self.folder / f"origin-{uuid.uuid4().hex[:8]}"
         command = [sys.executable, "-m", "inferctl", "init", origin]
         output(*command, "--model", MODEL, "--base", "cpu", "--hardware", "cpu")
@@ -195,13 +195,13 @@ def exists(reference: str) -> bool:
 
 
 def content(reference: str) -> str:
-    """Digest of the image itself, without what is attached to it."""
+    """Return the digest of the image without its attestations."""
     (entry,) = (one for one in manifest(reference)["manifests"] if one["platform"]["os"] == "linux")
     return str(entry["digest"])
 
 
 def provenance(reference: str) -> dict[str, Any]:
-    """The provenance that the registry has for an image."""
+    """Return the provenance of an image in the registry."""
     name = reference.rpartition(":")[0]
     (attestation,) = (
         entry
@@ -220,7 +220,7 @@ def minutes(forge: str, first: Result, second: Result) -> None:
 
 
 def clean(socket: Path) -> None:
-    """Take all images and caches from an engine, as a hosted runner starts."""
+    """Remove all images and caches of an engine, as on a new hosted runner."""
     for command in (("builder", "prune"), ("image", "prune")):
         output("docker", "-H", f"unix://{socket}", *command, "--all", "--force")
 
@@ -229,7 +229,7 @@ def variables(setting: Setting) -> dict[str, str]:
     return {f"INFERCTL_{name}": value for name, value in setting.variables.items()}
 
 
-def test_github_is_green_twice_and_publishes_what_it_measured(setting: Setting, exporting_engine: Path) -> None:
+def test_github_publishes_the_measured_image_twice(setting: Setting, exporting_engine: Path) -> None:
     image = f"localhost:5000/ci-{uuid.uuid4().hex[:8]}/minilm"
     origin = setting.repository("github", image)
     github = GitHub(origin, variables(setting), {"REGISTRY_USER": "someone", "REGISTRY_PASSWORD": "secret"})
@@ -243,7 +243,7 @@ def test_github_is_green_twice_and_publishes_what_it_measured(setting: Setting, 
         published(image, commit, first)
         baseline = manifest(f"{image}:{TAG}")
 
-        # Everything that a hosted runner keeps between two jobs is in the registry and in the forge's cache.
+        # A hosted runner keeps only the registry and the cache of the forge between two jobs.
         clean(exporting_engine)
         commit = setting.commit_all(origin)
         second = github.run(machine, Event(commit, BRANCH, BRANCH))
@@ -253,7 +253,7 @@ def test_github_is_green_twice_and_publishes_what_it_measured(setting: Setting, 
         published(image, commit, second)
         minutes("GitHub", first, second)
 
-        # A pull request from a fork gets no secrets: it passes without a login and changes nothing in the registry.
+        # A pull request from a fork has no secrets: it passes without a login and does not change the registry.
         before = manifest(f"{image}:{TAG}")
         request = Event(setting.commit_all(origin), "patch", BRANCH, target=BRANCH, fork=True)
         third = github.run(machine, request)
@@ -262,7 +262,7 @@ def test_github_is_green_twice_and_publishes_what_it_measured(setting: Setting, 
         assert manifest(f"{image}:{TAG}") == before != baseline
         assert not exists(f"{image}:{request.commit}")
 
-        # A registry that does not respond must not look like one without a baseline.
+        # A registry that does not respond must not count as a registry without a baseline.
         dead = setting.repository("github", "localhost:1/ci/minilm")
         fourth = GitHub(dead, variables(setting), {}).run(machine, Event(setting.commit_all(dead), BRANCH, BRANCH))
         assert not fourth.green
@@ -271,7 +271,7 @@ def test_github_is_green_twice_and_publishes_what_it_measured(setting: Setting, 
 
 
 def published(image: str, commit: str, result: Result) -> None:
-    """Both names are in the registry, are one image, and have provenance."""
+    """Check that both names are the same image in the registry and have provenance."""
     assert content(f"{image}:{commit}") == content(f"{image}:{TAG}")
     found = provenance(f"{image}:{TAG}")
     assert any(one.startswith("https://slsa.dev/provenance/") for one in found["predicates"])
@@ -280,7 +280,7 @@ def published(image: str, commit: str, result: Result) -> None:
     print(f"{digest} has {found}", flush=True)
 
 
-def test_gitlab_is_green_twice_and_does_not_publish_a_regression(setting: Setting, exporting_engine: Path) -> None:
+def test_gitlab_publishes_twice_but_not_a_regression(setting: Setting, exporting_engine: Path) -> None:
     registry = f"localhost:5000/ci-{uuid.uuid4().hex[:8]}"
     origin = setting.repository("gitlab", None)
     image = f"{registry}/minilm"
@@ -313,7 +313,7 @@ def test_gitlab_is_green_twice_and_does_not_publish_a_regression(setting: Settin
 
 @contextmanager
 def throttled_candidate(folder: Path, socket: Path) -> Iterator[None]:
-    """While the body runs, the candidate gets a fifth of a core once it is ready."""
+    """Limit the candidate to 0.2 cores as soon as it is ready."""
     docker = ("docker", "-H", f"unix://{socket}")
     known = set(folder.glob("workspace-*/new.json"))
     done = threading.Event()
@@ -321,7 +321,7 @@ def throttled_candidate(folder: Path, socket: Path) -> Iterator[None]:
     def throttle() -> None:
         while not done.wait(0.2):
             if set(folder.glob("workspace-*/new.json")) - known:
-                # The newest is the candidate: the job starts the baseline first.
+                # The newest container is the candidate, because the job starts the baseline first.
                 newest, *_ = output(*docker, "ps", "--quiet", "--filter", "label=io.inferctl.role=serve").split()
                 output(*docker, "update", "--cpus", "0.2", newest)
                 return
@@ -335,7 +335,7 @@ def throttled_candidate(folder: Path, socket: Path) -> Iterator[None]:
         thread.join()
 
 
-def test_gitlab_is_green_on_an_engine_that_cannot_export_a_cache(setting: Setting) -> None:
+def test_gitlab_passes_on_an_engine_that_cannot_export_a_cache(setting: Setting) -> None:
     registry = f"localhost:5000/ci-{uuid.uuid4().hex[:8]}"
     origin = setting.repository("gitlab", None)
     with setting.machine(Path("/var/run/docker.sock")) as machine:

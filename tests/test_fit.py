@@ -1,4 +1,4 @@
-"""What fits what, and why not: each judgement with its exact words where users will act on them."""
+"""Tests the findings about a spec, a base, a stack and hardware, with their exact text."""
 
 from __future__ import annotations
 
@@ -90,33 +90,33 @@ def test_a_stack_without_kernels_for_the_gpu_is_an_error() -> None:
     assert (conservative.verdict, conservative.kernels) == ("ok", True)
 
 
-def test_what_nobody_read_is_said_to_be_unknown() -> None:
+def test_unread_kernels_are_unknown() -> None:
     judged = on("l4", base="ngc25.12")
     assert (judged.verdict, judged.kernels) == ("warn", None)
     assert finding(judged, "kernels").what == "unknown whether the stack has kernels"
 
 
-def test_a_cpu_stack_on_a_gpu_is_an_error_and_a_gpu_stack_on_a_cpu_a_waste() -> None:
+def test_a_cpu_stack_on_a_gpu_is_an_error_and_a_gpu_stack_on_a_cpu_a_warning() -> None:
     assert finding(on("t4", "fp16", base="cpu"), "kernels").level == "error"
     assert finding(on("cpu", "fp32"), "kernels").what == "the image is larger than necessary"
     assert on("cpu", "fp32", base="cpu").verdict == "ok"
 
 
-def test_without_a_driver_the_floor_is_told() -> None:
+def test_without_a_driver_the_oldest_driver_is_reported() -> None:
     found = finding(on("a10"), "driver")
     expected = "needs driver 580 or newer, or R535, R550, R565, R570 or R575 with forward compatibility"
     assert (found.level, found.what) == ("ok", expected)
     assert found.hint
 
 
-def test_int8_is_said_to_save_memory_not_time() -> None:
+def test_int8_saves_memory_but_not_time() -> None:
     found = finding(on("t4", "int8"), "int8")
     assert (found.level, found.what) == ("ok", "int8 saves memory but not time")
     assert found.hint == "for speed, set serve.precision: fp16"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
-def test_on_a_cpu_it_depends_on_the_processor(precision: str) -> None:
+def test_precision_on_a_cpu_depends_on_the_processor(precision: str) -> None:
     judged = on("cpu", precision, base="cpu")
     assert (judged.level, judged.verdict) == ("depends", "warn")
 
@@ -137,7 +137,7 @@ def test_int8_keeps_the_embedding_table_in_16_bits() -> None:
     assert need.weights == 22_713_216 + 30522 * 384
 
 
-def test_a_generator_needs_room_for_its_cache() -> None:
+def test_a_generative_model_needs_memory_for_its_kv_cache() -> None:
     t4 = catalog.hardware("t4")
     encoder = fit.ModelSize(7_000_000_000, {**SEVEN_BILLION.config, "architectures": ["MistralModel"]})
     cache = fit.memory(SEVEN_BILLION, "bf16", 4096, t4).activations - fit.memory(encoder, "bf16", 4096, t4).activations
@@ -155,7 +155,7 @@ def test_a_model_that_is_too_big_for_a_slice_is_an_error(part: str, level: str) 
     assert found.why.startswith("weights 14.0 GB, ")
 
 
-def test_a_model_of_unknown_size_is_said_to_be_unchecked_and_why() -> None:
+def test_memory_is_not_checked_for_a_model_of_unknown_size() -> None:
     judged = on("t4", "fp16", model=fit.UnknownSize("the hub does not respond", "check the network"))
     assert judged.memory is None
     found = finding(judged, "memory")
@@ -163,21 +163,21 @@ def test_a_model_of_unknown_size_is_said_to_be_unchecked_and_why() -> None:
     assert (found.why, found.hint) == ("the hub does not respond", "check the network")
 
 
-def test_a_slice_is_to_be_sized_by_its_compute() -> None:
+def test_the_load_of_a_slice_is_planned_by_its_compute() -> None:
     half, quarter = on("a100-40gb-mig-3g.20gb"), on("a100-40gb-mig-2g.10gb")
     assert finding(half, "slice").what == "38.9% of the GPU's compute, 50.0% of its memory"
     assert finding(half, "slice").hint
     assert finding(quarter, "slice").hint is None
 
 
-def test_a_hub_model_without_a_revision_floats_and_a_folder_does_not() -> None:
+def test_a_hub_model_without_a_revision_is_unpinned_and_a_folder_is_not() -> None:
     assert image()["revision"].level == "warn"
     assert "revision" not in image(model={"source": "org/model", "revision": "0" * 40})
     assert "revision" not in image(hub_model=False)
 
 
 @pytest.mark.parametrize("revision", ["main", "v1.0", "abc", "0" * 39])
-def test_a_revision_that_is_no_commit_floats(revision: str) -> None:
+def test_a_revision_that_is_not_a_commit_is_unpinned(revision: str) -> None:
     found = image(model={"source": "org/model", "revision": revision})["revision"]
     assert found.what == f"the model revision is not pinned: {revision!r} is not a commit"
     assert "--allow-floating" not in (found.hint or "")
@@ -185,14 +185,14 @@ def test_a_revision_that_is_no_commit_floats(revision: str) -> None:
     assert "--allow-floating" in (baked.hint or "")
 
 
-def test_a_base_without_a_digest_is_told_and_a_pinned_mirror_is_not() -> None:
+def test_a_base_without_a_digest_is_a_warning_and_a_pinned_mirror_is_not() -> None:
     assert image()["base.digest"].level == "warn"
     mirror = "registry.example.com/cuda"
     assert image(image={"base_image": f"{mirror}:13"})["base.digest"].what == f"{mirror}:13 is not pinned by digest"
     assert "base.digest" not in image(image={"base_image": f"{mirror}@sha256:{'0' * 64}"})
 
 
-def test_an_end_of_life_is_told_before_and_after() -> None:
+def test_a_near_or_past_end_of_life_is_a_warning() -> None:
     base = catalog.base("cuda13.0")
     stack = catalog.stack(base.stack)
 
@@ -207,12 +207,12 @@ def test_an_end_of_life_is_told_before_and_after() -> None:
     assert image(base="ngc25.12")["base.end_of_life"].what == "ngc25.12: end of life unknown"
 
 
-def test_no_slo_is_told() -> None:
+def test_a_missing_slo_is_a_warning() -> None:
     assert fit.check_slo(spec()).level == "warn"
     assert fit.check_slo(spec(slo={"p99_ms": 70})).what == "p99 within 70 ms"
 
 
-def test_a_base_with_the_libraries_of_the_wheels_ships_cuda_twice() -> None:
+def test_cuda_libraries_in_the_base_and_the_wheels_are_a_warning() -> None:
     base = dataclasses.replace(catalog.base("cuda12.8"), ships=("cudart", "cublas", "cudnn"))
     stack = catalog.stack(base.stack)
 
@@ -225,13 +225,13 @@ def test_a_base_with_the_libraries_of_the_wheels_ships_cuda_twice() -> None:
     assert "base.cuda_twice" not in topics(dataclasses.replace(base, provides=("torch",)))
 
 
-def test_a_platform_without_a_lock_is_an_error_unless_you_bring_one() -> None:
+def test_a_platform_without_a_lock_is_an_error_without_an_own_lock() -> None:
     assert image(image={"platform": "linux/arm64"})["platform"].level == "error"
     assert "platform" not in image(image={"platform": "linux/arm64", "locks": "mine"})
     assert image(image={"platform": "linux/s390x", "locks": "mine"})["platform"].level == "error"
 
 
-def test_the_platforms_of_a_build_are_judged_each_and_one_lock_for_several_is_told() -> None:
+def test_each_platform_is_checked_and_one_lock_for_several_is_a_warning() -> None:
     base = catalog.base("cuda13.0")
     stack = catalog.stack(base.stack)
 
@@ -247,6 +247,6 @@ def test_the_platforms_of_a_build_are_judged_each_and_one_lock_for_several_is_to
     assert told("linux/amd64", platform="linux/arm64") == []
 
 
-def test_the_gravest_finding_decides() -> None:
+def test_the_most_severe_finding_decides() -> None:
     levels = [fit.Finding(level, "t", "w", "y") for level in ("ok", "error", "warn")]
     assert (fit.worst(levels), fit.worst(levels[::2]), fit.worst([])) == ("error", "warn", "ok")

@@ -1,6 +1,6 @@
-"""Downloads from a hub, against a small one on 127.0.0.1.
+"""Tests downloads from a small hub on 127.0.0.1.
 
-`huggingface_hub` reads its environment once, so that each call is a process.
+Each call runs in its own process, because `huggingface_hub` reads its environment only once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SOURCE = "org/m"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny model with what a hub repository has besides: pickles, exports, a README."""
+    """A tiny model with the other files of a hub repository: pickles, exports, a README."""
     found = write_model(tmp_path / "repository", {"a": [300, 1000]})
     (found / "tokenizer.json").write_text('{"version": "1.0"}')
     (found / "README.md").write_text("hello")
@@ -81,10 +81,10 @@ def test_facts_and_the_commit_need_no_weights(hub: Hub, folder: Path, tmp_path: 
     assert "'architectures': ['BertModel']" in done.stdout
     assert run(f"hub.commit({SOURCE!r}, 'main')", environment).stdout.strip() == hub.repositories[SOURCE].commit
     assert "model.safetensors" not in hub.downloads(), "the hub knows the parameters"
-    # A hub that does not know them sends the header of the weights.
+    # If the hub does not know the parameters, they come from the header of the weights.
     assert f"parameters={local.parameters}" in run("hub.facts('org/old', None)", environment).stdout
     assert hub.sent < (folder / "model.safetensors").stat().st_size / 5
-    # What facts left in the cache is not taken for a model.
+    # The files that `facts` downloaded are not a complete model.
     assert run(FETCH, environment).stdout.splitlines()[-1].endswith(hub.repositories[SOURCE].commit)
 
 
@@ -99,7 +99,7 @@ def test_facts_and_the_commit_need_no_weights(hub: Hub, folder: Path, tmp_path: 
         ("fetch('org/..--x', None, print)", "UsageError", "not a hub id"),
     ],
 )
-def test_what_a_hub_refuses_is_one_error_with_a_hint(hub: Hub, tmp_path: Path, call: str, kind: str, said: str) -> None:
+def test_a_rejected_request_is_one_error_with_a_hint(hub: Hub, tmp_path: Path, call: str, kind: str, said: str) -> None:
     done = run(f"hub.{call}", online(hub, tmp_path / "home"))
     last = done.stdout.splitlines()[-1]
     assert last.startswith(kind), done
@@ -107,7 +107,7 @@ def test_what_a_hub_refuses_is_one_error_with_a_hint(hub: Hub, tmp_path: Path, c
     assert done.stderr == ""
 
 
-def test_without_network_and_offline_the_error_says_what_to_do(hub: Hub, tmp_path: Path) -> None:
+def test_without_network_and_offline_the_error_has_a_hint(hub: Hub, tmp_path: Path) -> None:
     nobody = online("http://127.0.0.1:9", tmp_path / "home")
     for call in (FETCH, f"hub.facts({SOURCE!r}, None)", f"hub.commit({SOURCE!r})"):
         done = run(call, nobody)
@@ -119,14 +119,14 @@ def test_without_network_and_offline_the_error_says_what_to_do(hub: Hub, tmp_pat
     assert hub.requests == []
 
 
-def test_a_hub_that_fails_is_named(hub: Hub, tmp_path: Path) -> None:
+def test_the_error_names_a_failing_hub(hub: Hub, tmp_path: Path) -> None:
     hub.status = 500
     done = run(FETCH, online(hub, tmp_path / "home"))
     assert done.stdout.startswith("NotReadyError"), done
     assert hub.url in done.stdout
 
 
-def test_a_cache_that_cannot_be_written_is_named(hub: Hub, tmp_path: Path) -> None:
+def test_the_error_names_a_cache_that_is_not_writable(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = run(FETCH, online(hub, tmp_path / "file"))
     assert "NotReadyError" in done.stdout, done

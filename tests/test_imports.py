@@ -1,4 +1,4 @@
-"""Who may import whom, and what the command line costs."""
+"""Checks which modules may import which, and the start-up time of the command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "inferctl"
-# Part of the package -> the parts it may import. `cli` may import everything.
+# Module or package -> the modules that it may import. `cli` may import all.
 FACTS = {"errors", "assets", "document", "spec", "settings", "model", "precision", "catalog", "drivers", "outputs"}
 ALLOWED = {
     "errors": set(),
@@ -33,14 +33,14 @@ ALLOWED = {
     "render": {"errors", "assets", "spec", "model", "catalog", "locks"},
     "image": FACTS | {"hub", "render", "locks", "fit", "sizes"},
     "serve": FACTS | {"hub"},
-    # The server's own batcher, which knows neither HTTP nor torch, runs on a virtual clock there.
+    # The estimator runs the server's batcher, which imports neither HTTP nor torch, on a virtual clock.
     "estimate": FACTS | {"fit", "sizes", "serve.batcher", "serve.pace"},
     "bench": FACTS | {"estimate"},
     "deploy": {"errors", "catalog", "spec", "bench.report.capacity"},
 }
-# The packages of `bench`, in the order of the data: each imports from itself and from those before it.
+# The packages of `bench` in the order of the data flow. Each imports from itself and from earlier ones.
 BENCH_ORDER = ["", "plan", "load", "judge", "measure", "report"]
-# Third party -> the only places that may import it.
+# Third-party package -> the only modules that may import it.
 ONLY_IN = {
     "torch": ("serve/engines/", "serve/reference.py"),
     "transformers": ("serve/engines/", "serve/reference.py"),
@@ -69,7 +69,7 @@ HEAVY = [
 
 
 def imports(file: Path, *, at_run_time_only: bool = False) -> set[str]:
-    """Dotted names that `file` imports anywhere; without those under `if TYPE_CHECKING` when asked."""
+    """Return the dotted names that `file` imports, with `at_run_time_only` without those under TYPE_CHECKING."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     skipped: set[ast.AST] = set()
     for node in ast.walk(tree):
@@ -94,7 +94,7 @@ FILES = sorted(file for file in PACKAGE.rglob("*.py") if "_assets" not in file.p
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
-def test_each_file_imports_only_what_lies_below_it(file: Path) -> None:
+def test_each_file_imports_only_allowed_modules(file: Path) -> None:
     part = part_of(file)
     if part in {"cli", "__main__", "__init__"}:
         return
@@ -167,10 +167,10 @@ def test_a_call_imports_only_the_command_that_it_runs(line: list[str], expected:
 
 
 def test_help_costs_at_most_half_as_much_again_as_importing_typer(tmp_path: Path) -> None:
-    """A ratio of CPU times of whole processes, interleaved, by the best of each: a busy machine changes it little."""
+    """Compare the lowest CPU times of interleaved processes, which other load on the machine changes little."""
     import resource
 
-    # As installed: pip compiles what it installs, whatever the environment of the tests says.
+    # With bytecode, as after an installation by pip, regardless of the environment of the tests.
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
 

@@ -1,4 +1,4 @@
-"""Hashed locks: what is in them, and how they are told apart."""
+"""Tests the content of hashed locks and their headers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ import pytest
 from inferctl import assets, catalog, locks
 from inferctl.errors import UsageError
 
-LOCK = "a-b==1.0 \\\n    --hash=sha256:aa \\\n    --hash=sha256:ab\ntorch==2.13.0+cpu \\\n    --hash=sha256:bb\nuvicorn[standard]==0.5 ; python_version > '3' \\\n    --hash=sha256:cc\n"
+LOCK = (
+    "a-b==1.0 \\\n    --hash=sha256:aa \\\n    --hash=sha256:ab\ntorch==2.13.0+cpu \\\n    --hash=sha256:bb\n"
+    "uvicorn[standard]==0.5 ; python_version > '3' \\\n    --hash=sha256:cc\n"
+)
 SHIPPED = list(catalog.bases().values())
 
 
-def test_versions_are_read_with_normalised_names() -> None:
+def test_versions_are_read_with_normalized_names() -> None:
     assert locks.versions(LOCK) == {"a-b": "1.0", "torch": "2.13.0+cpu", "uvicorn": "0.5"}
     assert locks.normalize("A_b.C") == "a-b-c"
 
 
-def test_a_selection_keeps_the_hashes_and_nothing_else() -> None:
+def test_a_selection_keeps_the_hashes() -> None:
     assert locks.select(LOCK, {"torch"}) == "torch==2.13.0+cpu \\\n    --hash=sha256:bb\n"
     assert locks.select(LOCK, set()) == ""
 
@@ -39,25 +42,25 @@ def test_every_shipped_lock_is_hashed_and_split_without_overlap(base: catalog.Ba
 
 
 @pytest.mark.parametrize("base", SHIPPED, ids=lambda base: base.key)
-def test_every_shipped_lock_holds_what_the_server_declares(base: catalog.BaseImage) -> None:
-    """Fails when a dependency was added without `make locks`."""
+def test_every_shipped_lock_has_all_server_requirements(base: catalog.BaseImage) -> None:
+    """Fails if a dependency was added without `make locks`."""
     found = locks.load(base, None, int8=True)
     locked = {*locks.versions(found.torch or ""), *locks.versions(found.server)} | set(base.provides)
     declared = {locks.normalize(locks.name_of(line)) for line in locks.server_requirements()}
-    # jinja2 is one of torch's own dependencies: it comes with a torch that comes with the base.
+    # jinja2 is a dependency of torch: a base with torch also has it.
     assert declared - locked - ({"jinja2"} if "torch" in base.provides else set()) == set()
 
 
 def test_the_torch_of_a_lock_is_the_one_of_its_stack() -> None:
     for base in SHIPPED:
         torch, stack = locks.load(base, None, int8=False).torch, catalog.stack(base.stack)
-        # The local version tells PyTorch's own CPU wheel from the one on PyPI, which brings CUDA.
+        # The local version distinguishes the CPU wheel of PyTorch from the wheel on PyPI, which includes CUDA.
         wanted = f"{stack.torch}+cpu" if stack.cuda is None else stack.torch
         assert torch is None or locks.versions(torch)["torch"] == wanted
 
 
 @pytest.mark.parametrize("base", SHIPPED, ids=lambda base: base.key)
-def test_no_shipped_lock_holds_what_serving_never_imports(base: catalog.BaseImage) -> None:
+def test_no_shipped_lock_has_packages_that_the_server_does_not_import(base: catalog.BaseImage) -> None:
     found = locks.load(base, None, int8=True)
     locked = {name for text in (found.torch, found.server, found.int8) for name in locks.versions(text or "")}
     assert locked & set(locks.LEFT_OUT) == set()
@@ -69,7 +72,7 @@ def test_the_cpu_stack_has_no_package_of_a_gpu() -> None:
     assert not [name for name in locks.versions(found.torch or "") if re.match("nvidia|cuda|triton", name)]
 
 
-def test_a_stack_without_locks_and_a_folder_without_one_say_how_to_make_them(tmp_path: Path) -> None:
+def test_missing_locks_have_a_hint_with_the_command(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         locks.load(replace(catalog.base("cpu"), stack="torch2.6-cu124"), None, int8=False)
     assert "inferctl lock" in (caught.value.hint or "")
@@ -80,8 +83,8 @@ def test_a_stack_without_locks_and_a_folder_without_one_say_how_to_make_them(tmp
 
 
 @pytest.mark.slow
-def test_a_wheel_folder_resolves_to_the_versions_that_are_in_it(wheels: Path, tmp_path: Path) -> None:
-    """The fixture's folder holds the versions of the shipped locks."""
+def test_a_wheel_folder_resolves_to_its_versions(wheels: Path, tmp_path: Path) -> None:
+    """The folder of the fixture has the versions of the shipped locks."""
     command = ["lock", "--base", "cpu", "--wheels", str(wheels), "--output", str(tmp_path)]
     subprocess.run([sys.executable, "-m", "inferctl", *command], check=True, capture_output=True)
     shipped = locks.load(catalog.base("cpu"), None, int8=False)
@@ -90,7 +93,7 @@ def test_a_wheel_folder_resolves_to_the_versions_that_are_in_it(wheels: Path, tm
 
 
 @pytest.mark.parametrize("base", SHIPPED, ids=lambda base: base.key)
-def test_every_shipped_lock_says_what_it_was_resolved_for(base: catalog.BaseImage) -> None:
+def test_every_shipped_lock_has_a_header(base: catalog.BaseImage) -> None:
     found = locks.load(base, None, int8=True)
     for text in (found.torch, found.server, found.int8):
         assert text is None or text.startswith(locks.header(base.stack, base.python.version, "linux/amd64"))
@@ -102,14 +105,14 @@ def copied(folder: Path, stack: str, change: Callable[[str], str] = str) -> Path
     return folder
 
 
-def test_the_lock_of_another_stack_is_refused(tmp_path: Path) -> None:
+def test_the_lock_of_another_stack_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         locks.load(catalog.base("cuda12.8"), copied(tmp_path, "torch2.13-cu130"), int8=False)
     assert "is a lock for torch2.13-cu130 and Python 3.12" in caught.value.message
     assert "inferctl lock --base cuda12.8" in (caught.value.hint or "")
 
 
-def test_a_lock_without_a_header_is_judged_by_its_torch(tmp_path: Path) -> None:
+def test_a_lock_without_a_header_is_checked_by_its_torch(tmp_path: Path) -> None:
     def headless(text: str) -> str:
         return text.partition("\n")[2]
 
@@ -128,7 +131,7 @@ def lock(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_one_package_is_upgraded_and_the_others_stay(tmp_path: Path) -> None:
-    """With the package index: an older release of orjson is put into the shipped lock."""
+    """Uses the package index, with an older release of orjson in the shipped lock."""
     older = f"orjson==3.10.18 --hash=sha256:{'0' * 64}"
     folder = copied(
         tmp_path, "ngc25.12", lambda text: re.sub(r"orjson==\S+ \\\n(    --hash=\S+( \\)?\n)+", older + "\n", text)

@@ -1,4 +1,4 @@
-"""A model folder read without torch."""
+"""Tests reading a model folder without torch."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def test_parameters_are_counted_from_the_headers(tmp_path: Path) -> None:
 
 def test_the_real_model_has_its_published_size(minilm: Path) -> None:
     found = model.find(str(minilm))
-    # 22.7 million by its model card; the file also holds the position ids.
+    # The model card says 22.7 million. The file also contains the position ids.
     assert 22_700_000 < found.parameters < 22_800_000
 
 
-def test_the_digest_follows_weights_and_tokenizer_but_not_the_readme(tmp_path: Path) -> None:
+def test_the_digest_depends_on_weights_and_tokenizer_but_not_on_the_readme(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", {"a": [2]})
     before = model.ModelFolder(folder).digest
     (folder / "README.md").write_text("hello")
@@ -63,7 +63,7 @@ def test_a_hub_model_is_found_in_the_local_cache_at_its_revision(tmp_path: Path)
 @pytest.mark.parametrize(
     "broken", ["no-config", "no-weights", "truncated", "lfs-pointer", "bad-config", "not-there", "hub"]
 )
-def test_what_is_no_model_is_refused_with_a_hint(tmp_path: Path, broken: str) -> None:
+def test_an_invalid_model_folder_is_rejected_with_a_hint(tmp_path: Path, broken: str) -> None:
     folder = write_model(tmp_path / "m", {"a": [100]})
     weights = folder / "model.safetensors"
     match broken:

@@ -1,4 +1,4 @@
-"""Pins: what a spec can fix, and edits that change one value of a YAML file and nothing else."""
+"""Tests the pins of a spec and the edits of its YAML file."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def spec(revision: str | None = None, image: str | None = None, source: str = "o
             "model: {source: org/m, revision: main}\nimage:\n  tag: a\n  base_image: >-\n    r.example.com/x\n",
             None,  # a folded text
         ),
-        ("x: &m {source: org/m}\nmodel: *m\n", None),  # the anchor stands for other places too
+        ("x: &m {source: org/m}\nmodel: *m\n", None),  # the anchored value is used elsewhere too
         ("model: {source: org/m, revision: &r main}\nname: *r\n", None),
         ("? model\n: source: org/m\n", "? model\n: source: org/m\n  revision: COMMIT\nimage:\n  base_image: IMAGE\n"),
     ],
@@ -66,13 +66,13 @@ def test_an_edit_keeps_comments_order_and_layout(before: str, after: str | None)
 
 
 @pytest.mark.parametrize("commit", ["1" * 40, "0123456789" * 4, "1234567e" + "1" * 32])
-def test_a_commit_that_yaml_takes_for_a_number_is_quoted(commit: str) -> None:
+def test_a_commit_that_yaml_would_read_as_a_number_is_quoted(commit: str) -> None:
     edited = pin.edit("model: {source: org/m}\n", {pin.MODEL: commit}, "inferctl.yaml")
     assert settings.parse(edited).data["model"]["revision"] == commit
 
 
 @pytest.mark.parametrize("revision", [None, "main", "v1.0", "c" * 39])
-def test_a_revision_that_is_no_commit_is_not_pinned(revision: str | None) -> None:
+def test_a_revision_that_is_not_a_commit_is_unpinned(revision: str | None) -> None:
     model, _ = pin.pins(spec(revision), CPU)
     assert (model.path, model.pinned, model.tracked) == (pin.MODEL, False, revision)
 
@@ -89,7 +89,7 @@ def test_a_commit_is_pinned_and_a_folder_needs_no_pin() -> None:
         ("r.example.com:5000/python", "r.example.com:5000/python", False),
         ("r.example.com:5000/python:3", "r.example.com:5000/python:3", False),
         (f"r.example.com/python:3@sha256:{'1' * 64}", "r.example.com/python:3", True),
-        (f"r.example.com/python@sha256:{'1' * 64}", None, True),  # no tag that could have moved
+        (f"r.example.com/python@sha256:{'1' * 64}", None, True),  # no tag
     ],
 )
 def test_an_image_is_pinned_by_its_digest(image: str | None, follows: str | None, pinned: bool) -> None:
@@ -97,7 +97,7 @@ def test_an_image_is_pinned_by_its_digest(image: str | None, follows: str | None
     assert (base.path, base.tracked, base.pinned) == (pin.BASE, follows, pinned)
 
 
-def test_a_digest_of_the_catalog_counts() -> None:
+def test_a_base_with_a_digest_in_the_catalog_is_pinned() -> None:
     known = dataclasses.replace(CPU, digest=f"sha256:{'2' * 64}")
     base = pin.pins(spec(), known)[-1]
     assert (base.pinned, base.tracked) == (True, "python:3.11-slim-trixie")

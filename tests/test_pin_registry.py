@@ -1,4 +1,4 @@
-"""`inferctl pin` and `inferctl catalog check` against a real registry and a hub on this machine."""
+"""Tests `inferctl pin` and `inferctl catalog check` with a real registry and a local hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.hub import Hub, Repository, online, serving
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(180)]
 SOURCE, COMMIT, NEWER = "org/m", "1" * 40, "2" * 40
-DOWN = "localhost:9/base:1"  # the discard port: nothing listens
+DOWN = "localhost:9/base:1"  # the discard port, on which nothing listens
 REQUIRE = "cuda>=12.8 brand=tesla,driver>=535,driver<536"
 SPEC = """\
 # What the search service runs.
@@ -34,7 +34,7 @@ serve: {precision: fp32}
 
 
 class Registry:
-    """A repository at localhost:5000 of this test alone."""
+    """A repository at localhost:5000 for one test."""
 
     def __init__(self, folder: Path) -> None:
         self.name = f"localhost:5000/inferctl-tests/{uuid.uuid4().hex}"
@@ -42,7 +42,7 @@ class Registry:
         self._made: list[str] = []
 
     def push(self, tag: str, *, size: int = 1000, **environment: str) -> str:
-        """The digest reference of an image of one incompressible file."""
+        """Push an image with one incompressible file and return its digest reference."""
         (self._folder / "file").write_bytes(os.urandom(size))
         lines = ["FROM scratch", *(f'ENV {key}="{value}"' for key, value in environment.items()), "COPY file /"]
         (self._folder / "Dockerfile").write_text("\n".join(lines) + "\n")
@@ -81,7 +81,7 @@ def inferctl(*arguments: str, environment: dict[str, str] | None = None) -> subp
 
 @contextmanager
 def changed(file: Path) -> Iterator[list[str]]:
-    """The lines of `file` that the body changes or adds, filled when it ends."""
+    """Collect the lines of `file` that the body changes or adds."""
     before, lines = file.read_text().splitlines(), []
     yield lines
     after = file.read_text().splitlines()
@@ -89,7 +89,7 @@ def changed(file: Path) -> Iterator[list[str]]:
     lines += [line for line in after if line not in before]
 
 
-def test_pin_writes_both_and_moves_them_on_request_only(registry: Registry, hub: Hub, tmp_path: Path) -> None:
+def test_pin_writes_both_pins_and_updates_them_only_on_request(registry: Registry, hub: Hub, tmp_path: Path) -> None:
     first = registry.push("1")
     file = tmp_path / "inferctl.yaml"
     file.write_text(SPEC.replace("IMAGE", f"{registry.name}:1"))
@@ -137,7 +137,7 @@ def test_pin_writes_both_and_moves_them_on_request_only(registry: Registry, hub:
     assert yaml.safe_load(file.read_text())["model"]["revision"] == NEWER
 
 
-def test_what_is_pinned_renders_and_builds(registry: Registry, hub: Hub, tmp_path: Path, base_image: str) -> None:
+def test_a_pinned_spec_renders_and_builds(registry: Registry, hub: Hub, tmp_path: Path, base_image: str) -> None:
     name, _, digest = base_image.partition("@")
     tagged = f"{name}:trixie-python3.11@{digest}"
     (tmp_path / "Dockerfile").write_text(f"FROM {tagged}\n")
@@ -152,7 +152,7 @@ def test_what_is_pinned_renders_and_builds(registry: Registry, hub: Hub, tmp_pat
 
 
 @pytest.mark.parametrize("image", [DOWN, "missing"])
-def test_a_registry_without_an_answer_leaves_the_commit_written_and_says_so(
+def test_the_commit_is_written_if_the_registry_does_not_respond(
     registry: Registry, hub: Hub, tmp_path: Path, image: str
 ) -> None:
     file = tmp_path / "inferctl.yaml"
@@ -165,9 +165,7 @@ def test_a_registry_without_an_answer_leaves_the_commit_written_and_says_so(
     assert "model.revision was written" in done.stderr
 
 
-def test_a_hub_without_an_answer_leaves_the_digest_written_and_says_so(
-    registry: Registry, hub: Hub, tmp_path: Path
-) -> None:
+def test_the_digest_is_written_if_the_hub_does_not_respond(registry: Registry, hub: Hub, tmp_path: Path) -> None:
     pushed = registry.push("1")
     hub.status = 503
     file = tmp_path / "inferctl.yaml"
@@ -181,7 +179,7 @@ def test_a_hub_without_an_answer_leaves_the_digest_written_and_says_so(
 
 
 def base_file(folder: Path, reference: str, **facts: Any) -> Path:
-    """The shipped CUDA 12.8 base with another image and other facts."""
+    """Write a base file: the shipped CUDA 12.8 base with another image and other facts."""
     shipped = Path(__file__).resolve().parent.parent / "base-images" / "cuda12.8.yaml"
     document = {**yaml.safe_load(shipped.read_text()), "reference": reference, "require_cuda": REQUIRE, **facts}
     for fact in facts:
@@ -196,7 +194,7 @@ def facts_of(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
     return {row["fact"]: row["verdict"] for row in json.loads(done.stdout)["facts"]}
 
 
-def test_catalog_check_compares_what_the_registry_knows(registry: Registry, tmp_path: Path) -> None:
+def test_catalog_check_compares_facts_with_the_registry(registry: Registry, tmp_path: Path) -> None:
     pushed = registry.push("1", size=1_000_000, CUDA_VERSION="12.8.1", NVIDIA_REQUIRE_CUDA=REQUIRE)
     reference, digest = f"{registry.name}:1", pushed.partition("@")[2]
     file = base_file(tmp_path, reference, digest=digest, compressed_bytes=1_100_000)
@@ -221,7 +219,7 @@ def test_catalog_check_compares_what_the_registry_knows(registry: Registry, tmp_
 
 
 @pytest.mark.parametrize(("image", "code"), [("missing", 1), (DOWN, 3)])
-def test_catalog_check_tells_a_missing_tag_from_a_registry_that_is_down(
+def test_catalog_check_distinguishes_a_missing_tag_from_a_registry_that_is_down(
     registry: Registry, tmp_path: Path, image: str, code: int
 ) -> None:
     file = base_file(tmp_path, f"{registry.name}:none" if image == "missing" else image)

@@ -1,4 +1,4 @@
-"""The Dockerfile that a spec turns into."""
+"""Tests the rendered Dockerfile, labels and tag of a spec."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rendered(base: str = "cuda13.0", chosen: locks.Locks = LOCKS, **flags: Any) 
 @pytest.mark.parametrize("base", ["cuda12.8", "cuda13.0", "ngc25.12", "cpu"])
 def test_each_base_renders_its_golden_dockerfile(base: str, golden: Callable[[str, str], None]) -> None:
     chosen = LOCKS if base != "ngc25.12" else locks.Locks(torch=None, server=LOCKS.server)
-    # The hash changes with every line of the server.
+    # The hash changes with each change of the server code.
     hashed = r'(image\.version="auto-|content\.sha256=")[0-9a-f]+'
     golden(f"render/{base}.Dockerfile", re.sub(hashed, r"\1HASH", rendered(base, chosen).dockerfile))
 
@@ -55,19 +55,19 @@ def test_heavy_layers_come_first_and_the_config_last() -> None:
     ]
 
 
-def test_a_base_that_brings_torch_gets_no_torch_layer() -> None:
+def test_a_base_with_torch_has_no_torch_layer() -> None:
     text = rendered("ngc25.12", locks.Locks(torch=None, server="x==1\n")).dockerfile
     assert "AS torch" not in text
     assert "/opt/inferctl/torch" not in text
 
 
-def test_the_base_is_the_mirror_when_one_is_given() -> None:
+def test_a_mirror_replaces_the_base() -> None:
     found = rendered(image__base_image="registry.example.com/cuda@sha256:" + "a" * 64)
     assert f"FROM registry.example.com/cuda@sha256:{'a' * 64} AS python" in found.dockerfile
     assert found.labels["org.opencontainers.image.base.digest"] == "sha256:" + "a" * 64
 
 
-def test_the_labels_say_where_the_image_comes_from() -> None:
+def test_the_labels_have_the_source_of_the_image() -> None:
     labels = rendered(serve__precision="bf16").labels
     assert labels["org.opencontainers.image.source"] == "https://example.com/team/minilm"
     assert labels["org.opencontainers.image.revision"] == "0123abc"
@@ -76,7 +76,7 @@ def test_the_labels_say_where_the_image_comes_from() -> None:
     assert labels["org.opencontainers.image.version"] == f"bf16-{labels['io.inferctl.content.sha256'][:12]}"
 
 
-def test_the_container_runs_as_a_number_and_is_stopped_and_watched_properly() -> None:
+def test_the_container_has_a_numeric_user_a_stop_signal_and_a_health_check() -> None:
     text = rendered().dockerfile
     assert "\nUSER 10001:10001\n" in text
     assert "\nSTOPSIGNAL SIGTERM\n" in text
@@ -91,7 +91,7 @@ def test_secrets_are_mounted_and_never_passed_as_arguments() -> None:
         assert f"--mount=type=secret,id={secret}," in found.dockerfile
 
 
-def test_only_the_torch_closure_is_also_looked_for_in_the_index_of_its_stack() -> None:
+def test_only_the_torch_closure_uses_the_index_of_its_stack() -> None:
     assert catalog.stack("torch2.13-cpu").index == "https://download.pytorch.org/whl/cpu"
     named = "if [ ! -s /etc/pip.conf ]; then export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu; fi;"
     torch, _, rest = rendered("cpu").dockerfile.partition("AS server-dependencies")
@@ -102,13 +102,13 @@ def test_only_the_torch_closure_is_also_looked_for_in_the_index_of_its_stack() -
 
 
 @pytest.mark.parametrize("base", ["cuda12.8", "cuda13.0", "ngc25.12"])
-def test_torch_compiles_nothing_and_multiplies_fp32_in_fp32_on_gpus(base: str) -> None:
+def test_gpu_images_disable_native_jit_and_tf32(base: str) -> None:
     final = rendered(base, locks.Locks(torch=None, server=LOCKS.server)).dockerfile.rpartition("\nFROM ")[2]
     assert "TORCH_DISABLE_NATIVE_JIT=1" in final
     assert "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0" in final
 
 
-def test_a_wheel_folder_stands_in_for_the_index() -> None:
+def test_a_wheel_folder_replaces_the_index() -> None:
     found = rendered(image__wheels="./wheels")
     assert found.contexts == {"wheels": "./wheels"}
     assert found.dockerfile.count("--no-index --find-links=/wheels") == 2
@@ -118,7 +118,7 @@ def test_a_wheel_folder_stands_in_for_the_index() -> None:
 @pytest.mark.parametrize(
     ("weights", "source_in_container"), [("mount", "/model"), ("bake", "/model"), ("download", "org/m")]
 )
-def test_the_container_is_told_where_its_weights_are(weights: str, source_in_container: str) -> None:
+def test_the_container_knows_the_path_of_its_weights(weights: str, source_in_container: str) -> None:
     found = rendered(model__weights=weights, model__source="org/m", model__revision="abc")
     config = yaml.safe_load(found.files["layers/config/etc/inferctl/inferctl.yaml"])
     assert config["model"]["source"] == source_in_container
@@ -127,7 +127,7 @@ def test_the_container_is_told_where_its_weights_are(weights: str, source_in_con
     assert ("chmod 1777 /layer/model-cache" in found.dockerfile) == (weights == "download")
 
 
-def test_a_local_model_is_baked_from_a_context_of_its_own_and_its_path_stays_here(tmp_path: Path) -> None:
+def test_a_local_model_is_baked_from_its_own_context_without_its_path(tmp_path: Path) -> None:
     found = rendered(model__weights="bake", model__source=str(tmp_path))
     assert found.contexts == {"model": str(tmp_path)}
     assert "--mount=type=bind,from=model,target=/context" in found.dockerfile
@@ -135,7 +135,7 @@ def test_a_local_model_is_baked_from_a_context_of_its_own_and_its_path_stays_her
     assert str(tmp_path).encode() not in everything
 
 
-def test_the_config_in_the_image_is_a_spec_again() -> None:
+def test_the_config_in_the_image_is_a_valid_spec() -> None:
     found = rendered(serve__precision="bf16", serve__max_batch_tokens=4096)
     document = settings.parse(found.files["layers/config/etc/inferctl/inferctl.yaml"].decode())
     serve = settings.resolve(document, {}, {}).spec.serve
@@ -143,14 +143,14 @@ def test_the_config_in_the_image_is_a_spec_again() -> None:
 
 
 @pytest.mark.parametrize("nasty", ['a"b/c', "a/b$HOME", "a/b; rm -rf x", "a/`id`", "a/b\\c"])
-def test_values_that_could_escape_into_the_dockerfile_are_refused(nasty: str) -> None:
+def test_values_that_could_change_the_dockerfile_are_rejected(nasty: str) -> None:
     with pytest.raises(UsageError) as caught:
         rendered(image__frontend=nasty)
     assert "is not allowed in a Dockerfile" in caught.value.message
 
 
 @pytest.mark.parametrize("nonsense", ["linux/amd64; rm -rf /", "linux", "linux/", "linux/arm/v7/x", "linux/amd64\n"])
-def test_a_platform_is_an_operating_system_an_architecture_and_a_variant(nonsense: str) -> None:
+def test_a_platform_has_an_operating_system_an_architecture_and_a_variant(nonsense: str) -> None:
     with pytest.raises(UsageError) as caught:
         rendered(image__platform=nonsense)
     assert "is not a valid platform" in caught.value.message
@@ -161,7 +161,7 @@ def test_a_platform_is_an_operating_system_an_architecture_and_a_variant(nonsens
 @pytest.mark.parametrize(
     "nonsense", ["cuda:", "registry.example.com/Cuda", "cuda@sha256:12", "a b", "-cuda", "cuda:13@md5:1"]
 )
-def test_a_base_image_that_is_no_image_reference_is_refused(nonsense: str) -> None:
+def test_a_base_image_that_is_not_an_image_reference_is_rejected(nonsense: str) -> None:
     with pytest.raises(UsageError) as caught:
         rendered(image__base_image=nonsense)
     assert "is not a valid base image" in caught.value.message
@@ -175,7 +175,7 @@ def test_a_base_image_may_have_a_registry_a_tag_and_a_digest(name: str) -> None:
     assert f"FROM {name} AS python" in rendered(image__base_image=name).dockerfile
 
 
-def test_the_server_layer_is_what_serving_imports_of_the_package() -> None:
+def test_the_server_layer_has_the_modules_that_the_server_imports() -> None:
     top = "layers/server/opt/inferctl/server/inferctl/"
     names = {name.removeprefix(top) for name in render.server_files()}
     assert {"serve/__main__.py", "serve/reference.py", "_assets/benchmarks/hardware/t4.yaml"} <= names
@@ -187,7 +187,7 @@ def test_the_server_layer_is_what_serving_imports_of_the_package() -> None:
             for imported in imports(render.assets.package() / name):
                 path = imported.removeprefix("inferctl.").replace(".", "/")
                 ours = imported.startswith("inferctl.") and imported != "inferctl.__version__"
-                # `from inferctl.errors import X` is the file errors.py; `from inferctl import model` is model.py.
+                # `from inferctl.errors import X` imports errors.py, and `from inferctl import model` imports model.py.
                 assert not ours or {f"{path}.py", f"{Path(path).parent}.py", f"{path}/__init__.py"} & names, (
                     f"{name} imports {imported}, which the image does not have"
                 )
@@ -211,7 +211,7 @@ def tag(chosen: locks.Locks = LOCKS, weights: str | None = None, **flags: Any) -
         {"hardware": ["t4"]},
     ],
 )
-def test_what_is_not_in_the_image_does_not_change_its_tag(flags: dict[str, Any]) -> None:
+def test_settings_outside_the_image_do_not_change_its_tag(flags: dict[str, Any]) -> None:
     assert re.fullmatch("auto-[0-9a-f]{12}", tag())
     assert tag(**flags) == tag()
 
@@ -227,11 +227,11 @@ def test_what_is_not_in_the_image_does_not_change_its_tag(flags: dict[str, Any])
         {"model__weights": "bake", "model__revision": "a" * 40},
     ],
 )
-def test_what_is_in_the_image_changes_its_tag(flags: dict[str, Any]) -> None:
+def test_settings_in_the_image_change_its_tag(flags: dict[str, Any]) -> None:
     assert tag(**flags) != tag()
 
 
-def test_the_tag_follows_the_baked_weights_and_the_revision(tmp_path: Path) -> None:
+def test_the_tag_depends_on_the_baked_weights_and_the_revision(tmp_path: Path) -> None:
     def local(weights: str | None) -> str:
         return tag(weights=weights, model__weights="bake", model__source=str(tmp_path), name="m")
 
@@ -241,7 +241,7 @@ def test_the_tag_follows_the_baked_weights_and_the_revision(tmp_path: Path) -> N
     assert hub[0] != hub[1]
 
 
-def test_the_tag_follows_the_code_of_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_tag_depends_on_the_server_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before, files = tag(), render.server_files()
     changed = tmp_path / "batcher.py"
     changed.write_text("# another batcher\n")
@@ -259,12 +259,12 @@ def test_labels_of_the_user_and_the_commit_are_in_the_image_and_not_in_its_tag()
     assert one.tag == two.tag
     assert (two.labels["team"], two.build_args) == ("search", {"SOURCE_DATE_EPOCH": str(9**9)})
     assert 'team="search"' in two.dockerfile
-    # The times of files are those of every commit.
+    # The file times are the same at each commit.
     steps = [[line for line in made.dockerfile.splitlines() if "touch" in line] for made in (one, two)]
     assert steps[0] == steps[1] != []
 
 
-def test_apt_is_given_the_certificate_authority_and_skipped_where_the_base_has_python() -> None:
+def test_apt_uses_the_certificate_authority_and_is_skipped_if_the_base_has_python() -> None:
     text = rendered().dockerfile
     assert text.count("mode=0444") == text.count("Acquire::https::CAInfo=/run/secrets/ca") == 2
     assert "if [ -x /usr/bin/python3.12 ]; then exit 0; fi" in text

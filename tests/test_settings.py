@@ -1,4 +1,4 @@
-"""What a spec file, the environment and flags turn into, and what is said about mistakes in them."""
+"""Tests the settings from a spec file, the environment and flags, and the errors in them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def problems(
     return [(p.line, p.message, p.hint) for p in caught.value.problems]
 
 
-def test_every_mistake_is_reported_at_once_each_with_its_line() -> None:
+def test_all_errors_are_reported_at_once_with_their_lines() -> None:
     text = (
         "name: MiniLM\nmodel:\n  source: org/m\n  revison: abc\nserve:\n  precision: bf61\n  port: 99999\n"
         "hardware:\n  - l4\n  - t5\n"
@@ -41,7 +41,7 @@ def test_every_mistake_is_reported_at_once_each_with_its_line() -> None:
     assert found[4][1:] == ("hardware: there is no 't5'", "did you mean t4?")
 
 
-def test_a_repeated_key_is_a_mistake_that_names_the_first_line() -> None:
+def test_a_repeated_key_is_an_error_that_names_the_first_line() -> None:
     with pytest.raises(SpecError) as caught:
         settings.parse("name: a\nname: b\n")
     assert [(p.line, p.message) for p in caught.value.problems] == [(2, "duplicate key name (first on line 1)")]
@@ -57,7 +57,7 @@ def test_a_repeated_key_is_a_mistake_that_names_the_first_line() -> None:
         ("name: a\n\tmodel: x\n", 2, "not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_mapping_says_so(text: str, line: int | None, words: str) -> None:
+def test_a_file_that_is_not_a_mapping_is_an_error(text: str, line: int | None, words: str) -> None:
     with pytest.raises(SpecError) as caught:
         settings.parse(text)
     (problem,) = caught.value.problems
@@ -75,7 +75,7 @@ def test_missing_keys_show_what_to_add() -> None:
     assert "--model" in (found[2] or "")
 
 
-def test_flags_win_over_environment_over_file_over_defaults() -> None:
+def test_flags_override_environment_file_and_defaults() -> None:
     document = settings.parse(GOOD + "serve:\n  port: 1\n  precision: fp32\n  host: file\n")
     environment = {"INFERCTL_SERVE_PORT": "2", "INFERCTL_SERVE_PRECISION": "fp16"}
     resolved = settings.resolve(document, environment, {"serve.port": 3, "serve.host": None}, VOCABULARY)
@@ -85,7 +85,7 @@ def test_flags_win_over_environment_over_file_over_defaults() -> None:
     assert origins == ["flag --port", "env INFERCTL_SERVE_PRECISION", "inferctl.yaml:7", "default"]
 
 
-def test_a_mistake_in_a_flag_or_variable_names_it_instead_of_a_line() -> None:
+def test_an_error_in_a_flag_or_variable_names_it_instead_of_a_line() -> None:
     assert problems(GOOD, {"INFERCTL_SERVE_PORT": "x"})[0][:2] == (
         None,
         "serve.port (from INFERCTL_SERVE_PORT): must be a valid integer, unable to parse string as an integer, got 'x'",
@@ -113,20 +113,20 @@ def test_without_a_file_the_name_comes_from_the_model() -> None:
     assert resolved.spec.repository == "inferctl/all-minilm-l6-v2"
 
 
-def test_no_file_points_to_init(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_suggests_init(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         settings.read(tmp_path / "inferctl.yaml")
     assert "inferctl init" in (caught.value.hint or "")
 
 
-def test_equal_specs_have_equal_digests_and_a_changed_one_another() -> None:
+def test_only_equal_specs_have_equal_digests() -> None:
     one = settings.resolve(settings.parse("name: m\nmodel: {source: org/m}\n"), {}, {}).spec
     same = settings.resolve(settings.parse("model:\n  source: org/m\nname: m\nserve: {port: 8080}\n"), {}, {}).spec
     other = settings.resolve(settings.parse(GOOD + "serve: {port: 8081}\n"), {}, {}).spec
     assert one.digest() == same.digest() != other.digest()
 
 
-def test_the_json_schema_takes_what_the_reader_takes_and_refuses_what_it_refuses() -> None:
+def test_the_json_schema_and_the_reader_accept_the_same_specs() -> None:
     validator = jsonschema.Draft202012Validator(spec.json_schema())
     validator.check_schema(spec.json_schema())
     assert not list(validator.iter_errors(yaml.safe_load(GOOD + "serve: {precision: bf16}\n")))
@@ -166,7 +166,7 @@ def test_no_text_crashes_the_reader(text: str) -> None:
         ("serve: &a [*a]", "serve.0 contains itself"),
     ],
 )
-def test_values_that_would_fail_later_are_refused_with_their_line(text: str, words: str) -> None:
+def test_values_that_would_fail_later_are_rejected_with_their_line(text: str, words: str) -> None:
     with pytest.raises(SpecError) as caught:
         settings.resolve(settings.parse(GOOD + text + "\n"), {}, {}, VOCABULARY)
     assert words in caught.value.problems[0].message
@@ -174,7 +174,7 @@ def test_values_that_would_fail_later_are_refused_with_their_line(text: str, wor
 
 
 @pytest.mark.parametrize("name", ["a..b", "a.-b", "-a", "a-", "A", "a_b"])
-def test_a_name_that_no_image_can_have_is_refused(name: str) -> None:
+def test_an_invalid_image_name_is_rejected(name: str) -> None:
     (found,) = problems(f"name: {name}\nmodel: {{source: org/m}}\n")
     assert "not a valid name" in found[1]
 
@@ -203,7 +203,7 @@ def test_a_date_like_tag_in_the_file_is_text() -> None:
     assert settings.resolve(settings.parse(GOOD + "image: {tag: 2024-02-30}\n"), {}, {}).spec.image.tag == "2024-02-30"
 
 
-def test_a_tilde_is_the_home_of_whoever_runs_this(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/nowhere/me")
     resolved = settings.resolve(settings.parse("model: {source: ~/m}\nimage: {wheels: ~/w}\n"), {}, {})
     assert (resolved.spec.model.source, resolved.spec.image.wheels) == ("/nowhere/me/m", "/nowhere/me/w")
@@ -231,7 +231,7 @@ MERGE_BOMB = "a: &a {k: 1}\n" + "".join(
     ids=["aliases", "merges", "lists", "mappings", "blocks", "bytes"],
 )
 @pytest.mark.parametrize("reader", ["spec", "hardware", "base", "plan"])
-def test_every_reader_of_yaml_refuses_what_is_too_much(tmp_path: Path, text: str, words: str, reader: str) -> None:
+def test_all_yaml_files_have_size_limits(tmp_path: Path, text: str, words: str, reader: str) -> None:
     from inferctl import catalog
     from inferctl.bench.plan import plan
 
@@ -296,7 +296,7 @@ def test_hub_ids_names_flags_and_variables_are_not_relative_to_the_spec(
     assert (one.model.source, one.image.base, one.hardware, one.bench.plan) == ("org/m", "cpu", ["t4"], "quick")
     other = settings.resolve(document, {"INFERCTL_IMAGE_LOCKS": "l"}, {"model.source": "./m"}).spec
     assert (other.model.source, other.image.locks) == ("./m", "l")
-    # A folder that is missing next to the spec is not taken for the hub model service/m.
+    # A folder missing next to the spec is not read as the hub model service/m.
     lost = settings.resolve(settings.parse("model: {source: ./m}\n", "service/inferctl.yaml"), {}, {}).spec
     assert not model.is_hub_id(lost.model.source)
 
@@ -318,31 +318,31 @@ SERVICE_LINKS = {
 }
 
 
-def test_variables_of_kubernetes_services_are_no_settings() -> None:
+def test_variables_of_kubernetes_services_are_not_settings() -> None:
     resolved = settings.resolve(settings.parse(GOOD), SERVICE_LINKS, {}, VOCABULARY)
     assert resolved.warnings == []
     assert resolved.spec == settings.resolve(settings.parse(GOOD), {}, {}, VOCABULARY).spec
 
 
 @pytest.mark.parametrize("text", ["tcp://", "10.0.0.1:80", "http://10.0.0.1:80", "x"])
-def test_a_wrong_port_is_still_a_mistake(text: str) -> None:
+def test_an_invalid_port_is_still_an_error(text: str) -> None:
     assert problems(GOOD, {"INFERCTL_SERVE_PORT": text})
     with pytest.raises(UsageError, match="is not a port"):
         settings.listening_port({"INFERCTL_SERVE_PORT": text})
 
 
-def test_the_port_of_an_image_is_not_that_of_a_kubernetes_service() -> None:
+def test_a_kubernetes_service_does_not_set_the_port_of_an_image() -> None:
     assert settings.listening_port({"INFERCTL_SERVE_PORT": "9000"}) == 9000
     assert settings.listening_port(SERVICE_LINKS) == settings.listening_port({}) == 8080
 
 
-# What may be on a command line and in a spec: no line breaks, no surrogates.
+# Text that is valid on a command line and in a spec: no line breaks, no surrogates.
 TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1)
 
 
 @hypothesis.settings(deadline=None)
 @given(TEXTS | st.sampled_from(["./my #1", "no", "1e3", "a: b", "- x", "*a", "&a", "!x", "'", "2024-01-01"]))
-def test_what_init_writes_loads_back_to_what_was_given(text: str) -> None:
+def test_a_spec_from_init_has_the_given_values(text: str) -> None:
     from inferctl.cli.init import _rendered
 
     values = {"name": "1e3", "source": text, "revision": None, "base": text, "hardware": [text, "t4"]}
@@ -351,7 +351,9 @@ def test_what_init_writes_loads_back_to_what_was_given(text: str) -> None:
     assert found == ("1e3", text, text, [text, "t4"])
 
 
-def test_init_in_another_directory_names_the_folder_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_in_another_directory_writes_a_relative_model_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from inferctl.cli import run
 
     (tmp_path / "my #1").mkdir()

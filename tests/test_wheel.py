@@ -1,4 +1,4 @@
-"""The wheel, in an environment of its own, outside the checkout."""
+"""Tests the wheel in a separate environment outside of the checkout."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / run(sys.executable, "-c", code).strip().splitlines()[-1]
 
 
-def test_the_wheel_carries_the_tracked_assets_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_contains_exactly_the_tracked_assets(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {n.removeprefix("inferctl/_assets/") for n in archive.namelist() if n.startswith("inferctl/_assets/")}
     tracked = {name for name in run("git", "ls-files").splitlines() if name.startswith(SHIPPED)}
     assert packed == tracked
 
 
-def test_the_wheel_carries_its_license_and_types(wheel: Path) -> None:
+def test_the_wheel_contains_its_license_and_types(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (license_file,) = (name for name in archive.namelist() if name.endswith("licenses/LICENSE"))
         assert archive.read(license_file) == (ROOT / "LICENSE").read_bytes()
@@ -71,6 +71,9 @@ def test_a_clean_environment_without_torch_can_init_check_and_render(wheel: Path
     run(command, "schema", cwd=work)
     assert subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode
     assert "not installed" in run(command, "doctor", cwd=work)
-    # What goes into an image is the same from a wheel as from a checkout.
-    code = "from inferctl.render import server_files; print(*(f'{n} {f.stat().st_size}' for n, f in server_files().items()), sep='\\n')"
+    # The server files of an image are the same from a wheel and from a checkout.
+    code = (
+        "from inferctl.render import server_files\n"
+        "print(*(f'{n} {f.stat().st_size}' for n, f in server_files().items()), sep='\\n')"
+    )
     assert run(python, "-c", code, cwd=work) == run(sys.executable, "-c", code, cwd=Path(os.sep))

@@ -1,4 +1,4 @@
-"""The estimator against the published rows, and what it says of its own errors."""
+"""Tests the estimator against the published rows, and its error bands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from inferctl.estimate.cost import BERT_LARGE, Cost
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "calibration"
 
 
-# fit.py imports rows.py from its own folder.
+# fit.py imports rows.py from the same folder.
 sys.path.append(str(FOLDER))
 
 
@@ -62,12 +62,12 @@ def cost_of(data: dict, part: str, precision: str) -> Cost:
     return batch_cost(here, precision, fit, BERT_LARGE)
 
 
-def test_no_row_of_the_table_is_left_out() -> None:
+def test_all_rows_of_the_table_are_used() -> None:
     lines = (FOLDER / "mlperf-bert-large.csv").read_text(encoding="utf-8").splitlines()
     assert len(ROWS) == len(lines) - 1 > 60
 
 
-def test_two_numbers_a_part_and_precision_and_one_length_for_all(data: dict) -> None:
+def test_each_part_and_precision_has_two_parameters(data: dict) -> None:
     for table in (data["parts"], data["conditions"]):
         for by in table.values():
             for precision in by.keys() & {"int8", "fp16"}:
@@ -79,7 +79,7 @@ def test_two_numbers_a_part_and_precision_and_one_length_for_all(data: dict) -> 
     assert fitted == GROUPS.keys()
 
 
-def test_rows_beside_busy_neighbours_and_under_a_power_cap_are_parts_of_their_own(data: dict) -> None:
+def test_rows_with_loaded_neighbors_or_a_power_cap_are_separate_parts(data: dict) -> None:
     assert set(data["conditions"]) == {"a100-80gb-mig-1g.10gb (6 busy neighbours)", "a100-80gb-sxm (power-capped)"}
     assert all(one["condition"] for one in data["conditions"].values())
     assert not any(
@@ -89,10 +89,9 @@ def test_rows_beside_busy_neighbours_and_under_a_power_cap_are_parts_of_their_ow
 
 @pytest.mark.parametrize(("part", "precision"), GROUPS, ids=lambda one: one)
 def test_every_row_is_estimated_within_its_limit(part: str, precision: str, data: dict, samples) -> None:
-    """Offline 10 %, the p90 of SingleStream 15 %, the Server rate at p99 <= 130 ms 15 %: all by the batcher on a
-    virtual clock.
+    """The limits are 10% for Offline, 15% for the p90 of SingleStream and 15% for the Server rate at p99 <= 130 ms.
 
-    A rate lies within 15 % of the given one when 85 % of it holds the SLO and 115 % does not.
+    A rate is within 15% of the published one if 85% of that meets the SLO and 115% does not.
     """
     server = samples.server(cost_of(data, part, precision))
     offline, single = server.offline().per_second, server.single().percentile(0.9)
@@ -107,8 +106,8 @@ def test_every_row_is_estimated_within_its_limit(part: str, precision: str, data
         assert 1.15 * min(given) >= offline or not server.meets_slo(1.15 * min(given), rows.SLO)
 
 
-def test_the_band_of_a_part_holds_nine_of_ten_rows_of_rounds_that_it_has_not_seen(samples) -> None:
-    """Rounds 1.1 and 2.0 are in no fit and in no band. At worst one row in ten of each scenario may lie outside."""
+def test_the_band_of_a_part_contains_nine_of_ten_unseen_rows(samples) -> None:
+    """Rounds 1.1 and 2.0 are in no fit and no band. At most 1 of 10 rows of each scenario may be outside."""
     known = calibration.load()
     inside: dict[str, list[bool]] = defaultdict(list)
     for row in rows.read(rows.UNSEEN):
@@ -128,17 +127,17 @@ def test_the_band_of_a_part_holds_nine_of_ten_rows_of_rounds_that_it_has_not_see
         assert sum(found) >= 0.9 * len(found), (name, found)
 
 
-def test_a_prediction_interval_holds_the_share_that_it_states() -> None:
-    """Six groups of two equal rows, logarithms normal around 0.02.
+def test_a_prediction_interval_has_its_nominal_coverage() -> None:
+    """There are six groups of two equal rows, whose logarithms are normal around 0.02.
 
-    The next group lies inside in 95% of 4,000 trials.
+    The next group is inside in 95% of 4,000 trials.
     """
     draw, inside = random.Random(3), 0
     for _ in range(4000):
         *groups, following = (math.exp(draw.gauss(0.02, 0.05)) for _ in range(7))
         low, high = fit.prediction([[one, one] for one in groups])
         inside += low <= following <= high
-    assert 0.93 < inside / 4000 < 0.985  # the interval always contains 1, so it holds a little more
+    assert 0.93 < inside / 4000 < 0.985  # the interval always contains 1, so its coverage is slightly higher
 
 
 def test_rows_are_left_out_by_round_then_by_submitter_then_by_system() -> None:
@@ -161,7 +160,7 @@ def test_the_fast_end_of_a_band_never_exceeds_the_dense_peak() -> None:
     assert near.band_for(wide).throughput[1] * near.fit.fraction == pytest.approx(1)
 
 
-def test_a_farther_basis_has_a_wider_band_and_says_what_it_rests_on() -> None:
+def test_a_less_similar_basis_has_a_wider_band_and_names_its_source() -> None:
     known = calibration.load()
     own, slice_, others = (known.of(key, "fp16") for key in ("t4", "a100-40gb-mig-3g.20gb", "h100-sxm"))
     assert [one.basis for one in (own, slice_, others)] == ["own", "slice", "others"]
@@ -184,10 +183,10 @@ def test_a_slice_lies_between_the_smallest_slice_and_the_whole_gpu() -> None:
     assert speeds == sorted(speeds, reverse=True)
 
 
-def test_a_slice_beside_six_busy_ones_loses_little_throughput(data: dict, samples) -> None:
-    """The calibration of the quiet slice meets the busy rows' Offline within 10 %.
+def test_a_slice_with_six_loaded_neighbors_loses_little_throughput(data: dict, samples) -> None:
+    """The calibration without neighbors matches the Offline rows with loaded neighbors within 10%.
 
-    What neighbours cost shows in the Server rate.
+    The cost of neighbors is in the Server rate.
     """
     part = "a100-80gb-mig-1g.10gb (6 busy neighbours)"
     quiet = samples.server(calibration.load().of("a100-80gb-mig-1g.10gb", "int8").cost(BERT_LARGE)).offline().per_second
@@ -198,12 +197,12 @@ def test_a_slice_beside_six_busy_ones_loses_little_throughput(data: dict, sample
 @pytest.mark.parametrize(
     ("key", "precision", "why"), [("t4", "bf16", "no bf16 tensor cores"), ("cpu", "fp32", "no peaks")]
 )
-def test_what_has_no_peak_is_not_estimated(key: str, precision: str, why: str) -> None:
+def test_hardware_without_a_peak_is_not_estimated(key: str, precision: str, why: str) -> None:
     with pytest.raises(UsageError, match=why):
         calibration.load().of(key, precision)
 
 
-def test_launches_go_with_layers_and_weights_with_bytes() -> None:
+def test_launches_scale_with_layers_and_weights_with_bytes() -> None:
     part = catalog.hardware("t4")
     fit = FittedParameters(0.4, 0.002)
     whole = fixed_seconds(part, "fp16", fit, BERT_LARGE)

@@ -1,4 +1,4 @@
-"""`inferctl estimate` as people and CI use it."""
+"""Tests the command `inferctl estimate`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def estimated(capsys: pytest.CaptureFixture[str], config: str, *arguments: str) 
     return dict(json.loads(capsys.readouterr().out))
 
 
-def test_figures_are_called_estimated_and_have_ranges(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_are_labeled_estimated_and_have_ranges(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--hardware", "t4,cpu", "-p", "int8", "--length", "squad", "--engine", "tensorrt")
     said = estimated(capsys, config, *arguments)
     assert said["schema"] == "inferctl.estimate/2"
@@ -112,10 +112,8 @@ def test_no_part_is_estimated_beyond_the_front_end(config: str, capsys: pytest.C
         assert limit == pytest.approx(front_end.load().texts_per_s(int(inputs)))
 
 
-def test_small_models_no_longer_promise_more_than_rows_and_front_end_support(
-    config: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """MiniLM on a T4 was 24,600 texts/s within 7%; one API process serves less than half of that."""
+def test_small_models_are_limited_by_the_front_end(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the limit, MiniLM on a T4 had 24,600 texts/s within 7%. One API process serves less than half of that."""
     Path(config).write_text(json.dumps(MINILM))
     (row,) = estimated(capsys, config, "--hardware", "t4", "--length", "46")["rows"]
     assert row["offline_texts_per_s"]["value"] is None
@@ -134,7 +132,7 @@ def test_the_terminal_shows_a_bound_and_its_reasons(
         assert reason in out
 
 
-def test_the_table_fits_a_terminal_and_says_what_it_is(
+def test_the_table_fits_a_terminal_and_is_labeled(
     config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -149,7 +147,7 @@ def test_the_table_fits_a_terminal_and_says_what_it_is(
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_a_measured_pace_is_a_row_of_its_own(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_capacity_file_is_an_additional_row(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "capacity.json").write_text('{"fixed_s": 0.004, "tokens_per_s": 15000}')
     assert (
         cli.run(
@@ -162,7 +160,7 @@ def test_a_measured_pace_is_a_row_of_its_own(config: str, tmp_path: Path, capsys
     assert row["single_ms"]["p99"]["value"] == pytest.approx(1000 * front_end.load().seconds(1) + 4 + 100 / 15)
 
 
-def test_a_measured_pace_is_that_of_each_of_the_batches_at_a_time_within_the_limit_it_was_measured_with(
+def test_a_capacity_file_has_parallel_batches_and_a_batch_limit(
     config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def texts_per_s(**measured: int) -> float:
@@ -173,16 +171,14 @@ def test_a_measured_pace_is_that_of_each_of_the_batches_at_a_time_within_the_lim
         (row,) = json.loads(capsys.readouterr().out)["rows"]
         return float(row["offline_texts_per_s"]["value"])
 
-    # A batch of one text of 100 tokens takes 4 + 100 / 15 ms; two cores run two such batches.
+    # A batch with one text of 100 tokens takes 4 + 100 / 15 ms. Two cores run two such batches.
     alone = texts_per_s(max_batch_tokens=100)
     assert alone == pytest.approx(1000 / (4 + 100 / 15), rel=1e-3)
     assert texts_per_s(max_batch_tokens=100, parallel_batches=2) == pytest.approx(2 * alone, rel=1e-3)
     assert texts_per_s() > 1.5 * alone
 
 
-def test_a_capacity_that_makes_no_sense_is_named(
-    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_invalid_capacity_file_is_an_error(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "capacity.json").write_text('{"fixed_s": 0.004, "tokens_per_s": 15000, "parallel_batches": 0}')
     assert cli.run(["estimate", "--config", config, "--capacity", "capacity.json", "--length", "100"]) == 2
     assert "parallel_batches must be a whole number above zero" in capsys.readouterr().err
@@ -199,14 +195,14 @@ def test_a_capacity_that_makes_no_sense_is_named(
         (["--hardware", "t4", "-p", "bf16"], "bf16 on t4 cannot be estimated"),
     ],
 )
-def test_mistakes_are_named(
+def test_invalid_options_are_errors(
     config: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.run(["estimate", "--config", config, *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_model_must_be_named(
+def test_a_model_is_required(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Estimates as a bench takes them: labelled, ranged, and never in a measured column."""
+"""Tests the estimated rows of a benchmark: labeled, with ranges, and not in measured columns."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_an_estimate_is_labeled_bounded_and_equal_each_time(model: Path) -> None
     json.dumps(one.as_dict())
 
 
-def test_more_than_the_part_does_has_no_latency(model: Path) -> None:
+def test_a_rate_above_the_capacity_has_no_latency(model: Path) -> None:
     found = estimate.rows(model, "fp16", "t4", load(mode="open", rate=90_000), LENGTHS)
     assert found.saturated
     assert (found.p50_ms, found.p90_ms, found.p99_ms) == (None, None, None)
@@ -66,12 +66,12 @@ def test_a_closed_loop_gives_throughput_and_latency(model: Path) -> None:
     assert found.requests_per_s.high == pytest.approx(8000 / found.p50_ms.low, rel=0.25)
 
 
-def test_int8_as_the_server_runs_it_is_not_estimated_from_another_programs_rows(model: Path) -> None:
+def test_llm_int8_is_not_estimated_from_tensorrt_rows(model: Path) -> None:
     with pytest.raises(UsageError, match=r"LLM\.int8"):
         estimate.rows(model, "int8", "t4", load(), LENGTHS)
 
 
-def test_a_model_that_does_not_fit_is_said_first(model: Path) -> None:
+def test_a_model_that_does_not_fit_is_the_first_note(model: Path) -> None:
     large = MINILM | {
         "hidden_size": 8192,
         "num_hidden_layers": 80,
@@ -130,7 +130,7 @@ def test_rows_of_a_bench_keep_estimates_out_of_measured_columns(model: Path, tmp
     assert findings.state(rows, "closed")[0].startswith("Nothing was measured")
 
 
-def test_figures_survive_as_plain_data(model: Path) -> None:
+def test_figures_are_plain_data(model: Path) -> None:
     found = estimate.rows(model, "fp16", "t4", load(), LENGTHS)
     assert dataclasses.is_dataclass(found)
     assert found.as_dict()["band"] == {"low": found.band[0], "high": found.band[1]}

@@ -1,4 +1,4 @@
-"""The batcher on a virtual clock: exact times of small cases, queueing theory for large ones."""
+"""Tests the batcher on a virtual clock: exact times of small cases, queueing theory for large ones."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from inferctl.serve import batcher
 from inferctl.serve.batcher import Limits
 
 LIMITS = Limits(16_384, UNBOUNDED)
-COST = Cost(1.0, 0.01)  # a batch of one text of 100 tokens takes two seconds
+COST = Cost(1.0, 0.01)  # a batch with one text of 100 tokens takes 2 s
 
 
-def test_it_is_the_servers_own_batcher() -> None:
+def test_the_simulation_uses_the_batcher_of_the_server() -> None:
     assert type(Simulation(COST, LIMITS, [[1]]).batcher) is batcher.Batcher
 
 
-def test_what_comes_while_a_batch_runs_goes_together() -> None:
+def test_requests_that_arrive_during_a_batch_run_together() -> None:
     answers = Simulation(COST, LIMITS, [[100], [100], [100]]).open([0.0, 0.5, 1.9])
-    # 0 to 2 alone, then the other two from 2 to 5.
+    # The first runs alone from 0 to 2, then the other two run from 2 to 5.
     assert answers.latencies == pytest.approx([2.0, 4.5, 3.1])
     assert (answers.batches, answers.seconds) == (2, pytest.approx(5.0))
 
 
-def test_what_comes_together_runs_together() -> None:
+def test_requests_that_arrive_together_run_together() -> None:
     assert Simulation(COST, LIMITS, [[100], [100]]).open([0.0, 0.0]).latencies == pytest.approx([3.0, 3.0])
 
 
-def test_two_batches_at_a_time_share_what_waits() -> None:
+def test_two_parallel_batches_share_the_queue() -> None:
     answers = Simulation(COST, LIMITS, [[100], [100]], slots=2).open([0.0, 0.0])
     assert answers.latencies == pytest.approx([2.0, 2.0])
 
 
-def test_a_user_sends_again_when_answered() -> None:
+def test_a_user_sends_the_next_request_after_a_response() -> None:
     answers = Simulation(COST, LIMITS, [[100]] * 4).closed(1)
     assert answers.latencies == pytest.approx([2.0] * 4)
     assert answers.per_second == pytest.approx(0.5)
@@ -49,15 +49,15 @@ def test_a_request_ends_with_its_last_text() -> None:
     assert Simulation(COST, Limits(100, UNBOUNDED), [[100, 100]]).open([0.0]).latencies == pytest.approx([4.0])
 
 
-def test_admission_refuses_what_would_be_late() -> None:
+def test_admission_rejects_requests_that_would_exceed_the_slo() -> None:
     limits = Limits(100, UNBOUNDED, slo=5.0)
     answers = Simulation(COST, limits, [[100]] * 200).open([0.1 * i for i in range(200)])
     assert answers.rejected > 100
     assert len(answers.latencies) + answers.rejected == 200
 
 
-def test_waiting_is_that_of_a_queue_with_constant_service() -> None:
-    """M/D/1: the mean wait is load x service / (2 (1 - load)); batches of one text make the server such a queue."""
+def test_waiting_times_match_an_md1_queue() -> None:
+    """The mean wait in M/D/1 is load x service / (2 (1 - load)). With batches of one text, the server is M/D/1."""
     service, load = 2.0, 0.7
     draw, now, arrivals = random.Random(5), 0.0, []
     for _ in range(60_000):
@@ -75,7 +75,7 @@ def test_waiting_is_that_of_a_queue_with_constant_service() -> None:
     ),
     st.integers(1, 3),
 )
-def test_everyone_is_answered_and_no_sooner_than_alone(coming: list[tuple[float, list[int]]], slots: int) -> None:
+def test_all_requests_complete_and_none_is_faster_than_alone(coming: list[tuple[float, list[int]]], slots: int) -> None:
     coming.sort(key=lambda one: one[0])
     requests = [lengths for _, lengths in coming]
     answers = Simulation(COST, Limits(500, UNBOUNDED), requests, slots).open([now for now, _ in coming])
@@ -91,7 +91,7 @@ def test_equal_seeds_give_equal_figures() -> None:
     assert one == other != SimulatedServer(COST, LIMITS, requests, seed=4).open(1.0).latencies
 
 
-def test_the_highest_rate_holds_and_a_little_more_does_not() -> None:
+def test_the_highest_rate_meets_the_slo_and_a_higher_one_does_not() -> None:
     server = SimulatedServer(Cost(0.003, 1e-5), LIMITS, [[100 + i % 100] for i in range(5000)])
     rate = server.highest_rate(0.1)
     assert 0 < rate < server.offline().per_second
@@ -99,7 +99,7 @@ def test_the_highest_rate_holds_and_a_little_more_does_not() -> None:
     assert not server.meets_slo(rate * 1.03, 0.1)
 
 
-def test_no_rate_holds_what_a_lone_request_does_not() -> None:
+def test_no_rate_meets_an_slo_that_a_single_request_exceeds() -> None:
     assert SimulatedServer(COST, LIMITS, [[100]] * 100).highest_rate(1.5) == 0
 
 

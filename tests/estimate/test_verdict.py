@@ -1,4 +1,4 @@
-"""Which part is cheaper, and when that is undecided."""
+"""Tests which part is cheaper, and when that is undecided."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def judged(price: float, mine: dict[str, Any], theirs: dict[str, Any]) -> dict[s
     ],
 )
 def test_a_price_inside_the_band_of_the_break_even_price_is_undecided(price: float, expected: str, reason: str) -> None:
-    """Break-even at 5x: 4.09x at the slow end (450 / 110) and 6.11x at the fast end (550 / 90)."""
+    """The break-even price is 5x: 4.09x at the slow end (450 / 110) and 6.11x at the fast end (550 / 90)."""
     mine = {key: 5 * value for key, value in BANDED.items()}
     found = judged(price, mine, BANDED)
     assert found["against"]["break_even"]["value"] == pytest.approx(5)
@@ -54,9 +54,9 @@ def test_two_bounds_decide_nothing() -> None:
 
 
 def test_a_bound_decides_against_the_part_that_cannot_reach_its_price() -> None:
-    """At most 110 against at least 90 is at most 1.22 times as much.
+    """At most 110 divided by at least 90 is at most 1.22.
 
-    A price of 2x is too much, a price of 1x may be.
+    A price ratio of 2 is too high, a price ratio of 1 may be.
     """
     assert judged(2.0, BOUND, BANDED)["against"]["prices"][0]["verdict"] == "more expensive"
     assert judged(1.0, BOUND, BANDED)["against"]["prices"][0]["verdict"] == "undecided"

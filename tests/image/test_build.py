@@ -1,4 +1,4 @@
-"""Builds on the real engine, of images small enough to verify in seconds; what fails leaves no name, no container, no image."""
+"""Tests builds of small images on the real engine. A failed build leaves no tag, no container and no image."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def _nothing_left_behind(engine: None, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(tiny, "mark", uuid.uuid4().hex)
     yield
     try:
-        assert _ours("ps", "--all") == []
+        assert _created("ps", "--all") == []
     finally:
-        for image in _ours("images", "--no-trunc"):
+        for image in _created("images", "--no-trunc"):
             subprocess.run(["docker", "image", "rm", "--force", image], capture_output=True, check=False)
 
 
-def _ours(*command: str) -> list[str]:
-    """Ids of this test's containers or images, the unnamed included."""
+def _created(*command: str) -> list[str]:
+    """Return the ids of the containers or images of the test, including untagged ones."""
     return _output("docker", *command, "--quiet", "--filter", f"label=test={tiny.mark}").split()
 
 
@@ -70,7 +70,7 @@ def run(docker: DockerEngine, made: BuildPlan) -> tuple[list[Event], Built]:
                 return events, end.value
 
 
-def test_an_image_is_built_verified_and_named(docker: DockerEngine, base_image: str) -> None:
+def test_an_image_is_built_verified_and_tagged(docker: DockerEngine, base_image: str) -> None:
     made = tiny.plan(tiny.rendered(base_image))
     events, built = run(docker, made)
     assert built.verified is not None
@@ -95,7 +95,7 @@ def test_a_second_build_is_cached(docker: DockerEngine, base_image: str) -> None
     assert [cached for name, cached in steps.items() if "COPY --link app" in name] == [True]
 
 
-def test_only_the_expected_image_is_named(docker: DockerEngine, base_image: str) -> None:
+def test_only_the_expected_image_is_tagged(docker: DockerEngine, base_image: str) -> None:
     made = tiny.with_options(tiny.plan(tiny.rendered(base_image)), verify=False)
     _, measured = run(docker, made)
     second = f"{made.reference}-second"
@@ -108,9 +108,7 @@ def test_only_the_expected_image_is_named(docker: DockerEngine, base_image: str)
     assert docker.image(changed.reference) is None
 
 
-def test_a_cache_that_may_fail_is_skipped_where_the_builder_cannot_export_one(
-    docker: DockerEngine, base_image: str
-) -> None:
+def test_an_optional_cache_export_is_skipped_if_the_builder_cannot_do_it(docker: DockerEngine, base_image: str) -> None:
     name = f"{REGISTRY}/inferctl-test/{uuid.uuid4().hex[:12]}:cache"
     target = f"type=registry,ref={name},mode=max"
     made = tiny.with_options(tiny.plan(tiny.rendered(base_image)), verify=False)
@@ -120,12 +118,12 @@ def test_a_cache_that_may_fail_is_skipped_where_the_builder_cannot_export_one(
     assert [event for event in events if isinstance(event, Note) and "the build cache is not exported" in event.text]
 
 
-def test_a_pushed_image_is_what_was_verified_and_a_second_push_sends_next_to_nothing(
+def test_the_pushed_image_is_the_verified_one_and_a_second_push_sends_little(
     docker: DockerEngine, base_image: str
 ) -> None:
     name = f"{REGISTRY}/inferctl-test/{uuid.uuid4().hex[:12]}:x"
     image = tiny.rendered(base_image)
-    # A layer that no other repository has, so that it is sent rather than mounted.
+    # A layer that no other repository has, so that it is sent and not mounted.
     image = replace(image, files={**image.files, "app/unique.txt": uuid.uuid4().bytes})
     made = tiny.with_options(tiny.plan(image, name=name), push=True)
     events, built = run(docker, made)
@@ -154,9 +152,7 @@ def test_every_name_of_an_image_is_tagged_and_pushed_under_one_digest(docker: Do
         assert buildx.manifest(name, docker.info().platform)["config"]["digest"] == built.image
 
 
-def test_if_one_of_several_names_cannot_be_pushed_all_of_them_name_what_they_did(
-    docker: DockerEngine, base_image: str
-) -> None:
+def test_if_the_push_of_one_name_fails_all_names_keep_their_image(docker: DockerEngine, base_image: str) -> None:
     name = f"{REGISTRY}/inferctl-test/{uuid.uuid4().hex[:12]}:x"
     _, before = run(docker, tiny.with_options(tiny.plan(tiny.rendered(base_image), name=name), verify=False))
     refused = f"127.0.0.1:1/inferctl-test/{uuid.uuid4().hex[:12]}:x"
@@ -178,7 +174,7 @@ def test_if_one_of_several_names_cannot_be_pushed_all_of_them_name_what_they_did
         ("dies", r"(?s)ended with exit code 1 .*there is no such model"),
     ],
 )
-def test_an_image_that_breaks_the_contract_gets_no_name(
+def test_an_image_that_fails_verification_is_not_tagged(
     docker: DockerEngine, base_image: str, behaviour: str, what: str
 ) -> None:
     made = tiny.plan(tiny.rendered(base_image, behaviour))
@@ -187,10 +183,12 @@ def test_an_image_that_breaks_the_contract_gets_no_name(
     assert caught.value.message.startswith("verification failed: ")
     assert caught.value.exit_code == 1
     assert docker.image(made.reference) is None
-    assert _ours("images") == []
+    assert _created("images") == []
 
 
-def test_weights_that_only_their_owner_may_read_are_told(docker: DockerEngine, base_image: str, tmp_path: Path) -> None:
+def test_weights_that_only_their_owner_can_read_are_an_error(
+    docker: DockerEngine, base_image: str, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "config.json").chmod(0o600)
     made = tiny.plan(tiny.rendered(base_image, "forbidden"))
@@ -208,7 +206,7 @@ def test_an_image_that_is_never_ready_fails_with_its_log(docker: DockerEngine, b
     assert "--ready-timeout" in (caught.value.hint or "")
 
 
-def test_a_broken_image_keeps_what_its_name_named_before(docker: DockerEngine, base_image: str) -> None:
+def test_after_a_failed_verification_the_tag_keeps_its_image(docker: DockerEngine, base_image: str) -> None:
     good = tiny.plan(tiny.rendered(base_image))
     _, built = run(docker, good)
     with pytest.raises(InferctlError):
@@ -218,12 +216,12 @@ def test_a_broken_image_keeps_what_its_name_named_before(docker: DockerEngine, b
     assert found.id == built.image
 
 
-def test_without_verification_a_broken_image_is_named(docker: DockerEngine, base_image: str) -> None:
+def test_without_verification_a_broken_image_is_tagged(docker: DockerEngine, base_image: str) -> None:
     _, built = run(docker, tiny.with_options(tiny.plan(tiny.rendered(base_image, "nan")), verify=False))
     assert built.verified is None
 
 
-def test_an_image_that_runs_as_root_is_refused(docker: DockerEngine, base_image: str) -> None:
+def test_an_image_that_runs_as_root_is_rejected(docker: DockerEngine, base_image: str) -> None:
     with pytest.raises(InferctlError, match="runs as root"):
         run(docker, tiny.plan(tiny.rendered(base_image, user="root")))
 
@@ -238,12 +236,12 @@ def test_bytes_hidden_by_a_later_layer_are_found(docker: DockerEngine, base_imag
     assert "/big (9.0 MB, deleted)" in built.findings[0].why
 
 
-def test_the_platform_of_the_spec_is_not_ignored(docker: DockerEngine, base_image: str) -> None:
+def test_the_platform_of_the_spec_is_used(docker: DockerEngine, base_image: str) -> None:
     made = tiny.plan(tiny.rendered(base_image))
     image = made.spec.image.model_copy(update={"platform": "linux/s390x"})
     with pytest.raises(NotReadyError, match="linux/s390x"):
         run(docker, replace(made, spec=made.spec.model_copy(update={"image": image})))
-    assert _ours("images") == []
+    assert _created("images") == []
 
 
 @pytest.mark.parametrize(
@@ -270,12 +268,12 @@ def test_a_step_that_fails(docker: DockerEngine, base_image: str, line: str, wha
         ("localhost:1/none:1", "its registry localhost:1 cannot be reached"),
     ],
 )
-def test_a_base_that_cannot_be_had(docker: DockerEngine, base: str, what: str) -> None:
+def test_an_unavailable_base(docker: DockerEngine, base: str, what: str) -> None:
     with pytest.raises(NotReadyError, match=what):
         run(docker, tiny.plan(tiny.rendered(base)))
 
 
-def test_closing_a_build_stops_it_and_names_nothing(docker: DockerEngine, base_image: str) -> None:
+def test_closing_a_build_stops_it_and_tags_nothing(docker: DockerEngine, base_image: str) -> None:
     marker = uuid.uuid4().hex
     made = tiny.plan(tiny.rendered(base_image, extra=f"RUN echo {marker} && sleep 600"))
     going = build.run(made, docker, docker.info())
@@ -289,7 +287,7 @@ def test_closing_a_build_stops_it_and_names_nothing(docker: DockerEngine, base_i
 
 @contextlib.contextmanager
 def registry(status: int, body: bytes, headers: dict[str, str]) -> Iterator[str]:
-    """A registry that answers every request alike."""
+    """A registry that returns the same response to all requests."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
@@ -318,18 +316,18 @@ def registry(status: int, body: bytes, headers: dict[str, str]) -> Iterator[str]
         server.server_close()
 
 
-def test_an_image_larger_than_allowed_gets_no_name(docker: DockerEngine, base_image: str) -> None:
+def test_an_image_above_the_size_limit_is_not_tagged(docker: DockerEngine, base_image: str) -> None:
     unknown = SizeForecast((ImagePart("base image", None, "not known"),))
     made = replace(tiny.plan(tiny.rendered(base_image)), forecast=unknown)
     with pytest.raises(InferctlError, match=r"more than the 1\.0 MB of --max-size") as caught:
         run(docker, tiny.with_options(made, max_bytes=1_000_000))
     assert caught.value.exit_code == 1
     assert docker.image(made.reference) is None
-    assert _ours("images") == []
+    assert _created("images") == []
     run(docker, tiny.with_options(made, max_bytes=10**10))
 
 
-def test_an_engine_that_dies_while_an_image_is_built_is_told(
+def test_an_engine_that_crashes_during_a_build_is_an_error(
     docker: DockerEngine, base_image: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     adapter = getattr(docker._api, "_custom_adapter", None)
@@ -342,12 +340,12 @@ def test_an_engine_that_dies_while_an_image_is_built_is_told(
     with pytest.raises(NotReadyError, match="is down: connection refused"):
         for event in going:
             if isinstance(event, Phase) and event.name == "verify":
-                # From here on nobody listens.
+                # From here on, connections are refused.
                 monkeypatch.setattr(adapter, "socket_path", str(tmp_path / "dead.sock"))
                 adapter.pools.clear()
 
 
-def test_metadata_that_cannot_be_written_does_not_hide_that_the_image_is_there(
+def test_if_metadata_cannot_be_written_the_error_names_the_built_image(
     docker: DockerEngine, base_image: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "folder"
@@ -379,7 +377,7 @@ def confirm(host: str, digest: str) -> list[Event]:
     return list(publish._confirm(f"{host}/inferctl-test/x:1", digest, IMAGE, f"sha256:{'1' * 64}", None))
 
 
-def test_a_registry_that_has_another_image_is_an_error_and_one_out_of_reach_a_note(engine: None) -> None:
+def test_another_image_in_the_registry_is_an_error_and_an_unreachable_registry_a_note(engine: None) -> None:
     body = json.dumps(INDEX).encode()
     digest = f"sha256:{hashlib.sha256(body).hexdigest()}"
     headers = {"content-type": str(INDEX["mediaType"]), "docker-content-digest": digest}
@@ -393,7 +391,7 @@ def test_a_registry_that_has_another_image_is_an_error_and_one_out_of_reach_a_no
     assert "not compared with the verified image" in note.text
 
 
-def test_a_push_without_login_fails_and_takes_the_name_back(docker: DockerEngine, base_image: str) -> None:
+def test_a_push_without_login_fails_and_removes_the_tag(docker: DockerEngine, base_image: str) -> None:
     body = b'{"errors":[{"code":"UNAUTHORIZED","message":"authentication required"}]}'
     with registry(401, body, {"www-authenticate": 'Basic realm="private"'}) as host:
         made = tiny.with_options(
@@ -405,7 +403,7 @@ def test_a_push_without_login_fails_and_takes_the_name_back(docker: DockerEngine
     assert docker.image(made.reference) is None
 
 
-def test_a_taken_port_is_named(docker: DockerEngine, base_image: str) -> None:
+def test_a_port_in_use_is_an_error(docker: DockerEngine, base_image: str) -> None:
     _, built = run(docker, tiny.with_options(tiny.plan(tiny.rendered(base_image)), verify=False))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -415,11 +413,11 @@ def test_a_taken_port_is_named(docker: DockerEngine, base_image: str) -> None:
             docker.start(
                 built.image, ContainerOptions(port=8080, host_port=port, labels={"io.inferctl.role": "verify"})
             )
-    # An engine whose bridge does not work says that first.
+    # An engine without a working bridge reports that first.
     assert f"port {port} is taken" in caught.value.message or "bridge network" in caught.value.message
 
 
-def test_a_container_that_runs_out_of_memory_is_named(docker: DockerEngine, base_image: str) -> None:
+def test_a_container_that_runs_out_of_memory_is_an_error(docker: DockerEngine, base_image: str) -> None:
     _, built = run(docker, tiny.with_options(tiny.plan(tiny.rendered(base_image, "hungry")), verify=False))
     options = ContainerOptions(network="none", labels={"io.inferctl.role": "verify"}, memory_bytes=100_000_000)
     with docker.start(built.image, options) as container:
@@ -429,9 +427,7 @@ def test_a_container_that_runs_out_of_memory_is_named(docker: DockerEngine, base
     assert "ran out of memory" in error.message
 
 
-def test_an_image_is_served_as_a_container_until_it_is_told_to_stop(
-    docker: DockerEngine, base_image: str, tmp_path: Path
-) -> None:
+def test_an_image_is_served_until_it_receives_a_signal(docker: DockerEngine, base_image: str, tmp_path: Path) -> None:
     _, built = run(docker, tiny.plan(tiny.rendered(base_image)))
     announce = tmp_path / "ready.json"
     options = ("--image", built.reference, "--port", "0", "--announce", str(announce))
@@ -451,7 +447,7 @@ def test_an_image_is_served_as_a_container_until_it_is_told_to_stop(
     assert _output("docker", "ps", "--all", "--quiet", "--filter", f"ancestor={built.image}") == ""
 
 
-def test_a_served_image_that_dies_ends_with_its_log_and_exit_code(docker: DockerEngine, base_image: str) -> None:
+def test_a_server_container_that_exits_ends_with_its_log_and_exit_code(docker: DockerEngine, base_image: str) -> None:
     made = tiny.with_options(tiny.plan(tiny.rendered(base_image, "dies")), verify=False)
     _, built = run(docker, made)
     done = subprocess.run(
@@ -466,7 +462,7 @@ def test_a_served_image_that_dies_ends_with_its_log_and_exit_code(docker: Docker
     assert "hint: see the log above\n" in done.stderr
 
 
-def test_the_classic_engine_says_that_it_attaches_no_provenance(docker: DockerEngine, base_image: str) -> None:
+def test_the_classic_engine_reports_missing_provenance(docker: DockerEngine, base_image: str) -> None:
     info = docker.info()
     name = f"{REGISTRY}/inferctl-test/{uuid.uuid4().hex[:12]}:x"
     events, _ = run(docker, tiny.with_options(tiny.plan(tiny.rendered(base_image), name=name), push=True, verify=False))

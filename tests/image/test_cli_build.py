@@ -1,4 +1,4 @@
-"""`inferctl build` and `inferctl push` as commands: stdout, hints and exit codes."""
+"""Tests the commands `inferctl build` and `inferctl push`: stdout, hints and exit codes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HASH = f"--hash=sha256:{'0' * 64}"
 
 
 def model(folder: Path) -> Path:
-    """The smallest folder that is a model: an empty safetensors file."""
+    """A minimal model folder with an empty safetensors file."""
     folder.mkdir()
     (folder / "config.json").write_text('{"architectures": ["BertModel"]}')
     (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
@@ -60,7 +60,12 @@ def test_a_dry_run_needs_no_engine_and_prints_plan_forecast_and_dockerfile(tmp_p
     done = inferctl("build", "--dry-run", "--push", "--spec", file, DOCKER_HOST=f"unix://{tmp_path}/none")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("registry.example.com/ml/tiny:auto-")
-    for part in ("verify: start the image", "push to registry.example.com", "size forecast: ", "FROM python:3.11-slim-trixie"):
+    for part in (
+        "verify: start the image",
+        "push to registry.example.com",
+        "size forecast: ",
+        "FROM python:3.11-slim-trixie",
+    ):
         assert part in done.stdout
     assert "[base.digest]" in done.stderr
 
@@ -76,7 +81,7 @@ def test_a_dry_run_as_json_is_one_document(tmp_path: Path) -> None:
     assert "FROM" in plan["dockerfile"]
 
 
-def test_a_plan_lists_every_name_once(tmp_path: Path) -> None:
+def test_a_plan_lists_each_name_once(tmp_path: Path) -> None:
     names = ["r.example.com/a/b:1", "r.example.com/a/b:2", "s.example.com/c:1", "r.example.com/a/b:1"]
     tags = [part for name in names for part in ("--tag", name)]
     done = inferctl("build", "--dry-run", "--json", "--push", *tags, "--spec", spec(tmp_path))
@@ -86,12 +91,12 @@ def test_a_plan_lists_every_name_once(tmp_path: Path) -> None:
     assert plan["steps"][-2:] == ["push to r.example.com", "push to s.example.com"]
 
 
-def test_a_tag_with_a_digest_is_refused(tmp_path: Path) -> None:
+def test_a_tag_with_a_digest_is_rejected(tmp_path: Path) -> None:
     tag = f"r.example.com/a@sha256:{'1' * 64}"
     failed(inferctl("build", "--dry-run", "--tag", tag, "--spec", spec(tmp_path)), 2, "has a digest", "name and a tag")
 
 
-def test_the_plan_names_the_mirror_that_is_built_on(tmp_path: Path) -> None:
+def test_the_plan_names_the_mirror_of_the_base(tmp_path: Path) -> None:
     mirror = f"r.example.com/python@sha256:{'1' * 64}"
     done = inferctl("build", "--dry-run", "--json", "--spec", spec(tmp_path, base_image=mirror))
     plan = json.loads(done.stdout)
@@ -107,7 +112,7 @@ def test_the_plan_names_the_mirror_that_is_built_on(tmp_path: Path) -> None:
         (["--platform", "linux/amd64,linux/riscv64"], {}, "cpu is not available for linux/riscv64"),
     ],
 )
-def test_a_platform_that_cannot_be_had_is_refused_before_the_engine_is_asked(
+def test_an_unavailable_platform_is_rejected_without_the_engine(
     tmp_path: Path, flags: list[str], image: dict[str, str], message: str
 ) -> None:
     nowhere = f"unix://{tmp_path}/none"
@@ -115,7 +120,7 @@ def test_a_platform_that_cannot_be_had_is_refused_before_the_engine_is_asked(
     failed(done, 2, message, "--platform")
 
 
-def test_the_platform_of_the_spec_is_what_is_built_for(tmp_path: Path) -> None:
+def test_the_image_is_built_for_the_platform_of_the_spec(tmp_path: Path) -> None:
     file = spec(tmp_path, platform="linux/arm64")
     assert "build for linux/arm64 on cpu" in inferctl("build", "--dry-run", "--spec", file).stdout
     both = inferctl("build", "--dry-run", "--platform", "linux/amd64, linux/arm64", "--spec", file)
@@ -124,7 +129,7 @@ def test_the_platform_of_the_spec_is_what_is_built_for(tmp_path: Path) -> None:
     assert "one lock for 2 platforms" in both.stderr
 
 
-def test_a_size_limit_that_cannot_be_judged_yet_says_so(tmp_path: Path) -> None:
+def test_a_size_limit_with_an_incomplete_forecast_is_a_warning(tmp_path: Path) -> None:
     base = yaml.safe_load((assets.root() / "base-images" / "cpu.yaml").read_text())
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({**base, "compressed_bytes": None}))
     file = spec(tmp_path, base=str(tmp_path / "own.yaml"))
@@ -135,7 +140,7 @@ def test_a_size_limit_that_cannot_be_judged_yet_says_so(tmp_path: Path) -> None:
     assert "base image" in done.stderr
 
 
-def test_only_what_the_image_takes_of_a_model_folder_is_weighed(tmp_path: Path) -> None:
+def test_the_forecast_counts_only_the_files_that_the_image_contains(tmp_path: Path) -> None:
     file = spec(tmp_path)
     content = yaml.safe_load(file.read_text())
     content["model"]["weights"] = "bake"
@@ -148,7 +153,7 @@ def test_only_what_the_image_takes_of_a_model_folder_is_weighed(tmp_path: Path) 
     assert weights == [len('{"architectures": ["BertModel"]}') + 10]
 
 
-def test_a_revision_that_is_a_branch_is_refused_too(tmp_path: Path) -> None:
+def test_a_branch_as_revision_is_rejected(tmp_path: Path) -> None:
     file = spec(tmp_path)
     content = yaml.safe_load(file.read_text())
     content["model"] = {"source": "org/model", "weights": "bake", "revision": "main"}
@@ -164,22 +169,25 @@ def failed(done: subprocess.CompletedProcess[str], code: int, message: str, hint
     assert hint in done.stderr.partition("hint: ")[2]
 
 
-def test_an_image_too_large_is_refused_before_it_is_built(tmp_path: Path) -> None:
+def test_an_image_above_the_size_limit_is_rejected_before_the_build(tmp_path: Path) -> None:
     nowhere = f"unix://{tmp_path}/none"
     done = inferctl("build", "--max-size", "10MB", "--spec", spec(tmp_path), DOCKER_HOST=nowhere)
     failed(done, 1, "more than the 10.0 MB of --max-size", "--max-size")
     assert "server dependencies" in done.stderr
 
 
-def test_there_is_no_engine(tmp_path: Path) -> None:
+def test_without_an_engine_the_error_has_a_hint(tmp_path: Path) -> None:
     nowhere = f"unix://{tmp_path}/none"
     failed(
-        inferctl("build", "--spec", spec(tmp_path), DOCKER_HOST=nowhere), 3, "Docker Engine not found", "apt-get install"
+        inferctl("build", "--spec", spec(tmp_path), DOCKER_HOST=nowhere),
+        3,
+        "Docker Engine not found",
+        "apt-get install",
     )
     failed(inferctl("push", "a:b", DOCKER_HOST=nowhere), 3, "Docker Engine not found", "apt-get install")
 
 
-def test_a_floating_hub_model_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
+def test_an_unpinned_hub_model_is_rejected_unless_it_is_allowed(tmp_path: Path) -> None:
     file = spec(tmp_path)
     content = yaml.safe_load(file.read_text())
     content["model"] = {"source": "sentence-transformers/all-MiniLM-L6-v2", "weights": "download"}
@@ -190,13 +198,13 @@ def test_a_floating_hub_model_is_refused_unless_it_is_allowed(tmp_path: Path) ->
     assert "[revision]" in allowed.stderr
 
 
-def test_weights_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_weights(tmp_path: Path) -> None:
     file = spec(tmp_path)
     (tmp_path / "model" / "model.safetensors").unlink()
     failed(inferctl("build", "--spec", file), 2, "no *.safetensors weights", "save_pretrained")
 
 
-def test_an_image_that_mounts_its_weights_can_be_built_where_they_are_not(tmp_path: Path) -> None:
+def test_an_image_that_mounts_its_weights_can_be_built_without_them(tmp_path: Path) -> None:
     file = spec(tmp_path)
     (tmp_path / "model" / "model.safetensors").unlink()
     assert inferctl("build", "--dry-run", "--no-verify", "--spec", file).returncode == 0
@@ -235,12 +243,12 @@ def test_bad_options(tmp_path: Path, arguments: list[str], message: str, hint: s
 
 
 @pytest.mark.docker
-def test_an_image_that_is_not_there_cannot_be_pushed(engine: None) -> None:
+def test_a_missing_image_cannot_be_pushed(engine: None) -> None:
     failed(inferctl("push", f"localhost:5000/{uuid.uuid4().hex}:x"), 3, "not found in the engine", "inferctl build")
 
 
 @pytest.mark.docker
-def test_a_package_that_no_index_has_fails_the_build_with_a_hint(base_image: str, tmp_path: Path) -> None:
+def test_a_missing_package_fails_the_build_with_a_hint(base_image: str, tmp_path: Path) -> None:
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     file = spec(tmp_path, base_image=base_image, wheels=str(wheels))
@@ -253,7 +261,7 @@ def test_a_package_that_no_index_has_fails_the_build_with_a_hint(base_image: str
 
 @contextmanager
 def silent_index() -> Iterator[tuple[str, threading.Event]]:
-    """A package index that takes requests and never answers; the event says that one came."""
+    """A package index that never responds, and an event that is set by its first request."""
     asked, over = threading.Event(), threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -278,7 +286,7 @@ def silent_index() -> Iterator[tuple[str, threading.Event]]:
 
 @pytest.mark.docker
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_build_stops_at_once_and_leaves_nothing(
+def test_an_interrupted_build_stops_at_once_and_leaves_no_output(
     base_image: str, tmp_path: Path, sign: signal.Signals
 ) -> None:
     name = f"inferctl-test/{uuid.uuid4().hex}:x"
@@ -311,7 +319,7 @@ def test_an_interrupted_build_stops_at_once_and_leaves_nothing(
     assert subprocess.run(["docker", "image", "inspect", name], capture_output=True, check=False).returncode != 0
 
 
-def test_labels_enter_the_image_and_not_its_tag(tmp_path: Path) -> None:
+def test_labels_are_in_the_image_but_do_not_change_its_tag(tmp_path: Path) -> None:
     file = spec(tmp_path)
     plain = json.loads(inferctl("build", "--dry-run", "--json", "--spec", file).stdout)
     labelled = json.loads(inferctl("build", "--dry-run", "--json", "--label", "team=a b", "--spec", file).stdout)
@@ -321,7 +329,7 @@ def test_labels_enter_the_image_and_not_its_tag(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("label", ["team", "=x", "a b=c", "team=a\nUSER root", 'team=a"b', "io.inferctl.version=9"])
-def test_a_label_that_cannot_stand_in_a_dockerfile_is_refused(tmp_path: Path, label: str) -> None:
+def test_a_label_that_is_not_allowed_in_a_dockerfile_is_rejected(tmp_path: Path, label: str) -> None:
     done = inferctl("build", "--dry-run", "--label", label, "--spec", spec(tmp_path))
     assert done.returncode == 2, done.stdout
     assert "Traceback" not in done.stderr
@@ -329,13 +337,13 @@ def test_a_label_that_cannot_stand_in_a_dockerfile_is_refused(tmp_path: Path, la
 
 
 @pytest.mark.docker
-def test_a_builder_that_is_not_there_is_an_error(engine: None, tmp_path: Path) -> None:
+def test_a_missing_builder_is_an_error(engine: None, tmp_path: Path) -> None:
     done = inferctl("build", "--no-verify", "--builder", "nowhere", "--spec", spec(tmp_path))
     assert done.returncode == 3
     assert "nowhere" in done.stderr
 
 
-def test_the_choice_of_builder_cache_and_base_is_passed_to_buildx(tmp_path: Path) -> None:
+def test_builder_cache_and_base_options_are_passed_to_buildx(tmp_path: Path) -> None:
     request = buildx.BuildRequest(context=tmp_path, builder="mine", no_cache=True, pull=True)
     made = buildx.command(request, tmp_path / "metadata.json")
     assert made[made.index("--builder") + 1] == "mine"

@@ -1,4 +1,4 @@
-"""`inferctl verify`: an existing image passes or breaks the contract of a build."""
+"""Tests the command `inferctl verify` on existing images."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def containers() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_a_good_image_passes_and_its_id_is_the_output(docker: DockerEngine, base_image: str, tmp_path: Path) -> None:
+def test_a_valid_image_passes_and_its_id_is_the_output(docker: DockerEngine, base_image: str, tmp_path: Path) -> None:
     name = built(docker, base_image, "works")
     done = verify(name, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -61,9 +61,7 @@ def test_a_good_image_passes_and_its_id_is_the_output(docker: DockerEngine, base
     assert containers() == ""
 
 
-def test_an_image_that_breaks_the_contract_fails_and_stays(
-    docker: DockerEngine, base_image: str, tmp_path: Path
-) -> None:
+def test_an_image_that_fails_verification_is_kept(docker: DockerEngine, base_image: str, tmp_path: Path) -> None:
     name = built(docker, base_image, "nan")
     done = verify(name, cwd=tmp_path)
     assert done.returncode == 1
@@ -74,7 +72,7 @@ def test_an_image_that_breaks_the_contract_fails_and_stays(
 
 
 @pytest.mark.parametrize("command", [("verify",), ("serve", "--port", "0", "--image")], ids=["verify", "serve"])
-def test_an_image_of_someone_else_is_a_usage_error(
+def test_an_image_not_built_by_inferctl_is_a_usage_error(
     docker: DockerEngine, base_image: str, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
     whole = [sys.executable, "-m", "inferctl", *command, base_image]
@@ -83,15 +81,13 @@ def test_an_image_of_someone_else_is_a_usage_error(
     assert "was not built by inferctl" in done.stderr
 
 
-def test_an_image_that_the_registry_does_not_have_is_not_ready(docker: DockerEngine, tmp_path: Path) -> None:
+def test_an_image_missing_in_the_registry_is_not_ready(docker: DockerEngine, tmp_path: Path) -> None:
     done = verify(f"localhost:5000/{uuid.uuid4().hex}:x", cwd=tmp_path)
     assert done.returncode == 3
     assert "not found" in done.stderr
 
 
-def test_weights_that_the_image_brings_cannot_be_replaced(
-    docker: DockerEngine, base_image: str, tmp_path: Path
-) -> None:
+def test_weights_in_the_image_cannot_be_replaced(docker: DockerEngine, base_image: str, tmp_path: Path) -> None:
     done = verify(built(docker, base_image, "works"), "--model", ".", cwd=tmp_path)
     assert done.returncode == 2
     assert "contains its own weights" in done.stderr

@@ -1,4 +1,4 @@
-"""`inferctl serve --image`: what the container is told, and what cannot apply to it."""
+"""Tests `inferctl serve --image`: the options of the container, and options that are not allowed."""
 
 from __future__ import annotations
 
@@ -28,27 +28,25 @@ def image(weights: str | None) -> ImageInfo:
     return ImageInfo("sha256:0", (), (), 0, "linux/amd64", "1", {}, ("python",), ("serve", "--x"), labels, ())
 
 
-def test_options_come_last_so_that_they_win_over_the_images_own() -> None:
+def test_options_override_those_of_the_image() -> None:
     made = container.options(image("bake"), None, HERE, False, ("--precision", "bf16"))
     assert made.command == ("serve", "--x", "--image-reference", "sha256:0", "--precision", "bf16")
 
 
-def test_an_image_that_mounts_its_weights_asks_for_them() -> None:
+def test_an_image_that_mounts_its_weights_requires_a_model() -> None:
     with pytest.raises(UsageError, match="this image mounts its weights") as caught:
         container.weights(image("mount"), ServeOptions(HERE))
     assert caught.value.hint == "pass `--model DIR`"
 
 
 @pytest.mark.parametrize(("weights", "verb"), [("bake", "contains"), ("download", "downloads")])
-def test_a_model_for_an_image_with_its_own_is_refused_when_asked_for_and_ignored_when_the_spec_has_one(
-    weights: str, verb: str
-) -> None:
+def test_an_image_with_weights_rejects_a_model_option_but_not_a_model_in_the_spec(weights: str, verb: str) -> None:
     with pytest.raises(UsageError, match=f"this image {verb} its own weights"):
         container.weights(image(weights), ServeOptions(HERE, model="./m", replaces_model=True))
     assert container.weights(image(weights), ServeOptions(HERE, model="./m")) is None
 
 
-def test_an_image_that_says_nothing_of_weights_gets_those_that_are_asked_for(tmp_path: Path) -> None:
+def test_an_image_without_a_weights_label_gets_the_model_of_the_command_line(tmp_path: Path) -> None:
     assert container.weights(image(None), ServeOptions(HERE, model="./of-the-spec")) is None
     with pytest.raises(UsageError, match="model folder .* not found"):
         container.weights(image(None), ServeOptions(HERE, model=f"{tmp_path}/none", replaces_model=True))
@@ -60,7 +58,7 @@ def inferctl(folder: Path, *arguments: str, **environment: str) -> subprocess.Co
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
 
 
-def test_a_wrong_spec_variable_is_told_and_no_spec_at_all_is_no_mistake(tmp_path: Path) -> None:
+def test_an_invalid_spec_variable_is_an_error_but_no_spec_is_not(tmp_path: Path) -> None:
     wrong = inferctl(tmp_path, "serve", "--image", "a:b", INFERCTL_SPEC="nowhere.yaml")
     assert wrong.returncode == 2
     assert "no spec file nowhere.yaml" in wrong.stderr
@@ -69,13 +67,13 @@ def test_a_wrong_spec_variable_is_told_and_no_spec_at_all_is_no_mistake(tmp_path
     assert "Docker Engine not found" in none.stderr
 
 
-def test_wrong_settings_are_told_before_an_engine_is_asked(tmp_path: Path) -> None:
+def test_invalid_settings_are_reported_without_an_engine(tmp_path: Path) -> None:
     done = inferctl(tmp_path, "serve", "--image", "a:b", "--precision", "fp8")
     assert done.returncode == 2
     assert "'fp8' is not one of" in done.stderr
 
 
-def test_what_only_a_container_is_told_cannot_be_given(tmp_path: Path) -> None:
+def test_internal_options_of_the_container_are_rejected(tmp_path: Path) -> None:
     done = inferctl(tmp_path, "serve", "--image", "a:b", "--image-reference", "c:d")
     assert done.returncode == 2
     assert "--image-reference cannot be given with --image" in done.stderr
@@ -83,7 +81,7 @@ def test_what_only_a_container_is_told_cannot_be_given(tmp_path: Path) -> None:
 
 @pytest.fixture
 def named(base_image: str, tmp_path: Path) -> Iterator[str]:
-    """A tiny image under a name of its own."""
+    """A tiny image with a unique name."""
     made = tiny.rendered(base_image)
     for path, content in {"Dockerfile": made.dockerfile.encode(), **made.files}.items():
         (tmp_path / "context" / path).parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +93,7 @@ def named(base_image: str, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.docker
-def test_the_container_gets_what_the_command_line_gives_and_nothing_else(named: str, tmp_path: Path) -> None:
+def test_the_container_gets_the_options_of_the_command_line(named: str, tmp_path: Path) -> None:
     (tmp_path / "inferctl.yaml").write_text("name: m\nmodel: {source: org/m}\nserve: {max_batch_tokens: 128}\n")
     flags = ["--precision", "bf16", "--name", "other", "--max-queue-tokens", "99999"]
     flags += ["--device", "cpu", "--engine", "echo", "--no-truncate"]

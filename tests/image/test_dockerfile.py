@@ -1,4 +1,4 @@
-"""The rendered Dockerfile on the real engine: what is missing is named, and apt uses the certificate authority."""
+"""Tests the rendered Dockerfile on the real engine: missing contexts, and apt with a certificate authority."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOCK = f"nothing==1 --hash=sha256:{'0' * 64}\n"
 
 
 def rendered(folder: Path, base_image: str, base: catalog.BaseImage, **flags: Any) -> Path:
-    """The build context for `base` on `base_image`, without the server's own files."""
+    """Render the build context for `base` on `base_image`, without the server's own files."""
     given = {"model.source": "org/m", "name": "m", "image.base_image": base_image}
     spec = settings.resolve(None, {}, {**given, **{k.replace("__", "."): v for k, v in flags.items()}}).spec
     found = render.render(spec, base, catalog.stack(base.stack), locks.Locks(LOCK, LOCK), render.Provenance(), "0" * 64)
@@ -33,7 +33,7 @@ def rendered(folder: Path, base_image: str, base: catalog.BaseImage, **flags: An
 
 
 def build(folder: Path, target: str, *flags: str) -> str:
-    """The error of a build of `target`, empty if there is none."""
+    """Build `target` and return the error, empty on success."""
     command = ["docker", "buildx", "build", "--no-cache", "--network", "host", "--progress", "plain", *flags]
     command += ["--output", "type=cacheonly", "--target", target, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
@@ -41,7 +41,7 @@ def build(folder: Path, target: str, *flags: str) -> str:
 
 
 @pytest.mark.parametrize(("target", "context"), [("weights", "model"), ("torch", "wheels")])
-def test_a_build_without_its_named_context_fails_in_our_words_and_pulls_nothing(
+def test_a_build_without_its_named_context_fails_with_a_clear_error_and_pulls_nothing(
     base_image: str, tmp_path: Path, target: str, context: str
 ) -> None:
     (tmp_path / "m").mkdir()
@@ -52,7 +52,7 @@ def test_a_build_without_its_named_context_fails_in_our_words_and_pulls_nothing(
     assert "docker.io" not in said
 
 
-def test_a_named_context_takes_the_place_of_the_fallback(base_image: str, minilm: Path, tmp_path: Path) -> None:
+def test_a_named_context_replaces_the_empty_stage(base_image: str, minilm: Path, tmp_path: Path) -> None:
     flags = {"model__weights": "bake", "model__source": str(minilm)}
     folder = rendered(tmp_path, base_image, catalog.base("cpu"), **flags)
     assert build(folder, "weights", "--build-context", f"model={minilm}") == ""
@@ -60,7 +60,7 @@ def test_a_named_context_takes_the_place_of_the_fallback(base_image: str, minilm
 
 @pytest.fixture
 def mirror() -> Iterator[tuple[int, trustme.CA, list[str]]]:
-    """An HTTPS server behind an authority of its own: its port, the authority, and the paths that apt requested."""
+    """An HTTPS server with its own certificate authority: its port, the authority, and the requested paths."""
     authority, requests = trustme.CA(), []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -80,7 +80,7 @@ def mirror() -> Iterator[tuple[int, trustme.CA, list[str]]]:
     server.shutdown()
 
 
-def test_apt_reaches_a_mirror_behind_a_certificate_authority_of_its_own(
+def test_apt_uses_a_mirror_with_a_private_certificate_authority(
     base_image: str, tmp_path: Path, mirror: tuple[int, trustme.CA, list[str]]
 ) -> None:
     port, authority, requests = mirror
@@ -104,8 +104,8 @@ def test_apt_reaches_a_mirror_behind_a_certificate_authority_of_its_own(
         subprocess.run(["docker", "image", "rm", "--force", own], capture_output=True, check=False)
 
 
-def test_a_base_that_has_the_interpreter_needs_no_apt(base_image: str, tmp_path: Path) -> None:
-    """As in an air-gapped build: the network is off."""
+def test_a_base_with_the_interpreter_needs_no_apt(base_image: str, tmp_path: Path) -> None:
+    """The network is off, as in an air-gapped build."""
     python = catalog.PythonInstall("3.11", "/usr/local/bin/python3.11", ("hello",))
     folder = rendered(tmp_path, base_image, replace(catalog.base("cuda13.0"), python=python))
     assert build(folder, "installer", "--network", "none") == ""

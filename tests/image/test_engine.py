@@ -1,4 +1,4 @@
-"""What engines say about themselves, and engines that die: recorded answers, and a real socket that nobody listens at any more."""
+"""Tests facts of Docker Engines and their errors, with recorded responses and a real socket."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.records import ContainerOptions, read_engine
 
 VERSION = {"Version": "28.3.0", "ApiVersion": "1.51", "Os": "linux", "Arch": "amd64"}
-# As Docker 28.3 answers on a machine whose GPU is described by a CDI file, without the NVIDIA runtime.
+# Response of Docker 28.3 on a machine with a CDI file for its GPU and without the NVIDIA runtime.
 CDI = {
     "Driver": "overlay2",
     "DriverStatus": [["Backing Filesystem", "extfs"]],
@@ -29,12 +29,12 @@ CDI = {
 }
 
 
-def test_a_gpu_that_a_device_specification_describes_is_found() -> None:
+def test_a_gpu_with_a_device_specification_is_found() -> None:
     assert read_engine(CDI, VERSION).gpu
 
 
 @pytest.mark.parametrize("devices", [None, [], [{"Source": "cdi", "ID": "vendor.com/nic=0"}]])
-def test_folders_for_device_specifications_are_no_gpu(devices: Any) -> None:
+def test_folders_for_device_specifications_are_not_a_gpu(devices: Any) -> None:
     folders = ["/etc/cdi", "/etc/nvidia/cdi"]
     assert not read_engine({**CDI, "DiscoveredDevices": devices, "CDISpecDirs": folders}, VERSION).gpu
 
@@ -44,7 +44,7 @@ def test_the_nvidia_runtime_is_a_gpu() -> None:
 
 
 class FakeEngine:
-    """An engine on a unix socket. `answers`: end of a path -> JSON, or a status; what was posted last is in `posted`."""
+    """An engine on a Unix socket. `answers`: end of a path -> JSON or a status. `posted`: the last posted body."""
 
     def __init__(self, folder: Path, answers: dict[str, Any]) -> None:
         self.url = f"http+unix://{folder / 'engine.sock'}"
@@ -82,7 +82,7 @@ class FakeEngine:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def die(self) -> None:
-        """From now on connections are refused, as by an engine that was killed."""
+        """Close the socket, so that connections are refused as after a crash."""
         self.server.shutdown()
         self.server.server_close()
 
@@ -117,7 +117,7 @@ ASKED: dict[str, Callable[[DockerEngine], object]] = {
 
 
 @pytest.mark.parametrize("what", ASKED)
-def test_an_engine_that_dies_is_told_as_such(fake: Any, what: str) -> None:
+def test_an_engine_that_crashes_is_reported_as_down(fake: Any, what: str) -> None:
     server, engine = fake()
     server.die()
     with pytest.raises(NotReadyError, match="is down: connection refused"):
@@ -125,14 +125,14 @@ def test_an_engine_that_dies_is_told_as_such(fake: Any, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["history", "image", "state", "wait"])
-def test_an_engine_that_answers_with_an_error_is_told_in_its_words(fake: Any, what: str) -> None:
+def test_the_error_of_an_engine_is_in_the_message(fake: Any, what: str) -> None:
     _, engine = fake(history=500, json=500, wait=500)
     with pytest.raises(NotReadyError, match="the daemon is unwell") as caught:
         ASKED[what](engine)
     assert caught.value.hint
 
 
-def test_cleaning_up_hides_no_other_error(fake: Any) -> None:
+def test_cleanup_does_not_hide_the_first_error(fake: Any) -> None:
     server, engine = fake()
     server.die()
     engine.discard("sha256:0")
@@ -141,8 +141,8 @@ def test_cleaning_up_hides_no_other_error(fake: Any) -> None:
         raise InferctlError("the first", "")
 
 
-def test_a_container_that_still_runs_is_no_error(tmp_path: Path) -> None:
-    """As engines do it: the head of the answer at once, the exit code when there is one."""
+def test_waiting_for_a_running_container_returns_none(tmp_path: Path) -> None:
+    """Engines send the response header at once and the exit code at the end."""
     over = threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -181,7 +181,7 @@ def test_a_container_that_still_runs_is_no_error(tmp_path: Path) -> None:
         server.server_close()
 
 
-def test_two_paths_in_a_container_may_lead_to_one_file(fake: Any, tmp_path: Path) -> None:
+def test_two_mounts_may_have_the_same_source_file(fake: Any, tmp_path: Path) -> None:
     """Equal files of a hub snapshot are one file on disk."""
     server, engine = fake(**{"containers/create": {"Id": "c", "Warnings": []}})
     blob = str(tmp_path / "a:b")
@@ -200,7 +200,7 @@ def test_two_paths_in_a_container_may_lead_to_one_file(fake: Any, tmp_path: Path
         ({"Runtimes": {"nvidia": {}}}, {"Count": -1, "Capabilities": [["gpu"]]}),
     ],
 )
-def test_gpus_are_asked_for_in_the_way_that_the_engine_has(fake: Any, info: Any, request_: dict[str, Any]) -> None:
+def test_gpus_are_requested_by_runtime_or_device_specification(fake: Any, info: Any, request_: dict[str, Any]) -> None:
     server, engine = fake(**{"containers/create": {"Id": "c", "Warnings": []}, "info": info})
     engine.create("sha256:0", ContainerOptions(gpu=True))
     (asked,) = server.posted["HostConfig"]["DeviceRequests"]

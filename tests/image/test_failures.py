@@ -1,4 +1,4 @@
-"""What buildx, engines and pip were seen to say, and the error that it becomes. The lines are from real runs, hosts replaced."""
+"""Tests the errors for messages of buildx, engines and pip. The messages are from real runs, with other host names."""
 
 from __future__ import annotations
 
@@ -19,53 +19,108 @@ BASE = (
 @pytest.mark.parametrize(
     ("text", "log", "message", "hint", "code"),
     [
-        (f"{BASE}r.example.com/cuda:12.8: not found", [], "base image r.example.com/cuda:12.8 not found", "image.base_image", 3),
+        (
+            f"{BASE}r.example.com/cuda:12.8: not found",
+            [],
+            "base image r.example.com/cuda:12.8 not found",
+            "image.base_image",
+            3,
+        ),
         (f"{BASE}manifest unknown", [], "not found", "six months", 3),
         (
-            f'{BASE}failed to do request: Head "https://r.example.com/v2/cuda/manifests/12.8": dial tcp: lookup r.example.com: no such host',
+            f'{BASE}failed to do request: Head "https://r.example.com/v2/cuda/manifests/12.8": dial tcp: '
+            "lookup r.example.com: no such host",
             [],
             "registry r.example.com is unreachable",
             "network and proxy",
             3,
         ),
         (
-            f'{BASE}failed to do request: Head "https://r.example.com/v2/": dial tcp 10.0.0.1:443: connect: connection refused',
+            f'{BASE}failed to do request: Head "https://r.example.com/v2/": dial tcp 10.0.0.1:443: '
+            "connect: connection refused",
             [],
             "connection refused",
             "mirror",
             3,
         ),
-        (f"{BASE}pull access denied, repository does not exist or may require authorization", [], "denied access", "docker login r.example.com", 3),
         (
-            "ERROR: failed to solve: failed to resolve source metadata for docker.io/docker/dockerfile:1: dial tcp: lookup docker.io: no such host",
+            f"{BASE}pull access denied, repository does not exist or may require authorization",
+            [],
+            "denied access",
+            "docker login r.example.com",
+            3,
+        ),
+        (
+            "ERROR: failed to solve: failed to resolve source metadata for docker.io/docker/dockerfile:1: dial tcp: "
+            "lookup docker.io: no such host",
             [],
             "Dockerfile frontend",
             "image.frontend",
             3,
         ),
-        ('ERROR: failed to solve: process "pip" did not complete successfully: exit code: 1', ["OSError: [Errno 28] No space left on device"], "disk is full", "docker builder prune", 3),
         (
             'ERROR: failed to solve: process "pip" did not complete successfully: exit code: 1',
-            ["NewConnectionError('Failed to establish a new connection: [Errno -3] Temporary failure in name resolution')"],
+            ["OSError: [Errno 28] No space left on device"],
+            "disk is full",
+            "docker builder prune",
+            3,
+        ),
+        (
+            'ERROR: failed to solve: process "pip" did not complete successfully: exit code: 1',
+            [
+                "NewConnectionError('Failed to establish a new connection: [Errno -3] Temporary failure in name "
+                "resolution')"
+            ],
             "failed in [torch 1/1] RUN pip",
             "--network host",
             3,
         ),
-        ('ERROR: process "pip" did not complete', ["SSLError(SSLCertVerificationError(1, 'certificate verify failed'))"], "failed in", "--ca FILE", 3),
-        ('ERROR: process "pip" did not complete', ["ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE."], "failed in", "inferctl lock", 1),
-        ('ERROR: process "pip" did not complete', ["ERROR: No matching distribution found for torch==2.99"], "failed in", "torch==2.99", 1),
-        ('ERROR: failed to solve: process "x" did not complete successfully: exit code: 137', [], "failed in", "memory", 3),
-        ("ERROR: failed to solve: dockerfile parse error on line 1: unknown instruction: FRM", [], "unknown instruction: FRM", "inferctl render", 1),
         (
-            "ERROR: failed to solve: failed to create endpoint x on network bridge: adding interface veth0 to bridge docker0 failed",
+            'ERROR: process "pip" did not complete',
+            ["SSLError(SSLCertVerificationError(1, 'certificate verify failed'))"],
+            "failed in",
+            "--ca FILE",
+            3,
+        ),
+        (
+            'ERROR: process "pip" did not complete',
+            ["ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE."],
+            "failed in",
+            "inferctl lock",
+            1,
+        ),
+        (
+            'ERROR: process "pip" did not complete',
+            ["ERROR: No matching distribution found for torch==2.99"],
+            "failed in",
+            "torch==2.99",
+            1,
+        ),
+        (
+            'ERROR: failed to solve: process "x" did not complete successfully: exit code: 137',
+            [],
+            "failed in",
+            "memory",
+            3,
+        ),
+        (
+            "ERROR: failed to solve: dockerfile parse error on line 1: unknown instruction: FRM",
+            [],
+            "unknown instruction: FRM",
+            "inferctl render",
+            1,
+        ),
+        (
+            "ERROR: failed to solve: failed to create endpoint x on network bridge: "
+            "adding interface veth0 to bridge docker0 failed",
             [],
             "bridge network",
             "--network host",
             3,
         ),
     ],
-)  # fmt: skip
-def test_a_failed_build_says_what_to_do(text: str, log: list[str], message: str, hint: str, code: int) -> None:
+)
+def test_a_failed_build_has_a_hint(text: str, log: list[str], message: str, hint: str, code: int) -> None:
     error: InferctlError = failures.build_error(text, "[torch 1/1] RUN pip" if log or "process" in text else None, log)
     assert message in error.message
     assert hint in (error.hint or "")
@@ -88,21 +143,21 @@ def test_the_last_lines_of_the_step_are_in_the_message() -> None:
         ("name:tag", "docker.io"),
     ],
 )
-def test_the_registry_of_a_name(reference: str, host: str) -> None:
+def test_the_registry_of_a_reference(reference: str, host: str) -> None:
     assert host_of(reference) == host
 
 
 @pytest.mark.parametrize(
     "message", ["net/http: TLS handshake timeout", "EOF", "unexpected HTTP status: 503 Service Unavailable"]
 )
-def test_failures_that_may_pass(message: str) -> None:
+def test_transient_failures(message: str) -> None:
     assert failures.transient(message)
 
 
 @pytest.mark.parametrize(
     "message", ["denied: no", "unauthorized: 503", "write: no space left on device: EOF", "manifest invalid"]
 )
-def test_failures_that_will_not(message: str) -> None:
+def test_permanent_failures(message: str) -> None:
     assert not failures.transient(message)
 
 
@@ -131,5 +186,5 @@ def test_names_of_images_are_accepted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["MyOrg/minilm", "myorg/MiniLM", "-/x", ":5000/x", "a..b/c", "a/b/", "https://a.b/c"])
-def test_names_that_no_registry_has_are_refused(name: str) -> None:
+def test_invalid_image_names_are_rejected(name: str) -> None:
     assert not re.fullmatch(IMAGE_NAME, name)

@@ -1,4 +1,4 @@
-"""Each lint finds the fault it is for, says the reason and the fix, and stays silent without it."""
+"""Tests that each lint finds its problem and reports nothing without it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def codes(found: Iterable[Finding]) -> list[tuple[str, str]]:
     return [(finding.topic, finding.level) for finding in told]
 
 
-def test_nothing_is_found_where_nothing_is_wrong() -> None:
+def test_a_valid_image_has_no_findings() -> None:
     assert codes(lint.secrets_in_dockerfile(CLEAN)) == []
     assert (
         lint.check_built_image(
@@ -43,18 +43,18 @@ def test_nothing_is_found_where_nothing_is_wrong() -> None:
         "LABEL note=hf_abcdefghijklmnopqrstuvwxyz",
     ],
 )
-def test_secrets_in_the_dockerfile_stop_the_build(line: str) -> None:
+def test_secrets_in_the_dockerfile_are_errors(line: str) -> None:
     assert set(codes(lint.secrets_in_dockerfile(f"{CLEAN}{line}\n"))) == {("secret-in-image", "error")}
 
 
-def test_secrets_in_the_environment_of_the_image_stop_it() -> None:
+def test_secrets_in_the_environment_of_the_image_are_errors() -> None:
     found = lint.check_built_image({"HF_TOKEN": "x", "EMPTY_TOKEN": ""}, "10001", None)
     assert codes(found) == [("secret-in-image", "error")]
     assert "HF_TOKEN" in found[0].what
 
 
 @pytest.mark.parametrize("user", ["", "0", "root", "root:root", "0:0"])
-def test_root_stops_it(user: str) -> None:
+def test_an_image_that_runs_as_root_is_an_error(user: str) -> None:
     assert codes(lint.check_built_image({}, user, None)) == [("runs-as-root", "error")]
 
 
@@ -69,7 +69,7 @@ def tar(files: dict[str, int], compressed: bool = False) -> bytes:
 
 
 def saved(*contents: bytes) -> Iterator[bytes]:
-    """An archive as `docker save` writes it: blobs first, the manifest that orders them last; in chunks of odd length."""
+    """Yield an archive as from `docker save`, with the manifest after the blobs, in chunks of odd length."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:
         for number, content in enumerate(contents):
@@ -104,11 +104,11 @@ def test_files_overwritten_or_deleted_by_a_later_layer_are_waste(compressed: boo
     assert "/app/model.bin (2.0 MB, overwritten)" in found[0].why
 
 
-def test_an_opaque_folder_hides_all_that_was_in_it_but_not_what_comes_with_it() -> None:
+def test_an_opaque_folder_hides_files_of_lower_layers_only() -> None:
     waste = layers.overlay([{"d/a": 7, "d/s/b": 5, "e": 1}, {"d/.wh..wh..opq": 0, "d/a": 3}])
     assert waste.bytes == 12
     assert waste.total == 16
 
 
-def test_a_file_written_once_more_counts_once_for_each_hidden_copy() -> None:
+def test_each_hidden_copy_of_a_file_counts() -> None:
     assert layers.overlay([{"a": 4}, {"a": 4}, {".wh.a": 0}]).bytes == 8

@@ -1,4 +1,4 @@
-"""What is decided without an engine: contexts, command lines, refusals, judgement of vectors."""
+"""Tests the parts of a build that need no engine: contexts, command lines, checks, comparison of vectors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Platforms:        linux/amd64, linux/amd64/v2, linux/386
 CLASSIC = buildx.read_inspection(INSPECTED, (0, 13, 1), False)
 
 
-def test_a_context_holds_what_was_rendered_and_the_server_and_is_gone_afterwards(tmp_path: Path) -> None:
+def test_a_context_has_the_rendered_and_server_files_and_is_removed(tmp_path: Path) -> None:
     source = tmp_path / "server.py"
     source.write_text("x = 1\n")
     with staged(RENDERED, {"layers/server/x.py": source}) as (folder, _):
@@ -53,14 +53,14 @@ def test_a_context_holds_what_was_rendered_and_the_server_and_is_gone_afterwards
 
 
 def test_contexts_have_one_base_name_and_each_its_own_times() -> None:
-    """BuildKit keeps what it got under the base name, and takes equal sizes and times for equal content."""
+    """BuildKit caches a context by its base name, and treats files with equal sizes and times as equal."""
     with staged(RENDERED, {}) as (first, _), staged(RENDERED, {}) as (second, _):
         assert first.name == second.name
         assert first != second
         assert (first / "a" / "b.yaml").stat().st_mtime_ns != (second / "a" / "b.yaml").stat().st_mtime_ns
 
 
-def test_a_snapshot_of_links_is_followed_and_a_plain_model_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_links_of_a_snapshot_are_resolved_and_a_plain_folder_is_used_directly(tmp_path: Path) -> None:
     blob, snapshot, plain = tmp_path / "blobs" / "x", tmp_path / "snapshot", tmp_path / "plain"
     for folder in (blob.parent, snapshot / "1_Pooling", plain):
         folder.mkdir(parents=True)
@@ -76,25 +76,28 @@ def test_a_snapshot_of_links_is_followed_and_a_plain_model_folder_is_taken_as_it
     assert blob.read_text() == "{}"
 
 
-def test_a_context_is_gone_when_the_build_fails() -> None:
+def test_a_context_is_removed_after_a_failed_build() -> None:
     with pytest.raises(ZeroDivisionError), staged(RENDERED, {}) as (folder, _):
         raise ZeroDivisionError
     assert not folder.exists()
 
 
-def test_a_disk_that_fills_while_a_context_is_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_a_context_is_written_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context, "_inside", lambda *_: Path("/dev/full"))
     with pytest.raises(NotReadyError, match="the disk is full"), staged(RENDERED, {}):
         pass
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../x"])
-def test_a_context_keeps_to_its_folder(path: str) -> None:
-    with pytest.raises(InferctlError, match="not a path in the build context"), staged(replace(RENDERED, files={path: b""}), {}):
+def test_a_context_rejects_paths_outside_its_folder(path: str) -> None:
+    with (
+        pytest.raises(InferctlError, match="not a path in the build context"),
+        staged(replace(RENDERED, files={path: b""}), {}),
+    ):
         pass
 
 
-def test_the_builder_is_read_from_its_inspection() -> None:
+def test_the_inspection_of_a_builder_is_parsed() -> None:
     assert (CLASSIC.name, CLASSIC.driver, CLASSIC.platforms[0]) == ("default", "docker", "linux/amd64")
     assert not CLASSIC.exports
     assert not CLASSIC.checks
@@ -111,19 +114,21 @@ def test_the_builder_is_read_from_its_inspection() -> None:
         (buildx.BuildRequest(Path(), platforms=("linux/amd64", "linux/386")), "several platforms"),
     ],
 )
-def test_the_classic_engine_refuses_what_it_cannot_do_before_building(request_: buildx.BuildRequest, what: str) -> None:
+def test_unsupported_features_of_the_classic_engine_are_rejected_before_the_build(
+    request_: buildx.BuildRequest, what: str
+) -> None:
     with pytest.raises(NotReadyError, match=what) as caught:
         buildx.check_supported(CLASSIC, request_)
     assert "docker buildx create --use" in (caught.value.hint or "")
     buildx.check_supported(replace(CLASSIC, containerd_store=True), request_)
 
 
-def test_a_platform_that_the_builder_lacks_is_refused() -> None:
+def test_a_platform_that_the_builder_lacks_is_rejected() -> None:
     with pytest.raises(NotReadyError, match="cannot build for linux/arm64"):
         buildx.check_supported(CLASSIC, buildx.BuildRequest(Path(), platforms=("linux/arm64",)))
 
 
-def test_missing_secrets_and_weights_are_refused(tmp_path: Path) -> None:
+def test_missing_secrets_and_weights_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="for the build secret ca"):
         buildx.check_supported(CLASSIC, buildx.BuildRequest(Path(), secrets={"ca": tmp_path / "none"}))
     with pytest.raises(UsageError, match="weights folder .* not found"):
@@ -180,13 +185,13 @@ def test_the_lowest_cosine_counts() -> None:
         ([[0.6, 0.8]], "different shapes"),
     ],
 )
-def test_broken_vectors_are_told_apart(vectors: list[list[float]], what: str) -> None:
+def test_invalid_vectors_have_different_errors(vectors: list[list[float]], what: str) -> None:
     with pytest.raises(InferctlError, match=what) as caught:
         verify.check_vectors(vectors, GOOD, 2, 0.999)
     assert caught.value.exit_code == 1
 
 
-def test_vectors_travel_as_little_endian_float32() -> None:
+def test_vectors_are_little_endian_float32() -> None:
     assert verify.decode(base64.b64encode(struct.pack("<2f", 0.5, -2.0)).decode()) == [0.5, -2.0]
 
 
@@ -210,7 +215,7 @@ def test_links_out_of_a_hub_snapshot_are_mounted_one_by_one(tmp_path: Path) -> N
     assert verify.mounts_of(plain) == {"/model": str(plain)}
 
 
-def test_on_the_hosts_network_the_server_takes_a_free_port_of_its_own() -> None:
+def test_on_the_hosts_network_the_server_uses_a_free_port() -> None:
     image = ImageInfo("sha256:0", (), (), 0, "linux/amd64", "1", {}, ("python",), ("serve",), {}, ())
     options, port = verify.server_options(image, verify.VerifyOptions(None, network="host"), 8080)
     assert port is not None
@@ -243,7 +248,7 @@ KNOWN, UNKNOWN = ImagePart("base image", 1_000_000, "measured"), ImagePart("base
         (True, KNOWN, 5_000_000, None),
     ],
 )
-def test_a_built_image_is_held_against_the_limit(
+def test_a_built_image_is_compared_with_the_size_limit(
     containerd: bool, part: ImagePart, size: int, what: str | None
 ) -> None:
     made = replace(tiny.plan(RENDERED, BuildOptions(max_bytes=5_000_000)), forecast=SizeForecast((part,)))
@@ -256,14 +261,14 @@ def test_a_built_image_is_held_against_the_limit(
     assert what in caught.value.message
 
 
-def test_of_several_platforms_it_is_said_which_were_not_verified() -> None:
+def test_platforms_that_were_not_verified_are_named() -> None:
     both = tiny.plan(RENDERED, BuildOptions(platforms=("linux/amd64", "linux/arm64")))
     (note,) = note_unverified(both, "linux/amd64")
     assert note.text.startswith("only the image for linux/amd64 is linted and verified; linux/arm64: ")
     assert list(note_unverified(tiny.plan(RENDERED, BuildOptions(platforms=("linux/amd64",))), "linux/amd64")) == []
 
 
-def test_layers_are_named_by_the_last_stages_steps() -> None:
+def test_layers_are_named_by_the_steps_of_the_last_stage() -> None:
     names = [
         "[python 1/1] FROM b",
         "[torch 1/1] RUN pip",
@@ -285,7 +290,7 @@ def test_layers_are_named_by_the_last_stages_steps() -> None:
     ]
 
 
-def test_the_links_that_a_containerd_store_reports_are_no_layers_of_their_own() -> None:
+def test_link_steps_of_a_containerd_store_are_not_layers() -> None:
     names = [
         "[stage-1 1/2] COPY a /",
         "[stage-1 1/2] LINK COPY a /",

@@ -1,4 +1,4 @@
-"""`inferctl pull`: a baseline that does not exist yet is told apart from a registry that cannot say so."""
+"""Tests `inferctl pull`: a missing image is distinguished from a registry that does not respond."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from inferctl.errors import NotReadyError
 from inferctl.image import failures
 
 REFERENCE = "localhost:5000/team/model:main"
-# What Engine 26.1 says, with its classic and with its containerd image store.
+# Messages of Engine 26.1 with the classic and the containerd image store.
 NO_SUCH_IMAGE = [
     f"manifest for {REFERENCE} not found: manifest unknown: manifest unknown",
     "name unknown: The repository with name 'model' does not exist in the registry",
@@ -36,18 +36,18 @@ CANNOT_TELL = [
 
 
 @pytest.mark.parametrize("message", NO_SUCH_IMAGE)
-def test_a_registry_that_has_no_such_image_is_recognized(message: str) -> None:
+def test_a_missing_image_is_recognized(message: str) -> None:
     assert isinstance(failures.pull_error(message, REFERENCE), failures.MissingImageError)
 
 
 @pytest.mark.parametrize("message", CANNOT_TELL)
-def test_a_registry_that_cannot_tell_is_never_taken_for_one_without_the_image(message: str) -> None:
+def test_a_failing_registry_is_not_a_missing_image(message: str) -> None:
     error = failures.pull_error(message, REFERENCE)
     assert isinstance(error, NotReadyError)
     assert not isinstance(error, failures.MissingImageError)
 
 
-def test_words_in_the_name_of_an_image_decide_nothing() -> None:
+def test_words_in_the_name_of_an_image_are_ignored() -> None:
     name = "localhost:5000/access-denied/timeout-503:main"
     message = f"manifest for {name} not found: manifest unknown: manifest unknown"
     assert isinstance(failures.pull_error(message, name), failures.MissingImageError)
@@ -60,7 +60,7 @@ def pull(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def answering(status: int, **headers: str) -> Iterator[str]:
-    """Host and port of something on HTTP that gives every request the same answer."""
+    """Run an HTTP server with the same response to all requests. Yields its host and port."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

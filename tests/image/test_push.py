@@ -1,4 +1,4 @@
-"""Pushes against an engine that speaks the real API over a real socket, and says what engines say when a push fails."""
+"""Tests pushes with a fake engine on a real socket that returns recorded responses, also of failures."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class Server(socketserver.ThreadingUnixStreamServer):
     block_on_close = False
 
     def handle_error(self, *_: object) -> None:
-        """A client that hangs up is what some of these tests are about."""
+        """Ignore errors: some tests disconnect on purpose."""
 
 
 class FakeEngine:
-    """An engine on a unix socket; each push gets the next of `answers`: JSON lines in a 200, or None for a cut connection."""
+    """An engine on a Unix socket. Each push gets the next of `answers`: JSON lines, or None to cut the connection."""
 
     def __init__(self, folder: Path, answers: list[list[dict[str, Any]] | None]) -> None:
         self.pushes = 0
@@ -115,7 +115,7 @@ def run(engine: FakeEngine, reference: str = "localhost:5000/t:x", attempts: int
             return events, end.value
 
 
-def test_a_push_ends_with_the_digest_and_what_became_of_each_layer(fake: Any) -> None:
+def test_a_push_returns_the_digest_and_the_status_of_each_layer(fake: Any) -> None:
     events, pushed = run(fake(GOOD))
     assert pushed.digest == DIGEST
     assert pushed.layers == {"e729a1e34409": "exists", "0a5cbea82d5c": "pushed", "4e64fa8fcdf0": "mounted"}
@@ -136,7 +136,7 @@ def test_a_push_ends_with_the_digest_and_what_became_of_each_layer(fake: Any) ->
         ("An image does not exist locally with the tag: registry.example.com/t", "inferctl build"),
     ],
 )
-def test_an_error_line_in_a_200_answer_is_a_failure_with_a_hint(fake: Any, message: str, hint: str) -> None:
+def test_an_error_line_in_a_200_response_is_a_failure_with_a_hint(fake: Any, message: str, hint: str) -> None:
     engine = fake(failing(message))
     with pytest.raises(NotReadyError) as caught:
         run(engine, "registry.example.com/t:x", attempts=3)
@@ -151,7 +151,7 @@ def test_an_unknown_error_line_is_a_failure_too(fake: Any) -> None:
     assert caught.value.exit_code == 1
 
 
-def test_a_flaky_push_is_tried_again_and_says_so() -> None:
+def test_a_transient_failure_is_retried_with_an_event() -> None:
     answers = iter(
         [failing("received unexpected HTTP status: 503 Service Unavailable"), failing("connection reset by peer"), GOOD]
     )
@@ -168,7 +168,7 @@ def test_a_flaky_push_is_tried_again_and_says_so() -> None:
     assert slept == [1.0, 2.0]
 
 
-def test_a_push_that_stays_flaky_ends_after_the_last_attempt() -> None:
+def test_repeated_transient_failures_end_after_the_last_attempt() -> None:
     tried: list[int] = []
 
     def attempt() -> list[dict[str, Any]]:
@@ -180,12 +180,12 @@ def test_a_push_that_stays_flaky_ends_after_the_last_attempt() -> None:
     assert len(tried) == 3
 
 
-def test_an_answer_cut_off_is_not_taken_for_success(fake: Any) -> None:
+def test_a_truncated_response_is_not_a_success(fake: Any) -> None:
     with pytest.raises(NotReadyError, match=r"connection broken|without a digest"):
         run(fake(None))
 
 
-def test_an_answer_cut_off_is_tried_again(fake: Any) -> None:
+def test_a_truncated_response_is_retried(fake: Any) -> None:
     engine = fake(None, GOOD)
     _, pushed = run(engine, attempts=2)
     assert pushed.digest == DIGEST
@@ -197,13 +197,13 @@ def test_an_error_line_after_the_digest_still_fails() -> None:
         list(read([*GOOD, {"errorDetail": {"message": "late"}}]))
 
 
-def test_there_is_no_engine(tmp_path: Path) -> None:
+def test_a_missing_engine_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NotReadyError, match="Docker Engine not found") as caught:
         DockerEngine.connect(f"unix://{tmp_path}/nothing.sock")
     assert "apt-get install docker.io" in (caught.value.hint or "")
 
 
-def test_the_engine_is_down(tmp_path: Path) -> None:
+def test_an_engine_that_is_down_is_an_error(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as left_over:
         left_over.bind(str(tmp_path / "docker.sock"))
     with pytest.raises(NotReadyError, match="down") as caught:
@@ -211,7 +211,7 @@ def test_the_engine_is_down(tmp_path: Path) -> None:
     assert "systemctl start docker" in (caught.value.hint or "")
 
 
-def test_the_engine_is_forbidden(tmp_path: Path) -> None:
+def test_an_engine_without_permission_is_an_error(tmp_path: Path) -> None:
     place = tmp_path / "docker.sock"
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(place))
@@ -219,7 +219,7 @@ def test_the_engine_is_forbidden(tmp_path: Path) -> None:
         place.chmod(0)
         user = os.geteuid()
         if user == 0:
-            # Permissions do not hold for root.
+            # Root ignores file permissions.
             os.seteuid(65534)
         try:
             with pytest.raises(NotReadyError, match="no permission") as caught:
@@ -242,10 +242,10 @@ def test_the_engine_is_forbidden(tmp_path: Path) -> None:
         ("registry.example.com/myorg/minilm:x", "registry.example.com/myorg/minilm", "example"),
     ],
 )
-def test_every_spelling_of_a_name_is_pushed_with_the_login_of_its_registry(
+def test_each_form_of_a_name_uses_the_login_of_its_registry(
     fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str, full: str, user: str | None
 ) -> None:
-    # As `docker login`, `docker login host:5000` and `docker login registry.example.com` leave it.
+    # Configuration after `docker login`, `docker login host:5000` and `docker login registry.example.com`.
     hosts = {"https://index.docker.io/v1/": "hub", "host:5000": "own", "registry.example.com": "example"}
     auths = {host: {"auth": base64.b64encode(f"{name}:secret".encode()).decode()} for host, name in hosts.items()}
     (tmp_path / "config.json").write_text(json.dumps({"auths": auths}))

@@ -1,4 +1,4 @@
-"""What buildx writes becomes events: recorded from buildx 0.13 (indented objects), and as newer ones write it (one a line)."""
+"""Tests parsing of buildx output: recorded from buildx 0.13 (indented objects), and with one object per line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read(lines: list[str]) -> tuple[list[BuildEvent], Reader]:
 
 
 def recorded(name: str, style: str) -> list[str]:
-    """The recording's lines as they are, or with each JSON object on one line."""
+    """Return the recorded lines, either unchanged or with each JSON object on one line."""
     lines = (RECORDED / name).read_text().splitlines(keepends=True)
     if style == "indented":
         return lines
@@ -39,7 +39,7 @@ def recorded(name: str, style: str) -> list[str]:
     return compact
 
 
-@pytest.mark.parametrize("style", ["indented", "one a line"])
+@pytest.mark.parametrize("style", ["indented", "one per line"])
 def test_each_step_starts_once_and_ends_once(style: str) -> None:
     events, _ = read(recorded("fresh.txt", style))
     started = [event.id for event in events if isinstance(event, StepStarted)]
@@ -48,7 +48,7 @@ def test_each_step_starts_once_and_ends_once(style: str) -> None:
     assert sorted(started) == sorted(finished)
 
 
-@pytest.mark.parametrize("style", ["indented", "one a line"])
+@pytest.mark.parametrize("style", ["indented", "one per line"])
 def test_a_step_has_its_own_seconds_and_not_those_of_the_cache_lookup(style: str) -> None:
     events, _ = read(recorded("fresh.txt", style))
     run = next(e for e in events if isinstance(e, StepFinished) and "RUN --mount" in e.name)
@@ -57,7 +57,7 @@ def test_a_step_has_its_own_seconds_and_not_those_of_the_cache_lookup(style: str
     assert run.error is None
 
 
-def test_cached_steps_say_so() -> None:
+def test_cached_steps_are_marked() -> None:
     events, _ = read(recorded("cached.txt", "indented"))
     cached = [e.name for e in events if isinstance(e, StepFinished) and e.cached]
     assert [name for name in cached if "RUN --mount" in name]
@@ -69,7 +69,7 @@ def test_logs_are_whole_lines_with_progress_bars_at_their_last_state() -> None:
     assert [e.text for e in events if isinstance(e, StepLog)] == ["one", "100%", "no newline"]
 
 
-def test_a_log_line_split_over_two_chunks_comes_as_one() -> None:
+def test_a_log_line_in_two_chunks_is_one_event() -> None:
     def log(data: bytes) -> str:
         return json.dumps({"logs": [{"vertex": "sha256:1", "stream": 1, "data": base64.b64encode(data).decode()}]})
 
@@ -77,7 +77,7 @@ def test_a_log_line_split_over_two_chunks_comes_as_one() -> None:
     assert [e.text for e in events if isinstance(e, StepLog)] == ["Downloading torch", "next"]
 
 
-def test_transfers_count_up_and_end_in_the_step() -> None:
+def test_transfers_increase_and_are_part_of_the_step() -> None:
     events, _ = read(recorded("fresh.txt", "indented"))
     context = next(e for e in events if isinstance(e, StepFinished) and e.name == "[internal] load build context")
     moved = [e.current for e in events if isinstance(e, StepBytes) and e.id == context.id]
@@ -85,7 +85,7 @@ def test_transfers_count_up_and_end_in_the_step() -> None:
     assert context.bytes == moved[-1] > 0
 
 
-@pytest.mark.parametrize("style", ["indented", "one a line"])
+@pytest.mark.parametrize("style", ["indented", "one per line"])
 def test_a_failure_keeps_the_plain_lines_and_the_log_of_the_step(style: str) -> None:
     events, reader = read(recorded("failed.txt", style))
     failed = [e for e in events if isinstance(e, StepFinished) and e.error]
@@ -114,12 +114,12 @@ def test_steps_cancelled_by_another_failure_are_not_the_cause() -> None:
     "line",
     ["{", '{"vertexes": [', '{"level":"warning","msg":"not progress"}', "{not json}", "[1, 2]"],
 )
-def test_what_only_looks_like_progress_stays_a_plain_line(line: str) -> None:
+def test_lines_that_only_look_like_progress_are_plain_lines(line: str) -> None:
     _, reader = read([line, "ERROR: the end"])
     assert list(reader.tail) == [line, "ERROR: the end"]
 
 
-def test_a_plain_line_in_the_middle_of_an_object_loses_neither() -> None:
+def test_a_plain_line_inside_an_object_is_kept() -> None:
     events, reader = read(
         ["WARNING: before", '{"vertexes":[{"digest":"a","name":"x","started":"2026-01-01T00:00:00Z"}]}', "after"]
     )

@@ -1,4 +1,4 @@
-"""Sizes forecast from facts: exact sums, unknown parts named, and the gate of --max-size."""
+"""Tests the size forecast: exact sums, unknown parts, and the limit of --max-size."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cuda(**changes: object) -> SizeForecast:
     return forecast(BASE, STACK, **{**usual, **changes})  # type: ignore[arg-type]
 
 
-def test_the_parts_add_up_biggest_first() -> None:
+def test_the_parts_are_sorted_by_size_and_add_up() -> None:
     found = cuda(weights=ImagePart("weights", 90_000_000, "the model folder"))
     assert [part.name for part in found.parts] == [
         "torch closure",
@@ -48,20 +48,20 @@ def test_a_base_with_torch_has_no_torch_closure() -> None:
     assert "torch closure" not in [part.name for part in cuda(locks=("server",)).parts]
 
 
-def test_a_wheel_folder_is_weighed_itself() -> None:
+def test_a_wheel_folder_counts_with_its_own_size() -> None:
     found = cuda(wheels={"torch": 170_000_000, "server": 52_000_000})
     bytecode = BYTECODE_BYTES["torch"] + BYTECODE_BYTES["server"]
     assert found.total == 170_000_000 + 52_000_000 + bytecode + 250_000_000 + 400_000
 
 
-def test_what_nobody_knows_makes_the_total_a_lower_bound() -> None:
+def test_an_unknown_size_makes_the_total_a_lower_bound() -> None:
     found = cuda(weights=UNKNOWN)
     assert not found.complete
     assert found.parts[-1].name == "weights"
     assert found.total == cuda().total
 
 
-def test_an_image_too_large_is_refused_with_its_parts() -> None:
+def test_an_image_above_the_limit_is_rejected_with_its_parts() -> None:
     with pytest.raises(InferctlError) as caught:
         check_limit(cuda(), parse_size("2GB"), STACK.cuda)
     assert caught.value.exit_code == 1
@@ -72,12 +72,12 @@ def test_an_image_too_large_is_refused_with_its_parts() -> None:
     assert "CUDA 13" in (caught.value.hint or "")
 
 
-def test_a_lower_bound_above_the_limit_is_refused_and_says_so() -> None:
+def test_a_lower_bound_above_the_limit_is_rejected() -> None:
     with pytest.raises(InferctlError, match="size at least"):
         check_limit(cuda(weights=UNKNOWN), 10**9)
 
 
-def test_an_image_just_small_enough_passes() -> None:
+def test_an_image_at_the_limit_passes() -> None:
     check_limit(cuda(), cuda().total)
 
 
@@ -92,17 +92,17 @@ def test_an_image_just_small_enough_passes() -> None:
         ("10 MB", 10_000_000),
     ],
 )
-def test_sizes_are_read(text: str, expected: int) -> None:
+def test_sizes_are_parsed(text: str, expected: int) -> None:
     assert parse_size(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "six", "6XB", "-1GB", "6GB!"])
-def test_what_is_no_size_is_a_usage_error(text: str) -> None:
+def test_an_invalid_size_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError):
         parse_size(text)
 
 
-def test_sizes_are_written_for_people() -> None:
+def test_sizes_are_formatted() -> None:
     assert [size(n) for n in (0, 999, 1000, 4_130_000_000, 52_100_000)] == [
         "0 B",
         "999 B",

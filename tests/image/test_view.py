@@ -1,4 +1,4 @@
-"""Events as lines: one a step, on stderr, nothing on stdout."""
+"""Tests the output of events: one line per step on stderr, nothing on stdout."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def recorded(name: str) -> list[Event]:
     return [*(event for line in lines for event in reader.feed(line)), *reader.finish()]
 
 
-def test_a_cached_build_says_so_for_each_step_of_the_dockerfile(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cached_steps_of_the_dockerfile_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown([Phase("build"), *recorded("cached.txt")], capsys)
     assert lines[0] == "build"
     assert [line.split()[0:2] for line in lines if line.endswith("CACHED")] == [
@@ -44,7 +44,7 @@ def test_a_failed_step_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in lines if line.endswith("FAILED")] == ["[2/2]"]
 
 
-def test_a_build_run_again_for_its_export_says_only_what_is_new(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_repeated_build_for_an_export_shows_only_new_steps(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown([Phase("push", "r/x:1"), *recorded("cached.txt")], capsys)
     assert not any(line.endswith("CACHED") for line in lines)
     assert any("exporting to image" in line for line in lines)

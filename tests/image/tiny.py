@@ -1,4 +1,4 @@
-"""A small image with the shape of a real one: a server and a reference in plain Python that agree, or fail as they are told."""
+"""A small image with a server and a reference in plain Python that agree, or fail on request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from inferctl.render import Rendered
 from inferctl.spec import Spec
 
 PYTHON = "/usr/local/bin/python3.11"
-# Every image and container of a test carries it as the label `test`, so that tests can run side by side and clean up their own.
+# Value of the label `test` of all images and containers of a test, so that tests can run in parallel and clean up.
 mark = uuid.uuid4().hex
 VECTORS = """
 import base64, hashlib, struct
@@ -102,7 +102,7 @@ CMD ["serve"]
 
 
 def plan(image: Rendered, options: BuildOptions | None = None, name: str | None = None) -> BuildPlan:
-    """A plan for `image` under a name that no other test uses."""
+    """Return a plan for `image` with a unique name."""
     platform = {"aarch64": "linux/arm64", "arm64": "linux/arm64"}.get(machine(), "linux/amd64")
     model = {"source": "./tiny", "weights": "bake"}
     spec = Spec.model_validate({"name": "tiny", "model": model, "image": {"platform": platform}})
