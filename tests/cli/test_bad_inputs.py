@@ -1,4 +1,4 @@
-"""Mistakes that people make: each gets a clear error, a hint, and the right exit code. The golden file holds the words."""
+"""Tests the errors of common mistakes: message, hint and exit code. The golden files have the text."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ CASES: dict[str, tuple[int, Callable[[Path], list[str]]]] = {
     "spec-many-mistakes": (
         2,
         spec(
-            "nmae: m\nmodel:\n  source: org/m\n  weights: baked\nserve:\n  precision: bf61\n  port: 123456\nhardware: [a100]\n"
+            "nmae: m\nmodel:\n  source: org/m\n  weights: baked\nserve:\n  precision: bf61\n  port: 123456\n"
+            "hardware: [a100]\n"
         ),
     ),
     "spec-key-twice": (2, spec(SPEC + "name: n\n")),

@@ -48,7 +48,7 @@ def test_an_image_with_weights_rejects_a_model_option_but_not_a_model_in_the_spe
 
 def test_an_image_without_a_weights_label_gets_the_model_of_the_command_line(tmp_path: Path) -> None:
     assert container.weights(image(None), ServeOptions(HERE, model="./of-the-spec")) is None
-    with pytest.raises(UsageError, match="model folder .* not found"):
+    with pytest.raises(UsageError, match=r"model folder .* not found"):
         container.weights(image(None), ServeOptions(HERE, model=f"{tmp_path}/none", replaces_model=True))
 
 

@@ -129,9 +129,9 @@ def test_a_platform_that_the_builder_lacks_is_rejected() -> None:
 
 
 def test_missing_secrets_and_weights_are_rejected(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="for the build secret ca"):
+    with pytest.raises(UsageError, match="of the build secret ca"):
         buildx.check_supported(CLASSIC, buildx.BuildRequest(Path(), secrets={"ca": tmp_path / "none"}))
-    with pytest.raises(UsageError, match="weights folder .* not found"):
+    with pytest.raises(UsageError, match=r"weights folder .* not found"):
         buildx.check_supported(CLASSIC, buildx.BuildRequest(Path(), contexts={"model": str(tmp_path / "none")}))
 
 
