@@ -274,7 +274,7 @@ def _precision(precision: str, level: Level | Literal["depends"], reason: str, p
         yield Finding("ok", "precision", f"{precision} is native", reason, None, part.key)
     if precision == "int8" and level == "native":
         what = "int8 saves memory but not time"
-        why = "LLM.int8 halves the weights; it was slower than fp16 and bf16 in every measurement (T4: 2.5x, A100: 5x)"
+        why = "LLM.int8 halves the weights; it was slower than fp16 or bf16 in every measurement (T4: 2.5x, A100: 5x)"
         hint = f"for speed, set serve.precision: {best_precision(part.traits)}"
         yield Finding("ok", "int8", what, why, hint, part.key)
 
