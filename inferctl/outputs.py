@@ -31,7 +31,7 @@ def check(file: Path, option: str, *, parents: bool = False, inputs: Iterable[Pa
         elif any(_is_input(file, path) for path in inputs):
             raise UsageError(f"{file} cannot be written: it is an input of this command", hint)
         elif not os.access(file, os.W_OK):
-            raise PermissionError(0, "no permission")
+            raise PermissionError(0, "permission denied")
         else:
             file.open("ab").close()
     except OSError as error:

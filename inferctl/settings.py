@@ -284,8 +284,8 @@ def _problem(error: dict[str, Any], document: Document | None, origins: Mapping[
         )
     if kind == "string_pattern_mismatch":
         what = path.rsplit(".", 1)[-1].replace("_", " ")
-        hint = f"use {slug(str(value))!r}" if path == "name" else _HINTS.get(path)
-        return Problem(path, f"{label}: {value!r} is not a valid {what}", line, hint)
+        fix = f"use {slug(str(value))!r}" if path == "name" else _HINTS.get(path)
+        return Problem(path, f"{label}: {value!r} is not a valid {what}", line, fix)
     if kind == "model_type":
         return Problem(
             path,

@@ -225,7 +225,7 @@ def test_a_requirement_is_parsed_as_in_the_container_toolkit(text: str, brand: s
 
 @pytest.mark.parametrize("text", ["cuda", "cuda>=", "gpu>=1", "driver>=new", "brand>=tesla", "cuda>=12.8,"])
 def test_an_invalid_requirement_is_rejected(text: str) -> None:
-    with pytest.raises(ValueError, match=r"condition|invalid literal|compares"):
+    with pytest.raises(ValueError, match=r"condition|invalid literal|can be compared"):
         Requirement.parse(text)
 
 

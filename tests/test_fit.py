@@ -75,7 +75,7 @@ def test_a_precision_that_does_not_run_is_an_error() -> None:
     )
     judged = serving("int8", "cuda12.8", volta)
     assert (judged.verdict, judged.level) == ("error", "unsupported")
-    assert finding(judged, "precision").hint == "serve.precision: fp16"
+    assert finding(judged, "precision").hint == "set serve.precision: fp16"
     assert not [f for f in judged.findings if f.topic == "int8"]
 
 
@@ -202,14 +202,14 @@ def test_a_near_or_past_end_of_life_is_a_warning() -> None:
         return end.level, end.what
 
     assert told(TODAY) == ("ok", "cuda13.0 is maintained until 2028-06-30")
-    assert told(datetime.date(2028, 2, 1)) == ("warn", "cuda13.0 ends on 2028-06-30")
+    assert told(datetime.date(2028, 2, 1)) == ("warn", "cuda13.0 reaches its end of life on 2028-06-30")
     assert told(datetime.date(2028, 6, 30)) == ("warn", "cuda13.0 is past its end of life, 2028-06-30")
     assert image(base="ngc25.12")["base.end_of_life"].what == "ngc25.12: end of life unknown"
 
 
 def test_a_missing_slo_is_a_warning() -> None:
     assert fit.check_slo(spec()).level == "warn"
-    assert fit.check_slo(spec(slo={"p99_ms": 70})).what == "p99 within 70 ms"
+    assert fit.check_slo(spec(slo={"p99_ms": 70})).what == "p99 at most 70 ms"
 
 
 def test_cuda_libraries_in_the_base_and_the_wheels_are_a_warning() -> None:

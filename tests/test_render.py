@@ -165,7 +165,7 @@ def test_a_base_image_that_is_not_an_image_reference_is_rejected(nonsense: str) 
     with pytest.raises(UsageError) as caught:
         rendered(image__base_image=nonsense)
     assert "is not a valid base image" in caught.value.message
-    assert "as in registry.example.com/" in (caught.value.hint or "")
+    assert "use registry.example.com/" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(

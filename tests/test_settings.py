@@ -38,7 +38,7 @@ def test_all_errors_are_reported_at_once_with_their_lines() -> None:
     assert [line for line, _, _ in found] == [1, 4, 6, 7, 10]
     assert found[1][1:] == ("unknown key 'revison' in model", "did you mean revision?")
     assert found[2][2] == "did you mean bf16?"
-    assert found[4][1:] == ("hardware: there is no 't5'", "did you mean t4?")
+    assert found[4][1:] == ("hardware: 't5' not found", "did you mean t4?")
 
 
 def test_a_repeated_key_is_an_error_that_names_the_first_line() -> None:

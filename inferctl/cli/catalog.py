@@ -190,7 +190,7 @@ def _compared(rows: list[Comparison]) -> None:
 
 
 def _peak(part: Hardware, precision: str) -> str:
-    from inferctl.catalog import support
+    from inferctl.precision import support
 
     emulated = part.kind == "cuda" and support(precision, part.traits).level == "emulated"
     return "emul." if emulated else _figure(part.peaks[precision])

@@ -42,7 +42,7 @@ def verify(
     from inferctl.cli.buildview import BuildView
     from inferctl.image import container, lint
     from inferctl.image.docker import DockerEngine
-    from inferctl.image.plan import refuse
+    from inferctl.image.plan import raise_for
     from inferctl.image.verify import VerifyOptions
     from inferctl.image.verify import verify as verified
 
@@ -53,7 +53,7 @@ def verify(
     findings = lint.check_built_image(image.environment, image.user, None)
     for finding in findings:
         console.warn(finding.text())
-    refuse([finding for finding in findings if finding.level == "error"])
+    raise_for([finding for finding in findings if finding.level == "error"])
     known = options.names_model(spec_file, {"model.source": model})
     spec = options.load(spec_file, {"model.source": model}).spec if known else None
     folder = container.weights(

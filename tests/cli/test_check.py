@@ -188,6 +188,4 @@ def test_a_shorthand_is_answered_with_what_it_may_mean(capsys: Captured) -> None
     assert run(["catalog", "hardware", "h100"]) == 2
     told = capsys.readouterr()
     assert told.out == ""
-    assert (
-        told.err == "error: there is no hardware 'h100'\n\nhint: did you mean one of h100-nvl, h100-pcie, h100-sxm?\n"
-    )
+    assert told.err == "error: hardware 'h100' not found\n\nhint: did you mean one of h100-nvl, h100-pcie, h100-sxm?\n"

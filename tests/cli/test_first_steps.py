@@ -31,7 +31,7 @@ def test_what_init_writes_for_a_base_passes_check(here: Path, base: str, minilm:
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("image: {locks: ./none}", "image.locks: there is no server.txt in none"),
+        ("image: {locks: ./none}", "image.locks: server.txt not found in none"),
         ("image: {wheels: ./none}", "image.wheels: none has no wheels"),
         ("bench: {plan: ./none.yaml}", "bench.plan: there is no file none.yaml"),
         ("image: {locks: ./others}", "image.locks: "),
@@ -76,7 +76,7 @@ def test_a_lock_is_not_judged_without_a_package_index(monkeypatch: pytest.Monkey
     monkeypatch.setenv("UV_NO_CACHE", "1")
     stack = catalog.stack("torch2.13-cu130")
     with pytest.raises(NotReadyError, match="cannot reach a package index"):
-        locks.resolve(locks.Target(stack, "3.12", "linux/amd64"), ())
+        locks.resolve(locks.LockTarget(stack, "3.12", "linux/amd64"), ())
 
 
 def test_an_estimate_does_not_retry_where_the_hub_does_not_respond(here: Path) -> None:

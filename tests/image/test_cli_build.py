@@ -172,7 +172,7 @@ def failed(done: subprocess.CompletedProcess[str], code: int, message: str, hint
 def test_an_image_above_the_size_limit_is_rejected_before_the_build(tmp_path: Path) -> None:
     nowhere = f"unix://{tmp_path}/none"
     done = inferctl("build", "--max-size", "10MB", "--spec", spec(tmp_path), DOCKER_HOST=nowhere)
-    failed(done, 1, "more than the 10.0 MB of --max-size", "--max-size")
+    failed(done, 1, "exceeds --max-size 10.0 MB", "--max-size")
     assert "server dependencies" in done.stderr
 
 

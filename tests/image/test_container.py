@@ -61,7 +61,7 @@ def inferctl(folder: Path, *arguments: str, **environment: str) -> subprocess.Co
 def test_an_invalid_spec_variable_is_an_error_but_no_spec_is_not(tmp_path: Path) -> None:
     wrong = inferctl(tmp_path, "serve", "--image", "a:b", INFERCTL_SPEC="nowhere.yaml")
     assert wrong.returncode == 2
-    assert "no spec file nowhere.yaml" in wrong.stderr
+    assert "spec file nowhere.yaml not found" in wrong.stderr
     none = inferctl(tmp_path, "serve", "--image", "a:b")
     assert none.returncode == 3
     assert "Docker Engine not found" in none.stderr

@@ -128,7 +128,7 @@ def test_a_push_returns_the_digest_and_the_status_of_each_layer(fake: Any) -> No
         ("no basic auth credentials", "docker login registry.example.com"),
         ("denied: requested access to the resource is denied", "docker login registry.example.com"),
         ("unauthorized: authentication required", "docker login registry.example.com"),
-        ('failed to do request: Put "https://r": write: no space left on device', "full"),
+        ('failed to do request: Put "https://r": write: no space left on device', "disk space"),
         (
             'Get "https://registry.example.com/v2/": http: server gave HTTP response to HTTPS client',
             "insecure-registries",
@@ -222,7 +222,7 @@ def test_an_engine_without_permission_is_an_error(tmp_path: Path) -> None:
             # Root ignores file permissions.
             os.seteuid(65534)
         try:
-            with pytest.raises(NotReadyError, match="no permission") as caught:
+            with pytest.raises(NotReadyError, match="permission denied") as caught:
                 DockerEngine.connect(f"unix://{place}")
         finally:
             os.seteuid(user)
