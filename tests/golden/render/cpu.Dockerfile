@@ -1,12 +1,12 @@
-# minilm: cpu, torch2.13-cpu, weights mount. Rendered by inferctl 0.1.0; `inferctl render` writes it anew.
+# minilm: cpu, torch2.13-cpu, weights mount. Rendered by inferctl 0.1.0.
 
-# The interpreter, and nothing that only a build needs: CUDA's libraries come with the torch wheels, once.
+# The base with its interpreter, without build tools. The torch wheels contain the CUDA libraries.
 FROM python:3.11-slim-trixie AS python
 
 FROM python AS installer
 
-# Each closure is installed apart and copied with --link, so that a change in one leaves the others' layers as they are.
-# Bytecode is checked by hash, and times are fixed up to the root: equal locks make equal layers.
+# Each closure is installed in its own stage and copied with --link, so that a change in one does not change the layers
+# of the others. Bytecode is hash-checked and all file times are fixed, so that equal locks give equal layers.
 FROM installer AS torch
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
@@ -16,8 +16,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     if [ ! -s /etc/pip.conf ]; then export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu; fi; \
     env -u PIP_CONSTRAINT /usr/local/bin/python3.11 -m pip install --require-hashes --no-deps --no-compile --no-input \
         --disable-pip-version-check --root-user-action=ignore \
-        --target=/layer/opt/inferctl/torch --requirement=/locks/torch.txt && \
-    find /layer/opt/inferctl/torch -name '*.dist-info' -prune -o \( -path /layer/opt/inferctl/torch/bin -o -type d -name include -o -type d -name tests -o -name '*.a' -o -path '*/torch/bin/protoc*' \) -prune -exec rm -rf {} + && \
+        --target=/layer/opt/inferctl/torch \
+        --requirement=/locks/torch.txt && \
+    find /layer/opt/inferctl/torch -name '*.dist-info' -prune \
+        -o \( -path /layer/opt/inferctl/torch/bin -o -type d -name include -o -type d -name tests -o -name '*.a' -o -path '*/torch/bin/protoc*' \) -prune -exec rm -rf {} + && \
     /usr/local/bin/python3.11 -m compileall -q -j 0 -x '/torch/testing/_internal/py312_intrinsics\.py$' --invalidation-mode unchecked-hash /layer/opt/inferctl/torch && \
     find /layer -exec touch --no-dereference --date=@315532800 {} +
 
@@ -29,8 +31,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi; \
     env -u PIP_CONSTRAINT /usr/local/bin/python3.11 -m pip install --require-hashes --no-deps --no-compile --no-input \
         --disable-pip-version-check --root-user-action=ignore \
-        --target=/layer/opt/inferctl/dependencies --requirement=/locks/server.txt && \
-    find /layer/opt/inferctl/dependencies -name '*.dist-info' -prune -o \( -path /layer/opt/inferctl/dependencies/bin -o -type d -name include -o -type d -name tests -o -name '*.a' -o -path '*/torch/bin/protoc*' \) -prune -exec rm -rf {} + && \
+        --target=/layer/opt/inferctl/dependencies \
+        --requirement=/locks/server.txt && \
+    find /layer/opt/inferctl/dependencies -name '*.dist-info' -prune \
+        -o \( -path /layer/opt/inferctl/dependencies/bin -o -type d -name include -o -type d -name tests -o -name '*.a' -o -path '*/torch/bin/protoc*' \) -prune -exec rm -rf {} + && \
     /usr/local/bin/python3.11 -m compileall -q -j 0 -x '/torch/testing/_internal/py312_intrinsics\.py$' --invalidation-mode unchecked-hash /layer/opt/inferctl/dependencies && \
     find /layer -exec touch --no-dereference --date=@315532800 {} +
 
@@ -56,7 +60,7 @@ ENV PYTHONPATH=/opt/inferctl/server:/opt/inferctl/dependencies:/opt/inferctl/tor
     HF_HUB_OFFLINE=1 \
     INFERCTL_MODEL_SOURCE=/model \
     INFERCTL_SERVE_PORT=8080
-# A number, so that Kubernetes can prove that it is not root; it owns nothing and needs to write nothing but /tmp.
+# Kubernetes can verify that a numeric user is not root. The user owns no files and writes only to /tmp.
 USER 10001:10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM
@@ -75,5 +79,5 @@ LABEL \
     io.inferctl.stack="torch2.13-cpu" \
     io.inferctl.model.source="sentence-transformers/all-MiniLM-L6-v2" \
     io.inferctl.model.weights="mount"
-# `docker run IMAGE --precision bf16` adds to this; of an option given twice, the last one wins.
+# `docker run IMAGE --precision bf16` appends options. If an option occurs twice, the last one counts.
 ENTRYPOINT ["/usr/local/bin/python3.11", "-m", "inferctl.serve", "--spec", "/etc/inferctl/inferctl.yaml", "--host", "0.0.0.0"]

@@ -1,8 +1,8 @@
-# minilm: cuda13.0, torch2.13-cu130, weights mount. Rendered by inferctl 0.1.0; `inferctl render` writes it anew.
+# minilm: cuda13.0, torch2.13-cu130, weights mount. Rendered by inferctl 0.1.0.
 
-# The interpreter, and nothing that only a build needs: CUDA's libraries come with the torch wheels, once.
+# The base with its interpreter, without build tools. The torch wheels contain the CUDA libraries.
 FROM nvidia/cuda:13.0.3-base-ubuntu24.04 AS python
-# A mirror of the base that has the interpreter already needs no apt. apt reads the certificates as a user of its own.
+# A mirror of the base may already have the interpreter. apt reads the certificates as another user (mode 0444).
 RUN --mount=type=secret,id=ca,target=/run/secrets/ca,mode=0444 \
     if [ -x /usr/bin/python3.12 ]; then exit 0; fi; \
     ca=; if [ -s /run/secrets/ca ]; then ca="--option=Acquire::https::CAInfo=/run/secrets/ca"; fi; \
@@ -15,8 +15,8 @@ RUN --mount=type=secret,id=ca,target=/run/secrets/ca,mode=0444 \
     ca=; if [ -s /run/secrets/ca ]; then ca="--option=Acquire::https::CAInfo=/run/secrets/ca"; fi; \
     apt-get $ca update && apt-get $ca install --yes --no-install-recommends python3-pip
 
-# Each closure is installed apart and copied with --link, so that a change in one leaves the others' layers as they are.
-# Bytecode is checked by hash, and times are fixed up to the root: equal locks make equal layers.
+# Each closure is installed in its own stage and copied with --link, so that a change in one does not change the layers
+# of the others. Bytecode is hash-checked and all file times are fixed, so that equal locks give equal layers.
 FROM installer AS torch
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
@@ -25,8 +25,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi; \
     env -u PIP_CONSTRAINT /usr/bin/python3.12 -m pip install --require-hashes --no-deps --no-compile --no-input \
         --disable-pip-version-check --root-user-action=ignore \
-        --target=/layer/opt/inferctl/torch --requirement=/locks/torch.txt && \
-    find /layer/opt/inferctl/torch -name '*.dist-info' -prune -o \( -path /layer/opt/inferctl/torch/bin -o -type d -name include -o -type d -name tests -o -name '*.a' -o -path '*/torch/bin/protoc*' \) -prune -exec rm -rf {} + && \
+        --target=/layer/opt/inferctl/torch \
+        --requirement=/locks/torch.txt && \
+    find /layer/opt/inferctl/torch -name '*.dist-info' -prune \
+        -o \( -path /layer/opt/inferctl/torch/bin -o -type d -name include -o -type d -name tests -o -name '*.a' -o -path '*/torch/bin/protoc*' \) -prune -exec rm -rf {} + && \
     /usr/bin/python3.12 -m compileall -q -j 0 -x '/torch/testing/_internal/py312_intrinsics\.py$' --invalidation-mode unchecked-hash /layer/opt/inferctl/torch && \
     find /layer -exec touch --no-dereference --date=@315532800 {} +
 
@@ -38,8 +40,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi; \
     env -u PIP_CONSTRAINT /usr/bin/python3.12 -m pip install --require-hashes --no-deps --no-compile --no-input \
         --disable-pip-version-check --root-user-action=ignore \
-        --target=/layer/opt/inferctl/dependencies --requirement=/locks/server.txt && \
-    find /layer/opt/inferctl/dependencies -name '*.dist-info' -prune -o \( -path /layer/opt/inferctl/dependencies/bin -o -type d -name include -o -type d -name tests -o -name '*.a' -o -path '*/torch/bin/protoc*' \) -prune -exec rm -rf {} + && \
+        --target=/layer/opt/inferctl/dependencies \
+        --requirement=/locks/server.txt && \
+    find /layer/opt/inferctl/dependencies -name '*.dist-info' -prune \
+        -o \( -path /layer/opt/inferctl/dependencies/bin -o -type d -name include -o -type d -name tests -o -name '*.a' -o -path '*/torch/bin/protoc*' \) -prune -exec rm -rf {} + && \
     /usr/bin/python3.12 -m compileall -q -j 0 -x '/torch/testing/_internal/py312_intrinsics\.py$' --invalidation-mode unchecked-hash /layer/opt/inferctl/dependencies && \
     find /layer -exec touch --no-dereference --date=@315532800 {} +
 
@@ -69,7 +73,7 @@ ENV PYTHONPATH=/opt/inferctl/server:/opt/inferctl/dependencies:/opt/inferctl/tor
     TORCH_DISABLE_NATIVE_JIT=1 \
     TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0 \
     INFERCTL_SERVE_PORT=8080
-# A number, so that Kubernetes can prove that it is not root; it owns nothing and needs to write nothing but /tmp.
+# Kubernetes can verify that a numeric user is not root. The user owns no files and writes only to /tmp.
 USER 10001:10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM
@@ -88,5 +92,5 @@ LABEL \
     io.inferctl.stack="torch2.13-cu130" \
     io.inferctl.model.source="sentence-transformers/all-MiniLM-L6-v2" \
     io.inferctl.model.weights="mount"
-# `docker run IMAGE --precision bf16` adds to this; of an option given twice, the last one wins.
+# `docker run IMAGE --precision bf16` appends options. If an option occurs twice, the last one counts.
 ENTRYPOINT ["/usr/bin/python3.12", "-m", "inferctl.serve", "--spec", "/etc/inferctl/inferctl.yaml", "--host", "0.0.0.0"]

@@ -1,6 +1,6 @@
-# minilm: ngc25.12, ngc25.12, weights mount. Rendered by inferctl 0.1.0; `inferctl render` writes it anew.
+# minilm: ngc25.12, ngc25.12, weights mount. Rendered by inferctl 0.1.0.
 
-# The interpreter, and nothing that only a build needs: CUDA's libraries come with the torch wheels, once.
+# The base with its interpreter, without build tools. The torch wheels contain the CUDA libraries.
 FROM nvcr.io/nvidia/pytorch:25.12-py3 AS python
 
 FROM python AS installer
@@ -13,8 +13,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi; \
     env -u PIP_CONSTRAINT /usr/bin/python3.12 -m pip install --require-hashes --no-deps --no-compile --no-input \
         --disable-pip-version-check --root-user-action=ignore \
-        --target=/layer/opt/inferctl/dependencies --requirement=/locks/server.txt && \
-    find /layer/opt/inferctl/dependencies -name '*.dist-info' -prune -o \( -path /layer/opt/inferctl/dependencies/bin -o -type d -name include -o -type d -name tests -o -name '*.a' -o -path '*/torch/bin/protoc*' \) -prune -exec rm -rf {} + && \
+        --target=/layer/opt/inferctl/dependencies \
+        --requirement=/locks/server.txt && \
+    find /layer/opt/inferctl/dependencies -name '*.dist-info' -prune \
+        -o \( -path /layer/opt/inferctl/dependencies/bin -o -type d -name include -o -type d -name tests -o -name '*.a' -o -path '*/torch/bin/protoc*' \) -prune -exec rm -rf {} + && \
     /usr/bin/python3.12 -m compileall -q -j 0 -x '/torch/testing/_internal/py312_intrinsics\.py$' --invalidation-mode unchecked-hash /layer/opt/inferctl/dependencies && \
     find /layer -exec touch --no-dereference --date=@315532800 {} +
 
@@ -43,7 +45,7 @@ ENV PYTHONPATH=/opt/inferctl/server:/opt/inferctl/dependencies \
     TORCH_DISABLE_NATIVE_JIT=1 \
     TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0 \
     INFERCTL_SERVE_PORT=8080
-# A number, so that Kubernetes can prove that it is not root; it owns nothing and needs to write nothing but /tmp.
+# Kubernetes can verify that a numeric user is not root. The user owns no files and writes only to /tmp.
 USER 10001:10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM
@@ -62,5 +64,5 @@ LABEL \
     io.inferctl.stack="ngc25.12" \
     io.inferctl.model.source="sentence-transformers/all-MiniLM-L6-v2" \
     io.inferctl.model.weights="mount"
-# `docker run IMAGE --precision bf16` adds to this; of an option given twice, the last one wins.
+# `docker run IMAGE --precision bf16` appends options. If an option occurs twice, the last one counts.
 ENTRYPOINT ["/usr/bin/python3.12", "-m", "inferctl.serve", "--spec", "/etc/inferctl/inferctl.yaml", "--host", "0.0.0.0"]
