@@ -1,7 +1,7 @@
 """Builds, verifies, tags and pushes an image, as a stream of events.
 
-plan() ──► run():  stage context ──► buildx ──► lint ──► verify ──► tag ──► push ──► compare with verified
-                              the image has no tag; discarded on a failure │ tagged from here on
+plan() --> run(): stage context --> buildx --> lint --> verify --> tag --> push --> compare with the verified image
+          the image has no tag and is discarded on a failure    | tagged from here on
 """
 
 from __future__ import annotations
