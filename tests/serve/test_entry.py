@@ -112,7 +112,7 @@ def test_what_is_forwarded_to_a_container_is_what_its_server_gets() -> None:
         (["serve"], "unrecognized arguments: serve"),
         (["--port", "many"], "invalid int value: 'many'"),
         (["--hang-seconds", "0"], "0 is less than 0.1"),
-        (["--spec", "nowhere.yaml"], "there is no spec file nowhere.yaml"),
+        (["--spec", "nowhere.yaml"], "spec file nowhere.yaml not found"),
         (["--model", "org/m", "--precision", "fp8"], "'fp8' is not one of"),
         (["--model", "./nowhere"], "model folder ./nowhere not found"),
     ],
