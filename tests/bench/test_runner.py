@@ -375,7 +375,7 @@ def test_a_run_of_failures_ends_with_5_and_still_leaves_receipts(answering: Call
         (["--model", "nowhere", "--plan", "quick"], 2, "model folder nowhere not found", "check the path"),
         (["--url", f"{'a' * 41}=http://127.0.0.1:9"], 2, "has 41 characters", "a shorter name"),
         (["--url", "a=http://127.0.0.1:9", "--users", "0"], 2, "load.users cannot be 0", "--help"),
-        (["--url", "a=http://127.0.0.1:9", "--hardware", "cpu,a10x"], 2, "hardware 'a10x' not found", "did you mean"),
+        (["--url", "a=http://127.0.0.1:9", "--hardware", "cpu,a10x"], 2, "there is no hardware 'a10x'", "did you mean"),
         (["--url", "a=http://127.0.0.1:9", "--search"], 2, "which p99 must hold", "--slo 100"),
         (["--url", "a=http://127.0.0.1:9", "--corpus", "shrt"], 2, "there is no corpus 'shrt'", "did you mean short"),
         (
