@@ -54,7 +54,7 @@ def find(
     """
     search = _RateSearch(settings, measure, budget)
     search.sweep(ceiling_rps)
-    best = search.settle()
+    best = search.confirm()
     if best:
         search.bound(best)
     return search_outcome.summarize(
@@ -133,7 +133,7 @@ class _RateSearch:
                     return
                 beyond, rates = True, []
 
-    def settle(self) -> Probe | None:
+    def confirm(self) -> Probe | None:
         """Return a probe that confirms the best rate, or None.
 
         If a rate fails its confirmation, it is probed again, and that result counts. Then the next lower rate is found.

@@ -119,7 +119,7 @@ def footnotes(result: CompareResult) -> Iterator[str]:
         for metric in judged.values()
         if metric.sample
     )
-    yield f"a regression exceeds {limits}, and its interval excludes zero"
+    yield f"tolerance: {limits}; a regression exceeds it, and its interval excludes zero"
     which = f"all {result.family} metrics together" if result.family > 1 else "the metric"
     confidence = f"{100 * verdict.CONFIDENCE:.0f}%"
     yield f"interval: {confidence} for {which}, over runs; worst case: one-sided bound of {confidence}"
