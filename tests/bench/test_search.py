@@ -29,22 +29,29 @@ from inferctl.errors import UsageError
 SERVICE_S = 0.010
 
 
-def waits(rate: float, seconds: float, seed: int, service_s: float = SERVICE_S) -> tuple[np.ndarray[Any, Any], ...]:
-    """Arrivals and ends (s) of Poisson requests at one server that takes `service_s` for each (Lindley's recursion)."""
+def waits(rate: float, seconds: float, seed: int, noise: float = 0.0) -> tuple[np.ndarray[Any, Any], ...]:
+    """Arrivals and ends (s) of Poisson requests at one server that takes `SERVICE_S` for each (Lindley's recursion).
+
+    `noise`: standard deviation of the logarithm of the server's slowness, which is correlated over 0.3 s.
+    """
     random = np.random.default_rng(seed)
     arrivals = np.cumsum(random.exponential(1 / rate, int(rate * seconds * 1.5) + 50))
     arrivals = arrivals[arrivals < seconds]
+    kept, slowness = math.exp(-0.1 / 0.3), random.normal(size=int(seconds * 10) + 1)
+    for i in range(1, len(slowness)):
+        slowness[i] = kept * slowness[i - 1] + math.sqrt(1 - kept**2) * slowness[i]
+    services = SERVICE_S * np.exp(noise * slowness[(arrivals * 10).astype(int)])
     ends, free = np.empty_like(arrivals), 0.0
-    for index, at in enumerate(arrivals):
-        free = max(free, at) + service_s
+    for index, (at, service) in enumerate(zip(arrivals, services, strict=True)):
+        free = max(free, at) + service
         ends[index] = free
     return arrivals, ends
 
 
 class Simulated:
-    """A server of one queue; `refuses_from` answers 429 to every tenth request at and over that rate.
+    """A server of one queue; from `refuses_from` requests/s it fails every tenth request.
 
-    A probe lasts `seconds`, or as long as `answers` take; `seed` is that of the first one.
+    A probe lasts `seconds`, or as long as `answers` take; `seed` is that of the first one. `noise` is that of `waits`.
     """
 
     def __init__(
@@ -54,8 +61,9 @@ class Simulated:
         refuses_from: float = math.inf,
         answers: int | None = None,
         seed: int = 0,
+        noise: float = 0.0,
     ) -> None:
-        self.slo_ms, self.seconds, self.refuses_from = slo_ms, seconds, refuses_from
+        self.slo_ms, self.seconds, self.refuses_from, self.noise = slo_ms, seconds, refuses_from, noise
         self.answers, self.seed = answers, seed
         self.parts: dict[int, summary.RunRecords] = {}
         self.asked: list[tuple[str, float]] = []
@@ -64,7 +72,7 @@ class Simulated:
         seed = self.seed + len(self.asked)
         self.asked.append((stage, rate))
         seconds = self.answers / rate if self.answers else self.seconds
-        arrivals, ends = waits(rate, seconds, seed)
+        arrivals, ends = waits(rate, seconds, seed, self.noise)
         refused = rate >= self.refuses_from
         rows = table(
             *(
@@ -79,12 +87,12 @@ class Simulated:
         return probes.make(stage, rate, seed, found, verdict, client_cpu_percent=20.0, runs=1 + len(earlier))
 
 
-def true_goodput(slo_ms: float) -> float:
+def true_goodput(slo_ms: float, noise: float = 0.0) -> float:
     """The rate at which the true p99 is the SLO, by bisection over long simulations."""
     low, high = 1.0, 1 / SERVICE_S
     for _ in range(12):
         middle = (low + high) / 2
-        arrivals, ends = waits(middle, 40_000 / middle, 7)
+        arrivals, ends = waits(middle, 40_000 / middle, 7, noise)
         p99 = np.sort((ends - arrivals) * 1e3)[math.ceil(0.99 * len(ends)) - 1]
         low, high = (middle, high) if p99 <= slo_ms else (low, middle)
     return low
@@ -462,6 +470,22 @@ def test_searches_end_within_their_budget_and_their_band_contains_the_limit(budg
     assert inside >= 18
     # At least half of the searches confirm a rate, though the time is short.
     assert confirmed >= 10
+
+
+def test_a_noisy_server_is_measured_for_as_long_as_its_interval_needs() -> None:
+    """One measurement of a rate leaves most intervals around the SLO. Going to lower rates then wastes the budget."""
+    noise = 0.25
+    truth, inside, confirmed = true_goodput(80, noise), 0, []
+    for seed in range(20):
+        server = Timed(300, seconds=8, seed=1000 * seed, noise=noise)
+        result = server.search()
+        assert server.spent <= 300
+        low, high = result["band_rps"]
+        inside += low <= 1.05 * truth <= 1.05 * (high or math.inf)
+        confirmed += [result["max_goodput_rps"]] if result["max_goodput_rps"] else []
+    assert inside >= 18
+    assert len(confirmed) >= 17
+    assert np.median(confirmed) > 0.6 * truth
 
 
 def test_a_budget_without_time_to_confirm_reports_what_is_known() -> None:
