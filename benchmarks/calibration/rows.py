@@ -14,7 +14,7 @@ from inferctl.estimate import lengths
 from inferctl.estimate.cost import BERT_LARGE, Cost
 from inferctl.estimate.search import SimulatedServer
 from inferctl.estimate.simulate import UNBOUNDED
-from inferctl.serve.batcher import Limits
+from inferctl.serve.batcher import QueueLimits
 
 HERE = Path(__file__).resolve().parent
 # The rows that are fitted, and the rows of later rounds that no fit and no band has seen.
@@ -109,7 +109,7 @@ class Samples:
 
     def server(self, cost: Cost) -> SimulatedServer:
         """The simulated server with all samples, one a request."""
-        return SimulatedServer(cost, Limits(BATCH_TOKENS, UNBOUNDED), [[tokens] for tokens in self.lengths])
+        return SimulatedServer(cost, QueueLimits(BATCH_TOKENS, UNBOUNDED), [[tokens] for tokens in self.lengths])
 
 
 def simulated(row: Row, cost: Cost, samples: Samples) -> float:

@@ -21,15 +21,15 @@ Embed = Callable[[list[str]], Any]
 
 
 def inferctl(precision: str, model: str) -> Embed:
-    from inferctl.serve import recipe
+    from inferctl.serve import embedding_config
+    from inferctl.serve.engine_protocol import Batch, EngineConfig
     from inferctl.serve.engines.encoder import EncoderEngine
-    from inferctl.serve.tokenise import TokenizerPool
-    from inferctl.serve.types import Batch, EngineConfig
+    from inferctl.serve.tokenizer_pool import TokenizerPool
 
     engine = EncoderEngine(EngineConfig(model=model, precision=precision, device="cpu"))
     info = engine.load()
     limit, pool = info.batch_tokens, ThreadPoolExecutor(info.parallel)
-    tokenizer = TokenizerPool(Path(model), recipe.read(Path(model), None))
+    tokenizer = TokenizerPool(Path(model), embedding_config.read(Path(model), None))
 
     def embed(texts: list[str]) -> Any:
         sequences = tokenizer.encode_now(texts, truncate=True)

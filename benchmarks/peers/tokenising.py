@@ -19,8 +19,8 @@ from pathlib import Path
 import frontend
 import peers
 
-from inferctl.serve import recipe
-from inferctl.serve.tokenise import TokenizerPool
+from inferctl.serve import embedding_config
+from inferctl.serve.tokenizer_pool import TokenizerPool
 
 TEXTS = 4_000
 
@@ -40,7 +40,7 @@ async def _microseconds(pool: TokenizerPool, texts: Sequence[str]) -> float:
 
 def measured(texts: Sequence[str], rounds: int) -> tuple[float, float]:
     """Microseconds a text with remembered words and without; each round has texts of its own, and what was learnt before stays."""
-    how = recipe.read(peers.MODEL)
+    how = embedding_config.read(peers.MODEL)
     words, whole = TokenizerPool(peers.MODEL, how), TokenizerPool(peers.MODEL, how)
     whole._words = None
     parts = [texts[number::rounds] for number in range(rounds)]

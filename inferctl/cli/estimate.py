@@ -214,7 +214,7 @@ def _paced(file: Path, work: Scenario, question: Question) -> dict[str, Any]:
 
     from inferctl.estimate import document
     from inferctl.estimate.cost import Cost
-    from inferctl.serve.pace import Capacity
+    from inferctl.serve.latency_model import Capacity
 
     measured = Capacity.read(file)
     as_measured = replace(

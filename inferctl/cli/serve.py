@@ -111,7 +111,7 @@ def serve(
         raise NotReadyError(
             f"serving needs the package {error.name}, which is not installed", "pip install 'inferctl[serve]'"
         ) from None
-    chosen = server.Options(
+    chosen = server.ServerOptions(
         device=device,
         engine=engine,
         truncate=truncate,
@@ -121,7 +121,7 @@ def serve(
         hang_seconds=hang_seconds,
         capacity=capacity,
         log=log,
-        traces=tracing.wanted(os.environ),
+        traces=tracing.enabled(os.environ),
     )
     raise typer.Exit(server.run(spec, chosen, console.note, download.fetch))
 

@@ -23,7 +23,7 @@ from inferctl.estimate.cost import BERT_LARGE, Cost, Transformer
 from inferctl.estimate.search import REQUESTS, SimulatedServer
 from inferctl.estimate.simulate import UNBOUNDED, SimulationResult
 from inferctl.precision import best_precision
-from inferctl.serve.batcher import Limits
+from inferctl.serve.batcher import QueueLimits
 from inferctl.sizes import size
 
 # The engines: `inferctl serve` runs torch, the published rows ran TensorRT.
@@ -128,7 +128,7 @@ class Scenario:
         drawn = lengths.spread(self.tokens, total * self.inputs, self.seed)
         requests = [drawn[i * self.inputs : (i + 1) * self.inputs] for i in range(total)]
         front = self.front_seconds if front is None else front
-        return SimulatedServer(cost, Limits(self.batch_tokens, UNBOUNDED), requests, self.slots, self.seed, front)
+        return SimulatedServer(cost, QueueLimits(self.batch_tokens, UNBOUNDED), requests, self.slots, self.seed, front)
 
 
 @dataclass(frozen=True)

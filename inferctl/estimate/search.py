@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from inferctl.estimate.cost import Cost
 from inferctl.estimate.simulate import Simulation, SimulationResult
-from inferctl.serve.batcher import Limits
+from inferctl.serve.batcher import QueueLimits
 
 # With this many requests, the error of the p99 is about 3%. The first tenth is a warm-up and is not counted.
 REQUESTS = 20_000
@@ -27,7 +27,7 @@ class SimulatedServer:
     """
 
     cost: Cost
-    limits: Limits
+    limits: QueueLimits
     requests: Sequence[Sequence[int]]
     slots: int = 1
     seed: int = 0

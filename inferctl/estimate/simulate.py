@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from inferctl.estimate.cost import Cost
-from inferctl.serve.batcher import Batcher, Limits, RefusedError, Work
+from inferctl.serve.batcher import AdmissionError, Batcher, QueuedSequence, QueueLimits
 
 # The queue limit of a server must not limit its estimated throughput.
 UNBOUNDED = 1 << 60
@@ -52,7 +52,7 @@ class Simulation:
     """
 
     def __init__(
-        self, cost: Cost, limits: Limits, requests: Sequence[Sequence[int]], slots: int = 1, front: float = 0.0
+        self, cost: Cost, limits: QueueLimits, requests: Sequence[Sequence[int]], slots: int = 1, front: float = 0.0
     ) -> None:
         self.batcher = Batcher(limits, engines=slots)
         self._front, self._front_free = front, 0.0
@@ -102,21 +102,21 @@ class Simulation:
     def _submit(self, request: int, now: float) -> None:
         try:
             self._predicted[request] = self.batcher.submit(
-                request, self._requests[request], now, running=self._until_free(now)
+                request, self._requests[request], now, busy_s=self._until_free(now)
             )
-        except RefusedError:
+        except AdmissionError:
             self._rejected += 1
 
     def _until_free(self, now: float) -> float:
         """Return the seconds until the engine can start another batch; 0 if admission does not use it."""
-        if self.batcher.limits.slo is None or len(self._running) < self._slots:
+        if self.batcher.limits.slo_s is None or len(self._running) < self._slots:
             return 0.0
         remaining = sum(end - now for end, _, _ in self._running) + sum(batch.seconds for batch in self._prefetched)
         return remaining / self._slots
 
     def _start_batches(self, now: float) -> None:
         while len(self._running) + len(self._prefetched) < self._slots + self.batcher.has_full_batch():
-            works = self.batcher.next_batch(now, share=max(1, self._slots - len(self._running)))
+            works = self.batcher.next_batch(now, slots=max(1, self._slots - len(self._running)))
             if not works:
                 break
             batch = _Batch(works, sum(work.tokens for work in works), self._cost.batch([work.tokens for work in works]))
@@ -135,19 +135,19 @@ class Simulation:
         if self._prefetched:
             self._start(self._prefetched.popleft(), now)
         self._busy, self._last = self._busy + batch.seconds, now
-        self.batcher.pace.observe(batch.tokens, batch.seconds)
+        self.batcher.latency.observe(batch.tokens, batch.seconds)
         completed = 0
         for work in batch.works:
             self._remaining[work.request] -= 1
             if not self._remaining[work.request]:
                 completed += 1
                 self._latency[work.request] = now - self._arrived[work.request]
-                self.batcher.answered(self._predicted[work.request], self._latency[work.request])
+                self.batcher.observe(self._predicted[work.request], self._latency[work.request])
         return completed
 
 
 @dataclass(frozen=True)
 class _Batch:
-    works: list[Work]
+    works: list[QueuedSequence]
     tokens: int
     seconds: float

@@ -1,4 +1,4 @@
-"""`python -m inferctl.serve` is what the image starts."""
+"""Entry point of `python -m inferctl.serve`, which the image starts."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The HTTP side: Starlette routes over a `Dispatcher`. Probes, metrics and info never touch the queue."""
+"""The HTTP application: Starlette routes over a `Dispatcher`. Probes, metrics and info do not use the queue."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from inferctl.serve import openapi
 from inferctl.serve.dispatcher import Dispatcher
 from inferctl.serve.endpoint import EmbeddingsEndpoint
 from inferctl.serve.http import ApiError
-from inferctl.serve.load import Load
+from inferctl.serve.limits import InFlightLimits
 from inferctl.serve.metrics import CONTENT_TYPE, Metrics
-from inferctl.serve.tokenise import TokenizerPool
+from inferctl.serve.tokenizer_pool import TokenizerPool
 
 Phase = Literal["starting", "ready", "restarting", "draining"]
-_SAID = {"restarting": "starting its engine again", "draining": "shutting down"}
+_PHASE_MESSAGES = {"restarting": "restarting its engine", "draining": "shutting down"}
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What one request may ask for. `max_body_bytes` bounds the raw body."""
+class RequestLimits:
+    """The limits of one request. `max_body_bytes` is the size of the raw body."""
 
     max_inputs: int
     max_input_tokens: int
@@ -40,14 +40,15 @@ class Limits:
 
 @dataclass
 class State:
-    """What the routes share. `describe()` is the document of `GET /info`, None until an engine was ready.
+    """The state that the routes share.
 
-    `trace(headers, request id, status, tokens, seconds, seconds by phase)` is told of every request that ended.
+    `describe()` returns the document of `GET /info`, None until an engine was ready.
+    `trace(headers, request id, status, tokens, seconds, seconds by phase)` is called after each request.
     """
 
     name: str
     aliases: frozenset[str]
-    limits: Limits
+    limits: RequestLimits
     tokenizer: TokenizerPool
     dispatcher: Dispatcher
     metrics: Metrics
@@ -55,61 +56,67 @@ class State:
     describe: Callable[[], dict[str, Any] | None] = lambda: None
     log_requests: bool = False
     trace: Callable[[Any, str, int, int, float, dict[str, float]], None] | None = None
-    load: Load = field(default_factory=Load)
-    hopeless: Callable[[], bool] = lambda: False
+    in_flight: InFlightLimits = field(default_factory=InFlightLimits)
+    crash_looping: Callable[[], bool] = lambda: False
     started: bool = False  # an engine was ready once
-    draining: bool = False  # told to stop
-    closed: bool = False  # takes no requests any more
+    draining: bool = False  # received a signal to stop
+    closed: bool = False  # accepts no more requests
     dimensions: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def phase(self) -> Phase:
-        """Where the server is in its life; ready in `ready` only."""
+        """The phase of the server, as `GET /readyz` reports it."""
         if self.draining:
             return "draining"
-        if self.dispatcher.up:
+        if self.dispatcher.ready:
             return "ready"
         return "restarting" if self.started else "starting"
 
     @property
-    def answering(self) -> bool:
-        """Whether embeddings are answered: also while draining, until nobody should send any more."""
-        return self.dispatcher.up and not self.closed
+    def accepts_requests(self) -> bool:
+        """Whether the server accepts requests for embeddings, also while draining until the grace period ends."""
+        return self.dispatcher.ready and not self.closed
 
-    def facts(self) -> openapi.Facts | None:
-        """What this server takes, for the OpenAPI document; None before an engine was ready."""
+    def schema_limits(self) -> openapi.SchemaLimits | None:
+        """Return the limits for the OpenAPI document; None before an engine was ready."""
         if not self.started:
             return None
         sizes = self.matryoshka
         allowed = None if sizes is None else (*(d for d in sizes if d < self.dimensions), self.dimensions)
-        return openapi.Facts(self.tokenizer.vocabulary_size, self.limits.max_inputs, self.dimensions, allowed)
+        return openapi.SchemaLimits(self.tokenizer.vocabulary_size, self.limits.max_inputs, self.dimensions, allowed)
 
     def unavailable(self) -> ApiError:
-        """The 503 of this phase."""
-        said = f"the server is {_SAID.get(self.phase, self.phase)}"
-        return ApiError(503, said, code="not_ready", headers={"retry-after": "5"}, close=self.draining)
+        """Return the 503 of this phase."""
+        message = f"the server is {_PHASE_MESSAGES.get(self.phase, self.phase)}"
+        return ApiError(503, message, code="not_ready", headers={"retry-after": "5"}, close=self.draining)
 
     def unknown_model(self, wanted: str) -> ApiError:
-        """The 404 for another model's name."""
-        message = f"there is no model {wanted!r} here; this server has {self.name!r}"
+        """Return the 404 for another model's name."""
+        message = f"model {wanted!r} not found; this server serves {self.name!r}"
         return ApiError(404, message, code="model_not_found", param="model")
 
     def dimensions_for(self, wanted: int | None) -> int | None:
-        """To how many dimensions vectors are cut; None for not at all. Raises `ApiError` 400 when the model was not trained for it."""
+        """Return to how many dimensions vectors are truncated; None for full vectors.
+
+        Raises `ApiError` 400 if the model was not trained for `wanted`.
+        """
         sizes = self.matryoshka
         if wanted in (None, self.dimensions):
             return None
         if wanted is not None and wanted < self.dimensions and (sizes is None or wanted in sizes):
             return wanted
         allowed = [str(d) for d in sizes or () if d <= self.dimensions] or [str(self.dimensions)]
-        possible = f"1 to {self.dimensions}" if sizes is None else ", ".join(allowed)
-        message = f"{self.name} cannot give {wanted} dimensions, only {possible}"
+        possible = f"1 to {self.dimensions}" if sizes is None else " or ".join(allowed)
+        message = f"`dimensions` of model {self.name!r} must be {possible}, got {wanted}"
         raise ApiError(400, message, code="invalid_dimensions", param="dimensions")
 
 
 def create(state: State) -> ASGIApp:
-    """The application, its one hot route before all others: what Starlette adds to it costs more than the rest. It answers from the first moment on; embeddings get 503 until the engine is ready."""
+    """Return the ASGI application. Requests for embeddings get 503 until the engine is ready.
+
+    `POST /v1/embeddings` is routed before Starlette, whose overhead is larger than the rest of the work per request.
+    """
 
     async def models(_: Request) -> Response:
         entry = {"id": state.name, "object": "model", "created": state.created, "owned_by": "inferctl"}
@@ -122,7 +129,7 @@ def create(state: State) -> ASGIApp:
         return _json({"id": state.name, "object": "model", "created": state.created, "owned_by": "inferctl"})
 
     async def livez(_: Request) -> Response:
-        return _text("the engine does not start", 503) if state.hopeless() else _text("ok")
+        return _text("the engine fails to start", 503) if state.crash_looping() else _text("ok")
 
     async def readyz(_: Request) -> Response:
         return _text("ok") if state.phase == "ready" else _text(state.phase, 503)
@@ -137,7 +144,7 @@ def create(state: State) -> ASGIApp:
         return _json({**document, "phase": state.phase})
 
     async def document(_: Request) -> Response:
-        return _json(openapi.document(state.name, state.facts()))
+        return _json(openapi.document(state.name, state.schema_limits()))
 
     async def docs(_: Request) -> Response:
         return HTMLResponse(openapi.page(state.name))
@@ -148,7 +155,7 @@ def create(state: State) -> ASGIApp:
             return Response(error.body(), error.status, headers, "application/json")
         status = error.status_code if isinstance(error, HTTPException) else 500
         headers = dict(getattr(error, "headers", None) or {})
-        detail = str(error.detail) if isinstance(error, HTTPException) else "an internal error; the server's log has it"
+        detail = str(error.detail) if isinstance(error, HTTPException) else "internal error; see the server log"
         return Response(ApiError(status, detail).body(), status, headers, "application/json")
 
     embeddings = EmbeddingsEndpoint(state)
@@ -166,11 +173,12 @@ def create(state: State) -> ASGIApp:
         ],
         exception_handlers={ApiError: failed, HTTPException: failed, Exception: failed},
     )
-    others.router.redirect_slashes = False  # a POST that is redirected loses its body with many clients: better a 404
+    # Many clients drop the body of a redirected POST. A 404 is clearer.
+    others.router.redirect_slashes = False
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
-        hot = scope["type"] == "http" and scope["path"] == "/v1/embeddings" and scope["method"] == "POST"
-        await (embeddings if hot else others)(scope, receive, send)
+        is_embeddings = scope["type"] == "http" and scope["path"] == "/v1/embeddings" and scope["method"] == "POST"
+        await (embeddings if is_embeddings else others)(scope, receive, send)
 
     return route
 

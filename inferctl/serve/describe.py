@@ -1,4 +1,4 @@
-"""What the server says about itself: `GET /info`, and the lines at the start."""
+"""The description of the server: the document of `GET /info`, and the lines printed at the start."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ from typing import Any
 
 import inferctl
 from inferctl.model import ModelFolder
-from inferctl.serve.app import Limits
-from inferctl.serve.recipe import Recipe
-from inferctl.serve.types import EngineInfo
+from inferctl.serve.app import RequestLimits
+from inferctl.serve.embedding_config import EmbeddingConfig
+from inferctl.serve.engine_protocol import EngineInfo
 from inferctl.spec import Spec
 
 
 def document(
-    spec: Spec, folder: ModelFolder, how: Recipe, limits: Limits, info: EngineInfo, image: tuple[str, str | None] | None
+    spec: Spec,
+    folder: ModelFolder,
+    config: EmbeddingConfig,
+    limits: RequestLimits,
+    info: EngineInfo,
+    image: tuple[str, str | None] | None,
 ) -> dict[str, Any]:
-    """What of `GET /info` stays as it is while an engine lives."""
-    said = info.to_json()
+    """Return the part of `GET /info` that does not change while an engine process runs."""
+    engine = info.to_json()
     return {
         "name": spec.name,
         "inferctl": inferctl.__version__,
@@ -27,12 +32,12 @@ def document(
             "sha256": folder.digest,
             "architecture": folder.architecture,
             "dimensions": info.dimensions,
-            "max_tokens": how.max_tokens,
-            "pooling": how.pooling,
-            "pooling_assumed": how.assumed,
-            "normalize": how.normalize,
+            "max_tokens": config.max_tokens,
+            "pooling": config.pooling,
+            "pooling_assumed": config.assumed,
+            "normalize": config.normalize,
         },
-        "precision": said["precision"],
+        "precision": engine["precision"],
         "attention": info.attention,
         "attention_reason": info.attention_reason,
         "fidelity": {
@@ -43,7 +48,7 @@ def document(
             "check": info.check,
         },
         "warnings": info.warnings,
-        "device": said["device"],
+        "device": engine["device"],
         "parallel_batches": info.parallel,
         "versions": {"python": sys.version.split()[0], **info.versions},
         "limits": {
@@ -59,17 +64,18 @@ def document(
 
 
 def lines(info: EngineInfo, name: str, url: str, seconds: float) -> Iterator[str]:
-    """What runs, for people."""
+    """Yield the lines printed when the server is ready."""
     precision, device = info.precision, info.device
-    asked = f" (asked for {precision.requested})" if precision.requested != precision.effective else ""
-    yield f"precision  {precision.effective}{asked}, {precision.level}, {precision.method}: {precision.reason}"
+    requested = f" (requested: {precision.requested})" if precision.requested != precision.effective else ""
+    yield f"precision  {precision.effective}{requested}, {precision.level}, {precision.method}: {precision.reason}"
     yield f"attention  {info.attention}: {info.attention_reason}"
     if info.cosine_min is not None:
-        yield f"fidelity   cosine to fp32 at least {info.cosine_min:.5f}, {info.cosine_mean:.5f} on average ({info.check})"
+        cosines = f"minimum {info.cosine_min:.5f}, mean {info.cosine_mean:.5f}"
+        yield f"fidelity   cosine to fp32: {cosines} ({info.check})"
     cores = f", {device.threads} threads, {info.parallel} batches at a time"
     yield f"device     {device.name}" + (
         cores if device.threads else f", compute capability {device.compute_capability}"
     )
     for warning in info.warnings:
         yield f"warning    {warning}"
-    yield f"ready      {name} at {url} after {seconds:.1f} s; {url}/docs describes it"
+    yield f"ready      {name} at {url} after {seconds:.1f} s; documentation at {url}/docs"

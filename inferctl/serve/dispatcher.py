@@ -1,10 +1,11 @@
-"""Between requests and engines: queues what requests bring, sends batches, hands results back, tries again what an engine could not do.
+"""Sends batches to the engines, returns the results to the requests, and retries what an engine could not compute.
 
-An engine gets as many batches as it runs at a time; one more is sent ahead only when it is full already, as a partial one can still grow until
-the engine is free.
-What went wrong is tried again alone, nothing else beside it, so that only the request at fault is given up: a batch that raised in halves, a
-batch that its engine died of by request, a vector that is not finite in fp32. An engine that then fails at a harmless batch too is at fault
-itself, and is replaced.
+An engine gets as many batches as it runs at a time. One more is prefetched, and only if it is full: a partial batch can
+still grow until the engine is free.
+
+What failed is retried in isolation, so that only the request that causes the failure is rejected. A batch that raised
+is retried in halves. A batch that was running when its engine crashed is retried request by request. A vector with NaN
+or infinity is computed again in fp32. If the engine then also fails on a health-check batch, the engine is replaced.
 """
 
 from __future__ import annotations
@@ -21,253 +22,282 @@ import numpy as np
 
 from inferctl.serve import memory
 from inferctl.serve.batcher import Batcher
-from inferctl.serve.lane import Lane, Sent
+from inferctl.serve.engine_protocol import Batch, BatchResult, Tokens, Vectors
+from inferctl.serve.engine_queue import BatchAttempt, EngineQueue
 from inferctl.serve.metrics import Metrics
-from inferctl.serve.types import Batch, BatchResult, Tokens, Vectors
 
 log = logging.getLogger("inferctl.dispatcher")
 
-_ATTEMPTS = 2
-# After this many batches near the limit that did fit into memory, the limit is what it was, wherever it had been.
-# Memory that stays insufficient costs a retry in about that many batches.
-_REGAINED_AFTER = 256
-# More than one token: attention over a single token has kernels of its own, in which a suspect request may have failed.
-_HARMLESS = np.full(8, 5, dtype=np.int32)
+_MAX_CRASHES = 2
+# After at most this many batches near the lowered limit that fit into memory, the batch limit is back at its start
+# value. If memory stays insufficient, that costs one retry per about this many batches.
+_RECOVERY_BATCHES = 256
+# More than one token: a single token uses other attention kernels, in which the suspect request may have failed.
+_HEALTH_CHECK_TOKENS = np.full(8, 5, dtype=np.int32)
 
 
 class EngineUnavailableError(Exception):
-    """There is no engine, or it died twice under this request, or its memory does not suffice."""
+    """No engine is ready, engines crashed while running this request, or memory is insufficient for it."""
 
 
 class EngineFailedError(Exception):
-    """The engine could not compute this request; the message says why."""
+    """The engine could not compute this request. The message says why."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Vectors of one request ([sequences, dimensions]), which of them are not finite (indices), and where the time went (seconds)."""
+class RequestResult:
+    """The vectors of one request ([sequences, dimensions]) and its times (s).
+
+    `non_finite`: the indices of the vectors with NaN or infinity.
+    """
 
     vectors: Vectors
-    bad: Sequence[int]
+    non_finite: Sequence[int]
     queue_seconds: float
     inference_seconds: float
 
 
 @dataclass
 class _Request:
+    """A request in flight. Times are in seconds."""
+
     sequences: Sequence[Tokens]
-    future: asyncio.Future[Answer]
+    future: asyncio.Future[RequestResult]
     arrived: float
-    predicted: float  # seconds
-    left: int
-    deaths: int = 0  # engines that died, one after the other, while they ran it alone
+    predicted: float
+    remaining: int  # sequences without a vector
+    crashes: int = 0  # engines in a row that crashed while running it in isolation
     first_start: float = float("inf")
     vectors: Vectors | None = None
-    bad: list[int] = field(default_factory=list)
+    non_finite: list[int] = field(default_factory=list)
 
 
 class Dispatcher:
-    """All requests, over one lane for each engine. Lives on the event loop."""
+    """All requests in flight, and one `EngineQueue` per engine. Runs on the event loop."""
 
     def __init__(self, batcher: Batcher, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
-        self.lanes: list[Lane] = []
-        self.up = False  # whether any engine takes batches
+        self.engines: list[EngineQueue] = []
+        self.ready = False  # whether any engine accepts batches
         self.out_of_memory = 0  # batches
         self._batcher, self._metrics, self._clock = batcher, metrics, clock
         self._requests: dict[int, _Request] = {}
-        self._again: deque[Sent] = deque()
+        self._retries: deque[BatchAttempt] = deque()
         self._ids = count()
-        self._pumping = False  # is about to be called
-        # What was found out in this turn of the event loop, for all requests that it brought: `_running()`, and for whom `check` passed.
-        self._running_now: float | None = None
-        self._passed: set[bool] = set()
+        self._scheduled = False  # `dispatch` will run in this turn of the event loop
+        # Cached for one turn of the event loop: the seconds until an engine is free, and the priorities (bulk or not)
+        # that passed `check`.
+        self._busy_s: float | None = None
+        self._admitted: set[bool] = set()
         metrics.queue_tokens.set_function(lambda: batcher.waiting_tokens)
         metrics.in_flight.set_function(lambda: len(self._requests))
 
-    def lane(self) -> Lane:
-        """A lane for one more engine."""
-        self.lanes.append(Lane(self, self._clock))
-        return self.lanes[-1]
+    def add_engine(self) -> EngineQueue:
+        """Return the queue of one more engine."""
+        self.engines.append(EngineQueue(self, self._clock))
+        return self.engines[-1]
 
-    def begin(self, sequences: Sequence[Tokens], *, bulk: bool = False) -> asyncio.Future[Answer]:
-        """Vectors of all sequences, to be awaited; cancelling it drops the work. Raises `RefusedError`, and `EngineUnavailableError` where there is no engine now.
+    def submit(self, sequences: Sequence[Tokens], *, bulk: bool = False) -> asyncio.Future[RequestResult]:
+        """Queue a request and return the future of its result. Cancelling the future cancels the request.
 
-        The future raises `EngineUnavailableError` or `EngineFailedError`.
+        Raises `AdmissionError`, or `EngineUnavailableError` if no engine is ready. The future raises
+        `EngineUnavailableError` or `EngineFailedError`.
         """
-        if not self.up:
+        if not self.ready:
             raise EngineUnavailableError("the engine is not ready")
         number, now = next(self._ids), self._clock()
-        predicted = self._batcher.submit(number, [len(s) for s in sequences], now, bulk=bulk, running=self._running())
+        lengths = [len(s) for s in sequences]
+        predicted = self._batcher.submit(number, lengths, now, bulk=bulk, busy_s=self._seconds_until_free())
         request = _Request(sequences, asyncio.get_running_loop().create_future(), now, predicted, len(sequences))
         self._requests[number] = request
-        request.future.add_done_callback(lambda _: self._over(number))
-        self._pump_soon()
+        request.future.add_done_callback(lambda _: self._request_done(number))
+        self._schedule()
         return request.future
 
-    def _over(self, number: int) -> None:
+    def _request_done(self, number: int) -> None:
         if self._requests.pop(number, None) is not None:
             self._batcher.cancel(number)
 
     def check(self, *, bulk: bool = False) -> None:
-        """Raises `RefusedError` when not even the smallest request would be taken now: before any work is spent on it."""
-        if bulk not in self._passed:
-            self._batcher.check(1, bulk=bulk, running=self._running())
-            self._passed.add(bulk)
+        """Raise `AdmissionError` if even a request of one token would be rejected. Called before the body is read."""
+        if bulk not in self._admitted:
+            self._batcher.check(1, bulk=bulk, busy_s=self._seconds_until_free())
+            self._admitted.add(bulk)
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of a batch at most, now."""
+        """The batch limit (tokens) in use."""
         return self._batcher.limits.batch_tokens
 
     @property
     def slo_ms(self) -> float | None:
-        """Latency that admission holds interactive requests to (ms)."""
-        slo = self._batcher.limits.slo
+        """The latency SLO of interactive requests (ms)."""
+        slo = self._batcher.limits.slo_s
         return None if slo is None else slo * 1000
 
     @property
-    def pace(self) -> dict[str, float | None]:
-        """The fit that predictions come from, in the words of a `--capacity` file."""
-        pace = self._batcher.pace
-        rate = 1 / pace.per_token if pace.per_token else None
-        return {"fixed_s": round(pace.fixed, 6), "tokens_per_s": rate and round(rate, 1)}
+    def latency_model(self) -> dict[str, float | None]:
+        """The batch latency model, with the keys of a `--capacity` file."""
+        model = self._batcher.latency
+        rate = 1 / model.per_token if model.per_token else None
+        return {"fixed_s": round(model.fixed, 6), "tokens_per_s": rate and round(rate, 1)}
 
-    def patience(self, least: float, longest: int = 0) -> float:
-        """Seconds after which a batch means that the engine hangs: twenty times what the largest takes, and `least` at least.
+    def batch_timeout(self, minimum: float, longest: int = 0) -> float:
+        """Return the seconds after which a batch counts as hung: 20 times the largest batch, at least `minimum`.
 
-        `longest`: tokens of the longest sequence, which may be more than a batch holds.
+        `longest`: tokens of the longest sequence, which can exceed the batch limit.
         """
-        return max(least, 20 * self._batcher.pace.seconds(max(self.batch_tokens, longest)))
+        return max(minimum, 20 * self._batcher.latency.seconds(max(self.batch_tokens, longest)))
 
-    def lanes_changed(self) -> None:
-        """An engine came or went."""
-        up = [lane for lane in self.lanes if lane.up]
-        self.up = bool(up)
-        self._batcher.engines = sum(lane.slots for lane in up)
-        self._metrics.engine_up.set(len(up))
-        if up:
-            self._limit_batches(min(lane.batch_tokens for lane in up))
+    def engines_changed(self) -> None:
+        """Update the state that depends on which engines are ready and on their batch limits."""
+        ready = [engine for engine in self.engines if engine.ready]
+        self.ready = bool(ready)
+        self._batcher.engines = sum(engine.slots for engine in ready)
+        self._metrics.engine_up.set(len(ready))
+        if ready:
+            self._set_batch_limit(min(engine.batch_tokens for engine in ready))
 
-    def lost(self, running: Sequence[Sent], ahead: Sequence[Sent], *, spoilt: bool) -> None:
-        """An engine died while it ran these; what was sent ahead of time is as good as new. `spoilt`: the batch before had failed, and may be what it died of."""
+    def engine_crashed(
+        self, running: Sequence[BatchAttempt], prefetched: Sequence[BatchAttempt], *, after_failure: bool
+    ) -> None:
+        """Requeue the batches of a crashed engine that had not started. Retry the running ones in isolation.
+
+        `after_failure`: the batch before had failed; it may have corrupted the engine and caused the crash.
+        """
         self._metrics.engine_deaths.inc()
-        self._batcher.requeue([w for sent in ahead for w in sent.works if w.request in self._requests])
-        self._again.extendleft(
-            again for sent in running for again in self._suspects(sent, len(running) == 1 and not spoilt)
+        self._batcher.requeue(
+            [item for attempt in prefetched for item in attempt.sequences if item.request in self._requests]
         )
-        for doubt in [sent.doubt for sent in running if sent.doubt]:
-            # The harmless batch is never sent ahead. An engine that dies of it was left in that state by the suspect, as far as anyone can tell.
-            self._died_of(doubt[0].works[0].request, "engines die after this")
-            self._again.append(doubt[0])
+        sole_suspect = len(running) == 1 and not after_failure
+        self._retries.extendleft(
+            retry for attempt in running for retry in self._split_by_request(attempt, sole_suspect=sole_suspect)
+        )
+        for probe_for in [attempt.probe_for for attempt in running if attempt.probe_for]:
+            # Health-check batches are never prefetched. So most likely the suspect corrupted the engine.
+            suspect = probe_for[0]
+            self._count_crash(suspect.sequences[0].request, "engines crash after running this request")
+            self._retries.append(suspect)
 
-    def done(self, lane: Lane, sent: Sent, result: BatchResult, seconds: float) -> None:
-        """A batch came back, `seconds` after the engine could begin it."""
-        if sent.doubt:
-            at_fault, error = sent.doubt
-            self._fail(at_fault.works[0].request, error)
-            self.pump()
+    def batch_done(self, engine: EngineQueue, attempt: BatchAttempt, result: BatchResult, seconds: float) -> None:
+        """Store the vectors of a batch, `seconds` after the engine could start it."""
+        if attempt.probe_for:
+            suspect, error = attempt.probe_for
+            self._fail(suspect.sequences[0].request, error)
+            self.dispatch()
             return
-        now, tokens = self._clock(), sent.tokens
-        if not sent.exact:
-            self._batcher.pace.observe(tokens, max(seconds, result.seconds))
-        self._metrics.batch(len(sent.works), tokens, result.seconds)
-        self._regain(lane, tokens)
-        for row, work in enumerate(sent.works):
-            request = self._requests.get(work.request)
+        now, tokens = self._clock(), attempt.tokens
+        if not attempt.exact:
+            self._batcher.latency.observe(tokens, max(seconds, result.seconds))
+        self._metrics.count_batch(len(attempt.sequences), tokens, result.seconds)
+        self._raise_batch_limit(engine, tokens)
+        for row, item in enumerate(attempt.sequences):
+            request = self._requests.get(item.request)
             if request is None:
                 continue
             request.first_start = min(request.first_start, now - result.seconds)
-            request.deaths = 0 if sent.alone else request.deaths
-            if not result.ok[row] and not sent.exact:
+            request.crashes = 0 if attempt.isolated else request.crashes
+            if not result.ok[row] and not attempt.exact:
                 self._metrics.fp32_retries.inc()
-                self._again.append(Sent([work], exact=True))
+                self._retries.append(BatchAttempt([item], exact=True))
             else:
-                self._fill(request, work.sequence, result.vectors[row], bool(result.ok[row]), now)
-        self.pump()
+                self._store(request, item.index, result.vectors[row], bool(result.ok[row]), now)
+        self.dispatch()
 
-    def failed(self, lane: Lane, sent: Sent, message: str, out_of_memory: bool) -> None:
-        """A batch raised. Halves are tried again until the sequence that cannot be computed stands alone."""
+    def batch_failed(self, engine: EngineQueue, attempt: BatchAttempt, message: str, out_of_memory: bool) -> None:
+        """Retry a batch that raised, in halves, until a failing sequence runs in isolation."""
         self._metrics.batch_failures.inc()
-        if sent.doubt:
-            log.error("the engine fails at anything: %s; replacing it", message)
-            suspect = sent.doubt[0]
-            if lane.ran == 2:  # it was the first that this engine ran
-                self._fail(suspect.works[0].request, EngineUnavailableError(f"engines break over this: {message}"))
+        if attempt.probe_for:
+            log.error("the engine fails on a health-check batch: %s; replacing the engine", message)
+            suspect = attempt.probe_for[0]
+            if engine.batches_run == 2:  # the suspect was the first batch of this engine
+                error = EngineUnavailableError(f"engines fail after running this request: {message}")
+                self._fail(suspect.sequences[0].request, error)
             else:
-                self._again.appendleft(suspect)
-            lane.replace()
+                self._retries.appendleft(suspect)
+            engine.replace()
             return
         if out_of_memory:
             self.out_of_memory += 1
             self._metrics.out_of_memory.inc()
-            largest = max(sent.tokens, lane.largest)
-            lane.batch_tokens = max(memory.SMALLEST_BATCH, min(lane.batch_tokens, largest // 2))
-            self.lanes_changed()
-        works = [work for work in sent.works if work.request in self._requests]
-        if not sent.alone and len(works) == 1:
-            # What ran beside it may have taken the memory, or spoilt the engine.
-            self._again.append(Sent(works, exact=sent.exact))
-        elif works and len(sent.works) == 1:
-            insufficient = EngineUnavailableError(f"the engine's memory does not suffice for this: {message}")
+            largest = max(attempt.tokens, engine.largest)
+            engine.batch_tokens = max(memory.SMALLEST_BATCH, min(engine.batch_tokens, largest // 2))
+            self.engines_changed()
+        items = [item for item in attempt.sequences if item.request in self._requests]
+        if not attempt.isolated and len(items) == 1:
+            # A batch that ran at the same time may have used up the memory or corrupted the engine.
+            self._retries.append(BatchAttempt(items, exact=attempt.exact))
+        elif items and len(attempt.sequences) == 1:
+            insufficient = EngineUnavailableError(f"insufficient memory for this request: {message}")
             error = insufficient if out_of_memory else EngineFailedError(message)
-            self._send(lane, Sent([], alone=True, doubt=(Sent(works, exact=sent.exact), error)))
-        elif works:
-            middle = len(works) // 2
-            self._again.extend(Sent(half, exact=sent.exact) for half in (works[:middle], works[middle:]) if half)
-        self.pump()
+            suspect = BatchAttempt(items, exact=attempt.exact)
+            self._send(engine, BatchAttempt([], isolated=True, probe_for=(suspect, error)))
+        elif items:
+            middle = len(items) // 2
+            self._retries.extend(
+                BatchAttempt(half, exact=attempt.exact) for half in (items[:middle], items[middle:]) if half
+            )
+        self.dispatch()
 
-    def pump(self) -> None:
-        """Send what can be sent, to the engine with the least to do first, and nothing ahead of time while any is free."""
-        self._look_again()
-        for ahead in (False, True):
-            for lane in sorted((lane for lane in self.lanes if lane.up), key=lambda lane: lane.tokens):
-                while (sent := self._next(lane, ahead)) is not None:
-                    self._send(lane, sent)
+    def dispatch(self) -> None:
+        """Send as many batches as the engines accept, to the least loaded engine first.
 
-    def _pump_soon(self) -> None:
-        """`pump`, once what else arrived by now is queued as well."""
-        if not self._pumping:
-            self._pumping = True
-            asyncio.get_running_loop().call_soon(self._pump_now)
+        A batch is prefetched only if no engine has a free slot.
+        """
+        self._clear_cache()
+        for prefetch in (False, True):
+            for engine in sorted((engine for engine in self.engines if engine.ready), key=lambda engine: engine.tokens):
+                while (attempt := self._next(engine, prefetch=prefetch)) is not None:
+                    self._send(engine, attempt)
 
-    def _pump_now(self) -> None:
-        self._pumping = False
-        self.pump()
+    def _schedule(self) -> None:
+        """Run `dispatch` after the other requests of this turn of the event loop are queued."""
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._run_scheduled)
 
-    def _send(self, lane: Lane, sent: Sent) -> None:
-        parts = [self._requests[work.request].sequences[work.sequence] for work in sent.works] or [_HARMLESS]
+    def _run_scheduled(self) -> None:
+        self._scheduled = False
+        self.dispatch()
+
+    def _send(self, engine: EngineQueue, attempt: BatchAttempt) -> None:
+        parts = [self._requests[item.request].sequences[item.index] for item in attempt.sequences]
+        parts = parts or [_HEALTH_CHECK_TOKENS]
         lengths = np.array([len(part) for part in parts], dtype=np.int32)
-        lane.send(Batch(next(self._ids), np.concatenate(parts), lengths, sent.exact), sent)
+        engine.send(Batch(next(self._ids), np.concatenate(parts), lengths, attempt.exact), attempt)
 
-    def _next(self, lane: Lane, ahead: bool) -> Sent | None:
-        """What to send to this engine now: a retry once it is idle, else the next batch; `ahead`: also one that will wait for it."""
-        while self._again and not lane.busy:
-            again = self._again.popleft()
-            if works := [work for work in again.works if work.request in self._requests]:
-                return Sent(works, alone=True, exact=again.exact)
-        if self._again or not lane.takes(ahead=ahead and self._batcher.has_full_batch()):
+    def _next(self, engine: EngineQueue, *, prefetch: bool) -> BatchAttempt | None:
+        """Return what to send to the engine now: a retry if it is idle, else the next batch of the queue."""
+        while self._retries and not engine.busy:
+            retry = self._retries.popleft()
+            if items := [item for item in retry.sequences if item.request in self._requests]:
+                return BatchAttempt(items, isolated=True, exact=retry.exact)
+        if self._retries or not engine.accepts(prefetch=prefetch and self._batcher.has_full_batch()):
             return None
-        idle = sum(other.free for other in self.lanes)
-        works = self._batcher.next_batch(self._clock(), share=max(1, idle))
-        return Sent(works) if works else None
+        free_slots = sum(other.free_slots for other in self.engines)
+        items = self._batcher.next_batch(self._clock(), slots=max(1, free_slots))
+        return BatchAttempt(items) if items else None
 
-    def _suspects(self, sent: Sent, alone: bool) -> list[Sent]:
-        """The batch that an engine died of, by request; `alone`: of nothing else. Who was alone there is tried once more, then given up."""
-        works = sorted(sent.works, key=lambda work: work.request)
-        groups = [list(group) for _, group in groupby(works, key=lambda work: work.request)]
-        if alone and len(groups) == 1:
-            self._died_of(works[0].request, "the engine died twice while it ran this alone")
-        return [Sent(group, exact=sent.exact) for group in groups]
+    def _split_by_request(self, attempt: BatchAttempt, *, sole_suspect: bool) -> list[BatchAttempt]:
+        """Split a batch that was running when its engine crashed into one attempt per request.
 
-    def _died_of(self, number: int, said: str) -> None:
-        """Count a death against a request, and give it up at the last one; what it has in `_again` is skipped then."""
+        If the batch is the sole suspect and has one request, the crash counts against that request.
+        """
+        items = sorted(attempt.sequences, key=lambda item: item.request)
+        groups = [list(group) for _, group in groupby(items, key=lambda item: item.request)]
+        if sole_suspect and len(groups) == 1:
+            self._count_crash(items[0].request, "the engine crashed twice while running this request in isolation")
+        return [BatchAttempt(group, exact=attempt.exact) for group in groups]
+
+    def _count_crash(self, number: int, message: str) -> None:
+        """Count a crash against a request, and fail it after `_MAX_CRASHES`. Its retries are then skipped."""
         request = self._requests.get(number)
         if request is not None:
-            request.deaths += 1
-            if request.deaths >= _ATTEMPTS:
-                self._fail(number, EngineUnavailableError(said))
+            request.crashes += 1
+            if request.crashes >= _MAX_CRASHES:
+                self._fail(number, EngineUnavailableError(message))
 
-    def _fill(self, request: _Request, index: int, vector: Vectors, ok: bool, now: float) -> None:
+    def _store(self, request: _Request, index: int, vector: Vectors, ok: bool, now: float) -> None:
+        """Store one vector; the last one completes the request."""
         if len(request.sequences) == 1:
             request.vectors = vector[None]
         else:
@@ -275,12 +305,13 @@ class Dispatcher:
                 request.vectors = np.empty((len(request.sequences), len(vector)), dtype=np.float32)
             request.vectors[index] = vector
         if not ok:
-            request.bad.append(index)
-        request.left -= 1
-        if not request.left and not request.future.done():
-            self._batcher.answered(request.predicted, now - request.arrived)
+            request.non_finite.append(index)
+        request.remaining -= 1
+        if not request.remaining and not request.future.done():
+            self._batcher.observe(request.predicted, now - request.arrived)
             queued = max(0.0, request.first_start - request.arrived)
-            request.future.set_result(Answer(request.vectors, request.bad, queued, now - request.first_start))
+            inference = now - request.first_start
+            request.future.set_result(RequestResult(request.vectors, request.non_finite, queued, inference))
 
     def _fail(self, number: int, error: Exception) -> None:
         request = self._requests.pop(number, None)
@@ -288,26 +319,30 @@ class Dispatcher:
         if request is not None and not request.future.done():
             request.future.set_exception(error)
 
-    def _running(self) -> float:
-        """Seconds until some engine has done what it has."""
-        if self._running_now is None:
-            pace = self._batcher.pace
-            left = (lane.left(lambda sent: pace.seconds(sent.tokens)) for lane in self.lanes if lane.up)
-            self._running_now = min(left, default=0.0)
-            asyncio.get_running_loop().call_soon(self._look_again)
-        return self._running_now
+    def _seconds_until_free(self) -> float:
+        """Return the seconds until any engine can start another batch."""
+        if self._busy_s is None:
+            model = self._batcher.latency
+            seconds = (
+                engine.seconds_until_free(lambda attempt: model.seconds(attempt.tokens))
+                for engine in self.engines
+                if engine.ready
+            )
+            self._busy_s = min(seconds, default=0.0)
+            asyncio.get_running_loop().call_soon(self._clear_cache)
+        return self._busy_s
 
-    def _look_again(self) -> None:
-        self._running_now = None
-        self._passed.clear()
+    def _clear_cache(self) -> None:
+        self._busy_s = None
+        self._admitted.clear()
 
-    def _regain(self, lane: Lane, tokens: int) -> None:
-        """A batch fitted into memory: where the limit is lower than it was and this came near it, the next may be larger."""
-        full = lane.info.batch_tokens if lane.info else 0
-        if lane.batch_tokens < full and 2 * tokens > lane.batch_tokens:
-            lane.batch_tokens = min(full, lane.batch_tokens + max(1, full // _REGAINED_AFTER))
-            self.lanes_changed()
+    def _raise_batch_limit(self, engine: EngineQueue, tokens: int) -> None:
+        """Raise a lowered batch limit by one step after a batch of at least half that size fitted into memory."""
+        full = engine.info.batch_tokens if engine.info else 0
+        if engine.batch_tokens < full and 2 * tokens > engine.batch_tokens:
+            engine.batch_tokens = min(full, engine.batch_tokens + max(1, full // _RECOVERY_BATCHES))
+            self.engines_changed()
 
-    def _limit_batches(self, tokens: int) -> None:
+    def _set_batch_limit(self, tokens: int) -> None:
         self._batcher.limits = self._batcher.limits.with_batch_tokens(tokens)
         self._metrics.batch_limit.set(tokens)

@@ -1,7 +1,7 @@
-"""Whether the server in this container is ready, for HEALTHCHECK: `python -m inferctl.serve.health PORT`.
+"""Checks whether the server in this container is ready: `python -m inferctl.serve.health PORT`, for HEALTHCHECK.
 
-INFERCTL_SERVE_PORT names another port. A value that is no number is ignored: for a Service called `inferctl-serve`,
-Kubernetes sets it to `tcp://10.0.0.1:80`.
+INFERCTL_SERVE_PORT overrides the port. A value that is not a number is ignored: for a Service named `inferctl-serve`,
+Kubernetes sets the variable to `tcp://10.0.0.1:80`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _TIMEOUT_S = 4.0
 
 
 def ready(port: int) -> bool:
-    """Whether `/readyz` at `port` of this machine answers 200. Proxies of the environment take no part."""
+    """Return whether `/readyz` at `port` of this machine responds with 200. Proxy variables are ignored."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
     try:
         connection.request("GET", "/readyz")

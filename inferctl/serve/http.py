@@ -1,4 +1,4 @@
-"""The wire: OpenAI's request and response shapes for embeddings, its error envelope, bytes in and bytes out."""
+"""OpenAI's request, response and error schemas for embeddings, and their conversion from and to JSON."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from inferctl.serve.types import Vectors
+from inferctl.serve.engine_protocol import Vectors
 
-_LARGEST_ID = 2**31 - 1
-_LONGEST_MESSAGE = 1000
+_MAX_TOKEN_ID = 2**31 - 1
+_MAX_MESSAGE_LENGTH = 1000
 
 Input = str | list[str] | list[int] | list[list[int]]
 _Text = Annotated[str, Field(min_length=1)]
-_TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=_LARGEST_ID)]], Field(min_length=1)]
-_Described = (
+_TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]], Field(min_length=1)]
+_InputSchema = (
     _Text | Annotated[list[_Text], Field(min_length=1)] | _TokenIds | Annotated[list[_TokenIds], Field(min_length=1)]
 )
 
 
 class ApiError(Exception):
-    """An answer other than 200, in OpenAI's envelope. `param` names the field at fault; `close`: the connection is of no use after this."""
+    """An error response in OpenAI's envelope.
+
+    `param`: the field that causes the error. `close`: close the connection after the response.
+    """
 
     def __init__(
         self,
@@ -47,18 +50,21 @@ class ApiError(Exception):
         close: bool = False,
     ) -> None:
         super().__init__(message)
-        # Messages quote what was sent, which may be as long as a body.
-        self.message = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}..."
+        # Messages quote values of the request, which can be as long as its body.
+        self.message = message if len(message) <= _MAX_MESSAGE_LENGTH else f"{message[:_MAX_MESSAGE_LENGTH]}..."
         self.status, self.code, self.param, self.headers, self.close = status, code, param, dict(headers or {}), close
 
     def body(self) -> bytes:
-        """The envelope as JSON."""
+        """Return the envelope as JSON."""
         error = {"message": self.message, "type": _error_type(self.status), "param": self.param, "code": self.code}
         return orjson.dumps({"error": error})
 
 
-def _checked(value: Any, info: ValidationInfo) -> Input:
-    """The input, checked by hand: pydantic tries each kind of list in turn and keeps an error per item, which made 4 MiB of numbers cost 17 s and 3 GB."""
+def _validate_input(value: Any, info: ValidationInfo) -> Input:
+    """Return the input of a request. Raises `PydanticCustomError` for an invalid one.
+
+    pydantic would try each type of list in turn and keep one error per item: 4 MiB of numbers took 17 s and 3 GB.
+    """
     if not isinstance(value, str | list):
         raise _wrong_type()
     if not value:
@@ -68,26 +74,26 @@ def _checked(value: Any, info: ValidationInfo) -> Input:
     kind, limit = type(value[0]), (info.context or {}).get("max_inputs")
     if kind in (str, list) and limit is not None and len(value) > limit:
         detail = {"count": len(value), "limit": limit}
-        raise PydanticCustomError("too_many_inputs", "input has {count} items, at most {limit} are taken", detail)
+        raise PydanticCustomError("too_many_inputs", "input has {count} items; the limit is {limit}", detail)
     if kind not in (str, list):
-        return _ids(value)
+        return _token_ids(value)
     if set(map(type, value)) != {kind}:
         raise _wrong_type()
     if not all(value):
         raise _empty(f"input[{next(index for index, item in enumerate(value) if not item)}]")
-    return [_ids(row) for row in value] if kind is list else value
+    return [_token_ids(row) for row in value] if kind is list else value
 
 
-def _ids(row: list[Any]) -> list[int]:
-    """Token ids; 5.0 is an integer to JSON Schema, so it is one here."""
+def _token_ids(row: list[Any]) -> list[int]:
+    """Return token ids as integers. 5.0 is an integer in JSON Schema, so it is valid here."""
     kinds = set(map(type, row))
     if kinds != {int}:
         whole = list(map(int, row)) if kinds <= {int, float} else []
         if whole != row:
             raise _wrong_type()
         row = whole
-    if min(row) < 0 or max(row) > _LARGEST_ID:
-        raise PydanticCustomError("invalid_token", "token ids go from 0 to the size of the model's vocabulary")
+    if min(row) < 0 or max(row) > _MAX_TOKEN_ID:
+        raise PydanticCustomError("invalid_token", f"token ids must be from 0 to {_MAX_TOKEN_ID}")
     return row
 
 
@@ -96,36 +102,34 @@ def _empty(what: str) -> PydanticCustomError:
 
 
 def _wrong_type() -> PydanticCustomError:
-    message = "input must be a text, a list of texts, a list of token ids, or a list of lists of token ids"
+    message = "input must be a text, a list of texts, a list of token ids or a list of lists of token ids"
     return PydanticCustomError("invalid_type", message)
 
 
 class EmbeddingRequest(BaseModel):
-    """Body of `POST /v1/embeddings`. Unknown fields are ignored, as clients send their own."""
+    """The body of `POST /v1/embeddings`. Unknown fields are ignored, because some clients send their own."""
 
     model_config = ConfigDict(extra="ignore")
 
-    input: Annotated[Input, PlainValidator(_checked, json_schema_input_type=_Described)] = Field(
+    input: Annotated[Input, PlainValidator(_validate_input, json_schema_input_type=_InputSchema)] = Field(
         description="A text, a list of texts, one list of token ids, or a list of such lists."
     )
-    model: StrictStr | None = Field(
-        None, description="Name of the served model, as in `GET /v1/models`; may be left out."
-    )
+    model: StrictStr | None = Field(None, description="Name of the served model, as in `GET /v1/models`; optional.")
     encoding_format: Literal["float", "base64"] | None = Field(
-        None, description="`float`: a list of numbers (the default). `base64`: little-endian float32."
+        None, description="`float` (default): a list of numbers. `base64`: little-endian float32."
     )
     dimensions: Annotated[StrictInt, Field(ge=1)] | None = Field(
-        None, description="Cut the vectors to this size; only for models trained for it."
+        None, description="Truncate the vectors to this many dimensions; only for models that are trained for it."
     )
-    user: StrictStr | None = Field(None, description="Accepted and not used.")
+    user: StrictStr | None = Field(None, description="Ignored.")
     truncate: StrictBool | None = Field(
         None,
-        description="Whether to cut inputs that are too long (true) or answer 400 (false); the server's setting otherwise.",
+        description="Truncate long inputs (true) or respond with 400 (false). Default: the server's setting.",
     )
 
 
 class Embedding(BaseModel):
-    """One vector; `embedding` is base64 text when the request asked for it."""
+    """One vector. `embedding` is base64 text if the request has `encoding_format: base64`."""
 
     object: Literal["embedding"] = "embedding"
     index: int
@@ -133,14 +137,14 @@ class Embedding(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens that were computed: special tokens count, tokens cut off do not."""
+    """Number of processed tokens, with special tokens, without truncated tokens."""
 
     prompt_tokens: int
     total_tokens: int
 
 
 class EmbeddingResponse(BaseModel):
-    """Answer of `POST /v1/embeddings`."""
+    """The successful response of `POST /v1/embeddings`."""
 
     object: Literal["list"] = "list"
     data: list[Embedding]
@@ -149,7 +153,7 @@ class EmbeddingResponse(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """The details of an error."""
 
     message: str
     type: str
@@ -158,13 +162,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Every answer other than 200."""
+    """The body of every error response."""
 
     error: ErrorDetail
 
 
 def parse(raw: bytes, *, max_inputs: int) -> EmbeddingRequest:
-    """A request body. Raises `ApiError` 400 naming the field."""
+    """Return the parsed body of a request. Raises `ApiError` 400 with the name of the field."""
     try:
         return EmbeddingRequest.model_validate(orjson.loads(raw), context={"max_inputs": max_inputs})
     except orjson.JSONDecodeError as error:
@@ -174,32 +178,32 @@ def parse(raw: bytes, *, max_inputs: int) -> EmbeddingRequest:
 
 
 def check_content_type(value: bytes) -> None:
-    """Raises `ApiError` 415 when a body is said to be something other than JSON; one of which nothing is said (b"") may be JSON."""
+    """Raise `ApiError` 415 for a content type other than JSON. An absent content type (b"") is accepted."""
     if value == b"application/json":
         return
     media = value.partition(b";")[0].strip().lower()
     if media and media != b"application/json" and not (media.startswith(b"application/") and media.endswith(b"+json")):
-        message = "the body must be JSON, sent with `content-type: application/json`"
+        message = "the body must be JSON, with the header `content-type: application/json`"
         raise ApiError(415, message, code="unsupported_media_type")
 
 
 def is_single(value: Input) -> bool:
-    """Whether the input is one text or one list of token ids."""
+    """Return whether the input is one text or one list of token ids."""
     return isinstance(value, str) or bool(value and isinstance(value[0], int))
 
 
 def embeddings(vectors: Vectors, encoding: str | None, model: str, tokens: int) -> bytes:
-    """The JSON of a successful answer."""
+    """Return the JSON of a successful response."""
     rows: Iterable[Any] = vectors
     if encoding == "base64":
         rows = (base64.b64encode(row).decode() for row in vectors.astype("<f4", copy=False))
-    answer = {
+    response = {
         "object": "list",
         "data": [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)],
         "model": model,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
-    return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+    return orjson.dumps(response, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _bad_request(error: ValidationError) -> ApiError:

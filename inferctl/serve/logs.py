@@ -1,4 +1,4 @@
-"""Log lines as JSON, one object a line, for both processes."""
+"""Logging for both processes, as text or as JSON with one object per line."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import orjson
 
 
 class JsonFormatter(logging.Formatter):
-    """`time`, `level`, `logger`, `message`, `exception` if there is one, and what the record's `fields` add."""
+    """Formats a record as JSON: `time`, `level`, `logger`, `message`, `fields` of the record, optional `exception`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """Return the record as one line."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -36,10 +36,10 @@ def configure(style: str, level: int = logging.WARNING) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
-def speaker(style: str, say: Callable[[str], None]) -> Callable[[str], None]:
-    """What says lines for people: `say`, or a log line of level info where all lines are JSON."""
+def notifier(style: str, notify: Callable[[str], None]) -> Callable[[str], None]:
+    """Return the function for status lines: `notify`, or a logger at level info if all lines are JSON."""
     if style != "json":
-        return say
+        return notify
     log = logging.getLogger("inferctl.server")
     log.setLevel(logging.INFO)
     logging.getLogger("inferctl.request").setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""The server as a container starts it: `python -m inferctl.serve`. It needs what serves and nothing else, so not Typer.
+"""The command line of `python -m inferctl.serve`, which a container starts. It uses argparse, so images need no Typer.
 
 `inferctl serve` has the same options. `inferctl serve --image` passes those in `FORWARDED` on to the container.
 """
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from inferctl.errors import EXIT_INTERRUPTED, InferctlError, UsageError
 
-# Option -> the setting that it gives.
+# Option -> the setting that it sets.
 SETTINGS = {
     "model": "model.source",
     "name": "name",
@@ -25,7 +25,7 @@ SETTINGS = {
     "max_input_tokens": "serve.max_input_tokens",
     "max_queue_tokens": "serve.max_queue_tokens",
 }
-# Options that a server in a container accepts from outside. Host, port and model belong to the container.
+# Options that `inferctl serve --image` passes on. Host, port and model belong to the container.
 FORWARDED = (
     "precision",
     "name",
@@ -42,39 +42,39 @@ FORWARDED = (
 
 
 def arguments(given: Mapping[str, Any]) -> tuple[str, ...]:
-    """The options `given` (name -> value) of those in `FORWARDED`, as a command line."""
-    made: list[str] = []
+    """Return the options in `given` (name -> value) that are in `FORWARDED`, as a command line."""
+    command_line: list[str] = []
     for name in FORWARDED:
         if name in given:
             value = given[name]
-            # `--engines 1` has a value too, and 1 equals True.
-            switch = isinstance(value, bool)
-            made += [_option(name if value else f"no_{name}")] if switch else [_option(name), str(value)]
-    return tuple(made)
+            # Not `value in (True, False)`: the value of `--engines 1` equals True.
+            is_flag = isinstance(value, bool)
+            command_line += [_option(name if value else f"no_{name}")] if is_flag else [_option(name), str(value)]
+    return tuple(command_line)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of `python -m inferctl.serve`. One that is not given is absent from the result."""
-    made = _Parser(prog="python -m inferctl.serve", argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    made.description = "Serve embeddings over HTTP, OpenAI-compatible. `inferctl serve --help` explains the options."
-    made.add_argument("--spec", metavar="FILE", type=Path)
+    """Return the parser of `python -m inferctl.serve`. Options that are not given are absent from the result."""
+    options = _Parser(prog="python -m inferctl.serve", argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    options.description = "Serve embeddings over HTTP, OpenAI-compatible. `inferctl serve --help` explains the options."
+    options.add_argument("--spec", metavar="FILE", type=Path)
     for name in SETTINGS:
         number = name == "port" or name.startswith("max_")
-        made.add_argument(_option(name), metavar="N" if number else "TEXT", type=int if number else str)
-    made.add_argument("--device", metavar="NAME")
-    made.add_argument("--truncate", action=argparse.BooleanOptionalAction)
-    made.add_argument("--announce", metavar="FILE", type=Path)
-    made.add_argument("--capacity", metavar="FILE", type=Path)
-    made.add_argument("--hang-seconds", metavar="S", type=_at_least(float, 0.1))
-    made.add_argument("--log", metavar="STYLE")
-    made.add_argument("--image-reference", help=argparse.SUPPRESS)
-    made.add_argument("--engine", help=argparse.SUPPRESS)
-    made.add_argument("--engines", type=_at_least(int, 1), help=argparse.SUPPRESS)
-    return made
+        options.add_argument(_option(name), metavar="N" if number else "TEXT", type=int if number else str)
+    options.add_argument("--device", metavar="NAME")
+    options.add_argument("--truncate", action=argparse.BooleanOptionalAction)
+    options.add_argument("--announce", metavar="FILE", type=Path)
+    options.add_argument("--capacity", metavar="FILE", type=Path)
+    options.add_argument("--hang-seconds", metavar="S", type=_at_least(float, 0.1))
+    options.add_argument("--log", metavar="STYLE")
+    options.add_argument("--image-reference", help=argparse.SUPPRESS)
+    options.add_argument("--engine", help=argparse.SUPPRESS)
+    options.add_argument("--engines", type=_at_least(int, 1), help=argparse.SUPPRESS)
+    return options
 
 
 def main(command_line: list[str]) -> int:
-    """Serve until told to stop; returns the exit code."""
+    """Serve until a signal arrives, and return the exit code."""
     given = vars(parser().parse_args(command_line))
     from inferctl import settings
 
@@ -82,26 +82,26 @@ def main(command_line: list[str]) -> int:
     flags = {path: given.pop(name, None) for name, path in SETTINGS.items()}
     resolved = settings.resolve(settings.read(Path(file)) if file else None, os.environ, flags)
     for warning in resolved.warnings:
-        _say(f"warning: {warning}")
+        _print(f"warning: {warning}")
     from inferctl.serve import server, tracing
 
     image = reference(given.pop("image_reference", None))
-    options = server.Options(**given, image=image, traces=tracing.wanted(os.environ))
-    return server.run(resolved.spec, options, _say)
+    options = server.ServerOptions(**given, image=image, traces=tracing.enabled(os.environ))
+    return server.run(resolved.spec, options, _print)
 
 
 def reference(image: str | None) -> tuple[str, str | None] | None:
-    """`name@digest` -> (name, digest), as `server.Options` takes the image that a server runs in."""
+    """Split `name@digest` into (name, digest), for `ServerOptions.image`."""
     name, _, digest = (image or "").partition("@")
     return (name, digest or None) if name else None
 
 
 def exit_with(run: Callable[[], int]) -> NoReturn:
-    """End the process with what `run` returns, or with the message and the exit code of its error."""
+    """Exit with the code that `run` returns, or print its error and exit with the code of the error."""
     try:
         code = run()
     except InferctlError as error:
-        _say(f"error: {error.message}" + (f"\n\nhint: {error.hint}" if error.hint else ""))
+        _print(f"error: {error.message}" + (f"\n\nhint: {error.hint}" if error.hint else ""))
         code = error.exit_code
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
@@ -119,15 +119,15 @@ def _option(name: str) -> str:
 
 def _at_least(kind: Callable[[str], float], least: float) -> Callable[[str], float]:
     def number(text: str) -> float:
-        found = kind(text)
-        if not found >= least:
+        value = kind(text)
+        if not value >= least:
             raise argparse.ArgumentTypeError(f"{text} is less than {least:g}")
-        return found
+        return value
 
     number.__name__ = "number"
     return number
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()

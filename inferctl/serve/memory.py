@@ -1,4 +1,4 @@
-"""How errors say that memory is insufficient, on the host or on a GPU. No torch."""
+"""Recognizes errors that report insufficient memory, on the host or on a GPU. It needs no torch."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import re
 # The batch limit is never lowered below this (tokens).
 SMALLEST_BATCH = 64
 
-# What torch, C++, CUDA, Triton, and cuBLAS and its siblings write when they raise no error type of their own for it.
-_SAID = re.compile(
+# Messages of torch, C++, CUDA, Triton, and of libraries such as cuBLAS, which have no error type for this.
+_MESSAGES = re.compile(
     r"you tried to allocate|std::bad_alloc|out of memory|CU\w+_STATUS_(\w+_)?ALLOC(ATION)?_FAILED", re.IGNORECASE
 )
 
 
 def is_insufficient(error: BaseException) -> bool:
-    """Whether `error` says that memory was insufficient."""
-    said = str(error)
+    """Return whether `error` reports insufficient memory."""
+    message = str(error)
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or _SAID.search(said) is not None
-        or ("could not create a primitive" in said and "descriptor" not in said)  # oneDNN
+        or _MESSAGES.search(message) is not None
+        or ("could not create a primitive" in message and "descriptor" not in message)  # oneDNN
     )
 
 
 def summary(error: BaseException) -> str:
-    """The first line of `error`; its type if it says nothing."""
+    """Return the first line of the message of `error`, or its type if the message is empty."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

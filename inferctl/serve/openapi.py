@@ -1,4 +1,4 @@
-"""The OpenAPI document, built from the pydantic models that parse the requests, and a page that shows it without fetching anything."""
+"""The OpenAPI document, built from the pydantic models of the requests, and a self-contained HTML page of it."""
 
 from __future__ import annotations
 
@@ -12,65 +12,62 @@ import inferctl
 from inferctl.serve.http import EmbeddingRequest, EmbeddingResponse, ErrorResponse
 
 _ERRORS = {
-    "400": "The request is wrong; the message says where.",
-    "404": "There is no model of that name.",
+    "400": "The request is invalid. The message names the field.",
+    "404": "The model name is unknown.",
     "413": "The body is too large.",
-    "415": "The body is said to be something other than JSON.",
-    "429": "The queue is full: come back after `Retry-After` seconds.",
+    "415": "The content type is not JSON.",
+    "429": "The server is at capacity. Retry after `Retry-After` seconds.",
     "500": "The model could not compute this input.",
-    "503": "Starting, shutting down, or the engine is being started again.",
+    "503": "The server is starting, restarting an engine or shutting down.",
 }
 _PRIORITY = {
     "name": "x-priority",
     "in": "header",
-    "description": "`bulk` work waits while there is `interactive` work (the default).",
+    "description": "`interactive` (default) or `bulk`. Interactive requests run before bulk requests.",
     "schema": {"type": "string", "enum": ["interactive", "bulk", ""]},
 }
 _HEADERS = {
-    "x-request-id": "The request's own id, or a new one.",
-    "x-inferctl-tokenize-ms": "Milliseconds spent tokenising.",
-    "x-inferctl-queue-ms": "Milliseconds spent waiting for the engine.",
-    "x-inferctl-inference-ms": "Milliseconds spent in the engine.",
-    "x-inferctl-tokens": "Tokens computed.",
+    "x-request-id": "The id from the request, or a generated one.",
+    "x-inferctl-tokenize-ms": "Milliseconds of tokenization.",
+    "x-inferctl-queue-ms": "Milliseconds in the queue.",
+    "x-inferctl-inference-ms": "Milliseconds in the engine.",
+    "x-inferctl-tokens": "Number of processed tokens.",
 }
-_PLAIN = {
-    "/v1/models": ("The served model, in OpenAI's list.", "application/json"),
-    "/v1/models/{name}": ("The served model, if that is its name.", "application/json"),
-    "/livez": ("200 while the process is worth keeping.", "text/plain"),
-    "/readyz": ("200 while embeddings are answered.", "text/plain"),
+_GET_ROUTES = {
+    "/v1/models": ("List the served model, in OpenAI's format.", "application/json"),
+    "/v1/models/{name}": ("Return the served model if it has this name.", "application/json"),
+    "/livez": ("200 while the process is live.", "text/plain"),
+    "/readyz": ("200 while the server is ready for requests.", "text/plain"),
     "/metrics": ("Prometheus metrics.", "text/plain"),
-    "/info": (
-        "Model, precision that really runs, attention path, fidelity to fp32, device, limits.",
-        "application/json",
-    ),
-    "/docs": ("This document for people.", "text/html"),
-    "/openapi.json": ("This document.", "application/json"),
+    "/info": ("Model, precision, attention path, fidelity to fp32, device and limits.", "application/json"),
+    "/docs": ("This document as a web page.", "text/html"),
+    "/openapi.json": ("This document as JSON.", "application/json"),
 }
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What one server takes, to be said exactly: token ids below `vocabulary`, at most `max_inputs` inputs.
+class SchemaLimits:
+    """The limits of one server for its schema: token ids below `vocabulary`, at most `max_inputs` inputs.
 
-    `dimensions`: those that vectors may have, or None when any number up to `longest` will do.
+    `dimensions`: the allowed values, or None if any number up to `max_dimensions` is allowed.
     """
 
     vocabulary: int
     max_inputs: int
-    longest: int
+    max_dimensions: int
     dimensions: tuple[int, ...] | None
 
 
-def document(name: str, facts: Facts | None = None) -> dict[str, Any]:
-    """OpenAPI 3.1 of this server. Without `facts` it says no more of requests than their types."""
+def document(name: str, limits: SchemaLimits | None = None) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of this server. Without `limits`, the schema of requests has only types."""
     models: list[tuple[Any, Any]] = [
         (EmbeddingRequest, "validation"),
         (EmbeddingResponse, "serialization"),
         (ErrorResponse, "serialization"),
     ]
     _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
-    if facts:
-        _narrow(schemas["$defs"]["EmbeddingRequest"]["properties"], facts)
+    if limits:
+        _add_limits(schemas["$defs"]["EmbeddingRequest"]["properties"], limits)
     paths: dict[str, Any] = {"/v1/embeddings": {"post": _embeddings(name)}}
     return {
         "openapi": "3.1.0",
@@ -79,27 +76,27 @@ def document(name: str, facts: Facts | None = None) -> dict[str, Any]:
             "version": inferctl.__version__,
             "description": "OpenAI-compatible embeddings.",
         },
-        "paths": paths | {path: {"get": _plain(path, name)} for path in _PLAIN},
+        "paths": paths | {path: {"get": _get_operation(path, name)} for path in _GET_ROUTES},
         "components": {"schemas": schemas["$defs"]},
     }
 
 
-def _narrow(properties: dict[str, Any], facts: Facts) -> None:
-    """Put a server's own limits into the schema of its requests, so that what keeps to the schema is answered."""
+def _add_limits(properties: dict[str, Any], limits: SchemaLimits) -> None:
+    """Add the limits to the schema of requests, so that the server accepts every request that matches the schema."""
     _, texts, ids, rows = properties["input"]["anyOf"]
-    texts["maxItems"] = rows["maxItems"] = facts.max_inputs
-    ids["items"]["maximum"] = rows["items"]["items"]["maximum"] = facts.vocabulary - 1
+    texts["maxItems"] = rows["maxItems"] = limits.max_inputs
+    ids["items"]["maximum"] = rows["items"]["items"]["maximum"] = limits.vocabulary - 1
     number = {"type": "integer"}
     allowed = (
-        {**number, "enum": sorted(facts.dimensions)}
-        if facts.dimensions
-        else {**number, "minimum": 1, "maximum": facts.longest}
+        {**number, "enum": sorted(limits.dimensions)}
+        if limits.dimensions
+        else {**number, "minimum": 1, "maximum": limits.max_dimensions}
     )
     properties["dimensions"]["anyOf"][0] = allowed
 
 
-def _plain(path: str, name: str) -> dict[str, Any]:
-    summary, media = _PLAIN[path]
+def _get_operation(path: str, name: str) -> dict[str, Any]:
+    summary, media = _GET_ROUTES[path]
     schema = {"type": "object"} if media == "application/json" else {"type": "string"}
     responses: dict[str, Any] = {"200": {"description": summary, "content": {media: {"schema": schema}}}}
     operation: dict[str, Any] = {
@@ -108,8 +105,8 @@ def _plain(path: str, name: str) -> dict[str, Any]:
         "responses": responses,
     }
     if path in ("/livez", "/readyz"):
-        # Probes are judged by their status; the word in the body is for people.
-        responses = operation["responses"] = {"200": {"description": summary}, "503": {"description": "Not now."}}
+        # Probes use only the status, so the body has no schema.
+        responses = operation["responses"] = {"200": {"description": summary}, "503": {"description": "Otherwise."}}
     if path == "/info":
         responses["503"] = _error(_ERRORS["503"])
     if "{name}" in path:
@@ -123,17 +120,17 @@ def _plain(path: str, name: str) -> dict[str, Any]:
 
 def _embeddings(name: str) -> dict[str, Any]:
     headers = {key: {"description": text, "schema": {"type": "string"}} for key, text in _HEADERS.items()}
-    wait = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
+    wait = {"description": "Seconds until a retry is useful.", "schema": {"type": "integer", "minimum": 1}}
     example = {"model": name, "input": ["first text", "second text"]}
     body = {"schema": {"$ref": "#/components/schemas/EmbeddingRequest"}, "example": example}
-    answer = {"application/json": {"schema": {"$ref": "#/components/schemas/EmbeddingResponse"}}}
+    response = {"application/json": {"schema": {"$ref": "#/components/schemas/EmbeddingResponse"}}}
     return {
-        "summary": "Embed texts.",
+        "summary": "Compute the embeddings of texts.",
         "operationId": "create_embedding",
         "parameters": [_PRIORITY],
         "requestBody": {"required": True, "content": {"application/json": body}},
         "responses": {
-            "200": {"description": "One vector per input, in order.", "headers": headers, "content": answer},
+            "200": {"description": "One vector per input, in order.", "headers": headers, "content": response},
             **{status: _error(text) for status, text in _ERRORS.items()},
             "429": {**_error(_ERRORS["429"]), "headers": {"retry-after": wait}},
         },
@@ -148,10 +145,11 @@ def _error(description: str) -> dict[str, Any]:
 
 
 def page(name: str) -> str:
-    """A page with the routes, the request's fields and an example; no script and nothing from elsewhere."""
+    """Return a page with the routes, the fields of a request and an example, without scripts or external files."""
     spec = document(name)
     routes = "".join(
-        f"<tr><td>{method.upper()}</td><td><code>{html.escape(path)}</code></td><td>{html.escape(operation['summary'])}</td></tr>"
+        f"<tr><td>{method.upper()}</td><td><code>{html.escape(path)}</code></td>"
+        f"<td>{html.escape(operation['summary'])}</td></tr>"
         for path, methods in spec["paths"].items()
         for method, operation in methods.items()
     )
@@ -160,14 +158,16 @@ def page(name: str) -> str:
         for field, entry in spec["components"]["schemas"]["EmbeddingRequest"]["properties"].items()
     )
     errors = "".join(f"<tr><td>{status}</td><td>{html.escape(text)}</td></tr>" for status, text in _ERRORS.items())
-    example = html.escape(
-        f"""curl -s $URL/v1/embeddings -H 'content-type: application/json' -d '{{"model": "{name}", "input": ["first text", "second text"]}}'"""
-    )
+    body = f"""{{"model": "{name}", "input": ["first text", "second text"]}}"""
+    example = html.escape(f"curl -s $URL/v1/embeddings -H 'content-type: application/json' -d '{body}'")
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}</title><style>
 body{{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}}
 table{{border-collapse:collapse;width:100%}}td{{border-top:1px solid #ccc;padding:.4rem .6rem;vertical-align:top}}
-pre{{background:#f4f4f4;padding:.8rem;overflow-x:auto}}@media(prefers-color-scheme:dark){{body{{background:#111;color:#ddd}}pre{{background:#222}}}}
-</style></head><body><h1>{html.escape(name)}</h1><p>OpenAI-compatible embeddings. The machine-readable description is
-<a href="/openapi.json">/openapi.json</a>; what really runs is at <a href="/info">/info</a>.</p><pre>{example}</pre>
-<h2>Routes</h2><table>{routes}</table><h2>Fields of a request</h2><table>{fields}</table><h2>Errors</h2><table>{errors}</table></body></html>
+pre{{background:#f4f4f4;padding:.8rem;overflow-x:auto}}
+@media(prefers-color-scheme:dark){{body{{background:#111;color:#ddd}}pre{{background:#222}}}}
+</style></head><body><h1>{html.escape(name)}</h1>
+<p>OpenAI-compatible embeddings. <a href="/openapi.json">/openapi.json</a> is the machine-readable description.
+<a href="/info">/info</a> returns the model, the precision and the device in use.</p><pre>{example}</pre>
+<h2>Routes</h2><table>{routes}</table><h2>Fields of a request</h2><table>{fields}</table>
+<h2>Errors</h2><table>{errors}</table></body></html>
 """

@@ -1,4 +1,4 @@
-"""The API process from start to end: port, engines, HTTP, signals, drain."""
+"""The API process: port, engines, HTTP, signals and drain."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from inferctl import hub, outputs
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
 from inferctl.model import ModelFolder
 from inferctl.serve import app as http_app
-from inferctl.serve import describe, logs, recipe, web
-from inferctl.serve.batcher import Batcher
-from inferctl.serve.batcher import Limits as QueueLimits
+from inferctl.serve import describe, embedding_config, logs, web
+from inferctl.serve.batcher import Batcher, QueueLimits
 from inferctl.serve.dispatcher import Dispatcher
+from inferctl.serve.engine_protocol import EngineConfig, EngineInfo
+from inferctl.serve.latency_model import Capacity, LatencyModel
 from inferctl.serve.metrics import Metrics
-from inferctl.serve.pace import Capacity, Pace
 from inferctl.serve.supervisor import Supervisor
-from inferctl.serve.tokenise import TokenizerPool
-from inferctl.serve.types import EngineConfig, EngineInfo
+from inferctl.serve.tokenizer_pool import TokenizerPool
 from inferctl.spec import Spec
 
-_EXIT_AT_ONCE = 128 + signal.SIGTERM
+_EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 @dataclass(frozen=True)
-class Options:
-    """What is not part of the spec. `announce` is written once the server is ready; `image` is (reference, digest) inside a container.
+class ServerOptions:
+    """The options of a server that are not part of the spec.
 
-    `engines`: None for one a device. `hang_seconds`: an engine is killed when a batch takes that long, or twenty times what it should.
-    `capacity`: a measurement to start from. `log`: text or json. `traces`: whether OpenTelemetry is configured.
+    `announce`: a file that is written when the server is ready. `image`: (reference, digest) of the image that the
+    server runs in. `engines`: their number, None for one per device. `hang_seconds`: an engine is killed if a batch
+    exceeds this and 20 times its prediction. `capacity`: a file with the first values of the latency model. `log`:
+    text or json. `traces`: whether to record OpenTelemetry spans.
     """
 
     device: str = "auto"
@@ -52,23 +53,23 @@ class Options:
     traces: bool = False
 
 
-def run(spec: Spec, options: Options, say: Callable[[str], None], fetch: hub.Fetch | None = None) -> int:
-    """Serve until told to stop; returns the exit code. `say` gets lines for people.
+def run(spec: Spec, options: ServerOptions, notify: Callable[[str], None], fetch: hub.Fetch | None = None) -> int:
+    """Serve until a signal arrives, and return the exit code. `notify` gets status lines.
 
-    `fetch` brings the model. Without it, or if all lines are JSON, the progress of a download are lines as well.
-    Raises `UsageError` for a model that is not there or not usable, `NotReadyError` for a port or a device that is not.
+    `fetch` downloads the model. Without it, and with JSON logs, the download reports its progress as status lines.
+    Raises `UsageError` for a model that is not found or not usable, `NotReadyError` for such a port or device.
     """
     if options.log not in ("text", "json"):
-        raise UsageError(f"there is no log style {options.log!r}", "--log takes text or json")
+        raise UsageError(f"unknown log style {options.log!r}", "`--log` accepts text or json")
     logs.configure(options.log)
-    # Its own threads, one a core, would compete with batches that have a core each.
+    # The library would start one thread per core, which compete with batches that have one core each.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    say = logs.speaker(options.log, say)
+    notify = logs.notifier(options.log, notify)
     if options.announce:
         outputs.retract(options.announce)
     source, revision = spec.model.source, spec.model.revision
     if fetch is None or options.log == "json":
-        folder = hub.fetch(source, revision, hub.Lines(source, say))
+        folder = hub.fetch(source, revision, hub.Lines(source, notify))
     else:
         folder = fetch(source, revision)
     loop_factory = None
@@ -76,68 +77,68 @@ def run(spec: Spec, options: Options, say: Callable[[str], None], fetch: hub.Fet
         import uvloop
 
         loop_factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=loop_factory) as runner, _Stops() as stops:
-        return runner.run(Server(spec, options, say, folder).run(stops))
+    with asyncio.Runner(loop_factory=loop_factory) as runner, _StopSignals() as signals:
+        return runner.run(Server(spec, options, notify, folder).run(signals))
 
 
-class _Stops:
-    """SIGINT and SIGTERM while the server exists, none of them as an exception.
+class _StopSignals:
+    """Collects SIGINT and SIGTERM, so that they never raise an exception.
 
     An exception can interrupt the start of a thread at any point. Python then waits for that thread forever at exit.
     """
 
     def __init__(self) -> None:
-        self._early: list[int] = []
-        self._deliver: Callable[[int], object] = self._early.append
+        self._pending: list[int] = []
+        self._deliver: Callable[[int], object] = self._pending.append
 
-    def __enter__(self) -> _Stops:
-        self._before = {
+    def __enter__(self) -> _StopSignals:
+        self._previous = {
             number: signal.signal(number, lambda number, _: self._deliver(number))
             for number in (signal.SIGINT, signal.SIGTERM)
         }
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def call(self, stop: Callable[[int], None]) -> None:
-        """Call `stop` on the running event loop with each signal, first with those that have arrived."""
+    def connect(self, stop: Callable[[int], None]) -> None:
+        """Call `stop` on the running event loop with each signal, first with those that arrived before."""
         loop = asyncio.get_running_loop()
         self._deliver = lambda number: loop.call_soon_threadsafe(stop, number)
-        for number in self._early:
+        for number in self._pending:
             stop(number)
 
 
 class Server:
     """One running server."""
 
-    def __init__(self, spec: Spec, options: Options, say: Callable[[str], None], folder: ModelFolder) -> None:
-        self._spec, self._options, self._say, self._folder = spec, options, say, folder
-        self._recipe = recipe.read(self._folder.path, spec.serve.max_input_tokens)
+    def __init__(self, spec: Spec, options: ServerOptions, notify: Callable[[str], None], folder: ModelFolder) -> None:
+        self._spec, self._options, self._notify, self._folder = spec, options, notify, folder
+        self._embedding = embedding_config.read(self._folder.path, spec.serve.max_input_tokens)
         metrics = Metrics()
         capacity = Capacity.read(options.capacity) if options.capacity else None
         slo_ms = spec.slo.p99_ms or (capacity and capacity.slo_p99_ms)
         queue = QueueLimits(
-            spec.serve.max_batch_tokens, spec.serve.max_queue_tokens, slo=slo_ms / 1000 if slo_ms else None
+            spec.serve.max_batch_tokens, spec.serve.max_queue_tokens, slo_s=slo_ms / 1000 if slo_ms else None
         )
-        self._dispatcher = Dispatcher(Batcher(queue, Pace(capacity)), metrics)
+        self._dispatcher = Dispatcher(Batcher(queue, LatencyModel(capacity)), metrics)
         self._state = http_app.State(
             name=spec.name,
             aliases=frozenset({spec.model.source}),
-            limits=http_app.Limits(
+            limits=http_app.RequestLimits(
                 max_inputs=spec.serve.max_client_batch,
-                max_input_tokens=self._recipe.max_tokens,
+                max_input_tokens=self._embedding.max_tokens,
                 max_queue_tokens=spec.serve.max_queue_tokens,
                 truncate=options.truncate,
             ),
-            tokenizer=TokenizerPool(self._folder.path, self._recipe, on_cut=metrics.truncated.inc),
+            tokenizer=TokenizerPool(self._folder.path, self._embedding, on_truncated=metrics.truncated.inc),
             dispatcher=self._dispatcher,
             metrics=metrics,
-            matryoshka=self._recipe.matryoshka,
+            matryoshka=self._embedding.matryoshka,
             describe=self._describe,
             log_requests=options.log == "json",
-            hopeless=lambda: all(supervisor.hopeless for supervisor in self._supervisors),
+            crash_looping=lambda: all(supervisor.crash_looping for supervisor in self._supervisors),
         )
         if options.traces:
             from inferctl.serve import tracing
@@ -160,21 +161,21 @@ class Server:
         self._interrupted = False
         self._failure: NotReadyError | None = None
 
-    async def run(self, stops: _Stops) -> int:
-        """Serve until a signal; returns the exit code."""
-        web.allow_connections()
+    async def run(self, signals: _StopSignals) -> int:
+        """Serve until a signal arrives, and return the exit code."""
+        web.raise_file_limit()
         self._state.tokenizer.warm()
         listener = web.listen(self._spec.serve.host, self._spec.serve.port)
         self._url = web.url_of(listener, self._spec.serve.host)
-        self._web = web.Web(
+        self._http = web.HttpServer(
             http_app.create(self._state), self._spec.serve.drain_seconds, self._state.limits.max_body_bytes
         )
         for _ in range(self._options.engines or 1):
             self._add_engine(self._config)
-        serving = asyncio.create_task(self._web.serve(sockets=[listener]))
-        stops.call(self._signal)
+        serving = asyncio.create_task(self._http.serve(sockets=[listener]))
+        signals.connect(self._handle_signal)
         await asyncio.wait((serving, self._engines[0]), return_when=asyncio.FIRST_COMPLETED)
-        self._web.close()
+        self._http.close()
         await serving
         for supervisor in self._supervisors:
             supervisor.stop()
@@ -182,26 +183,27 @@ class Server:
         self._state.tokenizer.close()
         if self._failure:
             raise self._failure
-        if unanswered := self._state.load.accepted:
-            self._say(f"stopped with {unanswered} requests unanswered after {self._spec.serve.drain_seconds:g} s")
+        if unanswered := self._state.in_flight.unanswered:
+            limit = self._spec.serve.drain_seconds
+            self._notify(f"stopped after {limit:g} s; requests without a response: {unanswered}")
             return 1
-        self._say("stopped")
+        self._notify("stopped")
         return EXIT_INTERRUPTED if self._interrupted else 0
 
     def _add_engine(self, config: EngineConfig) -> None:
-        lane, first = self._dispatcher.lane(), not self._supervisors
+        queue, first = self._dispatcher.add_engine(), not self._supervisors
         supervisor = Supervisor(
             config,
-            lane,
-            lambda: self._dispatcher.patience(self._options.hang_seconds, self._recipe.max_tokens),
+            queue,
+            lambda: self._dispatcher.batch_timeout(self._options.hang_seconds, self._embedding.max_tokens),
             essential=first,
         )
-        lane.write, lane.kill = supervisor.send, supervisor.kill
-        lane.on_ready, lane.on_lost = self._ready, self._lost
+        queue.write, queue.kill = supervisor.send, supervisor.kill
+        queue.on_ready, queue.on_lost = self._engine_ready, self._engine_lost
         self._supervisors.append(supervisor)
         self._engines.append(asyncio.create_task(supervisor.run()))
 
-    def _signal(self, number: int) -> None:
+    def _handle_signal(self, number: int) -> None:
         self._signals += 1
         self._interrupted |= number == signal.SIGINT
         if self._signals > 1:
@@ -209,26 +211,30 @@ class Server:
                 if supervisor.pid:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(supervisor.pid, signal.SIGKILL)
-            os._exit(EXIT_INTERRUPTED if self._interrupted else _EXIT_AT_ONCE)
-        self._say(f"shutting down: {self._state.load.requests} requests to finish; once more stops at once")
+            os._exit(EXIT_INTERRUPTED if self._interrupted else _EXIT_TERMINATED)
+        requests = self._state.in_flight.requests
+        self._notify(f"shutting down; requests in flight: {requests}; a second signal stops at once")
         self._state.draining = True
-        # Who sends requests hears of it a moment late. A person at a terminal, or a server that is not up yet, need not wait.
+        # Load balancers notice `/readyz` with a delay, so requests are accepted for the grace period. After Ctrl-C, and
+        # before the server was ready, no load balancer has to be waited for.
         grace = 0 if self._interrupted or not self._state.started else self._spec.serve.grace_seconds
         asyncio.get_running_loop().call_later(grace, self._close)
 
     def _close(self) -> None:
         self._state.closed = True
-        self._web.close()
+        self._http.close()
 
-    def _ready(self, info: EngineInfo) -> None:
+    def _engine_ready(self, info: EngineInfo) -> None:
         state = self._state
         state.dimensions = info.dimensions
-        self._info = describe.document(self._spec, self._folder, self._recipe, state.limits, info, self._options.image)
+        self._info = describe.document(
+            self._spec, self._folder, self._embedding, state.limits, info, self._options.image
+        )
         if self._options.engines is None and len(self._supervisors) == 1:
             for index in range(1, info.device.count):
                 self._add_engine(replace(self._config, device=f"cuda:{index}"))
         if state.started:
-            self._say(f"an engine is up, {self._up()}")
+            self._notify(f"an engine is ready; {self._engine_counts()}")
             return
         state.started = True
         self._ready_seconds = time.monotonic() - self._started
@@ -237,25 +243,25 @@ class Server:
         if state.draining:
             return
         for line in describe.lines(info, self._spec.name, self._url, self._ready_seconds):
-            self._say(line)
+            self._notify(line)
         if self._options.announce:
             try:
                 outputs.announce(self._options.announce, self._url)
             except NotReadyError as error:
-                # Whoever watches the file would wait for ever.
+                # A process that waits for the file would wait forever.
                 self._failure = error
                 self._close()
 
-    def _lost(self) -> None:
+    def _engine_lost(self) -> None:
         self._state.metrics.engine_restarts.set(sum(supervisor.restarts for supervisor in self._supervisors))
 
-    def _up(self) -> str:
-        up = sum(lane.up for lane in self._dispatcher.lanes)
+    def _engine_counts(self) -> str:
+        ready = sum(engine.ready for engine in self._dispatcher.engines)
         restarts = sum(supervisor.restarts for supervisor in self._supervisors)
-        return f"{up} of {len(self._supervisors)} (restarts so far: {restarts})"
+        return f"ready: {ready} of {len(self._supervisors)}, restarts: {restarts}"
 
     def _describe(self) -> dict[str, Any] | None:
-        """The document of `GET /info`."""
+        """Return the document of `GET /info`; None before an engine was ready."""
         if self._info is None:
             return None
         limits = {
@@ -265,7 +271,7 @@ class Server:
         }
         engines = {
             "count": len(self._supervisors),
-            "up": sum(lane.up for lane in self._dispatcher.lanes),
+            "up": sum(engine.ready for engine in self._dispatcher.engines),
             "restarts": sum(supervisor.restarts for supervisor in self._supervisors),
             "hangs": sum(supervisor.hangs for supervisor in self._supervisors),
             "out_of_memory": self._dispatcher.out_of_memory,
@@ -275,6 +281,6 @@ class Server:
             "limits": limits,
             "engines": engines,
             "restarts": engines["restarts"],
-            "pace": self._dispatcher.pace,
+            "pace": self._dispatcher.latency_model,
             "ready_seconds": round(self._ready_seconds, 3),
         }

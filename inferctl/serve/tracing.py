@@ -1,4 +1,4 @@
-"""OpenTelemetry spans of requests, written once a request has ended: nothing of it runs while one is computed."""
+"""OpenTelemetry spans of requests, recorded after the response, so that they do not delay it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from inferctl.errors import UsageError
 _TO_NS = 1_000_000_000
 
 
-def wanted(environment: Mapping[str, str]) -> bool:
-    """Whether OpenTelemetry's own variables say where traces go."""
+def enabled(environment: Mapping[str, str]) -> bool:
+    """Return whether OpenTelemetry's environment variables configure an endpoint for traces."""
     names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     disabled = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
     return any(environment.get(name) for name in names) and not disabled
@@ -21,9 +21,9 @@ def wanted(environment: Mapping[str, str]) -> bool:
 def tracer(
     name: str, version: str, processor: Any = None
 ) -> Callable[[Iterable[tuple[bytes, bytes]], str, int, int, float, dict[str, float]], None]:
-    """What `app.State.trace` calls. Where spans go, and everything else, is read from OTEL_* variables by the SDK itself.
+    """Return the function for `app.State.trace`. The SDK reads its settings from OTEL_* variables.
 
-    `processor`: a span processor instead of the OTLP exporter. Raises `UsageError` when the packages are not installed.
+    `processor`: a span processor instead of the OTLP exporter. Raises `UsageError` if the packages are not installed.
     """
     try:
         from opentelemetry import trace
@@ -38,13 +38,13 @@ def tracer(
             processor = BatchSpanProcessor(OTLPSpanExporter())
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"OTEL_EXPORTER_OTLP_ENDPOINT asks for traces, and {error.name} is not installed",
-            "pip install 'inferctl[otel]', or unset the variable",
+            f"OTEL_EXPORTER_OTLP_ENDPOINT enables traces, but {error.name} is not installed",
+            "run `pip install 'inferctl[otel]'`, or unset the variable",
         ) from None
-    # Variables win over what is set here: OTEL_SERVICE_NAME names the service.
+    # Environment variables override these values, for example OTEL_SERVICE_NAME.
     provider = TracerProvider(resource=Resource.create({"service.name": "inferctl", "service.version": version}))
     provider.add_span_processor(processor)
-    made = provider.get_tracer("inferctl")
+    otel = provider.get_tracer("inferctl")
     propagator = TraceContextTextMapPropagator()
 
     def record(
@@ -56,7 +56,7 @@ def tracer(
         phases: dict[str, float],
     ) -> None:
         end = time.time_ns()
-        at = end - int(seconds * _TO_NS)
+        start = end - int(seconds * _TO_NS)
         carrier = {key.decode("latin-1"): value.decode("latin-1") for key, value in headers if key.startswith(b"trace")}
         attributes = {
             "http.request.method": "POST",
@@ -67,20 +67,20 @@ def tracer(
             "gen_ai.usage.input_tokens": tokens,
             "inferctl.request_id": request,
         }
-        span = made.start_span(
+        span = otel.start_span(
             "embeddings",
             propagator.extract(carrier),
             trace.SpanKind.SERVER,
             attributes,
-            start_time=at,
+            start_time=start,
         )
         if status >= 500:
             span.set_status(trace.StatusCode.ERROR)
-        inside = trace.set_span_in_context(span)
-        for phase, spent in phases.items():
-            child = made.start_span(phase, inside, start_time=at)
-            at = min(end, at + int(spent * _TO_NS))
-            child.end(at)
+        parent = trace.set_span_in_context(span)
+        for phase, duration in phases.items():
+            child = otel.start_span(phase, parent, start_time=start)
+            start = min(end, start + int(duration * _TO_NS))
+            child.end(start)
         span.end(end)
 
     return record

@@ -1,4 +1,4 @@
-"""The port, and uvicorn as this server wants it."""
+"""The listening socket, and uvicorn with the settings of this server."""
 
 from __future__ import annotations
 
@@ -15,54 +15,54 @@ import uvicorn
 from inferctl.errors import NotReadyError
 from inferctl.serve import protocol
 
-_IDLE_SECONDS = 75  # longer than the usual load balancer in front keeps a connection
+_IDLE_TIMEOUT_S = 75  # longer than common load balancers keep an idle connection
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises `NotReadyError` when the port is taken or the address is not ours."""
+    """Return a listening socket. Raises `NotReadyError` if the port is in use or the address is not of this machine."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError, OverflowError) as error:
-        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         hint = "`--host 127.0.0.1` listens on this machine, `--host 0.0.0.0` on all addresses"
-        raise NotReadyError(f"cannot listen on {host}:{port}: {said.lower()}", hint) from None
-    family, kind, protocol, _, address = found[0]
+        raise NotReadyError(f"cannot listen on {host}:{port}: {reason.lower()}", hint) from None
+    family, kind, protocol, _, address = addresses[0]
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        foreign = error.errno == errno.EADDRNOTAVAIL
+        not_local = error.errno == errno.EADDRNOTAVAIL
         hint = (
             "`--host 0.0.0.0` listens on all addresses"
-            if foreign
-            else "`--port 0` takes a free one, `--port N` another"
+            if not_local
+            else "`--port 0` selects a free port, `--port N` another one"
         )
         raise NotReadyError(f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0).lower()}", hint) from None
     except OverflowError:
         listener.close()
-        raise NotReadyError(f"there is no port {port}", "ports go from 1 to 65535") from None
+        raise NotReadyError(f"invalid port {port}", "use a port from 1 to 65535, or 0 for a free one") from None
     listener.setblocking(False)
     return listener
 
 
 def url_of(listener: socket.socket, host: str) -> str:
-    """How the listening socket is reached from this machine."""
+    """Return the URL of the listening socket for clients on this machine."""
     port = listener.getsockname()[1]
-    near = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    return f"http://[{near}]:{port}" if ":" in near else f"http://{near}:{port}"
+    local = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    return f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
 
 
-def allow_connections() -> None:
-    """Raise the number of files that this process may open to what it is allowed."""
+def raise_file_limit() -> None:
+    """Raise this process's limit of open files to the hard limit. Each connection needs one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-class Web(uvicorn.Server):
-    """uvicorn without its signal handling: draining is ours. `close()` stops accepting and lets requests finish."""
+class HttpServer(uvicorn.Server):
+    """uvicorn without its signal handling. `serve.server` handles signals and the drain."""
 
     def __init__(self, app: Any, drain_seconds: float, max_body_bytes: int) -> None:
         super().__init__(
@@ -75,16 +75,16 @@ class Web(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 lifespan="off",
-                timeout_keep_alive=_IDLE_SECONDS,
+                timeout_keep_alive=_IDLE_TIMEOUT_S,
                 timeout_graceful_shutdown=max(1, round(drain_seconds)),
             )
         )
 
     def close(self) -> None:
-        """See the class; `serve` returns when it is done."""
+        """Accept no more connections. `serve` returns after the requests in flight are complete."""
         self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """No signals."""
+        """Leave the signals to `serve.server`."""
         yield

@@ -1,9 +1,9 @@
-"""The engine process: reads batches from a socket, runs them, writes results. torch lives here and nowhere else.
+"""The engine process: reads batches from a socket, runs them and writes results. Only this process imports torch.
 
     python -m inferctl.serve.worker FD
 
-FD is an inherited stream socket that speaks `frames`. The process ends when the other side is gone, or with the exit code of what kept the
-engine from starting.
+FD is an inherited stream socket that carries `frames`. The process ends when the API process closes it or ends. If the
+engine cannot start, it exits with the exit code of the error.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 from inferctl.errors import InferctlError
 from inferctl.serve import frames, logs, memory
+from inferctl.serve.engine_protocol import Batch, Engine, EngineConfig
 from inferctl.serve.frames import Kind
-from inferctl.serve.types import Batch, Engine, EngineConfig
 
 log = logging.getLogger("inferctl.engine")
 
 
 def make_engine(config: EngineConfig) -> Engine:
-    """The engine that the configuration names; imports what it needs and nothing else."""
+    """Return the engine that the configuration names. Imports only what this engine needs."""
     if config.engine == "echo":
         from inferctl.serve.engines.echo import EchoEngine
 
@@ -38,7 +38,7 @@ def make_engine(config: EngineConfig) -> Engine:
 
 
 def serve(connection: socket.socket) -> int:
-    """Speak the protocol until the other side is gone; returns the exit code."""
+    """Load the engine, run batches until the API process ends, and return the exit code."""
     first = frames.receive(connection)
     if first is None or first[0] is not Kind.CONFIG:
         return 1
@@ -49,7 +49,7 @@ def serve(connection: socket.socket) -> int:
         info = engine.load()
     except InferctlError as error:
         return _fatal(connection, error.message, error.hint, error.exit_code)
-    except Exception as error:  # whatever it was, the API process must hear of it
+    except Exception as error:  # the API process reports it to the user
         log.exception("the engine cannot start")
         return _fatal(connection, f"the engine cannot start: {type(error).__name__}: {error}", None, 1)
     gc.collect()
@@ -62,36 +62,37 @@ def serve(connection: socket.socket) -> int:
 
 
 def _loop(connection: socket.socket, engine: Engine, parallel: int) -> int:
-    """Batches on this thread, or on one thread for each that may run at a time."""
+    """Run batches on this thread, or on `parallel` threads."""
     with contextlib.ExitStack() as stack:
         pool = ThreadPoolExecutor(parallel, "batch") if parallel > 1 else None
         if pool:
             stack.callback(pool.shutdown, cancel_futures=True)
-        sending = threading.Lock()
+        send_lock = threading.Lock()
         while (frame := frames.receive(connection)) is not None:
             kind, body = frame
             if kind is not Kind.BATCH:
                 return 1
             if pool is None:
-                _answer(connection, sending, engine, frames.unpack_batch(body))
+                _run_batch(connection, send_lock, engine, frames.unpack_batch(body))
             else:
-                pool.submit(_answer, connection, sending, engine, frames.unpack_batch(body))
+                pool.submit(_run_batch, connection, send_lock, engine, frames.unpack_batch(body))
     return 0
 
 
-def _answer(connection: socket.socket, sending: threading.Lock, engine: Engine, batch: Batch) -> None:
+def _run_batch(connection: socket.socket, send_lock: threading.Lock, engine: Engine, batch: Batch) -> None:
+    """Run one batch and send its result, or the error that it raised."""
     try:
-        answer = frames.pack_result(engine.run(batch))
-    except Exception as error:  # one bad batch must not end the engine
+        frame = frames.pack_result(engine.run(batch))
+    except Exception as error:  # an error fails this batch, not the engine
         log.exception("batch %d failed", batch.id)
-        said = {
+        failure = {
             "id": batch.id,
             "message": f"{type(error).__name__}: {error}",
             "out_of_memory": memory.is_insufficient(error),
         }
-        answer = frames.pack_json(Kind.FAILED, said)
-    with sending:
-        connection.sendall(answer)
+        frame = frames.pack_json(Kind.FAILED, failure)
+    with send_lock:
+        connection.sendall(frame)
 
 
 def _fatal(connection: socket.socket, message: str, hint: str | None, exit_code: int) -> int:
@@ -100,14 +101,14 @@ def _fatal(connection: socket.socket, message: str, hint: str | None, exit_code:
 
 
 def main() -> None:
-    """Entry point of the engine process."""
-    # Both reach the whole process group; the API process decides when the engine ends.
+    """Run the engine process."""
+    # These signals reach the whole process group. The API process decides when the engine ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         try:
             code = serve(connection)
-        except ConnectionError:  # the API process is gone, or has stopped listening: the end as well
+        except ConnectionError:  # the API process ended or closed the socket
             code = 0
     sys.exit(code)
 

@@ -13,9 +13,9 @@ from inferctl.estimate.cost import Cost
 from inferctl.estimate.search import SimulatedServer
 from inferctl.estimate.simulate import UNBOUNDED, Simulation
 from inferctl.serve import batcher
-from inferctl.serve.batcher import Limits
+from inferctl.serve.batcher import QueueLimits
 
-LIMITS = Limits(16_384, UNBOUNDED)
+LIMITS = QueueLimits(16_384, UNBOUNDED)
 COST = Cost(1.0, 0.01)  # a batch with one text of 100 tokens takes 2 s
 
 
@@ -46,11 +46,11 @@ def test_a_user_sends_the_next_request_after_a_response() -> None:
 
 
 def test_a_request_ends_with_its_last_text() -> None:
-    assert Simulation(COST, Limits(100, UNBOUNDED), [[100, 100]]).open([0.0]).latencies == pytest.approx([4.0])
+    assert Simulation(COST, QueueLimits(100, UNBOUNDED), [[100, 100]]).open([0.0]).latencies == pytest.approx([4.0])
 
 
 def test_admission_rejects_requests_that_would_exceed_the_slo() -> None:
-    limits = Limits(100, UNBOUNDED, slo=5.0)
+    limits = QueueLimits(100, UNBOUNDED, slo_s=5.0)
     answers = Simulation(COST, limits, [[100]] * 200).open([0.1 * i for i in range(200)])
     assert answers.rejected > 100
     assert len(answers.latencies) + answers.rejected == 200
@@ -63,7 +63,7 @@ def test_waiting_times_match_an_md1_queue() -> None:
     for _ in range(60_000):
         now += draw.expovariate(load / service)
         arrivals.append(now)
-    answers = Simulation(COST, Limits(100, UNBOUNDED), [[100]] * len(arrivals)).open(arrivals)
+    answers = Simulation(COST, QueueLimits(100, UNBOUNDED), [[100]] * len(arrivals)).open(arrivals)
     wait = sum(answers.latencies) / len(answers.latencies) - service
     assert wait == pytest.approx(load * service / (2 * (1 - load)), rel=0.05)
 
@@ -78,7 +78,7 @@ def test_waiting_times_match_an_md1_queue() -> None:
 def test_all_requests_complete_and_none_is_faster_than_alone(coming: list[tuple[float, list[int]]], slots: int) -> None:
     coming.sort(key=lambda one: one[0])
     requests = [lengths for _, lengths in coming]
-    answers = Simulation(COST, Limits(500, UNBOUNDED), requests, slots).open([now for now, _ in coming])
+    answers = Simulation(COST, QueueLimits(500, UNBOUNDED), requests, slots).open([now for now, _ in coming])
     assert len(answers.latencies) == len(requests)
     assert answers.busy <= slots * answers.seconds + 1e-9
     for lengths, latency in zip(requests, answers.latencies, strict=True):
@@ -118,7 +118,9 @@ def test_requests_pass_the_front_end_one_after_the_other() -> None:
 def test_the_slower_of_front_end_and_engine_sets_the_throughput() -> None:
     def per_second(engine: float, front: float) -> float:
         return (
-            SimulatedServer(Cost(engine, 0.0), Limits(100, UNBOUNDED), [[100]] * 500, front=front).offline().per_second
+            SimulatedServer(Cost(engine, 0.0), QueueLimits(100, UNBOUNDED), [[100]] * 500, front=front)
+            .offline()
+            .per_second
         )
 
     assert per_second(0.01, 0.02) == pytest.approx(50, rel=0.01)

@@ -1,4 +1,4 @@
-"""A real server process on a free port, as the tests of this folder use it."""
+"""Starts real server processes on free ports, for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.serve import tiny_models
 
 START_SECONDS = 120
-# No test here judges time: other work on the machine must not fail one.
+# Other load on the machine must not fail a test, so none has a deadline.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
-# Tests run side by side: OpenMP threads that spin while they wait would take each other's cores. Read when torch is loaded.
+# Tests run in parallel, and OpenMP threads that spin while they wait would take cores from each other. torch reads this
+# when it loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @dataclass
 class Running:
-    """A server that is ready. `log` is the file with its stderr."""
+    """A ready server. `log` is the file with its stderr."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -59,7 +60,7 @@ class Running:
 def until(condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it never happened"
+        assert time.monotonic() < deadline, "timeout"
         time.sleep(0.02)
 
 
@@ -67,15 +68,15 @@ def start(folder: Path, *arguments: str) -> Running:
     announce, log = folder / "ready.json", folder / "server.log"
     command = [sys.executable, "-m", "inferctl", "serve", "--port", "0", "--announce", str(announce), *arguments]
     with log.open("wb") as stream:
-        # A process group of its own, so that a test can signal all of it.
+        # In its own process group, so that a test can signal the whole group.
         process = subprocess.Popen(
             command, stderr=stream, stdout=subprocess.DEVNULL, cwd=folder, env=dict(os.environ), start_new_session=True
         )
     until(lambda: announce.exists() or process.poll() is not None)
     assert process.poll() is None, log.read_text()
-    said = json.loads(announce.read_text())
-    assert said["pid"] == process.pid
-    return Running(said["url"], process, log)
+    announced = json.loads(announce.read_text())
+    assert announced["pid"] == process.pid
+    return Running(announced["url"], process, log)
 
 
 def stop(server: Running) -> None:
@@ -86,7 +87,7 @@ def stop(server: Running) -> None:
 
 @pytest.fixture(scope="module")
 def echo(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The server with the echo engine: all that is real except the model."""
+    """A server with the echo engine. Only the model is not real."""
     arguments = ("--model", str(minilm), "--engine", "echo", "--name", "echo", "--max-queue-tokens", "64")
     server = start(tmp_path_factory.mktemp("echo"), *arguments)
     yield server
@@ -95,7 +96,7 @@ def echo(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Running]]:
-    """`serve("--model", ...)` starts a server of the test's own."""
+    """`serve("--model", ...)` starts a server for one test."""
     started: list[Running] = []
 
     def run(*arguments: str) -> Running:
@@ -109,7 +110,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Running]]:
 
 @pytest.fixture(scope="module")
 def tiny(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny("bert", "mean_tokens")`: a folder with a small random model of that architecture."""
+    """`tiny("bert", "mean_tokens")` returns a folder with a small random model of that architecture."""
     return lambda architecture, pooling, normalize=True: tiny_models.make(
         minilm, tmp_path_factory.mktemp(architecture), architecture, pooling, normalize
     )

@@ -1,4 +1,4 @@
-"""Anything at all, sent to a running server: answered, or refused with a 4xx in OpenAI's envelope; never a 5xx, never a hang."""
+"""Random requests to a running server: each gets a 200 or a 4xx in OpenAI's envelope, never a 5xx or a hang."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from inferctl.serve import http
 from tests.serve.conftest import Running, start, stop, until
 
-# Token ids that the echo engine fails at on purpose are left out.
+# Without the token ids for which the echo engine injects a fault.
 NUMBERS = st.integers().filter(lambda number: not 13 <= number <= 18)
 SCALARS = st.none() | st.booleans() | NUMBERS | st.floats() | st.text(max_size=20)
 JSON = st.recursive(
@@ -47,7 +47,7 @@ def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     arguments = ("--model", str(minilm), "--engine", "echo", "--name", "echo")
     running = start(tmp_path_factory.mktemp("bad"), *arguments)
     yield running
-    # Whatever the tests sent: nothing is left behind, and it still answers.
+    # After all tests, no request is in flight and the server still responds.
     until(lambda: in_flight(running) == 0, 30)
     assert running.embed(input=[5]).status_code == 200
     assert "Traceback" not in running.log.read_text()
@@ -65,7 +65,7 @@ def in_flight(server: Running) -> float:
     return next(s.value for f in families for s in f.samples if s.name == "inferctl_requests_in_flight")
 
 
-def taken_or_refused(answer: httpx.Response) -> int:
+def accepted_or_rejected(answer: httpx.Response) -> int:
     if answer.status_code != 200:
         assert 400 <= answer.status_code < 500, answer.text
         error = answer.json()["error"]
@@ -82,23 +82,23 @@ def post(client: httpx.Client, raw: bytes, media: str = "application/json") -> h
 @given(BODIES)
 @settings(max_examples=300)
 def test_any_body_of_the_right_shape(client: httpx.Client, body: dict[str, Any]) -> None:
-    taken_or_refused(post(client, json.dumps(body).encode()))
+    accepted_or_rejected(post(client, json.dumps(body).encode()))
 
 
 @given(JSON | st.dictionaries(st.text(max_size=8), JSON))
 def test_any_json(client: httpx.Client, body: object) -> None:
-    assert taken_or_refused(post(client, json.dumps(body).encode())) == 400
+    assert accepted_or_rejected(post(client, json.dumps(body).encode())) == 400
 
 
 @given(st.binary(max_size=200), st.sampled_from([b"", b'{"input": "', b'{"input": [5], "user": "', b'{"input": [']))
 def test_any_bytes(client: httpx.Client, raw: bytes, before: bytes) -> None:
-    taken_or_refused(post(client, before + raw))
+    accepted_or_rejected(post(client, before + raw))
 
 
 @given(st.text(st.characters(min_codepoint=33, max_codepoint=255, exclude_categories=["Cc"]), max_size=40))
 def test_any_content_type_and_request_id(client: httpx.Client, value: str) -> None:
     headers = {"content-type": value.encode("latin-1"), "x-request-id": value.encode("latin-1")}
-    taken_or_refused(client.post("/v1/embeddings", content=b'{"input": [5]}', headers=headers))
+    accepted_or_rejected(client.post("/v1/embeddings", content=b'{"input": [5]}', headers=headers))
 
 
 @given(st.binary(max_size=60), st.sampled_from([b"", b"POST /v1/embeddings HTTP/1.1\r\n", b"GET /v1/models/"]))
@@ -125,7 +125,7 @@ def test_methods_and_paths(client: httpx.Client, method: str, path: str) -> None
     allowed = known and method in ("GET", "HEAD") and path != "/v1/embeddings"
     assert answer.status_code == (200 if allowed else 405 if known else 404)
     if method != "HEAD" and not allowed:
-        taken_or_refused(answer)
+        accepted_or_rejected(answer)
     if answer.status_code == 405:
         assert method not in answer.headers["allow"].split(", ")
 
@@ -135,7 +135,7 @@ def test_methods_and_paths(client: httpx.Client, method: str, path: str) -> None
     ["//v1/embeddings", "/v1/models/%00", "/v1/models/%ff%fe", "/v1/models/" + "a" * 5000, "/%0d%0ax: y", "/../x"],
 )
 def test_odd_paths(client: httpx.Client, path: str) -> None:
-    assert taken_or_refused(client.get(path)) == 404
+    assert accepted_or_rejected(client.get(path)) == 404
 
 
 @pytest.mark.parametrize(
@@ -153,14 +153,14 @@ def test_odd_paths(client: httpx.Client, path: str) -> None:
     ],
     ids=["duplicate key", "deep", "floats", "texts", "lists", "number", "blanks", "model", "large"],
 )
-def test_bodies_that_are_dear_to_read(client: httpx.Client, raw: bytes, status: int, code: str) -> None:
+def test_bodies_that_are_expensive_to_parse(client: httpx.Client, raw: bytes, status: int, code: str) -> None:
     answer = post(client, raw)
-    assert (taken_or_refused(answer), answer.json()["error"]["code"]) == (status, code)
+    assert (accepted_or_rejected(answer), answer.json()["error"]["code"]) == (status, code)
     assert len(answer.content) < 4000
 
 
 @pytest.mark.parametrize("item", ["1.5", '"a"', "true", "null", "{}"])
-def test_refusing_costs_about_as_much_as_reading(item: str) -> None:
+def test_rejecting_a_body_takes_about_as_long_as_parsing_it(item: str) -> None:
     raw = f'{{"input": [5,{",".join([item] * 200_000)}]}}'.encode()
 
     def seconds(call: Any) -> float:
@@ -168,24 +168,24 @@ def test_refusing_costs_about_as_much_as_reading(item: str) -> None:
         call()
         return time.perf_counter() - started
 
-    def refuse() -> None:
+    def reject() -> None:
         with pytest.raises(http.ApiError):
             http.parse(raw, max_inputs=2048)
 
-    reading = min(seconds(lambda: orjson.loads(raw)) for _ in range(3))
-    assert min(seconds(refuse) for _ in range(3)) < 20 * reading
+    parsing = min(seconds(lambda: orjson.loads(raw)) for _ in range(3))
+    assert min(seconds(reject) for _ in range(3)) < 20 * parsing
 
 
-def test_bad_bodies_beside_good_ones_delay_nobody_for_ever(server: Running) -> None:
+def test_valid_requests_complete_next_to_invalid_ones(server: Running) -> None:
     bad = [b'{"input": [1.5,' + b"1.5," * 100_000 + b"1]}", b"{", b'{"input": "' + b"word " * 1_000_000 + b'"}']
     bodies = [b'{"input": [5, 6]}', *bad] * 10
     with httpx.Client(base_url=server.url, timeout=60) as shared, ThreadPoolExecutor(8) as pool:
-        statuses = list(pool.map(lambda raw: taken_or_refused(post(shared, raw)), bodies))
+        statuses = list(pool.map(lambda raw: accepted_or_rejected(post(shared, raw)), bodies))
     assert statuses == [200, 400, 400, 200] * 10
 
 
 @pytest.mark.parametrize("read", [0, 100, 20_000])
-def test_clients_that_leave_in_the_middle_of_the_answer(server: Running, read: int) -> None:
+def test_clients_that_disconnect_during_the_response(server: Running, read: int) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     body = json.dumps({"input": [[100 + i] for i in range(2000)]}).encode()
     for _ in range(10):

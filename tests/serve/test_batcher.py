@@ -1,4 +1,4 @@
-"""What the batcher promises, whatever is thrown at it. All on a virtual clock."""
+"""Properties of the batcher for random requests, on a virtual clock."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferctl.serve.batcher import Batcher, Limits, RefusedError, Work
-from inferctl.serve.pace import Capacity, Pace
+from inferctl.serve.batcher import AdmissionError, Batcher, QueuedSequence, QueueLimits
+from inferctl.serve.latency_model import Capacity, LatencyModel
 
-# (is it bulk, lengths of its sequences)
+# (bulk, lengths of the sequences)
 REQUESTS = st.lists(st.tuples(st.booleans(), st.lists(st.integers(1, 40), min_size=1, max_size=12)), max_size=20)
 Requests = list[tuple[bool, list[int]]]
 
 
 def batcher(batch_tokens: int = 64, queue_tokens: int = 1_000_000, window: int = 256) -> Batcher:
-    return Batcher(Limits(batch_tokens, queue_tokens, window))
+    return Batcher(QueueLimits(batch_tokens, queue_tokens, window))
 
 
 def filled(queue: Batcher, requests: Requests, spacing: float = 0.0) -> Batcher:
@@ -24,7 +24,7 @@ def filled(queue: Batcher, requests: Requests, spacing: float = 0.0) -> Batcher:
     return queue
 
 
-def drain(queue: Batcher, now: float = 0.0) -> list[list[Work]]:
+def drain(queue: Batcher, now: float = 0.0) -> list[list[QueuedSequence]]:
     batches = []
     while batch := queue.next_batch(now):
         batches.append(batch)
@@ -34,18 +34,18 @@ def drain(queue: Batcher, now: float = 0.0) -> list[list[Work]]:
 @given(REQUESTS, st.integers(1, 100), st.integers(1, 30), st.floats(0, 10))
 def test_every_sequence_comes_out_exactly_once(requests: Requests, batch_tokens: int, window: int, now: float) -> None:
     queue = filled(batcher(batch_tokens, window=window), requests)
-    out = sorted((work.request, work.sequence, work.tokens) for batch in drain(queue, now) for work in batch)
+    out = sorted((item.request, item.index, item.tokens) for batch in drain(queue, now) for item in batch)
     assert out == [(r, i, n) for r, (_, lengths) in enumerate(requests) for i, n in enumerate(lengths)]
     assert queue.waiting_tokens == 0
     assert len(queue) == 0
 
 
 @given(REQUESTS, st.integers(1, 100), st.floats(0, 10))
-def test_a_batch_keeps_the_limit_unless_one_sequence_alone_is_longer(
+def test_a_batch_keeps_the_limit_unless_a_single_sequence_exceeds_it(
     requests: Requests, limit: int, now: float
 ) -> None:
     for batch in drain(filled(batcher(limit), requests), now):
-        assert len(batch) == 1 or sum(work.tokens for work in batch) <= limit
+        assert len(batch) == 1 or sum(item.tokens for item in batch) <= limit
 
 
 @given(REQUESTS, st.integers(1, 100), st.integers(1, 30))
@@ -55,13 +55,13 @@ def test_the_oldest_sequence_of_the_highest_priority_is_in_the_next_batch(
     queue = filled(batcher(limit, window=window), requests)
     waiting = sorted((bulk, r, i) for r, (bulk, lengths) in enumerate(requests) for i in range(len(lengths)))
     while batch := queue.next_batch(0.0):
-        assert (batch[0].bulk, batch[0].request, batch[0].sequence) == waiting[0]
-        taken = {(work.bulk, work.request, work.sequence) for work in batch}
+        assert (batch[0].bulk, batch[0].request, batch[0].index) == waiting[0]
+        taken = {(item.bulk, item.request, item.index) for item in batch}
         waiting = [w for w in waiting if w not in taken]
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=30), st.lists(st.integers(1, 64), min_size=1, max_size=8))
-def test_nothing_starves_under_an_endless_flood_of_interactive_requests(bulk: list[int], flood: list[int]) -> None:
+def test_bulk_requests_do_not_starve_under_constant_interactive_load(bulk: list[int], flood: list[int]) -> None:
     queue = batcher(64)
     queue.submit(0, bulk, now=0.0, bulk=True)
     served, done, turn = 0, {0: len(bulk)}, 0
@@ -69,73 +69,71 @@ def test_nothing_starves_under_an_endless_flood_of_interactive_requests(bulk: li
         turn += 1
         queue.submit(turn, flood, now=float(turn))
         done[turn] = len(flood)
-        for work in queue.next_batch(float(turn)):
-            done[work.request] -= 1
-            served += not work.bulk
-        # A bulk sequence is at most one batch long and earns a quarter of every batch.
-        assert turn <= 4 * len(bulk) + 8, "bulk starves"
-    # The other three quarters go to interactive work: at least one sequence in all but the batches that bulk fills.
+        for item in queue.next_batch(float(turn)):
+            done[item.request] -= 1
+            served += not item.bulk
+        # A bulk sequence is at most one batch long and gets a quarter of every batch.
+        assert turn <= 4 * len(bulk) + 8, "bulk requests starve"
+    # The other three quarters are for interactive requests: at least one sequence per batch that bulk does not fill.
     assert served >= turn - len(bulk) - 1
 
 
 @given(st.lists(st.tuples(st.integers(1, 64), st.floats(0, 0.1)), min_size=1, max_size=60))
-def test_whoever_is_over_age_goes_in_order_of_arrival(arrivals: list[tuple[int, float]]) -> None:
+def test_requests_past_the_maximum_wait_run_in_arrival_order(arrivals: list[tuple[int, float]]) -> None:
     queue, now = batcher(64), 0.0
     for number, (tokens, pause) in enumerate(arrivals):
         now += pause
         queue.submit(number, [tokens], now=now)
-    late = now + queue.limits.age_cap
+    late = now + queue.limits.max_wait_s
     firsts = [batch[0].request for batch in drain(queue, late)]
     assert firsts == sorted(firsts)
 
 
 @given(REQUESTS, st.data())
-def test_cancelled_requests_never_run_and_the_rest_is_untouched(requests: Requests, data: st.DataObject) -> None:
+def test_cancelled_requests_do_not_run_and_others_are_unaffected(requests: Requests, data: st.DataObject) -> None:
     queue = filled(batcher(), requests)
-    before = [work for _ in range(data.draw(st.integers(0, 3))) for work in queue.next_batch(0.0)]
-    gone = data.draw(st.sets(st.integers(0, max(0, len(requests) - 1))))
-    for number in gone:
+    before = [item for _ in range(data.draw(st.integers(0, 3))) for item in queue.next_batch(0.0)]
+    cancelled = data.draw(st.sets(st.integers(0, max(0, len(requests) - 1))))
+    for number in cancelled:
         queue.cancel(number)
-    ran = {(work.request, work.sequence) for work in before}
-    kept = {(r, i) for r, (_, ns) in enumerate(requests) if r not in gone for i in range(len(ns))} - ran
-    assert queue.waiting_tokens == sum(requests[r][1][i] for r, i in kept)
-    assert len(queue) == len(kept)
-    assert sorted((work.request, work.sequence) for batch in drain(queue) for work in batch) == sorted(kept)
+    ran = {(item.request, item.index) for item in before}
+    expected = {(r, i) for r, (_, ns) in enumerate(requests) if r not in cancelled for i in range(len(ns))} - ran
+    assert queue.waiting_tokens == sum(requests[r][1][i] for r, i in expected)
+    assert len(queue) == len(expected)
+    assert sorted((item.request, item.index) for batch in drain(queue) for item in batch) == sorted(expected)
 
 
-def test_a_queue_that_is_filled_and_cancelled_for_ever_stays_small() -> None:
+def test_a_queue_of_cancelled_requests_stays_small() -> None:
     queue = batcher(window=16)
     for number in range(10_000):
         queue.submit(number, [5] * 10, now=0.0)
         queue.cancel(number)
-    assert len(queue._interactive.works) < 100
+    assert len(queue._interactive.sequences) < 100
     assert queue.next_batch(0.0) == []
 
 
 @given(REQUESTS, st.integers(1, 200))
-def test_the_queue_never_holds_more_than_its_limit_except_for_one_request_a_priority(
-    requests: Requests, limit: int
-) -> None:
+def test_the_queue_keeps_its_limit_except_for_one_request_per_priority(requests: Requests, limit: int) -> None:
     queue = batcher(queue_tokens=limit)
     waiting = {False: 0, True: 0}
     for number, (bulk, lengths) in enumerate(requests):
         before = queue.waiting_tokens
         try:
             queue.submit(number, lengths, now=0.0, bulk=bulk)
-        except RefusedError as error:
+        except AdmissionError as error:
             assert error.reason == "queue_full"
-            assert queue.waiting_tokens == before, "refused whole"
+            assert queue.waiting_tokens == before, "rejected as a whole"
             assert before + sum(lengths) > limit // 2
         else:
-            assert queue.waiting_tokens == before + sum(lengths), "taken whole"
-            alone = not waiting[bulk]
+            assert queue.waiting_tokens == before + sum(lengths), "accepted as a whole"
+            first = not waiting[bulk]
             waiting[bulk] += sum(lengths)
-            assert alone or waiting[bulk] <= (limit // 2 if bulk else limit)
+            assert first or waiting[bulk] <= (limit // 2 if bulk else limit)
 
 
 @given(REQUESTS, st.integers(1, 100))
 def test_the_same_calls_give_the_same_batches(requests: Requests, limit: int) -> None:
-    def run() -> list[list[Work]]:
+    def run() -> list[list[QueuedSequence]]:
         queue = batcher(limit)
         batches = []
         for number, (bulk, lengths) in enumerate(requests):
@@ -148,7 +146,7 @@ def test_the_same_calls_give_the_same_batches(requests: Requests, limit: int) ->
 
 
 @given(REQUESTS.filter(bool), st.integers(20, 100))
-def test_work_that_an_engine_never_began_comes_back_first(requests: Requests, limit: int) -> None:
+def test_requeued_sequences_run_first(requests: Requests, limit: int) -> None:
     queue = filled(batcher(limit), requests)
     waiting = queue.waiting_tokens
     lost = queue.next_batch(0.0)
@@ -157,26 +155,26 @@ def test_work_that_an_engine_never_began_comes_back_first(requests: Requests, li
     assert lost[0] in queue.next_batch(0.0)
 
 
-def test_shorter_sequences_fill_the_room_that_a_long_one_leaves() -> None:
+def test_shorter_sequences_fill_the_remaining_token_budget() -> None:
     queue = batcher(batch_tokens=10)
     queue.submit(1, [7, 7, 3], now=0.0)
-    assert [[work.tokens for work in batch] for batch in drain(queue)] == [[7, 3], [7]]
+    assert [[item.tokens for item in batch] for batch in drain(queue)] == [[7, 3], [7]]
 
 
-def test_a_batch_takes_what_is_nearest_to_the_oldest_in_length() -> None:
+def test_a_batch_prefers_sequences_close_to_the_oldest_in_length() -> None:
     queue = batcher(batch_tokens=30)
     queue.submit(1, [10, 2, 2, 30, 11, 9], now=0.0)
-    assert [work.tokens for work in queue.next_batch(0.0)] == [10, 11, 9]
+    assert [item.tokens for item in queue.next_batch(0.0)] == [10, 11, 9]
 
 
-def test_interactive_requests_go_before_bulk_and_bulk_fills_the_rest() -> None:
+def test_interactive_requests_run_before_bulk_and_bulk_fills_the_rest() -> None:
     queue = batcher(batch_tokens=30)
     queue.submit(1, [10] * 4, now=0.0, bulk=True)
     queue.submit(2, [10, 10], now=0.0)
-    assert [work.request for work in queue.next_batch(0.0)] == [2, 2, 1]
+    assert [item.request for item in queue.next_batch(0.0)] == [2, 2, 1]
 
 
-def test_a_batch_that_cannot_grow_is_full() -> None:
+def test_a_batch_at_the_token_limit_is_full() -> None:
     queue = batcher(batch_tokens=10)
     queue.submit(1, [9], now=0.0)
     assert not queue.has_full_batch()
@@ -184,49 +182,49 @@ def test_a_batch_that_cannot_grow_is_full() -> None:
     assert queue.has_full_batch()
 
 
-def test_a_full_queue_says_when_to_come_back() -> None:
-    queue = Batcher(Limits(1000, 100), Pace(Capacity(0.0, 100.0)))
+def test_a_rejection_by_a_full_queue_has_a_retry_time() -> None:
+    queue = Batcher(QueueLimits(1000, 100), LatencyModel(Capacity(0.0, 100.0)))
     queue.submit(1, [50], now=0.0)
     assert queue.expected_wait() == pytest.approx(0.5)
-    with pytest.raises(RefusedError) as refused:
-        queue.submit(2, [60], now=0.0, running=0.25)
-    assert refused.value.retry_after == pytest.approx(0.75)
+    with pytest.raises(AdmissionError) as rejected:
+        queue.submit(2, [60], now=0.0, busy_s=0.25)
+    assert rejected.value.retry_after == pytest.approx(0.75)
 
 
-def test_a_request_that_would_be_late_is_refused_and_told_when_to_come_back() -> None:
-    queue = Batcher(Limits(100, 10_000, slo=1.0), Pace(Capacity(0.1, 1000.0)))
+def test_a_request_that_would_miss_the_slo_is_rejected_with_a_retry_time() -> None:
+    queue = Batcher(QueueLimits(100, 10_000, slo_s=1.0), LatencyModel(Capacity(0.1, 1000.0)))
     queue.submit(1, [100] * 4, now=0.0)  # 4 batches of 0.2 s
-    queue.check(50, running=0.0)  # 0.8 s + 0.15 s
-    with pytest.raises(RefusedError) as refused:
-        queue.submit(2, [50], now=0.0, running=0.2)
-    assert refused.value.reason == "slo"
-    assert refused.value.retry_after == pytest.approx(0.15)
-    queue.submit(3, [50], now=0.0, bulk=True, running=0.2)  # bulk has no deadline
+    queue.check(50, busy_s=0.0)  # 0.8 s + 0.15 s
+    with pytest.raises(AdmissionError) as rejected:
+        queue.submit(2, [50], now=0.0, busy_s=0.2)
+    assert rejected.value.reason == "slo"
+    assert rejected.value.retry_after == pytest.approx(0.15)
+    queue.submit(3, [50], now=0.0, bulk=True, busy_s=0.2)  # bulk has no deadline
     queue.engines = 2
-    queue.submit(4, [50], now=0.0, running=0.2)
+    queue.submit(4, [50], now=0.0, busy_s=0.2)
 
 
-def test_where_nothing_waits_even_what_is_always_late_is_taken() -> None:
-    queue = Batcher(Limits(100, 200, slo=0.1), Pace(Capacity(0.1, 1000.0)))
+def test_an_empty_queue_accepts_a_request_that_will_miss_the_slo() -> None:
+    queue = Batcher(QueueLimits(100, 200, slo_s=0.1), LatencyModel(Capacity(0.1, 1000.0)))
     queue.submit(1, [100] * 9, now=0.0)
     assert queue.waiting_tokens == 900
 
 
-def test_answers_that_come_later_than_predicted_make_admission_stricter_and_not_for_ever() -> None:
-    queue = Batcher(Limits(100, 10_000, slo=1.0), Pace(Capacity(0.0, 1000.0)))
+def test_late_responses_make_admission_stricter_and_timely_ones_relax_it() -> None:
+    queue = Batcher(QueueLimits(100, 10_000, slo_s=1.0), LatencyModel(Capacity(0.0, 1000.0)))
     queue.submit(1, [100] * 6, now=0.0)
     queue.check(50)
     for _ in range(100):
-        queue.answered(0.5, 1.0)
-    with pytest.raises(RefusedError):
+        queue.observe(0.5, 1.0)
+    with pytest.raises(AdmissionError):
         queue.check(50)
     for _ in range(1000):
-        queue.answered(0.2, 0.2)
+        queue.observe(0.2, 0.2)
     assert queue.check(50) == pytest.approx(0.65)
 
 
-def test_one_sequence_runs_on_one_engine_however_many_there_are() -> None:
-    queue = Batcher(Limits(16_384, 100_000, slo=0.3), Pace(Capacity(0.0, 1_000.0)), engines=8)
+def test_the_prediction_runs_one_sequence_on_one_engine() -> None:
+    queue = Batcher(QueueLimits(16_384, 100_000, slo_s=0.3), LatencyModel(Capacity(0.0, 1_000.0)), engines=8)
     assert queue.check(512, longest=64) == pytest.approx(0.064)
-    with pytest.raises(RefusedError):
-        queue.check(512, longest=512, running=0.01)
+    with pytest.raises(AdmissionError):
+        queue.check(512, longest=512, busy_s=0.01)

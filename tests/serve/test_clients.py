@@ -1,4 +1,4 @@
-"""Clients that people already have, pointed at a real server: each gets the reference's vectors."""
+"""Common clients against a real server: each gets the vectors of the reference implementation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXTS = [
     "int main(void) { return 0; }",
     "ok",
     "naïve café, 北京, 🚀 " * 30,
-    "a long text that will be cut " * 100,
+    "a long text that will be truncated " * 100,
 ]
 Matrix = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -56,7 +56,7 @@ def test_openai(server: Running, reference: Matrix, encoding: Any) -> None:
     assert (answer.object, answer.model) == ("list", "minilm")
     assert [(entry.index, entry.object) for entry in answer.data] == [(i, "embedding") for i in range(len(TEXTS))]
     if encoding == "base64":
-        # Asked for by name it is handed on as it came.
+        # If the format is explicit, the client returns the text unchanged.
         same([np.frombuffer(base64.b64decode(str(entry.embedding)), "<f4") for entry in answer.data], reference)
     else:
         same([entry.embedding for entry in answer.data], reference)
@@ -86,12 +86,12 @@ def test_openai_dimensions(minilm: Path, tmp_path: Path, serve: Callable[..., Ru
         full = np.float32(client.embeddings.create(model="echo", input=[5, 6]).data[0].embedding)
         cut = client.embeddings.create(model="echo", input=[5, 6], dimensions=4).data[0].embedding
         np.testing.assert_allclose(cut, full[:4] / np.linalg.norm(full[:4]), atol=1e-6)
-        with pytest.raises(openai.BadRequestError, match="only 8, 4") as refused:
+        with pytest.raises(openai.BadRequestError, match="must be 8 or 4, got 5") as rejected:
             client.embeddings.create(model="echo", input=[5, 6], dimensions=5)
-    assert (refused.value.param, refused.value.code) == ("dimensions", "invalid_dimensions")
+    assert (rejected.value.param, rejected.value.code) == ("dimensions", "invalid_dimensions")
 
 
-def test_openai_sees_its_own_exceptions(server: Running) -> None:
+def test_openai_raises_its_own_exceptions(server: Running) -> None:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
         with pytest.raises(openai.NotFoundError) as unknown:
             client.embeddings.create(model="other", input="a")
@@ -108,7 +108,7 @@ def test_openai_sees_its_own_exceptions(server: Running) -> None:
 def test_langchain(server: Running, reference: Matrix) -> None:
     from langchain_openai import OpenAIEmbeddings
 
-    # Without check_embedding_ctx_length=False it sends token ids of OpenAI's own vocabulary, which mean other words here.
+    # Without check_embedding_ctx_length=False it sends token ids of OpenAI's vocabulary, which are other words here.
     client = OpenAIEmbeddings(
         base_url=f"{server.url}/v1", api_key="unused", model="minilm", check_embedding_ctx_length=False, max_retries=0
     )
@@ -121,7 +121,7 @@ def test_llama_index(server: Running, reference: Matrix) -> None:
     from llama_index.embeddings.openai import OpenAIEmbedding
 
     client = OpenAIEmbedding(model_name="minilm", api_base=f"{server.url}/v1", api_key="unused", max_retries=0)
-    # It turns line breaks into blanks; to this tokenizer both are the same.
+    # It replaces line breaks by spaces. This tokenizer treats both the same.
     same(client.get_text_embedding_batch(TEXTS), reference)
     same(client.get_query_embedding(TEXTS[0]), reference[0])
     same(asyncio.run(client.aget_text_embedding_batch(TEXTS)), reference)

@@ -1,4 +1,4 @@
-"""What a client may do to a connection: half requests, floods, pipelines, upgrades. uvicorn runs with the server's own protocol class."""
+"""Incomplete, large, pipelined and upgrade requests. uvicorn runs with the server's own protocol class."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from inferctl.serve import protocol
 LIMIT = 1 << 20
 OK = b"POST /a HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\nabc"
 SLOW = OK.replace(b"/a", b"/slow")
-seen: list[str] = []
+disconnected: list[str] = []
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """Answers with the path and the number of bytes it got."""
+    """Respond with the path and the number of received bytes."""
     size = 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            seen.append("gone")
+            disconnected.append(scope["path"])
             return
         size += len(message["body"])
         if not message["more_body"]:
@@ -44,7 +44,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 def port() -> Iterator[int]:
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        app, http=protocol.connection(LIMIT, patience=0.6), lifespan="off", log_config=None, ws="auto"
+        app, http=protocol.connection(LIMIT, timeout_s=0.6), lifespan="off", log_config=None, ws="auto"
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],))
@@ -55,7 +55,7 @@ def port() -> Iterator[int]:
 
 
 def talk(port: int, *pieces: bytes, pause: float = 0.05) -> bytes:
-    """All that comes back until the server closes the connection; an error when it does not."""
+    """Return all bytes until the server closes the connection. Raises an error if it does not."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         for piece in pieces:
             connection.sendall(piece)
@@ -66,8 +66,8 @@ def talk(port: int, *pieces: bytes, pause: float = 0.05) -> bytes:
         return answer
 
 
-def refusal(answer: bytes) -> tuple[int, str]:
-    """Status and code; fails unless there is exactly one answer, in the envelope."""
+def rejection(answer: bytes) -> tuple[int, str]:
+    """Return status and code. Fails unless there is exactly one response, in the envelope."""
     head, _, body = answer.partition(b"\r\n\r\n")
     error = json.loads(body)["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -132,34 +132,34 @@ CASES: dict[str, tuple[tuple[bytes, ...], int, str]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_refused_in_the_envelope_and_closed(port: int, name: str) -> None:
+def test_an_invalid_request_gets_an_error_in_the_envelope_and_is_closed(port: int, name: str) -> None:
     pieces, status, code = CASES[name]
-    assert refusal(talk(port, *pieces)) == (status, code)
+    assert rejection(talk(port, *pieces)) == (status, code)
 
 
-def test_a_body_in_many_small_chunks_is_taken(port: int) -> None:
+def test_a_body_in_many_small_chunks_is_accepted(port: int) -> None:
     head = HEAD + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n"
     answer = talk(port, head + b"1\r\na\r\n" * 200_000 + b"0\r\nx: y\r\n\r\n")
     assert b'{"path": "/a", "bytes": 200000}' in answer
 
 
-def test_a_body_that_is_too_large_is_refused_before_it_is_sent(port: int) -> None:
+def test_a_body_that_is_too_large_is_rejected_before_it_is_sent(port: int) -> None:
     head = HEAD + b"expect: 100-continue\r\ncontent-length: %d\r\n\r\n" % (LIMIT + 1)
-    assert refusal(talk(port, head)) == (413, "body_too_large")
+    assert rejection(talk(port, head)) == (413, "body_too_large")
 
 
-def test_a_connection_that_says_nothing_is_closed(port: int) -> None:
+def test_a_silent_connection_is_closed(port: int) -> None:
     assert talk(port) == b""
 
 
-def test_one_connection_too_many_is_told_so_and_closed(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_above_the_limit_gets_429_and_is_closed(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "_MAX_CONNECTIONS", 0)
-    assert refusal(talk(port)) == (429, "too_many_connections")
+    assert rejection(talk(port)) == (429, "too_many_connections")
 
 
 @pytest.mark.parametrize("token", [b"h2c", b"websocket"])
 @pytest.mark.parametrize("cut", [0, 20, 110, 175])
-def test_a_request_that_asks_for_an_upgrade_is_answered_without_it(port: int, token: bytes, cut: int) -> None:
+def test_a_request_with_an_upgrade_is_processed_without_it(port: int, token: bytes, cut: int) -> None:
     fields = (
         b"connection: close, Upgrade, HTTP2-Settings\r\nupgrade: " + token + b"\r\nhttp2-settings: AAMAAABkAAQAAP__\r\n"
     )
@@ -169,7 +169,7 @@ def test_a_request_that_asks_for_an_upgrade_is_answered_without_it(port: int, to
     assert answer.count(b'{"path": "/a", "bytes": 3}') == 2
 
 
-def test_pipelined_requests_are_answered_in_order(port: int) -> None:
+def test_pipelined_requests_get_responses_in_order(port: int) -> None:
     last = OK.replace(b"/a", b"/z").replace(b"host", b"connection: close\r\nhost")
     answer = talk(port, SLOW + OK * 3 + last)
     assert [part.split(b'"')[0] for part in answer.split(b'"path": "')[1:]] == [b"/slow", b"/a", b"/a", b"/a", b"/z"]
@@ -177,24 +177,26 @@ def test_pipelined_requests_are_answered_in_order(port: int) -> None:
 
 @pytest.mark.parametrize("bad", [b"garbage\r\n\r\n", HEAD + b"content-length: 99999999999\r\n\r\n"])
 @pytest.mark.parametrize("waiting", [0, 2])
-def test_a_bad_request_in_a_pipeline_spoils_no_answer_before_it(port: int, bad: bytes, waiting: int) -> None:
+def test_an_invalid_request_in_a_pipeline_does_not_affect_earlier_responses(
+    port: int, bad: bytes, waiting: int
+) -> None:
     answer = talk(port, SLOW + OK * waiting + bad)
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200")
     assert body.startswith(b'{"path": "/slow", "bytes": 3}')
 
 
-def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_nothing_behind(port: int) -> None:
-    before = len(seen)
+def test_the_application_learns_that_a_client_disconnected_during_its_body(port: int) -> None:
+    before = len(disconnected)
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(HEAD + b"content-length: 10\r\n\r\nabc")
     deadline = time.monotonic() + 20
-    while len(seen) == before:
+    while len(disconnected) == before:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def test_a_slow_body_that_keeps_coming_is_taken(port: int) -> None:
+def test_a_slow_but_steady_body_is_accepted(port: int) -> None:
     size = 60 * 16 * 1024
     head = HEAD + b"connection: close\r\ncontent-length: %d\r\n\r\n" % size
     answer = talk(port, head, *[b"a" * (size // 10)] * 10, pause=0.1)

@@ -1,4 +1,4 @@
-"""The dispatcher on a virtual clock, with engines that the tests play themselves."""
+"""The dispatcher on a virtual clock, with engines that the tests simulate."""
 
 from __future__ import annotations
 
@@ -13,89 +13,91 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferctl.serve.batcher import Batcher, Limits, RefusedError
+from inferctl.serve.batcher import AdmissionError, Batcher, QueueLimits
 from inferctl.serve.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError
-from inferctl.serve.lane import Lane
+from inferctl.serve.engine_protocol import Batch, BatchResult, DeviceInfo, EngineInfo, PrecisionInfo, Tokens
+from inferctl.serve.engine_queue import EngineQueue
+from inferctl.serve.latency_model import Capacity, LatencyModel
 from inferctl.serve.metrics import Metrics
-from inferctl.serve.pace import Capacity, Pace
-from inferctl.serve.types import Batch, BatchResult, DeviceInfo, EngineInfo, PrecisionInfo, Tokens
 
 INFO = EngineInfo(
     1, "none", "", PrecisionInfo("fp32", "fp32", "native", ""), DeviceInfo("cpu", "virtual", None, 0), batch_tokens=8
 )
-KILLER, FAILING, SICKENING, CURSING = 666, 13, 14, 15
+CRASHING, FAILING, CORRUPTING, CRASHING_NEXT = 666, 13, 14, 15
 
 
 class World:
-    """A dispatcher over engines that take a second for ten tokens."""
+    """A dispatcher with engines that run ten tokens per second."""
 
     def __init__(
         self, engines: int = 1, slo: float | None = None, parallel: int = 1, *, slow_start: bool = False
     ) -> None:
-        """`slow_start`: an engine that died comes back when the others have nothing to do any more, and not at once."""
+        """`slow_start`: a crashed engine restarts only when the others are idle, not at once."""
         self.now, self.slow_start = 0.0, slow_start
-        self.down: list[Lane] = []
+        self.down: list[EngineQueue] = []
         self.info = replace(INFO, parallel=parallel)
-        limits = Limits(8, 1_000, slo=slo)
-        self.dispatcher = Dispatcher(Batcher(limits, Pace(Capacity(0.0, 10.0))), Metrics(), lambda: self.now)
-        self.lanes = [self.dispatcher.lane() for _ in range(engines)]
-        self.with_engine: dict[Lane, list[Batch]] = {lane: [] for lane in self.lanes}
-        self.deaths = 0
-        for lane in self.lanes:
-            lane.write = self.with_engine[lane].append
-            lane.kill = lambda lane=lane: self.die(lane)  # type: ignore[misc]
-            lane.engine_ready(self.info)
-        self.sick: set[Lane] = set()
-        self.cursed: set[Lane] = set()  # will die of whatever they run next
+        limits = QueueLimits(8, 1_000, slo_s=slo)
+        self.dispatcher = Dispatcher(Batcher(limits, LatencyModel(Capacity(0.0, 10.0))), Metrics(), lambda: self.now)
+        self.engines = [self.dispatcher.add_engine() for _ in range(engines)]
+        self.in_flight: dict[EngineQueue, list[Batch]] = {engine: [] for engine in self.engines}
+        self.crashes = 0
+        for engine in self.engines:
+            engine.write = self.in_flight[engine].append
+            engine.kill = lambda engine=engine: self.crash(engine)  # type: ignore[misc]
+            engine.engine_ready(self.info)
+        self.corrupted: set[EngineQueue] = set()
+        self.will_crash: set[EngineQueue] = set()  # crash on their next batch
 
-    def die(self, lane: Lane) -> None:
-        self.deaths += 1
-        self.with_engine[lane].clear()
-        self.sick.discard(lane)
-        self.cursed.discard(lane)
-        lane.engine_lost()
+    def crash(self, engine: EngineQueue) -> None:
+        self.crashes += 1
+        self.in_flight[engine].clear()
+        self.corrupted.discard(engine)
+        self.will_crash.discard(engine)
+        engine.engine_lost()
         if self.slow_start:
-            self.down.append(lane)
+            self.down.append(engine)
         else:
-            lane.engine_ready(self.info)
+            engine.engine_ready(self.info)
 
-    def step(self, lane: Lane, which: int = 0) -> None:
-        """The engine ends one of the batches that it runs, one way or another."""
-        batch = self.with_engine[lane].pop(which)
+    def step(self, engine: EngineQueue, which: int = 0) -> None:
+        """Let the engine complete one of its running batches, with a result, a failure or a crash."""
+        batch = self.in_flight[engine].pop(which)
         self.now += len(batch.tokens) / 10
-        if SICKENING in batch.tokens:
-            self.sick.add(lane)
-        if KILLER in batch.tokens or lane in self.cursed:
-            self.die(lane)
-        elif {FAILING, CURSING} & set(batch.tokens.tolist()) or lane in self.sick:
-            if CURSING in batch.tokens:
-                self.cursed.add(lane)
-            lane.batch_failed(batch.id, "asked to fail", False)
+        if CORRUPTING in batch.tokens:
+            self.corrupted.add(engine)
+        if CRASHING in batch.tokens or engine in self.will_crash:
+            self.crash(engine)
+        elif {FAILING, CRASHING_NEXT} & set(batch.tokens.tolist()) or engine in self.corrupted:
+            if CRASHING_NEXT in batch.tokens:
+                self.will_crash.add(engine)
+            engine.batch_failed(batch.id, "injected failure", False)
         else:
             ends = np.cumsum(batch.lengths) - 1
             vectors = batch.tokens[ends].astype(np.float32)[:, None]
-            lane.batch_done(BatchResult(batch.id, vectors, np.ones(len(ends), dtype=np.bool_), len(batch.tokens) / 10))
+            engine.batch_done(
+                BatchResult(batch.id, vectors, np.ones(len(ends), dtype=np.bool_), len(batch.tokens) / 10)
+            )
 
     async def drain(self) -> None:
-        await settled()
-        while (busy := [lane for lane in self.lanes if self.with_engine[lane]]) or self.down:
+        await run_callbacks()
+        while (busy := [engine for engine in self.engines if self.in_flight[engine]]) or self.down:
             if not busy:
                 self.down.pop().engine_ready(self.info)
-            for lane in busy:
-                assert len(self.with_engine[lane]) <= self.info.parallel + 1
-                # The youngest of those that run is done first: the order of answers is not that of batches.
-                self.step(lane, min(len(self.with_engine[lane]), self.info.parallel) - 1)
-            await settled()
+            for engine in busy:
+                assert len(self.in_flight[engine]) <= self.info.parallel + 1
+                # The newest running batch completes first, so results arrive in another order than batches.
+                self.step(engine, min(len(self.in_flight[engine]), self.info.parallel) - 1)
+            await run_callbacks()
 
-    def ask(self, *rows: list[int]) -> asyncio.Task[Any]:
-        async def answer() -> Any:
-            return await self.dispatcher.begin([tokens(row) for row in rows])
+    def request(self, *rows: list[int]) -> asyncio.Task[Any]:
+        async def result() -> Any:
+            return await self.dispatcher.submit([tokens(row) for row in rows])
 
-        return asyncio.ensure_future(answer())
+        return asyncio.ensure_future(result())
 
 
-async def settled() -> None:
-    """Requests are queued, what arrived together is sent, answers are taken."""
+async def run_callbacks() -> None:
+    """Run the pending callbacks of the event loop: requests are queued, batches are sent, results are set."""
     for _ in range(3):
         await asyncio.sleep(0)
 
@@ -118,68 +120,71 @@ ROWS = st.lists(st.lists(st.integers(20, 99), min_size=1, max_size=6), min_size=
 @given(
     st.lists(ROWS, min_size=1, max_size=8),
     st.sets(st.integers(0, 7), max_size=2),
-    st.sampled_from([KILLER, FAILING, SICKENING, CURSING]),
+    st.sampled_from([CRASHING, FAILING, CORRUPTING, CRASHING_NEXT]),
     st.integers(1, 3),
     st.integers(1, 3),
     st.booleans(),
 )
-@hypothesis.example([[[22] * 2], [[20] * 3], [[24]]], {1}, CURSING, 2, 1, True)
-def test_whoever_is_not_at_fault_is_answered(
-    requests: list[list[list[int]]], bad: set[int], how: int, engines: int, parallel: int, slow_start: bool
+@hypothesis.example([[[22] * 2], [[20] * 3], [[24]]], {1}, CRASHING_NEXT, 2, 1, True)
+def test_only_faulty_requests_fail(
+    requests: list[list[list[int]]], bad: set[int], fault: int, engines: int, parallel: int, slow_start: bool
 ) -> None:
     async def scenario() -> None:
         world = World(engines, parallel=parallel, slow_start=slow_start)
-        asked = [[[how, *row] if i in bad else row for row in rows] for i, rows in enumerate(requests)]
-        tasks = [world.ask(*rows) for rows in asked]
+        asked = [[[fault, *row] if i in bad else row for row in rows] for i, rows in enumerate(requests)]
+        tasks = [world.request(*rows) for rows in asked]
         await world.drain()
-        answers = await asyncio.gather(*tasks, return_exceptions=True)
-        for i, (rows, answer) in enumerate(zip(asked, answers, strict=True)):
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        for i, (rows, result) in enumerate(zip(asked, results, strict=True)):
             if i in bad:
-                assert isinstance(answer, EngineFailedError if how == FAILING else EngineUnavailableError)
+                assert isinstance(result, EngineFailedError if fault == FAILING else EngineUnavailableError)
             else:
-                assert answer.vectors[:, 0].tolist() == [row[-1] for row in rows]
-        # A killer may be with every engine at once, first in company, then alone; the second death alone is the last.
-        # A request that makes engines sick, or die later, does so until it fails on a fresh one, alone: once for each half that it was in.
-        assert how in (SICKENING, CURSING) or world.deaths <= (2 * engines * parallel + 1) * len(bad)
+                assert result.vectors[:, 0].tolist() == [row[-1] for row in rows]
+        # A crashing request can run on every engine at once, first with others, then in isolation. Its second crash in
+        # isolation is the last. A request that corrupts engines does so until it fails in isolation on a new engine:
+        # once for each half batch that contained it.
+        assert fault in (CORRUPTING, CRASHING_NEXT) or world.crashes <= (2 * engines * parallel + 1) * len(bad)
 
     run(scenario)
 
 
-def test_a_batch_sent_ahead_is_no_suspect_and_runs_in_company_again() -> None:
+def test_a_prefetched_batch_is_not_retried_in_isolation() -> None:
     async def scenario() -> None:
         world = World()
-        lane = world.lanes[0]
-        first = world.ask([20])
-        await settled()
-        tasks = [world.ask([KILLER, 1, 1]), *(world.ask([30 + i, 1, 1]) for i in range(6))]
-        await settled()
-        world.step(lane)
-        await settled()
-        assert [len(batch.lengths) for batch in world.with_engine[lane]] == [2, 2], "the killer's and one ahead"
-        world.step(lane)  # dies
+        engine = world.engines[0]
+        first = world.request([20])
+        await run_callbacks()
+        tasks = [world.request([CRASHING, 1, 1]), *(world.request([30 + i, 1, 1]) for i in range(6))]
+        await run_callbacks()
+        world.step(engine)
+        await run_callbacks()
+        assert [len(batch.lengths) for batch in world.in_flight[engine]] == [2, 2], (
+            "the one with the crashing request, and a prefetched one"
+        )
+        world.step(engine)  # crashes
         sizes = []
-        while world.with_engine[lane]:
-            sizes.append([len(batch.lengths) for batch in world.with_engine[lane]])
-            world.step(lane)
-            await settled()
-        assert sizes[:3] == [[1], [1], [1]], "the killer, its neighbour, the killer again: each with nothing beside it"
+        while world.in_flight[engine]:
+            sizes.append([len(batch.lengths) for batch in world.in_flight[engine]])
+            world.step(engine)
+            await run_callbacks()
+        assert sizes[:3] == [[1], [1], [1]], "in isolation: crashing request, neighbor, crashing request"
         assert sizes[3:] == [[2, 2], [2], [1]]
-        answers = await asyncio.gather(first, *tasks, return_exceptions=True)
-        assert [isinstance(answer, EngineUnavailableError) for answer in answers] == [False, True, *[False] * 6]
+        results = await asyncio.gather(first, *tasks, return_exceptions=True)
+        assert [isinstance(result, EngineUnavailableError) for result in results] == [False, True, *[False] * 6]
 
     run(scenario)
 
 
-def test_the_engine_with_the_least_to_do_is_next() -> None:
+def test_the_least_loaded_engine_gets_the_next_batch() -> None:
     async def scenario() -> None:
         world = World(engines=2)
-        one, two = world.lanes
-        tasks = [world.ask([20] * 7), world.ask([21] * 2)]
-        await settled()
+        one, two = world.engines
+        tasks = [world.request([20] * 7), world.request([21] * 2)]
+        await run_callbacks()
         assert (one.tokens, two.tokens) == (7, 2)
         world.step(two)
-        tasks.append(world.ask([22] * 3))
-        await settled()
+        tasks.append(world.request([22] * 3))
+        await run_callbacks()
         assert (one.tokens, two.tokens) == (7, 3)
         await world.drain()
         await asyncio.gather(*tasks)
@@ -187,13 +192,13 @@ def test_the_engine_with_the_least_to_do_is_next() -> None:
     run(scenario)
 
 
-def test_a_request_that_comes_too_late_anyway_is_refused_before_its_body_is_read() -> None:
+def test_check_rejects_any_request_when_the_engine_is_too_busy_for_the_slo() -> None:
     async def scenario() -> None:
         world = World(slo=0.5)
         world.dispatcher.check()
-        task = world.ask([20] * 8)  # 0.8 s
-        await settled()
-        with pytest.raises(RefusedError):
+        task = world.request([20] * 8)  # 0.8 s
+        await run_callbacks()
+        with pytest.raises(AdmissionError):
             world.dispatcher.check()
         await world.drain()
         await task
@@ -201,17 +206,17 @@ def test_a_request_that_comes_too_late_anyway_is_refused_before_its_body_is_read
     run(scenario)
 
 
-def test_what_runs_counts_for_the_wait_and_time_that_passed_does_not() -> None:
+def test_the_predicted_wait_includes_the_remaining_time_of_running_batches() -> None:
     async def scenario() -> None:
         world = World(slo=1.0)
-        task = world.ask([20] * 8)  # 0.8 s
-        await settled()
-        with pytest.raises(RefusedError) as refused:
-            await world.ask([21] * 4)
-        assert refused.value.retry_after == pytest.approx(0.2)
+        task = world.request([20] * 8)  # 0.8 s
+        await run_callbacks()
+        with pytest.raises(AdmissionError) as rejected:
+            await world.request([21] * 4)
+        assert rejected.value.retry_after == pytest.approx(0.2)
         world.now += 0.25
-        late = world.ask([21] * 4)
-        await settled()
+        late = world.request([21] * 4)
+        await run_callbacks()
         assert not late.done()
         await world.drain()
         await asyncio.gather(task, late)
@@ -219,64 +224,64 @@ def test_what_runs_counts_for_the_wait_and_time_that_passed_does_not() -> None:
     run(scenario)
 
 
-def test_a_cancelled_request_never_runs() -> None:
+def test_a_cancelled_request_does_not_run() -> None:
     async def scenario() -> None:
         world = World()
-        first = world.ask([20])
-        await settled()
-        gone = world.ask([66], [66])
-        await settled()
-        gone.cancel()
-        await settled()
-        ran = [batch.tokens.tolist() for batch in world.with_engine[world.lanes[0]]]
+        first = world.request([20])
+        await run_callbacks()
+        cancelled = world.request([66], [66])
+        await run_callbacks()
+        cancelled.cancel()
+        await run_callbacks()
+        ran = [batch.tokens.tolist() for batch in world.in_flight[world.engines[0]]]
         await world.drain()
         await first
         assert ran == [[20]]
         with pytest.raises(asyncio.CancelledError):
-            await gone
+            await cancelled
 
     run(scenario)
 
 
-def test_an_engine_that_runs_several_batches_gets_them_at_once_and_of_equal_size() -> None:
+def test_an_engine_with_several_slots_gets_equal_batches_at_once() -> None:
     async def scenario() -> None:
         world = World(parallel=2)
-        world.dispatcher._batcher.limits = Limits(1_000, 10_000)
-        lane = world.lanes[0]
-        task = world.ask(*([20] * 50 for _ in range(8)))
-        await settled()
-        assert [len(batch.tokens) for batch in world.with_engine[lane]] == [200, 200]
-        assert lane.free == 0
+        world.dispatcher._batcher.limits = QueueLimits(1_000, 10_000)
+        engine = world.engines[0]
+        task = world.request(*([20] * 50 for _ in range(8)))
+        await run_callbacks()
+        assert [len(batch.tokens) for batch in world.in_flight[engine]] == [200, 200]
+        assert engine.free_slots == 0
         await world.drain()
         await task
 
     run(scenario)
 
 
-def test_nothing_is_sent_ahead_while_another_engine_is_free() -> None:
+def test_no_batch_is_prefetched_while_another_engine_is_free() -> None:
     async def scenario() -> None:
         world = World(engines=4)
-        tasks = [world.ask([20] * 8) for _ in range(6)]
-        await settled()
-        assert sorted(len(batches) for batches in world.with_engine.values()) == [1, 1, 2, 2]
+        tasks = [world.request([20] * 8) for _ in range(6)]
+        await run_callbacks()
+        assert sorted(len(batches) for batches in world.in_flight.values()) == [1, 1, 2, 2]
         await world.drain()
         await asyncio.gather(*tasks)
 
     run(scenario)
 
 
-def test_a_batch_that_waits_for_a_slot_begins_when_one_is_free() -> None:
+def test_a_prefetched_batch_starts_when_a_slot_is_free() -> None:
     async def scenario() -> None:
         world = World(parallel=2)
-        lane = world.lanes[0]
-        tasks = [world.ask([20] * 8) for _ in range(3)]
-        await settled()
-        assert len(world.with_engine[lane]) == 3, "two run, a full one is sent ahead"
-        assert lane.left(lambda sent: sent.tokens / 10) == pytest.approx(1.2)
+        engine = world.engines[0]
+        tasks = [world.request([20] * 8) for _ in range(3)]
+        await run_callbacks()
+        assert len(world.in_flight[engine]) == 3, "two run, a full one is prefetched"
+        assert engine.seconds_until_free(lambda attempt: attempt.tokens / 10) == pytest.approx(1.2)
         world.now += 0.5
-        world.step(lane, 1)
-        assert lane.left(lambda sent: sent.tokens / 10) == pytest.approx((0.0 + 0.8) / 2), (
-            "the first is overdue, the third began now"
+        world.step(engine, 1)
+        assert engine.seconds_until_free(lambda attempt: attempt.tokens / 10) == pytest.approx((0.0 + 0.8) / 2), (
+            "the first is overdue, the third started now"
         )
         await world.drain()
         await asyncio.gather(*tasks)
@@ -284,21 +289,21 @@ def test_a_batch_that_waits_for_a_slot_begins_when_one_is_free() -> None:
     run(scenario)
 
 
-def test_the_batch_limit_grows_back_after_memory_was_short() -> None:
+def test_the_batch_limit_recovers_after_insufficient_memory() -> None:
     async def scenario() -> None:
         world = World()
-        lane, limits = world.lanes[0], world.dispatcher._batcher.limits
-        lane.engine_ready(replace(INFO, batch_tokens=1024))
-        task = world.ask(*([20] * 100 for _ in range(8)))
-        await settled()
-        lane.batch_failed(world.with_engine[lane].pop(0).id, "no memory", True)
+        engine, limits = world.engines[0], world.dispatcher._batcher.limits
+        engine.engine_ready(replace(INFO, batch_tokens=1024))
+        task = world.request(*([20] * 100 for _ in range(8)))
+        await run_callbacks()
+        engine.batch_failed(world.in_flight[engine].pop(0).id, "no memory", True)
         low = world.dispatcher.batch_tokens
         await world.drain()
         await task
         assert low == 400
         for _ in range(400):
-            task = world.ask(*([20] * 100 for _ in range(10)))
-            await settled()
+            task = world.request(*([20] * 100 for _ in range(10)))
+            await run_callbacks()
             await world.drain()
             await task
         assert world.dispatcher.batch_tokens == 1024 > limits.batch_tokens
@@ -309,12 +314,12 @@ def test_the_batch_limit_grows_back_after_memory_was_short() -> None:
 @hypothesis.settings(max_examples=300)
 @given(
     st.lists(ROWS, min_size=1, max_size=8),
-    st.lists(st.sampled_from([0, 0, KILLER, FAILING, SICKENING, CURSING]), min_size=8, max_size=8),
+    st.lists(st.sampled_from([0, 0, CRASHING, FAILING, CORRUPTING, CRASHING_NEXT]), min_size=8, max_size=8),
     st.integers(1, 3),
     st.integers(1, 3),
     st.booleans(),
 )
-def test_faults_of_several_kinds_leave_nobody_without_an_answer(
+def test_every_request_completes_under_mixed_faults(
     requests: list[list[list[int]]], faults: list[int], engines: int, parallel: int, slow_start: bool
 ) -> None:
     async def scenario() -> None:
@@ -322,7 +327,7 @@ def test_faults_of_several_kinds_leave_nobody_without_an_answer(
         asked = [
             [[fault, *row] if fault else row for row in rows] for rows, fault in zip(requests, faults, strict=False)
         ]
-        tasks = [world.ask(*rows) for rows in asked]
+        tasks = [world.request(*rows) for rows in asked]
         await world.drain()
         assert all(task.done() for task in tasks)
         for rows, fault, task in zip(asked, faults, tasks, strict=False):
@@ -333,72 +338,72 @@ def test_faults_of_several_kinds_leave_nobody_without_an_answer(
     run(scenario)
 
 
-def test_an_engine_that_dies_while_a_doubt_waits_does_not_lose_the_suspect() -> None:
+def test_a_crash_while_a_health_check_batch_waits_does_not_lose_the_suspect_request() -> None:
     async def scenario() -> None:
         world = World()
-        suspect = world.ask([FAILING])
-        await settled()
-        killer = world.ask([KILLER, *[1] * 7])
-        await settled()
+        suspect = world.request([FAILING])
+        await run_callbacks()
+        crashing = world.request([CRASHING, *[1] * 7])
+        await run_callbacks()
         await world.drain()
-        answers = await asyncio.wait_for(asyncio.gather(suspect, killer, return_exceptions=True), 5)
-        assert [type(answer) for answer in answers] == [EngineFailedError, EngineUnavailableError]
+        results = await asyncio.wait_for(asyncio.gather(suspect, crashing, return_exceptions=True), 5)
+        assert [type(result) for result in results] == [EngineFailedError, EngineUnavailableError]
 
     run(scenario)
 
 
-def test_the_health_check_batch_is_one_that_an_engine_without_one_token_attention_computes() -> None:
+def test_the_health_check_batch_has_more_than_one_token() -> None:
     async def scenario() -> None:
         world = World()
-        lane = world.lanes[0]
-        suspect = world.ask([FAILING])
-        await settled()
+        engine = world.engines[0]
+        suspect = world.request([FAILING])
+        await run_callbacks()
         for _ in range(2):
-            world.step(lane)
-        assert all(length > 1 for batch in world.with_engine[lane] for length in batch.lengths)
+            world.step(engine)
+        assert all(length > 1 for batch in world.in_flight[engine] for length in batch.lengths)
         await world.drain()
         assert isinstance(suspect.exception(), EngineFailedError)
-        assert world.deaths == 0
+        assert world.crashes == 0
 
     run(scenario)
 
 
-def test_a_request_that_engines_die_after_is_given_up_and_the_next_is_answered() -> None:
+def test_a_request_after_which_engines_crash_is_rejected_and_the_next_completes() -> None:
     async def scenario() -> None:
         world = World()
-        cursing, innocent = world.ask([CURSING]), world.ask([20] * 8)
+        crashing_next, innocent = world.request([CRASHING_NEXT]), world.request([20] * 8)
         await asyncio.wait_for(world.drain(), 5)
-        assert isinstance(cursing.exception(), EngineUnavailableError)
+        assert isinstance(crashing_next.exception(), EngineUnavailableError)
         assert innocent.result().vectors[0, 0] == 20
-        assert world.deaths <= 3
+        assert world.crashes <= 3
 
     run(scenario)
 
 
-def test_who_fails_beside_what_spoils_the_engine_is_tried_again_alone() -> None:
+def test_a_failure_next_to_a_corrupting_request_is_retried_in_isolation() -> None:
     async def scenario() -> None:
         world = World(parallel=2)
-        lane = world.lanes[0]
-        innocent, spoiling = world.ask([20] * 8), world.ask([SICKENING, *[30] * 7])
-        await settled()
-        world.sick.add(lane)
-        world.step(lane, 0)
+        engine = world.engines[0]
+        innocent, corrupting = world.request([20] * 8), world.request([CORRUPTING, *[30] * 7])
+        await run_callbacks()
+        world.corrupted.add(engine)
+        world.step(engine, 0)
         await world.drain()
         assert innocent.result().vectors[0, 0] == 20
-        assert isinstance(spoiling.exception(), EngineUnavailableError)
+        assert isinstance(corrupting.exception(), EngineUnavailableError)
 
     run(scenario)
 
 
-def test_a_text_that_ran_out_of_memory_beside_others_is_tried_alone() -> None:
+def test_an_out_of_memory_failure_next_to_other_batches_is_retried_in_isolation() -> None:
     async def scenario() -> None:
         world = World(parallel=2)
-        lane = world.lanes[0]
-        tasks = [world.ask([20] * 8), world.ask([30] * 8)]
-        await settled()
-        lane.batch_failed(world.with_engine[lane].pop(0).id, "no memory", True)
+        engine = world.engines[0]
+        tasks = [world.request([20] * 8), world.request([30] * 8)]
+        await run_callbacks()
+        engine.batch_failed(world.in_flight[engine].pop(0).id, "no memory", True)
         await world.drain()
-        answers = await asyncio.gather(*tasks)
-        assert [answer.vectors[0, 0] for answer in answers] == [20, 30]
+        results = await asyncio.gather(*tasks)
+        assert [result.vectors[0, 0] for result in results] == [20, 30]
 
     run(scenario)

@@ -1,4 +1,4 @@
-"""Packed and padded forwards equal the plain one, for the real model and for small random models of other architectures."""
+"""Packed and padded forwards equal the reference, for the real model and small random ones of other architectures."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from inferctl.errors import NotReadyError, UsageError
-from inferctl.serve import recipe
-from inferctl.serve.types import Batch, EngineConfig, Tokens, Vectors
+from inferctl.serve import embedding_config
+from inferctl.serve.engine_protocol import Batch, EngineConfig, Tokens, Vectors
 from tests.serve import tiny_models
 
 EXACT = {
@@ -47,11 +47,11 @@ def batch(rows: list[Tokens]) -> Batch:
 def plain(folder: Path, rows: list[Tokens]) -> Vectors:
     from inferctl.serve.engines import plain
 
-    return plain.embed(plain.load_model(folder), rows, recipe.read(folder))
+    return plain.embed(plain.load_model(folder), rows, embedding_config.read(folder))
 
 
 @pytest.mark.parametrize("architecture", tiny_models.TINY)
-def test_every_architecture_gives_what_the_plain_forward_gives(tiny: Any, architecture: str) -> None:
+def test_every_architecture_equals_the_reference(tiny: Any, architecture: str) -> None:
     from inferctl.serve.engines.encoder import EncoderEngine
 
     folder = tiny(architecture, "mean_tokens", normalize=False)
@@ -66,7 +66,7 @@ def test_every_architecture_gives_what_the_plain_forward_gives(tiny: Any, archit
 
 @pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token", "lasttoken"])
 @pytest.mark.parametrize("architecture", ["bert", "mpnet"])
-def test_every_pooling_is_the_same_packed_and_padded(tiny: Any, architecture: str, pooling: str) -> None:
+def test_every_pooling_equals_the_reference_packed_and_padded(tiny: Any, architecture: str, pooling: str) -> None:
     from inferctl.serve.engines.encoder import EncoderEngine
 
     folder = tiny(architecture, pooling)
@@ -76,7 +76,7 @@ def test_every_pooling_is_the_same_packed_and_padded(tiny: Any, architecture: st
     np.testing.assert_allclose(engine.run(batch(rows)).vectors, plain(folder, rows), rtol=1e-4, atol=1e-5)
 
 
-def test_a_broken_packed_path_is_noticed_and_not_used(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_packed_path_is_detected_and_not_used(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from inferctl.serve.engines import packed
     from inferctl.serve.engines.encoder import EncoderEngine
 
@@ -110,7 +110,7 @@ def test_every_precision_stays_close_to_fp32_on_the_real_model(minilm: Path, pre
     assert (info.precision.requested, info.precision.effective) == (precision, precision)
 
 
-def test_an_emulated_format_is_called_emulated() -> None:
+def test_an_emulated_format_is_reported_as_emulated() -> None:
     from inferctl import precision
     from inferctl.serve.engines import device
 
@@ -120,11 +120,11 @@ def test_an_emulated_format_is_called_emulated() -> None:
     assert device.choose("auto", t4)[0].effective == "fp16"
     assert device.choose("auto", old_cpu)[0].effective == "fp32"
     assert device.choose("auto", precision.DeviceTraits("cuda", compute_capability=(8, 0)))[0].effective == "bf16"
-    with pytest.raises(NotReadyError, match=r"int8 does not run here"):
+    with pytest.raises(NotReadyError, match=r"int8 is not supported on this device"):
         device.choose("int8", precision.DeviceTraits("cuda", compute_capability=(7, 0)))
 
 
-def test_rows_that_are_not_finite_are_marked(tiny: Any) -> None:
+def test_rows_with_nan_are_marked(tiny: Any) -> None:
     import torch
 
     from inferctl.serve.engines.encoder import EncoderEngine
@@ -145,27 +145,33 @@ def test_rows_that_are_not_finite_are_marked(tiny: Any) -> None:
             [{"path": "", "type": "x.Transformer"}, {"path": "2_Dense", "type": "x.Dense"}],
             "a Dense module",
         ),
-        ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pools by pooling_mode_max_tokens"),
-        ("1_Pooling/config.json", {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "pools by"),
+        ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pooling pooling_mode_max_tokens of"),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
+            "is not supported",
+        ),
     ],
 )
-def test_what_the_server_cannot_pool_is_said_at_once(
+def test_an_unsupported_module_or_pooling_is_an_error(
     minilm: Path, tmp_path: Path, file: str, content: Any, message: str
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(minilm, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     (folder / file).write_text(json.dumps(content))
     with pytest.raises(UsageError, match=message):
-        recipe.read(folder)
+        embedding_config.read(folder)
 
 
-def test_the_recipe_is_read_from_the_models_own_files(minilm: Path, tmp_path: Path) -> None:
-    assert recipe.read(minilm) == recipe.Recipe("mean", normalize=True, max_tokens=256)
-    assert recipe.read(minilm, max_input_tokens=64).max_tokens == 64
+def test_the_embedding_configuration_is_read_from_the_model_folder(minilm: Path, tmp_path: Path) -> None:
+    assert embedding_config.read(minilm) == embedding_config.EmbeddingConfig("mean", normalize=True, max_tokens=256)
+    assert embedding_config.read(minilm, max_input_tokens=64).max_tokens == 64
     (tmp_path / "config.json").write_text(
         '{"model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 514}'
     )
-    assert recipe.read(tmp_path) == recipe.Recipe("mean", normalize=False, max_tokens=512, assumed=True)
+    assert embedding_config.read(tmp_path) == embedding_config.EmbeddingConfig(
+        "mean", normalize=False, max_tokens=512, assumed=True
+    )
 
 
 @pytest.mark.gpu
@@ -183,40 +189,40 @@ def test_variable_length_attention_on_a_gpu_equals_padding(tiny: Any, architectu
 
 
 @pytest.mark.parametrize("size", [1, 16, 17, 128, 129, 1000, 1024, 5000])
-def test_rows_are_filled_up_to_few_numbers_and_little(size: int) -> None:
-    from inferctl.serve.engines.onednn import filled
+def test_rows_are_padded_to_few_sizes_with_little_padding(size: int) -> None:
+    from inferctl.serve.engines.onednn import padded_rows
 
-    assert size <= filled(size) <= max(size + 15, size * 9 / 8 + 1)
-    assert filled(filled(size)) == filled(size)
-    assert len({filled(rows) for rows in range(1, 2049)}) <= 8 * 5
+    assert size <= padded_rows(size) <= max(size + 15, size * 9 / 8 + 1)
+    assert padded_rows(padded_rows(size)) == padded_rows(size)
+    assert len({padded_rows(rows) for rows in range(1, 2049)}) <= 8 * 5
 
 
-def test_an_engine_that_was_checked_before_starts_without_and_computes_the_same(minilm: Path) -> None:
+def test_an_engine_with_previous_info_skips_the_checks_and_computes_the_same(minilm: Path) -> None:
     from inferctl.serve.engines.encoder import EncoderEngine
 
     config = EngineConfig(model=str(minilm), precision="auto", device="cpu")
     first = EncoderEngine(config)
     found = first.load()
-    again = EncoderEngine(replace(config, known=found.to_json()))
-    again._reference = again._check_sequences = None  # type: ignore[assignment,method-assign]  # would fail if they were called
+    again = EncoderEngine(replace(config, previous_info=found.to_json()))
+    again._reference = again._check_sequences = None  # type: ignore[assignment,method-assign]  # fails if called
     assert again.load() == found
     both = batch([np.arange(1000, 1060, dtype=np.int32), np.arange(1060, 1100, dtype=np.int32)])
     assert np.allclose(again.run(both).vectors, first.run(both).vectors, atol=1e-3)
 
 
-def test_what_another_device_found_is_not_believed(minilm: Path) -> None:
+def test_previous_info_of_another_device_is_not_used(minilm: Path) -> None:
     from inferctl.serve.engines.encoder import EncoderEngine
 
     config = EngineConfig(model=str(minilm), precision="auto", device="cpu")
     found = EncoderEngine(config).load()
     other = replace(found, device=replace(found.device, name="another"), attention="none", parallel=7)
-    again = EncoderEngine(replace(config, known=other.to_json())).load()
+    again = EncoderEngine(replace(config, previous_info=other.to_json())).load()
     assert (again.device, again.attention) == (found.device, found.attention)
     assert again.parallel != 7
 
 
 def started(engine: Any) -> tuple[Any, list[str]]:
-    """What the engine and the lines at the start say."""
+    """Load an engine, and return its info and the lines printed at the start."""
     from inferctl.serve import describe
 
     info = engine.load()
@@ -224,7 +230,7 @@ def started(engine: Any) -> tuple[Any, list[str]]:
 
 
 def altered(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """The model of `folder`, with weights that `change` edits in place."""
+    """Edit the weights of the model in `folder` with `change`, and return the folder."""
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "model.safetensors")
@@ -234,12 +240,12 @@ def altered(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
 
 
 def with_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (7, 5)) -> None:
-    """A GPU as far as the engine knows; its tensors are on the CPU."""
+    """Make the engine detect a GPU, with its tensors on the CPU."""
     import torch
 
     from inferctl import precision
+    from inferctl.serve.engine_protocol import DeviceInfo
     from inferctl.serve.engines import device
-    from inferctl.serve.types import DeviceInfo
 
     info = DeviceInfo("cuda", "stand-in", "{}.{}".format(*capability), 16 << 30)
     traits = precision.DeviceTraits("cuda", compute_capability=capability)
@@ -247,7 +253,7 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (7, 
 
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """Warm-up batches of more than `most` tokens do not fit into memory."""
+    """Let warm-up batches of more than `most` tokens run out of memory."""
     import torch
 
     from inferctl.serve.engines.encoder import EncoderEngine
@@ -263,7 +269,7 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["bert", "mpnet"])
-def test_a_batch_limit_that_does_not_fit_into_memory_is_lowered_until_it_does(
+def test_the_batch_limit_is_lowered_until_memory_is_sufficient(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, architecture: str
 ) -> None:
     from inferctl.serve.engines.encoder import EncoderEngine
@@ -277,12 +283,12 @@ def test_a_batch_limit_that_does_not_fit_into_memory_is_lowered_until_it_does(
         "warning    insufficient memory for batches of 4096 tokens: the limit is 1024 (serve.max_batch_tokens)"
     ]
     short_of_memory(monkeypatch, 300)
-    again = EncoderEngine(replace(config, known=info.to_json()))
+    again = EncoderEngine(replace(config, previous_info=info.to_json()))
     assert again.load().batch_tokens == 256
     assert max(sum(map(len, part)) for part in again._split([np.full(100, 5, dtype=np.int32)] * 9)) <= 256
 
 
-def test_an_engine_that_fits_no_batch_into_memory_names_the_setting(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_insufficient_memory_for_any_batch_names_the_setting(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from inferctl.serve.engines.encoder import EncoderEngine
 
     with_gpu(monkeypatch)
@@ -294,7 +300,7 @@ def test_an_engine_that_fits_no_batch_into_memory_names_the_setting(tiny: Any, m
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
 @pytest.mark.parametrize("error", ["AcceleratorError", "OutOfMemoryError"])
-def test_weights_that_do_not_fit_into_memory_are_not_called_an_attention_problem(
+def test_insufficient_memory_for_the_weights_is_not_reported_as_an_attention_problem(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], error: str
 ) -> None:
     import torch
@@ -320,7 +326,7 @@ def test_weights_that_do_not_fit_into_memory_are_not_called_an_attention_problem
 @pytest.mark.parametrize(
     ("device", "message"), [("cuda:9", "GPU cuda:9 not found"), ("cuda", "a device"), ("cuda:0", "a device")]
 )
-def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, device: str, message: str) -> None:
+def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch, device: str, message: str) -> None:
     import torch
 
     from inferctl.serve.engines import device as devices
@@ -344,7 +350,7 @@ def test_an_unknown_device_is_an_error_and_not_the_cpu(device: str) -> None:
 
 
 @pytest.mark.parametrize(("device", "warned"), [("auto", 1), ("cpu", 0)])
-def test_a_cuda_torch_without_a_usable_gpu_says_why_it_is_on_the_cpu(
+def test_a_cuda_torch_without_a_usable_gpu_gives_the_reason_for_the_cpu(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, device: str, warned: int
 ) -> None:
     import torch
@@ -362,7 +368,7 @@ def test_a_cuda_torch_without_a_usable_gpu_says_why_it_is_on_the_cpu(
 
 
 @pytest.mark.parametrize("architecture", ["bert", "mpnet"])
-def test_a_model_that_overflows_in_a_format_does_not_start_in_it(tiny: Any, architecture: str) -> None:
+def test_a_model_that_overflows_in_a_precision_does_not_start(tiny: Any, architecture: str) -> None:
     from inferctl.serve.engines.encoder import EncoderEngine
 
     def enlarge(weights: dict[str, Any]) -> None:
@@ -378,26 +384,26 @@ def test_a_model_that_overflows_in_a_format_does_not_start_in_it(tiny: Any, arch
 
 
 @pytest.mark.parametrize(("architecture", "attention"), [("bert", "packed"), ("mpnet", "padded")])
-def test_a_loss_of_precision_is_a_warning_and_not_blamed_on_packing(
+def test_an_inaccurate_precision_is_a_warning_and_not_attributed_to_packing(
     tiny: Any, architecture: str, attention: str
 ) -> None:
     from inferctl.serve.engines.encoder import EncoderEngine
 
     def shift(weights: dict[str, Any]) -> None:
-        # The normalization after it subtracts this again. bf16 has steps of 0.5 there, fp32 does not notice.
+        # The following normalization subtracts this again. bf16 has steps of 0.5 at this size, fp32 is accurate.
         name = next(name for name in weights if name.endswith("word_embeddings.weight"))
         weights[name] += 100
 
     folder = altered(tiny(architecture, "mean_tokens"), shift)
     info, lines = started(EncoderEngine(EngineConfig(model=str(folder), precision="bf16", device="cpu")))
     assert info.attention == attention
-    # MPNet adds a bias by position to its attention, which packing cannot give it.
+    # MPNet adds a position bias to its attention, which packing does not support.
     assert ("differs" in info.attention_reason) == (attention == "padded")
     assert (info.within_limit, info.cosine_limit) == (False, 0.99)
     assert sum(line.startswith("warning    bf16 is inaccurate: cosine to fp32 0.") for line in lines) == 1
 
 
-def test_packing_is_compared_with_padding_where_the_model_is_too_large_for_fp32(
+def test_packing_is_compared_with_padding_if_the_model_is_too_large_for_fp32(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from inferctl.serve.engines import encoder, packed
@@ -410,7 +416,7 @@ def test_packing_is_compared_with_padding_where_the_model_is_too_large_for_fp32(
     monkeypatch.setattr(encoder, "_MAX_CHECKED_PARAMETERS", 0)
     config = EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", device="cpu")
     assert encoder.EncoderEngine(config).load().attention == "packed"
-    # Wrong in the same way for each text alone and for all together.
+    # Wrong in the same way for single texts and for batches.
     monkeypatch.setattr(packed, "attention", scaled)
     info = encoder.EncoderEngine(config).load()
     assert (info.attention, info.within_limit) == ("padded", None)
@@ -418,7 +424,7 @@ def test_packing_is_compared_with_padding_where_the_model_is_too_large_for_fp32(
 
 
 @pytest.mark.parametrize(("capability", "on"), [((7, 5), False), ((8, 0), True)])
-def test_tf32_is_stated_where_fp32_runs_in_it(
+def test_tf32_is_reported_if_fp32_uses_it(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], on: bool
 ) -> None:
     import torch
@@ -433,11 +439,11 @@ def test_tf32_is_stated_where_fp32_runs_in_it(
     assert not device.choose("fp32", precision.DeviceTraits("cuda", compute_capability=capability))[0].tf32
 
 
-# What torch registers for CUDA when it is imported, as on a machine that has CUDA and Triton.
+# Prints what torch registers for CUDA on import on a machine with CUDA and Triton.
 _REGISTERED = """
 import importlib, sys
 if sys.argv[1] == "engine":
-    from inferctl.serve.types import EngineConfig
+    from inferctl.serve.engine_protocol import EngineConfig
     from inferctl.serve.worker import make_engine
     make_engine(EngineConfig(model=sys.argv[2], device="cpu"))
 else:
@@ -453,7 +459,7 @@ print(sorted(op for op, nodes in registry._graphs.items() if any(node.dsl_name !
 
 @pytest.mark.parametrize("process", ["engine", "reference"])
 @pytest.mark.parametrize(("disabled", "registered"), [(None, "[]"), ("0", "[('bmm', 'CUDA')]")])
-def test_no_kernel_that_needs_a_compiler_replaces_one_of_torch(
+def test_no_triton_kernel_replaces_a_kernel_of_torch(
     minilm: Path, process: str, disabled: str | None, registered: str
 ) -> None:
     pytest.importorskip("torch._native.ops.bmm_outer_product", reason="this torch has no kernels in Triton")

@@ -1,4 +1,4 @@
-"""`python -m inferctl.serve`, the server as a container starts it: its options, and how little it needs."""
+"""`python -m inferctl.serve`, which a container starts: its options and its dependencies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from inferctl import cli, render
 from inferctl.locks import LEFT_OUT
 from inferctl.serve import main
 
-# Modules of the packages that an image leaves out, where their names differ.
+# Module names of the packages that an image omits, if they differ from the package names.
 _MODULES = {
     "markdown-it-py": "markdown_it",
     "annotated-doc": "annotated_doc",
@@ -30,7 +30,7 @@ ABSENT = [_MODULES.get(name, name) for name in LEFT_OUT if name not in ("network
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The server layer of an image as a folder, beside a module that refuses to import what the image leaves out."""
+    """The server layer of an image as a folder, with a module that blocks imports of packages that the image omits."""
     folder = tmp_path_factory.mktemp("layer")
     for name, file in render.server_files().items():
         target = folder.joinpath(*PurePosixPath(name).parts[5:])
@@ -39,11 +39,11 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "sitecustomize.py").write_text(
         "import sys\n"
         f"ABSENT = {ABSENT!r}\n"
-        "class Refuse:\n"
+        "class Block:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.partition('.')[0] in ABSENT:\n"
         "            raise ModuleNotFoundError(f'{name} is not in the image', name=name)\n"
-        "sys.meta_path.insert(0, Refuse())\n"
+        "sys.meta_path.insert(0, Block())\n"
     )
     return folder
 
@@ -56,9 +56,7 @@ def run(image: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def test_it_serves_with_the_files_of_an_image_and_without_what_the_image_leaves_out(
-    image: Path, minilm: Path, tmp_path: Path
-) -> None:
+def test_it_serves_with_only_the_files_and_packages_of_an_image(image: Path, minilm: Path, tmp_path: Path) -> None:
     spec = tmp_path / "inferctl.yaml"
     spec.write_text("name: m\nmodel: {source: /model}\nserve: {host: 127.0.0.1, port: 1, precision: fp32}\n")
     announce = tmp_path / "ready.json"
@@ -79,14 +77,16 @@ def test_it_serves_with_the_files_of_an_image_and_without_what_the_image_leaves_
     assert server.returncode == 0, said
 
 
-def test_its_options_are_those_of_inferctl_serve() -> None:
+def test_its_options_equal_those_of_inferctl_serve() -> None:
     command = typer.main.get_command(cli.app).commands["serve"]  # type: ignore[attr-defined]
-    ours = {name for action in main.parser()._actions for name in action.option_strings if name.startswith("--")}
-    theirs = {name for option in command.params for name in (*option.opts, *option.secondary_opts) if name[:2] == "--"}
-    assert ours - {"--help"} == theirs - {"--image", "--help"}
+    accepted = {name for action in main.parser()._actions for name in action.option_strings if name.startswith("--")}
+    expected = {
+        name for option in command.params for name in (*option.opts, *option.secondary_opts) if name[:2] == "--"
+    }
+    assert accepted - {"--help"} == expected - {"--image", "--help"}
 
 
-def test_what_is_forwarded_to_a_container_is_what_its_server_gets() -> None:
+def test_forwarded_options_arrive_unchanged_in_the_container() -> None:
     given = {
         "precision": "bf16",
         "name": "m",
@@ -117,7 +117,7 @@ def test_what_is_forwarded_to_a_container_is_what_its_server_gets() -> None:
         (["--model", "./nowhere"], "model folder ./nowhere not found"),
     ],
 )
-def test_a_mistake_is_an_error_with_a_hint(image: Path, arguments: list[str], message: str) -> None:
+def test_invalid_options_are_errors_with_a_hint(image: Path, arguments: list[str], message: str) -> None:
     done = run(image, *arguments)
     out, said = done.communicate(timeout=60)
     assert done.returncode == 2, said

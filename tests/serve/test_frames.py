@@ -1,4 +1,4 @@
-"""Frames survive the socket, and the end of the other side is noticed."""
+"""Frames are unchanged by the socket, and the end of the other process is detected."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferctl.serve import frames
+from inferctl.serve.engine_protocol import Batch, BatchResult
 from inferctl.serve.frames import Kind
-from inferctl.serve.types import Batch, BatchResult
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=30)
 
 
 @given(LENGTHS, st.integers(0, 2**63), st.booleans())
-def test_a_batch_arrives_as_it_was_sent(lengths: list[int], number: int, exact: bool) -> None:
+def test_a_batch_is_unchanged_by_packing(lengths: list[int], number: int, exact: bool) -> None:
     tokens = np.arange(sum(lengths), dtype=np.int32)
     sent = Batch(number, tokens, np.array(lengths, dtype=np.int32), exact)
     arrived = frames.unpack_batch(frames.pack_batch(sent)[5:])
@@ -30,7 +30,7 @@ def test_a_batch_arrives_as_it_was_sent(lengths: list[int], number: int, exact: 
 
 
 @given(st.integers(1, 20), st.integers(1, 20))
-def test_a_result_arrives_bit_for_bit(rows: int, width: int) -> None:
+def test_a_result_is_bitwise_unchanged_by_packing(rows: int, width: int) -> None:
     vectors = np.random.default_rng(rows).standard_normal((rows, width)).astype(np.float32)
     vectors[0, 0] = np.nan
     ok = np.isfinite(vectors).all(axis=1)
@@ -40,30 +40,30 @@ def test_a_result_arrives_bit_for_bit(rows: int, width: int) -> None:
     assert arrived.seconds == 0.25
 
 
-def test_a_frame_larger_than_the_socket_buffer_arrives_whole() -> None:
-    ours, theirs = socket.socketpair()
+def test_a_frame_larger_than_the_socket_buffer_is_received_completely() -> None:
+    parent, child = socket.socketpair()
     frame = frames.pack_json(Kind.FAILED, {"message": "x" * 3_000_000})
-    sender = threading.Thread(target=theirs.sendall, args=(frame,))
+    sender = threading.Thread(target=child.sendall, args=(frame,))
     sender.start()
-    received = frames.receive(ours)
+    received = frames.receive(parent)
     sender.join()
     assert received is not None
     assert received[0] is Kind.FAILED
     assert len(received[1]) == len(frame) - 5
-    ours.close()
-    theirs.close()
+    parent.close()
+    child.close()
 
 
 @pytest.mark.parametrize("sent", [b"", b"\x05\x00", frames.pack_json(Kind.READY, {"a": 1})[:-1]])
-def test_an_end_in_the_middle_of_a_frame_is_the_end(sent: bytes) -> None:
-    ours, theirs = socket.socketpair()
-    theirs.sendall(sent)
-    theirs.close()
-    assert frames.receive(ours) is None
-    ours.close()
+def test_end_of_file_within_a_frame_returns_none(sent: bytes) -> None:
+    parent, child = socket.socketpair()
+    child.sendall(sent)
+    child.close()
+    assert frames.receive(parent) is None
+    parent.close()
 
 
-def test_the_asyncio_reader_agrees_with_the_blocking_one() -> None:
+def test_the_asyncio_reader_equals_the_blocking_one() -> None:
     async def read() -> list[object]:
         reader = asyncio.StreamReader()
         reader.feed_data(frames.pack_json(Kind.READY, {"a": 1}) + b"\x00")
@@ -73,10 +73,10 @@ def test_the_asyncio_reader_agrees_with_the_blocking_one() -> None:
     assert asyncio.run(read()) == [(Kind.READY, b'{"a": 1}'), None]
 
 
-def test_a_stranger_on_the_line_is_refused() -> None:
-    ours, theirs = socket.socketpair()
-    theirs.sendall(b"GET / HTTP/1.1\r\n")
+def test_a_frame_of_another_protocol_is_an_error() -> None:
+    parent, child = socket.socketpair()
+    child.sendall(b"GET / HTTP/1.1\r\n")
     with pytest.raises(ValueError, match="same version"):
-        frames.receive(ours)
-    ours.close()
-    theirs.close()
+        frames.receive(parent)
+    parent.close()
+    child.close()

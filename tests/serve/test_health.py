@@ -26,7 +26,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def port(request: pytest.FixtureRequest) -> Iterator[int]:
-    """A server whose `/readyz` answers the status of the test's parameter."""
+    """A server whose `/readyz` returns the status in the test's parameter."""
     handler = type("Answer", (Handler,), {"status": getattr(request, "param", 200)})
     server = HTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -43,18 +43,18 @@ def check(argument: object, **environment: str) -> int:
 
 
 @pytest.mark.parametrize(("port", "code"), [(200, 0), (503, 1)], indirect=["port"])
-def test_it_says_whether_the_server_is_ready(port: int, code: int) -> None:
+def test_the_exit_code_reports_whether_the_server_is_ready(port: int, code: int) -> None:
     assert check(port) == code
 
 
-def test_a_server_that_is_not_there_is_not_ready() -> None:
+def test_a_missing_server_is_not_ready() -> None:
     assert check(9) == 1
 
 
-def test_no_proxy_comes_between(port: int) -> None:
+def test_proxy_variables_are_ignored(port: int) -> None:
     assert check(port, http_proxy="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9") == 0
 
 
-def test_the_environment_names_the_port_and_a_service_link_does_not(port: int) -> None:
+def test_the_environment_sets_the_port_and_a_service_link_does_not(port: int) -> None:
     assert check(9, INFERCTL_SERVE_PORT=str(port)) == 0
     assert check(port, INFERCTL_SERVE_PORT="tcp://10.0.0.1:80") == 0

@@ -1,4 +1,4 @@
-"""Metrics that Prometheus likes, logs that a machine reads, traces that a collector gets."""
+"""Metrics for Prometheus, logs as JSON, traces for an OTLP collector."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def echo(serve: Serve, minilm: Path, *more: str) -> Running:
     return serve("--model", str(minilm), "--engine", "echo", "--name", "echo", *more)
 
 
-def test_promtool_has_nothing_to_say_about_the_metrics(serve: Serve, minilm: Path) -> None:
+def test_promtool_accepts_the_metrics(serve: Serve, minilm: Path) -> None:
     if not shutil.which("promtool"):
-        pytest.skip("there is no promtool: `apt-get install prometheus` brings it")
+        pytest.skip("promtool not found; `apt-get install prometheus` installs it")
     server = echo(serve, minilm)
     server.embed(input=[5])
     server.embed(input=[FAILING_TOKEN])
@@ -36,7 +36,7 @@ def test_promtool_has_nothing_to_say_about_the_metrics(serve: Serve, minilm: Pat
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
-def test_json_logs_are_one_object_a_line_with_the_requests_own_id(serve: Serve, minilm: Path) -> None:
+def test_json_logs_have_one_object_per_line_with_the_request_id(serve: Serve, minilm: Path) -> None:
     server = echo(serve, minilm, "--log", "json")
     httpx.post(f"{server.url}/v1/embeddings", json={"input": [5, 6]}, headers={"x-request-id": "mine-7"})
     server.embed(input=[FAILING_TOKEN])
@@ -48,13 +48,13 @@ def test_json_logs_are_one_object_a_line_with_the_requests_own_id(serve: Serve, 
     assert (mine["request_id"], mine["status"], mine["tokens"]) == ("mine-7", 200, 2)
     assert {"ms", "queue_ms", "tokenize_ms", "inference_ms"} <= set(mine)
     assert failed["status"] == 500
-    # The engine's own lines are in the same form, its traceback inside one of them.
-    assert any(line["logger"] == "inferctl.engine" and "asked to fail" in line["exception"] for line in lines)
+    # The engine logs in the same format, with its traceback in one of the lines.
+    assert any(line["logger"] == "inferctl.engine" and "injected failure" in line["exception"] for line in lines)
 
 
 @pytest.fixture
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
-    """What an OTLP collector was sent."""
+    """The requests that an OTLP collector received."""
     got: list[bytes] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -78,7 +78,7 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     server.server_close()
 
 
-def test_traces_go_where_the_environment_says_and_join_the_callers(
+def test_traces_go_to_the_configured_endpoint_and_join_the_callers_trace(
     serve: Serve, minilm: Path, collector: list[bytes]
 ) -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the otel extra is not installed")
@@ -104,7 +104,7 @@ def test_traces_go_where_the_environment_says_and_join_the_callers(
 
 
 @pytest.mark.usefixtures("collector")
-def test_traces_without_the_packages_are_a_clear_error(minilm: Path, tmp_path: Path) -> None:
+def test_traces_without_the_packages_are_an_error(minilm: Path, tmp_path: Path) -> None:
     hidden = "import sys; sys.modules['opentelemetry.sdk'] = None; from inferctl.cli import main; main()"
     command = [sys.executable, "-c", hidden, "serve", "--model", str(minilm), "--engine", "echo", "--port", "0"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)

@@ -1,4 +1,4 @@
-"""The server with the real model, as its users' clients see it."""
+"""The server with the real model, used by common clients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXTS = [
     "int main(void) { return 0; }",
     "ok",
     "naïve café, 北京, 🚀 " * 30,
-    "a long text that will be cut " * 100,
+    "a long text that will be truncated " * 100,
 ]
 
 
@@ -64,7 +64,7 @@ def test_floats_and_base64_are_the_same_numbers(server: Running) -> None:
     assert np.float32(floats.data[0].embedding).tolist() == np.float32(packed.data[0].embedding).tolist()
 
 
-def test_the_asynchronous_client_gets_each_its_own(server: Running, reference: dict[str, Any]) -> None:
+def test_the_asynchronous_client_gets_each_response_for_its_request(server: Running, reference: dict[str, Any]) -> None:
     async def run() -> list[list[float]]:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused") as client:
             calls = [client.embeddings.create(model="minilm", input=text) for text in TEXTS * 8]
@@ -74,15 +74,15 @@ def test_the_asynchronous_client_gets_each_its_own(server: Running, reference: d
     np.testing.assert_allclose(got, np.tile(expected(reference), (8, 1)), atol=2e-6)
 
 
-def test_errors_reach_the_client_as_its_own_exceptions(server: Running) -> None:
+def test_the_client_raises_its_own_exceptions(server: Running) -> None:
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
-    with pytest.raises(openai.NotFoundError, match="this server has 'minilm'"):
+    with pytest.raises(openai.NotFoundError, match="this server serves 'minilm'"):
         client.embeddings.create(model="other", input="a")
-    with pytest.raises(openai.BadRequestError, match="only 384"):
+    with pytest.raises(openai.BadRequestError, match="must be 384, got 100"):
         client.embeddings.create(model="minilm", input="a", dimensions=100)
 
 
-def test_info_tells_what_really_runs(server: Running, reference: dict[str, Any]) -> None:
+def test_info_describes_the_engine(server: Running, reference: dict[str, Any]) -> None:
     info = server.get("/info").json()
     assert info["model"]["sha256"] == reference["model_sha256"]
     assert (info["model"]["dimensions"], info["model"]["max_tokens"]) == (384, 256)
@@ -94,7 +94,7 @@ def test_info_tells_what_really_runs(server: Running, reference: dict[str, Any])
     assert info["ready_seconds"] > 0
 
 
-def test_token_ids_give_what_their_text_gives(server: Running, minilm: Path) -> None:
+def test_token_ids_and_their_text_give_equal_vectors(server: Running, minilm: Path) -> None:
     from tokenizers import Tokenizer
 
     ids = Tokenizer.from_file(str(minilm / "tokenizer.json"))
@@ -113,7 +113,7 @@ def test_a_large_request_runs_in_several_batches(server: Running) -> None:
     np.testing.assert_allclose(a, b, atol=2e-6)
 
 
-def test_a_model_folder_with_other_weights_is_refused_with_the_reason(minilm: Path, tmp_path: Path) -> None:
+def test_a_model_folder_with_incomplete_weights_is_rejected(minilm: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for name in ("config.json", "tokenizer.json", "modules.json"):
@@ -127,7 +127,7 @@ def test_a_model_folder_with_other_weights_is_refused_with_the_reason(minilm: Pa
 
 
 @pytest.mark.parametrize("stdin", ["", "{}", "[]", "[1]"])
-def test_the_reference_refuses_what_is_not_a_list_of_texts(minilm: Path, stdin: str) -> None:
+def test_the_reference_accepts_only_a_list_of_texts(minilm: Path, stdin: str) -> None:
     command = [sys.executable, "-m", "inferctl.serve.reference", str(minilm)]
     done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
     assert done.returncode == 2

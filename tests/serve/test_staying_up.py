@@ -1,4 +1,4 @@
-"""What happens to requests when engines die, hang, run out of memory or give nonsense. The server is real, the model is not."""
+"""Requests while engines crash, hang, run out of memory or return NaN. The server is real, the model is not."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 
 from inferctl.errors import EXIT_INTERRUPTED
+from inferctl.serve.engine_protocol import Batch, EngineConfig
 from inferctl.serve.engines.echo import (
+    CORRUPTING_TOKEN,
     CRASHING_TOKEN,
     LARGE_TOKEN,
     NON_FINITE_TOKEN,
     OVERFLOWING_TOKEN,
-    SICKENING_TOKEN,
     SLOW_TOKEN,
 )
-from inferctl.serve.types import Batch, EngineConfig
 from tests.serve.conftest import Running, until
 
 Serve = Callable[..., Running]
@@ -37,7 +37,7 @@ def start(serve: Serve, minilm: Path) -> Serve:
 
 
 def embed_all(server: Running, rows: list[list[int]]) -> list[int]:
-    """The statuses of one request a row, all of them waiting while the engine is busy for two seconds."""
+    """Send one request per row while the engine is busy for two seconds, and return the statuses."""
     with ThreadPoolExecutor(len(rows) + 1) as pool:
         busy = pool.submit(server.embed, input=[[SLOW_TOKEN]] * 4)
         until(lambda: server.metric("inferctl_requests_in_flight") == 1)
@@ -47,22 +47,22 @@ def embed_all(server: Running, rows: list[list[int]]) -> list[int]:
     return statuses
 
 
-def test_only_the_request_that_kills_engines_is_given_up(start: Serve) -> None:
+def test_only_the_request_that_crashes_engines_is_rejected(start: Serve) -> None:
     server = start("--max-batch-tokens", "64")
-    # Neighbours share the killer's batch, and more than a batch of others is sent ahead and waits.
+    # Others share the batch of the crashing request, and more than one full batch is queued behind it.
     rows = [[100 + i] * 8 for i in range(4)] + [[CRASHING_TOKEN] * 8] + [[200 + i] * 8 for i in range(16)]
     assert embed_all(server, rows) == [503 if row[0] == CRASHING_TOKEN else 200 for row in rows]
     assert server.metric("inferctl_engine_deaths_total") <= 3
     assert server.get("/livez").status_code == 200
 
 
-def test_two_killers_and_their_neighbours(start: Serve) -> None:
+def test_two_crashing_requests_among_others(start: Serve) -> None:
     server = start()
     rows = [[CRASHING_TOKEN], *[[100 + i] for i in range(6)], [CRASHING_TOKEN]]
     assert embed_all(server, rows) == [503, *[200] * 6, 503]
 
 
-def test_an_engine_that_hangs_is_noticed_and_its_requests_are_answered(start: Serve) -> None:
+def test_a_hung_engine_is_restarted_and_its_requests_complete(start: Serve) -> None:
     server = start("--hang-seconds", "1")
     engine = server.engine_pid()
     os.kill(engine, signal.SIGSTOP)
@@ -71,22 +71,22 @@ def test_an_engine_that_hangs_is_noticed_and_its_requests_are_answered(start: Se
     assert server.engine_pid() != engine
     info = server.get("/info").json()
     assert (info["restarts"], info["engines"]["hangs"]) == (1, 1)
-    assert "has not answered" in server.log.read_text()
+    assert "did not respond" in server.log.read_text()
 
 
-def test_engines_that_do_not_start_five_times_make_the_process_hopeless_until_one_does(start: Serve) -> None:
+def test_five_failed_starts_make_livez_fail_until_an_engine_starts(start: Serve) -> None:
     server = start()
     killed: set[int] = set()
 
-    def hopeless() -> bool:
+    def kill_until_livez_fails() -> bool:
         children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
         for pid in {int(child) for child in children} - killed:
             killed.add(pid)
             os.kill(pid, signal.SIGKILL)
         return server.get("/livez").status_code == 503
 
-    until(hopeless)
-    # One that was ready, and five starts; more where one was ready before this process got to it.
+    until(kill_until_livez_fails)
+    # One ready engine and five starts; more if an engine was ready before it was killed.
     assert len(killed) >= 6
     assert server.get("/readyz").status_code == 503
     server.wait_ready()
@@ -94,7 +94,7 @@ def test_engines_that_do_not_start_five_times_make_the_process_hopeless_until_on
     assert server.get("/info").json()["restarts"] == len(killed) == server.metric("inferctl_engine_restarts")
 
 
-def test_a_batch_that_does_not_fit_into_memory_is_split_and_later_ones_are_smaller(start: Serve) -> None:
+def test_a_batch_that_runs_out_of_memory_is_split_and_later_ones_are_smaller(start: Serve) -> None:
     server = start()
     before = server.get("/info").json()["limits"]["max_batch_tokens"]
     rows = [[LARGE_TOKEN] * 100, *[[100 + i] * 100 for i in range(7)]]
@@ -105,16 +105,16 @@ def test_a_batch_that_does_not_fit_into_memory_is_split_and_later_ones_are_small
     assert server.metric("inferctl_engine_deaths_total") == 0
 
 
-def test_an_engine_that_fails_at_anything_is_replaced(start: Serve) -> None:
+def test_an_engine_that_fails_on_every_batch_is_replaced(start: Serve) -> None:
     server = start()
-    rows = [[100], [101], [SICKENING_TOKEN], [102], [103]]
+    rows = [[100], [101], [CORRUPTING_TOKEN], [102], [103]]
     assert embed_all(server, rows) == [200, 200, 503, 200, 200]
     server.wait_ready()
     assert server.embed(input=[5]).status_code == 200
-    assert "fails at anything" in server.log.read_text()
+    assert "fails on a health-check batch" in server.log.read_text()
 
 
-def test_what_is_not_finite_is_computed_again_in_fp32_alone(start: Serve) -> None:
+def test_vectors_with_nan_are_computed_again_in_fp32(start: Serve) -> None:
     server = start()
     rows = [[OVERFLOWING_TOKEN], [100], [NON_FINITE_TOKEN], [101]]
     assert embed_all(server, rows) == [200, 200, 500, 200]
@@ -122,7 +122,7 @@ def test_what_is_not_finite_is_computed_again_in_fp32_alone(start: Serve) -> Non
     assert server.metric("inferctl_non_finite_total") == 1
 
 
-def test_several_engines_share_the_work_and_one_may_die(start: Serve) -> None:
+def test_requests_complete_when_one_of_two_engines_is_killed(start: Serve) -> None:
     server = start("--engines", "2")
     until(lambda: server.metric("inferctl_engine_up") == 2)
     with ThreadPoolExecutor(4) as pool:
@@ -137,7 +137,7 @@ def test_several_engines_share_the_work_and_one_may_die(start: Serve) -> None:
     assert server.get("/info").json()["engines"]["count"] == 2
 
 
-def test_a_signal_to_the_whole_group_still_lets_requests_finish(start: Serve) -> None:
+def test_requests_complete_after_a_signal_to_the_process_group(start: Serve) -> None:
     server = start()
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(server.embed, input=[SLOW_TOKEN, i]) for i in range(1, 5)]
@@ -148,9 +148,7 @@ def test_a_signal_to_the_whole_group_still_lets_requests_finish(start: Serve) ->
     assert "Traceback" not in server.log.read_text()
 
 
-def test_during_the_grace_requests_are_still_answered_and_nobody_is_sent_here(
-    start: Serve, tmp_path: Path, minilm: Path
-) -> None:
+def test_during_the_grace_period_readyz_fails_and_requests_complete(start: Serve, tmp_path: Path, minilm: Path) -> None:
     spec = tmp_path / "grace.yaml"
     spec.write_text(f"name: echo\nmodel: {{source: {minilm}}}\nserve: {{grace_seconds: 4}}\n")
     server = start("--spec", str(spec))
@@ -162,7 +160,7 @@ def test_during_the_grace_requests_are_still_answered_and_nobody_is_sent_here(
     assert server.process.wait(timeout=60) == 0
 
 
-def test_a_stop_while_the_engine_loads_is_quick_and_announces_nothing(minilm: Path, tmp_path: Path) -> None:
+def test_a_stop_while_the_engine_loads_writes_no_announce_file(minilm: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -187,13 +185,13 @@ def test_a_stop_while_the_engine_loads_is_quick_and_announces_nothing(minilm: Pa
     assert not (tmp_path / "ready.json").exists()
 
 
-# In a process of Python: SIGTERM as soon as the first thread of that name has started, before its pool knows of it.
+# A Python process sends itself SIGTERM when the first tokenizer thread has started, before the pool registers it.
 SIGNAL_WITHIN_A_START = """
 import os, signal, threading
 start = threading.Thread.start
 def start_and_signal(thread):
     start(thread)
-    if thread.name.startswith("tokenise") and not sent:
+    if thread.name.startswith("tokenize") and not sent:
         sent.append(thread)
         os.kill(os.getpid(), signal.SIGTERM)
 sent = []
@@ -232,13 +230,13 @@ def test_a_stop_at_any_moment_of_the_start_ends_the_server(minilm: Path, tmp_pat
     began = time.monotonic()
     assert list(codes([math.inf])) == [0]
     whole = time.monotonic() - began
-    # At first the interpreter itself takes the signal. If the interrupt later lands in code that `exec` runs from text
-    # (dataclasses do so at import), CPython ends `python -m` by SIGINT, even though inferctl handled the exception.
+    # At first the interpreter itself handles the signal. If the interrupt later reaches code that `exec` runs from text
+    # (dataclasses do this at import), CPython ends `python -m` by SIGINT, although inferctl handled the exception.
     expected = {-signal.SIGTERM, -signal.SIGINT, EXIT_INTERRUPTED, 0}
     assert set(codes(whole * part / 12 for part in range(12))) <= expected
 
 
-def test_what_would_be_late_is_refused_with_the_time_to_come_back(start: Serve, tmp_path: Path) -> None:
+def test_requests_that_would_miss_the_slo_are_rejected_with_a_retry_time(start: Serve, tmp_path: Path) -> None:
     capacity = tmp_path / "capacity.json"
     capacity.write_text('{"fixed_s": 0.5, "tokens_per_s": 1000, "slo_p99_ms": 2000}')
     server = start("--capacity", str(capacity), "--max-batch-tokens", "64")
@@ -248,13 +246,13 @@ def test_what_would_be_late_is_refused_with_the_time_to_come_back(start: Serve, 
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda i: server.embed(input=[SLOW_TOKEN] + [5] * 60 + [i]), range(1, 13)))
     assert {answer.status_code for answer in answers} == {200, 429}
-    refused = [answer for answer in answers if answer.status_code == 429]
-    assert {answer.json()["error"]["code"] for answer in refused} == {"slo"}
-    assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
-    assert server.metric("inferctl_rejected_total", reason="slo") == len(refused)
+    rejected = [answer for answer in answers if answer.status_code == 429]
+    assert {answer.json()["error"]["code"] for answer in rejected} == {"slo"}
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in rejected)
+    assert server.metric("inferctl_rejected_total", reason="slo") == len(rejected)
 
 
-def test_interactive_requests_overtake_bulk_and_probes_overtake_both(start: Serve) -> None:
+def test_interactive_requests_run_before_bulk_and_probes_do_not_wait(start: Serve) -> None:
     server = start("--max-batch-tokens", "64")
     url = f"{server.url}/v1/embeddings"
     with ThreadPoolExecutor(2) as pool:
@@ -270,8 +268,8 @@ def test_interactive_requests_overtake_bulk_and_probes_overtake_both(start: Serv
     assert (odd.status_code, odd.json()["error"]["code"]) == (400, "invalid_priority")
 
 
-def test_an_exact_batch_is_the_plain_fp32_forward(minilm: Path) -> None:
-    from inferctl.serve import recipe
+def test_an_exact_batch_equals_the_fp32_reference(minilm: Path) -> None:
+    from inferctl.serve import embedding_config
     from inferctl.serve.engines import plain
     from inferctl.serve.engines.encoder import EncoderEngine
 
@@ -279,7 +277,7 @@ def test_an_exact_batch_is_the_plain_fp32_forward(minilm: Path) -> None:
     engine.load()
     tokens = np.array([101, 2054, 2003, 102], dtype=np.int32)
     lengths = np.array([4], dtype=np.int32)
-    expected = plain.embed(plain.load_model(minilm), [tokens], recipe.read(minilm))
+    expected = plain.embed(plain.load_model(minilm), [tokens], embedding_config.read(minilm))
     np.testing.assert_array_equal(engine.run(Batch(1, tokens, lengths, exact=True)).vectors, expected)
     assert not np.array_equal(engine.run(Batch(2, tokens, lengths)).vectors, expected)
     engine.close()

@@ -1,6 +1,6 @@
 """Calls of torch's variable-length attention kernel with the signature that each release has.
 
-The kernel needs a GPU. Functions with the recorded signatures stand in for it and compute the same with
+The kernel needs a GPU. Functions with the recorded signatures replace it and compute the same with
 `scaled_dot_product_attention`, one sequence at a time. The signatures are copied from `torch/nn/attention/varlen.py` in
 the manylinux x86_64 wheels for Python 3.12 on PyPI, read on 2026-11-26. 2.12.1, 2.13.0, 2.14.1 and 2.15.0 are equal.
 """
@@ -19,8 +19,8 @@ pytest.importorskip("transformers")
 
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402  # torch may be missing
 
+from inferctl.serve.engine_protocol import EngineConfig  # noqa: E402
 from inferctl.serve.engines import packed  # noqa: E402
-from inferctl.serve.types import EngineConfig  # noqa: E402
 
 LENGTHS = [7, 5, 5, 1]
 
@@ -134,18 +134,18 @@ def test_every_release_computes_attention_with_the_default_scale(release: str, k
 
 @pytest.mark.parametrize(("scaling", "window", "missing"), [(0.5, None, "scale"), (None, 3, "window_size")])
 @pytest.mark.parametrize("causal", [False, True])
-def test_scale_and_window_work_from_2_11_on_and_are_refused_before(
+def test_scale_and_window_work_from_2_11_and_are_rejected_before(
     release: str, causal: bool, scaling: float | None, window: int | None, missing: str
 ) -> None:
     if release == "2.10.0":
-        with pytest.raises(packed.UnsupportedError, match=f"varlen_attn of torch 2.10.0 takes no `{missing}`"):
+        with pytest.raises(packed.UnsupportedError, match=f"varlen_attn of torch 2.10.0 has no `{missing}` argument"):
             attend(4, causal, scaling, window, varlen=True)
         return
     got = attend(4, causal, scaling, window, varlen=True)
     torch.testing.assert_close(got, attend(4, causal, scaling, window, varlen=False))
 
 
-def test_a_window_is_refused_also_where_the_batch_is_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_is_rejected_also_for_a_shorter_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_2_10_0)
     with pytest.raises(packed.UnsupportedError):
         attend(4, False, None, 4096, varlen=True)
@@ -156,11 +156,11 @@ def test_a_window_is_refused_also_where_the_batch_is_shorter(monkeypatch: pytest
     [
         ("bert", "2.10.0", "packed", "equals the padded result"),
         ("bert", "2.12.1", "packed", "equals the padded result"),
-        ("modernbert", "2.10.0", "padded", "varlen_attn of torch 2.10.0 takes no `window_size`"),
+        ("modernbert", "2.10.0", "padded", "varlen_attn of torch 2.10.0 has no `window_size` argument"),
         ("modernbert", "2.12.1", "packed", "equals the padded result"),
     ],
 )
-def test_the_check_at_start_names_what_the_kernel_lacks(
+def test_the_start_up_check_names_the_missing_argument_of_the_kernel(
     tiny: Any,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

@@ -1,4 +1,4 @@
-"""Bodies of requests: what is taken, and how what is not taken is refused."""
+"""Valid and invalid bodies of requests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ JSON = st.recursive(
 
 
 @pytest.mark.parametrize("value", ["a text", ["one", "two"], [1, 2, 3], [[1, 2], [3]]])
-def test_all_four_kinds_of_input_are_taken(value: object) -> None:
+def test_all_four_types_of_input_are_accepted(value: object) -> None:
     assert http.parse(json.dumps({"input": value, "model": "m", "extra": 1}).encode(), max_inputs=10).input == value
 
 
@@ -62,32 +62,32 @@ def test_all_four_kinds_of_input_are_taken(value: object) -> None:
         (b'{"input": "a", "model": 3}', "model", "invalid_value"),
     ],
 )
-def test_bad_bodies_name_the_field_at_fault(raw: bytes, param: str | None, code: str) -> None:
-    with pytest.raises(ApiError) as refused:
+def test_errors_name_the_field(raw: bytes, param: str | None, code: str) -> None:
+    with pytest.raises(ApiError) as rejected:
         http.parse(raw, max_inputs=3)
-    assert (refused.value.status, refused.value.param, refused.value.code) == (400, param, code)
-    envelope = json.loads(refused.value.body())["error"]
+    assert (rejected.value.status, rejected.value.param, rejected.value.code) == (400, param, code)
+    envelope = json.loads(rejected.value.body())["error"]
     assert set(envelope) == {"message", "type", "param", "code"}
     assert envelope["type"] == "invalid_request_error"
 
 
-def test_whole_numbers_are_token_ids_however_they_are_written() -> None:
+def test_whole_numbers_in_any_notation_are_token_ids() -> None:
     assert http.parse(b'{"input": [1, 2.0, 3e1]}', max_inputs=3).input == [1, 2, 30]
     assert http.parse(b'{"input": [[1.0], [2]]}', max_inputs=3).input == [[1], [2]]
 
 
 @pytest.mark.parametrize("value", [b"", b"application/json", b"Application/JSON; charset=utf-8", b"application/a+json"])
-def test_json_and_what_is_not_said_may_be_parsed(value: bytes) -> None:
+def test_json_and_absent_content_types_are_accepted(value: bytes) -> None:
     http.check_content_type(value)
 
 
 @pytest.mark.parametrize(
     "value", [b"text/plain", b"application/x-www-form-urlencoded", b"multipart/form-data; a=b", b"\xff"]
 )
-def test_other_media_types_are_refused(value: bytes) -> None:
-    with pytest.raises(ApiError) as refused:
+def test_other_content_types_are_rejected(value: bytes) -> None:
+    with pytest.raises(ApiError) as rejected:
         http.check_content_type(value)
-    assert refused.value.status == 415
+    assert rejected.value.status == 415
 
 
 def test_messages_do_not_quote_a_whole_body() -> None:
@@ -95,7 +95,7 @@ def test_messages_do_not_quote_a_whole_body() -> None:
 
 
 @given(JSON)
-def test_any_json_is_taken_or_refused_with_400(value: object) -> None:
+def test_any_json_is_accepted_or_rejected_with_400(value: object) -> None:
     for body in (value, {"input": value}, {"input": "a", "dimensions": value, "encoding_format": value}):
         try:
             http.parse(json.dumps(body).encode(), max_inputs=3)
@@ -104,10 +104,10 @@ def test_any_json_is_taken_or_refused_with_400(value: object) -> None:
 
 
 @given(st.binary(max_size=64))
-def test_any_bytes_are_taken_or_refused_with_400(raw: bytes) -> None:
-    with pytest.raises(ApiError) as refused:
+def test_random_bytes_are_rejected_with_400(raw: bytes) -> None:
+    with pytest.raises(ApiError) as rejected:
         http.parse(raw, max_inputs=3)
-    assert refused.value.status == 400
+    assert rejected.value.status == 400
 
 
 def test_base64_is_little_endian_float32_and_equals_the_floats() -> None:

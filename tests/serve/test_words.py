@@ -1,4 +1,4 @@
-"""The ids of a text out of those of its words: the same as the tokenizer's own, for every text."""
+"""Token ids from cached words equal those of the tokenizer, for every text."""
 
 from __future__ import annotations
 
@@ -18,12 +18,35 @@ from inferctl.serve import words as words_module
 from inferctl.serve.words import Words
 
 LIMIT = 12
-ODD = st.sampled_from(["[MASK]", "[SEP]x", "x[CLS]", "İstanbul", "ΟΔΟΣ", "e\u0301", "\u0301", "\u00ad", "\x1c", "\x00", "\u3000", "\u2028", "北京", "🚀", "unbelievably", "x" * 120, "", "\t", "don't", "3.14"])  # fmt: skip
-TEXTS = st.lists(st.one_of(ODD, st.text(max_size=8)), max_size=20).map(" ".join) | st.text(max_size=60)
+UNUSUAL = st.sampled_from(
+    [
+        "[MASK]",
+        "[SEP]x",
+        "x[CLS]",
+        "İstanbul",
+        "ΟΔΟΣ",
+        "e\u0301",
+        "\u0301",
+        "\u00ad",
+        "\x1c",
+        "\x00",
+        "\u3000",
+        "\u2028",
+        "北京",
+        "🚀",
+        "unbelievably",
+        "x" * 120,
+        "",
+        "\t",
+        "don't",
+        "3.14",
+    ]
+)
+TEXTS = st.lists(st.one_of(UNUSUAL, st.text(max_size=8)), max_size=20).map(" ".join) | st.text(max_size=60)
 
 
 def changed(minilm: Path, **parts: Any) -> Tokenizer:
-    """The model's tokenizer with other parts."""
+    """Return the model's tokenizer with replaced parts."""
     data = json.loads((minilm / "tokenizer.json").read_text())
     tokenizer = Tokenizer.from_str(json.dumps({**data, **parts}))
     tokenizer.no_padding()
@@ -32,11 +55,25 @@ def changed(minilm: Path, **parts: Any) -> Tokenizer:
 
 
 def like_bert(minilm: Path) -> dict[str, Tokenizer]:
-    cased = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": False}  # fmt: skip
-    mpnet = {"type": "RobertaProcessing", "cls": ["[CLS]", 101], "sep": ["[SEP]", 102], "trim_offsets": True, "add_prefix_space": False}  # fmt: skip
+    cased = {
+        "type": "BertNormalizer",
+        "clean_text": True,
+        "handle_chinese_chars": True,
+        "strip_accents": None,
+        "lowercase": False,
+    }
+    mpnet = {
+        "type": "RobertaProcessing",
+        "cls": ["[CLS]", 101],
+        "sep": ["[SEP]", 102],
+        "trim_offsets": True,
+        "add_prefix_space": False,
+    }
     bert = {"type": "BertProcessing", "cls": ["[CLS]", 101], "sep": ["[SEP]", 102]}
     added = changed(minilm)
-    added.add_tokens([AddedToken("<special>", lstrip=True, rstrip=True, normalized=True), AddedToken("run", single_word=True)])  # fmt: skip
+    added.add_tokens(
+        [AddedToken("<special>", lstrip=True, rstrip=True, normalized=True), AddedToken("run", single_word=True)]
+    )
     return {
         "uncased": changed(minilm),
         "cased": changed(minilm, normalizer=cased),
@@ -65,7 +102,7 @@ def test_every_text_has_the_tokenizers_own_ids(tokenizers: list[tuple[Tokenizer,
         words.learn(words.unknown(texts), ask(tokenizer))
         rows = words.rows(texts)
         for text, encoding in zip(texts, tokenizer.encode_batch(texts), strict=True):
-            if any(len(word) > words_module._LONGEST_WORD for word in text.split(" ")):
+            if any(len(word) > words_module._MAX_WORD_LENGTH for word in text.split(" ")):
                 assert text not in rows
                 continue
             ids, more = rows[text]
@@ -73,7 +110,7 @@ def test_every_text_has_the_tokenizers_own_ids(tokenizers: list[tuple[Tokenizer,
             assert more == bool(encoding.overflowing)
 
 
-def test_what_was_learnt_is_known(minilm: Path) -> None:
+def test_learned_words_are_cached(minilm: Path) -> None:
     tokenizer = changed(minilm)
     words = Words.of(tokenizer, LIMIT)
     assert words is not None
@@ -88,8 +125,8 @@ def test_what_was_learnt_is_known(minilm: Path) -> None:
     assert words.unknown(texts) == []
 
 
-def test_what_is_remembered_is_bounded(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words_module, "_MOST_WORDS", 50)
+def test_the_cache_is_limited(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words_module, "_MAX_WORDS", 50)
     tokenizer = changed(minilm)
     words = Words.of(tokenizer, LIMIT)
     assert words is not None
@@ -102,18 +139,17 @@ def test_what_is_remembered_is_bounded(minilm: Path, monkeypatch: pytest.MonkeyP
     assert len(words._known) == 50
 
 
-def test_threads_that_forget_and_learn_at_once_get_the_right_ids(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_empty_and_fill_the_cache_get_the_right_ids(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = Words.of(changed(minilm), LIMIT)
     assert words is not None
-    monkeypatch.setattr(words_module, "_MOST_WORDS", 20)
+    monkeypatch.setattr(words_module, "_MAX_WORDS", 20)
 
     def run(offset: int) -> bool:
         tokenizer = changed(minilm)
         for text in (f"{i} {i + 1} river {i * offset}" for i in range(400)):
             words.learn(words.unknown([text]), ask(tokenizer))
-            for row in words.rows(
-                [text]
-            ).values():  # none, when another thread has just made this one's words forgotten
+            # There is no row if another thread just emptied the cache.
+            for row in words.rows([text]).values():
                 if row[0].tolist() != tokenizer.encode(text).ids:
                     return False
         return True
@@ -133,7 +169,7 @@ def test_threads_that_forget_and_learn_at_once_get_the_right_ids(minilm: Path, m
     ],
     ids=["pre-tokenizer", "normalizer", "no normalizer", "no special tokens", "model"],
 )
-def test_another_kind_of_tokenizer_gets_whole_texts(minilm: Path, parts: dict[str, Any]) -> None:
+def test_another_type_of_tokenizer_gets_whole_texts(minilm: Path, parts: dict[str, Any]) -> None:
     if "model" in parts:
         parts = {**parts, "added_tokens": []}
     assert Words.of(changed(minilm, **parts), LIMIT) is None
@@ -148,7 +184,13 @@ def test_an_added_token_with_a_space_needs_whole_texts(minilm: Path, content: st
 
 def test_a_tokenizer_that_raises_on_odd_texts_gets_whole_texts(minilm: Path) -> None:
     vocabulary = {"[CLS]": 0, "[SEP]": 1, "a": 2}
-    model = {"type": "WordPiece", "vocab": vocabulary, "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}  # fmt: skip
+    model = {
+        "type": "WordPiece",
+        "vocab": vocabulary,
+        "unk_token": "[UNK]",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 100,
+    }
     processor = {"type": "BertProcessing", "cls": ["[CLS]", 0], "sep": ["[SEP]", 1]}
     tokenizer = changed(minilm, model=model, added_tokens=[], post_processor=processor)
     assert len(tokenizer.encode("a a").ids) == 4
@@ -156,13 +198,13 @@ def test_a_tokenizer_that_raises_on_odd_texts_gets_whole_texts(minilm: Path) -> 
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_no_room_beside_the_special_tokens_needs_whole_texts(minilm: Path, limit: int) -> None:
+def test_a_limit_that_fits_only_special_tokens_needs_whole_texts(minilm: Path, limit: int) -> None:
     tokenizer = changed(minilm)
     tokenizer.enable_truncation(limit)
     assert Words.of(tokenizer, limit) is None
 
 
-def test_what_looks_alike_but_gives_other_ids_gets_whole_texts(minilm: Path) -> None:
+def test_a_similar_tokenizer_with_other_ids_gets_whole_texts(minilm: Path) -> None:
     tokenizer = changed(minilm)
     tokenizer.enable_truncation(LIMIT, direction="left")
     assert Words.of(tokenizer, LIMIT) is None

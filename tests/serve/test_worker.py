@@ -1,4 +1,4 @@
-"""The engine's side of the wire, with an engine that runs several batches at a time."""
+"""The engine process, with an engine that runs several batches at a time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from inferctl.serve import frames, memory, worker
+from inferctl.serve.engine_protocol import Batch, BatchResult, EngineInfo
 from inferctl.serve.frames import Kind
-from inferctl.serve.types import Batch, BatchResult, EngineInfo
 
 
 class Sleeping:
-    """Takes as many milliseconds for a batch as its first token says; fails at token 13. `most` is how many ran at a time."""
+    """Sleeps per batch for its first token in milliseconds; fails at token 13. `most`: the most batches at a time."""
 
     def __init__(self) -> None:
         self.running = self.most = 0
@@ -32,7 +32,7 @@ class Sleeping:
             self.most = max(self.most, self.running)
         try:
             if batch.tokens[0] == 13:
-                raise MemoryError("asked to")
+                raise MemoryError("injected out of memory")
             time.sleep(int(batch.tokens[0]) / 1000)
         finally:
             with self._lock:
@@ -45,31 +45,31 @@ class Sleeping:
 
 
 def ask(connection: socket.socket, number: int, token: int) -> None:
-    one = np.array([token], dtype=np.int32)
-    connection.sendall(frames.pack_batch(Batch(number, one, np.ones(1, dtype=np.int32))))
+    tokens = np.array([token], dtype=np.int32)
+    connection.sendall(frames.pack_batch(Batch(number, tokens, np.ones(1, dtype=np.int32))))
 
 
-def test_batches_run_side_by_side_and_each_is_answered_once() -> None:
-    ours, theirs = socket.socketpair()
+def test_batches_run_in_parallel_and_each_gets_one_result() -> None:
+    parent, child = socket.socketpair()
     engine: Any = Sleeping()
-    thread = threading.Thread(target=worker._loop, args=(theirs, engine, 2))
+    thread = threading.Thread(target=worker._loop, args=(child, engine, 2))
     thread.start()
     for number, token in enumerate((300, 1, 13, 2, 3)):
-        ask(ours, number, token)
+        ask(parent, number, token)
     answers = []
     for _ in range(5):
-        frame = frames.receive(ours)
+        frame = frames.receive(parent)
         assert frame is not None
         kind, body = frame
         answers.append((frames.unpack_result(body).id if kind is Kind.RESULT else json.loads(body)["id"], kind))
         if kind is Kind.FAILED:
             assert json.loads(body)["out_of_memory"]
-    ours.close()
+    parent.close()
     thread.join(timeout=30)
-    assert not thread.is_alive(), "it ends when the other side is gone"
+    assert not thread.is_alive(), "it ends when the socket is closed"
     assert sorted(number for number, _ in answers) == [0, 1, 2, 3, 4]
     assert [number for number, kind in answers if kind is Kind.FAILED] == [2]
-    assert answers[-1][0] == 0, "the long one does not hold up the others"
+    assert answers[-1][0] == 0, "the long one does not delay the others"
     assert engine.most == 2
 
 
@@ -90,12 +90,12 @@ def test_batches_run_side_by_side_and_each_is_answered_once() -> None:
         ),
     ],
 )
-def test_every_spelling_of_insufficient_memory_is_recognized(error: str, said: str) -> None:
+def test_every_message_of_insufficient_memory_is_recognized(error: str, said: str) -> None:
     assert memory.is_insufficient(type(error, (RuntimeError,), {})(said))
 
 
 @pytest.mark.parametrize(
     "said", ["CUDA error: device-side assert triggered", "CUDA error: an illegal memory access was encountered"]
 )
-def test_other_cuda_errors_are_not_called_insufficient_memory(said: str) -> None:
+def test_other_cuda_errors_are_not_insufficient_memory(said: str) -> None:
     assert not memory.is_insufficient(type("AcceleratorError", (RuntimeError,), {})(said))

@@ -1,4 +1,4 @@
-"""The engines. Importing this package sets what torch reads when it is imported, so import torch after it."""
+"""The engines. This package sets environment variables that torch reads on import, so import torch after it."""
 
 import os
 

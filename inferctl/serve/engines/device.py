@@ -1,4 +1,4 @@
-"""Which device this process computes on, and which number format it really runs."""
+"""Selects the device and the number format of this process."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ import torch
 from inferctl import catalog, precision
 from inferctl.errors import NotReadyError, UsageError, shown
 from inferctl.serve import memory
+from inferctl.serve.engine_protocol import DeviceInfo, PrecisionInfo
 from inferctl.serve.engines import int8
-from inferctl.serve.types import DeviceInfo, PrecisionInfo
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def detect(wanted: str) -> tuple[torch.device, DeviceInfo, precision.DeviceTraits]:
-    """The device to use; `wanted` is auto, cpu, cuda or cuda:N.
+    """Return the device to use. `wanted` is auto, cpu, cuda or cuda:N.
 
-    Raises `UsageError` for another name, `NotReadyError` if there is no such GPU.
+    Raises `UsageError` for another name, `NotReadyError` if the GPU is not found.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted, re.ASCII):
         raise UsageError(f"unknown device {shown(wanted)}", "`--device` accepts auto, cpu, cuda or cuda:N")
     if wanted.startswith("cuda") or (wanted == "auto" and torch.cuda.is_available()):
         if not torch.cuda.is_available():
             raise NotReadyError(
-                f"there is no usable CUDA GPU: {_why_no_gpu()}",
-                "`nvidia-smi` must work where the server runs; `--device cpu` runs without one",
+                f"no usable CUDA GPU found: {_why_no_gpu()}",
+                "check that `nvidia-smi` works where the server runs, or use `--device cpu`",
             )
         index, count = int(wanted.partition(":")[2] or 0), torch.cuda.device_count()
         if index >= count:
@@ -47,18 +47,18 @@ def detect(wanted: str) -> tuple[torch.device, DeviceInfo, precision.DeviceTrait
             properties.name,
             f"{capability[0]}.{capability[1]}",
             properties.total_memory,
-            hardware=_key(properties),
+            hardware=_catalog_key(properties),
             count=count if wanted == "auto" else 1,
         )
         return device, info, precision.DeviceTraits("cuda", compute_capability=capability)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    name, flags = _cpu()
+    name, flags = _cpu_name_and_flags()
     info = DeviceInfo("cpu", name, None, memory, usable_cores(), "cpu")
     return torch.device("cpu"), info, precision.DeviceTraits("cpu", cpu_flags=flags)
 
 
 def unused_gpu(wanted: str) -> str | None:
-    """A warning if `auto` chose the CPU though this torch is made for GPUs, else None."""
+    """Return a warning if `auto` selected the CPU although torch is built for GPUs, else None."""
     if wanted != "auto" or torch.version.cuda is None or torch.cuda.is_available():
         return None
     return (
@@ -68,16 +68,16 @@ def unused_gpu(wanted: str) -> str | None:
 
 
 def _why_no_gpu() -> str:
-    """Why `torch.cuda.is_available()` is false."""
+    """Return the reason why `torch.cuda.is_available()` is false."""
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
-    except Exception as error:  # noqa: BLE001  # whatever it is, it is the reason
+    except Exception as error:  # noqa: BLE001  # any error is the reason
         return memory.summary(error).rstrip(".")
     return "torch cannot use CUDA"
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and the container's CPU quota (cgroup v2) rounded up."""
+    """Return how many cores this process can use: its affinity, limited by the CPU quota (cgroup v2) rounded up."""
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -87,45 +87,49 @@ def usable_cores() -> int:
 
 
 def choose(wanted: str, traits: precision.DeviceTraits) -> tuple[PrecisionInfo, torch.dtype]:
-    """The precision that will run, and the number format of its activations. Raises `NotReadyError` where the device cannot run it."""
+    """Return the precision to use and the number format of its activations.
+
+    Raises `NotReadyError` if the device does not support the precision.
+    """
     effective = precision.best_precision(traits) if wanted == "auto" else wanted
     support = precision.support(effective, traits)
     if support.level == "unsupported":
         raise NotReadyError(
-            f"{effective} does not run here: {support.reason}", "`--precision auto` takes the best that does"
+            f"{effective} is not supported on this device: {support.reason}",
+            "use `--precision auto` for the best supported precision",
         )
-    reason = f"auto took {effective}: {support.reason}" if wanted == "auto" else support.reason
+    reason = f"selected by auto: {support.reason}" if wanted == "auto" else support.reason
     tf32 = _tf32(traits)
     if effective == "int8":
-        around = _around_int8(traits)
+        dtype = _dtype_between_int8_products(traits)
         if traits.kind == "cpu":
-            reason += f"; 8-bit weights and activations, {str(around).removeprefix('torch.')} between the products"
-        return PrecisionInfo(wanted, effective, support.level, reason, int8.METHOD[traits.kind], tf32), around
+            reason += f"; 8-bit weights and activations, {str(dtype).removeprefix('torch.')} between the products"
+        return PrecisionInfo(wanted, effective, support.level, reason, int8.METHOD[traits.kind], tf32), dtype
     if effective == "fp32" and tf32:
-        reason += "; matrix products in TF32 (10 bits of mantissa), as the environment or torch's settings allow it"
+        reason += "; matrix products in TF32 (10 bits of mantissa), which the environment or torch's settings enable"
     return PrecisionInfo(wanted, effective, support.level, reason, tf32=tf32), _DTYPES[effective]
 
 
 def _tf32(traits: precision.DeviceTraits) -> bool:
-    """Whether the device computes fp32 matrix products in TF32, which GPUs have from compute capability 8.0."""
+    """Return whether the device computes fp32 matrix products in TF32, available from compute capability 8.0."""
     if traits.kind != "cuda" or traits.compute_capability is None or traits.compute_capability < (8, 0):
         return False
     return bool(torch.backends.cuda.matmul.allow_tf32)
 
 
-def _around_int8(traits: precision.DeviceTraits) -> torch.dtype:
-    """LLM.int8 computes in fp16 on CUDA whatever comes in; on a CPU the best native format saves casts."""
+def _dtype_between_int8_products(traits: precision.DeviceTraits) -> torch.dtype:
+    """Return the format between int8 products: fp16 on CUDA, as LLM.int8 uses; on a CPU the best native one."""
     if traits.kind == "cuda":
         return torch.float16
     return _DTYPES[precision.best_precision(traits)]
 
 
-def _key(properties: Any) -> str | None:
+def _catalog_key(properties: Any) -> str | None:
     part = catalog.detect_gpu(properties.name, properties.total_memory)
     return part.key if part else None
 
 
-def _cpu() -> tuple[str, frozenset[str]]:
+def _cpu_name_and_flags() -> tuple[str, frozenset[str]]:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""An engine without a model: vectors that depend on the tokens alone. For tests and for measuring everything but the model."""
+"""An engine without a model. Its vectors depend only on the tokens. For tests and to measure the server's overhead."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import time
 
 import numpy as np
 
-from inferctl.serve.types import Batch, BatchResult, DeviceInfo, EngineConfig, EngineInfo, PrecisionInfo, finite_rows
+from inferctl.serve.engine_protocol import (
+    Batch,
+    BatchResult,
+    DeviceInfo,
+    EngineConfig,
+    EngineInfo,
+    PrecisionInfo,
+    finite_rows,
+)
 
 NON_FINITE_TOKEN = 13
 FAILING_TOKEN = 14
@@ -15,22 +23,22 @@ SLOW_TOKEN = 16
 SLOW_SECONDS = 0.5
 OVERFLOWING_TOKEN = 17
 LARGE_TOKEN = 18
-SICKENING_TOKEN = 19
+CORRUPTING_TOKEN = 19
 
 
 class EchoEngine:
-    """Row i is (sum of the ids, length, 1, 0, 0, ...), scaled to length one.
+    """Returns (sum of the ids, length, 1, 0, 0, ...) per sequence, scaled to length one.
 
-    Some token ids misbehave when a sequence starts with them: one gives NaN, one raises, one ends the process, one takes its time, one gives
-    NaN unless the batch is exact, one does not fit into memory beside other
-    sequences, and one makes this engine fail from then on.
+    A sequence that starts with one of the token ids above injects a fault. NON_FINITE gives NaN, FAILING raises,
+    CRASHING ends the process, SLOW sleeps, OVERFLOWING gives NaN unless the batch is exact. LARGE raises out of memory
+    in a batch with other sequences. CORRUPTING makes this batch and all later ones of this engine raise.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self._config, self._sick = config, False
+        self._config, self._corrupted = config, False
 
     def load(self) -> EngineInfo:
-        """Ready at once."""
+        """Return the info of an engine without a model."""
         return EngineInfo(
             dimensions=self._config.echo_dimensions,
             attention="none",
@@ -44,17 +52,17 @@ class EchoEngine:
         )
 
     def run(self, batch: Batch) -> BatchResult:
-        """See the class."""
+        """Return the vectors of a batch, or inject the faults that its sequences request."""
         started = time.perf_counter()
         ends = np.cumsum(batch.lengths)
         firsts = batch.tokens[ends - batch.lengths]
         if (firsts == CRASHING_TOKEN).any():
             raise SystemExit(9)
-        self._sick |= bool((firsts == SICKENING_TOKEN).any())
-        if self._sick or (firsts == FAILING_TOKEN).any():
-            raise RuntimeError("asked to fail")
+        self._corrupted |= bool((firsts == CORRUPTING_TOKEN).any())
+        if self._corrupted or (firsts == FAILING_TOKEN).any():
+            raise RuntimeError("injected failure")
         if (firsts == LARGE_TOKEN).any() and len(firsts) > 1:
-            raise MemoryError("asked to be too large")
+            raise MemoryError("injected out of memory")
         vectors = np.zeros((len(batch.lengths), self._config.echo_dimensions), dtype=np.float32)
         vectors[:, 0] = np.add.reduceat(batch.tokens, ends - batch.lengths)
         vectors[:, 1] = batch.lengths
@@ -65,4 +73,4 @@ class EchoEngine:
         return BatchResult(batch.id, vectors, finite_rows(vectors), time.perf_counter() - started)
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""8-bit linear layers on CUDA: bitsandbytes' LLM.int8, weights and activations. CPUs have `onednn.Int8Linear`."""
+"""8-bit linear layers on CUDA with LLM.int8 of bitsandbytes (weights and activations). CPUs use `onednn.Int8Linear`."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ import torch
 
 from inferctl.errors import NotReadyError
 
-# From the LLM.int8 paper (Dettmers et al., 2022): columns with a larger activation stay out of the 8-bit product.
+# From the LLM.int8 paper (Dettmers et al., 2022): columns with a larger activation are not in the 8-bit product.
 _OUTLIER_THRESHOLD = 6.0
 METHOD = {"cuda": "bitsandbytes LLM.int8", "cpu": "oneDNN int8"}
 
 
-def quantise(model: Any) -> None:
+def quantize(model: Any) -> None:
     """Make the linear layers of `model` 8-bit, in place, before it is moved to its device.
 
-    Raises `NotReadyError` when bitsandbytes is not installed.
+    Raises `NotReadyError` if bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise NotReadyError("int8 on cuda needs bitsandbytes, which is not installed", "pip install 'inferctl[int8]'")
+        raise NotReadyError(
+            "int8 on CUDA needs bitsandbytes, which is not installed", "run `pip install 'inferctl[int8]'`"
+        )
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     _llm_int8(model)
 
 
 def _llm_int8(module: Any) -> None:
-    """Replace every linear layer; bitsandbytes quantises the weights when they are moved to the GPU."""
+    """Replace every linear layer. bitsandbytes quantizes the weights when they are moved to the GPU."""
     from bitsandbytes.nn import Linear8bitLt
 
     for name, child in list(module.named_children()):

@@ -1,8 +1,10 @@
-"""Linear layers for CPUs on oneDNN, which torch brings: weights packed once for its kernels, GELU fused into the product, 8-bit or as they are.
+"""Linear layers for CPUs on oneDNN, a part of torch: weights packed once for its kernels, optional GELU, optional int8.
 
-8-bit: a scale for each output channel of the weights and for each token of the activations, taken from what comes in; products in int32, answers
-in the format around. Nothing is calibrated, so no text can leave the range. One scale for all tokens would cost less, but a few tokens have
-very large activations: it took all-MiniLM-L6-v2's lowest cosine to fp32 from 0.996 to 0.985, and made a text's vector depend on its neighbours.
+int8 uses one scale per output channel of the weights and one per token of the activations, computed from the input.
+Products are in int32, results in the format of the input. There is no calibration, so no text exceeds a calibrated
+range. One scale for all tokens would take less time, but a few tokens have very large activations. It lowered the
+minimum cosine to fp32 of all-MiniLM-L6-v2 from 0.996 to 0.985, and a vector then depended on the other texts of its
+batch.
 """
 
 from __future__ import annotations
@@ -13,54 +15,55 @@ from typing import Any
 
 import torch
 
-# oneDNN makes code for every number of rows that it meets, and keeps it: half a MiB each, beyond the reach of its own cache's limit. A row of 1,024
-# tokens at most would come to a GiB within minutes. Rows are filled up to few numbers instead: multiples of an eighth of the power of two below.
-_FINEST = 16
-# The batch that oneDNN packs weights for; others run as well.
-_PACKED_FOR = 512
+# oneDNN generates code for each number of rows and keeps it: 0.5 MiB each, which the limit of its cache does not count.
+# Batches of up to 1,024 tokens would reach 1 GiB within minutes. So rows are padded to few sizes: multiples of an
+# eighth of the next lower power of two.
+_MIN_STEP = 16
+# The number of rows that oneDNN packs weights for. Others run too.
+_PACKED_ROWS = 512
 _TINY = 1e-12
-_ZERO = 128  # the level of zero: the kernel is fast for unsigned activations only
+_ZERO_POINT = 128  # the kernel is fast only for unsigned activations
 _GELU: tuple[Any, ...] = ("gelu", [], "none")
-_PLAIN: tuple[Any, ...] = ("none", [], "")
-# torch's own operators of this kind are to move to torchao; the one used here has no successor yet.
+_NO_ACTIVATION: tuple[Any, ...] = ("none", [], "")
+# The warning says that this operator moves to torchao. It has no replacement yet.
 warnings.filterwarnings("ignore", message=r"torch\.quantize_per_tensor")
 
 
-def filled(rows: int) -> int:
-    """To how many rows `rows` should be filled up: an eighth more at most, from 128 on."""
-    step = max(_FINEST, 1 << max(0, (rows - 1).bit_length() - 4))
+def padded_rows(rows: int) -> int:
+    """Return to how many rows `rows` are padded: at most an eighth more, for 128 rows or more."""
+    step = max(_MIN_STEP, 1 << max(0, (rows - 1).bit_length() - 4))
     return -(-rows // step) * step
 
 
-def _with_filling(compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """`compute` on x [..., in], filled up where the caller did not do so already."""
+def _with_padding(compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Return `compute(x)` for x [..., in], with padded rows unless the caller padded them already."""
     rows = x.numel() // x.shape[-1]
-    if (whole := filled(rows)) == rows:
+    if (size := padded_rows(rows)) == rows:
         return compute(x)
-    flat = torch.nn.functional.pad(x.reshape(rows, -1), (0, 0, 0, whole - rows))
+    flat = torch.nn.functional.pad(x.reshape(rows, -1), (0, 0, 0, size - rows))
     return compute(flat)[:rows].view(*x.shape[:-1], -1)
 
 
 class Linear(torch.nn.Module):
-    """What `torch.nn.Linear` computes, bf16 or fp32, with GELU behind it when `gelu`."""
+    """Computes what `torch.nn.Linear` computes, in bf16 or fp32, followed by GELU if `gelu`."""
 
     def __init__(self, linear: torch.nn.Linear, *, gelu: bool = False) -> None:
         super().__init__()
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _PACKED_FOR)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _PACKED_ROWS)
         self._bias = None if linear.bias is None else linear.bias.detach()
-        self._after = _GELU if gelu else _PLAIN
+        self._activation = _GELU if gelu else _NO_ACTIVATION
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out]."""
-        return _with_filling(self._compute, x)
+        """Return the product: [..., in] -> [..., out]."""
+        return _with_padding(self._compute, x)
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._after)
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._activation)
         return out
 
 
 class Int8Linear(torch.nn.Module):
-    """The same with 8-bit weights and activations."""
+    """Computes what `Linear` computes, with 8-bit weights and activations."""
 
     def __init__(self, linear: torch.nn.Linear, *, gelu: bool = False) -> None:
         super().__init__()
@@ -68,21 +71,21 @@ class Int8Linear(torch.nn.Module):
         self._scales = weight.abs().amax(dim=1).clamp(min=_TINY) / 127
         self._zeros = torch.zeros(len(weight), dtype=torch.int64)
         rounded = (weight / self._scales[:, None]).round().to(torch.int8)
-        self._weight = torch.ops.onednn.qlinear_prepack(rounded, [_PACKED_FOR, weight.shape[1]])
+        self._weight = torch.ops.onednn.qlinear_prepack(rounded, [_PACKED_ROWS, weight.shape[1]])
         self._bias = linear.weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach()
         self._gelu = gelu
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out] in the format of `x`."""
-        return _with_filling(self._compute, x)
+        """Return the product in the format of `x`: [..., in] -> [..., out]."""
+        return _with_padding(self._compute, x)
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
         scales = x.abs().amax(dim=-1, keepdim=True).float().clamp_(min=_TINY) / 127
-        levels = torch.quantize_per_tensor(x.float().mul_(scales.reciprocal()), 1.0, _ZERO, torch.quint8)
-        # int_repr() would copy what is only to be looked at as bytes.
+        levels = torch.quantize_per_tensor(x.float().mul_(scales.reciprocal()), 1.0, _ZERO_POINT, torch.quint8)
+        # A view of the bytes; `int_repr()` would copy them.
         raw = torch.empty(0, dtype=torch.uint8).set_(levels.untyped_storage(), 0, levels.shape, levels.stride())
         out: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-            raw, 1.0, _ZERO, self._weight, self._scales, self._zeros, None, 1.0, 0, x.dtype, *_PLAIN
+            raw, 1.0, _ZERO_POINT, self._weight, self._scales, self._zeros, None, 1.0, 0, x.dtype, *_NO_ACTIVATION
         )
         torch.addcmul(self._bias, out, scales.to(x.dtype), out=out)
         return torch.ops.aten.gelu_(out) if self._gelu else out
@@ -91,7 +94,7 @@ class Int8Linear(torch.nn.Module):
 def pack(model: Any, *, int8: bool) -> None:
     """Replace the linear layers of `model`, in place."""
     for module in list(model.modules()):
-        # Where BERT and its kin keep the activation of their feed-forward block.
+        # BERT-like models have the activation of their feed-forward block here.
         fused = type(getattr(module, "intermediate_act_fn", None)).__name__ == "GELUActivation"
         for name, child in list(module.named_children()):
             if isinstance(child, torch.nn.Linear):

@@ -1,7 +1,8 @@
-"""Padding-free attention: all sequences of a batch end to end in one row, each attending to itself alone.
+"""Padding-free attention: all sequences of a batch are concatenated in one row, and each attends only to itself.
 
-Registered with transformers under one name as attention and as mask function; the forward gets `layout` as a keyword argument and hands it
-through to the attention of each layer. Whether an architecture honours all of this is not assumed: the start-up check compares with padding.
+transformers knows it under one name as attention and as mask function. The forward gets `layout` as a keyword argument
+and passes it to the attention of each layer. Not every architecture supports this, so the start-up check compares the
+result with padding.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "inferctl_packed"
-# Attention alone is padded to this multiple on a CPU: torch's softmax is three times slower on lengths that no vector register divides, and
-# few lengths make few calls.
-_STEP = 16
-# Scores are held for a whole bucket: beyond this length the fused kernel, which holds none, is the better one.
-_LONGEST = 512
+# On a CPU only attention is padded, to multiples of this: torch's softmax is three times slower on lengths that are not
+# multiples of a vector register, and fewer lengths need fewer calls.
+_BUCKET_STEP = 16
+# Buckets keep the scores of all their sequences in memory. The fused kernel does not, and is better above this length.
+_MAX_BUCKET_LENGTH = 512
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """Sequences padded to few lengths, for attention alone.
+    """Sequences padded to a few lengths, only for attention.
 
-    `spread[i]` is the packed row of padded row i, `collect[i]` the padded row of packed row i. `groups`: (first padded row, sequences,
-    padded length, mask); the mask ([sequences, 1, 1, length]: 0 or minus infinity) is None where nothing is padded.
+    `spread[i]`: the packed row of padded row i. `collect[i]`: the padded row of packed row i. `groups`: (first padded
+    row, sequences, padded length, mask). The mask ([sequences, 1, 1, length], 0 or minus infinity) is None without
+    padding.
     """
 
     spread: torch.Tensor
@@ -41,9 +43,11 @@ class Buckets:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sequences of a packed row are. `runs`: (start, sequences, length) of neighbours of equal length, for one attention call each.
+    """The positions of the sequences in a packed row.
 
-    `offsets` (int32, [sequences + 1], on the device) is set when the variable-length kernel runs instead, `buckets` where padding attention pays.
+    `runs`: (start, sequences, length) of adjacent sequences of equal length, which share one call of attention.
+    `offsets` (int32, [sequences + 1], on the device): set if the variable-length kernel is used. `buckets`: set if
+    padded attention is faster.
     """
 
     runs: list[tuple[int, int, int]]
@@ -52,36 +56,48 @@ class Layout:
     buckets: Buckets | None = None
 
 
-def buckets(lengths: list[int], dtype: torch.dtype, filling: int) -> Buckets:
-    """The buckets of sequences that lie end to end in this order; equal lengths should be neighbours. `filling` rows come after them."""
-    true = np.array(lengths)
-    padded = -(-true // _STEP) * _STEP
-    starts, firsts = np.cumsum(true) - true, np.cumsum(padded) - padded
+def buckets(lengths: list[int], dtype: torch.dtype, padding_rows: int) -> Buckets:
+    """Return the buckets of sequences concatenated in this order. Equal lengths should be adjacent.
+
+    `padding_rows` rows follow the sequences.
+    """
+    actual = np.array(lengths)
+    padded = -(-actual // _BUCKET_STEP) * _BUCKET_STEP
+    starts, firsts = np.cumsum(actual) - actual, np.cumsum(padded) - padded
     within = np.arange(padded.sum()) - np.repeat(firsts, padded)
-    # Padding reads the first token of its own sequence: the mask hides it, whatever it is.
-    spread = np.repeat(starts, padded) + np.where(within < np.repeat(true, padded), within, 0)
-    collect = np.zeros(true.sum() + filling, dtype=np.int64)  # filling takes any row: nobody looks at it
-    collect[: true.sum()] = np.arange(true.sum()) + np.repeat(firsts - starts, true)
-    groups, at = [], 0
+    # Padding reads the first token of its sequence. The mask hides it.
+    spread = np.repeat(starts, padded) + np.where(within < np.repeat(actual, padded), within, 0)
+    collect = np.zeros(actual.sum() + padding_rows, dtype=np.int64)  # the values of padding rows are not used
+    collect[: actual.sum()] = np.arange(actual.sum()) + np.repeat(firsts - starts, actual)
+    groups, index = [], 0
     for length, group in groupby(padded.tolist()):
         for count in _powers_of_two(sum(1 for _ in group)):
-            mine = torch.from_numpy(true[at : at + count])
-            hidden = torch.arange(length) >= mine[:, None]
+            group_lengths = torch.from_numpy(actual[index : index + count])
+            hidden = torch.arange(length) >= group_lengths[:, None]
             mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[:, None, None]
-            groups.append((int(firsts[at]), count, length, mask if bool(hidden.any()) else None))
-            at += count
+            groups.append((int(firsts[index]), count, length, mask if bool(hidden.any()) else None))
+            index += count
     return Buckets(torch.from_numpy(spread), torch.from_numpy(collect), groups)
 
 
 def _powers_of_two(count: int) -> list[int]:
-    """`count` as a sum of falling powers of two: attention in few shapes, for the reason that `onednn.filled` has."""
+    """Return `count` as a sum of falling powers of two. Few shapes limit oneDNN's code: see `onednn.padded_rows`."""
     return [1 << bit for bit in reversed(range(count.bit_length())) if count >> bit & 1]
 
 
 def layout(
-    lengths: list[int], device: torch.device, *, varlen: bool, bucketed: torch.dtype | None = None, filling: int = 0
+    lengths: list[int],
+    device: torch.device,
+    *,
+    varlen: bool,
+    bucketed: torch.dtype | None = None,
+    padding_rows: int = 0,
 ) -> Layout:
-    """The layout of sequences that lie end to end in this order; equal lengths should be neighbours. `filling` rows come after them."""
+    """Return the layout of sequences concatenated in this order. Equal lengths should be adjacent.
+
+    `varlen` selects the variable-length kernel, `bucketed` buckets in this format. `padding_rows` rows follow the
+    sequences.
+    """
     if varlen:
         offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         offsets[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
@@ -91,12 +107,13 @@ def layout(
         count = sum(1 for _ in group)
         runs.append((start, count, length))
         start += count * length
-    short = bucketed is not None and max(lengths) <= _LONGEST
-    return Layout(runs, max(lengths), buckets=buckets(lengths, bucketed, filling) if short and bucketed else None)
+    short = bucketed is not None and max(lengths) <= _MAX_BUCKET_LENGTH
+    padded = buckets(lengths, bucketed, padding_rows) if short and bucketed else None
+    return Layout(runs, max(lengths), buckets=padded)
 
 
 def register() -> None:
-    """Make `attn_implementation=NAME` known to transformers."""
+    """Register `attn_implementation=NAME` with transformers."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -113,15 +130,18 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # transformers' signature; packed rows need none
+    attention_mask: torch.Tensor | None,  # in the signature of transformers; packed rows need no mask
     scaling: float | None = None,
     sliding_window: int | None = None,
     layout: Layout | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention signature: [1, heads, tokens, size] -> [1, tokens, heads, size]. Raises `ValueError` without a layout."""
+    """Return the attention, with the signature of transformers: [1, heads, tokens, size] -> [1, tokens, heads, size].
+
+    Raises `ValueError` without a layout.
+    """
     if layout is None:
-        raise ValueError("the architecture does not hand the packed layout to its attention")
+        raise ValueError("the architecture does not pass the packed layout to its attention")
     causal = bool(getattr(module, "is_causal", False))
     if layout.offsets is not None:
         return _varlen(query, key, value, layout.offsets, layout.longest, scaling, causal, sliding_window), None
@@ -135,38 +155,41 @@ def attention(
             t[0, :, start:end].reshape(t.shape[1], count, length, -1).transpose(0, 1) for t in (query, key, value)
         )
         mask = _window(length, sliding_window, causal, query.device)
-        done = scaled_dot_product_attention(
+        result = scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scaling, enable_gqa=grouped
         )
-        out[0, start:end] = done.transpose(1, 2).flatten(0, 1)
+        out[0, start:end] = result.transpose(1, 2).flatten(0, 1)
     return out, None
 
 
 def _bucketed(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, at: Buckets, scaling: float | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padded: Buckets, scaling: float | None
 ) -> torch.Tensor:
-    """Attention as two products and a softmax a bucket: on CPUs faster than the fused kernel, up to the lengths that encoders take."""
+    """Return the attention, computed as two products and a softmax per bucket.
+
+    On CPUs this is faster than the fused kernel for the usual lengths of encoders.
+    """
     heads, size = query.shape[1], query.shape[3]
     scale = size**-0.5 if scaling is None else scaling
-    q, k, v = (t[0].transpose(0, 1).flatten(1).index_select(0, at.spread) for t in (query, key, value))
+    q, k, v = (t[0].transpose(0, 1).flatten(1).index_select(0, padded.spread) for t in (query, key, value))
     out = torch.empty_like(q)
-    for first, count, length, mask in at.groups:
+    for first, count, length, mask in padded.groups:
         rows = slice(first, first + count * length)
         a, b, c = (t[rows].view(count, length, heads, size).transpose(1, 2) for t in (q, k, v))
         scores = torch.matmul(a * scale, b.transpose(2, 3))
         if mask is not None:
             scores += mask
-        done = torch.matmul(scores.softmax(dim=-1), c)
-        out[rows].view(count, length, heads, size).copy_(done.transpose(1, 2))
-    return out.index_select(0, at.collect).view(1, -1, heads, size)
+        result = torch.matmul(scores.softmax(dim=-1), c)
+        out[rows].view(count, length, heads, size).copy_(result.transpose(1, 2))
+    return out.index_select(0, padded.collect).view(1, -1, heads, size)
 
 
 def _window(length: int, sliding_window: int | None, causal: bool, device: torch.device) -> torch.Tensor | None:
-    """Which positions see which (bool, [length, length]); None when the window does not matter at this length."""
+    """Return which positions attend to which (bool, [length, length]); None if all sequences fit into the window."""
     if sliding_window is None or length <= sliding_window:
         return None
-    at = torch.arange(length, device=device)
-    distance = at[:, None] - at[None, :]
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions[None, :]
     return (distance < sliding_window) & ((distance >= 0) if causal else (distance > -sliding_window))
 
 
@@ -184,7 +207,7 @@ def _varlen(
     causal: bool,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """Flash attention over the whole row at once (CUDA, compute capability 8.0 or newer, fp16 or bf16)."""
+    """Return flash attention over the whole row (CUDA, compute capability 8.0 or newer, fp16 or bf16)."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
@@ -202,22 +225,24 @@ def _varlen(
 def _varlen_options(
     varlen_attn: Callable[..., Any], size: int, scaling: float | None, causal: bool, sliding_window: int | None
 ) -> dict[str, Any]:
-    """The keyword arguments that make `varlen_attn` compute this attention; `size`: elements of one head.
+    """Return the keyword arguments of `varlen_attn` for this attention. `size`: elements of one head.
 
-    torch 2.10 takes `is_causal` alone; 2.11 brought `scale` and `window_size` in its place. Raises `UnsupportedError`.
+    torch 2.10 accepts only `is_causal`; 2.11 replaced it with `scale` and `window_size`. Raises `UnsupportedError`.
     """
     accepted = _parameters(varlen_attn)
     options: dict[str, Any] = {}
     if "scale" in accepted:
         options["scale"] = scaling
     elif scaling is not None and not math.isclose(scaling, size**-0.5):
-        raise UnsupportedError(f"varlen_attn of torch {torch.__version__} takes no `scale`; the model sets {scaling:g}")
+        raise UnsupportedError(
+            f"varlen_attn of torch {torch.__version__} has no `scale` argument; the model uses {scaling:g}"
+        )
     if "window_size" in accepted:
         reach = sliding_window - 1 if sliding_window is not None else -1
         options["window_size"] = (reach, 0 if causal else reach)
     elif sliding_window is not None:
-        # Also where this batch is shorter than the window: the start-up check must not pass what a longer text fails.
-        raise UnsupportedError(f"varlen_attn of torch {torch.__version__} takes no `window_size`")
+        # Also if this batch is shorter than the window. Otherwise the start-up check would pass and a longer text fail.
+        raise UnsupportedError(f"varlen_attn of torch {torch.__version__} has no `window_size` argument")
     else:
         options["is_causal"] = causal
     return options

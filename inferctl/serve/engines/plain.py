@@ -1,4 +1,4 @@
-"""The reference: transformers in fp32 on the CPU, padded attention, one text at a time. What every faster path is compared with."""
+"""The reference implementation that other paths are compared with: transformers, fp32, CPU, one text at a time."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from inferctl.serve.recipe import Pooling, Recipe
-from inferctl.serve.types import Tokens, Vectors
+from inferctl.serve.embedding_config import EmbeddingConfig, Pooling
+from inferctl.serve.engine_protocol import Tokens, Vectors
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:
-    """The bare encoder of a model folder, in evaluation mode; `attention` None lets transformers choose.
+    """Return the encoder of a model folder in evaluation mode. `attention` None lets transformers select one.
 
-    Only safetensors, only local files, no code from the folder.
+    It loads only local safetensors files and runs no code of the folder.
     """
-    # transformers imports torchao where it is installed, and that one complains about kernels for GPUs that are not there.
+    # transformers imports torchao if it is installed, which logs errors about kernels for absent GPUs.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     from transformers import AutoModel
@@ -35,24 +35,24 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, attention: str 
         trust_remote_code=False,
     )
     if getattr(model, "pooler", None) is not None:
-        model.pooler = None  # computed for every text and used by no sentence embedding
+        model.pooler = None  # sentence embeddings do not use it
     return model.eval()
 
 
 def pool(hidden: torch.Tensor, pooling: Pooling) -> torch.Tensor:
-    """One vector of one sequence: [tokens, dimensions] -> [dimensions]."""
+    """Return the pooled vector of one sequence: [tokens, dimensions] -> [dimensions]."""
     if pooling == "cls":
         return hidden[0]
     return hidden[-1] if pooling == "last" else hidden.mean(dim=0)
 
 
 @torch.inference_mode()
-def embed(model: Any, sequences: list[Tokens], recipe: Recipe) -> Vectors:
-    """float32 [sequences, dimensions], each computed alone with an explicit attention mask."""
+def embed(model: Any, sequences: list[Tokens], config: EmbeddingConfig) -> Vectors:
+    """Return float32 [sequences, dimensions]. Each sequence is a forward of its own with an explicit attention mask."""
     rows = []
     for ids in sequences:
         tokens = torch.from_numpy(ids.astype(np.int64))[None]
         hidden = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state[0].float()
-        vector = pool(hidden, recipe.pooling)
-        rows.append(torch.nn.functional.normalize(vector, dim=0) if recipe.normalize else vector)
+        vector = pool(hidden, config.pooling)
+        rows.append(torch.nn.functional.normalize(vector, dim=0) if config.normalize else vector)
     return torch.stack(rows).numpy()

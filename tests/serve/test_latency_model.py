@@ -1,4 +1,4 @@
-"""The fit of time against tokens."""
+"""The fit of the batch latency model."""
 
 from __future__ import annotations
 
@@ -12,61 +12,61 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferctl.errors import UsageError
-from inferctl.serve.pace import Capacity, Pace
+from inferctl.serve.latency_model import Capacity, LatencyModel
 
 
 @given(st.floats(0.001, 0.1), st.floats(1e3, 1e6), st.integers(0, 1000))
-def test_fixed_time_and_rate_are_found_again(fixed: float, rate: float, seed: int) -> None:
-    pace, chance = Pace(), random.Random(seed)
+def test_the_fit_recovers_fixed_time_and_rate(fixed: float, rate: float, seed: int) -> None:
+    model, chance = LatencyModel(), random.Random(seed)
     for _ in range(300):
         tokens = chance.randint(1, 4096)
-        pace.observe(tokens, fixed + tokens / rate)
+        model.observe(tokens, fixed + tokens / rate)
     for tokens in (64, 2048):
-        assert pace.seconds(tokens) == pytest.approx(fixed + tokens / rate, rel=0.02)
+        assert model.seconds(tokens) == pytest.approx(fixed + tokens / rate, rel=0.02)
 
 
 @given(st.lists(st.tuples(st.integers(1, 5000), st.floats(1e-5, 100)), min_size=1, max_size=60))
-def test_no_observations_make_it_negative_or_falling(seen: list[tuple[int, float]]) -> None:
-    pace = Pace()
+def test_the_fit_is_never_negative_or_falling(seen: list[tuple[int, float]]) -> None:
+    model = LatencyModel()
     for tokens, seconds in seen:
-        pace.observe(tokens, seconds)
-        assert pace.fixed >= 0
-        assert pace.per_token > 0
-        assert pace.seconds(100) <= pace.seconds(200)
+        model.observe(tokens, seconds)
+        assert model.fixed >= 0
+        assert model.per_token > 0
+        assert model.seconds(100) <= model.seconds(200)
 
 
-def test_one_stall_teaches_little_and_a_new_pace_is_learnt() -> None:
-    pace = Pace()
+def test_one_stall_changes_little_and_a_lasting_change_is_followed() -> None:
+    model = LatencyModel()
     for tokens in [100, 1000, 2000] * 20:
-        pace.observe(tokens, 0.01 + tokens / 10_000)
-    before = pace.seconds(1000)
-    pace.observe(1000, 60.0)
-    assert pace.seconds(1000) < 1.3 * before
+        model.observe(tokens, 0.01 + tokens / 10_000)
+    before = model.seconds(1000)
+    model.observe(1000, 60.0)
+    assert model.seconds(1000) < 1.3 * before
     for tokens in [100, 1000, 2000] * 40:
-        pace.observe(tokens, 0.01 + tokens / 2_000)
-    assert pace.seconds(1000) == pytest.approx(0.51, rel=0.1)
+        model.observe(tokens, 0.01 + tokens / 2_000)
+    assert model.seconds(1000) == pytest.approx(0.51, rel=0.1)
 
 
 def test_batches_of_one_size_are_enough_to_predict_that_size() -> None:
-    pace = Pace()
+    model = LatencyModel()
     for _ in range(10):
-        pace.observe(500, 0.25)
-    assert pace.seconds(500) == pytest.approx(0.25)
-    assert not Pace().known
-    assert Pace().seconds(500) == 0
+        model.observe(500, 0.25)
+    assert model.seconds(500) == pytest.approx(0.25)
+    assert not LatencyModel().known
+    assert LatencyModel().seconds(500) == 0
 
 
-def test_a_measured_capacity_is_the_start_and_gives_way_to_what_is_seen(tmp_path: Path) -> None:
+def test_a_measured_capacity_is_the_start_value(tmp_path: Path) -> None:
     file = tmp_path / "capacity.json"
     file.write_text('{"fixed_s": 0.01, "tokens_per_s": 1000, "slo_p99_ms": 250, "note": "ignored"}')
     capacity = Capacity.read(file)
     assert capacity.slo_p99_ms == 250
-    pace = Pace(capacity)
-    assert pace.seconds(1000) == pytest.approx(1.01)
-    assert pace.seconds(1000, batch_tokens=100) == pytest.approx(1.1)
+    model = LatencyModel(capacity)
+    assert model.seconds(1000) == pytest.approx(1.01)
+    assert model.seconds(1000, batch_tokens=100) == pytest.approx(1.1)
     for tokens in [100, 1000] * 200:
-        pace.observe(tokens, tokens / 2000)
-    assert pace.seconds(1000) == pytest.approx(0.5, rel=0.05)
+        model.observe(tokens, tokens / 2000)
+    assert model.seconds(1000) == pytest.approx(0.5, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_measured_capacity_is_the_start_and_gives_way_to_what_is_seen(tmp_path
         ("max_batch_tokens", True),
     ],
 )
-def test_a_value_that_makes_no_sense_is_named(key: str, value: object, tmp_path: Path) -> None:
+def test_an_invalid_value_is_named(key: str, value: object, tmp_path: Path) -> None:
     file = tmp_path / "capacity.json"
     file.write_text(json.dumps({"fixed_s": 0, "tokens_per_s": 15_000, "slo_p99_ms": None}))
     assert Capacity.read(file) == Capacity(0, 15_000)
@@ -99,7 +99,7 @@ def test_a_value_that_makes_no_sense_is_named(key: str, value: object, tmp_path:
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"fixed_s": 0.1, "tokens_per_s": 0}', '{"fixed_s": "a", "tokens_per_s": 9}']
 )
-def test_a_file_that_says_no_capacity_is_a_clear_error(tmp_path: Path, text: str) -> None:
+def test_a_file_without_a_capacity_is_an_error(tmp_path: Path, text: str) -> None:
     file = tmp_path / "capacity.json"
     file.write_text(text)
     with pytest.raises(UsageError, match=r"capacity\.json") as raised:

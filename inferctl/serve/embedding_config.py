@@ -1,7 +1,8 @@
-"""How a model folder says its embeddings are made: pooling, normalisation, prompt, longest input. Read without torch.
+"""The embedding configuration of a model folder: pooling, normalization, prompt, longest input. Read without torch.
 
-Source of the formats: the files that sentence-transformers writes (`modules.json`, `1_Pooling/config.json`, `sentence_bert_config.json`,
-`config_sentence_transformers.json`) and transformers' `config.json` and `tokenizer_config.json`.
+The formats are those of the files that sentence-transformers writes (`modules.json`, `1_Pooling/config.json`,
+`sentence_bert_config.json`, `config_sentence_transformers.json`) and of transformers' `config.json` and
+`tokenizer_config.json`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Pooling = Literal["mean", "cls", "last"]
 
 _POOLING_FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
 _POOLING_NAMES = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
-# Positions that RoBERTa-like models lose to the padding index.
+# RoBERTa-like models number positions from the padding index + 1, which reduces the usable positions.
 _OFFSET_TYPES = frozenset(
     {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "roberta-prelayernorm", "data2vec-text"}
 )
@@ -25,10 +26,12 @@ _NO_LIMIT = 1_000_000
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """`max_tokens` counts special tokens too; `assumed` is True when the folder does not say how to pool, so mean pooling is taken.
+class EmbeddingConfig:
+    """How a model turns token vectors into an embedding.
 
-    `matryoshka`: dimensions that the vectors may be cut to; empty for a model that was not trained for it, None when any will do.
+    `max_tokens` includes special tokens. `assumed`: the folder does not name a pooling, so mean pooling is used.
+    `matryoshka`: the dimensions that vectors can be truncated to, empty if the model was not trained for truncation,
+    None if any number is allowed.
     """
 
     pooling: Pooling
@@ -40,8 +43,8 @@ class Recipe:
     matryoshka: tuple[int, ...] | None = ()
 
 
-def read(folder: Path, max_input_tokens: int | None = None) -> Recipe:
-    """The recipe of a model folder. Raises `UsageError` for a module or a pooling that this server does not know."""
+def read(folder: Path, max_input_tokens: int | None = None) -> EmbeddingConfig:
+    """Return the configuration of a model folder. Raises `UsageError` for an unsupported module or pooling."""
     config = _json(folder / "config.json")
     modules = _json_list(folder / "modules.json")
     pooling, normalize, assumed = _pooling(folder, modules)
@@ -50,7 +53,7 @@ def read(folder: Path, max_input_tokens: int | None = None) -> Recipe:
     longest = _longest(folder, config, bert)
     settings = _json(folder / "config_sentence_transformers.json")
     prompt = (settings.get("prompts") or {}).get(settings.get("default_prompt_name") or "", "") or ""
-    return Recipe(
+    return EmbeddingConfig(
         pooling=pooling,
         normalize=normalize,
         max_tokens=min(longest, max_input_tokens or longest),
@@ -71,25 +74,25 @@ def _pooling(folder: Path, modules: list[dict[str, Any]]) -> tuple[Pooling, bool
     unknown = [_kind(m) for m in modules if _kind(m) not in {"Transformer", "Pooling", "Normalize"}]
     if unknown:
         raise UsageError(
-            f"{folder} has a {unknown[0]} module, which this server does not run",
-            "models made of Transformer, Pooling and Normalize modules work",
+            f"{folder} has a {unknown[0]} module, which is not supported",
+            "use a model with only Transformer, Pooling and Normalize modules",
         )
     module = next((m for m in modules if _kind(m) == "Pooling"), None)
     normalize = any(_kind(m) == "Normalize" for m in modules)
     if module is None:
         return "mean", normalize, True
     config = _json(folder / str(module.get("path", "")) / "config.json")
-    named = config.get("pooling_mode")
+    mode_name = config.get("pooling_mode")
     chosen = (
-        [str(named)]
-        if isinstance(named, str)
+        [str(mode_name)]
+        if isinstance(mode_name, str)
         else [k for k, v in config.items() if k.startswith("pooling_mode_") and v]
     )
     known = {**_POOLING_FLAGS, **_POOLING_NAMES}
     if len(chosen) != 1 or chosen[0] not in known:
         raise UsageError(
-            f"{folder} pools by {' + '.join(chosen) or 'nothing'}, which this server does not run",
-            "mean, cls and last-token pooling work",
+            f"pooling {' + '.join(chosen) or 'none'} of {folder} is not supported",
+            "use a model with mean, cls or last-token pooling",
         )
     mode: Any = known[chosen[0]]
     return mode, normalize, False
@@ -129,5 +132,5 @@ def _load(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
-            f"{path} cannot be read: {error}", "the download may be incomplete: fetch the model again"
+            f"{path} cannot be read: {error}", "the download may be incomplete; download the model again"
         ) from None

@@ -1,7 +1,7 @@
-"""The engine protocol: what the API process asks of an engine, and what it gets back. No HTTP, no torch.
+"""The interface between the API process and an engine. It needs no HTTP and no torch.
 
-An engine lives in its own process (`worker.py`) and has three verbs: `load`, `run`, `close`. Everything that crosses the process border is
-one of the dataclasses here; token ids and vectors travel as raw arrays.
+An engine runs in its own process (`worker.py`) and has three methods: `load`, `run`, `close`. All data that crosses the
+process border is one of the dataclasses here. Token ids and vectors are sent as raw arrays.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ Vectors: TypeAlias = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What an engine is told when it starts. `model` is a folder; `max_input_tokens` and `max_batch_tokens` count tokens.
+    """The configuration of an engine. `model` is a folder; `max_input_tokens` and `max_batch_tokens` count tokens.
 
-    `known`: the `EngineInfo` (as JSON) that an engine with the same configuration found on this device before: it is not found again.
+    `previous_info`: the `EngineInfo` (as JSON) of an earlier engine with the same configuration. If the device is the
+    same, the engine uses it instead of running the start-up checks again.
     """
 
     engine: Literal["encoder", "echo"] = "encoder"
@@ -31,12 +32,12 @@ class EngineConfig:
     max_batch_tokens: int = 16384
     echo_dimensions: int = 8
     log: str = "text"
-    known: dict[str, Any] | None = None
+    previous_info: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class PrecisionInfo:
-    """The number format that really runs. `method` names the library path, as in `torch` or `bitsandbytes LLM.int8`.
+    """The number format that an engine uses. `method` names the library path: `torch` or `bitsandbytes LLM.int8`.
 
     `tf32`: whether the device computes fp32 matrix products in TF32.
     """
@@ -51,9 +52,10 @@ class PrecisionInfo:
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """Where the forward pass runs. `memory_bytes` is the whole device's (CPU: the machine's); `hardware` is a key of the catalog.
+    """The device of the forward pass.
 
-    `count`: devices like this that `auto` may use, each by an engine of its own.
+    `memory_bytes`: the memory of the whole device (CPU: of the machine). `hardware`: a key of the catalog. `count`: how
+    many equal devices `auto` can use, each with its own engine.
     """
 
     kind: Literal["cuda", "cpu"]
@@ -67,11 +69,12 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine says about itself once it is loaded, warm and checked.
+    """The properties of an engine that is loaded, warmed up and checked.
 
-    `batch_tokens` is the largest batch worth sending (tokens), `parallel` how many batches run at a time; `cosine_*` compare with a plain padded fp32 forward of the same weights
-    and are None when that comparison was not made (`check` says why). `cosine_limit` is the lowest `cosine_min` that is
-    expected of this precision. `warnings`: what the user should know about this start.
+    `batch_tokens`: the largest useful batch (tokens). `parallel`: how many batches run at a time.
+    `cosine_min`, `cosine_mean`: similarity to a plain padded fp32 forward of the same weights, None without that
+    comparison (`check` gives the reason). `cosine_limit`: the lowest expected `cosine_min` of this precision.
+    `warnings`: problems of this start, for the user.
     """
 
     dimensions: int
@@ -96,21 +99,22 @@ class EngineInfo:
         return self.cosine_min >= self.cosine_limit
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data, for the wire."""
+        """Return the fields as plain data."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> EngineInfo:
-        """The inverse of `to_json`."""
+        """Return the object that `to_json` converted."""
         nested = {"precision": PrecisionInfo(**data["precision"]), "device": DeviceInfo(**data["device"])}
         return cls(**{**data, **nested})
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences for one forward pass: `tokens` is their ids end to end, `lengths` (one per sequence, none zero) says where they end.
+    """The sequences of one forward pass.
 
-    `exact` asks for fp32, whatever the engine runs otherwise: its last answer to this was not finite.
+    `tokens`: their ids, concatenated. `lengths`: one per sequence, none zero. `exact` requests fp32, because the
+    engine's own precision gave NaN or infinity for this sequence.
     """
 
     id: int
@@ -121,7 +125,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """One row of `vectors` (float32, [sequences, dimensions]) per sequence; `ok[i]` is False where row i is not finite."""
+    """The vectors of a batch (float32, [sequences, dimensions]). `ok[i]` is False if row i has NaN or infinity."""
 
     id: int
     vectors: Vectors
@@ -130,7 +134,7 @@ class BatchResult:
 
 
 def finite_rows(vectors: Vectors) -> npt.NDArray[np.bool_]:
-    """Which rows hold finite numbers only."""
+    """Return for each row whether it has neither NaN nor infinity."""
     return np.asarray(np.isfinite(vectors).all(axis=1), dtype=np.bool_)
 
 
@@ -138,10 +142,13 @@ class Engine(Protocol):
     """Turns batches of token ids into vectors."""
 
     def load(self) -> EngineInfo:
-        """Load the weights, warm up, check against fp32. Raises `InferctlError` for what the user can mend."""
+        """Load the weights, warm up, compare with fp32. Raises `InferctlError` for what the user can fix."""
 
     def run(self, batch: Batch) -> BatchResult:
-        """One forward pass; at most `EngineInfo.parallel` at a time. An exception fails this batch only; the engine must stay usable."""
+        """Run one forward pass. At most `EngineInfo.parallel` calls run at a time.
+
+        An exception fails this batch only. The engine must stay usable.
+        """
 
     def close(self) -> None:
-        """Give back memory and devices."""
+        """Release memory and devices."""

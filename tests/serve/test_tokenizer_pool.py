@@ -1,4 +1,4 @@
-"""Texts to token ids: cut as the tokenizer alone would cut them, at a cost that does not grow with what is cut off."""
+"""Texts to token ids: truncated like the tokenizer does, in a time that does not grow with the truncated part."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from inferctl.serve import recipe, tokenise
+from inferctl.serve import embedding_config, tokenizer_pool
 from inferctl.serve.http import ApiError
-from inferctl.serve.tokenise import TokenizerPool, TooLongError
+from inferctl.serve.tokenizer_pool import TokenizerPool, TooLongError
 
 LIMIT = 16
 WORDS = st.sampled_from(
@@ -24,8 +24,8 @@ WORDS = st.sampled_from(
 
 @pytest.fixture(scope="module", params=["words", "whole texts"])
 def pool(minilm: Path, request: pytest.FixtureRequest) -> TokenizerPool:
-    """Both ways: a text's tokens out of those of its words, and as for a tokenizer that takes no words."""
-    pool = TokenizerPool(minilm, recipe.read(minilm, LIMIT))
+    """A pool with a word cache, and one without, as for a tokenizer that does not work word by word."""
+    pool = TokenizerPool(minilm, embedding_config.read(minilm, LIMIT))
     assert pool._words is not None
     if request.param != "words":
         pool._words = None
@@ -43,7 +43,7 @@ def whole(minilm: Path) -> Tokenizer:
 @given(st.lists(st.lists(WORDS, min_size=1, max_size=200).map(" ".join), min_size=1, max_size=4))
 @settings(max_examples=60)
 @example([" " * 5000 + "river", "x" * 5000 + " river", "北" * 5000, "river" + "\n" * 5000 + "river"])
-def test_long_texts_are_cut_as_the_tokenizer_alone_would(
+def test_long_texts_are_truncated_like_the_tokenizer_does(
     pool: TokenizerPool, whole: Tokenizer, texts: list[str]
 ) -> None:
     rows = pool.encode_now(texts, truncate=True)
@@ -57,9 +57,7 @@ def test_long_texts_are_cut_as_the_tokenizer_alone_would(
             assert pool.encode_now([text], truncate=False)[0].tolist() == encoding.ids
 
 
-def test_a_huge_text_is_tokenised_only_as_far_as_it_counts(
-    pool: TokenizerPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_start_of_a_huge_text_is_tokenized(pool: TokenizerPool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
     class Counting:
@@ -77,38 +75,38 @@ def test_a_huge_text_is_tokenised_only_as_far_as_it_counts(
     tokenizer = pool._tokenizer()
     monkeypatch.setattr(pool, "_tokenizer", lambda: Counting(tokenizer))
     assert len(pool.encode_now(["word " * 2_000_000], truncate=True)[0]) == LIMIT
-    assert sum(seen) <= tokenise._CHARACTERS_PER_TOKEN * LIMIT
+    assert sum(seen) <= tokenizer_pool._CHARACTERS_PER_TOKEN * LIMIT
 
 
-def test_the_index_of_a_text_that_is_too_long_is_right_past_the_first_call(pool: TokenizerPool) -> None:
+def test_the_index_of_a_long_text_is_right_after_the_first_batch(pool: TokenizerPool) -> None:
     texts = ["short"] * 150 + ["word " * 50]
-    with pytest.raises(TooLongError) as refused:
+    with pytest.raises(TooLongError) as rejected:
         pool.encode_now(texts, truncate=False)
-    assert refused.value.index == 150
+    assert rejected.value.index == 150
     assert len(pool.encode_now(texts, truncate=True)) == 151
 
 
-def test_a_text_without_any_token_is_refused(minilm: Path, tmp_path: Path) -> None:
+def test_a_text_without_any_token_is_rejected(minilm: Path, tmp_path: Path) -> None:
     bare = json.loads((minilm / "tokenizer.json").read_text())
     bare["post_processor"] = None
     (tmp_path / "tokenizer.json").write_text(json.dumps(bare))
-    pool = TokenizerPool(tmp_path, recipe.read(minilm))
-    with pytest.raises(ApiError) as refused:
+    pool = TokenizerPool(tmp_path, embedding_config.read(minilm))
+    with pytest.raises(ApiError) as rejected:
         pool.encode_now(["a text", " \u0000 "], truncate=True)
-    assert (refused.value.status, refused.value.code) == (400, "empty_input")
-    assert "input[1]" in refused.value.message
+    assert (rejected.value.status, rejected.value.code) == (400, "empty_input")
+    assert "input[1]" in rejected.value.message
 
 
 @pytest.mark.parametrize("character", ["x", " "])
-def test_a_huge_text_without_words_is_refused(pool: TokenizerPool, character: str) -> None:
-    with pytest.raises(ApiError) as refused:
+def test_a_huge_text_without_words_is_rejected(pool: TokenizerPool, character: str) -> None:
+    with pytest.raises(ApiError) as rejected:
         pool.encode_now(["a", character * 8_000_000], truncate=True)
-    assert (refused.value.status, refused.value.code) == (400, "text_too_long")
-    assert "input[1]" in refused.value.message
+    assert (rejected.value.status, rejected.value.code) == (400, "text_too_long")
+    assert "input[1]" in rejected.value.message
 
 
 def together(pool: TokenizerPool, *requests: list[str]) -> list[object]:
-    """What becomes of requests that arrive at once."""
+    """Return the results or errors of requests that arrive at the same time."""
 
     async def ask() -> list[object]:
         calls = (pool.encode(texts, truncate=False) for texts in requests)
@@ -124,23 +122,24 @@ def test_small_requests_that_arrive_together_get_their_own_tokens_and_errors(poo
     assert isinstance(found[7], TooLongError)
     for texts, rows in zip(requests, found, strict=True):
         if rows is not found[7]:
-            assert [row.tolist() for row in rows] == [r.tolist() for r in pool.encode_now(texts, truncate=True)]  # type: ignore[attr-defined]
+            expected = [row.tolist() for row in pool.encode_now(texts, truncate=True)]
+            assert [row.tolist() for row in rows] == expected  # type: ignore[attr-defined]
 
 
-def test_a_request_of_as_many_texts_as_go_together_leaves_nobody_behind(pool: TokenizerPool) -> None:
-    many, one, last = together(pool, ["text"] * tokenise._TOGETHER, ["one"], ["another"])
-    assert (len(many), len(one), len(last)) == (tokenise._TOGETHER, 1, 1)  # type: ignore[arg-type]
+def test_requests_complete_next_to_a_request_with_a_full_batch_of_texts(pool: TokenizerPool) -> None:
+    many, one, last = together(pool, ["text"] * tokenizer_pool._BATCH_TEXTS, ["one"], ["another"])
+    assert (len(many), len(one), len(last)) == (tokenizer_pool._BATCH_TEXTS, 1, 1)  # type: ignore[arg-type]
 
 
-def test_few_new_words_wait_for_no_thread_and_others_take_one(minilm: Path) -> None:
-    pool = TokenizerPool(minilm, recipe.read(minilm))
+def test_texts_with_few_new_words_do_not_wait_for_a_thread(minilm: Path) -> None:
+    pool = TokenizerPool(minilm, embedding_config.read(minilm))
     released = threading.Event()
-    pool._for_small.submit(released.wait)
+    pool._small_executor.submit(released.wait)
 
     async def ask() -> tuple[bool, bool]:
         cheap = [asyncio.ensure_future(pool.encode([f"The river runs {i} {i}."], truncate=True)) for i in range(4)]
         costly = [asyncio.ensure_future(pool.encode(["北" * 200 + str(i)], truncate=True)) for i in range(2)]
-        costly.append(asyncio.ensure_future(pool.encode(["a"] * (tokenise._TOGETHER + 1), truncate=True)))
+        costly.append(asyncio.ensure_future(pool.encode(["a"] * (tokenizer_pool._BATCH_TEXTS + 1), truncate=True)))
         try:
             await asyncio.wait_for(asyncio.gather(*cheap), 30)
             await asyncio.sleep(0.2)
@@ -156,15 +155,15 @@ def test_few_new_words_wait_for_no_thread_and_others_take_one(minilm: Path) -> N
 
 
 @pytest.mark.parametrize("words", [3, 300])
-def test_a_text_is_tokenised_alike_before_and_after_its_words_are_known(
+def test_a_text_has_equal_tokens_before_and_after_its_words_are_cached(
     minilm: Path, whole: Tokenizer, words: int
 ) -> None:
-    pool = TokenizerPool(minilm, recipe.read(minilm, LIMIT))
+    pool = TokenizerPool(minilm, embedding_config.read(minilm, LIMIT))
     text = " ".join(f"Word{i}," for i in range(words))
-    for _ in range(2 * tokenise._LEARNT):
+    for _ in range(2 * tokenizer_pool._CACHED_SHARE):
         assert pool.encode_now([text, text], truncate=True)[1].tolist() == whole.encode(text).ids
     assert pool._words is not None
-    assert pool._words.unknown([tokenise._head(text, pool._longest)]) == []
+    assert pool._words.unknown([tokenizer_pool._head(text, pool._longest)]) == []
 
 
 def test_small_requests_do_not_wait_for_large_ones(pool: TokenizerPool) -> None:
@@ -174,24 +173,24 @@ def test_small_requests_do_not_wait_for_large_ones(pool: TokenizerPool) -> None:
         await asyncio.wait_for(asyncio.gather(*(pool.encode([f"text {i}"], truncate=True) for i in range(4))), 30)
 
     for _ in range(pool._threads):
-        pool._for_large.submit(released.wait)
+        pool._large_executor.submit(released.wait)
     try:
         asyncio.run(ask())
     finally:
         released.set()
 
 
-class PanicException(BaseException):  # as the library's Rust side names it
-    """What a panic looks like from here."""
+class PanicException(BaseException):  # the name that the Rust library uses
+    """A panic of the library."""
 
 
 @pytest.mark.parametrize("method", ["encode", "encode_batch_fast"])
 @pytest.mark.parametrize("size", [1, 300])
 @pytest.mark.parametrize("words", [True, False])
-def test_a_panic_is_an_error_of_its_own_request(
+def test_a_panic_fails_only_its_request(
     minilm: Path, monkeypatch: pytest.MonkeyPatch, method: str, size: int, words: bool
 ) -> None:
-    pool = TokenizerPool(minilm, recipe.read(minilm, LIMIT))
+    pool = TokenizerPool(minilm, embedding_config.read(minilm, LIMIT))
     if not words:
         pool._words = None
 
@@ -209,7 +208,7 @@ def test_a_panic_is_an_error_of_its_own_request(
 
             return panic
 
-    inner, blank = pool._tokenizer(), " " * (tokenise._CHARACTERS_PER_TOKEN * LIMIT)
+    inner, blank = pool._tokenizer(), " " * (tokenizer_pool._CHARACTERS_PER_TOKEN * LIMIT)
     monkeypatch.setattr(pool, "_tokenizer", lambda: Panicking(inner))
     requests = [["a text"], [f"panic {blank} panic"] * size, ["another"]]
     for requested, found in zip(requests, together(pool, *requests), strict=True):
@@ -217,19 +216,19 @@ def test_a_panic_is_an_error_of_its_own_request(
 
 
 @pytest.mark.parametrize("requests", [[["z"]], [["ab"], ["z"], ["ba"]]])
-def test_a_text_that_the_tokenizer_raises_on_is_the_matter_of_its_own_request(
+def test_an_error_of_the_tokenizer_fails_only_its_request(
     minilm: Path, tmp_path: Path, requests: list[list[str]]
 ) -> None:
     model = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [], "unk_token": "nothing", "fuse_unk": False}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
-    pool = TokenizerPool(tmp_path, recipe.read(minilm))
+    pool = TokenizerPool(tmp_path, embedding_config.read(minilm))
     for texts, found in zip(requests, together(pool, *requests), strict=True):
         assert isinstance(found, Exception) == (texts == ["z"]), found
 
 
-def test_a_request_that_is_cancelled_while_it_waits_leaves_the_others_alone(pool: TokenizerPool) -> None:
+def test_a_cancelled_request_does_not_affect_others(pool: TokenizerPool) -> None:
     async def ask() -> object:
-        # An endless word, which is never known: it waits for a thread.
+        # A very long word, which is never cached, so it waits for a thread.
         tasks = [asyncio.ensure_future(pool.encode(["x" * 200 + str(i)], truncate=True)) for i in range(3)]
         await asyncio.sleep(0)
         tasks[1].cancel()

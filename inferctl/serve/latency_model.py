@@ -1,4 +1,4 @@
-"""How long batches take: `seconds = fixed + tokens / rate`, learnt from each batch that finishes. Knows no clock: times are arguments."""
+"""The batch latency model: `seconds = fixed + tokens / rate`, fitted to each completed batch. It has no clock."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 
 from inferctl.errors import UsageError
 
-# What one more batch leaves of the weight of those before it: about the last thirty count.
-_KEEP = 0.97
-# A batch that took this many times longer or shorter than expected counts as if it had been at that border: one stall teaches little,
-# a new pace is still learnt within a few batches.
-_FAR = 3.0
+# Each new batch multiplies the weight of earlier ones by this, so that about the last 30 batches count.
+_DECAY = 0.97
+# A batch that took more than this many times longer or shorter than predicted counts as if it had taken exactly that.
+# One stall then changes little, and the model still follows a lasting change within a few batches.
+_MAX_RATIO = 3.0
 _SEED_WEIGHT = 20.0
 _SEED_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a measurement found: seconds a batch costs whatever is in it, tokens a second beyond that, and the latency it held.
+    """A measured batch latency: fixed seconds per batch, then tokens per second; and the p99 SLO that was met.
 
-    `parallel_batches` and `max_batch_tokens` are how it was measured; the server has its own.
+    `parallel_batches` and `max_batch_tokens` describe the measured server. The server that reads them has its own.
     """
 
     fixed_s: float
@@ -34,14 +34,18 @@ class Capacity:
 
     @classmethod
     def read(cls, file: Path) -> Capacity:
-        """A JSON object with `fixed_s`, `tokens_per_s` and, if it likes, the others; more is ignored. Raises `UsageError`."""
-        hint = '--capacity takes what `inferctl capacity` writes, or JSON like {"fixed_s": 0.004, "tokens_per_s": 15000, "slo_p99_ms": 200}'
+        """Read a JSON object with `fixed_s`, `tokens_per_s` and optionally the other fields. Raises `UsageError`.
+
+        Other keys are ignored.
+        """
+        example = '{"fixed_s": 0.004, "tokens_per_s": 15000, "slo_p99_ms": 200}'
+        hint = f"`--capacity` accepts the output of `inferctl capacity`, or JSON such as {example}"
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{file} cannot be read: {error}", hint) from None
         if not isinstance(data, dict):
-            raise UsageError(f"{file} holds no JSON object", hint)
+            raise UsageError(f"{file} is not a JSON object", hint)
         slo = data.get("slo_p99_ms")
         return cls(
             _number(file, hint, "fixed_s", data.get("fixed_s"), zero=True),
@@ -53,21 +57,21 @@ class Capacity:
 
 
 def _number(file: Path, hint: str, name: str, value: Any, *, zero: bool = False) -> float:
-    right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not right or value < 0 or (value == 0 and not zero):
-        least = "no less than zero" if zero else "above zero"
-        raise UsageError(f"{file}: {name} must be a number {least}, got {value!r}", hint)
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not valid or value < 0 or (value == 0 and not zero):
+        minimum = "of at least 0" if zero else "above 0"
+        raise UsageError(f"{file}: `{name}` must be a number {minimum}, got {value!r}", hint)
     return float(value)
 
 
 def _whole(file: Path, hint: str, name: str, value: Any) -> int | None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise UsageError(f"{file}: {name} must be a whole number above zero, got {value!r}", hint)
+        raise UsageError(f"{file}: `{name}` must be a whole number above 0, got {value!r}", hint)
     return value
 
 
-class Pace:
-    """Least squares over (tokens, seconds) with forgetting. Equal observations give equal answers."""
+class LatencyModel:
+    """A least-squares fit over (tokens, seconds) in which older batches count less. Equal input gives equal output."""
 
     def __init__(self, capacity: Capacity | None = None) -> None:
         self.fixed, self.per_token = 0.0, 0.0
@@ -79,22 +83,25 @@ class Pace:
 
     @property
     def known(self) -> bool:
-        """Whether anything was seen or given."""
+        """Whether the model has any data."""
         return self._weight > 0
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """Learn from a finished batch."""
+        """Update the model with a completed batch."""
         if seconds <= 0:
             return
         if self.known and (expected := self.seconds(tokens)) > 0:
-            seconds = min(max(seconds, expected / _FAR), expected * _FAR)
+            seconds = min(max(seconds, expected / _MAX_RATIO), expected * _MAX_RATIO)
         for name in ("_weight", "_t", "_s", "_tt", "_ts"):
-            setattr(self, name, getattr(self, name) * _KEEP)
+            setattr(self, name, getattr(self, name) * _DECAY)
         self._add(tokens, seconds, 1.0)
         self._fit()
 
     def seconds(self, tokens: int, batch_tokens: int | None = None) -> float:
-        """What `tokens` take, in batches of `batch_tokens` (one batch when None); 0 for no tokens, and before anything is known."""
+        """Return the predicted seconds of `tokens`, in batches of `batch_tokens` (one batch if None).
+
+        The prediction is 0 for no tokens and while the model has no data.
+        """
         batches = math.ceil(tokens / batch_tokens) if batch_tokens else min(tokens, 1)
         return batches * self.fixed + tokens * self.per_token
 
@@ -112,5 +119,5 @@ class Pace:
             self.fixed = (self._s - self.per_token * self._t) / self._weight
             if self.per_token > 0 and self.fixed >= 0:
                 return
-        # Batches of about one size, or noise, say nothing of the fixed part.
+        # Batches of about one size, or noisy times, do not determine the fixed part.
         self.fixed, self.per_token = 0.0, self._s / self._t
