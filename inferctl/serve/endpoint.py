@@ -70,7 +70,7 @@ class EmbeddingsEndpoint:
         state, call, counted, unanswered = self._state, RequestContext(scope), False, False
         exchange = protocol.exchange(scope)
         started = time.monotonic()
-        close, more = False, b""
+        close, extra_head = False, b""
         try:
             self._admit(call)
             state.in_flight.add_request()
@@ -80,7 +80,7 @@ class EmbeddingsEndpoint:
             state.in_flight.unanswered += 1
             unanswered = True
             status, body = 200, await self._embeddings(raw, exchange, call)
-            more = _TIMING_HEADERS % (*[1000 * seconds for seconds in call.phases], call.tokens)
+            extra_head = _TIMING_HEADERS % (*[1000 * seconds for seconds in call.phases], call.tokens)
         except _ClientDisconnectedError:
             state.metrics.cancelled.inc()
             state.in_flight.unanswered -= unanswered
@@ -88,7 +88,7 @@ class EmbeddingsEndpoint:
         except ApiError as error:
             status, body = error.status, error.body()
             close = error.close
-            more = b"".join([f"{key}: {value}\r\n".encode() for key, value in error.headers.items()])
+            extra_head = b"".join([f"{key}: {value}\r\n".encode() for key, value in error.headers.items()])
             if status == 429 or error.code == "not_ready":
                 state.metrics.rejected.labels(error.code).inc()
         except Exception:  # a bug of the server must not leave a request without a response
@@ -99,7 +99,7 @@ class EmbeddingsEndpoint:
             if counted:
                 state.in_flight.release(call.body_bytes)
         await exchange.writable()
-        exchange.respond(status, _HEAD % (call.id, more, len(body)), body, close=close)
+        exchange.respond(status, _HEAD % (call.id, extra_head, len(body)), body, close=close)
         state.in_flight.unanswered -= unanswered
         self._record(scope, call, status, time.monotonic() - started)
 

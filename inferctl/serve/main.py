@@ -41,12 +41,12 @@ FORWARDED = (
 )
 
 
-def arguments(given: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the options in `given` (name -> value) that are in `FORWARDED`, as a command line."""
+def arguments(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the options in `values` (name -> value) that are in `FORWARDED`, as a command line."""
     command_line: list[str] = []
     for name in FORWARDED:
-        if name in given:
-            value = given[name]
+        if name in values:
+            value = values[name]
             # Not `value in (True, False)`: the value of `--engines 1` equals True.
             is_flag = isinstance(value, bool)
             command_line += [_option(name if value else f"no_{name}")] if is_flag else [_option(name), str(value)]
@@ -75,18 +75,18 @@ def parser() -> argparse.ArgumentParser:
 
 def main(command_line: list[str]) -> int:
     """Serve until a signal arrives, and return the exit code."""
-    given = vars(parser().parse_args(command_line))
+    values = vars(parser().parse_args(command_line))
     from inferctl import settings
 
-    file = given.pop("spec", None) or os.environ.get("INFERCTL_SPEC")
-    flags = {path: given.pop(name, None) for name, path in SETTINGS.items()}
+    file = values.pop("spec", None) or os.environ.get("INFERCTL_SPEC")
+    flags = {path: values.pop(name, None) for name, path in SETTINGS.items()}
     resolved = settings.resolve(settings.read(Path(file)) if file else None, os.environ, flags)
     for warning in resolved.warnings:
         _print(f"warning: {warning}")
     from inferctl.serve import server, tracing
 
-    image = reference(given.pop("image_reference", None))
-    options = server.ServerOptions(**given, image=image, traces=tracing.enabled(os.environ))
+    image = reference(values.pop("image_reference", None))
+    options = server.ServerOptions(**values, image=image, traces=tracing.enabled(os.environ))
     return server.run(resolved.spec, options, _print)
 
 

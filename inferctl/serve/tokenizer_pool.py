@@ -102,7 +102,7 @@ class TokenizerPool:
         self.vocabulary_size = self._tokenizer().get_vocab_size(with_added_tokens=True)
 
     def warm(self) -> None:
-        """Start to load each thread's tokenizer, so that no request waits for it and memory use is final."""
+        """Start to load each thread's tokenizer, so that no request waits for it and memory use does not grow later."""
         barrier = threading.Barrier(self._threads)
         for _ in range(self._threads):
             self._large_executor.submit(lambda: (self._tokenizer(), barrier.wait(_WARM_UP_TIMEOUT_S)))
