@@ -49,10 +49,10 @@ class QueueLimits:
 
 
 class QueuedSequence(NamedTuple):
-    """A sequence in the queue: its request, its index in the request, its length in tokens, its arrival time (s)."""
+    """A sequence in the queue: its request, its position in the request, its length in tokens, its arrival time (s)."""
 
     request: int
-    index: int
+    position: int
     tokens: int
     arrived: float
     bulk: bool = False

@@ -200,7 +200,7 @@ class Dispatcher:
                 self._metrics.fp32_retries.inc()
                 self._retries.append(BatchAttempt([item], exact=True))
             else:
-                self._store(request, item.index, result.vectors[row], bool(result.ok[row]), now)
+                self._store(request, item.position, result.vectors[row], bool(result.ok[row]), now)
         self.dispatch()
 
     def batch_failed(self, engine: EngineQueue, attempt: BatchAttempt, message: str, out_of_memory: bool) -> None:
@@ -210,8 +210,8 @@ class Dispatcher:
             log.error("the engine fails on a health-check batch: %s; replacing the engine", message)
             suspect = attempt.probe_for[0]
             if engine.batches_run == 2:  # the suspect was the first batch of this engine
-                error = EngineUnavailableError(f"engines fail after running this request: {message}")
-                self._fail(suspect.sequences[0].request, error)
+                reason = f"engines fail after running this request: {message}"
+                self._fail(suspect.sequences[0].request, EngineUnavailableError(reason))
             else:
                 self._retries.appendleft(suspect)
             engine.replace()
@@ -260,7 +260,7 @@ class Dispatcher:
         self.dispatch()
 
     def _send(self, engine: EngineQueue, attempt: BatchAttempt) -> None:
-        parts = [self._requests[item.request].sequences[item.index] for item in attempt.sequences]
+        parts = [self._requests[item.request].sequences[item.position] for item in attempt.sequences]
         parts = parts or [_HEALTH_CHECK_TOKENS]
         lengths = np.array([len(part) for part in parts], dtype=np.int32)
         engine.send(Batch(next(self._ids), np.concatenate(parts), lengths, attempt.exact), attempt)

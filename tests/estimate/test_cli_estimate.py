@@ -181,7 +181,7 @@ def test_a_capacity_file_has_parallel_batches_and_a_batch_limit(
 def test_an_invalid_capacity_file_is_an_error(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "capacity.json").write_text('{"fixed_s": 0.004, "tokens_per_s": 15000, "parallel_batches": 0}')
     assert cli.run(["estimate", "--config", config, "--capacity", "capacity.json", "--length", "100"]) == 2
-    assert "parallel_batches must be a whole number above zero" in capsys.readouterr().err
+    assert "`parallel_batches` must be a whole number above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def drain(queue: Batcher, now: float = 0.0) -> list[list[QueuedSequence]]:
 @given(REQUESTS, st.integers(1, 100), st.integers(1, 30), st.floats(0, 10))
 def test_every_sequence_comes_out_exactly_once(requests: Requests, batch_tokens: int, window: int, now: float) -> None:
     queue = filled(batcher(batch_tokens, window=window), requests)
-    out = sorted((item.request, item.index, item.tokens) for batch in drain(queue, now) for item in batch)
+    out = sorted((item.request, item.position, item.tokens) for batch in drain(queue, now) for item in batch)
     assert out == [(r, i, n) for r, (_, lengths) in enumerate(requests) for i, n in enumerate(lengths)]
     assert queue.waiting_tokens == 0
     assert len(queue) == 0
@@ -55,8 +55,8 @@ def test_the_oldest_sequence_of_the_highest_priority_is_in_the_next_batch(
     queue = filled(batcher(limit, window=window), requests)
     waiting = sorted((bulk, r, i) for r, (bulk, lengths) in enumerate(requests) for i in range(len(lengths)))
     while batch := queue.next_batch(0.0):
-        assert (batch[0].bulk, batch[0].request, batch[0].index) == waiting[0]
-        taken = {(item.bulk, item.request, item.index) for item in batch}
+        assert (batch[0].bulk, batch[0].request, batch[0].position) == waiting[0]
+        taken = {(item.bulk, item.request, item.position) for item in batch}
         waiting = [w for w in waiting if w not in taken]
 
 
@@ -96,11 +96,11 @@ def test_cancelled_requests_do_not_run_and_others_are_unaffected(requests: Reque
     cancelled = data.draw(st.sets(st.integers(0, max(0, len(requests) - 1))))
     for number in cancelled:
         queue.cancel(number)
-    ran = {(item.request, item.index) for item in before}
+    ran = {(item.request, item.position) for item in before}
     expected = {(r, i) for r, (_, ns) in enumerate(requests) if r not in cancelled for i in range(len(ns))} - ran
     assert queue.waiting_tokens == sum(requests[r][1][i] for r, i in expected)
     assert len(queue) == len(expected)
-    assert sorted((item.request, item.index) for batch in drain(queue) for item in batch) == sorted(expected)
+    assert sorted((item.request, item.position) for batch in drain(queue) for item in batch) == sorted(expected)
 
 
 def test_a_queue_of_cancelled_requests_stays_small() -> None:

@@ -92,7 +92,7 @@ def test_an_invalid_value_is_named(key: str, value: object, tmp_path: Path) -> N
     file.write_text(json.dumps({"fixed_s": 0, "tokens_per_s": 15_000, "slo_p99_ms": None}))
     assert Capacity.read(file) == Capacity(0, 15_000)
     file.write_text(json.dumps({"fixed_s": 0.004, "tokens_per_s": 15_000, key: value}))
-    with pytest.raises(UsageError, match=f"{key} must be a"):
+    with pytest.raises(UsageError, match=f"`{key}` must be a"):
         Capacity.read(file)
 
 
