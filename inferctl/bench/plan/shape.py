@@ -1,4 +1,4 @@
-"""The load of a plan: a closed or open loop, in stages, with a spike, or replayed from a trace."""
+"""The load of a plan: a closed or an open loop, optionally in stages, with a spike, or replayed from a trace."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from inferctl.bench.plan import traces
 
-# As in `rate: 60%`.
-_SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
-# A run at a share of the capacity lasts long enough for a p99, and no longer than this unless the plan says so.
+# Matches `60%`, as in `rate: 60%`.
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+# A run at a rate in percent of the capacity lasts until it has enough responses for a p99, or this many seconds.
+# A longer `duration_s` in the plan takes precedence. A p99 needs 368 responses; the margin is 15%.
 _RESPONSES, _LONGEST_S = 1.15 * 368, 60.0
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=40)]
+# Keys of a section as YAML or a command line has them, before validation.
+Keys = dict[str, object]
 
 
 class Section(BaseModel):
-    """A mapping of a plan: unknown keys are mistakes."""
+    """A mapping in a plan. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Stage(Section):
-    """A stretch of a load with a rate (open loop, requests/s) or a number of users (closed loop) of its own."""
+    """A part of a load with its own rate (open loop, requests/s) or its own number of users (closed loop)."""
 
     duration_s: float = Field(gt=0, le=86_400)
     rate: Annotated[float, Field(ge=0, le=100_000)] | None = None
@@ -34,7 +37,7 @@ class Stage(Section):
 
 
 class Spike(Section):
-    """A sudden burst: from `at_s` on, for `duration_s`, `times` the rate (open loop) or the users (closed loop)."""
+    """A burst that starts at `at_s`, lasts `duration_s` and multiplies the rate or the users by `times`."""
 
     at_s: float = Field(gt=0, le=86_400)
     duration_s: float = Field(gt=0, le=86_400)
@@ -42,10 +45,10 @@ class Spike(Section):
 
 
 class Load(Section):
-    """What is sent at the server. `timeline` is its course, whichever way it was given.
+    """The requests that a server receives: loop, rate or users, duration and inputs. `timeline` lists its stages.
 
-    `rate: 60%` becomes `capacity_percent`; `at` gives the load its rate once the capacity was measured.
-    `users: auto` becomes `auto_users`; `users` then has the number once it is found.
+    `rate: 60%` is stored as `capacity_percent`; `at` sets the rate after the capacity is measured.
+    `users: auto` is stored as `auto_users`; `users` is set after the concurrency is found.
     """
 
     mode: Literal["closed", "open"] = "closed"
@@ -73,21 +76,22 @@ class Load(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _implied(cls, given: Any) -> Any:
-        """Stages, a trace and their rates say how long a load lasts and which loop it is."""
+    def _fill_in(cls, given: Any) -> Any:
+        """Set the duration and the loop that follow from stages, a trace or the type of the rate."""
         if not isinstance(given, dict):
             return given
         data = dict(given)
-        if isinstance(rate := data.get("rate"), str) and (share := _SHARE.fullmatch(rate.strip())):
+        if isinstance(rate := data.get("rate"), str) and (share := _PERCENT.fullmatch(rate.strip())):
             data |= {"rate": None, "capacity_percent": float(share[1])}
             data.setdefault("mode", "open")
         if data.get("users") == "auto":
             data = {key: value for key, value in data.items() if key != "users"} | {"auto_users": True}
-        if stages := _list_of_dicts(data.get("stages")):
-            seconds = [one["duration_s"] for one in stages if isinstance(one.get("duration_s"), int | float)]
+        if stages := _mappings(data.get("stages")):
+            durations = [stage.get("duration_s") for stage in stages]
+            seconds = [duration for duration in durations if isinstance(duration, int | float)]
             if len(seconds) == len(stages):
                 data.setdefault("duration_s", sum(seconds))
-            data.setdefault("mode", "open" if any(one.get("rate") is not None for one in stages) else "closed")
+            data.setdefault("mode", "open" if any(stage.get("rate") is not None for stage in stages) else "closed")
         if isinstance(data.get("trace"), str):
             data.setdefault("mode", "open")
             if "duration_s" not in data:
@@ -95,71 +99,70 @@ class Load(Section):
         return data
 
     @model_validator(mode="after")
-    def _consistent(self) -> Load:
+    def _check(self) -> Load:
         if sum(map(bool, (self.stages, self.spike, self.trace))) > 1:
-            raise ValueError("a load has one of stages, spike and trace")
+            raise ValueError("stages, spike and trace cannot be combined: keep one of them")
         if self.trace and self.mode == "closed":
-            raise ValueError("a trace is an open loop")
+            raise ValueError("a trace requires an open loop: remove mode, or set it to open")
         if self.capacity_percent is not None and (self.mode == "closed" or self.stages or self.trace):
-            raise ValueError("a rate in percent of the capacity is for an open loop without stages and trace")
+            raise ValueError("a rate in percent of the capacity requires an open loop without stages and trace")
         if self.auto_users and (self.stages or (self.mode == "open" and self.capacity_percent is None)):
-            raise ValueError("users: auto is for a closed loop without stages")
+            raise ValueError("users: auto requires a closed loop without stages")
         wanted, other = ("rate", "users") if self.mode == "open" else ("users", "rate")
         for number, stage in enumerate(self.stages, 1):
             if getattr(stage, wanted) is None or getattr(stage, other) is not None:
-                raise ValueError(f"stage {number} of this {self.mode} loop needs {wanted}, and no {other}")
+                raise ValueError(f"stage {number} of this {self.mode} loop requires {wanted} and cannot have {other}")
         if self.stages:
             if abs(sum(stage.duration_s for stage in self.stages) - self.duration_s) > 1e-6:
-                raise ValueError("duration_s is the sum of the stages: leave it out")
+                raise ValueError("duration_s must be the sum of the stages: remove it")
             if self.rate is not None:
-                raise ValueError("the stages have rates of their own: leave rate out")
+                raise ValueError("each stage has its own rate: remove rate")
             if not any(getattr(stage, wanted) for stage in self.stages):
-                raise ValueError("the stages send nothing")
+                raise ValueError(f"no stage has {wanted} above 0")
         if self.spike and self.spike.at_s + self.spike.duration_s > self.duration_s:
-            raise ValueError("the spike ends after the load")
+            raise ValueError("the spike must end within duration_s")
         if self.mode == "closed" and self.stages:
             object.__setattr__(self, "users", max(stage.users or 0 for stage in self.stages))
         return self
 
     def at(self, capacity_rps: float) -> Load:
-        """Return the open loop at `capacity_percent` of a measured capacity, long enough for a p99 (60 s at most)."""
+        """Return the open loop at `capacity_percent` of a measured capacity (requests/s), long enough for a p99."""
         rate = float(f"{capacity_rps * (self.capacity_percent or 100) / 100:.3g}")
         seconds = max(self.duration_s, min(math.ceil(_RESPONSES / rate), _LONGEST_S))
         return self.model_copy(update={"rate": rate, "duration_s": seconds})
 
     @property
     def timeline(self) -> list[Stage]:
-        """The load as stages with names, in order, over `duration_s`. A trace is one stage without a rate."""
+        """All stages in order, with names. They cover `duration_s`. A trace is one stage without a rate."""
         if self.stages:
             return [
                 stage.model_copy(update={"name": stage.name or f"stage-{number}"})
                 for number, stage in enumerate(self.stages, 1)
             ]
-        level: dict[str, Any] = {"rate": self.rate} if self.mode == "open" else {"users": self.users}
         if self.trace:
             return [Stage(name="trace", duration_s=self.duration_s)]
         if not self.spike:
-            return [Stage(name="all", duration_s=self.duration_s, **level)]
-        peak = {
-            key: value
-            if value is None
-            else value * self.spike.times
-            if key == "rate"
-            else round(value * self.spike.times)
-            for key, value in level.items()
-        }
+            return [self._stage("all", self.duration_s)]
         after = self.duration_s - self.spike.at_s - self.spike.duration_s
-        parts = [
-            Stage(name="before", duration_s=self.spike.at_s, **level),
-            Stage(name="spike", duration_s=self.spike.duration_s, **peak),
+        stages = [
+            self._stage("before", self.spike.at_s),
+            self._stage("spike", self.spike.duration_s, self.spike.times),
         ]
-        return parts + ([Stage(name="after", duration_s=after, **level)] if after > 1e-9 else [])
+        return stages + ([self._stage("after", after)] if after > 1e-9 else [])
+
+    def _stage(self, name: str, duration_s: float, times: float = 1) -> Stage:
+        """Return a stage at `times` the rate or the users of this load."""
+        if self.mode == "open":
+            rate = None if self.rate is None else self.rate * times
+            return Stage(name=name, duration_s=duration_s, rate=rate)
+        return Stage(name=name, duration_s=duration_s, users=round(self.users * times))
 
     @property
     def peak_users(self) -> int:
-        """Most clients of a closed loop at any time."""
+        """The largest number of users of a closed loop; 0 for an open loop."""
         return max(stage.users or 0 for stage in self.timeline) if self.mode == "closed" else 0
 
 
-def _list_of_dicts(value: Any) -> list[dict[str, Any]]:
-    return value if isinstance(value, list) and all(isinstance(one, dict) for one in value) else []
+def _mappings(value: object) -> list[Keys]:
+    """Return `value` if it is a list of mappings, else an empty list: the validation reports anything else."""
+    return value if isinstance(value, list) and all(isinstance(item, dict) for item in value) else []

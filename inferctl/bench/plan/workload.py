@@ -1,4 +1,7 @@
-"""What is sent, drawn from a seed before anything runs: request bodies, their order and, for an open loop, when each one leaves."""
+"""Draw the requests of a run from a seed: bodies, their order and, for an open loop, the time of each request.
+
+Everything is drawn before the run starts.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,16 +20,18 @@ from inferctl.bench.plan.plan import Load, Stage
 from inferctl.errors import UsageError, did_you_mean
 
 ORDER_LENGTH = 65_536
-# Marks where the load generator puts a number that no other request has: without it a server's cache would answer instead of its model.
-SERIAL = "@SERIAL@"
+# The load generator replaces this mark by a number that is unique per request (a cache-busting prefix). Without it, a
+# server could respond from a cache instead of running its model.
+PREFIX_MARK = "@SERIAL@"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Inputs of all requests. `order[n % len(order)]` is the row of `groups` that the n-th request sends.
+    """The inputs of all requests. `groups` has the texts of each distinct request.
 
-    `schedule_ns` (open loop; nanoseconds after the start of the measurement) and `warmup_schedule_ns` are empty for a closed loop.
-    Groups from `unique_from` on get a serial number each time they are sent; those before are sent as they are.
+    The n-th request sends `groups[order[n % len(order)]]`. `schedule_ns` (nanoseconds after the start of the
+    measurement) and `warmup_schedule_ns` belong to an open loop and are empty for a closed loop. Groups from index
+    `unique_from` get a cache-busting prefix each time; earlier groups are sent unchanged.
     """
 
     groups: list[list[str]]
@@ -39,32 +43,35 @@ class Workload:
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of texts, order and times; equal digests mean equal work."""
+        """sha256 (hex) of texts, order and times. Equal digests mean equal work."""
         marks = self.unique_from == 0 if self.unique_from in (0, len(self.groups)) else self.unique_from
         total = hashlib.sha256(json.dumps([self.groups, marks]).encode())
         for part in (self.order, self.schedule_ns, self.warmup_schedule_ns):
             total.update(part.tobytes())
         return total.hexdigest()
 
-    def bodies(self, body: Callable[[list[str]], dict[str, Any]]) -> list[bytes]:
-        """Return one JSON request body per group, each on one line; `body` makes it from the texts (`Target.body`)."""
+    def bodies(self, body: Callable[[list[str]], object]) -> list[bytes]:
+        """Return one JSON request body per group, each on one line. `body` makes a body from texts (`Target.body`)."""
         return [
             json.dumps(body(texts)).encode()
             for texts in (
-                [f"{SERIAL} {text}" for text in group] if number >= self.unique_from else group
+                [f"{PREFIX_MARK} {text}" for text in group] if number >= self.unique_from else group
                 for number, group in enumerate(self.groups)
             )
         ]
 
-    def repeated(self, requests: int) -> float:
-        """Share of the first `requests` requests whose whole input was sent before among them: what a cache could answer at most."""
+    def repeat_share(self, requests: int) -> float:
+        """Return the share of the first `requests` requests that repeat an earlier input unchanged.
+
+        A cache can answer at most this share.
+        """
         rows = np.resize(self.order, requests)
-        as_they_are = rows[rows < self.unique_from]
-        return float(len(as_they_are) - len(np.unique(as_they_are))) / requests if requests else 0.0
+        unchanged = rows[rows < self.unique_from]
+        return float(len(unchanged) - len(np.unique(unchanged))) / requests if requests else 0.0
 
 
 def draw(load: Load, corpus: str, seed: int) -> Workload:
-    """The workload that `load`, `corpus` and `seed` stand for; the same ones always give the same workload. Raises `UsageError`."""
+    """Return the workload of `load`, `corpus` and `seed`; equal arguments give equal workloads. Raises `UsageError`."""
     texts, digest = read_corpus(corpus)
     random = np.random.Generator(np.random.PCG64(seed))
     if load.trace:
@@ -93,11 +100,14 @@ def draw(load: Load, corpus: str, seed: int) -> Workload:
 
 
 def arrivals(load: Load, stages: Sequence[Stage], random: np.random.Generator) -> npt.NDArray[np.uint64]:
-    """Times of an open loop over `stages`, nanoseconds, ascending: Poisson or evenly spaced at the rate of each."""
-    parts, begun = [np.zeros(0)], 0.0
+    """Return the send times of an open loop over `stages`, in nanoseconds, ascending.
+
+    The times form a Poisson process or are evenly spaced, at the rate of each stage.
+    """
+    parts, start_s = [np.zeros(0)], 0.0
     for stage in stages:
-        parts.append(begun + _arrivals(load.arrivals, stage.rate or 0.0, stage.duration_s, random))
-        begun += stage.duration_s
+        parts.append(start_s + _arrivals(load.arrivals, stage.rate or 0.0, stage.duration_s, random))
+        start_s += stage.duration_s
     return np.round(np.concatenate(parts) * 1e9).astype(np.uint64)
 
 
@@ -112,57 +122,68 @@ def _arrivals(kind: str, rate: float, seconds: float, random: np.random.Generato
 
 
 def _warmup(load: Load, rate: float | None) -> list[Stage]:
-    # The warm-up may overrun by a window; were its schedule to end first, the measurement would begin with a rested server.
+    # The warm-up can overrun by one window. If its schedule ended earlier, the server would be idle when the
+    # measurement starts.
     seconds = load.warmup_s + 2 * load.window_s + 5
     return [Stage(duration_s=seconds, rate=rate)] if load.warmup_s else []
 
 
 def _zipf(load: Load, groups: int, random: np.random.Generator) -> npt.NDArray[np.uint32]:
-    """Order in which the k-th most popular input comes with a chance of 1 / k**zipf_s, and 1 - zipf_share of all are made unique."""
+    """Return an order in which the k-th most popular input has a probability proportional to 1 / k**zipf_s.
+
+    A share of 1 - zipf_share of all requests has a unique input.
+    """
     weights = 1 / np.arange(1, groups + 1) ** load.zipf_s
     order = random.choice(groups, ORDER_LENGTH, p=weights / weights.sum()).astype(np.uint32)
-    fresh = random.random(ORDER_LENGTH) >= load.zipf_share
-    order[fresh] = groups + random.integers(0, groups, int(fresh.sum()), dtype=np.uint32)
+    unique = random.random(ORDER_LENGTH) >= load.zipf_share
+    order[unique] = groups + random.integers(0, groups, int(unique.sum()), dtype=np.uint32)
     return order
 
 
 def _replay(load: Load, texts: list[str], digest: str, random: np.random.Generator) -> Workload:
-    """A trace: its times, its inputs in its order, as they are. The warm-up repeats them from the start at the trace's mean rate."""
+    """Return the workload of a trace: its times, and its inputs unchanged and in its order.
+
+    The warm-up repeats the inputs from the start at the mean rate of the trace.
+    """
     try:
-        sent = [one for one in traces.read(str(load.trace)) if one.at_s < load.duration_s]
+        requests = [request for request in traces.read(str(load.trace)) if request.at_s < load.duration_s]
     except ValueError as error:
-        raise UsageError(str(error), 'a trace has lines like {"at_s": 0.25, "input": "text"}') from None
-    if not sent:
-        raise UsageError(f"the trace sends nothing in its first {load.duration_s:g} s", "give a longer duration_s")
+        raise UsageError(str(error), 'write trace lines like {"at_s": 0.25, "input": "text"}') from None
+    if not requests:
+        raise UsageError(f"the trace has no request in its first {load.duration_s:g} s", "increase duration_s")
     words = " ".join(texts).split()
-    groups = [list(one.inputs) or [_words(words, one.tokens or 1, random)] for one in sent]
-    schedule = np.round(np.array([one.at_s for one in sent]) * 1e9).astype(np.uint64)
-    warmup = arrivals(load, _warmup(load, len(sent) / load.duration_s), random)
-    whole = hashlib.sha256(digest.encode() + json.dumps(groups).encode()).hexdigest()
-    return Workload(groups, np.arange(len(groups), dtype=np.uint32), schedule, warmup, len(groups), whole)
+    groups = [list(each.inputs) or [_words(words, each.tokens or 1, random)] for each in requests]
+    schedule = np.round(np.array([request.at_s for request in requests]) * 1e9).astype(np.uint64)
+    warmup = arrivals(load, _warmup(load, len(requests) / load.duration_s), random)
+    combined = hashlib.sha256(digest.encode() + json.dumps(groups).encode()).hexdigest()
+    return Workload(groups, np.arange(len(groups), dtype=np.uint32), schedule, warmup, len(groups), combined)
 
 
 def _words(words: list[str], tokens: int, random: np.random.Generator) -> str:
-    """A text of about `tokens` tokens out of the corpus: English has about 1.3 tokens a word, and two mark the ends."""
+    """Return a text of about `tokens` tokens: English has about 1.3 tokens per word, and 2 tokens mark the ends."""
     count = max(1, round((tokens - 2) / 1.3))
     start = int(random.integers(0, len(words)))
     return " ".join(words[(start + i) % len(words)] for i in range(count))
 
 
 def read_corpus(name: str) -> tuple[list[str], str]:
-    """Texts of a corpus and the sha256 (hex) of its file: one of benchmarks/corpora, or a .jsonl or .txt file. Raises `UsageError`."""
-    own = name.endswith((".jsonl", ".txt")) or "/" in name
+    """Return the texts of a corpus and the sha256 (hex) of its file.
+
+    `name` is a corpus of benchmarks/corpora, or the path of a .jsonl or .txt file. Raises `UsageError`.
+    """
+    is_path = name.endswith((".jsonl", ".txt")) or "/" in name
     folder = assets.root() / "benchmarks" / "corpora"
-    path = Path(name) if own else folder / f"{name}.jsonl"
+    path = Path(name) if is_path else folder / f"{name}.jsonl"
     if not path.is_file():
         known = sorted(file.stem for file in folder.glob("*.jsonl"))
         raise UsageError(
-            f"there is no corpus {name!r}",
-            did_you_mean(name, known) or f"known: {', '.join(known)}; or a .jsonl or .txt file",
+            f"corpus {name!r} not found",
+            did_you_mean(name, known)
+            or f"known corpora: {', '.join(known)}; or pass the path of a .jsonl or .txt file",
         )
     content = path.read_bytes()
     texts = []
-    # Not splitlines(): JSON strings may hold U+2028 and others that it takes for the end of a line.
+    # splitlines() would also split at U+2028 and other separators, which JSON strings may contain.
     for number, line in enumerate(_decoded(path, content).split("\n"), 1):
         line = line.removesuffix("\r")
         if not line.strip():
@@ -171,11 +192,11 @@ def read_corpus(name: str) -> tuple[list[str], str]:
             texts.append(line if path.suffix == ".txt" else str(json.loads(line)["text"]))
         except (ValueError, RecursionError, KeyError, TypeError):
             raise UsageError(
-                f'{path}:{number}: not a line like {{"text": "..."}}',
-                "give JSON lines, or one text a line in a .txt file",
+                f'{path}:{number}: the line is not JSON like {{"text": "..."}}',
+                "write one JSON object per line, or one text per line in a .txt file",
             ) from None
     if not texts:
-        raise UsageError(f"the corpus {path} is empty", "it needs one text a line")
+        raise UsageError(f"the corpus {path} is empty", "write one text per line")
     return texts, hashlib.sha256(content).hexdigest()
 
 
@@ -185,5 +206,6 @@ def _decoded(path: Path, content: bytes) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UsageError(
-            f"{path}:{line}: not UTF-8 ({error.reason})", "convert the file, as with `iconv -f latin1 -t utf-8`"
+            f"{path}:{line}: not UTF-8 ({error.reason})",
+            "convert the file, for example with `iconv -f latin1 -t utf-8`",
         ) from None
