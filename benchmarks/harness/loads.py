@@ -16,7 +16,7 @@ SERIAL = 100_000
 
 def measure(
     url: str, corpus: str = "short", seed: int = 1, **settings: Any
-) -> tuple[generator.Measured, summary.RunRecords]:
+) -> tuple[generator.LoadResult, summary.RunRecords]:
     """Put a load with these keys on `url`; records on this machine's clock, and the part that was measured."""
     wanted = plan.Load.model_validate(settings)
     work = workload.draw(wanted, corpus, seed)
@@ -28,7 +28,7 @@ def measure(
     return done, part
 
 
-def judged(done: generator.Measured, part: summary.RunRecords) -> validity.Validity:
+def judged(done: generator.LoadResult, part: summary.RunRecords) -> validity.Validity:
     """What `inferctl bench` would say of this run's validity, but for other processes on the machine."""
     client = summary.client_cpu_percent(done.state)
     resources = {} if client is None else {"client_cpu_percent": client}

@@ -88,7 +88,7 @@ def test_auto_is_for_closed_loops_and_the_command_line_wins() -> None:
     assert plan.Plan.model_validate(made.model_dump(mode="json")) == made
     assert plan.Load.model_validate({"mode": "open", "rate": "50%", "users": "auto"}).auto_users
     for bad in ({"mode": "open", "rate": 9}, {"stages": [{"duration_s": 1, "users": 2}]}):
-        with pytest.raises(ValueError, match="users: auto is for a closed loop"):
+        with pytest.raises(ValueError, match="users: auto requires a closed loop"):
             plan.Load.model_validate({**bad, "users": "auto"})
     with pytest.raises(UsageError):
         made.with_overrides(load={"users": 0})

@@ -168,7 +168,7 @@ def test_the_name_of_the_model_can_be_given(serve: Serve) -> None:
 
 def test_a_server_that_loads_its_model_is_not_ready(serve: Serve) -> None:
     url = serve(lambda path, body: (503, {"error": "loading"}, {}) if body else vllm(path, body))
-    with pytest.raises(NotReadyError, match="answered 503") as caught:
+    with pytest.raises(NotReadyError, match="returned 503") as caught:
         target.connect(url)
     assert "/health" in (caught.value.hint or "")
 
@@ -177,7 +177,7 @@ def test_a_server_that_loads_its_model_is_not_ready(serve: Serve) -> None:
 def test_a_missing_or_wrong_key_is_said_without_showing_it(serve: Serve, respond: Any) -> None:
     url = serve(respond, key="another")
     for access in (target.Access(), target.Access({"Authorization": f"Bearer {KEY}"})):
-        with pytest.raises(NotReadyError, match="answered 401") as caught:
+        with pytest.raises(NotReadyError, match="returned 401") as caught:
             target.connect(url, access=access)
         assert "--api-key-env" in (caught.value.hint or "")
         assert KEY not in f"{caught.value.message} {access!r}"

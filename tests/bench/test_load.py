@@ -15,7 +15,7 @@ from inferctl.bench.load import generator, records, target
 from inferctl.bench.plan import plan, workload
 
 
-def measure(url: str, folder: Path, **settings: object) -> tuple[generator.Measured, summary.Part, workload.Workload]:
+def measure(url: str, folder: Path, **settings: object) -> tuple[generator.LoadResult, summary.Part, workload.Workload]:
     wanted = plan.Load.model_validate({"warmup_s": 0, "timeout_s": 10, **settings})
     work = workload.draw(wanted, "short", seed=3)
     folder.mkdir(exist_ok=True)

@@ -30,14 +30,14 @@ def test_records_are_in_the_file_as_soon_as_they_are_added(loadgen: Any, tmp_pat
     _, recorder = loadgen
     file = tmp_path / "requests-3.bin"
     writing, tail = recorder.Recorder(file, {"worker": 3}), records.Tail(file)
-    assert len(records.read(file)) == len(tail.new()) == 0
+    assert len(records.read(file)) == len(tail.read_new()) == 0
     # More than one piece of the file, which grows by four megabytes.
     count = recorder.CHUNK // recorder.PACKER.size + 10
     for number in range(count):
         writing.add(1, 2, 3, number + 1, number, 0, 0, 0.5, 0.5, 0.5, 200, 1, 0)
     # Not closed, not flushed: as a process that was killed leaves it.
     assert records.read(file)["index"].tolist() == list(range(count))
-    assert len(tail.new()) == count
+    assert len(tail.read_new()) == count
     copy = tmp_path / "requests-4.bin"
     copy.write_bytes(writing.since(0))
     writing.close()

@@ -77,8 +77,8 @@ def test_zipf_inputs_repeat_by_rank_and_the_rest_is_unique() -> None:
     bodies = work.bodies(target.Target("http://test", "m").body)
     assert not any(b"@SERIAL@" in body for body in bodies[:half])
     assert all(b"@SERIAL@" in body for body in bodies[half:])
-    assert 0.5 < work.repeated(10_000) < 0.75
-    assert workload.draw(loaded(), "short", 1).repeated(10_000) == 0
+    assert 0.5 < work.repeat_share(10_000) < 0.75
+    assert workload.draw(loaded(), "short", 1).repeat_share(10_000) == 0
 
 
 def test_a_trace_is_sent_at_its_times_with_its_inputs(answering: Callable[..., str], tmp_path: Path) -> None:

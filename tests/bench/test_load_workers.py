@@ -109,7 +109,7 @@ def test_a_killed_worker_ends_the_run_and_loses_no_record(tmp_path: Path) -> Non
         sys.path.remove(str(HARNESS))
     killed: list[int] = []
 
-    def kill(live: generator.Live) -> None:
+    def kill(live: generator.LoadProgress) -> None:
         state = generator.read_state(tmp_path)
         rows = records.read(tmp_path / "requests-1.bin") if state.get("phase") == "measure" else []
         if len(rows) > 100 and not killed:

@@ -214,7 +214,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]
         ("zeros", "all zeros"),
         ("shape", "of 31 dimensions, the reference has 32"),
         ("ragged", "of 31 dimensions, the reference has 32"),
-        ("error", "answered 500"),
+        ("error", "returned 500"),
     ],
 )
 def test_a_server_with_broken_vectors_fails_on_quality_and_its_results_can_be_shown(
@@ -369,7 +369,7 @@ def test_a_run_of_failures_ends_with_5_and_still_leaves_receipts(answering: Call
     ("arguments", "code", "message", "hint"),
     [
         (["--url", "nonsense"], 2, "--url 'nonsense' is not NAME=URL", "t4=http://10.0.0.7:8080"),
-        (["--url", "a=http://127.0.0.1:9"], 3, "nothing answers at http://127.0.0.1:9", "start the server first"),
+        (["--url", "a=http://127.0.0.1:9"], 3, "cannot connect to http://127.0.0.1:9", "start the server first"),
         (["--url", "a=http://127.0.0.1:9", "--plan", "quik"], 2, "'quik'", "did you mean quick"),
         (["--url", "a=http://x", "--url", "a=http://y"], 2, "the name 'a' is used twice", "its own name"),
         (["--model", "nowhere", "--plan", "quick"], 2, "model folder nowhere not found", "check the path"),
@@ -377,7 +377,7 @@ def test_a_run_of_failures_ends_with_5_and_still_leaves_receipts(answering: Call
         (["--url", "a=http://127.0.0.1:9", "--users", "0"], 2, "load.users cannot be 0", "--help"),
         (["--url", "a=http://127.0.0.1:9", "--hardware", "cpu,a10x"], 2, "there is no hardware 'a10x'", "did you mean"),
         (["--url", "a=http://127.0.0.1:9", "--search"], 2, "which p99 must hold", "--slo 100"),
-        (["--url", "a=http://127.0.0.1:9", "--corpus", "shrt"], 2, "there is no corpus 'shrt'", "did you mean short"),
+        (["--url", "a=http://127.0.0.1:9", "--corpus", "shrt"], 2, "corpus 'shrt' not found", "did you mean short"),
         (
             ["--url", "a=http://127.0.0.1:9", "--batch-tokens", "4096"],
             2,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from inferctl.bench.load.generator import Live
+from inferctl.bench.load.generator import LoadProgress
 from inferctl.bench.measure.runner import Progress
 from inferctl.cli import bench_progress
 
@@ -21,7 +21,7 @@ def test_the_time_left_is_of_the_whole_bench_and_learns_from_the_runs_that_ended
         now[0] = 4
         assert show.left_s(first) == 56
         now[0] = 20  # twice what was expected
-        second = Progress("b", 2, 3, "measure", live=Live("measure", 312.4, 24.12, 40.0, 3))
+        second = Progress("b", 2, 3, "measure", live=LoadProgress("measure", 312.4, 24.12, 40.0, 3))
         show.tell(second)
         assert show.left_s(second) == 100
         show.tell(Progress("b", 2, 3, "measured", done="measured: 312.4 req/s"))
@@ -33,5 +33,5 @@ def test_the_time_left_is_of_the_whole_bench_and_learns_from_the_runs_that_ended
 
 
 def test_the_line_of_a_long_name_fits_a_terminal() -> None:
-    progress = Progress("n" * 30, 16, 16, "measure", live=Live("measure", 1234, 123.4, 567.8, 3))
+    progress = Progress("n" * 30, 16, 16, "measure", live=LoadProgress("measure", 1234, 123.4, 567.8, 3))
     assert len(bench_progress.line(progress)) <= 80

@@ -544,8 +544,8 @@ def test_other_budgets_are_mistakes(text: str) -> None:
     ("options", "said"),
     [
         (("--search", "--slo", "9", "--budget", "20"), "too short for a search"),
-        (("--budget", "5m"), "--budget is for a search"),
-        (("--rate", "9", "--budget", "5m"), "--budget is for a search"),
+        (("--budget", "5m"), "`--budget` requires a search"),
+        (("--rate", "9", "--budget", "5m"), "`--budget` requires a search"),
     ],
 )
 def test_a_budget_that_cannot_be_kept_is_a_mistake(tmp_path: Path, options: tuple[str, ...], said: str) -> None:

@@ -116,16 +116,16 @@ def test_files_that_hold_no_records_are_refused(tmp_path: Path) -> None:
 def test_a_tail_follows_a_growing_file(tmp_path: Path) -> None:
     file = tmp_path / "requests-0.bin"
     tail = records.Tail(file)
-    assert len(tail.new()) == 0
+    assert len(tail.read_new()) == 0
     rows = table(row(1, 2), row(3, 4))
     records_file(file, rows[:1])
-    assert len(tail.new()) == 1
+    assert len(tail.read_new()) == 1
     with file.open("ab") as stream:
         stream.write(rows[1:].tobytes()[:-3])
         stream.flush()
-        assert len(tail.new()) == 0
+        assert len(tail.read_new()) == 0
         stream.write(rows[1:].tobytes()[-3:])
-    assert tail.new()["intended_ns"].tolist() == [3_000_000]
+    assert tail.read_new()["intended_ns"].tolist() == [3_000_000]
 
 
 def test_the_load_generator_writes_the_fields_that_are_read(request: pytest.FixtureRequest) -> None:

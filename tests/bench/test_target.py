@@ -29,7 +29,7 @@ def test_a_server_without_the_page_is_measured_all_the_same(answering: Callable[
 def test_a_server_that_refuses_is_not_taken_for_one_without_the_page(
     answering: Callable[..., str], status: int, hint: str
 ) -> None:
-    with pytest.raises(NotReadyError, match=f"/info answered {status}") as caught:
+    with pytest.raises(NotReadyError, match=f"/info returned {status}") as caught:
         target.connect(answering("--info-status", str(status)))
     assert hint in (caught.value.hint or "")
 
@@ -52,7 +52,7 @@ def test_loopback_is_told_from_elsewhere(url: str, local: bool) -> None:
 
 
 def test_the_process_that_listens_is_found(answering: Callable[..., str]) -> None:
-    pid = target.process(answering())
+    pid = target.local_pid(answering())
     assert pid is not None
     assert b"answering.py" in (Path("/proc") / str(pid) / "cmdline").read_bytes()
 

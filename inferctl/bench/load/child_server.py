@@ -1,4 +1,4 @@
-"""Servers that a benchmark starts for itself: `python -m inferctl serve` as a child process, from its start to its certain end."""
+"""Start and stop servers for a benchmark: each one is `python -m inferctl serve` in a child process."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from inferctl.errors import InferctlError
 
 READY_S = 300.0
 DRAIN_S = 15.0
-# Decides the command that serves a configuration: (precision, file to announce in) -> arguments.
-Command = Callable[[str, Path], Sequence[str]]
+# Returns the command that serves a configuration: (precision, file for `--announce`) -> arguments.
+ServeCommand = Callable[[str, Path], Sequence[str]]
 
 
 class ServerError(InferctlError):
-    """The server did not start, or did not stay. `reason` is one line, from its own error message where it gave one."""
+    """The server did not start, or it ended early. `reason` is one line, from the server's own error if it has one."""
 
     def __init__(self, reason: str, hint: str | None) -> None:
         super().__init__(reason, hint)
         self.reason = reason
 
 
-class Server:
+class ChildServer:
     """A running child server. `process.pid` leads a process group of its own."""
 
     def __init__(self, process: subprocess.Popen[bytes], target: Target, log: Path) -> None:
@@ -38,16 +38,19 @@ class Server:
         self.log = log
 
     def check(self) -> None:
-        """Raise `ServerError` when the server has ended."""
+        """Raise `ServerError` if the server has ended."""
         if (code := self.process.poll()) is not None:
             raise ServerError(
-                f"the server ended with exit code {code} during the run: {last_words(self.log)}",
-                f"its log is {self.log}",
+                f"the server ended with exit code {code} during the run: {last_error(self.log)}",
+                f"see {self.log}",
             )
 
 
-def serve_command(model: str, name: str, spec_file: Path | None) -> Command:
-    """How to serve the local folder `model`, with the settings of `spec_file` if there is one."""
+def serve_command(model: str, name: str, spec_file: Path | None) -> ServeCommand:
+    """Return a function that builds the command to serve the local folder `model`.
+
+    `spec_file` adds the settings of a spec.
+    """
 
     def command(precision: str, announce: Path) -> Sequence[str]:
         spec = ["--spec", str(spec_file)] if spec_file else []
@@ -58,17 +61,18 @@ def serve_command(model: str, name: str, spec_file: Path | None) -> Command:
 
 
 @contextlib.contextmanager
-def running(
-    arguments: Sequence[str], announce: Path, folder: Path, waiting: Callable[[float], None]
-) -> Iterator[Server]:
-    """Start a server and wait until it announces itself; whatever happens, it is gone afterwards.
+def serve(
+    arguments: Sequence[str], announce: Path, folder: Path, on_wait: Callable[[float], None]
+) -> Iterator[ChildServer]:
+    """Start a server, wait until it announces its URL, and yield it. The server has ended when the context ends.
 
-    `waiting` is called with the seconds passed. Raises `ServerError` with the server's own reason when it ends or takes over five minutes.
+    `on_wait` receives the seconds since the start. Raises `ServerError` with the server's own reason if the server
+    ends, or after 300 s.
     """
     log = folder / "server.log"
     announce.unlink(missing_ok=True)
     with log.open("wb") as stream:
-        # A process group of its own: Ctrl-C reaches us alone, and we end it in order.
+        # In its own process group, the server does not receive Ctrl-C. The `finally` below ends it in an orderly way.
         process = subprocess.Popen(
             arguments,
             stdin=subprocess.DEVNULL,
@@ -78,38 +82,38 @@ def running(
             start_new_session=True,
         )
     try:
-        yield Server(process, connect(_ready(process, announce, log, waiting)), log)
+        yield ChildServer(process, connect(_ready(process, announce, log, on_wait)), log)
     finally:
         stop(process)
 
 
-def stop(process: subprocess.Popen[bytes], patience_s: float = DRAIN_S) -> None:
-    """SIGTERM, then SIGKILL to the whole process group after `patience_s`, or at once when Ctrl-C comes meanwhile."""
+def stop(process: subprocess.Popen[bytes], timeout_s: float = DRAIN_S) -> None:
+    """Send SIGTERM, and SIGKILL to the whole process group after `timeout_s`, or at once on Ctrl-C."""
     try:
         if process.poll() is None:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(patience_s)
+                process.wait(timeout_s)
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def _ready(process: subprocess.Popen[bytes], announce: Path, log: Path, waiting: Callable[[float], None]) -> str:
+def _ready(process: subprocess.Popen[bytes], announce: Path, log: Path, on_wait: Callable[[float], None]) -> str:
     started = time.monotonic()
-    while (passed := time.monotonic() - started) < READY_S:
+    while (elapsed_s := time.monotonic() - started) < READY_S:
         if announce.is_file():
             return str(json.loads(announce.read_text())["url"])
         if (code := process.poll()) is not None:
-            raise ServerError(last_words(log) or f"the server ended with exit code {code}", f"its log is {log}")
-        waiting(passed)
+            raise ServerError(last_error(log) or f"the server ended with exit code {code}", f"see {log}")
+        on_wait(elapsed_s)
         time.sleep(0.1)
-    raise ServerError(f"the server was not ready after {READY_S:.0f} s", f"its log is {log}")
+    raise ServerError(f"the server was not ready after {READY_S:.0f} s", f"see {log}")
 
 
-def last_words(log: Path) -> str:
-    """The last `error:` line of a log, else its last line."""
+def last_error(log: Path) -> str:
+    """Return the last `error:` line of a log, or its last line if there is none."""
     try:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:

@@ -1,4 +1,4 @@
-"""Runs a load: writes what is to be sent, follows Locust's processes, and gathers the exact records that they leave."""
+"""Run a load: write the input files of the load generator, follow Locust's processes and read the records."""
 
 from __future__ import annotations
 
@@ -15,16 +15,23 @@ import numpy.typing as npt
 
 from inferctl.bench import stats
 from inferctl.bench.load import locust, records
-from inferctl.bench.load.child_server import last_words
+from inferctl.bench.load.child_server import last_error
 from inferctl.bench.load.target import Target
 from inferctl.bench.plan.plan import Load
 from inferctl.bench.plan.workload import Workload
 from inferctl.errors import InferctlError
 
+# The content of state-0.json: the phase of the run and, at its end, the figures of the load generator itself.
+LoadState = dict[str, Any]
+
 
 @dataclass(frozen=True)
-class Live:
-    """What is known while a load runs: `phase` warm-up, measure or drain; requests/s and latencies (ms) of the last five seconds."""
+class LoadProgress:
+    """Figures of a running load.
+
+    `phase` is warm-up, measure or drain. Rate (requests/s) and latencies (ms) are those of the last 5 s. `left_s` is
+    the remaining time in seconds.
+    """
 
     phase: str
     rate: float
@@ -34,15 +41,15 @@ class Live:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a load left: all records, on this machine's clock, and the load generator's account of the run (`state-0.json`)."""
+class LoadResult:
+    """All records of a load, in the clock of this machine, and the final state of the load generator."""
 
     rows: records.Rows
-    state: dict[str, Any]
+    state: LoadState
 
 
 def prepare(load: Load, workload: Workload, target: Target, serial: int, folder: Path) -> Path:
-    """Write everything the load generator reads into `folder`; returns the file that describes the load."""
+    """Write all files that the load generator reads into `folder`. Return load.json, which describes them."""
     (folder / "bodies.jsonl").write_bytes(b"\n".join(workload.bodies(target.body)) + b"\n")
     parts: dict[str, npt.NDArray[Any]] = {
         "order": workload.order,
@@ -70,47 +77,51 @@ def prepare(load: Load, workload: Workload, target: Target, serial: int, folder:
 def run(
     load: Load,
     description: Path,
-    watch: Callable[[Live], None],
+    on_progress: Callable[[LoadProgress], None],
     check: Callable[[], None],
     headers: Mapping[str, str] | None = None,
-) -> Measured:
-    """Run the load that `description` names; `watch` hears of it twice a second, `check` may raise to end it.
+) -> LoadResult:
+    """Run the load that the file `description` describes.
 
-    `headers` go with each request. They may hold secrets, so no file has them.
+    `on_progress` is called twice a second. `check` is called at the same rate and may raise to end the load. `headers`
+    are sent with each request; they may contain secrets, so no file contains them.
 
-    Raises `InferctlError` when Locust or one of its workers fails, is killed or hangs; what they had recorded stays in the folder.
+    Raises `InferctlError` if Locust or one of its workers fails, is killed or hangs. Their records stay in the folder.
     All processes have ended when this returns or raises.
     """
     folder = description.parent
     for old in (*records.files(folder), folder / "state-0.json", folder / "master.json"):
         old.unlink(missing_ok=True)
     with locust.processes(load, description, folder, headers) as processes:
-        _follow(processes, load, folder, watch, check)
+        _follow(processes, load, folder, on_progress, check)
     (folder / "master.json").unlink(missing_ok=True)
     state = read_state(folder)
     if problem := processes.problem() or state.get("problem"):
-        raise InferctlError(f"the load generator failed: {problem}", f"its log is {processes.log}")
+        raise InferctlError(f"the load generator failed: {problem}", f"see {processes.log}")
     if state.get("phase") != "done":
-        raise InferctlError(f"the load generator failed: {last_words(processes.log)}", f"its log is {processes.log}")
-    return Measured(merged(folder, state), state)
+        raise InferctlError(f"the load generator failed: {last_error(processes.log)}", f"see {processes.log}")
+    return LoadResult(read_records(folder, state), state)
 
 
-def merged(folder: Path, state: Mapping[str, Any]) -> records.Rows:
-    """All records in `folder`, on this machine's clock. `state` is the load generator's account; before its end it names no workers."""
+def read_records(folder: Path, state: Mapping[str, Any]) -> records.Rows:
+    """Return all records in `folder`, in the clock of this machine.
+
+    `state` names the clock offset of each worker; it has none before the end of the run.
+    """
     workers = state.get("workers", ())
-    return records.merge(folder, {int(one["worker"]): int(one["clock_offset_ns"]) for one in workers})
+    return records.merge(folder, {int(worker["worker"]): int(worker["clock_offset_ns"]) for worker in workers})
 
 
 def cores_used(state: Mapping[str, Any]) -> float | None:
-    """Cores of this machine that the whole load generator used while it measured: all its processes here together."""
+    """Return the cores that all load generator processes on this machine used during the measurement."""
     wall = state.get("cpu_wall_ns")
     return float(state.get("cpu_here_ns", state["cpu_ns"])) / float(wall) if wall else None
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The load generator's account so far; empty before it begins."""
+def read_state(folder: Path) -> LoadState:
+    """Return the state of the load generator; empty before it starts."""
     with contextlib.suppress(OSError, ValueError):
-        state: dict[str, Any] = json.loads((folder / "state-0.json").read_text())
+        state: LoadState = json.loads((folder / "state-0.json").read_text())
         return state
     return {}
 
@@ -119,36 +130,36 @@ def _follow(
     processes: locust.Processes,
     load: Load,
     folder: Path,
-    watch: Callable[[Live], None],
+    on_progress: Callable[[LoadProgress], None],
     check: Callable[[], None],
 ) -> None:
     tails: dict[Path, records.Tail] = {}
     recent: list[tuple[int, float]] = []
-    patience = 60 + (locust.WORKERS_S if load.remote_workers else 0)
-    limit = time.monotonic() + load.warmup_s + load.duration_s + 2 * load.timeout_s + patience
+    margin_s = 60 + (locust.WORKERS_S if load.remote_workers else 0)
+    limit = time.monotonic() + load.warmup_s + load.duration_s + 2 * load.timeout_s + margin_s
     while processes.running():
         if time.monotonic() > limit:
-            raise InferctlError("the load generator did not end in time", f"its log is {processes.log}")
+            raise InferctlError("the load generator did not end in time", f"see {processes.log}")
         check()
         now = time.monotonic_ns()
         for path in records.files(folder):
-            rows = tails.setdefault(path, records.Tail(path)).new()
+            rows = tails.setdefault(path, records.Tail(path)).read_new()
             recent += zip(rows["end_ns"].tolist(), records.latency_ms(rows).tolist(), strict=True) if len(rows) else []
         recent = [entry for entry in recent if now - 5_000_000_000 < entry[0] <= now + 1_000_000_000]
-        watch(_live(recent, read_state(folder), load, now))
+        on_progress(_progress(recent, read_state(folder), load, now))
         processes.wait(0.5)
 
 
-def _live(recent: list[tuple[int, float]], state: dict[str, Any], load: Load, now_ns: int) -> Live:
+def _progress(recent: list[tuple[int, float]], state: LoadState, load: Load, now_ns: int) -> LoadProgress:
     phase = str(state.get("phase", "warm-up"))
     ends = [end for end, _ in recent]
     rate = (len(ends) - 1) / (max(ends) - min(ends)) * 1e9 if len(ends) > 1 and max(ends) > min(ends) else 0.0
-    ascending = np.sort([latency for _, latency in recent])
-    figures = [float(ascending[stats.rank(len(ascending), q) - 1]) if len(ascending) else None for q in (0.5, 0.99)]
+    latencies = np.sort([latency for _, latency in recent])
+    figures = [float(latencies[stats.rank(len(latencies), q) - 1]) if len(latencies) else None for q in (0.5, 0.99)]
     if phase == "warm-up":
-        passed = (now_ns - state["warmup_start_ns"]) / 1e9 if "warmup_start_ns" in state else 0.0
-        left = max(0.0, load.warmup_s - passed) + load.duration_s
+        elapsed_s = (now_ns - state["warmup_start_ns"]) / 1e9 if "warmup_start_ns" in state else 0.0
+        left_s = max(0.0, load.warmup_s - elapsed_s) + load.duration_s
     else:
-        # A load that failed before it measured has no end.
-        left = max(0.0, (state.get("measure_end_ns", now_ns) - now_ns) / 1e9)
-    return Live(phase, rate, figures[0], figures[1], left)
+        # A load that failed before the measurement has no end time.
+        left_s = max(0.0, (state.get("measure_end_ns", now_ns) - now_ns) / 1e9)
+    return LoadProgress(phase, rate, figures[0], figures[1], left_s)

@@ -1,4 +1,7 @@
-"""Locust's processes: one, or a master with its workers. Locust is never imported (it patches the process that it is in)."""
+"""Start and stop Locust's processes: one process, or a master with workers.
+
+Locust is never imported, because it patches the process that imports it.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +16,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from inferctl import assets
-from inferctl.bench.load.child_server import last_words
+from inferctl.bench.load.child_server import last_error
 from inferctl.bench.plan.plan import Load
 from inferctl.errors import InferctlError
 
 LOAD_FILE = "INFERCTL_LOAD_FILE"
-# Headers of the requests, as JSON: a variable, since files stay and command lines are seen by all.
+# The headers of the requests, as JSON. Files persist and all users can read command lines, so a variable holds them.
 HEADERS = "INFERCTL_LOAD_HEADERS"
-# How long a run waits for its workers to come.
+# How long a run waits until all workers are connected.
 WORKERS_S = 300
 _PORT_S = 60.0
-# How long the master may take to send its workers home: Locust waits half a second for their last words.
+# How long the master may take to stop its workers: Locust waits 0.5 s for their last messages.
 _QUIT_S = 3.0
 
 
 class Processes:
-    """The processes of one load, in a folder that holds their logs. The first one decides when the load ends.
+    """The processes of one load. `folder` receives their logs. The load ends with the first process.
 
-    `remote`: it has workers on other machines. `headers` go with each request.
+    `remote` means that workers on other machines take part. `headers` are sent with each request.
     """
 
     def __init__(self, folder: Path, remote: bool = False, headers: Mapping[str, str] | None = None) -> None:
@@ -40,7 +43,7 @@ class Processes:
         self._all: list[subprocess.Popen[bytes]] = []
 
     def start(self, arguments: Sequence[str], description: Path) -> None:
-        """Another process; its output goes into locust.log, that of workers into locust-1.log and so on."""
+        """Start a process. The first one logs to locust.log, the others to locust-1.log and so on."""
         environment = clean_environment() | {LOAD_FILE: str(description), HEADERS: self._headers}
         with self._log_of(len(self._all)).open("wb") as stream:
             self._all.append(
@@ -56,40 +59,46 @@ class Processes:
             )
 
     def running(self) -> bool:
-        """Whether the load goes on: the first process runs and no other one has failed."""
+        """Return whether the first process is running and no other process has failed."""
         return self._all[0].poll() is None and not self.problem()
 
-    def alive(self) -> list[int]:
-        """Ids of the processes that still run."""
+    def running_pids(self) -> list[int]:
+        """Return the ids of the running processes."""
         return [process.pid for process in self._all if process.poll() is None]
 
     def wait(self, seconds: float) -> None:
-        """At most so long, and no longer than the first process runs."""
+        """Wait until the first process ends, for `seconds` at most."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._all[0].wait(seconds)
 
     def problem(self) -> str | None:
-        """Why a process ended that should not have, in one line; of two the one that ended the other."""
+        """Return one line about a process that failed, or None.
+
+        If several failed, it names a worker: the master fails as a consequence.
+        """
         for number, process in sorted(enumerate(self._all), reverse=True):
             if code := process.poll():
                 name = "Locust" if len(self._all) == 1 else f"load worker {number}" if number else "Locust's master"
                 how = f"was killed (signal {-code})" if code < 0 else f"ended with exit code {code}"
-                words = last_words(self._log_of(number))
-                return f"{name} {how}" + (f": {words}" if words and code > 0 else "")
+                error = last_error(self._log_of(number))
+                return f"{name} {how}" + (f": {error}" if error and code > 0 else "")
         return None
 
     def end(self) -> None:
-        """Kill what still runs; workers on other machines are told to quit first, since nothing else would tell them."""
-        alive = [process for process in self._all if process.poll() is None]
-        if self._remote and self._all[0] in alive:
+        """Kill all running processes.
+
+        Workers on other machines first receive a message from the master to quit: no signal reaches them.
+        """
+        running = [process for process in self._all if process.poll() is None]
+        if self._remote and self._all[0] in running:
             self._all[0].terminate()
             self.wait(_QUIT_S)
-        for process in alive:
+        for process in running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-        for process in alive:
+        for process in running:
             process.wait()
-            process.returncode = 0  # our doing, and no problem of its own
+            process.returncode = 0  # killed on purpose: `problem` must not report it
 
     def _log_of(self, number: int) -> Path:
         return self._folder / f"locust-{number}.log" if number else self.log
@@ -99,33 +108,36 @@ class Processes:
 def processes(
     load: Load, description: Path, folder: Path, headers: Mapping[str, str] | None = None
 ) -> Iterator[Processes]:
-    """Start what `load` needs; nothing of it runs any more at the end. Raises `InferctlError` when the master does not come up."""
-    made = Processes(folder, bool(load.remote_workers), headers)
+    """Start the processes that `load` needs. All have ended when the context ends.
+
+    Raises `InferctlError` if the master does not start.
+    """
+    group = Processes(folder, bool(load.remote_workers), headers)
     try:
         if load.workers == 1 and not load.remote_workers:
-            made.start(command(_users(load)), description)
+            group.start(command(_users(load)), description)
         else:
-            made.start(command(_users(load), _master(load)), description)
-            port = _port(made, folder)
+            group.start(command(_users(load), _master(load)), description)
+            port = _port(group, folder)
             for _ in range(load.workers):
-                made.start(worker_command("127.0.0.1", port), description)
-        yield made
-        # Workers leave a moment after the master.
+                group.start(worker_command("127.0.0.1", port), description)
+        yield group
+        # Workers end shortly after the master.
         deadline = time.monotonic() + 5
-        while made.problem() is None and time.monotonic() < deadline and any(made.alive()):
+        while group.problem() is None and time.monotonic() < deadline and any(group.running_pids()):
             time.sleep(0.02)
     finally:
-        made.end()
+        group.end()
 
 
 def clean_environment() -> dict[str, str]:
-    """Ours without what would change a load: Locust takes options from LOCUST_* variables."""
+    """Return the environment variables of this process, without those that configure Locust (LOCUST_*)."""
     own = (LOAD_FILE, HEADERS)
     return {key: value for key, value in os.environ.items() if not key.startswith("LOCUST_") and key not in own}
 
 
 def command(users: int, more: Sequence[str] = ()) -> list[str]:
-    """How Locust is started; our own file ends the run, so it gets no run time."""
+    """Return the command that starts Locust. It sets no run time, because benchmarks/locustfile.py ends the run."""
     options = [
         "--headless",
         "--users",
@@ -140,9 +152,9 @@ def command(users: int, more: Sequence[str] = ()) -> list[str]:
 
 
 def worker_command(host: str, port: int) -> list[str]:
-    """How a worker is started, for a master at `host`."""
+    """Return the command that starts a worker for a master at `host`."""
     master = ["--master-host", host, "--master-port", str(port)]
-    # Requests that failed are in the records; they are no failure of the worker.
+    # Failed requests are in the records. They must not make the worker's exit code an error.
     return [*_locust(), "--worker", *master, "--exit-code-on-error", "0", "--loglevel", "WARNING"]
 
 
@@ -161,13 +173,13 @@ def _master(load: Load) -> list[str]:
     return ["--master", "--master-bind-host", host, "--master-bind-port", str(port), *expected]
 
 
-def _port(made: Processes, folder: Path) -> int:
-    """The port on which the master listens: it says so when it is up."""
+def _port(group: Processes, folder: Path) -> int:
+    """Wait until the master writes its port to master.json, and return it."""
     deadline = time.monotonic() + _PORT_S
-    while made.running() and time.monotonic() < deadline:
+    while group.running() and time.monotonic() < deadline:
         with contextlib.suppress(OSError, ValueError):
             return int(json.loads((folder / "master.json").read_text())["port"])
         time.sleep(0.05)
     raise InferctlError(
-        f"Locust's master did not start: {made.problem() or last_words(made.log)}", f"its log is {made.log}"
+        f"Locust's master did not start: {group.problem() or last_error(group.log)}", f"see {group.log}"
     )

@@ -1,7 +1,8 @@
-"""The exact records that the load generator wrote, one row a request; the fields are documented in benchmarks/loadgen/recorder.py.
+"""Read the records of the load generator, one row per request.
 
-A records file is a line of magic, a line of JSON that names the fields, then fixed-size little-endian records. While it is being written,
-and when its writer was killed, zeros follow the last record.
+benchmarks/loadgen/recorder.py describes the fields. A records file is a line of magic, a line of JSON that names the
+fields, then fixed-size little-endian records. While the file is being written, and after its writer was killed, zeros
+follow the last record.
 """
 
 from __future__ import annotations
@@ -25,77 +26,78 @@ Rows = npt.NDArray[Any]
 
 
 def read(path: Path) -> Rows:
-    """Records of one worker, shape (n,), a structured array. What is not a whole record at the end is left out.
+    """Return the records of one worker, a structured array of shape (n,), without an incomplete record at the end.
 
-    Raises `InferctlError` when the file is not a records file.
+    Raises `InferctlError` if the file is not a records file.
     """
     with path.open("rb") as stream:
         if stream.readline() != MAGIC:
             raise InferctlError(
-                f"{path} is not a records file", "it should be requests-N.bin, as `inferctl bench` writes it"
+                f"{path} is not a records file", "pass a file requests-N.bin that `inferctl bench` wrote"
             )
         header = json.loads(stream.readline())
         kind = np.dtype([(name, code) for name, code in header["fields"]])
         content = stream.read()
-    return _written(np.frombuffer(content, kind, count=len(content) // kind.itemsize))
+    return _complete(np.frombuffer(content, kind, count=len(content) // kind.itemsize))
 
 
 def merge(folder: Path, offsets_ns: Mapping[int, int] | None = None) -> Rows:
-    """Records of all workers in `folder`, by the time at which they should have left. Raises `InferctlError` when there is none.
+    """Return the records of all workers in `folder`, sorted by the intended send time.
 
-    `offsets_ns`: what to take from the times of a worker (by number) whose clock is another machine's.
+    `offsets_ns` maps the number of a worker on another machine to the offset of its clock, which is subtracted. Raises
+    `InferctlError` if there are no records.
     """
-    parts = [_shifted(read(path), (offsets_ns or {}).get(number_of(path), 0)) for path in files(folder)]
+    parts = [_shift(read(path), (offsets_ns or {}).get(worker_of(path), 0)) for path in files(folder)]
     if not parts:
         raise InferctlError(
-            f"there are no records in {folder}", "the load generator wrote nothing: see locust.log there"
+            f"no records in {folder}", "the load generator wrote nothing: see locust.log in that folder"
         )
     rows = np.concatenate(parts)
     return rows[np.argsort(rows["intended_ns"], kind="stable")]
 
 
 def files(folder: Path) -> list[Path]:
-    """Records files in `folder`, by the number of their worker."""
-    return sorted(folder.glob("requests-*.bin"), key=number_of)
+    """Return the records files in `folder`, sorted by the number of their worker."""
+    return sorted(folder.glob("requests-*.bin"), key=worker_of)
 
 
-def number_of(path: Path) -> int:
-    """The worker that wrote a records file."""
+def worker_of(path: Path) -> int:
+    """Return the number of the worker that wrote a records file."""
     return int(path.stem.rpartition("-")[2])
 
 
-def _shifted(rows: Rows, offset_ns: int) -> Rows:
+def _shift(rows: Rows, offset_ns: int) -> Rows:
     if not offset_ns:
         return rows
-    moved = rows.copy()
+    shifted = rows.copy()
     for name in ("intended_ns", "sent_ns", "first_ns", "end_ns"):
-        # 0 means that there is no such time.
-        moved[name] = np.where(rows[name] == 0, 0, rows[name].astype(np.int64) - offset_ns)
-    return moved
+        # 0 means that the record has no such time.
+        shifted[name] = np.where(rows[name] == 0, 0, rows[name].astype(np.int64) - offset_ns)
+    return shifted
 
 
-def _written(rows: Rows) -> Rows:
-    """Without the empty records at the end of a file that was not closed."""
+def _complete(rows: Rows) -> Rows:
+    """Return the rows without the empty ones at the end of a file that was not closed."""
     empty = np.flatnonzero(rows["end_ns"] == 0)
-    written: Rows = rows[: empty[0]] if len(empty) else rows
-    return written
+    complete: Rows = rows[: empty[0]] if len(empty) else rows
+    return complete
 
 
 def latency_ms(rows: Rows) -> npt.NDArray[np.float64]:
-    """Milliseconds from the intended send to the end of the answer, shape (n,)."""
+    """Return the milliseconds from the intended send time to the end of the response, shape (n,)."""
     return (rows["end_ns"].astype(np.int64) - rows["intended_ns"].astype(np.int64)) / 1e6
 
 
 class Tail:
-    """Follows a records file while it is being written."""
+    """Read a records file while it is being written."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
         self._kind: np.dtype[Any] | None = None
 
-    def new(self) -> Rows:
-        """Records that came since the last call; empty while the file is not there yet."""
+    def read_new(self) -> Rows:
+        """Return the records since the last call; empty while the file does not exist."""
         if not self._path.is_file():
             return np.zeros(0, [("end_ns", "<u8")])
         with self._path.open("rb") as stream:
@@ -107,6 +109,6 @@ class Tail:
                 self._kind, self._offset = np.dtype([(name, code) for name, code in fields]), len(head)
             stream.seek(self._offset)
             content = stream.read()
-        rows = _written(np.frombuffer(content, self._kind, count=len(content) // self._kind.itemsize))
+        rows = _complete(np.frombuffer(content, self._kind, count=len(content) // self._kind.itemsize))
         self._offset += len(rows) * self._kind.itemsize
         return rows

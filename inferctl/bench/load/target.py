@@ -1,4 +1,4 @@
-"""A server at a URL: what it says about itself, and embeddings from it.
+"""Connect to a server at a URL, read what it reports about itself, and request embeddings from it.
 
 Servers differ in their paths and in how they name their model:
 
@@ -28,17 +28,25 @@ from inferctl.errors import InferctlError, NotReadyError, UsageError
 
 PATHS = ("/v1/embeddings", "/embeddings", "/embed")
 _ABSENT = (404, 405, 501)
-# Statuses of a server that rejects a key of the request which it does not know.
+# HTTP statuses of a server that rejects an unknown key of a request.
 _INVALID = (400, 415, 422)
 _PROBE_S = 60.0
 _PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-# The load generator knows no proxies either, and a proxy's latency is not the server's.
+# No proxies, as in the load generator: the latency of a proxy is not that of the server.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+# JSON objects: the report of a server about itself (`GET /info`), and the body of a request.
+Info = dict[str, Any]
+Body = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Access:
-    """What requests to servers at --url need: headers (with secrets, so never shown or written), and the model name."""
+    """The model name and the headers for servers at `--url`.
+
+    Headers may contain secrets, so they are never printed or written to a file.
+    """
 
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     model: str | None = None
@@ -52,7 +60,7 @@ class Access:
 
 
 class _StatusError(InferctlError):
-    """The server answered with an HTTP status that is an error."""
+    """The server responded with an HTTP error status."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -61,14 +69,15 @@ class _StatusError(InferctlError):
 
 @dataclass(frozen=True)
 class Target:
-    """A server. `info` is its `GET /info`; for servers that are not inferctl's, what is known, under the same keys.
+    """A server that is measured.
 
-    `model` is its name in the API, `path` where it receives texts, `base64` whether it can send vectors in base64.
+    `info` is its `GET /info`, or the known facts under the same keys for servers other than inferctl. `model` is the
+    name of its model in the API. `path` is the endpoint for texts. `base64` is whether it can encode vectors in base64.
     """
 
     url: str
     model: str
-    info: dict[str, Any] = field(default_factory=dict)
+    info: Info = field(default_factory=dict)
     path: str = PATHS[0]
     base64: bool = True
     access: Access = field(default_factory=Access)
@@ -77,7 +86,7 @@ class Target:
     def embeddings_url(self) -> str:
         return f"{self.url}{self.path}"
 
-    def body(self, texts: list[str]) -> dict[str, Any]:
+    def body(self, texts: list[str]) -> Body:
         """Return the JSON body of a request for the embeddings of `texts`."""
         if self.path == "/embed":
             return {"inputs": texts, "truncate": True}
@@ -85,65 +94,64 @@ class Target:
         return {"model": self.model, "input": texts} | encoding
 
     def embed(self, texts: list[str], timeout_s: float = 120) -> list[tuple[float, ...]]:
-        """One vector a text. Raises `InferctlError` when the server refuses or answers something else."""
-        answer = _post(self.embeddings_url, timeout_s, self.body(texts), self.access)
+        """Return one vector per text. Raises `InferctlError` if the request is rejected or the response is invalid."""
+        response = _post(self.embeddings_url, timeout_s, self.body(texts), self.access)
         try:
             if self.path == "/embed":
-                vectors = [_vector(row) for row in answer]
+                vectors = [_vector(row) for row in response]
             else:
-                rows = sorted(answer["data"], key=lambda row: row["index"])
+                rows = sorted(response["data"], key=lambda row: row["index"])
                 vectors = [_vector(row["embedding"]) for row in rows]
         except (KeyError, TypeError, ValueError, struct.error) as error:
-            raise InferctlError(
-                f"{self.embeddings_url} answered something that is no list of embeddings: {error}"
-            ) from None
+            raise InferctlError(f"the response of {self.embeddings_url} is not a list of embeddings: {error}") from None
         if len(vectors) != len(texts):
-            raise InferctlError(f"{self.embeddings_url} answered {len(vectors)} embeddings for {len(texts)} texts")
+            raise InferctlError(f"{self.embeddings_url} returned {len(vectors)} embeddings for {len(texts)} texts")
         return vectors
 
 
 def connect(url: str, timeout_s: float = 10, access: Access | None = None) -> Target:
-    """Return the server at `url`, which may end with the path that receives texts.
+    """Return the server at `url`. The URL may include the endpoint for texts.
 
-    A server that is not inferctl's receives a request for one embedding, which shows its path and that it is ready.
-    Raises `UsageError` for a bad URL, `NotReadyError` if nothing answers there or the server rejects requests.
+    A server other than inferctl receives a request for one embedding. Its response shows the endpoint, and that the
+    server is ready. Raises `UsageError` for an invalid URL, and `NotReadyError` if no server responds or it rejects
+    requests.
     """
     access = access or Access()
     url = url.rstrip("/")
-    path = next((one for one in PATHS if url.endswith(one)), None)
+    path = next((suffix for suffix in PATHS if url.endswith(suffix)), None)
     url = url.removesuffix(path or "").removesuffix("/v1")
     if not _is_address(url):
-        raise UsageError(f"{url!r} is not the address of a server", "give one like `--url t4=http://10.0.0.7:8080`")
-    info = _optional(f"{url}/info", timeout_s, access)
+        raise UsageError(f"{url!r} is not the URL of a server", "pass a URL as in `--url t4=http://10.0.0.7:8080`")
+    info = _get_json(f"{url}/info", timeout_s, access)
     if info.get("name"):
         return Target(url, access.model or str(info["name"]), info, path or PATHS[0], access=access)
-    model = access.model or info.get("model_id") or _listed(url, timeout_s, access)
+    model = access.model or info.get("model_id") or _first_model(url, timeout_s, access)
     if not model:
         raise NotReadyError(
-            f"{url} answers, but none of GET /info, /v1/models and /models names a model",
-            "is it an embeddings server? Give the name of its model with `--served-model NAME`",
+            f"{url} responds, but none of GET /info, /v1/models and /models names a model",
+            "check that it is an embeddings server, and pass the name of its model with `--served-model NAME`",
         )
-    found = _probed(Target(url, str(model), access=access), path)
-    encoding = "base64" if found.base64 and found.path != "/embed" else "float"
-    api = {"path": found.path, "model": found.model, "encoding_format": encoding}
-    return replace(found, info=_described(info) | {"api": api})
+    server = _probe(Target(url, str(model), access=access), path)
+    encoding = "base64" if server.base64 and server.path != "/embed" else "float"
+    api = {"path": server.path, "model": server.model, "encoding_format": encoding}
+    return replace(server, info=_describe(info) | {"api": api})
 
 
-def _listed(url: str, timeout_s: float, access: Access) -> str | None:
-    """Return the first model that the server lists."""
+def _first_model(url: str, timeout_s: float, access: Access) -> str | None:
+    """Return the first model in the list of the server, or None."""
     for page in ("/v1/models", "/models"):
         try:
-            return str(_optional(f"{url}{page}", timeout_s, access)["data"][0]["id"])
+            return str(_get_json(f"{url}{page}", timeout_s, access)["data"][0]["id"])
         except (KeyError, IndexError, TypeError):
             continue
     return None
 
 
-def _described(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what text-embeddings-inference says in `GET /info`, under inferctl's keys; nothing for other servers."""
+def _describe(info: Mapping[str, Any]) -> Info:
+    """Return `GET /info` of text-embeddings-inference under inferctl's keys; empty for other servers."""
     if not isinstance(info.get("model_id"), str):
         return {}
-    known: dict[str, Any] = {"software": f"text-embeddings-inference {info.get('version', '')}".strip()}
+    known: Info = {"software": f"text-embeddings-inference {info.get('version', '')}".strip()}
     known["model"] = {"source": info["model_id"]}
     if precision := _PRECISIONS.get(str(info.get("model_dtype"))):
         known["precision"] = {"effective": precision, "reason": f"GET /info: model_dtype {info['model_dtype']}"}
@@ -152,26 +160,26 @@ def _described(info: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
-def _probed(server: Target, path: str | None) -> Target:
-    """Return `server` with the first path, and the encoding, that give an embedding. Raises `NotReadyError`."""
+def _probe(server: Target, path: str | None) -> Target:
+    """Return `server` with the first path and encoding that give an embedding. Raises `NotReadyError`."""
     absent: list[_StatusError] = []
     for candidate in (path,) if path else PATHS:
-        made = replace(server, path=candidate)
         try:
-            return _answering(made)
+            return _check_embedding(replace(server, path=candidate))
         except _StatusError as error:
             if error.status not in _ABSENT:
-                raise NotReadyError(error.message, _advice(error.status)) from None
+                raise NotReadyError(error.message, _hint(error.status)) from None
             absent.append(error)
         except InferctlError as error:
-            raise NotReadyError(error.message, "is it an embeddings server?") from None
+            raise NotReadyError(error.message, "check that it is an embeddings server") from None
     raise NotReadyError(
         f"{server.url} has no endpoint for embeddings: {absent[0].message}",
-        "give the whole URL, as in `--url NAME=http://10.0.0.7:8080/embeddings`, and check `--served-model`",
+        "pass the URL with its path, as in `--url NAME=http://10.0.0.7:8080/embeddings`, and check `--served-model`",
     )
 
 
-def _answering(server: Target) -> Target:
+def _check_embedding(server: Target) -> Target:
+    """Return `server` with an encoding for which it returns an embedding: base64, else float."""
     try:
         server.embed(["ready"], _PROBE_S)
     except _StatusError as error:
@@ -183,7 +191,7 @@ def _answering(server: Target) -> Target:
 
 
 def _is_address(url: str) -> bool:
-    """Whether it has a scheme, a host and perhaps a port and a path, and nothing that an HTTP client would choke on."""
+    """Return whether `url` has a scheme, a host, and no part that an HTTP client cannot send."""
     if re.search(r"[\x00-\x20\x7f@?#]", url):
         return False
     try:
@@ -193,8 +201,11 @@ def _is_address(url: str) -> bool:
         return False
 
 
-def _optional(url: str, timeout_s: float, access: Access) -> dict[str, Any]:
-    """The JSON object at `url`; empty when the server has no such page. Raises `NotReadyError` when there is no server or it refuses."""
+def _get_json(url: str, timeout_s: float, access: Access) -> Info:
+    """Return the JSON object at `url`; empty if the server has no such page or returns something else.
+
+    Raises `NotReadyError` if no server responds or it rejects the request.
+    """
     try:
         with _OPENER.open(_request(url, access), timeout=timeout_s) as response:
             value = json.loads(response.read())
@@ -202,13 +213,13 @@ def _optional(url: str, timeout_s: float, access: Access) -> dict[str, Any]:
         error.close()
         if error.code in _ABSENT:
             return {}
-        raise NotReadyError(f"{url} answered {error.code} {error.reason}", _advice(error.code)) from None
+        raise NotReadyError(f"{url} returned {error.code} {error.reason}", _hint(error.code)) from None
     except (ValueError, RecursionError):
         return {}
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise NotReadyError(
-            f"nothing answers at {url}: {reason}", "start the server first, or check host and port"
+            f"cannot connect to {url}: {reason}", "start the server first, or check host and port"
         ) from None
     return value if isinstance(value, dict) else {}
 
@@ -216,26 +227,27 @@ def _optional(url: str, timeout_s: float, access: Access) -> dict[str, Any]:
 def _request(url: str, access: Access, body: bytes | None = None) -> urllib.request.Request:
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"} if body else {})
     for name, value in access.headers.items():
-        # A redirect to another host must not receive them.
+        # A redirect to another host must not send the headers there.
         request.add_unredirected_header(name, value)
     return request
 
 
-def _advice(status: int) -> str:
+def _hint(status: int) -> str:
     if status in (401, 403):
         return (
-            "the server requires credentials: name the variable that holds its API key with `--api-key-env NAME`, "
-            "or give `--header 'Name: value'`"
+            "the server requires credentials: name the environment variable of its API key with `--api-key-env NAME`, "
+            "or pass `--header 'Name: value'`"
         )
     if status in (429, 502, 503, 504):
-        return (
-            "the server may be loading its model, or be busy: wait until GET /readyz, or its GET /health, answers 200"
-        )
-    return "see the server's own log"
+        return "the server may be loading its model, or be busy: wait until GET /readyz or GET /health returns 200"
+    return "see the log of the server"
 
 
 def is_local(url: str) -> bool:
-    """Whether `url` leads to this machine by its loopback interface; the server then shares cores with the load generator."""
+    """Return whether `url` is an address of this machine's loopback interface.
+
+    Such a server shares cores with the load generator.
+    """
     host = urllib.parse.urlsplit(url).hostname or ""
     try:
         address = ipaddress.ip_address(host)
@@ -244,8 +256,8 @@ def is_local(url: str) -> bool:
     return address.is_loopback or address.is_unspecified
 
 
-def process(url: str) -> int | None:
-    """The process of this machine that serves `url`; None when the server is elsewhere or cannot be told."""
+def local_pid(url: str) -> int | None:
+    """Return the process of this machine that serves `url`; None if it is elsewhere or unknown."""
     parts = urllib.parse.urlsplit(url)
     return procfs.listener(parts.port or (443 if parts.scheme == "https" else 80)) if is_local(url) else None
 
@@ -256,14 +268,14 @@ def _post(url: str, timeout_s: float, body: Mapping[str, Any], access: Access) -
             return json.loads(response.read())
     except urllib.error.HTTPError as error:
         with error:
-            said = access.without_secrets(error.read(300).decode(errors="replace"))
-        raise _StatusError(error.code, f"{url} answered {error.code}: {said}") from None
+            message = access.without_secrets(error.read(300).decode(errors="replace"))
+        raise _StatusError(error.code, f"{url} returned {error.code}: {message}") from None
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-        raise InferctlError(f"{url} failed: {error}") from None
+        raise InferctlError(f"the request to {url} failed: {error}") from None
 
 
 def _vector(embedding: str | list[float]) -> tuple[float, ...]:
-    """A vector from a JSON list, or from the base64 of little-endian float32 values."""
+    """Return a vector from a JSON list, or from the base64 of little-endian float32 values."""
     if isinstance(embedding, list):
         return tuple(float(value) for value in embedding)
     content = base64.b64decode(embedding)

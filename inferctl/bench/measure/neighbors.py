@@ -29,7 +29,7 @@ from inferctl.bench.plan.plan import Load, Run
 from inferctl.errors import InferctlError, UsageError
 
 if TYPE_CHECKING:
-    from inferctl.bench.load.child_server import Server
+    from inferctl.bench.load.child_server import ChildServer
     from inferctl.bench.measure.outcome import Measurement
     from inferctl.bench.measure.session import Session
 
@@ -47,7 +47,7 @@ class _Enough(Exception):  # noqa: N818 - no error: the run beside which it was 
 class Busy:
     """A load on a neighbour, in a thread. `failure` is why it ended by itself, None while it lasts or was ended by us."""
 
-    def __init__(self, number: int, server: Server, folder: Path, description: Path, load: Load) -> None:
+    def __init__(self, number: int, server: ChildServer, folder: Path, description: Path, load: Load) -> None:
         self.number, self.folder = number, folder
         self.over = threading.Event()
         self.failure: str | None = None
@@ -95,7 +95,7 @@ class Pair:
     corpus: str
     seed: int
     count: int
-    start: Callable[[int, Path], AbstractContextManager[Server]]
+    start: Callable[[int, Path], AbstractContextManager[ChildServer]]
 
 
 def measure(pair: Pair, run: Run, folder: Path) -> Measurement:
@@ -136,7 +136,7 @@ def _taken(pair: Pair, run: Run, folder: Path, how: str) -> Measurement:
     return replace(pair.session, tell=told).measure(pair.load, work, run, folder)
 
 
-def _beside(pair: Pair, servers: Sequence[Server], run: Run, folder: Path) -> dict[str, Any]:
+def _beside(pair: Pair, servers: Sequence[ChildServer], run: Run, folder: Path) -> dict[str, Any]:
     """The run with busy neighbours, as plain data; its records lie in a folder of their own."""
     place = folder / _WITH
     place.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ def _beside(pair: Pair, servers: Sequence[Server], run: Run, folder: Path) -> di
 
 
 @contextlib.contextmanager
-def _busy(pair: Pair, number: int, server: Server, folder: Path) -> Iterator[Busy]:
+def _busy(pair: Pair, number: int, server: ChildServer, folder: Path) -> Iterator[Busy]:
     """Keep a neighbour busy until the block ends; it has answered before the block begins."""
     load = background(pair.load)
     work = workload.draw(load, pair.corpus, pair.seed + number)

@@ -238,7 +238,7 @@ def _restored(output: Path, folder: Path, run: Run) -> tuple[Measurement, dict[s
         return None
     start, end = document["window"]
     part = summary.Part(
-        generator.merged(place, document["values"]["state"]),
+        generator.read_records(place, document["values"]["state"]),
         start,
         end,
         document["inputs_per_request"],

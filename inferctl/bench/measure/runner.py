@@ -42,7 +42,7 @@ class Progress:
     total: int
     phase: str
     seconds: float = 0.0
-    live: generator.Live | None = None
+    live: generator.LoadProgress | None = None
     done: str | None = None
 
 
@@ -61,7 +61,7 @@ class Bench:
 
     plan: Plan
     subjects: Sequence[Subject]
-    command: child_server.Command | None
+    command: child_server.ServeCommand | None
     model: Path | None
     output: Path
     slo_p99_ms: float | None = None
@@ -114,7 +114,7 @@ def run(bench: Bench, into: Sequence[Outcome], notify: Notify, kept: Callable[[O
         def tell(
             phase: str,
             seconds: float = 0.0,
-            live: generator.Live | None = None,
+            live: generator.LoadProgress | None = None,
             done: str | None = None,
             one: Run = one,
             number: int = shown,
@@ -207,7 +207,11 @@ def _saturated(bench: Bench, subject: Subject, notify: Notify) -> concurrency.Fo
     phase, total = ["starting"], len(bench.order)
 
     def tell(
-        step: str, seconds: float = 0.0, live: generator.Live | None = None, done: str | None = None, **_: object
+        step: str,
+        seconds: float = 0.0,
+        live: generator.LoadProgress | None = None,
+        done: str | None = None,
+        **_: object,
     ) -> None:
         notify(Progress(subject.name, 0, total, f"finding users: {phase[0]}", seconds, live, done))
 
@@ -243,7 +247,7 @@ def _saturated(bench: Bench, subject: Subject, notify: Notify) -> concurrency.Fo
 @contextlib.contextmanager
 def _started(
     bench: Bench, subject: Subject, folder: Path, tell: Tell, number: int = 0
-) -> Iterator[child_server.Server]:
+) -> Iterator[child_server.ChildServer]:
     """Server 0 is the one that is measured, the others are its neighbours."""
     if bench.command is None or subject.precision is None:
         raise InferctlError(f"{subject.name} has neither a URL nor a precision")
@@ -253,7 +257,7 @@ def _started(
         arguments += ["--max-batch-tokens", str(subject.max_batch_tokens)]
     arguments = neighbors.placed(arguments, bench.slices, number)
     phase = f"starting neighbour {number}" if number else "starting"
-    with child_server.running(arguments, announce, folder, lambda passed: tell(phase, passed)) as child:
+    with child_server.serve(arguments, announce, folder, lambda passed: tell(phase, passed)) as child:
         yield child
 
 

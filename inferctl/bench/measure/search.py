@@ -219,7 +219,7 @@ class Backlog:
         if state.get("phase") != "measure":
             return
         for file in records.files(self._folder):
-            new = self._tails.setdefault(file, records.Tail(file)).new()
+            new = self._tails.setdefault(file, records.Tail(file)).read_new()
             if len(new):
                 measured = new[new["phase"] == records.MEASURED]
                 self._ends += measured["end_ns"].tolist()
@@ -253,7 +253,7 @@ class Backlog:
 def _cut_short(load: Load, work: workload.Workload, place: Path) -> Measurement:
     """What a probe that was ended early left: its window ends with its last answer."""
     state = generator.read_state(place)
-    rows = generator.merged(place, state)
+    rows = generator.read_records(place, state)
     start = int(state["measure_start_ns"])
     end = max(start + 1, int(rows["end_ns"].max()))
     offered = int(np.count_nonzero(work.schedule_ns < end - start))

@@ -27,7 +27,7 @@ class Session:
     """A server that answers at `aim`; `child` when it is ours. `watch` saw the machine before it started."""
 
     aim: target.Target
-    child: child_server.Server | None
+    child: child_server.ChildServer | None
     watch: telemetry.Watch
     tell: Tell
 
@@ -49,7 +49,7 @@ class Session:
         # number) and always six digits, so that all runs have inputs of one length.
         serial = 100_000 + 2 * secrets.randbelow(450_000)
         description = generator.prepare(load, work, self.aim, serial, folder)
-        watched = self.child.process.pid if self.child else target.process(self.aim.url)
+        watched = self.child.process.pid if self.child else target.local_pid(self.aim.url)
         self.watch.ours |= {watched} if watched else set()
 
         def alive() -> None:

@@ -122,5 +122,5 @@ def of_run(measurement: Measurement) -> dict[str, Any] | None:
 def _part(measurement: Measurement) -> summary.Part:
     found = measurement.closed_loop or {}
     start, end = found["window"]
-    rows = generator.merged(measurement.folder / _FOLDER, found["state"])
+    rows = generator.read_records(measurement.folder / _FOLDER, found["state"])
     return summary.Part(rows, start, end, found["inputs_per_request"])
