@@ -1,29 +1,35 @@
-"""The load: Locust runs it, and every request is recorded exactly. A process of its own; nothing imports it.
+"""Locust runs this file to send a load. Each process records every request exactly. No module imports it.
 
-    INFERCTL_LOAD_FILE=load.json python -m locust -f benchmarks/locustfile.py --headless ...     (inferctl/bench/load/generator.py does)
-    python -m inferctl.bench.load.worker HOST                                                         (a worker on another machine)
+    INFERCTL_LOAD_FILE=load.json python -m locust -f benchmarks/locustfile.py --headless ...
+    python -m inferctl.bench.load.worker HOST        (a worker on another machine)
 
-`load.json` says what to send:
+inferctl/bench/load/generator.py uses the first form. `load.json` describes the load:
 
-    url           where to POST
-    mode          closed: `users` clients, each sends its next request when the last one is answered.
-                  open: requests leave at the times of `schedule`, whatever the server does, and latency counts from those times.
-    bodies        file with one JSON request body a line; `@SERIAL@` in it becomes a number that no other request has
-    order         file of uint32 (little endian): which body the n-th request takes, repeated when it ends
-    schedule      open: file of uint64, nanoseconds after the start of the measurement; `warmup_schedule` likewise
-    timeline      closed: stages of {duration_s, users}; empty for `users` all the time
-    users, duration_s, warmup_s (at most), window_s, timeout_s, max_outstanding (open), serial, workers, remote_workers
-    output        folder for what is written here
+    url           the URL for POST requests
+    mode          closed: `users` clients; each one sends its next request after its last response.
+                  open: requests are sent at the times of `schedule`, and latency counts from these times.
+    bodies        file with one JSON request body per line; `@SERIAL@` becomes a number that is unique per request
+    order         file of uint32 (little-endian): the body of each request; it repeats from the start after its end
+    schedule      open: file of uint64, nanoseconds after the start of the measurement; also `warmup_schedule`
+    timeline      closed: stages of {duration_s, users}; empty for a constant number of `users`
+    users, duration_s, warmup_s (maximum), window_s, timeout_s, max_outstanding (open), serial, workers, remote_workers
+    output        folder for the output files
 
-The variable INFERCTL_LOAD_HEADERS has further headers of each request, a JSON object: they may hold secrets.
+The variable INFERCTL_LOAD_HEADERS has further headers of each request, as a JSON object. They may be secrets.
 
-Written: `requests-<worker>.bin` (a line of magic, a line of JSON that names the fields, then one fixed-size record a request: see
-loadgen/recorder.py) and `state-0.json` (phase and its times, whether the warm-up settled, each worker's account of itself).
+The output files are `requests-<worker>.bin` and `state-0.json`. A requests file has a line of magic, a line of JSON
+that names the fields, then one fixed-size record per request (see loadgen/recorder.py). The state has the phase of the
+run and its times, whether the warm-up was steady, and the figures of each worker.
 
-Locust starts, connects and stops the processes and spreads the users; what a user sends is in loadgen/: `generator` (what and when),
-`client` (HTTP), `recorder` (records), `coordinator` (phases over all workers), `clock` (workers on other machines).
+Locust starts, connects and stops the processes and distributes the users. The requests are sent by loadgen/:
 
-All times are CLOCK_MONOTONIC of the process that wrote them, in nanoseconds.
+    generator     what is sent, and when
+    client        HTTP
+    recorder      records
+    coordinator   phases of a run over all workers
+    clock         workers on other machines
+
+All times are nanoseconds of CLOCK_MONOTONIC in the process that wrote them.
 """
 
 from __future__ import annotations
@@ -53,23 +59,26 @@ FILE = os.environ.get("INFERCTL_LOAD_FILE")
 LOAD: dict[str, Any] | None = json.loads(Path(FILE).read_text()) if FILE else None
 if LOAD:
     LOAD["headers"] = json.loads(os.environ.get("INFERCTL_LOAD_HEADERS", "{}"))
-SEND_EVERY_S, PIECE = 1.0, 1 << 20
+SEND_INTERVAL_S, CHUNK_BYTES = 1.0, 1 << 20
 
 
 class Worker:
-    """Ties a generator to Locust: hears the coordinator's messages and answers them."""
+    """Connect a generator to Locust: handle the messages of the coordinator and reply to them."""
 
     def __init__(self, environment: Any) -> None:
         self.environment, self.runner = environment, environment.runner
         self.generator: Generator | None = None
         self.finished = gevent.event.Event()
-        self._sent, self._started = 0, False
+        self._sent_bytes, self._started = 0, False
         self._remote, self._folder = LOAD is None, ""
         for name in ("load", "begin", "measure", "window", "clock"):
             self.runner.register_message(f"inferctl-{name}", getattr(self, f"_{name}"))
 
     def start(self) -> None:
-        """All users are here: say so, once what they send is known. Locust says it again when it spreads them anew for one that came late."""
+        """Prepare the load and report that all users of this worker are started.
+
+        Locust calls this again when it redistributes the users for a worker that connected late.
+        """
         if self._started:
             return
         self._started = True
@@ -86,13 +95,13 @@ class Worker:
         index = int(self.runner.worker_index)
         header = {"worker": index, "pid": os.getpid(), "machine": clock.machine()}
         recorder = Recorder(Path(load["output"]) / f"requests-{index}.bin", header)
-        self.generator = Generator(load, files, index, workers, recorder, self._answered)
+        self.generator = Generator(load, files, index, workers, recorder, self._on_complete)
         self.runner.send_message(
             "inferctl-ready", {"worker": index, "users": self.runner.user_count, "machine": clock.machine()}
         )
 
     def _begin(self, msg: Any, **_: Any) -> None:
-        assert self.generator  # it is told to begin after it said that it was ready
+        assert self.generator  # the coordinator sends this after the worker reported that it was ready
         self.generator.begin(**msg.data)
 
     def _measure(self, msg: Any, **_: Any) -> None:
@@ -104,7 +113,7 @@ class Worker:
 
     def _window(self, **_: Any) -> None:
         assert self.generator
-        self.generator.warm, latencies = [], self.generator.warm
+        self.generator.warmup_ms, latencies = [], self.generator.warmup_ms
         self.runner.send_message("inferctl-reply", {"latencies": latencies})
 
     def _clock(self, **_: Any) -> None:
@@ -114,40 +123,41 @@ class Worker:
         assert self.generator
         self.generator.finished.wait()
         if self._remote:
-            self._send_piece()
+            self._send_chunk()
         self.generator.recorder.close()
-        self.tidy()
+        self.remove_files()
         self.runner.send_message("inferctl-done", self.generator.state)
         self.finished.set()
 
-    def tidy(self) -> None:
-        """Leave nothing on a machine that is not the bench's, however the run ended."""
+    def remove_files(self) -> None:
+        """Remove the temporary folder that a worker on another machine uses, also after an interrupted run."""
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _send_records(self) -> None:
         while not self.finished.is_set():
-            self._send_piece()
-            gevent.sleep(SEND_EVERY_S)
+            self._send_chunk()
+            gevent.sleep(SEND_INTERVAL_S)
 
-    def _send_piece(self) -> None:
+    def _send_chunk(self) -> None:
         assert self.generator
-        content = self.generator.recorder.since(self._sent)
-        self._sent += len(content)
-        for at in range(0, len(content), PIECE):
+        content = self.generator.recorder.since(self._sent_bytes)
+        self._sent_bytes += len(content)
+        for at in range(0, len(content), CHUNK_BYTES):
             self.runner.send_message(
-                "inferctl-records", {"worker": self.generator.worker, "content": content[at : at + PIECE]}
+                "inferctl-records", {"worker": self.generator.worker, "content": content[at : at + CHUNK_BYTES]}
             )
 
-    def _answered(self, latency_ms: float, size: int, error: int) -> None:
-        """For Locust's own statistics, which are kept beside the records for comparison."""
+    def _on_complete(self, latency_ms: float, size: int, error: int) -> None:
+        """Update Locust's own statistics, which are saved for comparison with the records."""
         self.environment.stats.log_request("POST", "embeddings", latency_ms, size)
         if error != OK:
             self.environment.stats.log_error("POST", "embeddings", str(error))
 
 
 def end_with_parent() -> None:
-    """Be killed when whoever started us dies, however that happens: a load that nobody waits for must not go on (Linux only)."""
+    """Make the kernel kill this process when its parent ends (Linux only), so that no load runs without its
+    benchmark."""
     parent = os.getppid()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -166,13 +176,13 @@ def connect(environment: Any, **_: Any) -> None:
     if isinstance(runner, WorkerRunner | LocalRunner):
         worker = Worker(environment)
     if isinstance(runner, MasterRunner | LocalRunner):
-        assert LOAD is not None  # inferctl starts these, and always says what to send
+        assert LOAD is not None  # inferctl starts these processes with a load file
         coordinator = Coordinator(environment, LOAD, lambda: load_files(LOAD))
         environment.events.test_start.add_listener(lambda **_: gevent.spawn(coordinator.run))
         if isinstance(runner, MasterRunner):
-            part = Path(LOAD["output"]) / ".master.json"
-            part.write_text(json.dumps({"port": runner.server.port}))
-            part.rename(part.with_name("master.json"))
+            temporary = Path(LOAD["output"]) / ".master.json"
+            temporary.write_text(json.dumps({"port": runner.server.port}))
+            temporary.rename(temporary.with_name("master.json"))
 
 
 @events.spawning_complete.add_listener
@@ -184,11 +194,11 @@ def spawned(**_: Any) -> None:
 @events.quitting.add_listener
 def leave(**_: Any) -> None:
     if worker:
-        worker.tidy()
+        worker.remove_files()
 
 
 class Client(User):
-    """A client of a closed loop; of an open loop, the one that plays this worker's share of the schedule."""
+    """A user of Locust. It sends nothing itself: the generator sends the requests, and the user waits for their end."""
 
     @task
     def send(self) -> None:

@@ -1,1 +1,1 @@
-"""The parts of the load generator. They run in Locust's process, under gevent; inferctl itself imports none of them."""
+"""The load generator. It runs in Locust's process, under gevent; inferctl does not import it."""

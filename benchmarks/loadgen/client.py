@@ -1,8 +1,10 @@
-"""HTTP/1.1 for many requests at once, cheaply: no greenlet a request, prepared bytes out, the answer parsed by llhttp.
+"""An HTTP/1.1 client for many concurrent requests at a low CPU cost.
 
-    send ─► an idle connection, or a new one ─► bytes out      event loop: bytes in ─► parser ─► answered(flight)
+It starts no greenlet per request, sends prepared bytes, and parses responses with llhttp.
 
-Connections are made in greenlets; everything else happens in callbacks of the event loop, which must not block.
+    send ─► idle or new connection ─► bytes out      event loop: bytes in ─► parser ─► on_complete(request)
+
+Greenlets make connections. All other work happens in callbacks of the event loop, which must not block.
 """
 
 from __future__ import annotations
@@ -26,20 +28,34 @@ READ = 65_536
 TAIL = 200
 
 
-class Flight:
-    """One request on its way. Times are nanoseconds on CLOCK_MONOTONIC, 0 until they are known; `error` is one of the record's codes."""
+class PendingRequest:
+    """A request in flight. `error` is one of the codes of a record.
 
-    __slots__ = ("again", "end_ns", "error", "first_ns", "index", "intended_ns", "phase", "request", "sent_ns", "user")
+    Times are nanoseconds on CLOCK_MONOTONIC, and 0 until they are known.
+    """
 
-    def __init__(self, phase: int, index: int, request: bytes, intended_ns: int = 0, user: Any = None) -> None:
-        self.phase, self.index, self.request, self.intended_ns, self.user = phase, index, request, intended_ns, user
+    __slots__ = (
+        "content",
+        "end_ns",
+        "error",
+        "first_ns",
+        "index",
+        "intended_ns",
+        "phase",
+        "retried",
+        "sent_ns",
+        "user",
+    )
+
+    def __init__(self, phase: int, index: int, content: bytes, intended_ns: int = 0, user: Any = None) -> None:
+        self.phase, self.index, self.content, self.intended_ns, self.user = phase, index, content, intended_ns, user
         self.sent_ns = self.first_ns = self.end_ns = 0
         self.error = OK
-        self.again = False
+        self.retried = False
 
 
-class Answer(HTTPResponseParser):
-    """What is kept of an answer: status, headers, the size of its body and its last bytes."""
+class Response(HTTPResponseParser):
+    """Parse a response and keep its status, its headers, the size of its body and the last bytes of the body."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,10 +71,10 @@ class Answer(HTTPResponseParser):
 
     @property
     def tokens(self) -> int:
-        """Tokens that the server counted: from its header, else from the end of the body; 0 when it does not say."""
-        told = self.headers.get("x-inferctl-tokens") or self.headers.get("x-compute-tokens") or ""
-        if told.isdigit():
-            return int(told)
+        """Tokens that the server counted, from its header or from the end of the body; 0 if it does not report them."""
+        header = self.headers.get("x-inferctl-tokens") or self.headers.get("x-compute-tokens") or ""
+        if header.isdigit():
+            return int(header)
         return int(found[1]) if (found := USAGE.search(self.tail)) else 0
 
     def _on_status(self, _: str) -> None:
@@ -81,41 +97,41 @@ class Answer(HTTPResponseParser):
         self.tail = bytes(part[-TAIL:]) if len(part) >= TAIL else (self.tail + bytes(part))[-TAIL:]
 
     def _on_message_complete(self) -> None:
-        # 1xx is a message of its own, and the real one follows.
+        # A 1xx response is a separate message before the final one.
         self.done = self.get_code() >= 200
 
 
-class Plain:
-    """Bytes over a connected TCP socket."""
+class PlainStream:
+    """A connected TCP socket, without blocking."""
 
     def __init__(self, raw: Any) -> None:
         self.raw = raw
 
     def receive(self) -> bytes | None:
-        """What has come; None when nothing has, empty at the end of the stream."""
+        """Return the received bytes: None if there are none yet, empty at the end of the stream."""
         try:
             return self.raw.recv(READ)  # type: ignore[no-any-return]
         except (BlockingIOError, InterruptedError):
             return None
 
-    def sealed(self, content: bytes) -> bytes:
-        """The bytes that carry `content`."""
+    def encode(self, content: bytes) -> bytes:
+        """Return the bytes to send for `content`."""
         return content
 
 
-class Tls(Plain):
-    """The same through TLS; certificates are verified."""
+class TlsStream(PlainStream):
+    """The same through TLS. Certificates are verified."""
 
     _context: ssl.SSLContext | None = None
 
     def __init__(self, raw: Any, host: str) -> None:
         super().__init__(raw)
-        Tls._context = Tls._context or ssl.create_default_context()
+        TlsStream._context = TlsStream._context or ssl.create_default_context()
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = Tls._context.wrap_bio(self._in, self._out, server_hostname=host)
+        self._tls = TlsStream._context.wrap_bio(self._in, self._out, server_hostname=host)
 
     def handshake(self, connected: Any) -> None:
-        """Blocks this greenlet only. Raises `OSError`."""
+        """Perform the TLS handshake. It blocks this greenlet only. Raises `OSError`."""
         while True:
             try:
                 self._tls.do_handshake()
@@ -123,12 +139,12 @@ class Tls(Plain):
                 return
             except ssl.SSLWantReadError:
                 connected.sendall(self._out.read())
-                self._fed(connected.recv(READ))
+                self._feed(connected.recv(READ))
 
     def receive(self) -> bytes | None:
         if (content := super().receive()) is None:
             return None
-        self._fed(content)
+        self._feed(content)
         parts = []
         try:
             while part := self._tls.read(READ):
@@ -139,11 +155,11 @@ class Tls(Plain):
             pass
         return b"".join(parts)
 
-    def sealed(self, content: bytes) -> bytes:
+    def encode(self, content: bytes) -> bytes:
         self._tls.write(content)
         return self._out.read()
 
-    def _fed(self, content: bytes) -> None:
+    def _feed(self, content: bytes) -> None:
         if content:
             self._in.write(content)
         else:
@@ -151,14 +167,14 @@ class Tls(Plain):
 
 
 class Connection:
-    """One connection, one request at a time."""
+    """A connection that carries one request at a time."""
 
-    __slots__ = ("_answer", "_client", "_loop", "_rest", "_stream", "_watcher", "_writer", "flight", "open", "used")
+    __slots__ = ("_client", "_loop", "_response", "_rest", "_stream", "_watcher", "_writer", "open", "request", "used")
 
-    def __init__(self, client: Client, stream: Plain) -> None:
+    def __init__(self, client: Client, stream: PlainStream) -> None:
         self._client, self._stream = client, stream
-        self._answer = Answer()
-        self.flight: Flight | None = None
+        self._response = Response()
+        self.request: PendingRequest | None = None
         self.open, self.used = True, False
         self._rest = b""
         self._loop: Any = gevent.get_hub().loop
@@ -166,11 +182,11 @@ class Connection:
         self._watcher = self._loop.io(stream.raw.fileno(), 1)
         self._watcher.start(self._readable)
 
-    def send(self, flight: Flight) -> None:
-        """Start `flight`; the client hears of its end."""
-        self.flight = flight
-        self._answer.begin()
-        self._rest = self._stream.sealed(flight.request)
+    def send(self, request: PendingRequest) -> None:
+        """Send `request`. The client is notified when it is complete."""
+        self.request = request
+        self._response.begin()
+        self._rest = self._stream.encode(request.content)
         self._write()
 
     def _write(self) -> None:
@@ -179,7 +195,7 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             pass
         except OSError:
-            self._lost()
+            self._connection_lost()
             return
         if self._rest and not self._writer:
             self._writer = self._loop.io(self._stream.raw.fileno(), 2)
@@ -196,47 +212,51 @@ class Connection:
             content = b""
         if content is None:
             return
-        now, flight, answer = time.monotonic_ns(), self.flight, self._answer
-        if flight is None:  # the server closes what is idle
+        now, request, response = time.monotonic_ns(), self.request, self._response
+        if request is None:  # the server closes an idle connection
             self.close()
             return
-        if content and not flight.first_ns:
-            flight.first_ns = now
+        if content and not request.first_ns:
+            request.first_ns = now
         try:
-            answer.feed(content)
-        except Exception:  # noqa: BLE001 - whatever is wrong with an answer, it is a failed request and not a failed load generator
-            self._failed(CONNECTION, now)
+            response.feed(content)
+        except Exception:  # noqa: BLE001 - any error in a response is a failed request, not a failed load generator
+            self._fail(CONNECTION, now)
             return
-        if answer.done:
-            self.flight, self.used = None, True
-            # A redirect is not followed: whatever it leads to was not answered.
-            flight.end_ns, flight.error = now, OK if 200 <= answer.status < 300 else HTTP_ERROR
-            if not content or not answer.should_keep_alive():
+        if response.done:
+            self.request, self.used = None, True
+            # Redirects are not followed, so the request has no embeddings.
+            request.end_ns, request.error = now, OK if 200 <= response.status < 300 else HTTP_ERROR
+            if not content or not response.should_keep_alive():
                 self.close()
-            self._client.landed(self, flight, answer)
+            self._client.completed(self, request, response)
         elif not content:
-            self._lost()
+            self._connection_lost()
 
-    def _lost(self) -> None:
-        """The connection broke. A server may close an idle one just when we send: then it goes out once more, on another."""
-        flight = self.flight
-        if flight and self.used and not flight.again and not flight.first_ns:
-            self.flight = None
+    def _connection_lost(self) -> None:
+        """Handle a broken connection.
+
+        A server may close an idle connection just when a request is sent. Such a request is sent once more, on another
+        connection.
+        """
+        request = self.request
+        if request and self.used and not request.retried and not request.first_ns:
+            self.request = None
             self.close()
-            self._client.retry(flight)
+            self._client.retry(request)
         else:
-            self._failed(CONNECTION, time.monotonic_ns())
+            self._fail(CONNECTION, time.monotonic_ns())
 
-    def _failed(self, error: int, now: int) -> None:
-        flight, self.flight = self.flight, None
+    def _fail(self, error: int, now: int) -> None:
+        request, self.request = self.request, None
         self.close()
-        if flight:
-            flight.end_ns, flight.error = now, error
-            self._client.landed(self, flight, None)
+        if request:
+            request.end_ns, request.error = now, error
+            self._client.completed(self, request, None)
 
     def expire(self) -> None:
-        """Give its request up."""
-        self._failed(TIMEOUT, time.monotonic_ns())
+        """Give up the request in flight: it failed by timeout."""
+        self._fail(TIMEOUT, time.monotonic_ns())
 
     def close(self) -> None:
         if self.open:
@@ -248,110 +268,114 @@ class Connection:
 
 
 class Client:
-    """Sends flights to one URL over as many connections as are in use at once; `landed(flight, answer)` hears of each end.
+    """Send requests to one URL, each on an idle connection or a new one.
 
-    `answer` is None when there is none: the flight's `error` then says why. `outstanding` counts flights that have not landed,
-    `reconnects` those that went out twice because the server had closed an idle connection, `opened` the connections made.
+    `on_complete(request, response)` is called at the end of each request. Without a response, `response` is None, and
+    the request's `error` has the reason. `outstanding` counts requests in flight. `reconnects` counts requests that
+    were sent twice because the server had closed an idle connection. `opened` counts the connections.
     """
 
     def __init__(
         self,
         url: str,
         timeout_s: float,
-        landed: Callable[[Flight, Answer | None], None],
+        on_complete: Callable[[PendingRequest, Response | None], None],
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        at = urlsplit(url)
-        self.host, self.tls = at.hostname or "", at.scheme == "https"
-        self.port = at.port or (443 if self.tls else 80)
+        parts = urlsplit(url)
+        self.host, self.tls = parts.hostname or "", parts.scheme == "https"
+        self.port = parts.port or (443 if self.tls else 80)
         self.timeout_s = timeout_s
         self.outstanding = self.reconnects = self.opened = 0
-        self._landed = landed
+        self._on_complete = on_complete
         self._idle: list[Connection] = []
-        self._flying: dict[Flight, Connection | None] = {}
-        path = (at.path or "/") + (f"?{at.query}" if at.query else "")
-        fields = {"Host": at.netloc.rpartition("@")[2], "User-Agent": "inferctl-bench", "Accept": "*/*"}
+        self._in_flight: dict[PendingRequest, Connection | None] = {}
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        fields = {"Host": parts.netloc.rpartition("@")[2], "User-Agent": "inferctl-bench", "Accept": "*/*"}
         fields |= {"Accept-Encoding": "identity", "Content-Type": "application/json"}
-        given = {name.lower() for name in headers or {}}
-        fields = {name: value for name, value in fields.items() if name.lower() not in given} | dict(headers or {})
+        overridden = {name.lower() for name in headers or {}}
+        fields = {name: value for name, value in fields.items() if name.lower() not in overridden} | dict(headers or {})
         lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
         self._head = f"POST {path} HTTP/1.1\r\n{lines}Content-Length: ".encode()
         gevent.spawn(self._expire)
 
-    def request(self, body: bytes) -> bytes:
-        """The whole HTTP request with this body."""
+    def encode(self, body: bytes) -> bytes:
+        """Return the whole HTTP request with this body."""
         return b"%b%d\r\n\r\n%b" % (self._head, len(body), body)
 
-    def send(self, flight: Flight) -> None:
-        """Let it leave now. Never blocks: connecting, if that is needed, is part of the request's time."""
-        flight.sent_ns = time.monotonic_ns()
-        flight.intended_ns = flight.intended_ns or flight.sent_ns
+    def send(self, request: PendingRequest) -> None:
+        """Send `request` now, without blocking. The time to connect, if necessary, is part of the request's latency."""
+        request.sent_ns = time.monotonic_ns()
+        request.intended_ns = request.intended_ns or request.sent_ns
         self.outstanding += 1
-        self._dispatch(flight)
+        self._dispatch(request)
 
-    def _dispatch(self, flight: Flight) -> None:
+    def _dispatch(self, request: PendingRequest) -> None:
         while self._idle:
             connection = self._idle.pop()
             if connection.open:
-                self._flying[flight] = connection
-                connection.send(flight)
+                self._in_flight[request] = connection
+                connection.send(request)
                 return
-        self._flying[flight] = None
-        gevent.spawn(self._connect, flight)
+        self._in_flight[request] = None
+        gevent.spawn(self._connect, request)
 
-    def retry(self, flight: Flight) -> None:
-        flight.again = True
+    def retry(self, request: PendingRequest) -> None:
+        request.retried = True
         self.reconnects += 1
         self._idle = [connection for connection in self._idle if connection.open]
-        self._flying[flight] = None
-        gevent.spawn(self._connect, flight)
+        self._in_flight[request] = None
+        gevent.spawn(self._connect, request)
 
-    def landed(self, connection: Connection | None, flight: Flight, answer: Answer | None) -> None:
-        if self._flying.pop(flight, self) is self:
-            return  # given up meanwhile
+    def completed(self, connection: Connection | None, request: PendingRequest, response: Response | None) -> None:
+        if self._in_flight.pop(request, self) is self:
+            return  # it has expired
         self.outstanding -= 1
         if connection and connection.open:
             self._idle.append(connection)
-        self._landed(flight, answer)
+        self._on_complete(request, response)
 
-    def _connect(self, flight: Flight) -> None:
+    def _connect(self, request: PendingRequest) -> None:
         try:
             connected = socket.create_connection((self.host, self.port), self.timeout_s)
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            stream = Plain(connected)
+            stream = PlainStream(connected)
             if self.tls:
-                stream = Tls(connected, self.host)
+                stream = TlsStream(connected, self.host)
                 stream.handshake(connected)
         except (OSError, gevent.Timeout) as error:
-            flight.end_ns = time.monotonic_ns()
-            flight.error = TIMEOUT if isinstance(error, TimeoutError) else CONNECTION
-            self.landed(None, flight, None)
+            request.end_ns = time.monotonic_ns()
+            request.error = TIMEOUT if isinstance(error, TimeoutError) else CONNECTION
+            self.completed(None, request, None)
             return
-        # From here on the event loop calls us, and the cooperative socket would only be in the way.
+        # From here on callbacks of the event loop use the socket, which must then not be gevent's cooperative one.
         stream.raw = _socket.socket(fileno=connected.detach())
         stream.raw.setblocking(False)
         self.opened += 1
         connection = Connection(self, stream)
-        if flight in self._flying:
-            self._flying[flight] = connection
-            connection.send(flight)
+        if request in self._in_flight:
+            self._in_flight[request] = connection
+            connection.send(request)
         else:
             self._idle.append(connection)
 
     def _expire(self) -> None:
-        """Give up what has taken too long. Flights are in the order in which they left, so only the oldest ones are looked at."""
+        """Fail the requests that exceed the timeout.
+
+        Requests in flight are in the order of their send times, so only the oldest ones are checked.
+        """
         while True:
             gevent.sleep(min(0.05, self.timeout_s / 10))
             limit = time.monotonic_ns() - int(self.timeout_s * 1e9)
-            for flight, connection in list(self._late(limit)):
+            for request, connection in list(self._overdue(limit)):
                 if connection:
                     connection.expire()
                 else:
-                    flight.end_ns, flight.error = time.monotonic_ns(), TIMEOUT
-                    self.landed(None, flight, None)
+                    request.end_ns, request.error = time.monotonic_ns(), TIMEOUT
+                    self.completed(None, request, None)
 
-    def _late(self, limit_ns: int) -> Iterator[tuple[Flight, Connection | None]]:
-        for flight, connection in self._flying.items():
-            if flight.sent_ns > limit_ns:
+    def _overdue(self, limit_ns: int) -> Iterator[tuple[PendingRequest, Connection | None]]:
+        for request, connection in self._in_flight.items():
+            if request.sent_ns > limit_ns:
                 return
-            yield flight, connection
+            yield request, connection

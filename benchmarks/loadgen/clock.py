@@ -1,4 +1,4 @@
-"""CLOCK_MONOTONIC starts anywhere: two machines' clocks are compared by messages, and what remains unknown is said."""
+"""Compare the clocks of two machines by messages: CLOCK_MONOTONIC of each machine starts at an arbitrary time."""
 
 from __future__ import annotations
 
@@ -9,25 +9,31 @@ from pathlib import Path
 
 
 def machine() -> str:
-    """Equal for processes that share CLOCK_MONOTONIC: the same boot of a machine, and the same time namespace in it."""
+    """Return a text that is equal for processes with the same CLOCK_MONOTONIC.
+
+    Such processes share the boot of the machine and the time namespace.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        # Not Path.readlink: it is the link's text that counts.
+        # os.readlink and not Path.readlink: the text of the link identifies the namespace; it is not a path.
         return f"{boot} {os.readlink('/proc/self/ns/time')}"  # noqa: PTH115
     except OSError:
-        # Without an answer nothing is known to be shared but with one's own children.
+        # Without these files, only processes with the same parent are known to share the clock.
         return f"{os.uname().nodename} {os.getppid()}"
 
 
 @dataclass(frozen=True)
 class Offset:
-    """`ns` to add to our clock for theirs; the true value is within `uncertainty_ns` of it."""
+    """Difference of another machine's clock to the local one. The true value is within `uncertainty_ns` of `ns`."""
 
     ns: int = 0
     uncertainty_ns: int = 0
 
 
 def offset(trips: Iterable[tuple[int, int, int]]) -> Offset:
-    """From round trips (sent by us, read by them, answered to us): theirs was read somewhere in between, so the shortest trip says most."""
-    sent, theirs, back = min(trips, key=lambda trip: trip[2] - trip[0])
-    return Offset(theirs - (sent + back) // 2, (back - sent + 1) // 2)
+    """Return the offset from round trips: (local send time, remote time, local receive time), in nanoseconds.
+
+    The remote time was read between the two local times, so the shortest trip gives the smallest uncertainty.
+    """
+    sent, remote, received = min(trips, key=lambda trip: trip[2] - trip[0])
+    return Offset(remote - (sent + received) // 2, (received - sent + 1) // 2)

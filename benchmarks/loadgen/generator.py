@@ -1,4 +1,4 @@
-"""What one process sends and when, and what it records: its share of a drawn schedule, or of the clients of a closed loop."""
+"""Send the requests of one process and record them: its share of the schedule, or of the users of a closed loop."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ import gevent
 import gevent.event
 
 from loadgen.alarm import Alarm
-from loadgen.client import Answer, Client, Flight
+from loadgen.client import Client, PendingRequest, Response
 from loadgen.recorder import CONNECTION, DROPPED, MEASURED, OK, WARMUP, Recorder
 
 NAN = float("nan")
 SERVER_TIMES = ("x-inferctl-queue-ms", "x-inferctl-tokenize-ms", "x-inferctl-inference-ms")
 LATE_NS = 1_000_000
 BURST = 16
-# An idle core takes some 60 µs to wake up. It is woken early and the rest is waited for awake, unless it is too busy to be idle.
+# An idle core takes about 60 µs to wake up. The alarm is early by EARLY_NS and the rest is a busy wait, unless requests
+# are closer than SPARSE_NS: then the core does not become idle.
 EARLY_NS, SPARSE_NS = 120_000, 1_000_000
 PAUSE_S = 0.05
 
 
 def integers(content: bytes, code: str) -> array.array[int]:
-    """Little-endian integers (`I` uint32, `Q` uint64)."""
+    """Return little-endian integers (`I` uint32, `Q` uint64)."""
     values: array.array[int] = array.array(code)
     values.frombytes(content)
     if sys.byteorder == "big":
@@ -39,7 +40,7 @@ def integers(content: bytes, code: str) -> array.array[int]:
 
 
 class Bodies:
-    """Request bodies, with the numbers that make inputs unique put into them."""
+    """Request bodies. Each `@SERIAL@` mark is replaced by a cache-busting prefix of two numbers."""
 
     def __init__(self, content: bytes, order: bytes, serial: int) -> None:
         self._parts = [body.split(b"@SERIAL@") for body in content.splitlines()]
@@ -47,7 +48,7 @@ class Bodies:
         self._serial = serial
 
     def at(self, phase: int, index: int) -> bytes:
-        """The body of the n-th request of a phase."""
+        """Return the body of request number `index` of a phase."""
         parts = self._parts[self._order[index % len(self._order)]]
         if len(parts) == 1:
             return parts[0]
@@ -55,10 +56,10 @@ class Bodies:
 
 
 class Generator:
-    """Sends and records. `load` is the description in load.json, `files` the content of the files that it names.
+    """Send and record requests. `load` is the description in load.json, `files` the content of the files that it names.
 
-    Requests are numbered over all workers: this one has those whose number leaves the rest `worker` when divided by `workers`.
-    `finished` is set when everything that left before the end has its answer or was given up.
+    Requests are numbered over all workers. This worker sends those with number % workers == worker. `finished` is set
+    when each sent request has a response or has failed.
     """
 
     def __init__(
@@ -68,29 +69,29 @@ class Generator:
         worker: int,
         workers: int,
         recorder: Recorder,
-        answered: Callable[[float, int, int], None],
+        on_complete: Callable[[float, int, int], None],
     ) -> None:
         self.load, self.worker, self.workers, self.recorder = load, worker, workers, recorder
         self.bodies = Bodies(files["bodies"], files["order"], int(load["serial"]))
         self.schedules = [integers(files[name], "Q")[worker::workers] for name in ("warmup_schedule", "schedule")]
-        self.client = Client(load["url"], load["timeout_s"], self._landed, load.get("headers") or {})
+        self.client = Client(load["url"], load["timeout_s"], self._record, load.get("headers") or {})
         self.open = load["mode"] == "open"
         self.max_outstanding = max(1, load["max_outstanding"] // workers)
         self.finished = gevent.event.Event()
-        self.warm: list[float] = []
+        self.warmup_ms: list[float] = []
         self.late = self.dropped = 0
         self.first_user, self.users = 0, 0
-        self._answered = answered
-        self._alarm = Alarm(self._due)
-        self._phase, self._begun_ns, self._next, self._last_due = WARMUP, 0, 0, 0
-        self._switch_ns = self._stop_ns = 0
-        self._taken = 0
-        self._parked: list[int] = []
+        self._on_complete = on_complete
+        self._alarm = Alarm(self._on_alarm)
+        self._phase, self._start_ns, self._next_scheduled, self._last_due = WARMUP, 0, 0, 0
+        self._measure_ns = self._stop_ns = 0
+        self._next_request = 0
+        self._idle_users: list[int] = []
         self._cpu: dict[str, Any] = {}
 
     @property
     def state(self) -> dict[str, Any]:
-        """This process's account of itself."""
+        """The figures of this process for state-0.json."""
         return {
             "worker": self.worker,
             "pid": os.getpid(),
@@ -106,144 +107,148 @@ class Generator:
         }
 
     def begin(self, start_ns: int, first_user: int, users: int) -> None:
-        """Start the warm-up at `start_ns`; the clients of a closed loop here are numbered from `first_user`."""
+        """Start the warm-up at `start_ns`. The first user of this process in a closed loop has the number
+        `first_user`."""
         self.first_user, self.users = first_user, users
-        self._begun_ns = start_ns
-        self._parked = [] if self.open else list(range(users))
+        self._start_ns = start_ns
+        self._idle_users = [] if self.open else list(range(users))
         self._alarm.set(start_ns)
 
     def measure(self, start_ns: int) -> None:
-        """Go over to the measurement at `start_ns`, without a pause, and to the end `duration_s` later."""
-        self._switch_ns = start_ns
+        """Switch to the measurement at `start_ns`, without a pause. It ends `duration_s` later."""
+        self._measure_ns = start_ns
         self._stop_ns = start_ns + int(self.load["duration_s"] * 1e9)
         self._alarm.set(time.monotonic_ns() if self.open else start_ns)
-        gevent.spawn(self._account)
+        gevent.spawn(self._measure_cpu)
 
-    def _due(self) -> None:
-        self._play() if self.open else self._fill()
+    def _on_alarm(self) -> None:
+        self._send_due() if self.open else self._start_users()
 
-    def _play(self) -> None:
-        """Open loop: send everything that is due, and wait for the next one."""
+    def _send_due(self) -> None:
+        """Open loop: send all requests that are due, and set the alarm for the next one."""
         now = time.monotonic_ns()
         for sent in range(BURST):
-            if self._phase == WARMUP and self._switch_ns and now >= self._switch_ns:
-                self._phase, self._begun_ns, self._next = MEASURED, self._switch_ns, 0
+            if self._phase == WARMUP and self._measure_ns and now >= self._measure_ns:
+                self._phase, self._start_ns, self._next_scheduled = MEASURED, self._measure_ns, 0
             schedule = self.schedules[self._phase]
-            if self._next == len(schedule):
-                if self._phase == WARMUP and self._switch_ns:
-                    self._alarm.set(self._switch_ns)
+            if self._next_scheduled == len(schedule):
+                if self._phase == WARMUP and self._measure_ns:
+                    self._alarm.set(self._measure_ns)
                 return
-            due = self._begun_ns + schedule[self._next]
+            due = self._start_ns + schedule[self._next_scheduled]
             early = EARLY_NS if due - self._last_due > SPARSE_NS else 0
             if due - now > (0 if sent else early):
-                # The measurement's first request must not wait for the warm-up's next one.
-                waits = self._phase == WARMUP and self._switch_ns
-                self._alarm.set((min(due, self._switch_ns) if waits else due) - early)
+                # The first request of the measurement must not wait for the next one of the warm-up.
+                switching = self._phase == WARMUP and self._measure_ns
+                self._alarm.set((min(due, self._measure_ns) if switching else due) - early)
                 return
             while now < due:
                 now = time.monotonic_ns()
-            index = self._next * self.workers + self.worker
-            self._next += 1
+            index = self._next_scheduled * self.workers + self.worker
+            self._next_scheduled += 1
             self._last_due = due
-            self._leave(index, due)
+            self._send_scheduled(index, due)
             now = time.monotonic_ns()
-        # Behind by more than a burst: answers that wait are read first, or their times would be ours.
+        # More than a burst is overdue. Read the received responses first: a late read would count as latency.
         self._alarm.set(now)
 
-    def _leave(self, index: int, due: int) -> None:
+    def _send_scheduled(self, index: int, due: int) -> None:
         phase = self._phase
         if self.client.outstanding >= self.max_outstanding:
             self.dropped += phase == MEASURED
             self.recorder.add(due, 0, 0, due, index, 0, 0, NAN, NAN, NAN, 0, phase, DROPPED)
             return
-        flight = Flight(phase, index, self.client.request(self.bodies.at(phase, index)), due)
-        self.client.send(flight)
-        self.late += phase == MEASURED and flight.sent_ns - due > LATE_NS
+        request = PendingRequest(phase, index, self.client.encode(self.bodies.at(phase, index)), due)
+        self.client.send(request)
+        self.late += phase == MEASURED and request.sent_ns - due > LATE_NS
 
-    def _fill(self) -> None:
-        """Closed loop: start every client that has nothing to wait for, and come back when the number of clients changes."""
+    def _start_users(self) -> None:
+        """Closed loop: start all idle users. Set the alarm for the next change of their number."""
         now = time.monotonic_ns()
-        waiting, self._parked = self._parked, []
+        waiting, self._idle_users = self._idle_users, []
         for user in waiting:
-            self._again(user, now)
-        begun = self._switch_ns or self._begun_ns
-        changes = [begun + int(at * 1e9) for at in self._changes()] if self._switch_ns else []
-        if later := [at for at in [self._switch_ns, *changes] if at > now]:
+            self._send_next(user, now)
+        start = self._measure_ns or self._start_ns
+        changes = [start + int(at * 1e9) for at in self._changes()] if self._measure_ns else []
+        if later := [at for at in [self._measure_ns, *changes] if at > now]:
             self._alarm.set(min(later))
 
     def _changes(self) -> list[float]:
-        """Seconds after the start of the measurement at which the number of clients changes."""
+        """Return the seconds after the start of the measurement at which the number of users changes."""
         ends, at = [], 0.0
         for stage in self.load.get("timeline") or []:
             at += stage["duration_s"]
             ends.append(at)
         return ends[:-1]
 
-    def _wanted(self, now: int) -> int:
-        """Clients (over all workers) that are to be busy now."""
+    def _active_users(self, now: int) -> int:
+        """Return the number of active users of all workers at the time `now`."""
         stages = self.load.get("timeline") or []
-        passed = (now - self._switch_ns) / 1e9 if self._switch_ns and now >= self._switch_ns else 0.0
+        passed = (now - self._measure_ns) / 1e9 if self._measure_ns and now >= self._measure_ns else 0.0
         for stage in stages:
             if passed < stage["duration_s"]:
                 return int(stage["users"])
             passed -= stage["duration_s"]
         return int(stages[-1]["users"] if stages else self.load["users"])
 
-    def _again(self, user: int, now: int) -> None:
-        """A client's next request, unless the time is over or the stage has no place for it."""
+    def _send_next(self, user: int, now: int) -> None:
+        """Send the next request of a user, unless the load has ended or the stage has fewer users."""
         if self._stop_ns and now >= self._stop_ns:
             return
-        if self.first_user + user >= self._wanted(now):
-            self._parked.append(user)
+        if self.first_user + user >= self._active_users(now):
+            self._idle_users.append(user)
             return
-        if self._phase == WARMUP and self._switch_ns and now >= self._switch_ns:
-            self._phase, self._taken = MEASURED, 0
-        index = self._taken * self.workers + self.worker
-        self._taken += 1
-        self.client.send(Flight(self._phase, index, self.client.request(self.bodies.at(self._phase, index)), 0, user))
+        if self._phase == WARMUP and self._measure_ns and now >= self._measure_ns:
+            self._phase, self._next_request = MEASURED, 0
+        index = self._next_request * self.workers + self.worker
+        self._next_request += 1
+        self.client.send(
+            PendingRequest(self._phase, index, self.client.encode(self.bodies.at(self._phase, index)), 0, user)
+        )
 
-    def _landed(self, flight: Flight, answer: Answer | None) -> None:
-        end, intended = flight.end_ns, flight.intended_ns
-        if answer:
-            headers = answer.headers
+    def _record(self, request: PendingRequest, response: Response | None) -> None:
+        end, intended = request.end_ns, request.intended_ns
+        if response:
+            headers = response.headers
             times = [number(headers.get(name)) for name in SERVER_TIMES]
-            size, tokens, status = answer.size, answer.tokens, answer.status
+            size, tokens, status = response.size, response.tokens, response.status
         else:
             times, size, tokens, status = [NAN, NAN, NAN], 0, 0, 0
         self.recorder.add(
             intended,
-            flight.sent_ns,
-            flight.first_ns or end,
+            request.sent_ns,
+            request.first_ns or end,
             end,
-            flight.index,
+            request.index,
             size,
             tokens,
             *times,
             status,
-            flight.phase,
-            flight.error,
+            request.phase,
+            request.error,
         )
-        self._answered((end - flight.sent_ns) / 1e6, size, flight.error)
-        if flight.phase == WARMUP and flight.error == OK:
-            self.warm.append((end - intended) / 1e6)
-        if flight.user is None:
+        self._on_complete((end - request.sent_ns) / 1e6, size, request.error)
+        if request.phase == WARMUP and request.error == OK:
+            self.warmup_ms.append((end - intended) / 1e6)
+        if request.user is None:
             return
-        if flight.error == CONNECTION:
-            # A server that is gone would be asked as often as the machine can.
-            gevent.spawn_later(PAUSE_S, lambda: self._again(flight.user, time.monotonic_ns()))
+        if request.error == CONNECTION:
+            # Without a pause, a server that has ended would receive connection attempts at the highest possible rate.
+            gevent.spawn_later(PAUSE_S, lambda: self._send_next(request.user, time.monotonic_ns()))
         else:
-            self._again(flight.user, end)
+            self._send_next(request.user, end)
 
-    def _account(self) -> None:
-        """Note the CPU time of this process while it measures, and its busiest second; then wait for the last answers."""
-        # A full collection takes milliseconds, which would be in somebody's latency. What is left uncollected is bounded by the run.
+    def _measure_cpu(self) -> None:
+        """Measure the CPU time of this process and its busiest second; then wait for the last responses."""
+        # A full garbage collection takes milliseconds, which would add to the latency of a request. The duration of the
+        # run bounds the garbage.
         gc.collect()
         gc.disable()
-        gevent.sleep(max(0.0, (self._switch_ns - time.monotonic_ns()) / 1e9))
+        gevent.sleep(max(0.0, (self._measure_ns - time.monotonic_ns()) / 1e9))
         first = last = (time.monotonic_ns(), time.process_time_ns())
         peak = 0.0
         while (left := (self._stop_ns - time.monotonic_ns()) / 1e9) > 0:
-            # The last stretch is not split: a share of a tenth of a second says nothing.
+            # The last interval is not split: the CPU share of a tenth of a second is not meaningful.
             gevent.sleep(left if left < 1.5 else 1.0)
             now = (time.monotonic_ns(), time.process_time_ns())
             peak = max(peak, (now[1] - last[1]) / (now[0] - last[0]))
@@ -255,18 +260,18 @@ class Generator:
             "involuntary_switches": resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw,
         }
         deadline = time.monotonic() + self.load["timeout_s"] + 5
-        while time.monotonic() < deadline and (self.client.outstanding or self._unsent()):
+        while time.monotonic() < deadline and (self.client.outstanding or self._has_unsent()):
             gevent.sleep(0.02)
-        self._alarm.off()
+        self._alarm.disarm()
         gc.enable()
         self.finished.set()
 
-    def _unsent(self) -> bool:
-        return self.open and (self._phase == WARMUP or self._next < len(self.schedules[MEASURED]))
+    def _has_unsent(self) -> bool:
+        return self.open and (self._phase == WARMUP or self._next_scheduled < len(self.schedules[MEASURED]))
 
 
 def number(text: str | None) -> float:
-    """A header's number, NaN when there is none."""
+    """Return the number in a header; NaN without one."""
     if text:
         with contextlib.suppress(ValueError):
             return float(text)
@@ -274,5 +279,5 @@ def number(text: str | None) -> float:
 
 
 def load_files(load: Mapping[str, Any]) -> dict[str, bytes]:
-    """Content of the files that a description names."""
+    """Return the content of the files that a description names."""
     return {name: Path(load[name]).read_bytes() for name in ("bodies", "order", "schedule", "warmup_schedule")}

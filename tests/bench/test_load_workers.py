@@ -1,4 +1,4 @@
-"""Several workers, here and elsewhere: the same schedule, the same exact records, and nothing lost with one that is killed."""
+"""Several load workers, on this machine and elsewhere: the same schedule and records; no record is lost in a crash."""
 
 from __future__ import annotations
 
@@ -62,15 +62,17 @@ def test_clients_of_a_closed_loop_are_spread_over_workers(answering: Callable[..
 RUN = """
 import sys
 from pathlib import Path
-from inferctl.bench import load, plan, target, workload
+from inferctl.bench.load import generator, target
+from inferctl.bench.plan import plan, workload
 wanted = plan.Load.model_validate({"mode": "open", "rate": 50, "duration_s": 600, "warmup_s": 0})
-description = load.prepare(wanted, workload.draw(wanted, "short", 1), target.connect(sys.argv[1]), 100_000, Path(sys.argv[2]))
-load.run(wanted, description, lambda live: None, lambda: None)
+work = workload.draw(wanted, "short", 1)
+description = generator.prepare(wanted, work, target.connect(sys.argv[1]), 100_000, Path(sys.argv[2]))
+generator.run(wanted, description, lambda progress: None, lambda: None)
 """
 
 
 def writer(file: Path) -> int:
-    """The process that writes a records file."""
+    """Return the process that writes a records file."""
     with file.open("rb") as stream:
         return int(json.loads(stream.readlines(300)[1])["pid"])
 
@@ -125,16 +127,19 @@ def test_a_killed_worker_ends_the_run_and_loses_no_record(tmp_path: Path) -> Non
     with pytest.raises(ProcessLookupError):
         os.kill(killed[0], 0)
     answered = {index for index in server.truth_ms(100_000) if index % 2 == 1}
-    kept = set(records.read(tmp_path / "requests-1.bin")["index"].tolist())
+    recorded = set(records.read(tmp_path / "requests-1.bin")["index"].tolist())
     assert len(answered) > 100
-    # What the server answered in the moment of the kill was never read; a buffer of 8 KB would have held them all.
-    assert len(answered - kept) <= 20
+    # Responses in flight at the time of the kill were never read. A buffer of 8 KB would have lost all records.
+    assert len(answered - recorded) <= 20
     assert (records.merge(tmp_path)["end_ns"] > 0).all()
 
 
 @contextlib.contextmanager
 def elsewhere(port: int, folder: Path) -> Iterator[bool]:
-    """A worker as on another machine: no folder in common, and where the kernel lets us a clock of its own, 1000 s ahead."""
+    """Run a worker as on another machine: no shared folder and, where the kernel allows it, a clock that is 1000 s ahead.
+
+    Yields whether the clock differs.
+    """
     apart = ["unshare", "--time", "--monotonic", "1000"]
     own_clock = False
     with contextlib.suppress(OSError):
@@ -173,7 +178,7 @@ def test_a_worker_elsewhere_serves_one_run_after_another(answering: Callable[...
     assert not any(away.iterdir())
 
 
-class CutShort(Exception):  # noqa: N818 - as a probe of a search is, when its answer came sooner
+class Interruption(Exception):  # noqa: N818 - as when a search ends a probe early
     pass
 
 
@@ -190,11 +195,11 @@ def test_a_run_that_is_cut_short_sends_its_workers_elsewhere_home(
 
     def check() -> None:
         if generator.read_state(cut).get("phase") == cut_in:
-            raise CutShort
+            raise Interruption
 
     description = generator.prepare(wanted, workload.draw(wanted, "short", 1), target.connect(url), 100_000, cut)
     with elsewhere(port, away):
-        with pytest.raises(CutShort):
+        with pytest.raises(Interruption):
             generator.run(wanted, description, lambda _: None, check)
         _, part, work = measure(url, tmp_path / "next", **settings, duration_s=1)
         assert offsets(part) == work.schedule_ns.astype(np.int64).tolist()
@@ -203,17 +208,17 @@ def test_a_run_that_is_cut_short_sends_its_workers_elsewhere_home(
 
 def test_what_a_worker_of_an_earlier_run_still_sends_is_refused(answering: Callable[..., str], tmp_path: Path) -> None:
     port, url = free_port(), answering("--median-ms", "2")
-    left_over = zmq.Context.instance().socket(zmq.DEALER)
-    left_over.setsockopt(zmq.IDENTITY, b"left over")
-    left_over.connect(f"tcp://127.0.0.1:{port}")
-    left_over.send(msgpack.dumps(("inferctl-records", {"worker": 0, "content": b"not of this run"}, "left over")))
+    orphan = zmq.Context.instance().socket(zmq.DEALER)
+    orphan.setsockopt(zmq.IDENTITY, b"left over")
+    orphan.connect(f"tcp://127.0.0.1:{port}")
+    orphan.send(msgpack.dumps(("inferctl-records", {"worker": 0, "content": b"not of this run"}, "left over")))
     try:
-        with elsewhere(port, tmp_path), pytest.raises(InferctlError, match="one is left of a run that was cut short"):
+        with elsewhere(port, tmp_path), pytest.raises(InferctlError, match="one is left from an interrupted run"):
             measure(
                 url, tmp_path / "run", mode="open", rate=50, duration_s=1, workers=1, remote_workers=1, master_port=port
             )
     finally:
-        left_over.close(linger=0)
+        orphan.close(linger=0)
     assert not any(b"not of this run" in file.read_bytes() for file in records.files(tmp_path / "run"))
 
 
@@ -273,10 +278,10 @@ coordinator.run()
 def test_a_worker_elsewhere_ends_without_runs_and_with_a_failure(
     codes: tuple[int, ...], ends_with: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("inferctl.bench.load.worker._LOOK_S", 0.05)
+    monkeypatch.setattr("inferctl.bench.load.worker._POLL_S", 0.05)
     for code in codes:
         (tmp_path / f"{len(list(tmp_path.iterdir()))}-{code}").touch()
-    # Takes the next exit code there is; the shell starts much faster than Locust.
+    # Each start uses the next exit code. A shell starts much faster than Locust.
     script = f'cd "{tmp_path}"; next=$(ls | head -n 1); rm "$next"; exit "${{next#*-}}"'
     assert serve(["sh", "-c", script], 1) == ends_with
     assert not any(tmp_path.iterdir())
