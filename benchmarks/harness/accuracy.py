@@ -1,15 +1,17 @@
-"""How exact are the percentiles? Ours and Locust's own beside the truth, which the measured server logs itself.
+"""Check the accuracy of the percentiles: compare inferctl's and Locust's with those that the server logs itself.
 
     python benchmarks/harness/accuracy.py [--rate 100] [--seconds 60] [--repeats 1] [--json FILE]
 
-A server with a known distribution (log-normal with a median of 20 ms, and three answers in a hundred 300 ms slower; fixed seed) logs for each
-request the nanoseconds from reading it to writing its answer. An open loop sends at `--rate`. A percentile of ours is compared with the same
-percentile of what the server logged for the same requests. It passes when each is within 0.2 ms or 1 % of the truth.
+An open loop sends requests at `--rate` to a server with a known latency distribution: log-normal with a median of
+20 ms, 3% of the responses 300 ms slower, fixed seed. For each request, the server logs the nanoseconds from reading it
+to writing its response. Each percentile of inferctl is compared with the same percentile of the log for the same
+requests. The check passes if each is within 0.2 ms or 1% of the logged value.
 
-Locust's own figures are those of its statistics, which got the same response times: what differs is its rounding (to 1 ms below 100 ms,
-10 ms below 1 s, 100 ms above).
+Locust's figures are those of its own statistics, which receive the same response times. They differ by rounding: to
+1 ms below 100 ms, to 10 ms below 1 s, and to 100 ms above.
 
-What is on top of the truth is the way there and back: two passes through the loopback interface, two wake-ups, and how late the request left.
+The difference to the log is the time on the way: two passes through the loopback interface, two wake-ups, and the delay
+of the send.
 """
 
 from __future__ import annotations
@@ -30,29 +32,29 @@ from inferctl.bench.load import records
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 
 
-def compared(rate: float, seconds: float, seed: int) -> dict[str, Any]:
-    """One run: a row a percentile, and what the load generator and the way there added, request by request (ms)."""
-    with known_server.running("--slow-share", "0.03", "--seed", str(seed)) as server:
-        done, part = loads.measure(
+def compare(rate: float, seconds: float, seed: int) -> dict[str, Any]:
+    """Measure one run. Return a row per percentile, and the time that client and network add to each request (ms)."""
+    with known_server.run_server("--slow-share", "0.03", "--seed", str(seed)) as server:
+        result, part = loads.measure(
             server.url, seed=seed, mode="open", rate=rate, duration_s=seconds, warmup_s=5, window_s=1
         )
     logged = server.truth_ms(loads.SERIAL)
     rows = part.measured
     missing = [int(index) for index in rows["index"] if int(index) not in logged]
     truth = np.array([logged.get(int(index), np.nan) for index in rows["index"]])
-    ours = records.latency_ms(rows)
+    measured = records.latency_ms(rows)
     lateness = (rows["sent_ns"].astype(np.int64) - rows["intended_ns"].astype(np.int64)) / 1e6
     table = []
     for q in QUANTILES:
-        own, exact = (float(np.sort(times)[stats.rank(len(times), q) - 1]) for times in (ours, truth))
-        locust = float(done.state["locust_percentiles_ms"][f"p{q * 100:g}"])
+        value, exact = (float(np.sort(times)[stats.rank(len(times), q) - 1]) for times in (measured, truth))
+        locust = float(result.state["locust_percentiles_ms"][f"p{q * 100:g}"])
         table.append(
             {
                 "percentile": f"p{q * 100:g}",
                 "truth_ms": round(exact, 3),
-                "inferctl_ms": round(own, 3),
-                "inferctl_error_ms": round(own - exact, 3),
-                "inferctl_within": within(own, exact),
+                "inferctl_ms": round(value, 3),
+                "inferctl_error_ms": round(value - exact, 3),
+                "inferctl_within": within(value, exact),
                 "locust_ms": locust,
                 "locust_error_ms": round(locust - exact, 3),
                 "locust_within": within(locust, exact),
@@ -63,16 +65,16 @@ def compared(rate: float, seconds: float, seed: int) -> dict[str, Any]:
         "failed": int(np.sum(rows["error"] != records.OK)),
         "not_logged": len(missing),
         "percentiles": table,
-        "added_ms": {"least": round(float(np.min(ours - truth)), 3)}
-        | {f"p{q * 100:g}": round(float(np.quantile(ours - truth, q)), 3) for q in QUANTILES},
+        "added_ms": {"least": round(float(np.min(measured - truth)), 3)}
+        | {f"p{q * 100:g}": round(float(np.quantile(measured - truth, q)), 3) for q in QUANTILES},
         "lateness_ms": {f"p{q * 100:g}": round(float(np.quantile(lateness, q)), 3) for q in QUANTILES},
-        "client_cpu_percent": summary.client_cpu_percent(done.state),
-        "validity": loads.judged(done, part).as_dict(),
+        "client_cpu_percent": summary.client_cpu_percent(result.state),
+        "validity": loads.judge(result, part).as_dict(),
     }
 
 
 def within(value: float, truth: float) -> bool:
-    """0.2 ms or 1 %, whichever is more."""
+    """Return whether `value` is within 0.2 ms or 1% of `truth`, whichever is larger."""
     return abs(value - truth) <= max(0.2, 0.01 * truth)
 
 
@@ -83,26 +85,28 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    runs = [compared(options.rate, options.seconds, seed) for seed in range(1, options.repeats + 1)]
+    runs = [compare(options.rate, options.seconds, seed) for seed in range(1, options.repeats + 1)]
     for run in runs:
         print(
-            f"{run['requests']} requests, {options.rate:g}/s, open loop; {run['failed']} failed, {run['not_logged']} not logged"
+            f"{run['requests']} requests, {options.rate:g}/s, open loop; {run['failed']} failed, "
+            f"{run['not_logged']} not in the log"
         )
-        print(f"{'':>6} {'truth':>10} {'inferctl':>10} {'off by':>8}   {'Locust':>8} {'off by':>8}")
+        print(f"{'':>6} {'truth':>10} {'inferctl':>10} {'error':>8}   {'Locust':>8} {'error':>8}")
         for row in run["percentiles"]:
             marks = ["" if row[f"{who}_within"] else " !" for who in ("inferctl", "locust")]
             print(
-                f"{row['percentile']:>6} {row['truth_ms']:>10.3f} {row['inferctl_ms']:>10.3f} {row['inferctl_error_ms']:>+8.3f}{marks[0]:2} "
+                f"{row['percentile']:>6} {row['truth_ms']:>10.3f} {row['inferctl_ms']:>10.3f} "
+                f"{row['inferctl_error_ms']:>+8.3f}{marks[0]:2} "
                 f"{row['locust_ms']:>8g} {row['locust_error_ms']:>+8.3f}{marks[1]}"
             )
-        print(f"added to a request, ms: {run['added_ms']}; of that lateness: {run['lateness_ms']}")
+        print(f"added per request (ms): {run['added_ms']}; of that send delay: {run['lateness_ms']}")
         print(f"validity: {run['validity']}\n")
     passed = all(row["inferctl_within"] for run in runs for row in run["percentiles"])
     loads.write(options.json, {"rate": options.rate, "seconds": options.seconds, "passed": passed, "runs": runs})
     print(
-        "every percentile is within 0.2 ms or 1 % of the truth"
+        "each percentile is within 0.2 ms or 1% of the truth"
         if passed
-        else "NOT every percentile is within 0.2 ms or 1 %"
+        else "at least one percentile is NOT within 0.2 ms or 1% of the truth"
     )
     return 0 if passed else 1
 

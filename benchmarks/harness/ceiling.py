@@ -1,14 +1,15 @@
-"""How much can the load generator send, and when does it say that it is the bottleneck itself?
+"""Measure how many requests the load generator can send, and at which rate it reports that it is the bottleneck.
 
-    python benchmarks/harness/ceiling.py [--seconds 6] [--users 32] [--workers 1 2] [--rates 1000 2000 ...] [--json FILE]
+    python benchmarks/harness/ceiling.py [--seconds 6] [--users 32] [--workers 1 2] [--rates 1000 2000 ...]
+                                         [--json FILE]
 
-A bare server answers every request at once with the same 600 bytes (asyncio on uvloop). Both share this machine, so with two cores the
-server has the one and the load generator the other; more workers than that only share.
+A bare server (asyncio on uvloop) responds to every request at once with the same 600 bytes. Both share this machine.
+With two cores, the server uses one and the load generator the other, so more workers compete for the same cores.
 
-1. Closed loop with 1 and more workers: requests/s, and requests/s for each core that the load generator used.
+1. A closed loop with 1 and more workers: requests/s, and requests/s per core that the load generator used.
 2. Stock Locust (a FastHttpUser that posts one text) against the same server, for comparison.
-3. Open loop at rising rates until `validity` gives a reason or a caution of the load generator's own: the highest rate that passes without
-   one, and the first at which it says so, in its own words.
+3. An open loop at rising rates, until the validity check gives a reason or a warning about the load generator: the
+   highest rate without a message, and the first rate with one and its text.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from inferctl.bench.load import generator, locust
 OWN = "load generator"
 
 
-def closed(seconds: float, users: int, workers: int) -> dict[str, Any]:
-    """As many requests as it goes."""
-    with known_server.running("--bare") as server:
+def measure_closed(seconds: float, users: int, workers: int) -> dict[str, Any]:
+    """Measure a closed loop."""
+    with known_server.run_server("--bare") as server:
         done, part = loads.measure(
             server.url, users=users, duration_s=seconds, warmup_s=2, window_s=0.5, workers=workers
         )
@@ -47,13 +48,13 @@ def closed(seconds: float, users: int, workers: int) -> dict[str, Any]:
         "requests_per_s_per_core": round(found["requests_per_s"] / cores, 1),
         "busiest_worker_percent": summary.client_cpu_percent(done.state),
         "p50_ms": found["latency_ms"]["p50"]["value"],
-        "validity": loads.judged(done, part).as_dict(),
+        "validity": loads.judge(done, part).as_dict(),
     }
 
 
-def stock(seconds: float, users: int) -> dict[str, Any]:
-    """The same by Locust as people use it; its own count over the time that it ran, ramp included."""
-    with known_server.running("--bare") as server, tempfile.TemporaryDirectory() as folder:
+def measure_stock(seconds: float, users: int) -> dict[str, Any]:
+    """Measure stock Locust, by its own count over its whole run, ramp included."""
+    with known_server.run_server("--bare") as server, tempfile.TemporaryDirectory() as folder:
         arguments = [
             sys.executable,
             "-m",
@@ -73,7 +74,7 @@ def stock(seconds: float, users: int) -> dict[str, Any]:
             "stock",
         ]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        # The server is another child, but not waited for yet, so its time is not in the figure.
+        # The server is a child too, but RUSAGE_CHILDREN counts only children that have ended.
         subprocess.run(
             [*arguments, *options, "--only-summary", "--loglevel", "ERROR"],
             check=True,
@@ -94,9 +95,9 @@ def stock(seconds: float, users: int) -> dict[str, Any]:
     }
 
 
-def opened(rate: float, seconds: float, workers: int) -> dict[str, Any]:
-    """One rate, at Poisson times."""
-    with known_server.running("--bare") as server:
+def measure_open(rate: float, seconds: float, workers: int) -> dict[str, Any]:
+    """Measure an open loop at one rate, with Poisson arrivals."""
+    with known_server.run_server("--bare") as server:
         done, part = loads.measure(
             server.url,
             mode="open",
@@ -107,7 +108,7 @@ def opened(rate: float, seconds: float, workers: int) -> dict[str, Any]:
             workers=workers,
             timeout_s=10,
         )
-    found, verdict = summary.summarize([part]), loads.judged(done, part)
+    found, verdict = summary.summarize([part]), loads.judge(done, part)
     return {
         "rate": rate,
         "workers": workers,
@@ -137,35 +138,40 @@ def main() -> int:
     options = parser.parse_args()
     document: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "closed": [], "open": [], "stock": None}
     for workers in options.workers:
-        run = closed(options.seconds, options.users, workers)
+        run = measure_closed(options.seconds, options.users, workers)
         document["closed"].append(run)
         print(
-            f"closed loop, {options.users} clients, {workers} worker(s): {run['requests_per_s']:,.0f} requests/s on {run['cores']:.2f} cores, "
-            f"{run['requests_per_s_per_core']:,.0f} per core; {run['validity']['reasons'] or 'no reason against it'}",
+            f"closed loop, {options.users} users, {workers} worker(s): {run['requests_per_s']:,.0f} requests/s on "
+            f"{run['cores']:.2f} cores, "
+            f"{run['requests_per_s_per_core']:,.0f} per core; {run['validity']['reasons'] or 'valid'}",
             flush=True,
         )
     if not options.no_stock:
-        document["stock"] = stock(options.seconds, options.users)
+        document["stock"] = measure_stock(options.seconds, options.users)
         print(f"stock FastHttpUser: {document['stock']}", flush=True)
     for rate in options.rates:
-        run = opened(rate, options.seconds, 1)
+        run = measure_open(rate, options.seconds, 1)
         document["open"].append(run)
-        said = [*run["reasons"], *run["cautions"]]
+        messages = [*run["reasons"], *run["cautions"]]
         print(
-            f"open loop at {rate:,.0f}/s: {run['requests_per_s']:,.0f}/s, {run['busiest_worker_percent']} % of its core, "
-            f"{run['late']} late, p99 {run['p99_ms']} ms: {said or 'valid'}",
+            f"open loop at {rate:,.0f}/s: {run['requests_per_s']:,.0f}/s, "
+            f"{run['busiest_worker_percent']}% of its core, "
+            f"{run['late']} late, p99 {run['p99_ms']} ms: {messages or 'valid'}",
             flush=True,
         )
         if run["declares_itself"]:
             break
-    calm = [run["rate"] for run in document["open"] if not run["declares_itself"] and not run["warns_of_itself"]]
-    loud = [run for run in document["open"] if run["declares_itself"]]
-    document["highest_calm_rate"] = max(calm, default=None)
-    document["declares_itself_at"] = loud[0]["rate"] if loud else None
-    document["declares_itself_with"] = next((r for r in loud[0]["reasons"] if OWN in r), None) if loud else None
+    silent = [run["rate"] for run in document["open"] if not run["declares_itself"] and not run["warns_of_itself"]]
+    declaring = [run for run in document["open"] if run["declares_itself"]]
+    document["highest_calm_rate"] = max(silent, default=None)
+    document["declares_itself_at"] = declaring[0]["rate"] if declaring else None
+    document["declares_itself_with"] = (
+        next((r for r in declaring[0]["reasons"] if OWN in r), None) if declaring else None
+    )
     loads.write(options.json, document)
     print(
-        f"highest rate without a word: {document['highest_calm_rate']}; says at {document['declares_itself_at']}: {document['declares_itself_with']}"
+        f"highest rate without a message: {document['highest_calm_rate']}; "
+        f"first message at {document['declares_itself_at']}: {document['declares_itself_with']}"
     )
     return 0
 

@@ -1,16 +1,19 @@
-"""Do 95 % intervals of pooled repeats contain the true percentile, and is an SLO said to be met that is not?
-
-Simulated queues, whose true percentiles are known.
+"""Check by simulation whether 95% intervals contain the true percentile, and how often an SLO verdict is wrong.
 
     python benchmarks/harness/coverage.py [--trials 1000] [--seed 1] [--json FILE]
 
-One queue with Poisson arrivals and one server (Lindley's recursion), service times with a spread of 10 %, after a
-warm-up. Each trial measures it once, or five times with a fifth of the requests. `fresh`: each repeat has arrival times
-of its own, as `inferctl bench` does it. `same`: all repeats have the same arrival times, to show why not. `drift`: the
-speed of the server differs by 5 % from run to run. About one minute.
-Then a server whose true p99 is 10 % over the SLO, and one whose p99 is 10 % within it, at several sample sizes.
-It ends with 1 when the coverage with fresh arrival times is not within 93 to 97 %, give or take what so many trials
-leave to chance, or when the SLO that is missed by 10 % is said to be met in 5 % or more of the trials.
+The simulated queue has Poisson arrivals and one server (Lindley's recursion), service times with a spread of 10%, and
+a warm-up. Its true percentiles are known. Each trial measures it once, or five times with a fifth of the requests:
+
+- `fresh`: each repeat has its own arrival times, as in `inferctl bench`
+- `same`: all repeats have the same arrival times, to show their effect
+- `drift`: the speed of the server differs by 5% from run to run
+
+A second part has a server whose true p99 is 10% above the SLO, and one whose p99 is 10% below it, at several sample
+sizes. It takes about one minute.
+
+The exit code is 1 if the coverage with fresh arrival times is outside 93% to 97%, plus or minus the sampling error of
+the trials, or if the SLO that is missed by 10% is reported as met in 5% or more of the trials.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from inferctl.bench.judge import slo, summary
 
 Values = npt.NDArray[np.float64]
 
-# Load, and requests of all repeats together: so many that the effective sample size is enough for a p99.
+# Load, and number of requests of all repeats together. The effective sample size is then enough for a p99.
 LOADS = {0.5: 10_000, 0.7: 25_000, 0.85: 100_000}
 SLO_REQUESTS = (1000, 4000, 20_000)
 QUANTILES = (0.5, 0.9, 0.99)
@@ -85,7 +88,7 @@ def coverage(load: float, repeats: int, how: str, trials: int, seed: int) -> dic
 
 
 def false_verdicts(load: float, count: int, repeats: int, beyond: float, trials: int, seed: int) -> dict[str, float]:
-    """Return how often a server whose true p99 is `beyond` times the SLO is said to meet it, to miss it, or neither."""
+    """Return how often an SLO verdict is met, missed or inconclusive if the true p99 is `beyond` times the SLO."""
     limit = truth(load, seed)[0.99] / beyond
     random = np.random.default_rng([seed, int(100 * load), repeats, count])
     found = {True: 0, False: 0, None: 0}
@@ -128,8 +131,8 @@ def main() -> int:
                         {"load": load, "requests": count, "repeats": repeats, "p99_over_slo": beyond} | found
                     )
                     passed = passed and (beyond < 1 or found["met"] < 0.05)
-                    said = ", ".join(f"{key} {share:.1%}" for key, share in found.items())
-                    print(f"load {load:.0%}, {count} requests, {repeats} repeats, p99 {beyond:g} of the SLO: {said}")
+                    text = ", ".join(f"{key} {share:.1%}" for key, share in found.items())
+                    print(f"load {load:.0%}, {count} requests, {repeats} repeats, p99 {beyond:g} of the SLO: {text}")
     import loads
 
     loads.write(

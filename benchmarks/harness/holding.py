@@ -1,9 +1,10 @@
-"""A proxy that makes a server slower by a known share: it holds each answer back for `--share` of the time that the server took for it.
+"""A proxy that delays each response by a share (`--share`) of the time that the server took for it.
 
     python benchmarks/harness/holding.py --to http://127.0.0.1:8080 --share 0.1 --announce FILE
 
-Announces {"url": ...}. On SIGTERM it writes {"requests", "server_s", "held_s"} to FILE.held, so that whoever measures can say how much slower
-the server really was. HTTP/1.1 with Content-Length only, one thread a connection. With a share of 0 it only passes on, which costs the same.
+It writes {"url": ...} to FILE. On SIGTERM it writes {"requests", "server_s", "held_s"} to FILE.held, which show by how
+much the server was slower. It supports HTTP/1.1 with Content-Length only, with one thread per connection. A share of 0
+adds no delay, but has the same cost.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
-# time.sleep wakes up late by some 60 µs; the last stretch is waited for by looking at the clock.
+# time.sleep wakes up about 60 µs late, so the last part is a busy wait.
 _SPIN_S = 0.0002
 
 
-class Holding:
-    """Passes connections on to `address` and counts what it did."""
+class DelayProxy:
+    """Forward connections to `address`, delay the responses, and count requests and times."""
 
     def __init__(self, address: tuple[str, int], share: float) -> None:
         self._address, self._share = address, share
@@ -33,32 +34,32 @@ class Holding:
         self.requests, self.server_s, self.held_s = 0, 0.0, 0.0
 
     def serve(self, client: socket.socket) -> None:
-        """Pass one connection's requests on until either side closes it."""
+        """Forward the requests of one connection until either side closes it."""
         with client, socket.create_connection(self._address) as server:
             for side in (client, server):
                 side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            asked, answered = client.makefile("rb"), server.makefile("rb")
-            while request := message(asked):
-                begun = time.perf_counter()
+            incoming, returned = client.makefile("rb"), server.makefile("rb")
+            while request := read_message(incoming):
+                start = time.perf_counter()
                 server.sendall(request)
-                answer = message(answered)
-                if not answer:
+                response = read_message(returned)
+                if not response:
                     return
-                took = time.perf_counter() - begun
-                wait_until(begun + took * (1 + self._share))
-                held = time.perf_counter() - begun - took
-                client.sendall(answer)
+                elapsed_s = time.perf_counter() - start
+                wait_until(start + elapsed_s * (1 + self._share))
+                held = time.perf_counter() - start - elapsed_s
+                client.sendall(response)
                 if request.startswith(b"POST"):
                     with self._lock:
                         self.requests, self.server_s, self.held_s = (
                             self.requests + 1,
-                            self.server_s + took,
+                            self.server_s + elapsed_s,
                             self.held_s + held,
                         )
 
 
-def message(stream: BinaryIO) -> bytes:
-    """One HTTP message with its body; empty at the end of the connection."""
+def read_message(stream: BinaryIO) -> bytes:
+    """Return one HTTP message with its body; empty at the end of the connection."""
     lines, length = [], 0
     while (line := stream.readline()) not in (b"\r\n", b""):
         lines.append(line)
@@ -69,7 +70,7 @@ def message(stream: BinaryIO) -> bytes:
 
 
 def wait_until(moment: float) -> None:
-    """Return at `moment` of the performance counter, not before and hardly after."""
+    """Return at the time `moment` of the performance counter: sleep, then busy wait."""
     if (left := moment - time.perf_counter()) > _SPIN_S:
         time.sleep(left - _SPIN_S)
     while time.perf_counter() < moment:
@@ -83,11 +84,11 @@ def main() -> None:
     parser.add_argument("--announce", type=Path, required=True)
     options = parser.parse_args()
     to = urlsplit(options.to)
-    holding = Holding((to.hostname or "127.0.0.1", to.port or 80), options.share)
+    proxy = DelayProxy((to.hostname or "127.0.0.1", to.port or 80), options.share)
 
     def stop(*_: object) -> None:
-        said = {"requests": holding.requests, "server_s": holding.server_s, "held_s": holding.held_s}
-        options.announce.with_suffix(".held").write_text(json.dumps(said))
+        counts = {"requests": proxy.requests, "server_s": proxy.server_s, "held_s": proxy.held_s}
+        options.announce.with_suffix(".held").write_text(json.dumps(counts))
         sys.stdout.flush()
         os._exit(0)
 
@@ -98,7 +99,7 @@ def main() -> None:
     part.rename(options.announce)
     while True:
         client, _ = listener.accept()
-        threading.Thread(target=holding.serve, args=(client,), daemon=True).start()
+        threading.Thread(target=proxy.serve, args=(client,), daemon=True).start()
 
 
 if __name__ == "__main__":

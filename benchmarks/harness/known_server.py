@@ -1,14 +1,16 @@
-"""A server whose latencies are known exactly, for tests of the load generator: it answers `POST /v1/embeddings` after a drawn delay.
+"""A server whose latencies are known exactly, for tests of the load generator.
 
-    python known_server.py --announce FILE --truth FILE [--median-ms 20 --sigma 0.5 --slow-share 0.03 --slow-ms 300 --seed 1]
+    python known_server.py --announce FILE --truth FILE
+                           [--median-ms 20 --sigma 0.5 --slow-share 0.03 --slow-ms 300 --seed 1]
                            [--stall-every 10 --stall-for 1] [--bare]
 
-The delay is log-normal; a share of the answers gets a second, longer one on top. It logs what it really took, not what was drawn: for each
-request two numbers that the request carries (the serial and the index that the load generator puts before each text) and the
-nanoseconds from reading the request to writing the answer, as three little-endian uint64. The log is written when it ends (SIGTERM).
+It responds to `POST /v1/embeddings` after a random delay. The delay is log-normal, and a share of the responses has a
+second, longer one in addition. The server logs the actual times, not the drawn ones. For each request it logs three
+little-endian uint64: two numbers that the request carries (the prefix that the load generator adds to each text) and
+the nanoseconds from reading the request to writing the response. It writes the log when it ends (SIGTERM).
 
-`--stall-every 10 --stall-for 1`: nothing is answered in the first second of every ten. `--bare`: the same bytes at once, nothing logged.
-One thread, asyncio streams of bytes; uvloop where it is installed.
+`--stall-every 10 --stall-for 1`: no response is sent in the first second of every ten. `--bare`: the same bytes without
+a delay and without a log. It uses one thread and asyncio protocols, on uvloop if it is installed.
 """
 
 from __future__ import annotations
@@ -38,35 +40,35 @@ import numpy.typing as npt
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 NUMBERS = re.compile(rb'"input": ?\[?"(\d+) (\d+) ')
 BODY = json.dumps({"data": [{"index": 0, "embedding": "A" * 512}], "usage": {"prompt_tokens": 12}}).encode()
-ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(BODY), BODY)
+RESPONSE = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(BODY), BODY)
 MODELS = b'{"data": [{"id": "known"}]}'
 NOT_FOUND = b"HTTP/1.1 404 Not Found\r\ncontent-length: 2\r\n\r\n{}"
 
 
-class Known:
-    """Draws delays and notes what each answer took."""
+class DelayLog:
+    """Draw delays, and log the actual time of each response."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.random = options, random.Random(options.seed)
         self.log = array.array("Q")
-        self.begun = time.monotonic()
+        self.started = time.monotonic()
 
     def delay(self, now: float) -> float:
-        """Seconds until the answer of a request that is read at `now` (monotonic)."""
+        """Return the delay in seconds of a request that is read at `now` (monotonic)."""
         options, draw = self.options, self.random
         seconds = draw.lognormvariate(math.log(options.median_ms / 1e3), options.sigma)
         if draw.random() < options.slow_share:
             seconds += draw.lognormvariate(math.log(options.slow_ms / 1e3), options.sigma / 2)
         if options.stall_every:
-            into = (now + seconds - self.begun) % options.stall_every
+            into = (now + seconds - self.started) % options.stall_every
             seconds += max(0.0, options.stall_for - into)
         return seconds
 
 
 class Connection(asyncio.Protocol):
-    """One client; requests come one at a time."""
+    """A connection of one client, which sends one request at a time."""
 
-    def __init__(self, known: Known) -> None:
+    def __init__(self, known: DelayLog) -> None:
         self.known, self.bare = known, known.options.bare
         self.content, self.loop = b"", asyncio.get_running_loop()
 
@@ -74,7 +76,7 @@ class Connection(asyncio.Protocol):
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        read = time.monotonic_ns()
+        read_ns = time.monotonic_ns()
         self.content += data
         end = self.content.find(b"\r\n\r\n")
         if end < 0:
@@ -90,34 +92,34 @@ class Connection(asyncio.Protocol):
             return
         request, self.content = self.content, b""
         if self.bare:
-            self.transport.write(ANSWER)
+            self.transport.write(RESPONSE)
             return
         numbers = NUMBERS.search(request, end)
         serial, index = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
-        self.loop.call_later(self.known.delay(read / 1e9), self.answer, serial, index, read)
+        self.loop.call_later(self.known.delay(read_ns / 1e9), self.respond, serial, index, read_ns)
 
-    def answer(self, serial: int, index: int, read: int) -> None:
-        self.known.log.extend((serial, index, time.monotonic_ns() - read))
-        self.transport.write(ANSWER)
+    def respond(self, serial: int, index: int, read_ns: int) -> None:
+        self.known.log.extend((serial, index, time.monotonic_ns() - read_ns))
+        self.transport.write(RESPONSE)
 
 
 @dataclass(frozen=True)
-class Running:
-    """A started server; `truth` may be called once it has ended."""
+class KnownServer:
+    """A server process. `truth_ms` works after it has ended."""
 
     url: str
     pid: int
     log: Path
 
     def truth_ms(self, serial: int) -> dict[int, float]:
-        """What the answers to one serial's requests took, by index."""
+        """Return the actual times (ms) of the requests with one serial, by index."""
         rows: npt.NDArray[np.uint64] = np.fromfile(self.log, "<u8").reshape(-1, 3)
         return {int(index): float(ns) / 1e6 for number, index, ns in rows.tolist() if number == serial}
 
 
 @contextlib.contextmanager
-def running(*options: str) -> Iterator[Running]:
-    """Start one, and end it: `truth_ms` of what is yielded works afterwards."""
+def run_server(*options: str) -> Iterator[KnownServer]:
+    """Start a server and yield it; it has ended when the context ends."""
     folder = Path(tempfile.mkdtemp(prefix="known-server-"))
     announce, log = folder / "announce.json", folder / "truth.bin"
     process = subprocess.Popen([sys.executable, __file__, "--announce", str(announce), "--truth", str(log), *options])
@@ -126,14 +128,14 @@ def running(*options: str) -> Iterator[Running]:
             if process.poll() is not None:
                 raise RuntimeError(f"the server ended with exit code {process.returncode}")
             time.sleep(0.02)
-        yield Running(json.loads(announce.read_text())["url"], process.pid, log)
+        yield KnownServer(json.loads(announce.read_text())["url"], process.pid, log)
     finally:
         process.terminate()
         process.wait()
 
 
 async def serve(options: argparse.Namespace) -> None:
-    known, loop, ended = Known(options), asyncio.get_running_loop(), asyncio.Event()
+    known, loop, ended = DelayLog(options), asyncio.get_running_loop(), asyncio.Event()
     server = await loop.create_server(lambda: Connection(known), "127.0.0.1", 0, backlog=4096)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)

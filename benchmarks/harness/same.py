@@ -1,11 +1,11 @@
-"""Does `inferctl compare` keep quiet when nothing changed? Comparisons of the same code with itself, as a CI job would measure them.
+"""Check that `inferctl compare` reports no regression when it compares the same code with itself.
 
     python benchmarks/harness/same.py [--comparisons 20] [--repeats 5] [--seconds 1.6] [--rate 50%] [--json FILE]
 
-Two servers with the real model in bf16, started anew for every fifth comparison (processes differ a little from start to start), measured
-in turns (A B, B A, ...) with short runs. As in the plan gate, each is a closed loop and an open one at a share of the
-capacity (`--rate ''` leaves the open one out). About half an hour. Ends with 1 when more than one in twenty is called a
-regression.
+Two servers run the real model in bf16. They restart for every fifth comparison, because processes differ slightly from
+start to start. They are measured in alternating order (A B, B A, ...) with short runs. As in the plan `gate`, each run
+has a closed loop and an open loop at a share of the capacity (`--rate ''` removes the open one). It takes about half an
+hour. The exit code is 1 if more than 1 in 20 comparisons reports a regression.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import turns
 
-AFRESH = 5
+RESTART_EVERY = 5
 
 
 def main() -> int:
@@ -31,33 +31,35 @@ def main() -> int:
     parser.add_argument("--rate", default="50%")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    began, kept = time.monotonic(), []
+    start, verdicts = time.monotonic(), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        work = turns.plan(folder, options.users, options.seconds, options.repeats, options.rate)
-        for first in range(0, options.comparisons, AFRESH):
+        work = turns.write_plan(folder, options.users, options.seconds, options.repeats, options.rate)
+        for first in range(0, options.comparisons, RESTART_EVERY):
             with contextlib.ExitStack() as stack:
                 old, new = (
-                    stack.enter_context(turns.started(turns.serving(announce), announce))
+                    stack.enter_context(turns.run_server(turns.server_command(announce), announce))
                     for announce in (folder / "old.json", folder / "new.json")
                 )
-                turns.measure(turns.plan(folder, options.users, options.seconds, 1, options.rate), old, new, folder)
-                for number in range(first, min(first + AFRESH, options.comparisons)):
-                    kept.append(turns.short(turns.measure(work, old, new, folder)))
-                    print(turns.line(number + 1, kept[-1]), flush=True)
-    found = turns.counts(kept)
+                turns.measure(
+                    turns.write_plan(folder, options.users, options.seconds, 1, options.rate), old, new, folder
+                )
+                for number in range(first, min(first + RESTART_EVERY, options.comparisons)):
+                    verdicts.append(turns.summarize(turns.measure(work, old, new, folder)))
+                    print(turns.describe(number + 1, verdicts[-1]), flush=True)
+    outcomes = turns.count_outcomes(verdicts)
     allowed = max(1, options.comparisons // 20)
-    print(f"{len(kept)} comparisons of the same with itself: {found}; false regressions allowed: {allowed}")
-    asked = {
+    print(f"{len(verdicts)} comparisons of the same with itself: {outcomes}; false regressions allowed: {allowed}")
+    settings = {
         "comparisons": options.comparisons,
         "repeats": options.repeats,
         "seconds": options.seconds,
         "users": options.users,
         "rate": options.rate,
     }
-    took = round(time.monotonic() - began, 1)
-    turns.write(options.json, {"asked": asked, "outcomes": found, "took_s": took, "comparisons": kept})
-    return 1 if found.get("regression", 0) > allowed else 0
+    elapsed_s = round(time.monotonic() - start, 1)
+    turns.write(options.json, {"asked": settings, "outcomes": outcomes, "took_s": elapsed_s, "comparisons": verdicts})
+    return 1 if outcomes.get("regression", 0) > allowed else 0
 
 
 if __name__ == "__main__":

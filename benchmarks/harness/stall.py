@@ -1,20 +1,24 @@
-"""Does a stall show? A server that answers nothing for one second in every ten, under an open and under a closed loop.
+"""Check that an open loop shows a stall of the server, and that a closed loop hides it.
+
+The server sends no response for 1 s in every 10 s.
 
     python benchmarks/harness/stall.py [--rate 100] [--periods 3] [--every 10] [--stall 1] [--users 4] [--json FILE]
 
-What the p99 of an open loop must be. The server answers after b; within each period of length T nothing is answered for the first S.
-A request that is due u after the start of a period waits b when u + b >= S, and S - u otherwise. Requests are due evenly over the period,
-whatever the server does, so for b <= x <= S
+The expected p99 of an open loop. The server responds after b. In each period of length T, it sends no response during
+the first S. A request that is due at a time u after the start of a period waits b if u + b >= S, and S - u otherwise.
+Requests are due evenly over the period, independent of the server, so for b <= x <= S
 
     P(latency > x) = P(u < S - x) = (S - x) / T
 
 The p99 is the x with (S - x) / T = 0.01, that is x = S - 0.01 T: 900 ms for S = 1 s and T = 10 s.
 
-What a closed loop shows. Each of its clients is held up by one request a period and sends nothing more meanwhile; before and after it gets
-(T - S) / b answers. With b = 10 ms that is one slow request among 901: a ninth of a per cent, so the p99 is b. The stall is not in it:
-the closed loop stopped asking. (It is in the maximum, and in the p99.9 of a run that is long enough.)
+The expected p99 of a closed loop. One request per period and user is delayed, and the user sends no other request in
+that time. In the rest of the period it receives (T - S) / b responses. With b = 10 ms, one request in 901 is slow
+(0.11%), so the p99 is b. The p99 does not show the stall, because the closed loop sends no requests during it. The
+maximum shows it, and so does the p99.9 of a long run.
 
-It passes when the open loop's p99 is within 5 % of the analytic value and the closed loop's is under a tenth of it.
+The check passes if the p99 of the open loop is within 5% of the analytic value and that of the closed loop is below 10%
+of it.
 """
 
 from __future__ import annotations
@@ -33,12 +37,12 @@ MEDIAN_MS = 10.0
 
 
 def analytic_p99_ms(every_s: float, stall_s: float) -> float:
-    """The p99 of an open loop, ms; the derivation is above. Only where more than one request in a hundred is due during a stall."""
+    """Return the p99 of an open loop (ms), as derived above. It requires a stall of more than 1% of a period."""
     return 1e3 * (stall_s - 0.01 * every_s)
 
 
-def stalled(every_s: float, stall_s: float, periods: int, label: str, **load: Any) -> dict[str, Any]:
-    """Latencies under one loop, over whole periods."""
+def measure_stall(every_s: float, stall_s: float, periods: int, label: str, **load: Any) -> dict[str, Any]:
+    """Return the latencies under one loop, over whole periods."""
     options = (
         "--sigma",
         "0",
@@ -49,7 +53,7 @@ def stalled(every_s: float, stall_s: float, periods: int, label: str, **load: An
         "--stall-for",
         str(stall_s),
     )
-    with known_server.running(*options) as server:
+    with known_server.run_server(*options) as server:
         done, part = loads.measure(server.url, duration_s=every_s * periods, warmup_s=0, **load)
     found = summary.summarize([part])
     return {
@@ -58,7 +62,7 @@ def stalled(every_s: float, stall_s: float, periods: int, label: str, **load: An
         "requests_per_s": found["requests_per_s"],
         "latency_ms": found["latency_ms"],
         "late": found["late"],
-        "validity": loads.judged(done, part).as_dict(),
+        "validity": loads.judge(done, part).as_dict(),
     }
 
 
@@ -72,17 +76,18 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     shape = (options.every, options.stall, options.periods)
-    opened = stalled(
+    opened = measure_stall(
         *shape,
-        f"open loop, {options.rate:g} requests/s whatever the server does, latency from the intended send",
+        f"open loop, {options.rate:g} requests/s, latency from the intended send time",
         mode="open",
         arrivals="constant",
         rate=options.rate,
     )
-    closed = stalled(*shape, f"closed loop, {options.users} clients that wait for their answers", users=options.users)
+    closed = measure_stall(*shape, f"closed loop, {options.users} users", users=options.users)
     expected = analytic_p99_ms(options.every, options.stall)
     print(
-        f"nothing is answered for {options.stall:g} s of every {options.every:g} s; analytic p99 of an open loop: {expected:.0f} ms"
+        f"no response for {options.stall:g} s of every {options.every:g} s; "
+        f"analytic p99 of an open loop: {expected:.0f} ms"
     )
     for run in (opened, closed):
         figures = {name: run["latency_ms"][name]["value"] for name in ("p50", "p90", "p99", "p99.9")}
@@ -94,7 +99,7 @@ def main() -> int:
     )
     loads.write(options.json, {"analytic_p99_ms": expected, "open": opened, "closed": closed, "passed": passed})
     if p99 is not None:
-        print(f"open loop: {100 * (p99 / expected - 1):+.1f} % of the analytic value; closed loop: p99 of {hidden} ms")
+        print(f"open loop: {100 * (p99 / expected - 1):+.1f}% of the analytic value; closed loop: p99 of {hidden} ms")
     return 0 if passed else 1
 
 

@@ -1,4 +1,4 @@
-"""What people write for Locust: a FastHttpUser that posts one fixed text as often as it can. For ceiling.py to compare with."""
+"""A typical locustfile: a FastHttpUser posts one fixed text at the highest rate. ceiling.py compares with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two servers measured in turns by `inferctl bench`, and the verdict of `inferctl compare` on them: what same.py and slower.py share."""
+"""Functions of same.py and slower.py: measure two servers in alternating order and compare their receipts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MODEL = ROOT / "models" / "all-MiniLM-L6-v2"
 
 
 @contextlib.contextmanager
-def started(command: list[str], announce: Path) -> Iterator[str]:
-    """Run a server that writes {"url": ...} to `announce` once it is ready; yields the URL and ends the server afterwards."""
+def run_server(command: list[str], announce: Path) -> Iterator[str]:
+    """Start a server, wait until it writes {"url": ...} to `announce`, yield the URL, and end the server."""
     announce.unlink(missing_ok=True)
     with announce.with_suffix(".log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -37,14 +37,14 @@ def started(command: list[str], announce: Path) -> Iterator[str]:
             process.wait()
 
 
-def serving(announce: Path) -> list[str]:
-    """The command of a server with the real model in bf16."""
+def server_command(announce: Path) -> list[str]:
+    """Return the command that serves the real model in bf16."""
     options = ["--precision", "bf16", "--port", "0", "--announce", str(announce)]
     return [sys.executable, "-m", "inferctl", "serve", "--model", str(MODEL), *options]
 
 
-def plan(folder: Path, users: int, seconds: float, repeats: int, share: str | None = None) -> Path:
-    """Write a plan of short runs: a closed loop, and with a `share` as in the plan gate an open loop after it."""
+def write_plan(folder: Path, users: int, seconds: float, repeats: int, share: str | None = None) -> Path:
+    """Write a plan of short runs: a closed loop and, with a `share` as in the plan `gate`, an open loop after it."""
     file = folder / f"turns-{repeats}.yaml"
     load: dict[str, Any] = {"mode": "closed", "users": users, "duration_s": seconds, "warmup_s": 0}
     if share:
@@ -55,7 +55,7 @@ def plan(folder: Path, users: int, seconds: float, repeats: int, share: str | No
 
 
 def measure(work: Path, old: str, new: str, folder: Path) -> dict[str, Any]:
-    """Bench both in turns (A B, B A, ...) under the plan file `work`, and compare the receipts."""
+    """Measure both servers in alternating order (A B, B A, ...) with the plan file `work`, and compare the receipts."""
     command = [sys.executable, "-m", "inferctl", "bench", "--plan", str(work), "--output", str(folder)]
     done = subprocess.run(
         [*command, "--url", f"old={old}", "--url", f"new={new}", "--json"],
@@ -71,8 +71,8 @@ def measure(work: Path, old: str, new: str, folder: Path) -> dict[str, Any]:
     return compare.compare(pairs, notes, compare.CompareOptions()).as_dict()
 
 
-def short(verdict: dict[str, Any]) -> dict[str, Any]:
-    """What is worth keeping of one verdict."""
+def summarize(verdict: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of a verdict that the results file keeps."""
     (part,) = verdict["configurations"]
     keys = (
         "name",
@@ -99,11 +99,11 @@ def short(verdict: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def line(number: int, kept: dict[str, Any]) -> str:
-    """One comparison in a line: the change of each figure, marked where it is called worse (!) or left open (?)."""
+def describe(number: int, kept: dict[str, Any]) -> str:
+    """Return one line: the change of each figure, with `!` for a regression and `?` if inconclusive."""
     marks = {"regression": "!", "not enough evidence": "?"}
     changes = [
-        f"{metric['name']} {100 * metric['change']:+.1f} %{marks.get(metric['outcome'], '')}"
+        f"{metric['name']} {100 * metric['change']:+.1f}%{marks.get(metric['outcome'], '')}"
         for metric in kept["metrics"]
         if metric["change"] is not None
     ]
@@ -111,13 +111,13 @@ def line(number: int, kept: dict[str, Any]) -> str:
     return f"{number:>3}  {kept['outcome']}{needed}: {', '.join(changes) or '; '.join(kept['reasons'])}"
 
 
-def counts(all_kept: list[dict[str, Any]]) -> dict[str, int]:
-    """How many comparisons had which outcome."""
+def count_outcomes(all_kept: list[dict[str, Any]]) -> dict[str, int]:
+    """Return the number of comparisons by outcome."""
     return dict(Counter(kept["outcome"] for kept in all_kept))
 
 
 def write(file: Path | None, document: dict[str, Any]) -> None:
-    """Keep the figures."""
+    """Write the figures as JSON if `file` is given."""
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

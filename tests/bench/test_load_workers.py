@@ -119,7 +119,7 @@ def test_a_killed_worker_ends_the_run_and_loses_no_record(tmp_path: Path) -> Non
             os.kill(killed[0], signal.SIGKILL)
 
     wanted = plan.Load.model_validate({"mode": "open", "rate": 200, "duration_s": 20, "warmup_s": 0, "workers": 2})
-    with known_server.running("--median-ms", "2") as server:
+    with known_server.run_server("--median-ms", "2") as server:
         work = workload.draw(wanted, "short", 1)
         description = generator.prepare(wanted, work, target.connect(server.url), 100_000, tmp_path)
         with pytest.raises(InferctlError, match=r"load worker \d was killed \(signal 9\)"):
