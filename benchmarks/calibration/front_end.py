@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "peers"))
 
 import peers
-from load import closed, requests
+from load import requests, run_closed
 
 SIZES = (1, 8, 32, 128)
 CLIENTS = 32
@@ -52,9 +52,9 @@ def measure(seconds: float, rounds: int) -> dict[int, list[tuple[float, float]]]
         }
         for size in peers.order(SIZES, rounds):
             ready = requests(server.url, server.path, bodies[size])
-            closed(server.url, ready, CLIENTS, 0.5, warm=0.5)
+            run_closed(server.url, ready, CLIENTS, 0.5, warm=0.5)
             before = cpu_seconds(server.process.pid)
-            outcome = closed(server.url, ready, CLIENTS, seconds, warm=0)
+            outcome = run_closed(server.url, ready, CLIENTS, seconds, warm=0)
             used = cpu_seconds(server.process.pid) - before
             assert not outcome.failures, f"rejected: {outcome.statuses}"
             found[size].append((used / outcome.statuses[200], outcome.rate))
@@ -69,8 +69,8 @@ def main() -> None:
     options = parser.parse_args()
     lines: list[dict[str, Any]] = []
     for size, rounds in measure(options.seconds, options.rounds).items():
-        cpu = min(one for one, _ in rounds)
-        rate = max(one for _, one in rounds)
+        cpu = min(seconds for seconds, _ in rounds)
+        rate = max(rate for _, rate in rounds)
         quiet = json.loads(QUIET.read_text(encoding="utf-8"))["front_end"]["known words"]["inferctl echo"]
         if size == 1 and quiet > 1 / cpu:
             cpu, source = 1 / quiet, QUIET.relative_to(peers.ROOT).as_posix()

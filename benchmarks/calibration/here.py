@@ -1,11 +1,11 @@
-"""The estimator against reality: calibrates on this machine's own pace, predicts open-loop runs, measures them,
-prints both.
+"""Compare estimates for this machine with measurements.
 
     python benchmarks/calibration/here.py [--model DIR] [--precision bf16] [--json FILE]
 
-Pace: requests of 1 to 48 texts from four users, so that batches differ in size; then `GET /info` says what a batch
-costs. Predicted: p50 and p99 of single texts at 50 % and 80 % of what the simulated server does at saturation.
-Measured: `inferctl bench --url` at those rates. Load generator and server share the machine.
+The script calibrates with the batch latency model of this machine: four users send requests of 1 to 48 texts, so that
+batches differ in size, and `GET /info` then has the cost of a batch. It predicts p50 and p99 of single texts at 50% and
+80% of the saturated rate of the simulated server, and measures them with `inferctl bench --url` at the same rates. The
+load generator and the server share the machine.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ quality: null
 
 @contextmanager
 def server(model: Path, precision: str, folder: Path) -> Iterator[str]:
-    """Our own server on a free port; yields its address."""
+    """Start `inferctl serve` on a free port and yield its URL."""
     announce = folder / "announce.json"
     command = [
         sys.executable,
@@ -71,34 +71,34 @@ def server(model: Path, precision: str, folder: Path) -> Iterator[str]:
             process.wait(30)
 
 
-def ask(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+def request_json(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return dict(json.load(answer))
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return dict(json.load(response))
 
 
 def pace(url: str, texts: list[str], seconds: float) -> Cost:
-    """What the server says a batch costs after `seconds` of requests of many sizes."""
+    """Return the cost of a batch that the server reports after `seconds` of requests of many sizes."""
     end = time.monotonic() + seconds
 
     def user(seed: int) -> None:
         draw = random.Random(seed)
         while time.monotonic() < end:
             some = [f"{draw.randrange(10**6):06d} {draw.choice(texts)}" for _ in range(draw.randint(1, 48))]
-            ask(f"{url}/v1/embeddings", {"model": "here", "input": some, "encoding_format": "base64"})
+            request_json(f"{url}/v1/embeddings", {"model": "here", "input": some, "encoding_format": "base64"})
 
     users = [threading.Thread(target=user, args=(seed,)) for seed in range(4)]
-    for one in users:
-        one.start()
-    for one in users:
-        one.join()
-    said = ask(f"{url}/info")["pace"]
-    return Cost(said["fixed_s"], 1 / said["tokens_per_s"])
+    for thread in users:
+        thread.start()
+    for thread in users:
+        thread.join()
+    reported = request_json(f"{url}/info")["pace"]
+    return Cost(reported["fixed_s"], 1 / reported["tokens_per_s"])
 
 
-def measured(url: str, rate: float, seconds: float, corpus: str, folder: Path, seed: int) -> dict[str, Any]:
-    """The row of a bench at `rate`."""
+def measure(url: str, rate: float, seconds: float, corpus: str, folder: Path, seed: int) -> dict[str, Any]:
+    """Return the row of a benchmark at `rate` requests/s."""
     plan = folder / "here.yaml"
     plan.write_text(PLAN.format(rate=round(rate, 2), seconds=seconds, corpus=corpus, seed=seed))
     command = [sys.executable, "-m", "inferctl", "bench", "--plan", str(plan), "--url", f"here={url}", "--json"]
@@ -111,28 +111,29 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "all-MiniLM-L6-v2")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--corpus", default="mixed")
-    parser.add_argument("--seconds", type=float, default=30, help="of each measured run")
+    parser.add_argument("--seconds", type=float, default=30, help="duration of each measured run")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     texts, _ = workload.read_corpus(options.corpus)
     tokens, _ = lengths.of_texts([f"100000 {text}" for text in texts], options.model / "tokenizer.json", 512)
     lines = []
     with tempfile.TemporaryDirectory() as name, server(options.model, options.precision, Path(name)) as url:
-        info = ask(f"{url}/info")
+        info = request_json(f"{url}/info")
         limit = int(info["limits"]["max_batch_tokens"])
         cost = pace(url, texts, 20)
         simulated = Scenario(tokens, batch_tokens=limit, slots=int(info["parallel_batches"])).server(cost)
         most = simulated.offline().per_second
         print(
-            f"pace: {cost.fixed * 1000:.2f} ms a batch and {1 / cost.per_token:,.0f} tokens/s; simulated at saturation: {most:.0f} texts/s"
+            f"batch latency: {cost.fixed * 1000:.2f} ms per batch and {1 / cost.per_token:,.0f} tokens/s; "
+            f"simulated at saturation: {most:.0f} texts/s"
         )
         for number, share in enumerate(SHARES):
-            said = simulated.open(share * most)
-            row = measured(url, share * most, options.seconds, options.corpus, Path(name), number)
+            estimated = simulated.open(share * most)
+            row = measure(url, share * most, options.seconds, options.corpus, Path(name), number)
             line = {"share": share, "rate": share * most, "valid": row["valid"], "reasons": row["reasons"]}
             for key, q in (("p50_ms", 0.5), ("p90_ms", 0.9), ("p99_ms", 0.99)):
                 line[key] = {
-                    "estimated": said.percentile(q) * 1000,
+                    "estimated": estimated.percentile(q) * 1000,
                     "measured": row[key],
                     "interval": row.get(f"{key[:3]}_interval_ms"),
                 }
@@ -147,10 +148,10 @@ def report(lines: list[dict[str, Any]]) -> None:
     print("\n| load | rate/s | figure | estimated, ms | measured, ms | error |\n|---|---|---|---|---|---|")
     for line in lines:
         for key in ("p50_ms", "p90_ms", "p99_ms"):
-            said, was = line[key]["estimated"], line[key]["measured"]
-            shown = "n too small" if was is None else f"{was:.1f}"
-            error = "" if was is None else f"{said / was - 1:+.0%}"
-            print(f"| {line['share']:.0%} | {line['rate']:.0f} | {key[:3]} | {said:.1f} | {shown} | {error} |")
+            estimated, measured = line[key]["estimated"], line[key]["measured"]
+            shown = "not enough samples" if measured is None else f"{measured:.1f}"
+            error = "" if measured is None else f"{estimated / measured - 1:+.0%}"
+            print(f"| {line['share']:.0%} | {line['rate']:.0f} | {key[:3]} | {estimated:.1f} | {shown} | {error} |")
         if not line["valid"]:
             print(f"INVALID at {line['share']:.0%}: {'; '.join(line['reasons'])}")
 

@@ -1,4 +1,4 @@
-"""The published rows, and what the estimator says of each."""
+"""Read the published rows and estimate each of them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from inferctl.estimate.simulate import UNBOUNDED
 from inferctl.serve.batcher import QueueLimits
 
 HERE = Path(__file__).resolve().parent
-# The rows that are fitted, and the rows of later rounds that no fit and no band has seen.
+# The rows of the fit, and rows of later rounds that no fit and no band uses.
 FITTED, UNSEEN = "mlperf-bert-large.csv", "mlperf-bert-large-unseen.csv"
 SLO = 0.130
-# The server's own default. The submitters chose a batch for each system; nothing is chosen for a row here.
+# The default of the server. The submitters chose a batch size per system; the estimates do not.
 BATCH_TOKENS = 16_384
 WITHIN = {"Offline": 0.10, "SingleStream": 0.15, "Server": 0.15}
 CONDITIONS = {
@@ -34,7 +34,7 @@ CONDITIONS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One published result. `value`: samples/s of an accelerator, for SingleStream the p90 in seconds."""
+    """One published result. `value` is samples/s per accelerator; for SingleStream it is the p90 in seconds."""
 
     part: str
     precision: str
@@ -45,26 +45,26 @@ class Row:
 
     @property
     def round(self) -> str:
-        """The MLPerf round, as `1.0`."""
+        """The MLPerf round, for example `1.0`."""
         return self.system.split()[0]
 
     @property
     def submitter(self) -> str:
-        """Who submitted the row."""
+        """The submitter of the row."""
         return self.system.split()[1]
 
     @property
     def catalogued(self) -> str:
-        """The catalog's key of the part, without its condition."""
+        """The key of the hardware in the catalog, without the condition."""
         return CONDITIONS[self.part][0] if self.part in CONDITIONS else self.part
 
     def error(self, estimated: float) -> float:
-        """Of an estimate, as a share of the given value."""
+        """Return the relative error of an estimate."""
         return estimated / self.value - 1
 
 
 def read(name: str = FITTED) -> list[Row]:
-    """Every row of a CSV file, none left out."""
+    """Return all rows of a CSV file."""
     with (HERE / name).open(encoding="utf-8") as file:
         return [_row(line) for line in csv.DictReader(file)]
 
@@ -73,7 +73,7 @@ def _row(line: dict[str, str]) -> Row:
     single = line["scenario"] == "SingleStream"
     value = float(line["p90_ms"]) / 1000 if single else float(line["samples_per_s_per_accelerator"])
     station = "DGX-Station" in line["system"]
-    # The same machine, submitted to two categories with the same Offline run.
+    # The same machine is in two categories with the same Offline run.
     system = line["system"].removesuffix("_datacenter").removesuffix("_edge")
     return Row(
         "a100-80gb-sxm (power-capped)" if station else line["hardware"],
@@ -86,34 +86,34 @@ def _row(line: dict[str, str]) -> Row:
 
 
 class Samples:
-    """MLPerf's samples as they are estimated: SQuAD lengths of a mean, `count` of them."""
+    """The samples of MLPerf: `count` SQuAD lengths with a given mean."""
 
     def __init__(self, mean: float, count: int = 20_000) -> None:
         self.lengths = lengths.squad(mean, count)
         self._ordered = sorted(self.lengths)
         self.mean_flop = sum(map(BERT_LARGE.flop, self.lengths)) / count
-        # Sums over the shortest samples, so that a fit need not go through all of them again.
+        # Prefix sums over the sorted samples, so that a fit does not iterate over all samples again.
         self._sums = [0, *accumulate(self._ordered)]
         self._squares = [0, *accumulate(tokens * tokens for tokens in self._ordered)]
 
     def length(self, q: float) -> int:
-        """Tokens of the sample at the quantile `q`."""
+        """Return the tokens of the sample at the quantile `q`."""
         return self._ordered[max(0, math.ceil(q * len(self._ordered)) - 1)]
 
     def seconds(self, cost: Cost) -> float:
-        """Mean seconds that a sample adds to its batch: the mean of `cost.sequence`."""
-        # Attention of the shorter samples takes as long as its memory traffic.
+        """Return the mean seconds that a sample adds to its batch, the mean of `cost.sequence`."""
+        # Below this length, memory traffic bounds the attention.
         short = bisect_right(self._ordered, cost.attention / cost.per_token2)
         attention = cost.attention * self._sums[short] + cost.per_token2 * (self._squares[-1] - self._squares[short])
         return (cost.per_token * self._sums[-1] + attention) / len(self._ordered)
 
     def server(self, cost: Cost) -> SimulatedServer:
-        """The simulated server with all samples, one a request."""
+        """Return the simulated server with all samples, one per request."""
         return SimulatedServer(cost, QueueLimits(BATCH_TOKENS, UNBOUNDED), [[tokens] for tokens in self.lengths])
 
 
-def simulated(row: Row, cost: Cost, samples: Samples) -> float:
-    """The estimate of a row, by the batcher on a virtual clock."""
+def simulate(row: Row, cost: Cost, samples: Samples) -> float:
+    """Return the estimate of a row by the batcher on a virtual clock."""
     server = samples.server(cost)
     if row.scenario == "Offline":
         return server.offline().per_second
@@ -123,9 +123,9 @@ def simulated(row: Row, cost: Cost, samples: Samples) -> float:
 
 
 class Table:
-    """What the simulation says, tabulated, so that a fit need not simulate thousands of times.
+    """Estimates from a table of simulated rates, so that a fit does not simulate thousands of times.
 
-    With times in units of the mean work of a sample, the highest rate depends on the fixed time and the SLO alone.
+    In units of the mean time of a sample, the highest rate depends only on the fixed time and the SLO.
     """
 
     def __init__(self, samples: Samples) -> None:
@@ -137,11 +137,11 @@ class Table:
         ]
 
     def unit(self, fixed: float) -> Cost:
-        """A part on which the mean sample takes one second."""
+        """Return the cost on hardware where the mean sample takes one second."""
         return Cost.of(BERT_LARGE, self._samples.mean_flop, fixed)
 
     def estimate(self, row: Row, cost: Cost) -> float:
-        """The estimate of a row for this cost."""
+        """Return the estimate of a row for this cost."""
         fixed, mean = cost.fixed, self._samples.seconds(cost)
         if row.scenario == "SingleStream":
             return fixed + cost.sequence(self._samples.length(0.90))
@@ -156,7 +156,7 @@ class Table:
 
 
 def _place(points: list[float], value: float) -> tuple[int, float]:
-    """Index of the point below, and how far to the next one, on a logarithmic axis."""
+    """Return the index of the next lower point, and the position between it and the next one on a logarithmic axis."""
     value = min(max(value, points[0]), points[-1])
     i = min(bisect_right(points, value), len(points) - 1) - 1
     return i, math.log(value / points[i]) / math.log(points[i + 1] / points[i])

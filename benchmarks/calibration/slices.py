@@ -52,17 +52,18 @@ def main() -> None:
     for precision in ("fp16", "int8"):
         print(f"\n{precision}\n")
         table([row for row in found["rows"] if row["precision"] == precision])
-    beside = neighbours(samples)
+    loaded = neighbors(samples)
     print(
         "\n| busy neighbors | scenario | published | estimated for the slice alone | published / estimated |"
         "\n|---|---|---|---|---|"
     )
-    for line in beside:
+    for line in loaded:
         print(
-            f"| {line['precision']} | {line['scenario']} | {line['given']:.0f}/s | {line['quiet']:.0f}/s | {line['given'] / line['quiet']:.2f} |"
+            f"| {line['precision']} | {line['scenario']} | {line['given']:.0f}/s | {line['quiet']:.0f}/s "
+            f"| {line['given'] / line['quiet']:.2f} |"
         )
     if options.json:
-        options.json.write_text(json.dumps({"slices": found, "neighbours": beside}, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps({"slices": found, "neighbours": loaded}, indent=1) + "\n", encoding="utf-8")
 
 
 def table(rows: list[dict[str, Any]]) -> None:
@@ -72,24 +73,25 @@ def table(rows: list[dict[str, Any]]) -> None:
     )
     print("|---|---|---|---|---|---|---|")
     for row in rows:
-        rate, lone = row["highest_rate"], row["single_ms"]["p99"]
+        rate, single = row["highest_rate"], row["single_ms"]["p99"]
         against = row.get("against")
         ratio = whole = "1"
         if against:
-            ratio = spanned(against["throughput"])
-            whole = spanned(against["whole_gpu_break_even"])
+            ratio = with_band(against["throughput"])
+            whole = with_band(against["whole_gpu_break_even"])
         costs = ", ".join(f"{one['usd_per_million_texts']['value']:.3f} ({one['provider']})" for one in row["costs"])
         print(
-            f"| {row['hardware']} | {row['basis']} | {spanned(rate, 0)} | {ratio} | {spanned(lone)} | {whole} | {costs} |"
+            f"| {row['hardware']} | {row['basis']} | {with_band(rate, 0)} | {ratio} | {with_band(single)} | {whole} "
+            f"| {costs} |"
         )
 
 
-def spanned(value: dict[str, float], digits: int = 1) -> str:
+def with_band(value: dict[str, float], digits: int = 1) -> str:
     return f"{value['value']:.{digits}f} ({value['low']:.{digits}f} - {value['high']:.{digits}f})"
 
 
-def neighbours(samples: Samples) -> list[dict[str, Any]]:
-    """What the quiet slice's calibration says beside what the slice did with six busy neighbours."""
+def neighbors(samples: Samples) -> list[dict[str, Any]]:
+    """Return the published rates of the slice with six loaded neighbors, and the estimates for the slice alone."""
     lines = []
     for row in read():
         if row.part in CONDITIONS and "neighbours" in row.part:

@@ -1,7 +1,7 @@
 """Check that `inferctl compare` finds a slow-down of 10%, and what it reports if it does not have enough repeats.
 
-        python benchmarks/harness/slower.py [--share 0.1] [--trials 5] [--repeats 5] [--seconds 2.2] [--most 40]
-                                            [--json FILE]
+    python benchmarks/harness/slower.py [--share 0.1] [--trials 5] [--repeats 5] [--seconds 2.2] [--most 40]
+                                        [--json FILE]
 
 One server with the real model in bf16 is behind two proxies (holding.py). The old one only forwards. The new one delays
 each response by 10% of the server's time for it. There is one user in a closed loop, so no request queues and each

@@ -2,7 +2,8 @@
 
 It starts no greenlet per request, sends prepared bytes, and parses responses with llhttp.
 
-    send ─► idle or new connection ─► bytes out      event loop: bytes in ─► parser ─► on_complete(request)
+        send ─► idle or new connection ─► bytes out
+        event loop: bytes in ─► parser ─► on_complete(request)
 
 Greenlets make connections. All other work happens in callbacks of the event loop, which must not block.
 """

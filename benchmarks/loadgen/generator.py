@@ -24,8 +24,8 @@ NAN = float("nan")
 SERVER_TIMES = ("x-inferctl-queue-ms", "x-inferctl-tokenize-ms", "x-inferctl-inference-ms")
 LATE_NS = 1_000_000
 BURST = 16
-# An idle core takes about 60 µs to wake up. The alarm is early by EARLY_NS and the rest is a busy wait, unless requests
-# are closer than SPARSE_NS: then the core does not become idle.
+# An idle core takes about 60 µs to wake up. The alarm is early by EARLY_NS and the rest is a busy wait. This does not
+# apply to requests that are closer than SPARSE_NS, because the core does not become idle between them.
 EARLY_NS, SPARSE_NS = 120_000, 1_000_000
 PAUSE_S = 0.05
 

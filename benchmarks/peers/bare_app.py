@@ -1,4 +1,4 @@
-"""A bare Starlette application that answers every request with the same bytes: what any such server costs at least.
+"""A bare Starlette application that sends the same bytes to every request: the minimum cost of such a server.
 
 python bare_app.py PORT BODY.json [uvicorn|granian]
 """

@@ -1,8 +1,9 @@
-"""One way to turn texts into vectors in-process, alone in its process. Runs in the virtual environment of the library it measures.
+"""Embed texts in-process with one library, in a process of its own and in the virtual environment of the library.
 
     python contender.py NAME MODEL TEXTS.json
 
-Prints the vectors as one JSON line; then, for each line on stdin, embeds all texts and prints the seconds it took, tokenising included.
+It prints the vectors as one line of JSON. Then, for each line on stdin, it embeds all texts and prints the wall-clock
+and the CPU seconds, tokenization included.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ def sentence_transformers(precision: str, model: str) -> Embed:
 
 
 def openvino(precision: str, model: str) -> Embed:
-    """Sorted by length, batches of 32, mean-pooled; int8 is post-training quantisation by nncf, calibrated on other texts."""
+    """Return an embedder in OpenVINO: sorted by length, batches of 32, mean pooling.
+
+    int8 is post-training quantization by nncf, calibrated on other texts.
+    """
     import openvino as ov
     import torch
     from transformers import AutoModel, AutoTokenizer
@@ -68,13 +72,13 @@ def openvino(precision: str, model: str) -> Embed:
     if precision == "int8":
         import nncf
 
-        words = json.loads(Path(sys.argv[3]).read_text())["calibration"]
-        ready = [
+        calibration = json.loads(Path(sys.argv[3]).read_text())["calibration"]
+        encoded = [
             {k: v.numpy() for k, v in tokenizer([t], return_tensors="pt", truncation=True, max_length=256).items()}
-            for t in words
+            for t in calibration
         ]
         converted = nncf.quantize(
-            converted, nncf.Dataset(ready), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(ready)
+            converted, nncf.Dataset(encoded), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(encoded)
         )
     hint = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}[precision]
     compiled = ov.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"})
@@ -85,11 +89,11 @@ def openvino(precision: str, model: str) -> Embed:
         out = np.empty((len(texts), plain.config.hidden_size), dtype=np.float32)
         for start in range(0, len(order), 32):
             rows = order[start : start + 32]
-            given = tokenizer(
+            inputs = tokenizer(
                 [texts[i] for i in rows], padding=True, truncation=True, max_length=256, return_tensors="np"
             )
-            hidden = compiled(dict(given))[0]
-            mask = given["attention_mask"][..., None].astype(np.float32)
+            hidden = compiled(dict(inputs))[0]
+            mask = inputs["attention_mask"][..., None].astype(np.float32)
             mean = (hidden * mask).sum(1) / mask.sum(1)
             out[rows] = mean / np.linalg.norm(mean, axis=1, keepdims=True)
         return out
@@ -102,14 +106,14 @@ def main() -> None:
     texts = json.loads(Path(file).read_text())["texts"]
     library, _, precision = name.rpartition(" ")
     maker = {"inferctl": inferctl, "sentence-transformers": sentence_transformers, "openvino": openvino}[library]
-    answers = sys.stdout
-    sys.stdout = sys.stderr  # libraries talk
+    output = sys.stdout
+    sys.stdout = sys.stderr  # libraries print to stdout
     embed = maker(precision, model)
-    print(json.dumps(np.asarray(embed(texts), dtype=np.float32).round(6).tolist()), file=answers, flush=True)
+    print(json.dumps(np.asarray(embed(texts), dtype=np.float32).round(6).tolist()), file=output, flush=True)
     for _ in sys.stdin:
         start, cpu = time.perf_counter(), time.process_time()
         embed(texts)
-        print(json.dumps([time.perf_counter() - start, time.process_time() - cpu]), file=answers, flush=True)
+        print(json.dumps([time.perf_counter() - start, time.process_time() - cpu]), file=output, flush=True)
 
 
 if __name__ == "__main__":

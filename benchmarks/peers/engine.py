@@ -1,9 +1,9 @@
-"""The engine alone, in-process, beside sentence-transformers and OpenVINO: texts a second and the cosine to fp32; one model, one run.
+"""Compare the engine, in-process, with sentence-transformers and OpenVINO: texts/s and the cosine to fp32.
 
     python benchmarks/peers/engine.py [--texts 256] [--rounds 6] [--json FILE]
 
-All contenders tokenise and embed the same texts of log-normal length (mean 55 tokens), in processes of their own, interleaved A B C C B A.
-CPU seconds stand beside wall-clock ones: what else runs on the machine disturbs them least.
+All contenders tokenize and embed the same texts of log-normal length (mean 55 tokens). Each runs in its own process,
+interleaved A B C C B A. CPU seconds are shown in addition, because other work on the machine affects them least.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONTENDERS = (
 
 @dataclass
 class Contender:
-    """A running process; `wall` and `cpu` are seconds for all texts, one entry a round."""
+    """A running process. `wall` and `cpu` are seconds for all texts, one entry per round."""
 
     name: str
     process: subprocess.Popen[str]
@@ -48,7 +48,7 @@ class Contender:
         self.cpu.append(cpu)
 
 
-def begin(name: str, file: Path) -> Contender:
+def start(name: str, file: Path) -> Contender:
     library = name.rpartition(" ")[0]
     interpreter = sys.executable if library == "inferctl" else str(peers.python(library))
     environment = peers.environment()
@@ -65,7 +65,7 @@ def begin(name: str, file: Path) -> Contender:
     assert process.stdout
     line = process.stdout.readline()
     if not line:
-        sys.exit(f"error: {name} did not start\nhint: {log} has its words")
+        sys.exit(f"error: {name} did not start\nhint: see {log}")
     return Contender(name, process, np.array(json.loads(line)))
 
 
@@ -74,32 +74,32 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=256)
     parser.set_defaults(rounds=6)
     options = parser.parse_args()
-    given = peers.texts(options.texts)
-    done = subprocess.run(
+    texts = peers.texts(options.texts)
+    completed = subprocess.run(
         [sys.executable, "-m", "inferctl.serve.reference", str(peers.MODEL)],
-        input=json.dumps(given),
+        input=json.dumps(texts),
         capture_output=True,
         text=True,
         check=True,
     )
-    reference = np.array([peers.decode(row) for row in json.loads(done.stdout)["embeddings"]])
+    reference = np.array([peers.decode(row) for row in json.loads(completed.stdout)["embeddings"]])
     running: list[Contender] = []
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump({"texts": given, "calibration": peers.texts(128, seed=8)}, file)
+        json.dump({"texts": texts, "calibration": peers.texts(128, seed=8)}, file)
         file.flush()
         try:
-            running.extend(begin(name, Path(file.name)) for name in CONTENDERS)
+            running.extend(start(name, Path(file.name)) for name in CONTENDERS)
             for contender in peers.order(running, options.rounds):
                 contender.measure()
         finally:
             for contender in running:
                 contender.process.kill()
-    ours, rows, figures = running[0], [], {}
+    baseline, rows, figures = running[0], [], {}
     for contender in running:
         cosines = (contender.vectors * reference).sum(1) / np.linalg.norm(contender.vectors, axis=1)
-        rate = len(given) / peers.median(contender.wall)
-        faster = peers.median(contender.wall) / peers.median(ours.wall)
-        cpu = peers.median(contender.cpu) / peers.median(ours.cpu)
+        rate = len(texts) / peers.median(contender.wall)
+        faster = peers.median(contender.wall) / peers.median(baseline.wall)
+        cpu = peers.median(contender.cpu) / peers.median(baseline.cpu)
         rows.append((contender.name, rate, faster, cpu, float(cosines.min()), float(cosines.mean())))
         figures[contender.name] = {
             "texts_per_second": rate,
@@ -111,7 +111,7 @@ def main() -> None:
             "cpu": contender.cpu,
         }
     peers.table(("engine", "texts/s", "inferctl bf16 is x", "by CPU seconds x", "cosine min", "mean"), rows)
-    peers.write(options.json, {"texts": len(given), "engines": figures})
+    peers.write(options.json, {"texts": len(texts), "engines": figures})
 
 
 if __name__ == "__main__":

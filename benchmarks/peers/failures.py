@@ -1,9 +1,11 @@
-"""What failures of the engine cost under load: killed five times, stopped once, no memory once. Which requests are lost, and when answers come again.
+"""Measure what engine failures cost under load: lost requests, and the time to recovery.
 
     python benchmarks/peers/failures.py [--kills 5] [--load 0.4] [--hang 5] [--json FILE]
 
-An open loop runs all the time at a part of the measured capacity. Recovery: from the blow to the first answer to a request that was sent after it.
-A request is lost when its answer is none of 200, 429 and 503. The server is this script's own, on the loopback address.
+The injected faults: the engine is killed five times, stopped once (SIGSTOP), and out of memory once. An open loop runs
+all the time, at a share of the measured capacity. The time to recovery is from the fault to the first response to a
+request that was sent after it. A request is lost if its status is none of 200, 429 and 503. The script starts the
+server itself, on the loopback address.
 """
 
 from __future__ import annotations
@@ -22,72 +24,75 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import peers
-from load import closed, requests
-from recorder import Load, engine, statuses
+from load import requests, run_closed
+from recorder import OpenLoop, engine, statuses
 
-HARMLESS = {"200", "429", "503"}
-PATIENCE = 120
+EXPECTED = {"200", "429", "503"}
+TIMEOUT_S = 120
 
 
 def post(url: str, body: object) -> int:
-    """The status of one request."""
+    """Send one request and return its status; 0 without a response."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            return int(answer.status)
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            return int(response.status)
     except urllib.error.HTTPError as error:
         return error.code
     except (urllib.error.URLError, OSError):
         return 0
 
 
-def signalled(server: peers.Server, number: signal.Signals) -> Callable[[], None]:
-    def blow() -> None:
+def send_signal(server: peers.Server, number: signal.Signals) -> Callable[[], None]:
+    """Return a fault: the engine receives a signal."""
+
+    def fault() -> None:
         if pid := engine(server.process.pid):
             os.kill(pid, number)
 
-    return blow
+    return fault
 
 
-def starved(server: peers.Server, said: list[int]) -> Callable[[], None]:
-    """No more memory for a while, in which large requests come."""
+def exhaust_memory(server: peers.Server, responses: list[int]) -> Callable[[], None]:
+    """Return a fault: no memory for 4 s, while three large requests arrive. `responses` receives their statuses."""
 
-    def blow() -> None:
+    def fault() -> None:
         pid = engine(server.process.pid)
         assert pid
-        # Below what it has already: whatever it asks the kernel for from now on is refused; what it holds it may use again.
+        # The limit is below what the process has. The kernel rejects new allocations; memory that it holds stays
+        # usable.
         resource.prlimit(pid, resource.RLIMIT_AS, (1 << 20, resource.RLIM_INFINITY))
         text = " ".join(peers.texts(20))
         with ThreadPoolExecutor(3) as pool:
-            said.extend(pool.map(lambda _: post(server.url + server.path, {"input": [text] * 64}), range(3)))
+            responses.extend(pool.map(lambda _: post(server.url + server.path, {"input": [text] * 64}), range(3)))
         time.sleep(4)
         try:
             resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         except ProcessLookupError:
-            said.append(-1)
+            responses.append(-1)
 
-    return blow
+    return fault
 
 
-def suffer(load: Load, name: str, blow: Callable[[], None]) -> dict[str, object]:
-    """Strike, wait until answers come again and 5 s more; what it cost."""
-    began = time.monotonic()
-    blow()
+def inject(load: OpenLoop, name: str, fault: Callable[[], None]) -> dict[str, object]:
+    """Inject a fault, wait for the recovery and 5 s more, and return the time to recovery."""
+    start = time.monotonic()
+    fault()
     recovered = None
-    while recovered is None and time.monotonic() < began + PATIENCE:
+    while recovered is None and time.monotonic() < start + TIMEOUT_S:
         time.sleep(0.05)
-        ends = [r.ended for r in list(load.records) if r.meant > began and r.status == 200 and r.ended]
-        recovered = min(ends) - began if ends else None
+        ends = [r.ended for r in list(load.records) if r.intended > start and r.status == 200 and r.ended]
+        recovered = min(ends) - start if ends else None
     time.sleep(5)
-    return {"blow": name, "began": began, "recovered_s": recovered}
+    return {"blow": name, "began": start, "recovered_s": recovered}
 
 
 def main() -> None:
     parser = peers.options(__doc__ or "")
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--load", type=float, default=0.4, help="part of the measured capacity")
-    parser.add_argument("--slo", type=float, default=1000, help="p99 that the server is told to hold, milliseconds")
-    parser.add_argument("--hang", type=float, default=5, help="--hang-seconds of the server")
+    parser.add_argument("--load", type=float, default=0.4, help="share of the measured capacity")
+    parser.add_argument("--slo", type=float, default=1000, help="p99 SLO of the server, in ms")
+    parser.add_argument("--hang", type=float, default=5, help="`--hang-seconds` of the server")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder) / "failures.yaml"
@@ -108,32 +113,36 @@ def main() -> None:
     large: list[int] = []
     try:
         ready = requests(server.url, server.path, [{"input": text} for text in peers.texts(2000)])
-        peak = closed(server.url, ready, 32, 8, warm=12).rate
-        with Load(server.url, [("single", r) for r in ready], options.load * peak, 900) as load:
+        peak = run_closed(server.url, ready, 32, 8, warm=12).rate
+        with OpenLoop(server.url, [("single", r) for r in ready], options.load * peak, 900) as load:
             time.sleep(5)
-            blows = [suffer(load, f"kill -9, {n + 1}", signalled(server, signal.SIGKILL)) for n in range(options.kills)]
-            blows.append(suffer(load, "SIGSTOP", signalled(server, signal.SIGSTOP)))
-            blows.append(suffer(load, "no memory", starved(server, large)))
-        answers_after = post(server.url + server.path, {"input": "still there?"})
+            faults = [
+                inject(load, f"kill -9, {n + 1}", send_signal(server, signal.SIGKILL)) for n in range(options.kills)
+            ]
+            faults.append(inject(load, "SIGSTOP", send_signal(server, signal.SIGSTOP)))
+            faults.append(inject(load, "no memory", exhaust_memory(server, large)))
+        status_after = post(server.url + server.path, {"input": "still there?"})
         metrics = urllib.request.urlopen(server.url + "/metrics").read().decode()
     finally:
         server.end()
-    starts = [float(str(b["began"])) for b in blows] + [float("inf")]
+    starts = [float(str(b["began"])) for b in faults] + [float("inf")]
     rows, lost = [], 0
-    for blow, begin, end in zip(blows, starts, starts[1:], strict=False):
-        mine = [r for r in load.records if begin - 1 <= r.meant < end - 1]
-        seen = statuses(mine)
-        gone = sum(count for status, count in seen.items() if status not in HARMLESS)
-        lost += gone
-        blow |= {
+    for fault, begin, end in zip(faults, starts, starts[1:], strict=False):
+        during = [r for r in load.records if begin - 1 <= r.intended < end - 1]
+        seen = statuses(during)
+        lost_now = sum(count for status, count in seen.items() if status not in EXPECTED)
+        lost += lost_now
+        fault |= {
             "statuses": seen,
-            "lost": gone,
-            "slowest_s": max((r.ended - r.meant for r in mine if r.status == 200 and r.ended), default=0.0),
+            "lost": lost_now,
+            "slowest_s": max((r.ended - r.intended for r in during if r.status == 200 and r.ended), default=0.0),
         }
-        rows.append((blow["blow"], blow["recovered_s"] or float("nan"), blow["slowest_s"], str(seen), gone))
-    peers.table(("blow", "recovery, s", "slowest 200, s", "answers", "lost"), rows)
+        rows.append((fault["blow"], fault["recovered_s"] or float("nan"), fault["slowest_s"], str(seen), lost_now))
+    peers.table(("fault", "time to recovery (s)", "slowest 200 (s)", "responses", "lost"), rows)
     print(
-        f"peak {peak:.1f} requests/s, load {options.load * peak:.1f}; large requests without memory: {large} (64 texts each); afterwards: {answers_after}"
+        f"peak {peak:.1f} requests/s, load {options.load * peak:.1f}; "
+        f"large requests (64 texts) without memory: {large}; "
+        f"afterwards: {status_after}"
     )
     for line in metrics.splitlines():
         if line.startswith(
@@ -142,7 +151,7 @@ def main() -> None:
             print(line)
     print(f"{len(load.records)} requests, {lost} lost")
     peers.write(
-        options.json, {"peak": peak, "blows": blows, "large": large, "requests": len(load.records), "lost": lost}
+        options.json, {"peak": peak, "blows": faults, "large": large, "requests": len(load.records), "lost": lost}
     )
 
 

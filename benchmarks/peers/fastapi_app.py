@@ -1,4 +1,4 @@
-"""sentence-transformers behind FastAPI, as a team would write it. Runs in the peer's virtual environment.
+"""sentence-transformers behind FastAPI, a typical implementation. It runs in the virtual environment of the peer.
 
 python fastapi_app.py MODEL PORT
 """
@@ -16,8 +16,8 @@ from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer(sys.argv[1], device="cpu", model_kwargs={"dtype": torch.bfloat16})
 app = FastAPI()
-# Threads of FastAPI's pool that compute at the same time take each other's cores: one at a time is faster.
-turn = threading.Lock()
+# Threads of FastAPI's pool that compute at the same time compete for cores. One at a time is faster.
+lock = threading.Lock()
 
 
 class Body(BaseModel):
@@ -32,7 +32,7 @@ def health() -> str:
 @app.post("/v1/embeddings")
 def embed(body: Body) -> dict:
     texts = [body.input] if isinstance(body.input, str) else body.input
-    with turn:
+    with lock:
         vectors = model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
     data = [{"object": "embedding", "index": i, "embedding": v.tolist()} for i, v in enumerate(vectors)]
     return {"object": "list", "data": data, "model": "minilm"}

@@ -1,9 +1,12 @@
-"""What HTTP costs: the front end against a bare Starlette application, and 32 texts a request against the engine called directly.
+"""Measure the cost of HTTP for single texts and for batches.
 
     python benchmarks/peers/frontend.py [--seconds 8] [--rounds 4] [--json FILE]
 
-Front end: inferctl with its echo engine (all that is real except the model) and an application that answers the very same bytes without
-looking at the request; 64 clients, single texts whose words have all been seen before, texts with one new word in ten (the server remembers words), and the first as token ids, which need no tokenizer. Batches: requests of 32 texts, 8 clients, beside `EncoderEngine.run` on the same texts.
+Front end: inferctl with its echo engine (everything is real except the model), and a Starlette application that sends
+the same bytes without reading the request. 64 clients send single texts of three kinds: all words are in the word
+cache; one word in ten is new; the texts of the first kind as token ids, which need no tokenizer.
+
+Batches: 8 clients send requests of 32 texts, next to `EncoderEngine.run` on the same texts.
 """
 
 from __future__ import annotations
@@ -19,15 +22,15 @@ from pathlib import Path
 
 import engine
 import peers
-from load import closed, requests
+from load import requests, run_closed
 
 TEXTS, CLIENTS = 32, 8
-# For each round, more than it can send (5,500 requests/s and less were seen): no new word comes twice before the server has forgotten it.
+# More than one round can send (at most 5,500 requests/s were measured), so the word cache has no new word twice.
 TEXTS_WITH_NEW_WORDS = 100_000
 
 
 def with_new_words(count: int) -> list[str]:
-    """Texts of which one word in ten is of seven random letters."""
+    """Return texts in which one word in ten consists of seven random letters."""
     random_ = random.Random(11)
 
     def changed(word: str) -> str:
@@ -37,7 +40,7 @@ def with_new_words(count: int) -> list[str]:
 
 
 def front_end(seconds: float, rounds: int, inputs: Sequence[str | list[int]]) -> dict[str, float]:
-    """Requests a second of both."""
+    """Return requests/s of both servers."""
     bodies = [{"input": given} for given in inputs]
     ours = peers.inferctl(18511, "--engine", "echo", name="inferctl echo")
     running = [ours]
@@ -52,8 +55,8 @@ def front_end(seconds: float, rounds: int, inputs: Sequence[str | list[int]]) ->
             running.append(peers.start("bare Starlette", command, 18512, "/v1/embeddings", "/health"))
         rates: dict[str, list[float]] = {server.name: [] for server in running}
         for server in peers.order(running, rounds):
-            outcome = closed(server.url, requests(server.url, server.path, bodies), 64, seconds, warm=1)
-            assert not outcome.failures, f"{server.name} refused {outcome.statuses}"
+            outcome = run_closed(server.url, requests(server.url, server.path, bodies), 64, seconds, warm=1)
+            assert not outcome.failures, f"{server.name} rejected requests: {outcome.statuses}"
             rates[server.name].append(outcome.rate)
     finally:
         for server in running:
@@ -62,14 +65,14 @@ def front_end(seconds: float, rounds: int, inputs: Sequence[str | list[int]]) ->
 
 
 def batches(seconds: float, rounds: int) -> dict[str, float]:
-    """Texts a second over HTTP and in-process."""
+    """Return texts/s over HTTP and in-process."""
     given = peers.texts(1024)
     bodies = [{"input": given[at : at + TEXTS], "encoding_format": "base64"} for at in range(0, len(given), TEXTS)]
     server = peers.inferctl(18513, "--precision", "bf16", name="inferctl bf16")
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump({"texts": given}, file)
         file.flush()
-        direct = engine.begin("inferctl bf16", Path(file.name))
+        direct = engine.start("inferctl bf16", Path(file.name))
         rates: dict[str, list[float]] = {"over HTTP": [], "in-process": []}
         try:
             for name in peers.order(list(rates), rounds):
@@ -77,8 +80,8 @@ def batches(seconds: float, rounds: int) -> dict[str, float]:
                     direct.measure()
                     rates[name].append(len(given) / direct.wall[-1])
                     continue
-                outcome = closed(server.url, requests(server.url, server.path, bodies), CLIENTS, seconds)
-                assert not outcome.failures, f"refused {outcome.statuses}"
+                outcome = run_closed(server.url, requests(server.url, server.path, bodies), CLIENTS, seconds)
+                assert not outcome.failures, f"rejected requests: {outcome.statuses}"
                 rates[name].append(TEXTS * outcome.rate)
         finally:
             server.end()
@@ -104,7 +107,7 @@ def main() -> None:
         print()
     many = batches(options.seconds, options.rounds)
     http, direct = many.values()
-    print(f"{TEXTS} texts a request, {CLIENTS} clients, texts/s")
+    print(f"{TEXTS} texts per request, {CLIENTS} clients, texts/s")
     peers.table(("path", "texts/s", "share"), [(name, rate, rate / direct) for name, rate in many.items()])
     peers.write(options.json, {"front_end": fronts, "batches": many, "batch_share": http / direct})
 

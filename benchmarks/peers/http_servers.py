@@ -1,8 +1,9 @@
-"""uvicorn beside granian, under one and the same bare Starlette application.
+"""Compare uvicorn with granian, each with the same bare Starlette application.
 
     python benchmarks/peers/http_servers.py [--seconds 6] [--rounds 4] [--json FILE]
 
-64 clients in a closed loop, bodies of 8 KB as an embedding of 384 numbers has. Both on uvloop with one worker.
+64 clients in a closed loop receive bodies of 8 KB, the size of an embedding of 384 numbers. Both servers run on uvloop
+with one worker.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import tempfile
 
 import peers
-from load import closed, requests
+from load import requests, run_closed
 
 
 def main() -> None:
@@ -32,15 +33,15 @@ def main() -> None:
                 rates[name], cpu[name] = [], 0.0
             for server in peers.order(running, options.rounds):
                 before = server.cpu_seconds()
-                outcome = closed(server.url, requests(server.url, server.path, bodies), 64, options.seconds, warm=1)
-                assert not outcome.failures, f"{server.name} refused {outcome.statuses}"
+                outcome = run_closed(server.url, requests(server.url, server.path, bodies), 64, options.seconds, warm=1)
+                assert not outcome.failures, f"{server.name} rejected requests: {outcome.statuses}"
                 rates[server.name].append(outcome.rate)
                 cpu[server.name] += server.cpu_seconds() - before
         finally:
             for server in running:
                 server.end()
     rows = [(name, peers.median(r), 1e6 * cpu[name] / (sum(r) * (options.seconds + 1))) for name, r in rates.items()]
-    peers.table(("server", "requests/s", "CPU us a request"), rows)
+    peers.table(("server", "requests/s", "CPU (us per request)"), rows)
     peers.write(options.json, {"rates": rates, "cpu_seconds": cpu})
 
 

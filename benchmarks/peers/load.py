@@ -1,6 +1,8 @@
-"""A load generator that costs little: prepared bytes out, status and length of the answer read, one asyncio protocol a connection.
+"""A load generator with a low CPU cost, for comparisons with other servers.
 
-It shares the machine with the server. `python benchmarks/peers/load.py` shows its own ceiling, against a server that answers fixed bytes.
+It sends prepared bytes, reads status and length of the response, and has one asyncio protocol per connection. It shares
+the machine with the server. `python benchmarks/peers/load.py` measures its own ceiling, against a server that sends
+fixed bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from urllib.parse import urlsplit
 
 @dataclass
 class Outcome:
-    """Seconds of each answered request, answers by status, and seconds measured."""
+    """The result of a load: seconds of each response, responses by status, and seconds measured."""
 
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
@@ -26,11 +28,11 @@ class Outcome:
 
     @property
     def rate(self) -> float:
-        """Answers with status 200 a second."""
+        """Responses with status 200 per second."""
         return self.statuses.get(200, 0) / self.seconds
 
     def quantile(self, q: float) -> float:
-        """Of the latencies, in milliseconds."""
+        """Return the q-quantile of the latencies, in ms."""
         ordered = sorted(self.latencies)
         return 1000 * ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
@@ -40,10 +42,10 @@ class Outcome:
 
 
 class _Connection(asyncio.Protocol):
-    """One HTTP/1.1 connection, one request at a time; `answered(status)` is called when an answer is complete."""
+    """One HTTP/1.1 connection, one request at a time. `on_response(status)` is called for each complete response."""
 
     def __init__(self) -> None:
-        self.answered: Callable[[int], None] = lambda _: None
+        self.on_response: Callable[[int], None] = lambda _: None
         self._buffer = bytearray()
         self._missing = -1
         self._busy = False
@@ -53,7 +55,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._busy:
-            self.answered(0)
+            self.on_response(0)
 
     def send(self, request: bytes) -> None:
         self._busy = True
@@ -74,11 +76,11 @@ class _Connection(asyncio.Protocol):
             self._buffer.clear()
             self._missing = -1
             self._busy = False
-            self.answered(self._status)
+            self.on_response(self._status)
 
 
 def requests(url: str, path: str, bodies: Sequence[Any], headers: Mapping[str, str] | None = None) -> list[bytes]:
-    """Whole HTTP requests, ready to send."""
+    """Return complete HTTP requests as bytes."""
     host = urlsplit(url).netloc
     more = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
     head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\n{more}content-type: application/json\r\ncontent-length: "
@@ -86,14 +88,14 @@ def requests(url: str, path: str, bodies: Sequence[Any], headers: Mapping[str, s
     return [f"{head}{len(body)}\r\n\r\n".encode() + body for body in raw]
 
 
-def closed(url: str, ready: Sequence[bytes], clients: int, seconds: float, warm: float = 2.0) -> Outcome:
-    """`clients` connections, each sending as soon as it has its answer; the first `warm` seconds do not count."""
+def run_closed(url: str, ready: Sequence[bytes], clients: int, seconds: float, warm: float = 2.0) -> Outcome:
+    """Run a closed loop: each client sends its next request after a response. The first `warm` seconds do not count."""
     return _run(_closed(url, ready, clients, seconds, warm))
 
 
-def opened(url: str, ready: Sequence[bytes], rate: float, seconds: float, seed: int = 1) -> Outcome:
-    """`rate` requests a second at Poisson times whatever the server does; latencies count from the time that was meant."""
-    return _run(_opened(url, ready, rate, seconds, seed))
+def run_open(url: str, ready: Sequence[bytes], rate: float, seconds: float, seed: int = 1) -> Outcome:
+    """Run an open loop: `rate` requests/s with Poisson arrivals. Latencies count from the intended send times."""
+    return _run(_open(url, ready, rate, seconds, seed))
 
 
 async def _closed(url: str, ready: Sequence[bytes], clients: int, seconds: float, warm: float) -> Outcome:
@@ -110,7 +112,7 @@ async def _closed(url: str, ready: Sequence[bytes], clients: int, seconds: float
             sent = time.perf_counter()
             connection.send(ready[at % len(ready)])
 
-        def answered(status: int) -> None:
+        def on_response(status: int) -> None:
             now = time.perf_counter()
             if begin <= now < end:
                 outcome.latencies.append(now - sent)
@@ -120,7 +122,7 @@ async def _closed(url: str, ready: Sequence[bytes], clients: int, seconds: float
             elif not done.done():
                 done.set_result(None)
 
-        connection.answered = answered
+        connection.on_response = on_response
         go()
 
     connections = [await _connect(url) for _ in range(clients)]
@@ -131,35 +133,35 @@ async def _closed(url: str, ready: Sequence[bytes], clients: int, seconds: float
     return outcome
 
 
-async def _opened(url: str, ready: Sequence[bytes], rate: float, seconds: float, seed: int) -> Outcome:
+async def _open(url: str, ready: Sequence[bytes], rate: float, seconds: float, seed: int) -> Outcome:
     outcome, random_ = Outcome(seconds), random.Random(seed)
     free = [await _connect(url) for _ in range(64)]
-    everything, waiting = list(free), set()
+    connections, waiting = list(free), set()
     due, index, begin = 0.0, 0, time.perf_counter()
     while (due := due + random_.expovariate(rate)) < seconds:
-        meant = begin + due
-        if (pause := meant - time.perf_counter()) > 0:
+        intended = begin + due
+        if (pause := intended - time.perf_counter()) > 0:
             await asyncio.sleep(pause)
-        while free and free[-1].transport.is_closing():  # servers close what is idle for long
+        while free and free[-1].transport.is_closing():  # servers close idle connections
             free.pop()
         if not free:
             free.append(await _connect(url))
-            everything.append(free[-1])
+            connections.append(free[-1])
         connection, done = free.pop(), asyncio.get_running_loop().create_future()
 
-        def answered(status: int, c: _Connection = connection, d: Any = done, m: float = meant) -> None:
+        def on_response(status: int, c: _Connection = connection, d: Any = done, m: float = intended) -> None:
             outcome.latencies.append(time.perf_counter() - m)
             outcome.statuses[status] = outcome.statuses.get(status, 0) + 1
             free.append(c)
             d.done() or d.set_result(None)
 
-        connection.answered = answered
+        connection.on_response = on_response
         waiting.add(done)
         done.add_done_callback(waiting.discard)
         connection.send(ready[(index := index + 1) % len(ready)])
     if waiting:
         await asyncio.wait(list(waiting), timeout=60)
-    _close(everything)
+    _close(connections)
     return outcome
 
 
@@ -171,7 +173,7 @@ async def _connect(url: str) -> _Connection:
 
 def _close(connections: Sequence[_Connection]) -> None:
     for connection in connections:
-        connection.answered = lambda _: None
+        connection.on_response = lambda _: None
         connection.transport.close()
 
 
@@ -187,7 +189,7 @@ def _run(work: Coroutine[Any, Any, Outcome]) -> Outcome:
 
 
 class _Fixed(asyncio.Protocol):
-    """Answers every read with the same bytes: what a server costs that does nothing."""
+    """A server without any work: it sends the same bytes after each read."""
 
     BODY = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 8000\r\n\r\n" + b"x" * 8000
 
@@ -212,9 +214,10 @@ def main() -> None:
     time.sleep(1)
     try:
         url = "http://127.0.0.1:18599"
-        outcome = closed(url, requests(url, "/", [{"input": "x" * 250}]), 64, 5)
+        outcome = run_closed(url, requests(url, "/", [{"input": "x" * 250}]), 64, 5)
         print(
-            f"ceiling of the load generator: {outcome.rate:.0f} requests/s, 8 KB answers, 64 clients, server and load on the same cores"
+            f"ceiling of the load generator: {outcome.rate:.0f} requests/s "
+            "(8 KB responses, 64 clients, server and load generator on the same cores)"
         )
     finally:
         server.kill()

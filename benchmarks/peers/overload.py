@@ -1,9 +1,10 @@
-"""What happens at three times the load that the server can carry: goodput, tail of what was accepted, refusals, memory.
+"""Measure goodput, accepted latency, rejections and memory at three times the load that the server can carry.
 
     python benchmarks/peers/overload.py [--seconds 60] [--times 3] [--slo 500] [--engine encoder] [--json FILE]
 
-Single texts of log-normal length, mean 55 tokens. Peak: a closed loop, before and after; then an open loop at a multiple of it, where latencies count
-from the time a request was meant to be sent. The load generator shares the machine with the server.
+Requests are single texts of log-normal length, mean 55 tokens. A closed loop before and after measures the peak. In
+between, an open loop sends a multiple of it, and latencies count from the intended send times. The load generator
+shares the machine with the server.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ import time
 from pathlib import Path
 
 import peers
-from load import closed, requests
-from recorder import Load, engine, latencies, memory, quantile, statuses
+from load import requests, run_closed
+from recorder import OpenLoop, engine, latencies, memory, quantile, statuses
 
 
 def main() -> None:
     parser = peers.options(__doc__ or "")
     parser.set_defaults(seconds=60)
     parser.add_argument("--times", type=float, default=3, help="offered load as a multiple of the peak")
-    parser.add_argument("--slo", type=float, default=500, help="p99 that the server is told to hold, milliseconds")
-    parser.add_argument("--engine", default="encoder", help="encoder, or echo: no model")
+    parser.add_argument("--slo", type=float, default=500, help="p99 SLO of the server, in ms")
+    parser.add_argument("--engine", default="encoder", help="encoder, or echo (no model)")
     parser.add_argument("--clients", type=int, default=48, help="clients of the closed loop")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -44,40 +45,42 @@ def main() -> None:
         server = peers.start("inferctl-overload", command, 18521, "/v1/embeddings", "/readyz", pausable=False)
     try:
         ready = requests(server.url, server.path, [{"input": text} for text in peers.texts(2000)])
-        peaks = [closed(server.url, ready, options.clients, 10, warm=20)]
+        peaks = [run_closed(server.url, ready, options.clients, 10, warm=20)]
         pids = {"server": server.process.pid, "engine": engine(server.process.pid)}
         samples: list[dict[str, float]] = []
-        with Load(server.url, [("single", r) for r in ready], options.times * peaks[0].rate, options.seconds) as load:
-            end = load.began + options.seconds
+        with OpenLoop(
+            server.url, [("single", r) for r in ready], options.times * peaks[0].rate, options.seconds
+        ) as load:
+            end = load.start_s + options.seconds
             while time.monotonic() < end:
                 samples.append({name: memory(pid) for name, pid in pids.items()})
                 time.sleep(1)
         time.sleep(2)
-        peaks.append(closed(server.url, ready, options.clients, 10))
+        peaks.append(run_closed(server.url, ready, options.clients, 10))
     finally:
         server.end()
     records = load.records
     peak = sum(p.rate for p in peaks) / len(peaks)
     goodput = sum(r.status == 200 and (r.ended or end) < end for r in records) / options.seconds
-    seen, taken = statuses(records), latencies(records)
-    refused = [r for r in records if r.status == 429]
-    # The first fifth fills pools and caches.
+    seen, accepted_ms = statuses(records), latencies(records)
+    rejected = [r for r in records if r.status == 429]
+    # In the first fifth of the run, pools and caches grow.
     steady = samples[len(samples) // 5 :]
     growth = {name: 100 * (steady[-1][name] / steady[0][name] - 1) for name in pids}
-    p99 = quantile(taken, 0.99)
+    p99 = quantile(accepted_ms, 0.99)
     rows = [
         ("peak, requests/s (before, after)", f"{peaks[0].rate:.1f}, {peaks[1].rate:.1f}", ""),
         ("offered, requests/s", len(records) / options.seconds, f"x {len(records) / options.seconds / peak:.2f}"),
-        ("goodput, requests/s", goodput, f"{100 * goodput / peak:.1f} % of peak"),
+        ("goodput, requests/s", goodput, f"{100 * goodput / peak:.1f}% of peak"),
         (
             "accepted: p50, p99 ms",
-            f"{quantile(taken, 0.5):.0f}, {p99:.0f}",
+            f"{quantile(accepted_ms, 0.5):.0f}, {p99:.0f}",
             f"{p99 / options.slo:.2f} x SLO ({options.slo:g} ms)",
         ),
-        ("refused: p99 ms", quantile([1000 * (r.ended - r.meant) for r in refused if r.ended], 0.99), ""),
-        ("answers", str(seen), f"{sum(r.retry_after for r in refused)} of {len(refused)} 429s say Retry-After"),
-        *((f"memory of the {name}, MiB", steady[-1][name], f"{growth[name]:+.1f} %") for name in pids),
-        ("the generator was late by at most, ms", 1000 * load.latest, ""),
+        ("rejected: p99 ms", quantile([1000 * (r.ended - r.intended) for r in rejected if r.ended], 0.99), ""),
+        ("responses", str(seen), f"{sum(r.retry_after for r in rejected)} of {len(rejected)} 429s have Retry-After"),
+        *((f"memory of the {name}, MiB", steady[-1][name], f"{growth[name]:+.1f}%") for name in pids),
+        ("largest delay of a send, ms", 1000 * load.max_lateness_s, ""),
     ]
     peers.table(("", "", ""), rows)
     figures = {
@@ -87,18 +90,18 @@ def main() -> None:
         "goodput_of_peak": goodput / peak,
     }
     more = {
-        "accepted_p50_ms": quantile(taken, 0.5),
+        "accepted_p50_ms": quantile(accepted_ms, 0.5),
         "accepted_p99_ms": p99,
         "slo_ms": options.slo,
         "p99_of_slo": p99 / options.slo,
     }
     rest = {
         "statuses": seen,
-        "retry_after": sum(r.retry_after for r in refused),
+        "retry_after": sum(r.retry_after for r in rejected),
         "memory_mib": samples,
         "memory_growth_percent": growth,
     }
-    peers.write(options.json, {**figures, **more, **rest, "generator_late_s": load.latest})
+    peers.write(options.json, {**figures, **more, **rest, "generator_late_s": load.max_lateness_s})
 
 
 if __name__ == "__main__":

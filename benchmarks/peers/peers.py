@@ -1,6 +1,6 @@
-"""What the scripts beside this one share: texts, virtual environments of the peers, servers, tables.
+"""Functions that the scripts in this folder share: texts, virtual environments of the peers, servers, tables.
 
-A peer lives in .cache/peers/NAME, a virtual environment that is made with pip the first time a script needs it.
+The virtual environment of a peer is in .cache/peers/NAME. pip creates it when a script first needs it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 MODEL = ROOT / "models" / "all-MiniLM-L6-v2"
 LOGS = ROOT / ".cache" / "peers"
-# infinity's last release was written for click before 8.2 ("Secondary flag is not valid for non-boolean flag" otherwise).
+# The last release of infinity requires click before 8.2. With newer versions it fails with "Secondary flag is not valid
+# for non-boolean flag".
 PACKAGES = {
     "infinity": ("infinity-emb[torch,server]", "click<8.2"),
     "sentence-transformers": ("sentence-transformers", "fastapi", "uvicorn", "uvloop", "httptools"),
@@ -39,28 +40,29 @@ T = TypeVar("T")
 
 
 def python(peer: str) -> Path:
-    """The interpreter of a peer's virtual environment, made on demand. Exits with pip's words when that fails."""
+    """Return the Python of a peer's virtual environment, and create it if necessary. Exits if pip fails."""
     folder = LOGS / peer
     interpreter, stamp = folder / "bin" / "python", folder / "installed.json"
     if stamp.is_file() and json.loads(stamp.read_text()) == list(PACKAGES[peer]):
         return interpreter
-    print(f"making a virtual environment for {peer} ...", file=sys.stderr)
+    print(f"creating a virtual environment for {peer} ...", file=sys.stderr)
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     done = subprocess.run([interpreter, "-m", "pip", "install", "-q", *PACKAGES[peer]], check=False)
     if done.returncode:
-        sys.exit(f"error: {peer} cannot be installed\nhint: pip's words are above")
+        sys.exit(f"error: cannot install {peer}\nhint: see the output of pip above")
     stamp.write_text(json.dumps(PACKAGES[peer]))
     return interpreter
 
 
 def texts(count: int, mean_tokens: float = 55, seed: int = 7) -> list[str]:
-    """Texts of log-normal length, about `mean_tokens` tokens on average, 255 at most; cut out of the benchmark's corpus."""
+    """Return texts of log-normal length from the benchmark's corpus: about `mean_tokens` on average, at most 255."""
     random_ = random.Random(seed)
     lines = (ROOT / "benchmarks" / "corpora" / "paragraphs.jsonl").read_text().splitlines()
     words = " ".join(json.loads(line)["text"] for line in lines).split()
     found = []
     for _ in range(count):
-        # sigma 0.7: a median of 43 and a few per cent above 150; the corpus has 1.22 tokens per word, two are special.
+        # sigma 0.7 gives a median of 43 tokens and a few percent above 150. The corpus has 1.22 tokens per word, and
+        # each text has two special tokens.
         tokens = min(random_.lognormvariate(0, 0.7) * mean_tokens / 1.278, 255)
         size = max(1, round((tokens - 2) / 1.22))
         start = random_.randrange(len(words) - size)
@@ -69,7 +71,7 @@ def texts(count: int, mean_tokens: float = 55, seed: int = 7) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """For every process measured: no network, and threads that wait do not take the cores of those that work."""
+    """Return the environment of measured processes: no network, and no busy waiting by idle threads."""
     return {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -80,19 +82,19 @@ def environment() -> dict[str, str]:
 
 
 def decode(row: str) -> list[float]:
-    """A vector out of base64 of little-endian float32."""
+    """Return a vector from the base64 of little-endian float32 values."""
     raw = base64.b64decode(row)
     return list(struct.unpack(f"<{len(raw) // 4}f", raw))
 
 
 def token_ids(text: str) -> list[int]:
-    """As many ids as the text has tokens, about; which ones does not matter to what is measured with them."""
+    """Return about as many ids as the text has tokens. Their values do not affect the measurements."""
     return [1000 + len(word) for word in text.split()] + [102, 102]
 
 
 @dataclass
 class Server:
-    """A running server. While it is not measured it is stopped (SIGSTOP) when `pausable`."""
+    """A running server. If `pausable`, it is stopped (SIGSTOP) while it is not measured."""
 
     name: str
     url: str
@@ -108,12 +110,12 @@ class Server:
         os.killpg(self.process.pid, signal.SIGCONT)
 
     def cpu_seconds(self) -> float:
-        """Of all its processes so far."""
+        """Return the CPU seconds of all its processes so far."""
         ticks = 0
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
                 fields = stat.read_text().rpartition(")")[2].split()
-            except OSError:  # it ended meanwhile
+            except OSError:  # the process has ended
                 continue
             if int(fields[3]) == self.process.pid:  # its session
                 ticks += int(fields[11]) + int(fields[12])
@@ -127,7 +129,7 @@ class Server:
 def start(
     name: str, command: Sequence[str | Path], port: int, path: str, ready: str, *, pausable: bool = True
 ) -> Server:
-    """Start a server in a process group of its own and wait until `ready` (a path) answers 200."""
+    """Start a server in its own process group and wait until GET `ready` returns 200."""
     LOGS.mkdir(parents=True, exist_ok=True)
     log = LOGS / f"{name.replace(' ', '-')}.log"
     with log.open("wb") as stream:
@@ -150,19 +152,22 @@ def start(
             time.sleep(0.2)
     if process.poll() is None:
         server.end()
-    sys.exit(f"error: {name} did not start\nhint: {log} has its words")
+    sys.exit(f"error: {name} did not start\nhint: see {log}")
 
 
 def inferctl(port: int, *arguments: str, name: str = "inferctl") -> Server:
-    """`inferctl serve` of this checkout."""
+    """Start `inferctl serve` of this checkout."""
     command = [sys.executable, "-m", "inferctl", "serve", "--model", str(MODEL), "--port", str(port), *arguments]
-    # A queue deep enough that nothing is refused: these scripts measure throughput, not admission.
+    # The queue is large enough to accept all requests: these scripts measure throughput, not admission.
     command += ["--max-queue-tokens", "1000000"]
     return start(name, command, port, "/v1/embeddings", "/readyz", pausable=False)
 
 
 def infinity(port: int, dtype: str | None) -> Server:
-    """infinity as installed (dtype None), or with a number format, without BetterTransformer, which new torch has no more."""
+    """Start infinity with its default precision (dtype None) or another one.
+
+    It runs without BetterTransformer, which recent versions of torch do not have.
+    """
     command: list[str | Path] = [
         python("infinity").with_name("infinity_emb"),
         "v2",
@@ -178,23 +183,25 @@ def infinity(port: int, dtype: str | None) -> Server:
 
 
 def fastapi(port: int) -> Server:
-    """sentence-transformers in bf16 behind FastAPI."""
+    """Start sentence-transformers in bf16 behind FastAPI."""
     command = [python("sentence-transformers"), HERE / "fastapi_app.py", MODEL, str(port)]
     return start("sentence-transformers bf16", command, port, "/v1/embeddings", "/health")
 
 
 def options(description: str) -> argparse.ArgumentParser:
-    """A parser with what every script takes. From here on SIGTERM ends the script as Ctrl-C does: the servers end with it."""
+    """Return a parser with the common options. SIGTERM then ends the script and its servers, as Ctrl-C does."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=8, help="seconds of each measurement")
-    parser.add_argument("--rounds", type=int, default=2, help="rounds; every second one runs in reverse order")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--seconds", type=float, default=8, help="duration of each measurement")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="number of rounds; every second one runs in reverse order"
+    )
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     return parser
 
 
 def machine() -> dict[str, object]:
-    """The machine that a figure belongs to."""
+    """Return the machine on which the figures are measured."""
     info = Path("/proc/cpuinfo").read_text()
     name = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), "?")
     flags = [flag for flag in ("avx512_bf16", "amx_bf16", "avx512_vnni", "avx_vnni", "amx_int8") if flag in info]
@@ -202,12 +209,12 @@ def machine() -> dict[str, object]:
 
 
 def order(items: Sequence[T], rounds: int) -> list[T]:
-    """A B C C B A ...: what drifts with time hits all alike."""
+    """Return the items in the order A B C C B A ..., so that a drift of the machine affects all equally."""
     return [item for turn in range(rounds) for item in (items if turn % 2 == 0 else items[::-1])]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Columns to stdout; numbers with three digits that matter."""
+    """Print columns to stdout, numbers with four significant digits."""
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
     for row in [list(head), *cells]:
@@ -219,7 +226,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 def write(file: Path | None, figures: dict[str, object]) -> None:
-    """The figures as JSON, with the machine, when asked for."""
+    """Write the figures and the machine as JSON if `file` is given."""
     if file:
         file.write_text(json.dumps({"machine": machine(), **figures}, indent=1) + "\n")
 

@@ -1,11 +1,13 @@
-"""What a rebuild costs: seconds and bytes pushed, inferctl's image beside two plain Dockerfiles for the same server, interleaved in one run.
+"""Measure the cost of a rebuild: seconds and bytes pushed, for inferctl's image and for two plain Dockerfiles.
 
-    python benchmarks/peers/rebuild.py [--repeats 3] [--wheels DIR] [--registry localhost:5000] [--base IMAGE] [--json FILE]
+    python benchmarks/peers/rebuild.py [--repeats 3] [--wheels DIR] [--registry localhost:5000] [--base IMAGE]
+                                       [--json FILE]
 
-Three images of one server with the weights inside, and three changes to each: nothing, one number in the configuration, the weights.
-`plain` copies everything and then runs pip, as first Dockerfiles do; `plain, pip first` installs before it copies, as better ones do.
-Seconds are those of build and push, without inferctl's verification (its own row). Bytes pushed are the sizes of the blobs
-that the registry did not have before, manifest included; each image has a repository of its own.
+There are three images of one server with baked weights, and three changes to each: none, one number in the
+configuration, the weights. The builds are interleaved. `plain` copies everything and then runs pip, as simple
+Dockerfiles do; `plain, pip first` installs before it copies. The seconds are those of build and push. inferctl's
+verification is a row of its own. Bytes pushed are the sizes of the blobs that the registry did not have, manifest
+included; each image has its own repository.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ FROM {base}
 COPY . /app
 RUN --mount=type=bind,from=wheels,target=/wheels {pip} --no-index --find-links=/wheels -r /app/requirements.txt
 ENV PYTHONPATH=/app/server
-CMD ["/usr/local/bin/python3.11", "-m", "inferctl", "serve", "--spec", "/app/inferctl.yaml", "--model", "/app/model", "--host", "0.0.0.0"]
+CMD ["/usr/local/bin/python3.11", "-m", "inferctl", "serve", "--spec", "/app/inferctl.yaml", \\
+     "--model", "/app/model", "--host", "0.0.0.0"]
 """
 PIP_FIRST = """\
 FROM {base}
@@ -43,7 +46,8 @@ COPY requirements.txt /app/requirements.txt
 RUN --mount=type=bind,from=wheels,target=/wheels {pip} --no-index --find-links=/wheels -r /app/requirements.txt
 COPY . /app
 ENV PYTHONPATH=/app/server
-CMD ["/usr/local/bin/python3.11", "-m", "inferctl", "serve", "--spec", "/app/inferctl.yaml", "--model", "/app/model", "--host", "0.0.0.0"]
+CMD ["/usr/local/bin/python3.11", "-m", "inferctl", "serve", "--spec", "/app/inferctl.yaml", \\
+     "--model", "/app/model", "--host", "0.0.0.0"]
 """
 
 
@@ -58,7 +62,7 @@ def run(*command: str | Path) -> str:
 
 @dataclass
 class Contender:
-    """One way to build the image. `build` builds and pushes a tag of `repository`; `known` are the blobs pushed so far."""
+    """One way to build the image. `build` builds and pushes a tag of `repository`; `known` has the pushed blobs."""
 
     name: str
     repository: str
@@ -70,7 +74,7 @@ class Contender:
 
     @property
     def salt(self) -> int:
-        """Keeps the contenders' changes apart: equal bytes in another repository would not have to be pushed."""
+        """A number that makes the changes of each contender different: equal blobs would not have to be pushed."""
         return 1 + sum(self.name.encode()) % 997
 
     def rebuild(self, change: str, turn: int) -> None:
@@ -81,7 +85,7 @@ class Contender:
         self.pushed.setdefault(change, []).append(self.new_bytes(tag))
 
     def new_bytes(self, tag: str) -> int:
-        """Sizes of the manifest and of the blobs that no earlier push of this repository had."""
+        """Return the size of the manifest and of the blobs that no earlier push of this repository had."""
         host, _, name = self.repository.partition("/")
         kinds = "application/vnd.docker.distribution.manifest.v2+json, application/vnd.oci.image.manifest.v1+json"
         request = urllib.request.Request(f"http://{host}/v2/{name}/manifests/{tag}", headers={"Accept": kinds})
@@ -136,7 +140,7 @@ def through_inferctl(folder: Path, *flags: str) -> Callable[[str], None]:
 
 
 def prepare(work: Path, model: Path, base: str, wheels: Path, registry: str) -> list[Contender]:
-    """The same server, weights and configuration in a folder for each contender."""
+    """Return the contenders, each with the same server, weights and configuration in its own folder."""
     locks = work / "locks"
     run(sys.executable, "-m", "inferctl", "lock", "--base", "cpu", "--wheels", wheels, "--output", locks)
     requirements = "".join((locks / f"{name}.txt").read_text() for name in ("torch", "server"))
@@ -174,7 +178,7 @@ def change(contender: Contender, what: str, turn: int) -> None:
         spec["serve"]["max_batch_tokens"] = 1000 * (turn + 2) + contender.salt
         file.write_text(yaml.safe_dump(spec))
     if what == "weights":
-        # The last bytes are weights of one layer: a small change, and as good a model for this purpose.
+        # The last bytes are weights of one layer. The change is small, and the model stays usable.
         with (contender.folder / "model" / "model.safetensors").open("r+b") as stream:
             stream.seek(-4 * (turn + 1), os.SEEK_END)
             stream.write(contender.salt.to_bytes(4, "little"))
@@ -183,11 +187,11 @@ def change(contender: Contender, what: str, turn: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--wheels", type=Path, help="folder with every wheel; default: downloaded")
+    parser.add_argument("--wheels", type=Path, help="folder with all wheels (default: download them)")
     parser.add_argument("--registry", default="localhost:5000")
     parser.add_argument("--base", default="localhost:5000/base:trixie-python3.11")
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "all-MiniLM-L6-v2")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
@@ -198,12 +202,13 @@ def main() -> None:
             contender.rebuild("first", 0)
         for turn in range(options.repeats):
             for what in CHANGES:
-                # Every other turn in the other order, so that a drift of the machine hits all alike.
+                # Every second turn runs in reverse order, so that a drift of the machine affects all equally.
                 for contender in contenders if turn % 2 == 0 else reversed(contenders):
                     change(contender, what, turn)
                     contender.rebuild(what, turn)
                     print(
-                        f"{what:8} {contender.name:18} {contender.seconds[what][-1]:7.1f} s {contender.pushed[what][-1]:12,} bytes",
+                        f"{what:8} {contender.name:18} {contender.seconds[what][-1]:7.1f} s "
+                        f"{contender.pushed[what][-1]:12,} bytes",
                         flush=True,
                     )
     report(contenders, options.repeats)

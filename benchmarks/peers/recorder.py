@@ -1,4 +1,4 @@
-"""An open loop in a thread of its own that keeps a record of every request, and eyes on the server's processes. For the scripts on failure and overload."""
+"""An open loop in a thread, with a record of each request, and figures of processes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ CONNECTIONS = 2000
 
 @dataclass
 class Record:
-    """One request. Times are `time.monotonic()`; `status` 0: the connection broke, None: no answer until the end."""
+    """One request. Times are `time.monotonic()`. `status` is 0 if the connection broke, None without a response."""
 
     kind: str
-    meant: float
+    intended: float
     ended: float | None = None
     status: int | None = None
     retry_after: bool = False
@@ -44,7 +44,7 @@ class _Connection(asyncio.Protocol):
         if self in self._free:
             self._free.remove(self)
         if self.record:
-            self._answered(0)
+            self._complete(0)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -61,20 +61,20 @@ class _Connection(asyncio.Protocol):
             self._missing = -1
             if self.record:
                 self.record.retry_after = b"retry-after" in self._head
-                self._answered(self._status)
+                self._complete(self._status)
             if self._head.get(b"connection") == b"close":
                 self.transport.close()
             else:
                 self._free.append(self)
 
-    def _answered(self, status: int) -> None:
+    def _complete(self, status: int) -> None:
         assert self.record
         self.record.status, self.record.ended, self.record = status, time.monotonic(), None
 
 
 @dataclass
-class Load(threading.Thread):
-    """`rate` requests a second at Poisson times, whatever the server does, until `stop()` or for `seconds`. Use as a context."""
+class OpenLoop(threading.Thread):
+    """Send `rate` requests/s with Poisson arrivals, until `stop()` or for `seconds`. Use it as a context manager."""
 
     url: str
     ready: Sequence[tuple[str, bytes]]
@@ -82,17 +82,17 @@ class Load(threading.Thread):
     seconds: float = 3600.0
     seed: int = 1
     records: list[Record] = field(default_factory=list)
-    latest: float = 0.0  # by how much the generator itself was late at most
+    max_lateness_s: float = 0.0  # largest delay of a send
 
     def __post_init__(self) -> None:
         super().__init__(daemon=True)
-        self._over = threading.Event()
+        self._stop_requested = threading.Event()
 
     def __hash__(self) -> int:
         return id(self)
 
-    def __enter__(self) -> Load:
-        self.began = time.monotonic()
+    def __enter__(self) -> OpenLoop:
+        self.start_s = time.monotonic()
         self.start()
         return self
 
@@ -100,70 +100,73 @@ class Load(threading.Thread):
         self.stop()
 
     def stop(self) -> None:
-        """Send no more, wait up to 60 s for what is open."""
-        self._over.set()
+        """Stop sending, and wait up to 60 s for open requests."""
+        self._stop_requested.set()
         self.join()
 
     def run(self) -> None:
         asyncio.run(self._run())
 
     async def _run(self) -> None:
-        random_, free, due = random.Random(self.seed), [], self.began
+        random_, free, due = random.Random(self.seed), [], self.start_s
         at, loop = urlsplit(self.url), asyncio.get_running_loop()
-        everything: list[_Connection] = []
-        while not self._over.is_set() and (due := due + random_.expovariate(self.rate)) < self.began + self.seconds:
+        connections: list[_Connection] = []
+        while (
+            not self._stop_requested.is_set()
+            and (due := due + random_.expovariate(self.rate)) < self.start_s + self.seconds
+        ):
             if (pause := due - time.monotonic()) > 0:
                 await asyncio.sleep(pause)
-            self.latest = max(self.latest, time.monotonic() - due)
+            self.max_lateness_s = max(self.max_lateness_s, time.monotonic() - due)
             kind, request = self.ready[random_.randrange(len(self.ready))]
             record = Record(kind, due)
             self.records.append(record)
             if not free:
-                if len(everything) >= CONNECTIONS:
-                    everything = [c for c in everything if not c.transport.is_closing()]
+                if len(connections) >= CONNECTIONS:
+                    connections = [c for c in connections if not c.transport.is_closing()]
                 try:
-                    _, made = await loop.create_connection(lambda: _Connection(free), at.hostname, at.port)
+                    _, created = await loop.create_connection(lambda: _Connection(free), at.hostname, at.port)
                 except OSError:
                     record.status, record.ended = 0, time.monotonic()
                     continue
-                everything.append(made)
-                free.append(made)
+                connections.append(created)
+                free.append(created)
             connection = free.pop()
             connection.record = record
             connection.transport.write(request)
         until = time.monotonic() + 60
-        while any(c.record for c in everything) and time.monotonic() < until:
+        while any(c.record for c in connections) and time.monotonic() < until:
             await asyncio.sleep(0.05)
-        for connection in everything:
+        for connection in connections:
             connection.record = None
             connection.transport.close()
 
 
 def statuses(records: Iterable[Record]) -> dict[str, int]:
-    """How often each status came; `broken` connections and `unanswered` requests too."""
+    """Return the number of requests by status; also of `broken` connections and `unanswered` requests."""
     names = {0: "broken", None: "unanswered"}
     return dict(sorted(Counter(names.get(record.status, str(record.status)) for record in records).items()))
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The q-quantile of what was seen; not a number without any."""
+    """Return the q-quantile of the values; NaN without values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else float("nan")
 
 
 def latencies(records: Iterable[Record]) -> list[float]:
-    """Milliseconds of the answers with status 200, from the time that each was meant to be sent."""
-    return [1000 * (record.ended - record.meant) for record in records if record.status == 200 and record.ended]
+    """Return the latencies (ms) of responses with status 200, from the intended send times."""
+    return [1000 * (record.ended - record.intended) for record in records if record.status == 200 and record.ended]
 
 
 def engine(pid: int) -> int | None:
-    """The engine's process, a child of the server's."""
+    """Return the process of the engine, a child of the server's process."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return int(found[0]) if found else None
 
 
 def memory(pid: int | None) -> float:
-    """Resident MiB of a process; not a number when it is gone."""
+    """Return the resident memory of a process in MiB; NaN if it has ended."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE / 2**20
     except (OSError, IndexError):
@@ -171,7 +174,7 @@ def memory(pid: int | None) -> float:
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
-    """Least squares: by how much the second grows while the first grows by one."""
+    """Return the slope of a least squares fit."""
     n = len(points)
     mean_x, mean_y = sum(x for x, _ in points) / n, sum(y for _, y in points) / n
     spread = sum((x - mean_x) ** 2 for x, _ in points)

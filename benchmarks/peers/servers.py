@@ -1,16 +1,17 @@
-"""Servers side by side over HTTP: inferctl, infinity, sentence-transformers behind FastAPI; one model, one machine, one run.
+"""Compare servers over HTTP: inferctl, infinity, and sentence-transformers behind FastAPI.
 
     python benchmarks/peers/servers.py [--seconds 8] [--rounds 2] [--clients 64] [--json FILE]
 
-Single texts of log-normal length, mean 55 tokens. Closed loop first, interleaved A B C D D C B A, then inferctl and infinity at one and the same
-open-loop rate: 80 % of what infinity bf16 reached. A server that is not measured is stopped. CPU time a request stands beside the rates, as
-what else runs on the machine disturbs it least.
+All serve the same model on the same machine in one run. Requests are single texts of log-normal length, mean 55 tokens.
+A closed loop comes first, interleaved A B C D D C B A. Then inferctl and infinity receive the same open-loop rate: 80%
+of the rate of infinity bf16. Servers that are not measured are stopped. CPU time per request is shown in addition,
+because other work on the machine affects it least.
 """
 
 from __future__ import annotations
 
 import peers
-from load import Outcome, closed, opened, requests
+from load import Outcome, requests, run_closed, run_open
 
 
 def main() -> None:
@@ -20,13 +21,13 @@ def main() -> None:
     bodies = [{"input": text} for text in peers.texts(2000)]
     running: list[peers.Server] = []
     try:
-        for begin in (
+        for start in (
             lambda: peers.inferctl(18501, "--precision", "bf16", name="inferctl bf16"),
             lambda: peers.infinity(18502, "bfloat16"),
             lambda: peers.infinity(18503, None),
             lambda: peers.fastapi(18504),
         ):
-            running.append(begin())
+            running.append(start())
             running[-1].pause()
         used = dict.fromkeys((server.name for server in running), 0.0)
         results: dict[str, list[Outcome]] = {server.name: [] for server in running}
@@ -34,7 +35,7 @@ def main() -> None:
             server.resume()
             ready = requests(server.url, server.path, bodies)
             before = server.cpu_seconds()
-            results[server.name].append(closed(server.url, ready, options.clients, options.seconds, warm=0))
+            results[server.name].append(run_closed(server.url, ready, options.clients, options.seconds, warm=0))
             used[server.name] += server.cpu_seconds() - before
             server.pause()
         ours, theirs = running[0], running[1]
@@ -43,7 +44,7 @@ def main() -> None:
         for server in peers.order([ours, theirs], 2):
             server.resume()
             at_rate[server.name].append(
-                opened(server.url, requests(server.url, server.path, bodies), same, 2 * options.seconds)
+                run_open(server.url, requests(server.url, server.path, bodies), same, 2 * options.seconds)
             )
             server.pause()
     finally:
@@ -75,12 +76,13 @@ def main() -> None:
         }
     print(f"closed loop, {options.clients} clients")
     peers.table(
-        ("server", "requests/s", "inferctl is x", "CPU ms a request", "by CPU x", "p50 ms", "p99 ms", "failures"), rows
+        ("server", "requests/s", "inferctl is x", "CPU (ms per request)", "by CPU x", "p50 ms", "p99 ms", "failures"),
+        rows,
     )
     print(f"\nopen loop, {same:.1f} requests/s")
     tails = {name: peers.median([o.quantile(0.99) for o in outcomes]) for name, outcomes in at_rate.items()}
     peers.table(
-        ("server", "p50 ms", "p99 ms", "inferctl's p99 is lower by x", "failures"),
+        ("server", "p50 ms", "p99 ms", "p99 relative to inferctl", "failures"),
         [
             (
                 name,

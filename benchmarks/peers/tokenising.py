@@ -1,9 +1,10 @@
-"""What remembered words save and cost: the server's tokenising with and without them.
+"""Measure what the word cache saves and costs: the server's tokenization with and without it.
 
     python benchmarks/peers/tokenising.py [--texts FILE] [--rounds 4] [--json FILE]
 
-Single texts, one after another, in turns (words, whole, whole, words, ...): texts whose words all came before, texts with one new word in ten, texts of letters at random in which
-nothing comes twice, and those of FILE (a text a line), each of them once.
+Single texts, one after another, alternating between both (with, without, without, with, ...). The texts are of these
+kinds: all words are in the cache; one word in ten is new; random letters in which nothing repeats; the lines of FILE,
+each one once.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from inferctl.serve.tokenizer_pool import TokenizerPool
 TEXTS = 4_000
 
 
-def never_twice(count: int) -> list[str]:
-    """Texts of 250 characters, one in six a space."""
+def random_letters(count: int) -> list[str]:
+    """Return texts of 250 random characters, of which one in six is a space."""
     random_ = random.Random(5)
     return ["".join(random_.choices(string.ascii_lowercase + 5 * " ", k=250)) for _ in range(count)]
 
@@ -38,8 +39,11 @@ async def _microseconds(pool: TokenizerPool, texts: Sequence[str]) -> float:
     return 1e6 * (time.perf_counter() - begin) / len(texts)
 
 
-def measured(texts: Sequence[str], rounds: int) -> tuple[float, float]:
-    """Microseconds a text with remembered words and without; each round has texts of its own, and what was learnt before stays."""
+def measure(texts: Sequence[str], rounds: int) -> tuple[float, float]:
+    """Return microseconds per text with and without the word cache.
+
+    Each round has its own texts. The cache keeps words of earlier rounds.
+    """
     how = embedding_config.read(peers.MODEL)
     words, whole = TokenizerPool(peers.MODEL, how), TokenizerPool(peers.MODEL, how)
     whole._words = None
@@ -56,18 +60,18 @@ def measured(texts: Sequence[str], rounds: int) -> tuple[float, float]:
 def main() -> None:
     parser = peers.options(__doc__ or "")
     parser.set_defaults(rounds=4)
-    parser.add_argument("--texts", type=Path, help="a text a line")
+    parser.add_argument("--texts", type=Path, help="file with one text per line")
     options = parser.parse_args()
-    os.environ.update(peers.environment())  # as the server sets it: no threads of the tokenizer's own
+    os.environ.update(peers.environment())  # as in the server: the tokenizer starts no threads
     known = peers.texts(500)
     kinds = {
         "known words": known * (TEXTS // len(known)),
         "one new word in ten": frontend.with_new_words(TEXTS),
-        "nothing twice": never_twice(TEXTS),
+        "nothing twice": random_letters(TEXTS),
     }
     if options.texts:
         kinds[options.texts.name] = [text for text in options.texts.read_text().splitlines() if text.strip()]
-    found = {kind: measured(texts, options.rounds) for kind, texts in kinds.items()}
+    found = {kind: measure(texts, options.rounds) for kind, texts in kinds.items()}
     rows = [(kind, words, whole, words / whole) for kind, (words, whole) in found.items()]
     peers.table(("texts", "us by words", "us whole", "ratio"), rows)
     peers.write(options.json, {"microseconds": {kind: list(times) for kind, times in found.items()}})
