@@ -1,10 +1,12 @@
-"""A small server with the HTTP contract of `inferctl serve`, whose latencies are drawn from a known distribution with a fixed seed.
+"""A small server with the HTTP API of `inferctl serve` and latencies from a known distribution with a fixed seed.
 
-    python answering.py --announce FILE [--median-ms 8 --sigma 0.5] [--stall-every 5 --stall-for 0.5] [--fail-after N] [--die-after N]
-                        [--slots N [--queue N]] [--drift 0.01] [--broken nan|shape|ragged|zeros|error] [--info-status 503] [--sha256 HEX] [--model DIR --precision bf16 ...]
+    python answering.py --announce FILE [--median-ms 8 --sigma 0.5] [--stall-every 5 --stall-for 0.5]
+                        [--fail-after N] [--die-after N] [--slots N [--queue N]] [--drift 0.01]
+                        [--broken nan|shape|ragged|zeros|error] [--info-status 503] [--sha256 HEX]
+                        [--model DIR --precision bf16 ...]
 
-Each request sleeps for the next draw; `GET /truth` lists the time that each answer really took inside the server, ms, in order.
-It uses the standard library only and answers each connection in a thread.
+Each request sleeps for the next drawn delay. `GET /truth` lists the actual times of the responses inside the server, in
+ms and in order. It uses only the standard library, and one thread per connection.
 """
 
 from __future__ import annotations
@@ -30,19 +32,19 @@ DIMENSIONS = 32
 
 
 def vector(text: str, drift: float) -> list[float]:
-    """A unit vector that depends on the text's words, moved by `drift` in a direction of the text's own."""
+    """Return a unit vector that depends on the words of the text, moved by `drift` in a direction of its own."""
     total = [0.0] * DIMENSIONS
     for word in text.lower().split():
         draw = random.Random(word)
         total = [value + draw.gauss(0, 1) for value in total]
-    away = random.Random(text + "#")
-    total = [value + drift * away.gauss(0, 1) * math.sqrt(len(text.split()) or 1) for value in total]
+    direction = random.Random(text + "#")
+    total = [value + drift * direction.gauss(0, 1) * math.sqrt(len(text.split()) or 1) for value in total]
     norm = math.sqrt(sum(value * value for value in total)) or 1.0
     return [value / norm for value in total]
 
 
-def spoilt(values: list[float], how: str, number: int) -> list[float]:
-    """The vector, or what a broken server answers in its place."""
+def corrupt(values: list[float], how: str, number: int) -> list[float]:
+    """Return the vector, or the output of a server that is broken in the way `how`."""
     if how == "ragged":
         return values[: len(values) - number % 2]
     return {"nan": [math.nan, *values[1:]], "shape": values[1:], "zeros": [0.0] * len(values)}.get(how, values)
@@ -50,22 +52,22 @@ def spoilt(values: list[float], how: str, number: int) -> list[float]:
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    # One packet an answer: small writes one by one wait 40 ms for each other (Nagle's algorithm against delayed acknowledgements).
+    # One packet per response: separate small writes wait 40 ms for each other (Nagle's algorithm and delayed ACKs).
     wbufsize = -1
     disable_nagle_algorithm = True
     options: argparse.Namespace
     delays: Any
     numbers = itertools.count()
-    truth: list[float] = []  # noqa: RUF012 - one list for the whole server is meant
+    truth: list[float] = []  # noqa: RUF012 - one list for all connections
     lock = threading.Lock()
     slots: threading.Semaphore | None = None
-    waiting = [0]  # noqa: RUF012 - one count for the whole server is meant
+    waiting = [0]  # noqa: RUF012 - one count for all connections
     started = time.monotonic()
 
     def log_message(self, *_: object) -> None:
         pass
 
-    def answer(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
+    def respond(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
         content = json.dumps(value).encode()
         self.send_response(status)
         for name, text in {
@@ -78,8 +80,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(content)
         self.wfile.flush()
 
-    def served(self, delay: float) -> bool:
-        """Sleep, in one of the `--slots` if they are bounded; False when more than `--queue` requests wait for one."""
+    def sleep(self, delay: float) -> bool:
+        """Sleep, in a free slot if `--slots` limits them. Return False if `--queue` requests already wait for one."""
         if self.slots is None:
             time.sleep(delay)
             return True
@@ -95,15 +97,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/info" and self.options.info_status:
-            self.answer(self.options.info_status, {"error": {"message": "no"}})
+            self.respond(self.options.info_status, {"error": {"message": "no"}})
             return
         pages = {"/truth": self.truth, "/v1/models": {"data": [{"id": "test"}]}, "/info": info(self.options)}
-        self.answer(200, pages[self.path]) if self.path in pages else self.answer(
+        self.respond(200, pages[self.path]) if self.path in pages else self.respond(
             404, {"error": {"message": "not here"}}
         )
 
     def do_POST(self) -> None:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         number = next(self.numbers)
         if self.options.die_after and number >= self.options.die_after:
@@ -111,7 +113,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             sys.stderr.flush()
             os._exit(9)
         if self.options.fail_after and number >= self.options.fail_after:
-            self.answer(500, {"error": {"message": "broken"}})
+            self.respond(500, {"error": {"message": "broken"}})
             return
         with self.lock:
             delay = next(self.delays)
@@ -120,16 +122,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             and (now := time.monotonic() - self.started) % self.options.stall_every < self.options.stall_for
         ):
             delay += self.options.stall_for - now % self.options.stall_every
-        if not self.served(delay):
-            self.answer(429, {"error": {"message": "full"}}, {"Retry-After": "1"})
+        if not self.sleep(delay):
+            self.respond(429, {"error": {"message": "full"}}, {"Retry-After": "1"})
             return
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
-        if self.options.broken == "error" and len(texts) > 1:  # as the quality check asks, not the load
-            self.answer(500, {"error": {"message": "broken"}})
+        if self.options.broken == "error" and len(texts) > 1:  # only the quality check sends several texts
+            self.respond(500, {"error": {"message": "broken"}})
             return
         packed = [
             base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
-            for values in (spoilt(vector(t, self.options.drift), self.options.broken, i) for i, t in enumerate(texts))
+            for values in (corrupt(vector(t, self.options.drift), self.options.broken, i) for i, t in enumerate(texts))
         ]
         tokens = sum(len(text.split()) + 2 for text in texts)
         data = {
@@ -137,9 +139,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "usage": {"prompt_tokens": tokens},
         }
         inference = f"{delay * 1e3:.3f}"
-        # Before the answer leaves: what this thread waits for afterwards is no part of it.
-        self.truth.append((time.perf_counter() - begun) * 1e3)
-        self.answer(
+        # Before the response is sent: later waits of this thread do not count.
+        self.truth.append((time.perf_counter() - start) * 1e3)
+        self.respond(
             200,
             data,
             {"x-inferctl-tokens": str(tokens), "x-inferctl-queue-ms": "0.1", "x-inferctl-inference-ms": inference},
@@ -148,7 +150,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away in mid request is nothing to tell of."""
+        """Ignore clients that disconnect during a request."""
 
 
 def info(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Hand-made records, results and receipts for the benchmark's tests."""
+"""Build records, results and receipts for the tests of the benchmark."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ANSWERING = Path(__file__).with_name("answering.py")
 def row(
     start_ms: float, latency_ms: float, *, late_ms: float = 0, phase: int = MEASURED, error: int = OK, tokens: int = 10
 ) -> tuple[Any, ...]:
-    """A record of a request meant for `start_ms`, sent `late_ms` later and answered `latency_ms` after `start_ms`."""
+    """Return a record of a request: due at `start_ms`, sent `late_ms` later, completed `latency_ms` after `start_ms`."""
     start, sent, end = (int(ms * 1e6) for ms in (start_ms, start_ms + late_ms, start_ms + latency_ms))
     return (start, sent, end, end, 0, 100, tokens, 1.0, float("nan"), 2.0, 200 if error == OK else 500, phase, error)
 
@@ -45,7 +45,7 @@ def table(*rows: tuple[Any, ...]) -> records.Rows:
 
 
 def steady(rate: float, latency_ms: float, seconds: int = 10, jitter: float = 0.2) -> summary.Part:
-    """A run of `seconds` with evenly spaced requests, whose latencies spread evenly by `jitter` around `latency_ms`."""
+    """Return a run of evenly spaced requests, with latencies spread evenly by `jitter` around `latency_ms`."""
     count = int(rate * seconds)
     rows = [
         row(1000 / rate * i, latency_ms * (1 - jitter + 2 * jitter * ((i * 7) % count) / count)) for i in range(count)
@@ -55,7 +55,7 @@ def steady(rate: float, latency_ms: float, seconds: int = 10, jitter: float = 0.
 
 
 def document(name: str, rate: float, latency_ms: float, level: str = "native", **changes: Any) -> dict[str, Any]:
-    """A receipt's document for `steady(rate, latency_ms)`."""
+    """Return the document of a receipt for `steady(rate, latency_ms)`."""
     part = steady(rate, latency_ms)
     made: dict[str, Any] = {
         "created": "2026-01-02T03:04:05+00:00",
@@ -98,7 +98,7 @@ def sealed(folder: Path, *documents: dict[str, Any]) -> list[receipt.Receipt]:
 
 
 def records_file(path: Path, rows: records.Rows) -> Path:
-    """Write rows the way the load generator does."""
+    """Write rows to a file in the format of the load generator, and return the file."""
     header = {"fields": FIELDS, "worker": 0}
     path.write_bytes(records.MAGIC + json.dumps(header).encode() + b"\n" + rows.tobytes())
     return path

@@ -1,4 +1,4 @@
-"""Makes this folder's helpers importable, and starts the answering server."""
+"""Make the modules of this folder importable, and provide the server of answering.py as a fixture."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture
 def answering(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """`answering("--median-ms", "5")` starts the test server and returns its URL; it ends with the test."""
+    """Return a function that starts the test server with the given options and returns its URL.
+
+    The server ends with the test.
+    """
     with contextlib.ExitStack() as stack:
         from bench_samples import ANSWERING
 

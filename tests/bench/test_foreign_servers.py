@@ -1,4 +1,4 @@
-"""Servers that are not inferctl's, measured as they come: vLLM, infinity and text-embeddings-inference.
+"""Tests of servers other than inferctl, in their default configuration: vLLM, infinity and text-embeddings-inference.
 
 Paths, pages and shapes of the responses are those of their documentation (of infinity 0.0.78: as recorded from it).
 """
@@ -31,7 +31,7 @@ Answer = tuple[int, Any, dict[str, str]]
 
 
 def openai(body: Body, one_format: bool = False) -> Answer:
-    """The response of POST /v1/embeddings; `one_format`: to an older server encoding_format is unknown."""
+    """Return the response of POST /v1/embeddings. `one_format`: as an older server that ignores encoding_format."""
     texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
     packed = base64.b64encode(struct.pack("<2f", *VECTOR)).decode()
     in_base64 = body.get("encoding_format") == "base64" and not one_format
@@ -49,8 +49,8 @@ def vllm(path: str, body: Body | None) -> Answer:
         return 200, {"object": "list", "data": [model]}, {}
     if path == "/v1/embeddings" and body:
         if body["model"] != MODEL:
-            said = f"The model `{body['model']}` does not exist."
-            return 404, {"error": {"message": said, "type": "NotFoundError", "code": 404}}, {}
+            message = f"The model `{body['model']}` does not exist."
+            return 404, {"error": {"message": message, "type": "NotFoundError", "code": 404}}, {}
         return openai(body)
     return 404, {"detail": "Not Found"}, {}
 
@@ -79,7 +79,7 @@ def only_embed(path: str, body: Body | None) -> Answer:
 
 
 def strict(path: str, body: Body | None) -> Answer:
-    """A server that rejects keys which it does not know."""
+    """Respond as a server that rejects unknown keys."""
     if body and "encoding_format" in body:
         return 422, {"detail": "encoding_format: extra inputs are not permitted"}, {}
     return vllm(path, body)
@@ -90,7 +90,7 @@ Serve = Callable[..., str]
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """`serve(vllm, key=...)` starts a server that gives those responses, and returns its URL."""
+    """Return a function that starts a server and returns its URL, as `serve(vllm, key=...)`."""
     with contextlib.ExitStack() as stack:
 
         def start(respond: Callable[[str, Body | None], Answer], key: str | None = None) -> str:
@@ -138,25 +138,25 @@ def serve() -> Iterator[Serve]:
         (strict, "/v1/embeddings", "float"),
     ],
 )
-def test_path_and_model_are_found_without_help(serve: Serve, respond: Any, path: str, encoding: str) -> None:
+def test_path_and_model_are_detected(serve: Serve, respond: Any, path: str, encoding: str) -> None:
     found = target.connect(serve(respond))
     assert found.info["api"] == {"path": path, "model": MODEL, "encoding_format": encoding}
     assert [pytest.approx(vector) for vector in found.embed(["a", "b"])] == [VECTOR, VECTOR]
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/embeddings", "/embed"])
-def test_a_url_with_a_path_says_which_one_is_measured(serve: Serve, path: str) -> None:
+def test_a_path_in_the_url_is_used(serve: Serve, path: str) -> None:
     assert target.connect(serve(tei) + path).embeddings_url.endswith(path)
 
 
-def test_what_text_embeddings_inference_says_of_its_precision_is_taken(serve: Serve) -> None:
+def test_the_precision_of_text_embeddings_inference_is_read(serve: Serve) -> None:
     info = target.connect(serve(tei)).info
     assert info["precision"]["effective"] == "fp16"
     assert info["model"] == {"source": MODEL}
     assert info["limits"] == {"max_input_tokens": 512}
 
 
-def test_the_name_of_the_model_can_be_given(serve: Serve) -> None:
+def test_the_name_of_the_model_can_be_passed(serve: Serve) -> None:
     url = serve(lambda path, body: (404, {}, {}) if path == "/v1/models" else vllm(path, body))
     with pytest.raises(NotReadyError, match="names a model") as caught:
         target.connect(url)
@@ -174,7 +174,7 @@ def test_a_server_that_loads_its_model_is_not_ready(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("respond", [vllm, infinity, tei])
-def test_a_missing_or_wrong_key_is_said_without_showing_it(serve: Serve, respond: Any) -> None:
+def test_a_missing_or_wrong_key_is_reported_without_showing_it(serve: Serve, respond: Any) -> None:
     url = serve(respond, key="another")
     for access in (target.Access(), target.Access({"Authorization": f"Bearer {KEY}"})):
         with pytest.raises(NotReadyError, match="returned 401") as caught:
@@ -183,7 +183,7 @@ def test_a_missing_or_wrong_key_is_said_without_showing_it(serve: Serve, respond
         assert KEY not in f"{caught.value.message} {access!r}"
 
 
-def test_a_quoted_key_is_left_out_of_errors(serve: Serve) -> None:
+def test_a_key_in_a_response_is_masked_in_errors(serve: Serve) -> None:
     url = serve(lambda path, body: (403, {"error": f"bad key {KEY}"}, {}) if body else vllm(path, body))
     with pytest.raises(NotReadyError, match=r"bad key \*\*\*"):
         target.connect(url, access=target.Access({"X-Key": KEY}))
@@ -215,7 +215,7 @@ def test_a_server_with_a_key_is_measured_and_no_file_has_the_key(serve: Serve, t
     assert KEY not in done.stdout + done.stderr
 
 
-def test_the_key_is_in_no_list_of_processes(serve: Serve, tmp_path: Path) -> None:
+def test_the_key_is_in_no_command_line(serve: Serve, tmp_path: Path) -> None:
     seen: set[str] = set()
 
     def watched(path: str, body: Body | None) -> Answer:
@@ -230,7 +230,7 @@ def test_the_key_is_in_no_list_of_processes(serve: Serve, tmp_path: Path) -> Non
     assert not [line for line in seen if KEY in line]
 
 
-def test_headers_go_with_each_request_and_resume_asks_for_them_again(serve: Serve, tmp_path: Path) -> None:
+def test_headers_are_sent_with_each_request_and_resume_requires_them_again(serve: Serve, tmp_path: Path) -> None:
     given = ["--header", f"authorization: Bearer {KEY}", "--header", "X-Team: search"]
     done = bench(tmp_path, "--url", f"peer={serve(vllm, key=KEY)}", *given)
     assert done.returncode == 0, done.stderr
@@ -243,7 +243,7 @@ def test_headers_go_with_each_request_and_resume_asks_for_them_again(serve: Serv
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("--header", "no colon"), "not 'NAME: VALUE'"),
         (("--header", f"X: {KEY}\r\nHost: b"), "characters that a header cannot have"),
@@ -252,18 +252,18 @@ def test_headers_go_with_each_request_and_resume_asks_for_them_again(serve: Serv
         (("--api-key-env", "PATH", "--header", "Authorization: x"), "both"),
     ],
 )
-def test_headers_that_cannot_be_sent_are_mistakes(tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+def test_invalid_headers_are_usage_errors(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
     done = bench(tmp_path, "--url", "peer=http://127.0.0.1:9", *options)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert KEY not in done.stderr
 
 
-def test_headers_without_a_url_are_a_mistake(tmp_path: Path) -> None:
+def test_headers_without_a_url_are_a_usage_error(tmp_path: Path) -> None:
     done = bench(tmp_path, "--header", "X-Team: search")
     assert done.returncode == 2 and "--url NAME=URL" in done.stderr
 
 
-def test_an_address_that_is_none_is_still_a_mistake() -> None:
+def test_an_invalid_url_with_a_path_is_a_usage_error() -> None:
     with pytest.raises(UsageError):
         target.connect("http://user@host/embed")

@@ -1,4 +1,4 @@
-"""Locust for real, as a process, against a server whose latencies are known."""
+"""Tests of loads that real Locust processes send to a server with known latencies."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from inferctl.bench.plan import plan, workload
 
 
 def measure(url: str, folder: Path, **settings: object) -> tuple[generator.LoadResult, summary.Part, workload.Workload]:
-    wanted = plan.Load.model_validate({"warmup_s": 0, "timeout_s": 10, **settings})
-    work = workload.draw(wanted, "short", seed=3)
+    load = plan.Load.model_validate({"warmup_s": 0, "timeout_s": 10, **settings})
+    work = workload.draw(load, "short", seed=3)
     folder.mkdir(exist_ok=True)
-    description = generator.prepare(wanted, work, target.Target(url, "test"), 100, folder)
-    done = generator.run(wanted, description, lambda live: None, lambda: None)
-    offered = len(work.schedule_ns) if wanted.mode == "open" else None
-    part = summary.Part(done.rows, done.state["measure_start_ns"], done.state["measure_end_ns"], 1, offered)
-    return done, part, work
+    description = generator.prepare(load, work, target.Target(url, "test"), 100, folder)
+    result = generator.run(load, description, lambda live: None, lambda: None)
+    offered = len(work.schedule_ns) if load.mode == "open" else None
+    part = summary.Part(result.rows, result.state["measure_start_ns"], result.state["measure_end_ns"], 1, offered)
+    return result, part, work
 
 
-def test_percentiles_are_those_of_the_server_where_locusts_own_are_rounded(
+def test_percentiles_match_the_server_and_those_of_locust_are_rounded(
     answering: Callable[..., str], tmp_path: Path
 ) -> None:
     url = answering("--median-ms", "120", "--sigma", "0.3")
-    done, part, _ = measure(url, tmp_path / "run", users=16, duration_s=5)
+    result, part, _ = measure(url, tmp_path / "run", users=16, duration_s=5)
     found, drawn = records.latency_ms(part.measured), part.measured["inference_ms"]
     assert len(found) > 300
-    # What the client and the busy cores add is all on one side, request by request.
+    # Client and busy cores only add time to a request.
     assert (found > drawn - 0.001).all()
     for q in (0.5, 0.9):
         own, exact = (np.sort(times)[stats.rank(len(times), q) - 1] for times in (found, drawn))
         assert own < 1.15 * exact
-    rounded = done.state["locust_percentiles_ms"]
+    rounded = result.state["locust_percentiles_ms"]
     assert all(value % 10 == 0 for value in rounded.values())
 
 
-def test_every_request_is_recorded_once_with_what_the_server_said(
+def test_every_request_is_recorded_once_with_the_figures_of_the_server(
     answering: Callable[..., str], tmp_path: Path
 ) -> None:
-    done, part, _ = measure(answering("--median-ms", "3"), tmp_path / "run", users=3, duration_s=2)
+    result, part, _ = measure(answering("--median-ms", "3"), tmp_path / "run", users=3, duration_s=2)
     rows = part.measured
     assert sorted(rows["index"].tolist()) == list(range(len(rows)))
     assert (rows["status"] == 200).all()
@@ -54,12 +54,12 @@ def test_every_request_is_recorded_once_with_what_the_server_said(
     assert np.isnan(rows["tokenize_ms"]).all()
     assert (rows["sent_ns"] <= rows["first_ns"]).all()
     assert (rows["first_ns"] <= rows["end_ns"]).all()
-    assert done.state["phase"] == "done"
-    assert 0 < (summary.client_cpu_percent(done.state) or 0) <= 110
+    assert result.state["phase"] == "done"
+    assert 0 < (summary.client_cpu_percent(result.state) or 0) <= 110
 
 
 def test_the_warm_up_ends_when_windows_agree_and_is_not_measured(answering: Callable[..., str], tmp_path: Path) -> None:
-    done, part, _ = measure(
+    result, part, _ = measure(
         answering("--median-ms", "5", "--sigma", "0"),
         tmp_path / "run",
         users=4,
@@ -67,11 +67,11 @@ def test_the_warm_up_ends_when_windows_agree_and_is_not_measured(answering: Call
         warmup_s=20,
         window_s=0.5,
     )
-    warm = done.rows[done.rows["phase"] == records.WARMUP]
+    warm = result.rows[result.rows["phase"] == records.WARMUP]
     assert len(warm) > 0
     assert warm["sent_ns"].max() <= part.measured["sent_ns"].max()
-    if done.state["steady"]:
-        last = done.state["windows"][-3:]
+    if result.state["steady"]:
+        last = result.state["windows"][-3:]
         assert max(last) - min(last) <= 0.1 * sum(last) / 3 + 1e-9
 
 
@@ -89,7 +89,8 @@ def test_a_stall_shows_in_an_open_loop_and_hides_in_a_closed_one(answering: Call
         answering(*stalling), tmp_path / "open", mode="open", arrivals="constant", rate=100, duration_s=6
     )
     _, closed, _ = measure(answering(*stalling), tmp_path / "closed", mode="closed", users=1, duration_s=6)
-    # A fifth of all requests are due during a stall: half of the stall is the median of those, a tenth of all wait 200 ms or more.
+    # A fifth of all requests are due during a stall. Their median wait is half of the stall,
+    # so a tenth of all requests wait 200 ms or more.
     long = [float(np.mean(records.latency_ms(part.measured) > 100)) for part in (opened, closed)]
     assert long[0] == pytest.approx(0.15, abs=0.04)
     assert long[1] < 0.02
@@ -136,7 +137,7 @@ def test_the_measurement_does_not_wait_for_the_warm_ups_next_request(
     assert first["sent_ns"] - first["intended_ns"] < 500_000_000
 
 
-def test_a_load_generator_that_was_short_of_time_is_named() -> None:
+def test_a_late_load_generator_is_a_reason_or_a_warning() -> None:
     def judged(late_ms: float, answered: int, **state: float) -> validity.Validity:
         rows = [row(10 * n, 5 + late_ms, late_ms=late_ms) for n in range(400)]
         found = summary.summarise([summary.Part(table(*rows), 0, 4 * SECOND, 1, 400)])

@@ -1,4 +1,4 @@
-"""The HTTP client of the load generator against servers that are legal but awkward."""
+"""Tests of the load generator's HTTP client against servers with unusual but valid responses."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ REDIRECT = SIZED.replace(b"200 OK", b"307 Temporary Redirect").replace(
     b"Content-Length", b"Location: /elsewhere\r\nContent-Length"
 )
 UNTIL_CLOSED = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + BODY
-Answer = Callable[[int], tuple[bytes, bool]]
+Respond = Callable[[int], tuple[bytes, bool]]
 
 
 @contextlib.contextmanager
-def serving(answer: Answer, tls: ssl.SSLContext | None = None) -> Iterator[str]:
-    """A server whose n-th answer on a connection is `answer(n)`: bytes, and whether it closes afterwards without a word."""
+def run_server(respond: Respond, tls: ssl.SSLContext | None = None) -> Iterator[str]:
+    """Run a server. `respond(n)` returns the bytes of the n-th response, and whether to close the connection."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=64)
 
-    def talk(connection: socket.socket) -> None:
+    def handle(connection: socket.socket) -> None:
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            talking = stack.enter_context(tls.wrap_socket(connection, server_side=True) if tls else connection)
-            stream, number = talking.makefile("rb"), 0
+            stream_socket = stack.enter_context(tls.wrap_socket(connection, server_side=True) if tls else connection)
+            stream, number = stream_socket.makefile("rb"), 0
             while line := stream.readline():
                 length = 0
                 while (header := stream.readline()).strip():
@@ -48,20 +48,22 @@ def serving(answer: Answer, tls: ssl.SSLContext | None = None) -> Iterator[str]:
                 if line.startswith(b"GET"):
                     known = line.startswith(b"GET /v1/models")
                     status = b"200 OK" if known else b"404 Not Found"
-                    talking.sendall(b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status, len(MODELS), MODELS))
+                    stream_socket.sendall(
+                        b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status, len(MODELS), MODELS)
+                    )
                     continue
-                content, closes = answer(number)
+                content, closes = respond(number)
                 number += 1
-                # In two pieces: an answer need not come in one.
-                talking.sendall(content[:20])
-                talking.sendall(content[20:])
+                # In two parts, because a response may arrive in several.
+                stream_socket.sendall(content[:20])
+                stream_socket.sendall(content[20:])
                 if closes:
                     return
 
     def accept() -> None:
         with contextlib.suppress(OSError):
             while True:
-                threading.Thread(target=talk, args=(listener.accept()[0],), daemon=True).start()
+                threading.Thread(target=handle, args=(listener.accept()[0],), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
     try:
@@ -75,8 +77,8 @@ def serving(answer: Answer, tls: ssl.SSLContext | None = None) -> Iterator[str]:
     [(SIZED, False), (CHUNKED, False), (CONTINUED, False), (UNTIL_CLOSED, True)],
     ids=["sized", "chunked", "after a 100", "until closed"],
 )
-def test_every_legal_form_of_an_answer_is_read(content: bytes, closes: bool, tmp_path: Path) -> None:
-    with serving(lambda _: (content, closes)) as url:
+def test_every_valid_form_of_a_response_is_read(content: bytes, closes: bool, tmp_path: Path) -> None:
+    with run_server(lambda _: (content, closes)) as url:
         _, part, _ = measure(url, tmp_path / "run", mode="open", rate=50, duration_s=1)
     rows = part.measured
     assert len(rows) > 20
@@ -85,49 +87,51 @@ def test_every_legal_form_of_an_answer_is_read(content: bytes, closes: bool, tmp
     assert set(rows["tokens"].tolist()) == {7}
 
 
-def test_a_connection_that_the_server_closed_while_idle_costs_no_request(tmp_path: Path) -> None:
-    with serving(lambda number: (SIZED, number == 2)) as url:
-        done, part, work = measure(url, tmp_path / "run", mode="open", rate=50, duration_s=1)
+def test_no_request_fails_if_the_server_closes_an_idle_connection(tmp_path: Path) -> None:
+    with run_server(lambda number: (SIZED, number == 2)) as url:
+        result, part, work = measure(url, tmp_path / "run", mode="open", rate=50, duration_s=1)
     assert set(part.measured["error"].tolist()) == {records.OK}
     assert len(part.measured) == len(work.schedule_ns)
-    assert done.state["workers"][0]["connections"] >= len(part.measured) // 3
+    assert result.state["workers"][0]["connections"] >= len(part.measured) // 3
 
 
-def test_an_answer_that_breaks_off_is_a_failed_request(tmp_path: Path) -> None:
-    with serving(lambda number: (SIZED[:-5] if number else SIZED, bool(number))) as url:
+def test_an_incomplete_response_is_a_failed_request(tmp_path: Path) -> None:
+    with run_server(lambda number: (SIZED[:-5] if number else SIZED, bool(number))) as url:
         _, part, _ = measure(url, tmp_path / "run", users=1, duration_s=1)
     assert set(part.measured["error"].tolist()) == {records.OK, records.CONNECTION}
 
 
 def test_a_redirect_is_a_failed_request(tmp_path: Path) -> None:
-    with serving(lambda number: (REDIRECT if number % 2 else SIZED, False)) as url:
+    with run_server(lambda number: (REDIRECT if number % 2 else SIZED, False)) as url:
         _, part, _ = measure(url, tmp_path / "run", users=1, duration_s=1)
     answers = set(zip(part.measured["status"].tolist(), part.measured["error"].tolist(), strict=True))
     assert answers == {(200, records.OK), (307, records.HTTP_ERROR)}
 
 
-def test_a_server_that_is_gone_is_not_asked_without_end(answering: Callable[..., str], tmp_path: Path) -> None:
+def test_a_server_that_has_ended_receives_few_connection_attempts(
+    answering: Callable[..., str], tmp_path: Path
+) -> None:
     _, part, _ = measure(answering("--die-after", "5"), tmp_path / "run", users=2, duration_s=1)
     failed = part.measured[part.measured["error"] == records.CONNECTION]
-    # Two clients that rest for 50 ms after each failure.
+    # Two users, which pause for 50 ms after each failure.
     assert 2 <= len(failed) <= 2 * 20 + 4
 
 
-def test_tls_is_spoken_and_certificates_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tls_is_supported_and_certificates_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(context)
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
-    with serving(lambda _: (CHUNKED, False), context) as url:
+    with run_server(lambda _: (CHUNKED, False), context) as url:
         _, part, _ = measure(url, tmp_path / "run", mode="open", rate=50, duration_s=1)
         assert set(part.measured["error"].tolist()) == {records.OK}
         assert set(part.measured["bytes"].tolist()) == {len(BODY)}
-        # The same server, to a load generator that does not know its authority.
+        # The same server, with a load generator that does not trust its certificate authority.
         trustme.CA().cert_pem.write_to_path(str(tmp_path / "other.pem"))
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "other.pem"))
-        wanted = plan.Load.model_validate({"users": 1, "duration_s": 1, "warmup_s": 0})
-        work = workload.draw(wanted, "short", 1)
-        description = generator.prepare(wanted, work, target.Target(url, "m"), 100_000, tmp_path)
-        refused = generator.run(wanted, description, lambda live: None, lambda: None)
-    assert set(refused.rows["error"].tolist()) == {records.CONNECTION}
+        load = plan.Load.model_validate({"users": 1, "duration_s": 1, "warmup_s": 0})
+        work = workload.draw(load, "short", 1)
+        description = generator.prepare(load, work, target.Target(url, "m"), 100_000, tmp_path)
+        rejected = generator.run(load, description, lambda live: None, lambda: None)
+    assert set(rejected.rows["error"].tolist()) == {records.CONNECTION}

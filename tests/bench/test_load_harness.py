@@ -1,4 +1,4 @@
-"""The scripts that test the benchmark itself, on a small scale: what they must show holds by proportion, whatever the machine does."""
+"""Run the scripts that test the benchmark itself on a small scale, and check ratios that hold on a busy machine too."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def figures(tmp_path: Path, script: str, *options: str) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert file.is_file(), done.stderr
     found: dict[str, Any] = json.loads(file.read_text())
-    # Whether it passes by its own, narrow limits is for a quiet machine, but its exit code must say which.
+    # The script's own limits are for a quiet machine. Its exit code must match its result.
     assert done.returncode == (0 if found.get("passed", True) else 1), done.stderr
     return found
 
 
-def test_our_percentiles_are_the_servers_and_locusts_are_rounded(tmp_path: Path) -> None:
+def test_percentiles_match_the_server_and_those_of_locust_are_rounded(tmp_path: Path) -> None:
     run = figures(tmp_path, "accuracy.py", "--seconds", "5", "--rate", "80")["runs"][0]
     assert run["requests"] > 300
     assert (run["failed"], run["not_logged"]) == (0, 0)
-    # Time is only ever added, request by request.
+    # Client and network only add time to a request.
     assert run["added_ms"]["least"] > 0
     rows = {row["percentile"]: row for row in run["percentiles"]}
     for name in ("p50", "p90"):
@@ -38,7 +38,7 @@ def test_our_percentiles_are_the_servers_and_locusts_are_rounded(tmp_path: Path)
     assert rows["p99"]["inferctl_ms"] % 10 != 0
 
 
-def test_an_open_loop_sees_a_stall_that_a_closed_one_hides(tmp_path: Path) -> None:
+def test_an_open_loop_shows_a_stall_that_a_closed_loop_hides(tmp_path: Path) -> None:
     found = figures(tmp_path, "stall.py", "--every", "3", "--stall", "0.6", "--periods", "2")
     assert found["analytic_p99_ms"] == pytest.approx(570)
     assert found["open"]["latency_ms"]["p99"]["value"] == pytest.approx(570, rel=0.2)
@@ -47,18 +47,18 @@ def test_an_open_loop_sees_a_stall_that_a_closed_one_hides(tmp_path: Path) -> No
     assert found["closed"]["loop"].startswith("closed loop")
 
 
-def test_the_load_generator_says_when_it_is_the_bottleneck(tmp_path: Path) -> None:
+def test_the_load_generator_reports_that_it_is_the_bottleneck(tmp_path: Path) -> None:
     options = ("--seconds", "1", "--workers", "1", "--no-stock", "--rates", "100", "60000")
     found = figures(tmp_path, "ceiling.py", *options)
     (closed,) = found["closed"]
     assert closed["errors"] == {}
-    # One process has one core; 32 clients that never rest have 32 requests under way (Little's law, here with the median).
+    # One process has one core. 32 busy users have 32 requests in flight (Little's law, here with the median).
     assert 0 < closed["cores"] < 1.1
     assert 4 < closed["requests_per_s"] * closed["p50_ms"] / 1000 < 64
     assert closed["requests_per_s_per_core"] > 0.9 * closed["requests_per_s"]
-    calm, loud = found["open"]
-    assert calm["requests_per_s"] == pytest.approx(100, rel=0.5)
+    silent, declaring = found["open"]
+    assert silent["requests_per_s"] == pytest.approx(100, rel=0.5)
     assert (found["highest_calm_rate"], found["declares_itself_at"]) in ((100, 60_000), (None, 60_000))
-    assert not calm["declares_itself"]
-    assert loud["declares_itself"]
+    assert not silent["declares_itself"]
+    assert declaring["declares_itself"]
     assert "load generator" in found["declares_itself_with"]

@@ -1,4 +1,4 @@
-"""The records file of the load generator: readable at any moment, whole when it is closed, comparable between clocks."""
+"""Tests of the records file: readable at any time, complete when closed, comparable between clocks."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_records_are_in_the_file_as_soon_as_they_are_added(loadgen: Any, tmp_pat
     file = tmp_path / "requests-3.bin"
     writing, tail = recorder.Recorder(file, {"worker": 3}), records.Tail(file)
     assert len(records.read(file)) == len(tail.read_new()) == 0
-    # More than one piece of the file, which grows by four megabytes.
+    # More than one chunk of the file, which grows by 4 MiB.
     count = recorder.CHUNK // recorder.PACKER.size + 10
     for number in range(count):
         writing.add(1, 2, 3, number + 1, number, 0, 0, 0.5, 0.5, 0.5, 200, 1, 0)
-    # Not closed, not flushed: as a process that was killed leaves it.
+    # The file is neither closed nor flushed, as after a kill of its writer.
     assert records.read(file)["index"].tolist() == list(range(count))
     assert len(tail.read_new()) == count
     copy = tmp_path / "requests-4.bin"
@@ -45,26 +45,26 @@ def test_records_are_in_the_file_as_soon_as_they_are_added(loadgen: Any, tmp_pat
     assert file.read_bytes() == copy.read_bytes()
 
 
-def test_records_of_another_clock_are_moved_to_ours(tmp_path: Path) -> None:
+def test_records_of_another_clock_are_shifted_to_the_local_one(tmp_path: Path) -> None:
     records_file(tmp_path / "requests-0.bin", table(row(1, 5), row(3, 5)))
-    theirs = table(row(2, 5))
-    theirs["first_ns"] = 0
+    remote = table(row(2, 5))
+    remote["first_ns"] = 0
     for name in ("intended_ns", "sent_ns", "end_ns"):
-        theirs[name] += np.uint64(10**12)
-    records_file(tmp_path / "requests-10.bin", theirs)
+        remote[name] += np.uint64(10**12)
+    records_file(tmp_path / "requests-10.bin", remote)
     merged = records.merge(tmp_path, {10: 10**12})
     assert merged["intended_ns"].tolist() == [1_000_000, 2_000_000, 3_000_000]
     assert records.latency_ms(merged).tolist() == [5, 5, 5]
-    # A time that there is not stays none.
+    # A missing time stays 0.
     assert merged["first_ns"].tolist()[1] == 0
 
 
-def test_the_shortest_round_trip_gives_the_offset_and_how_far_it_may_be_off(loadgen: Any) -> None:
+def test_the_shortest_round_trip_gives_the_offset_and_its_uncertainty(loadgen: Any) -> None:
     clock, _ = loadgen
-    ahead = 5_000_000
-    # 100 ns there and 300 ns back; the longer trips are lopsided the other way.
-    trips = [(0, 900 + ahead, 1000), (2000, 2100 + ahead, 2400), (5000, 7000 + ahead, 7100)]
+    offset = 5_000_000
+    # 100 ns to the remote machine and 300 ns back. The longer trips have the opposite asymmetry.
+    trips = [(0, 900 + offset, 1000), (2000, 2100 + offset, 2400), (5000, 7000 + offset, 7100)]
     found = clock.offset(trips)
     assert found.uncertainty_ns == 200
-    assert abs(found.ns - ahead) <= found.uncertainty_ns
+    assert abs(found.ns - offset) <= found.uncertainty_ns
     assert clock.machine() == clock.machine()

@@ -1,4 +1,4 @@
-"""Stages, spikes, traces and repeated inputs: drawn before the run, sent as drawn, summed up stage by stage."""
+"""Tests of stages, spikes, traces and repeated inputs: drawn before the run, sent as drawn, summarized by stage."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from inferctl.bench.plan import plan, workload
 from inferctl.errors import UsageError
 
 
-def loaded(**keys: Any) -> plan.Load:
+def make_load(**keys: Any) -> plan.Load:
     return plan.Load.model_validate(keys)
 
 
-def test_stages_say_how_long_a_load_lasts_and_which_loop_it_is() -> None:
-    opened = loaded(stages=[{"duration_s": 2, "rate": 10}, {"duration_s": 3, "rate": 40, "name": "busy"}])
+def test_stages_set_the_duration_and_the_loop() -> None:
+    opened = make_load(stages=[{"duration_s": 2, "rate": 10}, {"duration_s": 3, "rate": 40, "name": "busy"}])
     assert (opened.mode, opened.duration_s) == ("open", 5)
     assert [stage.name for stage in opened.timeline] == ["stage-1", "busy"]
-    closed = loaded(stages=[{"duration_s": 2, "users": 1}, {"duration_s": 2, "users": 7}])
+    closed = make_load(stages=[{"duration_s": 2, "users": 1}, {"duration_s": 2, "users": 7}])
     assert (closed.mode, closed.peak_users) == ("closed", 7)
 
 
@@ -42,13 +42,13 @@ def test_stages_say_how_long_a_load_lasts_and_which_loop_it_is() -> None:
         {"trace": "there is no such file.jsonl"},
     ],
 )
-def test_loads_that_contradict_themselves_are_refused(keys: dict[str, Any]) -> None:
+def test_contradictory_loads_are_rejected(keys: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        loaded(**keys)
+        make_load(**keys)
 
 
 def test_each_stage_has_its_own_rate() -> None:
-    load = loaded(mode="open", rate=50, duration_s=60, spike={"at_s": 20, "duration_s": 10, "times": 6})
+    load = make_load(mode="open", rate=50, duration_s=60, spike={"at_s": 20, "duration_s": 10, "times": 6})
     times = workload.draw(load, "short", 1).schedule_ns / 1e9
     assert (np.diff(times) >= 0).all()
     counts = [int(np.sum((times >= low) & (times < high))) for low, high in ((0, 20), (20, 30), (30, 60))]
@@ -58,13 +58,13 @@ def test_each_stage_has_its_own_rate() -> None:
 
 
 def test_the_same_seed_draws_the_same_shape() -> None:
-    load = loaded(stages=[{"duration_s": 5, "rate": 30}, {"duration_s": 5, "rate": 90}])
+    load = make_load(stages=[{"duration_s": 5, "rate": 30}, {"duration_s": 5, "rate": 90}])
     digests = [workload.draw(load, "short", seed).digest for seed in (1, 1, 2)]
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_zipf_inputs_repeat_by_rank_and_the_rest_is_unique() -> None:
-    load = loaded(inputs="zipf", zipf_s=1, zipf_share=0.75)
+    load = make_load(inputs="zipf", zipf_s=1, zipf_share=0.75)
     work = workload.draw(load, "short", 1)
     half = work.unique_from
     assert len(work.groups) == 2 * half
@@ -78,7 +78,7 @@ def test_zipf_inputs_repeat_by_rank_and_the_rest_is_unique() -> None:
     assert not any(b"@SERIAL@" in body for body in bodies[:half])
     assert all(b"@SERIAL@" in body for body in bodies[half:])
     assert 0.5 < work.repeat_share(10_000) < 0.75
-    assert workload.draw(loaded(), "short", 1).repeat_share(10_000) == 0
+    assert workload.draw(make_load(), "short", 1).repeat_share(10_000) == 0
 
 
 def test_a_trace_is_sent_at_its_times_with_its_inputs(answering: Callable[..., str], tmp_path: Path) -> None:
@@ -94,34 +94,34 @@ def test_a_trace_is_sent_at_its_times_with_its_inputs(answering: Callable[..., s
     assert work.groups[2] == ["last one", "of two texts"]
     offsets = part.measured["intended_ns"].astype(np.int64) - part.start_ns
     assert offsets.tolist() == [0, 500_000_000, 900_000_000]
-    # The server counts the words of a text and two more.
+    # The server counts the words of a text and adds two.
     tokens = part.measured["tokens"].tolist()
     assert (tokens[0], tokens[2]) == (3, 4 + 5)
     assert 20 < tokens[1] < 60
 
 
-def test_a_mistake_in_a_trace_is_named_with_its_line(tmp_path: Path) -> None:
+def test_an_error_in_a_trace_is_reported_with_its_line(tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text('{"at_s": 0, "input": "a"}\n{"at_s": -1, "input": "b"}\n')
     with pytest.raises(ValidationError, match=r"trace\.jsonl:2: at_s"):
-        loaded(trace=str(trace))
+        make_load(trace=str(trace))
     trace.write_text('{"at_s": 5, "input": "a"}\n')
     with pytest.raises(UsageError, match="sends nothing"):
-        workload.draw(loaded(trace=str(trace), duration_s=2), "short", 1)
+        workload.draw(make_load(trace=str(trace), duration_s=2), "short", 1)
 
 
-def test_a_spike_leaves_as_drawn_and_shows_in_its_stage(answering: Callable[..., str], tmp_path: Path) -> None:
+def test_a_spike_is_sent_as_drawn_and_shows_in_its_stage(answering: Callable[..., str], tmp_path: Path) -> None:
     keys = {"mode": "open", "rate": 40, "arrivals": "constant", "duration_s": 3}
     shape = {**keys, "spike": {"at_s": 1, "duration_s": 1, "times": 5}}
     _, part, work = measure(answering("--median-ms", "2"), tmp_path / "run", **shape)
     offsets = part.measured["intended_ns"].astype(np.int64) - part.start_ns
     assert offsets.tolist() == work.schedule_ns.astype(np.int64).tolist()
-    rows = stages.summarise([part], loaded(**shape))
+    rows = stages.summarize([part], make_load(**shape))
     assert [(one["name"], one["requests"]) for one in rows] == [("before", 40), ("spike", 200), ("after", 40)]
     assert sum(one["latency_ms"]["n"] for one in rows) == 280
 
 
-def test_the_clients_of_a_closed_loop_follow_its_stages(answering: Callable[..., str], tmp_path: Path) -> None:
+def test_the_users_of_a_closed_loop_follow_its_stages(answering: Callable[..., str], tmp_path: Path) -> None:
     shape = [{"duration_s": 1, "users": users} for users in (2, 6, 1)]
     _, part, _ = measure(answering("--median-ms", "20", "--sigma", "0"), tmp_path / "run", stages=shape)
     rows = part.measured
@@ -131,19 +131,19 @@ def test_the_clients_of_a_closed_loop_follow_its_stages(answering: Callable[...,
     most = [max(count for at, count in at_once.items() if low < at % 3 < low + 1) for low in (0, 1, 2)]
     assert most[0] == 2
     assert most[1] == 6
-    # Those that were busy at the change still get their answers; no new ones leave.
+    # Users with a request in flight at the change still receive its response, but send no further request.
     assert max(count for at, count in at_once.items() if at > 2.5) == 1
 
 
-def disturbed(calm_after_s: float, rate: int = 100) -> summary.Part:
-    """Ten seconds at 10 to 20 ms, one of burst, then 100 ms until `calm_after_s` after the burst, then as before, to 30 s."""
+def disturbed(calm_after_s: float, rate: int = 100) -> summary.RunRecords:
+    """Return a run of 30 s: latencies of 10 to 20 ms, a burst of 1 s after 10 s, then 100 ms for `calm_after_s`."""
 
     def latency(number: int) -> float:
         at = number / rate
         usual = 10 + 10 * ((number * 37) % 100) / 100
         return usual if at < 10 or at >= 11 + calm_after_s else 100.0
 
-    return summary.Part(
+    return summary.RunRecords(
         table(*[row(1000 / rate * n, latency(n)) for n in range(30 * rate)]), 0, 30 * SECOND, 1, 30 * rate
     )
 
@@ -152,8 +152,8 @@ BURST = {"mode": "open", "rate": 100, "duration_s": 30, "spike": {"at_s": 10, "d
 
 
 @pytest.mark.parametrize("seconds", [0.0, 4.0, 9.3])
-def test_the_time_until_latency_is_back_is_found(seconds: float) -> None:
-    found = stages.recovery(disturbed(seconds), loaded(**BURST))
+def test_the_recovery_time_of_latency_is_found(seconds: float) -> None:
+    found = stages.recovery(disturbed(seconds), make_load(**BURST))
     assert found.seconds is not None
     assert found.resolution_s is not None
     assert seconds <= found.seconds + found.resolution_s
@@ -161,30 +161,30 @@ def test_the_time_until_latency_is_back_is_found(seconds: float) -> None:
     assert found.limit_ms == pytest.approx(19.9, abs=0.2)
 
 
-def test_latency_that_does_not_come_back_has_no_time_and_a_reason() -> None:
-    found = stages.recovery(disturbed(100), loaded(**BURST))
+def test_latency_that_does_not_recover_has_no_time_and_a_reason() -> None:
+    found = stages.recovery(disturbed(100), make_load(**BURST))
     assert found.seconds is None
     assert "did not recover" in found.reason
     few = disturbed(0, rate=3)
-    assert "not enough samples" in stages.recovery(few, loaded(**{**BURST, "rate": 3})).reason
-    flat = loaded(mode="open", rate=100, duration_s=30)
+    assert "n too small" in stages.recovery(few, make_load(**{**BURST, "rate": 3})).reason
+    flat = make_load(mode="open", rate=100, duration_s=30)
     assert stages.recovery(few, flat).seconds is None
-    assert stages.summarise([few], flat) == []
+    assert stages.summarize([few], flat) == []
 
 
-def test_few_answers_are_judged_by_a_lower_percentile() -> None:
-    found = stages.recovery(disturbed(5, rate=20), loaded(**{**BURST, "rate": 20}))
+def test_few_responses_are_judged_by_a_lower_percentile() -> None:
+    found = stages.recovery(disturbed(5, rate=20), make_load(**{**BURST, "rate": 20}))
     assert found.percentile == "p95"
     assert found.seconds is not None
     assert found.resolution_s is not None
     assert abs(found.seconds - 5) <= 1.1 * found.resolution_s
-    assert stages.recovery(disturbed(5), loaded(**BURST)).percentile == "p99"
+    assert stages.recovery(disturbed(5), make_load(**BURST)).percentile == "p99"
 
 
 def test_failures_after_a_spike_are_no_recovery() -> None:
     part = disturbed(0)
     failed = part.rows.copy()
     failed["error"][(failed["intended_ns"] >= 11 * SECOND) & (failed["intended_ns"] < 14 * SECOND)] = records.HTTP_ERROR
-    found = stages.recovery(summary.Part(failed, 0, 30 * SECOND, 1, len(failed)), loaded(**BURST))
+    found = stages.recovery(summary.RunRecords(failed, 0, 30 * SECOND, 1, len(failed)), make_load(**BURST))
     assert found.seconds is not None
     assert found.seconds >= 2.9

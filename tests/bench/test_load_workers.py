@@ -1,4 +1,4 @@
-"""Several load workers, on this machine and elsewhere: the same schedule and records; no record is lost in a crash."""
+"""Tests of several load workers, local and remote: they send one schedule, and a crash loses no record."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def offsets(part: summary.Part) -> list[int]:
 
 
 def test_workers_send_the_drawn_schedule_together(answering: Callable[..., str], tmp_path: Path) -> None:
-    done, part, work = measure(
+    result, part, work = measure(
         answering("--median-ms", "2"), tmp_path / "run", mode="open", rate=150, duration_s=2, workers=2, warmup_s=1
     )
     assert offsets(part) == work.schedule_ns.astype(np.int64).tolist()
@@ -41,17 +41,17 @@ def test_workers_send_the_drawn_schedule_together(answering: Callable[..., str],
     each = [records.read(path) for path in records.files(tmp_path / "run")]
     assert [len(rows) > 0 for rows in each] == [True, True]
     assert [set(rows["index"] % 2) for rows in each] == [{0}, {1}]
-    workers = done.state["workers"]
+    workers = result.state["workers"]
     assert [worker["worker"] for worker in workers] == [0, 1]
-    assert done.state["cpu_ns"] == max(worker["cpu_ns"] for worker in workers)
-    assert (generator.cores_used(done.state) or 0) * 100 > (summary.client_cpu_percent(done.state) or 0)
+    assert result.state["cpu_ns"] == max(worker["cpu_ns"] for worker in workers)
+    assert (generator.cores_used(result.state) or 0) * 100 > (summary.client_cpu_percent(result.state) or 0)
 
 
-def test_clients_of_a_closed_loop_are_spread_over_workers(answering: Callable[..., str], tmp_path: Path) -> None:
-    done, part, _ = measure(
+def test_users_of_a_closed_loop_are_distributed_over_workers(answering: Callable[..., str], tmp_path: Path) -> None:
+    result, part, _ = measure(
         answering("--median-ms", "20", "--sigma", "0"), tmp_path / "run", users=5, duration_s=1, workers=2
     )
-    assert sorted(worker["users"] for worker in done.state["workers"]) == [2, 3]
+    assert sorted(worker["users"] for worker in result.state["workers"]) == [2, 3]
     rows = part.measured
     assert len(set(rows["index"].tolist())) == len(rows)
     middle = part.start_ns + 500_000_000
@@ -64,10 +64,10 @@ import sys
 from pathlib import Path
 from inferctl.bench.load import generator, target
 from inferctl.bench.plan import plan, workload
-wanted = plan.Load.model_validate({"mode": "open", "rate": 50, "duration_s": 600, "warmup_s": 0})
-work = workload.draw(wanted, "short", 1)
-description = generator.prepare(wanted, work, target.connect(sys.argv[1]), 100_000, Path(sys.argv[2]))
-generator.run(wanted, description, lambda progress: None, lambda: None)
+load = plan.Load.model_validate({"mode": "open", "rate": 50, "duration_s": 600, "warmup_s": 0})
+work = workload.draw(load, "short", 1)
+description = generator.prepare(load, work, target.connect(sys.argv[1]), 100_000, Path(sys.argv[2]))
+generator.run(load, description, lambda progress: None, lambda: None)
 """
 
 
@@ -77,28 +77,28 @@ def writer(file: Path) -> int:
         return int(json.loads(stream.readlines(300)[1])["pid"])
 
 
-def runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
-def test_no_load_goes_on_without_the_bench_that_started_it(answering: Callable[..., str], tmp_path: Path) -> None:
+def test_a_load_ends_with_the_benchmark_that_started_it(answering: Callable[..., str], tmp_path: Path) -> None:
     bench = subprocess.Popen([sys.executable, "-c", RUN, answering("--median-ms", "2"), str(tmp_path)])
     try:
-        within(30, lambda: generator.read_state(tmp_path).get("phase") == "measure")
+        wait_for(30, lambda: generator.read_state(tmp_path).get("phase") == "measure")
         pid = writer(tmp_path / "requests-0.bin")
-        assert runs(pid)
+        assert is_running(pid)
     finally:
         bench.kill()
         bench.wait()
-    within(10, lambda: not runs(pid))
+    wait_for(10, lambda: not is_running(pid))
 
 
-def within(seconds: float, met: Callable[[], bool]) -> None:
+def wait_for(seconds: float, condition: Callable[[], bool]) -> None:
     limit = time.monotonic() + seconds
-    while not met():
+    while not condition():
         assert time.monotonic() < limit, "it took too long"
         time.sleep(0.05)
 
@@ -118,12 +118,12 @@ def test_a_killed_worker_ends_the_run_and_loses_no_record(tmp_path: Path) -> Non
             killed.append(writer(tmp_path / "requests-1.bin"))
             os.kill(killed[0], signal.SIGKILL)
 
-    wanted = plan.Load.model_validate({"mode": "open", "rate": 200, "duration_s": 20, "warmup_s": 0, "workers": 2})
+    load = plan.Load.model_validate({"mode": "open", "rate": 200, "duration_s": 20, "warmup_s": 0, "workers": 2})
     with known_server.run_server("--median-ms", "2") as server:
-        work = workload.draw(wanted, "short", 1)
-        description = generator.prepare(wanted, work, target.connect(server.url), 100_000, tmp_path)
+        work = workload.draw(load, "short", 1)
+        description = generator.prepare(load, work, target.connect(server.url), 100_000, tmp_path)
         with pytest.raises(InferctlError, match=r"load worker \d was killed \(signal 9\)"):
-            generator.run(wanted, description, kill, lambda: None)
+            generator.run(load, description, kill, lambda: None)
     with pytest.raises(ProcessLookupError):
         os.kill(killed[0], 0)
     answered = {index for index in server.truth_ms(100_000) if index % 2 == 1}
@@ -135,18 +135,18 @@ def test_a_killed_worker_ends_the_run_and_loses_no_record(tmp_path: Path) -> Non
 
 
 @contextlib.contextmanager
-def elsewhere(port: int, folder: Path) -> Iterator[bool]:
-    """Run a worker as on another machine: no shared folder and, where the kernel allows it, a clock that is 1000 s ahead.
+def remote_worker(port: int, folder: Path) -> Iterator[bool]:
+    """Run a worker as on another machine: no shared folder and, if possible, a clock that is 1000 s ahead.
 
     Yields whether the clock differs.
     """
-    apart = ["unshare", "--time", "--monotonic", "1000"]
+    unshare = ["unshare", "--time", "--monotonic", "1000"]
     own_clock = False
     with contextlib.suppress(OSError):
-        own_clock = subprocess.run([*apart, "true"], capture_output=True, check=False).returncode == 0
+        own_clock = subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode == 0
     command = [sys.executable, "-m", "inferctl.bench.load.worker", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(
-        [*(apart if own_clock else []), *command],
+        [*(unshare if own_clock else []), *command],
         cwd=folder,
         start_new_session=True,
         env={**os.environ, "TMPDIR": str(folder)},
@@ -164,18 +164,18 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def test_a_worker_elsewhere_serves_one_run_after_another(answering: Callable[..., str], tmp_path: Path) -> None:
-    port, away, url = free_port(), tmp_path / "away", answering("--median-ms", "2")
-    away.mkdir()
+def test_a_remote_worker_serves_several_runs(answering: Callable[..., str], tmp_path: Path) -> None:
+    port, remote_folder, url = free_port(), tmp_path / "remote", answering("--median-ms", "2")
+    remote_folder.mkdir()
     settings = {"mode": "open", "rate": 50, "duration_s": 1, "remote_workers": 1, "master_port": port}
     pids = []
-    with elsewhere(port, away):
+    with remote_worker(port, remote_folder):
         for number in range(2):
             _, part, work = measure(url, tmp_path / f"run-{number}", **settings)
             assert offsets(part) == work.schedule_ns.astype(np.int64).tolist()
             pids.append(writer(tmp_path / f"run-{number}" / "requests-0.bin"))
     assert pids[0] != pids[1]
-    assert not any(away.iterdir())
+    assert not any(remote_folder.iterdir())
 
 
 class Interruption(Exception):  # noqa: N818 - as when a search ends a probe early
@@ -183,13 +183,13 @@ class Interruption(Exception):  # noqa: N818 - as when a search ends a probe ear
 
 
 @pytest.mark.parametrize("cut_in", ["warm-up", "measure"])
-def test_a_run_that_is_cut_short_sends_its_workers_elsewhere_home(
+def test_an_interrupted_run_stops_its_remote_workers(
     cut_in: str, answering: Callable[..., str], tmp_path: Path
 ) -> None:
-    port, away, url = free_port(), tmp_path / "away", answering("--median-ms", "2")
-    away.mkdir()
+    port, remote_folder, url = free_port(), tmp_path / "remote", answering("--median-ms", "2")
+    remote_folder.mkdir()
     settings = {"mode": "open", "rate": 50, "remote_workers": 1, "master_port": port}
-    wanted = plan.Load.model_validate({**settings, "duration_s": 60, "warmup_s": 20 if cut_in == "warm-up" else 0})
+    load = plan.Load.model_validate({**settings, "duration_s": 60, "warmup_s": 20 if cut_in == "warm-up" else 0})
     cut = tmp_path / "cut"
     cut.mkdir()
 
@@ -197,23 +197,23 @@ def test_a_run_that_is_cut_short_sends_its_workers_elsewhere_home(
         if generator.read_state(cut).get("phase") == cut_in:
             raise Interruption
 
-    description = generator.prepare(wanted, workload.draw(wanted, "short", 1), target.connect(url), 100_000, cut)
-    with elsewhere(port, away):
+    description = generator.prepare(load, workload.draw(load, "short", 1), target.connect(url), 100_000, cut)
+    with remote_worker(port, remote_folder):
         with pytest.raises(Interruption):
-            generator.run(wanted, description, lambda _: None, check)
+            generator.run(load, description, lambda _: None, check)
         _, part, work = measure(url, tmp_path / "next", **settings, duration_s=1)
         assert offsets(part) == work.schedule_ns.astype(np.int64).tolist()
-    assert not any(away.iterdir())
+    assert not any(remote_folder.iterdir())
 
 
-def test_what_a_worker_of_an_earlier_run_still_sends_is_refused(answering: Callable[..., str], tmp_path: Path) -> None:
+def test_records_from_a_worker_of_an_earlier_run_are_rejected(answering: Callable[..., str], tmp_path: Path) -> None:
     port, url = free_port(), answering("--median-ms", "2")
     orphan = zmq.Context.instance().socket(zmq.DEALER)
     orphan.setsockopt(zmq.IDENTITY, b"left over")
     orphan.connect(f"tcp://127.0.0.1:{port}")
     orphan.send(msgpack.dumps(("inferctl-records", {"worker": 0, "content": b"not of this run"}, "left over")))
     try:
-        with elsewhere(port, tmp_path), pytest.raises(InferctlError, match="one is left from an interrupted run"):
+        with remote_worker(port, tmp_path), pytest.raises(InferctlError, match="one is left from an interrupted run"):
             measure(
                 url, tmp_path / "run", mode="open", rate=50, duration_s=1, workers=1, remote_workers=1, master_port=port
             )
@@ -222,34 +222,32 @@ def test_what_a_worker_of_an_earlier_run_still_sends_is_refused(answering: Calla
     assert not any(b"not of this run" in file.read_bytes() for file in records.files(tmp_path / "run"))
 
 
-def test_a_worker_too_many_has_no_part_in_the_run_that_it_comes_into(
-    answering: Callable[..., str], tmp_path: Path
-) -> None:
+def test_an_additional_worker_waits_for_the_next_run(answering: Callable[..., str], tmp_path: Path) -> None:
     port, url = free_port(), answering("--median-ms", "2")
-    wanted = plan.Load.model_validate(
+    load = plan.Load.model_validate(
         {"mode": "open", "rate": 50, "duration_s": 8, "warmup_s": 0, "remote_workers": 1, "master_port": port}
     )
-    run, away = tmp_path / "run", [tmp_path / "first", tmp_path / "second"]
-    for folder in (run, *away):
+    run, remote_folders = tmp_path / "run", [tmp_path / "first", tmp_path / "second"]
+    for folder in (run, *remote_folders):
         folder.mkdir()
-    work = workload.draw(wanted, "short", 1)
-    description = generator.prepare(wanted, work, target.connect(url), 100_000, run)
+    work = workload.draw(load, "short", 1)
+    description = generator.prepare(load, work, target.connect(url), 100_000, run)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(elsewhere(port, away[0]))
+        stack.enter_context(remote_worker(port, remote_folders[0]))
         late: list[bool] = []
 
         def check() -> None:
             if generator.read_state(run).get("phase") == "measure" and not late:
-                late.append(stack.enter_context(elsewhere(port, away[1])))
+                late.append(stack.enter_context(remote_worker(port, remote_folders[1])))
 
-        done = generator.run(wanted, description, lambda _: None, check)
+        result = generator.run(load, description, lambda _: None, check)
     assert late
-    assert [worker["worker"] for worker in done.state["workers"]] == [0, 1]
-    measured = done.rows[done.rows["phase"] == records.MEASURED]
+    assert [worker["worker"] for worker in result.state["workers"]] == [0, 1]
+    measured = result.rows[result.rows["phase"] == records.MEASURED]
     assert measured["index"].tolist() == list(range(len(work.schedule_ns)))
 
 
-def test_whatever_goes_wrong_in_the_coordinator_ends_the_run_with_the_reason(
+def test_an_error_in_the_coordinator_ends_the_run_with_the_reason(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     script = """
@@ -265,8 +263,8 @@ coordinator.run()
 """
     benchmarks = request.config.rootpath / "benchmarks"
     line = [sys.executable, "-c", script, str(benchmarks), str(tmp_path)]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    assert done.stdout == "quit\n"
+    result = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert result.stdout == "quit\n"
     assert generator.read_state(tmp_path)["problem"] == "KeyError: 'worker'"
 
 
@@ -275,7 +273,7 @@ coordinator.run()
     [((255,), 255), ((0, 255), 0), ((0, 0, 3), 3)],
     ids=["no run ever", "no more runs", "a worker that fails"],
 )
-def test_a_worker_elsewhere_ends_without_runs_and_with_a_failure(
+def test_a_remote_worker_ends_without_runs_and_after_a_failure(
     codes: tuple[int, ...], ends_with: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("inferctl.bench.load.worker._POLL_S", 0.05)
@@ -287,21 +285,21 @@ def test_a_worker_elsewhere_ends_without_runs_and_with_a_failure(
     assert not any(tmp_path.iterdir())
 
 
-def test_a_worker_elsewhere_needs_only_the_address_and_its_clock_is_compared(
+def test_a_remote_worker_needs_only_the_address_and_its_clock_is_compared(
     answering: Callable[..., str], tmp_path: Path
 ) -> None:
-    port, away = free_port(), tmp_path / "away"
-    away.mkdir()
+    port, remote_folder = free_port(), tmp_path / "remote"
+    remote_folder.mkdir()
     url = answering("--median-ms", "5", "--sigma", "0")
-    with elsewhere(port, away) as own_clock:
-        done, part, work = measure(
+    with remote_worker(port, remote_folder) as own_clock:
+        result, part, work = measure(
             url, tmp_path / "run", mode="open", rate=100, duration_s=2, remote_workers=1, master_port=port
         )
     assert offsets(part) == work.schedule_ns.astype(np.int64).tolist()
     assert (records.latency_ms(part.measured) > 4.9).all()
-    remote = [worker for worker in done.state["workers"] if not worker["here"]]
+    remote = [worker for worker in result.state["workers"] if not worker["here"]]
     assert len(remote) == int(own_clock)
     for worker in remote:
         assert abs(worker["clock_offset_ns"] - 1000 * 10**9) <= worker["clock_uncertainty_ns"]
-        assert done.state["clock_uncertainty_ns"] == worker["clock_uncertainty_ns"]
-    assert not any(away.iterdir())
+        assert result.state["clock_uncertainty_ns"] == worker["clock_uncertainty_ns"]
+    assert not any(remote_folder.iterdir())

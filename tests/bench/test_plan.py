@@ -13,7 +13,7 @@ from inferctl.bench.plan import plan, workload
 from inferctl.errors import SpecError, UsageError
 
 
-def written(folder: Path, text: str) -> str:
+def write_plan(folder: Path, text: str) -> str:
     file = folder / "mine.yaml"
     file.write_text(text)
     return str(file)
@@ -45,7 +45,7 @@ def test_repeats_alternate_in_direction() -> None:
     assert names == ["fp32-1", "int8-1", "int8-2", "fp32-2", "fp32-3", "int8-3"]
 
 
-def test_a_matrix_is_every_value_with_every_other_in_turns(tmp_path: Path) -> None:
+def test_a_matrix_has_all_combinations_in_alternating_order(tmp_path: Path) -> None:
     text = """name: m
 matrix:
   precision: [bf16, fp32]
@@ -57,24 +57,24 @@ load: {users: 8, duration_s: 3}
 hardware: [cpu]
 repeats: 2
 """
-    made = plan.load(written(tmp_path, text))
-    names = [one.name for one in made.configurations]
+    loaded = plan.load(write_plan(tmp_path, text))
+    names = [one.name for one in loaded.configurations]
     assert names[:4] == ["bf16-4096-light", "bf16-4096-steady", "bf16-16384-light", "bf16-16384-steady"]
     assert len(names) == 8
-    assert made.hardware == ["cpu", "t4"]
-    assert {one.corpus for one in made.configurations} == {"short"}
-    light, steady = (made.load_with(one.load) for one in made.configurations[:2])
+    assert loaded.hardware == ["cpu", "t4"]
+    assert {one.corpus for one in loaded.configurations} == {"short"}
+    light, steady = (loaded.load_with(one.load) for one in loaded.configurations[:2])
     assert (light.mode, light.users, light.duration_s) == ("closed", 2, 3)
     assert (steady.mode, steady.rate, steady.duration_s) == ("open", 30, 3)
-    order = [run.configuration for run in made.runs()]
+    order = [run.configuration for run in loaded.runs()]
     assert order == [*names, *reversed(names)]
-    again = plan.Plan.model_validate(json.loads(made.model_dump_json()))
-    assert again == made
+    again = plan.Plan.model_validate(json.loads(loaded.model_dump_json()))
+    assert again == loaded
 
 
 def test_the_command_line_multiplies_configurations() -> None:
-    made = plan.load("quick").with_overrides(["bf16"], batch_tokens=[4096, 8192], corpora=["short", "mixed"])
-    assert [one.name for one in made.configurations] == [
+    loaded = plan.load("quick").with_overrides(["bf16"], batch_tokens=[4096, 8192], corpora=["short", "mixed"])
+    assert [one.name for one in loaded.configurations] == [
         "bf16-4096-short",
         "bf16-4096-mixed",
         "bf16-8192-short",
@@ -85,7 +85,7 @@ def test_the_command_line_multiplies_configurations() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("name: m\n", "either configurations or a matrix"),
         ("name: m\nmatrix: {precision: [fp32], batch: [1]}\n", "unknown key 'batch'"),
@@ -94,16 +94,16 @@ def test_the_command_line_multiplies_configurations() -> None:
         ("name: m\nmatrix: {precision: [fp32]}\nsearch: {}\nrepeats: 2\n", "a search measures each configuration once"),
     ],
 )
-def test_mistakes_of_a_matrix_are_named(tmp_path: Path, text: str, said: str) -> None:
+def test_errors_in_a_matrix_are_reported(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(SpecError) as caught:
-        plan.load(written(tmp_path, text))
-    assert said in caught.value.message
+        plan.load(write_plan(tmp_path, text))
+    assert message in caught.value.message
 
 
-def test_a_search_can_be_asked_of_any_plan() -> None:
-    made = plan.load("precision").with_overrides(search={"slo_p99_ms": 50})
-    assert made.search is not None
-    assert (made.search.slo_p99_ms, made.repeats) == (50, 1)
+def test_a_search_can_be_requested_for_any_plan() -> None:
+    loaded = plan.load("precision").with_overrides(search={"slo_p99_ms": 50})
+    assert loaded.search is not None
+    assert (loaded.search.slo_p99_ms, loaded.repeats) == (50, 1)
     own = plan.load("search").with_overrides(slo_p99_ms=70)
     assert own.search is not None
     assert (own.search.slo_p99_ms, own.search.probe_s) == (70, 8)
@@ -117,7 +117,7 @@ def test_a_rate_makes_the_loop_open() -> None:
 @pytest.mark.parametrize(
     "changes", [{"users": 0}, {"duration_s": 0.1}, {"precisions": ["fp8"]}, {"repeats": 0}, {"rate": -1}]
 )
-def test_overrides_that_make_no_sense_are_usage_errors(changes: dict[str, object]) -> None:
+def test_invalid_overrides_are_usage_errors(changes: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         plan.load("quick").with_overrides(**changes)  # type: ignore[arg-type]
 
@@ -128,19 +128,19 @@ def test_an_unknown_plan_gets_a_suggestion() -> None:
     assert caught.value.hint == "did you mean precision?"
 
 
-def test_every_mistake_of_a_plan_comes_with_its_line(tmp_path: Path) -> None:
+def test_every_error_in_a_plan_has_its_line(tmp_path: Path) -> None:
     text = "name: mine\nconfigurations:\n  - {name: a, precision: fp8}\nload:\n  user: 3\n  duration_s: nine\n"
     with pytest.raises(SpecError) as caught:
-        plan.load(written(tmp_path, text))
+        plan.load(write_plan(tmp_path, text))
     lines = [(problem.line, problem.hint) for problem in caught.value.problems]
     assert [line for line, _ in lines] == [3, 5, 6]
     assert "did you mean users?" in [hint for _, hint in lines]
 
 
-def test_contradictions_are_refused(tmp_path: Path) -> None:
+def test_contradictions_are_rejected(tmp_path: Path) -> None:
     text = "name: m\nconfigurations: [{name: a, precision: fp32}, {name: a, precision: bf16}]\nload: {mode: open}\n"
     with pytest.raises(SpecError) as caught:
-        plan.load(written(tmp_path, text))
+        plan.load(write_plan(tmp_path, text))
     assert len(caught.value.problems) == 2
 
 
@@ -160,7 +160,7 @@ def test_equal_seeds_draw_equal_work() -> None:
     assert (one.schedule_ns == same.schedule_ns).all()
 
 
-def test_poisson_arrivals_have_the_asked_rate_and_exponential_gaps() -> None:
+def test_poisson_arrivals_have_the_requested_rate_and_exponential_gaps() -> None:
     load = plan.Load.model_validate({"mode": "open", "rate": 200})
     times = (
         workload.arrivals(load, [plan.Stage(duration_s=100, rate=200)], np.random.default_rng(1)).astype(np.float64)
@@ -182,7 +182,7 @@ def test_constant_arrivals_are_evenly_spaced() -> None:
     ]
 
 
-def test_bodies_are_one_line_each_and_marked_to_become_unique() -> None:
+def test_bodies_are_one_line_each_and_mark_the_place_of_the_prefix() -> None:
     load = plan.Load.model_validate({"inputs_per_request": 3})
     bodies = workload.draw(load, "mixed", 1).bodies(target.Target("http://test", "m").body)
     first = json.loads(bodies[0])
@@ -195,7 +195,7 @@ def test_bodies_are_one_line_each_and_marked_to_become_unique() -> None:
     assert not any(b"@SERIAL@" in body for body in plain)
 
 
-def test_own_corpora_are_accepted_and_bad_lines_named(tmp_path: Path) -> None:
+def test_custom_corpora_are_accepted_and_invalid_lines_reported(tmp_path: Path) -> None:
     own = tmp_path / "own.txt"
     own.write_text("one\n\ntwo\n")
     assert workload.read_corpus(str(own))[0] == ["one", "two"]
@@ -217,7 +217,7 @@ def test_line_separators_within_a_text_do_not_end_it(tmp_path: Path) -> None:
     assert workload.read_corpus(str(plain))[0] == ["one\u2028two", "three"]
 
 
-def test_a_corpus_that_is_not_utf_8_is_named_with_its_line(tmp_path: Path) -> None:
+def test_a_corpus_that_is_not_utf_8_is_reported_with_its_line(tmp_path: Path) -> None:
     own = tmp_path / "own.txt"
     own.write_bytes("fine\ncafé\n".encode("latin-1"))
     with pytest.raises(UsageError, match=r"own\.txt:2: not UTF-8"):
@@ -258,7 +258,7 @@ def test_passages_have_256_to_512_tokens_and_other_texts_fewer(minilm: Path) -> 
     tokenizer.no_padding()
 
     def lengths(name: str) -> list[int]:
-        # As sent: two numbers make an input unique.
+        # As sent, with the two numbers of the cache-busting prefix.
         texts = [f"100001 4321 {text}" for text in workload.read_corpus(name)[0]]
         return [len(one.ids) for one in tokenizer.encode_batch(texts)]
 

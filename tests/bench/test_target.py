@@ -1,4 +1,4 @@
-"""Servers that are measured where they are: what they answer, where they run, and which process they are."""
+"""Tests of servers at a URL: their responses, whether they are on this machine, and their process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from inferctl.errors import NotReadyError
 
 
 @pytest.mark.parametrize("status", [404, 405, 501])
-def test_a_server_without_the_page_is_measured_all_the_same(answering: Callable[..., str], status: int) -> None:
+def test_a_server_without_an_info_page_is_measured(answering: Callable[..., str], status: int) -> None:
     found = target.connect(answering("--info-status", str(status)))
     api = {"path": "/v1/embeddings", "model": "test", "encoding_format": "base64"}
     assert (found.info, found.model) == ({"api": api}, "test")
@@ -26,7 +26,7 @@ def test_a_server_without_the_page_is_measured_all_the_same(answering: Callable[
 @pytest.mark.parametrize(
     ("status", "hint"), [(503, "/readyz"), (429, "/readyz"), (401, "credentials"), (403, "credentials"), (500, "log")]
 )
-def test_a_server_that_refuses_is_not_taken_for_one_without_the_page(
+def test_a_server_that_rejects_requests_differs_from_one_without_an_info_page(
     answering: Callable[..., str], status: int, hint: str
 ) -> None:
     with pytest.raises(NotReadyError, match=f"/info returned {status}") as caught:
@@ -47,7 +47,7 @@ def test_a_server_that_refuses_is_not_taken_for_one_without_the_page(
         ("https://example.org", False),
     ],
 )
-def test_loopback_is_told_from_elsewhere(url: str, local: bool) -> None:
+def test_loopback_addresses_are_local(url: str, local: bool) -> None:
     assert target.is_local(url) is local
 
 
@@ -57,7 +57,7 @@ def test_the_process_that_listens_is_found(answering: Callable[..., str]) -> Non
     assert b"answering.py" in (Path("/proc") / str(pid) / "cmdline").read_bytes()
 
 
-def test_of_processes_that_share_a_socket_the_one_on_top_is_taken() -> None:
+def test_the_parent_of_processes_that_share_a_socket_is_found() -> None:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
@@ -69,8 +69,11 @@ def test_of_processes_that_share_a_socket_the_one_on_top_is_taken() -> None:
     assert procfs.listener(port) is None
 
 
-def test_a_forwarder_is_not_taken_for_the_server(tmp_path: Path) -> None:
-    code = "import json, socket, sys; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); input()"
+def test_a_forwarder_is_not_the_server(tmp_path: Path) -> None:
+    code = (
+        "import json, socket, sys; s = socket.create_server(('127.0.0.1', 0)); "
+        "print(s.getsockname()[1], flush=True); input()"
+    )
     forwarder = tmp_path / "docker-proxy"
     forwarder.symlink_to(sys.executable)
     with subprocess.Popen([str(forwarder), "-S", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -96,7 +99,9 @@ def test_cpu_quotas_are_read_in_both_versions(tmp_path: Path, files: dict[str, s
     assert procfs._quota(tmp_path) == quota
 
 
-def test_cores_are_bounded_by_the_tightest_quota_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_limited_by_the_smallest_quota_of_the_parents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inner = tmp_path / "a" / "b"
     inner.mkdir(parents=True)
     (tmp_path / "a" / "cpu.max").write_text("50000 100000")
