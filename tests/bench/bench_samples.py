@@ -35,7 +35,7 @@ ANSWERING = Path(__file__).with_name("answering.py")
 def row(
     start_ms: float, latency_ms: float, *, late_ms: float = 0, phase: int = MEASURED, error: int = OK, tokens: int = 10
 ) -> tuple[Any, ...]:
-    """Return a record of a request: due at `start_ms`, sent `late_ms` later, completed `latency_ms` after `start_ms`."""
+    """Return a record of a request due at `start_ms`, sent `late_ms` later, complete `latency_ms` after `start_ms`."""
     start, sent, end = (int(ms * 1e6) for ms in (start_ms, start_ms + late_ms, start_ms + latency_ms))
     return (start, sent, end, end, 0, 100, tokens, 1.0, float("nan"), 2.0, 200 if error == OK else 500, phase, error)
 
