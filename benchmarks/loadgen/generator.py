@@ -107,8 +107,7 @@ class Generator:
         }
 
     def begin(self, start_ns: int, first_user: int, users: int) -> None:
-        """Start the warm-up at `start_ns`. The first user of this process in a closed loop has the number
-        `first_user`."""
+        """Start the warm-up at `start_ns`. `first_user` is the number of this process's first user in a closed loop."""
         self.first_user, self.users = first_user, users
         self._start_ns = start_ns
         self._idle_users = [] if self.open else list(range(users))
@@ -184,11 +183,11 @@ class Generator:
     def _active_users(self, now: int) -> int:
         """Return the number of active users of all workers at the time `now`."""
         stages = self.load.get("timeline") or []
-        passed = (now - self._measure_ns) / 1e9 if self._measure_ns and now >= self._measure_ns else 0.0
+        elapsed_s = (now - self._measure_ns) / 1e9 if self._measure_ns and now >= self._measure_ns else 0.0
         for stage in stages:
-            if passed < stage["duration_s"]:
+            if elapsed_s < stage["duration_s"]:
                 return int(stage["users"])
-            passed -= stage["duration_s"]
+            elapsed_s -= stage["duration_s"]
         return int(stages[-1]["users"] if stages else self.load["users"])
 
     def _send_next(self, user: int, now: int) -> None:

@@ -119,7 +119,9 @@ class Plan(Section):
                 "a search measures each configuration once and repeats uncertain probes itself: remove repeats"
             )
         if self.neighbours and self.load.capacity_percent:
-            raise ValueError("neighbours need a rate in requests/s: a rate in percent is measured without neighbors")
+            raise ValueError(
+                "neighbours need a rate in requests/s: the capacity for a rate in percent is measured without them"
+            )
         expanded = self
         if self.matrix:
             hardware = list(dict.fromkeys([*self.hardware, *self.matrix.hardware]))
