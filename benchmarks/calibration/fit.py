@@ -163,9 +163,9 @@ def left_out(fitter: Fitter, rows: Sequence[Row]) -> dict[str, list[LeftOut]]:
     plain = [row for row in rows if row.part not in CONDITIONS]
     found: dict[str, list[LeftOut]] = {basis: [] for basis in BASES}
 
-    def judge(held: Sequence[Row], rest: Sequence[Row], wanted: str, group: str) -> None:
+    def judge(omitted: Sequence[Row], rest: Sequence[Row], wanted: str, group: str) -> None:
         calibration, _ = fitter.calibration(rest)
-        for row in held:
+        for row in omitted:
             calibrated = calibration.of(row.part, row.precision)
             if calibrated.basis == wanted:
                 found[wanted].append(
@@ -174,21 +174,21 @@ def left_out(fitter: Fitter, rows: Sequence[Row]) -> dict[str, list[LeftOut]]:
 
     parts = sorted({row.part for row in plain})
     for part in parts:
-        for held in folds([row for row in plain if row.part == part]):
-            judge(held, [r for r in plain if r not in held], "own", f"{part} {held[0].system}")
+        for omitted in folds([row for row in plain if row.part == part]):
+            judge(omitted, [r for r in plain if r not in omitted], "own", f"{part} {omitted[0].system}")
     # A single system cannot be left out. Its rows show at least how well its own fit matches them.
     judged = {id(row) for _, row, _ in found["own"]}
     alone = [row for row in plain if id(row) not in judged]
     judge(alone, plain, "own", "")
     for part, precision in grouped(plain):
-        held = [r for r in plain if (r.part, r.precision) == (part, precision)]
-        judge(held, [r for r in plain if r not in held], "precision", f"{part} {precision}")
+        omitted = [r for r in plain if (r.part, r.precision) == (part, precision)]
+        judge(omitted, [r for r in plain if r not in omitted], "precision", f"{part} {precision}")
     for part in parts:
-        held, rest = [r for r in plain if r.part == part], [r for r in plain if r.part != part]
-        judge(held, rest, "slice" if "-mig-" in part else "chip", part)
+        omitted, rest = [r for r in plain if r.part == part], [r for r in plain if r.part != part]
+        judge(omitted, rest, "slice" if "-mig-" in part else "chip", part)
     for chip in ("t4", "a10", "a100"):
-        held = [r for r in plain if r.part.split("-")[0] == chip]
-        judge([r for r in held if "-mig-" not in r.part], [r for r in plain if r not in held], "others", chip)
+        omitted = [r for r in plain if r.part.split("-")[0] == chip]
+        judge([r for r in omitted if "-mig-" not in r.part], [r for r in plain if r not in omitted], "others", chip)
     return found
 
 
@@ -211,13 +211,13 @@ def prediction(groups: Sequence[Sequence[float]]) -> list[float]:
     return [math.exp(min(0.0, mean - half)), math.exp(max(0.0, mean + half))]
 
 
-def bands(held: dict[str, list[LeftOut]]) -> dict[str, Any]:
+def bands(omitted: dict[str, list[LeftOut]]) -> dict[str, Any]:
     """Return the band of each basis. The band of a more distant basis is never narrower than that of `own`.
 
     Without a Server row, rates have the same uncertainty as throughput.
     """
     found: dict[str, Any] = {}
-    for basis, rows in held.items():
+    for basis, rows in omitted.items():
         spans = {}
         for scenario, name in KIND.items():
             some = [one for one in rows if one[1].scenario == scenario]
@@ -281,8 +281,8 @@ def main() -> int:
     calibration, conditions = fitter.calibration(rows)
     lines = table(rows, calibration, conditions, fitter.samples)
     failed = [line for line in lines if abs(line["error"]) > line["within"]]
-    held = left_out(fitter, rows)
-    report(lines, calibration, conditions, held)
+    omitted = left_out(fitter, rows)
+    report(lines, calibration, conditions, omitted)
     covered = coverages(fitter, rows, read(UNSEEN))
     report_coverage(covered)
     data = {
@@ -291,10 +291,12 @@ def main() -> int:
         "batch_tokens": 16384,
         "parts": {part: {name: _plain(fit) for name, fit in by.items()} for part, by in calibration.fits.items()},
         "conditions": _conditions(conditions),
-        "bands": bands(held),
+        "bands": bands(omitted),
     }
     if options.json:
-        left = {basis: [vars(row) | {"estimated": value} for _, row, value in found] for basis, found in held.items()}
+        left = {
+            basis: [vars(row) | {"estimated": value} for _, row, value in found] for basis, found in omitted.items()
+        }
         options.json.write_text(json.dumps(data | {"rows": lines, "left_out": left}, indent=1) + "\n", encoding="utf-8")
     if not options.dry:
         head = "# Written by benchmarks/calibration/fit.py; docs/estimate.md explains it.\n"
@@ -326,7 +328,7 @@ def report(
     lines: Sequence[dict[str, Any]],
     calibration: Calibration,
     conditions: dict[Key, FittedParameters],
-    held: dict[str, list[LeftOut]],
+    omitted: dict[str, list[LeftOut]],
 ) -> None:
     every = {(part, name): fit for part, by in calibration.fits.items() for name, fit in by.items()} | conditions
     print("\n| part | precision | sustained fraction | launches, ms | rows |\n|---|---|---|---|---|")
@@ -344,7 +346,7 @@ def report(
     print(
         "\n| left out, estimated from | scenario | rows | error: mean of sizes | from | to |\n|---|---|---|---|---|---|"
     )
-    for basis, found in held.items():
+    for basis, found in omitted.items():
         for scenario in KIND:
             errors = [row.error(estimated) for _, row, estimated in found if row.scenario == scenario]
             if errors:

@@ -2,8 +2,8 @@
 
     python benchmarks/calibration/front_end.py [--seconds 6] [--rounds 4] [--json FILE]
 
-The echo engine answers, so everything runs except the model: HTTP, JSON, tokenization, queue, batches, base64. There is
-one API process. The figure is its CPU time per request, because one process cannot serve more requests than one core
+The echo engine responds, so everything except the model runs: HTTP, JSON, tokenization, queue, batches, base64. There
+is one API process. The figure is its CPU time per request, because one process cannot serve more requests than one core
 allows. Other work on the machine only adds to the CPU time, so the round with the least counts. Single texts are the
 exception: a server short of cores handles fewer of them per wake-up. For those, the rate of a quiet machine in
 benchmarks/results/peers-frontend.json counts if it is higher.

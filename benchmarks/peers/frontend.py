@@ -42,14 +42,14 @@ def with_new_words(count: int) -> list[str]:
 def front_end(seconds: float, rounds: int, inputs: Sequence[str | list[int]]) -> dict[str, float]:
     """Return requests/s of both servers."""
     bodies = [{"input": given} for given in inputs]
-    ours = peers.inferctl(18511, "--engine", "echo", name="inferctl echo")
-    running = [ours]
+    echo = peers.inferctl(18511, "--engine", "echo", name="inferctl echo")
+    running = [echo]
     try:
         request = urllib.request.Request(
-            f"{ours.url}{ours.path}", json.dumps(bodies[0]).encode(), {"content-type": "application/json"}
+            f"{echo.url}{echo.path}", json.dumps(bodies[0]).encode(), {"content-type": "application/json"}
         )
-        with tempfile.NamedTemporaryFile() as file, urllib.request.urlopen(request) as answer:
-            file.write(answer.read())
+        with tempfile.NamedTemporaryFile() as file, urllib.request.urlopen(request) as response:
+            file.write(response.read())
             file.flush()
             command = [sys.executable, peers.HERE / "bare_app.py", "18512", file.name]
             running.append(peers.start("bare Starlette", command, 18512, "/v1/embeddings", "/health"))

@@ -89,9 +89,9 @@ class Contender:
         host, _, name = self.repository.partition("/")
         kinds = "application/vnd.docker.distribution.manifest.v2+json, application/vnd.oci.image.manifest.v1+json"
         request = urllib.request.Request(f"http://{host}/v2/{name}/manifests/{tag}", headers={"Accept": kinds})
-        with urllib.request.urlopen(request) as answer:
-            text = answer.read()
-            digest = answer.headers["Docker-Content-Digest"]
+        with urllib.request.urlopen(request) as response:
+            text = response.read()
+            digest = response.headers["Docker-Content-Digest"]
         manifest = json.loads(text)
         sizes = {digest: len(text), **{b["digest"]: b["size"] for b in [manifest["config"], *manifest["layers"]]}}
         new = {d: size for d, size in sizes.items() if d not in self.known}

@@ -38,19 +38,19 @@ def main() -> None:
             results[server.name].append(run_closed(server.url, ready, options.clients, options.seconds, warm=0))
             used[server.name] += server.cpu_seconds() - before
             server.pause()
-        ours, theirs = running[0], running[1]
-        same = 0.8 * peers.median([o.rate for o in results[theirs.name]])
-        at_rate: dict[str, list[Outcome]] = {ours.name: [], theirs.name: []}
-        for server in peers.order([ours, theirs], 2):
+        reference, peer = running[0], running[1]
+        shared_rate = 0.8 * peers.median([o.rate for o in results[peer.name]])
+        at_rate: dict[str, list[Outcome]] = {reference.name: [], peer.name: []}
+        for server in peers.order([reference, peer], 2):
             server.resume()
             at_rate[server.name].append(
-                run_open(server.url, requests(server.url, server.path, bodies), same, 2 * options.seconds)
+                run_open(server.url, requests(server.url, server.path, bodies), shared_rate, 2 * options.seconds)
             )
             server.pause()
     finally:
         for server in running:
             server.end()
-    own = peers.median([o.rate for o in results[ours.name]])
+    reference_rate = peers.median([o.rate for o in results[reference.name]])
     figures = {}
     rows = []
     for name, outcomes in results.items():
@@ -64,22 +64,22 @@ def main() -> None:
         )
         failures = sum(o.failures for o in outcomes)
         cost = 1000 * used[name] / sum(len(o.latencies) for o in outcomes)
-        cheapest = 1000 * used[ours.name] / sum(len(o.latencies) for o in results[ours.name])
-        rows.append((name, rate, own / rate, cost, cost / cheapest, p50, p99, failures))
+        cheapest = 1000 * used[reference.name] / sum(len(o.latencies) for o in results[reference.name])
+        rows.append((name, rate, reference_rate / rate, cost, cost / cheapest, p50, p99, failures))
         figures[name] = {
             "rates": [o.rate for o in outcomes],
             "cpu_ms_per_request": cost,
             "p50_ms": p50,
             "p99_ms": p99,
             "failures": failures,
-            "inferctl_is": own / rate,
+            "inferctl_is": reference_rate / rate,
         }
     print(f"closed loop, {options.clients} clients")
     peers.table(
         ("server", "requests/s", "inferctl is x", "CPU (ms per request)", "by CPU x", "p50 ms", "p99 ms", "failures"),
         rows,
     )
-    print(f"\nopen loop, {same:.1f} requests/s")
+    print(f"\nopen loop, {shared_rate:.1f} requests/s")
     tails = {name: peers.median([o.quantile(0.99) for o in outcomes]) for name, outcomes in at_rate.items()}
     peers.table(
         ("server", "p50 ms", "p99 ms", "p99 relative to inferctl", "failures"),
@@ -88,13 +88,15 @@ def main() -> None:
                 name,
                 peers.median([o.quantile(0.5) for o in outcomes]),
                 tails[name],
-                tails[name] / tails[ours.name],
+                tails[name] / tails[reference.name],
                 sum(o.failures for o in outcomes),
             )
             for name, outcomes in at_rate.items()
         ],
     )
-    peers.write(options.json, {"clients": options.clients, "closed": figures, "open": {"rate": same, "p99_ms": tails}})
+    peers.write(
+        options.json, {"clients": options.clients, "closed": figures, "open": {"rate": shared_rate, "p99_ms": tails}}
+    )
 
 
 if __name__ == "__main__":
