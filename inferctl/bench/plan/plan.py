@@ -281,8 +281,10 @@ def combine(
         [(Path(value).stem, {"corpus": value}) for value in dict.fromkeys(corpora)],
         [(name, {"load": changes}) for name, changes in (loads or {}).items()],
     ]
+    no_change: list[tuple[str, Keys]] = [("", {})]
+    choices_of_axes = list(itertools.product(*(axis or no_change for axis in axes)))
     combined = []
-    for configuration, *choices in itertools.product(configurations, *(axis or [("", {})] for axis in axes)):
+    for configuration, choices in itertools.product(configurations, choices_of_axes):
         parts = [configuration.name, *(label for (label, _), axis in zip(choices, axes, strict=True) if len(axis) > 1)]
         changes = {key: value for _, values in choices for key, value in values.items()}
         keys = {**configuration.model_dump(), **changes, "name": "-".join(parts)}
