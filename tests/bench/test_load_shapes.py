@@ -106,7 +106,7 @@ def test_an_error_in_a_trace_is_reported_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=r"trace\.jsonl:2: at_s"):
         make_load(trace=str(trace))
     trace.write_text('{"at_s": 5, "input": "a"}\n')
-    with pytest.raises(UsageError, match="sends nothing"):
+    with pytest.raises(UsageError, match="no request in its first"):
         workload.draw(make_load(trace=str(trace), duration_s=2), "short", 1)
 
 
