@@ -387,7 +387,7 @@ def test_a_run_of_failures_ends_with_5_and_still_leaves_receipts(answering: Call
         (
             ["--url", "a=http://127.0.0.1:9", "--search", "--slo", "9", "--repeats", "2"],
             2,
-            "leave repeats out",
+            "remove repeats",
             "--help",
         ),
     ],

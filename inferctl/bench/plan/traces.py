@@ -31,7 +31,7 @@ def read(path: str) -> list[TraceRequest]:
         stat = Path(path).stat()
         return list(_read(path, stat.st_mtime_ns, stat.st_size))
     except OSError as error:
-        raise ValueError(f"cannot read the trace {path}: {error.strerror}") from None
+        raise ValueError(f"the trace {path} cannot be read: {error.strerror}") from None
 
 
 @functools.lru_cache(maxsize=4)
