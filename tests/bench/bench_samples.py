@@ -44,14 +44,14 @@ def table(*rows: tuple[Any, ...]) -> records.Rows:
     return np.array(list(rows), dtype=np.dtype(FIELDS))
 
 
-def steady(rate: float, latency_ms: float, seconds: int = 10, jitter: float = 0.2) -> summary.Part:
+def steady(rate: float, latency_ms: float, seconds: int = 10, jitter: float = 0.2) -> summary.RunRecords:
     """Return a run of evenly spaced requests, with latencies spread evenly by `jitter` around `latency_ms`."""
     count = int(rate * seconds)
     rows = [
         row(1000 / rate * i, latency_ms * (1 - jitter + 2 * jitter * ((i * 7) % count) / count)) for i in range(count)
     ]
     warm = row(0, 9999, phase=WARMUP)
-    return summary.Part(table(warm, *rows), 0, seconds * SECOND, 1)
+    return summary.RunRecords(table(warm, *rows), 0, seconds * SECOND, 1)
 
 
 def document(name: str, rate: float, latency_ms: float, level: str = "native", **changes: Any) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def document(name: str, rate: float, latency_ms: float, level: str = "native", *
         "environment": {},
         "server": {},
         "image": None,
-        "summary": summary.summarise([part]),
+        "summary": summary.summarize([part]),
         "resources": {"client_cpu_percent": 20.0, "server_peak_bytes": 5e8 if name != "int8" else 4e8},
         "quality": {
             "checked": True,

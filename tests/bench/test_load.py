@@ -15,14 +15,16 @@ from inferctl.bench.load import generator, records, target
 from inferctl.bench.plan import plan, workload
 
 
-def measure(url: str, folder: Path, **settings: object) -> tuple[generator.LoadResult, summary.Part, workload.Workload]:
+def measure(
+    url: str, folder: Path, **settings: object
+) -> tuple[generator.LoadResult, summary.RunRecords, workload.Workload]:
     load = plan.Load.model_validate({"warmup_s": 0, "timeout_s": 10, **settings})
     work = workload.draw(load, "short", seed=3)
     folder.mkdir(exist_ok=True)
     description = generator.prepare(load, work, target.Target(url, "test"), 100, folder)
     result = generator.run(load, description, lambda live: None, lambda: None)
     offered = len(work.schedule_ns) if load.mode == "open" else None
-    part = summary.Part(result.rows, result.state["measure_start_ns"], result.state["measure_end_ns"], 1, offered)
+    part = summary.RunRecords(result.rows, result.state["measure_start_ns"], result.state["measure_end_ns"], 1, offered)
     return result, part, work
 
 
@@ -103,7 +105,7 @@ def test_sends_beyond_the_outstanding_limit_are_dropped_and_counted(
     _, part, work = measure(
         url, tmp_path / "run", mode="open", arrivals="constant", rate=50, duration_s=2, max_outstanding=5
     )
-    found = summary.summarise([part])
+    found = summary.summarize([part])
     assert found["dropped"] > 50
     assert found["requests"] == len(work.schedule_ns) == 100
     assert found["errors"]["dropped"] == found["dropped"]
@@ -114,7 +116,7 @@ def test_failures_are_recorded_by_kind(answering: Callable[..., str], tmp_path: 
         answering("--median-ms", "5", "--fail-after", "20"), tmp_path / "status", users=2, duration_s=1
     )
     assert set(part.measured["status"].tolist()) == {200, 500}
-    assert summary.summarise([part])["errors"]["HTTP status"] > 0
+    assert summary.summarize([part])["errors"]["HTTP status"] > 0
     slow = answering("--median-ms", "3000", "--sigma", "0")
     _, part, _ = measure(slow, tmp_path / "slow", users=1, duration_s=1, timeout_s=0.5)
     assert set(part.measured["error"].tolist()) == {records.TIMEOUT}
@@ -140,7 +142,7 @@ def test_the_measurement_does_not_wait_for_the_warm_ups_next_request(
 def test_a_late_load_generator_is_a_reason_or_a_warning() -> None:
     def judged(late_ms: float, answered: int, **state: float) -> validity.Validity:
         rows = [row(10 * n, 5 + late_ms, late_ms=late_ms) for n in range(400)]
-        found = summary.summarise([summary.Part(table(*rows), 0, 4 * SECOND, 1, 400)])
+        found = summary.summarize([summary.RunRecords(table(*rows), 0, 4 * SECOND, 1, 400)])
         return validity.judge(found | {"answered": answered}, {"client_cpu_percent": 40}, state, 2)
 
     assert "the server fell behind" in judged(0, 300).reasons[0]

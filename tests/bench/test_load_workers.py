@@ -28,7 +28,7 @@ from inferctl.errors import InferctlError
 HARNESS = Path(__file__).resolve().parents[2] / "benchmarks" / "harness"
 
 
-def offsets(part: summary.Part) -> list[int]:
+def offsets(part: summary.RunRecords) -> list[int]:
     return [int(at) for at in part.measured["intended_ns"].astype(np.int64) - part.start_ns]
 
 
