@@ -176,6 +176,7 @@ class Words:
             lambda: f"like a {self.thing()} or some {plural(self.pick(NOUNS))}",
             lambda: f"while the {inflected(self.pick(VERBS), 'er')} {plural(self.pick(VERBS))} {self.things()}",
             lambda: (
-                f"because the {self.pick(NOUNS)} was {adverb(self.pick(ADJECTIVES))} {inflected(self.pick(VERBS), 'ed')}"
+                f"because the {self.pick(NOUNS)} was {adverb(self.pick(ADJECTIVES))} "
+                f"{inflected(self.pick(VERBS), 'ed')}"
             ),
         )[draw.randrange(10)]()
