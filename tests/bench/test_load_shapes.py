@@ -166,7 +166,7 @@ def test_latency_that_does_not_recover_has_no_time_and_a_reason() -> None:
     assert found.seconds is None
     assert "did not recover" in found.reason
     few = disturbed(0, rate=3)
-    assert "n too small" in stages.recovery(few, make_load(**{**BURST, "rate": 3})).reason
+    assert "not enough samples" in stages.recovery(few, make_load(**{**BURST, "rate": 3})).reason
     flat = make_load(mode="open", rate=100, duration_s=30)
     assert stages.recovery(few, flat).seconds is None
     assert stages.summarize([few], flat) == []
