@@ -263,9 +263,9 @@ def test_a_step_that_fails(docker: DockerEngine, base_image: str, line: str, wha
 @pytest.mark.parametrize(
     ("base", "what"),
     [
-        (f"{REGISTRY}/inferctl-test/none:1", "was not found"),
-        (f"{REGISTRY}/inferctl-test/none@sha256:{'0' * 64}", "was not found"),
-        ("localhost:1/none:1", "its registry localhost:1 cannot be reached"),
+        (f"{REGISTRY}/inferctl-test/none:1", "not found"),
+        (f"{REGISTRY}/inferctl-test/none@sha256:{'0' * 64}", "not found"),
+        ("localhost:1/none:1", "registry localhost:1 is unreachable"),
     ],
 )
 def test_an_unavailable_base(docker: DockerEngine, base: str, what: str) -> None:
@@ -319,7 +319,7 @@ def registry(status: int, body: bytes, headers: dict[str, str]) -> Iterator[str]
 def test_an_image_above_the_size_limit_is_not_tagged(docker: DockerEngine, base_image: str) -> None:
     unknown = SizeForecast((ImagePart("base image", None, "not known"),))
     made = replace(tiny.plan(tiny.rendered(base_image)), forecast=unknown)
-    with pytest.raises(InferctlError, match=r"more than the 1\.0 MB of --max-size") as caught:
+    with pytest.raises(InferctlError, match=r"exceeds --max-size 1\.0 MB") as caught:
         run(docker, tiny.with_options(made, max_bytes=1_000_000))
     assert caught.value.exit_code == 1
     assert docker.image(made.reference) is None
@@ -414,7 +414,7 @@ def test_a_port_in_use_is_an_error(docker: DockerEngine, base_image: str) -> Non
                 built.image, ContainerOptions(port=8080, host_port=port, labels={"io.inferctl.role": "verify"})
             )
     # An engine without a working bridge reports that first.
-    assert f"port {port} is taken" in caught.value.message or "bridge network" in caught.value.message
+    assert f"port {port} is already in use" in caught.value.message or "bridge network" in caught.value.message
 
 
 def test_a_container_that_runs_out_of_memory_is_an_error(docker: DockerEngine, base_image: str) -> None:

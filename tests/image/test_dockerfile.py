@@ -48,7 +48,7 @@ def test_a_build_without_its_named_context_fails_with_a_clear_error_and_pulls_no
     flags = {"model__weights": "bake", "model__source": str(tmp_path / "m"), "image__wheels": "./wheels"}
     folder = rendered(tmp_path / "context", base_image, catalog.base("cpu"), **flags)
     said = build(folder, target)
-    assert f"give the build --build-context {context}=DIR" in said
+    assert f"pass --build-context {context}=DIR" in said
     assert "docker.io" not in said
 
 
