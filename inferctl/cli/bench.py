@@ -11,7 +11,8 @@ from inferctl.cli import completion, console, options
 
 if TYPE_CHECKING:
     from inferctl.bench.measure.outcome import Outcome
-    from inferctl.bench.report.result import Context
+    from inferctl.bench.report.receipts import Context
+    from inferctl.bench.report.result import Result
     from inferctl.cli import bench_setup
 
 EPILOG = """Examples: `inferctl bench --model DIR --plan quick` compares precisions in about three minutes;
@@ -214,13 +215,14 @@ def bench(
 
 def _run(ready: bench_setup.Ready, report: Path | None, json_: bool) -> None:
     from inferctl.bench.measure import resume, runner
-    from inferctl.bench.report import result, search_findings
+    from inferctl.bench.report import receipts
+    from inferctl.bench.report import result as results
     from inferctl.cli import bench_progress
 
     work, context, outcomes = ready.work, ready.context, ready.outcomes
     page = (report or work.output / "report.html").resolve()
     again = f"inferctl bench --resume {_shown(work.output)}"
-    with resume.alone(work.output):
+    with resume.lock(work.output):
         done = resume.restore(work.output, work.order, outcomes)
         total = len(work.order)
         console.note(
@@ -232,35 +234,36 @@ def _run(ready: bench_setup.Ready, report: Path | None, json_: bool) -> None:
             console.note(said)
         try:
             with bench_progress.Show(bench_progress.expected(work), done) as show:
-                runner.run(work, outcomes, show.tell, lambda outcome: result.receipts(context, [outcome]))
+                runner.run(work, outcomes, show.tell, lambda outcome: receipts.write_all(context, [outcome]))
         except BaseException:
             if any(outcome.measurements for outcome in outcomes):
                 _keep(context, outcomes, page, json_)
             console.note(f"to go on where this stopped: {again}")
             raise
-        document = _keep(context, outcomes, page, json_)
-        if problem := result.verdict(document) or search_findings.inconclusive(document["rows"]):
+        result = _keep(context, outcomes, page, json_)
+        if problem := results.problem(result):
             raise problem
 
 
-def _keep(context: Context, outcomes: list[Outcome], page: Path, json_: bool) -> dict[str, Any]:
+def _keep(context: Context, outcomes: list[Outcome], page: Path, json_: bool) -> Result:
     """Seal what was measured, write the report, show the comparison."""
-    from inferctl.bench.report import html, result, terminal
+    from inferctl.bench.report import html, receipts, terminal
+    from inferctl.bench.report import result as results
 
-    sealed = result.receipts(context, outcomes)
-    document = result.document(context, outcomes, sealed, page)
-    result.write(context.output / "result.json", document)
+    sealed = receipts.write_all(context, outcomes)
+    result = results.collect(context, outcomes, sealed, page)
+    results.write(context.output / "result.json", result)
     try:
-        html.write(page, document, sealed)
+        html.write(page, result, sealed)
     finally:
         # A report that cannot be written must not hide what was measured.
         if json_:
-            console.document(document)
+            console.document(result.as_dict())
         else:
-            console.report(terminal.render(document))
+            console.report(terminal.render(result))
         console.note(f"receipts: {context.output / 'receipts'}")
     console.note(f"report:   {page}")
-    return document
+    return result
 
 
 def _require_packages() -> None:

@@ -20,7 +20,7 @@ def expected(work: Bench) -> list[float]:
     """Seconds that each run of a bench should take, in order: a guess, corrected by the runs as they end."""
     from inferctl.bench.measure import search
 
-    named = {subject.name: work.load_of(subject) for subject in work.subjects}
+    named = {target.name: work.load_of(target) for target in work.targets}
     settings = work.plan.search
 
     def seconds(name: str) -> float:
@@ -40,7 +40,7 @@ def forecast(work: Bench) -> str | None:
     settings = work.plan.search
     if not settings:
         return None
-    each = [search.forecast(settings, work.load_of(subject), work.search_s) for subject in work.subjects]
+    each = [search.forecast(settings, work.load_of(target), work.search_s) for target in work.targets]
     took = duration(sum(one.seconds for one in each) + AROUND_S * len(each))
     close = f"rates about {max(one.resolution for one in each):.0%} apart around the limit"
     if settings.budget_s is None:

@@ -11,10 +11,10 @@ from inferctl.cli import console, options
 if TYPE_CHECKING:
     from inferctl.bench.load.target import Access
     from inferctl.bench.measure.environment import Environment
-    from inferctl.bench.measure.outcome import Outcome, Subject
+    from inferctl.bench.measure.outcome import BenchTarget, Outcome
     from inferctl.bench.measure.runner import Bench
     from inferctl.bench.plan.plan import Plan
-    from inferctl.bench.report.result import Context
+    from inferctl.bench.report.receipts import Context
     from inferctl.settings import Resolved
 
 
@@ -87,7 +87,7 @@ class _Asked:
     resolved: Resolved | None
     plan: Plan
     plan_file: str | None
-    subjects: list[Subject]
+    targets: list[BenchTarget]
     folder: Path | None
     slo_p99_ms: float | None
     access: Access
@@ -99,8 +99,8 @@ def start(given: Given) -> Ready:
     from inferctl.bench.plan import plan as plans
     from inferctl.errors import UsageError
 
-    targets = [_target(text) for text in given.urls]
-    if given.reach != Reach() and not targets:
+    url_targets = [_target(text) for text in given.urls]
+    if given.reach != Reach() and not url_targets:
         raise UsageError(
             "--header, --api-key-env and --served-model are for servers that run already",
             "name one: `--url NAME=URL`",
@@ -109,7 +109,7 @@ def start(given: Given) -> Ready:
     # As `go_on` will name it, from whichever folder that is called.
     if given.model and Path(given.model).exists():
         given = replace(given, model=str(Path(given.model).absolute()))
-    resolved = _settings(given, needed=not targets or bool(given.precisions))
+    resolved = _settings(given, needed=not url_targets or bool(given.precisions))
     name = given.plan
     if name is None:
         name = resolved.spec.bench.plan if resolved else "precision"
@@ -118,11 +118,11 @@ def start(given: Given) -> Ready:
         console.warn(
             f"--users {given.overrides['users']} changes nothing: this load is an open loop, {_offered(chosen)}"
         )
-    subjects = _subjects(chosen, targets, given)
-    needed = any(subject.url is None for subject in subjects) or given.model is not None
+    targets = _targets(chosen, url_targets, given)
+    needed = any(target.url is None for target in targets) or given.model is not None
     slo = given.slo_p99_ms or (resolved.spec.slo.p99_ms if resolved else None)
     file = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) or "/" in name else None
-    asked = _Asked(resolved, chosen, file, subjects, None, slo, access)
+    asked = _Asked(resolved, chosen, file, targets, None, slo, access)
     hardware(chosen.hardware)
     _check_search(asked)
     _check_neighbours(asked)
@@ -142,7 +142,7 @@ def start(given: Given) -> Ready:
         "slo_p99_ms": given.slo_p99_ms,
         "reach": given.reach.as_dict(),
     }
-    resume.begin(place, what, called)
+    resume.write_manifest(place, resume.Manifest(what, called))
     work, context = _bench(asked, machine, place)
     return Ready(work, context, runner.outcomes(work))
 
@@ -154,26 +154,26 @@ def go_on(output: Path, headers: list[str] | None = None) -> Ready:
 
     `headers` are those that it had: no file holds them.
     """
-    from inferctl.bench.measure import environment, resume, runner
-    from inferctl.bench.measure.outcome import Subject
+    from inferctl.bench.measure import digests, environment, resume, runner
+    from inferctl.bench.measure.outcome import BenchTarget
 
     output = output.resolve()
-    manifest = resume.read(output)
-    then, called = manifest["identity"], manifest["called"]
-    if then["code"] != (code := {"version": _version(), "sha256": resume.code_sha256()}):
+    manifest = resume.read_manifest(output)
+    then, called = manifest.identity, manifest.called
+    if then["code"] != (code := {"version": _version(), "sha256": digests.of_code()}):
         # Before anything else: another version may not even understand the rest.
-        resume.check({"code": then["code"]}, {"code": code}, output)
+        resume.check_unchanged({"code": then["code"]}, {"code": code}, output)
     reach = _reach(called["reach"], headers or [], output)
     chosen = _as_it_was(called["plan"])
-    subjects = [Subject(**one) for one in then["subjects"]]
-    own = any(subject.url is None for subject in subjects)
+    targets = [BenchTarget(**one) for one in then["subjects"]]
+    own = any(target.url is None for target in targets)
     spec_file = Path(called["spec"]) if called["spec"] else None
     resolved = _settings(Given(spec_file, called["model"]), needed=own)
     slo = called["slo_p99_ms"] or (resolved.spec.slo.p99_ms if resolved else None)
     folder = _model(resolved, own or called["model"] is not None)
-    asked = _Asked(resolved, chosen, called["plan_file"], subjects, folder, slo, reach.access())
+    asked = _Asked(resolved, chosen, called["plan_file"], targets, folder, slo, reach.access())
     machine = environment.detect()
-    resume.check(then, _identity(asked, machine), output)
+    resume.check_unchanged(then, _identity(asked, machine), output)
     work, context = _bench(asked, machine, output)
     return Ready(work, context, runner.outcomes(work))
 
@@ -221,18 +221,18 @@ def _version() -> str:
 def _identity(asked: _Asked, machine: Environment) -> dict[str, Any]:
     """What the figures depend on; reaches out to the servers that run already."""
     from inferctl import model as models
-    from inferctl.bench.load import target
+    from inferctl.bench.load.target import connect
     from inferctl.bench.measure import resume
 
     servers = {}
-    for subject in asked.subjects:
-        if subject.url:
-            info = target.connect(subject.url, access=asked.access).info
+    for target in asked.targets:
+        if target.url:
+            info = connect(target.url, access=asked.access).info
             said = [(info.get("model") or {}).get("sha256"), (info.get("precision") or {}).get("effective")]
-            servers[subject.name] = said
+            servers[target.name] = said
     return resume.identity(
         asked.plan,
-        asked.subjects,
+        asked.targets,
         machine,
         models.ModelFolder(asked.folder).digest if asked.folder else None,
         _settings_sha256(asked.resolved),
@@ -244,25 +244,25 @@ def _identity(asked: _Asked, machine: Environment) -> dict[str, Any]:
 def _bench(asked: _Asked, machine: Environment, place: Path) -> tuple[Bench, Context]:
     from inferctl.bench.load import child_server
     from inferctl.bench.measure import neighbors, runner
-    from inferctl.bench.report import result
+    from inferctl.bench.report.receipts import Context
 
     resolved, command = asked.resolved, None
     if resolved and asked.folder:
         file = Path(resolved.file).resolve() if resolved.file else None
         command = child_server.serve_command(str(asked.folder), resolved.spec.name, file)
-    slices = neighbors.slices(machine.variables) if asked.plan.neighbours else []
+    mig_devices = neighbors.mig_devices(machine.variables) if asked.plan.neighbours else []
     work = runner.Bench(
-        asked.plan, asked.subjects, command, asked.folder, place, asked.slo_p99_ms, slices, asked.access
+        asked.plan, asked.targets, command, asked.folder, place, asked.slo_p99_ms, mig_devices, asked.access
     )
     wanted = [*asked.plan.hardware, *(resolved.spec.hardware if resolved else [])]
-    context = result.Context(
+    context = Context(
         plan=asked.plan,
         environment=machine,
         model_source=resolved.spec.model.source if resolved else None,
         hardware_wanted=list(dict.fromkeys(wanted)),
         slo_p99_ms=asked.slo_p99_ms,
         output=place,
-        subjects=asked.subjects,
+        targets=asked.targets,
         model=asked.folder,
     )
     return work, context
@@ -272,7 +272,7 @@ def _check_corpora(asked: _Asked) -> None:
     from inferctl.bench.plan import workload
 
     plan = asked.plan
-    named = [plan.corpus, *(one.corpus for one in asked.subjects), plan.quality.corpus if plan.quality else None]
+    named = [plan.corpus, *(one.corpus for one in asked.targets), plan.quality.corpus if plan.quality else None]
     for corpus in dict.fromkeys(name for name in named if name):
         workload.read_corpus(corpus)
 
@@ -298,9 +298,9 @@ def _check_budget(asked: _Asked, budget_s: float) -> None:
     from inferctl.bench.measure import search
     from inferctl.errors import UsageError
 
-    settings, count = asked.plan.search, len(asked.subjects)
+    settings, count = asked.plan.search, len(asked.targets)
     assert settings is not None
-    each = [search.forecast(settings, asked.plan.load_with(one.load), budget_s / count) for one in asked.subjects]
+    each = [search.forecast(settings, asked.plan.load_with(one.load), budget_s / count) for one in asked.targets]
     if any(not one.enough for one in each):
         least = math.ceil(count * max(one.seconds for one in each))
         which = "a search" if count == 1 else f"{count} searches"
@@ -326,7 +326,7 @@ def _check_neighbours(asked: _Asked) -> None:
     from inferctl.errors import UsageError
 
     if asked.plan.neighbours:
-        neighbors.refuse([subject.name for subject in asked.subjects if subject.url])
+        neighbors.reject_running_servers([target.name for target in asked.targets if target.url])
         if asked.plan.search:
             raise UsageError(
                 "a search has no neighbours", "measure one rate beside neighbours: --rate 50 --neighbours 1"
@@ -385,33 +385,33 @@ def _header(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _subjects(chosen: Plan, targets: list[tuple[str, str]], given: Given) -> list[Subject]:
+def _targets(chosen: Plan, url_targets: list[tuple[str, str]], given: Given) -> list[BenchTarget]:
     """What is measured: the plan's configurations; with --url those servers, and our own only when --precision asks for them too."""
-    from inferctl.bench.measure.outcome import Subject
+    from inferctl.bench.measure.outcome import BenchTarget
     from inferctl.errors import UsageError
 
     own = [
-        Subject(one.name, one.precision, None, one.max_batch_tokens, one.corpus, one.load)
-        for one in (chosen.configurations if given.precisions or not targets else [])
+        BenchTarget(one.name, one.precision, None, one.max_batch_tokens, one.corpus, one.load)
+        for one in (chosen.configurations if given.precisions or not url_targets else [])
     ]
-    if targets and not own and given.overrides.get("batch_tokens"):
+    if url_targets and not own and given.overrides.get("batch_tokens"):
         raise UsageError(
             "--batch-tokens is for servers that are started here, and --url names one that runs already",
             "start that server with --max-batch-tokens, or add --precision",
         )
     corpora = list(dict.fromkeys(given.overrides.get("corpora") or []))
     several = corpora if len(corpora) > 1 else [None]
-    subjects = own + [
-        Subject(f"{name}-{Path(corpus).stem}" if corpus else name, url=address, corpus=corpus)
-        for name, address in targets
+    targets = own + [
+        BenchTarget(f"{name}-{Path(corpus).stem}" if corpus else name, url=address, corpus=corpus)
+        for name, address in url_targets
         for corpus in several
     ]
-    names = [subject.name for subject in subjects]
+    names = [target.name for target in targets]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise UsageError(
             f"the name {sorted(repeated)[0]!r} is used twice", "give each server its own name: `--url NAME=URL`"
         )
-    return subjects
+    return targets
 
 
 def hardware(texts: list[str]) -> list[str]:

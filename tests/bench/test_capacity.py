@@ -1,4 +1,4 @@
-"""From a receipt to capacity.json, and from there into a server."""
+"""Capacity from a receipt, and a server that reads it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_capacity_is_the_middle_pace_with_what_the_search_found(tmp_path: Pa
     assert found["receipt_seal"] == made.data["seal"]
     assert (found["model_sha256"], found["precision"], found["hardware"]) == ("ef" * 32, "bf16", "cpu")
     assert capacity.sentence(found) == (
-        "a batch takes 5.0 ms and 1 s for each 10,000 tokens; it meets p99 100 ms up to 84 requests/s"
+        "a batch takes 5.0 ms plus 1 s per 10,000 tokens; the server meets p99 100 ms up to 84 requests/s"
     )
 
 
@@ -79,7 +79,7 @@ def test_no_capacity_comes_from_an_invalid_run_or_from_a_server_that_says_nothin
 
 @contextlib.contextmanager
 def serving(model: Path, folder: Path, *more: str) -> Iterator[dict[str, Any]]:
-    """A real server with the echo engine; gives its URL and what it says of itself."""
+    """Start a server with the echo engine; yield its URL and its `GET /info`."""
     announce = folder / f"ready-{time.monotonic_ns()}.json"
     line = [sys.executable, "-m", "inferctl", "serve", "--model", str(model), "--engine", "echo", "--port", "0"]
     process = subprocess.Popen([*line, "--announce", str(announce), *more], cwd=folder, stderr=subprocess.DEVNULL)

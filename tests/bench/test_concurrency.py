@@ -1,4 +1,4 @@
-"""`users: auto`: the number of users that saturates the servers is found before the runs."""
+"""`users: auto`: find the number of users that saturates the servers, before the runs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import pytest
 from bench_samples import ANSWERING
 
 from inferctl.bench.judge import summary
-from inferctl.bench.measure import concurrency, environment, resume, runner, throughput
+from inferctl.bench.measure import auto_users, concurrency, environment, resume, runner, throughput
 from inferctl.bench.measure.concurrency import Step
 from inferctl.bench.plan import plan
-from inferctl.bench.report import result
+from inferctl.bench.report import findings, result
+from inferctl.bench.report.receipts import write_all
+from inferctl.bench.report.rows import MeasuredRow
 from inferctl.errors import InferctlError, UsageError
 
 AUTO = {"mode": "closed", "users": "auto", "duration_s": 1, "warmup_s": 0.5, "window_s": 0.2, "timeout_s": 5}
@@ -33,7 +35,7 @@ def test_a_server_is_saturated_by_the_users_that_are_found(capacity: int) -> Non
         )
         assert found.users >= capacity * 0.9
         assert found.users <= max(8, 4 * capacity)
-        # Three steps show that two doublings brought nothing: the limit of 1024 leaves no room for that at 500.
+        # Saturation takes two doublings without growth. At a capacity of 500, the limit of 1024 users comes first.
         assert found.saturated == (capacity < 500)
 
 
@@ -52,28 +54,28 @@ def test_a_step_lasts_until_each_user_has_sent_ten_requests() -> None:
 
     assert concurrency.find(slow).users == 8
     assert lasted == {8: 2.0, 16: 4.0, 32: 8.0}
-    assert concurrency.seconds(1024, [Step(512, 20.0, None)]) == 8.0
+    assert concurrency.step_seconds(1024, [Step(512, 20.0, None)]) == 8.0
 
 
 def test_requests_at_the_ends_of_a_window_count_by_their_share() -> None:
-    # Two users, batches of 0.8 s: 2.5 requests/s in any window, though 2 to 6 whole ones end in one of 2 s.
+    # Two users, batches of 0.8 s: 2.5 requests/s in any window, though 2 to 6 whole requests end within 2 s.
     for start in (1.0, 1.1, 1.5, 1.75):
         rows = np.zeros(2 * 10, [("intended_ns", "<u8"), ("end_ns", "<u8"), ("error", "u1")])
         rows["intended_ns"] = np.repeat(np.arange(10) * 0.8e9, 2).astype(np.uint64)
         rows["end_ns"] = rows["intended_ns"] + np.uint64(800_000_000)
-        part = summary.Part(rows, int(start * 1e9), int((start + 2) * 1e9), 1, None)
-        assert throughput.steady(part) == pytest.approx(2.5)
+        part = summary.RunRecords(rows, int(start * 1e9), int((start + 2) * 1e9), 1, None)
+        assert throughput.weighted_rate(part) == pytest.approx(2.5)
 
 
 def test_a_busy_load_generator_is_no_saturated_server() -> None:
     found = concurrency.find(lambda users, _: Step(users, 10.0 * users, 2.0 * users))
     assert (found.users, found.limited_by, found.steps[-1].users) == (32, "load generator", 64)
-    said = " ".join(concurrency.sentences([{"configuration": "a", "concurrency": found.as_dict(found.users)}]))
+    said = " ".join(findings.saturation([MeasuredRow("a", "measured", concurrency=found.as_dict())]))
     assert "a may not be saturated" in said and "--workers" in said and "can show no difference" in said
 
 
 def test_a_server_that_answers_nothing_is_an_error() -> None:
-    with pytest.raises(InferctlError, match="answered nothing to 8 users"):
+    with pytest.raises(InferctlError, match="completed no request of 8 users"):
         concurrency.find(lambda users, _: Step(users, 0.0, 1.0))
 
 
@@ -107,11 +109,11 @@ def bench(folder: Path, *names: str, slots: int = 12) -> runner.Bench:
 
     def command(precision: str, announce: Path) -> list[str]:
         line = [sys.executable, str(ANSWERING), "--announce", str(announce), "--precision", precision]
-        # bf16 needs twice the users of fp32: the load of both is that of bf16.
+        # bf16 needs twice the users of fp32, so both receive the load of bf16.
         room = slots * (2 if precision == "bf16" else 1)
         return [*line, "--median-ms", "60", "--sigma", "0", "--slots", str(room), "--refuse", "int8"]
 
-    return runner.Bench(wanted, [runner.Subject(name, name) for name in names], command, None, folder)
+    return runner.Bench(wanted, [runner.BenchTarget(name, name) for name in names], command, None, folder)
 
 
 def test_all_configurations_are_measured_with_the_users_that_saturate_each(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_all_configurations_are_measured_with_the_users_that_saturate_each(tmp_p
     told: list[str] = []
     runner.run(work, outcomes, lambda progress: told.append(progress.phase), lambda outcome: None)
     context = result.Context(work.plan, environment.detect(), "test", [], None, tmp_path)
-    found = result.document(context, outcomes, result.receipts(context, outcomes), tmp_path / "report.html")
+    found = result.collect(context, outcomes, write_all(context, outcomes), tmp_path / "report.html").as_dict()
     rows: dict[str, dict[str, Any]] = {row["configuration"]: row for row in found["rows"]}
     assert rows["int8"]["outcome"] == "not run" and rows["int8"]["reason"] == "int8 cannot run on this device"
     needed = {name: rows[name]["concurrency"]["needed_users"] for name in ("fp32", "bf16")}
@@ -132,9 +134,9 @@ def test_all_configurations_are_measured_with_the_users_that_saturate_each(tmp_p
         32,
         32,
     ]
-    assert "All servers are saturated by 32 users" in " ".join(found["findings"])
+    assert "32 users saturate all servers" in " ".join(found["findings"])
     assert any(phase.startswith("finding users: 16") for phase in told)
-    # A bench that goes on takes the users that it found, and does not look again.
+    # A resumed benchmark reads the saved users.
     told.clear()
     again = runner.outcomes(work)
     assert resume.restore(tmp_path, work.order, again) == 2
@@ -150,5 +152,5 @@ def test_all_configurations_are_measured_with_the_users_that_saturate_each(tmp_p
 def test_a_search_needs_no_users(tmp_path: Path) -> None:
     work = bench(tmp_path, "fp32")
     work = dataclasses.replace(work, plan=work.plan.with_overrides(search={"slo_p99_ms": 50}))
-    assert runner._users(work, {}, lambda progress: None) == {}
+    assert auto_users.find(work, {}, lambda progress: None) == {}
     assert json.loads(work.plan.model_dump_json())["load"]["auto_users"]

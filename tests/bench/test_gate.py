@@ -17,7 +17,7 @@ from inferctl.bench.judge import comparable, compare, metrics
 from inferctl.bench.plan import plan
 from inferctl.errors import UsageError
 
-# Like the plan gate, but short.
+# The plan `gate`, with short runs.
 SHORT = """name: short
 configurations: [{name: a, precision: fp32}]
 corpus: short
@@ -93,7 +93,7 @@ def test_a_stall_that_a_closed_loop_hides_is_found(answering: Callable[..., str]
     found = {name: compare.judge(pair, metric, compare.CompareOptions(), 5) for name, metric in metrics.METRICS.items()}
     assert found["p99"].outcome == "regression"
     assert (found["p99"].change or 0) > 1
-    # What was offered is the same for both: only the closed loops tell the throughput.
+    # Both receive the same offered rate, so the closed loops show the throughput.
     assert (sample := found["requests_per_s"].sample)
     assert sample.old_runs == [
         round(run["closed_loop"]["summary"]["requests_per_s"], 4)

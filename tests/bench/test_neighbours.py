@@ -1,4 +1,4 @@
-"""`--neighbours`: the factor between latencies without and with, and whole pairs of runs on real child processes."""
+"""`--neighbors`: the factor between latencies with idle and with loaded neighbors; pairs of runs on real processes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from bench_samples import ANSWERING, SECOND, row, table
 
 from inferctl.bench import receipt, stats
 from inferctl.bench.judge import interference, summary
+from inferctl.bench.judge.validity import Validity
 from inferctl.bench.load import records
-from inferctl.bench.measure import environment, neighbors, runner
+from inferctl.bench.measure import environment, neighbor_run, neighbors, runner
+from inferctl.bench.measure.telemetry import Telemetry
 from inferctl.bench.plan import plan
 from inferctl.bench.plan.plan import Load
 from inferctl.bench.report import result
+from inferctl.bench.report.receipts import write_all
 from inferctl.errors import UsageError
 
 
-def drawn(seed: int, count: int, scale: float) -> summary.Part:
-    """A run whose latencies are log-normal around `scale` ms."""
+def drawn(seed: int, count: int, scale: float) -> summary.RunRecords:
+    """Return a run with log-normal latencies around `scale` ms."""
     draw = random.Random(seed)
     rows = [row(10 * i, scale * math.exp(draw.gauss(0, 0.4))) for i in range(count)]
-    return summary.Part(table(*rows), 0, 10 * SECOND, 1)
+    return summary.RunRecords(table(*rows), 0, 10 * SECOND, 1)
 
 
 def figures_of(found: interference.Inflation, key: str) -> interference.Figures:
@@ -57,7 +60,7 @@ def test_the_interval_within_runs_holds_at_least_as_often_as_it_says() -> None:
 
 
 def test_with_five_pairs_the_interval_is_over_runs_and_knows_how_they_differ() -> None:
-    # Each pair is slower or faster as a whole by up to 30 %, the factor within a pair is 2 but for a tenth.
+    # Pairs differ by up to 30%. The factor within a pair is 2, give or take a tenth.
     scales = [(8.0, 16.2), (13.0, 25.5), (10.0, 20.9), (9.0, 17.5), (12.0, 24.0)]
     without = [drawn(2 * i, 800, a) for i, (a, _) in enumerate(scales)]
     beside = [drawn(2 * i + 1, 800, b) for i, (_, b) in enumerate(scales)]
@@ -78,14 +81,16 @@ def test_with_five_pairs_the_interval_is_over_runs_and_knows_how_they_differ() -
 def test_a_percentile_that_n_does_not_support_has_no_factor() -> None:
     found = interference.inflation([drawn(1, 400, 10)], [drawn(2, 4000, 25)]).as_dict()["percentiles"]
     assert found["p99"]["factor"] is None
-    # Both intervals must hold together, so each needs more than the 368 of one alone.
+    # The two intervals share one confidence level, so each needs more than 368 samples.
     assert (found["p99"]["n"], found["p99"]["needed"]) == (400, stats.needed(0.99, 0.975))
     assert found["p50"]["factor"] is not None
 
 
 @pytest.mark.parametrize("side", ["without", "loaded"])
 def test_a_run_that_answered_nothing_good_leaves_no_factor(side: str) -> None:
-    broken = summary.Part(table(*(row(10 * i, 5, error=records.HTTP_ERROR) for i in range(500))), 0, 10 * SECOND, 1)
+    broken = summary.RunRecords(
+        table(*(row(10 * i, 5, error=records.HTTP_ERROR) for i in range(500))), 0, 10 * SECOND, 1
+    )
     runs = {"without": [drawn(1, 4000, 10), drawn(3, 4000, 10)], "loaded": [drawn(2, 4000, 25), drawn(4, 4000, 25)]}
     assert figures_of(interference.inflation(**runs), "p50").factor > 0
     runs[side][1] = broken
@@ -102,21 +107,21 @@ def test_what_a_neighbour_achieved_counts_within_the_window_only() -> None:
 
 @pytest.mark.parametrize(("repeat", "busy"), [(0, (False, True)), (1, (True, False)), (2, (False, True))])
 def test_pairs_alternate(repeat: int, busy: tuple[bool, bool]) -> None:
-    assert neighbors.order(repeat) == busy
+    assert neighbors.load_order(repeat) == busy
 
 
 def test_servers_are_spread_over_the_slices_that_there_are() -> None:
-    three = neighbors.slices({"CUDA_VISIBLE_DEVICES": "MIG-a, MIG-b,MIG-c"})
-    assert [neighbors.placed(["serve"], three, number)[1] for number in range(4)] == [
+    three = neighbors.mig_devices({"CUDA_VISIBLE_DEVICES": "MIG-a, MIG-b,MIG-c"})
+    assert [neighbors.command_on_device(["serve"], three, number)[1] for number in range(4)] == [
         "CUDA_VISIBLE_DEVICES=MIG-a",
         "CUDA_VISIBLE_DEVICES=MIG-b",
         "CUDA_VISIBLE_DEVICES=MIG-c",
         "CUDA_VISIBLE_DEVICES=MIG-b",
     ]
-    assert neighbors.placed(["serve"], ["MIG-a"], 1) == ["env", "CUDA_VISIBLE_DEVICES=MIG-a", "serve"]
-    # Whole GPUs are not shared by being two: neighbours stay on the same one.
-    assert neighbors.slices({"CUDA_VISIBLE_DEVICES": "0,1"}) == []
-    assert neighbors.placed(["serve"], [], 1) == ["serve"]
+    assert neighbors.command_on_device(["serve"], ["MIG-a"], 1) == ["env", "CUDA_VISIBLE_DEVICES=MIG-a", "serve"]
+    # With several whole GPUs, the neighbors run on the GPU of the measured server.
+    assert neighbors.mig_devices({"CUDA_VISIBLE_DEVICES": "0,1"}) == []
+    assert neighbors.command_on_device(["serve"], [], 1) == ["serve"]
 
 
 def test_the_background_outlasts_the_run_and_is_a_closed_loop() -> None:
@@ -127,13 +132,13 @@ def test_the_background_outlasts_the_run_and_is_a_closed_loop() -> None:
 
 
 def test_a_server_that_runs_already_cannot_be_given_neighbours() -> None:
-    neighbors.refuse([])
-    with pytest.raises(UsageError, match="mine runs already"):
-        neighbors.refuse(["mine"])
+    neighbors.reject_running_servers([])
+    with pytest.raises(UsageError, match="mine is already running"):
+        neighbors.reject_running_servers(["mine"])
 
 
 def bench(folder: Path, count: int, repeats: int, *options: str, only: str = "") -> runner.Bench:
-    """Pairs on the answering server; `options` are those of the servers whose announcement lies in a folder called `only`."""
+    """Return a benchmark of pairs on the answering server; `options` are for the server in the folder `only`."""
     wanted = plan.Plan.model_validate(
         {
             "name": "test",
@@ -150,7 +155,7 @@ def bench(folder: Path, count: int, repeats: int, *options: str, only: str = "")
         more = list(options) if only in announce.parts else []
         return [sys.executable, str(ANSWERING), "--announce", str(announce), "--median-ms", "4", *more]
 
-    return runner.Bench(wanted, [runner.Subject("fp32", "fp32")], command, None, folder)
+    return runner.Bench(wanted, [runner.BenchTarget("fp32", "fp32")], command, None, folder)
 
 
 def receipt_of(work: runner.Bench) -> dict[str, Any]:
@@ -158,7 +163,7 @@ def receipt_of(work: runner.Bench) -> dict[str, Any]:
     runner.run(work, outcomes, lambda progress: None, lambda outcome: None)
     assert outcomes[0].failure is None
     context = result.Context(work.plan, environment.detect(), "test", [], None, work.output)
-    result.receipts(context, outcomes)
+    write_all(context, outcomes)
     return receipt.load(work.output / "receipts" / "fp32.json").data
 
 
@@ -171,7 +176,7 @@ def test_a_pair_measures_both_ways_and_records_what_the_neighbours_did(tmp_path:
     for one in beside["runs"]:
         assert [other["outlived"] for other in one["others"]] == [True, True]
         assert all(other["requests_per_s"] > 20 for other in one["others"])
-    # The receipt itself is about the runs without.
+    # The receipt describes the runs with idle neighbors.
     assert found["summary"]["latency_ms"]["n"] == sum(run["summary"]["latency_ms"]["n"] for run in found["runs"])
     assert found["summary"]["requests_per_s"] == beside["requests_per_s"]["without"]
     assert len(list(tmp_path.glob("runs/fp32-*/with-neighbours/requests-*.bin"))) == 2
@@ -179,46 +184,46 @@ def test_a_pair_measures_both_ways_and_records_what_the_neighbours_did(tmp_path:
 
 def test_a_neighbour_that_did_not_outlive_the_run_makes_it_invalid(tmp_path: Path) -> None:
     made = runner.outcomes(bench(tmp_path, 1, 1))[0]
-    beside = {
-        "window": [0, 10 * SECOND],
-        "inputs_per_request": 1,
-        "offered": None,
-        "serial": 1,
-        "state": {"steady": True},
-        "resources": {},
-        "telemetry": {},
-        "count": 1,
-        "users": 2,
-        "others": [{"number": 1, "requests_per_s": 9.0, "failed": 0, "outlived": False, "failure": None}],
-    }
+
+    def loaded(outlived: bool, failure: str | None = None, failed: int = 0) -> neighbor_run.NeighborRun:
+        return neighbor_run.NeighborRun(
+            window=(0, 10 * SECOND),
+            inputs_per_request=1,
+            offered=None,
+            serial=1,
+            state={"steady": True},
+            resources={},
+            telemetry=Telemetry(),
+            others=(neighbor_run.NeighborLoad(1, outlived, failure, 9.0, failed),),
+            count=1,
+            users=2,
+        )
+
     part = drawn(1, 1000, 5)
     folder = tmp_path / "runs" / "fp32-1"
     from bench_samples import records_file
 
     (folder / "with-neighbours").mkdir(parents=True)
     records_file(folder / "with-neighbours" / "requests-0.bin", part.rows)
-    made.measurements.append(
-        runner.Measurement(
-            plan.Run("fp32", 0), 0.0, part, {"steady": True}, {}, folder, {"name": "x"}, 1, beside=beside
-        )
+    measured = runner.Measurement(plan.Run("fp32", 0), 0.0, part, {"steady": True}, {}, folder, {"name": "x"}, 1)
+
+    def judged(run: neighbor_run.NeighborRun) -> Validity:
+        made.measurements[:] = [dataclasses.replace(measured, with_neighbors=run)]
+        return runner.judge(made, 2).validity
+
+    assert judged(loaded(False)).reasons == (
+        "with loaded neighbors, run 1: neighbor 1 did not stay under load (no response came after the end of the run)",
     )
-    _, _, whole = runner.judge(made, 2)
-    assert whole.reasons == (
-        "beside neighbours, run 1: neighbour 1 did not outlive the run (no answer came after its end)",
-    )
-    beside["others"] = [{"number": 1, "requests_per_s": 9.0, "failed": 0, "outlived": True, "failure": "it died"}]
-    assert "did not outlive the run (it died)" in runner.judge(made, 2)[2].reasons[0]
-    beside["others"] = [{"number": 1, "requests_per_s": 9.0, "failed": 50, "outlived": True, "failure": None}]
-    assert "answered 50 requests with errors" in runner.judge(made, 2)[2].reasons[0]
-    beside["others"] = [{"number": 1, "requests_per_s": 9.0, "failed": 1, "outlived": True, "failure": None}]
-    assert runner.judge(made, 2)[2].valid
+    assert "did not stay under load (it crashed)" in judged(loaded(True, "it crashed")).reasons[0]
+    assert "failed 50 requests" in judged(loaded(True, failed=50)).reasons[0]
+    assert judged(loaded(True, failed=1)).valid
 
 
 def test_a_neighbour_that_dies_meanwhile_makes_the_run_invalid_with_its_reason(tmp_path: Path) -> None:
     found = receipt_of(bench(tmp_path, 1, 1, "--die-after", "60", only="neighbour-1"))
     assert found["validity"]["valid"] is False
     assert any(
-        "neighbour 1 did not outlive the run" in one and "out of memory" in one for one in found["validity"]["reasons"]
+        "neighbor 1 did not stay under load" in one and "out of memory" in one for one in found["validity"]["reasons"]
     )
     left = [
         entry for entry in Path("/proc").iterdir() if entry.name.isdigit() and str(tmp_path).encode() in _command(entry)
@@ -253,7 +258,7 @@ def test_the_command_refuses_neighbours_of_a_running_server(tmp_path: Path, answ
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "mine runs already" in done.stderr
+    assert "mine is already running" in done.stderr
     assert not (tmp_path / "bench-results").exists()
 
 

@@ -61,9 +61,9 @@ def test_loads_that_say_by_themselves_how_long_they_last_go_on(here: Path, name:
     (here / "mine.yaml").write_text(json.dumps({"name": "mine", "matrix": matrix}))
     begun = bench_setup.start(bench_setup.Given(model="model", plan="mine.yaml")).work
     again = bench_setup.go_on(begun.output).work
-    for one, other in zip(begun.subjects, again.subjects, strict=True):
+    for one, other in zip(begun.targets, again.targets, strict=True):
         assert begun.load_of(one) == again.load_of(other)
-    assert again.load_of(again.subjects[1]).duration_s == 7
+    assert again.load_of(again.targets[1]).duration_s == 7
 
 
 @pytest.mark.parametrize("where", ["plan", "configuration"])

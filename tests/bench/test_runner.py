@@ -1,4 +1,4 @@
-"""Whole benches: real Locust, real child processes, the answering server in the place of `inferctl serve`."""
+"""Complete benchmarks: real Locust and real child processes, with the answering server instead of `inferctl serve`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from inferctl.bench.load import child_server, procfs, records, target
 from inferctl.bench.measure import environment, quality, runner
 from inferctl.bench.plan import plan, workload
 from inferctl.bench.report import charts, html, result, terminal
+from inferctl.bench.report.receipts import write_all
+from inferctl.bench.report.rows import MeasuredRow
 from inferctl.errors import InferctlError, InvalidRunError
 
 SHORT = {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0, "timeout_s": 5}
@@ -63,21 +65,21 @@ def bench(
             *options,
         ]
 
-    return runner.Bench(wanted, [runner.Subject(name, name) for name in names], command, model, folder)
+    return runner.Bench(wanted, [runner.BenchTarget(name, name) for name in names], command, model, folder)
 
 
 def ran(
     work: runner.Bench,
-    notify: runner.Notify = lambda progress: None,
-    kept: Callable[[runner.Outcome], object] = lambda outcome: None,
+    notify: Callable[[runner.Progress], None] = lambda progress: None,
+    on_measured: Callable[[runner.Outcome], object] = lambda outcome: None,
 ) -> list[runner.Outcome]:
     outcomes = runner.outcomes(work)
-    runner.run(work, outcomes, notify, kept)
+    runner.run(work, outcomes, notify, on_measured)
     return outcomes
 
 
 def processes_in(folder: Path) -> list[int]:
-    """Processes whose working folder is below `folder`."""
+    """Return the processes whose working folder is below `folder`."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -92,9 +94,13 @@ def context_of(work: runner.Bench) -> result.Context:
     return result.Context(work.plan, environment.detect(), "test", [], None, work.output)
 
 
-def document(work: runner.Bench, outcomes: list[runner.Outcome]) -> dict[str, Any]:
+def collected(work: runner.Bench, outcomes: list[runner.Outcome]) -> result.Result:
     context = context_of(work)
-    return result.document(context, outcomes, result.receipts(context, outcomes), work.output / "report.html")
+    return result.collect(context, outcomes, write_all(context, outcomes), work.output / "report.html")
+
+
+def document(work: runner.Bench, outcomes: list[runner.Outcome]) -> dict[str, Any]:
+    return collected(work, outcomes).as_dict()
 
 
 def test_runs_alternate_and_are_pooled_into_one_receipt_a_configuration(tmp_path: Path) -> None:
@@ -136,9 +142,9 @@ def test_each_repeat_has_a_schedule_of_its_own_that_all_configurations_share(tmp
         due = records.read(tmp_path / run["records"][0]["path"])["intended_ns"]
         times.append((due - due.min()).tolist())
     assert times[0] != times[1] != times[2]
-    pair = comparable.Pair(fp32, bf16)
-    assert comparable.refused(pair, ["precision"]) == []
-    assert pair.together
+    pair = comparable.ReceiptPair(fp32, bf16)
+    assert comparable.invalid_because(pair, ["precision"]) == []
+    assert pair.interleaved
 
 
 def test_requests_that_a_server_rejects_are_counted_and_do_not_invalidate(tmp_path: Path) -> None:
@@ -146,7 +152,8 @@ def test_requests_that_a_server_rejects_are_counted_and_do_not_invalidate(tmp_pa
     work = dataclasses.replace(
         work, plan=work.plan.model_copy(update={"load": plan.Load.model_validate(SHORT | {"users": 6})})
     )
-    found = document(work, ran(work))
+    result_ = collected(work, ran(work))
+    found = result_.as_dict()
     (row,) = found["rows"]
     assert row["valid"], row["reasons"]
     assert row["rejected"] > 0
@@ -156,7 +163,7 @@ def test_requests_that_a_server_rejects_are_counted_and_do_not_invalidate(tmp_pa
     assert sealed["summary"]["rejected"] == row["rejected"] == sealed["summary"]["errors"]["HTTP status"]
     assert any("rejected" in caveat["text"] for caveat in found["caveats"])
     assert any(said.startswith("fp32 rejected ") for said in found["findings"])
-    assert f"{row['rejected']} rejected, 0 failed" in html.render(found, [receipt.load(Path(row["receipt"]))])
+    assert f"{row['rejected']} rejected, 0 failed" in html.render(result_, [receipt.load(Path(row["receipt"]))])
 
 
 def test_a_configuration_that_cannot_run_is_a_row_with_its_reason(tmp_path: Path) -> None:
@@ -189,12 +196,12 @@ def test_nothing_is_left_running_after_an_interrupt(tmp_path: Path) -> None:
 def test_quality_is_not_checked_without_the_weights(tmp_path: Path) -> None:
     work = bench(tmp_path, "fp32", check_quality=True)
     (outcome,) = ran(work)
-    assert outcome.quality == quality.unchecked("no local model folder was given to compare with")
+    assert outcome.quality == quality.unchecked("no local model folder to compare with")
 
 
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
-    """A model folder and its digest, whose fp32 vectors are those of the answering server (it has no weights to compute them from)."""
+    """A model folder without weights, and its digest. Its fp32 reference is the vectors of the answering server."""
     folder = tmp_path / "weights"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
@@ -210,10 +217,10 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]
 @pytest.mark.parametrize(
     ("broken", "reason"),
     [
-        ("nan", "not finite"),
-        ("zeros", "all zeros"),
-        ("shape", "of 31 dimensions, the reference has 32"),
-        ("ragged", "of 31 dimensions, the reference has 32"),
+        ("nan", "NaN or infinity"),
+        ("zeros", "vectors of zeros"),
+        ("shape", "of 31 dimensions; the reference has 32"),
+        ("ragged", "of 31 dimensions; the reference has 32"),
         ("error", "returned 500"),
     ],
 )
@@ -224,24 +231,27 @@ def test_a_server_with_broken_vectors_fails_on_quality_and_its_results_can_be_sh
     options = ("--sha256", digest, "--broken", broken)
     work = bench(tmp_path, "int8", options=options, check_quality=True, model=folder)
     outcomes = ran(work)
-    found = document(work, outcomes)
+    result_ = collected(work, outcomes)
+    found = result_.as_dict()
     (row,) = found["rows"]
     assert (row["quality"]["checked"], row["quality"]["passes"]) == (True, False)
     assert reason in row["quality"]["reason"]
-    assert found["finding"] == "No configuration keeps the quality of fp32, so none is recommended."
-    assert f"int8 fails on quality: {row['quality']['reason']}; it cannot be recommended." in found["findings"]
-    assert terminal.cells(row)[-2:] == ["broken", "broken"]
+    assert found["finding"] == "No configuration passes the quality check, so none is recommended."
+    assert f"int8 fails the quality check: {row['quality']['reason']}; it is not recommended." in found["findings"]
+    (measured,) = result_.rows
+    assert isinstance(measured, MeasuredRow)
+    assert terminal.cells(measured)[-2:] == ["broken", "broken"]
     sealed = [receipt.load(Path(row["receipt"]))]
     assert {"quality", "recall"}.isdisjoint(charts.all_charts(sealed))
-    assert "<td>broken</td>" in html.render(found, sealed)
+    assert "<td>broken</td>" in html.render(result_, sealed)
 
 
 def test_the_same_weights_are_compared_once_for_each_input_limit(tmp_path: Path, weights: tuple[Path, str]) -> None:
     folder, digest = weights
     work = bench(tmp_path, "fp32", options=("--sha256", digest), check_quality=True, model=folder)
     (outcome,) = ran(work)
-    assert outcome.quality["passes"]
-    assert outcome.quality["corpus_sha256"] == workload.read_corpus("short")[1]
+    assert outcome.quality.passes
+    assert outcome.quality.corpus_sha256 == workload.read_corpus("short")[1]
     asked: list[int | None] = []
     real = quality.reference
 
@@ -250,7 +260,7 @@ def test_the_same_weights_are_compared_once_for_each_input_limit(tmp_path: Path,
         return real(model, texts, longest, *rest)
 
     quality.reference = counted  # type: ignore[assignment]  # put back by the fixture
-    checker = quality.Checker(work.plan.quality, folder)
+    checker = quality.QualityChecker(work.plan.quality, folder)
     for limit in (256, 512, 256):
         info = {"model": {"sha256": digest}, "limits": {"max_input_tokens": limit}}
         checker(target.Target("http://127.0.0.1:9", "m", info), lambda passed: None)
@@ -297,7 +307,7 @@ def test_what_was_measured_is_kept_after_each_run(tmp_path: Path) -> None:
 
     outcomes = runner.outcomes(work)
     with pytest.raises(RuntimeError):
-        runner.run(work, outcomes, stop, lambda outcome: result.receipts(context, [outcome]))
+        runner.run(work, outcomes, stop, lambda outcome: write_all(context, [outcome]))
     assert processes_in(tmp_path) == []
     kept = {name: receipt.load(tmp_path / "receipts" / f"{name}.json").data for name in ("fp32", "bf16")}
     assert {name: data["summary"]["runs"] for name, data in kept.items()} == {"fp32": 1, "bf16": 2}
@@ -309,16 +319,16 @@ def test_a_server_on_this_machine_is_not_counted_as_another_process(
     answering: Callable[..., str], tmp_path: Path
 ) -> None:
     work = bench(tmp_path, "fp32")
-    work = runner.Bench(work.plan, [runner.Subject("here", url=answering("--median-ms", "1"))], None, None, tmp_path)
-    found = document(work, ran(work))
-    data = receipt.load(Path(found["rows"][0]["receipt"])).data
+    work = runner.Bench(
+        work.plan, [runner.BenchTarget("here", url=answering("--median-ms", "1"))], None, None, tmp_path
+    )
+    found = collected(work, ran(work))
+    path = Path(found.rows[0].receipt or "")
+    data = receipt.load(path).data
     assert data["resources"]["server_cores"] > 0
     assert data["resources"]["server_peak_bytes"] > 1e6
     assert data["configuration"]["this_machine"]
-    assert any(
-        "shared this machine's cores" in text
-        for _, text in html.honesty(found, [receipt.load(Path(found["rows"][0]["receipt"]))])
-    )
+    assert any("share the cores of this machine" in note.text for note in html.limitations(found, [receipt.load(path)]))
 
 
 def test_a_local_server_whose_process_is_not_known_is_not_blamed_on_others(
@@ -326,7 +336,9 @@ def test_a_local_server_whose_process_is_not_known_is_not_blamed_on_others(
 ) -> None:
     monkeypatch.setattr(procfs, "listener", lambda port: None)
     work = bench(tmp_path, "fp32")
-    work = runner.Bench(work.plan, [runner.Subject("here", url=answering("--median-ms", "1"))], None, None, tmp_path)
+    work = runner.Bench(
+        work.plan, [runner.BenchTarget("here", url=answering("--median-ms", "1"))], None, None, tmp_path
+    )
     (outcome,) = ran(work)
     assert "other_cores" not in outcome.measurements[0].resources
     assert "client_cpu_percent" in outcome.measurements[0].resources
@@ -348,7 +360,7 @@ def test_the_command_measures_a_running_server_and_prints_one_document(
     found = json.loads(done.stdout)
     (row,) = found["rows"]
     assert (row["configuration"], row["outcome"], row["valid"]) == ("mine", "measured", True)
-    assert row["quality"] == {"checked": False, "reason": "no local model folder was given to compare with"}
+    assert row["quality"] == {"checked": False, "reason": "no local model folder to compare with"}
     assert receipt.load(Path(row["receipt"])).data["hardware"]["key"] == "cpu"
     assert Path(found["report"]).is_file()
     assert json.loads((Path(found["output"]) / "result.json").read_text()) == found
@@ -464,7 +476,7 @@ def test_users_of_an_open_loop_are_said_to_change_nothing(answering: Callable[..
     line = ["--url", f"mine={answering('--median-ms', '2')}", "--plan", "quick", "--users", "4", "--duration", "1"]
     done = command(*line, "--rate", "50", "--users", "4", folder=tmp_path)
     assert "--users 4 changes nothing: this load is an open loop, 50 requests/s" in done.stderr
-    assert "late and 0 dropped of" in done.stdout
+    assert "late and 0 dropped of" in " ".join(done.stdout.split())
 
 
 @pytest.mark.slow
@@ -512,7 +524,7 @@ def test_a_folder_that_cannot_be_made_is_named(answering: Callable[..., str], tm
 def test_a_report_that_cannot_be_written_does_not_hide_the_results(
     answering: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its folder is there when the bench begins, and gone when the report is due."""
+    """The folder of the report exists when the benchmark starts, and is a file when the report is written."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "reports"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""What a bench says of itself while it runs."""
+"""The progress of a benchmark on stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bench that was cut short goes on where it stopped: real SIGKILLs, real children."""
+"""Resume an interrupted benchmark: real SIGKILLs and real child processes."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def bench(folder: Path, *names: str, repeats: int = 1, options: Sequence[str] = 
     def command(precision: str, announce: Path) -> Sequence[str]:
         return [sys.executable, str(ANSWERING), "--announce", str(announce), "--precision", precision, *options]
 
-    return runner.Bench(wanted, [runner.Subject(name, name) for name in names], command, None, folder)
+    return runner.Bench(wanted, [runner.BenchTarget(name, name) for name in names], command, None, folder)
 
 
-def go_on(work: runner.Bench) -> tuple[int, list[runner.Outcome]]:
+def resumed(work: runner.Bench) -> tuple[int, list[runner.Outcome]]:
     outcomes = runner.outcomes(work)
     done = resume.restore(work.output, work.order, outcomes)
     runner.run(work, outcomes, lambda progress: None, lambda outcome: None)
@@ -76,7 +76,7 @@ repeats: 2
 
 @pytest.fixture
 def killed(answering: Callable[..., str], tmp_path: Path) -> Path:
-    """The folder of a bench of two servers and two repeats that got a SIGKILL while its third run was measured."""
+    """The folder of a benchmark of two servers and two repeats, killed by SIGKILL during its third run."""
     (tmp_path / "mine.yaml").write_text(PLAN)
     url = answering("--median-ms", "5")
     process = command("--plan", "mine.yaml", "--url", f"one={url}", "--url", f"two={url}", folder=tmp_path)
@@ -117,19 +117,19 @@ def test_what_changed_meanwhile_is_named_and_refused(killed: Path, tmp_path: Pat
     (tmp_path / "mine.yaml").write_text(PLAN.replace("repeats: 2", "repeats: 3"))
     code, _, told = finished("--resume", str(killed), folder=tmp_path)
     assert code == 2
-    assert "the plan's file changed" in told
+    assert "the plan file changed" in told
     (tmp_path / "mine.yaml").write_text(PLAN)
     manifest = json.loads((killed / "bench.json").read_text())
     manifest["identity"]["code"]["sha256"] = "0" * 64
     (killed / "bench.json").write_text(json.dumps(manifest))
     code, _, told = finished("--resume", str(killed), folder=tmp_path)
     assert code == 2
-    assert "was altered after the bench began" in told
+    assert "was changed after the benchmark started" in told
     manifest["seal"] = receipt.seal_of(manifest)
     (killed / "bench.json").write_text(json.dumps(manifest))
     code, _, told = finished("--resume", str(killed), folder=tmp_path)
     assert code == 2
-    assert "inferctl's code changed (sha256: 000000000000… -> " in told
+    assert "the code of inferctl changed (sha256: 000000000000… -> " in told
     assert "start a new bench" in told
     assert len(list(killed.glob("runs/*/run.json"))) == 2
 
@@ -140,7 +140,7 @@ def test_a_resumed_bench_takes_nothing_that_it_had_from_its_start(tmp_path: Path
     assert "--repeats cannot be given with --resume" in told
     code, _, told = finished("--resume", "nowhere", folder=tmp_path)
     assert code == 2
-    assert "holds no bench to go on with" in told
+    assert "has no benchmark to resume" in told
 
 
 def test_everything_that_figures_depend_on_is_compared(tmp_path: Path) -> None:
@@ -148,18 +148,18 @@ def test_everything_that_figures_depend_on_is_compared(tmp_path: Path) -> None:
 
     def identity(**changes: Any) -> dict[str, Any]:
         given = {"model": "aa", "spec": "bb", "servers": {"x": ["cc", "bf16"]}, "plan": work.plan, **changes}
-        here, subjects = given.get("machine", machine), work.subjects
+        here, subjects = given.get("machine", machine), work.targets
         return resume.identity(given["plan"], subjects, here, given["model"], given["spec"], given["servers"], None)
 
     def other(**changes: Any) -> environment.Environment:
         return dataclasses.replace(machine, **changes)
 
     then = json.loads(json.dumps(identity()))
-    resume.check(then, identity(), tmp_path)
+    resume.check_unchanged(then, identity(), tmp_path)
     for change, said in (
-        ({"model": "dd"}, "the model's weights changed (aa -> dd)"),
+        ({"model": "dd"}, "the weights of the model changed (aa -> dd)"),
         ({"spec": "ee"}, "the settings changed"),
-        ({"servers": {"x": ["cc", "fp32"]}}, "a server's weights or precision changed"),
+        ({"servers": {"x": ["cc", "fp32"]}}, "the weights or the precision of a server changed"),
         ({"plan": work.plan.with_overrides(repeats=2)}, "the plan changed (repeats: 1 -> 2)"),
         ({"machine": other(versions={**machine.versions, "locust": "0.1"})}, "-> 0.1)"),
         ({"machine": other(variables={"OMP_NUM_THREADS": "1"})}, "software changed (OMP_NUM_THREADS: null -> 1)"),
@@ -167,21 +167,21 @@ def test_everything_that_figures_depend_on_is_compared(tmp_path: Path) -> None:
         ({"machine": other(gpus=(environment.Gpu("T4", "t4", 1, "570.1"),))}, 'driver: [] -> ["570.1"])'),
     ):
         with pytest.raises(UsageError) as caught:
-            resume.check(then, identity(**change), tmp_path)
+            resume.check_unchanged(then, identity(**change), tmp_path)
         assert said in caught.value.message
 
 
 def test_a_run_whose_records_are_not_whole_is_made_again(tmp_path: Path) -> None:
     work = bench(tmp_path, "fp32", "bf16")
-    _, first = go_on(work)
-    done, again = go_on(work)
+    _, first = resumed(work)
+    done, again = resumed(work)
     assert done == 2
     assert [one.measurements[0].serial for one in again] == [one.measurements[0].serial for one in first]
     rows = [one[0].measurements[0].part.rows.tobytes() for one in (first, again)]
     assert rows[0] == rows[1]
     broken = tmp_path / "runs" / "bf16-1" / "requests-0.bin"
     broken.write_bytes(broken.read_bytes()[:-60])
-    done, again = go_on(work)
+    done, again = resumed(work)
     assert done == 1
     assert again[0].measurements[0].serial == first[0].measurements[0].serial
     assert again[1].measurements[0].serial != first[1].measurements[0].serial
@@ -190,7 +190,7 @@ def test_a_run_whose_records_are_not_whole_is_made_again(tmp_path: Path) -> None
 def test_a_run_whose_quality_check_was_cut_short_is_kept_and_the_check_made_up(tmp_path: Path) -> None:
     work = bench(tmp_path, "fp32", repeats=2)
     work = dataclasses.replace(work, plan=work.plan.model_copy(update={"quality": plan.Quality.model_validate({})}))
-    found = quality.unchecked("no local model folder was given to compare with")
+    found = quality.unchecked("no local model folder to compare with")
 
     def interrupt(progress: runner.Progress) -> None:
         if progress.phase == "checking quality":
@@ -202,7 +202,7 @@ def test_a_run_whose_quality_check_was_cut_short_is_kept_and_the_check_made_up(t
     assert len(first.measurements) == 1
     log = tmp_path / "runs" / "fp32-1" / "quality" / "server.log"
     for complete in (1, 2):
-        done, (again,) = go_on(work)
+        done, (again,) = resumed(work)
         assert done == complete
         assert again.quality == found
         assert [one.run.repeat for one in again.measurements] == [0, 1]
@@ -219,8 +219,8 @@ def test_a_reference_that_could_not_be_computed_is_tried_again(tmp_path: Path, m
     work = bench(tmp_path, "fp32", options=("--sha256", digest))
     checked = plan.Quality.model_validate({"corpus": "short", "texts": 40})
     work = dataclasses.replace(work, plan=work.plan.model_copy(update={"quality": checked}), model=weights)
-    _, (first,) = go_on(work)  # there are no weights to compute from
-    assert "the fp32 reference could not be computed" in first.quality["reason"]
+    _, (first,) = resumed(work)  # there are no weights to compute from
+    assert "the computation of the fp32 reference failed" in (first.quality.reason or "")
     assert json.loads((tmp_path / "runs" / "fp32-1" / "run.json").read_text())["quality"] is None
 
     def reference(_: Path, texts: list[str], *rest: Any) -> quality.Reference:
@@ -228,27 +228,27 @@ def test_a_reference_that_could_not_be_computed_is_tried_again(tmp_path: Path, m
 
     monkeypatch.setattr(quality, "reference", reference)
     for _ in range(2):
-        done, (again,) = go_on(work)
+        done, (again,) = resumed(work)
         assert done == 1
-        assert again.quality["passes"]
+        assert again.quality.passes
         assert again.measurements[0].serial == first.measurements[0].serial
-        monkeypatch.setattr(quality, "reference", None)  # what was compared is not compared again
+        monkeypatch.setattr(quality, "reference", None)  # the check is complete and is not repeated
 
 
 def test_what_failed_is_tried_again(tmp_path: Path) -> None:
     work = bench(tmp_path, "fp32")
-    absent = runner.Bench(work.plan, work.subjects, lambda precision, announce: ["false"], None, tmp_path)
-    _, outcomes = go_on(absent)
+    absent = runner.Bench(work.plan, work.targets, lambda precision, announce: ["false"], None, tmp_path)
+    _, outcomes = resumed(absent)
     assert outcomes[0].failure
-    _, outcomes = go_on(work)
+    _, outcomes = resumed(work)
     assert outcomes[0].failure is None
     assert len(outcomes[0].measurements) == 1
 
 
 def test_only_one_bench_at_a_time_has_a_folder(tmp_path: Path) -> None:
-    with resume.alone(tmp_path), pytest.raises(NotReadyError, match="another bench runs in"), resume.alone(tmp_path):
+    with resume.lock(tmp_path), pytest.raises(NotReadyError, match="another benchmark runs in"), resume.lock(tmp_path):
         pass
-    with resume.alone(tmp_path):
+    with resume.lock(tmp_path):
         pass
 
 
@@ -258,15 +258,15 @@ def test_the_reference_that_a_killed_bench_was_computing_is_ended(tmp_path: Path
     ended: list[int] = []
 
     def waiting(passed: float) -> None:
-        for _ in range(500):  # its command line is there a moment after it
-            if found := resume.leftovers(tmp_path):
+        for _ in range(500):  # the command line of a process appears shortly after its start
+            if found := resume.orphaned_processes(tmp_path):
                 ended.extend(found)
                 break
             time.sleep(0.01)
         resume.restore(tmp_path, work.order, runner.outcomes(work))
 
-    # Killed, it says nothing; left alone, it says that there is no such model.
-    with pytest.raises(InferctlError, match="reference could not be computed: no message"):
+    # The killed process writes no message. Otherwise its message is that the model does not exist.
+    with pytest.raises(InferctlError, match="computation of the fp32 reference failed: no message"):
         quality.reference(tmp_path / "model", ["a text"], None, waiting, tmp_path / "runs")
     assert len(ended) == 1
 
@@ -282,7 +282,7 @@ def test_servers_that_a_killed_bench_left_are_ended(tmp_path: Path) -> None:
         while not announce.is_file():
             assert server.poll() is None
             time.sleep(0.02)
-        assert resume.leftovers(tmp_path) == [server.pid]
+        assert resume.orphaned_processes(tmp_path) == [server.pid]
         work = bench(tmp_path, "fp32")
         assert resume.restore(tmp_path, work.order, runner.outcomes(work)) == 0
         assert server.wait(10) == -signal.SIGKILL

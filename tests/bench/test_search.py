@@ -88,7 +88,7 @@ class Simulated:
 
 
 def true_goodput(slo_ms: float, noise: float = 0.0) -> float:
-    """The rate at which the true p99 is the SLO, by bisection over long simulations."""
+    """Return the rate at which the true p99 equals the SLO, by bisection over long simulations."""
     low, high = 1.0, 1 / SERVICE_S
     for _ in range(12):
         middle = (low + high) / 2
@@ -119,8 +119,8 @@ def test_the_goodput_is_close_to_the_true_one_and_not_over_it() -> None:
 def test_a_rate_meets_the_slo_only_with_a_sufficient_effective_sample_size() -> None:
     truth, named = true_goodput(80), []
     for seed in range(20):
-        # As many answers as a p99 takes, as if they were independent.
-        result = found({"max_probes": 16}, Simulated(80, answers=search.ENOUGH, seed=1000 * seed))
+        # The number of independent samples that a p99 needs.
+        result = found({"max_probes": 16}, Simulated(80, answers=search.ENOUGH_SAMPLES, seed=1000 * seed))
         held = [probe for probe in result["probes"] if probe["stage"] == "confirm" and probe["holds"]]
         if result["max_goodput_rps"]:
             named.append(result["max_goodput_rps"])
@@ -128,7 +128,7 @@ def test_a_rate_meets_the_slo_only_with_a_sufficient_effective_sample_size() -> 
             assert last["n"] / last["dependence"] >= stats.needed(0.99)
             assert result["caution"] is None
     assert len(named) >= 15
-    # Unpooled, 16 of these searches name a rate over the true one.
+    # Without pooling, 16 of these searches return a rate above the true limit.
     assert sum(rate > truth for rate in named) <= 2
 
 
@@ -150,7 +150,7 @@ def test_a_rate_whose_answers_are_alike_is_measured_for_as_long_as_they_need(tmp
 
     def take(load: plan.Load, *_: Any) -> runner.Measurement:
         lasted.append(load.duration_s)
-        # Blocks of twenty answers, all quick or, one block in fifty, all slow.
+        # Blocks of twenty responses. All responses of one block in fifty are slow.
         blocks = np.where(random.random(int(load.duration_s * (load.rate or 1)) // 20) < 0.02, 50.0, 5.0)
         rows = table(*(row(1e3 / (load.rate or 1) * i, ms) for i, ms in enumerate(np.repeat(blocks, 20))))
         part = summary.RunRecords(rows, 0, int(load.duration_s * SECOND), 1, len(rows))
@@ -171,7 +171,9 @@ def test_a_rate_whose_answers_are_alike_is_measured_for_as_long_as_they_need(tmp
     assert lasted == [8]
     assert (first.variance_inflation or 0) > 5
     searcher.measure(100, "sweep", [first])
-    assert lasted[1] == pytest.approx(min(30, (search.ENOUGH * (first.variance_inflation or 0) - first.n) / 100))
+    assert lasted[1] == pytest.approx(
+        min(30, (search.ENOUGH_SAMPLES * (first.variance_inflation or 0) - first.n) / 100)
+    )
     assert lasted[1] > 8
     searcher.measure(100, "confirm", [])
     assert lasted[2] >= 20
@@ -179,7 +181,7 @@ def test_a_rate_whose_answers_are_alike_is_measured_for_as_long_as_they_need(tmp
 
 def test_knee_saturation_and_cliff_are_told_apart() -> None:
     result = found({}, Simulated(80))
-    # M/D/1: throughput over median latency is greatest well below the server's rate, which it can never pass.
+    # M/D/1: throughput over median latency is highest well below the rate of the server, which is the limit.
     assert 30 < result["knee_rps"] < 90
     assert 90 <= result["saturation_rps"] <= 130
     assert 90 < result["saturated_at_rps"] < 102
@@ -364,13 +366,13 @@ def test_a_search_that_found_its_server_behind_at_every_rate_is_an_answer_and_no
         made = runner.Measurement(
             plan.Run("a", 0), 0.0, part, {"steady": True}, resources, tmp_path, {"name": "x"}, 1, search=found
         )
-        return runner.judge(runner.Outcome(runner.Subject("a"), [made]), 2)[2]
+        return runner.judge(runner.Outcome(runner.BenchTarget("a"), [made]), 2).validity
 
     behind = "of 500 offered requests were completed in time"
     assert behind in judged(None).reasons[0]
     assert judged(answer).valid
     assert behind in judged(answer).cautions[0]
-    # What the load generator could not do says nothing of the server.
+    # A saturated load generator shows nothing about the server.
     assert "bottleneck" in judged(answer, client_cpu_percent=99.0).reasons[0]
 
 
@@ -435,7 +437,7 @@ def test_probes_stay_within_their_number_and_their_rate() -> None:
 
 
 class Timed(Simulated):
-    """A simulated server on a virtual clock: a probe takes its seconds and some more."""
+    """A simulated server on a virtual clock. A probe takes its duration and an overhead."""
 
     AROUND = 5.0
 
@@ -468,7 +470,7 @@ def test_searches_end_within_their_budget_and_their_band_contains_the_limit(budg
         inside += low <= truth <= (high or math.inf)
         confirmed += result["verdict"] in ("found", "at least")
     assert inside >= 18
-    # At least half of the searches confirm a rate, though the time is short.
+    # At least half of the searches confirm a rate within the short time.
     assert confirmed >= 10
 
 
@@ -565,7 +567,7 @@ def test_a_hopeless_backlog_is_found_and_one_that_comes_and_goes_is_not(tmp_path
             answered = ends < 6
             backlog._ends = (ends[answered] * 1e9).astype(int).tolist()
             backlog._latencies = ((ends - arrivals)[answered] * 1e3).tolist()
-            said += backlog.growing(0, 6.0) is not None
+            said += backlog.growth(0, 6.0) is not None
         assert said == (5 if hopeless else 0), (rate, said)
 
 
@@ -573,7 +575,7 @@ def test_a_hopeless_backlog_is_found_and_one_that_comes_and_goes_is_not(tmp_path
 def test_a_server_with_a_queue_is_searched_and_the_receipt_says_what_was_found(
     answering: Callable[..., str], tmp_path: Path
 ) -> None:
-    """One slot of 8 ms with room for 30: over 125 requests/s it must refuse."""
+    """One slot of 8 ms and a queue of 30: the server rejects requests above 125 requests/s."""
     url = answering("--median-ms", "8", "--sigma", "0.1", "--slots", "1", "--queue", "30")
     (tmp_path / "mine.yaml").write_text(
         "name: mine\nconfigurations: [{name: a, precision: fp32}]\ncorpus: short\nquality: null\n"

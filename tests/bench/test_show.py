@@ -1,7 +1,8 @@
-"""How results look: the table in 80 columns, and the HTML report."""
+"""The result in a terminal of 80 columns, and the HTML report."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -10,7 +11,6 @@ import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bench_samples import document, sealed
@@ -20,10 +20,11 @@ from inferctl.bench import receipt
 from inferctl.bench.measure import environment, runner
 from inferctl.bench.plan import plan
 from inferctl.bench.report import charts, html, result, terminal
+from inferctl.bench.report.result import Result
 
 
-def made(folder: Path) -> tuple[dict[str, Any], list[receipt.Receipt]]:
-    """A result with a winner, an emulated, an invalid, an unsupported and an absent row."""
+def made(folder: Path) -> tuple[Result, list[receipt.Receipt]]:
+    """Return a result with a winner and with emulated, invalid, failed and missing rows."""
     invalid = {
         "valid": False,
         "reasons": ["the load generator used 97 % of its core (limit 90 %): it was the bottleneck"],
@@ -36,17 +37,16 @@ def made(folder: Path) -> tuple[dict[str, Any], list[receipt.Receipt]]:
         document("bf16", 2345.6, 4.321),
         document("remote-t4", 4000, 2.5, validity=invalid),
     )
-    outcomes = [runner.Outcome(runner.Subject(one.name, one.name), measurements=[]) for one in receipts]
-    outcomes.append(runner.Outcome(runner.Subject("int8", "int8"), failure="bitsandbytes is not installed"))
+    outcomes = [runner.Outcome(runner.BenchTarget(one.name, one.name), measurements=[]) for one in receipts]
+    outcomes.append(runner.Outcome(runner.BenchTarget("int8", "int8"), failure="bitsandbytes is not installed"))
     machine = environment.Environment(
         "cpu", "Test CPU", "Test CPU", ("avx2",), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {"torch": "2"}, {}, 0.5
     )
     context = result.Context(
         plan.load("quick"), machine, "models/test", ["cpu", "t4", "a100-40gb-mig-3g.20gb"], 20.0, folder
     )
-    found = result.document(context, outcomes, receipts, folder / "report.html")
-    found["report"], found["output"] = "report.html", "."
-    return found, receipts
+    found = result.collect(context, outcomes, receipts, folder / "report.html")
+    return dataclasses.replace(found, report="report.html", output="."), receipts
 
 
 def test_the_table_fits_80_columns(tmp_path: Path, golden: Callable[[str, str], None]) -> None:
@@ -138,11 +138,10 @@ def test_the_report_needs_no_network_and_every_chart_has_its_place(tmp_path: Pat
 @pytest.mark.parametrize("repeats", [1, 3, 5, 12])
 def test_intervals_of_latencies_are_said_to_be_within_runs_however_many_there_are(tmp_path: Path, repeats: int) -> None:
     found, receipts = made(tmp_path)
-    notes = [text for _, text in html.honesty(found | {"repeats": repeats}, receipts)]
-    over_runs, within_too = "of latencies are within runs,", "are within runs; those of latencies are"
-    kind = over_runs if repeats >= 5 else within_too
+    notes = [note.text for note in html.limitations(dataclasses.replace(found, repeats=repeats), receipts)]
+    which = "Intervals of latencies" if repeats >= 5 else "Intervals"
     runs = "One run each" if repeats == 1 else f"{repeats} runs each"
-    assert any(text.startswith(f"{runs}. Intervals {kind} widened by") for text in notes)
+    assert any(text.startswith(f"{runs}. {which} are within runs, ") for text in notes)
 
 
 def test_what_was_not_measured_or_is_invalid_stands_before_the_numbers(tmp_path: Path) -> None:
@@ -155,8 +154,8 @@ def test_what_was_not_measured_or_is_invalid_stands_before_the_numbers(tmp_path:
         assert text.index(sentence) < text.index("<h2>Results</h2>")
 
 
-def remote(folder: Path) -> tuple[dict[str, Any], list[receipt.Receipt]]:
-    """Two servers on different hardware, under an open loop."""
+def remote(folder: Path) -> tuple[Result, list[receipt.Receipt]]:
+    """Return a result of two servers on different hardware, under an open loop."""
     t4 = document("t4", 100, 10, hardware={"key": "t4", "name": "Tesla T4", "kind": "cuda", "detected_by": "server"})
     t4["configuration"] = {"name": "t4", "precision": None, "url": "http://10.0.0.7:8080", "this_machine": False}
     t4["summary"] = {**t4["summary"], "late": 31, "dropped": 7}
@@ -165,12 +164,12 @@ def remote(folder: Path) -> tuple[dict[str, Any], list[receipt.Receipt]]:
     machine = environment.Environment(
         "cpu", "Laptop CPU", "Laptop CPU", (), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {}, {}, 0.5
     )
-    outcomes = [runner.Outcome(runner.Subject(one.name, one.name)) for one in receipts]
+    outcomes = [runner.Outcome(runner.BenchTarget(one.name, one.name)) for one in receipts]
     context = result.Context(opened, machine, None, [], None, folder)
-    return result.document(context, outcomes, receipts, folder / "report.html"), receipts
+    return result.collect(context, outcomes, receipts, folder / "report.html"), receipts
 
 
-def text_of(found: dict[str, Any], width: int = 80) -> str:
+def text_of(found: Result, width: int = 80) -> str:
     stream = io.StringIO()
     Console(file=stream, width=width, highlight=False).print(terminal.render(found))
     return stream.getvalue()
@@ -201,8 +200,8 @@ def test_late_and_dropped_sends_of_an_open_loop_are_shown(tmp_path: Path) -> Non
 def test_figures_are_ones_that_plotly_accepts(tmp_path: Path) -> None:
     graph_objects = pytest.importorskip("plotly.graph_objects")
     _, receipts = made(tmp_path)
-    for _, _, figure in charts.all_charts(receipts).values():
-        graph_objects.Figure(figure)
+    for chart in charts.all_charts(receipts).values():
+        graph_objects.Figure({"data": chart.data, "layout": chart.layout})
 
 
 def test_the_report_is_one_small_file_whose_charts_a_browser_draws_without_network(tmp_path: Path) -> None:
@@ -216,7 +215,7 @@ def test_the_report_is_one_small_file_whose_charts_a_browser_draws_without_netwo
     offline = ["--disable-background-networking", "--proxy-server=127.0.0.1:9", f"--user-data-dir={tmp_path}/profile"]
     command = [browser, *options, *offline, page.as_uri()]
     drawn = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    for name in charts.all_charts(receipts, found["rows"]):
+    for name in charts.all_charts(receipts, found.rows):
         chart = drawn[drawn.index(f'id="{name}"') :].partition("</section>")[0]
         assert 'class="main-svg"' in chart, chart[:200]
         assert "<path" in chart
@@ -225,13 +224,14 @@ def test_the_report_is_one_small_file_whose_charts_a_browser_draws_without_netwo
 def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     found, receipts = made(tmp_path)
     receipts[0].data["configuration"]["name"] = "</script><b>x"
-    found["rows"][0]["configuration"] = "</script><b>x"
+    first, *others = found.rows
+    found = dataclasses.replace(found, rows=[dataclasses.replace(first, configuration="</script><b>x"), *others])
     assert "</script><b>x" not in html.render(found, receipts)
 
 
 def test_the_slo_line_lies_where_its_label_is(tmp_path: Path) -> None:
     receipts = sealed(tmp_path, document("bf16", 100, 10, slo={"p99_ms": 70}))
-    layout = charts.percentiles(receipts, charts.colours(receipts))["layout"]
+    layout = charts.percentiles(receipts, charts.colors_of(receipts)).layout
     assert layout["yaxis"]["type"] == "log"
     assert layout["shapes"][0]["y0"] == 70
     assert 10 ** layout["annotations"][0]["y"] == pytest.approx(70)

@@ -1,10 +1,12 @@
-"""The table and the report where there is little, much, or something unusual to show."""
+"""Table and report of results with few, many or unusual rows."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,15 @@ from inferctl.bench.judge import stages, summary
 from inferctl.bench.measure import environment, runner
 from inferctl.bench.plan import plan
 from inferctl.bench.report import charts, html, result, terminal
+from inferctl.bench.report.estimated import EstimatedFigures
+from inferctl.bench.report.result import Result
+from inferctl.bench.report.rows import MeasuredRow, Row
+from inferctl.estimate.forecast import Range
 
 MACHINE = environment.Environment(
     "cpu", "Test CPU", "Test CPU", ("avx2",), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {}, {}, 0.5
 )
-Found = tuple[dict[str, Any], list[receipt.Receipt]]
+Found = tuple[Result, list[receipt.Receipt]]
 
 
 def shown(
@@ -32,30 +38,41 @@ def shown(
     rate: float | None = None,
 ) -> Found:
     receipts = sealed(folder, *documents)
-    outcomes = [runner.Outcome(runner.Subject(one.name, one.name)) for one in receipts]
-    outcomes += [runner.Outcome(runner.Subject(name, name), failure="out of memory") for name in failed]
+    outcomes = [runner.Outcome(runner.BenchTarget(one.name, one.name)) for one in receipts]
+    outcomes += [runner.Outcome(runner.BenchTarget(name, name), failure="out of memory") for name in failed]
     context = result.Context(plan.load("quick").with_overrides(rate=rate), MACHINE, "models/test", [], 20.0, folder)
-    found = result.document(context, outcomes, receipts, folder / "report.html")
-    found["rows"] += [guess("t4", 24.0, True), guess("a100-40gb-sxm-mig-3g.20gb", 9.0)] if estimated else []
-    return found, receipts
+    found = result.collect(context, outcomes, receipts, folder / "report.html")
+    more = [guess("t4", 24.0, True), guess("a100-40gb-sxm-mig-3g.20gb", 9.0)] if estimated else []
+    return dataclasses.replace(found, rows=[*found.rows, *more]), receipts
 
 
-def guess(key: str, p50: float, saturated: bool = False) -> dict[str, Any]:
-    """A row of a part that is not here, as `inferctl.bench.report.estimated` makes them."""
-    figures: dict[str, Any] = {"p50_ms": p50, "p90_ms": 2 * p50, "p99_ms": None if saturated else 3 * p50}
-    figures["requests_per_s"] = 4321.0 / p50
-    ranges = {
-        key: value and {"value": value, "low": 0.8 * value, "high": 1.3 * value} for key, value in figures.items()
-    }
-    more = {"precision": "fp16", "band": {"low": 0.8, "high": 1.3}, "saturated": saturated, "rests_on": "MLPerf rows"}
-    return result._empty("bf16", "estimated", "it is not here") | {
-        "hardware": {"key": key, "name": f"the part {key}"},
-        "precision": {"requested": "auto", "effective": "fp16"},
-        "estimate": {**figures, "ranges": ranges, **more, "notes": ["of the GPU alone"]},
-    }
+def guess(key: str, p50: float, saturated: bool = False) -> Row:
+    """Return an estimated row of other hardware."""
+    figures = {"p50_ms": p50, "p90_ms": 2 * p50, "p99_ms": 3 * p50, "requests_per_s": 4321.0 / p50}
+    ranges: dict[str, Range | None] = {name: Range(value, 0.8 * value, 1.3 * value) for name, value in figures.items()}
+    if saturated:
+        ranges["p99_ms"] = None
+    return Row(
+        "bf16",
+        "estimated",
+        "it is other hardware",
+        precision={"requested": "auto", "effective": "fp16"},
+        hardware={"key": key, "name": f"the part {key}"},
+        estimate=EstimatedFigures(
+            ranges, "fp16", (0.8, 1.3), (), saturated, "rows", "MLPerf rows", ["of the GPU only"]
+        ),
+    )
 
 
-def text_of(found: dict[str, Any]) -> str:
+def with_ranges(found: Result, **ranges: Range) -> Result:
+    """Return the result with other figures in its last row, which is estimated."""
+    *others, last = found.rows
+    assert last.estimate
+    figures = dataclasses.replace(last.estimate, ranges={**last.estimate.ranges, **ranges})
+    return dataclasses.replace(found, rows=[*others, dataclasses.replace(last, estimate=figures)])
+
+
+def text_of(found: Result) -> str:
     stream = io.StringIO()
     Console(file=stream, width=80, highlight=False).print(terminal.render(found))
     text = stream.getvalue()
@@ -64,19 +81,19 @@ def text_of(found: dict[str, Any]) -> str:
 
 
 def burst() -> dict[str, Any]:
-    """A receipt of an open loop that sends three times the rate for five seconds, in which answers take four times as long."""
+    """Return a receipt of an open loop with a spike: 3x the rate for five seconds, with 4x the latency."""
     draw, rows, at = random.Random(1), [], 0.0
     while at < 20_000:
         busy = 8000 <= at < 13_000
         rows.append(row(at, (48 if busy else 12) * math.exp(draw.gauss(0, 0.2))))
         at += 1000 * draw.expovariate(240 if busy else 80)
-    part = summary.Part(table(row(0, 999, phase=WARMUP), *rows), 0, 20 * SECOND, 1)
+    part = summary.RunRecords(table(row(0, 999, phase=WARMUP), *rows), 0, 20 * SECOND, 1)
     load = plan.Load.model_validate(
         {"mode": "open", "rate": 80, "duration_s": 20, "spike": {"at_s": 8, "duration_s": 5, "times": 3}}
     )
-    made = document("bf16", 100, 10, stages=stages.summarise([part], load))
+    made = document("bf16", 100, 10, stages=stages.summarize([part], load))
     made["runs"][0]["recovery"] = stages.recovery(part, load).as_dict()
-    made["summary"], made["curve"] = summary.summarise([part]), summary.latency_curve([part])
+    made["summary"], made["curve"] = summary.summarize([part]), summary.latency_curve([part])
     made["runs"][0]["latency_over_time"] = summary.over_time(part)
     return made
 
@@ -84,8 +101,8 @@ def burst() -> dict[str, Any]:
 def probe(rate: float, p99: float, holds: bool, early: bool = False) -> dict[str, Any]:
     return {
         "stage": "sweep", "rate": rate, "achieved_rps": rate, "p50_ms": p99 / 3, "p99_ms": p99, "n": 500, "errors": {},
-        "p99_interval_ms": [0.9 * p99, 1.2 * p99], "holds": holds, "broke": None if holds else "p99", "reason": "so it was",
-        "ended_early": early, "runs": 1,
+        "p99_interval_ms": [0.9 * p99, 1.2 * p99],
+        "holds": holds, "broke": None if holds else "p99", "reason": "a reason", "ended_early": early, "runs": 1,
     }  # fmt: skip
 
 
@@ -100,17 +117,18 @@ BESIDE = {
     "percentiles": {
         "p50": {"without_ms": 12.0, "with_ms": 25.2, "factor": 2.1, "low": 1.9, "high": 2.4},
         "p90": {"without_ms": 19.0, "with_ms": 41.8, "factor": 2.2, "low": 1.8, "high": 2.6},
-        "p99": {"without_ms": None, "with_ms": None, "factor": None, "low": None, "high": None, "n": 200, "needed": 436},
+        "p99": {**dict.fromkeys(("without_ms", "with_ms", "factor", "low", "high")), "n": 200, "needed": 436},
     },
     "requests_per_s": {"without": 300.0, "with": 180.0}, "neighbour_requests_per_s": {"min": 171.0, "max": 171.0},
     "runs": [],
 }  # fmt: skip
 COSTS = {
-    "watts": 61.0, "watts_from": ["GPU (counter)"], "joules_per_1000_requests": 203.0, "joules_per_million_texts": 203_000.0,
+    "watts": 61.0, "watts_from": ["GPU (counter)"],
+    "joules_per_1000_requests": 203.0, "joules_per_million_texts": 203_000.0,
     "cpu_seconds_per_1000_requests": 3.2, "unknown": {},
     "cost": [{
-        "provider": "aws", "instance": "g4dn.xlarge", "usd_per_hour": 0.526, "source": "a public list", "date": "2026-11-24",
-        "usd_per_million_texts": 0.487,
+        "provider": "aws", "instance": "g4dn.xlarge", "usd_per_hour": 0.526,
+        "source": "a public list", "date": "2026-11-24", "usd_per_million_texts": 0.487,
     }],
 }  # fmt: skip
 
@@ -131,7 +149,10 @@ CASES: dict[str, Any] = {
     "only estimated": lambda folder: shown(folder, estimated=True),
     "n too small": lambda folder: shown(folder, document("bf16", 2, 12), document("fp32", 20, 12)),
     "a server that says nothing of itself": lambda folder: shown(
-        folder, document("x", 300, 12, model={"source": None}, precision=dict.fromkeys(("effective", "level", "reason", "method", "requested")), quality={"checked": False, "reason": "no"})
+        folder, document(
+            "x", 300, 12, model={"source": None}, quality={"checked": False, "reason": "no"},
+            precision=dict.fromkeys(("effective", "level", "reason", "method", "requested")),
+        )
     ),
     "nothing answered": lambda folder: shown(folder, document("bf16", 2, 12, curve=[])),
     "everything": lambda folder: shown(
@@ -147,8 +168,8 @@ def test_whatever_came_out_can_be_shown(case: str, tmp_path: Path) -> None:
     found, receipts = CASES[case](tmp_path)
     text_of(found)
     assert "Before you read the numbers" in html.render(found, receipts)
-    for _, _, figure in charts.all_charts(receipts, found["rows"]).values():
-        graph_objects.Figure(figure)
+    for chart in charts.all_charts(receipts, found.rows).values():
+        graph_objects.Figure({"data": chart.data, "layout": chart.layout})
 
 
 def test_what_was_estimated_stands_apart_from_what_was_measured(tmp_path: Path) -> None:
@@ -158,14 +179,14 @@ def test_what_was_estimated_stands_apart_from_what_was_measured(tmp_path: Path) 
     assert "~" not in measured
     assert "bf16" in apart
     assert "~180" in apart  # 4321 / 24
-    # Each with its own band, as in the report.
+    # Each figure has its own band, as in the report.
     for band in ("19.2-31.2", "38.4-62.4", "144-234"):
         assert band in apart
     page = html.render(found, receipts)
     results = page[page.index("<h2>Results</h2>") : page.index("Estimated, not measured</h2>")]
     assert "180.0" not in results
     assert "~180.0" in page
-    bars = charts.all_charts(receipts, found["rows"])["throughput"][2]["data"]
+    bars = charts.all_charts(receipts, found.rows)["throughput"].data
     assert bars[1]["marker"]["color"] == "rgba(0,0,0,0)"
     assert all("estimated" in name for name in bars[1]["y"])
     assert not any("estimated" in name for name in bars[0]["y"])
@@ -173,9 +194,7 @@ def test_what_was_estimated_stands_apart_from_what_was_measured(tmp_path: Path) 
 
 def test_a_rate_that_was_offered_is_no_estimate_and_a_latency_without_bound_says_so(tmp_path: Path) -> None:
     found, receipts = shown(tmp_path, document("bf16", 300, 12), estimated=True, rate=80)
-    figures = found["rows"][-1]["estimate"]
-    figures["requests_per_s"], figures["ranges"]["requests_per_s"] = 80.0, {"value": 80.0, "low": 80.0, "high": 80.0}
-    figures["ranges"]["p99_ms"]["high"] = None
+    found = with_ranges(found, requests_per_s=Range.exactly(80.0), p99_ms=Range(27.0, 21.6, None))
     apart = text_of(found).split("ESTIMATED, not measured")[1]
     assert "over 21.6" in apart  # 0.8 * 3 * 9
     assert "~80" not in apart
@@ -187,22 +206,19 @@ def test_a_rate_that_was_offered_is_no_estimate_and_a_latency_without_bound_says
 
 def test_an_estimate_that_is_only_a_bound_has_no_value_anywhere(tmp_path: Path) -> None:
     found, receipts = shown(tmp_path, document("bf16", 300, 12), estimated=True, rate=80)
-    figures = found["rows"][-1]["estimate"]
-    for key, bound, end in (("p99_ms", "at least", "low"), ("requests_per_s", "at most", "high")):
-        figures[key] = None
-        figures["ranges"][key] = {"value": None, "low": None, "high": None, "bound": bound} | {end: 4321.0}
+    found = with_ranges(found, p99_ms=Range.at_least(4321.0), requests_per_s=Range.at_most(4321.0))
     apart = text_of(found).split("ESTIMATED, not measured")[1]
     assert "at least" in apart and "at most" in apart
     page = html.render(found, receipts)
     assert "at most 4321.0" in page and "at least 4321.0" in page
-    drawn = charts.throughput([], {}, [found["rows"][-1]])["data"][-1]
+    drawn = charts.throughput([], {}, [found.rows[-1]]).data[-1]
     assert drawn["x"] == [4321.0] and drawn["text"][0].startswith("at most")
     assert drawn["error_x"]["array"] == drawn["error_x"]["arrayminus"] == [0.0]
 
 
 def test_estimated_rows_alone_are_no_measurement(tmp_path: Path) -> None:
     found, _ = shown(tmp_path, failed=("bf16",), estimated=True)
-    problem = result.verdict(found)
+    problem = result.problem(found)
     assert problem is not None
     assert problem.exit_code == 1
     assert "t4" not in problem.message
@@ -211,56 +227,59 @@ def test_estimated_rows_alone_are_no_measurement(tmp_path: Path) -> None:
 def test_a_search_shows_every_probe_against_the_slo(tmp_path: Path) -> None:
     found, receipts = shown(tmp_path, document("bf16", 80, 12, search=SEARCH), rate=80)
     assert "82.0" in text_of(found)
-    figure = charts.all_charts(receipts)["goodput"][2]
-    (trace,) = figure["data"]
+    figure = charts.all_charts(receipts)["goodput"]
+    (trace,) = figure.data
     assert trace["x"] == [40, 82, 86, 100]
     assert trace["marker"]["symbol"] == ["circle", "circle", "x", "triangle-up-open"]
-    assert figure["layout"]["shapes"][-1]["y0"] == 100
+    assert figure.layout["shapes"][-1]["y0"] == 100
     assert "<b>82</b>/s" in html.render(found, receipts)
 
 
 def test_searches_are_compared_by_the_rate_that_held(tmp_path: Path) -> None:
     slower = SEARCH | {"max_goodput_rps": 41.0, "first_failing_rps": 43.0, "band_rps": [41.0, 50.0]}
-    # By p99 the other would win: it was measured at half the rate.
+    # By p99 the other configuration would win, since it was measured at half the rate.
     found, _ = shown(
         tmp_path, document("bf16", 80, 30, search=SEARCH), document("fp32", 40, 15, search=slower), rate=80
     )
-    assert found["finding"].startswith("bf16 is fastest in this run: 2.00x the goodput of fp32")
+    assert found.findings[0].startswith("bf16 is fastest in this run: 2.00x the goodput of fp32")
 
 
 def test_searches_whose_bands_overlap_show_no_clear_difference(tmp_path: Path) -> None:
-    """82 against 60 requests/s is more than any step of the search, and still within what both leave open."""
+    """82 and 60 requests/s differ by more than a step of the search, but their bands overlap."""
     wide = SEARCH | {"max_goodput_rps": 60.0, "first_failing_rps": 62.0, "band_rps": [60.0, 90.0]}
     near = SEARCH | {"band_rps": [82.0, 86.0]}
     found, _ = shown(tmp_path, document("bf16", 80, 30, search=near), document("fp32", 60, 15, search=wide), rate=80)
-    assert found["finding"].startswith("No clear difference between bf16 and fp32")
+    assert found.findings[0].startswith("No clear difference between bf16 and fp32")
     assert "60.0-90.0" in text_of(found)
 
 
 def test_neighbours_are_shown_with_what_they_did_themselves(tmp_path: Path) -> None:
     found, receipts = shown(tmp_path, document("bf16", 300, 12, neighbours=BESIDE))
     text = text_of(found)
-    assert "2.20x   1.80 - 2.60" in text
+    assert re.search(r"2\.20x +1\.80 - 2\.60", text)
     assert "n<436" in text
     sentence = (
-        "bf16 beside 1 busy neighbour: p90 19.0 -> 41.8 ms, 2.20x (1.80 to 2.60); it did 171.0 requests/s itself."
+        "bf16 with 1 loaded neighbor: p90 19.0 -> 41.8 ms, 2.20x (1.80 to 2.60); "
+        "the neighbor completed 171.0 requests/s."
     )
-    assert sentence in found["findings"]
+    assert sentence in found.findings
     unsettled = BESIDE | {"percentiles": BESIDE["percentiles"] | {"p90": BESIDE["percentiles"]["p90"] | {"low": 0.9}}}
     found, _ = shown(tmp_path / "unsettled", document("bf16", 300, 12, neighbours=unsettled))
-    assert any("the interval contains 1, so this is not settled" in one for one in found["findings"])
+    assert any("inconclusive, since the interval contains 1" in one for one in found.findings)
     assert "200 of 436" in html.render(found, receipts)
 
 
 def test_a_burst_is_told_by_stage_and_shaded_in_time(tmp_path: Path) -> None:
     found, receipts = shown(tmp_path, burst(), rate=80)
-    (sentence,) = [one for one in found["findings"] if one.startswith("bf16 under 3 times the rate: p99 ")]
-    assert "; back at once" in sentence
-    before, spike, after = found["rows"][0]["stages"]
+    (sentence,) = [one for one in found.findings if one.startswith("bf16 at 3x the rate: p99 ")]
+    assert "; recovered at once" in sentence
+    row_ = found.rows[0]
+    assert isinstance(row_, MeasuredRow) and row_.stages
+    before, spike, after = row_.stages
     assert before["latency_ms"]["p50"]["value"] == pytest.approx(12, rel=0.05)
     assert spike["latency_ms"]["p50"]["value"] == pytest.approx(48, rel=0.05)
     assert after["requests"] == pytest.approx(7 * 80, rel=0.2)
-    layout = charts.all_charts(receipts)["latency"][2]["layout"]
+    layout = charts.all_charts(receipts)["latency"].layout
     assert [(one["x0"], one["x1"]) for one in layout["shapes"]] == [(8, 13)]
 
 
@@ -271,14 +290,14 @@ def test_a_price_is_never_shown_without_its_source_and_date(tmp_path: Path) -> N
     page = " ".join(html.render(found, receipts).split())
     assert "aws g4dn.xlarge, $0.526/h, 2026-11-24" in page
     assert "(a public list)" in page
-    # What is known of one configuration only is a dash for the other, and no chart compares the two in dollars.
+    # A cost that is unknown for one configuration is a dash, and no chart compares the two in dollars.
     assert "0.49" in text
-    assert charts.all_charts(receipts)["frontier"][1].endswith("Not known for fp32.")
+    assert charts.all_charts(receipts)["frontier"].text.endswith("Unknown for fp32.")
 
 
 def test_configurations_that_were_asked_different_things_are_not_compared(tmp_path: Path) -> None:
     short, mixed = document("bf16-short", 300, 12), document("bf16-mixed", 100, 30)
     mixed["workload"] = {**mixed["workload"], "corpus": "mixed"}
     found, _ = shown(tmp_path, short, mixed)
-    assert found["findings"][0].startswith("texts short: bf16-short ran alone")
-    assert found["findings"][1].startswith("texts mixed: bf16-mixed ran alone")
+    assert found.findings[0].startswith("texts short: bf16-short is the only eligible configuration")
+    assert found.findings[1].startswith("texts mixed: bf16-mixed is the only eligible configuration")

@@ -1,4 +1,4 @@
-"""What is read beside a load, and what it means: recorded samples of GPUs, energy counters in a folder, this machine itself."""
+"""Telemetry from recorded GPU samples, from energy counters in a folder, and from this machine."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from inferctl.bench.judge import efficiency
-from inferctl.bench.measure import nvml, telemetry
-from inferctl.bench.measure.nvml import Described, GpuSample, Process
+from inferctl.bench.measure import nvml, sensors, telemetry
+from inferctl.bench.measure.nvml import GpuDevice, GpuProcess, GpuSample
+from inferctl.bench.measure.telemetry import Telemetry
 
 SECOND = 10**9
-T4 = Described(0, "Tesla T4", 16 * 10**9, "580.65", 70.0, 70.0, sliced=False, slices=())
+T4 = GpuDevice(0, "Tesla T4", 16 * 10**9, "580.65", 70.0, 70.0, sliced=False, slices=())
 SAMPLE = GpuSample(
     0,
     utilisation_percent=90.0,
@@ -26,12 +27,12 @@ SAMPLE = GpuSample(
     sm_clock_mhz=1500,
     temperature_c=70,
     throttle=0,
-    processes=(Process(10),),
+    processes=(GpuProcess(10),),
 )
 
 
 def recorded(count: int = 10, **changes: Any) -> list[GpuSample]:
-    """A sample every half second; a change may be a function of the sample's number."""
+    """Return a sample for each half second. A change may be a function of the sample number."""
     return [
         dataclasses.replace(
             SAMPLE,
@@ -42,9 +43,10 @@ def recorded(count: int = 10, **changes: Any) -> list[GpuSample]:
     ]
 
 
-def judged(samples: list[GpuSample], device: Described = T4, ours: set[int] | None = None, earlier: Any = ()) -> Any:
-    found = telemetry.gpu(device, samples, {10} if ours is None else ours, earlier)
-    return telemetry.judge({"gpus": [found]})
+def judged(samples: list[GpuSample], device: GpuDevice = T4, ours: set[int] | None = None, earlier: Any = ()) -> Any:
+    found = telemetry.of_gpu(device, samples, {10} if ours is None else ours, earlier)
+    assert found is not None
+    return telemetry.judge(Telemetry(gpus=(found,)))
 
 
 def test_a_quiet_gpu_of_our_own_is_valid() -> None:
@@ -53,31 +55,31 @@ def test_a_quiet_gpu_of_our_own_is_valid() -> None:
 
 
 def test_another_process_on_the_gpu_makes_a_run_invalid() -> None:
-    found = judged(recorded(processes=lambda i: (Process(10), Process(4_000_001)) if i == 3 else (Process(10),)))
-    assert found.reasons == ("another process was on Tesla T4 meanwhile (process 4000001)",)
+    found = judged(
+        recorded(processes=lambda i: (GpuProcess(10), GpuProcess(4_000_001)) if i == 3 else (GpuProcess(10),))
+    )
+    assert found.reasons == ("another process was on Tesla T4 during the run (process 4000001)",)
 
 
 def test_whoever_was_there_before_our_server_is_foreign_even_where_ids_cannot_be_matched() -> None:
-    # In a container NVML gives the host's ids: ours is 555 there, and nothing says so.
-    alone = judged(recorded(processes=(Process(555),)), ours={10})
+    # In a container, NVML returns the ids of the host. The id of the server is 555 there.
+    alone = judged(recorded(processes=(GpuProcess(555),)), ours={10})
     assert (alone.reasons, alone.cautions) == ((), ())
-    samples = recorded(processes=(Process(555), Process(4_000_001)))
-    assert judged(samples, earlier=(Process(4_000_001),)).reasons == (
-        "another process was on Tesla T4 meanwhile (process 4000001)",
+    samples = recorded(processes=(GpuProcess(555), GpuProcess(4_000_001)))
+    assert judged(samples, earlier=(GpuProcess(4_000_001),)).reasons == (
+        "another process was on Tesla T4 during the run (process 4000001)",
     )
     untold = judged(samples)
     assert untold.reasons == ()
-    assert untold.cautions == (
-        "2 processes were on Tesla T4, and which of them are the server's cannot be told from here",
-    )
+    assert untold.cautions == ("2 processes were on Tesla T4; their ids do not show which ones belong to the server",)
 
 
 def test_other_slices_of_a_gpu_are_neighbours_and_our_own_slice_is_not() -> None:
     sliced = dataclasses.replace(T4, name="A100", sliced=True)
-    beside = judged(recorded(processes=(Process(10, 1), Process(4_000_001, 2))), sliced)
-    assert (beside.reasons, beside.cautions) == ((), ("other slices of A100 were in use meanwhile",))
-    within = judged(recorded(processes=(Process(10, 1), Process(4_000_001, 1))), sliced)
-    assert within.reasons == ("another process was on A100 meanwhile (process 4000001)",)
+    beside = judged(recorded(processes=(GpuProcess(10, 1), GpuProcess(4_000_001, 2))), sliced)
+    assert (beside.reasons, beside.cautions) == ((), ("other slices of A100 were in use during the run",))
+    within = judged(recorded(processes=(GpuProcess(10, 1), GpuProcess(4_000_001, 1))), sliced)
+    assert within.reasons == ("another process was on A100 during the run (process 4000001)",)
 
 
 @pytest.mark.parametrize(
@@ -86,10 +88,10 @@ def test_other_slices_of_a_gpu_are_neighbours_and_our_own_slice_is_not() -> None
 )
 def test_clocks_held_down_make_a_run_invalid(mask: int, cause: str) -> None:
     found = judged(recorded(20, throttle=lambda i: mask if i < 2 else 0))
-    assert found.reasons == (f"Tesla T4 held its clocks down in 10% of the samples: {cause}",)
+    assert found.reasons == (f"Tesla T4 reduced its clocks in 10% of the samples: {cause}",)
     rarely = judged(recorded(20, throttle=lambda i: mask if i < 1 else 0))
     assert rarely.reasons == ()
-    assert rarely.cautions == (f"Tesla T4 held its clocks down in 5% of the samples: {cause}",)
+    assert rarely.cautions == (f"Tesla T4 reduced its clocks in 5% of the samples: {cause}",)
 
 
 def test_idling_and_clocks_set_by_hand_are_no_throttling() -> None:
@@ -100,10 +102,10 @@ def test_idling_and_clocks_set_by_hand_are_no_throttling() -> None:
 def test_a_part_at_its_own_power_limit_is_said_and_one_that_was_lowered_is_another_part() -> None:
     own = judged(recorded(throttle=0x04))
     assert own.reasons == ()
-    assert own.cautions == ("Tesla T4 held its clocks down in 100% of the samples: power limit, its own (70 W)",)
+    assert own.cautions == ("Tesla T4 reduced its clocks in 100% of the samples: power limit, the default (70 W)",)
     capped = dataclasses.replace(T4, power_limit_w=50.0)
     assert judged(recorded(throttle=0x04), capped).reasons == (
-        "Tesla T4 held its clocks down in 100% of the samples: power limit, lowered to 50 W of 70 W",
+        "Tesla T4 reduced its clocks in 100% of the samples: power limit, lowered to 50 W of 70 W",
     )
     assert judged(recorded(), capped).cautions == ("the power limit of Tesla T4 is lowered to 50 W of 70 W",)
 
@@ -113,7 +115,7 @@ def test_what_a_part_does_not_tell_stays_unknown() -> None:
         utilisation_percent=None, memory_bytes=None, power_w=None, sm_clock_mhz=None, temperature_c=None, throttle=None,
         processes=None,
     )  # fmt: skip
-    found = telemetry.gpu(T4, silent, {10}, ())
+    found = telemetry.of_gpu(T4, silent, {10}, ())
     assert found is not None
     for key in (
         "utilisation_percent",
@@ -124,27 +126,27 @@ def test_what_a_part_does_not_tell_stays_unknown() -> None:
         "throttled",
         "joules",
     ):
-        assert found[key] is None
-    assert telemetry.judge({"gpus": [found]}).valid
+        assert getattr(found, key) is None
+    assert telemetry.judge(Telemetry(gpus=(found,))).valid
 
 
 def test_energy_is_the_parts_own_counter_else_power_over_time() -> None:
-    counted = telemetry.gpu(T4, recorded(11, energy_j=lambda i: 1000.0 + 40 * i), {10}, ())
+    counted = telemetry.of_gpu(T4, recorded(11, energy_j=lambda i: 1000.0 + 40 * i), {10}, ())
     assert counted is not None
-    assert (counted["joules"], counted["joules_from"]) == (400.0, "counter")
+    assert (counted.joules, counted.joules_from) == (400.0, "counter")
     # 0 W rising to 100 W in five seconds: 250 J.
-    risen = telemetry.gpu(T4, recorded(11, power_w=lambda i: 10.0 * i), {10}, ())
+    risen = telemetry.of_gpu(T4, recorded(11, power_w=lambda i: 10.0 * i), {10}, ())
     assert risen is not None
-    assert (risen["joules"], risen["joules_from"]) == (250.0, "power, integrated")
+    assert (risen.joules, risen.joules_from) == (250.0, "power, integrated")
 
 
 class Played:
-    """GPUs that play samples one after the other, in the place of NVML."""
+    """GPUs with recorded samples, instead of NVML."""
 
-    def __init__(self, devices: list[Described], samples: list[list[GpuSample]]) -> None:
+    def __init__(self, devices: list[GpuDevice], samples: list[list[GpuSample]]) -> None:
         self._devices, self._samples, self._next = devices, samples, [0] * len(devices)
 
-    def devices(self) -> list[Described]:
+    def devices(self) -> list[GpuDevice]:
         return self._devices
 
     def sample(self, index: int, at_ns: int) -> GpuSample:
@@ -156,37 +158,37 @@ class Played:
         pass
 
 
-def watched(played: Played, **options: Any) -> dict[str, Any]:
-    with telemetry.Watch(telemetry.Sensors(gpus=played), every_s=0.01) as watch:
-        watch.ours.add(os.getpid())
+def watched(played: Played, **options: Any) -> Telemetry:
+    with sensors.MachineMonitor(sensors.Sensors(gpus=played), every_s=0.01) as watch:
+        watch.process_roots.add(os.getpid())
         started = time.monotonic_ns()
-        while len(watch.looks) < 8:
+        while len(watch.samples) < 8:
             time.sleep(0.01)
         return watch.window(started, time.monotonic_ns(), {"device": {"kind": "cuda"}}, **options)
 
 
 def test_the_gpu_that_the_server_is_on_is_the_one_that_counts() -> None:
     two = [T4, dataclasses.replace(T4, index=1, name="Other T4")]
-    ours = [dataclasses.replace(SAMPLE, processes=(Process(os.getpid()),))]
-    others = [dataclasses.replace(SAMPLE, processes=(Process(4_000_001),))]
+    ours = [dataclasses.replace(SAMPLE, processes=(GpuProcess(os.getpid()),))]
+    others = [dataclasses.replace(SAMPLE, processes=(GpuProcess(4_000_001),))]
     found = watched(Played(two, [others, ours]))
-    assert [one["name"] for one in found["gpus"]] == ["Other T4"]
+    assert [gpu.name for gpu in found.gpus] == ["Other T4"]
     assert telemetry.judge(found).valid
 
 
 def test_gpus_are_no_business_of_a_server_on_the_cpu_or_elsewhere() -> None:
-    with telemetry.Watch(telemetry.Sensors(gpus=Played([T4], [[SAMPLE]])), every_s=0.01) as watch:
+    with sensors.MachineMonitor(sensors.Sensors(gpus=Played([T4], [[SAMPLE]])), every_s=0.01) as watch:
         time.sleep(0.1)
     end = time.monotonic_ns()
-    assert watch.window(0, end, {"device": {"kind": "cpu"}})["gpus"] == []
-    assert len(watch.window(0, end, {})["gpus"]) == 1
-    away = watch.window(0, end, {}, here=False)
-    assert (away["gpus"], away["cpu_energy"]) == ([], None)
-    assert "another machine" in away["absent"]["gpu"]
+    assert watch.window(0, end, {"device": {"kind": "cpu"}}).gpus == ()
+    assert len(watch.window(0, end, {}).gpus) == 1
+    away = watch.window(0, end, {}, on_this_machine=False)
+    assert (away.gpus, away.cpu_energy) == ((), None)
+    assert "another machine" in away.absent["gpu"]
 
 
 def counters(root: Path, **microjoules: int) -> Path:
-    """A powercap folder as the kernel lays it out."""
+    """Create a powercap folder as the kernel does."""
     for place, (name, value) in enumerate(microjoules.items()):
         folder = root / f"intel-rapl:{place}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,40 +200,41 @@ def counters(root: Path, **microjoules: int) -> Path:
 
 def test_energy_counters_are_read_over_the_window_and_may_start_again(tmp_path: Path) -> None:
     root = counters(tmp_path, package_0=9_000_000, dram=100, core=5, psys=7)
-    found, why = telemetry.zones(root)
+    found, why = sensors.zones(root)
     assert [zone.name for zone in found] == ["package-0", "dram"]
     assert why is None
-    with telemetry.Watch(telemetry.Sensors(zones=found), every_s=0.01) as watch:
+    with sensors.MachineMonitor(sensors.Sensors(zones=found), every_s=0.01) as watch:
         counters(root, package_0=1_000_000, dram=500_100, core=6, psys=9)
-        while len(watch.looks) < 4:
+        while len(watch.samples) < 4:
             time.sleep(0.01)
-        energy = watch.window(0, time.monotonic_ns(), {})["cpu_energy"]
-    # The package's counter went from 9 J over its end at 10 J to 1 J; memory took half a joule.
-    assert energy["joules"] == pytest.approx(2.5)
-    assert energy["zones"] == ["package-0", "dram"]
-    assert "whole machine" in energy["scope"]
+        energy = watch.window(0, time.monotonic_ns(), {}).cpu_energy
+    assert energy is not None
+    # The counter of the package went from 9 J over its range of 10 J to 1 J. Memory used 0.5 J.
+    assert energy.joules == pytest.approx(2.5)
+    assert energy.zones == ("package-0", "dram")
+    assert "whole machine" in energy.scope
 
 
 def test_why_there_is_no_energy_counter_is_said(tmp_path: Path) -> None:
-    assert "offers no energy counters" in str(telemetry.zones(tmp_path)[1])
+    assert "offers no energy counters" in str(sensors.zones(tmp_path)[1])
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_counters_of_root_only_are_said_to_be_that(tmp_path: Path) -> None:
     root = counters(tmp_path, package_0=1)
     (root / "intel-rapl:0" / "energy_uj").chmod(0)
-    found, why = telemetry.zones(root)
+    found, why = sensors.zones(root)
     assert found == []
     assert "only root" in str(why)
 
 
 def test_this_machine_can_be_watched_and_says_what_it_lacks() -> None:
-    with telemetry.Watch(every_s=0.05) as watch:
+    with sensors.MachineMonitor(every_s=0.05) as watch:
         start = time.monotonic_ns()
         time.sleep(0.2)
         found = watch.window(start, time.monotonic_ns(), {})
-    assert bool(found["gpus"]) != ("gpu" in found["absent"])
-    assert bool(found["cpu_energy"]) != ("cpu_energy" in found["absent"])
+    assert bool(found.gpus) != ("gpu" in found.absent)
+    assert bool(found.cpu_energy) != ("cpu_energy" in found.absent)
 
 
 class FakeError(Exception):
@@ -271,14 +274,15 @@ def test_samples_hold_what_nvml_says_and_nothing_where_it_is_silent(monkeypatch:
     assert gpus.devices() == [dataclasses.replace(T4, compute_capability="7.5")]
     fake.nvmlDeviceGetCudaComputeCapability = unsupported
     assert gpus.devices() == [T4]
-    assert gpus.sample(0, 5) == GpuSample(5, 93.0, 10**9, 61.5, None, 1590, 71, 4, (Process(7), Process(8, 2)))
+    assert gpus.sample(0, 5) == GpuSample(5, 93.0, 10**9, 61.5, None, 1590, 71, 4, (GpuProcess(7), GpuProcess(8, 2)))
 
 
 def document(joules: float | None = 500.0, *, sliced: bool = False) -> dict[str, Any]:
-    """Telemetry of a run on one GPU for ten seconds."""
-    made = telemetry.gpu(T4, recorded(), {10}, ())
+    """Return the telemetry of a run on one GPU for ten seconds."""
+    made = telemetry.of_gpu(T4, recorded(), {10}, ())
     assert made is not None
-    return {"gpus": [made | {"joules": joules, "seconds": 10.0, "sliced": sliced}], "cpu_energy": None, "absent": {}}
+    gpu = dataclasses.replace(made, joules=joules, seconds=10.0, sliced=sliced)
+    return Telemetry(gpus=(gpu,)).as_dict()
 
 
 def spent(*arguments: Any) -> dict[str, Any]:
@@ -307,7 +311,10 @@ def test_energy_and_money_per_request_and_per_text() -> None:
     ("runs", "hardware", "why"),
     [
         ([document(None)], "t4", {"joules": "Tesla T4 does not report its power"}),
-        ([document(sliced=True)], "a100-40gb-sxm-mig-3g.20gb", {"joules": "Tesla T4 counts energy for all of its slices together"}),
+        (
+            [document(sliced=True)], "a100-40gb-sxm-mig-3g.20gb",
+            {"joules": "Tesla T4 counts energy for all of its slices together"},
+        ),
         ([document(), {}], "t4", {"joules": "no energy counter was read"}),
         ([], "cpu", {"joules": "no run has telemetry", "cost": "the catalog has no price for cpu"}),
         ([document()], None, {"cost": "this hardware is not in the catalog"}),
@@ -323,7 +330,7 @@ def test_what_is_not_known_is_not_made_up(
 
 
 def test_cpu_seconds_and_requests_are_those_of_the_same_runs() -> None:
-    """A second run at half the rate and half the cores costs the same; a run that was not watched does not count."""
+    """A run at half the rate on half the cores costs the same. A run without resources does not count."""
     runs = [
         ({"seconds": 10, "requests_per_s": 200.0}, {"server_cores": 2.0}),
         ({"seconds": 10, "requests_per_s": 100.0}, {"server_cores": 1.0}),
@@ -347,25 +354,31 @@ def test_a_shared_gpu_is_said_above_the_numbers_and_ends_with_5(tmp_path: Path) 
     from rich.console import Console
 
     from inferctl.bench.measure import environment, runner
+    from inferctl.bench.measure.outcome import WorkloadRecord
     from inferctl.bench.plan import plan
     from inferctl.bench.report import html, result, terminal
+    from inferctl.bench.report.receipts import write_all
+    from inferctl.bench.report.rows import MeasuredRow
 
-    shared = telemetry.gpu(T4, recorded(processes=(Process(10), Process(4_000_001))), {10}, ())
+    shared = telemetry.of_gpu(T4, recorded(processes=(GpuProcess(10), GpuProcess(4_000_001))), {10}, ())
+    assert shared is not None
     measured = runner.Measurement(
         plan.Run("fp16", 0), 0.0, steady(100, 10), {"steady": True}, {}, tmp_path, {}, 1,
-        telemetry={"gpus": [shared], "cpu_energy": None, "absent": {}}, workload={"corpus": "short", "seed": 1, "sha256": "ab"},
+        telemetry=Telemetry(gpus=(shared,)), workload=WorkloadRecord(corpus="short", seed=1, sha256="ab"),
     )  # fmt: skip
-    outcome = runner.Outcome(runner.Subject("fp16", "fp16"), [measured])
+    outcome = runner.Outcome(runner.BenchTarget("fp16", "fp16"), [measured])
     context = result.Context(plan.load("quick"), environment.detect(), None, [], None, tmp_path)
-    sealed = result.receipts(context, [outcome])
-    found = result.document(context, [outcome], sealed, tmp_path / "report.html")
-    problem = result.verdict(found)
+    sealed = write_all(context, [outcome])
+    found = result.collect(context, [outcome], sealed, tmp_path / "report.html")
+    problem = result.problem(found)
     assert problem is not None
     assert problem.exit_code == 5
     stream = io.StringIO()
     Console(file=stream, width=200, highlight=False).print(terminal.render(found))
     text = stream.getvalue()
     assert text.index("INVALID fp16: another process was on Tesla T4") < text.index("config")
-    assert found["rows"][0]["gpu_utilisation_percent"] == 90
+    (row,) = found.rows
+    assert isinstance(row, MeasuredRow)
+    assert row.costs.gpu_utilisation_percent == 90
     page = html.render(found, sealed)
-    assert page.index("another process was on Tesla T4 meanwhile") < page.index("<h2>Results</h2>")
+    assert page.index("another process was on Tesla T4 during the run") < page.index("<h2>Results</h2>")

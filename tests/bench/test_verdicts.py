@@ -1,7 +1,8 @@
-"""What is concluded from the numbers: validity, quality, findings, receipts."""
+"""Validity, quality, findings and receipts."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -17,8 +18,12 @@ from inferctl.bench import privacy, receipt
 from inferctl.bench.judge import slo, summary, validity
 from inferctl.bench.load.records import TIMEOUT, WARMUP
 from inferctl.bench.measure import environment, quality, runner
+from inferctl.bench.measure.outcome import WorkloadRecord
 from inferctl.bench.plan import plan
-from inferctl.bench.report import findings, result
+from inferctl.bench.report import caveats, findings, receipts, result, rows
+from inferctl.bench.report.caveats import Caveat
+from inferctl.bench.report.receipts import write_all
+from inferctl.bench.report.rows import MeasuredRow, Row, RunFigures
 from inferctl.errors import InferctlError, InvalidRunError, UsageError
 
 LIMITS = plan.Quality.model_validate({})
@@ -58,7 +63,7 @@ def test_more_failed_requests_than_the_error_budget_make_a_configuration_invalid
 
 
 def test_the_error_budget_is_of_all_runs_together() -> None:
-    """One failure is 0.25 % of its run and 0.05 % of all five."""
+    """One failure is 0.25% of its run and 0.05% of all five runs."""
     rows = [row(10 * i, 5) for i in range(400)]
     runs = [summary.RunRecords(table(*rows, row(4100, 5, error=TIMEOUT)), 0, 5 * SECOND, 1)]
     runs += [summary.RunRecords(table(*rows), 0, 5 * SECOND, 1)] * 4
@@ -68,7 +73,7 @@ def test_the_error_budget_is_of_all_runs_together() -> None:
 
 
 def rejecting(every: int, count: int = 1000, offered: int | None = None) -> summary.RunRecords:
-    """A run in which each n-th request is rejected with 429, at once."""
+    """Return a run in which each n-th request is rejected at once with 429."""
     rows = [list(row(10 * i, 1 if i % every == 0 else 5, error=int(i % every == 0))) for i in range(count)]
     for number in range(0, count, every):
         rows[number][FIELDS.index(("status", "<u2"))] = 429
@@ -81,7 +86,7 @@ def test_rejected_requests_are_an_outcome_of_their_own() -> None:
     assert (found["rejected"], found["rejected_percent"]) == (50, 5.0)
     assert summary.failures(found) == {}
     assert summary.lost_share(found) == 0.05
-    assert found["latency_ms"]["min"] == 5  # not that of a rejection
+    assert found["latency_ms"]["min"] == 5  # not the latency of a rejected request
     assert judged(part) == validity.Validity(
         (), ("the server rejected 50 of 1000 requests (429, 5%): latencies are those of accepted requests",)
     )
@@ -91,10 +96,10 @@ def test_a_configuration_that_rejects_requests_cannot_win_and_does_not_meet_the_
     part = rejecting(20)
     fast = document("int8", 300, 4, slo={"p99_ms": 50}) | {"summary": summary.summarize([part])}
     fast["summary"]["requests_per_s"] = 300
-    found = findings.state(rows_of(tmp_path, document("fp32", 100, 10, slo={"p99_ms": 50}), fast), "closed")
-    assert found[0].startswith("fp32 ran alone")
-    assert "int8 rejected 5 % of the requests (429): its latencies are those of accepted requests." in found
-    assert "At this load the SLO (p99 50 ms) is met by fp32; is not met by int8." in found
+    found = findings.describe(rows_of(tmp_path, document("fp32", 100, 10, slo={"p99_ms": 50}), fast), "closed")
+    assert found[0].startswith("fp32 is the only eligible configuration")
+    assert "int8 rejected 5% of the requests (429): its latencies are those of accepted requests." in found
+    assert "SLO (p99 50 ms) at this load: met by fp32; not met by int8." in found
 
 
 def test_too_few_answers_are_invalid_and_too_few_for_p99_a_caution() -> None:
@@ -163,7 +168,7 @@ def offering(rate: float, latency_ms: float, *, slower_by: float = 0.0, warm: bo
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_requests_in_flight_at_the_end_are_not_held_against_a_server_that_keeps_up(warm: bool) -> None:
-    # Two seconds each at 40 requests/s: 80 of 400 are always in flight, a fifth of all.
+    # Two seconds each at 40 requests/s: 80 of 400 requests are always in flight.
     assert judged(offering(40, 2000, warm=warm)).reasons == ()
 
 
@@ -197,39 +202,40 @@ def test_one_invalid_run_makes_the_configuration_invalid() -> None:
 def test_equal_vectors_are_perfect_whatever_their_length() -> None:
     vectors = np.random.default_rng(1).normal(size=(50, 8)).astype(np.float32)
     found = quality.compare(vectors, 3 * vectors, LIMITS)
-    assert found["cosine"] == {"mean": 1.0, "p1": 1.0, "min": 1.0}
-    assert found["recall_at_10"] == 1.0
-    assert found["passes"]
+    assert found.cosine == quality.CosineSimilarity(mean=1.0, p1=1.0, min=1.0)
+    assert found.recall_at_10 == 1.0
+    assert found.passes
 
 
 def test_cosine_and_recall_of_known_vectors() -> None:
     angles = np.radians([0, 10, 20, 100, 110, 120])
     expected = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
-    moved = np.radians([0, 10, 105, 100, 110, 120])  # the third goes over to the other group
+    moved = np.radians([0, 10, 105, 100, 110, 120])  # the third moves to the other group
     found = np.stack([np.cos(moved), np.sin(moved)], 1).astype(np.float32)
     # Nearest two, before: 0:{1,2} 1:{0,2} 2:{1,0} 3:{4,5} 4:{3,5} 5:{4,3};
     # after: 0:{1,3} 1:{0,3} 2:{3,4} 3:{2,4} 4:{2,3 or 5} 5:{4,2}.
     assert quality.recall_at(expected, found, 2) == pytest.approx((1 / 2 + 1 / 2 + 0 + 1 / 2 + 1 / 2 + 1 / 2) / 6)
-    assert quality.compare(expected, found, LIMITS)["cosine"]["min"] == pytest.approx(np.cos(np.radians(85)), abs=1e-5)
+    cosine = quality.compare(expected, found, LIMITS).cosine
+    assert cosine and cosine.min == pytest.approx(np.cos(np.radians(85)), abs=1e-5)
 
 
 def test_a_configuration_under_the_limits_fails() -> None:
     vectors = np.random.default_rng(1).normal(size=(50, 8)).astype(np.float32)
     noisy = vectors + np.random.default_rng(2).normal(size=vectors.shape).astype(np.float32)
-    assert not quality.compare(vectors, noisy, LIMITS)["passes"]
+    assert quality.compare(vectors, noisy, LIMITS).passes is False
 
 
-def rows_of(folder: Path, *documents: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        result._row(
-            runner.Outcome(runner.Subject(one.name, one.name)), one
-        )  # the rows that the command makes of receipts
+def rows_of(folder: Path, *documents: dict[str, Any]) -> list[MeasuredRow]:
+    """Return the measured rows of receipts."""
+    found = [
+        rows.of_outcome(runner.Outcome(runner.BenchTarget(one.name, one.name)), one)
         for one in sealed(folder, *documents)
     ]
+    return [row for row in found if isinstance(row, MeasuredRow)]
 
 
 def repeated(name: str, rate: float, factors: Sequence[float], latency_ms: float = 10) -> dict[str, Any]:
-    """A receipt of one run for each factor, by which its rate is higher and its latency lower."""
+    """Return a receipt with a run per factor: its rate is multiplied by the factor, its latency divided."""
     made = document(name, rate, latency_ms)
     found = summary.summarize([steady(rate, latency_ms)])
     figures = {key: found["latency_ms"][key] for key in ("p50", "p90", "p99")}
@@ -252,106 +258,109 @@ NOISY = [1.0, 1.08, 0.92, 1.05, 0.95]
 
 
 def test_one_run_has_a_fastest_configuration_and_no_winner(tmp_path: Path) -> None:
-    found = findings.state(rows_of(tmp_path, document("fp32", 50, 20), document("bf16", 100, 10)), "closed")
+    found = findings.describe(rows_of(tmp_path, document("fp32", 50, 20), document("bf16", 100, 10)), "closed")
     assert found[0] == (
         "bf16 is fastest in this run: 2.00x the requests/s of fp32, at cosine 0.99991 and recall@10 0.987 to fp32. "
-        "5 repeats are needed to say which one wins."
+        "A winner requires 5 repeats."
     )
 
 
 def test_a_winner_has_an_interval_over_five_repeats(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, repeated("fp32", 50, CALM), repeated("bf16", 100, CALM[::-1]))
-    found = findings.state(rows, "closed")[0]
+    found = findings.describe(rows, "closed")[0]
     assert found.startswith("bf16 wins: 2.00x the requests/s of fp32 (1.9")
     assert "x, 5 repeats), at cosine" in found
-    assert "needed" not in found
+    assert "requires" not in found
     few = rows_of(tmp_path, repeated("fp32", 50, CALM[:4]), repeated("bf16", 100, CALM[:4]))
-    assert findings.state(few, "closed")[0].startswith("bf16 is fastest in these 4 runs: 2.00x")
+    assert findings.describe(few, "closed")[0].startswith("bf16 is fastest in these 4 runs: 2.00x")
 
 
 def test_what_repeats_leave_open_is_inconclusive_with_the_repeats_it_needs(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, repeated("fp32", 50, CALM), repeated("bf16", 100, CALM), repeated("fp16", 93, NOISY))
-    found = findings.state(rows, "closed")[0]
+    found = findings.describe(rows, "closed")[0]
     assert found.startswith("bf16 is faster: 2.00x the requests/s of fp32")
     assert "bf16 against fp16 is inconclusive: needs " in found
     same = rows_of(tmp_path, repeated("bf16", 100, CALM), repeated("fp16", 100.1, CALM))
-    assert findings.state(same, "closed")[0].startswith("No clear difference between fp16 and bf16 (100.1 requests/s)")
+    assert findings.describe(same, "closed")[0].startswith(
+        "No clear difference between fp16 and bf16 (100.1 requests/s)"
+    )
 
 
 @pytest.mark.parametrize(("repeats", "configurations"), [(1, 3), (5, 2), (5, 4), (10, 3)])
 @pytest.mark.parametrize("noise", [0.025, 0.08])
 def test_of_equal_configurations_none_is_said_to_win(repeats: int, configurations: int, noise: float) -> None:
-    """Runs differ by `noise`, whole stretches of time are slower, and one run in ten is slowed by another process."""
+    """Runs differ by `noise`, and by slower periods of time. Another process slows down one run in ten."""
     random, trials, wins = Random(f"{repeats} {configurations} {noise}"), 400, 0
-    base: dict[str, Any] = {"outcome": "measured", "valid": True, "receipt": "r", "precision": {}, "reasons": []}
-    base |= {"quality": {"checked": False, "reason": "simulated"}, "requests_per_s_interval": None}
+    base = MeasuredRow("", "measured", valid=True, receipt="r", quality={"checked": False, "reason": "simulated"})
     for _ in range(trials):
         stretch = 0.0
-        runs: dict[int, list[Any]] = {number: [] for number in range(configurations)}
+        runs: dict[int, list[RunFigures]] = {number: [] for number in range(configurations)}
         for repeat in range(repeats):
             for number in range(configurations):
                 stretch = 0.8 * stretch + random.gauss(0, noise / 2)
                 burst = random.uniform(0.1, 0.5) if random.random() < 0.1 else 0
                 rate = 100 * math.exp(-random.gauss(0, noise) - stretch - burst)
-                runs[number].append({"repeat": repeat, "requests_per_s": rate, "p50_ms": 1, "p99_ms": 2})
-        rows = []
+                runs[number].append(RunFigures(repeat, rate, p50_ms=1, p99_ms=2))
+        simulated = []
         for number, listed in runs.items():
-            mean = sum(run["requests_per_s"] for run in listed) / repeats
-            # Windows of one run are far too alike: their interval is narrow, whatever the run was slowed by.
+            mean = sum(run.requests_per_s for run in listed) / repeats
+            # Windows of one run are correlated, so their interval is narrow even for a slow run.
             narrow = {"low": 0.99 * mean, "high": 1.01 * mean}
-            rows.append(base | {"configuration": str(number), "runs": listed, "requests_per_s": mean})
-            rows[-1]["requests_per_s_interval"] = narrow
-        said = findings.state(rows, "closed")[0]
+            figures = {"runs": listed, "requests_per_s": mean, "requests_per_s_interval": narrow}
+            simulated.append(dataclasses.replace(base, configuration=str(number), **figures))
+        said = findings.describe(simulated, "closed")[0]
         wins += " wins:" in said or "is faster" in said
     assert wins / trials < 0.05
 
 
 def test_differences_under_five_per_cent_are_no_clear_difference(tmp_path: Path) -> None:
-    found = findings.state(rows_of(tmp_path, document("fp32", 100, 10), document("bf16", 104, 10)), "closed")
+    found = findings.describe(rows_of(tmp_path, document("fp32", 100, 10), document("bf16", 104, 10)), "closed")
     assert found[0].startswith("No clear difference between bf16 and fp32 in this run (104.0 requests/s).")
 
 
 def test_overlapping_intervals_are_no_clear_difference(tmp_path: Path) -> None:
-    rows = rows_of(tmp_path, document("fp32", 100, 10), document("bf16", 150, 10))
-    for one in rows:
-        one["requests_per_s_interval"] = {"low": 90, "high": 160, "over": "windows"}
-    assert "No clear difference" in findings.state(rows, "closed")[0]
+    wide = {"low": 90, "high": 160, "over": "windows"}
+    rows = [
+        dataclasses.replace(row, requests_per_s_interval=wide)
+        for row in rows_of(tmp_path, document("fp32", 100, 10), document("bf16", 150, 10))
+    ]
+    assert "No clear difference" in findings.describe(rows, "closed")[0]
 
 
 def test_a_faster_configuration_that_fails_quality_cannot_win(tmp_path: Path) -> None:
     bad = document("int8", 300, 4)
     bad["quality"] = {**bad["quality"], "passes": False, "recall_at_10": 0.5}
-    found = findings.state(rows_of(tmp_path, document("fp32", 100, 10), bad), "closed")
-    assert found[0].startswith("fp32 ran alone")
-    assert any("int8 fails on quality" in sentence and "cannot be recommended" in sentence for sentence in found)
+    found = findings.describe(rows_of(tmp_path, document("fp32", 100, 10), bad), "closed")
+    assert found[0].startswith("fp32 is the only eligible configuration")
+    assert any("int8 fails the quality check" in sentence and "is not recommended" in sentence for sentence in found)
 
 
 def test_an_invalid_configuration_cannot_win(tmp_path: Path) -> None:
     invalid = document("bf16", 300, 4, validity={"valid": False, "reasons": ["client too busy"], "cautions": []})
     rows = rows_of(tmp_path, document("fp32", 100, 10), invalid)
-    assert findings.state(rows, "closed")[0].startswith("fp32 ran alone")
-    assert findings.caveats(rows)[0] == ("invalid", "bf16: client too busy")
+    assert findings.describe(rows, "closed")[0].startswith("fp32 is the only eligible configuration")
+    assert caveats.caveats(rows)[0] == Caveat("invalid", "bf16: client too busy")
 
 
 def test_emulation_is_said_with_its_reason(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, document("fp16", 10, 90, level="emulated"), document("bf16", 100, 10))
-    assert ("emulated", "fp16: the reason of fp16") in findings.caveats(rows)
+    assert Caveat("emulated", "fp16: the reason of fp16") in caveats.caveats(rows)
 
 
 def test_what_an_emulated_precision_costs_is_said_against_fp32(tmp_path: Path) -> None:
     half = document("fp16", 25, 90, level="emulated")
     half["precision"]["reason"] = "the CPU has no fp16 arithmetic: expect it to be slow"
     rows = rows_of(tmp_path, document("fp32", 100, 20), half)
-    said = "fp16 is emulated here, since the CPU has no fp16 arithmetic: 0.25x the requests/s of fp32."
-    assert said in findings.state(rows, "closed")
-    assert not any("emulated here, since" in one for one in findings.state(rows[1:], "closed"))
+    said = "fp16 is emulated on this hardware because the CPU has no fp16 arithmetic: 0.25x the requests/s of fp32."
+    assert said in findings.describe(rows, "closed")
+    assert not any("is emulated on this hardware because" in one for one in findings.describe(rows[1:], "closed"))
 
 
 def test_an_open_loop_compares_p99(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, document("fp32", 100, 20), document("bf16", 100, 10))
-    assert findings.state(rows, "open")[0].startswith("bf16 is fastest in this run: 50% of the p99 of fp32")
+    assert findings.describe(rows, "open")[0].startswith("bf16 is fastest in this run: 50% of the p99 of fp32")
     rows = rows_of(tmp_path, repeated("fp32", 100, CALM, 20), repeated("bf16", 100, CALM, 10))
-    assert findings.state(rows, "open")[0].startswith("bf16 wins: 50% of the p99 of fp32 (50% to 50%, 5 repeats)")
+    assert findings.describe(rows, "open")[0].startswith("bf16 wins: 50% of the p99 of fp32 (50% to 50%, 5 repeats)")
 
 
 def test_receipts_are_sealed_and_come_back_as_written(tmp_path: Path) -> None:
@@ -387,35 +396,20 @@ def test_what_is_no_receipt_of_this_version_is_a_usage_error(tmp_path: Path, tex
 @pytest.mark.parametrize(
     ("rows", "kind"),
     [
-        ([{"configuration": "a", "outcome": "measured", "receipt": "r", "valid": True, "reasons": []}], None),
-        (
-            [{"configuration": "a", "outcome": "measured", "receipt": "r", "valid": False, "reasons": ["x"]}],
-            InvalidRunError,
-        ),
-        (
-            [
-                {
-                    "configuration": "a",
-                    "outcome": "not run",
-                    "receipt": None,
-                    "valid": False,
-                    "reasons": [],
-                    "reason": "x",
-                }
-            ],
-            InferctlError,
-        ),
+        ([MeasuredRow("a", "measured", valid=True, receipt="r")], None),
+        ([MeasuredRow("a", "measured", receipt="r", reasons=["x"])], InvalidRunError),
+        ([Row("a", "not run", "x")], InferctlError),
     ],
 )
-def test_how_a_bench_ends(rows: list[dict[str, Any]], kind: type[InferctlError] | None) -> None:
-    problem = result.verdict({"rows": rows, "output": "out"})
+def test_how_a_bench_ends(tmp_path: Path, rows: list[Row], kind: type[InferctlError] | None) -> None:
+    problem = result.problem(with_rows(tmp_path, *rows))
     assert (type(problem) if problem else None) is kind
 
 
 def test_of_tied_configurations_the_closest_to_fp32_is_named_first(tmp_path: Path) -> None:
     exact = document("fp16", 98, 10)
     exact["quality"] = {**exact["quality"], "cosine": {"mean": 1.0, "p1": 1.0, "min": 1.0}}
-    found = findings.state(rows_of(tmp_path, document("int8", 100, 10), exact, document("fp32", 50, 20)), "closed")
+    found = findings.describe(rows_of(tmp_path, document("int8", 100, 10), exact, document("fp32", 50, 20)), "closed")
     assert found[0].startswith(
         "int8 is fastest in this run: 2.00x the requests/s of fp32, at cosine 0.99991 and recall@10 0.987 to fp32. "
         "No clear difference between fp16 and int8 in this run (100.0 requests/s); fp16 has the better quality: "
@@ -426,10 +420,10 @@ def test_of_tied_configurations_the_closest_to_fp32_is_named_first(tmp_path: Pat
 def test_who_holds_the_slo_is_said(tmp_path: Path) -> None:
     def said(limit: float) -> list[str]:
         documents = (document(*one, slo={"p99_ms": limit}) for one in (("fp32", 100, 20), ("bf16", 200, 10)))
-        return findings.state(rows_of(tmp_path, *documents), "closed")
+        return findings.describe(rows_of(tmp_path, *documents), "closed")
 
-    assert "At this load the SLO (p99 15 ms) is met by bf16; is not met by fp32." in said(15)
-    assert "At this load the SLO (p99 5 ms) is not met by fp32, bf16." in said(5)
+    assert "SLO (p99 15 ms) at this load: met by bf16; not met by fp32." in said(15)
+    assert "SLO (p99 5 ms) at this load: not met by fp32, bf16." in said(5)
 
 
 def test_the_slo_is_judged_by_the_interval_and_what_it_leaves_open_is_said(tmp_path: Path) -> None:
@@ -441,15 +435,15 @@ def test_the_slo_is_judged_by_the_interval_and_what_it_leaves_open_is_said(tmp_p
     ]
     rows = rows_of(tmp_path, *documents)
     assert (
-        f"At this load the SLO (p99 {limit:g} ms) is met by b; is not met by a; is inconclusive for "
+        f"SLO (p99 {limit:g} ms) at this load: met by b; not met by a; inconclusive for "
         f"c (not enough samples for a p99: 80 of 368), d (p99 {p99['value']:.1f} ms ({low:.1f} - {high:.1f}) "
         f"is not shown to be within {limit:g} ms: its interval contains it)."
-    ) in findings.state(rows, "closed")
-    assert [row["slo"]["met"] for row in rows] == [False, True, None, None]
+    ) in findings.describe(rows, "closed")
+    assert [row.slo.met for row in rows if row.slo] == [False, True, None, None]
 
 
 def test_a_sample_that_bounds_its_own_interval_does_not_meet_the_slo() -> None:
-    """A thousand responses, of which those of one stretch are slow: the effective sample size is far too small."""
+    """Of a thousand responses, some consecutive ones are slow, so the effective sample size is too small."""
     slow = [row(10 * i, 50 if 400 <= i < 405 else 5) for i in range(1000)]
     found = summary.summarize([summary.RunRecords(table(*slow), 0, 11 * SECOND, 1)])["latency_ms"]
     assert found["p99"]["high"] <= 60
@@ -468,18 +462,17 @@ def test_no_tied_configuration_is_called_better_where_quality_is_unknown_or_equa
     documents = document("bf16", 100, 10), document("int8", 101, 10)
     for made, quality_ in zip(documents, (one, other), strict=True):
         made["quality"] = quality_ or made["quality"]
-    found = findings.state(rows_of(tmp_path, *documents), "closed")
+    found = findings.describe(rows_of(tmp_path, *documents), "closed")
     assert "No clear difference" in found[0]
     assert "better quality" not in found[0]
 
 
 def test_broken_vectors_cannot_win_and_are_said(tmp_path: Path) -> None:
-    bad = document("int8", 300, 4, quality=quality.broken("the server answered vectors that are not finite"))
-    found = findings.state(rows_of(tmp_path, document("fp32", 100, 10), bad), "closed")
-    assert found[0].startswith("fp32 ran alone")
-    assert (
-        "int8 fails on quality: the server answered vectors that are not finite; it cannot be recommended." in found[1:]
-    )
+    bad = document("int8", 300, 4, quality=quality.broken("the server returned vectors of zeros").as_dict())
+    found = findings.describe(rows_of(tmp_path, document("fp32", 100, 10), bad), "closed")
+    assert found[0].startswith("fp32 is the only eligible configuration")
+    said = "int8 fails the quality check: the server returned vectors of zeros; it is not recommended."
+    assert said in found[1:]
 
 
 def context(folder: Path, **changes: Any) -> result.Context:
@@ -504,24 +497,24 @@ def context(folder: Path, **changes: Any) -> result.Context:
 
 def test_a_gpu_that_no_server_used_was_not_measured(tmp_path: Path) -> None:
     written = sealed(tmp_path, document("bf16", 100, 10))
-    outcomes = [runner.Outcome(runner.Subject("bf16", "bf16"))]
-    rows = result.document(context(tmp_path), outcomes, written, tmp_path / "x")["rows"]
-    assert [(one["configuration"], one["outcome"]) for one in rows] == [
+    outcomes = [runner.Outcome(runner.BenchTarget("bf16", "bf16"))]
+    found = result.collect(context(tmp_path), outcomes, written, tmp_path / "x").rows
+    assert [(one.configuration, one.outcome) for one in found] == [
         ("bf16", "measured"),
         ("t4", "not measured here"),
     ]
-    assert rows[1]["reason"] == "the hardware measured is Test CPU"
+    assert found[1].reason == "the hardware measured is Test CPU"
 
 
 def test_what_a_silent_server_ran_on_is_not_guessed(tmp_path: Path) -> None:
     machine = context(tmp_path).environment
-    assert result.hardware_of({}, runner.Subject("a", "bf16"), machine)["key"] is None
+    assert receipts.hardware_of({}, runner.BenchTarget("a", "bf16"), machine)["key"] is None
 
 
 def outcome_of(
-    folder: Path, *parts: summary.RunRecords, subject: runner.Subject | None = None, **info: Any
+    folder: Path, *parts: summary.RunRecords, subject: runner.BenchTarget | None = None, **info: Any
 ) -> runner.Outcome:
-    given = subject or runner.Subject("bf16", "bf16")
+    given = subject or runner.BenchTarget("bf16", "bf16")
     runs = [
         runner.Measurement(
             plan.Run(given.name, i),
@@ -532,11 +525,19 @@ def outcome_of(
             folder,
             info,
             100_002,
-            workload={"corpus": "own.txt"},
+            workload=WorkloadRecord(corpus="own.txt"),
         )
         for i, part in enumerate(parts)
     ]
     return runner.Outcome(given, runs, planned=len(runs))
+
+
+def change(outcome: runner.Outcome, number: int, **changes: Any) -> None:
+    outcome.measurements[number] = dataclasses.replace(outcome.measurements[number], **changes)
+
+
+def with_rows(folder: Path, *listed: Row) -> result.Result:
+    return dataclasses.replace(result.collect(context(folder), [], [], folder / "x"), rows=listed)
 
 
 def test_a_receipt_names_the_spec_source_and_no_folder_of_the_user(tmp_path: Path) -> None:
@@ -546,7 +547,7 @@ def test_a_receipt_names_the_spec_source_and_no_folder_of_the_user(tmp_path: Pat
     chosen = plan.load("quick").model_copy(update={"corpus": str(tmp_path / "own.txt")})
     (tmp_path / "own.txt").write_text("a text\n")
     for source, shown in (("org/mini", "org/mini"), (f"{home}/models/mini", "mini"), (str(tmp_path), tmp_path.name)):
-        (written,) = result.receipts(context(tmp_path, plan=chosen, model_source=source), [outcome])
+        (written,) = write_all(context(tmp_path, plan=chosen, model_source=source), [outcome])
         assert written.data["model"]["source"] == shown
         assert written.data["plan"]["corpus"] == written.data["workload"]["corpus"] == "own.txt"
         assert f"{home}/" not in written.path.read_text()
@@ -559,17 +560,17 @@ def test_no_receipt_names_the_folder_of_a_trace_or_of_what_failed(tmp_path: Path
     trace.write_text('{"at_s": 0, "input": "a"}\n')
     matrix = {"precision": ["bf16"], "load": {"steady": {"rate": 9}, "replay": {"trace": str(trace)}}}
     chosen = plan.Plan.model_validate({"name": "mine", "matrix": matrix})
-    subjects = [runner.Subject(one.name, one.precision, load=one.load) for one in chosen.configurations]
+    subjects = [runner.BenchTarget(one.name, one.precision, load=one.load) for one in chosen.configurations]
     outcome = outcome_of(tmp_path, steady(100, 10), subject=subjects[1])
-    outcome.measurements[0].load = chosen.load_with(subjects[1].load).model_dump(mode="json")
+    change(outcome, 0, load=chosen.load_with(subjects[1].load))
     outcome.failure = f"there is no space left in {tmp_path}/cache, says http://10.0.0.7/a/b"
-    given = context(tmp_path, plan=chosen, subjects=subjects if asked else ())
-    written = result.receipts(given, [outcome])
+    given = context(tmp_path, plan=chosen, targets=subjects if asked else ())
+    written = write_all(given, [outcome])
     assert str(tmp_path) not in written[0].path.read_text()
     data = written[0].data
     assert data["validity"]["reasons"][-1] == "there is no space left in cache, says http://10.0.0.7/a/b"
     assert data["plan"]["load"]["trace"] == data["plan"]["configurations"][1]["load"]["trace"] == "monday.jsonl"
-    found = result.document(given, [outcome], written, tmp_path / "report.html")
+    found = result.collect(given, [outcome], written, tmp_path / "report.html").as_dict()
     row = {key: value for key, value in found["rows"][0].items() if key != "receipt"}
     assert str(tmp_path) not in json.dumps([row, found["finding"], found["findings"], found["caveats"], found["load"]])
     assert row["workload"][1]["trace"].startswith("monday.jsonl (")
@@ -604,9 +605,9 @@ def test_home_is_replaced_as_a_folder_only() -> None:
 
 
 def test_the_plan_of_a_measured_url_asks_for_no_precision(tmp_path: Path) -> None:
-    subjects = [runner.Subject("mine", url="http://10.0.0.7:8080"), runner.Subject("bf16", "bf16")]
+    subjects = [runner.BenchTarget("mine", url="http://10.0.0.7:8080"), runner.BenchTarget("bf16", "bf16")]
     outcome = outcome_of(tmp_path, steady(100, 10), subject=subjects[0], device={"name": "Tesla T4", "hardware": "t4"})
-    (written,) = result.receipts(context(tmp_path, subjects=subjects), [outcome])
+    (written,) = write_all(context(tmp_path, targets=subjects), [outcome])
     assert written.data["plan"]["configurations"] == [
         {"name": "mine", "url": "http://10.0.0.7:8080"},
         {"name": "bf16", "precision": "bf16"},
@@ -617,8 +618,8 @@ def test_the_plan_of_a_measured_url_asks_for_no_precision(tmp_path: Path) -> Non
 
 def test_each_run_keeps_what_the_server_said_and_an_exchanged_server_is_invalid(tmp_path: Path) -> None:
     outcome = outcome_of(tmp_path, steady(100, 10), steady(100, 10), model={"sha256": "a"})
-    outcome.measurements[1].info = {"model": {"sha256": "b"}}
-    (written,) = result.receipts(context(tmp_path), [outcome])
+    change(outcome, 1, info={"model": {"sha256": "b"}})
+    (written,) = write_all(context(tmp_path), [outcome])
     assert [run["server"]["model"]["sha256"] for run in written.data["runs"]] == ["a", "b"]
     assert [run["serial"] for run in written.data["runs"]] == [100_002, 100_002]
     assert written.data["validity"]["reasons"] == ["the runs differ in the model's sha256: a, b"]
@@ -627,22 +628,20 @@ def test_each_run_keeps_what_the_server_said_and_an_exchanged_server_is_invalid(
 def test_runs_that_were_sent_different_requests_are_not_one_configuration(tmp_path: Path) -> None:
     outcome = outcome_of(tmp_path, steady(100, 10), steady(100, 10))
     for sha256, valid in (("a", True), ("b", False)):
-        for measurement, sent in zip(outcome.measurements, ("a", sha256), strict=True):
-            measurement.workload = {"corpus": "own.txt", "sha256": sent}
-        (written,) = result.receipts(context(tmp_path), [outcome])
+        for number, sent in enumerate(("a", sha256)):
+            change(outcome, number, workload=WorkloadRecord(sha256=sent, corpus="own.txt"))
+        (written,) = write_all(context(tmp_path), [outcome])
         assert written.data["validity"]["valid"] is valid
     assert written.data["validity"]["reasons"] == [
-        "the runs differ in what was sent: a corpus or a trace changed meanwhile"
+        "the runs differ in what was sent: a corpus or a trace changed during the benchmark"
     ]
 
 
-def test_one_invalid_configuration_among_valid_ones_ends_with_5() -> None:
-    from inferctl.bench.report import result
-
-    good = {"configuration": "bf16", "outcome": "measured", "receipt": "r.json", "valid": True, "reasons": []}
-    bad = {**good, "configuration": "fp16", "valid": False, "reasons": ["3 of 90 requests failed"]}
-    assert result.verdict({"rows": [good], "output": "."}) is None
-    problem = result.verdict({"rows": [good, bad], "output": "."})
+def test_one_invalid_configuration_among_valid_ones_ends_with_5(tmp_path: Path) -> None:
+    good = MeasuredRow("bf16", "measured", valid=True, receipt="r.json")
+    bad = MeasuredRow("fp16", "measured", receipt="r.json", reasons=["3 of 90 requests failed"])
+    assert result.problem(with_rows(tmp_path, good)) is None
+    problem = result.problem(with_rows(tmp_path, good, bad))
     assert problem is not None
     assert (problem.exit_code, "1 of 2 configurations" in problem.message) == (5, True)
     assert "fp16: 3 of 90 requests failed" in problem.message

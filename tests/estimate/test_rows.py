@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from inferctl import estimate
-from inferctl.bench.measure.outcome import Subject
+from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan.plan import Configuration, Load, Plan
-from inferctl.bench.report import estimated, findings
+from inferctl.bench.report import caveats, estimated, findings
+from inferctl.bench.report.estimated import EstimatedFigures
+from inferctl.bench.report.rows import MeasuredRow
 from inferctl.errors import UsageError
 
 MINILM = {
@@ -94,19 +96,21 @@ def plan(**values: Any) -> Plan:
 
 
 def test_a_bench_gets_figures_or_a_reason_for_each_configuration(model: Path) -> None:
-    subjects = [Subject("fp16", "fp16"), Subject("int8", "int8"), Subject("far", url="http://example.com")]
+    subjects = [BenchTarget("fp16", "fp16"), BenchTarget("int8", "int8"), BenchTarget("far", url="http://example.com")]
     found = {subject.name: figures for subject, figures in estimated.each(plan(), subjects, model, "t4")}
-    assert isinstance(found["fp16"], dict)
-    assert found["fp16"]["p99_ms"] is None and found["fp16"]["requests_per_s"] is None
-    assert found["fp16"]["ranges"]["p99_ms"]["low"] > 0 and found["fp16"]["ranges"]["p99_ms"]["bound"] == "at least"
-    assert any("only a bound" in note for note in found["fp16"]["notes"])
-    assert "LLM.int8" in found["int8"]
-    assert found["far"] == "a server that runs elsewhere"
+    fp16 = found["fp16"]
+    assert isinstance(fp16, EstimatedFigures)
+    assert fp16.value("p99_ms") is None and fp16.value("requests_per_s") is None
+    p99 = fp16.ranges["p99_ms"]
+    assert p99 and (p99.low or 0) > 0 and p99.bound == "at least"
+    assert any("only a bound" in note for note in fp16.notes)
+    assert "LLM.int8" in str(found["int8"])
+    assert found["far"] == "the server runs elsewhere"
 
 
 def test_loads_of_several_stages_are_not_estimated(model: Path) -> None:
     stages = plan(mode="open", stages=[{"duration_s": 5, "rate": 10}, {"duration_s": 5, "rate": 20}])
-    assert [figures for _, figures in estimated.each(stages, [Subject("fp16", "fp16")], model, "t4")] == [
+    assert [figures for _, figures in estimated.each(stages, [BenchTarget("fp16", "fp16")], model, "t4")] == [
         "only loads of one stage are estimated"
     ]
 
@@ -115,19 +119,20 @@ def test_rows_of_a_bench_keep_estimates_out_of_measured_columns(model: Path, tmp
     from inferctl.bench.measure import environment
     from inferctl.bench.report import result
 
-    subjects = [Subject("fp16", "fp16"), Subject("int8", "int8")]
+    subjects = [BenchTarget("fp16", "fp16"), BenchTarget("int8", "int8")]
     context = result.Context(plan(), environment.detect(), None, ["t4", "cpu"], None, tmp_path, subjects, model)
-    rows = result._not_measured(context, [{"hardware": {"key": "cpu", "name": "a CPU"}}])
-    assert [(row["configuration"], row["outcome"]) for row in rows] == [
+    measured = MeasuredRow("a", "measured", hardware={"key": "cpu", "name": "a CPU"})
+    rows = result.other_hardware(context, [measured])
+    assert [(row.configuration, row.outcome) for row in rows] == [
         ("fp16", "estimated"),
         ("t4: int8", "not measured here"),
     ]
-    assert not {"p50_ms", "p99_ms", "requests_per_s", "n"} & rows[0].keys()
-    assert rows[0]["hardware"]["key"] == "t4" and not rows[0]["valid"]
-    assert "estimated from 4 rows of t4 in fp16" in rows[0]["reason"]
-    said = [text for kind, text in findings.caveats(rows) if kind == "estimated"]
+    assert not {"p50_ms", "p99_ms", "requests_per_s", "n"} & rows[0].as_dict().keys()
+    assert (rows[0].hardware or {})["key"] == "t4" and not rows[0].valid
+    assert "estimated from 4 rows of t4 in fp16" in (rows[0].reason or "")
+    said = [caveat.text for caveat in caveats.caveats(rows) if caveat.kind == "estimated"]
     assert any(text.startswith("fp16 on t4: ") for text in said)
-    assert findings.state(rows, "closed")[0].startswith("Nothing was measured")
+    assert findings.describe(rows, "closed")[0].startswith("No valid measurement")
 
 
 def test_figures_are_plain_data(model: Path) -> None:

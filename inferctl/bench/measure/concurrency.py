@@ -1,9 +1,9 @@
 """The number of users that saturates a server: `users: auto` in a plan.
 
     for each configuration:  start its server ─► 8, 16, 32, ... users ─► requests/s stop growing ─► stop it
-    for all of them:         the most users that one of them needs
+    for all configurations:  the largest number of users that one of them needs
 
-Configurations tie where the load saturates none of them: each then answers as fast as its clients ask.
+A load that saturates no server shows no difference between configurations: each responds as fast as its clients send.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from typing import Any
 from inferctl.bench.judge.validity import CLIENT_CPU_LIMIT
 from inferctl.errors import InferctlError
 
-FIRST, MOST = 8, 1024
-# Growth of requests/s that does not count, with twice the users and again twice.
+FIRST_USERS, MAX_USERS = 8, 1024
+# The load is saturating if requests/s grow by less than this share, with twice the users and again with four times.
 GROWTH = 0.05
-# Seconds of a step, and of its warm-up. They are longer where a request takes longer.
-STEP_S, LONGEST_S, WINDOW_S = 2.0, 8.0, 0.3
+# Duration of a step and of its warm-up, in seconds. A step is longer if a request takes longer.
+STEP_S, MAX_STEP_S, WINDOW_S = 2.0, 8.0, 0.3
+# What ended the steps.
 SERVER, GENERATOR, USERS = "server", "load generator", "users"
 
 
 @dataclass(frozen=True)
 class Step:
-    """A short closed loop."""
+    """The result of a short closed loop."""
 
     users: int
     requests_per_s: float
@@ -33,10 +34,14 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Found:
-    """The users that a server needs. `limited_by` ended the steps: server (saturated), load generator or users."""
+class Concurrency:
+    """The users that a server needs (`needed_users`), and the users of the load that all configurations receive.
+
+    `limited_by` says what ended the steps: the server (it is saturated), the load generator, or the limit of users.
+    """
 
     users: int
+    needed_users: int
     limited_by: str
     steps: tuple[Step, ...]
 
@@ -44,45 +49,49 @@ class Found:
     def saturated(self) -> bool:
         return self.limited_by == SERVER
 
-    def as_dict(self, users: int) -> dict[str, Any]:
-        """Return the `concurrency` key of a receipt; `users` is the load of all configurations."""
-        return {
-            "users": users,
-            "needed_users": self.users,
-            "saturated": self.saturated,
-            "limited_by": self.limited_by,
-            "steps": [asdict(step) for step in self.steps],
-        }
+    def as_dict(self) -> dict[str, Any]:
+        """Return the `concurrency` key of a receipt."""
+        return asdict(self) | {"saturated": self.saturated}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Concurrency:
+        """Return the result that `as_dict` wrote."""
+        steps = tuple(Step(**step) for step in data["steps"])
+        return cls(data["users"], data["needed_users"], data["limited_by"], steps)
 
 
-def seconds(users: int, steps: Sequence[Step]) -> float:
-    """Return how long a step lasts: each user should send ten requests."""
-    known = steps[-1].requests_per_s if steps else 0
-    return min(max(STEP_S, 10 * users / known), LONGEST_S) if known else STEP_S
+def step_seconds(users: int, steps: Sequence[Step]) -> float:
+    """Return the duration of a step: long enough for ten requests per user at the last requests/s."""
+    rate = steps[-1].requests_per_s if steps else 0
+    return min(max(STEP_S, 10 * users / rate), MAX_STEP_S) if rate else STEP_S
 
 
-def find(measure: Callable[[int, float], Step]) -> Found:
+def find(measure: Callable[[int, float], Step]) -> Concurrency:
     """Double the users until requests/s no longer grow; `measure` receives users and seconds.
 
-    Raises `InferctlError` if the server answers nothing.
+    Raises `InferctlError` if the server completes no request.
     """
     steps: list[Step] = []
-    users = FIRST
-    while users <= MOST:
-        made = measure(users, seconds(users, steps))
-        steps.append(made if made.requests_per_s else measure(users, LONGEST_S))
+    users = FIRST_USERS
+    while users <= MAX_USERS:
+        step = measure(users, step_seconds(users, steps))
+        steps.append(step if step.requests_per_s else measure(users, MAX_STEP_S))
         if not any(step.requests_per_s for step in steps):
-            raise InferctlError(f"the server answered nothing to {users} users", "see the server's own log")
+            raise InferctlError(f"the server completed no request of {users} users", "see the server's own log")
         if (steps[-1].client_cpu_percent or 0) > CLIENT_CPU_LIMIT:
-            return Found(steps[max(0, len(steps) - 2)].users, GENERATOR, tuple(steps))
-        if _flat(steps):
-            return Found(_needed(steps), SERVER, tuple(steps))
+            return _result(steps[max(0, len(steps) - 2)].users, GENERATOR, steps)
+        if _stopped_growing(steps):
+            return _result(_needed(steps), SERVER, steps)
         users *= 2
-    return Found(steps[-1].users, USERS, tuple(steps))
+    return _result(steps[-1].users, USERS, steps)
 
 
-def _flat(steps: Sequence[Step]) -> bool:
-    """Return whether the last two steps bring no more than those before. One alone may have had bad luck."""
+def _result(users: int, limited_by: str, steps: Sequence[Step]) -> Concurrency:
+    return Concurrency(users, users, limited_by, tuple(steps))
+
+
+def _stopped_growing(steps: Sequence[Step]) -> bool:
+    """Return whether neither of the last two steps exceeds the earlier ones. One slow step may be a disturbance."""
     if len(steps) < 3:
         return False
     before = max(step.requests_per_s for step in steps[:-2])
@@ -92,35 +101,3 @@ def _flat(steps: Sequence[Step]) -> bool:
 def _needed(steps: Sequence[Step]) -> int:
     most = max(step.requests_per_s for step in steps)
     return next(step.users for step in steps if step.requests_per_s * (1 + GROWTH) >= most)
-
-
-def sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say which servers the load saturated, by the rows of a result; nothing if the plan gives the number of users."""
-    found = [(row["configuration"], row["concurrency"]) for row in rows if row.get("concurrency")]
-    if not found:
-        return []
-    loads = " or ".join(dict.fromkeys(str(one["users"]) for _, one in found))
-    full = [name for name, one in found if one["saturated"]]
-    said = []
-    if full:
-        whom = (
-            "All servers are"
-            if len(full) == len(found) > 1
-            else f"{', '.join(full)} {'is' if len(full) == 1 else 'are'}"
-        )
-        said.append(
-            f"{whom} saturated by {loads} users: with twice as many, and four times, requests/s grew by under "
-            f"{GROWTH:.0%}."
-        )
-    for name, one in found:
-        last = one["steps"][-1]
-        if one["limited_by"] == GENERATOR:
-            said.append(
-                f"{name} may not be saturated: with {last['users']} users the load generator used "
-                f"{last['client_cpu_percent']:.0f} % of its core. Give it more processes with `--workers`."
-            )
-        elif one["limited_by"] == USERS:
-            said.append(f"{name} is not saturated: requests/s still grew with {last['users']} users.")
-    if len(found) > len(full):
-        said.append("Configurations that are not saturated can show no difference although they differ.")
-    return said

@@ -1,4 +1,4 @@
-"""What a benchmark ran on: detected, never taken from what somebody says."""
+"""The machine that a benchmark runs on, as detected. No value comes from the user."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 from inferctl import catalog
 from inferctl.bench.load import procfs
-from inferctl.bench.measure.nvml import NoNvmlError, Nvml
+from inferctl.bench.measure.nvml import Nvml, NvmlUnavailableError
 
-# Instructions that decide how fast a precision runs.
-_TELLING_FLAGS = (
+# Instructions that determine the speed of a precision.
+_CPU_FLAGS = (
     "avx2",
     "avx512f",
     "avx512_bf16",
@@ -29,8 +29,8 @@ _TELLING_FLAGS = (
     "f16c",
 )
 _PACKAGES = ("torch", "transformers", "tokenizers", "bitsandbytes", "numpy", "locust", "gevent")
-# Settings of the numeric libraries that change speeds; recorded when set.
-_TELLING_VARIABLES = (
+# Settings of numeric libraries that change the speed; recorded if they are set.
+_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -41,10 +41,10 @@ _TELLING_VARIABLES = (
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU or MIG slice as its driver names it.
+    """A GPU or MIG slice, with the name that its driver reports.
 
-    `hardware` is its key in the catalog, None when the catalog does not know it. `compute_capability` is written as in
-    `8.6`, None when the driver does not report it.
+    `hardware` is its key in the catalog; None if the catalog does not have it. `compute_capability` has the form `8.6`;
+    None if the driver does not report it.
     """
 
     name: str
@@ -56,9 +56,10 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Environment:
-    """This machine. `hardware` is a catalog key: that of its first GPU, else `cpu`; None for a GPU the catalog does not know.
+    """This machine.
 
-    `cores` are those that this process may use, `machine_cores` all there are.
+    `hardware` is the catalog key of its first GPU, else `cpu`; None for a GPU that the catalog does not have. `cores`
+    is the number of cores that this process may use, `machine_cores` the number of all cores.
     """
 
     hardware: str | None
@@ -76,12 +77,12 @@ class Environment:
     load_1m: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for a receipt."""
+        """Return the `environment` key of a receipt."""
         return asdict(self)
 
 
 def detect() -> Environment:
-    """Look at this machine."""
+    """Return the properties of this machine."""
     info = _cpuinfo()
     model = info.get("model name") or platform.processor() or platform.machine()
     gpus = tuple(_gpus())
@@ -90,7 +91,7 @@ def detect() -> Environment:
         hardware=gpus[0].hardware if gpus else "cpu",
         name=gpus[0].name if gpus else model,
         cpu_model=model,
-        cpu_flags=tuple(flag for flag in _TELLING_FLAGS if flag in flags),
+        cpu_flags=tuple(flag for flag in _CPU_FLAGS if flag in flags),
         cores=procfs.cores(),
         machine_cores=os.cpu_count() or 1,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -98,13 +99,13 @@ def detect() -> Environment:
         kernel=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
         versions=_versions(),
-        variables={name: value for name in _TELLING_VARIABLES if (value := os.environ.get(name))},
+        variables={name: value for name in _VARIABLES if (value := os.environ.get(name))},
         load_1m=round(os.getloadavg()[0], 2),
     )
 
 
 def _cpuinfo() -> dict[str, str]:
-    """Fields of the first core in /proc/cpuinfo."""
+    """Return the fields of the first core in /proc/cpuinfo."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
     except OSError:
@@ -122,15 +123,15 @@ def _versions() -> dict[str, str]:
 
 
 def _gpus() -> Iterator[Gpu]:
-    """Devices that NVML lists; none without nvidia-ml-py or without a driver."""
+    """Yield the devices that NVML lists; none without nvidia-ml-py or without a driver."""
     try:
         gpus = Nvml()
-    except NoNvmlError:
+    except NvmlUnavailableError:
         return
     try:
-        for one in gpus.devices():
-            part = catalog.detect_gpu(one.name, one.memory_bytes)
-            key = part.key if part else None
-            yield Gpu(one.name, key, one.memory_bytes, one.driver, one.compute_capability)
+        for device in gpus.devices():
+            profile = catalog.detect_gpu(device.name, device.memory_bytes)
+            key = profile.key if profile else None
+            yield Gpu(device.name, key, device.memory_bytes, device.driver, device.compute_capability)
     finally:
         gpus.close()

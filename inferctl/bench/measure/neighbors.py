@@ -1,55 +1,50 @@
-"""`--neighbours N`: one server alone and beside N busy ones on the same device, in turns.
+"""`--neighbors N`: measure one server with N idle and with N loaded neighbors on the same device, interleaved.
 
-for each pair:  start the server and its N neighbours, all idle
+for each pair:  start the server and its N neighbors, all idle
                 without: warm up, measure            (the run that the receipt describes)
-                with:    keep every neighbour busy ─► warm up, measure ─► were they busy to the end? ─► let them be
-                (every second pair the other way round, so that slow drifts cancel out)
-all pairs:      inflation of the latencies, and what the neighbours themselves achieved
+                with:    load the neighbors ─► warm up, measure ─► check that the load lasted ─► stop it
+                (every second pair in reverse order, so that slow drifts cancel out)
+all pairs:      inflation of the latencies, and the requests/s of the neighbors
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from inferctl.bench.judge import interference, summary, validity
 from inferctl.bench.load import generator, procfs, records
-from inferctl.bench.measure import telemetry
+from inferctl.bench.load.child_server import ChildServer
+from inferctl.bench.measure import digests, measured_server, neighbor_run, sensors, telemetry
+from inferctl.bench.measure.measured_server import MeasuredServer
+from inferctl.bench.measure.neighbor_run import NeighborLoad, NeighborRun
+from inferctl.bench.measure.outcome import Measurement
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Load, Run
 from inferctl.errors import InferctlError, UsageError
 
-if TYPE_CHECKING:
-    from inferctl.bench.load.child_server import ChildServer
-    from inferctl.bench.measure.outcome import Measurement
-    from inferctl.bench.measure.session import Session
-
-BUSY_S = 30.0
-# An answer of a neighbour that comes after a run has ended shows that it outlived the run; one takes no longer than this.
-LINGER_S = 10.0
-FAILED_LIMIT = 0.05
-_WITH = "with-neighbours"
+START_TIMEOUT_S = 30.0
+# A response after the end of a run shows that a neighbor was under load to the end. Timeout for that response.
+LAST_RESPONSE_TIMEOUT_S = 10.0
 
 
-class _Enough(Exception):  # noqa: N818 - no error: the run beside which it was busy is over
-    """A neighbour need not be busy any longer."""
+class _RunEnded(Exception):  # noqa: N818 - not an error: the measured run has ended
+    """Ends the load on a neighbor."""
 
 
-class Busy:
-    """A load on a neighbour, in a thread. `failure` is why it ended by itself, None while it lasts or was ended by us."""
+class NeighborLoader:
+    """Sends load to a neighbor from a thread. `failure` says why the load ended early; None if it did not."""
 
     def __init__(self, number: int, server: ChildServer, folder: Path, description: Path, load: Load) -> None:
         self.number, self.folder = number, folder
-        self.over = threading.Event()
+        self.ended = threading.Event()
         self.failure: str | None = None
         self._server = server
         self.thread = threading.Thread(target=self._run, args=(description, load), daemon=True)
@@ -57,27 +52,27 @@ class Busy:
     def _run(self, description: Path, load: Load) -> None:
         try:
             generator.run(load, description, lambda live: None, self._check)
-            self.failure = "its load ended by itself"
-        except _Enough:
+            self.failure = "its load ended before the run"
+        except _RunEnded:
             pass
         except InferctlError as error:
             self.failure = error.message
 
     def _check(self) -> None:
-        if self.over.is_set():
-            raise _Enough
+        if self.ended.is_set():
+            raise _RunEnded
         self._server.check()
 
     def rows(self) -> records.Rows | None:
-        """Its records so far; None while there are none."""
+        """Return the records so far; None if there are none."""
         with contextlib.suppress(InferctlError, OSError, ValueError):
             found = records.merge(self.folder)
             return found if len(found) else None
         return None
 
-    def wait(self, after_ns: int, patience_s: float) -> bool:
-        """Wait until an answer has come after `after_ns` (CLOCK_MONOTONIC); False when none did in time."""
-        limit = time.monotonic() + patience_s
+    def wait_for_response(self, after_ns: int, timeout_s: float) -> bool:
+        """Wait for a response after `after_ns` (CLOCK_MONOTONIC); return False if none came within `timeout_s`."""
+        limit = time.monotonic() + timeout_s
         while time.monotonic() < limit and self.failure is None:
             rows = self.rows()
             if rows is not None and int(rows["end_ns"].max()) >= after_ns:
@@ -85,12 +80,21 @@ class Busy:
             time.sleep(0.1)
         return False
 
+    def result(self, start_ns: int, end_ns: int) -> NeighborLoad:
+        """Return what the neighbor completed within [start, end), after a response that came later."""
+        outlived = self.wait_for_response(end_ns, LAST_RESPONSE_TIMEOUT_S)
+        rows = self.rows()
+        if rows is None:
+            return NeighborLoad(self.number, outlived, self.failure)
+        completed = interference.achieved(rows, start_ns, end_ns)
+        return NeighborLoad(self.number, outlived, self.failure, completed["requests_per_s"], int(completed["failed"]))
+
 
 @dataclass(frozen=True)
-class Pair:
-    """What a pair of runs is made of: the server under measurement (`session`), what it is sent, how neighbour n is started in a folder."""
+class NeighborSetup:
+    """How to measure a pair of runs: the server, its load, and `start`, which starts neighbor n in a folder."""
 
-    session: Session
+    server: MeasuredServer
     load: Load
     corpus: str
     seed: int
@@ -98,100 +102,88 @@ class Pair:
     start: Callable[[int, Path], AbstractContextManager[ChildServer]]
 
 
-def measure(pair: Pair, run: Run, folder: Path) -> Measurement:
-    """Both runs of a pair; returns the one without busy neighbours, with the other as its `beside`.
+def measure(setup: NeighborSetup, run: Run, folder: Path) -> Measurement:
+    """Measure both runs of a pair; return the one without load, which contains the other as `with_neighbors`.
 
-    Raises `InferctlError` when a server does not start or a neighbour is not to be kept busy.
+    Raises `InferctlError` if a server does not start or a neighbor cannot be loaded.
     """
     without: Measurement | None = None
-    beside: dict[str, Any] = {}
+    loaded: NeighborRun | None = None
     with contextlib.ExitStack() as stack:
         servers = []
-        for number in range(1, pair.count + 1):
+        for number in range(1, setup.count + 1):
             place = folder / f"neighbour-{number}"
             place.mkdir(parents=True, exist_ok=True)
-            servers.append(stack.enter_context(pair.start(number, place)))
-        pair.session.watch.ours |= {one.process.pid for one in servers}
-        for busy in order(run.repeat):
-            if busy:
-                beside = _beside(pair, servers, run, folder)
+            servers.append(stack.enter_context(setup.start(number, place)))
+        setup.server.monitor.process_roots |= {server.process.pid for server in servers}
+        for with_load in load_order(run.repeat):
+            if with_load:
+                loaded = _measure_with_load(setup, servers, run, folder)
             else:
-                without = _taken(pair, run, folder, "alone")
-    assert without  # `order` has both
-    return replace(without, beside=beside)
+                without = _measure_once(setup, run, folder, "idle neighbors")
+    assert without  # `load_order` has both
+    return replace(without, with_neighbors=loaded)
 
 
-def order(repeat: int) -> tuple[bool, bool]:
-    """Whether the neighbours are busy in the first and in the second run of a pair."""
+def load_order(repeat: int) -> tuple[bool, bool]:
+    """Return whether the neighbors are under load in the first and in the second run of a pair."""
     return (False, True) if repeat % 2 == 0 else (True, False)
 
 
-def _taken(pair: Pair, run: Run, folder: Path, how: str) -> Measurement:
-    work = workload.draw(pair.load, pair.corpus, pair.seed)
-    tell = pair.session.tell
-
-    def told(phase: str, *rest: Any, **more: Any) -> None:
-        tell(f"{phase}, {how}", *rest, **more)
-
-    return replace(pair.session, tell=told).measure(pair.load, work, run, folder)
+def _measure_once(setup: NeighborSetup, run: Run, folder: Path, label: str) -> Measurement:
+    work = workload.draw(setup.load, setup.corpus, setup.seed)
+    return setup.server.labeled(f"{{phase}}, {label}").measure(setup.load, work, run, folder)
 
 
-def _beside(pair: Pair, servers: Sequence[ChildServer], run: Run, folder: Path) -> dict[str, Any]:
-    """The run with busy neighbours, as plain data; its records lie in a folder of their own."""
-    place = folder / _WITH
+def _measure_with_load(setup: NeighborSetup, servers: Sequence[ChildServer], run: Run, folder: Path) -> NeighborRun:
+    """Measure the run with loaded neighbors. Its records are in a folder of their own."""
+    place = folder / neighbor_run.FOLDER
     place.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        busy = []
-        for number, one in enumerate(servers, 1):
-            pair.session.tell(f"waking neighbour {number}")
-            busy.append(stack.enter_context(_busy(pair, number, one, folder / f"neighbour-{number}")))
-        # This process and all below it: the server, its neighbours and every load. What is left was not meant to be there.
+        loaders = []
+        for number, server in enumerate(servers, 1):
+            setup.server.notify(f"loading neighbor {number}")
+            loaders.append(stack.enter_context(_under_load(setup, number, server, folder / f"neighbour-{number}")))
+        # The sampler counts this process and its children (server, neighbors, all loads), so that the rest is foreign.
         with procfs.Sampler({"bench": os.getpid()}) as everything:
-            made = _taken(pair, run, place, f"beside {pair.count}")
-        part = made.part
-        others = []
-        for load in busy:
-            lasted = load.wait(part.end_ns, LINGER_S)
-            rows = load.rows()
-            done = {} if rows is None else interference.achieved(rows, part.start_ns, part.end_ns)
-            others.append({"number": load.number, **done, "outlived": lasted, "failure": load.failure})
+            measurement = _measure_once(setup, run, place, "loaded neighbors")
+        part = measurement.part
+        others = tuple(loader.result(part.start_ns, part.end_ns) for loader in loaders)
     used = everything.between(part.start_ns, part.end_ns)
-    resources = made.resources | {key: used[key] for key in ("other_cores",) if key in used}
-    return {
-        "window": [part.start_ns, part.end_ns],
-        "inputs_per_request": part.inputs_per_request,
-        "offered": part.offered,
-        "serial": made.serial,
-        "state": made.state,
-        "resources": resources,
-        "telemetry": made.telemetry,
-        "others": others,
-        "count": pair.count,
-        "users": background(pair.load).users,
-    }
+    return NeighborRun(
+        window=(part.start_ns, part.end_ns),
+        inputs_per_request=part.inputs_per_request,
+        offered=part.offered,
+        serial=measurement.serial,
+        state=measurement.state,
+        resources={**measurement.resources, **{key: used[key] for key in ("other_cores",) if key in used}},
+        telemetry=measurement.telemetry,
+        others=others,
+        count=setup.count,
+        users=background(setup.load).users,
+    )
 
 
 @contextlib.contextmanager
-def _busy(pair: Pair, number: int, server: ChildServer, folder: Path) -> Iterator[Busy]:
-    """Keep a neighbour busy until the block ends; it has answered before the block begins."""
-    load = background(pair.load)
-    work = workload.draw(load, pair.corpus, pair.seed + number)
-    serial = 100_000 + 2 * secrets.randbelow(450_000)
-    one = Busy(number, server, folder, generator.prepare(load, work, server.target, serial, folder), load)
-    one.thread.start()
+def _under_load(setup: NeighborSetup, number: int, server: ChildServer, folder: Path) -> Iterator[NeighborLoader]:
+    """Keep a neighbor under load until the block ends. The block begins after its first response."""
+    load = background(setup.load)
+    work = workload.draw(load, setup.corpus, setup.seed + number)
+    description = generator.prepare(load, work, server.target, measured_server.new_serial(), folder)
+    loader = NeighborLoader(number, server, folder, description, load)
+    loader.thread.start()
     try:
-        if not one.wait(0, BUSY_S):
-            raise InferctlError(f"neighbour {number} is not busy: {one.failure or 'it answers nothing'}")
-        yield one
+        if not loader.wait_for_response(0, START_TIMEOUT_S):
+            raise InferctlError(f"neighbor {number} is not under load: {loader.failure or 'it returned no response'}")
+        yield loader
     finally:
-        one.over.set()
-        one.thread.join()
-        for scratch in ("bodies.jsonl", "order.bin", "schedule.bin", "warmup_schedule.bin"):
-            (folder / scratch).unlink(missing_ok=True)
+        loader.ended.set()
+        loader.thread.join()
+        measured_server.delete_inputs(folder)
 
 
 def background(load: Load) -> Load:
-    """The load that keeps a neighbour busy: a closed loop of the plan's users, that outlasts any run of `load`."""
+    """Return the load on a neighbor: a closed loop of the plan's users that lasts longer than any run of `load`."""
     longest = 2 * load.warmup_s + load.duration_s + 4 * load.timeout_s + 120
     return Load.model_validate(
         {
@@ -205,99 +197,100 @@ def background(load: Load) -> Load:
     )
 
 
+@dataclass(frozen=True)
+class _PairOfRuns:
+    without: Measurement
+    loaded: NeighborRun
+    part: summary.RunRecords  # the records of the loaded run
+
+
 def document(measurements: Sequence[Measurement], cores: int, budget_percent: float = 0.1) -> dict[str, Any] | None:
-    """The receipt's `neighbours` key (docs/bench.md describes it) of all pairs; None where there were no neighbours."""
-    pairs = [(one, one.beside) for one in measurements if one.beside]
+    """Return the `neighbours` key of a receipt (docs/bench.md), over all pairs; None if there were no neighbors."""
+    pairs = [
+        _PairOfRuns(run, run.with_neighbors, run.with_neighbors.part(run.folder))
+        for run in measurements
+        if run.with_neighbors
+    ]
     if not pairs:
         return None
-    parts = [_part(one, beside) for one, beside in pairs]
-    alone = summary.summarise([one.part for one, _ in pairs])
-    together = summary.summarise(parts)
-    rates = [other["requests_per_s"] for _, beside in pairs for other in beside["others"] if "requests_per_s" in other]
+    without, loaded = [pair.without.part for pair in pairs], [pair.part for pair in pairs]
+    together = summary.summarize(loaded)
+    others = [other for pair in pairs for other in pair.loaded.others]
+    rates = [other.requests_per_s for other in others if other.requests_per_s is not None]
     return {
-        "count": pairs[0][1]["count"],
-        "users": pairs[0][1]["users"],
-        **interference.inflation([one.part for one, _ in pairs], parts).as_dict(),
-        "requests_per_s": {"without": alone["requests_per_s"], "with": together["requests_per_s"]},
+        "count": pairs[0].loaded.count,
+        "users": pairs[0].loaded.users,
+        **interference.inflation(without, loaded).as_dict(),
+        "requests_per_s": {
+            "without": summary.summarize(without)["requests_per_s"],
+            "with": together["requests_per_s"],
+        },
         "neighbour_requests_per_s": {"min": min(rates), "max": max(rates)} if rates else None,
-        **_judged(pairs, parts, cores, validity.failed(together, budget_percent)).as_dict(),
+        **_validity(pairs, cores, validity.judge_failures(together, budget_percent)).as_dict(),
         "runs": [
             {
-                "repeat": one.run.repeat,
-                "first": "with" if order(one.run.repeat)[0] else "without",
-                "summary": summary.summarise([part]),
-                "resources": beside["resources"],
-                "telemetry": beside["telemetry"],
-                "serial": beside["serial"],
-                "others": beside["others"],
-                "records": {
-                    file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-                    for file in records.files(one.folder / _WITH)
-                },
+                "repeat": pair.without.run.repeat,
+                "first": "with" if load_order(pair.without.run.repeat)[0] else "without",
+                "summary": summary.summarize([pair.part]),
+                "resources": pair.loaded.resources,
+                "telemetry": pair.loaded.telemetry.as_dict(),
+                "serial": pair.loaded.serial,
+                "others": [other.as_dict() for other in pair.loaded.others],
+                "records": digests.of_records(pair.without.folder / neighbor_run.FOLDER),
             }
-            for (one, beside), part in zip(pairs, parts, strict=True)
+            for pair in pairs
         ],
     }
 
 
-def _part(one: Measurement, beside: Mapping[str, Any]) -> summary.Part:
-    start, end = beside["window"]
-    return summary.Part(records.merge(one.folder / _WITH), start, end, beside["inputs_per_request"], beside["offered"])
+def _validity(pairs: Sequence[_PairOfRuns], cores: int, failed: validity.Validity) -> validity.Validity:
+    """Return whether the inflation is valid.
 
-
-def _judged(
-    pairs: Sequence[tuple[Measurement, dict[str, Any]]],
-    parts: Sequence[summary.Part],
-    cores: int,
-    failed: validity.Validity,
-) -> validity.Validity:
-    """Return whether the inflation is valid: the neighbors outlived each run and responded, and each run next to them
-    is valid by itself. `failed` judges the failed requests of these runs together."""
-    reasons = [f"beside neighbours: {reason}" for reason in failed.reasons]
-    cautions = [f"beside neighbours: {caution}" for caution in failed.cautions]
-    for (one, beside), part in zip(pairs, parts, strict=True):
-        found = validity.both(
-            validity.judge(summary.summarise([part]), beside["resources"], beside["state"], cores),
-            telemetry.judge(beside["telemetry"]),
+    Each loaded run must be valid, and its neighbors must be under load until its end. `failed` judges the failed
+    requests of these runs together.
+    """
+    reasons = [f"with loaded neighbors: {reason}" for reason in failed.reasons]
+    cautions = [f"with loaded neighbors: {caution}" for caution in failed.cautions]
+    for pair in pairs:
+        found = validity.merge(
+            validity.judge(summary.summarize([pair.part]), pair.loaded.resources, pair.loaded.state, cores),
+            telemetry.judge(pair.loaded.telemetry),
         )
-        run = f"beside neighbours, run {one.run.repeat + 1}"
+        run = f"with loaded neighbors, run {pair.without.run.repeat + 1}"
         reasons += [f"{run}: {reason}" for reason in found.reasons]
-        cautions += [f"beside neighbours: {caution}" for caution in found.cautions]
-        for other in beside["others"]:
-            if why := _not_busy(other, part.seconds):
-                reasons.append(f"{run}: neighbour {other['number']} {why}")
+        cautions += [f"with loaded neighbors: {caution}" for caution in found.cautions]
+        for other in pair.loaded.others:
+            if problem := other.problem(pair.part.seconds):
+                reasons.append(f"{run}: neighbor {other.number} {problem}")
     return validity.Validity(tuple(reasons), tuple(dict.fromkeys(cautions)))
 
 
-def _not_busy(other: Mapping[str, Any], seconds: float) -> str | None:
-    if other["failure"] or not other["outlived"]:
-        return f"did not outlive the run ({other['failure'] or 'no answer came after its end'})"
-    done = other["requests_per_s"] * seconds
-    if other["failed"] > FAILED_LIMIT * (done + other["failed"]):
-        return f"answered {other['failed']} requests with errors, so it was not busy as meant"
-    return None
+def command_on_device(arguments: Sequence[str], devices: Sequence[str], number: int) -> list[str]:
+    """Return the command of server `number` (0 is measured) on its MIG device; unchanged if there are no MIG devices.
 
-
-def placed(arguments: Sequence[str], slices: Sequence[str], number: int) -> list[str]:
-    """The command of server `number` (0 is measured) on its slice of the GPU, where there are slices: the first has one to itself."""
-    if not slices:
+    The measured server has the first device exclusively, if there are several.
+    """
+    if not devices:
         return list(arguments)
-    others = slices[1:] or slices
-    slot = slices[0] if number == 0 else others[(number - 1) % len(others)]
-    return ["env", f"CUDA_VISIBLE_DEVICES={slot}", *arguments]
+    others = devices[1:] or devices
+    device = devices[0] if number == 0 else others[(number - 1) % len(others)]
+    return ["env", f"CUDA_VISIBLE_DEVICES={device}", *arguments]
 
 
-def slices(variables: Mapping[str, str]) -> list[str]:
-    """MIG devices to spread servers over: those in CUDA_VISIBLE_DEVICES, else those of the first GPU in slices; none: all share one device."""
-    if listed := [one.strip() for one in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if one.strip()]:
-        return listed if all(one.startswith("MIG-") for one in listed) else []
-    return telemetry.slices()
+def mig_devices(variables: Mapping[str, str]) -> list[str]:
+    """Return the MIG devices for the servers; empty if all servers share one device.
+
+    They are those in CUDA_VISIBLE_DEVICES, else those of the first GPU in MIG mode.
+    """
+    if listed := [name.strip() for name in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]:
+        return listed if all(name.startswith("MIG-") for name in listed) else []
+    return sensors.mig_devices()
 
 
-def refuse(urls: Sequence[str]) -> None:
-    """Raise `UsageError` when a server that runs already is to be measured: nothing says who shares its device."""
+def reject_running_servers(urls: Sequence[str]) -> None:
+    """Raise `UsageError` if a running server is a target: nothing shows which servers share its device."""
     if urls:
         raise UsageError(
-            f"--neighbours starts the server and its neighbours itself, and {urls[0]} runs already",
-            "leave --url away and choose with --precision",
+            f"`--neighbors` starts the server and its neighbors, but {urls[0]} is already running",
+            "remove `--url`; select servers with `--precision`",
         )

@@ -1,4 +1,4 @@
-"""Every call to NVIDIA's management library, and nothing else: what it offers becomes plain samples, what it does not becomes None."""
+"""All calls to NVML, NVIDIA's management library. A value that it does not report is None."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _NO_INSTANCE = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
-class Process:
-    """A process that computes on a GPU. `instance` is the GPU instance (MIG) that it is in, None on a GPU that is whole."""
+class GpuProcess:
+    """A process that computes on a GPU. `instance` is its GPU instance (MIG); None if the GPU is not in MIG mode."""
 
     pid: int
     instance: int | None = None
@@ -21,9 +21,9 @@ class Process:
 
 @dataclass(frozen=True)
 class GpuSample:
-    """One look at one GPU, at `at_ns` on CLOCK_MONOTONIC. None: this part or driver does not tell.
+    """The state of one GPU at `at_ns` on CLOCK_MONOTONIC. None: the GPU or its driver does not report the value.
 
-    `throttle` is NVML's bit mask of what holds the clocks down; `energy_j` is counted since the driver was loaded.
+    `throttle` is NVML's bit mask of the causes that reduce the clocks. `energy_j` counts from the load of the driver.
     """
 
     at_ns: int
@@ -34,15 +34,16 @@ class GpuSample:
     sm_clock_mhz: float | None
     temperature_c: float | None
     throttle: int | None
-    processes: tuple[Process, ...] | None
+    processes: tuple[GpuProcess, ...] | None
 
 
 @dataclass(frozen=True)
-class Described:
-    """What does not change of a GPU while a bench runs. `sliced`: it is in MIG mode; `slices` are then the UUIDs of its MIG devices.
+class GpuDevice:
+    """The properties of a GPU that do not change during a benchmark.
 
-    `default_power_limit_w` is what the part comes with, `power_limit_w` what is enforced now. `compute_capability` is
-    written as in `8.6`, None when the driver does not report it.
+    `sliced`: the GPU is in MIG mode, and `slices` has the UUIDs of its MIG devices. `default_power_limit_w` is the
+    vendor's limit, `power_limit_w` the one in force. `compute_capability` has the form `8.6`; None if the driver does
+    not report it.
     """
 
     index: int
@@ -56,71 +57,73 @@ class Described:
     compute_capability: str | None = None
 
 
-class NoNvmlError(Exception):
-    """There is no NVML to ask; the text says why, for people."""
+class NvmlUnavailableError(Exception):
+    """NVML is not available. The message has the reason."""
 
 
 class Nvml:
-    """NVML, opened until `close`. Raises `NoNvmlError` without nvidia-ml-py or without a driver."""
+    """A connection to NVML until `close`. Raises `NvmlUnavailableError` without nvidia-ml-py or without a driver."""
 
     def __init__(self) -> None:
         try:
             import pynvml
         except ImportError:
-            raise NoNvmlError("nvidia-ml-py is not installed (pip install 'inferctl[gpu]')") from None
+            raise NvmlUnavailableError("nvidia-ml-py is not installed (pip install 'inferctl[gpu]')") from None
         self._nvml: Any = pynvml
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError as error:
-            raise NoNvmlError(f"no NVIDIA driver answers ({error})") from None
+            raise NvmlUnavailableError(f"no NVIDIA driver responds ({error})") from None
         try:
             self._handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
         except pynvml.NVMLError as error:
             self.close()
-            raise NoNvmlError(f"the GPUs cannot be listed ({error})") from None
+            raise NvmlUnavailableError(f"NVML cannot list the GPUs ({error})") from None
 
     def close(self) -> None:
-        """Let go of the driver."""
+        """Disconnect from the driver."""
         with contextlib.suppress(self._nvml.NVMLError):
             self._nvml.nvmlShutdown()
 
-    def devices(self) -> list[Described]:
-        """Every GPU, in NVML's order."""
+    def devices(self) -> list[GpuDevice]:
+        """Return all GPUs, in NVML's order."""
         return [self._describe(index, handle) for index, handle in enumerate(self._handles)]
 
     def sample(self, index: int, at_ns: int) -> GpuSample:
-        """Look at one GPU now."""
+        """Return the state of one GPU now."""
         nvml, handle = self._nvml, self._handles[index]
-        power = self._ask(nvml.nvmlDeviceGetPowerUsage, handle)
-        energy = self._ask(nvml.nvmlDeviceGetTotalEnergyConsumption, handle)
-        utilisation = self._ask(nvml.nvmlDeviceGetUtilizationRates, handle)
-        memory = self._ask(nvml.nvmlDeviceGetMemoryInfo, handle)
-        processes = self._ask(nvml.nvmlDeviceGetComputeRunningProcesses, handle)
+        power = self._query(nvml.nvmlDeviceGetPowerUsage, handle)
+        energy = self._query(nvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+        utilization = self._query(nvml.nvmlDeviceGetUtilizationRates, handle)
+        memory = self._query(nvml.nvmlDeviceGetMemoryInfo, handle)
+        processes = self._query(nvml.nvmlDeviceGetComputeRunningProcesses, handle)
         return GpuSample(
             at_ns,
-            utilisation_percent=None if utilisation is None else float(utilisation.gpu),
+            utilisation_percent=None if utilization is None else float(utilization.gpu),
             memory_bytes=None if memory is None else int(memory.used),
             power_w=None if power is None else power / 1e3,
             energy_j=None if energy is None else energy / 1e3,
-            sm_clock_mhz=self._ask(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
-            temperature_c=self._ask(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
-            throttle=self._ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle),
-            processes=None if processes is None else tuple(Process(int(one.pid), _instance(one)) for one in processes),
+            sm_clock_mhz=self._query(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
+            temperature_c=self._query(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
+            throttle=self._query(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle),
+            processes=None
+            if processes is None
+            else tuple(GpuProcess(int(process.pid), _instance(process)) for process in processes),
         )
 
-    def _describe(self, index: int, handle: Any) -> Described:
+    def _describe(self, index: int, handle: Any) -> GpuDevice:
         nvml = self._nvml
-        mode = self._ask(nvml.nvmlDeviceGetMigMode, handle)
-        limit = self._ask(nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
-        default = self._ask(nvml.nvmlDeviceGetPowerManagementDefaultLimit, handle)
-        memory = self._ask(nvml.nvmlDeviceGetMemoryInfo, handle)
-        capability = self._ask(nvml.nvmlDeviceGetCudaComputeCapability, handle)
+        mode = self._query(nvml.nvmlDeviceGetMigMode, handle)
+        limit = self._query(nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
+        default = self._query(nvml.nvmlDeviceGetPowerManagementDefaultLimit, handle)
+        memory = self._query(nvml.nvmlDeviceGetMemoryInfo, handle)
+        capability = self._query(nvml.nvmlDeviceGetCudaComputeCapability, handle)
         sliced = bool(mode and mode[0])
-        return Described(
+        return GpuDevice(
             index,
-            name=str(self._ask(nvml.nvmlDeviceGetName, handle)),
+            name=str(self._query(nvml.nvmlDeviceGetName, handle)),
             memory_bytes=int(memory.total) if memory else 0,
-            driver=str(self._ask(nvml.nvmlSystemGetDriverVersion)),
+            driver=str(self._query(nvml.nvmlSystemGetDriverVersion)),
             power_limit_w=None if limit is None else limit / 1e3,
             default_power_limit_w=None if default is None else default / 1e3,
             sliced=sliced,
@@ -130,19 +133,19 @@ class Nvml:
 
     def _slices(self, handle: Any) -> list[str]:
         nvml = self._nvml
-        found = (
-            self._ask(nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, place)
-            for place in range(self._ask(nvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0)
+        handles = (
+            self._query(nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, place)
+            for place in range(self._query(nvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0)
         )
-        return [str(self._ask(nvml.nvmlDeviceGetUUID, one)) for one in found if one is not None]
+        return [str(self._query(nvml.nvmlDeviceGetUUID, mig)) for mig in handles if mig is not None]
 
-    def _ask(self, call: Callable[..., T], *arguments: Any) -> T | None:
+    def _query(self, call: Callable[..., T], *arguments: Any) -> T | None:
         try:
             return call(*arguments)
-        except self._nvml.NVMLError:  # not supported by this part, or not permitted
+        except self._nvml.NVMLError:  # not supported by this GPU, or not permitted
             return None
 
 
 def _instance(process: Any) -> int | None:
-    said = getattr(process, "gpuInstanceId", None)
-    return None if said in (None, _NO_INSTANCE) else int(said)
+    instance = getattr(process, "gpuInstanceId", None)
+    return None if instance in (None, _NO_INSTANCE) else int(instance)

@@ -1,21 +1,28 @@
-"""What a bench is about and what came of it: subjects, the measurement of each run, the outcome of each subject."""
+"""The benchmark targets, the measurement of each run, and the outcome of each target."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from inferctl.bench import privacy
 from inferctl.bench.judge import summary
-from inferctl.bench.measure import quality
-from inferctl.bench.plan.plan import Run
+from inferctl.bench.measure.concurrency import Concurrency
+from inferctl.bench.measure.neighbor_run import NeighborRun
+from inferctl.bench.measure.quality import QualityResult, unchecked
+from inferctl.bench.measure.telemetry import Telemetry
+from inferctl.bench.measure.throughput import ClosedLoop
+from inferctl.bench.plan.plan import Load, Run
+from inferctl.bench.plan.workload import Workload
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is measured under one name: a precision (and a batch budget) to start our own server in, or the `url` of one that runs already.
+class BenchTarget:
+    """A benchmark target: a server that inferctl starts, or the `url` of a running one.
 
-    `corpus` and the keys of `load` take the place of the plan's.
+    inferctl starts a server in `precision` with `max_batch_tokens`. `corpus` and the keys of `load` replace the plan's.
     """
 
     name: str
@@ -23,63 +30,90 @@ class Subject:
     url: str | None = None
     max_batch_tokens: int | None = None
     corpus: str | None = None
-    load: dict[str, Any] | None = None
+    load: Mapping[str, Any] | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
+class WorkloadRecord:
+    """The requests that one run sent, so that two runs can be shown to have done the same work.
+
+    `sha256` is the digest of the workload, `corpus` the name of the corpus without its folder.
+    """
+
+    sha256: str | None = None
+    corpus: str | None = None
+    corpus_sha256: str | None = None
+    seed: int | None = None
+    inputs: str | None = None
+
+
+def workload_record(work: Workload, load: Load, corpus: str, seed: int) -> WorkloadRecord:
+    """Return the record of a workload that was drawn from `load`, `corpus` and `seed`."""
+    return WorkloadRecord(work.digest, privacy.name_of(corpus), work.corpus_sha256, seed, load.inputs)
+
+
+@dataclass(frozen=True)
 class Measurement:
-    """One run that gave records.
+    """One complete run.
 
-    `info` is what the server said of itself then, `serial` the number that its inputs began with, `load` and `workload` what was sent
-    (the plan's load as it was for this subject; digest, corpus and seed), `pace` what the server had learnt of its speed by the end,
-    `search` what a search for the highest rate found, whose best probe this then is, `beside` the same run with busy
-    neighbours, `closed_loop` the closed loop before it, where the rate is a share of the capacity, `concurrency` how
-    the number of users was found.
+    - `started`: seconds since the epoch.
+    - `state`: the load generator's report on the run.
+    - `resources`: cores and memory of the processes, in the measured window.
+    - `info`: `GET /info` of the server.
+    - `serial`: the cache-busting prefix of the first input.
+    - `load`: the load that was sent to this target.
+    - `pace`: the server's batch latency model at the end of the run; None if it reports none.
+    - `search`: the result of a search for the highest rate. The measurement is then that of its best probe.
+    - `with_neighbors`: the same run with loaded neighbors.
+    - `closed_loop`: the closed loop before this run, if the rate is a share of the capacity.
+    - `concurrency`: how the number of users was found, for `users: auto`.
     """
 
     run: Run
     started: float
-    part: summary.Part
-    state: dict[str, Any]
-    resources: dict[str, float]
+    part: summary.RunRecords
+    state: Mapping[str, Any]
+    resources: Mapping[str, float]
     folder: Path
-    info: dict[str, Any]
+    info: Mapping[str, Any]
     serial: int
-    telemetry: dict[str, Any] = field(default_factory=dict)
-    load: dict[str, Any] = field(default_factory=dict)
-    workload: dict[str, Any] = field(default_factory=dict)
-    pace: dict[str, Any] | None = None
-    search: dict[str, Any] | None = None
-    beside: dict[str, Any] | None = None
-    closed_loop: dict[str, Any] | None = None
-    concurrency: dict[str, Any] | None = None
+    telemetry: Telemetry = field(default_factory=Telemetry)
+    load: Load | None = None
+    workload: WorkloadRecord = field(default_factory=WorkloadRecord)
+    pace: Mapping[str, Any] | None = None
+    search: Mapping[str, Any] | None = None
+    with_neighbors: NeighborRun | None = None
+    closed_loop: ClosedLoop | None = None
+    concurrency: Concurrency | None = None
 
 
 @dataclass
 class Outcome:
-    """Everything about one subject. `failure` says why it has fewer runs than `planned`, in one line; None when it was interrupted.
+    """All that a benchmark measured of one target.
 
-    `check_done`: whether the quality check needs no other try, whatever it found; one that was cut short or had no reference does.
+    `failure` says in one line why there are fewer runs than `planned`; None if the benchmark was interrupted.
+    `check_done` is True if the quality check needs no second attempt. A check that was interrupted, or that had no
+    reference, needs one.
     """
 
-    subject: Subject
+    target: BenchTarget
     measurements: list[Measurement] = field(default_factory=list)
-    quality: dict[str, Any] = field(default_factory=lambda: quality.unchecked("no run got that far"))
+    quality: QualityResult = field(default_factory=lambda: unchecked("no run reached the check"))
     failure: str | None = None
     planned: int = 1
     check_done: bool = False
 
     @property
-    def info(self) -> dict[str, Any]:
-        """What the server said of itself at the first run; `judge` holds the others against it."""
+    def info(self) -> Mapping[str, Any]:
+        """`GET /info` of the first run. `judge` compares the other runs with it."""
         return self.measurements[0].info if self.measurements else {}
 
     @property
     def interrupted(self) -> str | None:
-        """How far it got when the bench ended before its last run; None when it got there or failed."""
+        """How many runs were complete when the benchmark was interrupted; None if it was not, or if it failed."""
         done = len(self.measurements)
         return None if self.failure or done >= self.planned else f"interrupted after {done} of {self.planned} runs"
 
     def has(self, run: Run) -> bool:
-        """Whether this run was measured already."""
-        return any(one.run == run for one in self.measurements)
+        """Return whether this run is complete."""
+        return any(measurement.run == run for measurement in self.measurements)

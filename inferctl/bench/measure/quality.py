@@ -1,4 +1,7 @@
-"""How close a server's vectors are to fp32 ones of the same weights, computed by `inferctl.serve.reference` in a process of its own."""
+"""How close a server's vectors are to fp32 vectors of the same weights.
+
+A process of its own (`inferctl.serve.reference`) computes the fp32 vectors.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from inferctl.bench.stats import rank
 from inferctl.errors import InferctlError
 
 PROGRAM = "inferctl.serve.reference"
-NEIGHBOURS = 10
+NEIGHBORS = 10
 _BATCH = 16
 
 Matrix = npt.NDArray[np.float32]
@@ -32,8 +35,10 @@ Matrix = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Reference:
-    """fp32 vectors of `texts`, shape (n, dimensions), from the model folder with the digest `model_sha256`; `corpus_sha256` is that of the
-    file that the texts are from, where they are from one."""
+    """The fp32 vectors of `texts`, shape (n, dimensions).
+
+    `model_sha256` is the digest of the model folder, `corpus_sha256` that of the file with the texts, if there is one.
+    """
 
     texts: list[str]
     vectors: Matrix
@@ -41,37 +46,83 @@ class Reference:
     corpus_sha256: str | None = None
 
 
-class Checker:
-    """Compares servers with the fp32 reference of the folder `model`, which is computed once for each input limit that a server states.
+@dataclass(frozen=True)
+class CosineSimilarity:
+    """Cosine similarity of each vector and its fp32 vector: mean, first percentile and minimum over the texts."""
 
-    `limits` None: the plan asks for no check; `model` None: there are no weights to compare with. The reference's process works in
-    `folder` (None: in this one), so that a bench that goes on finds what a killed one left. `failed`: whether there was no reference to compare
-    the last server with, because it could not be computed; a later bench may be able to.
+    mean: float
+    p1: float
+    min: float
+
+
+@dataclass(frozen=True)
+class QualityLimits:
+    """The smallest values with which a configuration passes."""
+
+    cosine_p1: float
+    recall_at_10: float
+
+
+@dataclass(frozen=True)
+class QualityResult:
+    """The result of a quality check.
+
+    `checked` is False if the vectors were not compared; `reason` then says why. If `passes` is False, `reason` says why
+    the server returned no usable vectors, or `cosine` and `recall_at_10` are below `limits`.
+    """
+
+    checked: bool
+    passes: bool | None = None
+    reason: str | None = None
+    texts: int | None = None
+    cosine: CosineSimilarity | None = None
+    recall_at_10: float | None = None
+    limits: QualityLimits | None = None
+    corpus_sha256: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the `quality` key of a receipt: only the fields that this result has."""
+        optional = () if self.cosine is None else ("corpus_sha256",)
+        return {key: value for key, value in asdict(self).items() if value is not None or key in optional}
+
+
+class QualityChecker:
+    """Compares servers with the fp32 reference of the model folder `model`.
+
+    The reference is computed once for each input limit that a server reports. Without `limits` the plan requests no
+    check. Without `model` there are no weights to compare with. The reference process works in `folder` (default: the
+    current one), so that a resumed benchmark finds an orphaned process. `failed` is True if the last check had no
+    reference because its computation failed; a resumed benchmark tries again.
     """
 
     def __init__(self, limits: Quality | None, model: Path | None, folder: Path | None = None) -> None:
         self._limits = limits
         self._folder = folder
         self._model = models.ModelFolder(model) if model else None
-        self._known: dict[int | None, Reference | str] = {}
+        self._references: dict[int | None, Reference | str] = {}
         self.failed = False
 
-    def __call__(self, target: Target, waiting: Callable[[float], None]) -> dict[str, Any]:
-        """The quality entry of a receipt. A server that fails at this is broken, not unchecked; `waiting` hears the seconds passed."""
+    def __call__(self, target: Target, on_wait: Callable[[float], None]) -> QualityResult:
+        """Return the result for one server; `on_wait` receives the seconds passed while the reference is computed.
+
+        If the server fails during the check, the result is a failure and not an unchecked server.
+        """
         self.failed = False
         if self._limits is None:
-            return unchecked("the plan asks for no quality check")
+            return unchecked("the plan requests no quality check")
         if self._model is None:
-            return unchecked("no local model folder was given to compare with")
+            return unchecked("no local model folder to compare with")
         served = (target.info.get("model") or {}).get("sha256")
         if not served:
-            return unchecked("the server does not say which weights it has")
+            return unchecked("the server does not report the digest of its weights")
         if served != self._model.digest:
             return unchecked(f"the server's weights ({served[:12]}…) are not those of the local folder")
-        longest = (target.info.get("limits") or {}).get("max_input_tokens")
-        if longest not in self._known:
-            self._known[longest] = self._reference(self._model.path, self._limits, longest, waiting)
-        expected = self._known[longest]
+        max_input_tokens = (target.info.get("limits") or {}).get("max_input_tokens")
+        if max_input_tokens not in self._references:
+            self._references[max_input_tokens] = self._compute(
+                self._model.path, self._limits, max_input_tokens, on_wait
+            )
+        expected = self._references[max_input_tokens]
         if isinstance(expected, str):
             self.failed = True
             return unchecked(expected)
@@ -80,14 +131,14 @@ class Checker:
         except InferctlError as error:
             return broken(error.message)
 
-    def _reference(
-        self, model: Path, limits: Quality, longest: int | None, waiting: Callable[[float], None]
+    def _compute(
+        self, model: Path, limits: Quality, max_input_tokens: int | None, on_wait: Callable[[float], None]
     ) -> Reference | str:
-        """The vectors to compare with, or why there are none."""
+        """Return the reference, or the reason why there is none."""
         texts, digest = workload.read_corpus(limits.corpus)
         try:
-            found = reference(model, texts[: limits.texts], longest, waiting, self._folder)
-            return replace(found, corpus_sha256=digest)
+            computed = reference(model, texts[: limits.texts], max_input_tokens, on_wait, self._folder)
+            return replace(computed, corpus_sha256=digest)
         except InferctlError as error:
             return error.message
 
@@ -96,26 +147,26 @@ def reference(
     model: Path,
     texts: list[str],
     max_input_tokens: int | None,
-    waiting: Callable[[float], None],
+    on_wait: Callable[[float], None],
     folder: Path | None = None,
 ) -> Reference:
-    """Compute the reference in a process of its own that works in `folder`, with inputs cut where the server cuts them; `waiting` is called
-    with the seconds passed.
+    """Compute the reference in a process that works in `folder`; `on_wait` receives the seconds passed.
 
-    Raises `InferctlError` when it fails.
+    Inputs are truncated at `max_input_tokens`, as the server truncates them. Raises `InferctlError` if the process
+    fails.
     """
     limit = ["--max-input-tokens", str(max_input_tokens)] if max_input_tokens else []
     arguments = [sys.executable, "-m", PROGRAM, str(model.resolve()), *limit]
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as complaint:
-        given.write(json.dumps(texts).encode())
-        given.seek(0)
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        stdin.write(json.dumps(texts).encode())
+        stdin.seek(0)
         process = subprocess.Popen(
-            arguments, stdin=given, stdout=answer, stderr=complaint, cwd=folder, start_new_session=True
+            arguments, stdin=stdin, stdout=stdout, stderr=stderr, cwd=folder, start_new_session=True
         )
         try:
             passed = 0.0
             while process.poll() is None:
-                waiting(passed)
+                on_wait(passed)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.5)
                 passed += 0.5
@@ -123,70 +174,75 @@ def reference(
             if process.poll() is None:
                 process.kill()
             process.wait()
-        answer.seek(0)
-        complaint.seek(0)
+        stdout.seek(0)
+        stderr.seek(0)
         if process.returncode:
-            raise InferctlError(
-                f"the fp32 reference could not be computed: {_reason(complaint.read().decode(errors='replace'))}"
-            )
-        document = json.loads(answer.read())
+            error = _error_line(stderr.read().decode(errors="replace"))
+            raise InferctlError(f"the computation of the fp32 reference failed: {error}")
+        document = json.loads(stdout.read())
     rows = [np.frombuffer(base64.b64decode(text), "<f4") for text in document["embeddings"]]
     return Reference(texts, np.stack(rows), str(document["model_sha256"]))
 
 
-def check(target: Target, expected: Reference, limits: Quality) -> dict[str, Any]:
-    """Embed the reference's texts on `target` and compare. Raises `InferctlError` when the server fails or answers no usable vectors."""
+def check(target: Target, expected: Reference, limits: Quality) -> QualityResult:
+    """Embed the texts of the reference on `target` and compare the vectors.
+
+    Raises `InferctlError` if the server fails or returns vectors that cannot be compared.
+    """
     rows: list[Sequence[float]] = []
     for start in range(0, len(expected.texts), _BATCH):
         rows += target.embed(expected.texts[start : start + _BATCH])
     size = expected.vectors.shape[1]
-    if odd := [len(row) for row in rows if len(row) != size]:
-        raise InferctlError(f"the server answered vectors of {odd[0]} dimensions, the reference has {size}")
+    if wrong := [len(row) for row in rows if len(row) != size]:
+        raise InferctlError(f"the server returned vectors of {wrong[0]} dimensions; the reference has {size}")
     with np.errstate(over="ignore"):
         found = np.asarray(rows, np.float32)
     if not np.isfinite(found).all():
-        raise InferctlError("the server answered vectors that are not finite")
+        raise InferctlError("the server returned vectors with NaN or infinity")
     if not found.any(axis=1).all():
-        raise InferctlError("the server answered vectors that are all zeros")
-    return compare(expected.vectors, found, limits) | {"corpus_sha256": expected.corpus_sha256}
+        raise InferctlError("the server returned vectors of zeros")
+    return replace(compare(expected.vectors, found, limits), corpus_sha256=expected.corpus_sha256)
 
 
-def compare(expected: Matrix, found: Matrix, limits: Quality) -> dict[str, Any]:
-    """Cosine of each pair of rows, and how many of each text's ten nearest neighbours are the same; shapes (n, dimensions)."""
+def compare(expected: Matrix, found: Matrix, limits: Quality) -> QualityResult:
+    """Return cosine and recall@10 of two matrices of shape (n, dimensions), row by row."""
     cosine = np.sort(np.sum(_unit(expected) * _unit(found), axis=1))
-    recall = recall_at(expected, found, NEIGHBOURS)
+    recall = recall_at(expected, found, NEIGHBORS)
     p1 = float(cosine[rank(len(cosine), 0.01) - 1])
-    return {
-        "checked": True,
-        "texts": len(expected),
-        "cosine": {"mean": round(float(cosine.mean()), 8), "p1": round(p1, 8), "min": round(float(cosine[0]), 8)},
-        "recall_at_10": round(recall, 4),
-        "limits": {"cosine_p1": limits.min_cosine_p1, "recall_at_10": limits.min_recall},
-        "passes": p1 >= limits.min_cosine_p1 and recall >= limits.min_recall,
-    }
+    return QualityResult(
+        checked=True,
+        passes=p1 >= limits.min_cosine_p1 and recall >= limits.min_recall,
+        texts=len(expected),
+        cosine=CosineSimilarity(mean=round(float(cosine.mean()), 8), p1=round(p1, 8), min=round(float(cosine[0]), 8)),
+        recall_at_10=round(recall, 4),
+        limits=QualityLimits(cosine_p1=limits.min_cosine_p1, recall_at_10=limits.min_recall),
+    )
 
 
-def unchecked(reason: str) -> dict[str, Any]:
-    """The quality entry of a receipt whose vectors were not compared."""
-    return {"checked": False, "reason": reason}
+def unchecked(reason: str) -> QualityResult:
+    """Return the result for a server whose vectors were not compared."""
+    return QualityResult(checked=False, reason=reason)
 
 
-def broken(reason: str) -> dict[str, Any]:
-    """The quality entry of a receipt whose server gave no vectors that could be compared: it fails."""
-    return {"checked": True, "passes": False, "reason": reason}
+def broken(reason: str) -> QualityResult:
+    """Return the result for a server that returned no usable vectors: it fails the check."""
+    return QualityResult(checked=True, passes=False, reason=reason)
 
 
 def recall_at(expected: Matrix, found: Matrix, k: int) -> float:
-    """Mean share of each row's k nearest other rows (by cosine, among `expected`) that are among its k nearest among `found`."""
+    """Return the mean share of the k nearest rows in `expected` that are also among the k nearest in `found`.
+
+    The distance is the cosine. A row is not its own neighbor.
+    """
     near, got = _nearest(expected, k), _nearest(found, k)
     return float(np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(near.tolist(), got.tolist(), strict=True)]))
 
 
 def _nearest(vectors: Matrix, k: int) -> npt.NDArray[np.intp]:
     unit = _unit(vectors)
-    likeness = unit @ unit.T
-    np.fill_diagonal(likeness, -np.inf)
-    return np.argsort(-likeness, axis=1, kind="stable")[:, : min(k, len(vectors) - 1)]
+    similarity = unit @ unit.T
+    np.fill_diagonal(similarity, -np.inf)
+    return np.argsort(-similarity, axis=1, kind="stable")[:, : min(k, len(vectors) - 1)]
 
 
 def _unit(vectors: Matrix) -> npt.NDArray[np.float64]:
@@ -195,8 +251,8 @@ def _unit(vectors: Matrix) -> npt.NDArray[np.float64]:
     return unit
 
 
-def _reason(complaint: str) -> str:
-    lines = [line for line in complaint.splitlines() if line.strip()]
+def _error_line(stderr: str) -> str:
+    lines = [line for line in stderr.splitlines() if line.strip()]
     return next(
         (line.removeprefix("error: ") for line in lines if line.startswith("error:")),
         lines[-1] if lines else "no message",

@@ -1,11 +1,11 @@
-"""What lets a bench that was killed go on where it stopped: what it was (`bench.json`), and each run that is complete (`run.json`).
+"""What a benchmark writes so that it can be resumed after an interruption, and how it is read back.
 
-    begin   bench.json: plan, subjects, what the figures depend on (identity); sealed        once, before the first run
-    keep    runs/NAME/run.json: a measurement, with the sha256 of its records; renamed into place when all of it is there, and
-            again with the quality check that follows it
-    resume  a run without run.json, or with other records than it names, is thrown away and made again
+    write_manifest   bench.json: plan, targets, and all that the figures depend on (identity); sealed
+    save             runs/NAME/run.json: a complete run with the sha256 of its records; written atomically, and
+                     again with the quality check that follows the run
+    restore          a run without run.json, or with other records than run.json names, is deleted and repeated
 
-A folder belongs to one bench at a time (a lock that dies with its process), so no run is made twice.
+A folder belongs to one benchmark at a time: a lock ends with its process.
 """
 
 from __future__ import annotations
@@ -13,78 +13,89 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import pydantic
 
 import inferctl
-from inferctl import assets
 from inferctl.bench import receipt
 from inferctl.bench.judge import summary
-from inferctl.bench.load import generator, records
-from inferctl.bench.measure import quality
+from inferctl.bench.load import generator
+from inferctl.bench.measure import digests, quality
+from inferctl.bench.measure.concurrency import Concurrency
 from inferctl.bench.measure.environment import Environment
-from inferctl.bench.measure.outcome import Measurement, Outcome, Subject
+from inferctl.bench.measure.neighbor_run import NeighborRun
+from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome, WorkloadRecord
+from inferctl.bench.measure.quality import QualityResult
+from inferctl.bench.measure.telemetry import Telemetry
+from inferctl.bench.measure.throughput import ClosedLoop
 from inferctl.bench.plan import workload
-from inferctl.bench.plan.plan import Plan, Run
+from inferctl.bench.plan.plan import Load, Plan, Run
 from inferctl.errors import NotReadyError, UsageError
 
 SCHEMA = "inferctl.run/1"
-MANIFEST, DONE = "bench.json", "run.json"
-# What `identity` holds, in words.
+MANIFEST, RUN_FILE = "bench.json", "run.json"
+# Each key of `identity`, in words.
 _NAMES = {
     "plan": "the plan",
-    "plan_file": "the plan's file",
-    "subjects": "what is measured",
+    "plan_file": "the plan file",
+    "subjects": "the benchmark targets",
     "corpora": "a corpus",
     "traces": "a trace",
-    "model": "the model's weights",
+    "model": "the weights of the model",
     "spec": "the settings",
-    "code": "inferctl's code",
+    "code": "the code of inferctl",
     "machine": "the machine or its software",
-    "servers": "a server's weights or precision",
+    "servers": "the weights or the precision of a server",
 }
+
+T = TypeVar("T")
 
 
 def identity(
     plan: Plan,
-    subjects: Sequence[Subject],
+    targets: Sequence[BenchTarget],
     environment: Environment,
     model_sha256: str | None,
     spec_sha256: str | None,
     servers: Mapping[str, Any],
     plan_file: str | None,
 ) -> dict[str, Any]:
-    """Everything that the figures of a bench depend on; runs of benches that differ in it must not be pooled. Raises `UsageError`."""
+    """Return all that the figures of a benchmark depend on. Runs of different identities must not be pooled.
+
+    Raises `UsageError` if a corpus or a trace cannot be read.
+    """
     corpora = {
         plan.corpus,
-        *(one.corpus for one in subjects if one.corpus),
+        *(target.corpus for target in targets if target.corpus),
         *([plan.quality.corpus] if plan.quality else []),
     }
-    traces = {plan.load.trace, *((one.load or {}).get("trace") for one in subjects)}
+    traces = {plan.load.trace, *((target.load or {}).get("trace") for target in targets)}
     file = Path(plan_file) if plan_file else None
     return {
         "plan": plan.model_dump(mode="json"),
-        "plan_file": hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else None,
-        "subjects": [dataclasses.asdict(one) for one in subjects],
+        "plan_file": digests.of_file(file) if file and file.is_file() else None,
+        "subjects": [dataclasses.asdict(target) for target in targets],
         "corpora": {name: workload.read_corpus(name)[1] for name in sorted(corpora)},
         "traces": {name: _trace_sha256(name) for name in sorted(filter(None, traces))},
         "model": model_sha256,
         "spec": spec_sha256,
-        "code": {"version": inferctl.__version__, "sha256": code_sha256()},
+        "code": {"version": inferctl.__version__, "sha256": digests.of_code()},
         "machine": _machine(environment),
         "servers": dict(servers),
     }
 
 
 def _machine(environment: Environment) -> dict[str, Any]:
-    """Hardware, system and the software that the figures come from, flat: so a difference is told by its name."""
+    """Return hardware, system and software of the machine. One level, so that an error can name the difference."""
     return {
         "cpu": environment.cpu_model,
         "cores": environment.cores,
@@ -99,66 +110,69 @@ def _machine(environment: Environment) -> dict[str, Any]:
 
 def _trace_sha256(name: str) -> str:
     try:
-        return hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        return digests.of_file(Path(name))
     except OSError as error:
         raise UsageError(
             f"the trace {name} cannot be read: {error.strerror}",
-            "it is looked for where the plan says, from this folder",
+            "the path in the plan is relative to the current folder",
         ) from None
 
 
-def code_sha256() -> str:
-    """sha256 (hex) of all of inferctl's code, the load generator's included."""
-    package, benchmarks = Path(inferctl.__file__).parent, assets.root() / "benchmarks"
-    files = {*package.rglob("*.py"), benchmarks / "locustfile.py", *(benchmarks / "loadgen").glob("*.py")}
-    total = hashlib.sha256()
-    for file in sorted(files):
-        total.update(f"{file.name}\0".encode() + file.read_bytes())
-    return total.hexdigest()
+@dataclass(frozen=True)
+class Manifest:
+    """The identity of a benchmark, and the options of its command."""
+
+    identity: Mapping[str, Any]
+    called: Mapping[str, Any]
 
 
-def begin(output: Path, what: Mapping[str, Any], how: Mapping[str, Any]) -> None:
-    """Write down what this bench is (`what`: `identity`) and how it was called (`how`), before its first run."""
-    document = json.loads(
-        receipt.canonical({"schema": SCHEMA, "created": time.time(), "identity": dict(what), "called": dict(how)})
-    )
+def write_manifest(output: Path, manifest: Manifest) -> None:
+    """Write the manifest of a benchmark before its first run."""
+    plain = {
+        "schema": SCHEMA,
+        "created": time.time(),
+        "identity": dict(manifest.identity),
+        "called": dict(manifest.called),
+    }
+    document = json.loads(receipt.canonical(plain))
     write(output / MANIFEST, {**document, "seal": receipt.seal_of(document)})
 
 
-def read(output: Path) -> dict[str, Any]:
-    """What the bench in `output` was. Raises `UsageError` when there is none, or it was altered."""
+def read_manifest(output: Path) -> Manifest:
+    """Return the manifest of the benchmark in `output`. Raises `UsageError` if there is none, or if it was changed."""
     file = output / MANIFEST
-    hint = "give the folder that `inferctl bench` made, as in bench-results/precision-20260102-030405"
+    hint = "give the folder that `inferctl bench` created, such as `bench-results/precision-20260102-030405`"
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"{output} holds no bench to go on with: it has no {MANIFEST}", hint) from None
+        raise UsageError(f"{output} has no benchmark to resume: {MANIFEST} not found", hint) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{file} cannot be read: {error}", hint) from None
+        raise UsageError(f"cannot read {file}: {error}", hint) from None
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise UsageError(f"{file} is none of this version's", "start a new bench")
+        raise UsageError(f"{file} is not a manifest of this version", "start a new benchmark")
     if document.get("seal") != receipt.seal_of(document):
-        raise UsageError(f"{file} was altered after the bench began", "start a new bench")
-    return document
+        raise UsageError(f"{file} was changed after the benchmark started", "start a new benchmark")
+    return Manifest(document["identity"], document["called"])
 
 
-def check(then: Mapping[str, Any], now: Mapping[str, Any], output: Path) -> None:
-    """Raise `UsageError` that names all that has changed between two `identity` documents."""
+def check_unchanged(then: Mapping[str, Any], now: Mapping[str, Any], output: Path) -> None:
+    """Raise `UsageError` with all differences between two `identity` documents."""
     plain = json.loads(receipt.canonical(dict(now)))
-    # A plan's file that is gone has not changed: the plan itself is in the folder.
+    # A plan file that was deleted has not changed: the manifest contains the plan.
     changed = [key for key in _NAMES if plain.get(key) != then.get(key) and not (key == "plan_file" and not plain[key])]
     if changed:
-        told = "; ".join(f"{_NAMES[key]} {_difference(then.get(key), plain.get(key))}" for key in changed)
+        differences = "; ".join(f"{_NAMES[key]} {_difference(then.get(key), plain.get(key))}" for key in changed)
         raise UsageError(
-            f"{output} cannot go on, its runs could not be compared with new ones: {told}",
-            "put it back as it was, or start a new bench",
+            f"cannot resume {output}: these inputs changed: {differences}",
+            "restore them, or start a new benchmark",
         )
 
 
 def _difference(then: Any, now: Any) -> str:
     if isinstance(then, dict) and isinstance(now, dict):
         keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-        return f"changed ({', '.join(f'{key}: {_short(then.get(key))} -> {_short(now.get(key))}' for key in keys[:3])})"
+        pairs = ", ".join(f"{key}: {_short(then.get(key))} -> {_short(now.get(key))}" for key in keys[:3])
+        return f"changed ({pairs})"
     return f"changed ({_short(then)} -> {_short(now)})"
 
 
@@ -168,25 +182,24 @@ def _short(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def alone(output: Path) -> Iterator[None]:
-    """Hold the folder for this process. Raises `NotReadyError` when another bench has it. The lock ends with the process, however it ends."""
+def lock(output: Path) -> Iterator[None]:
+    """Lock the folder for this process. Raises `NotReadyError` if another benchmark has locked it.
+
+    The lock ends with the process, also if the process is killed.
+    """
     with (output / ".lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise NotReadyError(f"another bench runs in {output}", "wait for it, or end it first") from None
+            raise NotReadyError(
+                f"another benchmark runs in {output}", "wait until it ends, or interrupt it first"
+            ) from None
         yield
 
 
-def keep(output: Path, measurement: Measurement, quality: Mapping[str, Any] | None) -> None:
-    """Write a complete run down, atomically. `quality`: the check that was made with it; None when it is still to be made, or to be tried again."""
-    values = {
-        one.name: getattr(measurement, one.name)
-        for one in dataclasses.fields(measurement)
-        if one.name not in ("run", "part", "folder")
-    }
+def save(output: Path, measurement: Measurement, check: QualityResult | None) -> None:
+    """Write a complete run atomically. `check` is its quality check; None if the check is not complete."""
     part = measurement.part
-    files = records.files(measurement.folder)
     document = {
         "schema": SCHEMA,
         "run": dataclasses.asdict(measurement.run),
@@ -194,20 +207,43 @@ def keep(output: Path, measurement: Measurement, quality: Mapping[str, Any] | No
         "window": [part.start_ns, part.end_ns],
         "inputs_per_request": part.inputs_per_request,
         "offered": part.offered,
-        "values": values,
-        "quality": quality and dict(quality),
-        "records": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
+        "values": _values(measurement),
+        "quality": check and check.as_dict(),
+        "records": digests.of_records(measurement.folder),
     }
-    write(output / "runs" / measurement.run.name / DONE, document)
+    write(output / "runs" / measurement.run.name / RUN_FILE, document)
 
 
-def restore(output: Path, order: Sequence[Run], into: Sequence[Outcome]) -> int:
-    """Fill `into` with the complete runs of `order`, throw the others away, end what a killed bench left running; returns how many are complete."""
-    for pid in leftovers(output):
+def _values(measurement: Measurement) -> dict[str, Any]:
+    """Return the JSON form of the other fields of a measurement."""
+    neighbors, loop = measurement.with_neighbors, measurement.closed_loop
+    return {
+        "started": measurement.started,
+        "state": measurement.state,
+        "resources": measurement.resources,
+        "info": measurement.info,
+        "serial": measurement.serial,
+        "telemetry": measurement.telemetry.as_dict(),
+        "load": measurement.load.model_dump(mode="json") if measurement.load else {},
+        "workload": dataclasses.asdict(measurement.workload),
+        "pace": measurement.pace,
+        "search": measurement.search,
+        "beside": neighbors and dataclasses.asdict(neighbors),
+        "closed_loop": loop and dataclasses.asdict(loop),
+        "concurrency": measurement.concurrency and measurement.concurrency.as_dict(),
+    }
+
+
+def restore(output: Path, order: Sequence[Run], outcomes: Sequence[Outcome]) -> int:
+    """Add the complete runs of `order` to `outcomes`, and return their number.
+
+    Other runs are deleted. Processes that a killed benchmark left running are killed.
+    """
+    for pid in orphaned_processes(output):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
-    named = {outcome.subject.name: outcome for outcome in into}
-    done = 0
+    by_name = {outcome.target.name: outcome for outcome in outcomes}
+    complete = 0
     for run in order:
         folder = output / "runs" / run.name
         found = _restored(output, folder, run)
@@ -215,40 +251,59 @@ def restore(output: Path, order: Sequence[Run], into: Sequence[Outcome]) -> int:
             shutil.rmtree(folder, ignore_errors=True)
             continue
         measurement, check = found
-        outcome = named[run.configuration]
+        outcome = by_name[run.configuration]
         outcome.measurements.append(measurement)
         if run.repeat == 0:
             outcome.quality = check or quality.unchecked("the check was interrupted")
-            outcome.check_done = bool(check)
-        done += 1
-    return done
+            outcome.check_done = check is not None
+        complete += 1
+    return complete
 
 
-def _restored(output: Path, folder: Path, run: Run) -> tuple[Measurement, dict[str, Any] | None] | None:
+def _restored(output: Path, folder: Path, run: Run) -> tuple[Measurement, QualityResult | None] | None:
+    """Return the measurement and the quality check in `folder`; None if it has no complete run."""
     try:
-        document = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        document = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         place = output / document["folder"]
-        whole = all(
-            hashlib.sha256((place / name).read_bytes()).hexdigest() == digest
-            for name, digest in document["records"].items()
-        )
-        if document["schema"] != SCHEMA or document["run"] != dataclasses.asdict(run) or not whole:
+        complete = all(digests.of_file(place / name) == digest for name, digest in document["records"].items())
+        if document["schema"] != SCHEMA or document["run"] != dataclasses.asdict(run) or not complete:
             return None
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
-    start, end = document["window"]
-    part = summary.Part(
-        generator.read_records(place, document["values"]["state"]),
-        start,
-        end,
-        document["inputs_per_request"],
-        document["offered"],
+    values, check = document["values"], document["quality"]
+    start_ns, end_ns = document["window"]
+    rows = generator.read_records(place, values["state"])
+    part = summary.RunRecords(rows, start_ns, end_ns, document["inputs_per_request"], document["offered"])
+    measurement = Measurement(
+        run=run,
+        part=part,
+        folder=place,
+        started=values["started"],
+        state=values["state"],
+        resources=values["resources"],
+        info=values["info"],
+        serial=values["serial"],
+        telemetry=_decoded(Telemetry, values["telemetry"]),
+        load=Load.model_validate(values["load"]) if values["load"] else None,
+        workload=WorkloadRecord(**values["workload"]),
+        pace=values["pace"],
+        search=values["search"],
+        with_neighbors=values["beside"] and _decoded(NeighborRun, values["beside"]),
+        closed_loop=values["closed_loop"] and _decoded(ClosedLoop, values["closed_loop"]),
+        concurrency=values["concurrency"] and Concurrency.from_dict(values["concurrency"]),
     )
-    return Measurement(run=run, part=part, folder=place, **document["values"]), document["quality"]
+    return measurement, check and _decoded(QualityResult, check)
 
 
-def leftovers(output: Path) -> list[int]:
-    """Leaders of process groups that a killed bench started in `output` and that still run: its server, its load generator, its reference."""
+def _decoded(kind: type[T], data: object) -> T:
+    return pydantic.TypeAdapter(kind).validate_python(data)
+
+
+def orphaned_processes(output: Path) -> list[int]:
+    """Return the leaders of process groups that a killed benchmark in `output` left running.
+
+    They are its server, its load generator and its fp32 reference.
+    """
     runs = (output / "runs").resolve()
     found = []
     for entry in Path("/proc").iterdir():
@@ -259,14 +314,14 @@ def leftovers(output: Path) -> list[int]:
             leads = os.getpgid(int(entry.name)) == int(entry.name)
         except OSError:
             continue
-        # Somebody may have a shell or a pager in that folder.
+        # A user may have a shell or a pager in that folder.
         if leads and not {b"--announce", b"locust", quality.PROGRAM.encode()}.isdisjoint(words):
             found.append(int(entry.name))
     return found
 
 
 def write(path: Path, document: Mapping[str, Any]) -> None:
-    """Write `document` atomically."""
+    """Write `document` as JSON, atomically."""
     part = path.with_suffix(".part")
     with part.open("w", encoding="utf-8") as stream:
         stream.write(json.dumps(document, indent=1) + "\n")

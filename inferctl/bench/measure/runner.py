@@ -1,395 +1,201 @@
-"""Runs a plan: a server per run, warm-up, load, quality, in an order that lets slow drifts of the machine cancel out.
+"""Run a plan: for each run a server, a warm-up, a load and, the first time, a quality check.
 
-    where the plan says `users: auto`:   find the users that saturate each server (`concurrency.py`)
-    for each run (A B C D, D C B A, …):  start server ─► warm up ─► measure ─► compare with fp32 (first time) ─► stop server
-    for each configuration, each time:   pool its runs ─► judge ─► receipt
+    with `users: auto`:  find the users that saturate each server (`auto_users.py`)
+    for each run:        start server ─► warm up ─► measure ─► compare with fp32 (first time) ─► stop
 
-A configuration that cannot run becomes an outcome with its reason and the others go on. Whatever ends this, no child process is left.
+The order alternates (A B C, C B A, ...), so that slow drifts of the machine cancel out. A target that cannot run
+becomes an outcome with its failure, and the others continue. All child processes end before `run` returns or raises.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-import json
 import secrets
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from inferctl.bench.judge import summary, validity
-from inferctl.bench.load import child_server, generator, target
-from inferctl.bench.measure import concurrency, neighbors, quality, resume, search, telemetry, throughput
-from inferctl.bench.measure.outcome import Measurement, Outcome, Subject
-from inferctl.bench.measure.session import Session, Tell, describe
+from inferctl.bench.judge import summary
+from inferctl.bench.load import generator
+from inferctl.bench.measure import auto_users, neighbors, quality, resume, search, throughput
+from inferctl.bench.measure.bench import Bench, NotifyProgress, Progress, ready_server, started
+from inferctl.bench.measure.judgment import judge
+from inferctl.bench.measure.measured_server import MeasuredServer, NotifyPhase
+from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome, workload_record
 from inferctl.bench.plan import workload
-from inferctl.bench.plan.plan import Load, Plan, Run
+from inferctl.bench.plan.plan import Load, Run
 from inferctl.errors import InferctlError, UsageError
 
-__all__ = ["Bench", "Measurement", "Outcome", "Progress", "Subject", "judge", "outcomes", "run"]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What is happening now. `number` of `total` runs; `seconds` in this phase; `live` while a load runs; `done` what has just ended, in a line."""
-
-    name: str
-    number: int
-    total: int
-    phase: str
-    seconds: float = 0.0
-    live: generator.LoadProgress | None = None
-    done: str | None = None
-
-
-CONCURRENCY = "concurrency.json"
-Notify = Callable[[Progress], None]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What `run` needs: the plan, its subjects, how to start a server, the model folder for the quality check, and where to write.
-
-    `model` may be None when only running servers are measured; their vectors are then not checked. `slo_p99_ms` is what a search
-    looks for where the plan does not say it. `slices` are the MIG devices that a server and its neighbours are spread over.
-    `access` is what requests to running servers need. `users` has what was found for each subject with `users: auto`.
-    """
-
-    plan: Plan
-    subjects: Sequence[Subject]
-    command: child_server.ServeCommand | None
-    model: Path | None
-    output: Path
-    slo_p99_ms: float | None = None
-    slices: Sequence[str] = ()
-    access: target.Access = field(default_factory=target.Access)
-    users: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def order(self) -> list[Run]:
-        """Every run, in its order."""
-        return self.plan.runs([subject.name for subject in self.subjects])
-
-    def load_of(self, subject: Subject) -> Load:
-        load = self.plan.load_with(subject.load)
-        found = self.users.get(subject.name)
-        return load.model_copy(update={"users": found["users"]}) if found and load.auto_users else load
-
-    @property
-    def search_s(self) -> float | None:
-        """Return the seconds of one search: an equal share of the budget for each subject."""
-        budget = self.plan.search.budget_s if self.plan.search else None
-        return None if budget is None else budget / len(self.subjects)
-
-    def corpus_of(self, subject: Subject) -> str:
-        return subject.corpus or self.plan.corpus
+__all__ = ["Bench", "BenchTarget", "Measurement", "Outcome", "Progress", "judge", "outcomes", "run"]
 
 
 def outcomes(bench: Bench) -> list[Outcome]:
-    """An empty outcome for each subject, in order, for `run` to fill."""
-    return [Outcome(subject, planned=bench.plan.repeats) for subject in bench.subjects]
+    """Return an outcome without runs for each target, in order, for `run` to fill."""
+    return [Outcome(target, planned=bench.plan.repeats) for target in bench.targets]
 
 
-def run(bench: Bench, into: Sequence[Outcome], notify: Notify, kept: Callable[[Outcome], object]) -> None:
-    """Run everything that `into` lacks, filling it; `kept` hears of an outcome after each run that it gained, so that nothing measured is lost.
+def run(
+    bench: Bench,
+    outcomes: Sequence[Outcome],
+    notify: NotifyProgress,
+    on_measured: Callable[[Outcome], object],
+) -> None:
+    """Measure all runs that `outcomes` lack, and add them.
 
-    Each complete run is also written down for `resume`, before its quality check: one that was cut short is made up.
-    If it is interrupted, it ends its children first.
+    `on_measured` receives an outcome after each run, so that no result is lost. Each complete run is saved for `resume`
+    before its quality check; a resumed benchmark repeats a check that was interrupted.
     """
-    named = {outcome.subject.name: outcome for outcome in into}
-    bench = replace(bench, users=_users(bench, named, notify))
-    checker = quality.Checker(bench.plan.quality, bench.model, bench.output / "runs")
+    by_name = {outcome.target.name: outcome for outcome in outcomes}
+    bench = replace(bench, users=auto_users.find(bench, by_name, notify))
+    checker = quality.QualityChecker(bench.plan.quality, bench.model, bench.output / "runs")
     order = bench.order
-    for number, one in enumerate(order, 1):
-        outcome = named[one.configuration]
-        unchecked = one.repeat == 0 and not outcome.check_done
-        if outcome.failure or (outcome.has(one) and not unchecked):
+    for number, run in enumerate(order, 1):
+        outcome = by_name[run.configuration]
+        unchecked = run.repeat == 0 and not outcome.check_done
+        if outcome.failure or (outcome.has(run) and not unchecked):
             continue
-        shown = 0 if outcome.has(one) else number  # a check that is made up is no run
-
-        def tell(
-            phase: str,
-            seconds: float = 0.0,
-            live: generator.LoadProgress | None = None,
-            done: str | None = None,
-            one: Run = one,
-            number: int = shown,
-        ) -> None:
-            notify(Progress(one.configuration, number, len(order), phase, seconds, live, done))
-
+        # The repeated check of a complete run does not count as a run.
+        notify_phase = _phase_notifier(notify, run, 0 if outcome.has(run) else number, len(order))
         try:
-            _measure(bench, outcome, one, checker, tell, _capacity(into))
+            _measure(bench, outcome, run, checker, notify_phase, _capacity(outcomes))
         except InferctlError as error:
             outcome.failure = error.message
         finally:
             if outcome.measurements:
-                kept(outcome)
+                on_measured(outcome)
+
+
+def _phase_notifier(notify: NotifyProgress, run: Run, number: int, total: int) -> NotifyPhase:
+    def notify_phase(
+        phase: str, seconds: float = 0.0, live: generator.LoadProgress | None = None, done: str | None = None
+    ) -> None:
+        notify(Progress(run.configuration, number, total, phase, seconds, live, done))
+
+    return notify_phase
 
 
 def _measure(
-    bench: Bench, outcome: Outcome, one: Run, checker: quality.Checker, tell: Tell, capacity_rps: float | None
+    bench: Bench,
+    outcome: Outcome,
+    run: Run,
+    checker: quality.QualityChecker,
+    notify: NotifyPhase,
+    capacity_rps: float | None,
 ) -> None:
-    """Measure what was not measured yet, and check the quality where it was not checked."""
-    folder = bench.output / "runs" / one.name
-    if outcome.has(one):
+    """Measure a run if it is not complete, and check the quality if it is not checked."""
+    folder = bench.output / "runs" / run.name
+    if outcome.has(run):
         folder /= "quality"
     folder.mkdir(parents=True, exist_ok=True)
-    subject = outcome.subject
-    started = time.time()
-    with contextlib.ExitStack() as stack:
-        # Before the server starts: who is on a GPU now is not of ours.
-        watch = stack.enter_context(telemetry.Watch())
-        child = stack.enter_context(_started(bench, subject, folder, tell)) if not subject.url else None
-        aim = child.target if child else target.connect(subject.url or "", access=bench.access)
-        if not outcome.has(one):
-            session = Session(aim, child, watch, tell)
-            plain = functools.partial(_loaded, capacity_rps=capacity_rps)
-            take = _searched if bench.plan.search else _paired if bench.plan.neighbours else plain
-            measurement = take(bench, subject, session, one, folder)
-            measurement.started = started
-            measurement.concurrency = bench.users.get(subject.name)
+    started_at = time.time()
+    with ready_server(bench, outcome.target, folder, notify) as server:
+        if not outcome.has(run):
+            plain = functools.partial(_measure_load, capacity_rps=capacity_rps)
+            measure = _measure_search if bench.plan.search else _measure_pair if bench.plan.neighbours else plain
+            measurement = replace(
+                measure(bench, outcome.target, server, run, folder),
+                started=started_at,
+                concurrency=bench.users.get(outcome.target.name),
+            )
             outcome.measurements.append(measurement)
-            resume.keep(bench.output, measurement, None)
-            tell("measured", done=f"measured: {_brief(measurement)}")
-        if one.repeat == 0:
-            tell("checking quality")
+            resume.save(bench.output, measurement, None)
+            notify("measured", done=f"measured: {_brief(measurement)}")
+        if run.repeat == 0:
+            notify("checking quality")
             outcome.quality = quality.unchecked("the check was interrupted")
-            outcome.quality = checker(aim, lambda passed: tell("computing the fp32 reference", passed))
-            if child:
-                child.check()
+            outcome.quality = checker(server.target, lambda passed: notify("computing the fp32 reference", passed))
+            if server.child:
+                server.child.check()
             outcome.check_done = not checker.failed
-            first = next(m for m in outcome.measurements if m.run == one)
-            resume.keep(bench.output, first, outcome.quality if outcome.check_done else None)
-        tell("stopping")
+            first = next(measured for measured in outcome.measurements if measured.run == run)
+            resume.save(bench.output, first, outcome.quality if outcome.check_done else None)
+        notify("stopping")
 
 
-def _users(bench: Bench, into: Mapping[str, Outcome], notify: Notify) -> dict[str, dict[str, Any]]:
-    """Find the users of the subjects whose load has `users: auto`; those with equal loads and texts get equal users.
-
-    What was found lies in the bench's folder for `resume`.
-    """
-    wanted = [one for one in bench.subjects if bench.load_of(one).auto_users and not bench.plan.search]
-    file = bench.output / CONCURRENCY
-    if not wanted:
-        return {}
-    if file.is_file():
-        known = json.loads(file.read_text(encoding="utf-8"))
-        for name, message in known["failed"].items():
-            into[name].failure = message
-        return dict(known["found"])
-    found: dict[str, concurrency.Found] = {}
-    for subject in wanted:
-        try:
-            found[subject.name] = _saturated(bench, subject, notify)
-        except InferctlError as error:
-            into[subject.name].failure = error.message
-    asked = {one.name: (bench.load_of(one).model_dump_json(), bench.corpus_of(one)) for one in wanted}
-    most = {
-        load: max(one.users for name, one in found.items() if asked[name] == load)
-        for load in {asked[name] for name in found}
-    }
-    made = {name: one.as_dict(most[asked[name]]) for name, one in found.items()}
-    if made:
-        failed = {one.name: into[one.name].failure for one in wanted if one.name not in made}
-        resume.write(file, {"found": made, "failed": failed})
-    return made
-
-
-def _saturated(bench: Bench, subject: Subject, notify: Notify) -> concurrency.Found:
-    """Put short closed loops on one subject, with ever more users."""
-    folder = bench.output / "runs" / f"{subject.name}-users"
-    folder.mkdir(parents=True, exist_ok=True)
-    load, corpus = bench.load_of(subject), bench.corpus_of(subject)
-    phase, total = ["starting"], len(bench.order)
-
-    def tell(
-        step: str,
-        seconds: float = 0.0,
-        live: generator.LoadProgress | None = None,
-        done: str | None = None,
-        **_: object,
-    ) -> None:
-        notify(Progress(subject.name, 0, total, f"finding users: {phase[0]}", seconds, live, done))
-
-    with contextlib.ExitStack() as stack:
-        watch = stack.enter_context(telemetry.Watch())
-        child = stack.enter_context(_started(bench, subject, folder, tell)) if not subject.url else None
-        aim = child.target if child else target.connect(subject.url or "", access=bench.access)
-        session = Session(aim, child, watch, tell)
-
-        def measure(users: int, seconds: float) -> concurrency.Step:
-            phase[0] = str(users)
-            place = folder / f"{users:05d}"
-            place.mkdir(exist_ok=True)
-            changes = {
-                "users": users,
-                "duration_s": seconds,
-                "warmup_s": load.warmup_s if users == concurrency.FIRST else seconds,
-                "window_s": min(load.window_s, concurrency.WINDOW_S),
-            }
-            kept = {key: value for key, value in throughput.closed(load).model_dump().items() if key not in changes}
-            shaped = Load.model_validate({**kept, **changes})
-            work = workload.draw(shaped, corpus, bench.plan.seed)
-            made = session.measure(shaped, work, Run(subject.name, 0), place)
-            shutil.rmtree(place, ignore_errors=True)
-            rate = throughput.steady(made.part)
-            return concurrency.Step(users, round(rate, 3), made.resources.get("client_cpu_percent"))
-
-        found = concurrency.find(measure)
-        tell("found", done=f"users: {found.users} ({'saturated' if found.saturated else 'not saturated'})")
-        return found
-
-
-@contextlib.contextmanager
-def _started(
-    bench: Bench, subject: Subject, folder: Path, tell: Tell, number: int = 0
-) -> Iterator[child_server.ChildServer]:
-    """Server 0 is the one that is measured, the others are its neighbours."""
-    if bench.command is None or subject.precision is None:
-        raise InferctlError(f"{subject.name} has neither a URL nor a precision")
-    announce = folder / "announce.json"
-    arguments = [*bench.command(subject.precision, announce)]
-    if subject.max_batch_tokens:
-        arguments += ["--max-batch-tokens", str(subject.max_batch_tokens)]
-    arguments = neighbors.placed(arguments, bench.slices, number)
-    phase = f"starting neighbour {number}" if number else "starting"
-    with child_server.serve(arguments, announce, folder, lambda passed: tell(phase, passed)) as child:
-        yield child
-
-
-def _loaded(
-    bench: Bench, subject: Subject, session: Session, one: Run, folder: Path, capacity_rps: float | None
+def _measure_load(
+    bench: Bench, target: BenchTarget, server: MeasuredServer, run: Run, folder: Path, capacity_rps: float | None
 ) -> Measurement:
-    load, corpus = bench.load_of(subject), bench.corpus_of(subject)
-    seed, closed = _seed(bench, load, one), None
+    """Measure a run of one load, after a closed loop if the rate is a share of the capacity."""
+    load, corpus = bench.load_of(target), bench.corpus_of(target)
+    seed, closed_loop = _seed(bench, load, run), None
     if load.capacity_percent is not None:
-        closed = throughput.measure(session, load, corpus, seed, one, folder)
-        # All targets receive the same rate, so that their latencies can be compared.
-        closed["reference_rps"] = capacity_rps or closed["requests_per_s"]
-        load = load.at(closed["reference_rps"])
+        closed_loop = throughput.measure(server, load, corpus, seed, run, folder, capacity_rps)
+        load = load.at(closed_loop.reference_rps)
     work = workload.draw(load, corpus, seed)
-    made = session.measure(load, work, one, folder)
-    made.workload = describe(work, load, corpus, seed)
-    made.closed_loop = closed
-    return made
+    measurement = server.measure(load, work, run, folder)
+    return replace(measurement, workload=workload_record(work, load, corpus, seed), closed_loop=closed_loop)
 
 
-def _capacity(into: Sequence[Outcome]) -> float | None:
-    """Return the capacity that the first run of this bench measured, if its rates are shares of one."""
-    known = (m.closed_loop["reference_rps"] for one in into for m in one.measurements if m.closed_loop)
-    return next(known, None)
+def _capacity(outcomes: Sequence[Outcome]) -> float | None:
+    """Return the capacity that the first run of the benchmark measured; None if the rate is not a share of it."""
+    loops = (run.closed_loop for outcome in outcomes for run in outcome.measurements)
+    return next((loop.reference_rps for loop in loops if loop), None)
 
 
-def _seed(bench: Bench, load: Load, one: Run) -> int:
-    """Return the seed of a run. A trace is replayed as it is, in each repeat."""
-    return bench.plan.seed if load.trace else bench.plan.seed_of(one.repeat)
+def _seed(bench: Bench, load: Load, run: Run) -> int:
+    """Return the seed of a run. A trace is the same in each repeat."""
+    return bench.plan.seed if load.trace else bench.plan.seed_of(run.repeat)
 
 
-def _paired(bench: Bench, subject: Subject, session: Session, one: Run, folder: Path) -> Measurement:
-    """The run, and the same beside busy neighbours."""
-    load, corpus = bench.load_of(subject), bench.corpus_of(subject)
-    seed = _seed(bench, load, one)
-    pair = neighbors.Pair(
-        session,
+def _measure_pair(bench: Bench, target: BenchTarget, server: MeasuredServer, run: Run, folder: Path) -> Measurement:
+    """Measure a run without load and with load on the neighbors."""
+    load, corpus = bench.load_of(target), bench.corpus_of(target)
+    seed = _seed(bench, load, run)
+    setup = neighbors.NeighborSetup(
+        server,
         load,
         corpus,
         seed,
         bench.plan.neighbours,
-        start=lambda number, place: _started(bench, subject, place, session.tell, number),
+        start=lambda number, place: started(bench, target, place, server.notify, number),
     )
-    made = neighbors.measure(pair, one, folder)
-    made.workload = describe(workload.draw(load, corpus, seed), load, corpus, seed)
-    return made
+    work = workload.draw(load, corpus, seed)
+    return replace(neighbors.measure(setup, run, folder), workload=workload_record(work, load, corpus, seed))
 
 
-def _searched(bench: Bench, subject: Subject, session: Session, one: Run, folder: Path) -> Measurement:
-    settings, corpus = bench.plan.search, bench.corpus_of(subject)
+def _measure_search(bench: Bench, target: BenchTarget, server: MeasuredServer, run: Run, folder: Path) -> Measurement:
+    """Search for the highest rate within the SLO."""
+    settings, corpus = bench.plan.search, bench.corpus_of(target)
     slo = (settings and settings.slo_p99_ms) or bench.slo_p99_ms
     if settings is None or slo is None:
         raise UsageError(
-            "a search needs to know which p99 must hold",
-            "give --slo 100 (ms), `search.slo_p99_ms`, or `slo.p99_ms` in the spec",
+            "a search requires a p99 SLO", "pass `--slo 100` (ms), or set `search.slo_p99_ms` or `slo.p99_ms`"
         )
     text = workload.read_corpus(corpus)[0][0]
     numbers = itertools.count()
 
-    def ask() -> object:
-        return session.aim.embed([f"{next(numbers)} {secrets.token_hex(4)} {text}"], 30)
+    def request() -> object:
+        return server.target.embed([f"{next(numbers)} {secrets.token_hex(4)} {text}"], 30)
 
-    def take(load: Load, work: workload.Workload, place: Path, seed: int, check: Callable[[], None]) -> Measurement:
-        # Folders of probes are named as in 03-bisect-48.5.
+    def measure_load(
+        load: Load, work: workload.Workload, place: Path, seed: int, check: Callable[[], None]
+    ) -> Measurement:
+        # The folder of a probe has a name such as 03-bisect-48.5.
         label = place.name.partition("-")[2].replace("-", " ")
+        measurement = server.labeled(f"{label}, {{phase}}").measure(load, work, run, place, check)
+        return replace(measurement, workload=workload_record(work, load, corpus, seed))
 
-        def told(phase: str, *rest: Any, **more: Any) -> None:
-            session.tell(f"{label}, {phase}", *rest, **more)
-
-        made = replace(session, tell=told).measure(load, work, one, place, check)
-        made.workload = describe(work, load, corpus, seed)
-        return made
-
-    idle_s = min(search.settle(ask, 0, None) for _ in range(5))
+    idle_s = min(search.wait_until_idle(request, 0, None) for _ in range(5))
     return search.Searcher(
         settings=settings,
         slo_p99_ms=slo,
-        load=bench.load_of(subject),
+        load=bench.load_of(target),
         corpus=corpus,
         seed=bench.plan.seed,
         folder=folder,
-        take=take,
-        settle=lambda patience: search.settle(ask, patience, idle_s),
+        measure_load=measure_load,
+        wait_until_idle=lambda timeout_s: search.wait_until_idle(request, timeout_s, idle_s),
         budget=bench.plan.error_budget_percent / 100,
         seconds=bench.search_s,
-        told=lambda probe: session.tell("search", done=f"{probe.stage} {probe.rate:g}/s: {probe.reason}"),
+        on_probe=lambda probe: server.notify("search", done=f"{probe.stage} {probe.rate:g} requests/s: {probe.reason}"),
     ).run()
 
 
 def _brief(measurement: Measurement) -> str:
-    """One line on a run that has just ended."""
-    found = summary.summarise([measurement.part])
+    """Return one line on a run that has ended."""
+    found = summary.summarize([measurement.part])
     latency = found["latency_ms"]
     figures = [f"{key} {latency[key]['value']:.1f}" for key in ("p50", "p99") if latency[key]["value"] is not None]
     return f"{found['requests_per_s']:.1f} req/s" + (f", {' '.join(figures)} ms" if figures else "")
-
-
-def _sent_other_work(workloads: Sequence[dict[str, Any]]) -> bool:
-    """Return whether a corpus or a trace changed between runs: one seed then has two digests, or one corpus two."""
-    digests = {(one.get("seed"), one.get("sha256")) for one in workloads}
-    corpora = {one.get("corpus_sha256") for one in workloads}
-    return len(digests) > len({seed for seed, _ in digests}) or len(corpora) > 1
-
-
-def judge(
-    outcome: Outcome, cores: int, budget_percent: float = 0.1
-) -> tuple[summary.Summary, list[validity.Validity], validity.Validity]:
-    """Pooled summary of an outcome with runs, the validity of each run, and that of the whole."""
-    each = [
-        validity.both(
-            validity.both(
-                validity.judge(summary.summarise([m.part]), m.resources, m.state, cores, searched=m.search is not None),
-                telemetry.judge(m.telemetry),
-            ),
-            throughput.judge(m, cores),
-        )
-        for m in outcome.measurements
-    ]
-    pooled = summary.summarise([m.part for m in outcome.measurements])
-    whole = validity.combine(
-        each, pooled, budget_percent, searched=any(m.search is not None for m in outcome.measurements)
-    )
-    if closed := throughput.pooled(outcome.measurements):
-        said = validity.failed(closed["summary"], budget_percent)
-        whole = validity.both(whole, said)
-    reasons = (*whole.reasons, *validity.same([m.info for m in outcome.measurements]).reasons)
-    if _sent_other_work([m.workload for m in outcome.measurements]):
-        reasons = (*reasons, "the runs differ in what was sent: a corpus or a trace changed meanwhile")
-    if beside := neighbors.document(outcome.measurements, cores, budget_percent):
-        whole = validity.both(whole, validity.Validity((), tuple(beside["cautions"])))
-        reasons = (*reasons, *beside["reasons"])
-    if outcome.failure:
-        reasons = (*reasons, outcome.failure)
-    cautions = (outcome.interrupted, *whole.cautions) if outcome.interrupted else whole.cautions
-    return pooled, each, validity.Validity(reasons, cautions)

@@ -1,11 +1,11 @@
-"""Looks for the highest rate that one running server holds within an SLO: sends the probes that `goodput.find` asks for."""
+"""Send the probes that `goodput.find` requests: the search for the highest rate at which a server meets the SLO."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,34 +25,34 @@ from inferctl.bench.plan.plan import Load, Run, Search
 from inferctl.errors import InferctlError
 
 BURST_S, BURST_USERS = 4.0, 32
-# More answers than a p99's interval needs: the last ones of a probe may come late.
-ENOUGH = round(1.15 * stats.needed(0.99))
-WINDOW_S, SHORTEST_S = 0.5, 4.0
-# A queue's length now is much like that a moment ago, so windows say less than as many independent ones: intervals are this much wider.
-# With it, of 100 simulated queues at 85, 90 and 95 % load 0, 2 and 4 were taken for hopeless within 8 s, at 115 % 99.
-CORRELATED = 2.0
-SETTLE_S = 30.0
-# Start of the load generator, besides the warm-up. A probe takes LONGER than `probe_s` on average: it needs more
-# responses, or is measured again.
-START_S, LONGER = 3.0, 1.5
-# Measurements of a search besides those that halve the gap between two rates, and that gap, relative to the rates.
+# More samples than the interval of a p99 needs: the last responses of a probe may come late.
+ENOUGH_SAMPLES = round(1.15 * stats.needed(0.99))
+WINDOW_S, MIN_PROBE_S = 0.5, 4.0
+# Queue lengths of consecutive windows are correlated, so intervals are this much wider. With it, of 100 simulated
+# queues at 85, 90 and 95% load, 0, 2 and 4 counted as saturated within 8 s, and 99 at 115% load.
+AUTOCORRELATION_FACTOR = 2.0
+IDLE_TIMEOUT_S = 30.0
+# Seconds to start the load generator, in addition to the warm-up. A probe takes PROBE_OVERRUN x `probe_s` on average:
+# it needs more responses, or is measured again.
+START_S, PROBE_OVERRUN = 3.0, 1.5
+# Measurements of a search in addition to those that halve the gap between two rates; that gap, relative to the rates.
 MEASUREMENTS, GAP = 22, 0.25
-# The same for a search with little time.
+# The same for a search with a short budget.
 SHORT_MEASUREMENTS, SHORT_GAP = len(goodput.SHORT_SWEEP) + goodput.RESERVE, 0.5
-_OF_OTHER_SHAPE = ("auto_users", "stages", "trace", "spike", "capacity_percent")
+_OTHER_SHAPES = ("auto_users", "stages", "trace", "spike", "capacity_percent")
 
-Take = Callable[[Load, workload.Workload, Path, int, Callable[[], None]], Measurement]
+MeasureLoad = Callable[[Load, workload.Workload, Path, int, Callable[[], None]], Measurement]
 
 
-class Hopeless(Exception):  # noqa: N818 - no error: the answer came sooner
-    """The backlog of a probe grows without doubt."""
+class ServerSaturated(Exception):  # noqa: N818 - not an error: the probe has its result early
+    """The backlog of a probe grows; the message says how."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """How long a search of one server should take, and how close the rates around its result will be.
+    """The duration of a search of one server, and the expected distance between the rates around its result.
 
-    `short`: with fewer rates at first. `enough`: whether the time is enough for a search at all.
+    `short`: the sweep has fewer rates. `enough`: the time is enough for a search.
     """
 
     seconds: float
@@ -62,25 +62,30 @@ class Forecast:
 
 
 def forecast(settings: Search, load: Load, budget_s: float | None = None) -> Forecast:
-    """Return what a search takes, or what `budget_s` seconds for one server buy."""
-    around = min(load.warmup_s, 4 * load.window_s) + START_S
+    """Return duration and resolution of a search, or the resolution that `budget_s` seconds allow for one server."""
+    overhead_s = min(load.warmup_s, 4 * load.window_s) + START_S
     first = load.warmup_s + BURST_S + START_S
     halvings = math.ceil(math.log2(max(1.0, GAP / settings.resolution)))
-    whole = first + (MEASUREMENTS + halvings) * (LONGER * settings.probe_s + around)
-    if budget_s is None or whole <= budget_s:
-        return Forecast(whole, settings.resolution)
-    affordable = math.floor((budget_s - first) / (settings.probe_s + around)) - SHORT_MEASUREMENTS
+    full = first + (MEASUREMENTS + halvings) * (PROBE_OVERRUN * settings.probe_s + overhead_s)
+    if budget_s is None or full <= budget_s:
+        return Forecast(full, settings.resolution)
+    affordable = math.floor((budget_s - first) / (settings.probe_s + overhead_s)) - SHORT_MEASUREMENTS
     if affordable < 0:
-        least = first + SHORT_MEASUREMENTS * (settings.probe_s + around)
+        least = first + SHORT_MEASUREMENTS * (settings.probe_s + overhead_s)
         return Forecast(least, SHORT_GAP, short=True, enough=False)
     return Forecast(budget_s, max(settings.resolution, SHORT_GAP / 2**affordable), short=True)
 
 
 @dataclass
 class Searcher:
-    """Probes one server. `take` measures one load in a folder; `settle` waits until the server is idle again; `told`
-    hears of each probe. `budget` is the share of requests that may fail at a rate within the SLO, `seconds` the time
-    that the search may take."""
+    """Searches one server for the highest rate within the SLO.
+
+    - `measure_load`: measures one load in a folder.
+    - `wait_until_idle`: waits until the server is idle; receives a timeout in seconds.
+    - `on_probe`: receives each probe.
+    - `budget`: the share of requests that may fail at a rate within the SLO.
+    - `seconds`: the time limit of the search.
+    """
 
     settings: Search
     slo_p99_ms: float
@@ -88,124 +93,129 @@ class Searcher:
     corpus: str
     seed: int
     folder: Path
-    take: Take
-    settle: Callable[[float], object]
-    told: Callable[[Probe], None]
+    measure_load: MeasureLoad
+    wait_until_idle: Callable[[float], object]
+    on_probe: Callable[[Probe], None]
     budget: float = 0.0
     seconds: float | None = None
-    _until: float = field(default=math.inf, init=False)
-    _taken: list[tuple[Probe, Measurement]] = field(default_factory=list, init=False)
+    _deadline: float = field(default=math.inf, init=False)
+    _measured: list[tuple[Probe, Measurement]] = field(default_factory=list, init=False)
     _count: int = field(default=0, init=False)
 
     def run(self) -> Measurement:
-        """Search; returns the measurement at the best rate (else at the lowest that lasted), with the result as its `search`.
+        """Search, and return the measurement at the best rate, with the result as its `search`.
 
-        Raises `InferctlError` when no probe lasted to its end.
+        If no rate meets the SLO, the measurement is the one at the lowest rate that ran to its end. Raises
+        `InferctlError` if no probe ran to its end.
         """
-        begun, budget = time.monotonic(), None
+        start, budget = time.monotonic(), None
         if self.seconds is not None:
-            self._until = begun + self.seconds
+            self._deadline = start + self.seconds
             short = forecast(self.settings, self.load, self.seconds).short
-            budget = goodput.Budget(self.seconds, self._left, self._cost, short)
+            budget = goodput.Budget(self.seconds, self._remaining_s, self._cost_s, short)
         ceiling = None if self.settings.start_rate else self._ceiling()
         found = goodput.find(self.settings, self.slo_p99_ms, ceiling, self.measure, budget)
         if self.seconds is not None:
-            found = replace(found, budget=BudgetUse(self.seconds, round(time.monotonic() - begun, 1)))
-        lasted = [(probe, made) for probe, made in self._taken if not probe.ended_early and probe.n]
-        if not lasted:
+            found = replace(found, budget=BudgetUse(self.seconds, round(time.monotonic() - start, 1)))
+        complete = [(probe, measurement) for probe, measurement in self._measured if not probe.ended_early and probe.n]
+        if not complete:
             raise InferctlError(
-                f"no probe lasted: {found.reason}", "give `search.start_rate` a rate that the server can do"
+                f"no probe ran to its end: {found.reason}",
+                "set `search.start_rate` to a rate that the server can do",
             )
-        best = [made for probe, made in lasted if probe.rate == found.max_goodput_rps and probe.stage == "confirm"]
-        chosen = best[-1] if best else min(lasted, key=lambda pair: pair[0].rate)[1]
+        best = [
+            measurement
+            for probe, measurement in complete
+            if probe.rate == found.max_goodput_rps and probe.stage == "confirm"
+        ]
+        chosen = best[-1] if best else min(complete, key=lambda pair: pair[0].rate)[1]
         return replace(chosen, search=found.as_dict())
 
-    def _left(self) -> float:
-        return self._until - time.monotonic()
+    def _remaining_s(self) -> float:
+        return self._deadline - time.monotonic()
 
-    def _around(self) -> float:
+    def _overhead_s(self) -> float:
         return min(self.load.warmup_s, 4 * self.load.window_s) + START_S
 
-    def _cost(self, rate: float) -> float:
-        """Return seconds of one measurement at `rate`."""
-        seconds = max(self.settings.probe_s, ENOUGH / rate)
-        return min(seconds, max(self.settings.probe_s, self.settings.max_probe_s)) + self._around()
+    def _cost_s(self, rate: float) -> float:
+        """Return the duration of one measurement at `rate`."""
+        seconds = max(self.settings.probe_s, ENOUGH_SAMPLES / rate)
+        return min(seconds, max(self.settings.probe_s, self.settings.max_probe_s)) + self._overhead_s()
 
     def _ceiling(self) -> float:
-        """Requests/s of a closed loop that always has work waiting. Its end is also the server's warm-up."""
+        """Return requests/s of a closed loop that always has requests waiting. It also warms up the server."""
         users = max(BURST_USERS, self.load.users)
         burst = self._shaped(mode="closed", users=users, duration_s=BURST_S, warmup_s=self.load.warmup_s)
         work = workload.draw(burst, self.corpus, self.seed)
-        made = self.take(burst, work, self._next("ceiling"), self.seed, lambda: None)
-        found = summary.summarise([made.part])
-        if not found["requests_per_s"]:
-            raise InferctlError(f"the server answered nothing to {users} users", f"its log is {self.folder}/server.log")
-        return float(found["requests_per_s"])
+        measurement = self.measure_load(burst, work, self._next_folder("ceiling"), self.seed, lambda: None)
+        rate = summary.summarize([measurement.part])["requests_per_s"]
+        if not rate:
+            raise InferctlError(f"the server completed no request of {users} users", f"see {self.folder}/server.log")
+        return float(rate)
 
     def measure(self, rate: float, stage: str, earlier: Sequence[Probe]) -> Probe:
-        """Offer `rate` once and judge it together with the `earlier` probes of that rate."""
-        seconds = max(self.settings.probe_s, ENOUGH / rate)
+        """Offer `rate` once, and judge the result together with the `earlier` probes of that rate."""
+        seconds = max(self.settings.probe_s, ENOUGH_SAMPLES / rate)
         if stage == "confirm":
             seconds = max(seconds, self.load.duration_s)
-        # Once it is known how much answers at this rate are alike, as many as say what enough independent ones would.
-        alike = (
-            next((probe.variance_inflation for probe, _ in reversed(self._taken) if probe.rate == rate), None) or 1.0
-        )
-        seconds = max(seconds, (ENOUGH * alike - (earlier[-1].n if earlier else 0)) / rate)
+        # If the responses at this rate are autocorrelated, more of them make up the effective sample size.
+        known = next((probe.variance_inflation for probe, _ in reversed(self._measured) if probe.rate == rate), None)
+        seconds = max(seconds, (ENOUGH_SAMPLES * (known or 1.0) - (earlier[-1].n if earlier else 0)) / rate)
         seconds = min(seconds, max(self.settings.probe_s, self.settings.max_probe_s))
-        seconds = min(seconds, max(SHORTEST_S, self._left() - self._around()))
-        # One draw of gaps for all rates of the search: what differs between them is the rate. Each further look at a rate has its own.
-        looks = sum(probe.rate == rate for probe, _ in self._taken)
-        seed = self.seed + looks + {"confirm": 100, "bound": 200}.get(stage, 0)
+        seconds = min(seconds, max(MIN_PROBE_S, self._remaining_s() - self._overhead_s()))
+        # All rates of the search share one draw of gaps, so that they differ in the rate only. A repeated measurement
+        # of a rate has a draw of its own.
+        repeats = sum(probe.rate == rate for probe, _ in self._measured)
+        seed = self.seed + repeats + {"confirm": 100, "bound": 200}.get(stage, 0)
         warmup_s = min(self.load.warmup_s, 4 * self.load.window_s)
         load = self._shaped(mode="open", rate=rate, duration_s=seconds, warmup_s=warmup_s)
-        self.settle(SETTLE_S)
-        place, growing = self._next(f"{stage}-{rate:g}"), None
+        self.wait_until_idle(IDLE_TIMEOUT_S)
+        place, growth = self._next_folder(f"{stage}-{rate:g}"), None
         work = workload.draw(load, self.corpus, seed)
         try:
-            made = self.take(load, work, place, seed, Backlog(place, work, rate).check)
-        except Hopeless as reason:
-            growing = str(reason)
-            made = _cut_short(load, work, place)
-        before = [taken for probe, taken in self._taken if probe in earlier]
-        probe = self._judged(rate, stage, seed, [*before, made], growing)
-        self._taken.append((probe, made))
-        self.told(probe)
+            measurement = self.measure_load(load, work, place, seed, Backlog(place, work, rate).check)
+        except ServerSaturated as reason:
+            growth = str(reason)
+            measurement = _partial_measurement(load, work, place)
+        before = [run for probe, run in self._measured if probe in earlier]
+        probe = self._judged(rate, stage, seed, [*before, measurement], growth)
+        self._measured.append((probe, measurement))
+        self.on_probe(probe)
         return probe
 
     def _shaped(self, **changes: Any) -> Load:
-        kept = {key: value for key, value in self.load.model_dump().items() if key not in _OF_OTHER_SHAPE}
-        return Load.model_validate({**kept, **changes})
+        shared = {key: value for key, value in self.load.model_dump().items() if key not in _OTHER_SHAPES}
+        return Load.model_validate({**shared, **changes})
 
-    def _next(self, name: str) -> Path:
+    def _next_folder(self, name: str) -> Path:
         self._count += 1
         place = self.folder / f"{self._count:02d}-{name}"
         place.mkdir(parents=True, exist_ok=True)
         return place
 
-    def _judged(self, rate: float, stage: str, seed: int, parts: Sequence[Measurement], growing: str | None) -> Probe:
-        found = summary.summarise([one.part for one in parts])
-        figures = {**found, "errors": _by_kind(found["errors"], [one.part for one in parts])}
-        cpu = max((one.resources.get("client_cpu_percent", 0.0) for one in parts), default=0.0) or None
+    def _judged(self, rate: float, stage: str, seed: int, runs: Sequence[Measurement], growth: str | None) -> Probe:
+        found = summary.summarize([run.part for run in runs])
+        found = {**found, "errors": _by_kind(found["errors"], [run.part for run in runs])}
+        cpu = max((run.resources.get("client_cpu_percent", 0.0) for run in runs), default=0.0) or None
         return probes.make(
             stage,
             rate,
             seed,
-            figures,
-            probes.judge(figures, self.slo_p99_ms, cpu, growing, self.budget),
+            found,
+            probes.judge(found, self.slo_p99_ms, cpu, growth, self.budget),
             client_cpu_percent=cpu,
-            ended_early=growing is not None,
-            runs=len(parts),
+            ended_early=growth is not None,
+            runs=len(runs),
             records=[
                 file.relative_to(self.folder.parent.parent).as_posix()
-                for one in parts
-                for file in records.files(one.folder)
+                for run in runs
+                for file in records.files(run.folder)
             ],
         )
 
 
 class Backlog:
-    """Watches the records of an open loop while it runs; `check` raises `Hopeless` when the server falls ever further behind."""
+    """Reads the records of an open loop while it runs. `check` ends the loop if the server is saturated."""
 
     def __init__(self, folder: Path, work: workload.Workload, rate: float) -> None:
         self._folder, self._schedule, self._rate = folder, work.schedule_ns, rate
@@ -214,7 +224,10 @@ class Backlog:
         self._latencies: list[float] = []
 
     def check(self) -> None:
-        """Raise `Hopeless` when, for certain, unanswered requests grow by more than 2 % of the rate and latency grows too."""
+        """Raise `ServerSaturated` if the backlog grows by more than 2% of the rate, and latency grows too.
+
+        Both must be certain: their 95% intervals are above these limits.
+        """
         state = generator.read_state(self._folder)
         if state.get("phase") != "measure":
             return
@@ -225,57 +238,61 @@ class Backlog:
                 self._ends += measured["end_ns"].tolist()
                 self._latencies += records.latency_ms(measured).tolist()
         passed = (time.monotonic_ns() - state["measure_start_ns"]) / 1e9
-        if passed >= SHORTEST_S and (reason := self.growing(state["measure_start_ns"], passed)):
-            raise Hopeless(reason)
+        if passed >= MIN_PROBE_S and (reason := self.growth(state["measure_start_ns"], passed)):
+            raise ServerSaturated(reason)
 
-    def growing(self, start_ns: int, passed_s: float) -> str | None:
-        """How the backlog grew within `passed_s` seconds, in words; None when that is not certain."""
+    def growth(self, start_ns: int, passed_s: float) -> str | None:
+        """Return how the backlog grew within `passed_s` seconds, in words; None if growth is not certain."""
         ends = (np.array(self._ends, np.float64) - start_ns) / 1e9
         latencies = np.array(self._latencies)
-        # The newest records may still be in the load generator's buffer.
+        # The newest records may still be in the buffer of the load generator.
         edges = np.arange(WINDOW_S, passed_s - WINDOW_S, WINDOW_S)
         waiting = [
             float(np.count_nonzero(self._schedule < edge * 1e9)) - float(np.count_nonzero(ends < edge))
             for edge in edges
         ]
         windows = [latencies[(ends >= edge - WINDOW_S) & (ends < edge)] for edge in edges]
-        known = [(edge, float(np.median(inside))) for edge, inside in zip(edges, windows, strict=True) if len(inside)]
+        medians = [(edge, float(np.median(inside))) for edge, inside in zip(edges, windows, strict=True) if len(inside)]
         backlog = stats.slope([float(edge) for edge in edges], waiting)
-        latency = stats.slope([edge for edge, _ in known], [value for _, value in known])
+        latency = stats.slope([edge for edge, _ in medians], [value for _, value in medians])
         if not backlog or not latency:
             return None
-        (grows, unsure), (bends, unclear) = backlog, latency
-        if grows - CORRELATED * unsure > (1 - ACHIEVED_LIMIT) * self._rate and bends - CORRELATED * unclear > 0:
-            return f"the backlog grew by {grows:.1f} requests and latency by {bends:.0f} ms a second: ended early"
+        (requests_per_s, backlog_half), (ms_per_s, latency_half) = backlog, latency
+        backlog_grows = requests_per_s - AUTOCORRELATION_FACTOR * backlog_half > (1 - ACHIEVED_LIMIT) * self._rate
+        if backlog_grows and ms_per_s - AUTOCORRELATION_FACTOR * latency_half > 0:
+            return (
+                f"stopped early: the backlog grew by {requests_per_s:.1f} requests per second "
+                f"and latency by {ms_per_s:.0f} ms per second"
+            )
         return None
 
 
-def _cut_short(load: Load, work: workload.Workload, place: Path) -> Measurement:
-    """What a probe that was ended early left: its window ends with its last answer."""
+def _partial_measurement(load: Load, work: workload.Workload, place: Path) -> Measurement:
+    """Return the measurement of a probe that ended early. Its window ends with its last response."""
     state = generator.read_state(place)
     rows = generator.read_records(place, state)
     start = int(state["measure_start_ns"])
     end = max(start + 1, int(rows["end_ns"].max()))
     offered = int(np.count_nonzero(work.schedule_ns < end - start))
-    part = summary.Part(rows, start, end, load.inputs_per_request, offered)
-    return Measurement(Run("cut", 0), 0.0, part, state, {}, place, {}, 0)
+    part = summary.RunRecords(rows, start, end, load.inputs_per_request, offered)
+    return Measurement(Run("ended-early", 0), 0.0, part, state, {}, place, {}, 0)
 
 
-def settle(ask: Callable[[], object], patience_s: float, idle_s: float | None) -> float:
-    """Ask one thing at a time until an answer takes no longer than twice `idle_s`, or `patience_s` is over; returns the last answer's seconds."""
-    until = time.monotonic() + patience_s
+def wait_until_idle(request: Callable[[], object], timeout_s: float, idle_s: float | None) -> float:
+    """Send single requests until one takes at most twice `idle_s`, or until `timeout_s`; return its seconds."""
+    until = time.monotonic() + timeout_s
     while True:
-        begun = time.monotonic()
+        start = time.monotonic()
         with contextlib.suppress(InferctlError):
-            ask()
-        took = time.monotonic() - begun
+            request()
+        took = time.monotonic() - start
         if idle_s is None or took <= 2 * idle_s + 0.005 or time.monotonic() > until:
             return took
         time.sleep(0.05)
 
 
-def _by_kind(errors: dict[str, int], parts: Sequence[summary.Part]) -> dict[str, int]:
-    """Errors by kind, with 429 apart from other HTTP statuses: the server refused, it did not break."""
-    full = sum(int(np.sum(part.measured["status"] == 429)) for part in parts)
-    rest = {**errors, "HTTP status": errors.get("HTTP status", 0) - full, "429": full}
+def _by_kind(errors: Mapping[str, int], parts: Sequence[summary.RunRecords]) -> dict[str, int]:
+    """Return errors by kind, with 429 separate from other HTTP statuses: the server rejected the request."""
+    rejected = sum(int(np.sum(part.measured["status"] == 429)) for part in parts)
+    rest = {**errors, "HTTP status": errors.get("HTTP status", 0) - rejected, "429": rejected}
     return {name: count for name, count in rest.items() if count > 0}

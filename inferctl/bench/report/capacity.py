@@ -1,6 +1,7 @@
-"""Capacity: what one replica can do, out of a receipt, for the server's admission and for manifests. Imports no numeric library: others read it too.
+"""The capacity of one replica, from a receipt, for the admission control of a server and for manifests.
 
-`seconds of a batch = fixed_s + tokens / tokens_per_s` is what the server learnt of itself while it was measured (`GET /info`, `pace`).
+The batch latency model is `seconds per batch = fixed_s + tokens / tokens_per_s`. A server learns it while it runs and
+reports it as `pace` in `GET /info`. This module imports no numeric library, since other packages read it.
 """
 
 from __future__ import annotations
@@ -13,27 +14,28 @@ from inferctl.bench.receipt import Receipt
 from inferctl.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
 
 SCHEMA = "inferctl.capacity/1"
-# Paces are compared, and the middle one is taken, by what a batch of this many tokens takes.
+# The median of several models is chosen by the latency of a batch of this many tokens.
 _TOKENS = 2048
 
 
 def capacity(sealed: Receipt, slo_p99_ms: float | None = None) -> dict[str, Any]:
-    """The capacity that a receipt supports; docs/bench.md describes every key. `slo_p99_ms` takes the place of the receipt's.
+    """Return the capacity that a receipt supports (docs/bench.md describes each key).
 
-    Raises `InvalidRunError` for an invalid receipt, `NotEnoughEvidenceError` when its server did not say how fast it is, `UsageError`
-    when another SLO is asked for than the one that a search held.
+    `slo_p99_ms` replaces the SLO of the receipt. Raises `InvalidRunError` for an invalid receipt,
+    `NotEnoughEvidenceError` if its server reported no batch latency model, and `UsageError` if its search had another
+    SLO.
     """
     data = sealed.data
     if not sealed.valid:
         raise InvalidRunError(
-            f"{sealed.path} is of an invalid run ({data['validity']['reasons'][0]})",
-            "measure again, then ask for its capacity",
+            f"{sealed.path} is from an invalid run ({data['validity']['reasons'][0]})",
+            "measure again",
         )
     pace = _pace(data["runs"])
     if pace is None:
         raise NotEnoughEvidenceError(
-            f"{sealed.path} does not say how long batches took: its server had no `pace` in GET /info",
-            "measure an inferctl server, under a load that keeps it busy",
+            f"{sealed.path} has no batch latency: its server reported no `pace` in GET /info",
+            "measure an inferctl server under a load that saturates it",
         )
     search = data.get("search") or {}
     slo = slo_p99_ms or search.get("slo_p99_ms") or (data.get("slo") or {}).get("p99_ms")
@@ -47,7 +49,7 @@ def capacity(sealed: Receipt, slo_p99_ms: float | None = None) -> dict[str, Any]
         "fixed_s": pace["fixed_s"],
         "tokens_per_s": pace["tokens_per_s"],
         "slo_p99_ms": slo,
-        # With a caution (older receipts) the rate was not shown to meet the SLO.
+        # In older receipts, a caution says that the rate was not shown to meet the SLO.
         "max_goodput_rps": None if search.get("caution") else search.get("max_goodput_rps"),
         "band_rps": search.get("band_rps"),
         "first_failing_rps": search.get("first_failing_rps"),
@@ -66,7 +68,7 @@ def capacity(sealed: Receipt, slo_p99_ms: float | None = None) -> dict[str, Any]
 
 
 def _pace(runs: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    """The middle one of what the runs' servers had learnt by their ends; None when none of them says."""
+    """Return the median of the batch latency models at the end of the runs; None if no server reported one."""
     known = [pace for run in runs if _usable(pace := run.get("pace") or {})]
     known.sort(key=lambda pace: pace["fixed_s"] + _TOKENS / pace["tokens_per_s"])
     return known[(len(known) - 1) // 2] if known else None
@@ -80,10 +82,10 @@ def _usable(pace: Mapping[str, Any]) -> bool:
 
 
 def sentence(found: Mapping[str, Any]) -> str:
-    """What it says, for people."""
-    batch = f"a batch takes {found['fixed_s'] * 1e3:.1f} ms and 1 s for each {found['tokens_per_s']:,.0f} tokens"
+    """Return a capacity in words."""
+    batch = f"a batch takes {found['fixed_s'] * 1e3:.1f} ms plus 1 s per {found['tokens_per_s']:,.0f} tokens"
     slo = f"p99 {found['slo_p99_ms']:g} ms" if found["slo_p99_ms"] else None
     best = found["max_goodput_rps"]
     if best:
-        return f"{batch}; it meets {slo} up to {best:g} requests/s"
-    return f"{batch}; " + (f"{slo}, and no rate was shown to meet it" if slo else "no SLO was set")
+        return f"{batch}; the server meets {slo} up to {best:g} requests/s"
+    return f"{batch}; " + (f"no rate was shown to meet {slo}" if slo else "no SLO was set")

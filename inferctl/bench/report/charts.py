@@ -1,159 +1,115 @@
-"""Charts of the report as Plotly figures, plain data. Colours of text, grid and background are the page's: it knows light from dark."""
+"""The charts of the report as Plotly figures.
+
+The page sets the colors of text, grid and background, for its light and its dark mode.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 from inferctl.bench.receipt import Receipt
 from inferctl.bench.report import load_charts
+from inferctl.bench.report.chart import GREY, Chart, Json, slo_line, ticks
+from inferctl.bench.report.rows import Row
+from inferctl.estimate.forecast import Range
 
-Figure = dict[str, Any]
-
-# Okabe and Ito's colours: told apart with every kind of colour vision, on white and on black.
+# Colors by Okabe and Ito: distinct with each kind of color vision, on white and on black.
 _PRECISIONS = {"fp32": "#0072b2", "fp16": "#e69f00", "bf16": "#009e73", "int8": "#cc79a7"}
 _OTHERS = ("#56b4e9", "#d55e00", "#8c8c8c", "#b2a100")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-GREY = "#8c8c8c"
 _LOWEST_ERROR = 1e-7
-# Pixels of a bar and of what is around them; so many fit a chart of the usual height.
+# Pixels of a bar and of the space around all bars; the number of bars in a chart of the usual height.
 _BAR, _AROUND, _FITS = 34, 74, 7
 
 
-def all_charts(
-    receipts: Sequence[Receipt], rows: Sequence[Mapping[str, Any]] = ()
-) -> dict[str, tuple[str, str, Figure]]:
-    """Chart id -> (title, what it shows, figure), in the order of the page; those without data are left out.
+def all_charts(receipts: Sequence[Receipt], rows: Sequence[Row] = ()) -> dict[str, Chart]:
+    """Return the charts that have data, by id, in the order of the page.
 
-    `rows` are those of the result: what was estimated is drawn beside what was measured, hatched and named so.
+    `rows` are those of the result. Estimated figures have hatched bars and the label `estimated`.
     """
-    shades = colours(receipts)
-    estimated = [row for row in rows if row["outcome"] == "estimated"]
+    colors = colors_of(receipts)
+    estimated = [row for row in rows if row.estimate]
     charts = {
-        "goodput": (
-            "Rate against p99",
-            "Each probe of the search, with the 95 % interval of its p99. A cross broke a constraint, an open triangle was ended early: its "
-            "true p99 is higher. The upright line is the highest rate that held, and held again.",
-            load_charts.goodput(receipts, shades),
-        ),
-        "neighbours": (
-            "Beside busy neighbours",
-            "Circle: alone. Diamond: beside busy neighbours on the same device. The figure is the factor with its 95 % interval.",
-            load_charts.neighbours(receipts, shades),
-        ),
-        "percentiles": (
-            "Latency by percentile",
-            "How slow the slowest share of requests is. The bars at p50, p90 and p99 are 95 % intervals; a percentile that the sample does not support has none.",
-            percentiles(receipts, shades),
-        ),
-        "throughput": (
-            "Throughput",
-            "Good answers per second in the measured window, with 95 % intervals. Filled and hatched: emulated precision."
-            + (" Outlines are estimated, with the error band or as an upper bound." if estimated else ""),
-            throughput(receipts, shades, estimated),
-        ),
-        "memory": (
-            "Memory",
-            "Resident memory of the whole server, highest seen while measuring.",
-            memory(receipts, shades),
-        ),
-        "ecdf": (
-            "Latency, cumulative",
-            "Share of requests that were answered within a time.",
-            cumulative(receipts, shades),
-        ),
-        "frontier": load_charts.frontier(receipts, shades),
-        "quality": (
-            "Distance to fp32",
-            "1 - cosine between each vector and the fp32 one of the same text; lower is closer. At 1e-7 and below the difference is float rounding.",
-            distance(receipts, shades),
-        ),
-        "recall": (
-            "Nearest neighbours kept",
-            "Share of each text's ten nearest neighbours that are the same as with fp32.",
-            recall(receipts, shades),
-        ),
-        "latency": (
-            "Latency over time",
-            "By the time at which requests should have left: median (line) and highest (dots) of each window of the first run."
-            + (" Shaded: more load than at first." if any(one.data.get("stages") for one in receipts) else ""),
-            load_charts.latency_over_time(receipts, shades),
-        ),
-        "timeline": (
-            "Throughput over time",
-            "Each run, second by second: a run that drifts has not settled.",
-            timeline(receipts, shades),
-        ),
+        "goodput": load_charts.goodput(receipts, colors),
+        "neighbours": load_charts.neighbors(receipts, colors),
+        "percentiles": percentiles(receipts, colors),
+        "throughput": throughput(receipts, colors, estimated),
+        "memory": memory(receipts, colors),
+        "ecdf": cumulative(receipts, colors),
+        "frontier": load_charts.frontier(receipts, colors),
+        "quality": distance(receipts, colors),
+        "recall": recall(receipts, colors),
+        "latency": load_charts.latency_over_time(receipts, colors),
+        "timeline": timeline(receipts, colors),
     }
-    drawn = {name: chart for name, chart in charts.items() if chart[2]["data"]}
-    return drawn if len(receipts) <= _FITS else _crowded(drawn, len(receipts))
+    drawn = {name: chart for name, chart in charts.items() if chart.data}
+    return drawn if len(receipts) <= _FITS else _compact(drawn, len(receipts))
 
 
-def _crowded(charts: dict[str, tuple[str, str, Figure]], count: int) -> dict[str, tuple[str, str, Figure]]:
-    """With many configurations one chart has the legend, in room of its own; it would leave the others none."""
+def _compact(charts: dict[str, Chart], count: int) -> dict[str, Chart]:
+    """Return the charts for many configurations: one chart has the legend, which would cover the others."""
     for name in ("ecdf", "frontier", "latency", "timeline", "goodput"):
-        if name in charts:
-            title, text, figure = charts[name]
-            figure["layout"]["showlegend"] = False
-            charts[name] = (title, f"{text} Colours as in the table of results.", figure)
-    if "percentiles" in charts:
-        charts["percentiles"][2]["layout"]["height"] = 320 + 10 * count
+        if chart := charts.get(name):
+            layout = {**chart.layout, "showlegend": False}
+            charts[name] = replace(chart, text=f"{chart.text} Colors as in the table of results.", layout=layout)
+    if chart := charts.get("percentiles"):
+        charts["percentiles"] = replace(chart, layout={**chart.layout, "height": 320 + 10 * count})
     return charts
 
 
-def colours(receipts: Sequence[Receipt]) -> dict[str, str]:
-    """Colour of each configuration."""
+def colors_of(receipts: Sequence[Receipt]) -> dict[str, str]:
+    """Return the color of each configuration."""
     spare = itertools.cycle(
-        _OTHERS if any(one.name in _PRECISIONS for one in receipts) else (*_PRECISIONS.values(), *_OTHERS)
+        _OTHERS if any(receipt.name in _PRECISIONS for receipt in receipts) else (*_PRECISIONS.values(), *_OTHERS)
     )
-    return {one.name: _PRECISIONS.get(one.name) or next(spare) for one in receipts}
+    return {receipt.name: _PRECISIONS.get(receipt.name) or next(spare) for receipt in receipts}
 
 
-def dashes(shades: Mapping[str, str]) -> dict[str, str]:
-    """How the line of each configuration is drawn: where colours come again, the dashes differ."""
-    seen: dict[str, int] = {}
+def dashes(colors: Mapping[str, str]) -> dict[str, str]:
+    """Return the dash style of each configuration. Configurations of the same color have different styles."""
+    used: dict[str, int] = {}
     found = {}
-    for name, colour in shades.items():
-        found[name] = _DASHES[seen.get(colour, 0) % len(_DASHES)]
-        seen[colour] = seen.get(colour, 0) + 1
+    for name, color in colors.items():
+        found[name] = _DASHES[used.get(color, 0) % len(_DASHES)]
+        used[color] = used.get(color, 0) + 1
     return found
 
 
-def label(one: Receipt) -> str:
-    """Name of a configuration as charts show it; an invalid one says so."""
-    return one.name if one.valid else f"{one.name} (invalid)"
+def label(receipt: Receipt) -> str:
+    """Return the name of a configuration in a chart; an invalid one is marked."""
+    return receipt.name if receipt.valid else f"{receipt.name} (invalid)"
 
 
-def percentiles(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
-    """Latency over 1 / (1 - percentile), logarithmic: the tail gets the room."""
-    data: list[dict[str, Any]] = []
-    dash = dashes(shades)
-    for one in receipts:
-        points = [(share, ms) for share, ms in one.data["curve"] if 0 < share < 1]
-        line = {"color": shades[one.name], "width": 2, "dash": dash[one.name]}
-        hover = "%{customdata:.5~g} %: %{y:.2f} ms<extra>" + label(one) + "</extra>"
+def percentiles(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
+    """Return latency over 1 / (1 - percentile), on a logarithmic axis, so that the tail is visible."""
+    data: list[Json] = []
+    dash = dashes(colors)
+    for receipt in receipts:
+        points = [(share, ms) for share, ms in receipt.data["curve"] if 0 < share < 1]
+        hover = "%{customdata:.5~g}%: %{y:.2f} ms<extra>" + label(receipt) + "</extra>"
         data.append(
             {
                 "type": "scatter",
                 "mode": "lines",
-                "name": label(one),
-                "line": line,
+                "name": label(receipt),
+                "line": {"color": colors[receipt.name], "width": 2, "dash": dash[receipt.name]},
                 "x": [1 / (1 - share) for share, _ in points],
                 "y": [ms for _, ms in points],
                 "customdata": [100 * share for share, _ in points],
                 "hovertemplate": hover,
             }
         )
-        known = [(q, one.data["summary"]["latency_ms"][f"p{q * 100:g}"]) for q in (0.5, 0.9, 0.99)]
-        known = [(q, found) for q, found in known if found["value"] is not None]
+        every = [(q, receipt.data["summary"]["latency_ms"][f"p{q * 100:g}"]) for q in (0.5, 0.9, 0.99)]
+        known = [(q, found) for q, found in every if found["value"] is not None]
         data.append(
             {
                 "type": "scatter",
                 "mode": "markers",
-                "name": label(one),
+                "name": label(receipt),
                 "showlegend": False,
-                "marker": {"color": shades[one.name], "size": 7},
+                "marker": {"color": colors[receipt.name], "size": 7},
                 "x": [1 / (1 - q) for q, _ in known],
                 "y": [found["value"] for _, found in known],
                 "customdata": [100 * q for q, _ in known],
@@ -162,95 +118,99 @@ def percentiles(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
                     "symmetric": False,
                     "array": [found["high"] - found["value"] for _, found in known],
                     "arrayminus": [found["value"] - found["low"] for _, found in known],
-                    "color": shades[one.name],
+                    "color": colors[receipt.name],
                     "thickness": 1.5,
                 },
                 "hovertemplate": hover,
             }
         )
     shares = (0.5, 0.9, 0.99, 0.999, 0.9999)
-    axis = {
-        "type": "log",
-        "tickvals": [1 / (1 - q) for q in shares],
-        "ticktext": [f"p{q * 100:g}" for q in shares],
-        "title": {"text": "percentile"},
-    }
-    layout: dict[str, Any] = {
-        "xaxis": axis,
-        "yaxis": {"type": "log", **_ticks(receipts), "title": {"text": "latency, ms"}},
+    layout: Json = {
+        "xaxis": {
+            "type": "log",
+            "tickvals": [1 / (1 - q) for q in shares],
+            "ticktext": [f"p{q * 100:g}" for q in shares],
+            "title": {"text": "percentile"},
+        },
+        "yaxis": {"type": "log", **_latency_ticks(receipts), "title": {"text": "latency (ms)"}},
         "hovermode": "closest",
     }
-    slo = next((found for one in receipts if (found := one.data.get("slo", {}).get("p99_ms"))), None)
-    if slo:
-        line, note = load_charts.slo_line(slo)
+    if slo := next((found for receipt in receipts if (found := receipt.data.get("slo", {}).get("p99_ms"))), None):
+        line, note = slo_line(slo)
         layout |= {"shapes": [line], "annotations": [note]}
-    return {"data": data, "layout": layout}
+    text = (
+        "Latency of the slowest requests. The bars at p50, p90 and p99 are 95% intervals. A percentile has no bar if "
+        "the sample does not support it."
+    )
+    return Chart("Latency by percentile", text, data, layout)
 
 
-def cumulative(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
-    data = [
+def cumulative(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
+    """Return the cumulative distribution of the latency."""
+    data: list[Json] = [
         {
             "type": "scatter",
             "mode": "lines",
-            "name": label(one),
-            "line": {"color": shades[one.name], "width": 2, "shape": "hv", "dash": dashes(shades)[one.name]},
-            "x": [ms for _, ms in one.data["curve"]],
-            "y": [100 * share for share, _ in one.data["curve"]],
-            "hovertemplate": "%{y:.5~g} % within %{x:.2f} ms<extra>" + label(one) + "</extra>",
+            "name": label(receipt),
+            "line": {"color": colors[receipt.name], "width": 2, "shape": "hv", "dash": dashes(colors)[receipt.name]},
+            "x": [ms for _, ms in receipt.data["curve"]],
+            "y": [100 * share for share, _ in receipt.data["curve"]],
+            "hovertemplate": "%{y:.5~g}% within %{x:.2f} ms<extra>" + label(receipt) + "</extra>",
         }
-        for one in receipts
-        if one.data["curve"]
+        for receipt in receipts
+        if receipt.data["curve"]
     ]
-    layout: dict[str, Any] = {
-        "xaxis": {"type": "log", "title": {"text": "latency, ms"}, **_ticks(receipts)},
-        "yaxis": {"title": {"text": "requests, %"}, "range": [0, 101]},
+    layout: Json = {
+        "xaxis": {"type": "log", "title": {"text": "latency (ms)"}, **_latency_ticks(receipts)},
+        "yaxis": {"title": {"text": "requests (%)"}, "range": [0, 101]},
     }
-    return {"data": data, "layout": layout}
+    return Chart("Cumulative latency", "Share of requests that were completed within a time.", data, layout)
 
 
-def throughput(
-    receipts: Sequence[Receipt], shades: dict[str, str], estimated: Sequence[Mapping[str, Any]] = ()
-) -> Figure:
-    values = [one.data["summary"]["requests_per_s"] for one in receipts]
-    spans = [one.data["summary"]["requests_per_s_interval"] for one in receipts]
-    bars = _bars(receipts, shades, values, "%{y}: %{x:.2f} requests/s<extra></extra>")
-    ends = [
-        (max(0.0, value - span["low"]), span["high"] - value) if span else (0.0, 0.0)
-        for span, value in zip(spans, values, strict=True)
-    ]
-    bars["error_x"] = _whiskers(ends)
+def throughput(receipts: Sequence[Receipt], colors: Mapping[str, str], rows: Sequence[Row] = ()) -> Chart:
+    """Return measured requests/s, and those of the estimated `rows`."""
+    values = [receipt.data["summary"]["requests_per_s"] for receipt in receipts]
+    intervals = [receipt.data["summary"]["requests_per_s_interval"] for receipt in receipts]
+    bars = _bars(receipts, colors, values, "%{y}: %{x:.2f} requests/s<extra></extra>")
+    bars["error_x"] = _error_bars(
+        [
+            (max(0.0, value - interval["low"]), interval["high"] - value) if interval else (0.0, 0.0)
+            for interval, value in zip(intervals, values, strict=True)
+        ]
+    )
     data = [bars] if receipts else []
-    guessed = [row for row in estimated if _end_of_bar(row) is not None]
-    if guessed:
-        data.append(_estimated(guessed))
-    return {"data": data, "layout": _bar_layout(len(receipts) + len(guessed), "requests/s")}
+    estimated = [(row, found) for row in rows if row.estimate and (found := row.estimate.ranges.get("requests_per_s"))]
+    with_bar = [(row, found) for row, found in estimated if _bar_end(found) is not None]
+    if with_bar:
+        data.append(_estimated_bars(with_bar))
+    text = (
+        "Successful responses per second in the measured window, with 95% intervals. "
+        "Filled and hatched: emulated precision."
+        + (" Outlines are estimated, with the error band or as an upper bound." if rows else "")
+    )
+    return Chart("Throughput", text, data, _bar_layout(len(receipts) + len(with_bar), "requests/s"))
 
 
-def _end_of_bar(row: Mapping[str, Any]) -> float | None:
-    """The estimated requests/s of a row, or their upper bound."""
-    figures = row["estimate"]
-    span = (figures.get("ranges") or {}).get("requests_per_s") or {}
-    found = span.get("high") if span.get("bound") else figures.get("requests_per_s")
-    return None if found is None else float(found)
+def _bar_end(found: Range) -> float | None:
+    """Return an estimated figure, or its upper bound."""
+    return found.high if found.bound else found.value
 
 
-def _estimated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Bars of estimates: hollow, hatched and labeled. A bound has no error bar."""
-    values = [_end_of_bar(row) or 0.0 for row in rows]
-    spans = [(row["estimate"].get("ranges") or {}).get("requests_per_s") for row in rows]
-    bounds = [(span or {}).get("bound") for span in spans]
+def _estimated_bars(rows: Sequence[tuple[Row, Range]]) -> Json:
+    """Return the bars of estimates: hollow, hatched and labeled. A bound has no error bar."""
+    values = [_bar_end(found) or 0.0 for _, found in rows]
     ends = [
-        (value - span["low"], (span["high"] or value) - value) if span and not bound else (0.0, 0.0)
-        for value, span, bound in zip(values, spans, bounds, strict=True)
+        (0.0, 0.0) if found.bound else (value - (found.low or value), (found.high or value) - value)
+        for value, (_, found) in zip(values, rows, strict=True)
     ]
     return {
         "type": "bar",
         "orientation": "h",
-        "y": [f"{short(row['configuration'])}, estimated<br>{row['hardware']['key']}" for row in rows],
+        "y": [f"{short(row.configuration)}, estimated<br>{(row.hardware or {}).get('key')}" for row, _ in rows],
         "x": values,
         "text": [
-            f"{bound} {_figure(value)}" if bound else f"~{_figure(value)}"
-            for value, bound in zip(values, bounds, strict=True)
+            f"{found.bound} {_figure(value)}" if found.bound else f"~{_figure(value)}"
+            for value, (_, found) in zip(values, rows, strict=True)
         ],
         "textposition": "none",
         "width": 0.6,
@@ -259,94 +219,104 @@ def _estimated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "line": {"color": GREY, "width": 1.5},
             "pattern": {"shape": "x", "fgcolor": GREY, "fgopacity": 0.7, "solidity": 0.15, "size": 7},
         },
-        "error_x": _whiskers(ends),
+        "error_x": _error_bars(ends),
         "hovertemplate": "%{y}: %{text} requests/s<extra></extra>",
     }
 
 
-def _whiskers(ends: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Error bars from (below, above) of each value."""
+def _error_bars(ends: Sequence[tuple[float, float]]) -> Json:
+    """Return error bars from the lengths (below, above) of each value."""
     return {
         "type": "data",
         "symmetric": False,
-        "arrayminus": [low for low, _ in ends],
-        "array": [high for _, high in ends],
+        "arrayminus": [below for below, _ in ends],
+        "array": [above for _, above in ends],
         "color": GREY,
     }
 
 
-def distance(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
-    checked = [one for one in receipts if "cosine" in one.data["quality"]]
-    marks = (("mean", "mean", "circle"), ("p1", "worst 1 %", "diamond"), ("min", "worst", "triangle-up"))
-    data: list[dict[str, Any]] = []
+def distance(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
+    """Return the distance of the vectors to fp32: mean, worst 1% and worst."""
+    checked = [receipt for receipt in receipts if "cosine" in receipt.data["quality"]]
+    marks = (("mean", "mean", "circle"), ("p1", "worst 1%", "diamond"), ("min", "worst", "triangle-up"))
+    data: list[Json] = []
     for key, name, symbol in marks if checked else ():
         marker = {"symbol": symbol, "size": 12}
-        # The legend explains shapes only, so it is drawn by an empty trace in a neutral colour.
-        legend = {"name": name, "x": [None], "y": [None], "marker": {**marker, "color": "#8c8c8c"}}
+        # The legend explains the shapes, so an empty trace in a neutral color draws it.
+        legend = {"name": name, "x": [None], "y": [None], "marker": {**marker, "color": GREY}}
         points = {
             "showlegend": False,
-            "marker": {**marker, "color": [shades[one.name] for one in checked]},
-            "y": [short(label(one)) for one in checked],
-            "x": [max(_LOWEST_ERROR, 1 - one.data["quality"]["cosine"][key]) for one in checked],
-            "customdata": [one.data["quality"]["cosine"][key] for one in checked],
+            "marker": {**marker, "color": [colors[receipt.name] for receipt in checked]},
+            "y": [short(label(receipt)) for receipt in checked],
+            "x": [max(_LOWEST_ERROR, 1 - receipt.data["quality"]["cosine"][key]) for receipt in checked],
+            "customdata": [receipt.data["quality"]["cosine"][key] for receipt in checked],
             "hovertemplate": "%{y}: cosine %{customdata:.6f}<extra>" + name + "</extra>",
         }
-        data += [{"type": "scatter", "mode": "markers", **part} for part in (points, legend)]
+        data += [{"type": "scatter", "mode": "markers", **trace} for trace in (points, legend)]
     axis = {"type": "log", "title": {"text": "1 - cosine"}, "exponentformat": "power", "dtick": 1}
     layout = _bar_layout(len(checked), "") | {"xaxis": axis, "showlegend": True}
-    return {"data": data, "layout": layout | {"yaxis": {**layout["yaxis"], "showgrid": True}}}
+    text = (
+        "1 - cosine between each vector and the fp32 vector of the same text; lower is closer. At 1e-7 and below, the "
+        "difference is float rounding."
+    )
+    return Chart("Distance to fp32", text, data, layout | {"yaxis": {**layout["yaxis"], "showgrid": True}})
 
 
-def recall(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
-    checked = [one for one in receipts if "cosine" in one.data["quality"]]
-    values = [100 * one.data["quality"]["recall_at_10"] for one in checked]
-    bars = _bars(checked, shades, values, "%{y}: %{x:.2f} %<extra></extra>")
-    return {"data": [bars] if checked else [], "layout": _bar_layout(len(checked), "recall@10, %", [0, 104])}
+def recall(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
+    """Return recall@10 against fp32."""
+    checked = [receipt for receipt in receipts if "cosine" in receipt.data["quality"]]
+    values = [100 * receipt.data["quality"]["recall_at_10"] for receipt in checked]
+    bars = _bars(checked, colors, values, "%{y}: %{x:.2f}%<extra></extra>")
+    text = "Share of the ten nearest neighbors of each text that are the same as with fp32."
+    layout = _bar_layout(len(checked), "recall@10 (%)", [0, 104])
+    return Chart("Recall of nearest neighbors", text, [bars] if checked else [], layout)
 
 
-def memory(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
-    known = [one for one in receipts if one.data["resources"].get("server_peak_bytes")]
-    values = [one.data["resources"]["server_peak_bytes"] / 1e6 for one in known]
-    bars = _bars(known, shades, values, "%{y}: %{x:.0f} MB<extra></extra>")
-    return {"data": [bars] if known else [], "layout": _bar_layout(len(known), "MB")}
+def memory(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
+    """Return the peak memory of each server."""
+    known = [receipt for receipt in receipts if receipt.data["resources"].get("server_peak_bytes")]
+    values = [receipt.data["resources"]["server_peak_bytes"] / 1e6 for receipt in known]
+    bars = _bars(known, colors, values, "%{y}: %{x:.0f} MB<extra></extra>")
+    text = "Peak resident memory of all server processes in the measured window."
+    return Chart("Memory", text, [bars] if known else [], _bar_layout(len(known), "peak memory (MB)"))
 
 
-def timeline(receipts: Sequence[Receipt], shades: dict[str, str]) -> Figure:
-    data = [
+def timeline(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
+    """Return requests/s of each run over time."""
+    data: list[Json] = [
         {
             "type": "scatter",
             "mode": "lines",
-            "name": label(one),
-            "legendgroup": one.name,
+            "name": label(receipt),
+            "legendgroup": receipt.name,
             "showlegend": number == 0,
-            "line": {"color": shades[one.name], "width": 2, "dash": "solid" if number == 0 else "dot"},
+            "line": {"color": colors[receipt.name], "width": 2, "dash": "solid" if number == 0 else "dot"},
             "x": [second + 1 for second, _, _ in run["timeline"]],
             "y": [rate for _, rate, _ in run["timeline"]],
             "hovertemplate": "second %{x}: %{y:.0f} requests/s<extra>"
-            + f"{label(one)}, run {run['repeat'] + 1}"
+            + f"{label(receipt)}, run {run['repeat'] + 1}"
             + "</extra>",
         }
-        for one in receipts
-        for number, run in enumerate(one.data["runs"])
+        for receipt in receipts
+        for number, run in enumerate(receipt.data["runs"])
     ]
-    return {
-        "data": data,
-        "layout": {
-            "xaxis": {"title": {"text": "seconds measured"}},
-            "yaxis": {"title": {"text": "requests/s"}, "rangemode": "tozero"},
-        },
+    layout: Json = {
+        "xaxis": {"title": {"text": "time in the measured window (s)"}},
+        "yaxis": {"title": {"text": "requests/s"}, "rangemode": "tozero"},
     }
+    text = "Requests/s of each run, second by second. A run that drifts has not reached a steady state."
+    return Chart("Throughput over time", text, data, layout)
 
 
-def _ticks(receipts: Sequence[Receipt]) -> dict[str, Any]:
-    return load_charts.ticks([ms for one in receipts for _, ms in one.data["curve"]])
+def _latency_ticks(receipts: Sequence[Receipt]) -> Json:
+    return ticks([ms for receipt in receipts for _, ms in receipt.data["curve"]])
 
 
-def _bars(receipts: Sequence[Receipt], shades: dict[str, str], values: list[float], hover: str) -> dict[str, Any]:
-    """Lying bars, so that long names have room; each with its value beside its name; hatched where the precision is emulated."""
-    emulated = [one.data["precision"].get("level") == "emulated" for one in receipts]
+def _bars(receipts: Sequence[Receipt], colors: Mapping[str, str], values: list[float], hover: str) -> Json:
+    """Return horizontal bars, which leave room for long names. A bar is hatched if its precision is emulated."""
+    emulated = [receipt.data["precision"].get("level") == "emulated" for receipt in receipts]
     pattern = {
-        "shape": ["/" if one else "" for one in emulated],
+        "shape": ["/" if hatched else "" for hatched in emulated],
         "fillmode": "overlay",
         "fgcolor": "#ffffff",
         "fgopacity": 0.45,
@@ -355,16 +325,18 @@ def _bars(receipts: Sequence[Receipt], shades: dict[str, str], values: list[floa
     return {
         "type": "bar",
         "orientation": "h",
-        "y": [f"{short(label(one))}  <b>{_figure(value)}</b>" for one, value in zip(receipts, values, strict=True)],
+        "y": [
+            f"{short(label(receipt))}  <b>{_figure(value)}</b>" for receipt, value in zip(receipts, values, strict=True)
+        ],
         "x": values,
         "width": 0.6,
-        "marker": {"color": [shades[one.name] for one in receipts], "pattern": pattern},
+        "marker": {"color": [colors[receipt.name] for receipt in receipts], "pattern": pattern},
         "hovertemplate": hover,
     }
 
 
-def _bar_layout(count: int, title: str, span: list[float] | None = None) -> dict[str, Any]:
-    """First on top; as high as its bars need."""
+def _bar_layout(count: int, title: str, span: list[float] | None = None) -> Json:
+    """Return the layout of horizontal bars: the first on top, and as high as the bars need."""
     axis = {"range": span} if span else {"rangemode": "tozero"}
     return {
         "xaxis": {"title": {"text": title}, **axis},
@@ -375,7 +347,7 @@ def _bar_layout(count: int, title: str, span: list[float] | None = None) -> dict
 
 
 def short(name: str, most: int = 34) -> str:
-    """A name that leaves room for what it names."""
+    """Return a name of at most `most` characters, with the middle left out."""
     return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
 
 

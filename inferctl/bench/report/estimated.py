@@ -1,80 +1,120 @@
-"""Estimated rows for hardware that a bench did not run on. They never share a column with measured rows."""
+"""Estimated figures of the configurations on hardware that a benchmark did not run on.
+
+They never share a table with measured figures.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from inferctl import estimate
-from inferctl.bench.measure.outcome import Subject
+from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Plan
 from inferctl.errors import InferctlError
 from inferctl.estimate import lengths
+from inferctl.estimate.forecast import Range
 
-# As long as the prefix that the load generator puts before each text, so that no two texts are equal.
-_SERIAL = "100000 "
+# As long as the cache-busting prefix that the load generator puts before each text.
+_PREFIX = "100000 "
+_FIGURES = ("p50_ms", "p90_ms", "p99_ms", "requests_per_s")
+
+
+@dataclass(frozen=True)
+class EstimatedFigures:
+    """Estimated latency and throughput of one configuration on other hardware.
+
+    `ranges` has p50_ms, p90_ms, p99_ms and requests_per_s; None for a latency beyond saturation. `band`: the factors of
+    a throughput. `bounded_by`: why the figures are only bounds. `rests_on`: the data source.
+    """
+
+    ranges: Mapping[str, Range | None]
+    precision: str
+    band: tuple[float, float]
+    bounded_by: Sequence[str]
+    saturated: bool
+    basis: str
+    rests_on: str
+    notes: Sequence[str]
+
+    def value(self, key: str) -> float | None:
+        """Return an estimated figure; None beyond saturation, and if only a bound is known."""
+        found = self.ranges.get(key)
+        return None if found is None or found.value is None else round(found.value, 4)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the `estimate` key of a row."""
+        return {
+            **{key: self.value(key) for key in _FIGURES},
+            "ranges": {key: found and asdict(found) for key, found in self.ranges.items()},
+            "precision": self.precision,
+            "band": {"low": self.band[0], "high": self.band[1]},
+            "bounded_by": list(self.bounded_by),
+            "saturated": self.saturated,
+            "basis": self.basis,
+            "rests_on": self.rests_on,
+            "notes": list(self.notes),
+        }
 
 
 def each(
-    plan: Plan, subjects: Sequence[Subject], model: Path | None, hardware: str
-) -> Iterator[tuple[Subject, dict[str, Any] | str]]:
-    """Each configuration with its figures on `hardware`, or with the reason why there are none.
-
-    `p50_ms`, `p90_ms`, `p99_ms` and `requests_per_s` are None beyond saturation and where only a bound is known.
-    `ranges` has all of them as {value, low, high, bound}. `bounded_by` says why they are bounds. `band` {low, high}
-    are the factors of a throughput. The other keys are `saturated`, `basis`, `rests_on` and `notes`.
-    """
+    plan: Plan, targets: Sequence[BenchTarget], model: Path | None, hardware: str
+) -> Iterator[tuple[BenchTarget, EstimatedFigures | str]]:
+    """Yield each target with its figures on `hardware`, or with the reason why there are none."""
     counted: dict[str, list[int]] = {}
-    for subject in subjects:
-        if subject.precision is None or model is None:
-            yield subject, "a server that runs elsewhere" if subject.url else "no model at hand"
+    for target in targets:
+        if target.precision is None or model is None:
+            yield target, "the server runs elsewhere" if target.url else "no local model"
             continue
-        load = plan.load_with(subject.load)
+        load = plan.load_with(target.load)
         if load.stages or load.spike or load.trace:
-            yield subject, "only loads of one stage are estimated"
+            yield target, "only loads of one stage are estimated"
             continue
         if load.capacity_percent is not None:
-            yield subject, "the rate is a share of a capacity that is measured first"
+            yield target, "the rate is a share of a capacity that must be measured first"
             continue
-        corpus = subject.corpus or plan.corpus
+        corpus = target.corpus or plan.corpus
         try:
             if corpus not in counted:
                 counted[corpus] = _tokens(corpus, load.inputs != "as-is", model)
-            yield (
-                subject,
-                _figures(
-                    estimate.rows(
-                        model,
-                        subject.precision,
-                        hardware,
-                        load,
-                        counted[corpus],
-                        subject.max_batch_tokens or 16_384,
-                        plan.seed,
-                    )
-                ),
+            found = estimate.rows(
+                model,
+                target.precision,
+                hardware,
+                load,
+                counted[corpus],
+                target.max_batch_tokens or 16_384,
+                plan.seed,
             )
+            yield target, _figures(found)
         except InferctlError as error:
-            yield subject, error.message
+            yield target, error.message
 
 
 def _tokens(corpus: str, unique: bool, model: Path) -> list[int]:
     texts, _ = workload.read_corpus(corpus)
     config = estimate.read_config(model)
     longest = int(config.get("max_position_embeddings") or 512)
-    return lengths.of_texts([_SERIAL + one if unique else one for one in texts], model / "tokenizer.json", longest)[0]
+    inputs = [_PREFIX + text if unique else text for text in texts]
+    return lengths.of_texts(inputs, model / "tokenizer.json", longest)[0]
 
 
-def _figures(found: estimate.Estimate) -> dict[str, Any]:
-    ranges = found.as_dict()
-    keys = ("p50_ms", "p90_ms", "p99_ms", "requests_per_s")
-    values = {key: ranges[key] and ranges[key]["value"] for key in keys}
-    others = ("precision", "band", "bounded_by", "saturated", "basis", "rests_on")
-    return {
-        **{key: None if value is None else round(value, 4) for key, value in values.items()},
-        "ranges": {key: ranges[key] for key in keys},
-        **{key: ranges[key] for key in others},
-        "notes": [*(f"only a bound, because of the {reason}" for reason in found.bounded_by), *found.notes],
-    }
+def _figures(found: estimate.Estimate) -> EstimatedFigures:
+    return EstimatedFigures(
+        ranges={
+            "p50_ms": found.p50_ms,
+            "p90_ms": found.p90_ms,
+            "p99_ms": found.p99_ms,
+            "requests_per_s": found.requests_per_s,
+        },
+        precision=found.precision,
+        band=found.band,
+        bounded_by=found.bounded_by,
+        saturated=found.saturated,
+        basis=found.basis,
+        rests_on=found.rests_on,
+        notes=[*(f"only a bound, because of the {reason}" for reason in found.bounded_by), *found.notes],
+    )

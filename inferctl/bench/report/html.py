@@ -1,115 +1,112 @@
-"""The report: one HTML file that needs nothing else, no network either. Every number in it comes out of the receipts."""
+"""The HTML report: one file that needs no other file and no network. All its numbers come from the receipts."""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from inferctl import assets, outputs
 from inferctl.bench.receipt import Receipt
 from inferctl.bench.report import charts, terminal
+from inferctl.bench.report.caveats import Caveat
+from inferctl.bench.report.result import Result
+from inferctl.bench.report.rows import ESTIMATED, MeasuredRow
 
-# plotly.js with the trace types that the charts use (scatter, bar), gzipped. CONTRIBUTING.md says how to update it.
+# plotly.js with the trace types of the charts (scatter, bar), gzipped. CONTRIBUTING.md says how to update it.
 PLOTLY = "plotly-basic.min.js.gz"
 
 
-def write(path: Path, result: Mapping[str, Any], receipts: Sequence[Receipt]) -> Path:
-    """Write the report of `result` (what `inferctl bench --json` prints) and its receipts. Raises `NotReadyError`."""
+def write(path: Path, result: Result, receipts: Sequence[Receipt]) -> Path:
+    """Write the report of a result and its receipts. Raises `NotReadyError` if the file cannot be written."""
     outputs.write(path, render(result, receipts), "--report")
     return path
 
 
-def render(result: Mapping[str, Any], receipts: Sequence[Receipt]) -> str:
-    """The page as text."""
+def render(result: Result, receipts: Sequence[Receipt]) -> str:
+    """Return the page."""
     import jinja2
 
     loader = jinja2.FileSystemLoader(assets.root() / "templates")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    drawn = charts.all_charts(receipts, result["rows"])
-    remote = any(one.data["configuration"]["url"] for one in receipts)
-    machines = list(dict.fromkeys(one.data["hardware"]["name"] for one in receipts))
+    drawn = charts.all_charts(receipts, result.rows)
+    document = result.as_dict()
+    rows = [{**row, "runs_as": terminal.runs_as(row["precision"])} for row in document["rows"]]
+    running = any(receipt.data["configuration"]["url"] for receipt in receipts)
+    machines = list(dict.fromkeys(receipt.data["hardware"]["name"] for receipt in receipts))
+    figures = {name: {"data": chart.data, "layout": chart.layout} for name, chart in drawn.items()}
     return environment.get_template("report.html.j2").render(
-        result=result,
-        rows=[
-            {**row, "runs_as": terminal.runs_as(row["precision"])}
-            for row in result["rows"]
-            if row["outcome"] != "estimated"
-        ],
-        estimated=[
-            {**row, "runs_as": terminal.runs_as(row["precision"])}
-            for row in result["rows"]
-            if row["outcome"] == "estimated"
-        ],
-        costs=[row for row in result["rows"] if row["receipt"]],
-        sent=terminal.loop(result["load"]),
-        prices=list(terminal.prices(result["rows"])),
-        unknown=unknown(receipts),
-        honesty=honesty(result, receipts),
+        result=document,
+        rows=[row for row in rows if row["outcome"] != ESTIMATED],
+        estimated=[row for row in rows if row["outcome"] == ESTIMATED],
+        costs=[row for row in rows if row["receipt"]],
+        sent=terminal.describe_load(result.load),
+        prices=list(terminal.prices([row.costs for row in result.rows if isinstance(row, MeasuredRow)])),
+        unknown=unknown_costs(receipts),
+        honesty=[(note.kind, note.text) for note in limitations(result, receipts)],
         machines=machines,
-        machines_differ=remote or len(machines) > 1,
-        remote=remote,
-        charts=drawn,
-        colours=charts.colours(receipts),
-        # A name from the command line must not be able to end the script element.
-        figures=json.dumps({name: figure for name, (_, _, figure) in drawn.items()}).replace("<", "\\u003c"),
+        machines_differ=running or len(machines) > 1,
+        remote=running,
+        charts={name: (chart.title, chart.text, figures[name]) for name, chart in drawn.items()},
+        colours=charts.colors_of(receipts),
+        # A configuration name must not be able to end the script element.
+        figures=json.dumps(figures).replace("<", "\\u003c"),
         plotly=base64.b64encode((assets.root() / "templates" / PLOTLY).read_bytes()).decode(),
-        receipts=[one.data for one in receipts],
-        summaries={one.name: one.data["summary"] for one in receipts},
-        seals={one.name: one.data["seal"] for one in receipts},
+        receipts=[receipt.data for receipt in receipts],
+        summaries={receipt.name: receipt.data["summary"] for receipt in receipts},
+        seals={receipt.name: receipt.data["seal"] for receipt in receipts},
     )
 
 
-def unknown(receipts: Sequence[Receipt]) -> list[str]:
-    """Why energy or money is not known, each reason once with those that it is true of."""
-    said: dict[tuple[str, str], list[str]] = {}
-    for one in receipts:
-        for what, why in ((one.data.get("efficiency") or {}).get("unknown") or {}).items():
-            said.setdefault((what, why), []).append(one.name)
-    words = {"joules": "Energy", "cost": "Cost"}
-    return [f"{words[what]} not known for {', '.join(names)}: {why}" for (what, why), names in said.items()]
+def unknown_costs(receipts: Sequence[Receipt]) -> list[str]:
+    """Return why energy or cost is unknown: each reason once, with its configurations."""
+    names_by_reason: dict[tuple[str, str], list[str]] = {}
+    for receipt in receipts:
+        for cost, reason in ((receipt.data.get("efficiency") or {}).get("unknown") or {}).items():
+            names_by_reason.setdefault((cost, reason), []).append(receipt.name)
+    labels = {"joules": "Energy", "cost": "Cost"}
+    return [
+        f"{labels[cost]} is unknown for {', '.join(names)}: {reason}"
+        for (cost, reason), names in names_by_reason.items()
+    ]
 
 
-def honesty(result: Mapping[str, Any], receipts: Sequence[Receipt]) -> list[tuple[str, str]]:
-    """(kind, sentence): what to know before reading a number, the caveats of the result and how the measurement was set up."""
-    notes = [(caveat["kind"], caveat["text"]) for caveat in result["caveats"]]
-    if result["load"]["mode"] == "closed":
+def limitations(result: Result, receipts: Sequence[Receipt]) -> list[Caveat]:
+    """Return what a reader must know before using the numbers: caveats of the result, and properties of the setup."""
+    notes = list(result.caveats)
+    if result.load.mode == "closed":
         notes.append(
-            (
+            Caveat(
                 "setup",
-                "Closed loop: a slow server is asked less, so its latency under a fixed rate would be worse than shown.",
+                "Closed loop: a slow server receives fewer requests. Its latency at a fixed rate would be higher.",
             )
         )
-    if any(one.data["configuration"]["this_machine"] for one in receipts):
+    if any(receipt.data["configuration"]["this_machine"] for receipt in receipts):
         notes.append(
-            (
+            Caveat(
                 "setup",
-                "Load generator and server shared this machine's cores: compare the rows with each other, not with other machines.",
+                "Load generator and server share the cores of this machine: "
+                "compare the rows with each other, not with other machines.",
             )
         )
-    if result["load"]["inputs"] == "unique":
+    if result.load.inputs == "unique":
         notes.append(
-            (
+            Caveat(
                 "setup",
-                "Every request carries a number of its own (about four tokens), so that no cache answers for the model.",
+                "Each input starts with a unique number (about four tokens), so that no cache can respond.",
             )
         )
-    runs = "One run each" if result["repeats"] == 1 else f"{result['repeats']} runs each"
-    # From five runs on those of requests/s are over runs; before, over windows, and nothing widens them.
-    within = (
-        "Intervals of latencies are within runs,"
-        if result["repeats"] >= 5
-        else "Intervals are within runs; those of latencies are"
-    )
+    runs = "One run each" if result.repeats == 1 else f"{result.repeats} runs each"
+    # With at least five runs, intervals of requests/s are over runs. With fewer, they are over windows within runs.
+    which = "Intervals of latencies" if result.repeats >= 5 else "Intervals"
     notes.append(
-        (
+        Caveat(
             "setup",
-            f"{runs}. {within} widened by how much answers in a row depend on each other: how runs differ is not in them. "
-            "`inferctl compare` judges over runs, and needs at least five.",
+            f"{runs}. {which} are within runs, and those of latencies are widened for autocorrelation. They do not "
+            "contain the difference between runs. `inferctl compare` compares runs; it needs at least five.",
         )
     )
     return notes

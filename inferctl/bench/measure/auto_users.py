@@ -1,0 +1,94 @@
+"""Find the users of the targets with `users: auto`, with short closed loops (`concurrency.find`)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+
+from inferctl.bench.load import generator
+from inferctl.bench.measure import concurrency, resume, throughput
+from inferctl.bench.measure.bench import Bench, NotifyProgress, Progress, ready_server
+from inferctl.bench.measure.concurrency import Concurrency
+from inferctl.bench.measure.outcome import BenchTarget, Outcome
+from inferctl.bench.plan import workload
+from inferctl.bench.plan.plan import Load, Run
+from inferctl.errors import InferctlError
+
+FILE = "concurrency.json"
+
+
+def find(bench: Bench, outcomes: Mapping[str, Outcome], notify: NotifyProgress) -> dict[str, Concurrency]:
+    """Return the concurrency of each target with `users: auto`; those with equal loads and texts get equal users.
+
+    A target that fails gets its `failure` in `outcomes`. The result is saved, so that a resumed benchmark reads it.
+    """
+    wanted = [target for target in bench.targets if bench.load_of(target).auto_users and not bench.plan.search]
+    file = bench.output / FILE
+    if not wanted:
+        return {}
+    if file.is_file():
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        for name, message in saved["failed"].items():
+            outcomes[name].failure = message
+        return {name: Concurrency.from_dict(found) for name, found in saved["found"].items()}
+    found: dict[str, Concurrency] = {}
+    for target in wanted:
+        try:
+            found[target.name] = _find_one(bench, target, notify)
+        except InferctlError as error:
+            outcomes[target.name].failure = error.message
+    load_of = {target.name: (bench.load_of(target).model_dump_json(), bench.corpus_of(target)) for target in wanted}
+    most = {
+        load: max(needed.needed_users for name, needed in found.items() if load_of[name] == load)
+        for load in {load_of[name] for name in found}
+    }
+    found = {name: replace(needed, users=most[load_of[name]]) for name, needed in found.items()}
+    if found:
+        failed = {target.name: outcomes[target.name].failure for target in wanted if target.name not in found}
+        resume.write(file, {"found": {name: needed.as_dict() for name, needed in found.items()}, "failed": failed})
+    return found
+
+
+def _find_one(bench: Bench, target: BenchTarget, notify: NotifyProgress) -> Concurrency:
+    """Send short closed loops to one target, with more and more users."""
+    folder = bench.output / "runs" / f"{target.name}-users"
+    folder.mkdir(parents=True, exist_ok=True)
+    load, corpus, total = bench.load_of(target), bench.corpus_of(target), len(bench.order)
+    step_name = "starting"
+
+    def notify_phase(
+        phase: str, seconds: float = 0.0, live: generator.LoadProgress | None = None, done: str | None = None
+    ) -> None:
+        notify(Progress(target.name, 0, total, f"finding users: {step_name}", seconds, live, done))
+
+    with ready_server(bench, target, folder, notify_phase) as server:
+
+        def measure(users: int, seconds: float) -> concurrency.Step:
+            nonlocal step_name
+            step_name = str(users)
+            place = folder / f"{users:05d}"
+            place.mkdir(exist_ok=True)
+            step = _step_load(load, users, seconds)
+            work = workload.draw(step, corpus, bench.plan.seed)
+            measurement = server.measure(step, work, Run(target.name, 0), place)
+            shutil.rmtree(place, ignore_errors=True)
+            rate = throughput.weighted_rate(measurement.part)
+            return concurrency.Step(users, round(rate, 3), measurement.resources.get("client_cpu_percent"))
+
+        found = concurrency.find(measure)
+        saturated = "saturated" if found.saturated else "not saturated"
+        notify_phase("found", done=f"users: {found.users} ({saturated})")
+        return found
+
+
+def _step_load(load: Load, users: int, seconds: float) -> Load:
+    """Return the closed loop of one step. The first step has the warm-up of the plan."""
+    changes = {
+        "users": users,
+        "duration_s": seconds,
+        "warmup_s": load.warmup_s if users == concurrency.FIRST_USERS else seconds,
+        "window_s": min(load.window_s, concurrency.WINDOW_S),
+    }
+    return Load.model_validate({**throughput.closed(load).model_dump(), **changes})

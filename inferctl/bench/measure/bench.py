@@ -1,0 +1,113 @@
+"""The settings of a benchmark, its progress, and the start of its servers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from inferctl.bench.load import child_server, generator
+from inferctl.bench.load.target import Access, connect
+from inferctl.bench.measure import neighbors
+from inferctl.bench.measure.concurrency import Concurrency
+from inferctl.bench.measure.measured_server import MeasuredServer, NotifyPhase
+from inferctl.bench.measure.outcome import BenchTarget
+from inferctl.bench.measure.sensors import MachineMonitor
+from inferctl.bench.plan.plan import Load, Plan, Run
+from inferctl.errors import InferctlError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The state of a benchmark at one moment.
+
+    `number` is the run of `total` (0 if it is not a run), `seconds` the time in this phase. `live` has figures while a
+    load runs. `done` is a line on what has ended.
+    """
+
+    name: str
+    number: int
+    total: int
+    phase: str
+    seconds: float = 0.0
+    live: generator.LoadProgress | None = None
+    done: str | None = None
+
+
+NotifyProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The settings of a benchmark.
+
+    - `command`: returns the command that starts a server; None if all targets run already.
+    - `model`: the model folder for the quality check. Without it, vectors are not checked.
+    - `slo_p99_ms`: the SLO of a search, if the plan has none.
+    - `mig_devices`: the MIG devices for a server and its neighbors.
+    - `access`: headers and keys for running servers.
+    - `users`: the concurrency found for each target with `users: auto`, by name.
+    """
+
+    plan: Plan
+    targets: Sequence[BenchTarget]
+    command: child_server.ServeCommand | None
+    model: Path | None
+    output: Path
+    slo_p99_ms: float | None = None
+    mig_devices: Sequence[str] = ()
+    access: Access = field(default_factory=Access)
+    users: Mapping[str, Concurrency] = field(default_factory=dict)
+
+    @property
+    def order(self) -> list[Run]:
+        """All runs, in their order."""
+        return self.plan.runs([target.name for target in self.targets])
+
+    @property
+    def search_s(self) -> float | None:
+        """The seconds of one search: an equal share of the budget for each target; None without a budget."""
+        budget = self.plan.search.budget_s if self.plan.search else None
+        return None if budget is None else budget / len(self.targets)
+
+    def load_of(self, target: BenchTarget) -> Load:
+        """Return the load of a target, with the number of users that was found for it."""
+        load = self.plan.load_with(target.load)
+        found = self.users.get(target.name)
+        return load.model_copy(update={"users": found.users}) if found and load.auto_users else load
+
+    def corpus_of(self, target: BenchTarget) -> str:
+        """Return the corpus of a target."""
+        return target.corpus or self.plan.corpus
+
+
+@contextlib.contextmanager
+def ready_server(bench: Bench, target: BenchTarget, folder: Path, notify: NotifyPhase) -> Iterator[MeasuredServer]:
+    """Yield the server of a target, ready for a load. A server that inferctl starts ends with the block.
+
+    Raises `InferctlError` if it does not start or does not respond.
+    """
+    with contextlib.ExitStack() as stack:
+        # The monitor starts first, so that its first sample shows the processes that were on a GPU before.
+        monitor = stack.enter_context(MachineMonitor())
+        child = None if target.url else stack.enter_context(started(bench, target, folder, notify))
+        connection = child.target if child else connect(target.url or "", access=bench.access)
+        yield MeasuredServer(connection, child, monitor, notify)
+
+
+@contextlib.contextmanager
+def started(
+    bench: Bench, target: BenchTarget, folder: Path, notify: NotifyPhase, number: int = 0
+) -> Iterator[child_server.ChildServer]:
+    """Start a server of a target in `folder`. Server 0 is measured, the others are its neighbors."""
+    if bench.command is None or target.precision is None:
+        raise InferctlError(f"{target.name} has neither a URL nor a precision")
+    announce = folder / "announce.json"
+    arguments = [*bench.command(target.precision, announce)]
+    if target.max_batch_tokens:
+        arguments += ["--max-batch-tokens", str(target.max_batch_tokens)]
+    arguments = neighbors.command_on_device(arguments, bench.mig_devices, number)
+    phase = f"starting neighbor {number}" if number else "starting"
+    with child_server.serve(arguments, announce, folder, lambda passed: notify(phase, passed)) as child:
+        yield child

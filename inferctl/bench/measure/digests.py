@@ -1,0 +1,30 @@
+"""sha256 digests (hex) of files that figures depend on."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import inferctl
+from inferctl import assets
+from inferctl.bench.load import records
+
+
+def of_file(path: Path) -> str:
+    """Return the digest of one file. Raises `OSError`."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def of_records(folder: Path) -> dict[str, str]:
+    """Return the digest of each records file in `folder`, by file name."""
+    return {file.name: of_file(file) for file in records.files(folder)}
+
+
+def of_code() -> str:
+    """Return the digest of the whole code of inferctl, load generator included."""
+    package, benchmarks = Path(inferctl.__file__).parent, assets.root() / "benchmarks"
+    files = {*package.rglob("*.py"), benchmarks / "locustfile.py", *(benchmarks / "loadgen").glob("*.py")}
+    total = hashlib.sha256()
+    for file in sorted(files):
+        total.update(f"{file.name}\0".encode() + file.read_bytes())
+    return total.hexdigest()

@@ -1,0 +1,60 @@
+"""The validity of the runs of one target, of each run and of all together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from inferctl.bench.judge import summary, validity
+from inferctl.bench.judge.validity import Validity
+from inferctl.bench.measure import neighbors, telemetry, throughput
+from inferctl.bench.measure.outcome import Measurement, Outcome, WorkloadRecord
+
+
+@dataclass(frozen=True)
+class JudgedOutcome:
+    """The summary of all runs of a target, the validity of each run, and the validity of all together."""
+
+    summary: summary.Summary
+    runs: list[Validity]
+    validity: Validity
+
+
+def judge(outcome: Outcome, cores: int, budget_percent: float = 0.1) -> JudgedOutcome:
+    """Return the pooled summary and the validity of an outcome that has at least one run.
+
+    `cores` is the number of cores of the machine, `budget_percent` the share of requests that may fail.
+    """
+    runs = outcome.measurements
+    searched = any(run.search is not None for run in runs)
+    each = [_judge_run(run, cores) for run in runs]
+    pooled = summary.summarize([run.part for run in runs])
+    found = validity.combine(each, pooled, budget_percent, searched=searched)
+    if closed := throughput.pooled(runs):
+        found = validity.merge(found, validity.judge_failures(closed["summary"], budget_percent))
+    reasons = [*found.reasons, *validity.judge_identity([run.info for run in runs]).reasons]
+    cautions = list(found.cautions)
+    if _workload_changed([run.workload for run in runs]):
+        reasons.append("the runs differ in what was sent: a corpus or a trace changed during the benchmark")
+    if with_neighbors := neighbors.document(runs, cores, budget_percent):
+        reasons += with_neighbors["reasons"]
+        cautions += with_neighbors["cautions"]
+    if outcome.failure:
+        reasons.append(outcome.failure)
+    if outcome.interrupted:
+        cautions.insert(0, outcome.interrupted)
+    return JudgedOutcome(pooled, each, Validity(tuple(reasons), tuple(cautions)))
+
+
+def _judge_run(run: Measurement, cores: int) -> Validity:
+    figures = summary.summarize([run.part])
+    found = validity.judge(figures, run.resources, run.state, cores, searched=run.search is not None)
+    found = validity.merge(found, telemetry.judge(run.telemetry))
+    return validity.merge(found, throughput.judge(run, cores))
+
+
+def _workload_changed(workloads: Sequence[WorkloadRecord]) -> bool:
+    """Return whether a corpus or a trace changed between runs: one seed has two digests, or one corpus has two."""
+    digests = {(work.seed, work.sha256) for work in workloads}
+    corpora = {work.corpus_sha256 for work in workloads}
+    return len(digests) > len({seed for seed, _ in digests}) or len(corpora) > 1

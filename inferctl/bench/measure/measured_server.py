@@ -1,0 +1,147 @@
+"""One server under measurement: send it one load at a time, and return the records and the state of the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from inferctl.bench.judge import summary
+from inferctl.bench.load import child_server, generator, procfs
+from inferctl.bench.load import target as targets
+from inferctl.bench.measure.outcome import Measurement
+from inferctl.bench.measure.sensors import MachineMonitor
+from inferctl.bench.plan import workload
+from inferctl.bench.plan.plan import Load, Run
+from inferctl.errors import NotReadyError
+
+INPUT_FILES = ("bodies.jsonl", "order.bin", "schedule.bin", "warmup_schedule.bin")
+
+
+class NotifyPhase(Protocol):
+    """Receives the phase of a run; `done` is a line on what has ended."""
+
+    def __call__(
+        self, phase: str, seconds: float = 0.0, live: generator.LoadProgress | None = None, done: str | None = None
+    ) -> None: ...
+
+
+def new_serial() -> int:
+    """Return a random cache-busting prefix: even, since the warm-up uses the next number, and always six digits.
+
+    It is not drawn from the seed: a server that serves several benchmarks must not receive an input twice. With six
+    digits the inputs of all runs have the same length.
+    """
+    return 100_000 + 2 * secrets.randbelow(450_000)
+
+
+def delete_inputs(folder: Path) -> None:
+    """Delete the files that the load generator reads. They are large, and the plan can draw them again."""
+    for name in INPUT_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class MeasuredServer:
+    """A ready server at `target`; `child` is its process if inferctl started it.
+
+    `monitor` sampled the machine before the server started.
+    """
+
+    target: targets.Target
+    child: child_server.ChildServer | None
+    monitor: MachineMonitor
+    notify: NotifyPhase
+
+    @property
+    def on_this_machine(self) -> bool:
+        """Whether the server shares this machine with the load generator."""
+        return self.child is not None or targets.is_local(self.target.url)
+
+    def labeled(self, label: str) -> MeasuredServer:
+        """Return this server with a label for each phase that it reports; `label` contains `{phase}`."""
+        notify = self.notify
+
+        def notify_labeled(
+            phase: str, seconds: float = 0.0, live: generator.LoadProgress | None = None, done: str | None = None
+        ) -> None:
+            notify(label.format(phase=phase), seconds, live, done)
+
+        return replace(self, notify=notify_labeled)
+
+    def measure(
+        self,
+        load: Load,
+        work: workload.Workload,
+        run: Run,
+        folder: Path,
+        check: Callable[[], None] = lambda: None,
+    ) -> Measurement:
+        """Send one load to the server; records and logs go into `folder`.
+
+        `check` is called twice per second and may raise to end the load.
+        """
+        serial = new_serial()
+        description = generator.prepare(load, work, self.target, serial, folder)
+        pid = self.child.process.pid if self.child else targets.local_pid(self.target.url)
+        self.monitor.process_roots |= {pid} if pid else set()
+
+        def check_running() -> None:
+            if self.child:
+                self.child.check()
+            check()
+
+        with procfs.Sampler({"server": pid} if pid else {}) as sampler:
+            try:
+                measured = generator.run(
+                    load,
+                    description,
+                    lambda live: self.notify(live.phase, 0.0, live),
+                    check_running,
+                    self.target.access.headers,
+                )
+            finally:
+                delete_inputs(folder)
+        start, end = measured.state["measure_start_ns"], measured.state["measure_end_ns"]
+        resources = sampler.between(start, end)
+        if pid is None and targets.is_local(self.target.url):
+            # The cores of an unknown local server cannot be told apart from those of other processes.
+            resources.pop("other_cores", None)
+        if (client := summary.client_cpu_percent(measured.state)) is not None:
+            resources["client_cpu_percent"] = client
+            if "other_cores" in resources:
+                client_cores = generator.cores_used(measured.state) or 0
+                resources["other_cores"] = round(max(0.0, resources["other_cores"] - client_cores), 3)
+        offered = len(work.schedule_ns) if load.mode == "open" else None
+        return Measurement(
+            run=run,
+            started=0.0,
+            part=summary.RunRecords(measured.rows, start, end, load.inputs_per_request, offered),
+            state=measured.state,
+            resources=resources,
+            folder=folder,
+            info=self.target.info,
+            serial=serial,
+            telemetry=self.monitor.window(
+                start,
+                end,
+                self.target.info,
+                on_this_machine=self.on_this_machine,
+                started_by_bench=self.child is not None,
+            ),
+            load=load,
+            pace=self._pace(),
+        )
+
+    def _pace(self) -> Mapping[str, Any] | None:
+        """Return the server's batch latency model (seconds per batch, tokens/s); None if it does not report one."""
+        if "pace" not in self.target.info:
+            return None
+        with contextlib.suppress(NotReadyError):
+            info = targets.connect(self.target.url, access=self.target.access).info
+            pace: Mapping[str, Any] | None = info.get("pace")
+            return pace
+        return None

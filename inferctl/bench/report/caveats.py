@@ -1,0 +1,62 @@
+"""What a reader must know before using the numbers of a result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from inferctl.bench.report.rows import ESTIMATED, NOT_MEASURED_HERE, NOT_RUN, MeasuredRow, Row
+
+
+@dataclass(frozen=True)
+class Caveat:
+    """A limitation of a result.
+
+    `kind` is one of `invalid`, `absent` (not run, or not measured), `estimated`, `emulated`, `unchecked` (quality) and
+    `caution`.
+    """
+
+    kind: str
+    text: str
+
+
+def caveats(rows: Sequence[Row]) -> list[Caveat]:
+    """Return the limitations of all rows, the most severe first."""
+    measured = [row for row in rows if isinstance(row, MeasuredRow)]
+    found = [Caveat("invalid", f"{row.configuration}: {reason}") for row in measured for reason in row.reasons]
+    found += [
+        Caveat("absent", f"{row.configuration} did not run: {row.reason}") for row in rows if row.outcome == NOT_RUN
+    ]
+    elsewhere = _by_text((row.reason, row.configuration) for row in rows if row.outcome == NOT_MEASURED_HERE)
+    found += [Caveat("absent", f"not measured here: {names}; {reason}") for reason, names in elsewhere]
+    found += [Caveat("estimated", text) for text in _of_estimates(rows)]
+    emulated = (
+        (row.precision.get("reason"), row.configuration) for row in rows if row.precision.get("level") == "emulated"
+    )
+    found += [Caveat("emulated", f"{names}: {reason}") for reason, names in _by_text(emulated)]
+    unchecked = ((row.quality["reason"], row.configuration) for row in measured if not row.quality["checked"])
+    found += [Caveat("unchecked", f"{names}: quality not checked, {reason}") for reason, names in _by_text(unchecked)]
+    cautions = ((caution, row.configuration) for row in rows for caution in row.cautions)
+    return found + [Caveat("caution", f"{names}: {caution}") for caution, names in _by_text(cautions)]
+
+
+def _of_estimates(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield each note of the estimated rows once, with the rows that it is about."""
+    estimates = [(row, row.estimate) for row in rows if row.outcome == ESTIMATED and row.estimate]
+    notes = (
+        (note, f"{row.configuration} on {(row.hardware or {}).get('key')}")
+        for row, figures in estimates
+        for note in figures.notes
+    )
+    for note, names in _by_text(notes):
+        about_all = len(estimates) > 1 and all(note in figures.notes for _, figures in estimates)
+        yield f"{'all estimates' if about_all else names}: {note}"
+
+
+def _by_text(pairs: Iterable[tuple[str | None, str]]) -> Iterator[tuple[str | None, str]]:
+    """Yield each text of (text, name) pairs once, with all its names."""
+    groups: dict[str | None, list[str]] = {}
+    for text, name in pairs:
+        groups.setdefault(text, []).append(name)
+    for text, names in groups.items():
+        yield text, ", ".join(dict.fromkeys(names))

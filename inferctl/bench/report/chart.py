@@ -1,0 +1,41 @@
+"""A chart of the report, and parts that several charts share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+GREY = "#8c8c8c"
+_SLO_LINE = {"dash": "dot", "color": "#d55e00"}
+
+# A trace, a layout or an axis of a Plotly figure, in its JSON form.
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A Plotly figure (`data`, `layout`) with its title and a text that explains it."""
+
+    title: str
+    text: str
+    data: list[Json]
+    layout: Json
+
+
+def ticks(values: Sequence[float]) -> Json:
+    """Return the ticks 1, 2, 5, 10, 20, ... over the range of `values`. Plotly's own ticks omit the zeros."""
+    known = [value for value in values if value and value > 0] or [1.0]
+    exponents = range(math.floor(math.log10(min(known))), math.ceil(math.log10(max(known))) + 1)
+    steps = (1, 2, 5) if len(exponents) <= 5 else (1,)
+    marks = [step * 10.0**exponent for exponent in exponents for step in steps]
+    return {"tickvals": marks, "ticktext": [f"{mark:g}" for mark in marks]}
+
+
+def slo_line(slo_ms: float) -> tuple[Json, Json]:
+    """Return line and label of an SLO on a logarithmic axis."""
+    line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": slo_ms, "y1": slo_ms, "line": _SLO_LINE}
+    # On a logarithmic axis Plotly places shapes by value and annotations by exponent.
+    place = {"xref": "paper", "x": 1, "y": math.log10(slo_ms), "xanchor": "right", "yshift": 9, "showarrow": False}
+    return line, {"text": f"SLO: p99 {slo_ms:g} ms", **place}

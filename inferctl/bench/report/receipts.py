@@ -1,0 +1,209 @@
+"""Write one receipt per benchmark target."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import inferctl
+from inferctl.bench import privacy, receipt
+from inferctl.bench.judge import efficiency, stages, summary
+from inferctl.bench.judge.validity import Validity
+from inferctl.bench.load import target as servers
+from inferctl.bench.measure import digests, neighbors, throughput
+from inferctl.bench.measure.environment import Environment
+from inferctl.bench.measure.judgment import judge
+from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
+from inferctl.bench.plan.plan import Load, Plan
+
+Info = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Context:
+    """The properties of a benchmark that all its receipts share.
+
+    - `model_source`: the source of the weights in the spec.
+    - `hardware_wanted`: the catalog keys that spec and plan request.
+    - `targets`: the benchmark targets, if they are not the configurations of the plan.
+    - `model`: the model folder; estimates read the sizes of the model from it.
+    """
+
+    plan: Plan
+    environment: Environment
+    model_source: str | None
+    hardware_wanted: Sequence[str]
+    slo_p99_ms: float | None
+    output: Path
+    targets: Sequence[BenchTarget] = ()
+    model: Path | None = None
+
+
+def write_all(context: Context, outcomes: Sequence[Outcome]) -> list[receipt.Receipt]:
+    """Write one receipt for each outcome that has at least one run."""
+    return [
+        receipt.write(
+            context.output / "receipts" / f"{outcome.target.name}.json",
+            privacy.without_home(_document(context, outcome)),
+        )
+        for outcome in outcomes
+        if outcome.measurements
+    ]
+
+
+def _document(context: Context, outcome: Outcome) -> dict[str, Any]:
+    """Return a receipt (docs/bench.md describes each key)."""
+    budget, cores = context.plan.error_budget_percent, context.environment.machine_cores
+    judged = judge(outcome, cores, budget)
+    info, target, runs = _without_paths(outcome.info), outcome.target, outcome.measurements
+    first, parts = runs[0], [run.part for run in runs]
+    hardware = hardware_of(info, target, context.environment)
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "inferctl": inferctl.__version__,
+        "configuration": _configuration(target),
+        "plan": _plan(context, outcome),
+        "slo": {"p99_ms": context.slo_p99_ms},
+        "workload": dataclasses.asdict(first.workload),
+        "model": {**(info.get("model") or {}), "source": _source(context, info, target)},
+        "precision": precision_of(info, target),
+        "hardware": hardware,
+        "environment": context.environment.as_dict(),
+        "server": info,
+        "image": info.get("image"),
+        "summary": judged.summary,
+        "resources": _highest([run.resources for run in runs]),
+        "efficiency": dataclasses.asdict(
+            efficiency.efficiency(
+                judged.summary,
+                [run.telemetry.as_dict() for run in runs],
+                [(summary.summarize([run.part]), run.resources) for run in runs],
+                hardware["key"],
+            )
+        ),
+        "quality": privacy.without_folders(outcome.quality.as_dict()),
+        "validity": privacy.without_folders(judged.validity.as_dict()),
+        "curve": summary.latency_curve(parts),
+        "stages": stages.summarize(parts, first.load) if first.load else [],
+        "search": privacy.without_folders(first.search),
+        "neighbours": privacy.without_folders(neighbors.document(runs, cores, budget)),
+        "closed_loop": throughput.pooled(runs),
+        "concurrency": first.concurrency and first.concurrency.as_dict(),
+        "runs": [_run(context, run, validity) for run, validity in zip(runs, judged.runs, strict=True)],
+    }
+
+
+def _run(context: Context, run: Measurement, validity: Validity) -> dict[str, Any]:
+    """Return an element of the `runs` key of a receipt."""
+    load = run.load
+    folder = run.folder.relative_to(context.output)
+    return {
+        "repeat": run.run.repeat,
+        "started": datetime.datetime.fromtimestamp(run.started, datetime.UTC).isoformat(timespec="milliseconds"),
+        "ready_seconds": run.info.get("ready_seconds"),
+        "serial": run.serial,
+        "workload": {"seed": run.workload.seed, "sha256": run.workload.sha256},
+        "server": _without_paths(run.info),
+        "summary": summary.summarize([run.part]),
+        "closed_loop": throughput.of_run(run),
+        "resources": run.resources,
+        "pace": run.pace,
+        "telemetry": run.telemetry.as_dict(),
+        "validity": privacy.without_folders(validity.as_dict()),
+        "warmup": {"settled": run.state.get("steady"), "windows": run.state.get("windows")},
+        "locust_percentiles_ms": run.state.get("locust_percentiles_ms"),
+        "timeline": summary.timeline(run.part),
+        "latency_over_time": summary.over_time(run.part),
+        "recovery": stages.recovery(run.part, load).as_dict() if load and len(load.timeline) > 2 else None,
+        "records": [
+            {"path": (folder / name).as_posix(), "sha256": digest}
+            for name, digest in digests.of_records(run.folder).items()
+        ],
+    }
+
+
+def _configuration(target: BenchTarget) -> dict[str, Any]:
+    return {
+        "name": target.name,
+        "precision": target.precision,
+        "max_batch_tokens": target.max_batch_tokens,
+        "url": target.url,
+        "this_machine": target.url is None or servers.is_local(target.url),
+    }
+
+
+def load_without_folder(load: Load | None) -> dict[str, Any]:
+    """Return a load in JSON form, with the name of its trace instead of the path; empty for None."""
+    return privacy.without_trace_folder(load.model_dump(mode="json")) if load else {}
+
+
+def _plan(context: Context, outcome: Outcome) -> dict[str, Any]:
+    """Return the plan with the measured targets as its configurations, and the load and corpus of this target."""
+    plan = context.plan.model_dump(mode="json")
+    plan["load"] = load_without_folder(outcome.measurements[0].load)
+    plan["corpus"] = privacy.name_of(outcome.target.corpus or plan["corpus"])
+    if plan["quality"]:
+        plan["quality"]["corpus"] = privacy.name_of(plan["quality"]["corpus"])
+    if context.targets:
+        plan["configurations"] = [
+            {key: value for key, value in dataclasses.asdict(target).items() if value is not None}
+            for target in context.targets
+        ]
+    for configuration in plan["configurations"]:
+        configuration |= {"corpus": privacy.name_of(configuration["corpus"])} if configuration.get("corpus") else {}
+        configuration |= (
+            {"load": privacy.without_trace_folder(configuration["load"])} if configuration.get("load") else {}
+        )
+    return plan
+
+
+def _source(context: Context, info: Info, target: BenchTarget) -> str | None:
+    """Return the source of the weights.
+
+    A server that inferctl starts reports the folder of the weights, so the source in the spec is used instead.
+    """
+    reported = (info.get("model") or {}).get("source")
+    source = reported if target.url and reported else context.model_source or reported
+    return privacy.name_of(source) if source else None
+
+
+def _without_paths(info: Info) -> dict[str, Any]:
+    """Return `GET /info` with the name of the model folder instead of its path."""
+    found = dict(info)
+    for key, name in (("model", "source"), ("api", "model")):
+        section = info.get(key) or {}
+        if section.get(name):
+            found[key] = {**section, name: privacy.name_of(section[name])}
+    return found
+
+
+def precision_of(info: Info, target: BenchTarget) -> dict[str, Any]:
+    """Return requested and effective precision as the server reports them; None for what it does not report."""
+    reported = info.get("precision") or {}
+    return {key: reported.get(key) for key in ("effective", "level", "reason", "method", "tf32")} | {
+        "requested": reported.get("requested") or target.precision
+    }
+
+
+def hardware_of(info: Info, target: BenchTarget, environment: Environment) -> dict[str, Any]:
+    """Return the hardware that the server reports, else (for a server that inferctl started) this machine."""
+    device = info.get("device") or {}
+    if device.get("name"):
+        key = device.get("hardware") or ("cpu" if device.get("kind") == "cpu" else None)
+        local = target.url is None or servers.is_local(target.url)
+        name = environment.cpu_model if device["name"].lower() == "cpu" and local else device["name"]
+        return {"key": key, "name": name, "kind": device.get("kind"), "detected_by": "server"}
+    # On a machine with a GPU, a server that reports no device may run on CPU or GPU.
+    if target.url or environment.gpus:
+        return {"key": None, "name": "not stated", "kind": None, "detected_by": None}
+    return {"key": "cpu", "name": environment.cpu_model, "kind": "cpu", "detected_by": "bench"}
+
+
+def _highest(resources: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the highest value of each resource over the runs."""
+    keys = {key for used in resources for key in used}
+    return {key: max(used[key] for used in resources if key in used) for key in sorted(keys)}

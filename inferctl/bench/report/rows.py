@@ -1,0 +1,252 @@
+"""The rows of a result: one per configuration, and one per hardware that was requested but not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from inferctl.bench import privacy
+from inferctl.bench.judge import slo, summary
+from inferctl.bench.measure.outcome import Outcome
+from inferctl.bench.receipt import Receipt
+from inferctl.bench.report.estimated import EstimatedFigures
+
+MEASURED, FAILED, NOT_RUN = "measured", "failed", "not run"
+NOT_MEASURED_HERE, ESTIMATED = "not measured here", "estimated"
+
+# A section of a receipt in its JSON form (docs/bench.md describes each key).
+Section = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a result. `reason` says why a configuration has no figures, or why it failed.
+
+    A row without a receipt was not measured. `hardware` is known for a measured row and for other hardware.
+    """
+
+    configuration: str
+    outcome: str
+    reason: str | None = None
+    precision: Section = field(default_factory=dict)
+    valid: bool = False
+    reasons: Sequence[str] = ()
+    cautions: Sequence[str] = ()
+    receipt: str | None = None
+    hardware: Section | None = None
+    estimate: EstimatedFigures | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return an element of the `rows` key of a result."""
+        row = {key.name: getattr(self, key.name) for key in fields(Row) if key.name not in ("hardware", "estimate")}
+        row |= {"reasons": list(self.reasons), "cautions": list(self.cautions)}
+        if self.hardware is not None:
+            row["hardware"] = self.hardware
+        if self.estimate is not None:
+            row["estimate"] = self.estimate.as_dict()
+        return row
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """The figures of one run that comparisons use."""
+
+    repeat: int
+    requests_per_s: float
+    p50_ms: float | None
+    p99_ms: float | None
+
+
+@dataclass(frozen=True)
+class SloAtLoad:
+    """Whether the SLO is met at the load of the benchmark; `met` is None if that is inconclusive."""
+
+    p99_ms: float
+    met: bool | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Energy, price and GPU utilization; None for what is unknown. `price` is the lowest price of the catalog."""
+
+    watts: float | None = None
+    joules_per_1000_requests: float | None = None
+    joules_per_million_texts: float | None = None
+    cpu_seconds_per_1000_requests: float | None = None
+    usd_per_million_texts: float | None = None
+    price: Section | None = None
+    gpu_utilisation_percent: float | None = None
+
+
+@dataclass(frozen=True)
+class ClosedLoopFigures:
+    """The closed loop before an open loop whose rate is a share of `reference_rps`, the capacity."""
+
+    users: int
+    reference_rps: float
+    requests_per_s: float
+    requests_per_s_interval: Section | None
+    runs: int
+
+
+@dataclass(frozen=True)
+class MeasuredRow(Row):
+    """A row with figures, from a receipt.
+
+    `workload` has the corpus, and the keys of the load that differ from the plan's. `search`, `neighbours`,
+    `concurrency`, `stages`, `recovery` and `quality` are sections of the receipt.
+    """
+
+    max_batch_tokens: int | None = None
+    workload: tuple[str | None, Section | None] = (None, None)
+    search: Section | None = None
+    neighbours: Section | None = None
+    closed_loop: ClosedLoopFigures | None = None
+    concurrency: Section | None = None
+    stages: Sequence[Section] | None = None
+    recovery: Sequence[Section] = ()
+    url: str | None = None
+    p50_ms: float | None = None
+    p90_ms: float | None = None
+    p99_ms: float | None = None
+    p50_interval_ms: tuple[float | None, float | None] = (None, None)
+    p99_interval_ms: tuple[float | None, float | None] = (None, None)
+    slo: SloAtLoad | None = None
+    runs: Sequence[RunFigures] = ()
+    n: int = 0
+    requests: int = 0
+    failed: int = 0
+    rejected: int = 0
+    rejected_percent: float = 0.0
+    late: int = 0
+    dropped: int = 0
+    requests_per_s: float = 0.0
+    requests_per_s_interval: Section | None = None
+    tokens_per_s: float | None = None
+    server_peak_bytes: float | None = None
+    costs: Costs = field(default_factory=Costs)
+    quality: Section = field(default_factory=lambda: {"checked": False})
+    cosine_mean: float | None = None
+    recall_at_10: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return an element of the `rows` key of a result."""
+        names = [key.name for key in fields(self) if key.name not in {base.name for base in fields(Row)}]
+        figures = {name: getattr(self, name) for name in names if name != "costs"}
+        return {
+            **super().as_dict(),
+            **figures,
+            "slo": self.slo and asdict(self.slo),
+            "closed_loop": self.closed_loop and asdict(self.closed_loop),
+            "runs": [asdict(run) for run in self.runs],
+            "workload": list(self.workload),
+            "p50_interval_ms": list(self.p50_interval_ms),
+            "p99_interval_ms": list(self.p99_interval_ms),
+            **asdict(self.costs),
+        }
+
+
+def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | None = None) -> Row:
+    """Return the row of a benchmark target, from its receipt if it has one."""
+    if receipt is None:
+        reason = privacy.without_folders(outcome.failure or outcome.interrupted or "no run is complete")
+        return Row(outcome.target.name, NOT_RUN, reason, {"requested": outcome.target.precision})
+    data = receipt.data
+    figures, quality = data["summary"], data["quality"]
+    latency = figures["latency_ms"]
+    return MeasuredRow(
+        configuration=receipt.name,
+        outcome=FAILED if outcome.failure else MEASURED,
+        reason=privacy.without_folders(outcome.failure),
+        precision=data["precision"],
+        **data["validity"],
+        receipt=str(receipt.path),
+        hardware=data["hardware"],
+        max_batch_tokens=data["configuration"].get("max_batch_tokens"),
+        workload=(data["workload"]["corpus"], _load_changes(outcome)),
+        search=data.get("search"),
+        neighbours=_without_runs(data.get("neighbours")),
+        closed_loop=_closed_loop(data.get("closed_loop")),
+        concurrency=data.get("concurrency"),
+        stages=data.get("stages"),
+        recovery=[run["recovery"] for run in data["runs"] if run.get("recovery")],
+        url=data["configuration"]["url"],
+        **{f"{key}_ms": latency[key]["value"] for key in ("p50", "p90", "p99")},
+        p50_interval_ms=(latency["p50"]["low"], latency["p50"]["high"]),
+        p99_interval_ms=(latency["p99"]["low"], latency["p99"]["high"]),
+        slo=_slo(data, slo_p99_ms or (data.get("slo") or {}).get("p99_ms")),
+        runs=[_run_figures(run) for run in data["runs"] if run.get("summary")],
+        n=latency["n"],
+        requests=figures["requests"],
+        failed=sum(summary.failures(figures).values()),
+        rejected=figures.get("rejected", 0),
+        rejected_percent=figures.get("rejected_percent", 0.0),
+        late=figures["late"],
+        dropped=figures["dropped"],
+        requests_per_s=figures["requests_per_s"],
+        requests_per_s_interval=figures["requests_per_s_interval"],
+        tokens_per_s=figures["tokens_per_s"],
+        server_peak_bytes=data["resources"].get("server_peak_bytes"),
+        costs=_costs(data),
+        quality=quality,
+        cosine_mean=(quality.get("cosine") or {}).get("mean"),
+        recall_at_10=quality.get("recall_at_10"),
+    )
+
+
+def _load_changes(outcome: Outcome) -> Section | None:
+    """Return the keys in which the load differs from the plan's. Two traces of one name differ by their digests."""
+    changes = outcome.target.load
+    if not changes or not changes.get("trace"):
+        return changes
+    digest = str(outcome.measurements[0].workload.sha256)[:8]
+    return {**changes, "trace": f"{privacy.name_of(changes['trace'])} ({digest})"}
+
+
+def _slo(data: Section, limit_ms: float | None) -> SloAtLoad | None:
+    """Return whether the SLO is met at this load; None without an SLO."""
+    if not limit_ms:
+        return None
+    budget = (data["plan"].get("error_budget_percent") or 0) / 100
+    judged = slo.judge(data["summary"]["latency_ms"], limit_ms, summary.lost_share(data["summary"]), budget)
+    return SloAtLoad(limit_ms, judged.met, judged.reason)
+
+
+def _run_figures(run: Section) -> RunFigures:
+    latency = run["summary"]["latency_ms"]
+    return RunFigures(run["repeat"], run["summary"]["requests_per_s"], latency["p50"]["value"], latency["p99"]["value"])
+
+
+def _costs(data: Section) -> Costs:
+    found = data.get("efficiency") or {}
+    cheapest = next(iter(found.get("cost") or ()), None)
+    gpus = [gpu for run in data["runs"] for gpu in (run.get("telemetry") or {}).get("gpus", ())]
+    utilization = [gpu["utilisation_percent"]["mean"] for gpu in gpus if gpu["utilisation_percent"]]
+    return Costs(
+        watts=found.get("watts"),
+        joules_per_1000_requests=found.get("joules_per_1000_requests"),
+        joules_per_million_texts=found.get("joules_per_million_texts"),
+        cpu_seconds_per_1000_requests=found.get("cpu_seconds_per_1000_requests"),
+        usd_per_million_texts=cheapest["usd_per_million_texts"] if cheapest else None,
+        price=cheapest,
+        gpu_utilisation_percent=round(sum(utilization) / len(utilization), 1) if utilization else None,
+    )
+
+
+def _closed_loop(found: Section | None) -> ClosedLoopFigures | None:
+    if not found:
+        return None
+    figures = found["summary"]
+    return ClosedLoopFigures(
+        users=found["users"],
+        reference_rps=found["reference_rps"],
+        requests_per_s=figures["requests_per_s"],
+        requests_per_s_interval=figures["requests_per_s_interval"],
+        runs=figures["runs"],
+    )
+
+
+def _without_runs(found: Section | None) -> Section | None:
+    return found and {key: value for key, value in found.items() if key not in ("runs", "cautions")}
