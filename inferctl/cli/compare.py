@@ -126,21 +126,21 @@ def _options(
     recall_drop: float | None,
     allow: list[str] | None,
 ) -> CompareOptions:
-    from inferctl.bench.judge import comparable, metrics
+    from inferctl.bench.judge import comparable, run_metrics
     from inferctl.bench.judge import compare as comparing
 
     shares = {}
     for text in threshold or []:
         name, separator, value = text.rpartition("=")
         if separator:
-            _known(name, metrics.METRICS, "--threshold")
+            _known(name, run_metrics.METRICS, "--threshold")
         shares[name] = _share(value)
     overall = shares.pop("", None)
-    defaults = comparing.DEFAULT_THRESHOLDS if overall is None else dict.fromkeys(metrics.METRICS, overall)
+    defaults = comparing.DEFAULT_THRESHOLDS if overall is None else dict.fromkeys(run_metrics.METRICS, overall)
     return comparing.CompareOptions(
         thresholds={**defaults, **shares},
         floor_ms=floor_ms,
-        metrics=[_known(name, (*metrics.METRICS, metrics.REJECTED), "--metric") for name in metric or []],
+        metrics=[_known(name, (*run_metrics.METRICS, run_metrics.REJECTED), "--metric") for name in metric or []],
         cosine_drop=cosine_drop,
         recall_drop=recall_drop,
         allow=[_known(name, comparable.ALLOWABLE, "--allow") for name in allow or []],

@@ -62,9 +62,9 @@ def _corpora() -> Iterable[str]:
 
 
 def _metrics() -> Iterable[str]:
-    from inferctl.bench.judge import metrics
+    from inferctl.bench.judge import run_metrics
 
-    return [*metrics.METRICS, metrics.REJECTED]
+    return [*run_metrics.METRICS, run_metrics.REJECTED]
 
 
 HARDWARE, BASES, STACKS = _offer(_hardware), _offer(_bases), _offer(_stacks)

@@ -16,7 +16,7 @@ from compare_samples import receipts_of, run_values
 
 from inferctl import cli
 from inferctl.bench import receipt
-from inferctl.bench.judge import comparable, compare, compare_result, metrics, quality_drop
+from inferctl.bench.judge import comparable, compare, compare_result, quality_drop, run_metrics
 from inferctl.bench.report import comparison
 from inferctl.errors import InvalidRunError, UsageError
 
@@ -77,7 +77,7 @@ def test_a_change_is_no_regression_under_the_floor_or_the_threshold_however_sure
     old, new = receipts_of(tmp_path, run_values(2, exact), run_values(2.16, exact))
     assert rows(verdict(old, new, floor_ms=0.2))["p50"]["outcome"] == "no regression"
     assert rows(verdict(old, new, floor_ms=0.1))["p50"]["outcome"] == "regression"
-    wide = dict.fromkeys(metrics.METRICS, 0.09)
+    wide = dict.fromkeys(run_metrics.METRICS, 0.09)
     assert verdict(old, new, floor_ms=0.1, thresholds=wide)["outcome"] == "no regression"
 
 
@@ -497,7 +497,7 @@ def test_comparing_needs_the_core_package_alone() -> None:
 def test_every_key_of_the_document_is_documented() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
     for name in (
-        *metrics.METRICS,
+        *run_metrics.METRICS,
         "cosine_p1",
         "recall_at_10",
         "repeats_needed",

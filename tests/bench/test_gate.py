@@ -13,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from inferctl.bench import receipt
-from inferctl.bench.judge import comparable, compare, metrics
+from inferctl.bench.judge import comparable, compare, run_metrics
 from inferctl.bench.plan import plan
 from inferctl.errors import UsageError
 
@@ -90,7 +90,9 @@ def test_a_stall_that_a_closed_loop_hides_is_found(answering: Callable[..., str]
         assert one.data["closed_loop"]["summary"]["runs"] == 5
     pair = comparable.ReceiptPair(*receipts)
     assert [reason for reason in comparable.invalid_because(pair, []) if "differ" in reason] == []
-    found = {name: compare.judge(pair, metric, compare.CompareOptions(), 5) for name, metric in metrics.METRICS.items()}
+    found = {
+        name: compare.judge(pair, metric, compare.CompareOptions(), 5) for name, metric in run_metrics.METRICS.items()
+    }
     assert found["p99"].outcome == "regression"
     assert (found["p99"].change or 0) > 1
     # Both receive the same offered rate, so the closed loops show the throughput.

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from inferctl.bench.judge import comparable, metrics, quality_drop, verdict
+from inferctl.bench.judge import comparable, quality_drop, run_metrics, verdict
 from inferctl.bench.judge.comparable import ReceiptPair
 from inferctl.bench.judge.compare_result import (
     CompareResult,
@@ -22,7 +22,7 @@ from inferctl.bench.judge.compare_result import (
     SampleResult,
     facts,
 )
-from inferctl.bench.judge.metrics import METRICS, REJECTED, Metric, RunValues, geometric_mean
+from inferctl.bench.judge.run_metrics import METRICS, REJECTED, Metric, RunValues, geometric_mean
 
 RECOMMENDED_REPEATS = 5
 # The p99 depends on the slowest 1% of a run, and memory on how a process started: both vary more than other metrics.
@@ -62,7 +62,7 @@ def compare(pairs: Sequence[ReceiptPair], notes: Sequence[str], options: Compare
     """Return the result for all pairs. All metrics that are judged share one error rate."""
     reasons = [comparable.invalid_because(pair, options.allow) for pair in pairs]
     judged = [pair for pair, why in zip(pairs, reasons, strict=True) if not why]
-    family = sum(metrics.is_sample(pair, metric) for pair in judged for metric in options.selected)
+    family = sum(run_metrics.is_sample(pair, metric) for pair in judged for metric in options.selected)
     family += sum(_judges_rejected(pair, options) for pair in judged)
     family = max(1, family)
     results = [
@@ -98,10 +98,10 @@ def _invalid(pair: ReceiptPair, reasons: Sequence[str]) -> PairResult:
 
 def judge(pair: ReceiptPair, metric: Metric, options: CompareOptions, family: int) -> MetricResult:
     """Return the verdict on one metric, which shares the error rate with `family` metrics."""
-    values, tolerance = metrics.values(pair, metric), options.tolerance(metric)
-    if not values.missing and metrics.is_single_value(pair, metric):
+    values, tolerance = run_metrics.values(pair, metric), options.tolerance(metric)
+    if not values.missing and run_metrics.is_single_value(pair, metric):
         return _judge_single(metric, max(values.old), max(values.new), tolerance)
-    if not metrics.is_sample(pair, metric):
+    if not run_metrics.is_sample(pair, metric):
         return _too_few(metric, values, tolerance, required=metric.name in options.metrics or metric.name != "memory")
     decide = verdict.paired if pair.interleaved else verdict.unpaired
     effect = decide(values.old, values.new)
@@ -174,7 +174,7 @@ def _judge_rejected(pair: ReceiptPair, options: CompareOptions, family: int) -> 
     """
     if not _judges_rejected(pair, options):
         return []
-    values, floor = metrics.rejected(pair), options.floor_rejected
+    values, floor = run_metrics.rejected(pair), options.floor_rejected
     old, new = (round(math.fsum(side) / len(side), 4) for side in (values.old, values.new))
     sample = SampleResult(True, 0.0, floor, values.old, values.new)
     if values.fewest < verdict.MIN_RUNS:
@@ -195,7 +195,7 @@ def _judges_rejected(pair: ReceiptPair, options: CompareOptions) -> bool:
     """Return whether to judge the share of rejected requests: if it is requested, or if a side rejected any."""
     if options.metrics and REJECTED not in options.metrics:
         return False
-    values = metrics.rejected(pair)
+    values = run_metrics.rejected(pair)
     return bool(options.metrics) or any(values.old) or any(values.new)
 
 

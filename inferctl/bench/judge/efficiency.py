@@ -14,7 +14,7 @@ from inferctl.bench.receipt import JsonObject
 
 
 @dataclass(frozen=True)
-class Price:
+class InstanceCost:
     """The on-demand price of an instance with this hardware, with its source and date."""
 
     provider: str
@@ -34,7 +34,7 @@ class Efficiency:
     joules_per_1000_requests: float | None = None
     joules_per_million_texts: float | None = None
     cpu_seconds_per_1000_requests: float | None = None
-    cost: Sequence[Price] = field(default_factory=list)
+    cost: Sequence[InstanceCost] = field(default_factory=list)
     unknown: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -119,7 +119,7 @@ def _power_of_run(telemetry: JsonObject) -> Power:
     return Power(None, unknown=absent.get("cpu_energy") or absent.get("gpu") or "no energy counter was read")
 
 
-def _prices(hardware: str | None, texts_per_s: float) -> tuple[list[Price], str | None]:
+def _prices(hardware: str | None, texts_per_s: float) -> tuple[list[InstanceCost], str | None]:
     """Return the prices of the catalog for one device, the lowest first, or the reason why there are none."""
     profile = catalog.hardware_profiles().get(hardware or "")
     if profile is None:
@@ -127,7 +127,7 @@ def _prices(hardware: str | None, texts_per_s: float) -> tuple[list[Price], str 
     if not profile.prices:
         return [], f"the catalog has no price for {profile.key}"
     return [
-        Price(
+        InstanceCost(
             price.provider,
             price.instance,
             price.usd_per_hour,
