@@ -116,10 +116,14 @@ class Simulation:
 
     def _start_batches(self, now: float) -> None:
         while len(self._running) + len(self._prefetched) < self._slots + self.batcher.has_full_batch():
-            works = self.batcher.next_batch(now, slots=max(1, self._slots - len(self._running)))
-            if not works:
+            sequences = self.batcher.next_batch(now, slots=max(1, self._slots - len(self._running)))
+            if not sequences:
                 break
-            batch = _Batch(works, sum(work.tokens for work in works), self._cost.batch([work.tokens for work in works]))
+            batch = _Batch(
+                sequences,
+                sum(sequence.tokens for sequence in sequences),
+                self._cost.batch([sequence.tokens for sequence in sequences]),
+            )
             if len(self._running) < self._slots:
                 self._start(batch, now)
             else:
@@ -137,17 +141,17 @@ class Simulation:
         self._busy, self._last = self._busy + batch.seconds, now
         self.batcher.latency.observe(batch.tokens, batch.seconds)
         completed = 0
-        for work in batch.works:
-            self._remaining[work.request] -= 1
-            if not self._remaining[work.request]:
+        for sequence in batch.sequences:
+            self._remaining[sequence.request] -= 1
+            if not self._remaining[sequence.request]:
                 completed += 1
-                self._latency[work.request] = now - self._arrived[work.request]
-                self.batcher.observe(self._predicted[work.request], self._latency[work.request])
+                self._latency[sequence.request] = now - self._arrived[sequence.request]
+                self.batcher.observe(self._predicted[sequence.request], self._latency[sequence.request])
         return completed
 
 
 @dataclass(frozen=True)
 class _Batch:
-    works: list[QueuedSequence]
+    sequences: list[QueuedSequence]
     tokens: int
     seconds: float
