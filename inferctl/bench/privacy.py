@@ -54,7 +54,3 @@ def without_home(value: Any, home: Path | None = None) -> Any:
     if isinstance(value, list | tuple):
         return [without_home(item, home) for item in value]
     return re.sub(rf"(?<![\w.-]){re.escape(folder)}(?![\w.-])", "~", value) if isinstance(value, str) else value
-
-
-# Former name, until all callers have changed.
-traceless = without_trace_folder

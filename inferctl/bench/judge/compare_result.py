@@ -52,7 +52,7 @@ class DifferenceResult:
 
 
 @dataclass(frozen=True)
-class QualityLimits:
+class QualityTolerance:
     """The limits of a quality metric: the largest drop, and the smallest value that the plan allows."""
 
     drop_allowed: float
@@ -72,7 +72,7 @@ class MetricResult:
     repeats_needed: int | None = None
     sample: SampleResult | None = None
     difference: DifferenceResult | None = None
-    limits: QualityLimits | None = None
+    limits: QualityTolerance | None = None
 
     @property
     def change(self) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from inferctl.bench.judge.comparable import ReceiptPair
-from inferctl.bench.judge.compare_result import MetricResult, QualityLimits
+from inferctl.bench.judge.compare_result import MetricResult, QualityTolerance
 
 if TYPE_CHECKING:
     from inferctl.bench.judge.compare import CompareOptions
@@ -64,5 +64,5 @@ def _judge(
         reason=reason or ("" if old is not None else "the old receipt has no value for the same texts"),
         old=old,
         new=new,
-        limits=QualityLimits(drop, least),
+        limits=QualityTolerance(drop, least),
     )

@@ -176,7 +176,3 @@ def _allowed(n: int, q: float) -> int:
 def offsets_s(run: RunRecords, times_ns: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
     """Return seconds after the start of the measurement, shape (n,)."""
     return (times_ns.astype(np.int64) - run.start_ns) / 1e9
-
-
-# Former name, until all callers have changed.
-summarise = summarize

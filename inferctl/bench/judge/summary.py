@@ -266,8 +266,3 @@ def _median(values: npt.NDArray[Any]) -> float | None:
 def _ms(value: float | np.floating[Any]) -> float:
     # Three decimals: nothing here is more exact than a microsecond.
     return round(float(value), 3)
-
-
-# Former names, until all callers have changed.
-Part = RunRecords
-summarise = summarize

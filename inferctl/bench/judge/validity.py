@@ -175,7 +175,3 @@ def _lookup(info: JsonObject, path: Sequence[str]) -> Any:
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
-
-
-# Former names, until all callers have changed.
-both, same, failed = merge, judge_identity, judge_failures

@@ -219,8 +219,3 @@ def _why_inconclusive(worse: float, half_width: float, margin: float) -> str:
 def _variance(values: Sequence[float]) -> float:
     mean = math.fsum(values) / len(values)
     return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-
-
-# Former names, until all callers have changed.
-Limits = Tolerance
-MOST_REPEATS = MAX_REPEATS
