@@ -1,6 +1,6 @@
-"""What can go wrong, and the exit code each kind ends with.
+"""The errors that users can cause or fix, each with a hint and an exit code.
 
-Everything a user can cause or mend is an `InferctlError` with a hint; anything else is a bug and keeps its traceback.
+Any other exception is a bug and keeps its traceback.
 
 | exit code | meaning |
 |---|---|
@@ -20,12 +20,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 EXIT_INTERRUPTED = 130
-# A file of another kind can have thousands of errors; nobody reads more than a screen.
-_MOST_LINES = 20
+# A file of another format can have thousands of errors. This many fit on one screen.
+_MAX_PROBLEMS = 20
 
 
 class InferctlError(Exception):
-    """Something failed in a way the user can understand. `message` says what happened, `hint` what to do next."""
+    """A failure that the user can understand. `message` says what happened, `hint` what to do next."""
 
     exit_code = 1
 
@@ -36,32 +36,32 @@ class InferctlError(Exception):
 
 
 class UsageError(InferctlError):
-    """The command line or a file given to it is wrong."""
+    """The command line, or a file that it names, is wrong."""
 
     exit_code = 2
 
 
 class NotReadyError(InferctlError):
-    """The outside world is not ready: Docker, a registry, a GPU, a port, a disk."""
+    """Something outside inferctl is not ready: Docker, a registry, a GPU, a port or a disk."""
 
     exit_code = 3
 
 
 class NotEnoughEvidenceError(InferctlError):
-    """The samples do not support a verdict either way."""
+    """The samples are too few or too noisy for a verdict."""
 
     exit_code = 4
 
 
 class InvalidRunError(InferctlError):
-    """A measurement happened under conditions that make its numbers worthless."""
+    """A measurement is invalid because of the conditions under which it ran."""
 
     exit_code = 5
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake in a file: where it is (`line` counts from 1; None when the file says nothing there), what, and the way out."""
+    """One error in a file: the key (`path`), the message, the line (from 1; None if the key is absent) and a hint."""
 
     path: str
     message: str
@@ -70,7 +70,7 @@ class Problem:
 
 
 class SpecError(UsageError):
-    """All the mistakes of one file at once; `file` is None when there is only the command line and the environment."""
+    """All errors of one file. `file` is None if the settings come only from the command line and the environment."""
 
     def __init__(self, file: str | None, problems: list[Problem]) -> None:
         self.file = file
@@ -78,11 +78,14 @@ class SpecError(UsageError):
         if len(problems) == 1:
             message, hint = f"{_at(file, problems[0])}{problems[0].message}", problems[0].hint
         else:
-            lines = [f"{_at(file, p)}{p.message}" + (f" - {p.hint}" if p.hint else "") for p in problems[:_MOST_LINES]]
+            lines = [
+                f"{_at(file, p)}{p.message}" + (f" - {p.hint}" if p.hint else "") for p in problems[:_MAX_PROBLEMS]
+            ]
             if more := len(problems) - len(lines):
                 lines.append(f"and {more:,} more")
-            message, hint = "\n".join([f"{len(problems)} mistakes", *lines]), None
-        super().__init__(message, hint or "`inferctl schema` prints every key; docs/reference.md explains them")
+            where = f" in {file}" if file else ""
+            message, hint = "\n".join([f"{len(problems)} errors{where}", *lines]), None
+        super().__init__(message, hint or "`inferctl schema` describes every key")
 
 
 def _at(file: str | None, problem: Problem) -> str:
@@ -90,15 +93,15 @@ def _at(file: str | None, problem: Problem) -> str:
 
 
 def shown(value: object) -> str:
-    """The value as an error shows it: its `repr`, at most 80 characters."""
+    """Return the `repr` of a value, truncated to 80 characters, for an error message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str | None:
-    """`did you mean x?` for what starts with `word`, else for the closest of `words`; None when nothing is close."""
+    """Return `did you mean x?` for words that start with `word`, else for the closest one; None if none is close."""
     known = list(words)
-    # Somebody who types `a100` means one of the a100s, not an `a10`, however close that is. Slices are named whole.
+    # `a100` means one of the a100 keys, although `a10` is closer. MIG slices are left out: each GPU has several.
     longer = [candidate for candidate in known if candidate.startswith(word.lower()) and "-mig-" not in candidate]
     close = (longer if word else []) or difflib.get_close_matches(word, known, 1, cutoff=0.5)
     if not close:

@@ -155,4 +155,4 @@ def test_one_package_is_upgraded_and_the_others_stay(tmp_path: Path) -> None:
 def test_a_package_that_the_locks_do_not_have_cannot_be_upgraded(tmp_path: Path) -> None:
     done = lock("--output", copied(tmp_path, "ngc25.12"), "--upgrade-package", "nothing-of-this-name")
     assert done.returncode == 2
-    assert "have no package nothing-of-this-name" in done.stderr
+    assert "package nothing-of-this-name not found in the locks" in done.stderr

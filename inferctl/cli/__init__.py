@@ -1,7 +1,7 @@
-"""The command line: one thin file a verb. This file turns an `InferctlError` into message and exit code; `console.py` alone prints.
+"""The command line: one module per command, imported only if that command runs.
 
-A verb's file is imported when that verb runs. Nothing heavy is imported here or at the top of such a file:
-`inferctl --help` must cost little more than importing Typer.
+This module turns an `InferctlError` into a message and an exit code. Only `console.py` prints. No module imports heavy
+packages at its top: `inferctl --help` must cost little more than `import typer`.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from inferctl.errors import EXIT_INTERRUPTED, InferctlError, NotReadyError, Usag
 class Root(LazyGroup):
     """The commands of `inferctl`."""
 
-    # The order is that of `inferctl --help`: the way of a model from a file to a measured container, then the rest.
+    # The order of `inferctl --help`: from a spec to a measured container, then the other commands.
     table: ClassVar = {
         "init": Command("inferctl.cli.init", "init", "Write a commented inferctl.yaml."),
-        "check": Command("inferctl.cli.check", "check", "Validate the spec; say what fits which hardware."),
-        "pin": Command("inferctl.cli.pin", "pin", "Write digests and commits into the spec."),
-        "render": Command("inferctl.cli.render", "render", "Print the Dockerfile, or write all it needs."),
-        "build": Command("inferctl.cli.build", "build", "Build, verify, name and push the image."),
-        "verify": Command("inferctl.cli.verify", "verify", "Check an image: start it, compare with fp32."),
-        "push": Command("inferctl.cli.push", "push", "Push an image; print its name@digest."),
-        "pull": Command("inferctl.cli.pull", "pull", "Pull an image; print its name@digest."),
-        "serve": Command("inferctl.cli.serve", "serve", "Serve embeddings over HTTP, OpenAI-compatible."),
+        "check": Command("inferctl.cli.check", "check", "Check the spec, and on which hardware it can run."),
+        "pin": Command("inferctl.cli.pin", "pin", "Write image digests and model commits into the spec."),
+        "render": Command("inferctl.cli.render", "render", "Print the Dockerfile, or write its build context."),
+        "build": Command("inferctl.cli.build", "build", "Build, verify, tag and push the image."),
+        "verify": Command("inferctl.cli.verify", "verify", "Start an image and compare its vectors with fp32."),
+        "push": Command("inferctl.cli.push", "push", "Push an image and print its name@digest."),
+        "pull": Command("inferctl.cli.pull", "pull", "Pull an image and print its name@digest."),
+        "serve": Command("inferctl.cli.serve", "serve", "Serve embeddings with an OpenAI-compatible API."),
         "bench": Command("inferctl.cli.bench", "bench", "Measure latency, throughput and quality."),
-        "compare": Command("inferctl.cli.compare", "compare", "Say whether a measurement became worse."),
+        "compare": Command("inferctl.cli.compare", "compare", "Compare two benchmarks and detect regressions."),
         "estimate": Command(
             "inferctl.cli.estimate", "estimate", "Estimate latency, throughput and cost on other hardware."
         ),
-        "capacity": Command("inferctl.cli.capacity", "capacity", "Turn a receipt into capacity.json."),
-        "doctor": Command("inferctl.cli.doctor", "doctor", "Say what this machine can do."),
-        "config": Command("inferctl.cli.settings", "config", "Print each setting and where it came from."),
+        "capacity": Command("inferctl.cli.capacity", "capacity", "Write the measured capacity from a receipt."),
+        "doctor": Command("inferctl.cli.doctor", "doctor", "Check what this machine can build, serve and measure."),
+        "config": Command("inferctl.cli.settings", "config", "Print each setting and its source."),
         "schema": Command("inferctl.cli.settings", "schema", "Print the JSON Schema of inferctl.yaml."),
-        "lock": Command("inferctl.cli.lock", "lock", "Resolve the hashed locks of an image."),
-        "catalog": Command("inferctl.cli.catalog", "app", "Known bases, stacks, hardware; with sources."),
+        "lock": Command("inferctl.cli.lock", "lock", "Resolve the hashed package locks of an image."),
+        "catalog": Command("inferctl.cli.catalog", "app", "List known base images, torch stacks and hardware."),
     }
 
 
 app = typer.Typer(
     cls=Root,
     name="inferctl",
-    help="Build, serve and benchmark model containers: one spec file, one standard image, numbers you can defend.",
-    epilog="Start with `inferctl init`, or without any file: `inferctl serve --model DIR`.",
+    help="Build, serve and benchmark containers for embedding models.",
+    epilog="To start, run `inferctl init`, or serve a model without a file: `inferctl serve --model DIR`.",
     invoke_without_command=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -61,8 +61,8 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         console.data(f"inferctl {inferctl.__version__}")
         raise typer.Exit
 
@@ -71,29 +71,29 @@ def _version(wanted: bool) -> None:
 def root(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     console.help_without_command(context)
 
 
-# Failures of the machine that can strike any command, and the way out of each.
-_OF_THE_MACHINE = {
-    errno.ENOSPC: "free some space, or name another folder",
-    errno.EDQUOT: "free some space within your quota, or name another folder",
-    errno.EROFS: "the file system is read-only: name another folder",
+# System errors that can occur in any command, each with its hint.
+_SYSTEM_ERROR_HINTS = {
+    errno.ENOSPC: "free some space, or use another folder",
+    errno.EDQUOT: "free some space within your quota, or use another folder",
+    errno.EROFS: "the file system is read-only: use another folder",
     errno.EACCES: "check the permissions of the file and of its folder",
     errno.EPERM: "check the permissions of the file and of its folder",
-    errno.EIO: "`dmesg` shows what the disk reports",
+    errno.EIO: "check the disk: `dmesg` shows its errors",
     errno.EMFILE: "raise the limit of open files: `ulimit -n 4096`",
-    errno.ENFILE: "the machine has too many open files: close some programs",
-    errno.ELOOP: "a symbolic link leads back to itself: remove it",
+    errno.ENFILE: "too many files are open on this machine: close some programs",
+    errno.ELOOP: "remove the symbolic link that points to itself",
     errno.ENAMETOOLONG: "use a shorter name",
 }
 
 
 def main() -> None:
-    """Run the command line; ends the process with the exit code that `inferctl.errors` documents."""
+    """Run the command line and exit with a code of `inferctl.errors`."""
     streams.guard()
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
@@ -101,26 +101,26 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command and return its exit code; errors are printed, bugs are raised."""
+    """Run one command and return its exit code. Prints an `InferctlError`; other exceptions are bugs and propagate."""
     console.expect_document(bool({"--json", "--format=json"} & {*arguments, *map("=".join, pairwise(arguments))}))
     try:
         try:
             # `inferctl.__main__` blocks these during the imports.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
             code = _run(arguments)
-            # A full disk may show only here.
+            # If the disk is full, the flush may be the first call that fails.
             sys.stdout.flush()
         except InferctlError as error:
             return console.fail(error)
-    # Outside, since Ctrl-C may arrive while the error is printed.
+    # The outer `try` also covers Ctrl-C while an error is printed.
     except (KeyboardInterrupt, typer.Abort):
         code = EXIT_INTERRUPTED
-    # Typer turns Ctrl-C into this exit code.
+    # Typer returns this exit code after Ctrl-C.
     return console.interrupt() if code == EXIT_INTERRUPTED else code
 
 
 def _terminate(*_: object) -> None:
-    """Take SIGTERM, which CI systems send, like Ctrl-C: children end and temporary files go on the way out."""
+    """Handle SIGTERM like Ctrl-C, so that child processes end and temporary files are removed. CI systems send it."""
     raise KeyboardInterrupt
 
 
@@ -131,10 +131,12 @@ def _run(arguments: list[str]) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "inferctl"
         message = error.format_message().rstrip(".").replace("Input should", "must")
-        hint = f"`{command} --help` lists what it takes"
+        hint = f"see `{command} --help`"
         raise UsageError(message[:1].lower() + message[1:], hint) from None
     except OSError as error:
-        if error.errno not in _OF_THE_MACHINE:
+        if error.errno not in _SYSTEM_ERROR_HINTS:
             raise
         where = f": {error.filename}" if error.filename else ""
-        raise NotReadyError(f"{(error.strerror or str(error)).lower()}{where}", _OF_THE_MACHINE[error.errno]) from None
+        raise NotReadyError(
+            f"{(error.strerror or str(error)).lower()}{where}", _SYSTEM_ERROR_HINTS[error.errno]
+        ) from None

@@ -1,4 +1,4 @@
-"""`inferctl bench`: run a plan, show the comparison, leave receipts and a report."""
+"""`inferctl bench`: run a benchmark plan, print the result table and write receipts and a report."""
 
 from __future__ import annotations
 
@@ -13,15 +13,25 @@ if TYPE_CHECKING:
     from inferctl.bench.measure.outcome import Outcome
     from inferctl.bench.report.receipts import Context
     from inferctl.bench.report.result import Result
-    from inferctl.cli import bench_setup
+    from inferctl.cli.bench_setup import PreparedBench
 
-EPILOG = """Examples: `inferctl bench --model DIR --plan quick` compares precisions in about three minutes;
-`inferctl bench -p bf16 --rate 50` offers 50 requests/s whatever the server does;
-`inferctl bench -p bf16 --search --slo 100` finds the highest rate whose p99 stays within 100 ms;
-`inferctl bench -p bf16 --batch-tokens 4096 --batch-tokens 16384 --corpus short --corpus mixed` measures every combination;
-`inferctl bench --url t4=http://10.0.0.7:8080` measures a server that runs already;
-`inferctl bench --url vllm=http://10.0.0.7:8000 --api-key-env VLLM_API_KEY` measures one of vLLM that requires a key;
-`inferctl bench --resume bench-results/precision-20260102-030405` goes on where a bench was cut short."""
+EPILOG = """\b
+Examples:
+  # Compare fp16, bf16 and int8 in about three minutes
+  inferctl bench --model DIR --plan quick
+  # Send 50 requests/s, even if the server responds more slowly
+  inferctl bench -p bf16 --rate 50
+  # Find the highest rate whose p99 stays within 100 ms
+  inferctl bench -p bf16 --search --slo 100
+  # Measure every combination of batch limit and corpus
+  inferctl bench -p bf16 --batch-tokens 4096 --batch-tokens 16384 --corpus short --corpus mixed
+  # Measure a running server
+  inferctl bench --url t4=http://10.0.0.7:8080
+  # Measure a running server that requires an API key
+  inferctl bench --url vllm=http://10.0.0.7:8000 --api-key-env VLLM_API_KEY
+  # Resume an interrupted benchmark
+  inferctl bench --resume bench-results/precision-20260102-030405
+"""
 
 Precisions = Annotated[
     list[str] | None,
@@ -30,12 +40,12 @@ Precisions = Annotated[
         "-p",
         metavar="NAME",
         autocompletion=completion.PRECISIONS,
-        help="Instead of the plan's: fp32, fp16, bf16 or int8; repeatable.",
+        help="Measure fp32, fp16, bf16 or int8; repeatable. [default: the plan's]",
     ),
 ]
 BatchTokens = Annotated[
     list[int] | None,
-    typer.Option("--batch-tokens", metavar="N", help="Tokens of one forward pass at most; repeat for a matrix."),
+    typer.Option("--batch-tokens", metavar="N", help="Limit a forward pass to N tokens; repeat to compare limits."),
 ]
 Corpora = Annotated[
     list[str] | None,
@@ -43,18 +53,18 @@ Corpora = Annotated[
         "--corpus",
         metavar="NAME",
         autocompletion=completion.CORPORA,
-        help="Set the texts: short, paragraphs, mixed, passages or a file; repeat for a matrix.",
+        help="Send texts of short, paragraphs, mixed, passages or a file; repeat to compare.",
     ),
 ]
 Urls = Annotated[
-    list[str] | None, typer.Option("--url", metavar="NAME=URL", help="Measure a server that runs already; repeatable.")
+    list[str] | None, typer.Option("--url", metavar="NAME=URL", help="Measure this running server; repeatable.")
 ]
 Headers = Annotated[
     list[str] | None,
     typer.Option(
         "--header",
         metavar="'NAME: VALUE'",
-        help="Send this header to the servers of --url; repeatable. Other users see it in the list of processes.",
+        help="Send this header to the --url servers; repeatable. `ps` shows its value.",
     ),
 ]
 ApiKeyEnv = Annotated[
@@ -62,7 +72,7 @@ ApiKeyEnv = Annotated[
     typer.Option(
         "--api-key-env",
         metavar="VARIABLE",
-        help="Send the key in this environment variable to the servers of --url, as Authorization: Bearer.",
+        help="Send the API key in this variable to the --url servers as a Bearer token.",
     ),
 ]
 ServedModel = Annotated[
@@ -70,7 +80,7 @@ ServedModel = Annotated[
     typer.Option(
         "--served-model",
         metavar="NAME",
-        help="Set the model name in requests to the servers of --url; default is the first that a server lists.",
+        help="Request this model from the --url servers. [default: the first they list]",
     ),
 ]
 Hardware = Annotated[
@@ -79,7 +89,7 @@ Hardware = Annotated[
         "--hardware",
         metavar="KEY,...",
         autocompletion=completion.HARDWARE,
-        help="Parts to show beside: estimated where this machine is not one.",
+        help="Add estimated rows for this hardware; repeatable.",
     ),
 ]
 PlanName = Annotated[
@@ -88,9 +98,19 @@ PlanName = Annotated[
         "--plan",
         metavar="NAME",
         autocompletion=completion.PLANS,
-        help="A plan of benchmarks/plans (quick, precision, search, ...), or a YAML file.",
+        help="Run quick, precision, search, spike, gate or a YAML file. [default: the spec's]",
     ),
 ]
+Duration = Annotated[
+    float | None, typer.Option(metavar="SECONDS", help="Measure each run for this time. [default: the plan's]")
+]
+Users = Annotated[
+    int | None, typer.Option(metavar="N", help="Send a closed loop of N concurrent users. [default: the plan's]")
+]
+Rate = Annotated[
+    float | None, typer.Option(metavar="N", help="Send an open loop of N requests/s. [default: the plan's load]")
+]
+Search = Annotated[bool, typer.Option("--search", help="Find the highest rate that meets the p99 SLO.")]
 Slo = Annotated[
     float | None,
     typer.Option(
@@ -98,7 +118,7 @@ Slo = Annotated[
         metavar="MS",
         min=options.MIN_SLO_MS,
         max=options.MAX_SLO_MS,
-        help="The p99 that must hold, instead of the spec's slo.p99_ms.",
+        help="Set the p99 SLO in milliseconds. [default: slo.p99_ms of the spec]",
     ),
 ]
 Budget = Annotated[
@@ -106,12 +126,21 @@ Budget = Annotated[
     typer.Option(
         "--budget",
         metavar="TIME",
-        help="Limit the searches of all servers together to this time: seconds, or as in 5m or 1.5h.",
+        help="Limit all searches together to this time: 300 (seconds), 5m or 1.5h.",
     ),
 ]
-Neighbours = Annotated[
+Repeats = Annotated[int | None, typer.Option(metavar="N", help="Run each configuration N times. [default: the plan's]")]
+Workers = Annotated[
+    int | None, typer.Option(metavar="N", help="Send the load from N processes. [default: the plan's, usually 1]")
+]
+Neighbors = Annotated[
     int | None,
-    typer.Option("--neighbours", metavar="N", help="Also measure beside N busy servers on the same device, in turns."),
+    typer.Option(
+        "--neighbors",
+        "--neighbours",
+        metavar="N",
+        help="Repeat each run with N loaded servers on the same device.",
+    ),
 ]
 ErrorBudget = Annotated[
     float | None,
@@ -120,22 +149,22 @@ ErrorBudget = Annotated[
         metavar="PERCENT",
         min=0,
         max=100,
-        help="Requests that may fail before a result is invalid, instead of the plan's 0.1.",
+        help="Set the share of failed requests above which a result is invalid. [default: the plan's, 0.1]",
     ),
 ]
 Output = Annotated[
-    Path, typer.Option("--output", "-o", metavar="DIR", help="Where receipts, records, logs and the report go.")
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Write receipts, records, logs and the report below DIR.")
 ]
 Report = Annotated[
     Path | None,
-    typer.Option("--report", metavar="FILE", help="The HTML report; default is report.html in the output folder."),
+    typer.Option("--report", metavar="FILE", help="Write the HTML report to FILE. [default: report.html in DIR]"),
 ]
 Resume = Annotated[
     Path | None,
-    typer.Option("--resume", metavar="DIR", help="Go on with the bench in this folder, as it began; takes no plan."),
+    typer.Option("--resume", metavar="DIR", help="Resume the interrupted benchmark in DIR with its original options."),
 ]
-# A key is in no file: a bench that goes on needs it again.
-_WITH_RESUME = ("resume", "report", "json_", "header")
+# Headers are needed again because no file of a benchmark has their values.
+_ALLOWED_WITH_RESUME = ("resume", "report", "json_", "header")
 
 
 def bench(
@@ -151,46 +180,37 @@ def bench(
     api_key_env: ApiKeyEnv = None,
     served_model: ServedModel = None,
     hardware: Hardware = None,
-    duration: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Seconds to measure, instead of the plan's.")
-    ] = None,
-    users: Annotated[
-        int | None,
-        typer.Option(help="Set the users of a closed loop; default is the plan's, which may be found first (auto)."),
-    ] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="Open loop at this many requests/s, instead of the plan's load.")
-    ] = None,
-    search: Annotated[bool, typer.Option("--search", help="Find the highest rate whose p99 holds the SLO.")] = False,
+    duration: Duration = None,
+    users: Users = None,
+    rate: Rate = None,
+    search: Search = False,
     slo: Slo = None,
     budget: Budget = None,
-    repeats: Annotated[int | None, typer.Option(help="Runs of each configuration, instead of the plan's.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes that make the load, when one core is not enough.")
-    ] = None,
-    neighbours: Neighbours = None,
+    repeats: Repeats = None,
+    workers: Workers = None,
+    neighbours: Neighbors = None,
     error_budget: ErrorBudget = None,
     output: Output = Path("bench-results"),
     report: Report = None,
     resume: Resume = None,
     json_: options.Json = False,
 ) -> None:
-    """Measure latency, throughput and quality of each configuration, or of running servers.
+    """Measure latency, throughput and quality of each configuration or running server.
 
-    A bench that was cut short, even killed, goes on with --resume: complete runs are kept, a half-done one is made again.
+    If a benchmark is interrupted, continue it with --resume. Completed runs are kept; an incomplete run is repeated.
     """
     from inferctl import outputs
-    from inferctl.cli import bench_setup
+    from inferctl.cli import bench_options, bench_setup
 
     _require_packages()
     if report is not None:
-        read = [options.spec_path(spec_file), *(Path(name) for name in (plan, model, *(corpus or [])) if name)]
+        inputs = [options.spec_path(spec_file), *(Path(name) for name in (plan, model, *(corpus or [])) if name)]
         if resume:
-            read += [resume / name for name in ("bench.json", "runs", "receipts")]
-        outputs.check(report, "--report", parents=True, inputs=read)
+            inputs += [resume / name for name in ("bench.json", "runs", "receipts")]
+        outputs.check(report, "--report", parents=True, inputs=inputs)
     if resume:
-        _alone_with_resume(context)
-        ready = bench_setup.go_on(resume, header or [])
+        _reject_options_with_resume(context)
+        prepared = bench_setup.prepare_resumed(resume, header or [])
     else:
         overrides: dict[str, Any] = {
             "users": users,
@@ -200,53 +220,55 @@ def bench(
             "load": {"workers": workers},
             "batch_tokens": batch_tokens,
             "corpora": corpus,
-            "hardware": bench_setup.hardware(hardware or []),
+            "hardware": bench_options.parse_hardware(hardware or []),
             "search": {"slo_p99_ms": slo} if search else None,
             "slo_p99_ms": slo,
-            "budget_s": None if budget is None else bench_setup.seconds(budget),
+            "budget_s": None if budget is None else bench_options.parse_seconds(budget),
             "neighbours": neighbours,
             "error_budget_percent": error_budget,
         }
-        reach = bench_setup.Reach(header or [], api_key_env, served_model)
-        given = bench_setup.Given(spec_file, model, plan, precision or [], url or [], overrides, slo, output, reach)
-        ready = bench_setup.start(given)
-    _run(ready, report, json_)
+        access = bench_options.AccessOptions(header or [], api_key_env, served_model)
+        given = bench_options.BenchOptions(
+            spec_file, model, plan, precision or [], url or [], overrides, slo, output, access
+        )
+        prepared = bench_setup.prepare_new(given)
+    _run(prepared, report, json_)
 
 
-def _run(ready: bench_setup.Ready, report: Path | None, json_: bool) -> None:
+def _run(prepared: PreparedBench, report: Path | None, json_: bool) -> None:
     from inferctl.bench.measure import resume, runner
     from inferctl.bench.report import receipts
     from inferctl.bench.report import result as results
     from inferctl.cli import bench_progress
 
-    work, context, outcomes = ready.work, ready.context, ready.outcomes
+    work, context, outcomes = prepared.work, prepared.context, prepared.outcomes
     page = (report or work.output / "report.html").resolve()
-    again = f"inferctl bench --resume {_shown(work.output)}"
+    resume_command = f"inferctl bench --resume {_relative(work.output)}"
     with resume.lock(work.output):
         done = resume.restore(work.output, work.order, outcomes)
         total = len(work.order)
         console.note(
-            f"{done} of {total} runs are complete, {total - done} to go"
+            f"{done} of {total} runs are complete, {total - done} remain"
             if done
-            else f"results go to {_shown(work.output)}; if this is cut short: {again}"
+            else f"writing results to {_relative(work.output)}; to resume after an interruption: {resume_command}"
         )
-        if said := bench_progress.forecast(work):
-            console.note(said)
+        if search_forecast := bench_progress.forecast(work):
+            console.note(search_forecast)
         try:
-            with bench_progress.Show(bench_progress.expected(work), done) as show:
-                runner.run(work, outcomes, show.tell, lambda outcome: receipts.write_all(context, [outcome]))
+            with bench_progress.ProgressView(bench_progress.expected(work), done) as view:
+                runner.run(work, outcomes, view.update, lambda outcome: receipts.write_all(context, [outcome]))
         except BaseException:
             if any(outcome.measurements for outcome in outcomes):
-                _keep(context, outcomes, page, json_)
-            console.note(f"to go on where this stopped: {again}")
+                _write_results(context, outcomes, page, json_)
+            console.note(f"to resume this benchmark: {resume_command}")
             raise
-        result = _keep(context, outcomes, page, json_)
+        result = _write_results(context, outcomes, page, json_)
         if problem := results.problem(result):
             raise problem
 
 
-def _keep(context: Context, outcomes: list[Outcome], page: Path, json_: bool) -> Result:
-    """Seal what was measured, write the report, show the comparison."""
+def _write_results(context: Context, outcomes: list[Outcome], page: Path, json_: bool) -> Result:
+    """Write receipts, result.json and the report, print the result, and return it."""
     from inferctl.bench.report import html, receipts, terminal
     from inferctl.bench.report import result as results
 
@@ -256,7 +278,7 @@ def _keep(context: Context, outcomes: list[Outcome], page: Path, json_: bool) ->
     try:
         html.write(page, result, sealed)
     finally:
-        # A report that cannot be written must not hide what was measured.
+        # If the report cannot be written, the measured figures are still printed.
         if json_:
             console.document(result.as_dict())
         else:
@@ -274,23 +296,23 @@ def _require_packages() -> None:
     missing = [name for name in ("locust", "numpy") if find_spec(name) is None]
     if missing:
         raise NotReadyError(
-            f"{', '.join(missing)} not installed, which benchmarks need", "pip install 'inferctl[bench]'"
+            f"benchmarks require {' and '.join(missing)}, not installed", "pip install 'inferctl[bench]'"
         )
 
 
-def _alone_with_resume(context: typer.Context) -> None:
-    """A bench goes on as it began, so nothing of it can be given again."""
+def _reject_options_with_resume(context: typer.Context) -> None:
+    """Raise `UsageError` if the command line has an option that the interrupted benchmark already defines."""
     from inferctl.errors import UsageError
 
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
-        if source and source.name == "COMMANDLINE" and parameter.name not in _WITH_RESUME:
+        if source and source.name == "COMMANDLINE" and parameter.name not in _ALLOWED_WITH_RESUME:
             raise UsageError(
-                f"{parameter.opts[0]} cannot be given with --resume: a bench goes on as it began",
-                "leave it out, or start a new bench",
+                f"`{parameter.opts[0]}` is not allowed with `--resume`, which uses the original options",
+                f"remove `{parameter.opts[0]}`, or start a new benchmark without `--resume`",
             )
 
 
-def _shown(path: Path) -> Path:
-    """As it is typed from here."""
+def _relative(path: Path) -> Path:
+    """Return `path` relative to the working directory if it is below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

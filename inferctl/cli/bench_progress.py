@@ -1,4 +1,7 @@
-"""Progress of a benchmark on stderr: what has ended stays as a line, below it one live line; without a terminal a line for each phase."""
+"""Progress of a benchmark on stderr.
+
+On a terminal, one live line is below the lines of completed runs. Elsewhere each phase prints one line.
+"""
 
 from __future__ import annotations
 
@@ -12,45 +15,51 @@ from inferctl.cli import console
 if TYPE_CHECKING:
     from inferctl.bench.measure.runner import Bench, Progress
 
-# What a run takes beside its load: the server's start and end, Locust's start, the quality check.
-AROUND_S = 12.0
+# Time of a run outside its load: start and end of the server, start of Locust, quality check.
+OVERHEAD_S = 12.0
 
 
 def expected(work: Bench) -> list[float]:
-    """Seconds that each run of a bench should take, in order: a guess, corrected by the runs as they end."""
+    """Return the forecast seconds of each run, in the order of the runs. `ProgressView` corrects them as runs end."""
     from inferctl.bench.measure import search
 
-    named = {target.name: work.load_of(target) for target in work.targets}
+    loads = {target.name: work.load_of(target) for target in work.targets}
     settings = work.plan.search
 
     def seconds(name: str) -> float:
-        load = named[name]
+        load = loads[name]
         if settings:
-            return search.forecast(settings, load, work.search_s).seconds + AROUND_S
-        closed = load.warmup_s / 2 + load.capacity_s + AROUND_S / 4 if load.capacity_percent else 0.0
-        return closed + load.warmup_s / 2 + load.duration_s + AROUND_S
+            return search.forecast(settings, load, work.search_s).seconds + OVERHEAD_S
+        closed = load.warmup_s / 2 + load.capacity_s + OVERHEAD_S / 4 if load.capacity_percent else 0.0
+        return closed + load.warmup_s / 2 + load.duration_s + OVERHEAD_S
 
     return [seconds(run.configuration) for run in work.order]
 
 
 def forecast(work: Bench) -> str | None:
-    """Return how long a search will take and how close its rates will be; None for other benches."""
+    """Return how long a search will take and how close its rates will be; None for other benchmarks."""
     from inferctl.bench.measure import search
 
     settings = work.plan.search
     if not settings:
         return None
-    each = [search.forecast(settings, work.load_of(target), work.search_s) for target in work.targets]
-    took = duration(sum(one.seconds for one in each) + AROUND_S * len(each))
-    close = f"rates about {max(one.resolution for one in each):.0%} apart around the limit"
+    forecasts = [search.forecast(settings, work.load_of(target), work.search_s) for target in work.targets]
+    total = duration(sum(each.seconds for each in forecasts) + OVERHEAD_S * len(forecasts)).removeprefix("~")
+    resolution = f"{max(each.resolution for each in forecasts):.0%}"
     if settings.budget_s is None:
-        return f"this search takes about {took.removeprefix('~')}: {close}"
-    used = "all of" if any(one.short for one in each) else "less than"
-    return f"the budget of {settings.budget_s:g} s buys {close}; the search takes {used} it"
+        return f"this search takes about {total}; near the limit, its rates differ by about {resolution}"
+    used = "uses all of" if any(each.short for each in forecasts) else "needs less than"
+    return (
+        f"this search {used} its budget of {settings.budget_s:g} s;"
+        f" near the limit, its rates differ by about {resolution}"
+    )
 
 
-class Show:
-    """Shows what `runner.run` tells; use it as a context manager. `expected_s` is a first guess of what each run takes, `done` how many are."""
+class ProgressView:
+    """Shows the progress that `runner.run` reports. Use it as a context manager.
+
+    `expected_s` is the forecast of each run in seconds, `done` the number of runs that are complete at the start.
+    """
 
     def __init__(self, expected_s: Sequence[float], done: int = 0) -> None:
         self._expected, self._done = list(expected_s), done
@@ -58,10 +67,11 @@ class Show:
         self._spinner: Any = None
         self._start = time.monotonic()
         self._last: tuple[str, int, str] | None = None
-        self._number, self._began = 0, 0.0
-        self._took: list[tuple[float, float]] = []
+        self._number, self._run_start = 0, 0.0
+        # Forecast and actual seconds of each run that ended.
+        self._durations: list[tuple[float, float]] = []
 
-    def __enter__(self) -> Show:
+    def __enter__(self) -> ProgressView:
         if sys.stderr.isatty():
             from rich.live import Live
             from rich.spinner import Spinner
@@ -75,47 +85,48 @@ class Show:
         if self._live:
             self._live.stop()
 
-    def tell(self, progress: Progress) -> None:
-        """Take in what is happening now."""
+    def update(self, progress: Progress) -> None:
+        """Show a new state of the benchmark."""
         if progress.number != self._number:
             if self._number and progress.number:
-                self._took.append((self._expected[self._number - 1], time.monotonic() - self._began))
-            self._number, self._began = progress.number, time.monotonic()
+                self._durations.append((self._expected[self._number - 1], time.monotonic() - self._run_start))
+            self._number, self._run_start = progress.number, time.monotonic()
         if progress.done is not None:
-            self._say(f"[{progress.number}/{progress.total}] {progress.name} · {progress.done}")
+            self._print(f"[{progress.number}/{progress.total}] {progress.name} · {progress.done}")
             return
-        left = self.left_s(progress)
+        remaining = self.remaining_s(progress)
         key = (progress.name, progress.number, progress.phase)
         if self._live:
-            self._live.update(self._drawn(progress, left))
+            self._live.update(self._rendered(progress, remaining))
         elif key != self._last:
-            self._say(f"{line(progress)} · {duration(left)} left")
+            self._print(f"{line(progress)} · {duration(remaining)} left")
         self._last = key
 
-    def _drawn(self, progress: Progress, left_s: float) -> Any:
-        """Two rows: the whole bench with the time left, and what happens now."""
+    def _rendered(self, progress: Progress, remaining_s: float) -> Any:
+        """Return two rows: the whole benchmark with the time left, and the current phase."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
-        passed = time.monotonic() - self._start
+        elapsed = time.monotonic() - self._start
         whole = Table.grid(padding=(0, 1))
-        share = ProgressBar(total=max(passed + left_s, 1e-9), completed=passed, width=24)
-        whole.add_row(share, f"{self._done + len(self._took)} of {progress.total} runs · {duration(left_s)} left")
+        bar = ProgressBar(total=max(elapsed + remaining_s, 1e-9), completed=elapsed, width=24)
+        done = self._done + len(self._durations)
+        whole.add_row(bar, f"{done} of {progress.total} runs · {duration(remaining_s)} left")
         self._spinner.update(text=Text(line(progress), no_wrap=True, overflow="ellipsis"))
         return Group(whole, self._spinner)
 
-    def left_s(self, progress: Progress) -> float:
-        """Seconds left of the whole bench: what is to come by the guess, times how wrong the guess was for the runs that ended."""
-        guessed, took = (sum(column) for column in zip(*self._took, strict=True)) if self._took else (1.0, 1.0)
-        ratio = took / guessed
+    def remaining_s(self, progress: Progress) -> float:
+        """Return the seconds left: the forecast, times the ratio of actual to forecast time of the runs that ended."""
+        pairs = self._durations or [(1.0, 1.0)]
+        ratio = sum(actual for _, actual in pairs) / sum(forecast for forecast, _ in pairs)
         if not progress.number:
             return ratio * sum(self._expected[self._done :])
-        this = ratio * self._expected[progress.number - 1] - (time.monotonic() - self._began)
-        return max(this, 0) + ratio * sum(self._expected[progress.number :])
+        current = ratio * self._expected[progress.number - 1] - (time.monotonic() - self._run_start)
+        return max(current, 0) + ratio * sum(self._expected[progress.number :])
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self._live:
             self._live.console.print(text, markup=False, highlight=False)
         else:
@@ -123,7 +134,10 @@ class Show:
 
 
 def line(progress: Progress) -> str:
-    """As in `[2/6] bf16 · measure · 312 req/s · p50 24.1 p99 40.0 ms`; fits 80 columns, of long names the beginning is shown."""
+    """Return a line such as `[2/6] bf16 · measure · 312 req/s · p50 24.1 p99 40.0 ms`, at most 80 columns wide.
+
+    Names longer than 22 characters are truncated.
+    """
     name = progress.name if len(progress.name) <= 22 else f"{progress.name[:21]}…"
     parts = [
         f"[{progress.number}/{progress.total}] {name}" if progress.number else name,
@@ -138,7 +152,7 @@ def line(progress: Progress) -> str:
 
 
 def duration(seconds: float) -> str:
-    """As in `50 s`, `7 min`, `2.5 h`: no more digits than a guess has."""
+    """Return `~50 s`, `~7 min` or `~2.5 h`, rounded because the value is a forecast."""
     if seconds < 100:
         return f"~{seconds:.0f} s"
     return f"~{seconds / 60:.0f} min" if seconds < 5400 else f"~{seconds / 3600:.1f} h"

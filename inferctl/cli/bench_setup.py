@@ -1,12 +1,16 @@
-"""From the options of `inferctl bench`, or from the folder of a bench that was cut short, to something that can run. Nothing is started here."""
+"""Prepare a benchmark, from the options of `inferctl bench` or from the folder of an interrupted benchmark.
+
+Every check that needs no server runs here. Nothing is started.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inferctl.cli import console, options
+from inferctl.cli import bench_checks, console, options
+from inferctl.cli.bench_options import AccessOptions, BenchOptions, parse_hardware, parse_target
 
 if TYPE_CHECKING:
     from inferctl.bench.load.target import Access
@@ -19,61 +23,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Reach:
-    """How the command line says that servers at --url are reached."""
-
-    headers: list[str] = field(default_factory=list, repr=False)
-    api_key_env: str | None = None
-    served_model: str | None = None
-
-    def access(self) -> Access:
-        """Return the headers and the model name. Raises `UsageError`."""
-        import os
-
-        from inferctl.bench.load.target import Access
-        from inferctl.errors import UsageError
-
-        headers = dict(_header(text) for text in self.headers)
-        if self.api_key_env is not None:
-            if not (key := os.environ.get(self.api_key_env, "")):
-                raise UsageError(
-                    f"the environment variable {self.api_key_env} is not set",
-                    f"set it to the key: `export {self.api_key_env}=...`",
-                )
-            if not key.isascii() or not key.isprintable():
-                raise UsageError(
-                    f"the key in {self.api_key_env} has characters that a header cannot have",
-                    "check the variable for a line break at its end",
-                )
-            if any(name.lower() == "authorization" for name in headers):
-                raise UsageError("both --api-key-env and --header set Authorization", "leave one of the two out")
-            headers["Authorization"] = f"Bearer {key}"
-        return Access(headers, self.served_model)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what a bench writes down of it: no value of a header."""
-        names = sorted(_header(text)[0].lower() for text in self.headers)
-        return {"headers": names, "api_key_env": self.api_key_env, "served_model": self.served_model}
-
-
-@dataclass(frozen=True)
-class Given:
-    """What the command line says; None and empty are not given."""
-
-    spec_file: Path | None = None
-    model: str | None = None
-    plan: str | None = None
-    precisions: list[str] = field(default_factory=list)
-    urls: list[str] = field(default_factory=list)
-    overrides: dict[str, Any] = field(default_factory=dict)
-    slo_p99_ms: float | None = None
-    output: Path = Path("bench-results")
-    reach: Reach = field(default_factory=Reach)
-
-
-@dataclass(frozen=True)
-class Ready:
-    """Everything that can be wrong was found."""
+class PreparedBench:
+    """A benchmark that passed every check and can run."""
 
     work: Bench
     context: Context
@@ -81,8 +32,8 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What both ways lead to: the bench as it was asked for, before its folder."""
+class _Definition:
+    """What a new and a resumed benchmark have in common, before the output folder."""
 
     resolved: Resolved | None
     plan: Plan
@@ -93,106 +44,104 @@ class _Asked:
     access: Access
 
 
-def start(given: Given) -> Ready:
-    """A new bench, in a folder of its own."""
+def prepare_new(given: BenchOptions) -> PreparedBench:
+    """Return a new benchmark in a folder of its own. Raises `UsageError` and `NotReadyError`."""
     from inferctl.bench.measure import environment, resume, runner
     from inferctl.bench.plan import plan as plans
     from inferctl.errors import UsageError
 
-    url_targets = [_target(text) for text in given.urls]
-    if given.reach != Reach() and not url_targets:
+    url_targets = [parse_target(text) for text in given.urls]
+    if given.access != AccessOptions() and not url_targets:
         raise UsageError(
-            "--header, --api-key-env and --served-model are for servers that run already",
-            "name one: `--url NAME=URL`",
+            "`--header`, `--api-key-env` and `--served-model` apply only to the servers of `--url`",
+            "add a server: `--url NAME=URL`",
         )
-    access = given.reach.access()
-    # As `go_on` will name it, from whichever folder that is called.
+    access = given.access.access()
+    # Absolute, so that the benchmark can be resumed from another working directory.
     if given.model and Path(given.model).exists():
         given = replace(given, model=str(Path(given.model).absolute()))
     resolved = _settings(given, needed=not url_targets or bool(given.precisions))
     name = given.plan
     if name is None:
         name = resolved.spec.bench.plan if resolved else "precision"
-    chosen = plans.load(name).with_overrides(given.precisions, **given.overrides)
-    if given.overrides.get("users") is not None and chosen.load.mode == "open" and not chosen.load.capacity_percent:
-        console.warn(
-            f"--users {given.overrides['users']} changes nothing: this load is an open loop, {_offered(chosen)}"
-        )
-    targets = _targets(chosen, url_targets, given)
-    needed = any(target.url is None for target in targets) or given.model is not None
+    plan = plans.load(name).with_overrides(given.precisions, **given.overrides)
+    if given.overrides.get("users") is not None and plan.load.mode == "open" and not plan.load.capacity_percent:
+        rate = f"{plan.load.rate:g} requests/s" if plan.load.rate else "the rates of its stages or trace"
+        console.warn(f"`--users {given.overrides['users']}` has no effect: this load is an open loop with {rate}")
+    targets = _targets(plan, url_targets, given)
+    needs_model = any(target.url is None for target in targets) or given.model is not None
     slo = given.slo_p99_ms or (resolved.spec.slo.p99_ms if resolved else None)
     file = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) or "/" in name else None
-    asked = _Asked(resolved, chosen, file, targets, None, slo, access)
-    hardware(chosen.hardware)
-    _check_search(asked)
-    _check_neighbours(asked)
-    _check_corpora(asked)
-    # A download comes after everything that can be wrong without it.
-    asked = replace(asked, folder=_model(resolved, needed))
+    parse_hardware(plan.hardware)
+    bench_checks.check_search(plan, targets, slo)
+    bench_checks.check_neighbors(plan, targets)
+    bench_checks.check_corpora(plan, targets)
+    # The download comes last, after every check that needs no model.
+    folder = _model_folder(resolved, needs_model)
+    definition = _Definition(resolved, plan, file, targets, folder, slo, access)
     machine = environment.detect()
-    what = _identity(asked, machine)
-    place = _place(given.output, chosen.name)
-    spec = str(Path(resolved.file).resolve()) if resolved and resolved.file else None
+    identity = _identity(definition, machine)
+    output = _create_folder(given.output, plan.name)
     called = {
-        "spec": spec,
+        "spec": str(Path(resolved.file).resolve()) if resolved and resolved.file else None,
         "model": given.model,
-        # Only what it sets: a load of a configuration says otherwise what follows from it, as stages say how long it lasts.
-        "plan": chosen.model_dump(mode="json", exclude_unset=True),
+        # Only the keys that the plan sets. A configuration's load rejects derived keys, such as the duration of stages.
+        "plan": plan.model_dump(mode="json", exclude_unset=True),
         "plan_file": file,
         "slo_p99_ms": given.slo_p99_ms,
-        "reach": given.reach.as_dict(),
+        "reach": given.access.as_dict(),
     }
-    resume.write_manifest(place, resume.Manifest(what, called))
-    work, context = _bench(asked, machine, place)
-    return Ready(work, context, runner.outcomes(work))
+    resume.write_manifest(output, resume.Manifest(identity, called))
+    work, context = _bench(definition, machine, output)
+    return PreparedBench(work, context, runner.outcomes(work))
 
 
-def go_on(output: Path, headers: list[str] | None = None) -> Ready:
-    """Return the bench in `output`, from where it stopped.
+def prepare_resumed(output: Path, headers: list[str] | None = None) -> PreparedBench:
+    """Return the interrupted benchmark in the folder `output`.
 
-    Raises `UsageError` if anything that its figures depend on has changed.
-
-    `headers` are those that it had: no file holds them.
+    `headers` are those of the command line: bench.json has their names only. Raises `UsageError` if an input of the
+    benchmark has changed.
     """
     from inferctl.bench.measure import digests, environment, resume, runner
     from inferctl.bench.measure.outcome import BenchTarget
 
     output = output.resolve()
     manifest = resume.read_manifest(output)
-    then, called = manifest.identity, manifest.called
-    if then["code"] != (code := {"version": _version(), "sha256": digests.of_code()}):
-        # Before anything else: another version may not even understand the rest.
-        resume.check_unchanged({"code": then["code"]}, {"code": code}, output)
-    reach = _reach(called["reach"], headers or [], output)
-    chosen = _as_it_was(called["plan"])
-    targets = [BenchTarget(**one) for one in then["subjects"]]
-    own = any(target.url is None for target in targets)
+    saved, called = manifest.identity, manifest.called
+    if saved["code"] != (code := {"version": _version(), "sha256": digests.of_code()}):
+        # Checked first because another version may not be able to read the other keys.
+        resume.check_unchanged({"code": saved["code"]}, {"code": code}, output)
+    access_options = _saved_access(called["reach"], headers or [], output)
+    plan = _saved_plan(called["plan"])
+    targets = [BenchTarget(**target) for target in saved["subjects"]]
+    needs_spec = any(target.url is None for target in targets)
     spec_file = Path(called["spec"]) if called["spec"] else None
-    resolved = _settings(Given(spec_file, called["model"]), needed=own)
+    resolved = _settings(BenchOptions(spec_file, called["model"]), needed=needs_spec)
     slo = called["slo_p99_ms"] or (resolved.spec.slo.p99_ms if resolved else None)
-    folder = _model(resolved, own or called["model"] is not None)
-    asked = _Asked(resolved, chosen, called["plan_file"], targets, folder, slo, reach.access())
+    folder = _model_folder(resolved, needs_spec or called["model"] is not None)
+    definition = _Definition(resolved, plan, called["plan_file"], targets, folder, slo, access_options.access())
     machine = environment.detect()
-    resume.check_unchanged(then, _identity(asked, machine), output)
-    work, context = _bench(asked, machine, output)
-    return Ready(work, context, runner.outcomes(work))
+    resume.check_unchanged(saved, _identity(definition, machine), output)
+    work, context = _bench(definition, machine, output)
+    return PreparedBench(work, context, runner.outcomes(work))
 
 
-def _reach(then: dict[str, Any], headers: list[str], output: Path) -> Reach:
-    """Return how a bench reached its servers. Raises `UsageError` if its headers are not those of the command line."""
+def _saved_access(saved: dict[str, Any], headers: list[str], output: Path) -> AccessOptions:
+    """Return the access options of an interrupted benchmark. Raises `UsageError` if `headers` has other names."""
     from inferctl.errors import UsageError
 
-    reach = Reach(headers, then["api_key_env"], then["served_model"])
-    if reach.as_dict() != then:
-        wanted = " ".join(f"--header '{name}: ...'" for name in then["headers"]) or "no --header"
+    access = AccessOptions(headers, saved["api_key_env"], saved["served_model"])
+    if access.as_dict() != saved:
+        wanted = " ".join(f"--header '{name}: ...'" for name in saved["headers"])
         raise UsageError(
-            f"{output} cannot go on with other headers than it had", f"give {wanted}: no file holds the values"
+            f"cannot resume {output}: its `--header` options differ from those of this command",
+            f"pass the original headers: {wanted}" if wanted else "remove `--header`",
         )
-    return reach
+    return access
 
 
-def _as_it_was(plan: dict[str, Any]) -> Plan:
-    """The plan of a bench that began; the traces that it names may be gone since, or no traces any more."""
+def _saved_plan(plan: dict[str, Any]) -> Plan:
+    """Return the plan of an interrupted benchmark. Raises `UsageError` if a trace of it is absent or not valid."""
     from pydantic import ValidationError
 
     from inferctl.bench.plan.plan import Plan
@@ -201,12 +150,14 @@ def _as_it_was(plan: dict[str, Any]) -> Plan:
     try:
         return Plan.model_validate(plan)
     except ValidationError as error:
-        said = error.errors()[0]["msg"].replace("Value error, ", "")
-        raise UsageError(f"the plan of this bench cannot be taken up again: {said}", "put it back as it was") from None
+        reason = error.errors()[0]["msg"].replace("Value error, ", "")
+        raise UsageError(
+            f"cannot resume: the plan is not valid any more: {reason}", "restore the file, or start a new benchmark"
+        ) from None
 
 
 def _settings_sha256(resolved: Resolved | None) -> str | None:
-    """Digest of the settings without what `bench` names: the plan, which is held in full beside it."""
+    """Return the digest of the settings without `bench`: its plan has a key of its own in the identity."""
     from inferctl import spec
 
     return resolved.spec.model_copy(update={"bench": spec.Bench.model_validate({})}).digest() if resolved else None
@@ -218,127 +169,67 @@ def _version() -> str:
     return inferctl.__version__
 
 
-def _identity(asked: _Asked, machine: Environment) -> dict[str, Any]:
-    """What the figures depend on; reaches out to the servers that run already."""
+def _identity(definition: _Definition, machine: Environment) -> dict[str, Any]:
+    """Return the inputs that the figures depend on. Sends requests to the servers of `--url`."""
     from inferctl import model as models
     from inferctl.bench.load.target import connect
     from inferctl.bench.measure import resume
 
     servers = {}
-    for target in asked.targets:
+    for target in definition.targets:
         if target.url:
-            info = connect(target.url, access=asked.access).info
-            said = [(info.get("model") or {}).get("sha256"), (info.get("precision") or {}).get("effective")]
-            servers[target.name] = said
+            info = connect(target.url, access=definition.access).info
+            servers[target.name] = [
+                (info.get("model") or {}).get("sha256"),
+                (info.get("precision") or {}).get("effective"),
+            ]
     return resume.identity(
-        asked.plan,
-        asked.targets,
+        definition.plan,
+        definition.targets,
         machine,
-        models.ModelFolder(asked.folder).digest if asked.folder else None,
-        _settings_sha256(asked.resolved),
+        models.ModelFolder(definition.folder).digest if definition.folder else None,
+        _settings_sha256(definition.resolved),
         servers,
-        asked.plan_file,
+        definition.plan_file,
     )
 
 
-def _bench(asked: _Asked, machine: Environment, place: Path) -> tuple[Bench, Context]:
+def _bench(definition: _Definition, machine: Environment, output: Path) -> tuple[Bench, Context]:
     from inferctl.bench.load import child_server
     from inferctl.bench.measure import neighbors, runner
     from inferctl.bench.report.receipts import Context
 
-    resolved, command = asked.resolved, None
-    if resolved and asked.folder:
+    resolved, plan, command = definition.resolved, definition.plan, None
+    if resolved and definition.folder:
         file = Path(resolved.file).resolve() if resolved.file else None
-        command = child_server.serve_command(str(asked.folder), resolved.spec.name, file)
-    mig_devices = neighbors.mig_devices(machine.variables) if asked.plan.neighbours else []
+        command = child_server.serve_command(str(definition.folder), resolved.spec.name, file)
+    mig_devices = neighbors.mig_devices(machine.variables) if plan.neighbours else []
     work = runner.Bench(
-        asked.plan, asked.targets, command, asked.folder, place, asked.slo_p99_ms, mig_devices, asked.access
+        plan,
+        definition.targets,
+        command,
+        definition.folder,
+        output,
+        definition.slo_p99_ms,
+        mig_devices,
+        definition.access,
     )
-    wanted = [*asked.plan.hardware, *(resolved.spec.hardware if resolved else [])]
+    hardware = [*plan.hardware, *(resolved.spec.hardware if resolved else [])]
     context = Context(
-        plan=asked.plan,
+        plan=plan,
         environment=machine,
         model_source=resolved.spec.model.source if resolved else None,
-        hardware_wanted=list(dict.fromkeys(wanted)),
-        slo_p99_ms=asked.slo_p99_ms,
-        output=place,
-        targets=asked.targets,
-        model=asked.folder,
+        hardware_wanted=list(dict.fromkeys(hardware)),
+        slo_p99_ms=definition.slo_p99_ms,
+        output=output,
+        targets=definition.targets,
+        model=definition.folder,
     )
     return work, context
 
 
-def _check_corpora(asked: _Asked) -> None:
-    from inferctl.bench.plan import workload
-
-    plan = asked.plan
-    named = [plan.corpus, *(one.corpus for one in asked.targets), plan.quality.corpus if plan.quality else None]
-    for corpus in dict.fromkeys(name for name in named if name):
-        workload.read_corpus(corpus)
-
-
-def _check_search(asked: _Asked) -> None:
-    from inferctl.errors import UsageError
-
-    search = asked.plan.search
-    if search and not (search.slo_p99_ms or asked.slo_p99_ms):
-        raise UsageError(
-            "a search needs to know which p99 must hold",
-            "give --slo 100 (ms), `search.slo_p99_ms` in the plan, or `slo.p99_ms` in the spec",
-        )
-
-    if search and search.budget_s is not None:
-        _check_budget(asked, search.budget_s)
-
-
-def _check_budget(asked: _Asked, budget_s: float) -> None:
-    """Raise `UsageError` if the budget is too short for a search of each server."""
-    import math
-
-    from inferctl.bench.measure import search
-    from inferctl.errors import UsageError
-
-    settings, count = asked.plan.search, len(asked.targets)
-    assert settings is not None
-    each = [search.forecast(settings, asked.plan.load_with(one.load), budget_s / count) for one in asked.targets]
-    if any(not one.enough for one in each):
-        least = math.ceil(count * max(one.seconds for one in each))
-        which = "a search" if count == 1 else f"{count} searches"
-        raise UsageError(
-            f"the budget of {budget_s:g} s is too short for {which}", f"give `--budget {least}` (seconds) or more"
-        )
-
-
-def seconds(text: str) -> float:
-    """Return the seconds of `300`, `90s`, `5m` or `1.5h`. Raises `UsageError`."""
-    import re
-
-    from inferctl.errors import UsageError
-
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
-    if not found or not float(found[1]):
-        raise UsageError(f"--budget {text!r} is not a time", "give seconds, or a time like 5m or 1.5h")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
-
-
-def _check_neighbours(asked: _Asked) -> None:
-    from inferctl.bench.measure import neighbors
-    from inferctl.errors import UsageError
-
-    if asked.plan.neighbours:
-        neighbors.reject_running_servers([target.name for target in asked.targets if target.url])
-        if asked.plan.search:
-            raise UsageError(
-                "a search has no neighbours", "measure one rate beside neighbours: --rate 50 --neighbours 1"
-            )
-
-
-def _offered(plan: Plan) -> str:
-    return f"{plan.load.rate:g} requests/s" if plan.load.rate else "with rates of its own"
-
-
-def _settings(given: Given, needed: bool) -> Resolved | None:
-    """Settings in force; None when only running servers are measured and nothing names a model."""
+def _settings(given: BenchOptions, needed: bool) -> Resolved | None:
+    """Return the settings; None if only running servers are measured and no model is specified."""
     from inferctl import spec
     from inferctl.errors import UsageError
 
@@ -350,113 +241,67 @@ def _settings(given: Given, needed: bool) -> Resolved | None:
         return None
 
 
-def _target(text: str) -> tuple[str, str]:
-    import re
+def _targets(plan: Plan, url_targets: list[tuple[str, str]], given: BenchOptions) -> list[BenchTarget]:
+    """Return what the benchmark measures.
 
-    from inferctl.errors import UsageError
-
-    name, separator, address = text.partition("=")
-    if (
-        not separator
-        or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)
-        or not address.startswith(("http://", "https://"))
-    ):
-        raise UsageError(f"--url {text!r} is not NAME=URL", "give one like `--url t4=http://10.0.0.7:8080`")
-    if len(name) > 40:
-        raise UsageError(
-            f"the name {name!r} has {len(name)} characters, at most 40 fit", "give the server a shorter name"
-        )
-    return name, address
-
-
-def _header(text: str) -> tuple[str, str]:
-    """Return name and value of `--header 'Name: value'`. Raises `UsageError`, which does not show the value."""
-    import re
-
-    from inferctl.errors import UsageError
-
-    name, separator, value = (part.strip() for part in text.partition(":"))
-    if not separator or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or not value:
-        raise UsageError("--header is not 'NAME: VALUE'", "give one like `--header 'X-Api-Key: abc'`")
-    if not value.isascii() or not value.isprintable():
-        raise UsageError(f"the value of the header {name} has characters that a header cannot have", "use plain ASCII")
-    if name.lower() in ("content-length", "transfer-encoding", "connection", "content-type", "accept-encoding"):
-        raise UsageError(f"the header {name} is set by the load generator", "leave it out")
-    return name, value
-
-
-def _targets(chosen: Plan, url_targets: list[tuple[str, str]], given: Given) -> list[BenchTarget]:
-    """What is measured: the plan's configurations; with --url those servers, and our own only when --precision asks for them too."""
+    Without `--url`, these are the plan's configurations. With `--url`, these are the named servers, and also the
+    configurations of `--precision`. Raises `UsageError` for two equal names.
+    """
     from inferctl.bench.measure.outcome import BenchTarget
     from inferctl.errors import UsageError
 
-    own = [
-        BenchTarget(one.name, one.precision, None, one.max_batch_tokens, one.corpus, one.load)
-        for one in (chosen.configurations if given.precisions or not url_targets else [])
+    configurations = plan.configurations if given.precisions or not url_targets else []
+    started = [
+        BenchTarget(each.name, each.precision, None, each.max_batch_tokens, each.corpus, each.load)
+        for each in configurations
     ]
-    if url_targets and not own and given.overrides.get("batch_tokens"):
+    if url_targets and not started and given.overrides.get("batch_tokens"):
         raise UsageError(
-            "--batch-tokens is for servers that are started here, and --url names one that runs already",
-            "start that server with --max-batch-tokens, or add --precision",
+            "`--batch-tokens` cannot change the running servers of `--url`",
+            "start that server with `--max-batch-tokens`, or add `--precision` to measure a new server too",
         )
     corpora = list(dict.fromkeys(given.overrides.get("corpora") or []))
-    several = corpora if len(corpora) > 1 else [None]
-    targets = own + [
+    targets = started + [
         BenchTarget(f"{name}-{Path(corpus).stem}" if corpus else name, url=address, corpus=corpus)
         for name, address in url_targets
-        for corpus in several
+        for corpus in (corpora if len(corpora) > 1 else [None])
     ]
     names = [target.name for target in targets]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise UsageError(
-            f"the name {sorted(repeated)[0]!r} is used twice", "give each server its own name: `--url NAME=URL`"
+            f"two servers or configurations have the name {sorted(repeated)[0]!r}",
+            "give each server a name of its own: `--url NAME=URL`",
         )
     return targets
 
 
-def hardware(texts: list[str]) -> list[str]:
-    """Keys of the catalog out of `--hardware a,b --hardware c`. Raises `UsageError` for one that it does not know."""
-    from inferctl import catalog
-    from inferctl.errors import UsageError, did_you_mean
-
-    known = list(catalog.hardware_profiles())
-    keys = [key.strip() for text in texts for key in text.split(",") if key.strip()]
-    for key in keys:
-        if key not in known:
-            hint = did_you_mean(key, known) or "`inferctl catalog hardware` lists what is known"
-            raise UsageError(f"there is no hardware {key!r}", hint)
-    return keys
-
-
-def _place(output: Path, name: str) -> Path:
-    """A new folder for one bench: two that start in the same second get two."""
+def _create_folder(parent: Path, name: str) -> Path:
+    """Create and return `parent/name-TIME`, with `-2`, `-3`, ... at its end if the name exists."""
     import itertools
     import time
 
     from inferctl.errors import NotReadyError
 
-    first = (output / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    first = (parent / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     numbered = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
-    for place in itertools.chain([first], numbered):
+    for folder in itertools.chain([first], numbered):
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.mkdir()
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
         except FileExistsError:
-            if place.parent.is_dir():
+            if folder.parent.is_dir():
                 continue
-            raise NotReadyError(f"{place.parent} is a file", "give another folder with --output") from None
+            raise NotReadyError(f"{folder.parent} is a file, not a folder", "pass another `--output DIR`") from None
         except OSError as error:
-            raise NotReadyError(
-                f"{place} cannot be made: {error.strerror}", "give another folder with --output"
-            ) from None
-        return place
+            raise NotReadyError(f"cannot create {folder}: {error.strerror}", "pass another `--output DIR`") from None
+        return folder
     raise AssertionError("unreachable")
 
 
-def _model(resolved: Resolved | None, needed: bool) -> Path | None:
-    """The local model folder, downloaded if it is `needed`.
+def _model_folder(resolved: Resolved | None, needed: bool) -> Path | None:
+    """Return the local model folder, after a download if it is `needed`.
 
-    None if only running servers are measured and the model is not on this machine: their vectors are then not checked.
+    None if only running servers are measured and the model is not on this machine. Quality is then not checked.
     """
     from inferctl import hub
     from inferctl.cli import download

@@ -1,4 +1,4 @@
-"""`inferctl build`: plan, build, verify, tag, push."""
+"""`inferctl build`: plan, build, verify, tag and push an image."""
 
 from __future__ import annotations
 
@@ -22,86 +22,103 @@ def build(
     precision: PrecisionOption = None,
     base: Annotated[
         str | None,
-        typer.Option(autocompletion=completion.BASES, help="Base image: an entry of `inferctl catalog bases`."),
+        typer.Option(
+            autocompletion=completion.BASES,
+            help="Use this base image of `inferctl catalog bases`. [default: the spec's]",
+        ),
     ] = None,
-    base_image: Annotated[str | None, typer.Option(help="Your mirror of the base image, best with a digest.")] = None,
+    base_image: Annotated[
+        str | None, typer.Option(help="Pull the base from your mirror; add a digest to pin it.")
+    ] = None,
     tag: Annotated[
         list[str] | None,
-        typer.Option("--tag", "-t", metavar="NAME", help="Name the image; repeatable. Default: from the spec."),
+        typer.Option(
+            "--tag", "-t", metavar="NAME", help="Tag the image with this name; repeatable. [default: from the spec]"
+        ),
     ] = None,
-    push: Annotated[bool, typer.Option("--push", help="Push once it is verified.")] = False,
+    push: Annotated[bool, typer.Option("--push", help="Push the image after verification.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print plan, Dockerfile and size forecast; build nothing.")
+        bool, typer.Option("--dry-run", help="Print the plan, the size forecast and the Dockerfile; build nothing.")
     ] = False,
     max_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Refuse to build an image forecast to be larger, as in 6GB.")
+        str | None, typer.Option(metavar="SIZE", help="Reject an image that is larger than SIZE, such as 6GB.")
     ] = None,
     verify: Annotated[
         bool,
-        typer.Option("--verify/--no-verify", help="Start the image and check its vectors before it gets its name."),
+        typer.Option(
+            "--verify/--no-verify", help="Start the image and compare its vectors with fp32 before it is tagged."
+        ),
     ] = True,
     ready_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0.1, max=86_400, help="How long the image may take to be ready.")
+        float,
+        typer.Option(
+            metavar="SECONDS", min=0.1, max=86_400, help="Wait up to SECONDS for the started image to be ready."
+        ),
     ] = 300.0,
     lint_layers: Annotated[
-        bool, typer.Option("--lint/--no-lint", help="Look for bytes wasted in the image's layers.")
+        bool, typer.Option("--lint/--no-lint", help="Look for wasted bytes in the layers of the image.")
     ] = True,
     platform: Annotated[
         str | None,
         typer.Option(
-            metavar="LIST", autocompletion=completion.PLATFORMS, help="Platforms, as in linux/amd64,linux/arm64."
+            metavar="LIST",
+            autocompletion=completion.PLATFORMS,
+            help="Build for these platforms: linux/amd64,linux/arm64. [default: the spec's]",
         ),
     ] = None,
     cache_to: Annotated[
         list[str] | None,
-        typer.Option(metavar="REF", help="Export the build cache: a registry name (mode max), or type=..."),
+        typer.Option(metavar="REF", help="Export the build cache to a registry name (mode max) or `type=...`."),
     ] = None,
     cache_from: Annotated[
-        list[str] | None, typer.Option(metavar="REF", help="Import a build cache: a registry name, or type=...")
+        list[str] | None, typer.Option(metavar="REF", help="Import a build cache from a registry name or `type=...`.")
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="oci=FILE", help="Write the image as an OCI archive too.")
+        str | None, typer.Option("--output", "-o", metavar="oci=FILE", help="Also write the image as an OCI archive.")
     ] = None,
     metadata_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write digest and names as JSON, as buildx does.")
+        Path | None, typer.Option(metavar="FILE", help="Write the metadata of buildx, with digest and names, as JSON.")
     ] = None,
     expect: Annotated[
         str | None,
-        typer.Option(metavar="ID", help="Publish only this image: fail if the build produces another id."),
+        typer.Option(metavar="ID", help="Fail before any tag or push if the image has another id."),
     ] = None,
-    builder: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Build with this builder of `docker buildx ls`.")
-    ] = None,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Run every build step again.")] = False,
-    pull: Annotated[bool, typer.Option("--pull", help="Ask the registry for a newer base image.")] = False,
+    builder: Annotated[str | None, typer.Option(metavar="NAME", help="Use this builder of `docker buildx ls`.")] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Run every build step without the cache.")] = False,
+    pull: Annotated[bool, typer.Option("--pull", help="Pull the base image again if its tag has moved.")] = False,
     label: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Add a label to the image (repeatable).")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Add a label to the image; repeatable.")
     ] = None,
     pip_conf: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="pip's configuration with your index, as a build secret.")
+        Path | None, typer.Option(metavar="FILE", help="Pass this pip configuration as a build secret.")
     ] = None,
-    ca: Annotated[Path | None, typer.Option(metavar="FILE", help="Certificate authorities, as a build secret.")] = None,
+    ca: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Pass these certificate authorities as a build secret.")
+    ] = None,
     hf_token_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Token for gated hub models, as a build secret.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Pass the hub token in FILE as a build secret, for gated models."),
     ] = None,
     network: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
             autocompletion=completion.one_of("host"),
-            help="`host`: build steps and the verification use the host's network.",
+            help="Run build steps and verification on the network of the host (`host`).",
         ),
     ] = None,
     allow_floating: Annotated[
-        bool, typer.Option("--allow-floating", help="Build although the hub model has no commit.")
+        bool, typer.Option("--allow-floating", help="Build although the revision of the hub model is not pinned.")
     ] = False,
     provenance: Annotated[
-        bool, typer.Option("--provenance/--no-provenance", help="Attach provenance where the builder can.")
+        bool, typer.Option("--provenance/--no-provenance", help="Attach provenance if the builder supports it.")
     ] = True,
-    sbom: Annotated[bool, typer.Option("--sbom/--no-sbom", help="Attach an SBOM where the builder can.")] = True,
+    sbom: Annotated[bool, typer.Option("--sbom/--no-sbom", help="Attach an SBOM if the builder supports it.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Build the image of the spec, verify it, tag it, and with --push publish every tag; prints its name@digest or id.
+    """Build the image of the spec, verify it and tag it.
+
+    Prints the image id or, with --push, the name@digest of each pushed tag.
 
     Example: inferctl build --push --max-size 6GB
     """
@@ -117,7 +134,7 @@ def build(
     secrets = {"pip_conf": pip_conf, "ca": ca, "hf_token": hf_token_file}
     for name, file in secrets.items():
         if file is not None and not file.is_file():
-            raise UsageError(f"the file {file} for the build secret {name} is not there", "check the path")
+            raise UsageError(f"{file} not found (build secret {name})", "check the path")
     options = BuildOptions(
         push=push,
         verify=verify,
@@ -141,92 +158,95 @@ def build(
         sbom=sbom,
         ready_seconds=ready_timeout,
     )
-    chosen = catalog.base(spec.image.base)
-    made = plan(
+    base_entry = catalog.base(spec.image.base)
+    build_plan = plan(
         spec,
-        chosen,
-        catalog.stack(chosen.stack),
+        base_entry,
+        catalog.stack(base_entry.stack),
         rendered_image(resolved, labels_of(label or [])),
         render.server_files(),
         options,
     )
-    for finding in made.findings:
+    for finding in build_plan.findings:
         console.warn(finding.text())
     if dry_run:
-        _print_plan(made, as_json)
+        _print_plan(build_plan, as_json)
         return
-    built = _run(made)
+    built = _run(build_plan)
     _print(built, as_json)
 
 
-def labels_of(given: list[str]) -> dict[str, str]:
-    """`KEY=VALUE` texts -> labels. Raises `UsageError`."""
+def labels_of(texts: list[str]) -> dict[str, str]:
+    """Return the labels of `KEY=VALUE` texts. Raises `UsageError`."""
     import re
 
     from inferctl.errors import UsageError
 
-    made = {}
-    for text in given:
+    labels = {}
+    for text in texts:
         key, equals, value = text.partition("=")
         reserved = key.startswith(("io.inferctl.", "org.opencontainers.image."))
         if not equals or reserved or not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?", key):
             raise UsageError(
-                f"--label {text!r} is not a label that can be set",
-                "write KEY=VALUE, as in team=search; inferctl sets `io.inferctl.` and `org.opencontainers.image.`",
+                f"--label {text!r} is not allowed",
+                "pass KEY=VALUE, such as `team=search`; `io.inferctl.` and `org.opencontainers.image.` are reserved",
             )
-        made[key] = value
-    return made
+        labels[key] = value
+    return labels
 
 
 def platforms_of(text: str) -> tuple[str, ...]:
-    """`linux/amd64, linux/arm64` -> its platforms. Raises `UsageError`."""
+    """Return the platforms of `linux/amd64,linux/arm64`. Raises `UsageError`."""
     import re
 
     from inferctl.errors import UsageError
     from inferctl.spec import PLATFORM
 
-    found = tuple(part.strip() for part in text.split(","))
-    for part in found:
+    platforms = tuple(part.strip() for part in text.split(","))
+    for part in platforms:
         if not re.fullmatch(PLATFORM, part):
             raise UsageError(
-                f"--platform {text!r}: {part!r} is not a platform", "as in `--platform linux/amd64,linux/arm64`"
+                f"--platform {text!r}: {part!r} is not a platform",
+                "pass os/architecture, such as `--platform linux/amd64,linux/arm64`",
             )
-    return found
+    return platforms
 
 
 def oci_file(text: str) -> Path:
-    """`oci=FILE` or `type=oci,dest=FILE` -> FILE. Raises `UsageError`."""
+    """Return the file of `oci=FILE` or `type=oci,dest=FILE`. Raises `UsageError`."""
     from inferctl.errors import UsageError
 
     fields = dict(part.partition("=")[::2] for part in text.split(","))
     file = fields.get("oci") or (fields.get("dest") if fields.get("type") == "oci" else None)
     if not file:
-        raise UsageError(f"--output {text!r} is not understood", "write it as oci=FILE or type=oci,dest=FILE")
+        raise UsageError(f"--output {text!r} is not an OCI archive", "pass `oci=FILE` or `type=oci,dest=FILE`")
     return Path(file)
 
 
-def show_verified(found: Verified) -> None:
-    """Say on stderr what a verification found."""
-    near = (
-        f"cosine to fp32 at least {found.cosine_min:.6f}" if found.cosine_min is not None else "not compared with fp32"
+def show_verified(result: Verified) -> None:
+    """Print the result of a verification on stderr."""
+    closeness = (
+        f"cosine to fp32 at least {result.cosine_min:.6f}"
+        if result.cosine_min is not None
+        else "not compared with fp32"
     )
     console.note(
-        f"verified: {found.precision} ({found.level}) on {found.device}, "
-        f"{found.texts} texts, {found.dimensions} dimensions, {near}"
+        f"verified: {result.precision} ({result.level}) on {result.device}, "
+        f"{result.texts} texts, {result.dimensions} dimensions, {closeness}"
     )
 
 
 def tag_reference(text: str) -> str:
-    """`full_reference` of a name that an image is given. Raises `UsageError` for a digest, which no one can choose."""
+    """Return `full_reference` of a tag. Raises `UsageError` for a digest, because the image determines its digest."""
     from inferctl.errors import UsageError
 
     if "@" in text:
-        raise UsageError(f"--tag {text!r} has a digest", "give a name and a tag: the digest follows from the image")
+        raise UsageError(f"--tag {text!r} has a digest", "pass a name and a tag only: NAME:TAG")
     return full_reference(text)
 
 
 def full_reference(text: str) -> str:
-    """`name` -> `name:latest`; one with a tag or a digest as it is. Raises `UsageError` for what is no image name."""
+    """Return an image name with `:latest` if it has no tag or digest. Raises `UsageError` if it is no image name."""
     import re
 
     from inferctl.errors import UsageError
@@ -234,12 +254,13 @@ def full_reference(text: str) -> str:
 
     if not re.fullmatch(rf"{IMAGE_NAME}(?::{IMAGE_TAG})?(?:@sha256:[0-9a-f]{{64}})?", text):
         raise UsageError(
-            f"{text!r} is not an image name", "as in registry.example.com/team/name:tag, all lower case but the tag"
+            f"{text!r} is not an image name",
+            "pass a name such as registry.example.com/team/name:tag, in lower case except the tag",
         )
     return text if "@" in text or ":" in text.rpartition("/")[2] else f"{text}:latest"
 
 
-def _run(made: BuildPlan) -> Built:
+def _run(build_plan: BuildPlan) -> Built:
     import sys
     from dataclasses import replace
 
@@ -250,26 +271,26 @@ def _run(made: BuildPlan) -> Built:
     from inferctl.image.docker import DockerEngine
     from inferctl.model import is_hub_id
 
-    source, revision = made.spec.model.source, made.spec.model.revision
-    if made.needs_model and not is_hub_id(source):
-        made = replace(made, model=model.find(source).path)
+    source, revision = build_plan.spec.model.source, build_plan.spec.model.revision
+    if build_plan.needs_model and not is_hub_id(source):
+        build_plan = replace(build_plan, model=model.find(source).path)
     engine = DockerEngine.connect()
-    if made.needs_model and made.model is None:
-        made = replace(made, model=download.fetch(source, revision).path)
+    if build_plan.needs_model and build_plan.model is None:
+        build_plan = replace(build_plan, model=download.fetch(source, revision).path)
     with BuildView(live=sys.stderr.isatty()) as view:
-        return view.follow(building.run(made, engine, engine.info()))
+        return view.follow(building.run(build_plan, engine, engine.info()))
 
 
-def _print_plan(made: BuildPlan, as_json: bool) -> None:
+def _print_plan(build_plan: BuildPlan, as_json: bool) -> None:
     from inferctl.sizes import size
 
     if as_json:
-        console.document(made.document())
+        console.document(build_plan.document())
         return
-    total = f"{'' if made.forecast.complete else 'at least '}{size(made.forecast.total)} compressed"
-    lines = [*made.references, *(f"  {step}" for step in made.steps()), "", f"size forecast: {total}"]
-    lines += [f"  {line}" for line in made.forecast.lines()]
-    console.data("\n".join([*lines, "", made.rendered.dockerfile]))
+    total = f"{'' if build_plan.forecast.complete else 'at least '}{size(build_plan.forecast.total)} compressed"
+    lines = [*build_plan.references, *(f"  {step}" for step in build_plan.steps()), "", f"size forecast: {total}"]
+    lines += [f"  {line}" for line in build_plan.forecast.lines()]
+    console.data("\n".join([*lines, "", build_plan.rendered.dockerfile]))
 
 
 def _print(built: Built, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Build and push events as lines for people: one a step, with its seconds, what it moved, and whether it was cached."""
+"""Lines on stderr for build and push events: one per step, with its seconds, bytes moved and whether it was cached."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 Result = TypeVar("Result")
-# What a line needs beside the step's name: two blanks, the result, the bytes moved.
-_BESIDE_NAME = 2 + 1 + 7 + 2 + 8
+# Columns next to the step's name: indentation, a space, the result, two spaces, the bytes moved.
+_OTHER_COLUMNS = 2 + 1 + 7 + 2 + 8
 
 
 class BuildView:
-    """Shows events as they come. On a terminal, what is running shows below the lines, with a clock; elsewhere only lines."""
+    """Shows build and push events. On a terminal, running steps are below the lines, with a clock."""
 
     def __init__(self, live: bool) -> None:
         self._progress: Progress | None = None
@@ -45,8 +45,8 @@ class BuildView:
         self._tasks: dict[str, TaskID] = {}
         self._names: dict[str, str] = {}
         self._layers: dict[str, LayerPush] = {}
-        self._said: dict[str, float] = {}
-        self._again = False
+        self._last_printed: dict[str, float] = {}
+        self._repeats_build = False
 
     def __enter__(self) -> BuildView:
         if self._progress:
@@ -60,7 +60,7 @@ class BuildView:
             self._progress.stop()
 
     def follow(self, running: Generator[Event, None, Result]) -> Result:
-        """Show what happens until the end of `running`; returns its result, and closes it whatever happens."""
+        """Show the events of the generator `running`, close it and return its result."""
         with closing(running):
             while True:
                 try:
@@ -74,8 +74,8 @@ class BuildView:
         """Show one event."""
         match event:
             case Phase(name, detail):
-                # Exports and pushes run the build again out of the cache: only what is new is worth a line.
-                self._again = name in ("export", "push")
+                # Exports and pushes repeat the build from the cache, so only new steps get a line.
+                self._repeats_build = name in ("export", "push")
                 for key in list(self._tasks):
                     self._done(key)
                 self._line(f"{name}: {detail}" if detail else name)
@@ -83,7 +83,7 @@ class BuildView:
                 self._line(f"  {text}")
             case StepStarted(id, name):
                 self._names[id] = name
-                self._said.pop(id, None)
+                self._last_printed.pop(id, None)
                 if not _is_quiet(name):
                     self._run(id, short(name))
             case StepBytes(id, item, current, total):
@@ -98,7 +98,7 @@ class BuildView:
             case LayerPush():
                 self._pushed(event)
             case Retry(attempt, attempts, delay, reason):
-                self._line(f"  attempt {attempt} of {attempts} failed, again in {delay:.0f} s: {reason}")
+                self._line(f"  attempt {attempt} of {attempts} failed, retry in {delay:.0f} s: {reason}")
             case _:
                 pass
 
@@ -107,7 +107,9 @@ class BuildView:
         if step.error is not None and "context canceled" in step.error:
             return
         moved = f"  {size(step.bytes)}" if step.bytes > 1000 else ""
-        if not step.error and (_is_quiet(step.name) or (self._again and (step.cached or step.name.startswith("[")))):
+        if not step.error and (
+            _is_quiet(step.name) or (self._repeats_build and (step.cached or step.name.startswith("[")))
+        ):
             return
         result = "FAILED" if step.error else "CACHED" if step.cached else f"{step.seconds:.1f}s"
         self._line(f"  {short(step.name):<{name_width()}} {result:>7}{moved}")
@@ -123,27 +125,27 @@ class BuildView:
             return
         self._done(layer.id)
         sent = f"  {size(before.total)} uncompressed" if before and before.total and layer.status == "pushed" else ""
-        words = {"pushed": "pushed", "exists": "already there", "mounted": "already there (another repository has it)"}
+        words = {"pushed": "pushed", "exists": "already exists", "mounted": "already exists in another repository"}
         self._line(f"  {layer.id}  {words[layer.status]}{sent}")
 
     def _run(self, key: str, text: str) -> None:
         if self._progress is None:
-            self._still(key, text)
+            self._print_if_slow(key, text)
             return
         if key not in self._tasks:
             self._tasks[key] = self._progress.add_task(text, total=None)
         else:
             self._progress.update(self._tasks[key], description=text)
 
-    def _still(self, key: str, text: str) -> None:
-        """Without a terminal, a step says every half minute that it is alive: CI kills jobs that are silent."""
+    def _print_if_slow(self, key: str, text: str) -> None:
+        """Print a line for a running step every 30 s: CI systems kill jobs without output."""
         now = time.monotonic()
-        if now - self._said.setdefault(key, now) >= 30:
-            self._said[key] = now
+        if now - self._last_printed.setdefault(key, now) >= 30:
+            self._last_printed[key] = now
             console.note(f"  ... {text}")
 
     def _done(self, key: str) -> None:
-        self._said.pop(key, None)
+        self._last_printed.pop(key, None)
         task = self._tasks.pop(key, None)
         if self._progress and task is not None:
             self._progress.remove_task(task)
@@ -156,17 +158,17 @@ class BuildView:
 
 
 def _is_quiet(name: str) -> bool:
-    """Whether a step is the builder's own housekeeping rather than a line of the Dockerfile."""
+    """Return whether a step belongs to the builder, not to a line of the Dockerfile."""
     return bool(re.match(r"\[internal\] (?!load build context)|\[[^\]]*\] (?:LINK |load \.dockerignore)", name))
 
 
 def name_width() -> int:
-    """Columns for a step's name, so that its line fits the terminal (COLUMNS, or 80 without one)."""
-    return max(30, min(100, shutil.get_terminal_size().columns) - _BESIDE_NAME)
+    """Return the columns for a step's name, so that its line fits the terminal (COLUMNS, or 80 without a terminal)."""
+    return max(30, min(100, shutil.get_terminal_size().columns) - _OTHER_COLUMNS)
 
 
 def short(name: str, width: int | None = None) -> str:
-    """A step's name on one line: mounts and options out, the preparation of pip too, the rest cut to `width`."""
+    """Return a step's name on one line without mounts, options and the preparation of pip, truncated to `width`."""
     width = width or name_width()
     text = re.sub(r"\s--(?:mount|link|chown|chmod)(?:=\S+)?", "", name)
     text = re.sub(r"\s+", " ", text).strip()

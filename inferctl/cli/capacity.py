@@ -1,4 +1,4 @@
-"""`inferctl capacity`: what one replica can do, out of a receipt, as the file that `inferctl serve --capacity` reads."""
+"""`inferctl capacity`: write the measured capacity of one replica, for `inferctl serve --capacity`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ import typer
 
 from inferctl.cli import console, options
 
-EPILOG = """Examples: `inferctl capacity bench-results/search-20260102-030405/receipts/bf16.json -o capacity.json`, then
-`inferctl serve --model DIR --precision bf16 --capacity capacity.json` admits by it from the first request on."""
+EPILOG = """\b
+Examples:
+  # Write the capacity that a search measured
+  inferctl capacity bench-results/search-20260102-030405/receipts/bf16.json -o capacity.json
+  # Start a server that uses it for admission control
+  inferctl serve --model DIR --precision bf16 --capacity capacity.json
+"""
 
 
 def capacity(
-    receipt_file: Annotated[Path, typer.Argument(metavar="RECEIPT.json", help="A receipt of `inferctl bench`.")],
+    receipt_file: Annotated[Path, typer.Argument(metavar="RECEIPT.json", help="Receipt of `inferctl bench`.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it to FILE instead of stdout.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write the capacity to FILE instead of stdout."),
     ] = None,
     slo: Annotated[
         float | None,
@@ -26,14 +32,15 @@ def capacity(
             metavar="MS",
             min=options.MIN_SLO_MS,
             max=options.MAX_SLO_MS,
-            help="p99 to admit by, instead of the receipt's; refused where a search held another.",
+            help="Set the p99 SLO for admission control. [default: the receipt's]",
         ),
     ] = None,
     json_: options.Json = False,
 ) -> None:
-    """Turn a receipt into the capacity that admission and manifests read.
+    """Write the measured capacity from a receipt, for `inferctl serve --capacity`.
 
-    Prints one JSON document; with --output, the file's path. Refuses receipts that were altered or are of an invalid run.
+    Prints one JSON document or, with --output, the path of the file. Rejects altered and invalid receipts.
+    A receipt of a search has an SLO already and rejects a different --slo.
     """
     from inferctl import outputs
     from inferctl.bench import receipt
@@ -42,17 +49,17 @@ def capacity(
     if output is not None:
         outputs.check(output, "--output", parents=True, inputs=[receipt_file])
     sealed = receipt.load(receipt_file)
-    found = capacities.capacity(sealed, slo)
+    document = capacities.capacity(sealed, slo)
     if sealed.data["quality"].get("passes") is False:
-        console.warn(f"{sealed.name} fails on quality: it should not be served")
+        console.warn(f"{sealed.name} is below the quality limits of its plan: do not serve it")
     if caution := (sealed.data.get("search") or {}).get("caution"):
-        console.warn(f"{sealed.name} at the max goodput: {caution}")
-    console.note(capacities.sentence(found))
+        console.warn(f"{sealed.name} at its highest rate within the SLO: {caution}")
+    console.note(capacities.sentence(document))
     if output is None:
-        console.document(found)
+        console.document(document)
         return
-    outputs.write(output, json.dumps(found, indent=1) + "\n", "--output")
+    outputs.write(output, json.dumps(document, indent=1) + "\n", "--output")
     if json_:
-        console.document(found)
+        console.document(document)
     else:
         console.data(str(output))

@@ -1,4 +1,4 @@
-"""`inferctl catalog`: the facts that inferctl judges by, each with its source."""
+"""`inferctl catalog`: print base images, torch stacks and hardware, each fact with its source."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ _KINDS = {"read": "", "derived": "derived: ", "own-choice": "inferctl's choice: 
 
 
 def _key(offered: completion.Callback) -> Any:
-    return typer.Argument(metavar="KEY", autocompletion=offered, help="Explain this entry, with its sources.")
+    return typer.Argument(
+        metavar="KEY", autocompletion=offered, help="Print every fact of this entry, with its source."
+    )
 
 
 app = typer.Typer(
     name="catalog",
-    help="Known bases, torch stacks and hardware, with sources.",
+    help="List known base images, torch stacks and hardware, with sources.",
     invoke_without_command=True,
     rich_markup_mode=None,
     add_completion=False,
@@ -38,7 +40,7 @@ def root(context: typer.Context) -> None:
 
 @app.command()
 def bases(key: Annotated[str | None, _key(completion.BASES)] = None, as_json: Json = False) -> None:
-    """Base images: contents, needs, end of life.
+    """List base images: Python, CUDA, driver, end of life.
 
     Example: inferctl catalog bases cuda13.0
     """
@@ -60,7 +62,7 @@ def bases(key: Annotated[str | None, _key(completion.BASES)] = None, as_json: Js
 
 @app.command()
 def stacks(key: Annotated[str | None, _key(completion.STACKS)] = None, as_json: Json = False) -> None:
-    """Torch stacks: CUDA, Python, driver, kernels.
+    """List torch stacks: CUDA, Python, driver, kernels.
 
     Example: inferctl catalog stacks torch2.13-cu130
     """
@@ -87,13 +89,13 @@ def stacks(key: Annotated[str | None, _key(completion.STACKS)] = None, as_json: 
     )
     if not as_json:
         console.note(
-            "GB: compressed download; kernels: compute capabilities, one for 8.6 also runs on 8.9; `...`: others may be in"
+            "GB: compressed download; kernels: compute capabilities (8.6 also runs on 8.9); `...`: more are possible"
         )
 
 
 @app.command()
 def hardware(key: Annotated[str | None, _key(completion.HARDWARE)] = None, as_json: Json = False) -> None:
-    """GPUs, slices and CPU: peaks, memory, prices.
+    """List hardware: compute peaks, memory, bandwidth.
 
     Example: inferctl catalog hardware a100-40gb-mig-3g.20gb
     """
@@ -120,7 +122,7 @@ def hardware(key: Annotated[str | None, _key(completion.HARDWARE)] = None, as_js
         as_json,
     )
     if not as_json:
-        console.note("dense peaks in TFLOP/s (int8: TOP/s); those of slices are derived; `emul.`: emulated, no peak")
+        console.note("dense peaks in TFLOP/s (int8: TOP/s); peaks of slices are derived; `emul.`: emulated, no peak")
 
 
 @app.command()
@@ -128,14 +130,14 @@ def check(
     key: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY", autocompletion=completion.BASES, help="Check these bases, or YAML files. Default: all."
+            metavar="KEY", autocompletion=completion.BASES, help="Check these bases or YAML files. [default: all bases]"
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare the facts about bases with their registries.
+    """Compare the facts about base images with their registries.
 
-    Exit code 1 if a fact differs, 3 if a registry cannot be asked.
+    Exit code 1: a fact differs. Exit code 3: a registry cannot be read.
 
     Example: inferctl catalog check cuda13.0
     """
@@ -229,7 +231,7 @@ def _list(
 
 
 def _explain(entry: BaseImage | Stack | Hardware, as_json: bool) -> None:
-    """Every fact of one entry, beside it its note and where it comes from."""
+    """Print every fact of one entry with its note and its source."""
     from dataclasses import asdict
 
     facts: dict[str, Any] = asdict(entry)
@@ -250,8 +252,8 @@ def _explain(entry: BaseImage | Stack | Hardware, as_json: bool) -> None:
     for heading in ("fact", "value", "source"):
         table.add_column(heading, overflow="fold")
     for fact, value in facts.items():
-        said = _value(value) + (f"\n({notes[fact]})" if fact in notes else "")
-        table.add_row(fact, Text(said), f"[{cited[fact]}]" if fact in cited else "")
+        text = _value(value) + (f"\n({notes[fact]})" if fact in notes else "")
+        table.add_row(fact, Text(text), f"[{cited[fact]}]" if fact in cited else "")
     for fact in notes.keys() - facts.keys():
         table.add_row(fact, Text(f"({notes[fact]})"), "")
     lines = [

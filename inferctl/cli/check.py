@@ -1,4 +1,4 @@
-"""`inferctl check`: is the spec right, and what fits which hardware and why not."""
+"""`inferctl check`: validate the spec, and judge on which hardware it can run."""
 
 from __future__ import annotations
 
@@ -38,17 +38,22 @@ def check(
         typer.Option(
             metavar="KEY",
             autocompletion=completion.HARDWARE_OR_ALL,
-            help="Judge for this part instead of the spec's; repeatable; `all`.",
+            help="Check this hardware, or `all`; repeatable. [default: the spec's]",
         ),
     ] = None,
     driver: Annotated[
-        str | None, typer.Option(metavar="VERSION", help="NVIDIA driver of the nodes, as in 535 or 535.129.03.")
+        str | None,
+        typer.Option(
+            metavar="VERSION", help="Check against this NVIDIA driver of the nodes, such as 535 or 535.129.03."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Validate the spec; say what fits which hardware and why not.
+    """Validate the spec, and check on which hardware it can run.
 
-    Exit code 2 when the spec is wrong or something cannot run. Example: inferctl check --hardware all
+    Exit code 2: the spec is wrong, or it cannot run on some of the hardware.
+
+    Example: inferctl check --hardware all
     """
     from inferctl.errors import SpecError
 
@@ -64,8 +69,8 @@ def check(
             problems = [vars(problem) for problem in error.problems]
             console.document({"ok": False, "file": error.file, "problems": problems, **console.failure(error)})
         raise
-    every = bool(hardware) and "all" in (hardware or [])
-    general, fits = _judge(resolved.spec, every, _major(driver))
+    all_hardware = bool(hardware) and "all" in (hardware or [])
+    general, fits = _judge(resolved.spec, all_hardware, _major(driver))
     findings = [*general, *(finding for fit in fits for finding in fit.findings)]
     failed = any(finding.level == "error" for finding in findings)
     if as_json:
@@ -81,15 +86,16 @@ def _major(driver: str | None) -> int | None:
 
     if driver is None:
         return None
-    found = re.fullmatch(r"[Rr]?([1-9][0-9]{2,3})(?:\.[0-9]{1,4}){0,2}", driver)
-    if not found:
+    match = re.fullmatch(r"[Rr]?([1-9][0-9]{2,3})(?:\.[0-9]{1,4}){0,2}", driver)
+    if not match:
         raise UsageError(
-            f"--driver: {driver!r} is not a driver version", "as `nvidia-smi` prints it: 535.129.03, or 535"
+            f"--driver: {driver!r} is not a driver version",
+            "pass the version that `nvidia-smi` prints, such as 535.129.03, or 535",
         )
-    return int(found[1])
+    return int(match[1])
 
 
-def _judge(spec: Spec, every: bool, driver: int | None) -> tuple[list[Finding], list[Fit]]:
+def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[list[Finding], list[Fit]]:
     import datetime
 
     from inferctl import catalog, fit
@@ -98,14 +104,15 @@ def _judge(spec: Spec, every: bool, driver: int | None) -> tuple[list[Finding], 
 
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
-    parts = list(catalog.hardware_profiles()) if every else spec.hardware
+    parts = list(catalog.hardware_profiles()) if all_hardware else spec.hardware
     hub_model = is_hub_id(spec.model.source)
     today = datetime.datetime.now(tz=datetime.UTC).date()
     general = [*fit.check_image(spec, base, stack, hub_model=hub_model, today=today), fit.check_slo(spec)]
     general += _files(spec, base)
     if not parts:
-        why = "nothing says what it must run on, so precision, kernels, driver and memory were not checked"
-        general.append(fit.Finding("warn", "hardware", "no hardware named", why, "hardware: [t4], or --hardware all"))
+        why = "precision, kernels, driver and memory depend on the hardware and were not checked"
+        hint = "set `hardware: [t4]` in the spec, or pass `--hardware all`"
+        general.append(fit.Finding("warn", "hardware", "no hardware specified", why, hint))
     try:
         size = _size(spec, ask=bool(parts))
     except UsageError as error:
@@ -115,7 +122,7 @@ def _judge(spec: Spec, every: bool, driver: int | None) -> tuple[list[Finding], 
 
 
 def _files(spec: Spec, base: BaseImage) -> Iterator[Finding]:
-    """An error for each file or folder that the spec names and that is absent or not usable."""
+    """Yield an error for each file or folder of the spec that is absent or not usable."""
     from inferctl import fit, locks
     from inferctl.errors import UsageError
 
@@ -126,16 +133,16 @@ def _files(spec: Spec, base: BaseImage) -> Iterator[Finding]:
             why = "`inferctl build` installs what the locks list"
             yield fit.Finding("error", "locks", f"image.locks: {error.message}", why, error.hint)
     if spec.image.wheels and not any(Path(spec.image.wheels).glob("*.whl")):
-        why, hint = "`inferctl build` installs from this folder alone", "`pip download --dest DIR ...` fills a folder"
+        why, hint = "`inferctl build` installs from this folder only", "fill it: `pip download --dest DIR ...`"
         yield fit.Finding("error", "wheels", f"image.wheels: {spec.image.wheels} has no wheels", why, hint)
     plan = spec.bench.plan
     if plan.endswith((".yaml", ".yml")) and not Path(plan).is_file():
-        hint = "name a plan, such as `precision`, or a YAML file"
-        yield fit.Finding("error", "plan", f"bench.plan: there is no file {plan}", "`inferctl bench` reads it", hint)
+        hint = "set it to a plan, such as `precision`, or to a YAML file"
+        yield fit.Finding("error", "plan", f"bench.plan: file {plan} not found", "`inferctl bench` reads it", hint)
 
 
 def _size(spec: Spec, ask: bool) -> ModelSize | UnknownSize:
-    """The model's size: of the folder, of the hub's cache, or, with `ask`, as the hub says.
+    """Return the model's size from its folder, the hub's cache or, with `ask`, the hub.
 
     Raises `UsageError` for a folder or a hub model that does not exist or is not usable.
     """
@@ -146,7 +153,7 @@ def _size(spec: Spec, ask: bool) -> ModelSize | UnknownSize:
     folder = hub.cached(source, revision) if model.is_hub_id(source) else model.find(source)
     if folder is not None:
         return fit.ModelSize(folder.parameters, folder.config)
-    unknown = fit.UnknownSize("the size of the model is not known", "pass `--model DIR` with the model on this machine")
+    unknown = fit.UnknownSize("the size of the model is unknown", "pass `--model DIR` with a local copy of the model")
     if not ask:
         return unknown
     try:
@@ -210,7 +217,7 @@ def _report(file: str | None, spec: Spec, findings: list[Finding], fits: list[Fi
     for finding, parts in grouped:
         notes.add_row(Text(_MARK[finding.level], style=_STYLE[finding.level]), Text(_explained(finding, parts)))
     errors, warnings = (sum(finding.level == level for finding, _ in grouped) for level in ("error", "warn"))
-    able = sum(fit.verdict != "error" for fit in fits)
+    runnable = sum(fit.verdict != "error" for fit in fits)
     summary = f"{_count(errors, 'error')}, {_count(warnings, 'warning')}"
     pieces: list[RenderableType] = [
         Text(f"{spec.name}: {spec.serve.precision} on {base.key} (torch {stack.torch}, {gpu})"),
@@ -218,7 +225,10 @@ def _report(file: str | None, spec: Spec, findings: list[Finding], fits: list[Fi
     ]
     if fits:
         pieces += [_table(fits), Text()]
-    pieces += [notes, Text(f"\n{file or 'flags'}: {summary}" + (f"; {able} of {len(fits)} can run it" if fits else ""))]
+    pieces += [
+        notes,
+        Text(f"\n{file or 'flags'}: {summary}" + (f"; {runnable} of {len(fits)} can run it" if fits else "")),
+    ]
     console.report(Group(*pieces))
 
 
@@ -245,7 +255,7 @@ def _table(fits: list[Fit]) -> Table:
 
 
 def _grouped(findings: list[Finding]) -> list[tuple[Finding, list[str]]]:
-    """What is worth reading, gravest first, each with the parts that it holds for. Equal sentences are said once."""
+    """Return the findings to print, most severe first, each with the hardware it applies to. Equal ones are merged."""
     groups: dict[tuple[str, str, str, str | None], tuple[Finding, list[str]]] = {}
     for finding in findings:
         if finding.level != "ok" or finding.hint:
@@ -255,10 +265,10 @@ def _grouped(findings: list[Finding]) -> list[tuple[Finding, list[str]]]:
 
 
 def _explained(finding: Finding, parts: list[str]) -> str:
-    named = parts if len(parts) <= 3 else [*parts[:2], f"{len(parts) - 2} more"]
+    shown = parts if len(parts) <= 3 else [*parts[:2], f"{len(parts) - 2} more"]
     return "\n".join(
         [
-            (f"{', '.join(named)}: " if named else "") + finding.what,
+            (f"{', '.join(shown)}: " if shown else "") + finding.what,
             finding.why,
             *([f"hint: {finding.hint}"] if finding.hint else []),
         ]

@@ -1,4 +1,4 @@
-"""Values that a shell offers for options and arguments; each list is read when a shell asks for it."""
+"""Shell completion: the values of options and arguments. A list is read only if a shell requests it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Callback = Callable[[str], list[str]] | None
 
 
 def _offer(names: Callable[[], Iterable[str]]) -> Callback:
-    """A callback for Typer. None unless a shell asks: Typer inspects each callback at every start of the program."""
+    """Return a callback for Typer; None without a completion request, as Typer inspects callbacks at each start."""
     if "_INFERCTL_COMPLETE" not in os.environ:
         return None
 
@@ -20,14 +20,14 @@ def _offer(names: Callable[[], Iterable[str]]) -> Callback:
         try:
             return [f"{before}{comma}{name}" for name in names() if name.startswith(last)]
         except InferctlError:
-            # A shell shows nothing but values.
+            # A shell cannot show an error, only values.
             return []
 
     return complete
 
 
 def one_of(*names: str) -> Callback:
-    """A callback that offers these words."""
+    """Return a callback that offers these words."""
     return _offer(lambda: names)
 
 

@@ -1,4 +1,4 @@
-"""The one place that prints. stdout carries data and nothing else; everything for people goes to stderr."""
+"""All output of inferctl. The result of a command goes to stdout, messages for people go to stderr."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ if TYPE_CHECKING:
 
 
 def data(text: str) -> None:
-    """Write data to stdout, ending in one line break."""
+    """Write `text` and a line break to stdout."""
     sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
     sys.stdout.flush()
 
 
-_owes_document = False
+_json_pending = False
 
 
-def expect_document(wanted: bool) -> None:
-    """Whether the command was called with `--json`: a failure before its document then prints one."""
-    global _owes_document
-    _owes_document = wanted
+def expect_document(expected: bool) -> None:
+    """Set whether the command must print a JSON document (`--json`), even if it fails."""
+    global _json_pending
+    _json_pending = expected
 
 
 def document(value: Any) -> None:
-    """Write one JSON document to stdout (what `--json` asks for)."""
-    global _owes_document
-    _owes_document = False
-    # Text in another encoding than UTF-8 is no JSON; escapes are.
+    """Write the JSON document of `--json` to stdout."""
+    global _json_pending
+    _json_pending = False
+    # JSON must be UTF-8. If stdout has another encoding, escapes keep the document valid.
     escaped = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
     data(json.dumps(value, indent=2, ensure_ascii=escaped, default=str))
 
 
 def note(text: str) -> None:
-    """A line for people, on stderr."""
+    """Write a message to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
-    """Something that works but should be known, on stderr."""
+    """Write a warning to stderr: what will go wrong, and how to avoid it."""
     print(f"{_paint('warning:', '33')} {text}", file=sys.stderr, flush=True)
 
 
 def error(problem: InferctlError) -> None:
-    """`error: what happened`, a blank line, `hint: what to type next`, on stderr."""
+    """Write `error: what happened`, a blank line and `hint: what to do next` to stderr."""
     print(f"{_paint('error:', '1;31')} {problem.message}", file=sys.stderr)
     if problem.hint:
         print(f"\n{_paint('hint:', '1;36')} {problem.hint}", file=sys.stderr)
@@ -59,58 +59,60 @@ def error(problem: InferctlError) -> None:
 
 
 def fail(problem: InferctlError) -> int:
-    """Print the error, with `--json` also as the document that the command owes; returns the exit code."""
+    """Print the error, with `--json` also as a JSON document, and return the exit code."""
     error(problem)
-    return _settle(failure(problem), problem.exit_code)
+    return _print_pending(failure(problem), problem.exit_code)
 
 
 def interrupt() -> int:
-    """Say that the command was interrupted, with `--json` also as the document that it owes; returns the exit code."""
+    """Print that the command was interrupted, with `--json` also as a JSON document, and return the exit code."""
     note("interrupted")
-    return _settle(_failure("interrupted", None, EXIT_INTERRUPTED, []), EXIT_INTERRUPTED)
+    return _print_pending(_failure("interrupted", None, EXIT_INTERRUPTED, []), EXIT_INTERRUPTED)
 
 
 def failure(problem: InferctlError) -> dict[str, Any]:
-    """The error as JSON: message, hint, exit code, and the problems of a file one by one."""
-    listed = [{"file": problem.file, **vars(one)} for one in problem.problems] if isinstance(problem, SpecError) else []
-    return _failure(problem.message, problem.hint, problem.exit_code, listed)
+    """Return the error as JSON: message, hint, exit code, and each error of a file."""
+    file_problems: list[dict[str, Any]] = []
+    if isinstance(problem, SpecError):
+        file_problems = [{"file": problem.file, **vars(each)} for each in problem.problems]
+    return _failure(problem.message, problem.hint, problem.exit_code, file_problems)
 
 
 def _failure(message: str, hint: str | None, exit_code: int, problems: list[dict[str, Any]]) -> dict[str, Any]:
     return {"error": {"message": message, "hint": hint, "exit_code": exit_code, "problems": problems}}
 
 
-def _settle(found: dict[str, Any], exit_code: int) -> int:
-    if _owes_document:
+def _print_pending(value: dict[str, Any], exit_code: int) -> int:
+    if _json_pending:
         try:
-            document(found)
-        except InferctlError as unwritten:
-            error(unwritten)
-            return unwritten.exit_code
+            document(value)
+        except InferctlError as write_error:
+            error(write_error)
+            return write_error.exit_code
     return exit_code
 
 
 def help_without_command(context: typer.Context) -> None:
-    """Print the help of a group that was called without a command, on stdout, and end the command."""
+    """Print the help of a command group to stdout if it was called without a command."""
     if context.invoked_subcommand is None:
         data(context.get_help())
 
 
 def rich(stderr: bool = False) -> Console:
-    """A Rich console; NO_COLOR, TERM and COLUMNS are honoured by Rich itself."""
+    """Return a Rich console. Rich itself respects NO_COLOR, TERM and COLUMNS."""
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False)
 
 
 def report(renderable: RenderableType) -> None:
-    """A table or another Rich renderable that is the command's result, on stdout."""
+    """Print the result of a command, such as a table, to stdout."""
     rich().print(renderable)
 
 
 @contextmanager
 def progress(description: str) -> Iterator[None]:
-    """A spinner with the time passed while the body runs; only on a terminal, otherwise one line."""
+    """Show a spinner and the elapsed time while the body runs. Without a terminal, print one line."""
     if not sys.stderr.isatty():
         note(description)
         yield

@@ -1,4 +1,4 @@
-"""Brings a model to this machine for the verbs that need its weights, with the progress on stderr."""
+"""Download a model for the commands that need its weights, with progress on stderr."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def fetch(source: str, revision: str | None) -> ModelFolder:
-    """The model `source`: a folder, a model in the hub's cache, or downloaded into it. Raises as `hub.fetch` does."""
+    """Return the folder of the model `source`, after a download if the hub's cache lacks it.
+
+    Raises `UsageError` if the model does not exist, `NotReadyError` if the hub cannot be reached.
+    """
     from inferctl import hub
 
     with _shown(source) as progress:
@@ -24,7 +27,7 @@ def fetch(source: str, revision: str | None) -> ModelFolder:
 
 @contextmanager
 def _shown(source: str) -> Iterator[Progress]:
-    """A bar on a terminal, lines elsewhere; nothing if no download starts."""
+    """Show a progress bar, or lines without a terminal. Shows nothing if no download starts."""
     from inferctl import hub
 
     if not sys.stderr.isatty():

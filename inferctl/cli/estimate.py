@@ -1,4 +1,4 @@
-"""`inferctl estimate`: latency, throughput and cost on other hardware, each figure with an error band or as a bound."""
+"""`inferctl estimate`: estimate latency, throughput and cost on other hardware, with error bands or as bounds."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def estimate(
     model: options.ModelSource = None,
     config: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Read only this config.json; the weights are not needed."),
+        typer.Option(metavar="FILE", help="Read this config.json instead of a model; the weights are not needed."),
     ] = None,
     hardware: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY",
             autocompletion=completion.HARDWARE,
-            help=f"Estimate this hardware; comma-separated, repeatable [default: the spec's, else {_STANDARD}].",
+            help=f"Estimate this hardware; repeatable. [default: the spec's, else {_STANDARD}]",
         ),
     ] = None,
     precision: Annotated[
@@ -42,7 +42,7 @@ def estimate(
             "-p",
             metavar="NAME",
             autocompletion=completion.PRECISIONS,
-            help="Estimate this precision: auto, fp32, fp16, bf16, int8; comma-separated, repeatable.",
+            help="Estimate auto, fp32, fp16, bf16 or int8; repeatable. [default: the spec's, else auto]",
         ),
     ] = None,
     engine: Annotated[
@@ -50,7 +50,7 @@ def estimate(
         typer.Option(
             metavar="NAME",
             autocompletion=completion.one_of("torch", "tensorrt"),
-            help="Set the engine: torch, as in `inferctl serve`, or tensorrt, as in the published rows.",
+            help="Set the engine: torch (`inferctl serve`) or tensorrt (published results).",
         ),
     ] = "torch",
     corpus: Annotated[
@@ -58,19 +58,19 @@ def estimate(
         typer.Option(
             metavar="NAME",
             autocompletion=completion.CORPORA,
-            help="Take input lengths from this corpus, or a .jsonl or .txt file.",
+            help="Take input lengths from this corpus or .jsonl or .txt file. [default: mixed]",
         ),
     ] = None,
     length: Annotated[
         str | None,
-        typer.Option(metavar="TOKENS", help="Set input lengths without a corpus: 128, 55:0.8 (log-normal), or squad."),
+        typer.Option(metavar="TOKENS", help="Set input lengths without a corpus: 128, 55:0.8 (log-normal) or squad."),
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(min=0.001, max=100_000, help="Estimate an open loop with this many requests/s (Poisson)."),
+        typer.Option(metavar="N", min=0.001, max=100_000, help="Estimate an open loop of N requests/s (Poisson)."),
     ] = None,
     users: Annotated[
-        int | None, typer.Option(min=1, max=10_000, help="Estimate a closed loop with this many users.")
+        int | None, typer.Option(metavar="N", min=1, max=10_000, help="Estimate a closed loop of N users.")
     ] = None,
     slo: Annotated[
         float | None,
@@ -79,7 +79,7 @@ def estimate(
             min=options.MIN_SLO_MS,
             max=options.MAX_SLO_MS,
             metavar="MS",
-            help="Find the highest rate with a p99 within this SLO.",
+            help="Find the highest rate whose p99 meets this SLO. [default: the spec's]",
         ),
     ] = None,
     against: Annotated[
@@ -90,19 +90,22 @@ def estimate(
             help="Compare each row with this hardware and print the break-even price.",
         ),
     ] = None,
-    inputs: Annotated[int, typer.Option(min=1, max=2048, help="Set the number of texts per request.")] = 1,
+    inputs: Annotated[int, typer.Option(metavar="N", min=1, max=2048, help="Set the number of texts per request.")] = 1,
     capacity: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Add a row for a measured server, from an `inferctl capacity` file."),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="Seed arrivals and order; equal seeds give equal figures.")
+        int,
+        typer.Option(
+            min=0, max=2**63 - 1, metavar="N", help="Seed arrivals and order; equal seeds give equal figures."
+        ),
     ] = 0,
     as_json: options.Json = False,
 ) -> None:
     """Estimate latency, throughput and cost on other hardware.
 
-    Figures are estimated from published results, never measured.
+    Every figure is estimated from published results, not measured. Lists accept commas: --hardware t4,l4.
 
     Example: inferctl estimate --model DIR --hardware t4,a100-40gb-mig-3g.20gb --slo-p99-ms 70
     """
@@ -110,9 +113,9 @@ def estimate(
     from inferctl.estimate import calibration, document, forecast
 
     if rate and users:
-        raise UsageError("`--rate` and `--users` are two kinds of load", "pass one of them")
+        raise UsageError("`--rate` and `--users` exclude each other", "pass one of them")
     if corpus is not None and length is not None:
-        raise UsageError("`--corpus` and `--length` both set the input lengths", "pass one of them")
+        raise UsageError("`--corpus` and `--length` exclude each other: both set the input lengths", "pass one of them")
     if engine not in forecast.ENGINES:
         raise UsageError(
             f"unknown engine {engine!r}", f"pass `--engine {forecast.ENGINES[0]}` or `{forecast.ENGINES[1]}`"
@@ -128,7 +131,7 @@ def estimate(
     with console.progress("estimating"):
         result = document.build(keys, _split(precision) or _precision(spec), data, work, question)
         if capacity:
-            result["rows"].insert(0, _paced(capacity, work, question))
+            result["rows"].insert(0, _measured_row(capacity, work, question))
     result["tokens"]["how"] = how
     if as_json:
         console.document(result)
@@ -140,7 +143,7 @@ def estimate(
 
 
 def _model(spec_file: Path | None, model: str | None, config: Path | None) -> tuple[Spec | None, Path]:
-    """The spec, when there is one, and the model's `config.json`."""
+    """Return the spec, or None without one, and the path of the model's `config.json`."""
     from inferctl import hub
     from inferctl import model as models
     from inferctl.errors import UsageError
@@ -152,7 +155,7 @@ def _model(spec_file: Path | None, model: str | None, config: Path | None) -> tu
         raise UsageError("no model specified", "pass `--model DIR`, or `--config FILE` with its config.json")
     spec = options.load(spec_file, {"model.source": model}).spec
     folder = Path(spec.model.source)
-    # The weights are not needed, so a folder with the configuration alone will do.
+    # The weights are not needed, so the folder may lack them.
     if (folder / "config.json").is_file():
         return spec, folder / "config.json"
     if (found := hub.cached(spec.model.source, spec.model.revision)) is not None:
@@ -164,7 +167,7 @@ def _model(spec_file: Path | None, model: str | None, config: Path | None) -> tu
 
 
 def _longest(config: dict[str, Any]) -> int:
-    """The largest number of tokens per input. RoBERTa's positions begin after the padding index."""
+    """Return the limit of tokens per input. The positions of RoBERTa start after the padding index."""
     positions = config.get("max_position_embeddings")
     offset = 2 if str(config.get("model_type", "")) in ("roberta", "xlm-roberta", "mpnet", "camembert") else 0
     return int(positions) - offset if isinstance(positions, int) and positions > offset else 512
@@ -208,8 +211,8 @@ def _split(values: list[str] | None) -> list[str]:
     return [part.strip() for value in values or [] for part in value.split(",") if part.strip()]
 
 
-def _paced(file: Path, work: Scenario, question: Question) -> dict[str, Any]:
-    """The row of a measured server, with the parallel batches and the batch limit of its measurement."""
+def _measured_row(file: Path, work: Scenario, question: Question) -> dict[str, Any]:
+    """Return the row of a measured server, with the parallel batches and the batch limit of its measurement."""
     from dataclasses import replace
 
     from inferctl.estimate import document
@@ -227,7 +230,7 @@ def _paced(file: Path, work: Scenario, question: Question) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> RenderableType:
-    """The table, the data source of each row, prices, the break-even prices and the limitations; fits 80 columns."""
+    """Return the table, data sources, prices, break-even prices and limitations, 80 columns wide."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
@@ -257,10 +260,10 @@ def render(result: dict[str, Any]) -> RenderableType:
             cells.append(span(row["highest_rate"]))
         if against:
             cells.append(relative(row["against"]["throughput"]) if "against" in row else "-")
-        cells.append("\n".join(span(one["usd_per_million_texts"]) for one in row["costs"][:1]) or "-")
+        cells.append("\n".join(span(cost["usd_per_million_texts"]) for cost in row["costs"][:1]) or "-")
         table.add_row(*cells)
     return Group(
-        Text(f"estimated, not measured: {_what(result)}", style="bold"),
+        Text(f"estimated, not measured: {_summary(result)}", style="bold"),
         Text(),
         table,
         Text(),
@@ -269,7 +272,7 @@ def render(result: dict[str, Any]) -> RenderableType:
 
 
 def span(value: dict[str, Any]) -> str:
-    """A figure above the ends of its band, or the bound that is known."""
+    """Return a figure with the ends of its band below it, or its bound."""
     if value["bound"]:
         return f"{value['bound']}\n{_short(value['high'] if value['low'] is None else value['low'])}"
     if value["low"] == value["high"]:
@@ -279,7 +282,7 @@ def span(value: dict[str, Any]) -> str:
 
 
 def relative(ratio: dict[str, Any]) -> str:
-    """A ratio of two throughputs, or a question mark where both are only bounds."""
+    """Return a ratio of two throughputs, or `?` if both are only bounds."""
     return "?" if ratio["low"] is None and ratio["high"] is None else span(ratio)
 
 
@@ -289,82 +292,84 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.2g}" if value < 1 else f"{value:.3g}"
 
 
-def _what(result: dict[str, Any]) -> str:
+def _summary(result: dict[str, Any]) -> str:
     load, slo = result["load"], result["slo_p99_ms"]
-    said = [f"{result['tokens']['mean']:.0f} tokens per text on average"]
+    parts = [f"{result['tokens']['mean']:.0f} tokens per text on average"]
     if load:
-        said.append(f"{load['rate']:g} requests/s" if load["mode"] == "open" else f"{load['users']} users")
+        parts.append(f"{load['rate']:g} requests/s" if load["mode"] == "open" else f"{load['users']} users")
     if slo:
-        said.append(f"p99 within {slo:g} ms")
-    return ", ".join(said)
+        parts.append(f"p99 within {slo:g} ms")
+    return ", ".join(parts)
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """The lines under the table: data sources, reasons of bounds, dated prices, verdicts, limitations."""
+    """Return the lines below the table: data sources, reasons for bounds, prices, verdicts, limitations."""
     rows = result["rows"]
-    found = [f"{_named(row)}: based on {row['rests_on']}" for row in rows]
-    found += [f"not estimated: {one['reason']}" for one in result["absent"]]
+    output = [f"{_named(row)}: based on {row['rests_on']}" for row in rows]
+    output += [f"not estimated: {absent['reason']}" for absent in result["absent"]]
     because = list(dict.fromkeys(reason for row in rows for reason in row["bounded_by"]))
     if because:
-        found += ["", "only bounds, without an error band, because of", *(f"- {reason}" for reason in because)]
+        output += ["", "only bounds, without an error band, because of", *(f"- {reason}" for reason in because)]
     front, capped = result["front_end"], [_named(row) for row in rows if row.get("limited_by") == "front end"]
     if capped:
-        found.append(
+        output.append(
             f"limited by the front end: {', '.join(capped)}. One API process serves at most"
             f" {_short(front['texts_per_s'])} texts/s in requests of {front['texts_per_request']}"
             f" (measured: {front['machine']})"
         )
     if priced := _prices(rows):
-        found += ["", *priced]
-    found += [verdict(row) for row in rows if "against" in row]
+        output += ["", *priced]
+    output += [verdict(row) for row in rows if "against" in row]
     notes = list(dict.fromkeys(note for row in rows for note in row["notes"]))
     if not all(row["bounded_by"] for row in rows):
         notes.insert(0, "under a figure: the ends of its 95% band")
     if any(_over(row) for row in rows):
         notes.insert(0, "over: the offered rate exceeds the capacity, so latency grows without limit")
-    return [*found, "", f"input lengths: {result['tokens']['how']}", *notes]
+    return [*output, "", f"input lengths: {result['tokens']['how']}", *notes]
 
 
 def _over(row: dict[str, Any]) -> bool:
-    """Whether a latency of the row is beyond saturation, or the slow end of its band is."""
+    """Return whether a latency of the row, or the slow end of its band, is beyond saturation."""
     figures = [row["load"][key] for key in ("p50_ms", "p99_ms")] if "load" in row else []
     return any(figure is None or (figure["high"] is None and not figure["bound"]) for figure in figures)
 
 
 def _prices(rows: list[dict[str, Any]]) -> list[str]:
-    """Each price, and each source with its date once."""
+    """Return each price, and each source with its date once."""
     sources: dict[str, int] = {}
-    found = []
+    prices = []
     for row in rows:
-        for one in row["costs"]:
-            number = sources.setdefault(f"{one['source']}, {one['date']}", len(sources) + 1)
+        for cost in row["costs"]:
+            number = sources.setdefault(f"{cost['source']}, {cost['date']}", len(sources) + 1)
             price = (
-                f"{row['hardware']}: {one['usd_per_hour']:.3f} USD/h, {one['provider']} {one['instance']} [{number}]"
+                f"{row['hardware']}: {cost['usd_per_hour']:.3f} USD/h, {cost['provider']} {cost['instance']} [{number}]"
             )
-            found.append(price)
-    return [*dict.fromkeys(found), *(f"[{number}] {source}" for source, number in sources.items())]
+            prices.append(price)
+    return [*dict.fromkeys(prices), *(f"[{number}] {source}" for source, number in sources.items())]
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """The break-even price of a row, and for each provider which of the two parts is cheaper per text."""
+    """Return the break-even price of a row, and which hardware is cheaper per text at each provider."""
     against = row["against"]
     even, whole = against["break_even"], against["whole_gpu_break_even"]
-    found = f"{_named(row)} against {against['hardware']} {against['precision']}, per text: break-even price "
+    text = f"{_named(row)} against {against['hardware']} {against['precision']}, per text: break-even price "
     if even["value"] is not None:
-        found += f"{even['value']:.2f}x ({even['low']:.2f} to {even['high']:.2f})"
+        text += f"{even['value']:.2f}x ({even['low']:.2f} to {even['high']:.2f})"
     elif even["bound"]:
-        found += f"{even['bound']} {even['high'] if even['low'] is None else even['low']:.2f}x"
+        text += f"{even['bound']} {even['high'] if even['low'] is None else even['low']:.2f}x"
     else:
-        found += f"unknown, as only bounds are known; {even['of_bounds']:.2f}x if both parts reach their bounds"
+        text += f"unknown, as only bounds are known; {even['of_bounds']:.2f}x if both parts reach their bounds"
     if "-mig-" in row["hardware"]:
         times = whole["of_bounds"] if whole["value"] is None else whole["value"]
-        found += f"; {times:.1f}x for the whole GPU"
-    for one in against["prices"]:
+        text += f"; {times:.1f}x for the whole GPU"
+    for price in against["prices"]:
         reason = (
-            f": {one['reason']}" if one["verdict"] == "undecided" and even["bound"] is None and even["value"] else ""
+            f": {price['reason']}"
+            if price["verdict"] == "undecided" and even["bound"] is None and even["value"]
+            else ""
         )
-        found += f". {one['provider']}: {one['price_ratio']:.2f}x the price, {one['verdict']}{reason}"
-    return found
+        text += f". {price['provider']}: {price['price_ratio']:.2f}x the price, {price['verdict']}{reason}"
+    return text
 
 
 def _named(row: dict[str, Any]) -> str:

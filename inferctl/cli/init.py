@@ -1,4 +1,4 @@
-"""`inferctl init`: a commented spec to start from, and with `--ci` the files of a CI job that gates and publishes."""
+"""`inferctl init`: write a commented spec and, with `--ci`, a CI workflow that gates and publishes the image."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ from inferctl.cli import completion, console
 from inferctl.errors import UsageError
 
 _EXAMPLE = "inferctl[bench] @ git+https://git.example.com/team/inferctl@v0.1.0"
-# Scripts that both CIs share.
+# Scripts that GitHub and GitLab share.
 _PARTS = ("names", "build", "measure", "compare", "publish")
+EPILOG = f"""\b
+Examples:
+  # Write a spec for a local model on a T4
+  inferctl init --model ./models/all-MiniLM-L6-v2 --hardware t4
+  # Write the GitHub workflow
+  inferctl init --ci github --package '{_EXAMPLE}'
+"""
 _GITLAB_ROOT, _GITLAB_PART = ".gitlab-ci.yml", ".gitlab/inferctl.yml"
 # CI -> path in the repository -> template.
 _CI = {
@@ -27,19 +34,21 @@ _CI = {
 
 
 def init(
-    directory: Annotated[Path, typer.Argument(help="Folder to write into.")] = Path(),
+    directory: Annotated[Path, typer.Argument(help="Folder for the files.")] = Path(),
     model: Annotated[
-        str, typer.Option("--model", "-m", metavar="SOURCE", help="Hub id or local model folder.")
+        str,
+        typer.Option("--model", "-m", metavar="SOURCE", help="Write this hub id or local model folder into the spec."),
     ] = "sentence-transformers/all-MiniLM-L6-v2",
-    name: Annotated[str | None, typer.Option(help="Name of the model; default is taken from its source.")] = None,
+    name: Annotated[str | None, typer.Option(help="Set the name of the model. [default: from --model]")] = None,
     base: Annotated[
-        str, typer.Option(autocompletion=completion.BASES, help="Base image: an entry of `inferctl catalog bases`.")
+        str,
+        typer.Option(autocompletion=completion.BASES, help="Set the base image: an entry of `inferctl catalog bases`."),
     ] = "cuda13.0",
     hardware: Annotated[
         list[str] | None,
         typer.Option(
             autocompletion=completion.HARDWARE,
-            help="Set the hardware it must run on; repeatable. Default: t4 and half an A100, or cpu on a CPU base.",
+            help="Set the target hardware; repeatable. [default: t4 and half an A100; cpu for a CPU base]",
         ),
     ] = None,
     ci: Annotated[
@@ -48,108 +57,107 @@ def init(
             "--ci",
             metavar="NAME",
             autocompletion=completion.one_of("github", "gitlab"),
-            help="Also write the CI files: github or gitlab.",
+            help="Also write the CI workflow for github or gitlab.",
         ),
     ] = None,
     package: Annotated[
         str | None,
-        typer.Option(metavar="REQUIREMENT", help="Set what pip installs in the job; required with --ci."),
+        typer.Option(metavar="REQUIREMENT", help="Install this pip requirement in the CI job; required with --ci."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite files that are already there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
 ) -> None:
-    """Write a commented inferctl.yaml and print its path. With --ci, write the CI files too; an existing spec is kept.
+    """Write a commented inferctl.yaml and print its path.
 
-    Examples: inferctl init --model ./models/all-MiniLM-L6-v2 --hardware t4;
-    inferctl init --ci github --package 'inferctl[bench] @ git+https://git.example.com/team/inferctl@v0.1.0'
+    With --ci, also write a CI workflow. An existing spec is kept.
     """
     from inferctl import catalog, outputs, settings, spec
     from inferctl.model import is_hub_id
 
     target = directory / spec.DEFAULT_FILE
     if ci is not None and ci not in _CI:
-        raise UsageError(f"--ci cannot be {ci!r}", f"known: {', '.join(_CI)}")
+        raise UsageError(f"--ci {ci!r} is not valid", f"pass one of {', '.join(_CI)}")
     installed = _requirement(package, ci)
     written: dict[Path, str] = {}
     if not target.exists() or (force and ci is None):
         values = {
             "name": name or spec.slug(model),
-            "source": model if is_hub_id(model) else _seen_from(directory, model),
+            "source": model if is_hub_id(model) else _path_relative_to_spec(directory, model),
             "revision": None,
-            "base": _file_seen_from(directory, base),
-            "hardware": [_file_seen_from(directory, one) for one in hardware or _default_hardware(base)],
+            "base": _file_relative_to_spec(directory, base),
+            "hardware": [_file_relative_to_spec(directory, one) for one in hardware or _default_hardware(base)],
         }
         written[target] = _rendered("inferctl.yaml.j2", values)
     elif ci is None:
-        raise UsageError(f"{target} is already there", "edit it, or overwrite it with --force")
+        raise UsageError(f"{target} already exists", "edit it, or pass `--force` to overwrite it")
     document = settings.parse(written[target], str(target)) if written else settings.read(target)
     resolved = settings.resolve(document, {}, {}, catalog.vocabulary())
     if ci:
-        given = {"name": resolved.spec.name, "repository": resolved.spec.image.repository, "package": installed}
-        written |= _ci_files(ci, directory, given, force)
+        job = {"name": resolved.spec.name, "repository": resolved.spec.image.repository, "package": installed}
+        written |= _ci_files(ci, directory, job, force)
     for file in written:
         outputs.check(file, "inferctl init FOLDER", parents=True)
     for file, text in written.items():
         outputs.write(file, text, "inferctl init FOLDER")
     if ci:
-        console.note("next: read what they say about runners and registries, and commit them")
+        console.note("next: read the comments on runners and registries in these files, then commit them")
     else:
         console.note("next: `inferctl check`, then `inferctl render` or `inferctl serve`")
     console.data("\n".join(str(file) for file in written))
 
 
 def _default_hardware(base: str) -> list[str]:
-    """Hardware that images on `base` run on. A base that is not known is reported with the spec."""
+    """Return the default hardware for images on `base`. The check of the spec reports an unknown base."""
     from inferctl import catalog
 
-    known = catalog.bases().get(base)
-    cpu_only = known is not None and catalog.stack(known.stack).cuda is None
+    entry = catalog.bases().get(base)
+    cpu_only = entry is not None and catalog.stack(entry.stack).cuda is None
     return ["cpu"] if cpu_only else ["t4", "a100-40gb-mig-3g.20gb"]
 
 
-def _seen_from(directory: Path, path: str) -> str:
-    """A path of the command line as the spec in `directory` names it: relative to the spec, unless it is absolute."""
+def _path_relative_to_spec(directory: Path, path: str) -> str:
+    """Return a path of the command line relative to the spec in `directory`, unless it is absolute."""
     if path.startswith(("/", "~")) or directory.resolve() == Path.cwd():
         return path
-    found = os.path.relpath(Path(path).absolute(), directory.resolve())
-    return found if found.startswith("..") else f"./{found}"
+    relative = os.path.relpath(Path(path).absolute(), directory.resolve())
+    return relative if relative.startswith("..") else f"./{relative}"
 
 
-def _file_seen_from(directory: Path, value: str) -> str:
-    """A name of the catalog as it is; a file as `_seen_from` has it."""
-    return _seen_from(directory, value) if value.endswith((".yaml", ".yml")) else value
+def _file_relative_to_spec(directory: Path, value: str) -> str:
+    """Return a catalog key unchanged, and the path of a YAML file relative to the spec."""
+    return _path_relative_to_spec(directory, value) if value.endswith((".yaml", ".yml")) else value
 
 
 def _requirement(package: str | None, ci: str | None) -> str:
-    """What the CI job installs, as a YAML string: a requirement may hold what YAML would read otherwise.
+    """Return the pip requirement of the CI job as a quoted YAML string.
 
-    There is no default: on a public index, the bare name can belong to anybody.
+    There is no default because anybody can claim the name on a public index. Raises `UsageError`.
     """
     if ci is None and package is not None:
-        raise UsageError("--package needs --ci: it sets what the CI job installs", "add `--ci github` or `--ci gitlab`")
+        raise UsageError("`--package` requires `--ci`", "add `--ci github` or `--ci gitlab`")
     if ci is not None and not (package or "").strip():
         raise UsageError(
-            f"--ci {ci} needs --package: the job must know where to install inferctl from",
-            f"pass a Git address, a wheel or a folder, as in `--package '{_EXAMPLE}'`",
+            f"`--ci {ci}` requires `--package`: the requirement that installs inferctl in the job",
+            f"pass a Git address, a wheel or a folder, such as `--package '{_EXAMPLE}'`",
         )
     return json.dumps((package or "").strip(), ensure_ascii=False)
 
 
-def _ci_files(ci: str, directory: Path, given: dict[str, Any], force: bool) -> dict[Path, str]:
-    """The files of a CI and their text. One that is the user's own by nature is left alone when it is there."""
+def _ci_files(ci: str, directory: Path, job: dict[str, Any], force: bool) -> dict[Path, str]:
+    """Return the files of a CI and their text, without an existing `.gitlab-ci.yml`, which belongs to the user."""
     from inferctl import spec
 
-    values = {**given, "spec": spec.DEFAULT_FILE}
+    values = {**job, "spec": spec.DEFAULT_FILE}
     parts = {part: _rendered(f"ci/{part}.sh.j2", values).rstrip() for part in _PARTS}
-    made = {}
+    files = {}
     for path, template in _CI[ci].items():
         file = directory / path
         if file.exists() and path == _GITLAB_ROOT:
-            console.note(f"{file} is yours already: add `include: [{{local: {_GITLAB_PART}}}]` to it")
+            console.note(f"{file} exists and is not changed: add `include: [{{local: {_GITLAB_PART}}}]` to it")
             continue
         if file.exists() and not force:
-            raise UsageError(f"{file} is already there", "edit it, or overwrite it with --force")
-        made[file] = _rendered(f"ci/{template}", {**values, **parts})
-    return made
+            raise UsageError(f"{file} already exists", "edit it, or pass `--force` to overwrite it")
+        files[file] = _rendered(f"ci/{template}", {**values, **parts})
+    return files
 
 
 def _rendered(template: str, values: dict[str, Any]) -> str:

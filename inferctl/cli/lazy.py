@@ -1,4 +1,4 @@
-"""A group that imports and builds a command only when it is used: `--help` builds none, a call builds one."""
+"""A command group that imports a command only if it runs. `--help` of the group imports none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typer.main import get_command
 
 
 class Command(NamedTuple):
-    """Where a command is, and the line that the help of its group shows. The module's `EPILOG` ends its own help."""
+    """The place of a command and its line in the help of the group. `EPILOG` of the module ends the command's help."""
 
     module: str
     # A function, or the Typer app of a group.
@@ -21,29 +21,29 @@ class Command(NamedTuple):
 
     def build(self, name: str) -> Any:
         module = importlib.import_module(self.module)
-        found = getattr(module, self.attribute)
-        if isinstance(found, typer.Typer):
-            app = found
+        target = getattr(module, self.attribute)
+        if isinstance(target, typer.Typer):
+            app = target
         else:
             app = typer.Typer(add_completion=False, rich_markup_mode=None)
-            app.command(name, epilog=getattr(module, "EPILOG", None))(found)
+            app.command(name, epilog=getattr(module, "EPILOG", None))(target)
         command = get_command(app)
         command.short_help = self.short_help
         return command
 
 
 class _Commands(UserDict[str, Any]):
-    """Commands by name. Reading a value builds it; reading the names builds nothing."""
+    """Commands by name. Reading a value builds the command."""
 
     def __getitem__(self, name: str) -> Any:
-        found = self.data[name]
-        if isinstance(found, Command):
-            found = self.data[name] = found.build(name)
-        return found
+        command = self.data[name]
+        if isinstance(command, Command):
+            command = self.data[name] = command.build(name)
+        return command
 
 
 class LazyGroup(TyperGroup):
-    """The group of the commands in `table`, listed in its order."""
+    """A group of the commands in `table`, listed in this order."""
 
     table: ClassVar[dict[str, Command]]
 

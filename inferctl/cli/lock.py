@@ -1,4 +1,4 @@
-"""`inferctl lock`: resolve the hashed locks an image is built from."""
+"""`inferctl lock`: resolve the hashed package locks that an image is built from."""
 
 from __future__ import annotations
 
@@ -11,62 +11,74 @@ import typer
 from inferctl.cli import completion, console
 from inferctl.cli.render import write_files
 
+EPILOG = """\b
+Examples:
+  # Resolve the locks of the CPU base
+  inferctl lock --base cpu --output locks
+  # Upgrade one package
+  inferctl lock --output locks --upgrade-package transformers
+"""
+
 
 def lock(
     base: Annotated[
         str,
         typer.Option(
             autocompletion=completion.BASES,
-            help="Base image whose stack is resolved: an entry of `inferctl catalog bases`.",
+            help="Resolve the torch stack of this base image of `inferctl catalog bases`.",
         ),
     ] = "cuda13.0",
     platform: Annotated[
-        str, typer.Option(autocompletion=completion.PLATFORMS, help="Platform of the image.")
+        str, typer.Option(autocompletion=completion.PLATFORMS, help="Resolve for this platform.")
     ] = "linux/amd64",
     wheels: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of wheels that stands in for the package index.")
+        Path | None, typer.Option(metavar="DIR", help="Resolve from this folder of wheels instead of a package index.")
     ] = None,
     index: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Search this package index too, instead of the one that the stack names."),
+        typer.Option(metavar="URL", help="Search this index too. [default: the torch index of the stack]"),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where torch.txt, server.txt and int8.txt go.")
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Write torch.txt, server.txt and int8.txt into DIR.")
     ] = Path("locks"),
     upgrade_package: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Upgrade this package (repeatable); the others keep their versions."),
+        typer.Option(metavar="NAME", help="Upgrade only this package; repeatable."),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; fail with code 1 if the locks miss a requirement.")
+        bool, typer.Option("--check", help="Write nothing; exit with 1 if the locks do not match the requirements.")
     ] = False,
 ) -> None:
-    """Resolve the locks with uv and print the paths written; name the folder in the spec as image.locks.
+    """Resolve the package locks of an image with uv and print their paths.
 
-    Examples: inferctl lock --base cpu --output locks; inferctl lock --output locks --upgrade-package transformers
+    To build with them, set `image.locks` in the spec to the folder.
     """
     from inferctl import catalog, locks, outputs
     from inferctl.errors import InferctlError, UsageError
 
     if wheels is not None and not wheels.is_dir():
-        raise UsageError(f"there is no wheel folder {wheels}", "`pip download --dest wheels ...` fills one")
+        raise UsageError(f"wheel folder {wheels} not found", "create it: `pip download --dest wheels ...`")
     if index is not None and not re.fullmatch(r"(?:https?|file)://[^\s/]*/?\S+", index):
-        raise UsageError(f"--index {index!r} is not a URL", "as in `--index https://download.pytorch.org/whl/cpu`")
+        raise UsageError(
+            f"--index {index!r} is not a URL", "pass a URL, such as `--index https://download.pytorch.org/whl/cpu`"
+        )
     outputs.check_folder(output, "--output")
-    chosen = catalog.base(base)
-    stack = catalog.stack(chosen.stack)
-    named = tuple(upgrade_package or ())
-    kept = locks.load(chosen, output, int8=True) if named or check else None
-    if kept and (unknown := [name for name in named if locks.normalize(name) not in kept.versions()]):
-        raise UsageError(f"the locks in {output} have no package {unknown[0]}", f"{output}/*.txt list what they have")
-    with console.progress(f"resolving {stack.key} for Python {chosen.python.version} on {platform}"):
-        target = locks.LockTarget(stack, chosen.python.version, platform, wheels, index)
-        resolved = locks.resolve(target, chosen.provides, kept, named)
-    if check and kept:
-        if changes := locks.differences(kept, resolved):
+    base_entry = catalog.base(base)
+    stack = catalog.stack(base_entry.stack)
+    upgrades = tuple(upgrade_package or ())
+    current = locks.load(base_entry, output, int8=True) if upgrades or check else None
+    if current and (unknown := [name for name in upgrades if locks.normalize(name) not in current.versions()]):
+        raise UsageError(
+            f"package {unknown[0]} not found in the locks in {output}", f"{output}/*.txt list the locked packages"
+        )
+    with console.progress(f"resolving {stack.key} for Python {base_entry.python.version} on {platform}"):
+        target = locks.LockTarget(stack, base_entry.python.version, platform, wheels, index)
+        resolved = locks.resolve(target, base_entry.provides, current, upgrades)
+    if check and current:
+        if changes := locks.differences(current, resolved):
             raise InferctlError(
                 f"the locks in {output} do not match what inferctl and {stack.key} require:\n" + "\n".join(changes),
-                f"`inferctl lock --base {base} --output {output}` resolves them again",
+                f"resolve them again: `inferctl lock --base {base} --output {output}`",
             )
         return
     files = {Path(name).name: content for name, content in resolved.files().items()}

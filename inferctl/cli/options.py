@@ -1,4 +1,4 @@
-"""Options that several verbs share, and how they become settings. The only reader of the process environment's INFERCTL_* variables."""
+"""Options that several commands share. Only this module reads the INFERCTL_* environment variables."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 SpecFile = Annotated[
     Path | None,
-    typer.Option("--spec", "-f", metavar="FILE", help="Spec file; default is ./inferctl.yaml if there is one."),
+    typer.Option("--spec", "-f", metavar="FILE", help="Read this spec file. [default: ./inferctl.yaml if it exists]"),
 ]
-# An hour is longer than any client waits; a larger number is a slip, and infinity makes a verdict of nothing.
+# One hour is longer than any client waits. A larger number is a typing error, and every result meets an infinite SLO.
 MIN_SLO_MS, MAX_SLO_MS = 0.001, 3_600_000
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 ModelSource = Annotated[
     str | None,
-    typer.Option("--model", "-m", metavar="SOURCE", help="Local model folder or hub id; no spec file is needed then."),
+    typer.Option("--model", "-m", metavar="SOURCE", help="Use this model folder or hub id; no spec file is required."),
 ]
 PrecisionOption = Annotated[
     str | None,
@@ -31,46 +31,47 @@ PrecisionOption = Annotated[
         "-p",
         metavar="NAME",
         autocompletion=completion.PRECISIONS,
-        help="auto, fp32, fp16, bf16 or int8.",
+        help="Set the precision: auto, fp32, fp16, bf16 or int8. [default: the spec's, else auto]",
     ),
 ]
 
 
 def names_model(spec_file: Path | None, flags: dict[str, Any]) -> bool:
-    """Whether anything says which model is meant: a spec file, named or found, `--model`, or the environment."""
+    """Return whether a spec file, `--model` or the environment specifies a model."""
     from inferctl import spec
 
-    named = spec_file or os.environ.get("INFERCTL_SPEC") or os.environ.get("INFERCTL_MODEL_SOURCE")
-    return bool(named or flags.get("model.source") or Path(spec.DEFAULT_FILE).exists())
+    specified = spec_file or os.environ.get("INFERCTL_SPEC") or os.environ.get("INFERCTL_MODEL_SOURCE")
+    return bool(specified or flags.get("model.source") or Path(spec.DEFAULT_FILE).exists())
 
 
 def network_of(name: str | None) -> str | None:
-    """The value of `--network`: `host`, or None if it is not given. Raises `UsageError`."""
+    """Return `host`, or None if `--network` is absent. Raises `UsageError` for another value."""
     from inferctl.errors import UsageError
 
     if name not in (None, "host"):
-        raise UsageError(f"--network {name!r} is not supported", "leave it out, or give `--network host`")
+        raise UsageError(f"--network {name!r} is not supported", "remove `--network`, or pass `--network host`")
     return name
 
 
 def spec_path(spec_file: Path | None) -> Path:
-    """Return the spec file in force, which need not exist: `spec_file`, else INFERCTL_SPEC, else ./inferctl.yaml."""
+    """Return the path of the spec: `spec_file`, else INFERCTL_SPEC, else ./inferctl.yaml. The file may not exist."""
     from inferctl import spec
 
     return spec_file or Path(os.environ.get("INFERCTL_SPEC") or spec.DEFAULT_FILE)
 
 
 def load(spec_file: Path | None, flags: dict[str, Any]) -> Resolved:
-    """Settings in force: `flags` (dotted path -> value, None is not given) over INFERCTL_* over the spec file over the defaults.
+    """Return the settings and print their warnings.
 
-    Without `--spec`, `./inferctl.yaml` is read if it is there; with `--model` none is needed. Warnings are printed.
+    `flags` maps dotted paths to values; None means absent. Flags override INFERCTL_* variables, which override the spec
+    file, which overrides the defaults. With `--model`, the spec file may be absent. Raises `UsageError`.
     """
     from inferctl import catalog, settings
     from inferctl.cli import console
 
-    chosen, path = spec_file or os.environ.get("INFERCTL_SPEC"), spec_path(spec_file)
+    explicit, path = spec_file or os.environ.get("INFERCTL_SPEC"), spec_path(spec_file)
     without_file = (
-        not chosen and not path.exists() and (flags.get("model.source") or os.environ.get("INFERCTL_MODEL_SOURCE"))
+        not explicit and not path.exists() and (flags.get("model.source") or os.environ.get("INFERCTL_MODEL_SOURCE"))
     )
     document = None if without_file else settings.read(path)
     resolved = settings.resolve(document, os.environ, flags, catalog.vocabulary())

@@ -1,4 +1,4 @@
-"""`inferctl pin`: write the base's digest and the model's commit into the spec."""
+"""`inferctl pin`: write the digest of the base image and the commit of the hub model into the spec."""
 
 from __future__ import annotations
 
@@ -19,41 +19,47 @@ if TYPE_CHECKING:
 
 def pin(
     spec_file: SpecFile = None,
-    update: Annotated[bool, typer.Option("--update", help="Move pins that are set to what is current.")] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="Also update existing pins to the current digest and commit.")
+    ] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Change nothing, ask no registry; exit with 1 if a pin is missing.")
+        bool, typer.Option("--check", help="Change nothing; exit with 1 if a pin is missing. Needs no network.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the changes without writing them.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the digest of the base and the commit of the hub model into the spec. Comments and order stay.
+    """Write the digest of the base image and the commit of the hub model into the spec.
+
+    Comments and the order of keys do not change.
 
     Example: inferctl pin --update
     """
     from inferctl import catalog, outputs, pin, settings, spec
     from inferctl.errors import NotReadyError
 
-    named = spec_file or (Path(name) if (name := os.environ.get("INFERCTL_SPEC")) else Path(spec.DEFAULT_FILE))
-    file = named.resolve() if named.exists() else named
+    spec_file_path = spec_file or (Path(name) if (name := os.environ.get("INFERCTL_SPEC")) else Path(spec.DEFAULT_FILE))
+    file = spec_file_path.resolve() if spec_file_path.exists() else spec_file_path
     document = settings.read(file)
-    meant = settings.resolve(document, {}, {}, catalog.vocabulary()).spec
-    pins = pin.pins(meant, catalog.base(meant.image.base))
+    current = settings.resolve(document, {}, {}, catalog.vocabulary()).spec
+    pins = pin.pins(current, catalog.base(current.image.base))
     if check:
-        _check(str(named), pins, as_json)
+        _check(str(spec_file_path), pins, as_json)
         return
-    changes, moved, failed = _resolve(meant, pins, update)
+    changes, moved, failed = _resolve(current, pins, update)
     if changes:
         text = file.read_bytes().decode("utf-8")
-        edited = pin.edit(text, changes, str(named))
+        edited = pin.edit(text, changes, str(spec_file_path))
         if not dry_run:
             try:
                 outputs.replace(file, edited)
             except OSError as error:
-                raise NotReadyError(f"{named} cannot be written: {error.strerror}", "check its permissions") from None
+                raise NotReadyError(
+                    f"cannot write {spec_file_path}: {error.strerror}", "check its permissions"
+                ) from None
     if as_json:
         console.document(
             {
-                "file": str(named),
+                "file": str(spec_file_path),
                 "written": bool(changes) and not dry_run,
                 "pinned": not failed and not (dry_run and any(not p.pinned for p in pins)),
                 "changes": [
@@ -68,7 +74,7 @@ def pin(
         if failed:
             raise typer.Exit(next(iter(failed.values())).exit_code)
         return
-    _tell(str(named), pins, changes, moved, dry_run)
+    _print_changes(str(spec_file_path), pins, changes, moved, dry_run)
     for path, further in list(failed.items())[1:]:
         console.warn(f"{path} is not pinned: {further.message}")
     if failed:
@@ -85,60 +91,60 @@ def _check(file: str, pins: list[Pin], as_json: bool) -> None:
         if missing:
             raise typer.Exit(1)
     elif missing:
-        raise InferctlError(f"{file} does not pin {' and '.join(missing)}", "`inferctl pin` writes what is missing")
+        raise InferctlError(f"{file} does not pin {' and '.join(missing)}", "run `inferctl pin`")
     else:
-        console.note(f"{file} pins all that can be pinned")
+        console.note(f"{file} has every pin that it can have")
 
 
 def _resolve(
     spec: Spec, pins: list[Pin], update: bool
 ) -> tuple[dict[str, str], list[tuple[str, str, str]], dict[str, InferctlError]]:
-    """What to write, which pins have something newer, and what could not be resolved.
+    """Return the changes to write, the pins with a newer version, and the pins that could not be resolved.
 
-    A pin that is set needs no answer: if nobody can be asked whether there is something newer, it stays.
+    If the registry or the hub cannot be reached, existing pins stay.
     """
     from inferctl import pin
 
     changes: dict[str, str] = {}
     moved: list[tuple[str, str, str]] = []
     failed: dict[str, InferctlError] = {}
-    for one in pins:
-        if one.pinned and one.path == pin.BASE and one.tracked is None:
+    for each in pins:
+        if each.pinned and each.path == pin.BASE and each.tracked is None:
             continue
         try:
-            with console.progress(f"resolving {one.path}"):
-                current = one.value(_current(spec, one))
+            with console.progress(f"resolving {each.path}"):
+                current = each.value(_current(spec, each))
         except InferctlError as error:
-            if one.pinned:
-                console.note(f"{one.path} stays as it is; what is current is not known: {error.message}")
+            if each.pinned:
+                console.note(f"{each.path} is unchanged, because its current version is unknown: {error.message}")
             else:
-                failed[one.path] = error
+                failed[each.path] = error
             continue
-        if one.pinned and one.pinned_to != current:
-            moved.append((one.path, one.pinned_to or "", current))
-        if (update or not one.pinned) and one.pinned_to != current:
-            changes[one.path] = current
+        if each.pinned and each.pinned_to != current:
+            moved.append((each.path, each.pinned_to or "", current))
+        if (update or not each.pinned) and each.pinned_to != current:
+            changes[each.path] = current
     return changes, moved, failed
 
 
-def _current(spec: Spec, one: Pin) -> str:
+def _current(spec: Spec, each: Pin) -> str:
     from inferctl import hub, pin
     from inferctl.image import buildx
 
-    if one.path == pin.MODEL:
-        return hub.commit(spec.model.source, one.tracked)
-    return buildx.digest(one.tracked or "")
+    if each.path == pin.MODEL:
+        return hub.commit(spec.model.source, each.tracked)
+    return buildx.digest(each.tracked or "")
 
 
-def _tell(
+def _print_changes(
     file: str, pins: list[Pin], changes: dict[str, str], moved: list[tuple[str, str, str]], dry_run: bool
 ) -> None:
-    for one in pins:
-        if one.path in changes:
-            console.data(f"{one.path}: {one.current or 'not set'} -> {changes[one.path]}")
+    for each in pins:
+        if each.path in changes:
+            console.data(f"{each.path}: {each.current or 'not set'} -> {changes[each.path]}")
     for path, old, new in moved:
         if path not in changes:
-            console.note(f"{path} is pinned to {old}; current is {new}. `inferctl pin --update` moves it")
+            console.note(f"{path} is pinned to {old}, current is {new}; to update it: `inferctl pin --update`")
     if not changes:
         console.note(f"{file} is unchanged")
     elif dry_run:

@@ -1,4 +1,4 @@
-"""`inferctl pull`: pull an image into the engine; tell a missing image from a registry that cannot be read."""
+"""`inferctl pull`: pull an image. A missing image and an unreachable registry are different results."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from inferctl.cli.options import Json
 
 def pull(
     reference: Annotated[
-        str, typer.Argument(metavar="REF", help="Name of the image, as in registry.example.com/team/name:tag.")
+        str, typer.Argument(metavar="REF", help="Name of the image, such as registry.example.com/team/name:tag.")
     ],
     if_exists: Annotated[
         bool,
-        typer.Option("--if-exists", help="If the registry has no such image, print nothing and exit with 0."),
+        typer.Option("--if-exists", help="Print nothing and exit with 0 if the registry has no such image."),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Pull an image and print its name@digest.
 
-    A registry that does not respond or denies access is always an error.
+    If the registry does not respond or denies access, the exit code is 3, also with --if-exists.
 
     Example: baseline=$(inferctl pull --if-exists registry.example.com/ml/minilm:main)
     """

@@ -1,4 +1,4 @@
-"""`inferctl push`: push an image that is in the engine; any failure is a failure."""
+"""`inferctl push`: push an image of the local engine."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from inferctl.cli.options import Json
 
 def push(
     reference: Annotated[
-        str, typer.Argument(metavar="REF", help="Name of the image, as in registry.example.com/team/name:tag.")
+        str, typer.Argument(metavar="REF", help="Name of the image, such as registry.example.com/team/name:tag.")
     ],
     attempts: Annotated[
-        int, typer.Option(min=1, max=10, help="How often to try when the registry or the network is flaky.")
+        int, typer.Option(metavar="N", min=1, max=10, help="Try up to N times if the registry or the network fails.")
     ] = 4,
     as_json: Json = False,
 ) -> None:

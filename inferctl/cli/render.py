@@ -1,4 +1,4 @@
-"""`inferctl render`, and what rendering needs from the outside: the catalog's entries, the locks, the repository's commit."""
+"""`inferctl render`, and the inputs of rendering: catalog entries, locks, the commit of the repository."""
 
 from __future__ import annotations
 
@@ -28,9 +28,14 @@ def render(
     precision: PrecisionOption = None,
     base: Annotated[
         str | None,
-        typer.Option(autocompletion=completion.BASES, help="Base image: an entry of `inferctl catalog bases`."),
+        typer.Option(
+            autocompletion=completion.BASES,
+            help="Use this base image of `inferctl catalog bases`. [default: the spec's]",
+        ),
     ] = None,
-    base_image: Annotated[str | None, typer.Option(help="Your mirror of the base image.")] = None,
+    base_image: Annotated[
+        str | None, typer.Option(help="Pull the base from your mirror; add a digest to pin it.")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -40,7 +45,7 @@ def render(
     force: Annotated[bool, typer.Option("--force", help="Overwrite a Dockerfile that inferctl did not write.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print the Dockerfile, or write it with all it needs into --output DIR.
+    """Print the Dockerfile or, with --output, write its build context.
 
     Example: inferctl render --output build && docker buildx build build
     """
@@ -72,7 +77,7 @@ def render(
         **rendered.files,
     }
     if not force:
-        _refuse_foreign(output / "Dockerfile")
+        _check_overwrite(output / "Dockerfile")
     write_files(output, {**written, **{name: file.read_bytes() for name, file in server_files().items()}})
     paths = [str(output / name) for name in written]
     if as_json:
@@ -84,18 +89,19 @@ def render(
     console.note(f"next: {shlex.join(['docker', 'buildx', 'build', *flags, str(output)])}")
 
 
-def _refuse_foreign(dockerfile: Path) -> None:
-    """Raise `UsageError` if there is a Dockerfile that inferctl did not render."""
+def _check_overwrite(dockerfile: Path) -> None:
+    """Raise `UsageError` if `dockerfile` exists and inferctl did not render it."""
     from inferctl.errors import UsageError
 
     if dockerfile.is_file() and b"Rendered by inferctl" not in dockerfile.read_bytes()[:4096]:
         raise UsageError(
-            f"{dockerfile} was not written by inferctl", "name another folder with `--output`, or pass `--force`"
+            f"{dockerfile} exists and was not written by inferctl",
+            "pass another folder with `--output`, or overwrite it with `--force`",
         )
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write `files` (name in `folder` -> content), making folders as needed. Raises `NotReadyError`."""
+    """Write `files` (name -> content) below `folder`, and create folders as needed. Raises `NotReadyError`."""
     from inferctl import outputs
 
     for name, content in files.items():
@@ -103,7 +109,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def rendered_image(resolved: Resolved, labels: Mapping[str, str] | None = None) -> Rendered:
-    """What `inferctl render` and `inferctl build` build on: the spec's image, rendered with the catalog's facts and its locks."""
+    """Return the image of the spec, rendered with the facts of the catalog and the locks."""
     from inferctl import catalog, locks
     from inferctl import render as rendering
 
@@ -111,13 +117,13 @@ def rendered_image(resolved: Resolved, labels: Mapping[str, str] | None = None) 
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
     folder = Path(spec.image.locks) if spec.image.locks else None
-    chosen = locks.load(base, folder, int8=spec.serve.precision == "int8")
+    package_locks = locks.load(base, folder, int8=spec.serve.precision == "int8")
     provenance = _provenance(Path(resolved.file or ".").resolve().parent)
-    return rendering.render(spec, base, stack, chosen, provenance, _baked(spec), labels)
+    return rendering.render(spec, base, stack, package_locks, provenance, _baked(spec), labels)
 
 
 def _baked(spec: Spec) -> str | None:
-    """Digest of the local model folder that the image carries; None without one, or if the folder is not here."""
+    """Return the digest of the local model folder that the image contains; None without one, or if it is absent."""
     from inferctl import model
     from inferctl.errors import UsageError
 
@@ -130,7 +136,7 @@ def _baked(spec: Spec) -> str | None:
 
 
 def _provenance(folder: Path) -> Provenance:
-    """The repository that the spec lies in, when there is one."""
+    """Return the commit and remote of the repository of the spec. The fields are None without a repository."""
     import inferctl
     from inferctl.render import Provenance
 
@@ -155,17 +161,17 @@ def _provenance(folder: Path) -> Provenance:
 
 
 def _epoch(commit: str | None) -> int:
-    """When the image says it was created: SOURCE_DATE_EPOCH, the commit's time, or the start of this day (UTC)."""
-    for found in (os.environ.get("SOURCE_DATE_EPOCH"), commit):
-        if found and found.isdecimal():
-            return int(found)
+    """Return the creation time of the image: SOURCE_DATE_EPOCH, the time of the commit, or the start of today (UTC)."""
+    for seconds in (os.environ.get("SOURCE_DATE_EPOCH"), commit):
+        if seconds and seconds.isdecimal():
+            return int(seconds)
     return int(time.time()) // 86_400 * 86_400
 
 
 def public_url(remote: str) -> str | None:
-    """A git remote as the image may name it: scheme, host and path alone; None for a folder of this machine.
+    """Return scheme, host and path of a git remote, without credentials; None for a local folder.
 
-    `git@host:team/repo` becomes `https://host/team/repo`; user, password, query and fragment are left out.
+    `git@host:team/repo` becomes `https://host/team/repo`. User, password, query and fragment are left out.
     """
     from urllib.parse import urlsplit
 

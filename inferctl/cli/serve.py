@@ -1,4 +1,4 @@
-"""`inferctl serve`: run the embeddings server, as a process or, with `--image`, as a container."""
+"""`inferctl serve`: run the embeddings server as a process or, with `--image`, as a container."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ import typer
 from inferctl.cli import completion, options
 from inferctl.errors import NotReadyError, UsageError
 
-EPILOG = """Examples: `inferctl serve --model ./all-MiniLM-L6-v2` serves a local folder on port 8080;
-`inferctl serve --model DIR --precision bf16 --port 0 --announce ready.json` takes a free port and says which;
-`inferctl serve --image registry.example.com/ml/minilm@sha256:...` runs a built image."""
+EPILOG = """\b
+Examples:
+  # Serve a local model folder on port 8080
+  inferctl serve --model ./all-MiniLM-L6-v2
+  # Use a free port and write its URL to ready.json
+  inferctl serve --model DIR --precision bf16 --port 0 --announce ready.json
+  # Run a built image as a container
+  inferctl serve --image registry.example.com/ml/minilm@sha256:...
+"""
 
 
 def serve(
@@ -22,46 +28,49 @@ def serve(
     model: options.ModelSource = None,
     precision: options.PrecisionOption = None,
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the model in the API; default is the model's own.")
+        str | None,
+        typer.Option(metavar="NAME", help="Set the model name of the API. [default: from the spec or the model]"),
     ] = None,
     host: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 is all. Default is 127.0.0.1.")
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Listen on this address; 0.0.0.0 means all. [default: 127.0.0.1]"),
     ] = None,
     port: Annotated[
-        int | None, typer.Option(metavar="PORT", help="Port to listen on; 0 takes a free one. Default is 8080.")
+        int | None, typer.Option(metavar="PORT", help="Listen on this port; 0 selects a free one. [default: 8080]")
     ] = None,
     max_batch_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens of one forward pass at most.")
+        int | None, typer.Option(metavar="N", help="Limit a forward pass to N tokens. [default: 16384]")
     ] = None,
     max_input_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens of one input at most; default is the model's.")
+        int | None, typer.Option(metavar="N", help="Limit an input to N tokens. [default: the model's limit]")
     ] = None,
     max_queue_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens waiting at most; beyond it the answer is 429.")
+        int | None,
+        typer.Option(
+            metavar="N", help="Limit the queue to N tokens; reject further requests with HTTP 429. [default: 262144]"
+        ),
     ] = None,
     device: Annotated[
         str,
         typer.Option(
             metavar="NAME",
             autocompletion=completion.one_of("auto", "cpu", "cuda"),
-            help="auto, cpu, cuda or cuda:N; auto takes a GPU when there is one.",
+            help="Run on auto, cpu, cuda or cuda:N; auto uses the GPUs if there are any.",
         ),
     ] = "auto",
     truncate: Annotated[
         bool,
         typer.Option(
             "--truncate/--no-truncate",
-            help="Cut inputs that are too long, or answer 400. A request's own `truncate` wins.",
+            help="Truncate inputs that are too long, or reject them with HTTP 400.",
         ),
     ] = True,
     announce: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write {url, pid} to FILE as JSON once the server is ready.")
+        Path | None, typer.Option(metavar="FILE", help="Write {url, pid} as JSON to FILE when the server is ready.")
     ] = None,
     capacity: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="Measured capacity (JSON) that admission starts from, before it has seen load."
-        ),
+        typer.Option(metavar="FILE", help="Start admission control from the file of `inferctl capacity`."),
     ] = None,
     hang_seconds: Annotated[
         float,
@@ -69,7 +78,7 @@ def serve(
             metavar="S",
             min=0.1,
             max=86_400,
-            help="Start the engine again when a batch takes this long, or 20 times what it should.",
+            help="Restart the engine if a batch exceeds S seconds and 20 times its prediction.",
         ),
     ] = 60.0,
     log: Annotated[
@@ -77,25 +86,26 @@ def serve(
         typer.Option(
             metavar="STYLE",
             autocompletion=completion.one_of("text", "json"),
-            help="text, or json: one object a line, one line a request.",
+            help="Log as text, or as json with one object per line and one line per request.",
         ),
     ] = "text",
     image: Annotated[
-        str | None, typer.Option(metavar="REF", help="Run this built image as a container instead of a process.")
+        str | None, typer.Option(metavar="REF", help="Run this image as a container instead of a process.")
     ] = None,
     image_reference: Annotated[
-        str | None, typer.Option(hidden=True, help="What /info says of the image this runs in.")
+        str | None, typer.Option(hidden=True, help="Set the image reference that /info returns.")
     ] = None,
     engine: Annotated[
-        str, typer.Option(hidden=True, help="encoder, or echo: no model, for measuring the rest.")
+        str, typer.Option(hidden=True, help="Set the engine: encoder, or echo (no model, to measure the rest).")
     ] = "encoder",
     engines: Annotated[
-        int | None, typer.Option(hidden=True, min=1, max=64, help="Engine processes; default is one a GPU, or one.")
+        int | None,
+        typer.Option(hidden=True, min=1, max=64, help="Start N engine processes. [default: one per GPU, else 1]"),
     ] = None,
 ) -> None:
-    """Serve embeddings over HTTP, OpenAI-compatible.
+    """Serve embeddings with an OpenAI-compatible API.
 
-    Stops cleanly on SIGTERM: accepted requests finish first. Says on stderr which precision and attention really run.
+    Prints the effective precision and attention on stderr. On SIGTERM, finishes the accepted requests and exits.
     """
     from inferctl.cli import console, download
     from inferctl.serve import main
@@ -109,9 +119,9 @@ def serve(
         from inferctl.serve import server, tracing
     except ModuleNotFoundError as error:
         raise NotReadyError(
-            f"serving needs the package {error.name}, which is not installed", "pip install 'inferctl[serve]'"
+            f"`inferctl serve` requires the package {error.name}, not installed", "pip install 'inferctl[serve]'"
         ) from None
-    chosen = server.ServerOptions(
+    server_options = server.ServerOptions(
         device=device,
         engine=engine,
         truncate=truncate,
@@ -123,11 +133,11 @@ def serve(
         log=log,
         traces=tracing.enabled(os.environ),
     )
-    raise typer.Exit(server.run(spec, chosen, console.note, download.fetch))
+    raise typer.Exit(server.run(spec, server_options, console.note, download.fetch))
 
 
 def _given(context: typer.Context) -> dict[str, Any]:
-    """The options that the command line itself gives, by parameter."""
+    """Return the options of the command line, without defaults, by parameter name."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
@@ -140,21 +150,25 @@ def _serve_image(
     from inferctl.image import container
     from inferctl.serve import main
 
-    # Refuses what is neither a name nor an id before the engine is asked.
+    # Rejects a reference that is no image name or id before the engine is called.
     full_reference(image)
     if "image_reference" in given:
-        raise UsageError("--image-reference cannot be given with --image", "leave it out: it is told to the container")
+        raise UsageError(
+            "`--image-reference` is not allowed with `--image`", "remove `--image-reference`: `--image` sets it"
+        )
     if "capacity" in given:
-        raise UsageError("--capacity cannot be given with --image", "it is of another server; leave it out")
-    known = options.names_model(spec_file, flags)
-    # Settings are of a whole spec, and a spec names a model. An image needs neither: its name stands in, and nothing reads it.
-    spec = options.load(spec_file, flags if known else {**flags, "model.source": image}).spec
-    wanted = container.ServeOptions(
+        raise UsageError(
+            "`--capacity` is not allowed with `--image`", "remove `--capacity`, or serve without `--image`"
+        )
+    has_model = options.names_model(spec_file, flags)
+    # A spec requires a model, but an image needs none. The image name serves as a placeholder, which is not read.
+    spec = options.load(spec_file, flags if has_model else {**flags, "model.source": image}).spec
+    container_options = container.ServeOptions(
         address=container.Address(spec.serve.host, spec.serve.port),
-        model=spec.model.source if known else None,
-        revision=spec.model.revision if known else None,
+        model=spec.model.source if has_model else None,
+        revision=spec.model.revision if has_model else None,
         replaces_model="model" in given,
         drain_seconds=spec.serve.grace_seconds + spec.serve.drain_seconds,
         arguments=main.arguments(given),
     )
-    return container.run_server(image, wanted, console.note, announce, download.fetch)
+    return container.run_server(image, container_options, console.note, announce, download.fetch)

@@ -1,4 +1,4 @@
-"""`inferctl schema` and `inferctl config`: what can be set, and what is set from where."""
+"""`inferctl schema` prints every key of the spec. `inferctl config` prints each setting and its source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from inferctl.cli.options import Json, ModelSource, SpecFile, load
 
 
 def schema() -> None:
-    """Print the JSON Schema of inferctl.yaml, for editors.
+    """Print the JSON Schema of inferctl.yaml for editors.
 
     Example: inferctl schema > inferctl.schema.json
     """
@@ -23,13 +23,15 @@ def schema() -> None:
 def config(
     spec_file: SpecFile = None,
     model: ModelSource = None,
-    changed: Annotated[bool, typer.Option("--changed", help="Only what differs from the default.")] = False,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Print only settings that differ from the default.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print each setting, its value, and where it came from: flag, environment, file or default.
+    """Print each setting, its value and its source: flag, environment, file or default.
 
-    Every setting can be given as INFERCTL_<SECTION>_<NAME>, as in INFERCTL_SERVE_PRECISION=bf16.
-    Paths in a spec are relative to the spec file; paths in flags and variables are relative to the working directory.
+    Set any of them with an environment variable INFERCTL_<SECTION>_<NAME>, such as INFERCTL_SERVE_PRECISION=bf16.
+    Paths in a spec are relative to the spec file. Paths in flags and variables are relative to the working directory.
     Variables that Kubernetes sets for a Service, such as INFERCTL_SERVE_PORT=tcp://10.0.0.1:80, are ignored.
 
     Example: inferctl config --changed
@@ -55,6 +57,6 @@ def config(
     for heading in ("setting", "value", "from"):
         table.add_column(heading, overflow="fold")
     for path, value in values.items():
-        # Text, not str: a value with brackets is no markup.
+        # As Text, because Rich reads brackets in a str as markup.
         table.add_row(path, Text("-" if value is None else str(value)), Text(resolved.origins[path]))
     console.report(table)

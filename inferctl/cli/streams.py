@@ -1,6 +1,6 @@
-"""Standard streams that cannot fake a result: what happens if stdout or stderr is closed, full, or not UTF-8.
+"""Standard streams that report a lost result: stdout and stderr that are closed, full or not UTF-8.
 
-- If the reader of a pipe is gone (`| head -1`), or a stream is closed (`>&-`), the output is dropped.
+- If the reader of a pipe has exited (`| head -1`), or a stream is closed (`>&-`), the output is dropped.
   The command keeps its exit code.
 - If stdout cannot be written for another reason, such as a full disk, the command fails with exit code 3.
 - If stderr cannot be written, the output is dropped: nothing on stderr is part of a result.
@@ -19,8 +19,8 @@ from typing import TextIO
 from inferctl.errors import NotReadyError
 
 _READER_GONE = (errno.EPIPE, errno.ECONNRESET)
-# What tables and progress lines print, for encodings that do not have it.
-_PLAIN = {
+# Replacements for the symbols of tables and progress lines in encodings without them.
+_ASCII = {
     "✓": "+",
     "✗": "x",
     "→": "->",
@@ -40,7 +40,7 @@ _ERRORS = "inferctl.plain"
 
 
 class _Descriptor(io.FileIO):
-    """A file descriptor for output. Once a write has failed, it accepts and drops everything."""
+    """A file descriptor for output. After a failed write, it drops all further output."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number, "wb", closefd=False)
@@ -48,7 +48,7 @@ class _Descriptor(io.FileIO):
 
     def write(self, data: object) -> int:
         """Write a part of `data` and return its length. Raises `NotReadyError` if stdout cannot be written."""
-        view = memoryview(data)  # type: ignore[arg-type]  # whatever the buffer above passes
+        view = memoryview(data)  # type: ignore[arg-type]  # any buffer
         while not self._failed:
             try:
                 written = super().write(view)
@@ -57,12 +57,12 @@ class _Descriptor(io.FileIO):
                 if self.fileno() == 1 and error.errno not in _READER_GONE:
                     reason = (error.strerror or str(error)).lower()
                     raise NotReadyError(
-                        f"stdout cannot be written: {reason}", "free space there, or redirect stdout to another file"
+                        f"cannot write to stdout: {reason}", "free some space, or redirect stdout to another file"
                     ) from None
             else:
                 if written is not None:
                     return written
-                # Another process has made the terminal or the pipe non-blocking.
+                # Another process has set the terminal or the pipe to non-blocking mode.
                 select.select([], [self.fileno()], [])
         return view.nbytes
 
@@ -70,7 +70,7 @@ class _Descriptor(io.FileIO):
 def guard() -> None:
     """Replace `sys.stdout` and `sys.stderr` by streams that follow the rules above; open closed ones on /dev/null."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        # Children would otherwise get their first file as stdout.
+        # Otherwise the first file that a child process opens becomes its stdout.
         os.set_inheritable(number, True)
     os.close(number)
     codecs.register_error(_ERRORS, _plain)
@@ -91,10 +91,10 @@ def _guarded(stream: TextIO | None, number: int) -> TextIO:
 
 
 def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Replace what an encoding does not have; bytes of a file name that are not UTF-8 stay as they are."""
+    """Replace a character that the encoding lacks. Bytes of a file name that are not UTF-8 do not change."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     character = error.object[error.start]
     if "\udc80" <= character <= "\udcff":
         return bytes([ord(character) - 0xDC00]), error.start + 1
-    return _PLAIN.get(character) or character.encode("ascii", "backslashreplace").decode(), error.start + 1
+    return _ASCII.get(character) or character.encode("ascii", "backslashreplace").decode(), error.start + 1

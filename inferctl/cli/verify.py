@@ -1,4 +1,4 @@
-"""`inferctl verify`: check an existing image as `inferctl build` checks a new one."""
+"""`inferctl verify`: check an existing image in the same way as `inferctl build` checks a new one."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ if TYPE_CHECKING:
 
 def verify(
     reference: Annotated[
-        str, typer.Argument(metavar="REF", help="Name, name@digest or id of the image; pulled if it is absent.")
+        str, typer.Argument(metavar="REF", help="Name, name@digest or id of the image; pulled if absent.")
     ],
     spec_file: options.SpecFile = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", metavar="SOURCE", help="Mount these weights: local model folder or hub id."),
+        typer.Option("--model", "-m", metavar="SOURCE", help="Mount the weights of this model folder or hub id."),
     ] = None,
     ready_timeout: Annotated[
         float,
-        typer.Option(metavar="SECONDS", min=0.1, max=86_400, help="Set how long the image may take to be ready."),
+        typer.Option(
+            metavar="SECONDS", min=0.1, max=86_400, help="Wait up to SECONDS for the started image to be ready."
+        ),
     ] = 300.0,
     network: Annotated[
-        str | None, typer.Option(metavar="NAME", help="`host`: run the containers on the network of the host.")
+        str | None, typer.Option(metavar="NAME", help="Run the containers on the network of the host (`host`).")
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Start an existing image, embed eight texts and compare the vectors with fp32; print the image's id.
+    """Start an image, compare the vectors of eight texts with fp32, and print the image id.
 
-    The image is not changed. If it mounts its weights, they come from --model or from the spec.
+    The image does not change. If it mounts its weights, they come from --model or from the spec.
 
     Example: inferctl verify registry.example.com/ml/minilm:bf16 --model ./all-MiniLM-L6-v2
     """
@@ -54,8 +56,8 @@ def verify(
     for finding in findings:
         console.warn(finding.text())
     raise_for([finding for finding in findings if finding.level == "error"])
-    known = options.names_model(spec_file, {"model.source": model})
-    spec = options.load(spec_file, {"model.source": model}).spec if known else None
+    has_model = options.names_model(spec_file, {"model.source": model})
+    spec = options.load(spec_file, {"model.source": model}).spec if has_model else None
     folder = container.weights(
         image,
         container.ServeOptions(
@@ -66,7 +68,7 @@ def verify(
         ),
         download.fetch,
     )
-    wanted = VerifyOptions(
+    checks = VerifyOptions(
         model=folder,
         network=network,
         gpu=engine.info().gpu and "NVIDIA_VISIBLE_DEVICES" in image.environment,
@@ -74,13 +76,13 @@ def verify(
         compare=image.labels.get("io.inferctl.model.weights") != "download",
     )
     with BuildView(live=sys.stderr.isatty()) as view:
-        found = view.follow(verified(engine, image, wanted))
-    show_verified(found)
-    _print(reference, image.id, found, as_json)
+        result = view.follow(verified(engine, image, checks))
+    show_verified(result)
+    _print(reference, image.id, result, as_json)
 
 
-def _print(reference: str, image: str, found: Verified, as_json: bool) -> None:
+def _print(reference: str, image: str, result: Verified, as_json: bool) -> None:
     if as_json:
-        console.document({"image": image, "reference": reference, "verified": found.document()})
+        console.document({"image": image, "reference": reference, "verified": result.document()})
     else:
         console.data(image)

@@ -383,17 +383,22 @@ def test_a_run_of_failures_ends_with_5_and_still_leaves_receipts(answering: Call
         (["--url", "nonsense"], 2, "--url 'nonsense' is not NAME=URL", "t4=http://10.0.0.7:8080"),
         (["--url", "a=http://127.0.0.1:9"], 3, "cannot connect to http://127.0.0.1:9", "start the server first"),
         (["--url", "a=http://127.0.0.1:9", "--plan", "quik"], 2, "'quik'", "did you mean quick"),
-        (["--url", "a=http://x", "--url", "a=http://y"], 2, "the name 'a' is used twice", "its own name"),
+        (
+            ["--url", "a=http://x", "--url", "a=http://y"],
+            2,
+            "two servers or configurations have the name 'a'",
+            "a name of its own",
+        ),
         (["--model", "nowhere", "--plan", "quick"], 2, "model folder nowhere not found", "check the path"),
         (["--url", f"{'a' * 41}=http://127.0.0.1:9"], 2, "has 41 characters", "a shorter name"),
         (["--url", "a=http://127.0.0.1:9", "--users", "0"], 2, "load.users cannot be 0", "--help"),
-        (["--url", "a=http://127.0.0.1:9", "--hardware", "cpu,a10x"], 2, "there is no hardware 'a10x'", "did you mean"),
-        (["--url", "a=http://127.0.0.1:9", "--search"], 2, "which p99 must hold", "--slo 100"),
+        (["--url", "a=http://127.0.0.1:9", "--hardware", "cpu,a10x"], 2, "hardware 'a10x' not found", "did you mean"),
+        (["--url", "a=http://127.0.0.1:9", "--search"], 2, "`--search` requires a p99 SLO", "--slo 100"),
         (["--url", "a=http://127.0.0.1:9", "--corpus", "shrt"], 2, "corpus 'shrt' not found", "did you mean short"),
         (
             ["--url", "a=http://127.0.0.1:9", "--batch-tokens", "4096"],
             2,
-            "servers that are started here",
+            "cannot change the running servers",
             "--precision",
         ),
         (
@@ -467,7 +472,7 @@ def test_a_second_interrupt_while_a_server_stops_still_ends_its_whole_group() ->
 def test_two_benches_in_the_same_second_have_two_folders(tmp_path: Path) -> None:
     from inferctl.cli import bench_setup
 
-    places = [bench_setup._place(tmp_path, "quick") for _ in range(3)]
+    places = [bench_setup._create_folder(tmp_path, "quick") for _ in range(3)]
     assert len(set(places)) == 3
     assert all(place.is_dir() for place in places)
 
@@ -475,7 +480,7 @@ def test_two_benches_in_the_same_second_have_two_folders(tmp_path: Path) -> None
 def test_users_of_an_open_loop_are_said_to_change_nothing(answering: Callable[..., str], tmp_path: Path) -> None:
     line = ["--url", f"mine={answering('--median-ms', '2')}", "--plan", "quick", "--users", "4", "--duration", "1"]
     done = command(*line, "--rate", "50", "--users", "4", folder=tmp_path)
-    assert "--users 4 changes nothing: this load is an open loop, 50 requests/s" in done.stderr
+    assert "`--users 4` has no effect: this load is an open loop with 50 requests/s" in done.stderr
     assert "late and 0 dropped of" in " ".join(done.stdout.split())
 
 

@@ -14,17 +14,17 @@ def test_the_time_left_is_of_the_whole_bench_and_learns_from_the_runs_that_ended
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(bench_progress.time, "monotonic", lambda: now[0])
-    show = bench_progress.Show([10, 30, 20])
-    with show:
+    view = bench_progress.ProgressView([10, 30, 20])
+    with view:
         first = Progress("a", 1, 3, "starting")
-        show.tell(first)
+        view.update(first)
         now[0] = 4
-        assert show.left_s(first) == 56
+        assert view.remaining_s(first) == 56
         now[0] = 20  # twice what was expected
         second = Progress("b", 2, 3, "measure", live=LoadProgress("measure", 312.4, 24.12, 40.0, 3))
-        show.tell(second)
-        assert show.left_s(second) == 100
-        show.tell(Progress("b", 2, 3, "measured", done="measured: 312.4 req/s"))
+        view.update(second)
+        assert view.remaining_s(second) == 100
+        view.update(Progress("b", 2, 3, "measured", done="measured: 312.4 req/s"))
     assert capsys.readouterr().err.splitlines() == [
         "[1/3] a · starting · ~60 s left",
         "[2/3] b · measure · 312 req/s · p50 24.1 p99 40.0 ms · ~2 min left",

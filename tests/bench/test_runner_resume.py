@@ -97,7 +97,7 @@ def test_after_a_sigkill_no_run_is_lost_and_none_made_twice(killed: Path, tmp_pa
     assert (killed / "runs" / "two-2").is_dir()
     code, shown, told = finished("--resume", str(killed), "--json", folder=tmp_path)
     assert code == 0, told
-    assert "2 of 4 runs are complete, 2 to go" in told
+    assert "2 of 4 runs are complete, 2 remain" in told
     assert [line.split(" · ")[0] for line in told.splitlines() if "· measure ·" in line] == ["[3/4] two", "[4/4] one"]
     assert sorted(entry.name for entry in (killed / "runs").iterdir()) == ["one-1", "one-2", "two-1", "two-2"]
     for name, content in complete.items():
@@ -137,7 +137,7 @@ def test_what_changed_meanwhile_is_named_and_refused(killed: Path, tmp_path: Pat
 def test_a_resumed_bench_takes_nothing_that_it_had_from_its_start(tmp_path: Path) -> None:
     code, _, told = finished("--resume", "nowhere", "--repeats", "3", folder=tmp_path)
     assert code == 2
-    assert "--repeats cannot be given with --resume" in told
+    assert "`--repeats` is not allowed with `--resume`" in told
     code, _, told = finished("--resume", "nowhere", folder=tmp_path)
     assert code == 2
     assert "has no benchmark to resume" in told
@@ -306,7 +306,7 @@ def test_the_interrupted_bench_says_how_to_go_on(answering: Callable[..., str], 
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     (folder,) = (tmp_path / "bench-results").iterdir()
-    assert f"to go on where this stopped: inferctl bench --resume bench-results/{folder.name}" in told
+    assert f"to resume this benchmark: inferctl bench --resume bench-results/{folder.name}" in told
     shutil.rmtree(folder / "receipts")
     code, _, told = finished("--resume", f"bench-results/{folder.name}", folder=tmp_path)
     assert code == 0, told

@@ -23,7 +23,7 @@ from inferctl.bench.load import records
 from inferctl.bench.measure import runner, search
 from inferctl.bench.plan import plan, workload
 from inferctl.bench.report import search_findings
-from inferctl.cli import bench_setup
+from inferctl.cli import bench_options
 from inferctl.errors import UsageError
 
 SERVICE_S = 0.010
@@ -533,13 +533,13 @@ def test_a_search_says_what_its_time_buys() -> None:
 
 @pytest.mark.parametrize(("text", "seconds"), [("300", 300), ("90s", 90), ("5m", 300), ("1.5h", 5400)])
 def test_a_budget_is_given_in_seconds_minutes_or_hours(text: str, seconds: float) -> None:
-    assert bench_setup.seconds(text) == seconds
+    assert bench_options.parse_seconds(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "0", "-5", "5d", "m", "1e3"])
 def test_other_budgets_are_mistakes(text: str) -> None:
     with pytest.raises(UsageError, match="is not a time"):
-        bench_setup.seconds(text)
+        bench_options.parse_seconds(text)
 
 
 @pytest.mark.parametrize(

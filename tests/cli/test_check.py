@@ -119,7 +119,7 @@ def test_every_mistake_of_a_spec_is_told_at_once(here: Path, capsys: Captured) -
     assert run(["check"]) == 2
     told = capsys.readouterr()
     assert told.out == ""
-    assert told.err.startswith("error: 3 mistakes\n")
+    assert told.err.startswith("error: 3 errors in inferctl.yaml\n")
     assert all(word in told.err for word in ("bf17", "'cuda13'", "'t5'"))
 
 
@@ -135,7 +135,7 @@ def test_the_mistakes_come_as_a_document_too(here: Path, capsys: Captured) -> No
 def test_a_spec_without_hardware_is_told_so(here: Path, capsys: Captured) -> None:
     (here / "inferctl.yaml").write_text("\n".join(line for line in SPEC.splitlines() if "hardware" not in line))
     assert run(["check"]) == 0
-    assert "no hardware named" in capsys.readouterr().out
+    assert "no hardware specified" in capsys.readouterr().out
 
 
 def test_a_model_that_is_not_here_is_not_checked(here: Path, capsys: Captured) -> None:

@@ -33,7 +33,7 @@ def test_what_init_writes_for_a_base_passes_check(here: Path, base: str, minilm:
     [
         ("image: {locks: ./none}", "image.locks: server.txt not found in none"),
         ("image: {wheels: ./none}", "image.wheels: none has no wheels"),
-        ("bench: {plan: ./none.yaml}", "bench.plan: there is no file none.yaml"),
+        ("bench: {plan: ./none.yaml}", "bench.plan: file none.yaml not found"),
         ("image: {locks: ./others}", "image.locks: "),
     ],
 )

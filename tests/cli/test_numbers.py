@@ -15,7 +15,7 @@ Captured = pytest.CaptureFixture[str]
 _BENCH = "bench --url a=http://127.0.0.1:9 --plan quick"
 # Command line -> its options that take a number.
 OPTIONS = {
-    _BENCH: "--duration --users --rate --repeats --workers --neighbours --slo --error-budget",
+    _BENCH: "--duration --users --rate --repeats --workers --neighbors --slo --error-budget",
     "bench --model ./absent --plan quick --precision fp32": "--batch-tokens",
     "bench --search --url a=http://127.0.0.1:9": "--slo",
     "estimate --config config.json": "--rate --users --slo-p99-ms --inputs --seed",
@@ -30,10 +30,12 @@ OPTIONS = {
 # Numbers in text.
 TEXTS = {"compare A B": "--threshold", "check --model org/m --hardware t4": "--driver", "estimate -m ./m": "--length"}
 CASES = [(line, option) for line, options in OPTIONS.items() for option in options.split()]
-# `--port 0` takes a free port. `--neighbours 0` and `--seed 0` are their defaults. The rest are limits that may be 0.
+# Errors of the plan name its key.
+PLAN_KEYS = {"--neighbors": "neighbours"}
+# `--port 0` takes a free port. `--neighbors 0` and `--seed 0` are their defaults. The rest are limits that may be 0.
 ZERO_IS_FINE = {
     "--port",
-    "--neighbours",
+    "--neighbors",
     "--seed",
     "--error-budget",
     "--floor-ms",
@@ -63,7 +65,8 @@ def test_a_number_out_of_bounds_is_an_error_that_names_the_bound(line: str, opti
         assert "\nhint: " in err, value
         said = err.splitlines()[0]
         assert any(words in said for words in ("must be", "unable to parse")), (value, said)
-        assert option.removeprefix("--").replace("-", "_") in said.replace("-", "_"), (value, said)
+        name = PLAN_KEYS.get(option, option.removeprefix("--"))
+        assert name.replace("-", "_") in said.replace("-", "_"), (value, said)
 
 
 @pytest.mark.parametrize(("line", "option"), TEXTS.items())

@@ -58,7 +58,7 @@ def test_a_closed_stdout_drops_the_output(command: str, tmp_path: Path) -> None:
 def test_a_full_disk_under_stdout_is_an_error_of_the_machine(command: str, tmp_path: Path) -> None:
     done = shell(f"inferctl {command} >/dev/full", tmp_path)
     assert done.returncode == 3, done.stderr
-    assert "error: stdout cannot be written: no space left on device\n\nhint: " in done.stderr
+    assert "error: cannot write to stdout: no space left on device\n\nhint: " in done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
 
@@ -81,7 +81,7 @@ def test_a_result_does_not_need_stderr(redirection: str, tmp_path: Path) -> None
 def test_a_failure_that_cannot_print_its_document_is_an_error_of_the_machine(tmp_path: Path) -> None:
     done = shell("inferctl config --json >/dev/full", tmp_path)
     assert done.returncode == 3
-    assert "stdout cannot be written" in done.stderr
+    assert "cannot write to stdout" in done.stderr
 
 
 def test_files_opened_after_a_closed_stdout_do_not_get_the_output(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_an_image_that_mounts_its_weights_can_be_built_without_them(tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [
-        (["--output", "tar=x"], "--output 'tar=x' is not understood", "oci=FILE"),
+        (["--output", "tar=x"], "--output 'tar=x' is not an OCI archive", "oci=FILE"),
         (
             ["--output", "oci=none/x.tar"],
             "none/x.tar cannot be written: no such file or directory",
@@ -226,8 +226,8 @@ def test_an_image_that_mounts_its_weights_can_be_built_without_them(tmp_path: Pa
         ),
         (["--metadata-file", "/"], "/ cannot be written: it is a folder", "name a file"),
         (["--metadata-file", "/proc/x"], "/proc/x cannot be written", "name a file"),
-        (["--tag", "Not A Name"], "'Not A Name' is not an image name", "all lower case"),
-        (["--tag", "MyOrg/minilm"], "'MyOrg/minilm' is not an image name", "all lower case"),
+        (["--tag", "Not A Name"], "'Not A Name' is not an image name", "lower case"),
+        (["--tag", "MyOrg/minilm"], "'MyOrg/minilm' is not an image name", "lower case"),
         (["--push"], "--push requires a repository", "image.repository"),
         (["--max-size", "big"], "'big' is not a valid max size", "6GB"),
         (["--dry-run", "--network", "zzz"], "--network 'zzz' is not supported", "--network host"),

@@ -76,7 +76,7 @@ def test_invalid_settings_are_reported_without_an_engine(tmp_path: Path) -> None
 def test_internal_options_of_the_container_are_rejected(tmp_path: Path) -> None:
     done = inferctl(tmp_path, "serve", "--image", "a:b", "--image-reference", "c:d")
     assert done.returncode == 2
-    assert "--image-reference cannot be given with --image" in done.stderr
+    assert "`--image-reference` is not allowed with `--image`" in done.stderr
 
 
 @pytest.fixture

@@ -62,9 +62,9 @@ def test_layers_and_retries_of_a_push(capsys: pytest.CaptureFixture[str]) -> Non
         Note("said once"),
     ]
     assert shown(events, capsys) == [
-        "  attempt 1 of 4 failed, again in 2 s: EOF",
+        "  attempt 1 of 4 failed, retry in 2 s: EOF",
         "  aa  pushed  3.0 MB uncompressed",
-        "  bb  already there",
+        "  bb  already exists",
         "  said once",
     ]
 

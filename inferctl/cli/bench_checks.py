@@ -1,0 +1,63 @@
+"""Checks of a benchmark before it starts: each one raises `UsageError` for a definition that cannot run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from inferctl.bench.measure.outcome import BenchTarget
+    from inferctl.bench.plan.plan import Plan
+
+
+def check_corpora(plan: Plan, targets: list[BenchTarget]) -> None:
+    """Read every corpus that the benchmark uses. Raises `UsageError` for one that does not exist or is not valid."""
+    from inferctl.bench.plan import workload
+
+    corpora = [plan.corpus, *(target.corpus for target in targets), plan.quality.corpus if plan.quality else None]
+    for corpus in dict.fromkeys(name for name in corpora if name):
+        workload.read_corpus(corpus)
+
+
+def check_search(plan: Plan, targets: list[BenchTarget], slo_p99_ms: float | None) -> None:
+    """Raise `UsageError` if a search has no SLO, or if its budget is too short."""
+    from inferctl.errors import UsageError
+
+    search = plan.search
+    if search and not (search.slo_p99_ms or slo_p99_ms):
+        raise UsageError(
+            "`--search` requires a p99 SLO",
+            "pass `--slo 100` (ms), or set `search.slo_p99_ms` in the plan or `slo.p99_ms` in the spec",
+        )
+    if search and search.budget_s is not None:
+        _check_budget(plan, targets, search.budget_s)
+
+
+def _check_budget(plan: Plan, targets: list[BenchTarget], budget_s: float) -> None:
+    """Raise `UsageError` if the budget is too short to search each server."""
+    import math
+
+    from inferctl.bench.measure import search
+    from inferctl.errors import UsageError
+
+    settings, count = plan.search, len(targets)
+    assert settings is not None
+    forecasts = [search.forecast(settings, plan.load_with(target.load), budget_s / count) for target in targets]
+    if any(not forecast.enough for forecast in forecasts):
+        minimum = math.ceil(count * max(forecast.seconds for forecast in forecasts))
+        searches = "a search" if count == 1 else f"{count} searches"
+        raise UsageError(
+            f"the budget of {budget_s:g} s is too short for {searches}", f"pass `--budget {minimum}` (seconds) or more"
+        )
+
+
+def check_neighbors(plan: Plan, targets: list[BenchTarget]) -> None:
+    """Raise `UsageError` if loaded neighbors are combined with running servers or with a search."""
+    from inferctl.bench.measure import neighbors
+    from inferctl.errors import UsageError
+
+    if plan.neighbours:
+        neighbors.reject_running_servers([target.name for target in targets if target.url])
+        if plan.search:
+            raise UsageError(
+                "`--neighbors` is not allowed in a search", "measure one rate instead: `--rate 50 --neighbors 1`"
+            )

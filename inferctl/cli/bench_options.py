@@ -1,0 +1,129 @@
+"""Options of `inferctl bench`: parse and check the text of each one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inferctl.bench.load.target import Access
+
+MAX_NAME_LENGTH = 40
+
+
+@dataclass(frozen=True)
+class AccessOptions:
+    """The options that say how to reach the servers of `--url`."""
+
+    headers: list[str] = field(default_factory=list, repr=False)
+    api_key_env: str | None = None
+    served_model: str | None = None
+
+    def access(self) -> Access:
+        """Return the headers and the model name of requests. Raises `UsageError` for a bad header or key."""
+        import os
+
+        from inferctl.bench.load.target import Access
+        from inferctl.errors import UsageError
+
+        headers = dict(_parse_header(text) for text in self.headers)
+        if self.api_key_env is not None:
+            if not (key := os.environ.get(self.api_key_env, "")):
+                raise UsageError(
+                    f"the environment variable {self.api_key_env} is not set (`--api-key-env`)",
+                    f"set it to the key: `export {self.api_key_env}=...`",
+                )
+            if not key.isascii() or not key.isprintable():
+                raise UsageError(
+                    f"the key in {self.api_key_env} has characters that are not allowed in a header",
+                    "remove line breaks and non-ASCII characters from the variable",
+                )
+            if any(name.lower() == "authorization" for name in headers):
+                raise UsageError("`--api-key-env` and `--header` both set Authorization", "remove one of them")
+            headers["Authorization"] = f"Bearer {key}"
+        return Access(headers, self.served_model)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the part that bench.json may hold: names of headers and variables, no values."""
+        names = sorted(_parse_header(text)[0].lower() for text in self.headers)
+        return {"headers": names, "api_key_env": self.api_key_env, "served_model": self.served_model}
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """The options of a new benchmark. None and empty values mean that the option is absent."""
+
+    spec_file: Path | None = None
+    model: str | None = None
+    plan: str | None = None
+    precisions: list[str] = field(default_factory=list)
+    urls: list[str] = field(default_factory=list)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    slo_p99_ms: float | None = None
+    output: Path = Path("bench-results")
+    access: AccessOptions = field(default_factory=AccessOptions)
+
+
+def parse_seconds(text: str) -> float:
+    """Return the seconds of `300`, `90s`, `5m` or `1.5h`. Raises `UsageError`."""
+    import re
+
+    from inferctl.errors import UsageError
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if not found or not float(found[1]):
+        raise UsageError(f"`--budget {text}` is not a time", "pass seconds, or a time such as 90s, 5m or 1.5h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def parse_hardware(texts: list[str]) -> list[str]:
+    """Return the catalog keys of `--hardware a,b --hardware c`. Raises `UsageError` for an unknown key."""
+    from inferctl import catalog
+    from inferctl.errors import UsageError, did_you_mean
+
+    known = list(catalog.hardware_profiles())
+    keys = [key.strip() for text in texts for key in text.split(",") if key.strip()]
+    for key in keys:
+        if key not in known:
+            hint = did_you_mean(key, known) or "`inferctl catalog hardware` lists the known keys"
+            raise UsageError(f"hardware {key!r} not found in the catalog", hint)
+    return keys
+
+
+def parse_target(text: str) -> tuple[str, str]:
+    """Return name and address of `--url NAME=URL`. Raises `UsageError`."""
+    import re
+
+    from inferctl.errors import UsageError
+
+    name, separator, address = text.partition("=")
+    if (
+        not separator
+        or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)
+        or not address.startswith(("http://", "https://"))
+    ):
+        raise UsageError(
+            f"--url {text!r} is not NAME=URL", "pass a name and an address: `--url t4=http://10.0.0.7:8080`"
+        )
+    if len(name) > MAX_NAME_LENGTH:
+        raise UsageError(
+            f"the server name {name!r} has {len(name)} characters, the limit is {MAX_NAME_LENGTH}", "use a shorter name"
+        )
+    return name, address
+
+
+def _parse_header(text: str) -> tuple[str, str]:
+    """Return name and value of `--header 'Name: value'`. Raises `UsageError` without the value, which can be secret."""
+    import re
+
+    from inferctl.errors import UsageError
+
+    name, separator, value = (part.strip() for part in text.partition(":"))
+    if not separator or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or not value:
+        raise UsageError("--header is not 'NAME: VALUE'", "pass a name and a value: `--header 'X-Team: search'`")
+    if not value.isascii() or not value.isprintable():
+        raise UsageError(f"the value of the header {name} has characters that are not allowed", "use plain ASCII")
+    if name.lower() in ("content-length", "transfer-encoding", "connection", "content-type", "accept-encoding"):
+        raise UsageError(f"the load generator sets the header {name} itself", f"remove `--header '{name}: ...'`")
+    return name, value
