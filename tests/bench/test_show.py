@@ -119,7 +119,7 @@ def test_the_report_shows_the_receipts_numbers(tmp_path: Path) -> None:
         assert f"{figures['requests_per_s']:.2f}" in text
         assert f"{figures['tokens_per_s']:,.0f}" in text
         assert one.data["seal"][:16] in text
-    assert "n too small85 of 368" in text
+    assert "not enough samples85 of 368" in text
     assert "not measured here: the hardware measured is Test CPU" in text
     assert "not run: bitsandbytes is not installed" in text
 
@@ -193,7 +193,7 @@ def test_late_and_dropped_sends_of_an_open_loop_are_shown(tmp_path: Path) -> Non
     found, receipts = remote(tmp_path)
     assert "t4 31 late and 7 dropped of 1,000" in text_of(found, 200)
     page = " ".join(html.render(found, receipts).split())
-    assert "<th>late</th><th>dropped</th>" in page
+    assert "<th>late sends</th><th>dropped sends</th>" in page
     assert "<td>31</td><td>7</td>" in page
 
 
