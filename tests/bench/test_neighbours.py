@@ -63,14 +63,14 @@ def test_with_five_pairs_the_interval_is_over_runs_and_knows_how_they_differ() -
     # Pairs differ by up to 30%. The factor within a pair is 2, give or take a tenth.
     scales = [(8.0, 16.2), (13.0, 25.5), (10.0, 20.9), (9.0, 17.5), (12.0, 24.0)]
     without = [drawn(2 * i, 800, a) for i, (a, _) in enumerate(scales)]
-    beside = [drawn(2 * i + 1, 800, b) for i, (_, b) in enumerate(scales)]
-    found = interference.inflation(without, beside)
+    loaded = [drawn(2 * i + 1, 800, b) for i, (_, b) in enumerate(scales)]
+    found = interference.inflation(without, loaded)
     assert found.pairs == 5
     assert "5 pairs of runs" in found.interval
     figures = figures_of(found, "p50")
     logs = [
         math.log(np.quantile(records.latency_ms(b.measured), 0.5) / np.quantile(records.latency_ms(a.measured), 0.5))
-        for a, b in zip(without, beside, strict=True)
+        for a, b in zip(without, loaded, strict=True)
     ]
     expected = stats.mean_interval(logs)
     assert expected
@@ -169,16 +169,16 @@ def receipt_of(work: runner.Bench) -> dict[str, Any]:
 
 def test_a_pair_measures_both_ways_and_records_what_the_neighbours_did(tmp_path: Path) -> None:
     found = receipt_of(bench(tmp_path, 2, 2))
-    beside = found["neighbours"]
-    assert (beside["count"], beside["pairs"], beside["valid"]) == (2, 2, True)
-    assert [one["first"] for one in beside["runs"]] == ["without", "with"]
-    assert beside["percentiles"]["p50"]["factor"] > 0
-    for one in beside["runs"]:
+    section = found["neighbours"]
+    assert (section["count"], section["pairs"], section["valid"]) == (2, 2, True)
+    assert [one["first"] for one in section["runs"]] == ["without", "with"]
+    assert section["percentiles"]["p50"]["factor"] > 0
+    for one in section["runs"]:
         assert [other["outlived"] for other in one["others"]] == [True, True]
         assert all(other["requests_per_s"] > 20 for other in one["others"])
     # The receipt describes the runs with idle neighbors.
     assert found["summary"]["latency_ms"]["n"] == sum(run["summary"]["latency_ms"]["n"] for run in found["runs"])
-    assert found["summary"]["requests_per_s"] == beside["requests_per_s"]["without"]
+    assert found["summary"]["requests_per_s"] == section["requests_per_s"]["without"]
     assert len(list(tmp_path.glob("runs/fp32-*/with-neighbours/requests-*.bin"))) == 2
 
 
@@ -264,7 +264,7 @@ def test_the_command_refuses_neighbours_of_a_running_server(tmp_path: Path, answ
 
 def test_two_pairs_that_disagree_are_not_given_a_narrow_interval() -> None:
     without = [drawn(1, 4000, 10), drawn(2, 4000, 30)]
-    beside = [drawn(3, 4000, 20), drawn(4, 4000, 21)]
-    figures = figures_of(interference.inflation(without, beside), "p50")
+    loaded = [drawn(3, 4000, 20), drawn(4, 4000, 21)]
+    figures = figures_of(interference.inflation(without, loaded), "p50")
     assert figures.low < 0.75
     assert figures.high > 1.9

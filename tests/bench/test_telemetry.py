@@ -76,8 +76,8 @@ def test_whoever_was_there_before_our_server_is_foreign_even_where_ids_cannot_be
 
 def test_other_slices_of_a_gpu_are_neighbours_and_our_own_slice_is_not() -> None:
     sliced = dataclasses.replace(T4, name="A100", sliced=True)
-    beside = judged(recorded(processes=(GpuProcess(10, 1), GpuProcess(4_000_001, 2))), sliced)
-    assert (beside.reasons, beside.cautions) == ((), ("other slices of A100 were in use during the run",))
+    other_slice = judged(recorded(processes=(GpuProcess(10, 1), GpuProcess(4_000_001, 2))), sliced)
+    assert (other_slice.reasons, other_slice.cautions) == ((), ("other slices of A100 were in use during the run",))
     within = judged(recorded(processes=(GpuProcess(10, 1), GpuProcess(4_000_001, 1))), sliced)
     assert within.reasons == ("another process was on A100 during the run (process 4000001)",)
 

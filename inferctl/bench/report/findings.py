@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 
 from inferctl.bench.measure import concurrency
+from inferctl.bench.receipt import JsonObject
 from inferctl.bench.report import ranking, search_findings
-from inferctl.bench.report.rows import MEASURED, MeasuredRow, Row, Section
+from inferctl.bench.report.rows import MEASURED, MeasuredRow, Row
 
 
 def describe(rows: Sequence[Row], mode: str, error_budget_percent: float = 0.1) -> list[str]:
@@ -80,7 +81,7 @@ def _emulation(rows: Sequence[MeasuredRow], mode: str) -> list[str]:
     return found
 
 
-def _failure(quality: Section) -> str:
+def _failure(quality: JsonObject) -> str:
     if "cosine" not in quality:
         return str(quality["reason"])
     limits = quality["limits"]
@@ -168,7 +169,7 @@ def _burst(row: MeasuredRow) -> str | None:
     )
 
 
-def _recovery(runs: Sequence[Section]) -> str:
+def _recovery(runs: Sequence[JsonObject]) -> str:
     """Return the time to recovery of the slowest run, in words."""
     if not runs:
         return ""
@@ -179,7 +180,7 @@ def _recovery(runs: Sequence[Section]) -> str:
     return f"; recovered {after} (resolution {slowest['resolution_s']:.1f} s)"
 
 
-def _with_neighbors(name: str, found: Section) -> str:
+def _with_neighbors(name: str, found: JsonObject) -> str:
     """Return how the latency changed with loaded neighbors."""
     neighbors = count_of_neighbors(found["count"])
     key = next((key for key in ("p99", "p90", "p50") if found["percentiles"][key]["factor"] is not None), None)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from inferctl.bench.receipt import Receipt
+from inferctl.bench.receipt import JsonObject, Receipt
 from inferctl.bench.report.chart import GREY, Chart, Json, slo_line, ticks
-
-Section = Mapping[str, Any]
 
 
 def goodput(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
@@ -40,7 +37,7 @@ def goodput(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
     return Chart("Offered rate and p99", text, data, layout)
 
 
-def _probes(name: str, probes: Sequence[Section], color: str) -> Json:
+def _probes(name: str, probes: Sequence[JsonObject], color: str) -> Json:
     intervals = [(probe["p99_ms"], *probe["p99_interval_ms"]) for probe in probes]
     return {
         "type": "scatter",
@@ -64,7 +61,7 @@ def _probes(name: str, probes: Sequence[Section], color: str) -> Json:
     }
 
 
-def _symbol(probe: Section) -> str:
+def _symbol(probe: JsonObject) -> str:
     if probe["ended_early"]:
         return "triangle-up-open"
     return "circle" if probe["holds"] else "x" if probe["holds"] is False else "circle-open"
@@ -236,7 +233,7 @@ def _hover(which: str) -> str:
     return which + " %{y:.1f} ms at %{x:.1f} s<extra>%{fullData.name}</extra>"
 
 
-def _stage_bands(stages: Sequence[Section]) -> Json:
+def _stage_bands(stages: Sequence[JsonObject]) -> Json:
     """Return bands behind the stages that send more than the first one, and the name of each stage."""
     level = "rate" if stages[0]["rate"] is not None else "users"
     lowest = stages[0][level] or 0

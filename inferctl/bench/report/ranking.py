@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from inferctl.bench.judge import verdict
-from inferctl.bench.report.rows import MeasuredRow, Section
+from inferctl.bench.receipt import JsonObject
+from inferctl.bench.report.rows import MeasuredRow
 
 # A smaller difference is not a clear one, whatever its interval: the same system differs by this much between runs.
 MIN_DIFFERENCE = 0.05
@@ -177,7 +178,7 @@ def no_clear_difference(row: MeasuredRow, other: MeasuredRow, mode: str) -> bool
     return start <= other_end and other_start <= end
 
 
-def _band(search: Section) -> tuple[float, float | None]:
+def _band(search: JsonObject) -> tuple[float, float | None]:
     """Return the rates between which the highest rate within the SLO lies. Older receipts have probed rates only."""
     if band := search.get("band_rps"):
         return band[0], band[1]

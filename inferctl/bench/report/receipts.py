@@ -19,8 +19,7 @@ from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.judgment import judge
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
 from inferctl.bench.plan.plan import Load, Plan
-
-Info = Mapping[str, Any]
+from inferctl.bench.receipt import JsonObject
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def _plan(context: Context, outcome: Outcome) -> dict[str, Any]:
     return plan
 
 
-def _source(context: Context, info: Info, target: BenchTarget) -> str | None:
+def _source(context: Context, info: JsonObject, target: BenchTarget) -> str | None:
     """Return the source of the weights.
 
     A server that inferctl starts reports the folder of the weights, so the source in the spec is used instead.
@@ -171,7 +170,7 @@ def _source(context: Context, info: Info, target: BenchTarget) -> str | None:
     return privacy.name_of(source) if source else None
 
 
-def _without_paths(info: Info) -> dict[str, Any]:
+def _without_paths(info: JsonObject) -> dict[str, Any]:
     """Return `GET /info` with the name of the model folder instead of its path."""
     found = dict(info)
     for key, name in (("model", "source"), ("api", "model")):
@@ -181,7 +180,7 @@ def _without_paths(info: Info) -> dict[str, Any]:
     return found
 
 
-def precision_of(info: Info, target: BenchTarget) -> dict[str, Any]:
+def precision_of(info: JsonObject, target: BenchTarget) -> dict[str, Any]:
     """Return requested and effective precision as the server reports them; None for what it does not report."""
     reported = info.get("precision") or {}
     return {key: reported.get(key) for key in ("effective", "level", "reason", "method", "tf32")} | {
@@ -189,7 +188,7 @@ def precision_of(info: Info, target: BenchTarget) -> dict[str, Any]:
     }
 
 
-def hardware_of(info: Info, target: BenchTarget, environment: Environment) -> dict[str, Any]:
+def hardware_of(info: JsonObject, target: BenchTarget, environment: Environment) -> dict[str, Any]:
     """Return the hardware that the server reports, else (for a server that inferctl started) this machine."""
     device = info.get("device") or {}
     if device.get("name"):

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from inferctl.bench import privacy
 from inferctl.bench.judge import slo, summary
 from inferctl.bench.measure.outcome import Outcome
-from inferctl.bench.receipt import Receipt
+from inferctl.bench.receipt import JsonObject, Receipt
 from inferctl.bench.report.estimated import EstimatedFigures
 
 MEASURED, FAILED, NOT_RUN = "measured", "failed", "not run"
 NOT_MEASURED_HERE, ESTIMATED = "not measured here", "estimated"
-
-# A section of a receipt in its JSON form (docs/bench.md describes each key).
-Section = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -29,12 +26,12 @@ class Row:
     configuration: str
     outcome: str
     reason: str | None = None
-    precision: Section = field(default_factory=dict)
+    precision: JsonObject = field(default_factory=dict)
     valid: bool = False
     reasons: Sequence[str] = ()
     cautions: Sequence[str] = ()
     receipt: str | None = None
-    hardware: Section | None = None
+    hardware: JsonObject | None = None
     estimate: EstimatedFigures | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -76,7 +73,7 @@ class Costs:
     joules_per_million_texts: float | None = None
     cpu_seconds_per_1000_requests: float | None = None
     usd_per_million_texts: float | None = None
-    price: Section | None = None
+    price: JsonObject | None = None
     gpu_utilisation_percent: float | None = None
 
 
@@ -87,7 +84,7 @@ class ClosedLoopFigures:
     users: int
     reference_rps: float
     requests_per_s: float
-    requests_per_s_interval: Section | None
+    requests_per_s_interval: JsonObject | None
     runs: int
 
 
@@ -100,13 +97,13 @@ class MeasuredRow(Row):
     """
 
     max_batch_tokens: int | None = None
-    workload: tuple[str | None, Section | None] = (None, None)
-    search: Section | None = None
-    neighbours: Section | None = None
+    workload: tuple[str | None, JsonObject | None] = (None, None)
+    search: JsonObject | None = None
+    neighbours: JsonObject | None = None
     closed_loop: ClosedLoopFigures | None = None
-    concurrency: Section | None = None
-    stages: Sequence[Section] | None = None
-    recovery: Sequence[Section] = ()
+    concurrency: JsonObject | None = None
+    stages: Sequence[JsonObject] | None = None
+    recovery: Sequence[JsonObject] = ()
     url: str | None = None
     p50_ms: float | None = None
     p90_ms: float | None = None
@@ -123,11 +120,11 @@ class MeasuredRow(Row):
     late: int = 0
     dropped: int = 0
     requests_per_s: float = 0.0
-    requests_per_s_interval: Section | None = None
+    requests_per_s_interval: JsonObject | None = None
     tokens_per_s: float | None = None
     server_peak_bytes: float | None = None
     costs: Costs = field(default_factory=Costs)
-    quality: Section = field(default_factory=lambda: {"checked": False})
+    quality: JsonObject = field(default_factory=lambda: {"checked": False})
     cosine_mean: float | None = None
     recall_at_10: float | None = None
 
@@ -196,7 +193,7 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
     )
 
 
-def _load_changes(outcome: Outcome) -> Section | None:
+def _load_changes(outcome: Outcome) -> JsonObject | None:
     """Return the keys in which the load differs from the plan's. Two traces of one name differ by their digests."""
     changes = outcome.target.load
     if not changes or not changes.get("trace"):
@@ -205,7 +202,7 @@ def _load_changes(outcome: Outcome) -> Section | None:
     return {**changes, "trace": f"{privacy.name_of(changes['trace'])} ({digest})"}
 
 
-def _slo(data: Section, limit_ms: float | None) -> SloAtLoad | None:
+def _slo(data: JsonObject, limit_ms: float | None) -> SloAtLoad | None:
     """Return whether the SLO is met at this load; None without an SLO."""
     if not limit_ms:
         return None
@@ -214,12 +211,12 @@ def _slo(data: Section, limit_ms: float | None) -> SloAtLoad | None:
     return SloAtLoad(limit_ms, judged.met, judged.reason)
 
 
-def _run_figures(run: Section) -> RunFigures:
+def _run_figures(run: JsonObject) -> RunFigures:
     latency = run["summary"]["latency_ms"]
     return RunFigures(run["repeat"], run["summary"]["requests_per_s"], latency["p50"]["value"], latency["p99"]["value"])
 
 
-def _costs(data: Section) -> Costs:
+def _costs(data: JsonObject) -> Costs:
     found = data.get("efficiency") or {}
     cheapest = next(iter(found.get("cost") or ()), None)
     gpus = [gpu for run in data["runs"] for gpu in (run.get("telemetry") or {}).get("gpus", ())]
@@ -235,7 +232,7 @@ def _costs(data: Section) -> Costs:
     )
 
 
-def _closed_loop(found: Section | None) -> ClosedLoopFigures | None:
+def _closed_loop(found: JsonObject | None) -> ClosedLoopFigures | None:
     if not found:
         return None
     figures = found["summary"]
@@ -248,5 +245,5 @@ def _closed_loop(found: Section | None) -> ClosedLoopFigures | None:
     )
 
 
-def _without_runs(found: Section | None) -> Section | None:
+def _without_runs(found: JsonObject | None) -> JsonObject | None:
     return found and {key: value for key, value in found.items() if key not in ("runs", "cautions")}

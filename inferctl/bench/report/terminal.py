@@ -11,10 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from inferctl.bench.plan.plan import Load
+from inferctl.bench.receipt import JsonObject
 from inferctl.bench.report.estimated import EstimatedFigures
 from inferctl.bench.report.findings import count_of_neighbors
 from inferctl.bench.report.result import Result
-from inferctl.bench.report.rows import Costs, MeasuredRow, Row, Section
+from inferctl.bench.report.rows import Costs, MeasuredRow, Row
 
 HEADINGS = ("config", "runs as", "p50", "p90", "p99", "req/s", "tok/s", "cosine", "recall")
 _UNKNOWN = "-"
@@ -81,7 +82,7 @@ def searches(rows: Sequence[MeasuredRow]) -> RenderableType | None:
     return _titled(f"highest rate (req/s) within the SLO: p99 {found[0][1]['slo_p99_ms']:g} ms", grid)
 
 
-def _band(search: Section) -> str:
+def _band(search: JsonObject) -> str:
     """Return the rates between which the highest rate within the SLO lies."""
     if not (band := search.get("band_rps")):
         return _UNKNOWN
@@ -130,7 +131,7 @@ def stages(rows: Sequence[MeasuredRow]) -> RenderableType | None:
     return _titled("stages of the load, latency in ms", grid)
 
 
-def _quantile(found: Section) -> str:
+def _quantile(found: JsonObject) -> str:
     return f"n<{found['needed']}" if found["value"] is None else short(found["value"])
 
 
@@ -216,7 +217,7 @@ def cells(row: MeasuredRow) -> list[str]:
     ]
 
 
-def runs_as(precision: Section) -> str:
+def runs_as(precision: JsonObject) -> str:
     """Return the effective precision and its level, such as `bf16 native` and `fp16 emulated`."""
     return " ".join(part for part in (precision.get("effective"), precision.get("level")) if part) or "not stated"
 
