@@ -163,8 +163,8 @@ def inferctl(port: int, *arguments: str, name: str = "inferctl") -> Server:
     return start(name, command, port, "/v1/embeddings", "/readyz", pausable=False)
 
 
-def infinity(port: int, dtype: str | None) -> Server:
-    """Start infinity with its default precision (dtype None) or another one.
+def infinity(port: int, dtype: str | None, api_key: str | None = None) -> Server:
+    """Start infinity with its default precision (dtype None) or another one. It rejects requests without `api_key`.
 
     It runs without BetterTransformer, which recent versions of torch do not have.
     """
@@ -179,6 +179,8 @@ def infinity(port: int, dtype: str | None) -> Server:
     command += ["--engine", "torch", "--port", str(port), "--host", "127.0.0.1", "--no-bettertransformer"]
     if dtype:
         command += ["--dtype", dtype, "--lengths-via-tokenize"]
+    if api_key:
+        command += ["--api-key", api_key]
     return start(f"infinity {dtype or 'default'}", command, port, "/embeddings", "/health")
 
 
