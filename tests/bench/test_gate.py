@@ -90,13 +90,13 @@ def test_a_stall_that_a_closed_loop_hides_is_found(answering: Callable[..., str]
         assert one.data["closed_loop"]["summary"]["runs"] == 5
     pair = comparable.ReceiptPair(*receipts)
     assert [reason for reason in comparable.invalid_because(pair, []) if "differ" in reason] == []
-    found = {
+    judged = {
         name: compare.judge(pair, metric, compare.CompareOptions(), 5) for name, metric in run_metrics.METRICS.items()
     }
-    assert found["p99"].outcome == "regression"
-    assert (found["p99"].change or 0) > 1
+    assert judged["p99"].outcome == "regression"
+    assert (judged["p99"].change or 0) > 1
     # Both receive the same offered rate, so the closed loops show the throughput.
-    assert (sample := found["requests_per_s"].sample)
+    assert (sample := judged["requests_per_s"].sample)
     assert sample.old_runs == [
         round(run["closed_loop"]["summary"]["requests_per_s"], 4)
         for run in sorted(receipts[0].data["runs"], key=lambda run: run["repeat"])
