@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from inferctl.bench.judge import slo
+from inferctl.bench.judge import shares, slo
 from inferctl.bench.judge.validity import ACHIEVED_LIMIT, CLIENT_CPU_LIMIT
 from inferctl.bench.receipt import JsonObject
 
@@ -90,24 +90,26 @@ def judge(
     """Return whether the server meets the SLO at the rate that `summary` describes.
 
     `growing_backlog` says how the backlog grew, if this ended the probe. `budget` is the share of requests that may
-    fail.
+    fail. If more fail, but not enough to show that the true share is over the budget, there are not enough samples.
     """
     errors = {name: count for name, count in summary["errors"].items() if name != "dropped"}
     offered, answered = summary["offered"] or 0, summary["answered"] or 0
     failed = sum(errors.values())
     if client_cpu_percent is not None and client_cpu_percent > CLIENT_CPU_LIMIT:
         return RateVerdict(False, "generator", f"the load generator used {client_cpu_percent:.0f}% of its core")
-    if failed > budget * summary["requests"]:
+    if shares.exceeds(failed, summary["requests"], budget):
         kinds = ", ".join(f"{name}: {count}" for name, count in errors.items())
         return RateVerdict(False, "errors", f"{failed} of {summary['requests']} requests failed ({kinds})")
     if growing_backlog:
         return RateVerdict(False, "fell behind", growing_backlog)
-    if answered < ACHIEVED_LIMIT * offered:
-        return RateVerdict(False, "fell behind", f"{answered} of {offered} offered requests were completed in time")
+    # Failed requests are judged above, by the error budget.
+    expected = offered - failed
+    if answered < ACHIEVED_LIMIT * expected:
+        return RateVerdict(False, "fell behind", f"{answered} of {expected} offered requests were completed in time")
     if dropped := summary["dropped"]:
         reason = f"{dropped} of {summary['requests']} requests were dropped, because too many were waiting"
         return RateVerdict(False, "fell behind", reason)
-    found = slo.judge(summary["latency_ms"], slo_p99_ms, failed / max(1, summary["requests"]), budget)
+    found = slo.judge(summary["latency_ms"], slo_p99_ms, failed, budget)
     if found.interval_contains_limit:
         return RateVerdict(False, "p99", found.reason, interval_contains_slo=True)
     limited_by = {True: None, False: "p99", None: "n too small"}[found.met]

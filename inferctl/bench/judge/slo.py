@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from inferctl.bench import stats
+from inferctl.bench.judge import shares
 from inferctl.bench.receipt import JsonObject
 
 # With more than this share of requests without a good response, the p99 of all requests has no upper bound.
@@ -23,22 +25,28 @@ class SloResult:
     interval_contains_limit: bool = False
 
 
-def judge(latency: JsonObject, limit_ms: float, lost: float = 0.0, budget: float = 0.0) -> SloResult:
-    """Return whether the p99 of `latency` (from `summary.latency_summary`) is within the limit.
+def judge(latency: JsonObject, limit_ms: float, lost: int = 0, budget: float = 0.0) -> SloResult:
+    """Return whether the p99 of all requests is within the limit, from the `latency_ms` of a summary.
 
     The SLO is met if the whole 95% interval of the p99 is within the limit, and the effective sample size is enough: a
-    smaller sample bounds its own interval. `lost` is the share of requests that failed, were rejected or were dropped.
-    They have no latency and count as above each limit. `budget` is the share of requests that may be lost.
+    smaller sample bounds its own interval. `lost` is the number of requests that failed, were rejected or were dropped.
+    Their latency counts as infinite. `budget` is the share of requests that may be lost.
     """
-    n, p99 = latency["n"], latency["p99"]
-    if lost > _P99_SHARE:
-        return SloResult(False, f"{100 * lost:.2g}% of the requests got no good response")
-    if p99["value"] is None:
+    total = latency["n"] + lost
+    loss = f"{lost} of {total} requests ({shares.percent(lost, total)}) got no good response"
+    if shares.exceeds(lost, total, _P99_SHARE):
+        return SloResult(False, loss)
+    # Receipts of older versions have the p99 of good responses only.
+    p99, n = (latency["p99_of_all"], total) if lost and "p99_of_all" in latency else (latency["p99"], latency["n"])
+    if n < p99["needed"]:
         return SloResult(None, f"not enough samples for a p99: {n} of {p99['needed']}")
-    span = f"p99 {p99['value']:.1f} ms ({p99['low']:.1f} - {p99['high']:.1f})"
-    if p99["low"] > limit_ms:
+    value, low, high = (math.inf if p99[key] is None else p99[key] for key in ("value", "low", "high"))
+    span = f"p99 {_ms(value)} ms ({_ms(low)} - {_ms(high)})"
+    if math.isinf(high):
+        span += f", because {loss},"
+    if low > limit_ms:
         return SloResult(False, f"{span} is over {limit_ms:g} ms")
-    if p99["high"] > limit_ms:
+    if high > limit_ms:
         reason = f"{span} is not shown to be within {limit_ms:g} ms: its interval contains it"
         return SloResult(None, reason, interval_contains_limit=True)
     if (size := stats.effective_size(n, p99.get("dependence"))) < p99["needed"]:
@@ -47,7 +55,12 @@ def judge(latency: JsonObject, limit_ms: float, lost: float = 0.0, budget: float
             f"{span} is within {limit_ms:g} ms, but the effective sample size is {size} "
             f"({n} responses, autocorrelated); the p99 needs {p99['needed']}",
         )
-    if lost > budget:
-        reason = f"{span} is within {limit_ms:g} ms, but {100 * lost:.2g}% of the requests got no good response"
-        return SloResult(None, reason)
+    if lost > budget * total:
+        over = f"over the error budget of {100 * budget:g}%"
+        undecided = "" if shares.exceeds(lost, total, budget) else "not shown to be "
+        return SloResult(None, f"{span} is within {limit_ms:g} ms, but {loss}, which is {undecided}{over}")
     return SloResult(True, f"{span} is within {limit_ms:g} ms")
+
+
+def _ms(value: float) -> str:
+    return "unbounded" if math.isinf(value) else f"{value:.1f}"

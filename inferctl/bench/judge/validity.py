@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inferctl.bench import stats
+from inferctl.bench.judge import shares
 from inferctl.bench.judge.summary import failures
 from inferctl.bench.receipt import JsonObject
 
@@ -65,8 +66,8 @@ def judge(
     offered, answered = summary["offered"], summary["answered"]
     sent = summary["requests"] - summary["dropped"]
     late = bool(offered) and summary["late"] > LATE_LIMIT * sent
-    # A rejection is a response in time.
-    expected = (offered or 0) - summary.get("rejected", 0)
+    # A rejection is a response in time. Failed requests are judged by the error budget.
+    expected = (offered or 0) - summary.get("rejected", 0) - sum(failures(summary).values())
     if offered and answered < ACHIEVED_LIMIT * expected:
         (reasons if late else of_server).append(
             f"{answered} of {expected} offered requests were completed in time "
@@ -100,23 +101,30 @@ def judge(
 
 
 def judge_failures(summary: JsonObject, budget_percent: float, searched: bool = False) -> Validity:
-    """Return the validity of a configuration by its failed requests, which must be within the error budget."""
+    """Return the validity of a configuration by its failed requests, whose true share must be within the error budget.
+
+    It is invalid if they show that the share is over the budget. If they do not, but more failed than the budget
+    allows, this is a caution.
+    """
     kinds = failures(summary)
     if not kinds:
         return Validity((), ())
-    count = sum(kinds.values())
+    count, total = sum(kinds.values()), summary["requests"]
     counts = ", ".join(f"{name}: {number}" for name, number in kinds.items())
-    message = f"{count} of {summary['requests']} requests failed ({counts})"
-    share = 100 * count / summary["requests"]
-    if share <= budget_percent or searched:
+    message = f"{count} of {total} requests failed ({counts})"
+    if count <= budget_percent / 100 * total or searched:
         return Validity((), (message,))
-    return Validity((f"{message}: {share:.2g}%, the error budget is {budget_percent:g}%",), ())
+    message += f": {shares.percent(count, total)}, the error budget is {budget_percent:g}%"
+    if shares.exceeds(count, total, budget_percent / 100):
+        return Validity((message,), ())
+    return Validity((), (f"{message}; the sample is too small to show whether the true share is over it",))
 
 
 def _rejections(summary: JsonObject) -> str:
+    share = shares.percent(summary["rejected"], summary["requests"])
     return (
-        f"{_REJECTIONS}{summary['rejected']} of {summary['requests']} requests (429, "
-        f"{summary['rejected_percent']:.2g}%): latencies are those of accepted requests"
+        f"{_REJECTIONS}{summary['rejected']} of {summary['requests']} requests (429, {share}): "
+        "latencies are those of accepted requests"
     )
 
 
@@ -155,7 +163,7 @@ def combine(
 ) -> Validity:
     """Return the validity of the runs of one configuration, whose pooled summary is given.
 
-    It is invalid if one run is, if all runs together have too few samples, or if more than the error budget failed.
+    It is invalid if one run is, if all runs together have too few samples, or if failures exceed the error budget.
     """
     several = len(runs) > 1
     reasons = [

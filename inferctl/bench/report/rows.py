@@ -207,7 +207,7 @@ def _slo(data: JsonObject, limit_ms: float | None) -> SloAtLoad | None:
     if not limit_ms:
         return None
     budget = (data["plan"].get("error_budget_percent") or 0) / 100
-    judged = slo.judge(data["summary"]["latency_ms"], limit_ms, summary.lost_share(data["summary"]), budget)
+    judged = slo.judge(data["summary"]["latency_ms"], limit_ms, summary.lost_requests(data["summary"]), budget)
     return SloAtLoad(limit_ms, judged.met, judged.reason)
 
 
