@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,15 @@ def workload_record(work: Workload, load: Load, corpus: str, seed: int) -> Workl
 
 
 @dataclass(frozen=True)
+class PooledPart:
+    """The records of an earlier measurement that a search pooled with a later one of the same rate."""
+
+    part: summary.RunRecords
+    state: Mapping[str, Any]
+    folder: Path
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One complete run.
 
@@ -64,6 +73,7 @@ class Measurement:
     - `load`: the load that was sent to this target.
     - `pace`: the server's batch latency model at the end of the run; None if it reports none.
     - `search`: the result of a search for the highest rate. The measurement is then that of its best probe.
+    - `pooled`: the earlier measurements of that probe.
     - `with_neighbors`: the same run with loaded neighbors.
     - `closed_loop`: the closed loop before this run, if the rate is a share of the capacity.
     - `concurrency`: how the number of users was found, for `users: auto`.
@@ -82,9 +92,15 @@ class Measurement:
     workload: WorkloadRecord = field(default_factory=WorkloadRecord)
     pace: Mapping[str, Any] | None = None
     search: Mapping[str, Any] | None = None
+    pooled: Sequence[PooledPart] = ()
     with_neighbors: NeighborRun | None = None
     closed_loop: ClosedLoop | None = None
     concurrency: Concurrency | None = None
+
+    @property
+    def parts(self) -> list[summary.RunRecords]:
+        """Return the records of this run, after those that a search pooled with it."""
+        return [*(earlier.part for earlier in self.pooled), self.part]
 
 
 @dataclass

@@ -33,7 +33,7 @@ from inferctl.bench.measure import digests, quality
 from inferctl.bench.measure.concurrency import Concurrency
 from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.neighbor_run import NeighborRun
-from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome, WorkloadRecord
+from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome, PooledPart, WorkloadRecord
 from inferctl.bench.measure.quality import QualityResult
 from inferctl.bench.measure.telemetry import Telemetry
 from inferctl.bench.measure.throughput import ClosedLoop
@@ -199,19 +199,39 @@ def lock(output: Path) -> Iterator[None]:
 
 def save(output: Path, measurement: Measurement, check: QualityResult | None) -> None:
     """Write a complete run atomically. `check` is its quality check; None if the check is not complete."""
-    part = measurement.part
     document = {
         "schema": SCHEMA,
         "run": dataclasses.asdict(measurement.run),
-        "folder": measurement.folder.relative_to(output).as_posix(),
+        **_part(output, measurement.folder, measurement.part),
+        "pooled": [
+            _part(output, earlier.folder, earlier.part) | {"state": earlier.state} for earlier in measurement.pooled
+        ],
+        "values": _values(measurement),
+        "quality": check and check.as_dict(),
+    }
+    write(output / "runs" / measurement.run.name / RUN_FILE, document)
+
+
+def _part(output: Path, folder: Path, part: summary.RunRecords) -> dict[str, Any]:
+    """Return where the records of a part are, with their sha256, and what they do not say of it."""
+    return {
+        "folder": folder.relative_to(output).as_posix(),
         "window": [part.start_ns, part.end_ns],
         "inputs_per_request": part.inputs_per_request,
         "offered": part.offered,
-        "values": _values(measurement),
-        "quality": check and check.as_dict(),
-        "records": digests.of_records(measurement.folder),
+        "records": digests.of_records(folder),
     }
-    write(output / "runs" / measurement.run.name / RUN_FILE, document)
+
+
+def _restored_part(output: Path, document: Mapping[str, Any], state: Mapping[str, Any]) -> summary.RunRecords:
+    rows = generator.read_records(output / document["folder"], state)
+    return summary.RunRecords(rows, *document["window"], document["inputs_per_request"], document["offered"])
+
+
+def _is_complete(output: Path, document: Mapping[str, Any]) -> bool:
+    """Return whether all records of a part are as they were written."""
+    place = output / document["folder"]
+    return all(digests.of_file(place / name) == digest for name, digest in document["records"].items())
 
 
 def _values(measurement: Measurement) -> dict[str, Any]:
@@ -264,20 +284,21 @@ def _restored(output: Path, folder: Path, run: Run) -> tuple[Measurement, Qualit
     """Return the measurement and the quality check in `folder`; None if it has no complete run."""
     try:
         document = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        place = output / document["folder"]
-        complete = all(digests.of_file(place / name) == digest for name, digest in document["records"].items())
+        pooled = document.get("pooled", [])
+        complete = all(_is_complete(output, part) for part in (document, *pooled))
         if document["schema"] != SCHEMA or document["run"] != dataclasses.asdict(run) or not complete:
             return None
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
     values, check = document["values"], document["quality"]
-    start_ns, end_ns = document["window"]
-    rows = generator.read_records(place, values["state"])
-    part = summary.RunRecords(rows, start_ns, end_ns, document["inputs_per_request"], document["offered"])
     measurement = Measurement(
         run=run,
-        part=part,
-        folder=place,
+        part=_restored_part(output, document, values["state"]),
+        folder=output / document["folder"],
+        pooled=[
+            PooledPart(_restored_part(output, part, part["state"]), part["state"], output / part["folder"])
+            for part in pooled
+        ],
         started=values["started"],
         state=values["state"],
         resources=values["resources"],

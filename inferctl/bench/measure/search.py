@@ -19,7 +19,7 @@ from inferctl.bench.judge.probe import Probe
 from inferctl.bench.judge.search_outcome import BudgetUse
 from inferctl.bench.judge.validity import ACHIEVED_LIMIT
 from inferctl.bench.load import generator, records
-from inferctl.bench.measure.outcome import Measurement
+from inferctl.bench.measure.outcome import Measurement, PooledPart
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Load, Run, Search
 from inferctl.errors import InferctlError
@@ -123,12 +123,9 @@ class Searcher:
                 f"no probe ran to its end: {found.reason}",
                 "set `search.start_rate` to a rate that the server can do",
             )
-        best = [
-            measurement
-            for probe, measurement in complete
-            if probe.rate == found.max_goodput_rps and probe.stage == "confirm"
-        ]
-        chosen = best[-1] if best else min(complete, key=lambda pair: pair[0].rate)[1]
+        best = next((measurement for probe, measurement in complete if probe is found.best), None)
+        # The last measurement of a rate is pooled with the earlier ones.
+        chosen = best or min(reversed(complete), key=lambda pair: pair[0].rate)[1]
         return replace(chosen, search=found.as_dict())
 
     def _remaining_s(self) -> float:
@@ -179,6 +176,7 @@ class Searcher:
             measurement = _partial_measurement(load, work, place)
         before = [run for probe, run in self._measured if probe in earlier]
         probe = self._judged(rate, stage, seed, [*before, measurement], growth)
+        measurement = replace(measurement, pooled=[PooledPart(run.part, run.state, run.folder) for run in before])
         self._measured.append((probe, measurement))
         self.on_probe(probe)
         return probe

@@ -59,7 +59,7 @@ def _document(context: Context, outcome: Outcome) -> dict[str, Any]:
     budget, cores = context.plan.error_budget_percent, context.environment.machine_cores
     judged = judge(outcome, cores, budget)
     info, target, runs = _without_paths(outcome.info), outcome.target, outcome.measurements
-    first, parts = runs[0], [run.part for run in runs]
+    first, parts = runs[0], [part for run in runs for part in run.parts]
     hardware = hardware_of(info, target, context.environment)
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
