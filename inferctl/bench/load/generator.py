@@ -144,7 +144,9 @@ def _follow(
         now = time.monotonic_ns()
         for path in records.files(folder):
             rows = tails.setdefault(path, records.Tail(path)).read_new()
-            recent += zip(rows["end_ns"].tolist(), records.latency_ms(rows).tolist(), strict=True) if len(rows) else []
+            # A server that fails all requests has no throughput.
+            good = rows[rows["error"] == records.OK]
+            recent += zip(good["end_ns"].tolist(), records.latency_ms(good).tolist(), strict=True)
         recent = [entry for entry in recent if now - 5_000_000_000 < entry[0] <= now + 1_000_000_000]
         on_progress(_progress(recent, read_state(folder), load, now))
         processes.wait(0.5)
