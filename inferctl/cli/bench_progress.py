@@ -144,8 +144,10 @@ def line(progress: Progress) -> str:
         progress.phase,
     ]
     live = progress.live
-    if live and live.p50_ms is not None and live.p99_ms is not None:
-        parts += [f"{live.rate:.0f} req/s", f"p50 {live.p50_ms:.1f} p99 {live.p99_ms:.1f} ms"]
+    if live:
+        parts.append(f"{live.rate:.0f} req/s")
+        if live.p50_ms is not None and live.p99_ms is not None:
+            parts.append(f"p50 {live.p50_ms:.1f} p99 {live.p99_ms:.1f} ms")
     elif progress.seconds >= 1:
         parts.append(f"{progress.seconds:.0f} s")
     return " · ".join(parts)

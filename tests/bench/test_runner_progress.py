@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+from bench_samples import row, table
+
+from inferctl.bench.load import generator, records
 from inferctl.bench.load.generator import LoadProgress
 from inferctl.bench.measure.runner import Progress
+from inferctl.bench.plan import plan
 from inferctl.cli import bench_progress
 
 
@@ -35,3 +41,20 @@ def test_the_time_left_is_of_the_whole_bench_and_learns_from_the_runs_that_ended
 def test_the_line_of_a_long_name_fits_a_terminal() -> None:
     progress = Progress("n" * 30, 16, 16, "measure", live=LoadProgress("measure", 1234, 123.4, 567.8, 3))
     assert len(bench_progress.line(progress)) <= 80
+
+
+def test_the_rate_counts_good_responses_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A server that fails every request at once would otherwise have the highest rate."""
+    running, seen = iter((True, False)), []
+    processes = SimpleNamespace(running=lambda: next(running), wait=lambda _: None)
+    now_ms = generator.time.monotonic_ns() / 1e6
+    for error, rate in ((records.OK, 100), (records.HTTP_ERROR, 0)):
+        rows = table(*(row(now_ms - 1000 + 10 * i, 5, error=error) for i in range(100)))
+        running = iter((True, False))
+        tail = SimpleNamespace(read_new=lambda rows=rows: rows)
+        monkeypatch.setattr(generator.records, "files", lambda _: [Path("requests-0.bin")])
+        monkeypatch.setattr(generator.records, "Tail", lambda _, tail=tail: tail)
+        generator._follow(processes, plan.Load(mode="closed"), tmp_path, seen.append, lambda: None)
+        assert seen[-1].rate == pytest.approx(rate)
+    failed = bench_progress.line(Progress("a", 1, 1, "measure", live=seen[-1]))
+    assert failed == "[1/1] a \u00b7 measure \u00b7 0 req/s"

@@ -52,13 +52,14 @@ def test_less_than_98_per_cent_of_the_offered_rate_is_invalid() -> None:
     assert judged(enough).valid
 
 
-@pytest.mark.parametrize(("failed", "valid"), [(1, True), (2, True), (3, False)])
+@pytest.mark.parametrize(("failed", "valid"), [(1, True), (2, True), (6, False), (20, False)])
 def test_more_failed_requests_than_the_error_budget_make_a_configuration_invalid(failed: int, valid: bool) -> None:
     rows = [row(2 * i, 1) for i in range(2000 - failed)] + [row(4100, 5, error=TIMEOUT) for _ in range(failed)]
     found = judged(summary.RunRecords(table(*rows), 0, 5 * SECOND, 1))
     said = f"{failed} of 2000 requests failed (timeout: {failed})"
     assert found.valid is valid
-    assert found.reasons == (() if valid else (f"{said}: 0.15%, the error budget is 0.1%",))
+    percent = f"{failed / 20:g}%"
+    assert found.reasons == (() if valid else (f"{said}: {percent}, the error budget is 0.1%",))
     assert found.cautions == ((said,) if valid else ())
 
 
@@ -85,7 +86,7 @@ def test_rejected_requests_are_an_outcome_of_their_own() -> None:
     found = summary.summarize([part])
     assert (found["rejected"], found["rejected_percent"]) == (50, 5.0)
     assert summary.failures(found) == {}
-    assert summary.lost_share(found) == 0.05
+    assert summary.lost_requests(found) == 50
     assert found["latency_ms"]["min"] == 5  # not the latency of a rejected request
     assert judged(part) == validity.Validity(
         (), ("the server rejected 50 of 1000 requests (429, 5%): latencies are those of accepted requests",)

@@ -145,8 +145,11 @@ def _verdict(
     unfinished = expired and not (ascending and ascending[0].above_limit)
     if unfinished or any(probe.meets_slo for probe in probes):
         return "not confirmed"
-    # A rate at which the server saturates says nothing about lower rates without enough samples.
-    judged = failing and (failing[0].limited_by == "p99" or all(probe.meets_slo is not None for probe in ascending))
+    # A rate at which the server saturates says nothing about lower rates without enough samples. If requests failed
+    # there too, the server does not fail because of the rate.
+    undecided = [probe for probe in ascending if probe.meets_slo is None]
+    by_errors = bool(failing) and failing[0].limited_by == "errors" and all(probe.errors for probe in undecided)
+    judged = failing and (failing[0].limited_by == "p99" or by_errors or not undecided)
     return "none holds" if judged else "n too small"
 
 

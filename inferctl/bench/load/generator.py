@@ -29,8 +29,8 @@ LoadState = dict[str, Any]
 class LoadProgress:
     """Figures of a running load.
 
-    `phase` is warm-up, measure or drain. Rate (requests/s) and latencies (ms) are those of the last 5 s. `left_s` is
-    the remaining time in seconds.
+    `phase` is warm-up, measure or drain. Rate (requests/s) and latencies (ms) are those of the good responses of the
+    last 5 s. `left_s` is the remaining time in seconds.
     """
 
     phase: str
@@ -145,8 +145,8 @@ def _follow(
         for path in records.files(folder):
             rows = tails.setdefault(path, records.Tail(path)).read_new()
             # A server that fails all requests has no throughput.
-            good = rows[rows["error"] == records.OK]
-            recent += zip(good["end_ns"].tolist(), records.latency_ms(good).tolist(), strict=True)
+            good = rows[rows["error"] == records.OK] if len(rows) else rows
+            recent += zip(good["end_ns"].tolist(), records.latency_ms(good).tolist(), strict=True) if len(good) else []
         recent = [entry for entry in recent if now - 5_000_000_000 < entry[0] <= now + 1_000_000_000]
         on_progress(_progress(recent, read_state(folder), load, now))
         processes.wait(0.5)
