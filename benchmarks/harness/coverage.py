@@ -10,7 +10,8 @@ a warm-up. Its true percentiles are known. Each trial measures it once, or five 
 - `drift`: the speed of the server differs by 5% from run to run
 
 A second part has a server whose true p99 is 10% above the SLO, and one whose p99 is 10% below it, at several sample
-sizes. It takes about one minute.
+sizes. A third part has a server with rare stalls, which short samples miss: its verdicts do not change the exit code.
+It takes about one minute.
 
 The exit code is 1 if the coverage with fresh arrival times is outside 93% to 97%, plus or minus the sampling error of
 the trials, or if the SLO that is missed by 10% is reported as met in 5% or more of the trials.
@@ -21,7 +22,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from inferctl.bench import stats
 from inferctl.bench.judge import slo, summary
 
 Values = npt.NDArray[np.float64]
+Serve = Callable[[np.random.Generator, int], Values]
 
 # Load, and number of requests of all repeats together. The effective sample size is then enough for a p99.
 LOADS = {0.5: 10_000, 0.7: 25_000, 0.85: 100_000}
@@ -55,14 +57,23 @@ def serve(random: np.random.Generator, count: int) -> Values:
     return random.lognormal(-0.005, 0.1, count + WARMUP)
 
 
-def truth(load: float, seed: int) -> dict[float, float]:
+def serve_with_stalls(random: np.random.Generator, count: int) -> Values:
+    """Return service times of a server that stalls for 60 of them at one request in 2,000."""
+    times = 0.97 * serve(random, count)
+    times[random.random(len(times)) < 1 / 2000] += 60
+    return times
+
+
+def truth(load: float, seed: int, serve: Serve = serve) -> dict[float, float]:
     """Return the true percentiles, in service times, from one long simulation."""
     random = np.random.default_rng([seed, 99])
     ascending = np.sort(sojourn(arrive(random, load, LONG), serve(random, LONG)))
     return {q: float(ascending[stats.rank(len(ascending), q) - 1]) for q in QUANTILES}
 
 
-def trial(random: np.random.Generator, load: float, count: int, repeats: int, how: str) -> list[Values]:
+def trial(
+    random: np.random.Generator, load: float, count: int, repeats: int, how: str, serve: Serve = serve
+) -> list[Values]:
     """Return the latencies of each run of one measurement."""
     each = count // repeats
     shared = arrive(random, load, each)
@@ -87,13 +98,15 @@ def coverage(load: float, repeats: int, how: str, trials: int, seed: int) -> dic
     return {q: count / trials for q, count in hits.items()}
 
 
-def false_verdicts(load: float, count: int, repeats: int, beyond: float, trials: int, seed: int) -> dict[str, float]:
+def false_verdicts(
+    load: float, count: int, repeats: int, beyond: float, trials: int, seed: int, serve: Serve = serve
+) -> dict[str, float]:
     """Return how often an SLO verdict is met, missed or inconclusive if the true p99 is `beyond` times the SLO."""
-    limit = truth(load, seed)[0.99] / beyond
+    limit = truth(load, seed, serve)[0.99] / beyond
     random = np.random.default_rng([seed, int(100 * load), repeats, count])
     found = {True: 0, False: 0, None: 0}
     for _ in range(trials):
-        runs = trial(random, load, count, repeats, "fresh")
+        runs = trial(random, load, count, repeats, "fresh", serve)
         found[slo.judge(summary.latency_summary(runs), limit).met] += 1
     return {"met": found[True] / trials, "missed": found[False] / trials, "inconclusive": found[None] / trials}
 
@@ -133,10 +146,24 @@ def main() -> int:
                     passed = passed and (beyond < 1 or found["met"] < 0.05)
                     text = ", ".join(f"{key} {share:.1%}" for key, share in found.items())
                     print(f"load {load:.0%}, {count} requests, {repeats} repeats, p99 {beyond:g} of the SLO: {text}")
+    stalls = []
+    for load in LOADS:
+        for count in SLO_REQUESTS:
+            found = false_verdicts(load, count, 1, 1.1, options.trials, options.seed, serve_with_stalls)
+            stalls.append({"load": load, "requests": count} | found)
+            print(f"load {load:.0%}, {count} requests, rare stalls, p99 1.1 of the SLO: met {found['met']:.1%}")
     import loads
 
     loads.write(
-        options.json, {"trials": options.trials, "seed": options.seed, "passed": passed, "rows": rows, "slo": verdicts}
+        options.json,
+        {
+            "trials": options.trials,
+            "seed": options.seed,
+            "passed": passed,
+            "rows": rows,
+            "slo": verdicts,
+            "stalls": stalls,
+        },
     )
     return 0 if passed else 1
 
