@@ -160,7 +160,7 @@ def summarize(runs: Sequence[RunRecords]) -> Summary:
         if np.any(completed["tokens"])
         else None,
         "tokens_per_request": round(float(np.mean(completed["tokens"])), 2) if np.any(completed["tokens"]) else None,
-        "latency_ms": latency_summary([run.latencies for run in runs]) | _p99_of_all(runs),
+        "latency_ms": {**latency_summary([run.latencies for run in runs]), **_p99_of_all(runs)},
         "server_ms": {
             name: median
             for name in ("queue", "tokenize", "inference")

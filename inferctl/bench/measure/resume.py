@@ -225,7 +225,8 @@ def _part(output: Path, folder: Path, part: summary.RunRecords) -> dict[str, Any
 
 def _restored_part(output: Path, document: Mapping[str, Any], state: Mapping[str, Any]) -> summary.RunRecords:
     rows = generator.read_records(output / document["folder"], state)
-    return summary.RunRecords(rows, *document["window"], document["inputs_per_request"], document["offered"])
+    start_ns, end_ns = document["window"]
+    return summary.RunRecords(rows, start_ns, end_ns, document["inputs_per_request"], document["offered"])
 
 
 def _is_complete(output: Path, document: Mapping[str, Any]) -> bool:
