@@ -146,7 +146,8 @@ def test_a_probe_with_few_failures_is_undecided(total: int, lost: int) -> None:
     assert probe.insufficient or probe.interval_contains_slo
     if total == 2000:
         assert judged.reason.endswith(
-            "but 3 of 2000 requests (0.15%) got no good response, which is not shown to be over the error budget of 0.1%"
+            "but 3 of 2000 requests (0.15%) got no good response, "
+            "which is not shown to be over the error budget of 0.1%"
         )
 
 
