@@ -26,6 +26,8 @@ CONFIDENCE = 0.95
 _BATCHES, _MIN_BATCH_SIZE, _MIN_BATCHES = 30, 5, 8
 # 97.5% and 75% points of the normal distribution.
 _NORMAL_975, _NORMAL_75 = 1.959964, 0.674490
+# The fewest windows for an interval of their mean, and the standard errors by which their autocorrelation is raised.
+_MIN_WINDOWS, _RAISED_BY = 8, 0.7
 # With three runs or more, the differences between runs are tested.
 _MIN_RUNS = 3
 
@@ -196,6 +198,44 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     mean = math.fsum(values) / n
     variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1)
     return mean, _t(n - 1) * math.sqrt(variance / n)
+
+
+def windows_interval(series: Sequence[Sequence[float]]) -> tuple[float, float] | None:
+    """Return the mean of autocorrelated values and the half-width of its 95% interval.
+
+    `series` has the values of consecutive windows of equal length, one sequence per run. The lag-1 autocorrelation
+    within the runs gives the effective sample size, as for a first-order autoregression: n (1 - r) / (1 + r). r is
+    corrected for its bias in short series (M. G. Kendall, Biometrika 41, 1954) and raised by 0.7 standard errors,
+    because a value that is too low makes the interval too narrow. With two runs, the interval is at least that of
+    their means. None with fewer than eight values, or with an effective sample size under two per run.
+    """
+    runs = [np.asarray(values, np.float64) for values in series if len(values)]
+    n = sum(map(len, runs))
+    if n < _MIN_WINDOWS:
+        return None
+    means = [float(run.mean()) for run in runs]
+    residuals = [run - mean for run, mean in zip(runs, means, strict=True)]
+    squares = math.fsum(float(values @ values) for values in residuals)
+    inflation = _autoregressive_inflation(residuals, squares) if squares else 1.0
+    size = n / inflation
+    if size < 2 * len(runs):
+        return None
+    # The mean of each run takes as many independent values as `inflation` from the degrees of freedom.
+    variance = squares / max(n - len(runs) * inflation, n / 3)
+    half_width = _t(max(1, int(size) - len(runs))) * math.sqrt(variance / size)
+    if len(runs) == 2:
+        half_width = max(half_width, _t(1) * abs(means[0] - means[1]) / 2)
+    return math.fsum(float(run.sum()) for run in runs) / n, half_width
+
+
+def _autoregressive_inflation(residuals: Sequence[npt.NDArray[np.float64]], squares: float) -> float:
+    """Return the variance inflation factor of a mean, (1 + r) / (1 - r)."""
+    n = sum(map(len, residuals))
+    lag1 = math.fsum(float(values[1:] @ values[:-1]) for values in residuals) / squares
+    lag1 += (1 + 4 * max(lag1, 0.0)) * len(residuals) / n
+    lag1 += _RAISED_BY * math.sqrt(max(1 - lag1 * lag1, 0.02) / n)
+    lag1 = min(0.98, max(0.0, lag1))
+    return (1 + lag1) / (1 - lag1)
 
 
 def slope(times: Sequence[float], values: Sequence[float]) -> tuple[float, float] | None:

@@ -139,9 +139,9 @@ def test_the_report_needs_no_network_and_every_chart_has_its_place(tmp_path: Pat
 def test_intervals_of_latencies_are_said_to_be_within_runs_however_many_there_are(tmp_path: Path, repeats: int) -> None:
     found, receipts = made(tmp_path)
     notes = [note.text for note in html.limitations(dataclasses.replace(found, repeats=repeats), receipts)]
-    which = "Intervals of latencies" if repeats >= 5 else "Intervals"
+    which = "Intervals" if repeats == 1 else "Intervals of latencies"
     runs = "One run each" if repeats == 1 else f"{repeats} runs each"
-    assert any(text.startswith(f"{runs}. {which} are within runs, ") for text in notes)
+    assert any(text.startswith(f"{runs}. {which} are within runs, and widened") for text in notes)
 
 
 def test_what_was_not_measured_or_is_invalid_stands_before_the_numbers(tmp_path: Path) -> None:

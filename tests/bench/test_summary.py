@@ -77,7 +77,17 @@ def test_runs_are_pooled() -> None:
     assert found["seconds"] == 20.0
     assert found["latency_ms"]["n"] == 1500
     assert found["requests_per_s"] == pytest.approx(75, abs=0.3)
-    assert found["requests_per_s_interval"]["over"] == "windows"
+    span = found["requests_per_s_interval"]
+    assert span["over"] == "windows"
+    # Two runs of 50 and 100 requests/s: Student's t with one degree of freedom.
+    assert span["high"] - 75 == pytest.approx(12.706 * 25, rel=0.02)
+    assert span["low"] == 0
+
+
+def test_three_runs_give_an_interval_over_runs() -> None:
+    found = summary.summarize([steady(rate, 10) for rate in (98, 100, 102)])["requests_per_s_interval"]
+    assert found["over"] == "runs"
+    assert found["high"] - found["low"] == pytest.approx(2 * 4.303 * (4 / 3) ** 0.5, rel=0.05)
 
 
 def test_five_runs_give_an_interval_over_runs() -> None:

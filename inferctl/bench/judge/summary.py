@@ -223,19 +223,21 @@ def _percentile(
 
 
 def throughput_interval(runs: Sequence[RunRecords]) -> Interval | None:
-    """Return the 95% interval of requests/s; None if there are too few values.
+    """Return the 95% interval of requests/s; None if there are too few values, or too strongly correlated ones.
 
-    It is computed over runs if there are at least five, else over windows of one second, which do not show how runs
-    differ.
+    It is computed over runs if there are at least three, else over windows of one second, widened for their
+    autocorrelation. That of two runs is at least as wide as the difference of their means demands. That of one run
+    does not show how runs differ.
     """
-    if len(runs) >= 5:
+    if len(runs) >= 3:
         found, over = stats.mean_interval([len(run.completed) / run.seconds for run in runs]), "runs"
     else:
-        found, over = stats.mean_interval([rate for run in runs for _, rate, _ in timeline(run)]), "windows"
+        found = stats.windows_interval([[rate for _, rate, _ in timeline(run)] for run in runs])
+        over = "windows"
     if found is None:
         return None
     mean, half_width = found
-    return {"low": round(mean - half_width, 3), "high": round(mean + half_width, 3), "over": over}
+    return {"low": max(0.0, round(mean - half_width, 3)), "high": round(mean + half_width, 3), "over": over}
 
 
 def timeline(run: RunRecords, window_s: float = 1.0) -> list[tuple[float, float, float | None]]:

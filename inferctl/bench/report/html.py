@@ -100,13 +100,13 @@ def limitations(result: Result, receipts: Sequence[Receipt]) -> list[Caveat]:
             )
         )
     runs = "One run each" if result.repeats == 1 else f"{result.repeats} runs each"
-    # With at least five runs, intervals of requests/s are over runs. With fewer, they are over windows within runs.
-    which = "Intervals of latencies" if result.repeats >= 5 else "Intervals"
+    # With two runs or more, intervals of requests/s contain the difference between runs.
+    which = "Intervals" if result.repeats == 1 else "Intervals of latencies"
     notes.append(
         Caveat(
             "setup",
-            f"{runs}. {which} are within runs, and those of latencies are widened for autocorrelation. They do not "
-            "contain the difference between runs. `inferctl compare` compares runs; it needs at least five.",
+            f"{runs}. {which} are within runs, and widened for autocorrelation. They do not contain the difference "
+            "between runs. `inferctl compare` compares runs; it needs at least five.",
         )
     )
     return notes
