@@ -121,8 +121,8 @@ def recovery(run: RunRecords, load: Load) -> Recovery:
     The p95 or the p90 is used where there are too few samples for the p99. Before the disturbance, one response in a
     hundred takes longer than the p99. After it, responses are checked in groups of 50 (25 for p95 and p90), in the
     order of their intended sends. A group is as before if no more of them exceed the upper end of the percentile's
-    interval than chance allows (97.5%, binomial). The latency has recovered at the first of three such groups in a row.
-    A failed request counts as one that took longer.
+    interval than chance allows (binomial, 97.5% for three groups together, widened by the variance inflation factor
+    before the disturbance). The latency has recovered at the first of three such groups in a row. A failed request counts as one that took longer.
     """
     timeline = load.timeline
     levels = [stage.rate if load.mode == "open" else stage.users for stage in timeline]
@@ -143,11 +143,12 @@ def recovery(run: RunRecords, load: Load) -> Recovery:
         return Recovery(None, reason=f"not enough samples before it: {len(ascending)} of {needed} responses")
     if not math.isfinite(before.high):
         return Recovery(None, reason="requests failed before it")
-    return _recovery(at[at >= end] - end, latency[at >= end] > before.high, before.q, before.high)
+    return _recovery(at[at >= end] - end, latency[at >= end] > before.high, before)
 
 
-def _recovery(at: npt.NDArray[np.float64], longer: npt.NDArray[np.bool_], q: float, limit_ms: float) -> Recovery:
+def _recovery(at: npt.NDArray[np.float64], longer: npt.NDArray[np.bool_], before: stats.Quantile) -> Recovery:
     """Return the recovery from times after the disturbance, and whether each response took longer than the limit."""
+    q, limit_ms = before.q, before.high
     name, size = f"p{q * 100:g}", GROUP_SIZES[q]
     order = np.argsort(at, kind="stable")
     groups = len(order) // size
@@ -155,7 +156,9 @@ def _recovery(at: npt.NDArray[np.float64], longer: npt.NDArray[np.bool_], q: flo
         needed = RECOVERED_GROUPS * size
         return Recovery(None, name, limit_ms, reason=f"not enough samples after it: {len(order)} of {needed} responses")
     times = at[order][: groups * size].reshape(groups, size)
-    as_before = longer[order][: groups * size].reshape(groups, size).sum(axis=1) <= _allowed(size, q)
+    as_before = longer[order][: groups * size].reshape(groups, size).sum(axis=1) <= _allowed(
+        size, q, before.variance_inflation or 1.0
+    )
     resolution = float(np.median(times[:, -1] - times[:, 0]))
     for number in range(groups - RECOVERED_GROUPS + 1):
         if as_before[number : number + RECOVERED_GROUPS].all():
@@ -164,13 +167,19 @@ def _recovery(at: npt.NDArray[np.float64], longer: npt.NDArray[np.bool_], q: flo
     return Recovery(None, name, limit_ms, resolution, "the latency did not recover by the end of the run")
 
 
-def _allowed(n: int, q: float) -> int:
-    """Return how many of n responses may exceed the q-quantile by chance, with 97.5% probability."""
+def _allowed(n: int, q: float, variance_inflation: float = 1.0) -> int:
+    """Return how many of n responses may exceed the q-quantile by chance.
+
+    The counts of `RECOVERED_GROUPS` groups are all within it with a probability of 97.5% or more (Bonferroni).
+    If the responses are autocorrelated, the distance from the mean count is multiplied by the square root of
+    `variance_inflation`.
+    """
     chance, total, count = q**n, 0.0, 0
-    while (total := total + chance) < 1 - (1 - stats.CONFIDENCE) / 2:
+    while (total := total + chance) < 1 - (1 - stats.CONFIDENCE) / 2 / RECOVERED_GROUPS:
         chance *= (n - count) / (count + 1) * (1 - q) / q
         count += 1
-    return count
+    mean = n * (1 - q)
+    return min(n, math.ceil(mean + math.sqrt(variance_inflation) * (count - mean)))
 
 
 def offsets_s(run: RunRecords, times_ns: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
