@@ -78,8 +78,8 @@ def _find_one(bench: Bench, target: BenchTarget, notify: NotifyProgress) -> Conc
             return concurrency.Step(users, round(rate, 3), measurement.resources.get("client_cpu_percent"))
 
         found = concurrency.find(measure)
-        saturated = "saturated" if found.saturated else "not saturated"
-        notify_phase("found", done=f"users: {found.users} ({saturated})")
+        gain = "no further gain seen" if found.saturated else f"limited by the {found.limited_by}"
+        notify_phase("found", done=f"users: {found.users} ({gain})")
         return found
 
 

@@ -115,8 +115,8 @@ def saturation(rows: Sequence[MeasuredRow]) -> list[str]:
     if saturated:
         which = "all servers" if len(saturated) == len(found) > 1 else ", ".join(saturated)
         sentences.append(
-            f"{users} users saturate {which}: with 2x and 4x as many users, requests/s grew by less than "
-            f"{concurrency.GROWTH:.0%}."
+            f"{users} users for {which}: no further gain seen: twice and four times as many users gained under "
+            f"{concurrency.GROWTH:.0%} ({concurrency.REPEATS} measurements per number of users)."
         )
     for name, section in found:
         last = section["steps"][-1]
@@ -126,7 +126,7 @@ def saturation(rows: Sequence[MeasuredRow]) -> list[str]:
                 f"{last['client_cpu_percent']:.0f}% of its core. Increase its processes with `--workers`."
             )
         elif section["limited_by"] == concurrency.USERS:
-            sentences.append(f"{name} is not saturated: requests/s still grew with {last['users']} users.")
+            sentences.append(f"{name} may not be saturated: requests/s still grew with {last['users']} users.")
     if len(found) > len(saturated):
         sentences.append("Without saturation, configurations can show no difference although they differ.")
     return sentences
