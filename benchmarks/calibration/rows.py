@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import math
 from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
 from inferctl.estimate import lengths
-from inferctl.estimate.cost import BERT_LARGE, Cost
+from inferctl.estimate.calibration import Calibration
+from inferctl.estimate.cost import BERT_LARGE, Cost, Transformer
 from inferctl.estimate.search import SimulatedServer
 from inferctl.estimate.simulate import UNBOUNDED
 from inferctl.serve.batcher import QueueLimits
@@ -19,6 +22,25 @@ from inferctl.serve.batcher import QueueLimits
 HERE = Path(__file__).resolve().parent
 # The rows of the fit, and rows of later rounds that no fit and no band uses.
 FITTED, UNSEEN = "mlperf-bert-large.csv", "mlperf-bert-large-unseen.csv"
+# The rows of another benchmark: NVIDIA's demo of BERT in TensorRT. No fit uses them, the bands do.
+OTHER = "tensorrt-demo-bert.csv"
+# "NVIDIA A100 (40GB)" does not say whether the board is SXM or PCIe. With 128 tokens, its rows are 0.94 to 1.01 times
+# the estimate for SXM, and 1.08 to 1.18 times that for PCIe, so SXM is assumed.
+BOARDS = {"T4 (16GB)": "t4", "A100 (40GB)": "a100-40gb-sxm"}
+# A batch of this many texts or more counts as throughput.
+LARGE_BATCH = 32
+MODELS = {
+    "bert-base": Transformer.of(
+        {
+            "model_type": "bert",
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+        }
+    ),
+    "bert-large": BERT_LARGE,
+}
 SLO = 0.130
 # The default of the server. The submitters chose a batch size per system; the estimates do not.
 BATCH_TOKENS = 16_384
@@ -83,6 +105,63 @@ def _row(line: dict[str, str]) -> Row:
         value,
         (float(line["p50_ms"]), float(line["p90_ms"]), float(line["p99_ms"])) if line["p99_ms"] else None,
     )
+
+
+@dataclass(frozen=True)
+class OtherRow:
+    """The mean seconds of a batch of equal texts in another benchmark."""
+
+    part: str
+    model: str
+    precision: str
+    tokens: int
+    batch: int
+    seconds: float
+
+    @property
+    def texts_per_s(self) -> float:
+        return self.batch / self.seconds
+
+    def estimated(self, cost: Cost) -> float:
+        """Return the estimated seconds of the batch. Both exclude the front end."""
+        return cost.batch([self.tokens] * self.batch)
+
+
+def read_other() -> list[OtherRow]:
+    """Return all rows of the other benchmark."""
+    with (HERE / OTHER).open(encoding="utf-8") as file:
+        return [
+            OtherRow(
+                BOARDS[line["board"]],
+                line["model"],
+                line["precision"],
+                int(line["tokens"]),
+                int(line["batch"]),
+                float(line["average_ms"]) / 1000,
+            )
+            for line in csv.DictReader(file)
+        ]
+
+
+def other_ratios(calibration: Calibration, rows: Sequence[OtherRow]) -> dict[str, dict[str, list[float]]]:
+    """Return published / estimated by kind of figure and by group: hardware, precision and model.
+
+    `throughput`: the best batch of `LARGE_BATCH` texts or more. `latency`: a single text.
+    """
+    found: dict[str, dict[str, list[float]]] = {"throughput": defaultdict(list), "latency": defaultdict(list)}
+    cells: dict[tuple[str, str, str, int], list[OtherRow]] = defaultdict(list)
+    for row in rows:
+        cells[row.part, row.precision, row.model, row.tokens].append(row)
+    for (part, precision, model, _), cell in cells.items():
+        cost = calibration.of(part, precision).cost(MODELS[model])
+        large = [row for row in cell if row.batch >= LARGE_BATCH]
+        published = max(row.texts_per_s for row in large)
+        estimated = max(row.batch / row.estimated(cost) for row in large)
+        (single,) = (row for row in cell if row.batch == 1)
+        group = f"{part} {precision} {model}"
+        found["throughput"][group].append(published / estimated)
+        found["latency"][group].append(single.seconds / single.estimated(cost))
+    return found
 
 
 class Samples:

@@ -313,16 +313,17 @@ def lines(result: dict[str, Any]) -> list[str]:
     front, capped = result["front_end"], [_named(row) for row in rows if row.get("limited_by") == "front end"]
     if capped:
         output.append(
-            f"limited by the front end: {', '.join(capped)}. One API process serves at most"
-            f" {_short(front['texts_per_s'])} texts/s in requests of {front['texts_per_request']}"
-            f" (measured: {front['machine']})"
+            f"limited by the front end: {', '.join(capped)}. Their rates are at most what one API process serves"
+            f" behind this front end: {_short(front['texts_per_s'])} texts/s in requests of"
+            f" {front['texts_per_request']} (measured: {front['machine']}). A faster CPU or a second replica serves"
+            " more"
         )
     if priced := _prices(rows):
         output += ["", *priced]
     output += [verdict(row) for row in rows if "against" in row]
     notes = list(dict.fromkeys(note for row in rows for note in row["notes"]))
     if not all(row["bounded_by"] for row in rows):
-        notes.insert(0, "under a figure: the ends of its 95% band")
+        notes.insert(0, "under a figure: the ends of its band, from two published benchmarks of TensorRT")
     if any(_over(row) for row in rows):
         notes.insert(0, "over: the offered rate exceeds the capacity, so latency grows without limit")
     return [*output, "", f"input lengths: {result['tokens']['how']}", *notes]
@@ -359,15 +360,14 @@ def verdict(row: dict[str, Any]) -> str:
         text += f"{even['bound']} {even['high'] if even['low'] is None else even['low']:.2f}x"
     else:
         text += f"unknown, as only bounds are known; {even['of_bounds']:.2f}x if both parts reach their bounds"
+    if against["behind_front_end"]:
+        text += " behind this front end"
     if "-mig-" in row["hardware"]:
         times = whole["of_bounds"] if whole["value"] is None else whole["value"]
         text += f"; {times:.1f}x for the whole GPU"
     for price in against["prices"]:
-        reason = (
-            f": {price['reason']}"
-            if price["verdict"] == "undecided" and even["bound"] is None and even["value"]
-            else ""
-        )
+        explained = (even["bound"] is None and even["value"]) or against["behind_front_end"]
+        reason = f": {price['reason']}" if price["verdict"] == "undecided" and explained else ""
         text += f". {price['provider']}: {price['price_ratio']:.2f}x the price, {price['verdict']}{reason}"
     return text
 

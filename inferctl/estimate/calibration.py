@@ -41,7 +41,7 @@ class FittedParameters:
 
 @dataclass(frozen=True)
 class Band:
-    """The error band of an estimate: factors between which 95% of further rows lie.
+    """The error band of an estimate: factors that contain 95% of further MLPerf rows, and those of another benchmark.
 
     `throughput`: offline. `latency`: single request. `rate`: highest rate within the SLO.
     """

@@ -6,7 +6,7 @@ It has one row per part and precision, with the data source, the costs and a com
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from inferctl import catalog
@@ -28,10 +28,13 @@ from inferctl.estimate.forecast import (
     ranged,
     under_load,
 )
+from inferctl.estimate.search import SimulatedServer
 from inferctl.precision import best_precision
 
 # Version 2: a figure can be a bound, with `value` null. `against` names the break-even price.
 SCHEMA = "inferctl.estimate/2"
+# If a front end is busy for less than this share of the time, it does not limit the rate.
+_MIN_FRONT_LOAD = 0.2
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def row(
 ) -> dict[str, Any]:
     """Return all figures of one part in one precision. Each is `{value, low, high, bound}`."""
     fitted, fast, slow = (scenario.server(cost) for cost in ends(calibrated, model))
-    reasons = differences(model, scenario.engine)
+    reasons = differences(model, scenario)
     offline = capacity(calibrated, model, scenario)
     single = [server.single() for server in (fitted, fast, slow)]
     result: dict[str, Any] = {
@@ -122,6 +125,8 @@ def row(
         rate = server.highest_rate(question.slo_p99_ms / 1000)
         best = Range.at_most(rate) if offline.bound else ranged(calibrated.band_for(model).rate, rate)
         best = best.capped(offline.high or scenario.front_rate)
+        if result["limited_by"] == "engine" and _waits_for_front(server, question.slo_p99_ms / 1000, rate):
+            result["limited_by"] = "front end"
         result["highest_rate"] = asdict(best)
     texts = best.times(scenario.inputs)
     result["costs"] = [
@@ -130,6 +135,13 @@ def row(
         if texts.high
     ]
     return result
+
+
+def _waits_for_front(server: SimulatedServer, slo: float, rate: float) -> bool:
+    """Return whether the highest rate within `slo` seconds grows by over 2% without the time of the front end."""
+    if not rate or rate * server.front < _MIN_FRONT_LOAD:
+        return False
+    return replace(server, front=0.0).highest_rate(slo) > 1.02 * rate
 
 
 def measured_row(cost: Cost, name: str, scenario: Scenario, question: Question) -> dict[str, Any]:
@@ -206,6 +218,7 @@ def compare(rows: Sequence[dict[str, Any]], against: str) -> None:
             # At this multiple of the price of `against`, a text costs the same on both parts.
             "break_even": ratio,
             "whole_gpu_break_even": _per_share(ratio, slice_of(row["hardware"])),
+            "behind_front_end": _front_limited(row) or _front_limited(baseline),
             "prices": _verdicts(row, baseline, ratio),
         }
 
@@ -230,7 +243,10 @@ def _per_share(ratio: dict[str, Any], share: float) -> dict[str, Any]:
 
 
 def _verdicts(row: dict[str, Any], baseline: dict[str, Any], ratio: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the price ratio and which part is cheaper per text, for each provider that offers both parts."""
+    """Return the price ratio and which part is cheaper per text, for each provider that offers both parts.
+
+    A fast end that the front end limits decides nothing: a faster CPU or a second replica serves more.
+    """
     baseline_prices = {price["provider"]: price["usd_per_hour"] for price in baseline["costs"]}
     low, high = ratio["low"], ratio["high"]
     found = []
@@ -238,16 +254,25 @@ def _verdicts(row: dict[str, Any], baseline: dict[str, Any], ratio: dict[str, An
         if (baseline_price := baseline_prices.get(price["provider"])) is None:
             continue
         price_ratio = price["usd_per_hour"] / baseline_price
-        if low is not None and price_ratio < low:
+        cheaper = low is not None and price_ratio < low
+        more_expensive = high is not None and price_ratio > high
+        # `low` is based on the fast end of the baseline, `high` on that of the row.
+        if cheaper and not _front_limited(baseline):
             verdict, reason = "cheaper", "price ratio below the band"
-        elif high is not None and price_ratio > high:
+        elif more_expensive and not _front_limited(row):
             verdict, reason = "more expensive", "price ratio above the band"
+        elif _front_limited(row) or _front_limited(baseline):
+            verdict, reason = "undecided", "limited by the front end"
         else:
             has_band = low is not None and high is not None
             reason = "price ratio inside the band" if has_band else "only bounds are known"
             verdict = "undecided"
         found.append({"provider": price["provider"], "price_ratio": price_ratio, "verdict": verdict, "reason": reason})
     return found
+
+
+def _front_limited(row: Mapping[str, Any]) -> bool:
+    return row.get("limited_by") == "front end"
 
 
 def slice_of(key: str) -> float:

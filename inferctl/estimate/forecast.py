@@ -29,7 +29,8 @@ from inferctl.sizes import size
 # The engines: `inferctl serve` runs torch, the published rows ran TensorRT.
 ENGINES = ("torch", "tensorrt")
 ROWS_ENGINE = "tensorrt"
-# If the width or depth of a model differs by more than this factor from the model of the rows, its figures are bounds.
+# If the width or depth of a model, or the mean length of its inputs, differs by more than this factor from the rows,
+# its figures are bounds.
 MAX_SIZE_RATIO = 2.0
 WITHOUT_NETWORK = "network time and clock changes of the device are not included"
 _SEQUENCES = 250_000
@@ -135,8 +136,8 @@ class Scenario:
 class Estimate:
     """Estimated latency (ms) and requests/s under one load, and the data source of the estimate.
 
-    `band`: the factors of throughput between which 95% of further rows of this basis lie. `bounded_by`: why the figures
-    are only bounds, empty if they have a band. `saturated`: the offered rate exceeds the capacity, so latency is None.
+    `band`: the factors of throughput, see `calibration.Band`. `bounded_by`: why the figures are only bounds, empty if they
+    have a band. `saturated`: the offered rate exceeds the capacity, so latency is None.
     """
 
     hardware: str
@@ -195,7 +196,7 @@ def under_load(
     calibrated: CalibratedPart, model: Transformer, scenario: Scenario, load: OfferedLoad, notes: Sequence[str] = ()
 ) -> Estimate:
     """Return the estimate for one load."""
-    reasons = differences(model, scenario.engine)
+    reasons = differences(model, scenario)
     band = calibrated.band_for(model)
     fitted, fast, slow = (simulate(scenario.server(cost), load) for cost in ends(calibrated, model))
     result = fast if reasons else fitted
@@ -205,9 +206,15 @@ def under_load(
     elif open_loop and load.rate:
         requests = Range.exactly(load.rate)
     elif reasons:
-        requests = Range.at_most(result.per_second)
+        most = capacity(calibrated, model, scenario).high or scenario.front_rate
+        requests = Range.at_most(result.per_second).capped(most)
     else:
         requests = ranged(band.throughput, result.per_second).capped(scenario.front_rate)
+    if requests.high == scenario.front_rate:
+        notes = [
+            *notes,
+            f"requests/s is at most {scenario.front_rate:.0f} behind this front end: {front_end.load().machine}",
+        ]
     p50, p90, p99 = (
         None if result is None else latency(q, (fitted, fast, slow), bool(reasons)) for q in (0.5, 0.9, 0.99)
     )
@@ -228,17 +235,22 @@ def under_load(
     )
 
 
-def differences(model: Transformer, engine: str) -> list[str]:
-    """Return why an estimate of this model on this engine is only a bound; empty if it has an error band."""
+def differences(model: Transformer, scenario: Scenario) -> list[str]:
+    """Return why an estimate of this model and these requests is only a bound; empty if it has an error band."""
     found = []
-    if engine != ROWS_ENGINE:
-        found.append(f"engine: the rows ran TensorRT; the speed of {engine} relative to TensorRT is not measured")
+    if scenario.engine != ROWS_ENGINE:
+        found.append(
+            f"engine: the rows ran TensorRT; the speed of {scenario.engine} relative to TensorRT is not measured"
+        )
     for name, value, row_value in (
         ("width", model.width, BERT_LARGE.width),
         ("depth", model.layers, BERT_LARGE.layers),
     ):
         if max(value / row_value, row_value / value) > MAX_SIZE_RATIO:
             found.append(f"{name}: the rows ran BERT-large with {row_value}, this model has {value}")
+    mean, row_mean = sum(scenario.tokens) / len(scenario.tokens), calibration.load().mean_length
+    if max(mean / row_mean, row_mean / mean) > MAX_SIZE_RATIO:
+        found.append(f"length: the rows have {row_mean:.0f} tokens per text on average, these inputs have {mean:.0f}")
     return found
 
 
@@ -246,7 +258,7 @@ def capacity(calibrated: CalibratedPart, model: Transformer, scenario: Scenario)
     """Return the requests per second if all requests are queued from the start."""
     engine = scenario.server(calibrated.cost(model), front=0.0).offline().per_second
     found = ranged(calibrated.band_for(model).throughput, engine)
-    if differences(model, scenario.engine):
+    if differences(model, scenario):
         found = Range.at_most(found.high or engine)
     return found.capped(scenario.front_rate)
 

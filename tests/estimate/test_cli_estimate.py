@@ -89,7 +89,7 @@ def test_a_model_more_than_twice_as_narrow_or_shallow_as_the_rows_gets_bounds(
 ) -> None:
     def because(**sizes: int) -> list[str]:
         Path(config).write_text(json.dumps(BERT | sizes))
-        (row,) = estimated(capsys, config, "--hardware", "t4", "--length", "64", "--engine", "tensorrt")["rows"]
+        (row,) = estimated(capsys, config, "--hardware", "t4", "--length", "128", "--engine", "tensorrt")["rows"]
         assert (row["offline_texts_per_s"]["bound"] == "at most") is bool(row["bounded_by"])
         return [reason.partition(":")[0] for reason in row["bounded_by"]]
 
@@ -98,6 +98,41 @@ def test_a_model_more_than_twice_as_narrow_or_shallow_as_the_rows_gets_bounds(
     assert because(hidden_size=504) == ["width"]
     assert because(num_hidden_layers=11) == ["depth"]
     assert because(hidden_size=384, num_hidden_layers=6) == ["width", "depth"]
+
+
+def test_inputs_more_than_twice_as_short_or_long_as_the_rows_get_bounds(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows have 195 tokens on average."""
+
+    def because(length: str) -> list[str]:
+        arguments = ("--hardware", "t4", "-p", "int8", "--length", length, "--engine", "tensorrt")
+        (row,) = estimated(capsys, config, *arguments)["rows"]
+        assert (row["offline_texts_per_s"]["value"] is None) is bool(row["bounded_by"])
+        return [reason.partition(":")[0] for reason in row["bounded_by"]]
+
+    assert because("10") == because("97") == because("391") == ["length"]
+    assert because("98") == because("390") == because("squad") == []
+
+
+def test_no_part_is_declared_more_expensive_by_the_front_end(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests of one text: the front end limits the A100, so its price decides nothing."""
+    sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+    Path(config).write_text(json.dumps(BERT | sizes))
+    options = ["--hardware", "a100-40gb-sxm", "--against", "t4", "--engine", "tensorrt", "-p", "int8", "--length"]
+    row = estimated(capsys, config, *options, "128")["rows"][0]
+    assert row["limited_by"] == "front end"
+    assert {(one["verdict"], one["reason"]) for one in row["against"]["prices"]} == {
+        ("undecided", "limited by the front end")
+    }
+    assert estimated(capsys, config, *options, "128", "--inputs", "8")["rows"][0]["limited_by"] == "engine"
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.run(["estimate", "--config", config, *options, "128"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "x behind this front end. aws: 5.22x the price, undecided: limited by the front end" in said
+    assert "at most what one API process serves behind this front end: 11.1k texts/s" in said
 
 
 def test_no_part_is_estimated_beyond_the_front_end(config: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,21 @@ def test_a_price_inside_the_band_of_the_break_even_price_is_undecided(price: flo
     assert (expected == "undecided") is ("undecided: price ratio inside the band" in verdict(found))
 
 
+@pytest.mark.parametrize(("limited", "price"), [("a100-40gb-sxm", 9.0), ("t4", 0.1)])
+def test_a_fast_end_that_the_front_end_limits_decides_nothing(limited: str, price: float) -> None:
+    """A faster front end could raise the rate of the part that looks too slow for its price."""
+    rows = [row("a100-40gb-sxm", price, **BANDED), row("t4", 1.0, **BANDED)]
+    document.compare(rows, "t4")
+    assert rows[0]["against"]["prices"][0]["verdict"] != "undecided"
+    for one in rows:
+        if one["hardware"] == limited:
+            one["limited_by"] = "front end"
+    document.compare(rows, "t4")
+    (found,) = rows[0]["against"]["prices"]
+    assert (found["verdict"], found["reason"]) == ("undecided", "limited by the front end")
+    assert "behind this front end" in verdict(rows[0])
+
+
 def test_two_bounds_decide_nothing() -> None:
     found = judged(0.01, BOUND, BOUND)
     assert found["against"]["prices"][0]["verdict"] == "undecided"
