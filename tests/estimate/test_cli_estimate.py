@@ -223,7 +223,7 @@ def test_an_invalid_capacity_file_is_an_error(config: str, tmp_path: Path, capsy
     ("arguments", "message"),
     [
         (["--hardware", "t5"], "hardware 't5' not found"),
-        (["--hardware", "t4", "--rate", "5", "--users", "5"], "two kinds of load"),
+        (["--hardware", "t4", "--rate", "5", "--users", "5"], "exclude each other"),
         (["--hardware", "t4", "--length", "10", "--corpus", "mixed"], "both set the input lengths"),
         (["--hardware", "t4", "--length", "long"], "--length 'long'"),
         (["--hardware", "t4", "--engine", "onnx"], "unknown engine 'onnx'"),
