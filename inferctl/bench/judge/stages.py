@@ -122,7 +122,8 @@ def recovery(run: RunRecords, load: Load) -> Recovery:
     hundred takes longer than the p99. After it, responses are checked in groups of 50 (25 for p95 and p90), in the
     order of their intended sends. A group is as before if no more of them exceed the upper end of the percentile's
     interval than chance allows (binomial, 97.5% for three groups together, widened by the variance inflation factor
-    before the disturbance). The latency has recovered at the first of three such groups in a row. A failed request counts as one that took longer.
+    before the disturbance). The latency has recovered at the first of three such groups in a row. A failed
+    request counts as one that took longer.
     """
     timeline = load.timeline
     levels = [stage.rate if load.mode == "open" else stage.users for stage in timeline]
