@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -283,7 +284,7 @@ def test_what_repeats_leave_open_is_inconclusive_with_the_repeats_it_needs(tmp_p
     assert "bf16 against fp16 is inconclusive: needs " in found
     same = rows_of(tmp_path, repeated("bf16", 100, CALM), repeated("fp16", 100.1, CALM))
     assert findings.describe(same, "closed")[0].startswith(
-        "No clear difference between fp16 and bf16 (100.1 requests/s)"
+        "No clear difference between fp16 and bf16 (100.1 requests/s and 100.0 requests/s, 5 repeats)"
     )
 
 
@@ -316,7 +317,9 @@ def test_of_equal_configurations_none_is_said_to_win(repeats: int, configuration
 
 def test_differences_under_five_per_cent_are_no_clear_difference(tmp_path: Path) -> None:
     found = findings.describe(rows_of(tmp_path, document("fp32", 100, 10), document("bf16", 104, 10)), "closed")
-    assert found[0].startswith("No clear difference between bf16 and fp32 in this run (104.0 requests/s).")
+    assert found[0].startswith(
+        "No clear difference between bf16 and fp32 in this run (104.0 requests/s and 100.0 requests/s)."
+    )
 
 
 def test_overlapping_intervals_are_no_clear_difference(tmp_path: Path) -> None:
@@ -352,8 +355,19 @@ def test_what_an_emulated_precision_costs_is_said_against_fp32(tmp_path: Path) -
     half = document("fp16", 25, 90, level="emulated")
     half["precision"]["reason"] = "the CPU has no fp16 arithmetic: expect it to be slow"
     rows = rows_of(tmp_path, document("fp32", 100, 20), half)
-    said = "fp16 is emulated on this hardware because the CPU has no fp16 arithmetic: 0.25x the requests/s of fp32."
-    assert said in findings.describe(rows, "closed")
+    said = (
+        "fp16 is emulated on this hardware because the CPU has no fp16 arithmetic. In this run: fp16 25.0 requests/s "
+        "(25.0 to 25.0), fp32 100.0 requests/s (100.0 to 100.0)."
+    )
+    narrow = [
+        dataclasses.replace(
+            row,
+            requests_per_s=rate,
+            requests_per_s_interval={"low": rate, "high": rate, "over": "windows"},
+        )
+        for row, rate in zip(rows, (100.0, 25.0), strict=True)
+    ]
+    assert said in findings.describe(narrow, "closed")
     assert not any("is emulated on this hardware because" in one for one in findings.describe(rows[1:], "closed"))
 
 
@@ -362,6 +376,114 @@ def test_an_open_loop_compares_p99(tmp_path: Path) -> None:
     assert findings.describe(rows, "open")[0].startswith("bf16 is fastest in this run: 50% of the p99 of fp32")
     rows = rows_of(tmp_path, repeated("fp32", 100, CALM, 20), repeated("bf16", 100, CALM, 10))
     assert findings.describe(rows, "open")[0].startswith("bf16 wins: 50% of the p99 of fp32 (50% to 50%, 5 repeats)")
+
+
+def lognormal(name: str, median: float, sigma: float, responses: int, random: Any, repeats: int = 5) -> MeasuredRow:
+    """Return the row of an open loop of 20 requests/s with log-normal latencies; runs differ by 1%."""
+    runs = [median * random.lognormal(0, sigma, responses) * math.exp(random.normal(0, 0.01)) for _ in range(repeats)]
+    pooled, each = summary.latency_summary(runs), [summary.latency_summary([run]) for run in runs]
+    return MeasuredRow(
+        name,
+        "measured",
+        valid=True,
+        receipt="r",
+        quality={"checked": False, "reason": "simulated"},
+        requests_per_s=20,
+        p50_ms=pooled["p50"]["value"],
+        p99_ms=pooled["p99"]["value"],
+        p50_interval_ms=(pooled["p50"]["low"], pooled["p50"]["high"]),
+        p99_interval_ms=(pooled["p99"]["low"], pooled["p99"]["high"]),
+        runs=[RunFigures(i, 20, run["p50"]["value"], run["p99"]["value"]) for i, run in enumerate(each)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("responses", "a", "b", "expected"),
+    [
+        # The true p50 of B is 1.25x that of A, its p99 is 0.49x. Runs of 300 responses have no p99.
+        (300, (10, 0.6), (12.5, 0.2), r"A wins: (\d\d)% of the p50 of B \((\d+)% to (\d+)%, 5 repeats\)"),
+        (400, (10, 0.6), (12.5, 0.2), r"B wins: (\d+)% of the p99 of A \((\d+)% to (\d+)%, 5 repeats\)"),
+        # B is better in both.
+        (300, (20, 0.5), (18, 0.2), r"B wins: (\d\d)% of the p50 of A \((\d+)% to (\d+)%, 5 repeats\)"),
+    ],
+)
+def test_the_ranked_tested_and_printed_figures_are_the_same(
+    responses: int, a: tuple[float, float], b: tuple[float, float], expected: str
+) -> None:
+    random, matching = np.random.default_rng(1), 0
+    for _ in range(50):
+        rows = [lognormal("A", *a, responses, random), lognormal("B", *b, responses, random)]
+        said = findings.describe(rows, "open")[0]
+        assert ("The p50 is compared, since not every run has the 368 responses of a p99." in said) is (responses < 368)
+        if match := re.match(expected, said):
+            matching += 1
+            figure, low, high = map(int, match.groups())
+            assert low <= figure <= high
+    assert matching >= 40
+
+
+def test_a_p99_is_not_compared_with_a_p50() -> None:
+    """In one run, B has 300 responses and so no p99; its p50 of 15 ms is below the p99 of A."""
+    random = np.random.default_rng(1)
+    rows = [lognormal("A", 10, 0.5, 400, random, 1), lognormal("B", 15, 0.2, 300, random, 1)]
+    said = findings.describe(rows, "open")[0]
+    assert said.startswith("A is fastest in this run: ")
+    assert "% of the p50 of B" in said
+    assert "since not every configuration has the 368 responses of a p99" in said
+
+
+@pytest.mark.parametrize("responses", [300, 400])
+@pytest.mark.parametrize("configurations", [2, 4])
+def test_of_equal_configurations_none_wins_in_an_open_loop(responses: int, configurations: int) -> None:
+    random, trials, wins = np.random.default_rng(configurations), 300, 0
+    for _ in range(trials):
+        rows = [lognormal(str(number), 10, 0.4, responses, random) for number in range(configurations)]
+        said = findings.describe(rows, "open")[0]
+        wins += " wins:" in said or "is faster" in said
+    assert wins / trials < 0.05
+
+
+def test_without_intervals_a_run_is_inconclusive(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, document("fp32", 100, 10), document("bf16", 150, 10))
+    short = [dataclasses.replace(row, requests_per_s_interval=None) for row in rows]
+    assert findings.describe(short, "closed")[0].startswith(
+        "bf16 against fp32 is inconclusive in this run: not enough samples for an interval (150.0 requests/s and 100.0 "
+    )
+
+
+def test_the_ratio_of_an_emulated_precision_is_tested(tmp_path: Path) -> None:
+    def said(rate: float, factors: Sequence[float]) -> str:
+        rows = rows_of(tmp_path, repeated("fp32", 100, CALM), repeated("fp16", rate, factors) | {"precision": emulated})
+        return next(text for text in findings.describe(rows, "closed") if "is emulated" in text)
+
+    emulated = {**document("fp16", 1, 1)["precision"], "level": "emulated", "reason": "the CPU has no fp16: slow"}
+    assert "fp16. fp32 has 2.50x the requests/s of fp16 (2." in said(40, CALM)
+    assert "fp16. fp16 has 2.00x the requests/s of fp32 (1.9" in said(200, CALM[::-1])
+    assert "fp16. No clear difference: fp16 has 1.01x the requests/s of fp32 (" in said(101, CALM[::-1])
+    assert "fp16. Inconclusive: fp32 has 1.0" in said(96, NOISY)
+
+
+def test_closed_loops_and_stages_are_given_with_intervals(tmp_path: Path) -> None:
+    def loop(rate: float, runs: int, over: str) -> rows.ClosedLoopFigures:
+        return rows.ClosedLoopFigures(8, 100, rate, {"low": 0.8 * rate, "high": 1.2 * rate, "over": over}, runs)
+
+    def stage(name: str, rate: float, p99: float) -> dict[str, Any]:
+        figures = {"p99": {"value": p99, "low": 0.7 * p99, "high": 1.6 * p99}, "p50": {"value": None}}
+        return {"name": name, "rate": rate, "users": None, "errors": {}, "requests": 400, "latency_ms": figures}
+
+    a, b = rows_of(tmp_path, document("a", 20, 10), document("b", 20, 10))
+    a = dataclasses.replace(
+        a, closed_loop=loop(100, 1, "windows"), stages=[stage("start", 20, 20), stage("spike", 100, 21)]
+    )
+    b = dataclasses.replace(
+        b, closed_loop=loop(112, 5, "runs"), stages=[stage("start", 20, 20), stage("spike", 100, 80)]
+    )
+    found = findings.describe([a, b], "open")
+    rates = "a 100.0 (80.0 to 120.0, within 1 run), b 112.0 (89.6 to 134.4, 5 runs)"
+    assert any(text.startswith(f"Requests/s in a closed loop of 8 users: {rates}.") for text in found)
+    before = "p99 20.0 ms (14.0 to 32.0) before"
+    assert f"a at 5x the rate: {before}, 21.0 ms (14.7 to 33.6) in spike (1 repeat), no clear difference." in found
+    assert f"b at 5x the rate: {before}, 80.0 ms (56.0 to 128.0) in spike (1 repeat)." in found
 
 
 def test_receipts_are_sealed_and_come_back_as_written(tmp_path: Path) -> None:
@@ -413,7 +535,7 @@ def test_of_tied_configurations_the_closest_to_fp32_is_named_first(tmp_path: Pat
     found = findings.describe(rows_of(tmp_path, document("int8", 100, 10), exact, document("fp32", 50, 20)), "closed")
     assert found[0].startswith(
         "int8 is fastest in this run: 2.00x the requests/s of fp32, at cosine 0.99991 and recall@10 0.987 to fp32. "
-        "No clear difference between fp16 and int8 in this run (100.0 requests/s); fp16 has the better quality: "
+        "No clear difference between fp16 and int8 in this run (98.0 requests/s and 100.0 requests/s); fp16 has the better quality: "
         "cosine 1.00000"
     )
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from inferctl.bench.judge import interference
 from inferctl.bench.measure import concurrency
 from inferctl.bench.receipt import JsonObject
 from inferctl.bench.report import ranking, search_findings
-from inferctl.bench.report.rows import MEASURED, MeasuredRow, Row
+from inferctl.bench.report.rows import MEASURED, ClosedLoopFigures, MeasuredRow, Row
 
 
 def describe(rows: Sequence[Row], mode: str, error_budget_percent: float = 0.1) -> list[str]:
@@ -17,7 +18,8 @@ def describe(rows: Sequence[Row], mode: str, error_budget_percent: float = 0.1) 
     measured = [row for row in with_receipt if row.outcome == MEASURED and row.valid]
     groups = comparable(measured)
     sentences = _winners(groups, mode, error_budget_percent) or ["No valid measurement: see the reasons."]
-    sentences += [text for group in groups.values() for text in _emulation(group, _mode(group[0], mode))]
+    pairs = sum(math.comb(len(group), 2) for group in groups.values())
+    sentences += [text for group in groups.values() for text in _emulation(group, _mode(group[0], mode), pairs)]
     sentences += [
         f"{row.configuration} fails the quality check: {_failure(row.quality)}; it is not recommended."
         for row in with_receipt
@@ -65,20 +67,40 @@ def _mode(row: MeasuredRow, mode: str) -> str:
     return str(changes.get("mode", implied))
 
 
-def _emulation(rows: Sequence[MeasuredRow], mode: str) -> list[str]:
-    """Return what each emulated precision costs against fp32, which all hardware runs natively."""
+def _emulation(rows: Sequence[MeasuredRow], mode: str, pairs: int) -> list[str]:
+    """Return how each emulated precision compares with fp32, which all hardware runs natively."""
     native = {row.precision.get("effective"): row for row in rows if row.precision.get("level") == "native"}
     fp32 = native.get("fp32")
+    by = ranking.criterion(rows, mode)
     found = []
     for row in rows:
-        if fp32 and row.precision.get("level") == "emulated" and math.isfinite(ranking.cost(row, mode)):
+        if fp32 and row.precision.get("level") == "emulated" and math.isfinite(by.cost(row)):
             reason = str(row.precision.get("reason") or "the hardware does not support it").partition(":")[0]
-            difference = ranking.ratio(fp32, row, mode)
             found.append(
-                f"{row.configuration} is emulated on this hardware because {reason}: "
-                f"{difference} of {fp32.configuration}."
+                f"{row.configuration} is emulated on this hardware because {reason}. {_against(row, fp32, by, pairs)}"
             )
     return found
+
+
+def _against(row: MeasuredRow, other: MeasuredRow, by: ranking.Criterion, pairs: int) -> str:
+    """Return how two configurations compare in one sentence: a ratio if it was tested, else both figures."""
+    if not by.tested:
+        values = f"{_with_interval(row, by)}, {other.configuration} {_with_interval(other, by)}"
+        return f"In {ranking.runs_of(by)}: {row.configuration} {values}."
+    first, second = sorted((other, row), key=by.cost)
+    found = ranking.compare(first, second, by, pairs)
+    ratio = f"{ranking.ratio(second, first, by)} of {second.configuration}{found.interval}"
+    if found.inconclusive:
+        return f"Inconclusive: {first.configuration} has {ratio}."
+    if not found.faster:
+        return f"No clear difference: {first.configuration} has {ratio}."
+    return f"{first.configuration} has {ratio}."
+
+
+def _with_interval(row: MeasuredRow, by: ranking.Criterion) -> str:
+    """Return the compared figure with its 95% interval, if there is one."""
+    low, high = ranking.interval_of(row, by)
+    return ranking.value_of(row, by) + (f" ({low:.1f} to {high:.1f})" if low is not None and high is not None else "")
 
 
 def _failure(quality: JsonObject) -> str:
@@ -92,16 +114,26 @@ def _failure(quality: JsonObject) -> str:
 
 
 def _closed_loops(rows: Sequence[MeasuredRow]) -> list[str]:
-    """Return requests/s of the closed loops, and the capacity that the rate of the open loops is a share of."""
+    """Return requests/s of the closed loops with intervals, and the capacity that an open loop's rate is a share of."""
     loops = [(row.configuration, row.closed_loop) for row in rows if row.closed_loop]
     if not loops:
         return []
     first = loops[0][1]
-    rates = ", ".join(f"{name} {loop.requests_per_s:.1f}" for name, loop in loops)
+    rates = ", ".join(f"{name} {loop.requests_per_s:.1f}{_throughput_interval(loop)}" for name, loop in loops)
     return [
         f"Requests/s in a closed loop of {first.users} users: {rates}. The rate of the open loop is a share of the "
         f"capacity that the first run measured: {first.reference_rps:.1f} requests/s."
     ]
+
+
+def _throughput_interval(loop: ClosedLoopFigures) -> str:
+    """Return the 95% interval and the number of runs that it is from."""
+    runs = "1 run" if loop.runs == 1 else f"{loop.runs} runs"
+    found = loop.requests_per_s_interval
+    if not found:
+        return f" ({runs}, no interval)"
+    within = "" if found.get("over", "runs") == "runs" else "within "
+    return f" ({found['low']:.1f} to {found['high']:.1f}, {within}{runs})"
 
 
 def saturation(rows: Sequence[MeasuredRow]) -> list[str]:
@@ -161,12 +193,26 @@ def _burst(row: MeasuredRow) -> str | None:
     key = "p99" if before["p99"]["value"] and during["p99"]["value"] else "p50"
     if not before[key]["value"] or not during[key]["value"]:
         return f"{row.configuration} at {times}: not enough samples to compare it with the load before."
+    runs = f"{len(row.runs)} repeats" if len(row.runs) > 1 else "1 repeat"
+    overlap = _ends(before[key])[0] <= _ends(during[key])[1] and _ends(during[key])[0] <= _ends(before[key])[1]
+    unclear = ", no clear difference" if overlap else ""
     failed = sum(peak["errors"].values())
     failures = f", {failed} of {peak['requests']} requests failed" if failed else ""
     return (
-        f"{row.configuration} at {times}: {key} {before[key]['value']:.1f} ms before, "
-        f"{during[key]['value']:.1f} ms in {peak['name']}{failures}{_recovery(row.recovery)}."
+        f"{row.configuration} at {times}: {key} {_milliseconds(before[key])} before, "
+        f"{_milliseconds(during[key])} in {peak['name']} ({runs}){unclear}{failures}{_recovery(row.recovery)}."
     )
+
+
+def _milliseconds(found: JsonObject) -> str:
+    """Return a percentile with its interval."""
+    low, high = _ends(found)
+    return f"{found['value']:.1f} ms ({low:.1f} to {high:.1f})"
+
+
+def _ends(found: JsonObject) -> tuple[float, float]:
+    """Return the interval of a percentile that has a value."""
+    return float(found["low"]), float(found["high"])
 
 
 def _recovery(runs: Sequence[JsonObject]) -> str:
@@ -188,12 +234,18 @@ def _with_neighbors(name: str, found: JsonObject) -> str:
         return f"{name} with {neighbors}: not enough samples to measure the effect on the latency."
     figures, rates = found["percentiles"][key], found["neighbour_requests_per_s"]
     each = f"{rates['min']:.1f}" if rates["min"] == rates["max"] else f"{rates['min']:.1f} to {rates['max']:.1f}"
-    inconclusive = figures["low"] <= 1 <= figures["high"]
+    inconclusive = ""
+    if figures["low"] is None:
+        pairs = "this pair of runs" if found["pairs"] == 1 else f"these {found['pairs']} pairs of runs"
+        factor = f"{figures['factor']:.2f}x in {pairs}"
+        inconclusive = f"; inconclusive, an interval needs {interference.PAIRS_NEEDED} pairs (`--repeats`)"
+    else:
+        factor = f"{figures['factor']:.2f}x ({figures['low']:.2f} to {figures['high']:.2f}, {found['pairs']} pairs)"
+        if figures["low"] <= 1 <= figures["high"]:
+            inconclusive = "; inconclusive, since the interval contains 1"
     return (
-        f"{name} with {neighbors}: {key} {figures['without_ms']:.1f} -> {figures['with_ms']:.1f} ms, "
-        f"{figures['factor']:.2f}x ({figures['low']:.2f} to {figures['high']:.2f}); "
-        f"{'the' if found['count'] == 1 else 'each'} neighbor completed {each} requests/s"
-        f"{'; inconclusive, since the interval contains 1' if inconclusive else ''}."
+        f"{name} with {neighbors}: {key} {figures['without_ms']:.1f} -> {figures['with_ms']:.1f} ms, {factor}; "
+        f"{'the' if found['count'] == 1 else 'each'} neighbor completed {each} requests/s{inconclusive}."
     )
 
 
@@ -209,7 +261,8 @@ def _memory(rows: Sequence[MeasuredRow]) -> list[str]:
     if not small or not wide:
         return []
     small_mb, wide_mb = (small.server_peak_bytes or 0) / 1e6, (wide.server_peak_bytes or 0) / 1e6
+    runs = max(len(small.runs), len(wide.runs))
     return [
-        f"Peak memory: int8 {small_mb:.0f} MB, {wide.configuration} {wide_mb:.0f} MB "
-        f"({small_mb / wide_mb:.2f}x; all server processes)."
+        f"Peak memory of all server processes in {'this run' if runs <= 1 else f'these {runs} runs'}: "
+        f"{small.configuration} {small_mb:.0f} MB, {wide.configuration} {wide_mb:.0f} MB."
     ]

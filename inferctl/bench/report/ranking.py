@@ -1,8 +1,9 @@
 """Which configuration is best, and whether the difference is clear.
 
-A winner requires five repeats and a verdict (`verdict.decide`) on each pair of configurations. The pairs share one
-error rate: of equal configurations, one wins in fewer than 5% of all results. With fewer repeats, the finding only says
-which configuration was fastest in these runs.
+One figure (`Criterion`) ranks the configurations, is tested and is named in the sentence. A winner requires five
+repeats and a verdict (`verdict.decide`) on each pair of configurations. The pairs share one error rate: of equal
+configurations, one wins in fewer than 5% of all results. With fewer repeats, the finding only says which configuration
+was fastest in these runs.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
+from inferctl.bench import stats
 from inferctl.bench.judge import verdict
 from inferctl.bench.receipt import JsonObject
-from inferctl.bench.report.rows import MeasuredRow
+from inferctl.bench.report.rows import MeasuredRow, RunFigures
 
 # A smaller difference is not a clear one, whatever its interval: the same system differs by this much between runs.
 MIN_DIFFERENCE = 0.05
@@ -21,14 +24,84 @@ MIN_DIFFERENCE = 0.05
 REPEATS = 5
 # The finding names this many slower configurations. The table has all of them.
 NAMED = 4
+_P99_NEEDS = stats.needed(0.99)
+
+Figure = Literal["goodput", "requests_per_s", "p99", "p50"]
 
 
 @dataclass(frozen=True)
-class _Comparison:
-    """The best configuration compared with another one (`row`).
+class Criterion:
+    """The figure by which a group of configurations is compared, and the repeats that all of them have.
+
+    `goodput` is the highest rate within the SLO of a search. With `REPEATS` repeats or more (`tested`), the figure is
+    that of each run. With fewer, it is that of all runs of a configuration together.
+    """
+
+    figure: Figure
+    repeats: Sequence[int] = ()
+
+    @property
+    def tested(self) -> bool:
+        return len(self.repeats) >= REPEATS
+
+    def cost(self, row: MeasuredRow) -> float:
+        """Return the compared figure, so that smaller is better: seconds per request, or ms. Infinity if unknown.
+
+        Over the runs it is the geometric mean, which is also the center of the test.
+        """
+        if self.tested:
+            costs = self.costs_of_runs(row)
+            return math.exp(math.fsum(math.log(value) for value in costs) / len(costs))
+        if self.figure == "goodput":
+            best = row.search and row.search["max_goodput_rps"]
+            return 1 / best if best else math.inf
+        if self.figure == "requests_per_s":
+            return 1 / row.requests_per_s if row.requests_per_s else math.inf
+        return (row.p99_ms if self.figure == "p99" else row.p50_ms) or math.inf
+
+    def costs_of_runs(self, row: MeasuredRow) -> list[float]:
+        """Return the figure of each common repeat, in their order."""
+        by_repeat = {run.repeat: _cost_of_run(run, self.figure) for run in row.runs}
+        return [by_repeat[repeat] or math.inf for repeat in self.repeats]
+
+
+def criterion(rows: Sequence[MeasuredRow], mode: str) -> Criterion:
+    """Return how to compare `rows` under a load of this `mode`.
+
+    A closed loop compares requests/s. An open loop compares the p99 if every run has one, else the p50. With fewer than
+    `REPEATS` runs, it is enough if all runs of a row together have a p99. The result of a search has no repeats.
+    """
+    if any(row.search for row in rows):
+        return Criterion("goodput")
+    if mode == "closed":
+        return Criterion("requests_per_s", _common_repeats(rows, "requests_per_s"))
+    found = Criterion("p50", _common_repeats(rows, "p50"))
+    if found.tested:
+        have_p99 = all(run.p99_ms for row in rows for run in row.runs if run.repeat in found.repeats)
+    else:
+        have_p99 = all(row.p99_ms for row in rows)
+    return replace(found, figure="p99") if have_p99 else found
+
+
+def _common_repeats(rows: Sequence[MeasuredRow], figure: Figure) -> list[int]:
+    """Return the repeats in which each row has the figure."""
+    known = [{run.repeat for run in row.runs if _cost_of_run(run, figure)} for row in rows]
+    return sorted(set.intersection(*known)) if known else []
+
+
+def _cost_of_run(run: RunFigures, figure: Figure) -> float | None:
+    if figure == "requests_per_s":
+        return 1 / run.requests_per_s if run.requests_per_s else None
+    return run.p99_ms if figure == "p99" else run.p50_ms
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The faster configuration compared with the other one (`row`).
 
     `faster` is True if the difference is clear. `interval` is the interval of the ratio in words; empty with too few
-    repeats. If the comparison is inconclusive, `repeats_needed` would decide it; None if it would take too many.
+    repeats. If the comparison is inconclusive, `repeats_needed` would decide it; None if it would take too many, or if
+    there is no interval.
     """
 
     row: MeasuredRow
@@ -51,42 +124,48 @@ def eligible(rows: Sequence[MeasuredRow], error_budget_percent: float) -> list[M
 def winner(rows: Sequence[MeasuredRow], mode: str, pairs: int) -> str:
     """Return the finding on the eligible configurations `rows`.
 
-    `mode` is that of the load: a closed loop compares throughput, an open loop the p99. `pairs` is the number of all
-    pairs in the result, which share one error rate.
+    `mode` is that of the load. `pairs` is the number of all pairs in the result, which share one error rate.
     """
     if not rows:
         return "No configuration passes the quality check, so none is recommended."
-    best, *others = sorted(rows, key=lambda row: cost(row, mode))
+    by = criterion(rows, mode)
+    best, *others = sorted(rows, key=by.cost)
     if not others:
-        return f"{best.configuration} is the only eligible configuration: {_figure(best, mode)}, {_quality(best)}."
-    repeats = min(len(_run_costs(row, mode)) for row in rows)
-    searched = any(row.search for row in rows)
-    judged = repeats >= REPEATS and not searched
-    compared = [_compare(best, row, mode, pairs) if judged else _compare_once(best, row, mode) for row in others]
+        return f"{best.configuration} is the only eligible configuration: {value_of(best, by)}, {_quality(best)}."
+    compared = [compare(best, row, by, pairs) for row in others]
     slower = [comparison for comparison in compared if comparison.faster]
     tied = [comparison.row for comparison in compared if not comparison.faster and not comparison.inconclusive]
-    runs = "this run" if repeats <= 1 else f"these {repeats} runs"
     sentences = []
     if slower:
-        verb = f"is fastest in {runs}" if not judged else "wins" if len(slower) == len(others) else "is faster"
-        sentences.append(f"{best.configuration} {verb}: {_ratios(best, slower, mode)}, {_at_quality(best)}.")
+        verb = (
+            f"is fastest in {runs_of(by)}" if not by.tested else "wins" if len(slower) == len(others) else "is faster"
+        )
+        sentences.append(f"{best.configuration} {verb}: {_ratios(best, slower, by)}, {_at_quality(best)}.")
     if tied:
-        sentences.append(_no_difference(best, tied, mode, "" if judged else f" in {runs}"))
-    sentences += [_inconclusive(best, comparison) for comparison in compared if comparison.inconclusive]
-    if not judged and not searched:
+        sentences.append(_no_difference(best, tied, by))
+    sentences += [_inconclusive(best, comparison, by) for comparison in compared if comparison.inconclusive]
+    if by.figure == "p50":
+        which = "run" if by.tested else "configuration"
+        sentences.append(f"The p50 is compared, since not every {which} has the {_P99_NEEDS} responses of a p99.")
+    if not by.tested and by.figure != "goodput":
         sentences.append(f"A winner requires {REPEATS} repeats.")
     return " ".join(sentences)
 
 
-def _ratios(best: MeasuredRow, slower: Sequence[_Comparison], mode: str) -> str:
+def runs_of(by: Criterion) -> str:
+    """Return the runs that were compared, in words: `this run`, `these 3 runs`."""
+    return "this run" if len(by.repeats) <= 1 else f"these {len(by.repeats)} runs"
+
+
+def _ratios(best: MeasuredRow, slower: Sequence[Comparison], by: Criterion) -> str:
     named = ", ".join(
-        f"{ratio(comparison.row, best, mode)} of {_name(comparison.row)}{comparison.interval}"
+        f"{ratio(comparison.row, best, by)} of {_name(comparison.row)}{comparison.interval}"
         for comparison in slower[:NAMED]
     )
     return named + (f", and faster than {len(slower) - NAMED} more" if len(slower) > NAMED else "")
 
 
-def _no_difference(best: MeasuredRow, tied: Sequence[MeasuredRow], mode: str, runs: str) -> str:
+def _no_difference(best: MeasuredRow, tied: Sequence[MeasuredRow], by: Criterion) -> str:
     """Name configurations without a clear difference, the one with the best quality first."""
     group, quality = [best, *tied], ""
     if all(row.quality.get("checked") for row in group):
@@ -94,47 +173,46 @@ def _no_difference(best: MeasuredRow, tied: Sequence[MeasuredRow], mode: str, ru
         if len({_quality(row) for row in group}) > 1:
             quality = f"; {group[0].configuration} has the better quality: {_quality(group[0])}"
     names = " and ".join(row.configuration for row in group)
-    return f"No clear difference between {names}{runs} ({_figure(best, mode)}){quality}."
+    where = "" if by.tested else f" in {runs_of(by)}"
+    repeats = f", {len(by.repeats)} repeats" if by.tested else ""
+    return f"No clear difference between {names}{where} ({_values(group, by)}{repeats}){quality}."
 
 
-def _inconclusive(best: MeasuredRow, comparison: _Comparison) -> str:
+def _values(rows: Sequence[MeasuredRow], by: Criterion) -> str:
+    return " and ".join(value_of(row, by) for row in rows)
+
+
+def _inconclusive(best: MeasuredRow, comparison: Comparison, by: Criterion) -> str:
+    names = f"{best.configuration} against {comparison.row.configuration} is inconclusive"
+    if not by.tested:
+        return f"{names} in {runs_of(by)}: not enough samples for an interval ({_values([best, comparison.row], by)})."
     needed = (
         f"{comparison.repeats_needed} repeats" if comparison.repeats_needed else f"over {verdict.MAX_REPEATS} repeats"
     )
-    return f"{best.configuration} against {comparison.row.configuration} is inconclusive: needs {needed}."
+    return f"{names}: needs {needed}."
 
 
-def _run_costs(row: MeasuredRow, mode: str) -> dict[int, float]:
-    """Return the cost of each run by its repeat (see `cost`). The result of a search has no repeats."""
-    if mode == "closed":
-        return {run.repeat: 1 / run.requests_per_s for run in row.runs if run.requests_per_s}
-    use_p99 = all(run.p99_ms for run in row.runs)
-    values = {run.repeat: run.p99_ms if use_p99 else run.p50_ms for run in row.runs}
-    return {repeat: float(value) for repeat, value in values.items() if value}
+def compare(row: MeasuredRow, other: MeasuredRow, by: Criterion, pairs: int) -> Comparison:
+    """Compare two configurations over their repeats, which were measured in alternating order.
 
-
-def _compare(best: MeasuredRow, other: MeasuredRow, mode: str, pairs: int) -> _Comparison:
-    """Compare two configurations over their repeats, which were measured in alternating order."""
-    if mode == "open" and not all(run.p99_ms for row in (best, other) for run in row.runs):
-        best, other = (replace(row, runs=[replace(run, p99_ms=None) for run in row.runs]) for row in (best, other))
-    best_costs, other_costs = _run_costs(best, mode), _run_costs(other, mode)
-    repeats = sorted(best_costs.keys() & other_costs.keys())
-    effect = verdict.paired([best_costs[key] for key in repeats], [other_costs[key] for key in repeats])
-    base = math.exp(math.fsum(math.log(best_costs[key]) for key in repeats) / len(repeats))
-    found = verdict.decide(effect, base, True, verdict.Tolerance(MIN_DIFFERENCE), pairs)
-    low, high = 1 + found.low, 1 + found.high
-    interval = f"{low:.2f}x to {high:.2f}x" if mode == "closed" else f"{1 / high:.0%} to {1 / low:.0%}"
-    return _Comparison(
-        other,
-        found.outcome == "regression",
-        f" ({interval}, {len(repeats)} repeats)",
-        found.outcome == "not enough evidence",
-        found.repeats_needed,
+    `row` must have the smaller cost. With too few repeats, a difference is clear if the intervals do not overlap.
+    """
+    if not by.tested:
+        return _compare_once(row, other, by)
+    costs, other_costs = by.costs_of_runs(row), by.costs_of_runs(other)
+    found = verdict.decide(
+        verdict.paired(costs, other_costs), by.cost(row), True, verdict.Tolerance(MIN_DIFFERENCE), pairs
     )
-
-
-def _compare_once(best: MeasuredRow, other: MeasuredRow, mode: str) -> _Comparison:
-    return _Comparison(other, not no_clear_difference(best, other, mode))
+    low, high = 1 + found.low, 1 + found.high
+    throughput = by.figure == "requests_per_s"
+    interval = f"{low:.2f}x to {high:.2f}x" if throughput else f"{1 / high:.0%} to {1 / low:.0%}"
+    return Comparison(
+        other,
+        faster=found.outcome == "regression",
+        interval=f" ({interval}, {len(costs)} repeats)",
+        inconclusive=found.outcome == "not enough evidence",
+        repeats_needed=found.repeats_needed,
+    )
 
 
 def _name(row: MeasuredRow) -> str:
@@ -142,66 +220,54 @@ def _name(row: MeasuredRow) -> str:
     return f"{row.configuration} (emulated)" if emulated else row.configuration
 
 
-def cost(row: MeasuredRow, mode: str) -> float:
-    """Return the figure that is compared; smaller is better.
-
-    It is seconds per request for a closed loop, and at the highest rate within the SLO for a search. For an open loop
-    it is the p99, or the p50 if there is no p99.
-    """
-    if row.search:
-        best = row.search["max_goodput_rps"]
-        return 1 / best if best else math.inf
-    if mode == "closed":
-        return 1 / row.requests_per_s if row.requests_per_s else math.inf
-    value = row.p99_ms or row.p50_ms
-    return float(value) if value else math.inf
-
-
-def no_clear_difference(row: MeasuredRow, other: MeasuredRow, mode: str) -> bool:
-    """Return whether two configurations differ by less than 5%, or have intervals that overlap."""
-    if row.search and other.search:
-        (low, high), (other_low, other_high) = _band(row.search), _band(other.search)
-        return (high is None or other_low <= high) and (other_high is None or low <= other_high)
-    if abs(cost(other, mode) / cost(row, mode) - 1) < MIN_DIFFERENCE:
-        return True
-    if mode == "closed":
-        span, other_span = row.requests_per_s_interval, other.requests_per_s_interval
-        if span is None or other_span is None:
-            return True
-        return bool(span["low"] <= other_span["high"] and other_span["low"] <= span["high"])
-    use_p99 = row.p99_ms and other.p99_ms
-    (start, end), (other_start, other_end) = (
-        each.p99_interval_ms if use_p99 else each.p50_interval_ms for each in (row, other)
-    )
+def _compare_once(row: MeasuredRow, other: MeasuredRow, by: Criterion) -> Comparison:
+    """Compare by all runs together: a difference over 5% is clear if the intervals do not overlap."""
+    if by.figure == "goodput":
+        (low, high), (other_low, other_high) = _band(row.search or {}), _band(other.search or {})
+        overlap = (high is None or other_low <= high) and (other_high is None or low <= other_high)
+        return Comparison(other, faster=not overlap)
+    if abs(by.cost(other) / by.cost(row) - 1) < MIN_DIFFERENCE:
+        return Comparison(other, faster=False)
+    (start, end), (other_start, other_end) = interval_of(row, by), interval_of(other, by)
     if start is None or end is None or other_start is None or other_end is None:
-        return True
-    return start <= other_end and other_start <= end
+        return Comparison(other, faster=False, inconclusive=True)
+    return Comparison(other, faster=not (start <= other_end and other_start <= end))
+
+
+def interval_of(row: MeasuredRow, by: Criterion) -> tuple[float | None, float | None]:
+    """Return the 95% interval of the compared figure of all runs of a configuration; None where it is unknown."""
+    if by.figure in ("p99", "p50"):
+        return row.p99_interval_ms if by.figure == "p99" else row.p50_interval_ms
+    found = row.requests_per_s_interval
+    return (found["low"], found["high"]) if found else (None, None)
 
 
 def _band(search: JsonObject) -> tuple[float, float | None]:
     """Return the rates between which the highest rate within the SLO lies. Older receipts have probed rates only."""
     if band := search.get("band_rps"):
         return band[0], band[1]
-    return search["max_goodput_rps"] or 0.0, search["first_failing_rps"]
+    return search.get("max_goodput_rps") or 0.0, search.get("first_failing_rps")
 
 
-def ratio(slower: MeasuredRow, best: MeasuredRow, mode: str) -> str:
+def ratio(slower: MeasuredRow, best: MeasuredRow, by: Criterion) -> str:
     """Return how two configurations differ, in words such as `2.00x the requests/s`."""
-    if best.search:
-        factor = cost(slower, mode) / cost(best, mode)
+    factor = by.cost(slower) / by.cost(best)
+    if by.figure == "goodput":
         return "requests/s within the SLO instead of none" if math.isinf(factor) else f"{factor:.2f}x the goodput"
-    if mode == "closed":
-        return f"{cost(slower, mode) / cost(best, mode):.2f}x the requests/s"
-    return f"{cost(best, mode) / cost(slower, mode):.0%} of the {'p99' if slower.p99_ms else 'p50'}"
+    if by.figure == "requests_per_s":
+        return f"{factor:.2f}x the requests/s"
+    return f"{1 / factor:.0%} of the {by.figure}"
 
 
-def _figure(row: MeasuredRow, mode: str) -> str:
-    if row.search:
-        best = row.search["max_goodput_rps"]
+def value_of(row: MeasuredRow, by: Criterion) -> str:
+    """Return the compared figure of all runs of a configuration, with its unit."""
+    if by.figure == "goodput":
+        best = row.search and row.search["max_goodput_rps"]
         return f"{best:.1f} requests/s within the SLO" if best else "no rate met the SLO"
-    if mode == "closed" or not row.p99_ms:
+    value = row.p99_ms if by.figure == "p99" else row.p50_ms
+    if by.figure == "requests_per_s" or not value:
         return f"{row.requests_per_s:.1f} requests/s"
-    return f"p99 {row.p99_ms:.1f} ms"
+    return f"{by.figure} {value:.1f} ms"
 
 
 def _quality(row: MeasuredRow) -> str:
