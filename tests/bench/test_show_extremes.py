@@ -113,7 +113,7 @@ SEARCH = {
     "probes": [probe(40, 30, True), probe(82, 90, True), probe(86, 133, False), probe(100, 400, False, early=True)],
 }  # fmt: skip
 BESIDE = {
-    "count": 1, "users": 4, "pairs": 2, "interval": "order statistics", "valid": True, "reasons": [], "cautions": [],
+    "count": 1, "users": 4, "pairs": 5, "interval": "order statistics", "valid": True, "reasons": [], "cautions": [],
     "percentiles": {
         "p50": {"without_ms": 12.0, "with_ms": 25.2, "factor": 2.1, "low": 1.9, "high": 2.4},
         "p90": {"without_ms": 19.0, "with_ms": 41.8, "factor": 2.2, "low": 1.8, "high": 2.6},
@@ -259,7 +259,7 @@ def test_neighbours_are_shown_with_what_they_did_themselves(tmp_path: Path) -> N
     assert re.search(r"2\.20x +1\.80 - 2\.60", text)
     assert "n<436" in text
     sentence = (
-        "bf16 with 1 loaded neighbor: p90 19.0 -> 41.8 ms, 2.20x (1.80 to 2.60); "
+        "bf16 with 1 loaded neighbor: p90 19.0 -> 41.8 ms, 2.20x (1.80 to 2.60, 5 pairs); "
         "the neighbor completed 171.0 requests/s."
     )
     assert sentence in found.findings
@@ -267,6 +267,15 @@ def test_neighbours_are_shown_with_what_they_did_themselves(tmp_path: Path) -> N
     found, _ = shown(tmp_path / "unsettled", document("bf16", 300, 12, neighbours=unsettled))
     assert any("inconclusive, since the interval contains 1" in one for one in found.findings)
     assert "200 of 436" in html.render(found, receipts)
+    none = {key: figures | {"low": None, "high": None} for key, figures in BESIDE["percentiles"].items()}
+    pair = BESIDE | {"pairs": 1, "interval": "none: an interval needs 5 pairs of runs", "percentiles": none}
+    found, receipts = shown(tmp_path / "pair", document("bf16", 300, 12, neighbours=pair))
+    assert (
+        "bf16 with 1 loaded neighbor: p90 19.0 -> 41.8 ms, 2.20x in this pair of runs; the neighbor completed 171.0 "
+        "requests/s; inconclusive, an interval needs 5 pairs (`--repeats`)."
+    ) in found.findings
+    assert re.search(r"2\.20x +-", text_of(found))
+    assert "<b>2.20x</b><span" in html.render(found, receipts)
 
 
 def test_a_burst_is_told_by_stage_and_shaded_in_time(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from inferctl.bench.judge import interference
 from inferctl.bench.receipt import JsonObject, Receipt
 from inferctl.bench.report.chart import GREY, Chart, Json, slo_line, ticks
 
@@ -88,7 +89,8 @@ def neighbors(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
                     "hovertemplate": "%{x:.2f} ms<extra>" + row + "</extra>",
                 }
             )
-            text = f"{found['factor']:.2f}x ({found['low']:.2f} – {found['high']:.2f})"
+            interval = "" if found["low"] is None else f" ({found['low']:.2f} – {found['high']:.2f})"
+            text = f"{found['factor']:.2f}x{interval}"
             furthest = max(found["without_ms"], found["with_ms"])
             notes.append(
                 {"text": text, "x": math.log10(furthest), "y": row, "xanchor": "left", "xshift": 10, "showarrow": False}
@@ -107,7 +109,7 @@ def neighbors(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
     }
     text = (
         "Circle: idle neighbors. Diamond: loaded neighbors on the same device. The number is the factor between them, "
-        "with its 95% interval."
+        f"with its 95% interval. An interval needs {interference.PAIRS_NEEDED} pairs of runs."
     )
     return Chart("Latency with loaded neighbors", text, data, layout)
 

@@ -101,13 +101,13 @@ def neighbors(rows: Sequence[MeasuredRow]) -> RenderableType | None:
             if figures["factor"] is None:
                 grid.add_row(label, key, f"n<{figures['needed']}")
             else:
-                interval = f"{figures['low']:.2f} - {figures['high']:.2f}"
+                low, high = figures["low"], figures["high"]
+                interval = _UNKNOWN if low is None else f"{low:.2f} - {high:.2f}"
                 latencies = [short(figures[which]) for which in ("without_ms", "with_ms")]
                 grid.add_row(label, key, *latencies, f"{figures['factor']:.2f}x", interval)
             label = ""
         rates = section["requests_per_s"]
-        factor = f"{rates['with'] / rates['without']:.2f}x" if rates["without"] else _UNKNOWN
-        grid.add_row("", "req/s", short(rates["without"]), short(rates["with"]), factor)
+        grid.add_row("", "req/s", short(rates["without"]), short(rates["with"]))
         if others := section["neighbour_requests_per_s"]:
             each = " to ".join(dict.fromkeys((short(others["min"]), short(others["max"]))))
             grid.add_row("", "neighbor req/s", "0", each)
