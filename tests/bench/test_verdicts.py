@@ -535,7 +535,8 @@ def test_of_tied_configurations_the_closest_to_fp32_is_named_first(tmp_path: Pat
     found = findings.describe(rows_of(tmp_path, document("int8", 100, 10), exact, document("fp32", 50, 20)), "closed")
     assert found[0].startswith(
         "int8 is fastest in this run: 2.00x the requests/s of fp32, at cosine 0.99991 and recall@10 0.987 to fp32. "
-        "No clear difference between fp16 and int8 in this run (98.0 requests/s and 100.0 requests/s); fp16 has the better quality: "
+        "No clear difference between fp16 and int8 in this run (98.0 requests/s and 100.0 requests/s); "
+        "fp16 has the better quality: "
         "cosine 1.00000"
     )
 

@@ -16,8 +16,8 @@ from inferctl.bench.load import records
 QUANTILES = (0.5, 0.9, 0.99)
 # With fewer pairs, the interval comes from the responses within the runs: few runs do not show how runs differ.
 PAIRS_NEEDED = 5
-# With one or two pairs there is no interval: in simulations of runs that differ by 5% to 10%, one that was widened to
-# the factors of the pairs contained the true factor in 25% to 97% of the results. With three pairs it did in 98% or more.
+# With one or two pairs there is no interval. In simulations of runs that differ by 5% to 10%, one that was widened to
+# the factors of the pairs contained the true factor in 25% to 97% of the results. With three pairs, 98% or more did.
 _FEWEST_PAIRS = 3
 # Two intervals of this confidence are jointly valid with 95% (Bonferroni).
 _EACH = 0.975
