@@ -98,6 +98,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
+def install_hint(extra: str) -> str:
+    """Return how to install an extra of inferctl. It names a clone because inferctl is not on PyPI."""
+    return f"in a clone of inferctl: `pip install '.[{extra}]'`"
+
+
 def did_you_mean(word: str, words: Iterable[str]) -> str | None:
     """Return `did you mean x?` for words that start with `word`, else for the closest one; None if none is close."""
     known = list(words)

@@ -268,7 +268,7 @@ def _precision(precision: str, level: Level | Literal["depends"], reason: str, p
         better = f"set serve.precision: {best_precision(part.traits)}"
         yield Finding("error", "precision", f"{precision} is not supported", reason, better, part.key)
     elif level == "emulated":
-        better = f"set serve.precision: {best_precision(part.traits)}, or auto to select it for each part"
+        better = f"set serve.precision: {best_precision(part.traits)}, or auto to select it for each hardware"
         yield Finding("warn", "precision", f"{precision} is emulated", reason, better, part.key)
     else:
         yield Finding("ok", "precision", f"{precision} is native", reason, None, part.key)

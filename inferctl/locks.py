@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inferctl import assets, catalog
-from inferctl.errors import InferctlError, NotReadyError, UsageError
+from inferctl.errors import InferctlError, NotReadyError, UsageError, install_hint
 
 if TYPE_CHECKING:
     from inferctl.catalog import BaseImage, Stack
@@ -147,7 +147,7 @@ def resolve(
     of uv if there is no solution.
     """
     if util.find_spec("uv") is None:
-        raise NotReadyError("uv is not installed", "run `pip install 'inferctl[lock]'`")
+        raise NotReadyError("uv is not installed", install_hint("lock"))
     # NVIDIA's containers have pre-releases of torch that no index has. Resolve with the release number instead.
     release = re.match(r"\d+(\.\d+)*", target.stack.torch)
     torch_pin = f"torch=={release.group() if release else target.stack.torch}"

@@ -61,7 +61,7 @@ def test_bf16_on_a_t4_is_a_warning_that_names_fp16() -> None:
     judged = on("t4")
     found = finding(judged, "precision")
     assert (judged.verdict, judged.level, found.what) == ("warn", "emulated", "bf16 is emulated")
-    assert found.hint == "set serve.precision: fp16, or auto to select it for each part"
+    assert found.hint == "set serve.precision: fp16, or auto to select it for each hardware"
 
 
 def test_auto_takes_fp16_on_a_t4_and_bf16_on_an_a100() -> None:

@@ -291,13 +291,11 @@ def _write_results(context: Context, outcomes: list[Outcome], page: Path, json_:
 def _require_packages() -> None:
     from importlib.util import find_spec
 
-    from inferctl.errors import NotReadyError
+    from inferctl.errors import NotReadyError, install_hint
 
     missing = [name for name in ("locust", "numpy") if find_spec(name) is None]
     if missing:
-        raise NotReadyError(
-            f"benchmarks require {' and '.join(missing)}, not installed", "pip install 'inferctl[bench]'"
-        )
+        raise NotReadyError(f"benchmarks require {' and '.join(missing)}, not installed", install_hint("bench"))
 
 
 def _reject_options_with_resume(context: typer.Context) -> None:

@@ -23,12 +23,13 @@ def build(
     base: Annotated[
         str | None,
         typer.Option(
+            metavar="KEY",
             autocompletion=completion.BASES,
             help="Use this base image of `inferctl catalog bases`. [default: the spec's]",
         ),
     ] = None,
     base_image: Annotated[
-        str | None, typer.Option(help="Pull the base from your mirror; add a digest to pin it.")
+        str | None, typer.Option(metavar="REF", help="Pull the base from your mirror; add a digest to pin it.")
     ] = None,
     tag: Annotated[
         list[str] | None,

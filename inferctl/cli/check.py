@@ -217,7 +217,6 @@ def _report(file: str | None, spec: Spec, findings: list[Finding], fits: list[Fi
     for finding, parts in grouped:
         notes.add_row(Text(_MARK[finding.level], style=_STYLE[finding.level]), Text(_explained(finding, parts)))
     errors, warnings = (sum(finding.level == level for finding, _ in grouped) for level in ("error", "warn"))
-    runnable = sum(fit.verdict != "error" for fit in fits)
     summary = f"{_count(errors, 'error')}, {_count(warnings, 'warning')}"
     pieces: list[RenderableType] = [
         Text(f"{spec.name}: {spec.serve.precision} on {base.key} (torch {stack.torch}, {gpu})"),
@@ -227,9 +226,17 @@ def _report(file: str | None, spec: Spec, findings: list[Finding], fits: list[Fi
         pieces += [_table(fits), Text()]
     pieces += [
         notes,
-        Text(f"\n{file or 'flags'}: {summary}" + (f"; {runnable} of {len(fits)} can run it" if fits else "")),
+        Text(f"\n{file or 'flags'}: {summary}" + (f"; {_runnable(fits)}" if fits else "")),
     ]
     console.report(Group(*pieces))
+
+
+def _runnable(fits: list[Fit]) -> str:
+    """Return on how many of the hardware the spec can run, or has no known obstacle if memory was not checked."""
+    count = f"{sum(fit.verdict != 'error' for fit in fits)} of {len(fits)}"
+    if any(fit.memory is None for fit in fits):
+        return f"{count} {'has' if len(fits) == 1 else 'have'} no known obstacle; memory was not checked"
+    return f"{count} can run it"
 
 
 def _table(fits: list[Fit]) -> Table:

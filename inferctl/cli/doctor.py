@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from inferctl.cli import console
 from inferctl.cli.options import Json
-from inferctl.errors import InferctlError
+from inferctl.errors import InferctlError, install_hint
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -165,7 +165,7 @@ def _gpu(machine: Environment) -> Iterator[Check]:
     if not machine.gpus:
         driver = Path("/proc/driver/nvidia/version").exists()
         missing = "a driver is loaded, but NVML lists no GPU" if driver else "none: models run on the CPU"
-        yield Check("gpu", "limited", missing, "pip install 'inferctl[gpu]'" if driver else None)
+        yield Check("gpu", "limited", missing, install_hint("gpu") if driver else None)
 
 
 def images(gpu: Gpu) -> Iterator[Check]:
@@ -193,7 +193,7 @@ def _torch(machine: Environment) -> Iterator[Check]:
             "serve",
             "cannot",
             "torch and transformers are not installed (`render` and `build` do not need them)",
-            "pip install 'inferctl[serve]'",
+            install_hint("serve"),
         )
         return
     yield Check("serve", "can", f"torch {versions['torch']}, transformers {versions['transformers']}")
@@ -232,4 +232,4 @@ def _bench(machine: Environment) -> Iterator[Check]:
     if "locust" in machine.versions:
         yield Check("bench", "can", f"Locust {machine.versions['locust']}")
     else:
-        yield Check("bench", "cannot", "Locust is not installed", "pip install 'inferctl[bench]'")
+        yield Check("bench", "cannot", "Locust is not installed", install_hint("bench"))

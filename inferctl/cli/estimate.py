@@ -176,7 +176,7 @@ def _longest(config: dict[str, Any]) -> int:
 def _tokens(
     corpus: str | None, length: str | None, config: Path, longest: int, squad_mean: float, seed: int
 ) -> tuple[list[int], str]:
-    from inferctl.errors import NotReadyError
+    from inferctl.errors import NotReadyError, install_hint
     from inferctl.estimate import lengths
 
     if length is not None:
@@ -186,7 +186,7 @@ def _tokens(
     except ModuleNotFoundError as error:
         raise NotReadyError(
             f"reading a corpus needs the package {error.name}, which is not installed",
-            "pip install 'inferctl[bench]', or pass `--length`",
+            f"{install_hint('bench')}, or pass `--length`",
         ) from None
     texts, _ = workload.read_corpus(_TEXTS if corpus is None else corpus)
     found, how = lengths.of_texts(texts, config.parent / "tokenizer.json", longest)

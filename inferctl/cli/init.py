@@ -34,19 +34,26 @@ _CI = {
 
 
 def init(
-    directory: Annotated[Path, typer.Argument(help="Folder for the files.")] = Path(),
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the files.")] = Path(),
     model: Annotated[
         str,
         typer.Option("--model", "-m", metavar="SOURCE", help="Write this hub id or local model folder into the spec."),
     ] = "sentence-transformers/all-MiniLM-L6-v2",
-    name: Annotated[str | None, typer.Option(help="Set the name of the model. [default: from --model]")] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Set the name of the model. [default: from --model]")
+    ] = None,
     base: Annotated[
         str,
-        typer.Option(autocompletion=completion.BASES, help="Set the base image: an entry of `inferctl catalog bases`."),
+        typer.Option(
+            metavar="KEY",
+            autocompletion=completion.BASES,
+            help="Set the base image: an entry of `inferctl catalog bases`.",
+        ),
     ] = "cuda13.0",
     hardware: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="KEY",
             autocompletion=completion.HARDWARE,
             help="Set the target hardware; repeatable. [default: t4 and half an A100; cpu for a CPU base]",
         ),
@@ -64,11 +71,15 @@ def init(
         str | None,
         typer.Option(metavar="REQUIREMENT", help="Install this pip requirement in the CI job; required with --ci."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite existing files; with --ci, never the spec.")
+    ] = False,
 ) -> None:
     """Write a commented inferctl.yaml and print its path.
 
-    With --ci, also write a CI workflow. An existing spec is kept.
+    If inferctl.yaml exists, the command fails. With --force, it overwrites the file.
+
+    With --ci, it also writes a CI workflow, and keeps an existing inferctl.yaml.
     """
     from inferctl import catalog, outputs, settings, spec
     from inferctl.model import is_hub_id

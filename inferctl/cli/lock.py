@@ -24,12 +24,13 @@ def lock(
     base: Annotated[
         str,
         typer.Option(
+            metavar="KEY",
             autocompletion=completion.BASES,
             help="Resolve the torch stack of this base image of `inferctl catalog bases`.",
         ),
     ] = "cuda13.0",
     platform: Annotated[
-        str, typer.Option(autocompletion=completion.PLATFORMS, help="Resolve for this platform.")
+        str, typer.Option(metavar="NAME", autocompletion=completion.PLATFORMS, help="Resolve for this platform.")
     ] = "linux/amd64",
     wheels: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Resolve from this folder of wheels instead of a package index.")

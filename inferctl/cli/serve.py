@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from inferctl.cli import completion, options
-from inferctl.errors import NotReadyError, UsageError
+from inferctl.errors import NotReadyError, UsageError, install_hint
 
 EPILOG = """\b
 Examples:
@@ -119,7 +119,7 @@ def serve(
         from inferctl.serve import server, tracing
     except ModuleNotFoundError as error:
         raise NotReadyError(
-            f"`inferctl serve` requires the package {error.name}, not installed", "pip install 'inferctl[serve]'"
+            f"`inferctl serve` requires the package {error.name}, not installed", install_hint("serve")
         ) from None
     server_options = server.ServerOptions(
         device=device,

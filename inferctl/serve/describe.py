@@ -63,8 +63,19 @@ def document(
     }
 
 
-def lines(info: EngineInfo, name: str, url: str, seconds: float) -> Iterator[str]:
-    """Yield the lines printed when the server is ready."""
+def admission_line(spec_ms: float | None, capacity_ms: float | None) -> str | None:
+    """Return the line about the SLO that the server enforces: of the spec, else of the capacity file; None without."""
+    slo_ms = spec_ms or capacity_ms
+    source = "slo.p99_ms" if spec_ms else "slo_p99_ms of the capacity file"
+    return (
+        f"admission  rejects requests (429) whose predicted latency exceeds {slo_ms:g} ms ({source})"
+        if slo_ms
+        else None
+    )
+
+
+def lines(info: EngineInfo, name: str, url: str, seconds: float, admission: str | None = None) -> Iterator[str]:
+    """Yield the lines printed when the server is ready. `admission`: the result of `admission_line`."""
     precision, device = info.precision, info.device
     requested = f" (requested: {precision.requested})" if precision.requested != precision.effective else ""
     yield f"precision  {precision.effective}{requested}, {precision.level}, {precision.method}: {precision.reason}"
@@ -76,6 +87,8 @@ def lines(info: EngineInfo, name: str, url: str, seconds: float) -> Iterator[str
     yield f"device     {device.name}" + (
         cores if device.threads else f", compute capability {device.compute_capability}"
     )
+    if admission:
+        yield admission
     for warning in info.warnings:
         yield f"warning    {warning}"
     yield f"ready      {name} at {url} after {seconds:.1f} s; documentation at {url}/docs"

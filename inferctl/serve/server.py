@@ -118,7 +118,9 @@ class Server:
         self._embedding = embedding_config.read(self._folder.path, spec.serve.max_input_tokens)
         metrics = Metrics()
         capacity = Capacity.read(options.capacity) if options.capacity else None
-        slo_ms = spec.slo.p99_ms or (capacity and capacity.slo_p99_ms)
+        capacity_slo_ms = capacity.slo_p99_ms if capacity else None
+        slo_ms = spec.slo.p99_ms or capacity_slo_ms
+        self._admission = describe.admission_line(spec.slo.p99_ms, capacity_slo_ms)
         queue = QueueLimits(
             spec.serve.max_batch_tokens, spec.serve.max_queue_tokens, slo_s=slo_ms / 1000 if slo_ms else None
         )
@@ -242,7 +244,7 @@ class Server:
         gc.freeze()
         if state.draining:
             return
-        for line in describe.lines(info, self._spec.name, self._url, self._ready_seconds):
+        for line in describe.lines(info, self._spec.name, self._url, self._ready_seconds, self._admission):
             self._notify(line)
         if self._options.announce:
             try:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from inferctl.errors import UsageError
+from inferctl.errors import UsageError, install_hint
 
 _TO_NS = 1_000_000_000
 
@@ -39,7 +39,7 @@ def tracer(
     except ModuleNotFoundError as error:
         raise UsageError(
             f"OTEL_EXPORTER_OTLP_ENDPOINT enables traces, but {error.name} is not installed",
-            "run `pip install 'inferctl[otel]'`, or unset the variable",
+            f"{install_hint('otel')}, or unset the variable",
         ) from None
     # Environment variables override these values, for example OTEL_SERVICE_NAME.
     provider = TracerProvider(resource=Resource.create({"service.name": "inferctl", "service.version": version}))

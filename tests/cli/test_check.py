@@ -142,6 +142,8 @@ def test_a_model_that_is_not_here_is_not_checked(here: Path, capsys: Captured) -
     assert run(["check", "--model", "org/model"]) == 0
     told = capsys.readouterr().out
     assert "memory not checked" in told
+    assert "no known obstacle; memory was not checked" in " ".join(told.split())
+    assert "can run it" not in told
     assert "the model revision is not pinned" in told
 
 

@@ -23,7 +23,9 @@ def shown(*checks: Check) -> str:
     return said.get()
 
 
-@pytest.mark.parametrize("text", ["pip install 'inferctl[serve]'", "it said [/x] and [bold]", "[red]"])
+@pytest.mark.parametrize(
+    "text", ["in a clone of inferctl: `pip install '.[serve]'`", "it said [/x] and [bold]", "[red]"]
+)
 def test_brackets_in_a_message_are_shown(text: str) -> None:
     assert shown(Check(text, "can", text, text)).count(text) == 3
 

@@ -28,6 +28,20 @@ def test_what_init_writes_for_a_base_passes_check(here: Path, base: str, minilm:
     assert cli.run(["check"]) == 0, capsys.readouterr().out
 
 
+def test_init_keeps_an_existing_spec_unless_forced(here: Path, capsys: Captured) -> None:
+    ci = ["--ci", "github", "--package", "inferctl @ file:///wheel.whl"]
+    assert cli.run(["init", "--model", "org/first"]) == 0
+    spec = here / "inferctl.yaml"
+    assert "p99_ms: 70   # the server rejects requests (429)" in spec.read_text()
+    assert cli.run(["init", "--model", "org/second"]) == 2
+    assert "`--force`" in capsys.readouterr().err
+    for flags in (ci, [*ci, "--force"]):
+        assert cli.run(["init", "--model", "org/second", *flags]) == 0
+        assert "org/first" in spec.read_text()
+    assert cli.run(["init", "--force", "--model", "org/second"]) == 0
+    assert "org/second" in spec.read_text()
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
@@ -66,7 +80,7 @@ def test_an_estimate_without_the_bench_extra_says_what_to_install(here: Path, mi
     code = f"import sys; sys.modules['numpy'] = None; from inferctl import cli; sys.exit(cli.run({arguments!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
-    assert "pip install 'inferctl[bench]'" in done.stderr
+    assert "in a clone of inferctl: `pip install '.[bench]'`, or pass `--length`" in done.stderr
 
 
 def test_a_lock_is_not_judged_without_a_package_index(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferctl.errors import UsageError
+from inferctl.serve import describe
 from inferctl.serve.latency_model import Capacity, LatencyModel
+
+REJECTS = "admission  rejects requests (429) whose predicted latency exceeds"
 
 
 @given(st.floats(0.001, 0.1), st.floats(1e3, 1e6), st.integers(0, 1000))
@@ -105,3 +108,17 @@ def test_a_file_without_a_capacity_is_an_error(tmp_path: Path, text: str) -> Non
     with pytest.raises(UsageError, match=r"capacity\.json") as raised:
         Capacity.read(file)
     assert "tokens_per_s" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("spec_ms", "capacity_ms", "line"),
+    [
+        (70, 200, f"{REJECTS} 70 ms (slo.p99_ms)"),
+        (None, 200, f"{REJECTS} 200 ms (slo_p99_ms of the capacity file)"),
+        (None, None, None),
+    ],
+)
+def test_the_server_prints_the_slo_that_it_enforces(
+    spec_ms: float | None, capacity_ms: float | None, line: str | None
+) -> None:
+    assert describe.admission_line(spec_ms, capacity_ms) == line

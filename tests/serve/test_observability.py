@@ -109,4 +109,4 @@ def test_traces_without_the_packages_are_an_error(minilm: Path, tmp_path: Path) 
     command = [sys.executable, "-c", hidden, "serve", "--model", str(minilm), "--engine", "echo", "--port", "0"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
-    assert "pip install 'inferctl[otel]'" in done.stderr
+    assert "in a clone of inferctl: `pip install '.[otel]'`" in done.stderr

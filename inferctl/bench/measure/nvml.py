@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from inferctl.errors import install_hint
+
 T = TypeVar("T")
 _NO_INSTANCE = 0xFFFFFFFF
 
@@ -68,7 +70,7 @@ class Nvml:
         try:
             import pynvml
         except ImportError:
-            raise NvmlUnavailableError("nvidia-ml-py is not installed (pip install 'inferctl[gpu]')") from None
+            raise NvmlUnavailableError(f"nvidia-ml-py is not installed ({install_hint('gpu')})") from None
         self._nvml: Any = pynvml
         try:
             pynvml.nvmlInit()

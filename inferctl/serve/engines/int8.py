@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from inferctl.errors import NotReadyError
+from inferctl.errors import NotReadyError, install_hint
 
 # From the LLM.int8 paper (Dettmers et al., 2022): columns with a larger activation are not in the 8-bit product.
 _OUTLIER_THRESHOLD = 6.0
@@ -21,9 +21,7 @@ def quantize(model: Any) -> None:
     Raises `NotReadyError` if bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise NotReadyError(
-            "int8 on CUDA needs bitsandbytes, which is not installed", "run `pip install 'inferctl[int8]'`"
-        )
+        raise NotReadyError("int8 on CUDA needs bitsandbytes, which is not installed", install_hint("int8"))
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     _llm_int8(model)
 
