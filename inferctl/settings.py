@@ -32,7 +32,7 @@ _EXAMPLE = "write a commented example with `inferctl init --force`"
 class Resolved:
     """The effective settings.
 
-    `origins` maps a dotted path to `flag --x`, `env INFERCTL_X`, `file.yaml:12` or `default`.
+    `origins` maps a dotted path to `flag --model`, `env INFERCTL_X`, `file.yaml:12` or `default`.
     """
 
     spec: Spec

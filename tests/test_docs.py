@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("inferctl", "tests", "benchmarks", "docs")
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
@@ -35,6 +36,14 @@ def test_links_between_pages_are_valid(page: Path) -> None:
         other = page.parent / name if name else page
         assert other.exists(), f"{page.name} links to {name}"
         assert not anchor or anchor in anchors(other), f"{page.name} links to {name}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_files_a_page_names_exist(page: Path) -> None:
+    """A page may shorten a path to its last parts: `serve/batcher.py` for `inferctl/serve/batcher.py`."""
+    files = [f"/{file.relative_to(ROOT).as_posix()}" for top in SOURCES for file in (ROOT / top).rglob("*.py")]
+    for name in re.findall(r"[\w./-]*\w\.py\b", page.read_text(encoding="utf-8")):
+        assert any(file.endswith(f"/{name}") for file in files), f"{page.name} names {name}, which does not exist"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,7 @@ from inferctl.cli import completion, console, options
 
 if TYPE_CHECKING:
     from inferctl.bench.measure.outcome import Outcome
+    from inferctl.bench.plan.plan import Overrides
     from inferctl.bench.report.receipts import Context
     from inferctl.bench.report.result import Result
     from inferctl.cli.bench_setup import PreparedBench
@@ -212,7 +213,7 @@ def bench(
         _reject_options_with_resume(context)
         prepared = bench_setup.prepare_resumed(resume, header or [])
     else:
-        overrides: dict[str, Any] = {
+        overrides: Overrides = {
             "users": users,
             "rate": rate,
             "duration_s": duration,
@@ -228,10 +229,10 @@ def bench(
             "error_budget_percent": error_budget,
         }
         access = bench_options.AccessOptions(header or [], api_key_env, served_model)
-        given = bench_options.BenchOptions(
+        new_options = bench_options.BenchOptions(
             spec_file, model, plan, precision or [], url or [], overrides, slo, output, access
         )
-        prepared = bench_setup.prepare_new(given)
+        prepared = bench_setup.prepare_new(new_options)
     _run(prepared, report, json_)
 
 

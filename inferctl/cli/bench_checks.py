@@ -20,16 +20,10 @@ def check_corpora(plan: Plan, targets: list[BenchTarget]) -> None:
 
 def check_search(plan: Plan, targets: list[BenchTarget], slo_p99_ms: float | None) -> None:
     """Raise `UsageError` if a search has no SLO, or if its budget is too short."""
-    from inferctl.errors import UsageError
-
-    search = plan.search
-    if search and not (search.slo_p99_ms or slo_p99_ms):
-        raise UsageError(
-            "`--search` requires a p99 SLO",
-            "pass `--slo 100` (ms), or set `search.slo_p99_ms` in the plan or `slo.p99_ms` in the spec",
-        )
-    if search and search.budget_s is not None:
-        _check_budget(plan, targets, search.budget_s)
+    if search := plan.search:
+        search.required_slo_ms(slo_p99_ms)
+        if search.budget_s is not None:
+            _check_budget(plan, targets, search.budget_s)
 
 
 def _check_budget(plan: Plan, targets: list[BenchTarget], budget_s: float) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inferctl.bench.load.target import Access
+    from inferctl.bench.plan.plan import Overrides
 
 MAX_NAME_LENGTH = 40
 
@@ -50,6 +51,10 @@ class AccessOptions:
         return {"headers": names, "api_key_env": self.api_key_env, "served_model": self.served_model}
 
 
+def _no_overrides() -> Overrides:
+    return {}
+
+
 @dataclass(frozen=True)
 class BenchOptions:
     """The options of a new benchmark. None and empty values mean that the option is absent."""
@@ -59,7 +64,7 @@ class BenchOptions:
     plan: str | None = None
     precisions: list[str] = field(default_factory=list)
     urls: list[str] = field(default_factory=list)
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: Overrides = field(default_factory=_no_overrides)
     slo_p99_ms: float | None = None
     output: Path = Path("bench-results")
     access: AccessOptions = field(default_factory=AccessOptions)
@@ -71,10 +76,10 @@ def parse_seconds(text: str) -> float:
 
     from inferctl.errors import UsageError
 
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
-    if not found or not float(found[1]):
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if not match or not float(match[1]):
         raise UsageError(f"`--budget {text}` is not a time", "pass seconds, or a time such as 90s, 5m or 1.5h")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def parse_hardware(texts: list[str]) -> list[str]:
@@ -82,11 +87,11 @@ def parse_hardware(texts: list[str]) -> list[str]:
     from inferctl import catalog
     from inferctl.errors import UsageError, did_you_mean
 
-    known = list(catalog.hardware_profiles())
+    known_keys = list(catalog.hardware_profiles())
     keys = [key.strip() for text in texts for key in text.split(",") if key.strip()]
     for key in keys:
-        if key not in known:
-            hint = did_you_mean(key, known) or "`inferctl catalog hardware` lists the known keys"
+        if key not in known_keys:
+            hint = did_you_mean(key, known_keys) or "`inferctl catalog hardware` lists the known keys"
             raise UsageError(f"hardware {key!r} not found in the catalog", hint)
     return keys
 

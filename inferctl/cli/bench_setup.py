@@ -44,33 +44,35 @@ class _Definition:
     access: Access
 
 
-def prepare_new(given: BenchOptions) -> PreparedBench:
+def prepare_new(bench_options: BenchOptions) -> PreparedBench:
     """Return a new benchmark in a folder of its own. Raises `UsageError` and `NotReadyError`."""
     from inferctl.bench.measure import environment, resume, runner
     from inferctl.bench.plan import plan as plans
     from inferctl.errors import UsageError
 
-    url_targets = [parse_target(text) for text in given.urls]
-    if given.access != AccessOptions() and not url_targets:
+    url_targets = [parse_target(text) for text in bench_options.urls]
+    if bench_options.access != AccessOptions() and not url_targets:
         raise UsageError(
             "`--header`, `--api-key-env` and `--served-model` apply only to the servers of `--url`",
             "add a server: `--url NAME=URL`",
         )
-    access = given.access.access()
+    access = bench_options.access.access()
     # Absolute, so that the benchmark can be resumed from another working directory.
-    if given.model and Path(given.model).exists():
-        given = replace(given, model=str(Path(given.model).absolute()))
-    resolved = _settings(given, needed=not url_targets or bool(given.precisions))
-    name = given.plan
+    if bench_options.model and Path(bench_options.model).exists():
+        bench_options = replace(bench_options, model=str(Path(bench_options.model).absolute()))
+    resolved = _settings(bench_options, needed=not url_targets or bool(bench_options.precisions))
+    name = bench_options.plan
     if name is None:
         name = resolved.spec.bench.plan if resolved else "precision"
-    plan = plans.load(name).with_overrides(given.precisions, **given.overrides)
-    if given.overrides.get("users") is not None and plan.load.mode == "open" and not plan.load.capacity_percent:
+    plan = plans.load(name).with_overrides(bench_options.precisions, **bench_options.overrides)
+    if bench_options.overrides.get("users") is not None and plan.load.mode == "open" and not plan.load.capacity_percent:
         rate = f"{plan.load.rate:g} requests/s" if plan.load.rate else "the rates of its stages or trace"
-        console.warn(f"`--users {given.overrides['users']}` has no effect: this load is an open loop with {rate}")
-    targets = _targets(plan, url_targets, given)
-    needs_model = any(target.url is None for target in targets) or given.model is not None
-    slo = given.slo_p99_ms or (resolved.spec.slo.p99_ms if resolved else None)
+        console.warn(
+            f"`--users {bench_options.overrides['users']}` has no effect: this load is an open loop with {rate}"
+        )
+    targets = _targets(plan, url_targets, bench_options)
+    needs_model = any(target.url is None for target in targets) or bench_options.model is not None
+    slo = bench_options.slo_p99_ms or (resolved.spec.slo.p99_ms if resolved else None)
     file = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) or "/" in name else None
     parse_hardware(plan.hardware)
     bench_checks.check_search(plan, targets, slo)
@@ -81,17 +83,17 @@ def prepare_new(given: BenchOptions) -> PreparedBench:
     definition = _Definition(resolved, plan, file, targets, folder, slo, access)
     machine = environment.detect()
     identity = _identity(definition, machine)
-    output = _create_folder(given.output, plan.name)
-    called = {
+    output = _create_folder(bench_options.output, plan.name)
+    original_options = {
         "spec": str(Path(resolved.file).resolve()) if resolved and resolved.file else None,
-        "model": given.model,
+        "model": bench_options.model,
         # Only the keys that the plan sets. A configuration's load rejects derived keys, such as the duration of stages.
         "plan": plan.model_dump(mode="json", exclude_unset=True),
         "plan_file": file,
-        "slo_p99_ms": given.slo_p99_ms,
-        "reach": given.access.as_dict(),
+        "slo_p99_ms": bench_options.slo_p99_ms,
+        "reach": bench_options.access.as_dict(),
     }
-    resume.write_manifest(output, resume.Manifest(identity, called))
+    resume.write_manifest(output, resume.Manifest(identity, original_options))
     work, context = _bench(definition, machine, output)
     return PreparedBench(work, context, runner.outcomes(work))
 
@@ -107,19 +109,21 @@ def prepare_resumed(output: Path, headers: list[str] | None = None) -> PreparedB
 
     output = output.resolve()
     manifest = resume.read_manifest(output)
-    saved, called = manifest.identity, manifest.called
+    saved, original_options = manifest.identity, manifest.original_options
     if saved["code"] != (code := {"version": _version(), "sha256": digests.of_code()}):
         # Checked first because another version may not be able to read the other keys.
         resume.check_unchanged({"code": saved["code"]}, {"code": code}, output)
-    access_options = _saved_access(called["reach"], headers or [], output)
-    plan = _saved_plan(called["plan"])
+    access_options = _saved_access(original_options["reach"], headers or [], output)
+    plan = _saved_plan(original_options["plan"])
     targets = [BenchTarget(**target) for target in saved["subjects"]]
     needs_spec = any(target.url is None for target in targets)
-    spec_file = Path(called["spec"]) if called["spec"] else None
-    resolved = _settings(BenchOptions(spec_file, called["model"]), needed=needs_spec)
-    slo = called["slo_p99_ms"] or (resolved.spec.slo.p99_ms if resolved else None)
-    folder = _model_folder(resolved, needs_spec or called["model"] is not None)
-    definition = _Definition(resolved, plan, called["plan_file"], targets, folder, slo, access_options.access())
+    spec_file = Path(original_options["spec"]) if original_options["spec"] else None
+    resolved = _settings(BenchOptions(spec_file, original_options["model"]), needed=needs_spec)
+    slo = original_options["slo_p99_ms"] or (resolved.spec.slo.p99_ms if resolved else None)
+    folder = _model_folder(resolved, needs_spec or original_options["model"] is not None)
+    definition = _Definition(
+        resolved, plan, original_options["plan_file"], targets, folder, slo, access_options.access()
+    )
     machine = environment.detect()
     resume.check_unchanged(saved, _identity(definition, machine), output)
     work, context = _bench(definition, machine, output)
@@ -132,10 +136,10 @@ def _saved_access(saved: dict[str, Any], headers: list[str], output: Path) -> Ac
 
     access = AccessOptions(headers, saved["api_key_env"], saved["served_model"])
     if access.as_dict() != saved:
-        wanted = " ".join(f"--header '{name}: ...'" for name in saved["headers"])
+        original_headers = " ".join(f"--header '{name}: ...'" for name in saved["headers"])
         raise UsageError(
             f"cannot resume {output}: its `--header` options differ from those of this command",
-            f"pass the original headers: {wanted}" if wanted else "remove `--header`",
+            f"pass the original headers: {original_headers}" if original_headers else "remove `--header`",
         )
     return access
 
@@ -228,20 +232,22 @@ def _bench(definition: _Definition, machine: Environment, output: Path) -> tuple
     return work, context
 
 
-def _settings(given: BenchOptions, needed: bool) -> Resolved | None:
+def _settings(bench_options: BenchOptions, needed: bool) -> Resolved | None:
     """Return the settings; None if only running servers are measured and no model is specified."""
     from inferctl import spec
     from inferctl.errors import UsageError
 
     try:
-        return options.load(given.spec_file, {"model.source": given.model, "bench.plan": given.plan})
+        return options.load(
+            bench_options.spec_file, {"model.source": bench_options.model, "bench.plan": bench_options.plan}
+        )
     except UsageError:
-        if needed or given.spec_file or given.model or Path(spec.DEFAULT_FILE).exists():
+        if needed or bench_options.spec_file or bench_options.model or Path(spec.DEFAULT_FILE).exists():
             raise
         return None
 
 
-def _targets(plan: Plan, url_targets: list[tuple[str, str]], given: BenchOptions) -> list[BenchTarget]:
+def _targets(plan: Plan, url_targets: list[tuple[str, str]], bench_options: BenchOptions) -> list[BenchTarget]:
     """Return what the benchmark measures.
 
     Without `--url`, these are the plan's configurations. With `--url`, these are the named servers, and also the
@@ -250,17 +256,17 @@ def _targets(plan: Plan, url_targets: list[tuple[str, str]], given: BenchOptions
     from inferctl.bench.measure.outcome import BenchTarget
     from inferctl.errors import UsageError
 
-    configurations = plan.configurations if given.precisions or not url_targets else []
+    configurations = plan.configurations if bench_options.precisions or not url_targets else []
     started = [
         BenchTarget(each.name, each.precision, None, each.max_batch_tokens, each.corpus, each.load)
         for each in configurations
     ]
-    if url_targets and not started and given.overrides.get("batch_tokens"):
+    if url_targets and not started and bench_options.overrides.get("batch_tokens"):
         raise UsageError(
             "`--batch-tokens` cannot change the running servers of `--url`",
             "start that server with `--max-batch-tokens`, or add `--precision` to measure a new server too",
         )
-    corpora = list(dict.fromkeys(given.overrides.get("corpora") or []))
+    corpora = list(dict.fromkeys(bench_options.overrides.get("corpora") or []))
     targets = started + [
         BenchTarget(f"{name}-{Path(corpus).stem}" if corpus else name, url=address, corpus=corpus)
         for name, address in url_targets
@@ -309,5 +315,5 @@ def _model_folder(resolved: Resolved | None, needed: bool) -> Path | None:
     if resolved is None:
         return None
     source, revision = resolved.spec.model.source, resolved.spec.model.revision
-    found = download.fetch(source, revision) if needed else hub.cached(source, revision)
-    return found.path.resolve() if found else None
+    model_folder = download.fetch(source, revision) if needed else hub.cached(source, revision)
+    return model_folder.path.resolve() if model_folder else None

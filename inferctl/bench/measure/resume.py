@@ -123,7 +123,7 @@ class Manifest:
     """The identity of a benchmark, and the options of its command."""
 
     identity: Mapping[str, Any]
-    called: Mapping[str, Any]
+    original_options: Mapping[str, Any]
 
 
 def write_manifest(output: Path, manifest: Manifest) -> None:
@@ -132,7 +132,7 @@ def write_manifest(output: Path, manifest: Manifest) -> None:
         "schema": SCHEMA,
         "created": time.time(),
         "identity": dict(manifest.identity),
-        "called": dict(manifest.called),
+        "called": dict(manifest.original_options),
     }
     document = json.loads(receipt.canonical(plain))
     write(output / MANIFEST, {**document, "seal": receipt.seal_of(document)})
@@ -155,25 +155,27 @@ def read_manifest(output: Path) -> Manifest:
     return Manifest(document["identity"], document["called"])
 
 
-def check_unchanged(then: Mapping[str, Any], now: Mapping[str, Any], output: Path) -> None:
+def check_unchanged(saved: Mapping[str, Any], current: Mapping[str, Any], output: Path) -> None:
     """Raise `UsageError` with all differences between two `identity` documents."""
-    plain = json.loads(receipt.canonical(dict(now)))
+    plain = json.loads(receipt.canonical(dict(current)))
     # A plan file that was deleted has not changed: the manifest contains the plan.
-    changed = [key for key in _NAMES if plain.get(key) != then.get(key) and not (key == "plan_file" and not plain[key])]
+    changed = [
+        key for key in _NAMES if plain.get(key) != saved.get(key) and not (key == "plan_file" and not plain[key])
+    ]
     if changed:
-        differences = "; ".join(f"{_NAMES[key]} {_difference(then.get(key), plain.get(key))}" for key in changed)
+        differences = "; ".join(f"{_NAMES[key]} {_difference(saved.get(key), plain.get(key))}" for key in changed)
         raise UsageError(
             f"cannot resume {output}: these inputs changed: {differences}",
             "restore them, or start a new benchmark",
         )
 
 
-def _difference(then: Any, now: Any) -> str:
-    if isinstance(then, dict) and isinstance(now, dict):
-        keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-        pairs = ", ".join(f"{key}: {_short(then.get(key))} -> {_short(now.get(key))}" for key in keys[:3])
+def _difference(saved: Any, current: Any) -> str:
+    if isinstance(saved, dict) and isinstance(current, dict):
+        keys = [key for key in {**saved, **current} if saved.get(key) != current.get(key)]
+        pairs = ", ".join(f"{key}: {_short(saved.get(key))} -> {_short(current.get(key))}" for key in keys[:3])
         return f"changed ({pairs})"
-    return f"changed ({_short(then)} -> {_short(now)})"
+    return f"changed ({_short(saved)} -> {_short(current)})"
 
 
 def _short(value: Any) -> str:

@@ -26,7 +26,7 @@ from inferctl.bench.measure.measured_server import MeasuredServer, NotifyPhase
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome, workload_record
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Load, Run
-from inferctl.errors import InferctlError, UsageError
+from inferctl.errors import InferctlError
 
 __all__ = ["Bench", "BenchTarget", "Measurement", "Outcome", "Progress", "judge", "outcomes", "run"]
 
@@ -158,11 +158,7 @@ def _measure_pair(bench: Bench, target: BenchTarget, server: MeasuredServer, run
 def _measure_search(bench: Bench, target: BenchTarget, server: MeasuredServer, run: Run, folder: Path) -> Measurement:
     """Search for the highest rate within the SLO."""
     settings, corpus = bench.plan.search, bench.corpus_of(target)
-    slo = (settings and settings.slo_p99_ms) or bench.slo_p99_ms
-    if settings is None or slo is None:
-        raise UsageError(
-            "a search requires a p99 SLO", "pass `--slo 100` (ms), or set `search.slo_p99_ms` or `slo.p99_ms`"
-        )
+    assert settings is not None  # the caller searches only if the plan has a search
     text = workload.read_corpus(corpus)[0][0]
     numbers = itertools.count()
 
@@ -180,7 +176,7 @@ def _measure_search(bench: Bench, target: BenchTarget, server: MeasuredServer, r
     idle_s = min(search.wait_until_idle(request, 0, None) for _ in range(5))
     return search.Searcher(
         settings=settings,
-        slo_p99_ms=slo,
+        slo_p99_ms=settings.required_slo_ms(bench.slo_p99_ms),
         load=bench.load_of(target),
         corpus=corpus,
         seed=bench.plan.seed,

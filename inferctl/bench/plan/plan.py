@@ -89,6 +89,16 @@ class Search(Section):
     max_rate: float = Field(100_000, gt=0, le=100_000)
     budget_s: float | None = Field(None, ge=1, le=604_800)
 
+    def required_slo_ms(self, default_ms: float | None) -> float:
+        """Return the p99 SLO: the search's own, else `default_ms`. Raises `UsageError` if there is none."""
+        slo_ms = self.slo_p99_ms or default_ms
+        if not slo_ms:
+            raise UsageError(
+                "a search requires a p99 SLO",
+                "pass `--slo 100` (ms), or set `search.slo_p99_ms` in the plan or `slo.p99_ms` in the spec",
+            )
+        return slo_ms
+
 
 class Plan(Section):
     """Everything that defines a benchmark. Two runs of equal plans on the same machine do the same work.
