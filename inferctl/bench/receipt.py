@@ -42,6 +42,17 @@ class Receipt:
         return str(self.data["seal"])
 
     @property
+    def interrupted(self) -> bool:
+        """Return whether the benchmark was interrupted before its last run."""
+        cautions: Sequence[str] = self.data["validity"].get("cautions") or ()
+        return any(caution.startswith("interrupted after ") for caution in cautions)
+
+    @property
+    def folder(self) -> Path:
+        """Return the output folder of the benchmark: the receipt is in its folder receipts/."""
+        return self.path.parent.parent
+
+    @property
     def runs(self) -> Sequence[JsonObject]:
         runs: Sequence[JsonObject] = self.data["runs"]
         return runs

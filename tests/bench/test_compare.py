@@ -69,7 +69,11 @@ def test_a_difference_that_noise_can_explain_wants_more_repeats(tmp_path: Path) 
     assert (result.outcome, result.exit_code) == ("not enough evidence", 4)
     assert result.repeats_needed
     assert 5 < result.repeats_needed <= 100
-    assert f"{result.repeats_needed - 5} more" in compare_result.advice(result)
+    hint = f"measure both again with `--repeats {result.repeats_needed}`"
+    assert compare_result.advice(result) == hint
+    assert comparison.sentence(result).startswith("Not enough evidence: ")
+    assert "--repeats" not in comparison.sentence(result)
+    assert f"hint: {hint}" in comparison.plain(result)
 
 
 def test_a_change_is_no_regression_under_the_floor_or_the_threshold_however_sure_it_is(tmp_path: Path) -> None:
@@ -212,7 +216,39 @@ def test_a_percentile_without_enough_samples_is_named_with_the_run_length_it_nee
     p99 = rows(verdict(old, new))["p99"]
     assert p99["outcome"] == "not enough evidence"
     assert p99["reason"] == "not enough samples: 200 of 368 responses per run; measure 5 s per run"
+    assert compare_result.advice(compared(old, new)) == "measure both again with `--duration 5`"
     assert verdict(old, new, metrics=["p50"])["outcome"] == "no regression"
+
+
+def test_the_hint_has_duration_and_repeats_or_resumes_an_interrupted_benchmark(tmp_path: Path) -> None:
+    old, new = receipts_of(tmp_path, run_values(20, [1.0], n=200), run_values(20, [1.0], n=200))
+    assert compare_result.advice(compared(old, new)) == "measure both again with `--duration 5 --repeats 5`"
+    for side in (old, new):
+        side.data["validity"]["cautions"] = ["interrupted after 1 of 5 runs"]
+    hint = f"resume the interrupted benchmark: `inferctl bench --resume {tmp_path}`"
+    assert compare_result.advice(compared(old, new)) == hint
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"precision"}, "pass `--allow precision`"),
+        ({"hardware"}, "pass `--allow hardware`"),
+        ({"precision", "hardware"}, "pass `--allow precision --allow hardware`"),
+        ({"precision", "load"}, "measure both again in one benchmark: `inferctl bench --url old=... --url new=...`"),
+    ],
+)
+def test_the_hint_names_the_differences_that_can_be_allowed(tmp_path: Path, changes: set[str], hint: str) -> None:
+    old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
+    if "precision" in changes:
+        new = changed(new, lambda data: data["precision"].update(effective="fp32"))
+    if "hardware" in changes:
+        new = changed(new, lambda data: data["hardware"].update(name="Another CPU"))
+    if "load" in changes:
+        new = changed(new, lambda data: data["plan"]["load"].update(users=9))
+    problem = compare_result.problem(compared(old, new))
+    assert problem is not None
+    assert problem.hint == hint
 
 
 def test_more_figures_judged_together_have_wider_intervals(tmp_path: Path) -> None:

@@ -119,10 +119,7 @@ def invalid_because(pair: ReceiptPair, allow: Sequence[str]) -> list[str]:
         reasons.append(difference)
     precisions = [sealed.precision or "not stated" for _, sealed in sides]
     if precisions[0] != precisions[1] and "precision" not in allow:
-        reasons.append(
-            f"the effective precisions differ: {precisions[0]} and {precisions[1]} "
-            "(`--allow precision` compares them anyway)"
-        )
+        reasons.append(f"the effective precisions differ: {precisions[0]} and {precisions[1]}")
     return reasons
 
 

@@ -66,7 +66,7 @@ def compare(pairs: Sequence[ReceiptPair], notes: Sequence[str], options: Compare
     family += sum(_judges_rejected(pair, options) for pair in judged)
     family = max(1, family)
     results = [
-        _invalid(pair, why) if why else _judge_pair(pair, options, family)
+        _invalid(pair, why, options.allow) if why else _judge_pair(pair, options, family)
         for pair, why in zip(pairs, reasons, strict=True)
     ]
     return CompareResult(results, notes, family)
@@ -85,14 +85,23 @@ def _judge_pair(pair: ReceiptPair, options: CompareOptions, family: int) -> Pair
         new=facts(pair.new),
         outcome=next((outcome for outcome in order if outcome in outcomes), "no regression"),
         interleaved=pair.interleaved,
+        interrupted=[sealed.folder for sealed in (pair.old, pair.new) if sealed.interrupted],
         notes=_notes(pair, options),
         metrics=rows,
     )
 
 
-def _invalid(pair: ReceiptPair, reasons: Sequence[str]) -> PairResult:
+def _invalid(pair: ReceiptPair, reasons: Sequence[str], allowed: Sequence[str]) -> PairResult:
+    """Return the result of a pair that cannot be compared, with the values of `--allow` that would change this."""
+    choices = (("precision",), ("hardware",), ("precision", "hardware"))
+    allow = next((choice for choice in choices if not comparable.invalid_because(pair, [*allowed, *choice])), ())
     return PairResult(
-        pair.name, old=facts(pair.old), new=facts(pair.new) if pair.new else None, outcome="invalid", reasons=reasons
+        pair.name,
+        old=facts(pair.old),
+        new=facts(pair.new) if pair.new else None,
+        outcome="invalid",
+        reasons=reasons,
+        allow=allow,
     )
 
 
@@ -131,9 +140,8 @@ def judge(pair: ReceiptPair, metric: Metric, options: CompareOptions, family: in
 
 def _too_few(metric: Metric, values: RunValues, tolerance: verdict.Tolerance, required: bool) -> MetricResult:
     """Return the result of a metric without enough values; only a `required` metric makes the result inconclusive."""
-    reason = (
-        f"{values.fewest} runs are not enough to estimate how runs differ: {RECOMMENDED_REPEATS} repeats are needed"
-    )
+    runs = "1 run is" if values.fewest == 1 else f"{values.fewest} runs are"
+    reason = f"{runs} not enough to estimate how runs differ: {RECOMMENDED_REPEATS} repeats are needed"
     return MetricResult(
         metric.name,
         metric.unit,
@@ -142,6 +150,7 @@ def _too_few(metric: Metric, values: RunValues, tolerance: verdict.Tolerance, re
         old=round(geometric_mean(values.old), 4) if values.old else None,
         new=round(geometric_mean(values.new), 4) if values.new else None,
         repeats_needed=None if values.missing else RECOMMENDED_REPEATS,
+        seconds_needed=values.seconds_needed,
         sample=SampleResult(metric.higher_is_worse, tolerance.threshold, tolerance.floor, values.old, values.new),
     )
 

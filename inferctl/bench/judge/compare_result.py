@@ -5,8 +5,10 @@ docs/compare.md describes the JSON document.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from inferctl.bench.judge import verdict
@@ -73,6 +75,8 @@ class MetricResult:
     sample: SampleResult | None = None
     difference: DifferenceResult | None = None
     limits: QualityTolerance | None = None
+    # The length of a run that has enough responses for the metric.
+    seconds_needed: int | None = None
 
     @property
     def change(self) -> float | None:
@@ -130,7 +134,10 @@ class ReceiptFacts:
 
 @dataclass(frozen=True)
 class PairResult:
-    """The result of one pair of receipts. `reasons` say why it cannot be compared; then there are no metrics."""
+    """The result of one pair of receipts. `reasons` say why it cannot be compared; then there are no metrics.
+
+    `allow`: the values of `--allow` with which it can be compared. `interrupted`: the folders of interrupted benchmarks.
+    """
 
     name: str
     old: ReceiptFacts
@@ -140,6 +147,8 @@ class PairResult:
     interleaved: bool | None = None
     notes: Sequence[str] = ()
     metrics: Sequence[MetricResult] = ()
+    allow: Sequence[str] = ()
+    interrupted: Sequence[Path] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -221,10 +230,7 @@ def problem(result: CompareResult) -> InferctlError | None:
         reasons = (
             f"{pair.name}: {reason}" for pair in result.pairs if pair.outcome == "invalid" for reason in pair.reasons
         )
-        return InvalidRunError(
-            f"cannot be compared ({'; '.join(reasons)})",
-            "measure both again in one benchmark: `inferctl bench --url old=... --url new=...`",
-        )
+        return InvalidRunError(f"cannot be compared ({'; '.join(reasons)})", _advice_on_invalid(result))
     parts = [pair for pair in result.pairs if pair.outcome == result.outcome]
     found = [metric.name for pair in parts for metric in pair.metrics if metric.outcome == result.outcome]
     names = ", ".join(dict.fromkeys(found))
@@ -235,20 +241,29 @@ def problem(result: CompareResult) -> InferctlError | None:
     return None
 
 
+def _advice_on_invalid(result: CompareResult) -> str:
+    """Return what to do about pairs that cannot be compared."""
+    invalid = [pair for pair in result.pairs if pair.outcome == "invalid"]
+    if all(pair.allow for pair in invalid):
+        options = dict.fromkeys(f"--allow {what}" for pair in invalid for what in pair.allow)
+        return f"pass `{' '.join(options)}`"
+    return "measure both again in one benchmark: `inferctl bench --url old=... --url new=...`"
+
+
 def advice(result: CompareResult) -> str:
-    """Return what to do to decide the inconclusive metrics."""
+    """Return what to do to decide the inconclusive metrics: one action."""
     pairs = [pair for pair in result.pairs if pair.outcome == "not enough evidence"]
+    if folders := dict.fromkeys(str(folder) for pair in pairs for folder in pair.interrupted):
+        commands = " and ".join(f"`inferctl bench --resume {shlex.quote(folder)}`" for folder in folders)
+        return f"resume the interrupted benchmark: {commands}"
     inconclusive = [metric for pair in pairs for metric in pair.metrics if metric.outcome == "not enough evidence"]
-    parts = [metric.reason for metric in inconclusive if metric.interval is None and not metric.repeats_needed]
     if any(metric.interval and not metric.repeats_needed for metric in inconclusive):
-        parts.append(
-            f"over {verdict.MAX_REPEATS} repeats would be needed: measure longer runs on a quieter machine, "
-            "or allow a larger change with `--threshold`"
+        return (
+            f"over {verdict.MAX_REPEATS} repeats would be needed: allow a larger change with `--threshold`, or measure "
+            "longer runs on a quieter machine"
         )
-    elif needed := max((metric.repeats_needed or 0 for metric in inconclusive), default=0):
-        done = min(side.repeats for pair in pairs for side in (pair.old, pair.new) if side)
-        parts.append(
-            f"about {needed} repeats of each ({needed - done} more) are needed: "
-            f"measure both again with `--repeats {needed}`"
-        )
-    return "; ".join(dict.fromkeys(parts))
+    seconds = max((metric.seconds_needed or 0 for metric in inconclusive), default=0)
+    repeats = max((metric.repeats_needed or 0 for metric in inconclusive), default=0)
+    if options := [f"--duration {seconds}"] * bool(seconds) + [f"--repeats {repeats}"] * bool(repeats):
+        return f"measure both again with `{' '.join(options)}`"
+    return "; ".join(dict.fromkeys(metric.reason for metric in inconclusive))

@@ -16,22 +16,34 @@ REJECTED = "rejected"
 
 
 @dataclass(frozen=True)
+class Missing:
+    """Why a run has no value. `seconds_needed` is the length of a run that would have one, if that is the cause."""
+
+    reason: str
+    seconds_needed: int = 0
+
+
+@dataclass(frozen=True)
 class Metric:
     """A figure of each run. `read` returns it, or the reason why the run has none."""
 
     name: str
     unit: str
     higher_is_worse: bool
-    read: Callable[[JsonObject], float | str]
+    read: Callable[[JsonObject], float | Missing]
 
 
 @dataclass(frozen=True)
 class RunValues:
-    """A metric in the runs of both receipts, in the order of the repeats. `missing` is why there are no values."""
+    """A metric in the runs of both receipts, in the order of the repeats.
+
+    `missing` is why there are no values, and `seconds_needed` the length of runs that would have values, if known.
+    """
 
     old: Sequence[float]
     new: Sequence[float]
     missing: str = ""
+    seconds_needed: int | None = None
 
     @property
     def fewest(self) -> int:
@@ -39,29 +51,30 @@ class RunValues:
         return min(len(self.old), len(self.new))
 
 
-def _percentile(key: str) -> Callable[[JsonObject], float | str]:
-    def read(run: JsonObject) -> float | str:
+def _percentile(key: str) -> Callable[[JsonObject], float | Missing]:
+    def read(run: JsonObject) -> float | Missing:
         latency = run["summary"]["latency_ms"]
         figures = latency.get(key) or {}
         if figures.get("value"):
             return float(figures["value"])
         n, needed = latency["n"], figures.get("needed")
         seconds = run["summary"].get("seconds") or 0
-        advice = f"; measure {math.ceil(1.1 * seconds * needed / n)} s per run" if n and needed else ""
-        return f"not enough samples: {n} of {needed} responses per run{advice}"
+        seconds_needed = math.ceil(1.1 * seconds * needed / n) if n and needed else 0
+        advice = f"; measure {seconds_needed} s per run" if seconds_needed else ""
+        return Missing(f"not enough samples: {n} of {needed} responses per run{advice}", seconds_needed)
 
     return read
 
 
-def _rate(run: JsonObject) -> float | str:
+def _rate(run: JsonObject) -> float | Missing:
     """Return requests/s, from the closed loop if the run has one: an open loop receives what it sends."""
     summary = (run.get("closed_loop") or run)["summary"]
-    return float(summary["requests_per_s"]) or "no request was answered"
+    return float(summary["requests_per_s"]) or Missing("no request was answered")
 
 
-def _memory(run: JsonObject) -> float | str:
+def _memory(run: JsonObject) -> float | Missing:
     peak = (run.get("resources") or {}).get("server_peak_bytes")
-    return peak / _MEBIBYTE if peak else "not measured: server process not found"
+    return peak / _MEBIBYTE if peak else Missing("not measured: server process not found")
 
 
 METRICS = {
@@ -81,9 +94,10 @@ def values(pair: ReceiptPair, metric: Metric) -> RunValues:
     if pair.new is None:
         return RunValues((), (), "not measured again")
     read = [[metric.read(run) for run in runs] for runs in _runs(pair)]
-    if missing := next((value for side in read for value in side if isinstance(value, str)), ""):
-        return RunValues((), (), missing)
-    old, new = ([float(value) for value in side] for side in read)
+    if missing := [value for side in read for value in side if isinstance(value, Missing)]:
+        worst = max(missing, key=lambda value: value.seconds_needed)
+        return RunValues((), (), worst.reason, worst.seconds_needed or None)
+    old, new = ([value for value in side if not isinstance(value, Missing)] for side in read)
     return RunValues(old, new)
 
 

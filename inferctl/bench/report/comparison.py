@@ -11,17 +11,17 @@ from rich.table import Table
 from rich.text import Text
 
 from inferctl.bench.judge import verdict
-from inferctl.bench.judge.compare_result import CompareResult, MetricResult, PairResult, advice
+from inferctl.bench.judge.compare_result import CompareResult, MetricResult, PairResult, problem
 
 HEADINGS = ("", "old", "new", "change", "interval", "worst case", "verdict")
 _STYLES = {"regression": "bold red", "not enough evidence": "yellow", "improvement": "green", "invalid": "bold red"}
 _LABELS = {"requests_per_s": "requests/s", "recall_at_10": "recall@10", "cosine_p1": "cosine p1"}
 _VERDICTS = {
-    "no regression": "ok",
-    "improvement": "better",
+    "no regression": "no regression",
+    "improvement": "improvement",
     "not enough evidence": "inconclusive",
-    "not compared": "-",
-    "regression": "WORSE",
+    "not compared": "not compared",
+    "regression": "regression",
 }
 
 
@@ -39,15 +39,20 @@ def render(result: CompareResult) -> RenderableType:
 
 
 def plain(result: CompareResult) -> str:
-    """Return `render` as text without colors, 80 columns wide."""
+    """Return `render` and the hint as text without colors, 80 columns wide."""
     stream = io.StringIO()
-    Console(file=stream, width=80, color_system=None, highlight=False).print(render(result))
+    console = Console(file=stream, width=80, color_system=None, highlight=False)
+    console.print(render(result))
+    if hint := _hint(result):
+        console.print(Text(f"\nhint: {hint}"))
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
 def markdown(result: CompareResult) -> str:
     """Return the content of `render` as Markdown."""
     lines = [f"### {_escaped(sentence(result))}", ""]
+    if hint := _hint(result):
+        lines += [f"Hint: {_escaped(hint)}", ""]
     for pair in result.pairs:
         lines += [f"**{_escaped(heading(pair))}**", ""]
         lines += [f"- **invalid:** {_escaped(reason)}" for reason in pair.reasons]
@@ -70,8 +75,14 @@ def sentence(result: CompareResult) -> str:
         return f"Regression: {changes}"
     if result.outcome == "not enough evidence":
         names = ", ".join(dict.fromkeys(_label(metric) for metric in deciding))
-        return f"Not enough evidence ({names}): {advice(result)}"
-    return f"No regression; better: {changes}" if result.outcome == "improvement" else "No regression"
+        return f"Not enough evidence: {names}"
+    return f"No regression; improvement: {changes}" if result.outcome == "improvement" else "No regression"
+
+
+def _hint(result: CompareResult) -> str:
+    """Return what to do if there is no verdict, for files. On a terminal, the error message on stderr says it."""
+    found = problem(result) if result.outcome in ("invalid", "not enough evidence") else None
+    return (found.hint or "") if found else ""
 
 
 def heading(pair: PairResult) -> str:
@@ -79,7 +90,7 @@ def heading(pair: PairResult) -> str:
     if pair.new is None:
         return pair.name
     old, new = pair.old.repeats, pair.new.repeats
-    repeats = f"{old} repeats each" if old == new else f"{old} and {new} repeats"
+    repeats = f"{old} repeat{'' if old == 1 else 's'} each" if old == new else f"{old} and {new} repeats"
     order = ""
     if pair.interleaved is not None and max(old, new) >= verdict.MIN_RUNS:
         order = ", interleaved" if pair.interleaved else ", measured separately"
@@ -110,6 +121,10 @@ def remarks(pair: PairResult) -> Iterator[str]:
 def footnotes(result: CompareResult) -> Iterator[str]:
     """Yield the notes of the result, and what the columns mean."""
     yield from result.notes
+    if any(pair.metrics for pair in result.pairs):
+        yield "change: new against old. Values are (geometric) means over runs. `bench` pools all requests"
+    if any(result.metrics_with("not enough evidence")):
+        yield "inconclusive: not enough evidence for a verdict"
     judged = {metric.name: metric for pair in result.pairs for metric in pair.metrics if metric.interval}
     if not judged:
         return
