@@ -305,7 +305,7 @@ def _summary(result: dict[str, Any]) -> str:
 def lines(result: dict[str, Any]) -> list[str]:
     """Return the lines below the table: data sources, reasons for bounds, prices, verdicts, limitations."""
     rows = result["rows"]
-    output = [f"{_named(row)}: based on {row['rests_on']}" for row in rows]
+    output = [*_no_difference(rows), *(f"{_named(row)}: based on {row['rests_on']}" for row in rows)]
     output += [f"not estimated: {absent['reason']}" for absent in result["absent"]]
     because = list(dict.fromkeys(reason for row in rows for reason in row["bounded_by"]))
     if because:
@@ -327,6 +327,16 @@ def lines(result: dict[str, Any]) -> list[str]:
     if any(_over(row) for row in rows):
         notes.insert(0, "over: the offered rate exceeds the capacity, so latency grows without limit")
     return [*output, "", f"input lengths: {result['tokens']['how']}", *notes]
+
+
+def _no_difference(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a line if the API process limits the throughput of two rows or more: their figures are then equal."""
+    capped = [row for row in rows if row.get("limited_by") == "front end"]
+    if len(capped) < 2 or len({row["offline_texts_per_s"]["high"] for row in capped}) > 1:
+        return []
+    names = ", ".join(map(_named, capped))
+    who = names if len(capped) < len(rows) else "Both" if len(rows) == 2 else "All"
+    return [f"{who} are limited by the API process, so this estimate shows no difference in throughput.", ""]
 
 
 def _over(row: dict[str, Any]) -> bool:

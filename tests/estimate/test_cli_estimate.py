@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from inferctl import cli
+from inferctl.cli import estimate
 from inferctl.estimate import front_end
 
 BERT = {
@@ -133,6 +134,26 @@ def test_no_part_is_declared_more_expensive_by_the_front_end(
     said = " ".join(capsys.readouterr().out.split())
     assert "x behind this front end. aws: 5.22x the price, undecided: limited by the front end" in said
     assert "at most what one API process serves behind this front end: 11.1k texts/s" in said
+
+
+@pytest.mark.parametrize(
+    ("hardware", "length", "start"),
+    [
+        ("a100-40gb-sxm,h100-sxm", "20", "Both are limited by the API process, "),
+        ("a100-40gb-sxm,h100-sxm,l4", "20", "All are limited by the API process, "),
+        ("a100-40gb-sxm", "20", None),
+        ("t4,l4", "512", None),
+    ],
+)
+def test_equal_bounds_of_the_front_end_are_explained_first(
+    config: str, capsys: pytest.CaptureFixture[str], hardware: str, length: str, start: str | None
+) -> None:
+    Path(config).write_text(json.dumps(MINILM))
+    found = estimate.lines(estimated(capsys, config, "--hardware", hardware, "--length", length))
+    if start is None:
+        assert not any("no difference" in line for line in found)
+    else:
+        assert found[0] == f"{start}so this estimate shows no difference in throughput."
 
 
 def test_no_part_is_estimated_beyond_the_front_end(config: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,7 +136,7 @@ class ReceiptFacts:
 class PairResult:
     """The result of one pair of receipts. `reasons` say why it cannot be compared; then there are no metrics.
 
-    `allow`: the values of `--allow` with which it can be compared. `interrupted`: the folders of interrupted benchmarks.
+    `allow`: the values of `--allow` with which it can be compared. `interrupted`: folders of interrupted benchmarks.
     """
 
     name: str
