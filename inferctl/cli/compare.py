@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from inferctl.bench.judge.run_metrics import METRICS, REJECTED
 from inferctl.cli import completion, console, options
 
 if TYPE_CHECKING:
@@ -18,6 +19,22 @@ FORMATS = ("text", "markdown", "json", "junit")
 _SUFFIXES = {".txt": "text", ".md": "markdown", ".json": "json", ".xml": "junit"}
 
 
+def _default_thresholds() -> str:
+    """Return the default of `--threshold`, such as `5; p99 and memory 10`."""
+    names: dict[float, list[str]] = {}
+    for metric in METRICS.values():
+        names.setdefault(metric.threshold, []).append(metric.name)
+    common, *others = sorted(names, key=lambda threshold: -len(names[threshold]))
+    return "; ".join([f"{100 * common:g}", *(f"{' and '.join(names[each])} {100 * each:g}" for each in others)])
+
+
+_THRESHOLD_HELP = (
+    "Set the smallest change that counts, for all metrics or as METRIC=PERCENT; repeatable. "
+    f"[default: {_default_thresholds()}]"
+)
+_METRIC_HELP = f"Judge only {', '.join(METRICS)} or {REJECTED}; repeatable. [default: all]"
+
+
 def compare(
     old: Annotated[Path, typer.Argument(metavar="OLD", help="Receipt or benchmark folder of the baseline.")],
     new: Annotated[Path, typer.Argument(metavar="NEW", help="Receipt or benchmark folder of the candidate.")],
@@ -25,8 +42,7 @@ def compare(
         list[str] | None,
         typer.Option(
             metavar="PERCENT",
-            help="Set the smallest change that counts, for all metrics or as METRIC=PERCENT; repeatable. "
-            "[default: 5; p99 and memory 10]",
+            help=_THRESHOLD_HELP,
         ),
     ] = None,
     floor_ms: Annotated[
@@ -40,7 +56,7 @@ def compare(
         typer.Option(
             metavar="NAME",
             autocompletion=completion.METRICS,
-            help="Judge only p50, p90, p99, requests_per_s, memory or rejected; repeatable. [default: all]",
+            help=_METRIC_HELP,
         ),
     ] = None,
     max_cosine_drop: Annotated[
@@ -101,9 +117,9 @@ def compare(
     for file in output or []:
         outputs.check(file, "--output", parents=True, inputs=inputs)
     style = "json" if json_ else _known(format_, FORMATS, "--format")
-    chosen = _options(threshold, floor_ms, metric, max_cosine_drop, max_recall_drop, allow)
+    compare_options = _options(threshold, floor_ms, metric, max_cosine_drop, max_recall_drop, allow)
     pairs, notes = comparable.pairs(old, new)
-    result = comparing.compare(pairs, notes, chosen)
+    result = comparing.compare(pairs, notes, compare_options)
     if style == "text":
         from inferctl.bench.report import comparison
 
@@ -126,21 +142,22 @@ def _options(
     recall_drop: float | None,
     allow: list[str] | None,
 ) -> CompareOptions:
-    from inferctl.bench.judge import comparable, run_metrics
+    from inferctl.bench.judge import comparable
     from inferctl.bench.judge import compare as comparing
 
     shares = {}
     for text in threshold or []:
         name, separator, value = text.rpartition("=")
         if separator:
-            _known(name, run_metrics.METRICS, "--threshold")
+            _known(name, METRICS, "--threshold")
         shares[name] = _share(value)
     overall = shares.pop("", None)
-    defaults = comparing.DEFAULT_THRESHOLDS if overall is None else dict.fromkeys(run_metrics.METRICS, overall)
+    if overall is not None:
+        shares = dict.fromkeys(METRICS, overall) | shares
     return comparing.CompareOptions(
-        thresholds={**defaults, **shares},
+        thresholds=shares,
         floor_ms=floor_ms,
-        metrics=[_known(name, (*run_metrics.METRICS, run_metrics.REJECTED), "--metric") for name in metric or []],
+        metrics=[_known(name, (*METRICS, REJECTED), "--metric") for name in metric or []],
         cosine_drop=cosine_drop,
         recall_drop=recall_drop,
         allow=[_known(name, comparable.ALLOWABLE, "--allow") for name in allow or []],

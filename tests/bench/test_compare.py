@@ -404,8 +404,16 @@ def test_memory_of_servers_that_stayed_up_is_one_figure_and_judged_by_its_limit(
         changed(one, lambda data: data["configuration"].update(url="http://127.0.0.1:1"))
     old, new = (receipt.load(one.path) for one in (old, new))
     assert rows(verdict(old, new))["memory"].items() >= {"outcome": "no regression", "interval": None}.items()
-    tight = {**compare.DEFAULT_THRESHOLDS, "memory": 0.07}
+    tight = {"memory": 0.07}
     assert rows(verdict(old, new, thresholds=tight))["memory"]["outcome"] == "regression"
+
+
+def test_a_metric_is_added_in_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = run_metrics.Metric("cores", "", True, 0.2, lambda run: float(run["repeat"] + 1), required=False)
+    monkeypatch.setitem(run_metrics.METRICS, "cores", metric)
+    old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
+    assert rows(verdict(old, new))["cores"]["outcome"] == "no regression"
+    assert rows(verdict(old, new))["cores"]["threshold"] == 0.2
 
 
 def test_folders_are_matched_by_name_and_a_configuration_that_is_missing_in_new_is_invalid(tmp_path: Path) -> None:

@@ -25,21 +25,20 @@ from inferctl.bench.judge.compare_result import (
 from inferctl.bench.judge.run_metrics import METRICS, REJECTED, Metric, RunValues, geometric_mean
 
 RECOMMENDED_REPEATS = 5
-# The p99 depends on the slowest 1% of a run, and memory on how a process started: both vary more than other metrics.
-DEFAULT_THRESHOLDS = {"p50": 0.05, "p90": 0.05, "p99": 0.10, "requests_per_s": 0.05, "memory": 0.10}
 
 
 @dataclass(frozen=True)
 class CompareOptions:
     """The smallest changes that count, and what to compare.
 
-    `thresholds` are shares by metric, the floors minimum absolute differences: in ms, in MiB, in percentage points.
-    `metrics` lists those to judge; empty: all that were measured. `cosine_drop` and `recall_drop` are the largest drops
-    of the 1st percentile of the cosine and of the recall; None: `quality_drop.allowed_drop`. `allow` lists differences
-    between the receipts that are accepted, from `comparable.ALLOWABLE`.
+    `thresholds` are shares by metric; they replace the defaults in `METRICS`. The floors are minimum absolute
+    differences: in ms, in MiB, in percentage points. `metrics` lists those to judge; empty: all that were measured.
+    `cosine_drop` and `recall_drop` are the largest drops of the 1st percentile of the cosine and of the recall; None:
+    `quality_drop.allowed_drop`. `allow` lists differences between the receipts that are accepted, from
+    `comparable.ALLOWABLE`.
     """
 
-    thresholds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_THRESHOLDS)
+    thresholds: Mapping[str, float] = field(default_factory=dict)
     floor_ms: float = 0.05
     floor_mib: float = 8.0
     floor_rejected: float = 0.1
@@ -55,7 +54,7 @@ class CompareOptions:
 
     def tolerance(self, metric: Metric) -> verdict.Tolerance:
         floor = {"ms": self.floor_ms, "MiB": self.floor_mib}.get(metric.unit, 0.0)
-        return verdict.Tolerance(self.thresholds[metric.name], floor)
+        return verdict.Tolerance(self.thresholds.get(metric.name, metric.threshold), floor)
 
 
 def compare(pairs: Sequence[ReceiptPair], notes: Sequence[str], options: CompareOptions) -> CompareResult:
@@ -111,7 +110,7 @@ def judge(pair: ReceiptPair, metric: Metric, options: CompareOptions, family: in
     if not values.missing and run_metrics.is_single_value(pair, metric):
         return _judge_single(metric, max(values.old), max(values.new), tolerance)
     if not run_metrics.is_sample(pair, metric):
-        return _too_few(metric, values, tolerance, required=metric.name in options.metrics or metric.name != "memory")
+        return _too_few(metric, values, tolerance, required=metric.name in options.metrics or metric.required)
     decide = verdict.paired if pair.interleaved else verdict.unpaired
     effect = decide(values.old, values.new)
     old = geometric_mean(values.old)
@@ -157,7 +156,8 @@ def _too_few(metric: Metric, values: RunValues, tolerance: verdict.Tolerance, re
 
 def _judge_single(metric: Metric, old: float, new: float, tolerance: verdict.Tolerance) -> MetricResult:
     """Return the verdict on a metric that has one value per side: by its tolerance alone."""
-    worse = new - old > max(tolerance.threshold * old, tolerance.floor)
+    increase = new - old if metric.higher_is_worse else old - new
+    worse = increase > max(tolerance.threshold * old, tolerance.floor)
     return MetricResult(
         metric.name,
         metric.unit,

@@ -25,12 +25,21 @@ class Missing:
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of each run. `read` returns it, or the reason why the run has none."""
+    """A figure of each run.
+
+    - `threshold`: the smallest change that counts by default, as a share.
+    - `read`: returns the figure of a run, or the reason why the run has none.
+    - `required`: without enough values, the result is inconclusive, even if the metric was not requested.
+    - `one_per_server`: a figure of the server process, so the runs of a server that stays up share one value.
+    """
 
     name: str
     unit: str
     higher_is_worse: bool
+    threshold: float
     read: Callable[[JsonObject], float | Missing]
+    required: bool = True
+    one_per_server: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,14 +86,16 @@ def _memory(run: JsonObject) -> float | Missing:
     return peak / _MEBIBYTE if peak else Missing("not measured: server process not found")
 
 
+# All that `inferctl compare` knows about a metric, including its help and completion, comes from this table. The p99
+# depends on the slowest 1% of a run, and memory on how a process started: both vary more than other metrics.
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("p50", "ms", True, _percentile("p50")),
-        Metric("p90", "ms", True, _percentile("p90")),
-        Metric("p99", "ms", True, _percentile("p99")),
-        Metric("requests_per_s", "/s", False, _rate),
-        Metric("memory", "MiB", True, _memory),
+        Metric("p50", "ms", True, 0.05, _percentile("p50")),
+        Metric("p90", "ms", True, 0.05, _percentile("p90")),
+        Metric("p99", "ms", True, 0.10, _percentile("p99")),
+        Metric("requests_per_s", "/s", False, 0.05, _rate),
+        Metric("memory", "MiB", True, 0.10, _memory, required=False, one_per_server=True),
     )
 }
 
@@ -113,8 +124,8 @@ def is_sample(pair: ReceiptPair, metric: Metric) -> bool:
 
 
 def is_single_value(pair: ReceiptPair, metric: Metric) -> bool:
-    """Return whether all runs of a side share one value: the peak memory of a server that served all of them."""
-    return metric.name == "memory" and any(side.url for side in (pair.old, pair.new) if side)
+    """Return whether all runs of a side share one value, as one server served all of them."""
+    return metric.one_per_server and any(side.url for side in (pair.old, pair.new) if side)
 
 
 def geometric_mean(numbers: Sequence[float]) -> float:
