@@ -177,7 +177,7 @@ def test_a_run_whose_records_are_not_whole_is_made_again(tmp_path: Path) -> None
     done, again = resumed(work)
     assert done == 2
     assert [one.measurements[0].serial for one in again] == [one.measurements[0].serial for one in first]
-    rows = [one[0].measurements[0].part.rows.tobytes() for one in (first, again)]
+    rows = [one[0].measurements[0].records.rows.tobytes() for one in (first, again)]
     assert rows[0] == rows[1]
     broken = tmp_path / "runs" / "bf16-1" / "requests-0.bin"
     broken.write_bytes(broken.read_bytes()[:-60])

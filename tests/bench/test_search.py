@@ -235,7 +235,7 @@ def test_a_receipt_describes_all_measurements_of_the_confirmed_probe(tmp_path: P
     measured = pooled_search(tmp_path)
     assert measured.search is not None
     best = [probe for probe in measured.search["probes"] if probe["rate"] == measured.search["max_goodput_rps"]][-1]
-    assert best["runs"] == len(measured.parts) > 1
+    assert best["runs"] == len(measured.all_records) > 1
     judged = judgment.judge(runner.Outcome(runner.BenchTarget("a"), [measured]), 2).summary
     p99 = judged["latency_ms"]["p99"]
     assert (p99["value"], [p99["low"], p99["high"]]) == (best["p99_ms"], list(best["p99_interval_ms"]))
@@ -248,7 +248,7 @@ def test_all_measurements_of_a_probe_are_restored(tmp_path: Path, monkeypatch: p
     measured = pooled_search(tmp_path)
     assert measured.pooled
     resume.save(tmp_path, measured, None)
-    kind = measured.part.rows.dtype
+    kind = measured.records.rows.dtype
     monkeypatch.setattr(
         resume.generator,
         "read_records",
@@ -257,7 +257,7 @@ def test_all_measurements_of_a_probe_are_restored(tmp_path: Path, monkeypatch: p
     outcomes = [runner.Outcome(runner.BenchTarget("a"))]
     assert resume.restore(tmp_path, [measured.run], outcomes) == 1
     (restored,) = outcomes[0].measurements
-    assert summary.summarize(restored.parts) == summary.summarize(measured.parts)
+    assert summary.summarize(restored.all_records) == summary.summarize(measured.all_records)
     (measured.pooled[0].folder / "requests-0.bin").write_bytes(b"changed")
     assert resume.restore(tmp_path, [measured.run], [runner.Outcome(runner.BenchTarget("a"))]) == 0
 

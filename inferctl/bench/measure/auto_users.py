@@ -74,7 +74,7 @@ def _find_one(bench: Bench, target: BenchTarget, notify: NotifyProgress) -> Conc
             work = workload.draw(step, corpus, bench.plan.seed)
             measurement = server.measure(step, work, Run(target.name, 0), place)
             shutil.rmtree(place, ignore_errors=True)
-            rate = throughput.weighted_rate(measurement.part)
+            rate = throughput.weighted_rate(measurement.records)
             return concurrency.Step(users, round(rate, 3), measurement.resources.get("client_cpu_percent"))
 
         found = concurrency.find(measure)

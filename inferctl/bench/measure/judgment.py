@@ -28,7 +28,7 @@ def judge(outcome: Outcome, cores: int, budget_percent: float = 0.1) -> JudgedOu
     runs = outcome.measurements
     searched = any(run.search is not None for run in runs)
     each = [_judge_run(run, cores) for run in runs]
-    pooled = summary.summarize([part for run in runs for part in run.parts])
+    pooled = summary.summarize([part for run in runs for part in run.all_records])
     found = validity.combine(each, pooled, budget_percent, searched=searched)
     if closed := throughput.pooled(runs):
         found = validity.merge(found, validity.judge_failures(closed["summary"], budget_percent))
@@ -47,7 +47,7 @@ def judge(outcome: Outcome, cores: int, budget_percent: float = 0.1) -> JudgedOu
 
 
 def _judge_run(run: Measurement, cores: int) -> Validity:
-    figures = summary.summarize([run.part])
+    figures = summary.summarize([run.records])
     found = validity.judge(figures, run.resources, run.state, cores, searched=run.search is not None)
     found = validity.merge(found, telemetry.judge(run.telemetry))
     return validity.merge(found, throughput.judge(run, cores))

@@ -119,7 +119,7 @@ class MeasuredServer:
         return Measurement(
             run=run,
             started=0.0,
-            part=summary.RunRecords(measured.rows, start, end, load.inputs_per_request, offered),
+            records=summary.RunRecords(measured.rows, start, end, load.inputs_per_request, offered),
             state=measured.state,
             resources=resources,
             folder=folder,

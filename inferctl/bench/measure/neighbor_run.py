@@ -61,6 +61,6 @@ class NeighborRun:
     count: int
     users: int
 
-    def part(self, folder: Path) -> summary.RunRecords:
+    def records(self, folder: Path) -> summary.RunRecords:
         """Return the records of this run, for the run without load whose records are in `folder`."""
         return summary.RunRecords(records.merge(folder / FOLDER), *self.window, self.inputs_per_request, self.offered)

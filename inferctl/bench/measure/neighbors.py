@@ -147,13 +147,13 @@ def _measure_with_load(setup: NeighborSetup, servers: Sequence[ChildServer], run
         # The sampler counts this process and its children (server, neighbors, all loads), so that the rest is foreign.
         with procfs.Sampler({"bench": os.getpid()}) as everything:
             measurement = _measure_once(setup, run, place, "loaded neighbors")
-        part = measurement.part
-        others = tuple(loader.result(part.start_ns, part.end_ns) for loader in loaders)
-    used = everything.between(part.start_ns, part.end_ns)
+        run_records = measurement.records
+        others = tuple(loader.result(run_records.start_ns, run_records.end_ns) for loader in loaders)
+    used = everything.between(run_records.start_ns, run_records.end_ns)
     return NeighborRun(
-        window=(part.start_ns, part.end_ns),
-        inputs_per_request=part.inputs_per_request,
-        offered=part.offered,
+        window=(run_records.start_ns, run_records.end_ns),
+        inputs_per_request=run_records.inputs_per_request,
+        offered=run_records.offered,
         serial=measurement.serial,
         state=measurement.state,
         resources={**measurement.resources, **{key: used[key] for key in ("other_cores",) if key in used}},
@@ -201,19 +201,19 @@ def background(load: Load) -> Load:
 class _PairOfRuns:
     without: Measurement
     loaded: NeighborRun
-    part: summary.RunRecords  # the records of the loaded run
+    records: summary.RunRecords  # the records of the loaded run
 
 
 def document(measurements: Sequence[Measurement], cores: int, budget_percent: float = 0.1) -> dict[str, Any] | None:
     """Return the `neighbours` key of a receipt (docs/receipts.md), over all pairs; None if there were no neighbors."""
     pairs = [
-        _PairOfRuns(run, run.with_neighbors, run.with_neighbors.part(run.folder))
+        _PairOfRuns(run, run.with_neighbors, run.with_neighbors.records(run.folder))
         for run in measurements
         if run.with_neighbors
     ]
     if not pairs:
         return None
-    without, loaded = [pair.without.part for pair in pairs], [pair.part for pair in pairs]
+    without, loaded = [pair.without.records for pair in pairs], [pair.records for pair in pairs]
     together = summary.summarize(loaded)
     others = [other for pair in pairs for other in pair.loaded.others]
     rates = [other.requests_per_s for other in others if other.requests_per_s is not None]
@@ -231,7 +231,7 @@ def document(measurements: Sequence[Measurement], cores: int, budget_percent: fl
             {
                 "repeat": pair.without.run.repeat,
                 "first": "with" if load_order(pair.without.run.repeat)[0] else "without",
-                "summary": summary.summarize([pair.part]),
+                "summary": summary.summarize([pair.records]),
                 "resources": pair.loaded.resources,
                 "telemetry": pair.loaded.telemetry.as_dict(),
                 "serial": pair.loaded.serial,
@@ -253,14 +253,14 @@ def _validity(pairs: Sequence[_PairOfRuns], cores: int, failed: validity.Validit
     cautions = [f"with loaded neighbors: {caution}" for caution in failed.cautions]
     for pair in pairs:
         found = validity.merge(
-            validity.judge(summary.summarize([pair.part]), pair.loaded.resources, pair.loaded.state, cores),
+            validity.judge(summary.summarize([pair.records]), pair.loaded.resources, pair.loaded.state, cores),
             telemetry.judge(pair.loaded.telemetry),
         )
         run = f"with loaded neighbors, run {pair.without.run.repeat + 1}"
         reasons += [f"{run}: {reason}" for reason in found.reasons]
         cautions += [f"with loaded neighbors: {caution}" for caution in found.cautions]
         for other in pair.loaded.others:
-            if problem := other.problem(pair.part.seconds):
+            if problem := other.problem(pair.records.seconds):
                 reasons.append(f"{run}: neighbor {other.number} {problem}")
     return validity.Validity(tuple(reasons), tuple(dict.fromkeys(cautions)))
 

@@ -53,10 +53,10 @@ def workload_record(work: Workload, load: Load, corpus: str, seed: int) -> Workl
 
 
 @dataclass(frozen=True)
-class PooledPart:
+class PooledMeasurement:
     """The records of an earlier measurement that a search pooled with a later one of the same rate."""
 
-    part: summary.RunRecords
+    records: summary.RunRecords
     state: Mapping[str, Any]
     folder: Path
 
@@ -81,7 +81,7 @@ class Measurement:
 
     run: Run
     started: float
-    part: summary.RunRecords
+    records: summary.RunRecords
     state: Mapping[str, Any]
     resources: Mapping[str, float]
     folder: Path
@@ -92,15 +92,15 @@ class Measurement:
     workload: WorkloadRecord = field(default_factory=WorkloadRecord)
     pace: Mapping[str, Any] | None = None
     search: Mapping[str, Any] | None = None
-    pooled: Sequence[PooledPart] = ()
+    pooled: Sequence[PooledMeasurement] = ()
     with_neighbors: NeighborRun | None = None
     closed_loop: ClosedLoop | None = None
     concurrency: Concurrency | None = None
 
     @property
-    def parts(self) -> list[summary.RunRecords]:
+    def all_records(self) -> list[summary.RunRecords]:
         """Return the records of this run, after those that a search pooled with it."""
-        return [*(earlier.part for earlier in self.pooled), self.part]
+        return [*(earlier.records for earlier in self.pooled), self.records]
 
 
 @dataclass

@@ -33,7 +33,7 @@ from inferctl.bench.measure import digests, quality
 from inferctl.bench.measure.concurrency import Concurrency
 from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.neighbor_run import NeighborRun
-from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome, PooledPart, WorkloadRecord
+from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome, PooledMeasurement, WorkloadRecord
 from inferctl.bench.measure.quality import QualityResult
 from inferctl.bench.measure.telemetry import Telemetry
 from inferctl.bench.measure.throughput import ClosedLoop
@@ -204,9 +204,10 @@ def save(output: Path, measurement: Measurement, check: QualityResult | None) ->
     document = {
         "schema": SCHEMA,
         "run": dataclasses.asdict(measurement.run),
-        **_part(output, measurement.folder, measurement.part),
+        **_records_entry(output, measurement.folder, measurement.records),
         "pooled": [
-            _part(output, earlier.folder, earlier.part) | {"state": earlier.state} for earlier in measurement.pooled
+            _records_entry(output, earlier.folder, earlier.records) | {"state": earlier.state}
+            for earlier in measurement.pooled
         ],
         "values": _values(measurement),
         "quality": check and check.as_dict(),
@@ -214,25 +215,25 @@ def save(output: Path, measurement: Measurement, check: QualityResult | None) ->
     write(output / "runs" / measurement.run.name / RUN_FILE, document)
 
 
-def _part(output: Path, folder: Path, part: summary.RunRecords) -> dict[str, Any]:
-    """Return where the records of a part are, with their sha256, and what they do not say of it."""
+def _records_entry(output: Path, folder: Path, records: summary.RunRecords) -> dict[str, Any]:
+    """Return where the records are, with their sha256, and the facts that they do not contain."""
     return {
         "folder": folder.relative_to(output).as_posix(),
-        "window": [part.start_ns, part.end_ns],
-        "inputs_per_request": part.inputs_per_request,
-        "offered": part.offered,
+        "window": [records.start_ns, records.end_ns],
+        "inputs_per_request": records.inputs_per_request,
+        "offered": records.offered,
         "records": digests.of_records(folder),
     }
 
 
-def _restored_part(output: Path, document: Mapping[str, Any], state: Mapping[str, Any]) -> summary.RunRecords:
+def _restored_records(output: Path, document: Mapping[str, Any], state: Mapping[str, Any]) -> summary.RunRecords:
     rows = generator.read_records(output / document["folder"], state)
     start_ns, end_ns = document["window"]
     return summary.RunRecords(rows, start_ns, end_ns, document["inputs_per_request"], document["offered"])
 
 
 def _is_complete(output: Path, document: Mapping[str, Any]) -> bool:
-    """Return whether all records of a part are as they were written."""
+    """Return whether all records are as they were written."""
     place = output / document["folder"]
     return all(digests.of_file(place / name) == digest for name, digest in document["records"].items())
 
@@ -288,7 +289,7 @@ def _restored(output: Path, folder: Path, run: Run) -> tuple[Measurement, Qualit
     try:
         document = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         pooled = document.get("pooled", [])
-        complete = all(_is_complete(output, part) for part in (document, *pooled))
+        complete = all(_is_complete(output, entry) for entry in (document, *pooled))
         if document["schema"] != SCHEMA or document["run"] != dataclasses.asdict(run) or not complete:
             return None
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
@@ -296,11 +297,13 @@ def _restored(output: Path, folder: Path, run: Run) -> tuple[Measurement, Qualit
     values, check = document["values"], document["quality"]
     measurement = Measurement(
         run=run,
-        part=_restored_part(output, document, values["state"]),
+        records=_restored_records(output, document, values["state"]),
         folder=output / document["folder"],
         pooled=[
-            PooledPart(_restored_part(output, part, part["state"]), part["state"], output / part["folder"])
-            for part in pooled
+            PooledMeasurement(
+                _restored_records(output, entry, entry["state"]), entry["state"], output / entry["folder"]
+            )
+            for entry in pooled
         ],
         started=values["started"],
         state=values["state"],

@@ -191,7 +191,7 @@ def _measure_search(bench: Bench, target: BenchTarget, server: MeasuredServer, r
 
 def _brief(measurement: Measurement) -> str:
     """Return one line on a run that has ended."""
-    found = summary.summarize([measurement.part])
+    found = summary.summarize([measurement.records])
     latency = found["latency_ms"]
     figures = [f"{key} {latency[key]['value']:.1f}" for key in ("p50", "p99") if latency[key]["value"] is not None]
     return f"{found['requests_per_s']:.1f} req/s" + (f", {' '.join(figures)} ms" if figures else "")

@@ -19,7 +19,7 @@ from inferctl.bench.judge.probe import Probe
 from inferctl.bench.judge.search_outcome import BudgetUse
 from inferctl.bench.judge.validity import ACHIEVED_LIMIT
 from inferctl.bench.load import generator, records
-from inferctl.bench.measure.outcome import Measurement, PooledPart
+from inferctl.bench.measure.outcome import Measurement, PooledMeasurement
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Load, Run, Search
 from inferctl.errors import InferctlError
@@ -145,7 +145,7 @@ class Searcher:
         burst = self._shaped(mode="closed", users=users, duration_s=BURST_S, warmup_s=self.load.warmup_s)
         work = workload.draw(burst, self.corpus, self.seed)
         measurement = self.measure_load(burst, work, self._next_folder("ceiling"), self.seed, lambda: None)
-        rate = summary.summarize([measurement.part])["requests_per_s"]
+        rate = summary.summarize([measurement.records])["requests_per_s"]
         if not rate:
             raise InferctlError(f"the server completed no request of {users} users", f"see {self.folder}/server.log")
         return float(rate)
@@ -176,7 +176,9 @@ class Searcher:
             measurement = _partial_measurement(load, work, place)
         before = [run for probe, run in self._measured if probe in earlier]
         probe = self._judged(rate, stage, seed, [*before, measurement], growth)
-        measurement = replace(measurement, pooled=[PooledPart(run.part, run.state, run.folder) for run in before])
+        measurement = replace(
+            measurement, pooled=[PooledMeasurement(run.records, run.state, run.folder) for run in before]
+        )
         self._measured.append((probe, measurement))
         self.on_probe(probe)
         return probe
@@ -192,8 +194,8 @@ class Searcher:
         return place
 
     def _judged(self, rate: float, stage: str, seed: int, runs: Sequence[Measurement], growth: str | None) -> Probe:
-        found = summary.summarize([run.part for run in runs])
-        found = {**found, "errors": _by_kind(found["errors"], [run.part for run in runs])}
+        found = summary.summarize([run.records for run in runs])
+        found = {**found, "errors": _by_kind(found["errors"], [run.records for run in runs])}
         cpu = max((run.resources.get("client_cpu_percent", 0.0) for run in runs), default=0.0) or None
         return probes.make(
             stage,

@@ -46,7 +46,7 @@ class ClosedLoop:
     telemetry: Telemetry
     reference_rps: float
 
-    def part(self, folder: Path) -> summary.RunRecords:
+    def records(self, folder: Path) -> summary.RunRecords:
         """Return the records of this loop, for the run whose records are in `folder`."""
         rows = generator.read_records(folder / _FOLDER, self.state)
         return summary.RunRecords(rows, *self.window, self.inputs_per_request)
@@ -76,7 +76,7 @@ def measure(
     place.mkdir(parents=True, exist_ok=True)
     loop = closed(load)
     measurement = server.labeled("closed loop, {phase}").measure(loop, workload.draw(loop, corpus, seed), run, place)
-    rate = summary.summarize([measurement.part])["requests_per_s"]
+    rate = summary.summarize([measurement.records])["requests_per_s"]
     if not rate:
         raise InferctlError(
             f"the server completed no request of a closed loop with {loop.users} users",
@@ -85,8 +85,8 @@ def measure(
     return ClosedLoop(
         users=loop.users,
         requests_per_s=rate,
-        window=(measurement.part.start_ns, measurement.part.end_ns),
-        inputs_per_request=measurement.part.inputs_per_request,
+        window=(measurement.records.start_ns, measurement.records.end_ns),
+        inputs_per_request=measurement.records.inputs_per_request,
         serial=measurement.serial,
         state=measurement.state,
         resources=measurement.resources,
@@ -112,7 +112,7 @@ def judge(measurement: Measurement, cores: int) -> validity.Validity:
     """Return the validity of the closed loop of a run; valid if there was none."""
     if not (loop := measurement.closed_loop):
         return validity.Validity((), ())
-    figures = summary.summarize([loop.part(measurement.folder)])
+    figures = summary.summarize([loop.records(measurement.folder)])
     found = validity.merge(validity.judge(figures, loop.resources, loop.state, cores), telemetry.judge(loop.telemetry))
     labeled = (tuple(f"closed loop: {text}" for text in texts) for texts in (found.reasons, found.cautions))
     return validity.Validity(*labeled)
@@ -124,7 +124,7 @@ def pooled(measurements: Sequence[Measurement]) -> dict[str, Any] | None:
     if not loops:
         return None
     first = loops[0][0]
-    figures = summary.summarize([loop.part(folder) for loop, folder in loops])
+    figures = summary.summarize([loop.records(folder) for loop, folder in loops])
     return {"users": first.users, "reference_rps": first.reference_rps, "summary": figures}
 
 
@@ -135,7 +135,7 @@ def of_run(measurement: Measurement) -> dict[str, Any] | None:
     return {
         "users": loop.users,
         "serial": loop.serial,
-        "summary": summary.summarize([loop.part(measurement.folder)]),
+        "summary": summary.summarize([loop.records(measurement.folder)]),
         "resources": loop.resources,
         "records": digests.of_records(measurement.folder / _FOLDER),
     }

@@ -59,7 +59,7 @@ def _document(context: Context, outcome: Outcome) -> dict[str, Any]:
     budget, cores = context.plan.error_budget_percent, context.environment.machine_cores
     judged = judge(outcome, cores, budget)
     info, target, runs = _without_paths(outcome.info), outcome.target, outcome.measurements
-    first, parts = runs[0], [part for run in runs for part in run.parts]
+    first, parts = runs[0], [part for run in runs for part in run.all_records]
     hardware = hardware_of(info, target, context.environment)
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -80,7 +80,7 @@ def _document(context: Context, outcome: Outcome) -> dict[str, Any]:
             efficiency.efficiency(
                 judged.summary,
                 [run.telemetry.as_dict() for run in runs],
-                [(summary.summarize([run.part]), run.resources) for run in runs],
+                [(summary.summarize([run.records]), run.resources) for run in runs],
                 hardware["key"],
             )
         ),
@@ -107,7 +107,7 @@ def _run(context: Context, run: Measurement, validity: Validity) -> dict[str, An
         "serial": run.serial,
         "workload": {"seed": run.workload.seed, "sha256": run.workload.sha256},
         "server": _without_paths(run.info),
-        "summary": summary.summarize([run.part]),
+        "summary": summary.summarize([run.records]),
         "closed_loop": throughput.of_run(run),
         "resources": run.resources,
         "pace": run.pace,
@@ -115,9 +115,9 @@ def _run(context: Context, run: Measurement, validity: Validity) -> dict[str, An
         "validity": privacy.without_folders(validity.as_dict()),
         "warmup": {"settled": run.state.get("steady"), "windows": run.state.get("windows")},
         "locust_percentiles_ms": run.state.get("locust_percentiles_ms"),
-        "timeline": summary.timeline(run.part),
-        "latency_over_time": summary.over_time(run.part),
-        "recovery": stages.recovery(run.part, load).as_dict() if load and len(load.timeline) > 2 else None,
+        "timeline": summary.timeline(run.records),
+        "latency_over_time": summary.over_time(run.records),
+        "recovery": stages.recovery(run.records, load).as_dict() if load and len(load.timeline) > 2 else None,
         "records": [
             {"path": (folder / name).as_posix(), "sha256": digest}
             for name, digest in digests.of_records(run.folder).items()
