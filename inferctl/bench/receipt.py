@@ -48,9 +48,9 @@ class Receipt:
         return any(caution.startswith("interrupted after ") for caution in cautions)
 
     @property
-    def folder(self) -> Path:
-        """Return the output folder of the benchmark: the receipt is in its folder receipts/."""
-        return self.path.parent.parent
+    def folder(self) -> Path | None:
+        """Return the output folder of the benchmark; None for a receipt outside of its folder receipts/."""
+        return self.path.parent.parent if self.path.parent.name == "receipts" else None
 
     @property
     def runs(self) -> Sequence[JsonObject]:
