@@ -249,7 +249,9 @@ def test_searches_whose_bands_overlap_show_no_clear_difference(tmp_path: Path) -
     wide = SEARCH | {"max_goodput_rps": 60.0, "first_failing_rps": 62.0, "band_rps": [60.0, 90.0]}
     near = SEARCH | {"band_rps": [82.0, 86.0]}
     found, _ = shown(tmp_path, document("bf16", 80, 30, search=near), document("fp32", 60, 15, search=wide), rate=80)
-    assert found.findings[0].startswith("No clear difference between bf16 and fp32")
+    assert found.findings[0].startswith(
+        "No clear difference between bf16 (82.0 requests/s within the SLO) and fp32 (60.0)"
+    )
     assert "60.0-90.0" in text_of(found)
 
 

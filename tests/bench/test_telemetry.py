@@ -71,13 +71,16 @@ def test_whoever_was_there_before_our_server_is_foreign_even_where_ids_cannot_be
     )
     untold = judged(samples)
     assert untold.reasons == ()
-    assert untold.cautions == ("2 processes were on Tesla T4; their ids do not show which ones belong to the server",)
+    assert untold.cautions == (
+        "2 processes were on Tesla T4; their ids do not show which ones belong to the server: stop all other processes",
+    )
 
 
 def test_other_slices_of_a_gpu_are_neighbours_and_our_own_slice_is_not() -> None:
     sliced = dataclasses.replace(T4, name="A100", sliced=True)
     other_slice = judged(recorded(processes=(GpuProcess(10, 1), GpuProcess(4_000_001, 2))), sliced)
-    assert (other_slice.reasons, other_slice.cautions) == ((), ("other slices of A100 were in use during the run",))
+    said = ("other slices of A100 were in use during the run: stop their processes",)
+    assert (other_slice.reasons, other_slice.cautions) == ((), said)
     within = judged(recorded(processes=(GpuProcess(10, 1), GpuProcess(4_000_001, 1))), sliced)
     assert within.reasons == ("another process was on A100 during the run (process 4000001)",)
 

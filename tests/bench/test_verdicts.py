@@ -90,7 +90,11 @@ def test_rejected_requests_are_an_outcome_of_their_own() -> None:
     assert summary.lost_requests(found) == 50
     assert found["latency_ms"]["min"] == 5  # not the latency of a rejected request
     assert judged(part) == validity.Validity(
-        (), ("the server rejected 50 of 1000 requests (429, 5%): latencies are those of accepted requests",)
+        (),
+        (
+            "the server rejected 50 of 1000 requests (429, 5%), and latencies are those of accepted requests: "
+            "lower the load",
+        ),
     )
 
 
@@ -104,17 +108,36 @@ def test_a_configuration_that_rejects_requests_cannot_win_and_does_not_meet_the_
     assert "SLO (p99 50 ms) at this load: met by fp32; not met by int8." in found
 
 
+def test_an_overloaded_server_is_the_first_finding_of_a_closed_loop(tmp_path: Path) -> None:
+    old = document("old", 100, 10) | {"summary": summary.summarize([rejecting(20)])}
+    old["summary"] |= {"rejected": 970, "rejected_percent": 97.0}
+    found = findings.describe(rows_of(tmp_path, old), "closed")
+    assert found[0].startswith("old rejected 97% of the requests (429), and its latencies are those of accepted")
+    assert "Lower the load, or remove `slo`" in found[0]
+    assert sum("rejected" in text for text in found) == 1
+    assert not any("Lower the load" in text for text in findings.describe(rows_of(tmp_path, old), "open"))
+
+
+def test_the_share_of_other_processes_is_that_of_the_busiest_run() -> None:
+    part = steady(100, 10)
+    each = [alone(part, other_cores=cores) for cores in (0.19, 0.5, 1.72, 1.0)]
+    found = summary.summarize([part] * 4)
+    assert validity.combine(each, found).cautions == (
+        "other processes used 86% of the cores (limit: 10%): stop them and measure again",
+    )
+
+
 def test_too_few_answers_are_invalid_and_too_few_for_p99_a_caution() -> None:
     assert judged(steady(3, 10)).reasons == ("not enough samples for a p90: 30 of 36 responses",)
-    assert judged(steady(30, 10)).cautions == ("not enough samples for a p99: 300 of 368 responses",)
+    assert judged(steady(30, 10)).cautions == ("300 of the 368 responses that a p99 needs: use a longer `--duration`",)
 
 
 def test_answers_that_depend_on_each_other_are_a_caution_where_they_say_too_little_for_a_p99() -> None:
     slow = [row(10 * i, 50 if 400 <= i < 440 else 5) for i in range(1000)]
     spread = [row(10 * i, 50 if i % 25 == 0 else 5) for i in range(1000)]
     cautions, none = (judged(summary.RunRecords(table(*rows), 0, 11 * SECOND, 1)).cautions for rows in (slow, spread))
-    assert cautions[0].startswith("effective sample size")
-    assert "(1000 responses, autocorrelated), the p99 needs 368" in cautions[0]
+    assert cautions[0].startswith("the true p99 may be above its interval, since the effective sample size is ")
+    assert "(1000 responses, autocorrelated), and the p99 needs 368: use a longer `--duration`" in cautions[0]
     assert none == ()
 
 
@@ -186,7 +209,8 @@ def test_late_sends_above_one_per_cent_are_a_caution_in_an_open_loop() -> None:
     few = [row(10 * i, 5, late_ms=2 if i % 100 == 0 else 0) for i in range(1000)]
     said = judged(summary.RunRecords(table(*rows), 0, 10 * SECOND, 1, offered=1000)).cautions
     assert [one for one in said if "late" in one] == [
-        "the load generator sent 20 of 1000 requests over 1 ms late (2.0%): latencies include this delay"
+        "the load generator sent 20 of 1000 requests over 1 ms late (2.0%), and latencies include this delay: "
+        "add load generators with `--workers`"
     ]
     assert judged(summary.RunRecords(table(*few), 0, 10 * SECOND, 1, offered=1000)).cautions == ()
 
@@ -263,7 +287,7 @@ def test_one_run_has_a_fastest_configuration_and_no_winner(tmp_path: Path) -> No
     found = findings.describe(rows_of(tmp_path, document("fp32", 50, 20), document("bf16", 100, 10)), "closed")
     assert found[0] == (
         "bf16 is fastest in this run: 2.00x the requests/s of fp32, at cosine 0.99991 and recall@10 0.987 to fp32. "
-        "A winner requires 5 repeats."
+        "For a winner, run again with `--repeats 5`."
     )
 
 
@@ -272,7 +296,7 @@ def test_a_winner_has_an_interval_over_five_repeats(tmp_path: Path) -> None:
     found = findings.describe(rows, "closed")[0]
     assert found.startswith("bf16 wins: 2.00x the requests/s of fp32 (1.9")
     assert "x, 5 repeats), at cosine" in found
-    assert "requires" not in found
+    assert "--repeats" not in found
     few = rows_of(tmp_path, repeated("fp32", 50, CALM[:4]), repeated("bf16", 100, CALM[:4]))
     assert findings.describe(few, "closed")[0].startswith("bf16 is fastest in these 4 runs: 2.00x")
 
@@ -284,7 +308,7 @@ def test_what_repeats_leave_open_is_inconclusive_with_the_repeats_it_needs(tmp_p
     assert "bf16 against fp16 is inconclusive: needs " in found
     same = rows_of(tmp_path, repeated("bf16", 100, CALM), repeated("fp16", 100.1, CALM))
     assert findings.describe(same, "closed")[0].startswith(
-        "No clear difference between fp16 and bf16 (100.1 requests/s and 100.0 requests/s, 5 repeats)"
+        "No clear difference between fp16 (100.1 requests/s) and bf16 (100.0) in 5 repeats."
     )
 
 
@@ -311,14 +335,14 @@ def test_of_equal_configurations_none_is_said_to_win(repeats: int, configuration
             figures = {"runs": listed, "requests_per_s": mean, "requests_per_s_interval": narrow}
             simulated.append(dataclasses.replace(base, configuration=str(number), **figures))
         said = findings.describe(simulated, "closed")[0]
-        wins += " wins:" in said or "is faster" in said
+        wins += " wins:" in said or "is faster:" in said
     assert wins / trials < 0.05
 
 
 def test_differences_under_five_per_cent_are_no_clear_difference(tmp_path: Path) -> None:
     found = findings.describe(rows_of(tmp_path, document("fp32", 100, 10), document("bf16", 104, 10)), "closed")
     assert found[0].startswith(
-        "No clear difference between bf16 and fp32 in this run (104.0 requests/s and 100.0 requests/s)."
+        "No clear difference between bf16 (104.0 requests/s) and fp32 (100.0) in this run: they differ by less than 5%."
     )
 
 
@@ -328,7 +352,25 @@ def test_overlapping_intervals_are_no_clear_difference(tmp_path: Path) -> None:
         dataclasses.replace(row, requests_per_s_interval=wide)
         for row in rows_of(tmp_path, document("fp32", 100, 10), document("bf16", 150, 10))
     ]
-    assert "No clear difference" in findings.describe(rows, "closed")[0]
+    assert findings.describe(rows, "closed")[0].startswith(
+        "No clear difference between bf16 (150.0 requests/s) and fp32 (100.0) in this run: their intervals overlap."
+    )
+
+
+def test_a_configuration_that_is_not_faster_than_all_is_not_the_fastest(tmp_path: Path) -> None:
+    rates = {"fp16": (16.0, (15.0, 17.0)), "bf16": (86.9, (70.0, 104.0)), "int8": (73.2, (60.0, 86.0))}
+    rows = [
+        dataclasses.replace(
+            row, requests_per_s=rates[row.configuration][0], requests_per_s_interval={"low": low, "high": high}
+        )
+        for row in rows_of(tmp_path, *(document(name, rate, 10) for name, (rate, _) in rates.items()))
+        for low, high in [rates[row.configuration][1]]
+    ]
+    assert findings.describe(rows, "closed")[0] == (
+        "bf16 is faster than fp16 in this run: 5.43x the requests/s, at cosine 0.99991 and recall@10 0.987 to fp32. "
+        "No clear difference between bf16 (86.9 requests/s) and int8 (73.2) in this run: their intervals overlap. "
+        "For a winner, run again with `--repeats 5`."
+    )
 
 
 def test_a_faster_configuration_that_fails_quality_cannot_win(tmp_path: Path) -> None:
@@ -439,7 +481,7 @@ def test_of_equal_configurations_none_wins_in_an_open_loop(responses: int, confi
     for _ in range(trials):
         rows = [lognormal(str(number), 10, 0.4, responses, random) for number in range(configurations)]
         said = findings.describe(rows, "open")[0]
-        wins += " wins:" in said or "is faster" in said
+        wins += " wins:" in said or "is faster:" in said
     assert wins / trials < 0.05
 
 
@@ -447,7 +489,8 @@ def test_without_intervals_a_run_is_inconclusive(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, document("fp32", 100, 10), document("bf16", 150, 10))
     short = [dataclasses.replace(row, requests_per_s_interval=None) for row in rows]
     assert findings.describe(short, "closed")[0].startswith(
-        "bf16 against fp32 is inconclusive in this run: not enough samples for an interval (150.0 requests/s and 100.0 "
+        "bf16 against fp32 is inconclusive in this run: not enough samples for an interval. The figures: "
+        "bf16 (150.0 requests/s) and fp32 (100.0)."
     )
 
 
@@ -534,10 +577,8 @@ def test_of_tied_configurations_the_closest_to_fp32_is_named_first(tmp_path: Pat
     exact["quality"] = {**exact["quality"], "cosine": {"mean": 1.0, "p1": 1.0, "min": 1.0}}
     found = findings.describe(rows_of(tmp_path, document("int8", 100, 10), exact, document("fp32", 50, 20)), "closed")
     assert found[0].startswith(
-        "int8 is fastest in this run: 2.00x the requests/s of fp32, at cosine 0.99991 and recall@10 0.987 to fp32. "
-        "No clear difference between fp16 and int8 in this run (98.0 requests/s and 100.0 requests/s); "
-        "fp16 has the better quality: "
-        "cosine 1.00000"
+        "int8 is faster than fp32 in this run: 2.00x the requests/s. No clear difference between fp16 (98.0 "
+        "requests/s) and int8 (100.0) in this run: they differ by less than 5%. fp16 has the better quality: cosine 1.00000"
     )
 
 

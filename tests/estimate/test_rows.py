@@ -105,7 +105,7 @@ def test_a_bench_gets_figures_or_a_reason_for_each_configuration(model: Path) ->
     assert p99 and (p99.low or 0) > 0 and p99.bound == "at least"
     assert any("only a bound" in note for note in fp16.notes)
     assert "LLM.int8" in str(found["int8"])
-    assert found["far"] == "the server runs elsewhere"
+    assert found["far"] == "inferctl did not start this server"
 
 
 def test_loads_of_several_stages_are_not_estimated(model: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ OTHERS_LIMIT = 0.10
 STOLEN_LIMIT = 0.05
 _NEEDED_FOR_P90 = 36
 _REJECTIONS = "the server rejected "
+_SHARE_OF_CORES = re.compile(r"(.*(?:other processes used|the hypervisor withheld) )(\d+)%")
 # What must be equal in all runs, and its path in the response of `GET /info`.
 _IDENTITY = {
     "the model's sha256": ("model", "sha256"),
@@ -83,20 +85,26 @@ def judge(
     if late:
         cautions.append(
             f"the load generator sent {summary['late']} of {sent} requests over 1 ms late "
-            f"({100 * summary['late'] / sent:.1f}%): latencies include this delay"
+            f"({100 * summary['late'] / sent:.1f}%), and latencies include this delay: "
+            "add load generators with `--workers`"
         )
     peak = state.get("cpu_peak_percent") or 0.0
     if peak > CLIENT_CPU_LIMIT and (client or 0.0) <= CLIENT_CPU_LIMIT:
         cautions.append(
-            f"the load generator used {peak:.0f}% of its core in its busiest second: "
-            "latencies of that second include its delays"
+            f"the load generator used {peak:.0f}% of its core in its busiest second, and latencies of that second "
+            "include its delays: add load generators with `--workers`"
         )
     if not state.get("steady", True):
-        cautions.append("the warm-up ended before three windows agreed within 10%")
-    if resources.get("other_cores", 0.0) > OTHERS_LIMIT * cores:
-        cautions.append(f"other processes used more than {OTHERS_LIMIT:.0%} of the cores during the run")
-    if resources.get("stolen_cores", 0.0) > STOLEN_LIMIT * cores:
-        cautions.append(f"the hypervisor withheld more than {STOLEN_LIMIT:.0%} of the cores")
+        cautions.append("the warm-up did not settle: raise `warmup_s` in the plan")
+    if (others := resources.get("other_cores", 0.0) / cores) > OTHERS_LIMIT:
+        cautions.append(
+            f"other processes used {others:.0%} of the cores (limit: {OTHERS_LIMIT:.0%}): stop them and measure again"
+        )
+    if (stolen := resources.get("stolen_cores", 0.0) / cores) > STOLEN_LIMIT:
+        cautions.append(
+            f"the hypervisor withheld {stolen:.0%} of the cores (limit: {STOLEN_LIMIT:.0%}): "
+            "use a machine with dedicated cores"
+        )
     return Validity(tuple(reasons), tuple(cautions))
 
 
@@ -117,14 +125,17 @@ def judge_failures(summary: JsonObject, budget_percent: float, searched: bool = 
     message += f": {shares.percent(count, total)}, the error budget is {budget_percent:g}%"
     if shares.exceeds(count, total, budget_percent / 100):
         return Validity((message,), ())
-    return Validity((), (f"{message}; the sample is too small to show whether the true share is over it",))
+    return Validity(
+        (),
+        (f"{message}; the sample is too small to show whether the true share is over it: use a longer `--duration`",),
+    )
 
 
 def _rejections(summary: JsonObject) -> str:
     share = shares.percent(summary["rejected"], summary["requests"])
     return (
-        f"{_REJECTIONS}{summary['rejected']} of {summary['requests']} requests (429, {share}): "
-        "latencies are those of accepted requests"
+        f"{_REJECTIONS}{summary['rejected']} of {summary['requests']} requests (429, {share}), "
+        "and latencies are those of accepted requests: lower the load"
     )
 
 
@@ -134,10 +145,12 @@ def judge_samples(summary: JsonObject) -> Validity:
     if n < _NEEDED_FOR_P90:
         return Validity((f"not enough samples for a p90: {n} of {_NEEDED_FOR_P90} responses",), ())
     if p99["value"] is None:
-        return Validity((), (f"not enough samples for a p99: {n} of {p99['needed']} responses",))
+        return Validity((), (f"{n} of the {p99['needed']} responses that a p99 needs: use a longer `--duration`",))
     if (size := stats.effective_size(n, p99.get("dependence"))) < p99["needed"]:
-        message = f"effective sample size {size} ({n} responses, autocorrelated), the p99 needs {p99['needed']}"
-        return Validity((), (f"{message}: its interval is bounded by the largest sample, the true p99 may be higher",))
+        message = f"the true p99 may be above its interval, since the effective sample size is {size} ({n} responses"
+        return Validity(
+            (), (f"{message}, autocorrelated), and the p99 needs {p99['needed']}: use a longer `--duration`",)
+        )
     return Validity((), ())
 
 
@@ -174,7 +187,18 @@ def combine(
     if several and pooled.get("rejected"):
         # Once for all runs instead of once per run.
         cautions = [*(caution for caution in cautions if not caution.startswith(_REJECTIONS)), _rejections(pooled)]
-    return Validity((*reasons, *whole.reasons), tuple(dict.fromkeys((*cautions, *whole.cautions))))
+    return Validity((*reasons, *whole.reasons), tuple(highest_shares((*cautions, *whole.cautions))))
+
+
+def highest_shares(cautions: Sequence[str]) -> list[str]:
+    """Return different warnings, and the highest share of those that differ only in the share of the cores."""
+    highest: dict[str, tuple[int, str]] = {}
+    for caution in cautions:
+        found = _SHARE_OF_CORES.match(caution)
+        key, share = (found[1], int(found[2])) if found else (caution, 0)
+        if share > highest.get(key, (-1, ""))[0]:
+            highest[key] = share, caution
+    return [caution for _, caution in highest.values()]
 
 
 def _lookup(info: JsonObject, path: Sequence[str]) -> Any:

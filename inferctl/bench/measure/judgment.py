@@ -42,7 +42,7 @@ def judge(outcome: Outcome, cores: int, budget_percent: float = 0.1) -> JudgedOu
     if outcome.failure:
         reasons.append(outcome.failure)
     if outcome.interrupted:
-        cautions.insert(0, outcome.interrupted)
+        cautions.insert(0, f"{outcome.interrupted}: continue with `inferctl bench --resume DIR`")
     return JudgedOutcome(pooled, each, Validity(tuple(reasons), tuple(cautions)))
 
 

@@ -262,7 +262,7 @@ def _validity(pairs: Sequence[_PairOfRuns], cores: int, failed: validity.Validit
         for other in pair.loaded.others:
             if problem := other.problem(pair.records.seconds):
                 reasons.append(f"{run}: neighbor {other.number} {problem}")
-    return validity.Validity(tuple(reasons), tuple(dict.fromkeys(cautions)))
+    return validity.Validity(tuple(reasons), tuple(validity.highest_shares(cautions)))
 
 
 def command_on_device(arguments: Sequence[str], devices: Sequence[str], number: int) -> list[str]:

@@ -128,7 +128,11 @@ class Outcome:
     def interrupted(self) -> str | None:
         """How many runs were complete when the benchmark was interrupted; None if it was not, or if it failed."""
         done = len(self.measurements)
-        return None if self.failure or done >= self.planned else f"interrupted after {done} of {self.planned} runs"
+        return (
+            None
+            if self.failure or done >= self.planned
+            else f"interrupted after {done} of {self.planned} run{'s' if self.planned > 1 else ''}"
+        )
 
     def has(self, run: Run) -> bool:
         """Return whether this run is complete."""

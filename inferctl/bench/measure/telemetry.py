@@ -177,10 +177,11 @@ def _judge_processes(gpu: GpuTelemetry, reasons: list[str], cautions: list[str])
         count = "another process was" if len(gpu.foreign) == 1 else f"{len(gpu.foreign)} other processes were"
         reasons.append(f"{count} on {gpu.name} during the run ({names})")
     if gpu.neighbours:
-        cautions.append(f"other slices of {gpu.name} were in use during the run")
+        cautions.append(f"other slices of {gpu.name} were in use during the run: stop their processes")
     if gpu.untold > 1:
         cautions.append(
-            f"{gpu.untold} processes were on {gpu.name}; their ids do not show which ones belong to the server"
+            f"{gpu.untold} processes were on {gpu.name}; their ids do not show which ones belong to the server: "
+            "stop all other processes"
         )
 
 

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from inferctl.bench.measure.measured_server import MeasuredServer
     from inferctl.bench.measure.outcome import Measurement
 
+# With a larger share of rejected requests, a closed loop does not show the capacity of a server.
+REJECTED_LIMIT = 0.5
+
 _FOLDER = "closed-loop"
 
 
@@ -70,13 +73,20 @@ def measure(
 
     `capacity_rps` is the capacity that an earlier run measured; None for the first run, which measures it.
 
-    Raises `InferctlError` if the server completed no request.
+    Raises `InferctlError` if the server completed no request, or rejected over half of them.
     """
     place = folder / _FOLDER
     place.mkdir(parents=True, exist_ok=True)
     loop = closed(load)
     measurement = server.labeled("closed loop, {phase}").measure(loop, workload.draw(loop, corpus, seed), run, place)
-    rate = summary.summarize([measurement.records])["requests_per_s"]
+    figures = summary.summarize([measurement.records])
+    rate, rejected = figures["requests_per_s"], figures["rejected_percent"] / 100
+    if rejected > REJECTED_LIMIT:
+        raise InferctlError(
+            f"the server rejected {rejected:.0%} of a closed loop with {loop.users} users (429), so its capacity is "
+            "unknown: this load is above what it accepts within its SLO",
+            "lower `users` in the plan, or remove `slo` from the server's spec",
+        )
     if not rate:
         raise InferctlError(
             f"the server completed no request of a closed loop with {loop.users} users",

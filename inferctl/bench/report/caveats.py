@@ -13,11 +13,16 @@ class Caveat:
     """A limitation of a result.
 
     `kind` is one of `invalid`, `absent` (not run, or not measured), `estimated`, `emulated`, `unchecked` (quality) and
-    `caution`.
+    `caution`, which reports show as `warning`.
     """
 
     kind: str
     text: str
+
+    @property
+    def label(self) -> str:
+        """The kind in reports."""
+        return "warning" if self.kind == "caution" else self.kind
 
 
 def caveats(rows: Sequence[Row]) -> list[Caveat]:

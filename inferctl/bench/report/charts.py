@@ -275,10 +275,10 @@ def recall(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
 def memory(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
     """Return the peak memory of each server."""
     known = [receipt for receipt in receipts if receipt.data["resources"].get("server_peak_bytes")]
-    values = [receipt.data["resources"]["server_peak_bytes"] / 1e6 for receipt in known]
-    bars = _bars(known, colors, values, "%{y}: %{x:.0f} MB<extra></extra>")
+    values = [receipt.data["resources"]["server_peak_bytes"] / 2**20 for receipt in known]
+    bars = _bars(known, colors, values, "%{y}: %{x:.0f} MiB<extra></extra>")
     text = "Peak resident memory of all server processes in the measured window."
-    return Chart("Memory", text, [bars] if known else [], _bar_layout(len(known), "peak memory (MB)"))
+    return Chart("Memory", text, [bars] if known else [], _bar_layout(len(known), "peak memory (MiB)"))
 
 
 def timeline(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:

@@ -67,7 +67,7 @@ def each(
     counted: dict[str, list[int]] = {}
     for target in targets:
         if target.precision is None or model is None:
-            yield target, "the server runs elsewhere" if target.url else "no local model"
+            yield target, "inferctl did not start this server" if target.url else "no local model"
             continue
         load = plan.load_with(target.load)
         if load.stages or load.spike or load.trace:

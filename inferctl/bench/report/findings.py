@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from inferctl.bench.judge import interference
-from inferctl.bench.measure import concurrency
+from inferctl.bench.measure import concurrency, throughput
 from inferctl.bench.receipt import JsonObject
 from inferctl.bench.report import ranking, search_findings
 from inferctl.bench.report.rows import MEASURED, ClosedLoopFigures, MeasuredRow, Row
@@ -17,7 +17,8 @@ def describe(rows: Sequence[Row], mode: str, error_budget_percent: float = 0.1) 
     with_receipt = [row for row in rows if isinstance(row, MeasuredRow)]
     measured = [row for row in with_receipt if row.outcome == MEASURED and row.valid]
     groups = comparable(measured)
-    sentences = _winners(groups, mode, error_budget_percent) or ["No valid measurement: see the reasons."]
+    sentences = [text for row in measured if (text := _overload(row, _mode(row, mode)))]
+    sentences += _winners(groups, mode, error_budget_percent) or ["No valid measurement: see the reasons."]
     pairs = sum(math.comb(len(group), 2) for group in groups.values())
     sentences += [text for group in groups.values() for text in _emulation(group, _mode(group[0], mode), pairs)]
     sentences += [
@@ -29,7 +30,7 @@ def describe(rows: Sequence[Row], mode: str, error_budget_percent: float = 0.1) 
         f"{row.configuration} rejected {row.rejected_percent:.2g}% of the requests (429): "
         "its latencies are those of accepted requests."
         for row in measured
-        if row.rejected
+        if row.rejected and not _overload(row, _mode(row, mode))
     ]
     sentences += _closed_loops(measured)
     sentences += saturation(measured)
@@ -40,6 +41,17 @@ def describe(rows: Sequence[Row], mode: str, error_budget_percent: float = 0.1) 
     sentences += [text for row in measured if (text := _burst(row))]
     sentences += [_with_neighbors(row.configuration, row.neighbours) for row in measured if row.neighbours]
     return sentences + _memory(measured)
+
+
+def _overload(row: MeasuredRow, mode: str) -> str | None:
+    """Return that a closed loop is too much for a server; None if it accepts half of the requests or more."""
+    share = row.rejected_percent or 0
+    if mode != "closed" or row.search or share <= 100 * throughput.REJECTED_LIMIT:
+        return None
+    return (
+        f"{row.configuration} rejected {share:.0f}% of the requests (429), and its latencies are those of accepted "
+        "requests: this load is above what it accepts within its SLO. Lower the load, or remove `slo` from its spec."
+    )
 
 
 def _winners(groups: dict[str, list[MeasuredRow]], mode: str, error_budget_percent: float) -> list[str]:
@@ -143,13 +155,18 @@ def saturation(rows: Sequence[MeasuredRow]) -> list[str]:
         return []
     users = " or ".join(dict.fromkeys(str(section["users"]) for _, section in found))
     saturated = [name for name, section in found if section["saturated"]]
-    sentences = []
+    sentences: list[str] = []
     if saturated:
-        which = "all servers" if len(saturated) == len(found) > 1 else ", ".join(saturated)
+        needed: dict[int, list[str]] = {}
+        for name, section in found:
+            if section["saturated"]:
+                needed.setdefault(section["needed_users"], []).append(name)
+        points = [f"{count} users for {ranking.enumerated(names)}" for count, names in sorted(needed.items())]
         sentences.append(
-            f"{users} users for {which}: no further gain seen: twice and four times as many users gained under "
-            f"{concurrency.GROWTH:.0%} ({concurrency.REPEATS} measurements per number of users)."
+            f"No further gain seen above {', and above '.join(points)}: twice and four times as many users gained "
+            f"under {concurrency.GROWTH:.0%} ({concurrency.REPEATS} measurements per number of users)."
         )
+    sentences.append(f"{'All were' if len(found) > 1 else f'{found[0][0]} was'} measured with {users} users.")
     for name, section in found:
         last = section["steps"][-1]
         if section["limited_by"] == concurrency.GENERATOR:
@@ -255,14 +272,16 @@ def count_of_neighbors(count: int) -> str:
 
 
 def _memory(rows: Sequence[MeasuredRow]) -> list[str]:
-    """Return the peak memory of int8 against a wider precision: 8-bit weights are about memory."""
-    known = {row.precision.get("effective"): row for row in rows if row.server_peak_bytes}
-    small, wide = known.get("int8"), known.get("bf16") or known.get("fp16") or known.get("fp32")
-    if not small or not wide:
+    """Return the peak memory if int8 and another precision are measured: 8-bit weights are about memory."""
+    known = [(row, row.server_peak_bytes / 2**20) for row in rows if row.server_peak_bytes]
+    precisions = {row.precision.get("effective") for row, _ in known}
+    if "int8" not in precisions or len(precisions) == 1:
         return []
-    small_mb, wide_mb = (small.server_peak_bytes or 0) / 1e6, (wide.server_peak_bytes or 0) / 1e6
-    runs = max(len(small.runs), len(wide.runs))
+    runs = max(len(row.runs) for row, _ in known)
+    peaks = [mebibytes for _, mebibytes in known]
+    no_difference = "No clear difference in memory. " if max(peaks) < (1 + ranking.MIN_DIFFERENCE) * min(peaks) else ""
+    figures = ", ".join(f"{row.configuration} {mebibytes:.0f} MiB" for row, mebibytes in known)
     return [
-        f"Peak memory of all server processes in {'this run' if runs <= 1 else f'these {runs} runs'}: "
-        f"{small.configuration} {small_mb:.0f} MB, {wide.configuration} {wide_mb:.0f} MB."
+        f"{no_difference}Peak memory of all server processes in "
+        f"{'this run' if runs <= 1 else f'these {runs} runs'}: {figures}."
     ]

@@ -46,7 +46,7 @@ def render(result: Result, receipts: Sequence[Receipt]) -> str:
         sent=terminal.describe_load(result.load),
         prices=list(terminal.prices([row.costs for row in result.rows if isinstance(row, MeasuredRow)])),
         unknown=unknown_costs(receipts),
-        honesty=[(note.kind, note.text) for note in limitations(result, receipts)],
+        honesty=[(note.kind, note.label, note.text) for note in limitations(result, receipts)],
         machines=machines,
         machines_differ=running or len(machines) > 1,
         remote=running,
@@ -96,7 +96,7 @@ def limitations(result: Result, receipts: Sequence[Receipt]) -> list[Caveat]:
         notes.append(
             Caveat(
                 "setup",
-                "Each input starts with a unique number (about four tokens), so that no cache can respond.",
+                "Each input starts with two numbers (about four tokens), so that no cache can respond.",
             )
         )
     runs = "One run each" if result.repeats == 1 else f"{result.repeats} runs each"

@@ -137,10 +137,9 @@ def winner(rows: Sequence[MeasuredRow], mode: str, pairs: int) -> str:
     tied = [comparison.row for comparison in compared if not comparison.faster and not comparison.inconclusive]
     sentences = []
     if slower:
-        verb = (
-            f"is fastest in {runs_of(by)}" if not by.tested else "wins" if len(slower) == len(others) else "is faster"
-        )
-        sentences.append(f"{best.configuration} {verb}: {_ratios(best, slower, by)}, {_at_quality(best)}.")
+        # The next sentence has the quality of all configurations without a clear difference.
+        quality = "" if _qualities_differ([best, *tied]) else f", {_at_quality(best)}"
+        sentences.append(f"{best.configuration} {_faster(best, slower, len(others), by)}{quality}.")
     if tied:
         sentences.append(_no_difference(best, tied, by))
     sentences += [_inconclusive(best, comparison, by) for comparison in compared if comparison.inconclusive]
@@ -148,13 +147,29 @@ def winner(rows: Sequence[MeasuredRow], mode: str, pairs: int) -> str:
         which = "run" if by.tested else "configuration"
         sentences.append(f"The p50 is compared, since not every {which} has the {_P99_NEEDS} responses of a p99.")
     if not by.tested and by.figure != "goodput":
-        sentences.append(f"A winner requires {REPEATS} repeats.")
+        sentences.append(f"For a winner, run again with `--repeats {REPEATS}`.")
     return " ".join(sentences)
 
 
 def runs_of(by: Criterion) -> str:
     """Return the runs that were compared, in words: `this run`, `these 3 runs`."""
     return "this run" if len(by.repeats) <= 1 else f"these {len(by.repeats)} runs"
+
+
+def _faster(best: MeasuredRow, slower: Sequence[Comparison], others: int, by: Criterion) -> str:
+    """Return in words that `best` is faster than the `slower` ones; `others` is the number of all other ones."""
+    if by.tested or len(slower) == others:
+        verb = f"is fastest in {runs_of(by)}" if not by.tested else "wins" if len(slower) == others else "is faster"
+        return f"{verb}: {_ratios(best, slower, by)}"
+    names = [_name(comparison.row) for comparison in slower[:NAMED]]
+    names += [f"{len(slower) - NAMED} more"] if len(slower) > NAMED else []
+    factors = [ratio(comparison.row, best, by) for comparison in slower[:NAMED]]
+    return f"is faster than {enumerated(names)} in {runs_of(by)}: {enumerated(factors)}"
+
+
+def enumerated(parts: Sequence[str]) -> str:
+    """Return `a`, `a and b`, or `a, b and c`."""
+    return " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
 
 
 def _ratios(best: MeasuredRow, slower: Sequence[Comparison], by: Criterion) -> str:
@@ -170,22 +185,44 @@ def _no_difference(best: MeasuredRow, tied: Sequence[MeasuredRow], by: Criterion
     group, quality = [best, *tied], ""
     if all(row.quality.get("checked") for row in group):
         group.sort(key=lambda row: (-(row.cosine_mean or 0.0), -(row.recall_at_10 or 0.0)))
-        if len({_quality(row) for row in group}) > 1:
-            quality = f"; {group[0].configuration} has the better quality: {_quality(group[0])}"
-    names = " and ".join(row.configuration for row in group)
-    where = "" if by.tested else f" in {runs_of(by)}"
-    repeats = f", {len(by.repeats)} repeats" if by.tested else ""
-    return f"No clear difference between {names}{where} ({_values(group, by)}{repeats}){quality}."
+    if _qualities_differ(group):
+        which = "better" if len(group) == 2 else "best"
+        quality = f" {group[0].configuration} has the {which} quality: {_quality(group[0])}."
+    where = f" in {len(by.repeats)} repeats" if by.tested else f" in {runs_of(by)}"
+    reason = "" if by.tested else f": {_reason(best, tied, by)}"
+    return f"No clear difference between {_values(group, by)}{where}{reason}.{quality}"
+
+
+def _reason(best: MeasuredRow, tied: Sequence[MeasuredRow], by: Criterion) -> str:
+    """Return why there is no clear difference without a test."""
+    if by.figure == "goodput":
+        return "their bands overlap"
+    small = [by.cost(row) / by.cost(best) - 1 < MIN_DIFFERENCE for row in tied]
+    if all(small):
+        return f"they differ by less than {MIN_DIFFERENCE:.0%}"
+    return (
+        f"their intervals overlap, or they differ by less than {MIN_DIFFERENCE:.0%}"
+        if any(small)
+        else ("their intervals overlap")
+    )
+
+
+def _qualities_differ(rows: Sequence[MeasuredRow]) -> bool:
+    return all(row.quality.get("checked") for row in rows) and len({_quality(row) for row in rows}) > 1
 
 
 def _values(rows: Sequence[MeasuredRow], by: Criterion) -> str:
-    return " and ".join(value_of(row, by) for row in rows)
+    """Return each configuration with its figure; the unit follows the first figure."""
+    first, *others = [value_of(row, by) for row in rows]
+    numbers = [value.removesuffix(" requests/s within the SLO").removesuffix(" requests/s") for value in others]
+    return enumerated([f"{row.configuration} ({value})" for row, value in zip(rows, [first, *numbers], strict=True)])
 
 
 def _inconclusive(best: MeasuredRow, comparison: Comparison, by: Criterion) -> str:
     names = f"{best.configuration} against {comparison.row.configuration} is inconclusive"
     if not by.tested:
-        return f"{names} in {runs_of(by)}: not enough samples for an interval ({_values([best, comparison.row], by)})."
+        figures = _values([best, comparison.row], by)
+        return f"{names} in {runs_of(by)}: not enough samples for an interval. The figures: {figures}."
     needed = (
         f"{comparison.repeats_needed} repeats" if comparison.repeats_needed else f"over {verdict.MAX_REPEATS} repeats"
     )

@@ -151,7 +151,9 @@ def costs(rows: Sequence[MeasuredRow]) -> RenderableType | None:
     grid = _grid(*known)
     for row, *values in zip(rows, *known.values(), strict=True):
         grid.add_row(row.configuration, *(short(value) for value in values))
-    return _titled("cost per 1,000 requests", grid)
+    per_1000 = [name for name in known if name in ("CPU s", "J")]
+    title = {"CPU s": "CPU seconds per 1,000 requests", "J": "energy (J) per 1,000 requests"}
+    return _titled(title[per_1000[0]] if len(known) == len(per_1000) == 1 else "cost per 1,000 requests", grid)
 
 
 def estimates(rows: Sequence[Row]) -> RenderableType:
@@ -251,7 +253,7 @@ def notes(result: Result) -> Iterator[str]:
     yield from result.findings[1:]
     yield from prices([row.costs for row in measured])
     yield from (
-        f"{caveat.kind}: {caveat.text}" for caveat in result.caveats if caveat.kind not in ("invalid", "absent")
+        f"{caveat.label}: {caveat.text}" for caveat in result.caveats if caveat.kind not in ("invalid", "absent")
     )
 
 
