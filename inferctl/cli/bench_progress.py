@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Time of a run outside its load: start and end of the server, start of Locust, quality check.
 OVERHEAD_S = 12.0
+# Start of the phase of `users: auto`. The forecast does not contain it: the number of its steps is unknown.
+FINDING_USERS = "finding users"
 
 
 def expected(work: Bench) -> list[float]:
@@ -94,16 +96,16 @@ class ProgressView:
         if progress.done is not None:
             self._print(f"[{progress.number}/{progress.total}] {progress.name} · {progress.done}")
             return
-        remaining = self.remaining_s(progress)
+        remaining = None if progress.phase.startswith(FINDING_USERS) else self.remaining_s(progress)
         key = (progress.name, progress.number, progress.phase)
         if self._live:
             self._live.update(self._rendered(progress, remaining))
         elif key != self._last:
-            self._print(f"{line(progress)} · {duration(remaining)} left")
+            self._print(" · ".join([line(progress), *_left(remaining)]))
         self._last = key
 
-    def _rendered(self, progress: Progress, remaining_s: float) -> Any:
-        """Return two rows: the whole benchmark with the time left, and the current phase."""
+    def _rendered(self, progress: Progress, remaining_s: float | None) -> Any:
+        """Return two rows: the whole benchmark with the time left (None if unknown), and the current phase."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -111,9 +113,11 @@ class ProgressView:
 
         elapsed = time.monotonic() - self._start
         whole = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=max(elapsed + remaining_s, 1e-9), completed=elapsed, width=24)
+        total = None if remaining_s is None else max(elapsed + remaining_s, 1e-9)
+        bar = ProgressBar(total=total, completed=elapsed, width=24)
         done = self._done + len(self._durations)
-        whole.add_row(bar, f"{done} of {progress.total} runs · {duration(remaining_s)} left")
+        runs = f"{done} of {progress.total} run{'' if progress.total == 1 else 's'}"
+        whole.add_row(bar, " · ".join([runs, *_left(remaining_s)]))
         self._spinner.update(text=Text(line(progress), no_wrap=True, overflow="ellipsis"))
         return Group(whole, self._spinner)
 
@@ -145,12 +149,21 @@ def line(progress: Progress) -> str:
     ]
     live = progress.live
     if live:
+        if live.rate is None:
+            return " · ".join(parts)
         parts.append(f"{live.rate:.0f} req/s")
+        if live.rejected_percent:
+            parts.append(f"{live.rejected_percent:.2g}% rejected (429)")
         if live.p50_ms is not None and live.p99_ms is not None:
-            parts.append(f"p50 {live.p50_ms:.1f} p99 {live.p99_ms:.1f} ms")
+            latencies = f"p50 {live.p50_ms:.1f} p99 {live.p99_ms:.1f} ms"
+            parts += [latencies] if len(" · ".join([*parts, latencies])) <= 80 else []
     elif progress.seconds >= 1:
         parts.append(f"{progress.seconds:.0f} s")
     return " · ".join(parts)
+
+
+def _left(remaining_s: float | None) -> list[str]:
+    return [] if remaining_s is None else [f"{duration(remaining_s)} left"]
 
 
 def duration(seconds: float) -> str:

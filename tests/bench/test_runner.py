@@ -311,7 +311,9 @@ def test_what_was_measured_is_kept_after_each_run(tmp_path: Path) -> None:
     assert processes_in(tmp_path) == []
     kept = {name: receipt.load(tmp_path / "receipts" / f"{name}.json").data for name in ("fp32", "bf16")}
     assert {name: data["summary"]["runs"] for name, data in kept.items()} == {"fp32": 1, "bf16": 2}
-    assert kept["fp32"]["validity"]["cautions"][0] == "interrupted after 1 of 2 runs"
+    assert kept["fp32"]["validity"]["cautions"][0] == (
+        "interrupted after 1 of 2 runs: continue with `inferctl bench --resume DIR`"
+    )
     assert not any("interrupted" in caution for caution in kept["bf16"]["validity"]["cautions"])
 
 
@@ -442,7 +444,7 @@ def test_the_command_interrupted_keeps_what_it_has_and_leaves_no_process(
     rows = json.loads((folder / "result.json").read_text())["rows"]
     assert [(row["configuration"], row["outcome"], row["reason"]) for row in rows] == [
         ("first", "measured", None),
-        ("second", "not run", "interrupted after 0 of 1 runs"),
+        ("second", "not run", "interrupted after 0 of 1 run"),
     ]
     assert (folder / "report.html").is_file()
     assert "second" in shown

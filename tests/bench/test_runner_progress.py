@@ -38,6 +38,43 @@ def test_the_time_left_is_of_the_whole_bench_and_learns_from_the_runs_that_ended
     ]
 
 
+def test_no_time_is_left_while_users_are_found(capsys: pytest.CaptureFixture[str]) -> None:
+    with bench_progress.ProgressView([10]) as view:
+        view.update(Progress("a", 0, 1, "finding users: 8"))
+    assert capsys.readouterr().err == "a \u00b7 finding users: 8\n"
+
+
+def test_the_rate_is_that_of_the_window_and_rejections_are_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """100 of 1,000 responses are good in the 10 s of the window so far, and 50 more came before it."""
+    now_ms = generator.time.monotonic_ns() / 1e6
+    rows = [
+        row(now_ms - 10_000 + 10 * i, 5, error=records.OK if i % 10 == 0 else records.HTTP_ERROR) for i in range(999)
+    ]
+    early = [row(now_ms - 12_000 + 10 * i, 5) for i in range(50)]
+    made = table(*rows, *early)
+    made["status"][made["error"] == records.HTTP_ERROR] = 429
+    state = {"phase": "measure", "measure_start_ns": int((now_ms - 10_000) * 1e6), "measure_end_ns": int(9e18)}
+    monkeypatch.setattr(generator.records, "files", lambda _: [Path("requests-0.bin")])
+    monkeypatch.setattr(generator.records, "Tail", lambda _: SimpleNamespace(read_new=lambda: made))
+    monkeypatch.setattr(generator, "read_state", lambda _: state)
+    seen: list[LoadProgress] = []
+
+    def follow() -> LoadProgress:
+        running = iter((True, False))
+        processes = SimpleNamespace(running=lambda: next(running), wait=lambda _: None)
+        generator._follow(processes, plan.Load(mode="closed"), tmp_path, seen.append, lambda: None)
+        return seen[-1]
+
+    assert follow().rate == pytest.approx(10, rel=0.05)
+    assert bench_progress.line(Progress("a", 1, 1, "measure", live=seen[-1])) == (
+        "[1/1] a \u00b7 measure \u00b7 10 req/s \u00b7 90% rejected (429) \u00b7 p50 5.0 p99 5.0 ms"
+    )
+    state["phase"] = "drain"
+    assert bench_progress.line(Progress("a", 1, 1, "drain", live=follow())) == "[1/1] a \u00b7 drain"
+
+
 def test_the_line_of_a_long_name_fits_a_terminal() -> None:
     progress = Progress("n" * 30, 16, 16, "measure", live=LoadProgress("measure", 1234, 123.4, 567.8, 3))
     assert len(bench_progress.line(progress)) <= 80

@@ -578,7 +578,8 @@ def test_of_tied_configurations_the_closest_to_fp32_is_named_first(tmp_path: Pat
     found = findings.describe(rows_of(tmp_path, document("int8", 100, 10), exact, document("fp32", 50, 20)), "closed")
     assert found[0].startswith(
         "int8 is faster than fp32 in this run: 2.00x the requests/s. No clear difference between fp16 (98.0 "
-        "requests/s) and int8 (100.0) in this run: they differ by less than 5%. fp16 has the better quality: cosine 1.00000"
+        "requests/s) and int8 (100.0) in this run: they differ by less than 5%. "
+        "fp16 has the better quality: cosine 1.00000"
     )
 
 

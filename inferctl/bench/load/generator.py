@@ -21,6 +21,8 @@ from inferctl.bench.plan.plan import Load
 from inferctl.bench.plan.workload import Workload
 from inferctl.errors import InferctlError
 
+_REJECTED = 429
+
 # The content of state-0.json: the phase of the run and, at its end, the figures of the load generator itself.
 LoadState = dict[str, Any]
 
@@ -29,15 +31,18 @@ LoadState = dict[str, Any]
 class LoadProgress:
     """Figures of a running load.
 
-    `phase` is warm-up, measure or drain. Rate (requests/s) and latencies (ms) are those of the good responses of the
-    last 5 s. `left_s` is the remaining time in seconds.
+    `phase` is warm-up, measure or drain. `rate` is the good responses per second since the start of the measured
+    window, as in the result; in the warm-up that of the last 5 s. None in the first second and after the window.
+    Latencies (ms) are those of the good responses of the last 5 s. `left_s` is the remaining time in seconds.
+    `rejected_percent` is the share of the responses of the window that are 429.
     """
 
     phase: str
-    rate: float
+    rate: float | None
     p50_ms: float | None
     p99_ms: float | None
     left_s: float
+    rejected_percent: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,7 @@ def _follow(
 ) -> None:
     tails: dict[Path, records.Tail] = {}
     recent: list[tuple[int, float]] = []
+    ends = _Ends()
     margin_s = 60 + (locust.WORKERS_S if load.remote_workers else 0)
     limit = time.monotonic() + load.warmup_s + load.duration_s + 2 * load.timeout_s + margin_s
     while processes.running():
@@ -144,18 +150,55 @@ def _follow(
         now = time.monotonic_ns()
         for path in records.files(folder):
             rows = tails.setdefault(path, records.Tail(path)).read_new()
+            if len(rows):
+                ends.add(rows)
             # A server that fails all requests has no throughput.
             good = rows[rows["error"] == records.OK] if len(rows) else rows
             recent += zip(good["end_ns"].tolist(), records.latency_ms(good).tolist(), strict=True) if len(good) else []
         recent = [entry for entry in recent if now - 5_000_000_000 < entry[0] <= now + 1_000_000_000]
-        on_progress(_progress(recent, read_state(folder), load, now))
+        on_progress(_progress(recent, ends, read_state(folder), load, now))
         processes.wait(0.5)
 
 
-def _progress(recent: list[tuple[int, float]], state: LoadState, load: Load, now_ns: int) -> LoadProgress:
+class _Ends:
+    """The times (ns) at which responses ended: all, the good ones, and the rejected ones."""
+
+    def __init__(self) -> None:
+        self._all: list[npt.NDArray[Any]] = []
+        self._good: list[npt.NDArray[Any]] = []
+        self._rejected: list[npt.NDArray[Any]] = []
+
+    def add(self, rows: records.Rows) -> None:
+        """Add new records."""
+        self._all.append(rows["end_ns"].copy())
+        self._good.append(rows["end_ns"][rows["error"] == records.OK])
+        self._rejected.append(rows["end_ns"][rows["status"] == _REJECTED])
+
+    def good(self, start_ns: int, end_ns: int) -> int:
+        """Return the number of good responses in a window."""
+        return _count(self._good, start_ns, end_ns)
+
+    def rejected_percent(self, start_ns: int, end_ns: int) -> float:
+        """Return the percentage of the responses in a window that are 429."""
+        return 100 * _count(self._rejected, start_ns, end_ns) / max(1, _count(self._all, start_ns, end_ns))
+
+
+def _count(times: list[npt.NDArray[Any]], start_ns: int, end_ns: int) -> int:
+    return sum(int(np.count_nonzero((part >= start_ns) & (part < end_ns))) for part in times)
+
+
+def _progress(
+    recent: list[tuple[int, float]], received: _Ends, state: LoadState, load: Load, now_ns: int
+) -> LoadProgress:
     phase = str(state.get("phase", "warm-up"))
     ends = [end for end, _ in recent]
-    rate = (len(ends) - 1) / (max(ends) - min(ends)) * 1e9 if len(ends) > 1 and max(ends) > min(ends) else 0.0
+    start_ns, end_ns = int(state.get("measure_start_ns", 0)), min(now_ns, int(state.get("measure_end_ns", now_ns)))
+    rate: float | None = None
+    if phase == "warm-up":
+        rate = (len(ends) - 1) / (max(ends) - min(ends)) * 1e9 if len(ends) > 1 and max(ends) > min(ends) else 0.0
+    elif phase == "measure" and end_ns - start_ns >= 1_000_000_000:
+        rate = received.good(start_ns, end_ns) / (end_ns - start_ns) * 1e9
+    rejected = received.rejected_percent(start_ns, end_ns) if rate is not None else 0.0
     latencies = np.sort([latency for _, latency in recent])
     figures = [float(latencies[stats.rank(len(latencies), q) - 1]) if len(latencies) else None for q in (0.5, 0.99)]
     if phase == "warm-up":
@@ -164,4 +207,4 @@ def _progress(recent: list[tuple[int, float]], state: LoadState, load: Load, now
     else:
         # A load that failed before the measurement has no end time.
         left_s = max(0.0, (state.get("measure_end_ns", now_ns) - now_ns) / 1e9)
-    return LoadProgress(phase, rate, figures[0], figures[1], left_s)
+    return LoadProgress(phase, rate, figures[0], figures[1], left_s, rejected)
