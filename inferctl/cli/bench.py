@@ -294,9 +294,11 @@ def _require_packages() -> None:
 
     from inferctl.errors import NotReadyError, install_hint
 
-    missing = [name for name in ("locust", "numpy") if find_spec(name) is None]
-    if missing:
-        raise NotReadyError(f"benchmarks require {' and '.join(missing)}, not installed", install_hint("bench"))
+    missing_packages = [name for name in ("locust", "numpy") if find_spec(name) is None]
+    if missing_packages:
+        raise NotReadyError(
+            f"benchmarks require {' and '.join(missing_packages)}, not installed", install_hint("bench")
+        )
 
 
 def _reject_options_with_resume(context: typer.Context) -> None:

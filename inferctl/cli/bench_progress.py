@@ -50,9 +50,9 @@ def forecast(work: Bench) -> str | None:
     resolution = f"{max(each.resolution for each in forecasts):.0%}"
     if settings.budget_s is None:
         return f"this search takes about {total}; near the limit, its rates differ by about {resolution}"
-    used = "uses all of" if any(each.short for each in forecasts) else "needs less than"
+    budget_use = "uses all of" if any(each.short for each in forecasts) else "needs less than"
     return (
-        f"this search {used} its budget of {settings.budget_s:g} s;"
+        f"this search {budget_use} its budget of {settings.budget_s:g} s;"
         f" near the limit, its rates differ by about {resolution}"
     )
 

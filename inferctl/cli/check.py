@@ -197,9 +197,9 @@ def _document(file: str | None, spec: Spec, findings: list[Finding], fits: list[
     }
 
 
-def _memory(need: Memory, has: int | None) -> dict[str, Any]:
+def _memory(need: Memory, available_bytes: int | None) -> dict[str, Any]:
     parts = {f"{name}_bytes": size for name, size in vars(need).items()}
-    return {"estimated": True, "needs_bytes": need.total, "has_bytes": has, **parts}
+    return {"estimated": True, "needs_bytes": need.total, "has_bytes": available_bytes, **parts}
 
 
 def _report(file: str | None, spec: Spec, findings: list[Finding], fits: list[Fit]) -> None:
@@ -250,12 +250,14 @@ def _table(fits: list[Fit]) -> Table:
     for heading in ("hardware", "precision", "kernels", "memory, estimated", "verdict"):
         table.add_column(heading, overflow="fold")
     for fit in fits:
-        need, has = fit.memory, fit.memory_bytes
+        need, available_bytes = fit.memory, fit.memory_bytes
         table.add_row(
             fit.part,
             f"{fit.precision} {fit.level}",
             {True: "yes", False: "no", None: "unknown"}[fit.kernels],
-            "not checked" if need is None else size(need.total, 1) + (f" of {size(has, 1)}" if has else ""),
+            "not checked"
+            if need is None
+            else size(need.total, 1) + (f" of {size(available_bytes, 1)}" if available_bytes else ""),
             Text(fit.verdict, style="" if fit.verdict == "ok" else _STYLE[fit.verdict]),
         )
     return table
@@ -272,10 +274,10 @@ def _grouped(findings: list[Finding]) -> list[tuple[Finding, list[str]]]:
 
 
 def _explained(finding: Finding, parts: list[str]) -> str:
-    shown = parts if len(parts) <= 3 else [*parts[:2], f"{len(parts) - 2} more"]
+    names = parts if len(parts) <= 3 else [*parts[:2], f"{len(parts) - 2} more"]
     return "\n".join(
         [
-            (f"{', '.join(shown)}: " if shown else "") + finding.what,
+            (f"{', '.join(names)}: " if names else "") + finding.what,
             finding.why,
             *([f"hint: {finding.hint}"] if finding.hint else []),
         ]

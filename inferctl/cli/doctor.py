@@ -112,17 +112,21 @@ def _docker(_: Environment) -> Iterator[Check]:
 
 def features(builder: Builder) -> Check:
     """Return which optional features the builder has."""
-    supported = {
+    feature_support = {
         "cache export, OCI archives, several platforms at once, SBOM and provenance": builder.exports,
         "Dockerfile check": builder.checks,
     }
-    has, lacks = ([name for name, has_it in supported.items() if has_it is wanted] for wanted in (True, False))
+    available, unavailable = (
+        [name for name, is_supported in feature_support.items() if is_supported is state] for state in (True, False)
+    )
     details = [f"for {', '.join(builder.platforms)}"] if builder.platforms else []
-    details += [f"{word}: {', '.join(names)}" for word, names in (("with", has), ("without", lacks)) if names]
+    details += [
+        f"{word}: {', '.join(names)}" for word, names in (("with", available), ("without", unavailable)) if names
+    ]
     hint = None if builder.exports else "docker buildx create --use --driver docker-container"
     if builder.exports and not builder.checks:
         hint = "install buildx 0.15 or newer to check Dockerfiles"
-    return Check("builder", "limited" if lacks else "can", "; ".join(details), hint)
+    return Check("builder", "limited" if unavailable else "can", "; ".join(details), hint)
 
 
 def _registries(_: Environment) -> Iterator[Check]:
@@ -164,8 +168,8 @@ def _gpu(machine: Environment) -> Iterator[Check]:
         yield from images(gpu)
     if not machine.gpus:
         driver = Path("/proc/driver/nvidia/version").exists()
-        missing = "a driver is loaded, but NVML lists no GPU" if driver else "none: models run on the CPU"
-        yield Check("gpu", "limited", missing, install_hint("gpu") if driver else None)
+        detail = "a driver is loaded, but NVML lists no GPU" if driver else "none: models run on the CPU"
+        yield Check("gpu", "limited", detail, install_hint("gpu") if driver else None)
 
 
 def images(gpu: Gpu) -> Iterator[Check]:

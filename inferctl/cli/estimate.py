@@ -122,9 +122,9 @@ def estimate(
         )
     spec, file = _model(spec_file, model, config)
     data = forecast.read_config(file)
-    longest = _longest(data)
-    known = calibration.load()
-    tokens, how = _tokens(corpus, length, file, longest, known.mean_length, seed)
+    max_tokens = _max_tokens(data)
+    calibration_data = calibration.load()
+    tokens, token_source = _tokens(corpus, length, file, max_tokens, calibration_data.mean_length, seed)
     work = forecast.Scenario(tokens, inputs, spec.serve.max_batch_tokens if spec else 16_384, seed, engine=engine)
     question = document.Question(_load(rate, users, inputs), slo or (spec.slo.p99_ms if spec else None), against)
     keys = _split(hardware) or (spec.hardware if spec else []) or ([] if capacity else _STANDARD.split(","))
@@ -132,7 +132,7 @@ def estimate(
         result = document.build(keys, _split(precision) or _precision(spec), data, work, question)
         if capacity:
             result["rows"].insert(0, _measured_row(capacity, work, question))
-    result["tokens"]["how"] = how
+    result["tokens"]["how"] = token_source
     if as_json:
         console.document(result)
     else:
@@ -158,15 +158,15 @@ def _model(spec_file: Path | None, model: str | None, config: Path | None) -> tu
     # The weights are not needed, so the folder may lack them.
     if (folder / "config.json").is_file():
         return spec, folder / "config.json"
-    if (found := hub.cached(spec.model.source, spec.model.revision)) is not None:
-        return spec, found.path / "config.json"
+    if (model_folder := hub.cached(spec.model.source, spec.model.revision)) is not None:
+        return spec, model_folder.path / "config.json"
     if not models.is_hub_id(spec.model.source):
         return spec, models.find(spec.model.source).path / "config.json"
     names = ("config.json", "tokenizer.json")
     return spec, hub.small_files(spec.model.source, spec.model.revision, names) / "config.json"
 
 
-def _longest(config: dict[str, Any]) -> int:
+def _max_tokens(config: dict[str, Any]) -> int:
     """Return the limit of tokens per input. The positions of RoBERTa start after the padding index."""
     positions = config.get("max_position_embeddings")
     offset = 2 if str(config.get("model_type", "")) in ("roberta", "xlm-roberta", "mpnet", "camembert") else 0
@@ -174,13 +174,13 @@ def _longest(config: dict[str, Any]) -> int:
 
 
 def _tokens(
-    corpus: str | None, length: str | None, config: Path, longest: int, squad_mean: float, seed: int
+    corpus: str | None, length: str | None, config: Path, max_tokens: int, squad_mean: float, seed: int
 ) -> tuple[list[int], str]:
     from inferctl.errors import NotReadyError, install_hint
     from inferctl.estimate import lengths
 
     if length is not None:
-        return lengths.parse(length, longest, squad_mean, 20_000, seed), f"drawn: {length}"
+        return lengths.parse(length, max_tokens, squad_mean, 20_000, seed), f"drawn: {length}"
     try:
         from inferctl.bench.plan import workload
     except ModuleNotFoundError as error:
@@ -189,8 +189,8 @@ def _tokens(
             f"{install_hint('bench')}, or pass `--length`",
         ) from None
     texts, _ = workload.read_corpus(_TEXTS if corpus is None else corpus)
-    found, how = lengths.of_texts(texts, config.parent / "tokenizer.json", longest)
-    return found, f"corpus {corpus or _TEXTS}, {how}"
+    token_counts, method = lengths.of_texts(texts, config.parent / "tokenizer.json", max_tokens)
+    return token_counts, f"corpus {corpus or _TEXTS}, {method}"
 
 
 def _load(rate: float | None, users: int | None, inputs: int) -> Any:
@@ -245,8 +245,10 @@ def render(result: dict[str, Any]) -> RenderableType:
     headings += ["USD per\n1M texts"]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for heading in headings:
-        left = heading in ("hardware", "runs as")
-        table.add_column(heading, justify="left" if left else "right", no_wrap=heading == "hardware", overflow="fold")
+        left_aligned = heading in ("hardware", "runs as")
+        table.add_column(
+            heading, justify="left" if left_aligned else "right", no_wrap=heading == "hardware", overflow="fold"
+        )
     for row in rows:
         cells = [
             row["hardware"],

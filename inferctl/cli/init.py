@@ -88,32 +88,32 @@ def init(
     if ci is not None and ci not in _CI:
         raise UsageError(f"--ci {ci!r} is not valid", f"pass one of {', '.join(_CI)}")
     installed = _requirement(package, ci)
-    written: dict[Path, str] = {}
+    contents: dict[Path, str] = {}
     if not target.exists() or (force and ci is None):
         values = {
             "name": name or spec.slug(model),
             "source": model if is_hub_id(model) else _path_relative_to_spec(directory, model),
             "revision": None,
             "base": _file_relative_to_spec(directory, base),
-            "hardware": [_file_relative_to_spec(directory, one) for one in hardware or _default_hardware(base)],
+            "hardware": [_file_relative_to_spec(directory, profile) for profile in hardware or _default_hardware(base)],
         }
-        written[target] = _rendered("inferctl.yaml.j2", values)
+        contents[target] = _rendered("inferctl.yaml.j2", values)
     elif ci is None:
         raise UsageError(f"{target} already exists", "edit it, or pass `--force` to overwrite it")
-    document = settings.parse(written[target], str(target)) if written else settings.read(target)
+    document = settings.parse(contents[target], str(target)) if contents else settings.read(target)
     resolved = settings.resolve(document, {}, {}, catalog.vocabulary())
     if ci:
         job = {"name": resolved.spec.name, "repository": resolved.spec.image.repository, "package": installed}
-        written |= _ci_files(ci, directory, job, force)
-    for file in written:
+        contents |= _ci_files(ci, directory, job, force)
+    for file in contents:
         outputs.check(file, "inferctl init FOLDER", parents=True)
-    for file, text in written.items():
+    for file, text in contents.items():
         outputs.write(file, text, "inferctl init FOLDER")
     if ci:
         console.note("next: read the comments on runners and registries in these files, then commit them")
     else:
         console.note("next: `inferctl check`, then `inferctl render` or `inferctl serve`")
-    console.data("\n".join(str(file) for file in written))
+    console.data("\n".join(str(file) for file in contents))
 
 
 def _default_hardware(base: str) -> list[str]:

@@ -79,19 +79,19 @@ def pin(
         console.warn(f"{path} is not pinned: {further.message}")
     if failed:
         path, first = next(iter(failed.items()))
-        rest = f"; {', '.join(changes)} was written" if changes and not dry_run else "; nothing was written"
+        write_status = f"; {', '.join(changes)} was written" if changes and not dry_run else "; nothing was written"
         kind = type(first)
-        raise kind(f"{path} is not pinned: {first.message}{rest}", first.hint)
+        raise kind(f"{path} is not pinned: {first.message}{write_status}", first.hint)
 
 
 def _check(file: str, pins: list[Pin], as_json: bool) -> None:
-    missing = [pin.path for pin in pins if not pin.pinned]
+    missing_pins = [pin.path for pin in pins if not pin.pinned]
     if as_json:
-        console.document({"file": file, "pinned": not missing, "missing": missing})
-        if missing:
+        console.document({"file": file, "pinned": not missing_pins, "missing": missing_pins})
+        if missing_pins:
             raise typer.Exit(1)
-    elif missing:
-        raise InferctlError(f"{file} does not pin {' and '.join(missing)}", "run `inferctl pin`")
+    elif missing_pins:
+        raise InferctlError(f"{file} does not pin {' and '.join(missing_pins)}", "run `inferctl pin`")
     else:
         console.note(f"{file} has every pin that it can have")
 

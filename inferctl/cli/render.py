@@ -72,15 +72,15 @@ def render(
         return
     from inferctl.render import server_files
 
-    written = {
+    contents = {
         "Dockerfile": rendered.dockerfile.encode(),
         ".dockerignore": rendered.dockerignore.encode(),
         **rendered.files,
     }
     if not force:
         _check_overwrite(output / "Dockerfile")
-    write_files(output, {**written, **{name: file.read_bytes() for name, file in server_files().items()}})
-    paths = [str(output / name) for name in written]
+    write_files(output, {**contents, **{name: file.read_bytes() for name, file in server_files().items()}})
+    paths = [str(output / name) for name in contents]
     if as_json:
         console.document({"paths": paths, "server": str(output / "layers" / "server")})
         return
@@ -143,10 +143,10 @@ def _provenance(folder: Path) -> Provenance:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+            result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
         except FileNotFoundError:
             return None
-        return done.stdout.strip() or None if done.returncode == 0 else None
+        return result.stdout.strip() or None if result.returncode == 0 else None
 
     revision = git("rev-parse", "HEAD")
     if revision and git("status", "--porcelain", "--untracked-files=no"):

@@ -113,7 +113,7 @@ def serve(
     flags = {path: context.params[option] for option, path in main.SETTINGS.items()}
 
     if image is not None:
-        raise typer.Exit(_serve_image(image, spec_file, flags, _given(context), announce))
+        raise typer.Exit(_serve_image(image, spec_file, flags, _command_line_options(context), announce))
     spec = options.load(spec_file, flags).spec
     try:
         from inferctl.serve import server, tracing
@@ -136,14 +136,14 @@ def serve(
     raise typer.Exit(server.run(spec, server_options, console.note, download.fetch))
 
 
-def _given(context: typer.Context) -> dict[str, Any]:
+def _command_line_options(context: typer.Context) -> dict[str, Any]:
     """Return the options of the command line, without defaults, by parameter name."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
 def _serve_image(
-    image: str, spec_file: Path | None, flags: dict[str, Any], given: dict[str, Any], announce: Path | None
+    image: str, spec_file: Path | None, flags: dict[str, Any], command_line: dict[str, Any], announce: Path | None
 ) -> int:
     from inferctl.cli import console, download
     from inferctl.cli.build import full_reference
@@ -152,11 +152,11 @@ def _serve_image(
 
     # Rejects a reference that is no image name or id before the engine is called.
     full_reference(image)
-    if "image_reference" in given:
+    if "image_reference" in command_line:
         raise UsageError(
             "`--image-reference` is not allowed with `--image`", "remove `--image-reference`: `--image` sets it"
         )
-    if "capacity" in given:
+    if "capacity" in command_line:
         raise UsageError(
             "`--capacity` is not allowed with `--image`", "remove `--capacity`, or serve without `--image`"
         )
@@ -167,8 +167,8 @@ def _serve_image(
         address=container.Address(spec.serve.host, spec.serve.port),
         model=spec.model.source if has_model else None,
         revision=spec.model.revision if has_model else None,
-        replaces_model="model" in given,
+        replaces_model="model" in command_line,
         drain_seconds=spec.serve.grace_seconds + spec.serve.drain_seconds,
-        arguments=main.arguments(given),
+        arguments=main.arguments(command_line),
     )
     return container.run_server(image, container_options, console.note, announce, download.fetch)
