@@ -17,7 +17,7 @@ from compare_samples import receipts_of, run_values
 from inferctl import cli
 from inferctl.bench import receipt
 from inferctl.bench.judge import comparable, compare, compare_result, quality_drop, run_metrics
-from inferctl.bench.report import comparison
+from inferctl.bench.report import comparison, junit
 from inferctl.errors import InvalidRunError, UsageError
 
 STEADY = [1.0, 1.01, 0.99, 1.005, 0.995]
@@ -518,6 +518,16 @@ def test_the_formats_go_to_stdout_too(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_invalid_options_are_rejected(tmp_path: Path, arguments: list[str]) -> None:
     receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
     assert shown(tmp_path, *arguments) == 2
+
+
+def test_an_invalid_pair_is_an_error_in_junit(tmp_path: Path) -> None:
+    old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
+    new = changed(new, lambda data: data["validity"].update(valid=False, reasons=["the client was overloaded"]))
+    suite = ElementTree.fromstring(junit.render(compared(old, new)))[0]
+    assert (suite.attrib["errors"], suite.attrib["failures"]) == ("1", "0")
+    (error,) = suite.findall("testcase/error")
+    assert error.attrib["type"] == "invalid"
+    assert "the client was overloaded" in error.attrib["message"]
 
 
 def test_nothing_from_a_receipt_becomes_markup(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from inferctl.bench import receipt
 from inferctl.bench.judge import stages, summary
 from inferctl.bench.measure import environment, runner
 from inferctl.bench.plan import plan
-from inferctl.bench.report import charts, html, result, terminal
+from inferctl.bench.report import charts, findings, html, result, terminal
 from inferctl.bench.report.estimated import EstimatedFigures
 from inferctl.bench.report.result import Result
 from inferctl.bench.report.rows import MeasuredRow, Row
@@ -292,6 +292,28 @@ def test_a_burst_is_told_by_stage_and_shaded_in_time(tmp_path: Path) -> None:
     assert after["requests"] == pytest.approx(7 * 80, rel=0.2)
     layout = charts.all_charts(receipts)["latency"].layout
     assert [(one["x0"], one["x1"]) for one in layout["shapes"]] == [(8, 13)]
+
+
+def test_rejected_requests_of_a_burst_are_not_called_failed(tmp_path: Path) -> None:
+    found, _ = shown(tmp_path, burst(), rate=80)
+    row_ = found.rows[0]
+    assert isinstance(row_, MeasuredRow) and row_.stages
+    spike = row_.stages[1]
+    assert spike["rejected"] == 0
+    spike.update({"requests": 400, "errors": {"HTTP status": 120}, "rejected": 120})
+    (sentence,) = [one for one in findings.describe(found.rows, "open", 0.1) if "3x the rate" in one]
+    assert ", 120 of 400 requests were rejected (429)" in sentence
+    assert "failed" not in sentence
+    spike.update({"errors": {"HTTP status": 120, "timeout": 3}})
+    (sentence,) = [one for one in findings.describe(found.rows, "open", 0.1) if "3x the rate" in one]
+    assert ", 3 of 400 requests failed, 120 of 400 requests were rejected (429)" in sentence
+
+
+def test_the_report_says_which_intervals_include_the_difference_between_runs(tmp_path: Path) -> None:
+    found, receipts = shown(tmp_path, document("bf16", 300, 12))
+    page = " ".join(html.render(found, receipts).split())
+    assert "With three or more runs, the intervals of latencies include the difference between runs" in page
+    assert "at least 3 repeats; 5 are recommended." in page
 
 
 def test_a_price_is_never_shown_without_its_source_and_date(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ class StageSummary(TypedDict):
     offered_per_s: float
     answered_per_s: float
     errors: dict[str, int]
+    rejected: int
     late: int
     dropped: int
     latency_ms: JsonObject
@@ -109,6 +110,7 @@ def _summarize(runs: Sequence[RunRecords], stage: Stage, start: float) -> StageS
         "errors": {
             name: count for code, name in records.ERROR_NAMES.items() if (count := int(np.sum(rows["error"] == code)))
         },
+        "rejected": int(np.sum(rows["status"] == summary.REJECTED)),
         "late": int(np.sum(late)),
         "dropped": int(np.sum(rows["error"] == records.DROPPED)),
         "latency_ms": summary.latency_summary(latencies),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from inferctl.bench.judge import interference
+from inferctl.bench.judge import interference, summary
 from inferctl.bench.measure import concurrency, throughput
 from inferctl.bench.receipt import JsonObject
 from inferctl.bench.report import ranking, search_findings
@@ -213,11 +213,15 @@ def _burst(row: MeasuredRow) -> str | None:
     runs = f"{len(row.runs)} repeats" if len(row.runs) > 1 else "1 repeat"
     overlap = _ends(before[key])[0] <= _ends(during[key])[1] and _ends(during[key])[0] <= _ends(before[key])[1]
     unclear = ", no clear difference" if overlap else ""
-    failed = sum(peak["errors"].values())
-    failures = f", {failed} of {peak['requests']} requests failed" if failed else ""
+    counts = {
+        "failed": sum(summary.failures(peak).values()),
+        "were rejected (429)": peak.get("rejected", 0),
+        "were dropped": peak["dropped"],
+    }
+    lost = "".join(f", {count} of {peak['requests']} requests {what}" for what, count in counts.items() if count)
     return (
         f"{row.configuration} at {times}: {key} {_milliseconds(before[key])} before, "
-        f"{_milliseconds(during[key])} in {peak['name']} ({runs}){unclear}{failures}{_recovery(row.recovery)}."
+        f"{_milliseconds(during[key])} in {peak['name']} ({runs}){unclear}{lost}{_recovery(row.recovery)}."
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inferctl import assets, outputs
+from inferctl.bench.judge import compare, verdict
 from inferctl.bench.receipt import Receipt
 from inferctl.bench.report import charts, terminal
 from inferctl.bench.report.caveats import Caveat
@@ -105,8 +106,9 @@ def limitations(result: Result, receipts: Sequence[Receipt]) -> list[Caveat]:
     notes.append(
         Caveat(
             "setup",
-            f"{runs}. {which} are within runs, and widened for autocorrelation. They do not contain the difference "
-            "between runs. `inferctl compare` compares runs; it needs at least five.",
+            f"{runs}. {which} are within runs, and widened for autocorrelation. With three or more runs, the "
+            "intervals of latencies include the difference between runs where it is detected. `inferctl compare` needs "
+            f"at least {verdict.MIN_RUNS} repeats; {compare.RECOMMENDED_REPEATS} are recommended.",
         )
     )
     return notes
