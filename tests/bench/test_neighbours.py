@@ -148,6 +148,12 @@ def test_servers_are_spread_over_the_slices_that_there_are() -> None:
     assert neighbors.command_on_device(["serve"], [], 1) == ["serve"]
 
 
+def test_the_neighbors_send_the_inputs_of_the_plan() -> None:
+    busy = neighbors.background(Load(mode="open", rate=50, inputs="zipf", zipf_s=1.2, zipf_share=0.5))
+    assert (busy.inputs, busy.zipf_s, busy.zipf_share) == ("zipf", 1.2, 0.5)
+    assert neighbors.background(Load(inputs="as-is")).inputs == "as-is"
+
+
 def test_the_background_outlasts_the_run_and_is_a_closed_loop() -> None:
     load = Load(mode="open", rate=50, users=3, duration_s=20, warmup_s=10, timeout_s=5)
     busy = neighbors.background(load)

@@ -193,6 +193,9 @@ def background(load: Load) -> Load:
             "warmup_s": 0,
             "timeout_s": load.timeout_s,
             "inputs_per_request": load.inputs_per_request,
+            "inputs": load.inputs,
+            "zipf_s": load.zipf_s,
+            "zipf_share": load.zipf_share,
         }
     )
 

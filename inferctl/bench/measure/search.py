@@ -293,6 +293,6 @@ def wait_until_idle(request: Callable[[], object], timeout_s: float, idle_s: flo
 
 def _by_kind(errors: Mapping[str, int], parts: Sequence[summary.RunRecords]) -> dict[str, int]:
     """Return errors by kind, with 429 separate from other HTTP statuses: the server rejected the request."""
-    rejected = sum(int(np.sum(part.measured["status"] == 429)) for part in parts)
+    rejected = sum(int(np.sum(part.measured["status"] == summary.REJECTED)) for part in parts)
     rest = {**errors, "HTTP status": errors.get("HTTP status", 0) - rejected, "429": rejected}
     return {name: count for name, count in rest.items() if count > 0}
