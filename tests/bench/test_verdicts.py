@@ -9,7 +9,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from bench_samples import FIELDS, SECOND, document, row, sealed, steady, table
 from inferctl.bench import privacy, receipt
 from inferctl.bench.judge import slo, summary, validity
 from inferctl.bench.load.records import TIMEOUT, WARMUP
-from inferctl.bench.measure import environment, quality, runner
+from inferctl.bench.measure import environment, quality, runner, throughput
 from inferctl.bench.measure.outcome import WorkloadRecord
 from inferctl.bench.plan import plan
 from inferctl.bench.report import caveats, findings, receipts, result, rows
@@ -116,6 +117,15 @@ def test_an_overloaded_server_is_the_first_finding_of_a_closed_loop(tmp_path: Pa
     assert "Lower the load, or remove `slo`" in found[0]
     assert sum("rejected" in text for text in found) == 1
     assert not any("Lower the load" in text for text in findings.describe(rows_of(tmp_path, old), "open"))
+
+
+def test_a_closed_loop_that_rejects_most_requests_shows_no_capacity(tmp_path: Path) -> None:
+    server = SimpleNamespace(measure=lambda *_: SimpleNamespace(records=rejecting(1)))
+    server.labeled = lambda _: server
+    load = plan.Load.model_validate({"mode": "open", "rate": "50%", "users": 4})
+    with pytest.raises(InferctlError, match="rejected 100% of a closed loop with 4 users") as caught:
+        throughput.measure(cast(Any, server), load, "short", 1, plan.Run("a", 0), tmp_path, None)
+    assert "remove `slo`" in (caught.value.hint or "")
 
 
 def test_the_share_of_other_processes_is_that_of_the_busiest_run() -> None:
