@@ -21,6 +21,7 @@ from load import requests, run_closed
 KEY = "a-key-of-this-run"
 PLAN = """\
 name: foreign
+configurations: [{{name: any, precision: auto}}]
 load: {{mode: closed, users: {users}, duration_s: {seconds}, warmup_s: 4, inputs: as-is}}
 corpus: mixed
 repeats: 1
