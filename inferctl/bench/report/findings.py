@@ -216,7 +216,7 @@ def _burst(row: MeasuredRow) -> str | None:
     counts = {
         "failed": sum(summary.failures(peak).values()),
         "were rejected (429)": peak.get("rejected", 0),
-        "were dropped": peak["dropped"],
+        "were dropped": peak["errors"].get("dropped", 0),
     }
     lost = "".join(f", {count} of {peak['requests']} requests {what}" for what, count in counts.items() if count)
     return (
