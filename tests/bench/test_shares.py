@@ -80,7 +80,7 @@ def test_a_failure_that_does_not_decide_is_a_warning_with_its_share_and_the_budg
         (),
         (
             "1 of 423 requests failed (timeout: 1): 0.24%, the error budget is 0.1%; "
-            "the sample is too small to show whether the true share is over it",
+            "the sample is too small to show whether the true share is over it: use a longer `--duration`",
         ),
     )
     all_failed = validity.judge_failures({"requests": 6119, "errors": {"timeout": 6119}, "rejected": 0}, 0.1)
