@@ -80,8 +80,6 @@ def judge(
         of_server.append(f"{dropped} of {summary['requests']} requests were dropped: too many were in flight")
     if summary.get("rejected"):
         cautions.append(_rejections(summary))
-    if state.get("unfinished"):
-        of_server.append(f"{state['unfinished']} requests got no response")
     if late:
         cautions.append(
             f"the load generator sent {summary['late']} of {sent} requests over 1 ms late "
