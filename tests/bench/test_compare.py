@@ -326,6 +326,17 @@ def test_other_precisions_and_hardware_are_compared_when_that_is_said_and_noted(
     ]
 
 
+def test_the_warnings_of_both_receipts_are_notes_of_the_comparison(tmp_path: Path) -> None:
+    old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
+    assert verdict(old, new)["configurations"][0]["notes"] == []
+    old = changed(old, lambda data: data["validity"].update(cautions=["a warning", "another one"]))
+    new = changed(new, lambda data: data["validity"].update(cautions=["a third one"]))
+    result = compared(old, new)
+    notes = ["old: a warning", "old: another one", "new: a third one"]
+    assert result.as_dict()["configurations"][0]["notes"] == notes
+    assert all(note in comparison.plain(result) for note in notes)
+
+
 @pytest.mark.parametrize(
     ("change", "outcome", "reason"),
     [

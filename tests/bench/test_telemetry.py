@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from inferctl import catalog
 from inferctl.bench.judge import efficiency
 from inferctl.bench.measure import nvml, sensors, telemetry
 from inferctl.bench.measure.nvml import GpuDevice, GpuProcess, GpuSample
@@ -305,7 +306,6 @@ def test_energy_and_money_per_request_and_per_text() -> None:
     assert found["cpu_seconds_per_1000_requests"] == 15
     cheapest = found["cost"][0]
     assert cheapest["usd_per_million_texts"] == pytest.approx(cheapest["usd_per_hour"] / 3600 / 400 * 1e6, rel=1e-3)
-    assert [one["usd_per_hour"] for one in found["cost"]] == sorted(one["usd_per_hour"] for one in found["cost"])
     assert all(one["source"] and one["date"] for one in found["cost"])
     assert found["unknown"] == {}
 
@@ -330,6 +330,26 @@ def test_what_is_not_known_is_not_made_up(
     assert why.items() <= found["unknown"].items()
     assert (found["joules_per_million_texts"] is None) == ("joules" in why)
     assert (found["cost"] == []) == ("cost" in found["unknown"])
+
+
+def test_the_power_of_several_gpus_is_known_only_if_the_server_was_seen_on_them() -> None:
+    """The process ids that NVML returns may be those of another namespace: a server is then seen on no GPU."""
+    unseen, seen = (telemetry.of_gpu(T4, recorded(), pids, ()) for pids in (set[int](), {10}))
+    assert unseen
+    assert seen
+    one, two = Telemetry(gpus=(unseen,)).as_dict(), Telemetry(gpus=(unseen, unseen)).as_dict()
+    assert spent(RATES, [one], [], "t4")["watts"] == 60
+    found = spent(RATES, [two], [], "t4")
+    assert (found["watts"], found["unknown"]["joules"]) == (None, "it is unknown which GPU the server used")
+    assert spent(RATES, [Telemetry(gpus=(seen, seen)).as_dict()], [], "t4")["watts"] == 120
+
+
+def test_the_lowest_price_comes_first_in_whatever_order_the_catalog_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    profiles = catalog.hardware_profiles()
+    (price,) = profiles["t4"].prices
+    prices = [dataclasses.replace(price, usd_per_hour=dollars) for dollars in (0.9, 0.4, 1.2)]
+    monkeypatch.setitem(profiles, "t4", dataclasses.replace(profiles["t4"], prices=tuple(prices)))
+    assert [one["usd_per_hour"] for one in spent(RATES, [document()], [], "t4")["cost"]] == [0.4, 0.9, 1.2]
 
 
 def test_cpu_seconds_and_requests_are_those_of_the_same_runs() -> None:

@@ -430,6 +430,28 @@ def test_an_open_loop_compares_p99(tmp_path: Path) -> None:
     assert findings.describe(rows, "open")[0].startswith("bf16 wins: 50% of the p99 of fp32 (50% to 50%, 5 repeats)")
 
 
+@pytest.mark.parametrize(
+    ("changes", "mode", "metric"),
+    [
+        (None, "open", "p99"),
+        (None, "closed", "requests/s"),
+        ({"rate": 50}, "closed", "p99"),
+        ({"users": 4}, "open", "requests/s"),
+        ({"mode": "open", "users": 4}, "closed", "p99"),
+        ({"duration_s": 5}, "open", "p99"),
+    ],
+)
+def test_a_configuration_with_a_load_of_its_own_is_compared_by_the_mode_of_that_load(
+    tmp_path: Path, changes: dict[str, Any] | None, mode: str, metric: str
+) -> None:
+    rows = [
+        dataclasses.replace(row, workload=("short", changes))
+        for row in rows_of(tmp_path, document("fp32", 100, 20), document("bf16", 200, 10))
+    ]
+    ratio = "50% of the p99" if metric == "p99" else "2.00x the requests/s"
+    assert findings.describe(rows, mode)[0].startswith(f"bf16 is fastest in this run: {ratio} of fp32")
+
+
 def lognormal(name: str, median: float, sigma: float, responses: int, random: Any, repeats: int = 5) -> MeasuredRow:
     """Return the row of an open loop of 20 requests/s with log-normal latencies; runs differ by 1%."""
     runs = [median * random.lognormal(0, sigma, responses) * math.exp(random.normal(0, 0.01)) for _ in range(repeats)]
