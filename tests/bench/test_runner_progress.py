@@ -86,12 +86,26 @@ def test_the_rate_counts_good_responses_only(monkeypatch: pytest.MonkeyPatch, tm
     processes = SimpleNamespace(running=lambda: next(running), wait=lambda _: None)
     now_ms = generator.time.monotonic_ns() / 1e6
     for error, rate in ((records.OK, 100), (records.HTTP_ERROR, 0)):
-        rows = table(*(row(now_ms - 1000 + 10 * i, 5, error=error) for i in range(100)))
+        rows = table(*(row(now_ms - 2000 + 10 * i, 5, error=error) for i in range(200)))
         running = iter((True, False))
         tail = SimpleNamespace(read_new=lambda rows=rows: rows)
         monkeypatch.setattr(generator.records, "files", lambda _: [Path("requests-0.bin")])
         monkeypatch.setattr(generator.records, "Tail", lambda _, tail=tail: tail)
         generator._follow(processes, plan.Load(mode="closed"), tmp_path, seen.append, lambda: None)
-        assert seen[-1].rate == pytest.approx(rate)
+        assert seen[-1].rate == pytest.approx(rate, rel=0.05)
     failed = bench_progress.line(Progress("a", 1, 1, "measure", live=seen[-1]))
     assert failed == "[1/1] a \u00b7 measure \u00b7 0 req/s"
+
+
+@pytest.mark.parametrize("count", [0, 1, 8])
+def test_a_warm_up_has_no_rate_in_the_first_second_of_responses(count: int) -> None:
+    """The first batch ends at almost one time, from which no rate follows."""
+    now_ns, ends = 10**12, generator._Ends()
+    if count:
+        ends.add(table(*(row(now_ns / 1e6 - 500, 100 + 0.1 * i) for i in range(count))))
+    live = generator._progress([], ends, {"phase": "warm-up"}, plan.Load(mode="closed"), now_ns)
+    assert bench_progress.line(Progress("a", 1, 1, "warm-up", live=live)) == "[1/1] a \u00b7 warm-up"
+    later = generator._progress([], ends, {"phase": "warm-up"}, plan.Load(mode="closed"), now_ns + 10**9)
+    assert later.rate == (pytest.approx(count / 1.4) if count else None)
+    stalled = generator._progress([], ends, {"phase": "warm-up"}, plan.Load(mode="closed"), now_ns + 10**10)
+    assert stalled.rate == (0 if count else None)

@@ -32,7 +32,8 @@ class LoadProgress:
     """Figures of a running load.
 
     `phase` is warm-up, measure or drain. `rate` is the good responses per second since the start of the measured
-    window, as in the result; in the warm-up that of the last 5 s. None in the first second and after the window.
+    window, as in the result; in the warm-up that of the last 5 s, since the first response. None in the first second of
+    each, and after the window.
     Latencies (ms) are those of the good responses of the last 5 s. `left_s` is the remaining time in seconds.
     `rejected_percent` is the share of the responses of the window that are 429.
     """
@@ -174,6 +175,10 @@ class _Ends:
         self._good.append(rows["end_ns"][rows["error"] == records.OK])
         self._rejected.append(rows["end_ns"][rows["status"] == _REJECTED])
 
+    def first(self, default_ns: int) -> int:
+        """Return the time of the first response, good or not; `default_ns` without one."""
+        return min((int(part.min()) for part in self._all), default=default_ns)
+
     def good(self, start_ns: int, end_ns: int) -> int:
         """Return the number of good responses in a window."""
         return _count(self._good, start_ns, end_ns)
@@ -191,12 +196,12 @@ def _progress(
     recent: list[tuple[int, float]], received: _Ends, state: LoadState, load: Load, now_ns: int
 ) -> LoadProgress:
     phase = str(state.get("phase", "warm-up"))
-    ends = [end for end, _ in recent]
-    start_ns, end_ns = int(state.get("measure_start_ns", 0)), min(now_ns, int(state.get("measure_end_ns", now_ns)))
-    rate: float | None = None
     if phase == "warm-up":
-        rate = (len(ends) - 1) / (max(ends) - min(ends)) * 1e9 if len(ends) > 1 and max(ends) > min(ends) else 0.0
-    elif phase == "measure" and end_ns - start_ns >= 1_000_000_000:
+        start_ns, end_ns = max(received.first(now_ns), now_ns - 5_000_000_000), now_ns
+    else:
+        start_ns, end_ns = int(state.get("measure_start_ns", 0)), min(now_ns, int(state.get("measure_end_ns", now_ns)))
+    rate: float | None = None
+    if phase in ("warm-up", "measure") and end_ns - start_ns >= 1_000_000_000:
         rate = received.good(start_ns, end_ns) / (end_ns - start_ns) * 1e9
     rejected = received.rejected_percent(start_ns, end_ns) if rate is not None else 0.0
     latencies = np.sort([latency for _, latency in recent])
