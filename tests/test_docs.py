@@ -40,7 +40,7 @@ def test_links_between_pages_are_valid(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_python_files_a_page_names_exist(page: Path) -> None:
-    """A page may shorten a path to its last parts: `serve/batcher.py` for `inferctl/serve/batcher.py`."""
+    """A page may shorten a path to its last parts: `serve/server.py` for `inferctl/serve/server.py`."""
     files = [f"/{file.relative_to(ROOT).as_posix()}" for top in SOURCES for file in (ROOT / top).rglob("*.py")]
     for name in re.findall(r"[\w./-]*\w\.py\b", page.read_text(encoding="utf-8")):
         assert any(file.endswith(f"/{name}") for file in files), f"{page.name} names {name}, which does not exist"

@@ -34,7 +34,7 @@ ALLOWED = {
     "image": FACTS | {"hub", "render", "locks", "fit", "sizes"},
     "serve": FACTS | {"hub"},
     # The estimator runs the server's batcher, which imports neither HTTP nor torch, on a virtual clock.
-    "estimate": FACTS | {"fit", "sizes", "serve.batcher", "serve.latency_model"},
+    "estimate": FACTS | {"fit", "sizes", "serve.scheduling.batcher", "serve.scheduling.latency_model"},
     "bench": FACTS | {"estimate"},
     "deploy": {"errors", "catalog", "spec", "bench.report.capacity"},
 }

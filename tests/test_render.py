@@ -245,7 +245,7 @@ def test_the_tag_depends_on_the_server_code(monkeypatch: pytest.MonkeyPatch, tmp
     before, files = tag(), render.server_files()
     changed = tmp_path / "batcher.py"
     changed.write_text("# another batcher\n")
-    name = next(name for name in files if name.endswith("serve/batcher.py"))
+    name = next(name for name in files if name.endswith("serve/scheduling/batcher.py"))
     monkeypatch.setattr(render, "server_files", lambda: {**files, name: changed})
     assert tag() != before
 

@@ -23,7 +23,7 @@ Embed = Callable[[list[str]], Any]
 
 def inferctl(precision: str, model: str) -> Embed:
     from inferctl.serve import embedding_config
-    from inferctl.serve.engine_protocol import Batch, EngineConfig
+    from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
     from inferctl.serve.engines.encoder import EncoderEngine
     from inferctl.serve.tokenizer_pool import TokenizerPool
 

@@ -217,7 +217,7 @@ def _measured_row(file: Path, work: Scenario, question: Question) -> dict[str, A
 
     from inferctl.estimate import document
     from inferctl.estimate.cost import Cost
-    from inferctl.serve.latency_model import Capacity
+    from inferctl.serve.scheduling.latency_model import Capacity
 
     measured = Capacity.read(file)
     as_measured = replace(

@@ -23,7 +23,7 @@ from inferctl.estimate.cost import BERT_LARGE, Cost, Transformer
 from inferctl.estimate.search import REQUESTS, SimulatedServer
 from inferctl.estimate.simulate import UNBOUNDED, SimulationResult
 from inferctl.precision import best_precision
-from inferctl.serve.batcher import QueueLimits
+from inferctl.serve.scheduling.batcher import QueueLimits
 from inferctl.sizes import size
 
 # The engines: `inferctl serve` runs torch, the published rows ran TensorRT.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from inferctl.estimate.cost import Cost
 from inferctl.estimate.simulate import Simulation, SimulationResult
-from inferctl.serve.batcher import QueueLimits
+from inferctl.serve.scheduling.batcher import QueueLimits
 
 # With this many requests, the error of the p99 is about 3%. The first tenth is a warm-up and is not counted.
 REQUESTS = 20_000

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from inferctl.estimate.cost import Cost
-from inferctl.serve.batcher import AdmissionError, Batcher, QueuedSequence, QueueLimits
+from inferctl.serve.scheduling.batcher import AdmissionError, Batcher, QueuedSequence, QueueLimits
 
 # The queue limit of a server must not limit its estimated throughput.
 UNBOUNDED = 1 << 60

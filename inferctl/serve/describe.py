@@ -8,9 +8,9 @@ from typing import Any
 
 import inferctl
 from inferctl.model import ModelFolder
-from inferctl.serve.app import RequestLimits
 from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.engine_protocol import EngineInfo
+from inferctl.serve.embeddings.app import RequestLimits
+from inferctl.serve.engine_process.engine_protocol import EngineInfo
 from inferctl.spec import Spec
 
 

@@ -17,14 +17,15 @@ import inferctl
 from inferctl import hub, outputs
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
 from inferctl.model import ModelFolder
-from inferctl.serve import app as http_app
-from inferctl.serve import describe, embedding_config, logs, web
-from inferctl.serve.batcher import Batcher, QueueLimits
-from inferctl.serve.dispatcher import Dispatcher
-from inferctl.serve.engine_protocol import EngineConfig, EngineInfo
-from inferctl.serve.latency_model import Capacity, LatencyModel
+from inferctl.serve import describe, embedding_config, logs
+from inferctl.serve.edge import listener as web
+from inferctl.serve.embeddings import app as http_app
+from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
+from inferctl.serve.engine_process.supervisor import Supervisor
 from inferctl.serve.metrics import Metrics
-from inferctl.serve.supervisor import Supervisor
+from inferctl.serve.scheduling.batcher import Batcher, QueueLimits
+from inferctl.serve.scheduling.dispatcher import Dispatcher
+from inferctl.serve.scheduling.latency_model import Capacity, LatencyModel
 from inferctl.serve.tokenizer_pool import TokenizerPool
 from inferctl.spec import Spec
 

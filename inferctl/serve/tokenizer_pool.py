@@ -21,8 +21,8 @@ from tokenizers import Encoding, Tokenizer
 
 from inferctl.errors import UsageError
 from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.engine_protocol import Tokens
-from inferctl.serve.http import ApiError
+from inferctl.serve.embeddings.schemas import ApiError
+from inferctl.serve.engine_process.engine_protocol import Tokens
 from inferctl.serve.words import Row, Words, without_panic
 
 # Requests up to this many characters are tokenized together, because a switch to another thread takes as long as

@@ -18,7 +18,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import BertProcessing, RobertaProcessing, TemplateProcessing
 
-from inferctl.serve.engine_protocol import Tokens
+from inferctl.serve.engine_process.engine_protocol import Tokens
 
 # About 12 MB for English words, and at most 65 MB. A full cache is emptied; frequent words are soon cached again.
 _MAX_WORDS = 65_536

@@ -19,7 +19,7 @@ from inferctl import cli
 from inferctl.bench import receipt
 from inferctl.bench.report import capacity
 from inferctl.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
-from inferctl.serve.latency_model import Capacity
+from inferctl.serve.scheduling.latency_model import Capacity
 
 FOUND = {"slo_p99_ms": 100.0, "max_goodput_rps": 84.0, "first_failing_rps": 88.0, "limited_by": "p99"}
 

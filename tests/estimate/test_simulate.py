@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from inferctl.estimate.cost import Cost
 from inferctl.estimate.search import SimulatedServer
 from inferctl.estimate.simulate import UNBOUNDED, Simulation
-from inferctl.serve import batcher
-from inferctl.serve.batcher import QueueLimits
+from inferctl.serve.scheduling import batcher
+from inferctl.serve.scheduling.batcher import QueueLimits
 
 LIMITS = QueueLimits(16_384, UNBOUNDED)
 COST = Cost(1.0, 0.01)  # a batch with one text of 100 tokens takes 2 s

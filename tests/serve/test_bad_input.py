@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from inferctl.serve import http
+from inferctl.serve.embeddings import schemas as http
 from tests.serve.conftest import Running, start, stop, until
 
 # Without the token ids for which the echo engine injects a fault.

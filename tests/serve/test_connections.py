@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from inferctl.serve import protocol
+from inferctl.serve.edge import connection as protocol
 
 LIMIT = 1 << 20
 OK = b"POST /a HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\nabc"

@@ -13,12 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferctl.serve.batcher import AdmissionError, Batcher, QueueLimits
-from inferctl.serve.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError
-from inferctl.serve.engine_protocol import Batch, BatchResult, DeviceInfo, EngineInfo, PrecisionInfo, Tokens
-from inferctl.serve.engine_queue import EngineQueue
-from inferctl.serve.latency_model import Capacity, LatencyModel
+from inferctl.serve.engine_process.engine_protocol import (
+    Batch,
+    BatchResult,
+    DeviceInfo,
+    EngineInfo,
+    PrecisionInfo,
+    Tokens,
+)
 from inferctl.serve.metrics import Metrics
+from inferctl.serve.scheduling.batcher import AdmissionError, Batcher, QueueLimits
+from inferctl.serve.scheduling.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError
+from inferctl.serve.scheduling.engine_queue import EngineQueue
+from inferctl.serve.scheduling.latency_model import Capacity, LatencyModel
 
 INFO = EngineInfo(
     1, "none", "", PrecisionInfo("fp32", "fp32", "native", ""), DeviceInfo("cpu", "virtual", None, 0), batch_tokens=8

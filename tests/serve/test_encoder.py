@@ -17,7 +17,7 @@ import pytest
 
 from inferctl.errors import NotReadyError, UsageError
 from inferctl.serve import embedding_config
-from inferctl.serve.engine_protocol import Batch, EngineConfig, Tokens, Vectors
+from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Tokens, Vectors
 from tests.serve import tiny_models
 
 EXACT = {
@@ -244,7 +244,7 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (7, 
     import torch
 
     from inferctl import precision
-    from inferctl.serve.engine_protocol import DeviceInfo
+    from inferctl.serve.engine_process.engine_protocol import DeviceInfo
     from inferctl.serve.engines import device
 
     info = DeviceInfo("cuda", "stand-in", "{}.{}".format(*capability), 16 << 30)
@@ -443,8 +443,8 @@ def test_tf32_is_reported_if_fp32_uses_it(
 _REGISTERED = """
 import importlib, sys
 if sys.argv[1] == "engine":
-    from inferctl.serve.engine_protocol import EngineConfig
-    from inferctl.serve.worker import make_engine
+    from inferctl.serve.engine_process.engine_protocol import EngineConfig
+    from inferctl.serve.engine_process.worker import make_engine
     make_engine(EngineConfig(model=sys.argv[2], device="cpu"))
 else:
     from inferctl.serve.reference import reference

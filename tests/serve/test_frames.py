@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferctl.serve import frames
-from inferctl.serve.engine_protocol import Batch, BatchResult
-from inferctl.serve.frames import Kind
+from inferctl.serve.engine_process import frames
+from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult
+from inferctl.serve.engine_process.frames import Kind
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=30)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from inferctl.errors import UsageError
 from inferctl.serve import describe
-from inferctl.serve.latency_model import Capacity, LatencyModel
+from inferctl.serve.scheduling.latency_model import Capacity, LatencyModel
 
 REJECTS = "admission  rejects requests (429) whose predicted latency exceeds"
 

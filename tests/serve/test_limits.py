@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from inferctl.serve.http import ApiError
-from inferctl.serve.limits import InFlightLimits
+from inferctl.serve.edge.limits import InFlightLimits
+from inferctl.serve.embeddings.schemas import ApiError
 
 
 def test_requests_are_limited_and_rejected_ones_do_not_count() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from inferctl.errors import EXIT_INTERRUPTED
-from inferctl.serve.engine_protocol import Batch, EngineConfig
+from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
 from inferctl.serve.engines.echo import (
     CORRUPTING_TOKEN,
     CRASHING_TOKEN,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from inferctl.serve import embedding_config, tokenizer_pool
-from inferctl.serve.http import ApiError
+from inferctl.serve.embeddings.schemas import ApiError
 from inferctl.serve.tokenizer_pool import TokenizerPool, TooLongError
 
 LIMIT = 16

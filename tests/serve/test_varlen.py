@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402  # torch may be missing
 
-from inferctl.serve.engine_protocol import EngineConfig  # noqa: E402
+from inferctl.serve.engine_process.engine_protocol import EngineConfig  # noqa: E402
 from inferctl.serve.engines import packed  # noqa: E402
 
 LENGTHS = [7, 5, 5, 1]

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferctl.serve import http
-from inferctl.serve.http import ApiError
+from inferctl.serve.embeddings import schemas as http
+from inferctl.serve.embeddings.schemas import ApiError
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

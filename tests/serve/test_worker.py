@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inferctl.serve import frames, memory, worker
-from inferctl.serve.engine_protocol import Batch, BatchResult, EngineInfo
-from inferctl.serve.frames import Kind
+from inferctl.serve.engine_process import frames, memory, worker
+from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, EngineInfo
+from inferctl.serve.engine_process.frames import Kind
 
 
 class Sleeping:

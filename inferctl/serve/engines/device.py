@@ -13,8 +13,8 @@ import torch
 
 from inferctl import catalog, precision
 from inferctl.errors import NotReadyError, UsageError, shown
-from inferctl.serve import memory
-from inferctl.serve.engine_protocol import DeviceInfo, PrecisionInfo
+from inferctl.serve.engine_process import memory
+from inferctl.serve.engine_process.engine_protocol import DeviceInfo, PrecisionInfo
 from inferctl.serve.engines import int8
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from inferctl.serve.engine_protocol import (
+from inferctl.serve.engine_process.engine_protocol import (
     Batch,
     BatchResult,
     DeviceInfo,

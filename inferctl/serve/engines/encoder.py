@@ -19,8 +19,9 @@ import transformers
 
 from inferctl import model
 from inferctl.errors import InferctlError, NotReadyError
-from inferctl.serve import embedding_config, memory
-from inferctl.serve.engine_protocol import (
+from inferctl.serve import embedding_config
+from inferctl.serve.engine_process import memory
+from inferctl.serve.engine_process.engine_protocol import (
     Batch,
     BatchResult,
     EngineConfig,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from inferctl.serve.embedding_config import EmbeddingConfig, Pooling
-from inferctl.serve.engine_protocol import Tokens, Vectors
+from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:

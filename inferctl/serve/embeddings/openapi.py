@@ -9,7 +9,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 import inferctl
-from inferctl.serve.http import EmbeddingRequest, EmbeddingResponse, ErrorResponse
+from inferctl.serve.embeddings.schemas import EmbeddingRequest, EmbeddingResponse, ErrorResponse
 
 _ERRORS = {
     "400": "The request is invalid. The message names the field.",

@@ -14,7 +14,7 @@ import httptools
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from inferctl.serve.http import ApiError
+from inferctl.serve.embeddings.schemas import ApiError
 
 # Above this many connections a new one gets a 429 and is closed, also for probes. The limit on requests in flight is
 # far lower.

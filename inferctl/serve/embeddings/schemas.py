@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from inferctl.serve.engine_protocol import Vectors
+from inferctl.serve.engine_process.engine_protocol import Vectors
 
 _MAX_TOKEN_ID = 2**31 - 1
 _MAX_MESSAGE_LENGTH = 1000

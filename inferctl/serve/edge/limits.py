@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from inferctl.serve.http import ApiError
+from inferctl.serve.embeddings.schemas import ApiError
 
 
 @dataclass

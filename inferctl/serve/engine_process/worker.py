@@ -1,6 +1,6 @@
 """The engine process: reads batches from a socket, runs them and writes results. Only this process imports torch.
 
-    python -m inferctl.serve.worker FD
+    python -m inferctl.serve.engine_process.worker FD
 
 FD is an inherited stream socket that carries `frames`. The process ends when the API process closes it or ends. If the
 engine cannot start, it exits with the exit code of the error.
@@ -19,9 +19,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from inferctl.errors import InferctlError
-from inferctl.serve import frames, logs, memory
-from inferctl.serve.engine_protocol import Batch, Engine, EngineConfig
-from inferctl.serve.frames import Kind
+from inferctl.serve import logs
+from inferctl.serve.engine_process import frames, memory
+from inferctl.serve.engine_process.engine_protocol import Batch, Engine, EngineConfig
+from inferctl.serve.engine_process.frames import Kind
 
 log = logging.getLogger("inferctl.engine")
 

@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from starlette.types import Receive, Scope, Send
 
-from inferctl.serve import http, protocol
-from inferctl.serve.batcher import AdmissionError
-from inferctl.serve.dispatcher import EngineFailedError, EngineUnavailableError, RequestResult
-from inferctl.serve.engine_protocol import Tokens, Vectors
-from inferctl.serve.http import ApiError
-from inferctl.serve.limits import at_capacity
+from inferctl.serve.edge import connection as protocol
+from inferctl.serve.edge.connection import Exchange
+from inferctl.serve.edge.limits import at_capacity
+from inferctl.serve.embeddings import schemas as http
+from inferctl.serve.embeddings.schemas import ApiError
+from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.metrics import PHASES
-from inferctl.serve.protocol import Exchange
+from inferctl.serve.scheduling.batcher import AdmissionError
+from inferctl.serve.scheduling.dispatcher import EngineFailedError, EngineUnavailableError, RequestResult
 from inferctl.serve.tokenizer_pool import TooLongError
 
 if TYPE_CHECKING:
-    from inferctl.serve.app import State
+    from inferctl.serve.embeddings.app import State
 
 log = logging.getLogger("inferctl.request")
 

@@ -19,9 +19,9 @@ from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 from inferctl.errors import InferctlError
-from inferctl.serve import frames
-from inferctl.serve.engine_protocol import Batch, BatchResult, EngineConfig, EngineInfo
-from inferctl.serve.frames import Kind
+from inferctl.serve.engine_process import frames
+from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, EngineConfig, EngineInfo
+from inferctl.serve.engine_process.frames import Kind
 
 log = logging.getLogger("inferctl.supervisor")
 
@@ -167,7 +167,7 @@ class Supervisor:
         return await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "inferctl.serve.worker",
+            "inferctl.serve.engine_process.worker",
             str(child_socket.fileno()),
             pass_fds=(child_socket.fileno(),),
             env=_ENVIRONMENT | os.environ,

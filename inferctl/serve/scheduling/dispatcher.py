@@ -20,11 +20,11 @@ from itertools import count, groupby
 
 import numpy as np
 
-from inferctl.serve import memory
-from inferctl.serve.batcher import Batcher
-from inferctl.serve.engine_protocol import Batch, BatchResult, Tokens, Vectors
-from inferctl.serve.engine_queue import BatchAttempt, EngineQueue
+from inferctl.serve.engine_process import memory
+from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, Tokens, Vectors
 from inferctl.serve.metrics import Metrics
+from inferctl.serve.scheduling.batcher import Batcher
+from inferctl.serve.scheduling.engine_queue import BatchAttempt, EngineQueue
 
 log = logging.getLogger("inferctl.dispatcher")
 

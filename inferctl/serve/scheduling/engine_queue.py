@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from inferctl.serve.batcher import QueuedSequence
-from inferctl.serve.engine_protocol import Batch, BatchResult, EngineInfo
+from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, EngineInfo
+from inferctl.serve.scheduling.batcher import QueuedSequence
 
 if TYPE_CHECKING:
-    from inferctl.serve.dispatcher import Dispatcher
+    from inferctl.serve.scheduling.dispatcher import Dispatcher
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from inferctl.serve import openapi
-from inferctl.serve.dispatcher import Dispatcher
-from inferctl.serve.endpoint import EmbeddingsEndpoint
-from inferctl.serve.http import ApiError
-from inferctl.serve.limits import InFlightLimits
+from inferctl.serve.edge.limits import InFlightLimits
+from inferctl.serve.embeddings import openapi
+from inferctl.serve.embeddings.endpoint import EmbeddingsEndpoint
+from inferctl.serve.embeddings.schemas import ApiError
 from inferctl.serve.metrics import CONTENT_TYPE, Metrics
+from inferctl.serve.scheduling.dispatcher import Dispatcher
 from inferctl.serve.tokenizer_pool import TokenizerPool
 
 Phase = Literal["starting", "ready", "restarting", "draining"]

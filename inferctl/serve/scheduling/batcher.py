@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from inferctl.serve.latency_model import LatencyModel
+from inferctl.serve.scheduling.latency_model import LatencyModel
 
 # A request completes with its last batch, and later requests fill that batch too. So predictions are multiplied by a
 # safety factor, which converges where nine of ten responses are in time: a late one raises it, others lower it.

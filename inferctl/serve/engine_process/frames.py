@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from inferctl.serve.engine_protocol import Batch, BatchResult
+from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult
 
 _HEAD = struct.Struct("<IB")
 _BATCH = struct.Struct("<QII")  # id, number of sequences, exact

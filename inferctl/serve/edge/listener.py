@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 
 from inferctl.errors import NotReadyError
-from inferctl.serve import protocol
+from inferctl.serve.edge import connection as protocol
 
 _IDLE_TIMEOUT_S = 75  # longer than common load balancers keep an idle connection
 
