@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check golden docs locks model wheel bench-peers image-check gpu-check clean
+.PHONY: help demo test nightly check golden docs locks model wheel bench-peers image-check gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,6 +17,9 @@ demo: $(VENV)/.demo model  ## benchmark a real model in fp16, bf16 and int8 and 
 
 test: check model  ## run lint, type checks and all tests that this machine supports; list skipped tests
 	$(PYTEST)
+
+nightly: $(VENV)/.dev model  ## run the tests that take minutes: measurements and searches with many examples
+	$(PYTEST) -m slow_measurement
 
 check: $(VENV)/.dev  ## run lint, format and type checks
 	$(BIN)/ruff check .

@@ -28,9 +28,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Run tests that use the Docker Engine in one worker: BuildKit merges equal steps of concurrent builds."""
+    """Run tests that use the Docker Engine in one worker: BuildKit merges equal steps of concurrent builds.
+
+    Skip slow measurements unless `-m` names their marker.
+    """
     if item.get_closest_marker("docker"):
         item.add_marker(pytest.mark.xdist_group("docker"))
+    if item.get_closest_marker("slow_measurement") and "slow_measurement" not in item.config.option.markexpr:
+        item.add_marker(pytest.mark.skip(reason="takes minutes; `make nightly` runs it"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import hypothesis
@@ -20,6 +21,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.serve import tiny_models
 
 START_SECONDS = 120
+TEXTS = [
+    "Which river flows through Vienna?",
+    "The Danube\nflows through Vienna.",
+    "int main(void) { return 0; }",
+    "ok",
+    "naïve café, 北京, 🚀 " * 30,
+    "a long text that will be truncated " * 100,
+]
 # Other load on the machine must not fail a test, so none has a deadline.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
@@ -92,6 +101,24 @@ def echo(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
     server = start(tmp_path_factory.mktemp("echo"), *arguments)
     yield server
     stop(server)
+
+
+@pytest.fixture(scope="session")
+def minilm_server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server with the real model in fp32. Its tests are in the group `minilm`, so that only one worker starts it."""
+    arguments = ("--model", str(minilm), "--precision", "fp32", "--name", "minilm")
+    server = start(tmp_path_factory.mktemp("minilm"), *arguments)
+    yield server
+    stop(server)
+
+
+@pytest.fixture(scope="session")
+def minilm_reference(minilm: Path) -> dict[str, Any]:
+    """The output of the reference implementation for TEXTS."""
+    command = [sys.executable, "-m", "inferctl.serve.reference", str(minilm)]
+    done = subprocess.run(command, input=json.dumps(TEXTS).encode(), capture_output=True, check=True)
+    output: dict[str, Any] = json.loads(done.stdout)
+    return output
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ import base64
 import json
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +15,21 @@ import numpy as np
 import openai
 import pytest
 
-from tests.serve.conftest import Running, start, stop
+from tests.serve.conftest import TEXTS, Running
 
-TEXTS = [
-    "Which river flows through Vienna?",
-    "The Danube\nflows through Vienna.",
-    "int main(void) { return 0; }",
-    "ok",
-    "naïve café, 北京, 🚀 " * 30,
-    "a long text that will be truncated " * 100,
-]
+pytestmark = pytest.mark.xdist_group("minilm")
 Matrix = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @pytest.fixture(scope="module")
-def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    arguments = ("--model", str(minilm), "--precision", "fp32", "--name", "minilm")
-    running = start(tmp_path_factory.mktemp("clients"), *arguments)
-    yield running
-    stop(running)
+def server(minilm_server: Running) -> Running:
+    return minilm_server
 
 
 @pytest.fixture(scope="module")
-def reference(minilm: Path) -> Matrix:
-    command = [sys.executable, "-m", "inferctl.serve.reference", str(minilm)]
-    done = subprocess.run(command, input=json.dumps(TEXTS).encode(), capture_output=True, check=True)
-    return np.array([np.frombuffer(base64.b64decode(row), "<f4") for row in json.loads(done.stdout)["embeddings"]])
+def reference(minilm_reference: dict[str, Any]) -> Matrix:
+    rows = minilm_reference["embeddings"]
+    return np.array([np.frombuffer(base64.b64decode(row), "<f4") for row in rows])
 
 
 def same(got: Any, reference: Matrix) -> None:
@@ -49,12 +37,13 @@ def same(got: Any, reference: Matrix) -> None:
 
 
 @pytest.mark.parametrize("encoding", [None, "float", "base64"])
-def test_openai(server: Running, reference: Matrix, encoding: Any) -> None:
+def test_openai(server: Running, reference: Matrix, minilm_reference: dict[str, Any], encoding: Any) -> None:
     extra = {} if encoding is None else {"encoding_format": encoding}
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
         answer = client.embeddings.create(model="minilm", input=TEXTS, **extra)
     assert (answer.object, answer.model) == ("list", "minilm")
     assert [(entry.index, entry.object) for entry in answer.data] == [(i, "embedding") for i in range(len(TEXTS))]
+    assert answer.usage.total_tokens == sum(minilm_reference["tokens"])
     if encoding == "base64":
         # If the format is explicit, the client returns the text unchanged.
         same([np.frombuffer(base64.b64decode(str(entry.embedding)), "<f4") for entry in answer.data], reference)
@@ -93,9 +82,10 @@ def test_openai_dimensions(minilm: Path, tmp_path: Path, serve: Callable[..., Ru
 
 def test_openai_raises_its_own_exceptions(server: Running) -> None:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
-        with pytest.raises(openai.NotFoundError) as unknown:
+        assert client.models.list().data[0].id == "minilm"
+        with pytest.raises(openai.NotFoundError, match="this server serves 'minilm'") as unknown:
             client.embeddings.create(model="other", input="a")
-        with pytest.raises(openai.BadRequestError) as untrained:
+        with pytest.raises(openai.BadRequestError, match="must be 384, got 128") as untrained:
             client.embeddings.create(model="minilm", input="a", dimensions=128)
         with pytest.raises(openai.BadRequestError) as empty:
             client.embeddings.create(model="minilm", input=[])

@@ -28,7 +28,7 @@ def answers(server: Running) -> dict[str, float]:
     [
         ("encoder", (), 30),
         ("echo", ("--exclude-checks", "not_a_server_error"), 60),
-        pytest.param("encoder", (), 1000, marks=pytest.mark.slow),
+        pytest.param("encoder", (), 1000, marks=[pytest.mark.slow_measurement]),
     ],
 )
 def test_schemathesis_finds_no_failures(
