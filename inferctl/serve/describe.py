@@ -9,7 +9,6 @@ from typing import Any
 import inferctl
 from inferctl.model import ModelFolder
 from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.embeddings.app import RequestLimits
 from inferctl.serve.engine_process.engine_protocol import EngineInfo
 from inferctl.spec import Spec
 
@@ -18,8 +17,9 @@ def document(
     spec: Spec,
     folder: ModelFolder,
     config: EmbeddingConfig,
-    limits: RequestLimits,
     info: EngineInfo,
+    truncate: bool,
+    max_body_bytes: int,
     image: tuple[str, str | None] | None,
 ) -> dict[str, Any]:
     """Return the part of `GET /info` that does not change while an engine process runs."""
@@ -52,12 +52,12 @@ def document(
         "parallel_batches": info.parallel,
         "versions": {"python": sys.version.split()[0], **info.versions},
         "limits": {
-            "max_client_batch": limits.max_inputs,
-            "max_input_tokens": limits.max_input_tokens,
+            "max_client_batch": spec.serve.max_client_batch,
+            "max_input_tokens": config.max_tokens,
             "max_batch_tokens": info.batch_tokens,
-            "max_queue_tokens": limits.max_queue_tokens,
-            "max_body_bytes": limits.max_body_bytes,
-            "truncate": limits.truncate,
+            "max_queue_tokens": spec.serve.max_queue_tokens,
+            "max_body_bytes": max_body_bytes,
+            "truncate": truncate,
         },
         "image": {"reference": image[0], "digest": image[1]} if image else None,
     }

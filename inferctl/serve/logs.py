@@ -10,6 +10,8 @@ from typing import Any
 
 import orjson
 
+from inferctl.serve.edge.usage import UsageEvent
+
 
 class JsonFormatter(logging.Formatter):
     """Formats a record as JSON: `time`, `level`, `logger`, `message`, `fields` of the record, optional `exception`."""
@@ -44,3 +46,19 @@ def notifier(style: str, notify: Callable[[str], None]) -> Callable[[str], None]
     log.setLevel(logging.INFO)
     logging.getLogger("inferctl.request").setLevel(logging.INFO)
     return log.info
+
+
+def log_request(event: UsageEvent) -> None:
+    """Log a finished request."""
+    fields = {
+        "request_id": event.request_id,
+        "endpoint": event.endpoint,
+        "status": event.status,
+        "code": event.code,
+        "ms": round(1000 * event.seconds, 3),
+        "inputs": event.inputs,
+        "tokens": event.input_tokens,
+        "bulk": event.priority == "bulk",
+        **{f"{name}_ms": round(1000 * seconds, 3) for name, seconds in event.phases.items()},
+    }
+    logging.getLogger("inferctl.request").info("request", extra={"fields": fields})

@@ -18,8 +18,13 @@ from inferctl import hub, outputs
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
 from inferctl.model import ModelFolder
 from inferctl.serve import describe, embedding_config, logs
-from inferctl.serve.edge import listener as web
-from inferctl.serve.embeddings import app as http_app
+from inferctl.serve.edge import listener, usage
+from inferctl.serve.edge.lifecycle import Lifecycle
+from inferctl.serve.edge.middleware import Edge, EdgeLimits
+from inferctl.serve.edge.usage import UsageEvent
+from inferctl.serve.embeddings import app
+from inferctl.serve.embeddings.endpoint import EmbeddingsEndpoint
+from inferctl.serve.embeddings.served_model import ServedModel
 from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
 from inferctl.serve.engine_process.supervisor import Supervisor
 from inferctl.serve.metrics import Metrics
@@ -117,7 +122,7 @@ class Server:
     def __init__(self, spec: Spec, options: ServerOptions, notify: Callable[[str], None], folder: ModelFolder) -> None:
         self._spec, self._options, self._notify, self._folder = spec, options, notify, folder
         self._embedding = embedding_config.read(self._folder.path, spec.serve.max_input_tokens)
-        metrics = Metrics()
+        metrics = self._metrics = Metrics()
         capacity = Capacity.read(options.capacity) if options.capacity else None
         capacity_slo_ms = capacity.slo_p99_ms if capacity else None
         slo_ms = spec.slo.p99_ms or capacity_slo_ms
@@ -126,27 +131,28 @@ class Server:
             spec.serve.max_batch_tokens, spec.serve.max_queue_tokens, slo_s=slo_ms / 1000 if slo_ms else None
         )
         self._dispatcher = Dispatcher(Batcher(queue, LatencyModel(capacity)), metrics)
-        self._state = http_app.State(
-            name=spec.name,
-            aliases=frozenset({spec.model.source}),
-            limits=http_app.RequestLimits(
-                max_inputs=spec.serve.max_client_batch,
-                max_input_tokens=self._embedding.max_tokens,
-                max_queue_tokens=spec.serve.max_queue_tokens,
-                truncate=options.truncate,
-            ),
-            tokenizer=TokenizerPool(self._folder.path, self._embedding, on_truncated=metrics.truncated.inc),
-            dispatcher=self._dispatcher,
-            metrics=metrics,
-            matryoshka=self._embedding.matryoshka,
-            describe=self._describe,
-            log_requests=options.log == "json",
-            crash_looping=lambda: all(supervisor.crash_looping for supervisor in self._supervisors),
+        self._model = ServedModel(
+            spec.name,
+            frozenset({spec.model.source}),
+            self._embedding.matryoshka,
+            spec.serve.max_client_batch,
+            options.truncate,
         )
-        if options.traces:
-            from inferctl.serve import tracing
-
-            self._state.trace = tracing.tracer(spec.name, inferctl.__version__)
+        self._tokenizer = TokenizerPool(self._folder.path, self._embedding, on_truncated=metrics.truncated.inc)
+        self._lifecycle = Lifecycle(
+            ready=lambda: self._dispatcher.ready,
+            live=lambda: not all(supervisor.crash_looping for supervisor in self._supervisors),
+        )
+        self._edge_limits = EdgeLimits()
+        self._edge = Edge(
+            app.create(EmbeddingsEndpoint(self._model, self._tokenizer, self._dispatcher, metrics)),
+            self._lifecycle,
+            emit=usage.emitter(self._sinks(metrics)),
+            info=self._describe,
+            metrics=metrics.exposition,
+            endpoints=app.ENDPOINTS,
+            limits=self._edge_limits,
+        )
         self._config = EngineConfig(
             engine="echo" if options.engine == "echo" else "encoder",
             model=str(self._folder.path),
@@ -164,18 +170,27 @@ class Server:
         self._interrupted = False
         self._failure: NotReadyError | None = None
 
+    def _sinks(self, metrics: Metrics) -> list[Callable[[UsageEvent], None]]:
+        """Return what receives the usage events."""
+        sinks: list[Callable[[UsageEvent], None]] = [metrics.count_event]
+        if self._options.log == "json":
+            sinks.append(logs.log_request)
+        if self._options.traces:
+            from inferctl.serve import tracing
+
+            sinks.append(tracing.tracer(self._spec.name, inferctl.__version__))
+        return sinks
+
     async def run(self, signals: _StopSignals) -> int:
         """Serve until a signal arrives, and return the exit code."""
-        web.raise_file_limit()
-        self._state.tokenizer.warm()
-        listener = web.listen(self._spec.serve.host, self._spec.serve.port)
-        self._url = web.url_of(listener, self._spec.serve.host)
-        self._http = web.HttpServer(
-            http_app.create(self._state), self._spec.serve.drain_seconds, self._state.limits.max_body_bytes
-        )
+        listener.raise_file_limit()
+        self._tokenizer.warm()
+        socket = listener.listen(self._spec.serve.host, self._spec.serve.port)
+        self._url = listener.url_of(socket, self._spec.serve.host)
+        self._http = listener.HttpServer(self._edge, self._spec.serve.drain_seconds, self._edge_limits.max_body_bytes)
         for _ in range(self._options.engines or 1):
             self._add_engine(self._config)
-        serving = asyncio.create_task(self._http.serve(sockets=[listener]))
+        serving = asyncio.create_task(self._http.serve(sockets=[socket]))
         signals.connect(self._handle_signal)
         await asyncio.wait((serving, self._engines[0]), return_when=asyncio.FIRST_COMPLETED)
         self._http.close()
@@ -183,10 +198,10 @@ class Server:
         for supervisor in self._supervisors:
             supervisor.stop()
         await asyncio.gather(*self._engines)
-        self._state.tokenizer.close()
+        self._tokenizer.close()
         if self._failure:
             raise self._failure
-        if unanswered := self._state.in_flight.unanswered:
+        if unanswered := self._edge.unanswered:
             limit = self._spec.serve.drain_seconds
             self._notify(f"stopped after {limit:g} s; requests without a response: {unanswered}")
             return 1
@@ -215,35 +230,41 @@ class Server:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(supervisor.pid, signal.SIGKILL)
             os._exit(EXIT_INTERRUPTED if self._interrupted else _EXIT_TERMINATED)
-        requests = self._state.in_flight.requests
+        requests = self._edge.in_flight
         self._notify(f"shutting down; requests in flight: {requests}; a second signal stops at once")
-        self._state.draining = True
+        self._lifecycle.draining = True
         # Load balancers notice `/readyz` with a delay, so requests are accepted for the grace period. After Ctrl-C, and
         # before the server was ready, no load balancer has to be waited for.
-        grace = 0 if self._interrupted or not self._state.started else self._spec.serve.grace_seconds
+        grace = 0 if self._interrupted or not self._lifecycle.started else self._spec.serve.grace_seconds
         asyncio.get_running_loop().call_later(grace, self._close)
 
     def _close(self) -> None:
-        self._state.closed = True
+        self._lifecycle.closed = True
         self._http.close()
 
     def _engine_ready(self, info: EngineInfo) -> None:
-        state = self._state
-        state.dimensions = info.dimensions
+        lifecycle = self._lifecycle
+        self._model.dimensions, self._model.vocabulary_size = info.dimensions, self._tokenizer.vocabulary_size
         self._info = describe.document(
-            self._spec, self._folder, self._embedding, state.limits, info, self._options.image
+            self._spec,
+            self._folder,
+            self._embedding,
+            info,
+            self._options.truncate,
+            self._edge_limits.max_body_bytes,
+            self._options.image,
         )
         if self._options.engines is None and len(self._supervisors) == 1:
             for index in range(1, info.device.count):
                 self._add_engine(replace(self._config, device=f"cuda:{index}"))
-        if state.started:
+        if lifecycle.started:
             self._notify(f"an engine is ready; {self._engine_counts()}")
             return
-        state.started = True
+        lifecycle.started = True
         self._ready_seconds = time.monotonic() - self._started
         gc.collect()
         gc.freeze()
-        if state.draining:
+        if lifecycle.draining:
             return
         for line in describe.lines(info, self._spec.name, self._url, self._ready_seconds, self._admission):
             self._notify(line)
@@ -256,7 +277,7 @@ class Server:
                 self._close()
 
     def _engine_lost(self) -> None:
-        self._state.metrics.engine_restarts.set(sum(supervisor.restarts for supervisor in self._supervisors))
+        self._metrics.engine_restarts.set(sum(supervisor.restarts for supervisor in self._supervisors))
 
     def _engine_counts(self) -> str:
         ready = sum(engine.ready for engine in self._dispatcher.engines)

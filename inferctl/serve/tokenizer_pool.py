@@ -21,7 +21,6 @@ from tokenizers import Encoding, Tokenizer
 
 from inferctl.errors import UsageError
 from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.embeddings.schemas import ApiError
 from inferctl.serve.engine_process.engine_protocol import Tokens
 from inferctl.serve.words import Row, Words, without_panic
 
@@ -44,12 +43,17 @@ _WARM_UP_TIMEOUT_S = 60.0
 _MAX_HEAD = 1_000_000
 
 
-class TooLongError(Exception):
-    """Input `index` has more than `limit` tokens, and the request does not allow truncation."""
+class InputError(Exception):
+    """Input `index` cannot be tokenized. `code` is stable, the message is for the client."""
 
-    def __init__(self, index: int, limit: int) -> None:
-        super().__init__(f"input {index} is longer than {limit} tokens")
-        self.index, self.limit = index, limit
+    def __init__(self, index: int, code: str, message: str) -> None:
+        super().__init__(f"input[{index}] {message}")
+        self.index, self.code = index, code
+
+
+def _too_long(index: int, limit: int) -> InputError:
+    message = f"has more than {limit} tokens; set `truncate` to true to shorten it"
+    return InputError(index, "context_length_exceeded", message)
 
 
 Outcome: TypeAlias = list[Tokens] | Exception
@@ -111,7 +115,7 @@ class TokenizerPool:
     async def encode(self, texts: Sequence[str], *, truncate: bool) -> list[Tokens]:
         """Return the token ids (int32) of each text.
 
-        Raises `TooLongError` for a long text without `truncate`, and `ApiError` 400 for a text without any token.
+        Raises `InputError` for a long text without `truncate`, and for a text without any token.
         """
         loop = asyncio.get_running_loop()
         if sum(map(len, texts)) + len(texts) * len(self._config.prompt) > _SMALL_CHARACTERS:
@@ -225,7 +229,7 @@ class TokenizerPool:
         return encodings
 
     def _rows(self, texts: Sequence[str], heads: Sequence[Row], first: int, truncate: bool) -> list[Tokens]:
-        """Return the token ids of each text, from the rows of the heads. Raises `TooLongError` and `ApiError`.
+        """Return the token ids of each text, from the rows of the heads. Raises `InputError` and `ApiError`.
 
         A truncated head has all the tokens of its text that matter. Other long texts are tokenized further.
         `first`: the index of the first text in its request.
@@ -234,9 +238,9 @@ class TokenizerPool:
         for index, (text, head) in enumerate(zip(texts, heads, strict=True), first):
             ids, more = head if len(text) <= self._longest else self._tokenize_further(text, head, index)
             if more and not truncate:
-                raise TooLongError(index, self._config.max_tokens)
+                raise _too_long(index, self._config.max_tokens)
             if not len(ids):
-                raise ApiError(400, f"input[{index}] has no tokens", code="empty_input", param="input")
+                raise InputError(index, "empty_input", "has no tokens")
             rows.append(ids)
             truncated += more
         if truncated:
@@ -251,17 +255,17 @@ class TokenizerPool:
         tokenizer, size = self._tokenizer(), len(_head(text, self._longest))
         while size < len(text) and not row[1]:
             if size >= max(_MAX_HEAD, self._longest):
-                message = f"input[{index}] is too long: {len(text)} characters with very few tokens"
-                raise ApiError(400, message, code="text_too_long", param="input")
+                message = f"is too long: {len(text)} characters with very few tokens"
+                raise InputError(index, "text_too_long", message)
             head = _head(text, 4 * size)
             row, size = _row(without_panic(tokenizer.encode, head)), len(head)
         return row
 
     def truncate(self, ids: Sequence[Sequence[int]], *, truncate: bool) -> list[Tokens]:
-        """Return token ids as arrays of at most `max_tokens`. Raises `TooLongError` unless `truncate`."""
+        """Return token ids as arrays of at most `max_tokens`. Raises `InputError` unless `truncate`."""
         limit = self._config.max_tokens
         if not truncate and (over := next((i for i, row in enumerate(ids) if len(row) > limit), None)) is not None:
-            raise TooLongError(over, limit)
+            raise _too_long(over, limit)
         if truncated := sum(len(row) > limit for row in ids):
             self._on_truncated(truncated)
         return [np.array(row[:limit], dtype=np.int32) for row in ids]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from inferctl.errors import UsageError, install_hint
+from inferctl.serve.edge.usage import UsageEvent
 
 _TO_NS = 1_000_000_000
 
@@ -18,10 +19,8 @@ def enabled(environment: Mapping[str, str]) -> bool:
     return any(environment.get(name) for name in names) and not disabled
 
 
-def tracer(
-    name: str, version: str, processor: Any = None
-) -> Callable[[Iterable[tuple[bytes, bytes]], str, int, int, float, dict[str, float]], None]:
-    """Return the function for `app.State.trace`. The SDK reads its settings from OTEL_* variables.
+def tracer(name: str, version: str, processor: Any = None) -> Callable[[UsageEvent], None]:
+    """Return the function that records a span per event. The SDK reads its settings from OTEL_* variables.
 
     `processor`: a span processor instead of the OTLP exporter. Raises `UsageError` if the packages are not installed.
     """
@@ -47,37 +46,29 @@ def tracer(
     otel = provider.get_tracer("inferctl")
     propagator = TraceContextTextMapPropagator()
 
-    def record(
-        headers: Iterable[tuple[bytes, bytes]],
-        request: str,
-        status: int,
-        tokens: int,
-        seconds: float,
-        phases: dict[str, float],
-    ) -> None:
+    def record(event: UsageEvent) -> None:
         end = time.time_ns()
-        start = end - int(seconds * _TO_NS)
-        carrier = {key.decode("latin-1"): value.decode("latin-1") for key, value in headers if key.startswith(b"trace")}
+        start = end - int(event.seconds * _TO_NS)
         attributes = {
             "http.request.method": "POST",
-            "http.route": "/v1/embeddings",
-            "http.response.status_code": status,
-            "gen_ai.operation.name": "embeddings",
+            "http.route": f"/v1/{event.endpoint}",
+            "http.response.status_code": event.status,
+            "gen_ai.operation.name": event.endpoint,
             "gen_ai.request.model": name,
-            "gen_ai.usage.input_tokens": tokens,
-            "inferctl.request_id": request,
+            "gen_ai.usage.input_tokens": event.input_tokens,
+            "inferctl.request_id": event.request_id,
         }
         span = otel.start_span(
-            "embeddings",
-            propagator.extract(carrier),
+            event.endpoint,
+            propagator.extract(event.trace),
             trace.SpanKind.SERVER,
             attributes,
             start_time=start,
         )
-        if status >= 500:
+        if event.status >= 500:
             span.set_status(trace.StatusCode.ERROR)
         parent = trace.set_span_in_context(span)
-        for phase, duration in phases.items():
+        for phase, duration in event.phases.items():
             child = otel.start_span(phase, parent, start_time=start)
             start = min(end, start + int(duration * _TO_NS))
             child.end(start)

@@ -335,23 +335,6 @@ def test_a_disconnect_after_a_large_body_is_detected(serve: Serve, minilm: Path)
     until(lambda: metric(server, "inferctl_cancelled_total") == 1, 8)
 
 
-def test_the_drain_does_not_wait_for_a_disconnected_pipelining_client(serve: Serve, minilm: Path) -> None:
-    server = serve(*echo_arguments(minilm))
-    body = json.dumps({"input": [SLOW_TOKEN, 5]}).encode()
-    request = (
-        b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
-    )
-    port = int(server.url.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall(2 * (request % (len(body), body)))
-        until(lambda: metric(server, "inferctl_requests_in_flight") == 1)
-    until(lambda: metric(server, "inferctl_cancelled_total") == 1)
-    assert server.embed(input=[5]).status_code == 200
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(timeout=60) == 0, server.log.read_text()
-    assert "without a response" not in server.log.read_text()
-
-
 def test_the_server_starts_next_to_a_kubernetes_service_of_the_same_name(
     minilm: Path, serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -7,14 +7,12 @@ upgrade. It closes the connection of a client that still sends, which then sees 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any, Literal
 
 import httptools
-from starlette.types import Scope
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from inferctl.serve.embeddings.schemas import ApiError
+from inferctl.serve.edge.errors import ApiError
 
 # Above this many connections a new one gets a 429 and is closed, also for probes. The limit on requests in flight is
 # far lower.
@@ -34,70 +32,6 @@ _MIN_BYTES_PER_S = 16 * 1024
 _LINGER_S = 2.0
 # Hop-by-hop header fields of an upgrade. Without them the request is an ordinary one.
 _UPGRADE_HEADERS = frozenset({b"connection", b"upgrade", b"http2-settings"})
-
-
-_EXCHANGE = "inferctl.exchange"
-
-
-class Exchange:
-    """One request and its response, directly on the connection, bypassing ASGI.
-
-    It writes the response in one piece instead of two, and reports a disconnect by a call instead of a task.
-    """
-
-    __slots__ = ("_connection", "_cycle")
-
-    def __init__(self, connection: Connection, cycle: RequestResponseCycle) -> None:
-        self._connection, self._cycle = connection, cycle
-
-    @property
-    def disconnected(self) -> bool:
-        """Whether the client disconnected."""
-        # uvicorn notifies only the newest request of a connection, not earlier ones in a pipeline.
-        return self._cycle.disconnected or self._connection.lost
-
-    def add_disconnect_callback(self, call: Callable[[], object]) -> None:
-        """Call `call` when the client disconnects, or now if it has disconnected."""
-        if self.disconnected:
-            call()
-        else:
-            self._connection.disconnect_callbacks.add(call)
-            # uvicorn stops reading in the middle of a large body, and would then not notice a disconnect.
-            self._cycle.flow.resume_reading()
-
-    def remove_disconnect_callback(self, call: Callable[[], object]) -> None:
-        """Undo `add_disconnect_callback`."""
-        self._connection.disconnect_callbacks.discard(call)
-
-    def respond(self, status: int, head: bytes, body: bytes, *, close: bool = False) -> None:
-        """Write the whole response. Await `writable` first.
-
-        `head`: header lines with their line ends, including `content-length`. `close` closes the connection afterwards.
-        """
-        cycle = self._cycle
-        if self.disconnected:
-            return
-        if close:
-            cycle.keep_alive = False
-        lines = [STATUS_LINE[status], self._connection.default_head(), head]
-        lines += (b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", body)
-        cycle.response_started = cycle.response_complete = True
-        cycle.transport.write(b"".join(lines))
-        cycle.message_event.set()
-        if not cycle.keep_alive:
-            cycle.transport.close()
-        cycle.on_response()
-
-    async def writable(self) -> None:
-        """Wait until the client has read enough of the earlier responses."""
-        if self._cycle.flow.write_paused and not self.disconnected:
-            await self._cycle.flow.drain()
-
-
-def exchange(scope: Scope) -> Exchange:
-    """Return the exchange of a request that arrived over a `Connection`."""
-    found: Exchange = scope["extensions"][_EXCHANGE]
-    return found
 
 
 def connection(max_body_bytes: int, timeout_s: float = _RECEIVE_TIMEOUT_S) -> type[Connection]:
@@ -122,8 +56,6 @@ class Connection(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._error: ApiError | None = None
         self._upgrade = b""
-        self.lost = False
-        self.disconnect_callbacks: set[Callable[[], object]] = set()
 
     def connection_made(self, transport: Any) -> None:
         """Reject the connection if there are too many, else start the receive timeout."""
@@ -135,12 +67,9 @@ class Connection(HttpToolsProtocol):
         self._timer = self.loop.call_later(self.timeout_s, self._check)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Run the disconnect callbacks."""
+        """Stop the timer."""
         self._stop_timer()
-        self.lost = True
         super().connection_lost(exc)
-        for call in tuple(self.disconnect_callbacks):
-            call()
 
     def data_received(self, data: bytes) -> None:
         """Parse received bytes, and reject the request if it is invalid or its headers are too large."""
@@ -186,8 +115,6 @@ class Connection(HttpToolsProtocol):
         if int(size) > self.max_body_bytes:
             self._fail(_body_too_large(self.max_body_bytes))
         super().on_headers_complete()
-        extensions: Any = {_EXCHANGE: Exchange(self, self.cycle)}
-        self.scope["extensions"] = extensions
         self._phase, self._head, self._framing = "body", 0, 0
 
     def on_chunk_header(self) -> None:

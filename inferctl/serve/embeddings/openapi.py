@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
 import inferctl
 from inferctl.serve.embeddings.schemas import EmbeddingRequest, EmbeddingResponse, ErrorResponse
+from inferctl.serve.embeddings.served_model import ServedModel
 
 _ERRORS = {
     "400": "The request is invalid. The message names the field.",
@@ -45,29 +45,17 @@ _GET_ROUTES = {
 }
 
 
-@dataclass(frozen=True)
-class SchemaLimits:
-    """The limits of one server for its schema: token ids below `vocabulary`, at most `max_inputs` inputs.
-
-    `dimensions`: the allowed values, or None if any number up to `max_dimensions` is allowed.
-    """
-
-    vocabulary: int
-    max_inputs: int
-    max_dimensions: int
-    dimensions: tuple[int, ...] | None
-
-
-def document(name: str, limits: SchemaLimits | None = None) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document of this server. Without `limits`, the schema of requests has only types."""
+def document(model: ServedModel) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of this server. The limits of the model are part of it once it is loaded."""
+    name = model.name
     models: list[tuple[Any, Any]] = [
         (EmbeddingRequest, "validation"),
         (EmbeddingResponse, "serialization"),
         (ErrorResponse, "serialization"),
     ]
     _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
-    if limits:
-        _add_limits(schemas["$defs"]["EmbeddingRequest"]["properties"], limits)
+    if model.dimensions:
+        _add_limits(schemas["$defs"]["EmbeddingRequest"]["properties"], model)
     paths: dict[str, Any] = {"/v1/embeddings": {"post": _embeddings(name)}}
     return {
         "openapi": "3.1.0",
@@ -81,18 +69,18 @@ def document(name: str, limits: SchemaLimits | None = None) -> dict[str, Any]:
     }
 
 
-def _add_limits(properties: dict[str, Any], limits: SchemaLimits) -> None:
+def _add_limits(properties: dict[str, Any], model: ServedModel) -> None:
     """Add the limits to the schema of requests, so that the server accepts every request that matches the schema."""
     _, texts, ids, rows = properties["input"]["anyOf"]
-    texts["maxItems"] = rows["maxItems"] = limits.max_inputs
-    ids["items"]["maximum"] = rows["items"]["items"]["maximum"] = limits.vocabulary - 1
+    texts["maxItems"] = rows["maxItems"] = model.max_inputs
+    ids["items"]["maximum"] = rows["items"]["items"]["maximum"] = model.vocabulary_size - 1
     number = {"type": "integer"}
-    allowed = (
-        {**number, "enum": sorted(limits.dimensions)}
-        if limits.dimensions
-        else {**number, "minimum": 1, "maximum": limits.max_dimensions}
+    sizes = model.matryoshka
+    properties["dimensions"]["anyOf"][0] = (
+        {**number, "minimum": 1, "maximum": model.dimensions}
+        if sizes is None
+        else {**number, "enum": sorted({*(d for d in sizes if d < model.dimensions), model.dimensions})}
     )
-    properties["dimensions"]["anyOf"][0] = allowed
 
 
 def _get_operation(path: str, name: str) -> dict[str, Any]:
@@ -144,9 +132,9 @@ def _error(description: str) -> dict[str, Any]:
     }
 
 
-def page(name: str) -> str:
+def page(model: ServedModel) -> str:
     """Return a page with the routes, the fields of a request and an example, without scripts or external files."""
-    spec = document(name)
+    spec, name = document(model), model.name
     routes = "".join(
         f"<tr><td>{method.upper()}</td><td><code>{html.escape(path)}</code></td>"
         f"<td>{html.escape(operation['summary'])}</td></tr>"

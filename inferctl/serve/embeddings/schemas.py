@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -20,10 +20,12 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.engine_process.engine_protocol import Vectors
 
 _MAX_TOKEN_ID = 2**31 - 1
-_MAX_MESSAGE_LENGTH = 1000
+# How many vectors of a response are converted to JSON at a time.
+PART_VECTORS = 64
 
 Input = str | list[str] | list[int] | list[list[int]]
 _Text = Annotated[str, Field(min_length=1)]
@@ -31,33 +33,6 @@ _TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]], Field
 _InputSchema = (
     _Text | Annotated[list[_Text], Field(min_length=1)] | _TokenIds | Annotated[list[_TokenIds], Field(min_length=1)]
 )
-
-
-class ApiError(Exception):
-    """An error response in OpenAI's envelope.
-
-    `param`: the field that causes the error. `close`: close the connection after the response.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        close: bool = False,
-    ) -> None:
-        super().__init__(message)
-        # Messages quote values of the request, which can be as long as its body.
-        self.message = message if len(message) <= _MAX_MESSAGE_LENGTH else f"{message[:_MAX_MESSAGE_LENGTH]}..."
-        self.status, self.code, self.param, self.headers, self.close = status, code, param, dict(headers or {}), close
-
-    def body(self) -> bytes:
-        """Return the envelope as JSON."""
-        error = {"message": self.message, "type": _error_type(self.status), "param": self.param, "code": self.code}
-        return orjson.dumps({"error": error})
 
 
 def _validate_input(value: Any, info: ValidationInfo) -> Input:
@@ -192,18 +167,25 @@ def is_single(value: Input) -> bool:
     return isinstance(value, str) or bool(value and isinstance(value[0], int))
 
 
-def embeddings(vectors: Vectors, encoding: str | None, model: str, tokens: int) -> bytes:
-    """Return the JSON of a successful response."""
-    rows: Iterable[Any] = vectors
+def embeddings(vectors: Vectors, encoding: str | None, model: str, tokens: int) -> Iterator[bytes]:
+    """Yield the JSON of a successful response in parts, so that large ones never stop the event loop for long."""
     if encoding == "base64":
-        rows = (base64.b64encode(row).decode() for row in vectors.astype("<f4", copy=False))
-    response = {
-        "object": "list",
-        "data": [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)],
-        "model": model,
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-    }
-    return orjson.dumps(response, option=orjson.OPT_SERIALIZE_NUMPY)
+        vectors = vectors.astype("<f4", copy=False)
+    separator = b'{"object":"list","data":['
+    for start in range(0, len(vectors), PART_VECTORS):
+        rows = vectors[start : start + PART_VECTORS]
+        data = [
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": base64.b64encode(row).decode() if encoding == "base64" else row,
+            }
+            for index, row in enumerate(rows, start)
+        ]
+        yield separator + orjson.dumps(data, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+        separator = b","
+    rest = {"model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+    yield b"]," + orjson.dumps(rest)[1:]
 
 
 def _bad_request(error: ValidationError) -> ApiError:
@@ -218,9 +200,3 @@ def _bad_request(error: ValidationError) -> ApiError:
     return ApiError(
         400, f"{field}: {first['msg'].replace('Input should be', 'must be')}", code="invalid_value", param=field
     )
-
-
-def _error_type(status: int) -> str:
-    if status == 429:
-        return "rate_limit_error"
-    return "invalid_request_error" if status < 500 else "server_error"

@@ -1,0 +1,45 @@
+"""Error responses in OpenAI's envelope."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import orjson
+
+_MAX_MESSAGE_LENGTH = 1000
+
+
+class ApiError(Exception):
+    """An error response. `param`: the field that causes the error. `close`: close the connection afterwards."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        close: bool = False,
+    ) -> None:
+        super().__init__(message)
+        # Messages quote values of the request, which can be as long as its body.
+        self.message = message if len(message) <= _MAX_MESSAGE_LENGTH else f"{message[:_MAX_MESSAGE_LENGTH]}..."
+        self.status, self.code, self.param, self.headers, self.close = status, code, param, dict(headers or {}), close
+
+    def body(self) -> bytes:
+        """Return the envelope as JSON."""
+        error = {"message": self.message, "type": _error_type(self.status), "param": self.param, "code": self.code}
+        return orjson.dumps({"error": error})
+
+
+def at_capacity(reason: str, code: str, seconds: int) -> ApiError:
+    """Return a 429 with `Retry-After`. It is not a 503, because proxies stop using a server that returns those."""
+    message = f"the server is at capacity: {reason}; retry after {seconds} s"
+    return ApiError(429, message, code=code, headers={"retry-after": str(seconds)})
+
+
+def _error_type(status: int) -> str:
+    if status == 429:
+        return "rate_limit_error"
+    return "invalid_request_error" if status < 500 else "server_error"

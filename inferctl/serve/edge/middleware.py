@@ -1,0 +1,258 @@
+"""The edge: an ASGI middleware in front of every task. It knows neither the model nor the engine.
+
+It gives each request an id, limits what one and all of them can hold, answers the probes, turns errors into OpenAI's
+envelope, rejects requests while the server starts or shuts down, and emits one `UsageEvent` per request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import orjson
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from inferctl.serve.edge.errors import ApiError, at_capacity
+from inferctl.serve.edge.lifecycle import Lifecycle
+from inferctl.serve.edge.usage import CLIENT_DISCONNECTED, RequestContext, UsageEvent
+
+log = logging.getLogger("inferctl.edge")
+
+# A response is given to the connection in parts of this size. The next part waits until the client has read most of
+# the last one, so a client that does not read holds its request, which the limits count.
+_PART_BYTES = 64 * 1024
+T = TypeVar("T")
+
+
+class ClientDisconnectedError(Exception):
+    """The client disconnected, so no response is needed."""
+
+
+async def unless_disconnected(future: asyncio.Future[T], receive: Receive) -> T:
+    """Return the result of `future`. If the client disconnects first, cancel it and raise `ClientDisconnectedError`.
+
+    The body of the request must be complete.
+    """
+    watcher = asyncio.ensure_future(receive())
+    watcher.add_done_callback(lambda _: future.cancel())
+    try:
+        return await future
+    except asyncio.CancelledError:
+        if future.cancelled() and watcher.done() and not watcher.cancelled():
+            raise ClientDisconnectedError from None
+        future.cancel()
+        raise
+    finally:
+        watcher.cancel()
+
+
+@dataclass(frozen=True)
+class EdgeLimits:
+    """`max_body_bytes`: of one request. `max_requests` and `max_bytes`: of all requests in flight."""
+
+    max_body_bytes: int = 8 * 1024 * 1024
+    max_requests: int = 4096
+    max_bytes: int = 256 * 1024 * 1024
+
+
+class Edge:
+    """The middleware around `app`.
+
+    `emit` receives the events. `info()` returns the document of `GET /info`, None before it is known. `metrics()`
+    returns the body and the media type of `GET /metrics`. `endpoints`: path -> name in events, for the paths of tasks.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        lifecycle: Lifecycle,
+        *,
+        emit: Callable[[UsageEvent], None],
+        info: Callable[[], dict[str, Any] | None],
+        metrics: Callable[[], tuple[bytes, str]],
+        endpoints: Mapping[str, str],
+        limits: EdgeLimits | None = None,
+    ) -> None:
+        self.in_flight = 0
+        # Requests whose body is complete and whose response is not. After a drain, they got no response.
+        self.unanswered = 0
+        self._bytes = 0  # of the bodies and responses of all requests in flight
+        self._app, self._lifecycle, self._emit, self._limits = app, lifecycle, emit, limits or EdgeLimits()
+        self._info, self._endpoints = info, endpoints
+        self._probes: dict[str, Callable[[], tuple[int, bytes, str]]] = {
+            "/livez": self._livez,
+            "/readyz": self._readyz,
+            "/info": self._info_page,
+            "/metrics": lambda: (200, *metrics()),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif scope["path"] in self._probes:
+            await self._probe(scope, send)
+        else:
+            await self._request(scope, receive, send)
+
+    def rejected(self, status: int, code: str) -> None:
+        """Emit the event of a request that the connection rejected."""
+        self._emit(UsageEvent("", "", status, code))
+
+    async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
+        context = RequestContext(scope)
+        context.endpoint = self._endpoints.get(scope["path"], "other")
+        request = _Request(self, context, receive, send)
+        self.in_flight += 1
+        try:
+            self._admit(scope, context)
+            await self._app(scope, request.receive, request.send)
+            if request.rejection:
+                raise request.rejection
+        except asyncio.CancelledError:  # the drain took too long
+            context.status, context.code = 503, "stopped"
+            self.unanswered += request.body_complete  # it stays unanswered
+            raise
+        except ClientDisconnectedError:
+            context.status, context.code = CLIENT_DISCONNECTED, "client_disconnected"
+        except ApiError as error:
+            await request.fail(error)
+        except Exception:  # a bug of the server must not leave a request without a response
+            log.exception("request %s", context.id.decode())
+            await request.fail(ApiError(500, "internal error; see the server log", code="internal_error"))
+        finally:
+            self.in_flight -= 1
+            self.unanswered -= request.body_complete
+            self._bytes -= request.held_bytes
+            self._emit(context.event())
+
+    def _admit(self, scope: Scope, context: RequestContext) -> None:
+        """Reject a request before its body is read."""
+        limits = self._limits
+        if scope["method"] == "POST" and not self._lifecycle.accepts_requests:
+            raise self._lifecycle.unavailable()
+        if self.in_flight > limits.max_requests:
+            raise at_capacity(f"{limits.max_requests} requests are in flight", "too_many_requests", 1)
+        if context.content_length > limits.max_body_bytes:
+            raise self.body_too_large()
+
+    def hold(self, request: _Request, size: int) -> None:
+        """Count bytes that a request holds until it ends."""
+        request.held_bytes += size
+        self._bytes += size
+
+    def check_body(self, context: RequestContext, size: int) -> ApiError | None:
+        """Return the error of a request whose body has `size` more bytes, None if they are within the limits."""
+        if context.body_bytes + size > self._limits.max_body_bytes:
+            return self.body_too_large()
+        # A single request is always accepted, otherwise it would be rejected forever.
+        if self._bytes and self._bytes + size > self._limits.max_bytes:
+            return at_capacity(f"requests in flight hold {self._bytes} bytes", "too_many_bytes", 1)
+        return None
+
+    def body_too_large(self) -> ApiError:
+        """Return the 413."""
+        message = f"the body is larger than the limit of {self._limits.max_body_bytes} bytes"
+        return ApiError(413, message, code="body_too_large")
+
+    async def _probe(self, scope: Scope, send: Send) -> None:
+        if scope["method"] not in ("GET", "HEAD"):
+            error = ApiError(405, "method not allowed", headers={"allow": "GET, HEAD"})
+            await _respond(send, error.status, error.body(), "application/json", error.headers)
+            return
+        await _respond(send, *self._probes[scope["path"]]())
+
+    def _livez(self) -> tuple[int, bytes, str]:
+        status, line = (200, b"ok\n") if self._lifecycle.live() else (503, b"the engine fails to start\n")
+        return status, line, "text/plain"
+
+    def _readyz(self) -> tuple[int, bytes, str]:
+        phase = self._lifecycle.phase
+        return (200, b"ok\n", "text/plain") if phase == "ready" else (503, f"{phase}\n".encode(), "text/plain")
+
+    def _info_page(self) -> tuple[int, bytes, str]:
+        document = self._info()
+        if document is None:
+            error = self._lifecycle.unavailable()
+            return error.status, error.body(), "application/json"
+        return 200, orjson.dumps({**document, "phase": self._lifecycle.phase}), "application/json"
+
+
+class _Request:
+    """One request between the connection and the application: counts, limits, and the id in the response."""
+
+    __slots__ = (
+        "_context",
+        "_edge",
+        "_receive",
+        "_send",
+        "body_complete",
+        "held_bytes",
+        "rejection",
+        "response_started",
+    )
+
+    def __init__(self, edge: Edge, context: RequestContext, receive: Receive, send: Send) -> None:
+        self._edge, self._context, self._receive, self._send = edge, context, receive, send
+        self.body_complete = self.response_started = False
+        self.held_bytes = 0
+        self.rejection: ApiError | None = None
+
+    async def receive(self) -> Message:
+        """Return the next message of the connection. Raises `ApiError` if the body is too large."""
+        message = await self._receive()
+        if message["type"] != "http.request" or self.body_complete:
+            return message
+        context, size = self._context, len(message.get("body", b""))
+        if error := self._edge.check_body(context, size):
+            self.rejection = error
+            raise error
+        context.body_bytes += size
+        self._edge.hold(self, size)
+        if not message.get("more_body", False):
+            self.body_complete = True
+            self._edge.unanswered += 1
+            context.started = time.monotonic()
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Pass a message of the application on, large bodies in parts. After a rejection, drop it."""
+        if self.rejection:
+            return
+        if message["type"] == "http.response.start":
+            self.response_started = True
+            self._context.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self._context.id)]
+            await self._send(message)
+            return
+        body, more = message.get("body", b""), message.get("more_body", False)
+        if len(body) > _PART_BYTES:
+            self._edge.hold(self, len(body))
+            last = (len(body) - 1) // _PART_BYTES * _PART_BYTES
+            for start in range(0, last, _PART_BYTES):
+                part = body[start : start + _PART_BYTES]
+                await self._send({"type": "http.response.body", "body": part, "more_body": True})
+            body = body[last:]
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def fail(self, error: ApiError) -> None:
+        """Send an error response. If a response has started, only break it off."""
+        self._context.code = error.code
+        if self.response_started:
+            raise error  # the connection is closed, so the client sees that the response is incomplete
+        self._context.status = error.status
+        headers = {**error.headers, "x-request-id": self._context.id.decode()}
+        if error.close:
+            headers["connection"] = "close"
+        await _respond(self._send, error.status, error.body(), "application/json", headers)
+
+
+async def _respond(send: Send, status: int, body: bytes, media: str, headers: Mapping[str, str] | None = None) -> None:
+    fields = {"content-type": media, "content-length": str(len(body)), **(headers or {})}
+    raw = [(name.encode(), value.encode()) for name, value in fields.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})

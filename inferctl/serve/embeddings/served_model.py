@@ -1,0 +1,46 @@
+"""The model that a server serves, as clients see it: names, dimensions and limits of requests."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from inferctl.serve.edge.errors import ApiError
+
+
+@dataclass
+class ServedModel:
+    """`aliases`: other accepted names. `matryoshka`: as in `EmbeddingConfig`. `max_inputs`: of one request.
+
+    `dimensions` and `vocabulary_size` are 0 until an engine is ready.
+    """
+
+    name: str
+    aliases: frozenset[str]
+    matryoshka: tuple[int, ...] | None
+    max_inputs: int
+    truncate: bool
+    dimensions: int = 0
+    vocabulary_size: int = 0
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def check_name(self, wanted: str | None) -> None:
+        """Raise `ApiError` 404 for another model's name."""
+        if wanted not in (None, self.name) and wanted not in self.aliases:
+            message = f"model {wanted!r} not found; this server serves {self.name!r}"
+            raise ApiError(404, message, code="model_not_found", param="model")
+
+    def dimensions_for(self, wanted: int | None) -> int | None:
+        """Return to how many dimensions vectors are truncated; None for full vectors.
+
+        Raises `ApiError` 400 if the model was not trained for `wanted`.
+        """
+        sizes = self.matryoshka
+        if wanted in (None, self.dimensions):
+            return None
+        if wanted is not None and wanted < self.dimensions and (sizes is None or wanted in sizes):
+            return wanted
+        allowed = [str(d) for d in sizes or () if d <= self.dimensions] or [str(self.dimensions)]
+        possible = f"1 to {self.dimensions}" if sizes is None else " or ".join(allowed)
+        message = f"`dimensions` of model {self.name!r} must be {possible}, got {wanted}"
+        raise ApiError(400, message, code="invalid_dimensions", param="dimensions")

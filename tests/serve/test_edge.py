@@ -1,0 +1,222 @@
+"""The edge in front of a small application: limits, errors, probes, and one usage event per request on every path."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from inferctl.serve.edge import usage
+from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.edge.lifecycle import Lifecycle
+from inferctl.serve.edge.middleware import ClientDisconnectedError, Edge, EdgeLimits, unless_disconnected
+from inferctl.serve.edge.usage import UsageEvent, context_of
+from inferctl.serve.metrics import Metrics
+
+Run = Callable[..., Coroutine[Any, Any, "Answer"]]
+LIMITS = EdgeLimits(max_body_bytes=100, max_requests=2, max_bytes=150)
+
+
+class Answer:
+    """What the connection received from the edge."""
+
+    def __init__(self, messages: list[Message]) -> None:
+        start, *parts = messages or [{"status": 0, "headers": []}]
+        self.status, self.headers = start["status"], dict(start["headers"])
+        self.parts = [part["body"] for part in parts]
+        self.body = b"".join(self.parts)
+
+    @property
+    def code(self) -> str | None:
+        code: str | None = json.loads(self.body)["error"]["code"]
+        return code
+
+
+async def application(scope: Scope, receive: Receive, send: Send) -> None:
+    """Read the body, then do what the path says."""
+    context = context_of(scope)
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnectedError
+        size += len(message["body"])
+        more = message["more_body"]
+    context.inputs, context.input_tokens, context.phases = 1, size, {"queue": 0.25}
+    if scope["path"] == "/error":
+        raise ApiError(400, "bad", code="bad", param="input")
+    if scope["path"] == "/bug":
+        raise KeyError("bug")
+    if scope["path"] == "/wait":
+        await unless_disconnected(asyncio.get_running_loop().create_future(), receive)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
+    if scope["path"] == "/late-bug":
+        raise KeyError("bug")
+    await send({"type": "http.response.body", "body": b"x" * (200_000 if scope["path"] == "/large" else size)})
+
+
+class Setting:
+    """An edge, the events that it emitted, and a way to send it requests."""
+
+    def __init__(self) -> None:
+        self.events: list[UsageEvent] = []
+        self.ready = True
+        self.lifecycle = Lifecycle(lambda: self.ready, lambda: self.ready)
+        self.edge = Edge(
+            application,
+            self.lifecycle,
+            emit=self.events.append,
+            info=lambda: {"name": "m"} if self.ready else None,
+            metrics=lambda: (b"metrics", "text/plain"),
+            endpoints={"/v1/embeddings": "embeddings"},
+            limits=LIMITS,
+        )
+
+    async def send(
+        self, path: str = "/v1/embeddings", *body: bytes, method: str = "POST", leaves: bool = False, **headers: str
+    ) -> Answer:
+        """Send a request whose body has these parts. `leaves`: the client disconnects after the last one."""
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": path,
+            "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
+        }
+        messages: list[Message] = [{"type": "http.request", "body": part, "more_body": True} for part in body or [b""]]
+        messages[-1]["more_body"] = False
+        got: list[Message] = []
+
+        async def receive() -> Message:
+            if messages:
+                return messages.pop(0)
+            if not leaves:
+                await asyncio.Event().wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            got.append(message)
+
+        await self.edge(scope, receive, send)
+        return Answer(got)
+
+
+@pytest.fixture
+def setting() -> Setting:
+    return Setting()
+
+
+def test_a_success_has_the_id_of_the_client_and_one_event(setting: Setting) -> None:
+    answer = asyncio.run(setting.send("/v1/embeddings", b"abc", b"de", x_request_id="mine", x_priority="bulk"))
+    assert (answer.status, answer.body, answer.headers[b"x-request-id"]) == (200, b"xxxxx", b"mine")
+    (event,) = setting.events
+    assert (event.request_id, event.endpoint, event.status, event.code) == ("mine", "embeddings", 200, None)
+    assert (event.priority, event.inputs, event.input_tokens, event.body_bytes) == ("bulk", 1, 5, 5)
+    assert event.phases == {"queue": 0.25}
+    assert (setting.edge.in_flight, setting.edge.unanswered) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code"), [("/error", 400, "bad"), ("/bug", 500, "internal_error"), ("/wait", 0, None)]
+)
+def test_a_failure_has_an_envelope_and_one_event(setting: Setting, path: str, status: int, code: str | None) -> None:
+    answer = asyncio.run(setting.send(path, b"abc", leaves=path == "/wait"))
+    (event,) = setting.events
+    assert answer.status == status
+    if code:
+        assert (answer.code, event.status, event.code) == (code, status, code)
+        assert answer.headers[b"x-request-id"].decode() == event.request_id
+    else:
+        assert (event.status, event.code) == (usage.CLIENT_DISCONNECTED, "client_disconnected")
+    assert (setting.edge.in_flight, setting.edge.unanswered) == (0, 0)
+
+
+def test_an_error_after_the_start_of_a_response_reaches_the_connection(setting: Setting) -> None:
+    with pytest.raises(ApiError):
+        asyncio.run(setting.send("/late-bug", b"abc"))
+    assert [event.code for event in setting.events] == ["internal_error"]
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_that_is_too_large_gets_413(setting: Setting, announced: bool) -> None:
+    headers = {"content_length": "101"} if announced else {}
+    answer = asyncio.run(setting.send("/v1/embeddings", b"a" * 60, b"a" * 41, **headers))
+    assert (answer.status, answer.code) == (413, "body_too_large")
+    assert [event.code for event in setting.events] == ["body_too_large"]
+
+
+def test_requests_in_flight_are_limited_in_number_and_bytes(setting: Setting) -> None:
+    async def run() -> list[Answer]:
+        waiting = [asyncio.create_task(setting.send("/wait", b"a" * 80))]
+        await asyncio.sleep(0)
+        answers = [await setting.send("/v1/embeddings", b"a" * 80)]
+        waiting.append(asyncio.create_task(setting.send("/wait", b"a")))
+        await asyncio.sleep(0)
+        answers.append(await setting.send("/v1/embeddings", b"a"))
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        answers.append(await setting.send("/v1/embeddings", b"a"))
+        return answers
+
+    many_bytes, many_requests, accepted = asyncio.run(run())
+    assert (many_bytes.status, many_bytes.code) == (429, "too_many_bytes")
+    assert (many_requests.status, many_requests.code) == (429, "too_many_requests")
+    assert int(many_requests.headers[b"retry-after"]) >= 1
+    assert accepted.status == 200
+    assert [event.code for event in setting.events if event.status == 503] == ["stopped", "stopped"]
+    assert setting.edge.unanswered == 2
+
+
+def test_a_large_response_is_sent_in_parts(setting: Setting) -> None:
+    answer = asyncio.run(setting.send("/large"))
+    assert len(answer.body) == 200_000
+    assert max(map(len, answer.parts)) <= 65_536
+
+
+def test_the_phases_decide_about_probes_and_requests(setting: Setting) -> None:
+    def statuses(*paths: str) -> list[int]:
+        return [asyncio.run(setting.send(path, method="GET")).status for path in paths]
+
+    setting.ready = False
+    assert statuses("/livez", "/readyz", "/info", "/metrics") == [503, 503, 503, 200]
+    rejected = asyncio.run(setting.send())
+    assert (rejected.status, rejected.code, rejected.headers[b"retry-after"]) == (503, "not_ready", b"5")
+    setting.ready = setting.lifecycle.started = True
+    assert statuses("/livez", "/readyz", "/info", "/metrics") == [200, 200, 200, 200]
+    assert asyncio.run(setting.send("/livez")).status == 405
+    setting.lifecycle.draining = True
+    assert statuses("/livez", "/readyz") == [200, 503]
+    assert asyncio.run(setting.send()).status == 200
+    setting.lifecycle.closed = True
+    closed = asyncio.run(setting.send())
+    assert (closed.status, closed.headers[b"connection"]) == (503, b"close")
+    # Probes emit no event.
+    assert [event.status for event in setting.events] == [503, 200, 503]
+
+
+def test_an_event_reaches_every_sink_although_one_fails(setting: Setting, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(_: UsageEvent) -> None:
+        raise OSError("disk full")
+
+    received: list[UsageEvent] = []
+    usage.emitter([broken, received.append])(UsageEvent("a", "embeddings", 200))
+    assert [event.request_id for event in received] == ["a"]
+    assert "disk full" in caplog.text
+
+
+def test_only_successes_count_in_the_latency_histogram() -> None:
+    metrics = Metrics()
+    for status, code in [(200, None), (400, "bad"), (429, "slo"), (503, "not_ready"), (499, "client_disconnected")]:
+        metrics.count_event(UsageEvent("a", "embeddings", status, code, seconds=1))
+    metrics.count_event(UsageEvent("", "", 408, "request_timeout"))
+    value = metrics.registry.get_sample_value
+    assert value("inferctl_request_duration_seconds_count", {"endpoint": "embeddings"}) == 1
+    assert value("inferctl_requests_total", {"endpoint": "embeddings", "status": "429"}) == 1
+    assert value("inferctl_requests_total", {"endpoint": "none", "status": "408"}) == 1
+    assert value("inferctl_cancelled_total") == 1
+    reasons = ("slo", "not_ready", "request_timeout")
+    assert [value("inferctl_rejected_total", {"reason": reason}) for reason in reasons] == [1, 1, 1]
