@@ -107,7 +107,7 @@ def false_verdicts(
     found = {True: 0, False: 0, None: 0}
     for _ in range(trials):
         runs = trial(random, load, count, repeats, "fresh", serve)
-        found[slo.judge(summary.latency_summary(runs), limit).met] += 1
+        found[slo.judge(summary.latency_summary(runs), limit, 0, 0).met] += 1
     return {"met": found[True] / trials, "missed": found[False] / trials, "inconclusive": found[None] / trials}
 
 

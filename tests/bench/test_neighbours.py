@@ -239,7 +239,7 @@ def test_a_neighbour_that_did_not_outlive_the_run_makes_it_invalid(tmp_path: Pat
 
     def judged(run: neighbor_run.NeighborRun) -> Validity:
         made.measurements[:] = [dataclasses.replace(measured, with_neighbors=run)]
-        return runner.judge(made, 2).validity
+        return runner.judge(made, 2, 0.1).validity
 
     assert judged(loaded(False)).reasons == (
         "with loaded neighbors, run 1: neighbor 1 did not stay under load (no response came after the end of the run)",
@@ -276,7 +276,7 @@ def test_pairs_outlast_a_bench_that_was_killed(tmp_path: Path) -> None:
     runner.run(work, outcomes, lambda progress: None, lambda outcome: None)
     again = runner.outcomes(work)
     assert resume.restore(tmp_path, work.order, again) == 1
-    then, now = (neighbors.document(one[0].measurements, 2) for one in (outcomes, again))
+    then, now = (neighbors.document(one[0].measurements, 2, 0.1) for one in (outcomes, again))
     assert json.dumps(then) == json.dumps(now)
     assert dataclasses.asdict(again[0].measurements[0].run) == {"configuration": "fp32", "repeat": 0}
 

@@ -91,7 +91,7 @@ class Simulated:
         part = summary.RunRecords(rows, 0, int(seconds * SECOND), 1, len(rows))
         self.parts[seed] = part
         found = summary.summarize([*(self.parts[probe.seed] for probe in earlier), part])
-        verdict = probes.judge(found, self.slo_ms, 20.0, budget=0.001 if self.failing else 0.0)
+        verdict = probes.judge(found, self.slo_ms, 20.0, None, budget=0.001 if self.failing else 0.0)
         return probes.make(stage, rate, seed, found, verdict, client_cpu_percent=20.0, runs=1 + len(earlier))
 
 
@@ -192,6 +192,7 @@ def test_a_rate_whose_answers_are_alike_is_measured_for_as_long_as_they_need(tmp
         take,
         lambda _: None,
         lambda _: None,
+        0.0,
     )
     first = searcher.measure(100, "sweep", [])
     assert lasted == [8]
@@ -227,6 +228,7 @@ def pooled_search(folder: Path, seed: int = 0) -> runner.Measurement:
         take,
         lambda _: None,
         lambda _: None,
+        0.0,
     ).run()
 
 
@@ -236,12 +238,12 @@ def test_a_receipt_describes_all_measurements_of_the_confirmed_probe(tmp_path: P
     assert measured.search is not None
     best = [probe for probe in measured.search["probes"] if probe["rate"] == measured.search["max_goodput_rps"]][-1]
     assert best["runs"] == len(measured.all_records) > 1
-    judged = judgment.judge(runner.Outcome(runner.BenchTarget("a"), [measured]), 2).summary
+    judged = judgment.judge(runner.Outcome(runner.BenchTarget("a"), [measured]), 2, 0.1).summary
     p99 = judged["latency_ms"]["p99"]
     assert (p99["value"], [p99["low"], p99["high"]]) == (best["p99_ms"], list(best["p99_interval_ms"]))
     assert judged["latency_ms"]["n"] == best["n"]
-    assert slo.judge(judged["latency_ms"], 80).met is best["holds"] is True
-    assert slo.judge(judged["latency_ms"], 80).reason == best["reason"]
+    assert slo.judge(judged["latency_ms"], 80, 0, 0).met is best["holds"] is True
+    assert slo.judge(judged["latency_ms"], 80, 0, 0).reason == best["reason"]
 
 
 def test_all_measurements_of_a_probe_are_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,10 +435,10 @@ def test_a_rate_at_which_requests_were_dropped_does_not_hold() -> None:
         summary.summarize([summary.RunRecords(table(*all_), 0, 10 * SECOND, 1, len(all_))])
         for all_ in (rows, [*rows, *dropped])
     )
-    judged = probes.judge(whole, 80, 20.0)
+    judged = probes.judge(whole, 80, 20.0, None, 0)
     assert (judged.meets_slo, judged.limited_by) == (True, None)
     assert lacking["answered"] >= 0.98 * lacking["offered"]
-    assert probes.judge(lacking, 80, 20.0) == probes.RateVerdict(
+    assert probes.judge(lacking, 80, 20.0, None, 0) == probes.RateVerdict(
         False, "fell behind", "5 of 1000 requests were dropped, because too many were waiting"
     )
 
@@ -449,7 +451,7 @@ def test_a_search_that_found_its_server_behind_at_every_rate_is_an_answer_and_no
         made = runner.Measurement(
             plan.Run("a", 0), 0.0, part, {"steady": True}, resources, tmp_path, {"name": "x"}, 1, search=found
         )
-        return runner.judge(runner.Outcome(runner.BenchTarget("a"), [made]), 2).validity
+        return runner.judge(runner.Outcome(runner.BenchTarget("a"), [made]), 2, 0.1).validity
 
     behind = "of 500 offered requests were completed in time"
     assert behind in judged(None).reasons[0]

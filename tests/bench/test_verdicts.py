@@ -33,7 +33,7 @@ LIMITS = plan.Quality.model_validate({})
 
 def judged(part: summary.RunRecords, **resources: float) -> validity.Validity:
     found = summary.summarize([part])
-    return validity.combine([validity.judge(found, resources, {"steady": True}, cores=2)], found)
+    return validity.combine([validity.judge(found, resources, {"steady": True}, cores=2)], found, 0.1)
 
 
 def test_a_calm_run_is_valid_and_needs_no_caution() -> None:
@@ -71,8 +71,8 @@ def test_the_error_budget_is_of_all_runs_together() -> None:
     runs = [summary.RunRecords(table(*rows, row(4100, 5, error=TIMEOUT)), 0, 5 * SECOND, 1)]
     runs += [summary.RunRecords(table(*rows), 0, 5 * SECOND, 1)] * 4
     each = [alone(part) for part in runs]
-    assert validity.combine(each, summary.summarize(runs)).valid
-    assert not validity.combine(each, summary.summarize(runs), budget_percent=0).valid
+    assert validity.combine(each, summary.summarize(runs), 0.1).valid
+    assert not validity.combine(each, summary.summarize(runs), 0).valid
 
 
 def rejecting(every: int, count: int = 1000, offered: int | None = None) -> summary.RunRecords:
@@ -103,7 +103,7 @@ def test_a_configuration_that_rejects_requests_cannot_win_and_does_not_meet_the_
     part = rejecting(20)
     fast = document("int8", 300, 4, slo={"p99_ms": 50}) | {"summary": summary.summarize([part])}
     fast["summary"]["requests_per_s"] = 300
-    found = findings.describe(rows_of(tmp_path, document("fp32", 100, 10, slo={"p99_ms": 50}), fast), "closed")
+    found = findings.describe(rows_of(tmp_path, document("fp32", 100, 10, slo={"p99_ms": 50}), fast), "closed", 0.1)
     assert found[0].startswith("fp32 is the only eligible configuration")
     assert "int8 rejected 5% of the requests (429): its latencies are those of accepted requests." in found
     assert "SLO (p99 50 ms) at this load: met by fp32; not met by int8." in found
@@ -112,11 +112,11 @@ def test_a_configuration_that_rejects_requests_cannot_win_and_does_not_meet_the_
 def test_an_overloaded_server_is_the_first_finding_of_a_closed_loop(tmp_path: Path) -> None:
     old = document("old", 100, 10) | {"summary": summary.summarize([rejecting(20)])}
     old["summary"] |= {"rejected": 970, "rejected_percent": 97.0}
-    found = findings.describe(rows_of(tmp_path, old), "closed")
+    found = findings.describe(rows_of(tmp_path, old), "closed", 0.1)
     assert found[0].startswith("old rejected 97% of the requests (429), and its latencies are those of accepted")
     assert "Lower the load, or remove `slo`" in found[0]
     assert sum("rejected" in text for text in found) == 1
-    assert not any("Lower the load" in text for text in findings.describe(rows_of(tmp_path, old), "open"))
+    assert not any("Lower the load" in text for text in findings.describe(rows_of(tmp_path, old), "open", 0.1))
 
 
 def test_a_closed_loop_that_rejects_most_requests_shows_no_capacity(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_the_share_of_other_processes_is_that_of_the_busiest_run() -> None:
     part = steady(100, 10)
     each = [alone(part, other_cores=cores) for cores in (0.19, 0.5, 1.72, 1.0)]
     found = summary.summarize([part] * 4)
-    assert validity.combine(each, found).cautions == (
+    assert validity.combine(each, found, 0.1).cautions == (
         "other processes used 86% of the cores (limit: 10%): stop them and measure again",
     )
 
@@ -158,13 +158,13 @@ def alone(part: summary.RunRecords, **resources: float) -> validity.Validity:
 @pytest.mark.parametrize("rate", [3, 30])  # 30 answers are too few for a p90, 300 for a p99
 def test_pooling_runs_can_make_n_large_enough(rate: float) -> None:
     parts = [steady(rate, 10)] * 15
-    whole = validity.combine([alone(part) for part in parts], summary.summarize(parts))
+    whole = validity.combine([alone(part) for part in parts], summary.summarize(parts), 0.1)
     assert whole == validity.Validity((), ())
 
 
 def test_a_pool_that_is_too_small_is_said_once() -> None:
     parts = [steady(1, 10), steady(1, 10)]
-    whole = validity.combine([alone(part) for part in parts], summary.summarize(parts))
+    whole = validity.combine([alone(part) for part in parts], summary.summarize(parts), 0.1)
     assert whole.reasons == ("not enough samples for a p90: 20 of 36 responses",)
 
 
@@ -229,7 +229,7 @@ def test_one_invalid_run_makes_the_configuration_invalid() -> None:
     parts = [steady(100, 10), steady(100, 10)]
     each = [alone(parts[0]), alone(parts[1], client_cpu_percent=99)]
     assert (
-        validity.combine(each, summary.summarize(parts))
+        validity.combine(each, summary.summarize(parts), 0.1)
         .reasons[0]
         .startswith("run 2: the load generator used 99% of its core")
     )
@@ -294,7 +294,7 @@ NOISY = [1.0, 1.08, 0.92, 1.05, 0.95]
 
 
 def test_one_run_has_a_fastest_configuration_and_no_winner(tmp_path: Path) -> None:
-    found = findings.describe(rows_of(tmp_path, document("fp32", 50, 20), document("bf16", 100, 10)), "closed")
+    found = findings.describe(rows_of(tmp_path, document("fp32", 50, 20), document("bf16", 100, 10)), "closed", 0.1)
     assert found[0] == (
         "bf16 is fastest in this run: 2.00x the requests/s of fp32, at cosine 0.99991 and recall@10 0.987 to fp32. "
         "For a winner, run again with `--repeats 5`."
@@ -303,21 +303,21 @@ def test_one_run_has_a_fastest_configuration_and_no_winner(tmp_path: Path) -> No
 
 def test_a_winner_has_an_interval_over_five_repeats(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, repeated("fp32", 50, CALM), repeated("bf16", 100, CALM[::-1]))
-    found = findings.describe(rows, "closed")[0]
+    found = findings.describe(rows, "closed", 0.1)[0]
     assert found.startswith("bf16 wins: 2.00x the requests/s of fp32 (1.9")
     assert "x, 5 repeats), at cosine" in found
     assert "--repeats" not in found
     few = rows_of(tmp_path, repeated("fp32", 50, CALM[:4]), repeated("bf16", 100, CALM[:4]))
-    assert findings.describe(few, "closed")[0].startswith("bf16 is fastest in these 4 runs: 2.00x")
+    assert findings.describe(few, "closed", 0.1)[0].startswith("bf16 is fastest in these 4 runs: 2.00x")
 
 
 def test_what_repeats_leave_open_is_inconclusive_with_the_repeats_it_needs(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, repeated("fp32", 50, CALM), repeated("bf16", 100, CALM), repeated("fp16", 93, NOISY))
-    found = findings.describe(rows, "closed")[0]
+    found = findings.describe(rows, "closed", 0.1)[0]
     assert found.startswith("bf16 is faster: 2.00x the requests/s of fp32")
     assert "bf16 against fp16 is inconclusive: needs " in found
     same = rows_of(tmp_path, repeated("bf16", 100, CALM), repeated("fp16", 100.1, CALM))
-    assert findings.describe(same, "closed")[0].startswith(
+    assert findings.describe(same, "closed", 0.1)[0].startswith(
         "No clear difference between fp16 (100.1 requests/s) and bf16 (100.0) in 5 repeats."
     )
 
@@ -344,13 +344,13 @@ def test_of_equal_configurations_none_is_said_to_win(repeats: int, configuration
             narrow = {"low": 0.99 * mean, "high": 1.01 * mean}
             figures = {"runs": listed, "requests_per_s": mean, "requests_per_s_interval": narrow}
             simulated.append(dataclasses.replace(base, configuration=str(number), **figures))
-        said = findings.describe(simulated, "closed")[0]
+        said = findings.describe(simulated, "closed", 0.1)[0]
         wins += " wins:" in said or "is faster:" in said
     assert wins / trials < 0.05
 
 
 def test_differences_under_five_per_cent_are_no_clear_difference(tmp_path: Path) -> None:
-    found = findings.describe(rows_of(tmp_path, document("fp32", 100, 10), document("bf16", 104, 10)), "closed")
+    found = findings.describe(rows_of(tmp_path, document("fp32", 100, 10), document("bf16", 104, 10)), "closed", 0.1)
     assert found[0].startswith(
         "No clear difference between bf16 (104.0 requests/s) and fp32 (100.0) in this run: they differ by less than 5%."
     )
@@ -362,7 +362,7 @@ def test_overlapping_intervals_are_no_clear_difference(tmp_path: Path) -> None:
         dataclasses.replace(row, requests_per_s_interval=wide)
         for row in rows_of(tmp_path, document("fp32", 100, 10), document("bf16", 150, 10))
     ]
-    assert findings.describe(rows, "closed")[0].startswith(
+    assert findings.describe(rows, "closed", 0.1)[0].startswith(
         "No clear difference between bf16 (150.0 requests/s) and fp32 (100.0) in this run: their intervals overlap."
     )
 
@@ -376,7 +376,7 @@ def test_a_configuration_that_is_not_faster_than_all_is_not_the_fastest(tmp_path
         for row in rows_of(tmp_path, *(document(name, rate, 10) for name, (rate, _) in rates.items()))
         for low, high in [rates[row.configuration][1]]
     ]
-    assert findings.describe(rows, "closed")[0] == (
+    assert findings.describe(rows, "closed", 0.1)[0] == (
         "bf16 is faster than fp16 in this run: 5.43x the requests/s, at cosine 0.99991 and recall@10 0.987 to fp32. "
         "No clear difference between bf16 (86.9 requests/s) and int8 (73.2) in this run: their intervals overlap. "
         "For a winner, run again with `--repeats 5`."
@@ -386,7 +386,7 @@ def test_a_configuration_that_is_not_faster_than_all_is_not_the_fastest(tmp_path
 def test_a_faster_configuration_that_fails_quality_cannot_win(tmp_path: Path) -> None:
     bad = document("int8", 300, 4)
     bad["quality"] = {**bad["quality"], "passes": False, "recall_at_10": 0.5}
-    found = findings.describe(rows_of(tmp_path, document("fp32", 100, 10), bad), "closed")
+    found = findings.describe(rows_of(tmp_path, document("fp32", 100, 10), bad), "closed", 0.1)
     assert found[0].startswith("fp32 is the only eligible configuration")
     assert any("int8 fails the quality check" in sentence and "is not recommended" in sentence for sentence in found)
 
@@ -394,7 +394,7 @@ def test_a_faster_configuration_that_fails_quality_cannot_win(tmp_path: Path) ->
 def test_an_invalid_configuration_cannot_win(tmp_path: Path) -> None:
     invalid = document("bf16", 300, 4, validity={"valid": False, "reasons": ["client too busy"], "cautions": []})
     rows = rows_of(tmp_path, document("fp32", 100, 10), invalid)
-    assert findings.describe(rows, "closed")[0].startswith("fp32 is the only eligible configuration")
+    assert findings.describe(rows, "closed", 0.1)[0].startswith("fp32 is the only eligible configuration")
     assert caveats.caveats(rows)[0] == Caveat("invalid", "bf16: client too busy")
 
 
@@ -419,15 +419,17 @@ def test_what_an_emulated_precision_costs_is_said_against_fp32(tmp_path: Path) -
         )
         for row, rate in zip(rows, (100.0, 25.0), strict=True)
     ]
-    assert said in findings.describe(narrow, "closed")
-    assert not any("is emulated on this hardware because" in one for one in findings.describe(rows[1:], "closed"))
+    assert said in findings.describe(narrow, "closed", 0.1)
+    assert not any("is emulated on this hardware because" in one for one in findings.describe(rows[1:], "closed", 0.1))
 
 
 def test_an_open_loop_compares_p99(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, document("fp32", 100, 20), document("bf16", 100, 10))
-    assert findings.describe(rows, "open")[0].startswith("bf16 is fastest in this run: 50% of the p99 of fp32")
+    assert findings.describe(rows, "open", 0.1)[0].startswith("bf16 is fastest in this run: 50% of the p99 of fp32")
     rows = rows_of(tmp_path, repeated("fp32", 100, CALM, 20), repeated("bf16", 100, CALM, 10))
-    assert findings.describe(rows, "open")[0].startswith("bf16 wins: 50% of the p99 of fp32 (50% to 50%, 5 repeats)")
+    assert findings.describe(rows, "open", 0.1)[0].startswith(
+        "bf16 wins: 50% of the p99 of fp32 (50% to 50%, 5 repeats)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -449,7 +451,7 @@ def test_a_configuration_with_a_load_of_its_own_is_compared_by_the_mode_of_that_
         for row in rows_of(tmp_path, document("fp32", 100, 20), document("bf16", 200, 10))
     ]
     ratio = "50% of the p99" if metric == "p99" else "2.00x the requests/s"
-    assert findings.describe(rows, mode)[0].startswith(f"bf16 is fastest in this run: {ratio} of fp32")
+    assert findings.describe(rows, mode, 0.1)[0].startswith(f"bf16 is fastest in this run: {ratio} of fp32")
 
 
 def lognormal(name: str, median: float, sigma: float, responses: int, random: Any, repeats: int = 5) -> MeasuredRow:
@@ -487,7 +489,7 @@ def test_the_ranked_tested_and_printed_figures_are_the_same(
     random, matching = np.random.default_rng(1), 0
     for _ in range(50):
         rows = [lognormal("A", *a, responses, random), lognormal("B", *b, responses, random)]
-        said = findings.describe(rows, "open")[0]
+        said = findings.describe(rows, "open", 0.1)[0]
         assert ("The p50 is compared, since not every run has the 368 responses of a p99." in said) is (responses < 368)
         if match := re.match(expected, said):
             matching += 1
@@ -500,7 +502,7 @@ def test_a_p99_is_not_compared_with_a_p50() -> None:
     """In one run, B has 300 responses and so no p99; its p50 of 15 ms is below the p99 of A."""
     random = np.random.default_rng(1)
     rows = [lognormal("A", 10, 0.5, 400, random, 1), lognormal("B", 15, 0.2, 300, random, 1)]
-    said = findings.describe(rows, "open")[0]
+    said = findings.describe(rows, "open", 0.1)[0]
     assert said.startswith("A is fastest in this run: ")
     assert "% of the p50 of B" in said
     assert "since not every configuration has the 368 responses of a p99" in said
@@ -512,7 +514,7 @@ def test_of_equal_configurations_none_wins_in_an_open_loop(responses: int, confi
     random, trials, wins = np.random.default_rng(configurations), 300, 0
     for _ in range(trials):
         rows = [lognormal(str(number), 10, 0.4, responses, random) for number in range(configurations)]
-        said = findings.describe(rows, "open")[0]
+        said = findings.describe(rows, "open", 0.1)[0]
         wins += " wins:" in said or "is faster:" in said
     assert wins / trials < 0.05
 
@@ -520,7 +522,7 @@ def test_of_equal_configurations_none_wins_in_an_open_loop(responses: int, confi
 def test_without_intervals_a_run_is_inconclusive(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, document("fp32", 100, 10), document("bf16", 150, 10))
     short = [dataclasses.replace(row, requests_per_s_interval=None) for row in rows]
-    assert findings.describe(short, "closed")[0].startswith(
+    assert findings.describe(short, "closed", 0.1)[0].startswith(
         "bf16 against fp32 is inconclusive in this run: not enough samples for an interval. The figures: "
         "bf16 (150.0 requests/s) and fp32 (100.0)."
     )
@@ -529,7 +531,7 @@ def test_without_intervals_a_run_is_inconclusive(tmp_path: Path) -> None:
 def test_the_ratio_of_an_emulated_precision_is_tested(tmp_path: Path) -> None:
     def said(rate: float, factors: Sequence[float]) -> str:
         rows = rows_of(tmp_path, repeated("fp32", 100, CALM), repeated("fp16", rate, factors) | {"precision": emulated})
-        return next(text for text in findings.describe(rows, "closed") if "is emulated" in text)
+        return next(text for text in findings.describe(rows, "closed", 0.1) if "is emulated" in text)
 
     emulated = {**document("fp16", 1, 1)["precision"], "level": "emulated", "reason": "the CPU has no fp16: slow"}
     assert "fp16. fp32 has 2.50x the requests/s of fp16 (2." in said(40, CALM)
@@ -553,7 +555,7 @@ def test_closed_loops_and_stages_are_given_with_intervals(tmp_path: Path) -> Non
     b = dataclasses.replace(
         b, closed_loop=loop(112, 5, "runs"), stages=[stage("start", 20, 20), stage("spike", 100, 80)]
     )
-    found = findings.describe([a, b], "open")
+    found = findings.describe([a, b], "open", 0.1)
     rates = "a 100.0 (80.0 to 120.0, within 1 run), b 112.0 (89.6 to 134.4, 5 runs)"
     assert any(text.startswith(f"Requests/s in a closed loop of 8 users: {rates}.") for text in found)
     before = "p99 20.0 ms (14.0 to 32.0) before"
@@ -607,7 +609,9 @@ def test_how_a_bench_ends(tmp_path: Path, rows: list[Row], kind: type[InferctlEr
 def test_of_tied_configurations_the_closest_to_fp32_is_named_first(tmp_path: Path) -> None:
     exact = document("fp16", 98, 10)
     exact["quality"] = {**exact["quality"], "cosine": {"mean": 1.0, "p1": 1.0, "min": 1.0}}
-    found = findings.describe(rows_of(tmp_path, document("int8", 100, 10), exact, document("fp32", 50, 20)), "closed")
+    found = findings.describe(
+        rows_of(tmp_path, document("int8", 100, 10), exact, document("fp32", 50, 20)), "closed", 0.1
+    )
     assert found[0].startswith(
         "int8 is faster than fp32 in this run: 2.00x the requests/s. No clear difference between fp16 (98.0 "
         "requests/s) and int8 (100.0) in this run: they differ by less than 5%. "
@@ -618,7 +622,7 @@ def test_of_tied_configurations_the_closest_to_fp32_is_named_first(tmp_path: Pat
 def test_who_holds_the_slo_is_said(tmp_path: Path) -> None:
     def said(limit: float) -> list[str]:
         documents = (document(*one, slo={"p99_ms": limit}) for one in (("fp32", 100, 20), ("bf16", 200, 10)))
-        return findings.describe(rows_of(tmp_path, *documents), "closed")
+        return findings.describe(rows_of(tmp_path, *documents), "closed", 0.1)
 
     assert "SLO (p99 15 ms) at this load: met by bf16; not met by fp32." in said(15)
     assert "SLO (p99 5 ms) at this load: not met by fp32, bf16." in said(5)
@@ -636,7 +640,7 @@ def test_the_slo_is_judged_by_the_interval_and_what_it_leaves_open_is_said(tmp_p
         f"SLO (p99 {limit:g} ms) at this load: met by b; not met by a; inconclusive for "
         f"c (not enough samples for a p99: 80 of 368), d (p99 {p99['value']:.1f} ms ({low:.1f} - {high:.1f}) "
         f"is not shown to be within {limit:g} ms: its interval contains it)."
-    ) in findings.describe(rows, "closed")
+    ) in findings.describe(rows, "closed", 0.1)
     assert [row.slo.met for row in rows if row.slo] == [False, True, None, None]
 
 
@@ -645,7 +649,7 @@ def test_a_sample_that_bounds_its_own_interval_does_not_meet_the_slo() -> None:
     slow = [row(10 * i, 50 if 400 <= i < 405 else 5) for i in range(1000)]
     found = summary.summarize([summary.RunRecords(table(*slow), 0, 11 * SECOND, 1)])["latency_ms"]
     assert found["p99"]["high"] <= 60
-    judged_slo = slo.judge(found, 60)
+    judged_slo = slo.judge(found, 60, 0, 0)
     assert judged_slo.met is None
     assert "the effective sample size is" in judged_slo.reason
 
@@ -660,14 +664,14 @@ def test_no_tied_configuration_is_called_better_where_quality_is_unknown_or_equa
     documents = document("bf16", 100, 10), document("int8", 101, 10)
     for made, quality_ in zip(documents, (one, other), strict=True):
         made["quality"] = quality_ or made["quality"]
-    found = findings.describe(rows_of(tmp_path, *documents), "closed")
+    found = findings.describe(rows_of(tmp_path, *documents), "closed", 0.1)
     assert "No clear difference" in found[0]
     assert "better quality" not in found[0]
 
 
 def test_broken_vectors_cannot_win_and_are_said(tmp_path: Path) -> None:
     bad = document("int8", 300, 4, quality=quality.broken("the server returned vectors of zeros").as_dict())
-    found = findings.describe(rows_of(tmp_path, document("fp32", 100, 10), bad), "closed")
+    found = findings.describe(rows_of(tmp_path, document("fp32", 100, 10), bad), "closed", 0.1)
     assert found[0].startswith("fp32 is the only eligible configuration")
     said = "int8 fails the quality check: the server returned vectors of zeros; it is not recommended."
     assert said in found[1:]

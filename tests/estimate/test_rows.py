@@ -132,7 +132,7 @@ def test_rows_of_a_bench_keep_estimates_out_of_measured_columns(model: Path, tmp
     assert "estimated from 4 rows of t4 in fp16" in (rows[0].reason or "")
     said = [caveat.text for caveat in caveats.caveats(rows) if caveat.kind == "estimated"]
     assert any(text.startswith("fp16 on t4: ") for text in said)
-    assert findings.describe(rows, "closed")[0].startswith("No valid measurement")
+    assert findings.describe(rows, "closed", 0.1)[0].startswith("No valid measurement")
 
 
 def test_figures_are_plain_data(model: Path) -> None:

@@ -24,8 +24,6 @@ from inferctl.bench.judge.compare_result import (
 )
 from inferctl.bench.judge.run_metrics import METRICS, REJECTED, Metric, RunValues, geometric_mean
 
-RECOMMENDED_REPEATS = 5
-
 
 @dataclass(frozen=True)
 class CompareOptions:
@@ -140,7 +138,7 @@ def judge(pair: ReceiptPair, metric: Metric, options: CompareOptions, family: in
 def _too_few(metric: Metric, values: RunValues, tolerance: verdict.Tolerance, required: bool) -> MetricResult:
     """Return the result of a metric without enough values; only a `required` metric makes the result inconclusive."""
     runs = "1 run is" if values.fewest == 1 else f"{values.fewest} runs are"
-    reason = f"{runs} not enough to estimate how runs differ: {RECOMMENDED_REPEATS} repeats are needed"
+    reason = f"{runs} not enough to estimate how runs differ: {verdict.RECOMMENDED_REPEATS} repeats are needed"
     return MetricResult(
         metric.name,
         metric.unit,
@@ -148,7 +146,7 @@ def _too_few(metric: Metric, values: RunValues, tolerance: verdict.Tolerance, re
         reason=values.missing or reason,
         old=round(geometric_mean(values.old), 4) if values.old else None,
         new=round(geometric_mean(values.new), 4) if values.new else None,
-        repeats_needed=None if values.missing else RECOMMENDED_REPEATS,
+        repeats_needed=None if values.missing else verdict.RECOMMENDED_REPEATS,
         seconds_needed=values.seconds_needed,
         sample=SampleResult(metric.higher_is_worse, tolerance.threshold, tolerance.floor, values.old, values.new),
     )
@@ -187,9 +185,11 @@ def _judge_rejected(pair: ReceiptPair, options: CompareOptions, family: int) -> 
     old, new = (round(math.fsum(side) / len(side), 4) for side in (values.old, values.new))
     sample = SampleResult(True, 0.0, floor, values.old, values.new)
     if values.fewest < verdict.MIN_RUNS:
-        reason = f"requests were rejected: {RECOMMENDED_REPEATS} repeats are needed to judge that"
+        reason = f"requests were rejected: {verdict.RECOMMENDED_REPEATS} repeats are needed to judge that"
         return [
-            MetricResult(REJECTED, "%", "not enough evidence", reason, old, new, RECOMMENDED_REPEATS, sample=sample)
+            MetricResult(
+                REJECTED, "%", "not enough evidence", reason, old, new, verdict.RECOMMENDED_REPEATS, sample=sample
+            )
         ]
     found = verdict.decide_difference(values.old, values.new, pair.interleaved, floor, family)
     difference = DifferenceResult(
@@ -232,8 +232,8 @@ def _notes(pair: ReceiptPair, options: CompareOptions) -> list[str]:
                 "bring them closer"
             )
         notes.append(f"{why}: a change of the machine between them counts as a regression or improvement; {advice}")
-    if verdict.MIN_RUNS <= runs < RECOMMENDED_REPEATS:
-        notes.append(f"{runs} repeats: {RECOMMENDED_REPEATS} or more are recommended")
+    if verdict.MIN_RUNS <= runs < verdict.RECOMMENDED_REPEATS:
+        notes.append(f"{runs} repeats: {verdict.RECOMMENDED_REPEATS} or more are recommended")
     for side, sealed in (("old", old), ("new", new)):
         notes += [f"{side}: {caution}" for caution in sealed.data["validity"]["cautions"]]
     return notes

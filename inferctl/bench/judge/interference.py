@@ -11,11 +11,10 @@ import numpy as np
 
 from inferctl.bench import stats
 from inferctl.bench.judge.summary import RunRecords
+from inferctl.bench.judge.verdict import RECOMMENDED_REPEATS
 from inferctl.bench.load import records
 
 QUANTILES = (0.5, 0.9, 0.99)
-# With fewer pairs, the interval comes from the responses within the runs: few runs do not show how runs differ.
-PAIRS_NEEDED = 5
 # With one or two pairs there is no interval. In simulations of runs that differ by 5% to 10%, one that was widened to
 # the factors of the pairs contained the true factor in 25% to 97% of the results. With three pairs, 98% or more did.
 _FEWEST_PAIRS = 3
@@ -69,16 +68,16 @@ def inflation(without: Sequence[RunRecords], loaded: Sequence[RunRecords]) -> In
     Run i of one and run i of the other are a pair.
     """
     pairs = min(len(without), len(loaded))
-    over_runs = pairs >= PAIRS_NEEDED
+    over_runs = pairs >= RECOMMENDED_REPEATS
     compare = _over_runs if over_runs else _within_runs
     if over_runs:
         how = f"Student's t on the logarithms of the factors of {pairs} pairs of runs"
     elif pairs < _FEWEST_PAIRS:
-        how = f"none: an interval needs {PAIRS_NEEDED} pairs of runs"
+        how = f"none: an interval needs {RECOMMENDED_REPEATS} pairs of runs"
     else:
         how = (
             "order statistics of the pooled responses, widened to the factors of the single pairs; "
-            f"an interval over runs needs {PAIRS_NEEDED} pairs"
+            f"an interval over runs needs {RECOMMENDED_REPEATS} pairs"
         )
     return Inflation(pairs, {f"p{q * 100:g}": compare(without, loaded, q) for q in QUANTILES}, how)
 
@@ -116,7 +115,7 @@ def _over_runs(without: Sequence[RunRecords], loaded: Sequence[RunRecords], q: f
         return NotEnoughSamples(min(quantile.n for quantile in small), stats.needed(q))
     values = [(a.value or 0.0, b.value or 0.0) for a, b in each]
     interval = stats.mean_interval([math.log(b / a) for a, b in values])
-    assert interval  # PAIRS_NEEDED is more than three
+    assert interval  # RECOMMENDED_REPEATS is more than three
     mean, half_width = interval
     before, after = (math.exp(math.fsum(math.log(pair[side]) for pair in values) / len(values)) for side in (0, 1))
     return _figures(before, after, math.exp(mean), math.exp(mean - half_width), math.exp(mean + half_width))

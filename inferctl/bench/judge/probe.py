@@ -84,8 +84,8 @@ def judge(
     summary: JsonObject,
     slo_p99_ms: float,
     client_cpu_percent: float | None,
-    growing_backlog: str | None = None,
-    budget: float = 0.0,
+    growing_backlog: str | None,
+    budget: float,
 ) -> RateVerdict:
     """Return whether the server meets the SLO at the rate that `summary` describes.
 

@@ -25,7 +25,7 @@ class SloResult:
     interval_contains_limit: bool = False
 
 
-def judge(latency: JsonObject, limit_ms: float, lost: int = 0, budget: float = 0.0) -> SloResult:
+def judge(latency: JsonObject, limit_ms: float, lost: int, budget: float) -> SloResult:
     """Return whether the p99 of all requests is within the limit, from the `latency_ms` of a summary.
 
     The SLO is met if the whole 95% interval of the p99 is within the limit, and the effective sample size is enough: a

@@ -17,7 +17,7 @@ ACHIEVED_LIMIT = 0.98
 LATE_LIMIT = 0.01
 OTHERS_LIMIT = 0.10
 STOLEN_LIMIT = 0.05
-_NEEDED_FOR_P90 = 36
+_NEEDED_FOR_P90 = stats.needed(0.9)
 _REJECTIONS = "the server rejected "
 _SHARE_OF_CORES = re.compile(r"(.*(?:other processes used|the hypervisor withheld) )(\d+)%")
 # What must be equal in all runs, and its path in the response of `GET /info`.
@@ -169,9 +169,7 @@ def merge(*validities: Validity) -> Validity:
     )
 
 
-def combine(
-    runs: Sequence[Validity], pooled: JsonObject, budget_percent: float = 0.1, searched: bool = False
-) -> Validity:
+def combine(runs: Sequence[Validity], pooled: JsonObject, budget_percent: float, searched: bool = False) -> Validity:
     """Return the validity of the runs of one configuration, whose pooled summary is given.
 
     It is invalid if one run is, if all runs together have too few samples, or if failures exceed the error budget.

@@ -17,6 +17,8 @@ from inferctl.bench import student_t
 CONFIDENCE = 0.95
 POWER = 0.8
 MIN_RUNS = 3
+# Fewer runs do not show enough of how runs differ.
+RECOMMENDED_REPEATS = 5
 MAX_REPEATS = 100
 
 Outcome = Literal["regression", "no regression", "improvement", "not enough evidence", "not compared"]

@@ -20,7 +20,7 @@ class JudgedOutcome:
     validity: Validity
 
 
-def judge(outcome: Outcome, cores: int, budget_percent: float = 0.1) -> JudgedOutcome:
+def judge(outcome: Outcome, cores: int, budget_percent: float) -> JudgedOutcome:
     """Return the pooled summary and the validity of an outcome that has at least one run.
 
     `cores` is the number of cores of the machine, `budget_percent` the share of requests that may fail.

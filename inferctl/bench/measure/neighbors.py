@@ -207,7 +207,7 @@ class _PairOfRuns:
     records: summary.RunRecords  # the records of the loaded run
 
 
-def document(measurements: Sequence[Measurement], cores: int, budget_percent: float = 0.1) -> dict[str, Any] | None:
+def document(measurements: Sequence[Measurement], cores: int, budget_percent: float) -> dict[str, Any] | None:
     """Return the `neighbours` key of a receipt (docs/receipts.md), over all pairs; None if there were no neighbors."""
     pairs = [
         _PairOfRuns(run, run.with_neighbors, run.with_neighbors.records(run.folder))

@@ -96,7 +96,7 @@ class Searcher:
     measure_load: MeasureLoad
     wait_until_idle: Callable[[float], object]
     on_probe: Callable[[Probe], None]
-    budget: float = 0.0
+    budget: float
     seconds: float | None = None
     _deadline: float = field(default=math.inf, init=False)
     _measured: list[tuple[Probe, Measurement]] = field(default_factory=list, init=False)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from inferctl.bench.judge import interference, summary
+from inferctl.bench.judge import summary, verdict
 from inferctl.bench.measure import concurrency, throughput
 from inferctl.bench.receipt import JsonObject
 from inferctl.bench.report import ranking, search_findings
 from inferctl.bench.report.rows import MEASURED, ClosedLoopFigures, MeasuredRow, Row
 
 
-def describe(rows: Sequence[Row], mode: str, error_budget_percent: float = 0.1) -> list[str]:
+def describe(rows: Sequence[Row], mode: str, error_budget_percent: float) -> list[str]:
     """Return what the benchmark found, the most important first. `mode` is that of the load (open or closed)."""
     with_receipt = [row for row in rows if isinstance(row, MeasuredRow)]
     measured = [row for row in with_receipt if row.outcome == MEASURED and row.valid]
@@ -259,7 +259,7 @@ def _with_neighbors(name: str, found: JsonObject) -> str:
     if figures["low"] is None:
         pairs = "this pair of runs" if found["pairs"] == 1 else f"these {found['pairs']} pairs of runs"
         factor = f"{figures['factor']:.2f}x in {pairs}"
-        inconclusive = f"; inconclusive, an interval needs {interference.PAIRS_NEEDED} pairs (`--repeats`)"
+        inconclusive = f"; inconclusive, an interval needs {verdict.RECOMMENDED_REPEATS} pairs (`--repeats`)"
     else:
         factor = f"{figures['factor']:.2f}x ({figures['low']:.2f} to {figures['high']:.2f}, {found['pairs']} pairs)"
         if figures["low"] <= 1 <= figures["high"]:

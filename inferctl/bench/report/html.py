@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inferctl import assets, outputs
-from inferctl.bench.judge import compare, verdict
+from inferctl.bench.judge import verdict
 from inferctl.bench.receipt import Receipt
 from inferctl.bench.report import charts, terminal
 from inferctl.bench.report.caveats import Caveat
@@ -108,7 +108,7 @@ def limitations(result: Result, receipts: Sequence[Receipt]) -> list[Caveat]:
             "setup",
             f"{runs}. {which} are within runs, and widened for autocorrelation. With three or more runs, the "
             "intervals of latencies include the difference between runs where it is detected. `inferctl compare` needs "
-            f"at least {verdict.MIN_RUNS} repeats; {compare.RECOMMENDED_REPEATS} are recommended.",
+            f"at least {verdict.MIN_RUNS} repeats; {verdict.RECOMMENDED_REPEATS} are recommended.",
         )
     )
     return notes

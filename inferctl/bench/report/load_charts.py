@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from inferctl.bench.judge import interference
+from inferctl.bench.judge.verdict import RECOMMENDED_REPEATS
 from inferctl.bench.receipt import JsonObject, Receipt
 from inferctl.bench.report.chart import GREY, Chart, Json, slo_line, ticks
 
@@ -109,7 +109,7 @@ def neighbors(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
     }
     text = (
         "Circle: idle neighbors. Diamond: loaded neighbors on the same device. The number is the factor between them, "
-        f"with its 95% interval. An interval needs {interference.PAIRS_NEEDED} pairs of runs."
+        f"with its 95% interval. An interval needs {RECOMMENDED_REPEATS} pairs of runs."
     )
     return Chart("Latency with loaded neighbors", text, data, layout)
 

@@ -20,8 +20,6 @@ from inferctl.bench.report.rows import MeasuredRow, RunFigures
 
 # A smaller difference is not a clear one, whatever its interval: the same system differs by this much between runs.
 MIN_DIFFERENCE = 0.05
-# Fewer repeats do not show enough of how runs differ.
-REPEATS = 5
 # The finding names this many slower configurations. The table has all of them.
 NAMED = 4
 _P99_NEEDS = stats.needed(0.99)
@@ -33,8 +31,8 @@ Figure = Literal["goodput", "requests_per_s", "p99", "p50"]
 class Criterion:
     """The figure by which a group of configurations is compared, and the repeats that all of them have.
 
-    `goodput` is the highest rate within the SLO of a search. With `REPEATS` repeats or more (`tested`), the figure is
-    that of each run. With fewer, it is that of all runs of a configuration together.
+    `goodput` is the highest rate within the SLO of a search. With the recommended repeats or more (`tested`), the
+    figure is that of each run. With fewer, it is that of all runs of a configuration together.
     """
 
     figure: Figure
@@ -42,7 +40,7 @@ class Criterion:
 
     @property
     def tested(self) -> bool:
-        return len(self.repeats) >= REPEATS
+        return len(self.repeats) >= verdict.RECOMMENDED_REPEATS
 
     def cost(self, row: MeasuredRow) -> float:
         """Return the compared figure, so that smaller is better: seconds per request, or ms. Infinity if unknown.
@@ -69,7 +67,8 @@ def criterion(rows: Sequence[MeasuredRow], mode: str) -> Criterion:
     """Return how to compare `rows` under a load of this `mode`.
 
     A closed loop compares requests/s. An open loop compares the p99 if every run has one, else the p50. With fewer than
-    `REPEATS` runs, it is enough if all runs of a row together have a p99. The result of a search has no repeats.
+    the recommended repeats, it is enough if all runs of a row together have a p99. The result of a search has no
+    repeats.
     """
     if any(row.search for row in rows):
         return Criterion("goodput")
@@ -147,7 +146,7 @@ def winner(rows: Sequence[MeasuredRow], mode: str, pairs: int) -> str:
         which = "run" if by.tested else "configuration"
         sentences.append(f"The p50 is compared, since not every {which} has the {_P99_NEEDS} responses of a p99.")
     if not by.tested and by.figure != "goodput":
-        sentences.append(f"For a winner, run again with `--repeats {REPEATS}`.")
+        sentences.append(f"For a winner, run again with `--repeats {verdict.RECOMMENDED_REPEATS}`.")
     return " ".join(sentences)
 
 

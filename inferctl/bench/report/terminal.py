@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from inferctl.bench import stats
 from inferctl.bench.plan.plan import Load
 from inferctl.bench.receipt import JsonObject
 from inferctl.bench.report.estimated import EstimatedFigures
@@ -209,9 +210,9 @@ def cells(row: MeasuredRow) -> list[str]:
     return [
         row.configuration if row.valid else f"{row.configuration} (!)",
         runs_as(row.precision),
-        _percentile(row.p50_ms, 6),
-        _percentile(row.p90_ms, 36),
-        _percentile(row.p99_ms, 368),
+        _percentile(row.p50_ms, 0.5),
+        _percentile(row.p90_ms, 0.9),
+        _percentile(row.p99_ms, 0.99),
         short(row.requests_per_s),
         short(row.tokens_per_s),
         missing if row.cosine_mean is None else f"{row.cosine_mean:.5f}",
@@ -224,8 +225,8 @@ def runs_as(precision: JsonObject) -> str:
     return " ".join(part for part in (precision.get("effective"), precision.get("level")) if part) or "not stated"
 
 
-def _percentile(value: float | None, needed: int) -> str:
-    return f"n<{needed}" if value is None else short(value)
+def _percentile(value: float | None, q: float) -> str:
+    return f"n<{stats.needed(q)}" if value is None else short(value)
 
 
 def short(value: float | None) -> str:
