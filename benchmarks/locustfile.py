@@ -34,6 +34,7 @@ All times are nanoseconds of CLOCK_MONOTONIC in the process that wrote them.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -50,7 +51,7 @@ import gevent.event
 from loadgen import clock
 from loadgen.coordinator import Coordinator
 from loadgen.generator import Generator, load_files
-from loadgen.recorder import OK, Recorder
+from loadgen.recorder import OK, Recorder, exit_on_write_error
 from locust import User, events, task
 from locust.exception import StopUser
 from locust.runners import LocalRunner, MasterRunner, WorkerRunner
@@ -88,7 +89,9 @@ class Worker:
             self._prepare(LOAD, load_files(LOAD), int(LOAD["workers"]) + int(LOAD.get("remote_workers", 0)))
 
     def _load(self, msg: Any, **_: Any) -> None:
-        self._folder = tempfile.mkdtemp(prefix="inferctl-load-")
+        with exit_on_write_error():
+            self._folder = tempfile.mkdtemp(prefix="inferctl-load-")
+        atexit.register(self.remove_files)
         self._prepare({**msg.data["load"], "output": self._folder}, msg.data["files"], msg.data["workers"])
 
     def _prepare(self, load: dict[str, Any], files: dict[str, bytes], workers: int) -> None:
@@ -181,20 +184,15 @@ def connect(environment: Any, **_: Any) -> None:
         environment.events.test_start.add_listener(lambda **_: gevent.spawn(coordinator.run))
         if isinstance(runner, MasterRunner):
             temporary = Path(LOAD["output"]) / ".master.json"
-            temporary.write_text(json.dumps({"port": runner.server.port}))
-            temporary.rename(temporary.with_name("master.json"))
+            with exit_on_write_error():
+                temporary.write_text(json.dumps({"port": runner.server.port}))
+                temporary.rename(temporary.with_name("master.json"))
 
 
 @events.spawning_complete.add_listener
 def spawned(**_: Any) -> None:
     if worker:
         worker.start()
-
-
-@events.quitting.add_listener
-def leave(**_: Any) -> None:
-    if worker:
-        worker.remove_files()
 
 
 class Client(User):

@@ -15,6 +15,7 @@ from typing import Any
 import gevent
 
 from loadgen import clock
+from loadgen.recorder import exit_on_write_error
 
 STEADY_WINDOWS, STEADY_SPREAD = 3, 0.10
 LEAD_NS = 300_000_000
@@ -25,11 +26,12 @@ SILENT_S = 10
 class Coordinator:
     """Exchange messages with the generator of each worker, and write the state of the run to `state-0.json`.
 
-    It raises no exceptions: after an error, the run ends with `problem` in the state.
+    It raises no exceptions: after an error, the run ends with `problem` in the state. If the state cannot be written,
+    Locust ends with the number of the error.
     """
 
     def __init__(self, environment: Any, load: Mapping[str, Any], files: Callable[[], dict[str, bytes]]) -> None:
-        self.runner, self.stats = environment.runner, environment.stats
+        self._environment, self.runner, self.stats = environment, environment.runner, environment.stats
         self.load, self._files = load, files
         self.folder = Path(load["output"])
         self.workers = int(load["workers"]) + int(load.get("remote_workers", 0))
@@ -47,12 +49,15 @@ class Coordinator:
     def run(self) -> None:
         """Do the whole run, then end Locust."""
         try:
-            self._run()
-        except TimeoutError as error:
-            self.publish(phase="failed", problem=str(error))
-        except Exception as error:  # noqa: BLE001 - without this, any error would leave the run hanging for minutes
-            traceback.print_exc()
-            self.publish(phase="failed", problem=f"{type(error).__name__}: {error}")
+            try:
+                self._run()
+            except TimeoutError as error:
+                self.publish(phase="failed", problem=str(error))
+            except Exception as error:  # noqa: BLE001 - without this, any error would leave the run hanging for minutes
+                traceback.print_exc()
+                self.publish(phase="failed", problem=f"{type(error).__name__}: {error}")
+        except SystemExit as end:
+            self._environment.process_exit_code = end.code
         finally:
             self.runner.quit()
 
@@ -120,8 +125,9 @@ class Coordinator:
         """Add `changes` to the state, and replace `state-0.json` atomically."""
         self.state.update(changes)
         part = self.folder / ".state-0.json"
-        part.write_text(json.dumps(self.state))
-        part.rename(self.folder / "state-0.json")
+        with exit_on_write_error():
+            part.write_text(json.dumps(self.state))
+            part.rename(self.folder / "state-0.json")
 
     def _warm_up(self, started: int) -> None:
         """Return when three consecutive windows agree within 10%, or after `warmup_s`."""
@@ -231,7 +237,7 @@ class Coordinator:
         # This ignores records of an interrupted run, from a worker that has not noticed the interruption.
         if msg.node_id not in self._ready:
             return
-        with (self.folder / f"requests-{int(msg.data['worker'])}.bin").open("ab") as file:
+        with exit_on_write_error(), (self.folder / f"requests-{int(msg.data['worker'])}.bin").open("ab") as file:
             file.write(msg.data["content"])
 
     def _on_done(self, msg: Any, **_: Any) -> None:

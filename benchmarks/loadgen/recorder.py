@@ -7,10 +7,13 @@ of zero.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
 import struct
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +40,29 @@ OK, HTTP_ERROR, TIMEOUT, CONNECTION, DROPPED = range(5)
 CHUNK = 4 * 1024 * 1024
 
 
+@contextlib.contextmanager
+def exit_on_write_error() -> Iterator[None]:
+    """End this process if a file cannot be written, for example on a full disk. The exit code is the error's number.
+
+    Locust and gevent log other exceptions and continue.
+    """
+    try:
+        yield
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the log may be on the same disk
+            sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(error.errno) from error
+
+
 class Recorder:
-    """Append records to `path`, after `header` as JSON. Raises `OSError` if the disk is full."""
+    """Append records to `path`, after `header` as JSON. Ends this process if the disk is full."""
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         fields = {"fields": [[name, kind] for name, kind, _ in FIELDS], "clock": "CLOCK_MONOTONIC", **header}
         self.path = path
-        self._file = path.open("w+b", buffering=0)
-        self._file.write(MAGIC + json.dumps(fields).encode() + b"\n")
+        with exit_on_write_error():
+            self._file = path.open("w+b", buffering=0)
+            self._file.write(MAGIC + json.dumps(fields).encode() + b"\n")
         self._start = self._next = self._file.tell()
         self._size = 0
         self._map = self._grow()
@@ -72,10 +90,11 @@ class Recorder:
         self._file.close()
 
     def _grow(self) -> mmap.mmap:
-        if hasattr(os, "posix_fallocate"):
-            # This reserves disk space. On a full disk it fails here, and not with SIGBUS at a later write.
-            os.posix_fallocate(self._file.fileno(), self._size, CHUNK)
-        else:
-            self._file.truncate(self._size + CHUNK)
+        with exit_on_write_error():
+            if hasattr(os, "posix_fallocate"):
+                # This reserves disk space. On a full disk it fails here, and not with SIGBUS at a later write.
+                os.posix_fallocate(self._file.fileno(), self._size, CHUNK)
+            else:
+                self._file.truncate(self._size + CHUNK)
         self._size += CHUNK
         return mmap.mmap(self._file.fileno(), self._size)

@@ -81,6 +81,7 @@ def root(
 _SYSTEM_ERROR_HINTS = {
     errno.ENOSPC: "free some space, or use another folder",
     errno.EDQUOT: "free some space within your quota, or use another folder",
+    errno.EFBIG: "raise the limit of the file size (`ulimit -f`), or use another file system",
     errno.EROFS: "the file system is read-only: use another folder",
     errno.EACCES: "check the permissions of the file and of its folder",
     errno.EPERM: "check the permissions of the file and of its folder",

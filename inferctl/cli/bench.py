@@ -259,9 +259,11 @@ def _run(prepared: PreparedBench, report: Path | None, json_: bool) -> None:
             with bench_progress.ProgressView(bench_progress.expected(work), done) as view:
                 runner.run(work, outcomes, view.update, lambda outcome: receipts.write_all(context, [outcome]))
         except BaseException:
-            if any(outcome.measurements for outcome in outcomes):
-                _write_results(context, outcomes, page, json_)
-            console.note(f"to resume this benchmark: {resume_command}")
+            try:
+                if any(outcome.measurements for outcome in outcomes):
+                    _write_results(context, outcomes, page, json_)
+            finally:
+                console.note(f"to resume this benchmark: {resume_command}")
             raise
         result = _write_results(context, outcomes, page, json_)
         if problem := results.problem(result):

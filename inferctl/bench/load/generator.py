@@ -92,8 +92,9 @@ def run(
     `on_progress` is called twice a second. `check` is called at the same rate and may raise to end the load. `headers`
     are sent with each request; they may contain secrets, so no file contains them.
 
-    Raises `InferctlError` if Locust or one of its workers fails, is killed or hangs. Their records stay in the folder.
-    All processes have ended when this returns or raises.
+    Raises `InferctlError` if Locust or one of its workers fails, is killed or hangs. Raises `OSError` if one of them
+    cannot write its records, for example on a full disk. The records stay in the folder. All processes have ended when
+    this returns or raises.
     """
     folder = description.parent
     for old in (*records.files(folder), folder / "state-0.json", folder / "master.json"):
@@ -101,6 +102,7 @@ def run(
     with locust.processes(load, description, folder, headers) as processes:
         _follow(processes, load, folder, on_progress, check)
     (folder / "master.json").unlink(missing_ok=True)
+    processes.check_written()
     state = read_state(folder)
     if problem := processes.problem() or state.get("problem"):
         raise InferctlError(f"the load generator failed: {problem}", f"see {processes.log}")

@@ -6,6 +6,7 @@ Locust is never imported, because it patches the process that imports it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -26,6 +27,8 @@ HEADERS = "INFERCTL_LOAD_HEADERS"
 # How long a run waits until all workers are connected.
 WORKERS_S = 300
 _PORT_S = 60.0
+# Exit codes of a process that cannot write a file (`exit_on_write_error` in benchmarks/loadgen/recorder.py).
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 # How long the master may take to stop its workers: Locust waits 0.5 s for their last messages.
 _QUIT_S = 3.0
 
@@ -83,6 +86,12 @@ class Processes:
                 error = last_error(self._log_of(number))
                 return f"{name} {how}" + (f": {error}" if error and code > 0 else "")
         return None
+
+    def check_written(self) -> None:
+        """Raise `OSError` if a process ended because it cannot write a file: this is no failure of the server."""
+        for process in self._all:
+            if (code := process.poll()) in _WRITE_ERRORS:
+                raise OSError(code, os.strerror(code), str(self._folder))
 
     def end(self) -> None:
         """Kill all running processes.
@@ -180,6 +189,7 @@ def _port(group: Processes, folder: Path) -> int:
         with contextlib.suppress(OSError, ValueError):
             return int(json.loads((folder / "master.json").read_text())["port"])
         time.sleep(0.05)
+    group.check_written()
     raise InferctlError(
         f"Locust's master did not start: {group.problem() or last_error(group.log)}", f"see {group.log}"
     )

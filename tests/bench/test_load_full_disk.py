@@ -1,0 +1,105 @@
+"""A load whose records cannot be written ends at once, with the system's own error: not after minutes, and not as a
+failure of the server."""
+
+from __future__ import annotations
+
+import errno
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from test_load import measure
+
+from inferctl import cli
+from inferctl.bench.load import generator, records, target
+from inferctl.bench.plan import plan, workload
+
+HARNESS = Path(__file__).resolve().parents[2] / "benchmarks" / "harness"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 6 MB: enough for the inputs of a load and for the first 4 MiB of records of one worker."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Write until the disk is full."""
+    with (disk / "filler").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 4096)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+
+
+@pytest.fixture
+def file_size(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A limit of the file size, which needs no root: this process and its children cannot write larger files."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (request.param, old[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.mark.parametrize("file_size", [1 << 20], indirect=True)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_load_without_space_for_records_ends_before_it_sends(
+    answering: Callable[..., str], tmp_path: Path, file_size: None, workers: int
+) -> None:
+    with pytest.raises(OSError, match="File too large") as caught:
+        measure(answering(), tmp_path / "run", users=2, duration_s=1, workers=workers)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("file_size", [5 << 20], indirect=True)
+def test_a_load_ends_when_its_records_need_more_space_than_there_is(tmp_path: Path, file_size: None) -> None:
+    sys.path.insert(0, str(HARNESS))
+    try:
+        import known_server
+    finally:
+        sys.path.remove(str(HARNESS))
+    with known_server.run_server("--bare") as server, pytest.raises(OSError, match="File too large"):
+        measure(server.url, tmp_path / "run", users=16, duration_s=100)
+    assert len(records.merge(tmp_path / "run")) > 60_000
+
+
+def test_a_disk_that_is_full_at_the_start_ends_the_load(answering: Callable[..., str], disk: Path) -> None:
+    with pytest.raises(OSError, match="No space left on device"):
+        measure(answering(), disk / "run", users=2, duration_s=1, workers=2)
+
+
+def test_a_disk_that_fills_up_during_a_load_ends_it(answering: Callable[..., str], disk: Path) -> None:
+    load = plan.Load.model_validate({"users": 2, "duration_s": 2, "warmup_s": 0})
+    work = workload.draw(load, "short", 1)
+    description = generator.prepare(load, work, target.Target(answering(), "test"), 100_000, disk)
+
+    def on_progress(live: generator.LoadProgress) -> None:
+        if live.phase == "measure" and not (disk / "filler").exists():
+            fill(disk)
+
+    with pytest.raises(OSError, match="No space left on device"):
+        generator.run(load, description, on_progress, lambda: None)
+    assert len(records.merge(disk)) > 0
+
+
+def test_a_bench_on_a_full_disk_stops_with_the_error_and_a_hint(
+    answering: Callable[..., str], disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(disk)
+    (disk / "filler").write_bytes(b"x" * (3 << 20))
+    server = f"mine={answering()}"
+    assert cli.run(["bench", "--url", server, "--plan", "quick", "--duration", "1", "--output", "out"]) == 3
+    shown = capsys.readouterr().err
+    assert "error: no space left on device: " in shown
+    assert "hint: free some space, or use another folder" in shown
+    assert "to resume this benchmark: inferctl bench --resume out/quick-" in shown
