@@ -32,7 +32,6 @@ class Metrics:
         self._cancelled = counter("cancelled", "Requests whose client disconnected.")
         self.truncated = counter("inputs_truncated", "Inputs truncated to the longest input of the model.")
         self.non_finite = counter("non_finite", "Inputs for which the model returned NaN or infinity; never sent.")
-        self.fp32_retries = counter("fp32_retries", "Inputs computed again in fp32 because of NaN or infinity.")
         self.queue_tokens = gauge("queue_tokens", "Tokens in the queue.")
         self.in_flight = gauge("requests_in_flight", "Accepted requests without a response.")
         self.engine_up = gauge("engine_up", "Engines that accept batches.")

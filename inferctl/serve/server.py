@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from inferctl.serve.embeddings import app
 from inferctl.serve.embeddings.endpoint import EmbeddingsEndpoint
 from inferctl.serve.embeddings.served_model import ServedModel
 from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
-from inferctl.serve.engine_process.supervisor import Supervisor
+from inferctl.serve.engine_process.pool import EnginePool
 from inferctl.serve.metrics import Metrics
 from inferctl.serve.scheduling.batcher import Batcher, QueueLimits
 from inferctl.serve.scheduling.dispatcher import Dispatcher
@@ -122,7 +122,7 @@ class Server:
     def __init__(self, spec: Spec, options: ServerOptions, notify: Callable[[str], None], folder: ModelFolder) -> None:
         self._spec, self._options, self._notify, self._folder = spec, options, notify, folder
         self._embedding = embedding_config.read(self._folder.path, spec.serve.max_input_tokens)
-        metrics = self._metrics = Metrics()
+        metrics = Metrics()
         capacity = Capacity.read(options.capacity) if options.capacity else None
         capacity_slo_ms = capacity.slo_p99_ms if capacity else None
         slo_ms = spec.slo.p99_ms or capacity_slo_ms
@@ -130,7 +130,8 @@ class Server:
         queue = QueueLimits(
             spec.serve.max_batch_tokens, spec.serve.max_queue_tokens, slo_s=slo_ms / 1000 if slo_ms else None
         )
-        self._dispatcher = Dispatcher(Batcher(queue, LatencyModel(capacity)), metrics)
+        self._batcher = Batcher(queue, LatencyModel(capacity))
+        self._dispatcher = Dispatcher(self._batcher, metrics)
         self._model = ServedModel(
             spec.name,
             frozenset({spec.model.source}),
@@ -139,10 +140,7 @@ class Server:
             options.truncate,
         )
         self._tokenizer = TokenizerPool(self._folder.path, self._embedding, on_truncated=metrics.truncated.inc)
-        self._lifecycle = Lifecycle(
-            ready=lambda: self._dispatcher.ready,
-            live=lambda: not all(supervisor.crash_looping for supervisor in self._supervisors),
-        )
+        self._lifecycle = Lifecycle(ready=lambda: self._dispatcher.ready, live=lambda: not self._pool.crash_looping)
         self._edge_limits = EdgeLimits()
         self._edge = Edge(
             app.create(EmbeddingsEndpoint(self._model, self._tokenizer, self._dispatcher, metrics)),
@@ -153,17 +151,18 @@ class Server:
             endpoints=app.ENDPOINTS,
             limits=self._edge_limits,
         )
-        self._config = EngineConfig(
+        config = EngineConfig(
             engine="echo" if options.engine == "echo" else "encoder",
             model=str(self._folder.path),
             precision=spec.serve.precision,
             device=options.device,
             max_input_tokens=spec.serve.max_input_tokens,
             max_batch_tokens=spec.serve.max_batch_tokens,
+            engines=options.engines or 1,
             log=options.log,
         )
-        self._supervisors: list[Supervisor] = []
-        self._engines: list[asyncio.Task[None]] = []
+        self._pool = EnginePool(config, options.engines, self._dispatcher, self._batch_timeout, self._engine_ready)
+        metrics.engine_restarts.set_function(lambda: self._pool.restarts)
         self._info: dict[str, Any] | None = None
         self._started, self._ready_seconds = time.monotonic(), 0.0
         self._signals = 0
@@ -188,16 +187,16 @@ class Server:
         socket = listener.listen(self._spec.serve.host, self._spec.serve.port)
         self._url = listener.url_of(socket, self._spec.serve.host)
         self._http = listener.HttpServer(self._edge, self._spec.serve.drain_seconds, self._edge_limits.max_body_bytes)
-        for _ in range(self._options.engines or 1):
-            self._add_engine(self._config)
+        engines = asyncio.create_task(self._pool.run())
         serving = asyncio.create_task(self._http.serve(sockets=[socket]))
         signals.connect(self._handle_signal)
-        await asyncio.wait((serving, self._engines[0]), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((serving, engines), return_when=asyncio.FIRST_COMPLETED)
+        if engines.done():
+            self._dispatcher.fail_all("the server ends because of an error")
         self._http.close()
         await serving
-        for supervisor in self._supervisors:
-            supervisor.stop()
-        await asyncio.gather(*self._engines)
+        self._pool.stop()
+        await engines
         self._tokenizer.close()
         if self._failure:
             raise self._failure
@@ -208,27 +207,16 @@ class Server:
         self._notify("stopped")
         return EXIT_INTERRUPTED if self._interrupted else 0
 
-    def _add_engine(self, config: EngineConfig) -> None:
-        queue, first = self._dispatcher.add_engine(), not self._supervisors
-        supervisor = Supervisor(
-            config,
-            queue,
-            lambda: self._dispatcher.batch_timeout(self._options.hang_seconds, self._embedding.max_tokens),
-            essential=first,
-        )
-        queue.write, queue.kill = supervisor.send, supervisor.kill
-        queue.on_ready, queue.on_lost = self._engine_ready, self._engine_lost
-        self._supervisors.append(supervisor)
-        self._engines.append(asyncio.create_task(supervisor.run()))
+    def _batch_timeout(self) -> float:
+        """Return the seconds after which a batch counts as hung: 20 times the largest one, at least `hang_seconds`."""
+        largest = max(self._batcher.limits.batch_tokens, self._embedding.max_tokens)
+        return max(self._options.hang_seconds, 20 * self._batcher.latency.seconds(largest))
 
     def _handle_signal(self, number: int) -> None:
         self._signals += 1
         self._interrupted |= number == signal.SIGINT
         if self._signals > 1:
-            for supervisor in self._supervisors:
-                if supervisor.pid:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(supervisor.pid, signal.SIGKILL)
+            self._pool.kill()
             os._exit(EXIT_INTERRUPTED if self._interrupted else _EXIT_TERMINATED)
         requests = self._edge.in_flight
         self._notify(f"shutting down; requests in flight: {requests}; a second signal stops at once")
@@ -244,7 +232,8 @@ class Server:
 
     def _engine_ready(self, info: EngineInfo) -> None:
         lifecycle = self._lifecycle
-        self._model.dimensions, self._model.vocabulary_size = info.dimensions, self._tokenizer.vocabulary_size
+        self._model.dimensions = info.dimensions
+        self._model.vocabulary_size = info.vocabulary_size or self._tokenizer.vocabulary_size
         self._info = describe.document(
             self._spec,
             self._folder,
@@ -254,11 +243,9 @@ class Server:
             self._edge_limits.max_body_bytes,
             self._options.image,
         )
-        if self._options.engines is None and len(self._supervisors) == 1:
-            for index in range(1, info.device.count):
-                self._add_engine(replace(self._config, device=f"cuda:{index}"))
         if lifecycle.started:
-            self._notify(f"an engine is ready; {self._engine_counts()}")
+            pool = self._pool
+            self._notify(f"an engine is ready; ready: {pool.up} of {pool.size}, restarts: {pool.restarts}")
             return
         lifecycle.started = True
         self._ready_seconds = time.monotonic() - self._started
@@ -276,35 +263,23 @@ class Server:
                 self._failure = error
                 self._close()
 
-    def _engine_lost(self) -> None:
-        self._metrics.engine_restarts.set(sum(supervisor.restarts for supervisor in self._supervisors))
-
-    def _engine_counts(self) -> str:
-        ready = sum(engine.ready for engine in self._dispatcher.engines)
-        restarts = sum(supervisor.restarts for supervisor in self._supervisors)
-        return f"ready: {ready} of {len(self._supervisors)}, restarts: {restarts}"
-
     def _describe(self) -> dict[str, Any] | None:
         """Return the document of `GET /info`; None before an engine was ready."""
         if self._info is None:
             return None
-        limits = {
-            **self._info["limits"],
-            "max_batch_tokens": self._dispatcher.batch_tokens,
-            "slo_p99_ms": self._dispatcher.slo_ms,
-        }
-        engines = {
-            "count": len(self._supervisors),
-            "up": sum(engine.ready for engine in self._dispatcher.engines),
-            "restarts": sum(supervisor.restarts for supervisor in self._supervisors),
-            "hangs": sum(supervisor.hangs for supervisor in self._supervisors),
-            "out_of_memory": self._dispatcher.out_of_memory,
-        }
+        pool, limits = self._pool, self._batcher.limits
+        slo_ms = None if limits.slo_s is None else limits.slo_s * 1000
         return {
             **self._info,
-            "limits": limits,
-            "engines": engines,
-            "restarts": engines["restarts"],
-            "pace": self._dispatcher.latency_model,
+            "limits": {**self._info["limits"], "max_batch_tokens": limits.batch_tokens, "slo_p99_ms": slo_ms},
+            "engines": {
+                "count": pool.size,
+                "up": pool.up,
+                "restarts": pool.restarts,
+                "hangs": pool.hangs,
+                "out_of_memory": self._dispatcher.out_of_memory,
+            },
+            "restarts": pool.restarts,
+            "pace": self._batcher.latency.to_json(),
             "ready_seconds": round(self._ready_seconds, 3),
         }

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inferctl.serve.engine_process import frames, memory, worker
+from inferctl.serve.engine_process import frames, gpu_errors, memory, worker
 from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, EngineInfo
 from inferctl.serve.engine_process.frames import Kind
 
@@ -99,3 +99,26 @@ def test_every_message_of_insufficient_memory_is_recognized(error: str, said: st
 )
 def test_other_cuda_errors_are_not_insufficient_memory(said: str) -> None:
     assert not memory.is_insufficient(type("AcceleratorError", (RuntimeError,), {})(said))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: unspecified launch failure",
+        "CUDA error: uncorrectable ECC error encountered",
+        "Triton Error [CUDA]: an illegal memory access was encountered",
+        "CUDA driver error: CUDA_ERROR_ILLEGAL_ADDRESS",
+    ],
+)
+def test_an_error_that_breaks_the_cuda_context_is_recognized(said: str) -> None:
+    assert gpu_errors.breaks_context(RuntimeError(said))
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["CUDA error: out of memory", "CUDA error: invalid configuration argument", "cuDNN error: CUDNN_STATUS_BAD_PARAM"],
+)
+def test_an_error_that_leaves_the_cuda_context_usable_is_a_failure_of_the_batch(said: str) -> None:
+    assert not gpu_errors.breaks_context(RuntimeError(said))

@@ -15,13 +15,17 @@ import numpy.typing as npt
 Tokens: TypeAlias = npt.NDArray[np.int32]
 Vectors: TypeAlias = npt.NDArray[np.float32]
 
+# The batch limit is never lowered below this (tokens).
+MIN_BATCH_TOKENS = 64
+
 
 @dataclass(frozen=True)
 class EngineConfig:
     """The configuration of an engine. `model` is a folder; `max_input_tokens` and `max_batch_tokens` count tokens.
 
     `previous_info`: the `EngineInfo` (as JSON) of an earlier engine with the same configuration. If the device is the
-    same, the engine uses it instead of running the start-up checks again.
+    same, the engine uses it instead of running the start-up checks again. `engines`: how many engines divide the cores
+    of a CPU.
     """
 
     engine: Literal["encoder", "echo"] = "encoder"
@@ -30,6 +34,7 @@ class EngineConfig:
     device: str = "auto"
     max_input_tokens: int | None = None
     max_batch_tokens: int = 16384
+    engines: int = 1
     echo_dimensions: int = 8
     log: str = "text"
     previous_info: dict[str, Any] | None = None
@@ -72,6 +77,7 @@ class EngineInfo:
     """The properties of an engine that is loaded, warmed up and checked.
 
     `batch_tokens`: the largest useful batch (tokens). `parallel`: how many batches run at a time.
+    `vocabulary_size`: rows of the model's input embeddings, so token ids are below it; 0 if unknown.
     `cosine_min`, `cosine_mean`: similarity to a plain padded fp32 forward of the same weights, None without that
     comparison (`check` gives the reason). `cosine_limit`: the lowest expected `cosine_min` of this precision.
     `warnings`: problems of this start, for the user.
@@ -84,6 +90,7 @@ class EngineInfo:
     device: DeviceInfo
     batch_tokens: int
     parallel: int = 1
+    vocabulary_size: int = 0
     cosine_min: float | None = None
     cosine_mean: float | None = None
     cosine_limit: float | None = None
@@ -113,14 +120,14 @@ class EngineInfo:
 class Batch:
     """The sequences of one forward pass.
 
-    `tokens`: their ids, concatenated. `lengths`: one per sequence, none zero. `exact` requests fp32, because the
-    engine's own precision gave NaN or infinity for this sequence.
+    `tokens`: their ids, concatenated. `lengths`: one per sequence, none zero. `second_starts`: for rerank, the index in
+    each sequence at which its second segment begins; None without segments.
     """
 
     id: int
     tokens: Tokens
     lengths: Tokens
-    exact: bool = False
+    second_starts: Tokens | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,29 @@ def finite_rows(vectors: Vectors) -> npt.NDArray[np.bool_]:
     return np.asarray(np.isfinite(vectors).all(axis=1), dtype=np.bool_)
 
 
+class EngineProcess(Protocol):
+    """An engine in another process, as the API process uses it."""
+
+    def send(self, batch: Batch) -> None:
+        """Send a batch to the engine. If the engine ended, `Listener.engine_lost` follows."""
+
+
+class Listener(Protocol):
+    """Receives the events of the engines, on the event loop of the API process."""
+
+    def engine_ready(self, engine: EngineProcess, info: EngineInfo) -> None:
+        """The engine accepts batches from now on."""
+
+    def engine_lost(self, engine: EngineProcess) -> None:
+        """A ready engine ended. Its batches in flight are lost, and it accepts no more."""
+
+    def batch_done(self, engine: EngineProcess, result: BatchResult) -> None:
+        """A batch completed."""
+
+    def batch_failed(self, engine: EngineProcess, number: int, message: str, out_of_memory: bool) -> None:
+        """A batch raised. The engine still runs."""
+
+
 class Engine(Protocol):
     """Turns batches of token ids into vectors."""
 
@@ -147,7 +177,7 @@ class Engine(Protocol):
     def run(self, batch: Batch) -> BatchResult:
         """Run one forward pass. At most `EngineInfo.parallel` calls run at a time.
 
-        An exception fails this batch only. The engine must stay usable.
+        An exception fails this batch only, unless `gpu_errors.breaks_context` says that it broke the CUDA context.
         """
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult
 
 _HEAD = struct.Struct("<IB")
-_BATCH = struct.Struct("<QII")  # id, number of sequences, exact
+_BATCH = struct.Struct("<QII")  # id, number of sequences, whether `second_starts` follows `lengths`
 _RESULT = struct.Struct("<QIId")  # id, rows, dimensions, seconds
 _MAX_FRAME = 1 << 28
 
@@ -44,16 +44,19 @@ def pack_json(kind: Kind, value: Any) -> bytes:
 
 def pack_batch(batch: Batch) -> bytes:
     """Return a BATCH frame."""
-    count, lengths, tokens = len(batch.lengths), batch.lengths.tobytes(), batch.tokens.tobytes()
-    size = 1 + _BATCH.size + len(lengths) + len(tokens)
-    return b"".join((_HEAD.pack(size, Kind.BATCH), _BATCH.pack(batch.id, count, batch.exact), lengths, tokens))
+    second_starts = batch.second_starts
+    arrays = [batch.lengths, *([] if second_starts is None else [second_starts]), batch.tokens]
+    head = _BATCH.pack(batch.id, len(batch.lengths), second_starts is not None)
+    body = b"".join([head, *(array.astype("<i4", copy=False).tobytes() for array in arrays)])
+    return _HEAD.pack(len(body) + 1, Kind.BATCH) + body
 
 
 def unpack_batch(body: bytes) -> Batch:
     """Return the batch in the body of a BATCH frame."""
-    number, count, exact = _BATCH.unpack_from(body)
+    number, count, has_segments = _BATCH.unpack_from(body)
     values = np.frombuffer(body, dtype="<i4", offset=_BATCH.size)
-    return Batch(number, values[count:], values[:count], bool(exact))
+    lengths, rest = values[:count], values[count:]
+    return Batch(number, rest[count:], lengths, rest[:count]) if has_segments else Batch(number, rest, lengths)
 
 
 def pack_result(result: BatchResult) -> bytes:

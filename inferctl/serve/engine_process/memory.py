@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import re
 
-# The batch limit is never lowered below this (tokens).
-SMALLEST_BATCH = 64
-
 # Messages of torch, C++, CUDA, Triton, and of libraries such as cuBLAS, which have no error type for this.
 _MESSAGES = re.compile(
     r"you tried to allocate|std::bad_alloc|out of memory|CU\w+_STATUS_(\w+_)?ALLOC(ATION)?_FAILED", re.IGNORECASE

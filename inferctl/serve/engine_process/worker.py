@@ -12,6 +12,7 @@ import contextlib
 import gc
 import json
 import logging
+import os
 import signal
 import socket
 import sys
@@ -20,11 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 from inferctl.errors import InferctlError
 from inferctl.serve import logs
-from inferctl.serve.engine_process import frames, memory
+from inferctl.serve.engine_process import frames, gpu_errors, memory
 from inferctl.serve.engine_process.engine_protocol import Batch, Engine, EngineConfig
 from inferctl.serve.engine_process.frames import Kind
 
 log = logging.getLogger("inferctl.engine")
+
+EXIT_BROKEN_CONTEXT = 70
 
 
 def make_engine(config: EngineConfig) -> Engine:
@@ -86,6 +89,9 @@ def _run_batch(connection: socket.socket, send_lock: threading.Lock, engine: Eng
         frame = frames.pack_result(engine.run(batch))
     except Exception as error:  # an error fails this batch, not the engine
         log.exception("batch %d failed", batch.id)
+        if gpu_errors.breaks_context(error):
+            log.error("the CUDA context is broken, and only a new process can use the GPU; exiting")
+            os._exit(EXIT_BROKEN_CONTEXT)
         failure = {
             "id": batch.id,
             "message": f"{type(error).__name__}: {error}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import numpy as np
@@ -21,21 +22,23 @@ FAILING_TOKEN = 14
 CRASHING_TOKEN = 15
 SLOW_TOKEN = 16
 SLOW_SECONDS = 0.5
-OVERFLOWING_TOKEN = 17
+LINGER_SECONDS = 60
 LARGE_TOKEN = 18
 CORRUPTING_TOKEN = 19
+CLOSING_TOKEN = 20
 
 
 class EchoEngine:
     """Returns (sum of the ids, length, 1, 0, 0, ...) per sequence, scaled to length one.
 
     A sequence that starts with one of the token ids above injects a fault. NON_FINITE gives NaN, FAILING raises,
-    CRASHING ends the process, SLOW sleeps, OVERFLOWING gives NaN unless the batch is exact. LARGE raises out of memory
-    in a batch with other sequences. CORRUPTING makes this batch and all later ones of this engine raise.
+    CRASHING ends the process, SLOW sleeps. LARGE raises out of memory in a batch with other sequences. CORRUPTING
+    raises what torch raises after a failed assertion on a GPU. CLOSING closes all files, so the API process sees the
+    end of an engine whose process lives on.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self._config, self._corrupted = config, False
+        self._config = config
 
     def load(self) -> EngineInfo:
         """Return the info of an engine without a model."""
@@ -58,8 +61,12 @@ class EchoEngine:
         firsts = batch.tokens[ends - batch.lengths]
         if (firsts == CRASHING_TOKEN).any():
             raise SystemExit(9)
-        self._corrupted |= bool((firsts == CORRUPTING_TOKEN).any())
-        if self._corrupted or (firsts == FAILING_TOKEN).any():
+        if (firsts == CORRUPTING_TOKEN).any():
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        if (firsts == CLOSING_TOKEN).any():
+            os.closerange(3, 1 << 20)
+            time.sleep(LINGER_SECONDS)
+        if (firsts == FAILING_TOKEN).any():
             raise RuntimeError("injected failure")
         if (firsts == LARGE_TOKEN).any() and len(firsts) > 1:
             raise MemoryError("injected out of memory")
@@ -68,7 +75,7 @@ class EchoEngine:
         vectors[:, 1] = batch.lengths
         vectors[:, 2] = 1
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        vectors[(firsts == NON_FINITE_TOKEN) | ((firsts == OVERFLOWING_TOKEN) & (not batch.exact))] = np.nan
+        vectors[firsts == NON_FINITE_TOKEN] = np.nan
         time.sleep(SLOW_SECONDS * int((firsts == SLOW_TOKEN).sum()))
         return BatchResult(batch.id, vectors, finite_rows(vectors), time.perf_counter() - started)
 

@@ -22,8 +22,10 @@ from inferctl.errors import InferctlError, NotReadyError
 from inferctl.serve import embedding_config
 from inferctl.serve.engine_process import memory
 from inferctl.serve.engine_process.engine_protocol import (
+    MIN_BATCH_TOKENS,
     Batch,
     BatchResult,
+    DeviceInfo,
     EngineConfig,
     EngineInfo,
     PrecisionInfo,
@@ -76,7 +78,6 @@ class EncoderEngine:
         self._config = config
         self._model: Any = None
         self._kind = "cuda"  # of the device; before it is detected, only a GPU can run out of memory
-        self._fp32_model: Any = None  # loaded for the first exact batch
 
     def load(self) -> EngineInfo:
         """Load, compare with fp32 and warm up. Raises `InferctlError`, also for insufficient memory."""
@@ -99,13 +100,13 @@ class EncoderEngine:
         self._kind = info.kind
         precision, self._dtype = devices.choose(self._config.precision, traits)
         on_cpu = info.kind == "cpu"
-        cores = info.threads or 1
+        cores = max(1, (info.threads or 1) // self._config.engines)
         self._pool: ThreadPoolExecutor | None = None
         self._threads, self._batch_tokens = cores, self._config.max_batch_tokens
         capability = traits.compute_capability or (0, 0)
         self._varlen = info.kind == "cuda" and capability >= (8, 0) and self._dtype != torch.float32
         previous = EngineInfo.from_json(self._config.previous_info) if self._config.previous_info else None
-        if previous and (previous.device, previous.precision) == (info, precision):
+        if previous and _same_device(previous.device, info) and previous.precision == precision:
             return self._load_unchecked(previous, folder.path, precision, cores)
         sequences = self._check_sequences(folder.path)
         expected, check = self._reference(folder, sequences)
@@ -166,27 +167,14 @@ class EncoderEngine:
         """Return the vectors of a batch. The calling thread uses the threads of one batch."""
         started = time.perf_counter()
         sequences = np.split(batch.tokens, np.cumsum(batch.lengths)[:-1])
-        vectors = self._embed_fp32(sequences) if batch.exact else self._embed(sequences)
+        vectors = self._embed(sequences)
         return BatchResult(batch.id, vectors, finite_rows(vectors), time.perf_counter() - started)
 
     def close(self) -> None:
         """Stop the threads and release the weights."""
         if self._pool is not None:
             self._pool.shutdown()
-        self._model = self._fp32_model = None
-
-    def _embed_fp32(self, sequences: list[Tokens]) -> Vectors:
-        """Return float32 [sequences, dimensions], computed in plain fp32 on the CPU.
-
-        It is for sequences with NaN or infinity in the engine's precision. The fp32 weights are loaded on first use and
-        kept. Models that are too large for that use the engine's precision.
-        """
-        if self._folder.parameters > _MAX_CHECKED_PARAMETERS:
-            return self._embed(sequences)
-        self._set_threads()
-        if self._fp32_model is None:
-            self._fp32_model = plain.load_model(self._folder.path)
-        return plain.embed(self._fp32_model, sequences, self._embedding)
+        self._model = None
 
     def _check_sequences(self, folder: Path) -> list[Tokens]:
         pool = TokenizerPool(folder, self._embedding, threads=1)
@@ -291,12 +279,12 @@ class EncoderEngine:
         """
         configured = self._batch_tokens
         while message := self._run_largest(parallel):
-            if self._batch_tokens <= memory.SMALLEST_BATCH:
+            if self._batch_tokens <= MIN_BATCH_TOKENS:
                 raise NotReadyError(
                     f"insufficient memory for a batch of {self._batch_tokens} tokens: {message}",
                     f"{self._more_memory()}; `serve.max_batch_tokens` was lowered to {self._batch_tokens}, the minimum",
                 )
-            self._batch_tokens = max(memory.SMALLEST_BATCH, self._batch_tokens // 2)
+            self._batch_tokens = max(MIN_BATCH_TOKENS, self._batch_tokens // 2)
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
         if self._batch_tokens == configured:
@@ -404,6 +392,11 @@ class EncoderEngine:
             part.append(ids)
             used += len(ids)
         yield part
+
+
+def _same_device(a: DeviceInfo, b: DeviceInfo) -> bool:
+    """Return whether two devices compute the same vectors, also if they are two GPUs of one machine."""
+    return (a.kind, a.name, a.compute_capability) == (b.kind, b.name, b.compute_capability)
 
 
 def _native_bf16(precision: PrecisionInfo) -> bool:

@@ -86,6 +86,11 @@ class LatencyModel:
         """Whether the model has any data."""
         return self._weight > 0
 
+    def to_json(self) -> dict[str, float | None]:
+        """Return the model with the keys of a `--capacity` file."""
+        rate = round(1 / self.per_token, 1) if self.per_token else None
+        return {"fixed_s": round(self.fixed, 6), "tokens_per_s": rate}
+
     def observe(self, tokens: int, seconds: float) -> None:
         """Update the model with a completed batch."""
         if seconds <= 0:

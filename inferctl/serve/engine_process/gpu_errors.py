@@ -1,0 +1,22 @@
+"""Recognizes errors after which a process cannot use its GPU any more. It needs no torch."""
+
+from __future__ import annotations
+
+import re
+
+# The texts of `cudaGetErrorString` for the errors of which NVIDIA's documentation says: "any further CUDA work will
+# return the same error. To continue using CUDA, the process must be terminated and relaunched." Other libraries can
+# report the first such error in their own words; the next batch then gets one of these.
+_MESSAGES = re.compile(
+    r"an illegal memory access was encountered|device-side assert triggered|an illegal instruction was encountered"
+    r"|unspecified launch failure|the launch timed out and was terminated|hardware stack error|misaligned address"
+    r"|operation not supported on global/shared address space|invalid program counter|context is destroyed"
+    r"|uncorrectable ECC error|uncorrectable NVLink error|Invalid access of peer GPU memory over nvlink"
+    r"|CUDA_ERROR_(ILLEGAL_\w+|ASSERT|LAUNCH_(FAILED|TIMEOUT)|MISALIGNED_ADDRESS|HARDWARE_STACK_ERROR)",
+    re.IGNORECASE,
+)
+
+
+def breaks_context(error: BaseException) -> bool:
+    """Return whether `error` reports that all later CUDA calls of this process will fail too."""
+    return _MESSAGES.search(str(error)) is not None
