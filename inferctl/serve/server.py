@@ -18,13 +18,13 @@ from inferctl import hub, outputs
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
 from inferctl.model import ModelFolder
 from inferctl.serve import describe, embedding_config, logs
+from inferctl.serve.api import app
+from inferctl.serve.api.inference import Inference
+from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge import listener, usage
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import Edge, EdgeLimits
 from inferctl.serve.edge.usage import UsageEvent
-from inferctl.serve.embeddings import app
-from inferctl.serve.embeddings.endpoint import EmbeddingsEndpoint
-from inferctl.serve.embeddings.served_model import ServedModel
 from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
 from inferctl.serve.engine_process.pool import EnginePool
 from inferctl.serve.metrics import Metrics
@@ -143,7 +143,7 @@ class Server:
         self._lifecycle = Lifecycle(ready=lambda: self._dispatcher.ready, live=lambda: not self._pool.crash_looping)
         self._edge_limits = EdgeLimits()
         self._edge = Edge(
-            app.create(EmbeddingsEndpoint(self._model, self._tokenizer, self._dispatcher, metrics)),
+            app.create(Inference(self._model, self._tokenizer, self._dispatcher, metrics)),
             self._lifecycle,
             emit=usage.emitter(self._sinks(metrics)),
             info=self._describe,

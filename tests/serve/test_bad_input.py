@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from inferctl.serve.api import schemas
+from inferctl.serve.api.embedding_schemas import EmbeddingRequest
 from inferctl.serve.edge.errors import ApiError
-from inferctl.serve.embeddings import schemas
 from tests.serve.conftest import Running, start, stop, until
 
 # Without the token ids for which the echo engine injects a fault.
@@ -171,7 +172,7 @@ def test_rejecting_a_body_takes_about_as_long_as_parsing_it(item: str) -> None:
 
     def reject() -> None:
         with pytest.raises(ApiError):
-            schemas.parse(raw, max_inputs=2048)
+            schemas.parse(EmbeddingRequest, raw, max_inputs=2048)
 
     parsing = min(seconds(lambda: orjson.loads(raw)) for _ in range(3))
     assert min(seconds(reject) for _ in range(3)) < 20 * parsing

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inferctl.serve.api import embedding_schemas, schemas
+from inferctl.serve.api.embedding_schemas import EmbeddingRequest
 from inferctl.serve.edge.errors import ApiError
-from inferctl.serve.embeddings import schemas
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -22,7 +23,12 @@ JSON = st.recursive(
 
 @pytest.mark.parametrize("value", ["a text", ["one", "two"], [1, 2, 3], [[1, 2], [3]]])
 def test_all_four_types_of_input_are_accepted(value: object) -> None:
-    assert schemas.parse(json.dumps({"input": value, "model": "m", "extra": 1}).encode(), max_inputs=10).input == value
+    assert (
+        schemas.parse(
+            EmbeddingRequest, json.dumps({"input": value, "model": "m", "extra": 1}).encode(), max_inputs=10
+        ).input
+        == value
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,7 +70,7 @@ def test_all_four_types_of_input_are_accepted(value: object) -> None:
 )
 def test_errors_name_the_field(raw: bytes, param: str | None, code: str) -> None:
     with pytest.raises(ApiError) as rejected:
-        schemas.parse(raw, max_inputs=3)
+        schemas.parse(EmbeddingRequest, raw, max_inputs=3)
     assert (rejected.value.status, rejected.value.param, rejected.value.code) == (400, param, code)
     envelope = json.loads(rejected.value.body())["error"]
     assert set(envelope) == {"message", "type", "param", "code"}
@@ -72,8 +78,8 @@ def test_errors_name_the_field(raw: bytes, param: str | None, code: str) -> None
 
 
 def test_whole_numbers_in_any_notation_are_token_ids() -> None:
-    assert schemas.parse(b'{"input": [1, 2.0, 3e1]}', max_inputs=3).input == [1, 2, 30]
-    assert schemas.parse(b'{"input": [[1.0], [2]]}', max_inputs=3).input == [[1], [2]]
+    assert schemas.parse(EmbeddingRequest, b'{"input": [1, 2.0, 3e1]}', max_inputs=3).input == [1, 2, 30]
+    assert schemas.parse(EmbeddingRequest, b'{"input": [[1.0], [2]]}', max_inputs=3).input == [[1], [2]]
 
 
 @pytest.mark.parametrize("value", [b"", b"application/json", b"Application/JSON; charset=utf-8", b"application/a+json"])
@@ -98,7 +104,7 @@ def test_messages_do_not_quote_a_whole_body() -> None:
 def test_any_json_is_accepted_or_rejected_with_400(value: object) -> None:
     for body in (value, {"input": value}, {"input": "a", "dimensions": value, "encoding_format": value}):
         try:
-            schemas.parse(json.dumps(body).encode(), max_inputs=3)
+            schemas.parse(EmbeddingRequest, json.dumps(body).encode(), max_inputs=3)
         except ApiError as error:
             assert error.status == 400
 
@@ -106,14 +112,14 @@ def test_any_json_is_accepted_or_rejected_with_400(value: object) -> None:
 @given(st.binary(max_size=64))
 def test_random_bytes_are_rejected_with_400(raw: bytes) -> None:
     with pytest.raises(ApiError) as rejected:
-        schemas.parse(raw, max_inputs=3)
+        schemas.parse(EmbeddingRequest, raw, max_inputs=3)
     assert rejected.value.status == 400
 
 
 def test_base64_is_little_endian_float32_and_equals_the_floats() -> None:
     vectors = np.random.default_rng(1).standard_normal((2 * schemas.PART_VECTORS + 3, 5)).astype(np.float32)
-    floats = json.loads(b"".join(schemas.embeddings(vectors, "float", "m", 9)))
-    encoded = json.loads(b"".join(schemas.embeddings(vectors, "base64", "m", 9)))
+    floats = json.loads(b"".join(embedding_schemas.response(vectors, "float", "m", 9)))
+    encoded = json.loads(b"".join(embedding_schemas.response(vectors, "base64", "m", 9)))
     assert floats["usage"] == {"prompt_tokens": 9, "total_tokens": 9}
     assert [entry["index"] for entry in floats["data"]] == list(range(len(vectors)))
     for row, plain, packed in zip(vectors, floats["data"], encoded["data"], strict=True):

@@ -1,4 +1,4 @@
-"""OpenAI's request, response and error schemas for embeddings, and their conversion from and to JSON."""
+"""OpenAI's request and response schemas of `POST /v1/embeddings`."""
 
 from __future__ import annotations
 
@@ -7,25 +7,13 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    StrictBool,
-    StrictInt,
-    StrictStr,
-    ValidationError,
-    ValidationInfo,
-)
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, StrictInt, StrictStr, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.api.schemas import PART_VECTORS, Usage
 from inferctl.serve.engine_process.engine_protocol import Vectors
 
 _MAX_TOKEN_ID = 2**31 - 1
-# How many vectors of a response are converted to JSON at a time.
-PART_VECTORS = 64
 
 Input = str | list[str] | list[int] | list[list[int]]
 _Text = Annotated[str, Field(min_length=1)]
@@ -102,6 +90,12 @@ class EmbeddingRequest(BaseModel):
         description="Truncate long inputs (true) or respond with 400 (false). Default: the server's setting.",
     )
 
+    @property
+    def items(self) -> list[str] | list[list[int]]:
+        """The inputs as a list of texts or of token ids."""
+        single = isinstance(self.input, str) or isinstance(self.input[0], int)
+        return [self.input] if single else self.input  # type: ignore[return-value]
+
 
 class Embedding(BaseModel):
     """One vector. `embedding` is base64 text if the request has `encoding_format: base64`."""
@@ -109,13 +103,6 @@ class Embedding(BaseModel):
     object: Literal["embedding"] = "embedding"
     index: int
     embedding: list[float] | str
-
-
-class Usage(BaseModel):
-    """Number of processed tokens, with special tokens, without truncated tokens."""
-
-    prompt_tokens: int
-    total_tokens: int
 
 
 class EmbeddingResponse(BaseModel):
@@ -127,47 +114,7 @@ class EmbeddingResponse(BaseModel):
     usage: Usage
 
 
-class ErrorDetail(BaseModel):
-    """The details of an error."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorResponse(BaseModel):
-    """The body of every error response."""
-
-    error: ErrorDetail
-
-
-def parse(raw: bytes, *, max_inputs: int) -> EmbeddingRequest:
-    """Return the parsed body of a request. Raises `ApiError` 400 with the name of the field."""
-    try:
-        return EmbeddingRequest.model_validate(orjson.loads(raw), context={"max_inputs": max_inputs})
-    except orjson.JSONDecodeError as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
-    except ValidationError as error:
-        raise _bad_request(error) from None
-
-
-def check_content_type(value: bytes) -> None:
-    """Raise `ApiError` 415 for a content type other than JSON. An absent content type (b"") is accepted."""
-    if value == b"application/json":
-        return
-    media = value.partition(b";")[0].strip().lower()
-    if media and media != b"application/json" and not (media.startswith(b"application/") and media.endswith(b"+json")):
-        message = "the body must be JSON, with the header `content-type: application/json`"
-        raise ApiError(415, message, code="unsupported_media_type")
-
-
-def is_single(value: Input) -> bool:
-    """Return whether the input is one text or one list of token ids."""
-    return isinstance(value, str) or bool(value and isinstance(value[0], int))
-
-
-def embeddings(vectors: Vectors, encoding: str | None, model: str, tokens: int) -> Iterator[bytes]:
+def response(vectors: Vectors, encoding: str | None, model: str, tokens: int) -> Iterator[bytes]:
     """Yield the JSON of a successful response in parts, so that large ones never stop the event loop for long."""
     if encoding == "base64":
         vectors = vectors.astype("<f4", copy=False)
@@ -186,17 +133,3 @@ def embeddings(vectors: Vectors, encoding: str | None, model: str, tokens: int) 
         separator = b","
     rest = {"model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
     yield b"]," + orjson.dumps(rest)[1:]
-
-
-def _bad_request(error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False, include_input=False)[0]
-    kind, field = first["type"], str(first["loc"][0]) if first["loc"] else None
-    if field is None:
-        return ApiError(400, "the body must be a JSON object", code="invalid_type")
-    if kind == "missing":
-        return ApiError(400, f"{field} is missing", code="missing_field", param=field)
-    if field == "input":
-        return ApiError(400, first["msg"], code=kind, param=field)
-    return ApiError(
-        400, f"{field}: {first['msg'].replace('Input should be', 'must be')}", code="invalid_value", param=field
-    )

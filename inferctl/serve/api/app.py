@@ -1,4 +1,4 @@
-"""The ASGI application of embeddings. `edge.middleware.Edge` is in front of it."""
+"""The ASGI application of the encoder tasks. `edge.middleware.Edge` is in front of it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,30 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from inferctl.serve.api import openapi
+from inferctl.serve.api.embedding_schemas import EmbeddingRequest, EmbeddingResponse
+from inferctl.serve.api.embeddings import EmbeddingsEndpoint
+from inferctl.serve.api.inference import Inference
+from inferctl.serve.api.openapi import Operation
 from inferctl.serve.edge.errors import ApiError
-from inferctl.serve.embeddings import openapi
-from inferctl.serve.embeddings.endpoint import EmbeddingsEndpoint
 
+# The paths of the tasks, and their names in usage events.
 ENDPOINTS = {"/v1/embeddings": "embeddings"}
+_OPERATIONS = [
+    Operation(
+        "/v1/embeddings",
+        "Compute the embeddings of texts: one vector per input, in order.",
+        EmbeddingRequest,
+        EmbeddingResponse,
+        {"input": ["first text", "second text"]},
+    )
+]
 
 
-def create(embeddings: EmbeddingsEndpoint) -> ASGIApp:
+def create(inference: Inference) -> ASGIApp:
     """Return the application. Starlette handles what is not performance-critical."""
-    model = embeddings.model
+    model = inference.model
+    tasks: dict[str, ASGIApp] = {"/v1/embeddings": EmbeddingsEndpoint(inference)}
 
     async def models(_: Request) -> Response:
         return _json({"object": "list", "data": [entry]})
@@ -31,10 +45,10 @@ def create(embeddings: EmbeddingsEndpoint) -> ASGIApp:
         return _json(entry)
 
     async def document(_: Request) -> Response:
-        return _json(openapi.document(model))
+        return _json(openapi.document(model, _OPERATIONS))
 
     async def docs(_: Request) -> Response:
-        return HTMLResponse(openapi.page(model))
+        return HTMLResponse(openapi.page(model, _OPERATIONS))
 
     async def failed(_: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
@@ -45,7 +59,7 @@ def create(embeddings: EmbeddingsEndpoint) -> ASGIApp:
     entry = {"id": model.name, "object": "model", "created": model.created, "owned_by": "inferctl"}
     others = Starlette(
         routes=[
-            Route("/v1/embeddings", embeddings, methods=["POST"]),
+            *(Route(path, task, methods=["POST"]) for path, task in tasks.items()),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", one_model),
             Route("/openapi.json", document),
@@ -57,8 +71,8 @@ def create(embeddings: EmbeddingsEndpoint) -> ASGIApp:
     others.router.redirect_slashes = False
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
-        is_embeddings = scope["path"] == "/v1/embeddings" and scope["method"] == "POST"
-        await (embeddings if is_embeddings else others)(scope, receive, send)
+        task = tasks.get(scope["path"]) if scope["method"] == "POST" else None
+        await (task or others)(scope, receive, send)
 
     return route
 

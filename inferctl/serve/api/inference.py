@@ -1,0 +1,118 @@
+"""The steps that all endpoints share: check the headers, read the body, run the sequences, send the response."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from starlette.types import Receive, Scope, Send
+
+from inferctl.serve.api import schemas
+from inferctl.serve.api.served_model import ServedModel
+from inferctl.serve.edge.errors import ApiError, at_capacity
+from inferctl.serve.edge.middleware import ClientDisconnectedError, unless_disconnected
+from inferctl.serve.edge.usage import RequestContext, context_of
+from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
+from inferctl.serve.metrics import Metrics
+from inferctl.serve.scheduling.batcher import AdmissionError
+from inferctl.serve.scheduling.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError
+from inferctl.serve.tokenizer_pool import InputError, TokenizerPool
+
+# Larger bodies are parsed on another thread. For smaller ones, the switch takes longer than the work.
+_INLINE_BODY_BYTES = 64 * 1024
+_PHASES = ("tokenize", "queue", "inference")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What the endpoints share: the model, its tokenizer and the queue in front of its engines."""
+
+    model: ServedModel
+    tokenizer: TokenizerPool
+    dispatcher: Dispatcher
+    metrics: Metrics
+
+    def admit(self, scope: Scope) -> RequestContext:
+        """Return the context of a request. Raises `ApiError` if its headers or the full queue rule it out."""
+        context = context_of(scope)
+        schemas.check_content_type(context.content_type)
+        if context.priority not in (b"", b"interactive", b"bulk"):
+            message = f"x-priority must be `interactive` or `bulk`, got {context.priority.decode('latin-1')!r}"
+            raise ApiError(400, message, code="invalid_priority", param="x-priority")
+        try:
+            self.dispatcher.check(bulk=context.priority == b"bulk")
+        except AdmissionError as error:
+            raise _rejection(error) from None
+        return context
+
+    async def run(
+        self,
+        context: RequestContext,
+        receive: Receive,
+        tokenize: Awaitable[Sequence[Tokens]],
+        second_starts: Sequence[int] | None = None,
+    ) -> Vectors:
+        """Return the vectors ([sequences, dimensions]) of the sequences, and store counts and times in the context.
+
+        Raises `ApiError`, and `ClientDisconnectedError` if the client disconnects first.
+        """
+        started = time.monotonic()
+        try:
+            sequences = await tokenize
+            tokenized = time.monotonic()
+            future = self.dispatcher.submit(sequences, bulk=context.priority == b"bulk")
+            result = await unless_disconnected(future, receive)
+        except InputError as error:
+            raise ApiError(400, str(error), code=error.code, param="input") from None
+        except AdmissionError as error:
+            raise _rejection(error) from None
+        except EngineUnavailableError as error:
+            raise ApiError(503, str(error), code="engine_unavailable", headers={"retry-after": "1"}) from None
+        except EngineFailedError as error:
+            raise ApiError(500, f"the engine could not compute this request: {error}", code="engine_failed") from None
+        if result.non_finite:
+            self.metrics.non_finite.inc(len(result.non_finite))
+            message = f"the model returned NaN or infinity for input[{min(result.non_finite)}]"
+            raise ApiError(500, message, code="non_finite")
+        context.model, context.inputs, context.input_tokens = self.model.name, len(sequences), sum(map(len, sequences))
+        times = (tokenized - started, result.queue_seconds, result.inference_seconds)
+        context.phases = dict(zip(_PHASES, times, strict=True))
+        return result.vectors
+
+
+async def parsed_body(receive: Receive, parse: Callable[[bytes], T]) -> T:
+    """Return `parse(body)`, run on another thread for a large body. Raises `ClientDisconnectedError`."""
+    parts, more = [], True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnectedError
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    raw = b"".join(parts)
+    return await asyncio.to_thread(parse, raw) if len(raw) > _INLINE_BODY_BYTES else parse(raw)
+
+
+async def send_json(send: Send, parts: Iterable[bytes], context: RequestContext) -> None:
+    """Send a successful response whose body is `parts`, with the times and the tokens of the request as headers."""
+    headers = [(b"content-type", b"application/json"), (b"x-inferctl-tokens", b"%d" % context.input_tokens)]
+    headers += [(f"x-inferctl-{name}-ms".encode(), b"%.3f" % (1000 * s)) for name, s in context.phases.items()]
+    if context.inputs <= schemas.PART_VECTORS:
+        body = b"".join(parts)
+        headers.append((b"content-length", b"%d" % len(body)))
+        parts = ()
+    else:
+        body = b""
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    for part in parts:
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _rejection(error: AdmissionError) -> ApiError:
+    return at_capacity(str(error), error.reason, max(1, math.ceil(error.retry_after)))

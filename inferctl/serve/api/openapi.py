@@ -1,0 +1,167 @@
+"""The OpenAPI document, built from the pydantic models of the requests, and a self-contained HTML page of it."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+import inferctl
+from inferctl.serve.api.schemas import ErrorResponse
+from inferctl.serve.api.served_model import ServedModel
+
+_ERRORS = {
+    "400": "The request is invalid. The message names the field.",
+    "404": "The model name is unknown.",
+    "413": "The body is too large.",
+    "415": "The content type is not JSON.",
+    "429": "The server is at capacity. Retry after `Retry-After` seconds.",
+    "500": "The model could not compute this input.",
+    "503": "The server is starting, restarting an engine or shutting down.",
+}
+_PRIORITY = {
+    "name": "x-priority",
+    "in": "header",
+    "description": "`interactive` (default) or `bulk`. Interactive requests run before bulk requests.",
+    "schema": {"type": "string", "enum": ["interactive", "bulk", ""]},
+}
+_HEADERS = {
+    "x-request-id": "The id from the request, or a generated one.",
+    "x-inferctl-tokenize-ms": "Milliseconds of tokenization.",
+    "x-inferctl-queue-ms": "Milliseconds in the queue.",
+    "x-inferctl-inference-ms": "Milliseconds in the engine.",
+    "x-inferctl-tokens": "Number of processed tokens.",
+}
+_JSON = "application/json"
+_GET_ROUTES = {
+    "/v1/models": ("List the served model, in OpenAI's format.", _JSON),
+    "/v1/models/{name}": ("Return the served model if it has this name.", _JSON),
+    "/livez": ("200 while the process is live.", "text/plain"),
+    "/readyz": ("200 while the server is ready for requests.", "text/plain"),
+    "/metrics": ("Prometheus metrics.", "text/plain"),
+    "/info": ("Model, precision, attention path, fidelity to fp32, device and limits.", _JSON),
+    "/docs": ("This document as a web page.", "text/html"),
+    "/openapi.json": ("This document as JSON.", _JSON),
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A POST endpoint: its path, what it does, the models of its bodies, and an example of a request."""
+
+    path: str
+    summary: str
+    request: type[BaseModel]
+    response: type[BaseModel]
+    example: dict[str, Any]
+
+
+def document(model: ServedModel, operations: list[Operation]) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of this server. The limits of the model are part of it once it is loaded."""
+    models: list[tuple[Any, Any]] = [(ErrorResponse, "serialization")]
+    for operation in operations:
+        models += [(operation.request, "validation"), (operation.response, "serialization")]
+    _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
+    if model.dimensions and "EmbeddingRequest" in schemas["$defs"]:
+        _add_limits(schemas["$defs"]["EmbeddingRequest"]["properties"], model)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": model.name, "version": inferctl.__version__},
+        "paths": {operation.path: {"post": _post(operation, model.name)} for operation in operations}
+        | {path: {"get": _get(path, model.name)} for path in _GET_ROUTES},
+        "components": {"schemas": schemas["$defs"]},
+    }
+
+
+def _add_limits(properties: dict[str, Any], model: ServedModel) -> None:
+    """Add the limits to the schema of requests, so that the server accepts every request that matches the schema."""
+    _, texts, ids, rows = properties["input"]["anyOf"]
+    texts["maxItems"] = rows["maxItems"] = model.max_inputs
+    ids["items"]["maximum"] = rows["items"]["items"]["maximum"] = model.vocabulary_size - 1
+    number, sizes = {"type": "integer"}, model.matryoshka
+    properties["dimensions"]["anyOf"][0] = (
+        {**number, "minimum": 1, "maximum": model.dimensions}
+        if sizes is None
+        else {**number, "enum": sorted({*(d for d in sizes if d < model.dimensions), model.dimensions})}
+    )
+
+
+def _get(path: str, name: str) -> dict[str, Any]:
+    summary, media = _GET_ROUTES[path]
+    schema = {"type": "object"} if media == _JSON else {"type": "string"}
+    responses: dict[str, Any] = {"200": {"description": summary, "content": {media: {"schema": schema}}}}
+    operation: dict[str, Any] = {
+        "summary": summary,
+        "operationId": path.strip("/").replace("/", "_"),
+        "responses": responses,
+    }
+    if path in ("/livez", "/readyz"):
+        # Probes use only the status, so the body has no schema.
+        operation["responses"] = {"200": {"description": summary}, "503": {"description": "Otherwise."}}
+    if path == "/info":
+        responses["503"] = _error(_ERRORS["503"])
+    if "{name}" in path:
+        operation["operationId"] = "v1_model"
+        operation["parameters"] = [
+            {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}, "example": name}
+        ]
+        responses["404"] = _error(_ERRORS["404"])
+    return operation
+
+
+def _post(operation: Operation, name: str) -> dict[str, Any]:
+    headers = {key: {"description": text, "schema": {"type": "string"}} for key, text in _HEADERS.items()}
+    wait = {"description": "Seconds until a retry is useful.", "schema": {"type": "integer", "minimum": 1}}
+    request, response = ({"schema": _reference(kind)} for kind in (operation.request, operation.response))
+    return {
+        "summary": operation.summary,
+        "operationId": f"create_{operation.path.rpartition('/')[2]}",
+        "parameters": [_PRIORITY],
+        "requestBody": {
+            "required": True,
+            "content": {_JSON: {**request, "example": {"model": name, **operation.example}}},
+        },
+        "responses": {
+            "200": {"description": "Success.", "headers": headers, "content": {_JSON: response}},
+            **{status: _error(text) for status, text in _ERRORS.items()},
+            "429": {**_error(_ERRORS["429"]), "headers": {"retry-after": wait}},
+        },
+    }
+
+
+def _error(description: str) -> dict[str, Any]:
+    return {"description": description, "content": {_JSON: {"schema": _reference(ErrorResponse)}}}
+
+
+def _reference(kind: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}
+
+
+def page(model: ServedModel, operations: list[Operation]) -> str:
+    """Return a page with the routes, the fields of requests and examples, without scripts or external files."""
+    spec, name = document(model, operations), html.escape(model.name)
+    rows = [
+        (f"{method.upper()} {path}", operation["summary"])
+        for path, methods in spec["paths"].items()
+        for method, operation in methods.items()
+    ]
+    parts = [f"<h1>{name}</h1><p><a href=/openapi.json>/openapi.json</a> has all details.</p>", _table(rows)]
+    for operation in operations:
+        fields = spec["components"]["schemas"][operation.request.__name__]["properties"]
+        body = orjson.dumps({"model": model.name, **operation.example}).decode()
+        curl = html.escape(f"curl -s $URL{operation.path} -H 'content-type: application/json' -d '{body}'")
+        rows = [(field, entry.get("description", "")) for field, entry in fields.items()]
+        parts += [f"<h2>POST {operation.path}</h2><pre>{curl}</pre>", _table(rows)]
+    parts += ["<h2>Errors</h2>", _table(list(_ERRORS.items()))]
+    style = "body{font:16px/1.5 sans-serif;max-width:52rem;margin:2rem auto}:root{color-scheme:light dark}"
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><style>{style}</style>"
+    return head + "".join(parts)
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    cells = (f"<tr><td><code>{html.escape(a)}</code><td>{html.escape(b)}" for a, b in rows)
+    return f"<table>{''.join(cells)}</table>"

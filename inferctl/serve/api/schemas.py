@@ -1,0 +1,70 @@
+"""What the requests and responses of all endpoints share: parsing, errors, usage."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import orjson
+from pydantic import BaseModel, ValidationError
+
+from inferctl.serve.edge.errors import ApiError
+
+# How many vectors of a response are converted to JSON at a time.
+PART_VECTORS = 64
+Request = TypeVar("Request", bound=BaseModel)
+
+
+class Usage(BaseModel):
+    """Number of processed tokens, with special tokens, without truncated tokens."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class ErrorDetail(BaseModel):
+    """The details of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every error response."""
+
+    error: ErrorDetail
+
+
+def parse(kind: type[Request], raw: bytes, *, max_inputs: int) -> Request:
+    """Return the parsed body of a request. Raises `ApiError` 400 with the name of the field."""
+    try:
+        return kind.model_validate(orjson.loads(raw), context={"max_inputs": max_inputs})
+    except orjson.JSONDecodeError as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+    except ValidationError as error:
+        raise _bad_request(error) from None
+
+
+def check_content_type(value: bytes) -> None:
+    """Raise `ApiError` 415 for a content type other than JSON. An absent content type (b"") is accepted."""
+    if value == b"application/json":
+        return
+    media = value.partition(b";")[0].strip().lower()
+    if media and media != b"application/json" and not (media.startswith(b"application/") and media.endswith(b"+json")):
+        message = "the body must be JSON, with the header `content-type: application/json`"
+        raise ApiError(415, message, code="unsupported_media_type")
+
+
+def _bad_request(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    kind, field = first["type"], str(first["loc"][0]) if first["loc"] else None
+    if field is None:
+        return ApiError(400, "the body must be a JSON object", code="invalid_type")
+    if kind == "missing":
+        return ApiError(400, f"{field} is missing", code="missing_field", param=field)
+    if field == "input":
+        return ApiError(400, first["msg"], code=kind, param=field)
+    return ApiError(
+        400, f"{field}: {first['msg'].replace('Input should be', 'must be')}", code="invalid_value", param=field
+    )
