@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from inferctl.errors import UsageError
-from inferctl.spec import HUB_ID
+from inferctl.spec import HUB_ID, Task, TaskSetting
 
 # Weights, tokenizer and configuration. Other files, such as a README, do not change what the model computes.
 SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".gguf", ".jinja"})
@@ -35,8 +35,7 @@ class ModelFolder:
     @property
     def architecture(self) -> str:
         """Class name of the model, such as `BertModel`."""
-        names = self.config.get("architectures") or [self.config.get("model_type", "unknown")]
-        return str(names[0])
+        return architecture(self.config)
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -122,6 +121,32 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
             "download the model again",
         )
     return folder
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """Return the class name of a model from its `config.json`, else its model type."""
+    names = config.get("architectures") or [config.get("model_type", "unknown")]
+    return str(names[0])
+
+
+def resolve_task(requested: TaskSetting, config: Mapping[str, Any], source: str) -> Task:
+    """Return the task of the model `source`: `requested`, or for `auto` the one that its `config.json` implies.
+
+    Raises `UsageError` if the model is made for another task.
+    """
+    name = architecture(config)
+    task: Task = "rerank" if name.endswith("ForSequenceClassification") else "embed"
+    if requested in ("auto", task):
+        return task
+    if requested == "rerank":
+        raise UsageError(
+            f"model.task: rerank requires a cross-encoder (...ForSequenceClassification), but {source} is a {name}",
+            "set `model.task: auto`, or choose a cross-encoder",
+        )
+    raise UsageError(
+        f"model.task: embed requires an embedding model, but {source} is a cross-encoder ({name})",
+        "set `model.task: auto`, or choose an embedding model",
+    )
 
 
 def is_loaded(file: PurePath) -> bool:

@@ -13,7 +13,8 @@ DEFAULT_FILE = "inferctl.yaml"
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 
 Precision = Literal["auto", "fp32", "fp16", "bf16", "int8"]
-Task = Literal["embed"]
+Task = Literal["embed", "rerank"]
+TaskSetting = Literal["auto", "embed", "rerank"]
 Weights = Literal["mount", "bake", "download"]
 # One path component of an image name, as Docker accepts it.
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
@@ -42,7 +43,11 @@ class Model(_Section):
         None,
         description="Commit of a hub model. `inferctl build` rejects a branch or tag without `--allow-floating`.",
     )
-    task: Task = Field("embed", description="Task of the server.")
+    task: TaskSetting = Field(
+        "auto",
+        description="Task of the server. `embed`: embeddings. `rerank`: scores of a cross-encoder. "
+        "`auto`: rerank if config.json names a `...ForSequenceClassification`, else embed.",
+    )
     weights: Weights = Field(
         "mount",
         description="`mount`: a volume at /model. `bake`: a layer of the image. "

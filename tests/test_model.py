@@ -32,6 +32,21 @@ def test_parameters_are_counted_from_the_headers(tmp_path: Path) -> None:
     assert (found.parameters, found.architecture) == (18, "BertModel")
 
 
+def test_the_task_is_the_one_that_the_model_is_made_for() -> None:
+    encoder, cross_encoder = (
+        {"architectures": [name]} for name in ("BertModel", "XLMRobertaForSequenceClassification")
+    )
+    assert model.resolve_task("auto", encoder, "m") == model.resolve_task("embed", encoder, "m") == "embed"
+    assert (
+        model.resolve_task("auto", cross_encoder, "m") == model.resolve_task("rerank", cross_encoder, "m") == "rerank"
+    )
+    assert model.resolve_task("auto", {}, "m") == "embed"
+    with pytest.raises(UsageError, match="m is a BertModel"):
+        model.resolve_task("rerank", encoder, "m")
+    with pytest.raises(UsageError, match=r"m is a cross-encoder \(XLMRobertaForSequenceClassification\)"):
+        model.resolve_task("embed", cross_encoder, "m")
+
+
 def test_the_real_model_has_its_published_size(minilm: Path) -> None:
     found = model.find(str(minilm))
     # The model card says 22.7 million. The file also contains the position ids.

@@ -184,8 +184,8 @@ def test_weights_are_downloaded_from_a_hub_only() -> None:
     assert found[1] == "weights: download requires a hub id (org/name), not './here'"
 
 
-def test_only_embeddings_are_served() -> None:
-    assert problems(GOOD + "  task: generate\n")[0][1] == "model.task: 'generate' is not one of embed"
+def test_an_unknown_task_is_rejected() -> None:
+    assert problems(GOOD + "  task: generate\n")[0][1] == "model.task: 'generate' is not one of auto, embed, rerank"
 
 
 def test_an_empty_section_means_its_defaults() -> None:

@@ -70,13 +70,13 @@ def check(
             console.document({"ok": False, "file": error.file, "problems": problems, **console.failure(error)})
         raise
     all_hardware = bool(hardware) and "all" in (hardware or [])
-    general, fits = _judge(resolved.spec, all_hardware, _major(driver))
+    task, general, fits = _judge(resolved.spec, all_hardware, _major(driver))
     findings = [*general, *(finding for fit in fits for finding in fit.findings)]
     failed = any(finding.level == "error" for finding in findings)
     if as_json:
-        console.document(_document(resolved.file, resolved.spec, findings, fits))
+        console.document(_document(resolved.file, resolved.spec, task, findings, fits))
     else:
-        _report(resolved.file, resolved.spec, findings, fits)
+        _report(resolved.file, resolved.spec, task, findings, fits)
     if failed:
         raise typer.Exit(2)
 
@@ -95,12 +95,13 @@ def _major(driver: str | None) -> int | None:
     return int(match[1])
 
 
-def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[list[Finding], list[Fit]]:
+def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, list[Finding], list[Fit]]:
+    """Return the task (`auto` if the model is not known), the general findings, and those of each hardware."""
     import datetime
 
     from inferctl import catalog, fit
     from inferctl.errors import UsageError
-    from inferctl.model import is_hub_id
+    from inferctl.model import is_hub_id, resolve_task
 
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
@@ -118,7 +119,13 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[list[Fin
     except UsageError as error:
         general.append(fit.Finding("error", "model", error.message, _NEEDS[spec.model.weights], error.hint))
         size = fit.UnknownSize("the model was not found", "fix the model first")
-    return general, [fit.check_part(spec, base, stack, catalog.hardware(key), size, driver) for key in parts]
+    task: str = spec.model.task
+    if isinstance(size, fit.ModelSize):
+        try:
+            task = resolve_task(spec.model.task, size.config, spec.model.source)
+        except UsageError as error:
+            general.append(fit.Finding("error", "task", error.message, "the server does not start", error.hint))
+    return task, general, [fit.check_part(spec, base, stack, catalog.hardware(key), size, driver) for key in parts]
 
 
 def _files(spec: Spec, base: BaseImage) -> Iterator[Finding]:
@@ -163,7 +170,7 @@ def _size(spec: Spec, ask: bool) -> ModelSize | UnknownSize:
     return unknown if facts.parameters is None else fit.ModelSize(facts.parameters, facts.config)
 
 
-def _document(file: str | None, spec: Spec, findings: list[Finding], fits: list[Fit]) -> dict[str, Any]:
+def _document(file: str | None, spec: Spec, task: str, findings: list[Finding], fits: list[Fit]) -> dict[str, Any]:
     from inferctl import catalog
     from inferctl.fit import worst
 
@@ -174,6 +181,7 @@ def _document(file: str | None, spec: Spec, findings: list[Finding], fits: list[
         "verdict": worst(findings),
         "file": file,
         "name": spec.name,
+        "task": task,
         "precision": spec.serve.precision,
         "base": base.key,
         "stack": {"key": stack.key, "torch": stack.torch, "cuda": stack.cuda, "driver_floor": stack.driver_floor},
@@ -202,7 +210,7 @@ def _memory(need: Memory, available_bytes: int | None) -> dict[str, Any]:
     return {"estimated": True, "needs_bytes": need.total, "has_bytes": available_bytes, **parts}
 
 
-def _report(file: str | None, spec: Spec, findings: list[Finding], fits: list[Fit]) -> None:
+def _report(file: str | None, spec: Spec, task: str, findings: list[Finding], fits: list[Fit]) -> None:
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -219,7 +227,7 @@ def _report(file: str | None, spec: Spec, findings: list[Finding], fits: list[Fi
     errors, warnings = (sum(finding.level == level for finding, _ in grouped) for level in ("error", "warn"))
     summary = f"{_count(errors, 'error')}, {_count(warnings, 'warning')}"
     pieces: list[RenderableType] = [
-        Text(f"{spec.name}: {spec.serve.precision} on {base.key} (torch {stack.torch}, {gpu})"),
+        Text(f"{spec.name}: {task}, {spec.serve.precision} on {base.key} (torch {stack.torch}, {gpu})"),
         Text(),
     ]
     if fits:

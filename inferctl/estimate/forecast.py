@@ -22,6 +22,7 @@ from inferctl.estimate.calibration import CalibratedPart
 from inferctl.estimate.cost import BERT_LARGE, Cost, Transformer
 from inferctl.estimate.search import REQUESTS, SimulatedServer
 from inferctl.estimate.simulate import UNBOUNDED, SimulationResult
+from inferctl.model import architecture, resolve_task
 from inferctl.precision import best_precision
 from inferctl.serve.scheduling.batcher import QueueLimits
 from inferctl.sizes import size
@@ -303,7 +304,7 @@ def notes_for(calibrated: CalibratedPart, config: Mapping[str, Any], batch_token
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a `config.json`, or that of a model folder. Raises `UsageError`."""
+    """Read a `config.json`, or that of a model folder. Raises `UsageError`, also for a model that is not estimated."""
     file = path / "config.json" if path.is_dir() else path
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
@@ -311,6 +312,12 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"{file} cannot be read: {error}", "pass the config.json of a model") from None
     if not isinstance(data, dict):
         raise UsageError(f"{file} is not a JSON object", "pass the config.json of a model")
+    if resolve_task("auto", data, str(file)) == "rerank":
+        # Front end and output were measured for embeddings only.
+        raise UsageError(
+            f"estimates are for embedding models, but {file} is of a cross-encoder ({architecture(data)})",
+            "measure a cross-encoder with `inferctl bench`",
+        )
     return data
 
 

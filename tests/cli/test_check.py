@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,12 @@ def model_folder(path: Path, rows: int, width: int = 384) -> None:
         file.truncate(8 + len(header) + size)
 
 
+def json_of(command: list[str], capsys: Captured) -> dict[str, Any]:
+    assert run([*command, "--json"]) == 0
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return document
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a spec and a model of 22.7 million parameters, and the current one."""
@@ -60,6 +67,20 @@ def test_a_model_too_big_for_a_slice_ends_with_2(here: Path, capsys: Captured, g
     told = capsys.readouterr()
     assert code == 2
     golden("check-too-big.txt", told.out)
+
+
+def test_the_task_follows_from_the_model_and_a_contradiction_ends_with_2(here: Path, capsys: Captured) -> None:
+    assert json_of(["check"], capsys)["task"] == "embed"
+    config = here / "model" / "config.json"
+    config.write_text(config.read_text().replace("BertModel", "BertForSequenceClassification"))
+    assert json_of(["check"], capsys)["task"] == "rerank"
+    assert run(["check"]) == 0
+    assert capsys.readouterr().out.startswith("minilm: rerank, bf16 on cuda13.0")
+    (here / "inferctl.yaml").write_text(SPEC.replace("source: model", "source: model, task: embed"))
+    assert run(["check"]) == 2
+    told = " ".join(capsys.readouterr().out.split())
+    assert "model is a cross-encoder (BertForSequenceClassification)" in told
+    assert "hint: set `model.task: auto`, or choose an embedding model" in told
 
 
 def test_a_driver_that_is_too_old_ends_with_2(here: Path, capsys: Captured) -> None:
@@ -91,7 +112,7 @@ def test_the_document_has_stable_keys(here: Path, capsys: Captured) -> None:
     assert run(["check", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert list(document) == [
-        *("ok", "verdict", "file", "name", "precision", "base", "stack", "hardware", "findings", "problems")
+        *("ok", "verdict", "file", "name", "task", "precision", "base", "stack", "hardware", "findings", "problems")
     ]
     t4 = document["hardware"][0]
     assert t4["precision"] == {

@@ -43,6 +43,14 @@ def estimated(capsys: pytest.CaptureFixture[str], config: str, *arguments: str) 
     return dict(json.loads(capsys.readouterr().out))
 
 
+def test_a_cross_encoder_is_not_estimated(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(config).write_text(json.dumps(BERT | {"architectures": ["BertForSequenceClassification"]}))
+    assert cli.run(["estimate", "--config", config, "--hardware", "t4"]) == 2
+    told = capsys.readouterr().err
+    assert "config.json is of a cross-encoder (BertForSequenceClassification)" in told
+    assert "hint: measure a cross-encoder with `inferctl bench`" in told
+
+
 def test_figures_are_labeled_estimated_and_have_ranges(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--hardware", "t4,cpu", "-p", "int8", "--length", "squad", "--engine", "tensorrt")
     said = estimated(capsys, config, *arguments)
