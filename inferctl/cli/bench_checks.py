@@ -9,6 +9,25 @@ if TYPE_CHECKING:
     from inferctl.bench.plan.plan import Plan
 
 
+def check_configurations(plan: Plan, running_servers: bool) -> None:
+    """Raise `UsageError` if a plan has no configuration to start, or one with keys that `--url` would ignore."""
+    from inferctl.errors import UsageError
+
+    if not plan.configurations and not running_servers:
+        raise UsageError(
+            f"the plan {plan.name!r} has no configurations",
+            "pass `--precision NAME` or `--url NAME=URL`, or add `configurations` to the plan",
+        )
+    for configuration in plan.configurations if running_servers else []:
+        for key in ("max_batch_tokens", "corpus", "load"):
+            if getattr(configuration, key) is not None:
+                raise UsageError(
+                    "`--url` replaces the configurations of the plan, "
+                    f"so `{key}` of {configuration.name!r} would have no effect",
+                    "remove `configurations` or `matrix` from the plan, and set `corpus` and `load` in the plan itself",
+                )
+
+
 def check_corpora(plan: Plan, targets: list[BenchTarget]) -> None:
     """Read every corpus that the benchmark uses. Raises `UsageError` for one that does not exist or is not valid."""
     from inferctl.bench.plan import workload

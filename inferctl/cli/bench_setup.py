@@ -64,7 +64,10 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
     name = bench_options.plan
     if name is None:
         name = resolved.spec.bench.plan if resolved else "precision"
-    plan = plans.load(name).with_overrides(bench_options.precisions, **bench_options.overrides)
+    plan = plans.load(name)
+    if not bench_options.precisions:
+        bench_checks.check_configurations(plan, running_servers=bool(url_targets))
+    plan = plan.with_overrides(bench_options.precisions, **bench_options.overrides)
     if bench_options.overrides.get("users") is not None and plan.load.mode == "open" and not plan.load.capacity_percent:
         rate = f"{plan.load.rate:g} requests/s" if plan.load.rate else "the rates of its stages or trace"
         console.warn(

@@ -192,7 +192,7 @@ def test_a_key_in_a_response_is_masked_in_errors(serve: Serve) -> None:
 def bench(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "inferctl", "bench", "--plan", str(folder / "plan.yaml"), "--output", "out", "--json"]
     (folder / "plan.yaml").write_text(
-        "name: short\nconfigurations: [{name: auto, precision: auto}]\ncorpus: short\nquality: null\n"
+        "name: short\ncorpus: short\nquality: null\n"
         "load: {mode: closed, users: 2, duration_s: 1, warmup_s: 1, window_s: 0.2}\n"
     )
     return subprocess.run(

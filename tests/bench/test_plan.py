@@ -87,7 +87,10 @@ def test_the_command_line_multiplies_configurations() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: m\n", "either configurations or a matrix"),
+        (
+            "name: m\nmatrix: {precision: [fp32]}\nconfigurations: [{name: a, precision: fp32}]\n",
+            "either configurations or a matrix, not both",
+        ),
         ("name: m\nmatrix: {precision: [fp32], batch: [1]}\n", "unknown key 'batch'"),
         ("name: m\nmatrix: {precision: [fp32], load: {a: {user: 2}}}\n", "the load of fp32: user: "),
         ("name: m\nmatrix: {precision: [fp32], load: {a: {rate: -2}}}\n", "the load of fp32: rate: "),

@@ -56,6 +56,14 @@ def pickled(folder: Path) -> list[str]:
     return ["serve", "--model", "./model"]
 
 
+def with_plan(text: str, *command: str) -> Callable[[Path], list[str]]:
+    def prepare(folder: Path) -> list[str]:
+        (folder / "plan.yaml").write_text(text)
+        return ["bench", "--plan", "plan.yaml", *command]
+
+    return prepare
+
+
 CASES: dict[str, tuple[int, Callable[[Path], list[str]]]] = {
     "spec-missing": (2, bare("render")),
     "spec-is-a-folder": (2, bare("check", "--spec", ".")),
@@ -81,6 +89,13 @@ CASES: dict[str, tuple[int, Callable[[Path], list[str]]]] = {
     "model-is-an-lfs-pointer": (2, lfs_pointer),
     "model-has-pickled-weights-only": (2, pickled),
     "plan-unknown": (2, bare("bench", "--model", "org/absent", "--plan", "precison")),
+    "plan-without-configurations": (2, with_plan("name: mine\n", "--model", "org/absent")),
+    "plan-with-keys-that-a-url-cannot-apply": (
+        2,
+        with_plan(
+            "name: mine\nmatrix: {precision: [fp32], corpus: [short, mixed]}\n", "--url", "t4=http://127.0.0.1:9"
+        ),
+    ),
     "bench-url-without-a-name": (2, bare("bench", "--url", "localhost")),
     "bench-url-not-answering": (3, bare("bench", "--url", "t4=http://127.0.0.1:9", "--plan", "quick")),
     "size-not-understood": (2, with_spec("build", "--dry-run", "--max-size", "six")),

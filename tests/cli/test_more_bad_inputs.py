@@ -63,7 +63,6 @@ SPECS: dict[str, Content] = {
 PLANS: dict[str, Content] = {
     "empty": "",
     "list": "- a\n",
-    "no configurations": "name: p\nconfigurations: []\n",
     "both kinds": PLAN + "matrix: {precision: [fp32]}\n",
     "rate of nan": PLAN + "load: {mode: open, rate: .nan}\n",
     "endless stage": PLAN + "load: {stages: [{duration_s: .inf, rate: 1}]}\n",

@@ -103,7 +103,8 @@ class Search(Section):
 class Plan(Section):
     """Everything that defines a benchmark. Two runs of equal plans on the same machine do the same work.
 
-    Validation replaces a `matrix` by its `configurations`, so a loaded plan always lists every configuration.
+    Validation replaces a `matrix` by its `configurations`, so a loaded plan lists every configuration. It may have
+    none: they then come from the command line.
     """
 
     name: Name
@@ -122,8 +123,8 @@ class Plan(Section):
 
     @model_validator(mode="after")
     def _expand_matrix(self) -> Plan:
-        if bool(self.configurations) == bool(self.matrix):
-            raise ValueError("a plan needs either configurations or a matrix, not both")
+        if self.configurations and self.matrix:
+            raise ValueError("a plan has either configurations or a matrix, not both")
         if self.search and self.repeats > 1:
             raise ValueError(
                 "a search measures each configuration once and repeats uncertain probes itself: remove repeats"
