@@ -46,12 +46,12 @@ class EmbeddingsEndpoint:
                 raise ApiError(400, message, code="invalid_token", param="input")
         return request
 
-    async def _tokenize(self, request: EmbeddingRequest) -> Sequence[Tokens]:
+    async def _tokenize(self, request: EmbeddingRequest) -> tuple[Sequence[Tokens], None]:
         truncate = self.inference.model.truncate if request.truncate is None else request.truncate
         items: Any = request.items
         if isinstance(items[0], str):
-            return await self.inference.tokenizer.encode(items, truncate=truncate)
-        return self.inference.tokenizer.truncate(items, truncate=truncate)
+            return await self.inference.tokenizer.encode(items, truncate=truncate), None
+        return self.inference.tokenizer.truncate(items, truncate=truncate), None
 
 
 def _with_dimensions(vectors: Vectors, dimensions: int | None) -> Vectors:

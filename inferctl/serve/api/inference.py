@@ -54,18 +54,18 @@ class Inference:
         self,
         context: RequestContext,
         receive: Receive,
-        tokenize: Awaitable[Sequence[Tokens]],
-        second_starts: Sequence[int] | None = None,
+        tokenize: Awaitable[tuple[Sequence[Tokens], Sequence[int] | None]],
     ) -> Vectors:
         """Return the vectors ([sequences, dimensions]) of the sequences, and store counts and times in the context.
 
-        Raises `ApiError`, and `ClientDisconnectedError` if the client disconnects first.
+        `tokenize` gives the sequences, and for pairs where their second segments start. Raises `ApiError`, and
+        `ClientDisconnectedError` if the client disconnects first.
         """
         started = time.monotonic()
         try:
-            sequences = await tokenize
+            sequences, second_starts = await tokenize
             tokenized = time.monotonic()
-            future = self.dispatcher.submit(sequences, bulk=context.priority == b"bulk")
+            future = self.dispatcher.submit(sequences, second_starts, bulk=context.priority == b"bulk")
             result = await unless_disconnected(future, receive)
         except InputError as error:
             raise ApiError(400, str(error), code=error.code, param="input") from None

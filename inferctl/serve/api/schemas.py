@@ -11,6 +11,8 @@ from inferctl.serve.edge.errors import ApiError
 
 # How many vectors of a response are converted to JSON at a time.
 PART_VECTORS = 64
+# The types of the `PydanticCustomError`s of the schemas, which are the codes of the responses.
+_OWN_ERRORS = {"empty_input", "invalid_token", "invalid_type", "too_many_inputs", "unequal_lengths"}
 Request = TypeVar("Request", bound=BaseModel)
 
 
@@ -59,12 +61,12 @@ def check_content_type(value: bytes) -> None:
 def _bad_request(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_input=False)[0]
     kind, field = first["type"], str(first["loc"][0]) if first["loc"] else None
+    if kind in _OWN_ERRORS:
+        return ApiError(400, first["msg"], code=kind, param=field)
     if field is None:
         return ApiError(400, "the body must be a JSON object", code="invalid_type")
     if kind == "missing":
         return ApiError(400, f"{field} is missing", code="missing_field", param=field)
-    if field == "input":
-        return ApiError(400, first["msg"], code=kind, param=field)
     return ApiError(
         400, f"{field}: {first['msg'].replace('Input should be', 'must be')}", code="invalid_value", param=field
     )

@@ -58,6 +58,7 @@ class _Request:
     """A request in flight. Times are in seconds."""
 
     sequences: Sequence[Tokens]
+    second_starts: Sequence[int] | None
     future: asyncio.Future[RequestResult]
     arrived: float
     predicted: float
@@ -91,9 +92,12 @@ class Dispatcher:
         """Whether any engine accepts batches."""
         return bool(self._engines)
 
-    def submit(self, sequences: Sequence[Tokens], *, bulk: bool = False) -> asyncio.Future[RequestResult]:
+    def submit(
+        self, sequences: Sequence[Tokens], second_starts: Sequence[int] | None = None, *, bulk: bool = False
+    ) -> asyncio.Future[RequestResult]:
         """Queue a request and return the future of its result. Cancelling the future cancels the request.
 
+        `second_starts`: as in `Batch`; all requests of a server have them, or none.
         Raises `AdmissionError`, or `EngineUnavailableError` if no engine is ready. The future raises
         `EngineUnavailableError` or `EngineFailedError`.
         """
@@ -102,13 +106,14 @@ class Dispatcher:
         number, now = next(self._ids), self._clock()
         lengths = [len(s) for s in sequences]
         predicted = self._batcher.submit(number, lengths, now, bulk=bulk, busy_s=self._seconds_until_free())
-        request = _Request(sequences, asyncio.get_running_loop().create_future(), now, predicted, len(sequences))
+        future: asyncio.Future[RequestResult] = asyncio.get_running_loop().create_future()
+        request = _Request(sequences, second_starts, future, now, predicted, len(sequences))
         self._requests[number] = request
-        request.future.add_done_callback(lambda _: self._request_done(number))
+        future.add_done_callback(lambda _: self._request_done(number))
         if not self._scheduled:  # the other requests of this turn of the event loop join the same batch
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._dispatch)
-        return request.future
+        return future
 
     def _request_done(self, number: int) -> None:
         if self._requests.pop(number, None) is not None:
@@ -202,9 +207,15 @@ class Dispatcher:
         for prefetch in (False, True):
             for queue in sorted(self._engines.values(), key=lambda queue: queue.tokens):
                 while attempt := self._next(queue, prefetch=prefetch):
-                    parts = [self._requests[item.request].sequences[item.position] for item in attempt.sequences]
-                    lengths = np.array([len(part) for part in parts], dtype=np.int32)
-                    queue.send(Batch(next(self._ids), np.concatenate(parts), lengths), attempt)
+                    queue.send(self._batch(attempt.sequences), attempt)
+
+    def _batch(self, items: Sequence[QueuedSequence]) -> Batch:
+        found = [(self._requests[item.request], item.position) for item in items]
+        parts = [request.sequences[position] for request, position in found]
+        lengths = np.array([len(part) for part in parts], dtype=np.int32)
+        starts = [request.second_starts[position] for request, position in found if request.second_starts is not None]
+        segments = np.array(starts, dtype=np.int32) if starts else None
+        return Batch(next(self._ids), np.concatenate(parts), lengths, segments)
 
     def _next(self, queue: EngineQueue, *, prefetch: bool) -> BatchAttempt | None:
         """Return what to send to the engine now: a retry if it is idle, else the next batch of the queue."""

@@ -1,0 +1,135 @@
+"""The request and response schemas of `POST /v1/rerank` and `POST /v1/score`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from inferctl.serve.api.schemas import Usage
+
+_Text = Annotated[StrictStr, Field(min_length=1)]
+_MODEL = Field(None, description="Name of the served model, as in `GET /v1/models`; optional.")
+_TRUNCATE = Field(
+    None, description="Truncate long pairs (true) or respond with 400 (false). Default: the server's setting."
+)
+
+
+def _limit(value: object, info: ValidationInfo) -> object:
+    """Return a list unchanged. Raises `PydanticCustomError` if it has too many items, before they are validated."""
+    limit = (info.context or {}).get("max_inputs")
+    if isinstance(value, list) and limit is not None and len(value) > limit:
+        detail = {"count": len(value), "limit": limit}
+        raise PydanticCustomError(
+            "too_many_inputs", f"{info.field_name} has {{count}} items; the limit is {{limit}}", detail
+        )
+    return value
+
+
+class Document(BaseModel):
+    """A document to rank. Other fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    text: _Text
+
+
+class RerankRequest(BaseModel):
+    """The body of `POST /v1/rerank`. Unknown fields are ignored, because some clients send their own."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    query: _Text = Field(description="The text that the documents are compared with.")
+    documents: Annotated[list[_Text | Document], Field(min_length=1), FailFast(), BeforeValidator(_limit)] = Field(
+        description="The documents: texts, or objects with a `text`."
+    )
+    model: StrictStr | None = _MODEL
+    top_n: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        None, description="Return only this many results. Default: all."
+    )
+    return_documents: StrictBool | None = Field(None, description="Return the text of each document too.")
+    truncate: StrictBool | None = _TRUNCATE
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of the documents."""
+        return [document if isinstance(document, str) else document.text for document in self.documents]
+
+
+_Texts = Annotated[list[_Text], Field(min_length=1), FailFast(), BeforeValidator(_limit)]
+
+
+class ScoreRequest(BaseModel):
+    """The body of `POST /v1/score`: one text with several, or two lists of the same length."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    text_1: _Text | _Texts = Field(description="A text, or a list of texts.")
+    text_2: _Text | _Texts = Field(description="A text, or a list of as many texts as `text_1` has.")
+    model: StrictStr | None = _MODEL
+    truncate: StrictBool | None = _TRUNCATE
+
+    @model_validator(mode="after")
+    def _same_length(self) -> Self:
+        first, second = _listed(self.text_1), _listed(self.text_2)
+        if len(first) != len(second) and len(first) > 1:
+            detail = {"first": len(first), "second": len(second)}
+            message = "text_1 has {first} texts and text_2 has {second}; text_1 must have 1, or as many as text_2"
+            raise PydanticCustomError("unequal_lengths", message, detail)
+        return self
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The pairs of texts."""
+        first, second = _listed(self.text_1), _listed(self.text_2)
+        return list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+class RerankResult(BaseModel):
+    """One document, by its index in the request."""
+
+    index: int
+    relevance_score: float
+    document: Document | None = None
+
+
+class RerankResponse(BaseModel):
+    """The successful response of `POST /v1/rerank`: the results with the highest scores first."""
+
+    id: str
+    model: str
+    results: list[RerankResult]
+    usage: Usage
+
+
+class Score(BaseModel):
+    """The score of one pair."""
+
+    index: int
+    object: Literal["score"] = "score"
+    score: float
+
+
+class ScoreResponse(BaseModel):
+    """The successful response of `POST /v1/score`."""
+
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Score]
+    usage: Usage
