@@ -155,9 +155,21 @@ def start(
     sys.exit(f"error: {name} did not start\nhint: see {log}")
 
 
-def inferctl(port: int, *arguments: str, name: str = "inferctl") -> Server:
-    """Start `inferctl serve` of this checkout."""
-    command = [sys.executable, "-m", "inferctl", "serve", "--model", str(MODEL), "--port", str(port), *arguments]
+def inferctl(port: int, *arguments: str, name: str = "inferctl", checkout: Path = ROOT) -> Server:
+    """Start `inferctl serve` of this or another checkout."""
+    command = [
+        "env",
+        f"PYTHONPATH={checkout}",
+        sys.executable,
+        "-m",
+        "inferctl",
+        "serve",
+        "--model",
+        str(MODEL),
+        "--port",
+        str(port),
+        *arguments,
+    ]
     # The queue is large enough to accept all requests: these scripts measure throughput, not admission.
     command += ["--max-queue-tokens", "1000000"]
     return start(name, command, port, "/v1/embeddings", "/readyz", pausable=False)
