@@ -8,8 +8,7 @@ allows. Other work on the machine only adds to the CPU time, so the round with t
 exception: a server short of cores handles fewer of them per wake-up. For those, the rate of a quiet machine in
 benchmarks/results/peers-frontend.json counts if it is higher.
 
-All words are in the word cache and vectors have 8 values, so the figures are a best case for the CPU. Texts with new
-words cost more (docs/performance.md).
+Vectors have 8 values, so the figures are a best case for the CPU.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def main() -> None:
     for size, rounds in measure(options.seconds, options.rounds).items():
         cpu = min(seconds for seconds, _ in rounds)
         rate = max(rate for _, rate in rounds)
-        quiet = json.loads(QUIET.read_text(encoding="utf-8"))["front_end"]["known words"]["inferctl echo"]
+        quiet = json.loads(QUIET.read_text(encoding="utf-8"))["front_end"]["single texts"]["inferctl echo"]
         if size == 1 and quiet > 1 / cpu:
             cpu, source = 1 / quiet, QUIET.relative_to(peers.ROOT).as_posix()
         else:

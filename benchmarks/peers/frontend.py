@@ -3,8 +3,8 @@
     python benchmarks/peers/frontend.py [--seconds 8] [--rounds 4] [--json FILE]
 
 Front end: inferctl with its echo engine (everything is real except the model), and a Starlette application that sends
-the same bytes without reading the request. 64 clients send single texts of three kinds: all words are in the word
-cache; one word in ten is new; the texts of the first kind as token ids, which need no tokenizer.
+the same bytes without reading the request. 64 clients send single texts, and the same texts as token ids, which need
+no tokenizer.
 
 Batches: 8 clients send requests of 32 texts, next to `EncoderEngine.run` on the same texts.
 """
@@ -12,8 +12,6 @@ Batches: 8 clients send requests of 32 texts, next to `EncoderEngine.run` on the
 from __future__ import annotations
 
 import json
-import random
-import string
 import sys
 import tempfile
 import urllib.request
@@ -25,18 +23,6 @@ import peers
 from load import requests, run_closed
 
 TEXTS, CLIENTS = 32, 8
-# More than one round can send (at most 5,500 requests/s were measured), so the word cache has no new word twice.
-TEXTS_WITH_NEW_WORDS = 100_000
-
-
-def with_new_words(count: int) -> list[str]:
-    """Return texts in which one word in ten consists of seven random letters."""
-    random_ = random.Random(11)
-
-    def changed(word: str) -> str:
-        return "".join(random_.choices(string.ascii_lowercase, k=7)) if random_.random() < 0.1 else word
-
-    return [" ".join(map(changed, text.split())) for text in peers.texts(count)]
 
 
 def front_end(seconds: float, rounds: int, inputs: Sequence[str | list[int]]) -> dict[str, float]:
@@ -94,11 +80,7 @@ def main() -> None:
     parser.set_defaults(rounds=4)
     options = parser.parse_args()
     texts = peers.texts(500)
-    inputs = {
-        "known words": texts,
-        "one new word in ten": with_new_words(TEXTS_WITH_NEW_WORDS),
-        "token ids": [peers.token_ids(text) for text in texts],
-    }
+    inputs = {"single texts": texts, "token ids": [peers.token_ids(text) for text in texts]}
     fronts = {kind: front_end(options.seconds, options.rounds, given) for kind, given in inputs.items()}
     for kind, front in fronts.items():
         bare = front["bare Starlette"]

@@ -1,80 +1,123 @@
-"""Measure what the word cache saves and costs: the server's tokenization with and without it.
+"""Measure how long a request that is tokenized on the event loop stops the loop.
 
-    python benchmarks/peers/tokenising.py [--texts FILE] [--rounds 4] [--json FILE]
+    python benchmarks/peers/tokenising.py [--characters 500] [--rounds 5] [--json FILE]
 
-Single texts, one after another, alternating between both (with, without, without, with, ...). The texts are of these
-kinds: all words are in the cache; one word in ten is new; random letters in which nothing repeats; the lines of FILE,
-each one once.
+Texts of many kinds, chosen to be slow, with WordPiece (the model's own tokenizer), BPE with a byte-level pre-tokenizer
+(GPT-2, ModernBERT), BPE without pre-tokenizer (Llama) and Unigram (XLM-R). The latter three are trained on the
+benchmark's corpus. CPU time of the calling thread, which is the time that an idle machine needs. Each measurement has
+a new tokenizer, because the library caches words.
 """
 
 from __future__ import annotations
 
-import asyncio
+import json
 import os
 import random
 import string
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
-import frontend
 import peers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from inferctl.serve import embedding_config
-from inferctl.serve.tokenizer_pool import TokenizerPool
-
-TEXTS = 4_000
+VOCABULARY, MAX_TOKENS = 8_000, 512
 
 
-def random_letters(count: int) -> list[str]:
-    """Return texts of 250 random characters, of which one in six is a space."""
-    random_ = random.Random(5)
-    return ["".join(random_.choices(string.ascii_lowercase + 5 * " ", k=250)) for _ in range(count)]
+def tokenizers() -> dict[str, str]:
+    """Return the JSON of each tokenizer."""
+    lines = (peers.ROOT / "benchmarks" / "corpora" / "paragraphs.jsonl").read_text().splitlines()
+    corpus = [json.loads(line)["text"] for line in lines]
+    byte_level = Tokenizer(models.BPE())
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe_trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
+    byte_level.train_from_iterator(corpus, bpe_trainer)
+
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<unk>", *byte_tokens]
+    bpe.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
+    )
+    whole_text = {**json.loads(bpe.to_str()), "pre_tokenizer": None}
+    whole_text["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+
+    unigram = Tokenizer(models.Unigram())
+    unigram.normalizer = normalizers.NFKC()
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<s>", "<unk>", "</s>"]
+    unigram_trainer = trainers.UnigramTrainer(
+        vocab_size=VOCABULARY, unk_token="<unk>", special_tokens=special, show_progress=False
+    )
+    unigram.train_from_iterator(corpus, unigram_trainer)
+    return {
+        "WordPiece": (peers.MODEL / "tokenizer.json").read_text(),
+        "byte-level BPE": byte_level.to_str(),
+        "BPE": json.dumps(whole_text),
+        "Unigram": unigram.to_str(),
+    }
 
 
-async def _microseconds(pool: TokenizerPool, texts: Sequence[str]) -> float:
-    begin = time.perf_counter()
-    for text in texts:
-        await pool.encode([text], truncate=True)
-    return 1e6 * (time.perf_counter() - begin) / len(texts)
+def texts(characters: int) -> dict[str, str]:
+    """Return texts with this number of characters."""
+    random_ = random.Random(1)
+    letters = "".join(random_.choices(string.ascii_lowercase, k=characters))
+
+    def repeated(part: str) -> str:
+        return (part * characters)[:characters]
+
+    def drawn(first: int, last: int) -> str:
+        return "".join(chr(random_.randrange(first, last)) for _ in range(characters))
+
+    return {
+        "prose": " ".join(peers.texts(100))[:characters],
+        "one word": letters,
+        "words of 99 letters": " ".join(letters[at : at + 99] for at in range(0, characters, 100)),
+        "one letter": repeated("x"),
+        "words of one letter": repeated("a "),
+        "digits": repeated("0123456789"),
+        "punctuation": repeated(".,!?-"),
+        "blanks": repeated(" "),
+        "blanks and letters": repeated("  x"),
+        "newlines": repeated(" \n"),
+        "Chinese": drawn(0x4E00, 0x9FA5),
+        "Korean": drawn(0xAC00, 0xD7A3),
+        "emoji": drawn(0x1F300, 0x1F600),
+        "joined emoji": repeated("\U0001f468\u200d\U0001f469\u200d\U0001f467"),
+        "zero-width spaces": repeated("\u200b"),
+        "combining characters": repeated("a\u0300\u0323\u0345"),
+        "ligature of 18 characters": repeated("\ufdfa"),
+        "special tokens": repeated("[MASK]"),
+    }
 
 
-def measure(texts: Sequence[str], rounds: int) -> tuple[float, float]:
-    """Return microseconds per text with and without the word cache.
-
-    Each round has its own texts. The cache keeps words of earlier rounds.
-    """
-    how = embedding_config.read(peers.MODEL)
-    words, whole = TokenizerPool(peers.MODEL, how), TokenizerPool(peers.MODEL, how)
-    whole._words = None
-    parts = [texts[number::rounds] for number in range(rounds)]
-    times: dict[bool, list[float]] = {True: [], False: []}
-    for number, part in enumerate(parts):
-        for remembered in (True, False) if number % 2 else (False, True):
-            times[remembered].append(asyncio.run(_microseconds(words if remembered else whole, part)))
-    for pool in (words, whole):
-        pool.close()
-    return peers.median(times[True]), peers.median(times[False])
+def milliseconds(tokenizer: str, text: str, rounds: int) -> float:
+    """Return the median of the CPU milliseconds."""
+    times = []
+    for _ in range(rounds):
+        fresh = Tokenizer.from_str(tokenizer)
+        fresh.no_padding()
+        fresh.enable_truncation(MAX_TOKENS)
+        fresh.encode_batch_fast(["the first call"])
+        begin = time.thread_time()
+        fresh.encode_batch_fast([text])
+        times.append(1000 * (time.thread_time() - begin))
+    return peers.median(times)
 
 
 def main() -> None:
     parser = peers.options(__doc__ or "")
-    parser.set_defaults(rounds=4)
-    parser.add_argument("--texts", type=Path, help="file with one text per line")
+    parser.set_defaults(rounds=5)
+    parser.add_argument("--characters", type=int, default=500, help="length of the texts")
     options = parser.parse_args()
     os.environ.update(peers.environment())  # as in the server: the tokenizer starts no threads
-    known = peers.texts(500)
-    kinds = {
-        "known words": known * (TEXTS // len(known)),
-        "one new word in ten": frontend.with_new_words(TEXTS),
-        "nothing twice": random_letters(TEXTS),
+    built = tokenizers()
+    found = {
+        kind: {name: milliseconds(tokenizer, text, options.rounds) for name, tokenizer in built.items()}
+        for kind, text in texts(options.characters).items()
     }
-    if options.texts:
-        kinds[options.texts.name] = [text for text in options.texts.read_text().splitlines() if text.strip()]
-    found = {kind: measure(texts, options.rounds) for kind, texts in kinds.items()}
-    rows = [(kind, words, whole, words / whole) for kind, (words, whole) in found.items()]
-    peers.table(("texts", "us by words", "us whole", "ratio"), rows)
-    peers.write(options.json, {"microseconds": {kind: list(times) for kind, times in found.items()}})
+    peers.table(("text (ms)", *built), [(kind, *times.values()) for kind, times in found.items()])
+    peers.write(options.json, {"characters": options.characters, "milliseconds": found})
 
 
 if __name__ == "__main__":
