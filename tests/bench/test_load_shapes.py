@@ -47,6 +47,24 @@ def test_contradictory_loads_are_rejected(keys: dict[str, Any]) -> None:
         make_load(**keys)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"mode": "open", "rate": 5},
+        {"rate": "60%", "users": "auto"},
+        {"mode": "open", "rate": 5, "spike": {"at_s": 1, "duration_s": 1, "times": 2}},
+        {"stages": [{"duration_s": 2, "rate": 1}]},
+    ],
+)
+def test_a_single_stage_sends_the_same_requests_without_the_shape(shape: dict[str, Any]) -> None:
+    requests = {"inputs": "zipf", "zipf_share": 0.5, "inputs_per_request": 2, "timeout_s": 9, "workers": 2}
+    load = make_load(**shape, **requests)
+    assert load.as_single_stage(duration_s=3) == make_load(duration_s=3, **requests)
+    assert load.as_single_stage(mode="open", rate=7, duration_s=3) == make_load(
+        mode="open", rate=7, duration_s=3, **requests
+    )
+
+
 def test_each_stage_has_its_own_rate() -> None:
     load = make_load(mode="open", rate=50, duration_s=60, spike={"at_s": 20, "duration_s": 10, "times": 6})
     times = workload.draw(load, "short", 1).schedule_ns / 1e9
@@ -77,8 +95,7 @@ def test_zipf_inputs_repeat_by_rank_and_the_rest_is_unique() -> None:
     bodies = work.bodies(target.Target("http://test", "m").body)
     assert not any(b"@SERIAL@" in body for body in bodies[:half])
     assert all(b"@SERIAL@" in body for body in bodies[half:])
-    assert 0.5 < work.repeat_share(10_000) < 0.75
-    assert workload.draw(make_load(), "short", 1).repeat_share(10_000) == 0
+    assert workload.draw(make_load(), "short", 1).unique_from == 0
 
 
 def test_a_trace_is_sent_at_its_times_with_its_inputs(answering: Callable[..., str], tmp_path: Path) -> None:

@@ -85,10 +85,9 @@ def _find_one(bench: Bench, target: BenchTarget, notify: NotifyProgress) -> Conc
 
 def _step_load(load: Load, users: int, seconds: float) -> Load:
     """Return the closed loop of one step. The first step has the warm-up of the plan."""
-    changes = {
-        "users": users,
-        "duration_s": seconds,
-        "warmup_s": load.warmup_s if users == concurrency.FIRST_USERS else seconds,
-        "window_s": min(load.window_s, concurrency.WINDOW_S),
-    }
-    return Load.model_validate({**throughput.closed(load).model_dump(), **changes})
+    return load.as_single_stage(
+        users=users,
+        duration_s=seconds,
+        warmup_s=load.warmup_s if users == concurrency.FIRST_USERS else seconds,
+        window_s=min(load.window_s, concurrency.WINDOW_S),
+    )

@@ -185,19 +185,7 @@ def _under_load(setup: NeighborSetup, number: int, server: ChildServer, folder: 
 def background(load: Load) -> Load:
     """Return the load on a neighbor: a closed loop of the plan's users that lasts longer than any run of `load`."""
     longest = 2 * load.warmup_s + load.duration_s + 4 * load.timeout_s + 120
-    return Load.model_validate(
-        {
-            "mode": "closed",
-            "users": load.users,
-            "duration_s": min(longest, 86_400),
-            "warmup_s": 0,
-            "timeout_s": load.timeout_s,
-            "inputs_per_request": load.inputs_per_request,
-            "inputs": load.inputs,
-            "zipf_s": load.zipf_s,
-            "zipf_share": load.zipf_share,
-        }
-    )
+    return load.as_single_stage(duration_s=min(longest, 86_400), warmup_s=0, workers=1, remote_workers=0)
 
 
 @dataclass(frozen=True)

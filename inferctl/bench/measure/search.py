@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -39,7 +38,6 @@ START_S, PROBE_OVERRUN = 3.0, 1.5
 MEASUREMENTS, GAP = 22, 0.25
 # The same for a search with a short budget.
 SHORT_MEASUREMENTS, SHORT_GAP = len(goodput.SHORT_SWEEP) + goodput.RESERVE, 0.5
-_OTHER_SHAPES = ("auto_users", "stages", "trace", "spike", "capacity_percent")
 
 MeasureLoad = Callable[[Load, workload.Workload, Path, int, Callable[[], None]], Measurement]
 
@@ -142,7 +140,7 @@ class Searcher:
     def _ceiling(self) -> float:
         """Return requests/s of a closed loop that always has requests waiting. It also warms up the server."""
         users = max(BURST_USERS, self.load.users)
-        burst = self._shaped(mode="closed", users=users, duration_s=BURST_S, warmup_s=self.load.warmup_s)
+        burst = self.load.as_single_stage(users=users, duration_s=BURST_S)
         work = workload.draw(burst, self.corpus, self.seed)
         measurement = self.measure_load(burst, work, self._next_folder("ceiling"), self.seed, lambda: None)
         rate = summary.summarize([measurement.records])["requests_per_s"]
@@ -165,7 +163,7 @@ class Searcher:
         repeats = sum(probe.rate == rate for probe, _ in self._measured)
         seed = self.seed + repeats + {"confirm": 100, "bound": 200}.get(stage, 0)
         warmup_s = min(self.load.warmup_s, 4 * self.load.window_s)
-        load = self._shaped(mode="open", rate=rate, duration_s=seconds, warmup_s=warmup_s)
+        load = self.load.as_single_stage(mode="open", rate=rate, duration_s=seconds, warmup_s=warmup_s)
         self.wait_until_idle(IDLE_TIMEOUT_S)
         place, growth = self._next_folder(f"{stage}-{rate:g}"), None
         work = workload.draw(load, self.corpus, seed)
@@ -182,10 +180,6 @@ class Searcher:
         self._measured.append((probe, measurement))
         self.on_probe(probe)
         return probe
-
-    def _shaped(self, **changes: Any) -> Load:
-        shared = {key: value for key, value in self.load.model_dump().items() if key not in _OTHER_SHAPES}
-        return Load.model_validate({**shared, **changes})
 
     def _next_folder(self, name: str) -> Path:
         self._count += 1

@@ -59,13 +59,6 @@ class ClosedLoop:
         return asdict(self)
 
 
-def closed(load: Load) -> Load:
-    """Return the closed loop that comes before `load`: the same requests, from `users` clients, for `capacity_s`."""
-    other = ("auto_users", "mode", "rate", "capacity_percent", "capacity_s", "duration_s", "spike", "stages", "trace")
-    shared = {key: value for key, value in load.model_dump().items() if key not in other}
-    return Load.model_validate({**shared, "mode": "closed", "duration_s": load.capacity_s})
-
-
 def measure(
     server: MeasuredServer, load: Load, corpus: str, seed: int, run: Run, folder: Path, capacity_rps: float | None
 ) -> ClosedLoop:
@@ -77,7 +70,7 @@ def measure(
     """
     place = folder / _FOLDER
     place.mkdir(parents=True, exist_ok=True)
-    loop = closed(load)
+    loop = load.as_single_stage(duration_s=load.capacity_s)
     measurement = server.labeled("closed loop, {phase}").measure(loop, workload.draw(loop, corpus, seed), run, place)
     figures = summary.summarize([measurement.records])
     rate, rejected = figures["requests_per_s"], figures["rejected_percent"] / 100

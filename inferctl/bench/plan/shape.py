@@ -19,6 +19,8 @@ _RESPONSES, _LONGEST_S = 1.15 * 368, 60.0
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=40)]
 # Keys of a section as YAML or a command line has them, before validation.
 Keys = dict[str, object]
+# The keys of a load that describe its loop, its rate over time and what is measured for it before.
+_SHAPE = {"mode", "rate", "auto_users", "capacity_percent", "stages", "spike", "trace"}
 
 
 class Section(BaseModel):
@@ -130,6 +132,10 @@ class Load(Section):
         rate = float(f"{capacity_rps * (self.capacity_percent or 100) / 100:.3g}")
         seconds = max(self.duration_s, min(math.ceil(_RESPONSES / rate), _LONGEST_S))
         return self.model_copy(update={"rate": rate, "duration_s": seconds})
+
+    def as_single_stage(self, **changes: object) -> Load:
+        """Return the same requests as a closed loop of `users` with one stage. `changes` replace its keys."""
+        return Load.model_validate(self.model_dump(exclude=_SHAPE) | changes)
 
     @property
     def timeline(self) -> list[Stage]:

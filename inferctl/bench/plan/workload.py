@@ -60,15 +60,6 @@ class Workload:
             )
         ]
 
-    def repeat_share(self, requests: int) -> float:
-        """Return the share of the first `requests` requests that repeat an earlier input unchanged.
-
-        A cache can answer at most this share.
-        """
-        rows = np.resize(self.order, requests)
-        unchanged = rows[rows < self.unique_from]
-        return float(len(unchanged) - len(np.unique(unchanged))) / requests if requests else 0.0
-
 
 def draw(load: Load, corpus: str, seed: int) -> Workload:
     """Return the workload of `load`, `corpus` and `seed`; equal arguments give equal workloads. Raises `UsageError`."""
