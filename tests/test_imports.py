@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import os
 import subprocess
@@ -111,6 +112,18 @@ def test_data_flows_one_way_through_the_benchmark(file: Path) -> None:
     later = BENCH_ORDER[BENCH_ORDER.index(folder) + 1 :]
     for name in imports(file):
         assert not any(name.startswith(f"inferctl.bench.{package}.") for package in later), f"{folder} imports {name}"
+
+
+def test_no_modules_import_each_other() -> None:
+    """Imports for type annotations count too: they show that two modules are not separate."""
+    modules = {".".join(("inferctl", *file.relative_to(PACKAGE).with_suffix("").parts)): file for file in FILES}
+    files = {module.removesuffix(".__init__"): file for module, file in modules.items()}
+
+    def module_of(name: str) -> str:
+        return name if name in files or not name else module_of(name.rpartition(".")[0])
+
+    graph = {module: {module_of(name) for name in imports(file)} - {module, ""} for module, file in files.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the modules of a cycle
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())

@@ -73,7 +73,8 @@ def _judge_pair(pair: ReceiptPair, options: CompareOptions, family: int) -> Pair
     assert pair.new is not None  # `invalid_because` gives a reason otherwise
     rows = [judge(pair, metric, options, family) for metric in options.selected]
     rows += _judge_rejected(pair, options, family)
-    rows += quality_drop.judge(pair, options)
+    drops = {"cosine_p1": options.cosine_drop, "recall_at_10": options.recall_drop}
+    rows += quality_drop.judge(pair, drops, options.allow)
     outcomes = {row.outcome for row in rows}
     order: tuple[PairOutcome, ...] = ("regression", "not enough evidence", "improvement")
     return PairResult(

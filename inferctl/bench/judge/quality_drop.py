@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 from inferctl.bench.judge.comparable import ReceiptPair
 from inferctl.bench.judge.compare_result import MetricResult, QualityTolerance
-
-if TYPE_CHECKING:
-    from inferctl.bench.judge.compare import CompareOptions
 
 # The largest default drop, and the drop that is always allowed: near-ties change places if the batches differ.
 _MAX_DROP = {"cosine_p1": 0.005, "recall_at_10": 0.02}
 _MIN_DROP = {"cosine_p1": 0.0005, "recall_at_10": 0.005}
 
 
-def judge(pair: ReceiptPair, options: CompareOptions) -> list[MetricResult]:
-    """Return the verdicts on the quality of `pair.new`, by the limits of its plan and by the quality of `pair.old`."""
+def judge(pair: ReceiptPair, drops: Mapping[str, float | None], allow: Sequence[str]) -> list[MetricResult]:
+    """Return the verdicts on the quality of `pair.new`, by the limits of its plan and by the quality of `pair.old`.
+
+    `drops` has the largest drop of each metric; None: `allowed_drop`.
+    """
     assert pair.new is not None
     old, new = pair.old.quality, pair.new.quality
     if not new.get("checked"):
@@ -32,9 +31,8 @@ def judge(pair: ReceiptPair, options: CompareOptions) -> list[MetricResult]:
     limits = new.get("limits") or {}
     old_cosine, new_cosine = (known.get("cosine") or {}).get("p1"), new["cosine"]["p1"]
     old_recall, new_recall = known.get("recall_at_10"), new["recall_at_10"]
-    drops = {"cosine_p1": options.cosine_drop, "recall_at_10": options.recall_drop}
     rows = (("cosine_p1", old_cosine, new_cosine), ("recall_at_10", old_recall, new_recall))
-    return [_judge(name, before, after, limits.get(name), drops[name], options.allow) for name, before, after in rows]
+    return [_judge(name, before, after, limits.get(name), drops[name], allow) for name, before, after in rows]
 
 
 def allowed_drop(name: str, old: float | None, allow: Sequence[str] = ()) -> float:

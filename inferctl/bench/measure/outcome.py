@@ -9,13 +9,15 @@ from typing import Any
 
 from inferctl.bench import privacy
 from inferctl.bench.judge import summary
+from inferctl.bench.load import generator
 from inferctl.bench.measure.concurrency import Concurrency
 from inferctl.bench.measure.neighbor_run import NeighborRun
 from inferctl.bench.measure.quality import QualityResult, unchecked
 from inferctl.bench.measure.telemetry import Telemetry
-from inferctl.bench.measure.throughput import ClosedLoop
 from inferctl.bench.plan.plan import Load, Run
 from inferctl.bench.plan.workload import Workload
+
+CLOSED_LOOP_FOLDER = "closed-loop"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,26 @@ class WorkloadRecord:
 def workload_record(work: Workload, load: Load, corpus: str, seed: int) -> WorkloadRecord:
     """Return the record of a workload that was drawn from `load`, `corpus` and `seed`."""
     return WorkloadRecord(work.digest, privacy.name_of(corpus), work.corpus_sha256, seed, load.inputs)
+
+
+@dataclass(frozen=True)
+class ClosedLoop:
+    """The closed loop of one run. `reference_rps` is the capacity that the rate of the open loops is a share of."""
+
+    users: int
+    requests_per_s: float
+    window: tuple[int, int]
+    inputs_per_request: int
+    serial: int
+    state: Mapping[str, Any]
+    resources: Mapping[str, int | float]
+    telemetry: Telemetry
+    reference_rps: float
+
+    def records(self, folder: Path) -> summary.RunRecords:
+        """Return the records of this loop, for the run whose records are in `folder`."""
+        rows = generator.read_records(folder / CLOSED_LOOP_FOLDER, self.state)
+        return summary.RunRecords(rows, *self.window, self.inputs_per_request)
 
 
 @dataclass(frozen=True)

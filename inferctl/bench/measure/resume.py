@@ -33,10 +33,16 @@ from inferctl.bench.measure import digests, quality
 from inferctl.bench.measure.concurrency import Concurrency
 from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.neighbor_run import NeighborRun
-from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome, PooledMeasurement, WorkloadRecord
+from inferctl.bench.measure.outcome import (
+    BenchTarget,
+    ClosedLoop,
+    Measurement,
+    Outcome,
+    PooledMeasurement,
+    WorkloadRecord,
+)
 from inferctl.bench.measure.quality import QualityResult
 from inferctl.bench.measure.telemetry import Telemetry
-from inferctl.bench.measure.throughput import ClosedLoop
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Load, Plan, Run
 from inferctl.errors import NotReadyError, UsageError

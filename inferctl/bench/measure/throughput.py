@@ -9,54 +9,24 @@ loop receives what it sends: throughput needs a closed loop.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from inferctl.bench.judge import summary, validity
-from inferctl.bench.load import generator, records
+from inferctl.bench.load import records
 from inferctl.bench.measure import digests, telemetry
-from inferctl.bench.measure.telemetry import Telemetry
+from inferctl.bench.measure.measured_server import MeasuredServer
+from inferctl.bench.measure.outcome import CLOSED_LOOP_FOLDER, ClosedLoop, Measurement
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.shape import Load
 from inferctl.errors import InferctlError
 
-if TYPE_CHECKING:
-    from inferctl.bench.measure.measured_server import MeasuredServer
-    from inferctl.bench.measure.outcome import Measurement
-
 # With a larger share of rejected requests, a closed loop does not show the capacity of a server.
 REJECTED_LIMIT = 0.5
-
-_FOLDER = "closed-loop"
-
-
-@dataclass(frozen=True)
-class ClosedLoop:
-    """The closed loop of one run. `reference_rps` is the capacity that the rate of the open loops is a share of."""
-
-    users: int
-    requests_per_s: float
-    window: tuple[int, int]
-    inputs_per_request: int
-    serial: int
-    state: Mapping[str, Any]
-    resources: Mapping[str, int | float]
-    telemetry: Telemetry
-    reference_rps: float
-
-    def records(self, folder: Path) -> summary.RunRecords:
-        """Return the records of this loop, for the run whose records are in `folder`."""
-        rows = generator.read_records(folder / _FOLDER, self.state)
-        return summary.RunRecords(rows, *self.window, self.inputs_per_request)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the form of this loop in `run.json`."""
-        return asdict(self)
 
 
 def measure(
@@ -68,7 +38,7 @@ def measure(
 
     Raises `InferctlError` if the server completed no request, or rejected over half of them.
     """
-    place = folder / _FOLDER
+    place = folder / CLOSED_LOOP_FOLDER
     place.mkdir(parents=True, exist_ok=True)
     loop = load.as_single_stage(duration_s=load.capacity_s)
     measurement = server.labeled("closed loop, {phase}").measure(loop, workload.draw(loop, corpus, seed), run, place)
@@ -140,5 +110,5 @@ def of_run(measurement: Measurement) -> dict[str, Any] | None:
         "serial": loop.serial,
         "summary": summary.summarize([loop.records(measurement.folder)]),
         "resources": loop.resources,
-        "records": digests.of_records(measurement.folder / _FOLDER),
+        "records": digests.of_records(measurement.folder / CLOSED_LOOP_FOLDER),
     }
