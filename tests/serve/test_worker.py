@@ -84,6 +84,19 @@ def test_batches_run_in_parallel_and_each_gets_one_result() -> None:
         ("RuntimeError", "CUDA driver error: out of memory"),
         ("RuntimeError", "Triton Error [CUDA]: out of memory"),
         ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 20.00 MiB."),
+        ("RuntimeError", "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 15.77 GiB"),
+        ("OutOfMemoryError", "HIP out of memory. Tried to allocate 2.00 MiB."),
+        ("RuntimeError", "CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`"),
+        ("RuntimeError", "CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY"),
+        ("RuntimeError", "hipErrorOutOfMemory"),
+        ("RuntimeError", "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        (
+            "RuntimeError",
+            'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":1015',
+        ),
+        ("RuntimeError", "could not create a primitive"),
+        ("RuntimeError", "could not create a memory"),
+        ("OSError", "[Errno 12] Cannot allocate memory"),
         (
             "RuntimeError",
             "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
@@ -95,9 +108,16 @@ def test_every_message_of_insufficient_memory_is_recognized(error: str, said: st
 
 
 @pytest.mark.parametrize(
-    "said", ["CUDA error: device-side assert triggered", "CUDA error: an illegal memory access was encountered"]
+    "said",
+    [
+        "CUDA error: device-side assert triggered",
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
+        "could not create a primitive descriptor for the matmul primitive.",
+        "could not create a memory descriptor from blob",
+    ],
 )
-def test_other_cuda_errors_are_not_insufficient_memory(said: str) -> None:
+def test_other_errors_are_not_insufficient_memory(said: str) -> None:
     assert not memory.is_insufficient(type("AcceleratorError", (RuntimeError,), {})(said))
 
 

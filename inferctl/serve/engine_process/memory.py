@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import re
 
-# Messages of torch, C++, CUDA, Triton, and of libraries such as cuBLAS, which have no error type for this.
+# Messages of torch, C++, CUDA, HIP, Triton, oneDNN, and of libraries such as cuBLAS, which have no error type for this.
+# cuBLAS reports that it is not initialized if there is no memory for its handle. The NVML assertion fails while torch
+# writes the message of an out-of-memory error, where NVML is not available (MIG, Jetson, some containers).
 _MESSAGES = re.compile(
-    r"you tried to allocate|std::bad_alloc|out of memory|CU\w+_STATUS_(\w+_)?ALLOC(ATION)?_FAILED", re.IGNORECASE
+    r"tried to allocate|std::bad_alloc|out[ _]?of[ _]?memory|cannot allocate memory|STATUS_(\w+_)?ALLOC(ATION)?_FAILED"
+    r"|CUBLAS_STATUS_NOT_INITIALIZED|NVML_SUCCESS == .* INTERNAL ASSERT FAILED"
+    r"|could not create a (primitive|memory)(?! descriptor)",
+    re.IGNORECASE,
 )
 
 
 def is_insufficient(error: BaseException) -> bool:
     """Return whether `error` reports insufficient memory."""
-    message = str(error)
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or _MESSAGES.search(message) is not None
-        or ("could not create a primitive" in message and "descriptor" not in message)  # oneDNN
+        or _MESSAGES.search(str(error)) is not None
     )
 
 

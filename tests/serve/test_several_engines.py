@@ -1,0 +1,272 @@
+"""Several engines under load: one is killed, hangs or dies slowly. Nothing is lost, and the server recovers."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from inferctl.serve.engine_process.engine_protocol import BatchResult, EngineConfig, EngineInfo, EngineProcess
+from inferctl.serve.engine_process.pool import EnginePool, more_engines
+from inferctl.serve.engines.echo import CLOSING_TOKEN, CRASHING_TOKEN
+from tests.serve.conftest import Running, until
+from tests.serve.test_dispatcher import INFO
+
+Serve = Callable[..., Running]
+PTRACE_SEIZE = 0x4206
+
+
+@dataclass
+class Load:
+    """Clients that send requests without a pause. `wrong`: responses that are neither right nor a documented error."""
+
+    server: Running
+    expected: Callable[[int], tuple[Any, Any]]  # number of a request -> its input, its vector
+    completed: int = 0
+    unavailable: int = 0
+    wrong: list[str] = field(default_factory=list)
+    _numbers: Iterator[int] = field(default_factory=count)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def _client(self) -> None:
+        with httpx.Client(base_url=self.server.url, timeout=60) as client:
+            while not self._stop.is_set():
+                given, vector = self.expected(next(self._numbers))
+                try:
+                    response = client.post("/v1/embeddings", json={"input": given})
+                except httpx.HTTPError as error:
+                    self.wrong.append(repr(error))
+                    continue
+                if response.status_code == 503 and response.json()["error"]["code"] in (
+                    "engine_unavailable",
+                    "not_ready",
+                ):
+                    self.unavailable += 1
+                elif response.status_code != 200:
+                    self.wrong.append(response.text)
+                elif not np.allclose(response.json()["data"][0]["embedding"], vector, atol=2e-3):
+                    self.wrong.append(f"another vector for {given}")
+                else:
+                    self.completed += 1
+
+    @contextmanager
+    def running(self, clients: int = 8) -> Iterator[Load]:
+        threads = [threading.Thread(target=self._client) for _ in range(clients)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield self
+            self.wait_for_progress()
+        finally:
+            self._stop.set()
+            for thread in threads:
+                thread.join()
+        assert not self.wrong, self.wrong[:3]
+
+    def wait_for_progress(self, responses: int = 50) -> None:
+        target = self.completed + responses
+        until(lambda: self.completed >= target or bool(self.wrong))
+
+
+def echo_row(number: int) -> tuple[list[int], list[float]]:
+    row = [100 + number % 9000] * (1 + number % 40)
+    vector = np.array([sum(row), len(row), 1.0] + [0.0] * 5)
+    return row, list(vector / np.linalg.norm(vector))
+
+
+def engines_of(server: Running) -> list[int]:
+    """Return the process ids of the running engines, without zombies."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"]
+
+
+def wait_for_engines(server: Running, engines: int) -> None:
+    until(lambda: server.metric("inferctl_engine_up") == engines)
+
+
+@pytest.fixture
+def three(serve: Serve, minilm: Path) -> Running:
+    server = serve(
+        "--model", str(minilm), "--engine", "echo", "--engines", "3", "--hang-seconds", "1", "--max-batch-tokens", "512"
+    )
+    wait_for_engines(server, 3)
+    return server
+
+
+def test_killed_engines(three: Running) -> None:
+    with Load(three, echo_row).running() as load:
+        for _ in range(6):
+            until(lambda: three.metric("inferctl_engine_up") >= 2)
+            engine = engines_of(three)[0]
+            os.kill(engine, signal.SIGKILL)
+            until(lambda engine=engine: engine not in engines_of(three))  # type: ignore[misc]
+            load.wait_for_progress()
+        wait_for_engines(three, 3)
+    assert load.completed > 300
+    # A request is rejected only if two engines are killed while they run it.
+    assert load.unavailable <= 6
+    info = three.get("/info").json()["engines"]
+    assert (info["count"], info["up"], info["restarts"]) == (3, 3, 6)
+
+
+def test_all_engines_killed_at_once(three: Running) -> None:
+    with Load(three, echo_row).running() as load:
+        load.wait_for_progress()
+        for engine in engines_of(three):
+            os.kill(engine, signal.SIGKILL)
+        wait_for_engines(three, 3)
+    assert three.get("/livez").status_code == 200
+
+
+def test_a_hung_engine(three: Running) -> None:
+    with Load(three, echo_row).running() as load:
+        load.wait_for_progress()
+        os.kill(engines_of(three)[1], signal.SIGSTOP)
+        until(lambda: three.get("/info").json()["engines"]["hangs"] == 1)
+        wait_for_engines(three, 3)
+    assert load.unavailable == 0
+
+
+def test_an_engine_that_closes_its_socket_and_lives_on(three: Running) -> None:
+    with Load(three, echo_row).running() as load:
+        load.wait_for_progress()
+        assert three.embed(input=[CLOSING_TOKEN]).status_code == 503, "two engines, one after the other"
+        until(lambda: three.metric("inferctl_engine_deaths_total") == 2)
+        load.wait_for_progress(300)
+        wait_for_engines(three, 3)
+    assert load.unavailable == 0
+
+
+@contextmanager
+def zombie(pid: int) -> Iterator[None]:
+    """Kill a process that stays a zombie: its parent cannot reap it while this process traces it."""
+    if ctypes.CDLL(None, use_errno=True).ptrace(PTRACE_SEIZE, pid, None, None) != 0:
+        pytest.skip(f"cannot trace the engine: {os.strerror(ctypes.get_errno())}")
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+    yield
+    os.waitpid(pid, 0)
+
+
+def test_an_engine_that_stays_a_zombie(three: Running) -> None:
+    with Load(three, echo_row).running() as load:
+        load.wait_for_progress()
+        with zombie(engines_of(three)[0]):
+            until(lambda: three.metric("inferctl_engine_deaths_total") == 1, 3)
+            load.wait_for_progress(300)
+            wait_for_engines(three, 3)  # another process replaces it
+    assert load.unavailable == 0
+
+
+def test_the_server_stops_while_an_engine_stays_a_zombie(three: Running) -> None:
+    with zombie(engines_of(three)[0]):
+        until(lambda: three.metric("inferctl_engine_deaths_total") == 1)
+        assert three.embed(input=[5]).status_code == 200
+        three.process.send_signal(signal.SIGTERM)
+        assert three.process.wait(timeout=60) == 0
+    assert "Traceback" not in three.log.read_text()
+
+
+def test_a_crashing_request_among_others_on_several_engines(three: Running) -> None:
+    with Load(three, echo_row).running() as load:
+        for _ in range(3):
+            assert three.embed(input=[CRASHING_TOKEN, 5]).status_code == 503
+            wait_for_engines(three, 3)
+        load.wait_for_progress()
+    assert load.unavailable == 0
+
+
+def test_two_encoders_killed_and_hung(serve: Serve, minilm: Path) -> None:
+    # Small batches, so that the predicted time of the largest one does not delay the detection of the hung engine.
+    limits = ("--max-batch-tokens", "64", "--max-input-tokens", "32", "--hang-seconds", "2")
+    server = serve("--model", str(minilm), "--engines", "2", "--device", "cpu", "--precision", "fp32", *limits)
+    wait_for_engines(server, 2)
+    texts = [f"text {i} " * (1 + i % 8) for i in range(40)]
+    vectors = [entry["embedding"] for entry in server.embed(input=texts).json()["data"]]
+    with Load(server, lambda n: (texts[n % 40], vectors[n % 40])).running(4) as load:
+        load.wait_for_progress(20)
+        os.kill(engines_of(server)[0], signal.SIGKILL)
+        load.wait_for_progress(20)
+        wait_for_engines(server, 2)
+        os.kill(engines_of(server)[1], signal.SIGSTOP)
+        until(lambda: server.get("/info").json()["engines"]["hangs"] == 1)
+        wait_for_engines(server, 2)
+    assert load.unavailable == 0
+    assert server.get("/info").json()["engines"]["restarts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "count", "expected"),
+    [
+        ("auto", 1, None, []),
+        ("auto", 4, None, ["cuda:1", "cuda:2", "cuda:3"]),
+        ("auto", 2, 4, ["cuda:1", "cuda:0", "cuda:1"]),
+        ("auto", 4, 2, ["cuda:1"]),
+        ("auto", 1, 2, ["auto"]),
+        ("cuda:3", 1, 2, ["cuda:3"]),
+    ],
+)
+def test_the_engines_share_the_gpus_and_the_results_of_the_first(
+    device: str, gpus: int, count: int | None, expected: list[str]
+) -> None:
+    first = replace(INFO, device=replace(INFO.device, kind="cuda", count=gpus))
+    configs = more_engines(EngineConfig(device=device), count, first)
+    assert [config.device for config in configs] == expected
+    assert all(config.previous_info == first.to_json() for config in configs)
+
+
+def test_an_encoder_uses_the_results_of_an_equal_device_and_its_share_of_the_cores(minilm: Path) -> None:
+    from inferctl.serve.engines.device import usable_cores
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    config = EngineConfig(model=str(minilm), precision="fp32", device="cpu", engines=usable_cores())
+    first = EncoderEngine(config).load()
+    assert (first.parallel, first.batch_tokens) == (1, 1024), "the limits of one core"
+    # Another GPU of the same machine differs in `count`, because its name is cuda:1 and not auto.
+    earlier = replace(first, check="of an earlier engine", device=replace(first.device, count=8))
+    assert EncoderEngine(replace(config, previous_info=earlier.to_json())).load().check == "of an earlier engine"
+    other = replace(earlier, device=replace(first.device, name="another"))
+    assert EncoderEngine(replace(config, previous_info=other.to_json())).load().check == first.check
+
+
+class FailingListener:
+    """Fails when its second engine is ready."""
+
+    def __init__(self) -> None:
+        self.ready_engines = 0
+
+    def engine_ready(self, engine: EngineProcess, info: EngineInfo) -> None:
+        self.ready_engines += 1
+        if self.ready_engines == 2:
+            raise RuntimeError("a bug")
+
+    def engine_lost(self, engine: EngineProcess) -> None:
+        pass
+
+    def batch_done(self, engine: EngineProcess, result: BatchResult) -> None:
+        raise AssertionError
+
+    def batch_failed(self, engine: EngineProcess, number: int, message: str, out_of_memory: bool) -> None:
+        raise AssertionError
+
+
+def test_an_unexpected_error_of_any_supervisor_ends_all_engines() -> None:
+    async def scenario() -> None:
+        pool = EnginePool(EngineConfig(engine="echo"), 3, FailingListener(), lambda: 60.0)
+        with pytest.raises(RuntimeError, match="a bug"):
+            await asyncio.wait_for(pool.run(), 60)
+        assert pool.up == 0
+
+    asyncio.run(scenario())
