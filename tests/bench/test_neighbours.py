@@ -242,7 +242,8 @@ def test_a_neighbour_that_did_not_outlive_the_run_makes_it_invalid(tmp_path: Pat
         return runner.judge(made, 2, 0.1).validity
 
     assert judged(loaded(False)).reasons == (
-        "with loaded neighbors, run 1: neighbor 1 did not stay under load (no response came after the end of the run)",
+        "with loaded neighbors, run 1: neighbor 1 did not stay under load (no response came after the end of the run): "
+        "see its logs in neighbour-1",
     )
     assert "did not stay under load (it crashed)" in judged(loaded(True, "it crashed")).reasons[0]
     assert "failed 50 requests" in judged(loaded(True, failed=50)).reasons[0]

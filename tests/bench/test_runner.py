@@ -196,7 +196,7 @@ def test_nothing_is_left_running_after_an_interrupt(tmp_path: Path) -> None:
 def test_quality_is_not_checked_without_the_weights(tmp_path: Path) -> None:
     work = bench(tmp_path, "fp32", check_quality=True)
     (outcome,) = ran(work)
-    assert outcome.quality == quality.unchecked("no local model folder to compare with")
+    assert outcome.quality == quality.unchecked("no local model folder to compare with: pass `--model DIR`")
 
 
 @pytest.fixture
@@ -271,7 +271,7 @@ def test_other_weights_are_not_compared(tmp_path: Path, weights: tuple[Path, str
     work = bench(tmp_path, "fp32", options=("--sha256", "ab" * 32), check_quality=True, model=weights[0])
     (outcome,) = ran(work)
     assert outcome.quality == quality.unchecked(
-        "the server's weights (abababababab…) are not those of the local folder"
+        "the server's weights (abababababab…) are not those of the local folder: pass its model with `--model`"
     )
 
 
@@ -362,7 +362,7 @@ def test_the_command_measures_a_running_server_and_prints_one_document(
     found = json.loads(done.stdout)
     (row,) = found["rows"]
     assert (row["configuration"], row["outcome"], row["valid"]) == ("mine", "measured", True)
-    assert row["quality"] == {"checked": False, "reason": "no local model folder to compare with"}
+    assert row["quality"] == {"checked": False, "reason": "no local model folder to compare with: pass `--model DIR`"}
     assert receipt.load(Path(row["receipt"])).data["hardware"]["key"] == "cpu"
     assert Path(found["report"]).is_file()
     assert json.loads((Path(found["output"]) / "result.json").read_text()) == found

@@ -79,12 +79,14 @@ def test_a_failure_that_does_not_decide_is_a_warning_with_its_share_and_the_budg
     assert found == validity.Validity(
         (),
         (
-            "1 of 423 requests failed (timeout: 1): 0.24%, the error budget is 0.1%; "
-            "the sample is too small to show whether the true share is over it: use a longer `--duration`",
+            "1 of 423 requests failed (timeout: 1), 0.24% with an error budget of 0.1%, "
+            "in a sample too small to decide: use a longer `--duration`",
         ),
     )
     all_failed = validity.judge_failures({"requests": 6119, "errors": {"timeout": 6119}, "rejected": 0}, 0.1)
-    assert all_failed.reasons == ("6119 of 6119 requests failed (timeout: 6119): 100%, the error budget is 0.1%",)
+    assert all_failed.reasons == (
+        "6119 of 6119 requests failed (timeout: 6119), 100% with an error budget of 0.1%: see the log of the server",
+    )
 
 
 @pytest.mark.parametrize("total", [100, 400, 2000])

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from bench_samples import steady
 
 from inferctl import catalog
-from inferctl.bench.judge import efficiency
+from inferctl.bench.judge import efficiency, summary, validity
 from inferctl.bench.measure import nvml, sensors, telemetry
 from inferctl.bench.measure.nvml import GpuDevice, GpuProcess, GpuSample
 from inferctl.bench.measure.telemetry import Telemetry
@@ -59,7 +60,9 @@ def test_another_process_on_the_gpu_makes_a_run_invalid() -> None:
     found = judged(
         recorded(processes=lambda i: (GpuProcess(10), GpuProcess(4_000_001)) if i == 3 else (GpuProcess(10),))
     )
-    assert found.reasons == ("another process was on Tesla T4 during the run (process 4000001)",)
+    assert found.reasons == (
+        "another process was on Tesla T4 during the run (process 4000001): stop it and measure again",
+    )
 
 
 def test_whoever_was_there_before_our_server_is_foreign_even_where_ids_cannot_be_matched() -> None:
@@ -68,34 +71,54 @@ def test_whoever_was_there_before_our_server_is_foreign_even_where_ids_cannot_be
     assert (alone.reasons, alone.cautions) == ((), ())
     samples = recorded(processes=(GpuProcess(555), GpuProcess(4_000_001)))
     assert judged(samples, earlier=(GpuProcess(4_000_001),)).reasons == (
-        "another process was on Tesla T4 during the run (process 4000001)",
+        "another process was on Tesla T4 during the run (process 4000001): stop it and measure again",
     )
     untold = judged(samples)
     assert untold.reasons == ()
     assert untold.cautions == (
-        "2 processes were on Tesla T4; their ids do not show which ones belong to the server: stop all other processes",
+        "2 processes were on Tesla T4, and their ids do not show which are the server's; "
+        "others slow it down: stop them",
     )
 
 
 def test_other_slices_of_a_gpu_are_neighbours_and_our_own_slice_is_not() -> None:
     sliced = dataclasses.replace(T4, name="A100", sliced=True)
     other_slice = judged(recorded(processes=(GpuProcess(10, 1), GpuProcess(4_000_001, 2))), sliced)
-    said = ("other slices of A100 were in use during the run: stop their processes",)
+    said = (
+        "other slices of A100 were in use during the run, which can lower the clocks of all slices: "
+        "stop their processes",
+    )
     assert (other_slice.reasons, other_slice.cautions) == ((), said)
     within = judged(recorded(processes=(GpuProcess(10, 1), GpuProcess(4_000_001, 1))), sliced)
-    assert within.reasons == ("another process was on A100 during the run (process 4000001)",)
+    assert within.reasons == (
+        "another process was on A100 during the run (process 4000001): stop it and measure again",
+    )
 
 
 @pytest.mark.parametrize(
-    ("mask", "cause"),
-    [(0x20, "heat"), (0x48, "heat"), (0x88, "power brake"), (0x08, "hardware"), (0x200, "board limit")],
+    ("mask", "cause", "action"),
+    [
+        (0x20, "heat", "improve its cooling"),
+        (0x48, "heat", "improve its cooling"),
+        (0x88, "power brake", "check the power supply of the machine"),
+        (0x08, "hardware", "`nvidia-smi -q -d PERFORMANCE` shows the cause"),
+        (0x200, "board limit", "`nvidia-smi -q -d PERFORMANCE` shows the cause"),
+    ],
 )
-def test_clocks_held_down_make_a_run_invalid(mask: int, cause: str) -> None:
+def test_clocks_held_down_make_a_run_invalid(mask: int, cause: str, action: str) -> None:
     found = judged(recorded(20, throttle=lambda i: mask if i < 2 else 0))
-    assert found.reasons == (f"Tesla T4 reduced its clocks in 10% of the samples: {cause}",)
+    assert found.reasons == (f"Tesla T4 reduced its clocks in 10% of the samples ({cause}): {action}",)
     rarely = judged(recorded(20, throttle=lambda i: mask if i < 1 else 0))
     assert rarely.reasons == ()
-    assert rarely.cautions == (f"Tesla T4 reduced its clocks in 5% of the samples: {cause}",)
+    assert rarely.cautions == (f"Tesla T4 reduced its clocks in 5% of the samples ({cause}): {action}",)
+
+
+def test_clocks_that_were_reduced_in_several_runs_are_one_warning_with_the_highest_share() -> None:
+    runs = [judged(recorded(100, throttle=lambda i, n=n: 0x20 if i < n else 0)) for n in (1, 4, 2)]
+    whole = summary.summarize([steady(100, 10)] * 3)
+    assert validity.combine(runs, whole, 0.1).cautions == (
+        "Tesla T4 reduced its clocks in 4% of the samples (heat): improve its cooling",
+    )
 
 
 def test_idling_and_clocks_set_by_hand_are_no_throttling() -> None:
@@ -103,15 +126,17 @@ def test_idling_and_clocks_set_by_hand_are_no_throttling() -> None:
     assert (found.reasons, found.cautions) == ((), ())
 
 
-def test_a_part_at_its_own_power_limit_is_said_and_one_that_was_lowered_is_another_part() -> None:
+def test_a_part_at_its_own_power_limit_is_undisturbed_and_one_that_was_lowered_is_another_part() -> None:
     own = judged(recorded(throttle=0x04))
-    assert own.reasons == ()
-    assert own.cautions == ("Tesla T4 reduced its clocks in 100% of the samples: power limit, the default (70 W)",)
-    capped = dataclasses.replace(T4, power_limit_w=50.0)
+    assert (own.reasons, own.cautions) == ((), ())
+    capped = dataclasses.replace(T4, index=1, power_limit_w=50.0)
+    reset = "reset it with `nvidia-smi -i 1 -pl 70`"
     assert judged(recorded(throttle=0x04), capped).reasons == (
-        "Tesla T4 reduced its clocks in 100% of the samples: power limit, lowered to 50 W of 70 W",
+        f"Tesla T4 reduced its clocks in 100% of the samples (power limit, lowered to 50 W of 70 W): {reset}",
     )
-    assert judged(recorded(), capped).cautions == ("the power limit of Tesla T4 is lowered to 50 W of 70 W",)
+    assert judged(recorded(), capped).cautions == (
+        f"the power limit of Tesla T4 is lowered to 50 W of 70 W, so a higher load is slower: {reset}",
+    )
 
 
 def test_what_a_part_does_not_tell_stays_unknown() -> None:
@@ -373,7 +398,6 @@ def test_nothing_answered_costs_nothing_that_could_be_said() -> None:
 def test_a_shared_gpu_is_said_above_the_numbers_and_ends_with_5(tmp_path: Path) -> None:
     import io
 
-    from bench_samples import steady
     from rich.console import Console
 
     from inferctl.bench.measure import environment, runner

@@ -49,7 +49,8 @@ def test_less_than_98_per_cent_of_the_offered_rate_is_invalid() -> None:
     short = summary.RunRecords(part.rows, part.start_ns, part.end_ns, 1, offered=1000)
     enough = summary.RunRecords(part.rows, part.start_ns, part.end_ns, 1, offered=985)
     assert judged(short).reasons == (
-        "970 of 1000 offered requests were completed in time (97%, limit 98%): the server fell behind",
+        "970 of 1000 offered requests were completed in time (97%, limit 98%), because the server fell behind: "
+        "lower the rate",
     )
     assert judged(enough).valid
 
@@ -61,8 +62,10 @@ def test_more_failed_requests_than_the_error_budget_make_a_configuration_invalid
     said = f"{failed} of 2000 requests failed (timeout: {failed})"
     assert found.valid is valid
     percent = f"{failed / 20:g}%"
-    assert found.reasons == (() if valid else (f"{said}: {percent}, the error budget is 0.1%",))
-    assert found.cautions == ((said,) if valid else ())
+    over = f"{said}, {percent} with an error budget of 0.1%: see the log of the server"
+    assert found.reasons == (() if valid else (over,))
+    within = f"{said}, and latencies are those of the others: see the log of the server"
+    assert found.cautions == ((within,) if valid else ())
 
 
 def test_the_error_budget_is_of_all_runs_together() -> None:
@@ -133,12 +136,12 @@ def test_the_share_of_other_processes_is_that_of_the_busiest_run() -> None:
     each = [alone(part, other_cores=cores) for cores in (0.19, 0.5, 1.72, 1.0)]
     found = summary.summarize([part] * 4)
     assert validity.combine(each, found, 0.1).cautions == (
-        "other processes used 86% of the cores (limit: 10%): stop them and measure again",
+        "other processes used 86% of the cores (limit 10%), which raises latencies: stop them and measure again",
     )
 
 
 def test_too_few_answers_are_invalid_and_too_few_for_p99_a_caution() -> None:
-    assert judged(steady(3, 10)).reasons == ("not enough samples for a p90: 30 of 36 responses",)
+    assert judged(steady(3, 10)).reasons == ("30 of the 36 responses that a p90 needs: use a longer `--duration`",)
     assert judged(steady(30, 10)).cautions == ("300 of the 368 responses that a p99 needs: use a longer `--duration`",)
 
 
@@ -165,17 +168,17 @@ def test_pooling_runs_can_make_n_large_enough(rate: float) -> None:
 def test_a_pool_that_is_too_small_is_said_once() -> None:
     parts = [steady(1, 10), steady(1, 10)]
     whole = validity.combine([alone(part) for part in parts], summary.summarize(parts), 0.1)
-    assert whole.reasons == ("not enough samples for a p90: 20 of 36 responses",)
+    assert whole.reasons == ("20 of the 36 responses that a p90 needs: use a longer `--duration`",)
 
 
 @pytest.mark.parametrize(
     ("other", "what"),
     [
-        ({"model": {"sha256": "b"}}, "the model's sha256: a, b"),
-        ({"precision": {"effective": "bf16"}}, "effective precision: fp32, bf16"),
-        ({"attention": "padded"}, "attention: packed, padded"),
-        ({"image": None}, "image: sha256:1, None"),
-        ({"device": {"name": "T4"}}, "device: CPU, T4"),
+        ({"model": {"sha256": "b"}}, "the model's sha256 (a, b)"),
+        ({"precision": {"effective": "bf16"}}, "effective precision (fp32, bf16)"),
+        ({"attention": "padded"}, "attention (packed, padded)"),
+        ({"image": None}, "image (sha256:1, None)"),
+        ({"device": {"name": "T4"}}, "device (CPU, T4)"),
     ],
 )
 def test_runs_of_different_servers_are_not_one_configuration(other: dict[str, Any], what: str) -> None:
@@ -189,7 +192,8 @@ def test_runs_of_different_servers_are_not_one_configuration(other: dict[str, An
     }
     assert validity.judge_identity([info, {**info, "ready_seconds": 2.0}]).valid
     assert validity.judge_identity([{}, {}]).valid
-    assert validity.judge_identity([info, {**info, **other}]).reasons == (f"the runs differ in {what}",)
+    (reason,) = validity.judge_identity([info, {**info, **other}]).reasons
+    assert reason == f"the runs differ in {what}: do not change the server during a benchmark"
 
 
 def offering(rate: float, latency_ms: float, *, slower_by: float = 0.0, warm: bool = True) -> summary.RunRecords:
@@ -824,7 +828,9 @@ def test_each_run_keeps_what_the_server_said_and_an_exchanged_server_is_invalid(
     (written,) = write_all(context(tmp_path), [outcome])
     assert [run["server"]["model"]["sha256"] for run in written.data["runs"]] == ["a", "b"]
     assert [run["serial"] for run in written.data["runs"]] == [100_002, 100_002]
-    assert written.data["validity"]["reasons"] == ["the runs differ in the model's sha256: a, b"]
+    assert written.data["validity"]["reasons"] == [
+        "the runs differ in the model's sha256 (a, b): do not change the server during a benchmark"
+    ]
 
 
 def test_runs_that_were_sent_different_requests_are_not_one_configuration(tmp_path: Path) -> None:
@@ -835,7 +841,7 @@ def test_runs_that_were_sent_different_requests_are_not_one_configuration(tmp_pa
         (written,) = write_all(context(tmp_path), [outcome])
         assert written.data["validity"]["valid"] is valid
     assert written.data["validity"]["reasons"] == [
-        "the runs differ in what was sent: a corpus or a trace changed during the benchmark"
+        "the runs differ in what was sent, because a corpus or a trace changed: measure again"
     ]
 
 

@@ -234,7 +234,7 @@ def _notes(pair: ReceiptPair, options: CompareOptions) -> list[str]:
             )
         notes.append(f"{why}: a change of the machine between them counts as a regression or improvement; {advice}")
     if verdict.MIN_RUNS <= runs < verdict.RECOMMENDED_REPEATS:
-        notes.append(f"{runs} repeats: {verdict.RECOMMENDED_REPEATS} or more are recommended")
+        notes.append(f"{runs} repeats show only large changes: use `--repeats {verdict.RECOMMENDED_REPEATS}`")
     for side, sealed in (("old", old), ("new", new)):
         notes += [f"{side}: {caution}" for caution in sealed.data["validity"]["cautions"]]
     return notes

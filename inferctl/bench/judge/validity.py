@@ -19,7 +19,8 @@ OTHERS_LIMIT = 0.10
 STOLEN_LIMIT = 0.05
 _NEEDED_FOR_P90 = stats.needed(0.9)
 _REJECTIONS = "the server rejected "
-_SHARE_OF_CORES = re.compile(r"(.*(?:other processes used|the hypervisor withheld) )(\d+)%")
+_MORE_GENERATORS = "add load generators with `--workers`"
+_SHARE = re.compile(r"(.*(?:other processes used|the hypervisor withheld|reduced its clocks in) )(\d+)%(.*)")
 # What must be equal in all runs, and its path in the response of `GET /info`.
 _IDENTITY = {
     "the model's sha256": ("model", "sha256"),
@@ -63,7 +64,8 @@ def judge(
     client = resources.get("client_cpu_percent")
     if client is not None and client > CLIENT_CPU_LIMIT:
         reasons.append(
-            f"the load generator used {client:.0f}% of its core (limit {CLIENT_CPU_LIMIT:.0f}%): it was the bottleneck"
+            f"the load generator used {client:.0f}% of its core (limit {CLIENT_CPU_LIMIT:.0f}%) "
+            f"and was the bottleneck: {_MORE_GENERATORS}"
         )
     offered, answered = summary["offered"], summary["answered"]
     sent = summary["requests"] - summary["dropped"]
@@ -73,34 +75,39 @@ def judge(
     if offered and answered < ACHIEVED_LIMIT * expected:
         (reasons if late else of_server).append(
             f"{answered} of {expected} offered requests were completed in time "
-            f"({100 * answered / expected:.0f}%, limit {100 * ACHIEVED_LIMIT:.0f}%): "
-            + ("the load generator was late" if late else "the server fell behind")
+            f"({100 * answered / expected:.0f}%, limit {100 * ACHIEVED_LIMIT:.0f}%), because "
+            + (f"the load generator was late: {_MORE_GENERATORS}" if late else "the server fell behind: lower the rate")
         )
     if dropped := summary["dropped"]:
-        of_server.append(f"{dropped} of {summary['requests']} requests were dropped: too many were in flight")
+        of_server.append(
+            f"{dropped} of {summary['requests']} requests were dropped, because too many were in flight: lower the rate"
+        )
     if summary.get("rejected"):
         cautions.append(_rejections(summary))
     if late:
         cautions.append(
             f"the load generator sent {summary['late']} of {sent} requests over 1 ms late "
-            f"({100 * summary['late'] / sent:.1f}%), and latencies include this delay: "
-            "add load generators with `--workers`"
+            f"({100 * summary['late'] / sent:.1f}%), and latencies include this delay: {_MORE_GENERATORS}"
         )
     peak = state.get("cpu_peak_percent") or 0.0
     if peak > CLIENT_CPU_LIMIT and (client or 0.0) <= CLIENT_CPU_LIMIT:
         cautions.append(
             f"the load generator used {peak:.0f}% of its core in its busiest second, and latencies of that second "
-            "include its delays: add load generators with `--workers`"
+            f"include its delays: {_MORE_GENERATORS}"
         )
     if not state.get("steady", True):
-        cautions.append("the warm-up did not settle: raise `warmup_s` in the plan")
+        cautions.append(
+            "the warm-up did not settle, so the first requests may be slower than the others: "
+            "raise `warmup_s` in the plan"
+        )
     if (others := resources.get("other_cores", 0.0) / cores) > OTHERS_LIMIT:
         cautions.append(
-            f"other processes used {others:.0%} of the cores (limit: {OTHERS_LIMIT:.0%}): stop them and measure again"
+            f"other processes used {others:.0%} of the cores (limit {OTHERS_LIMIT:.0%}), which raises latencies: "
+            "stop them and measure again"
         )
     if (stolen := resources.get("stolen_cores", 0.0) / cores) > STOLEN_LIMIT:
         cautions.append(
-            f"the hypervisor withheld {stolen:.0%} of the cores (limit: {STOLEN_LIMIT:.0%}): "
+            f"the hypervisor withheld {stolen:.0%} of the cores (limit {STOLEN_LIMIT:.0%}), which raises latencies: "
             "use a machine with dedicated cores"
         )
     return Validity(tuple(reasons), tuple(cautions))
@@ -119,14 +126,11 @@ def judge_failures(summary: JsonObject, budget_percent: float, searched: bool = 
     counts = ", ".join(f"{name}: {number}" for name, number in kinds.items())
     message = f"{count} of {total} requests failed ({counts})"
     if count <= budget_percent / 100 * total or searched:
-        return Validity((), (message,))
-    message += f": {shares.percent(count, total)}, the error budget is {budget_percent:g}%"
+        return Validity((), (f"{message}, and latencies are those of the others: see the log of the server",))
+    message += f", {shares.percent(count, total)} with an error budget of {budget_percent:g}%"
     if shares.exceeds(count, total, budget_percent / 100):
-        return Validity((message,), ())
-    return Validity(
-        (),
-        (f"{message}; the sample is too small to show whether the true share is over it: use a longer `--duration`",),
-    )
+        return Validity((f"{message}: see the log of the server",), ())
+    return Validity((), (f"{message}, in a sample too small to decide: use a longer `--duration`",))
 
 
 def _rejections(summary: JsonObject) -> str:
@@ -141,7 +145,7 @@ def judge_samples(summary: JsonObject) -> Validity:
     """Return the validity by the number of samples, from the summary of all runs of a configuration."""
     n, p99 = summary["latency_ms"]["n"], summary["latency_ms"]["p99"]
     if n < _NEEDED_FOR_P90:
-        return Validity((f"not enough samples for a p90: {n} of {_NEEDED_FOR_P90} responses",), ())
+        return Validity((f"{n} of the {_NEEDED_FOR_P90} responses that a p90 needs: use a longer `--duration`",), ())
     if p99["value"] is None:
         return Validity((), (f"{n} of the {p99['needed']} responses that a p99 needs: use a longer `--duration`",))
     if (size := stats.effective_size(n, p99.get("dependence"))) < p99["needed"]:
@@ -156,7 +160,11 @@ def judge_identity(infos: Sequence[JsonObject]) -> Validity:
     """Return the validity by the responses of `GET /info` at each run: all runs must measure the same server setup."""
     values = {name: list(dict.fromkeys(str(_lookup(info, path)) for info in infos)) for name, path in _IDENTITY.items()}
     return Validity(
-        tuple(f"the runs differ in {name}: {', '.join(found)}" for name, found in values.items() if len(found) > 1),
+        tuple(
+            f"the runs differ in {name} ({', '.join(found)}): do not change the server during a benchmark"
+            for name, found in values.items()
+            if len(found) > 1
+        ),
         (),
     )
 
@@ -187,11 +195,11 @@ def combine(runs: Sequence[Validity], pooled: JsonObject, budget_percent: float,
 
 
 def highest_shares(cautions: Sequence[str]) -> list[str]:
-    """Return different warnings, and the highest share of those that differ only in the share of the cores."""
+    """Return different warnings, and the highest share of those that differ only in a share."""
     highest: dict[str, tuple[int, str]] = {}
     for caution in cautions:
-        found = _SHARE_OF_CORES.match(caution)
-        key, share = (found[1], int(found[2])) if found else (caution, 0)
+        found = _SHARE.match(caution)
+        key, share = (found[1] + found[3], int(found[2])) if found else (caution, 0)
         if share > highest.get(key, (-1, ""))[0]:
             highest[key] = share, caution
     return [caution for _, caution in highest.values()]

@@ -35,7 +35,7 @@ def judge(outcome: Outcome, cores: int, budget_percent: float) -> JudgedOutcome:
     reasons = [*found.reasons, *validity.judge_identity([run.info for run in runs]).reasons]
     cautions = list(found.cautions)
     if _workload_changed([run.workload for run in runs]):
-        reasons.append("the runs differ in what was sent: a corpus or a trace changed during the benchmark")
+        reasons.append("the runs differ in what was sent, because a corpus or a trace changed: measure again")
     if with_neighbors := neighbors.document(runs, cores, budget_percent):
         reasons += with_neighbors["reasons"]
         cautions += with_neighbors["cautions"]

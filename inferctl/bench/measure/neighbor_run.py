@@ -38,11 +38,15 @@ class NeighborLoad:
     def problem(self, seconds: float) -> str | None:
         """Return why this neighbor did not load the device during a run of `seconds`; None if it did."""
         if self.failure or not self.outlived:
-            return f"did not stay under load ({self.failure or 'no response came after the end of the run'})"
+            why = self.failure or "no response came after the end of the run"
+            return f"did not stay under load ({why}): see its logs in neighbour-{self.number}"
         failed = self.failed or 0
         completed = (self.requests_per_s or 0.0) * seconds
         if failed > FAILED_LIMIT * (completed + failed):
-            return f"failed {failed} requests, so it was not under the intended load"
+            return (
+                f"failed {failed} requests, so it was not under the intended load: "
+                f"see its logs in neighbour-{self.number}"
+            )
         return None
 
 

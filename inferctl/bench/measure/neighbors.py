@@ -55,8 +55,8 @@ class NeighborLoader:
             self.failure = "its load ended before the run"
         except _RunEnded:
             pass
-        except InferctlError as error:
-            self.failure = error.message
+        except (InferctlError, OSError) as error:
+            self.failure = str(error)
 
     def _check(self) -> None:
         if self.ended.is_set():

@@ -109,14 +109,17 @@ class QualityChecker:
         """
         self.failed = False
         if self._limits is None:
-            return unchecked("the plan requests no quality check")
+            return unchecked("the plan requests no quality check: set `quality` in it")
         if self._model is None:
-            return unchecked("no local model folder to compare with")
+            return unchecked("no local model folder to compare with: pass `--model DIR`")
         served = (target.info.get("model") or {}).get("sha256")
         if not served:
             return unchecked("the server does not report the digest of its weights")
         if served != self._model.digest:
-            return unchecked(f"the server's weights ({served[:12]}…) are not those of the local folder")
+            return unchecked(
+                f"the server's weights ({served[:12]}…) are not those of the local folder: "
+                "pass its model with `--model`"
+            )
         max_input_tokens = (target.info.get("limits") or {}).get("max_input_tokens")
         if max_input_tokens not in self._references:
             self._references[max_input_tokens] = self._compute(

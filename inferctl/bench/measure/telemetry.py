@@ -25,6 +25,12 @@ THROTTLES = {
     "power limit": 0x04,
 }
 _HARDWARE_SLOWDOWN = 0x08
+_ACTIONS = {
+    "heat": "improve its cooling",
+    "power brake": "check the power supply of the machine",
+    "board limit": "`nvidia-smi -q -d PERFORMANCE` shows the cause",
+    "hardware": "`nvidia-smi -q -d PERFORMANCE` shows the cause",
+}
 
 
 @dataclass(frozen=True)
@@ -175,32 +181,33 @@ def _judge_processes(gpu: GpuTelemetry, reasons: list[str], cautions: list[str])
     if gpu.foreign:
         names = ", ".join(f"{process.name or 'process'} {process.pid}" for process in gpu.foreign)
         count = "another process was" if len(gpu.foreign) == 1 else f"{len(gpu.foreign)} other processes were"
-        reasons.append(f"{count} on {gpu.name} during the run ({names})")
+        stop = "stop it" if len(gpu.foreign) == 1 else "stop them"
+        reasons.append(f"{count} on {gpu.name} during the run ({names}): {stop} and measure again")
     if gpu.neighbours:
-        cautions.append(f"other slices of {gpu.name} were in use during the run: stop their processes")
+        cautions.append(
+            f"other slices of {gpu.name} were in use during the run, which can lower the clocks of all slices: "
+            "stop their processes"
+        )
     if gpu.untold > 1:
         cautions.append(
-            f"{gpu.untold} processes were on {gpu.name}; their ids do not show which ones belong to the server: "
-            "stop all other processes"
+            f"{gpu.untold} processes were on {gpu.name}, and their ids do not show which are the server's; "
+            "others slow it down: stop them"
         )
 
 
 def _judge_clocks(gpu: GpuTelemetry, reasons: list[str], cautions: list[str]) -> None:
     limit, default = gpu.power_limit_w, gpu.default_power_limit_w
     lowered = f"{limit:.0f} W of {default:.0f} W" if limit and default and limit < 0.99 * default else None
+    reset = f"reset it with `nvidia-smi -i {gpu.index} -pl {default:.0f}`" if default else ""
     for cause, share in (gpu.throttled or {}).items():
-        if not share:
+        # A GPU at its default power limit is not disturbed. A T4 always runs at it.
+        if not share or (cause == "power limit" and not lowered):
             continue
-        text = f"{gpu.name} reduced its clocks in {share:.0%} of the samples: {cause}"
-        if cause == "power limit" and not lowered:
-            # A GPU at its default power limit is not disturbed. A T4 always runs at it.
-            cautions.append(f"{text}, the default{f' ({limit:.0f} W)' if limit else ''}")
-            continue
-        if cause == "power limit":
-            text = f"{text}, lowered to {lowered}"
+        detail, action = (f", lowered to {lowered}", reset) if cause == "power limit" else ("", _ACTIONS[cause])
+        text = f"{gpu.name} reduced its clocks in {share:.0%} of the samples ({cause}{detail}): {action}"
         (reasons if share > THROTTLED_LIMIT else cautions).append(text)
     if lowered and not (gpu.throttled or {}).get("power limit"):
-        cautions.append(f"the power limit of {gpu.name} is lowered to {lowered}")
+        cautions.append(f"the power limit of {gpu.name} is lowered to {lowered}, so a higher load is slower: {reset}")
 
 
 @dataclass(frozen=True)
