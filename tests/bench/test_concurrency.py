@@ -141,7 +141,12 @@ def bench(folder: Path, *names: str, slots: int = 12) -> runner.Bench:
     return runner.Bench(wanted, [runner.BenchTarget(name, name) for name in names], command, None, folder)
 
 
-def test_all_configurations_are_measured_with_the_users_that_saturate_each(tmp_path: Path) -> None:
+def test_all_configurations_are_measured_with_the_users_that_saturate_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Responses take 60 ms, so ten of each user fit into short steps.
+    monkeypatch.setattr(concurrency, "STEP_S", 1.0)
+    monkeypatch.setattr(concurrency, "MAX_STEP_S", 2.0)
     work = bench(tmp_path, "fp32", "int8", "bf16")
     outcomes = runner.outcomes(work)
     told: list[str] = []
