@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -35,16 +36,21 @@ _MAX_HEAD = 1_000_000
 # Executors start a thread only if none is idle. So each warm-up task waits up to this long (s) for the others.
 _WARM_UP_TIMEOUT_S = 60.0
 
+# The token ids of a pair of texts, and the index of the first token of the second segment.
+Pair: TypeAlias = tuple[Tokens, int]
+T = TypeVar("T")
+
 
 class InputError(Exception):
-    """Input `index` cannot be tokenized. `code` is stable, the message is for the client.
+    """Text `index` of a request (None: its only query) cannot be tokenized.
 
-    The codes are `context_length_exceeded`, `empty_input` and `text_too_long`.
+    `code` is stable: `context_length_exceeded`, `empty_input` or `text_too_long`. `field` names the argument: `input`,
+    `query` or `documents`. `message` is for the client; `str(error)` starts with field and index.
     """
 
-    def __init__(self, index: int, code: str, message: str) -> None:
-        super().__init__(f"input[{index}] {message}")
-        self.index, self.code = index, code
+    def __init__(self, index: int | None, code: str, message: str, field: str = "input") -> None:
+        super().__init__(f"{field} {message}" if index is None else f"{field}[{index}] {message}")
+        self.index, self.code, self.message, self.field = index, code, message, field
 
 
 class TokenizerPool:
@@ -59,7 +65,7 @@ class TokenizerPool:
     ) -> None:
         """Raises `UsageError` if the folder has no usable `tokenizer.json`.
 
-        `on_truncated` gets the number of truncated inputs of a request, on any thread.
+        `on_truncated` gets the number of truncated inputs of each request, on any thread.
         """
         self._file, self._config, self._on_truncated = folder / "tokenizer.json", config, on_truncated
         if not self._file.is_file():
@@ -87,27 +93,48 @@ class TokenizerPool:
         Raises `InputError` for a long text without `truncate`, for a text without any token, and for a text with very
         few tokens for its length.
         """
-        call = partial(self.encode_now, texts, truncate=truncate)
-        if sum(map(len, texts)) + len(texts) * (_TEXT_CHARACTERS + len(self._config.prompt)) <= _INLINE_CHARACTERS:
-            return call()
-        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+        return await self._run(partial(self.encode_now, texts, truncate=truncate), texts)
+
+    async def encode_pairs(self, query: str | Sequence[str], documents: Sequence[str], *, truncate: bool) -> list[Pair]:
+        """Return the pair of the query with each document: its token ids (int32), and where its second segment starts.
+
+        `query`: one text for all documents, or one text per document. Pairs are truncated to `max_tokens` as by
+        transformers (`longest_first`): first the longer text, then both. If both are so long that only their heads are
+        tokenized, the head with more tokens counts as the longer text. Raises `InputError` as `encode` does.
+        """
+        call = partial(self.encode_pairs_now, query, documents, truncate=truncate)
+        return await self._run(call, [*_listed(query), *documents])
 
     def encode_now(self, texts: Sequence[str], *, truncate: bool) -> list[Tokens]:
         """Do what `encode` does, on the calling thread."""
-        texts = [self._config.prompt + text for text in texts]
-        if self._config.lower_case:
-            texts = [text.lower() for text in texts]
         rows, truncated = [], 0
-        for index, encoding in enumerate(self._encodings(texts)):
-            if not len(encoding):
-                raise InputError(index, "empty_input", "has no tokens")
+        for index, encoding in enumerate(self._encodings(texts, "input", self._config.prompt)):
             if encoding.overflowing:
                 self._allow_truncation(index, truncate)
                 truncated += 1
-            rows.append(np.array(encoding.ids, dtype=np.int32))
-        if truncated:
-            self._on_truncated(truncated)
+            rows.append(_not_empty(_ids(encoding), index))
+        self._on_truncated(truncated)
         return rows
+
+    def encode_pairs_now(self, query: str | Sequence[str], documents: Sequence[str], *, truncate: bool) -> list[Pair]:
+        """Do what `encode_pairs` does, on the calling thread."""
+        before, between, after = self._pair_format()
+        limit = self._config.max_tokens - len(before) - len(between) - len(after)
+        queries = self._encodings(_listed(query), "query", self._config.prompt, add_special_tokens=False)
+        firsts = [(_ids(encoding), _size(encoding)) for encoding in queries]
+        if isinstance(query, str):
+            firsts *= len(documents)
+        seconds = self._encodings(documents, "documents", add_special_tokens=False)
+        pairs, truncated = [], 0
+        for index, ((first_ids, first_size), second) in enumerate(zip(firsts, seconds, strict=True)):
+            first_kept, second_kept = _longest_first(first_size, _size(second), limit)
+            if first_kept + second_kept < first_size + _size(second):
+                self._allow_truncation(index, truncate, "documents")
+                truncated += 1
+            ids = np.concatenate((before, first_ids[:first_kept], between, _ids(second)[:second_kept], after))
+            pairs.append((_not_empty(ids, index, "documents"), len(before) + first_kept + len(between)))
+        self._on_truncated(truncated)
+        return pairs
 
     def truncate(self, ids: Sequence[Sequence[int]], *, truncate: bool) -> list[Tokens]:
         """Return token ids as arrays of at most `max_tokens`. Raises `InputError` unless `truncate`."""
@@ -115,46 +142,64 @@ class TokenizerPool:
         long = [index for index, row in enumerate(ids) if len(row) > limit]
         if long:
             self._allow_truncation(long[0], truncate)
-            self._on_truncated(len(long))
+        self._on_truncated(len(long))
         return [np.array(row[:limit], dtype=np.int32) for row in ids]
 
-    def _allow_truncation(self, index: int, truncate: bool) -> None:
+    async def _run(self, call: Callable[[], T], texts: Sequence[str]) -> T:
+        """Return `call()`, run on another thread unless the texts are small."""
+        if sum(map(len, texts)) + len(texts) * (_TEXT_CHARACTERS + len(self._config.prompt)) <= _INLINE_CHARACTERS:
+            return call()
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+    def _allow_truncation(self, index: int, truncate: bool, field: str = "input") -> None:
         if not truncate:
             message = f"has more than {self._config.max_tokens} tokens; set `truncate` to true to shorten it"
-            raise InputError(index, "context_length_exceeded", message)
+            raise InputError(index, "context_length_exceeded", message, field)
 
-    def _encodings(self, texts: Sequence[str]) -> Iterator[Encoding]:
-        """Yield the encoding of each text, from the start of the text that has all the tokens that are not truncated.
+    def _encodings(
+        self, texts: Sequence[str], field: str, prompt: str = "", *, add_special_tokens: bool = True
+    ) -> Iterator[Encoding]:
+        """Yield the encoding of the prompt and each text, up to a head with more tokens than the model accepts.
 
         Tokenizes longer and longer heads of a long text. Raises `InputError` if `_MAX_HEAD` is insufficient.
         """
+        texts = [(prompt + text).lower() if self._config.lower_case else prompt + text for text in texts]
         shortest = max(_MIN_HEAD, _CHARACTERS_PER_TOKEN * self._config.max_tokens)
         for start in range(0, len(texts), _BATCH_TEXTS):
             part = texts[start : start + _BATCH_TEXTS]
             heads = [_head(text, shortest) for text in part]
-            for index, (text, head, found) in enumerate(zip(part, heads, self._encode(heads), strict=True), start):
-                encoding, size = found, shortest
+            found = self._encode(heads, add_special_tokens)
+            for index, (text, head, encoding) in enumerate(zip(part, heads, found, strict=True), start):
+                size = shortest
                 while len(head) < len(text) and not encoding.overflowing:
                     if size >= _MAX_HEAD:
                         message = f"is too long: {len(text)} characters with very few tokens"
-                        raise InputError(index, "text_too_long", message)
+                        only_query = field == "query" and len(texts) == 1
+                        raise InputError(None if only_query else index, "text_too_long", message, field)
                     size = min(4 * size, _MAX_HEAD)
                     head = _head(text, size)
-                    encoding = self._encode([head])[0]
+                    encoding = self._encode([head], add_special_tokens)[0]
                 yield encoding
 
-    def _encode(self, texts: list[str]) -> Sequence[Encoding]:
+    def _encode(self, texts: list[str], add_special_tokens: bool) -> Sequence[Encoding]:
         """Return the encodings of texts. A panic of the library is raised as a `RuntimeError`.
 
         A panic is not an `Exception`. It would end a thread and leave a request without a response.
         """
         try:
             # It computes no offsets and takes two thirds of the time of `encode_batch`, also for a single text.
-            return self._tokenizer().encode_batch_fast(texts)
+            return self._tokenizer().encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         except BaseException as error:
             if type(error).__name__ != "PanicException":
                 raise
             raise RuntimeError(f"the tokenizer panicked: {error}") from error
+
+    def _pair_format(self) -> tuple[Tokens, Tokens, Tokens]:
+        """Return the special tokens before, between and after both texts of a pair."""
+        pair = self._tokenizer().encode("a", "a")
+        ids, sides = _ids(pair), pair.sequence_ids
+        first, second = sides.index(0), sides.index(1)
+        return ids[:first], ids[first + sides.count(0) : second], ids[second + sides.count(1) :]
 
     def _tokenizer(self) -> Tokenizer:
         tokenizer: Tokenizer | None = getattr(self._local, "tokenizer", None)
@@ -178,3 +223,30 @@ def _head(text: str, longest: int) -> str:
     head = text[:longest]
     end = max(head.rfind(space, longest // 2) for space in " \n\t")
     return head if end < 0 else head[:end]
+
+
+def _listed(query: str | Sequence[str]) -> Sequence[str]:
+    return [query] if isinstance(query, str) else query
+
+
+def _ids(encoding: Encoding) -> Tokens:
+    return np.array(encoding.ids, dtype=np.int32)
+
+
+def _size(encoding: Encoding) -> int:
+    """Return the number of tokens, with the truncated ones."""
+    return len(encoding) + sum(map(len, encoding.overflowing))
+
+
+def _not_empty(ids: Tokens, index: int, field: str = "input") -> Tokens:
+    if not len(ids):
+        raise InputError(index, "empty_input", "has no tokens", field)
+    return ids
+
+
+def _longest_first(first: int, second: int, limit: int) -> tuple[int, int]:
+    """Return how many tokens of two texts remain, if they are truncated to `limit` as the tokenizers library does."""
+    if first + second <= limit:
+        return first, second
+    shorter = min(first, second, limit // 2)
+    return (shorter, limit - shorter) if first <= second else (limit - shorter, shorter)

@@ -43,9 +43,9 @@ def tokenized(pool: TokenizerPool, monkeypatch: pytest.MonkeyPatch) -> list[tupl
     seen: list[tuple[str, str]] = []
     encode = pool._encode
 
-    def spy(texts: list[str]) -> object:
+    def spy(texts: list[str], special: bool) -> object:
         seen.extend((text, threading.current_thread().name) for text in texts)
-        return encode(texts)
+        return encode(texts, special)
 
     monkeypatch.setattr(pool, "_encode", spy)
     return seen
@@ -125,7 +125,7 @@ def test_truncated_inputs_are_counted(minilm: Path) -> None:
     pool.encode_now(["word " * 50, "short"] * 70, truncate=True)
     pool.truncate([[5] * 50, [5], [5] * 17], truncate=True)
     pool.encode_now(["short"], truncate=True)
-    assert counts == [70, 2]
+    assert counts == [70, 2, 0]
 
 
 @pytest.mark.parametrize(
@@ -189,10 +189,10 @@ def test_a_panic_fails_only_its_request(minilm: Path, monkeypatch: pytest.Monkey
         def __init__(self, inner: Tokenizer) -> None:
             self._inner = inner
 
-        def encode_batch_fast(self, texts: list[str]) -> object:
+        def encode_batch_fast(self, texts: list[str], **options: bool) -> object:
             if any("panic" in text for text in texts):
                 raise PanicException("index out of bounds")
-            return self._inner.encode_batch_fast(texts)
+            return self._inner.encode_batch_fast(texts, **options)
 
     tokenizer = pool._tokenizer
     monkeypatch.setattr(pool, "_tokenizer", lambda: Panicking(tokenizer()))

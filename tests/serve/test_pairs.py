@@ -1,0 +1,182 @@
+"""Pairs of texts to token ids: equal to transformers' with the tokenizers of BERT, RoBERTa, XLM-R and ModernBERT."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizer, XLMRobertaTokenizer
+
+from inferctl.serve import tokenizer_pool
+from inferctl.serve.embedding_config import EmbeddingConfig
+from inferctl.serve.tokenizer_pool import InputError, TokenizerPool
+
+CORPUS = ["A river runs through it, unbelievably slowly.", "The naïve \U0001f680 was a rock in 北京."] * 20
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+WORDS = st.sampled_from(["a", "river", "unbelievably", "北京", "naïve", "\U0001f680", "-", "e\u0301", "\u0000", " "])
+TEXTS = st.lists(WORDS, min_size=1, max_size=30).map(" ".join)
+LIMITS = (16, 17)  # an odd and an even number of tokens remain for the texts
+
+
+def byte_level(special: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def roberta() -> Any:
+    tokenizer = byte_level(SPECIAL)
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    return RobertaTokenizer(vocab=tokenizer.get_vocab(), merges=merges)
+
+
+def xlm_roberta() -> Any:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    pieces = json.loads(tokenizer.to_str())["model"]["vocab"][1:]
+    return XLMRobertaTokenizer(vocab=[*((token, 0.0) for token in SPECIAL[:4]), *map(tuple, pieces)])
+
+
+def modernbert() -> Any:
+    tokenizer = byte_level(["[CLS]", "[SEP]"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+MAKERS = {"roberta": roberta, "xlm-roberta": xlm_roberta, "modernbert": modernbert}
+
+
+@pytest.fixture(scope="module", params=["bert", *MAKERS])
+def folder(minilm: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A folder with the tokenizer of an architecture."""
+    if request.param == "bert":
+        return minilm
+    folder = tmp_path_factory.mktemp(request.param)
+    MAKERS[request.param]().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Any:
+    """The tokenizer that a CrossEncoder of sentence-transformers uses."""
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def make(folder: Path, limit: int, **options: Any) -> TokenizerPool:
+    return TokenizerPool(folder, EmbeddingConfig("mean", True, limit), **options)
+
+
+@pytest.fixture(scope="module")
+def pools(folder: Path) -> dict[int, TokenizerPool]:
+    return {limit: make(folder, limit) for limit in LIMITS}
+
+
+@given(TEXTS, st.lists(TEXTS, min_size=1, max_size=3))
+@settings(max_examples=100)
+@example("river " * 40, ["a", "river " * 39, "river " * 40, "river " * 41, "river " * 500])
+@example("a river", ["a " * 11, "a " * 12, "a " * 13, " \u0000 " * 2000 + "river", "x" * 2000 + " a river"])
+def test_pairs_equal_those_of_transformers(
+    reference: Any, pools: dict[int, TokenizerPool], query: str, documents: list[str]
+) -> None:
+    for limit, pool in pools.items():
+        pairs = pool.encode_pairs_now(query, documents, truncate=True)
+        for document, (ids, second_start) in zip(documents, pairs, strict=True):
+            expected = reference(
+                query, document, truncation="longest_first", max_length=limit, return_token_type_ids=True
+            )
+            assert ids.tolist() == expected["input_ids"]
+            types, sides = expected["token_type_ids"], expected.sequence_ids(0)
+            if 1 in types:
+                assert types == [0] * second_start + [1] * (len(ids) - second_start)
+            elif 1 in sides:
+                assert second_start == sides.index(1)
+
+
+def test_truncated_pairs_are_counted_or_rejected(minilm: Path) -> None:
+    counts: list[int] = []
+    pool = make(minilm, 16, on_truncated=counts.append)
+    documents = ["a " * 11, "a " * 12, "a"] * 30  # the first one fits exactly
+    assert len(pool.encode_pairs_now("a river", documents, truncate=True)) == 90
+    assert len(pool.encode_pairs_now("a river", documents[:1], truncate=False)) == 1
+    assert counts == [30, 0]
+    with pytest.raises(InputError, match=r"^documents\[1\] has more than 16 tokens") as rejected:
+        pool.encode_pairs_now("a river", documents, truncate=False)
+    assert (rejected.value.index, rejected.value.code) == (1, "context_length_exceeded")
+
+
+def test_long_texts_of_pairs_are_bounded(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, sizes = make(minilm, 16), []
+    encode = pool._encode
+
+    def spy(texts: list[str], special: bool) -> Any:
+        sizes.extend(map(len, texts))
+        return encode(texts, special)
+
+    monkeypatch.setattr(pool, "_encode", spy)
+    pool.encode_pairs_now("river " * 10**6, ["rock " * 10**6], truncate=True)
+    assert max(sizes) <= tokenizer_pool._MIN_HEAD
+    for query, documents, field in (("a", ["b", " " * 10**7], "documents[1]"), (" " * 10**7, ["b"], "query")):
+        with pytest.raises(InputError) as rejected:
+            pool.encode_pairs_now(query, documents, truncate=True)
+        assert str(rejected.value).startswith(f"{field} is too long")
+        assert (rejected.value.field, rejected.value.code) == (field.partition("[")[0], "text_too_long")
+
+
+def test_each_document_can_have_its_own_query(minilm: Path) -> None:
+    pool, queries, documents = make(minilm, 16), ["a river", "naïve", "slowly " * 20], ["a rock", "rocks", "a"]
+    found = pool.encode_pairs_now(queries, documents, truncate=True)
+    for query, document, pair in zip(queries, documents, found, strict=True):
+        ((ids, start),) = pool.encode_pairs_now(query, [document], truncate=True)
+        assert (pair[0].tolist(), pair[1]) == (ids.tolist(), start)
+    with pytest.raises(InputError, match=r"^query\[2\] is too long"):
+        pool.encode_pairs_now([*queries[:2], " " * 10**7], documents, truncate=True)
+
+
+def test_a_pair_without_any_token_is_rejected(minilm: Path, tmp_path: Path) -> None:
+    bare = json.loads((minilm / "tokenizer.json").read_text())
+    bare["post_processor"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(bare))
+    with pytest.raises(InputError, match=r"^documents\[1\] has no tokens") as rejected:
+        make(tmp_path, 16).encode_pairs_now("\u0000", ["a", "\u0000"], truncate=True)
+    assert rejected.value.code == "empty_input"
+
+
+def test_the_prompt_precedes_the_query(minilm: Path) -> None:
+    pool = TokenizerPool(minilm, EmbeddingConfig("mean", True, 64, prompt="Query: ", lower_case=True))
+    plain = make(minilm, 64)
+    found = pool.encode_pairs_now("A River", ["A Rock"], truncate=True)
+    expected = plain.encode_pairs_now("query: a river", ["a rock"], truncate=True)
+    assert [(ids.tolist(), start) for ids, start in found] == [(ids.tolist(), start) for ids, start in expected]
+
+
+def test_small_requests_do_not_wait_for_large_ones(minilm: Path) -> None:
+    pool, released = make(minilm, 16, threads=1), threading.Event()
+    pool._executor.submit(released.wait)
+
+    async def ask() -> bool:
+        large = asyncio.ensure_future(pool.encode_pairs("a river", ["rock"] * 100, truncate=True))
+        small = await asyncio.wait_for(pool.encode_pairs("a river", ["rock"], truncate=True), 60)
+        waited = not large.done()
+        released.set()
+        return waited and len(await large) == 100 and len(small) == 1
+
+    try:
+        assert asyncio.run(ask())
+    finally:
+        released.set()
