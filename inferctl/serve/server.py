@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import inferctl
-from inferctl import hub, outputs
+from inferctl import hub, model, outputs
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
 from inferctl.model import ModelFolder
 from inferctl.serve import describe, embedding_config, logs
@@ -138,6 +138,7 @@ class Server:
             self._embedding.matryoshka,
             spec.serve.max_client_batch,
             options.truncate,
+            model.resolve_task(spec.model.task, folder.config, spec.model.source),
         )
         self._tokenizer = TokenizerPool(self._folder.path, self._embedding, on_truncated=metrics.truncated.inc)
         self._lifecycle = Lifecycle(ready=lambda: self._dispatcher.ready, live=lambda: not self._pool.crash_looping)

@@ -17,11 +17,19 @@ from inferctl.serve.api.embedding_schemas import EmbeddingRequest, EmbeddingResp
 from inferctl.serve.api.embeddings import EmbeddingsEndpoint
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.openapi import Operation
+from inferctl.serve.api.rerank import RerankEndpoint, ScoreEndpoint
+from inferctl.serve.api.rerank_schemas import RerankRequest, RerankResponse, ScoreRequest, ScoreResponse
 from inferctl.serve.edge.errors import ApiError
 
-# The paths of the tasks, and their names in usage events.
-ENDPOINTS = {"/v1/embeddings": "embeddings"}
-_OPERATIONS = [
+# The paths of the tasks, and their names in usage events. Cohere's clients use /v2/rerank, Jina's /v1/rerank.
+ENDPOINTS = {
+    "/v1/embeddings": "embeddings",
+    "/v1/rerank": "rerank",
+    "/v2/rerank": "rerank",
+    "/rerank": "rerank",
+    "/v1/score": "score",
+}
+_EMBED = [
     Operation(
         "/v1/embeddings",
         "Compute the embeddings of texts: one vector per input, in order.",
@@ -30,12 +38,37 @@ _OPERATIONS = [
         {"input": ["first text", "second text"]},
     )
 ]
+_RERANK = [
+    Operation(
+        "/v1/rerank",
+        "Order documents by their relevance to a query.",
+        RerankRequest,
+        RerankResponse,
+        {"query": "a question", "documents": ["first text", "second text"]},
+    ),
+    Operation(
+        "/v1/score",
+        "Compute the relevance of pairs of texts, in order.",
+        ScoreRequest,
+        ScoreResponse,
+        {"text_1": "a question", "text_2": ["first text", "second text"]},
+    ),
+]
 
 
 def create(inference: Inference) -> ASGIApp:
     """Return the application. Starlette handles what is not performance-critical."""
     model = inference.model
-    tasks: dict[str, ASGIApp] = {"/v1/embeddings": EmbeddingsEndpoint(inference)}
+
+    async def unsupported(*_: object) -> None:
+        message = f"model {model.name!r} does not support this endpoint; its task is {model.task}"
+        raise ApiError(404, message, code="unsupported_task")
+
+    tasks: dict[str, ASGIApp] = {"embeddings": EmbeddingsEndpoint(inference)}
+    if model.task == "rerank":
+        tasks = {"rerank": RerankEndpoint(inference), "score": ScoreEndpoint(inference)}
+    operations = _RERANK if model.task == "rerank" else _EMBED
+    paths = {path: tasks.get(name, unsupported) for path, name in ENDPOINTS.items()}
 
     async def models(_: Request) -> Response:
         return _json({"object": "list", "data": [entry]})
@@ -45,10 +78,10 @@ def create(inference: Inference) -> ASGIApp:
         return _json(entry)
 
     async def document(_: Request) -> Response:
-        return _json(openapi.document(model, _OPERATIONS))
+        return _json(openapi.document(model, operations))
 
     async def docs(_: Request) -> Response:
-        return HTMLResponse(openapi.page(model, _OPERATIONS))
+        return HTMLResponse(openapi.page(model, operations))
 
     async def failed(_: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
@@ -59,7 +92,7 @@ def create(inference: Inference) -> ASGIApp:
     entry = {"id": model.name, "object": "model", "created": model.created, "owned_by": "inferctl"}
     others = Starlette(
         routes=[
-            *(Route(path, task, methods=["POST"]) for path, task in tasks.items()),
+            *(Route(path, task, methods=["POST"]) for path, task in paths.items()),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", one_model),
             Route("/openapi.json", document),
@@ -71,7 +104,7 @@ def create(inference: Inference) -> ASGIApp:
     others.router.redirect_slashes = False
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
-        task = tasks.get(scope["path"]) if scope["method"] == "POST" else None
+        task = paths.get(scope["path"]) if scope["method"] == "POST" else None
         await (task or others)(scope, receive, send)
 
     return route

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,9 @@ from inferctl.serve.api.embedding_schemas import EmbeddingRequest
 from inferctl.serve.api.inference import Inference, parsed_body, send_json
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
+
+# More token ids than this are converted on another thread.
+_INLINE_IDS = 16_384
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,9 @@ class EmbeddingsEndpoint:
         items: Any = request.items
         if isinstance(items[0], str):
             return await self.inference.tokenizer.encode(items, truncate=truncate), None
-        return self.inference.tokenizer.truncate(items, truncate=truncate), None
+        call = partial(self.inference.tokenizer.truncate, items, truncate=truncate)
+        large = sum(map(len, items)) > _INLINE_IDS
+        return (await asyncio.to_thread(call) if large else call()), None
 
 
 def _with_dimensions(vectors: Vectors, dimensions: int | None) -> Vectors:

@@ -68,7 +68,7 @@ class Inference:
             future = self.dispatcher.submit(sequences, second_starts, bulk=context.priority == b"bulk")
             result = await unless_disconnected(future, receive)
         except InputError as error:
-            raise ApiError(400, str(error), code=error.code, param="input") from None
+            raise ApiError(400, str(error), code=error.code, param=error.field) from None
         except AdmissionError as error:
             raise _rejection(error) from None
         except EngineUnavailableError as error:
@@ -77,7 +77,7 @@ class Inference:
             raise ApiError(500, f"the engine could not compute this request: {error}", code="engine_failed") from None
         if result.non_finite:
             self.metrics.non_finite.inc(len(result.non_finite))
-            message = f"the model returned NaN or infinity for input[{min(result.non_finite)}]"
+            message = f"the model returned NaN or infinity for input {min(result.non_finite)}"
             raise ApiError(500, message, code="non_finite")
         context.model, context.inputs, context.input_tokens = self.model.name, len(sequences), sum(map(len, sequences))
         times = (tokenized - started, result.queue_seconds, result.inference_seconds)

@@ -8,7 +8,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    FailFast,
     Field,
     StrictBool,
     StrictInt,
@@ -52,7 +51,7 @@ class RerankRequest(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     query: _Text = Field(description="The text that the documents are compared with.")
-    documents: Annotated[list[_Text | Document], Field(min_length=1), FailFast(), BeforeValidator(_limit)] = Field(
+    documents: Annotated[list[_Text | Document], Field(min_length=1, fail_fast=True), BeforeValidator(_limit)] = Field(
         description="The documents: texts, or objects with a `text`."
     )
     model: StrictStr | None = _MODEL
@@ -68,7 +67,7 @@ class RerankRequest(BaseModel):
         return [document if isinstance(document, str) else document.text for document in self.documents]
 
 
-_Texts = Annotated[list[_Text], Field(min_length=1), FailFast(), BeforeValidator(_limit)]
+_Texts = Annotated[list[_Text], Field(min_length=1, fail_fast=True), BeforeValidator(_limit)]
 
 
 class ScoreRequest(BaseModel):
@@ -91,10 +90,12 @@ class ScoreRequest(BaseModel):
         return self
 
     @property
-    def pairs(self) -> list[tuple[str, str]]:
-        """The pairs of texts."""
+    def groups(self) -> list[tuple[str, list[str]]]:
+        """Each first text with the second texts that it is compared with."""
         first, second = _listed(self.text_1), _listed(self.text_2)
-        return list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))
+        if len(first) == 1:
+            return [(first[0], second)]
+        return [(a, [b]) for a, b in zip(first, second, strict=True)]
 
 
 def _listed(value: str | list[str]) -> list[str]:

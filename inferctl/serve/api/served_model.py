@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.engine_process.engine_protocol import Vectors
+from inferctl.spec import Task
 
 
 @dataclass
 class ServedModel:
     """`aliases`: other accepted names. `matryoshka`: as in `EmbeddingConfig`. `max_inputs`: of one request.
 
-    `dimensions` and `vocabulary_size` are 0 until an engine is ready.
+    `activation` turns the logits of a cross-encoder into scores. `dimensions` and `vocabulary_size` are 0 until an
+    engine is ready.
     """
 
     name: str
@@ -20,6 +24,8 @@ class ServedModel:
     matryoshka: tuple[int, ...] | None
     max_inputs: int
     truncate: bool
+    task: Task = "embed"
+    activation: Callable[[Vectors], Vectors] = lambda logits: logits
     dimensions: int = 0
     vocabulary_size: int = 0
     created: int = field(default_factory=lambda: int(time.time()))

@@ -1,0 +1,121 @@
+"""`/v1/rerank` and `/v1/score` with the echo engine, whose score grows with the token ids of a pair."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inferctl.serve.api import schemas
+from inferctl.serve.api.rerank_schemas import RerankRequest, ScoreRequest
+from inferctl.serve.edge.errors import ApiError
+from tests.serve.conftest import Running, start, stop
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.fixture(scope="module")
+def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("rerank")
+    shutil.copytree(minilm, folder / "model", symlinks=False)
+    config = json.loads((minilm / "config.json").read_text())
+    config |= {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    running = start(folder, "--model", str(folder / "model"), "--engine", "echo", "--name", "ranker")
+    yield running
+    stop(running)
+
+
+def post(server: Running, path: str, **body: object) -> httpx.Response:
+    return httpx.post(f"{server.url}{path}", json=body, timeout=60)
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
+def test_results_are_ordered_by_score(server: Running, path: str) -> None:
+    documents = ["one", "one two three four", {"text": "one two", "title": "ignored"}]
+    answer = post(server, path, query="a query", documents=documents, return_documents=True)
+    assert answer.status_code == 200
+    body = answer.json()
+    scores = [result["relevance_score"] for result in body["results"]]
+    assert scores == sorted(scores, reverse=True)
+    assert sorted(result["index"] for result in body["results"]) == [0, 1, 2]
+    texts = ["one", "one two three four", "one two"]
+    assert all(result["document"] == {"text": texts[result["index"]]} for result in body["results"])
+    assert body["id"] == answer.headers["x-request-id"]
+    assert body["usage"]["total_tokens"] == int(answer.headers["x-inferctl-tokens"]) > 0
+    assert post(server, path, query="a query", documents=documents, top_n=1).json()["results"] == [
+        {key: body["results"][0][key] for key in ("index", "relevance_score")}
+    ]
+
+
+def test_scores_have_the_order_of_the_request_and_equal_those_of_rerank(server: Running) -> None:
+    documents = ["one", "one two three four", "one two"]
+    ranked = post(server, "/v1/rerank", query="a query", documents=documents).json()["results"]
+    expected = [result["relevance_score"] for result in sorted(ranked, key=lambda result: result["index"])]
+    for first in ("a query", ["a query"], ["a query"] * 3):
+        data = post(server, "/v1/score", text_1=first, text_2=documents).json()["data"]
+        assert [entry["score"] for entry in data] == pytest.approx(expected)
+        assert [entry["index"] for entry in data] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "code", "param"),
+    [
+        ("/v1/rerank", {"documents": ["a"]}, 400, "missing_field", "query"),
+        ("/v1/rerank", {"query": "a", "documents": []}, 400, "invalid_value", "documents"),
+        ("/v1/rerank", {"query": "a", "documents": ["b", 1]}, 400, "invalid_value", "documents"),
+        ("/v1/rerank", {"query": "a", "documents": ["b"] * 2049}, 400, "too_many_inputs", "documents"),
+        ("/v1/rerank", {"query": "a", "documents": ["b"], "top_n": 0}, 400, "invalid_value", "top_n"),
+        ("/v1/rerank", {"query": "a", "documents": ["b"], "model": "x"}, 404, "model_not_found", "model"),
+        (
+            "/v1/rerank",
+            {"query": "a", "documents": ["b", "word " * 999], "truncate": False},
+            400,
+            "context_length_exceeded",
+            "documents",
+        ),
+        ("/v1/score", {"text_1": ["a", "b"], "text_2": ["c"]}, 400, "unequal_lengths", None),
+        ("/v1/score", {"text_1": "a", "text_2": ""}, 400, "invalid_value", "text_2"),
+        ("/v1/embeddings", {"input": "a"}, 404, "unsupported_task", None),
+    ],
+)
+def test_errors_use_the_envelope(
+    server: Running, path: str, body: dict[str, object], status: int, code: str, param: str | None
+) -> None:
+    answer = post(server, path, **body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
+
+
+def test_an_embedding_server_says_that_it_cannot_rerank(echo: Running) -> None:
+    answer = post(echo, "/v1/rerank", query="a", documents=["b"])
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unsupported_task")
+
+
+def test_the_openapi_document_has_the_endpoints_of_the_task(server: Running) -> None:
+    paths = server.get("/openapi.json").json()["paths"]
+    assert {"/v1/rerank", "/v1/score"} <= set(paths)
+    assert "/v1/embeddings" not in paths
+    assert "/v1/rerank" in server.get("/docs").text
+
+
+@given(JSON)
+@settings(max_examples=50)
+def test_any_json_is_accepted_or_rejected_with_400(value: object) -> None:
+    bodies = [(RerankRequest, {"query": "a", "documents": value, "top_n": value}), (RerankRequest, value)]
+    bodies += [(ScoreRequest, {"text_1": value, "text_2": value}), (ScoreRequest, value)]
+    for kind, body in bodies:
+        try:
+            schemas.parse(kind, json.dumps(body).encode(), max_inputs=3)
+        except ApiError as error:
+            assert error.status == 400
