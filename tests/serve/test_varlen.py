@@ -1,8 +1,7 @@
-"""Calls of torch's variable-length attention kernel with the signature that each release has.
+"""Packed attention: the calls of torch's variable-length kernel, and the attention of CPUs, against a plain reference.
 
-The kernel needs a GPU. Functions with the recorded signatures replace it and compute the same with
-`scaled_dot_product_attention`, one sequence at a time. The signatures are copied from `torch/nn/attention/varlen.py` in
-the manylinux x86_64 wheels for Python 3.12 on PyPI, read on 2026-11-26. 2.12.1, 2.13.0, 2.14.1 and 2.15.0 are equal.
+The kernel needs a GPU. A function with its signature replaces it. The signatures are copied from
+`torch/nn/attention/varlen.py` in the manylinux x86_64 wheels on PyPI. 2.12.1, 2.13.0, 2.14.1 and 2.15.0 are equal.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -21,23 +19,24 @@ from torch.nn.functional import scaled_dot_product_attention  # noqa: E402  # to
 
 from inferctl.serve.engine_process.engine_protocol import EngineConfig  # noqa: E402
 from inferctl.serve.engines import packed  # noqa: E402
+from tests.serve.test_encoder import with_gpu  # noqa: E402
 
-LENGTHS = [7, 5, 5, 1]
-
-
-def exact(query: Any, key: Any, value: Any, offsets: Any, scale: float | None, mask: Callable[[Any], Any]) -> Any:
-    out = torch.empty_like(query)
-    for start, end in zip(offsets.tolist(), offsets.tolist()[1:], strict=False):
-        q, k, v = (t[start:end].transpose(0, 1)[None] for t in (query, key, value))
-        at = torch.arange(end - start)
-        seen = mask(at[:, None] - at[None, :])
-        out[start:end] = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)[0].transpose(0, 1)
-    return out
+LENGTHS = [33, 32, 32, 17, 16, 3, 1]
 
 
-def within(window_size: tuple[int, int]) -> Callable[[Any], Any]:
-    before, after = (10**6 if reach < 0 else reach for reach in window_size)
-    return lambda distance: (distance <= before) & (-distance <= after)
+def per_sequence(
+    rows: tuple[Any, Any, Any], lengths: list[int], scale: float | None, seen: Callable[[Any], Any]
+) -> Any:
+    """Return the attention of [tokens, heads, size], one sequence at a time. `seen` gets query minus key position."""
+    query, key, value = rows
+    k, v = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+    parts = []
+    for q, k_part, v_part in zip(*(t.split(lengths) for t in (query, k, v)), strict=True):
+        at = torch.arange(len(q))
+        a, b, c = (t.transpose(0, 1)[None] for t in (q, k_part, v_part))
+        mask = seen(at[:, None] - at)
+        parts.append(scaled_dot_product_attention(a, b, c, attn_mask=mask, scale=scale)[0].transpose(0, 1))
+    return torch.cat(parts)
 
 
 def torch_2_10_0(
@@ -51,25 +50,7 @@ def torch_2_10_0(
     is_causal: bool = False,
     return_aux: Any = None,
 ) -> Any:
-    assert query.shape[1] == key.shape[1], "2.10 documents one number of heads"
-    return exact(query, key, value, cu_seq_q, None, within((-1, 0) if is_causal else (-1, -1)))
-
-
-def torch_2_11_0(
-    query: Any,
-    key: Any,
-    value: Any,
-    cu_seq_q: Any,
-    cu_seq_k: Any,
-    max_q: int,
-    max_k: int,
-    *,
-    return_aux: Any = None,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-) -> Any:
-    assert query.shape[1] == key.shape[1], "2.11 documents one number of heads"
-    return exact(query, key, value, cu_seq_q, scale, within(window_size))
+    raise NotImplementedError
 
 
 def torch_2_12_1(
@@ -89,13 +70,13 @@ def torch_2_12_1(
     block_table: Any = None,
     num_splits: int | None = None,
 ) -> Any:
-    if not enable_gqa and query.shape[1] != key.shape[1]:
-        raise ValueError("Expect query and key/value to have the same number of heads")
-    k, v = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
-    return exact(query, k, v, cu_seq_q, scale, within(window_size))
-
-
-RELEASES = {"2.10.0": torch_2_10_0, "2.11.0": torch_2_11_0, "2.12.1": torch_2_12_1}
+    lengths = cu_seq_q.diff().tolist()
+    assert (lengths, enable_gqa) == (cu_seq_k.diff().tolist(), query.shape[1] != key.shape[1])
+    assert max_q == max_k == max(lengths)
+    before, after = (10**6 if reach < 0 else reach for reach in window_size)
+    return per_sequence(
+        (query, key, value), lengths, scale, lambda distance: (distance <= before) & (-distance <= after)
+    )
 
 
 class Module:
@@ -103,87 +84,67 @@ class Module:
         self.is_causal = causal
 
 
-def attend(kv_heads: int, causal: bool, scaling: float | None, window: int | None, *, varlen: bool) -> Any:
-    torch.manual_seed(5)
-    query, key, value = (torch.randn(1, heads, sum(LENGTHS), 16) for heads in (4, kv_heads, kv_heads))
-    layout = packed.layout(LENGTHS, torch.device("cpu"), varlen=varlen)
-    return packed.attention(Module(causal), query, key, value, None, scaling, window, layout)[0]
-
-
-@pytest.fixture(params=RELEASES)
-def release(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", RELEASES[request.param])
-    monkeypatch.setattr(torch, "__version__", request.param)
-    return str(request.param)
-
-
-def test_the_installed_kernel_has_one_of_the_recorded_signatures() -> None:
+def test_the_installed_kernel_has_the_recorded_signature() -> None:
     from torch.nn.attention.varlen import varlen_attn
 
-    recorded = [list(inspect.signature(function).parameters) for function in RELEASES.values()]
-    assert list(inspect.signature(varlen_attn).parameters) in recorded
+    assert list(inspect.signature(varlen_attn).parameters) == list(inspect.signature(torch_2_12_1).parameters)
 
 
+@pytest.mark.parametrize("path", ["varlen", "fp32", "bf16"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_every_release_computes_attention_with_the_default_scale(release: str, kv_heads: int, causal: bool) -> None:
-    for scaling in (None, 16**-0.5):
-        got = attend(kv_heads, causal, scaling, None, varlen=True)
-        torch.testing.assert_close(got, attend(kv_heads, causal, scaling, None, varlen=False))
-
-
-@pytest.mark.parametrize(("scaling", "window", "missing"), [(0.5, None, "scale"), (None, 3, "window_size")])
-@pytest.mark.parametrize("causal", [False, True])
-def test_scale_and_window_work_from_2_11_and_are_rejected_before(
-    release: str, causal: bool, scaling: float | None, window: int | None, missing: str
+@pytest.mark.parametrize(("scaling", "window"), [(None, None), (0.5, None), (None, 5), (0.1, 20)])
+def test_packed_attention_equals_attention_per_sequence(
+    monkeypatch: pytest.MonkeyPatch, path: str, causal: bool, kv_heads: int, scaling: float | None, window: int | None
 ) -> None:
-    if release == "2.10.0":
-        with pytest.raises(packed.UnsupportedError, match=f"varlen_attn of torch 2.10.0 has no `{missing}` argument"):
-            attend(4, causal, scaling, window, varlen=True)
-        return
-    got = attend(4, causal, scaling, window, varlen=True)
-    torch.testing.assert_close(got, attend(4, causal, scaling, window, varlen=False))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_2_12_1)
+    dtype = torch.bfloat16 if path == "bf16" else torch.float32
+    torch.manual_seed(5)
+    query, key, value = (torch.randn(1, heads, sum(LENGTHS), 16, dtype=dtype) for heads in (4, kv_heads, kv_heads))
+    layout = (
+        packed.varlen_layout(LENGTHS, torch.device("cpu")) if path == "varlen" else packed.layout(LENGTHS, dtype, 0)
+    )
+    assert (layout.spread is not None) == (path == "bf16")
+    got = packed.attention(Module(causal), query, key, value, None, scaling, window, layout)[0][0]
+
+    reach = 10**6 if window is None else window
+    q, k, v = (t[0].transpose(0, 1).float() for t in (query, key, value))
+    expected = per_sequence(
+        (q, k, v),
+        LENGTHS,
+        scaling,
+        lambda distance: (distance < reach) & (distance >= 0 if causal else distance > -reach),
+    )
+    tolerance = 0.03 if path == "bf16" else 1e-5
+    torch.testing.assert_close(got.float(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_a_window_is_rejected_also_for_a_shorter_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_2_10_0)
-    with pytest.raises(packed.UnsupportedError):
-        attend(4, False, None, 4096, varlen=True)
+def test_long_sequences_are_not_padded() -> None:
+    assert packed.layout([512], torch.bfloat16).spread is not None
+    assert packed.layout([513], torch.bfloat16).spread is None
 
 
 @pytest.mark.parametrize(
-    ("architecture", "release", "attention", "reason"),
+    ("release", "kernel", "attention", "reason"),
     [
-        ("bert", "2.10.0", "packed", "equals the padded result"),
-        ("bert", "2.12.1", "packed", "equals the padded result"),
-        ("modernbert", "2.10.0", "padded", "varlen_attn of torch 2.10.0 has no `window_size` argument"),
-        ("modernbert", "2.12.1", "packed", "equals the padded result"),
+        ("2.10.0", torch_2_10_0, "padded", "variable-length attention needs torch 2.12, this is 2.10.0"),
+        ("2.9.1", None, "padded", "variable-length attention needs torch 2.12, this is 2.9.1"),
+        ("2.12.1", torch_2_12_1, "packed", "equals the padded result"),
     ],
 )
-def test_the_start_up_check_names_the_missing_argument_of_the_kernel(
-    tiny: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    architecture: str,
-    release: str,
-    attention: str,
-    reason: str,
+def test_the_reason_for_padding_on_a_gpu_names_the_release_of_torch(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, release: str, kernel: Any, attention: str, reason: str
 ) -> None:
     from inferctl.serve import describe
     from inferctl.serve.engines.encoder import EncoderEngine
 
-    layout = packed.layout
-
-    def on_a_gpu(lengths: list[int], device: Any, **_: Any) -> Any:
-        return layout(lengths, device, varlen=True)
-
-    monkeypatch.setattr(packed, "layout", on_a_gpu)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", RELEASES[release])
+    with_gpu(monkeypatch, (8, 0))
+    if kernel is None:
+        monkeypatch.delattr("torch.nn.attention.varlen.varlen_attn")
+    else:
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     monkeypatch.setattr(torch, "__version__", release)
-    engine = EncoderEngine(EngineConfig(model=str(tiny(architecture, "mean_tokens")), precision="fp32", device="cpu"))
-    info = engine.load()
+    config = EngineConfig(model=str(tiny("modernbert", "mean_tokens")), precision="fp16", max_batch_tokens=256)
+    info = EncoderEngine(config).load()
     assert (info.attention, reason in info.attention_reason) == (attention, True), info.attention_reason
-    assert "TypeError" not in info.attention_reason
     assert any(attention in line and reason in line for line in describe.lines(info, "tiny", "http://x", 1.0))
-    assert (attention == "padded") == any(reason in record.getMessage() for record in caplog.records)
-    assert np.isfinite(engine._embed([np.array([5, 6, 7], dtype=np.int32)])).all()

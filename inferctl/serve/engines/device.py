@@ -7,7 +7,6 @@ import os
 import platform
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -42,19 +41,25 @@ def detect(wanted: str) -> tuple[torch.device, DeviceInfo, precision.DeviceTrait
         device = torch.device("cuda", index)
         properties = torch.cuda.get_device_properties(device)
         capability = (properties.major, properties.minor)
+        part = catalog.detect_gpu(properties.name, properties.total_memory)
         info = DeviceInfo(
             "cuda",
             properties.name,
             f"{capability[0]}.{capability[1]}",
             properties.total_memory,
-            hardware=_catalog_key(properties),
+            hardware=part.key if part else None,
             count=count if wanted == "auto" else 1,
         )
         return device, info, precision.DeviceTraits("cuda", compute_capability=capability)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     name, flags = _cpu_name_and_flags()
-    info = DeviceInfo("cpu", name, None, memory, usable_cores(), "cpu")
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    info = DeviceInfo("cpu", name, None, memory_bytes, usable_cores(), "cpu")
     return torch.device("cpu"), info, precision.DeviceTraits("cpu", cpu_flags=flags)
+
+
+def equal(a: DeviceInfo, b: DeviceInfo) -> bool:
+    """Return whether two devices compute the same vectors, also if they are two GPUs of one machine."""
+    return (a.kind, a.name, a.compute_capability) == (b.kind, b.name, b.compute_capability)
 
 
 def unused_gpu(wanted: str) -> str | None:
@@ -99,9 +104,10 @@ def choose(wanted: str, traits: precision.DeviceTraits) -> tuple[PrecisionInfo, 
             "use `--precision auto` for the best supported precision",
         )
     reason = f"selected by auto: {support.reason}" if wanted == "auto" else support.reason
-    tf32 = _tf32(traits)
+    tf32 = (traits.compute_capability or (0, 0)) >= (8, 0) and bool(torch.backends.cuda.matmul.allow_tf32)
     if effective == "int8":
-        dtype = _dtype_between_int8_products(traits)
+        # On CUDA LLM.int8 uses fp16 between its products.
+        dtype = torch.float16 if traits.kind == "cuda" else _DTYPES[precision.best_precision(traits)]
         if traits.kind == "cpu":
             reason += f"; 8-bit weights and activations, {str(dtype).removeprefix('torch.')} between the products"
         return PrecisionInfo(wanted, effective, support.level, reason, int8.METHOD[traits.kind], tf32), dtype
@@ -110,34 +116,8 @@ def choose(wanted: str, traits: precision.DeviceTraits) -> tuple[PrecisionInfo, 
     return PrecisionInfo(wanted, effective, support.level, reason, tf32=tf32), _DTYPES[effective]
 
 
-def _tf32(traits: precision.DeviceTraits) -> bool:
-    """Return whether the device computes fp32 matrix products in TF32, available from compute capability 8.0."""
-    if traits.kind != "cuda" or traits.compute_capability is None or traits.compute_capability < (8, 0):
-        return False
-    return bool(torch.backends.cuda.matmul.allow_tf32)
-
-
-def _dtype_between_int8_products(traits: precision.DeviceTraits) -> torch.dtype:
-    """Return the format between int8 products: fp16 on CUDA, as LLM.int8 uses; on a CPU the best native one."""
-    if traits.kind == "cuda":
-        return torch.float16
-    return _DTYPES[precision.best_precision(traits)]
-
-
-def _catalog_key(properties: Any) -> str | None:
-    part = catalog.detect_gpu(properties.name, properties.total_memory)
-    return part.key if part else None
-
-
 def _cpu_name_and_flags() -> tuple[str, frozenset[str]]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    fields: dict[str, str] = {}
-    for line in lines:
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    return fields.get("model name", platform.machine()), frozenset(
-        fields.get("flags", fields.get("Features", "")).split()
-    )
+    file = Path("/proc/cpuinfo")
+    fields = dict(re.findall(r"^([\w ]+?)\s*:(.*)$", file.read_text() if file.exists() else "", re.MULTILINE))
+    flags = fields.get("flags") or fields.get("Features", "")
+    return fields.get("model name", platform.machine()).strip(), frozenset(flags.split())

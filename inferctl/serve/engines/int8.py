@@ -16,30 +16,19 @@ METHOD = {"cuda": "bitsandbytes LLM.int8", "cpu": "oneDNN int8"}
 
 
 def quantize(model: Any) -> None:
-    """Make the linear layers of `model` 8-bit, in place, before it is moved to its device.
+    """Make the linear layers of `model` 8-bit, in place. bitsandbytes quantizes them when they are moved to the GPU.
 
     Raises `NotReadyError` if bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise NotReadyError("int8 on CUDA needs bitsandbytes, which is not installed", install_hint("int8"))
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    _llm_int8(model)
-
-
-def _llm_int8(module: Any) -> None:
-    """Replace every linear layer. bitsandbytes quantizes the weights when they are moved to the GPU."""
     from bitsandbytes.nn import Linear8bitLt
 
-    for name, child in list(module.named_children()):
-        if isinstance(child, torch.nn.Linear):
-            layer = Linear8bitLt(
-                child.in_features,
-                child.out_features,
-                bias=child.bias is not None,
-                has_fp16_weights=False,
-                threshold=_OUTLIER_THRESHOLD,
-            )
-            layer.load_state_dict(child.state_dict())
-            setattr(module, name, layer.eval())
-        else:
-            _llm_int8(child)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                options = {"bias": child.bias is not None, "has_fp16_weights": False, "threshold": _OUTLIER_THRESHOLD}
+                layer = Linear8bitLt(child.in_features, child.out_features, **options)
+                layer.load_state_dict(child.state_dict())
+                setattr(module, name, layer.eval())

@@ -10,10 +10,12 @@ batch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from inferctl.errors import NotReadyError
+from inferctl.serve.engine_process import memory
 
 # oneDNN generates code for each number of rows and keeps it: 0.5 MiB each, which the limit of its cache does not count.
 # Batches of up to 1,024 tokens would reach 1 GiB within minutes. So rows are padded to few sizes: multiples of an
@@ -23,7 +25,6 @@ _MIN_STEP = 16
 _PACKED_ROWS = 512
 _TINY = 1e-12
 _ZERO_POINT = 128  # the kernel is fast only for unsigned activations
-_GELU: tuple[Any, ...] = ("gelu", [], "none")
 _NO_ACTIVATION: tuple[Any, ...] = ("none", [], "")
 # The warning says that this operator moves to torchao. It has no replacement yet.
 warnings.filterwarnings("ignore", message=r"torch\.quantize_per_tensor")
@@ -35,70 +36,85 @@ def padded_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def _with_padding(compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Return `compute(x)` for x [..., in], with padded rows unless the caller padded them already."""
-    rows = x.numel() // x.shape[-1]
-    if (size := padded_rows(rows)) == rows:
-        return compute(x)
-    flat = torch.nn.functional.pad(x.reshape(rows, -1), (0, 0, 0, size - rows))
-    return compute(flat)[:rows].view(*x.shape[:-1], -1)
-
-
 class Linear(torch.nn.Module):
     """Computes what `torch.nn.Linear` computes, in bf16 or fp32, followed by GELU if `gelu`."""
 
     def __init__(self, linear: torch.nn.Linear, *, gelu: bool = False) -> None:
         super().__init__()
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _PACKED_ROWS)
-        self._bias = None if linear.bias is None else linear.bias.detach()
-        self._activation = _GELU if gelu else _NO_ACTIVATION
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the product: [..., in] -> [..., out]."""
-        return _with_padding(self._compute, x)
-
-    def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._activation)
-        return out
-
-
-class Int8Linear(torch.nn.Module):
-    """Computes what `Linear` computes, with 8-bit weights and activations."""
-
-    def __init__(self, linear: torch.nn.Linear, *, gelu: bool = False) -> None:
-        super().__init__()
-        weight = linear.weight.detach().float()
-        self._scales = weight.abs().amax(dim=1).clamp(min=_TINY) / 127
-        self._zeros = torch.zeros(len(weight), dtype=torch.int64)
-        rounded = (weight / self._scales[:, None]).round().to(torch.int8)
-        self._weight = torch.ops.onednn.qlinear_prepack(rounded, [_PACKED_ROWS, weight.shape[1]])
-        self._bias = linear.weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach()
         self._gelu = gelu
+        self._bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+        self._pack_weight(linear.weight.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product in the format of `x`: [..., in] -> [..., out]."""
-        return _with_padding(self._compute, x)
+        rows = x.numel() // x.shape[-1]
+        if (size := padded_rows(rows)) == rows:
+            return self._compute(x)
+        flat = torch.nn.functional.pad(x.reshape(rows, -1), (0, 0, 0, size - rows))
+        return self._compute(flat)[:rows].view(*x.shape[:-1], -1)
+
+    def _pack_weight(self, weight: torch.Tensor) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS)
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        activation: tuple[Any, ...] = ("gelu", [], "none") if self._gelu else _NO_ACTIVATION
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *activation)
+        return out
+
+
+class Int8Linear(Linear):
+    """Computes what `Linear` computes, with 8-bit weights and activations."""
+
+    def _pack_weight(self, weight: torch.Tensor) -> None:
+        self._scales = weight.abs().amax(dim=1).float().clamp(min=_TINY) / 127
+        self._zeros = torch.zeros(len(weight), dtype=torch.int64)
+        rounded = (weight.float() / self._scales[:, None]).round().to(torch.int8)
+        self._weight = torch.ops.onednn.qlinear_prepack(rounded, [_PACKED_ROWS, weight.shape[1]])
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
         scales = x.abs().amax(dim=-1, keepdim=True).float().clamp_(min=_TINY) / 127
-        levels = torch.quantize_per_tensor(x.float().mul_(scales.reciprocal()), 1.0, _ZERO_POINT, torch.quint8)
-        # A view of the bytes; `int_repr()` would copy them.
-        raw = torch.empty(0, dtype=torch.uint8).set_(levels.untyped_storage(), 0, levels.shape, levels.stride())
         out: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-            raw, 1.0, _ZERO_POINT, self._weight, self._scales, self._zeros, None, 1.0, 0, x.dtype, *_NO_ACTIVATION
+            *(_quantized(x.float().mul_(scales.reciprocal())), 1.0, _ZERO_POINT),
+            *(self._weight, self._scales, self._zeros, None, 1.0, 0, x.dtype, *_NO_ACTIVATION),
         )
         torch.addcmul(self._bias, out, scales.to(x.dtype), out=out)
         return torch.ops.aten.gelu_(out) if self._gelu else out
 
 
-def pack(model: Any, *, int8: bool) -> None:
-    """Replace the linear layers of `model`, in place."""
+def _quantized(x: torch.Tensor) -> torch.Tensor:
+    """Return `x`, which it overwrites, rounded and shifted by the zero point, as uint8."""
+    if not hasattr(torch, "quantize_per_tensor"):  # torch will remove it; the other operators take twice the time
+        return x.round_().add_(_ZERO_POINT).to(torch.uint8)
+    levels = torch.quantize_per_tensor(x, 1.0, _ZERO_POINT, torch.quint8)
+    # A view of the bytes; `int_repr()` would copy them.
+    return torch.empty(0, dtype=torch.uint8).set_(levels.untyped_storage(), 0, levels.shape, levels.stride())
+
+
+def pack(model: Any, *, int8: bool) -> str | None:
+    """Replace the linear layers of `model`, in place. Return a warning if torch does not have the operators for that.
+
+    These operators are private to torch, so a release can change them. Raises `NotReadyError` for int8, which has no
+    other implementation.
+    """
+    layer = Int8Linear if int8 else Linear
+    try:
+        sample = torch.nn.Linear(32, 32, dtype=model.dtype)
+        with torch.inference_mode():
+            layer(sample)(torch.zeros(1, 32, dtype=model.dtype))
+    except Exception as error:  # depends on what the release changed
+        reason = f"the oneDNN operators of torch {torch.__version__} cannot be used: {memory.summary(error)}"
+        if int8:
+            raise NotReadyError(
+                f"int8 is not available: {reason}", "use `--precision auto`, or another torch"
+            ) from error
+        return f"{reason}. The plain layers of torch are slower"
     for module in list(model.modules()):
         # BERT-like models have the activation of their feed-forward block here.
         fused = type(getattr(module, "intermediate_act_fn", None)).__name__ == "GELUActivation"
         for name, child in list(module.named_children()):
             if isinstance(child, torch.nn.Linear):
                 gelu = fused and name == "dense"
-                setattr(module, name, Int8Linear(child, gelu=gelu) if int8 else Linear(child, gelu=gelu))
+                setattr(module, name, layer(child, gelu=gelu))
                 if gelu:
                     module.intermediate_act_fn = torch.nn.Identity()
+    return None

@@ -1,0 +1,51 @@
+"""Warms up an engine, and lowers its batch limit until memory is sufficient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from inferctl.errors import NotReadyError
+from inferctl.serve.engine_process import memory
+from inferctl.serve.engine_process.engine_protocol import MIN_BATCH_TOKENS, Tokens, Vectors
+
+
+def warm_up(
+    run: Callable[[list[Tokens]], Vectors], batch_tokens: int, longest: int, parallel: int, hint: str
+) -> tuple[int, str | None]:
+    """Run the largest batches and a small one, so that no request waits for one-time work.
+
+    Halves the limit `batch_tokens` until memory is sufficient for `parallel` batches at a time. Returns the limit, and
+    a warning if it is lower. `longest`: tokens of the longest text. Raises `NotReadyError`, with `hint`, if memory is
+    insufficient for the smallest limit.
+    """
+    limit = batch_tokens
+    while message := _run_largest(run, limit, min(longest, limit), parallel):
+        if limit <= MIN_BATCH_TOKENS:
+            raise NotReadyError(
+                f"insufficient memory for a batch of {limit} tokens: {message}",
+                f"{hint}; `serve.max_batch_tokens` was lowered to {limit}, the minimum",
+            )
+        limit = max(MIN_BATCH_TOKENS, limit // 2)
+        torch.cuda.empty_cache()
+    if limit == batch_tokens:
+        return limit, None
+    warning = f"insufficient memory for batches of {batch_tokens} tokens: the limit is {limit} (serve.max_batch_tokens)"
+    return limit, warning if limit >= longest else f"{warning}; longer texts can get 503"
+
+
+def _run_largest(run: Callable[[list[Tokens]], Vectors], batch_tokens: int, longest: int, parallel: int) -> str | None:
+    """Return the error message if memory is insufficient, else None."""
+    text = np.full(longest, 5, dtype=np.int32)
+    try:
+        with ThreadPoolExecutor(parallel) as pool:
+            list(pool.map(run, [[text] * max(1, batch_tokens // longest)] * parallel))
+        run([text])
+    except Exception as error:
+        if not memory.is_insufficient(error):
+            raise
+        return memory.summary(error)
+    return None
