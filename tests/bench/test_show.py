@@ -204,17 +204,23 @@ def test_figures_are_ones_that_plotly_accepts(tmp_path: Path) -> None:
         graph_objects.Figure({"data": chart.data, "layout": chart.layout})
 
 
+def in_browser(page: Path, width: int = 1280) -> str:
+    """Return the document after a browser without network has drawn it."""
+    if not (browser := shutil.which("chromium")):
+        pytest.skip("chromium not found")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
+    profile = page.with_name("profile")
+    offline = ["--disable-background-networking", "--proxy-server=127.0.0.1:9", f"--user-data-dir={profile}"]
+    command = [browser, *options, *offline, f"--window-size={width},900", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
 def test_the_report_is_one_small_file_whose_charts_a_browser_draws_without_network(tmp_path: Path) -> None:
     found, receipts = made(tmp_path)
     page = html.write(tmp_path / "report.html", found, receipts)
     assert page.stat().st_size < 1_000_000
     assert not re.findall(r"(?:src|href)=", page.read_text())
-    if not (browser := shutil.which("chromium")):
-        pytest.skip("chromium not found")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
-    offline = ["--disable-background-networking", "--proxy-server=127.0.0.1:9", f"--user-data-dir={tmp_path}/profile"]
-    command = [browser, *options, *offline, page.as_uri()]
-    drawn = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    drawn = in_browser(page)
     for name in charts.all_charts(receipts, found.rows):
         chart = drawn[drawn.index(f'id="{name}"') :].partition("</section>")[0]
         assert 'class="main-svg"' in chart, chart[:200]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from bench_samples import SECOND, WARMUP, document, row, sealed, table
 from rich.console import Console
+from test_show import in_browser
 
 from inferctl.bench import receipt
 from inferctl.bench.judge import stages, summary
@@ -170,6 +171,24 @@ def test_whatever_came_out_can_be_shown(case: str, tmp_path: Path) -> None:
     assert "<h2>Limitations</h2>" in html.render(found, receipts)
     for chart in charts.all_charts(receipts, found.rows).values():
         graph_objects.Figure({"data": chart.data, "layout": chart.layout})
+
+
+COUNT = """<script>
+const boxes = [...document.querySelectorAll("td, p, li")].map(cell => cell.getBoundingClientRect());
+document.body.dataset.seen = boxes.filter(box => box.width).length;
+document.body.dataset.beyond = boxes.filter(box => box.right > innerWidth).length;
+</script></body>"""
+
+
+@pytest.mark.parametrize(("case", "width"), [("everything", 1280), ("everything", 500), ("twelve long names", 500)])
+def test_no_figure_of_the_report_is_beyond_the_edge_of_the_screen(case: str, width: int, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    page.write_text(html.render(*CASES[case](tmp_path)).replace("</body>", COUNT))
+    drawn = in_browser(page, width)
+    seen, beyond = (int(found[1]) for found in re.finditer(r'data-(?:seen|beyond)="(\d+)"', drawn))
+    assert seen > 50
+    assert beyond == 0
+    assert re.search(r'<td data-label="p99 \(ms\)">[\d.]+<span class="range">', drawn)
 
 
 def test_what_was_estimated_stands_apart_from_what_was_measured(tmp_path: Path) -> None:

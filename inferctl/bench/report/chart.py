@@ -37,5 +37,5 @@ def slo_line(slo_ms: float) -> tuple[Json, Json]:
     """Return line and label of an SLO on a logarithmic axis."""
     line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": slo_ms, "y1": slo_ms, "line": _SLO_LINE}
     # On a logarithmic axis Plotly places shapes by value and annotations by exponent.
-    place = {"xref": "paper", "x": 1, "y": math.log10(slo_ms), "xanchor": "right", "yshift": 9, "showarrow": False}
+    place = {"xref": "paper", "x": 0, "y": math.log10(slo_ms), "xanchor": "left", "yshift": 9, "showarrow": False}
     return line, {"text": f"SLO: p99 {slo_ms:g} ms", **place}
