@@ -81,6 +81,12 @@ class Serve(_Section):
         le=1_000_000_000,
         description="Maximum number of queued tokens. The server rejects further requests with 429.",
     )
+    max_wait_seconds: float = Field(
+        10.0,
+        gt=0,
+        le=86_400,
+        description="Maximum predicted time in the queue. The server rejects requests with a longer one with 429.",
+    )
     max_client_batch: int = Field(2048, ge=1, le=65536, description="Maximum number of inputs in one request.")
     grace_seconds: float = Field(
         1.0,

@@ -109,7 +109,8 @@ class Simulation:
 
     def _until_free(self, now: float) -> float:
         """Return the seconds until the engine can start another batch; 0 if admission does not use it."""
-        if self.batcher.limits.slo_s is None or len(self._running) < self._slots:
+        limits = self.batcher.limits
+        if limits.slo_s is limits.max_wait_s is None or len(self._running) < self._slots:
             return 0.0
         remaining = sum(end - now for end, _, _ in self._running) + sum(batch.seconds for batch in self._prefetched)
         return remaining / self._slots

@@ -56,6 +56,7 @@ def document(
             "max_input_tokens": config.max_tokens,
             "max_batch_tokens": info.batch_tokens,
             "max_queue_tokens": spec.serve.max_queue_tokens,
+            "max_wait_seconds": spec.serve.max_wait_seconds,
             "max_body_bytes": max_body_bytes,
             "truncate": truncate,
         },

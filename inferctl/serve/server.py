@@ -128,7 +128,10 @@ class Server:
         slo_ms = spec.slo.p99_ms or capacity_slo_ms
         self._admission = describe.admission_line(spec.slo.p99_ms, capacity_slo_ms)
         queue = QueueLimits(
-            spec.serve.max_batch_tokens, spec.serve.max_queue_tokens, slo_s=slo_ms / 1000 if slo_ms else None
+            spec.serve.max_batch_tokens,
+            spec.serve.max_queue_tokens,
+            max_wait_s=spec.serve.max_wait_seconds,
+            slo_s=slo_ms / 1000 if slo_ms else None,
         )
         self._batcher = Batcher(queue, LatencyModel(capacity))
         self._dispatcher = Dispatcher(self._batcher, metrics)
@@ -163,7 +166,7 @@ class Server:
             log=options.log,
         )
         self._pool = EnginePool(config, options.engines, self._dispatcher, self._batch_timeout, self._engine_ready)
-        metrics.engine_restarts.set_function(lambda: self._pool.restarts)
+        metrics.engine_restarts.set_function(lambda: self._pool.counts()["restarts"])
         self._info: dict[str, Any] | None = None
         self._started, self._ready_seconds = time.monotonic(), 0.0
         self._signals = 0
@@ -245,8 +248,9 @@ class Server:
             self._options.image,
         )
         if lifecycle.started:
-            pool = self._pool
-            self._notify(f"an engine is ready; ready: {pool.up} of {pool.size}, restarts: {pool.restarts}")
+            engines = self._pool.counts()
+            counts = f"ready: {engines['up']} of {engines['count']}, restarts: {engines['restarts']}"
+            self._notify(f"an engine is ready; {counts}")
             return
         lifecycle.started = True
         self._ready_seconds = time.monotonic() - self._started
@@ -268,19 +272,13 @@ class Server:
         """Return the document of `GET /info`; None before an engine was ready."""
         if self._info is None:
             return None
-        pool, limits = self._pool, self._batcher.limits
+        engines, limits = self._pool.counts(), self._batcher.limits
         slo_ms = None if limits.slo_s is None else limits.slo_s * 1000
         return {
             **self._info,
             "limits": {**self._info["limits"], "max_batch_tokens": limits.batch_tokens, "slo_p99_ms": slo_ms},
-            "engines": {
-                "count": pool.size,
-                "up": pool.up,
-                "restarts": pool.restarts,
-                "hangs": pool.hangs,
-                "out_of_memory": self._dispatcher.out_of_memory,
-            },
-            "restarts": pool.restarts,
+            "engines": {**engines, "out_of_memory": self._dispatcher.out_of_memory},
+            "restarts": engines["restarts"],
             "pace": self._batcher.latency.to_json(),
             "ready_seconds": round(self._ready_seconds, 3),
         }

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from itertools import accumulate
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inferctl.estimate.cost import Cost
+from inferctl.estimate.simulate import UNBOUNDED, Simulation, SimulationResult
 from inferctl.serve.scheduling.batcher import AdmissionError, Batcher, QueuedSequence, QueueLimits
 from inferctl.serve.scheduling.latency_model import Capacity, LatencyModel
 
@@ -84,7 +89,7 @@ def test_requests_past_the_maximum_wait_run_in_arrival_order(arrivals: list[tupl
     for number, (tokens, pause) in enumerate(arrivals):
         now += pause
         queue.submit(number, [tokens], now=now)
-    late = now + queue.limits.max_wait_s
+    late = now + queue.limits.overdue_s
     firsts = [batch[0].request for batch in drain(queue, late)]
     assert firsts == sorted(firsts)
 
@@ -202,6 +207,36 @@ def test_a_request_that_would_miss_the_slo_is_rejected_with_a_retry_time() -> No
     queue.submit(3, [50], now=0.0, bulk=True, busy_s=0.2)  # bulk has no deadline
     queue.engines = 2
     queue.submit(4, [50], now=0.0, busy_s=0.2)
+
+
+@pytest.mark.parametrize("bulk", [False, True])
+def test_a_request_that_would_wait_too_long_is_rejected_with_a_retry_time(bulk: bool) -> None:
+    queue = Batcher(QueueLimits(100, 10_000, max_wait_s=1.0), LatencyModel(Capacity(0.1, 1000.0)))
+    queue.submit(1, [100] * 5, now=0.0, bulk=bulk)  # 5 batches of 0.2 s
+    queue.check(5000 - 500, bulk=bulk)  # the request's own time does not count
+    with pytest.raises(AdmissionError) as rejected:
+        queue.submit(2, [50], now=0.0, bulk=bulk, busy_s=0.25)
+    assert (rejected.value.reason, rejected.value.retry_after) == ("max_wait", pytest.approx(0.25))
+    queue.engines = 2
+    queue.submit(2, [50], now=0.0, bulk=bulk, busy_s=0.25)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_accepted_requests_wait_at_most_about_the_limit_at_three_times_the_load(slots: int) -> None:
+    """The latency model starts without data and is fitted to the batches of the simulated engine."""
+    draw, per_token, fixed = random.Random(5), 1e-4, 4e-3
+    lengths = [[min(256, 1 + int(draw.lognormvariate(3.7, 0.75)))] for _ in range(30_000)]
+    capacity = slots / (sum(map(sum, lengths)) / len(lengths) * (per_token + fixed / 1024))  # requests per second
+    arrivals = list(accumulate(draw.expovariate(3 * capacity) for _ in lengths))
+
+    def simulate(max_wait_s: float | None) -> SimulationResult:
+        limits = QueueLimits(1024, UNBOUNDED, max_wait_s=max_wait_s)
+        return Simulation(Cost(fixed, per_token), limits, lengths, slots).open(arrivals)
+
+    bounded, unbounded = simulate(10.0), simulate(None)
+    assert unbounded.percentile(1) > 30, "the load is too low for this test"
+    assert 9 < bounded.percentile(0.99) <= bounded.percentile(1) < 10.5
+    assert bounded.per_second > 0.98 * unbounded.per_second, "the engines are busy all the time"
 
 
 def test_an_empty_queue_accepts_a_request_that_will_miss_the_slo() -> None:

@@ -267,6 +267,6 @@ def test_an_unexpected_error_of_any_supervisor_ends_all_engines() -> None:
         pool = EnginePool(EngineConfig(engine="echo"), 3, FailingListener(), lambda: 60.0)
         with pytest.raises(RuntimeError, match="a bug"):
             await asyncio.wait_for(pool.run(), 60)
-        assert pool.up == 0
+        assert pool.counts()["up"] == 0
 
     asyncio.run(scenario())

@@ -251,6 +251,22 @@ def test_requests_that_would_miss_the_slo_are_rejected_with_a_retry_time(start: 
     assert server.metric("inferctl_rejected_total", reason="slo") == len(rejected)
 
 
+def test_requests_with_a_long_predicted_wait_are_rejected_without_an_slo(start: Serve, tmp_path: Path) -> None:
+    capacity, spec = tmp_path / "capacity.json", tmp_path / "wait.yaml"
+    capacity.write_text('{"fixed_s": 0.5, "tokens_per_s": 1000}')
+    spec.write_text("name: echo\nmodel: {source: unused}\nserve: {max_wait_seconds: 2, max_batch_tokens: 64}\n")
+    server = start("--spec", str(spec), "--capacity", str(capacity))
+    limits = server.get("/info").json()["limits"]
+    assert (limits["max_wait_seconds"], limits["slo_p99_ms"]) == (2, None)
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda i: server.embed(input=[SLOW_TOKEN] + [5] * 60 + [i]), range(1, 13)))
+    assert {answer.status_code for answer in answers} == {200, 429}
+    rejected = [answer for answer in answers if answer.status_code == 429]
+    assert {answer.json()["error"]["code"] for answer in rejected} == {"max_wait"}
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in rejected)
+    assert server.metric("inferctl_rejected_total", reason="max_wait") == len(rejected)
+
+
 def test_interactive_requests_run_before_bulk_and_probes_do_not_wait(start: Serve) -> None:
     server = start("--max-batch-tokens", "64")
     url = f"{server.url}/v1/embeddings"

@@ -30,25 +30,14 @@ class EnginePool:
         self._supervisors: list[Supervisor] = []
         self._tasks = asyncio.TaskGroup()
 
-    @property
-    def size(self) -> int:
-        """How many engines were started."""
-        return len(self._supervisors)
-
-    @property
-    def up(self) -> int:
-        """How many engines accept batches."""
-        return sum(supervisor.ready for supervisor in self._supervisors)
-
-    @property
-    def restarts(self) -> int:
-        """How often an engine was restarted."""
-        return sum(supervisor.restarts for supervisor in self._supervisors)
-
-    @property
-    def hangs(self) -> int:
-        """How often an engine was killed because it did not respond."""
-        return sum(supervisor.hangs for supervisor in self._supervisors)
+    def counts(self) -> dict[str, int]:
+        """Return how many engines there are (`count`) and accept batches (`up`), and their `restarts` and `hangs`."""
+        return {
+            "count": len(self._supervisors),
+            "up": sum(supervisor.ready for supervisor in self._supervisors),
+            "restarts": sum(supervisor.restarts for supervisor in self._supervisors),
+            "hangs": sum(supervisor.hangs for supervisor in self._supervisors),
+        }
 
     @property
     def crash_looping(self) -> bool:

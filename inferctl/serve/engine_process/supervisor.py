@@ -125,10 +125,8 @@ class Supervisor:
         reader, self._writer = await asyncio.open_connection(sock=parent_socket, limit=1 << 24)
         self._writer.write(frames.pack_json(Kind.CONFIG, asdict(self._config)))
         self._set_kill_timer()
-        fatal = None
         try:
-            if not self._stopping.is_set():  # it can be set since before there was a writer
-                fatal = await self._listen(reader)
+            fatal = await self._listen(reader)
         finally:
             self._writer.transport.abort()
             self._cancel_kill_timer()
@@ -159,7 +157,8 @@ class Supervisor:
 
     async def _listen(self, reader: asyncio.StreamReader) -> EngineStartError | None:
         """Pass frames from the engine to the listener until it ends. Return its error if it cannot start."""
-        while (frame := await frames.receive_async(reader)) is not None:
+        # `stop` can be called before there is a writer to close.
+        while not self._stopping.is_set() and (frame := await frames.receive_async(reader)) is not None:
             kind, body = frame
             if kind is Kind.RESULT:
                 result = frames.unpack_result(body)
@@ -169,7 +168,7 @@ class Supervisor:
                 failed = json.loads(body)
                 del self._batches[failed["id"]]
                 self._listener.batch_failed(self, failed["id"], failed["message"], failed["out_of_memory"])
-            elif kind is Kind.READY and not self._stopping.is_set():
+            elif kind is Kind.READY:
                 self._engine_ready(EngineInfo.from_json(json.loads(body)))
             elif kind is Kind.FATAL:
                 fatal = json.loads(body)

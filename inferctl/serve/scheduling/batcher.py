@@ -1,11 +1,9 @@
-"""The request queue: admission control and the choice of the next batch.
-
-It knows no HTTP and no torch. It has no clock: the time is an argument, and the same calls give the same batches.
+"""The request queue: admission control and the choice of the next batch. It has no clock: the time is an argument.
 
 The queue is counted in tokens. A request is accepted or rejected as a whole; its sequences may run in several batches.
 Interactive requests run before bulk requests. A batch starts with the oldest interactive sequence, then adds sequences
-of similar length from a bounded window. Bulk sequences past the maximum wait get a reserved share, so nothing starves.
-The batcher never delays a batch to fill it: a batch holds what is queued when the engine is free.
+of similar length from a bounded window. Overdue bulk sequences get a reserved share, so nothing starves. The batcher
+never delays a batch to fill it: a batch holds what is queued when the engine is free.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from inferctl.serve.scheduling.latency_model import LatencyModel
@@ -31,21 +29,19 @@ class QueueLimits:
     """The limits of the queue.
 
     `batch_tokens`: the largest batch. `queue_tokens`: the largest queue; bulk requests can use half of it. `window`:
-    how many queued sequences are considered for a batch. `max_wait_s`: sequences past it run in arrival order, and bulk
-    sequences past it get `bulk_share` of the tokens. `slo_s`: interactive requests with a longer predicted latency are
-    rejected; None turns this check off.
+    how many queued sequences are considered for a batch. Sequences that have waited for `overdue_s` run in arrival
+    order, and bulk ones among them get `bulk_share` of the tokens. Requests with a longer predicted wait than
+    `max_wait_s`, and interactive requests with a longer predicted latency than `slo_s`, are rejected; None turns a
+    check off.
     """
 
     batch_tokens: int
     queue_tokens: int
     window: int = 256
-    max_wait_s: float = 1.0
+    overdue_s: float = 1.0
     bulk_share: float = 0.25
+    max_wait_s: float | None = None
     slo_s: float | None = None
-
-    def with_batch_tokens(self, tokens: int) -> QueueLimits:
-        """Return the same limits with another batch size."""
-        return replace(self, batch_tokens=tokens)
 
 
 class QueuedSequence(NamedTuple):
@@ -59,7 +55,7 @@ class QueuedSequence(NamedTuple):
 
 
 class AdmissionError(Exception):
-    """The request is rejected. `reason` is `queue_full`, or `slo` if it would be late. `retry_after` is in seconds."""
+    """The request is rejected. `reason`: `queue_full`, `max_wait` or `slo`. `retry_after` is in seconds."""
 
     def __init__(self, reason: str, message: str, retry_after: float) -> None:
         super().__init__(message)
@@ -76,15 +72,6 @@ class PriorityQueue:
 
 
 @dataclass
-class _QueuedRequest:
-    """How many sequences and tokens of a request are queued, and in which queue."""
-
-    queue: PriorityQueue
-    count: int = 0
-    tokens: int = 0
-
-
-@dataclass
 class Batcher:
     """The queue in front of `engines` equal engines, or of an engine that runs `engines` batches at a time."""
 
@@ -93,8 +80,8 @@ class Batcher:
     engines: int = 1
     _interactive: PriorityQueue = field(default_factory=PriorityQueue, init=False)
     _bulk: PriorityQueue = field(default_factory=PriorityQueue, init=False)
-    # By request number. A sequence whose request is missing here was cancelled.
-    _requests: dict[int, _QueuedRequest] = field(default_factory=dict, init=False)
+    # The queued sequences by request and position. A sequence whose request is missing here was cancelled.
+    _requests: dict[int, dict[int, QueuedSequence]] = field(default_factory=dict, init=False)
     _safety_factor: float = field(default=1.0, init=False)
     _bulk_credit: float = field(default=0.0, init=False)  # tokens that bulk can take before interactive requests
 
@@ -113,13 +100,10 @@ class Batcher:
 
         `busy_s`: seconds until an engine is free.
         """
-        total = sum(lengths)
-        predicted = self.check(total, max(lengths), bulk=bulk, busy_s=busy_s)
-        queue = self._queue(bulk)
-        queue.sequences.extend(
-            QueuedSequence(request, index, tokens, now, bulk) for index, tokens in enumerate(lengths)
-        )
-        self._add(queue, request, len(lengths), total)
+        predicted = self.check(sum(lengths), max(lengths), bulk=bulk, busy_s=busy_s)
+        items = [QueuedSequence(request, index, tokens, now, bulk) for index, tokens in enumerate(lengths)]
+        self._queue(bulk).sequences.extend(items)
+        self._add(items)
         return predicted
 
     def observe(self, predicted: float, seconds: float) -> None:
@@ -141,34 +125,30 @@ class Batcher:
         if queue.tokens and queue.tokens + tokens > limit:
             message = f"the queue has {queue.tokens} of at most {limit} tokens, and the request has {tokens}"
             raise AdmissionError("queue_full", message, wait if self.latency.known else 1.0)
+        if self.limits.max_wait_s is not None and wait > self.limits.max_wait_s:
+            message = f"the predicted wait is {wait:.3g} s, and the limit is {self.limits.max_wait_s:g} s"
+            raise AdmissionError("max_wait", message, wait - self.limits.max_wait_s)
         # The sequences run on all engines that are free by then. One sequence runs on one engine.
         parallel = max(1, min(self.engines, tokens // max(_MIN_SPLIT_TOKENS, longest)))
         predicted = wait + self.latency.seconds(tokens, self.limits.batch_tokens) / parallel
-        if self.limits.slo_s is None or bulk or not wait:
-            return predicted
-        late = predicted - self.limits.slo_s / self._safety_factor
-        if late > 0:
-            raise AdmissionError("slo", f"predicted latency exceeds the SLO by {late:.2g} s", min(late, wait))
+        if self.limits.slo_s is not None and not bulk and wait:
+            late = predicted - self.limits.slo_s / self._safety_factor
+            if late > 0:
+                raise AdmissionError("slo", f"predicted latency exceeds the SLO by {late:.2g} s", min(late, wait))
         return predicted
 
     def expected_wait(self, *, bulk: bool = True) -> float:
-        """Return the seconds until the queue is processed; 0 before the first observation.
-
-        `bulk` False counts only what runs before a new interactive request.
-        """
+        """Return the seconds until the queue (`bulk` False: the interactive one) is processed; 0 if unknown."""
         tokens = self.waiting_tokens if bulk else self._interactive.tokens
         return self.latency.seconds(tokens, self.limits.batch_tokens) / max(1, self.engines)
 
     def cancel(self, request: int) -> None:
         """Remove the queued sequences of a request. Unknown requests are ignored."""
-        entry = self._requests.pop(request, None)
-        if entry is None:
-            return
-        queue = entry.queue
-        queue.count -= entry.count
-        queue.tokens -= entry.tokens
-        if len(queue.sequences) > 2 * queue.count + self.limits.window:
-            queue.sequences = deque(item for item in queue.sequences if item.request in self._requests)
+        for item in list(self._requests.get(request, {}).values()):
+            self._remove(item)
+        for queue in (self._interactive, self._bulk):
+            if len(queue.sequences) > 2 * queue.count + self.limits.window:
+                queue.sequences = deque(item for item in queue.sequences if item.request in self._requests)
 
     def next_batch(self, now: float, slots: int = 1) -> list[QueuedSequence]:
         """Remove the next batch from the queue and return it; empty if nothing is queued.
@@ -176,7 +156,7 @@ class Batcher:
         `slots`: how many batches could start now; this batch gets its part of the queue. The batch keeps the token
         limit, except that a single sequence may exceed it.
         """
-        part = max(_MIN_SPLIT_TOKENS, math.ceil(self.waiting_tokens / slots)) if slots > 1 else self.waiting_tokens
+        part = max(_MIN_SPLIT_TOKENS, math.ceil(self.waiting_tokens / slots))
         budget = min(self.limits.batch_tokens, part)
         batch = self._take_overdue_bulk(now, budget)
         for queue in (self._interactive, self._bulk):
@@ -191,9 +171,8 @@ class Batcher:
     def requeue(self, batch: Sequence[QueuedSequence]) -> None:
         """Put sequences that no engine started back at the front, in order. The queue limit does not apply."""
         for item in reversed(batch):
-            queue = self._queue(item.bulk)
-            queue.sequences.appendleft(item)
-            self._add(queue, item.request, 1, item.tokens)
+            self._queue(item.bulk).sequences.appendleft(item)
+        self._add(batch)
 
     def _queue(self, bulk: bool) -> PriorityQueue:
         return self._bulk if bulk else self._interactive
@@ -201,11 +180,11 @@ class Batcher:
     def _take_overdue_bulk(self, now: float, budget: int) -> list[QueuedSequence]:
         """Remove the bulk sequences that run before interactive ones, and return them.
 
-        While the oldest bulk sequence is past the maximum wait, each batch adds `bulk_share` of its tokens to a credit.
-        A sequence runs once the credit pays for its tokens.
+        While the oldest bulk sequence is overdue, each batch adds `bulk_share` of its tokens to a credit. A sequence
+        runs once the credit pays for its tokens.
         """
         oldest = self._oldest(self._bulk)
-        if oldest is None or not self._interactive.count or now - oldest.arrived < self.limits.max_wait_s:
+        if oldest is None or not self._interactive.count or now - oldest.arrived < self.limits.overdue_s:
             self._bulk_credit = 0.0
             return []
         self._bulk_credit += self.limits.bulk_share * budget
@@ -223,48 +202,49 @@ class Batcher:
     def _take(self, queue: PriorityQueue, now: float, budget: int, *, allow_oversized: bool) -> list[QueuedSequence]:
         """Remove sequences that fit into `budget` tokens from the window of a queue, and return them.
 
-        Order: the oldest, those past the maximum wait, then those closest to the oldest in length. With
-        `allow_oversized` the first one may exceed the budget.
+        Order: the oldest, the overdue ones, then those closest to the oldest in length. With `allow_oversized` the
+        first one may exceed the budget.
         """
         if budget <= 0:
             return []
         window: list[QueuedSequence] = []
         while len(window) < self.limits.window and self._oldest(queue):
             window.append(queue.sequences.popleft())
-        order = list(range(len(window)))
+        order = window
         if sum(item.tokens for item in window) > budget:
-            oldest, due = window[0], now - self.limits.max_wait_s
-            order.sort(
-                key=lambda i: 0 if not i or window[i].arrived <= due else 1 + abs(window[i].tokens - oldest.tokens)
+            oldest, due = window[0], now - self.limits.overdue_s
+            order = sorted(
+                window, key=lambda i: 0 if i is oldest or i.arrived <= due else 1 + abs(i.tokens - oldest.tokens)
             )
-        taken: list[int] = []
-        for i in order:
-            if window[i].tokens <= budget or (allow_oversized and not taken):
-                taken.append(i)
-                budget -= window[i].tokens
-        rest = set(order).difference(taken)
-        queue.sequences.extendleft(window[i] for i in sorted(rest, reverse=True))
-        for i in taken:
-            self._remove(window[i])
-        return [window[i] for i in taken]
+        taken: list[QueuedSequence] = []
+        for item in order:
+            if item.tokens <= budget or (allow_oversized and not taken):
+                taken.append(item)
+                budget -= item.tokens
+                self._remove(item)
+        chosen = set(taken)
+        queue.sequences.extendleft(item for item in reversed(window) if item not in chosen)
+        return taken
 
     def _oldest(self, queue: PriorityQueue) -> QueuedSequence | None:
         while queue.sequences and queue.sequences[0].request not in self._requests:
             queue.sequences.popleft()
         return queue.sequences[0] if queue.sequences else None
 
-    def _add(self, queue: PriorityQueue, request: int, count: int, tokens: int) -> None:
+    def _add(self, items: Sequence[QueuedSequence]) -> None:
         """Count sequences that joined the queue."""
-        entry = self._requests.setdefault(request, _QueuedRequest(queue))
-        for counter in (queue, entry):
-            counter.count += count
-            counter.tokens += tokens
+        for item in items:
+            self._requests.setdefault(item.request, {})[item.position] = item
+            queue = self._queue(item.bulk)
+            queue.count += 1
+            queue.tokens += item.tokens
 
     def _remove(self, item: QueuedSequence) -> None:
         """Count a sequence that left the queue."""
-        entry = self._requests[item.request]
-        for counter in (entry.queue, entry):
-            counter.count -= 1
-            counter.tokens -= item.tokens
-        if not entry.count:
+        queued = self._requests[item.request]
+        del queued[item.position]
+        if not queued:
             del self._requests[item.request]
+        queue = self._queue(item.bulk)
+        queue.count -= 1
+        queue.tokens -= item.tokens

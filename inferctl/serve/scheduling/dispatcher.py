@@ -14,7 +14,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import numpy as np
@@ -141,11 +141,10 @@ class Dispatcher:
 
     def engine_lost(self, engine: EngineProcess) -> None:
         """Requeue the batches of an engine that ended. Part of `Listener`."""
-        lost = self._engines.pop(engine).in_flight.values()
         self._metrics.engine_deaths.inc()
-        self._batcher.requeue([item for a in lost if a.started is None for item in self._wanted(a.sequences)])
-        for attempt in lost:
-            if attempt.started is None:
+        for attempt in self._engines.pop(engine).in_flight.values():
+            if attempt.started is None:  # the prefetched one
+                self._batcher.requeue(self._wanted(attempt.sequences))
                 continue
             requests: dict[int, list[QueuedSequence]] = {}
             for item in attempt.sequences:
@@ -196,7 +195,7 @@ class Dispatcher:
         if queues := self._engines.values():
             self._batcher.engines = sum(queue.slots for queue in queues)
             tokens = min(queue.batch_tokens for queue in queues)
-            self._batcher.limits = self._batcher.limits.with_batch_tokens(tokens)
+            self._batcher.limits = replace(self._batcher.limits, batch_tokens=tokens)
 
     def _dispatch(self) -> None:
         """Send as many batches as the engines accept, to the least loaded engine first.
@@ -222,10 +221,9 @@ class Dispatcher:
         while self._retries and not queue.in_flight:
             if items := self._wanted(self._retries.popleft()):
                 return BatchAttempt(items, isolated=True)
-        accepts = queue.can_prefetch and self._batcher.has_full_batch() if prefetch else queue.free_slots
-        if self._retries or not accepts:
+        if self._retries or not queue.free_slots(prefetch=prefetch and self._batcher.has_full_batch()):
             return None
-        free_slots = sum(other.free_slots for other in self._engines.values())
+        free_slots = sum(other.free_slots() for other in self._engines.values())
         items = self._batcher.next_batch(self._clock(), slots=max(1, free_slots))
         return BatchAttempt(items) if items else None
 

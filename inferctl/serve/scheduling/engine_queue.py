@@ -50,21 +50,14 @@ class EngineQueue:
         """Tokens of all batches in flight."""
         return sum(attempt.tokens for attempt in self.in_flight.values())
 
-    @property
-    def free_slots(self) -> int:
-        """How many more batches the engine would start at once."""
+    def free_slots(self, *, prefetch: bool = False) -> int:
+        """Return how many more batches the engine accepts. With `prefetch`, one of them waits until another is done."""
         isolated = any(attempt.isolated for attempt in self.in_flight.values())
-        return 0 if isolated else max(0, self.slots - len(self.in_flight))
-
-    @property
-    def can_prefetch(self) -> bool:
-        """Whether all slots are in use, and no batch waits for one."""
-        isolated = any(attempt.isolated for attempt in self.in_flight.values())
-        return not isolated and len(self.in_flight) == self.slots
+        return 0 if isolated else max(0, self.slots + prefetch - len(self.in_flight))
 
     def seconds_until_free(self, latency: LatencyModel) -> float:
         """Return the predicted seconds until the engine can start another batch."""
-        if self.free_slots:
+        if self.free_slots():
             return 0.0
         now = self._clock()
         remaining = [
