@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ FIELDS = [
 ]
 SECOND = 1_000_000_000
 ANSWERING = Path(__file__).with_name("answering.py")
+HARNESS = Path(__file__).resolve().parents[2] / "benchmarks" / "harness"
+
+
+def harness(name: str) -> Any:
+    """Return the script `name` of benchmarks/harness as a module."""
+    spec = importlib.util.spec_from_file_location(f"harness_{name}", HARNESS / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def row(

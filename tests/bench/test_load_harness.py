@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-HARNESS = Path(__file__).resolve().parents[2] / "benchmarks" / "harness"
+from bench_samples import HARNESS
 
 
 def figures(tmp_path: Path, script: str, *options: str) -> dict[str, Any]:

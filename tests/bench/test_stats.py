@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import importlib.util
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from bench_samples import harness
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -126,12 +125,7 @@ def test_requests_that_queue_behind_each_other_get_the_interval_that_they_suppor
 @pytest.fixture(scope="module")
 def simulated() -> Any:
     """The module benchmarks/harness/coverage.py, which does the same with more trials."""
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "harness" / "coverage.py"
-    spec = importlib.util.spec_from_file_location("coverage_of_intervals", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = harness("coverage")
     module.LONG = 1_500_000
     return module
 

@@ -8,13 +8,12 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from random import Random
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
-from bench_samples import FIELDS, SECOND, document, row, sealed, steady, table
+from bench_samples import FIELDS, SECOND, document, harness, row, sealed, steady, table
 
 from inferctl.bench import privacy, receipt
 from inferctl.bench.judge import slo, summary, validity
@@ -326,31 +325,15 @@ def test_what_repeats_leave_open_is_inconclusive_with_the_repeats_it_needs(tmp_p
     )
 
 
-@pytest.mark.parametrize(("repeats", "configurations"), [(1, 3), (5, 2), (5, 4), (10, 3)])
-@pytest.mark.parametrize("noise", [0.025, 0.08])
-def test_of_equal_configurations_none_is_said_to_win(repeats: int, configurations: int, noise: float) -> None:
-    """Runs differ by `noise`, and by slower periods of time. Another process slows down one run in ten."""
-    random, trials, wins = Random(f"{repeats} {configurations} {noise}"), 400, 0
-    base = MeasuredRow("", "measured", valid=True, receipt="r", quality={"checked": False, "reason": "simulated"})
-    for _ in range(trials):
-        stretch = 0.0
-        runs: dict[int, list[RunFigures]] = {number: [] for number in range(configurations)}
-        for repeat in range(repeats):
-            for number in range(configurations):
-                stretch = 0.8 * stretch + random.gauss(0, noise / 2)
-                burst = random.uniform(0.1, 0.5) if random.random() < 0.1 else 0
-                rate = 100 * math.exp(-random.gauss(0, noise) - stretch - burst)
-                runs[number].append(RunFigures(repeat, rate, p50_ms=1, p99_ms=2))
-        simulated = []
-        for number, listed in runs.items():
-            mean = sum(run.requests_per_s for run in listed) / repeats
-            # Windows of one run are correlated, so their interval is narrow even for a slow run.
-            narrow = {"low": 0.99 * mean, "high": 1.01 * mean}
-            figures = {"runs": listed, "requests_per_s": mean, "requests_per_s_interval": narrow}
-            simulated.append(dataclasses.replace(base, configuration=str(number), **figures))
-        said = findings.describe(simulated, "closed", 0.1)[0]
-        wins += " wins:" in said or "is faster:" in said
-    assert wins / trials < 0.05
+@pytest.mark.parametrize("loop", ["closed", "open"])
+@pytest.mark.parametrize(("configurations", "least"), [(2, 0.93), (3, 0.9), (5, 0.8)])
+def test_equal_configurations_rarely_win_and_a_faster_one_does(configurations: int, loop: str, least: float) -> None:
+    """Before, one of two equals won in 4.9% (closed loop) and 5.2% (open), and the faster of five in 68% and 19%."""
+    winners = harness("winners")
+    _, equal = winners.shares(configurations, loop, 0.08, 1.0, trials=1400, seed=1)
+    assert equal <= 0.045
+    wins, _ = winners.shares(configurations, loop, 0.025, 1.15, trials=400, seed=1)
+    assert wins >= least
 
 
 def test_differences_under_five_per_cent_are_no_clear_difference(tmp_path: Path) -> None:
@@ -510,17 +493,6 @@ def test_a_p99_is_not_compared_with_a_p50() -> None:
     assert said.startswith("A is fastest in this run: ")
     assert "% of the p50 of B" in said
     assert "since not every configuration has the 368 responses of a p99" in said
-
-
-@pytest.mark.parametrize("responses", [300, 400])
-@pytest.mark.parametrize("configurations", [2, 4])
-def test_of_equal_configurations_none_wins_in_an_open_loop(responses: int, configurations: int) -> None:
-    random, trials, wins = np.random.default_rng(configurations), 300, 0
-    for _ in range(trials):
-        rows = [lognormal(str(number), 10, 0.4, responses, random) for number in range(configurations)]
-        said = findings.describe(rows, "open", 0.1)[0]
-        wins += " wins:" in said or "is faster:" in said
-    assert wins / trials < 0.05
 
 
 def test_without_intervals_a_run_is_inconclusive(tmp_path: Path) -> None:

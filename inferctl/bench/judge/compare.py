@@ -113,7 +113,7 @@ def judge(pair: ReceiptPair, metric: Metric, options: CompareOptions, family: in
     decide = verdict.paired if pair.interleaved else verdict.unpaired
     effect = decide(values.old, values.new)
     old = geometric_mean(values.old)
-    found = verdict.decide(effect, old, metric.higher_is_worse, tolerance, family)
+    found = verdict.decide(effect, old, metric.higher_is_worse, tolerance, verdict.ERROR_RATE / family)
     return MetricResult(
         metric.name,
         metric.unit,
@@ -192,7 +192,7 @@ def _judge_rejected(pair: ReceiptPair, options: CompareOptions, family: int) -> 
                 REJECTED, "%", "not enough evidence", reason, old, new, verdict.RECOMMENDED_REPEATS, sample=sample
             )
         ]
-    found = verdict.decide_difference(values.old, values.new, pair.interleaved, floor, family)
+    found = verdict.decide_difference(values.old, values.new, pair.interleaved, floor, verdict.ERROR_RATE / family)
     difference = DifferenceResult(
         round(found.change, 4), (round(found.low, 4), round(found.high, 4)), round(found.worst_case, 4)
     )

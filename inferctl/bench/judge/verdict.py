@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 
 from inferctl.bench import student_t
 
-CONFIDENCE = 0.95
+ERROR_RATE = 0.05
+CONFIDENCE = 1 - ERROR_RATE
 POWER = 0.8
 MIN_RUNS = 3
 # Fewer runs do not show enough of how runs differ.
@@ -115,15 +116,17 @@ def _welch(old: Sequence[float], new: Sequence[float]) -> Effect:
     return Effect(estimate, math.sqrt(total), max(1, degrees), math.sqrt(total * fewest), fewest, False)
 
 
-def decide(effect: Effect, baseline: float, higher_is_worse: bool, tolerance: Tolerance, family: int) -> Verdict:
-    """Return the verdict on a figure whose old value is `baseline`, one of `family` figures that are judged together.
+def decide(effect: Effect, baseline: float, higher_is_worse: bool, tolerance: Tolerance, error_rate: float) -> Verdict:
+    """Return the verdict on a figure whose old value is `baseline`.
 
-    Regression: the joint interval excludes "no change", and the estimate exceeds both the threshold and the floor.
+    `error_rate` is that of its two-sided interval. Figures that are judged together share one (Bonferroni).
+
+    Regression: the interval excludes "no change", and the estimate exceeds both the threshold and the floor.
     No regression: the one-sided bound is within the threshold or the floor. Otherwise there is not enough evidence.
     """
     sign = 1.0 if higher_is_worse else -1.0
     margin = _margin(baseline, higher_is_worse, tolerance)
-    decision = _decide(effect, sign * effect.estimate, margin, family)
+    decision = _decide(effect, sign * effect.estimate, margin, error_rate)
     return Verdict(
         decision.outcome,
         change=math.expm1(effect.estimate),
@@ -136,7 +139,7 @@ def decide(effect: Effect, baseline: float, higher_is_worse: bool, tolerance: To
 
 
 def decide_difference(
-    old: Sequence[float], new: Sequence[float], interleaved: bool, margin: float, family: int
+    old: Sequence[float], new: Sequence[float], interleaved: bool, margin: float, error_rate: float
 ) -> Verdict:
     """Return the verdict on a figure that may be zero, such as a share of requests, and that is worse if it is higher.
 
@@ -145,13 +148,13 @@ def decide_difference(
     """
     effect = _paired_differences(old, new) if interleaved else _welch(old, new)
     change = effect.estimate
-    outcome, half_width, bound, needed, reason = _decide(effect, change, margin, family)
+    outcome, half_width, bound, needed, reason = _decide(effect, change, margin, error_rate)
     return Verdict(outcome, change, change - half_width, change + half_width, bound, needed, reason)
 
 
-def _decide(effect: Effect, worse: float, margin: float, family: int) -> _Decision:
+def _decide(effect: Effect, worse: float, margin: float, error_rate: float) -> _Decision:
     """Return the decision on a change for the worse by `worse`, of which `margin` is tolerated."""
-    half_width = effect.error * student_t.quantile(_joint_level(family), effect.degrees)
+    half_width = effect.error * student_t.quantile(1 - error_rate / 2, effect.degrees)
     bound = worse + effect.error * student_t.quantile(CONFIDENCE, effect.degrees)
     if worse - half_width > 0 and worse > margin:
         return _Decision("regression", half_width, bound)
@@ -159,11 +162,11 @@ def _decide(effect: Effect, worse: float, margin: float, family: int) -> _Decisi
         return _Decision("improvement", half_width, bound)
     if bound <= margin:
         return _Decision("no regression", half_width, bound)
-    needed = repeats_needed(worse, margin, effect.spread, family, effect.repeats)
+    needed = repeats_needed(worse, margin, effect.spread, error_rate, effect.repeats)
     return _Decision("not enough evidence", half_width, bound, needed, _why_inconclusive(worse, half_width, margin))
 
 
-def repeats_needed(worse: float, margin: float, spread: float, family: int, done: int) -> int | None:
+def repeats_needed(worse: float, margin: float, spread: float, error_rate: float, done: int) -> int | None:
     """Return the fewest repeats, more than `done`, that decide with 80% probability; None: over `MAX_REPEATS`.
 
     N repeats are enough if they would show that no change is no regression, and that a change of twice the margin (or
@@ -172,22 +175,22 @@ def repeats_needed(worse: float, margin: float, spread: float, family: int, done
     """
 
     def decides(n: int) -> bool:
-        shown = _shows_regression(max(worse, 2 * margin), margin, spread, family, n)
+        shown = _shows_regression(max(worse, 2 * margin), margin, spread, error_rate, n)
         return shown and (worse > 2 * margin or _excludes_regression(min(worse, 0.0), margin, spread, n))
 
     def decides_as_seen(n: int) -> bool:
         if worse > margin:
-            return _shows_regression(worse, margin, spread, family, n)
+            return _shows_regression(worse, margin, spread, error_rate, n)
         return _excludes_regression(worse, margin, spread, n)
 
     enough = decides_as_seen if decides(done) else decides
     return next((n for n in range(done + 1, MAX_REPEATS + 1) if enough(n)), None)
 
 
-def _shows_regression(worse: float, margin: float, spread: float, family: int, n: int) -> bool:
+def _shows_regression(worse: float, margin: float, spread: float, error_rate: float, n: int) -> bool:
     """Return whether n repeats find a true change of `worse` to be a regression with 80% probability."""
     error = spread / math.sqrt(n)
-    least = max(margin, error * student_t.quantile(_joint_level(family), n - 1))
+    least = max(margin, error * student_t.quantile(1 - error_rate / 2, n - 1))
     return worse - least >= NormalDist().inv_cdf(POWER) * error
 
 
@@ -195,11 +198,6 @@ def _excludes_regression(worse: float, margin: float, spread: float, n: int) -> 
     """Return whether n repeats show with 80% probability that a true change of `worse` is within the margin."""
     error = spread / math.sqrt(n)
     return margin - worse - error * student_t.quantile(CONFIDENCE, n - 1) >= NormalDist().inv_cdf(POWER) * error
-
-
-def _joint_level(family: int) -> float:
-    """Return the level of a two-sided interval when `family` intervals share the error rate (Bonferroni)."""
-    return 1 - (1 - CONFIDENCE) / (2 * family)
 
 
 def _margin(baseline: float, higher_is_worse: bool, tolerance: Tolerance) -> float:

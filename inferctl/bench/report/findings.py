@@ -19,8 +19,8 @@ def describe(rows: Sequence[Row], mode: str, error_budget_percent: float) -> lis
     groups = comparable(measured)
     sentences = [text for row in measured if (text := _overload(row, _mode(row, mode)))]
     sentences += _winners(groups, mode, error_budget_percent) or ["No valid measurement: see the reasons."]
-    pairs = sum(math.comb(len(group), 2) for group in groups.values())
-    sentences += [text for group in groups.values() for text in _emulation(group, _mode(group[0], mode), pairs)]
+    error_rate = ranking.ERROR_RATE / max(1, sum(math.comb(len(group), 2) for group in groups.values()))
+    sentences += [text for group in groups.values() for text in _emulation(group, _mode(group[0], mode), error_rate)]
     sentences += [
         f"{row.configuration} fails the quality check: {_failure(row.quality)}; it is not recommended."
         for row in with_receipt
@@ -56,8 +56,11 @@ def _overload(row: MeasuredRow, mode: str) -> str | None:
 
 def _winners(groups: dict[str, list[MeasuredRow]], mode: str, error_budget_percent: float) -> list[str]:
     eligible = {name: ranking.eligible(group, error_budget_percent) for name, group in groups.items()}
-    pairs = max(1, sum(math.comb(len(group), 2) for group in eligible.values()))
-    winners = {name: ranking.winner(eligible[name], _mode(group[0], mode), pairs) for name, group in groups.items()}
+    pairs = sum(math.comb(len(group), 2) for group in eligible.values())
+    winners = {
+        name: ranking.winner(eligible[name], _mode(group[0], mode), len(groups), pairs)
+        for name, group in groups.items()
+    }
     return [f"{name}: {text}" if len(groups) > 1 else text for name, text in winners.items()]
 
 
@@ -79,7 +82,7 @@ def _mode(row: MeasuredRow, mode: str) -> str:
     return str(changes.get("mode", implied))
 
 
-def _emulation(rows: Sequence[MeasuredRow], mode: str, pairs: int) -> list[str]:
+def _emulation(rows: Sequence[MeasuredRow], mode: str, error_rate: float) -> list[str]:
     """Return how each emulated precision compares with fp32, which all hardware runs natively."""
     native = {row.precision.get("effective"): row for row in rows if row.precision.get("level") == "native"}
     fp32 = native.get("fp32")
@@ -88,19 +91,18 @@ def _emulation(rows: Sequence[MeasuredRow], mode: str, pairs: int) -> list[str]:
     for row in rows:
         if fp32 and row.precision.get("level") == "emulated" and math.isfinite(by.cost(row)):
             reason = str(row.precision.get("reason") or "the hardware does not support it").partition(":")[0]
-            found.append(
-                f"{row.configuration} is emulated on this hardware because {reason}. {_against(row, fp32, by, pairs)}"
-            )
+            against = _against(row, fp32, by, error_rate)
+            found.append(f"{row.configuration} is emulated on this hardware because {reason}. {against}")
     return found
 
 
-def _against(row: MeasuredRow, other: MeasuredRow, by: ranking.Criterion, pairs: int) -> str:
+def _against(row: MeasuredRow, other: MeasuredRow, by: ranking.Criterion, error_rate: float) -> str:
     """Return how two configurations compare in one sentence: a ratio if it was tested, else both figures."""
     if not by.tested:
         values = f"{_with_interval(row, by)}, {other.configuration} {_with_interval(other, by)}"
         return f"In {ranking.runs_of(by)}: {row.configuration} {values}."
     first, second = sorted((other, row), key=by.cost)
-    found = ranking.compare(first, second, by, pairs)
+    found = ranking.compare(first, second, by, error_rate)
     ratio = f"{ranking.ratio(second, first, by)} of {second.configuration}{found.interval}"
     if found.inconclusive:
         return f"Inconclusive: {first.configuration} has {ratio}."
