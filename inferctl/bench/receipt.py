@@ -80,6 +80,11 @@ class Receipt:
         return self.data["plan"].get("load") or {}
 
     @property
+    def task(self) -> str:
+        """Return the task of the server. Older receipts are all of embeddings."""
+        return str(self.load.get("task") or "embed")
+
+    @property
     def quality(self) -> JsonObject:
         quality: JsonObject = self.data["quality"]
         return quality

@@ -13,13 +13,17 @@ from inferctl.cli import bench_checks, console, options
 from inferctl.cli.bench_options import AccessOptions, BenchOptions, parse_hardware, parse_target
 
 if TYPE_CHECKING:
-    from inferctl.bench.load.target import Access
+    from inferctl.bench.load.target import Access, Target
     from inferctl.bench.measure.environment import Environment
     from inferctl.bench.measure.outcome import BenchTarget, Outcome
     from inferctl.bench.measure.runner import Bench
     from inferctl.bench.plan.plan import Plan
     from inferctl.bench.report.receipts import Context
     from inferctl.settings import Resolved
+    from inferctl.spec import Task
+
+# What a server of `--url` states and must not change before a benchmark is resumed.
+_STATED = (("model", "sha256"), ("precision", "effective"))
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,11 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
     bench_checks.check_corpora(plan, targets)
     # The download comes last, after every check that needs no model.
     folder = _model_folder(resolved, needs_model)
+    servers = _servers(targets, access)
+    plan = plan.for_task(_task(resolved, folder, targets, servers))
     definition = _Definition(resolved, plan, file, targets, folder, slo, access)
     machine = environment.detect()
-    identity = _identity(definition, machine)
+    identity = _identity(definition, machine, servers)
     output = _create_folder(bench_options.output, plan.name)
     original_options = {
         "spec": str(Path(resolved.file).resolve()) if resolved and resolved.file else None,
@@ -128,7 +134,8 @@ def prepare_resumed(output: Path, headers: list[str] | None = None) -> PreparedB
         resolved, plan, original_options["plan_file"], targets, folder, slo, access_options.access()
     )
     machine = environment.detect()
-    resume.check_unchanged(saved, _identity(definition, machine), output)
+    servers = _servers(targets, definition.access)
+    resume.check_unchanged(saved, _identity(definition, machine, servers), output)
     work, context = _bench(definition, machine, output)
     return PreparedBench(work, context, runner.outcomes(work))
 
@@ -176,27 +183,47 @@ def _version() -> str:
     return inferctl.__version__
 
 
-def _identity(definition: _Definition, machine: Environment) -> dict[str, Any]:
-    """Return the inputs that the figures depend on. Sends requests to the servers of `--url`."""
-    from inferctl import model as models
+def _servers(targets: list[BenchTarget], access: Access) -> dict[str, Target]:
+    """Return the servers of `--url` by the names of their targets. Sends requests to them."""
     from inferctl.bench.load.target import connect
+
+    return {target.name: connect(target.url, access=access) for target in targets if target.url}
+
+
+def _task(
+    resolved: Resolved | None, folder: Path | None, targets: list[BenchTarget], servers: dict[str, Target]
+) -> Task:
+    """Return the task of all targets. Raises `UsageError` if they differ, or if the model is made for another task."""
+    from inferctl import model as models
+    from inferctl.errors import UsageError
+
+    tasks = {name: server.task for name, server in servers.items()}
+    if resolved and folder and len(servers) < len(targets):
+        spec = resolved.spec.model
+        task = models.resolve_task(spec.task, models.ModelFolder(folder).config, spec.source)
+        tasks |= {target.name: task for target in targets if not target.url}
+    if len(set(tasks.values())) > 1:
+        named = ", ".join(f"{name}: {task}" for name, task in tasks.items())
+        raise UsageError(f"the targets have different tasks: {named}", "measure each task in a benchmark of its own")
+    return next(iter(tasks.values()), "embed")
+
+
+def _identity(definition: _Definition, machine: Environment, servers: dict[str, Target]) -> dict[str, Any]:
+    """Return the inputs that the figures depend on."""
+    from inferctl import model as models
     from inferctl.bench.measure import resume
 
-    servers = {}
-    for target in definition.targets:
-        if target.url:
-            info = connect(target.url, access=definition.access).info
-            servers[target.name] = [
-                (info.get("model") or {}).get("sha256"),
-                (info.get("precision") or {}).get("effective"),
-            ]
+    stated = {
+        name: [(server.info.get(section) or {}).get(key) for section, key in _STATED]
+        for name, server in servers.items()
+    }
     return resume.identity(
         definition.plan,
         definition.targets,
         machine,
         models.ModelFolder(definition.folder).digest if definition.folder else None,
         _settings_sha256(definition.resolved),
-        servers,
+        stated,
         definition.plan_file,
     )
 

@@ -3,7 +3,7 @@
     python answering.py --announce FILE [--median-ms 8 --sigma 0.5] [--stall-every 5 --stall-for 0.5]
                         [--fail-after N] [--die-after N] [--slots N [--queue N]] [--drift 0.01]
                         [--broken nan|shape|ragged|zeros|error] [--info-status 503] [--sha256 HEX]
-                        [--model DIR --precision bf16 ...]
+                        [--model DIR --precision bf16 ...] [--task rerank [--broken nan|missing|unsorted]]
 
 Each request sleeps for the next drawn delay. `GET /truth` lists the actual times of the responses inside the server, in
 ms and in order. It uses only the standard library, and one thread per connection.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import hashlib
 import http.server
 import itertools
@@ -31,16 +32,38 @@ from typing import Any
 DIMENSIONS = 32
 
 
+@functools.cache
+def direction_of(word: str) -> list[float]:
+    draw = random.Random(word)
+    return [draw.gauss(0, 1) for _ in range(DIMENSIONS)]
+
+
+@functools.cache
 def vector(text: str, drift: float) -> list[float]:
     """Return a unit vector that depends on the words of the text, moved by `drift` in a direction of its own."""
     total = [0.0] * DIMENSIONS
     for word in text.lower().split():
-        draw = random.Random(word)
-        total = [value + draw.gauss(0, 1) for value in total]
+        total = [value + part for value, part in zip(total, direction_of(word), strict=True)]
     direction = random.Random(text + "#")
     total = [value + drift * direction.gauss(0, 1) * math.sqrt(len(text.split()) or 1) for value in total]
     norm = math.sqrt(sum(value * value for value in total)) or 1.0
     return [value / norm for value in total]
+
+
+def score(query: str, document: str, drift: float) -> float:
+    """Return the rerank score of a document: the cosine of both texts without `drift`, plus noise of that size."""
+    similar = sum(a * b for a, b in zip(vector(query, 0), vector(document, 0), strict=True))
+    return similar + drift * random.Random(query + document).gauss(0, 1)
+
+
+def ranking(query: str, documents: list[str], drift: float, broken: str) -> list[dict[str, Any]]:
+    """Return the results of a rerank request, or those of a server that is broken in the way `broken`."""
+    scores = [score(query.partition(" ")[2] if query[:6].isdigit() else query, text, drift) for text in documents]
+    rows = [{"index": index, "relevance_score": value} for index, value in enumerate(scores)]
+    rows.sort(key=lambda row: -row["relevance_score"])
+    if broken == "nan":
+        rows[-1]["relevance_score"] = math.nan
+    return {"missing": rows[:-1], "unsorted": rows[::-1]}.get(broken, rows)
 
 
 def corrupt(values: list[float], how: str, number: int) -> list[float]:
@@ -125,6 +148,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.sleep(delay):
             self.respond(429, {"error": {"message": "full"}}, {"Retry-After": "1"})
             return
+        if self.path == "/v1/rerank":
+            results = ranking(body["query"], body["documents"], self.options.drift, self.options.broken)
+            usage = {"prompt_tokens": 9 * len(body["documents"])}
+            self.respond(200, {"results": results, "usage": usage})
+            return
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
         if self.options.broken == "error" and len(texts) > 1:  # only the quality check sends several texts
             self.respond(500, {"error": {"message": "broken"}})
@@ -157,6 +185,7 @@ def info(options: argparse.Namespace) -> dict[str, Any]:
     effective = options.precision if options.precision != "auto" else "fp32"
     return {
         "name": "test",
+        "task": options.task,
         "model": {"source": options.model, "sha256": options.sha256, "architecture": "Test", "dimensions": DIMENSIONS},
         "precision": {
             "requested": options.precision,
@@ -189,6 +218,7 @@ def main() -> None:
     parser.add_argument("--info-status", type=int, default=0)
     parser.add_argument("--sha256", default=hashlib.sha256(b"test").hexdigest())
     parser.add_argument("--refuse", default="")
+    parser.add_argument("--task", default="embed")
     options, _ = parser.parse_known_args()
     if options.refuse and options.precision == options.refuse:
         sys.exit(f"error: {options.precision} cannot run on this device\n\nhint: use another")

@@ -278,8 +278,8 @@ def test_other_weights_are_not_compared(tmp_path: Path, weights: tuple[Path, str
 def test_the_reference_cuts_inputs_where_the_server_does(minilm: Path) -> None:
     texts = ["one two three four five six seven eight nine ten", "hello"]
     head = " ".join(texts[0].split()[:6])
-    cut = quality.reference(minilm, texts, 8, lambda passed: None).vectors
-    whole = quality.reference(minilm, [*texts, head], None, lambda passed: None).vectors
+    cut = quality.reference(minilm, texts, 8, lambda passed: None).values
+    whole = quality.reference(minilm, [*texts, head], None, lambda passed: None).values
     assert not np.allclose(cut[0], whole[0], atol=1e-3)
     assert np.allclose(cut[0], whole[2], atol=1e-5)
     assert np.allclose(cut[1], whole[1], atol=1e-6)

@@ -146,7 +146,9 @@ def _schedule_difference(old: Receipt, new: Receipt) -> str:
     """Return how loads or schedules differ, or an empty string."""
     if old.data.get("search") or new.data.get("search"):
         return "each search ends at its own rate: measure both at one rate with `inferctl bench --rate`"
-    loads = [{**side.load, "neighbours": side.data["plan"].get("neighbours") or 0} for side in (old, new)]
+    loads = [
+        {**side.load, "task": side.task, "neighbours": side.data["plan"].get("neighbours") or 0} for side in (old, new)
+    ]
     for load in loads:
         # It has no effect without a share of the capacity, and older receipts do not have it.
         if not load.get("capacity_percent"):

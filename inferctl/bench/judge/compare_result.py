@@ -55,10 +55,11 @@ class DifferenceResult:
 
 @dataclass(frozen=True)
 class QualityTolerance:
-    """The limits of a quality metric: the largest drop, and the smallest value that the plan allows."""
+    """The limits of a quality metric: the largest drop, and the smallest or the largest value that the plan allows."""
 
-    drop_allowed: float
-    least: float | None
+    drop_allowed: float | None = None
+    least: float | None = None
+    most: float | None = None
 
 
 @dataclass(frozen=True)

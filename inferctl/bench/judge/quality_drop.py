@@ -1,4 +1,4 @@
-"""Compare the quality of two receipts. Exact, without intervals: the vectors are computed, not sampled."""
+"""Compare the quality of two receipts. Exact, without intervals: the outputs are computed, not sampled."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from inferctl.bench.judge.comparable import ReceiptPair
 from inferctl.bench.judge.compare_result import MetricResult, QualityTolerance
+from inferctl.bench.receipt import JsonObject
 
 # The largest default drop, and the drop that is always allowed: near-ties change places if the batches differ.
-_MAX_DROP = {"cosine_p1": 0.005, "recall_at_10": 0.02}
-_MIN_DROP = {"cosine_p1": 0.0005, "recall_at_10": 0.005}
+_MAX_DROP = {"cosine_p1": 0.005, "recall_at_10": 0.02, "kendall": 0.02}
+_MIN_DROP = {"cosine_p1": 0.0005, "recall_at_10": 0.005, "kendall": 0.005}
 
 
 def judge(pair: ReceiptPair, drops: Mapping[str, float | None], allow: Sequence[str]) -> list[MetricResult]:
@@ -24,15 +25,43 @@ def judge(pair: ReceiptPair, drops: Mapping[str, float | None], allow: Sequence[
             reason = f"the new receipt has no quality check ({new.get('reason')}), the old receipt has one"
             return [MetricResult("quality", "", "not enough evidence", reason)]
         return [MetricResult("quality", "", "not compared", f"not checked: {new.get('reason')}")]
-    if "cosine" not in new:
+    after = _figures(new)
+    if not after:
         return [MetricResult("quality", "", "regression", f"broken: {new.get('reason')}")]
     same_texts = pair.same_texts and old.get("texts") == new.get("texts")
-    known = old if old.get("checked") and "cosine" in old and same_texts else {}
+    before = _figures(old) if old.get("checked") and same_texts else {}
     limits = new.get("limits") or {}
-    old_cosine, new_cosine = (known.get("cosine") or {}).get("p1"), new["cosine"]["p1"]
-    old_recall, new_recall = known.get("recall_at_10"), new["recall_at_10"]
-    rows = (("cosine_p1", old_cosine, new_cosine), ("recall_at_10", old_recall, new_recall))
-    return [_judge(name, before, after, limits.get(name), drops[name], allow) for name, before, after in rows]
+    rows = [
+        _judge(name, before.get(name), value, limits.get(name), drops.get(name), allow) for name, value in after.items()
+    ]
+    return [*rows, *_judge_scores(before and old, new)]
+
+
+def _figures(quality: JsonObject) -> dict[str, float]:
+    """Return the figures that are 1 if a server equals fp32; empty for broken outputs."""
+    if "cosine" in quality:
+        return {"cosine_p1": quality["cosine"]["p1"], "recall_at_10": quality["recall_at_10"]}
+    return {"kendall": quality["kendall"]} if "kendall" in quality else {}
+
+
+def _judge_scores(old: JsonObject, new: JsonObject) -> list[MetricResult]:
+    """Return the verdict on the maximum difference of rerank scores, by the limit of the plan."""
+    if not (found := new.get("score_difference")):
+        return []
+    low, high = found["range"]
+    limit = new["limits"]["score_difference"] * (high - low)
+    worse = found["max"] > limit
+    return [
+        MetricResult(
+            "score_difference",
+            unit="",
+            outcome="regression" if worse else "no regression",
+            reason=f"above the plan's limit of {limit:.4g}" if worse else "",
+            old=(old.get("score_difference") or {}).get("max"),
+            new=found["max"],
+            limits=QualityTolerance(most=limit),
+        )
+    ]
 
 
 def allowed_drop(name: str, old: float | None, allow: Sequence[str] = ()) -> float:

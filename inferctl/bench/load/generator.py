@@ -68,7 +68,7 @@ def prepare(load: Load, workload: Workload, target: Target, serial: int, folder:
     description: dict[str, Any] = load.model_dump(exclude={"stages", "spike", "trace"})
     description |= {name: str(folder / f"{name}.bin") for name in parts}
     description |= {
-        "url": target.embeddings_url,
+        "url": target.endpoint_url,
         "bodies": str(folder / "bodies.jsonl"),
         "output": str(folder),
         "serial": serial,

@@ -1,11 +1,11 @@
-"""Connect to a server at a URL, read what it reports about itself, and request embeddings from it.
+"""Connect to a server at a URL, read what it reports about itself, and request embeddings or scores from it.
 
 Servers differ in their paths and in how they name their model:
 
-    inferctl                     GET /info        POST /v1/embeddings
-    vLLM                         GET /v1/models   POST /v1/embeddings
-    infinity                     GET /models      POST /embeddings
-    text-embeddings-inference    GET /info        POST /v1/embeddings, else /embed
+    inferctl                     GET /info        POST /v1/embeddings              POST /v1/rerank
+    vLLM                         GET /v1/models   POST /v1/embeddings              POST /v1/rerank
+    infinity                     GET /models      POST /embeddings                 POST /rerank
+    text-embeddings-inference    GET /info        POST /v1/embeddings, else /embed POST /rerank, other keys
 """
 
 from __future__ import annotations
@@ -13,20 +13,26 @@ from __future__ import annotations
 import base64
 import http.client
 import ipaddress
+import itertools
 import json
+import math
 import re
 import struct
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from inferctl.bench.load import procfs
 from inferctl.errors import InferctlError, NotReadyError, UsageError
+from inferctl.spec import Task
 
-PATHS = ("/v1/embeddings", "/embeddings", "/embed")
+PATHS: Mapping[Task, tuple[str, ...]] = {
+    "embed": ("/v1/embeddings", "/embeddings", "/embed"),
+    "rerank": ("/v1/rerank", "/rerank"),
+}
 _ABSENT = (404, 405, 501)
 # HTTP statuses of a server that rejects an unknown key of a request.
 _INVALID = (400, 415, 422)
@@ -72,30 +78,66 @@ class Target:
     """A server that is measured.
 
     `info` is its `GET /info`, or the known facts under the same keys for servers other than inferctl. `model` is the
-    name of its model in the API. `path` is the endpoint for texts. `base64` is whether it can encode vectors in base64.
+    name of its model in the API. `path` is the endpoint for the task. `base64` is whether it can encode vectors in
+    base64. `documents_key` is the key of the documents of a rerank request.
     """
 
     url: str
     model: str
     info: Info = field(default_factory=dict)
-    path: str = PATHS[0]
+    path: str = PATHS["embed"][0]
     base64: bool = True
     access: Access = field(default_factory=Access)
+    task: Task = "embed"
+    documents_key: Literal["documents", "texts"] = "documents"
 
     @property
-    def embeddings_url(self) -> str:
+    def endpoint_url(self) -> str:
         return f"{self.url}{self.path}"
 
     def body(self, texts: list[str]) -> Body:
-        """Return the JSON body of a request for the embeddings of `texts`."""
+        """Return the JSON body of a request for the embeddings of `texts`, or for the scores of a query and documents.
+
+        The query is the first text.
+        """
+        if self.task == "rerank":
+            options = {"truncate": True} if self.documents_key == "texts" else {"model": self.model}
+            return {"query": texts[0], self.documents_key: texts[1:]} | options
         if self.path == "/embed":
             return {"inputs": texts, "truncate": True}
         encoding = {"encoding_format": "base64"} if self.base64 else {}
         return {"model": self.model, "input": texts} | encoding
 
+    def request(self, texts: list[str], timeout_s: float = 120) -> Sequence[object]:
+        """Request what `body(texts)` requests, and return the vectors or the scores. Raises `InferctlError`."""
+        return self.rerank(texts, timeout_s) if self.task == "rerank" else self.embed(texts, timeout_s)
+
+    def rerank(self, texts: list[str], timeout_s: float = 120) -> list[float]:
+        """Return the score of each document for the query `texts[0]`. The documents are `texts[1:]`.
+
+        Raises `InferctlError` if the request is rejected or the response is invalid: without one finite score per
+        document, or not sorted.
+        """
+        response = _post(self.endpoint_url, timeout_s, self.body(texts), self.access)
+        try:
+            if self.documents_key == "texts":
+                results = [(int(row["index"]), float(row["score"])) for row in response]
+            else:
+                results = [(int(row["index"]), float(row["relevance_score"])) for row in response["results"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InferctlError(f"the response of {self.endpoint_url} is not a list of scores: {error}") from None
+        count, scores = len(texts) - 1, dict(results)
+        if len(results) != count or set(scores) != set(range(count)):
+            raise InferctlError(f"{self.endpoint_url} returned {len(results)} results for {count} documents")
+        if not all(map(math.isfinite, scores.values())):
+            raise InferctlError(f"{self.endpoint_url} returned scores with NaN or infinity")
+        if any(before < after for (_, before), (_, after) in itertools.pairwise(results)):
+            raise InferctlError(f"{self.endpoint_url} returned results that are not sorted by score")
+        return [scores[index] for index in range(count)]
+
     def embed(self, texts: list[str], timeout_s: float = 120) -> list[tuple[float, ...]]:
         """Return one vector per text. Raises `InferctlError` if the request is rejected or the response is invalid."""
-        response = _post(self.embeddings_url, timeout_s, self.body(texts), self.access)
+        response = _post(self.endpoint_url, timeout_s, self.body(texts), self.access)
         try:
             if self.path == "/embed":
                 vectors = [_vector(row) for row in response]
@@ -103,38 +145,49 @@ class Target:
                 rows = sorted(response["data"], key=lambda row: row["index"])
                 vectors = [_vector(row["embedding"]) for row in rows]
         except (KeyError, TypeError, ValueError, struct.error) as error:
-            raise InferctlError(f"the response of {self.embeddings_url} is not a list of embeddings: {error}") from None
+            raise InferctlError(f"the response of {self.endpoint_url} is not a list of embeddings: {error}") from None
         if len(vectors) != len(texts):
-            raise InferctlError(f"{self.embeddings_url} returned {len(vectors)} embeddings for {len(texts)} texts")
+            raise InferctlError(f"{self.endpoint_url} returned {len(vectors)} embeddings for {len(texts)} texts")
         return vectors
 
 
 def connect(url: str, timeout_s: float = 10, access: Access | None = None) -> Target:
-    """Return the server at `url`. The URL may include the endpoint for texts.
+    """Return the server at `url`. The URL may include the endpoint for the task.
 
-    A server other than inferctl receives a request for one embedding. Its response shows the endpoint, and that the
+    A server other than inferctl receives a request with one text. Its response shows the endpoint, and that the
     server is ready. Raises `UsageError` for an invalid URL, and `NotReadyError` if no server responds or it rejects
     requests.
     """
     access = access or Access()
     url = url.rstrip("/")
-    path = next((suffix for suffix in PATHS if url.endswith(suffix)), None)
+    path = next((suffix for paths in PATHS.values() for suffix in paths if url.endswith(suffix)), None)
     url = url.removesuffix(path or "").removesuffix("/v1")
     if not _is_address(url):
         raise UsageError(f"{url!r} is not the URL of a server", "pass a URL as in `--url t4=http://10.0.0.7:8080`")
     info = _get_json(f"{url}/info", timeout_s, access)
+    task = _task(info, path)
     if info.get("name"):
-        return Target(url, access.model or str(info["name"]), info, path or PATHS[0], access=access)
+        name = access.model or str(info["name"])
+        return Target(url, name, info, path or PATHS[task][0], access=access, task=task)
     model = access.model or info.get("model_id") or _first_model(url, timeout_s, access)
     if not model:
         raise NotReadyError(
             f"{url} responds, but none of GET /info, /v1/models and /models names a model",
-            "check that it is an embeddings server, and pass the name of its model with `--served-model NAME`",
+            "check that it serves embeddings or reranking, and pass the name of its model with `--served-model NAME`",
         )
-    server = _probe(Target(url, str(model), access=access), path)
-    encoding = "base64" if server.base64 and server.path != "/embed" else "float"
-    api = {"path": server.path, "model": server.model, "encoding_format": encoding}
+    server = _probe(Target(url, str(model), access=access, task=task), path)
+    api = {"path": server.path, "model": server.model}
+    if task == "embed":
+        api["encoding_format"] = "base64" if server.base64 and server.path != "/embed" else "float"
     return replace(server, info=_describe(info) | {"api": api})
+
+
+def _task(info: Info, path: str | None) -> Task:
+    """Return the task of the endpoint `path`, else the one that the server reports: embed if it reports none."""
+    if path:
+        return "rerank" if path in PATHS["rerank"] else "embed"
+    # The second one is that of text-embeddings-inference.
+    return "rerank" if info.get("task") == "rerank" or "reranker" in (info.get("model_type") or ()) else "embed"
 
 
 def _first_model(url: str, timeout_s: float, access: Access) -> str | None:
@@ -161,32 +214,38 @@ def _describe(info: Mapping[str, Any]) -> Info:
 
 
 def _probe(server: Target, path: str | None) -> Target:
-    """Return `server` with the first path and encoding that give an embedding. Raises `NotReadyError`."""
+    """Return `server` with the first path and form of a request that it accepts. Raises `NotReadyError`."""
     absent: list[_StatusError] = []
-    for candidate in (path,) if path else PATHS:
+    for candidate in (path,) if path else PATHS[server.task]:
         try:
-            return _check_embedding(replace(server, path=candidate))
+            return _check(replace(server, path=candidate))
         except _StatusError as error:
             if error.status not in _ABSENT:
                 raise NotReadyError(error.message, _hint(error.status)) from None
             absent.append(error)
         except InferctlError as error:
-            raise NotReadyError(error.message, "check that it is an embeddings server") from None
+            raise NotReadyError(error.message, "check that it serves embeddings or reranking") from None
     raise NotReadyError(
-        f"{server.url} has no endpoint for embeddings: {absent[0].message}",
-        "pass the URL with its path, as in `--url NAME=http://10.0.0.7:8080/embeddings`, and check `--served-model`",
+        f"{server.url} has no endpoint for {'reranking' if server.task == 'rerank' else 'embeddings'}: "
+        f"{absent[0].message}",
+        f"pass the URL with its path, as in `--url NAME=http://10.0.0.7:8080{PATHS[server.task][1]}`, "
+        "and check `--served-model`",
     )
 
 
-def _check_embedding(server: Target) -> Target:
-    """Return `server` with an encoding for which it returns an embedding: base64, else float."""
+def _check(server: Target) -> Target:
+    """Return `server` with a form of a request that it accepts.
+
+    For embeddings, this is the encoding base64, else float. For reranking, it is the key of the documents.
+    """
+    texts = ["ready", "ready"] if server.task == "rerank" else ["ready"]
     try:
-        server.embed(["ready"], _PROBE_S)
+        server.request(texts, _PROBE_S)
     except _StatusError as error:
         if error.status not in _INVALID or server.path == "/embed":
             raise
-        server = replace(server, base64=False)
-        server.embed(["ready"], _PROBE_S)
+        server = replace(server, base64=False, documents_key="texts")
+        server.request(texts, _PROBE_S)
     return server
 
 

@@ -1,6 +1,6 @@
-"""How close a server's vectors are to fp32 vectors of the same weights.
+"""How close a server's vectors or rerank scores are to those of the same weights in fp32.
 
-A process of its own (`inferctl.serve.reference`) computes the fp32 vectors.
+A process of its own (`inferctl.serve.reference`) computes the fp32 vectors or scores.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,26 +23,29 @@ import numpy.typing as npt
 from inferctl import model as models
 from inferctl.bench.load.target import Target
 from inferctl.bench.plan import workload
-from inferctl.bench.plan.plan import Quality
+from inferctl.bench.plan.plan import DOCUMENTS, Quality
 from inferctl.bench.stats import rank
 from inferctl.errors import InferctlError
+from inferctl.spec import Task
 
 PROGRAM = "inferctl.serve.reference"
 NEIGHBORS = 10
 _BATCH = 16
 
 Matrix = npt.NDArray[np.float32]
+Inputs = list[str] | list[list[str]]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The fp32 vectors of `texts`, shape (n, dimensions).
+    """The fp32 vectors of n texts, shape (n, dimensions), or the fp32 scores of n rerank requests, (n, documents).
 
-    `model_sha256` is the digest of the model folder, `corpus_sha256` that of the file with the texts, if there is one.
+    An input is a text, or the query and the documents of a request. `model_sha256` is the digest of the model folder,
+    `corpus_sha256` that of the file with the texts, if there is one.
     """
 
-    texts: list[str]
-    vectors: Matrix
+    inputs: Inputs
+    values: Matrix
     model_sha256: str
     corpus_sha256: str | None = None
 
@@ -56,19 +60,24 @@ class CosineSimilarity:
 
 
 @dataclass(frozen=True)
-class QualityLimits:
-    """The smallest values with which a configuration passes."""
+class ScoreDifference:
+    """Absolute difference of each score and its fp32 score, and the range of the fp32 scores."""
 
-    cosine_p1: float
-    recall_at_10: float
+    mean: float
+    max: float
+    range: tuple[float, float]
 
 
 @dataclass(frozen=True)
 class QualityResult:
     """The result of a quality check.
 
-    `checked` is False if the vectors were not compared; `reason` then says why. If `passes` is False, `reason` says why
-    the server returned no usable vectors, or `cosine` and `recall_at_10` are below `limits`.
+    `checked` is False if the outputs were not compared; `reason` then says why. If `passes` is False, `reason` says why
+    the server returned no usable outputs, or a figure exceeds its limit. `limits` maps figures to limits.
+
+    Embeddings have `cosine` and `recall_at_10`. Rerank scores have `score_difference`, `kendall` (mean of Kendall's tau
+    over the requests) and `top_1` (share of the requests with the same best document). `texts` counts the texts or the
+    pairs.
     """
 
     checked: bool
@@ -77,29 +86,32 @@ class QualityResult:
     texts: int | None = None
     cosine: CosineSimilarity | None = None
     recall_at_10: float | None = None
-    limits: QualityLimits | None = None
+    score_difference: ScoreDifference | None = None
+    kendall: float | None = None
+    top_1: float | None = None
+    limits: Mapping[str, float] | None = None
     corpus_sha256: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the `quality` key of a receipt: only the fields that this result has."""
-        optional = () if self.cosine is None else ("corpus_sha256",)
+        optional = () if self.limits is None else ("corpus_sha256",)
         return {key: value for key, value in asdict(self).items() if value is not None or key in optional}
 
 
 class QualityChecker:
     """Compares servers with the fp32 reference of the model folder `model`.
 
-    The reference is computed once for each input limit that a server reports. Without `limits` the plan requests no
-    check. Without `model` there are no weights to compare with. The reference process works in `folder` (default: the
-    current one), so that a resumed benchmark finds an orphaned process. `failed` is True if the last check had no
-    reference because its computation failed; a resumed benchmark tries again.
+    The reference is computed once for each task and input limit that a server reports. Without `limits` the plan
+    requests no check. Without `model` there are no weights to compare with. The reference process works in `folder`
+    (default: the current one), so that a resumed benchmark finds an orphaned process. `failed` is True if the last
+    check had no reference because its computation failed; a resumed benchmark tries again.
     """
 
     def __init__(self, limits: Quality | None, model: Path | None, folder: Path | None = None) -> None:
         self._limits = limits
         self._folder = folder
         self._model = models.ModelFolder(model) if model else None
-        self._references: dict[int | None, Reference | str] = {}
+        self._references: dict[tuple[Task, int | None], Reference | str] = {}
         self.failed = False
 
     def __call__(self, target: Target, on_wait: Callable[[float], None]) -> QualityResult:
@@ -121,11 +133,10 @@ class QualityChecker:
                 "pass its model with `--model`"
             )
         max_input_tokens = (target.info.get("limits") or {}).get("max_input_tokens")
-        if max_input_tokens not in self._references:
-            self._references[max_input_tokens] = self._compute(
-                self._model.path, self._limits, max_input_tokens, on_wait
-            )
-        expected = self._references[max_input_tokens]
+        key = (target.task, max_input_tokens)
+        if key not in self._references:
+            self._references[key] = self._compute(self._model.path, self._limits, *key, on_wait)
+        expected = self._references[key]
         if isinstance(expected, str):
             self.failed = True
             return unchecked(expected)
@@ -135,12 +146,15 @@ class QualityChecker:
             return broken(error.message)
 
     def _compute(
-        self, model: Path, limits: Quality, max_input_tokens: int | None, on_wait: Callable[[float], None]
+        self, model: Path, limits: Quality, task: Task, max_input_tokens: int | None, on_wait: Callable[[float], None]
     ) -> Reference | str:
         """Return the reference, or the reason why there is none."""
         texts, digest = workload.read_corpus(limits.corpus)
+        inputs: Inputs = texts[: limits.texts]
+        if task == "rerank":
+            inputs = workload.rerank_groups(texts[: limits.texts], DOCUMENTS)
         try:
-            computed = reference(model, texts[: limits.texts], max_input_tokens, on_wait, self._folder)
+            computed = reference(model, inputs, max_input_tokens, on_wait, self._folder)
             return replace(computed, corpus_sha256=digest)
         except InferctlError as error:
             return error.message
@@ -148,7 +162,7 @@ class QualityChecker:
 
 def reference(
     model: Path,
-    texts: list[str],
+    inputs: Inputs,
     max_input_tokens: int | None,
     on_wait: Callable[[float], None],
     folder: Path | None = None,
@@ -159,9 +173,12 @@ def reference(
     fails.
     """
     limit = ["--max-input-tokens", str(max_input_tokens)] if max_input_tokens else []
+    sent: list[Any] = []
+    for each in inputs:
+        sent += [each] if isinstance(each, str) else [[each[0], document] for document in each[1:]]
     arguments = [sys.executable, "-m", PROGRAM, str(model.resolve()), *limit]
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        stdin.write(json.dumps(texts).encode())
+        stdin.write(json.dumps(sent).encode())
         stdin.seek(0)
         process = subprocess.Popen(
             arguments, stdin=stdin, stdout=stdout, stderr=stderr, cwd=folder, start_new_session=True
@@ -183,19 +200,26 @@ def reference(
             error = _error_line(stderr.read().decode(errors="replace"))
             raise InferctlError(f"the computation of the fp32 reference failed: {error}")
         document = json.loads(stdout.read())
-    rows = [np.frombuffer(base64.b64decode(text), "<f4") for text in document["embeddings"]]
-    return Reference(texts, np.stack(rows), str(document["model_sha256"]))
+    if isinstance(inputs[0], str):
+        values = np.stack([np.frombuffer(base64.b64decode(text), "<f4") for text in document["embeddings"]])
+    else:
+        values = np.asarray(document["scores"], np.float32).reshape(len(inputs), -1)
+    return Reference(inputs, values, str(document["model_sha256"]))
 
 
 def check(target: Target, expected: Reference, limits: Quality) -> QualityResult:
-    """Embed the texts of the reference on `target` and compare the vectors.
+    """Send the inputs of the reference to `target` and compare the vectors or the scores.
 
-    Raises `InferctlError` if the server fails or returns vectors that cannot be compared.
+    Raises `InferctlError` if the server fails or returns outputs that cannot be compared.
     """
+    if target.task == "rerank":
+        scores = np.asarray([target.rerank(list(request)) for request in expected.inputs], np.float32)
+        return replace(compare_scores(expected.values, scores, limits), corpus_sha256=expected.corpus_sha256)
     rows: list[Sequence[float]] = []
-    for start in range(0, len(expected.texts), _BATCH):
-        rows += target.embed(expected.texts[start : start + _BATCH])
-    size = expected.vectors.shape[1]
+    texts = [str(text) for text in expected.inputs]
+    for start in range(0, len(texts), _BATCH):
+        rows += target.embed(texts[start : start + _BATCH])
+    size = expected.values.shape[1]
     if wrong := [len(row) for row in rows if len(row) != size]:
         raise InferctlError(f"the server returned vectors of {wrong[0]} dimensions; the reference has {size}")
     with np.errstate(over="ignore"):
@@ -204,7 +228,7 @@ def check(target: Target, expected: Reference, limits: Quality) -> QualityResult
         raise InferctlError("the server returned vectors with NaN or infinity")
     if not found.any(axis=1).all():
         raise InferctlError("the server returned vectors of zeros")
-    return replace(compare(expected.vectors, found, limits), corpus_sha256=expected.corpus_sha256)
+    return replace(compare(expected.values, found, limits), corpus_sha256=expected.corpus_sha256)
 
 
 def compare(expected: Matrix, found: Matrix, limits: Quality) -> QualityResult:
@@ -218,17 +242,49 @@ def compare(expected: Matrix, found: Matrix, limits: Quality) -> QualityResult:
         texts=len(expected),
         cosine=CosineSimilarity(mean=round(float(cosine.mean()), 8), p1=round(p1, 8), min=round(float(cosine[0]), 8)),
         recall_at_10=round(recall, 4),
-        limits=QualityLimits(cosine_p1=limits.min_cosine_p1, recall_at_10=limits.min_recall),
+        limits={"cosine_p1": limits.min_cosine_p1, "recall_at_10": limits.min_recall},
     )
 
 
+def compare_scores(expected: Matrix, found: Matrix, limits: Quality) -> QualityResult:
+    """Return how two matrices of rerank scores, shape (requests, documents), differ in values and in order."""
+    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+    low, high = float(expected.min()), float(expected.max())
+    kendall = float(np.mean([kendall_tau(*rows) for rows in zip(expected, found, strict=True)]))
+    best = expected.max(axis=1) == expected[np.arange(len(expected)), found.argmax(axis=1)]
+    within = float(difference.max()) <= limits.max_score_difference * (high - low)
+    return QualityResult(
+        checked=True,
+        passes=kendall >= limits.min_kendall and within,
+        texts=expected.size,
+        score_difference=ScoreDifference(
+            round(float(difference.mean()), 8), round(float(difference.max()), 8), (round(low, 8), round(high, 8))
+        ),
+        kendall=round(kendall, 4),
+        top_1=round(float(best.mean()), 4),
+        limits={"kendall": limits.min_kendall, "score_difference": limits.max_score_difference},
+    )
+
+
+def kendall_tau(first: Matrix, second: Matrix) -> float:
+    """Return Kendall's tau-b of two arrays of shape (n,): 1 for the same order, 1 also if all values of both are equal.
+
+    Pairs of equal values in one array only count against the agreement.
+    """
+    orders = [np.sign(values[:, None] - values[None, :]) for values in (first, second)]
+    pairs = [float(np.sum(order**2)) for order in orders]
+    if not all(pairs):
+        return float(pairs[0] == pairs[1])
+    return float(np.sum(orders[0] * orders[1])) / math.sqrt(pairs[0] * pairs[1])
+
+
 def unchecked(reason: str) -> QualityResult:
-    """Return the result for a server whose vectors were not compared."""
+    """Return the result for a server whose outputs were not compared."""
     return QualityResult(checked=False, reason=reason)
 
 
 def broken(reason: str) -> QualityResult:
-    """Return the result for a server that returned no usable vectors: it fails the check."""
+    """Return the result for a server that returned no usable outputs: it fails the check."""
     return QualityResult(checked=True, passes=False, reason=reason)
 
 

@@ -163,7 +163,8 @@ def _measure_search(bench: Bench, target: BenchTarget, server: MeasuredServer, r
     numbers = itertools.count()
 
     def request() -> object:
-        return server.target.embed([f"{next(numbers)} {secrets.token_hex(4)} {text}"], 30)
+        first = f"{next(numbers)} {secrets.token_hex(4)} {text}"
+        return server.target.request([first, text] if server.target.task == "rerank" else [first], 30)
 
     def measure_load(
         load: Load, work: workload.Workload, place: Path, seed: int, check: Callable[[], None]

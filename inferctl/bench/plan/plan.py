@@ -16,6 +16,7 @@ from inferctl import assets
 from inferctl.bench.plan.shape import Keys, Load, Name, Section, Spike, Stage
 from inferctl.document import Document, read
 from inferctl.errors import Problem, SpecError, UsageError, did_you_mean, shown
+from inferctl.spec import Task
 
 __all__ = [
     "Configuration",
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 Precision = Literal["auto", "fp32", "fp16", "bf16", "int8"]
+# Documents of a rerank request.
+DOCUMENTS = 16
 
 
 class Configuration(Section):
@@ -47,12 +50,18 @@ class Configuration(Section):
 
 
 class Quality(Section):
-    """The texts on which embeddings are compared with fp32, and the limits below which a configuration cannot win."""
+    """The texts on which a configuration is compared with fp32, and the limits with which it can win.
+
+    Cosine and recall are those of embeddings, Kendall's tau and the score difference those of rerank scores. The limit
+    of the score difference is a share of the range of the fp32 scores.
+    """
 
     corpus: str = "mixed"
     texts: int = Field(400, ge=20, le=100_000)
     min_cosine_p1: float = Field(0.98, ge=-1, le=1)
     min_recall: float = Field(0.9, ge=0, le=1)
+    min_kendall: float = Field(0.9, ge=-1, le=1)
+    max_score_difference: float = Field(0.1, ge=0, le=1)
 
 
 class Matrix(Section):
@@ -162,6 +171,28 @@ class Plan(Section):
         if "rate" in changes:
             own.pop("capacity_percent", None)
         return Load.model_validate({**own, **implied, **changes})
+
+    def for_task(self, task: Task) -> Plan:
+        """Return the plan for models of `task`. Raises `UsageError` if it is not for that task.
+
+        A rerank request has 16 documents, unless the plan sets `inputs_per_request`.
+        """
+        given = self.load.model_fields_set
+        if "task" in given and self.load.task != task:
+            raise UsageError(
+                f"the plan {self.name} is for the task {self.load.task}, but the task of the model is {task}",
+                "remove `load.task` from the plan",
+            )
+        traces = (self.load.trace, *((each.load or {}).get("trace") for each in self.configurations))
+        if task == "rerank" and any(traces):
+            raise UsageError(
+                "a trace has inputs for embeddings, but the task of the model is rerank", "use another load"
+            )
+        if task == self.load.task:
+            return self
+        count = self.load.inputs_per_request if "inputs_per_request" in given else DOCUMENTS
+        load = self.load.model_copy(update={"task": task, "inputs_per_request": count})
+        return self.model_copy(update={"load": load})
 
     def seed_of(self, repeat: int) -> int:
         """Return the seed of a repeat: the plan's seed for the first one (0), a hash of seed and repeat for the others.

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from inferctl.bench.plan import traces
+from inferctl.spec import Task
 
 # Matches `60%`, as in `rate: 60%`.
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
@@ -51,8 +52,11 @@ class Load(Section):
 
     `rate: 60%` is stored as `capacity_percent`; `at` sets the rate after the capacity is measured.
     `users: auto` is stored as `auto_users`; `users` is set after the concurrency is found.
+
+    `task` is that of the models (`Plan.for_task`). For `rerank`, the inputs of a request are the documents of a query.
     """
 
+    task: Task = "embed"
     mode: Literal["closed", "open"] = "closed"
     users: int = Field(8, ge=1, le=10_000)
     auto_users: bool = False

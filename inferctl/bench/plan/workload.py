@@ -18,16 +18,18 @@ from inferctl import assets
 from inferctl.bench.plan import traces
 from inferctl.bench.plan.plan import Load, Stage
 from inferctl.errors import UsageError, did_you_mean
+from inferctl.spec import Task
 
 ORDER_LENGTH = 65_536
 # The load generator replaces this mark by a number that is unique per request (a cache-busting prefix). Without it, a
 # server could respond from a cache instead of running its model.
 PREFIX_MARK = "@SERIAL@"
+_QUERY_WORDS = 12
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The inputs of all requests. `groups` has the texts of each distinct request.
+    """The inputs of all requests. `groups` has the texts of each distinct request; for rerank, the query is the first.
 
     The n-th request sends `groups[order[n % len(order)]]`. `schedule_ns` (nanoseconds after the start of the
     measurement) and `warmup_schedule_ns` belong to an open loop and are empty for a closed loop. Groups from index
@@ -40,6 +42,7 @@ class Workload:
     warmup_schedule_ns: npt.NDArray[np.uint64]
     unique_from: int
     corpus_sha256: str
+    task: Task = "embed"
 
     @property
     def digest(self) -> str:
@@ -53,12 +56,14 @@ class Workload:
     def bodies(self, body: Callable[[list[str]], object]) -> list[bytes]:
         """Return one JSON request body per group, each on one line. `body` makes a body from texts (`Target.body`)."""
         return [
-            json.dumps(body(texts)).encode()
-            for texts in (
-                [f"{PREFIX_MARK} {text}" for text in group] if number >= self.unique_from else group
-                for number, group in enumerate(self.groups)
-            )
+            json.dumps(body(self._marked(group) if number >= self.unique_from else group)).encode()
+            for number, group in enumerate(self.groups)
         ]
+
+    def _marked(self, group: list[str]) -> list[str]:
+        """Return a group with the mark of the prefix. A unique query makes each of its pairs unique."""
+        count = 1 if self.task == "rerank" else len(group)
+        return [f"{PREFIX_MARK} {text}" for text in group[:count]] + group[count:]
 
 
 def draw(load: Load, corpus: str, seed: int) -> Workload:
@@ -77,6 +82,8 @@ def draw(load: Load, corpus: str, seed: int) -> Workload:
     if not len(picks):
         picks = [random.integers(0, len(texts), size)]
     groups = [[texts[i] for i in pick] for pick in picks]
+    if load.task == "rerank":
+        groups = [_with_query(group, number) for number, group in enumerate(groups)]
     order = random.integers(0, len(groups), ORDER_LENGTH, dtype=np.uint32)
     unique_from = 0 if load.inputs == "unique" else len(groups)
     if load.inputs == "zipf":
@@ -84,10 +91,25 @@ def draw(load: Load, corpus: str, seed: int) -> Workload:
         groups = groups + groups
     empty = np.zeros(0, np.uint64)
     if load.mode == "closed":
-        return Workload(groups, order, empty, empty, unique_from, digest)
+        return Workload(groups, order, empty, empty, unique_from, digest, load.task)
     schedule = arrivals(load, load.timeline, random)
     warmup = arrivals(load, _warmup(load, load.timeline[0].rate), random)
-    return Workload(groups, order, schedule, warmup, unique_from, digest)
+    return Workload(groups, order, schedule, warmup, unique_from, digest, load.task)
+
+
+def rerank_groups(texts: Sequence[str], documents: int) -> list[list[str]]:
+    """Return rerank requests with this number of documents (or all texts, if there are fewer): query, documents.
+
+    The query is the start of one of the documents, so that one document is relevant, as in a search.
+    """
+    size = min(documents, len(texts))
+    groups = [list(texts[start : start + size]) for start in range(0, len(texts) - size + 1, size)]
+    return [_with_query(group, number) for number, group in enumerate(groups)]
+
+
+def _with_query(group: list[str], number: int) -> list[str]:
+    relevant = group[number % len(group)]
+    return [" ".join(relevant.split()[:_QUERY_WORDS]), *group]
 
 
 def arrivals(load: Load, stages: Sequence[Stage], random: np.random.Generator) -> npt.NDArray[np.uint64]:

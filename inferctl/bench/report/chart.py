@@ -24,6 +24,11 @@ class Chart:
     layout: Json
 
 
+def unit_of(task: str) -> str:
+    """Return what a server processes: texts, or for rerank pairs of a query and a document."""
+    return "pairs" if task == "rerank" else "texts"
+
+
 def ticks(values: Sequence[float]) -> Json:
     """Return the ticks 1, 2, 5, 10, 20, ... over the range of `values`. Plotly's own ticks omit the zeros."""
     known = [value for value in values if value and value > 0] or [1.0]

@@ -236,40 +236,59 @@ def _error_bars(ends: Sequence[tuple[float, float]]) -> Json:
 
 
 def distance(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
-    """Return the distance of the vectors to fp32: mean, worst 1% and worst."""
-    checked = [receipt for receipt in receipts if "cosine" in receipt.data["quality"]]
-    marks = (("mean", "mean", "circle"), ("p1", "worst 1%", "diamond"), ("min", "worst", "triangle-up"))
+    """Return the distance to fp32: mean and worst of scores; mean, worst 1% and worst of vectors."""
+    rerank = _is_rerank(receipts)
+    section = "score_difference" if rerank else "cosine"
+    checked = [receipt for receipt in receipts if section in receipt.data["quality"]]
+    marks = [("mean", "mean", "circle"), ("p1", "worst 1%", "diamond"), ("min", "worst", "triangle-up")]
+    if rerank:
+        marks = [("mean", "mean", "circle"), ("max", "worst", "triangle-up")]
     data: list[Json] = []
     for key, name, symbol in marks if checked else ():
         marker = {"symbol": symbol, "size": 12}
+        values = [receipt.data["quality"][section][key] for receipt in checked]
         # The legend explains the shapes, so an empty trace in a neutral color draws it.
         legend = {"name": name, "x": [None], "y": [None], "marker": {**marker, "color": GREY}}
         points = {
             "showlegend": False,
             "marker": {**marker, "color": [colors[receipt.name] for receipt in checked]},
             "y": [short(label(receipt)) for receipt in checked],
-            "x": [max(_LOWEST_ERROR, 1 - receipt.data["quality"]["cosine"][key]) for receipt in checked],
-            "customdata": [receipt.data["quality"]["cosine"][key] for receipt in checked],
-            "hovertemplate": "%{y}: cosine %{customdata:.6f}<extra>" + name + "</extra>",
+            "x": [max(_LOWEST_ERROR, value if rerank else 1 - value) for value in values],
+            "customdata": values,
+            "hovertemplate": f"%{{y}}: {section.replace('_', ' ')} %{{customdata:.6f}}<extra>{name}</extra>",
         }
         data += [{"type": "scatter", "mode": "markers", **trace} for trace in (points, legend)]
-    axis = {"type": "log", "title": {"text": "1 - cosine"}, "exponentformat": "power", "dtick": 1}
+    title = "absolute score difference" if rerank else "1 - cosine"
+    axis = {"type": "log", "title": {"text": title}, "exponentformat": "power", "dtick": 1}
     layout = _bar_layout(len(checked), "") | {"xaxis": axis, "showlegend": True}
-    text = (
-        "1 - cosine between each vector and the fp32 vector of the same text; lower is closer. At 1e-7 and below, the "
-        "difference is float rounding."
-    )
+    what = "Difference of each score and the fp32 score of the same pair"
+    if not rerank:
+        what = "1 - cosine between each vector and the fp32 vector of the same text"
+    text = f"{what}; lower is closer. At 1e-7 and below, the difference is float rounding."
     return Chart("Distance to fp32", text, data, layout | {"yaxis": {**layout["yaxis"], "showgrid": True}})
 
 
 def recall(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
-    """Return recall@10 against fp32."""
+    """Return how far the order agrees with fp32: recall@10 of embeddings, Kendall's tau of rerank scores."""
+    if _is_rerank(receipts):
+        checked = [receipt for receipt in receipts if "kendall" in receipt.data["quality"]]
+        values = [receipt.data["quality"]["kendall"] for receipt in checked]
+        bars = _bars(checked, colors, values, "%{y}: %{x:.4f}<extra></extra>")
+        text = (
+            "Mean of Kendall's tau over the requests: 1 for the order of the documents with fp32, 0 for a random order."
+        )
+        layout = _bar_layout(len(checked), "Kendall's tau", [min([0.0, *values]), 1.04])
+        return Chart("Order of documents", text, [bars] if checked else [], layout)
     checked = [receipt for receipt in receipts if "cosine" in receipt.data["quality"]]
     values = [100 * receipt.data["quality"]["recall_at_10"] for receipt in checked]
     bars = _bars(checked, colors, values, "%{y}: %{x:.2f}%<extra></extra>")
     text = "Share of the ten nearest neighbors of each text that are the same as with fp32."
     layout = _bar_layout(len(checked), "recall@10 (%)", [0, 104])
     return Chart("Recall of nearest neighbors", text, [bars] if checked else [], layout)
+
+
+def _is_rerank(receipts: Sequence[Receipt]) -> bool:
+    return any(receipt.task == "rerank" for receipt in receipts)
 
 
 def memory(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:

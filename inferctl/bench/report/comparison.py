@@ -15,7 +15,13 @@ from inferctl.bench.judge.compare_result import CompareResult, MetricResult, Pai
 
 HEADINGS = ("", "old", "new", "change", "interval", "worst case", "verdict")
 _STYLES = {"regression": "bold red", "not enough evidence": "yellow", "improvement": "green", "invalid": "bold red"}
-_LABELS = {"requests_per_s": "requests/s", "recall_at_10": "recall@10", "cosine_p1": "cosine p1"}
+_LABELS = {
+    "requests_per_s": "requests/s",
+    "recall_at_10": "recall@10",
+    "cosine_p1": "cosine p1",
+    "kendall": "Kendall's tau",
+    "score_difference": "score difference",
+}
 _VERDICTS = {
     "no regression": "no regression",
     "improvement": "improvement",

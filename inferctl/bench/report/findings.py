@@ -118,9 +118,15 @@ def _with_interval(row: MeasuredRow, by: ranking.Criterion) -> str:
 
 
 def _failure(quality: JsonObject) -> str:
-    if "cosine" not in quality:
+    if not (limits := quality.get("limits")):
         return str(quality["reason"])
-    limits = quality["limits"]
+    if "kendall" in quality:
+        difference = quality["score_difference"]
+        low, high = difference["range"]
+        return (
+            f"score difference {difference['max']:.2g} of a range of {high - low:.2g} (limit "
+            f"{limits['score_difference']:.0%}), Kendall's tau {quality['kendall']:.3f} (limit {limits['kendall']:g})"
+        )
     return (
         f"cosine p1 {quality['cosine']['p1']:.4f} (limit {limits['cosine_p1']:g}), "
         f"recall@10 {quality['recall_at_10']:.3f} (limit {limits['recall_at_10']:g})"

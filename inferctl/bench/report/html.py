@@ -94,10 +94,11 @@ def limitations(result: Result, receipts: Sequence[Receipt]) -> list[Caveat]:
             )
         )
     if result.load.inputs == "unique":
+        what = "query" if result.load.task == "rerank" else "input"
         notes.append(
             Caveat(
                 "setup",
-                "Each input starts with two numbers (about four tokens), so that no cache can respond.",
+                f"Each {what} starts with two numbers (about four tokens), so that no cache can respond.",
             )
         )
     runs = "One run each" if result.repeats == 1 else f"{result.repeats} runs each"

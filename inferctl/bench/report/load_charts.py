@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from inferctl.bench.judge.verdict import RECOMMENDED_REPEATS
 from inferctl.bench.receipt import JsonObject, Receipt
-from inferctl.bench.report.chart import GREY, Chart, Json, slo_line, ticks
+from inferctl.bench.report.chart import GREY, Chart, Json, slo_line, ticks, unit_of
 
 
 def goodput(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
@@ -117,12 +117,12 @@ def neighbors(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
 _COSTS = (
     (
         "usd_per_million_texts",
-        "US dollars per million texts",
+        "US dollars per million {unit}",
         "Lowest on-demand price of the catalog, at the measured load.",
     ),
     (
         "joules_per_million_texts",
-        "joules per million texts",
+        "joules per million {unit}",
         "Average power, idle power included, divided by throughput.",
     ),
     (
@@ -138,6 +138,7 @@ def frontier(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
     valid = [receipt for receipt in receipts if receipt.valid]
     # The cost that most configurations have: a chart without half of them compares less.
     key, title, note = max(_COSTS, key=lambda kind: sum(cost_of(receipt, kind[0]) is not None for receipt in valid))
+    title = title.format(unit=unit_of(valid[0].task)) if valid else title
     points = [(receipt, cost) for receipt in valid if (cost := cost_of(receipt, key)) is not None]
     if not points:
         return Chart("Cost and throughput", "", [], {})

@@ -191,7 +191,7 @@ def _no_difference(best: MeasuredRow, tied: Sequence[MeasuredRow], by: Criterion
     """Name configurations without a clear difference, the one with the best quality first."""
     group, quality = [best, *tied], ""
     if all(row.quality.get("checked") for row in group):
-        group.sort(key=lambda row: (-(row.cosine_mean or 0.0), -(row.recall_at_10 or 0.0)))
+        group.sort(key=_distance)
     if _qualities_differ(group):
         which = "better" if len(group) == 2 else "best"
         quality = f" {group[0].configuration} has the {which} quality: {_quality(group[0])}."
@@ -314,9 +314,18 @@ def value_of(row: MeasuredRow, by: Criterion) -> str:
     return f"{by.figure} {value:.1f} ms"
 
 
+def _distance(row: MeasuredRow) -> tuple[float, float]:
+    """Return the distance of a configuration to fp32: the smallest is the best quality."""
+    if row.task == "rerank":
+        return row.score_difference or 0.0, -(row.kendall or 0.0)
+    return -(row.cosine_mean or 0.0), -(row.recall_at_10 or 0.0)
+
+
 def _quality(row: MeasuredRow) -> str:
     if not row.quality.get("checked"):
         return f"quality not checked ({row.quality.get('reason')})"
+    if row.task == "rerank":
+        return f"scores within {row.score_difference:.2g} of fp32 and Kendall's tau {row.kendall:.3f}"
     return f"cosine {row.cosine_mean:.5f} and recall@10 {row.recall_at_10:.3f} to fp32"
 
 

@@ -93,8 +93,11 @@ class MeasuredRow(Row):
     """A row with figures, from a receipt.
 
     `workload` has the corpus, and the keys of the load that differ from the plan's. `search`, `neighbours`,
-    `concurrency`, `stages`, `recovery` and `quality` are sections of the receipt.
+    `concurrency`, `stages`, `recovery` and `quality` are sections of the receipt. For the task rerank, the quality has
+    a score difference (maximum, absolute) and Kendall's tau (mean) instead of cosine and recall.
     """
+
+    task: str = "embed"
 
     max_batch_tokens: int | None = None
     workload: tuple[str | None, JsonObject | None] = (None, None)
@@ -122,11 +125,14 @@ class MeasuredRow(Row):
     requests_per_s: float = 0.0
     requests_per_s_interval: JsonObject | None = None
     tokens_per_s: float | None = None
+    pairs_per_s: float | None = None
     server_peak_bytes: float | None = None
     costs: Costs = field(default_factory=Costs)
     quality: JsonObject = field(default_factory=lambda: {"checked": False})
     cosine_mean: float | None = None
     recall_at_10: float | None = None
+    score_difference: float | None = None
+    kendall: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return an element of the `rows` key of a result."""
@@ -152,8 +158,9 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
         return Row(outcome.target.name, NOT_RUN, reason, {"requested": outcome.target.precision})
     data = receipt.data
     figures, quality = data["summary"], data["quality"]
-    latency = figures["latency_ms"]
+    latency, rerank = figures["latency_ms"], receipt.task == "rerank"
     return MeasuredRow(
+        task=receipt.task,
         configuration=receipt.name,
         outcome=FAILED if outcome.failure else MEASURED,
         reason=privacy.without_folders(outcome.failure),
@@ -185,11 +192,14 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
         requests_per_s=figures["requests_per_s"],
         requests_per_s_interval=figures["requests_per_s_interval"],
         tokens_per_s=figures["tokens_per_s"],
+        pairs_per_s=figures["texts_per_s"] if rerank else None,
         server_peak_bytes=data["resources"].get("server_peak_bytes"),
         costs=_costs(data),
         quality=quality,
         cosine_mean=(quality.get("cosine") or {}).get("mean"),
         recall_at_10=quality.get("recall_at_10"),
+        score_difference=(quality.get("score_difference") or {}).get("max"),
+        kendall=quality.get("kendall"),
     )
 
 

@@ -13,12 +13,14 @@ from rich.text import Text
 from inferctl.bench import stats
 from inferctl.bench.plan.plan import Load
 from inferctl.bench.receipt import JsonObject
+from inferctl.bench.report.chart import unit_of
 from inferctl.bench.report.estimated import EstimatedFigures
 from inferctl.bench.report.findings import count_of_neighbors
 from inferctl.bench.report.result import Result
 from inferctl.bench.report.rows import Costs, MeasuredRow, Row
 
-HEADINGS = ("config", "runs as", "p50", "p90", "p99", "req/s", "tok/s", "cosine", "recall")
+HEADINGS = ("config", "runs as", "p50", "p90", "p99", "req/s")
+FIGURES = {"embed": ("tok/s", "cosine", "recall"), "rerank": ("pairs/s", "max diff", "tau")}
 _UNKNOWN = "-"
 
 
@@ -48,7 +50,7 @@ def render(result: Result) -> RenderableType:
 def table(rows: Sequence[MeasuredRow]) -> Table:
     """Return the table of measured rows. An invalid row is red and has a mark."""
     grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 1), header_style="bold", collapse_padding=True)
-    for heading in HEADINGS:
+    for heading in (*HEADINGS, *FIGURES[rows[0].task]):
         left = heading in ("config", "runs as")
         grid.add_column(heading, justify="left" if left else "right", no_wrap=not left, overflow="fold")
     for row in rows:
@@ -137,12 +139,16 @@ def _quantile(found: JsonObject) -> str:
 
 
 def costs(rows: Sequence[MeasuredRow]) -> RenderableType | None:
-    """Return the costs of 1,000 requests and of a million texts. A column is absent if no row has a value for it."""
+    """Return the costs of 1,000 requests and of a million texts or pairs.
+
+    A column is absent if no row has a value for it.
+    """
+    unit = unit_of(rows[0].task)
     columns = {
         "CPU s": [row.costs.cpu_seconds_per_1000_requests for row in rows],
         "J": [row.costs.joules_per_1000_requests for row in rows],
-        "J/M texts": [row.costs.joules_per_million_texts for row in rows],
-        "$/M texts": [row.costs.usd_per_million_texts for row in rows],
+        f"J/M {unit}": [row.costs.joules_per_million_texts for row in rows],
+        f"$/M {unit}": [row.costs.usd_per_million_texts for row in rows],
         "GPU %": [row.costs.gpu_utilisation_percent for row in rows],
         "W": [row.costs.watts for row in rows],
     }
@@ -207,6 +213,10 @@ def without_figures(rows: Sequence[Row]) -> Table:
 def cells(row: MeasuredRow) -> list[str]:
     """Return the nine texts of a row. A percentile that the sample does not support is `n<NEEDED`."""
     missing = "broken" if row.quality["checked"] else _UNKNOWN
+    if row.task == "rerank":
+        rate, quality = row.pairs_per_s, ((row.score_difference, ".2g"), (row.kendall, ".3f"))
+    else:
+        rate, quality = row.tokens_per_s, ((row.cosine_mean, ".5f"), (row.recall_at_10, ".3f"))
     return [
         row.configuration if row.valid else f"{row.configuration} (!)",
         runs_as(row.precision),
@@ -214,9 +224,8 @@ def cells(row: MeasuredRow) -> list[str]:
         _percentile(row.p90_ms, 0.9),
         _percentile(row.p99_ms, 0.99),
         short(row.requests_per_s),
-        short(row.tokens_per_s),
-        missing if row.cosine_mean is None else f"{row.cosine_mean:.5f}",
-        missing if row.recall_at_10 is None else f"{row.recall_at_10:.3f}",
+        short(rate),
+        *(missing if value is None else f"{value:{style}}" for value, style in quality),
     ]
 
 
@@ -245,7 +254,11 @@ def notes(result: Result) -> Iterator[str]:
     searched = any(row.search for row in measured)
     kind = "the open loop that confirmed the highest rate of each" if searched else describe_load(load)
     runs = f"{result.repeats} runs each" if result.repeats > 1 else "one run each"
-    yield f"latency in ms; {kind}, {load.duration_s:g} s, {runs}; cosine (mean) and recall@10 against fp32"
+    quality = "cosine (mean) and recall@10 against fp32"
+    if load.task == "rerank":
+        kind += f", {load.inputs_per_request} documents per request"
+        quality = "maximum score difference and Kendall's tau (mean) against fp32"
+    yield f"latency in ms; {kind}, {load.duration_s:g} s, {runs}; {quality}"
     if load.mode == "open" or searched:
         sends = ", ".join(
             f"{row.configuration} {row.late:,} late and {row.dropped:,} dropped of {row.requests:,}" for row in measured

@@ -1,0 +1,272 @@
+"""Benchmarks of rerank: requests, checks of the responses, quality, reports and comparisons."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from answering import score
+from compare_samples import receipts_of, run_values
+from test_foreign_servers import MODEL, Answer, Body, Serve, serve, tei, vllm
+from test_runner import bench, collected, command, ran
+
+from inferctl import model as models
+from inferctl.bench import receipt
+from inferctl.bench.judge import comparable, compare
+from inferctl.bench.load import target
+from inferctl.bench.measure import quality, resume, runner
+from inferctl.bench.plan import plan, workload
+from inferctl.bench.report import charts, comparison, html, terminal
+from inferctl.bench.report.rows import MeasuredRow
+from inferctl.errors import InferctlError, UsageError
+
+__all__ = ["serve"]
+LIMITS = plan.Quality.model_validate({})
+QUALITY = {
+    "checked": True,
+    "texts": 96,
+    "score_difference": {"mean": 0.0004, "max": 0.0021, "range": [-4.0, 4.0]},
+    "kendall": 0.987,
+    "top_1": 1.0,
+    "limits": {"kendall": 0.9, "score_difference": 0.1},
+    "passes": True,
+}
+
+
+def test_a_request_has_a_query_and_16_documents_unless_the_plan_sets_a_number() -> None:
+    found = plan.load("quick").for_task("rerank")
+    assert (found.load.task, found.load.inputs_per_request) == ("rerank", 16)
+    assert plan.load("quick").for_task("embed") == plan.load("quick")
+    own = plan.Plan.model_validate(
+        {"name": "own", "load": {"inputs_per_request": 5}, "configurations": [{"name": "a", "precision": "bf16"}]}
+    )
+    work = workload.draw(own.for_task("rerank").load, "mixed", 1)
+    for query, *documents in work.groups:
+        assert len(documents) == 5
+        assert sum(text.startswith(query) for text in documents) >= 1
+        assert len(query.split()) <= 12
+    bodies = work.bodies(target.Target("http://test", "m", task="rerank").body)
+    first = json.loads(bodies[0])
+    assert (first["query"], first["documents"]) == (f"@SERIAL@ {work.groups[0][0]}", work.groups[0][1:])
+
+
+def test_a_plan_for_another_task_and_traces_are_rejected(tmp_path: Path) -> None:
+    configurations = [{"name": "a", "precision": "bf16"}]
+    fixed = plan.Plan.model_validate({"name": "p", "load": {"task": "rerank"}, "configurations": configurations})
+    with pytest.raises(UsageError, match="is for the task rerank, but the task of the model is embed"):
+        fixed.for_task("embed")
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"at_s": 0.5, "input": "text"}\n')
+    traced = plan.Plan.model_validate({"name": "p", "load": {"trace": str(trace)}, "configurations": configurations})
+    with pytest.raises(UsageError, match="a trace has inputs for embeddings"):
+        traced.for_task("rerank")
+
+
+def cohere(path: str, body: Body, route: str) -> Answer:
+    if path != route or "documents" not in body:
+        return 404, {"detail": "Not Found"}, {}
+    count = len(body["documents"])
+    return 200, {"results": [{"index": i, "relevance_score": i / 10} for i in reversed(range(count))]}, {}
+
+
+def vllm_reranker(path: str, body: Body | None) -> Answer:
+    return cohere(path, body, "/v1/rerank") if body else vllm(path, body)
+
+
+def infinity_reranker(path: str, body: Body | None) -> Answer:
+    return cohere(path, body, "/rerank") if body else vllm(path, body)
+
+
+def tei_reranker(path: str, body: Body | None) -> Answer:
+    if path == "/info":
+        status, info, headers = tei(path, body)
+        return status, {**info, "model_type": {"reranker": {"id2label": {"0": "LABEL_0"}}}}, headers
+    if path != "/rerank" or not body:
+        return 404, {}, {}
+    if "texts" not in body:
+        return 422, {"error": "missing field `texts`"}, {}
+    return 200, [{"index": i, "score": i / 10} for i in reversed(range(len(body["texts"])))], {}
+
+
+@pytest.mark.parametrize(
+    ("respond", "suffix", "path", "key"),
+    [
+        (vllm_reranker, "/v1/rerank", "/v1/rerank", "documents"),
+        (infinity_reranker, "/rerank", "/rerank", "documents"),
+        (tei_reranker, "", "/rerank", "texts"),
+    ],
+)
+def test_rerankers_of_others_are_requested_in_their_own_form(
+    serve: Serve, respond: Any, suffix: str, path: str, key: str
+) -> None:
+    found = target.connect(serve(respond) + suffix)
+    assert found.info["api"] == {"path": path, "model": MODEL}
+    assert key in found.body(["query", "one", "two"])
+    assert found.rerank(["query", "one", "two", "three"]) == [0.0, 0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [("nan", "NaN or infinity"), ("missing", "returned 2 results for 3 documents"), ("unsorted", "are not sorted")],
+)
+def test_an_invalid_response_is_an_error(answering: Callable[..., str], broken: str, reason: str) -> None:
+    found = target.connect(answering("--task", "rerank", "--broken", broken))
+    with pytest.raises(InferctlError, match=reason):
+        found.rerank(["query", "one", "two", "three"])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "tau"),
+    [
+        ([1, 2, 3], [10, 20, 30], 1.0),
+        ([1, 2, 3], [3, 2, 1], -1.0),
+        ([1, 2, 3, 4], [1, 2, 4, 3], 2 / 3),  # five pairs in order, one not
+        ([1, 2, 3], [1, 1, 2], 2 / 6**0.5),  # two pairs in order, one tie
+        ([1, 1], [2, 2], 1.0),
+        ([1, 1], [2, 3], 0.0),
+    ],
+)
+def test_kendalls_tau_of_known_orders(first: list[float], second: list[float], tau: float) -> None:
+    arrays = (np.asarray(values, np.float32) for values in (first, second))
+    assert quality.kendall_tau(*arrays) == pytest.approx(tau)
+
+
+def test_scores_are_compared_by_value_and_by_order() -> None:
+    expected = np.asarray([[0.1, 0.5, 0.9], [0.2, 0.8, 0.4]], np.float32)
+    equal = quality.compare_scores(expected, expected, LIMITS)
+    assert (equal.passes, equal.kendall, equal.top_1, equal.texts) == (True, 1.0, 1.0, 6)
+    moved = expected + np.asarray([[0, 0, 0], [0, -0.5, 0]], np.float32)
+    found = quality.compare_scores(expected, moved, LIMITS)
+    assert found.score_difference and found.score_difference.max == pytest.approx(0.5)
+    assert found.score_difference.mean == pytest.approx(0.5 / 6)
+    assert found.score_difference.range == pytest.approx((0.1, 0.9))
+    assert (found.kendall, found.top_1, found.passes) == (pytest.approx((1 + 1 / 3) / 2, abs=1e-4), 0.5, False)
+    # The order is right, but the scores are not: 0.05 of a range of 0.8 is within the limit of 10%, 0.2 is not.
+    assert quality.compare_scores(expected, expected + np.float32(0.05), LIMITS).passes
+    assert not quality.compare_scores(expected, expected + np.float32(0.2), LIMITS).passes
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
+    """A model folder without weights, and its digest. Its fp32 reference is the scores of the answering server."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architectures": ["BertForSequenceClassification"]}')
+    digest = models.ModelFolder(folder).digest
+
+    def reference(model: Path, inputs: list[list[str]], *rest: Any) -> object:
+        scores = [[score(query, text, 0) for text in documents] for query, *documents in inputs]
+        return quality.Reference(inputs, np.array(scores, np.float32), digest)
+
+    monkeypatch.setattr(quality, "reference", reference)
+    return folder, digest
+
+
+def test_a_cross_encoder_is_measured_in_pairs_and_compared_with_fp32(tmp_path: Path, weights: tuple[Path, str]) -> None:
+    folder, digest = weights
+    options = ("--task", "rerank", "--sha256", digest, "--drift", "0.001")
+    work = bench(tmp_path, "bf16", options=options, check_quality=True, model=folder)
+    work = runner.Bench(work.plan.for_task("rerank"), work.targets, work.command, work.model, work.output)
+    outcomes = ran(work)
+    found = collected(work, outcomes)
+    (row,) = found.rows
+    assert isinstance(row, MeasuredRow)
+    assert row.valid and row.pairs_per_s == pytest.approx(16 * row.requests_per_s, rel=0.001)
+    assert row.tokens_per_s == pytest.approx(9 * row.pairs_per_s, rel=0.001)
+    assert row.quality["checked"] and row.quality["passes"]
+    assert 0.0005 < (row.score_difference or 0) < 0.01 and (row.kendall or 0) > 0.95
+    assert terminal.cells(row)[-3:] == [
+        terminal.short(row.pairs_per_s),
+        f"{row.score_difference:.2g}",
+        f"{row.kendall:.3f}",
+    ]
+    assert f"scores within {row.score_difference:.2g} of fp32 and Kendall's tau {row.kendall:.3f}" in found.findings[0]
+    assert any(
+        "16 documents per request" in note and "maximum score difference" in note for note in terminal.notes(found)
+    )
+    restored = [runner.Outcome(runner.BenchTarget("bf16", "bf16"))]
+    assert resume.restore(tmp_path, work.order, restored) == 1
+    assert restored[0].quality == outcomes[0].quality
+    sealed = [receipt.load(Path(str(row.receipt)))]
+    assert (sealed[0].task, sealed[0].data["plan"]["load"]["inputs_per_request"]) == ("rerank", 16)
+    drawn = charts.all_charts(sealed)
+    assert drawn["recall"].title == "Order of documents" and drawn["quality"].data[0]["x"][0] > 0
+    page = html.render(found, sealed)
+    assert "<th>pairs/s</th><th>score difference</th><th>Kendall's tau</th>" in page
+    assert f"{row.score_difference:.3g}" in page and "documents per request: 16" in page
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--drift", "3"), "Kendall's tau"),
+        (("--broken", "unsorted"), "returned results that are not sorted by score"),
+    ],
+)
+def test_a_server_with_wrong_scores_cannot_win(
+    tmp_path: Path, weights: tuple[Path, str], options: tuple[str, ...], reason: str
+) -> None:
+    folder, digest = weights
+    options = ("--task", "rerank", "--sha256", digest, *options)
+    work = bench(tmp_path, "int8", options=options, check_quality=True, model=folder)
+    work = runner.Bench(work.plan.for_task("rerank"), work.targets, work.command, work.model, work.output)
+    found = collected(work, ran(work))
+    assert found.findings[0] == "No configuration passes the quality check, so none is recommended."
+    assert any(text.startswith("int8 fails the quality check: ") and reason in text for text in found.findings)
+
+
+def test_the_command_measures_a_reranker_and_rejects_two_tasks(answering: Callable[..., str], tmp_path: Path) -> None:
+    url = answering("--task", "rerank", "--median-ms", "5")
+    arguments = ["--plan", "quick", "--users", "4", "--duration", "1"]
+    done = command("--url", f"mine={url}", *arguments, "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    (row,) = found["rows"]
+    assert (found["load"]["task"], row["task"]) == ("rerank", "rerank")
+    assert row["pairs_per_s"] == pytest.approx(16 * row["requests_per_s"], rel=0.001)
+    done = command("--url", f"mine={url}", "--url", f"other={answering()}", *arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert "the targets have different tasks: mine: rerank, other: embed" in done.stderr
+
+
+def rerank_receipts(folder: Path, change: Callable[[dict[str, Any]], object]) -> tuple[receipt.Receipt, ...]:
+    """Return two receipts of rerank; `change` changes the quality of the new one."""
+    found = []
+    for sealed in receipts_of(folder, run_values(20, [1.0] * 5), run_values(20, [1.0] * 5)):
+        data = {key: value for key, value in sealed.data.items() if key != "seal"}
+        data["plan"] = {**data["plan"], "load": {**sealed.load, "task": "rerank"}}
+        data["quality"] = json.loads(json.dumps(QUALITY))
+        if found:
+            change(data["quality"])
+        found.append(receipt.write(sealed.path, data))
+    return tuple(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "outcome", "reason"),
+    [
+        (lambda quality: None, "no regression", ""),
+        (lambda quality: quality.update(kendall=0.973), "regression", "dropped by 0.014, the limit is 0.013"),
+        (lambda quality: quality["score_difference"].update(max=0.81), "regression", "above the plan's limit of 0.8"),
+    ],
+)
+def test_compare_judges_the_order_and_the_scores(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], outcome: str, reason: str
+) -> None:
+    pair = comparable.ReceiptPair(*rerank_receipts(tmp_path, change))
+    result = compare.compare([pair], [], compare.CompareOptions())
+    judged = {metric.name: metric for pair in result.pairs for metric in pair.metrics}
+    assert {judged[name].outcome for name in ("kendall", "score_difference")} == {"no regression", outcome}
+    assert reason in [judged[name].reason for name in ("kendall", "score_difference")]
+    assert "Kendall's tau" in comparison.plain(result) and "score difference" in comparison.plain(result)
+
+
+def test_embeddings_and_rerank_are_not_comparable(tmp_path: Path) -> None:
+    old, _ = receipts_of(tmp_path, run_values(20, [1.0] * 5), run_values(20, [1.0] * 5))
+    _, new = rerank_receipts(tmp_path / "rerank", lambda quality: None)
+    (reason,) = comparable.invalid_because(comparable.ReceiptPair(old, new), [])
+    assert reason == "the loads differ: task embed and rerank"
