@@ -104,8 +104,7 @@ class Edge:
         self._emit(UsageEvent("", "", status, code))
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        context = RequestContext(scope)
-        context.endpoint = self._endpoints.get(scope["path"], "other")
+        context = RequestContext.of(scope, self._endpoints.get(scope["path"], "other"))
         request = _Request(self, context, receive, send)
         self.in_flight += 1
         try:

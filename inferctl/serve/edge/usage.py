@@ -43,51 +43,43 @@ class UsageEvent:
     trace: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
 class RequestContext:
     """One request in progress. The edge reads the headers; the application fills in the model and the counts."""
 
-    __slots__ = (
-        "body_bytes",
-        "code",
-        "content_length",
-        "content_type",
-        "endpoint",
-        "id",
-        "input_tokens",
-        "inputs",
-        "model",
-        "output_tokens",
-        "phases",
-        "priority",
-        "started",
-        "status",
-        "trace",
-    )
+    endpoint: str
+    id: bytes = b""
+    priority: bytes = b""
+    content_type: bytes = b""
+    content_length: int = 0
+    trace: dict[str, str] = field(default_factory=dict)
+    model: str | None = None
+    status: int = 0
+    code: str | None = None
+    inputs: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    body_bytes: int = 0
+    phases: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
 
-    def __init__(self, scope: Scope) -> None:
-        self.id = self.priority = self.content_type = b""
-        self.content_length = 0
-        self.trace: dict[str, str] = {}
+    @classmethod
+    def of(cls, scope: Scope, endpoint: str) -> RequestContext:
+        """Return the context of a request, and store it in its scope."""
+        context = scope[_SCOPE_KEY] = cls(endpoint)
         for name, value in scope["headers"]:
-            if name == b"x-request-id":
-                self.id = value
+            if name == b"x-request-id" and 0 < len(value) <= _MAX_ID_LENGTH and all(33 <= c <= 126 for c in value):
+                context.id = value
             elif name == b"x-priority":
-                self.priority = value.strip().lower()
+                context.priority = value.strip().lower()
             elif name == b"content-type":
-                self.content_type = value
+                context.content_type = value
             elif name == b"content-length":
-                self.content_length = int(value)
+                context.content_length = int(value)
             elif name in (b"traceparent", b"tracestate"):
-                self.trace[name.decode()] = value.decode("latin-1")
-        if not (0 < len(self.id) <= _MAX_ID_LENGTH and all(33 <= character <= 126 for character in self.id)):
-            self.id = b"%032x" % random.getrandbits(128)
-        self.endpoint = "other"
-        self.model: str | None = None
-        self.code: str | None = None
-        self.status = self.inputs = self.input_tokens = self.output_tokens = self.body_bytes = 0
-        self.phases: dict[str, float] = {}
-        self.started = time.monotonic()
-        scope[_SCOPE_KEY] = self
+                context.trace[name.decode()] = value.decode("latin-1")
+        context.id = context.id or b"%032x" % random.getrandbits(128)
+        return context
 
     def event(self) -> UsageEvent:
         """Return the event of this request, which ends now."""
