@@ -6,6 +6,8 @@ import asyncio
 import ctypes
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -270,3 +272,32 @@ def test_an_unexpected_error_of_any_supervisor_ends_all_engines() -> None:
         assert pool.counts()["up"] == 0
 
     asyncio.run(scenario())
+
+
+# A bug of the API process: it fails when the second engine is ready.
+SUPERVISOR_BUG = """
+from inferctl.serve.engine_process.supervisor import Supervisor
+engine_ready, calls = Supervisor._engine_ready, []
+def failing(self, info):
+    calls.append(info)
+    if len(calls) == 2:
+        raise RuntimeError("injected bug")
+    engine_ready(self, info)
+Supervisor._engine_ready = failing
+"""
+
+
+def test_an_unexpected_error_of_any_supervisor_ends_the_server(minilm: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SUPERVISOR_BUG)
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "inferctl", "serve", "--model", str(minilm), "--port", "0"]
+    done = subprocess.run(
+        [*command, "--engine", "echo", "--engines", "2"],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "RuntimeError: injected bug" in done.stderr
