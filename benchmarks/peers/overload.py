@@ -23,13 +23,14 @@ def main() -> None:
     parser = peers.options(__doc__ or "")
     parser.set_defaults(seconds=60)
     parser.add_argument("--times", type=float, default=3, help="offered load as a multiple of the peak")
-    parser.add_argument("--slo", type=float, default=500, help="p99 SLO of the server, in ms")
+    parser.add_argument("--slo", type=float, default=500, help="p99 SLO of the server, in ms; 0: none")
     parser.add_argument("--engine", default="encoder", help="encoder, or echo (no model)")
     parser.add_argument("--clients", type=int, default=48, help="clients of the closed loop")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder) / "overload.yaml"
-        spec.write_text(f"name: minilm\nmodel: {{source: {peers.MODEL}}}\nslo: {{p99_ms: {options.slo:g}}}\n")
+        slo = f"slo: {{p99_ms: {options.slo:g}}}\n" if options.slo else ""
+        spec.write_text(f"name: minilm\nmodel: {{source: {peers.MODEL}}}\n{slo}")
         command = [
             sys.executable,
             "-m",
@@ -75,7 +76,7 @@ def main() -> None:
         (
             "accepted: p50, p99 ms",
             f"{quantile(accepted_ms, 0.5):.0f}, {p99:.0f}",
-            f"{p99 / options.slo:.2f} x SLO ({options.slo:g} ms)",
+            f"{p99 / options.slo:.2f} x SLO ({options.slo:g} ms)" if options.slo else "no SLO",
         ),
         ("rejected: p99 ms", quantile([1000 * (r.ended - r.intended) for r in rejected if r.ended], 0.99), ""),
         ("responses", str(seen), f"{sum(r.retry_after for r in rejected)} of {len(rejected)} 429s have Retry-After"),
@@ -92,8 +93,8 @@ def main() -> None:
     more = {
         "accepted_p50_ms": quantile(accepted_ms, 0.5),
         "accepted_p99_ms": p99,
-        "slo_ms": options.slo,
-        "p99_of_slo": p99 / options.slo,
+        "slo_ms": options.slo or None,
+        "p99_of_slo": p99 / options.slo if options.slo else None,
     }
     rest = {
         "statuses": seen,

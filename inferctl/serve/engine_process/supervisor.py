@@ -57,8 +57,8 @@ class Supervisor:
         self,
         config: EngineConfig,
         listener: Listener,
-        batch_timeout: Callable[[], float] = lambda: 60.0,
-        on_ready: Callable[[EngineInfo], None] = lambda _: None,
+        batch_timeout: Callable[[], float],
+        on_ready: Callable[[EngineInfo], None],
     ) -> None:
         self.ready = False
         self.restarts = self.hangs = 0
@@ -177,8 +177,9 @@ class Supervisor:
         return None
 
     def _engine_ready(self, info: EngineInfo) -> None:
-        seconds = asyncio.get_running_loop().time() - self._started
-        self._start_timeout_s = max(_MIN_START_TIMEOUT_S, _START_TIMEOUT_FACTOR * seconds)
+        if self._start_timeout_s == math.inf:
+            seconds = asyncio.get_running_loop().time() - self._started
+            self._start_timeout_s = max(_MIN_START_TIMEOUT_S, _START_TIMEOUT_FACTOR * seconds)
         self._config = replace(self._config, previous_info=info.to_json())
         self._failures, self.ready = 0, True
         self._listener.engine_ready(self, info)

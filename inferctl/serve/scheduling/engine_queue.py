@@ -59,12 +59,11 @@ class EngineQueue:
         """Return the predicted seconds until the engine can start another batch."""
         if self.free_slots():
             return 0.0
-        now = self._clock()
-        remaining = [
-            latency.seconds(attempt.tokens) - (0.0 if attempt.started is None else now - attempt.started)
-            for attempt in self.in_flight.values()
-        ]
-        return sum(max(0.0, seconds) for seconds in remaining) / self.slots
+        now, total = self._clock(), 0.0
+        for attempt in self.in_flight.values():
+            elapsed = 0.0 if attempt.started is None else now - attempt.started
+            total += max(0.0, latency.seconds(attempt.tokens) - elapsed)
+        return total / self.slots
 
     def send(self, batch: Batch, attempt: BatchAttempt) -> None:
         """Send a batch to the engine."""
