@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from inferctl.bench.judge import shares
 from inferctl.cli import console
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def line(progress: Progress) -> str:
             return " · ".join(parts)
         parts.append(f"{live.rate:.0f} req/s")
         if live.rejected_percent:
-            parts.append(f"{live.rejected_percent:.2g}% rejected (429)")
+            parts.append(f"{shares.percent(live.rejected_percent, 100)} rejected (429)")
         if live.p50_ms is not None and live.p99_ms is not None:
             latencies = f"p50 {live.p50_ms:.1f} p99 {live.p99_ms:.1f} ms"
             parts += [latencies] if len(" · ".join([*parts, latencies])) <= 80 else []

@@ -126,7 +126,18 @@ def test_a_run_that_answered_nothing_good_leaves_no_factor(side: str) -> None:
 
 def test_what_a_neighbour_achieved_counts_within_the_window_only() -> None:
     rows = table(row(0, 500), row(900, 200), row(1500, 100), row(1600, 100, error=records.TIMEOUT), row(1900, 300))
-    assert interference.achieved(rows, 1 * SECOND, 2 * SECOND) == {"requests_per_s": 2.0, "failed": 1}
+    assert interference.achieved(rows, 1 * SECOND, 2 * SECOND) == (2.0, 1, 0)
+
+
+def test_a_neighbour_that_rejects_requests_is_under_load_unless_it_rejects_all() -> None:
+    """Before, a rejected request counted as failed, and a neighbor with admission control made the run invalid."""
+    rows = table(*(row(10 * i, 5, error=records.HTTP_ERROR) for i in range(50)), *(row(10 * i, 5) for i in range(50)))
+    rows["status"][:50] = records.REJECTED
+    some = neighbor_run.NeighborLoad(1, True, None, *interference.achieved(rows, 0, SECOND))
+    assert (some.requests_per_s, some.failed, some.rejected) == (50.0, 0, 50)
+    assert some.problem(1) is None
+    every = neighbor_run.NeighborLoad(1, True, None, *interference.achieved(rows[:50], 0, SECOND))
+    assert "rejected all 50 requests (429)" in (every.problem(1) or "")
 
 
 @pytest.mark.parametrize(("repeat", "busy"), [(0, (False, True)), (1, (True, False)), (2, (False, True))])
@@ -242,7 +253,7 @@ def test_a_neighbour_that_did_not_outlive_the_run_makes_it_invalid(tmp_path: Pat
         return runner.judge(made, 2, 0.1).validity
 
     assert judged(loaded(False)).reasons == (
-        "with loaded neighbors, run 1: neighbor 1 did not stay under load (no response came after the end of the run): "
+        "with loaded neighbors: run 1: neighbor 1 did not stay under load (no response came after the end of the run): "
         "see its logs in neighbour-1",
     )
     assert "did not stay under load (it crashed)" in judged(loaded(True, "it crashed")).reasons[0]

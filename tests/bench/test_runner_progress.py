@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,6 +72,9 @@ def test_the_rate_is_that_of_the_window_and_rejections_are_shown(
     assert bench_progress.line(Progress("a", 1, 1, "measure", live=seen[-1])) == (
         "[1/1] a \u00b7 measure \u00b7 10 req/s \u00b7 90% rejected (429) \u00b7 p50 5.0 p99 5.0 ms"
     )
+    all_rejected = replace(seen[-1], rejected_percent=100.0)
+    # Before, it was `1e+02%`.
+    assert " 100% rejected (429)" in bench_progress.line(Progress("a", 1, 1, "measure", live=all_rejected))
     state["phase"] = "drain"
     assert bench_progress.line(Progress("a", 1, 1, "drain", live=follow())) == "[1/1] a \u00b7 drain"
 

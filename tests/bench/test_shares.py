@@ -68,14 +68,14 @@ def test_failures_within_the_error_budget_do_not_make_small_samples_invalid(tota
     """Half of the error budget fails. Before, one failure in 423 requests was enough: 20% of the runs were invalid."""
     drawn = np.random.default_rng(1).binomial(total, BUDGET / 2, 2000)
     judged = [
-        validity.judge_failures({"requests": total, "errors": {"timeout": int(count)}, "rejected": 0}, 100 * BUDGET)
+        validity.judge_requests({"requests": total, "errors": {"timeout": int(count)}, "rejected": 0}, 100 * BUDGET)
         for count in drawn
     ]
     assert np.mean([not found.valid for found in judged]) < 0.01
 
 
 def test_a_failure_that_does_not_decide_is_a_warning_with_its_share_and_the_budget() -> None:
-    found = validity.judge_failures({"requests": 423, "errors": {"timeout": 1}, "rejected": 0}, 0.1)
+    found = validity.judge_requests({"requests": 423, "errors": {"timeout": 1}, "rejected": 0}, 0.1)
     assert found == validity.Validity(
         (),
         (
@@ -83,7 +83,7 @@ def test_a_failure_that_does_not_decide_is_a_warning_with_its_share_and_the_budg
             "in a sample too small to decide: use a longer `--duration`",
         ),
     )
-    all_failed = validity.judge_failures({"requests": 6119, "errors": {"timeout": 6119}, "rejected": 0}, 0.1)
+    all_failed = validity.judge_requests({"requests": 6119, "errors": {"timeout": 6119}, "rejected": 0}, 0.1)
     assert all_failed.reasons == (
         "6119 of 6119 requests failed (timeout: 6119), 100% with an error budget of 0.1%: see the log of the server",
     )

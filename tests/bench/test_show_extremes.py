@@ -326,6 +326,7 @@ def test_rejected_requests_of_a_burst_are_not_called_failed(tmp_path: Path) -> N
     spike.update({"errors": {"HTTP status": 120, "timeout": 3}})
     (sentence,) = [one for one in findings.describe(found.rows, "open", 0.1) if "3x the rate" in one]
     assert ", 3 of 400 requests failed, 120 of 400 requests were rejected (429)" in sentence
+    assert re.search(r"spike .* 3 +120\n", text_of(found))
 
 
 def test_the_report_says_which_intervals_include_the_difference_between_runs(tmp_path: Path) -> None:

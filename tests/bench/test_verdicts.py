@@ -119,6 +119,11 @@ def test_an_overloaded_server_is_the_first_finding_of_a_closed_loop(tmp_path: Pa
     assert "Lower the load, or remove `slo`" in found[0]
     assert sum("rejected" in text for text in found) == 1
     assert not any("Lower the load" in text for text in findings.describe(rows_of(tmp_path, old), "open", 0.1))
+    old["summary"] |= {"rejected": 1000, "rejected_percent": 100.0}
+    # Before, it was `1e+02%`.
+    assert "old rejected 100% of the requests (429): " in " ".join(
+        findings.describe(rows_of(tmp_path, old), "open", 0.1)
+    )
 
 
 def test_a_closed_loop_that_rejects_most_requests_shows_no_capacity(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from inferctl.bench import stats
+from inferctl.bench.judge import summary
 from inferctl.bench.judge.summary import RunRecords
 from inferctl.bench.judge.verdict import RECOMMENDED_REPEATS
 from inferctl.bench.load import records
@@ -130,8 +131,9 @@ def _figures(before: float, after: float, factor: float, low: float | None, high
     return Figures(round(before, 3), round(after, 3), round(factor, 4), low, high)
 
 
-def achieved(rows: records.Rows, start_ns: int, end_ns: int) -> dict[str, float]:
-    """Return the good responses per second of a neighbor within [start, end), and its number of failed requests."""
+def achieved(rows: records.Rows, start_ns: int, end_ns: int) -> tuple[float, int, int]:
+    """Return good responses per second, and the numbers of failed and of rejected requests, within [start, end)."""
     ended = rows[(rows["end_ns"] >= start_ns) & (rows["end_ns"] < end_ns)]
-    good = int(np.sum(ended["error"] == records.OK))
-    return {"requests_per_s": round(good / (end_ns - start_ns) * 1e9, 3), "failed": len(ended) - good}
+    good, counts = int(np.sum(ended["error"] == records.OK)), summary.count(ended)
+    failed = sum(summary.failures(counts).values())
+    return round(good / (end_ns - start_ns) * 1e9, 3), failed, counts["rejected"]

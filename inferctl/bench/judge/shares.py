@@ -20,7 +20,7 @@ def exceeds(count: int, total: int, limit: float) -> bool:
     return count > 0 and _upper_tail(count, total, limit) < _ALPHA
 
 
-def percent(count: int, total: int) -> str:
+def percent(count: float, total: float) -> str:
     """Return the share as a percentage with two significant digits, such as `0.24%` or `100%`."""
     return f"{Decimal(f'{100 * count / max(1, total):.2g}'):f}%"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,7 @@ GROUP_SIZES = {0.99: 50, 0.95: 25, 0.9: 25}
 RECOVERED_GROUPS = 3
 
 
-class StageSummary(TypedDict):
+class StageSummary(summary.Counts):
     """The figures of one stage, as in a receipt. Latencies are in ms."""
 
     name: str | None
@@ -31,13 +30,8 @@ class StageSummary(TypedDict):
     end_s: float
     rate: float | None
     users: int | None
-    requests: int
     offered_per_s: float
     answered_per_s: float
-    errors: dict[str, int]
-    rejected: int
-    late: int
-    dropped: int
     latency_ms: JsonObject
 
 
@@ -95,24 +89,16 @@ def _summarize(runs: Sequence[RunRecords], stage: Stage, start: float) -> StageS
         ends = offsets_s(run, run.completed["end_ns"])
         arrived += int(np.sum((ends >= start) & (ends < end)))
     rows = np.concatenate(chosen)
-    sent = rows[rows["error"] != records.DROPPED]
-    late = (sent["sent_ns"].astype(np.int64) - sent["intended_ns"].astype(np.int64)) / 1e6 > summary.LATE_MS
     seconds = stage.duration_s * len(runs)
     return {
+        **summary.count(rows),
         "name": stage.name,
         "start_s": round(start, 6),
         "end_s": round(end, 6),
         "rate": stage.rate,
         "users": stage.users,
-        "requests": len(rows),
         "offered_per_s": round(len(rows) / seconds, 3),
         "answered_per_s": round(arrived / seconds, 3),
-        "errors": {
-            name: count for code, name in records.ERROR_NAMES.items() if (count := int(np.sum(rows["error"] == code)))
-        },
-        "rejected": int(np.sum(rows["status"] == summary.REJECTED)),
-        "late": int(np.sum(late)),
-        "dropped": int(np.sum(rows["error"] == records.DROPPED)),
         "latency_ms": summary.latency_summary(latencies),
     }
 

@@ -18,8 +18,6 @@ QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
 LATE_MS = 1.0
 # How much later than the end of the measured window a response may come, as a share of the window.
 GRACE = 0.05
-# HTTP status of a rejected request: the server could not complete it in time. Not counted as a failure.
-REJECTED = 429
 
 
 class Interval(TypedDict):
@@ -30,17 +28,22 @@ class Interval(TypedDict):
     over: str
 
 
-class Summary(TypedDict):
+class Counts(TypedDict):
+    """Numbers of requests, as in a receipt. `errors` counts those without a good response, by kind."""
+
+    requests: int
+    errors: dict[str, int]
+    rejected: int
+    late: int
+    dropped: int
+
+
+class Summary(Counts):
     """The figures of one or more runs, as in a receipt. Rates are per second of the measured windows."""
 
     runs: int
     seconds: float
-    requests: int
-    errors: dict[str, int]
-    rejected: int
     rejected_percent: float
-    late: int
-    dropped: int
     offered: int | None
     answered: int | None
     requested_per_s: float | None
@@ -132,24 +135,14 @@ def summarize(runs: Sequence[RunRecords]) -> Summary:
     completed = np.concatenate([run.completed for run in runs])
     seconds = math.fsum(run.seconds for run in runs)
     good = measured[measured["error"] == records.OK]
-    sent = measured[measured["error"] != records.DROPPED]
-    late = (sent["sent_ns"].astype(np.int64) - sent["intended_ns"].astype(np.int64)) / 1e6 > LATE_MS
     requests_per_s = len(completed) / seconds
     offered = sum(run.offered for run in runs if run.offered is not None) if runs[0].offered is not None else None
-    rejected = int(np.sum(measured["status"] == REJECTED))
+    counts = count(measured)
     return {
+        **counts,
         "runs": len(runs),
         "seconds": round(seconds, 3),
-        "requests": len(measured),
-        "errors": {
-            name: count
-            for code, name in records.ERROR_NAMES.items()
-            if (count := int(np.sum(measured["error"] == code)))
-        },
-        "rejected": rejected,
-        "rejected_percent": _percent(rejected, len(measured)),
-        "late": int(np.sum(late)),
-        "dropped": int(np.sum(measured["error"] == records.DROPPED)),
+        "rejected_percent": round(100 * counts["rejected"] / max(1, len(measured)), 4),
         "offered": offered,
         "answered": None if offered is None else sum(run.answered for run in runs),
         "requested_per_s": None if offered is None else round(offered / seconds, 3),
@@ -167,6 +160,20 @@ def summarize(runs: Sequence[RunRecords]) -> Summary:
             if (median := _median(good[f"{name}_ms"])) is not None
         },
         "response_bytes": int(np.median(good["bytes"])) if len(good) else None,
+    }
+
+
+def count(rows: records.Rows) -> Counts:
+    """Return the numbers of requests in `rows`."""
+    sent = rows[rows["error"] != records.DROPPED]
+    late = (sent["sent_ns"].astype(np.int64) - sent["intended_ns"].astype(np.int64)) / 1e6 > LATE_MS
+    kinds = {name: int(np.sum(rows["error"] == code)) for code, name in records.ERROR_NAMES.items()}
+    return {
+        "requests": len(rows),
+        "errors": {name: number for name, number in kinds.items() if number},
+        "rejected": int(np.sum(rows["status"] == records.REJECTED)),
+        "late": int(np.sum(late)),
+        "dropped": len(rows) - len(sent),
     }
 
 
@@ -279,10 +286,6 @@ def client_cpu_percent(state: JsonObject) -> float | None:
     """Return the CPU time of the load generator in the measured window, in percent of one core."""
     wall = state.get("cpu_wall_ns")
     return round(100 * state["cpu_ns"] / wall, 1) if wall else None
-
-
-def _percent(count: int, total: int) -> float:
-    return round(100 * count / total, 4) if total else 0.0
 
 
 def _median(values: npt.NDArray[Any]) -> float | None:

@@ -18,7 +18,6 @@ LATE_LIMIT = 0.01
 OTHERS_LIMIT = 0.10
 STOLEN_LIMIT = 0.05
 _NEEDED_FOR_P90 = stats.needed(0.9)
-_REJECTIONS = "the server rejected "
 _MORE_GENERATORS = "add load generators with `--workers`"
 _SHARE = re.compile(r"(.*(?:other processes used|the hypervisor withheld|reduced its clocks in) )(\d+)%(.*)")
 # What must be equal in all runs, and its path in the response of `GET /info`.
@@ -35,12 +34,17 @@ _IDENTITY = {
 class Validity:
     """`reasons` why the figures are invalid (none: they are valid), and `cautions`: warnings about them."""
 
-    reasons: tuple[str, ...]
-    cautions: tuple[str, ...]
+    reasons: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
 
     @property
     def valid(self) -> bool:
         return not self.reasons
+
+    def labeled(self, label: str) -> Validity:
+        """Return this validity with `label: ` before each reason and caution."""
+        reasons, cautions = (tuple(f"{label}: {text}" for text in texts) for texts in (self.reasons, self.cautions))
+        return Validity(reasons, cautions)
 
     def as_dict(self) -> dict[str, Any]:
         return {"valid": self.valid, "reasons": list(self.reasons), "cautions": list(self.cautions)}
@@ -55,8 +59,9 @@ def judge(
 ) -> Validity:
     """Return the validity of one run by its summary, the resources used and the report of the load generator (`state`).
 
-    Whether there are enough samples is decided for all runs together, by `judge_samples`. In a search (`searched`), it
-    is a result and not an error if the server cannot complete a rate: this is then a caution.
+    All runs together are judged by the number of samples (`judge_samples`), and by rejected and failed requests
+    (`judge_requests`). In a search (`searched`), it is a result and not an error if the server cannot complete a rate:
+    this is then a caution.
     """
     reasons: list[str] = []
     cautions: list[str] = []
@@ -82,8 +87,6 @@ def judge(
         of_server.append(
             f"{dropped} of {summary['requests']} requests were dropped, because too many were in flight: lower the rate"
         )
-    if summary.get("rejected"):
-        cautions.append(_rejections(summary))
     if late:
         cautions.append(
             f"the load generator sent {summary['late']} of {sent} requests over 1 ms late "
@@ -113,47 +116,52 @@ def judge(
     return Validity(tuple(reasons), tuple(cautions))
 
 
-def judge_failures(summary: JsonObject, budget_percent: float, searched: bool = False) -> Validity:
-    """Return the validity of a configuration by its failed requests, whose true share must be within the error budget.
+def judge_requests(summary: JsonObject, budget_percent: float, searched: bool = False) -> Validity:
+    """Return the validity of a configuration by its requests without a good response.
 
-    It is invalid if they show that the share is over the budget. If they do not, but more failed than the budget
-    allows, this is a caution.
+    Rejected requests are a caution. The true share of failed ones must be within the error budget. The configuration is
+    invalid if they show that the share is over it. If they do not, but more failed than the budget allows, this is a
+    caution.
     """
+    found = _judge_failures(summary, budget_percent, searched)
+    if not summary.get("rejected"):
+        return found
+    share = shares.percent(summary["rejected"], summary["requests"])
+    caution = (
+        f"the server rejected {summary['rejected']} of {summary['requests']} requests (429, {share}), "
+        "and latencies are those of accepted requests: lower the load"
+    )
+    return Validity(found.reasons, (caution, *found.cautions))
+
+
+def _judge_failures(summary: JsonObject, budget_percent: float, searched: bool) -> Validity:
     kinds = failures(summary)
     if not kinds:
-        return Validity((), ())
+        return Validity()
     count, total = sum(kinds.values()), summary["requests"]
     counts = ", ".join(f"{name}: {number}" for name, number in kinds.items())
     message = f"{count} of {total} requests failed ({counts})"
     if count <= budget_percent / 100 * total or searched:
-        return Validity((), (f"{message}, and latencies are those of the others: see the log of the server",))
+        return Validity(cautions=(f"{message}, and latencies are those of the others: see the log of the server",))
     message += f", {shares.percent(count, total)} with an error budget of {budget_percent:g}%"
     if shares.exceeds(count, total, budget_percent / 100):
-        return Validity((f"{message}: see the log of the server",), ())
-    return Validity((), (f"{message}, in a sample too small to decide: use a longer `--duration`",))
-
-
-def _rejections(summary: JsonObject) -> str:
-    share = shares.percent(summary["rejected"], summary["requests"])
-    return (
-        f"{_REJECTIONS}{summary['rejected']} of {summary['requests']} requests (429, {share}), "
-        "and latencies are those of accepted requests: lower the load"
-    )
+        return Validity((f"{message}: see the log of the server",))
+    return Validity(cautions=(f"{message}, in a sample too small to decide: use a longer `--duration`",))
 
 
 def judge_samples(summary: JsonObject) -> Validity:
     """Return the validity by the number of samples, from the summary of all runs of a configuration."""
     n, p99 = summary["latency_ms"]["n"], summary["latency_ms"]["p99"]
     if n < _NEEDED_FOR_P90:
-        return Validity((f"{n} of the {_NEEDED_FOR_P90} responses that a p90 needs: use a longer `--duration`",), ())
+        return Validity((f"{n} of the {_NEEDED_FOR_P90} responses that a p90 needs: use a longer `--duration`",))
     if p99["value"] is None:
-        return Validity((), (f"{n} of the {p99['needed']} responses that a p99 needs: use a longer `--duration`",))
+        return Validity(cautions=(f"{n} of the {p99['needed']} responses that a p99 needs: use a longer `--duration`",))
     if (size := stats.effective_size(n, p99.get("dependence"))) < p99["needed"]:
         message = f"the true p99 may be above its interval, since the effective sample size is {size} ({n} responses"
         return Validity(
             (), (f"{message}, autocorrelated), and the p99 needs {p99['needed']}: use a longer `--duration`",)
         )
-    return Validity((), ())
+    return Validity()
 
 
 def judge_identity(infos: Sequence[JsonObject]) -> Validity:
@@ -182,16 +190,12 @@ def combine(runs: Sequence[Validity], pooled: JsonObject, budget_percent: float,
 
     It is invalid if one run is, if all runs together have too few samples, or if failures exceed the error budget.
     """
-    several = len(runs) > 1
-    reasons = [
-        f"run {number}: {reason}" if several else reason for number, run in enumerate(runs, 1) for reason in run.reasons
+    each = [
+        Validity(run.labeled(f"run {number}").reasons if len(runs) > 1 else run.reasons, run.cautions)
+        for number, run in enumerate(runs, 1)
     ]
-    cautions = [caution for run in runs for caution in run.cautions]
-    whole = merge(judge_samples(pooled), judge_failures(pooled, budget_percent, searched))
-    if several and pooled.get("rejected"):
-        # Once for all runs instead of once per run.
-        cautions = [*(caution for caution in cautions if not caution.startswith(_REJECTIONS)), _rejections(pooled)]
-    return Validity((*reasons, *whole.reasons), tuple(highest_shares((*cautions, *whole.cautions))))
+    found = merge(*each, judge_samples(pooled), judge_requests(pooled, budget_percent, searched))
+    return Validity(found.reasons, tuple(highest_shares(found.cautions)))
 
 
 def highest_shares(cautions: Sequence[str]) -> list[str]:

@@ -21,8 +21,6 @@ from inferctl.bench.plan.plan import Load
 from inferctl.bench.plan.workload import Workload
 from inferctl.errors import InferctlError
 
-_REJECTED = 429
-
 # The content of state-0.json: the phase of the run and, at its end, the figures of the load generator itself.
 LoadState = dict[str, Any]
 
@@ -175,7 +173,7 @@ class _Ends:
         """Add new records."""
         self._all.append(rows["end_ns"].copy())
         self._good.append(rows["end_ns"][rows["error"] == records.OK])
-        self._rejected.append(rows["end_ns"][rows["status"] == _REJECTED])
+        self._rejected.append(rows["end_ns"][rows["status"] == records.REJECTED])
 
     def first(self, default_ns: int) -> int:
         """Return the time of the first response, good or not; `default_ns` without one."""

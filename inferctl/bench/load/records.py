@@ -22,6 +22,9 @@ WARMUP, MEASURED = 0, 1
 OK, HTTP_ERROR, TIMEOUT, CONNECTION, DROPPED = range(5)
 ERROR_NAMES = {HTTP_ERROR: "HTTP status", TIMEOUT: "timeout", CONNECTION: "connection", DROPPED: "dropped"}
 
+# HTTP status of a rejected request: the server could not complete it in time. Not counted as a failure.
+REJECTED = 429
+
 Rows = npt.NDArray[Any]
 
 

@@ -31,7 +31,7 @@ def judge(outcome: Outcome, cores: int, budget_percent: float) -> JudgedOutcome:
     pooled = summary.summarize([part for run in runs for part in run.all_records])
     found = validity.combine(each, pooled, budget_percent, searched=searched)
     if closed := throughput.pooled(runs):
-        found = validity.merge(found, validity.judge_failures(closed["summary"], budget_percent))
+        found = validity.merge(found, validity.judge_requests(closed["summary"], budget_percent).labeled("closed loop"))
     reasons = [*found.reasons, *validity.judge_identity([run.info for run in runs]).reasons]
     cautions = list(found.cautions)
     if _workload_changed([run.workload for run in runs]):

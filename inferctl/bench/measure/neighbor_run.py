@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ FAILED_LIMIT = 0.05
 class NeighborLoad:
     """What one neighbor completed during a run, and whether it was under load until the end.
 
-    `outlived`: a response came after the run. `failure` says why the load ended early. Without records,
-    `requests_per_s` and `failed` are None.
+    `outlived`: a response came after the run. `failure` says why the load ended early. Without records, the figures
+    are None.
     """
 
     number: int
@@ -28,25 +28,25 @@ class NeighborLoad:
     failure: str | None
     requests_per_s: float | None = None
     failed: int | None = None
+    rejected: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return an element of the `others` key of a receipt."""
-        rates = {"requests_per_s": self.requests_per_s, "failed": self.failed}
-        completed = {key: value for key, value in rates.items() if value is not None}
-        return {"number": self.number, **completed, "outlived": self.outlived, "failure": self.failure}
+        figures = ("requests_per_s", "failed", "rejected")
+        return {key: value for key, value in asdict(self).items() if value is not None or key not in figures}
 
     def problem(self, seconds: float) -> str | None:
         """Return why this neighbor did not load the device during a run of `seconds`; None if it did."""
+        logs = f"see its logs in neighbour-{self.number}"
         if self.failure or not self.outlived:
             why = self.failure or "no response came after the end of the run"
-            return f"did not stay under load ({why}): see its logs in neighbour-{self.number}"
-        failed = self.failed or 0
+            return f"did not stay under load ({why}): {logs}"
+        failed, rejected = self.failed or 0, self.rejected or 0
         completed = (self.requests_per_s or 0.0) * seconds
-        if failed > FAILED_LIMIT * (completed + failed):
-            return (
-                f"failed {failed} requests, so it was not under the intended load: "
-                f"see its logs in neighbour-{self.number}"
-            )
+        if failed > FAILED_LIMIT * (completed + rejected + failed):
+            return f"failed {failed} requests, so it was not under the intended load: {logs}"
+        if rejected and not completed:
+            return f"rejected all {rejected} requests (429), so it was not under load: lower `users` in the plan"
         return None
 
 

@@ -86,8 +86,7 @@ class NeighborLoader:
         rows = self.rows()
         if rows is None:
             return NeighborLoad(self.number, outlived, self.failure)
-        completed = interference.achieved(rows, start_ns, end_ns)
-        return NeighborLoad(self.number, outlived, self.failure, completed["requests_per_s"], int(completed["failed"]))
+        return NeighborLoad(self.number, outlived, self.failure, *interference.achieved(rows, start_ns, end_ns))
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,7 @@ def document(measurements: Sequence[Measurement], cores: int, budget_percent: fl
             "with": together["requests_per_s"],
         },
         "neighbour_requests_per_s": {"min": min(rates), "max": max(rates)} if rates else None,
-        **_validity(pairs, cores, validity.judge_failures(together, budget_percent)).as_dict(),
+        **_validity(pairs, cores, validity.judge_requests(together, budget_percent)).as_dict(),
         "runs": [
             {
                 "repeat": pair.without.run.repeat,
@@ -234,26 +233,26 @@ def document(measurements: Sequence[Measurement], cores: int, budget_percent: fl
     }
 
 
-def _validity(pairs: Sequence[_PairOfRuns], cores: int, failed: validity.Validity) -> validity.Validity:
+def _validity(pairs: Sequence[_PairOfRuns], cores: int, together: validity.Validity) -> validity.Validity:
     """Return whether the inflation is valid.
 
-    Each loaded run must be valid, and its neighbors must be under load until its end. `failed` judges the failed
-    requests of these runs together.
+    Each loaded run must be valid, and its neighbors must be under load until its end. `together` judges the requests of
+    these runs together.
     """
-    reasons = [f"with loaded neighbors: {reason}" for reason in failed.reasons]
-    cautions = [f"with loaded neighbors: {caution}" for caution in failed.cautions]
+    reasons, cautions = list(together.reasons), list(together.cautions)
     for pair in pairs:
         found = validity.merge(
             validity.judge(summary.summarize([pair.records]), pair.loaded.resources, pair.loaded.state, cores),
             telemetry.judge(pair.loaded.telemetry),
         )
-        run = f"with loaded neighbors, run {pair.without.run.repeat + 1}"
-        reasons += [f"{run}: {reason}" for reason in found.reasons]
-        cautions += [f"with loaded neighbors: {caution}" for caution in found.cautions]
+        run = f"run {pair.without.run.repeat + 1}"
+        reasons += found.labeled(run).reasons
+        cautions += found.cautions
         for other in pair.loaded.others:
             if problem := other.problem(pair.records.seconds):
                 reasons.append(f"{run}: neighbor {other.number} {problem}")
-    return validity.Validity(tuple(reasons), tuple(validity.highest_shares(cautions)))
+    found = validity.Validity(tuple(reasons), tuple(validity.highest_shares(cautions)))
+    return found.labeled("with loaded neighbors")
 
 
 def command_on_device(arguments: Sequence[str], devices: Sequence[str], number: int) -> list[str]:

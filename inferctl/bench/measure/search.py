@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -189,7 +189,9 @@ class Searcher:
 
     def _judged(self, rate: float, stage: str, seed: int, runs: Sequence[Measurement], growth: str | None) -> Probe:
         found = summary.summarize([run.records for run in runs])
-        found = {**found, "errors": _by_kind(found["errors"], [run.records for run in runs])}
+        # The server rejects a request because of the rate: its 429 is a kind of its own here.
+        kinds = {**summary.failures(found), "429": found["rejected"], "dropped": found["dropped"]}
+        found = {**found, "errors": {name: count for name, count in kinds.items() if count}}
         cpu = max((run.resources.get("client_cpu_percent", 0.0) for run in runs), default=0.0) or None
         return probes.make(
             stage,
@@ -283,10 +285,3 @@ def wait_until_idle(request: Callable[[], object], timeout_s: float, idle_s: flo
         if idle_s is None or took <= 2 * idle_s + 0.005 or time.monotonic() > until:
             return took
         time.sleep(0.05)
-
-
-def _by_kind(errors: Mapping[str, int], parts: Sequence[summary.RunRecords]) -> dict[str, int]:
-    """Return errors by kind, with 429 separate from other HTTP statuses: the server rejected the request."""
-    rejected = sum(int(np.sum(part.measured["status"] == summary.REJECTED)) for part in parts)
-    rest = {**errors, "HTTP status": errors.get("HTTP status", 0) - rejected, "429": rejected}
-    return {name: count for name, count in rest.items() if count > 0}

@@ -84,11 +84,10 @@ def weighted_rate(part: summary.RunRecords) -> float:
 def judge(measurement: Measurement, cores: int) -> validity.Validity:
     """Return the validity of the closed loop of a run; valid if there was none."""
     if not (loop := measurement.closed_loop):
-        return validity.Validity((), ())
+        return validity.Validity()
     figures = summary.summarize([loop.records(measurement.folder)])
     found = validity.merge(validity.judge(figures, loop.resources, loop.state, cores), telemetry.judge(loop.telemetry))
-    labeled = (tuple(f"closed loop: {text}" for text in texts) for texts in (found.reasons, found.cautions))
-    return validity.Validity(*labeled)
+    return found.labeled("closed loop")
 
 
 def pooled(measurements: Sequence[Measurement]) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from inferctl.bench.judge import summary, verdict
+from inferctl.bench.judge import shares, summary, verdict
 from inferctl.bench.measure import concurrency, throughput
 from inferctl.bench.receipt import JsonObject
 from inferctl.bench.report import ranking, search_findings
@@ -27,7 +27,7 @@ def describe(rows: Sequence[Row], mode: str, error_budget_percent: float) -> lis
         if row.quality.get("passes") is False
     ]
     sentences += [
-        f"{row.configuration} rejected {row.rejected_percent:.2g}% of the requests (429): "
+        f"{row.configuration} rejected {shares.percent(row.rejected, row.requests)} of the requests (429): "
         "its latencies are those of accepted requests."
         for row in measured
         if row.rejected and not _overload(row, _mode(row, mode))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inferctl import assets, outputs
-from inferctl.bench.judge import verdict
+from inferctl.bench.judge import summary, verdict
 from inferctl.bench.receipt import Receipt
 from inferctl.bench.report import charts, terminal
 from inferctl.bench.report.caveats import Caveat
@@ -47,16 +47,17 @@ def render(result: Result, receipts: Sequence[Receipt]) -> str:
         sent=terminal.describe_load(result.load),
         prices=list(terminal.prices([row.costs for row in result.rows if isinstance(row, MeasuredRow)])),
         unknown=unknown_costs(receipts),
-        honesty=[(note.kind, note.label, note.text) for note in limitations(result, receipts)],
+        limitations=[(note.kind, note.label, note.text) for note in limitations(result, receipts)],
         machines=machines,
         machines_differ=running or len(machines) > 1,
         remote=running,
         charts={name: (chart.title, chart.text, figures[name]) for name, chart in drawn.items()},
-        colours=charts.colors_of(receipts),
+        colors=charts.colors_of(receipts),
         # A configuration name must not be able to end the script element.
         figures=json.dumps(figures).replace("<", "\\u003c"),
         plotly=base64.b64encode((assets.root() / "templates" / PLOTLY).read_bytes()).decode(),
         receipts=[receipt.data for receipt in receipts],
+        failures=summary.failures,
         summaries={receipt.name: receipt.data["summary"] for receipt in receipts},
         seals={receipt.name: receipt.data["seal"] for receipt in receipts},
     )

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from inferctl.bench import stats
+from inferctl.bench.judge.summary import failures
 from inferctl.bench.plan.plan import Load
 from inferctl.bench.receipt import JsonObject
 from inferctl.bench.report.chart import unit_of
@@ -122,14 +123,15 @@ def stages(rows: Sequence[MeasuredRow]) -> RenderableType | None:
     found = [(row.configuration, row.stages) for row in rows if row.stages]
     if not found:
         return None
-    grid = _grid("stage", "time (s)", "load", "p50", "p99", "failed")
+    grid = _grid("stage", "time (s)", "load", "p50", "p99", "failed", "429")
     for name, listed in found:
         label = name
         for stage in listed:
             level = f"{stage['rate']:g} req/s" if stage["rate"] is not None else f"{stage['users']} users"
             span = f"{stage['start_s']:g} - {stage['end_s']:g}"
             figures = [_quantile(stage["latency_ms"][key]) for key in ("p50", "p99")]
-            grid.add_row(label, stage["name"], span, level, *figures, str(sum(stage["errors"].values())))
+            lost = (sum(failures(stage).values()), stage.get("rejected", 0))
+            grid.add_row(label, stage["name"], span, level, *figures, *map(str, lost))
             label = ""
     return _titled("stages of the load, latency in ms", grid)
 
