@@ -38,6 +38,11 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.skip(reason="takes minutes; `make nightly` runs it"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run slow tests first, so that no worker waits for one at the end. xdist starts the largest group first."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _without_user_settings() -> None:
     """Remove the settings of the developer from the environment of the tests."""
@@ -46,6 +51,8 @@ def _without_user_settings() -> None:
     os.environ["COLUMNS"] = "80"
     os.environ["NO_COLOR"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # Without bytecode, each of the hundreds of processes compiles the package again.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     # With spinning torch threads, two workers compete for the cores and are many times slower.
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 

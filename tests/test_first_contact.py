@@ -133,12 +133,12 @@ def test_check_rejects_a_model_that_does_not_exist(here: Path, hub: Hub, tmp_pat
 
 def test_estimate_needs_no_weights_and_no_network_the_second_time(here: Path, hub: Hub, tmp_path: Path) -> None:
     environment = online(hub, tmp_path / "home")
-    inferctl(here, environment, "init")
-    first = inferctl(here, environment, "estimate", "--json", "--length", "128")
+    estimate = ("estimate", "--model", DEFAULT, "--json", "--length", "128", "--hardware", "t4")
+    first = inferctl(here, environment, *estimate)
     assert first.returncode == 0, first.stderr
     assert weights(hub) == []
     nowhere = online("http://127.0.0.1:9", tmp_path / "home")
-    again = inferctl(here, nowhere, "estimate", "--json", "--length", "128")
+    again = inferctl(here, nowhere, *estimate)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["rows"] == json.loads(first.stdout)["rows"]
 
@@ -255,7 +255,7 @@ def test_from_an_empty_directory_to_an_embedding_in_three_commands(here: Path, m
 def test_a_bench_downloads_once_before_its_servers_start(here: Path, minilm: Path, tmp_path: Path) -> None:
     plan = {
         "name": "once",
-        "load": {"mode": "closed", "users": 1, "duration_s": 2, "warmup_s": 1},
+        "load": {"mode": "closed", "users": 1, "duration_s": 1, "warmup_s": 0},
         "quality": None,
         "configurations": [{"name": "fp32", "precision": "fp32"}, {"name": "bf16", "precision": "bf16"}],
         "repeats": 1,

@@ -83,6 +83,7 @@ def test_missing_locks_have_a_hint_with_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("docker")  # the worker of this group has the wheels
 def test_a_wheel_folder_resolves_to_its_versions(wheels: Path, tmp_path: Path) -> None:
     """The folder of the fixture has the versions of the shipped locks."""
     command = ["lock", "--base", "cpu", "--wheels", str(wheels), "--output", str(tmp_path)]

@@ -141,6 +141,7 @@ def bench(folder: Path, *names: str, slots: int = 12) -> runner.Bench:
     return runner.Bench(wanted, [runner.BenchTarget(name, name) for name in names], command, None, folder)
 
 
+@pytest.mark.slow
 def test_all_configurations_are_measured_with_the_users_that_saturate_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

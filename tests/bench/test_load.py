@@ -6,10 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 from bench_samples import SECOND, row, table
 
-from inferctl.bench import stats
 from inferctl.bench.judge import summary, validity
 from inferctl.bench.load import generator, records, target
 from inferctl.bench.plan import plan, workload
@@ -26,22 +24,6 @@ def measure(
     offered = len(work.schedule_ns) if load.mode == "open" else None
     part = summary.RunRecords(result.rows, result.state["measure_start_ns"], result.state["measure_end_ns"], 1, offered)
     return result, part, work
-
-
-def test_percentiles_match_the_server_and_those_of_locust_are_rounded(
-    answering: Callable[..., str], tmp_path: Path
-) -> None:
-    url = answering("--median-ms", "120", "--sigma", "0.3")
-    result, part, _ = measure(url, tmp_path / "run", users=16, duration_s=5)
-    found, drawn = records.latency_ms(part.measured), part.measured["inference_ms"]
-    assert len(found) > 300
-    # Client and busy cores only add time to a request.
-    assert (found > drawn - 0.001).all()
-    for q in (0.5, 0.9):
-        own, exact = (np.sort(times)[stats.rank(len(times), q) - 1] for times in (found, drawn))
-        assert own < 1.15 * exact
-    rounded = result.state["locust_percentiles_ms"]
-    assert all(value % 10 == 0 for value in rounded.values())
 
 
 def test_every_request_is_recorded_once_with_the_figures_of_the_server(
@@ -83,19 +65,6 @@ def test_an_open_loop_sends_its_schedule_and_no_more(answering: Callable[..., st
     offsets = rows["intended_ns"].astype(np.int64) - part.start_ns
     assert offsets.tolist() == work.schedule_ns.astype(np.int64).tolist()
     assert (rows["sent_ns"] >= rows["intended_ns"]).all()
-
-
-def test_a_stall_shows_in_an_open_loop_and_hides_in_a_closed_one(answering: Callable[..., str], tmp_path: Path) -> None:
-    stalling = ("--median-ms", "2", "--sigma", "0", "--stall-every", "2", "--stall-for", "0.4")
-    _, opened, _ = measure(
-        answering(*stalling), tmp_path / "open", mode="open", arrivals="constant", rate=100, duration_s=6
-    )
-    _, closed, _ = measure(answering(*stalling), tmp_path / "closed", mode="closed", users=1, duration_s=6)
-    # A fifth of all requests are due during a stall. Their median wait is half of the stall,
-    # so a tenth of all requests wait 200 ms or more.
-    long = [float(np.mean(records.latency_ms(part.measured) > 100)) for part in (opened, closed)]
-    assert long[0] == pytest.approx(0.15, abs=0.04)
-    assert long[1] < 0.02
 
 
 def test_sends_beyond_the_outstanding_limit_are_dropped_and_counted(

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from bench_samples import HARNESS
 
+pytestmark = pytest.mark.slow
+
 
 def figures(tmp_path: Path, script: str, *options: str) -> dict[str, Any]:
     file = tmp_path / "figures.json"

@@ -275,6 +275,7 @@ def test_other_weights_are_not_compared(tmp_path: Path, weights: tuple[Path, str
     )
 
 
+@pytest.mark.slow
 def test_the_reference_cuts_inputs_where_the_server_does(minilm: Path) -> None:
     texts = ["one two three four five six seven eight nine ten", "hello"]
     head = " ".join(texts[0].split()[:6])
