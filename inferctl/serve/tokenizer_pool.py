@@ -24,8 +24,8 @@ from inferctl.serve.engine_process.engine_protocol import Tokens
 # characters take 0.2 ms, and at most 4 ms (benchmarks/peers/tokenising.py). Each text adds its fixed cost.
 _INLINE_CHARACTERS = 500
 _TEXT_CHARACTERS = 40
-# The most texts per call of the tokenizer, which keeps truncated tokens in memory until the call ends.
-_BATCH_TEXTS = 64
+# The most characters per call of the tokenizer, which takes 100 bytes per token, until the call ends.
+_BATCH_CHARACTERS = 250_000
 # A text is first tokenized up to this many characters per token that the model accepts. To tokenize 30 MiB of words
 # would take 20 s and 5 GB, for 256 tokens.
 _CHARACTERS_PER_TOKEN = 8
@@ -165,8 +165,9 @@ class TokenizerPool:
         """
         texts = [(prompt + text).lower() if self._config.lower_case else prompt + text for text in texts]
         shortest = max(_MIN_HEAD, _CHARACTERS_PER_TOKEN * self._config.max_tokens)
-        for start in range(0, len(texts), _BATCH_TEXTS):
-            part = texts[start : start + _BATCH_TEXTS]
+        step = max(1, _BATCH_CHARACTERS // shortest)
+        for start in range(0, len(texts), step):
+            part = texts[start : start + step]
             heads = [_head(text, shortest) for text in part]
             found = self._encode(heads, add_special_tokens)
             for index, (text, head, encoding) in enumerate(zip(part, heads, found, strict=True), start):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from inferctl.serve import embedding_config, tokenizer_pool
+from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.tokenizer_pool import InputError, TokenizerPool
 
 LIMIT = 16
@@ -83,6 +84,19 @@ def test_only_the_start_of_a_huge_text_is_tokenized(pool: TokenizerPool, tokeniz
     assert sum(len(text) for text, _ in tokenized) <= tokenizer_pool._MIN_HEAD
 
 
+def test_long_texts_are_not_all_tokenized_in_one_call(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, sizes = TokenizerPool(minilm, EmbeddingConfig("mean", True, 8192)), []
+    encode = pool._encode
+
+    def spy(texts: list[str], special: bool) -> object:
+        sizes.append(sum(map(len, texts)))
+        return encode(texts, special)
+
+    monkeypatch.setattr(pool, "_encode", spy)
+    assert len(pool.encode_now(["." * 70_000] * 10, truncate=True)) == 10
+    assert max(sizes) <= tokenizer_pool._BATCH_CHARACTERS
+
+
 @pytest.mark.parametrize("character", ["x", " "])
 def test_a_huge_text_without_words_is_rejected(
     pool: TokenizerPool, tokenized: list[tuple[str, str]], character: str
@@ -94,11 +108,11 @@ def test_a_huge_text_without_words_is_rejected(
 
 
 def test_the_index_of_a_long_text_is_right_after_the_first_batch(pool: TokenizerPool) -> None:
-    texts = ["short"] * 150 + ["word " * 50]
+    texts = ["short"] * 650 + ["word " * 50]
     with pytest.raises(InputError) as rejected:
         pool.encode_now(texts, truncate=False)
-    assert (rejected.value.index, rejected.value.code) == (150, "context_length_exceeded")
-    assert len(pool.encode_now(texts, truncate=True)) == 151
+    assert (rejected.value.index, rejected.value.code) == (650, "context_length_exceeded")
+    assert len(pool.encode_now(texts, truncate=True)) == 651
 
 
 def test_a_text_without_any_token_is_rejected(minilm: Path, tmp_path: Path) -> None:
