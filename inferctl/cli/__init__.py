@@ -31,7 +31,7 @@ class Root(LazyGroup):
         "pin": Command("inferctl.cli.pin", "pin", "Write image digests and model commits into the spec."),
         "render": Command("inferctl.cli.render", "render", "Print the Dockerfile, or write its build context."),
         "build": Command("inferctl.cli.build", "build", "Build, verify, tag and push the image."),
-        "verify": Command("inferctl.cli.verify", "verify", "Start an image and compare its vectors with fp32."),
+        "verify": Command("inferctl.cli.verify", "verify", "Start an image and compare its output with fp32."),
         "push": Command("inferctl.cli.push", "push", "Push an image and print its name@digest."),
         "pull": Command("inferctl.cli.pull", "pull", "Pull an image and print its name@digest."),
         "serve": Command("inferctl.cli.serve", "serve", "Serve embeddings with an OpenAI-compatible API."),

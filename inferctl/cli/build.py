@@ -47,7 +47,7 @@ def build(
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify/--no-verify", help="Start the image and compare its vectors with fp32 before it is tagged."
+            "--verify/--no-verify", help="Start the image and compare its output with fp32 before it is tagged."
         ),
     ] = True,
     ready_timeout: Annotated[
@@ -226,14 +226,14 @@ def oci_file(text: str) -> Path:
 
 def show_verified(result: Verified) -> None:
     """Print the result of a verification on stderr."""
-    closeness = (
-        f"cosine to fp32 at least {result.cosine_min:.6f}"
-        if result.cosine_min is not None
-        else "not compared with fp32"
-    )
+    closeness = "not compared with fp32"
+    if result.cosine_min is not None:
+        closeness = f"cosine to fp32 at least {result.cosine_min:.6f}"
+    elif result.score_difference is not None:
+        closeness = f"relative score difference to fp32 at most {result.score_difference:.2g}"
+    output = "scores" if result.task == "rerank" else f"{result.dimensions} dimensions"
     console.note(
-        f"verified: {result.precision} ({result.level}) on {result.device}, "
-        f"{result.texts} texts, {result.dimensions} dimensions, {closeness}"
+        f"verified: {result.precision} ({result.level}) on {result.device}, {result.texts} texts, {output}, {closeness}"
     )
 
 

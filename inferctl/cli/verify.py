@@ -33,7 +33,7 @@ def verify(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Start an image, compare the vectors of eight texts with fp32, and print the image id.
+    """Start an image, compare its output for eight texts with fp32, and print the image id.
 
     The image does not change. If it mounts its weights, they come from --model or from the spec.
 

@@ -289,7 +289,7 @@ def _examine(
         "on the GPU" if gpu else "on the CPU: the engine has no GPU runtime" if plan.stack.cuda else "on the CPU",
     )
     if downloads:
-        yield Note("the container downloads its weights: vectors are checked, but not compared with fp32")
+        yield Note("the container downloads its weights: its output is checked, but not compared with fp32")
     verify_options = VerifyOptions(
         model=plan.model if plan.spec.model.weights == "mount" else None,
         network=options.network,

@@ -1,7 +1,7 @@
-"""Verifies a built image before it is tagged: the image starts as in production, and its vectors match its weights.
+"""Verifies a built image before it is tagged: the image starts as in production, and its output matches its weights.
 
-A ready server may return 200 with only NaN (text-embeddings-inference PR 896: fp16 on a T4), so the vectors are
-compared with an fp32 reference.
+A ready server may return 200 with only NaN (text-embeddings-inference PR 896: fp16 on a T4), so its vectors or rerank
+scores are compared with an fp32 reference.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from inferctl.model import ModelFolder
 # sums. fp16 and bf16 keep 11 and 8 bits of the mantissa, which costs up to about 5e-4 over the layers of a transformer.
 # int8 quantizes the weights; below 0.99, retrieval rankings start to change.
 TOLERANCE: Mapping[str, float] = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999, "int8": 0.99}
+# Maximum difference between a rerank score and the fp32 reference, relative to the largest score (at least 1).
+SCORE_TOLERANCE: Mapping[str, float] = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.02, "int8": 0.1}
 READY_SECONDS = 300.0
 _REFERENCE_SECONDS = 600.0
 _REQUEST_SECONDS = 120.0
@@ -56,6 +58,10 @@ TEXTS: tuple[str, ...] = (
 )
 
 
+# A reranker scores each text for this query. The last text is relevant.
+QUERY = "What does a container image consist of?"
+
+
 @dataclass(frozen=True)
 class VerifyOptions:
     """The options of `verify`. `model`: folder to mount at /model, None if the image contains or downloads its weights.
@@ -72,7 +78,11 @@ class VerifyOptions:
 
 @dataclass(frozen=True)
 class Verified:
-    """The result of a verification. `cosine_min` is the lowest cosine to the fp32 reference, None without one."""
+    """The result of a verification.
+
+    `cosine_min`: the lowest cosine of the vectors to the fp32 reference. `score_difference`: the largest difference of
+    the rerank scores. Both are None without a reference and for the other task. `tolerance` is the limit.
+    """
 
     precision: str
     level: str
@@ -83,6 +93,8 @@ class Verified:
     tolerance: float | None
     ready_seconds: float
     model_sha256: str | None
+    task: str = "embed"
+    score_difference: float | None = None
 
     def document(self) -> dict[str, Any]:
         """Return the result as JSON data."""
@@ -90,7 +102,7 @@ class Verified:
 
 
 def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Generator[Note, None, Verified]:
-    """Start the image, embed eight texts over HTTP and compare the vectors with the reference. Yields notes.
+    """Start the image, embed or score eight texts over HTTP and compare with the reference. Yields notes.
 
     Raises `InferctlError` (exit code 1) with the failed check and the end of the container log. Removes its containers.
     """
@@ -115,19 +127,27 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
             str(info["precision"].get("level", "")),
             str(info["device"].get("name") or info["device"]["kind"]),
         )
-        vectors = _embed(container, address, str(info["name"]))
+        rerank = info.get("task") == "rerank"
+        inputs: list[Any] = [[QUERY, text] for text in TEXTS] if rerank else list(TEXTS)
+        scores = _score(container, address, str(info["name"])) if rerank else []
+        vectors = [] if rerank else _embed(container, address, str(info["name"]))
     # The server has stopped before the reference loads the weights, so that memory for one of them is sufficient.
     dimensions = int(info["model"]["dimensions"])
     longest = (info.get("limits") or {}).get("max_input_tokens")
-    reference = _reference(engine, image, options, longest) if options.compare else None
+    reference = _reference(engine, image, options, inputs, longest) if options.compare else None
     if reference is not None and reference["model_sha256"] != info["model"].get("sha256"):
         _fail(
             f"the server has other weights ({info['model'].get('sha256')}) than the image ({reference['model_sha256']})"
         )
+    sha256 = info["model"].get("sha256")
+    limits = SCORE_TOLERANCE if rerank else TOLERANCE
+    tolerance = limits.get(precision, limits["int8"]) if reference is not None else None
+    if rerank:
+        largest = check_scores(scores, reference["scores"] if reference is not None else None, tolerance)
+        return Verified(*facts, dimensions, len(scores), None, tolerance, ready, sha256, "rerank", largest)
     expected = [decode(text) for text in reference["embeddings"]] if reference is not None else None
-    tolerance = TOLERANCE.get(precision, TOLERANCE["int8"]) if expected is not None else None
     lowest = check_vectors(vectors, expected, dimensions, tolerance)
-    return Verified(*facts, dimensions, len(vectors), lowest, tolerance, ready, info["model"].get("sha256"))
+    return Verified(*facts, dimensions, len(vectors), lowest, tolerance, ready, sha256)
 
 
 def server_options(image: ImageInfo, options: VerifyOptions, port: int) -> tuple[ContainerOptions, int | None]:
@@ -191,6 +211,32 @@ def check_vectors(
             f"cosine {lowest:.5f}, required {tolerance}"
         )
     return lowest
+
+
+def check_scores(scores: Sequence[float], expected: Sequence[float] | None, tolerance: float | None) -> float | None:
+    """Return the largest difference of `scores` to `expected`, None without `expected`.
+
+    It is relative to the largest expected score, at least 1. Raises `InferctlError` for NaN, infinity, or a difference
+    above `tolerance`.
+    """
+    for index, value in enumerate(scores):
+        if not math.isfinite(value):
+            _fail(f"the score of text {index + 1} is NaN or infinity")
+    if expected is None or tolerance is None:
+        return None
+    if len(scores) != len(expected):
+        _fail(f"the fp32 reference has {len(expected)} scores for {len(scores)} texts")
+    scale = max(1.0, *map(abs, expected))
+    differences = [abs(value - other) / scale for value, other in zip(scores, expected, strict=True)]
+    largest = max(differences)
+    # `not` so that a reference of NaN fails.
+    if not largest <= tolerance:
+        index = differences.index(largest)
+        _fail(
+            f"the score of text {index + 1} differs from the fp32 reference of the same weights: {scores[index]:.5f} "
+            f"instead of {expected[index]:.5f}, the limit is {tolerance * scale:.3g}"
+        )
+    return largest
 
 
 def decode(text: str) -> list[float]:
@@ -261,7 +307,18 @@ def _embed(container: Container, address: tuple[str, int], model: str) -> list[l
     return [decode(item["embedding"]) for item in found]
 
 
-def _reference(engine: DockerEngine, image: ImageInfo, options: VerifyOptions, longest: int | None) -> dict[str, Any]:
+def _score(container: Container, address: tuple[str, int], model: str) -> list[float]:
+    body = {"model": model, "query": QUERY, "documents": list(TEXTS)}
+    results = fetch(container, address, "/v1/rerank", body)["results"]
+    found = {int(item["index"]): float(item["relevance_score"]) for item in results}
+    if len(results) != len(TEXTS) or len(found) != len(TEXTS):
+        _fail(f"the server returned {len(found)} scores for {len(TEXTS)} texts")
+    return [found[index] for index in range(len(TEXTS))]
+
+
+def _reference(
+    engine: DockerEngine, image: ImageInfo, options: VerifyOptions, inputs: list[Any], longest: int | None
+) -> dict[str, Any]:
     """Return the output of the fp32 reference, with inputs truncated to `longest` tokens as in the server."""
     python = image.entrypoint[0] if image.entrypoint and "python" in image.entrypoint[0] else "python3"
     container_options = ContainerOptions(
@@ -272,9 +329,7 @@ def _reference(engine: DockerEngine, image: ImageInfo, options: VerifyOptions, l
         stdin=True,
         labels={"io.inferctl.role": "reference"},
     )
-    code, out, err = engine.run_with_input(
-        image.id, container_options, json.dumps(list(TEXTS)).encode(), _REFERENCE_SECONDS
-    )
+    code, out, err = engine.run_with_input(image.id, container_options, json.dumps(inputs).encode(), _REFERENCE_SECONDS)
     if code is None:
         _fail(f"the fp32 reference took longer than {_REFERENCE_SECONDS:.0f} s")
     if code:

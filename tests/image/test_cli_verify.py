@@ -61,6 +61,12 @@ def test_a_valid_image_passes_and_its_id_is_the_output(docker: DockerEngine, bas
     assert containers() == ""
 
 
+def test_the_scores_of_a_reranker_are_compared(docker: DockerEngine, base_image: str, tmp_path: Path) -> None:
+    done = verify(built(docker, base_image, "rerank"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "8 texts, scores, relative score difference to fp32 at most 0" in done.stderr
+
+
 def test_an_image_that_fails_verification_is_kept(docker: DockerEngine, base_image: str, tmp_path: Path) -> None:
     name = built(docker, base_image, "nan")
     done = verify(name, cwd=tmp_path)

@@ -191,6 +191,18 @@ def test_invalid_vectors_have_different_errors(vectors: list[list[float]], what:
     assert caught.value.exit_code == 1
 
 
+def test_the_difference_of_scores_is_relative_to_the_largest_one() -> None:
+    assert verify.check_scores([0.2, -8.1], [0.2, -8.0], 0.02) == pytest.approx(0.1 / 8)
+    assert verify.check_scores([0.2, 0.91], [0.2, 0.9], 0.02) == pytest.approx(0.01)
+    assert verify.check_scores([0.2, 0.91], None, None) is None
+    with pytest.raises(InferctlError, match=r"text 2 differs .*: -8.20000 instead of -8.00000, the limit is 0.16"):
+        verify.check_scores([0.2, -8.2], [0.2, -8.0], 0.02)
+    with pytest.raises(InferctlError, match="text 1 is NaN or infinity"):
+        verify.check_scores([math.nan], [0.5], 0.02)
+    with pytest.raises(InferctlError, match="text 1 differs"):
+        verify.check_scores([0.5], [math.nan], 0.02)
+
+
 def test_vectors_are_little_endian_float32() -> None:
     assert verify.decode(base64.b64encode(struct.pack("<2f", 0.5, -2.0)).decode()) == [0.5, -2.0]
 

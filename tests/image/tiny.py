@@ -23,12 +23,15 @@ def vector(text):
     length = sum(x * x for x in raw) ** 0.5
     return [x / length for x in raw]
 
+def score(query, text):
+    return sum(a * b for a, b in zip(vector(query), vector(text)))
+
 def packed(numbers):
     return base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
 """
 SERVER = """
 import http.server, json, os, signal, sys
-from inferctl.vectors import packed, vector
+from inferctl.vectors import packed, score, vector
 
 how = os.environ["BEHAVIOUR"]
 print("tiny server:", how, flush=True)
@@ -55,10 +58,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/readyz":
             return self.answer({}, 503 if how == "slow" else 200)
         model = {"dimensions": 32, "sha256": "other" if how == "swapped" else "tiny"}
-        self.answer({"name": "tiny", "model": model, "precision": {"effective": "bf16", "level": "native"},
+        task = "rerank" if how.startswith("rerank") else "embed"
+        precision = {"effective": "bf16", "level": "native"}
+        self.answer({"name": "tiny", "task": task, "model": model, "precision": precision,
                      "device": {"kind": "cpu", "name": "tiny cpu"}})
     def do_POST(self):
-        texts = json.loads(self.rfile.read(int(self.headers["content-length"])))["input"]
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.path == "/v1/rerank":
+            scores = [score(body["query"], t) for t in body["documents"]]
+            scores[1] += {"rerank-far": 0.05, "rerank-nan": float("nan")}.get(how, 0)
+            results = [{"index": i, "relevance_score": s} for i, s in enumerate(scores)]
+            return self.answer({"results": results[how == "rerank-short":]})
+        texts = body["input"]
         if how == "refuses":
             return self.answer({"error": {"message": "no thanks"}}, 422)
         found = [vector(t) for t in texts]
@@ -74,9 +85,13 @@ http.server.ThreadingHTTPServer(("0.0.0.0", port), Handler).serve_forever()
 """
 REFERENCE = """
 import json, sys
-from inferctl.vectors import packed, vector
-texts = json.load(sys.stdin)
-print(json.dumps({"model_sha256": "tiny", "dimensions": 32, "embeddings": [packed(vector(t)) for t in texts]}))
+from inferctl.vectors import packed, score, vector
+given = json.load(sys.stdin)
+if isinstance(given[0], list):
+    output = {"scores": [score(query, text) for query, text in given]}
+else:
+    output = {"dimensions": 32, "embeddings": [packed(vector(text)) for text in given]}
+print(json.dumps({"model_sha256": "tiny", **output}))
 """
 
 
