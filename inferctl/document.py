@@ -6,6 +6,7 @@ size, the depth and the number of values, with aliases expanded, before it build
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +27,20 @@ _Parser: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Loader(_Parser):  # type: ignore[misc]
-    """A YAML loader without timestamps: an image tag such as 2024-02-30 stays text instead of an invalid date."""
+    """A YAML loader with the integers of YAML 1.2 and without timestamps.
+
+    An image tag such as 2024-02-30 stays text instead of an invalid date. 010 stays text instead of 8: a tag keeps its
+    zero, and a port is 10, as with `--port 010`.
+    """
 
 
+_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)$")
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    first: [
+        (tag, _INTEGER if tag.endswith(":int") else pattern)
+        for tag, pattern in resolvers
+        if not tag.endswith(":timestamp")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 

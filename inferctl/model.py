@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -84,10 +85,10 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
     Downloads nothing. Raises `UsageError` if there is no folder or it does not contain a complete model.
     """
     path = Path(source).expanduser()
-    if not path.is_dir():
+    if not is_folder(path):
         snapshot = _cached_snapshot(source, revision, environment)
         if snapshot is None:
-            looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
+            looks_local = re.fullmatch(HUB_ID, source) is None
             raise UsageError(
                 f"model folder {source} not found"
                 if looks_local
@@ -159,12 +160,24 @@ def is_hub_id(source: str) -> bool:
     return re.fullmatch(HUB_ID, source) is not None and not Path(source).is_dir()
 
 
+def is_folder(path: Path) -> bool:
+    """Return whether `path` is a folder. A name that is too long for the file system is none."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
+
+
 def _cached_snapshot(source: str, revision: str | None, environment: Mapping[str, str]) -> Path | None:
     # The same variables as in huggingface_hub, which is slow to import.
     caches = environment.get("XDG_CACHE_HOME", "~/.cache")
     home = environment.get("HF_HOME", f"{caches}/huggingface")
     hub = environment.get("HF_HUB_CACHE", environment.get("HUGGINGFACE_HUB_CACHE", f"{home}/hub"))
     cache = Path(hub).expanduser() / f"models--{source.replace('/', '--')}"
+    if not is_folder(cache):
+        return None
     ref = cache / "refs" / (revision or "main")
     commit = ref.read_text().strip() if ref.is_file() else revision
     snapshot = cache / "snapshots" / (commit or "")

@@ -157,7 +157,7 @@ def _relative_to(folder: Path, path: str, value: str) -> str:
     if value.startswith(("/", "~")):
         return value
     if path == "model.source":
-        local = (folder / value).is_dir() or not re.fullmatch(HUB_ID, value)
+        local = not re.fullmatch(HUB_ID, value) or (folder / value).is_dir()
     elif path in _NAMES_OR_FILES:
         local = value.endswith((".yaml", ".yml")) or (path == "bench.plan" and "/" in value)
     else:
@@ -194,6 +194,7 @@ _HINTS = {
     "image.tag": "use at most 128 letters, digits, '_', '.' and '-'",
     "image.platform": "use a platform such as linux/amd64 or linux/arm/v7",
     "image.max_size": "write a size such as 6GB, 800MB or 2GiB",
+    "model.revision": "set a commit, a branch or a tag of the model",
     "model": "set model.source to a hub id, or set `weights: mount` or `weights: bake` for a local folder",
 }
 
@@ -284,7 +285,7 @@ def _problem(error: dict[str, Any], document: Document | None, origins: Mapping[
         )
     if kind == "string_pattern_mismatch":
         what = path.rsplit(".", 1)[-1].replace("_", " ")
-        fix = f"use {slug(str(value))!r}" if path == "name" else _HINTS.get(path)
+        fix = f"use lower case, digits, '-' and '.', as in {slug(str(value))}" if path == "name" else _HINTS.get(path)
         return Problem(path, f"{label}: {value!r} is not a valid {what}", line, fix)
     if kind == "model_type":
         return Problem(
@@ -299,7 +300,7 @@ def _problem(error: dict[str, Any], document: Document | None, origins: Mapping[
         )
     if kind == "value_error":
         return Problem(path, error["msg"].removeprefix("Value error, "), line, _HINTS.get(path))
-    message = error["msg"].replace("Input should be", "must be")
+    message = re.sub("^(Input|String|List) should", "must", error["msg"])
     return Problem(path, f"{label}: {message}, got {value!r}", line, None)
 
 

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 DEFAULT_FILE = "inferctl.yaml"
-HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
+# The hub accepts at most 96 characters. A longer name is a path.
+HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}"
 
 Precision = Literal["auto", "fp32", "fp16", "bf16", "int8"]
 Task = Literal["embed", "rerank"]
@@ -29,6 +30,8 @@ Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+(?:(?:\.|-+)[a-z0-9]+)*$", max_l
 Size = Annotated[str, Field(pattern=r"^\d+(?:\.\d+)? ?[kKmMgGtT]?i?[bB]?$")]
 # A value in a Dockerfile or a label must not contain a line break.
 OneLine = Annotated[str, Field(pattern=r"^[^\r\n\x00]+$")]
+# What Git accepts as the name of a commit, a branch or a tag.
+Revision = Annotated[str, Field(pattern=r"^[^\x00-\x20\x7f~^:?*\[\\]+$", max_length=200)]
 
 
 class _Section(BaseModel):
@@ -39,7 +42,7 @@ class Model(_Section):
     """The model to serve, and how the container gets its weights."""
 
     source: OneLine = Field(description="Hub id (`org/name`) or local folder with config.json and safetensors weights.")
-    revision: OneLine | None = Field(
+    revision: Revision | None = Field(
         None,
         description="Commit of a hub model. `inferctl build` rejects a branch or tag without `--allow-floating`.",
     )

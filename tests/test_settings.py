@@ -203,6 +203,20 @@ def test_a_date_like_tag_in_the_file_is_text() -> None:
     assert settings.resolve(settings.parse(GOOD + "image: {tag: 2024-02-30}\n"), {}, {}).spec.image.tag == "2024-02-30"
 
 
+@pytest.mark.parametrize(("written", "port"), [("8080", 8080), ("08", 8), ("010", 10), ("'010'", 10), ("0", 0)])
+def test_a_leading_zero_makes_no_octal_number(written: str, port: int) -> None:
+    """YAML 1.1 reads 010 as 8, `--port 010` is 10."""
+    resolved = settings.resolve(settings.parse(f"{GOOD}serve: {{port: {written}}}\nimage: {{tag: 010}}\n"), {}, {})
+    assert (resolved.spec.serve.port, resolved.spec.image.tag) == (port, "010")
+    assert settings.resolve(settings.parse(GOOD), {"INFERCTL_SERVE_PORT": "010"}, {}).spec.serve.port == 10
+
+
+@pytest.mark.parametrize("written", ["1:30", "0x10", "0b11"])
+def test_numbers_that_only_yaml_1_1_has_are_errors(written: str) -> None:
+    with pytest.raises(SpecError, match="must be a valid integer"):
+        settings.resolve(settings.parse(f"{GOOD}serve: {{port: {written}}}\n"), {}, {})
+
+
 def test_a_tilde_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/nowhere/me")
     resolved = settings.resolve(settings.parse("model: {source: ~/m}\nimage: {wheels: ~/w}\n"), {}, {})

@@ -20,7 +20,7 @@ _FILE_URL = re.compile(r"\bfile:(?://[^/\s'\"]*)?(?=/)")
 def name_of(source: str) -> str:
     """Return a hub id or a plain name as it is, and only the last part of a path."""
     path = Path(source).expanduser()
-    if path.exists() or not re.fullmatch(HUB_ID, source):
+    if not re.fullmatch(HUB_ID, source) or path.exists():
         return path.name or path.resolve().name or source
     return source
 

@@ -53,6 +53,7 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
     from inferctl.bench.measure import environment, resume, runner
     from inferctl.bench.plan import plan as plans
     from inferctl.errors import UsageError
+    from inferctl.model import is_folder
 
     url_targets = [parse_target(text) for text in bench_options.urls]
     if bench_options.access != AccessOptions() and not url_targets:
@@ -62,7 +63,7 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
         )
     access = bench_options.access.access()
     # Absolute, so that the benchmark can be resumed from another working directory.
-    if bench_options.model and Path(bench_options.model).exists():
+    if bench_options.model and is_folder(Path(bench_options.model)):
         bench_options = replace(bench_options, model=str(Path(bench_options.model).absolute()))
     resolved = _settings(bench_options, needed=not url_targets or bool(bench_options.precisions))
     name = bench_options.plan

@@ -140,7 +140,8 @@ def _files(spec: Spec, base: BaseImage) -> Iterator[Finding]:
             why = "`inferctl build` installs what the locks list"
             yield fit.Finding("error", "locks", f"image.locks: {error.message}", why, error.hint)
     if spec.image.wheels and not any(Path(spec.image.wheels).glob("*.whl")):
-        why, hint = "`inferctl build` installs from this folder only", "fill it: `pip download --dest DIR ...`"
+        why = "`inferctl build` installs from this folder only"
+        hint = "for each lock: `pip download --dest DIR --no-deps --require-hashes -r LOCK` (docs/build.md)"
         yield fit.Finding("error", "wheels", f"image.wheels: {spec.image.wheels} has no wheels", why, hint)
     plan = spec.bench.plan
     if plan.endswith((".yaml", ".yml")) and not Path(plan).is_file():

@@ -156,7 +156,7 @@ def _model(spec_file: Path | None, model: str | None, config: Path | None) -> tu
     spec = options.load(spec_file, {"model.source": model}).spec
     folder = Path(spec.model.source)
     # The weights are not needed, so the folder may lack them.
-    if (folder / "config.json").is_file():
+    if models.is_folder(folder) and (folder / "config.json").is_file():
         return spec, folder / "config.json"
     if (model_folder := hub.cached(spec.model.source, spec.model.revision)) is not None:
         return spec, model_folder.path / "config.json"

@@ -101,7 +101,8 @@ def init(
     elif ci is None:
         raise UsageError(f"{target} already exists", "edit it, or pass `--force` to overwrite it")
     document = settings.parse(contents[target], str(target)) if contents else settings.read(target)
-    resolved = settings.resolve(document, {}, {}, catalog.vocabulary())
+    # A name of `--name` is an error of this option, and not of a file that is not written yet.
+    resolved = settings.resolve(document, {}, {"name": name} if contents else {}, catalog.vocabulary())
     if ci:
         job = {"name": resolved.spec.name, "repository": resolved.spec.image.repository, "package": installed}
         contents |= _ci_files(ci, directory, job, force)

@@ -39,7 +39,7 @@ def pin(
 
     spec_file_path = spec_file or (Path(name) if (name := os.environ.get("INFERCTL_SPEC")) else Path(spec.DEFAULT_FILE))
     file = spec_file_path.resolve() if spec_file_path.exists() else spec_file_path
-    document = settings.read(file)
+    document = settings.read(spec_file_path)
     current = settings.resolve(document, {}, {}, catalog.vocabulary()).spec
     pins = pin.pins(current, catalog.base(current.image.base))
     if check:

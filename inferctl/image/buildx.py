@@ -94,14 +94,21 @@ class BuildFailedError(Exception):
 def detect(containerd_store: bool, name: str | None = None) -> Builder:
     """Return the builder `name`, or the selected one.
 
-    Raises `NotReadyError` without a docker command or buildx, or if buildx is too old for live progress.
+    Raises `UsageError` if there is no builder `name`. Raises `NotReadyError` without a docker command or buildx, or if
+    buildx is too old for live progress.
     """
     output = _docker("buildx", "version")
     found = re.search(r"v?(\d+)\.(\d+)\.(\d+)", output)
     version = (int(found.group(1)), int(found.group(2)), int(found.group(3))) if found else (0, 0, 0)
     if version < _RAWJSON_SINCE:
         raise NotReadyError(f"buildx {'.'.join(map(str, version))} is too old: 0.13 or newer is required", _INSTALL)
-    return read_inspection(_docker("buildx", "inspect", *([name] if name else [])), version, containerd_store)
+    try:
+        inspection = _docker("buildx", "inspect", *([name] if name else []))
+    except NotReadyError as error:
+        if name and "no builder" in error.message:
+            raise UsageError(f"builder {name!r} not found", "pass one of `docker buildx ls`") from None
+        raise
+    return read_inspection(inspection, version, containerd_store)
 
 
 def read_inspection(text: str, version: tuple[int, int, int], containerd_store: bool) -> Builder:
@@ -152,7 +159,8 @@ def check_supported(builder: Builder, request: BuildRequest) -> None:
             )
         if name == "wheels" and not any(Path(folder).glob("*.whl")):
             raise UsageError(
-                f"image.wheels: {folder} has no wheels", "download wheels with `pip download --dest DIR ...`"
+                f"image.wheels: {folder} has no wheels",
+                "for each lock: `pip download --dest DIR --no-deps --require-hashes -r LOCK` (docs/build.md)",
             )
 
 

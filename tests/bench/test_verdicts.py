@@ -116,7 +116,7 @@ def test_an_overloaded_server_is_the_first_finding_of_a_closed_loop(tmp_path: Pa
     old["summary"] |= {"rejected": 970, "rejected_percent": 97.0}
     found = findings.describe(rows_of(tmp_path, old), "closed", 0.1)
     assert found[0].startswith("old rejected 97% of the requests (429), and its latencies are those of accepted")
-    assert "Lower the load, or remove `slo`" in found[0]
+    assert "Lower the load, or raise `serve.max_wait_seconds` and `slo.p99_ms` in its spec." in found[0]
     assert sum("rejected" in text for text in found) == 1
     assert not any("Lower the load" in text for text in findings.describe(rows_of(tmp_path, old), "open", 0.1))
     old["summary"] |= {"rejected": 1000, "rejected_percent": 100.0}
@@ -132,7 +132,7 @@ def test_a_closed_loop_that_rejects_most_requests_shows_no_capacity(tmp_path: Pa
     load = plan.Load.model_validate({"mode": "open", "rate": "50%", "users": 4})
     with pytest.raises(InferctlError, match="rejected 100% of a closed loop with 4 users") as caught:
         throughput.measure(cast(Any, server), load, "short", 1, plan.Run("a", 0), tmp_path, None)
-    assert "remove `slo`" in (caught.value.hint or "")
+    assert "raise `serve.max_wait_seconds`" in (caught.value.hint or "")
 
 
 def test_the_share_of_other_processes_is_that_of_the_busiest_run() -> None:

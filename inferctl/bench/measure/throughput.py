@@ -47,8 +47,8 @@ def measure(
     if rejected > REJECTED_LIMIT:
         raise InferctlError(
             f"the server rejected {rejected:.0%} of a closed loop with {loop.users} users (429), so its capacity is "
-            "unknown: this load is above what it accepts within its SLO",
-            "lower `users` in the plan, or remove `slo` from the server's spec",
+            "unknown: this load is above what it accepts",
+            "lower `users` in the plan, or raise `serve.max_wait_seconds` and `slo.p99_ms` in the server's spec",
         )
     if not rate:
         raise InferctlError(

@@ -50,7 +50,8 @@ def _overload(row: MeasuredRow, mode: str) -> str | None:
         return None
     return (
         f"{row.configuration} rejected {share:.0f}% of the requests (429), and its latencies are those of accepted "
-        "requests: this load is above what it accepts within its SLO. Lower the load, or remove `slo` from its spec."
+        "requests: this load is above what it accepts. Lower the load, or raise `serve.max_wait_seconds` and "
+        "`slo.p99_ms` in its spec."
     )
 
 
