@@ -136,7 +136,7 @@ LINES: dict[str, tuple[int, str]] = {
     "model with a long name": (2, f"serve --model org/{'m' * 256}"),
     "model with a long name, estimated": (2, f"estimate --hardware t4 --model org/{'m' * 256}"),
     "model with a long name, measured": (2, f"bench --plan quick --model org/{'m' * 256}"),
-    "model with a long path": (2, f"serve --model {'m/' * 3000}"),
+    "model with a long path": (2, f"serve --model {'m/' * 2200}"),
     "unknown log style": (2, "serve --model ./m --log xml"),
     "unknown precision": (2, "check --model org/m --precision fp17"),
     "unknown hardware": (2, "check --model org/m --hardware="),
