@@ -10,13 +10,14 @@ import inferctl
 from inferctl.model import ModelFolder
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineInfo
+from inferctl.serve.task_config import TaskConfig
 from inferctl.spec import Spec
 
 
 def document(
     spec: Spec,
     folder: ModelFolder,
-    config: EmbeddingConfig,
+    config: TaskConfig,
     info: EngineInfo,
     truncate: bool,
     max_body_bytes: int,
@@ -24,29 +25,29 @@ def document(
 ) -> dict[str, Any]:
     """Return the part of `GET /info` that does not change while an engine process runs."""
     engine = info.to_json()
+    fidelity: dict[str, Any] = {"within_limit": info.within_limit, "check": info.check}
+    if isinstance(config, EmbeddingConfig):
+        pooling = {"pooling": config.pooling, "pooling_assumed": config.assumed, "normalize": config.normalize}
+        output: dict[str, Any] = {"dimensions": info.dimensions, **pooling}
+        fidelity |= {"cosine_min": info.cosine_min, "cosine_mean": info.cosine_mean, "limit": info.cosine_limit}
+    else:
+        output = {"activation": config.activation}
+        fidelity |= {"logit_error": info.logit_error, "limit": info.logit_error_limit}
     return {
         "name": spec.name,
+        "task": "embed" if isinstance(config, EmbeddingConfig) else "rerank",
         "inferctl": inferctl.__version__,
         "model": {
             "source": spec.model.source,
             "sha256": folder.digest,
             "architecture": folder.architecture,
-            "dimensions": info.dimensions,
             "max_tokens": config.max_tokens,
-            "pooling": config.pooling,
-            "pooling_assumed": config.assumed,
-            "normalize": config.normalize,
+            **output,
         },
         "precision": engine["precision"],
         "attention": info.attention,
         "attention_reason": info.attention_reason,
-        "fidelity": {
-            "cosine_min": info.cosine_min,
-            "cosine_mean": info.cosine_mean,
-            "limit": info.cosine_limit,
-            "within_limit": info.within_limit,
-            "check": info.check,
-        },
+        "fidelity": fidelity,
         "warnings": info.warnings,
         "device": engine["device"],
         "parallel_batches": info.parallel,
@@ -84,6 +85,8 @@ def lines(info: EngineInfo, name: str, url: str, seconds: float, admission: str 
     if info.cosine_min is not None:
         cosines = f"minimum {info.cosine_min:.5f}, mean {info.cosine_mean:.5f}"
         yield f"fidelity   cosine to fp32: {cosines} ({info.check})"
+    if info.logit_error is not None:
+        yield f"fidelity   largest relative error of logits: {info.logit_error:.5f} ({info.check})"
     cores = f", {device.threads} threads, {info.parallel} batches at a time"
     yield f"device     {device.name}" + (
         cores if device.threads else f", compute capability {device.compute_capability}"

@@ -45,23 +45,29 @@ class EmbeddingConfig:
 
 def read(folder: Path, max_input_tokens: int | None = None) -> EmbeddingConfig:
     """Return the configuration of a model folder. Raises `UsageError` for an unsupported module or pooling."""
-    config = _json(folder / "config.json")
-    modules = _json_list(folder / "modules.json")
-    pooling, normalize, assumed = _pooling(folder, modules)
-    transformer = folder / next((str(m.get("path", "")) for m in modules if _kind(m) == "Transformer"), "")
-    bert = _json(transformer / "sentence_bert_config.json")
-    longest = _longest(folder, config, bert)
-    settings = _json(folder / "config_sentence_transformers.json")
-    prompt = (settings.get("prompts") or {}).get(settings.get("default_prompt_name") or "", "") or ""
+    pooling, normalize, assumed = _pooling(folder, read_list(folder / "modules.json"))
     return EmbeddingConfig(
         pooling=pooling,
         normalize=normalize,
-        max_tokens=min(longest, max_input_tokens or longest),
-        prompt=str(prompt),
-        lower_case=bool(bert.get("do_lower_case", False)),
         assumed=assumed,
-        matryoshka=_matryoshka(config),
+        matryoshka=_matryoshka(read_object(folder / "config.json")),
+        **input_settings(folder, max_input_tokens),
     )
+
+
+def input_settings(folder: Path, max_input_tokens: int | None) -> dict[str, Any]:
+    """Return `max_tokens`, `prompt` and `lower_case` of a model folder of any task."""
+    modules = read_list(folder / "modules.json")
+    transformer = folder / next((str(m.get("path", "")) for m in modules if _kind(m) == "Transformer"), "")
+    bert = read_object(transformer / "sentence_bert_config.json")
+    longest = _longest(folder, read_object(folder / "config.json"), bert)
+    settings = read_object(folder / "config_sentence_transformers.json")
+    prompt = (settings.get("prompts") or {}).get(settings.get("default_prompt_name") or "", "") or ""
+    return {
+        "max_tokens": min(longest, max_input_tokens or longest),
+        "prompt": str(prompt),
+        "lower_case": bool(bert.get("do_lower_case", False)),
+    }
 
 
 def _kind(module: dict[str, Any]) -> str:
@@ -81,7 +87,7 @@ def _pooling(folder: Path, modules: list[dict[str, Any]]) -> tuple[Pooling, bool
     normalize = any(_kind(m) == "Normalize" for m in modules)
     if module is None:
         return "mean", normalize, True
-    config = _json(folder / str(module.get("path", "")) / "config.json")
+    config = read_object(folder / str(module.get("path", "")) / "config.json")
     mode_name = config.get("pooling_mode")
     chosen = (
         [str(mode_name)]
@@ -99,7 +105,7 @@ def _pooling(folder: Path, modules: list[dict[str, Any]]) -> tuple[Pooling, bool
 
 
 def _longest(folder: Path, config: dict[str, Any], bert: dict[str, Any]) -> int:
-    tokenizer = _json(folder / "tokenizer_config.json")
+    tokenizer = read_object(folder / "tokenizer_config.json")
     positions = config.get("max_position_embeddings")
     if isinstance(positions, int) and config.get("model_type") in _OFFSET_TYPES:
         positions -= int(config.get("pad_token_id") or 0) + 1
@@ -115,12 +121,14 @@ def _matryoshka(config: dict[str, Any]) -> tuple[int, ...] | None:
     return None if config.get("is_matryoshka") else ()
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, empty if there is none. Raises `UsageError` if it cannot be read."""
     data = _load(path)
     return data if isinstance(data, dict) else {}
 
 
-def _json_list(path: Path) -> list[dict[str, Any]]:
+def read_list(path: Path) -> list[dict[str, Any]]:
+    """Return the objects in the list in a JSON file, as `read_object` does."""
     data = _load(path)
     return [item for item in data if isinstance(item, dict)] if isinstance(data, list) else []
 

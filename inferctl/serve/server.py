@@ -17,7 +17,7 @@ import inferctl
 from inferctl import hub, model, outputs
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
 from inferctl.model import ModelFolder
-from inferctl.serve import describe, embedding_config, logs
+from inferctl.serve import describe, logs, task_config
 from inferctl.serve.api import app
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
@@ -25,9 +25,11 @@ from inferctl.serve.edge import listener, usage
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import Edge, EdgeLimits
 from inferctl.serve.edge.usage import UsageEvent
+from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
 from inferctl.serve.engine_process.pool import EnginePool
 from inferctl.serve.metrics import Metrics
+from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.scheduling.batcher import Batcher, QueueLimits
 from inferctl.serve.scheduling.dispatcher import Dispatcher
 from inferctl.serve.scheduling.latency_model import Capacity, LatencyModel
@@ -121,7 +123,8 @@ class Server:
 
     def __init__(self, spec: Spec, options: ServerOptions, notify: Callable[[str], None], folder: ModelFolder) -> None:
         self._spec, self._options, self._notify, self._folder = spec, options, notify, folder
-        self._embedding = embedding_config.read(self._folder.path, spec.serve.max_input_tokens)
+        task = model.resolve_task(spec.model.task, folder.config, spec.model.source)
+        self._config = config = task_config.read(task, folder.path, spec.serve.max_input_tokens)
         metrics = Metrics()
         capacity = Capacity.read(options.capacity) if options.capacity else None
         capacity_slo_ms = capacity.slo_p99_ms if capacity else None
@@ -138,12 +141,14 @@ class Server:
         self._model = ServedModel(
             spec.name,
             frozenset({spec.model.source}),
-            self._embedding.matryoshka,
+            config.matryoshka if isinstance(config, EmbeddingConfig) else (),
             spec.serve.max_client_batch,
             options.truncate,
-            model.resolve_task(spec.model.task, folder.config, spec.model.source),
+            task,
         )
-        self._tokenizer = TokenizerPool(self._folder.path, self._embedding, on_truncated=metrics.truncated.inc)
+        if isinstance(config, RerankConfig):
+            self._model.activation = config.scores
+        self._tokenizer = TokenizerPool(folder.path, config, on_truncated=metrics.truncated.inc)
         self._lifecycle = Lifecycle(ready=lambda: self._dispatcher.ready, live=lambda: not self._pool.crash_looping)
         self._edge_limits = EdgeLimits()
         self._edge = Edge(
@@ -155,8 +160,9 @@ class Server:
             endpoints=app.ENDPOINTS,
             limits=self._edge_limits,
         )
-        config = EngineConfig(
+        engine_config = EngineConfig(
             engine="echo" if options.engine == "echo" else "encoder",
+            task=task,
             model=str(self._folder.path),
             precision=spec.serve.precision,
             device=options.device,
@@ -165,7 +171,9 @@ class Server:
             engines=options.engines or 1,
             log=options.log,
         )
-        self._pool = EnginePool(config, options.engines, self._dispatcher, self._batch_timeout, self._engine_ready)
+        self._pool = EnginePool(
+            engine_config, options.engines, self._dispatcher, self._batch_timeout, self._engine_ready
+        )
         metrics.engine_restarts.set_function(lambda: self._pool.counts()["restarts"])
         self._info: dict[str, Any] | None = None
         self._started, self._ready_seconds = time.monotonic(), 0.0
@@ -213,7 +221,7 @@ class Server:
 
     def _batch_timeout(self) -> float:
         """Return the seconds after which a batch counts as hung: 20 times the largest one, at least `hang_seconds`."""
-        largest = max(self._batcher.limits.batch_tokens, self._embedding.max_tokens)
+        largest = max(self._batcher.limits.batch_tokens, self._config.max_tokens)
         return max(self._options.hang_seconds, 20 * self._batcher.latency.seconds(largest))
 
     def _handle_signal(self, number: int) -> None:
@@ -241,7 +249,7 @@ class Server:
         self._info = describe.document(
             self._spec,
             self._folder,
-            self._embedding,
+            self._config,
             info,
             self._options.truncate,
             self._edge_limits.max_body_bytes,

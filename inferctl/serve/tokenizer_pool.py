@@ -17,8 +17,8 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from inferctl.errors import UsageError
-from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Tokens
+from inferctl.serve.task_config import TaskConfig
 
 # Requests up to this size are tokenized on the event loop, because the switch to a thread takes 0.1 ms. This many
 # characters take 0.2 ms, and at most 4 ms (benchmarks/peers/tokenising.py). Each text adds its fixed cost.
@@ -59,7 +59,7 @@ class TokenizerPool:
     def __init__(
         self,
         folder: Path,
-        config: EmbeddingConfig,
+        config: TaskConfig,
         threads: int = 2,
         on_truncated: Callable[[int], None] = lambda _: None,
     ) -> None:

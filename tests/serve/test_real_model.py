@@ -68,7 +68,7 @@ def test_a_model_folder_with_incomplete_weights_is_rejected(minilm: Path, tmp_pa
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("stdin", ["", "{}", "[]", "[1]"])
+@pytest.mark.parametrize("stdin", ["", "{}", "[]", "[1]", '[["a"]]', '["a", ["b", "c"]]', '[["a", "b"]]'])
 def test_the_reference_accepts_only_a_list_of_texts(minilm: Path, stdin: str) -> None:
     command = [sys.executable, "-m", "inferctl.serve.reference", str(minilm)]
     done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)

@@ -27,7 +27,7 @@ JSON = st.recursive(
 @pytest.fixture(scope="module")
 def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("rerank")
-    shutil.copytree(minilm, folder / "model", symlinks=False)
+    shutil.copytree(minilm, folder / "model", symlinks=False, ignore=shutil.ignore_patterns("modules.json"))
     config = json.loads((minilm / "config.json").read_text())
     config |= {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
     (folder / "model" / "config.json").write_text(json.dumps(config))

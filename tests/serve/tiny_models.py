@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+CORPUS = Path(__file__).parents[2] / "benchmarks" / "corpora" / "paragraphs.jsonl"
+
 TINY: dict[str, dict[str, Any]] = {
     "bert": {"num_attention_heads": 4},
     "distilbert": {"dim": 32, "hidden_dim": 64, "n_heads": 4, "n_layers": 2},
@@ -43,3 +45,87 @@ def make(minilm: Path, folder: Path, architecture: str, pooling: str, normalize:
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
     return folder
+
+
+CROSS_ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": TINY["bert"],
+    "distilbert": TINY["distilbert"],
+    "electra": TINY["electra"],
+    "roberta": {**TINY["roberta"], "type_vocab_size": 1},
+    "xlm-roberta": {**TINY["xlm-roberta"], "type_vocab_size": 1},
+    "modernbert": {**TINY["modernbert"], "classifier_pooling": "mean"},
+    "qwen3": TINY["qwen3"],
+    "mpnet": TINY["mpnet"],
+    "deberta-v2": {"num_attention_heads": 4, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "albert": {"num_attention_heads": 4, "embedding_size": 32},
+}
+
+
+def make_cross_encoder(folder: Path, architecture: str, **settings: Any) -> Path:
+    """Write a cross-encoder of `architecture` with random weights and a tokenizer of its kind into `folder`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    tokenizer = make_tokenizer(architecture)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": len(tokenizer)}
+    common = {"max_position_embeddings": 130, "initializer_range": 0.25, "num_labels": 1}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "cls_token_id": tokenizer.cls_token_id}
+    options = {**sizes, **common, **CROSS_ENCODERS[architecture], **ids, **settings}
+    config = AutoConfig.for_model(architecture, **options)
+    model = AutoModelForSequenceClassification.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.startswith(("classifier", "score", "pre_classifier", "head")) and parameter.dim() == 1:
+            torch.nn.init.normal_(parameter.data, std=0.5)  # biases are zero otherwise
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_tokenizer(architecture: str) -> Any:
+    """Return a tokenizer, trained on the benchmark's corpus, with the model and the pair format of `architecture`."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    lines = CORPUS.read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    if architecture in ("roberta", "mpnet", "xlm-roberta"):
+        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    else:
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer: Any
+    if architecture == "xlm-roberta":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=2000, special_tokens=special, unk_token="<unk>")
+    elif architecture in ("roberta", "mpnet", "modernbert", "qwen3"):
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet)
+    else:
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=2000, special_tokens=special)
+    tokenizer.train_from_iterator(texts, trainer)
+    start, end = special[0] if special[0] == "<s>" else "[CLS]", "</s>" if special[0] == "<s>" else "[SEP]"
+    pair = f"{start} $A {end} {end} $B {end}" if start == "<s>" else f"{start}:0 $A:0 {end}:0 $B:1 {end}:1"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", pair=pair, special_tokens=[(t, tokenizer.token_to_id(t)) for t in (start, end)]
+    )
+    names = ["input_ids", "attention_mask"]
+    if architecture in ("bert", "electra", "deberta-v2", "albert"):
+        names.insert(1, "token_type_ids")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=names,
+        model_max_length=128,
+        cls_token=start,
+        sep_token=end,
+        pad_token=next(token for token in special if "pad" in token.lower()),
+        unk_token=next(token for token in special if "unk" in token.lower()),
+    )

@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from inferctl.spec import Task
+
 Tokens: TypeAlias = npt.NDArray[np.int32]
 Vectors: TypeAlias = npt.NDArray[np.float32]
 
@@ -25,10 +27,12 @@ class EngineConfig:
 
     `previous_info`: the `EngineInfo` (as JSON) of an earlier engine with the same configuration. If the device is the
     same, the engine uses it instead of running the start-up checks again. `engines`: how many engines divide the cores
-    of a CPU.
+    of a CPU. With the task `rerank`, the model is a cross-encoder: each sequence is a pair of texts with its special
+    tokens, batches have `second_starts`, and their vectors are logits ([pairs, 1]), without the activation.
     """
 
     engine: Literal["encoder", "echo"] = "encoder"
+    task: Task = "embed"
     model: str = ""
     precision: str = "auto"
     device: str = "auto"
@@ -80,6 +84,8 @@ class EngineInfo:
     `vocabulary_size`: rows of the model's input embeddings, so token ids are below it; 0 if unknown.
     `cosine_min`, `cosine_mean`: similarity to a plain padded fp32 forward of the same weights, None without that
     comparison (`check` gives the reason). `cosine_limit`: the lowest expected `cosine_min` of this precision.
+    Cross-encoders have `logit_error` instead: the largest difference to fp32 logits, relative to the largest of these.
+    `dimensions` is then the number of labels.
     `warnings`: problems of this start, for the user.
     """
 
@@ -94,13 +100,17 @@ class EngineInfo:
     cosine_min: float | None = None
     cosine_mean: float | None = None
     cosine_limit: float | None = None
+    logit_error: float | None = None
+    logit_error_limit: float | None = None
     check: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     @property
     def within_limit(self) -> bool | None:
-        """Whether the vectors are as close to fp32 as expected; None if they were not compared."""
+        """Whether the vectors or logits are as close to fp32 as expected; None if they were not compared."""
+        if self.logit_error is not None and self.logit_error_limit is not None:
+            return self.logit_error <= self.logit_error_limit
         if self.cosine_min is None or self.cosine_limit is None:
             return None
         return self.cosine_min >= self.cosine_limit

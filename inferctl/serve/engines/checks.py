@@ -13,18 +13,19 @@ from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process import memory
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo, Vectors, finite_rows
 from inferctl.serve.engines import plain
-from inferctl.serve.engines.forward import Forward
+from inferctl.serve.engines.forward import Forward, Sequences
+from inferctl.serve.rerank_config import RerankConfig
+from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool
 
 log = logging.getLogger("inferctl.engine")
 
 # Larger models are not loaded a second time for the comparison with fp32.
 _MAX_CHECKED_PARAMETERS = 1_500_000_000
-# Lowest cosine between packed texts and the same texts in isolation. A text that attends to its neighbors is far below.
-# LLM.int8 depends on them a little.
-_MIN_COSINE_ISOLATED = 0.995
-# Lowest cosine to fp32, and of packed to padded in the same format.
-_MIN_COSINE = {"fp32": 0.99999, "bf16": 0.99, "fp16": 0.999, "int8": 0.95}
+# The largest error to fp32, and of packed to padded in the same format. `isolated`: of packed texts to the same texts
+# in batches of one. LLM.int8 depends on them a little. The error of a text that attends to its neighbors is far above.
+_MAX_COSINE_DISTANCE = {"fp32": 0.00001, "bf16": 0.01, "fp16": 0.001, "int8": 0.05, "isolated": 0.005}
+_MAX_LOGIT_ERROR = {"fp32": 0.001, "bf16": 0.05, "fp16": 0.01, "int8": 0.25, "isolated": 0.02}
 
 _TEXTS = (
     "ok",
@@ -39,69 +40,92 @@ _TEXTS = (
 
 
 class Checks:
-    """The check texts and their fp32 vectors. Create it before the model is loaded: memory may not suffice for both.
+    """The check texts and their fp32 results. Create it before the model is loaded: memory may not suffice for both.
 
-    `expected` is None if the model is too large to be loaded in fp32. `description` says what is compared.
+    For a cross-encoder, the texts are paired. `expected` is None if the model is too large to be loaded
+    in fp32. `description` says what is compared.
     """
 
-    def __init__(self, folder: ModelFolder, embedding: EmbeddingConfig) -> None:
-        pool = TokenizerPool(folder.path, embedding, threads=1)
-        self.texts = pool.encode_now(_TEXTS, truncate=True)
-        pool.close()
+    def __init__(self, folder: ModelFolder, config: TaskConfig) -> None:
+        self._rerank = isinstance(config, RerankConfig)
         self.expected: Vectors | None = None
+        small = folder.parameters <= _MAX_CHECKED_PARAMETERS
+        pool = TokenizerPool(folder.path, config, threads=1)
+        if isinstance(config, EmbeddingConfig):
+            self.texts = Sequences(pool.encode_now(_TEXTS, truncate=True))
+            if small:
+                self.expected = plain.embed(plain.load_model(folder.path), self.texts.ids, config)
+        else:
+            # Some texts are paired with themselves, so that not all scores are low.
+            pairs = pool.encode_pairs_now(_TEXTS + _TEXTS[:4], _TEXTS[::-1] + _TEXTS[:4], truncate=True)
+            self.texts = Sequences.of_pairs(pairs)
+            if small:
+                self.expected = plain.score(plain.load_model(folder.path, task="rerank"), pairs)
+        pool.close()
         self.description = f"not compared with fp32: {folder.parameters / 1e9:.1f} billion parameters"
-        if folder.parameters <= _MAX_CHECKED_PARAMETERS:
-            self.expected = plain.embed(plain.load_model(folder.path), self.texts, embedding)
-            self.description = f"{len(self.texts)} texts compared with padded fp32"
+        if small:
+            self.description = f"{len(self.texts)} {'pairs' if self._rerank else 'texts'} compared with padded fp32"
 
     def choose_attention(self, forward: Forward, precision: PrecisionInfo) -> str:
-        """Let `forward` use packed attention if the vectors equal those of padded attention. Return the reason."""
+        """Let `forward` use packed attention if the result equals that of padded attention. Return the reason."""
         padded = forward(self.texts)
         try:
             forward.pack()
             batched = forward(self.texts)
-            isolated = np.concatenate([forward([ids]) for ids in self.texts])
+            isolated = np.concatenate([forward(self.texts.take([index])) for index in range(len(self.texts))])
         except Exception as error:  # architectures reject packing with various errors; padding works for all
             if memory.is_insufficient(error):
                 raise
             reason = f"{type(error).__name__}: {memory.summary(error)}"
         else:
-            to_padded, to_isolated = _cosines(batched, padded).min(), _cosines(batched, isolated).min()
-            if to_padded >= _MIN_COSINE[precision.effective] and to_isolated >= _MIN_COSINE_ISOLATED:
+            limits = _MAX_LOGIT_ERROR if self._rerank else _MAX_COSINE_DISTANCE
+            errors = self._errors(batched, padded), self._errors(batched, isolated)
+            if errors[0].max() <= limits[precision.effective] and errors[1].max() <= limits["isolated"]:
                 return "no padding; equals the padded result"
-            reason = f"packed differs from padded (cosine {min(to_padded, to_isolated):.4f})"
+            worst = float(np.concatenate(errors).max())
+            measure = f"relative logit error {worst:.4f}" if self._rerank else f"cosine {1 - worst:.4f}"
+            reason = f"packed differs from padded ({measure})"
         log.warning("packed attention is not used: %s", reason)
         forward.pack(False)
         return f"sorted by length; {reason}"
 
-    def compare(self, vectors: Vectors, precision: PrecisionInfo) -> tuple[dict[str, Any], str | None]:
+    def compare(self, results: Vectors, precision: PrecisionInfo) -> tuple[dict[str, Any], str | None]:
         """Return the fields of `EngineInfo` about fidelity to fp32, and a warning if it is below the limit.
 
         Raises `NotReadyError` for NaN or infinity.
         """
-        effective, limit = precision.effective, _MIN_COSINE[precision.effective]
-        if bad := int((~finite_rows(vectors)).sum()):
-            message = f"the model returns NaN or infinity for {bad} of {len(vectors)} check texts in {effective}"
+        effective = precision.effective
+        if bad := int((~finite_rows(results)).sum()):
+            message = f"the model returns NaN or infinity for {bad} of {len(results)} check texts in {effective}"
             hints = {"fp32": "check the weights of the model", "bf16": "use `--precision fp32`"}
             raise NotReadyError(message, hints.get(effective, "use `--precision bf16` or `--precision fp32`"))
-        fields: dict[str, Any] = {"dimensions": vectors.shape[1], "check": self.description}
+        fields: dict[str, Any] = {"dimensions": results.shape[1], "check": self.description}
         if self.expected is None:
             return fields, None
-        cosines = _cosines(vectors, self.expected)
-        lowest = float(cosines.min())
-        fields |= {"cosine_min": lowest, "cosine_mean": float(cosines.mean()), "cosine_limit": limit}
-        if lowest >= limit:
+        errors = self._errors(results, self.expected)
+        worst = float(errors.max())
+        if self._rerank:
+            limit = _MAX_LOGIT_ERROR[effective]
+            fields |= {"logit_error": worst, "logit_error_limit": limit}
+            warning = f"relative error of logits {worst:.5f}, expected at most {limit}"
+        else:
+            limit = _MAX_COSINE_DISTANCE[effective]
+            fields |= {"cosine_min": 1 - worst, "cosine_mean": 1 - float(errors.mean()), "cosine_limit": 1 - limit}
+            warning = f"cosine to fp32 {1 - worst:.5f}, expected at least {1 - limit}"
+        if worst <= limit:
             return fields, None
-        warning = f"{effective} is inaccurate: cosine to fp32 {lowest:.5f}, expected at least {limit}"
+        warning = f"{effective} is inaccurate: {warning}"
         if effective != "fp32":
             warning += ". `--precision fp32` avoids this"
         elif precision.tf32:
             warning += ". `TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0` turns TF32 off"
         return fields, warning
 
-
-def _cosines(a: Vectors, b: Vectors) -> Vectors:
-    """Return the cosine of each row of `a` with the same row of `b`."""
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    result: Vectors = (a * b).sum(axis=1) / np.maximum(norms, 1e-12)
-    return result
+    def _errors(self, results: Vectors, expected: Vectors) -> Vectors:
+        """Return for each row 1 - its cosine with the expected one, or the error of logits, relative to the largest."""
+        if self._rerank:
+            relative: Vectors = np.abs(results - expected).max(axis=1) / max(1e-12, float(np.abs(expected).max()))
+            return relative
+        norms = np.linalg.norm(results, axis=1) * np.linalg.norm(expected, axis=1)
+        distances: Vectors = 1 - (results * expected).sum(axis=1) / np.maximum(norms, 1e-12)
+        return distances

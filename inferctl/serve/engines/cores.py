@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
-from inferctl.serve.engines.forward import Forward
+from inferctl.serve.engine_process.engine_protocol import Vectors
+from inferctl.serve.engines.forward import Forward, Sequences
 
 # Larger batches only add latency: above about 1,000 tokens per core the throughput is constant, and it falls when the
 # caches overflow.
@@ -27,7 +27,7 @@ _TYPICAL_TOKENS = 64
 
 def choose_threads(forward: Forward, cores: int) -> int:
     """Return the threads per batch: measured with one text of typical length, at the current load of the cores."""
-    text = [np.full(min(forward.embedding.max_tokens, _TYPICAL_TOKENS), 5, dtype=np.int32)]
+    text = Sequences([np.full(min(forward.max_tokens, _TYPICAL_TOKENS), 5, dtype=np.int32)])
     chosen, seconds = 1, math.inf
     for threads in (1 << bit for bit in range(cores.bit_length())):
         torch.set_num_threads(threads)
@@ -54,15 +54,15 @@ class Cores:
             else None
         )
 
-    def __call__(self, sequences: list[Tokens]) -> Vectors:
-        """Return float32 [sequences, dimensions]. The calling thread uses the threads of one batch."""
+    def __call__(self, sequences: Sequences) -> Vectors:
+        """Return what `Forward` returns. The calling thread uses the threads of one batch."""
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
-        parts = min(self._threads, sum(map(len, sequences)) // _PART_TOKENS, len(sequences))
+        parts = min(self._threads, sum(sequences.lengths) // _PART_TOKENS, len(sequences))
         if self._pool is None or parts < 2:
             return self._forward(sequences)
-        groups = _balanced([len(s) for s in sequences], parts)
-        rows = np.concatenate(list(self._pool.map(self._forward, [[sequences[i] for i in group] for group in groups])))
+        groups = _balanced(sequences.lengths, parts)
+        rows = np.concatenate(list(self._pool.map(self._forward, map(sequences.take, groups))))
         out = np.empty_like(rows)
         out[np.concatenate(groups)] = rows
         return out

@@ -1,4 +1,4 @@
-"""The engine for text encoders of transformers. It connects the forward pass, the checks, the cores and the warm-up."""
+"""The engine for encoders and cross-encoders of transformers: connects forward pass, checks, cores and warm-up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import transformers
 
 from inferctl import model
 from inferctl.errors import InferctlError, NotReadyError
-from inferctl.serve import embedding_config
+from inferctl.serve import task_config
 from inferctl.serve.engine_process import memory
 from inferctl.serve.engine_process.engine_protocol import (
     Batch,
@@ -29,7 +29,7 @@ from inferctl.serve.engines import device as devices
 from inferctl.serve.engines import packed
 from inferctl.serve.engines.checks import Checks
 from inferctl.serve.engines.cores import BATCH_TOKENS_PER_CORE, Cores, choose_threads
-from inferctl.serve.engines.forward import Forward
+from inferctl.serve.engines.forward import Forward, Sequences
 from inferctl.serve.engines.warm_up import warm_up
 
 log = logging.getLogger("inferctl.engine")
@@ -64,7 +64,7 @@ class EncoderEngine:
         """Do what `load` does, with the errors that torch raises."""
         config = self._config
         folder = model.find(config.model)
-        embedding = embedding_config.read(folder.path, config.max_input_tokens)
+        settings = task_config.read(config.task, folder.path, config.max_input_tokens)
         device, device_info, traits = devices.detect(config.device)
         precision, dtype = devices.choose(config.precision, traits)
         on_cpu, cores = device_info.kind == "cpu", max(1, (device_info.threads or 1) // config.engines)
@@ -72,17 +72,17 @@ class EncoderEngine:
             self._memory_hint = "free memory on this machine, or raise the memory limit of the container"
         no_kernel = None if on_cpu else packed.missing_kernel(traits.compute_capability, dtype)
         varlen = not on_cpu and no_kernel is None
-        load_model = partial(Forward, folder.path, embedding, device, dtype, precision, varlen=varlen)
+        load_model = partial(Forward, folder.path, settings, device, dtype, precision, varlen=varlen)
         info = EngineInfo.from_json(config.previous_info) if config.previous_info else None
         if info and devices.equal(info.device, device_info) and info.precision == precision:
             forward = load_model(info.batch_tokens)
             forward.pack(info.attention == "packed")
         else:
-            check = Checks(folder, embedding)  # before the model is loaded: memory may be insufficient for both
+            check = Checks(folder, settings)  # before the model is loaded: memory may be insufficient for both
             forward = load_model(config.max_batch_tokens)
             info = self._check(check, forward, no_kernel, device_info, precision, cores)
         self._run = run = Cores(forward, cores, info.parallel) if on_cpu else forward
-        limit, lowered = warm_up(run, info.batch_tokens, embedding.max_tokens, info.parallel, self._memory_hint)
+        limit, lowered = warm_up(run, info.batch_tokens, settings.max_tokens, info.parallel, self._memory_hint)
         forward.batch_tokens = limit
         if lowered:
             log.warning(lowered)
@@ -124,10 +124,14 @@ class EncoderEngine:
         )
 
     def run(self, batch: Batch) -> BatchResult:
-        """Return the vectors of a batch. The calling thread uses the threads of one batch."""
+        """Return the vectors of a batch, or the logits of its pairs ([pairs, labels]).
+
+        The calling thread uses the threads of one batch.
+        """
         assert self._run is not None, "`load` comes first"
         started = time.perf_counter()
-        vectors = self._run(np.split(batch.tokens, np.cumsum(batch.lengths)[:-1]))
+        starts = None if batch.second_starts is None else batch.second_starts.tolist()
+        vectors = self._run(Sequences(np.split(batch.tokens, np.cumsum(batch.lengths)[:-1]), starts))
         return BatchResult(batch.id, vectors, finite_rows(vectors), time.perf_counter() - started)
 
     def close(self) -> None:

@@ -1,24 +1,65 @@
-"""The forward pass of an encoder: token ids -> one vector per sequence. Packed or padded, then pooled."""
+"""The forward pass: token ids -> one vector per sequence, or the logits of each pair. Packed or padded, then pooled."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo, Tokens, Vectors
 from inferctl.serve.engines import int8, onednn, packed, plain
+from inferctl.serve.engines.head import Head
+from inferctl.serve.task_config import TaskConfig
+from inferctl.serve.tokenizer_pool import Pair
+
+Integers: TypeAlias = npt.NDArray[np.int64]
 
 # The largest share of padding in a padded sub-batch.
 _MAX_PADDING = 0.15
 
 
+@dataclass(frozen=True)
+class Sequences:
+    """The token ids of sequences, and for pairs of texts where their second segments start (see `Batch`)."""
+
+    ids: list[Tokens]
+    second_starts: list[int] | None = None
+
+    @classmethod
+    def of_pairs(cls, pairs: Iterable[Pair]) -> Sequences:
+        """Return the pairs as sequences."""
+        ids, starts = zip(*pairs, strict=True)
+        return cls(list(ids), list(starts))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of tokens of each sequence."""
+        return [len(ids) for ids in self.ids]
+
+    def take(self, indices: Iterable[int]) -> Sequences:
+        """Return the sequences with these indices."""
+        chosen, starts = list(indices), self.second_starts
+        return Sequences([self.ids[i] for i in chosen], None if starts is None else [starts[i] for i in chosen])
+
+    def segments(self) -> list[Integers]:
+        """Return for each token of each sequence the number of its segment, 0 or 1."""
+        starts = self.lengths if self.second_starts is None else self.second_starts
+        return [(np.arange(n) >= start).astype(np.int64) for n, start in zip(self.lengths, starts, strict=True)]
+
+
 class Forward:
     """The model on its device. It starts with padded attention; `pack` changes that.
 
+    It returns vectors with an `EmbeddingConfig`, and the logits of a cross-encoder with a `RerankConfig`.
     `batch_tokens` limits a padded sub-batch. `varlen`: packed attention uses the variable-length kernel of GPUs.
     `vocabulary_size`: rows of the input embeddings. `warning`: what makes this model slower than it should be, or None.
     """
@@ -26,7 +67,7 @@ class Forward:
     def __init__(
         self,
         folder: Path,
-        embedding: EmbeddingConfig,
+        config: TaskConfig,
         device: torch.device,
         dtype: torch.dtype,
         precision: PrecisionInfo,
@@ -34,22 +75,32 @@ class Forward:
         *,
         varlen: bool = False,
     ) -> None:
-        model = plain.load_model(folder, dtype)
-        self.embedding, self.batch_tokens, self.packed = embedding, batch_tokens, False
-        self.vocabulary_size = int(model.get_input_embeddings().num_embeddings)
+        self.max_tokens, self.batch_tokens, self.packed = config.max_tokens, batch_tokens, False
         self._device, self._dtype, self._varlen = device, dtype, varlen
+        if isinstance(config, EmbeddingConfig):
+            model = plain.load_model(folder, dtype)
+            self._head, self._pooling, self._normalize = None, config.pooling, config.normalize
+        else:
+            model = plain.load_model(folder, dtype, task="rerank")
+            self._head = Head(model, device)
+            self._pooling, self._normalize = self._head.pooling, False
+        encoder = model.base_model
+        self.vocabulary_size = int(encoder.get_input_embeddings().num_embeddings)
+        pooler, encoder.pooler = getattr(encoder, "pooler", None), None  # part of the head
         on_cpu, eight_bit = device.type == "cpu", precision.effective == "int8"
         native_bf16 = precision.effective == "bf16" and precision.level == "native"
         self._pad_rows = on_cpu and (eight_bit or native_bf16)
         if eight_bit and not on_cpu:
-            int8.quantize(model)
-        self.warning = onednn.pack(model, int8=eight_bit) if self._pad_rows else None
-        self._model = model.to(device)
-        embeddings = getattr(model, "embeddings", None)
+            int8.quantize(encoder)
+        self.warning = onednn.pack(encoder, int8=eight_bit) if self._pad_rows else None
+        encoder.pooler = pooler
+        self._model, self._encoder = model.to(device), encoder
+        embeddings = getattr(encoder, "embeddings", None)
         # RoBERTa-like models number positions from the padding index + 1.
         offset = hasattr(embeddings, "create_position_ids_from_input_ids")
         self._first_position = int(embeddings.padding_idx) + 1 if offset and embeddings is not None else 0
         self._padding_id = int(model.config.pad_token_id or 0)
+        self._segments = plain.has_segments(model)
 
     def pack(self, on: bool = True) -> None:
         """Use packed attention, or padded attention if not `on`."""
@@ -58,70 +109,82 @@ class Forward:
         self.packed = on
 
     @torch.inference_mode()
-    def __call__(self, sequences: list[Tokens]) -> Vectors:
-        """Return float32 [sequences, dimensions], in the given order, computed on the calling thread."""
-        order = np.argsort([-len(s) for s in sequences], kind="stable")
-        ordered = [sequences[i] for i in order]
+    def __call__(self, sequences: Sequences) -> Vectors:
+        """Return float32 [sequences, dimensions or labels], in the given order, computed on the calling thread."""
+        order = np.argsort([-n for n in sequences.lengths], kind="stable")
+        ordered = sequences.take(order)
         if self.packed:
             rows = self._packed_rows(ordered)
         else:
-            rows = torch.cat([self._padded_rows(part) for part in split(ordered, self.batch_tokens)])
-        if self.embedding.normalize:
+            parts = split(ordered.lengths, self.batch_tokens)
+            rows = torch.cat([self._padded_rows(ordered.take(part)) for part in parts])
+        if self._normalize:
             rows = torch.nn.functional.normalize(rows, dim=1)
         out = np.empty(rows.shape, dtype=np.float32)
         out[order] = rows.cpu().numpy()
         return out
 
-    def _packed_rows(self, sequences: list[Tokens]) -> torch.Tensor:
-        lengths = [len(s) for s in sequences]
+    def _packed_rows(self, sequences: Sequences) -> torch.Tensor:
+        lengths = sequences.lengths
         total = sum(lengths)
         padding = np.zeros(onednn.padded_rows(total) - total if self._pad_rows else 0, dtype=np.int64)
-        tokens = self._to_device(np.concatenate([*sequences, padding + self._padding_id], dtype=np.int64))
         within = np.concatenate([*(np.arange(n) for n in lengths), padding])
+        inputs = {
+            "input_ids": np.concatenate([*sequences.ids, padding + self._padding_id], dtype=np.int64),
+            "position_ids": within + self._first_position,
+        }
+        if self._segments and sequences.second_starts is not None:
+            inputs["token_type_ids"] = np.concatenate([*sequences.segments(), padding])
         layout = (
             packed.varlen_layout(lengths, self._device)
             if self._varlen
             else packed.layout(lengths, self._dtype, len(padding))
         )
-        positions = self._to_device(within + self._first_position)
-        states = self._model(input_ids=tokens[None], position_ids=positions[None], layout=layout).last_hidden_state
-        hidden: torch.Tensor = states[0, :total]
+        on_device = {name: self._to_device(values)[None] for name, values in inputs.items()}
+        hidden: torch.Tensor = self._encoder(**on_device, layout=layout).last_hidden_state[0, :total]
         counts = self._to_device(np.array(lengths))
-        if self.embedding.pooling == "mean":
+        if self._pooling == "mean":
             # Summed in fp32, because the 8 bits of bf16 are too few for a long sum.
-            return torch.segment_reduce(hidden.float(), "mean", lengths=counts, unsafe=True)
-        ends = counts.cumsum(0)
-        return hidden[ends - counts if self.embedding.pooling == "cls" else ends - 1].float()
+            rows = torch.segment_reduce(hidden.float(), "mean", lengths=counts, unsafe=True)
+        else:
+            ends = counts.cumsum(0)
+            rows = hidden[ends - counts if self._pooling == "cls" else ends - 1].float()
+        return rows if self._head is None else self._head(rows)
 
-    def _padded_rows(self, sequences: list[Tokens]) -> torch.Tensor:
-        lengths = np.array([len(s) for s in sequences])
+    def _padded_rows(self, sequences: Sequences) -> torch.Tensor:
+        lengths = np.array(sequences.lengths)
         real = np.arange(lengths.max()) < lengths[:, None]
-        ids = np.full(real.shape, self._padding_id, dtype=np.int64)
-        ids[real] = np.concatenate(sequences)
-        mask, counts = self._to_device(real.astype(np.int64)), self._to_device(lengths)
-        states = self._model(input_ids=self._to_device(ids), attention_mask=mask).last_hidden_state
-        hidden: torch.Tensor = states.float()
-        if self.embedding.pooling == "mean":
-            return (hidden * mask[..., None]).sum(dim=1) / counts[:, None]
+        inputs = {"input_ids": np.full(real.shape, self._padding_id), "attention_mask": real.astype(np.int64)}
+        inputs["input_ids"][real] = np.concatenate(sequences.ids)
+        if self._segments and sequences.second_starts is not None:
+            inputs["token_type_ids"] = np.zeros_like(inputs["input_ids"])
+            inputs["token_type_ids"][real] = np.concatenate(sequences.segments())
+        on_device = {name: self._to_device(values) for name, values in inputs.items()}
+        outputs = self._model(**on_device)
+        if self._head is not None:  # the whole cross-encoder has its own head
+            logits: torch.Tensor = outputs.logits.float()
+            return logits
+        hidden: torch.Tensor = outputs.last_hidden_state.float()
+        counts = self._to_device(lengths)
+        if self._pooling == "mean":
+            return (hidden * on_device["attention_mask"][..., None]).sum(dim=1) / counts[:, None]
         last = counts - 1
-        return hidden[torch.arange(len(last)), torch.zeros_like(last) if self.embedding.pooling == "cls" else last]
+        return hidden[torch.arange(len(last)), torch.zeros_like(last) if self._pooling == "cls" else last]
 
-    def _to_device(self, values: np.ndarray) -> torch.Tensor:
+    def _to_device(self, values: Integers) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
 
 
-def split(ordered: list[Tokens], batch_tokens: int) -> Iterator[list[Tokens]]:
-    """Split sequences, sorted by falling length, into parts of little padding.
+def split(lengths: list[int], batch_tokens: int) -> Iterator[range]:
+    """Split sequences, sorted by falling length, into parts of little padding. Yield the indices of each part.
 
     A part has at most `batch_tokens` tokens, padding included, or one sequence.
     """
-    part: list[Tokens] = []
-    used = 0
-    for ids in ordered:
-        area = (len(part) + 1) * (len(part[0]) if part else len(ids))
-        if part and (area > batch_tokens or used + len(ids) < (1 - _MAX_PADDING) * area):
-            yield part
-            part, used = [], 0
-        part.append(ids)
-        used += len(ids)
-    yield part
+    first = used = 0
+    for index, length in enumerate(lengths):
+        area = (index + 1 - first) * lengths[first]
+        if index > first and (area > batch_tokens or used + length < (1 - _MAX_PADDING) * area):
+            yield range(first, index)
+            first, used = index, 0
+        used += length
+    yield range(first, len(lengths))

@@ -9,33 +9,34 @@ from typing import Any
 import numpy as np
 import torch
 
+from inferctl.errors import UsageError
 from inferctl.serve.embedding_config import EmbeddingConfig, Pooling
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
+from inferctl.serve.tokenizer_pool import Pair
+from inferctl.spec import Task
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:
-    """Return the encoder of a model folder in evaluation mode. `attention` None lets transformers select one.
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task = "embed") -> Any:
+    """Return the encoder of a model folder, or for `rerank` the whole cross-encoder, in evaluation mode.
 
-    It loads only local safetensors files and runs no code of the folder.
+    It loads only local safetensors files and runs no code of the folder. Raises `UsageError` if the files have no
+    weights for the head of a cross-encoder.
     """
     # transformers imports torchao if it is installed, which logs errors about kernels for absent GPUs.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    from transformers import AutoModel
+    from transformers import AutoModel, AutoModelForSequenceClassification
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    model = AutoModel.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation=attention,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    if getattr(model, "pooler", None) is not None:
+    auto: Any = AutoModelForSequenceClassification if task == "rerank" else AutoModel
+    options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    model, found = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+    if task == "embed" and getattr(model, "pooler", None) is not None:
         model.pooler = None  # sentence embeddings do not use it
+    if task == "rerank" and (missing := sorted(found["missing_keys"])):
+        raise UsageError(f"the weights of {folder} lack {missing[0]}", "use a model with the head of a cross-encoder")
     return model.eval()
 
 
@@ -56,3 +57,21 @@ def embed(model: Any, sequences: list[Tokens], config: EmbeddingConfig) -> Vecto
         vector = pool(hidden, config.pooling)
         rows.append(torch.nn.functional.normalize(vector, dim=0) if config.normalize else vector)
     return torch.stack(rows).numpy()
+
+
+@torch.inference_mode()
+def score(model: Any, pairs: list[Pair]) -> Vectors:
+    """Return the logits of a cross-encoder: float32 [pairs, labels]. Each pair is a forward of its own."""
+    rows = []
+    for ids, second_start in pairs:
+        tokens = torch.from_numpy(ids.astype(np.int64))[None]
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        if has_segments(model):
+            inputs["token_type_ids"] = (torch.arange(len(ids)) >= second_start).long()[None]
+        rows.append(model(**inputs).logits[0].float())
+    return torch.stack(rows).numpy()
+
+
+def has_segments(model: Any) -> bool:
+    """Return whether the model distinguishes the segments of a pair."""
+    return int(getattr(model.config, "type_vocab_size", None) or 0) > 1

@@ -10,11 +10,12 @@ import torch
 
 from inferctl.errors import NotReadyError
 from inferctl.serve.engine_process import memory
-from inferctl.serve.engine_process.engine_protocol import MIN_BATCH_TOKENS, Tokens, Vectors
+from inferctl.serve.engine_process.engine_protocol import MIN_BATCH_TOKENS, Vectors
+from inferctl.serve.engines.forward import Sequences
 
 
 def warm_up(
-    run: Callable[[list[Tokens]], Vectors], batch_tokens: int, longest: int, parallel: int, hint: str
+    run: Callable[[Sequences], Vectors], batch_tokens: int, longest: int, parallel: int, hint: str
 ) -> tuple[int, str | None]:
     """Run the largest batches and a small one, so that no request waits for one-time work.
 
@@ -37,13 +38,13 @@ def warm_up(
     return limit, warning if limit >= longest else f"{warning}; longer texts can get 503"
 
 
-def _run_largest(run: Callable[[list[Tokens]], Vectors], batch_tokens: int, longest: int, parallel: int) -> str | None:
+def _run_largest(run: Callable[[Sequences], Vectors], batch_tokens: int, longest: int, parallel: int) -> str | None:
     """Return the error message if memory is insufficient, else None."""
     text = np.full(longest, 5, dtype=np.int32)
     try:
         with ThreadPoolExecutor(parallel) as pool:
-            list(pool.map(run, [[text] * max(1, batch_tokens // longest)] * parallel))
-        run([text])
+            list(pool.map(run, [Sequences([text] * max(1, batch_tokens // longest))] * parallel))
+        run(Sequences([text]))
     except Exception as error:
         if not memory.is_insufficient(error):
             raise

@@ -1,0 +1,20 @@
+"""The configuration of a model folder for its task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeAlias
+
+from inferctl.serve import embedding_config, rerank_config
+from inferctl.serve.embedding_config import EmbeddingConfig
+from inferctl.serve.rerank_config import RerankConfig
+from inferctl.spec import Task
+
+TaskConfig: TypeAlias = EmbeddingConfig | RerankConfig
+
+
+def read(task: Task, folder: Path, max_input_tokens: int | None = None) -> TaskConfig:
+    """Return the configuration of a model folder. Raises `UsageError` for a model that is not supported."""
+    if task == "rerank":
+        return rerank_config.read(folder, max_input_tokens)
+    return embedding_config.read(folder, max_input_tokens)

@@ -1,0 +1,208 @@
+"""Cross-encoders: the engine equals `CrossEncoder` of sentence-transformers, packed and padded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from inferctl.errors import UsageError
+from inferctl.serve import rerank_config
+from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Vectors
+from inferctl.serve.tokenizer_pool import Pair, TokenizerPool
+from tests.serve import tiny_models
+from tests.serve.conftest import Running
+
+PADDED = {"mpnet", "deberta-v2", "albert"}
+
+
+def texts() -> list[tuple[str, str]]:
+    lines = [json.loads(line)["text"] for line in tiny_models.CORPUS.read_text().splitlines()[:48]]
+    return [(lines[i][: 20 + i], lines[2 * i][: 30 * i + 1]) for i in range(24)]
+
+
+def encoded(folder: Path, limit: int | None = None) -> list[Pair]:
+    pool = TokenizerPool(folder, rerank_config.read(folder, limit), threads=1)
+    queries, documents = zip(*texts(), strict=True)
+    pairs = pool.encode_pairs_now(queries, documents, truncate=True)
+    pool.close()
+    return pairs
+
+
+def batch(pairs: list[Pair]) -> Batch:
+    ids, starts = zip(*pairs, strict=True)
+    lengths = np.array([len(row) for row in ids], dtype=np.int32)
+    return Batch(1, np.concatenate(ids), lengths, np.array(starts, dtype=np.int32))
+
+
+def engine_for(folder: Path, precision: str) -> tuple[Any, Any]:
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    engine = EncoderEngine(EngineConfig(model=str(folder), task="rerank", precision=precision, device="cpu"))
+    return engine, engine.load()
+
+
+def reference(folder: Path, pairs: list[Pair]) -> Vectors:
+    from inferctl.serve.engines import plain
+
+    return plain.score(plain.load_model(folder, task="rerank"), pairs)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "xlm-roberta", "modernbert", "electra"])
+def test_scores_equal_the_cross_encoder_of_sentence_transformers(tmp_path: Path, architecture: str) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    folder = tiny_models.make_cross_encoder(tmp_path, architecture)
+    expected = sentence_transformers.CrossEncoder(str(folder), device="cpu").predict(texts())
+    assert np.ptp(expected) > 0.1  # the scores differ
+    for precision, tolerance in (("fp32", 1e-3), ("bf16", 2e-2)):
+        engine, info = engine_for(folder, precision)
+        result = engine.run(batch(encoded(folder)))
+        scores = rerank_config.read(folder).scores(result.vectors)[:, 0]
+        np.testing.assert_allclose(scores, expected, atol=tolerance)
+        assert (info.attention, info.within_limit, info.dimensions) == ("packed", True, 1)
+        assert info.cosine_min is None
+
+
+def test_the_server_and_the_reference_give_the_scores_of_the_cross_encoder(
+    tmp_path: Path, serve: Callable[..., Running]
+) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    folder = tiny_models.make_cross_encoder(tmp_path / "model", "bert")
+    query, documents = texts()[5][0], [document for _, document in texts()]
+    ranked = sentence_transformers.CrossEncoder(str(folder), device="cpu").rank(query, documents)
+    expected = {entry["corpus_id"]: entry["score"] for entry in ranked}
+
+    server = serve("--model", str(folder), "--precision", "fp32", "--name", "ranker")
+    body = httpx.post(f"{server.url}/v1/rerank", json={"query": query, "documents": documents}, timeout=60).json()
+    got = {entry["index"]: entry["relevance_score"] for entry in body["results"]}
+    assert list(got) == list(expected)
+    assert got == pytest.approx(expected, abs=1e-3)
+    info = server.get("/info").json()
+    assert (info["task"], info["model"]["activation"], info["attention"]) == ("rerank", "Sigmoid", "packed")
+    assert info["fidelity"]["logit_error"] < 1e-4
+    assert info["fidelity"]["within_limit"]
+    assert "fidelity   largest relative error of logits: 0.00000 (12 pairs" in server.log.read_text()
+
+    stdin = json.dumps([[query, document] for document in documents])
+    command = [sys.executable, "-m", "inferctl.serve.reference", str(folder)]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=True)
+    document = json.loads(done.stdout)
+    assert dict(enumerate(document["scores"])) == pytest.approx(expected, abs=1e-5)
+    assert sum(document["tokens"]) == body["usage"]["total_tokens"]
+    done = subprocess.run(command, input='["a text"]', capture_output=True, text=True, check=False)
+    assert (done.returncode, "is a model for rerank" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("architecture", tiny_models.CROSS_ENCODERS)
+def test_every_architecture_equals_the_reference(tmp_path: Path, architecture: str) -> None:
+    folder = tiny_models.make_cross_encoder(tmp_path, architecture)
+    pairs = encoded(folder)
+    engine, info = engine_for(folder, "fp32")
+    assert info.attention == ("padded" if architecture in PADDED else "packed"), info.attention_reason
+    result = engine.run(batch(pairs))
+    np.testing.assert_allclose(result.vectors, reference(folder, pairs), atol=2e-4)
+    assert result.ok.all()
+    assert info.logit_error < 1e-4
+    assert info.vocabulary_size == json.loads((folder / "config.json").read_text())["vocab_size"]
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_both_poolings_of_modernbert_are_packed(tmp_path: Path, pooling: str) -> None:
+    folder = tiny_models.make_cross_encoder(tmp_path, "modernbert", classifier_pooling=pooling)
+    pairs = encoded(folder)
+    engine, info = engine_for(folder, "fp32")
+    assert info.attention == "packed"
+    np.testing.assert_allclose(engine.run(batch(pairs)).vectors, reference(folder, pairs), atol=2e-4)
+
+
+def test_int8_stays_close_to_fp32(tmp_path: Path) -> None:
+    folder = tiny_models.make_cross_encoder(tmp_path, "bert")
+    pairs = encoded(folder)
+    engine, info = engine_for(folder, "int8")
+    assert (info.attention, info.within_limit) == ("packed", True)
+    np.testing.assert_allclose(engine.run(batch(pairs)).vectors, reference(folder, pairs), atol=0.2)
+
+
+def test_the_segments_of_a_pair_change_its_score(tmp_path: Path) -> None:
+    folder = tiny_models.make_cross_encoder(tmp_path, "bert")
+    engine, _ = engine_for(folder, "fp32")
+    pairs = batch(encoded(folder))
+    scores, without = engine.run(pairs).vectors, engine.run(replace(pairs, second_starts=None)).vectors
+    assert np.abs(scores - without).max() > 0.05
+
+
+def test_a_broken_head_is_detected_and_the_whole_model_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from inferctl.serve.engines import head
+
+    folder = tiny_models.make_cross_encoder(tmp_path, "roberta")
+    pairs = encoded(folder)
+    call = head.Head.__call__
+    monkeypatch.setattr(head.Head, "__call__", lambda self, states: call(self, states.flip(1)))
+    engine, info = engine_for(folder, "fp32")
+    assert info.attention == "padded"
+    assert "relative logit error" in info.attention_reason
+    np.testing.assert_allclose(engine.run(batch(pairs)).vectors, reference(folder, pairs), atol=2e-4)
+
+
+def test_weights_without_a_head_are_rejected(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_models.make_cross_encoder(tmp_path, "bert")
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("classifier.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=r"lack classifier\.weight"):
+        engine_for(folder, "fp32")
+
+
+ONE_LABEL = {"id2label": {"0": "LABEL_0"}, "max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "expected"),
+    [
+        ({}, {}, [0.5, 0.880797]),
+        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}, {}, [0, 2]),
+        ({"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}, {}, [0, 2]),
+        ({}, {"activation_fn": "torch.nn.modules.activation.Tanh"}, [0, 0.964028]),
+    ],
+)
+def test_the_activation_is_read_from_the_model_folder(
+    tmp_path: Path, config: dict[str, Any], settings: dict[str, Any], expected: list[float]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(ONE_LABEL | config))
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    found = rerank_config.read(tmp_path)
+    assert found.max_tokens == 512
+    scores = found.scores(np.array([[0], [2]], dtype=np.float32))
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores[:, 0], expected, atol=1e-6)
+
+
+def test_the_sigmoid_of_large_logits_is_finite() -> None:
+    logits = np.array([[-3e38], [3e38]], dtype=np.float32)
+    assert rerank_config.RerankConfig("Sigmoid", 512).scores(logits).tolist() == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", {"id2label": {"0": "a", "1": "b"}}, "a classifier with 2 labels"),
+        ("config.json", {}, "a classifier with 2 labels"),
+        ("config.json", {**ONE_LABEL, "sentence_transformers": {"activation_fn": "my.Code"}}, "activation my.Code"),
+        ("modules.json", [{"type": "sentence_transformers.models.Transformer"}, {"type": "x.Dense"}], "module x.Dense"),
+    ],
+)
+def test_a_model_that_is_no_cross_encoder_is_an_error(tmp_path: Path, file: str, content: Any, message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(ONE_LABEL))
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=message):
+        rerank_config.read(tmp_path)
