@@ -198,7 +198,7 @@ class Server:
         self._tokenizer.warm()
         socket = listener.listen(self._spec.serve.host, self._spec.serve.port)
         self._url = listener.url_of(socket, self._spec.serve.host)
-        self._http = listener.HttpServer(self._edge, self._spec.serve.drain_seconds, self._edge_limits.max_body_bytes)
+        self._http = listener.HttpServer(self._edge, self._spec.serve.drain_seconds, self._edge.rejected)
         engines = asyncio.create_task(self._pool.run())
         serving = asyncio.create_task(self._http.serve(sockets=[socket]))
         signals.connect(self._handle_signal)

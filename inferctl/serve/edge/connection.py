@@ -1,216 +1,210 @@
-"""uvicorn's connection with limits on the size and the receive time of a request. Its errors use OpenAI's envelope.
+"""uvicorn's connection with limits on time, size and number. Its errors use OpenAI's envelope.
 
-uvicorn has no limit on the receive time and on the size of headers. It never finishes a request that asks for an
-upgrade. It closes the connection of a client that still sends, which then sees a reset instead of the 413.
+uvicorn waits forever for the rest of a request and for a client that does not read, has no limit on headers, queues
+pipelined requests, does not respond to a request that asks for an upgrade, and resets a client that still sends.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Literal
+import math
+import socket
+import struct
+from collections.abc import Callable
+from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from inferctl.serve.edge.errors import ApiError
-
-# Above this many connections a new one gets a 429 and is closed, also for probes. The limit on requests in flight is
-# far lower.
-_MAX_CONNECTIONS = 8192
-_TOO_MANY_CONNECTIONS = (
-    b"HTTP/1.1 429 Too Many Requests\r\nretry-after: 1\r\nconnection: close\r\n"
-    b"content-type: application/json\r\ncontent-length: 115\r\n\r\n"
-    b'{"error":{"message":"too many connections","type":"rate_limit_error",'
-    b'"param":null,"code":"too_many_connections"}}\r\n'
-)
-_MAX_HEAD_BYTES = 64 * 1024
-_MAX_HEADERS = 200
-# The time limit for receiving a request (s). It grows by one second per this many received bytes of the body.
-_RECEIVE_TIMEOUT_S = 30.0
-_MIN_BYTES_PER_S = 16 * 1024
-# How long a rejected client can continue to send before the connection is closed (s).
-_LINGER_S = 2.0
-# Hop-by-hop header fields of an upgrade. Without them the request is an ordinary one.
-_UPGRADE_HEADERS = frozenset({b"connection", b"upgrade", b"http2-settings"})
-
-
-def connection(max_body_bytes: int, timeout_s: float = _RECEIVE_TIMEOUT_S) -> type[Connection]:
-    """Return the class for uvicorn's `http` setting."""
-    return type("BoundedConnection", (Connection,), {"max_body_bytes": max_body_bytes, "timeout_s": timeout_s})
+from inferctl.serve.edge.errors import ApiError, at_capacity
+from inferctl.serve.edge.usage import REJECTION
 
 
 class Connection(HttpToolsProtocol):
-    """One client's connection."""
+    """One client's connection. It accepts a request only after the response to the previous one is complete.
 
-    max_body_bytes = 32 * 1024 * 1024
-    timeout_s = _RECEIVE_TIMEOUT_S
-    _default_head: tuple[list[tuple[bytes, bytes]], bytes] = ([], b"")  # shared by all connections
+    `on_rejected(status, code)` is called for a rejected request that the application did not get. If the application
+    has the request, it sees a disconnect, and `REJECTION` in the `state` of the scope is (status, code).
+    """
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self._phase: Literal["idle", "head", "body", "rejected"] = "idle"
-        # Bytes of the current request: `_head` of its headers, of the framing of its last chunk, or of its trailers;
-        # `_body` of its body; `_framing` around all its chunks.
-        self._head = self._body = self._framing = 0
-        self._started = self.loop.time()
-        self._timer: asyncio.TimerHandle | None = None
-        self._error: ApiError | None = None
+    max_connections = 8192  # above it, a new one gets a 429 and is closed, also one of a probe
+    max_headers = 200
+    max_header_bytes = 64 * 1024  # with trailers and what is around the chunks of a body
+    max_unread_bytes = 256 * 1024 * 1024  # responses that clients have not read, of all connections
+    transfer_s = 30.0  # to receive a request, or to send a response, and 1 s more per `bytes_per_s` bytes
+    bytes_per_s = 16 * 1024
+    idle_s = 75.0  # between requests; longer than common load balancers keep an idle connection
+    linger_s = 2.0  # to drop what a client still sends after its response
+    interval_s = 1.0  # between two checks of the deadlines
+
+    def __init__(self, on_rejected: Callable[[int, str], None], **uvicorn: Any) -> None:
+        super().__init__(**uvicorn)
+        self._on_rejected = on_rejected
+        self._socket: asyncio.Transport
+        self._deadline = math.inf  # only the events of a request set it, so other bytes cannot extend it
+        self._receiving = False  # a request has begun and is not complete
+        self._dropping = False  # drop what arrives, and close after the response
+        self._keep_alive = True
         self._upgrade = b""
+        self._received = self._body = 0  # bytes of the request, and of its body
+        self._written = self._read = 0  # bytes of responses; those that were read before `_unread_since`
+        self._unread_since = math.inf
 
     def connection_made(self, transport: Any) -> None:
-        """Reject the connection if there are too many, else start the receive timeout."""
+        """Start the deadline of the first request. Reject the connection if there are too many."""
         super().connection_made(transport)
-        if len(self.connections) > _MAX_CONNECTIONS:
-            transport.write(_TOO_MANY_CONNECTIONS)
+        self._socket, self.transport = transport, self  # type: ignore[assignment]  # uvicorn writes to and closes it
+        self._deadline = self.loop.time() + self.transfer_s
+        if len(self.connections) > self.max_connections:
+            self._reject(at_capacity(f"{self.max_connections} connections are open", "too_many_connections", 1))
             transport.close()
-            return
-        self._timer = self.loop.call_later(self.timeout_s, self._check)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer."""
-        self._stop_timer()
-        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse received bytes, and reject the request if it is invalid or its headers are too large."""
-        if self._phase == "rejected":
+        """Parse what arrives, and reject a request that is invalid or has too many or too large headers."""
+        if self._dropping:
             return
-        self._unset_keepalive_if_required()
-        self._head += len(data)
-        self._framing += len(data)
-        self._error = None
+        self._received += len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._continue_without_upgrade(data[upgrade.args[0] :])
-            return
-        except httptools.HttpParserError:
-            self._reject(self._error or ApiError(400, "the request is not valid HTTP", code="invalid_http"))
-            return
-        if self._phase != "idle" and self._head_exceeds_limit():
-            self._reject(_headers_too_large())
-        elif self._phase == "idle":
-            self._stop_timer()
-        elif self._timer is None:
-            self._timer = self.loop.call_later(self.timeout_s, self._check)
+            # The parser stops after the headers. Parse the request again without the one that asks for the upgrade.
+            self.parser, self._received = httptools.HttpRequestParser(self), 0
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self.data_received(self._upgrade + data[upgrade.args[0] :])
+        except httptools.HttpParserError as error:
+            cause = error.__context__
+            if not self._dropping:
+                invalid = ApiError(400, "the request is not valid HTTP", code="invalid_http")
+                self._reject(cause if isinstance(cause, ApiError) else invalid)
+        else:
+            # Headers, trailers, and what is around the chunks of a body. Each chunk costs as much as a call, so a body
+            # cannot have many small ones.
+            too_large = self._received - self._body > self.max_header_bytes + self._body / 8
+            if too_large or len(self.headers or ()) > self.max_headers:
+                limits = f"{self.max_headers} headers or {self.max_header_bytes} bytes of headers"
+                self._reject(ApiError(431, f"the request has more than {limits}", code="headers_too_large"))
 
     def on_message_begin(self) -> None:
-        """Start to count a request. Called by httptools."""
+        """Start the deadline of a request. Called by httptools."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._dropping, self.cycle.keep_alive = True, False
+            raise RuntimeError("a pipelined request")
         super().on_message_begin()
-        self._phase, self._started, self._body = "head", self.loop.time(), 0
+        self._receiving, self._deadline = True, self.loop.time() + self.transfer_s
 
     def on_headers_complete(self) -> None:
-        """Check the headers, and remove those of an upgrade. Called by httptools."""
-        if len(self.headers) > _MAX_HEADERS or len(self.url) > _MAX_HEAD_BYTES:
-            self._fail(_headers_too_large())
-        if self.parser.get_method() == b"CONNECT":
-            self._fail(ApiError(405, "method CONNECT is not supported", code="method_not_allowed"))
+        """Pass the request to the application. Called by httptools."""
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            raise ApiError(405, "method CONNECT is not supported", code="method_not_allowed")
         if self.parser.should_upgrade():
-            version = self.parser.get_http_version().encode()
-            lines = [b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, version)]
-            lines += [b"%s: %s\r\n" % field for field in self.headers if field[0] not in _UPGRADE_HEADERS]
-            self._upgrade = b"".join([*lines, b"\r\n"])
-            return
-        size = next((value for name, value in self.headers if name == b"content-length"), b"0")
-        if int(size) > self.max_body_bytes:
-            self._fail(_body_too_large(self.max_body_bytes))
-        super().on_headers_complete()
-        self._phase, self._head, self._framing = "body", 0, 0
-
-    def on_chunk_header(self) -> None:
-        """Start to count a chunk header, or the trailers after the last chunk. Called by httptools."""
-        self._head = 0
+            lines = [b"%s %s HTTP/%s" % (method, self.url, self.parser.get_http_version().encode())]
+            lines += [b"%s: %s" % field for field in self.headers if field[0] != b"upgrade"]
+            self._upgrade = b"\r\n".join([*lines, b"\r\n"])
+        else:
+            super().on_headers_complete()
+            # A response to an incomplete request closes the connection.
+            self._keep_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
 
     def on_body(self, body: bytes) -> None:
-        """Count and check the bytes of the body. Called by httptools."""
+        """Extend the deadline. Called by httptools."""
         self._body += len(body)
-        self._head -= len(body)
-        self._framing -= len(body)
-        if self._body > self.max_body_bytes:
-            self._fail(_body_too_large(self.max_body_bytes))
+        self._deadline += len(body) / self.bytes_per_s
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Finish a request. Called by httptools."""
-        if not self._upgrade:
-            if len(self.headers) > _MAX_HEADERS:  # trailers are added to the headers
-                self._fail(_headers_too_large())
-            self._phase, self._head = "idle", 0
+        """End the deadline of a request. Called by httptools."""
+        if not self.parser.should_upgrade():
+            self._receiving, self._deadline = False, math.inf
+            self.cycle.keep_alive = self._keep_alive and not self.cycle.response_started
             super().on_message_complete()
 
-    def _continue_without_upgrade(self, rest: bytes) -> None:
-        """Parse the request again without the headers of the upgrade."""
-        head, self._upgrade = self._upgrade, b""
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self._head = 0
-        self.data_received(head + rest)
+    def on_response_complete(self) -> None:
+        """Start the deadline of the next request. Called by uvicorn."""
+        if not self._dropping:
+            self._received = self._body = 0
+            self._deadline = self.loop.time() + self.idle_s
+            self.flow.resume_reading()
 
-    def default_head(self) -> bytes:
-        """Return the header lines that every response has. uvicorn renews them each second, so the cache follows."""
-        fields, lines = self._default_head
-        if fields is not self.server_state.default_headers:
-            fields = self.server_state.default_headers
-            lines = b"".join([b"%s: %s\r\n" % field for field in fields])
-            type(self)._default_head = (fields, lines)
-        return lines
+    def shutdown(self) -> None:
+        """Close the connection after the response. Called by uvicorn."""
+        self._keep_alive, self.transfer_s = False, self.linger_s
+        super().shutdown()
 
-    def _head_exceeds_limit(self) -> bool:
-        # Trailers can follow a chunked body. Each byte of such a body can be a chunk with five bytes of framing, and
-        # chunks can have extensions.
-        framing = self._framing if self._phase == "body" else 0
-        too_large = self._head > _MAX_HEAD_BYTES or framing > _MAX_HEAD_BYTES + 6 * self._body
-        return too_large or len(self.headers) > _MAX_HEADERS
+    def write(self, data: bytes) -> None:
+        """Write a part of a response. Called by uvicorn."""
+        self._written += len(data)
+        self._socket.write(data)
 
-    def _fail(self, error: ApiError) -> None:
-        """Leave the parser with an error. `data_received` responds with it."""
-        self._error = error
-        raise error
+    def is_closing(self) -> bool:
+        """Return whether nothing can be written. Called by uvicorn."""
+        return self._dropping or self._socket.is_closing()
 
-    def _check(self) -> None:
-        """Reject the request if it did not arrive in time, and close an idle or rejected connection."""
-        self._timer = None
-        remaining = self._started + self.timeout_s + self._body / _MIN_BYTES_PER_S - self.loop.time()
-        if self._phase in ("head", "body") and (remaining > 0 or self.flow.read_paused):
-            self._timer = self.loop.call_later(max(remaining, 0.1), self._check)
-        elif self._phase == "head" or (self._phase == "body" and not self.cycle.response_complete):
+    def close(self) -> None:
+        """Close the connection after the written response. Called by uvicorn.
+
+        A client that still sends would see a reset instead of the response, so drop for `linger_s` what it sends.
+        """
+        if not (self._receiving or self._dropping):
+            self._socket.close()
+        elif not self._socket.is_closing():
+            self._receiving, self._dropping = False, True
+            self._deadline = self.loop.time() + self.linger_s
+            self._socket.write_eof()
+            self.flow.resume_reading()
+
+    def pause_writing(self) -> None:
+        """Abort the clients that read most slowly, if the responses of all are too large. Called by the transport."""
+        super().pause_writing()
+        self.check(self.loop.time())
+        connections: set[Any] = self.connections
+        while sum(each.unread_bytes() for each in connections) > self.max_unread_bytes:
+            min(connections, key=lambda each: each.unread_deadline()).abort()
+
+    def unread_bytes(self) -> int:
+        """Return how many bytes of responses wait until the client reads."""
+        return self._socket.get_write_buffer_size()
+
+    def unread_deadline(self) -> float:
+        """Return the time until which the client must read the response."""
+        read = self._written - self.unread_bytes() - self._read
+        return self._unread_since + self.transfer_s + read / self.bytes_per_s
+
+    def check(self, now: float) -> None:
+        """Apply the deadlines."""
+        unread = self.unread_bytes()
+        if not unread:
+            self._unread_since = math.inf
+        elif self._unread_since == math.inf:
+            self._unread_since, self._read = now, self._written - unread
+        if now > self.unread_deadline():
+            self.abort()
+        elif now > self._deadline and self._receiving:
             self._reject(ApiError(408, "the request did not arrive in time", code="request_timeout"))
-        elif self._phase != "idle" or self.cycle is None:
-            self.transport.close()
+        elif now > self._deadline:
+            self._socket.close()
+
+    def abort(self) -> None:
+        """Reset the connection. Otherwise, the kernel would still wait for the client to read."""
+        self.connections.discard(self)
+        reset = struct.pack("ii", 1, 0)
+        self._socket.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        self._socket.abort()
 
     def _reject(self, error: ApiError) -> None:
-        """Send an error, then read and drop what still arrives for `_LINGER_S`.
-
-        A client that still sends would otherwise see a reset instead of the error.
-        """
-        in_body, self._phase = self._phase == "body", "rejected"
-        self._stop_timer()
         cycle = self.cycle
-        if cycle is not None and not cycle.response_complete:
-            if not in_body or cycle.response_started or self.pipeline:
-                # Another response is in progress. This one must not be mixed into it.
-                cycle.keep_alive = False
-                return
+        new = cycle is None or cycle.response_complete
+        if new:
+            self._on_rejected(error.status, error.code or "")
+        else:
+            cycle.scope["state"][REJECTION] = (error.status, error.code)
             cycle.disconnected = True
             cycle.message_event.set()
-        body = error.body()
-        head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
-        self.transport.write(b"".join((STATUS_LINE[error.status], self.default_head(), head, body)))
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self.flow.resume_reading()
-        self._timer = self.loop.call_later(_LINGER_S, self._check)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-
-def _headers_too_large() -> ApiError:
-    message = f"the request has more than {_MAX_HEADERS} headers or {_MAX_HEAD_BYTES} bytes of headers"
-    return ApiError(431, message, code="headers_too_large")
-
-
-def _body_too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body is larger than the limit of {limit} bytes", code="body_too_large")
+        if new or not cycle.response_started:
+            body = error.body()
+            headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+            fields = [(name.encode(), value.encode()) for name, value in (headers | error.headers).items()]
+            lines = [b"%s: %s\r\n" % field for field in [*self.server_state.default_headers, *fields]]
+            self.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", body]))
+        self._dropping = True
+        self.close()

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
+import functools
 import os
 import resource
 import socket
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import uvicorn
 
 from inferctl.errors import NotReadyError
-from inferctl.serve.edge import connection as protocol
+from inferctl.serve.edge.connection import Connection
 
-_IDLE_TIMEOUT_S = 75  # longer than common load balancers keep an idle connection
+_MAX_UNSENT_BYTES = 128 * 1024
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -29,6 +31,8 @@ def listen(host: str, port: int) -> socket.socket:
     family, kind, protocol, _, address = addresses[0]
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Otherwise, the kernel holds up to 4 MiB for a client that does not read, and the server does not see them.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT_BYTES)
     try:
         listener.bind(address)
     except OSError as error:
@@ -62,23 +66,40 @@ def raise_file_limit() -> None:
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handling. `serve.server` handles signals and the drain."""
+    """uvicorn with bounds on connections, and without its signal handling. `serve.server` handles signals.
 
-    def __init__(self, app: Any, drain_seconds: float, max_body_bytes: int) -> None:
+    `drain_seconds`: how long `close` waits for requests in flight. `on_rejected`: see `Connection`.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        drain_seconds: float,
+        on_rejected: Callable[[int, str], None],
+        connection: type[Connection] = Connection,
+    ) -> None:
+        self._connection = connection
         super().__init__(
             uvicorn.Config(
                 app,
-                http=protocol.connection(max_body_bytes),
+                http=cast(Any, functools.partial(connection, on_rejected)),
                 ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
                 lifespan="off",
-                timeout_keep_alive=_IDLE_TIMEOUT_S,
                 timeout_graceful_shutdown=max(1, round(drain_seconds)),
             )
         )
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until `close` is called, then until the requests in flight are complete or `drain_seconds` passed."""
+        checks = asyncio.create_task(self._check_connections())
+        try:
+            await super().serve(sockets)
+        finally:
+            checks.cancel()
 
     def close(self) -> None:
         """Accept no more connections. `serve` returns after the requests in flight are complete."""
@@ -88,3 +109,9 @@ class HttpServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave the signals to `serve.server`."""
         yield
+
+    async def _check_connections(self) -> None:
+        while True:
+            await asyncio.sleep(self._connection.interval_s)
+            for connection in tuple(self.server_state.connections):
+                cast(Connection, connection).check(asyncio.get_running_loop().time())

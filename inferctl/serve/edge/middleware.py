@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inferctl.serve.edge.errors import ApiError, at_capacity
 from inferctl.serve.edge.lifecycle import Lifecycle
-from inferctl.serve.edge.usage import CLIENT_DISCONNECTED, RequestContext, UsageEvent
+from inferctl.serve.edge.usage import CLIENT_DISCONNECTED, REJECTION, RequestContext, UsageEvent
 
 log = logging.getLogger("inferctl.edge")
 
@@ -117,7 +117,8 @@ class Edge:
             self.unanswered += request.body_complete  # it stays unanswered
             raise
         except ClientDisconnectedError:
-            context.status, context.code = CLIENT_DISCONNECTED, "client_disconnected"
+            rejection = scope.get("state", {}).get(REJECTION)
+            context.status, context.code = rejection or (CLIENT_DISCONNECTED, "client_disconnected")
         except ApiError as error:
             await request.fail(error)
         except Exception:  # a bug of the server must not leave a request without a response

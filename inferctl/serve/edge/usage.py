@@ -13,6 +13,8 @@ from starlette.types import Scope
 log = logging.getLogger("inferctl.usage")
 
 CLIENT_DISCONNECTED = 499
+# If the connection rejects a request in progress, it stores (status, code) under this key of the scope's `state`.
+REJECTION = "inferctl.rejection"
 _MAX_ID_LENGTH = 128
 _SCOPE_KEY = "inferctl.request"
 
