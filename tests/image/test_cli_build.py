@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import io
 import json
 import os
 import signal
@@ -12,14 +13,15 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
 
-from inferctl import assets
+from inferctl import assets, cli
 from inferctl.image import buildx
 
 HASH = f"--hash=sha256:{'0' * 64}"
@@ -49,10 +51,11 @@ def spec(folder: Path, **image: str) -> Path:
 
 
 def inferctl(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "inferctl", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=120, env={**os.environ, **environment}
-    )
+    """Run the command in this process."""
+    line, out, err = list(map(str, arguments)), io.StringIO(), io.StringIO()
+    with mock.patch.dict(os.environ, environment), redirect_stdout(out), redirect_stderr(err):
+        code = cli.run(line)
+    return subprocess.CompletedProcess(line, code, out.getvalue(), err.getvalue())
 
 
 def test_a_dry_run_needs_no_engine_and_prints_plan_forecast_and_dockerfile(tmp_path: Path) -> None:
