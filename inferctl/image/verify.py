@@ -80,14 +80,14 @@ class VerifyOptions:
 class Verified:
     """The result of a verification.
 
-    `cosine_min`: the lowest cosine of the vectors to the fp32 reference. `score_difference`: the largest difference of
+    `dimensions`: of the vectors, None for rerank. `cosine_min`: the lowest cosine of the vectors to the fp32 reference. `score_difference`: the largest difference of
     the rerank scores. Both are None without a reference and for the other task. `tolerance` is the limit.
     """
 
     precision: str
     level: str
     device: str
-    dimensions: int
+    dimensions: int | None
     texts: int
     cosine_min: float | None
     tolerance: float | None
@@ -132,7 +132,6 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
         scores = _score(container, address, str(info["name"])) if rerank else []
         vectors = [] if rerank else _embed(container, address, str(info["name"]))
     # The server has stopped before the reference loads the weights, so that memory for one of them is sufficient.
-    dimensions = int(info["model"]["dimensions"])
     longest = (info.get("limits") or {}).get("max_input_tokens")
     reference = _reference(engine, image, options, inputs, longest) if options.compare else None
     if reference is not None and reference["model_sha256"] != info["model"].get("sha256"):
@@ -144,7 +143,8 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
     tolerance = limits.get(precision, limits["int8"]) if reference is not None else None
     if rerank:
         largest = check_scores(scores, reference["scores"] if reference is not None else None, tolerance)
-        return Verified(*facts, dimensions, len(scores), None, tolerance, ready, sha256, "rerank", largest)
+        return Verified(*facts, None, len(scores), None, tolerance, ready, sha256, "rerank", largest)
+    dimensions = int(info["model"]["dimensions"])
     expected = [decode(text) for text in reference["embeddings"]] if reference is not None else None
     lowest = check_vectors(vectors, expected, dimensions, tolerance)
     return Verified(*facts, dimensions, len(vectors), lowest, tolerance, ready, sha256)

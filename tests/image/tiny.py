@@ -57,8 +57,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/readyz":
             return self.answer({}, 503 if how == "slow" else 200)
-        model = {"dimensions": 32, "sha256": "other" if how == "swapped" else "tiny"}
+        model = {"sha256": "other" if how == "swapped" else "tiny"}
         task = "rerank" if how.startswith("rerank") else "embed"
+        if task == "embed":
+            model["dimensions"] = 32
         precision = {"effective": "bf16", "level": "native"}
         self.answer({"name": "tiny", "task": task, "model": model, "precision": precision,
                      "device": {"kind": "cpu", "name": "tiny cpu"}})
