@@ -133,10 +133,17 @@ def architecture(config: Mapping[str, Any]) -> str:
 def resolve_task(requested: TaskSetting, config: Mapping[str, Any], source: str) -> Task:
     """Return the task of the model `source`: `requested`, or for `auto` the one that its `config.json` implies.
 
-    Raises `UsageError` if the model is made for another task.
+    Raises `UsageError` if the model is made for another task, or is a classifier with more labels than the one score of
+    a cross-encoder.
     """
     name = architecture(config)
     task: Task = "rerank" if name.endswith("ForSequenceClassification") else "embed"
+    labels = len(config.get("id2label") or ()) or config.get("num_labels", 2)  # 2 is the default of transformers
+    if task == "rerank" and labels != 1:
+        raise UsageError(
+            f"{source} is a classifier with {labels} labels, not a cross-encoder",
+            "choose a cross-encoder, which has one label, or an embedding model",
+        )
     if requested in ("auto", task):
         return task
     if requested == "rerank":

@@ -33,9 +33,8 @@ def test_parameters_are_counted_from_the_headers(tmp_path: Path) -> None:
 
 
 def test_the_task_is_the_one_that_the_model_is_made_for() -> None:
-    encoder, cross_encoder = (
-        {"architectures": [name]} for name in ("BertModel", "XLMRobertaForSequenceClassification")
-    )
+    encoder = {"architectures": ["BertModel"]}
+    cross_encoder = {"architectures": ["XLMRobertaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
     assert model.resolve_task("auto", encoder, "m") == model.resolve_task("embed", encoder, "m") == "embed"
     assert (
         model.resolve_task("auto", cross_encoder, "m") == model.resolve_task("rerank", cross_encoder, "m") == "rerank"
@@ -45,6 +44,12 @@ def test_the_task_is_the_one_that_the_model_is_made_for() -> None:
         model.resolve_task("rerank", encoder, "m")
     with pytest.raises(UsageError, match=r"m is a cross-encoder \(XLMRobertaForSequenceClassification\)"):
         model.resolve_task("embed", cross_encoder, "m")
+
+
+@pytest.mark.parametrize("labels", [{"id2label": {"0": "bad", "1": "good"}}, {"num_labels": 2}, {}])
+def test_a_classifier_with_several_labels_has_no_task(labels: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="m is a classifier with 2 labels, not a cross-encoder"):
+        model.resolve_task("auto", {"architectures": ["BertForSequenceClassification"], **labels}, "m")
 
 
 def test_the_real_model_has_its_published_size(minilm: Path) -> None:

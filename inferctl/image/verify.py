@@ -80,8 +80,9 @@ class VerifyOptions:
 class Verified:
     """The result of a verification.
 
-    `dimensions`: of the vectors, None for rerank. `cosine_min`: the lowest cosine of the vectors to the fp32 reference. `score_difference`: the largest difference of
-    the rerank scores. Both are None without a reference and for the other task. `tolerance` is the limit.
+    `dimensions`: of the vectors, None for rerank. `cosine_min`: the lowest cosine of the vectors to the fp32 reference.
+    `score_difference`: the largest difference of the rerank scores, relative to the largest score (at least 1). Both
+    are None without a reference and for the other task. `tolerance` is the limit.
     """
 
     precision: str

@@ -49,13 +49,8 @@ class RerankConfig:
 
 
 def read(folder: Path, max_input_tokens: int | None = None) -> RerankConfig:
-    """Return the configuration of a model folder. Raises `UsageError` for a model that does not return one score."""
+    """Return the configuration of a model folder. Raises `UsageError` for a module or activation without support."""
     config = read_object(folder / "config.json")
-    labels = len(config.get("id2label") or ()) or int(config.get("num_labels", 2))  # 2 is the default of transformers
-    if labels != 1:
-        raise UsageError(
-            f"{folder} is a classifier with {labels} labels, not a cross-encoder", "use a model with one label"
-        )
     if other := [m for m in read_list(folder / "modules.json") if not str(m.get("type", "")).endswith(".Transformer")]:
         raise UsageError(
             f"{folder} has a module {other[0].get('type')}, which is not supported", "use a model without it"

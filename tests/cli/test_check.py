@@ -72,7 +72,11 @@ def test_a_model_too_big_for_a_slice_ends_with_2(here: Path, capsys: Captured, g
 def test_the_task_follows_from_the_model_and_a_contradiction_ends_with_2(here: Path, capsys: Captured) -> None:
     assert json_of(["check"], capsys)["task"] == "embed"
     config = here / "model" / "config.json"
-    config.write_text(config.read_text().replace("BertModel", "BertForSequenceClassification"))
+    data = json.loads(config.read_text())
+    config.write_text(json.dumps(data | {"architectures": ["BertForSequenceClassification"]}))
+    assert run(["check"]) == 2
+    assert "model is a classifier with 2 labels, not a cross-encoder" in " ".join(capsys.readouterr().out.split())
+    config.write_text(json.dumps(data | {"architectures": ["BertForSequenceClassification"], "num_labels": 1}))
     assert json_of(["check"], capsys)["task"] == "rerank"
     assert run(["check"]) == 0
     assert capsys.readouterr().out.startswith("minilm: rerank, bf16 on cuda13.0")

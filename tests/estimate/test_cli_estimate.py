@@ -51,7 +51,7 @@ def estimated(capsys: pytest.CaptureFixture[str], config: str, *arguments: str) 
 
 
 def test_a_cross_encoder_is_not_estimated(config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    Path(config).write_text(json.dumps(BERT | {"architectures": ["BertForSequenceClassification"]}))
+    Path(config).write_text(json.dumps(BERT | {"architectures": ["BertForSequenceClassification"], "num_labels": 1}))
     assert cli.run(["estimate", "--config", config, "--hardware", "t4"]) == 2
     told = capsys.readouterr().err
     assert "config.json is of a cross-encoder (BertForSequenceClassification)" in told

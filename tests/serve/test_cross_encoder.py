@@ -195,13 +195,11 @@ def test_the_sigmoid_of_large_logits_is_finite() -> None:
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("config.json", {"id2label": {"0": "a", "1": "b"}}, "a classifier with 2 labels"),
-        ("config.json", {}, "a classifier with 2 labels"),
         ("config.json", {**ONE_LABEL, "sentence_transformers": {"activation_fn": "my.Code"}}, "activation my.Code"),
         ("modules.json", [{"type": "sentence_transformers.models.Transformer"}, {"type": "x.Dense"}], "module x.Dense"),
     ],
 )
-def test_a_model_that_is_no_cross_encoder_is_an_error(tmp_path: Path, file: str, content: Any, message: str) -> None:
+def test_a_cross_encoder_without_support_is_an_error(tmp_path: Path, file: str, content: Any, message: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(ONE_LABEL))
     (tmp_path / file).write_text(json.dumps(content))
     with pytest.raises(UsageError, match=message):
