@@ -102,7 +102,7 @@ class Served:
     process: BaseProcess
     close: Any
 
-    def connect(self, sent: bytes = b"", **options: Any) -> socket.socket:
+    def connect(self, sent: bytes = b"") -> socket.socket:
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
         connection.sendall(sent)
         return connection
@@ -155,7 +155,9 @@ def serving(connection: type[Connection], drain_seconds: float = 20) -> Iterator
         listener.listen(512)
         process = context.Process(target=run, args=(listener, connection, drain_seconds, close), daemon=True)
         process.start()
-        yield Served(listener.getsockname()[1], process, close)
+        served = Served(listener.getsockname()[1], process, close)
+        until(served.responds)
+        yield served
     close.set()
     process.join(30)
     process.kill()
@@ -378,7 +380,6 @@ def test_a_kept_connection_serves_requests_of_all_sizes(server: Served) -> None:
 
 def test_a_connection_above_the_limit_gets_429_and_silent_ones_make_room() -> None:
     with serving(SmallConnection) as server, contextlib.ExitStack() as stack:
-        until(server.responds)
         silent = [stack.enter_context(server.connect()) for _ in range(SmallConnection.max_connections)]
         assert rejection(server.talk()) == (429, "too_many_connections")
         until(lambda: all(map(is_closed, silent)), 20)
@@ -388,7 +389,6 @@ def test_a_connection_above_the_limit_gets_429_and_silent_ones_make_room() -> No
 def test_clients_that_do_not_read_or_send_do_not_hold_the_shutdown() -> None:
     drain_seconds = 20
     with serving(PatientConnection, drain_seconds) as server, contextlib.ExitStack() as stack:
-        until(server.responds)
         attackers = [stack.enter_context(server.connect(sent)) for sent in (LARGE, LARGE + OK, b"", HEAD, OK)]
         waiting = stack.enter_context(server.connect(SLOW))
         until(server.responds)  # it accepts connections in their order
