@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -75,7 +74,6 @@ class Result:
 
     green: bool
     job: str
-    seconds: float
     workspace: Path
     cached: bool
     summary: str = ""
@@ -88,6 +86,11 @@ def checkout(machine: Machine, origin: Path, commit: str) -> Path:
     subprocess.run(["git", "clone", "--quiet", str(origin), str(workspace)], check=True)
     subprocess.run(["git", "checkout", "--quiet", commit], cwd=workspace, check=True)
     return workspace
+
+
+def restore(cache: Path, folder: Path) -> None:
+    """Copy a cache to `folder` with hard links, because the jobs do not change cached files."""
+    shutil.copytree(cache, folder, symlinks=True, copy_function=os.link)
 
 
 def evaluate(expression: str, contexts: Mapping[str, Any]) -> Any:
@@ -146,11 +149,10 @@ class GitHub:
         jobs = {key: job for key, job in workflow["jobs"].items() if evaluate(job["if"], contexts)}
         assert len(jobs) == 1, f"{list(jobs)} run for {event}"
         ((key, job),) = jobs.items()
-        started = time.monotonic()
         (step,) = (one for one in job["steps"] if one["uses"].startswith("./"))
         given = {name: filled(value, contexts) for name, value in step["with"].items()}
         result = self._composite(machine, workspace, event, contexts, given)
-        result.job, result.seconds = key, time.monotonic() - started
+        result.job = key
         return result
 
     def _composite(
@@ -164,7 +166,7 @@ class GitHub:
         temporary.mkdir()
         files = {name: temporary / name for name in ("GITHUB_OUTPUT", "GITHUB_PATH", "GITHUB_STEP_SUMMARY")}
         files["GITHUB_STEP_SUMMARY"].touch()
-        result = Result(True, "", 0.0, workspace, cached=False)
+        result = Result(True, "", workspace, cached=False)
         save: list[tuple[str, Path]] = []
         path = machine.environment["PATH"]
         for step in action["runs"]["steps"]:
@@ -198,7 +200,7 @@ class GitHub:
                     result.cached = arguments["key"] in self.cache
                     shutil.rmtree(folder, ignore_errors=True)
                     if result.cached:
-                        shutil.copytree(self.cache[arguments["key"]], folder, symlinks=True)
+                        restore(self.cache[arguments["key"]], folder)
                     else:
                         save.append((arguments["key"], folder))
                 case "actions/upload-artifact" | "docker/setup-buildx-action":
@@ -207,8 +209,9 @@ class GitHub:
                     raise AssertionError(f"the action {other} is not known here")
         for key, folder in save if result.green else []:
             self.cache[key] = self.origin.parent / f"cache-{uuid.uuid4().hex[:8]}"
-            shutil.copytree(folder, self.cache[key], symlinks=True)
+            folder.rename(self.cache[key])
         result.summary = files["GITHUB_STEP_SUMMARY"].read_text()
+        shutil.rmtree(temporary)
         return result
 
 
@@ -248,16 +251,16 @@ class GitLab:
         (path,) = job["cache"]["paths"]
         cached = key in self.cache
         if cached:
-            shutil.copytree(self.cache[key], workspace / path, symlinks=True)
-        started = time.monotonic()
+            restore(self.cache[key], workspace / path)
         code = machine.run("\n".join([*job["before_script"], *job["script"]]), workspace, known)
-        seconds = time.monotonic() - started
         if code == 0 and not cached:
             self.cache[key] = self.origin.parent / f"cache-{uuid.uuid4().hex[:8]}"
-            shutil.copytree(workspace / path, self.cache[key], symlinks=True)
+            (workspace / path).rename(self.cache[key])
+        for generated in (".inferctl-venv", ".cache"):
+            shutil.rmtree(workspace / generated, ignore_errors=True)
         verdict = workspace / "verdict.md"
         summary = verdict.read_text() if verdict.is_file() else ""
-        return Result(code == 0, "inferctl", seconds, workspace, cached, summary)
+        return Result(code == 0, "inferctl", workspace, cached, summary)
 
 
 def _holds(rule: str, variables: Mapping[str, str]) -> bool:

@@ -32,7 +32,7 @@ BRIDGE = "inferctl-ci0"
 PLAN = {
     "name": "gate",
     "configurations": [{"name": "auto", "precision": "auto"}],
-    "load": {"mode": "closed", "users": 2, "duration_s": 3, "warmup_s": 2},
+    "load": {"mode": "closed", "users": 2, "duration_s": 3, "warmup_s": 1},
     "corpus": "short",
     "repeats": 3,
     "quality": None,
@@ -90,13 +90,14 @@ def exporting_engine(engine: None, folder: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def machine_image(base_image: str) -> str:
+def machine_image(base_image: str) -> Iterator[str]:
     """A clean machine for jobs, from Debian packages: Python, Git, and the docker command with buildx."""
     name = "inferctl-test/ci-machine"
     command = ["docker", "buildx", "build", "--quiet", "--network", "host", "--load", "--tag", name, "-"]
     text = MACHINE.format(base=base_image)
     subprocess.run(command, input=text, text=True, check=True, capture_output=True)
-    return name
+    yield name
+    subprocess.run(["docker", "image", "rm", "--force", name], check=False, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +155,7 @@ def setting(
     plan = folder / "plan.yaml"
     plan.write_text(yaml.safe_dump(PLAN))
     shared = folder / "wheels"
-    shutil.copytree(wheels, shared)
+    shutil.copytree(wheels, shared, copy_function=os.link)
     home = folder / "home"
     home.mkdir()
     environment = {
@@ -162,6 +163,8 @@ def setting(
         "HOME": str(home),
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "PIP_CACHE_DIR": str(folder / "pip"),
+        # Each job installs the package again. Python compiles the few modules that it imports.
+        "PIP_NO_COMPILE": "1",
     }
     found = [
         Path(name) for name in ("/etc/ssl/certs", "/usr/local/share/ca-certificates", "/etc/pip.conf", "/etc/xdg/pip")
@@ -215,10 +218,6 @@ def provenance(reference: str) -> dict[str, Any]:
     return {"digest": attestation["digest"], "predicates": predicates}
 
 
-def minutes(forge: str, first: Result, second: Result) -> None:
-    print(f"\n{forge}: first run {first.seconds / 60:.1f} min, second run {second.seconds / 60:.1f} min", flush=True)
-
-
 def clean(socket: Path) -> None:
     """Remove all images and caches of an engine, as on a new hosted runner."""
     for command in (("builder", "prune"), ("image", "prune")):
@@ -251,23 +250,17 @@ def test_github_publishes_the_measured_image_twice(setting: Setting, exporting_e
         assert "No baseline" not in second.summary
         assert list((second.workspace / "bench-results").glob("*/receipts/new.json"))
         published(image, commit, second)
-        minutes("GitHub", first, second)
 
-        # A pull request from a fork has no secrets: it passes without a login and does not change the registry.
+        # A pull request from a fork has no secrets: it passes without a login and does not change the registry. Its
+        # target has no baseline, so that the job measures nothing.
         before = manifest(f"{image}:{TAG}")
-        request = Event(setting.commit_all(origin), "patch", BRANCH, target=BRANCH, fork=True)
+        request = Event(setting.commit_all(origin), "patch", BRANCH, target="unpublished", fork=True)
         third = github.run(machine, request)
         assert (third.green, third.job) == (True, "check")
         assert {"Log in", "Publish"}.isdisjoint(third.steps)
+        assert "No baseline" in third.summary
         assert manifest(f"{image}:{TAG}") == before != baseline
         assert not exists(f"{image}:{request.commit}")
-
-        # A registry that does not respond must not count as a registry without a baseline.
-        dead = setting.repository("github", "localhost:1/ci/minilm")
-        fourth = GitHub(dead, variables(setting), {}).run(machine, Event(setting.commit_all(dead), BRANCH, BRANCH))
-        assert not fourth.green
-        assert "Measure against the baseline" in fourth.steps
-        assert "Publish" not in fourth.steps
 
 
 def published(image: str, commit: str, result: Result) -> None:
@@ -280,12 +273,11 @@ def published(image: str, commit: str, result: Result) -> None:
     print(f"{digest} has {found}", flush=True)
 
 
-def test_gitlab_publishes_twice_but_not_a_regression(setting: Setting, exporting_engine: Path) -> None:
+def test_gitlab_publishes_the_image_but_not_a_regression(setting: Setting, exporting_engine: Path) -> None:
     registry = f"localhost:5000/ci-{uuid.uuid4().hex[:8]}"
     origin = setting.repository("gitlab", None)
     image = f"{registry}/minilm"
     gitlab = GitLab(origin, setting.variables, registry)
-    clean(exporting_engine)
     with setting.machine(exporting_engine) as machine:
         commit = setting.commit_all(origin)
         first = gitlab.run(machine, Event(commit, BRANCH, BRANCH))
@@ -293,27 +285,20 @@ def test_gitlab_publishes_twice_but_not_a_regression(setting: Setting, exporting
         assert "No baseline" in first.summary
         published(image, commit, first)
 
-        commit = setting.commit_all(origin)
-        second = gitlab.run(machine, Event(commit, BRANCH, BRANCH))
-        assert (second.green, second.cached) == (True, True)
-        assert "No baseline" not in second.summary
-        published(image, commit, second)
-        minutes("GitLab", first, second)
-
         before = manifest(f"{image}:{TAG}")
         commit = setting.commit_all(origin)
-        longer = GitLab(origin, {**setting.variables, "REPEATS": "6"}, registry)
+        gitlab.variables = {**setting.variables, "REPEATS": "4"}
         with throttled_candidate(setting.folder, exporting_engine):
-            third = longer.run(machine, Event(commit, BRANCH, BRANCH))
-        assert not third.green
-        assert "Regression" in third.summary
+            second = gitlab.run(machine, Event(commit, BRANCH, BRANCH))
+        assert (second.green, second.cached) == (False, True)
+        assert "Regression" in second.summary
         assert manifest(f"{image}:{TAG}") == before
         assert not exists(f"{image}:{commit}")
 
 
 @contextmanager
 def throttled_candidate(folder: Path, socket: Path) -> Iterator[None]:
-    """Limit the candidate to 0.2 cores as soon as it is ready."""
+    """Limit the candidate to 0.1 cores as soon as it is ready."""
     docker = ("docker", "-H", f"unix://{socket}")
     known = set(folder.glob("workspace-*/new.json"))
     done = threading.Event()
@@ -323,7 +308,7 @@ def throttled_candidate(folder: Path, socket: Path) -> Iterator[None]:
             if set(folder.glob("workspace-*/new.json")) - known:
                 # The newest container is the candidate, because the job starts the baseline first.
                 newest, *_ = output(*docker, "ps", "--quiet", "--filter", "label=io.inferctl.role=serve").split()
-                output(*docker, "update", "--cpus", "0.2", newest)
+                output(*docker, "update", "--cpus", "0.1", newest)
                 return
 
     thread = threading.Thread(target=throttle)
@@ -337,11 +322,15 @@ def throttled_candidate(folder: Path, socket: Path) -> Iterator[None]:
 
 def test_gitlab_passes_on_an_engine_that_cannot_export_a_cache(setting: Setting) -> None:
     registry = f"localhost:5000/ci-{uuid.uuid4().hex[:8]}"
-    origin = setting.repository("gitlab", None)
-    with setting.machine(Path("/var/run/docker.sock")) as machine:
-        commit = setting.commit_all(origin)
-        result = GitLab(origin, setting.variables, registry).run(machine, Event(commit, BRANCH, BRANCH))
-    assert result.green
-    assert "layers" in manifest(f"{registry}/minilm:{TAG}")
-    assert manifest(f"{registry}/minilm:{commit}") == manifest(f"{registry}/minilm:{TAG}")
-    assert not exists(f"{registry}/minilm:buildcache")
+    origin, image = setting.repository("gitlab", None), f"{registry}/minilm"
+    try:
+        with setting.machine(Path("/var/run/docker.sock")) as machine:
+            commit = setting.commit_all(origin)
+            result = GitLab(origin, setting.variables, registry).run(machine, Event(commit, BRANCH, BRANCH))
+        assert result.green
+        assert "layers" in manifest(f"{image}:{TAG}")
+        assert manifest(f"{image}:{commit}") == manifest(f"{image}:{TAG}")
+        assert not exists(f"{image}:buildcache")
+    finally:
+        built = output("docker", "images", "--quiet", "--no-trunc", image).split()
+        subprocess.run(["docker", "image", "rm", "--force", *built], check=False, capture_output=True)

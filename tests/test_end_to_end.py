@@ -73,13 +73,15 @@ def spec_file(base_image: str, wheels: Path, minilm: Path, tmp_path_factory: pyt
 
 
 @pytest.fixture(scope="module")
-def pushed(spec_file: Path) -> str:
+def pushed(spec_file: Path) -> Iterator[str]:
     """`name@sha256:...` of an image from `inferctl build --push`."""
     inferctl("check", "--spec", spec_file)
     done = inferctl("build", "--spec", spec_file, "--push", "--network", "host", "--json")
     built = json.loads(done.stdout)
     assert built["verified"]["cosine_min"] >= 0.999, built
-    return str(built["pushed"])
+    yield str(built["pushed"])
+    images = subprocess.run(["docker", "images", "--quiet", "--no-trunc", REPOSITORY], capture_output=True, text=True)
+    subprocess.run(["docker", "image", "rm", "--force", *set(images.stdout.split())], capture_output=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +254,8 @@ def test_a_short_benchmark_runs_against_the_container(container: str, minilm: Pa
         minilm,
         "--plan",
         "quick",
+        "--users",
+        "4",
         "--duration",
         "5",
         "--output",
