@@ -19,8 +19,8 @@ from inferctl.bench import receipt, stats
 from inferctl.bench.judge import interference, summary
 from inferctl.bench.judge.validity import Validity
 from inferctl.bench.load import records
-from inferctl.bench.measure import environment, neighbor_run, neighbors, runner
-from inferctl.bench.measure.telemetry import Telemetry
+from inferctl.bench.measure import environment, neighbors, runner
+from inferctl.bench.measure.outcome import NeighborLoad
 from inferctl.bench.plan import plan
 from inferctl.bench.plan.plan import Load
 from inferctl.bench.report import result
@@ -133,10 +133,10 @@ def test_a_neighbour_that_rejects_requests_is_under_load_unless_it_rejects_all()
     """Before, a rejected request counted as failed, and a neighbor with admission control made the run invalid."""
     rows = table(*(row(10 * i, 5, error=records.HTTP_ERROR) for i in range(50)), *(row(10 * i, 5) for i in range(50)))
     rows["status"][:50] = records.REJECTED
-    some = neighbor_run.NeighborLoad(1, True, None, *interference.achieved(rows, 0, SECOND))
+    some = NeighborLoad(1, True, None, *interference.achieved(rows, 0, SECOND))
     assert (some.requests_per_s, some.failed, some.rejected) == (50.0, 0, 50)
     assert some.problem(1) is None
-    every = neighbor_run.NeighborLoad(1, True, None, *interference.achieved(rows[:50], 0, SECOND))
+    every = NeighborLoad(1, True, None, *interference.achieved(rows[:50], 0, SECOND))
     assert "rejected all 50 requests (429)" in (every.problem(1) or "")
 
 
@@ -226,29 +226,13 @@ def test_a_pair_measures_both_ways_and_records_what_the_neighbours_did(tmp_path:
 def test_a_neighbour_that_did_not_outlive_the_run_makes_it_invalid(tmp_path: Path) -> None:
     made = runner.outcomes(bench(tmp_path, 1, 1))[0]
 
-    def loaded(outlived: bool, failure: str | None = None, failed: int = 0) -> neighbor_run.NeighborRun:
-        return neighbor_run.NeighborRun(
-            window=(0, 10 * SECOND),
-            inputs_per_request=1,
-            offered=None,
-            serial=1,
-            state={"steady": True},
-            resources={},
-            telemetry=Telemetry(),
-            others=(neighbor_run.NeighborLoad(1, outlived, failure, 9.0, failed),),
-            count=1,
-            users=2,
-        )
-
-    part = drawn(1, 1000, 5)
-    folder = tmp_path / "runs" / "fp32-1"
-    from bench_samples import records_file
-
-    (folder / "with-neighbours").mkdir(parents=True)
-    records_file(folder / "with-neighbours" / "requests-0.bin", part.rows)
+    part, folder = drawn(1, 1000, 5), tmp_path / "runs" / "fp32-1"
     measured = runner.Measurement(plan.Run("fp32", 0), 0.0, part, {"steady": True}, {}, folder, {"name": "x"}, 1)
 
-    def judged(run: neighbor_run.NeighborRun) -> Validity:
+    def loaded(outlived: bool, failure: str | None = None, failed: int = 0) -> runner.Measurement:
+        return dataclasses.replace(measured, neighbors=[NeighborLoad(1, outlived, failure, 9.0, failed)])
+
+    def judged(run: runner.Measurement) -> Validity:
         made.measurements[:] = [dataclasses.replace(measured, with_neighbors=run)]
         return runner.judge(made, 2, 0.1).validity
 

@@ -170,7 +170,8 @@ def test_a_rate_whose_answers_are_alike_is_measured_for_as_long_as_they_need(tmp
     random = np.random.default_rng(3)
     lasted: list[float] = []
 
-    def take(load: plan.Load, *_: Any) -> runner.Measurement:
+    def take(work: workload.Workload, *_: Any) -> runner.Measurement:
+        load = work.load
         lasted.append(load.duration_s)
         # Blocks of twenty responses. All responses of one block in fifty are slow.
         blocks = np.where(random.random(int(load.duration_s * (load.rate or 1)) // 20) < 0.02, 50.0, 5.0)
@@ -206,7 +207,8 @@ def pooled_search(folder: Path) -> runner.Measurement:
     """Search a simulated server of about 100 requests/s, whose best rate needs more than one measurement."""
     seeds = itertools.count(5000)
 
-    def take(load: plan.Load, _work: workload.Workload, place: Path, *_: Any) -> runner.Measurement:
+    def take(work: workload.Workload, place: Path, *_: Any) -> runner.Measurement:
+        load = work.load
         rate = load.rate or 95
         arrivals, ends = waits(rate, load.duration_s, next(seeds))
         rows = table(*(row(at * 1e3, (end - at) * 1e3) for at, end in zip(arrivals, ends, strict=True)))

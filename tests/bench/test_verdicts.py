@@ -127,11 +127,12 @@ def test_an_overloaded_server_is_the_first_finding_of_a_closed_loop(tmp_path: Pa
 
 
 def test_a_closed_loop_that_rejects_most_requests_shows_no_capacity(tmp_path: Path) -> None:
-    server = SimpleNamespace(measure=lambda *_: SimpleNamespace(records=rejecting(1)))
+    measured = runner.Measurement(plan.Run("a", 0), 0.0, rejecting(1), {}, {}, tmp_path, {}, 1)
+    server = SimpleNamespace(measure=lambda *_: measured)
     server.labeled = lambda _: server
     load = plan.Load.model_validate({"mode": "open", "rate": "50%", "users": 4})
     with pytest.raises(InferctlError, match="rejected 100% of a closed loop with 4 users") as caught:
-        throughput.measure(cast(Any, server), load, "short", 1, plan.Run("a", 0), tmp_path, None)
+        throughput.measure(cast(Any, server), load, "short", 1, plan.Run("a", 0), tmp_path)
     assert "raise `serve.max_wait_seconds`" in (caught.value.hint or "")
 
 

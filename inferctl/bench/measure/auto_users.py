@@ -6,8 +6,8 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-from inferctl.bench.load import generator
 from inferctl.bench.measure import concurrency, resume, throughput
 from inferctl.bench.measure.bench import Bench, NotifyProgress, Progress, ready_server
 from inferctl.bench.measure.concurrency import Concurrency
@@ -58,10 +58,8 @@ def _find_one(bench: Bench, target: BenchTarget, notify: NotifyProgress) -> Conc
     load, corpus, total = bench.load_of(target), bench.corpus_of(target), len(bench.order)
     step_name = "starting"
 
-    def notify_phase(
-        phase: str, seconds: float = 0.0, live: generator.LoadProgress | None = None, done: str | None = None
-    ) -> None:
-        notify(Progress(target.name, 0, total, f"finding users: {step_name}", seconds, live, done))
+    def notify_phase(phase: str, *details: Any, **more: Any) -> None:
+        notify(Progress(target.name, 0, total, f"finding users: {step_name}", *details, **more))
 
     with ready_server(bench, target, folder, notify_phase) as server:
 
@@ -69,10 +67,8 @@ def _find_one(bench: Bench, target: BenchTarget, notify: NotifyProgress) -> Conc
             nonlocal step_name
             step_name = str(users)
             place = folder / f"{users:05d}"
-            place.mkdir(exist_ok=True)
-            step = _step_load(load, users, seconds)
-            work = workload.draw(step, corpus, bench.plan.seed)
-            measurement = server.measure(step, work, Run(target.name, 0), place)
+            work = workload.draw(_step_load(load, users, seconds), corpus, bench.plan.seed)
+            measurement = server.measure(work, Run(target.name, 0), place)
             shutil.rmtree(place, ignore_errors=True)
             rate = throughput.weighted_rate(measurement.records)
             return concurrency.Step(users, round(rate, 3), measurement.resources.get("client_cpu_percent"))

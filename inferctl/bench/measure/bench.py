@@ -38,6 +38,11 @@ class Progress:
 NotifyProgress = Callable[[Progress], None]
 
 
+def phase_notifier(notify: NotifyProgress, name: str, number: int, total: int) -> NotifyPhase:
+    """Return a function that reports the phases of one run to `notify`."""
+    return lambda phase, *details, **more: notify(Progress(name, number, total, phase, *details, **more))
+
+
 @dataclass(frozen=True)
 class Bench:
     """The settings of a benchmark.

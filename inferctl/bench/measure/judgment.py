@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from inferctl.bench.judge import summary, validity
 from inferctl.bench.judge.validity import Validity
-from inferctl.bench.measure import neighbors, telemetry, throughput
-from inferctl.bench.measure.outcome import Measurement, Outcome, WorkloadRecord
+from inferctl.bench.measure import neighbors, throughput
+from inferctl.bench.measure.outcome import Outcome, WorkloadRecord
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,12 @@ def judge(outcome: Outcome, cores: int, budget_percent: float) -> JudgedOutcome:
     """
     runs = outcome.measurements
     searched = any(run.search is not None for run in runs)
-    each = [_judge_run(run, cores) for run in runs]
+    each = [
+        validity.merge(run.judge(cores), run.closed_loop.judge(cores).labeled("closed loop"))
+        if run.closed_loop
+        else run.judge(cores)
+        for run in runs
+    ]
     pooled = summary.summarize([part for run in runs for part in run.all_records])
     found = validity.combine(each, pooled, budget_percent, searched=searched)
     if closed := throughput.pooled(runs):
@@ -44,13 +49,6 @@ def judge(outcome: Outcome, cores: int, budget_percent: float) -> JudgedOutcome:
     if outcome.interrupted:
         cautions.insert(0, f"{outcome.interrupted}: continue with `inferctl bench --resume DIR`")
     return JudgedOutcome(pooled, each, Validity(tuple(reasons), tuple(cautions)))
-
-
-def _judge_run(run: Measurement, cores: int) -> Validity:
-    figures = summary.summarize([run.records])
-    found = validity.judge(figures, run.resources, run.state, cores, searched=run.search is not None)
-    found = validity.merge(found, telemetry.judge(run.telemetry))
-    return validity.merge(found, throughput.judge(run, cores))
 
 
 def _workload_changed(workloads: Sequence[WorkloadRecord]) -> bool:

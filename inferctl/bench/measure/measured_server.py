@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from inferctl.bench import privacy
 from inferctl.bench.judge import summary
 from inferctl.bench.load import child_server, generator, procfs
 from inferctl.bench.load import target as targets
-from inferctl.bench.measure.outcome import Measurement
+from inferctl.bench.measure.outcome import Measurement, WorkloadRecord
 from inferctl.bench.measure.sensors import MachineMonitor
-from inferctl.bench.plan import workload
-from inferctl.bench.plan.plan import Load, Run
+from inferctl.bench.plan.plan import Run
+from inferctl.bench.plan.workload import Workload
 from inferctl.errors import NotReadyError
 
 INPUT_FILES = ("bodies.jsonl", "order.bin", "schedule.bin", "warmup_schedule.bin")
@@ -65,26 +66,15 @@ class MeasuredServer:
         """Return this server with a label for each phase that it reports; `label` contains `{phase}`."""
         notify = self.notify
 
-        def notify_labeled(
-            phase: str, seconds: float = 0.0, live: generator.LoadProgress | None = None, done: str | None = None
-        ) -> None:
-            notify(label.format(phase=phase), seconds, live, done)
+        return replace(self, notify=lambda phase, *details: notify(label.format(phase=phase), *details))
 
-        return replace(self, notify=notify_labeled)
-
-    def measure(
-        self,
-        load: Load,
-        work: workload.Workload,
-        run: Run,
-        folder: Path,
-        check: Callable[[], None] = lambda: None,
-    ) -> Measurement:
-        """Send one load to the server; records and logs go into `folder`.
+    def measure(self, work: Workload, run: Run, folder: Path, check: Callable[[], None] = lambda: None) -> Measurement:
+        """Send one load to the server; records and logs go into `folder`, which is created.
 
         `check` is called twice per second and may raise to end the load.
         """
-        serial = new_serial()
+        folder.mkdir(parents=True, exist_ok=True)
+        load, serial = work.load, new_serial()
         description = generator.prepare(load, work, self.target, serial, folder)
         pid = self.child.process.pid if self.child else targets.local_pid(self.target.url)
         self.monitor.process_roots |= {pid} if pid else set()
@@ -133,6 +123,9 @@ class MeasuredServer:
                 started_by_bench=self.child is not None,
             ),
             load=load,
+            workload=WorkloadRecord(
+                work.digest, privacy.name_of(work.corpus), work.corpus_sha256, work.seed, load.inputs
+            ),
             pace=self._pace(),
         )
 

@@ -22,10 +22,9 @@ from typing import Any
 from inferctl.bench.judge import interference, summary, validity
 from inferctl.bench.load import generator, procfs, records
 from inferctl.bench.load.child_server import ChildServer
-from inferctl.bench.measure import digests, measured_server, neighbor_run, sensors, telemetry
+from inferctl.bench.measure import digests, measured_server, sensors
 from inferctl.bench.measure.measured_server import MeasuredServer
-from inferctl.bench.measure.neighbor_run import NeighborLoad, NeighborRun
-from inferctl.bench.measure.outcome import Measurement
+from inferctl.bench.measure.outcome import Measurement, NeighborLoad
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Load, Run
 from inferctl.errors import InferctlError, UsageError
@@ -91,12 +90,10 @@ class NeighborLoader:
 
 @dataclass(frozen=True)
 class NeighborSetup:
-    """How to measure a pair of runs: the server, its load, and `start`, which starts neighbor n in a folder."""
+    """How to measure a pair of runs: the server, its workload, and `start`, which starts neighbor n in a folder."""
 
     server: MeasuredServer
-    load: Load
-    corpus: str
-    seed: int
+    work: workload.Workload
     count: int
     start: Callable[[int, Path], AbstractContextManager[ChildServer]]
 
@@ -107,7 +104,7 @@ def measure(setup: NeighborSetup, run: Run, folder: Path) -> Measurement:
     Raises `InferctlError` if a server does not start or a neighbor cannot be loaded.
     """
     without: Measurement | None = None
-    loaded: NeighborRun | None = None
+    loaded: Measurement | None = None
     with contextlib.ExitStack() as stack:
         servers = []
         for number in range(1, setup.count + 1):
@@ -119,7 +116,7 @@ def measure(setup: NeighborSetup, run: Run, folder: Path) -> Measurement:
             if with_load:
                 loaded = _measure_with_load(setup, servers, run, folder)
             else:
-                without = _measure_once(setup, run, folder, "idle neighbors")
+                without = setup.server.labeled("{phase}, idle neighbors").measure(setup.work, run, folder)
     assert without  # `load_order` has both
     return replace(without, with_neighbors=loaded)
 
@@ -129,45 +126,32 @@ def load_order(repeat: int) -> tuple[bool, bool]:
     return (False, True) if repeat % 2 == 0 else (True, False)
 
 
-def _measure_once(setup: NeighborSetup, run: Run, folder: Path, label: str) -> Measurement:
-    work = workload.draw(setup.load, setup.corpus, setup.seed)
-    return setup.server.labeled(f"{{phase}}, {label}").measure(setup.load, work, run, folder)
-
-
-def _measure_with_load(setup: NeighborSetup, servers: Sequence[ChildServer], run: Run, folder: Path) -> NeighborRun:
+def _measure_with_load(setup: NeighborSetup, servers: Sequence[ChildServer], run: Run, folder: Path) -> Measurement:
     """Measure the run with loaded neighbors. Its records are in a folder of their own."""
-    place = folder / neighbor_run.FOLDER
-    place.mkdir(parents=True, exist_ok=True)
+    server = setup.server.labeled("{phase}, loaded neighbors")
     with contextlib.ExitStack() as stack:
         loaders = []
-        for number, server in enumerate(servers, 1):
+        for number, neighbor in enumerate(servers, 1):
             setup.server.notify(f"loading neighbor {number}")
-            loaders.append(stack.enter_context(_under_load(setup, number, server, folder / f"neighbour-{number}")))
+            place = folder / f"neighbour-{number}"
+            loaders.append(stack.enter_context(_under_load(setup.work, number, neighbor, place)))
         # The sampler counts this process and its children (server, neighbors, all loads), so that the rest is foreign.
         with procfs.Sampler({"bench": os.getpid()}) as everything:
-            measurement = _measure_once(setup, run, place, "loaded neighbors")
-        run_records = measurement.records
-        others = tuple(loader.result(run_records.start_ns, run_records.end_ns) for loader in loaders)
-    used = everything.between(run_records.start_ns, run_records.end_ns)
-    return NeighborRun(
-        window=(run_records.start_ns, run_records.end_ns),
-        inputs_per_request=run_records.inputs_per_request,
-        offered=run_records.offered,
-        serial=measurement.serial,
-        state=measurement.state,
-        resources={**measurement.resources, **{key: used[key] for key in ("other_cores",) if key in used}},
-        telemetry=measurement.telemetry,
-        others=others,
-        count=setup.count,
-        users=background(setup.load).users,
-    )
+            measurement = server.measure(setup.work, run, folder / "with-neighbours")
+        window = (measurement.records.start_ns, measurement.records.end_ns)
+        completed = [loader.result(*window) for loader in loaders]
+    used = everything.between(*window)
+    resources = {**measurement.resources, **{key: used[key] for key in ("other_cores",) if key in used}}
+    return replace(measurement, resources=resources, neighbors=completed)
 
 
 @contextlib.contextmanager
-def _under_load(setup: NeighborSetup, number: int, server: ChildServer, folder: Path) -> Iterator[NeighborLoader]:
+def _under_load(
+    measured: workload.Workload, number: int, server: ChildServer, folder: Path
+) -> Iterator[NeighborLoader]:
     """Keep a neighbor under load until the block ends. The block begins after its first response."""
-    load = background(setup.load)
-    work = workload.draw(load, setup.corpus, setup.seed + number)
+    load = background(measured.load)
+    work = workload.draw(load, measured.corpus, measured.seed + number)
     description = generator.prepare(load, work, server.target, measured_server.new_serial(), folder)
     loader = NeighborLoader(number, server, folder, description, load)
     loader.thread.start()
@@ -187,69 +171,54 @@ def background(load: Load) -> Load:
     return load.as_single_stage(duration_s=min(longest, 86_400), warmup_s=0, workers=1, remote_workers=0)
 
 
-@dataclass(frozen=True)
-class _PairOfRuns:
-    without: Measurement
-    loaded: NeighborRun
-    records: summary.RunRecords  # the records of the loaded run
-
-
 def document(measurements: Sequence[Measurement], cores: int, budget_percent: float) -> dict[str, Any] | None:
     """Return the `neighbours` key of a receipt (docs/receipts.md), over all pairs; None if there were no neighbors."""
-    pairs = [
-        _PairOfRuns(run, run.with_neighbors, run.with_neighbors.records(run.folder))
-        for run in measurements
-        if run.with_neighbors
-    ]
+    pairs = [(run, run.with_neighbors) for run in measurements if run.with_neighbors]
     if not pairs:
         return None
-    without, loaded = [pair.without.records for pair in pairs], [pair.records for pair in pairs]
-    together = summary.summarize(loaded)
-    others = [other for pair in pairs for other in pair.loaded.others]
-    rates = [other.requests_per_s for other in others if other.requests_per_s is not None]
+    loads = [loaded for _, loaded in pairs]
+    without, with_load = [run.records for run, _ in pairs], [loaded.records for loaded in loads]
+    together = summary.summarize(with_load)
+    rates = [other.requests_per_s for one in loads for other in one.neighbors if other.requests_per_s is not None]
     return {
-        "count": pairs[0].loaded.count,
-        "users": pairs[0].loaded.users,
-        **interference.inflation(without, loaded).as_dict(),
+        "count": len(loads[0].neighbors),
+        "users": loads[0].load and loads[0].load.users,
+        **interference.inflation(without, with_load).as_dict(),
         "requests_per_s": {
             "without": summary.summarize(without)["requests_per_s"],
             "with": together["requests_per_s"],
         },
         "neighbour_requests_per_s": {"min": min(rates), "max": max(rates)} if rates else None,
-        **_validity(pairs, cores, validity.judge_requests(together, budget_percent)).as_dict(),
+        **_validity(loads, cores, validity.judge_requests(together, budget_percent)).as_dict(),
         "runs": [
             {
-                "repeat": pair.without.run.repeat,
-                "first": "with" if load_order(pair.without.run.repeat)[0] else "without",
-                "summary": summary.summarize([pair.records]),
-                "resources": pair.loaded.resources,
-                "telemetry": pair.loaded.telemetry.as_dict(),
-                "serial": pair.loaded.serial,
-                "others": [other.as_dict() for other in pair.loaded.others],
-                "records": digests.of_records(pair.without.folder / neighbor_run.FOLDER),
+                "repeat": loaded.run.repeat,
+                "first": "with" if load_order(loaded.run.repeat)[0] else "without",
+                "summary": loaded.summary,
+                "resources": loaded.resources,
+                "telemetry": loaded.telemetry.as_dict(),
+                "serial": loaded.serial,
+                "others": [other.as_dict() for other in loaded.neighbors],
+                "records": digests.of_records(loaded.folder),
             }
-            for pair in pairs
+            for loaded in loads
         ],
     }
 
 
-def _validity(pairs: Sequence[_PairOfRuns], cores: int, together: validity.Validity) -> validity.Validity:
+def _validity(loads: Sequence[Measurement], cores: int, together: validity.Validity) -> validity.Validity:
     """Return whether the inflation is valid.
 
     Each loaded run must be valid, and its neighbors must be under load until its end. `together` judges the requests of
     these runs together.
     """
     reasons, cautions = list(together.reasons), list(together.cautions)
-    for pair in pairs:
-        found = validity.merge(
-            validity.judge(summary.summarize([pair.records]), pair.loaded.resources, pair.loaded.state, cores),
-            telemetry.judge(pair.loaded.telemetry),
-        )
-        run = f"run {pair.without.run.repeat + 1}"
+    for loaded in loads:
+        found, run = loaded.judge(cores), f"run {loaded.run.repeat + 1}"
         reasons += found.labeled(run).reasons
         cautions += found.cautions
-        for other in pair.loaded.others:
-            if problem := other.problem(pair.records.seconds):
+        for other in loaded.neighbors:
+            if problem := other.problem(loaded.records.seconds):
                 reasons.append(f"{run}: neighbor {other.number} {problem}")
     found = validity.Validity(tuple(reasons), tuple(validity.highest_shares(cautions)))
     return found.labeled("with loaded neighbors")

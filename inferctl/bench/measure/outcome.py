@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from inferctl.bench import privacy
-from inferctl.bench.judge import summary
-from inferctl.bench.load import generator
+from inferctl.bench.judge import summary, validity
+from inferctl.bench.judge.validity import Validity
+from inferctl.bench.measure import telemetry
 from inferctl.bench.measure.concurrency import Concurrency
-from inferctl.bench.measure.neighbor_run import NeighborRun
 from inferctl.bench.measure.quality import QualityResult, unchecked
 from inferctl.bench.measure.telemetry import Telemetry
 from inferctl.bench.plan.plan import Load, Run
-from inferctl.bench.plan.workload import Workload
 
-CLOSED_LOOP_FOLDER = "closed-loop"
+# The largest share of requests that may fail on a neighbor.
+_FAILED_LIMIT = 0.05
 
 
 @dataclass(frozen=True)
@@ -49,55 +48,56 @@ class WorkloadRecord:
     inputs: str | None = None
 
 
-def workload_record(work: Workload, load: Load, corpus: str, seed: int) -> WorkloadRecord:
-    """Return the record of a workload that was drawn from `load`, `corpus` and `seed`."""
-    return WorkloadRecord(work.digest, privacy.name_of(corpus), work.corpus_sha256, seed, load.inputs)
-
-
 @dataclass(frozen=True)
-class ClosedLoop:
-    """The closed loop of one run. `reference_rps` is the capacity that the rate of the open loops is a share of."""
+class NeighborLoad:
+    """What one neighbor completed during a run, and whether it was under load until the end.
 
-    users: int
-    requests_per_s: float
-    window: tuple[int, int]
-    inputs_per_request: int
-    serial: int
-    state: Mapping[str, Any]
-    resources: Mapping[str, int | float]
-    telemetry: Telemetry
-    reference_rps: float
+    `outlived`: a response came after the run. `failure` says why the load ended early. Without records, the figures
+    are None.
+    """
 
-    def records(self, folder: Path) -> summary.RunRecords:
-        """Return the records of this loop, for the run whose records are in `folder`."""
-        rows = generator.read_records(folder / CLOSED_LOOP_FOLDER, self.state)
-        return summary.RunRecords(rows, *self.window, self.inputs_per_request)
+    number: int
+    outlived: bool
+    failure: str | None
+    requests_per_s: float | None = None
+    failed: int | None = None
+    rejected: int | None = None
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return an element of the `others` key of a receipt."""
+        figures = ("requests_per_s", "failed", "rejected")
+        return {key: value for key, value in asdict(self).items() if value is not None or key not in figures}
 
-@dataclass(frozen=True)
-class PooledMeasurement:
-    """The records of an earlier measurement that a search pooled with a later one of the same rate."""
-
-    records: summary.RunRecords
-    state: Mapping[str, Any]
-    folder: Path
+    def problem(self, seconds: float) -> str | None:
+        """Return why this neighbor did not load the device during a run of `seconds`; None if it did."""
+        logs = f"see its logs in neighbour-{self.number}"
+        if self.failure or not self.outlived:
+            why = self.failure or "no response came after the end of the run"
+            return f"did not stay under load ({why}): {logs}"
+        failed, rejected = self.failed or 0, self.rejected or 0
+        completed = (self.requests_per_s or 0.0) * seconds
+        if failed > _FAILED_LIMIT * (completed + rejected + failed):
+            return f"failed {failed} requests, so it was not under the intended load: {logs}"
+        if rejected and not completed:
+            return f"rejected all {rejected} requests (429), so it was not under load: lower `users` in the plan"
+        return None
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One complete run.
+    """One load that was sent to a server: a complete run, or a part of one.
 
     - `started`: seconds since the epoch.
-    - `state`: the load generator's report on the run.
+    - `state`: the load generator's report on the load.
     - `resources`: cores and memory of the processes, in the measured window.
     - `info`: `GET /info` of the server.
     - `serial`: the cache-busting prefix of the first input.
-    - `load`: the load that was sent to this target.
+    - `load`: the load that was sent.
     - `pace`: the server's batch latency model at the end of the run; None if it reports none.
     - `search`: the result of a search for the highest rate. The measurement is then that of its best probe.
     - `pooled`: the earlier measurements of that probe.
-    - `with_neighbors`: the same run with loaded neighbors.
-    - `closed_loop`: the closed loop before this run, if the rate is a share of the capacity.
+    - `with_neighbors`: the same load next to loaded neighbors. `neighbors` is what these completed.
+    - `closed_loop`: the closed loop before this load, if the rate is a share of the capacity `capacity_rps`.
     - `concurrency`: how the number of users was found, for `users: auto`.
     """
 
@@ -114,15 +114,28 @@ class Measurement:
     workload: WorkloadRecord = field(default_factory=WorkloadRecord)
     pace: Mapping[str, Any] | None = None
     search: Mapping[str, Any] | None = None
-    pooled: Sequence[PooledMeasurement] = ()
-    with_neighbors: NeighborRun | None = None
-    closed_loop: ClosedLoop | None = None
+    pooled: Sequence[Measurement] = ()
+    with_neighbors: Measurement | None = None
+    neighbors: Sequence[NeighborLoad] = ()
+    closed_loop: Measurement | None = None
+    capacity_rps: float | None = None
     concurrency: Concurrency | None = None
 
     @property
     def all_records(self) -> list[summary.RunRecords]:
         """Return the records of this run, after those that a search pooled with it."""
         return [*(earlier.records for earlier in self.pooled), self.records]
+
+    @property
+    def summary(self) -> summary.Summary:
+        """The figures of this load alone."""
+        return summary.summarize([self.records])
+
+    def judge(self, cores: int) -> Validity:
+        """Return the validity of this load by its figures and by the state of a machine with `cores` cores."""
+        searched = self.search is not None
+        found = validity.judge(self.summary, self.resources, self.state, cores, searched)
+        return validity.merge(found, telemetry.judge(self.telemetry))
 
 
 @dataclass

@@ -32,15 +32,7 @@ from inferctl.bench.load import generator
 from inferctl.bench.measure import digests, quality
 from inferctl.bench.measure.concurrency import Concurrency
 from inferctl.bench.measure.environment import Environment
-from inferctl.bench.measure.neighbor_run import NeighborRun
-from inferctl.bench.measure.outcome import (
-    BenchTarget,
-    ClosedLoop,
-    Measurement,
-    Outcome,
-    PooledMeasurement,
-    WorkloadRecord,
-)
+from inferctl.bench.measure.outcome import BenchTarget, Measurement, NeighborLoad, Outcome, WorkloadRecord
 from inferctl.bench.measure.quality import QualityResult
 from inferctl.bench.measure.telemetry import Telemetry
 from inferctl.bench.plan import workload
@@ -62,6 +54,9 @@ _NAMES = {
     "machine": "the machine or its software",
     "servers": "the weights or the precision of a server",
 }
+# Fields of a measurement that are plain data, and those that are a measurement.
+_VALUES = ("started", "state", "resources", "info", "serial", "pace", "search", "capacity_rps")
+_PARTS = ("with_neighbors", "closed_loop")
 
 T = TypeVar("T")
 
@@ -207,61 +202,52 @@ def lock(output: Path) -> Iterator[None]:
 
 def save(output: Path, measurement: Measurement, check: QualityResult | None) -> None:
     """Write a complete run atomically. `check` is its quality check; None if the check is not complete."""
-    document = {
-        "schema": SCHEMA,
-        "run": dataclasses.asdict(measurement.run),
-        **_records_entry(output, measurement.folder, measurement.records),
-        "pooled": [
-            _records_entry(output, earlier.folder, earlier.records) | {"state": earlier.state}
-            for earlier in measurement.pooled
-        ],
-        "values": _values(measurement),
-        "quality": check and check.as_dict(),
-    }
+    document = _document(output, measurement) | {"schema": SCHEMA, "quality": check and check.as_dict()}
     write(output / "runs" / measurement.run.name / RUN_FILE, document)
 
 
-def _records_entry(output: Path, folder: Path, records: summary.RunRecords) -> dict[str, Any]:
-    """Return where the records are, with their sha256, and the facts that they do not contain."""
+def _document(output: Path, measurement: Measurement) -> dict[str, Any]:
+    """Return the JSON form of a measurement and its parts, with the sha256 of their records."""
+    records = measurement.records
     return {
-        "folder": folder.relative_to(output).as_posix(),
+        "run": dataclasses.asdict(measurement.run),
+        "folder": measurement.folder.relative_to(output).as_posix(),
         "window": [records.start_ns, records.end_ns],
         "inputs_per_request": records.inputs_per_request,
         "offered": records.offered,
-        "records": digests.of_records(folder),
-    }
-
-
-def _restored_records(output: Path, document: Mapping[str, Any], state: Mapping[str, Any]) -> summary.RunRecords:
-    rows = generator.read_records(output / document["folder"], state)
-    start_ns, end_ns = document["window"]
-    return summary.RunRecords(rows, start_ns, end_ns, document["inputs_per_request"], document["offered"])
-
-
-def _is_complete(output: Path, document: Mapping[str, Any]) -> bool:
-    """Return whether all records are as they were written."""
-    place = output / document["folder"]
-    return all(digests.of_file(place / name) == digest for name, digest in document["records"].items())
-
-
-def _values(measurement: Measurement) -> dict[str, Any]:
-    """Return the JSON form of the other fields of a measurement."""
-    neighbors, loop = measurement.with_neighbors, measurement.closed_loop
-    return {
-        "started": measurement.started,
-        "state": measurement.state,
-        "resources": measurement.resources,
-        "info": measurement.info,
-        "serial": measurement.serial,
+        "records": digests.of_records(measurement.folder),
+        "values": {name: getattr(measurement, name) for name in _VALUES},
         "telemetry": measurement.telemetry.as_dict(),
-        "load": measurement.load.model_dump(mode="json") if measurement.load else {},
+        "load": measurement.load and measurement.load.model_dump(mode="json"),
         "workload": dataclasses.asdict(measurement.workload),
-        "pace": measurement.pace,
-        "search": measurement.search,
-        "beside": neighbors and dataclasses.asdict(neighbors),
-        "closed_loop": loop and dataclasses.asdict(loop),
         "concurrency": measurement.concurrency and measurement.concurrency.as_dict(),
+        "neighbors": [dataclasses.asdict(neighbor) for neighbor in measurement.neighbors],
+        "pooled": [_document(output, earlier) for earlier in measurement.pooled],
+        **{name: (part := getattr(measurement, name)) and _document(output, part) for name in _PARTS},
     }
+
+
+def _restored(output: Path, document: Mapping[str, Any]) -> Measurement:
+    """Return the measurement that `_document` describes. Raises `ValueError` if its records have changed."""
+    folder = output / document["folder"]
+    if any(digests.of_file(folder / name) != digest for name, digest in document["records"].items()):
+        raise ValueError("the records have changed")
+    rows = generator.read_records(folder, document["values"]["state"])
+    start_ns, end_ns = document["window"]
+    parts: dict[str, Any] = {name: document[name] and _restored(output, document[name]) for name in _PARTS}
+    return Measurement(
+        run=Run(**document["run"]),
+        records=summary.RunRecords(rows, start_ns, end_ns, document["inputs_per_request"], document["offered"]),
+        folder=folder,
+        telemetry=_decoded(Telemetry, document["telemetry"]),
+        load=document["load"] and Load.model_validate(document["load"]),
+        workload=WorkloadRecord(**document["workload"]),
+        concurrency=document["concurrency"] and Concurrency.from_dict(document["concurrency"]),
+        neighbors=[NeighborLoad(**neighbor) for neighbor in document["neighbors"]],
+        pooled=[_restored(output, earlier) for earlier in document["pooled"]],
+        **parts,
+        **document["values"],
+    )
 
 
 def restore(output: Path, order: Sequence[Run], outcomes: Sequence[Outcome]) -> int:
@@ -276,11 +262,15 @@ def restore(output: Path, order: Sequence[Run], outcomes: Sequence[Outcome]) -> 
     complete = 0
     for run in order:
         folder = output / "runs" / run.name
-        found = _restored(output, folder, run)
-        if found is None:
+        try:
+            document = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+            if document["schema"] != SCHEMA or document["run"] != dataclasses.asdict(run):
+                raise ValueError(f"{folder} has another run")
+            measurement = _restored(output, document)
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):
             shutil.rmtree(folder, ignore_errors=True)
             continue
-        measurement, check = found
+        check = document["quality"] and _decoded(QualityResult, document["quality"])
         outcome = by_name[run.configuration]
         outcome.measurements.append(measurement)
         if run.repeat == 0:
@@ -288,44 +278,6 @@ def restore(output: Path, order: Sequence[Run], outcomes: Sequence[Outcome]) -> 
             outcome.check_done = check is not None
         complete += 1
     return complete
-
-
-def _restored(output: Path, folder: Path, run: Run) -> tuple[Measurement, QualityResult | None] | None:
-    """Return the measurement and the quality check in `folder`; None if it has no complete run."""
-    try:
-        document = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        pooled = document.get("pooled", [])
-        complete = all(_is_complete(output, entry) for entry in (document, *pooled))
-        if document["schema"] != SCHEMA or document["run"] != dataclasses.asdict(run) or not complete:
-            return None
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        return None
-    values, check = document["values"], document["quality"]
-    measurement = Measurement(
-        run=run,
-        records=_restored_records(output, document, values["state"]),
-        folder=output / document["folder"],
-        pooled=[
-            PooledMeasurement(
-                _restored_records(output, entry, entry["state"]), entry["state"], output / entry["folder"]
-            )
-            for entry in pooled
-        ],
-        started=values["started"],
-        state=values["state"],
-        resources=values["resources"],
-        info=values["info"],
-        serial=values["serial"],
-        telemetry=_decoded(Telemetry, values["telemetry"]),
-        load=Load.model_validate(values["load"]) if values["load"] else None,
-        workload=WorkloadRecord(**values["workload"]),
-        pace=values["pace"],
-        search=values["search"],
-        with_neighbors=values["beside"] and _decoded(NeighborRun, values["beside"]),
-        closed_loop=values["closed_loop"] and _decoded(ClosedLoop, values["closed_loop"]),
-        concurrency=values["concurrency"] and Concurrency.from_dict(values["concurrency"]),
-    )
-    return measurement, check and _decoded(QualityResult, check)
 
 
 def _decoded(kind: type[T], data: object) -> T:

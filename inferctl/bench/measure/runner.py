@@ -17,13 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from inferctl.bench.judge import summary
-from inferctl.bench.load import generator
 from inferctl.bench.measure import auto_users, neighbors, quality, resume, search, throughput
-from inferctl.bench.measure.bench import Bench, NotifyProgress, Progress, ready_server, started
+from inferctl.bench.measure.bench import Bench, NotifyProgress, Progress, phase_notifier, ready_server, started
 from inferctl.bench.measure.judgment import judge
 from inferctl.bench.measure.measured_server import MeasuredServer, NotifyPhase
-from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome, workload_record
+from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Load, Run
 from inferctl.errors import InferctlError
@@ -57,7 +55,7 @@ def run(
         if outcome.failure or (outcome.has(run) and not unchecked):
             continue
         # The repeated check of a complete run does not count as a run.
-        notify_phase = _phase_notifier(notify, run, 0 if outcome.has(run) else number, len(order))
+        notify_phase = phase_notifier(notify, run.configuration, 0 if outcome.has(run) else number, len(order))
         try:
             _measure(bench, outcome, run, checker, notify_phase, _capacity(outcomes))
         except InferctlError as error:
@@ -65,15 +63,6 @@ def run(
         finally:
             if outcome.measurements:
                 on_measured(outcome)
-
-
-def _phase_notifier(notify: NotifyProgress, run: Run, number: int, total: int) -> NotifyPhase:
-    def notify_phase(
-        phase: str, seconds: float = 0.0, live: generator.LoadProgress | None = None, done: str | None = None
-    ) -> None:
-        notify(Progress(run.configuration, number, total, phase, seconds, live, done))
-
-    return notify_phase
 
 
 def _measure(
@@ -121,17 +110,18 @@ def _measure_load(
     load, corpus = bench.load_of(target), bench.corpus_of(target)
     seed, closed_loop = _seed(bench, load, run), None
     if load.capacity_percent is not None:
-        closed_loop = throughput.measure(server, load, corpus, seed, run, folder, capacity_rps)
-        load = load.at(closed_loop.reference_rps)
-    work = workload.draw(load, corpus, seed)
-    measurement = server.measure(load, work, run, folder)
-    return replace(measurement, workload=workload_record(work, load, corpus, seed), closed_loop=closed_loop)
+        closed_loop = throughput.measure(server, load, corpus, seed, run, folder)
+        # All targets receive the same rate, so that their latencies can be compared.
+        capacity_rps = capacity_rps or closed_loop.summary["requests_per_s"]
+        load = load.at(capacity_rps)
+    measurement = server.measure(workload.draw(load, corpus, seed), run, folder)
+    return replace(measurement, closed_loop=closed_loop, capacity_rps=capacity_rps)
 
 
 def _capacity(outcomes: Sequence[Outcome]) -> float | None:
     """Return the capacity that the first run of the benchmark measured; None if the rate is not a share of it."""
-    loops = (run.closed_loop for outcome in outcomes for run in outcome.measurements)
-    return next((loop.reference_rps for loop in loops if loop), None)
+    runs = (run for outcome in outcomes for run in outcome.measurements)
+    return next((run.capacity_rps for run in runs), None)
 
 
 def _seed(bench: Bench, load: Load, run: Run) -> int:
@@ -141,18 +131,14 @@ def _seed(bench: Bench, load: Load, run: Run) -> int:
 
 def _measure_pair(bench: Bench, target: BenchTarget, server: MeasuredServer, run: Run, folder: Path) -> Measurement:
     """Measure a run without load and with load on the neighbors."""
-    load, corpus = bench.load_of(target), bench.corpus_of(target)
-    seed = _seed(bench, load, run)
+    load = bench.load_of(target)
     setup = neighbors.NeighborSetup(
         server,
-        load,
-        corpus,
-        seed,
+        workload.draw(load, bench.corpus_of(target), _seed(bench, load, run)),
         bench.plan.neighbours,
         start=lambda number, place: started(bench, target, place, server.notify, number),
     )
-    work = workload.draw(load, corpus, seed)
-    return replace(neighbors.measure(setup, run, folder), workload=workload_record(work, load, corpus, seed))
+    return neighbors.measure(setup, run, folder)
 
 
 def _measure_search(bench: Bench, target: BenchTarget, server: MeasuredServer, run: Run, folder: Path) -> Measurement:
@@ -166,13 +152,10 @@ def _measure_search(bench: Bench, target: BenchTarget, server: MeasuredServer, r
         first = f"{next(numbers)} {secrets.token_hex(4)} {text}"
         return server.target.request([first, text] if server.target.task == "rerank" else [first], 30)
 
-    def measure_load(
-        load: Load, work: workload.Workload, place: Path, seed: int, check: Callable[[], None]
-    ) -> Measurement:
+    def measure_load(work: workload.Workload, place: Path, check: Callable[[], None]) -> Measurement:
         # The folder of a probe has a name such as 03-bisect-48.5.
         label = place.name.partition("-")[2].replace("-", " ")
-        measurement = server.labeled(f"{label}, {{phase}}").measure(load, work, run, place, check)
-        return replace(measurement, workload=workload_record(work, load, corpus, seed))
+        return server.labeled(f"{label}, {{phase}}").measure(work, run, place, check)
 
     idle_s = min(search.wait_until_idle(request, 0, None) for _ in range(5))
     return search.Searcher(
@@ -192,7 +175,7 @@ def _measure_search(bench: Bench, target: BenchTarget, server: MeasuredServer, r
 
 def _brief(measurement: Measurement) -> str:
     """Return one line on a run that has ended."""
-    found = summary.summarize([measurement.records])
+    found = measurement.summary
     latency = found["latency_ms"]
     figures = [f"{key} {latency[key]['value']:.1f}" for key in ("p50", "p99") if latency[key]["value"] is not None]
     return f"{found['requests_per_s']:.1f} req/s" + (f", {' '.join(figures)} ms" if figures else "")

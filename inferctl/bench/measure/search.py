@@ -18,7 +18,7 @@ from inferctl.bench.judge.probe import Probe
 from inferctl.bench.judge.search_outcome import BudgetUse
 from inferctl.bench.judge.validity import ACHIEVED_LIMIT
 from inferctl.bench.load import generator, records
-from inferctl.bench.measure.outcome import Measurement, PooledMeasurement
+from inferctl.bench.measure.outcome import Measurement
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Load, Run, Search
 from inferctl.errors import InferctlError
@@ -39,7 +39,7 @@ MEASUREMENTS, GAP = 22, 0.25
 # The same for a search with a short budget.
 SHORT_MEASUREMENTS, SHORT_GAP = len(goodput.SHORT_SWEEP) + goodput.RESERVE, 0.5
 
-MeasureLoad = Callable[[Load, workload.Workload, Path, int, Callable[[], None]], Measurement]
+MeasureLoad = Callable[[workload.Workload, Path, Callable[[], None]], Measurement]
 
 
 class ServerSaturated(Exception):  # noqa: N818 - not an error: the probe has its result early
@@ -142,8 +142,7 @@ class Searcher:
         users = max(BURST_USERS, self.load.users)
         burst = self.load.as_single_stage(users=users, duration_s=BURST_S)
         work = workload.draw(burst, self.corpus, self.seed)
-        measurement = self.measure_load(burst, work, self._next_folder("ceiling"), self.seed, lambda: None)
-        rate = summary.summarize([measurement.records])["requests_per_s"]
+        rate = self.measure_load(work, self._next_folder("ceiling"), lambda: None).summary["requests_per_s"]
         if not rate:
             raise InferctlError(f"the server completed no request of {users} users", f"see {self.folder}/server.log")
         return float(rate)
@@ -168,16 +167,13 @@ class Searcher:
         place, growth = self._next_folder(f"{stage}-{rate:g}"), None
         work = workload.draw(load, self.corpus, seed)
         try:
-            measurement = self.measure_load(load, work, place, seed, Backlog(place, work, rate).check)
+            measurement = self.measure_load(work, place, Backlog(place, work, rate).check)
         except ServerSaturated as reason:
             growth = str(reason)
-            measurement = _partial_measurement(load, work, place)
+            measurement = _partial_measurement(work, place)
         before = [run for probe, run in self._measured if probe in earlier]
         probe = self._judged(rate, stage, seed, [*before, measurement], growth)
-        measurement = replace(
-            measurement, pooled=[PooledMeasurement(run.records, run.state, run.folder) for run in before]
-        )
-        self._measured.append((probe, measurement))
+        self._measured.append((probe, replace(measurement, pooled=before)))
         self.on_probe(probe)
         return probe
 
@@ -263,14 +259,14 @@ class Backlog:
         return None
 
 
-def _partial_measurement(load: Load, work: workload.Workload, place: Path) -> Measurement:
+def _partial_measurement(work: workload.Workload, place: Path) -> Measurement:
     """Return the measurement of a probe that ended early. Its window ends with its last response."""
     state = generator.read_state(place)
     rows = generator.read_records(place, state)
     start = int(state["measure_start_ns"])
     end = max(start + 1, int(rows["end_ns"].max()))
     offered = int(np.count_nonzero(work.schedule_ns < end - start))
-    part = summary.RunRecords(rows, start, end, load.inputs_per_request, offered)
+    part = summary.RunRecords(rows, start, end, work.load.inputs_per_request, offered)
     return Measurement(Run("ended-early", 0), 0.0, part, state, {}, place, {}, 0)
 
 

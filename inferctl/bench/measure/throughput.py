@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from inferctl.bench.judge import summary, validity
+from inferctl.bench.judge import summary
 from inferctl.bench.load import records
-from inferctl.bench.measure import digests, telemetry
+from inferctl.bench.measure import digests
 from inferctl.bench.measure.measured_server import MeasuredServer
-from inferctl.bench.measure.outcome import CLOSED_LOOP_FOLDER, ClosedLoop, Measurement
+from inferctl.bench.measure.outcome import Measurement
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.shape import Load
@@ -29,44 +29,27 @@ from inferctl.errors import InferctlError
 REJECTED_LIMIT = 0.5
 
 
-def measure(
-    server: MeasuredServer, load: Load, corpus: str, seed: int, run: Run, folder: Path, capacity_rps: float | None
-) -> ClosedLoop:
+def measure(server: MeasuredServer, load: Load, corpus: str, seed: int, run: Run, folder: Path) -> Measurement:
     """Run the closed loop. Its records are in a folder of their own.
-
-    `capacity_rps` is the capacity that an earlier run measured; None for the first run, which measures it.
 
     Raises `InferctlError` if the server completed no request, or rejected over half of them.
     """
-    place = folder / CLOSED_LOOP_FOLDER
-    place.mkdir(parents=True, exist_ok=True)
     loop = load.as_single_stage(duration_s=load.capacity_s)
-    measurement = server.labeled("closed loop, {phase}").measure(loop, workload.draw(loop, corpus, seed), run, place)
-    figures = summary.summarize([measurement.records])
-    rate, rejected = figures["requests_per_s"], figures["rejected_percent"] / 100
-    if rejected > REJECTED_LIMIT:
+    work = workload.draw(loop, corpus, seed)
+    measurement = server.labeled("closed loop, {phase}").measure(work, run, folder / "closed-loop")
+    rejected = measurement.summary["rejected_percent"]
+    if rejected > 100 * REJECTED_LIMIT:
         raise InferctlError(
-            f"the server rejected {rejected:.0%} of a closed loop with {loop.users} users (429), so its capacity is "
+            f"the server rejected {rejected:.0f}% of a closed loop with {loop.users} users (429), so its capacity is "
             "unknown: this load is above what it accepts",
             "lower `users` in the plan, or raise `serve.max_wait_seconds` and `slo.p99_ms` in the server's spec",
         )
-    if not rate:
+    if not measurement.summary["requests_per_s"]:
         raise InferctlError(
             f"the server completed no request of a closed loop with {loop.users} users",
             "set `rate` in requests/s, or give the loop more time with `capacity_s`",
         )
-    return ClosedLoop(
-        users=loop.users,
-        requests_per_s=rate,
-        window=(measurement.records.start_ns, measurement.records.end_ns),
-        inputs_per_request=measurement.records.inputs_per_request,
-        serial=measurement.serial,
-        state=measurement.state,
-        resources=measurement.resources,
-        telemetry=measurement.telemetry,
-        # All targets receive the same rate, so that their latencies can be compared.
-        reference_rps=capacity_rps or rate,
-    )
+    return measurement
 
 
 def weighted_rate(part: summary.RunRecords) -> float:
@@ -81,23 +64,17 @@ def weighted_rate(part: summary.RunRecords) -> float:
     return float(shares.sum()) / part.seconds
 
 
-def judge(measurement: Measurement, cores: int) -> validity.Validity:
-    """Return the validity of the closed loop of a run; valid if there was none."""
-    if not (loop := measurement.closed_loop):
-        return validity.Validity()
-    figures = summary.summarize([loop.records(measurement.folder)])
-    found = validity.merge(validity.judge(figures, loop.resources, loop.state, cores), telemetry.judge(loop.telemetry))
-    return found.labeled("closed loop")
-
-
 def pooled(measurements: Sequence[Measurement]) -> dict[str, Any] | None:
     """Return the `closed_loop` key of a receipt, over all runs; None if there was no closed loop."""
-    loops = [(run.closed_loop, run.folder) for run in measurements if run.closed_loop]
+    loops = [run.closed_loop for run in measurements if run.closed_loop]
     if not loops:
         return None
-    first = loops[0][0]
-    figures = summary.summarize([loop.records(folder) for loop, folder in loops])
-    return {"users": first.users, "reference_rps": first.reference_rps, "summary": figures}
+    figures = summary.summarize([loop.records for loop in loops])
+    return {
+        "users": loops[0].load and loops[0].load.users,
+        "reference_rps": measurements[0].capacity_rps,
+        "summary": figures,
+    }
 
 
 def of_run(measurement: Measurement) -> dict[str, Any] | None:
@@ -105,9 +82,9 @@ def of_run(measurement: Measurement) -> dict[str, Any] | None:
     if not (loop := measurement.closed_loop):
         return None
     return {
-        "users": loop.users,
+        "users": loop.load and loop.load.users,
         "serial": loop.serial,
-        "summary": summary.summarize([loop.records(measurement.folder)]),
+        "summary": loop.summary,
         "resources": loop.resources,
-        "records": digests.of_records(measurement.folder / CLOSED_LOOP_FOLDER),
+        "records": digests.of_records(loop.folder),
     }

@@ -18,7 +18,6 @@ from inferctl import assets
 from inferctl.bench.plan import traces
 from inferctl.bench.plan.plan import Load, Stage
 from inferctl.errors import UsageError, did_you_mean
-from inferctl.spec import Task
 
 ORDER_LENGTH = 65_536
 # The load generator replaces this mark by a number that is unique per request (a cache-busting prefix). Without it, a
@@ -29,20 +28,23 @@ _QUERY_WORDS = 12
 
 @dataclass(frozen=True)
 class Workload:
-    """The inputs of all requests. `groups` has the texts of each distinct request; for rerank, the query is the first.
+    """The inputs of all requests, drawn from `load`, `corpus` (its name or path) and `seed`.
 
+    `groups` has the texts of each distinct request; for rerank, the query is the first.
     The n-th request sends `groups[order[n % len(order)]]`. `schedule_ns` (nanoseconds after the start of the
     measurement) and `warmup_schedule_ns` belong to an open loop and are empty for a closed loop. Groups from index
     `unique_from` get a cache-busting prefix each time; earlier groups are sent unchanged.
     """
 
+    load: Load
+    corpus: str
+    seed: int
     groups: list[list[str]]
     order: npt.NDArray[np.uint32]
     schedule_ns: npt.NDArray[np.uint64]
     warmup_schedule_ns: npt.NDArray[np.uint64]
     unique_from: int
     corpus_sha256: str
-    task: Task = "embed"
 
     @property
     def digest(self) -> str:
@@ -62,16 +64,16 @@ class Workload:
 
     def _marked(self, group: list[str]) -> list[str]:
         """Return a group with the mark of the prefix. A unique query makes each of its pairs unique."""
-        count = 1 if self.task == "rerank" else len(group)
+        count = 1 if self.load.task == "rerank" else len(group)
         return [f"{PREFIX_MARK} {text}" for text in group[:count]] + group[count:]
 
 
 def draw(load: Load, corpus: str, seed: int) -> Workload:
     """Return the workload of `load`, `corpus` and `seed`; equal arguments give equal workloads. Raises `UsageError`."""
+    if load.trace:
+        return _replay(load, corpus, seed)
     texts, digest = read_corpus(corpus)
     random = np.random.Generator(np.random.PCG64(seed))
-    if load.trace:
-        return _replay(load, texts, digest, random)
     size = load.inputs_per_request
     shuffled = random.permutation(len(texts))
     picks = (
@@ -91,10 +93,10 @@ def draw(load: Load, corpus: str, seed: int) -> Workload:
         groups = groups + groups
     empty = np.zeros(0, np.uint64)
     if load.mode == "closed":
-        return Workload(groups, order, empty, empty, unique_from, digest, load.task)
+        return Workload(load, corpus, seed, groups, order, empty, empty, unique_from, digest)
     schedule = arrivals(load, load.timeline, random)
     warmup = arrivals(load, _warmup(load, load.timeline[0].rate), random)
-    return Workload(groups, order, schedule, warmup, unique_from, digest, load.task)
+    return Workload(load, corpus, seed, groups, order, schedule, warmup, unique_from, digest)
 
 
 def rerank_groups(texts: Sequence[str], documents: int) -> list[list[str]]:
@@ -153,7 +155,7 @@ def _zipf(load: Load, groups: int, random: np.random.Generator) -> npt.NDArray[n
     return order
 
 
-def _replay(load: Load, texts: list[str], digest: str, random: np.random.Generator) -> Workload:
+def _replay(load: Load, corpus: str, seed: int) -> Workload:
     """Return the workload of a trace: its times, and its inputs unchanged and in its order.
 
     The warm-up repeats the inputs from the start at the mean rate of the trace.
@@ -164,12 +166,15 @@ def _replay(load: Load, texts: list[str], digest: str, random: np.random.Generat
         raise UsageError(str(error), 'write trace lines like {"at_s": 0.25, "input": "text"}') from None
     if not requests:
         raise UsageError(f"the trace has no request in its first {load.duration_s:g} s", "increase duration_s")
+    texts, digest = read_corpus(corpus)
+    random = np.random.Generator(np.random.PCG64(seed))
     words = " ".join(texts).split()
     groups = [list(each.inputs) or [_words(words, each.tokens or 1, random)] for each in requests]
     schedule = np.round(np.array([request.at_s for request in requests]) * 1e9).astype(np.uint64)
     warmup = arrivals(load, _warmup(load, len(requests) / load.duration_s), random)
     combined = hashlib.sha256(digest.encode() + json.dumps(groups).encode()).hexdigest()
-    return Workload(groups, np.arange(len(groups), dtype=np.uint32), schedule, warmup, len(groups), combined)
+    order = np.arange(len(groups), dtype=np.uint32)
+    return Workload(load, corpus, seed, groups, order, schedule, warmup, len(groups), combined)
 
 
 def _words(words: list[str], tokens: int, random: np.random.Generator) -> str:
