@@ -65,6 +65,25 @@ def minilm() -> Path:
     return MODEL
 
 
+@pytest.fixture(scope="session")
+def cross_encoder(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small cross-encoder with random weights and MiniLM's tokenizer, readable by every user."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("cross-encoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = BertConfig.from_pretrained(minilm, num_labels=1, initializer_range=0.3, **sizes)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(minilm / name, folder)
+    folder.chmod(0o755)
+    for file in folder.iterdir():
+        file.chmod(0o644)
+    return folder
+
+
 def _missing(what: str, problem: str) -> NoReturn:
     """Skip the test, or fail it if INFERCTL_REQUIRE contains `what` (`docker`, `gpu`)."""
     if what in os.environ.get("INFERCTL_REQUIRE", "").split(","):

@@ -84,6 +84,12 @@ def pushed(spec_file: Path) -> Iterator[str]:
     subprocess.run(["docker", "image", "rm", "--force", *set(images.stdout.split())], capture_output=True, check=False)
 
 
+def test_the_same_image_serves_a_cross_encoder(pushed: str, cross_encoder: Path) -> None:
+    verified = json.loads(inferctl("verify", pushed, "--model", cross_encoder, "--json").stdout)["verified"]
+    assert (verified["task"], verified["precision"], verified["texts"]) == ("rerank", "bf16", 8)
+    assert verified["score_difference"] <= verified["tolerance"] == 0.02
+
+
 @pytest.fixture(scope="module")
 def container(pushed: str, minilm: Path) -> Iterator[str]:
     """URL of a container with the image from the registry. The local image is removed first."""

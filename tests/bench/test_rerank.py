@@ -233,6 +233,19 @@ def test_the_command_measures_a_reranker_and_rejects_two_tasks(answering: Callab
     assert "the targets have different tasks: mine: rerank, other: embed" in done.stderr
 
 
+def test_the_real_server_is_measured_and_its_scores_are_close_to_fp32(cross_encoder: Path, tmp_path: Path) -> None:
+    line = ["--model", str(cross_encoder), "--plan", "quick", "--users", "4", "-p", "bf16", "--duration", "4", "--json"]
+    done = command(*line, folder=tmp_path)
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["outcome"] == "measured", row["reason"]
+    assert done.returncode == (0 if row["valid"] else 5)
+    assert (row["task"], row["precision"]["effective"]) == ("rerank", "bf16")
+    assert row["pairs_per_s"] == pytest.approx(16 * row["requests_per_s"], rel=0.001)
+    assert row["tokens_per_s"] > 16 * row["pairs_per_s"]
+    assert row["quality"]["passes"] and row["quality"]["texts"] == 96
+    assert row["score_difference"] < 0.05 and row["kendall"] > 0.9
+
+
 def rerank_receipts(folder: Path, change: Callable[[dict[str, Any]], object]) -> tuple[receipt.Receipt, ...]:
     """Return two receipts of rerank; `change` changes the quality of the new one."""
     found = []
