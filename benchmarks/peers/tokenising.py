@@ -1,6 +1,6 @@
 """Measure how long a request that is tokenized on the event loop stops the loop.
 
-    python benchmarks/peers/tokenising.py [--characters 500] [--rounds 5] [--json FILE]
+    python benchmarks/peers/tokenising.py [--characters 1000] [--rounds 5] [--json FILE]
 
 Texts of many kinds, chosen to be slow, with WordPiece (the model's own tokenizer), BPE with a byte-level pre-tokenizer
 (GPT-2, ModernBERT), BPE without pre-tokenizer (Llama) and Unigram (XLM-R). The latter three are trained on the
@@ -108,7 +108,7 @@ def milliseconds(tokenizer: str, text: str, rounds: int) -> float:
 def main() -> None:
     parser = peers.options(__doc__ or "")
     parser.set_defaults(rounds=5)
-    parser.add_argument("--characters", type=int, default=500, help="length of the texts")
+    parser.add_argument("--characters", type=int, default=1_000, help="length of the texts")
     options = parser.parse_args()
     os.environ.update(peers.environment())  # as in the server: the tokenizer starts no threads
     built = tokenizers()

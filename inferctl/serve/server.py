@@ -36,6 +36,8 @@ from inferctl.serve.scheduling.latency_model import Capacity, LatencyModel
 from inferctl.serve.tokenizer_pool import TokenizerPool
 from inferctl.spec import Spec
 
+# Tokens of one request, if the queue is not larger. OpenAI's limit is 300,000.
+_MAX_REQUEST_TOKENS = 262_144
 _EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
@@ -143,6 +145,7 @@ class Server:
             frozenset({spec.model.source}),
             config.matryoshka if isinstance(config, EmbeddingConfig) else (),
             spec.serve.max_client_batch,
+            max(_MAX_REQUEST_TOKENS, spec.serve.max_queue_tokens),
             options.truncate,
             task,
         )

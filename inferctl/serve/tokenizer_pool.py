@@ -20,9 +20,9 @@ from inferctl.errors import UsageError
 from inferctl.serve.engine_process.engine_protocol import Tokens
 from inferctl.serve.task_config import TaskConfig
 
-# Requests up to this size are tokenized on the event loop, because the switch to a thread takes 0.1 ms. This many
-# characters take 0.2 ms, and at most 4 ms (benchmarks/peers/tokenising.py). Each text adds its fixed cost.
-_INLINE_CHARACTERS = 500
+# Requests up to this size are tokenized on the event loop, because the switch to a thread takes 50 us of CPU time. This
+# many characters take 0.3 ms, and at most 3 ms (benchmarks/peers/tokenising.py). Each text adds its fixed cost.
+_INLINE_CHARACTERS = 1_000
 _TEXT_CHARACTERS = 40
 # The most characters per call of the tokenizer, which takes 100 bytes per token, until the call ends.
 _BATCH_CHARACTERS = 250_000
@@ -32,7 +32,11 @@ _CHARACTERS_PER_TOKEN = 8
 # Half of the shortest head is longer than the longest word that BERT's tokenizer splits (100 or 200 characters).
 _MIN_HEAD = 1_024
 # A text that has not enough tokens in this many characters is blanks or one very long word. It is rejected.
-_MAX_HEAD = 1_000_000
+_MAX_HEAD = 250_000
+# Long requests are tokenized in slices of about this many characters, so that they take turns on the threads.
+_SLICE_CHARACTERS = 250_000
+# The most characters that wait for the threads. They take 1 to 2 s.
+_MAX_WAITING_CHARACTERS = 4_000_000
 # Executors start a thread only if none is idle. So each warm-up task waits up to this long (s) for the others.
 _WARM_UP_TIMEOUT_S = 60.0
 
@@ -51,6 +55,10 @@ class InputError(Exception):
     def __init__(self, index: int | None, code: str, message: str, field: str = "input") -> None:
         super().__init__(f"{field} {message}" if index is None else f"{field}[{index}] {message}")
         self.index, self.code, self.message, self.field = index, code, message, field
+
+
+class TokenizerBusyError(Exception):
+    """Too many characters wait to be tokenized. A retry after a second may succeed."""
 
 
 class TokenizerPool:
@@ -74,6 +82,7 @@ class TokenizerPool:
                 "write one with transformers: `AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`",
             )
         self._local = threading.local()
+        self._waiting = 0  # characters of the requests on the threads
         self._threads, self._executor = threads, ThreadPoolExecutor(threads, "tokenize")
         self.vocabulary_size = self._tokenizer().get_vocab_size(with_added_tokens=True)
 
@@ -91,9 +100,12 @@ class TokenizerPool:
         """Return the token ids (int32) of each text.
 
         Raises `InputError` for a long text without `truncate`, for a text without any token, and for a text with very
-        few tokens for its length.
+        few tokens for its length, and `TokenizerBusyError`.
         """
-        return await self._run(partial(self.encode_now, texts, truncate=truncate), texts)
+        if self._is_small(texts):
+            return self.encode_now(texts, truncate=truncate)
+        calls = [partial(self.encode_now, texts[i:j], truncate=truncate, first=i) for i, j in _slices(texts)]
+        return await self._run(calls, sum(map(len, texts)))
 
     async def encode_pairs(self, query: str | Sequence[str], documents: Sequence[str], *, truncate: bool) -> list[Pair]:
         """Return the pair of the query with each document: its token ids (int32), and where its second segment starts.
@@ -102,13 +114,24 @@ class TokenizerPool:
         transformers (`longest_first`): first the longer text, then both. If both are so long that only their heads are
         tokenized, the head with more tokens counts as the longer text. Raises `InputError` as `encode` does.
         """
-        call = partial(self.encode_pairs_now, query, documents, truncate=truncate)
-        return await self._run(call, [*_listed(query), *documents])
+        if self._is_small(texts := [*_listed(query), *documents]):
+            return self.encode_pairs_now(query, documents, truncate=truncate)
+        calls = [
+            partial(
+                self.encode_pairs_now,
+                query if isinstance(query, str) else query[i:j],
+                documents[i:j],
+                truncate=truncate,
+                first=i,
+            )
+            for i, j in _slices(documents)
+        ]
+        return await self._run(calls, sum(map(len, texts)))
 
-    def encode_now(self, texts: Sequence[str], *, truncate: bool) -> list[Tokens]:
-        """Do what `encode` does, on the calling thread."""
+    def encode_now(self, texts: Sequence[str], *, truncate: bool, first: int = 0) -> list[Tokens]:
+        """Do what `encode` does, on the calling thread. `first`: the index of the first text in errors."""
         rows, truncated = [], 0
-        for index, encoding in enumerate(self._encodings(texts, "input", self._config.prompt)):
+        for index, encoding in enumerate(self._encodings(texts, "input", self._config.prompt, first), first):
             if encoding.overflowing:
                 self._allow_truncation(index, truncate)
                 truncated += 1
@@ -116,17 +139,19 @@ class TokenizerPool:
         self._on_truncated(truncated)
         return rows
 
-    def encode_pairs_now(self, query: str | Sequence[str], documents: Sequence[str], *, truncate: bool) -> list[Pair]:
-        """Do what `encode_pairs` does, on the calling thread."""
+    def encode_pairs_now(
+        self, query: str | Sequence[str], documents: Sequence[str], *, truncate: bool, first: int = 0
+    ) -> list[Pair]:
+        """Do what `encode_pairs` does, on the calling thread. `first`: the index of the first document in errors."""
         before, between, after = self._pair_format()
         limit = self._config.max_tokens - len(before) - len(between) - len(after)
-        queries = self._encodings(_listed(query), "query", self._config.prompt, add_special_tokens=False)
+        queries = self._encodings(_listed(query), "query", self._config.prompt, first, add_special_tokens=False)
         firsts = [(_ids(encoding), _size(encoding)) for encoding in queries]
         if isinstance(query, str):
             firsts *= len(documents)
-        seconds = self._encodings(documents, "documents", add_special_tokens=False)
+        seconds = self._encodings(documents, "documents", "", first, add_special_tokens=False)
         pairs, truncated = [], 0
-        for index, ((first_ids, first_size), second) in enumerate(zip(firsts, seconds, strict=True)):
+        for index, ((first_ids, first_size), second) in enumerate(zip(firsts, seconds, strict=True), first):
             first_kept, second_kept = _longest_first(first_size, _size(second), limit)
             if first_kept + second_kept < first_size + _size(second):
                 self._allow_truncation(index, truncate, "documents")
@@ -145,11 +170,23 @@ class TokenizerPool:
         self._on_truncated(len(long))
         return [np.array(row[:limit], dtype=np.int32) for row in ids]
 
-    async def _run(self, call: Callable[[], T], texts: Sequence[str]) -> T:
-        """Return `call()`, run on another thread unless the texts are small."""
-        if sum(map(len, texts)) + len(texts) * (_TEXT_CHARACTERS + len(self._config.prompt)) <= _INLINE_CHARACTERS:
-            return call()
-        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+    def _is_small(self, texts: Sequence[str]) -> bool:
+        fixed = len(texts) * (_TEXT_CHARACTERS + len(self._config.prompt))
+        return sum(map(len, texts)) + fixed <= _INLINE_CHARACTERS
+
+    async def _run(self, calls: Sequence[Callable[[], list[T]]], characters: int) -> list[T]:
+        """Return the results of `calls`, run one after the other on the threads. Raises `TokenizerBusyError`."""
+        # A single request is always accepted, otherwise it would be rejected forever.
+        if self._waiting and self._waiting + characters > _MAX_WAITING_CHARACTERS:
+            raise TokenizerBusyError(f"{self._waiting} characters wait to be tokenized")
+        loop, found = asyncio.get_running_loop(), []
+        self._waiting += characters
+        try:
+            for call in calls:
+                found += await loop.run_in_executor(self._executor, call)
+        finally:
+            self._waiting -= characters
+        return found
 
     def _allow_truncation(self, index: int, truncate: bool, field: str = "input") -> None:
         if not truncate:
@@ -157,7 +194,7 @@ class TokenizerPool:
             raise InputError(index, "context_length_exceeded", message, field)
 
     def _encodings(
-        self, texts: Sequence[str], field: str, prompt: str = "", *, add_special_tokens: bool = True
+        self, texts: Sequence[str], field: str, prompt: str, first: int, *, add_special_tokens: bool = True
     ) -> Iterator[Encoding]:
         """Yield the encoding of the prompt and each text, up to a head with more tokens than the model accepts.
 
@@ -165,19 +202,19 @@ class TokenizerPool:
         """
         texts = [(prompt + text).lower() if self._config.lower_case else prompt + text for text in texts]
         shortest = max(_MIN_HEAD, _CHARACTERS_PER_TOKEN * self._config.max_tokens)
-        step = max(1, _BATCH_CHARACTERS // shortest)
+        step, largest = max(1, _BATCH_CHARACTERS // shortest), max(_MAX_HEAD, 4 * shortest)
         for start in range(0, len(texts), step):
             part = texts[start : start + step]
             heads = [_head(text, shortest) for text in part]
             found = self._encode(heads, add_special_tokens)
-            for index, (text, head, encoding) in enumerate(zip(part, heads, found, strict=True), start):
+            for index, (text, head, encoding) in enumerate(zip(part, heads, found, strict=True), start + first):
                 size = shortest
                 while len(head) < len(text) and not encoding.overflowing:
-                    if size >= _MAX_HEAD:
+                    if size >= largest:
                         message = f"is too long: {len(text)} characters with very few tokens"
                         only_query = field == "query" and len(texts) == 1
                         raise InputError(None if only_query else index, "text_too_long", message, field)
-                    size = min(4 * size, _MAX_HEAD)
+                    size = min(4 * size, largest)
                     head = _head(text, size)
                     encoding = self._encode([head], add_special_tokens)[0]
                 yield encoding
@@ -188,7 +225,7 @@ class TokenizerPool:
         A panic is not an `Exception`. It would end a thread and leave a request without a response.
         """
         try:
-            # It computes no offsets and takes two thirds of the time of `encode_batch`, also for a single text.
+            # It computes no offsets and takes 10% to 20% less time than `encode`, also for a single text.
             return self._tokenizer().encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         except BaseException as error:
             if type(error).__name__ != "PanicException":
@@ -224,6 +261,17 @@ def _head(text: str, longest: int) -> str:
     head = text[:longest]
     end = max(head.rfind(space, longest // 2) for space in " \n\t")
     return head if end < 0 else head[:end]
+
+
+def _slices(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of consecutive parts of `texts`, each of one text or of at most `_SLICE_CHARACTERS`."""
+    start = characters = 0
+    for index, text in enumerate(texts):
+        if index > start and characters + len(text) > _SLICE_CHARACTERS:
+            yield start, index
+            start, characters = index, 0
+        characters += len(text)
+    yield start, len(texts)
 
 
 def _listed(query: str | Sequence[str]) -> Sequence[str]:

@@ -239,6 +239,14 @@ def test_accepted_requests_wait_at_most_about_the_limit_at_three_times_the_load(
     assert bounded.per_second > 0.98 * unbounded.per_second, "the engines are busy all the time"
 
 
+def test_a_request_that_takes_longer_than_the_longest_wait_does_not_delay_others() -> None:
+    limits = QueueLimits(64, 1_000_000, max_wait_s=10.0)
+    queue = Batcher(limits, LatencyModel(Capacity(fixed_s=0.0, tokens_per_s=100)))
+    queue.submit(1, [10] * 200, now=0.0)  # 20 s
+    queue.submit(2, [10], now=0.1)
+    assert 2 in {item.request for item in queue.next_batch(0.2)}
+
+
 def test_an_empty_queue_accepts_a_request_that_will_miss_the_slo() -> None:
     queue = Batcher(QueueLimits(100, 200, slo_s=0.1), LatencyModel(Capacity(0.1, 1000.0)))
     queue.submit(1, [100] * 9, now=0.0)

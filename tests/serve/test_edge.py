@@ -77,10 +77,17 @@ class Setting:
         )
 
     async def send(
-        self, path: str = "/v1/embeddings", *body: bytes, method: str = "POST", leaves: bool = False, **headers: str
+        self,
+        path: str = "/v1/embeddings",
+        *body: bytes,
+        method: str = "POST",
+        leaves: bool = False,
+        state: dict[str, object] | None = None,
+        **headers: str,
     ) -> Answer:
         """Send a request whose body has these parts. `leaves`: the client disconnects after the last one."""
         scope = {
+            "state": state or {},
             "type": "http",
             "method": method,
             "path": path,
@@ -132,6 +139,12 @@ def test_a_failure_has_an_envelope_and_one_event(setting: Setting, path: str, st
     else:
         assert (event.status, event.code) == (usage.CLIENT_DISCONNECTED, "client_disconnected")
     assert (setting.edge.in_flight, setting.edge.unanswered) == (0, 0)
+
+
+@pytest.mark.parametrize("path", ["/wait", "/error", "/v1/embeddings"])
+def test_the_event_has_the_status_of_a_rejection_by_the_connection(setting: Setting, path: str) -> None:
+    asyncio.run(setting.send(path, leaves=True, state={usage.REJECTION: (431, "headers_too_large")}))
+    assert [(event.status, event.code) for event in setting.events] == [(431, "headers_too_large")]
 
 
 def test_an_error_after_the_start_of_a_response_reaches_the_connection(setting: Setting) -> None:

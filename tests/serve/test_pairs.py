@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizer, XLMRobertaTokenizer
 
-from inferctl.serve import tokenizer_pool
+from inferctl.serve import embedding_config, tokenizer_pool
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.tokenizer_pool import InputError, TokenizerPool
 
@@ -180,3 +180,19 @@ def test_small_requests_do_not_wait_for_large_ones(minilm: Path) -> None:
         assert asyncio.run(ask())
     finally:
         released.set()
+
+
+def test_many_small_pairs_do_not_stop_the_event_loop(minilm: Path) -> None:
+    pool = TokenizerPool(minilm, embedding_config.read(minilm))
+
+    async def run() -> int:
+        task = asyncio.create_task(pool.encode_pairs(["one two"] * 2048, ["three"] * 2048, truncate=True))
+        turns = 0
+        while not task.done():
+            turns += 1
+            await asyncio.sleep(0)
+        return turns
+
+    # With one call per pair, all on the event loop, there would be one turn.
+    assert asyncio.run(run()) > 10
+    pool.close()

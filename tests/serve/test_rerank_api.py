@@ -84,6 +84,7 @@ def test_scores_have_the_order_of_the_request_and_equal_those_of_rerank(server: 
             "context_length_exceeded",
             "documents",
         ),
+        ("/v1/rerank", {"query": "a " * 1000, "documents": ["b"] * 2048}, 400, "too_many_tokens", None),
         ("/v1/score", {"text_1": ["a", "b"], "text_2": ["c"]}, 400, "unequal_lengths", None),
         ("/v1/score", {"text_1": "a", "text_2": ""}, 400, "invalid_value", "text_2"),
         ("/v1/embeddings", {"input": "a"}, 404, "unsupported_task", None),

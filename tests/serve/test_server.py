@@ -105,7 +105,7 @@ def test_unknown_routes_and_methods_use_the_envelope_too(echo: Running) -> None:
 
 
 def test_a_body_that_is_too_large_is_rejected(echo: Running) -> None:
-    answer = httpx.post(f"{echo.url}/v1/embeddings", content=b'{"input": "' + b"a" * (33 << 20) + b'"}', timeout=60)
+    answer = httpx.post(f"{echo.url}/v1/embeddings", content=b'{"input": "' + b"a" * (4 << 20) + b'"}', timeout=60)
     assert answer.status_code == 413
 
 
@@ -234,7 +234,7 @@ def test_a_drain_that_exceeds_its_timeout_exits_1(serve: Serve, minilm: Path, tm
         until(lambda: metric(server, "inferctl_requests_in_flight") == 1)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=60) == 1
-        assert isinstance(lost.exception(), httpx.TransportError) or lost.result().status_code >= 500
+        assert (lost.result().status_code, lost.result().json()["error"]["code"]) == (503, "stopped")
     assert "stopped after 1 s; requests without a response: 1" in server.log.read_text()
 
 

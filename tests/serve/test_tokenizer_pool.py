@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from inferctl.serve import embedding_config, tokenizer_pool
 from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.tokenizer_pool import InputError, TokenizerPool
+from inferctl.serve.tokenizer_pool import InputError, TokenizerBusyError, TokenizerPool
 
 LIMIT = 16
 WORDS = st.sampled_from(
@@ -145,10 +145,10 @@ def test_truncated_inputs_are_counted(minilm: Path) -> None:
 @pytest.mark.parametrize(
     ("texts", "inline"),
     [
-        (["word " * 90], True),
-        (["word " * 100], False),
-        (["a"] * 12, True),
-        (["a"] * 13, False),  # each text has a fixed cost
+        (["word " * 190], True),
+        (["word " * 200], False),
+        (["a"] * 24, True),
+        (["a"] * 25, False),  # each text has a fixed cost
     ],
 )
 def test_only_small_requests_are_tokenized_on_the_event_loop(
@@ -166,6 +166,53 @@ def test_small_requests_do_not_wait_for_large_ones(pool: TokenizerPool) -> None:
         assert len(results(pool, ["a text"], ["another"])) == 2
     finally:
         released.set()
+
+
+def test_requests_take_turns_on_the_threads(pool: TokenizerPool) -> None:
+    """A request in many slices does not delay a later one until its end."""
+
+    async def run() -> list[str]:
+        done: list[str] = []
+
+        async def encode(name: str, texts: list[str]) -> None:
+            await pool.encode(texts, truncate=True)
+            done.append(name)
+
+        large = ["word " * 60_000] * 10
+        await asyncio.gather(*(encode("large", large) for _ in range(1)), encode("medium", ["word " * 300]))
+        return done
+
+    assert asyncio.run(run()) == ["medium", "large"]
+
+
+def test_too_many_waiting_characters_are_rejected(pool: TokenizerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_pool, "_MAX_WAITING_CHARACTERS", 10_000)
+
+    async def run() -> None:
+        first = asyncio.create_task(pool.encode(["word " * 10_000], truncate=True))  # alone, any size is accepted
+        await asyncio.sleep(0)
+        with pytest.raises(TokenizerBusyError):
+            await pool.encode(["word " * 300], truncate=True)
+        assert len(await pool.encode(["small"], truncate=True)) == 1
+        await first
+        assert len(await pool.encode(["word " * 300], truncate=True)) == 1
+
+    asyncio.run(run())
+
+
+def test_a_cancelled_request_is_not_tokenized_further(pool: TokenizerPool, tokenized: list[tuple[str, str]]) -> None:
+    async def run() -> None:
+        task = asyncio.create_task(pool.encode([f"{i} " + "word " * 60_000 for i in range(50)], truncate=True))
+        while not tokenized:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await pool.encode(["word " * 300], truncate=True)
+
+    asyncio.run(run())
+    assert len(tokenized) < 10
+    assert pool._waiting == 0
 
 
 def test_requests_on_several_threads_get_their_own_tokens(pool: TokenizerPool, whole: Tokenizer) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,13 +21,14 @@ from inferctl.serve.edge.usage import RequestContext, context_of
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.metrics import Metrics
 from inferctl.serve.scheduling.batcher import AdmissionError
-from inferctl.serve.scheduling.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError
-from inferctl.serve.tokenizer_pool import InputError, TokenizerPool
+from inferctl.serve.scheduling.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError, RequestResult
+from inferctl.serve.tokenizer_pool import InputError, TokenizerBusyError, TokenizerPool
 
 # Larger bodies are parsed on another thread. For smaller ones, the switch takes longer than the work.
 _INLINE_BODY_BYTES = 64 * 1024
 _PHASES = ("tokenize", "queue", "inference")
 T = TypeVar("T")
+_large_body = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,22 @@ class Inference:
         `ClientDisconnectedError` if the client disconnects first.
         """
         started = time.monotonic()
-        try:
+
+        async def compute() -> tuple[RequestResult, float]:
             sequences, second_starts = await tokenize
+            context.inputs, tokens = len(sequences), sum(map(len, sequences))
+            if tokens > self.model.max_tokens:
+                message = f"the request has {tokens} tokens; the limit is {self.model.max_tokens}"
+                raise ApiError(400, message, code="too_many_tokens")
             tokenized = time.monotonic()
-            future = self.dispatcher.submit(sequences, second_starts, bulk=context.priority == b"bulk")
-            result = await unless_disconnected(future, receive)
+            result = await self.dispatcher.submit(sequences, second_starts, bulk=context.priority == b"bulk")
+            context.input_tokens = tokens
+            return result, tokenized
+
+        try:
+            result, tokenized = await unless_disconnected(asyncio.ensure_future(compute()), receive)
+        except TokenizerBusyError as error:
+            raise at_capacity(str(error), "tokenizer_full", 1) from None
         except InputError as error:
             raise ApiError(400, str(error), code=error.code, param=error.field) from None
         except AdmissionError as error:
@@ -79,7 +93,7 @@ class Inference:
             self.metrics.non_finite.inc(len(result.non_finite))
             message = f"the model returned NaN or infinity for input {min(result.non_finite)}"
             raise ApiError(500, message, code="non_finite")
-        context.model, context.inputs, context.input_tokens = self.model.name, len(sequences), sum(map(len, sequences))
+        context.model = self.model.name
         times = (tokenized - started, result.queue_seconds, result.inference_seconds)
         context.phases = dict(zip(_PHASES, times, strict=True))
         return result.vectors
@@ -95,7 +109,20 @@ async def parsed_body(receive: Receive, parse: Callable[[bytes], T]) -> T:
         parts.append(message.get("body", b""))
         more = message.get("more_body", False)
     raw = b"".join(parts)
-    return await asyncio.to_thread(parse, raw) if len(raw) > _INLINE_BODY_BYTES else parse(raw)
+    return await asyncio.to_thread(_parse_large, parse, raw) if len(raw) > _INLINE_BODY_BYTES else parse(raw)
+
+
+def _parse_large(parse: Callable[[bytes], T], raw: bytes) -> T:
+    """Return `parse(raw)`, one body at a time: parsed objects need up to 30 times the memory of the body.
+
+    The garbage collector would visit millions of new objects again and again. Meanwhile no other thread runs.
+    """
+    with _large_body:
+        gc.disable()
+        try:
+            return parse(raw)
+        finally:
+            gc.enable()
 
 
 async def send_json(send: Send, parts: Iterable[bytes], context: RequestContext) -> None:

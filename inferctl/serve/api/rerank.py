@@ -28,7 +28,7 @@ class RerankEndpoint:
         inference = self.inference
         context = inference.admit(scope)
         request = await parsed_body(receive, self._parse)
-        scores = await _scores(inference, context, receive, [(request.query, request.texts)], request.truncate)
+        scores = await _scores(inference, context, receive, request.query, request.texts, request.truncate)
         # A stable sort, so documents with equal scores keep their order.
         order = np.argsort(-scores, kind="stable")[: request.top_n].tolist()
         results = [{"index": index, "relevance_score": float(scores[index])} for index in order]
@@ -53,7 +53,7 @@ class ScoreEndpoint:
         inference = self.inference
         context = inference.admit(scope)
         request = await parsed_body(receive, self._parse)
-        scores = await _scores(inference, context, receive, request.groups, request.truncate)
+        scores = await _scores(inference, context, receive, *request.pairs, request.truncate)
         data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores.tolist())]
         await _respond(send, context, inference.model.name, {"object": "list"}, {"data": data})
 
@@ -67,18 +67,15 @@ async def _scores(
     inference: Inference,
     context: RequestContext,
     receive: Receive,
-    groups: list[tuple[str, list[str]]],
+    first: str | list[str],
+    second: list[str],
     truncate: bool | None,
 ) -> Vectors:
-    """Return the score of each first text with each of its second texts: float32, [pairs]."""
+    """Return the score of each pair: float32, [pairs]. `first`: one text, or as many as `second`."""
 
     async def tokenize() -> tuple[list[Tokens], list[int]]:
         allowed = inference.model.truncate if truncate is None else truncate
-        pairs = [
-            pair
-            for first, second in groups
-            for pair in await inference.tokenizer.encode_pairs(first, second, truncate=allowed)
-        ]
+        pairs = await inference.tokenizer.encode_pairs(first, second, truncate=allowed)
         return [ids for ids, _ in pairs], [start for _, start in pairs]
 
     logits = await inference.run(context, receive, tokenize())

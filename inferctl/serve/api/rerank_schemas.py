@@ -90,12 +90,10 @@ class ScoreRequest(BaseModel):
         return self
 
     @property
-    def groups(self) -> list[tuple[str, list[str]]]:
-        """Each first text with the second texts that it is compared with."""
+    def pairs(self) -> tuple[str | list[str], list[str]]:
+        """One first text for all second texts, or one for each; and the second texts."""
         first, second = _listed(self.text_1), _listed(self.text_2)
-        if len(first) == 1:
-            return [(first[0], second)]
-        return [(a, [b]) for a, b in zip(first, second, strict=True)]
+        return (first[0] if len(first) == 1 else first), second
 
 
 def _listed(value: str | list[str]) -> list[str]:

@@ -13,7 +13,7 @@ from inferctl.spec import Task
 
 @dataclass
 class ServedModel:
-    """`aliases`: other accepted names. `matryoshka`: as in `EmbeddingConfig`. `max_inputs`: of one request.
+    """`aliases`: other accepted names. `matryoshka`: as in `EmbeddingConfig`. `max_inputs`, `max_tokens`: of one request.
 
     `activation` turns the logits of a cross-encoder into scores. `dimensions` and `vocabulary_size` are 0 until an
     engine is ready.
@@ -23,6 +23,7 @@ class ServedModel:
     aliases: frozenset[str]
     matryoshka: tuple[int, ...] | None
     max_inputs: int
+    max_tokens: int
     truncate: bool
     task: Task = "embed"
     activation: Callable[[Vectors], Vectors] = lambda logits: logits

@@ -54,9 +54,9 @@ async def unless_disconnected(future: asyncio.Future[T], receive: Receive) -> T:
 class EdgeLimits:
     """`max_body_bytes`: of one request. `max_requests` and `max_bytes`: of all requests in flight."""
 
-    max_body_bytes: int = 8 * 1024 * 1024
+    max_body_bytes: int = 4 * 1024 * 1024
     max_requests: int = 4096
-    max_bytes: int = 256 * 1024 * 1024
+    max_bytes: int = 64 * 1024 * 1024
 
 
 class Edge:
@@ -113,12 +113,10 @@ class Edge:
             if request.rejection:
                 raise request.rejection
         except asyncio.CancelledError:  # the drain took too long
-            context.status, context.code = 503, "stopped"
             self.unanswered += request.body_complete  # it stays unanswered
-            raise
+            await request.fail(ApiError(503, "the server stopped", code="stopped", close=True))
         except ClientDisconnectedError:
-            rejection = scope.get("state", {}).get(REJECTION)
-            context.status, context.code = rejection or (CLIENT_DISCONNECTED, "client_disconnected")
+            context.status, context.code = CLIENT_DISCONNECTED, "client_disconnected"
         except ApiError as error:
             await request.fail(error)
         except Exception:  # a bug of the server must not leave a request without a response
@@ -128,6 +126,8 @@ class Edge:
             self.in_flight -= 1
             self.unanswered -= request.body_complete
             self._bytes -= request.held_bytes
+            if rejection := scope.get("state", {}).get(REJECTION):  # the client got this response instead
+                context.status, context.code = rejection
             self._emit(context.event())
 
     def _admit(self, scope: Scope, context: RequestContext) -> None:
@@ -141,7 +141,7 @@ class Edge:
             raise self.body_too_large()
 
     def hold(self, request: _Request, size: int) -> None:
-        """Count bytes that a request holds until it ends."""
+        """Count bytes that a request holds; negative if it no longer does."""
         request.held_bytes += size
         self._bytes += size
 
@@ -225,6 +225,7 @@ class _Request:
             return
         if message["type"] == "http.response.start":
             self.response_started = True
+            self._edge.hold(self, -self.held_bytes)  # its body is no longer needed
             self._context.status = message["status"]
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", self._context.id)]
             await self._send(message)
@@ -236,6 +237,7 @@ class _Request:
             for start in range(0, last, _PART_BYTES):
                 part = body[start : start + _PART_BYTES]
                 await self._send({"type": "http.response.body", "body": part, "more_body": True})
+                self._edge.hold(self, -len(part))
             body = body[last:]
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 

@@ -98,9 +98,13 @@ class Batcher:
     ) -> float:
         """Queue all sequences of a request and return its predicted latency (s). Raises `AdmissionError` like `check`.
 
-        `busy_s`: seconds until an engine is free.
+        `busy_s`: seconds until an engine is free. A request that takes longer than the longest wait is a bulk request,
+        because others would wait for it.
         """
-        predicted = self.check(sum(lengths), max(lengths), bulk=bulk, busy_s=busy_s)
+        total, longest_wait = sum(lengths), self.limits.max_wait_s
+        if longest_wait is not None and self.latency.seconds(total, self.limits.batch_tokens) > longest_wait:
+            bulk = True
+        predicted = self.check(total, max(lengths), bulk=bulk, busy_s=busy_s)
         items = [QueuedSequence(request, index, tokens, now, bulk) for index, tokens in enumerate(lengths)]
         self._queue(bulk).sequences.extend(items)
         self._add(items)
