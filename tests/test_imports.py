@@ -126,6 +126,23 @@ def test_no_modules_import_each_other() -> None:
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the modules of a cycle
 
 
+# Package of `serve` -> the packages of `serve` that it may not import.
+SERVE_BOUNDARIES = {
+    "edge": ("api", "scheduling", "engine_process", "engines"),
+    "scheduling": ("api", "edge", "engines"),
+    "engine_process": ("api", "edge", "scheduling"),
+    "engines": ("api", "edge", "scheduling"),
+}
+
+
+@pytest.mark.parametrize("package", SERVE_BOUNDARIES)
+def test_only_the_edge_and_the_endpoints_know_http(package: str) -> None:
+    for file in (PACKAGE / "serve" / package).glob("*.py"):
+        for name in imports(file):
+            unwanted = [f"inferctl.serve.{other}." for other in SERVE_BOUNDARIES[package]]
+            assert not name.startswith(tuple(unwanted)), f"{file.name} imports {name}"
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
 def test_heavy_libraries_are_imported_in_their_one_place(file: Path) -> None:
     where = file.relative_to(PACKAGE).as_posix()

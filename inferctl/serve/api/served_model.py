@@ -13,7 +13,9 @@ from inferctl.spec import Task
 
 @dataclass
 class ServedModel:
-    """`aliases`: other accepted names. `matryoshka`: as in `EmbeddingConfig`. `max_inputs`, `max_tokens`: of one request.
+    """`aliases`: other accepted names. `matryoshka`: as in `EmbeddingConfig`.
+
+    `max_inputs` and `max_tokens` limit one request.
 
     `activation` turns the logits of a cross-encoder into scores. `dimensions` and `vocabulary_size` are 0 until an
     engine is ready.

@@ -21,13 +21,13 @@ _SCOPE_KEY = "inferctl.request"
 
 @dataclass(frozen=True, slots=True)
 class UsageEvent:
-    """One finished request. Each request emits exactly one, also if it was rejected or its client disconnected.
+    """One finished request. Each one emits exactly one event, also if it was rejected or its client disconnected.
 
-    `status`: the HTTP status, or 499 if the client disconnected before its response. A 200 means that the response was
-    given to the socket. `code`: the code of the error, None for a success. `endpoint`: its last path segment, empty if
-    the request was rejected before it was parsed. `seconds`: from the last byte of the request to the last byte of the
-    response; `phases`: the parts of them. `input_tokens` counts the tokens that the model processed.
-    `trace`: the W3C trace context of the client.
+    Probes emit none. `endpoint`: its name, `other` for a path without a task, empty if the connection rejected the
+    request. `status`: the HTTP status, or 499 if the client disconnected before its response. A 200 means that the
+    response was given to the socket. `code`: the code of the error, None for a success. `seconds`: from the last byte
+    of the request to the last byte of the response; `phases`: the parts of them. `input_tokens` counts the tokens that
+    the model processed. `trace`: the W3C trace context of the client.
     """
 
     request_id: str

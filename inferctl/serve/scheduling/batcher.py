@@ -121,7 +121,8 @@ class Batcher:
         """Return the predicted latency (s) of a request. Raises `AdmissionError` if the queue cannot accept it.
 
         `tokens`: the tokens of the request. `longest`: those of its longest sequence. `busy_s`: seconds until an engine
-        is free. An empty queue accepts any request, also one above the limits; otherwise it would be rejected forever.
+        is free. Without a waiting request of this priority, the limit of the queue does not apply; otherwise a large
+        request would be rejected forever.
         """
         queue, half = self._queue(bulk), self.limits.queue_tokens // 2
         limit = half if bulk else self.limits.queue_tokens - min(self._bulk.tokens, half)
