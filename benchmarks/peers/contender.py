@@ -1,8 +1,9 @@
-"""Embed texts in-process with one library, in a process of its own and in the virtual environment of the library.
+"""Embed texts or score pairs in-process with one library, in a process and a virtual environment of its own.
 
     python contender.py NAME MODEL TEXTS.json
 
-It prints the vectors as one line of JSON. Then, for each line on stdin, it embeds all texts and prints the wall-clock
+TEXTS.json has `texts`, or `requests` to score: lists of a query and its documents, one request at a time. It prints the
+vectors or scores as one line of JSON. Then, for each line on stdin, it computes them again and prints the wall-clock
 and the CPU seconds, tokenization included.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,32 +20,56 @@ from typing import Any
 import numpy as np
 
 Embed = Callable[[list[str]], Any]
+Score = Callable[[str, list[str]], Any]
 
 
 def inferctl(precision: str, model: str) -> Embed:
     from inferctl.serve import embedding_config
-    from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
-    from inferctl.serve.engines.encoder import EncoderEngine
     from inferctl.serve.tokenizer_pool import TokenizerPool
 
-    engine = EncoderEngine(EngineConfig(model=model, precision=precision, device="cpu"))
-    info = engine.load()
-    limit, pool = info.batch_tokens, ThreadPoolExecutor(info.parallel)
+    run = run_batches(precision, model, "embed")
     tokenizer = TokenizerPool(Path(model), embedding_config.read(Path(model), None))
+    return lambda texts: run(tokenizer.encode_now(texts, truncate=True), None)
 
-    def embed(texts: list[str]) -> Any:
-        sequences = tokenizer.encode_now(texts, truncate=True)
-        running, part = [], []
-        for index, ids in enumerate(sequences):
-            part.append(ids)
-            following = len(sequences[index + 1]) if index + 1 < len(sequences) else limit
-            if sum(map(len, part)) + following > limit:
-                lengths = np.array([len(s) for s in part], dtype=np.int32)
-                running.append(pool.submit(engine.run, Batch(0, np.concatenate(part), lengths)))
-                part = []
+
+def inferctl_rerank(precision: str, model: str) -> Score:
+    from inferctl.serve import rerank_config
+    from inferctl.serve.tokenizer_pool import TokenizerPool
+
+    run, config = run_batches(precision, model, "rerank"), rerank_config.read(Path(model))
+    tokenizer = TokenizerPool(Path(model), config)
+
+    def score(query: str, documents: list[str]) -> Any:
+        ids, starts = zip(*tokenizer.encode_pairs_now(query, documents, truncate=True), strict=True)
+        return config.scores(run(ids, starts))[:, 0]
+
+    return score
+
+
+def run_batches(precision: str, model: str, task: Any) -> Callable[[Sequence[Any], Sequence[int] | None], Any]:
+    """Return a function that runs sequences in batches as large as the engine accepts, as many at a time as it runs."""
+    from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    engine = EncoderEngine(EngineConfig(model=model, task=task, precision=precision, device="cpu"))
+    info = engine.load()
+    pool = ThreadPoolExecutor(info.parallel)
+
+    def run(sequences: Sequence[Any], second_starts: Sequence[int] | None) -> Any:
+        lengths = np.array([len(s) for s in sequences], dtype=np.int32)
+        starts = None if second_starts is None else np.array(second_starts, dtype=np.int32)
+        running, first, used = [], 0, 0
+        for index, length in enumerate([*lengths.tolist(), info.batch_tokens + 1]):
+            if index and used + length > info.batch_tokens:
+                part = slice(first, index)
+                tokens = np.concatenate(sequences[part])
+                batch = Batch(0, tokens, lengths[part], None if starts is None else starts[part])
+                running.append(pool.submit(engine.run, batch))
+                first, used = index, 0
+            used += length
         return np.concatenate([batch.result().vectors for batch in running])
 
-    return embed
+    return run
 
 
 def sentence_transformers(precision: str, model: str) -> Embed:
@@ -54,6 +79,15 @@ def sentence_transformers(precision: str, model: str) -> Embed:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     encoder = SentenceTransformer(model, device="cpu", model_kwargs={"dtype": dtype})
     return lambda texts: encoder.encode(texts, batch_size=32, normalize_embeddings=True, show_progress_bar=False)
+
+
+def cross_encoder(precision: str, model: str) -> Score:
+    import torch
+    from sentence_transformers import CrossEncoder
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    scorer = CrossEncoder(model, device="cpu", model_kwargs={"dtype": dtype})
+    return lambda query, documents: scorer.predict([(query, text) for text in documents], show_progress_bar=False)
 
 
 def openvino(precision: str, model: str) -> Embed:
@@ -103,16 +137,26 @@ def openvino(precision: str, model: str) -> Embed:
 
 def main() -> None:
     name, model, file = sys.argv[1:]
-    texts = json.loads(Path(file).read_text())["texts"]
+    inputs = json.loads(Path(file).read_text())
     library, _, precision = name.rpartition(" ")
-    maker = {"inferctl": inferctl, "sentence-transformers": sentence_transformers, "openvino": openvino}[library]
     output = sys.stdout
     sys.stdout = sys.stderr  # libraries print to stdout
-    embed = maker(precision, model)
-    print(json.dumps(np.asarray(embed(texts), dtype=np.float32).round(6).tolist()), file=output, flush=True)
+    if "requests" in inputs:
+        score = {"inferctl": inferctl_rerank, "sentence-transformers": cross_encoder}[library](precision, model)
+
+        def compute() -> Any:
+            return np.concatenate([score(query, documents) for query, documents in inputs["requests"]])
+    else:
+        makers = {"inferctl": inferctl, "sentence-transformers": sentence_transformers, "openvino": openvino}
+        embed = makers[library](precision, model)
+
+        def compute() -> Any:
+            return embed(inputs["texts"])
+
+    print(json.dumps(np.asarray(compute(), dtype=np.float32).round(6).tolist()), file=output, flush=True)
     for _ in sys.stdin:
         start, cpu = time.perf_counter(), time.process_time()
-        embed(texts)
+        compute()
         print(json.dumps([time.perf_counter() - start, time.process_time() - cpu]), file=output, flush=True)
 
 

@@ -48,14 +48,14 @@ class Contender:
         self.cpu.append(cpu)
 
 
-def start(name: str, file: Path) -> Contender:
+def start(name: str, file: Path, model: Path = peers.MODEL) -> Contender:
     library = name.rpartition(" ")[0]
     interpreter = sys.executable if library == "inferctl" else str(peers.python(library))
     environment = peers.environment()
     log = peers.LOGS / f"{name.replace(' ', '-')}-alone.log"
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [interpreter, str(peers.HERE / "contender.py"), name, str(peers.MODEL), str(file)],
+            [interpreter, str(peers.HERE / "contender.py"), name, str(model), str(file)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stream,
