@@ -190,7 +190,7 @@ def test_a_run_whose_records_are_not_whole_is_made_again(tmp_path: Path) -> None
 def test_a_run_whose_quality_check_was_cut_short_is_kept_and_the_check_made_up(tmp_path: Path) -> None:
     work = bench(tmp_path, "fp32", repeats=2)
     work = dataclasses.replace(work, plan=work.plan.model_copy(update={"quality": plan.Quality.model_validate({})}))
-    found = quality.unchecked("no local model folder to compare with")
+    found = quality.unchecked("no local model folder to compare with: pass `--model DIR`")
 
     def interrupt(progress: runner.Progress) -> None:
         if progress.phase == "checking quality":

@@ -17,6 +17,7 @@ OTHER_PROGRAMS = {
     "--chown": "Dockerfile COPY",
     "--dest": "pip download",
     "--link": "Dockerfile COPY",
+    "--no-deps": "pip download",
     "--progress": "docker buildx build",
     "--require-hashes": "pip install",
     "--use": "docker buildx create",
