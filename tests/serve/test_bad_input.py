@@ -173,7 +173,7 @@ def test_odd_paths(client: httpx.Client, path: str) -> None:
         (b'{"input": [' + b'"a",' * 500_000 + b"1]}", 400, "too_many_inputs"),
         (b'{"input": [' + b"[5]," * 300_000 + b"[5]]}", 400, "too_many_inputs"),
         (b'{"input": [' + b"9" * 100_000 + b"]}", 400, "invalid_json"),
-        (b'{"input": "' + b" " * 8_000_000 + b'"}', 400, "text_too_long"),
+        (b'{"input": "' + b" " * 3_000_000 + b'"}', 400, "text_too_long"),
         (b'{"input": "a", "model": "' + b"m" * 1_000_000 + b'"}', 404, "model_not_found"),
         (b'{"input": "a"}' + b" " * (33 << 20), 413, "body_too_large"),
     ],
@@ -203,7 +203,7 @@ def test_rejecting_a_body_takes_about_as_long_as_parsing_it(item: str) -> None:
 
 
 def test_valid_requests_complete_next_to_invalid_ones(server: Running) -> None:
-    bad = [b'{"input": [1.5,' + b"1.5," * 100_000 + b"1]}", b"{", b'{"input": "' + b"word " * 1_000_000 + b'"}']
+    bad = [b'{"input": [1.5,' + b"1.5," * 100_000 + b"1]}", b"{", b'{"input": "' + b"word " * 100_000 + b'"}']
     bodies = [b'{"input": [5, 6]}', *bad] * 10
     with httpx.Client(base_url=server.url, timeout=60) as shared, ThreadPoolExecutor(8) as pool:
         statuses = list(pool.map(lambda raw: accepted_or_rejected(post(shared, raw)), bodies))
