@@ -6,7 +6,7 @@ The echo engine responds, so everything except the model runs: HTTP, JSON, token
 is one API process. The figure is its CPU time per request, because one process cannot serve more requests than one core
 allows. Other work on the machine only adds to the CPU time, so the round with the least counts. Single texts are the
 exception: a server short of cores handles fewer of them per wake-up. For those, the rate of a quiet machine in
-benchmarks/results/peers-frontend.json counts if it is higher.
+benchmarks/results/peers-frontend-asgi.json counts if it is higher.
 
 Vectors have 8 values, so the figures are a best case for the CPU.
 """
@@ -26,7 +26,7 @@ from load import requests, run_closed
 
 SIZES = (1, 8, 32, 128)
 CLIENTS = 32
-QUIET = peers.ROOT / "benchmarks" / "results" / "peers-frontend.json"
+QUIET = peers.ROOT / "benchmarks" / "results" / "peers-frontend-asgi.json"
 DIMENSIONS = 8  # of the echo engine: vectors that cost almost nothing to encode
 
 
