@@ -136,7 +136,9 @@ def read_all(connection: socket.socket) -> bytes:
 def read_response(connection: socket.socket) -> bytes:
     answer = b""
     while not answer.endswith(b"}"):
-        answer += connection.recv(1 << 16)
+        part = connection.recv(1 << 16)
+        assert part, f"the server closed the connection after {answer!r}"
+        answer += part
     return answer
 
 
