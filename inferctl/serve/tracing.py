@@ -47,6 +47,8 @@ def tracer(name: str, version: str, processor: Any = None) -> Callable[[UsageEve
     propagator = TraceContextTextMapPropagator()
 
     def record(event: UsageEvent) -> None:
+        if event.endpoint in ("", "other"):  # not a request of a task
+            return
         end = time.time_ns()
         start = end - int(event.seconds * _TO_NS)
         attributes = {

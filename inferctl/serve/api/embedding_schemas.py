@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, StrictInt, StrictStr, ValidationInfo
+from pydantic import BaseModel, Field, PlainValidator, StrictBool, StrictInt, StrictStr, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from inferctl.serve.api.schemas import PART_VECTORS, Usage
+from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Usage
 from inferctl.serve.engine_process.engine_protocol import Vectors
 
 _MAX_TOKEN_ID = 2**31 - 1
@@ -69,15 +69,12 @@ def _wrong_type() -> PydanticCustomError:
     return PydanticCustomError("invalid_type", message)
 
 
-class EmbeddingRequest(BaseModel):
-    """The body of `POST /v1/embeddings`. Unknown fields are ignored, because some clients send their own."""
-
-    model_config = ConfigDict(extra="ignore")
+class EmbeddingRequest(ModelRequest):
+    """The body of `POST /v1/embeddings`."""
 
     input: Annotated[Input, PlainValidator(_validate_input, json_schema_input_type=_InputSchema)] = Field(
         description="A text, a list of texts, one list of token ids, or a list of such lists."
     )
-    model: StrictStr | None = Field(None, description="Name of the served model, as in `GET /v1/models`; optional.")
     encoding_format: Literal["float", "base64"] | None = Field(
         None, description="`float` (default): a list of numbers. `base64`: little-endian float32."
     )

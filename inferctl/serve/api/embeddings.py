@@ -1,4 +1,4 @@
-"""`POST /v1/embeddings`: a plain ASGI application, because frameworks take longer than the rest of the work."""
+"""`POST /v1/embeddings`, as a plain ASGI application."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from starlette.types import Receive, Scope, Send
 
-from inferctl.serve.api import embedding_schemas, schemas
+from inferctl.serve.api import embedding_schemas
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest
 from inferctl.serve.api.inference import Inference, parsed_body, send_json
 from inferctl.serve.edge.errors import ApiError
@@ -41,9 +41,7 @@ class EmbeddingsEndpoint:
 
     def _parse(self, raw: bytes) -> EmbeddingRequest:
         """Return the request. Raises `ApiError` 400 or 404."""
-        model = self.inference.model
-        request = schemas.parse(EmbeddingRequest, raw, max_inputs=model.max_inputs)
-        model.check_name(request.model)
+        model, request = self.inference.model, self.inference.parse(EmbeddingRequest, raw)
         for index, row in enumerate(() if isinstance(request.items[0], str) else request.items):
             if (largest := max(row)) >= model.vocabulary_size:
                 limit = model.vocabulary_size - 1

@@ -53,6 +53,12 @@ class Inference:
             raise _rejection(error) from None
         return context
 
+    def parse(self, kind: type[schemas.Request], raw: bytes) -> schemas.Request:
+        """Return a request. Raises `ApiError` 400, or 404 for another model."""
+        request = schemas.parse(kind, raw, max_inputs=self.model.max_inputs)
+        self.model.check_name(request.model)
+        return request
+
     async def run(
         self,
         context: RequestContext,

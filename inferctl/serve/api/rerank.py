@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from inferctl.serve.api import schemas
 from inferctl.serve.api.inference import Inference, parsed_body, send_json
 from inferctl.serve.api.rerank_schemas import RerankRequest, ScoreRequest
 from inferctl.serve.edge.usage import RequestContext
@@ -27,7 +27,7 @@ class RerankEndpoint:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
         inference = self.inference
         context = inference.admit(scope)
-        request = await parsed_body(receive, self._parse)
+        request = await parsed_body(receive, partial(inference.parse, RerankRequest))
         scores = await _scores(inference, context, receive, request.query, request.texts, request.truncate)
         # A stable sort, so documents with equal scores keep their order.
         order = np.argsort(-scores, kind="stable")[: request.top_n].tolist()
@@ -35,11 +35,6 @@ class RerankEndpoint:
         if request.return_documents:
             results = [{**entry, "document": {"text": request.texts[entry["index"]]}} for entry in results]
         await _respond(send, context, inference.model.name, {"id": context.id.decode()}, {"results": results})
-
-    def _parse(self, raw: bytes) -> RerankRequest:
-        request = schemas.parse(RerankRequest, raw, max_inputs=self.inference.model.max_inputs)
-        self.inference.model.check_name(request.model)
-        return request
 
 
 @dataclass(frozen=True)
@@ -52,15 +47,10 @@ class ScoreEndpoint:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
         inference = self.inference
         context = inference.admit(scope)
-        request = await parsed_body(receive, self._parse)
+        request = await parsed_body(receive, partial(inference.parse, ScoreRequest))
         scores = await _scores(inference, context, receive, *request.pairs, request.truncate)
         data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores.tolist())]
         await _respond(send, context, inference.model.name, {"object": "list"}, {"data": data})
-
-    def _parse(self, raw: bytes) -> ScoreRequest:
-        request = schemas.parse(ScoreRequest, raw, max_inputs=self.inference.model.max_inputs)
-        self.inference.model.check_name(request.model)
-        return request
 
 
 async def _scores(

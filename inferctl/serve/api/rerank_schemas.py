@@ -17,10 +17,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from inferctl.serve.api.schemas import Usage
+from inferctl.serve.api.schemas import ModelRequest, Usage
 
 _Text = Annotated[StrictStr, Field(min_length=1)]
-_MODEL = Field(None, description="Name of the served model, as in `GET /v1/models`; optional.")
 _TRUNCATE = Field(
     None, description="Truncate long pairs (true) or respond with 400 (false). Default: the server's setting."
 )
@@ -45,16 +44,13 @@ class Document(BaseModel):
     text: _Text
 
 
-class RerankRequest(BaseModel):
-    """The body of `POST /v1/rerank`. Unknown fields are ignored, because some clients send their own."""
-
-    model_config = ConfigDict(extra="ignore")
+class RerankRequest(ModelRequest):
+    """The body of `POST /v1/rerank`."""
 
     query: _Text = Field(description="The text that the documents are compared with.")
     documents: Annotated[list[_Text | Document], Field(min_length=1, fail_fast=True), BeforeValidator(_limit)] = Field(
         description="The documents: texts, or objects with a `text`."
     )
-    model: StrictStr | None = _MODEL
     top_n: Annotated[StrictInt, Field(ge=1)] | None = Field(
         None, description="Return only this many results. Default: all."
     )
@@ -70,14 +66,11 @@ class RerankRequest(BaseModel):
 _Texts = Annotated[list[_Text], Field(min_length=1, fail_fast=True), BeforeValidator(_limit)]
 
 
-class ScoreRequest(BaseModel):
+class ScoreRequest(ModelRequest):
     """The body of `POST /v1/score`: one text with several, or two lists of the same length."""
-
-    model_config = ConfigDict(extra="ignore")
 
     text_1: _Text | _Texts = Field(description="A text, or a list of texts.")
     text_2: _Text | _Texts = Field(description="A text, or a list of as many texts as `text_1` has.")
-    model: StrictStr | None = _MODEL
     truncate: StrictBool | None = _TRUNCATE
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import orjson
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
 
 from inferctl.serve.edge.errors import ApiError
 
@@ -13,7 +13,17 @@ from inferctl.serve.edge.errors import ApiError
 PART_VECTORS = 64
 # The types of the `PydanticCustomError`s of the schemas, which are the codes of the responses.
 _OWN_ERRORS = {"empty_input", "invalid_token", "invalid_type", "too_many_inputs", "unequal_lengths"}
-Request = TypeVar("Request", bound=BaseModel)
+
+
+class ModelRequest(BaseModel):
+    """A request that may name the model. Unknown fields are ignored, because some clients send their own."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: StrictStr | None = Field(None, description="Name of the served model, as in `GET /v1/models`; optional.")
+
+
+Request = TypeVar("Request", bound=ModelRequest)
 
 
 class Usage(BaseModel):
