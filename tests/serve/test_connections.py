@@ -345,6 +345,13 @@ def test_an_http_1_0_client_gets_one_response(server: Served) -> None:
     assert b'"bytes": 3, "http": "1.0"' in answer
 
 
+def test_head_and_body_of_a_short_response_are_sent_together(server: Served) -> None:
+    with server.connect() as connection:
+        for _ in range(50):
+            connection.sendall(HEAD + b"content-length: 3\r\n\r\nabc")
+            assert b'"bytes": 3' in connection.recv(1 << 16)
+
+
 def test_a_client_that_expects_100_continue_gets_it(server: Served) -> None:
     with server.connect(HEAD + b"connection: close\r\nexpect: 100-continue\r\ncontent-length: 3\r\n\r\n") as connection:
         assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"

@@ -46,6 +46,7 @@ class Connection(HttpToolsProtocol):
         self._dropping = False  # drop what arrives, and close after the response
         self._keep_alive = True
         self._upgrade = b""
+        self._unsent = b""  # a part of a response that is sent with the next one, or in the next turn of the event loop
         self._received = self._body = 0  # bytes of the request, and of its body
         self._written = self._read = 0  # bytes of responses; those that were read before `_unread_since`
         self._unread_since = math.inf
@@ -132,9 +133,22 @@ class Connection(HttpToolsProtocol):
         super().shutdown()
 
     def write(self, data: bytes) -> None:
-        """Write a part of a response. Called by uvicorn."""
+        """Write a part of a response. Called by uvicorn, which writes head and body of a short response separately.
+
+        They are sent together: a packet costs the server and the client more than the rest of the HTTP protocol.
+        """
         self._written += len(data)
-        self._socket.write(data)
+        if self._unsent:
+            data, self._unsent = self._unsent + data, b""
+            self._socket.write(data)
+        else:
+            self._unsent = data
+            self.loop.call_soon(self._send)
+
+    def _send(self) -> None:
+        if self._unsent and not self._socket.is_closing():
+            self._socket.write(self._unsent)
+        self._unsent = b""
 
     def is_closing(self) -> bool:
         """Return whether nothing can be written. Called by uvicorn."""
@@ -145,6 +159,7 @@ class Connection(HttpToolsProtocol):
 
         A client that still sends would see a reset instead of the response, so drop for `linger_s` what it sends.
         """
+        self._send()
         if not (self._receiving or self._dropping):
             self._socket.close()
         elif not self._socket.is_closing():
