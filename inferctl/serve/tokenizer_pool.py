@@ -49,12 +49,12 @@ class InputError(Exception):
     """Text `index` of a request (None: its only query) cannot be tokenized.
 
     `code` is stable: `context_length_exceeded`, `empty_input` or `text_too_long`. `field` names the argument: `input`,
-    `query` or `documents`. `message` is for the client; `str(error)` starts with field and index.
+    `query` or `documents`.
     """
 
     def __init__(self, index: int | None, code: str, message: str, field: str = "input") -> None:
         super().__init__(f"{field} {message}" if index is None else f"{field}[{index}] {message}")
-        self.index, self.code, self.message, self.field = index, code, message, field
+        self.code, self.field = code, field
 
 
 class TokenizerBusyError(Exception):

@@ -64,11 +64,11 @@ def create(inference: Inference) -> ASGIApp:
         message = f"model {model.name!r} does not support this endpoint; its task is {model.task}"
         raise ApiError(404, message, code="unsupported_task")
 
-    tasks: dict[str, ASGIApp] = {"embeddings": EmbeddingsEndpoint(inference)}
+    supported: dict[str, ASGIApp] = {"embeddings": EmbeddingsEndpoint(inference)}
     if model.task == "rerank":
-        tasks = {"rerank": RerankEndpoint(inference), "score": ScoreEndpoint(inference)}
+        supported = {"rerank": RerankEndpoint(inference), "score": ScoreEndpoint(inference)}
     operations = _RERANK if model.task == "rerank" else _EMBED
-    paths = {path: tasks.get(name, unsupported) for path, name in ENDPOINTS.items()}
+    endpoints = {path: supported.get(name, unsupported) for path, name in ENDPOINTS.items()}
 
     async def models(_: Request) -> Response:
         return _json({"object": "list", "data": [entry]})
@@ -92,7 +92,7 @@ def create(inference: Inference) -> ASGIApp:
     entry = {"id": model.name, "object": "model", "created": model.created, "owned_by": "inferctl"}
     others = Starlette(
         routes=[
-            *(Route(path, task, methods=["POST"]) for path, task in paths.items()),
+            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", one_model),
             Route("/openapi.json", document),
@@ -104,8 +104,8 @@ def create(inference: Inference) -> ASGIApp:
     others.router.redirect_slashes = False
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
-        task = paths.get(scope["path"]) if scope["method"] == "POST" else None
-        await (task or others)(scope, receive, send)
+        endpoint = endpoints.get(scope["path"]) if scope["method"] == "POST" else None
+        await (endpoint or others)(scope, receive, send)
 
     return route
 
