@@ -31,6 +31,7 @@ FIELDS = [
 ]
 SECOND = 1_000_000_000
 ANSWERING = Path(__file__).with_name("answering.py")
+SHORT_PLAN = str(Path(__file__).with_name("short.yaml"))
 HARNESS = Path(__file__).resolve().parents[2] / "benchmarks" / "harness"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_samples import document, sealed
+from bench_samples import SHORT_PLAN, document, sealed
 
 from inferctl import cli
 from inferctl.bench import receipt
@@ -109,11 +109,7 @@ def test_a_server_admits_by_the_capacity_that_was_measured(minilm: Path, tmp_pat
                 "--url",
                 f"echo={first['url']}",
                 "--plan",
-                "quick",
-                "--users",
-                "4",
-                "--duration",
-                "2",
+                SHORT_PLAN,
                 "--slo",
                 "80",
                 "--json",

@@ -108,7 +108,7 @@ def test_a_stall_that_a_closed_loop_hides_is_found(answering: Callable[..., str]
 
 @pytest.mark.slow
 def test_an_interrupted_bench_keeps_its_capacity(answering: Callable[..., str], tmp_path: Path) -> None:
-    url = answering("--median-ms", "10", "--sigma", "0.1", "--slots", "2")
+    url = answering("--median-ms", "4", "--sigma", "0.1", "--slots", "2")
     found = bench(tmp_path, "--url", f"a={url}", "--duration", "1")
     folder = Path(found["output"])
     capacity = found["rows"][0]["closed_loop"]["reference_rps"]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from answering import score
+from bench_samples import SHORT_PLAN
 from compare_samples import receipts_of, run_values
 from test_foreign_servers import MODEL, Answer, Body, Serve, serve, tei, vllm
 from test_runner import bench, collected, command, ran
@@ -221,7 +222,7 @@ def test_a_server_with_wrong_scores_cannot_win(
 
 def test_the_command_measures_a_reranker_and_rejects_two_tasks(answering: Callable[..., str], tmp_path: Path) -> None:
     url = answering("--task", "rerank", "--median-ms", "5")
-    arguments = ["--plan", "quick", "--users", "4", "--duration", "1"]
+    arguments = ["--plan", SHORT_PLAN]
     done = command("--url", f"mine={url}", *arguments, "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -234,7 +235,7 @@ def test_the_command_measures_a_reranker_and_rejects_two_tasks(answering: Callab
 
 
 def test_the_real_server_is_measured_and_its_scores_are_close_to_fp32(cross_encoder: Path, tmp_path: Path) -> None:
-    line = ["--model", str(cross_encoder), "--plan", "quick", "--users", "4", "-p", "bf16", "--duration", "4", "--json"]
+    line = ["--model", str(cross_encoder), "--plan", SHORT_PLAN, "--duration", "2", "--json"]
     done = command(*line, folder=tmp_path)
     (row,) = json.loads(done.stdout)["rows"]
     assert row["outcome"] == "measured", row["reason"]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from answering import vector
-from bench_samples import ANSWERING, FIELDS
+from bench_samples import ANSWERING, FIELDS, SHORT_PLAN
 
 from inferctl import cli
 from inferctl import model as models
@@ -125,7 +125,7 @@ def test_runs_alternate_and_are_pooled_into_one_receipt_a_configuration(tmp_path
 
 
 def test_each_repeat_has_a_schedule_of_its_own_that_all_configurations_share(tmp_path: Path) -> None:
-    work = bench(tmp_path, "fp32", "bf16", repeats=3)
+    work = bench(tmp_path, "fp32", "bf16", repeats=2)
     load = {"mode": "open", "rate": 40, "duration_s": 1, "warmup_s": 0}
     work = dataclasses.replace(work, plan=work.plan.model_copy(update={"load": plan.Load.model_validate(load)}))
     document(work, ran(work))
@@ -134,14 +134,14 @@ def test_each_repeat_has_a_schedule_of_its_own_that_all_configurations_share(tmp
         [run["workload"] for run in sorted(one.data["runs"], key=lambda run: run["repeat"])] for one in (fp32, bf16)
     ]
     assert sent[0] == sent[1]
-    assert len({one["sha256"] for one in sent[0]}) == len({one["seed"] for one in sent[0]}) == 3
+    assert len({one["sha256"] for one in sent[0]}) == len({one["seed"] for one in sent[0]}) == 2
     assert sent[0][0]["seed"] == work.plan.seed
     assert fp32.data["validity"]["reasons"] == []
     times = []
     for run in fp32.data["runs"]:
         due = records.read(tmp_path / run["records"][0]["path"])["intended_ns"]
         times.append((due - due.min()).tolist())
-    assert times[0] != times[1] != times[2]
+    assert times[0] != times[1]
     pair = comparable.ReceiptPair(fp32, bf16)
     assert comparable.invalid_because(pair, ["precision"]) == []
     assert pair.interleaved
@@ -277,15 +277,14 @@ def test_other_weights_are_not_compared(tmp_path: Path, weights: tuple[Path, str
 
 @pytest.mark.slow
 def test_the_reference_cuts_inputs_where_the_server_does(minilm: Path) -> None:
-    texts = ["one two three four five six seven eight nine ten", "hello"]
-    head = " ".join(texts[0].split()[:6])
-    cut = quality.reference(minilm, texts, 8, lambda passed: None).values
-    whole = quality.reference(minilm, [*texts, head], None, lambda passed: None).values
-    assert not np.allclose(cut[0], whole[0], atol=1e-3)
-    assert np.allclose(cut[0], whole[2], atol=1e-5)
-    assert np.allclose(cut[1], whole[1], atol=1e-6)
+    text = "one two three four five six seven eight nine ten"
+    # With [CLS] and [SEP], the first six words are 8 tokens.
+    heads = [" ".join(text.split()[:words]) for words in (5, 6)]
+    whole, five, six = quality.reference(minilm, [text, *heads], 8, lambda passed: None).values
+    assert np.allclose(whole, six, atol=1e-5)
+    assert not np.allclose(five, six, atol=1e-3)
     with pytest.raises(InferctlError, match="invalid arguments: "):
-        quality.reference(minilm, texts, 8.5, lambda passed: None)  # type: ignore[arg-type]
+        quality.reference(minilm, [text], 8.5, lambda passed: None)  # type: ignore[arg-type]
 
 
 def test_each_run_draws_its_own_serial(tmp_path: Path) -> None:
@@ -355,9 +354,7 @@ def test_the_command_measures_a_running_server_and_prints_one_document(
     answering: Callable[..., str], tmp_path: Path
 ) -> None:
     url = answering("--median-ms", "5")
-    done = command(
-        "--url", f"mine={url}", "--plan", "quick", "--users", "4", "--duration", "1", "--json", folder=tmp_path
-    )
+    done = command("--url", f"mine={url}", "--plan", SHORT_PLAN, "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     (row,) = found["rows"]
@@ -371,7 +368,7 @@ def test_the_command_measures_a_running_server_and_prints_one_document(
 
 def test_a_run_of_failures_ends_with_5_and_still_leaves_receipts(answering: Callable[..., str], tmp_path: Path) -> None:
     url = answering("--median-ms", "5", "--fail-after", "1")
-    done = command("--url", f"mine={url}", "--plan", "quick", "--users", "4", "--duration", "1", folder=tmp_path)
+    done = command("--url", f"mine={url}", "--plan", SHORT_PLAN, folder=tmp_path)
     assert done.returncode == InvalidRunError.exit_code
     assert "error: the run is invalid" in done.stderr
     assert "INVALID mine:" in done.stdout
@@ -428,7 +425,7 @@ def test_the_command_interrupted_keeps_what_it_has_and_leaves_no_process(
 ) -> None:
     url = answering("--median-ms", "5")
     line = [sys.executable, "-m", "inferctl", "bench", "--url", f"first={url}", "--url", f"second={url}"]
-    line += ["--plan", "quick", "--users", "4", "--duration", "3"]
+    line += ["--plan", SHORT_PLAN, "--duration", "2"]
     process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for told in process.stderr:
@@ -480,7 +477,7 @@ def test_two_benches_in_the_same_second_have_two_folders(tmp_path: Path) -> None
 
 
 def test_users_of_an_open_loop_are_said_to_change_nothing(answering: Callable[..., str], tmp_path: Path) -> None:
-    line = ["--url", f"mine={answering('--median-ms', '2')}", "--plan", "quick", "--users", "4", "--duration", "1"]
+    line = ["--url", f"mine={answering('--median-ms', '2')}", "--plan", SHORT_PLAN]
     done = command(*line, "--rate", "50", "--users", "4", folder=tmp_path)
     assert "`--users 4` has no effect: this load is an open loop with 50 requests/s" in done.stderr
     assert "late and 0 dropped of" in " ".join(done.stdout.split())
@@ -488,7 +485,7 @@ def test_users_of_an_open_loop_are_said_to_change_nothing(answering: Callable[..
 
 @pytest.mark.slow
 def test_the_real_server_is_measured_and_its_vectors_are_close_to_fp32(minilm: Path, tmp_path: Path) -> None:
-    line = ["--model", str(minilm), "--plan", "quick", "--users", "4", "-p", "bf16", "--duration", "4", "--json"]
+    line = ["--model", str(minilm), "--plan", SHORT_PLAN, "--duration", "2", "--json"]
     done = command(*line, folder=tmp_path)
     found = json.loads(done.stdout)
     (row,) = found["rows"]
@@ -507,9 +504,7 @@ def test_a_running_server_is_measured_without_the_specs_weights_but_not_past_a_b
     url = answering("--median-ms", "5")
     spec = tmp_path / "inferctl.yaml"
     spec.write_text("name: m\nmodel: {source: org/absent}\nhardware: [cpu, t4]\n")
-    done = command(
-        "--url", f"mine={url}", "--plan", "quick", "--users", "4", "--duration", "1", "--json", folder=tmp_path
-    )
+    done = command("--url", f"mine={url}", "--plan", SHORT_PLAN, "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert [(row["configuration"], row["outcome"]) for row in rows] == [
@@ -544,8 +539,8 @@ def test_a_report_that_cannot_be_written_does_not_hide_the_results(
 
     losing = threading.Thread(target=lose, daemon=True)
     losing.start()
-    command = ["bench", "--url", f"a={answering('--median-ms', '2')}", "--plan", "quick", "--users", "4"]
-    code = cli.run([*command, "--duration", "1", "--report", "reports/r.html"])
+    command = ["bench", "--url", f"a={answering('--median-ms', '2')}", "--plan", SHORT_PLAN]
+    code = cli.run([*command, "--report", "reports/r.html"])
     losing.join(10)
     out, err = capsys.readouterr()
     assert code == 3, err
