@@ -252,8 +252,11 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (7, 
     monkeypatch.setattr(device, "detect", lambda _: (torch.device("cpu"), info, traits))
 
 
-def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """Let warm-up batches of more than `most` tokens run out of memory."""
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int, message: str = OUT_OF_MEMORY) -> None:
+    """Let warm-up batches of more than `most` tokens run out of memory, with this message of torch."""
     import torch
 
     from inferctl.serve.engines.forward import Forward
@@ -262,10 +265,29 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
 
     def limited(self: Forward, rows: Any) -> Vectors:
         if all((row == 5).all() for row in rows.ids) and sum(rows.lengths) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            raise torch.OutOfMemoryError(message) if message == OUT_OF_MEMORY else RuntimeError(message)
         return forward(self, rows)
 
     monkeypatch.setattr(Forward, "__call__", limited)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    ],
+)
+def test_every_message_about_memory_lowers_the_batch_limit(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    with_gpu(monkeypatch)
+    short_of_memory(monkeypatch, 1500, message)
+    config = EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", max_batch_tokens=4096)
+    assert EncoderEngine(config).load().batch_tokens == 1024
 
 
 @pytest.mark.parametrize("architecture", ["bert", "mpnet"])

@@ -169,7 +169,8 @@ class Forward:
         if self._pooling == "mean":
             return (hidden * on_device["attention_mask"][..., None]).sum(dim=1) / counts[:, None]
         last = counts - 1
-        return hidden[torch.arange(len(last)), torch.zeros_like(last) if self._pooling == "cls" else last]
+        index = torch.arange(len(last), device=self._device)
+        return hidden[index, torch.zeros_like(last) if self._pooling == "cls" else last]
 
     def _to_device(self, values: Integers) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)

@@ -111,20 +111,23 @@ def attention(
     if layout is None:
         raise ValueError("the architecture does not pass the packed layout to its attention")
     causal = bool(getattr(module, "is_causal", False))
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     if layout.offsets is not None:
-        return _varlen(q, k, v, layout, scaling, causal, sliding_window)[None], None
-    if layout.spread is not None:
-        q, k, v = (t.flatten(1).index_select(0, layout.spread).view(-1, *t.shape[1:]) for t in (q, k, v))
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        return _varlen(query, key, value, layout, scaling, causal, sliding_window), None
+    size = query.shape[3]
+    q, k, v = (t[0].transpose(0, 1).flatten(1) for t in (query, key, value))
+    if layout.spread is None:
+        out = torch.zeros_like(q)  # the rows behind the last sequence belong to no group
+    else:
+        q, k, v = (t.index_select(0, layout.spread) for t in (q, k, v))
+        out = torch.empty_like(q)
     for first, count, length, mask in layout.groups:
         rows = slice(first, first + count * length)
-        a, b, c = (t[rows].view(count, length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
+        a, b, c = (t[rows].view(count, length, -1, size).transpose(1, 2) for t in (q, k, v))
         result = _attend(a, b, c, mask, scaling, causal, sliding_window)
-        out[rows].view(count, length, *out.shape[1:]).copy_(result.transpose(1, 2))
+        out[rows].view(count, length, -1, size).copy_(result.transpose(1, 2))
     if layout.collect is not None:
-        out = out.flatten(1).index_select(0, layout.collect).view(-1, *out.shape[1:])
-    return out[None], None
+        out = out.index_select(0, layout.collect)
+    return out.view(1, len(out), -1, size), None
 
 
 def _attend(
@@ -168,21 +171,21 @@ def missing_kernel(capability: tuple[int, int] | None, dtype: torch.dtype) -> st
 
 
 def _varlen(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     layout: Layout,
     scaling: float | None,
     causal: bool,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """Return flash attention over the whole row: [tokens, heads, size]. See `missing_kernel`."""
+    """Return flash attention over the whole row, in the shapes of `attention`. See `missing_kernel`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    tensors: Any = (t.contiguous() for t in (q, k, v))
+    q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
     reach = -1 if sliding_window is None else sliding_window - 1
     ends: Any = (layout.offsets, layout.offsets, layout.longest, layout.longest)
     window = (reach, 0 if causal else reach)
-    out: Any = varlen_attn(*tensors, *ends, scale=scaling, window_size=window, enable_gqa=q.shape[1] != k.shape[1])
-    result: torch.Tensor = out
+    out: Any = varlen_attn(q, k, v, *ends, scale=scaling, window_size=window, enable_gqa=q.shape[1] != k.shape[1])
+    result: torch.Tensor = out[None]
     return result
