@@ -6,7 +6,8 @@
 inferctl/bench/load/generator.py uses the first form. `load.json` describes the load:
 
     url           the URL for POST requests
-    mode          closed: `users` clients; each one sends its next request after its last response.
+    mode          closed: `users` clients; each one sends its next request after its last response. After a 429, it
+                  waits for the seconds in `Retry-After` first.
                   open: requests are sent at the times of `schedule`, and latency counts from these times.
     bodies        file with one JSON request body per line; `@SERIAL@` becomes a number that is unique per request
     order         file of uint32 (little-endian): the body of each request; it repeats from the start after its end

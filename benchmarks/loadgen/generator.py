@@ -28,6 +28,7 @@ BURST = 16
 # apply to requests that are closer than SPARSE_NS, because the core does not become idle between them.
 EARLY_NS, SPARSE_NS = 120_000, 1_000_000
 PAUSE_S = 0.05
+TOO_MANY_REQUESTS = 429
 
 
 def integers(content: bytes, code: str) -> array.array[int]:
@@ -231,9 +232,13 @@ class Generator:
             self.warmup_ms.append((end - intended) / 1e6)
         if request.user is None:
             return
-        if request.error == CONNECTION:
-            # Without a pause, a server that has ended would receive connection attempts at the highest possible rate.
-            gevent.spawn_later(PAUSE_S, lambda: self._send_next(request.user, time.monotonic_ns()))
+        pause_s = 0.0
+        if request.error == CONNECTION or (response and response.status == TOO_MANY_REQUESTS):
+            # Without a pause, a server that has ended or rejects would receive requests at the highest possible rate.
+            seconds = number(response.headers.get("retry-after")) if response else NAN
+            pause_s = seconds if seconds > 0 else PAUSE_S
+        if pause_s:
+            gevent.spawn_later(pause_s, lambda: self._send_next(request.user, time.monotonic_ns()))
         else:
             self._send_next(request.user, end)
 

@@ -117,6 +117,15 @@ def test_a_server_that_has_ended_receives_few_connection_attempts(
     assert 2 <= len(failed) <= 2 * 20 + 4
 
 
+def test_users_wait_for_retry_after_when_a_server_rejects_them(answering: Callable[..., str], tmp_path: Path) -> None:
+    url = answering("--slots", "1", "--queue", "1", "--median-ms", "20")
+    _, part, _ = measure(url, tmp_path / "run", users=6, duration_s=2)
+    statuses = part.measured["status"].tolist()
+    # Six users, each with at most three rejections in 2 s: `Retry-After` is 1 s.
+    assert 0 < statuses.count(429) <= 6 * 3
+    assert statuses.count(200) > statuses.count(429)
+
+
 def test_tls_is_supported_and_certificates_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
