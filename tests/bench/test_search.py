@@ -136,15 +136,16 @@ def test_a_rate_meets_the_slo_only_with_a_sufficient_effective_sample_size() -> 
     assert sum(rate > truth for rate in named) <= 2
 
 
-def test_the_band_of_a_search_contains_the_true_limit() -> None:
+@pytest.mark.parametrize(("searches", "least"), [(6, 5), pytest.param(20, 18, marks=pytest.mark.slow_measurement)])
+def test_the_band_of_a_search_contains_the_true_limit(searches: int, least: int) -> None:
     truth, inside, widths = true_goodput(80), 0, []
-    for seed in range(20):
+    for seed in range(searches):
         result = found({"resolution": 0.05, "max_probes": 24}, Simulated(80, seconds=60, seed=1000 * seed))
         low, high = result["band_rps"]
         assert low == result["max_goodput_rps"]
         inside += low <= truth <= (high or math.inf)
         widths.append((high or math.inf) / low)
-    assert inside >= 18
+    assert inside >= least
     assert np.median(widths) < 1.5
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve.conftest import Running, until
 
-Serve = Callable[..., Running]
+MINILM = pytest.mark.xdist_group("minilm")
 
 
 def answers(server: Running) -> dict[str, float]:
@@ -24,17 +23,17 @@ def answers(server: Running) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("engine", "options", "examples"),
+    ("fixture", "options", "examples"),
     [
-        ("encoder", (), 30),
-        ("echo", ("--exclude-checks", "not_a_server_error"), 60),
-        pytest.param("encoder", (), 1000, marks=[pytest.mark.slow_measurement]),
+        pytest.param("minilm_server", (), 30, marks=MINILM),
+        ("echo", ("--exclude-checks", "not_a_server_error"), 30),
+        pytest.param("minilm_server", (), 1000, marks=[MINILM, pytest.mark.slow_measurement]),
     ],
 )
 def test_schemathesis_finds_no_failures(
-    serve: Serve, minilm: Path, tmp_path: Path, engine: str, options: tuple[str, ...], examples: int
+    request: pytest.FixtureRequest, tmp_path: Path, fixture: str, options: tuple[str, ...], examples: int
 ) -> None:
-    server = serve("--model", str(minilm), "--engine", engine, "--name", "minilm", "--precision", "fp32")
+    server: Running = request.getfixturevalue(fixture)
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--no-color"]
     bounds = [
         "--seed",
@@ -56,5 +55,5 @@ def test_schemathesis_finds_no_failures(
     statuses = answers(server)
     assert statuses["200"] > 0
     assert statuses["400"] > 0
-    if engine == "encoder":
+    if fixture == "minilm_server":
         assert not [status for status in statuses if status.startswith("5")], statuses

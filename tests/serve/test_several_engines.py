@@ -190,23 +190,22 @@ def test_a_crashing_request_among_others_on_several_engines(three: Running) -> N
     assert load.unavailable == 0
 
 
-def test_two_encoders_killed_and_hung(serve: Serve, minilm: Path) -> None:
+def test_a_hung_encoder(serve: Serve, tiny: Callable[..., Path]) -> None:
     # Small batches, so that the predicted time of the largest one does not delay the detection of the hung engine.
     limits = ("--max-batch-tokens", "64", "--max-input-tokens", "32", "--hang-seconds", "2")
-    server = serve("--model", str(minilm), "--engines", "2", "--device", "cpu", "--precision", "fp32", *limits)
+    model = str(tiny("bert", "mean_tokens"))
+    server = serve("--model", model, "--engines", "2", "--device", "cpu", "--precision", "fp32", *limits)
     wait_for_engines(server, 2)
     texts = [f"text {i} " * (1 + i % 8) for i in range(40)]
     vectors = [entry["embedding"] for entry in server.embed(input=texts).json()["data"]]
-    with Load(server, lambda n: (texts[n % 40], vectors[n % 40])).running(4) as load:
+    with Load(server, lambda n: (texts[n % 40], vectors[n % 40])).running(2) as load:
         load.wait_for_progress(20)
-        os.kill(engines_of(server)[0], signal.SIGKILL)
-        load.wait_for_progress(20)
-        wait_for_engines(server, 2)
         os.kill(engines_of(server)[1], signal.SIGSTOP)
         until(lambda: server.get("/info").json()["engines"]["hangs"] == 1)
-        wait_for_engines(server, 2)
+        load.wait_for_progress(20)
+        wait_for_engines(server, 2)  # another process replaces it
     assert load.unavailable == 0
-    assert server.get("/info").json()["engines"]["restarts"] == 2
+    assert server.get("/info").json()["engines"]["restarts"] == 1
 
 
 @pytest.mark.parametrize(
