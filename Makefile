@@ -3,8 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 MODEL := models/all-MiniLM-L6-v2
 BIN := $(VENV)/bin
-# -n 2: tests start servers, so more workers than cores are slower.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+# -n 3: tests wait for servers, loads and the Docker Engine, so two workers leave two cores idle.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test nightly check golden docs locks model wheel bench-peers image-check gpu-check clean
@@ -19,7 +19,7 @@ test: check model  ## run lint, type checks and all tests that this machine supp
 	$(PYTEST)
 
 nightly: $(VENV)/.dev model  ## run the tests that take minutes: measurements and searches with many examples
-	$(PYTEST) -m slow_measurement
+	$(PYTEST) -n 1 -m slow_measurement
 
 check: $(VENV)/.dev  ## run lint, format and type checks
 	$(BIN)/ruff check .
