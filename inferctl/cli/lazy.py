@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import signal
 from collections import UserDict
+from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Defer SIGINT and SIGTERM. Callbacks of imports drop the exception of a handler, and pydantic converts it."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 class Command(NamedTuple):
@@ -20,14 +33,15 @@ class Command(NamedTuple):
     short_help: str
 
     def build(self, name: str) -> Any:
-        module = importlib.import_module(self.module)
-        target = getattr(module, self.attribute)
-        if isinstance(target, typer.Typer):
-            app = target
-        else:
-            app = typer.Typer(add_completion=False, rich_markup_mode=None)
-            app.command(name, epilog=getattr(module, "EPILOG", None))(target)
-        command = get_command(app)
+        with deferred_signals():
+            module = importlib.import_module(self.module)
+            target = getattr(module, self.attribute)
+            if isinstance(target, typer.Typer):
+                app = target
+            else:
+                app = typer.Typer(add_completion=False, rich_markup_mode=None)
+                app.command(name, epilog=getattr(module, "EPILOG", None))(target)
+            command = get_command(app)
         command.short_help = self.short_help
         return command
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from inferctl.cli import completion
+from inferctl.cli import completion, lazy
 
 if TYPE_CHECKING:
     from inferctl.settings import Resolved
@@ -66,15 +66,17 @@ def load(spec_file: Path | None, flags: dict[str, Any]) -> Resolved:
     `flags` maps dotted paths to values; None means absent. Flags override INFERCTL_* variables, which override the spec
     file, which overrides the defaults. With `--model`, the spec file may be absent. Raises `UsageError`.
     """
-    from inferctl import catalog, settings
-    from inferctl.cli import console
+    with lazy.deferred_signals():
+        from inferctl import catalog, settings
+        from inferctl.cli import console
 
+        vocabulary = catalog.vocabulary()
     explicit, path = spec_file or os.environ.get("INFERCTL_SPEC"), spec_path(spec_file)
     without_file = (
         not explicit and not path.exists() and (flags.get("model.source") or os.environ.get("INFERCTL_MODEL_SOURCE"))
     )
     document = None if without_file else settings.read(path)
-    resolved = settings.resolve(document, os.environ, flags, catalog.vocabulary())
+    resolved = settings.resolve(document, os.environ, flags, vocabulary)
     for warning in resolved.warnings:
         console.warn(warning)
     return resolved

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from inferctl.cli import completion, options
+from inferctl.cli import completion, lazy, options
 from inferctl.errors import NotReadyError, UsageError, install_hint
 
 EPILOG = """\b
@@ -107,16 +107,17 @@ def serve(
 
     Prints the effective precision and attention on stderr. On SIGTERM, finishes the accepted requests and exits.
     """
-    from inferctl.cli import console, download
-    from inferctl.serve import main
+    with lazy.deferred_signals():
+        from inferctl.cli import console, download
+        from inferctl.serve import main
 
     flags = {path: context.params[option] for option, path in main.SETTINGS.items()}
-
     if image is not None:
         raise typer.Exit(_serve_image(image, spec_file, flags, _command_line_options(context), announce))
     spec = options.load(spec_file, flags).spec
     try:
-        from inferctl.serve import server, tracing
+        with lazy.deferred_signals():
+            from inferctl.serve import server, tracing
     except ModuleNotFoundError as error:
         raise NotReadyError(
             f"`inferctl serve` requires the package {error.name}, not installed", install_hint("serve")

@@ -82,13 +82,14 @@ def run(spec: Spec, options: ServerOptions, notify: Callable[[str], None], fetch
         folder = hub.fetch(source, revision, hub.Lines(source, notify))
     else:
         folder = fetch(source, revision)
-    loop_factory = None
-    with contextlib.suppress(ImportError):
-        import uvloop
+    with _StopSignals() as signals:
+        loop_factory = None
+        with contextlib.suppress(ImportError):
+            import uvloop
 
-        loop_factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=loop_factory) as runner, _StopSignals() as signals:
-        return runner.run(Server(spec, options, notify, folder).run(signals))
+            loop_factory = uvloop.new_event_loop
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            return runner.run(Server(spec, options, notify, folder).run(signals))
 
 
 class _StopSignals:
@@ -215,9 +216,9 @@ class Server:
         self._tokenizer.close()
         if self._failure:
             raise self._failure
-        if unanswered := self._edge.unanswered:
+        if unfinished := self._edge.unfinished_responses:
             limit = self._spec.serve.drain_seconds
-            self._notify(f"stopped after {limit:g} s; requests without a response: {unanswered}")
+            self._notify(f"stopped after {limit:g} s; requests without a response: {unfinished}")
             return 1
         self._notify("stopped")
         return EXIT_INTERRUPTED if self._interrupted else 0

@@ -56,6 +56,7 @@ class App:
     def __init__(self) -> None:
         self.disconnected: list[str] = []
         self.rejected: list[tuple[int, str]] = []
+        self.large = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         path, size, more = scope["path"], 0, scope["path"] != "/early"
@@ -72,17 +73,23 @@ class App:
             await receive()
             self.disconnected.append(path)
             return
+        parts = 0
         if path == "/events":
-            body = json.dumps({"disconnected": self.disconnected, "rejected": self.rejected}).encode()
+            events = {"disconnected": self.disconnected, "rejected": self.rejected, "large": self.large}
+            body = json.dumps(events).encode()
         elif path == "/large":
-            body = b"a" * LARGE_BYTES
+            body, parts = b"a" * LARGE_BYTES, 4
         else:
             body = json.dumps({"path": path, "bytes": size, "http": scope["http_version"]}).encode()
         status = 413 if path == "/early" else 200
         await send(
             {"type": "http.response.start", "status": status, "headers": [(b"content-length", b"%d" % len(body))]}
         )
+        for _ in range(parts):
+            await send({"type": "http.response.body", "body": body[: LARGE_BYTES // 5], "more_body": True})
+            body = body[LARGE_BYTES // 5 :]
         await send({"type": "http.response.body", "body": body})
+        self.large += path == "/large"
 
 
 def run(listener: socket.socket, connection: type[Connection], drain_seconds: float, close: Any) -> None:
@@ -209,6 +216,11 @@ CASES: dict[str, tuple[tuple[bytes, ...], int, str]] = {
     "long trailer": ((CHUNKED + b"1\r\na\r\n0\r\nx: " + b"y" * 5_000_000,), 431, "headers_too_large"),
     "long header": ((HEAD + b"x: ", *[b"y" * 40_000] * 3), 431, "headers_too_large"),
     "long header at once": ((HEAD + b"x: " + b"y" * 5_000_000,), 431, "headers_too_large"),
+    "a very long path at once": (
+        (b"GET /" + b"y" * 70_000 + b" HTTP/1.1\r\nhost: a\r\n\r\n",),
+        431,
+        "headers_too_large",
+    ),
     "long path": ((b"GET /", *[b"y" * 30_000] * 3), 431, "headers_too_large"),
     "empty lines": ((b"\r\n" * 40_000,), 431, "headers_too_large"),
     "half a head": ((b"POST /a HT",), 408, "request_timeout"),
@@ -395,9 +407,12 @@ def test_a_connection_above_the_limit_gets_429_and_silent_ones_make_room() -> No
         assert server.events()["rejected"] == [[429, "too_many_connections"]]
 
 
-def test_clients_that_do_not_read_or_send_do_not_hold_the_shutdown() -> None:
+def test_clients_that_do_not_read_or_send_hold_no_request_and_not_the_shutdown() -> None:
     drain_seconds = 20
     with serving(PatientConnection, drain_seconds) as server, contextlib.ExitStack() as stack:
+        with server.connect(LARGE.replace(b"host", b"connection: close\r\nhost")) as late:
+            until(lambda: server.events()["large"] == 1, PatientConnection.transfer_s / 2)
+            assert len(read_all(late)) > LARGE_BYTES
         attackers = [stack.enter_context(server.connect(sent)) for sent in (LARGE, LARGE + OK, b"", HEAD, OK)]
         waiting = stack.enter_context(server.connect(SLOW))
         until(server.responds)  # it accepts connections in their order

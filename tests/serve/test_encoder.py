@@ -306,7 +306,11 @@ def test_the_batch_limit_is_lowered_until_memory_is_sufficient(
     ]
     short_of_memory(monkeypatch, 300)
     again = EncoderEngine(replace(config, previous_info=info.to_json()))
-    assert again.load().batch_tokens == 256
+    info = again.load()
+    assert info.batch_tokens == 256
+    assert info.warnings == [
+        "insufficient memory for batches of 1024 tokens: the limit is 256 (serve.max_batch_tokens)"
+    ]
     assert again._run.batch_tokens == 256  # also for padded sub-batches
 
 

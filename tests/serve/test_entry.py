@@ -16,6 +16,7 @@ import pytest
 import typer.main
 
 from inferctl import cli, render
+from inferctl.errors import EXIT_INTERRUPTED
 from inferctl.locks import LEFT_OUT
 from inferctl.serve import main
 
@@ -126,3 +127,29 @@ def test_invalid_options_are_errors_with_a_hint(image: Path, arguments: list[str
     assert "\nhint: " in said
     assert "Traceback" not in said
     assert out == ""
+
+
+@pytest.mark.parametrize("module", ["inferctl", "inferctl.serve"])
+@pytest.mark.parametrize("imported", ["inferctl.spec", "numpy", "inferctl.serve.server"])
+def test_a_sigterm_during_an_import_that_drops_exceptions_ends_the_start(
+    minilm: Path, module: str, imported: str
+) -> None:
+    # As `importlib` itself does in a callback of its locks, and pydantic while it builds a validator.
+    code = (
+        "import os, runpy, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {imported!r}:\n"
+        "            try:\n"
+        "                os.kill(os.getpid(), signal.SIGTERM)\n"
+        "            except KeyboardInterrupt:\n"
+        "                pass\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        f"runpy.run_module({module!r}, run_name='__main__')\n"
+    )
+    options = [*(["serve"] if module == "inferctl" else []), "--model", str(minilm), "--engine", "echo", "--port", "0"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == EXIT_INTERRUPTED
+    assert "Traceback" not in done.stderr

@@ -19,6 +19,9 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from inferctl.serve.edge.errors import ApiError, at_capacity
 from inferctl.serve.edge.usage import REJECTION
 
+# With less to read, a connection does not check the limit of all. `HttpServer` checks it every `interval_s` anyway.
+_FEW_BYTES = 64 * 1024
+
 
 class Connection(HttpToolsProtocol):
     """One client's connection. It accepts a request only after the response to the previous one is complete.
@@ -82,16 +85,23 @@ class Connection(HttpToolsProtocol):
             # cannot have many small ones.
             too_large = self._received - self._body > self.max_header_bytes + self._body / 8
             if too_large or len(self.headers or ()) > self.max_headers:
-                limits = f"{self.max_headers} headers or {self.max_header_bytes} bytes of headers"
-                self._reject(ApiError(431, f"the request has more than {limits}", code="headers_too_large"))
+                self._reject(self._headers_too_large())
 
     def on_message_begin(self) -> None:
         """Start the deadline of a request. Called by httptools."""
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self.cycle is not None and not (self.cycle.response_complete and self.unread_bytes() == 0):
             self._dropping, self.cycle.keep_alive = True, False
+            if self.cycle.response_complete:
+                self.close()
             raise RuntimeError("a pipelined request")
         super().on_message_begin()
         self._receiving, self._deadline = True, self.loop.time() + self.transfer_s
+
+    def on_url(self, url: bytes) -> None:
+        """Reject a URL that is too long, before its parser finds it invalid. Called by httptools."""
+        super().on_url(url)
+        if len(self.url) >= self.max_header_bytes:
+            raise self._headers_too_large()
 
     def on_headers_complete(self) -> None:
         """Pass the request to the application. Called by httptools."""
@@ -144,6 +154,9 @@ class Connection(HttpToolsProtocol):
         else:
             self._unsent = data
             self.loop.call_soon(self._send)
+        if self.unread_bytes() > _FEW_BYTES:
+            self.check(self.loop.time())
+            self.limit_unread_bytes(self.connections)
 
     def _send(self) -> None:
         if self._unsent and not self._socket.is_closing():
@@ -169,16 +182,22 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def pause_writing(self) -> None:
-        """Abort the clients that read most slowly, if the responses of all are too large. Called by the transport."""
-        super().pause_writing()
-        self.check(self.loop.time())
-        connections: set[Any] = self.connections
-        while sum(each.unread_bytes() for each in connections) > self.max_unread_bytes:
-            min(connections, key=lambda each: each.unread_deadline()).abort()
+        """Let the response go on, so that a client that does not read holds no request. Called by the transport."""
+
+    @classmethod
+    def limit_unread_bytes(cls, connections: set[Any]) -> None:
+        """Reset the clients that read most slowly, if the unread responses of all are larger than the limit."""
+        excess = sum(each.unread_bytes() for each in connections) - cls.max_unread_bytes
+        if excess > 0:
+            for each in sorted(connections, key=lambda each: each.unread_deadline()):
+                excess -= each.unread_bytes()
+                each.abort()
+                if excess <= 0:
+                    return
 
     def unread_bytes(self) -> int:
         """Return how many bytes of responses wait until the client reads."""
-        return self._socket.get_write_buffer_size()
+        return self._socket.get_write_buffer_size() + len(self._unsent)
 
     def unread_deadline(self) -> float:
         """Return the time until which the client must read the response."""
@@ -205,6 +224,10 @@ class Connection(HttpToolsProtocol):
         reset = struct.pack("ii", 1, 0)
         self._socket.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
         self._socket.abort()
+
+    def _headers_too_large(self) -> ApiError:
+        limits = f"{self.max_headers} headers or {self.max_header_bytes} bytes of headers"
+        return ApiError(431, f"the request has more than {limits}", code="headers_too_large")
 
     def _reject(self, error: ApiError) -> None:
         cycle = self.cycle

@@ -10,7 +10,7 @@ _MAX_MESSAGE_LENGTH = 1000
 
 
 class ApiError(Exception):
-    """An error response. `param`: the field that causes the error. `close`: close the connection afterwards."""
+    """An error response. `param`: the field that causes the error."""
 
     def __init__(
         self,
@@ -20,12 +20,11 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
-        close: bool = False,
     ) -> None:
         super().__init__(message)
         # Messages quote values of the request, which can be as long as its body.
         self.message = message if len(message) <= _MAX_MESSAGE_LENGTH else f"{message[:_MAX_MESSAGE_LENGTH]}..."
-        self.status, self.code, self.param, self.headers, self.close = status, code, param, dict(headers or {}), close
+        self.status, self.code, self.param, self.headers = status, code, param, dict(headers or {})
 
     def body(self) -> bytes:
         """Return the envelope as JSON."""

@@ -40,4 +40,4 @@ class Lifecycle:
     def unavailable(self) -> ApiError:
         """Return the 503 of this phase."""
         message = f"the server is {_MESSAGES.get(self.phase, self.phase)}"
-        return ApiError(503, message, code="not_ready", headers={"retry-after": "5"}, close=self.draining)
+        return ApiError(503, message, code="not_ready", headers={"retry-after": "5"})

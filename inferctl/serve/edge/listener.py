@@ -68,7 +68,7 @@ def raise_file_limit() -> None:
 class HttpServer(uvicorn.Server):
     """uvicorn with bounds on connections, and without its signal handling. `serve.server` handles signals.
 
-    `drain_seconds`: how long `close` waits for requests in flight. `on_rejected`: see `Connection`.
+    `drain_seconds`: after `close`, how long `serve` waits for requests in flight. `on_rejected`: see `Connection`.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class HttpServer(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 lifespan="off",
-                timeout_graceful_shutdown=max(1, round(drain_seconds)),
+                timeout_graceful_shutdown=cast(int, drain_seconds),  # a float works too
             )
         )
 
@@ -113,5 +113,7 @@ class HttpServer(uvicorn.Server):
     async def _check_connections(self) -> None:
         while True:
             await asyncio.sleep(self._connection.interval_s)
-            for connection in tuple(self.server_state.connections):
-                cast(Connection, connection).check(asyncio.get_running_loop().time())
+            connections = cast(set[Connection], self.server_state.connections)
+            for connection in tuple(connections):
+                connection.check(asyncio.get_running_loop().time())
+            self._connection.limit_unread_bytes(connections)

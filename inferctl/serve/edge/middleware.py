@@ -22,9 +22,6 @@ from inferctl.serve.edge.usage import CLIENT_DISCONNECTED, REJECTION, RequestCon
 
 log = logging.getLogger("inferctl.edge")
 
-# A response is given to the connection in parts of this size. The next part waits until the client has read most of
-# the last one, so a client that does not read holds its request, which the limits count.
-_PART_BYTES = 64 * 1024
 T = TypeVar("T")
 
 
@@ -52,7 +49,7 @@ async def unless_disconnected(future: asyncio.Future[T], receive: Receive) -> T:
 
 @dataclass(frozen=True)
 class EdgeLimits:
-    """`max_body_bytes`: of one request. `max_requests` and `max_bytes`: of all requests in flight."""
+    """`max_body_bytes`: of one request. `max_requests` and `max_bytes` (of bodies): of all requests in flight."""
 
     max_body_bytes: int = 4 * 1024 * 1024
     max_requests: int = 4096
@@ -78,9 +75,8 @@ class Edge:
         limits: EdgeLimits | None = None,
     ) -> None:
         self.in_flight = 0
-        # Requests whose body is complete and whose response is not. After a drain, they got no response.
-        self.unanswered = 0
-        self._bytes = 0  # of the bodies and responses of all requests in flight
+        self.unfinished_responses = 0  # of complete requests that were still running when the drain ended
+        self._body_bytes = 0  # of all requests in flight
         self._app, self._lifecycle, self._emit, self._limits = app, lifecycle, emit, limits or EdgeLimits()
         self._info, self._endpoints = info, endpoints
         self._probes: dict[str, Callable[[], tuple[int, bytes, str]]] = {
@@ -110,11 +106,9 @@ class Edge:
         try:
             self._admit(scope, context)
             await self._app(scope, request.receive, request.send)
-            if request.rejection:
-                raise request.rejection
         except asyncio.CancelledError:  # the drain took too long
-            self.unanswered += request.body_complete  # it stays unanswered
-            await request.fail(ApiError(503, "the server stopped", code="stopped", close=True))
+            self.unfinished_responses += request.body_complete
+            await request.fail(ApiError(503, "the server stopped", code="stopped"))
         except ClientDisconnectedError:
             context.status, context.code = CLIENT_DISCONNECTED, "client_disconnected"
         except ApiError as error:
@@ -124,8 +118,7 @@ class Edge:
             await request.fail(ApiError(500, "internal error; see the server log", code="internal_error"))
         finally:
             self.in_flight -= 1
-            self.unanswered -= request.body_complete
-            self._bytes -= request.held_bytes
+            self._body_bytes -= context.body_bytes
             if rejection := scope.get("state", {}).get(REJECTION):  # the client got this response instead
                 context.status, context.code = rejection
             self._emit(context.event())
@@ -137,27 +130,22 @@ class Edge:
             raise self._lifecycle.unavailable()
         if self.in_flight > limits.max_requests:
             raise at_capacity(f"{limits.max_requests} requests are in flight", "too_many_requests", 1)
-        if context.content_length > limits.max_body_bytes:
-            raise self.body_too_large()
+        self._check_body(context.content_length)
 
-    def hold(self, request: _Request, size: int) -> None:
-        """Count bytes that a request holds; negative if it no longer does."""
-        request.held_bytes += size
-        self._bytes += size
+    def _check_body(self, size: int) -> None:
+        if size > self._limits.max_body_bytes:
+            message = f"the body is larger than the limit of {self._limits.max_body_bytes} bytes"
+            raise ApiError(413, message, code="body_too_large")
 
-    def check_body(self, context: RequestContext, size: int) -> ApiError | None:
-        """Return the error of a request whose body has `size` more bytes, None if they are within the limits."""
-        if context.body_bytes + size > self._limits.max_body_bytes:
-            return self.body_too_large()
+    def add_body(self, context: RequestContext, size: int) -> None:
+        """Count a part of a body. Raises `ApiError` if this body, or all in flight, are too large."""
+        self._check_body(context.body_bytes + size)
         # A single request is always accepted, otherwise it would be rejected forever.
-        if self._bytes and self._bytes + size > self._limits.max_bytes:
-            return at_capacity(f"requests in flight hold {self._bytes} bytes", "too_many_bytes", 1)
-        return None
-
-    def body_too_large(self) -> ApiError:
-        """Return the 413."""
-        message = f"the body is larger than the limit of {self._limits.max_body_bytes} bytes"
-        return ApiError(413, message, code="body_too_large")
+        if self._body_bytes and self._body_bytes + size > self._limits.max_bytes:
+            message = f"the bodies of requests in flight have {self._body_bytes} bytes"
+            raise at_capacity(message, "too_many_bytes", 1)
+        context.body_bytes += size
+        self._body_bytes += size
 
     async def _probe(self, scope: Scope, send: Send) -> None:
         if scope["method"] not in ("GET", "HEAD"):
@@ -183,73 +171,40 @@ class Edge:
 
 
 class _Request:
-    """One request between the connection and the application: counts, limits, and the id in the response."""
+    """One request between the connection and the application: counts its body, and adds the id to the response."""
 
-    __slots__ = (
-        "_context",
-        "_edge",
-        "_receive",
-        "_send",
-        "body_complete",
-        "held_bytes",
-        "rejection",
-        "response_started",
-    )
+    __slots__ = ("_context", "_edge", "_receive", "_send", "body_complete")
 
     def __init__(self, edge: Edge, context: RequestContext, receive: Receive, send: Send) -> None:
         self._edge, self._context, self._receive, self._send = edge, context, receive, send
-        self.body_complete = self.response_started = False
-        self.held_bytes = 0
-        self.rejection: ApiError | None = None
+        self.body_complete = False
 
     async def receive(self) -> Message:
         """Return the next message of the connection. Raises `ApiError` if the body is too large."""
         message = await self._receive()
-        if message["type"] != "http.request" or self.body_complete:
-            return message
-        context, size = self._context, len(message.get("body", b""))
-        if error := self._edge.check_body(context, size):
-            self.rejection = error
-            raise error
-        context.body_bytes += size
-        self._edge.hold(self, size)
-        if not message.get("more_body", False):
-            self.body_complete = True
-            self._edge.unanswered += 1
-            context.started = time.monotonic()
+        if message["type"] == "http.request" and not self.body_complete:
+            self._edge.add_body(self._context, len(message.get("body", b"")))
+            if not message.get("more_body", False):
+                self.body_complete = True
+                self._context.started = time.monotonic()
         return message
 
     async def send(self, message: Message) -> None:
-        """Pass a message of the application on, large bodies in parts. After a rejection, drop it."""
-        if self.rejection:
-            return
+        """Pass a message of the application on."""
         if message["type"] == "http.response.start":
-            self.response_started = True
-            self._edge.hold(self, -self.held_bytes)  # its body is no longer needed
             self._context.status = message["status"]
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", self._context.id)]
-            await self._send(message)
-            return
-        body, more = message.get("body", b""), message.get("more_body", False)
-        if len(body) > _PART_BYTES:
-            self._edge.hold(self, len(body))
-            last = (len(body) - 1) // _PART_BYTES * _PART_BYTES
-            for start in range(0, last, _PART_BYTES):
-                part = body[start : start + _PART_BYTES]
-                await self._send({"type": "http.response.body", "body": part, "more_body": True})
-                self._edge.hold(self, -len(part))
-            body = body[last:]
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        await self._send(message)
+        if message.get("more_body", False):
+            await asyncio.sleep(0)  # the connection never waits for its client, so give other requests a turn
 
     async def fail(self, error: ApiError) -> None:
         """Send an error response. If a response has started, only break it off."""
         self._context.code = error.code
-        if self.response_started:
+        if self._context.status:
             raise error  # the connection is closed, so the client sees that the response is incomplete
         self._context.status = error.status
         headers = {**error.headers, "x-request-id": self._context.id.decode()}
-        if error.close:
-            headers["connection"] = "close"
         await _respond(self._send, error.status, error.body(), "application/json", headers)
 
 

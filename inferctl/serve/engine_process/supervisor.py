@@ -29,6 +29,7 @@ _MAX_PAUSE_S = 30.0
 # After this many failed starts in a row, the whole server should be restarted from outside.
 _CRASH_LOOP_STARTS = 5
 _STOP_TIMEOUT_S = 5.0
+_EXIT_TIMEOUT_S = 0.5  # at the end of the server, when nothing needs the engine
 # A restarted engine is killed if its load takes more than this many times the first load and more than these seconds.
 _START_TIMEOUT_FACTOR = 5.0
 _MIN_START_TIMEOUT_S = 120.0
@@ -137,8 +138,7 @@ class Supervisor:
                 self._listener.engine_lost(self)
             else:
                 self._failures += 1
-            # An engine that is still loading has no work to finish.
-            how = await _reap(self._process, 0 if self._stopping.is_set() and not was_ready else _STOP_TIMEOUT_S)
+            how = await _reap(self._process, _EXIT_TIMEOUT_S if self._stopping.is_set() else _STOP_TIMEOUT_S)
         return fatal or EngineStartError(
             f"the engine process ended unexpectedly ({how})", "see the engine log above", 1
         )

@@ -30,7 +30,7 @@ from inferctl.serve.engines import packed
 from inferctl.serve.engines.checks import Checks
 from inferctl.serve.engines.cores import BATCH_TOKENS_PER_CORE, Cores, choose_threads
 from inferctl.serve.engines.forward import Forward, Sequences
-from inferctl.serve.engines.warm_up import warm_up
+from inferctl.serve.engines.warm_up import LOWERED, warm_up
 
 log = logging.getLogger("inferctl.engine")
 
@@ -86,7 +86,9 @@ class EncoderEngine:
         forward.batch_tokens = limit
         if lowered:
             log.warning(lowered)
-            info = replace(info, batch_tokens=limit, warnings=[*info.warnings, lowered])
+            # Only the latest, also after restarts with less and less memory.
+            kept = [warning for warning in info.warnings if not warning.startswith(LOWERED)]
+            info = replace(info, batch_tokens=limit, warnings=[*kept, lowered])
         return info
 
     def _check(

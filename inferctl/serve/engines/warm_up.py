@@ -13,6 +13,8 @@ from inferctl.serve.engine_process import memory
 from inferctl.serve.engine_process.engine_protocol import MIN_BATCH_TOKENS, Vectors
 from inferctl.serve.engines.forward import Sequences
 
+LOWERED = "insufficient memory for batches"  # the start of the warning
+
 
 def warm_up(
     run: Callable[[Sequences], Vectors], batch_tokens: int, longest: int, parallel: int, hint: str
@@ -34,7 +36,7 @@ def warm_up(
         torch.cuda.empty_cache()
     if limit == batch_tokens:
         return limit, None
-    warning = f"insufficient memory for batches of {batch_tokens} tokens: the limit is {limit} (serve.max_batch_tokens)"
+    warning = f"{LOWERED} of {batch_tokens} tokens: the limit is {limit} (serve.max_batch_tokens)"
     return limit, warning if limit >= longest else f"{warning}; longer texts can get 503"
 
 
