@@ -55,7 +55,7 @@ def serve(
         typer.Option(
             metavar="NAME",
             autocompletion=completion.one_of("auto", "cpu", "cuda"),
-            help="Run on auto, cpu, cuda or cuda:N; auto uses the GPUs if there are any.",
+            help="Run on auto, cpu, cuda (all GPUs) or cuda:N; auto uses the GPUs if there are any.",
         ),
     ] = "auto",
     truncate: Annotated[

@@ -17,6 +17,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from inferctl.errors import UsageError
+from inferctl.serve.embedding_config import read_object
 from inferctl.serve.engine_process.engine_protocol import Tokens
 from inferctl.serve.task_config import TaskConfig
 
@@ -40,7 +41,8 @@ _MAX_WAITING_CHARACTERS = 4_000_000
 # Executors start a thread only if none is idle. So each warm-up task waits up to this long (s) for the others.
 _WARM_UP_TIMEOUT_S = 60.0
 
-# The token ids of a pair of texts, and the index of the first token of the second segment.
+# The token ids of a pair of texts, and the index of the first token of the second segment: their number if the tokenizer
+# gives no second segment.
 Pair: TypeAlias = tuple[Tokens, int]
 T = TypeVar("T")
 
@@ -81,6 +83,8 @@ class TokenizerPool:
                 f"{folder} has no tokenizer.json",
                 "write one with transformers: `AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`",
             )
+        names = read_object(folder / "tokenizer_config.json").get("model_input_names")
+        self._has_segments = not isinstance(names, list) or "token_type_ids" in names
         self._local = threading.local()
         self._waiting = 0  # characters of the requests on the threads
         self._threads, self._executor = threads, ThreadPoolExecutor(threads, "tokenize")
@@ -143,7 +147,7 @@ class TokenizerPool:
         self, query: str | Sequence[str], documents: Sequence[str], *, truncate: bool, first: int = 0
     ) -> list[Pair]:
         """Do what `encode_pairs` does, on the calling thread. `first`: the index of the first document in errors."""
-        before, between, after = self._pair_format()
+        before, between, after, has_segments = self._pair_format()
         limit = self._config.max_tokens - len(before) - len(between) - len(after)
         queries = self._encodings(_listed(query), "query", self._config.prompt, first, add_special_tokens=False)
         firsts = [(_ids(encoding), _size(encoding)) for encoding in queries]
@@ -157,7 +161,8 @@ class TokenizerPool:
                 self._allow_truncation(index, truncate, "documents")
                 truncated += 1
             ids = np.concatenate((before, first_ids[:first_kept], between, _ids(second)[:second_kept], after))
-            pairs.append((_not_empty(ids, index, "documents"), len(before) + first_kept + len(between)))
+            second_start = len(before) + first_kept + len(between) if has_segments else len(ids)
+            pairs.append((_not_empty(ids, index, "documents"), second_start))
         self._on_truncated(truncated)
         return pairs
 
@@ -232,12 +237,13 @@ class TokenizerPool:
                 raise
             raise RuntimeError(f"the tokenizer panicked: {error}") from error
 
-    def _pair_format(self) -> tuple[Tokens, Tokens, Tokens]:
-        """Return the special tokens before, between and after both texts of a pair."""
+    def _pair_format(self) -> tuple[Tokens, Tokens, Tokens, bool]:
+        """Return the special tokens before, between and after both texts of a pair, and whether it has two segments."""
         pair = self._tokenizer().encode("a", "a")
         ids, sides = _ids(pair), pair.sequence_ids
         first, second = sides.index(0), sides.index(1)
-        return ids[:first], ids[first + sides.count(0) : second], ids[second + sides.count(1) :]
+        has_segments = self._has_segments and 1 in pair.type_ids
+        return ids[:first], ids[first + sides.count(0) : second], ids[second + sides.count(1) :], has_segments
 
     def _tokenizer(self) -> Tokenizer:
         tokenizer: Tokenizer | None = getattr(self._local, "tokenizer", None)

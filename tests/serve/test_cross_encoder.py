@@ -71,6 +71,23 @@ def test_scores_equal_the_cross_encoder_of_sentence_transformers(tmp_path: Path,
         assert info.cosine_min is None
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_pairs_have_the_segments_that_the_tokenizer_gives(tmp_path: Path, file: str) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    folder = tiny_models.make_cross_encoder(tmp_path, "bert")
+    given, replacement = {
+        "tokenizer.json": ('"type_id": 1', '"type_id": 0'),  # as of XLM-RoBERTa's tokenizer
+        "tokenizer_config.json": ('"token_type_ids",', ""),
+    }[file]
+    settings = (folder / file).read_text()
+    assert given in settings
+    (folder / file).write_text(settings.replace(given, replacement))
+    expected = sentence_transformers.CrossEncoder(str(folder), device="cpu").predict(texts())
+    engine, _ = engine_for(folder, "fp32")
+    scores = rerank_config.read(folder).scores(engine.run(batch(encoded(folder))).vectors)[:, 0]
+    np.testing.assert_allclose(scores, expected, atol=1e-3)
+
+
 def test_the_server_and_the_reference_give_the_scores_of_the_cross_encoder(
     tmp_path: Path, serve: Callable[..., Running]
 ) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -256,7 +257,7 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int, message: str = OUT_OF_MEMORY) -> None:
-    """Let warm-up batches of more than `most` tokens run out of memory, with this message of torch."""
+    """Let batches of more than `most` tokens run out of memory, with this message of torch."""
     import torch
 
     from inferctl.serve.engines.forward import Forward
@@ -264,7 +265,7 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int, message: str = O
     forward = Forward.__call__
 
     def limited(self: Forward, rows: Any) -> Vectors:
-        if all((row == 5).all() for row in rows.ids) and sum(rows.lengths) > most:
+        if sum(rows.lengths) > most:
             raise torch.OutOfMemoryError(message) if message == OUT_OF_MEMORY else RuntimeError(message)
         return forward(self, rows)
 
@@ -314,14 +315,36 @@ def test_the_batch_limit_is_lowered_until_memory_is_sufficient(
     assert again._run.batch_tokens == 256  # also for padded sub-batches
 
 
-def test_insufficient_memory_for_any_batch_names_the_setting(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_check_texts_run_in_smaller_batches_if_memory_is_insufficient(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    with_gpu(monkeypatch, capability)
+    short_of_memory(monkeypatch, 300)
+    config = EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", max_batch_tokens=1024)
+    info = EncoderEngine(config).load()
+    assert (info.batch_tokens, info.within_limit) == (256, True)
+    assert any("the limit is 256" in warning for warning in info.warnings)
+
+
+@pytest.mark.parametrize(
+    ("most", "error", "hint"),
+    [(50, r"for one input of \d+ tokens", "max_input_tokens"), (60, "for a batch of 64 tokens", "max_batch_tokens")],
+)
+def test_insufficient_memory_for_one_input_or_any_batch_names_the_setting(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, most: int, error: str, hint: str
+) -> None:
     from inferctl.serve.engines.encoder import EncoderEngine
 
     with_gpu(monkeypatch)
-    short_of_memory(monkeypatch, 50)
-    with pytest.raises(NotReadyError, match="insufficient memory for a batch of 64 tokens") as caught:
-        EncoderEngine(EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32")).load()
-    assert "serve.max_batch_tokens" in (caught.value.hint or "")
+    short_of_memory(monkeypatch, most)
+    limit = 32 if most == 60 else None  # then all check texts fit, but not the smallest batch
+    config = EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", max_input_tokens=limit)
+    with pytest.raises(NotReadyError, match=f"insufficient memory {error}") as caught:
+        EncoderEngine(config).load()
+    assert f"serve.{hint}" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
@@ -365,6 +388,19 @@ def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch, device: str, me
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     with pytest.raises(NotReadyError, match=message):
         devices.detect(device)
+
+
+@pytest.mark.parametrize(("device", "count"), [("auto", 4), ("cuda", 4), ("cuda:1", 1)])
+def test_auto_and_cuda_use_all_gpus(monkeypatch: pytest.MonkeyPatch, device: str, count: int) -> None:
+    import torch
+
+    from inferctl.serve.engines import device as devices
+
+    gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80 << 30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    assert devices.detect(device)[1].count == count
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda0", ""])

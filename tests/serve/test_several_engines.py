@@ -215,6 +215,7 @@ def test_a_hung_encoder(serve: Serve, tiny: Callable[..., Path]) -> None:
         ("auto", 4, None, ["cuda:1", "cuda:2", "cuda:3"]),
         ("auto", 2, 4, ["cuda:1", "cuda:0", "cuda:1"]),
         ("auto", 4, 2, ["cuda:1"]),
+        ("cuda", 4, 2, ["cuda:1"]),
         ("auto", 1, 2, ["auto"]),
         ("cuda:3", 1, 2, ["cuda:3"]),
     ],

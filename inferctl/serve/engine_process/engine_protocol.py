@@ -64,7 +64,7 @@ class DeviceInfo:
     """The device of the forward pass.
 
     `memory_bytes`: the memory of the whole device (CPU: of the machine). `hardware`: a key of the catalog. `count`: how
-    many equal devices `auto` can use, each with its own engine.
+    many equal GPUs `auto` or `cuda` can use, each with its own engine.
     """
 
     kind: Literal["cuda", "cpu"]

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import numpy as np
+import torch
 
 from inferctl.errors import NotReadyError
 from inferctl.model import ModelFolder
@@ -43,11 +44,11 @@ class Checks:
     """The check texts and their fp32 results. Create it before the model is loaded: memory may not suffice for both.
 
     For a cross-encoder, the texts are paired. `expected` is None if the model is too large to be loaded
-    in fp32. `description` says what is compared.
+    in fp32. `description` says what is compared. `hint` is that of errors about insufficient memory.
     """
 
-    def __init__(self, folder: ModelFolder, config: TaskConfig) -> None:
-        self._rerank = isinstance(config, RerankConfig)
+    def __init__(self, folder: ModelFolder, config: TaskConfig, hint: str) -> None:
+        self._rerank, self._hint = isinstance(config, RerankConfig), hint
         self.expected: Vectors | None = None
         small = folder.parameters <= _MAX_CHECKED_PARAMETERS
         pool = TokenizerPool(folder.path, config, threads=1)
@@ -68,13 +69,13 @@ class Checks:
 
     def choose_attention(self, forward: Forward, precision: PrecisionInfo) -> str:
         """Let `forward` use packed attention if the result equals that of padded attention. Return the reason."""
-        padded = forward(self.texts)
+        padded = self._run(forward, self.texts)
         try:
             forward.pack()
-            batched = forward(self.texts)
+            batched = self._run(forward, self.texts)
             isolated = np.concatenate([forward(self.texts.take([index])) for index in range(len(self.texts))])
         except Exception as error:  # architectures reject packing with various errors; padding works for all
-            if memory.is_insufficient(error):
+            if isinstance(error, NotReadyError) or memory.is_insufficient(error):
                 raise
             reason = f"{type(error).__name__}: {memory.summary(error)}"
         else:
@@ -89,12 +90,12 @@ class Checks:
         forward.pack(False)
         return f"sorted by length; {reason}"
 
-    def compare(self, results: Vectors, precision: PrecisionInfo) -> tuple[dict[str, Any], str | None]:
+    def compare(self, forward: Forward, precision: PrecisionInfo) -> tuple[dict[str, Any], str | None]:
         """Return the fields of `EngineInfo` about fidelity to fp32, and a warning if it is below the limit.
 
-        Raises `NotReadyError` for NaN or infinity.
+        Raises `NotReadyError` for NaN or infinity, or if memory is insufficient for one of the texts.
         """
-        effective = precision.effective
+        results, effective = self._run(forward, self.texts), precision.effective
         if bad := int((~finite_rows(results)).sum()):
             message = f"the model returns NaN or infinity for {bad} of {len(results)} check texts in {effective}"
             hints = {"fp32": "check the weights of the model", "bf16": "use `--precision fp32`"}
@@ -120,6 +121,22 @@ class Checks:
         elif precision.tf32:
             warning += ". `TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0` turns TF32 off"
         return fields, warning
+
+    def _run(self, forward: Forward, sequences: Sequences) -> Vectors:
+        """Return what `forward` returns, computed in halves if memory is insufficient for the whole."""
+        try:
+            return forward(sequences)
+        except Exception as error:
+            if not memory.is_insufficient(error):
+                raise
+            if len(sequences) == 1:
+                message = f"insufficient memory for one input of {len(sequences.ids[0])} tokens: "
+                hint = f"{self._hint}; or lower `serve.max_input_tokens`"
+                raise NotReadyError(message + memory.summary(error), hint) from error
+        torch.cuda.empty_cache()
+        half = len(sequences) // 2
+        parts = range(half), range(half, len(sequences))
+        return np.concatenate([self._run(forward, sequences.take(part)) for part in parts])
 
     def _errors(self, results: Vectors, expected: Vectors) -> Vectors:
         """Return for each row 1 - its cosine with the expected one, or the error of logits, relative to the largest."""

@@ -48,7 +48,7 @@ def detect(wanted: str) -> tuple[torch.device, DeviceInfo, precision.DeviceTrait
             f"{capability[0]}.{capability[1]}",
             properties.total_memory,
             hardware=part.key if part else None,
-            count=count if wanted == "auto" else 1,
+            count=1 if ":" in wanted else count,
         )
         return device, info, precision.DeviceTraits("cuda", compute_capability=capability)
     name, flags = _cpu_name_and_flags()

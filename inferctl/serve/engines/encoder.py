@@ -78,7 +78,9 @@ class EncoderEngine:
             forward = load_model(info.batch_tokens)
             forward.pack(info.attention == "packed")
         else:
-            check = Checks(folder, settings)  # before the model is loaded: memory may be insufficient for both
+            check = Checks(
+                folder, settings, self._memory_hint
+            )  # before the model is loaded: memory may be insufficient for both
             forward = load_model(config.max_batch_tokens)
             info = self._check(check, forward, no_kernel, device_info, precision, cores)
         self._run = run = Cores(forward, cores, info.parallel) if on_cpu else forward
@@ -102,7 +104,7 @@ class EncoderEngine:
     ) -> EngineInfo:
         """Choose attention and threads, compare with fp32, and return the result."""
         reason = f"sorted by length; {no_kernel}" if no_kernel else check.choose_attention(forward, precision)
-        fidelity, inaccurate = check.compare(forward(check.texts), precision)
+        fidelity, inaccurate = check.compare(forward, precision)
         batch_tokens, parallel = self._config.max_batch_tokens, 1
         if device.kind == "cpu":
             threads = choose_threads(forward, cores)
