@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -55,6 +56,8 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
     if scope["path"] == "/late-bug":
         raise KeyError("bug")
+    for _ in range(5 if scope["path"] == "/parts" else 0):
+        await send({"type": "http.response.body", "body": b"a part", "more_body": True})
     await send({"type": "http.response.body", "body": b"x" * size})
 
 
@@ -82,6 +85,7 @@ class Setting:
         method: str = "POST",
         leaves: bool = False,
         state: dict[str, object] | None = None,
+        on_part: Callable[[], object] = lambda: None,
         **headers: str,
     ) -> Answer:
         """Send a request whose body has these parts. `leaves`: the client disconnects after the last one."""
@@ -105,6 +109,8 @@ class Setting:
 
         async def send(message: Message) -> None:
             got.append(message)
+            if message.get("more_body"):
+                on_part()
 
         await self.edge(scope, receive, send)
         return Answer(got)
@@ -181,6 +187,27 @@ def test_requests_in_flight_are_limited_in_number_and_bytes(setting: Setting) ->
     assert accepted.status == 200
     assert [event.code for event in setting.events if event.status == 503] == ["stopped", "stopped"]
     assert setting.edge.unfinished_responses == 2
+
+
+def test_large_responses_take_turns_so_that_others_wait_for_one_part_only(setting: Setting) -> None:
+    iteration, parts = 0, Counter[int]()
+
+    async def count_iterations() -> None:
+        nonlocal iteration
+        while True:
+            iteration += 1
+            await asyncio.sleep(0)
+
+    async def run() -> None:
+        counting = asyncio.create_task(count_iterations())
+        await asyncio.gather(
+            *(setting.send("/parts", on_part=lambda: parts.update([iteration])) for _ in range(LIMITS.max_requests))
+        )
+        counting.cancel()
+
+    asyncio.run(run())
+    first, *others = parts.values()
+    assert (first + sum(others), max(others)) == (10, 1)
 
 
 def test_the_phases_decide_about_probes_and_requests(setting: Setting) -> None:

@@ -76,6 +76,7 @@ class Edge:
     ) -> None:
         self.in_flight = 0
         self.unfinished_responses = 0  # of complete requests that were still running when the drain ended
+        self.turn = asyncio.Lock()  # one part of one large response at a time
         self._body_bytes = 0  # of all requests in flight
         self._app, self._lifecycle, self._emit, self._limits = app, lifecycle, emit, limits or EdgeLimits()
         self._info, self._endpoints = info, endpoints
@@ -196,7 +197,9 @@ class _Request:
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", self._context.id)]
         await self._send(message)
         if message.get("more_body", False):
-            await asyncio.sleep(0)  # the connection never waits for its client, so give other requests a turn
+            # The connection never waits for its client. Each iteration of the event loop computes at most one part.
+            async with self._edge.turn:
+                await asyncio.sleep(0)
 
     async def fail(self, error: ApiError) -> None:
         """Send an error response. If a response has started, only break it off."""
