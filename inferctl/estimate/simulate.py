@@ -54,7 +54,7 @@ class Simulation:
     def __init__(
         self, cost: Cost, limits: QueueLimits, requests: Sequence[Sequence[int]], slots: int = 1, front: float = 0.0
     ) -> None:
-        self.batcher = Batcher(limits, engines=slots)
+        self.batcher = Batcher(limits, slots=slots)
         self._front, self._front_free = front, 0.0
         self._in_front: deque[tuple[float, int]] = deque()  # requests in the front end: end time, request
         self._cost, self._requests, self._slots = cost, requests, slots
@@ -117,7 +117,7 @@ class Simulation:
 
     def _start_batches(self, now: float) -> None:
         while len(self._running) + len(self._prefetched) < self._slots + self.batcher.has_full_batch():
-            sequences = self.batcher.next_batch(now, slots=max(1, self._slots - len(self._running)))
+            sequences = self.batcher.next_batch(now, free_slots=max(1, self._slots - len(self._running)))
             if not sequences:
                 break
             batch = _Batch(

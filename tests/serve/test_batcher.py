@@ -199,13 +199,13 @@ def test_a_rejection_by_a_full_queue_has_a_retry_time() -> None:
 def test_a_request_that_would_miss_the_slo_is_rejected_with_a_retry_time() -> None:
     queue = Batcher(QueueLimits(100, 10_000, slo_s=1.0), LatencyModel(Capacity(0.1, 1000.0)))
     queue.submit(1, [100] * 4, now=0.0)  # 4 batches of 0.2 s
-    queue.check(50, busy_s=0.0)  # 0.8 s + 0.15 s
+    queue.predict_latency(50, busy_s=0.0)  # 0.8 s + 0.15 s
     with pytest.raises(AdmissionError) as rejected:
         queue.submit(2, [50], now=0.0, busy_s=0.2)
     assert rejected.value.reason == "slo"
     assert rejected.value.retry_after == pytest.approx(0.15)
     queue.submit(3, [50], now=0.0, bulk=True, busy_s=0.2)  # bulk has no deadline
-    queue.engines = 2
+    queue.slots = 2
     queue.submit(4, [50], now=0.0, busy_s=0.2)
 
 
@@ -213,11 +213,11 @@ def test_a_request_that_would_miss_the_slo_is_rejected_with_a_retry_time() -> No
 def test_a_request_that_would_wait_too_long_is_rejected_with_a_retry_time(bulk: bool) -> None:
     queue = Batcher(QueueLimits(100, 10_000, max_wait_s=1.0), LatencyModel(Capacity(0.1, 1000.0)))
     queue.submit(1, [100] * 5, now=0.0, bulk=bulk)  # 5 batches of 0.2 s
-    queue.check(5000 - 500, bulk=bulk)  # the request's own time does not count
+    queue.predict_latency(5000 - 500, bulk=bulk)  # the request's own time does not count
     with pytest.raises(AdmissionError) as rejected:
         queue.submit(2, [50], now=0.0, bulk=bulk, busy_s=0.25)
     assert (rejected.value.reason, rejected.value.retry_after) == ("max_wait", pytest.approx(0.25))
-    queue.engines = 2
+    queue.slots = 2
     queue.submit(2, [50], now=0.0, bulk=bulk, busy_s=0.25)
 
 
@@ -256,18 +256,18 @@ def test_an_empty_queue_accepts_a_request_that_will_miss_the_slo() -> None:
 def test_late_responses_make_admission_stricter_and_timely_ones_relax_it() -> None:
     queue = Batcher(QueueLimits(100, 10_000, slo_s=1.0), LatencyModel(Capacity(0.0, 1000.0)))
     queue.submit(1, [100] * 6, now=0.0)
-    queue.check(50)
+    queue.predict_latency(50)
     for _ in range(100):
         queue.observe(0.5, 1.0)
     with pytest.raises(AdmissionError):
-        queue.check(50)
+        queue.predict_latency(50)
     for _ in range(1000):
         queue.observe(0.2, 0.2)
-    assert queue.check(50) == pytest.approx(0.65)
+    assert queue.predict_latency(50) == pytest.approx(0.65)
 
 
 def test_the_prediction_runs_one_sequence_on_one_engine() -> None:
-    queue = Batcher(QueueLimits(16_384, 100_000, slo_s=0.3), LatencyModel(Capacity(0.0, 1_000.0)), engines=8)
-    assert queue.check(512, longest=64) == pytest.approx(0.064)
+    queue = Batcher(QueueLimits(16_384, 100_000, slo_s=0.3), LatencyModel(Capacity(0.0, 1_000.0)), slots=8)
+    assert queue.predict_latency(512, longest=64) == pytest.approx(0.064)
     with pytest.raises(AdmissionError):
-        queue.check(512, longest=512, busy_s=0.01)
+        queue.predict_latency(512, longest=512, busy_s=0.01)

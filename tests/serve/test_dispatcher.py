@@ -224,14 +224,14 @@ def test_the_least_loaded_engine_gets_the_next_batch() -> None:
     run(scenario)
 
 
-def test_check_rejects_any_request_when_the_engine_is_too_busy_for_the_slo() -> None:
+def test_check_admission_rejects_any_request_when_the_engine_is_too_busy_for_the_slo() -> None:
     async def scenario() -> None:
         world = World(slo=0.5)
-        world.dispatcher.check()
+        world.dispatcher.check_admission()
         task = world.request([20] * 8)  # 0.8 s
         await run_callbacks()
         with pytest.raises(AdmissionError):
-            world.dispatcher.check()
+            world.dispatcher.check_admission()
         await world.drain()
         await task
 

@@ -133,7 +133,7 @@ def test_rows_with_nan_are_marked(tiny: Any) -> None:
     engine = EncoderEngine(EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", device="cpu"))
     engine.load()
     with torch.no_grad():
-        engine._run._forward._model.embeddings.word_embeddings.weight[777] = float("nan")
+        engine._compute._forward._model.embeddings.word_embeddings.weight[777] = float("nan")
     rows = [np.array(ids, dtype=np.int32) for ids in ([5, 6], [5, 777, 6], [7])]
     assert engine.run(batch(rows)).ok.tolist() == [True, False, True]
 
@@ -191,11 +191,11 @@ def test_variable_length_attention_on_a_gpu_equals_padding(tiny: Any, architectu
 
 @pytest.mark.parametrize("size", [1, 16, 17, 128, 129, 1000, 1024, 5000])
 def test_rows_are_padded_to_few_sizes_with_little_padding(size: int) -> None:
-    from inferctl.serve.engines.onednn import padded_rows
+    from inferctl.serve.engines.onednn import round_up_rows
 
-    assert size <= padded_rows(size) <= max(size + 15, size * 9 / 8 + 1)
-    assert padded_rows(padded_rows(size)) == padded_rows(size)
-    assert len({padded_rows(rows) for rows in range(1, 2049)}) <= 8 * 5
+    assert size <= round_up_rows(size) <= max(size + 15, size * 9 / 8 + 1)
+    assert round_up_rows(round_up_rows(size)) == round_up_rows(size)
+    assert len({round_up_rows(rows) for rows in range(1, 2049)}) <= 8 * 5
 
 
 def test_an_engine_with_previous_info_skips_the_checks_and_computes_the_same(minilm: Path) -> None:
@@ -312,7 +312,7 @@ def test_the_batch_limit_is_lowered_until_memory_is_sufficient(
     assert info.warnings == [
         "insufficient memory for batches of 1024 tokens: the limit is 256 (serve.max_batch_tokens)"
     ]
-    assert again._run.batch_tokens == 256  # also for padded sub-batches
+    assert again._compute.batch_tokens == 256  # also for padded sub-batches
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])

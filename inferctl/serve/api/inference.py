@@ -48,7 +48,7 @@ class Inference:
             message = f"x-priority must be `interactive` or `bulk`, got {context.priority.decode('latin-1')!r}"
             raise ApiError(400, message, code="invalid_priority", param="x-priority")
         try:
-            self.dispatcher.check(bulk=context.priority == b"bulk")
+            self.dispatcher.check_admission(bulk=context.priority == b"bulk")
         except AdmissionError as error:
             raise _rejection(error) from None
         return context

@@ -53,10 +53,10 @@ def pack_batch(batch: Batch) -> bytes:
 
 def unpack_batch(body: bytes) -> Batch:
     """Return the batch in the body of a BATCH frame."""
-    number, count, has_segments = _BATCH.unpack_from(body)
+    number, count, has_second_starts = _BATCH.unpack_from(body)
     values = np.frombuffer(body, dtype="<i4", offset=_BATCH.size)
     lengths, rest = values[:count], values[count:]
-    return Batch(number, rest[count:], lengths, rest[:count]) if has_segments else Batch(number, rest, lengths)
+    return Batch(number, rest[count:], lengths, rest[:count]) if has_second_starts else Batch(number, rest, lengths)
 
 
 def pack_result(result: BatchResult) -> bytes:

@@ -69,10 +69,10 @@ class Checks:
 
     def choose_attention(self, forward: Forward, precision: PrecisionInfo) -> str:
         """Let `forward` use packed attention if the result equals that of padded attention. Return the reason."""
-        padded = self._run(forward, self.texts)
+        padded = self._run_in_parts(forward, self.texts)
         try:
             forward.pack()
-            batched = self._run(forward, self.texts)
+            batched = self._run_in_parts(forward, self.texts)
             isolated = np.concatenate([forward(self.texts.take([index])) for index in range(len(self.texts))])
         except Exception as error:  # architectures reject packing with various errors; padding works for all
             if isinstance(error, NotReadyError) or memory.is_insufficient(error):
@@ -95,7 +95,7 @@ class Checks:
 
         Raises `NotReadyError` for NaN or infinity, or if memory is insufficient for one of the texts.
         """
-        results, effective = self._run(forward, self.texts), precision.effective
+        results, effective = self._run_in_parts(forward, self.texts), precision.effective
         if bad := int((~finite_rows(results)).sum()):
             message = f"the model returns NaN or infinity for {bad} of {len(results)} check texts in {effective}"
             hints = {"fp32": "check the weights of the model", "bf16": "use `--precision fp32`"}
@@ -122,7 +122,7 @@ class Checks:
             warning += ". `TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0` turns TF32 off"
         return fields, warning
 
-    def _run(self, forward: Forward, sequences: Sequences) -> Vectors:
+    def _run_in_parts(self, forward: Forward, sequences: Sequences) -> Vectors:
         """Return what `forward` returns, computed in halves if memory is insufficient for the whole."""
         try:
             return forward(sequences)
@@ -136,7 +136,7 @@ class Checks:
         torch.cuda.empty_cache()
         half = len(sequences) // 2
         parts = range(half), range(half, len(sequences))
-        return np.concatenate([self._run(forward, sequences.take(part)) for part in parts])
+        return np.concatenate([self._run_in_parts(forward, sequences.take(part)) for part in parts])
 
     def _errors(self, results: Vectors, expected: Vectors) -> Vectors:
         """Return for each row 1 - its cosine with the expected one, or the error of logits, relative to the largest."""

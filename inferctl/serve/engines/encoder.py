@@ -40,7 +40,7 @@ class EncoderEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self._run: Forward | Cores | None = None
+        self._compute: Forward | Cores | None = None
         self._memory_hint = "free memory on the GPU (`nvidia-smi` lists its processes), or use a larger one"
 
     def load(self) -> EngineInfo:
@@ -82,8 +82,8 @@ class EncoderEngine:
                 folder, settings, self._memory_hint
             )  # before the model is loaded: memory may be insufficient for both
             forward = load_model(config.max_batch_tokens)
-            info = self._check(check, forward, no_kernel, device_info, precision, cores)
-        self._run = run = Cores(forward, cores, info.parallel) if on_cpu else forward
+            info = self._choose_settings(check, forward, no_kernel, device_info, precision, cores)
+        self._compute = run = Cores(forward, cores, info.parallel) if on_cpu else forward
         limit, lowered = warm_up(run, info.batch_tokens, settings.max_tokens, info.parallel, self._memory_hint)
         forward.batch_tokens = limit
         if lowered:
@@ -93,7 +93,7 @@ class EncoderEngine:
             info = replace(info, batch_tokens=limit, warnings=[*kept, lowered])
         return info
 
-    def _check(
+    def _choose_settings(
         self,
         check: Checks,
         forward: Forward,
@@ -132,14 +132,14 @@ class EncoderEngine:
 
         The calling thread uses the threads of one batch.
         """
-        assert self._run is not None, "`load` comes first"
+        assert self._compute is not None, "`load` comes first"
         started = time.perf_counter()
         starts = None if batch.second_starts is None else batch.second_starts.tolist()
-        vectors = self._run(Sequences(np.split(batch.tokens, np.cumsum(batch.lengths)[:-1]), starts))
+        vectors = self._compute(Sequences(np.split(batch.tokens, np.cumsum(batch.lengths)[:-1]), starts))
         return BatchResult(batch.id, vectors, finite_rows(vectors), time.perf_counter() - started)
 
     def close(self) -> None:
         """Stop the threads and release the weights."""
-        if isinstance(self._run, Cores):
-            self._run.close()
-        self._run = None
+        if isinstance(self._compute, Cores):
+            self._compute.close()
+        self._compute = None

@@ -50,7 +50,7 @@ class Sequences:
         chosen, starts = list(indices), self.second_starts
         return Sequences([self.ids[i] for i in chosen], None if starts is None else [starts[i] for i in chosen])
 
-    def segments(self) -> list[Integers]:
+    def token_type_ids(self) -> list[Integers]:
         """Return for each token of each sequence the number of its segment, 0 or 1."""
         starts = self.lengths if self.second_starts is None else self.second_starts
         return [(np.arange(n) >= start).astype(np.int64) for n, start in zip(self.lengths, starts, strict=True)]
@@ -89,10 +89,10 @@ class Forward:
         pooler, encoder.pooler = getattr(encoder, "pooler", None), None  # part of the head
         on_cpu, eight_bit = device.type == "cpu", precision.effective == "int8"
         native_bf16 = precision.effective == "bf16" and precision.level == "native"
-        self._pad_rows = on_cpu and (eight_bit or native_bf16)
+        self._uses_onednn = on_cpu and (eight_bit or native_bf16)
         if eight_bit and not on_cpu:
             int8.quantize(encoder)
-        self.warning = onednn.pack(encoder, int8=eight_bit) if self._pad_rows else None
+        self.warning = onednn.pack(encoder, int8=eight_bit) if self._uses_onednn else None
         encoder.pooler = pooler
         self._model, self._encoder = model.to(device), encoder
         embeddings = getattr(encoder, "embeddings", None)
@@ -100,7 +100,7 @@ class Forward:
         offset = hasattr(embeddings, "create_position_ids_from_input_ids")
         self._first_position = int(embeddings.padding_idx) + 1 if offset and embeddings is not None else 0
         self._padding_id = int(model.config.pad_token_id or 0)
-        self._segments = plain.has_segments(model)
+        self._has_segments = plain.has_segments(model)
 
     def pack(self, on: bool = True) -> None:
         """Use packed attention, or padded attention if not `on`."""
@@ -114,27 +114,27 @@ class Forward:
         order = np.argsort([-n for n in sequences.lengths], kind="stable")
         ordered = sequences.take(order)
         if self.packed:
-            rows = self._packed_rows(ordered)
+            rows = self._run_packed(ordered)
         else:
             parts = split(ordered.lengths, self.batch_tokens)
-            rows = torch.cat([self._padded_rows(ordered.take(part)) for part in parts])
+            rows = torch.cat([self._run_padded(ordered.take(part)) for part in parts])
         if self._normalize:
             rows = torch.nn.functional.normalize(rows, dim=1)
         out = np.empty(rows.shape, dtype=np.float32)
         out[order] = rows.cpu().numpy()
         return out
 
-    def _packed_rows(self, sequences: Sequences) -> torch.Tensor:
+    def _run_packed(self, sequences: Sequences) -> torch.Tensor:
         lengths = sequences.lengths
         total = sum(lengths)
-        padding = np.zeros(onednn.padded_rows(total) - total if self._pad_rows else 0, dtype=np.int64)
+        padding = np.zeros(onednn.round_up_rows(total) - total if self._uses_onednn else 0, dtype=np.int64)
         within = np.concatenate([*(np.arange(n) for n in lengths), padding])
         inputs = {
             "input_ids": np.concatenate([*sequences.ids, padding + self._padding_id], dtype=np.int64),
             "position_ids": within + self._first_position,
         }
-        if self._segments and sequences.second_starts is not None:
-            inputs["token_type_ids"] = np.concatenate([*sequences.segments(), padding])
+        if self._has_segments and sequences.second_starts is not None:
+            inputs["token_type_ids"] = np.concatenate([*sequences.token_type_ids(), padding])
         layout = (
             packed.varlen_layout(lengths, self._device)
             if self._varlen
@@ -151,14 +151,14 @@ class Forward:
             rows = hidden[ends - counts if self._pooling == "cls" else ends - 1].float()
         return rows if self._head is None else self._head(rows)
 
-    def _padded_rows(self, sequences: Sequences) -> torch.Tensor:
+    def _run_padded(self, sequences: Sequences) -> torch.Tensor:
         lengths = np.array(sequences.lengths)
         real = np.arange(lengths.max()) < lengths[:, None]
         inputs = {"input_ids": np.full(real.shape, self._padding_id), "attention_mask": real.astype(np.int64)}
         inputs["input_ids"][real] = np.concatenate(sequences.ids)
-        if self._segments and sequences.second_starts is not None:
+        if self._has_segments and sequences.second_starts is not None:
             inputs["token_type_ids"] = np.zeros_like(inputs["input_ids"])
-            inputs["token_type_ids"][real] = np.concatenate(sequences.segments())
+            inputs["token_type_ids"][real] = np.concatenate(sequences.token_type_ids())
         on_device = {name: self._to_device(values) for name, values in inputs.items()}
         outputs = self._model(**on_device)
         if self._head is not None:  # the whole cross-encoder has its own head

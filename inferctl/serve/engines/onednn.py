@@ -30,7 +30,7 @@ _NO_ACTIVATION: tuple[Any, ...] = ("none", [], "")
 warnings.filterwarnings("ignore", message=r"torch\.quantize_per_tensor")
 
 
-def padded_rows(rows: int) -> int:
+def round_up_rows(rows: int) -> int:
     """Return to how many rows `rows` are padded: at most an eighth more, for 128 rows or more."""
     step = max(_MIN_STEP, 1 << max(0, (rows - 1).bit_length() - 4))
     return -(-rows // step) * step
@@ -48,7 +48,7 @@ class Linear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product in the format of `x`: [..., in] -> [..., out]."""
         rows = x.numel() // x.shape[-1]
-        if (size := padded_rows(rows)) == rows:
+        if (size := round_up_rows(rows)) == rows:
             return self._compute(x)
         flat = torch.nn.functional.pad(x.reshape(rows, -1), (0, 0, 0, size - rows))
         return self._compute(flat)[:rows].view(*x.shape[:-1], -1)

@@ -76,7 +76,7 @@ def layout(lengths: list[int], dtype: torch.dtype, padding_rows: int = 0) -> Lay
 
 
 def _powers_of_two(count: int) -> list[int]:
-    """Return `count` as a sum of falling powers of two. Few shapes limit oneDNN's code: see `onednn.padded_rows`."""
+    """Return `count` as a sum of falling powers of two. Few shapes limit oneDNN's code: see `onednn.round_up_rows`."""
     return [1 << bit for bit in reversed(range(count.bit_length())) if count >> bit & 1]
 
 

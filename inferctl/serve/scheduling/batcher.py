@@ -73,11 +73,11 @@ class PriorityQueue:
 
 @dataclass
 class Batcher:
-    """The queue in front of `engines` equal engines, or of an engine that runs `engines` batches at a time."""
+    """The queue in front of the ready engines, which run `slots` batches at a time in total."""
 
     limits: QueueLimits
     latency: LatencyModel = field(default_factory=LatencyModel)
-    engines: int = 1
+    slots: int = 1
     _interactive: PriorityQueue = field(default_factory=PriorityQueue, init=False)
     _bulk: PriorityQueue = field(default_factory=PriorityQueue, init=False)
     # The queued sequences by request and position. A sequence whose request is missing here was cancelled.
@@ -96,7 +96,7 @@ class Batcher:
     def submit(
         self, request: int, lengths: Sequence[int], now: float, *, bulk: bool = False, busy_s: float = 0.0
     ) -> float:
-        """Queue all sequences of a request and return its predicted latency (s). Raises `AdmissionError` like `check`.
+        """Queue all sequences of a request and return its predicted latency (s). Raises `AdmissionError`.
 
         `busy_s`: seconds until an engine is free. A request that takes longer than the longest wait is a bulk request,
         because others would wait for it.
@@ -104,7 +104,7 @@ class Batcher:
         total, longest_wait = sum(lengths), self.limits.max_wait_s
         if longest_wait is not None and self.latency.seconds(total, self.limits.batch_tokens) > longest_wait:
             bulk = True
-        predicted = self.check(total, max(lengths), bulk=bulk, busy_s=busy_s)
+        predicted = self.predict_latency(total, max(lengths), bulk=bulk, busy_s=busy_s)
         items = [QueuedSequence(request, index, tokens, now, bulk) for index, tokens in enumerate(lengths)]
         self._queue(bulk).sequences.extend(items)
         self._add(items)
@@ -117,7 +117,7 @@ class Batcher:
             self._safety_factor *= _RAISE if seconds > self._safety_factor * predicted else _LOWER
             self._safety_factor = min(max(self._safety_factor, 1.0), _MAX_SAFETY_FACTOR)
 
-    def check(self, tokens: int, longest: int = 1, *, bulk: bool = False, busy_s: float = 0.0) -> float:
+    def predict_latency(self, tokens: int, longest: int = 1, *, bulk: bool = False, busy_s: float = 0.0) -> float:
         """Return the predicted latency (s) of a request. Raises `AdmissionError` if the queue cannot accept it.
 
         `tokens`: the tokens of the request. `longest`: those of its longest sequence. `busy_s`: seconds until an engine
@@ -134,7 +134,7 @@ class Batcher:
             message = f"the predicted wait is {wait:.3g} s, and the limit is {self.limits.max_wait_s:g} s"
             raise AdmissionError("max_wait", message, wait - self.limits.max_wait_s)
         # The sequences run on all engines that are free by then. One sequence runs on one engine.
-        parallel = max(1, min(self.engines, tokens // max(_MIN_SPLIT_TOKENS, longest)))
+        parallel = max(1, min(self.slots, tokens // max(_MIN_SPLIT_TOKENS, longest)))
         predicted = wait + self.latency.seconds(tokens, self.limits.batch_tokens) / parallel
         if self.limits.slo_s is not None and not bulk and wait:
             late = predicted - self.limits.slo_s / self._safety_factor
@@ -145,7 +145,7 @@ class Batcher:
     def expected_wait(self, *, bulk: bool = True) -> float:
         """Return the seconds until the queue (`bulk` False: the interactive one) is processed; 0 if unknown."""
         tokens = self.waiting_tokens if bulk else self._interactive.tokens
-        return self.latency.seconds(tokens, self.limits.batch_tokens) / max(1, self.engines)
+        return self.latency.seconds(tokens, self.limits.batch_tokens) / max(1, self.slots)
 
     def cancel(self, request: int) -> None:
         """Remove the queued sequences of a request. Unknown requests are ignored."""
@@ -155,13 +155,13 @@ class Batcher:
             if len(queue.sequences) > 2 * queue.count + self.limits.window:
                 queue.sequences = deque(item for item in queue.sequences if item.request in self._requests)
 
-    def next_batch(self, now: float, slots: int = 1) -> list[QueuedSequence]:
+    def next_batch(self, now: float, free_slots: int = 1) -> list[QueuedSequence]:
         """Remove the next batch from the queue and return it; empty if nothing is queued.
 
-        `slots`: how many batches could start now; this batch gets its part of the queue. The batch keeps the token
+        `free_slots`: how many batches could start now; this batch gets its part of the queue. The batch keeps the token
         limit, except that a single sequence may exceed it.
         """
-        part = max(_MIN_SPLIT_TOKENS, math.ceil(self.waiting_tokens / slots))
+        part = max(_MIN_SPLIT_TOKENS, math.ceil(self.waiting_tokens / free_slots))
         budget = min(self.limits.batch_tokens, part)
         batch = self._take_overdue_bulk(now, budget)
         for queue in (self._interactive, self._bulk):

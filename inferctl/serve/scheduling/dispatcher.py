@@ -124,9 +124,9 @@ class Dispatcher:
         if self._requests.pop(number, None) is not None:
             self._batcher.cancel(number)
 
-    def check(self, *, bulk: bool = False) -> None:
+    def check_admission(self, *, bulk: bool = False) -> None:
         """Raise `AdmissionError` if even a request of one token would be rejected. Called before the body is read."""
-        self._batcher.check(1, bulk=bulk, busy_s=self._seconds_until_free())
+        self._batcher.predict_latency(1, bulk=bulk, busy_s=self._seconds_until_free())
 
     def _seconds_until_free(self) -> float:
         """Return the seconds until any engine can start another batch, at most 1 ms old."""
@@ -201,7 +201,7 @@ class Dispatcher:
     def _engines_changed(self) -> None:
         """Update what the batcher knows of the ready engines and their batch limits."""
         if queues := self._engines.values():
-            self._batcher.engines = sum(queue.slots for queue in queues)
+            self._batcher.slots = sum(queue.slots for queue in queues)
             tokens = min(queue.batch_tokens for queue in queues)
             self._batcher.limits = replace(self._batcher.limits, batch_tokens=tokens)
 
@@ -221,8 +221,8 @@ class Dispatcher:
         parts = [request.sequences[position] for request, position in found]
         lengths = np.array([len(part) for part in parts], dtype=np.int32)
         starts = [request.second_starts[position] for request, position in found if request.second_starts is not None]
-        segments = np.array(starts, dtype=np.int32) if starts else None
-        return Batch(next(self._ids), np.concatenate(parts), lengths, segments)
+        second_starts = np.array(starts, dtype=np.int32) if starts else None
+        return Batch(next(self._ids), np.concatenate(parts), lengths, second_starts)
 
     def _next(self, queue: EngineQueue, *, prefetch: bool) -> BatchAttempt | None:
         """Return what to send to the engine now: a retry if it is idle, else the next batch of the queue."""
@@ -232,7 +232,7 @@ class Dispatcher:
         if self._retries or not queue.free_slots(prefetch=prefetch and self._batcher.has_full_batch()):
             return None
         free_slots = sum(other.free_slots() for other in self._engines.values())
-        items = self._batcher.next_batch(self._clock(), slots=max(1, free_slots))
+        items = self._batcher.next_batch(self._clock(), free_slots=max(1, free_slots))
         return BatchAttempt(items) if items else None
 
     def _wanted(self, items: Sequence[QueuedSequence]) -> list[QueuedSequence]:
