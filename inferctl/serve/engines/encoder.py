@@ -78,9 +78,8 @@ class EncoderEngine:
             forward = load_model(info.batch_tokens)
             forward.pack(info.attention == "packed")
         else:
-            check = Checks(
-                folder, settings, self._memory_hint
-            )  # before the model is loaded: memory may be insufficient for both
+            # Before the model is loaded: memory may be insufficient for both.
+            check = Checks(folder, settings, self._memory_hint)
             forward = load_model(config.max_batch_tokens)
             info = self._choose_settings(check, forward, no_kernel, device_info, precision, cores)
         self._compute = run = Cores(forward, cores, info.parallel) if on_cpu else forward
