@@ -32,7 +32,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
     Skip slow measurements unless `-m` names their marker.
     """
-    if item.get_closest_marker("docker"):
+    if item.get_closest_marker("docker") and not item.get_closest_marker("xdist_group"):
         item.add_marker(pytest.mark.xdist_group("docker"))
     if item.get_closest_marker("slow_measurement") and "slow_measurement" not in item.config.option.markexpr:
         item.add_marker(pytest.mark.skip(reason="takes minutes; `make nightly` runs it"))

@@ -31,7 +31,7 @@ from inferctl.image.size_forecast import ImagePart, SizeForecast
 from inferctl.image.verify import exit_error
 from tests.image import tiny
 
-pytestmark = [pytest.mark.docker, pytest.mark.xdist_group("docker")]
+pytestmark = pytest.mark.docker
 REGISTRY = "localhost:5000"
 
 
