@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,18 @@ def make_cross_encoder(folder: Path, architecture: str, **settings: Any) -> Path
     return folder
 
 
+def vocabulary(texts: list[str], splitter: Any) -> tuple[list[str], list[str]]:
+    """Return the characters of the texts, and their 1,000 most frequent words of several characters."""
+    counts = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
+    words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
+    return sorted({character for word in counts for character in word}), words[:1000]
+
+
 def make_tokenizer(architecture: str) -> Any:
-    """Return a tokenizer, trained on the benchmark's corpus, with the model and the pair format of `architecture`."""
+    """Return a tokenizer for the benchmark's corpus, with the model and the pair format of `architecture`.
+
+    Equal in each process: the trainers of WordPiece and Unigram are not, so their vocabularies are counted here.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -93,25 +104,29 @@ def make_tokenizer(architecture: str) -> Any:
         special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     else:
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer: Any
     if architecture == "xlm-roberta":
-        tokenizer = Tokenizer(models.Unigram())
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        splitter = pre_tokenizers.Metaspace()
+        characters, words = vocabulary(texts, splitter)
+        scored = [(token, 0.0) for token in special]
+        scored += [(token, -12.0) for token in characters] + [(word, -8.0) for word in words]
+        tokenizer = Tokenizer(models.Unigram(scored, unk_id=special.index("<unk>")))
+        tokenizer.pre_tokenizer = splitter
         tokenizer.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(vocab_size=2000, special_tokens=special, unk_token="<unk>")
     elif architecture in ("roberta", "mpnet", "modernbert", "qwen3"):
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet)
+        tokenizer.train_from_iterator(texts, trainer)
     else:
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        tokenizer.normalizer = normalizers.BertNormalizer()
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        splitter, normalizer = pre_tokenizers.BertPreTokenizer(), normalizers.BertNormalizer()
+        characters, words = vocabulary([normalizer.normalize_str(text) for text in texts], splitter)
+        tokens = [*special, *characters, *(f"##{character}" for character in characters), *words]
+        tokenizer = Tokenizer(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
         tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=2000, special_tokens=special)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(special)
     start, end = special[0] if special[0] == "<s>" else "[CLS]", "</s>" if special[0] == "<s>" else "[SEP]"
     pair = f"{start} $A {end} {end} $B {end}" if start == "<s>" else f"{start}:0 $A:0 {end}:0 $B:1 {end}:1"
     tokenizer.post_processor = processors.TemplateProcessing(
