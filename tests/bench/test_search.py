@@ -694,6 +694,7 @@ def test_a_search_of_a_server_is_in_its_receipt(answering: Callable[..., str], t
 
 
 @pytest.mark.slow_measurement
+@pytest.mark.timeout(900)  # it measures longer on an unsteady machine
 def test_a_search_stops_below_the_rate_of_a_server_with_a_queue(answering: Callable[..., str], tmp_path: Path) -> None:
     """One slot of 4 ms and a queue of 100: the server rejects requests above 250 requests/s.
 
