@@ -98,7 +98,7 @@ class Serve(_Section):
         description="After SIGTERM, the server reports that it is not ready but accepts requests for this long.",
     )
     drain_seconds: float = Field(
-        30.0, ge=0, le=86_400, description="After SIGTERM, how long the server waits for accepted requests to finish."
+        25.0, ge=0, le=86_400, description="After SIGTERM, how long the server waits for accepted requests to finish."
     )
 
 

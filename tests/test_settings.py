@@ -80,7 +80,7 @@ def test_flags_override_environment_file_and_defaults() -> None:
     environment = {"INFERCTL_SERVE_PORT": "2", "INFERCTL_SERVE_PRECISION": "fp16"}
     resolved = settings.resolve(document, environment, {"serve.port": 3, "serve.host": None}, VOCABULARY)
     serve = resolved.spec.serve
-    assert (serve.port, serve.precision, serve.host, serve.drain_seconds) == (3, "fp16", "file", 30.0)
+    assert (serve.port, serve.precision, serve.host, serve.drain_seconds) == (3, "fp16", "file", 25.0)
     origins = [resolved.origins[f"serve.{name}"] for name in ("port", "precision", "host", "drain_seconds")]
     assert origins == ["flag --port", "env INFERCTL_SERVE_PRECISION", "inferctl.yaml:7", "default"]
 
