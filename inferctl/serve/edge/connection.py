@@ -149,8 +149,8 @@ class Connection(HttpToolsProtocol):
         """
         self._written += len(data)
         if self._unsent:
-            data, self._unsent = self._unsent + data, b""
-            self._socket.write(data)
+            parts, self._unsent = (self._unsent, data), b""
+            self._socket.writelines(parts)
         else:
             self._unsent = data
             self.loop.call_soon(self._send)
