@@ -48,7 +48,7 @@ class _Connection(asyncio.Protocol):
         self.on_response: Callable[[int], None] = lambda _: None
         self._buffer = bytearray()
         self._missing = -1
-        self._busy = False
+        self._chunked = self._busy = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
@@ -71,8 +71,9 @@ class _Connection(asyncio.Protocol):
             self._status = int(head[9:12])
             at = head.find(b"content-length:")
             stop = head.find(b"\r\n", at)
-            self._missing = end + 4 + int(head[at + 15 : stop if stop > 0 else end])
-        if len(self._buffer) >= self._missing:
+            self._chunked = at < 0
+            self._missing = end + 4 + (0 if self._chunked else int(head[at + 15 : stop if stop > 0 else end]))
+        if len(self._buffer) >= self._missing and not (self._chunked and self._buffer[-7:] != b"\r\n0\r\n\r\n"):
             self._buffer.clear()
             self._missing = -1
             self._busy = False

@@ -143,12 +143,12 @@ def test_no_part_is_declared_more_expensive_by_the_front_end(
     assert {(one["verdict"], one["reason"]) for one in row["against"]["prices"]} == {
         ("undecided", "limited by the front end")
     }
-    assert estimated(capsys, config, *options, "128", "--inputs", "8")["rows"][0]["limited_by"] == "engine"
+    assert estimated(capsys, config, *options, "128", "--inputs", "32")["rows"][0]["limited_by"] == "engine"
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.run(["estimate", "--config", config, *options, "128"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "x behind this front end. aws: 5.22x the price, undecided: limited by the front end" in said
-    assert "at most what one API process serves behind this front end: 11.1k texts/s" in said
+    assert "at most what one API process serves behind this front end: 4563 texts/s" in said
 
 
 @pytest.mark.parametrize(
