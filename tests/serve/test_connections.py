@@ -321,6 +321,25 @@ def test_a_client_that_reads_slowly_but_steadily_gets_the_whole_response(server:
     assert size > LARGE_BYTES
 
 
+def test_a_client_that_stops_reading_is_closed_however_much_it_has_read(server: Served) -> None:
+    with server.connect(LARGE) as connection:
+        size = 0
+        while size < LARGE_BYTES // 2:
+            size += len(connection.recv(1 << 16))
+        until(lambda: is_closed(connection), 10)
+
+
+def test_the_idle_time_begins_when_the_response_is_read(server: Served) -> None:
+    with server.connect(LARGE) as connection:
+        size, started = 0, time.monotonic()
+        while size < LARGE_BYTES:
+            size += len(connection.recv(1 << 18))
+            time.sleep(0.02)
+        assert time.monotonic() - started > 2 * QuickConnection.idle_s
+        connection.sendall(OK)
+        assert b'"bytes": 3' in read_response(connection)
+
+
 def test_a_client_that_ends_its_side_gets_the_response_that_is_written(server: Served) -> None:
     with server.connect(HEAD + b"content-length: x\r\n\r\n") as connection:
         connection.shutdown(socket.SHUT_WR)

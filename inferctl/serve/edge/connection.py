@@ -34,15 +34,16 @@ class Connection(HttpToolsProtocol):
     max_headers = 200
     max_header_bytes = 64 * 1024  # with trailers and what is around the chunks of a body
     max_unread_bytes = 256 * 1024 * 1024  # responses that clients have not read, of all connections
-    transfer_s = 30.0  # to receive a request, or to send a response, and 1 s more per `bytes_per_s` bytes
-    bytes_per_s = 16 * 1024
+    transfer_s = 30.0  # to receive a request, and 1 s more per `bytes_per_s` bytes
+    bytes_per_s = 16 * 1024  # a client that reads a response may be behind this by `transfer_s`
     idle_s = 75.0  # between requests; longer than common load balancers keep an idle connection
     linger_s = 2.0  # to drop what a client still sends after its response
     interval_s = 1.0  # between two checks of the deadlines
 
-    def __init__(self, on_rejected: Callable[[int, str], None], **uvicorn: Any) -> None:
+    def __init__(self, on_rejected: Callable[[int, str], None], readers: set[Connection], **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
         self._on_rejected = on_rejected
+        self._readers = readers  # the connections of a server with large unread responses
         self._socket: asyncio.Transport
         self._deadline = math.inf  # only the events of a request set it, so other bytes cannot extend it
         self._receiving = False  # a request has begun and is not complete
@@ -51,8 +52,8 @@ class Connection(HttpToolsProtocol):
         self._upgrade = b""
         self._unsent = b""  # a part of a response that is sent with the next one, or in the next turn of the event loop
         self._received = self._body = 0  # bytes of the request, and of its body
-        self._written = self._read = 0  # bytes of responses; those that were read before `_unread_since`
-        self._unread_since = math.inf
+        self._written = self._read = 0  # bytes of responses; those that were read at the last look
+        self._read_deadline = math.inf  # until which the client must read more
 
     def connection_made(self, transport: Any) -> None:
         """Start the deadline of the first request. Reject the connection if there are too many."""
@@ -62,6 +63,11 @@ class Connection(HttpToolsProtocol):
         if len(self.connections) > self.max_connections:
             self._reject(at_capacity(f"{self.max_connections} connections are open", "too_many_connections", 1))
             transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection. Called by the transport."""
+        self._readers.discard(self)
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Parse what arrives, and reject a request that is invalid or has too many or too large headers."""
@@ -155,8 +161,8 @@ class Connection(HttpToolsProtocol):
             self._unsent = data
             self.loop.call_soon(self._send)
         if self.unread_bytes() > _FEW_BYTES:
-            self.check(self.loop.time())
-            self.limit_unread_bytes(self.connections)
+            self._readers.add(self)
+            self.limit_unread_bytes(self._readers, self.loop.time())
 
     def _send(self) -> None:
         if self._unsent and not self._socket.is_closing():
@@ -185,11 +191,11 @@ class Connection(HttpToolsProtocol):
         """Let the response go on, so that a client that does not read holds no request. Called by the transport."""
 
     @classmethod
-    def limit_unread_bytes(cls, connections: set[Any]) -> None:
+    def limit_unread_bytes(cls, connections: set[Any], now: float) -> None:
         """Reset the clients that read most slowly, if the unread responses of all are larger than the limit."""
         excess = sum(each.unread_bytes() for each in connections) - cls.max_unread_bytes
         if excess > 0:
-            for each in sorted(connections, key=lambda each: each.unread_deadline()):
+            for each in sorted(connections, key=lambda each: each.read_deadline(now)):
                 excess -= each.unread_bytes()
                 each.abort()
                 if excess <= 0:
@@ -199,20 +205,23 @@ class Connection(HttpToolsProtocol):
         """Return how many bytes of responses wait until the client reads."""
         return self._socket.get_write_buffer_size() + len(self._unsent)
 
-    def unread_deadline(self) -> float:
-        """Return the time until which the client must read the response."""
-        read = self._written - self.unread_bytes() - self._read
-        return self._unread_since + self.transfer_s + read / self.bytes_per_s
+    def read_deadline(self, now: float) -> float:
+        """Return the time until which the client must read more. What it reads never counts for longer than that."""
+        unread = self.unread_bytes()
+        read, self._read = self._written - unread - self._read, self._written - unread
+        if not unread:
+            self._read_deadline = math.inf
+            self._readers.discard(self)
+        else:
+            self._read_deadline = min(now + self.transfer_s, self._read_deadline + read / self.bytes_per_s)
+        return self._read_deadline
 
     def check(self, now: float) -> None:
         """Apply the deadlines."""
-        unread = self.unread_bytes()
-        if not unread:
-            self._unread_since = math.inf
-        elif self._unread_since == math.inf:
-            self._unread_since, self._read = now, self._written - unread
-        if now > self.unread_deadline():
+        if now > self.read_deadline(now):
             self.abort()
+        elif max(self._read_deadline, self._deadline) < math.inf and not (self._receiving or self._dropping):
+            self._deadline = now + self.idle_s  # the client is idle once it has read the response
         elif now > self._deadline and self._receiving:
             self._reject(ApiError(408, "the request did not arrive in time", code="request_timeout"))
         elif now > self._deadline:
@@ -221,6 +230,7 @@ class Connection(HttpToolsProtocol):
     def abort(self) -> None:
         """Reset the connection. Otherwise, the kernel would still wait for the client to read."""
         self.connections.discard(self)
+        self._readers.discard(self)
         reset = struct.pack("ii", 1, 0)
         self._socket.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
         self._socket.abort()

@@ -18,8 +18,8 @@ from inferctl.errors import NotReadyError
 from inferctl.serve.edge.connection import Connection
 
 _MAX_UNSENT_BYTES = 128 * 1024
-# New connections that wait. While two clients connected and reset as fast as they could, another client waited up to
-# 4 s behind uvicorn's 2,048, and 60 ms behind 256. 1,000 clients that connect at once need no more.
+# New connections that wait. While two clients connected and reset as fast as they could, one connection at a time,
+# another client waited up to 4 s behind uvicorn's 2,048, and 60 ms behind 256. Bursts of 50 still delay it by seconds.
 _BACKLOG = 256
 
 
@@ -85,7 +85,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=cast(Any, functools.partial(connection, on_rejected)),
+                http=cast(Any, functools.partial(connection, on_rejected, set())),
                 ws="none",
                 log_config=None,
                 access_log=False,
@@ -120,4 +120,4 @@ class HttpServer(uvicorn.Server):
             connections = cast(set[Connection], self.server_state.connections)
             for connection in tuple(connections):
                 connection.check(asyncio.get_running_loop().time())
-            self._connection.limit_unread_bytes(connections)
+            self._connection.limit_unread_bytes(connections, asyncio.get_running_loop().time())
