@@ -32,7 +32,7 @@ TIMEOUT_S = 120
 
 
 def post(url: str, body: object) -> int:
-    """Send one request and return its status; 0 without a response. As a bulk request, it is not rejected by the SLO."""
+    """Send one bulk request, which no SLO rejects, and return its status; 0 without a response."""
     headers = {"content-type": "application/json", "x-priority": "bulk"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:

@@ -41,8 +41,8 @@ _MAX_WAITING_CHARACTERS = 4_000_000
 # Executors start a thread only if none is idle. So each warm-up task waits up to this long (s) for the others.
 _WARM_UP_TIMEOUT_S = 60.0
 
-# The token ids of a pair of texts, and the index of the first token of the second segment: their number if the tokenizer
-# gives no second segment.
+# The token ids of a pair of texts, and the index of the first token of the second segment: the number of ids if the
+# tokenizer gives no second segment.
 Pair: TypeAlias = tuple[Tokens, int]
 T = TypeVar("T")
 

@@ -98,7 +98,8 @@ def test_after_a_sigkill_no_run_is_lost_and_none_made_twice(killed: Path, tmp_pa
     code, shown, told = finished("--resume", str(killed), "--json", folder=tmp_path)
     assert code == 0, told
     assert "2 of 4 runs are complete, 2 remain" in told
-    assert [line.split(" · ")[0] for line in told.splitlines() if "· measure ·" in line] == ["[3/4] two", "[4/4] one"]
+    measured = [line.split(" · ")[0] for line in told.splitlines() if "· measure ·" in line]
+    assert measured == ["[3/4] two", "[4/4] one"]
     assert sorted(entry.name for entry in (killed / "runs").iterdir()) == ["one-1", "one-2", "two-1", "two-2"]
     for name, content in complete.items():
         assert (killed / "runs" / name / "run.json").read_bytes() == content
