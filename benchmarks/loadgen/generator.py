@@ -232,12 +232,10 @@ class Generator:
             self.warmup_ms.append((end - intended) / 1e6)
         if request.user is None:
             return
-        pause_s = 0.0
         if request.error == CONNECTION or (response and response.status == TOO_MANY_REQUESTS):
             # Without a pause, a server that has ended or rejects would receive requests at the highest possible rate.
             seconds = number(response.headers.get("retry-after")) if response else NAN
             pause_s = seconds if seconds > 0 else PAUSE_S
-        if pause_s:
             gevent.spawn_later(pause_s, lambda: self._send_next(request.user, time.monotonic_ns()))
         else:
             self._send_next(request.user, end)

@@ -190,7 +190,7 @@ def test_a_crashing_request_among_others_on_several_engines(three: Running) -> N
     assert load.unavailable == 0
 
 
-def test_a_hung_encoder(serve: Serve, tiny: Callable[..., Path]) -> None:
+def test_an_encoder_is_killed_and_another_hangs(serve: Serve, tiny: Callable[..., Path]) -> None:
     # Small batches, so that the predicted time of the largest one does not delay the detection of the hung engine.
     limits = ("--max-batch-tokens", "64", "--max-input-tokens", "32", "--hang-seconds", "2")
     model = str(tiny("bert", "mean_tokens"))
@@ -200,12 +200,15 @@ def test_a_hung_encoder(serve: Serve, tiny: Callable[..., Path]) -> None:
     vectors = [entry["embedding"] for entry in server.embed(input=texts).json()["data"]]
     with Load(server, lambda n: (texts[n % 40], vectors[n % 40])).running(2) as load:
         load.wait_for_progress(20)
+        os.kill(engines_of(server)[0], signal.SIGKILL)
+        load.wait_for_progress(20)
+        wait_for_engines(server, 2)
         os.kill(engines_of(server)[1], signal.SIGSTOP)
         until(lambda: server.get("/info").json()["engines"]["hangs"] == 1)
         load.wait_for_progress(20)
         wait_for_engines(server, 2)  # another process replaces it
     assert load.unavailable == 0
-    assert server.get("/info").json()["engines"]["restarts"] == 1
+    assert server.get("/info").json()["engines"]["restarts"] == 2
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,7 @@ class HttpServer(uvicorn.Server):
         while True:
             await asyncio.sleep(self._connection.interval_s)
             connections = cast(set[Connection], self.server_state.connections)
+            now = asyncio.get_running_loop().time()
             for connection in tuple(connections):
-                connection.check(asyncio.get_running_loop().time())
-            self._connection.limit_unread_bytes(connections, asyncio.get_running_loop().time())
+                connection.check(now)
+            self._connection.limit_unread_bytes(connections, now)
