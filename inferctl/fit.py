@@ -19,7 +19,7 @@ _WORST = ("ok", "warn", "error")
 
 # CUDA context, library workspaces and allocator overhead of one process. A conservative round figure, not measured.
 CUDA_OVERHEAD_BYTES = 1_000_000_000
-_BYTES_PER_PARAMETER = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+_BYTES_PER_PARAMETER = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 _FULL_SHARE = 0.9
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # CUDA libraries that the torch wheels contain.
@@ -253,7 +253,9 @@ def _duplicate_cuda(base: BaseImage, stack: Stack) -> Iterator[Finding]:
 
 def _level(precision: str, part: Hardware) -> tuple[Level | Literal["depends"], str]:
     if part.kind == "cpu" and precision != "fp32":
-        needs = {"bf16": "avx512_bf16 or amx_bf16", "fp16": "avx512_fp16 or amx_fp16", "int8": "VNNI or AMX"}[precision]
+        needs = {"bf16": "avx512_bf16 or amx_bf16", "fp16": "avx512_fp16 or amx_fp16", "int8": "VNNI or AMX"}.get(
+            precision, "fp8"
+        )
         return "depends", f"native on a processor with {needs}, otherwise emulated and slow"
     result = support(precision, part.traits)
     return result.level, result.reason

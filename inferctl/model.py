@@ -22,6 +22,15 @@ from inferctl.spec import HUB_ID, Task, TaskSetting
 SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".gguf", ".jinja"})
 
 
+# Ends of the class names of generative models.
+GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_MADE_FOR: dict[TaskSetting, str] = {
+    "embed": "an embedding model",
+    "rerank": "a cross-encoder",
+    "generate": "a generative model",
+}
+
+
 @dataclass(frozen=True)
 class ModelFolder:
     """A local model: a folder with `config.json` and `*.safetensors`."""
@@ -37,6 +46,11 @@ class ModelFolder:
     def architecture(self) -> str:
         """Class name of the model, such as `BertModel`."""
         return architecture(self.config)
+
+    @property
+    def has_modules(self) -> bool:
+        """Whether the folder has the `modules.json` of sentence-transformers, so it is an embedding model."""
+        return (self.path / "modules.json").is_file()
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -130,14 +144,20 @@ def architecture(config: Mapping[str, Any]) -> str:
     return str(names[0])
 
 
-def resolve_task(requested: TaskSetting, config: Mapping[str, Any], source: str) -> Task:
+def resolve_task(requested: TaskSetting, config: Mapping[str, Any], source: str, *, has_modules: bool = False) -> Task:
     """Return the task of the model `source`: `requested`, or for `auto` the one that its `config.json` implies.
 
-    Raises `UsageError` if the model is made for another task, or is a classifier with more labels than the one score of
-    a cross-encoder.
+    `has_modules`: whether the folder has `modules.json`, as embedding models of sentence-transformers do; some of them
+    have the architecture of a generative model. Raises `UsageError` if the model is made for another task, or is a
+    classifier with more labels than the one score of a cross-encoder.
     """
     name = architecture(config)
-    task: Task = "rerank" if name.endswith("ForSequenceClassification") else "embed"
+    generative = name.endswith(GENERATIVE)
+    task: Task = "embed"
+    if name.endswith("ForSequenceClassification"):
+        task = "rerank"
+    elif generative and not has_modules:
+        task = "generate"
     labels = len(config.get("id2label") or ()) or config.get("num_labels", 2)  # 2 is the default of transformers
     if task == "rerank" and labels != 1:
         raise UsageError(
@@ -146,14 +166,12 @@ def resolve_task(requested: TaskSetting, config: Mapping[str, Any], source: str)
         )
     if requested in ("auto", task):
         return task
-    if requested == "rerank":
-        raise UsageError(
-            f"model.task: rerank requires a cross-encoder (...ForSequenceClassification), but {source} is a {name}",
-            "set `model.task: auto`, or choose a cross-encoder",
-        )
+    if generative and requested in ("embed", "generate"):
+        return "embed" if requested == "embed" else "generate"
+    requires, made_for = _MADE_FOR[requested], _MADE_FOR[task]
     raise UsageError(
-        f"model.task: embed requires an embedding model, but {source} is a cross-encoder ({name})",
-        "set `model.task: auto`, or choose an embedding model",
+        f"model.task: {requested} requires {requires}, but {source} is {made_for} ({name})",
+        f"set `model.task: auto`, or choose {requires}",
     )
 
 

@@ -13,9 +13,9 @@ DEFAULT_FILE = "inferctl.yaml"
 # The hub accepts at most 96 characters. A longer name is a path.
 HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}"
 
-Precision = Literal["auto", "fp32", "fp16", "bf16", "int8"]
-Task = Literal["embed", "rerank"]
-TaskSetting = Literal["auto", "embed", "rerank"]
+Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "fp8"]
+Task = Literal["embed", "rerank", "generate"]
+TaskSetting = Literal["auto", "embed", "rerank", "generate"]
 Weights = Literal["mount", "bake", "download"]
 # One path component of an image name, as Docker accepts it.
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
@@ -49,7 +49,9 @@ class Model(_Section):
     task: TaskSetting = Field(
         "auto",
         description="Task of the server. `embed`: embeddings. `rerank`: scores of a cross-encoder. "
-        "`auto`: rerank if config.json names a `...ForSequenceClassification`, else embed.",
+        "`generate`: chat and completions with vLLM. `auto`: rerank if config.json names a "
+        "`...ForSequenceClassification`, generate if it names a `...ForCausalLM`, `...LMHeadModel` or "
+        "`...ForConditionalGeneration` and the folder has no modules.json, else embed.",
     )
     weights: Weights = Field(
         "mount",
@@ -68,7 +70,9 @@ class Serve(_Section):
     """Settings of the server. Each one can be overridden when the server starts."""
 
     precision: Precision = Field(
-        "auto", description="Number format of the forward pass. `auto` selects the best one that is native."
+        "auto",
+        description="Number format of the forward pass. `auto` selects the best one that is native. `fp8`: generation "
+        "only; weights and, where the GPU can, activations in 8 bits.",
     )
     host: OneLine = Field("127.0.0.1", description="Address to listen on. In a container always 0.0.0.0.")
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 selects a free port.")
@@ -91,6 +95,31 @@ class Serve(_Section):
         description="Maximum predicted time in the queue. The server rejects requests with a longer one with 429.",
     )
     max_client_batch: int = Field(2048, ge=1, le=65536, description="Maximum number of inputs in one request.")
+    max_context_tokens: int | None = Field(
+        None,
+        ge=16,
+        le=16_777_216,
+        description="Generation: maximum number of tokens of a prompt and its answer together. "
+        "Default: the model's own limit.",
+    )
+    max_sequences: int | None = Field(
+        None, ge=1, le=65536, description="Generation: maximum number of sequences in one step. Default: vLLM's own."
+    )
+    kv_cache: Size | None = Field(
+        None,
+        description="Generation: memory of the KV cache, such as `4GB`. Default: on GPUs what remains of "
+        "`gpu_memory_share`, on CPUs 4 GiB or what the longest context requires.",
+    )
+    gpu_memory_share: float = Field(
+        0.9, gt=0, le=1, description="Generation: share of the GPU's memory for weights, activations and KV cache."
+    )
+    gpus: int = Field(
+        1, ge=1, le=64, description="Generation: number of GPUs that share the weights (tensor parallelism)."
+    )
+    vllm_options: list[OneLine] = Field(
+        default_factory=list,
+        description="Generation: further options for `vllm serve`, one list entry per word. They are not checked.",
+    )
     grace_seconds: float = Field(
         1.0,
         ge=0,

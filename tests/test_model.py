@@ -40,7 +40,15 @@ def test_the_task_is_the_one_that_the_model_is_made_for() -> None:
         model.resolve_task("auto", cross_encoder, "m") == model.resolve_task("rerank", cross_encoder, "m") == "rerank"
     )
     assert model.resolve_task("auto", {}, "m") == "embed"
-    with pytest.raises(UsageError, match="m is a BertModel"):
+    for name in ("LlamaForCausalLM", "GPT2LMHeadModel", "Gemma3ForConditionalGeneration"):
+        config = {"architectures": [name]}
+        assert model.resolve_task("auto", config, "m") == model.resolve_task("generate", config, "m") == "generate"
+        # Embedding models such as Qwen3-Embedding have the architecture of a generative model.
+        assert model.resolve_task("auto", config, "m", has_modules=True) == "embed"
+        assert model.resolve_task("embed", config, "m") == "embed"
+    with pytest.raises(UsageError, match=r"generate requires a generative model, but m is an embedding model"):
+        model.resolve_task("generate", encoder, "m")
+    with pytest.raises(UsageError, match=r"m is an embedding model \(BertModel\)"):
         model.resolve_task("rerank", encoder, "m")
     with pytest.raises(UsageError, match=r"m is a cross-encoder \(XLMRobertaForSequenceClassification\)"):
         model.resolve_task("embed", cross_encoder, "m")

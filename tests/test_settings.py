@@ -92,7 +92,7 @@ def test_an_error_in_a_flag_or_variable_names_it_instead_of_a_line() -> None:
     )
     assert problems(GOOD, serve__precision="b16")[0] == (
         None,
-        "serve.precision (from --precision): 'b16' is not one of auto, fp32, fp16, bf16, int8",
+        "serve.precision (from --precision): 'b16' is not one of auto, fp32, fp16, bf16, int8, fp8",
         "did you mean bf16?",
     )
 
@@ -185,7 +185,7 @@ def test_weights_are_downloaded_from_a_hub_only() -> None:
 
 
 def test_an_unknown_task_is_rejected() -> None:
-    assert problems(GOOD + "  task: generate\n")[0][1] == "model.task: 'generate' is not one of auto, embed, rerank"
+    assert problems(GOOD + "  task: chat\n")[0][1] == "model.task: 'chat' is not one of auto, embed, rerank, generate"
 
 
 def test_an_empty_section_means_its_defaults() -> None:

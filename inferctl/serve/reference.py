@@ -32,7 +32,7 @@ def reference(source: str, inputs: list[Any], max_input_tokens: int | None = Non
     Raises `UsageError` if the folder is not a model, or the inputs are not for its task.
     """
     folder = model.find(source)
-    task = model.resolve_task("auto", folder.config, source)
+    task = model.resolve_task("auto", folder.config, source, has_modules=folder.has_modules)
     if (task == "rerank") is isinstance(inputs[0], str):
         raise UsageError(f"{source} is a model for {task}", "pass texts to embed, or pairs of texts to rerank")
     config = task_config.read(task, folder.path, max_input_tokens)

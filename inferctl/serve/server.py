@@ -126,7 +126,7 @@ class Server:
 
     def __init__(self, spec: Spec, options: ServerOptions, notify: Callable[[str], None], folder: ModelFolder) -> None:
         self._spec, self._options, self._notify, self._folder = spec, options, notify, folder
-        task = model.resolve_task(spec.model.task, folder.config, spec.model.source)
+        task = model.resolve_task(spec.model.task, folder.config, spec.model.source, has_modules=folder.has_modules)
         self._config = config = task_config.read(task, folder.path, spec.serve.max_input_tokens)
         metrics = Metrics()
         capacity = Capacity.read(options.capacity) if options.capacity else None

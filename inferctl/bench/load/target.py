@@ -32,6 +32,7 @@ from inferctl.spec import Task
 PATHS: Mapping[Task, tuple[str, ...]] = {
     "embed": ("/v1/embeddings", "/embeddings", "/embed"),
     "rerank": ("/v1/rerank", "/rerank"),
+    "generate": ("/v1/chat/completions", "/v1/completions"),
 }
 _ABSENT = (404, 405, 501)
 # HTTP statuses of a server that rejects an unknown key of a request.
