@@ -252,10 +252,8 @@ def _duplicate_cuda(base: BaseImage, stack: Stack) -> Iterator[Finding]:
 
 
 def _level(precision: str, part: Hardware) -> tuple[Level | Literal["depends"], str]:
-    if part.kind == "cpu" and precision != "fp32":
-        needs = {"bf16": "avx512_bf16 or amx_bf16", "fp16": "avx512_fp16 or amx_fp16", "int8": "VNNI or AMX"}.get(
-            precision, "fp8"
-        )
+    if part.kind == "cpu" and precision not in ("fp32", "fp8"):
+        needs = {"bf16": "avx512_bf16 or amx_bf16", "fp16": "avx512_fp16 or amx_fp16", "int8": "VNNI or AMX"}[precision]
         return "depends", f"native on a processor with {needs}, otherwise emulated and slow"
     result = support(precision, part.traits)
     return result.level, result.reason

@@ -5,11 +5,19 @@ This is the only place that decides it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-Level = Literal["native", "emulated", "unsupported"]
+# `weight-only`: 8 or 4 bits in memory, 16-bit products. `unknown`: only vLLM decides, when it starts. Both: generation.
+Level = Literal["native", "weight-only", "emulated", "unknown", "unsupported"]
+
+_DTYPES = {"float32": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}
+# Model types that vLLM rejects in fp16 for numerical instability (vllm/config/model.py).
+_WITHOUT_FP16 = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4"})
+# Formats of prepared checkpoints that vLLM 0.32 no longer reads (QUANTIZATION_METHODS), or reads only on request.
+_REMOVED_METHODS = frozenset({"bitsandbytes", "aqlm", "eetq", "hqq", "fbgemm_fp8", "fp_quant"})
 
 
 @dataclass(frozen=True)
@@ -23,10 +31,40 @@ class DeviceTraits:
 
 @dataclass(frozen=True)
 class Support:
-    """How a device runs a precision, with the reason in one line."""
+    """How a device runs a precision, with the reason in one line and, for an unsupported one, what to do instead."""
 
     level: Level
     reason: str
+    hint: str | None = None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the weights of a prepared checkpoint are stored.
+
+    `method` is the `quant_method` of its `config.json`, such as `gptq`. `weights` is their format, such as int8, fp8 or
+    int4; None if unknown. `activations` is the format that the products use, None for 16 bits. `per_block`: whether
+    the scales are those of blocks of weights.
+    """
+
+    method: str
+    weights: str | None
+    activations: str | None = None
+    per_block: bool = False
+
+    @property
+    def name(self) -> str:
+        """The format in words: `int8 (compressed-tensors)`."""
+        return f"{self.weights} ({self.method})" if self.weights else self.method
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The facts of a generative model that decide its precision. `dtype` is fp32, fp16 or bf16; None if not stated."""
+
+    model_type: str | None = None
+    dtype: str | None = None
+    quantization: Quantization | None = None
 
 
 def capability_of(text: str) -> tuple[int, int]:
@@ -38,9 +76,11 @@ def capability_of(text: str) -> tuple[int, int]:
 
 
 def support(precision: str, device: DeviceTraits) -> Support:
-    """Return whether `device` runs `precision` natively, emulates it or does not support it."""
+    """Return how `device` runs `precision` for embeddings and reranking: natively, emulated or not at all."""
     if precision == "fp32":
         return Support("native", "fp32 runs everywhere")
+    if precision == "fp8":
+        return Support("unsupported", "fp8 is for generation; embeddings and reranking do not have it", "use auto")
     if device.kind == "cuda":
         return _cuda_support(precision, device.compute_capability or (0, 0))
     return _cpu_support(precision, device.cpu_flags)
@@ -51,6 +91,196 @@ def best_precision(device: DeviceTraits) -> str:
     if support("bf16", device).level == "native":
         return "bf16"
     return "fp16" if device.kind == "cuda" and support("fp16", device).level == "native" else "fp32"
+
+
+def checkpoint_of(config: Mapping[str, Any]) -> Checkpoint:
+    """Return the facts of a generative model from its `config.json`, also if a multimodal one nests them."""
+    text = config.get("text_config")
+    nested: Mapping[str, Any] = text if isinstance(text, Mapping) else {}
+
+    def first(*names: str) -> Any:
+        return next((section[name] for section in (config, nested) for name in names if section.get(name)), None)
+
+    stored = first("quantization_config", "compression_config")
+    return Checkpoint(
+        first("model_type"),
+        _DTYPES.get(str(first("dtype", "torch_dtype")).removeprefix("torch.")),
+        _quantization(stored) if isinstance(stored, Mapping) else None,
+    )
+
+
+def generation_support(precision: str, device: DeviceTraits, checkpoint: Checkpoint = Checkpoint()) -> Support:
+    """Return how vLLM runs `precision` on `device`: the rules of vLLM 0.32.
+
+    For a prepared checkpoint, its own format (`int8`, `fp8`, `int4`) keeps the weights as they are, and fp16 or bf16
+    sets the activations only.
+    """
+    stored = checkpoint.quantization
+    if precision in ("fp32", "fp16", "bf16"):
+        plain = _dense_support(precision, device, checkpoint.model_type)
+        if stored is None or plain.level == "unsupported":
+            return plain
+        if precision == "fp32" and stored.method != "compressed-tensors":
+            why = f"vLLM runs {stored.method} checkpoints with activations in fp16 or bf16 only"
+            return Support("unsupported", why, "use auto, which keeps the format of the checkpoint")
+        found = _prepared_support(stored, device)
+        why = f"{precision} activations, the weights stay {stored.name}: {found.reason}"
+        return Support(found.level, why, found.hint)
+    if stored is None:
+        return _online_support(precision, device, checkpoint.model_type)
+    if precision not in (stored.weights, stored.method):
+        why = f"the weights of the checkpoint are {stored.name}; vLLM does not convert them to {precision}"
+        return Support("unsupported", why, "use auto, or choose the checkpoint without quantization")
+    activations = _dense_support(generation_dtype(precision, device, checkpoint), device, checkpoint.model_type)
+    return activations if activations.level == "unsupported" else _prepared_support(stored, device)
+
+
+def best_generation_precision(device: DeviceTraits, checkpoint: Checkpoint = Checkpoint()) -> str:
+    """Return what `auto` selects for generation: the format of a prepared checkpoint, else 16 bits if native, or fp32.
+
+    Of the 16-bit formats, the one of the checkpoint is first, because a conversion loses accuracy or range.
+    """
+    stored = checkpoint.quantization
+    if stored is not None:
+        return stored.weights or stored.method
+    choices = ("fp16", "bf16") if checkpoint.dtype == "fp16" else ("bf16", "fp16")
+    levels = {choice: _dense_support(choice, device, checkpoint.model_type).level for choice in choices}
+    return next((choice for choice in choices if levels[choice] == "native"), "fp32")
+
+
+def generation_dtype(precision: str, device: DeviceTraits, checkpoint: Checkpoint = Checkpoint()) -> str:
+    """Return the format of the activations and of the KV cache: fp32, fp16 or bf16. vLLM's `--dtype`, by our names."""
+    if precision in ("fp32", "fp16", "bf16"):
+        return precision
+    if device.kind == "cpu":
+        return "bf16"
+    best = best_generation_precision(device, Checkpoint(checkpoint.model_type, checkpoint.dtype))
+    return "fp16" if best == "fp32" else best
+
+
+def _dense_support(precision: str, device: DeviceTraits, model_type: str | None) -> Support:
+    capability = device.compute_capability or (0, 0)
+    if precision == "fp16" and model_type in _WITHOUT_FP16:
+        better = "bf16" if device.kind == "cpu" or capability >= (8, 0) else "fp32"
+        why = f"vLLM rejects fp16 for {model_type}: it is numerically unstable"
+        return Support("unsupported", why, f"use {better}")
+    if precision == "bf16" and device.kind == "cuda" and capability < (8, 0):
+        why = f"vLLM rejects bf16 below compute capability 8.0; this GPU has {capability[0]}.{capability[1]}"
+        return Support("unsupported", why, "use fp32" if model_type in _WITHOUT_FP16 else "use fp16")
+    return support(precision, device)
+
+
+def _online_support(precision: str, device: DeviceTraits, model_type: str | None) -> Support:
+    """Return how vLLM converts the 16-bit weights of a checkpoint to `precision` when it loads them."""
+    capability = device.compute_capability or (0, 0)
+    if precision != "fp8":
+        why = f"vLLM does not convert the weights of a checkpoint to {precision}: it runs prepared checkpoints only"
+        hint = "choose a checkpoint in compressed-tensors W8A8 or GPTQ with 8 bits"
+        fp8 = _online_support("fp8", device, model_type).level != "unsupported"
+        return Support("unsupported", why, f"{hint}, or use {'fp8' if fp8 else 'auto'}")
+    if device.kind == "cuda" and capability < (8, 0) and model_type in _WITHOUT_FP16:
+        return Support("unsupported", f"fp8 needs 16-bit activations, and {model_type} has none here", "use fp32")
+    if device.kind == "cpu":
+        why = "vLLM's CPU build does not convert the weights of a checkpoint to fp8"
+        return Support("unsupported", why, "use auto, or choose a checkpoint in compressed-tensors W8A8 (int8)")
+    return _fp8_support(device, per_block=False)
+
+
+def _fp8_support(device: DeviceTraits, *, per_block: bool) -> Support:
+    if device.kind == "cpu":
+        return _cpu_fp8_support(device.cpu_flags, per_block)
+    capability = device.compute_capability or (0, 0)
+    sm = f"compute capability {capability[0]}.{capability[1]}"
+    if capability >= (8, 9):
+        return Support("native", f"{sm} multiplies fp8 weights and activations (8.9 or newer)")
+    if capability >= (7, 5):
+        why = f"{sm} has no fp8 products: the weights take half the memory, the products run in 16 bits (Marlin)"
+        return Support("weight-only", why)
+    return Support("unsupported", f"{sm} has no fp8 in vLLM (requires 7.5 or newer)", "use fp16")
+
+
+def _cpu_fp8_support(flags: frozenset[str], per_block: bool) -> Support:
+    if "amx_fp8" in flags:
+        return Support("native", "the CPU has amx_fp8: fp8 weights and activations")
+    if "amx_tile" in flags:
+        return Support("weight-only", "the CPU has AMX: fp8 weights, products in 16 bits")
+    if per_block:
+        why = "vLLM runs fp8 weights with scales per block on CPUs with AMX only"
+        return Support("unsupported", why, "choose the checkpoint without quantization")
+    return Support("unknown", "vLLM decides when it starts whether it runs these fp8 weights on a CPU without AMX")
+
+
+def _prepared_support(stored: Quantization, device: DeviceTraits) -> Support:
+    if stored.method in _REMOVED_METHODS:
+        why = f"vLLM no longer runs {stored.method} checkpoints"
+        return Support("unsupported", why, "choose the checkpoint without quantization, or one in compressed-tensors")
+    if stored.weights == "fp8" and stored.method in ("fp8", "compressed-tensors"):
+        return _fp8_support(device, per_block=stored.per_block)
+    if stored.weights not in ("int8", "int4") or stored.method not in ("compressed-tensors", "gptq", "awq"):
+        return Support("unknown", f"vLLM decides when it starts whether it runs {stored.name} here")
+    if stored.activations == "int8" and stored.weights == "int8":
+        return _int8_support(device)
+    if device.kind == "cpu":
+        if stored.weights == "int8":
+            why = f"vLLM on CPUs runs {stored.method} weights with 4 bits, or int8 with int8 activations"
+            return Support("unsupported", why, "choose a checkpoint in compressed-tensors W8A8")
+        return Support("weight-only", f"{stored.name} weights, products in 16 bits or with int8 activations")
+    capability = device.compute_capability or (0, 0)
+    sm = f"compute capability {capability[0]}.{capability[1]}"
+    if stored.activations is None and capability >= (7, 5):
+        return Support("weight-only", f"{sm} runs {stored.name} weights with products in 16 bits (Marlin)")
+    if stored.activations is None:
+        return Support("unsupported", f"{sm} has no kernels for {stored.name} in vLLM (requires 7.5 or newer)")
+    return Support("unknown", f"vLLM decides when it starts whether it runs {stored.name} here")
+
+
+def _int8_support(device: DeviceTraits) -> Support:
+    if device.kind == "cpu":
+        found = sorted(device.cpu_flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
+        if found:
+            return Support("native", f"the CPU has {', '.join(found)}: int8 weights and activations")
+        return Support("emulated", "the CPU has no VNNI or AMX instructions: int8 saves memory but not time")
+    capability = device.compute_capability or (0, 0)
+    sm = f"compute capability {capability[0]}.{capability[1]}"
+    if capability >= (10, 0):
+        return Support("unsupported", f"vLLM has no int8 products for {sm}", "choose a checkpoint in fp8")
+    if capability >= (7, 5):
+        return Support("native", f"{sm} multiplies int8 weights and activations (7.5 or newer)")
+    return Support("unsupported", f"{sm} has no int8 products in vLLM (requires 7.5 or newer)", "use fp16")
+
+
+def _quantization(stored: Mapping[str, Any]) -> Quantization:
+    method = str(stored.get("quant_method", "unknown")).lower().replace("compressed_tensors", "compressed-tensors")
+    if method == "compressed-tensors":
+        groups = stored.get("config_groups")
+        found = {_group(group) for group in groups.values()} if isinstance(groups, Mapping) else set()
+        return Quantization(method, *(found.pop() if len(found) == 1 else (None,)))
+    if method in ("awq", "gptq"):
+        bits = stored.get("bits") or stored.get("w_bit")
+        return Quantization(method, f"int{bits}" if isinstance(bits, int) else None)
+    if method == "fp8":
+        return Quantization(method, "fp8", "fp8", bool(stored.get("weight_block_size")))
+    return Quantization(method, method if method == "mxfp4" else None)
+
+
+def _group(group: Any) -> tuple[str | None, str | None, bool]:
+    """Return the formats of weights and activations of one group of compressed-tensors, and if scales are per block."""
+    weights, activations = (
+        group.get(key) if isinstance(group, Mapping) else None for key in ("weights", "input_activations")
+    )
+    return _number_format(weights), _number_format(activations), _strategy(weights) == "block"
+
+
+def _number_format(arguments: Any) -> str | None:
+    if not isinstance(arguments, Mapping):
+        return None
+    prefix = "fp" if arguments.get("type") == "float" else "int"
+    bits = arguments.get("num_bits")
+    return f"{prefix}{bits}" if isinstance(bits, int) else None
+
+
+def _strategy(arguments: Any) -> str | None:
+    return str(arguments.get("strategy")) if isinstance(arguments, Mapping) else None
 
 
 def _cuda_support(precision: str, capability: tuple[int, int]) -> Support:

@@ -245,9 +245,9 @@ def test_the_image_has_no_package_that_serving_does_not_import(pushed: str, mini
 
 def test_an_option_of_the_server_is_an_argument_of_docker_run(pushed: str, minilm: Path) -> None:
     command = ["docker", "run", "--rm", "--network", "none", "--volume", f"{minilm}:/model:ro", pushed]
-    done = subprocess.run([*command, "--precision", "fp8"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--precision", "int4"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "serve.precision (from --precision): 'fp8' is not one of" in done.stderr
+    assert "serve.precision (from --precision): 'int4' is not one of" in done.stderr
     assert "usage: " in subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
 
 

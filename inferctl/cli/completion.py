@@ -70,5 +70,5 @@ def _metrics() -> Iterable[str]:
 HARDWARE, BASES, STACKS = _offer(_hardware), _offer(_bases), _offer(_stacks)
 HARDWARE_OR_ALL = _offer(lambda: ["all", *_hardware()])
 PLANS, CORPORA, METRICS = _offer(_plans), _offer(_corpora), _offer(_metrics)
-PRECISIONS = one_of("auto", "fp32", "fp16", "bf16", "int8")
+PRECISIONS = one_of("auto", "fp32", "fp16", "bf16", "int8", "fp8")
 PLATFORMS = one_of("linux/amd64", "linux/arm64")

@@ -1,0 +1,163 @@
+"""Tests which precisions vLLM runs for generation, by device and checkpoint. The rules were read in vLLM 0.32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from inferctl import catalog
+from inferctl.precision import (
+    Checkpoint,
+    DeviceTraits,
+    Quantization,
+    best_generation_precision,
+    checkpoint_of,
+    generation_dtype,
+    generation_support,
+    support,
+)
+
+T4, A100, L4, H100, B200 = (
+    catalog.hardware(key).traits for key in ("t4", "a100-40gb-sxm", "l4", "h100-sxm", "b200-sxm")
+)
+CPU = DeviceTraits("cpu")
+AVX512_CPU = DeviceTraits("cpu", cpu_flags=frozenset({"avx512_vnni", "avx512_bf16"}))
+W8A8 = Checkpoint("llama", "bf16", Quantization("compressed-tensors", "int8", "int8"))
+GPTQ8 = Checkpoint("llama", "fp16", Quantization("gptq", "int8"))
+AWQ = Checkpoint("llama", "fp16", Quantization("awq", "int4"))
+FP8 = Checkpoint("llama", "bf16", Quantization("fp8", "fp8", "fp8"))
+GEMMA3 = Checkpoint("gemma3_text", "bf16")
+
+
+def compressed(weights: dict[str, Any], activations: dict[str, Any] | None) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "checkpoint", "level"),
+    [
+        ("fp32", T4, Checkpoint(), "native"),
+        ("fp16", T4, Checkpoint(), "native"),
+        ("bf16", T4, Checkpoint(), "unsupported"),
+        ("bf16", A100, Checkpoint(), "native"),
+        ("fp16", A100, GEMMA3, "unsupported"),
+        ("bf16", CPU, Checkpoint(), "emulated"),
+        ("bf16", AVX512_CPU, Checkpoint(), "native"),
+        ("fp8", DeviceTraits("cuda", (7, 0)), Checkpoint(), "unsupported"),
+        ("fp8", T4, Checkpoint(), "weight-only"),
+        ("fp8", A100, Checkpoint(), "weight-only"),
+        ("fp8", L4, Checkpoint(), "native"),
+        ("fp8", H100, Checkpoint(), "native"),
+        ("fp8", T4, GEMMA3, "unsupported"),
+        ("fp8", AVX512_CPU, Checkpoint(), "unsupported"),
+        ("int8", A100, Checkpoint(), "unsupported"),
+        ("int8", T4, W8A8, "native"),
+        ("int8", B200, W8A8, "unsupported"),
+        ("int8", AVX512_CPU, W8A8, "native"),
+        ("int8", CPU, W8A8, "emulated"),
+        ("int8", T4, GPTQ8, "weight-only"),
+        ("int8", CPU, GPTQ8, "unsupported"),
+        ("int4", T4, AWQ, "weight-only"),
+        ("int4", CPU, AWQ, "weight-only"),
+        ("int8", A100, AWQ, "unsupported"),
+        ("fp8", A100, FP8, "weight-only"),
+        ("fp8", H100, FP8, "native"),
+        ("fp8", CPU, FP8, "unknown"),
+        ("bf16", A100, W8A8, "native"),
+        ("bf16", T4, W8A8, "unsupported"),
+        ("fp32", A100, GPTQ8, "unsupported"),
+        ("int8", A100, Checkpoint(quantization=Quantization("bitsandbytes", "int8")), "unsupported"),
+        ("mxfp4", H100, Checkpoint(quantization=Quantization("mxfp4", "mxfp4")), "unknown"),
+    ],
+)
+def test_levels(precision: str, device: DeviceTraits, checkpoint: Checkpoint, level: str) -> None:
+    found = generation_support(precision, device, checkpoint)
+    assert found.level == level, found
+    assert (found.hint is not None) or level != "unsupported", found
+
+
+def test_int8_of_a_plain_checkpoint_says_why_and_what_to_do() -> None:
+    found = generation_support("int8", A100)
+    assert (
+        found.reason == "vLLM does not convert the weights of a checkpoint to int8: it runs prepared checkpoints only"
+    )
+    assert found.hint == "choose a checkpoint in compressed-tensors W8A8 or GPTQ with 8 bits, or use fp8"
+
+
+def test_bf16_on_a_t4_is_rejected_for_generation_but_emulated_for_embeddings() -> None:
+    found = generation_support("bf16", T4)
+    assert found.reason == "vLLM rejects bf16 below compute capability 8.0; this GPU has 7.5"
+    assert found.hint == "use fp16"
+    assert support("bf16", T4).level == "emulated"
+
+
+@pytest.mark.parametrize("device", [T4, A100, CPU])
+def test_fp8_is_rejected_for_embeddings(device: DeviceTraits) -> None:
+    found = support("fp8", device)
+    assert (found.level, found.reason) == (
+        "unsupported",
+        "fp8 is for generation; embeddings and reranking do not have it",
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "checkpoint", "best", "dtype"),
+    [
+        (T4, Checkpoint("llama", "bf16"), "fp16", "fp16"),
+        (T4, GEMMA3, "fp32", "fp32"),
+        (A100, Checkpoint("llama", "bf16"), "bf16", "bf16"),
+        (A100, Checkpoint("llama", "fp16"), "fp16", "fp16"),
+        (A100, Checkpoint("llama", "fp32"), "bf16", "bf16"),
+        (A100, W8A8, "int8", "bf16"),
+        (T4, W8A8, "int8", "fp16"),
+        (A100, AWQ, "int4", "fp16"),
+        (H100, Checkpoint("gpt_oss", "bf16", Quantization("mxfp4", None)), "mxfp4", "bf16"),
+        (CPU, Checkpoint("llama", "bf16"), "fp32", "fp32"),
+        (AVX512_CPU, Checkpoint("llama", "fp16"), "bf16", "bf16"),
+    ],
+)
+def test_auto_keeps_the_format_of_the_checkpoint_where_the_device_runs_it(
+    device: DeviceTraits, checkpoint: Checkpoint, best: str, dtype: str
+) -> None:
+    assert best_generation_precision(device, checkpoint) == best
+    assert generation_dtype(best, device, checkpoint) == dtype
+
+
+@pytest.mark.parametrize(
+    ("config", "checkpoint"),
+    [
+        ({}, Checkpoint()),
+        ({"model_type": "llama", "torch_dtype": "bfloat16"}, Checkpoint("llama", "bf16")),
+        ({"model_type": "gemma3", "text_config": {"dtype": "torch.bfloat16"}}, Checkpoint("gemma3", "bf16")),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 8, "group_size": 128}},
+            Checkpoint(quantization=Quantization("gptq", "int8")),
+        ),
+        (
+            {"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemm"}},
+            Checkpoint(quantization=Quantization("awq", "int4")),
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+            Checkpoint(quantization=Quantization("fp8", "fp8", "fp8", per_block=True)),
+        ),
+        (
+            {"quantization_config": compressed({"num_bits": 8, "type": "int"}, {"num_bits": 8, "type": "int"})},
+            Checkpoint(quantization=Quantization("compressed-tensors", "int8", "int8")),
+        ),
+        (
+            {"compression_config": compressed({"num_bits": 4, "type": "int", "strategy": "group"}, None)},
+            Checkpoint(quantization=Quantization("compressed-tensors", "int4")),
+        ),
+        (
+            {"text_config": {"quantization_config": compressed({"num_bits": 8, "type": "float"}, None)}},
+            Checkpoint(quantization=Quantization("compressed-tensors", "fp8")),
+        ),
+        ({"quantization_config": "wrong"}, Checkpoint()),
+        ({"quantization_config": {"config_groups": 3}}, Checkpoint(quantization=Quantization("unknown", None))),
+    ],
+)
+def test_the_checkpoint_is_read_from_its_config(config: dict[str, Any], checkpoint: Checkpoint) -> None:
+    assert checkpoint_of(config) == checkpoint
