@@ -14,18 +14,21 @@ inferctl/bench/load/generator.py uses the first form. `load.json` describes the 
     schedule      open: file of uint64, nanoseconds after the start of the measurement; also `warmup_schedule`
     timeline      closed: stages of {duration_s, users}; empty for a constant number of `users`
     users, duration_s, warmup_s (maximum), window_s, timeout_s, max_outstanding (open), serial, workers, remote_workers
+    events        whether the responses are event streams of a generation server
     output        folder for the output files
 
 The variable INFERCTL_LOAD_HEADERS has further headers of each request, as a JSON object. They may be secrets.
 
 The output files are `requests-<worker>.bin` and `state-0.json`. A requests file has a line of magic, a line of JSON
-that names the fields, then one fixed-size record per request (see loadgen/recorder.py). The state has the phase of the
-run and its times, whether the warm-up was steady, and the figures of each worker.
+that names the fields, then one fixed-size record per request (see loadgen/recorder.py). For generation,
+`events-<worker>.bin` has one record per event with tokens. The state has the phase of the run and its times, whether
+the warm-up was steady, and the figures of each worker.
 
 Locust starts, connects and stops the processes and distributes the users. The requests are sent by loadgen/:
 
     generator     what is sent, and when
     client        HTTP
+    stream        event streams of generation servers
     recorder      records
     coordinator   phases of a run over all workers
     clock         workers on other machines
@@ -52,7 +55,7 @@ import gevent.event
 from loadgen import clock
 from loadgen.coordinator import Coordinator
 from loadgen.generator import Generator, load_files
-from loadgen.recorder import OK, Recorder, exit_on_write_error
+from loadgen.recorder import EVENT_FIELDS, EVENTS_MAGIC, FIELDS, OK, STREAM_FIELDS, Recorder, exit_on_write_error
 from locust import User, events, task
 from locust.exception import StopUser
 from locust.runners import LocalRunner, MasterRunner, WorkerRunner
@@ -71,7 +74,7 @@ class Worker:
         self.environment, self.runner = environment, environment.runner
         self.generator: Generator | None = None
         self.finished = gevent.event.Event()
-        self._sent_bytes, self._started = 0, False
+        self._sent_bytes, self._started = [0, 0], False
         self._remote, self._folder = LOAD is None, ""
         for name in ("load", "begin", "measure", "window", "clock"):
             self.runner.register_message(f"inferctl-{name}", getattr(self, f"_{name}"))
@@ -98,8 +101,11 @@ class Worker:
     def _prepare(self, load: dict[str, Any], files: dict[str, bytes], workers: int) -> None:
         index = int(self.runner.worker_index)
         header = {"worker": index, "pid": os.getpid(), "machine": clock.machine()}
-        recorder = Recorder(Path(load["output"]) / f"requests-{index}.bin", header)
-        self.generator = Generator(load, files, index, workers, recorder, self._on_complete)
+        folder, events = Path(load["output"]), None
+        if load.get("events"):
+            events = Recorder(folder / f"events-{index}.bin", header, EVENT_FIELDS, EVENTS_MAGIC)
+        recorder = Recorder(folder / f"requests-{index}.bin", header, FIELDS + STREAM_FIELDS if events else FIELDS)
+        self.generator = Generator(load, files, index, workers, recorder, events, self._on_complete)
         self.runner.send_message(
             "inferctl-ready", {"worker": index, "users": self.runner.user_count, "machine": clock.machine()}
         )
@@ -118,7 +124,8 @@ class Worker:
     def _window(self, **_: Any) -> None:
         assert self.generator
         self.generator.warmup_ms, latencies = [], self.generator.warmup_ms
-        self.runner.send_message("inferctl-reply", {"latencies": latencies})
+        events = self.generator.events.count if self.generator.events else 0
+        self.runner.send_message("inferctl-reply", {"latencies": latencies, "events": events})
 
     def _clock(self, **_: Any) -> None:
         self.runner.send_message("inferctl-reply", {"now_ns": time.monotonic_ns()})
@@ -128,7 +135,8 @@ class Worker:
         self.generator.finished.wait()
         if self._remote:
             self._send_chunk()
-        self.generator.recorder.close()
+        for recorder in self._recorders():
+            recorder.close()
         self.remove_files()
         self.runner.send_message("inferctl-done", self.generator.state)
         self.finished.set()
@@ -143,14 +151,18 @@ class Worker:
             self._send_chunk()
             gevent.sleep(SEND_INTERVAL_S)
 
-    def _send_chunk(self) -> None:
+    def _recorders(self) -> list[Recorder]:
         assert self.generator
-        content = self.generator.recorder.since(self._sent_bytes)
-        self._sent_bytes += len(content)
-        for at in range(0, len(content), CHUNK_BYTES):
-            self.runner.send_message(
-                "inferctl-records", {"worker": self.generator.worker, "content": content[at : at + CHUNK_BYTES]}
-            )
+        return [recorder for recorder in (self.generator.recorder, self.generator.events) if recorder]
+
+    def _send_chunk(self) -> None:
+        for number, recorder in enumerate(self._recorders()):
+            content = recorder.since(self._sent_bytes[number])
+            self._sent_bytes[number] += len(content)
+            for at in range(0, len(content), CHUNK_BYTES):
+                self.runner.send_message(
+                    "inferctl-records", {"file": recorder.path.name, "content": content[at : at + CHUNK_BYTES]}
+                )
 
     def _on_complete(self, latency_ms: float, size: int, error: int) -> None:
         """Update Locust's own statistics, which are saved for comparison with the records."""

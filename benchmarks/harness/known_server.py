@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,10 @@ class Connection(asyncio.Protocol):
         if len(self.content) < end + 4 + (int(length[1]) if length else 0):
             return
         request, self.content = self.content, b""
+        self.handle(request, end, read_ns)
+
+    def handle(self, request: bytes, end: int, read_ns: int) -> None:
+        """Respond to a POST request, whose head ends at `end`."""
         if self.bare:
             self.transport.write(RESPONSE)
             return
@@ -118,11 +122,11 @@ class KnownServer:
 
 
 @contextlib.contextmanager
-def run_server(*options: str) -> Iterator[KnownServer]:
+def run_server(*options: str, script: str = __file__) -> Iterator[KnownServer]:
     """Start a server and yield it; it has ended when the context ends."""
     folder = Path(tempfile.mkdtemp(prefix="known-server-"))
     announce, log = folder / "announce.json", folder / "truth.bin"
-    process = subprocess.Popen([sys.executable, __file__, "--announce", str(announce), "--truth", str(log), *options])
+    process = subprocess.Popen([sys.executable, script, "--announce", str(announce), "--truth", str(log), *options])
     try:
         while not announce.is_file():
             if process.poll() is not None:
@@ -134,9 +138,10 @@ def run_server(*options: str) -> Iterator[KnownServer]:
         process.wait()
 
 
-async def serve(options: argparse.Namespace) -> None:
-    known, loop, ended = DelayLog(options), asyncio.get_running_loop(), asyncio.Event()
-    server = await loop.create_server(lambda: Connection(known), "127.0.0.1", 0, backlog=4096)
+async def serve(options: argparse.Namespace, connection: Callable[[], asyncio.Protocol], log: array.array[int]) -> None:
+    """Serve until SIGTERM, then write the log."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    server = await loop.create_server(connection, "127.0.0.1", 0, backlog=4096)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     part = options.announce.with_suffix(".part")
@@ -144,13 +149,31 @@ async def serve(options: argparse.Namespace) -> None:
     part.write_text(json.dumps({"url": url, "pid": os.getpid()}))
     part.rename(options.announce)
     await ended.wait()
-    options.truth.write_bytes(known.log.tobytes())
+    options.truth.write_bytes(log.tobytes())
+
+
+def run(options: argparse.Namespace, connection: Callable[[], asyncio.Protocol], log: array.array[int]) -> None:
+    """Run `serve` on uvloop if it is installed."""
+    try:
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    except ImportError:
+        factory = None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(serve(options, connection, log))
+
+
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that `run_server` passes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--announce", type=Path, required=True)
+    parser.add_argument("--truth", type=Path, required=True)
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--announce", type=Path, required=True)
-    parser.add_argument("--truth", type=Path, required=True)
+    parser = argument_parser(__doc__)
     parser.add_argument("--median-ms", type=float, default=20.0)
     parser.add_argument("--sigma", type=float, default=0.5)
     parser.add_argument("--slow-share", type=float, default=0.0)
@@ -160,14 +183,8 @@ def main() -> None:
     parser.add_argument("--stall-for", type=float, default=0.0)
     parser.add_argument("--bare", action="store_true")
     options = parser.parse_args()
-    try:
-        import uvloop
-
-        factory = uvloop.new_event_loop
-    except ImportError:
-        factory = None
-    with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(serve(options))
+    known = DelayLog(options)
+    run(options, lambda: Connection(known), known.log)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,18 @@ SERIAL = 100_000
 
 
 def measure(
-    url: str, corpus: str = "short", seed: int = 1, **settings: Any
+    url: str, corpus: str = "short", seed: int = 1, task: str = "embed", **settings: Any
 ) -> tuple[generator.LoadResult, summary.RunRecords]:
     """Measure a load with these keys on `url`. Return all records, on this machine's clock, and the measured part."""
-    load = plan.Load.model_validate(settings)
+    load = plan.Plan.model_validate({"name": "harness", "load": settings}).for_task(task).load
     work = workload.draw(load, corpus, seed)
     with tempfile.TemporaryDirectory(prefix="inferctl-harness-") as folder:
         description = generator.prepare(load, work, target.connect(url), SERIAL, Path(folder))
         result = generator.run(load, description, lambda progress: None, lambda: None)
     offered = len(work.schedule_ns) if load.mode == "open" else None
-    part = summary.RunRecords(result.rows, result.state["measure_start_ns"], result.state["measure_end_ns"], 1, offered)
+    window = (result.state["measure_start_ns"], result.state["measure_end_ns"])
+    bounds = load.generation.bounds if load.generation else {}
+    part = summary.RunRecords(result.rows, *window, 1, offered, result.events, bounds)
     return result, part
 
 

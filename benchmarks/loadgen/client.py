@@ -23,6 +23,7 @@ import gevent
 from geventhttpclient._parser import HTTPResponseParser
 
 from loadgen.recorder import CONNECTION, HTTP_ERROR, OK, TIMEOUT
+from loadgen.stream import TokenStream
 
 USAGE = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
 READ = 65_536
@@ -32,7 +33,8 @@ TAIL = 200
 class PendingRequest:
     """A request in flight. `error` is one of the codes of a record.
 
-    Times are nanoseconds on CLOCK_MONOTONIC, and 0 until they are known.
+    Times are nanoseconds on CLOCK_MONOTONIC, and 0 until they are known. `stream` parses the response of a generation
+    server.
     """
 
     __slots__ = (
@@ -45,6 +47,7 @@ class PendingRequest:
         "phase",
         "retried",
         "sent_ns",
+        "stream",
         "user",
     )
 
@@ -53,6 +56,7 @@ class PendingRequest:
         self.sent_ns = self.first_ns = self.end_ns = 0
         self.error = OK
         self.retried = False
+        self.stream: TokenStream | None = None
 
 
 class Response(HTTPResponseParser):
@@ -60,6 +64,8 @@ class Response(HTTPResponseParser):
 
     def __init__(self) -> None:
         super().__init__()
+        self.stream: TokenStream | None = None
+        self.read_ns = 0
         self.begin()
 
     def begin(self) -> None:
@@ -95,6 +101,9 @@ class Response(HTTPResponseParser):
 
     def _on_body(self, part: bytearray) -> None:
         self.size += len(part)
+        if self.stream is not None:
+            self.stream.feed(part, self.read_ns)
+            return
         self.tail = bytes(part[-TAIL:]) if len(part) >= TAIL else (self.tail + bytes(part))[-TAIL:]
 
     def _on_message_complete(self) -> None:
@@ -187,6 +196,7 @@ class Connection:
         """Send `request`. The client is notified when it is complete."""
         self.request = request
         self._response.begin()
+        self._response.stream = request.stream
         self._rest = self._stream.encode(request.content)
         self._write()
 
@@ -219,6 +229,7 @@ class Connection:
             return
         if content and not request.first_ns:
             request.first_ns = now
+        response.read_ns = now
         try:
             response.feed(content)
         except Exception:  # noqa: BLE001 - any error in a response is a failed request, not a failed load generator

@@ -136,17 +136,20 @@ class Coordinator:
         limit = started + int(self.load["warmup_s"] * 1e9)
         figures: list[float] = []
         while (start := time.monotonic_ns()) < limit:
-            self._window()
+            _, first = self._window()
             gevent.sleep(self.load["window_s"])
-            done = self._window()
-            # A few responses can agree by chance, so a slow server gets longer windows.
-            while len(done) < enough and time.monotonic_ns() < limit:
+            done, events = self._window()
+            # A few responses can agree by chance, so a slow server gets longer windows. A stream may last longer than
+            # a window, so the events of a closed loop count instead of its responses.
+            while (events - first if closed and events else len(done)) < enough and time.monotonic_ns() < limit:
                 gevent.sleep(0.2)
-                done += self._window()
+                more, events = self._window()
+                done += more
             done.sort()
             # An open loop completes the offered rate at any latency, so its latency must be steady instead.
             elapsed_s = (time.monotonic_ns() - start) / 1e9
-            figures.append(len(done) / elapsed_s if closed else done[len(done) // 2] if done else 0.0)
+            count = events - first or len(done)
+            figures.append(count / elapsed_s if closed else done[len(done) // 2] if done else 0.0)
             last = figures[-STEADY_WINDOWS:]
             spread = max(last) - min(last)
             steady = len(last) == STEADY_WINDOWS and min(last) > 0 and spread <= STEADY_SPREAD * sum(last) / len(last)
@@ -154,9 +157,11 @@ class Coordinator:
             if steady:
                 return
 
-    def _window(self) -> list[float]:
-        """Return the latencies (ms) of the warm-up's responses of all workers since the last call."""
-        return [latency for reply in self._request("window").values() for latency in reply["latencies"]]
+    def _window(self) -> tuple[list[float], int]:
+        """Return the latencies (ms) of the warm-up's responses of all workers since the last call, and all events."""
+        replies = self._request("window").values()
+        latencies = [latency for reply in replies for latency in reply["latencies"]]
+        return latencies, sum(reply["events"] for reply in replies)
 
     def _offset(self, node: str) -> clock.Offset:
         """Return the difference of a worker's clock to the local one: none on this machine, else from round trips."""
@@ -237,7 +242,8 @@ class Coordinator:
         # This ignores records of an interrupted run, from a worker that has not noticed the interruption.
         if msg.node_id not in self._ready:
             return
-        with exit_on_write_error(), (self.folder / f"requests-{int(msg.data['worker'])}.bin").open("ab") as file:
+        name = Path(msg.data["file"]).name
+        with exit_on_write_error(), (self.folder / name).open("ab") as file:
             file.write(msg.data["content"])
 
     def _on_done(self, msg: Any, **_: Any) -> None:

@@ -19,6 +19,7 @@ import gevent.event
 from loadgen.alarm import Alarm
 from loadgen.client import Client, PendingRequest, Response
 from loadgen.recorder import CONNECTION, DROPPED, MEASURED, OK, WARMUP, Recorder
+from loadgen.stream import TokenStream
 
 NAN = float("nan")
 SERVER_TIMES = ("x-inferctl-queue-ms", "x-inferctl-tokenize-ms", "x-inferctl-inference-ms")
@@ -60,7 +61,8 @@ class Generator:
     """Send and record requests. `load` is the description in load.json, `files` the content of the files that it names.
 
     Requests are numbered over all workers. This worker sends those with number % workers == worker. `finished` is set
-    when each sent request has a response or has failed.
+    when each sent request has a response or has failed. `events` records the events of a generation server's streams;
+    None for other servers.
     """
 
     def __init__(
@@ -70,8 +72,10 @@ class Generator:
         worker: int,
         workers: int,
         recorder: Recorder,
+        events: Recorder | None,
         on_complete: Callable[[float, int, int], None],
     ) -> None:
+        self.events = events
         self.load, self.worker, self.workers, self.recorder = load, worker, workers, recorder
         self.bodies = Bodies(files["bodies"], files["order"], int(load["serial"]))
         self.schedules = [integers(files[name], "Q")[worker::workers] for name in ("warmup_schedule", "schedule")]
@@ -156,9 +160,10 @@ class Generator:
         phase = self._phase
         if self.client.outstanding >= self.max_outstanding:
             self.dropped += phase == MEASURED
-            self.recorder.add(due, 0, 0, due, index, 0, 0, NAN, NAN, NAN, 0, phase, DROPPED)
+            usage = () if self.events is None else (0, 0, 0, 0)
+            self.recorder.add(due, 0, 0, due, index, 0, 0, NAN, NAN, NAN, 0, phase, DROPPED, *usage)
             return
-        request = PendingRequest(phase, index, self.client.encode(self.bodies.at(phase, index)), due)
+        request = self._request(index, due)
         self.client.send(request)
         self.late += phase == MEASURED and request.sent_ns - due > LATE_NS
 
@@ -202,9 +207,14 @@ class Generator:
             self._phase, self._next_request = MEASURED, 0
         index = self._next_request * self.workers + self.worker
         self._next_request += 1
-        self.client.send(
-            PendingRequest(self._phase, index, self.client.encode(self.bodies.at(self._phase, index)), 0, user)
-        )
+        self.client.send(self._request(index, 0, user))
+
+    def _request(self, index: int, intended_ns: int, user: int | None = None) -> PendingRequest:
+        phase = self._phase
+        request = PendingRequest(phase, index, self.client.encode(self.bodies.at(phase, index)), intended_ns, user)
+        if self.events is not None:
+            request.stream = TokenStream(self.events.add, index, phase)
+        return request
 
     def _record(self, request: PendingRequest, response: Response | None) -> None:
         end, intended = request.end_ns, request.intended_ns
@@ -214,6 +224,10 @@ class Generator:
             size, tokens, status = response.size, response.tokens, response.status
         else:
             times, size, tokens, status = [NAN, NAN, NAN], 0, 0, 0
+        usage: tuple[int, ...] = ()
+        if stream := request.stream:
+            request.error, tokens = stream.outcome(request.error), stream.prompt_tokens
+            usage = (stream.output_tokens, stream.cached_tokens, stream.finish, stream.counted)
         self.recorder.add(
             intended,
             request.sent_ns,
@@ -226,6 +240,7 @@ class Generator:
             status,
             request.phase,
             request.error,
+            *usage,
         )
         self._on_complete((end - request.sent_ns) / 1e6, size, request.error)
         if request.phase == WARMUP and request.error == OK:

@@ -1,4 +1,4 @@
-"""Write one fixed-size record per request into a memory-mapped file.
+"""Write fixed-size records into a memory-mapped file: one per request and, for generation, one per event with tokens.
 
 A record is in the file as soon as it is packed, without a system call: the kernel keeps the page if this process is
 killed. While the file is open, it is longer than its records. Its unused part is zeros, and no record has an `end_ns`
@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 MAGIC = b"inferctl-requests-1\n"
+EVENTS_MAGIC = b"inferctl-events-1\n"
 # name, numpy type, struct code; in the order of the file
-FIELDS = (
+Fields = tuple[tuple[str, str, str], ...]
+FIELDS: Fields = (
     ("intended_ns", "<u8", "Q"),  # the intended send time; in a closed loop the same as sent_ns
     ("sent_ns", "<u8", "Q"),  # the send time; 0 if the request was dropped
     ("first_ns", "<u8", "Q"),  # when the first bytes of the response arrived
@@ -32,11 +34,26 @@ FIELDS = (
     ("inference_ms", "<f4", "f"),
     ("status", "<u2", "H"),  # HTTP status; 0 without a response
     ("phase", "<u1", "B"),  # 0 warm-up, 1 measured
-    ("error", "<u1", "B"),  # 0 none, 1 HTTP status, 2 timeout, 3 connection, 4 dropped: too many outstanding requests
+    # 0 none, 1 HTTP status, 2 timeout, 3 connection, 4 dropped: too many outstanding requests,
+    # 5 unfinished: a stream without a finish reason or [DONE], 6 an error event in a stream
+    ("error", "<u1", "B"),
 )
-PACKER = struct.Struct("<" + "".join(code for _, _, code in FIELDS))
+# What the records of generation have in addition, from the usage that the server reports; 0 if it reports none.
+STREAM_FIELDS: Fields = (
+    ("output_tokens", "<u4", "I"),
+    ("cached_tokens", "<u4", "I"),  # tokens of the prompt that came from a cache
+    ("finish", "<u1", "B"),  # 0 none, 1 stop, 2 length, 3 other
+    ("counted", "<u1", "B"),  # 1 if usage came with each event, else an event counts as one token
+)
+# An event with tokens, of the request with this index and phase.
+EVENT_FIELDS: Fields = (
+    ("time_ns", "<u8", "Q"),  # when the bytes that completed the event were read
+    ("index", "<u4", "I"),
+    ("tokens", "<u2", "H"),
+    ("phase", "<u1", "B"),
+)
 WARMUP, MEASURED = 0, 1
-OK, HTTP_ERROR, TIMEOUT, CONNECTION, DROPPED = range(5)
+OK, HTTP_ERROR, TIMEOUT, CONNECTION, DROPPED, UNFINISHED, STREAM_ERROR = range(7)
 CHUNK = 4 * 1024 * 1024
 
 
@@ -55,29 +72,35 @@ def exit_on_write_error() -> Iterator[None]:
 
 
 class Recorder:
-    """Append records to `path`, after `header` as JSON. Ends this process if the disk is full."""
+    """Append records with `fields` to `path`, after `magic` and `header` as JSON. Ends this process if the disk is full."""
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        fields = {"fields": [[name, kind] for name, kind, _ in FIELDS], "clock": "CLOCK_MONOTONIC", **header}
+    def __init__(self, path: Path, header: dict[str, Any], fields: Fields = FIELDS, magic: bytes = MAGIC) -> None:
+        names = {"fields": [[name, kind] for name, kind, _ in fields], "clock": "CLOCK_MONOTONIC", **header}
         self.path = path
+        self._packer = struct.Struct("<" + "".join(code for _, _, code in fields))
         with exit_on_write_error():
             self._file = path.open("w+b", buffering=0)
-            self._file.write(MAGIC + json.dumps(fields).encode() + b"\n")
+            self._file.write(magic + json.dumps(names).encode() + b"\n")
         self._start = self._next = self._file.tell()
         self._size = 0
         self._map = self._grow()
 
     def add(self, *values: float) -> None:
-        """Append one record: one value per field of `FIELDS`, in order."""
-        if self._next + PACKER.size > self._size:
+        """Append one record: one value per field, in order."""
+        packer = self._packer
+        if self._next + packer.size > self._size:
             self._map.close()
             self._map = self._grow()
-        PACKER.pack_into(self._map, self._next, *values)
-        self._next += PACKER.size
+        packer.pack_into(self._map, self._next, *values)
+        self._next += packer.size
+
+    @property
+    def record_size(self) -> int:
+        return self._packer.size
 
     @property
     def count(self) -> int:
-        return (self._next - self._start) // PACKER.size
+        return (self._next - self._start) // self._packer.size
 
     def since(self, offset: int) -> bytes:
         """Return the bytes of the file from `offset` on, header and records, to send them to another machine."""

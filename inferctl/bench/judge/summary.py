@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from inferctl.bench import stats
+from inferctl.bench.judge.streams import Streams
 from inferctl.bench.load import records
 from inferctl.bench.receipt import JsonObject
 
@@ -38,7 +40,42 @@ class Counts(TypedDict):
     dropped: int
 
 
-class Summary(Counts):
+class Goodput(TypedDict):
+    """Requests whose first token came within `ttft_ms`, and whose gaps were at most `itl_ms`.
+
+    `percent` is their share of all measured requests. `bounds_percent` has percentiles, as `latency_ms`: of the larger
+    of TTFT and worst gap, each in percent of its bound.
+    """
+
+    ttft_ms: float | None
+    itl_ms: float | None
+    requests_per_s: float
+    output_tokens_per_s: float
+    percent: float
+    bounds_percent: JsonObject
+
+
+class GenerationSummary(TypedDict, total=False):
+    """The figures of generation. Percentiles of `ttft_ms` and `tpot_ms` are over requests, of `itl_ms` over gaps.
+
+    `counted_percent` is the share of good responses with usage in each event. `cached_percent` is the share of the
+    prompts' tokens that came from a cache, None if the server does not report usage.
+    """
+
+    ttft_ms: JsonObject
+    itl_ms: JsonObject
+    tpot_ms: JsonObject
+    output_tokens_per_s: float
+    output_tokens_per_s_interval: Interval | None
+    output_tokens_per_request: float | None
+    tokens_per_event: float | None
+    counted_percent: float
+    cached_percent: float | None
+    finish: dict[str, int]
+    goodput: Goodput | None
+
+
+class Summary(Counts, GenerationSummary):
     """The figures of one or more runs, as in a receipt. Rates are per second of the measured windows."""
 
     runs: int
@@ -69,7 +106,8 @@ class RunRecords:
     """The records of one run in the order of their intended sends.
 
     The measured window is [start_ns, end_ns) on CLOCK_MONOTONIC. `offered` is the number of requests that an open loop
-    offered in it; None for a closed loop.
+    offered in it; None for a closed loop. Those of generation have `events`, and the `bounds` of a good response in ms
+    (`Generation.bounds`).
     """
 
     rows: records.Rows
@@ -77,6 +115,13 @@ class RunRecords:
     end_ns: int
     inputs_per_request: int
     offered: int | None = None
+    events: records.Rows | None = None
+    bounds: Mapping[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def streams(self) -> Streams | None:
+        """The streams of all requests; None if the load was not of generation."""
+        return None if self.events is None else Streams(self.rows, self.events)
 
     @property
     def seconds(self) -> float:
@@ -138,6 +183,8 @@ def summarize(runs: Sequence[RunRecords]) -> Summary:
     requests_per_s = len(completed) / seconds
     offered = sum(run.offered for run in runs if run.offered is not None) if runs[0].offered is not None else None
     counts = count(measured)
+    generated = _generation(runs, seconds) if runs[0].streams else GenerationSummary()
+    per_request = runs[0].inputs_per_request
     return {
         **counts,
         "runs": len(runs),
@@ -148,7 +195,7 @@ def summarize(runs: Sequence[RunRecords]) -> Summary:
         "requested_per_s": None if offered is None else round(offered / seconds, 3),
         "requests_per_s": round(requests_per_s, 3),
         "requests_per_s_interval": throughput_interval(runs),
-        "texts_per_s": round(requests_per_s * runs[0].inputs_per_request, 3),
+        "texts_per_s": generated.get("output_tokens_per_s", round(requests_per_s * per_request, 3)),
         "tokens_per_s": round(float(np.sum(completed["tokens"], dtype=np.int64)) / seconds, 1)
         if np.any(completed["tokens"])
         else None,
@@ -160,7 +207,95 @@ def summarize(runs: Sequence[RunRecords]) -> Summary:
             if (median := _median(good[f"{name}_ms"])) is not None
         },
         "response_bytes": int(np.median(good["bytes"])) if len(good) else None,
+        **generated,
     }
+
+
+def _generation(runs: Sequence[RunRecords], seconds: float) -> GenerationSummary:
+    """Return the figures of generation.
+
+    Latencies are those of good responses to measured requests. Tokens/s are the tokens of good responses that arrived
+    in the measured windows, whenever their requests were sent.
+    """
+    pairs = [(run, run.streams) for run in runs if run.streams]
+    chosen = [_is_good(run) & _is_measured(run) for run, _ in pairs]
+    ttft = [_known(streams.ttft_ms[use]) for (_, streams), use in zip(pairs, chosen, strict=True)]
+    tpot = [_known(streams.tpot_ms[use]) for (_, streams), use in zip(pairs, chosen, strict=True)]
+    gaps = [streams.gaps["ms"][use[streams.gaps["owner"]]] for (_, streams), use in zip(pairs, chosen, strict=True)]
+    tokens = np.concatenate([streams.tokens[use] for (_, streams), use in zip(pairs, chosen, strict=True)])
+    good = np.concatenate([run.rows[use] for (run, _), use in zip(pairs, chosen, strict=True)])
+    events = sum(map(len, gaps)) + sum(map(len, ttft))
+    reports_usage = bool(np.any(good["tokens"]))
+    return {
+        "ttft_ms": latency_summary(ttft),
+        "itl_ms": latency_summary(gaps),
+        "tpot_ms": latency_summary(tpot),
+        "output_tokens_per_s": round(sum(float(np.sum(_tokens(run))) for run in runs) / seconds, 2),
+        "output_tokens_per_s_interval": _interval(
+            [float(np.sum(_tokens(run))) / run.seconds for run in runs],
+            [_tokens(run)[: int(run.seconds + 1e-9)].tolist() for run in runs],
+        ),
+        "output_tokens_per_request": round(float(np.mean(tokens)), 2) if len(tokens) else None,
+        "tokens_per_event": round(float(np.sum(tokens)) / events, 3) if events else None,
+        "counted_percent": round(100 * float(np.mean(good["counted"])), 2) if len(good) else 0.0,
+        "cached_percent": round(100 * float(np.sum(good["cached_tokens"]) / np.sum(good["tokens"])), 3)
+        if reports_usage
+        else None,
+        "finish": {
+            name: int(np.sum(good["finish"] == code))
+            for code, name in enumerate(records.FINISH_NAMES)
+            if np.any(good["finish"] == code)
+        },
+        "goodput": _goodput(runs, seconds) if runs[0].bounds else None,
+    }
+
+
+def _goodput(runs: Sequence[RunRecords], seconds: float) -> Goodput:
+    """Return the rate of responses within the bounds, and how close to them all responses are."""
+    bounds = dict(runs[0].bounds)
+    shares = [run.streams.bounds_percent(bounds) for run in runs if run.streams]
+    within = [share <= 100 for share in shares]
+    completed = sum(int(np.sum(good & _in_window(run))) for run, good in zip(runs, within, strict=True))
+    tokens = sum(float(np.sum(_tokens(run, good))) for run, good in zip(runs, within, strict=True))
+    measured = [share[_is_measured(run)] for run, share in zip(runs, shares, strict=True)]
+    every = np.concatenate(measured)
+    finite = latency_summary([share[np.isfinite(share)] for share in measured])
+    of_all = {} if np.isfinite(every).all() else {"p99_of_all": _percentile(np.sort(every), 0.99, measured)}
+    return {
+        "ttft_ms": bounds.get("ttft"),
+        "itl_ms": bounds.get("itl"),
+        "requests_per_s": round(completed / seconds, 3),
+        "output_tokens_per_s": round(tokens / seconds, 2),
+        "percent": round(100 * float(np.mean(every <= 100)), 3) if len(every) else 0.0,
+        "bounds_percent": {**finite, **of_all},
+    }
+
+
+def _is_good(run: RunRecords) -> npt.NDArray[np.bool_]:
+    good: npt.NDArray[np.bool_] = run.rows["error"] == records.OK
+    return good
+
+
+def _is_measured(run: RunRecords) -> npt.NDArray[np.bool_]:
+    measured: npt.NDArray[np.bool_] = run.rows["phase"] == records.MEASURED
+    return measured
+
+
+def _in_window(run: RunRecords) -> npt.NDArray[np.bool_]:
+    """Return which responses of a run ended in its window."""
+    ended: npt.NDArray[np.bool_] = (run.rows["end_ns"] >= run.start_ns) & (run.rows["end_ns"] < run.end_ns)
+    return ended
+
+
+def _tokens(run: RunRecords, requests: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.float64]:
+    """Return the output tokens of good responses, or of `requests`, that arrived in each second of the window."""
+    assert run.streams  # only called for generation
+    return run.streams.tokens_between(run.start_ns, run.end_ns, _is_good(run) if requests is None else requests)
+
+
+def _known(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    known: npt.NDArray[np.float64] = values[~np.isnan(values)]
+    return known
 
 
 def count(rows: records.Rows) -> Counts:
@@ -236,11 +371,16 @@ def throughput_interval(runs: Sequence[RunRecords]) -> Interval | None:
     autocorrelation. That of two runs is at least as wide as the difference of their means demands. That of one run
     does not show how runs differ.
     """
-    if len(runs) >= 3:
-        found, over = stats.mean_interval([len(run.completed) / run.seconds for run in runs]), "runs"
+    means = [len(run.completed) / run.seconds for run in runs]
+    return _interval(means, [[rate for _, rate, _ in timeline(run)] for run in runs])
+
+
+def _interval(means: Sequence[float], windows: Sequence[Sequence[float]]) -> Interval | None:
+    """Return the interval of a rate from its mean in each run, or with few runs from its values in one-second windows."""
+    if len(means) >= 3:
+        found, over = stats.mean_interval(means), "runs"
     else:
-        found = stats.windows_interval([[rate for _, rate, _ in timeline(run)] for run in runs])
-        over = "windows"
+        found, over = stats.windows_interval(windows), "windows"
     if found is None:
         return None
     mean, half_width = found

@@ -46,14 +46,28 @@ class LoadProgress:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """All records of a load, in the clock of this machine, and the final state of the load generator."""
+    """All records of a load, in the clock of this machine, and the final state of the load generator.
+
+    `events` has the events with tokens of a generation server; None for other servers.
+    """
 
     rows: records.Rows
     state: LoadState
+    events: records.Rows | None = None
 
 
 def prepare(load: Load, workload: Workload, target: Target, serial: int, folder: Path) -> Path:
-    """Write all files that the load generator reads into `folder`. Return load.json, which describes them."""
+    """Write all files that the load generator reads into `folder`. Return load.json, which describes them.
+
+    Raises `InferctlError` if a request has more tokens than the server accepts.
+    """
+    context = (target.info.get("limits") or {}).get("max_context_tokens")
+    longest = max((sum(pair) for pair in zip(workload.input_tokens, workload.output_tokens, strict=True)), default=0)
+    if context and longest > context:
+        raise InferctlError(
+            f"a request has {longest} tokens (input and output), but the server accepts {context}",
+            "use shorter `--lengths`, or set `max_request_tokens` in the plan",
+        )
     (folder / "bodies.jsonl").write_bytes(b"\n".join(workload.bodies(target.body)) + b"\n")
     parts: dict[str, npt.NDArray[Any]] = {
         "order": workload.order,
@@ -63,13 +77,14 @@ def prepare(load: Load, workload: Workload, target: Target, serial: int, folder:
     for name, values in parts.items():
         (folder / f"{name}.bin").write_bytes(values.astype(values.dtype.newbyteorder("<")).tobytes())
     closed = load.mode == "closed"
-    description: dict[str, Any] = load.model_dump(exclude={"stages", "spike", "trace"})
+    description: dict[str, Any] = load.model_dump(exclude={"stages", "spike", "trace", "lengths", "bounds"})
     description |= {name: str(folder / f"{name}.bin") for name in parts}
     description |= {
         "url": target.endpoint_url,
         "bodies": str(folder / "bodies.jsonl"),
         "output": str(folder),
         "serial": serial,
+        "events": load.task == "generate",
         "users": load.peak_users if closed else load.workers + load.remote_workers,
         "timeline": [stage.model_dump(include={"duration_s", "users"}) for stage in load.timeline] if closed else [],
     }
@@ -95,7 +110,7 @@ def run(
     this returns or raises.
     """
     folder = description.parent
-    for old in (*records.files(folder), folder / "state-0.json", folder / "master.json"):
+    for old in (*records.files(folder), *records.event_files(folder), folder / "state-0.json", folder / "master.json"):
         old.unlink(missing_ok=True)
     with locust.processes(load, description, folder, headers) as processes:
         _follow(processes, load, folder, on_progress, check)
@@ -106,7 +121,7 @@ def run(
         raise InferctlError(f"the load generator failed: {problem}", f"see {processes.log}")
     if state.get("phase") != "done":
         raise InferctlError(f"the load generator failed: {last_error(processes.log)}", f"see {processes.log}")
-    return LoadResult(read_records(folder, state), state)
+    return LoadResult(read_records(folder, state), state, read_events(folder, state))
 
 
 def read_records(folder: Path, state: Mapping[str, Any]) -> records.Rows:
@@ -114,8 +129,16 @@ def read_records(folder: Path, state: Mapping[str, Any]) -> records.Rows:
 
     `state` names the clock offset of each worker; it has none before the end of the run.
     """
-    workers = state.get("workers", ())
-    return records.merge(folder, {int(worker["worker"]): int(worker["clock_offset_ns"]) for worker in workers})
+    return records.merge(folder, _offsets_ns(state))
+
+
+def read_events(folder: Path, state: Mapping[str, Any]) -> records.Rows | None:
+    """Return all events in `folder`, in the clock of this machine; None if the load was not of generation."""
+    return records.merge_events(folder, _offsets_ns(state))
+
+
+def _offsets_ns(state: Mapping[str, Any]) -> dict[int, int]:
+    return {int(worker["worker"]): int(worker["clock_offset_ns"]) for worker in state.get("workers", ())}
 
 
 def cores_used(state: Mapping[str, Any]) -> float | None:

@@ -1,8 +1,8 @@
-"""Read the records of the load generator, one row per request.
+"""Read the records of the load generator: one row per request and, for generation, one per event with tokens.
 
-benchmarks/loadgen/recorder.py describes the fields. A records file is a line of magic, a line of JSON that names the
-fields, then fixed-size little-endian records. While the file is being written, and after its writer was killed, zeros
-follow the last record.
+benchmarks/loadgen/recorder.py describes the fields. A file is a line of magic, a line of JSON that names the fields,
+then fixed-size little-endian records. While the file is being written, and after its writer was killed, zeros follow
+the last record.
 """
 
 from __future__ import annotations
@@ -17,10 +17,19 @@ import numpy.typing as npt
 
 from inferctl.errors import InferctlError
 
-MAGIC = b"inferctl-requests-1\n"
+MAGIC, EVENTS_MAGIC = b"inferctl-requests-1\n", b"inferctl-events-1\n"
 WARMUP, MEASURED = 0, 1
-OK, HTTP_ERROR, TIMEOUT, CONNECTION, DROPPED = range(5)
-ERROR_NAMES = {HTTP_ERROR: "HTTP status", TIMEOUT: "timeout", CONNECTION: "connection", DROPPED: "dropped"}
+OK, HTTP_ERROR, TIMEOUT, CONNECTION, DROPPED, UNFINISHED, STREAM_ERROR = range(7)
+ERROR_NAMES = {
+    HTTP_ERROR: "HTTP status",
+    TIMEOUT: "timeout",
+    CONNECTION: "connection",
+    DROPPED: "dropped",
+    UNFINISHED: "unfinished stream",
+    STREAM_ERROR: "error event",
+}
+# The key of a `finish_reason` in a receipt, by its code in a record.
+FINISH_NAMES = ("none", "stop", "length", "other")
 
 # HTTP status of a rejected request: the server could not complete it in time. Not counted as a failure.
 REJECTED = 429
@@ -34,7 +43,7 @@ def read(path: Path) -> Rows:
     Raises `InferctlError` if the file is not a records file.
     """
     with path.open("rb") as stream:
-        if stream.readline() != MAGIC:
+        if stream.readline() not in (MAGIC, EVENTS_MAGIC):
             raise InferctlError(
                 f"{path} is not a records file", "pass a file requests-N.bin that `inferctl bench` wrote"
             )
@@ -59,9 +68,24 @@ def merge(folder: Path, offsets_ns: Mapping[int, int] | None = None) -> Rows:
     return rows[np.argsort(rows["intended_ns"], kind="stable")]
 
 
+def merge_events(folder: Path, offsets_ns: Mapping[int, int] | None = None) -> Rows | None:
+    """Return the events of all workers in `folder`, sorted by their time; None if the load was not of generation."""
+    parts = [_shift(read(path), (offsets_ns or {}).get(worker_of(path), 0)) for path in event_files(folder)]
+    if not parts:
+        return None
+    events = np.concatenate(parts)
+    ordered: Rows = events[np.argsort(events["time_ns"], kind="stable")]
+    return ordered
+
+
 def files(folder: Path) -> list[Path]:
     """Return the records files in `folder`, sorted by the number of their worker."""
     return sorted(folder.glob("requests-*.bin"), key=worker_of)
+
+
+def event_files(folder: Path) -> list[Path]:
+    """Return the files with events in `folder`, sorted by the number of their worker."""
+    return sorted(folder.glob("events-*.bin"), key=worker_of)
 
 
 def worker_of(path: Path) -> int:
@@ -73,7 +97,7 @@ def _shift(rows: Rows, offset_ns: int) -> Rows:
     if not offset_ns:
         return rows
     shifted = rows.copy()
-    for name in ("intended_ns", "sent_ns", "first_ns", "end_ns"):
+    for name in (name for name in rows.dtype.names or () if name.endswith("_ns")):
         # 0 means that the record has no such time.
         shifted[name] = np.where(rows[name] == 0, 0, rows[name].astype(np.int64) - offset_ns)
     return shifted
@@ -81,7 +105,7 @@ def _shift(rows: Rows, offset_ns: int) -> Rows:
 
 def _complete(rows: Rows) -> Rows:
     """Return the rows without the empty ones at the end of a file that was not closed."""
-    empty = np.flatnonzero(rows["end_ns"] == 0)
+    empty = np.flatnonzero(rows["end_ns" if "end_ns" in (rows.dtype.names or ()) else "time_ns"] == 0)
     complete: Rows = rows[: empty[0]] if len(empty) else rows
     return complete
 

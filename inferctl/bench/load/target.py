@@ -22,10 +22,11 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from inferctl.bench.load import procfs
+from inferctl.bench.load import generation, procfs
+from inferctl.bench.load.generation import GenerationApi
 from inferctl.errors import InferctlError, NotReadyError, UsageError
 from inferctl.spec import Task
 
@@ -34,6 +35,7 @@ PATHS: Mapping[Task, tuple[str, ...]] = {
     "rerank": ("/v1/rerank", "/rerank"),
     "generate": ("/v1/chat/completions", "/v1/completions"),
 }
+_SERVES: Mapping[Task, str] = {"embed": "embeddings", "rerank": "reranking", "generate": "generation"}
 _ABSENT = (404, 405, 501)
 # HTTP statuses of a server that rejects an unknown key of a request.
 _INVALID = (400, 415, 422)
@@ -80,7 +82,8 @@ class Target:
 
     `info` is its `GET /info`, or the known facts under the same keys for servers other than inferctl. `model` is the
     name of its model in the API. `path` is the endpoint for the task. `base64` is whether it can encode vectors in
-    base64. `documents_key` is the key of the documents of a rerank request.
+    base64. `documents_key` is the key of the documents of a rerank request. `generation` is what a generation server
+    accepts.
     """
 
     url: str
@@ -91,16 +94,20 @@ class Target:
     access: Access = field(default_factory=Access)
     task: Task = "embed"
     documents_key: Literal["documents", "texts"] = "documents"
+    generation: GenerationApi = field(default_factory=GenerationApi)
 
     @property
     def endpoint_url(self) -> str:
         return f"{self.url}{self.path}"
 
-    def body(self, texts: list[str]) -> Body:
-        """Return the JSON body of a request for the embeddings of `texts`, or for the scores of a query and documents.
+    def body(self, texts: list[str], output_tokens: int = 1) -> Body:
+        """Return the JSON body of a request for embeddings, for rerank scores or for a completion.
 
-        The query is the first text.
+        They are the embeddings of `texts`, the scores of the query `texts[0]` and the documents `texts[1:]`, or
+        `output_tokens` tokens after the prompt, which is in two parts.
         """
+        if self.task == "generate":
+            return self.generation.body(self.path, self.model, texts, output_tokens)
         if self.task == "rerank":
             options = {"truncate": True} if self.documents_key == "texts" else {"model": self.model}
             return {"query": texts[0], self.documents_key: texts[1:]} | options
@@ -110,8 +117,18 @@ class Target:
         return {"model": self.model, "input": texts} | encoding
 
     def request(self, texts: list[str], timeout_s: float = 120) -> Sequence[object]:
-        """Request what `body(texts)` requests, and return the vectors or the scores. Raises `InferctlError`."""
+        """Request what `body(texts)` requests, and return the vectors, the scores or the chunks of a stream.
+
+        Raises `InferctlError`.
+        """
+        if self.task == "generate":
+            return self.generate(texts, timeout_s)
         return self.rerank(texts, timeout_s) if self.task == "rerank" else self.embed(texts, timeout_s)
+
+    def generate(self, texts: list[str], timeout_s: float = 120, output_tokens: int = 1) -> list[Body]:
+        """Return the chunks of the stream of a completion. Raises `InferctlError` unless the stream is complete."""
+        content = _send(self.endpoint_url, timeout_s, self.body(texts, output_tokens), self.access)
+        return generation.chunks(content, self.endpoint_url)
 
     def rerank(self, texts: list[str], timeout_s: float = 120) -> list[float]:
         """Return the score of each document for the query `texts[0]`. The documents are `texts[1:]`.
@@ -169,36 +186,59 @@ def connect(url: str, timeout_s: float = 10, access: Access | None = None) -> Ta
     task = _task(info, path)
     if info.get("name"):
         name = access.model or str(info["name"])
-        return Target(url, name, info, path or PATHS[task][0], access=access, task=task)
-    model = access.model or info.get("model_id") or _first_model(url, timeout_s, access)
+        known = Target(url, name, info, path or PATHS[task][0], access=access, task=task)
+        return _with_api(_probe(known, known.path)) if task == "generate" else known
+    listed = _first_model(url, timeout_s, access)
+    model = access.model or info.get("model_id") or listed.get("id")
     if not model:
         raise NotReadyError(
             f"{url} responds, but none of GET /info, /v1/models and /models names a model",
-            "check that it serves embeddings or reranking, and pass the name of its model with `--served-model NAME`",
+            "check that it serves a model, and pass the name of its model with `--served-model NAME`",
         )
-    server = _probe(Target(url, str(model), access=access, task=task), path)
-    api = {"path": server.path, "model": server.model}
-    if task == "embed":
+    described = Target(url, str(model), _describe(info), access=access, task=task)
+    if isinstance(context := listed.get("max_model_len"), int):
+        described.info["limits"] = {"max_context_tokens": context}
+    try:
+        return _with_api(_probe(described, path))
+    except NotReadyError as error:
+        # Nothing but a request shows whether an unknown server generates text.
+        if path or task != "embed" or info:
+            raise
+        try:
+            return _with_api(_probe(replace(described, task="generate"), None))
+        except NotReadyError:
+            raise error from None
+
+
+def _with_api(server: Target) -> Target:
+    """Return `server` with the form of its requests as the `api` key of its information."""
+    api: dict[str, Any] = {"path": server.path, "model": server.model}
+    if server.task == "embed":
         api["encoding_format"] = "base64" if server.base64 and server.path != "/embed" else "float"
-    return replace(server, info=_describe(info) | {"api": api})
+    if server.task == "generate":
+        api |= asdict(server.generation)
+    return replace(server, info=server.info | {"api": api})
 
 
 def _task(info: Info, path: str | None) -> Task:
     """Return the task of the endpoint `path`, else the one that the server reports: embed if it reports none."""
     if path:
-        return "rerank" if path in PATHS["rerank"] else "embed"
+        return next(task for task, paths in PATHS.items() if path in paths)
+    if info.get("task") == "generate":
+        return "generate"
     # The second one is that of text-embeddings-inference.
     return "rerank" if info.get("task") == "rerank" or "reranker" in (info.get("model_type") or ()) else "embed"
 
 
-def _first_model(url: str, timeout_s: float, access: Access) -> str | None:
-    """Return the first model in the list of the server, or None."""
+def _first_model(url: str, timeout_s: float, access: Access) -> Info:
+    """Return the entry of the first model in the list of the server; empty if there is none."""
     for page in ("/v1/models", "/models"):
         try:
-            return str(_get_json(f"{url}{page}", timeout_s, access)["data"][0]["id"])
+            entry = _get_json(f"{url}{page}", timeout_s, access)["data"][0]
+            return {**entry, "id": str(entry["id"])}
         except (KeyError, IndexError, TypeError):
             continue
-    return None
+    return {}
 
 
 def _describe(info: Mapping[str, Any]) -> Info:
@@ -225,10 +265,9 @@ def _probe(server: Target, path: str | None) -> Target:
                 raise NotReadyError(error.message, _hint(error.status)) from None
             absent.append(error)
         except InferctlError as error:
-            raise NotReadyError(error.message, "check that it serves embeddings or reranking") from None
+            raise NotReadyError(error.message, f"check that it serves {_SERVES[server.task]}") from None
     raise NotReadyError(
-        f"{server.url} has no endpoint for {'reranking' if server.task == 'rerank' else 'embeddings'}: "
-        f"{absent[0].message}",
+        f"{server.url} has no endpoint for {_SERVES[server.task]}: {absent[0].message}",
         f"pass the URL with its path, as in `--url NAME=http://10.0.0.7:8080{PATHS[server.task][1]}`, "
         "and check `--served-model`",
     )
@@ -237,8 +276,11 @@ def _probe(server: Target, path: str | None) -> Target:
 def _check(server: Target) -> Target:
     """Return `server` with a form of a request that it accepts.
 
-    For embeddings, this is the encoding base64, else float. For reranking, it is the key of the documents.
+    For embeddings, this is the encoding base64, else float. For reranking, it is the key of the documents. For
+    generation, these are the extensions that the server accepts.
     """
+    if server.task == "generate":
+        return _check_generation(server)
     texts = ["ready", "ready"] if server.task == "rerank" else ["ready"]
     try:
         server.request(texts, _PROBE_S)
@@ -248,6 +290,20 @@ def _check(server: Target) -> Target:
         server = replace(server, base64=False, documents_key="texts")
         server.request(texts, _PROBE_S)
     return server
+
+
+def _check_generation(server: Target) -> Target:
+    """Return `server` with the extensions that it accepts. Raises what its last response is, if it accepts none."""
+    for api in (server.generation, *server.generation.smaller()):
+        server = replace(server, generation=api)
+        try:
+            server.generate(["ready", "ready"], _PROBE_S)
+            return server
+        except _StatusError as error:
+            if error.status not in (*_INVALID, 500):  # some servers return 500 for a role that a template rejects
+                raise
+            rejected = error
+    raise rejected
 
 
 def _is_address(url: str) -> bool:
@@ -324,13 +380,22 @@ def local_pid(url: str) -> int | None:
 
 def _post(url: str, timeout_s: float, body: Mapping[str, Any], access: Access) -> Any:
     try:
+        return json.loads(_send(url, timeout_s, body, access))
+    except (ValueError, RecursionError) as error:
+        raise InferctlError(f"the request to {url} failed: {error}") from None
+
+
+def _send(url: str, timeout_s: float, body: Mapping[str, Any], access: Access) -> bytes:
+    """Return the body of the response to a POST request. Raises `InferctlError`."""
+    try:
         with _OPENER.open(_request(url, access, json.dumps(body).encode()), timeout=timeout_s) as response:
-            return json.loads(response.read())
+            content: bytes = response.read()
+            return content
     except urllib.error.HTTPError as error:
         with error:
             message = access.without_secrets(error.read(300).decode(errors="replace"))
         raise _StatusError(error.code, f"{url} returned {error.code}: {message}") from None
-    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise InferctlError(f"the request to {url} failed: {error}") from None
 
 

@@ -17,7 +17,7 @@ def of_file(path: Path) -> str:
 
 def of_records(folder: Path) -> dict[str, str]:
     """Return the digest of each records file in `folder`, by file name."""
-    return {file.name: of_file(file) for file in records.files(folder)}
+    return {file.name: of_file(file) for file in (*records.files(folder), *records.event_files(folder))}
 
 
 def of_code() -> str:

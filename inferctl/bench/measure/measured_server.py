@@ -109,7 +109,15 @@ class MeasuredServer:
         return Measurement(
             run=run,
             started=0.0,
-            records=summary.RunRecords(measured.rows, start, end, load.inputs_per_request, offered),
+            records=summary.RunRecords(
+                measured.rows,
+                start,
+                end,
+                load.inputs_per_request,
+                offered,
+                measured.events,
+                load.generation.bounds if load.generation else {},
+            ),
             state=measured.state,
             resources=resources,
             folder=folder,

@@ -235,12 +235,21 @@ def _restored(output: Path, document: Mapping[str, Any]) -> Measurement:
     rows = generator.read_records(folder, document["values"]["state"])
     start_ns, end_ns = document["window"]
     parts: dict[str, Any] = {name: document[name] and _restored(output, document[name]) for name in _PARTS}
+    load = document["load"] and Load.model_validate(document["load"])
     return Measurement(
         run=Run(**document["run"]),
-        records=summary.RunRecords(rows, start_ns, end_ns, document["inputs_per_request"], document["offered"]),
+        records=summary.RunRecords(
+            rows,
+            start_ns,
+            end_ns,
+            document["inputs_per_request"],
+            document["offered"],
+            generator.read_events(folder, document["values"]["state"]),
+            load.generation.bounds if load and load.generation else {},
+        ),
         folder=folder,
         telemetry=_decoded(Telemetry, document["telemetry"]),
-        load=document["load"] and Load.model_validate(document["load"]),
+        load=load,
         workload=WorkloadRecord(**document["workload"]),
         concurrency=document["concurrency"] and Concurrency.from_dict(document["concurrency"]),
         neighbors=[NeighborLoad(**neighbor) for neighbor in document["neighbors"]],

@@ -266,7 +266,9 @@ def _partial_measurement(work: workload.Workload, place: Path) -> Measurement:
     start = int(state["measure_start_ns"])
     end = max(start + 1, int(rows["end_ns"].max()))
     offered = int(np.count_nonzero(work.schedule_ns < end - start))
-    part = summary.RunRecords(rows, start, end, work.load.inputs_per_request, offered)
+    bounds = work.load.generation.bounds if work.load.generation else {}
+    events = generator.read_events(place, state)
+    part = summary.RunRecords(rows, start, end, work.load.inputs_per_request, offered, events, bounds)
     return Measurement(Run("ended-early", 0), 0.0, part, state, {}, place, {}, 0)
 
 

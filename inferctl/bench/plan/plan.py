@@ -13,13 +13,14 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from inferctl import assets
-from inferctl.bench.plan.shape import Keys, Load, Name, Section, Spike, Stage
+from inferctl.bench.plan.shape import Generation, Keys, Load, Name, Section, Spike, Stage
 from inferctl.document import Document, read
 from inferctl.errors import Problem, SpecError, UsageError, did_you_mean, shown
 from inferctl.spec import Task
 
 __all__ = [
     "Configuration",
+    "Generation",
     "Load",
     "Matrix",
     "Overrides",
@@ -34,9 +35,11 @@ __all__ = [
     "names",
 ]
 
-Precision = Literal["auto", "fp32", "fp16", "bf16", "int8"]
+Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "fp8"]
 # Documents of a rerank request.
 DOCUMENTS = 16
+# The limit in seconds of a request to a generation server, if the plan sets none.
+_GENERATION_TIMEOUT_S = 300.0
 
 
 class Configuration(Section):
@@ -109,6 +112,14 @@ class Search(Section):
         return slo_ms
 
 
+class GenerationPlan(Section):
+    """The keys of a plan that have other values for generation. `load` has the keys of the load that differ."""
+
+    configurations: list[Configuration] | None = None
+    load: Keys = Field(default_factory=dict)
+    repeats: int | None = Field(None, ge=1, le=100)
+
+
 class Plan(Section):
     """Everything that defines a benchmark. Two runs of equal plans on the same machine do the same work.
 
@@ -124,6 +135,7 @@ class Plan(Section):
     search: Search | None = None
     neighbours: int = Field(0, ge=0, le=64)
     load: Load = Field(default_factory=lambda: Load.model_validate({}))
+    generate: GenerationPlan | None = None
     corpus: str = "mixed"
     seed: int = Field(0, ge=0, lt=2**63)
     repeats: int = Field(1, ge=1, le=100)
@@ -145,15 +157,17 @@ class Plan(Section):
         expanded = self
         if self.matrix:
             hardware = list(dict.fromkeys([*self.hardware, *self.matrix.hardware]))
-            changes = {"configurations": self.matrix.configurations(), "matrix": None, "hardware": hardware}
-            expanded = self.model_copy(update=changes)
-        for configuration in expanded.configurations:
+            update = {"configurations": self.matrix.configurations(), "matrix": None, "hardware": hardware}
+            expanded = self.model_copy(update=update)
+        loads = [(configuration.name, configuration.load) for configuration in expanded.configurations]
+        loads += [("generate", self.generate.load)] if self.generate else []
+        for name, changes in loads:
             try:
-                expanded.load_with(configuration.load)
+                expanded.load_with(changes)
             except ValidationError as error:
                 first = error.errors()[0]
                 raise ValueError(
-                    f"the load of {configuration.name}: {'.'.join(map(str, first['loc']))}: {_message(first['msg'])}"
+                    f"the load of {name}: {'.'.join(map(str, first['loc']))}: {_message(first['msg'])}"
                 ) from None
         return expanded
 
@@ -184,15 +198,41 @@ class Plan(Section):
                 "remove `load.task` from the plan",
             )
         traces = (self.load.trace, *((each.load or {}).get("trace") for each in self.configurations))
-        if task == "rerank" and any(traces):
+        if task != "embed" and any(traces):
             raise UsageError(
-                "a trace has inputs for embeddings, but the task of the model is rerank", "use another load"
+                f"a trace has inputs for embeddings, but the task of the model is {task}", "use another load"
+            )
+        if task == "generate":
+            return self._for_generation()
+        if self.load.generation:
+            raise UsageError(
+                f"`load.generation` is for generation, but the task of the model is {task}",
+                "remove `--lengths`, `--slo-ttft`, `--slo-itl` and `load.generation`",
             )
         if task == self.load.task:
             return self
         count = self.load.inputs_per_request if "inputs_per_request" in given else DOCUMENTS
         load = self.load.model_copy(update={"task": task, "inputs_per_request": count})
         return self.model_copy(update={"load": load})
+
+    def _for_generation(self) -> Plan:
+        """Return the plan with its keys for generation."""
+        own = self.generate or GenerationPlan.model_validate({})
+        load = self.load_with(own.load)
+        if load.inputs_per_request != 1:
+            raise UsageError("a generation request has one prompt", "remove `load.inputs_per_request`")
+        if load.auto_users:
+            raise UsageError("`users: auto` is not available for generation", "set the number with `--users`")
+        update: Keys = {"task": "generate", "generation": load.generation or Generation.model_validate({})}
+        if "timeout_s" not in load.model_fields_set:
+            update["timeout_s"] = _GENERATION_TIMEOUT_S
+        # A second call, as for a resumed benchmark, must change nothing.
+        changes: Keys = {"load": load.model_copy(update=update), "generate": None}
+        if own.configurations is not None:
+            changes["configurations"] = own.configurations
+        if own.repeats is not None:
+            changes["repeats"] = own.repeats
+        return self.model_copy(update=changes)
 
     def seed_of(self, repeat: int) -> int:
         """Return the seed of a repeat: the plan's seed for the first one (0), a hash of seed and repeat for the others.
@@ -225,6 +265,11 @@ class Plan(Section):
             data["load"].pop("capacity_percent", None)
         if repeats is not None:
             data["repeats"] = repeats
+        requests = {key: value for key, value in (overrides.get("generation") or {}).items() if value is not None}
+        if requests:
+            data["load"]["generation"] = _merged(data["load"].get("generation") or {}, requests)
+        if data.get("generate"):
+            data["generate"] = self._overridden_for_generation(data["load"], bool(precisions), overrides)
         if (budget := overrides.get("error_budget_percent")) is not None:
             data["error_budget_percent"] = budget
         if (neighbours := overrides.get("neighbours")) is not None:
@@ -263,6 +308,26 @@ class Plan(Section):
                 "`inferctl bench --help` lists the options",
             ) from None
 
+    def _overridden_for_generation(self, load: Mapping[str, Any], precisions: bool, overrides: Overrides) -> Keys:
+        """Return the `generate` key without what the options of the command line replace."""
+        assert self.generate  # the caller checks it
+        data = self.generate.model_dump(exclude_unset=True)
+        own = dict(data.get("load") or {})
+        given = {key for key in ("users", "rate", "duration_s") if overrides.get(key) is not None}
+        given |= {key for key, value in (overrides.get("load") or {}).items() if value is not None}
+        if given & {"users", "rate"}:
+            given |= {"users", "rate", "mode"}
+        own = {key: value for key, value in own.items() if key not in given}
+        requests = {key: value for key, value in (overrides.get("generation") or {}).items() if value is not None}
+        if requests or own.get("generation"):
+            own["generation"] = _merged(own.get("generation") or load.get("generation") or {}, requests)
+        data["load"] = own
+        if precisions:
+            data.pop("configurations", None)
+        if overrides.get("repeats") is not None or data.get("repeats") is None:
+            data.pop("repeats", None)
+        return data
+
     def runs(self, names: Sequence[str] | None = None) -> list[Run]:
         """Return every run in order. `names` replaces the names of the plan's configurations.
 
@@ -285,6 +350,7 @@ class Overrides(TypedDict, total=False):
     duration_s: float | None
     repeats: int | None
     load: Mapping[str, object] | None  # further keys of the load
+    generation: Mapping[str, object] | None  # keys of `load.generation`
     batch_tokens: Sequence[int] | None  # each value multiplies the configurations
     corpora: Sequence[str] | None  # two or more multiply the configurations
     hardware: Sequence[str] | None  # added to the plan's
@@ -306,6 +372,14 @@ class Run:
     def name(self) -> str:
         """Name of the run and of its folder, as in `bf16-1`."""
         return f"{self.configuration}-{self.repeat + 1}"
+
+
+def _merged(own: Mapping[str, object], given: Mapping[str, object]) -> Keys:
+    """Return the keys of `load.generation` with those of the command line: one way to give lengths replaces another."""
+    lengths = ("input_tokens", "output_tokens", "lengths", "max_request_tokens")
+    if not given.keys().isdisjoint(lengths):
+        own = {key: value for key, value in own.items() if key not in lengths[: 4 if "input_tokens" in given else 3]}
+    return {**own, **given}
 
 
 def combine(
@@ -415,8 +489,9 @@ def _known_keys(location: tuple[str | int, ...]) -> list[str]:
         "configurations": Configuration,
         "matrix": Matrix,
         "search": Search,
+        "generate": GenerationPlan,
     }
-    nested: dict[str, type[BaseModel]] = {"stages": Stage, "spike": Spike}
+    nested: dict[str, type[BaseModel]] = {"stages": Stage, "spike": Spike, "generation": Generation}
     section = sections.get(str(location[0]), Plan) if location else Plan
     section = nested.get(str(location[1]), section) if len(location) > 1 else section
     return list(section.model_fields)

@@ -47,6 +47,37 @@ class Spike(Section):
     times: float = Field(gt=0, le=1000)
 
 
+class Generation(Section):
+    """Requests to generation servers: their lengths in tokens, and when a response counts as good.
+
+    `lengths` names a distribution of benchmarks/corpora or a CSV file, instead of `input_tokens` and `output_tokens`.
+    Its rows with more than `max_request_tokens` (input and output together) are left out. `common_prefix` is the share
+    of the shortest prompt with which all prompts start. A response is good if its first token comes within `ttft_ms`
+    and no gap between its events is longer than `itl_ms`.
+    """
+
+    input_tokens: int = Field(128, ge=1, le=1_000_000)
+    output_tokens: int = Field(64, ge=1, le=1_000_000)
+    lengths: str | None = None
+    max_request_tokens: int | None = Field(None, ge=2, le=2_000_000)
+    common_prefix: float = Field(0.0, ge=0, le=0.95)
+    ttft_ms: float | None = Field(None, gt=0, le=3_600_000)
+    itl_ms: float | None = Field(None, gt=0, le=3_600_000)
+
+    @model_validator(mode="after")
+    def _check(self) -> Generation:
+        if self.lengths and not {"input_tokens", "output_tokens"}.isdisjoint(self.model_fields_set):
+            raise ValueError("lengths cannot be combined with input_tokens and output_tokens: keep one of them")
+        if self.max_request_tokens and not self.lengths:
+            raise ValueError("max_request_tokens requires lengths")
+        return self
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The bounds of a good response in ms, by `ttft` and `itl`; empty if there are none."""
+        return {key: value for key, value in (("ttft", self.ttft_ms), ("itl", self.itl_ms)) if value is not None}
+
+
 class Load(Section):
     """The requests that a server receives: loop, rate or users, duration and inputs. `timeline` lists its stages.
 
@@ -54,6 +85,7 @@ class Load(Section):
     `users: auto` is stored as `auto_users`; `users` is set after the concurrency is found.
 
     `task` is that of the models (`Plan.for_task`). For `rerank`, the inputs of a request are the documents of a query.
+    For `generate`, `generation` describes the requests.
     """
 
     task: Task = "embed"
@@ -76,6 +108,7 @@ class Load(Section):
     inputs: Literal["unique", "as-is", "zipf"] = "unique"
     zipf_s: float = Field(1.0, ge=0, le=10)
     zipf_share: float = Field(1.0, ge=0, le=1)
+    generation: Generation | None = None
     workers: int = Field(1, ge=1, le=256)
     remote_workers: int = Field(0, ge=0, le=256)
     master_port: int = Field(5557, ge=1, le=65_535)

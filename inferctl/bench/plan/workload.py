@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from inferctl import assets
-from inferctl.bench.plan import traces
+from inferctl.bench.plan import prompts, traces
 from inferctl.bench.plan.plan import Load, Stage
 from inferctl.errors import UsageError, did_you_mean
 
@@ -30,7 +30,9 @@ _QUERY_WORDS = 12
 class Workload:
     """The inputs of all requests, drawn from `load`, `corpus` (its name or path) and `seed`.
 
-    `groups` has the texts of each distinct request; for rerank, the query is the first.
+    `groups` has the texts of each distinct request; for rerank, the query is the first. For generation, it has the
+    start that all prompts share and the rest of the prompt, and `input_tokens` and `output_tokens` have the tokens
+    requested for and from each prompt.
     The n-th request sends `groups[order[n % len(order)]]`. `schedule_ns` (nanoseconds after the start of the
     measurement) and `warmup_schedule_ns` belong to an open loop and are empty for a closed loop. Groups from index
     `unique_from` get a cache-busting prefix each time; earlier groups are sent unchanged.
@@ -45,35 +47,74 @@ class Workload:
     warmup_schedule_ns: npt.NDArray[np.uint64]
     unique_from: int
     corpus_sha256: str
+    input_tokens: Sequence[int] = ()
+    output_tokens: Sequence[int] = ()
 
     @property
     def digest(self) -> str:
         """sha256 (hex) of texts, order and times. Equal digests mean equal work."""
         marks = self.unique_from == 0 if self.unique_from in (0, len(self.groups)) else self.unique_from
-        total = hashlib.sha256(json.dumps([self.groups, marks]).encode())
+        requested = [list(self.output_tokens)] if self.output_tokens else []
+        total = hashlib.sha256(json.dumps([self.groups, marks, *requested]).encode())
         for part in (self.order, self.schedule_ns, self.warmup_schedule_ns):
             total.update(part.tobytes())
         return total.hexdigest()
 
-    def bodies(self, body: Callable[[list[str]], object]) -> list[bytes]:
-        """Return one JSON request body per group, each on one line. `body` makes a body from texts (`Target.body`)."""
-        return [
-            json.dumps(body(self._marked(group) if number >= self.unique_from else group)).encode()
-            for number, group in enumerate(self.groups)
+    def bodies(self, body: Callable[..., object]) -> list[bytes]:
+        """Return one JSON request body per group, each on one line.
+
+        `body` makes a body from texts and, for generation, from the tokens of the output (`Target.body`).
+        """
+        marked = [
+            self._marked(group) if number >= self.unique_from else group for number, group in enumerate(self.groups)
         ]
+        if self.output_tokens:
+            bodies = [body(group, tokens) for group, tokens in zip(marked, self.output_tokens, strict=True)]
+        else:
+            bodies = [body(group) for group in marked]
+        return [json.dumps(each).encode() for each in bodies]
 
     def _marked(self, group: list[str]) -> list[str]:
-        """Return a group with the mark of the prefix. A unique query makes each of its pairs unique."""
+        """Return a group with the mark of the prefix. A unique query makes each of its pairs unique.
+
+        In a prompt, it follows what all prompts share.
+        """
+        if self.load.task == "generate":
+            return [f"{group[0]} {PREFIX_MARK}".strip(), group[1]]
         count = 1 if self.load.task == "rerank" else len(group)
         return [f"{PREFIX_MARK} {text}" for text in group[:count]] + group[count:]
 
 
-def draw(load: Load, corpus: str, seed: int) -> Workload:
-    """Return the workload of `load`, `corpus` and `seed`; equal arguments give equal workloads. Raises `UsageError`."""
+def draw(load: Load, corpus: str, seed: int, tokenizer: Path | None = None) -> Workload:
+    """Return the workload of `load`, `corpus` and `seed`; equal arguments give equal workloads. Raises `UsageError`.
+
+    The tokens of prompts for generation are counted with `tokenizer` (tokenizer.json of the model), else estimated.
+    """
     if load.trace:
         return _replay(load, corpus, seed)
     texts, digest = read_corpus(corpus)
     random = np.random.Generator(np.random.PCG64(seed))
+    drawn = prompts.Prompts([], [], [])
+    if load.generation:
+        drawn = prompts.draw(load.generation, texts, load.inputs == "unique", random, tokenizer)
+    groups = drawn.groups or _groups(load, texts, random)
+    order = random.integers(0, len(groups), ORDER_LENGTH, dtype=np.uint32)
+    unique_from = 0 if load.inputs == "unique" else len(groups)
+    if load.inputs == "zipf":
+        order = _zipf(load, len(groups), random)
+        groups = groups + groups
+        drawn = prompts.Prompts(groups, drawn.input_tokens * 2, drawn.output_tokens * 2)
+    lengths = (drawn.input_tokens, drawn.output_tokens)
+    empty = np.zeros(0, np.uint64)
+    if load.mode == "closed":
+        return Workload(load, corpus, seed, groups, order, empty, empty, unique_from, digest, *lengths)
+    schedule = arrivals(load, load.timeline, random)
+    warmup = arrivals(load, _warmup(load, load.timeline[0].rate), random)
+    return Workload(load, corpus, seed, groups, order, schedule, warmup, unique_from, digest, *lengths)
+
+
+def _groups(load: Load, texts: Sequence[str], random: np.random.Generator) -> list[list[str]]:
+    """Return the texts of each distinct request."""
     size = load.inputs_per_request
     shuffled = random.permutation(len(texts))
     picks = (
@@ -86,17 +127,7 @@ def draw(load: Load, corpus: str, seed: int) -> Workload:
     groups = [[texts[i] for i in pick] for pick in picks]
     if load.task == "rerank":
         groups = [_with_query(group, number) for number, group in enumerate(groups)]
-    order = random.integers(0, len(groups), ORDER_LENGTH, dtype=np.uint32)
-    unique_from = 0 if load.inputs == "unique" else len(groups)
-    if load.inputs == "zipf":
-        order = _zipf(load, len(groups), random)
-        groups = groups + groups
-    empty = np.zeros(0, np.uint64)
-    if load.mode == "closed":
-        return Workload(load, corpus, seed, groups, order, empty, empty, unique_from, digest)
-    schedule = arrivals(load, load.timeline, random)
-    warmup = arrivals(load, _warmup(load, load.timeline[0].rate), random)
-    return Workload(load, corpus, seed, groups, order, schedule, warmup, unique_from, digest)
+    return groups
 
 
 def rerank_groups(texts: Sequence[str], documents: int) -> list[list[str]]:
