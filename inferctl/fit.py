@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from inferctl import catalog, drivers
 from inferctl.catalog import BaseImage, Hardware, Stack
+from inferctl.decoder import Capacity
 from inferctl.precision import Level, best_precision, capability_of, support
 from inferctl.sizes import size
 from inferctl.spec import Spec
@@ -63,7 +64,7 @@ class Fit:
     """How one part runs the spec.
 
     `level` is `depends` for a CPU, because its instructions are unknown. `kernels` is None if unknown. `memory` is None
-    if the size of the model is unknown.
+    if the size of the model is unknown. `capacity`: the sequences of a generative model that run at a time.
     """
 
     part: str
@@ -75,6 +76,7 @@ class Fit:
     memory: Memory | None
     memory_bytes: int | None
     findings: tuple[Finding, ...]
+    capacity: Capacity | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -83,10 +85,16 @@ class Fit:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The facts of a model for a memory estimate: its number of parameters and its `config.json`."""
+    """The facts of a model for a memory estimate: its number of parameters and its `config.json`.
+
+    `weights_bytes`: size of its safetensors files. `has_modules`: whether it has the `modules.json` of an embedding
+    model.
+    """
 
     parameters: int
     config: Mapping[str, Any]
+    weights_bytes: int = 0
+    has_modules: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,18 +149,28 @@ def check_part(
     requested = spec.serve.precision
     precision = best_precision(part.traits) if requested == "auto" else requested
     level, reason = _level(precision, part)
-    kernels = stack.has_kernels(capability_of(part.compute_capability)) if part.compute_capability else True
     batch = spec.serve.max_batch_tokens
     need = model if isinstance(model, UnknownSize) else memory(model, precision, batch, part)
     findings = [
         *_precision(precision, level, reason, part),
-        *_kernels(stack, kernels, part),
-        *_driver(base, stack, part, driver),
+        *hardware_findings(base, stack, part, driver),
         _memory(need, part),
-        *_slice(part),
     ]
     shown = need if isinstance(need, Memory) else None
+    kernels = has_kernels(stack, part)
     return Fit(part.key, requested, precision, level, reason, kernels, shown, part.memory_bytes, tuple(findings))
+
+
+def hardware_findings(base: BaseImage, stack: Stack, part: Hardware, driver: int | None) -> Iterator[Finding]:
+    """Yield the findings about kernels, driver and MIG slice, which are the same for every task."""
+    yield from _kernels(stack, has_kernels(stack, part), part)
+    yield from _driver(base, stack, part, driver)
+    yield from _slice(part)
+
+
+def has_kernels(stack: Stack, part: Hardware) -> bool | None:
+    """Return whether `stack` has kernels for `part`; None if unknown."""
+    return stack.has_kernels(capability_of(part.compute_capability)) if part.compute_capability else True
 
 
 def memory(model: ModelSize, precision: str, batch_tokens: int, part: Hardware) -> Memory:
@@ -160,7 +178,7 @@ def memory(model: ModelSize, precision: str, batch_tokens: int, part: Hardware) 
 
     Weights: parameters x bytes. With int8, the embedding table stays in 16 bits. Activations: per token, five vectors
     of the hidden size and two of the feed-forward width, for one layer at a time, because inference keeps no other
-    layer. For a generative model, the KV cache of one full batch is added.
+    layer.
     """
     config = model.config
     hidden = _first_int(config, "hidden_size", "dim", "n_embd", "d_model")
@@ -169,12 +187,6 @@ def memory(model: ModelSize, precision: str, batch_tokens: int, part: Hardware) 
     weights = model.parameters * _BYTES_PER_PARAMETER[precision] + (table if precision == "int8" else 0)
     cell = 4 if precision == "fp32" else 2
     activations = batch_tokens * (5 * hidden + 2 * width) * cell
-    if str((config.get("architectures") or [""])[0]).endswith(("ForCausalLM", "LMHeadModel")):
-        heads = _first_int(config, "num_attention_heads", "n_head") or 1
-        kv_heads = _first_int(config, "num_key_value_heads") or heads
-        layers = _first_int(config, "num_hidden_layers", "n_layer")
-        head_size = _first_int(config, "head_dim") or hidden // heads
-        activations += batch_tokens * 2 * layers * kv_heads * head_size * cell
     return Memory(weights, activations, CUDA_OVERHEAD_BYTES if part.kind == "cuda" else 0)
 
 

@@ -52,6 +52,21 @@ class HubModel:
         """Total size in bytes of the files that inferctl loads."""
         return sum(self.files.values())
 
+    @property
+    def has_modules(self) -> bool:
+        """Whether it has the `modules.json` of sentence-transformers, so it is an embedding model."""
+        return "modules.json" in self.files
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size in bytes of the safetensors files, without a second copy of the weights of a sharded model."""
+        sharded = "model.safetensors.index.json" in self.files
+        return sum(
+            size_bytes
+            for name, size_bytes in self.files.items()
+            if name.endswith(".safetensors") and "/" not in name and not (sharded and name.startswith("consolidated"))
+        )
+
 
 def fetch(source: str, revision: str | None, progress: Progress) -> ModelFolder:
     """Return the model `source`: a local folder, or a model in the hub's cache, downloaded if it is not there.

@@ -54,8 +54,11 @@ class ModelFolder:
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The safetensors files at the top of the folder, without those of `onnx/` or `openvino/` exports."""
-        return sorted(self.path.glob("*.safetensors"))
+        """The safetensors files at the top of the folder: those of the index of a sharded model, else all.
+
+        Mistral's folders have the weights a second time, in `consolidated.safetensors`.
+        """
+        return sorted(file for file in self.path.glob("*.safetensors") if not self.shards or file.name in self.shards)
 
     @property
     def shards(self) -> set[str]:

@@ -179,7 +179,8 @@ def _online_support(precision: str, device: DeviceTraits, model_type: str | None
         fp8 = _online_support("fp8", device, model_type).level != "unsupported"
         return Support("unsupported", why, f"{hint}, or use {'fp8' if fp8 else 'auto'}")
     if device.kind == "cuda" and capability < (8, 0) and model_type in _WITHOUT_FP16:
-        return Support("unsupported", f"fp8 needs 16-bit activations, and {model_type} has none here", "use fp32")
+        why = f"fp8 needs activations in 16 bits, and vLLM runs {model_type} in fp32 only on this GPU"
+        return Support("unsupported", why, "use fp32")
     if device.kind == "cpu":
         why = "vLLM's CPU build does not convert the weights of a checkpoint to fp8"
         return Support("unsupported", why, "use auto, or choose a checkpoint in compressed-tensors W8A8 (int8)")

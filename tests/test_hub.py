@@ -88,6 +88,17 @@ def test_facts_and_the_commit_need_no_weights(hub: Hub, folder: Path, tmp_path: 
     assert run(FETCH, environment).stdout.splitlines()[-1].endswith(hub.repositories[SOURCE].commit)
 
 
+def test_facts_recognize_an_embedding_model_and_count_the_weights_once(tmp_path: Path) -> None:
+    from inferctl.hub import HubModel
+
+    shards = {"model-1.safetensors": 5, "model-2.safetensors": 3, "onnx/model.safetensors": 9, "config.json": 1}
+    assert HubModel("0", {}, 1, shards).weights_bytes == 8
+    sharded = shards | {"model.safetensors.index.json": 1, "consolidated.safetensors": 8, "modules.json": 1}
+    assert HubModel("0", {}, 1, sharded).weights_bytes == 8
+    assert HubModel("0", {}, 1, sharded).has_modules
+    assert not HubModel("0", {}, 1, shards | {"1_Pooling/modules.json": 1}).has_modules
+
+
 @pytest.mark.parametrize(
     ("call", "kind", "said"),
     [

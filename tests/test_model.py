@@ -32,6 +32,15 @@ def test_parameters_are_counted_from_the_headers(tmp_path: Path) -> None:
     assert (found.parameters, found.architecture) == (18, "BertModel")
 
 
+def test_a_second_copy_of_the_weights_is_not_counted(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", {"a": [10]})
+    (folder / "consolidated.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    found = model.find(str(folder))
+    assert (found.parameters, [file.name for file in found.weight_files]) == (10, ["model.safetensors"])
+
+
 def test_the_task_is_the_one_that_the_model_is_made_for() -> None:
     encoder = {"architectures": ["BertModel"]}
     cross_encoder = {"architectures": ["XLMRobertaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}

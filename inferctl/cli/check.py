@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from inferctl.catalog import BaseImage
+    from inferctl.decoder import Capacity
     from inferctl.fit import Finding, Fit, Memory, ModelSize, UnknownSize
+    from inferctl.generation_fit import Registry
     from inferctl.spec import Spec
 
 _MARK = {"ok": "note", "warn": "warn", "error": "error"}
@@ -99,7 +101,7 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, lis
     """Return the task (`auto` if the model is not known), the general findings, and those of each hardware."""
     import datetime
 
-    from inferctl import catalog, fit
+    from inferctl import catalog, fit, generation_fit
     from inferctl.errors import UsageError
     from inferctl.model import is_hub_id, resolve_task
 
@@ -108,8 +110,7 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, lis
     parts = list(catalog.hardware_profiles()) if all_hardware else spec.hardware
     hub_model = is_hub_id(spec.model.source)
     today = datetime.datetime.now(tz=datetime.UTC).date()
-    general = [*fit.check_image(spec, base, stack, hub_model=hub_model, today=today), fit.check_slo(spec)]
-    general += _files(spec, base)
+    general = [*fit.check_image(spec, base, stack, hub_model=hub_model, today=today), *_files(spec, base)]
     if not parts:
         why = "precision, kernels, driver and memory depend on the hardware and were not checked"
         hint = "set `hardware: [t4]` in the spec, or pass `--hardware all`"
@@ -122,10 +123,47 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, lis
     task: str = spec.model.task
     if isinstance(size, fit.ModelSize):
         try:
-            task = resolve_task(spec.model.task, size.config, spec.model.source)
+            task = resolve_task(spec.model.task, size.config, spec.model.source, has_modules=size.has_modules)
         except UsageError as error:
             general.append(fit.Finding("error", "task", error.message, "the server does not start", error.hint))
-    return task, general, [fit.check_part(spec, base, stack, catalog.hardware(key), size, driver) for key in parts]
+    if task != "auto":
+        general += generation_fit.check_settings(spec, task)
+    check_part = fit.check_part
+    if task == "generate":
+        check_part = generation_fit.check_part
+        if isinstance(size, fit.ModelSize):
+            general += generation_fit.check_model(spec, size.config, _installed_vllm())
+    else:
+        general.append(fit.check_slo(spec))
+    return task, general, [check_part(spec, base, stack, catalog.hardware(key), size, driver) for key in parts]
+
+
+def _installed_vllm() -> Registry | None:
+    """Return the architectures in the source of an installed vLLM, which is not imported: it loads torch."""
+    import ast
+    import importlib.metadata
+    import importlib.util
+
+    from inferctl.generation_fit import Registry
+
+    found = importlib.util.find_spec("vllm")
+    if found is None or not found.submodule_search_locations:
+        return None
+    file = Path(found.submodule_search_locations[0]) / "model_executor" / "models" / "registry.py"
+    try:
+        tree, version = ast.parse(file.read_text("utf-8")), importlib.metadata.version("vllm")
+    except (OSError, SyntaxError, ValueError, importlib.metadata.PackageNotFoundError):
+        return None
+    tables = {"_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS"}
+    names = {
+        key.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+        if any(isinstance(target, ast.Name) and target.id in tables for target in node.targets)
+        for key in node.value.keys
+        if isinstance(key, ast.Constant) and isinstance(key.value, str)
+    }
+    return Registry(version, frozenset(names)) if names else None
 
 
 def _files(spec: Spec, base: BaseImage) -> Iterator[Finding]:
@@ -160,7 +198,8 @@ def _size(spec: Spec, ask: bool) -> ModelSize | UnknownSize:
     source, revision = spec.model.source, spec.model.revision
     folder = hub.cached(source, revision) if model.is_hub_id(source) else model.find(source)
     if folder is not None:
-        return fit.ModelSize(folder.parameters, folder.config)
+        weights_bytes = sum(file.stat().st_size for file in folder.weight_files)
+        return fit.ModelSize(folder.parameters, folder.config, weights_bytes, folder.has_modules)
     unknown = fit.UnknownSize("the size of the model is unknown", "pass `--model DIR` with a local copy of the model")
     if not ask:
         return unknown
@@ -168,7 +207,9 @@ def _size(spec: Spec, ask: bool) -> ModelSize | UnknownSize:
         facts = hub.facts(source, revision)
     except NotReadyError as error:
         return fit.UnknownSize(error.message, error.hint or unknown.hint)
-    return unknown if facts.parameters is None else fit.ModelSize(facts.parameters, facts.config)
+    if facts.parameters is None:
+        return unknown
+    return fit.ModelSize(facts.parameters, facts.config, facts.weights_bytes, facts.has_modules)
 
 
 def _document(file: str | None, spec: Spec, task: str, findings: list[Finding], fits: list[Fit]) -> dict[str, Any]:
@@ -198,6 +239,7 @@ def _document(file: str | None, spec: Spec, task: str, findings: list[Finding], 
                 },
                 "kernels": fit.kernels,
                 "memory": fit.memory and _memory(fit.memory, fit.memory_bytes),
+                "generation": fit.capacity and _capacity(fit.capacity),
             }
             for fit in fits
         ],
@@ -209,6 +251,12 @@ def _document(file: str | None, spec: Spec, task: str, findings: list[Finding], 
 def _memory(need: Memory, available_bytes: int | None) -> dict[str, Any]:
     parts = {f"{name}_bytes": size for name, size in vars(need).items()}
     return {"estimated": True, "needs_bytes": need.total, "has_bytes": available_bytes, **parts}
+
+
+def _capacity(capacity: Capacity) -> dict[str, Any]:
+    from inferctl.decoder import TYPICAL_TOKENS
+
+    return {"estimated": True, **vars(capacity), "typical_tokens": TYPICAL_TOKENS}
 
 
 def _report(file: str | None, spec: Spec, task: str, findings: list[Finding], fits: list[Fit]) -> None:
@@ -232,7 +280,7 @@ def _report(file: str | None, spec: Spec, task: str, findings: list[Finding], fi
         Text(),
     ]
     if fits:
-        pieces += [_table(fits), Text()]
+        pieces += [*(_generation_table(fits) if task == "generate" else [_table(fits)]), Text()]
     pieces += [
         notes,
         Text(f"\n{file or 'flags'}: {summary}" + (f"; {_runnable(fits)}" if fits else "")),
@@ -243,7 +291,7 @@ def _report(file: str | None, spec: Spec, task: str, findings: list[Finding], fi
 def _runnable(fits: list[Fit]) -> str:
     """Return on how many of the hardware the spec can run, or has no known obstacle if memory was not checked."""
     count = f"{sum(fit.verdict != 'error' for fit in fits)} of {len(fits)}"
-    if any(fit.memory is None for fit in fits):
+    if any(fit.memory is None and fit.verdict != "error" for fit in fits) or all(fit.memory is None for fit in fits):
         return f"{count} {'has' if len(fits) == 1 else 'have'} no known obstacle; memory was not checked"
     return f"{count} can run it"
 
@@ -270,6 +318,41 @@ def _table(fits: list[Fit]) -> Table:
             Text(fit.verdict, style="" if fit.verdict == "ok" else _STYLE[fit.verdict]),
         )
     return table
+
+
+def _generation_table(fits: list[Fit]) -> list[RenderableType]:
+    """Return the table of a generative model and a line that explains its estimates."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from inferctl.decoder import TYPICAL_TOKENS
+    from inferctl.sizes import size
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for heading in ("hardware", "precision", "weights", "KV cache", "longest", "at once", "verdict"):
+        table.add_column(heading, no_wrap=heading == "hardware", overflow="fold")
+    for fit in fits:
+        need, held = fit.memory, fit.capacity
+        table.add_row(
+            fit.part,
+            fit.precision if fit.level == "native" else f"{fit.precision}\n{fit.level}",
+            size(need.weights, 1) if need else "-",
+            size(held.kv_cache_bytes, 1) if held else "-",
+            f"{held.longest_context_tokens:,}" if held else "-",
+            f"{held.sequences}/{held.typical_sequences}" if held else "-",
+            Text(fit.verdict, style="" if fit.verdict == "ok" else _STYLE[fit.verdict]),
+        )
+    held = next((fit.capacity for fit in fits if fit.capacity), None)
+    if held is None:
+        return [table]
+    context = f"{held.context_tokens:,} tokens" if held.context_tokens else "the longest context"
+    gpus = f"; on each of {held.gpus} GPUs" if held.gpus > 1 else ""
+    note = (
+        f"estimated{gpus}. longest: tokens of the longest sequence that fits; at once: sequences of {context} / of "
+        f"{TYPICAL_TOKENS:,} tokens, the mean of the Azure trace of conversations in 2023 (1,152 in, 212 out)"
+    )
+    return [table, Text(f"\n{note}")]
 
 
 def _grouped(findings: list[Finding]) -> list[tuple[Finding, list[str]]]:

@@ -162,7 +162,7 @@ def _model(spec_file: Path | None, model: str | None, config: Path | None) -> tu
         return spec, model_folder.path / "config.json"
     if not models.is_hub_id(spec.model.source):
         return spec, models.find(spec.model.source).path / "config.json"
-    names = ("config.json", "tokenizer.json")
+    names = ("config.json", "tokenizer.json", "modules.json")
     return spec, hub.small_files(spec.model.source, spec.model.revision, names) / "config.json"
 
 

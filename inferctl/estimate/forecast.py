@@ -312,11 +312,14 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"{file} cannot be read: {error}", "pass the config.json of a model") from None
     if not isinstance(data, dict):
         raise UsageError(f"{file} is not a JSON object", "pass the config.json of a model")
-    if resolve_task("auto", data, str(file)) == "rerank":
+    task = resolve_task("auto", data, str(file), has_modules=(file.parent / "modules.json").is_file())
+    if task != "embed":
         # Front end and output were measured for embeddings only.
+        kind = "a cross-encoder" if task == "rerank" else "a generative model"
+        also = "" if task == "rerank" else "; an embedding model has a modules.json in its folder"
         raise UsageError(
-            f"estimates are for embedding models, but {file} is of a cross-encoder ({architecture(data)})",
-            "measure a cross-encoder with `inferctl bench`",
+            f"estimates are for embedding models, but {file} is of {kind} ({architecture(data)})",
+            f"measure {kind} with `inferctl bench`{also}",
         )
     return data
 

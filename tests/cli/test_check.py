@@ -12,6 +12,7 @@ import pytest
 
 from inferctl import catalog
 from inferctl.cli import run
+from tests.test_decoder import LLAMA_31_8B
 
 Golden = Callable[[str, str], None]
 Captured = pytest.CaptureFixture[str]
@@ -26,10 +27,15 @@ slo: {p99_ms: 70}
 """
 
 
-def model_folder(path: Path, rows: int, width: int = 384) -> None:
+def model_folder(path: Path, rows: int, width: int = 384, config: dict[str, Any] | None = None) -> None:
     """A model folder whose weights file is a hole of the right size: only its header is ever read."""
     path.mkdir()
-    config = {"architectures": ["BertModel"], "hidden_size": width, "intermediate_size": 4 * width, "vocab_size": 30522}
+    config = config or {
+        "architectures": ["BertModel"],
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "vocab_size": 30522,
+    }
     (path / "config.json").write_text(json.dumps(config))
     size = rows * width * 2
     header = json.dumps({"w": {"dtype": "BF16", "shape": [rows, width], "data_offsets": [0, size]}}).encode()
@@ -85,6 +91,72 @@ def test_the_task_follows_from_the_model_and_a_contradiction_ends_with_2(here: P
     told = " ".join(capsys.readouterr().out.split())
     assert "model is a cross-encoder (BertForSequenceClassification)" in told
     assert "hint: set `model.task: auto`, or choose an embedding model" in told
+
+
+@pytest.fixture
+def llama(here: Path) -> Path:
+    """A folder with the configuration and the size of Llama 3.1 8B, next to the spec."""
+    config = LLAMA_31_8B | {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"}
+    model_folder(here / "llama", rows=1_960_513, width=4096, config=config)
+    (here / "inferctl.yaml").write_text(
+        "name: llama\nmodel: {source: llama}\nserve: {max_context_tokens: 32768}\n"
+        "hardware: [t4, a100-40gb-mig-3g.20gb, a100-40gb-sxm, cpu]\n"
+    )
+    return here / "llama"
+
+
+def test_a_generative_model_at_80_columns(llama: Path, capsys: Captured, golden: Golden) -> None:
+    code = run(["check"])
+    told = capsys.readouterr()
+    assert (code, told.err) == (2, "")
+    assert max(map(len, told.out.splitlines())) <= 80
+    golden("check-generate.txt", told.out)
+    assert run(["check", "--hardware", "all"]) == 2
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_the_document_of_a_generative_model_has_stable_keys(llama: Path, capsys: Captured) -> None:
+    document = json_of(["check", "--hardware", "a100-40gb-sxm"], capsys)
+    (part,) = document["hardware"]
+    assert document["task"] == "generate"
+    assert list(part["generation"]) == [
+        *("estimated", "gpus", "kv_cache_bytes", "kv_bytes_per_token", "context_tokens", "longest_context_tokens"),
+        *("sequences", "typical_sequences", "typical_tokens"),
+    ]
+    assert (part["generation"]["kv_bytes_per_token"], part["generation"]["context_tokens"]) == (131072, 32768)
+    assert part["memory"]["weights_bytes"] == 2 * 1_960_513 * 4096
+    assert "slo" not in {finding["topic"] for finding in document["findings"]}
+    assert json_of(["check", "--model", "model"], capsys)["hardware"][0]["generation"] is None
+
+
+def test_an_embedding_model_with_a_generative_architecture_is_recognized(llama: Path, capsys: Captured) -> None:
+    (llama / "modules.json").write_text("[]")
+    document = json_of(["check", "--hardware", "a100-40gb-sxm"], capsys)
+    assert document["task"] == "embed"
+    (found,) = [finding for finding in document["findings"] if finding["topic"] == "settings"]
+    assert found["what"] == "serve.max_context_tokens: not used by the task embed"
+
+
+def test_an_installed_vllm_is_read_but_not_imported(
+    llama: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = llama.parent / "site" / "vllm"
+    (package / "model_executor" / "models").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError")
+    registry = package / "model_executor" / "models" / "registry.py"
+    registry.write_text("import torch\n_TEXT_GENERATION_MODELS = {'OtherForCausalLM': ('other', 'O')}\n")
+    metadata = package.parent / "vllm-0.32.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+    monkeypatch.syspath_prepend(str(package.parent))
+
+    def architecture() -> str:
+        findings = json_of(["check", "--hardware", "a100-40gb-sxm"], capsys)["findings"]
+        return str(next(finding["what"] for finding in findings if finding["topic"] == "architecture"))
+
+    assert architecture() == "vLLM 0.32.0 does not list LlamaForCausalLM"
+    registry.write_text(registry.read_text().replace("Other", "Llama"))
+    assert architecture() == "vLLM 0.32.0 runs LlamaForCausalLM"
 
 
 def test_a_driver_that_is_too_old_ends_with_2(here: Path, capsys: Captured) -> None:

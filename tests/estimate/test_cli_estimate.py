@@ -58,6 +58,18 @@ def test_a_cross_encoder_is_not_estimated(config: str, capsys: pytest.CaptureFix
     assert "hint: measure a cross-encoder with `inferctl bench`" in told
 
 
+def test_a_generative_model_is_estimated_only_if_it_is_made_for_embeddings(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(config).write_text(json.dumps(MINILM | {"architectures": ["Qwen3ForCausalLM"]}))
+    assert cli.run(["estimate", "--config", config, "--hardware", "t4"]) == 2
+    told = capsys.readouterr().err
+    assert "config.json is of a generative model (Qwen3ForCausalLM)" in told
+    assert "an embedding model has a modules.json in its folder" in told
+    (Path(config).parent / "modules.json").write_text("[]")
+    assert estimated(capsys, config, "--hardware", "t4")
+
+
 def test_figures_are_labeled_estimated_and_have_ranges(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--hardware", "t4,cpu", "-p", "int8", "--length", "squad", "--engine", "tensorrt")
     said = estimated(capsys, config, *arguments)

@@ -1,0 +1,208 @@
+"""Tests the KV cache and the context of published models against published figures.
+
+KV cache per token in 16 bits: https://sebastianraschka.com/llm-architecture-gallery/ (GPT-2 XL 300 KiB, Llama 3 8B
+128 KiB, Llama 3.2 1B 32 KiB, OLMo 2 7B 512 KiB, DeepSeek V3 68.6 KiB). The shapes are those of the models' `config.json`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from inferctl.decoder import Decoder, UnknownDecoder, describe
+
+KIB = 1024
+LLAMA_31_8B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "rope_scaling": {"factor": 8.0, "rope_type": "llama3", "original_max_position_embeddings": 8192},
+}
+LLAMA_2_7B = {**LLAMA_31_8B, "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096}
+GPT2_XL = {"model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25, "n_positions": 1024, "vocab_size": 50257}
+FALCON_7B = {
+    "model_type": "falcon",
+    "hidden_size": 4544,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 71,
+    "num_kv_heads": 71,
+    "multi_query": True,
+    "new_decoder_architecture": False,
+    "vocab_size": 65024,
+}
+FALCON_40B = {
+    **FALCON_7B,
+    "hidden_size": 8192,
+    "num_hidden_layers": 60,
+    "num_attention_heads": 128,
+    "num_kv_heads": 8,
+    "new_decoder_architecture": True,
+}
+DOLLY_12B = {
+    "model_type": "gpt_neox",
+    "hidden_size": 5120,
+    "intermediate_size": 20480,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 40,
+    "vocab_size": 50280,
+    "max_position_embeddings": 2048,
+}
+MISTRAL_V01 = {**LLAMA_31_8B, "model_type": "mistral", "vocab_size": 32000, "sliding_window": 4096}
+QWEN25_05B = {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "sliding_window": 32768,
+    "use_sliding_window": False,
+    "tie_word_embeddings": True,
+}
+SMOLLM2_135M = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+}
+DEEPSEEK_V2_LITE = {
+    "model_type": "deepseek_v2",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "vocab_size": 102400,
+    "max_position_embeddings": 163840,
+}
+DEEPSEEK_V3 = {**DEEPSEEK_V2_LITE, "model_type": "deepseek_v3", "num_hidden_layers": 61}
+# The config.json of the 12B model leaves out what equals the defaults of its class.
+GEMMA3_12B = {
+    "model_type": "gemma3",
+    "text_config": {
+        "model_type": "gemma3_text",
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+}
+
+
+def decoder(config: dict[str, Any]) -> Decoder:
+    found = describe(config)
+    assert isinstance(found, Decoder), found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("config", "kib", "context"),
+    [
+        (GPT2_XL, 300, 1024),
+        (LLAMA_2_7B, 512, 4096),
+        (LLAMA_31_8B, 128, 131072),
+        (FALCON_7B, 8, 2048),
+        (FALCON_40B, 120, 2048),
+        (DOLLY_12B, 720, 2048),
+        (MISTRAL_V01, 128, 131072),
+        (QWEN25_05B, 12, 32768),
+        (SMOLLM2_135M, 22.5, 8192),
+        (DEEPSEEK_V2_LITE, 30.375, 163840),
+        (DEEPSEEK_V3, 68.625, 163840),
+        (GEMMA3_12B, 384, 131072),
+    ],
+)
+def test_the_kv_cache_of_a_token(config: dict[str, Any], kib: float, context: int) -> None:
+    found = decoder(config)
+    assert found.kv_bytes_per_token() == kib * KIB
+    assert found.kv_bytes_per_token(cell_bytes=4) == 2 * kib * KIB
+    assert found.context == context
+
+
+def test_the_kv_heads_are_divided_among_gpus_but_not_below_one() -> None:
+    llama, falcon, latent = decoder(LLAMA_31_8B), decoder(FALCON_7B), decoder(DEEPSEEK_V3)
+    assert [llama.kv_bytes_per_token(gpus=gpus) // KIB for gpus in (1, 2, 8, 16)] == [128, 64, 16, 16]
+    assert falcon.kv_bytes_per_token(gpus=2) == falcon.kv_bytes_per_token()
+    assert latent.kv_bytes_per_token(gpus=8) == latent.kv_bytes_per_token()
+
+
+def test_a_sequence_takes_whole_blocks() -> None:
+    llama = decoder(LLAMA_31_8B)
+    assert llama.kv_bytes(1) == llama.kv_bytes(16) == 16 * 128 * KIB
+    assert llama.kv_bytes(17) == 32 * 128 * KIB
+    # https://developer.nvidia.com/blog/mastering-llm-techniques-inference-optimization/: 2 GB for 4,096 tokens
+    assert decoder(LLAMA_2_7B).kv_bytes(4096) == 2 * 2**30
+
+
+def test_a_layer_with_a_window_keeps_the_window_and_the_tokens_of_one_step() -> None:
+    mistral, gemma = decoder(MISTRAL_V01), decoder(GEMMA3_12B)
+    assert mistral.kv_bytes(4096, step_tokens=2048) == 4096 * 128 * KIB
+    assert mistral.kv_bytes(100_000, step_tokens=2048) == (4095 + 2048 + 1 + 16) * 128 * KIB
+    assert [layer is None for layer in gemma.windows].count(True) == 8
+    whole = 131072 * 8 * 8 * KIB
+    assert whole < gemma.kv_bytes(131072, step_tokens=2048) < 1.2 * whole
+    assert gemma.kv_bytes(1000, step_tokens=2048) == 1008 * 384 * KIB
+
+
+def test_the_longest_context_is_the_inverse_of_the_size() -> None:
+    llama, gemma = decoder(LLAMA_31_8B), decoder(GEMMA3_12B)
+    for found in (llama, gemma):
+        for tokens in (16, 4096, 100_000):
+            size = found.kv_bytes(tokens, step_tokens=2048)
+            assert tokens <= found.longest_context(size, step_tokens=2048) < tokens + 16
+            assert found.longest_context(size - 1, step_tokens=2048) < tokens
+    assert llama.longest_context(10**15) == 131072
+    assert llama.longest_context(0) == llama.longest_context(-1) == 0
+
+
+def test_layer_types_name_the_layers_with_a_window() -> None:
+    types = ["sliding_attention", "full_attention"] * 16
+    config = {**LLAMA_31_8B, "model_type": "gpt_oss", "sliding_window": 128, "layer_types": types}
+    assert decoder(config).windows == (128, None) * 16
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({}, "config.json does not state the number of layers"),
+        ({**LLAMA_31_8B, "vocab_size": None}, "config.json does not state the vocabulary"),
+        (
+            {**LLAMA_31_8B, "layer_types": ["linear_attention", "full_attention"]},
+            "config.json lists kinds of layers whose state is not estimated (`layer_types`)",
+        ),
+        (
+            {**LLAMA_31_8B, "mamba_d_state": 16},
+            "its layers keep a state that is not estimated (`mamba_d_state` in config.json)",
+        ),
+        (
+            {**LLAMA_31_8B, "model_type": "minicpm3", "kv_lora_rank": 256, "qk_rope_head_dim": 32},
+            "how vLLM keeps the KV cache of the model type minicpm3 is not known here",
+        ),
+    ],
+)
+def test_an_unknown_fact_is_stated(config: dict[str, Any], why: str) -> None:
+    assert describe(config) == UnknownDecoder(why)
+
+
+def test_an_unknown_context_is_none() -> None:
+    assert decoder({**LLAMA_31_8B, "max_position_embeddings": None}).context is None
