@@ -123,7 +123,7 @@ def small_files(source: str, revision: str | None, names: tuple[str, ...]) -> Pa
 
     Only the first file is required. Raises the same errors as `facts`.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 
     folder = Path()
@@ -132,6 +132,8 @@ def small_files(source: str, revision: str | None, names: tuple[str, ...]) -> Pa
             # If the hub does not respond, the client retries a file for minutes. This request fails at once.
             _info(source, revision)
         for index, name in enumerate(names):
+            if index and try_to_load_from_cache(source, name, revision=revision) is _CACHED_NO_EXIST:
+                continue  # if the hub does not respond, the client would retry an absent file for half a minute
             try:
                 file = hf_hub_download(source, name, revision=revision, etag_timeout=_TIMEOUT_S)
             except EntryNotFoundError:

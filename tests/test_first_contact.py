@@ -149,16 +149,19 @@ def test_check_rejects_a_model_that_does_not_exist(here: Path, hub: Hub, tmp_pat
     assert found["hint"]
 
 
-def test_estimate_needs_no_weights_and_no_network_the_second_time(here: Path, hub: Hub, tmp_path: Path) -> None:
+def test_estimate_needs_no_weights_and_no_hub_the_second_time(here: Path, hub: Hub, tmp_path: Path) -> None:
     environment = online(hub, tmp_path / "home")
     estimate = ("estimate", "--model", DEFAULT, "--json", "--length", "128", "--hardware", "t4")
     first = inferctl(here, environment, *estimate)
     assert first.returncode == 0, first.stderr
     assert weights(hub) == []
-    nowhere = online("http://127.0.0.1:9", tmp_path / "home")
-    again = inferctl(here, nowhere, *estimate)
+    hub.status = 503
+    hub.requests.clear()
+    again = inferctl(here, environment, *estimate)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["rows"] == json.loads(first.stdout)["rows"]
+    asked = [line for line in hub.requests if "/resolve/" in line]
+    assert asked == [f"HEAD /{DEFAULT}/resolve/main/config.json"], "the client does not retry, also for an absent file"
 
 
 @pytest.mark.parametrize("verb", ["serve", "bench", "estimate"])
