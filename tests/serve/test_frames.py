@@ -47,7 +47,7 @@ def test_a_frame_larger_than_the_socket_buffer_is_received_completely() -> None:
     frame = frames.pack_json(Kind.FAILED, {"message": "x" * 3_000_000})
     sender = threading.Thread(target=child.sendall, args=(frame,))
     sender.start()
-    received = frames.receive(parent)
+    received = frames.receive(parent.makefile("rb"))
     sender.join()
     assert received is not None
     assert received[0] is Kind.FAILED
@@ -61,7 +61,7 @@ def test_end_of_file_within_a_frame_returns_none(sent: bytes) -> None:
     parent, child = socket.socketpair()
     child.sendall(sent)
     child.close()
-    assert frames.receive(parent) is None
+    assert frames.receive(parent.makefile("rb")) is None
     parent.close()
 
 
@@ -79,6 +79,6 @@ def test_a_frame_of_another_protocol_is_an_error() -> None:
     parent, child = socket.socketpair()
     child.sendall(b"GET / HTTP/1.1\r\n")
     with pytest.raises(ValueError, match="same version"):
-        frames.receive(parent)
+        frames.receive(parent.makefile("rb"))
     parent.close()
     child.close()

@@ -40,9 +40,6 @@ class Sleeping:
         rows = len(batch.lengths)
         return BatchResult(batch.id, np.ones((rows, 2), np.float32), np.ones(rows, np.bool_), 0.0)
 
-    def close(self) -> None:
-        pass
-
 
 def ask(connection: socket.socket, number: int, token: int) -> None:
     tokens = np.array([token], dtype=np.int32)
@@ -52,18 +49,19 @@ def ask(connection: socket.socket, number: int, token: int) -> None:
 def test_batches_run_in_parallel_and_each_gets_one_result() -> None:
     parent, child = socket.socketpair()
     engine: Any = Sleeping()
-    thread = threading.Thread(target=worker._loop, args=(child, engine, 2))
+    thread = threading.Thread(target=worker._loop, args=(child.makefile("rwb"), engine, 2))
     thread.start()
     for number, token in enumerate((300, 1, 13, 2, 3)):
         ask(parent, number, token)
-    answers = []
+    answers, stream = [], parent.makefile("rb")
     for _ in range(5):
-        frame = frames.receive(parent)
+        frame = frames.receive(stream)
         assert frame is not None
         kind, body = frame
         answers.append((frames.unpack_result(body).id if kind is Kind.RESULT else json.loads(body)["id"], kind))
         if kind is Kind.FAILED:
             assert json.loads(body)["out_of_memory"]
+    stream.close()
     parent.close()
     thread.join(timeout=30)
     assert not thread.is_alive(), "it ends when the socket is closed"

@@ -60,8 +60,6 @@ def parse(kind: type[Request], raw: bytes, *, max_inputs: int) -> Request:
 
 def check_content_type(value: bytes) -> None:
     """Raise `ApiError` 415 for a content type other than JSON. An absent content type (b"") is accepted."""
-    if value == b"application/json":
-        return
     media = value.partition(b";")[0].strip().lower()
     if media and media != b"application/json" and not (media.startswith(b"application/") and media.endswith(b"+json")):
         message = "the body must be JSON, with the header `content-type: application/json`"

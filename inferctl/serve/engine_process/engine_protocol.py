@@ -1,6 +1,6 @@
 """The interface between the API process and an engine. It needs no HTTP and no torch.
 
-An engine runs in its own process (`worker.py`) and has three methods: `load`, `run`, `close`. All data that crosses the
+An engine runs in its own process (`worker.py`) and has two methods: `load` and `run`. All data that crosses the
 process border is one of the dataclasses here. Token ids and vectors are sent as raw arrays.
 """
 
@@ -39,7 +39,6 @@ class EngineConfig:
     max_input_tokens: int | None = None
     max_batch_tokens: int = 16384
     engines: int = 1
-    echo_dimensions: int = 8
     log: str = "text"
     previous_info: dict[str, Any] | None = None
 
@@ -189,6 +188,3 @@ class Engine(Protocol):
 
         An exception fails this batch only, unless `gpu_errors.breaks_context` says that it broke the CUDA context.
         """
-
-    def close(self) -> None:
-        """Release memory and devices."""

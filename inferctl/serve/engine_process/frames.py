@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import struct
 from enum import IntEnum
+from io import BufferedIOBase
 from typing import Any
 
 import numpy as np
@@ -75,14 +75,17 @@ def unpack_result(body: bytes) -> BatchResult:
     return BatchResult(number, vectors, ok, seconds)
 
 
-def receive(connection: socket.socket) -> tuple[Kind, bytes] | None:
+def receive(stream: BufferedIOBase) -> tuple[Kind, bytes] | None:
     """Wait for the next frame and return it; None if the other process ended."""
-    head = _exactly(connection, _HEAD.size)
-    if head is None:
+    try:
+        head = stream.read(_HEAD.size)
+        if len(head) < _HEAD.size:
+            return None
+        size, kind = _HEAD.unpack(head)
+        body = stream.read(_checked(size) - 1)
+    except ConnectionError:
         return None
-    size, kind = _HEAD.unpack(head)
-    body = _exactly(connection, _checked(size) - 1)
-    return None if body is None else (Kind(kind), body)
+    return (Kind(kind), body) if len(body) == size - 1 else None
 
 
 async def receive_async(reader: asyncio.StreamReader) -> tuple[Kind, bytes] | None:
@@ -98,18 +101,3 @@ def _checked(size: int) -> int:
     if not 1 <= size <= _MAX_FRAME:
         raise ValueError(f"invalid frame of {size} bytes: the two processes do not use the same version")
     return size
-
-
-def _exactly(connection: socket.socket, size: int) -> bytes | None:
-    """Return the next `size` bytes; None if the other process ended."""
-    buffer = bytearray(size)
-    view, received = memoryview(buffer), 0
-    while received < size:
-        try:
-            count = connection.recv_into(view[received:])
-        except ConnectionError:
-            return None
-        if not count:
-            return None
-        received += count
-    return bytes(buffer)

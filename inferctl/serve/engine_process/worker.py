@@ -16,8 +16,8 @@ import os
 import signal
 import socket
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
+from io import BufferedIOBase
 
 from inferctl.errors import InferctlError
 from inferctl.serve import logs
@@ -41,9 +41,9 @@ def make_engine(config: EngineConfig) -> Engine:
     return EncoderEngine(config)
 
 
-def serve(connection: socket.socket) -> int:
+def serve(stream: BufferedIOBase) -> int:
     """Load the engine, run batches until the API process ends, and return the exit code."""
-    first = frames.receive(connection)
+    first = frames.receive(stream)
     if first is None or first[0] is not Kind.CONFIG:
         return 1
     config = EngineConfig(**json.loads(first[1]))
@@ -52,38 +52,34 @@ def serve(connection: socket.socket) -> int:
         engine = make_engine(config)
         info = engine.load()
     except InferctlError as error:
-        return _fatal(connection, error.message, error.hint, error.exit_code)
+        return _fatal(stream, error.message, error.hint, error.exit_code)
     except Exception as error:  # the API process reports it to the user
         log.exception("the engine cannot start")
-        return _fatal(connection, f"the engine cannot start: {type(error).__name__}: {error}", None, 1)
+        return _fatal(stream, f"the engine cannot start: {type(error).__name__}: {error}", None, 1)
     gc.collect()
     gc.freeze()
-    connection.sendall(frames.pack_json(Kind.READY, info.to_json()))
-    try:
-        return _loop(connection, engine, info.parallel)
-    finally:
-        engine.close()
+    _send(stream, frames.pack_json(Kind.READY, info.to_json()))
+    return _loop(stream, engine, info.parallel)
 
 
-def _loop(connection: socket.socket, engine: Engine, parallel: int) -> int:
+def _loop(stream: BufferedIOBase, engine: Engine, parallel: int) -> int:
     """Run batches on this thread, or on `parallel` threads."""
     with contextlib.ExitStack() as stack:
         pool = ThreadPoolExecutor(parallel, "batch") if parallel > 1 else None
         if pool:
             stack.callback(pool.shutdown, cancel_futures=True)
-        send_lock = threading.Lock()
-        while (frame := frames.receive(connection)) is not None:
+        while (frame := frames.receive(stream)) is not None:
             kind, body = frame
             if kind is not Kind.BATCH:
                 return 1
             if pool is None:
-                _run_batch(connection, send_lock, engine, frames.unpack_batch(body))
+                _run_batch(stream, engine, frames.unpack_batch(body))
             else:
-                pool.submit(_run_batch, connection, send_lock, engine, frames.unpack_batch(body))
+                pool.submit(_run_batch, stream, engine, frames.unpack_batch(body))
     return 0
 
 
-def _run_batch(connection: socket.socket, send_lock: threading.Lock, engine: Engine, batch: Batch) -> None:
+def _run_batch(stream: BufferedIOBase, engine: Engine, batch: Batch) -> None:
     """Run one batch and send its result, or the error that it raised."""
     try:
         frame = frames.pack_result(engine.run(batch))
@@ -98,13 +94,17 @@ def _run_batch(connection: socket.socket, send_lock: threading.Lock, engine: Eng
             "out_of_memory": memory.is_insufficient(error),
         }
         frame = frames.pack_json(Kind.FAILED, failure)
-    with send_lock:
-        connection.sendall(frame)
+    _send(stream, frame)
 
 
-def _fatal(connection: socket.socket, message: str, hint: str | None, exit_code: int) -> int:
-    connection.sendall(frames.pack_json(Kind.FATAL, {"message": message, "hint": hint, "exit_code": exit_code}))
+def _fatal(stream: BufferedIOBase, message: str, hint: str | None, exit_code: int) -> int:
+    _send(stream, frames.pack_json(Kind.FATAL, {"message": message, "hint": hint, "exit_code": exit_code}))
     return exit_code
+
+
+def _send(stream: BufferedIOBase, frame: bytes) -> None:
+    stream.write(frame)  # one call, so that the frames of several threads do not mix
+    stream.flush()
 
 
 def main() -> None:
@@ -112,11 +112,11 @@ def main() -> None:
     # These signals reach the whole process group. The API process decides when the engine ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    with socket.socket(fileno=int(sys.argv[1])) as connection:
-        try:
-            code = serve(connection)
-        except ConnectionError:  # the API process ended or closed the socket
-            code = 0
+    try:
+        with socket.socket(fileno=int(sys.argv[1])) as connection, connection.makefile("rwb") as stream:
+            code = serve(stream)
+    except ConnectionError:  # the API process ended or closed the socket
+        code = 0
     sys.exit(code)
 
 

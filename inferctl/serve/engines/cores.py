@@ -48,29 +48,20 @@ class Cores:
     def __init__(self, forward: Forward, cores: int, parallel: int) -> None:
         self._forward, self._threads = forward, cores // parallel
         # torch stores the number of threads per calling thread.
-        self._pool = (
-            ThreadPoolExecutor(cores, "core", initializer=torch.set_num_threads, initargs=(1,))
-            if self._threads > 1
-            else None
-        )
+        self._pool = ThreadPoolExecutor(cores, "core", initializer=torch.set_num_threads, initargs=(1,))
 
     def __call__(self, sequences: Sequences) -> Vectors:
         """Return what `Forward` returns. The calling thread uses the threads of one batch."""
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         parts = min(self._threads, sum(sequences.lengths) // _PART_TOKENS, len(sequences))
-        if self._pool is None or parts < 2:
+        if parts < 2:
             return self._forward(sequences)
         groups = _balanced(sequences.lengths, parts)
         rows = np.concatenate(list(self._pool.map(self._forward, map(sequences.take, groups))))
         out = np.empty_like(rows)
         out[np.concatenate(groups)] = rows
         return out
-
-    def close(self) -> None:
-        """Stop the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
 
 
 def _balanced(lengths: list[int], parts: int) -> list[list[int]]:

@@ -26,6 +26,7 @@ LINGER_SECONDS = 60
 LARGE_TOKEN = 18
 CORRUPTING_TOKEN = 19
 CLOSING_TOKEN = 20
+_DIMENSIONS = 8
 
 
 class EchoEngine:
@@ -43,7 +44,7 @@ class EchoEngine:
     def load(self) -> EngineInfo:
         """Return the info of an engine without a model."""
         return EngineInfo(
-            dimensions=self._config.echo_dimensions,
+            dimensions=_DIMENSIONS,
             attention="none",
             attention_reason="the echo engine has no model",
             precision=PrecisionInfo(
@@ -70,7 +71,7 @@ class EchoEngine:
             raise RuntimeError("injected failure")
         if (firsts == LARGE_TOKEN).any() and len(firsts) > 1:
             raise MemoryError("injected out of memory")
-        vectors = np.zeros((len(batch.lengths), self._config.echo_dimensions), dtype=np.float32)
+        vectors = np.zeros((len(batch.lengths), _DIMENSIONS), dtype=np.float32)
         vectors[:, 0] = np.add.reduceat(batch.tokens, ends - batch.lengths)
         vectors[:, 1] = batch.lengths
         vectors[:, 2] = 1
@@ -78,6 +79,3 @@ class EchoEngine:
         vectors[firsts == NON_FINITE_TOKEN] = np.nan
         time.sleep(SLOW_SECONDS * int((firsts == SLOW_TOKEN).sum()))
         return BatchResult(batch.id, vectors, finite_rows(vectors), time.perf_counter() - started)
-
-    def close(self) -> None:
-        """Do nothing."""

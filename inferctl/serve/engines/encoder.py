@@ -136,9 +136,3 @@ class EncoderEngine:
         starts = None if batch.second_starts is None else batch.second_starts.tolist()
         vectors = self._compute(Sequences(np.split(batch.tokens, np.cumsum(batch.lengths)[:-1]), starts))
         return BatchResult(batch.id, vectors, finite_rows(vectors), time.perf_counter() - started)
-
-    def close(self) -> None:
-        """Stop the threads and release the weights."""
-        if isinstance(self._compute, Cores):
-            self._compute.close()
-        self._compute = None

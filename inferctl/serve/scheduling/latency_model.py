@@ -46,28 +46,24 @@ class Capacity:
             raise UsageError(f"{file} cannot be read: {error}", hint) from None
         if not isinstance(data, dict):
             raise UsageError(f"{file} is not a JSON object", hint)
-        slo = data.get("slo_p99_ms")
+
+        def number(name: str, *, zero: bool = False, whole: bool = False, optional: bool = False) -> Any:
+            value: Any = data.get(name)
+            if value is None and optional:
+                return None
+            kinds, kind = ((int,), "whole number") if whole else ((int, float), "number")
+            if type(value) not in kinds or not (0 < value < math.inf or (zero and value == 0)):
+                minimum = "of at least 0" if zero else "above 0"
+                raise UsageError(f"{file}: `{name}` must be a {kind} {minimum}, got {value!r}", hint)
+            return value
+
         return cls(
-            _number(file, hint, "fixed_s", data.get("fixed_s"), zero=True),
-            _number(file, hint, "tokens_per_s", data.get("tokens_per_s")),
-            None if slo is None else _number(file, hint, "slo_p99_ms", slo),
-            _whole(file, hint, "parallel_batches", data.get("parallel_batches")),
-            _whole(file, hint, "max_batch_tokens", data.get("max_batch_tokens")),
+            number("fixed_s", zero=True),
+            number("tokens_per_s"),
+            number("slo_p99_ms", optional=True),
+            number("parallel_batches", whole=True, optional=True),
+            number("max_batch_tokens", whole=True, optional=True),
         )
-
-
-def _number(file: Path, hint: str, name: str, value: Any, *, zero: bool = False) -> float:
-    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not valid or value < 0 or (value == 0 and not zero):
-        minimum = "of at least 0" if zero else "above 0"
-        raise UsageError(f"{file}: `{name}` must be a number {minimum}, got {value!r}", hint)
-    return float(value)
-
-
-def _whole(file: Path, hint: str, name: str, value: Any) -> int | None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise UsageError(f"{file}: `{name}` must be a whole number above 0, got {value!r}", hint)
-    return value
 
 
 class LatencyModel:
