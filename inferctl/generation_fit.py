@@ -30,7 +30,9 @@ _SAMPLING_BYTES = 10
 _BYTES_PER_PARAMETER = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 _GIB = 2**30
 _CPU_KV_CACHE_BYTES = 4 * _GIB
-_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16", "avx512_vnni", "amx_int8", "amx_tile"})
+_FLAGS = frozenset(
+    {"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16", "avx512_vnni", "amx_int8", "amx_fp8", "amx_tile"}
+)
 # Architectures that vLLM does not run: removed, or with an encoder whose output the decoder attends to.
 _NOT_RUN = {
     "MPTForCausalLM": "vLLM removed it after 0.28",
@@ -51,7 +53,7 @@ _NOT_RUN = {
     ),
 }
 # Settings of `serve` that only one kind of task reads.
-_ENCODER_ONLY = ("max_client_batch", "max_wait_seconds")
+_ENCODER_ONLY = ("max_batch_tokens", "max_input_tokens", "max_client_batch", "max_wait_seconds")
 _GENERATION_ONLY = (
     "max_context_tokens",
     "max_sequences",
@@ -160,19 +162,19 @@ class _Need:
         feed-forward width per token, and the logits of all sequences. vLLM measures 1.26 GiB for Llama 3 8B with steps
         of 8,192 tokens and 256 sequences (vllm #10511); this gives 1.28 GiB.
         """
-        gpus = gpus or self.spec.serve.gpus
+        gpus = gpus or self._gpus(part)
         shape, cell = self.shape, self._cell_bytes(part)
         weights = _weights(self.model, self.precision, self.checkpoint, shape)
-        step = step_tokens(self.spec, part) * (5 * shape.hidden_size + 3 * shape.width // gpus) * cell
+        step = step_tokens(part) * (5 * shape.hidden_size + 3 * shape.width // gpus) * cell
         logits = most_sequences(self.spec, part) * shape.vocabulary * _SAMPLING_BYTES
         overhead = fit.CUDA_OVERHEAD_BYTES + CUDA_GRAPH_BYTES if part.kind == "cuda" else 0
         return Memory(weights // gpus, step + logits, overhead)
 
     def capacity(self, part: Hardware, gpus: int | None = None) -> Capacity:
         """Return what the rest of the memory holds."""
-        gpus = gpus or self.spec.serve.gpus
+        gpus = gpus or self._gpus(part)
         context = self.context
-        cell, step = self._cell_bytes(part), step_tokens(self.spec, part)
+        cell, step = self._cell_bytes(part), step_tokens(part)
         if self.spec.serve.kv_cache:
             available = sizes.parse_size(self.spec.serve.kv_cache)
         elif part.memory_bytes is None:
@@ -248,6 +250,9 @@ class _Need:
                 found.append(f"serve.gpus: {number}")
         return f"use {', or '.join(found)}" if found else "use hardware with more memory or a smaller model"
 
+    def _gpus(self, part: Hardware) -> int:
+        return self.spec.serve.gpus if part.kind == "cuda" else 1
+
     def _budget(self, part: Hardware) -> int:
         return int((part.memory_bytes or 0) * self.spec.serve.gpu_memory_share)
 
@@ -261,10 +266,8 @@ def _usable(capacity: Capacity) -> int | None:
     return blocks * decoder.BLOCK_TOKENS if capacity.longest_context_tokens >= decoder.TYPICAL_TOKENS else None
 
 
-def step_tokens(spec: Spec, part: Hardware) -> int:
-    """Return the most tokens of one step: `serve.max_batch_tokens` if set, else vLLM's default for an API server."""
-    if "max_batch_tokens" in spec.serve.model_fields_set:
-        return spec.serve.max_batch_tokens
+def step_tokens(part: Hardware) -> int:
+    """Return the most tokens of one step: vLLM's default for an API server (`engine/arg_utils.py`)."""
     memory = part.memory_bytes or 0
     if memory >= 160 * _GIB:
         return 16384

@@ -13,6 +13,7 @@ from inferctl.precision import (
     Quantization,
     best_generation_precision,
     checkpoint_of,
+    choose_generation,
     generation_dtype,
     generation_support,
     support,
@@ -51,7 +52,8 @@ def compressed(weights: dict[str, Any], activations: dict[str, Any] | None) -> d
         ("fp8", L4, Checkpoint(), "native"),
         ("fp8", H100, Checkpoint(), "native"),
         ("fp8", T4, GEMMA3, "unsupported"),
-        ("fp8", AVX512_CPU, Checkpoint(), "unsupported"),
+        ("fp8", AVX512_CPU, Checkpoint(), "emulated"),
+        ("fp8", DeviceTraits("cpu", cpu_flags=frozenset({"amx_fp8"})), Checkpoint(), "native"),
         ("int8", A100, Checkpoint(), "unsupported"),
         ("int8", T4, W8A8, "native"),
         ("int8", B200, W8A8, "unsupported"),
@@ -123,6 +125,26 @@ def test_auto_keeps_the_format_of_the_checkpoint_where_the_device_runs_it(
 ) -> None:
     assert best_generation_precision(device, checkpoint) == best
     assert generation_dtype(best, device, checkpoint) == dtype
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "checkpoint", "effective", "dtype", "quantization"),
+    [
+        ("auto", A100, Checkpoint("llama", "bf16"), "bf16", "bf16", None),
+        ("fp8", T4, Checkpoint("llama", "bf16"), "fp8", "fp16", "fp8_per_tensor"),
+        ("fp8", H100, Checkpoint("llama", "bf16"), "fp8", "bf16", "fp8_per_tensor"),
+        ("fp8", AVX512_CPU, Checkpoint("llama", "bf16"), "fp8", "bf16", "fp8_per_channel"),
+        ("fp8", H100, FP8, "fp8", "bf16", None),
+        ("auto", T4, W8A8, "int8", "fp16", None),
+        ("fp16", A100, W8A8, "fp16", "fp16", None),
+    ],
+)
+def test_the_options_of_vllm(
+    requested: str, device: DeviceTraits, checkpoint: Checkpoint, effective: str, dtype: str, quantization: str | None
+) -> None:
+    chosen = choose_generation(requested, device, checkpoint)
+    assert (chosen.effective, chosen.dtype, chosen.quantization) == (effective, dtype, quantization)
+    assert chosen.support == generation_support(effective, device, checkpoint)
 
 
 @pytest.mark.parametrize(
