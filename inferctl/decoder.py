@@ -33,7 +33,7 @@ _CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4096},
 }
 # One of so many layers sees the whole sequence, the others a window.
-_PERIOD_OF_FULL_LAYERS = {"gemma2": 2, "gemma3_text": 6}
+_PERIOD_OF_FULL_LAYERS = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "olmo3": 4, "cohere2": 4}
 # Model types whose attention vLLM runs as MLA: one vector per token and layer for all heads.
 _LATENT = frozenset(
     {"deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite", "longcat_flash", "pangu_ultra_moe", "axk1"}
@@ -43,6 +43,7 @@ _OTHER_STATE = (
     "attn_layer_period",
     "block_configs",
     "compress_ratios",
+    "conv_L_cache",
     "hybrid_override_pattern",
     "index_head_dim",
     "layers_block_type",
@@ -51,6 +52,8 @@ _OTHER_STATE = (
     "ssm_cfg",
     "state_size",
 )
+_KV_HEADS = ("n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num")
+_MOST_LAYERS = 10_000
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "seq_len")
 
 
@@ -178,6 +181,8 @@ def describe(config: Mapping[str, Any]) -> Decoder | UnknownDecoder:
     if missing := [name for name, value in named.items() if not value]:
         return UnknownDecoder(f"config.json does not state the {missing[0]}")
     assert layers and heads and hidden and vocabulary
+    if layers > _MOST_LAYERS or any(isinstance(text.get(name), list) for name in _KV_HEADS):
+        return UnknownDecoder("its layers have several shapes" if layers <= _MOST_LAYERS else f"it has {layers} layers")
     windows = _windows(text, kind, layers - (first("num_kv_shared_layers") or 0))
     if windows is None:
         return UnknownDecoder("config.json lists kinds of layers whose state is not estimated (`layer_types`)")
@@ -197,7 +202,7 @@ def describe(config: Mapping[str, Any]) -> Decoder | UnknownDecoder:
         context=min(contexts, default=None),
         latent=lora is not None,
         tied=text.get("tie_word_embeddings") is True,
-        multimodal=nested is not None,
+        multimodal=nested is not None or any(key in config for key in ("vision_config", "audio_config")),
         scaled_context=isinstance(scaling, Mapping) and bool(scaling.get("factor")) and "gemma3" not in kind,
     )
 
@@ -208,7 +213,7 @@ def _kv_heads(text: Mapping[str, Any], kind: str, heads: int, first: Callable[..
     attention = text.get("attn_config")  # DBRX
     if isinstance(attention, Mapping) and isinstance(kept := attention.get("kv_n_heads"), int):
         return kept
-    return first("n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num") or heads
+    return first(*_KV_HEADS) or heads
 
 
 def _width(hidden: int, first: Callable[..., int | None]) -> int:
@@ -229,7 +234,12 @@ def _windows(text: Mapping[str, Any], kind: str, layers: int) -> tuple[int | Non
         if not all(kind in by_type for kind in types):
             return None
         return tuple(by_type[kind] for kind in types[:layers])
+    if window is None:
+        return (None,) * layers
     period = text.get("sliding_window_pattern") or _PERIOD_OF_FULL_LAYERS.get(kind)
-    if window is None or not isinstance(period, int):
-        return (window,) * layers
+    if isinstance(period, str):  # EXAONE: LLLG, local and global layers
+        return tuple(window if period[index % len(period)] == "L" else None for index in range(layers))
+    if not isinstance(period, int):
+        first = text.get("max_window_layers")  # Qwen2: the first layer with a window
+        return tuple(None if isinstance(first, int) and index < first else window for index in range(layers))
     return tuple(None if (index + 1) % period == 0 else window for index in range(layers))

@@ -10,6 +10,7 @@ from inferctl import catalog, decoder, fit, sizes
 from inferctl.catalog import BaseImage, Hardware, Stack
 from inferctl.decoder import Capacity, Decoder, UnknownDecoder
 from inferctl.fit import Finding, Fit, Memory, ModelSize, UnknownSize
+from inferctl.model import architecture
 from inferctl.precision import (
     Checkpoint,
     DeviceTraits,
@@ -86,7 +87,7 @@ def check_settings(spec: Spec, task: str) -> Iterator[Finding]:
 
 def check_model(spec: Spec, config: Mapping[str, Any], installed: Registry | None) -> Iterator[Finding]:
     """Yield the findings about the model that do not depend on hardware: architecture, context, number of GPUs."""
-    name = str((config.get("architectures") or ["unknown"])[0])
+    name = architecture(config)
     if why := _NOT_RUN.get(name):
         hint = "choose a decoder that vLLM runs, such as Llama, Mistral, Qwen, Falcon or GPT-NeoX"
         yield Finding("error", "architecture", f"vLLM does not run {name}", why, hint)
@@ -201,6 +202,8 @@ class _Need:
         parts = f"weights {size(need.weights, 1)}, activations {size(need.activations, 1)}"
         if need.overhead:
             parts += f", CUDA and its graphs {size(need.overhead, 1)}"
+        if self.shape.multimodal:
+            parts += ", without the encoder's activations"
         if part.memory_bytes is None:
             what = f"needs about {size(need.total + capacity.kv_cache_bytes, 1)}, estimated"
             why = f"{parts}, KV cache {size(capacity.kv_cache_bytes, 1)}; the profile has no memory size"

@@ -182,6 +182,20 @@ def test_layer_types_name_the_layers_with_a_window() -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "windows"),
+    [
+        ({"model_type": "exaone4", "sliding_window_pattern": "LLLG"}, (4096, 4096, 4096, None) * 8),
+        ({"model_type": "cohere2", "sliding_window_pattern": 4}, (4096, 4096, 4096, None) * 8),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 30}, (None,) * 30 + (4096,) * 2),
+        ({"model_type": "qwen2", "use_sliding_window": False, "max_window_layers": 30}, (None,) * 32),
+        ({"model_type": "phi3"}, (4096,) * 32),
+    ],
+)
+def test_patterns_of_layers_with_a_window(options: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+    assert decoder(LLAMA_31_8B | {"sliding_window": 4096} | options).windows == windows
+
+
+@pytest.mark.parametrize(
     ("config", "why"),
     [
         ({}, "config.json does not state the number of layers"),
@@ -190,6 +204,8 @@ def test_layer_types_name_the_layers_with_a_window() -> None:
             {**LLAMA_31_8B, "layer_types": ["linear_attention", "full_attention"]},
             "config.json lists kinds of layers whose state is not estimated (`layer_types`)",
         ),
+        ({**LLAMA_31_8B, "num_key_value_heads": [8, 4]}, "its layers have several shapes"),
+        ({**LLAMA_31_8B, "num_hidden_layers": 10**9}, "it has 1000000000 layers"),
         (
             {**LLAMA_31_8B, "mamba_d_state": 16},
             "its layers keep a state that is not estimated (`mamba_d_state` in config.json)",

@@ -30,7 +30,7 @@ ALLOWED = {
     "pin": {"errors", "catalog", "model", "settings", "spec"},
     "hub": {"errors", "model", "sizes"},
     "decoder": set(),
-    "generation_fit": {"catalog", "decoder", "fit", "precision", "sizes", "spec"},
+    "generation_fit": {"catalog", "decoder", "fit", "model", "precision", "sizes", "spec"},
     "fit": {"errors", "spec", "catalog", "decoder", "precision", "drivers", "model", "sizes"},
     "locks": {"errors", "assets", "catalog"},
     "render": {"errors", "assets", "spec", "model", "catalog", "locks"},
