@@ -62,7 +62,7 @@ class Capacity:
     """What a KV cache holds, estimated. Sizes in bytes on each GPU, lengths in tokens of prompt and answer together.
 
     `context_tokens`: what each sequence may have, from the spec or the model. `longest_context_tokens`: the longest
-    single sequence that fits. `sequences` of `context_tokens`, or `typical_sequences` of `TYPICAL_TOKENS`, run at a time.
+    single sequence that fits. `sequences` of `context_tokens`, or `typical_sequences` of `TYPICAL_TOKENS`, run at once.
     """
 
     gpus: int

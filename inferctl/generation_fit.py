@@ -23,8 +23,8 @@ from inferctl.precision import (
 from inferctl.sizes import size
 from inferctl.spec import Spec
 
-# CUDA graphs of the default sizes. vLLM reports 0.36 GiB (gpustack/runner #251) to 0.68 GiB for models of 1 to 8 billion
-# parameters, and takes them from the share of the memory (vllm #30515, on by default since 0.21).
+# CUDA graphs of the default sizes. vLLM reports 0.36 GiB (gpustack/runner #251) to 0.68 GiB for models of 8 GiB, and
+# takes them from the share of the memory (vllm #30515, on by default since 0.21).
 CUDA_GRAPH_BYTES = 700_000_000
 # Bytes per sequence and vocabulary entry while a token is sampled: logits in 16 and 32 bits, and their probabilities.
 _SAMPLING_BYTES = 10
@@ -34,6 +34,8 @@ _CPU_KV_CACHE_BYTES = 4 * _GIB
 _FLAGS = frozenset(
     {"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16", "avx512_vnni", "amx_int8", "amx_fp8", "amx_tile"}
 )
+# docs/getting_started/installation/gpu.cuda.inc.md of vLLM, since 0.21 at the latest.
+_OLDEST_GPU = (7, 5)
 # Architectures that vLLM does not run: removed, or with an encoder whose output the decoder attends to.
 _NOT_RUN = {
     "MPTForCausalLM": "vLLM removed it after 0.28",
@@ -125,6 +127,9 @@ def check_part(
     level, reason, hint = _level(precision, part, checkpoint)
     findings = [_precision(precision, level, reason, hint, part)]
     findings += fit.hardware_findings(base, stack, part, driver)
+    if (part.traits.compute_capability or _OLDEST_GPU) < _OLDEST_GPU:
+        what = f"vLLM does not run on compute capability {part.compute_capability}"
+        findings.append(Finding("error", "vllm", what, "it requires 7.5 or newer", "use another GPU", part.key))
     if part.mig and spec.serve.gpus > 1:
         why = "slices have no access to each other's memory, which NCCL needs"
         what = f"serve.gpus: {spec.serve.gpus} MIG slices cannot share a model"
@@ -210,10 +215,10 @@ class _Need:
             return Finding("ok", "memory", what, why, None, part.key)
         why = f"{parts}{each}; {self._remaining(part, capacity)}"
         if self.fits(part):
-            what = f"{capacity.sequences} sequences of {capacity.context_tokens or capacity.longest_context_tokens:,} tokens, estimated"
+            tokens = capacity.context_tokens or capacity.longest_context_tokens
+            what = f"{capacity.sequences} sequences of {tokens:,} tokens, estimated"
             return Finding("ok", "memory", what, why, None, part.key)
-        tokens = self.context
-        wanted = f"one sequence of {tokens:,} tokens" if tokens else "any sequence"
+        wanted = f"one sequence of {self.context:,} tokens" if self.context else "any sequence"
         what = f"does not fit, estimated: no memory for {wanted}"
         return Finding("error", "memory", what, why, self._hint(part, capacity), part.key)
 
@@ -232,6 +237,9 @@ class _Need:
 
     def _hint(self, part: Hardware, capacity: Capacity) -> str:
         """Return the changes that make it fit on this hardware or a part of the same GPU, estimated too."""
+        if self.spec.serve.kv_cache:
+            room = max(0, (part.memory_bytes or 0) - self.memory(part).total)
+            return f"set serve.kv_cache to at most {size(room, 1)}, or remove it" if room else "remove serve.kv_cache"
         found = []
         if context := _usable(capacity):
             found.append(f"serve.max_context_tokens: {context}")
@@ -271,10 +279,9 @@ def _usable(capacity: Capacity) -> int | None:
 
 def step_tokens(part: Hardware) -> int:
     """Return the most tokens of one step: vLLM's default for an API server (`engine/arg_utils.py`)."""
-    memory = part.memory_bytes or 0
-    if memory >= 160 * _GIB:
+    if (part.memory_bytes or 0) >= 160 * _GIB:
         return 16384
-    return 8192 if memory >= 70 * _GIB and "a100" not in part.name.lower() else 2048
+    return 8192 if _is_large(part) else 2048
 
 
 def most_sequences(spec: Spec, part: Hardware) -> int:
@@ -283,7 +290,12 @@ def most_sequences(spec: Spec, part: Hardware) -> int:
         return spec.serve.max_sequences
     if part.kind == "cpu":
         return 128
-    return 1024 if (part.memory_bytes or 0) >= 70 * _GIB and "a100" not in part.name.lower() else 256
+    return 1024 if _is_large(part) else 256
+
+
+def _is_large(part: Hardware) -> bool:
+    """Return whether vLLM has larger defaults for a GPU. It keeps the small ones for an A100, where they are faster."""
+    return (part.memory_bytes or 0) >= 70 * _GIB and "a100" not in part.name.lower()
 
 
 def _weights(model: ModelSize, precision: str, checkpoint: Checkpoint, shape: Decoder | None) -> int:

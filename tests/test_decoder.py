@@ -1,7 +1,7 @@
 """Tests the KV cache and the context of published models against published figures.
 
 KV cache per token in 16 bits: https://sebastianraschka.com/llm-architecture-gallery/ (GPT-2 XL 300 KiB, Llama 3 8B
-128 KiB, Llama 3.2 1B 32 KiB, OLMo 2 7B 512 KiB, DeepSeek V3 68.6 KiB). The shapes are those of the models' `config.json`.
+128 KiB, DeepSeek V3 68.6 KiB). The shapes are those of the models' `config.json`.
 """
 
 from __future__ import annotations

@@ -123,6 +123,13 @@ def test_int8_of_a_plain_checkpoint_and_bf16_on_a_t4_are_errors() -> None:
     assert finding(on("t4", precision="bf16"), "precision").hint == "use fp16"
 
 
+def test_a_gpu_older_than_turing_is_an_error() -> None:
+    volta = catalog.Hardware(**{**vars(catalog.hardware("t4")), "key": "v100", "compute_capability": "7.0"})
+    base = catalog.base("cuda12.8")
+    judged = generation_fit.check_part(spec(), base, catalog.stack(base.stack), volta, FALCON)
+    assert finding(judged, "vllm").what == "vLLM does not run on compute capability 7.0"
+
+
 def test_auto_keeps_fp16_weights_in_fp16() -> None:
     assert (on("a100-40gb-sxm", LLAMA2).precision, on("a100-40gb-sxm").precision) == ("fp16", "bf16")
     assert on("t4").precision == "fp16"
@@ -145,7 +152,9 @@ def test_a_kv_cache_of_a_fixed_size_must_fit_beside_the_weights() -> None:
     fixed = on("l4", kv_cache="4GB", max_context_tokens=8192)
     assert fixed.capacity
     assert (fixed.verdict, fixed.capacity.kv_cache_bytes) == ("ok", 4_000_000_000)
-    assert on("l4", kv_cache="8GB", max_context_tokens=8192).verdict == "error"
+    found = finding(on("l4", kv_cache="8GB", max_context_tokens=8192), "memory")
+    assert (found.level, found.hint) == ("error", "set serve.kv_cache to at most 5.7 GB, or remove it")
+    assert finding(on("t4", kv_cache="8GB"), "memory").hint == "remove serve.kv_cache"
 
 
 def test_vllm_takes_larger_steps_on_large_gpus() -> None:
