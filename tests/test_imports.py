@@ -14,7 +14,19 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "inferctl"
 # Module or package -> the modules that it may import. `cli` may import all.
-FACTS = {"errors", "assets", "document", "spec", "settings", "model", "precision", "catalog", "drivers", "outputs"}
+FACTS = {
+    "divergence",
+    "errors",
+    "assets",
+    "document",
+    "spec",
+    "settings",
+    "model",
+    "precision",
+    "catalog",
+    "drivers",
+    "outputs",
+}
 ALLOWED = {
     "errors": set(),
     "assets": set(),
@@ -23,6 +35,7 @@ ALLOWED = {
     "spec": {"errors"},
     "settings": {"errors", "document", "spec"},
     "model": {"errors", "spec"},
+    "divergence": {"errors"},
     "drivers": set(),
     "precision": set(),
     "catalog": {"errors", "assets", "document", "drivers", "precision"},

@@ -200,6 +200,20 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean, _t(n - 1) * math.sqrt(variance / n)
 
 
+def ratio_interval(sums: Sequence[float], sizes: Sequence[int]) -> float | None:
+    """Return the half-width of the 95% interval of sum(sums) / sum(sizes); None with fewer than three groups.
+
+    The values within a group may depend on each other, the groups not (ratio estimator of cluster sampling, W. G.
+    Cochran, Sampling Techniques, section 6.3).
+    """
+    n, total = len(sums), sum(sizes)
+    if n < 3 or not total:
+        return None
+    ratio = math.fsum(sums) / total
+    squares = math.fsum((value - ratio * size) ** 2 for value, size in zip(sums, sizes, strict=True))
+    return _t(n - 1) * math.sqrt(squares * n / (n - 1)) / total
+
+
 def windows_interval(series: Sequence[Sequence[float]]) -> tuple[float, float] | None:
     """Return the mean of autocorrelated values and the half-width of its 95% interval.
 

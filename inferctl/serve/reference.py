@@ -1,12 +1,23 @@
-"""The reference implementation of the embeddings or scores of a model folder: transformers, fp32, one input at a time.
+"""The reference implementation of what a model folder computes: transformers, fp32, one input at a time.
 
     echo '["a text"]' | python -m inferctl.serve.reference MODEL_DIR
     echo '[["a query", "a document"]]' | python -m inferctl.serve.reference CROSS_ENCODER_DIR
+    echo '["a text", [{"role": "user", "content": "hi"}]]' | python -m inferctl.serve.reference LLM_DIR
 
-stdout is JSON: `model_sha256`, `tokens` (per input), for texts `dimensions` and `embeddings` (base64 of little-endian
-float32), for pairs `scores` (after the activation). `--max-input-tokens N` truncates like a server with that limit.
-Image verification and benchmarks compare with it: it uses no batcher, packed attention or quantization. It shares the
-tokenization and the configuration with the server, so the comparison does not detect errors in these.
+stdout is JSON: `model_sha256`, `tokens` (per input), and one of these, by the task (`--task`, else that of the folder):
+
+- embed: `dimensions` and `embeddings` (base64 of little-endian float32).
+- rerank, for pairs: `scores` (after the activation).
+- generate, for texts or lists of chat messages: `texts`, one object per input. `ids` are its tokens. The lists
+  `logprobs` (of the next token), `top_ids` and `top_logprobs` (of the 64 most likely tokens) have one entry per token
+  but the last. It is null for chat messages without a chat template.
+
+`--max-input-tokens N` truncates like a server with that limit. For generate, an input has at most 256 tokens, and with
+`--max-tokens N` the output ends with the input that reaches N tokens in all.
+
+Image verification and benchmarks compare with it: it uses no batcher, packed attention or quantization. For embed and
+rerank, it shares the tokenization and the configuration with the server, so the comparison does not detect errors in
+these.
 """
 
 from __future__ import annotations
@@ -16,6 +27,7 @@ import base64
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 from inferctl import model
@@ -24,23 +36,34 @@ from inferctl.serve import task_config
 from inferctl.serve.main import exit_with
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool
+from inferctl.spec import TaskSetting
 
 
-def reference(source: str, inputs: list[Any], max_input_tokens: int | None = None) -> dict[str, Any]:
-    """Return what `python -m inferctl.serve.reference` prints, for texts, or for pairs of texts with a cross-encoder.
+def reference(
+    source: str,
+    inputs: list[Any],
+    max_input_tokens: int | None = None,
+    task: TaskSetting = "auto",
+    max_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Return what `python -m inferctl.serve.reference` prints. `auto` is the task that the folder implies.
 
     Raises `UsageError` if the folder is not a model, or the inputs are not for its task.
     """
     folder = model.find(source)
-    task = model.resolve_task("auto", folder.config, source, has_modules=folder.has_modules)
-    if (task == "rerank") is isinstance(inputs[0], str):
-        raise UsageError(f"{source} is a model for {task}", "pass texts to embed, or pairs of texts to rerank")
-    config = task_config.read(task, folder.path, max_input_tokens)
+    found = model.resolve_task(task, folder.config, source, has_modules=folder.has_modules)
+    fits = {"embed": _is_text, "rerank": _is_pair, "generate": _is_prompt}[found]
+    if not all(map(fits, inputs)):
+        wanted = "pass texts to embed, pairs of texts to rerank, or texts and chat messages to continue"
+        raise UsageError(f"{source} is a model for {found}", wanted)
+    if found == "generate":
+        return {"model_sha256": folder.digest} | _next_tokens(folder.path, inputs, max_input_tokens, max_tokens)
+    config = task_config.read(found, folder.path, max_input_tokens)
     pool = TokenizerPool(folder.path, config, threads=1)
 
     from inferctl.serve.engines import plain
 
-    loaded = plain.load_model(folder.path, task=task)
+    loaded = plain.load_model(folder.path, task=found)
     document: dict[str, Any] = {"model_sha256": folder.digest}
     if isinstance(config, RerankConfig):
         pairs = pool.encode_pairs_now([pair[0] for pair in inputs], [pair[1] for pair in inputs], truncate=True)
@@ -55,11 +78,29 @@ def reference(source: str, inputs: list[Any], max_input_tokens: int | None = Non
     return document
 
 
+def _next_tokens(
+    folder: Path, inputs: list[Any], max_input_tokens: int | None, max_tokens: int | None
+) -> dict[str, Any]:
+    from inferctl.serve.engines.causal import CausalModel
+
+    loaded = CausalModel(folder)
+    texts: list[dict[str, Any] | None] = []
+    tokens: list[int] = []
+    for text in inputs:
+        if max_tokens is not None and sum(tokens) >= max_tokens:
+            break
+        ids = loaded.encode(text)
+        texts.append(loaded.score(ids[:max_input_tokens]) if ids else None)
+        tokens.append(len(ids or ()))
+    return {"tokens": tokens, "texts": texts}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(
             f"invalid arguments: {message}",
-            "run `python -m inferctl.serve.reference MODEL_DIR [--max-input-tokens N] < inputs.json`",
+            "run `python -m inferctl.serve.reference MODEL_DIR [--task TASK] [--max-input-tokens N] [--max-tokens N] "
+            "< inputs.json`",
         )
 
 
@@ -71,23 +112,32 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_is_text, value))
 
 
+def _is_prompt(value: Any) -> bool:
+    return _is_text(value) or (
+        isinstance(value, list) and bool(value) and all(isinstance(part, dict) for part in value)
+    )
+
+
 def main() -> int:
-    """Read texts or pairs from stdin, write their embeddings or scores to stdout, and return the exit code."""
+    """Read the inputs from stdin, write the output of the model to stdout, and return the exit code."""
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "PASSIVE"
     )  # spare a server on the same cores; torch reads it when it loads
     parser = _Parser(add_help=False)
     parser.add_argument("source")
+    parser.add_argument("--task", choices=("auto", "embed", "rerank", "generate"), default="auto")
     parser.add_argument("--max-input-tokens", type=int)
+    parser.add_argument("--max-tokens", type=int)
     options = parser.parse_args()
-    hint = 'pass a JSON list of texts, such as `["first text", "second text"]`, or of pairs of texts'
+    hint = 'pass a JSON list of texts, such as `["first text", "second text"]`, of pairs of texts, or of chat messages'
     try:
         inputs = json.load(sys.stdin)
     except ValueError as error:
         raise UsageError(f"stdin is not JSON: {error}", hint) from None
-    if not isinstance(inputs, list) or not inputs or not (all(map(_is_text, inputs)) or all(map(_is_pair, inputs))):
-        raise UsageError("stdin is not a list of texts or of pairs of texts", hint)
-    sys.stdout.write(json.dumps(reference(options.source, inputs, options.max_input_tokens)) + "\n")
+    if not isinstance(inputs, list) or not inputs or not (all(map(_is_prompt, inputs)) or all(map(_is_pair, inputs))):
+        raise UsageError("stdin is not a list of texts, of pairs of texts or of chat messages", hint)
+    found = reference(options.source, inputs, options.max_input_tokens, options.task, options.max_tokens)
+    sys.stdout.write(json.dumps(found) + "\n")
     return 0
 
 

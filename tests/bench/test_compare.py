@@ -400,6 +400,43 @@ def test_quality_is_compared_with_the_old_one_only_on_the_same_texts(
     assert (rows(result)["recall_at_10"]["old"] is not None) == compared
 
 
+def of_tokens(kl: float, share: float, half_width: float = 0.005) -> dict[str, Any]:
+    return {
+        "checked": True,
+        "passes": True,
+        "texts": 87,
+        "positions": 4044,
+        "kl": {"mean": kl, "p99": 10 * kl, "interval": [kl / 2, 2 * kl]},
+        "agreement": {"share": share, "interval": [share - half_width, share + half_width]},
+        "perplexity": {"served": 58.1, "fp32": 58.0},
+        "limits": {"kl": 0.1, "top_1": 0.8},
+    }
+
+
+@pytest.mark.parametrize(
+    ("new", "reason"),
+    [
+        (of_tokens(0.0013, 0.966), ""),  # another implementation of bf16
+        (of_tokens(0.0015, 0.976), "rose by 0.0011, the limit is 0.001"),
+        (of_tokens(0.0213, 0.899), "dropped by 0.077, the limit is 0.024"),
+        (of_tokens(0.0004, 0.945), "dropped by 0.031, the limit is 0.024"),
+        (of_tokens(0.0004, 0.945, half_width=0.04), ""),  # within the noise of few positions
+        (of_tokens(0.2, 0.976), "above the plan's limit of 0.1"),
+        (of_tokens(0.0004, 0.79), "below the plan's limit of 0.8"),
+    ],
+)
+def test_next_tokens_that_are_further_from_fp32_are_a_regression(
+    tmp_path: Path, new: dict[str, Any], reason: str
+) -> None:
+    old, other = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
+    old = changed(old, lambda data: data.update(quality=of_tokens(0.0004, 0.976)))
+    result = verdict(old, changed(other, lambda data: data.update(quality=new)))
+    judged = {name: rows(result)[name] for name in ("kl", "top_1")}
+    assert result["outcome"] == ("regression" if reason else "no regression")
+    assert reason in {row["reason"] for row in judged.values()}
+    assert judged["kl"]["old"] == 0.0004
+
+
 def test_broken_vectors_are_a_regression_and_unchecked_ones_no_evidence(tmp_path: Path) -> None:
     old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
     broken = {"checked": True, "passes": False, "reason": "not finite"}

@@ -144,3 +144,30 @@ def make_tokenizer(architecture: str) -> Any:
         pad_token=next(token for token in special if "pad" in token.lower()),
         unk_token=next(token for token in special if "unk" in token.lower()),
     )
+
+
+def make_generator(folder: Path, architecture: str = "llama", chat: bool = True) -> Path:
+    """Write a generative model of `architecture` with random weights, a tokenizer and a chat template into `folder`.
+
+    Its predictions depend on all layers: with weights of the usual size, they would be nearly uniform.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = make_tokenizer("qwen3")
+    if chat:
+        tokenizer.chat_template = "{% for m in messages %}[CLS]{{ m['content'] }}[SEP]{% endfor %}[CLS]"
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        architecture,
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.25,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,7 +1,12 @@
-"""Compare the quality of two receipts. Exact, without intervals: the outputs are computed, not sampled."""
+"""Compare the quality of two receipts.
+
+Exact, without intervals: the outputs are computed, not sampled. The exception is the top-1 agreement of generation,
+which depends on how many of the most likely tokens are near-ties.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from inferctl.bench.judge.comparable import ReceiptPair
@@ -9,8 +14,10 @@ from inferctl.bench.judge.compare_result import MetricResult, QualityTolerance
 from inferctl.bench.receipt import JsonObject
 
 # The largest default drop, and the drop that is always allowed: near-ties change places if the batches differ.
-_MAX_DROP = {"cosine_p1": 0.005, "recall_at_10": 0.02, "kendall": 0.02}
-_MIN_DROP = {"cosine_p1": 0.0005, "recall_at_10": 0.005, "kendall": 0.005}
+_MAX_DROP = {"cosine_p1": 0.005, "recall_at_10": 0.02, "kendall": 0.02, "top_1": 0.03}
+_MIN_DROP = {"cosine_p1": 0.0005, "recall_at_10": 0.005, "kendall": 0.005, "top_1": 0.01}
+# The same for the KL divergence (nats), which rises. bf16 differs by 0.0006 between two implementations.
+_MAX_RISE, _MIN_RISE = 0.02, 0.001
 
 
 def judge(pair: ReceiptPair, drops: Mapping[str, float | None], allow: Sequence[str]) -> list[MetricResult]:
@@ -31,17 +38,53 @@ def judge(pair: ReceiptPair, drops: Mapping[str, float | None], allow: Sequence[
     same_texts = pair.same_texts and old.get("texts") == new.get("texts")
     before = _figures(old) if old.get("checked") and same_texts else {}
     limits = new.get("limits") or {}
+    if "kl" in new and before:
+        drops = {"top_1": max(allowed_drop("top_1", before["top_1"], allow), _noise(old, new)), **drops}
     rows = [
         _judge(name, before.get(name), value, limits.get(name), drops.get(name), allow) for name, value in after.items()
     ]
-    return [*rows, *_judge_scores(before and old, new)]
+    return [*rows, *_judge_scores(before and old, new), *_judge_kl(before and old, new, allow)]
 
 
 def _figures(quality: JsonObject) -> dict[str, float]:
     """Return the figures that are 1 if a server equals fp32; empty for broken outputs."""
     if "cosine" in quality:
         return {"cosine_p1": quality["cosine"]["p1"], "recall_at_10": quality["recall_at_10"]}
+    if "kl" in quality:
+        return {"top_1": quality["agreement"]["share"]}
     return {"kendall": quality["kendall"]} if "kendall" in quality else {}
+
+
+def _noise(old: JsonObject, new: JsonObject) -> float:
+    """Return the half-width of the 95% interval of the difference of two top-1 agreements, as if independent."""
+    intervals = [side["agreement"].get("interval") or (0.0, 0.0) for side in (old, new)]
+    return math.hypot(*((high - low) / 2 for low, high in intervals))
+
+
+def _judge_kl(old: JsonObject, new: JsonObject, allow: Sequence[str]) -> list[MetricResult]:
+    """Return the verdict on the mean KL divergence of generation: like `allowed_drop`, but smaller is better."""
+    if not (found := new.get("kl")):
+        return []
+    before, after, most = (old.get("kl") or {}).get("mean"), found["mean"], new["limits"]["kl"]
+    rise = _MAX_RISE
+    if before is not None and "precision" not in allow:
+        rise = min(_MAX_RISE, max(_MIN_RISE, before))
+    reason = ""
+    if after > most:
+        reason = f"above the plan's limit of {most:g}"
+    elif before is not None and after - before > rise + 1e-9:
+        reason = f"rose by {after - before:.4g}, the limit is {rise:.4g}"
+    return [
+        MetricResult(
+            "kl",
+            unit="",
+            outcome="regression" if reason else "no regression",
+            reason=reason or ("" if before is not None else "the old receipt has no value for the same texts"),
+            old=before,
+            new=after,
+            limits=QualityTolerance(most=most),
+        )
+    ]
 
 
 def _judge_scores(old: JsonObject, new: JsonObject) -> list[MetricResult]:

@@ -25,8 +25,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from inferctl import divergence
 from inferctl.bench.load import generation, procfs
 from inferctl.bench.load.generation import GenerationApi
+from inferctl.divergence import NoLogprobsError, Scored
 from inferctl.errors import InferctlError, NotReadyError, UsageError
 from inferctl.spec import Task
 
@@ -167,6 +169,20 @@ class Target:
         if len(vectors) != len(texts):
             raise InferctlError(f"{self.endpoint_url} returned {len(vectors)} embeddings for {len(texts)} texts")
         return vectors
+
+    def score(self, ids: Sequence[int], timeout_s: float = 120) -> Scored:
+        """Return the log-probabilities of the next tokens of a prompt.
+
+        Raises `NoLogprobsError` if the server rejects the request or does not report them, and `InferctlError` if it
+        fails or they are invalid.
+        """
+        body = divergence.request(self.model, ids)
+        try:
+            return divergence.read_served(_post(f"{self.url}/v1/completions", timeout_s, body, self.access), ids)
+        except _StatusError as error:
+            if error.status in (*_ABSENT, *_INVALID):
+                raise NoLogprobsError(f"the server reports no log-probabilities of a prompt: {error.message}") from None
+            raise
 
 
 def connect(url: str, timeout_s: float = 10, access: Access | None = None) -> Target:

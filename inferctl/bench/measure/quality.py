@@ -1,17 +1,12 @@
-"""How close a server's vectors or rerank scores are to those of the same weights in fp32.
+"""How close a server's vectors, rerank scores or next tokens are to those of the same weights in fp32.
 
-A process of its own (`inferctl.serve.reference`) computes the fp32 vectors or scores.
+A process of its own (`inferctl.serve.reference`) computes the fp32 outputs.
 """
 
 from __future__ import annotations
 
 import base64
-import contextlib
-import json
 import math
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,15 +15,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from inferctl import divergence
 from inferctl import model as models
 from inferctl.bench.load.target import Target
+from inferctl.bench.measure import generation_quality, reference_process
+from inferctl.bench.measure.generation_quality import Agreement, KlDivergence, Perplexity, TokenReference
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import DOCUMENTS, Quality
 from inferctl.bench.stats import rank
+from inferctl.divergence import Divergence, Limits, NoLogprobsError
 from inferctl.errors import InferctlError
 from inferctl.spec import Task
 
-PROGRAM = "inferctl.serve.reference"
 NEIGHBORS = 10
 _BATCH = 16
 
@@ -76,8 +74,8 @@ class QualityResult:
     the server returned no usable outputs, or a figure exceeds its limit. `limits` maps figures to limits.
 
     Embeddings have `cosine` and `recall_at_10`. Rerank scores have `score_difference`, `kendall` (mean of Kendall's tau
-    over the requests) and `top_1` (share of the requests with the same best document). `texts` counts the texts or the
-    pairs.
+    over the requests) and `top_1` (share of the requests with the same best document). Generation has `kl`,
+    `agreement`, `perplexity` and `positions`, the number of predicted tokens. `texts` counts the texts or the pairs.
     """
 
     checked: bool
@@ -89,6 +87,10 @@ class QualityResult:
     score_difference: ScoreDifference | None = None
     kendall: float | None = None
     top_1: float | None = None
+    kl: KlDivergence | None = None
+    agreement: Agreement | None = None
+    perplexity: Perplexity | None = None
+    positions: int | None = None
     limits: Mapping[str, float] | None = None
     corpus_sha256: str | None = None
 
@@ -111,7 +113,7 @@ class QualityChecker:
         self._limits = limits
         self._folder = folder
         self._model = models.ModelFolder(model) if model else None
-        self._references: dict[tuple[Task, int | None], Reference | str] = {}
+        self._references: dict[tuple[Task, int | None], Reference | TokenReference | str] = {}
         self.failed = False
 
     def __call__(self, target: Target, on_wait: Callable[[float], None]) -> QualityResult:
@@ -142,18 +144,23 @@ class QualityChecker:
             return unchecked(expected)
         try:
             return check(target, expected, self._limits)
+        except NoLogprobsError as error:
+            return unchecked(error.message)
         except InferctlError as error:
             return broken(error.message)
 
     def _compute(
         self, model: Path, limits: Quality, task: Task, max_input_tokens: int | None, on_wait: Callable[[float], None]
-    ) -> Reference | str:
+    ) -> Reference | TokenReference | str:
         """Return the reference, or the reason why there is none."""
         texts, digest = workload.read_corpus(limits.corpus)
         inputs: Inputs = texts[: limits.texts]
         if task == "rerank":
             inputs = workload.rerank_groups(texts[: limits.texts], DOCUMENTS)
         try:
+            if task == "generate":
+                tokens = generation_quality.reference(model, texts, limits.tokens, on_wait, self._folder)
+                return replace(tokens, corpus_sha256=digest)
             computed = reference(model, inputs, max_input_tokens, on_wait, self._folder)
             return replace(computed, corpus_sha256=digest)
         except InferctlError as error:
@@ -176,30 +183,7 @@ def reference(
     sent: list[Any] = []
     for each in inputs:
         sent += [each] if isinstance(each, str) else [[each[0], document] for document in each[1:]]
-    arguments = [sys.executable, "-m", PROGRAM, str(model.resolve()), *limit]
-    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        stdin.write(json.dumps(sent).encode())
-        stdin.seek(0)
-        process = subprocess.Popen(
-            arguments, stdin=stdin, stdout=stdout, stderr=stderr, cwd=folder, start_new_session=True
-        )
-        try:
-            passed = 0.0
-            while process.poll() is None:
-                on_wait(passed)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.5)
-                passed += 0.5
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-        stdout.seek(0)
-        stderr.seek(0)
-        if process.returncode:
-            error = _error_line(stderr.read().decode(errors="replace"))
-            raise InferctlError(f"the computation of the fp32 reference failed: {error}")
-        document = json.loads(stdout.read())
+    document = reference_process.run(model, sent, limit, on_wait, folder)
     if isinstance(inputs[0], str):
         values = np.stack([np.frombuffer(base64.b64decode(text), "<f4") for text in document["embeddings"]])
     else:
@@ -207,11 +191,14 @@ def reference(
     return Reference(inputs, values, str(document["model_sha256"]))
 
 
-def check(target: Target, expected: Reference, limits: Quality) -> QualityResult:
-    """Send the inputs of the reference to `target` and compare the vectors or the scores.
+def check(target: Target, expected: Reference | TokenReference, limits: Quality) -> QualityResult:
+    """Send the inputs of the reference to `target` and compare the vectors, the scores or the log-probabilities.
 
     Raises `InferctlError` if the server fails or returns outputs that cannot be compared.
     """
+    if isinstance(expected, TokenReference):
+        found = generation_quality.measure(target, expected)
+        return replace(compare_tokens(found, limits), corpus_sha256=expected.corpus_sha256)
     if target.task == "rerank":
         scores = np.asarray([target.rerank(list(request)) for request in expected.inputs], np.float32)
         return replace(compare_scores(expected.values, scores, limits), corpus_sha256=expected.corpus_sha256)
@@ -223,12 +210,12 @@ def check(target: Target, expected: Reference, limits: Quality) -> QualityResult
     if wrong := [len(row) for row in rows if len(row) != size]:
         raise InferctlError(f"the server returned vectors of {wrong[0]} dimensions; the reference has {size}")
     with np.errstate(over="ignore"):
-        found = np.asarray(rows, np.float32)
-    if not np.isfinite(found).all():
+        vectors = np.asarray(rows, np.float32)
+    if not np.isfinite(vectors).all():
         raise InferctlError("the server returned vectors with NaN or infinity")
-    if not found.any(axis=1).all():
+    if not vectors.any(axis=1).all():
         raise InferctlError("the server returned vectors of zeros")
-    return replace(compare(expected.values, found, limits), corpus_sha256=expected.corpus_sha256)
+    return replace(compare(expected.values, vectors, limits), corpus_sha256=expected.corpus_sha256)
 
 
 def compare(expected: Matrix, found: Matrix, limits: Quality) -> QualityResult:
@@ -263,6 +250,21 @@ def compare_scores(expected: Matrix, found: Matrix, limits: Quality) -> QualityR
         kendall=round(kendall, 4),
         top_1=round(float(best.mean()), 4),
         limits={"kendall": limits.min_kendall, "score_difference": limits.max_score_difference},
+    )
+
+
+def compare_tokens(found: Divergence, limits: Quality) -> QualityResult:
+    """Return how far the next tokens of a server are from those of the reference."""
+    kl, agreement, perplexity = generation_quality.figures(found)
+    return QualityResult(
+        checked=True,
+        passes=divergence.failure(found, Limits(limits.max_kl, limits.min_top_1)) is None,
+        texts=len(found.texts),
+        kl=kl,
+        agreement=agreement,
+        perplexity=perplexity,
+        positions=found.positions,
+        limits={"kl": limits.max_kl, "top_1": limits.min_top_1},
     )
 
 
@@ -308,11 +310,3 @@ def _unit(vectors: Matrix) -> npt.NDArray[np.float64]:
     wide = vectors.astype(np.float64)
     unit: npt.NDArray[np.float64] = wide / np.linalg.norm(wide, axis=1, keepdims=True)
     return unit
-
-
-def _error_line(stderr: str) -> str:
-    lines = [line for line in stderr.splitlines() if line.strip()]
-    return next(
-        (line.removeprefix("error: ") for line in lines if line.startswith("error:")),
-        lines[-1] if lines else "no message",
-    )

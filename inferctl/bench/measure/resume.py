@@ -29,7 +29,7 @@ import inferctl
 from inferctl.bench import receipt
 from inferctl.bench.judge import summary
 from inferctl.bench.load import generator
-from inferctl.bench.measure import digests, quality
+from inferctl.bench.measure import digests, quality, reference_process
 from inferctl.bench.measure.concurrency import Concurrency
 from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, NeighborLoad, Outcome, WorkloadRecord
@@ -309,7 +309,7 @@ def orphaned_processes(output: Path) -> list[int]:
         except OSError:
             continue
         # A user may have a shell or a pager in that folder.
-        if leads and not {b"--announce", b"locust", quality.PROGRAM.encode()}.isdisjoint(words):
+        if leads and not {b"--announce", b"locust", reference_process.PROGRAM.encode()}.isdisjoint(words):
             found.append(int(entry.name))
     return found
 

@@ -56,7 +56,9 @@ class Quality(Section):
     """The texts on which a configuration is compared with fp32, and the limits with which it can win.
 
     Cosine and recall are those of embeddings, Kendall's tau and the score difference those of rerank scores. The limit
-    of the score difference is a share of the range of the fp32 scores.
+    of the score difference is a share of the range of the fp32 scores. For generation, `tokens` is the number of tokens
+    of which the log-probabilities are compared, `max_kl` the largest mean KL divergence (nats), and `min_top_1` the
+    smallest share of equal most likely tokens.
     """
 
     corpus: str = "mixed"
@@ -65,6 +67,9 @@ class Quality(Section):
     min_recall: float = Field(0.9, ge=0, le=1)
     min_kendall: float = Field(0.9, ge=-1, le=1)
     max_score_difference: float = Field(0.1, ge=0, le=1)
+    tokens: int = Field(4096, ge=256, le=1_000_000)
+    max_kl: float = Field(0.1, ge=0, le=100)
+    min_top_1: float = Field(0.8, ge=0, le=1)
 
 
 class Matrix(Section):

@@ -21,6 +21,8 @@ _LABELS = {
     "cosine_p1": "cosine p1",
     "kendall": "Kendall's tau",
     "score_difference": "score difference",
+    "kl": "KL divergence",
+    "top_1": "top-1 agreement",
 }
 _VERDICTS = {
     "no regression": "no regression",

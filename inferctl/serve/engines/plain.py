@@ -22,14 +22,9 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task =
     It loads only local safetensors files and runs no code of the folder. Raises `UsageError` if the files have no
     weights for the head of a cross-encoder.
     """
-    # transformers imports torchao if it is installed, which logs errors about kernels for absent GPUs.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    silence_libraries()
     from transformers import AutoModel, AutoModelForSequenceClassification
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     auto: Any = AutoModelForSequenceClassification if task == "rerank" else AutoModel
     options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     model, found = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
@@ -38,6 +33,17 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task =
     if task == "rerank" and (missing := sorted(found["missing_keys"])):
         raise UsageError(f"the weights of {folder} lack {missing[0]}", "use a model with the head of a cross-encoder")
     return model.eval()
+
+
+def silence_libraries() -> None:
+    """Keep what transformers logs while it loads a model out of the log: errors remain."""
+    # transformers imports torchao if it is installed, which logs errors about kernels for absent GPUs.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def pool(hidden: torch.Tensor, pooling: Pooling) -> torch.Tensor:

@@ -1,0 +1,62 @@
+"""Run the fp32 reference in a process of its own: `python -m inferctl.serve.reference`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from inferctl.errors import InferctlError
+
+PROGRAM = "inferctl.serve.reference"
+
+
+def run(
+    model: Path,
+    inputs: Sequence[Any],
+    options: Sequence[str],
+    on_wait: Callable[[float], None],
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """Return the JSON output for `inputs`. `on_wait` receives the seconds passed.
+
+    The process works in `folder` (default: the current one). Raises `InferctlError` if it fails.
+    """
+    arguments = [sys.executable, "-m", PROGRAM, str(model.resolve()), *options]
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        stdin.write(json.dumps(inputs).encode())
+        stdin.seek(0)
+        process = subprocess.Popen(
+            arguments, stdin=stdin, stdout=stdout, stderr=stderr, cwd=folder, start_new_session=True
+        )
+        try:
+            passed = 0.0
+            while process.poll() is None:
+                on_wait(passed)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)
+                passed += 0.5
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        stdout.seek(0)
+        stderr.seek(0)
+        if process.returncode:
+            error = _error_line(stderr.read().decode(errors="replace"))
+            raise InferctlError(f"the computation of the fp32 reference failed: {error}")
+        document: dict[str, Any] = json.loads(stdout.read())
+    return document
+
+
+def _error_line(stderr: str) -> str:
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    return next(
+        (line.removeprefix("error: ") for line in lines if line.startswith("error:")),
+        lines[-1] if lines else "no message",
+    )
