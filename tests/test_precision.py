@@ -95,6 +95,15 @@ def test_bf16_on_a_t4_is_rejected_for_generation_but_emulated_for_embeddings() -
     assert support("bf16", T4).level == "emulated"
 
 
+def test_16_bits_on_a_cpu_without_instructions_for_them_save_memory() -> None:
+    found = generation_support("fp16", AVX512_CPU)
+    assert (found.level, found.reason) == (
+        "emulated",
+        "the CPU has no fp16 instructions, so vLLM converts the numbers: it takes half the memory of fp32",
+    )
+    assert support("fp16", AVX512_CPU).reason.endswith("fp16 is many times slower than fp32")
+
+
 @pytest.mark.parametrize("device", [T4, A100, CPU])
 def test_fp8_is_rejected_for_embeddings(device: DeviceTraits) -> None:
     found = support("fp8", device)
