@@ -118,11 +118,12 @@ def serve(
     try:
         with lazy.deferred_signals():
             from inferctl.serve import server, tracing
+            from inferctl.serve.options import ServerOptions
     except ModuleNotFoundError as error:
         raise NotReadyError(
             f"`inferctl serve` requires the package {error.name}, not installed", install_hint("serve")
         ) from None
-    server_options = server.ServerOptions(
+    server_options = ServerOptions(
         device=device,
         engine=engine,
         truncate=truncate,

@@ -58,6 +58,7 @@ def log_request(event: UsageEvent) -> None:
         "ms": round(1000 * event.seconds, 3),
         "inputs": event.inputs,
         "tokens": event.input_tokens,
+        "output_tokens": event.output_tokens,
         "bulk": event.priority == "bulk",
         **{f"{name}_ms": round(1000 * seconds, 3) for name, seconds in event.phases.items()},
     }

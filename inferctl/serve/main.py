@@ -84,9 +84,10 @@ def main(command_line: list[str]) -> int:
     for warning in resolved.warnings:
         _print(f"warning: {warning}")
     from inferctl.serve import server, tracing
+    from inferctl.serve.options import ServerOptions
 
     image = reference(values.pop("image_reference", None))
-    options = server.ServerOptions(**values, image=image, traces=tracing.enabled(os.environ))
+    options = ServerOptions(**values, image=image, traces=tracing.enabled(os.environ))
     return server.run(resolved.spec, options, _print)
 
 

@@ -1,66 +1,27 @@
-"""The API process: port, engines, HTTP, signals and drain."""
+"""Starts the server of a spec: downloads the model, and selects the server of its task."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
-import signal
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import inferctl
 from inferctl import hub, model, outputs
-from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
+from inferctl.errors import UsageError
 from inferctl.model import ModelFolder
-from inferctl.serve import describe, logs, task_config
-from inferctl.serve.api import app
-from inferctl.serve.api.inference import Inference
-from inferctl.serve.api.served_model import ServedModel
-from inferctl.serve.edge import listener, usage
-from inferctl.serve.edge.lifecycle import Lifecycle
-from inferctl.serve.edge.middleware import Edge, EdgeLimits
-from inferctl.serve.edge.usage import UsageEvent
-from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
-from inferctl.serve.engine_process.pool import EnginePool
-from inferctl.serve.metrics import Metrics
-from inferctl.serve.rerank_config import RerankConfig
-from inferctl.serve.scheduling.batcher import Batcher, QueueLimits
-from inferctl.serve.scheduling.dispatcher import Dispatcher
-from inferctl.serve.scheduling.latency_model import Capacity, LatencyModel
-from inferctl.serve.tokenizer_pool import TokenizerPool
-from inferctl.spec import Spec
-
-# Tokens of one request, if the queue is not larger. OpenAI's limit is 300,000.
-_MAX_REQUEST_TOKENS = 262_144
-_EXIT_TERMINATED = 128 + signal.SIGTERM
+from inferctl.serve import logs
+from inferctl.serve.options import ServerOptions
+from inferctl.serve.signals import StopSignals
+from inferctl.spec import Spec, Task
 
 
-@dataclass(frozen=True)
-class ServerOptions:
-    """The options of a server that are not part of the spec.
+class Server(Protocol):
+    """A server that runs until a signal arrives."""
 
-    `announce`: a file that is written when the server is ready. `image`: (reference, digest) of the image that the
-    server runs in. `engines`: their number, None for one per device. `hang_seconds`: an engine is killed if a batch
-    exceeds this and 20 times its prediction. `capacity`: a file with the first values of the latency model. `log`:
-    text or json. `traces`: whether to record OpenTelemetry spans.
-    """
-
-    device: str = "auto"
-    engine: str = "encoder"
-    truncate: bool = True
-    announce: Path | None = None
-    image: tuple[str, str | None] | None = None
-    engines: int | None = None
-    hang_seconds: float = 60.0
-    capacity: Path | None = None
-    log: str = "text"
-    traces: bool = False
+    async def run(self, signals: StopSignals) -> int:
+        """Serve, and return the exit code."""
 
 
 def run(spec: Spec, options: ServerOptions, notify: Callable[[str], None], fetch: hub.Fetch | None = None) -> int:
@@ -82,215 +43,24 @@ def run(spec: Spec, options: ServerOptions, notify: Callable[[str], None], fetch
         folder = hub.fetch(source, revision, hub.Lines(source, notify))
     else:
         folder = fetch(source, revision)
-    with _StopSignals() as signals:
+    task = model.resolve_task(spec.model.task, folder.config, source, has_modules=folder.has_modules)
+    with StopSignals() as signals:
         loop_factory = None
         with contextlib.suppress(ImportError):
             import uvloop
 
             loop_factory = uvloop.new_event_loop
         with asyncio.Runner(loop_factory=loop_factory) as runner:
-            return runner.run(Server(spec, options, notify, folder).run(signals))
+            return runner.run(_server(spec, task, options, notify, folder).run(signals))
 
 
-class _StopSignals:
-    """Collects SIGINT and SIGTERM, so that they never raise an exception.
+def _server(
+    spec: Spec, task: Task, options: ServerOptions, notify: Callable[[str], None], folder: ModelFolder
+) -> Server:
+    if task == "generate":
+        from inferctl.serve.generate.server import GenerationServer
 
-    An exception can interrupt the start of a thread at any point. Python then waits for that thread forever at exit.
-    """
+        return GenerationServer(spec, options, notify, folder)
+    from inferctl.serve.encoder_server import EncoderServer
 
-    def __init__(self) -> None:
-        self._pending: list[int] = []
-        self._deliver: Callable[[int], object] = self._pending.append
-
-    def __enter__(self) -> _StopSignals:
-        self._previous = {
-            number: signal.signal(number, lambda number, _: self._deliver(number))
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def connect(self, stop: Callable[[int], None]) -> None:
-        """Call `stop` on the running event loop with each signal, first with those that arrived before."""
-        loop = asyncio.get_running_loop()
-        self._deliver = lambda number: loop.call_soon_threadsafe(stop, number)
-        for number in self._pending:
-            stop(number)
-
-
-class Server:
-    """One running server."""
-
-    def __init__(self, spec: Spec, options: ServerOptions, notify: Callable[[str], None], folder: ModelFolder) -> None:
-        self._spec, self._options, self._notify, self._folder = spec, options, notify, folder
-        task = model.resolve_task(spec.model.task, folder.config, spec.model.source, has_modules=folder.has_modules)
-        self._config = config = task_config.read(task, folder.path, spec.serve.max_input_tokens)
-        metrics = Metrics()
-        capacity = Capacity.read(options.capacity) if options.capacity else None
-        capacity_slo_ms = capacity.slo_p99_ms if capacity else None
-        slo_ms = spec.slo.p99_ms or capacity_slo_ms
-        self._admission = describe.admission_line(spec.slo.p99_ms, capacity_slo_ms)
-        queue = QueueLimits(
-            spec.serve.max_batch_tokens,
-            spec.serve.max_queue_tokens,
-            max_wait_s=spec.serve.max_wait_seconds,
-            slo_s=slo_ms / 1000 if slo_ms else None,
-        )
-        self._batcher = Batcher(queue, LatencyModel(capacity))
-        self._dispatcher = Dispatcher(self._batcher, metrics)
-        self._model = ServedModel(
-            spec.name,
-            frozenset({spec.model.source}),
-            config.matryoshka if isinstance(config, EmbeddingConfig) else (),
-            spec.serve.max_client_batch,
-            max(_MAX_REQUEST_TOKENS, spec.serve.max_queue_tokens),
-            options.truncate,
-            task,
-        )
-        if isinstance(config, RerankConfig):
-            self._model.activation = config.scores
-        self._tokenizer = TokenizerPool(folder.path, config, on_truncated=metrics.truncated.inc)
-        self._lifecycle = Lifecycle(ready=lambda: self._dispatcher.ready, live=lambda: not self._pool.crash_looping)
-        self._edge_limits = EdgeLimits()
-        self._edge = Edge(
-            app.create(Inference(self._model, self._tokenizer, self._dispatcher, metrics)),
-            self._lifecycle,
-            emit=usage.emitter(self._sinks(metrics)),
-            info=self._describe,
-            metrics=metrics.exposition,
-            endpoints=app.ENDPOINTS,
-            limits=self._edge_limits,
-        )
-        engine_config = EngineConfig(
-            engine="echo" if options.engine == "echo" else "encoder",
-            task=task,
-            model=str(self._folder.path),
-            precision=spec.serve.precision,
-            device=options.device,
-            max_input_tokens=spec.serve.max_input_tokens,
-            max_batch_tokens=spec.serve.max_batch_tokens,
-            engines=options.engines or 1,
-            log=options.log,
-        )
-        self._pool = EnginePool(
-            engine_config, options.engines, self._dispatcher, self._batch_timeout, self._engine_ready
-        )
-        metrics.engine_restarts.set_function(lambda: self._pool.counts()["restarts"])
-        self._info: dict[str, Any] | None = None
-        self._started, self._ready_seconds = time.monotonic(), 0.0
-        self._signals = 0
-        self._interrupted = False
-        self._failure: NotReadyError | None = None
-
-    def _sinks(self, metrics: Metrics) -> list[Callable[[UsageEvent], None]]:
-        """Return what receives the usage events."""
-        sinks: list[Callable[[UsageEvent], None]] = [metrics.count_event]
-        if self._options.log == "json":
-            sinks.append(logs.log_request)
-        if self._options.traces:
-            from inferctl.serve import tracing
-
-            sinks.append(tracing.tracer(self._spec.name, inferctl.__version__))
-        return sinks
-
-    async def run(self, signals: _StopSignals) -> int:
-        """Serve until a signal arrives, and return the exit code."""
-        listener.raise_file_limit()
-        self._tokenizer.warm()
-        socket = listener.listen(self._spec.serve.host, self._spec.serve.port)
-        self._url = listener.url_of(socket, self._spec.serve.host)
-        self._http = listener.HttpServer(self._edge, self._spec.serve.drain_seconds, self._edge.rejected)
-        engines = asyncio.create_task(self._pool.run())
-        serving = asyncio.create_task(self._http.serve(sockets=[socket]))
-        signals.connect(self._handle_signal)
-        await asyncio.wait((serving, engines), return_when=asyncio.FIRST_COMPLETED)
-        if engines.done():
-            self._dispatcher.fail_all("the server ends because of an error")
-        self._http.close()
-        await serving
-        self._pool.stop()
-        await engines
-        self._tokenizer.close()
-        if self._failure:
-            raise self._failure
-        if unfinished := self._edge.unfinished_responses:
-            limit = self._spec.serve.drain_seconds
-            self._notify(f"stopped after {limit:g} s; requests without a response: {unfinished}")
-            return 1
-        self._notify("stopped")
-        return EXIT_INTERRUPTED if self._interrupted else 0
-
-    def _batch_timeout(self) -> float:
-        """Return the seconds after which a batch counts as hung: 20 times the largest one, at least `hang_seconds`."""
-        largest = max(self._batcher.limits.batch_tokens, self._config.max_tokens)
-        return max(self._options.hang_seconds, 20 * self._batcher.latency.seconds(largest))
-
-    def _handle_signal(self, number: int) -> None:
-        self._signals += 1
-        self._interrupted |= number == signal.SIGINT
-        if self._signals > 1:
-            self._pool.kill()
-            os._exit(EXIT_INTERRUPTED if self._interrupted else _EXIT_TERMINATED)
-        requests = self._edge.in_flight
-        self._notify(f"shutting down; requests in flight: {requests}; a second signal stops at once")
-        self._lifecycle.draining = True
-        # Load balancers notice `/readyz` with a delay, so requests are accepted for the grace period. After Ctrl-C, and
-        # before the server was ready, no load balancer has to be waited for.
-        grace = 0 if self._interrupted or not self._lifecycle.started else self._spec.serve.grace_seconds
-        asyncio.get_running_loop().call_later(grace, self._close)
-
-    def _close(self) -> None:
-        self._lifecycle.closed = True
-        self._http.close()
-
-    def _engine_ready(self, info: EngineInfo) -> None:
-        lifecycle = self._lifecycle
-        self._model.dimensions = info.dimensions
-        self._model.vocabulary_size = info.vocabulary_size or self._tokenizer.vocabulary_size
-        self._info = describe.document(
-            self._spec,
-            self._folder,
-            self._config,
-            info,
-            self._options.truncate,
-            self._edge_limits.max_body_bytes,
-            self._options.image,
-        )
-        if lifecycle.started:
-            engines = self._pool.counts()
-            counts = f"ready: {engines['up']} of {engines['count']}, restarts: {engines['restarts']}"
-            self._notify(f"an engine is ready; {counts}")
-            return
-        lifecycle.started = True
-        self._ready_seconds = time.monotonic() - self._started
-        gc.collect()
-        gc.freeze()
-        if lifecycle.draining:
-            return
-        for line in describe.lines(info, self._spec.name, self._url, self._ready_seconds, self._admission):
-            self._notify(line)
-        if self._options.announce:
-            try:
-                outputs.announce(self._options.announce, self._url)
-            except NotReadyError as error:
-                # A process that waits for the file would wait forever.
-                self._failure = error
-                self._close()
-
-    def _describe(self) -> dict[str, Any] | None:
-        """Return the document of `GET /info`; None before an engine was ready."""
-        if self._info is None:
-            return None
-        engines, limits = self._pool.counts(), self._batcher.limits
-        slo_ms = None if limits.slo_s is None else limits.slo_s * 1000
-        return {
-            **self._info,
-            "limits": {**self._info["limits"], "max_batch_tokens": limits.batch_tokens, "slo_p99_ms": slo_ms},
-            "engines": {**engines, "out_of_memory": self._dispatcher.out_of_memory},
-            "restarts": engines["restarts"],
-            "pace": self._batcher.latency.to_json(),
-            "ready_seconds": round(self._ready_seconds, 3),
-        }
+    return EncoderServer(spec, task, options, notify, folder)

@@ -23,6 +23,7 @@ from inferctl.serve.edge.usage import CLIENT_DISCONNECTED, REJECTION, RequestCon
 log = logging.getLogger("inferctl.edge")
 
 T = TypeVar("T")
+_LARGE_PART_BYTES = 16 * 1024
 
 
 class ClientDisconnectedError(Exception):
@@ -77,6 +78,7 @@ class Edge:
         self.in_flight = 0
         self.unfinished_responses = 0  # of complete requests that were still running when the drain ended
         self.turn = asyncio.Lock()  # one part of one large response at a time
+        self.stopped = ApiError(503, "the server stopped", code="stopped")  # for requests that the drain cancels
         self._body_bytes = 0  # of all requests in flight
         self._app, self._lifecycle, self._emit, self._limits = app, lifecycle, emit, limits or EdgeLimits()
         self._info, self._endpoints = info, endpoints
@@ -109,7 +111,7 @@ class Edge:
             await self._app(scope, request.receive, request.send)
         except asyncio.CancelledError:  # the drain took too long
             self.unfinished_responses += request.body_complete
-            await request.fail(ApiError(503, "the server stopped", code="stopped"))
+            await request.fail(self.stopped)
         except ClientDisconnectedError:
             context.status, context.code = CLIENT_DISCONNECTED, "client_disconnected"
         except ApiError as error:
@@ -174,11 +176,11 @@ class Edge:
 class _Request:
     """One request between the connection and the application: counts its body, and adds the id to the response."""
 
-    __slots__ = ("_context", "_edge", "_receive", "_send", "body_complete")
+    __slots__ = ("_context", "_edge", "_receive", "_send", "body_complete", "complete")
 
     def __init__(self, edge: Edge, context: RequestContext, receive: Receive, send: Send) -> None:
         self._edge, self._context, self._receive, self._send = edge, context, receive, send
-        self.body_complete = False
+        self.body_complete = self.complete = False
 
     async def receive(self) -> Message:
         """Return the next message of the connection. Raises `ApiError` if the body is too large."""
@@ -195,14 +197,18 @@ class _Request:
         if message["type"] == "http.response.start":
             self._context.status = message["status"]
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", self._context.id)]
+        elif message["type"] == "http.response.body":
+            self.complete = not message.get("more_body", False)
         await self._send(message)
-        if message.get("more_body", False):
+        if not self.complete and len(message.get("body", b"")) > _LARGE_PART_BYTES:
             # The connection never waits for its client. Each iteration of the event loop computes at most one part.
             async with self._edge.turn:
                 await asyncio.sleep(0)
 
     async def fail(self, error: ApiError) -> None:
         """Send an error response. If a response has started, only break it off."""
+        if self.complete:
+            return
         self._context.code = error.code
         if self._context.status:
             raise error  # the connection is closed, so the client sees that the response is incomplete

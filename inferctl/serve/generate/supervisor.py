@@ -1,0 +1,158 @@
+"""Starts vLLM, watches it, and starts it again if it ends, hangs or loses its engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from inferctl.serve.generate import control
+from inferctl.serve.generate.control import Channel
+from inferctl.serve.generate.process import VllmProcess
+
+_CRASH_LOOP = 3  # starts in a row that fail
+_MAX_PAUSE_S = 60.0
+# After an engine is lost, how long its requests have to get their errors.
+_LOST_S = 5.0
+
+
+class Supervisor:
+    """`start()` starts a vLLM process and returns it. `folder`: where its edge finds the channel.
+
+    `listener()` returns the listening socket, when the edge takes it. `on_ready` is called before the edge accepts
+    connections, `on_lost(reason)` after it stopped.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], Any],
+        folder: Path,
+        hang_seconds: float,
+        listener: Callable[[], socket.socket],
+        on_ready: Callable[[], Any],
+        on_lost: Callable[[str], None],
+        notify: Callable[[str], None],
+    ) -> None:
+        self._start, self._hang_seconds, self._listener = start, hang_seconds, listener
+        self._on_ready, self._on_lost, self._notify = on_ready, on_lost, notify
+        self._control = control.listen(folder)
+        self._process: VllmProcess | None = None
+        self._channel: Channel | None = None
+        self._stopping: float | None = None  # when `stop` was called
+        self._drain_seconds = 0.0
+        self._failed_starts = 0
+        self.restarts = 0
+        self.unfinished = 0  # responses that were not complete when the drain ended
+
+    @property
+    def crash_looping(self) -> bool:
+        """Whether vLLM fails to start again and again."""
+        return self._failed_starts >= _CRASH_LOOP
+
+    async def run(self) -> None:
+        """Run vLLM until `stop`. Raises `NotReadyError` if its first start fails."""
+        while self._stopping is None:
+            self._process = process = await self._start()
+            self._channel = await self._connected(process)
+            if self._channel is None:
+                await process.end(gently=self._stopping is not None)
+                await self._failed(process)
+                continue
+            self._failed_starts = 0
+            await self._on_ready()
+            with contextlib.suppress(OSError):
+                self._channel.send_listener(self._listener())
+            reason = await self._watch(self._channel)
+            if self._stopping is None:
+                self._on_lost(reason)
+                await self._fail_requests(self._channel)
+                self.restarts += 1
+            await process.end(gently=self._stopping is not None)
+            self._channel.close()
+            self._channel = None
+
+    async def _failed(self, process: VllmProcess) -> None:
+        if self._stopping is not None:
+            return
+        failure = process.failure(await process.wait())
+        if not self.restarts:
+            raise failure
+        self._failed_starts += 1
+        pause_s = min(_MAX_PAUSE_S, 2.0**self._failed_starts)
+        self._notify(f"{failure.message}; next try in {pause_s:g} s")
+        await asyncio.sleep(pause_s)
+
+    async def _connected(self, process: VllmProcess) -> Channel | None:
+        """Wait until the edge of `process` is ready; None if the process ends first."""
+        loop = asyncio.get_running_loop()
+        accepting = asyncio.ensure_future(loop.sock_accept(self._control))
+        ended = asyncio.ensure_future(process.wait())
+        await asyncio.wait((accepting, ended), return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
+        if not accepting.done():
+            accepting.cancel()
+            return None
+        channel = Channel(accepting.result()[0])
+        return channel if await channel.receive() else None
+
+    async def _watch(self, channel: Channel) -> str:
+        """Return why this vLLM process is no longer usable, or that it stopped."""
+        progress, moved = 0.0, time.monotonic()
+        while True:
+            try:
+                message = await asyncio.wait_for(channel.receive(), self._patience())
+            except TimeoutError:
+                return f"vLLM did not respond for {self._hang_seconds:g} s"
+            if message is None:
+                return "vLLM ended"
+            if message["kind"] == "closed":
+                self.unfinished += message["unfinished"]
+                return "stopped"
+            if not message["healthy"]:
+                return "vLLM's engine ended"
+            now = time.monotonic()
+            if not message["in_flight"] or message["progress"] != progress:
+                progress, moved = message["progress"], now
+            elif now - moved > self._hang_seconds:
+                return f"vLLM's engine made no progress for {self._hang_seconds:g} s"
+
+    def _patience(self) -> float:
+        """Return how many seconds may pass without a message."""
+        if self._stopping is None:
+            return self._hang_seconds
+        return max(1.0, self._stopping + self._drain_seconds + _LOST_S - time.monotonic())
+
+    async def _fail_requests(self, channel: Channel) -> None:
+        """Let the requests of a lost engine end with an error."""
+        message = "the engine was lost and is restarting"
+        channel.send("close", seconds=0.5, code="engine_lost", message=message)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LOST_S):
+                while (answer := await channel.receive()) is not None and answer["kind"] != "closed":
+                    pass
+
+    def drain(self) -> None:
+        """Report that the server is not ready, and accept requests."""
+        if self._channel:
+            self._channel.send("drain")
+
+    def stop(self, seconds: float) -> None:
+        """Accept no more connections, wait up to `seconds` for the responses, and let `run` return."""
+        self._stopping, self._drain_seconds = time.monotonic(), seconds
+        if self._channel:
+            self._channel.send("close", seconds=seconds, code="stopped", message="the server stopped")
+        elif self._process:
+            self._process.terminate()
+
+    def kill(self) -> None:
+        """Kill vLLM at once."""
+        if self._process:
+            self._process.kill()
+
+    def close(self) -> None:
+        """Close the channel's listening socket."""
+        self._control.close()
