@@ -1,4 +1,4 @@
-"""`inferctl serve`: run the embeddings server as a process or, with `--image`, as a container."""
+"""`inferctl serve`: run the server of a model as a process or, with `--image`, as a container."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ Examples:
   inferctl serve --model ./all-MiniLM-L6-v2
   # Use a free port and write its URL to ready.json
   inferctl serve --model DIR --precision bf16 --port 0 --announce ready.json
+  # Serve a generative model with vLLM
+  inferctl serve --model ./SmolLM2-135M-Instruct --max-context-tokens 2048
   # Run a built image as a container
   inferctl serve --image registry.example.com/ml/minilm@sha256:...
 """
@@ -48,6 +50,21 @@ def serve(
         int | None,
         typer.Option(
             metavar="N", help="Limit the queue to N tokens; reject further requests with HTTP 429. [default: 262144]"
+        ),
+    ] = None,
+    max_context_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Generation: limit a prompt and its answer to N tokens. [default: the model's limit]"
+        ),
+    ] = None,
+    max_sequences: Annotated[
+        int | None, typer.Option(metavar="N", help="Generation: run at most N sequences at a time. [default: vLLM's]")
+    ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Generation: memory of the KV cache. [default: the rest of the GPU; on CPUs 4GiB]"
         ),
     ] = None,
     device: Annotated[
@@ -103,9 +120,9 @@ def serve(
         typer.Option(hidden=True, min=1, max=64, help="Start N engine processes. [default: one per GPU, else 1]"),
     ] = None,
 ) -> None:
-    """Serve embeddings with an OpenAI-compatible API.
+    """Serve embeddings, scores or generation with an OpenAI-compatible API.
 
-    Prints the effective precision and attention on stderr. On SIGTERM, finishes the accepted requests and exits.
+    Generation runs on vLLM. Prints the effective precision on stderr. On SIGTERM, finishes the accepted requests and exits.
     """
     with lazy.deferred_signals():
         from inferctl.cli import console, download

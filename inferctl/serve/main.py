@@ -24,6 +24,9 @@ SETTINGS = {
     "max_batch_tokens": "serve.max_batch_tokens",
     "max_input_tokens": "serve.max_input_tokens",
     "max_queue_tokens": "serve.max_queue_tokens",
+    "max_context_tokens": "serve.max_context_tokens",
+    "max_sequences": "serve.max_sequences",
+    "kv_cache": "serve.kv_cache",
 }
 # Options that `inferctl serve --image` passes on. Host, port and model belong to the container.
 FORWARDED = (
@@ -32,6 +35,9 @@ FORWARDED = (
     "max_batch_tokens",
     "max_input_tokens",
     "max_queue_tokens",
+    "max_context_tokens",
+    "max_sequences",
+    "kv_cache",
     "device",
     "hang_seconds",
     "log",

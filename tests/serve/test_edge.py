@@ -57,7 +57,7 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["path"] == "/late-bug":
         raise KeyError("bug")
     for _ in range(5 if scope["path"] == "/parts" else 0):
-        await send({"type": "http.response.body", "body": b"a part", "more_body": True})
+        await send({"type": "http.response.body", "body": b"a part" * 4000, "more_body": True})
     await send({"type": "http.response.body", "body": b"x" * size})
 
 

@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
 
+from inferctl.errors import NotReadyError
 from inferctl.precision import DeviceTraits
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo
 
@@ -32,8 +33,10 @@ class Probe:
 
     @classmethod
     def from_json(cls, text: str) -> Probe:
-        """Return what `to_json` wrote."""
+        """Return what the process printed. Raises `NotReadyError` for its error."""
         data = json.loads(text)
+        if "error" in data:
+            raise NotReadyError(data["error"], data["hint"])
         traits = data["traits"]
         capability = traits["compute_capability"]
         return cls(
@@ -55,12 +58,11 @@ def versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    from inferctl.errors import InferctlError
     from inferctl.serve.engines import device
-    from inferctl.serve.main import exit_with
 
-    def main() -> int:
-        _, info, traits = device.detect(sys.argv[1])
-        print(Probe(info, traits, versions()).to_json())  # noqa: T201  # the output of this process
-        return 0
-
-    exit_with(main)
+    try:
+        _, found, found_traits = device.detect(sys.argv[1])
+        sys.stdout.write(Probe(found, found_traits, versions()).to_json())
+    except InferctlError as error:
+        sys.stdout.write(json.dumps({"error": error.message, "hint": error.hint}))

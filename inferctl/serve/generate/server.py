@@ -17,7 +17,7 @@ from typing import Any
 
 import inferctl
 from inferctl import outputs, precision
-from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
+from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError, install_hint
 from inferctl.model import ModelFolder
 from inferctl.serve import logs
 from inferctl.serve.edge import listener, usage
@@ -217,13 +217,12 @@ async def _no_engine(scope: Any, receive: Any, send: Any) -> None:
 
 def _probe(device: str) -> probe.Probe:
     """Return the device that vLLM will use. Raises `NotReadyError` if it is not found."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "inferctl.serve.generate.probe", device], capture_output=True, text=True, check=False
-    )
-    if ran.returncode == 0:
-        return probe.Probe.from_json(ran.stdout.strip().splitlines()[-1])
-    message, _, hint = ran.stderr.strip().rpartition("error: ")[2].partition("\n\nhint: ")
-    raise NotReadyError(message or "the device cannot be determined", hint or None)
+    command_line = [sys.executable, "-m", "inferctl.serve.generate.probe", device]
+    ran = subprocess.run(command_line, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        reason = (ran.stderr.strip().splitlines() or ["no output"])[-1]
+        raise NotReadyError(f"the device cannot be determined: {reason}", install_hint("serve"))
+    return probe.Probe.from_json(ran.stdout)
 
 
 def _check_version(found: probe.Probe, notify: Callable[[str], None]) -> None:

@@ -1,0 +1,131 @@
+"""Starts in a second, answers like vLLM, and fails on demand. Tests with the real vLLM are in test_vllm.py.
+
+The first message of a chat is its script: `die` ends this process, `engine dies` ends the engine, `hang` stops it, and a
+number is the count of tokens. The file named by FAKE_VLLM_START has the text with which the start fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from prometheus_client import Counter
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+GAP_S = 0.05
+TOKENS = Counter("vllm:generation_tokens", "Generated tokens.")
+BUSY = "The engine is currently busy"
+ENGINE_LOST = {"error": {"message": "EngineCore died", "type": "InternalServerError", "param": None, "code": 500}}
+
+
+class Engine:
+    alive = True
+    hangs = False
+
+
+async def words(count: int) -> AsyncIterator[str]:
+    for number in range(count):
+        await asyncio.sleep(GAP_S)
+        while Engine.hangs:
+            await asyncio.sleep(0.1)
+        if not Engine.alive:
+            return
+        TOKENS.inc()
+        yield f"word{number} "
+
+
+async def events(script: str, count: int) -> AsyncIterator[str]:
+    def event(choices: list[dict[str, Any]], tokens: int) -> str:
+        usage = {"prompt_tokens": 7, "total_tokens": 7 + tokens, "completion_tokens": tokens}
+        chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": choices}
+        return f"data: {json.dumps({**chunk, 'usage': usage}, separators=(',', ':'))}\n\n"
+
+    tokens = 0
+    async for word in words(count):
+        if not tokens:
+            yield event([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}], 0)
+        tokens += 1
+        end = "length" if tokens == count else None
+        yield event([{"index": 0, "delta": {"content": word}, "finish_reason": end}], tokens)
+        if script == "engine dies" and tokens == 3:
+            Engine.alive = False
+        if script == "early end" and tokens == 3:
+            return
+    if not Engine.alive:
+        yield f"data: {json.dumps(ENGINE_LOST)}\n\ndata: [DONE]\n\n"
+        return
+    yield event([], tokens)
+    yield "data: [DONE]\n\n"
+
+
+async def chat(request: Request) -> Response:
+    body = await request.json()
+    script = body["messages"][0]["content"]
+    count = int(script) if script.isdigit() else 20
+    if script == "die":
+        os._exit(1)
+    if script == "busy":
+        return JSONResponse({"error": {"message": BUSY, "type": "x", "param": None, "code": 503}}, 503)
+    if script == "hang":
+        Engine.hangs = True
+    if script == "block":
+        time.sleep(600)
+    if script == "invalid":
+        return JSONResponse({"error": {"message": "no", "type": "BadRequestError", "param": "p", "code": 400}}, 400)
+    if body.get("stream"):
+        return StreamingResponse(events(script, count), media_type="text/event-stream")
+    text = "".join([word async for word in words(count)])
+    if not Engine.alive:
+        return JSONResponse(ENGINE_LOST, 500)
+    usage = {"prompt_tokens": 7, "total_tokens": 7 + count, "completion_tokens": count}
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "length"}
+    head = {"id": "c", "object": "chat.completion", "created": 1, "model": "m"}
+    return Response(json.dumps({**head, "choices": [choice], "usage": usage}, separators=(",", ":")), 200)
+
+
+async def health(_: Request) -> Response:
+    return Response(status_code=200 if Engine.alive else 503)
+
+
+async def models(_: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [{"id": "m", "object": "model"}]})
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("command")
+    options.add_argument("model")
+    options.add_argument("--uds")
+    options.add_argument("--middleware")
+    chosen, others = options.parse_known_args()
+    start = Path(os.environ.get("FAKE_VLLM_START", "/nonexistent"))
+    if start.exists():
+        sys.exit(start.read_text())
+    print("(APIServer pid=1) INFO 11-26 19:00:00 [x.py:1] started with", *others)  # noqa: T201
+    print("(APIServer pid=1) ERROR 11-26 19:00:00 [x.py:1] an error line")  # noqa: T201
+    routes = [
+        Route("/health", health),
+        Route("/v1/models", models),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/responses", chat, methods=["POST"]),
+    ]
+    app = Starlette(routes=routes)
+    module, _, name = chosen.middleware.rpartition(".")
+    app.add_middleware(getattr(importlib.import_module(module), name))
+    uvicorn.run(app, uds=chosen.uds, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""The server of the task generate around a stand-in for vLLM that fails on demand; test_vllm.py has the real one."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.serve.conftest import Running, until
+
+FAKE = Path(__file__).with_name("fake_vllm")
+TOKENIZED = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 128, "model_type": "llama"}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the configuration of a generative model. The stand-in does not read the weights."""
+    folder = tmp_path_factory.mktemp("llama")
+    (folder / "config.json").write_text(json.dumps(TOKENIZED))
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    return folder
+
+
+class Generation(Running):
+    """A running server of the task generate, with its log as JSON."""
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def chat(self, script: str, **options: Any) -> Any:
+        messages: Any = [{"role": "user", "content": script}]
+        return self.client.chat.completions.create(model="m", messages=messages, **options)
+
+    def events(self) -> list[dict[str, Any]]:
+        """The logged requests of chat."""
+        found = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        return [line for line in found if line["message"] == "request" and line["endpoint"] == "chat"]
+
+    def vllm_pid(self) -> int:
+        return self.engine_pid()
+
+
+Start = Callable[..., Generation]
+
+
+@pytest.fixture
+def start(tmp_path: Path, llama: Path) -> Iterator[Start]:
+    running: list[Generation] = []
+
+    def start(*arguments: str, **environment: str) -> Generation:
+        found = launch(tmp_path, llama, *arguments, **environment)
+        running.append(found)
+        until(lambda: (tmp_path / "ready.json").exists() or found.process.poll() is not None)
+        assert found.process.poll() is None, found.log.read_text()
+        found.url = json.loads((tmp_path / "ready.json").read_text())["url"]
+        return found
+
+    yield start
+    for each in running:
+        each.process.kill()
+        each.process.wait()
+
+
+def launch(folder: Path, model: Path, *arguments: str, **environment: str) -> Generation:
+    log = folder / "server.log"
+    options = ["--model", str(model), "--name", "m", "--port", "0", "--log", "json"]
+    command = [sys.executable, "-m", "inferctl.serve", *options, "--announce", str(folder / "ready.json"), *arguments]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FAKE), os.environ.get("PYTHONPATH", "")])}
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stderr=stream, env=variables | environment, start_new_session=True)
+    return Generation("", process, log)
+
+
+def failing(call: Callable[[], Any]) -> str:
+    """Return how an OpenAI client sees a failed call."""
+    try:
+        result = call()
+        if hasattr(result, "__next__"):
+            chunks = list(result)
+            return "complete" if chunks[-1].choices[0].finish_reason else "ended early without an error"
+    except openai.APIStatusError as error:
+        return f"{error.status_code} {error.code}"
+    except openai.APIError as error:
+        return type(error).__name__
+    return "complete"
+
+
+def test_answers_and_usage_are_exact_with_and_without_a_stream(start: Start) -> None:
+    server = start()
+    plain = server.chat("5")
+    assert (plain.usage.prompt_tokens, plain.usage.completion_tokens) == (7, 5)
+    silent = list(server.chat("5", stream=True))
+    assert [chunk.usage for chunk in silent] == [None] * 6
+    assert silent[-1].choices[0].finish_reason == "length"
+    at_the_end = list(server.chat("5", stream=True, stream_options={"include_usage": True}))
+    assert [bool(chunk.usage) for chunk in at_the_end] == [False] * 6 + [True]
+    assert at_the_end[-1].choices == []
+    asked = {"include_usage": True, "continuous_usage_stats": True}
+    continuous = list(server.chat("5", stream=True, extra_body={"stream_options": asked}))
+    assert [chunk.usage.completion_tokens for chunk in continuous] == [0, 1, 2, 3, 4, 5, 5]
+    for _ in range(2):  # a client that leaves in mid-stream pays for what it got
+        stream = server.chat("400", stream=True)
+        received = [next(stream) for _ in range(4)]
+        stream.close()
+        assert received[-1].choices[0].delta.content == "word2 "
+    until(lambda: len(server.events()) == 6)
+    counted = Counter((event["status"], event["code"]) for event in server.events())
+    assert counted == {(200, None): 4, (499, "client_disconnected"): 2}
+    tokens = [event["output_tokens"] for event in server.events()]
+    assert tokens[:4] == [5] * 4
+    assert all(3 <= each <= 6 for each in tokens[4:])
+    assert {event["tokens"] for event in server.events()} == {7}
+    assert server.metric("inferctl_output_tokens_total") == sum(tokens)
+
+
+def test_the_edge_answers_for_vllm(start: Start) -> None:
+    server = start()
+    info = server.get("/info").json()
+    assert (info["task"], info["name"], info["limits"]["max_context_tokens"]) == ("generate", "m", 128)
+    assert info["versions"]["vllm"] == "0.32.0+cpu"
+    assert server.get("/v1/models").json()["data"][0]["id"] == "m"
+    assert server.get("/readyz").status_code == server.get("/livez").status_code == 200
+    assert "vllm:generation_tokens" in server.get("/metrics").text
+    # Tokens of other endpoints would not be counted.
+    other = httpx.post(f"{server.url}/v1/responses", json={"messages": [{"content": "1"}]})
+    assert (other.status_code, other.json()["error"]["code"]) == (404, "not_found")
+    assert failing(lambda: server.chat("invalid")) == "400 400"
+    assert failing(lambda: server.chat("busy")) == "429 queue_full"
+    assert failing(lambda: server.chat("early end", stream=True)) == "APIError"
+    raw = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"content": "2"}], "stream": True})
+    assert raw.headers["x-accel-buffering"] == "no"
+    assert raw.headers["x-request-id"]
+    assert raw.text.endswith("data: [DONE]\n\n")
+    assert '"usage"' not in raw.text
+
+
+@pytest.mark.parametrize("fault", ["engine dies", "die", "hang", "block"])
+def test_a_lost_engine_fails_its_requests_and_is_replaced(start: Start, fault: str) -> None:
+    server = start("--hang-seconds", "2")
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        streams = [pool.submit(failing, lambda: server.chat("400", stream=True)) for _ in range(3)]
+        plain = [pool.submit(failing, lambda: server.chat("400")) for _ in range(3)]
+        until(lambda: server.get("/readyz").status_code == 200)
+        time.sleep(0.5)
+        trigger = pool.submit(failing, lambda: server.chat(fault, stream=True))
+        seen = Counter(each.result() for each in [*streams, *plain, trigger])
+    killed = fault in ("die", "block")  # the process with the connections is gone
+    if killed:
+        assert set(seen) <= {"APIError", "APIConnectionError"}, seen
+    else:
+        assert seen["APIError"] >= 3, seen
+        assert set(seen) == {"APIError", "503 engine_lost"}
+    refused = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"content": "1"}]})
+    assert refused.status_code in (200, 503)
+    until(lambda: failing(lambda: server.chat("3", stream=True)) == "complete")
+    assert server.get("/info").json()["restarts"] == 1
+    if not killed:
+        counted = Counter((event["status"], event["code"]) for event in server.events())
+        assert counted[(200, "engine_lost")] + counted[(503, "engine_lost")] == 7
+
+
+def test_a_drain_completes_streams_and_ends_those_that_take_too_long_with_an_error(start: Start) -> None:
+    server = start(INFERCTL_SERVE_GRACE_SECONDS="0.5", INFERCTL_SERVE_DRAIN_SECONDS="3")
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        short = pool.submit(failing, lambda: server.chat("30", stream=True))
+        long = pool.submit(failing, lambda: server.chat("4000", stream=True))
+        long_plain = pool.submit(failing, lambda: server.chat("4000"))
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: server.get("/readyz").text == "draining\n", 5)
+        results = short.result(), long.result(), long_plain.result()
+    assert results == ("complete", "APIError", "503 stopped")
+    assert server.process.wait(20) == 1
+    assert "requests without a response: 2" in server.log.read_text()
+    counted = Counter((event["status"], event["code"]) for event in server.events())
+    assert counted == {(200, None): 1, (200, "stopped"): 1, (503, "stopped"): 1}
+
+
+def test_nothing_is_left_after_the_end(start: Start) -> None:
+    server = start()
+    vllm = server.vllm_pid()
+    server.process.kill()
+    until(lambda: not Path(f"/proc/{vllm}").exists(), 15)
+
+
+def test_the_port_answers_while_vllm_starts(tmp_path: Path, llama: Path, start: Start) -> None:
+    server = start("--hang-seconds", "2")
+    os.kill(server.vllm_pid(), signal.SIGKILL)
+    until(lambda: httpx.get(f"{server.url}/readyz").text == "restarting\n", 10)
+    response = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"content": "1"}]})
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
+    assert response.headers["retry-after"] == "5"
+    assert httpx.get(f"{server.url}/livez").status_code == 200
+    until(lambda: httpx.get(f"{server.url}/readyz").status_code == 200)
+
+
+@pytest.mark.parametrize(
+    ("said", "message", "hint"),
+    [
+        ("ValueError: No available memory for the cache blocks.", "No available memory", "serve.gpu_memory_share"),
+        (
+            "ValueError: 9 GiB KV cache is needed, which is larger than the available KV cache memory (1 GiB). "
+            "the estimated maximum model length is 77.",
+            "estimated maximum model length is 77",
+            "lower serve.max_context_tokens",
+        ),
+        ("torch.OutOfMemoryError: CUDA out of memory.", "CUDA out of memory", "smaller precision"),
+        ("Model architectures ['X'] are not supported for now.", "['X'] are not supported", "vLLM has no code"),
+        ("error: unrecognized arguments: --nonsense", "unrecognized arguments: --nonsense", "serve.vllm_options"),
+        ("RuntimeError: something else", "ended with exit code 1 before it was ready: something else", "DEBUG"),
+    ],
+)
+def test_a_start_that_fails_is_an_error_with_a_hint(
+    tmp_path: Path, llama: Path, said: str, message: str, hint: str
+) -> None:
+    text = tmp_path / "start"
+    text.write_text(said)
+    server = launch(tmp_path, llama, FAKE_VLLM_START=str(text))
+    assert server.process.wait(60) == 3
+    told = server.log.read_text()
+    assert "Traceback" not in told
+    error, _, hinted = told[told.index("error: ") :].partition("\n\nhint: ")
+    assert message in error
+    assert hint in hinted
+
+
+def test_mistakes_are_told_before_vllm_starts(tmp_path: Path, llama: Path) -> None:
+    def refused(*arguments: str, **environment: str) -> str:
+        server = launch(tmp_path, llama, *arguments, **environment)
+        assert server.process.wait(60) in (2, 3)
+        return server.log.read_text()
+
+    assert "serve.max_context_tokens is 4096, but the model was trained for 128" in refused(
+        "--max-context-tokens", "4096"
+    )
+    assert "requires vLLM, not installed" in refused(PYTHONPATH=os.environ.get("PYTHONPATH", ""))
+    assert "no usable CUDA GPU" in refused("--device", "cuda")
