@@ -48,7 +48,7 @@ ALLOWED = {
     "locks": {"errors", "assets", "catalog"},
     "render": {"errors", "assets", "spec", "model", "catalog", "locks"},
     "image": FACTS | {"hub", "render", "locks", "fit", "sizes"},
-    "serve": FACTS | {"hub", "sizes"},
+    "serve": FACTS | {"decoder", "hub", "sizes"},
     # The estimator runs the server's batcher, which imports neither HTTP nor torch, on a virtual clock.
     "estimate": FACTS | {"fit", "sizes", "serve.scheduling.batcher", "serve.scheduling.latency_model"},
     "bench": FACTS | {"estimate"},

@@ -16,8 +16,12 @@ FILES = sorted(file for file in PACKAGE.rglob("*.py") if "_assets" not in file.p
 OTHER_PROGRAMS = {
     "--chown": "Dockerfile COPY",
     "--dest": "pip download",
+    "--dtype": "vllm serve",
+    "--enable-force-include-usage": "vllm serve",
     "--link": "Dockerfile COPY",
+    "--middleware": "vllm serve",
     "--no-deps": "pip download",
+    "--quantization": "vllm serve",
     "--progress": "docker buildx build",
     "--require-hashes": "pip install",
     "--use": "docker buildx create",

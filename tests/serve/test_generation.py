@@ -21,14 +21,23 @@ import pytest
 from tests.serve.conftest import Running, until
 
 FAKE = Path(__file__).with_name("fake_vllm")
-TOKENIZED = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 128, "model_type": "llama"}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "vocab_size": 100,
+}
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the configuration of a generative model. The stand-in does not read the weights."""
     folder = tmp_path_factory.mktemp("llama")
-    (folder / "config.json").write_text(json.dumps(TOKENIZED))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
     header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +15,22 @@ from inferctl.spec import Spec
 MIDDLEWARE = "inferctl.serve.generate.middleware.VllmMiddleware"
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _GIB = 1024**3
-_CPU_KV_GIB = 4
+_CPU_KV_BYTES = 4 * _GIB
 
 
 @dataclass(frozen=True)
 class VllmModel:
-    """What vLLM serves: the model folder, its largest context in tokens, and the number format of activations."""
+    """What vLLM serves. `context`: the largest one, in tokens. `dtype`: number format of the activations.
+
+    `kv_bytes`: the KV cache of one such context; 0 if unknown.
+    """
 
     folder: Path
     context: int
     precision: PrecisionInfo
     dtype: str
     quantization: str | None = None
+    kv_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,9 @@ def arguments(spec: Spec, model: VllmModel, derived: list[Derived]) -> list[str]
     return ["serve", str(model.folder), *found, *spec.serve.vllm_options]
 
 
-def environment(spec: Spec, device: DeviceInfo, settings: Path, style: str, base: Mapping[str, str]) -> dict[str, str]:
+def environment(
+    spec: Spec, model: VllmModel, device: DeviceInfo, settings: Path, style: str, base: Mapping[str, str]
+) -> dict[str, str]:
     """Return the environment of vLLM. `settings`: a folder with the settings of the edge. `style`: text or json."""
     variables = {
         **base,
@@ -84,7 +91,7 @@ def environment(spec: Spec, device: DeviceInfo, settings: Path, style: str, base
         "PYTHONUNBUFFERED": "1",
     }
     if device.kind == "cpu":
-        variables["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib(spec))
+        variables["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib(spec, model))
     if style == "json":
         file = settings / "logging.json"
         file.write_text(json.dumps(_JSON_LOGGING))
@@ -92,19 +99,23 @@ def environment(spec: Spec, device: DeviceInfo, settings: Path, style: str, base
     return variables
 
 
-def kv_gib(spec: Spec) -> int:
-    """Return the memory of the KV cache on a CPU in GiB, rounded up, because vLLM accepts only whole ones."""
-    return -(-parse_size(spec.serve.kv_cache) // _GIB) if spec.serve.kv_cache else _CPU_KV_GIB
+def kv_gib(spec: Spec, model: VllmModel) -> int:
+    """Return the memory of the KV cache on a CPU in GiB, rounded up, because vLLM accepts only whole ones.
+
+    Without `serve.kv_cache`, it is 4 GiB, or what one sequence of the largest context requires.
+    """
+    wanted = parse_size(spec.serve.kv_cache) if spec.serve.kv_cache else max(_CPU_KV_BYTES, model.kv_bytes)
+    return math.ceil(wanted / _GIB)
 
 
-def lines(derived: list[Derived], spec: Spec, device: DeviceInfo) -> Iterator[str]:
+def lines(derived: list[Derived], spec: Spec, model: VllmModel, device: DeviceInfo) -> Iterator[str]:
     """Yield what is printed about the derived options: those that a user can change."""
     shown = [each for each in derived if each.source.startswith(("precision", "serve.", "the model"))]
     for each in shown:
         yield f"vllm       {each.option} {each.value}  ({each.source})"
     if device.kind == "cpu":
         source = "serve.kv_cache" if spec.serve.kv_cache else "default"
-        yield f"vllm       KV cache {kv_gib(spec)} GiB  ({source})"
+        yield f"vllm       KV cache {kv_gib(spec, model)} GiB  ({source})"
     if spec.serve.vllm_options:
         yield f"vllm       {' '.join(spec.serve.vllm_options)}  (serve.vllm_options)"
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import inferctl
-from inferctl import outputs, precision
+from inferctl import decoder, outputs, precision
+from inferctl.decoder import Decoder
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError, install_hint
 from inferctl.model import ModelFolder
 from inferctl.serve import logs
@@ -93,7 +94,7 @@ class GenerationServer:
         listener.raise_file_limit()
         self._socket = listener.listen(self._spec.serve.host, self._spec.serve.port)
         self._url = listener.url_of(self._socket, self._spec.serve.host)
-        for line in command.lines(self._derived, self._spec, self._probe.device):
+        for line in command.lines(self._derived, self._spec, self._model, self._probe.device):
             self._notify(line)
         self._notify("starting vLLM, which takes a minute or more ...")
         self._open_front()
@@ -111,7 +112,7 @@ class GenerationServer:
         self._edge_settings().write(self._directory)
         (self._directory / _VLLM_SOCKET).unlink(missing_ok=True)  # of a process that was killed
         style = self._options.log
-        variables = command.environment(self._spec, self._probe.device, self._directory, style, os.environ)
+        variables = command.environment(self._spec, self._model, self._probe.device, self._directory, style, os.environ)
         variables["PYTHONPATH"] = os.pathsep.join(
             filter(None, (*_python_path(self._directory, self._probe), variables.get("PYTHONPATH")))
         )
@@ -248,23 +249,29 @@ def install_vllm(kind: str) -> str:
 
 def _model(spec: Spec, folder: ModelFolder, found: probe.Probe) -> VllmModel:
     """Return what vLLM serves. Raises `UsageError` or `NotReadyError` for a context or precision that is impossible."""
-    own = folder.config.get("max_position_embeddings") or folder.config.get("n_positions")
+    shape = decoder.describe(folder.config)
+    own = shape.context if isinstance(shape, Decoder) else folder.config.get("max_position_embeddings")
     context = spec.serve.max_context_tokens or own
     if context is None:
-        raise UsageError("the model names no longest context", "set serve.max_context_tokens")
+        raise UsageError("the model does not state its longest context", "set serve.max_context_tokens")
     if own and context > own:
         raise UsageError(
             f"serve.max_context_tokens is {context}, but the model was trained for {own}",
             f"set serve.max_context_tokens: {own}, or less",
         )
     requested = spec.serve.precision
-    effective = precision.best_precision(found.traits) if requested == "auto" else requested
-    support = precision.support(effective, found.traits)
+    chosen = precision.choose_generation(requested, found.traits, precision.checkpoint_of(folder.config))
+    support = chosen.support
     if support.level == "unsupported":
-        raise NotReadyError(f"{effective} is not supported on this device: {support.reason}", "use `--precision auto`")
+        raise NotReadyError(
+            f"{chosen.effective} is not supported on this device: {support.reason}",
+            support.hint or "use `--precision auto` for the best supported precision",
+        )
     reason = f"selected by auto: {support.reason}" if requested == "auto" else support.reason
-    chosen = PrecisionInfo(requested, effective, support.level, reason, "vLLM")
-    return VllmModel(folder.path, int(context), chosen, effective)
+    info = PrecisionInfo(requested, chosen.effective, support.level, reason, "vLLM")
+    cell = 4 if chosen.dtype == "fp32" else 2
+    kv_bytes = shape.kv_bytes(context, cell) if isinstance(shape, Decoder) else 0
+    return VllmModel(folder.path, context, info, chosen.dtype, chosen.quantization, kv_bytes)
 
 
 def _python_path(directory: Path, found: probe.Probe) -> list[str]:

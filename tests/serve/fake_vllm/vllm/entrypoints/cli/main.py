@@ -113,8 +113,8 @@ def main() -> None:
     start = Path(os.environ.get("FAKE_VLLM_START", "/nonexistent"))
     if start.exists():
         sys.exit(start.read_text())
-    print("(APIServer pid=1) INFO 11-26 19:00:00 [x.py:1] started with", *others)  # noqa: T201
-    print("(APIServer pid=1) ERROR 11-26 19:00:00 [x.py:1] an error line")  # noqa: T201
+    print("(APIServer pid=1) INFO 11-26 19:00:00 [x.py:1] started with", *others)
+    print("(APIServer pid=1) ERROR 11-26 19:00:00 [x.py:1] an error line")
     routes = [
         Route("/health", health),
         Route("/v1/models", models),
