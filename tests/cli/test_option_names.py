@@ -24,6 +24,7 @@ OTHER_PROGRAMS = {
     "--quantization": "vllm serve",
     "--progress": "docker buildx build",
     "--require-hashes": "pip install",
+    "--task": "python -m inferctl.serve.reference",
     "--use": "docker buildx create",
 }
 
