@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -344,7 +345,8 @@ def _level(
         # A CPU profile has no instruction flags: compare a CPU with all of them.
         best = generation_support(precision, DeviceTraits("cpu", cpu_flags=_FLAGS), checkpoint)
         if best.level != found.level:
-            return "depends", f"{best.level} if {best.reason}; else {found.level}", None
+            reason = re.sub(r", (?=amx|avx)", " or ", best.reason)
+            return "depends", f"{best.level} if {reason}; else {found.level}", None
     return found.level, found.reason, found.hint
 
 

@@ -138,6 +138,7 @@ def test_auto_keeps_fp16_weights_in_fp16() -> None:
 def test_a_cpu_has_the_kv_cache_of_the_spec() -> None:
     judged = on("cpu", FALCON, precision="bf16")
     assert judged.level == "depends"
+    assert judged.reason == "native if the CPU has amx_bf16 or avx512_bf16; else emulated"
     assert judged.capacity
     assert judged.capacity.kv_cache_bytes == 4 * GIB
     long = on("cpu", precision="bf16").capacity
