@@ -167,6 +167,18 @@ class Slo(_Section):
     p99_ms: float | None = Field(
         None, gt=0, le=3_600_000, description="Maximum 99th percentile of the request latency, in milliseconds."
     )
+    ttft_ms: float | None = Field(
+        None,
+        gt=0,
+        le=3_600_000,
+        description="Generation: maximum time to the first token of a good response, in milliseconds.",
+    )
+    itl_ms: float | None = Field(
+        None,
+        gt=0,
+        le=3_600_000,
+        description="Generation: maximum gap between the tokens of a good response, in milliseconds.",
+    )
 
 
 class Bench(_Section):

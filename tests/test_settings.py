@@ -66,7 +66,9 @@ def test_a_file_that_is_not_a_mapping_is_an_error(text: str, line: int | None, w
 
 
 def test_a_section_that_is_a_scalar_lists_its_keys() -> None:
-    assert problems(GOOD + "slo: 5\n") == [(4, "slo: expected `key: value` lines, got 5", "known in slo: p99_ms")]
+    assert problems(GOOD + "slo: 5\n") == [
+        (4, "slo: expected `key: value` lines, got 5", "known in slo: p99_ms, ttft_ms, itl_ms")
+    ]
 
 
 def test_missing_keys_show_what_to_add() -> None:

@@ -30,6 +30,10 @@ Examples:
   inferctl bench --url t4=http://10.0.0.7:8080
   # Measure a running server that requires an API key
   inferctl bench --url vllm=http://10.0.0.7:8000 --api-key-env VLLM_API_KEY
+  # Measure a generation server with prompts of 128 tokens and outputs of 64
+  inferctl bench --url vllm=http://10.0.0.7:8000 --users 8 --lengths 128,64
+  # Find the highest rate at which 99% of the responses start and flow in time
+  inferctl bench --url vllm=http://10.0.0.7:8000 --search --slo-ttft 500 --slo-itl 50
   # Resume an interrupted benchmark
   inferctl bench --resume bench-results/precision-20260102-030405
 """
@@ -41,7 +45,7 @@ Precisions = Annotated[
         "-p",
         metavar="NAME",
         autocompletion=completion.PRECISIONS,
-        help="Measure fp32, fp16, bf16 or int8; repeatable. [default: the plan's]",
+        help="Measure fp32, fp16, bf16, int8 or fp8; repeatable. [default: the plan's]",
     ),
 ]
 BatchTokens = Annotated[
@@ -122,6 +126,34 @@ Slo = Annotated[
         help="Set the p99 SLO in milliseconds. [default: slo.p99_ms of the spec]",
     ),
 ]
+SloTtft = Annotated[
+    float | None,
+    typer.Option(
+        "--slo-ttft",
+        metavar="MS",
+        min=options.MIN_SLO_MS,
+        max=options.MAX_SLO_MS,
+        help="Generation: limit the time to the first token. [default: slo.ttft_ms of the spec]",
+    ),
+]
+SloItl = Annotated[
+    float | None,
+    typer.Option(
+        "--slo-itl",
+        metavar="MS",
+        min=options.MIN_SLO_MS,
+        max=options.MAX_SLO_MS,
+        help="Generation: limit the gaps between tokens. [default: slo.itl_ms of the spec]",
+    ),
+]
+Lengths = Annotated[
+    str | None,
+    typer.Option(
+        "--lengths",
+        metavar="IN,OUT",
+        help="Generation: set the tokens of prompt and output, as 128,64, azure-llm-2023 or FILE.csv.",
+    ),
+]
 Budget = Annotated[
     str | None,
     typer.Option(
@@ -186,6 +218,9 @@ def bench(
     rate: Rate = None,
     search: Search = False,
     slo: Slo = None,
+    slo_ttft: SloTtft = None,
+    slo_itl: SloItl = None,
+    lengths: Lengths = None,
     budget: Budget = None,
     repeats: Repeats = None,
     workers: Workers = None,
@@ -219,6 +254,7 @@ def bench(
             "duration_s": duration,
             "repeats": repeats,
             "load": {"workers": workers},
+            "generation": {**bench_options.parse_lengths(lengths), "ttft_ms": slo_ttft, "itl_ms": slo_itl},
             "batch_tokens": batch_tokens,
             "corpora": corpus,
             "hardware": bench_options.parse_hardware(hardware or []),

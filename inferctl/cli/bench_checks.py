@@ -37,10 +37,27 @@ def check_corpora(plan: Plan, targets: list[BenchTarget]) -> None:
         workload.read_corpus(corpus)
 
 
+def check_lengths(plan: Plan) -> None:
+    """Raise `UsageError` if the lengths of generation requests cannot be read."""
+    from inferctl.bench.plan import prompts
+
+    if plan.load.generation and plan.load.generation.lengths:
+        prompts.read_lengths(plan.load.generation.lengths)
+
+
 def check_search(plan: Plan, targets: list[BenchTarget], slo_p99_ms: float | None) -> None:
-    """Raise `UsageError` if a search has no SLO, or if its budget is too short."""
+    """Raise `UsageError` if a search has no SLO, or two, or if its budget is too short."""
+    from inferctl.errors import UsageError
+
     if search := plan.search:
-        search.required_slo_ms(slo_p99_ms)
+        bounds = plan.load.generation and plan.load.generation.bounds
+        if bounds and search.slo_p99_ms:
+            raise UsageError(
+                "a search has either a p99 SLO or bounds of TTFT and ITL",
+                "remove `--slo`, or `--slo-ttft` and `--slo-itl`",
+            )
+        if not bounds:
+            search.required_slo_ms(slo_p99_ms)
         if search.budget_s is not None:
             _check_budget(plan, targets, search.budget_s)
 

@@ -82,6 +82,20 @@ def parse_seconds(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
+def parse_lengths(text: str | None) -> dict[str, int | str]:
+    """Return the keys of `load.generation` for `--lengths`: `128,64`, a distribution or a CSV file."""
+    import re
+
+    from inferctl.bench.plan import prompts
+
+    if text is None:
+        return {}
+    if match := re.fullmatch(r"(\d+),(\d+)", text):
+        return {"input_tokens": int(match[1]), "output_tokens": int(match[2])}
+    prompts.read_lengths(text)
+    return {"lengths": text}
+
+
 def parse_hardware(texts: list[str]) -> list[str]:
     """Return the catalog keys of `--hardware a,b --hardware c`. Raises `UsageError` for an unknown key."""
     from inferctl import catalog

@@ -73,6 +73,7 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
     if not bench_options.precisions:
         bench_checks.check_configurations(plan, running_servers=bool(url_targets))
     plan = plan.with_overrides(bench_options.precisions, **bench_options.overrides)
+    plan = plan.with_bounds(resolved.spec.slo.ttft_ms, resolved.spec.slo.itl_ms) if resolved else plan
     if bench_options.overrides.get("users") is not None and plan.load.mode == "open" and not plan.load.capacity_percent:
         rate = f"{plan.load.rate:g} requests/s" if plan.load.rate else "the rates of its stages or trace"
         console.warn(
@@ -90,6 +91,11 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
     folder = _model_folder(resolved, needs_model)
     servers = _servers(targets, access)
     plan = plan.for_task(_task(resolved, folder, targets, servers))
+    if plan.load.task == "generate":
+        # A plan may have other configurations for generation.
+        targets = _targets(plan, url_targets, bench_options)
+        bench_checks.check_search(plan, targets, slo)
+        bench_checks.check_lengths(plan)
     definition = _Definition(resolved, plan, file, targets, folder, slo, access)
     machine = environment.detect()
     identity = _identity(definition, machine, servers)

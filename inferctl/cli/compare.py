@@ -25,7 +25,7 @@ def _default_thresholds() -> str:
     for metric in METRICS.values():
         names.setdefault(metric.threshold, []).append(metric.name)
     common, *others = sorted(names, key=lambda threshold: -len(names[threshold]))
-    return "; ".join([f"{100 * common:g}", *(f"{' and '.join(names[each])} {100 * each:g}" for each in others)])
+    return "; ".join([f"{100 * common:g}", *(f"{', '.join(names[each])} {100 * each:g}" for each in others)])
 
 
 _THRESHOLD_HELP = (

@@ -15,7 +15,7 @@ Captured = pytest.CaptureFixture[str]
 _BENCH = "bench --url a=http://127.0.0.1:9 --plan quick"
 # Command line -> its options that take a number.
 OPTIONS = {
-    _BENCH: "--duration --users --rate --repeats --workers --neighbors --slo --error-budget",
+    _BENCH: "--duration --users --rate --repeats --workers --neighbors --slo --slo-ttft --slo-itl --error-budget",
     "bench --model ./absent --plan quick --precision fp32": "--batch-tokens",
     "bench --search --url a=http://127.0.0.1:9": "--slo",
     "estimate --config config.json": "--rate --users --slo-p99-ms --inputs --seed",

@@ -153,6 +153,9 @@ def _schedule_difference(old: Receipt, new: Receipt) -> str:
         # It has no effect without a share of the capacity, and older receipts do not have it.
         if not load.get("capacity_percent"):
             load.pop("capacity_s", None)
+        if requests := load.get("generation"):
+            # Bounds of a good response do not change what is sent.
+            load["generation"] = {**requests, "ttft_ms": None, "itl_ms": None}
     changed = [key for key in dict.fromkeys([*loads[0], *loads[1]]) if loads[0].get(key) != loads[1].get(key)]
     if changed:
         values = ", ".join(f"{key} {loads[0].get(key)} and {loads[1].get(key)}" for key in changed)

@@ -23,6 +23,7 @@ from inferctl.bench.judge.compare_result import (
     facts,
 )
 from inferctl.bench.judge.run_metrics import METRICS, REJECTED, Metric, RunValues, geometric_mean
+from inferctl.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,13 @@ class CompareOptions:
     recall_drop: float | None = None
     allow: Sequence[str] = ()
 
-    @property
-    def selected(self) -> list[Metric]:
-        """Return the metrics to judge by their ratio."""
-        return [metric for name, metric in METRICS.items() if not self.metrics or name in self.metrics]
+    def selected(self, pair: ReceiptPair) -> list[Metric]:
+        """Return the metrics of a pair to judge by their ratio."""
+        return [
+            metric
+            for name, metric in METRICS.items()
+            if pair.old.task in metric.tasks and (not self.metrics or name in self.metrics)
+        ]
 
     def tolerance(self, metric: Metric) -> verdict.Tolerance:
         floor = {"ms": self.floor_ms, "MiB": self.floor_mib}.get(metric.unit, 0.0)
@@ -56,10 +60,20 @@ class CompareOptions:
 
 
 def compare(pairs: Sequence[ReceiptPair], notes: Sequence[str], options: CompareOptions) -> CompareResult:
-    """Return the result for all pairs. All metrics that are judged share one error rate."""
+    """Return the result for all pairs. All metrics that are judged share one error rate.
+
+    Raises `UsageError` if a pair has none of the metrics that were requested.
+    """
+    for pair in pairs:
+        if options.metrics and REJECTED not in options.metrics and not options.selected(pair):
+            known = [name for name, metric in METRICS.items() if pair.old.task in metric.tasks]
+            raise UsageError(
+                f"{pair.name} has no figure {' or '.join(options.metrics)}: its task is {pair.old.task}",
+                f"use: {', '.join(known)}",
+            )
     reasons = [comparable.invalid_because(pair, options.allow) for pair in pairs]
     judged = [pair for pair, why in zip(pairs, reasons, strict=True) if not why]
-    family = sum(run_metrics.is_sample(pair, metric) for pair in judged for metric in options.selected)
+    family = sum(run_metrics.is_sample(pair, metric) for pair in judged for metric in options.selected(pair))
     family += sum(_judges_rejected(pair, options) for pair in judged)
     family = max(1, family)
     results = [
@@ -71,7 +85,7 @@ def compare(pairs: Sequence[ReceiptPair], notes: Sequence[str], options: Compare
 
 def _judge_pair(pair: ReceiptPair, options: CompareOptions, family: int) -> PairResult:
     assert pair.new is not None  # `invalid_because` gives a reason otherwise
-    rows = [judge(pair, metric, options, family) for metric in options.selected]
+    rows = [judge(pair, metric, options, family) for metric in options.selected(pair)]
     rows += _judge_rejected(pair, options, family)
     drops = {"cosine_p1": options.cosine_drop, "recall_at_10": options.recall_drop}
     rows += quality_drop.judge(pair, drops, options.allow)

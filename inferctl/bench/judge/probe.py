@@ -87,7 +87,8 @@ def judge(
     growing_backlog: str | None,
     budget: float,
 ) -> RateVerdict:
-    """Return whether the server meets the SLO at the rate that `summary` describes.
+    """Return whether the server meets the SLO at the rate that `summary` describes: the bounds of generation, if there
+    are any, else the limit of the p99.
 
     `growing_backlog` says how the backlog grew, if this ended the probe. `budget` is the share of requests that may
     fail. If more fail, but not enough to show that the true share is over the budget, there are not enough samples.
@@ -109,7 +110,10 @@ def judge(
     if dropped := summary["dropped"]:
         reason = f"{dropped} of {summary['requests']} requests were dropped, because too many were waiting"
         return RateVerdict(False, "fell behind", reason)
-    found = slo.judge(summary["latency_ms"], slo_p99_ms, failed, budget)
+    if summary.get("goodput"):
+        found = slo.judge_bounds({**summary, "requests": summary["requests"] - summary["dropped"]}, budget)
+    else:
+        found = slo.judge(summary["latency_ms"], slo_p99_ms, failed, budget)
     if found.interval_contains_limit:
         return RateVerdict(False, "p99", found.reason, interval_contains_slo=True)
     limited_by = {True: None, False: "p99", None: "n too small"}[found.met]
@@ -128,8 +132,11 @@ def make(
     runs: int = 1,
     records: Sequence[str] = (),
 ) -> Probe:
-    """Return the probe whose runs, pooled, have this summary and this verdict."""
-    latency = summary["latency_ms"]
+    """Return the probe whose runs, pooled, have this summary and this verdict.
+
+    With bounds of generation, its percentiles are in percent of the bounds.
+    """
+    latency = (summary.get("goodput") or {}).get("bounds_percent") or summary["latency_ms"]
     p50, p99 = latency["p50"], latency["p99"]
     return Probe(
         stage=stage,

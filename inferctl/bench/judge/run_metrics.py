@@ -11,6 +11,8 @@ from inferctl.bench.judge.verdict import MIN_RUNS
 from inferctl.bench.receipt import JsonObject, Receipt
 
 _MEBIBYTE = 2**20
+_VECTORS, _GENERATE = ("embed", "rerank"), ("generate",)
+_TASKS = (*_VECTORS, *_GENERATE)
 # Judged by the difference and not by the ratio, so it is not in `METRICS`.
 REJECTED = "rejected"
 
@@ -30,6 +32,7 @@ class Metric:
     - `threshold`: the smallest change that counts by default, as a share.
     - `read`: returns the figure of a run, or the reason why the run has none.
     - `required`: without enough values, the result is inconclusive, even if the metric was not requested.
+    - `tasks`: the tasks whose receipts have this figure.
     - `one_per_server`: a figure of the server process, so the runs of a server that stays up share one value.
     """
 
@@ -40,6 +43,7 @@ class Metric:
     read: Callable[[JsonObject], float | Missing]
     required: bool = True
     one_per_server: bool = False
+    tasks: tuple[str, ...] = _TASKS
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,9 @@ class RunValues:
         return min(len(self.old), len(self.new))
 
 
-def _percentile(key: str) -> Callable[[JsonObject], float | Missing]:
+def _percentile(key: str, figure: str = "latency_ms") -> Callable[[JsonObject], float | Missing]:
     def read(run: JsonObject) -> float | Missing:
-        latency = run["summary"]["latency_ms"]
+        latency = run["summary"][figure]
         figures = latency.get(key) or {}
         if figures.get("value"):
             return float(figures["value"])
@@ -70,7 +74,8 @@ def _percentile(key: str) -> Callable[[JsonObject], float | Missing]:
         seconds = run["summary"].get("seconds") or 0
         seconds_needed = math.ceil(1.1 * seconds * needed / n) if n and needed else 0
         advice = f"; measure {seconds_needed} s per run" if seconds_needed else ""
-        return Missing(f"not enough samples: {n} of {needed} responses per run{advice}", seconds_needed)
+        samples = "gaps" if figure == "itl_ms" else "responses"
+        return Missing(f"not enough samples: {n} of {needed} {samples} per run{advice}", seconds_needed)
 
     return read
 
@@ -79,6 +84,12 @@ def _rate(run: JsonObject) -> float | Missing:
     """Return requests/s, from the closed loop if the run has one: an open loop receives what it sends."""
     summary = (run.get("closed_loop") or run)["summary"]
     return float(summary["requests_per_s"]) or Missing("no request was answered")
+
+
+def _output_tokens(run: JsonObject) -> float | Missing:
+    """Return output tokens/s, from the closed loop if the run has one."""
+    summary = (run.get("closed_loop") or run)["summary"]
+    return float(summary["output_tokens_per_s"]) or Missing("no tokens arrived")
 
 
 def _memory(run: JsonObject) -> float | Missing:
@@ -91,10 +102,16 @@ def _memory(run: JsonObject) -> float | Missing:
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("p50", "ms", True, 0.05, _percentile("p50")),
-        Metric("p90", "ms", True, 0.05, _percentile("p90")),
-        Metric("p99", "ms", True, 0.10, _percentile("p99")),
-        Metric("requests_per_s", "/s", False, 0.05, _rate),
+        Metric("p50", "ms", True, 0.05, _percentile("p50"), tasks=_VECTORS),
+        Metric("p90", "ms", True, 0.05, _percentile("p90"), tasks=_VECTORS),
+        Metric("p99", "ms", True, 0.10, _percentile("p99"), tasks=_VECTORS),
+        Metric("requests_per_s", "/s", False, 0.05, _rate, tasks=_VECTORS),
+        Metric("ttft_p50", "ms", True, 0.05, _percentile("p50", "ttft_ms"), tasks=_GENERATE),
+        Metric("ttft_p90", "ms", True, 0.05, _percentile("p90", "ttft_ms"), tasks=_GENERATE),
+        Metric("ttft_p99", "ms", True, 0.10, _percentile("p99", "ttft_ms"), required=False, tasks=_GENERATE),
+        Metric("itl_p50", "ms", True, 0.05, _percentile("p50", "itl_ms"), tasks=_GENERATE),
+        Metric("itl_p99", "ms", True, 0.10, _percentile("p99", "itl_ms"), tasks=_GENERATE),
+        Metric("output_tokens_per_s", "/s", False, 0.05, _output_tokens, tasks=_GENERATE),
         Metric("memory", "MiB", True, 0.10, _memory, required=False, one_per_server=True),
     )
 }

@@ -271,6 +271,27 @@ def _goodput(runs: Sequence[RunRecords], seconds: float) -> Goodput:
     }
 
 
+def bounds_of(goodput: JsonObject) -> dict[str, float]:
+    """Return the bounds of a good response in ms, by `ttft` and `itl`."""
+    return {key: goodput[f"{key}_ms"] for key in ("ttft", "itl") if goodput[f"{key}_ms"] is not None}
+
+
+def latency_curves(runs: Sequence[RunRecords]) -> dict[str, list[tuple[float, float]]]:
+    """Return points (share, ms) of the distributions of TTFT, over requests, and of ITL, over gaps.
+
+    Empty if the load was not of generation.
+    """
+    pairs = [(run, run.streams, _is_good(run) & _is_measured(run)) for run in runs if run.streams]
+    if not pairs:
+        return {}
+    ttft = [_known(streams.ttft_ms[use]) for run, streams, use in pairs if streams]
+    gaps = [streams.gaps["ms"][use[streams.gaps["owner"]]] for _, streams, use in pairs if streams]
+    return {
+        name: [(share, _ms(value)) for share, value in stats.curve(np.sort(np.concatenate(values)))]
+        for name, values in (("ttft_curve", ttft), ("itl_curve", gaps))
+    }
+
+
 def _is_good(run: RunRecords) -> npt.NDArray[np.bool_]:
     good: npt.NDArray[np.bool_] = run.rows["error"] == records.OK
     return good

@@ -17,6 +17,7 @@ ACHIEVED_LIMIT = 0.98
 LATE_LIMIT = 0.01
 OTHERS_LIMIT = 0.10
 STOLEN_LIMIT = 0.05
+CACHED_LIMIT_PERCENT = 1.0
 _NEEDED_FOR_P90 = stats.needed(0.9)
 _MORE_GENERATORS = "add load generators with `--workers`"
 _SHARE = re.compile(r"(.*(?:other processes used|the hypervisor withheld|reduced its clocks in) )(\d+)%(.*)")
@@ -147,6 +148,36 @@ def _judge_failures(summary: JsonObject, budget_percent: float, searched: bool) 
     if shares.exceeds(count, total, budget_percent / 100):
         return Validity((f"{message}: see the log of the server",))
     return Validity(cautions=(f"{message}, in a sample too small to decide: use a longer `--duration`",))
+
+
+def judge_generation(summary: JsonObject, common_prefix: float, unique: bool) -> Validity:
+    """Return the validity of a configuration by its prompts and streams.
+
+    `unique`: each prompt has a cache-busting prefix, after a share `common_prefix` that all prompts have in common. A
+    larger share from the server's cache makes the time to the first token too short.
+    """
+    reasons, cautions = [], []
+    cached, limit = summary["cached_percent"], 100 * common_prefix + CACHED_LIMIT_PERCENT
+    if cached is None:
+        cautions.append("the server reports no usage, so the tokens of the prompts are unknown")
+    elif unique and cached > limit:
+        reasons.append(
+            f"{cached:.1f}% of the prompts' tokens came from a prefix cache (limit {limit:g}%), so the time to the "
+            "first token is too short: measure with longer prompts, with the path /v1/completions, or set "
+            "`common_prefix` in the plan to the share that your prompts have in common"
+        )
+    if summary["counted_percent"] < 100:
+        cautions.append(
+            "the server does not report usage in each event, so each event counts as one token, and ITL is the gap "
+            f"between events ({summary['tokens_per_event'] or 0:.2f} tokens per event on average)"
+        )
+    total = sum(summary["finish"].values())
+    if early := total - summary["finish"].get("length", 0):
+        cautions.append(
+            f"{early} of {total} responses ended before the requested length, so the lengths of the outputs depend on "
+            "the model: compare TTFT, ITL and TPOT, not latencies"
+        )
+    return Validity(tuple(reasons), tuple(cautions))
 
 
 def judge_samples(summary: JsonObject) -> Validity:

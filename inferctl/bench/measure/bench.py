@@ -66,6 +66,11 @@ class Bench:
     users: Mapping[str, Concurrency] = field(default_factory=dict)
 
     @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer.json that counts the tokens of prompts; None without a model folder."""
+        return self.model and self.model / "tokenizer.json"
+
+    @property
     def order(self) -> list[Run]:
         """All runs, in their order."""
         return self.plan.runs([target.name for target in self.targets])

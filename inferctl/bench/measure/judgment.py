@@ -35,6 +35,10 @@ def judge(outcome: Outcome, cores: int, budget_percent: float) -> JudgedOutcome:
     ]
     pooled = summary.summarize([part for run in runs for part in run.all_records])
     found = validity.combine(each, pooled, budget_percent, searched=searched)
+    load = runs[0].load
+    if load and load.generation:
+        unique = load.inputs == "unique"
+        found = validity.merge(found, validity.judge_generation(pooled, load.generation.common_prefix, unique))
     if closed := throughput.pooled(runs):
         found = validity.merge(found, validity.judge_requests(closed["summary"], budget_percent).labeled("closed loop"))
     reasons = [*found.reasons, *validity.judge_identity([run.info for run in runs]).reasons]

@@ -110,11 +110,11 @@ def _measure_load(
     load, corpus = bench.load_of(target), bench.corpus_of(target)
     seed, closed_loop = _seed(bench, load, run), None
     if load.capacity_percent is not None:
-        closed_loop = throughput.measure(server, load, corpus, seed, run, folder)
+        closed_loop = throughput.measure(server, load, corpus, seed, run, folder, bench.tokenizer)
         # All targets receive the same rate, so that their latencies can be compared.
         capacity_rps = capacity_rps or closed_loop.summary["requests_per_s"]
         load = load.at(capacity_rps)
-    measurement = server.measure(workload.draw(load, corpus, seed), run, folder)
+    measurement = server.measure(workload.draw(load, corpus, seed, bench.tokenizer), run, folder)
     return replace(measurement, closed_loop=closed_loop, capacity_rps=capacity_rps)
 
 
@@ -134,7 +134,7 @@ def _measure_pair(bench: Bench, target: BenchTarget, server: MeasuredServer, run
     load = bench.load_of(target)
     setup = neighbors.NeighborSetup(
         server,
-        workload.draw(load, bench.corpus_of(target), _seed(bench, load, run)),
+        workload.draw(load, bench.corpus_of(target), _seed(bench, load, run), bench.tokenizer),
         bench.plan.neighbours,
         start=lambda number, place: started(bench, target, place, server.notify, number),
     )
@@ -145,12 +145,14 @@ def _measure_search(bench: Bench, target: BenchTarget, server: MeasuredServer, r
     """Search for the highest rate within the SLO."""
     settings, corpus = bench.plan.search, bench.corpus_of(target)
     assert settings is not None  # the caller searches only if the plan has a search
+    load = bench.load_of(target)
+    bounds = load.generation and load.generation.bounds
     text = workload.read_corpus(corpus)[0][0]
     numbers = itertools.count()
 
     def request() -> object:
         first = f"{next(numbers)} {secrets.token_hex(4)} {text}"
-        return server.target.request([first, text] if server.target.task == "rerank" else [first], 30)
+        return server.target.request([first] if server.target.task == "embed" else [first, text], 30)
 
     def measure_load(work: workload.Workload, place: Path, check: Callable[[], None]) -> Measurement:
         # The folder of a probe has a name such as 03-bisect-48.5.
@@ -160,8 +162,9 @@ def _measure_search(bench: Bench, target: BenchTarget, server: MeasuredServer, r
     idle_s = min(search.wait_until_idle(request, 0, None) for _ in range(5))
     return search.Searcher(
         settings=settings,
-        slo_p99_ms=settings.required_slo_ms(bench.slo_p99_ms),
-        load=bench.load_of(target),
+        slo_p99_ms=100.0 if bounds else settings.required_slo_ms(bench.slo_p99_ms),
+        load=load,
+        tokenizer=bench.tokenizer,
         corpus=corpus,
         seed=bench.plan.seed,
         folder=folder,
@@ -176,6 +179,8 @@ def _measure_search(bench: Bench, target: BenchTarget, server: MeasuredServer, r
 def _brief(measurement: Measurement) -> str:
     """Return one line on a run that has ended."""
     found = measurement.summary
-    latency = found["latency_ms"]
+    rate, latency = f"{found['requests_per_s']:.1f} req/s", found["latency_ms"]
+    if "ttft_ms" in found:
+        rate, latency = f"{found['output_tokens_per_s']:.1f} tok/s, TTFT", found["ttft_ms"]
     figures = [f"{key} {latency[key]['value']:.1f}" for key in ("p50", "p99") if latency[key]["value"] is not None]
-    return f"{found['requests_per_s']:.1f} req/s" + (f", {' '.join(figures)} ms" if figures else "")
+    return rate + (f", {' '.join(figures)} ms" if figures else "")

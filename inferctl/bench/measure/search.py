@@ -23,7 +23,7 @@ from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Load, Run, Search
 from inferctl.errors import InferctlError
 
-BURST_S, BURST_USERS = 4.0, 32
+BURST_S, BURST_USERS, GENERATION_BURST_S = 4.0, 32, 15.0
 # More samples than the interval of a p99 needs: the last responses of a probe may come late.
 ENOUGH_SAMPLES = round(1.15 * stats.needed(0.99))
 WINDOW_S, MIN_PROBE_S = 0.5, 4.0
@@ -83,6 +83,9 @@ class Searcher:
     - `on_probe`: receives each probe.
     - `budget`: the share of requests that may fail at a rate within the SLO.
     - `seconds`: the time limit of the search.
+    - `tokenizer`: counts the tokens of prompts.
+
+    If the load has bounds of generation, percentiles and `slo_p99_ms` are in percent of them.
     """
 
     settings: Search
@@ -96,6 +99,7 @@ class Searcher:
     on_probe: Callable[[Probe], None]
     budget: float
     seconds: float | None = None
+    tokenizer: Path | None = None
     _deadline: float = field(default=math.inf, init=False)
     _measured: list[tuple[Probe, Measurement]] = field(default_factory=list, init=False)
     _count: int = field(default=0, init=False)
@@ -124,7 +128,8 @@ class Searcher:
         best = next((measurement for probe, measurement in complete if probe is found.best), None)
         # The last measurement of a rate is pooled with the earlier ones.
         chosen = best or min(reversed(complete), key=lambda pair: pair[0].rate)[1]
-        return replace(chosen, search=found.as_dict())
+        bounds = self.load.generation and self.load.generation.bounds
+        return replace(chosen, search=found.as_dict() | ({"bounds_ms": bounds} if bounds else {}))
 
     def _remaining_s(self) -> float:
         return self._deadline - time.monotonic()
@@ -140,9 +145,14 @@ class Searcher:
     def _ceiling(self) -> float:
         """Return requests/s of a closed loop that always has requests waiting. It also warms up the server."""
         users = max(BURST_USERS, self.load.users)
-        burst = self.load.as_single_stage(users=users, duration_s=BURST_S)
-        work = workload.draw(burst, self.corpus, self.seed)
-        rate = self.measure_load(work, self._next_folder("ceiling"), lambda: None).summary["requests_per_s"]
+        generates = self.load.generation is not None
+        burst = self.load.as_single_stage(users=users, duration_s=GENERATION_BURST_S if generates else BURST_S)
+        work = workload.draw(burst, self.corpus, self.seed, self.tokenizer)
+        found = self.measure_load(work, self._next_folder("ceiling"), lambda: None).summary
+        rate = found["requests_per_s"]
+        if generates:
+            # Whole responses are few in a short window.
+            rate = found["output_tokens_per_s"] / (found["output_tokens_per_request"] or 1)
         if not rate:
             raise InferctlError(f"the server completed no request of {users} users", f"see {self.folder}/server.log")
         return float(rate)
@@ -165,7 +175,7 @@ class Searcher:
         load = self.load.as_single_stage(mode="open", rate=rate, duration_s=seconds, warmup_s=warmup_s)
         self.wait_until_idle(IDLE_TIMEOUT_S)
         place, growth = self._next_folder(f"{stage}-{rate:g}"), None
-        work = workload.draw(load, self.corpus, seed)
+        work = workload.draw(load, self.corpus, seed, self.tokenizer)
         try:
             measurement = self.measure_load(work, place, Backlog(place, work, rate).check)
         except ServerSaturated as reason:

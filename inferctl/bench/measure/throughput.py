@@ -29,13 +29,15 @@ from inferctl.errors import InferctlError
 REJECTED_LIMIT = 0.5
 
 
-def measure(server: MeasuredServer, load: Load, corpus: str, seed: int, run: Run, folder: Path) -> Measurement:
+def measure(
+    server: MeasuredServer, load: Load, corpus: str, seed: int, run: Run, folder: Path, tokenizer: Path | None = None
+) -> Measurement:
     """Run the closed loop. Its records are in a folder of their own.
 
     Raises `InferctlError` if the server completed no request, or rejected over half of them.
     """
     loop = load.as_single_stage(duration_s=load.capacity_s)
-    work = workload.draw(loop, corpus, seed)
+    work = workload.draw(loop, corpus, seed, tokenizer)
     measurement = server.labeled("closed loop, {phase}").measure(work, run, folder / "closed-loop")
     rejected = measurement.summary["rejected_percent"]
     if rejected > 100 * REJECTED_LIMIT:

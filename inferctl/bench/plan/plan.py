@@ -223,12 +223,16 @@ class Plan(Section):
     def _for_generation(self) -> Plan:
         """Return the plan with its keys for generation."""
         own = self.generate or GenerationPlan.model_validate({})
-        load = self.load_with(own.load)
+        requests = self.load.generation.model_dump(exclude_unset=True) if self.load.generation else {}
+        requests = _merged(
+            requests, Generation.model_validate(own.load.get("generation") or {}).model_dump(exclude_unset=True)
+        )
+        load = self.load_with({**own.load, "generation": requests} if own.load else {})
         if load.inputs_per_request != 1:
             raise UsageError("a generation request has one prompt", "remove `load.inputs_per_request`")
         if load.auto_users:
             raise UsageError("`users: auto` is not available for generation", "set the number with `--users`")
-        update: Keys = {"task": "generate", "generation": load.generation or Generation.model_validate({})}
+        update: Keys = {"task": "generate", "generation": Generation.model_validate(requests)}
         if "timeout_s" not in load.model_fields_set:
             update["timeout_s"] = _GENERATION_TIMEOUT_S
         # A second call, as for a resumed benchmark, must change nothing.
@@ -238,6 +242,15 @@ class Plan(Section):
         if own.repeats is not None:
             changes["repeats"] = own.repeats
         return self.model_copy(update=changes)
+
+    def with_bounds(self, ttft_ms: float | None, itl_ms: float | None) -> Plan:
+        """Return the plan with these bounds of a good response in ms, unless it or the command line sets them."""
+        given = {key: value for key, value in (("ttft_ms", ttft_ms), ("itl_ms", itl_ms)) if value is not None}
+        if not given:
+            return self
+        own = self.load.generation.model_dump(exclude_unset=True) if self.load.generation else {}
+        generation = Generation.model_validate({**given, **{key: value for key, value in own.items() if value}})
+        return self.model_copy(update={"load": self.load.model_copy(update={"generation": generation})})
 
     def seed_of(self, repeat: int) -> int:
         """Return the seed of a repeat: the plan's seed for the first one (0), a hash of seed and repeat for the others.

@@ -31,6 +31,11 @@ def capacity(sealed: Receipt, slo_p99_ms: float | None = None) -> dict[str, Any]
             f"{sealed.path} is from an invalid run ({data['validity']['reasons'][0]})",
             "measure again",
         )
+    if sealed.task == "generate":
+        raise UsageError(
+            f"{sealed.path} is of generation, which has no capacity file",
+            "use the receipt of a search: `max_goodput_rps` is the highest rate within the SLO",
+        )
     pace = _pace(data["runs"])
     if pace is None:
         raise NotEnoughEvidenceError(

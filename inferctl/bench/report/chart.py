@@ -25,8 +25,8 @@ class Chart:
 
 
 def unit_of(task: str) -> str:
-    """Return what a server processes: texts, or for rerank pairs of a query and a document."""
-    return "pairs" if task == "rerank" else "texts"
+    """Return what a server processes: texts, for rerank pairs of a query and a document, or output tokens."""
+    return {"rerank": "pairs", "generate": "output tokens"}.get(task, "texts")
 
 
 def ticks(values: Sequence[float]) -> Json:
@@ -38,9 +38,9 @@ def ticks(values: Sequence[float]) -> Json:
     return {"tickvals": marks, "ticktext": [f"{mark:g}" for mark in marks]}
 
 
-def slo_line(slo_ms: float) -> tuple[Json, Json]:
-    """Return line and label of an SLO on a logarithmic axis."""
+def slo_line(slo_ms: float, unit: str = " ms") -> tuple[Json, Json]:
+    """Return line and label of an SLO on a logarithmic axis. `unit` is that of the axis."""
     line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": slo_ms, "y1": slo_ms, "line": _SLO_LINE}
     # On a logarithmic axis Plotly places shapes by value and annotations by exponent.
     place = {"xref": "paper", "x": 0, "y": math.log10(slo_ms), "xanchor": "left", "yshift": 9, "showarrow": False}
-    return line, {"text": f"SLO: p99 {slo_ms:g} ms", **place}
+    return line, {"text": f"SLO: p99 {slo_ms:g}{unit}", **place}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from inferctl.bench.receipt import Receipt
 from inferctl.bench.report import load_charts
@@ -24,6 +24,48 @@ _LOWEST_ERROR = 1e-7
 _BAR, _AROUND, _FITS = 34, 74, 7
 
 
+@dataclass(frozen=True)
+class Distribution:
+    """A distribution of a receipt: the keys of its points and of its percentiles, and its words in a chart."""
+
+    curve: str
+    percentiles: str
+    axis: str
+    title: str
+    text: str
+
+
+LATENCY = Distribution(
+    "curve", "latency_ms", "latency (ms)", "Latency by percentile", "Latency of the slowest requests."
+)
+TTFT = Distribution(
+    "ttft_curve",
+    "ttft_ms",
+    "time to first token (ms)",
+    "Time to first token by percentile",
+    "From the intended send to the first event with a token, over requests.",
+)
+ITL = Distribution(
+    "itl_curve",
+    "itl_ms",
+    "inter-token latency (ms)",
+    "Inter-token latency by percentile",
+    "Gaps between the events of a response, over all gaps. Events that were read together have a gap of 0.",
+)
+
+
+# By task: the key of the quality, the axis of the distance to fp32, and its text.
+_DISTANCES = {
+    "embed": ("cosine", "1 - cosine", "1 - cosine between each vector and the fp32 vector of the same text"),
+    "rerank": (
+        "score_difference",
+        "absolute score difference",
+        "Difference of each score and the fp32 score of the same pair",
+    ),
+    "generate": ("kl", "KL divergence (nats)", "KL divergence of the next tokens from fp32, a lower bound"),
+}
+
+
 def all_charts(receipts: Sequence[Receipt], rows: Sequence[Row] = ()) -> dict[str, Chart]:
     """Return the charts that have data, by id, in the order of the page.
 
@@ -34,6 +76,8 @@ def all_charts(receipts: Sequence[Receipt], rows: Sequence[Row] = ()) -> dict[st
     charts = {
         "goodput": load_charts.goodput(receipts, colors),
         "neighbours": load_charts.neighbors(receipts, colors),
+        "ttft": percentiles(receipts, colors, TTFT),
+        "itl": percentiles(receipts, colors, ITL),
         "percentiles": percentiles(receipts, colors),
         "throughput": throughput(receipts, colors, estimated),
         "memory": memory(receipts, colors),
@@ -82,12 +126,14 @@ def label(receipt: Receipt) -> str:
     return receipt.name if receipt.valid else f"{receipt.name} (invalid)"
 
 
-def percentiles(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
+def percentiles(receipts: Sequence[Receipt], colors: Mapping[str, str], distribution: Distribution = LATENCY) -> Chart:
     """Return latency over 1 / (1 - percentile), on a logarithmic axis, so that the tail is visible."""
     data: list[Json] = []
     dash = dashes(colors)
+    receipts = [receipt for receipt in receipts if receipt.data.get(distribution.curve)]
     for receipt in receipts:
-        points = [(share, ms) for share, ms in receipt.data["curve"] if 0 < share < 1]
+        # A logarithmic axis has no place for the gap of events that were read together.
+        points = [(share, ms) for share, ms in receipt.data[distribution.curve] if 0 < share < 1 and ms > 0]
         hover = "%{customdata:.5~g}%: %{y:.2f} ms<extra>" + label(receipt) + "</extra>"
         data.append(
             {
@@ -101,7 +147,7 @@ def percentiles(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart
                 "hovertemplate": hover,
             }
         )
-        every = [(q, receipt.data["summary"]["latency_ms"][f"p{q * 100:g}"]) for q in (0.5, 0.9, 0.99)]
+        every = [(q, receipt.data["summary"][distribution.percentiles][f"p{q * 100:g}"]) for q in (0.5, 0.9, 0.99)]
         known = [(q, found) for q, found in every if found["value"] is not None]
         data.append(
             {
@@ -132,17 +178,19 @@ def percentiles(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart
             "ticktext": [f"p{q * 100:g}" for q in shares],
             "title": {"text": "percentile"},
         },
-        "yaxis": {"type": "log", **_latency_ticks(receipts), "title": {"text": "latency (ms)"}},
+        "yaxis": {"type": "log", **_latency_ticks(receipts, distribution.curve), "title": {"text": distribution.axis}},
         "hovermode": "closest",
     }
-    if slo := next((found for receipt in receipts if (found := receipt.data.get("slo", {}).get("p99_ms"))), None):
+    if distribution == LATENCY and (
+        slo := next((found for receipt in receipts if (found := receipt.data.get("slo", {}).get("p99_ms"))), None)
+    ):
         line, note = slo_line(slo)
         layout |= {"shapes": [line], "annotations": [note]}
     text = (
-        "Latency of the slowest requests. The bars at p50, p90 and p99 are 95% intervals. A percentile has no bar if "
-        "the sample does not support it."
+        f"{distribution.text} The bars at p50, p90 and p99 are 95% intervals. A percentile has no bar if the sample "
+        "does not support it."
     )
-    return Chart("Latency by percentile", text, data, layout)
+    return Chart(distribution.title, text, data, layout)
 
 
 def cumulative(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
@@ -168,10 +216,12 @@ def cumulative(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
 
 
 def throughput(receipts: Sequence[Receipt], colors: Mapping[str, str], rows: Sequence[Row] = ()) -> Chart:
-    """Return measured requests/s, and those of the estimated `rows`."""
-    values = [receipt.data["summary"]["requests_per_s"] for receipt in receipts]
-    intervals = [receipt.data["summary"]["requests_per_s_interval"] for receipt in receipts]
-    bars = _bars(receipts, colors, values, "%{y}: %{x:.2f} requests/s<extra></extra>")
+    """Return measured requests/s (generation: output tokens/s), and those of the estimated `rows`."""
+    generates = _task(receipts) == "generate"
+    key, unit = ("output_tokens_per_s", "output tokens/s") if generates else ("requests_per_s", "requests/s")
+    values = [receipt.data["summary"][key] for receipt in receipts]
+    intervals = [receipt.data["summary"][f"{key}_interval"] for receipt in receipts]
+    bars = _bars(receipts, colors, values, f"%{{y}}: %{{x:.2f}} {unit}<extra></extra>")
     bars["error_x"] = _error_bars(
         [
             (max(0.0, value - interval["low"]), interval["high"] - value) if interval else (0.0, 0.0)
@@ -183,12 +233,11 @@ def throughput(receipts: Sequence[Receipt], colors: Mapping[str, str], rows: Seq
     with_bar = [(row, found) for row, found in estimated if _bar_end(found) is not None]
     if with_bar:
         data.append(_estimated_bars(with_bar))
-    text = (
-        "Successful responses per second in the measured window, with 95% intervals. "
-        "Filled and hatched: emulated precision."
-        + (" Outlines are estimated, with the error band or as an upper bound." if rows else "")
+    what = "Output tokens of successful responses" if generates else "Successful responses"
+    text = f"{what} per second in the measured window, with 95% intervals. Filled and hatched: emulated precision." + (
+        " Outlines are estimated, with the error band or as an upper bound." if rows else ""
     )
-    return Chart("Throughput", text, data, _bar_layout(len(receipts) + len(with_bar), "requests/s"))
+    return Chart("Throughput", text, data, _bar_layout(len(receipts) + len(with_bar), unit))
 
 
 def _bar_end(found: Range) -> float | None:
@@ -236,13 +285,15 @@ def _error_bars(ends: Sequence[tuple[float, float]]) -> Json:
 
 
 def distance(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
-    """Return the distance to fp32: mean and worst of scores; mean, worst 1% and worst of vectors."""
-    rerank = _is_rerank(receipts)
-    section = "score_difference" if rerank else "cosine"
+    """Return the distance to fp32: of vectors, of scores or of the next tokens of generation."""
+    task = _task(receipts)
+    section, title, what = _DISTANCES[task]
     checked = [receipt for receipt in receipts if section in receipt.data["quality"]]
     marks = [("mean", "mean", "circle"), ("p1", "worst 1%", "diamond"), ("min", "worst", "triangle-up")]
-    if rerank:
+    if task == "rerank":
         marks = [("mean", "mean", "circle"), ("max", "worst", "triangle-up")]
+    if task == "generate":
+        marks = [("mean", "mean", "circle"), ("p99", "worst 1%", "diamond")]
     data: list[Json] = []
     for key, name, symbol in marks if checked else ():
         marker = {"symbol": symbol, "size": 12}
@@ -253,24 +304,28 @@ def distance(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
             "showlegend": False,
             "marker": {**marker, "color": [colors[receipt.name] for receipt in checked]},
             "y": [short(label(receipt)) for receipt in checked],
-            "x": [max(_LOWEST_ERROR, value if rerank else 1 - value) for value in values],
+            "x": [max(_LOWEST_ERROR, 1 - value if task == "embed" else value) for value in values],
             "customdata": values,
             "hovertemplate": f"%{{y}}: {section.replace('_', ' ')} %{{customdata:.6f}}<extra>{name}</extra>",
         }
         data += [{"type": "scatter", "mode": "markers", **trace} for trace in (points, legend)]
-    title = "absolute score difference" if rerank else "1 - cosine"
     axis = {"type": "log", "title": {"text": title}, "exponentformat": "power", "dtick": 1}
     layout = _bar_layout(len(checked), "") | {"xaxis": axis, "showlegend": True}
-    what = "Difference of each score and the fp32 score of the same pair"
-    if not rerank:
-        what = "1 - cosine between each vector and the fp32 vector of the same text"
     text = f"{what}; lower is closer. At 1e-7 and below, the difference is float rounding."
     return Chart("Distance to fp32", text, data, layout | {"yaxis": {**layout["yaxis"], "showgrid": True}})
 
 
 def recall(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
-    """Return how far the order agrees with fp32: recall@10 of embeddings, Kendall's tau of rerank scores."""
-    if _is_rerank(receipts):
+    """Return how far a server agrees with fp32: recall@10 of embeddings, Kendall's tau of rerank scores, and for
+    generation the share of equal most likely tokens."""
+    if _task(receipts) == "generate":
+        checked = [receipt for receipt in receipts if "agreement" in receipt.data["quality"]]
+        values = [100 * receipt.data["quality"]["agreement"]["share"] for receipt in checked]
+        bars = _bars(checked, colors, values, "%{y}: %{x:.2f}%<extra></extra>")
+        text = "Share of the positions of a text at which the most likely next token is the same as with fp32."
+        layout = _bar_layout(len(checked), "top-1 agreement (%)", [0, 104])
+        return Chart("Top-1 agreement", text, [bars] if checked else [], layout)
+    if _task(receipts) == "rerank":
         checked = [receipt for receipt in receipts if "kendall" in receipt.data["quality"]]
         values = [receipt.data["quality"]["kendall"] for receipt in checked]
         bars = _bars(checked, colors, values, "%{y}: %{x:.4f}<extra></extra>")
@@ -287,8 +342,9 @@ def recall(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
     return Chart("Recall of nearest neighbors", text, [bars] if checked else [], layout)
 
 
-def _is_rerank(receipts: Sequence[Receipt]) -> bool:
-    return any(receipt.task == "rerank" for receipt in receipts)
+def _task(receipts: Sequence[Receipt]) -> str:
+    """Return the task, which all receipts share."""
+    return receipts[0].task if receipts else "embed"
 
 
 def memory(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
@@ -327,8 +383,8 @@ def timeline(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
     return Chart("Throughput over time", text, data, layout)
 
 
-def _latency_ticks(receipts: Sequence[Receipt]) -> Json:
-    return ticks([ms for receipt in receipts for _, ms in receipt.data["curve"]])
+def _latency_ticks(receipts: Sequence[Receipt], curve: str = "curve") -> Json:
+    return ticks([ms for receipt in receipts for _, ms in receipt.data[curve]])
 
 
 def _bars(receipts: Sequence[Receipt], colors: Mapping[str, str], values: list[float], hover: str) -> Json:

@@ -70,6 +70,9 @@ def each(
             yield target, "inferctl did not start this server" if target.url else "no local model"
             continue
         load = plan.load_with(target.load)
+        if load.task == "generate":
+            yield target, "there is no estimate for generation, measure on that hardware"
+            continue
         if load.stages or load.spike or load.trace:
             yield target, "only loads of one stage are estimated"
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from inferctl.bench.judge import shares, summary, verdict
+from inferctl.bench.judge import shares, slo, summary, verdict
 from inferctl.bench.measure import concurrency, throughput
 from inferctl.bench.receipt import JsonObject
 from inferctl.bench.report import ranking, search_findings
@@ -37,6 +37,7 @@ def describe(rows: Sequence[Row], mode: str, error_budget_percent: float) -> lis
     for row in measured:
         if row.search:
             sentences += search_findings.sentences(row.configuration, row.search)
+    sentences += [text for row in measured if (text := _goodput(row))]
     sentences += _slo([row for row in measured if row.slo and not row.search])
     sentences += [text for row in measured if (text := _burst(row))]
     sentences += [_with_neighbors(row.configuration, row.neighbours) for row in measured if row.neighbours]
@@ -121,6 +122,11 @@ def _with_interval(row: MeasuredRow, by: ranking.Criterion) -> str:
 def _failure(quality: JsonObject) -> str:
     if not (limits := quality.get("limits")):
         return str(quality["reason"])
+    if "kl" in quality:
+        return (
+            f"KL divergence {quality['kl']['mean']:.4f} (limit {limits['kl']:g}), "
+            f"top-1 agreement {quality['agreement']['share']:.3f} (limit {limits['top_1']:g})"
+        )
     if "kendall" in quality:
         difference = quality["score_difference"]
         low, high = difference["range"]
@@ -198,11 +204,22 @@ def _slo(rows: Sequence[MeasuredRow]) -> list[str]:
     parts = [
         f"{verb} {', '.join(names)}"
         for verb, met in (("met by", True), ("not met by", False))
-        if (names := [name for name, slo in judged if slo.met is met])
+        if (names := [name for name, found in judged if found.met is met])
     ]
-    if inconclusive := [f"{name} ({slo.reason})" for name, slo in judged if slo.met is None]:
+    if inconclusive := [f"{name} ({found.reason})" for name, found in judged if found.met is None]:
         parts.append(f"inconclusive for {', '.join(inconclusive)}")
-    return [f"SLO (p99 {judged[0][1].p99_ms:g} ms) at this load: {'; '.join(parts)}."]
+    return [f"SLO ({slo.describe(judged[0][1].p99_ms, judged[0][1].bounds_ms)}) at this load: {'; '.join(parts)}."]
+
+
+def _goodput(row: MeasuredRow) -> str | None:
+    """Return the rate of responses within the bounds of TTFT and ITL; None without bounds."""
+    if not (row.generation and (found := row.generation["goodput"])):
+        return None
+    limits = " and ".join(f"{key.upper()} {value:g} ms" for key, value in summary.bounds_of(found).items())
+    return (
+        f"Goodput of {row.configuration} (within {limits}): {found['requests_per_s']:.2f} requests/s and "
+        f"{found['output_tokens_per_s']:.1f} output tokens/s; {found['percent']:.1f}% of the requests are good."
+    )
 
 
 def _burst(row: MeasuredRow) -> str | None:

@@ -10,13 +10,23 @@ from pathlib import Path
 from inferctl import assets, outputs
 from inferctl.bench.judge import summary, verdict
 from inferctl.bench.receipt import Receipt
-from inferctl.bench.report import charts, terminal
+from inferctl.bench.report import charts, search_findings, terminal
 from inferctl.bench.report.caveats import Caveat
 from inferctl.bench.report.result import Result
 from inferctl.bench.report.rows import ESTIMATED, MeasuredRow
 
 # plotly.js with the trace types of the charts (scatter, bar), gzipped. CONTRIBUTING.md says how to update it.
 PLOTLY = "plotly-basic.min.js.gz"
+# The percentiles in the table of results: the key of the summary, and the percentile.
+COLUMNS = (("latency_ms", "p50"), ("latency_ms", "p90"), ("latency_ms", "p99"))
+GENERATION_COLUMNS = (
+    ("ttft_ms", "p50"),
+    ("ttft_ms", "p90"),
+    ("ttft_ms", "p99"),
+    ("itl_ms", "p50"),
+    ("itl_ms", "p99"),
+    ("tpot_ms", "p50"),
+)
 
 
 def write(path: Path, result: Result, receipts: Sequence[Receipt]) -> Path:
@@ -57,6 +67,8 @@ def render(result: Result, receipts: Sequence[Receipt]) -> str:
         figures=json.dumps(figures).replace("<", "\\u003c"),
         plotly=base64.b64encode((assets.root() / "templates" / PLOTLY).read_bytes()).decode(),
         receipts=[receipt.data for receipt in receipts],
+        percentile_columns=GENERATION_COLUMNS if result.load.task == "generate" else COLUMNS,
+        slo_of=search_findings.slo_of,
         failures=summary.failures,
         summaries={receipt.name: receipt.data["summary"] for receipt in receipts},
         seals={receipt.name: receipt.data["seal"] for receipt in receipts},
@@ -95,7 +107,7 @@ def limitations(result: Result, receipts: Sequence[Receipt]) -> list[Caveat]:
             )
         )
     if result.load.inputs == "unique":
-        what = "query" if result.load.task == "rerank" else "input"
+        what = {"rerank": "query", "generate": "prompt"}.get(result.load.task, "input")
         notes.append(
             Caveat(
                 "setup",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from inferctl.bench.judge.verdict import RECOMMENDED_REPEATS
 from inferctl.bench.receipt import JsonObject, Receipt
+from inferctl.bench.report import search_findings
 from inferctl.bench.report.chart import GREY, Chart, Json, slo_line, ticks, unit_of
 
 
@@ -15,20 +16,25 @@ def goodput(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
     searches = [(receipt, receipt.data["search"]) for receipt in receipts if receipt.data.get("search")]
     data: list[Json] = []
     shapes: list[Json] = []
+    unit = search_findings.unit_of(searches[0][1]) if searches else " ms"
     for receipt, search in searches:
         latest = {probe["rate"]: probe for probe in search["probes"] if probe["p99_ms"] is not None}
         probes = [latest[rate] for rate in sorted(latest)]
-        data.append(_probes(receipt.name, probes, colors[receipt.name]))
+        data.append(_probes(receipt.name, probes, colors[receipt.name], search_findings.unit_of(search)))
         if best := search["max_goodput_rps"]:
             line = {"color": colors[receipt.name], "width": 1.5, "dash": "dash"}
             shapes.append({"type": "line", "x0": best, "x1": best, "yref": "paper", "y0": 0, "y1": 1, "line": line})
     layout: Json = {
         "xaxis": {"title": {"text": "offered rate (requests/s)"}, "rangemode": "tozero"},
-        "yaxis": {"type": "log", "title": {"text": "p99 (ms)"}, **ticks([y for trace in data for y in trace["y"]])},
+        "yaxis": {
+            "type": "log",
+            "title": {"text": f"p99 ({unit.strip()})"},
+            **ticks([y for trace in data for y in trace["y"]]),
+        },
         "hovermode": "closest",
     }
     if searches:
-        line, note = slo_line(searches[0][1]["slo_p99_ms"])
+        line, note = slo_line(searches[0][1]["slo_p99_ms"], unit)
         layout |= {"shapes": [*shapes, line], "annotations": [note]}
     text = (
         "Each probe of the search, with the 95% interval of its p99. Cross: the probe violated a constraint. Open "
@@ -38,7 +44,7 @@ def goodput(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
     return Chart("Offered rate and p99", text, data, layout)
 
 
-def _probes(name: str, probes: Sequence[JsonObject], color: str) -> Json:
+def _probes(name: str, probes: Sequence[JsonObject], color: str, unit: str) -> Json:
     intervals = [(probe["p99_ms"], *probe["p99_interval_ms"]) for probe in probes]
     return {
         "type": "scatter",
@@ -57,7 +63,7 @@ def _probes(name: str, probes: Sequence[JsonObject], color: str) -> Json:
             "thickness": 1,
         },
         "customdata": [[probe["achieved_rps"], probe["reason"]] for probe in probes],
-        "hovertemplate": "%{x:g} requests/s offered, %{customdata[0]:.1f} completed<br>p99 %{y:.1f} ms: "
+        "hovertemplate": "%{x:g} requests/s offered, %{customdata[0]:.1f} completed<br>p99 %{y:.1f}" + unit + ": "
         "%{customdata[1]}<extra>" + name + "</extra>",
     }
 

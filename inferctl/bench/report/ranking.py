@@ -12,7 +12,7 @@ rate (Bonferroni).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -30,7 +30,9 @@ ERROR_RATE = 0.035
 NAMED = 4
 _P99_NEEDS = stats.needed(0.99)
 
-Figure = Literal["goodput", "requests_per_s", "p99", "p50"]
+Figure = Literal["goodput", "requests_per_s", "output_tokens_per_s", "p99", "p50"]
+# How the figures of throughput are called.
+_RATES: Mapping[Figure, str] = {"requests_per_s": "requests/s", "output_tokens_per_s": "output tokens/s"}
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ class Criterion:
         if self.figure == "goodput":
             best = row.search and row.search["max_goodput_rps"]
             return 1 / best if best else math.inf
-        if self.figure == "requests_per_s":
-            return 1 / row.requests_per_s if row.requests_per_s else math.inf
+        if self.figure in _RATES:
+            rate = rate_of(row, self)
+            return 1 / rate if rate else math.inf
         return (row.p99_ms if self.figure == "p99" else row.p50_ms) or math.inf
 
     def costs_of_runs(self, row: MeasuredRow) -> list[float]:
@@ -72,14 +75,15 @@ class Criterion:
 def criterion(rows: Sequence[MeasuredRow], mode: str) -> Criterion:
     """Return how to compare `rows` under a load of this `mode`.
 
-    A closed loop compares requests/s. An open loop compares the p99 if every run has one, else the p50. With fewer than
+    A closed loop compares requests/s, or output tokens/s of generation. An open loop compares the p99 if every run has one, else the p50. With fewer than
     the recommended repeats, it is enough if all runs of a row together have a p99. The result of a search has no
     repeats.
     """
     if any(row.search for row in rows):
         return Criterion("goodput")
     if mode == "closed":
-        return Criterion("requests_per_s", _common_repeats(rows, "requests_per_s"))
+        figure: Figure = "output_tokens_per_s" if any(row.generation for row in rows) else "requests_per_s"
+        return Criterion(figure, _common_repeats(rows, figure))
     found = Criterion("p50", _common_repeats(rows, "p50"))
     if found.tested:
         have_p99 = all(run.p99_ms for row in rows for run in row.runs if run.repeat in found.repeats)
@@ -95,8 +99,9 @@ def _common_repeats(rows: Sequence[MeasuredRow], figure: Figure) -> list[int]:
 
 
 def _cost_of_run(run: RunFigures, figure: Figure) -> float | None:
-    if figure == "requests_per_s":
-        return 1 / run.requests_per_s if run.requests_per_s else None
+    if figure in _RATES:
+        rate = run.output_tokens_per_s if figure == "output_tokens_per_s" else run.requests_per_s
+        return 1 / rate if rate else None
     return run.p99_ms if figure == "p99" else run.p50_ms
 
 
@@ -221,7 +226,9 @@ def _qualities_differ(rows: Sequence[MeasuredRow]) -> bool:
 def _values(rows: Sequence[MeasuredRow], by: Criterion) -> str:
     """Return each configuration with its figure; the unit follows the first figure."""
     first, *others = [value_of(row, by) for row in rows]
-    numbers = [value.removesuffix(" requests/s within the SLO").removesuffix(" requests/s") for value in others]
+    units = ("requests/s within the SLO", *_RATES.values())
+    unit = next((unit for unit in units if first.endswith(f" {unit}")), "")
+    numbers = [value.removesuffix(f" {unit}") for value in others]
     return enumerated([f"{row.configuration} ({value})" for row, value in zip(rows, [first, *numbers], strict=True)])
 
 
@@ -248,7 +255,7 @@ def compare(row: MeasuredRow, other: MeasuredRow, by: Criterion, error_rate: flo
         verdict.paired(costs, other_costs), by.cost(row), True, verdict.Tolerance(MIN_DIFFERENCE), error_rate
     )
     low, high = 1 + found.low, 1 + found.high
-    throughput = by.figure == "requests_per_s"
+    throughput = by.figure in _RATES
     interval = f"{low:.2f}x to {high:.2f}x" if throughput else f"{1 / high:.0%} to {1 / low:.0%}"
     return Comparison(
         other,
@@ -283,6 +290,8 @@ def interval_of(row: MeasuredRow, by: Criterion) -> tuple[float | None, float | 
     if by.figure in ("p99", "p50"):
         return row.p99_interval_ms if by.figure == "p99" else row.p50_interval_ms
     found = row.requests_per_s_interval
+    if by.figure == "output_tokens_per_s" and row.generation:
+        found = row.generation["output_tokens_per_s_interval"]
     return (found["low"], found["high"]) if found else (None, None)
 
 
@@ -298,8 +307,8 @@ def ratio(slower: MeasuredRow, best: MeasuredRow, by: Criterion) -> str:
     factor = by.cost(slower) / by.cost(best)
     if by.figure == "goodput":
         return "requests/s within the SLO instead of none" if math.isinf(factor) else f"{factor:.2f}x the goodput"
-    if by.figure == "requests_per_s":
-        return f"{factor:.2f}x the requests/s"
+    if name := _RATES.get(by.figure):
+        return f"{factor:.2f}x the {name}"
     return f"{1 / factor:.0%} of the {by.figure}"
 
 
@@ -309,15 +318,24 @@ def value_of(row: MeasuredRow, by: Criterion) -> str:
         best = row.search and row.search["max_goodput_rps"]
         return f"{best:.1f} requests/s within the SLO" if best else "no rate met the SLO"
     value = row.p99_ms if by.figure == "p99" else row.p50_ms
-    if by.figure == "requests_per_s" or not value:
-        return f"{row.requests_per_s:.1f} requests/s"
+    if by.figure in _RATES or not value:
+        return f"{rate_of(row, by):.1f} {_RATES.get(by.figure, 'requests/s')}"
     return f"{by.figure} {value:.1f} ms"
+
+
+def rate_of(row: MeasuredRow, by: Criterion) -> float:
+    """Return the throughput of all runs of a configuration: output tokens/s if these are compared, else requests/s."""
+    if by.figure == "output_tokens_per_s" and row.generation:
+        return float(row.generation["output_tokens_per_s"])
+    return row.requests_per_s
 
 
 def _distance(row: MeasuredRow) -> tuple[float, float]:
     """Return the distance of a configuration to fp32: the smallest is the best quality."""
     if row.task == "rerank":
         return row.score_difference or 0.0, -(row.kendall or 0.0)
+    if row.task == "generate":
+        return row.kl_mean or 0.0, -(row.top_1 or 0.0)
     return -(row.cosine_mean or 0.0), -(row.recall_at_10 or 0.0)
 
 
@@ -326,6 +344,8 @@ def _quality(row: MeasuredRow) -> str:
         return f"quality not checked ({row.quality.get('reason')})"
     if row.task == "rerank":
         return f"scores within {row.score_difference:.2g} of fp32 and Kendall's tau {row.kendall:.3f}"
+    if row.task == "generate":
+        return f"KL divergence {row.kl_mean:.4f} and top-1 agreement {row.top_1:.1%} to fp32"
     return f"cosine {row.cosine_mean:.5f} and recall@10 {row.recall_at_10:.3f} to fp32"
 
 

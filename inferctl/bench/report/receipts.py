@@ -66,7 +66,7 @@ def _document(context: Context, outcome: Outcome) -> dict[str, Any]:
         "inferctl": inferctl.__version__,
         "configuration": _configuration(target),
         "plan": _plan(context, outcome),
-        "slo": {"p99_ms": context.slo_p99_ms},
+        "slo": {"p99_ms": context.slo_p99_ms, **_bounds(first.load)},
         "workload": dataclasses.asdict(first.workload),
         "model": {**(info.get("model") or {}), "source": _source(context, info, target)},
         "precision": precision_of(info, target),
@@ -87,6 +87,7 @@ def _document(context: Context, outcome: Outcome) -> dict[str, Any]:
         "quality": privacy.without_folders(outcome.quality.as_dict()),
         "validity": privacy.without_folders(judged.validity.as_dict()),
         "curve": summary.latency_curve(parts),
+        **summary.latency_curves(parts),
         "stages": stages.summarize(parts, first.load) if first.load else [],
         "search": privacy.without_folders(first.search),
         "neighbours": privacy.without_folders(neighbors.document(runs, cores, budget)),
@@ -133,6 +134,12 @@ def _configuration(target: BenchTarget) -> dict[str, Any]:
         "url": target.url,
         "this_machine": target.url is None or servers.is_local(target.url),
     }
+
+
+def _bounds(load: Load | None) -> dict[str, float | None]:
+    """Return the bounds of a good response, for generation."""
+    settings = load and load.generation
+    return {"ttft_ms": settings.ttft_ms, "itl_ms": settings.itl_ms} if settings else {}
 
 
 def load_without_folder(load: Load | None) -> dict[str, Any]:

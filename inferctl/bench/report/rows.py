@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from inferctl.bench import privacy
 from inferctl.bench.judge import slo, summary
+from inferctl.bench.judge.summary import GenerationSummary
 from inferctl.bench.measure.outcome import Outcome
 from inferctl.bench.receipt import JsonObject, Receipt
 from inferctl.bench.report.estimated import EstimatedFigures
@@ -53,15 +54,20 @@ class RunFigures:
     requests_per_s: float
     p50_ms: float | None
     p99_ms: float | None
+    output_tokens_per_s: float | None = None
 
 
 @dataclass(frozen=True)
 class SloAtLoad:
-    """Whether the SLO is met at the load of the benchmark; `met` is None if that is inconclusive."""
+    """Whether the SLO is met at the load of the benchmark; `met` is None if that is inconclusive.
 
-    p99_ms: float
+    It is a limit of the p99 or, for generation, `bounds_ms` of TTFT and ITL.
+    """
+
+    p99_ms: float | None
     met: bool | None
     reason: str
+    bounds_ms: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,8 @@ class MeasuredRow(Row):
 
     `workload` has the corpus, and the keys of the load that differ from the plan's. `search`, `neighbours`,
     `concurrency`, `stages`, `recovery` and `quality` are sections of the receipt. For the task rerank, the quality has
-    a score difference (maximum, absolute) and Kendall's tau (mean) instead of cosine and recall.
+    a score difference (maximum, absolute) and Kendall's tau (mean) instead of cosine and recall. `generation` has the
+    figures of generation (`GenerationSummary`), `kl_mean` its mean KL divergence and `top_1` its top-1 agreement.
     """
 
     task: str = "embed"
@@ -126,6 +133,7 @@ class MeasuredRow(Row):
     requests_per_s_interval: JsonObject | None = None
     tokens_per_s: float | None = None
     pairs_per_s: float | None = None
+    generation: JsonObject | None = None
     server_peak_bytes: float | None = None
     costs: Costs = field(default_factory=Costs)
     quality: JsonObject = field(default_factory=lambda: {"checked": False})
@@ -133,6 +141,8 @@ class MeasuredRow(Row):
     recall_at_10: float | None = None
     score_difference: float | None = None
     kendall: float | None = None
+    kl_mean: float | None = None
+    top_1: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return an element of the `rows` key of a result."""
@@ -193,6 +203,7 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
         requests_per_s_interval=figures["requests_per_s_interval"],
         tokens_per_s=figures["tokens_per_s"],
         pairs_per_s=figures["texts_per_s"] if rerank else None,
+        generation=_generation(figures) if receipt.task == "generate" else None,
         server_peak_bytes=data["resources"].get("server_peak_bytes"),
         costs=_costs(data),
         quality=quality,
@@ -200,6 +211,8 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
         recall_at_10=quality.get("recall_at_10"),
         score_difference=(quality.get("score_difference") or {}).get("max"),
         kendall=quality.get("kendall"),
+        kl_mean=(quality.get("kl") or {}).get("mean"),
+        top_1=(quality.get("agreement") or {}).get("share"),
     )
 
 
@@ -212,18 +225,34 @@ def _load_changes(outcome: Outcome) -> JsonObject | None:
     return {**changes, "trace": f"{privacy.name_of(changes['trace'])} ({digest})"}
 
 
+def _generation(figures: JsonObject) -> JsonObject:
+    """Return the figures of generation in a summary, and the tokens of the prompts."""
+    found = {key: figures[key] for key in GenerationSummary.__annotations__}
+    return {**found, "input_tokens_per_request": figures["tokens_per_request"]}
+
+
 def _slo(data: JsonObject, limit_ms: float | None) -> SloAtLoad | None:
     """Return whether the SLO is met at this load; None without an SLO."""
+    budget = (data["plan"].get("error_budget_percent") or 0) / 100
+    if found := data["summary"].get("goodput"):
+        judged = slo.judge_bounds(data["summary"], budget)
+        return SloAtLoad(None, judged.met, judged.reason, summary.bounds_of(found))
     if not limit_ms:
         return None
-    budget = (data["plan"].get("error_budget_percent") or 0) / 100
     judged = slo.judge(data["summary"]["latency_ms"], limit_ms, summary.lost_requests(data["summary"]), budget)
     return SloAtLoad(limit_ms, judged.met, judged.reason)
 
 
 def _run_figures(run: JsonObject) -> RunFigures:
-    latency = run["summary"]["latency_ms"]
-    return RunFigures(run["repeat"], run["summary"]["requests_per_s"], latency["p50"]["value"], latency["p99"]["value"])
+    found = run["summary"]
+    latency = found["latency_ms"]
+    return RunFigures(
+        run["repeat"],
+        found["requests_per_s"],
+        latency["p50"]["value"],
+        latency["p99"]["value"],
+        found.get("output_tokens_per_s"),
+    )
 
 
 def _costs(data: JsonObject) -> Costs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from inferctl.bench.judge import slo
 from inferctl.bench.receipt import JsonObject
 from inferctl.errors import NotEnoughEvidenceError
 
@@ -41,6 +42,16 @@ def inconclusive(rows: Sequence[JsonObject]) -> NotEnoughEvidenceError | None:
     )
 
 
+def slo_of(search: JsonObject) -> str:
+    """Return the SLO of a search in words."""
+    return slo.describe(search["slo_p99_ms"], search.get("bounds_ms"))
+
+
+def unit_of(search: JsonObject) -> str:
+    """Return the unit of the percentiles of a search: ms, or for generation percent of the bounds."""
+    return slo.OF_BOUNDS if search.get("bounds_ms") else " ms"
+
+
 def _confirmed(search: JsonObject) -> JsonObject | None:
     """Return the probe that confirmed the highest rate within the SLO; None if there is none."""
     best = search["max_goodput_rps"]
@@ -54,26 +65,26 @@ def _result(search: JsonObject) -> str:
     least = "at least " if search["verdict"] == "at least" else ""
     bounded = ", which is bounded by the largest sample: the true p99 may be higher" if search.get("caution") else ""
     return (
-        f" (p99 {search['slo_p99_ms']:g} ms) up to {least}{search['max_goodput_rps']:g} requests/s{_band(search)}; "
-        f"p99 at this rate {probe['p99_ms']:.1f} ms, interval {low:.1f} - {high:.1f}{bounded}"
+        f" ({slo_of(search)}) up to {least}{search['max_goodput_rps']:g} requests/s{_band(search)}; "
+        f"p99 at this rate {probe['p99_ms']:.1f}{unit_of(search)}, interval {low:.1f} - {high:.1f}{bounded}"
     )
 
 
 def _without_rate(search: JsonObject) -> str:
     """Return why the search has no rate within the SLO."""
-    slo = f"the SLO (p99 {search['slo_p99_ms']:g} ms)"
+    target = f"the SLO ({slo_of(search)})"
     if search["verdict"] == "n too small":
         return (
-            f": inconclusive, not enough samples to say which rate meets {slo}; "
+            f": inconclusive, not enough samples to say which rate meets {target}; "
             "give each probe more time (`max_probe_s`)"
         )
     if search["verdict"] == "not confirmed":
         if search.get("expired"):
-            return f": inconclusive, the budget left no time to confirm a rate that meets {slo}{_band(search)}"
-        return f": inconclusive, no rate met {slo} in two probes; the machine is too unsteady"
+            return f": inconclusive, the budget left no time to confirm a rate that meets {target}{_band(search)}"
+        return f": inconclusive, no rate met {target} in two probes; the machine is too unsteady"
     unknown = max((probe["rate"] for probe in search["probes"] if probe["holds"] is None), default=None)
     rest = f"; {unknown:g} requests/s is inconclusive (not enough samples)" if unknown else ""
-    return f" meets {slo} at no probed rate{rest}"
+    return f" meets {target} at no probed rate{rest}"
 
 
 def _band(search: JsonObject) -> str:

@@ -14,6 +14,7 @@ from inferctl.bench import stats
 from inferctl.bench.judge.summary import failures
 from inferctl.bench.plan.plan import Load
 from inferctl.bench.receipt import JsonObject
+from inferctl.bench.report import search_findings
 from inferctl.bench.report.chart import unit_of
 from inferctl.bench.report.estimated import EstimatedFigures
 from inferctl.bench.report.findings import count_of_neighbors
@@ -22,6 +23,7 @@ from inferctl.bench.report.rows import Costs, MeasuredRow, Row
 
 HEADINGS = ("config", "runs as", "p50", "p90", "p99", "req/s")
 FIGURES = {"embed": ("tok/s", "cosine", "recall"), "rerank": ("pairs/s", "max diff", "tau")}
+GENERATION_HEADINGS = ("config", "runs as", "TTFT p50", "p90", "p99", "ITL p50", "p99", "tok/s", "KL", "top-1")
 _UNKNOWN = "-"
 
 
@@ -51,7 +53,8 @@ def render(result: Result) -> RenderableType:
 def table(rows: Sequence[MeasuredRow]) -> Table:
     """Return the table of measured rows. An invalid row is red and has a mark."""
     grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 1), header_style="bold", collapse_padding=True)
-    for heading in (*HEADINGS, *FIGURES[rows[0].task]):
+    task = rows[0].task
+    for heading in GENERATION_HEADINGS if task == "generate" else (*HEADINGS, *FIGURES[task]):
         left = heading in ("config", "runs as")
         grid.add_column(heading, justify="left" if left else "right", no_wrap=not left, overflow="fold")
     for row in rows:
@@ -83,7 +86,7 @@ def searches(rows: Sequence[MeasuredRow]) -> RenderableType | None:
         at_least = ">" if search["verdict"] == "at least" else ""
         limited_by = search["limited_by"] or ("" if search["verdict"] == "found" else search["verdict"])
         grid.add_row(name, at_least + best, _band(search), failing, limited_by, *shape)
-    return _titled(f"highest rate (req/s) within the SLO: p99 {found[0][1]['slo_p99_ms']:g} ms", grid)
+    return _titled(f"highest rate (req/s) within the SLO: {search_findings.slo_of(found[0][1])}", grid)
 
 
 def _band(search: JsonObject) -> str:
@@ -214,13 +217,25 @@ def without_figures(rows: Sequence[Row]) -> Table:
 
 def cells(row: MeasuredRow) -> list[str]:
     """Return the nine texts of a row. A percentile that the sample does not support is `n<NEEDED`."""
+    name = row.configuration if row.valid else f"{row.configuration} (!)"
     missing = "broken" if row.quality["checked"] else _UNKNOWN
+    if found := row.generation:
+        keys = (("ttft_ms", "p50"), ("ttft_ms", "p90"), ("ttft_ms", "p99"), ("itl_ms", "p50"), ("itl_ms", "p99"))
+        latencies = [_quantile(found[figure][key]) for figure, key in keys]
+        kl, top_1 = ((row.kl_mean, ".4f"), (row.top_1, ".1%"))
+        return [
+            name,
+            runs_as(row.precision),
+            *latencies,
+            short(found["output_tokens_per_s"]),
+            *(missing if value is None else f"{value:{style}}" for value, style in (kl, top_1)),
+        ]
     if row.task == "rerank":
         rate, quality = row.pairs_per_s, ((row.score_difference, ".2g"), (row.kendall, ".3f"))
     else:
         rate, quality = row.tokens_per_s, ((row.cosine_mean, ".5f"), (row.recall_at_10, ".3f"))
     return [
-        row.configuration if row.valid else f"{row.configuration} (!)",
+        name,
         runs_as(row.precision),
         _percentile(row.p50_ms, 0.5),
         _percentile(row.p90_ms, 0.9),
@@ -257,10 +272,14 @@ def notes(result: Result) -> Iterator[str]:
     kind = "the open loop that confirmed the highest rate of each" if searched else describe_load(load)
     runs = f"{result.repeats} runs each" if result.repeats > 1 else "one run each"
     quality = "cosine (mean) and recall@10 against fp32"
+    latency = "latency in ms"
     if load.task == "rerank":
         kind += f", {load.inputs_per_request} documents per request"
         quality = "maximum score difference and Kendall's tau (mean) against fp32"
-    yield f"latency in ms; {kind}, {load.duration_s:g} s, {runs}; {quality}"
+    if load.task == "generate":
+        latency = "TTFT (percentiles over requests) and ITL (over gaps) in ms; tok/s: output tokens/s"
+        quality = f"{_tokens(measured)}; KL divergence (mean) and top-1 agreement with fp32"
+    yield f"{latency}; {kind}, {load.duration_s:g} s, {runs}; {quality}"
     if load.mode == "open" or searched:
         sends = ", ".join(
             f"{row.configuration} {row.late:,} late and {row.dropped:,} dropped of {row.requests:,}" for row in measured
@@ -271,6 +290,17 @@ def notes(result: Result) -> Iterator[str]:
     yield from (
         f"{caveat.label}: {caveat.text}" for caveat in result.caveats if caveat.kind not in ("invalid", "absent")
     )
+
+
+def _tokens(rows: Sequence[MeasuredRow]) -> str:
+    """Return the measured tokens of prompts and outputs."""
+    means = [
+        [short(row.generation[f"{side}_tokens_per_request"]) for side in ("input", "output")]
+        for row in rows
+        if row.generation
+    ]
+    different = dict.fromkeys(f"{sent} tokens per prompt and {received} per output" for sent, received in means)
+    return f"mean: {', '.join(different)}"
 
 
 def describe_load(load: Load) -> str:

@@ -1,0 +1,189 @@
+"""Tests of `inferctl bench` against generation servers: plans, receipts, SLOs, search, compare."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_samples import harness
+
+from inferctl import cli
+from inferctl.bench import receipt
+from inferctl.bench.judge import slo, validity
+from inferctl.bench.plan import plan, prompts, workload
+from inferctl.errors import UsageError
+
+QUICK = ("--plan", "quick", "--users", "3", "--duration", "4", "--lengths", "24,6", "--repeats", "1")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "harness"))
+    try:
+        tokens = harness("token_server")
+    finally:
+        sys.path.pop(0)
+    with tokens.run_server("--first-ms", "15", "--gap-ms", "3") as running:
+        yield running.url
+
+
+def bench(folder: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """Run `inferctl bench`; return the process and its result."""
+    command = [sys.executable, "-m", "inferctl", "bench", *options, "--json", "-o", str(folder / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    return done, json.loads(done.stdout) if done.stdout else {}
+
+
+@pytest.fixture(scope="module")
+def measured(server: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return the result of a benchmark of one server, under two names."""
+    folder = tmp_path_factory.mktemp("generation")
+    urls = ("--url", f"a={server}", "--url", f"b={server}")
+    done, result = bench(folder, *urls, *QUICK, "--slo-ttft", "60000", "--slo-itl", "60000")
+    assert done.returncode == 0, done.stderr
+    return result
+
+
+def test_a_result_has_the_figures_of_generation(measured: dict[str, Any]) -> None:
+    row = measured["rows"][0]
+    assert row["task"] == "generate"
+    found = row["generation"]
+    assert found["output_tokens_per_request"] == 6
+    assert found["output_tokens_per_s"] > 0
+    assert found["goodput"]["percent"] == 100
+    assert found["itl_ms"]["n"] == 5 * found["ttft_ms"]["n"]
+    assert row["slo"]["bounds_ms"] == {"ttft": 60_000, "itl": 60_000}
+    assert "output tokens/s" in measured["finding"]
+    sealed = receipt.load(Path(row["receipt"]))
+    assert (sealed.task, sealed.data["slo"]["ttft_ms"]) == ("generate", 60_000)
+    assert [Path(file["path"]).name for file in sealed.runs[0]["records"]] == ["requests-0.bin", "events-0.bin"]
+    page = Path(measured["report"]).read_text()
+    assert all(text in page for text in ("Time to first token by percentile", "Inter-token latency by percentile"))
+
+
+def test_receipts_of_generation_are_compared_by_their_own_metrics(
+    measured: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = (row["receipt"] for row in measured["rows"])
+    assert cli.run(["compare", old, new, "--json"]) == 4
+    names = [metric["name"] for metric in json.loads(capsys.readouterr().out)["configurations"][0]["metrics"]]
+    assert names[:2] == ["ttft_p50", "ttft_p90"]
+    assert "p50" not in names
+    assert cli.run(["compare", old, new, "--metric", "p99"]) == 2
+    assert "has no figure p99: its task is generate" in capsys.readouterr().err
+
+
+def test_there_is_no_capacity_file_of_generation(measured: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["capacity", measured["rows"][0]["receipt"]]) == 2
+    assert "is of generation, which has no capacity file" in capsys.readouterr().err
+
+
+def test_a_search_finds_the_rate_at_which_the_bounds_hold(server: str, tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(
+        "name: s\nload: {mode: open, rate: 1, warmup_s: 1, duration_s: 4}\n"
+        "search: {start_rate: 100, max_rate: 100, probe_s: 4, max_probe_s: 4, max_probes: 3}\n"
+    )
+    bounds = ("--slo-ttft", "20000", "--slo-itl", "20000", "--lengths", "16,2")
+    done, result = bench(tmp_path, "--url", f"a={server}", "--plan", str(file), *bounds)
+    search = result["rows"][0]["search"]
+    assert search["bounds_ms"] == {"ttft": 20_000, "itl": 20_000}
+    assert all(probe["p99_ms"] is None or probe["p99_ms"] < 100 for probe in search["probes"]), done.stderr
+    assert "% of the bounds" in search["probes"][-1]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--search",), "a search requires a p99 SLO"),
+        (("--search", "--slo", "5", "--slo-itl", "5"), "either a p99 SLO or bounds"),
+        (("--lengths", "azure"), "lengths 'azure' not found"),
+        (("--lengths", "3000000,1"), "load.generation.input_tokens cannot be 3000000"),
+    ],
+)
+def test_contradictory_options_are_errors(server: str, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    done, _ = bench(tmp_path, "--url", f"a={server}", "--plan", "quick", *options)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_a_plan_has_other_keys_for_generation_and_options_replace_them() -> None:
+    quick = plan.load("quick")
+    own = quick.for_task("generate")
+    assert [each.precision for each in own.configurations] == ["bf16"]
+    assert own.load.generation is not None
+    assert (own.load.users, own.load.auto_users, own.load.generation.input_tokens) == (4, False, 64)
+    assert own.load.timeout_s > quick.load.timeout_s
+    given = {"generation": {"input_tokens": 9, "output_tokens": 8}, "users": 2}
+    changed = quick.with_overrides(["fp32"], **given).for_task("generate")  # type: ignore[arg-type]
+    assert [each.precision for each in changed.configurations] == ["fp32"]
+    assert changed.load.generation is not None
+    assert (changed.load.users, changed.load.generation.input_tokens, changed.load.duration_s) == (2, 9, 40)
+    assert quick.for_task("embed").load == quick.load
+    bounded = quick.with_bounds(500, None).for_task("generate").load.generation
+    assert bounded is not None
+    assert (bounded.ttft_ms, bounded.input_tokens) == (500, 64)
+
+
+@pytest.mark.parametrize("name", ["precision", "quick", "gate", "search", "spike"])
+def test_every_plan_works_for_generation(name: str) -> None:
+    load = plan.load(name).for_task("generate").load
+    assert (load.task, load.auto_users, load.mode) == ("generate", False, plan.load(name).load.mode)
+    assert workload.draw(load.model_copy(update={"rate": 2.0}), "mixed", 1).output_tokens
+
+
+def test_a_plan_for_generation_is_rejected_for_embeddings() -> None:
+    changed = plan.load("quick").with_overrides(generation={"ttft_ms": 5})
+    with pytest.raises(UsageError, match="is for generation"):
+        changed.for_task("embed")
+
+
+def test_prompts_have_the_lengths_of_the_plan(minilm: Path) -> None:
+    from tokenizers import Tokenizer
+
+    settings = {"generation": {"input_tokens": 100, "output_tokens": 7, "common_prefix": 0.5}}
+    load = plan.Plan.model_validate({"name": "p", "load": settings}).for_task("generate").load
+    drawn = workload.draw(load, "mixed", 3, minilm / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    texts = [" ".join([group[0], "123456 1234", group[1]]) for group in drawn.groups[:50]]
+    counts = [len(each.ids) - 2 for each in tokenizer.encode_batch(texts)]
+    assert all(95 <= count <= 100 for count in counts), counts
+    assert len({group[0] for group in drawn.groups}) == 1
+    assert len({group[1] for group in drawn.groups}) > 200
+    assert set(drawn.output_tokens) == {7}
+    assert drawn.digest != workload.draw(load, "mixed", 4, minilm / "tokenizer.json").digest
+
+
+def test_lengths_come_from_a_distribution() -> None:
+    rows = prompts.read_lengths("azure-llm-2023")
+    assert len(rows) == 5000
+    settings = {"generation": {"lengths": "azure-llm-2023", "max_request_tokens": 1000}}
+    load = plan.Plan.model_validate({"name": "p", "load": settings}).for_task("generate").load
+    drawn = workload.draw(load, "mixed", 3)
+    pairs = list(zip(drawn.input_tokens, drawn.output_tokens, strict=True))
+    assert len(set(pairs)) > 100
+    assert set(pairs) <= {row for row in rows if sum(row) <= 1000}
+
+
+def test_a_run_with_cached_prompts_is_invalid() -> None:
+    found = {"cached_percent": 1.5, "counted_percent": 100.0, "finish": {"length": 10}, "tokens_per_event": 1.0}
+    assert "1.5% of the prompts' tokens" in validity.judge_generation(found, 0.0, unique=True).reasons[0]
+    assert validity.judge_generation(found, 0.1, unique=True).valid
+    assert validity.judge_generation(found, 0.0, unique=False).valid
+    early = validity.judge_generation({**found, "finish": {"length": 8, "stop": 2}}, 0.1, unique=True)
+    assert "2 of 10 responses ended before the requested length" in early.cautions[0]
+
+
+def test_bounds_fail_if_more_than_one_percent_of_the_requests_exceed_them() -> None:
+    few = {"value": None, "low": None, "high": None, "needed": 368, "dependence": None}
+    found = {"requests": 100, "goodput": {"percent": 80.0, "bounds_percent": {"n": 100, "p99": few}}}
+    assert slo.judge_bounds(found, 0.001).met is False
+    found["goodput"] = {"percent": 100.0, "bounds_percent": {"n": 100, "p99": few}}
+    assert slo.judge_bounds(found, 0.001).met is None
