@@ -17,7 +17,8 @@ from inferctl.serve.generate.meter import StreamMeter
 # Path -> name in events. What they generate is counted.
 ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 # vLLM has more endpoints that generate, whose tokens would not be counted, and some that change the server.
-_PASSED = frozenset({"/v1/models", "/tokenize", "/detokenize", "/docs", "/redoc", "/openapi.json", "/version"})
+_PASSED = frozenset({"/v1/models", "/tokenize", "/detokenize", "/docs", "/redoc", "/version"})
+_DOCUMENT = "/openapi.json"
 _STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 
 
@@ -37,10 +38,31 @@ class GenerationApp:
         path = scope["path"]
         if path in ENDPOINTS and scope["method"] == "POST":
             await self._generate(scope, receive, send)
+        elif path == _DOCUMENT and scope["method"] == "GET":
+            await self._document(scope, receive, send)
         elif path in ENDPOINTS or path in _PASSED or path.startswith(("/docs/", "/v1/models/")):
             await self._app(scope, receive, send)
         else:
             raise ApiError(404, f"no such endpoint: {path}", code="not_found")
+
+    async def _document(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send vLLM's OpenAPI document without the endpoints that the edge does not pass on."""
+        parts: list[bytes] = []
+
+        async def collect(message: Message) -> None:
+            parts.append(message.get("body", b""))
+
+        await self._app(scope, receive, collect)
+        document = orjson.loads(b"".join(parts))
+        document["paths"] = {
+            path: operations
+            for path, operations in document["paths"].items()
+            if path in ENDPOINTS or path in _PASSED or path.startswith("/v1/models/")
+        }
+        body = orjson.dumps(document)
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = _Call(self, context_of(scope), receive, send)

@@ -39,6 +39,8 @@ from inferctl.spec import Spec
 # The versions whose options and behavior this module was tested with.
 TESTED = ("0.32.",)
 _HANDOVER_S = 2.0
+# Of one step of vLLM on CPUs: layers with a window keep them in the KV cache too.
+_STEP_TOKENS = 2048
 _VLLM_SOCKET = "vllm.sock"
 
 
@@ -254,7 +256,8 @@ def _model(spec: Spec, folder: ModelFolder, found: probe.Probe) -> VllmModel:
     context = spec.serve.max_context_tokens or own
     if context is None:
         raise UsageError("the model does not state its longest context", "set serve.max_context_tokens")
-    if own and context > own:
+    scaled = isinstance(shape, Decoder) and shape.scaled_context
+    if own and context > own and not scaled:
         raise UsageError(
             f"serve.max_context_tokens is {context}, but the model was trained for {own}",
             f"set serve.max_context_tokens: {own}, or less",
@@ -270,7 +273,7 @@ def _model(spec: Spec, folder: ModelFolder, found: probe.Probe) -> VllmModel:
     reason = f"selected by auto: {support.reason}" if requested == "auto" else support.reason
     info = PrecisionInfo(requested, chosen.effective, support.level, reason, "vLLM")
     cell = 4 if chosen.dtype == "fp32" else 2
-    kv_bytes = shape.kv_bytes(context, cell) if isinstance(shape, Decoder) else 0
+    kv_bytes = shape.kv_bytes(context, cell, step_tokens=_STEP_TOKENS) if isinstance(shape, Decoder) else 0
     return VllmModel(folder.path, context, info, chosen.dtype, chosen.quantization, kv_bytes)
 
 

