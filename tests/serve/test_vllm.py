@@ -226,7 +226,9 @@ def test_a_killed_engine_is_replaced_and_no_stream_ends_silently(server: Running
     )
     next(iter(stream))
     group = str(server.engine_pid())
-    engines = subprocess.run(["pgrep", "-g", group, "-f", "^VLLM::EngineCore"], capture_output=True, text=True, check=True)
+    engines = subprocess.run(
+        ["pgrep", "-g", group, "-f", "^VLLM::EngineCore"], capture_output=True, text=True, check=True
+    )
     os.kill(int(engines.stdout), signal.SIGKILL)
     with pytest.raises(openai.APIError):
         list(stream)

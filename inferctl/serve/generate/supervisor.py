@@ -106,7 +106,12 @@ class Supervisor:
             try:
                 message = await asyncio.wait_for(channel.receive(), self._patience())
             except TimeoutError:
-                return f"vLLM did not respond for {self._hang_seconds:g} s"
+                # If this process was stopped too, the messages of that time are not read yet.
+                try:
+                    message = await asyncio.wait_for(channel.receive(), _LOST_S)
+                except TimeoutError:
+                    return f"vLLM did not respond for {self._hang_seconds:g} s"
+                moved = time.monotonic()
             if message is None:
                 return "vLLM ended"
             if message["kind"] == "closed":
