@@ -13,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from inferctl.bench import receipt
-from inferctl.bench.judge import comparable, compare, run_metrics
+from inferctl.bench.judge import comparable, compare
 from inferctl.bench.plan import plan
 from inferctl.errors import UsageError
 
@@ -92,7 +92,8 @@ def test_a_stall_that_a_closed_loop_hides_is_found(answering: Callable[..., str]
     pair = comparable.ReceiptPair(*receipts)
     assert [reason for reason in comparable.invalid_because(pair, []) if "differ" in reason] == []
     judged = {
-        name: compare.judge(pair, metric, compare.CompareOptions(), 5) for name, metric in run_metrics.METRICS.items()
+        metric.name: compare.judge(pair, metric, compare.CompareOptions(), 5)
+        for metric in compare.CompareOptions().selected(pair)
     }
     # Few repeats on a busy machine can leave it open. They never let it pass.
     assert judged["p99"].outcome in ("regression", "not enough evidence")
