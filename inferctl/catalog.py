@@ -52,6 +52,8 @@ class PythonInstall:
 class BaseImage:
     """A base image. `ships` are its CUDA libraries, `provides` its Python packages. `notes` explain null facts.
 
+    `packages`: apt packages that its stack needs at run time, in addition to Python.
+
     `require_cuda` is NVIDIA_REQUIRE_CUDA of the image. `cuda_compat` is the CUDA version of its forward compatibility
     libraries.
     """
@@ -73,6 +75,7 @@ class BaseImage:
     platforms: tuple[str, ...]
     notes: Mapping[str, str]
     sources: tuple[Source, ...]
+    packages: tuple[str, ...] = ()
     require_cuda: str | None = None
     cuda_compat: str | None = None
 
@@ -90,7 +93,8 @@ class Stack:
     """One combination of torch, CUDA, Python, GPU kernels and driver.
 
     `driver_floor` is the oldest driver branch, such as 580. `sm` are the compute capabilities with compiled kernels.
-    `index`: URL of the package index of its torch, None for PyPI.
+    `index`: URL of the package index of its torch, None for PyPI. `vllm`: requirement of vLLM, such as `vllm==0.33.0`,
+    None for a stack of embeddings. `vllm_bytes`: size of the download of vLLM and its dependencies, without torch.
     """
 
     key: str
@@ -106,6 +110,8 @@ class Stack:
     sources: tuple[Source, ...]
     default_for: tuple[str, ...] = ()
     index: str | None = None
+    vllm: str | None = None
+    vllm_bytes: int | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -197,8 +203,12 @@ _TABLES = ("drivers", "stacks")
 @cache
 def bases() -> dict[str, BaseImage]:
     """Return all base images by key."""
+    return {key: _base(file) for key, file in _base_files().items()}
+
+
+def _base_files() -> dict[str, Path]:
     files = sorted((assets.root() / "base-images").glob("*.yaml"))
-    return {f.stem: _typed(BaseImage, {"key": f.stem, **_yaml(f)}, f) for f in files if f.stem not in _TABLES}
+    return {file.stem: file for file in files if file.stem not in _TABLES}
 
 
 @cache
@@ -269,9 +279,21 @@ def hardware_profiles() -> dict[str, Hardware]:
 def base(key: str) -> BaseImage:
     """Return the base image `key`, or read it from the file `key` if that ends in .yaml. Raises `UsageError`."""
     if key.endswith((".yaml", ".yml")):
-        file = Path(key)
-        return _typed(BaseImage, {"key": file.stem, **_yaml(file)}, file)
+        return _base(Path(key))
     return _find("base image", key, bases())
+
+
+def check_task(task: str, base: BaseImage, stack: Stack) -> None:
+    """Raise `UsageError` if images on `base` cannot serve `task`: generation needs vLLM, and vLLM serves nothing else.
+
+    The task `auto` is accepted, because the model is not known.
+    """
+    generation = stack.vllm is not None
+    if task == "auto" or (task == "generate") == generation:
+        return
+    bases_for = [each.key for each in bases().values() if (stacks()[each.stack].vllm is None) == generation]
+    needs = "is without vLLM, which generation runs on" if task == "generate" else f"is for generation, not for {task}"
+    raise UsageError(f"the base {base.key} {needs}", f"set image.base to one of {', '.join(bases_for)}")
 
 
 def stack(key: str) -> Stack:
@@ -320,6 +342,19 @@ def _find(what: str, key: str, known: Mapping[str, T]) -> T:
         return known[key]
     hint = did_you_mean(key, known) or f"known: {', '.join(known)}"
     raise UsageError(f"{what} {key!r} not found", hint)
+
+
+def _base(file: Path) -> BaseImage:
+    """Return the base image in `file`. `based_on`: key of a built-in base whose other facts and sources apply."""
+    data = _yaml(file)
+    if (key := data.pop("based_on", None)) is not None:
+        parent = _yaml(_find("base image", str(key), _base_files()))
+        own = {fact for source in data.get("sources", ()) for fact in source["facts"]}
+        inherited = [{**s, "facts": [f for f in s["facts"] if f not in own]} for s in parent["sources"]]
+        notes = {**parent.get("notes", {}), **data.get("notes", {})}
+        sources = [*data.get("sources", ()), *(s for s in inherited if s["facts"])]
+        data = {**parent, **data, "notes": notes, "sources": sources}
+    return _typed(BaseImage, {"key": file.stem, **data}, file)
 
 
 def _parts(file: Path) -> dict[str, Hardware]:

@@ -295,7 +295,8 @@ def _kernels(stack: Stack, kernels: bool | None, part: Hardware) -> Iterator[Fin
     if part.kind == "cpu":
         if stack.cuda:
             why = f"{stack.key} contains CUDA {stack.cuda}, which a CPU does not use"
-            yield Finding("warn", "kernels", "the image is larger than necessary", why, "set image.base: cpu", part.key)
+            smaller = "set image.base: vllm-cpu" if stack.vllm else "set image.base: cpu"
+            yield Finding("warn", "kernels", "the image is larger than necessary", why, smaller, part.key)
         return
     if not stack.cuda:
         why = f"{stack.key} is built without CUDA and cannot use the GPU"

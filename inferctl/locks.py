@@ -1,9 +1,10 @@
 """Reads and resolves the hashed locks of the packages in an image.
 
 A lock is a requirements file with the version and the hashes of each package. pip installs it with `--require-hashes
---no-deps`. Its first line names the stack, the Python version and the platform of the lock. Three locks keep the layers
-of an image independent: torch and its dependencies, the server's dependencies, and int8. The shipped locks are in
-`base-images/locks/<stack>/`. `inferctl lock` resolves new ones with uv, from an index or a folder of wheels.
+--no-deps`. Its first line names the stack, the Python version and the platform of the lock. Several locks keep the
+layers of an image independent: torch and its dependencies, vLLM and its dependencies, the server's dependencies, and
+int8. The shipped locks are in `base-images/locks/<stack>/`. `inferctl lock` resolves new ones with uv, from an index or
+a folder of wheels.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 _UV_PLATFORM = {"linux/amd64": "x86_64-manylinux_2_28", "linux/arm64": "aarch64-manylinux_2_28"}
 # Additional packages of an int8 image, by whether the stack has CUDA. On CPUs, oneDNN in torch runs int8.
 _INT8: dict[bool, list[str]] = {True: ["bitsandbytes"], False: []}
-# Packages that images leave out, because the server never imports them -> what requires them.
+# Packages that images leave out, because the server never imports them -> what requires them. vLLM imports some of
+# them, so the lock of vLLM has those that it requires.
 # `tests/test_end_to_end.py` compares the imports of a running server with the packages in its image.
 LEFT_OUT = {
     "typer": "the command line of inferctl, and that of transformers",
@@ -43,7 +45,12 @@ LEFT_OUT = {
     "networkx": "compilation of models by torch",
     "setuptools": "compilation of C++ extensions by torch",
 }
-
+# Packages that vLLM requires but that do not run on a CPU -> the reason.
+_NOT_ON_CPU = {
+    "torchaudio": "PyPI has the CUDA build only, which does not load with the CPU build of torch",
+    "torchcodec": "PyPI has the CUDA build only, which does not load with the CPU build of torch",
+    "triton": "it compiles kernels for GPUs; vLLM runs without it",
+}
 
 # Messages of uv for an index that does not respond or reports an error.
 _UNREACHABLE = re.compile(
@@ -55,20 +62,23 @@ _UNREACHABLE = re.compile(
 
 @dataclass(frozen=True)
 class Locks:
-    """The texts of the locks. `torch` is None if the base image contains torch."""
+    """The texts of the locks. `torch` and `vllm` are None if the base image contains them.
+
+    Only a stack for generation has `vllm`, and only one for embeddings `int8`.
+    """
 
     torch: str | None
     server: str
     int8: str | None = None
+    vllm: str | None = None
 
     def files(self) -> dict[str, bytes]:
         """Return the content of the existing locks by path in the build context."""
-        named = {"torch": self.torch, "server": self.server, "int8": self.int8}
-        return {f"locks/{name}.txt": text.encode() for name, text in named.items() if text is not None}
+        return {f"locks/{name}.txt": text.encode() for name, text in vars(self).items() if text is not None}
 
     def versions(self) -> dict[str, str]:
         """Return the version of each package in all locks."""
-        return {**versions(self.torch or ""), **versions(self.server), **versions(self.int8 or "")}
+        return {name: version for text in vars(self).values() for name, version in versions(text or "").items()}
 
 
 def differences(before: Locks, after: Locks) -> list[str]:
@@ -80,9 +90,11 @@ def differences(before: Locks, after: Locks) -> list[str]:
 
 def load(base: BaseImage, folder: Path | None, *, int8: bool) -> Locks:
     """Return the locks for an image on `base`, from `folder` or the shipped ones. `int8`: include the int8 lock."""
-    cuda = catalog.stack(base.stack).cuda is not None
+    stack = catalog.stack(base.stack)
     source = folder or assets.root() / "base-images" / "locks" / base.stack
-    needed = ["server", *([] if "torch" in base.provides else ["torch"]), *(["int8"] if int8 and _INT8[cuda] else [])]
+    needed = ["server", *([] if "torch" in base.provides else ["torch"])]
+    needed += ["vllm"] if stack.vllm and "vllm" not in base.provides else []
+    needed += ["int8"] if int8 and _int8(stack) else []
     texts = {name: _read(source / f"{name}.txt") for name in needed}
     for name, text in texts.items():
         _check_target(source / f"{name}.txt", text or "", base)
@@ -91,7 +103,12 @@ def load(base: BaseImage, folder: Path | None, *, int8: bool) -> Locks:
             f"{missing[0]}.txt not found in {source}" if folder else f"no shipped locks for the base {base.key}",
             f"run `inferctl lock --base {base.key} --output {folder or 'locks'}`, then set image.locks to that folder",
         )
-    return Locks(torch=texts.get("torch"), server=texts["server"] or "", int8=texts.get("int8"))
+    return Locks(texts.get("torch"), texts["server"] or "", texts.get("int8"), texts.get("vllm"))
+
+
+def _int8(stack: Stack) -> list[str]:
+    """Return the additional packages of an int8 image. vLLM has its own kernels."""
+    return [] if stack.vllm else _INT8[stack.cuda is not None]
 
 
 def header(stack: str, python: str, platform: str) -> str:
@@ -154,20 +171,30 @@ def resolve(
     if target.stack.index and target.stack.cuda is None:
         # Without `+cpu`, uv could select the wheel of the same release on PyPI, which includes CUDA.
         torch_pin += "+cpu"
-    requirements = [torch_pin, *server_requirements()]
-    before = "".join(text or "" for text in (previous.torch, previous.server, previous.int8)) if previous else ""
-    everything = _compile([*requirements, *_INT8[target.stack.cuda is not None]], [], target, before, upgrade)
+    requirements = server_requirements()
+    before = "".join(text or "" for text in vars(previous).values()) if previous else ""
+    vllm, int8 = [target.stack.vllm] if target.stack.vllm else [], _int8(target.stack)
+    everything = _compile([torch_pin, *requirements, *vllm, *int8], [], target, before, upgrade)
     pins = [f"{name}=={version}" for name, version in versions(everything).items()]
-    closure = versions(_compile([torch_pin], pins, target))
-    server = versions(_compile(requirements, pins, target))
-    excluded = {normalize(name) for name in provided} | set(LEFT_OUT)
+    absent = set(_NOT_ON_CPU) if target.stack.cuda is None else set()
+
+    def closure(*of: str) -> set[str]:
+        return set(versions(_compile([torch_pin, *of], pins, target))) - absent
+
+    torch, server = closure(), closure(*requirements)
+    engine = closure(*vllm) if vllm else set()
+    provides = {normalize(name) for name in provided} | (engine if "vllm" in provided else set())
+    left_out = set(LEFT_OUT) | provides
+    parts = {
+        "torch": set() if "torch" in provides else torch - left_out,
+        "server": server - torch - left_out,
+        "int8": set(versions(everything)) - torch - server - left_out if int8 else set(),
+    }
+    # vLLM imports some of the packages that images for embeddings leave out.
+    parts["vllm"] = engine - parts["torch"] - parts["server"] - provides
     first = header(target.stack.key, target.python, target.platform)
-    int8 = select(everything, set(versions(everything)) - set(server) - set(closure) - excluded)
-    return Locks(
-        torch=None if "torch" in excluded else first + select(everything, set(closure) - set(LEFT_OUT)),
-        server=first + select(everything, set(server) - set(closure) - excluded),
-        int8=first + int8 if int8 else None,
-    )
+    texts = {name: first + select(everything, names) if names else None for name, names in parts.items()}
+    return Locks(texts["torch"], texts["server"] or first, texts["int8"], texts["vllm"])
 
 
 def versions(lock: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ source is checked for being a local folder.
 
 The layers of the image, each a separate `COPY --link`, with large and stable ones first:
 
-    base | python | torch closure | server dependencies | int8 | weights | server | config
+    base | python | torch closure | vLLM | server dependencies | int8 | weights | server | config
 
 A change in one part changes only its own layer, so a new config or new weights push one layer.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,11 +36,20 @@ if TYPE_CHECKING:
 # 1980-01-01, the oldest time that a zip file can store: the modification time of each file in a layer.
 EPOCH = 315532800
 DEFAULT_PORT = 8080
+# HEALTHCHECK does not count failures before the server can be ready. Embeddings: imports and the comparison with fp32.
+_START_PERIOD_S = 180
+# Generation: imports, compilation and warm-up of vLLM took 78 to 200 s with 0.3 GB of weights on two busy cores. Weights
+# are read at 100 MB/s or more, the rate of a slow network disk.
+_VLLM_START_S = 300
+_READ_BYTES_PER_S = 100_000_000
+_UNKNOWN_WEIGHTS_BYTES = 150_000_000_000
 # The modules outside `inferctl/serve/` that the server imports.
 _SERVER_MODULES = (
     "__init__",
     "assets",
     "catalog",
+    "decoder",
+    "divergence",
     "document",
     "drivers",
     "errors",
@@ -94,35 +104,42 @@ def render(
     provenance: Provenance,
     weights: str | None = None,
     labels: Mapping[str, str] | None = None,
+    weights_bytes: int | None = None,
 ) -> Rendered:
     """Render the image of `spec` on `base` with `stack`. Raises `UsageError` if a value is not allowed in a Dockerfile.
 
-    `weights`: digest of the local model folder to bake, None if unknown. `labels`: additional labels.
+    `weights`: digest of the local model folder to bake, None if unknown. `labels`: additional labels. `weights_bytes`:
+    size of the weights, None if unknown.
     """
     base_image = spec.image.base_image or (f"{base.reference}@{base.digest}" if base.digest else base.reference)
     hub_model = spec.model.source if spec.model.weights != "mount" and is_hub_id(spec.model.source) else None
     port = spec.serve.port or DEFAULT_PORT
-    folders = ["server", "dependencies", *(["int8"] if locks.int8 else []), *(["torch"] if locks.torch else [])]
+    optional = {"int8": locks.int8, "vllm": locks.vllm, "torch": locks.torch}
+    folders = ["server", "dependencies", *(name for name, lock in optional.items() if lock)]
     # Ubuntu and Debian package pip separately. A base with its own Python also has pip.
     apt_build = ["python3-pip"] if base.python.packages else []
     values: dict[str, Any] = {
         "apt_build": apt_build,
-        "apt_runtime": list(base.python.packages),
+        "apt_runtime": [*base.python.packages, *base.packages],
         "base_image": base_image,
         "base_key": base.key,
+        "compiles": "gcc" in base.packages,
         "epoch": EPOCH,
         "frontend": spec.image.frontend,
         "gpu": stack.cuda is not None,
         "has_int8_lock": locks.int8 is not None,
         "has_torch_lock": locks.torch is not None,
+        "has_vllm_lock": locks.vllm is not None,
         "hub_model": hub_model if spec.model.weights == "bake" else None,
         "hub_revision": spec.model.revision,
         "labels": {},
         "model_files": [f"*{suffix}" for suffix in sorted(SUFFIXES)],
+        "packages": list(base.packages),
         "port": port,
         "python": base.python.executable,
         "pythonpath": ":".join(f"/opt/inferctl/{folder}" for folder in folders),
         "stack_key": stack.key,
+        "start_period": _START_PERIOD_S,
         "title": spec.name,
         "torch_index": stack.index,
         "version": provenance.version,
@@ -140,8 +157,9 @@ def render(
         content = _content(_fill("Dockerfile.j2", values), files, weights if "model" in contexts else None)
     tag = spec.image.tag or f"{spec.serve.precision}-{content[:12] if content else 'unknown'}"
     every_label = {**_labels(spec, base_image, stack, provenance, tag, content), **(labels or {})}
+    values |= {"labels": every_label, "start_period": _start_period(stack, weights_bytes)}
     return Rendered(
-        dockerfile=_fill("Dockerfile.j2", {**values, "labels": every_label}),
+        dockerfile=_fill("Dockerfile.j2", values),
         dockerignore=_fill("dockerignore.j2", {}),
         files=files,
         contexts=contexts,
@@ -152,10 +170,19 @@ def render(
     )
 
 
+def _start_period(stack: Stack, weights_bytes: int | None) -> int:
+    """Return the start period of HEALTHCHECK in seconds, in whole minutes."""
+    if not stack.vllm:
+        return _START_PERIOD_S
+    read = (_UNKNOWN_WEIGHTS_BYTES if weights_bytes is None else weights_bytes) / _READ_BYTES_PER_S
+    return math.ceil((_VLLM_START_S + read) / 60) * 60
+
+
 def _content(dockerfile: str, files: Mapping[str, bytes], weights: str | None) -> str:
     """Return the sha256 (hex) over all inputs that determine the files and the settings of an image.
 
-    `dockerfile` is rendered without labels, so that the commit of the spec does not count. Comments do not count.
+    `dockerfile` is rendered without labels and with a fixed start period, so that the commit of the spec does not
+    count, nor whether the weights are on this machine. Comments do not count.
     """
     steps = "\n".join(line for line in dockerfile.splitlines() if not line.startswith("#"))
     parts = {"Dockerfile": steps.encode(), **files, "weights": (weights or "").encode()}

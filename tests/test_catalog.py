@@ -24,8 +24,8 @@ def test_every_fact_has_a_source_and_every_gap_a_reason(entry: Any) -> None:
     known = {name for name, value in values.items() if value not in (None, (), {}, [])}
     if isinstance(entry, catalog.Hardware) and not any(value is not None for value in entry.peaks.values()):
         known -= {"peaks"}
-    # A stack without an index uses PyPI.
-    gaps = {name for name, value in values.items() if value is None} - {"mig", "index"}
+    # A stack without an index uses PyPI. One without vLLM is for embeddings.
+    gaps = {name for name, value in values.items() if value is None} - {"mig", "index", "vllm", "vllm_bytes"}
     assert known <= sourced, "facts without a source"
     assert gaps <= set(entry.notes), "unknown without a reason"
     for source in entry.sources:
@@ -208,7 +208,7 @@ def test_an_unknown_prefix_suggests_the_matching_hardware(key: str, offered: lis
 def test_an_unknown_name_lists_what_is_known() -> None:
     with pytest.raises(UsageError) as caught:
         catalog.base("windows")
-    assert caught.value.hint == "known: cpu, cuda12.8, cuda13.0, ngc25.12"
+    assert caught.value.hint == "known: cpu, cuda12.8, cuda13.0, ngc25.12, vllm-cpu, vllm-cuda13.0"
 
 
 def test_the_vocabulary_has_the_names_of_the_catalog() -> None:
@@ -260,3 +260,32 @@ def test_a_hardware_file_is_validated(tmp_path: Path, change: dict[str, Any], me
     with pytest.raises(UsageError) as caught:
         catalog.hardware(str(file))
     assert message in caught.value.message
+
+
+def test_a_base_can_be_based_on_another_and_replaces_facts_with_their_sources(tmp_path: Path) -> None:
+    file = tmp_path / "ours.yaml"
+    source = {"facts": ["end_of_life"], "source": "our contract", "kind": "own-choice"}
+    ours = {"based_on": "cuda13.0", "end_of_life": "2030-01-31", "sources": [source]}
+    file.write_text(yaml.safe_dump(ours))
+    found, parent = catalog.base(str(file)), catalog.base("cuda13.0")
+    assert (found.key, str(found.end_of_life), found.reference) == ("ours", "2030-01-31", parent.reference)
+    assert [source.source for source in found.sources if "end_of_life" in source.facts] == ["our contract"]
+    assert {fact for source in found.sources for fact in source.facts} == {
+        fact for source in parent.sources for fact in source.facts
+    }
+    file.write_text("based_on: cuda13\n")
+    with pytest.raises(UsageError, match="base image 'cuda13' not found"):
+        catalog.base(str(file))
+
+
+@pytest.mark.parametrize("base", list(catalog.bases()))
+def test_generation_needs_a_base_with_vllm_and_other_tasks_one_without(base: str) -> None:
+    entry = catalog.base(base)
+    stack = catalog.stack(entry.stack)
+    wrong = ["embed", "rerank"] if stack.vllm else ["generate"]
+    for task in {"auto", "embed", "rerank", "generate"} - set(wrong):
+        catalog.check_task(task, entry, stack)
+    for task in wrong:
+        with pytest.raises(UsageError, match=f"the base {base} is") as caught:
+            catalog.check_task(task, entry, stack)
+        assert ("vllm-cuda13.0" in (caught.value.hint or "")) == (task == "generate")

@@ -34,9 +34,11 @@ def test_a_selection_keeps_the_hashes() -> None:
 @pytest.mark.parametrize("base", SHIPPED, ids=lambda base: base.key)
 def test_every_shipped_lock_is_hashed_and_split_without_overlap(base: catalog.BaseImage) -> None:
     found = locks.load(base, None, int8=True)
-    parts = [locks.versions(text) for text in (found.torch or "", found.server, found.int8 or "")]
+    texts = [text for text in vars(found).values() if text]
+    parts = [locks.versions(text) for text in texts]
     assert sum(map(len, parts)) == len(set().union(*parts))
-    for text in (found.torch or "", found.server, found.int8 or ""):
+    assert (found.vllm is not None) == (catalog.stack(base.stack).vllm is not None)
+    for text in texts:
         assert all("--hash=sha256:" in entry for entry in text.split("==")[1:])
         assert "://" not in text
 
@@ -67,9 +69,20 @@ def test_no_shipped_lock_has_packages_that_the_server_does_not_import(base: cata
     assert {"pydantic", "pyyaml"} <= locked, "the settings in the image need them"
 
 
-def test_the_cpu_stack_has_no_package_of_a_gpu() -> None:
-    found = locks.load(catalog.base("cpu"), None, int8=True)
-    assert not [name for name in locks.versions(found.torch or "") if re.match("nvidia|cuda|triton", name)]
+@pytest.mark.parametrize("base", ["cpu", "vllm-cpu"])
+def test_a_cpu_stack_has_no_package_of_a_gpu(base: str) -> None:
+    found = locks.load(catalog.base(base), None, int8=True)
+    assert not [name for name in found.versions() if re.match("nvidia|cuda|triton|torchaudio|torchcodec", name)]
+
+
+def test_the_lock_of_vllm_has_what_vllm_imports_and_embeddings_do_not() -> None:
+    for key in ("vllm-cpu", "vllm-cuda13.0"):
+        base = catalog.base(key)
+        found = locks.load(base, None, int8=True)
+        assert {"requests", "setuptools", "networkx"} <= set(locks.versions(found.vllm or "")) <= set(found.versions())
+        name, _, version = (catalog.stack(base.stack).vllm or "").partition("==")
+        assert found.versions()[name] == version
+        assert "bitsandbytes" not in found.versions()
 
 
 def test_missing_locks_have_a_hint_with_the_command(tmp_path: Path) -> None:
@@ -96,7 +109,7 @@ def test_a_wheel_folder_resolves_to_its_versions(wheels: Path, tmp_path: Path) -
 @pytest.mark.parametrize("base", SHIPPED, ids=lambda base: base.key)
 def test_every_shipped_lock_has_a_header(base: catalog.BaseImage) -> None:
     found = locks.load(base, None, int8=True)
-    for text in (found.torch, found.server, found.int8):
+    for text in vars(found).values():
         assert text is None or text.startswith(locks.header(base.stack, base.python.version, "linux/amd64"))
 
 

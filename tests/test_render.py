@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from inferctl.errors import UsageError
 from tests.test_imports import imports
 
 LOCKS = locks.Locks(torch="torch==2.13.0 --hash=sha256:aa\n", server="numpy==2.4.6 --hash=sha256:bb\n")
+VLLM_LOCKS = replace(LOCKS, vllm="vllm==0.33.0 --hash=sha256:cc\n")
 PROVENANCE = render.Provenance("https://example.com/team/minilm", "0123abc", "2026-01-02T03:04:05+00:00", "0.1.0")
 
 
@@ -25,9 +27,10 @@ def rendered(base: str = "cuda13.0", chosen: locks.Locks = LOCKS, **flags: Any) 
     return render.render(spec, entry, catalog.stack(entry.stack), chosen, PROVENANCE)
 
 
-@pytest.mark.parametrize("base", ["cuda12.8", "cuda13.0", "ngc25.12", "cpu"])
+@pytest.mark.parametrize("base", ["cuda12.8", "cuda13.0", "ngc25.12", "cpu", "vllm-cuda13.0"])
 def test_each_base_renders_its_golden_dockerfile(base: str, golden: Callable[[str, str], None]) -> None:
     chosen = LOCKS if base != "ngc25.12" else locks.Locks(torch=None, server=LOCKS.server)
+    chosen = VLLM_LOCKS if base.startswith("vllm") else chosen
     # The hash changes with each change of the server code.
     hashed = r'(image\.version="auto-|content\.sha256=")[0-9a-f]+'
     golden(f"render/{base}.Dockerfile", re.sub(hashed, r"\1HASH", rendered(base, chosen).dockerfile))
@@ -82,6 +85,45 @@ def test_the_container_has_a_numeric_user_a_stop_signal_and_a_health_check() -> 
     assert "\nSTOPSIGNAL SIGTERM\n" in text
     assert "\nHEALTHCHECK " in text
     assert "chown" not in text
+
+
+def test_vllm_has_a_layer_of_its_own_and_what_triton_compiles_with() -> None:
+    text = rendered("vllm-cuda13.0", VLLM_LOCKS).dockerfile
+    python, _, rest = text.partition("\nFROM python AS installer")
+    assert "install --yes --no-install-recommends python3 gcc libc6-dev python3-dev" in python
+    assert "-name include" not in rest, "Triton compiles with its headers"
+    final = text[text.rindex("\nFROM ") :]
+    assert re.findall(r"^COPY --link --from=(\S+)", final, re.MULTILINE) == [
+        *("torch", "vllm", "server-dependencies", "server", "config")
+    ]
+    assert "/opt/inferctl/dependencies:/opt/inferctl/vllm:/opt/inferctl/torch " in final
+    assert "TORCH_DISABLE_NATIVE_JIT" not in final
+    on_cpu = rendered("vllm-cpu", VLLM_LOCKS).dockerfile
+    assert "--no-install-recommends libnuma1" in on_cpu
+    assert "-name include" in on_cpu, "no compiler, no headers"
+
+
+@pytest.mark.parametrize(
+    ("base", "weights_bytes", "seconds"),
+    [
+        ("cuda13.0", 10**12, 180),
+        ("vllm-cuda13.0", 269_060_552, 360),
+        ("vllm-cuda13.0", 14_000_000_000, 480),
+        ("vllm-cuda13.0", None, 1800),
+    ],
+)
+def test_the_start_period_grows_with_the_weights_of_a_generator(
+    base: str, weights_bytes: int | None, seconds: int
+) -> None:
+    spec = settings.resolve(None, {}, {"model.source": "org/m", "image.base": base}).spec
+    entry = catalog.base(base)
+
+    def made(size: int | None) -> render.Rendered:
+        return render.render(spec, entry, catalog.stack(entry.stack), VLLM_LOCKS, PROVENANCE, weights_bytes=size)
+
+    found = made(weights_bytes)
+    assert f"--start-period={seconds}s " in found.dockerfile
+    assert found.tag == made(1).tag, "the tag does not depend on what is on this machine"
 
 
 def test_secrets_are_mounted_and_never_passed_as_arguments() -> None:

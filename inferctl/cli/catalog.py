@@ -79,7 +79,7 @@ def stacks(key: Annotated[str | None, _key(completion.STACKS)] = None, as_json: 
                 s.cuda or "-",
                 s.python[0] if len(s.python) == 1 else f"{s.python[0]}-{s.python[-1]}",
                 _driver(s.driver_floor),
-                f"{s.compressed_bytes / 1e9:.2f}" if s.compressed_bytes else "-",
+                f"{(s.compressed_bytes + (s.vllm_bytes or 0)) / 1e9:.2f}" if s.compressed_bytes else "-",
                 (" ".join(s.sm) + ("" if s.sm_complete else " ...") if s.sm else "unknown") if s.cuda else "-",
             )
             for s in catalog.stacks().values()

@@ -126,6 +126,10 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, lis
             task = resolve_task(spec.model.task, size.config, spec.model.source, has_modules=size.has_modules)
         except UsageError as error:
             general.append(fit.Finding("error", "task", error.message, "the server does not start", error.hint))
+    try:
+        catalog.check_task(task, base, stack)
+    except UsageError as error:
+        general.append(fit.Finding("error", "base.task", error.message, "`inferctl build` rejects it", error.hint))
     if task != "auto":
         general += generation_fit.check_settings(spec, task)
     check_part = fit.check_part

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from inferctl.cli import completion, console
 from inferctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from inferctl.catalog import BaseImage
 
 _EXAMPLE = "inferctl[bench] @ git+https://git.example.com/team/inferctl@v0.1.0"
 # Scripts that GitHub and GitLab share.
@@ -43,13 +46,13 @@ def init(
         str | None, typer.Option(metavar="NAME", help="Set the name of the model. [default: from --model]")
     ] = None,
     base: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="KEY",
             autocompletion=completion.BASES,
-            help="Set the base image: an entry of `inferctl catalog bases`.",
+            help="Set the base image of `inferctl catalog bases`. [default: cuda13.0; vllm-cuda13.0 for generation]",
         ),
-    ] = "cuda13.0",
+    ] = None,
     hardware: Annotated[
         list[str] | None,
         typer.Option(
@@ -90,12 +93,15 @@ def init(
     installed = _requirement(package, ci)
     contents: dict[Path, str] = {}
     if not target.exists() or (force and ci is None):
+        base = base or ("vllm-cuda13.0" if _generates(model) else "cuda13.0")
+        entry = catalog.bases().get(base)  # the check of the spec reports an unknown base
         values = {
             "name": name or spec.slug(model),
             "source": model if is_hub_id(model) else _path_relative_to_spec(directory, model),
             "revision": None,
             "base": _file_relative_to_spec(directory, base),
-            "hardware": [_file_relative_to_spec(directory, profile) for profile in hardware or _default_hardware(base)],
+            "hardware": [_file_relative_to_spec(directory, key) for key in hardware or _default_hardware(entry)],
+            "generation": entry is not None and catalog.stack(entry.stack).vllm is not None,
         }
         contents[target] = _rendered("inferctl.yaml.j2", values)
     elif ci is None:
@@ -117,11 +123,21 @@ def init(
     console.data("\n".join(str(file) for file in contents))
 
 
-def _default_hardware(base: str) -> list[str]:
-    """Return the default hardware for images on `base`. The check of the spec reports an unknown base."""
+def _generates(source: str) -> bool:
+    """Return whether a model on this machine is for generation; False if it is not here."""
+    from inferctl import model
+
+    try:
+        found = model.find(source)
+        return model.resolve_task("auto", found.config, source, has_modules=found.has_modules) == "generate"
+    except UsageError:
+        return False
+
+
+def _default_hardware(entry: BaseImage | None) -> list[str]:
+    """Return the default hardware for images on a base."""
     from inferctl import catalog
 
-    entry = catalog.bases().get(base)
     cpu_only = entry is not None and catalog.stack(entry.stack).cuda is None
     return ["cpu"] if cpu_only else ["t4", "a100-40gb-mig-3g.20gb"]
 

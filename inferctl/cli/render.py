@@ -17,9 +17,10 @@ from inferctl.cli import completion, console
 from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load
 
 if TYPE_CHECKING:
+    from inferctl.model import ModelFolder
     from inferctl.render import Provenance, Rendered
     from inferctl.settings import Resolved
-    from inferctl.spec import Spec
+    from inferctl.spec import Spec, TaskSetting
 
 
 def render(
@@ -113,27 +114,38 @@ def rendered_image(resolved: Resolved, labels: Mapping[str, str] | None = None) 
     """Return the image of the spec, rendered with the facts of the catalog and the locks."""
     from inferctl import catalog, locks
     from inferctl import render as rendering
+    from inferctl.model import is_hub_id
 
     spec = resolved.spec
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
+    model = _local_model(spec)
+    catalog.check_task(_task_of(spec, model), base, stack)
     folder = Path(spec.image.locks) if spec.image.locks else None
     package_locks = locks.load(base, folder, int8=spec.serve.precision == "int8")
     provenance = _provenance(Path(resolved.file or ".").resolve().parent)
-    return rendering.render(spec, base, stack, package_locks, provenance, _baked(spec), labels)
+    baked = model.digest if model and spec.model.weights == "bake" and not is_hub_id(spec.model.source) else None
+    return rendering.render(spec, base, stack, package_locks, provenance, baked, labels, model.bytes if model else None)
 
 
-def _baked(spec: Spec) -> str | None:
-    """Return the digest of the local model folder that the image contains; None without one, or if it is absent."""
+def _local_model(spec: Spec) -> ModelFolder | None:
+    """Return the folder of the model, or its snapshot in the hub's cache; None if it is not on this machine."""
     from inferctl import model
     from inferctl.errors import UsageError
 
-    if spec.model.weights != "bake" or model.is_hub_id(spec.model.source):
-        return None
     try:
-        return model.find(spec.model.source).digest
+        return model.find(spec.model.source, spec.model.revision)
     except UsageError:
         return None
+
+
+def _task_of(spec: Spec, folder: ModelFolder | None) -> TaskSetting:
+    """Return the task of the spec, or for `auto` that of the model; `auto` if the model is not on this machine."""
+    from inferctl.model import resolve_task
+
+    if spec.model.task != "auto" or folder is None:
+        return spec.model.task
+    return resolve_task("auto", folder.config, spec.model.source, has_modules=folder.has_modules)
 
 
 def _provenance(folder: Path) -> Provenance:

@@ -37,6 +37,9 @@ from inferctl.image.reference import familiar, normalized, split
 _TIMEOUT_SECONDS = 60
 # A registry may take minutes for the last blob of a layer without output. After this time, a push counts as stalled.
 _PUSH_SILENCE_SECONDS = 600
+# Size of /dev/shm, of which only used bytes take memory. vLLM reserves 160 MiB and 240 MiB per GPU if it uses several
+# GPUs or a CPU, and does not start in the 64 MiB that the engine gives by default.
+_SHARED_MEMORY_BYTES = 4 * 1024**3
 _ENGINE_ERRORS = (docker.errors.DockerException, requests.RequestException, urllib3.exceptions.HTTPError, OSError)
 
 
@@ -243,6 +246,7 @@ class DockerEngine:
             network_mode=options.network,
             read_only=True,
             mem_limit=options.memory_bytes,
+            shm_size=_SHARED_MEMORY_BYTES,
             # `exec`: Triton and torch.compile load compiled kernels from /tmp.
             tmpfs={"/tmp": "rw,exec,nosuid,nodev,mode=1777"},
             cap_drop=["ALL"],

@@ -60,7 +60,7 @@ SERVER_WHEELS_BYTES = 49_000_000
 INT8_WHEELS_BYTES = 43_100_000
 # Compressed size of a layer minus the size of its wheels: bytecode (for a fast start) minus removed files.
 # Measured on the CPU base: layers of 183.6 and 74.9 MB from wheels of 167.8 and 49.6 MB.
-BYTECODE_BYTES = {"torch": 15_900_000, "server": 25_400_000, "int8": 2_000_000}
+BYTECODE_BYTES = {"torch": 15_900_000, "server": 25_400_000, "int8": 2_000_000, "vllm": 0}
 _MEASURED = "measured: wheels of the shipped lock and their bytecode"
 
 
@@ -75,7 +75,7 @@ def forecast(
 ) -> SizeForecast:
     """Return the forecast size of an image. Pure function.
 
-    `locks`: names of the installed closures (`torch`, `server`, `int8`). `wheels`: closure -> bytes, if a wheel folder
+    `locks`: names of the installed closures (`torch`, `vllm`, `server`, `int8`). `wheels`: closure -> bytes, if a wheel folder
     replaces the index. `weights`: the baked weights. `server`: bytes of the server's own files.
     """
     base_source = "; ".join(s.title for s in base.sources if "compressed_bytes" in s.facts)
@@ -83,9 +83,9 @@ def forecast(
         ImagePart("base image", base.compressed_bytes, base_source or base.notes.get("compressed_bytes", "unknown"))
     ]
     if "torch" in locks:
-        facts = [s.title for s in stack.sources if "compressed_bytes" in s.facts]
-        known = "; ".join(facts) if stack.compressed_bytes else "unknown"
-        parts.append(_closure("torch closure", "torch", stack.compressed_bytes, known, wheels))
+        parts.append(_closure("torch closure", "torch", stack.compressed_bytes, _titles(stack), wheels))
+    if "vllm" in locks:
+        parts.append(_closure("vLLM closure", "vllm", stack.vllm_bytes, _titles(stack, "vllm_bytes"), wheels))
     if "server" in locks:
         parts.append(_closure("server dependencies", "server", SERVER_WHEELS_BYTES, _MEASURED, wheels))
     if "int8" in locks:
@@ -94,6 +94,11 @@ def forecast(
         parts.append(weights)
     parts.append(ImagePart("server", server, "the installed inferctl, uncompressed"))
     return SizeForecast(tuple(sorted(parts, key=lambda part: (part.bytes is None, -(part.bytes or 0)))))
+
+
+def _titles(stack: Stack, fact: str = "compressed_bytes") -> str:
+    facts = [source.title for source in stack.sources if fact in source.facts]
+    return "; ".join(facts) if getattr(stack, fact) else "unknown"
 
 
 def _closure(name: str, lock: str, known: int | None, source: str, wheels: Mapping[str, int] | None) -> ImagePart:

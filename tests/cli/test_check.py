@@ -100,9 +100,14 @@ def llama(here: Path) -> Path:
     model_folder(here / "llama", rows=1_960_513, width=4096, config=config)
     (here / "inferctl.yaml").write_text(
         "name: llama\nmodel: {source: llama}\nserve: {max_context_tokens: 32768}\n"
-        "hardware: [t4, a100-40gb-mig-3g.20gb, a100-40gb-sxm, cpu]\n"
+        "hardware: [t4, a100-40gb-mig-3g.20gb, a100-40gb-sxm, cpu]\nimage: {base: vllm-cuda13.0}\n"
     )
     return here / "llama"
+
+
+def on_a_base_for_embeddings(folder: Path) -> None:
+    spec = folder / "inferctl.yaml"
+    spec.write_text(spec.read_text().replace("vllm-cuda13.0", "cuda13.0"))
 
 
 def test_a_generative_model_at_80_columns(llama: Path, capsys: Captured, golden: Golden) -> None:
@@ -126,11 +131,13 @@ def test_the_document_of_a_generative_model_has_stable_keys(llama: Path, capsys:
     assert (part["generation"]["kv_bytes_per_token"], part["generation"]["context_tokens"]) == (131072, 32768)
     assert part["memory"]["weights_bytes"] == 2 * 1_960_513 * 4096
     assert "slo" not in {finding["topic"] for finding in document["findings"]}
+    on_a_base_for_embeddings(llama.parent)
     assert json_of(["check", "--model", "model"], capsys)["hardware"][0]["generation"] is None
 
 
 def test_an_embedding_model_with_a_generative_architecture_is_recognized(llama: Path, capsys: Captured) -> None:
     (llama / "modules.json").write_text("[]")
+    on_a_base_for_embeddings(llama.parent)
     document = json_of(["check", "--hardware", "a100-40gb-sxm"], capsys)
     assert document["task"] == "embed"
     (found,) = [finding for finding in document["findings"] if finding["topic"] == "settings"]

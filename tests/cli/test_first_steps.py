@@ -22,10 +22,38 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def small_llama(folder: Path) -> Path:
+    """Create a generative model with one tensor."""
+    folder.mkdir()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 9, **sizes}
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 128}))
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    return folder
+
+
 @pytest.mark.parametrize("base", list(catalog.bases()))
 def test_what_init_writes_for_a_base_passes_check(here: Path, base: str, minilm: Path, capsys: Captured) -> None:
-    assert cli.run(["init", "--base", base, "--model", str(minilm)]) == 0
+    model = small_llama(here / "llama") if base.startswith("vllm") else minilm
+    assert cli.run(["init", "--base", base, "--model", str(model)]) == 0
     assert cli.run(["check"]) == 0, capsys.readouterr().out
+
+
+def test_a_generative_model_gets_a_base_with_vllm(here: Path, minilm: Path, capsys: Captured) -> None:
+    llama = small_llama(here / "llama")
+    assert cli.run(["init", "--model", str(llama)]) == 0
+    spec = (here / "inferctl.yaml").read_text()
+    assert "base: vllm-cuda13.0 " in spec
+    assert "slo:" not in spec
+    assert cli.run(["check"]) == 0, capsys.readouterr().out
+    for command in (["check"], ["render"], ["build", "--dry-run"]):
+        capsys.readouterr()
+        assert cli.run([*command, "--model", str(minilm)]) == 2
+        told = capsys.readouterr()
+        assert "the base vllm-cuda13.0 is for generation, not for embed" in " ".join((told.out + told.err).split())
+    assert cli.run(["render", "--base", "cpu"]) == 2
+    assert "hint: set image.base to one of vllm-cpu, vllm-cuda13.0" in capsys.readouterr().err
 
 
 def test_init_keeps_an_existing_spec_unless_forced(here: Path, capsys: Captured) -> None:
@@ -86,7 +114,6 @@ def test_an_estimate_without_the_bench_extra_says_what_to_install(here: Path, mi
 def test_a_lock_is_not_judged_without_a_package_index(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UV_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("UV_HTTP_TIMEOUT", "2")
-    monkeypatch.setenv("UV_HTTP_RETRIES", "0")
     monkeypatch.setenv("UV_CACHE_DIR", "/nonexistent/cache")
     monkeypatch.setenv("UV_NO_CACHE", "1")
     stack = catalog.stack("torch2.13-cu130")

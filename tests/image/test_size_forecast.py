@@ -48,6 +48,17 @@ def test_a_base_with_torch_has_no_torch_closure() -> None:
     assert "torch closure" not in [part.name for part in cuda(locks=("server",)).parts]
 
 
+def test_vllm_is_a_part_of_its_own() -> None:
+    entry = catalog.base("vllm-cuda13.0")
+    stack = catalog.stack(entry.stack)
+    found = forecast(entry, stack, locks=("torch", "vllm", "server"), wheels=None, weights=None, server=0)
+    (part,) = [part for part in found.parts if part.name == "vLLM closure"]
+    assert stack.vllm_bytes
+    assert part.bytes == stack.vllm_bytes + BYTECODE_BYTES["vllm"]
+    assert "https://" not in part.source
+    assert found.complete
+
+
 def test_a_wheel_folder_counts_with_its_own_size() -> None:
     found = cuda(wheels={"torch": 170_000_000, "server": 52_000_000})
     bytecode = BYTECODE_BYTES["torch"] + BYTECODE_BYTES["server"]

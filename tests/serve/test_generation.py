@@ -227,6 +227,12 @@ def test_the_port_answers_while_vllm_starts(tmp_path: Path, llama: Path, start: 
             "estimated maximum model length is 77",
             "lower serve.max_context_tokens",
         ),
+        (
+            "RuntimeError: Insufficient space in /dev/shm for shared-memory allocation: 160 MiB required, 64 MiB free.",
+            "160 MiB required, 64 MiB free",
+            "--shm-size 1g",
+        ),
+        ("RuntimeError: Failed to find C compiler.", "Failed to find C compiler", "[--enforce-eager]"),
         ("torch.OutOfMemoryError: CUDA out of memory.", "CUDA out of memory", "smaller precision"),
         ("Model architectures ['X'] are not supported for now.", "['X'] are not supported", "vLLM has no code"),
         ("error: unrecognized arguments: --nonsense", "unrecognized arguments: --nonsense", "serve.vllm_options"),
@@ -245,6 +251,13 @@ def test_a_start_that_fails_is_an_error_with_a_hint(
     error, _, hinted = told[told.index("error: ") :].partition("\n\nhint: ")
     assert message in error
     assert hint in hinted
+
+
+def test_without_a_compiler_the_model_is_not_compiled(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    server = start(PATH=str(tmp_path / "bin"))
+    assert "--enforce-eager" in server.get("/info").json()["engine"]["options"]
+    assert "--enforce-eager   (no C++ compiler)" in server.log.read_text()
 
 
 def test_mistakes_are_told_before_vllm_starts(tmp_path: Path, llama: Path) -> None:

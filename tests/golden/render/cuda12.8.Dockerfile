@@ -7,7 +7,7 @@ RUN --mount=type=secret,id=ca,target=/run/secrets/ca,mode=0444 \
     if [ -x /usr/bin/python3.12 ]; then exit 0; fi; \
     ca=; if [ -s /run/secrets/ca ]; then ca="--option=Acquire::https::CAInfo=/run/secrets/ca"; fi; \
     apt-get $ca update && apt-get $ca install --yes --no-install-recommends python3 && \
-    rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /var/cache/ldconfig
+    rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /var/cache/apt/* /var/cache/ldconfig
 
 FROM python AS installer
 RUN --mount=type=secret,id=ca,target=/run/secrets/ca,mode=0444 \
