@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -19,6 +20,8 @@ GOLDEN = ROOT / "tests" / "golden"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 MODEL = ROOT / "models" / "all-MiniLM-L6-v2"
+# pytest rewrites the assertions of all test files on each start, unless it can keep the result.
+sys.dont_write_bytecode = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -149,16 +152,25 @@ def base_image(engine: None) -> str:
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of wheels that replaces the package index: the versions of the shipped CPU locks, for this Python."""
+    """Folder of wheels that replaces the package index: the versions of the shipped CPU locks, for this Python.
+
+    The first worker that needs it downloads them for all workers.
+    """
     from inferctl import catalog, locks
 
-    folder = tmp_path_factory.mktemp("wheels")
     shipped = locks.load(catalog.base("cpu"), None, int8=False)
-    pins = {**locks.versions(shipped.torch or ""), **locks.versions(shipped.server)}
-    (folder / "pins.txt").write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
+    pins = shipped.versions()
     # Resolving also requires the packages that the locks leave out.
     wanted = [f"torch=={pins['torch']}", *locks.declared_requirements("serve")]
-    subprocess.run([*command, "--constraint", str(folder / "pins.txt"), *wanted], check=True)
-    (folder / "pins.txt").unlink()
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, incomplete, constraints = root / "wheels", root / "wheels-incomplete", root / "pins.txt"
+    with (root / "wheels.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            constraints.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+            command += ["--dest", str(incomplete), "--constraint", str(constraints)]
+            subprocess.run([*command, *wanted], check=True)
+            incomplete.rename(folder)
     return folder

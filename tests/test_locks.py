@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -95,8 +98,6 @@ def test_missing_locks_have_a_hint_with_the_command(tmp_path: Path) -> None:
     assert "torch.txt not found" in caught.value.message
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("docker")  # the worker of this group has the wheels
 def test_a_wheel_folder_resolves_to_its_versions(wheels: Path, tmp_path: Path) -> None:
     """The folder of the fixture has the versions of the shipped locks."""
     command = ["lock", "--base", "cpu", "--wheels", str(wheels), "--output", str(tmp_path)]
@@ -138,35 +139,44 @@ def test_a_lock_without_a_header_is_checked_by_its_torch(tmp_path: Path) -> None
         assert "torch.txt has torch 2.13.0" in caught.value.message
 
 
-def lock(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "inferctl", "lock", "--base", "ngc25.12", *map(str, arguments)]
+def lock(base: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "inferctl", "lock", "--base", base, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def with_older_orjson(folder: Path, stack: str) -> Path:
+    """Write the locks of a stack with an older release of orjson into `folder`."""
+    older = f"orjson==3.10.18 --hash=sha256:{'0' * 64}\n"
+    return copied(folder, stack, lambda text: re.sub(r"orjson==\S+ \\\n(    --hash=\S+( \\)?\n)+", older, text))
+
+
 @pytest.mark.slow
-def test_one_package_is_upgraded_and_the_others_stay(tmp_path: Path) -> None:
-    """Uses the package index, with an older release of orjson in the shipped lock."""
-    older = f"orjson==3.10.18 --hash=sha256:{'0' * 64}"
-    folder = copied(
-        tmp_path, "ngc25.12", lambda text: re.sub(r"orjson==\S+ \\\n(    --hash=\S+( \\)?\n)+", older + "\n", text)
-    )
-    before = locks.load(catalog.base("ngc25.12"), folder, int8=True).versions()
-    assert before["orjson"] == "3.10.18"
-    done = lock("--output", folder, "--check")
+def test_a_check_with_the_package_index_keeps_an_older_release(tmp_path: Path) -> None:
+    done = lock("ngc25.12", "--output", with_older_orjson(tmp_path, "ngc25.12"), "--check")
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    done = lock("--output", folder, "--upgrade-package", "orjson")
+
+
+def test_one_package_is_upgraded_and_the_others_stay(wheels: Path, tmp_path: Path) -> None:
+    folder, both = with_older_orjson(tmp_path, "torch2.13-cpu"), tmp_path / "wheels"
+    shutil.copytree(wheels, both, copy_function=os.link)
+    with zipfile.ZipFile(both / "orjson-3.10.18-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("orjson-3.10.18.dist-info/METADATA", "Metadata-Version: 2.1\nName: orjson\nVersion: 3.10.18\n")
+        wheel.writestr("orjson-3.10.18.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+    before = locks.load(catalog.base("cpu"), folder, int8=True).versions()
+    assert before["orjson"] == "3.10.18"
+    done = lock("cpu", "--wheels", both, "--output", folder, "--upgrade-package", "orjson")
     assert done.returncode == 0, done.stderr
-    after = locks.load(catalog.base("ngc25.12"), folder, int8=True).versions()
+    after = locks.load(catalog.base("cpu"), folder, int8=True).versions()
     assert {name for name in after if after[name] != before.get(name)} == {"orjson"}
     (folder / "server.txt").write_text(re.sub(r"uvicorn==", "unicorn==", (folder / "server.txt").read_text()))
     kept = (folder / "server.txt").read_text()
-    done = lock("--output", folder, "--check")
+    done = lock("cpu", "--wheels", both, "--output", folder, "--check")
     assert done.returncode == 1
     assert "uvicorn: absent ->" in done.stderr
     assert (folder / "server.txt").read_text() == kept
 
 
 def test_a_package_that_the_locks_do_not_have_cannot_be_upgraded(tmp_path: Path) -> None:
-    done = lock("--output", copied(tmp_path, "ngc25.12"), "--upgrade-package", "nothing-of-this-name")
+    done = lock("ngc25.12", "--output", copied(tmp_path, "ngc25.12"), "--upgrade-package", "nothing-of-this-name")
     assert done.returncode == 2
     assert "package nothing-of-this-name not found in the locks" in done.stderr
