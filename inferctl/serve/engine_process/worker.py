@@ -8,7 +8,6 @@ engine cannot start, it exits with the exit code of the error.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import logging
@@ -64,18 +63,16 @@ def serve(stream: BufferedIOBase) -> int:
 
 def _loop(stream: BufferedIOBase, engine: Engine, parallel: int) -> int:
     """Run batches on this thread, or on `parallel` threads."""
-    with contextlib.ExitStack() as stack:
-        pool = ThreadPoolExecutor(parallel, "batch") if parallel > 1 else None
-        if pool:
-            stack.callback(pool.shutdown, cancel_futures=True)
+    with ThreadPoolExecutor(parallel, "batch") as pool:
         while (frame := frames.receive(stream)) is not None:
             kind, body = frame
             if kind is not Kind.BATCH:
                 return 1
-            if pool is None:
+            if parallel == 1:
                 _run_batch(stream, engine, frames.unpack_batch(body))
             else:
                 pool.submit(_run_batch, stream, engine, frames.unpack_batch(body))
+        pool.shutdown(cancel_futures=True)
     return 0
 
 
