@@ -74,7 +74,7 @@ LIMITS: Mapping[str, Limits] = {
     "fp32": Limits(0.001, 0.97),
     "fp16": Limits(0.01, 0.9),
     "bf16": Limits(0.01, 0.9),
-    "int8": Limits(0.1, 0.8),
+    "int8": Limits(0.05, 0.82),
 }
 
 

@@ -231,7 +231,11 @@ def show_verified(result: Verified) -> None:
         closeness = f"cosine to fp32 at least {result.cosine_min:.6f}"
     elif result.score_difference is not None:
         closeness = f"relative score difference to fp32 at most {result.score_difference:.2g}"
-    output = "scores" if result.task == "rerank" else f"{result.dimensions} dimensions"
+    elif result.kl is not None:
+        closeness = f"KL divergence from fp32 at least {result.kl:.2g} nats, top-1 agreement {result.top_1:.1%}"
+    output = {"rerank": "scores", "generate": f"{result.tokens} tokens"}.get(
+        result.task, f"{result.dimensions} dimensions"
+    )
     console.note(
         f"verified: {result.precision} ({result.level}) on {result.device}, {result.texts} texts, {output}, {closeness}"
     )

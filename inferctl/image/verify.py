@@ -1,7 +1,7 @@
 """Verifies a built image before it is tagged: the image starts as in production, and its output matches its weights.
 
-A ready server may return 200 with only NaN (text-embeddings-inference PR 896: fp16 on a T4), so its vectors or rerank
-scores are compared with an fp32 reference.
+A ready server may return 200 with only NaN (text-embeddings-inference PR 896: fp16 on a T4), so its vectors, rerank
+scores or next tokens are compared with an fp32 reference.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from inferctl import settings
-from inferctl.errors import InferctlError, NotReadyError
-from inferctl.image import failures
+from inferctl import divergence, settings
+from inferctl.errors import InferctlError, NotReadyError, UsageError
+from inferctl.image import failures, next_tokens
 from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.events import Note
+from inferctl.image.next_tokens import Prompt
 from inferctl.image.records import ContainerOptions, ImageInfo
 from inferctl.model import ModelFolder
 
@@ -40,6 +41,7 @@ _REFERENCE_SECONDS = 600.0
 _REQUEST_SECONDS = 120.0
 _POLL_SECONDS = 0.2
 _LOG_LINES = 20
+T = TypeVar("T")
 MODEL_PATH, CACHE_PATH = "/model", "/model-cache"
 _NO_VERIFY = "see the log above, or pass `--no-verify` to build without this test"
 
@@ -81,8 +83,9 @@ class Verified:
     """The result of a verification.
 
     `dimensions`: of the vectors, None for rerank. `cosine_min`: the lowest cosine of the vectors to the fp32 reference.
-    `score_difference`: the largest difference of the rerank scores, relative to the largest score (at least 1). Both
-    are None without a reference and for the other task. `tolerance` is the limit.
+    `score_difference`: the largest difference of the rerank scores, relative to the largest score (at least 1). `kl`:
+    the mean KL divergence of the next tokens in nats, a lower bound. `top_1`: the share of equal most likely tokens.
+    They are None without a reference and for other tasks. `tolerance` is the limit, for generation that of `kl`.
     """
 
     precision: str
@@ -96,6 +99,9 @@ class Verified:
     model_sha256: str | None
     task: str = "embed"
     score_difference: float | None = None
+    kl: float | None = None
+    top_1: float | None = None
+    tokens: int | None = None
 
     def document(self) -> dict[str, Any]:
         """Return the result as JSON data."""
@@ -103,7 +109,7 @@ class Verified:
 
 
 def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Generator[Note, None, Verified]:
-    """Start the image, embed or score eight texts over HTTP and compare with the reference. Yields notes.
+    """Start the image, embed, score or continue eight texts over HTTP and compare with the reference. Yields notes.
 
     Raises `InferctlError` (exit code 1) with the failed check and the end of the container log. Removes its containers.
     """
@@ -128,18 +134,33 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
             str(info["precision"].get("level", "")),
             str(info["device"].get("name") or info["device"]["kind"]),
         )
-        rerank = info.get("task") == "rerank"
+        task, name = str(info.get("task", "embed")), str(info["name"])
+        rerank = task == "rerank"
         inputs: list[Any] = [[QUERY, text] for text in TEXTS] if rerank else list(TEXTS)
-        scores = _score(container, address, str(info["name"])) if rerank else []
-        vectors = [] if rerank else _embed(container, address, str(info["name"]))
+        prompts = _continue(container, address, name) if task == "generate" else []
+        scores = _score(container, address, name) if rerank else []
+        vectors = _embed(container, address, name) if task == "embed" else []
     # The server has stopped before the reference loads the weights, so that memory for one of them is sufficient.
     longest = (info.get("limits") or {}).get("max_input_tokens")
-    reference = _reference(engine, image, options, inputs, longest) if options.compare else None
+    if task == "generate":
+        inputs.append(next_tokens.CHAT)
+    reference = _reference(engine, image, options, inputs, longest, task) if options.compare else None
+    if isinstance(reference, str):
+        yield Note(f"not compared with fp32: {reference}")
+        reference = None
     if reference is not None and reference["model_sha256"] != info["model"].get("sha256"):
         _fail(
             f"the server has other weights ({info['model'].get('sha256')}) than the image ({reference['model_sha256']})"
         )
     sha256 = info["model"].get("sha256")
+    if task == "generate":
+        count = sum(len(prompt.scored.ids) for prompt in prompts if prompt.scored)
+        verified = Verified(*facts, None, len(prompts), None, None, ready, sha256, task, tokens=count)
+        if reference is None:
+            return verified
+        found = _checked(lambda: next_tokens.compare(prompts, reference["texts"], precision))
+        limit = divergence.limits_of(precision).kl
+        return replace(verified, kl=found.kl_mean, top_1=found.top_1, tokens=found.positions, tolerance=limit)
     limits = SCORE_TOLERANCE if rerank else TOLERANCE
     tolerance = limits.get(precision, limits["int8"]) if reference is not None else None
     if rerank:
@@ -317,14 +338,28 @@ def _score(container: Container, address: tuple[str, int], model: str) -> list[f
     return [found[index] for index in range(len(TEXTS))]
 
 
+def _continue(container: Container, address: tuple[str, int], model: str) -> list[Prompt]:
+    return _checked(lambda: next_tokens.ask(lambda path, body: fetch(container, address, path, body), model, TEXTS))
+
+
+def _checked(check: Callable[[], T]) -> T:
+    try:
+        return check()
+    except InferctlError as error:
+        _fail(error.message.removeprefix("verification failed: "))
+
+
 def _reference(
-    engine: DockerEngine, image: ImageInfo, options: VerifyOptions, inputs: list[Any], longest: int | None
-) -> dict[str, Any]:
-    """Return the output of the fp32 reference, with inputs truncated to `longest` tokens as in the server."""
+    engine: DockerEngine, image: ImageInfo, options: VerifyOptions, inputs: list[Any], longest: int | None, task: str
+) -> dict[str, Any] | str:
+    """Return the output of the fp32 reference, with inputs truncated to `longest` tokens as in the server.
+
+    For generation, return the reason if the reference cannot read the weights.
+    """
     python = image.entrypoint[0] if image.entrypoint and "python" in image.entrypoint[0] else "python3"
     container_options = ContainerOptions(
         entrypoint=(python, "-m", "inferctl.serve.reference"),
-        command=(MODEL_PATH, *(("--max-input-tokens", str(longest)) if longest else ())),
+        command=(MODEL_PATH, "--task", task, *(("--max-input-tokens", str(longest)) if longest else ())),
         mounts=mounts_of(options.model) if options.model else {},
         network="none",
         stdin=True,
@@ -333,6 +368,10 @@ def _reference(
     code, out, err = engine.run_with_input(image.id, container_options, json.dumps(inputs).encode(), _REFERENCE_SECONDS)
     if code is None:
         _fail(f"the fp32 reference took longer than {_REFERENCE_SECONDS:.0f} s")
+    # transformers does not know all models of vLLM, nor the reference all quantized formats.
+    if code == UsageError.exit_code and task == "generate":
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        return lines[0].removeprefix("error: ") if lines else "the reference rejects the model"
     if code:
         _fail(_with_log(f"the fp32 reference ended with exit code {code}", err))
     try:

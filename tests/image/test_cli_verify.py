@@ -67,6 +67,25 @@ def test_the_scores_of_a_reranker_are_compared(docker: DockerEngine, base_image:
     assert "8 texts, scores, relative score difference to fp32 at most 0" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("behaviour", "output"),
+    [
+        ("generate", "9 texts, 316 tokens, KL divergence from fp32 at least 0.0011 nats, top-1 agreement 100.0%"),
+        ("generate-awq", "9 texts, 325 tokens, not compared with fp32"),
+        ("generate-far", "the next tokens differ from the fp32 reference of the same weights: mean KL divergence"),
+        ("generate-tokenizer", "the server reads text 1 as other tokens than the tokenizer of the model folder"),
+        ("generate-template", "the server reads the chat messages as other tokens"),
+        ("generate-silent", "the server does not report log-probabilities of a prompt"),
+    ],
+)
+def test_the_next_tokens_of_a_generation_server_are_compared(
+    docker: DockerEngine, base_image: str, tmp_path: Path, behaviour: str, output: str
+) -> None:
+    done = verify(built(docker, base_image, behaviour), cwd=tmp_path)
+    assert done.returncode == (0 if behaviour in ("generate", "generate-awq") else 1), done.stderr
+    assert output in done.stderr
+
+
 def test_an_image_that_fails_verification_is_kept(docker: DockerEngine, base_image: str, tmp_path: Path) -> None:
     name = built(docker, base_image, "nan")
     done = verify(name, cwd=tmp_path)

@@ -26,12 +26,21 @@ def vector(text):
 def score(query, text):
     return sum(a * b for a, b in zip(vector(query), vector(text)))
 
+def tokens(text):
+    # A prompt as token ids, and for each token after the first the log-probabilities of three tokens.
+    ids = list(text.encode())[:40]
+    rows = []
+    for token in ids[1:]:
+        best = {token: -1.2, (token + 1) % 256: -1.0, (token + 2) % 256: -2.0}
+        rows.append(best)
+    return ids, rows
+
 def packed(numbers):
     return base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
 """
 SERVER = """
 import http.server, json, os, signal, sys
-from inferctl.vectors import packed, score, vector
+from inferctl.vectors import packed, score, tokens, vector
 
 how = os.environ["BEHAVIOUR"]
 print("tiny server:", how, flush=True)
@@ -58,7 +67,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/readyz":
             return self.answer({}, 503 if how == "slow" else 200)
         model = {"sha256": "other" if how == "swapped" else "tiny"}
-        task = "rerank" if how.startswith("rerank") else "embed"
+        task = next((task for task in ("rerank", "generate") if how.startswith(task)), "embed")
         if task == "embed":
             model["dimensions"] = 32
         precision = {"effective": "bf16", "level": "native"}
@@ -71,6 +80,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             scores[1] += {"rerank-far": 0.05, "rerank-nan": float("nan")}.get(how, 0)
             results = [{"index": i, "relevance_score": s} for i, s in enumerate(scores)]
             return self.answer({"results": results[how == "rerank-short":]})
+        if self.path.endswith("completions"):
+            chat = "chat" in self.path
+            ids, rows = tokens(json.dumps(body["messages"]) if chat else body["prompt"])
+            if how == "generate-tokenizer":
+                ids, rows = ids[:-1], rows[:-1]
+            if how == "generate-template" and chat:
+                ids = [7, *ids[1:]]
+            shift = 3.0 if how == "generate-far" else 0.0
+            found = [None, *({str(t): {"logprob": -1.25 - shift if t == i else v} for t, v in row.items()}
+                             for i, row in zip(ids[1:], rows))]
+            if how == "generate-silent":
+                found = None
+            choice = {"text": "x"} if chat else {"text": "x", "prompt_logprobs": found, "prompt_token_ids": ids}
+            answer = {"choices": [choice]}
+            return self.answer(answer | {"prompt_logprobs": found, "prompt_token_ids": ids} if chat else answer)
         texts = body["input"]
         if how == "refuses":
             return self.answer({"error": {"message": "no thanks"}}, 422)
@@ -86,10 +110,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 http.server.ThreadingHTTPServer(("0.0.0.0", port), Handler).serve_forever()
 """
 REFERENCE = """
-import json, sys
-from inferctl.vectors import packed, score, vector
+import json, os, sys
+from inferctl.vectors import packed, score, tokens, vector
 given = json.load(sys.stdin)
-if isinstance(given[0], list):
+if sys.argv[-1] == "generate":
+    if os.environ["BEHAVIOUR"] == "generate-awq":
+        sys.exit(print("error: the fp32 reference cannot read weights in awq", file=sys.stderr) or 2)
+    texts = []
+    for text in given:
+        ids, rows = tokens(text if isinstance(text, str) else json.dumps(text))
+        texts.append({"ids": ids, "logprobs": [row[i] for i, row in zip(ids[1:], rows)],
+                      "top_ids": [list(row) for row in rows], "top_logprobs": [list(row.values()) for row in rows]})
+    output = {"texts": texts}
+elif isinstance(given[0], list):
     output = {"scores": [score(query, text) for query, text in given]}
 else:
     output = {"dimensions": 32, "embeddings": [packed(vector(text)) for text in given]}
