@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from inferctl import model
 from inferctl.errors import InferctlError, NotReadyError
 from inferctl.fit import Finding
 from inferctl.image import buildx, layers, lint
@@ -27,6 +28,7 @@ from inferctl.image.records import DockerInfo, ImageInfo, LayerInfo
 from inferctl.image.size_forecast import SizeForecast
 from inferctl.image.verify import Verified, VerifyOptions, verify
 from inferctl.sizes import size
+from inferctl.spec import Model
 
 # Reading an image from the engine to find hidden files takes about 1 s per 100 MB.
 _MAX_ANALYZED_BYTES = 4_000_000_000
@@ -167,6 +169,22 @@ def _check_supported(plan: BuildPlan, builder: buildx.Builder, request: buildx.B
             f"cannot verify an image for {plan.platforms[0]}: this engine runs {info.platform}",
             "build it on a machine of that platform, or pass `--no-verify`",
         )
+    if plan.options.verify and plan.stack.cuda and not info.gpu and _generates(plan.spec.model):
+        raise NotReadyError(
+            "cannot verify this image here: vLLM for GPUs does not run on a CPU, and the engine passes no GPU through",
+            "build it on a machine with a GPU; or pass `--no-verify`, and run `inferctl verify` on such a machine",
+        )
+
+
+def _generates(settings: Model) -> bool:
+    """Return whether the task is generate, by the spec or by the model folder if there is one."""
+    if settings.task != "auto":
+        return settings.task == "generate"
+    try:
+        folder = model.find(settings.source, settings.revision)
+    except InferctlError:
+        return False
+    return model.resolve_task("auto", folder.config, settings.source, has_modules=folder.has_modules) == "generate"
 
 
 def _check_expected(expected: str | None, image: ImageInfo) -> None:

@@ -20,6 +20,7 @@ OTHER_PROGRAMS = {
     "--enable-force-include-usage": "vllm serve",
     "--link": "Dockerfile COPY",
     "--middleware": "vllm serve",
+    "--max-tokens": "python -m inferctl.serve.reference",
     "--no-deps": "pip download",
     "--quantization": "vllm serve",
     "--progress": "docker buildx build",

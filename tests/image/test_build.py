@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from inferctl import catalog
 from inferctl.errors import InferctlError, NotReadyError
 from inferctl.image import build, buildx, publish
 from inferctl.image.build import Built
@@ -84,6 +85,23 @@ def test_an_image_is_built_verified_and_tagged(docker: DockerEngine, base_image:
     assert [layer.created_by for layer in built.layers if layer.created_by.startswith("COPY")] == [
         "COPY --link app /app"
     ]
+
+
+@pytest.mark.parametrize("task", ["generate", "auto"])
+def test_an_image_of_vllm_for_gpus_is_not_verified_without_a_gpu(
+    docker: DockerEngine, base_image: str, tmp_path: Path, task: str
+) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    made = tiny.plan(tiny.rendered(base_image))
+    model = made.spec.model.model_copy(update={"task": task, "source": str(tmp_path)})
+    gpu_stack = catalog.stack(catalog.base("cuda13.0").stack)
+    made = replace(made, spec=made.spec.model_copy(update={"model": model}), stack=gpu_stack)
+    without_gpu = replace(docker.info(), runtimes=(), cdi_gpu=False)
+    with pytest.raises(NotReadyError, match="cannot verify this image here: vLLM for GPUs does not run on a CPU"):
+        for _ in build.run(made, docker, without_gpu):
+            pass
+    assert docker.image(made.reference) is None
 
 
 def test_a_second_build_is_cached(docker: DockerEngine, base_image: str) -> None:
