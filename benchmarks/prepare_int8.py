@@ -4,7 +4,9 @@
 
 The weights of all linear layers but the output layer become int8 with one scale per output channel. vLLM quantizes
 the activations at run time, with one scale per token. The format is that of compressed-tensors, which vLLM runs on
-CPUs, and on NVIDIA GPUs from compute capability 7.5. It needs torch and safetensors, and one weight file in memory.
+CPUs, and on NVIDIA GPUs from compute capability 7.5. `original_sha256` in its config.json is the digest of MODEL_DIR.
+With it, `inferctl bench --model MODEL_DIR` compares the checkpoint with the original weights in fp32. The script needs
+torch and safetensors, and one weight file in memory.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from inferctl.model import ModelFolder
 
 # Layers that stay in the format of the checkpoint: outputs are logits, routers choose the experts.
 LEFT_OUT = ("lm_head", "embed_out", "output", "gate", "router")
@@ -59,6 +63,7 @@ def main() -> None:
         placed |= dict.fromkeys(tensors, file.name)
         size += sum(tensor.nbytes for tensor in tensors.values())
         print(f"{file.name}: {len(tensors)} tensors")
+    config["original_sha256"] = ModelFolder(source).digest
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",

@@ -126,6 +126,11 @@ def test_other_weights_are_not_compared(checker: QualityChecker, target: Target)
     assert "are not those of the local folder" in (found.reason or "")
 
 
+def test_a_quantized_checkpoint_is_compared_with_its_original_weights(checker: QualityChecker, target: Target) -> None:
+    digests = {"sha256": "0" * 64, "original_sha256": target.info["model"]["sha256"]}
+    assert check(checker, replace(target, info={"model": digests}), "").passes
+
+
 def test_the_interval_of_a_ratio_covers_it_for_dependent_values_in_groups() -> None:
     draw = np.random.default_rng(3)
     covered = 0

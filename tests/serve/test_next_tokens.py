@@ -14,6 +14,7 @@ import pytest
 from inferctl import divergence
 from inferctl.divergence import Divergence, Scored
 from inferctl.errors import UsageError
+from inferctl.model import ModelFolder
 from inferctl.serve.reference import reference
 from tests.serve import tiny_models
 
@@ -160,6 +161,8 @@ def test_an_int8_checkpoint_is_close_to_its_weights(generator: Path, expected: l
     weight = "model.layers.0.self_attn.q_proj.weight"
     assert (stored[weight].dtype, stored[f"{weight}_scale"].shape) == (torch.int8, (64, 1))
     assert stored["lm_head.weight"].dtype == stored["model.embed_tokens.weight"].dtype == torch.float32
+    config = json.loads((folder / "config.json").read_text())
+    assert config["original_sha256"] == ModelFolder(generator).digest
     again = subprocess.run([sys.executable, str(SCRIPT), str(folder), str(tmp_path / "x")], capture_output=True)
     assert b"is quantized already" in again.stderr
     rounded = [text for text in divergence.read_reference(reference(str(folder), texts())["texts"]) if text]

@@ -126,10 +126,11 @@ class QualityChecker:
             return unchecked("the plan requests no quality check: set `quality` in it")
         if self._model is None:
             return unchecked("no local model folder to compare with: pass `--model DIR`")
-        served = (target.info.get("model") or {}).get("sha256")
+        model = target.info.get("model") or {}
+        served = model.get("sha256")
         if not served:
             return unchecked("the server does not report the digest of its weights")
-        if served != self._model.digest:
+        if self._model.digest not in (served, model.get("original_sha256")):
             return unchecked(
                 f"the server's weights ({served[:12]}…) are not those of the local folder: "
                 "pass its model with `--model`"

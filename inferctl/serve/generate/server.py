@@ -148,6 +148,8 @@ class GenerationServer:
             "model": {
                 "source": spec.model.source,
                 "sha256": self._folder.digest,
+                # Of a checkpoint by benchmarks/prepare_int8.py: the digest of the weights before they were quantized.
+                "original_sha256": self._folder.config.get("original_sha256"),
                 "architecture": self._folder.architecture,
                 "max_tokens": self._model.context,
             },
