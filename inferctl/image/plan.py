@@ -114,7 +114,7 @@ class BuildPlan:
         scope = " (the engine's platform only)" if len(self.platforms) > 1 else ""
         return [
             f"build for {', '.join(self.platforms)} on {self.base.key} with {self.stack.key}",
-            f"verify: start the image, embed eight texts, compare with fp32{scope}"
+            f"verify: start the image, send eight texts, compare with fp32{scope}"
             if options.verify
             else "verify: skipped",
             *(f"tag {reference}" for reference in self.references),
