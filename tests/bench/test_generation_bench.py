@@ -170,6 +170,23 @@ def test_lengths_come_from_a_distribution() -> None:
     pairs = list(zip(drawn.input_tokens, drawn.output_tokens, strict=True))
     assert len(set(pairs)) > 100
     assert set(pairs) <= {row for row in rows if sum(row) <= 1000}
+    assert load.as_single_stage(users=3).generation == load.generation
+    assert plan.Load.model_validate(load.model_dump(mode="json")) == load
+
+
+def test_a_resumed_benchmark_of_generation_keeps_its_figures(measured: dict[str, Any]) -> None:
+    from inferctl.bench.measure import resume, runner
+    from inferctl.bench.measure.outcome import BenchTarget
+
+    folder = Path(measured["output"])
+    manifest = resume.read_manifest(folder)
+    targets = [BenchTarget(**target) for target in manifest.identity["subjects"]]
+    work = runner.Bench(plan.Plan.model_validate(manifest.original_options["plan"]), targets, None, None, folder)
+    outcomes = runner.outcomes(work)
+    assert resume.restore(folder, work.order, outcomes) == 2
+    for outcome, row in zip(outcomes, measured["rows"], strict=True):
+        assert outcome.measurements[0].summary["itl_ms"] == row["generation"]["itl_ms"]
+        assert outcome.measurements[0].summary["goodput"] == row["generation"]["goodput"]
 
 
 def test_a_run_with_cached_prompts_is_invalid() -> None:

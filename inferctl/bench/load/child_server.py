@@ -15,7 +15,8 @@ from pathlib import Path
 from inferctl.bench.load.target import Target, connect
 from inferctl.errors import InferctlError
 
-READY_S = 300.0
+# vLLM takes minutes to start: it loads and compiles the model.
+READY_S = 900.0
 DRAIN_S = 15.0
 # Returns the command that serves a configuration: (precision, file for `--announce`) -> arguments.
 ServeCommand = Callable[[str, Path], Sequence[str]]
@@ -67,7 +68,7 @@ def serve(
     """Start a server, wait until it announces its URL, and yield it. The server has ended when the context ends.
 
     `on_wait` receives the seconds since the start. Raises `ServerError` with the server's own reason if the server
-    ends, or after 300 s.
+    ends, or after 15 minutes.
     """
     log = folder / "server.log"
     announce.unlink(missing_ok=True)

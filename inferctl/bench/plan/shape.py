@@ -66,7 +66,9 @@ class Generation(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Generation:
-        if self.lengths and not {"input_tokens", "output_tokens"}.isdisjoint(self.model_fields_set):
+        fields = type(self).model_fields
+        # A load in JSON form has the defaults of all keys.
+        if self.lengths and any(getattr(self, key) != fields[key].default for key in ("input_tokens", "output_tokens")):
             raise ValueError("lengths cannot be combined with input_tokens and output_tokens: keep one of them")
         if self.max_request_tokens and not self.lengths:
             raise ValueError("max_request_tokens requires lengths")
