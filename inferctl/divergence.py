@@ -68,13 +68,13 @@ class Limits:
     top_1: float
 
 
-# Several times what docs/bench-method.md has for vLLM with a small model, for which every format costs most, and less
-# than a model with damaged weights has. 200 positions are enough: the top-1 agreement is several standard errors above.
+# docs/build.md has the values of vLLM and of damaged models for the texts of a verification. SmolLM2-135M is a hard
+# case: rounding costs small models most. At 300 positions, its top-1 agreement is four standard errors above the limits.
 LIMITS: Mapping[str, Limits] = {
     "fp32": Limits(0.001, 0.97),
     "fp16": Limits(0.01, 0.9),
     "bf16": Limits(0.01, 0.9),
-    "int8": Limits(0.05, 0.82),
+    "int8": Limits(0.1, 0.8),
 }
 
 
