@@ -69,7 +69,7 @@ class Limits:
 
 
 # docs/build.md has the values of vLLM and of damaged models for the texts of a verification. SmolLM2-135M is a hard
-# case: rounding costs small models most. At 300 positions, its top-1 agreement is four standard errors above the limits.
+# case: rounding costs small models most. At 300 positions, its top-1 agreement is four standard errors above the limit.
 LIMITS: Mapping[str, Limits] = {
     "fp32": Limits(0.001, 0.97),
     "fp16": Limits(0.01, 0.9),
