@@ -273,12 +273,12 @@ def test_from_an_empty_directory_to_an_embedding_in_three_commands(here: Path, m
 
 
 @pytest.mark.slow
-def test_a_bench_downloads_once_before_its_servers_start(here: Path, minilm: Path, tmp_path: Path) -> None:
+def test_a_bench_downloads_once_and_measures_the_real_server(here: Path, minilm: Path, tmp_path: Path) -> None:
     plan = {
         "name": "once",
-        "load": {"mode": "closed", "users": 1, "duration_s": 1, "warmup_s": 0},
-        "quality": None,
+        "load": {"mode": "closed", "users": 1, "duration_s": 2, "warmup_s": 0},
         "configurations": [{"name": "fp32", "precision": "fp32"}, {"name": "bf16", "precision": "bf16"}],
+        "quality": {"corpus": "mixed", "texts": 100},
         "repeats": 1,
     }
     (here / "once.yaml").write_text(json.dumps(plan))
@@ -286,8 +286,17 @@ def test_a_bench_downloads_once_before_its_servers_start(here: Path, minilm: Pat
         environment = online(hub, tmp_path / "home")
         done = inferctl(here, environment, "bench", "--model", DEFAULT, "--plan", "once.yaml", "--json")
     assert weights(hub) == ["model.safetensors"]
-    assert done.stderr.startswith(f"downloading {DEFAULT}")
-    assert [row["configuration"] for row in json.loads(done.stdout)["rows"]] == ["fp32", "bf16"], done.stderr
+    assert done.stderr.startswith(f"downloading {DEFAULT}"), "before its servers start"
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["configuration"] for row in rows] == ["fp32", "bf16"], done.stderr
+    assert done.returncode == (0 if all(row["valid"] for row in rows) else 5)
+    for row, precision in zip(rows, ("fp32", "bf16"), strict=True):
+        assert row["outcome"] == "measured", row["reason"]
+        assert row["precision"]["effective"] == precision
+        assert row["cosine_mean"] > 0.999
+        assert row["recall_at_10"] > 0.95
+        assert row["tokens_per_s"] > row["requests_per_s"]
+        assert row["server_peak_bytes"] > 50e6
 
 
 def _free_port() -> int:

@@ -483,21 +483,6 @@ def test_users_of_an_open_loop_are_said_to_change_nothing(answering: Callable[..
     assert "late and 0 dropped of" in " ".join(done.stdout.split())
 
 
-@pytest.mark.slow
-def test_the_real_server_is_measured_and_its_vectors_are_close_to_fp32(minilm: Path, tmp_path: Path) -> None:
-    line = ["--model", str(minilm), "--plan", SHORT_PLAN, "--duration", "2", "--json"]
-    done = command(*line, folder=tmp_path)
-    found = json.loads(done.stdout)
-    (row,) = found["rows"]
-    assert row["outcome"] == "measured", row["reason"]
-    assert done.returncode == (0 if row["valid"] else 5)
-    assert row["precision"]["effective"] == "bf16"
-    assert row["cosine_mean"] > 0.999
-    assert row["recall_at_10"] > 0.95
-    assert row["tokens_per_s"] > row["requests_per_s"]
-    assert row["server_peak_bytes"] > 50e6
-
-
 def test_a_running_server_is_measured_without_the_specs_weights_but_not_past_a_broken_spec(
     answering: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -114,6 +114,7 @@ def test_an_estimate_without_the_bench_extra_says_what_to_install(here: Path, mi
 def test_a_lock_is_not_judged_without_a_package_index(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UV_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("UV_HTTP_TIMEOUT", "2")
+    monkeypatch.setenv("UV_HTTP_RETRIES", "0")
     monkeypatch.setenv("UV_CACHE_DIR", "/nonexistent/cache")
     monkeypatch.setenv("UV_NO_CACHE", "1")
     stack = catalog.stack("torch2.13-cu130")

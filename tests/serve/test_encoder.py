@@ -521,8 +521,10 @@ print(sorted(op for op, nodes in registry._graphs.items() if any(node.dsl_name !
 """
 
 
-@pytest.mark.parametrize("process", ["engine", "reference"])
-@pytest.mark.parametrize(("disabled", "registered"), [(None, "[]"), ("0", "[('bmm', 'CUDA')]")])
+@pytest.mark.parametrize(
+    ("process", "disabled", "registered"),
+    [("engine", None, "[]"), ("reference", None, "[]"), ("engine", "0", "[('bmm', 'CUDA')]")],
+)
 def test_no_triton_kernel_replaces_a_kernel_of_torch(
     minilm: Path, process: str, disabled: str | None, registered: str
 ) -> None:
