@@ -69,7 +69,10 @@ class Server:
         os.kill(int(found[0]), signal.SIGSTOP if fault == "hang" else number)
 
     def ready(self) -> bool:
-        return httpx.get(f"{self.url}/readyz", timeout=10).status_code == 200
+        try:
+            return httpx.get(f"{self.url}/readyz", timeout=10).status_code == 200
+        except httpx.HTTPError:  # the connection broke off with a killed process
+            return False
 
     def events(self) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
