@@ -25,6 +25,7 @@ OTHER_PROGRAMS = {
     "--quantization": "vllm serve",
     "--progress": "docker buildx build",
     "--require-hashes": "pip install",
+    "--shm-size": "docker run",
     "--task": "python -m inferctl.serve.reference",
     "--use": "docker buildx create",
 }
