@@ -114,8 +114,10 @@ def render(
     base_image = spec.image.base_image or (f"{base.reference}@{base.digest}" if base.digest else base.reference)
     hub_model = spec.model.source if spec.model.weights != "mount" and is_hub_id(spec.model.source) else None
     port = spec.serve.port or DEFAULT_PORT
-    optional = {"int8": locks.int8, "vllm": locks.vllm, "torch": locks.torch}
-    folders = ["server", "dependencies", *(name for name, lock in optional.items() if lock)]
+    # vLLM's own image contains all that the server imports, so that lock has no package.
+    has_server_lock = "==" in locks.server
+    optional = {"dependencies": has_server_lock, "int8": locks.int8, "vllm": locks.vllm, "torch": locks.torch}
+    folders = ["server", *(name for name, lock in optional.items() if lock)]
     # Ubuntu and Debian package pip separately. A base with its own Python also has pip.
     apt_build = ["python3-pip"] if base.python.packages else []
     values: dict[str, Any] = {
@@ -123,11 +125,12 @@ def render(
         "apt_runtime": [*base.python.packages, *base.packages],
         "base_image": base_image,
         "base_key": base.key,
-        "compiles": "gcc" in base.packages,
+        "compiles": stack.vllm is not None and stack.cuda is not None,
         "epoch": EPOCH,
         "frontend": spec.image.frontend,
         "gpu": stack.cuda is not None,
         "has_int8_lock": locks.int8 is not None,
+        "has_server_lock": has_server_lock,
         "has_torch_lock": locks.torch is not None,
         "has_vllm_lock": locks.vllm is not None,
         "hub_model": hub_model if spec.model.weights == "bake" else None,

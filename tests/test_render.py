@@ -126,6 +126,15 @@ def test_the_start_period_grows_with_the_weights_of_a_generator(
     assert found.tag == made(1).tag, "the tag does not depend on what is on this machine"
 
 
+def test_the_image_of_vllm_gets_only_the_server_and_the_config() -> None:
+    shipped = locks.load(catalog.base("vllm-openai"), None, int8=False)
+    found = rendered("vllm-openai", shipped, model__weights="bake", model__revision="abc")
+    final = found.dockerfile[found.dockerfile.rindex("\nFROM ") :]
+    assert re.findall(r"^COPY --link --from=(\S+)", final, re.MULTILINE) == ["model", "server", "config"]
+    assert "pip install" not in found.dockerfile
+    assert "ENV PYTHONPATH=/opt/inferctl/server \\\n" in final
+
+
 def test_secrets_are_mounted_and_never_passed_as_arguments() -> None:
     found = rendered(model__weights="bake", model__revision="abc")
     assert "ARG " not in found.dockerfile

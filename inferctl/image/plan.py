@@ -150,7 +150,9 @@ def plan(
     forecast = size_forecast.forecast(
         base,
         stack,
-        locks=tuple(Path(name).stem for name in rendered.files if name.startswith("locks/")),
+        locks=tuple(
+            Path(name).stem for name, text in rendered.files.items() if name.startswith("locks/") and b"==" in text
+        ),
         wheels=wheel_sizes(rendered, Path(spec.image.wheels)) if spec.image.wheels else None,
         weights=_weights(spec) if baked else None,
         server=sum(file.stat().st_size for file in server.values()),

@@ -53,7 +53,7 @@ def test_a_generative_model_gets_a_base_with_vllm(here: Path, minilm: Path, caps
         told = capsys.readouterr()
         assert "the base vllm-cuda13.0 is for generation, not for embed" in " ".join((told.out + told.err).split())
     assert cli.run(["render", "--base", "cpu"]) == 2
-    assert "hint: set image.base to one of vllm-cpu, vllm-cuda13.0" in capsys.readouterr().err
+    assert "hint: set image.base to one of vllm-cpu, vllm-cuda13.0, vllm-openai" in capsys.readouterr().err
 
 
 def test_init_keeps_an_existing_spec_unless_forced(here: Path, capsys: Captured) -> None:
