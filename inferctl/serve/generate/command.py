@@ -84,7 +84,13 @@ def arguments(spec: Spec, model: VllmModel, derived: list[Derived]) -> list[str]
 
 
 def environment(
-    spec: Spec, model: VllmModel, device: DeviceInfo, settings: Path, style: str, base: Mapping[str, str]
+    spec: Spec,
+    model: VllmModel,
+    device: DeviceInfo,
+    settings: Path,
+    style: str,
+    base: Mapping[str, str],
+    cpp_compiler: bool = True,
 ) -> dict[str, str]:
     """Return the environment of vLLM. `settings`: a folder with the settings of the edge. `style`: text or json."""
     variables = {
@@ -97,6 +103,9 @@ def environment(
     }
     if device.kind == "cpu":
         variables["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib(spec, model))
+        if not cpp_compiler:
+            # With `--enforce-eager`, vLLM still compiles functions for log-probabilities when a request has them.
+            variables["TORCHDYNAMO_DISABLE"] = "1"
     if style == "json":
         file = settings / "logging.json"
         file.write_text(json.dumps(_JSON_LOGGING))

@@ -53,8 +53,10 @@ class GenerationServer:
         _check_version(self._probe, notify)
         self._model = _model(spec, folder, self._probe)
         self._directory = Path(tempfile.mkdtemp(prefix="inferctl-"))
-        compiler = shutil.which("g++") is not None
-        self._derived = command.options(spec, self._model, self._probe.device, self._directory / _VLLM_SOCKET, compiler)
+        self._compiler = shutil.which("g++") is not None
+        self._derived = command.options(
+            spec, self._model, self._probe.device, self._directory / _VLLM_SOCKET, self._compiler
+        )
         self._lifecycle = Lifecycle(ready=lambda: False, live=lambda: not self._supervisor.crash_looping)
         self._supervisor = Supervisor(
             self._start_vllm,
@@ -115,7 +117,9 @@ class GenerationServer:
         self._edge_settings().write(self._directory)
         (self._directory / _VLLM_SOCKET).unlink(missing_ok=True)  # of a process that was killed
         style = self._options.log
-        variables = command.environment(self._spec, self._model, self._probe.device, self._directory, style, os.environ)
+        variables = command.environment(
+            self._spec, self._model, self._probe.device, self._directory, style, os.environ, self._compiler
+        )
         variables["PYTHONPATH"] = os.pathsep.join(
             filter(None, (*_python_path(self._directory, self._probe), variables.get("PYTHONPATH")))
         )
