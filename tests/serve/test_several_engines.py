@@ -32,11 +32,15 @@ PTRACE_SEIZE = 0x4206
 
 @dataclass
 class Load:
-    """Clients that send requests without a pause. `wrong`: responses that are neither right nor a documented error."""
+    """Clients that send requests with a pause of `pause_s` after each.
+
+    `wrong`: responses that are neither right nor a documented error.
+    """
 
     server: Running
     expected: Callable[[int], tuple[Any, Any]]  # number of a request -> its input, its vector
     completed: int = 0
+    pause_s: float = 0
     unavailable: int = 0
     wrong: list[str] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=count)
@@ -62,6 +66,7 @@ class Load:
                     self.wrong.append(f"another vector for {given}")
                 else:
                     self.completed += 1
+                    self._stop.wait(self.pause_s)
 
     @contextmanager
     def running(self, clients: int = 8) -> Iterator[Load]:
@@ -202,10 +207,14 @@ def test_an_encoder_is_killed_and_another_hangs(serve: Serve, tiny: Callable[...
         load.wait_for_progress(20)
         os.kill(engines_of(server)[0], signal.SIGKILL)
         load.wait_for_progress(20)
+        load.pause_s = 0.1  # the start of an engine needs the cores
         wait_for_engines(server, 2)
+        load.pause_s = 0
+        load.wait_for_progress(20)
         os.kill(engines_of(server)[1], signal.SIGSTOP)
         until(lambda: server.get("/info").json()["engines"]["hangs"] == 1)
         load.wait_for_progress(20)
+        load.pause_s = 0.1
         wait_for_engines(server, 2)  # another process replaces it
     assert load.unavailable == 0
     assert server.get("/info").json()["engines"]["restarts"] == 2
