@@ -6,6 +6,7 @@ import concurrent.futures
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ import httpx
 import openai
 import pytest
 
+from inferctl.serve.edge.usage import RequestContext
+from inferctl.serve.generate.meter import StreamMeter, request_options
 from tests.serve.conftest import Running, until
 
 FAKE = Path(__file__).with_name("fake_vllm")
@@ -202,8 +205,70 @@ def test_a_drain_completes_streams_and_ends_those_that_take_too_long_with_an_err
 def test_nothing_is_left_after_the_end(start: Start) -> None:
     server = start()
     vllm = server.vllm_pid()
+    variables = Path(f"/proc/{vllm}/environ").read_bytes().split(b"\0")
+    folder = next(Path(each.partition(b"=")[2].decode()) for each in variables if each.startswith(b"INFERCTL_EDGE="))
+    assert folder.exists()
     server.process.kill()
     until(lambda: not Path(f"/proc/{vllm}").exists(), 15)
+    assert not folder.exists()
+
+
+def test_an_upload_a_tokenizer_a_long_prompt_and_missing_metrics_are_no_hang(start: Start, tmp_path: Path) -> None:
+    server = start("--hang-seconds", "1")
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 4000000\r\n\r\n")
+        for _ in range(30):
+            time.sleep(0.1)
+            client.sendall(b" " * 2000)
+    until(lambda: server.events()[-1:] != [])
+    assert (server.events()[0]["status"], server.events()[0]["code"]) == (499, "client_disconnected")
+    assert "Traceback" not in server.log.read_text()
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # vLLM tokenizes in one thread
+        other = pool.submit(httpx.post, f"{server.url}/tokenize", json={"prompt": "a"}, timeout=60)
+        assert failing(lambda: server.chat("tokenize")) == "complete"
+        assert other.result().json() == {"count": 1}
+    assert failing(lambda: server.chat("prefill")) == "complete"
+    assert server.get("/info").json()["restarts"] == 0
+    server.process.kill()
+    spec = tmp_path / "inferctl.yaml"
+    spec.write_text(json.dumps({"model": {"source": "x"}, "serve": {"vllm_options": ["--disable-log-stats"]}}))
+    (tmp_path / "ready.json").unlink()
+    server = start("--hang-seconds", "1", "--spec", str(spec))
+    assert failing(lambda: server.chat("60")) == "complete"
+
+
+def test_a_signal_stops_a_server_that_still_starts(tmp_path: Path, llama: Path) -> None:
+    server = launch(tmp_path, llama, FAKE_VLLM_SECONDS="600")
+    until(lambda: "starting vLLM" in server.log.read_text())
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(20) == 0
+
+
+def test_a_drain_goes_on_in_a_vllm_that_becomes_ready_in_it(start: Start) -> None:
+    server = start(INFERCTL_SERVE_GRACE_SECONDS="600", FAKE_VLLM_SECONDS="1")
+    os.kill(server.vllm_pid(), signal.SIGKILL)
+    until(lambda: "starting it again" in server.log.read_text())
+    server.process.send_signal(signal.SIGTERM)
+    until(lambda: failing(lambda: server.chat("1")) == "complete", 20)
+    assert server.get("/readyz").text == "draining\n"
+
+
+def test_the_log_has_the_traceback_of_an_internal_error(start: Start) -> None:
+    server = start("--log", "text")
+    response = httpx.post(f"{server.url}/v1/chat/completions", content=b"{")
+    assert response.json()["error"]["message"] == "internal error; see the server log"
+    until(lambda: "JSONDecodeError" in server.log.read_text(), 10)
+    assert f"inferctl.edge: request {response.headers['x-request-id']}\nTraceback" in server.log.read_text()
+
+
+def test_each_prompt_of_a_stream_that_was_left_is_counted_once() -> None:
+    context = RequestContext("completions")
+    meter = StreamMeter(context, request_options(b'{"n": 2}'))
+    for index in (0, 1, 2, 3, 0, 3):
+        usage = b'{"prompt_tokens":%d,"completion_tokens":4}' % (3 if index < 2 else 6)
+        meter.pass_on(b'data: {"choices":[{"index":%d,"text":"a"}],"usage":%s}\n\n' % (index, usage))
+    meter.count()
+    assert (context.input_tokens, context.output_tokens) == (9, 16)
 
 
 def test_the_port_answers_while_vllm_starts(tmp_path: Path, llama: Path, start: Start) -> None:
@@ -271,3 +336,12 @@ def test_mistakes_are_told_before_vllm_starts(tmp_path: Path, llama: Path) -> No
     )
     assert "requires vLLM, not installed" in refused(PYTHONPATH=os.environ.get("PYTHONPATH", ""))
     assert "no usable CUDA GPU" in refused("--device", "cuda")
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    assert "set TMPDIR to a shorter path" in refused(TMPDIR=str(deep))
+    assert not list(deep.iterdir())
+    spec = tmp_path / "inferctl.yaml"
+    spec.write_text(json.dumps({"model": {"source": "x"}, "serve": {"vllm_options": ["--api-key=secret"]}}))
+    told = refused("--spec", str(spec))
+    assert "VLLM_API_KEY" in told
+    assert "secret" not in told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,31 +20,51 @@ ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 # vLLM has more endpoints that generate, whose tokens would not be counted, and some that change the server.
 _PASSED = frozenset({"/v1/models", "/tokenize", "/detokenize", "/docs", "/redoc", "/version"})
 _DOCUMENT = "/openapi.json"
+_TOKENIZE = "/tokenize"
 _STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 
 
 class GenerationApp:
     """`app` is vLLM's application. `healthy()` asks it whether its engine runs.
 
-    `stopped()` returns the error for requests that are cancelled when the server ends. `events`: how many parts of
-    streams arrived, which shows progress.
+    `stopped()` returns the error for requests that are cancelled when the server ends. `running`: how many complete
+    requests vLLM has. `tokenizing`: the same of /tokenize. `events`: how many parts of streams arrived, which shows
+    progress.
     """
 
     def __init__(self, app: ASGIApp, healthy: Callable[[], Awaitable[bool]], stopped: Callable[[], ApiError]) -> None:
         self._app, self._healthy, self._stopped = app, healthy, stopped
-        self.events = 0
+        self.running = self.tokenizing = self.events = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request. Raises `ApiError` for one without a begun response."""
         path = scope["path"]
         if path in ENDPOINTS and scope["method"] == "POST":
             await self._generate(scope, receive, send)
+        elif path == _TOKENIZE:
+            await self._tokenize(scope, receive, send)
         elif path == _DOCUMENT and scope["method"] == "GET":
             await self._document(scope, receive, send)
         elif path in ENDPOINTS or path in _PASSED or path.startswith(("/docs/", "/v1/models/")):
             await self._app(scope, receive, send)
         else:
             raise ApiError(404, f"no such endpoint: {path}", code="not_found")
+
+    async def _tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def read() -> Message:
+            nonlocal started
+            message = await receive()
+            if message["type"] == "http.request" and not (started or message.get("more_body", False)):
+                started = True
+                self.tokenizing += 1
+            return message
+
+        try:
+            await self._app(scope, read, send)
+        finally:
+            self.tokenizing -= started
 
     async def _document(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send vLLM's OpenAPI document without the endpoints that the edge does not pass on."""
@@ -72,7 +93,12 @@ class GenerationApp:
             if call.begun and not call.complete:
                 await call.break_off(self._stopped())
             raise
+        except Exception:
+            if call.disconnected and not call.begun:  # for example in the middle of the body
+                raise ClientDisconnectedError from None
+            raise
         finally:
+            self.running -= call.context.inputs
             call.count()
         if call.error is not None:
             raise await self._as_error(call.error)
@@ -105,7 +131,7 @@ class _Call:
     def __init__(self, app: GenerationApp, context: RequestContext, receive: Receive, send: Send) -> None:
         self._app, self.context, self._receive, self._send = app, context, receive, send
         self._body: list[bytes] = []
-        self._options: object = None
+        self._options: dict[str, Any] = {}
         self._head: Message | None = None
         self._stream: StreamMeter | None = None
         self._parts: list[bytes] = []  # of a response that is not a stream
@@ -120,7 +146,8 @@ class _Call:
         elif message["type"] == "http.request":
             self._body.append(message.get("body", b""))
             if not message.get("more_body", False):
-                self._options, self._body = meter.stream_options(b"".join(self._body)), []
+                self._options, self._body = meter.request_options(b"".join(self._body)), []
+                self._app.running += 1 - self.context.inputs
                 self.context.inputs = 1
         return message
 

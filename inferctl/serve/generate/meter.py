@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+from typing import Any
 
 import orjson
 
@@ -22,15 +23,17 @@ DONE = b"data: [DONE]\n\n"
 
 
 class StreamMeter:
-    """One stream of server-sent events. `options`: `stream_options` of the request.
+    """One stream of server-sent events. `request`: `stream_options` and `n` of the request, if it has them.
 
     `done`: the stream ended properly. `error`: it has an error event.
     """
 
-    __slots__ = ("_context", "_continuous", "_final", "_usages", "_wanted", "done", "error", "events")
+    __slots__ = ("_choices", "_context", "_continuous", "_final", "_usages", "_wanted", "done", "error", "events")
 
-    def __init__(self, context: RequestContext, options: object) -> None:
+    def __init__(self, context: RequestContext, request: dict[str, Any]) -> None:
+        options, choices = request.get("stream_options"), request.get("n")
         asked = options if isinstance(options, dict) else {}
+        self._choices = choices if isinstance(choices, int) and choices > 0 else 1  # of each prompt
         self._context = context
         self._wanted = bool(asked.get("include_usage"))
         self._continuous = self._wanted and bool(asked.get("continuous_usage_stats"))
@@ -70,10 +73,11 @@ class StreamMeter:
 
     def count(self) -> None:
         """Write the tokens of the prompt and of all choices to the context."""
-        usages = [orjson.loads(usage) or {} for usage in ([self._final] if self._final else self._usages.values())]
-        if usages:
-            self._context.input_tokens = usages[0].get("prompt_tokens", 0)
-            self._context.output_tokens = sum(usage.get("completion_tokens", 0) for usage in usages)
+        found = {b"0": self._final} if self._final else self._usages
+        usages = {int(index or 0): orjson.loads(usage) or {} for index, usage in found.items()}
+        prompts = {index // self._choices: usage.get("prompt_tokens", 0) for index, usage in usages.items()}
+        self._context.input_tokens = sum(prompts.values())
+        self._context.output_tokens = sum(usage.get("completion_tokens", 0) for usage in usages.values())
 
 
 def count_body(context: RequestContext, body: bytes) -> None:
@@ -85,11 +89,12 @@ def count_body(context: RequestContext, body: bytes) -> None:
         context.output_tokens = usage.get("completion_tokens", 0) or 0
 
 
-def stream_options(body: bytes) -> object:
-    """Return `stream_options` of the JSON body of a request; None without."""
-    if b"stream_options" not in body:
-        return None
+def request_options(body: bytes) -> dict[str, Any]:
+    """Return `stream_options` and `n` of the JSON body of a request; empty if it has neither."""
+    if b'"stream_options"' not in body and b'"n"' not in body:
+        return {}
     try:
-        return orjson.loads(body).get("stream_options")
-    except (orjson.JSONDecodeError, AttributeError):
-        return None
+        request = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return {}
+    return {key: request.get(key) for key in ("stream_options", "n")} if isinstance(request, dict) else {}

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +29,8 @@ from inferctl.serve.generate import control, endpoint
 from inferctl.serve.metrics import RequestMetrics
 
 _BEAT_S = 1.0
-_PROGRESS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+# The usage of the KV cache changes with each part of a long prompt, whose tokens count at its end.
+_PROGRESS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:kv_cache_usage_perc")
 log = logging.getLogger("inferctl.edge")
 
 
@@ -59,7 +62,7 @@ class _EdgeServer:
     def __init__(self, app: ASGIApp, settings: control.EdgeSettings, folder: Path) -> None:
         logs.configure(settings.log)
         logs.notifier(settings.log, lambda _: None)
-        self._app, self._settings = app, settings
+        self._app, self._settings, self._folder = app, settings, folder
         self._healthy = True
         metrics = RequestMetrics(REGISTRY)
         self._lifecycle = Lifecycle(ready=lambda: self._healthy, live=lambda: True)
@@ -97,15 +100,19 @@ class _EdgeServer:
     async def _beat(self) -> None:
         while True:
             await self._check()
-            self._channel.send("beat", healthy=self._healthy, in_flight=self._edge.in_flight, progress=self._progress())
+            running = self._generation.running
+            self._channel.send("beat", healthy=self._healthy, running=running, progress=self._progress())
             await asyncio.sleep(_BEAT_S)
 
     def _progress(self) -> float:
         """Return a number that grows while the engine computes."""
-        if not self._edge.in_flight:
+        if not self._generation.running:
             return 0.0
-        samples = (sample for metric in REGISTRY.collect() for sample in metric.samples)
-        return self._generation.events + sum(sample.value for sample in samples if sample.name in _PROGRESS)
+        samples = [sample for metric in REGISTRY.collect() for sample in metric.samples if sample.name in _PROGRESS]
+        # Chats wait for /tokenize, because vLLM tokenizes in one thread. With `--disable-log-stats`, nothing is known.
+        if self._generation.tokenizing or not samples:
+            return time.monotonic()
+        return self._generation.events + sum(sample.value for sample in samples)
 
     async def _check(self) -> bool:
         """Ask vLLM whether its engine runs. It never does again after it did not once."""
@@ -123,6 +130,7 @@ class _EdgeServer:
                 self._edge.stopped = ApiError(503, message["message"], code=message["code"])
                 self._http.config.timeout_graceful_shutdown = message["seconds"]
                 self._http.close()
+        shutil.rmtree(self._folder, ignore_errors=True)  # the supervisor cannot if it was killed
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -18,6 +18,9 @@ _KEPT_LINES = 400
 # `(EngineCore pid=1) ERROR 11-26 19:00:00 [core.py:1] text`, or JSON.
 _PREFIX = re.compile(r"^\(\w+ pid=\d+\) ")
 _SHOWN = re.compile(r"ERROR |CRITICAL |\{")
+# The log of the edge has a traceback in further lines.
+_RECORD = re.compile(r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) |\{|\d{4}-\d\d-\d\d ")
+_EDGE = re.compile(r"\d{4}-\d\d-\d\d \S+ (?:WARNING|ERROR|CRITICAL) inferctl\.")
 _LINE = re.compile(r"^(?:\w+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] )?(.*)$")
 # What vLLM says when it cannot start -> the hint.
 _HINTS = (
@@ -90,10 +93,6 @@ class VllmProcess:
         await asyncio.wait((self._reading,), timeout=1)
         self._reading.cancel()
 
-    def terminate(self) -> None:
-        """Ask the process to end."""
-        self._signal(signal.SIGTERM)
-
     def kill(self) -> None:
         """Kill the process and its children at once."""
         self._signal(signal.SIGKILL)
@@ -122,6 +121,7 @@ class VllmProcess:
     async def _read(self) -> None:
         assert self._process.stdout
         everything = "VLLM_LOGGING_LEVEL" in os.environ
+        of_edge = False
         while True:
             try:
                 data = await self._process.stdout.readline()
@@ -132,7 +132,9 @@ class VllmProcess:
             line = data.decode(errors="replace").rstrip()
             text = _PREFIX.sub("", line)
             self._tail.append(text)
-            if everything or _SHOWN.match(text):
+            if _RECORD.match(text):
+                of_edge = _EDGE.match(text) is not None
+            if everything or of_edge or _SHOWN.match(text):
                 self._on_line(line)
 
 

@@ -42,6 +42,8 @@ _HANDOVER_S = 2.0
 # Of one step of vLLM on CPUs: layers with a window keep them in the KV cache too.
 _STEP_TOKENS = 2048
 _VLLM_SOCKET = "vllm.sock"
+# The path of a socket has at most 107 bytes. vLLM's own are 19 bytes longer than this folder.
+_MAX_FOLDER_BYTES = 88
 
 
 class GenerationServer:
@@ -51,8 +53,13 @@ class GenerationServer:
         self._spec, self._options, self._notify, self._folder = spec, options, notify, folder
         self._probe = _probe(options.device)
         _check_version(self._probe, notify)
+        if any(option.replace("_", "-").startswith("--api-key") for option in spec.serve.vllm_options):
+            raise UsageError(
+                "serve.vllm_options has --api-key, which the log and the list of processes would show",
+                "set the environment variable VLLM_API_KEY",
+            )
         self._model = _model(spec, folder, self._probe)
-        self._directory = Path(tempfile.mkdtemp(prefix="inferctl-"))
+        self._directory = _temporary_folder()
         self._compiler = shutil.which("g++") is not None
         self._derived = command.options(
             spec, self._model, self._probe.device, self._directory / _VLLM_SOCKET, self._compiler
@@ -185,6 +192,8 @@ class GenerationServer:
     async def _ready(self) -> None:
         """Hand the port over to the edge of vLLM."""
         await self._close_front()
+        if self._lifecycle.draining:
+            return
         seconds = time.monotonic() - self._started
         if self._lifecycle.started:
             self._notify(f"vLLM is ready again; restarts: {self._supervisor.restarts}")
@@ -233,6 +242,20 @@ def _probe(device: str) -> probe.Probe:
         reason = (ran.stderr.strip().splitlines() or ["no output"])[-1]
         raise NotReadyError(f"the device cannot be determined: {reason}", install_hint("serve"))
     return probe.Probe.from_json(ran.stdout)
+
+
+def _temporary_folder() -> Path:
+    """Return a new folder for the sockets. Raises `NotReadyError` if that is not possible."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="inferctl-"))
+    except OSError as error:
+        raise NotReadyError(
+            f"no temporary folder can be made: {error.strerror}", "set TMPDIR to a folder that can be written"
+        ) from None
+    if len(os.fsencode(folder)) > _MAX_FOLDER_BYTES:
+        folder.rmdir()
+        raise NotReadyError(f"the path of the temporary folder {folder} is too long", "set TMPDIR to a shorter path")
+    return folder
 
 
 def _check_version(found: probe.Probe, notify: Callable[[str], None]) -> None:

@@ -41,9 +41,10 @@ class Supervisor:
         self._on_ready, self._on_lost, self._notify = on_ready, on_lost, notify
         self._control = control.listen(folder)
         self._process: VllmProcess | None = None
-        self._channel: Channel | None = None
-        self._stopping: float | None = None  # when `stop` was called
-        self._drain_seconds = 0.0
+        self._channel: Channel | None = None  # to an edge that has the listening socket
+        self._draining = False
+        self._stopping = asyncio.Event()
+        self._drain_end = 0.0
         self._failed_starts = 0
         self.restarts = 0
         self.unfinished = 0  # responses that were not complete when the drain ended
@@ -55,28 +56,38 @@ class Supervisor:
 
     async def run(self) -> None:
         """Run vLLM until `stop`. Raises `NotReadyError` if its first start fails."""
-        while self._stopping is None:
+        while not self._stopping.is_set():
             self._process = process = await self._start()
-            self._channel = await self._connected(process)
-            if self._channel is None:
-                await process.end(gently=self._stopping is not None)
+            channel = await self._connected(process)
+            if channel is None:
+                await process.end(gently=self._stopping.is_set())
                 await self._failed(process)
                 continue
             self._failed_starts = 0
             await self._on_ready()
-            with contextlib.suppress(OSError):
-                self._channel.send_listener(self._listener())
-            reason = await self._watch(self._channel)
-            if self._stopping is None:
-                self._on_lost(reason)
-                await self._fail_requests(self._channel)
-                self.restarts += 1
-            await process.end(gently=self._stopping is not None)
-            self._channel.close()
+            if not self._stopping.is_set():
+                await self._serve(channel)
+            else:
+                channel.close()  # the edge still waits for the listening socket
+            await process.end(gently=self._stopping.is_set())
+            channel.close()
             self._channel = None
 
+    async def _serve(self, channel: Channel) -> None:
+        """Hand the listening socket over, and return when this vLLM process stopped or is no longer usable."""
+        with contextlib.suppress(OSError):
+            channel.send_listener(self._listener())
+        self._channel = channel
+        if self._draining:
+            channel.send("drain")
+        reason = await self._watch(channel)
+        if not self._stopping.is_set():
+            self._on_lost(reason)
+            await self._fail_requests(channel)
+            self.restarts += 1
+
     async def _failed(self, process: VllmProcess) -> None:
-        if self._stopping is not None:
+        if self._stopping.is_set():
             return
         failure = process.failure(await process.wait())
         if not self.restarts:
@@ -84,20 +95,25 @@ class Supervisor:
         self._failed_starts += 1
         pause_s = min(_MAX_PAUSE_S, 2.0**self._failed_starts)
         self._notify(f"{failure.message}; next try in {pause_s:g} s")
-        await asyncio.sleep(pause_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), pause_s)
 
     async def _connected(self, process: VllmProcess) -> Channel | None:
-        """Wait until the edge of `process` is ready; None if the process ends first."""
+        """Wait until the edge of `process` is ready; None if the process ends, or `stop` is called, first."""
         loop = asyncio.get_running_loop()
         accepting = asyncio.ensure_future(loop.sock_accept(self._control))
-        ended = asyncio.ensure_future(process.wait())
-        await asyncio.wait((accepting, ended), return_when=asyncio.FIRST_COMPLETED)
-        ended.cancel()
+        others = [asyncio.ensure_future(other) for other in (process.wait(), self._stopping.wait())]
+        await asyncio.wait((accepting, *others), return_when=asyncio.FIRST_COMPLETED)
+        for other in others:
+            other.cancel()
         if not accepting.done():
             accepting.cancel()
             return None
         channel = Channel(accepting.result()[0])
-        return channel if await channel.receive() else None
+        if await channel.receive():
+            return channel
+        channel.close()
+        return None
 
     async def _watch(self, channel: Channel) -> str:
         """Return why this vLLM process is no longer usable, or that it stopped."""
@@ -120,16 +136,16 @@ class Supervisor:
             if not message["healthy"]:
                 return "vLLM's engine ended"
             now = time.monotonic()
-            if not message["in_flight"] or message["progress"] != progress:
+            if not message["running"] or message["progress"] != progress:
                 progress, moved = message["progress"], now
             elif now - moved > self._hang_seconds:
                 return f"vLLM's engine made no progress for {self._hang_seconds:g} s"
 
     def _patience(self) -> float:
         """Return how many seconds may pass without a message."""
-        if self._stopping is None:
+        if not self._stopping.is_set():
             return self._hang_seconds
-        return max(1.0, self._stopping + self._drain_seconds + _LOST_S - time.monotonic())
+        return max(1.0, self._drain_end + _LOST_S - time.monotonic())
 
     async def _fail_requests(self, channel: Channel) -> None:
         """Let the requests of a lost engine end with an error."""
@@ -142,16 +158,16 @@ class Supervisor:
 
     def drain(self) -> None:
         """Report that the server is not ready, and accept requests."""
+        self._draining = True
         if self._channel:
             self._channel.send("drain")
 
     def stop(self, seconds: float) -> None:
         """Accept no more connections, wait up to `seconds` for the responses, and let `run` return."""
-        self._stopping, self._drain_seconds = time.monotonic(), seconds
+        self._drain_end = time.monotonic() + seconds
+        self._stopping.set()
         if self._channel:
             self._channel.send("close", seconds=seconds, code="stopped", message="the server stopped")
-        elif self._process:
-            self._process.terminate()
 
     def kill(self) -> None:
         """Kill vLLM at once."""

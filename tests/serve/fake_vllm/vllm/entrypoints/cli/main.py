@@ -1,7 +1,8 @@
 """Starts in a second, answers like vLLM, and fails on demand. Tests with the real vLLM are in test_vllm.py.
 
 The first message of a chat is its script: `die` ends this process, `engine dies` ends the engine, `hang` stops it, and a
-number is the count of tokens. The file named by FAKE_VLLM_START has the text with which the start fails.
+number is the count of tokens. The file named by FAKE_VLLM_START has the text with which the start fails, and
+FAKE_VLLM_SECONDS is how long it takes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from prometheus_client import Counter
+from prometheus_client import REGISTRY, Counter, Gauge
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -26,6 +27,7 @@ from starlette.routing import Route
 
 GAP_S = 0.05
 TOKENS = Counter("vllm:generation_tokens", "Generated tokens.")
+KV_CACHE = Gauge("vllm:kv_cache_usage_perc", "Used part of the KV cache.")
 BUSY = "The engine is currently busy"
 ENGINE_LOST = {"error": {"message": "EngineCore died", "type": "InternalServerError", "param": None, "code": 500}}
 
@@ -80,6 +82,12 @@ async def chat(request: Request) -> Response:
         return JSONResponse({"error": {"message": BUSY, "type": "x", "param": None, "code": 503}}, 503)
     if script == "hang":
         Engine.hangs = True
+    if script == "prefill":
+        for part in range(15):
+            await asyncio.sleep(0.2)
+            KV_CACHE.set(part)
+    if script == "tokenize":
+        await asyncio.sleep(3)
     if script == "block":
         time.sleep(600)
     if script == "invalid":
@@ -93,6 +101,12 @@ async def chat(request: Request) -> Response:
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "length"}
     head = {"id": "c", "object": "chat.completion", "created": 1, "model": "m"}
     return Response(json.dumps({**head, "choices": [choice], "usage": usage}, separators=(",", ":")), 200)
+
+
+async def tokenize(request: Request) -> Response:
+    await request.json()
+    await asyncio.sleep(3)
+    return JSONResponse({"count": 1})
 
 
 async def health(_: Request) -> Response:
@@ -110,9 +124,13 @@ def main() -> None:
     options.add_argument("--uds")
     options.add_argument("--middleware")
     chosen, others = options.parse_known_args()
+    time.sleep(float(os.environ.get("FAKE_VLLM_SECONDS", "0")))
     start = Path(os.environ.get("FAKE_VLLM_START", "/nonexistent"))
     if start.exists():
         sys.exit(start.read_text())
+    if "--disable-log-stats" in others:
+        REGISTRY.unregister(TOKENS)
+        REGISTRY.unregister(KV_CACHE)
     print("(APIServer pid=1) INFO 11-26 19:00:00 [x.py:1] started with", *others)
     print("(APIServer pid=1) ERROR 11-26 19:00:00 [x.py:1] an error line")
     routes = [
@@ -120,6 +138,7 @@ def main() -> None:
         Route("/v1/models", models),
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/responses", chat, methods=["POST"]),
+        Route("/tokenize", tokenize, methods=["POST"]),
     ]
     app = Starlette(routes=routes)
     module, _, name = chosen.middleware.rpartition(".")
