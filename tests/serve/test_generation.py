@@ -202,15 +202,20 @@ def test_a_drain_completes_streams_and_ends_those_that_take_too_long_with_an_err
     assert counted == {(200, None): 1, (200, "stopped"): 1, (503, "stopped"): 1}
 
 
-def test_nothing_is_left_after_the_end(start: Start) -> None:
+@pytest.mark.parametrize("blocked", [False, True])
+def test_nothing_is_left_after_the_end(start: Start, blocked: bool) -> None:
     server = start()
     vllm = server.vllm_pid()
     variables = Path(f"/proc/{vllm}/environ").read_bytes().split(b"\0")
     folder = next(Path(each.partition(b"=")[2].decode()) for each in variables if each.startswith(b"INFERCTL_EDGE="))
     assert folder.exists()
+    assert b"VLLM_MAX_N_SEQUENCES=128" in variables
+    if blocked:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"content": "block"}]}, timeout=1)
     server.process.kill()
-    until(lambda: not Path(f"/proc/{vllm}").exists(), 15)
-    assert not folder.exists()
+    until(lambda: not Path(f"/proc/{vllm}").exists(), 30)
+    assert blocked or not folder.exists()
 
 
 def test_an_upload_a_tokenizer_a_long_prompt_and_missing_metrics_are_no_hang(start: Start, tmp_path: Path) -> None:

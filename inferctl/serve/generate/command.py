@@ -94,6 +94,8 @@ def environment(
 ) -> dict[str, str]:
     """Return the environment of vLLM. `settings`: a folder with the settings of the edge. `style`: text or json."""
     variables = {
+        # OpenAI's limit of `n`. One request with vLLM's default, 16384, blocked its API process for more than 20 s.
+        "VLLM_MAX_N_SEQUENCES": "128",
         **base,
         "INFERCTL_EDGE": str(settings),
         # The model is a local folder, so nothing is downloaded, and nothing is reported to vLLM's project.

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from inferctl.serve.generate import control, endpoint
 from inferctl.serve.metrics import RequestMetrics
 
 _BEAT_S = 1.0
+_ORPHAN_S = 5.0  # to end without the supervisor
 # The usage of the KV cache changes with each part of a long prompt, whose tokens count at its end.
 _PROGRESS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:kv_cache_usage_perc")
 log = logging.getLogger("inferctl.edge")
@@ -77,6 +79,7 @@ class _EdgeServer:
             endpoints=endpoint.ENDPOINTS,
         )
         self._http = listener.HttpServer(self._edge, settings.drain_seconds, self._edge.rejected)
+        threading.Thread(target=_kill_orphan, args=(os.getppid(),), daemon=True).start()
         self._channel = control.connect(folder)
         self._channel.send("ready")
         self._socket = self._channel.receive_listener()
@@ -132,6 +135,14 @@ class _EdgeServer:
                 self._http.close()
         shutil.rmtree(self._folder, ignore_errors=True)  # the supervisor cannot if it was killed
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _kill_orphan(parent: int) -> None:
+    """Kill vLLM's processes some time after its supervisor was killed, also if the event loop is blocked."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(_ORPHAN_S)
+    os.killpg(0, signal.SIGKILL)
 
 
 async def _status(app: ASGIApp, path: str) -> int:
