@@ -53,7 +53,9 @@ def chat(url: str) -> None:
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     print(f"\n> {QUESTION}", flush=True)
     messages: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": QUESTION}]
-    for chunk in client.chat.completions.create(model="smollm2", messages=messages, max_tokens=64, stream=True):
+    for chunk in client.chat.completions.create(
+        model="smollm2", messages=messages, max_tokens=64, temperature=0, stream=True
+    ):
         print(chunk.choices[0].delta.content or "", end="", flush=True)
     print("\n", flush=True)
 
