@@ -115,6 +115,18 @@ def environment(
     return variables
 
 
+def visible_gpu(device: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variable that limits vLLM to the GPU of `cuda:N`, counted among those that are visible; else nothing.
+
+    vLLM has no option for it.
+    """
+    index = device.partition(":")[2]
+    if not index:
+        return {}
+    visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return {"CUDA_VISIBLE_DEVICES": visible[int(index)] if int(index) < len(visible) else index}
+
+
 def kv_gib(spec: Spec, model: VllmModel) -> int:
     """Return the memory of the KV cache on a CPU in GiB, rounded up, because vLLM accepts only whole ones.
 

@@ -15,7 +15,7 @@ import orjson
 from inferctl.serve.edge.usage import RequestContext
 
 # `usage` of an event. Quotes inside JSON strings are escaped, so no text of the model can match.
-_USAGE = re.compile(rb',"usage":(null|\{(?:[^{}]|\{[^{}]*\})*\})')
+_USAGE = re.compile(rb',"usage":(null|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _INDEX = re.compile(rb'"index":(\d+)')
 _PREFIX = b"data: "
 _ERROR = b'data: {"error"'

@@ -127,6 +127,7 @@ class GenerationServer:
         variables = command.environment(
             self._spec, self._model, self._probe.device, self._directory, style, os.environ, self._compiler
         )
+        variables |= command.visible_gpu(self._options.device, os.environ)
         variables["PYTHONPATH"] = os.pathsep.join(
             filter(None, (*_python_path(self._directory, self._probe), variables.get("PYTHONPATH")))
         )

@@ -1,0 +1,49 @@
+"""The command line of vLLM on a GPU, which the machine of the tests does not have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inferctl.serve.engine_process.engine_protocol import DeviceInfo, PrecisionInfo
+from inferctl.serve.generate import command
+from inferctl.serve.generate.command import VllmModel
+from inferctl.spec import Spec
+
+A100 = DeviceInfo("cuda", "NVIDIA A100-SXM4-80GB", "8.0", 85_000_000_000)
+BF16 = PrecisionInfo("auto", "bf16", "native", "it has bf16 tensor cores", "vLLM")
+
+
+def options(**serve: Any) -> dict[str, str]:
+    spec = Spec.model_validate({"name": "m", "model": {"source": "org/model"}, "serve": serve})
+    model = VllmModel(Path("/model"), serve.get("max_context_tokens", 8192), BF16, "bf16")
+    return {each.option: each.value for each in command.options(spec, model, A100, Path("/tmp/x/vllm.sock"))}
+
+
+def test_settings_become_options_of_vllm() -> None:
+    default = options()
+    assert default["--dtype"] == "bfloat16"
+    assert default["--max-model-len"] == "8192"
+    assert default["--gpu-memory-utilization"] == "0.9"
+    assert default["--served-model-name"] == "m org/model"
+    assert not {"--kv-cache-memory-bytes", "--max-num-seqs", "--quantization", "--tensor-parallel-size"} & set(default)
+    chosen = options(kv_cache="4GB", gpus=2, max_sequences=64, max_context_tokens=100)
+    assert chosen["--kv-cache-memory-bytes"] == "4000000000"
+    assert "--gpu-memory-utilization" not in chosen
+    assert (chosen["--tensor-parallel-size"], chosen["--max-num-seqs"]) == ("2", "64")
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "expected"),
+    [
+        ("auto", "", {}),
+        ("cuda", "2,3", {}),
+        ("cuda:1", "", {"CUDA_VISIBLE_DEVICES": "1"}),
+        ("cuda:1", "2,3", {"CUDA_VISIBLE_DEVICES": "3"}),
+        ("cuda:0", "MIG-1-2-3", {"CUDA_VISIBLE_DEVICES": "MIG-1-2-3"}),
+    ],
+)
+def test_a_gpu_is_selected_among_the_visible_ones(device: str, visible: str, expected: dict[str, str]) -> None:
+    assert command.visible_gpu(device, {"CUDA_VISIBLE_DEVICES": visible}) == expected
