@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--openvino", default=sys.executable, help="Python that has openvino_genai")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the servers too
     users = [int(each) for each in options.users.split(",")]
     kv = {"VLLM_CPU_KVCACHE_SPACE": "1"}
     spec = {
