@@ -153,6 +153,9 @@ def test_the_edge_answers_for_vllm(start: Start) -> None:
     assert failing(lambda: server.chat("invalid")) == "400 400"
     assert failing(lambda: server.chat("busy")) == "429 queue_full"
     assert failing(lambda: server.chat("early end", stream=True)) == "APIError"
+    # Chats would wait for it.
+    long = httpx.post(f"{server.url}/tokenize", json={"prompt": "a" * 80_000})
+    assert (long.status_code, long.json()["error"]["code"]) == (413, "body_too_large")
     raw = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"content": "2"}], "stream": True})
     assert raw.headers["x-accel-buffering"] == "no"
     assert raw.headers["x-request-id"]
@@ -350,3 +353,5 @@ def test_mistakes_are_told_before_vllm_starts(tmp_path: Path, llama: Path) -> No
     told = refused("--spec", str(spec))
     assert "VLLM_API_KEY" in told
     assert "secret" not in told
+    spec.write_text(json.dumps({"model": {"source": "x"}, "serve": {"vllm_options": ["--uds", "/tmp/open"]}}))
+    assert "serve.vllm_options has --uds, which inferctl sets" in refused("--spec", str(spec))

@@ -21,19 +21,24 @@ ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 _PASSED = frozenset({"/v1/models", "/tokenize", "/detokenize", "/docs", "/redoc", "/version"})
 _DOCUMENT = "/openapi.json"
 _TOKENIZE = "/tokenize"
+# Of a body of /tokenize, for each token of the context, and in addition. A token has about 4 bytes of English text.
+_BYTES_PER_TOKEN, _FEW_BYTES = 16, 64 * 1024
 _STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 
 
 class GenerationApp:
-    """`app` is vLLM's application. `healthy()` asks it whether its engine runs.
+    """`app` is vLLM's application. `healthy()` asks it whether its engine runs. `context`: the largest one, in tokens.
 
     `stopped()` returns the error for requests that are cancelled when the server ends. `running`: how many complete
     requests vLLM has. `tokenizing`: the same of /tokenize. `events`: how many parts of streams arrived, which shows
     progress.
     """
 
-    def __init__(self, app: ASGIApp, healthy: Callable[[], Awaitable[bool]], stopped: Callable[[], ApiError]) -> None:
+    def __init__(
+        self, app: ASGIApp, healthy: Callable[[], Awaitable[bool]], stopped: Callable[[], ApiError], context: int
+    ) -> None:
         self._app, self._healthy, self._stopped = app, healthy, stopped
+        self._tokenize_bytes = _FEW_BYTES + _BYTES_PER_TOKEN * context
         self.running = self.tokenizing = self.events = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,11 +56,18 @@ class GenerationApp:
             raise ApiError(404, f"no such endpoint: {path}", code="not_found")
 
     async def _tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
+        """Bound the body by the context: vLLM tokenizes it in one thread, and all chats wait for it."""
+        started, size = False, 0
+        too_large = ApiError(413, f"the body is larger than {self._tokenize_bytes} bytes", code="body_too_large")
+        if context_of(scope).content_length > self._tokenize_bytes:
+            raise too_large
 
         async def read() -> Message:
-            nonlocal started
+            nonlocal started, size
             message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._tokenize_bytes:
+                raise too_large
             if message["type"] == "http.request" and not (started or message.get("more_body", False)):
                 started = True
                 self.tokenizing += 1

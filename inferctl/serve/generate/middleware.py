@@ -69,7 +69,9 @@ class _EdgeServer:
         metrics = RequestMetrics(REGISTRY)
         self._lifecycle = Lifecycle(ready=lambda: self._healthy, live=lambda: True)
         self._lifecycle.started = True
-        self._generation = endpoint.GenerationApp(app, self._check, lambda: self._edge.stopped)
+        self._generation = endpoint.GenerationApp(
+            app, self._check, lambda: self._edge.stopped, settings.info["limits"]["max_context_tokens"]
+        )
         self._edge = Edge(
             self._generation,
             self._lifecycle,

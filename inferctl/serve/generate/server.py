@@ -39,6 +39,8 @@ from inferctl.spec import Spec
 # The versions whose options and behavior this module was tested with.
 TESTED = ("0.32.",)
 _HANDOVER_S = 2.0
+# The edge depends on these.
+_TAKEN_OPTIONS = {"--api-server-count", "--grpc", "--headless", "--host", "--port", "--served-model-name", "--uds"}
 # Of one step of vLLM on CPUs: layers with a window keep them in the KV cache too.
 _STEP_TOKENS = 2048
 _VLLM_SOCKET = "vllm.sock"
@@ -53,11 +55,7 @@ class GenerationServer:
         self._spec, self._options, self._notify, self._folder = spec, options, notify, folder
         self._probe = _probe(options.device)
         _check_version(self._probe, notify)
-        if any(option.replace("_", "-").startswith("--api-key") for option in spec.serve.vllm_options):
-            raise UsageError(
-                "serve.vllm_options has --api-key, which the log and the list of processes would show",
-                "set the environment variable VLLM_API_KEY",
-            )
+        _check_options(spec.serve.vllm_options)
         self._model = _model(spec, folder, self._probe)
         self._directory = _temporary_folder()
         self._compiler = shutil.which("g++") is not None
@@ -273,6 +271,18 @@ def _check_version(found: probe.Probe, notify: Callable[[str], None]) -> None:
         )
     if not version.startswith(TESTED):
         notify(f"warning    vLLM {version} was not tested with inferctl {inferctl.__version__}")
+
+
+def _check_options(words: list[str]) -> None:
+    """Raise `UsageError` for an option of vLLM that would show a secret or go around the edge."""
+    names = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+    if any(name.startswith("--api-key") for name in names):
+        raise UsageError(
+            "serve.vllm_options has --api-key, which the log and the list of processes would show",
+            "set the environment variable VLLM_API_KEY",
+        )
+    if taken := sorted(names & _TAKEN_OPTIONS):
+        raise UsageError(f"serve.vllm_options has {taken[0]}, which inferctl sets", f"remove {taken[0]}")
 
 
 def install_vllm(kind: str) -> str:
