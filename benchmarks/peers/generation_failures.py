@@ -112,7 +112,7 @@ class Load:
         except openai.APIStatusError as error:
             await asyncio.sleep(0.5)
             return f"{error.status_code} {error.code}"
-        except openai.APIConnectionError:
+        except (openai.APIConnectionError, httpx.HTTPError):  # in mid-stream, the client does not wrap it
             await asyncio.sleep(0.5)
             return "connection error"
         except openai.APIError:

@@ -101,6 +101,7 @@ def environment(
         # The model is a local folder, so nothing is downloaded, and nothing is reported to vLLM's project.
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_RPC_BASE_PATH": str(settings),  # sockets that a killed vLLM leaves
         "PYTHONUNBUFFERED": "1",
     }
     if device.kind == "cpu":
