@@ -361,7 +361,14 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1)
 def test_a_spec_from_init_has_the_given_values(text: str) -> None:
     from inferctl.cli.init import _rendered
 
-    values = {"name": "1e3", "source": text, "revision": None, "base": text, "hardware": [text, "t4"]}
+    values = {
+        "name": "1e3",
+        "source": text,
+        "revision": None,
+        "base": text,
+        "hardware": [text, "t4"],
+        "generation": False,
+    }
     data = settings.parse(_rendered("inferctl.yaml.j2", values)).data
     found = (data["name"], data["model"]["source"], data["image"]["base"], data["hardware"])
     assert found == ("1e3", text, text, [text, "t4"])

@@ -68,9 +68,9 @@ def test_an_invalid_spec_variable_is_an_error_but_no_spec_is_not(tmp_path: Path)
 
 
 def test_invalid_settings_are_reported_without_an_engine(tmp_path: Path) -> None:
-    done = inferctl(tmp_path, "serve", "--image", "a:b", "--precision", "fp8")
+    done = inferctl(tmp_path, "serve", "--image", "a:b", "--precision", "fp9")
     assert done.returncode == 2
-    assert "'fp8' is not one of" in done.stderr
+    assert "'fp9' is not one of" in done.stderr
 
 
 def test_internal_options_of_the_container_are_rejected(tmp_path: Path) -> None:

@@ -19,11 +19,17 @@ import httpx
 import openai
 import pytest
 
+from inferctl.errors import NotReadyError
+from inferctl.precision import DeviceTraits
 from inferctl.serve.edge.usage import RequestContext
+from inferctl.serve.engine_process.engine_protocol import DeviceInfo
+from inferctl.serve.generate import server as generation_server
 from inferctl.serve.generate.meter import StreamMeter, request_options
+from inferctl.serve.generate.probe import Probe
 from tests.serve.conftest import Running, until
 
 FAKE = Path(__file__).with_name("fake_vllm")
+CPU = DeviceInfo("cpu", "a CPU", None, 8_000_000_000)
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -342,7 +348,12 @@ def test_mistakes_are_told_before_vllm_starts(tmp_path: Path, llama: Path) -> No
     assert "serve.max_context_tokens is 4096, but the model was trained for 128" in refused(
         "--max-context-tokens", "4096"
     )
-    assert "requires vLLM, not installed" in refused(PYTHONPATH=os.environ.get("PYTHONPATH", ""))
+    without = Probe(CPU, DeviceTraits("cpu"), {"torch": "2.13.0"})
+    with pytest.raises(NotReadyError, match="requires vLLM, not installed"):
+        generation_server._check_version(without, print)
+    for_gpus = Probe(CPU, DeviceTraits("cpu"), {"torch": "2.13.0", "vllm": "0.32.0"})
+    with pytest.raises(NotReadyError, match="built for GPUs, but the device is a CPU"):
+        generation_server._check_version(for_gpus, print)
     assert "no usable CUDA GPU" in refused("--device", "cuda")
     deep = tmp_path / ("d" * 100)
     deep.mkdir()
