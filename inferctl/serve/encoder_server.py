@@ -10,18 +10,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import inferctl
 from inferctl import outputs
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError
 from inferctl.model import ModelFolder
-from inferctl.serve import describe, logs, task_config
+from inferctl.serve import describe, events, task_config
 from inferctl.serve.api import app
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
-from inferctl.serve.edge import listener, usage
+from inferctl.serve.edge import listener
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import Edge, EdgeLimits
-from inferctl.serve.edge.usage import UsageEvent
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
 from inferctl.serve.engine_process.pool import EnginePool
@@ -77,7 +75,7 @@ class EncoderServer:
         self._edge = Edge(
             app.create(Inference(self._model, self._tokenizer, self._dispatcher, metrics)),
             self._lifecycle,
-            emit=usage.emitter(self._sinks(metrics)),
+            emit=events.emitter(metrics, options.log, options.traces, spec.name),
             info=self._describe,
             metrics=metrics.exposition,
             endpoints=app.ENDPOINTS,
@@ -103,17 +101,6 @@ class EncoderServer:
         self._signals = 0
         self._interrupted = False
         self._failure: NotReadyError | None = None
-
-    def _sinks(self, metrics: Metrics) -> list[Callable[[UsageEvent], None]]:
-        """Return what receives the usage events."""
-        sinks: list[Callable[[UsageEvent], None]] = [metrics.count_event]
-        if self._options.log == "json":
-            sinks.append(logs.log_request)
-        if self._options.traces:
-            from inferctl.serve import tracing
-
-            sinks.append(tracing.tracer(self._spec.name, inferctl.__version__))
-        return sinks
 
     async def run(self, signals: StopSignals) -> int:
         """Serve until a signal arrives, and return the exit code."""

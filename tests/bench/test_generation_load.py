@@ -130,7 +130,8 @@ def test_the_parts_of_a_stream_may_be_split_anywhere(harness: tuple[Any, Any], s
     stream = TokenStream(lambda *event: events.append(event), 7, 1)
     end = '{"choices": [{"delta": {}, "finish_reason": "stop"}]}'
     two_lines = CHUNK.replace(", ", ",\ndata: ", 1)
-    text = f": ping\r\n\r\ndata: {CHUNK}\r\n\r\nevent: x\ndata:{CHUNK}\n\ndata: {two_lines}\n\ndata: {end}\n\ndata: [DONE]\n\n"
+    text = f": ping\r\n\r\ndata: {CHUNK}\r\n\r\nevent: x\ndata:{CHUNK}\n\n"
+    text += f"data: {two_lines}\n\ndata: {end}\n\ndata: [DONE]\n\n"
     content = text.encode()
     for at in range(0, len(content), size):
         stream.feed(content[at : at + size], at)

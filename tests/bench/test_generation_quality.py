@@ -1,4 +1,4 @@
-"""The quality of a generation server: log-probabilities over HTTP, compared with the fp32 reference of a real process."""
+"""The quality of a generation server: log-probabilities over HTTP, compared with the fp32 reference."""
 
 from __future__ import annotations
 

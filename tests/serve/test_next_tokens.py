@@ -151,7 +151,7 @@ def test_damaged_weights_exceed_the_limits_of_8_bits(
 
 
 def test_an_int8_checkpoint_is_close_to_its_weights(generator: Path, expected: list[Scored], tmp_path: Path) -> None:
-    """The reference of the checkpoint has its weights dequantized, so it differs from the original by their rounding."""
+    """The reference dequantizes the weights of the checkpoint, so it differs from the original by their rounding."""
     import torch
     from safetensors.torch import load_file
 

@@ -6,12 +6,10 @@ import asyncio
 import importlib.metadata
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,7 +233,6 @@ def test_a_killed_engine_is_replaced_and_no_stream_ends_silently(server: Running
     with pytest.raises(openai.APIError):
         list(stream)
     until(lambda: server.get("/readyz").status_code == 503, 30)
-    started = time.monotonic()
     until(lambda: server.get("/readyz").status_code == 200, 250)
-    assert "Paris" in client.chat.completions.create(**greedy()).choices[0].message.content, time.monotonic() - started
-    assert re.search(r"starting it again", server.log.read_text())
+    assert "Paris" in client.chat.completions.create(**greedy()).choices[0].message.content
+    assert "starting it again" in server.log.read_text()

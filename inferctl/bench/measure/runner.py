@@ -179,8 +179,8 @@ def _measure_search(bench: Bench, target: BenchTarget, server: MeasuredServer, r
 def _brief(measurement: Measurement) -> str:
     """Return one line on a run that has ended."""
     found = measurement.summary
-    rate, latency = f"{found['requests_per_s']:.1f} req/s", found["latency_ms"]
+    rate, label, latency = f"{found['requests_per_s']:.1f} req/s", "", found["latency_ms"]
     if "ttft_ms" in found:
-        rate, latency = f"{found['output_tokens_per_s']:.1f} tok/s, TTFT", found["ttft_ms"]
+        rate, label, latency = f"{found['output_tokens_per_s']:.1f} tok/s", "TTFT ", found["ttft_ms"]
     figures = [f"{key} {latency[key]['value']:.1f}" for key in ("p50", "p99") if latency[key]["value"] is not None]
-    return rate + (f", {' '.join(figures)} ms" if figures else "")
+    return rate + (f", {label}{' '.join(figures)} ms" if figures else "")

@@ -26,9 +26,9 @@ class UsageEvent:
     Probes emit none. `endpoint`: its name, `other` for a path without a task, empty if the connection rejected the
     request. `status`: the HTTP status, or 499 if the client disconnected before its response. A 200 means that the
     response was given to the connection, which resets a client that does not read it. `code`: the code of the error,
-    None for a success; a stream that ended with an error event has the status 200 and a code. `seconds`: from the last byte of the request to the last byte of the response; `phases`: the
-    parts of them. `input_tokens` counts the tokens that the model processed, `output_tokens` those that it generated. `trace`: the W3C trace context of the
-    client.
+    None for a success; a stream that ended with an error event has the status 200 and a code. `seconds`: from the last
+    byte of the request to the last byte of the response; `phases`: the parts of them. `input_tokens` counts the tokens
+    that the model processed, `output_tokens` those that it generated. `trace`: the W3C trace context of the client.
     """
 
     request_id: str

@@ -1,7 +1,7 @@
 """The channel between the supervisor and the edge in vLLM's process: lines of JSON over a Unix socket.
 
 The edge sends `ready`, then `beat` each second. The supervisor answers `ready` with the listening socket, and sends
-`drain` and `close`. So the port is open from the start, and a connection waits while vLLM is replaced.
+`drain` and `close`. So the port is open from the start, and also while vLLM is replaced.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ from inferctl.serve.generate.meter import StreamMeter
 # Path -> name in events. What they generate is counted.
 ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 # vLLM has more endpoints that generate, whose tokens would not be counted, and some that change the server.
-_PASSED = frozenset({"/v1/models", "/tokenize", "/detokenize", "/docs", "/redoc", "/version"})
+_TOKENIZER = frozenset({"/tokenize", "/detokenize"})
+_PASSED = _TOKENIZER | {"/v1/models", "/docs", "/redoc", "/version"}
 _DOCUMENT = "/openapi.json"
-_TOKENIZE = "/tokenize"
-# Of a body of /tokenize, for each token of the context, and in addition. A token has about 4 bytes of English text.
+# Of a body for the tokenizer, for each token of the context, and in addition. A token has about 4 bytes of English text.
 _BYTES_PER_TOKEN, _FEW_BYTES = 16, 64 * 1024
 _STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 
@@ -30,7 +30,7 @@ class GenerationApp:
     """`app` is vLLM's application. `healthy()` asks it whether its engine runs. `context`: the largest one, in tokens.
 
     `stopped()` returns the error for requests that are cancelled when the server ends. `running`: how many complete
-    requests vLLM has. `tokenizing`: the same of /tokenize. `events`: how many parts of streams arrived, which shows
+    requests vLLM has. `tokenizing`: the same of the tokenizer. `events`: how many parts of streams arrived, which shows
     progress.
     """
 
@@ -46,7 +46,7 @@ class GenerationApp:
         path = scope["path"]
         if path in ENDPOINTS and scope["method"] == "POST":
             await self._generate(scope, receive, send)
-        elif path == _TOKENIZE:
+        elif path in _TOKENIZER:
             await self._tokenize(scope, receive, send)
         elif path == _DOCUMENT and scope["method"] == "GET":
             await self._document(scope, receive, send)
@@ -57,22 +57,22 @@ class GenerationApp:
 
     async def _tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Bound the body by the context: vLLM tokenizes it in one thread, and all chats wait for it."""
-        started, size = False, 0
-        too_large = ApiError(413, f"the body is larger than {self._tokenize_bytes} bytes", code="body_too_large")
-        if context_of(scope).content_length > self._tokenize_bytes:
-            raise too_large
+        context, started = context_of(scope), False
+
+        def check(size: int) -> None:
+            if size > self._tokenize_bytes:
+                raise ApiError(413, f"the body is larger than {self._tokenize_bytes} bytes", code="body_too_large")
 
         async def read() -> Message:
-            nonlocal started, size
+            nonlocal started
             message = await receive()
-            size += len(message.get("body", b""))
-            if size > self._tokenize_bytes:
-                raise too_large
+            check(context.body_bytes)
             if message["type"] == "http.request" and not (started or message.get("more_body", False)):
                 started = True
                 self.tokenizing += 1
             return message
 
+        check(context.content_length)
         try:
             await self._app(scope, read, send)
         finally:

