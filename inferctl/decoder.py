@@ -12,6 +12,10 @@ from typing import Any
 
 # vLLM gives the KV cache to sequences in blocks of this many tokens, on GPUs.
 BLOCK_TOKENS = 16
+# The most tokens of one step on CPUs and small GPUs (`engine/arg_utils.py`).
+STEP_TOKENS = 2048
+# The KV cache on a CPU without `serve.kv_cache`, unless one longest context requires more.
+CPU_KV_CACHE_BYTES = 4 * 2**30
 
 # Mean of the conversations in the Azure LLM inference trace 2023: 1,152 tokens in and 212 out (Patel et al., Splitwise,
 # ISCA 2024; CC BY 4.0; 5,000 of 19,366 requests).

@@ -31,7 +31,6 @@ CUDA_GRAPH_BYTES = 700_000_000
 _SAMPLING_BYTES = 10
 _BYTES_PER_PARAMETER = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 _GIB = 2**30
-_CPU_KV_CACHE_BYTES = 4 * _GIB
 _FLAGS = frozenset(
     {"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16", "avx512_vnni", "amx_int8", "amx_fp8", "amx_tile"}
 )
@@ -185,7 +184,7 @@ class _Need:
         if self.spec.serve.kv_cache:
             available = sizes.parse_size(self.spec.serve.kv_cache)
         elif part.memory_bytes is None:
-            available = max(_CPU_KV_CACHE_BYTES, self.shape.kv_bytes(context or 1, cell, gpus, step))
+            available = max(decoder.CPU_KV_CACHE_BYTES, self.shape.kv_bytes(context or 1, cell, gpus, step))
         else:
             available = max(0, self._budget(part) - self.memory(part, gpus).total)
         most = most_sequences(self.spec, part)
@@ -282,7 +281,7 @@ def step_tokens(part: Hardware) -> int:
     """Return the most tokens of one step: vLLM's default for an API server (`engine/arg_utils.py`)."""
     if (part.memory_bytes or 0) >= 160 * _GIB:
         return 16384
-    return 8192 if _is_large(part) else 2048
+    return 8192 if _is_large(part) else decoder.STEP_TOKENS
 
 
 def most_sequences(spec: Spec, part: Hardware) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from inferctl import decoder
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo, PrecisionInfo
 from inferctl.sizes import parse_size
 from inferctl.spec import Spec
@@ -15,7 +16,6 @@ from inferctl.spec import Spec
 MIDDLEWARE = "inferctl.serve.generate.middleware.VllmMiddleware"
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _GIB = 1024**3
-_CPU_KV_BYTES = 4 * _GIB
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def kv_gib(spec: Spec, model: VllmModel) -> int:
 
     Without `serve.kv_cache`, it is 4 GiB, or what one sequence of the largest context requires.
     """
-    wanted = parse_size(spec.serve.kv_cache) if spec.serve.kv_cache else max(_CPU_KV_BYTES, model.kv_bytes)
+    wanted = parse_size(spec.serve.kv_cache) if spec.serve.kv_cache else max(decoder.CPU_KV_CACHE_BYTES, model.kv_bytes)
     return math.ceil(wanted / _GIB)
 
 

@@ -40,8 +40,6 @@ TESTED = ("0.32.",)
 _HANDOVER_S = 2.0
 # The edge depends on these.
 _TAKEN_OPTIONS = {"--api-server-count", "--grpc", "--headless", "--host", "--port", "--served-model-name", "--uds"}
-# Of one step of vLLM on CPUs: layers with a window keep them in the KV cache too.
-_STEP_TOKENS = 2048
 _VLLM_SOCKET = "vllm.sock"
 # The path of a socket has at most 107 bytes. vLLM's own are 19 bytes longer than this folder.
 _MAX_FOLDER_BYTES = 88
@@ -312,7 +310,7 @@ def _model(spec: Spec, folder: ModelFolder, found: probe.Probe) -> VllmModel:
     reason = f"selected by auto: {support.reason}" if requested == "auto" else support.reason
     info = PrecisionInfo(requested, chosen.effective, support.level, reason, "vLLM")
     cell = 4 if chosen.dtype == "fp32" else 2
-    kv_bytes = shape.kv_bytes(context, cell, step_tokens=_STEP_TOKENS) if isinstance(shape, Decoder) else 0
+    kv_bytes = shape.kv_bytes(context, cell, step_tokens=decoder.STEP_TOKENS) if isinstance(shape, Decoder) else 0
     return VllmModel(folder.path, context, info, chosen.dtype, chosen.quantization, kv_bytes)
 
 
