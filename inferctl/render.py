@@ -38,8 +38,8 @@ EPOCH = 315532800
 DEFAULT_PORT = 8080
 # HEALTHCHECK does not count failures before the server can be ready. Embeddings: imports and the comparison with fp32.
 _START_PERIOD_S = 180
-# Generation: imports, compilation and warm-up of vLLM took 78 to 200 s with 0.3 GB of weights on two busy cores. Weights
-# are read at 100 MB/s or more, the rate of a slow network disk.
+# Generation: imports, compilation and warm-up of vLLM took 78 to 200 s with 0.3 GB of weights on two busy cores.
+# Weights are read at 100 MB/s or more, the rate of a slow network disk.
 _VLLM_START_S = 300
 _READ_BYTES_PER_S = 100_000_000
 _UNKNOWN_WEIGHTS_BYTES = 150_000_000_000

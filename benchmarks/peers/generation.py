@@ -115,7 +115,8 @@ async def user(port: int, number: int, window: Window, begin: float, end: float)
                 "stream": True,
             }
         ).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(body)}"
         sent = time.monotonic()
         writer.write(head.encode() + b"\r\n\r\n" + body)
         arrived: list[float] = []

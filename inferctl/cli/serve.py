@@ -122,7 +122,8 @@ def serve(
 ) -> None:
     """Serve embeddings, scores or generation with an OpenAI-compatible API.
 
-    Generation runs on vLLM. Prints the effective precision on stderr. On SIGTERM, finishes the accepted requests and exits.
+    Generation runs on vLLM. Prints the effective precision on stderr. On SIGTERM, finishes the accepted requests and
+    exits.
     """
     with lazy.deferred_signals():
         from inferctl.cli import console, download

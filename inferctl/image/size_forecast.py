@@ -75,8 +75,8 @@ def forecast(
 ) -> SizeForecast:
     """Return the forecast size of an image. Pure function.
 
-    `locks`: names of the installed closures (`torch`, `vllm`, `server`, `int8`). `wheels`: closure -> bytes, if a wheel folder
-    replaces the index. `weights`: the baked weights. `server`: bytes of the server's own files.
+    `locks`: names of the installed closures (`torch`, `vllm`, `server`, `int8`). `wheels`: closure -> bytes, if a wheel
+    folder replaces the index. `weights`: the baked weights. `server`: bytes of the server's own files.
     """
     base_source = "; ".join(s.title for s in base.sources if "compressed_bytes" in s.facts)
     parts = [

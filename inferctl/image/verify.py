@@ -163,8 +163,8 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
         found = _checked(lambda: next_tokens.compare(prompts, reference["texts"], precision))
         if found.perplexity_fp32 > _CHANCE:
             yield Note(
-                f"in fp32 too, the model hardly predicts the texts (perplexity {found.perplexity_fp32:,.0f}): check that "
-                "the tokenizer belongs to the weights"
+                f"in fp32 too, the model hardly predicts the texts (perplexity {found.perplexity_fp32:,.0f}): check "
+                "that the tokenizer belongs to the weights"
             )
         limit = divergence.limits_of(precision).kl
         return replace(verified, kl=found.kl_mean, top_1=found.top_1, tokens=found.positions, tolerance=limit)

@@ -397,7 +397,7 @@ def throughput_interval(runs: Sequence[RunRecords]) -> Interval | None:
 
 
 def _interval(means: Sequence[float], windows: Sequence[Sequence[float]]) -> Interval | None:
-    """Return the interval of a rate from its mean in each run, or with few runs from its values in one-second windows."""
+    """Return the interval of a rate from its mean in each run, or of few runs from one-second windows."""
     if len(means) >= 3:
         found, over = stats.mean_interval(means), "runs"
     else:

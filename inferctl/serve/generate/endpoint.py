@@ -21,7 +21,7 @@ ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 _TOKENIZER = frozenset({"/tokenize", "/detokenize"})
 _PASSED = _TOKENIZER | {"/v1/models", "/docs", "/redoc", "/version"}
 _DOCUMENT = "/openapi.json"
-# Of a body for the tokenizer, for each token of the context, and in addition. A token has about 4 bytes of English text.
+# Of a body for the tokenizer: for each token of the context, and in addition. English has about 4 bytes per token.
 _BYTES_PER_TOKEN, _FEW_BYTES = 16, 64 * 1024
 _STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 

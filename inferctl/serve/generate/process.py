@@ -26,7 +26,7 @@ _LINE = re.compile(r"^(?:\w+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] )?(.*)$")
 _HINTS = (
     (
         r"No available memory for the cache blocks",
-        "no memory remains for the KV cache: use a smaller precision, raise serve.gpu_memory_share, or use a larger GPU",
+        "no memory remains for the KV cache: use a smaller precision, a larger GPU or a larger serve.gpu_memory_share",
     ),
     (
         r"KV cache is needed, which is larger than the available",
