@@ -28,7 +28,8 @@ class UsageEvent:
     response was given to the connection, which resets a client that does not read it. `code`: the code of the error,
     None for a success; a stream that ended with an error event has the status 200 and a code. `seconds`: from the last
     byte of the request to the last byte of the response; `phases`: the parts of them. `input_tokens` counts the tokens
-    that the model processed, `output_tokens` those that it generated. `trace`: the W3C trace context of the client.
+    that the model processed or a cache had, `cached_tokens` the latter, `output_tokens` those that it generated. `trace`:
+    the W3C trace context of the client. `key_id`: of the API key, never the key itself.
     """
 
     request_id: str
@@ -44,6 +45,8 @@ class UsageEvent:
     seconds: float = 0.0
     phases: Mapping[str, float] = field(default_factory=dict)
     trace: Mapping[str, str] = field(default_factory=dict)
+    key_id: str | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -65,6 +68,8 @@ class RequestContext:
     body_bytes: int = 0
     phases: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+    key_id: str | None = None
+    cached_tokens: int = 0
 
     @classmethod
     def of(cls, scope: Scope, endpoint: str) -> RequestContext:
@@ -100,6 +105,8 @@ class RequestContext:
             time.monotonic() - self.started,
             self.phases,
             self.trace,
+            self.key_id,
+            self.cached_tokens,
         )
 
 
