@@ -28,8 +28,8 @@ class UsageEvent:
     response was given to the connection, which resets a client that does not read it. `code`: the code of the error,
     None for a success; a stream that ended with an error event has the status 200 and a code. `seconds`: from the last
     byte of the request to the last byte of the response; `phases`: the parts of them. `input_tokens` counts the tokens
-    that the model processed or a cache had, `cached_tokens` the latter, `output_tokens` those that it generated. `trace`:
-    the W3C trace context of the client. `key_id`: of the API key, never the key itself.
+    that the model processed or a cache had, `cached_tokens` the latter, `output_tokens` those that it generated.
+    `trace`: the W3C trace context of the client. `key_id`: of the API key, never the key itself.
     """
 
     request_id: str
