@@ -7,14 +7,19 @@ the same options of vLLM. Each user streams chat completions of 64 tokens after 
 prefix of its own, in a closed loop. Rounds are interleaved A B B A; the server that is not measured is stopped. A rate
 is output tokens that arrived in the window / window. Load generator and server share the cores.
 
-`--gguf FILE` adds OpenVINO GenAI, if it is installed, and transformers' `generate` is always added: both run in a
-process of their own, without HTTP, with a batch of as many sequences as users.
+Beside them: transformers' `generate` in a process of its own, without HTTP, with a batch of as many sequences as users.
+`--gguf FILE` adds llama.cpp's server, over HTTP, and OpenVINO GenAI, without HTTP. pip installs both on first use.
+
+`--stand-in` measures the edge alone: the stand-in of the tests takes the place of vLLM on both sides. It emits 350
+tokens/s in all, at most 50 to one user and the first after 20 ms, nearly without CPU time, so that the noise of a
+model's computation does not hide the edge. MODEL then needs no weights that run.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -31,6 +36,7 @@ from typing import Any
 import peers
 
 OUTPUT_TOKENS = 64
+STAND_IN = peers.ROOT / "tests" / "serve" / "fake_vllm"
 WORDS = "the river carries small boats past old houses while people talk about weather and bread "
 SHARED = ["--max-model-len", "2048", "--max-num-queued-tokens", "262144", "--enable-prompt-tokens-details"]
 SHARED += ["--disable-uvicorn-access-log", "--dtype", "bfloat16"]
@@ -43,10 +49,17 @@ class Window:
     seconds: float = 0.0
     tokens: float = 0.0
     first: list[float] = field(default_factory=list)
+    cpu_s: float = 0.0  # of the server, from the first request to the last
+    all_tokens: int = 0  # in that time
 
     @property
     def rate(self) -> float:
         return self.tokens / self.seconds
+
+    @property
+    def cpu_us(self) -> float:
+        """CPU microseconds of the server per token."""
+        return 1e6 * self.cpu_s / self.all_tokens
 
 
 class Server:
@@ -60,14 +73,23 @@ class Server:
             command, env=environment, stdout=self._log, stderr=self._log, start_new_session=True
         )
 
+    def cpu_seconds(self) -> float:
+        """Return the CPU seconds of all its processes so far."""
+        ticks = 0
+        for pid in self._processes():
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def wait(self) -> None:
         """Wait until the server responds."""
         for _ in range(600):
             try:
                 with urllib.request.urlopen(
-                    f"http://127.0.0.1:{self.port}/health"
-                    if self.name == "vllm"
-                    else f"http://127.0.0.1:{self.port}/readyz"
+                    f"http://127.0.0.1:{self.port}/readyz"
+                    if self.name == "inferctl"
+                    else f"http://127.0.0.1:{self.port}/health"
                 ):
                     return
             except OSError:
@@ -131,6 +153,7 @@ async def user(port: int, number: int, window: Window, begin: float, end: float)
             arrived.append(time.monotonic())
         if begin <= sent:
             window.first.append(arrived[0] - sent)
+        window.all_tokens += OUTPUT_TOKENS
         # The first event has the role. Another has several tokens if the server is behind.
         each = OUTPUT_TOKENS / (len(arrived) - 1)
         window.tokens += sum(each for now in arrived[1:] if begin <= now < end)
@@ -140,15 +163,28 @@ async def user(port: int, number: int, window: Window, begin: float, end: float)
     writer.close()
 
 
-async def measure(port: int, users: int, seconds: float) -> Window:
+async def measure(server: Server, users: int, seconds: float) -> Window:
     window = Window(seconds)
-    begin = time.monotonic() + 3
-    await asyncio.gather(*(user(port, number, window, begin, begin + seconds) for number in range(users)))
+    begin, cpu_s = time.monotonic() + 3, server.cpu_seconds()
+    await asyncio.gather(*(user(server.port, number, window, begin, begin + seconds) for number in range(users)))
+    window.cpu_s = server.cpu_seconds() - cpu_s
     return window
 
 
+def llama_server(gguf: str, users: list[int], seconds: float) -> dict[str, float]:
+    """Return output tokens/s of llama.cpp's server by the number of users."""
+    script = Path(__file__).with_name("llama_server.py")
+    command = [str(peers.python("llama.cpp")), str(script), gguf, "18602", str(max(users)), "512"]
+    server = Server("llama.cpp", 18602, command, {})
+    try:
+        server.wait()
+        return {str(count): asyncio.run(measure(server, count, seconds)).rate for count in users}
+    finally:
+        server.end()
+
+
 def in_process(engine: str, python: str, model: str, users: list[int]) -> dict[str, float]:
-    """Return output tokens/s of an engine by the number of sequences; empty if it is not installed."""
+    """Return output tokens/s of an engine by the number of sequences; empty if it does not run."""
     script = Path(__file__).with_name("generation_engine.py")
     command = [python, str(script), engine, model, *map(str, users), str(OUTPUT_TOKENS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -166,12 +202,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--gguf")
-    parser.add_argument("--openvino", default=sys.executable, help="Python that has openvino_genai")
+    parser.add_argument("--stand-in", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the servers too
     users = [int(each) for each in options.users.split(",")]
-    kv = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    if options.stand_in:
+        variables = {"FAKE_VLLM_TOKENS_PER_S": "350"}
+        variables["PYTHONPATH"] = f"{STAND_IN}:{os.environ.get('PYTHONPATH', '')}"
     spec = {
         "name": "m",
         "model": {"source": options.model},
@@ -181,9 +220,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "inferctl.yaml"
         file.write_text(json.dumps(spec))
-        servers = [Server("vllm", 18600, [*vllm, "--port", "18600", *SHARED], kv)]
+        servers = [Server("vllm", 18600, [*vllm, "--port", "18600", *SHARED], variables)]
         servers[0].wait()
-        servers.append(Server("inferctl", 18601, [sys.executable, "-m", "inferctl.serve", "--spec", str(file)], {}))
+        command = [sys.executable, "-m", "inferctl.serve", "--spec", str(file)]
+        servers.append(Server("inferctl", 18601, command, variables if options.stand_in else {}))
         try:
             servers[1].wait()
             results: dict[tuple[str, int], list[Window]] = {}
@@ -192,7 +232,7 @@ def main() -> None:
                     for server in servers if round_number % 2 == 0 else servers[::-1]:
                         other = servers[1 - servers.index(server)]
                         other.signal(signal.SIGSTOP)
-                        window = asyncio.run(measure(server.port, count, options.seconds))
+                        window = asyncio.run(measure(server, count, options.seconds))
                         other.signal(signal.SIGCONT)
                         results.setdefault((server.name, count), []).append(window)
         finally:
@@ -206,19 +246,25 @@ def main() -> None:
         first = [[1000 * statistics.median(window.first) for window in windows] for windows in (bare, edge)]
         ratio = statistics.median(b / a for a, b in zip(*rates, strict=True))
         delay = statistics.median(b - a for a, b in zip(*first, strict=True))
+        cpu = [[window.cpu_us for window in windows] for windows in (bare, edge)]
         figures[str(count)] = {"tokens_per_s": rates, "ttft_p50_ms": first, "ratio": ratio, "ttft_difference_ms": delay}
-        medians = [statistics.median(each) for each in (*rates, *first)]
-        rows.append((count, *medians[:2], ratio, *medians[2:], delay))
-    header = ("users", "vllm tokens/s", "inferctl tokens/s", "ratio", "vllm TTFT ms", "inferctl TTFT ms", "difference")
-    peers.table(header, rows)
-    others = {"transformers generate": in_process("transformers", sys.executable, options.model, users)}
+        figures[str(count)]["cpu_us_per_token"] = cpu
+        medians = [statistics.median(each) for each in (*rates, *first, *cpu)]
+        rows.append((count, *medians[:2], ratio, *medians[2:4], delay, *medians[4:]))
+    print("tokens/s, TTFT p50 in ms, and CPU us of the server per token; first bare, then with the edge")
+    peers.table(("users", "bare/s", "edge/s", "ratio", "bare ms", "edge ms", "difference", "bare us", "edge us"), rows)
+    others: dict[str, dict[str, float]] = {}
+    if not options.stand_in:
+        others["transformers generate"] = in_process("transformers", sys.executable, options.model, users)
     if options.gguf:
-        others["OpenVINO GenAI (4-bit weights)"] = in_process("openvino", options.openvino, options.gguf, users)
+        others["llama.cpp server (4-bit weights)"] = llama_server(options.gguf, users, options.seconds)
+        openvino = str(peers.python("openvino-genai"))
+        others["OpenVINO GenAI (4-bit weights)"] = in_process("openvino", openvino, options.gguf, users)
     for name, rates_of in others.items():
         if rates_of:
             print(f"{name}, tokens/s: " + ", ".join(f"{count} {rates_of[str(count)]:.0f}" for count in users))
     if options.json:
-        options.json.write_text(json.dumps({"edge": figures, "others": others}, indent=1) + "\n")
+        peers.write(options.json, {"stand_in": options.stand_in, "edge": figures, "others": others})
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ PACKAGES = {
     "infinity": ("infinity-emb[torch,server]", "click<8.2"),
     "sentence-transformers": ("sentence-transformers", "fastapi", "uvicorn", "uvloop", "httptools"),
     "http-servers": ("starlette", "uvicorn", "uvloop", "httptools", "granian"),
+    "llama.cpp": ("xllamacpp",),
+    "openvino-genai": ("openvino-genai",),
     "openvino": ("openvino", "nncf", "torch", "transformers<5"),
 }
 START_SECONDS = 180

@@ -2,7 +2,10 @@
 
 The first message of a chat is its script: `die` ends this process, `engine dies` ends the engine, `hang` stops it, and
 a number is the count of tokens. The file named by FAKE_VLLM_START has the text with which the start fails, and
-FAKE_VLLM_SECONDS is how long it takes.
+FAKE_VLLM_SECONDS is how long it takes. A token takes 50 ms. With FAKE_VLLM_TOKENS_PER_S, the first token takes 20 ms, and
+all streams share that rate for the others, at most 50 tokens/s each.
+
+Without `--uds`, it listens at `--port`, like a vLLM without inferctl.
 """
 
 from __future__ import annotations
@@ -35,11 +38,19 @@ ENGINE_LOST = {"error": {"message": "EngineCore died", "type": "InternalServerEr
 class Engine:
     alive = True
     hangs = False
+    streams = 0
+    rate = float(os.environ.get("FAKE_VLLM_TOKENS_PER_S", "0"))
+
+    @classmethod
+    def gap_s(cls, number: int) -> float:
+        if not cls.rate:
+            return GAP_S
+        return max(0.02, cls.streams / cls.rate) if number else 0.02
 
 
 async def words(count: int) -> AsyncIterator[str]:
     for number in range(count):
-        await asyncio.sleep(GAP_S)
+        await asyncio.sleep(Engine.gap_s(number))
         while Engine.hangs:
             await asyncio.sleep(0.1)
         if not Engine.alive:
@@ -55,6 +66,7 @@ async def events(script: str, count: int) -> AsyncIterator[str]:
         return f"data: {json.dumps({**chunk, 'usage': usage}, separators=(',', ':'))}\n\n"
 
     tokens = 0
+    Engine.streams += 1
     async for word in words(count):
         if not tokens:
             yield event([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}], 0)
@@ -65,6 +77,7 @@ async def events(script: str, count: int) -> AsyncIterator[str]:
             Engine.alive = False
         if script == "early end" and tokens == 3:
             return
+    Engine.streams -= 1
     if not Engine.alive:
         yield f"data: {json.dumps(ENGINE_LOST)}\n\ndata: [DONE]\n\n"
         return
@@ -75,7 +88,7 @@ async def events(script: str, count: int) -> AsyncIterator[str]:
 async def chat(request: Request) -> Response:
     body = await request.json()
     script = body["messages"][0]["content"]
-    count = int(script) if script.isdigit() else 20
+    count = int(script) if script.isdigit() else int(body.get("max_tokens") or 20)
     if script == "die":
         os._exit(1)
     if script == "busy":
@@ -122,6 +135,7 @@ def main() -> None:
     options.add_argument("command")
     options.add_argument("model")
     options.add_argument("--uds")
+    options.add_argument("--port", type=int)
     options.add_argument("--middleware")
     chosen, others = options.parse_known_args()
     time.sleep(float(os.environ.get("FAKE_VLLM_SECONDS", "0")))
@@ -141,9 +155,10 @@ def main() -> None:
         Route("/tokenize", tokenize, methods=["POST"]),
     ]
     app = Starlette(routes=routes)
-    module, _, name = chosen.middleware.rpartition(".")
-    app.add_middleware(getattr(importlib.import_module(module), name))
-    uvicorn.run(app, uds=chosen.uds, log_level="warning")
+    if chosen.middleware:
+        module, _, name = chosen.middleware.rpartition(".")
+        app.add_middleware(getattr(importlib.import_module(module), name))
+    uvicorn.run(app, uds=chosen.uds, port=chosen.port or 8000, log_level="warning")
 
 
 if __name__ == "__main__":
