@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-generate test nightly check golden docs locks model generator wheel bench-peers image-check gpu-check clean
+.PHONY: help demo demo-generate test test-all nightly check golden docs
+.PHONY: locks model generator wheel bench-peers image-check gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,7 +20,10 @@ demo: $(VENV)/.demo model  ## benchmark a real model in fp16, bf16 and int8 and 
 demo-generate: $(VENV)/.vllm generator  ## serve a real language model with vLLM on the CPU, chat, benchmark it
 	$(BIN)/python benchmarks/demo_generate.py $(GENERATOR)
 
-test: check model $(VENV)/.vllm generator  ## run lint, type checks and all tests that this machine supports; list skipped tests
+test: check model  ## run lint, type checks and all tests that need neither Docker nor vLLM; list skipped tests
+	$(PYTEST) -m "not docker and not vllm"
+
+test-all: check model $(VENV)/.vllm generator  ## run lint, type checks and all tests that this machine supports
 	$(PYTEST)
 
 nightly: $(VENV)/.dev model  ## run the tests that take minutes: measurements and searches with many examples

@@ -109,7 +109,8 @@ class Server:
 
     def signal(self, number: int) -> None:
         for pid in self._processes():
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def end(self) -> None:
         self.signal(signal.SIGCONT)
@@ -218,6 +219,8 @@ def main() -> None:
     }
     vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", options.model, "--served-model-name", "m"]
     with tempfile.TemporaryDirectory() as folder:
+        if not options.stand_in:
+            variables |= peers.vllm_environment(Path(folder))
         file = Path(folder) / "inferctl.yaml"
         file.write_text(json.dumps(spec))
         servers = [Server("vllm", 18600, [*vllm, "--port", "18600", *SHARED], variables)]
@@ -253,6 +256,8 @@ def main() -> None:
         rows.append((count, *medians[:2], ratio, *medians[2:4], delay, *medians[4:]))
     print("tokens/s, TTFT p50 in ms, and CPU us of the server per token; first bare, then with the edge")
     peers.table(("users", "bare/s", "edge/s", "ratio", "bare ms", "edge ms", "difference", "bare us", "edge us"), rows)
+    result: dict[str, object] = {"stand_in": options.stand_in, "edge": figures}
+    peers.write(options.json, result)
     others: dict[str, dict[str, float]] = {}
     if not options.stand_in:
         others["transformers generate"] = in_process("transformers", sys.executable, options.model, users)
@@ -263,8 +268,7 @@ def main() -> None:
     for name, rates_of in others.items():
         if rates_of:
             print(f"{name}, tokens/s: " + ", ".join(f"{count} {rates_of[str(count)]:.0f}" for count in users))
-    if options.json:
-        peers.write(options.json, {"stand_in": options.stand_in, "edge": figures, "others": others})
+    peers.write(options.json, {**result, "others": others})
 
 
 if __name__ == "__main__":

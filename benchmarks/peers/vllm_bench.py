@@ -3,7 +3,7 @@
     python benchmarks/peers/vllm_bench.py VLLM MODEL [--url http://127.0.0.1:8000] [--users 1 8] [--rounds 2]
                                           [--input 128 --output 64] [--seconds 40] [--json FILE]
 
-VLLM is the executable of vLLM, MODEL a model folder. Without `--url`, the script starts the server, and ends it. Both
+VLLM is the executable of vLLM in this environment, MODEL a model folder. Without `--url`, the script starts the server, and ends it. Both
 tools send completions of equal lengths in closed loops, in the order A B B A. Each run has prompts of its own, so that
 no prefix cache responds. `vllm bench serve` sends as many requests as inferctl completed before. The check passes if
 the means over the rounds differ by at most 5%.
@@ -29,6 +29,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peers
+
 FIGURES = ("ttft_ms", "tpot_ms", "output_tokens_per_s")
 LIMIT = 0.05
 READY_S = 400.0
@@ -38,9 +40,9 @@ READY_S = 400.0
 def run_server(vllm: str, model: str, port: int, context: int) -> Iterator[str]:
     """Start `vllm serve`, wait until it is ready, and yield its URL. Its processes end with the block."""
     url = f"http://127.0.0.1:{port}"
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ}
     command = [vllm, "serve", model, "--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(context)]
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ, **peers.vllm_environment(Path(folder))}
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             limit = time.monotonic() + READY_S
@@ -95,13 +97,14 @@ def inferctl(url: str, options: argparse.Namespace, users: int, seed: int) -> di
 
 def vllm_bench(url: str, options: argparse.Namespace, users: int, seed: int, requests: int) -> dict[str, float]:
     """Measure one run with `vllm bench serve`."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as metadata:
+        environment = {**os.environ, **peers.vllm_environment(Path(metadata))}
         command = [options.vllm, "bench", "serve", "--backend", "openai", "--base-url", url, "--model", options.model]
         command += ["--dataset-name", "random", "--random-input-len", str(options.input), "--seed", str(seed)]
         command += ["--random-output-len", str(options.output), "--num-prompts", str(requests), "--ignore-eos"]
         command += ["--max-concurrency", str(users), "--disable-tqdm", "--temperature", "0"]
         command += ["--save-result", "--result-dir", folder, "--result-filename", "result.json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         file = Path(folder) / "result.json"
         if not file.is_file():
             raise SystemExit(done.stderr[-2000:])

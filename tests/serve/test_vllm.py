@@ -21,7 +21,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.serve.conftest import Running, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("vllm")]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 WEATHER: Any = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
@@ -153,22 +153,40 @@ def test_langchain(server: Running) -> None:
     assert "".join(part.content for part in chat.stream("What is the capital of France?")) == answer.content
 
 
-def test_llamaindex(server: Running) -> None:
-    llms = pytest.importorskip("llama_index.llms.openai_like")
-    model = llms.OpenAILike(
-        model="smollm2", api_base=f"{server.url}/v1", api_key="unused", is_chat_model=True, temperature=0, max_tokens=16
-    )
-    assert "Paris" in model.complete("What is the capital of France?").text
-    assert "Paris" in list(model.stream_complete("What is the capital of France?"))[-1].text
+LLAMAINDEX = """
+import sys
+from llama_index.llms.openai_like import OpenAILike
+options = {"api_base": sys.argv[1], "api_key": "unused", "is_chat_model": True, "max_tokens": 16, "temperature": 0}
+model = OpenAILike(model="smollm2", **options)
+print(model.complete("What is the capital of France?").text)
+print(list(model.stream_complete("What is the capital of France?"))[-1].text)
+"""
+LITELLM = """
+import sys, litellm
+options = {"model": "openai/smollm2", "api_base": sys.argv[1], "api_key": "unused", "max_tokens": 16, "temperature": 0}
+options["messages"] = [{"role": "user", "content": "What is the capital of France?"}]
+print(litellm.completion(**options).choices[0].message.content)
+print("".join(part.choices[0].delta.content or "" for part in litellm.completion(stream=True, **options)))
+"""
 
 
-def test_litellm(server: Running) -> None:
-    litellm = pytest.importorskip("litellm")
-    options = {"model": "openai/smollm2", "api_base": f"{server.url}/v1", "api_key": "unused"}
-    answer = litellm.completion(messages=QUESTION, max_tokens=16, temperature=0, **options)
-    assert "Paris" in answer.choices[0].message.content
-    parts = litellm.completion(messages=QUESTION, max_tokens=16, temperature=0, stream=True, **options)
-    assert "Paris" in "".join(part.choices[0].delta.content or "" for part in parts)
+@pytest.fixture(scope="module")
+def older_clients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment with clients that require an older version of the package openai, so they have a folder of their own."""
+    folder = str(tmp_path_factory.mktemp("clients"))
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", folder]
+    subprocess.run([*install, "litellm", "llama-index-llms-openai-like"], check=True, capture_output=True)
+    return os.environ | {"PYTHONPATH": folder}
+
+
+@pytest.mark.parametrize("script", [LLAMAINDEX, LITELLM], ids=["llamaindex", "litellm"])
+def test_clients_with_an_older_openai(server: Running, older_clients: dict[str, str], script: str) -> None:
+    command = [sys.executable, "-c", script, f"{server.url}/v1"]
+    done = subprocess.run(command, env=older_clients, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answer, stream = done.stdout.splitlines()
+    assert "Paris" in answer
+    assert "Paris" in stream
 
 
 def test_llm_comply(server: Running) -> None:
