@@ -59,14 +59,19 @@ def write(file: Path, content: str | bytes, option: str) -> None:
         ) from None
 
 
-def replace(file: Path, text: str) -> None:
+def replace(file: Path, text: str, mode: int = 0o666) -> None:
     """Replace `file` atomically: a reader sees the old content or all of `text`. Raises `OSError`.
 
-    An existing file keeps its permissions.
+    An existing file keeps its permissions; a new one gets `mode`, reduced by the umask.
     """
     partial = file.with_name(f".inferctl-{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8", newline="")
+        with open(
+            partial, "w", encoding="utf-8", newline="", opener=lambda path, flags: os.open(path, flags, mode)
+        ) as to:
+            to.write(text)
+            to.flush()
+            os.fsync(to.fileno())  # otherwise a power failure can leave an empty file
         if file.exists():
             shutil.copymode(file, partial)
         partial.replace(file)

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 # 1980-01-01, the oldest time that a zip file can store: the modification time of each file in a layer.
 EPOCH = 315532800
 DEFAULT_PORT = 8080
+# Where an image expects the folder of its key file. A mounted file alone would not change when it is replaced.
+KEYS_PATH = "/keys"
 # HEALTHCHECK does not count failures before the server can be ready. Embeddings: imports and the comparison with fp32.
 _START_PERIOD_S = 180
 # Generation: imports, compilation and warm-up of vLLM took 78 to 200 s with 0.3 GB of weights on two busy cores.
@@ -43,7 +45,8 @@ _START_PERIOD_S = 180
 _VLLM_START_S = 300
 _READ_BYTES_PER_S = 100_000_000
 _UNKNOWN_WEIGHTS_BYTES = 150_000_000_000
-# The modules outside `inferctl/serve/` that the server imports.
+# The packages and the modules of the server.
+_SERVER_PACKAGES = ("access", "serve")
 _SERVER_MODULES = (
     "__init__",
     "assets",
@@ -199,7 +202,7 @@ def server_files() -> dict[str, Path]:
     package = assets.package()
     target = "layers/server/opt/inferctl/server/inferctl"
     files = [package / f"{module}.py" for module in _SERVER_MODULES]
-    files += (package / "serve").rglob("*.py")
+    files += (file for name in _SERVER_PACKAGES for file in (package / name).rglob("*.py"))
     found = {f"{target}/{file.relative_to(package).as_posix()}": file for file in files}
     # The server reads the hardware facts to report the name of its GPU.
     for file in (assets.root() / "benchmarks" / "hardware").glob("*.yaml"):
@@ -213,6 +216,8 @@ def _container_config(spec: Spec, port: int) -> bytes:
     data["serve"] |= {"port": port, "host": "0.0.0.0"}
     if spec.model.weights != "download":
         data["model"]["source"] = "/model"
+    if spec.access.keys:
+        data["access"]["keys"] = f"{KEYS_PATH}/{Path(spec.access.keys).name}"
     return yaml.safe_dump(data, sort_keys=True).encode()
 
 

@@ -25,6 +25,14 @@ from inferctl.spec import DEFAULT_FILE, HUB_ID, Spec, slug
 ENVIRONMENT_PREFIX = "INFERCTL_"
 # Variables that the command line or the tests read. They are not settings of the spec.
 RESERVED_VARIABLES = frozenset({"INFERCTL_SPEC", "INFERCTL_REQUIRE"})
+# Settings of a spec file that `null` in a variable removes. Other texts stay texts.
+_REMOVABLE = ("access.keys", "access.oidc.issuer")
+# The environment of a server that only its parent process uses: it asks for no keys, whatever the spec says.
+OPEN_ACCESS = {
+    "INFERCTL_ACCESS_KEYS": "null",
+    "INFERCTL_ACCESS_OIDC_ISSUER": "null",
+    "INFERCTL_ACCESS_TRUSTED_PROXIES": "",
+}
 _EXAMPLE = "write a commented example with `inferctl init --force`"
 
 
@@ -90,7 +98,7 @@ def resolve(
             warnings.append(f"{variable} is not a setting" + (f"; did you mean {close[0]}?" if close else ""))
             continue
         path = variables[variable]
-        _put(data, path, _from_text(text, known[path]))
+        _put(data, path, None if path in _REMOVABLE and text == "null" else _from_text(text, known[path]))
         origins[path] = f"env {variable}"
     for path, value in flags.items():
         if value is not None:
@@ -185,7 +193,7 @@ def paths() -> dict[str, Any]:
 
 _ABSENT = object()
 # Settings that can be a local folder; `~` is expanded.
-_PATHS = ("model.source", "image.wheels", "image.locks")
+_PATHS = ("model.source", "image.wheels", "image.locks", "access.keys")
 # Settings that are a name in the catalog or a file.
 _NAMES_OR_FILES = ("hardware", "image.base", "bench.plan")
 _HINTS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import re
 from typing import Annotated, Any, Literal, Self
@@ -187,6 +188,62 @@ class Bench(_Section):
     plan: OneLine = Field("precision", description="Benchmark plan: an entry of benchmarks/plans/ or a YAML file.")
 
 
+class Oidc(_Section):
+    """Tokens of an OIDC provider, such as those of service accounts. They require the extra `oidc`."""
+
+    issuer: OneLine | None = Field(
+        None, description="Accept tokens (JWT) of this issuer as keys. The claim `sub` is the key id."
+    )
+    audience: OneLine = Field("inferctl", description="Audience that the tokens must have.")
+    jwks: OneLine | None = Field(
+        None, description="URL or file of the public keys. Default: from the issuer's discovery document."
+    )
+
+
+class Access(_Section):
+    """Who may use the server, and how much. Without keys, every client may use it without limits."""
+
+    keys: OneLine | None = Field(
+        None, description="Key file that `inferctl keys` writes. Without it, the server asks for no keys."
+    )
+    open: list[Literal["metrics", "info", "docs"]] = Field(
+        default_factory=list,
+        description="With keys: pages open to everyone, of `metrics`, `info` and `docs`.",
+    )
+    trusted_proxies: list[OneLine] = Field(
+        default_factory=list,
+        description="Networks (CIDR) of gateways that name the caller in x-inferctl-key-id.",
+    )
+    oidc: Oidc = Field(default_factory=Oidc)  # type: ignore[arg-type]  # pydantic fills the defaults
+    requests_per_minute: int | None = Field(
+        None, ge=1, le=1_000_000_000, description="Limit of each key without its own. Default: no limit."
+    )
+    tokens_per_minute: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000_000_000,
+        description="Limit of each key without its own: tokens in and out. Default: no limit.",
+    )
+    replicas: int = Field(
+        1, ge=1, le=10_000, description="Number of servers behind one address: each applies limit / replicas."
+    )
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, networks: list[str]) -> list[str]:
+        for network in networks:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                raise ValueError(f"access.trusted_proxies: {error}") from None
+        return networks
+
+    @property
+    def required(self) -> bool:
+        """Whether a client must say who it is."""
+        return bool(self.keys or self.trusted_proxies or self.oidc.issuer)
+
+
 class Deploy(_Section):
     """Reserved for Kubernetes settings."""
 
@@ -205,10 +262,11 @@ class Spec(_Section):
         description="Hardware that the container must run on: entries of benchmarks/hardware/ or YAML files.",
     )
     slo: Slo = Field(default_factory=Slo)  # type: ignore[arg-type]
+    access: Access = Field(default_factory=Access)  # type: ignore[arg-type]
     bench: Bench = Field(default_factory=Bench)  # type: ignore[arg-type]
     deploy: Deploy = Field(default_factory=Deploy)
 
-    @field_validator("serve", "image", "slo", "bench", "deploy", mode="before")
+    @field_validator("serve", "image", "slo", "access", "bench", "deploy", mode="before")
     @classmethod
     def _empty_section(cls, value: Any) -> Any:
         """Replace null, which YAML reads for `serve:` without content, with an empty section."""

@@ -47,8 +47,9 @@ ALLOWED = {
     "fit": {"errors", "spec", "catalog", "decoder", "precision", "drivers", "model", "sizes"},
     "locks": {"errors", "assets", "catalog"},
     "render": {"errors", "assets", "spec", "model", "catalog", "locks"},
+    "access": {"errors", "outputs"},
     "image": FACTS | {"hub", "render", "locks", "fit", "sizes"},
-    "serve": FACTS | {"decoder", "hub", "sizes"},
+    "serve": FACTS | {"access", "decoder", "hub", "sizes"},
     # The estimator runs the server's batcher, which imports neither HTTP nor torch, on a virtual clock.
     "estimate": FACTS | {"fit", "sizes", "serve.scheduling.batcher", "serve.scheduling.latency_model"},
     "bench": FACTS | {"estimate"},
@@ -61,6 +62,7 @@ ONLY_IN = {
     "torch": ("serve/engines/", "serve/reference.py"),
     "transformers": ("serve/engines/", "serve/reference.py"),
     "docker": ("image/docker.py",),
+    "jwt": ("access/oidc.py",),
     "huggingface_hub": ("hub.py",),
     "yaml": ("document.py", "pin.py", "render.py"),
     "locust": (),

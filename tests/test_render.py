@@ -232,7 +232,7 @@ def test_the_server_layer_has_the_modules_that_the_server_imports() -> None:
     assert {"serve/__main__.py", "serve/reference.py", "_assets/benchmarks/hardware/t4.yaml"} <= names
     assert not [name for name in names if name.endswith(".pyc") or "__pycache__" in name]
     folders = {name.partition("/")[0] for name in names if "/" in name}
-    assert folders == {"serve", "_assets"}
+    assert folders == {"access", "serve", "_assets"}
     for name in names:
         if name.endswith(".py"):
             for imported in imports(render.assets.package() / name):

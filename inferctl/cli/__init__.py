@@ -35,6 +35,7 @@ class Root(LazyGroup):
         "push": Command("inferctl.cli.push", "push", "Push an image and print its name@digest."),
         "pull": Command("inferctl.cli.pull", "pull", "Pull an image and print its name@digest."),
         "serve": Command("inferctl.cli.serve", "serve", "Serve embeddings with an OpenAI-compatible API."),
+        "keys": Command("inferctl.cli.keys", "app", "Create, list, revoke and rotate API keys."),
         "bench": Command("inferctl.cli.bench", "bench", "Measure latency, throughput and quality."),
         "compare": Command("inferctl.cli.compare", "compare", "Compare two benchmarks and detect regressions."),
         "estimate": Command(

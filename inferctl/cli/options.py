@@ -60,6 +60,14 @@ def spec_path(spec_file: Path | None) -> Path:
     return spec_file or Path(os.environ.get("INFERCTL_SPEC") or spec.DEFAULT_FILE)
 
 
+def key_file(file: Path | None, spec_file: Path | None) -> Path:
+    """Return the key file: `file` (an option), else `access.keys` of the environment or of the spec, else keys.json."""
+    if file is None and (spec_file or spec_path(None).exists()):
+        keys = load(spec_file, {}).spec.access.keys
+        file = Path(keys) if keys else None
+    return file or Path(os.environ.get("INFERCTL_ACCESS_KEYS") or "keys.json")
+
+
 def load(spec_file: Path | None, flags: dict[str, Any]) -> Resolved:
     """Return the settings and print their warnings.
 

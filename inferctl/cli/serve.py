@@ -19,6 +19,8 @@ Examples:
   inferctl serve --model DIR --precision bf16 --port 0 --announce ready.json
   # Serve a generative model with vLLM
   inferctl serve --model ./SmolLM2-135M-Instruct --max-context-tokens 2048
+  # Let only those use it who have a key
+  inferctl keys create team-a && inferctl serve --model DIR --host 0.0.0.0 --keys keys.json
   # Run a built image as a container
   inferctl serve --image registry.example.com/ml/minilm@sha256:...
 """
@@ -66,6 +68,10 @@ def serve(
         typer.Option(
             metavar="SIZE", help="Generation: memory of the KV cache. [default: the rest of the GPU; on CPUs 4GiB]"
         ),
+    ] = None,
+    keys: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Accept the keys in this file of `inferctl keys`. [default: the spec's]"),
     ] = None,
     device: Annotated[
         str,
@@ -188,6 +194,7 @@ def _serve_image(
         model=spec.model.source if has_model else None,
         revision=spec.model.revision if has_model else None,
         replaces_model="model" in command_line,
+        keys=Path(spec.access.keys) if spec.access.keys else None,
         drain_seconds=spec.serve.grace_seconds + spec.serve.drain_seconds,
         arguments=main.arguments(command_line),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from inferctl.image import failures
 from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.records import ContainerOptions, ImageInfo
 from inferctl.image.verify import CACHE_PATH, exit_error, free_port, mounts_of, request
+from inferctl.render import KEYS_PATH
 
 # The volume that keeps the weights that containers download.
 _CACHE_VOLUME = "inferctl-models"
@@ -37,14 +39,16 @@ class Address:
 class ServeOptions:
     """The options of `run_server`. `model`: folder or hub id of the weights to mount, None if not specified.
 
-    `replaces_model`: whether the command line specifies the model. `drain_seconds`: maximum duration of a stop,
-    including the grace period. `arguments`: options of `inferctl serve` for the server in the container.
+    `replaces_model`: whether the command line specifies the model. `keys`: the key file to mount. `drain_seconds`:
+    maximum duration of a stop, including the grace period. `arguments`: options of `inferctl serve` for the server in
+    the container.
     """
 
     address: Address
     model: str | None = None
     revision: str | None = None
     replaces_model: bool = False
+    keys: Path | None = None
     drain_seconds: float = 30.0
     arguments: tuple[str, ...] = ()
 
@@ -70,15 +74,21 @@ def run_server(
     engine = DockerEngine.connect()
     image = get_or_pull(engine, reference, log)
     check_inferctl_image(image, reference)
+    if serve_options.keys is not None:
+        check_readable(serve_options.keys)
     folder = weights(image, serve_options, fetch)
     gpu = engine.info().gpu and "NVIDIA_VISIBLE_DEVICES" in image.environment
     address = serve_options.address
     try:
-        container = engine.start(image.id, options(image, folder, address, gpu, serve_options.arguments))
+        container = engine.start(
+            image.id, options(image, folder, address, gpu, serve_options.arguments, serve_options.keys)
+        )
     except failures.NoBridgeError as error:
         log(f"{error.message}; using the host's network")
         address = replace(address, network="host", port=address.port or free_port())
-        container = engine.start(image.id, options(image, folder, address, gpu, serve_options.arguments))
+        container = engine.start(
+            image.id, options(image, folder, address, gpu, serve_options.arguments, serve_options.keys)
+        )
     with container:
         timeout = int(serve_options.drain_seconds) + _STOP_GRACE_SECONDS
         return _run_to_end(container, image, address, log, announce, timeout)
@@ -105,6 +115,21 @@ def check_inferctl_image(image: ImageInfo, reference: str) -> None:
         )
 
 
+def check_readable(keys: Path) -> None:
+    """Raise `UsageError` if the user of a container cannot read the key file."""
+    file = keys.resolve()
+    try:
+        modes = file.parent.stat().st_mode & stat.S_IXOTH, file.stat().st_mode & stat.S_IROTH
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UsageError(f"the key file {keys} cannot be read: {reason}", "write one with `inferctl keys`") from None
+    if not all(modes):
+        raise UsageError(
+            f"the user of the container cannot read the key file {keys}",
+            f"run `chmod o+x {file.parent}; chmod o+r {file}`: the file has hashes of keys, and no key",
+        )
+
+
 def weights(image: ImageInfo, serve_options: ServeOptions, fetch: hub.Fetch = model.find) -> Path | None:
     """Return the folder to mount at /model, None if the image contains or downloads its weights."""
     # An image without the label gets weights only if the command line specifies a model.
@@ -120,7 +145,12 @@ def weights(image: ImageInfo, serve_options: ServeOptions, fetch: hub.Fetch = mo
 
 
 def options(
-    image: ImageInfo, folder: Path | None, address: Address, gpu: bool, arguments: tuple[str, ...] = ()
+    image: ImageInfo,
+    folder: Path | None,
+    address: Address,
+    gpu: bool,
+    arguments: tuple[str, ...] = (),
+    keys: Path | None = None,
 ) -> ContainerOptions:
     """Return the options of the container. `arguments` come last, so that they override those of the image."""
     container_port = listening_port(image)
@@ -128,10 +158,15 @@ def options(
     port = address.port if on_host else container_port
     listen = ("--host", address.host, "--port", str(port)) if on_host else ()
     reference = ("--image-reference", image.digests[0] if image.digests else image.id)
+    environment = {"INFERCTL_SERVE_PORT": str(port)}
+    mounts = mounts_of(folder) if folder else {}
+    if keys is not None:
+        mounts[KEYS_PATH] = str(keys.resolve().parent)
+        environment["INFERCTL_ACCESS_KEYS"] = f"{KEYS_PATH}/{keys.resolve().name}"
     return ContainerOptions(
         command=(*image.command, *listen, *reference, *arguments),
-        environment={"INFERCTL_SERVE_PORT": str(port)},
-        mounts=mounts_of(folder) if folder else {},
+        environment=environment,
+        mounts=mounts,
         volumes={CACHE_PATH: _CACHE_VOLUME} if image.environment.get("HF_HOME") == CACHE_PATH else {},
         port=container_port,
         host=address.host,

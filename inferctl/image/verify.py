@@ -183,12 +183,20 @@ def server_options(image: ImageInfo, options: VerifyOptions, port: int) -> tuple
     """Return the options of the container, and its host port on the host's network (None on the bridge)."""
     mounts = mounts_of(options.model) if options.model else {}
     labels = {"io.inferctl.role": "verify"}
+    environment = settings.OPEN_ACCESS
     if options.network != "host":
-        return ContainerOptions(mounts=mounts, port=port, gpu=options.gpu, labels=labels, scratch=_scratch(image)), None
+        return ContainerOptions(
+            environment=environment,
+            mounts=mounts,
+            port=port,
+            gpu=options.gpu,
+            labels=labels,
+            scratch=_scratch(image),
+        ), None
     free = free_port()
     return ContainerOptions(
         command=(*image.command, "--host", "127.0.0.1", "--port", str(free)),
-        environment={"INFERCTL_SERVE_PORT": str(free)},
+        environment={**environment, "INFERCTL_SERVE_PORT": str(free)},
         mounts=mounts,
         network="host",
         gpu=options.gpu,

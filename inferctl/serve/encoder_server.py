@@ -17,7 +17,7 @@ from inferctl.serve import describe, events, task_config
 from inferctl.serve.api import app
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
-from inferctl.serve.edge import listener
+from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import Edge, EdgeLimits
 from inferctl.serve.embedding_config import EmbeddingConfig
@@ -80,6 +80,7 @@ class EncoderServer:
             metrics=metrics.exposition,
             endpoints=app.ENDPOINTS,
             limits=self._edge_limits,
+            access=access.create(spec.access, (spec.name, spec.model.source)),
         )
         engine_config = EngineConfig(
             engine="echo" if options.engine == "echo" else "encoder",
@@ -108,6 +109,8 @@ class EncoderServer:
         self._tokenizer.warm()
         socket = listener.listen(self._spec.serve.host, self._spec.serve.port)
         self._url = listener.url_of(socket, self._spec.serve.host)
+        for warning in access.warnings(self._spec.access, self._spec.serve.host):
+            self._notify(f"warning    {warning}")
         self._http = listener.HttpServer(self._edge, self._spec.serve.drain_seconds, self._edge.rejected)
         engines = asyncio.create_task(self._pool.run())
         serving = asyncio.create_task(self._http.serve(sockets=[socket]))

@@ -59,6 +59,7 @@ def log_request(event: UsageEvent) -> None:
         "inputs": event.inputs,
         "tokens": event.input_tokens,
         "output_tokens": event.output_tokens,
+        "key_id": event.key_id,
         "bulk": event.priority == "bulk",
         **{f"{name}_ms": round(1000 * seconds, 3) for name, seconds in event.phases.items()},
     }

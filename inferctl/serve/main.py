@@ -27,6 +27,7 @@ SETTINGS = {
     "max_context_tokens": "serve.max_context_tokens",
     "max_sequences": "serve.max_sequences",
     "kv_cache": "serve.kv_cache",
+    "keys": "access.keys",
 }
 # Options that `inferctl serve --image` passes on. Host, port and model belong to the container.
 FORWARDED = (

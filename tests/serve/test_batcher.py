@@ -271,3 +271,63 @@ def test_the_prediction_runs_one_sequence_on_one_engine() -> None:
     assert queue.predict_latency(512, longest=64) == pytest.approx(0.064)
     with pytest.raises(AdmissionError):
         queue.predict_latency(512, longest=512, busy_s=0.01)
+
+
+def _flooded(limits: QueueLimits, tenants: bool) -> dict[str, float]:
+    """Return the share of accepted requests of a client at ten times the capacity, and of one at a tenth of it."""
+    queue = Batcher(limits, LatencyModel(Capacity(0.001, 64_000)))
+    sent, accepted = {"flood": 0, "other": 0}, {"flood": 0, "other": 0}
+    busy, number = 0.0, 0
+    for tick in range(4_000):
+        now = tick / 1000
+        for client in ["flood"] * 10 + ["other"] * (tick % 10 == 0):
+            number += 1
+            sent[client] += 1
+            try:
+                queue.submit(number, [64], now, busy_s=max(0.0, busy - now), tenant=client if tenants else None)
+                accepted[client] += 1
+            except AdmissionError:
+                pass
+        if now >= busy and (batch := queue.next_batch(now)):
+            busy = now + queue.latency.seconds(sum(item.tokens for item in batch))
+    return {client: accepted[client] / sent[client] for client in sent}
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        QueueLimits(1024, 8192),
+        QueueLimits(1024, 10_000_000, max_wait_s=0.2),
+        QueueLimits(1024, 10_000_000, max_wait_s=10, slo_s=0.1),
+    ],
+    ids=["queue_full", "max_wait", "slo"],
+)
+def test_one_key_does_not_take_the_queue_from_the_others(limits: QueueLimits) -> None:
+    assert _flooded(limits, tenants=False)["other"] < 0.5
+    shares = _flooded(limits, tenants=True)
+    assert shares["other"] > 0.95
+    assert shares["flood"] > 0.05
+
+
+@given(REQUESTS, st.integers(0, 20))
+def test_nothing_stays_held_when_the_queue_is_empty(requests: Requests, cancelled: int) -> None:
+    queue = batcher()
+    for number, (bulk, lengths) in enumerate(requests):
+        queue.submit(number, lengths, now=0.0, bulk=bulk, tenant=f"t{number % 3}")
+    queue.cancel(cancelled)
+    if batch := queue.next_batch(0.0):
+        queue.requeue(batch)
+    drain(queue)
+    assert queue._interactive.held == {} == queue._bulk.held
+
+
+def test_a_key_that_waits_alone_gets_most_of_the_queue() -> None:
+    queue = batcher(queue_tokens=1000)
+    accepted = 0
+    with pytest.raises(AdmissionError) as error:
+        for number in range(100):
+            queue.submit(number, [10], now=0.0, tenant="a")
+            accepted += 10
+    assert error.value.reason == "key_share"
+    assert 700 <= accepted <= 800
+    queue.submit(1000, [100], now=0.0, tenant="b")

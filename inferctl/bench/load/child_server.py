@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from inferctl import settings
 from inferctl.bench.load.target import Target, connect
 from inferctl.errors import InferctlError
 
@@ -80,6 +81,7 @@ def serve(
             stdout=stream,
             stderr=subprocess.STDOUT,
             cwd=folder,
+            env=os.environ | settings.OPEN_ACCESS,
             start_new_session=True,
         )
     try:

@@ -368,7 +368,7 @@ def _hint(status: int) -> str:
     if status in (401, 403):
         return (
             "the server requires credentials: name the environment variable of its API key with `--api-key-env NAME`, "
-            "or pass `--header 'Name: value'`"
+            "or pass `--header 'Name: value'`; for inferctl, a key of `inferctl keys create NAME --admin`"
         )
     if status in (429, 502, 503, 504):
         return "the server may be loading its model, or be busy: wait until GET /readyz or GET /health returns 200"

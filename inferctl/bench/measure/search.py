@@ -254,7 +254,9 @@ class Backlog:
             for edge in edges
         ]
         windows = [latencies[(ends >= edge - WINDOW_S) & (ends < edge)] for edge in edges]
-        medians = [(edge, float(np.median(inside))) for edge, inside in zip(edges, windows, strict=True) if len(inside)]
+        medians = [
+            (float(edge), float(np.median(inside))) for edge, inside in zip(edges, windows, strict=True) if len(inside)
+        ]
         backlog = stats.slope([float(edge) for edge in edges], waiting)
         latency = stats.slope([edge for edge, _ in medians], [value for _, value in medians])
         if not backlog or not latency:

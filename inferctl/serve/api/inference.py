@@ -48,7 +48,7 @@ class Inference:
             message = f"x-priority must be `interactive` or `bulk`, got {context.priority.decode('latin-1')!r}"
             raise ApiError(400, message, code="invalid_priority", param="x-priority")
         try:
-            self.dispatcher.check_admission(bulk=context.priority == b"bulk")
+            self.dispatcher.check_admission(bulk=context.priority == b"bulk", tenant=context.tenant)
         except AdmissionError as error:
             raise _rejection(error) from None
         return context
@@ -67,8 +67,8 @@ class Inference:
     ) -> Vectors:
         """Return the vectors ([sequences, dimensions]) of the sequences, and store counts and times in the context.
 
-        `tokenize` gives the sequences, and for pairs where their second segments start. Raises `ApiError`, and
-        `ClientDisconnectedError` if the client disconnects first.
+        `tokenize` gives the sequences, and for pairs where their second segments start. Raises `ApiError`, `LimitError`
+        if the tokens exceed a limit of the key, and `ClientDisconnectedError` if the client disconnects first.
         """
         started = time.monotonic()
 
@@ -78,8 +78,11 @@ class Inference:
             if tokens > self.model.max_tokens:
                 message = f"the request has {tokens} tokens; the limit is {self.model.max_tokens}"
                 raise ApiError(400, message, code="too_many_tokens")
+            if context.charge is not None:
+                context.charge.tokens(tokens, time.time())
             tokenized = time.monotonic()
-            result = await self.dispatcher.submit(sequences, second_starts, bulk=context.priority == b"bulk")
+            bulk = context.priority == b"bulk"
+            result = await self.dispatcher.submit(sequences, second_starts, bulk=bulk, tenant=context.tenant)
             context.input_tokens = tokens
             return result, tokenized
 

@@ -1,7 +1,8 @@
 """The edge: an ASGI middleware in front of every task. It knows neither the model nor the engine.
 
-It gives each request an id, limits what one and all of them can hold, answers the probes, turns errors into OpenAI's
-envelope, rejects requests while the server starts or shuts down, and emits one `UsageEvent` per request.
+It gives each request an id, checks its key and the limits of the key, limits what one and all of them can hold, answers
+the probes, turns errors into OpenAI's envelope, rejects requests while the server starts or shuts down, and emits one
+`UsageEvent` per request.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any, TypeVar
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from inferctl.access.limits import LimitError
+from inferctl.serve.edge import access as edge_access
+from inferctl.serve.edge.access import Access
 from inferctl.serve.edge.errors import ApiError, at_capacity
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.usage import CLIENT_DISCONNECTED, REJECTION, RequestContext, UsageEvent
@@ -62,6 +66,7 @@ class Edge:
 
     `emit` receives the events. `info()` returns the document of `GET /info`, None before it is known. `metrics()`
     returns the body and the media type of `GET /metrics`. `endpoints`: path -> name in events, for the paths of tasks.
+    `access`: who may use the server; None for everyone, without limits.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class Edge:
         metrics: Callable[[], tuple[bytes, str]],
         endpoints: Mapping[str, str],
         limits: EdgeLimits | None = None,
+        access: Access | None = None,
     ) -> None:
         self.in_flight = 0
         self.unfinished_responses = 0  # of complete requests that were still running when the drain ended
@@ -81,7 +87,7 @@ class Edge:
         self.stopped = ApiError(503, "the server stopped", code="stopped")  # for requests that the drain cancels
         self._body_bytes = 0  # of all requests in flight
         self._app, self._lifecycle, self._emit, self._limits = app, lifecycle, emit, limits or EdgeLimits()
-        self._info, self._endpoints = info, endpoints
+        self._info, self._endpoints, self._access = info, endpoints, access
         self._probes: dict[str, Callable[[], tuple[int, bytes, str]]] = {
             "/livez": self._livez,
             "/readyz": self._readyz,
@@ -107,7 +113,10 @@ class Edge:
         request = _Request(self, context, receive, send)
         self.in_flight += 1
         try:
+            key = self._access.authenticate(scope, context) if self._access else None
             self._admit(scope, context)
+            if self._access and key and scope["method"] == "POST":
+                self._access.charge(key, context)
             await self._app(scope, request.receive, request.send)
         except asyncio.CancelledError:  # the drain took too long
             self.unfinished_responses += request.body_complete
@@ -116,6 +125,8 @@ class Edge:
             context.status, context.code = CLIENT_DISCONNECTED, "client_disconnected"
         except ApiError as error:
             await request.fail(error)
+        except LimitError as error:
+            await request.fail(edge_access.limit_exceeded(error))
         except Exception:  # a bug of the server must not leave a request without a response
             log.exception("request %s", context.id.decode())
             await request.fail(ApiError(500, "internal error; see the server log", code="internal_error"))
@@ -124,6 +135,8 @@ class Edge:
             self._body_bytes -= context.body_bytes
             if rejection := scope.get("state", {}).get(REJECTION):  # the client got this response instead
                 context.status, context.code = rejection
+            if context.charge is not None:
+                context.charge.close(give_back=context.status == 429 or context.status >= 500)
             self._emit(context.event())
 
     def _admit(self, scope: Scope, context: RequestContext) -> None:
@@ -153,6 +166,12 @@ class Edge:
     async def _probe(self, scope: Scope, send: Send) -> None:
         if scope["method"] not in ("GET", "HEAD"):
             error = ApiError(405, "method not allowed", headers={"allow": "GET, HEAD"})
+            await _respond(send, error.status, error.body(), "application/json", error.headers)
+            return
+        try:
+            if self._access:
+                self._access.check_page(scope)
+        except ApiError as error:
             await _respond(send, error.status, error.body(), "application/json", error.headers)
             return
         await _respond(send, *self._probes[scope["path"]]())
@@ -197,6 +216,8 @@ class _Request:
         if message["type"] == "http.response.start":
             self._context.status = message["status"]
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", self._context.id)]
+            if self._context.charge is not None:
+                message["headers"] += edge_access.limit_headers(self._context.charge.usage)
         elif message["type"] == "http.response.body":
             self.complete = not message.get("more_body", False)
         await self._send(message)
@@ -214,6 +235,10 @@ class _Request:
             raise error  # the connection is closed, so the client sees that the response is incomplete
         self._context.status = error.status
         headers = {**error.headers, "x-request-id": self._context.id.decode()}
+        if self._context.charge is not None:
+            headers |= {
+                name.decode(): value.decode() for name, value in edge_access.limit_headers(self._context.charge.usage)
+            }
         await _respond(self._send, error.status, error.body(), "application/json", headers)
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
+from inferctl.access.limits import Charge
+
 log = logging.getLogger("inferctl.usage")
 
 CLIENT_DISCONNECTED = 499
@@ -51,7 +53,11 @@ class UsageEvent:
 
 @dataclass(slots=True)
 class RequestContext:
-    """One request in progress. The edge reads the headers; the application fills in the model and the counts."""
+    """One request in progress. The edge reads the headers; the application fills in the model and the counts.
+
+    `charge`: what the key was charged, None without limits. `tenant`: among whom the queue is shared; None for a client
+    without a key, and if there is one key only.
+    """
 
     endpoint: str
     id: bytes = b""
@@ -70,6 +76,8 @@ class RequestContext:
     started: float = field(default_factory=time.monotonic)
     key_id: str | None = None
     cached_tokens: int = 0
+    charge: Charge | None = None
+    tenant: str | None = None
 
     @classmethod
     def of(cls, scope: Scope, endpoint: str) -> RequestContext:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,18 @@ _MAX_MESSAGE = 65536
 
 @dataclass(frozen=True)
 class EdgeSettings:
-    """What the supervisor tells the edge. `info`: the document of `GET /info`. `log`: text or json."""
+    """What the supervisor tells the edge. `info`: the document of `GET /info`. `log`: text or json.
+
+    `access`: the section of the spec, as JSON data. `models`: the names of the model.
+    """
 
     name: str
     drain_seconds: float
     info: dict[str, Any]
     log: str = "text"
     traces: bool = False
+    access: dict[str, Any] = field(default_factory=dict)
+    models: list[str] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
         """Write the settings to `folder`."""

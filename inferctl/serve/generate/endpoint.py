@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from inferctl.access.fairness import InFlight
 from inferctl.serve.edge.errors import ApiError, at_capacity
 from inferctl.serve.edge.middleware import ClientDisconnectedError
 from inferctl.serve.edge.usage import RequestContext, context_of
@@ -23,21 +25,32 @@ _PASSED = _TOKENIZER | {"/v1/models", "/docs", "/redoc", "/version"}
 _DOCUMENT = "/openapi.json"
 # Of a body for the tokenizer: for each token of the context, and in addition. English has about 4 bytes per token.
 _BYTES_PER_TOKEN, _FEW_BYTES = 16, 64 * 1024
+# The most sequences that vLLM runs at a time, if the spec does not say.
+_SEQUENCES = 1024
 _STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 
 
 class GenerationApp:
     """`app` is vLLM's application. `healthy()` asks it whether its engine runs. `context`: the largest one, in tokens.
 
+    `sequences`: the most that vLLM runs at a time, None if unknown.
     `stopped()` returns the error for requests that are cancelled when the server ends. `running`: how many complete
     requests vLLM has. `tokenizing`: the same of the tokenizer. `events`: how many parts of streams arrived, which shows
     progress.
     """
 
     def __init__(
-        self, app: ASGIApp, healthy: Callable[[], Awaitable[bool]], stopped: Callable[[], ApiError], context: int
+        self,
+        app: ASGIApp,
+        healthy: Callable[[], Awaitable[bool]],
+        stopped: Callable[[], ApiError],
+        context: int,
+        sequences: int | None = None,
     ) -> None:
+        # Running, and as many that wait: then one key keeps vLLM busy, and others do not wait long.
+        self.in_flight = InFlight(2 * (sequences or _SEQUENCES))
         self._app, self._healthy, self._stopped = app, healthy, stopped
+        self.context = context
         self._tokenize_bytes = _FEW_BYTES + _BYTES_PER_TOKEN * context
         self.running = self.tokenizing = self.events = 0
 
@@ -99,18 +112,26 @@ class GenerationApp:
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = _Call(self, context_of(scope), receive, send)
+        await call.read()
+        tenant = call.context.tenant
+        if tenant is not None and not self.in_flight.enter(tenant):
+            raise at_capacity("this key has many requests in flight, and other keys need room", "key_share", 1)
+        self.running += 1
         try:
+            call.reserve()
             await self._app(scope, call.receive, call.send)
         except asyncio.CancelledError:
             if call.begun and not call.complete:
                 await call.break_off(self._stopped())
             raise
         except Exception:
-            if call.disconnected and not call.begun:  # for example in the middle of the body
+            if call.disconnected and not call.begun:
                 raise ClientDisconnectedError from None
             raise
         finally:
-            self.running -= call.context.inputs
+            self.running -= 1
+            if tenant is not None:
+                self.in_flight.leave(tenant)
             call.count()
         if call.error is not None:
             raise await self._as_error(call.error)
@@ -142,7 +163,8 @@ class _Call:
 
     def __init__(self, app: GenerationApp, context: RequestContext, receive: Receive, send: Send) -> None:
         self._app, self.context, self._receive, self._send = app, context, receive, send
-        self._body: list[bytes] = []
+        self._body: bytes | None = None
+        self._prompt_tokens = 0  # estimated
         self._options: dict[str, Any] = {}
         self._head: Message | None = None
         self._stream: StreamMeter | None = None
@@ -150,17 +172,33 @@ class _Call:
         self.begun = self.complete = self.disconnected = self.failed = False
         self.error: ApiError | None = None
 
+    async def read(self) -> None:
+        """Read the body, and note what the client asks for. Raises `ClientDisconnectedError`."""
+        parts, more = [], True
+        while more:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnectedError
+            parts.append(message.get("body", b""))
+            more = message.get("more_body", False)
+        self._body = b"".join(parts)
+        self._options = meter.request_options(self._body)
+        self.context.inputs = 1
+
+    def reserve(self) -> None:
+        """Reserve the tokens of this request. Raises `LimitError`."""
+        if self.context.charge is not None and self._body is not None:
+            self._prompt_tokens, answers = meter.expected_tokens(self._body, self._app.context)
+            self.context.charge.reserve(self._prompt_tokens + answers, time.time())
+
     async def receive(self) -> Message:
-        """Return the next message for vLLM, and note what the client asks for."""
+        """Return the next message for vLLM."""
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
         message = await self._receive()
         if message["type"] == "http.disconnect":
             self.disconnected = True
-        elif message["type"] == "http.request":
-            self._body.append(message.get("body", b""))
-            if not message.get("more_body", False):
-                self._options, self._body = meter.request_options(b"".join(self._body)), []
-                self._app.running += 1 - self.context.inputs
-                self.context.inputs = 1
         return message
 
     async def send(self, message: Message) -> None:
@@ -220,11 +258,15 @@ class _Call:
         await self._send({"type": "http.response.body", "body": events})
 
     def count(self) -> None:
-        """Write the tokens to the context."""
+        """Write the tokens to the context, and charge them to the key."""
         if self._stream is not None:
             self._stream.count()
         elif self._parts and self.error is None:
             meter.count_body(self.context, b"".join(self._parts))
+        if self.context.charge is not None:
+            used = self.context.input_tokens + self.context.output_tokens
+            # vLLM does not say what it computed for a client that left before the response.
+            self.context.charge.settle(used or self._prompt_tokens * self.disconnected, time.time())
 
 
 def _error_of(body: bytes, status: int) -> ApiError:

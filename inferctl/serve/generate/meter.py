@@ -18,6 +18,7 @@ from inferctl.serve.edge.usage import RequestContext
 _USAGE = re.compile(rb',"usage":(null|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _INDEX = re.compile(rb'"index":(\d+)')
 _PREFIX = b"data: "
+_PROMPT_BYTES_PER_TOKEN, _ANSWER_TOKENS = 4, 1024
 _ERROR = b'data: {"error"'
 DONE = b"data: [DONE]\n\n"
 
@@ -87,6 +88,28 @@ def count_body(context: RequestContext, body: bytes) -> None:
     if usage:
         context.input_tokens = usage.get("prompt_tokens", 0)
         context.output_tokens = usage.get("completion_tokens", 0) or 0
+
+
+def expected_tokens(body: bytes, context: int) -> tuple[int, int]:
+    """Return the estimated tokens of the prompts of a request, and the largest number that its answers can have.
+
+    A prompt has about 4 bytes per token. Without a limit, an answer counts with `_ANSWER_TOKENS`. `context`: the
+    largest one, in tokens.
+    """
+    prompt_tokens = -(-len(body) // _PROMPT_BYTES_PER_TOKEN)
+    try:
+        request = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return prompt_tokens, 0  # vLLM rejects it
+    if not isinstance(request, dict):
+        return prompt_tokens, 0
+    limit, choices, prompts = request.get("max_completion_tokens"), request.get("n"), request.get("prompt")
+    limit = request.get("max_tokens") if limit is None else limit
+    answer = limit if isinstance(limit, int) and limit >= 0 else _ANSWER_TOKENS
+    answers = choices if isinstance(choices, int) and choices > 0 else 1
+    if isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list):
+        answers *= len(prompts)
+    return prompt_tokens, answers * min(answer, context)
 
 
 def request_options(body: bytes) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from pathlib import Path
 from prometheus_client import REGISTRY
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from inferctl import spec
 from inferctl.serve import events, logs
-from inferctl.serve.edge import listener
+from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import Edge
@@ -64,8 +65,9 @@ class _EdgeServer:
         metrics = RequestMetrics(REGISTRY)
         self._lifecycle = Lifecycle(ready=lambda: self._healthy, live=lambda: True)
         self._lifecycle.started = True
+        limits = settings.info["limits"]
         self._generation = endpoint.GenerationApp(
-            app, self._check, lambda: self._edge.stopped, settings.info["limits"]["max_context_tokens"]
+            app, self._check, lambda: self._edge.stopped, limits["max_context_tokens"], limits["max_sequences"]
         )
         self._edge = Edge(
             self._generation,
@@ -74,6 +76,7 @@ class _EdgeServer:
             info=lambda: settings.info,
             metrics=metrics.exposition,
             endpoints=endpoint.ENDPOINTS,
+            access=access.create(spec.Access(**settings.access), settings.models),
         )
         self._http = listener.HttpServer(self._edge, settings.drain_seconds, self._edge.rejected)
         threading.Thread(target=_kill_orphan, args=(os.getppid(),), daemon=True).start()

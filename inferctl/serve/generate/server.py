@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from inferctl.decoder import Decoder
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError, install_hint
 from inferctl.model import ModelFolder
 from inferctl.serve import events
-from inferctl.serve.edge import listener
+from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import Edge
@@ -53,6 +53,7 @@ class GenerationServer:
         self._probe = _probe(options.device)
         _check_version(self._probe, notify)
         _check_options(spec.serve.vllm_options)
+        _check_key(spec, os.environ)
         self._model = _model(spec, folder, self._probe)
         self._directory = _temporary_folder()
         self._compiler = shutil.which("g++") is not None
@@ -70,6 +71,7 @@ class GenerationServer:
             notify,
         )
         metrics = RequestMetrics()
+        self._names = [spec.name, spec.model.source]
         # Answers on the port while vLLM does not run. When it runs, its process has an edge of its own.
         self._edge = Edge(
             _no_engine,
@@ -78,6 +80,7 @@ class GenerationServer:
             info=lambda: None,
             metrics=metrics.exposition,
             endpoints=endpoint.ENDPOINTS,
+            access=access.create(spec.access, self._names),
         )
         self._socket: socket.socket
         self._front: tuple[listener.HttpServer, asyncio.Task[None]] | None = None
@@ -98,6 +101,9 @@ class GenerationServer:
         listener.raise_file_limit()
         self._socket = listener.listen(self._spec.serve.host, self._spec.serve.port)
         self._url = listener.url_of(self._socket, self._spec.serve.host)
+        if not os.environ.get("VLLM_API_KEY"):
+            for warning in access.warnings(self._spec.access, self._spec.serve.host):
+                self._notify(f"warning    {warning}")
         for line in command.lines(self._derived, self._spec, self._model, self._probe.device):
             self._notify(line)
         self._notify("starting vLLM, which takes a minute or more ...")
@@ -132,12 +138,15 @@ class GenerationServer:
         sys.stderr.flush()
 
     def _edge_settings(self) -> control.EdgeSettings:
+        keys = self._spec.access.keys
         return control.EdgeSettings(
             self._spec.name,
             self._spec.serve.drain_seconds,
             self._info(),
             self._options.log,
             self._options.traces,
+            self._spec.access.model_dump() | {"keys": keys and str(Path(keys).absolute())},
+            self._names,
         )
 
     def _info(self) -> dict[str, Any]:
@@ -271,10 +280,18 @@ def _check_options(words: list[str]) -> None:
     if any(name.startswith("--api-key") for name in names):
         raise UsageError(
             "serve.vllm_options has --api-key, which the log and the list of processes would show",
-            "set the environment variable VLLM_API_KEY",
+            "set `access.keys`, see `inferctl keys --help`",
         )
     if taken := sorted(names & _TAKEN_OPTIONS):
         raise UsageError(f"serve.vllm_options has {taken[0]}, which inferctl sets", f"remove {taken[0]}")
+
+
+def _check_key(spec: Spec, environment: Mapping[str, str]) -> None:
+    """Raise `UsageError` if requests would need two keys in one header."""
+    if spec.access.keys and environment.get("VLLM_API_KEY"):
+        raise UsageError(
+            "access.keys and the environment variable VLLM_API_KEY both set keys", "remove the variable VLLM_API_KEY"
+        )
 
 
 def _install_vllm(kind: str) -> str:

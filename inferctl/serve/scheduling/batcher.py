@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from inferctl.access.fairness import SHARE, exceeds_share
 from inferctl.serve.scheduling.latency_model import LatencyModel
 
 # A request completes with its last batch, and later requests fill that batch too. So predictions are multiplied by a
@@ -45,17 +46,21 @@ class QueueLimits:
 
 
 class QueuedSequence(NamedTuple):
-    """A sequence in the queue: its request, its position in the request, its length in tokens, its arrival time (s)."""
+    """A sequence in the queue: its request, its position in the request, its length in tokens, its arrival time (s).
+
+    `tenant`: among whom the queue is shared; None if it is not.
+    """
 
     request: int
     position: int
     tokens: int
     arrived: float
     bulk: bool = False
+    tenant: str | None = None
 
 
 class AdmissionError(Exception):
-    """The request is rejected. `reason`: `queue_full`, `max_wait` or `slo`. `retry_after` is in seconds."""
+    """The request is rejected. `reason`: `queue_full`, `key_share`, `max_wait` or `slo`. `retry_after`: in seconds."""
 
     def __init__(self, reason: str, message: str, retry_after: float) -> None:
         super().__init__(message)
@@ -69,6 +74,7 @@ class PriorityQueue:
     sequences: deque[QueuedSequence] = field(default_factory=deque)
     tokens: int = 0
     count: int = 0
+    held: dict[str, int] = field(default_factory=dict)  # tokens of each tenant
 
 
 @dataclass
@@ -94,7 +100,14 @@ class Batcher:
         return self._interactive.tokens + self._bulk.tokens
 
     def submit(
-        self, request: int, lengths: Sequence[int], now: float, *, bulk: bool = False, busy_s: float = 0.0
+        self,
+        request: int,
+        lengths: Sequence[int],
+        now: float,
+        *,
+        bulk: bool = False,
+        busy_s: float = 0.0,
+        tenant: str | None = None,
     ) -> float:
         """Queue all sequences of a request and return its predicted latency (s). Raises `AdmissionError`.
 
@@ -104,8 +117,8 @@ class Batcher:
         total, longest_wait = sum(lengths), self.limits.max_wait_s
         if longest_wait is not None and self.latency.seconds(total, self.limits.batch_tokens) > longest_wait:
             bulk = True
-        predicted = self.predict_latency(total, max(lengths), bulk=bulk, busy_s=busy_s)
-        items = [QueuedSequence(request, index, tokens, now, bulk) for index, tokens in enumerate(lengths)]
+        predicted = self.predict_latency(total, max(lengths), bulk=bulk, busy_s=busy_s, tenant=tenant)
+        items = [QueuedSequence(request, index, tokens, now, bulk, tenant) for index, tokens in enumerate(lengths)]
         self._queue(bulk).sequences.extend(items)
         self._add(items)
         return predicted
@@ -117,12 +130,14 @@ class Batcher:
             self._safety_factor *= _RAISE if seconds > self._safety_factor * predicted else _LOWER
             self._safety_factor = min(max(self._safety_factor, 1.0), _MAX_SAFETY_FACTOR)
 
-    def predict_latency(self, tokens: int, longest: int = 1, *, bulk: bool = False, busy_s: float = 0.0) -> float:
+    def predict_latency(
+        self, tokens: int, longest: int = 1, *, bulk: bool = False, busy_s: float = 0.0, tenant: str | None = None
+    ) -> float:
         """Return the predicted latency (s) of a request. Raises `AdmissionError` if the queue cannot accept it.
 
         `tokens`: the tokens of the request. `longest`: those of its longest sequence. `busy_s`: seconds until an engine
-        is free. Without a waiting request of this priority, the limit of the queue does not apply; otherwise a large
-        request would be rejected forever.
+        is free. `tenant`: must not hold more than its share of the queue. Without a waiting request of this priority,
+        the limit of the queue does not apply; otherwise a large request would be rejected forever.
         """
         queue, half = self._queue(bulk), self.limits.queue_tokens // 2
         limit = half if bulk else self.limits.queue_tokens - min(self._bulk.tokens, half)
@@ -130,6 +145,8 @@ class Batcher:
         if queue.tokens and queue.tokens + tokens > limit:
             message = f"the queue has {queue.tokens} of at most {limit} tokens, and the request has {tokens}"
             raise AdmissionError("queue_full", message, wait if self.latency.known else 1.0)
+        if tenant is not None and (held := queue.held.get(tenant)):
+            self._check_share(held, tokens, limit - queue.tokens, wait, bulk=bulk)
         if self.limits.max_wait_s is not None and wait > self.limits.max_wait_s:
             message = f"the predicted wait is {wait:.3g} s, and the limit is {self.limits.max_wait_s:g} s"
             raise AdmissionError("max_wait", message, wait - self.limits.max_wait_s)
@@ -141,6 +158,19 @@ class Batcher:
             if late > 0:
                 raise AdmissionError("slo", f"predicted latency exceeds the SLO by {late:.2g} s", min(late, wait))
         return predicted
+
+    def _check_share(self, held: int, tokens: int, free: int, wait: float, *, bulk: bool) -> None:
+        """Raise `AdmissionError` if a tenant that holds `held` tokens would have too many of them.
+
+        The bounds on the wait are shared in the same way: they can be reached long before the queue is full.
+        """
+        bounds = [] if self.limits.max_wait_s is None else [self.limits.max_wait_s]
+        if self.limits.slo_s is not None and not bulk:
+            bounds.append(self.limits.slo_s / self._safety_factor)
+        seconds = self.latency.seconds(held + tokens, self.limits.batch_tokens) / max(1, self.slots)
+        if exceeds_share(held, tokens, free) or (bounds and seconds > SHARE * (min(bounds) - wait)):
+            message = f"this key has {held} tokens in the queue, and other keys need room"
+            raise AdmissionError("key_share", message, wait if self.latency.known else 1.0)
 
     def expected_wait(self, *, bulk: bool = True) -> float:
         """Return the seconds until the queue (`bulk` False: the interactive one) is processed; 0 if unknown."""
@@ -243,6 +273,8 @@ class Batcher:
             queue = self._queue(item.bulk)
             queue.count += 1
             queue.tokens += item.tokens
+            if item.tenant is not None:
+                queue.held[item.tenant] = queue.held.get(item.tenant, 0) + item.tokens
 
     def _remove(self, item: QueuedSequence) -> None:
         """Count a sequence that left the queue."""
@@ -253,3 +285,7 @@ class Batcher:
         queue = self._queue(item.bulk)
         queue.count -= 1
         queue.tokens -= item.tokens
+        if item.tenant is not None:
+            queue.held[item.tenant] -= item.tokens
+            if not queue.held[item.tenant]:
+                del queue.held[item.tenant]

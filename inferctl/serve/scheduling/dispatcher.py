@@ -98,11 +98,16 @@ class Dispatcher:
         return bool(self._engines)
 
     def submit(
-        self, sequences: Sequence[Tokens], second_starts: Sequence[int] | None = None, *, bulk: bool = False
+        self,
+        sequences: Sequence[Tokens],
+        second_starts: Sequence[int] | None = None,
+        *,
+        bulk: bool = False,
+        tenant: str | None = None,
     ) -> asyncio.Future[RequestResult]:
         """Queue a request and return the future of its result. Cancelling the future cancels the request.
 
-        `second_starts`: as in `Batch`; all requests of a server have them, or none.
+        `second_starts`: as in `Batch`; all requests of a server have them, or none. `tenant`: as in `Batcher.submit`.
         Raises `AdmissionError`, or `EngineUnavailableError` if no engine is ready. The future raises
         `EngineUnavailableError` or `EngineFailedError`.
         """
@@ -110,7 +115,8 @@ class Dispatcher:
             raise EngineUnavailableError("the engine is not ready")
         number, now = next(self._ids), self._clock()
         lengths = [len(s) for s in sequences]
-        predicted = self._batcher.submit(number, lengths, now, bulk=bulk, busy_s=self._seconds_until_free())
+        busy_s = self._seconds_until_free()
+        predicted = self._batcher.submit(number, lengths, now, bulk=bulk, busy_s=busy_s, tenant=tenant)
         future: asyncio.Future[RequestResult] = asyncio.get_running_loop().create_future()
         request = _Request(sequences, second_starts, future, now, predicted, len(sequences))
         self._requests[number] = request
@@ -124,9 +130,9 @@ class Dispatcher:
         if self._requests.pop(number, None) is not None:
             self._batcher.cancel(number)
 
-    def check_admission(self, *, bulk: bool = False) -> None:
+    def check_admission(self, *, bulk: bool = False, tenant: str | None = None) -> None:
         """Raise `AdmissionError` if even a request of one token would be rejected. Called before the body is read."""
-        self._batcher.predict_latency(1, bulk=bulk, busy_s=self._seconds_until_free())
+        self._batcher.predict_latency(1, bulk=bulk, busy_s=self._seconds_until_free(), tenant=tenant)
 
     def _seconds_until_free(self) -> float:
         """Return the seconds until any engine can start another batch, at most 1 ms old."""

@@ -1,0 +1,144 @@
+"""The key file: JSON with the names, scopes, limits and hashes of all keys. It has no key, so a copy opens nothing.
+
+Who can write the file can add a key, so it must not be writable for others than its owner.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+import stat
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from inferctl import outputs
+from inferctl.access import keys
+from inferctl.errors import UsageError
+
+_MAX_BYTES = 64 * 1024 * 1024
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_NEVER = datetime.min.replace(tzinfo=UTC)
+Priority = Literal["interactive", "bulk"]
+Status = Literal["active", "expired", "revoked"]
+
+
+class _Record(BaseModel):
+    # An older version must not ignore a restriction that it does not know.
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StoredDigest(_Record):
+    """The SHA-256 (hex) of one key, which is accepted until `not_after`."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    not_after: AwareDatetime | None = None
+
+
+class ApiKey(_Record):
+    """One API key. A key that was rotated has several digests for some time.
+
+    `models`, `endpoints`: the names that it may use, None for all. `admin`: whether it may read metrics, documentation
+    and the description of the server. `priority`: `bulk` makes each of its requests a bulk request. Limits: None for
+    the default of the server.
+    """
+
+    id: Annotated[str, Field(pattern=rf"^{keys.ID}$")]
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    digests: list[StoredDigest]
+    created: AwareDatetime
+    expires: AwareDatetime | None = None
+    revoked: AwareDatetime | None = None
+    models: list[str] | None = None
+    endpoints: list[str] | None = None
+    admin: bool = False
+    priority: Priority = "interactive"
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
+
+    def status(self, now: datetime) -> Status:
+        """Return whether the key is accepted at `now`."""
+        if self.revoked:
+            return "revoked"
+        return "expired" if self.expires and self.expires <= now else "active"
+
+
+class KeyFile(_Record):
+    """The content of a key file."""
+
+    version: Literal[1] = 1
+    keys: list[ApiKey] = []
+
+    @model_validator(mode="after")
+    def _unique(self) -> Self:
+        if len({key.id for key in self.keys}) < len(self.keys):
+            raise ValueError("two keys have the same id")
+        return self
+
+
+def read(path: Path) -> KeyFile:
+    """Return the content of a key file. Raises `UsageError`, whose text has no value of the file."""
+    try:
+        with path.open("rb") as stream:
+            mode = os.fstat(stream.fileno()).st_mode
+            content = stream.read(_MAX_BYTES + 1)
+    except OSError as error:
+        hint = "write one with `inferctl keys create NAME`" if isinstance(error, FileNotFoundError) else None
+        reason = (error.strerror or str(error)).lower()
+        raise UsageError(f"the key file {path} cannot be read: {reason}", hint) from None
+    if mode & _WRITABLE_BY_OTHERS:
+        raise UsageError(
+            f"the key file {path} has mode {stat.S_IMODE(mode):o}: others could add keys", f"run `chmod go-w {path}`"
+        )
+    if len(content) > _MAX_BYTES:
+        raise UsageError(f"the key file {path} is larger than {_MAX_BYTES:,} bytes")
+    try:
+        return KeyFile.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UsageError(
+            f"the key file {path} is not valid: {where + ': ' if where else ''}{first['msg']}",
+            "`inferctl keys` writes it; an edit by hand, or another version of inferctl, may have changed it",
+        ) from None
+
+
+@contextlib.contextmanager
+def edit(path: Path, *, create: bool = False) -> Iterator[dict[str, ApiKey]]:
+    """Yield the keys by id, and write them to the file when the body ends. `create`: a missing file has no keys.
+
+    Two commands at the same time do not lose each other's change. Raises `UsageError` for a file that is not valid,
+    `OSError` if it cannot be written.
+    """
+    path = path.resolve()  # a link stays a link
+    if create:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    elif not path.exists():
+        read(path)  # raises
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        current = KeyFile() if create and not path.exists() else read(path)
+        found = {key.id: key for key in current.keys}
+        yield found
+        changed = KeyFile(keys=list(found.values()))
+        outputs.replace(path, changed.model_dump_json(indent=1, exclude_none=True) + "\n", mode=0o600)
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@functools.lru_cache(maxsize=10_000)
+def caller(caller_id: str) -> ApiKey:
+    """Return a caller that is not in the file, but known by a token or a proxy. It has the limits of the server."""
+    return ApiKey.model_construct(id=caller_id, name=caller_id, digests=[], created=_NEVER)
+
+
+def now() -> datetime:
+    """Return the time in UTC, in whole seconds."""
+    return datetime.now(UTC).replace(microsecond=0)

@@ -1,0 +1,216 @@
+"""Where a request meets keys and limits: it reads credentials, and makes the 401, 403 and 429 and the limit headers."""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from starlette.types import Scope
+
+from inferctl import spec
+from inferctl.access.key_file import ApiKey, caller
+from inferctl.access.key_table import KeyTable, UnavailableError
+from inferctl.access.limits import PERIOD_S, KeyUsage, Limiter, LimitError
+from inferctl.errors import NotReadyError, install_hint
+from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.edge.usage import RequestContext
+
+if TYPE_CHECKING:
+    from inferctl.access.oidc import TokenTable
+
+log = logging.getLogger("inferctl.access")
+
+# Path -> its name in `access.open`.
+_PAGES = {
+    "/metrics": "metrics",
+    "/info": "info",
+    "/docs": "docs",
+    "/docs/oauth2-redirect": "docs",
+    "/redoc": "docs",
+    "/openapi.json": "docs",
+}
+# The gateway of inferctl sets it, and removes what a client sends.
+_PROXY_HEADER, _MAX_CALLER = b"x-inferctl-key-id", 200
+
+
+class Access:
+    """Who may use one server. `names`: of its model. `settings`: the section `access` of the spec."""
+
+    def __init__(self, settings: spec.Access, names: Iterable[str]) -> None:
+        """Raises `UsageError` if the key file is missing or not valid, `NotReadyError` without PyJWT for tokens."""
+        self._table = KeyTable(Path(settings.keys), log.warning) if settings.keys else None
+        self._tokens = _tokens(settings.oidc)
+        self._proxies = [ipaddress.ip_network(network) for network in settings.trusted_proxies]
+        self._trusts = functools.lru_cache(maxsize=1024)(self._is_proxy)
+        self._limiter = Limiter(settings.requests_per_minute, settings.tokens_per_minute, settings.replicas)
+        self._names, self._open = frozenset(names), frozenset(settings.open)
+        if self._table:
+            self._table.follow()
+        if self._tokens:
+            self._tokens.follow()
+
+    def authenticate(self, scope: Scope, context: RequestContext) -> ApiKey | None:
+        """Return the key of a request, and write it to the context; None for an open page. Raises `ApiError`."""
+        page = _PAGES.get(scope["path"])
+        if page in self._open:
+            return None
+        key = self._find(scope)
+        context.key_id = key.id
+        if self._tokens or self._proxies or (self._table and self._table.shared):
+            context.tenant = key.id
+        if key.priority == "bulk":
+            context.priority = b"bulk"
+        if page and not key.admin:
+            raise _forbidden(f"read {scope['path']}; create one with `--admin`, or set `access.open`")
+        if key.models is not None and self._names.isdisjoint(key.models):
+            raise _forbidden("use this model")
+        if key.endpoints is not None and context.endpoint not in key.endpoints and scope["method"] != "GET":
+            raise _forbidden(f"use {scope['path']}")
+        return key
+
+    def check_page(self, scope: Scope) -> None:
+        """Raise `ApiError` if a page of the edge is closed for this request."""
+        page = _PAGES.get(scope["path"])
+        if page and page not in self._open and not self._find(scope).admin:
+            raise _forbidden(f"read {scope['path']}; create one with `--admin`, or set `access.open`")
+
+    def charge(self, key: ApiKey, context: RequestContext) -> None:
+        """Charge one request. Raises `LimitError`."""
+        context.charge = self._limiter.charge(key, time.time())
+
+    def _find(self, scope: Scope) -> ApiKey:
+        if self._proxies and (client := scope.get("client")) and self._trusts(client[0]):
+            for name, value in scope["headers"]:
+                if name == _PROXY_HEADER and 0 < len(value) <= _MAX_CALLER:
+                    return caller(value.decode("latin-1"))
+        credential = _credential(scope["headers"])
+        try:
+            key = self._known(credential) if credential else None
+        except UnavailableError as error:
+            headers = {"retry-after": "5"}
+            raise ApiError(503, str(error), code="access_unavailable", headers=headers) from None
+        if key is None:
+            # The same text for every reason: it must not say which keys exist.
+            message = "the API key is missing or not valid; send it as `Authorization: Bearer KEY`"
+            raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+        return key
+
+    def _known(self, credential: bytes) -> ApiKey | None:
+        if self._tokens and credential.count(b".") == 2:
+            return self._tokens.find(credential, time.time())
+        return self._table.find(credential, time.time()) if self._table else None
+
+    def _is_proxy(self, address: str) -> bool:
+        try:
+            found = ipaddress.ip_address(address)
+            found = getattr(found, "ipv4_mapped", None) or found
+            return any(found in network for network in self._proxies)
+        except ValueError:
+            return False
+
+
+def _tokens(settings: spec.Oidc) -> TokenTable | None:
+    if not settings.issuer:
+        return None
+    try:
+        from inferctl.access.oidc import TokenTable
+    except ModuleNotFoundError as error:
+        raise NotReadyError(
+            f"access.oidc requires the package {error.name}, not installed", install_hint("oidc")
+        ) from None
+    return TokenTable(settings.issuer, settings.audience, settings.jwks, log.warning)
+
+
+def create(settings: spec.Access, names: Iterable[str]) -> Access | None:
+    """Return who may use the server; None for everyone. Raises `UsageError` for a bad key file."""
+    return Access(settings, names) if settings.required else None
+
+
+def warnings(settings: spec.Access, host: str) -> Iterator[str]:
+    """Yield what the operator should know at the start."""
+    if settings.required:
+        return
+    if not _is_loopback(host):
+        yield (
+            f"the server listens on {host} and asks for no key: everyone who reaches it can use it; "
+            "create a key with `inferctl keys create NAME`, and set `access.keys`"
+        )
+    if settings.requests_per_minute or settings.tokens_per_minute:
+        yield "limits per key have no effect without `access.keys`"
+
+
+def limit_exceeded(error: LimitError) -> ApiError:
+    """Return the 429 of an exceeded limit. OpenAI's clients obey `retry-after-ms` and `x-should-retry`."""
+    if error.retry_after is None:
+        headers = {"x-should-retry": "false"}
+    else:
+        seconds = error.retry_after
+        headers = {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(1000 * seconds))}
+    headers |= {name.decode(): value.decode() for name, value in limit_headers(error.usage)}
+    return ApiError(429, str(error), code="rate_limit_exceeded", headers=headers)
+
+
+def limit_headers(usage: KeyUsage) -> list[tuple[bytes, bytes]]:
+    """Return the state of the limits: OpenAI's `x-ratelimit-*`, and `RateLimit` and `RateLimit-Policy` of the IETF."""
+    requests, tokens = usage.quotas(time.time())
+    found = list(_constant_headers(requests and requests[0], tokens and tokens[0]))
+    states = b""
+    if requests:
+        _, remaining, seconds = requests
+        found.append((b"x-ratelimit-remaining-requests", b"%d" % remaining))
+        found.append((b"x-ratelimit-reset-requests", _duration(seconds)))
+        states = b'"requests";r=%d;t=%d' % (remaining, seconds)
+    if tokens:
+        _, remaining, seconds = tokens
+        found.append((b"x-ratelimit-remaining-tokens", b"%d" % remaining))
+        found.append((b"x-ratelimit-reset-tokens", _duration(seconds)))
+        states += b'%s"tokens";r=%d;t=%d' % (b", " if states else b"", remaining, seconds)
+    if states:
+        found.append((b"ratelimit", states))
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _constant_headers(requests: int | None, tokens: int | None) -> tuple[tuple[bytes, bytes], ...]:
+    limits = [(name, limit) for name, limit in ((b"requests", requests), (b"tokens", tokens)) if limit]
+    if not limits:
+        return ()
+    policy = b", ".join(b'"%s";q=%d;w=%d' % (name, limit, PERIOD_S) for name, limit in limits)
+    return (
+        *((b"x-ratelimit-limit-%s" % name, b"%d" % limit) for name, limit in limits),
+        (b"ratelimit-policy", policy),
+    )
+
+
+@functools.lru_cache(maxsize=128)
+def _duration(seconds: int) -> bytes:
+    return b"%dm%ds" % divmod(seconds, 60) if seconds >= 60 else b"%ds" % seconds
+
+
+def _credential(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Return the key in the headers of a request; empty if there is none."""
+    found = b""
+    for name, value in headers:
+        if name == b"authorization":
+            if value[:7].lower() == b"bearer ":
+                return value[7:].strip()
+        elif name in (b"x-api-key", b"api-key"):
+            found = value.strip()
+    return found
+
+
+def _forbidden(what: str) -> ApiError:
+    return ApiError(403, f"this API key may not {what}", code="forbidden")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")

@@ -1,0 +1,159 @@
+"""Tokens of an OIDC provider: a real HTTP server with its keys, which also stalls, fails and changes them."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+from inferctl.access.key_table import UnavailableError
+from inferctl.access.oidc import TokenTable
+
+RSA_KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+EC_KEY = ec.generate_private_key(ec.SECP256R1())
+
+
+def public(key: Any, kid: str) -> dict[str, Any]:
+    algorithm = jwt.algorithms.RSAAlgorithm if key is RSA_KEY else jwt.algorithms.ECAlgorithm
+    return {**algorithm.to_jwk(key.public_key(), as_dict=True), "kid": kid, "use": "sig"}
+
+
+class Provider(http.server.ThreadingHTTPServer):
+    """A provider on a free port. `stalled`: it accepts connections and does not respond."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Pages)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.keys = [public(RSA_KEY, "rsa"), public(EC_KEY, "ec")]
+        self.stalled = threading.Event()
+        self.fetched = 0
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def token(self, key: Any = RSA_KEY, kid: str = "rsa", algorithm: str = "RS256", **claims: Any) -> bytes:
+        standard = {"iss": self.url, "aud": "inferctl", "sub": "team-a", "exp": int(time.time()) + 600}
+        chosen = {name: value for name, value in {**standard, **claims}.items() if value is not None}
+        return jwt.encode(chosen, key, algorithm, headers={"kid": kid}).encode()
+
+
+class _Pages(http.server.BaseHTTPRequestHandler):
+    server: Provider
+
+    def do_GET(self) -> None:
+        while self.server.stalled.is_set():
+            time.sleep(0.05)
+        if self.path == "/.well-known/openid-configuration":
+            body: Any = {"jwks_uri": f"{self.server.url}/keys"}
+        else:
+            self.server.fetched += 1
+            body = {"keys": self.server.keys}
+        content = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def provider() -> Iterator[Provider]:
+    found = Provider()
+    yield found
+    found.stalled.clear()
+    found.shutdown()
+    found.server_close()
+
+
+@pytest.fixture
+def table(provider: Provider) -> Iterator[TokenTable]:
+    found = TokenTable(provider.url, "inferctl", None, lambda _: None)
+    found.follow()
+    deadline = time.monotonic() + 30
+    while found._keys is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    yield found
+    found.close()
+
+
+def test_tokens_of_the_issuer_are_accepted(provider: Provider, table: TokenTable) -> None:
+    for token in (provider.token(), provider.token(EC_KEY, "ec", "ES256"), provider.token(aud=["x", "inferctl"])):
+        for _ in range(2):
+            found = table.find(token, time.time())
+            assert found and (found.id, found.admin) == ("team-a", False)
+
+
+def test_other_tokens_are_not(provider: Provider, table: TokenTable) -> None:
+    other = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    good = provider.token()
+    bad = {
+        "expired": provider.token(exp=int(time.time()) - 1),
+        "not yet valid": provider.token(nbf=int(time.time()) + 600),
+        "audience": provider.token(aud="other"),
+        "no audience": provider.token(aud=None),
+        "issuer": provider.token(iss="https://other.example.com"),
+        "no end": provider.token(exp=None),
+        "no subject": provider.token(sub=None),
+        "long subject": provider.token(sub="a" * 300),
+        "key": provider.token(other),
+        "unknown key": provider.token(other, "other"),
+        "none": jwt.encode({"sub": "team-a"}, None, "none", headers={"kid": "rsa"}).encode(),
+        "symmetric": provider.token("secret" * 10, "rsa", "HS256"),
+        "changed": good[:-4] + (b"AAAA" if good[-4:] != b"AAAA" else b"BBBB"),
+        "no token": b"a.b.c",
+        "large": b"a." * 20_000,
+    }
+    assert {name for name, token in bad.items() if table.find(token, time.time())} == set()
+
+
+def test_a_known_token_ends_at_its_time(provider: Provider, table: TokenTable) -> None:
+    end = int(time.time()) + 600
+    token = provider.token(exp=end)
+    assert table.find(token, time.time())
+    assert table.find(token, end) is None
+
+
+def test_a_provider_that_stalls_delays_no_request(provider: Provider) -> None:
+    provider.stalled.set()
+    table = TokenTable(provider.url, "inferctl", None, lambda _: None)
+    table.follow()
+    started = time.monotonic()
+    with pytest.raises(UnavailableError):
+        table.find(provider.token(), time.time())
+    assert time.monotonic() - started < 2  # a fetch would take 5
+    table.close()
+
+
+def test_the_last_keys_stay_in_use(provider: Provider, table: TokenTable) -> None:
+    provider.stalled.set()
+    assert table.find(provider.token(kid="unknown"), time.time()) is None  # asks for a fetch
+    assert table.find(provider.token(sub="team-b"), time.time())
+
+
+def test_a_flood_of_new_tokens_is_bounded(provider: Provider, table: TokenTable) -> None:
+    token = provider.token()
+    now = float(int(time.time()))
+    with pytest.raises(UnavailableError):
+        for number in range(2000):
+            table.find(token[:-9] + b"%08dA" % number, now)
+    assert table.find(provider.token(sub="team-b"), now + 1)
+
+
+def test_keys_in_a_file(provider: Provider, tmp_path: Any) -> None:
+    file = tmp_path / "keys.json"
+    file.write_text(json.dumps({"keys": provider.keys}))
+    table = TokenTable(provider.url, "inferctl", str(file), lambda _: None)
+    table.follow()
+    deadline = time.monotonic() + 30
+    while table._keys is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert table.find(provider.token(), time.time())
+    assert provider.fetched == 0
+    table.close()

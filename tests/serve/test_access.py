@@ -1,0 +1,258 @@
+"""Keys and limits on a real server: who is let in, what is closed, what is counted, and what leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import time
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from inferctl.access import key_file
+from inferctl.access.key_file import ApiKey
+from inferctl.serve.edge import access
+from inferctl.spec import Access
+from tests.access.test_keys import add
+from tests.serve.conftest import CLIENT, Running, start, stop, until
+
+
+@dataclass
+class Guarded:
+    """A server with a key file."""
+
+    server: Running
+    keys: Path
+
+    def key(self, name: str = "a", **fields: object) -> tuple[ApiKey, str]:
+        """Create a key, and return it when the server accepts it."""
+        key, secret = add(self.keys, name, **fields)
+        if not key.expires:
+            until(lambda: self.get("/v1/models", secret).status_code == 200)
+        return key, secret
+
+    def get(self, path: str, key: str | None = None) -> httpx.Response:
+        return CLIENT.get(f"{self.server.url}{path}", headers={"authorization": f"Bearer {key}"} if key else {})
+
+    def embed(self, key: str | None = None, text: str = "hello", **headers: str) -> httpx.Response:
+        headers |= {"authorization": f"Bearer {key}"} if key else {}
+        return CLIENT.post(f"{self.server.url}/v1/embeddings", json={"input": text}, headers=headers)
+
+    def client(self, key: str, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.server.url}/v1", api_key=key, **options)
+
+
+@pytest.fixture(scope="module")
+def guarded(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    folder = tmp_path_factory.mktemp("guarded")
+    keys = folder / "keys.json"
+    add(keys, "first")
+    arguments = ("--model", str(minilm), "--engine", "echo", "--name", "echo", "--log", "json", "--keys", str(keys))
+    server = start(folder, *arguments)
+    yield Guarded(server, keys)
+    stop(server)
+
+
+def test_a_key_is_accepted_in_each_header(guarded: Guarded) -> None:
+    _, key = guarded.key()
+    assert guarded.embed(key).status_code == 200
+    assert guarded.embed(**{"x-api-key": key}).status_code == 200
+    assert guarded.embed(**{"api-key": key}).status_code == 200
+    assert guarded.embed(authorization=f"bearer {key}").status_code == 200
+    assert guarded.embed(authorization="Basic abc", **{"x-api-key": key}).status_code == 200
+    assert guarded.client(key).embeddings.create(model="echo", input="hello").data
+    # Without limits, no headers of limits.
+    assert not [name for name in guarded.embed(key).headers if "ratelimit" in name]
+
+
+def test_each_bad_key_gets_the_same_401(guarded: Guarded) -> None:
+    key, secret = guarded.key()
+    _, expired = guarded.key(expires=datetime.now(UTC) - timedelta(seconds=1))
+    with key_file.edit(guarded.keys) as found:
+        found[key.id] = key.model_copy(update={"revoked": key_file.now()})
+    until(lambda: guarded.embed(secret).status_code == 401)
+    bad = [None, "x", "ik_live_", secret, expired, secret[:-1], "a" * 5000]
+    answers = [guarded.embed(each) for each in bad]
+    answers.append(
+        CLIENT.post(
+            f"{guarded.server.url}/v1/embeddings", headers={b"authorization": b"Bearer \xff"}, json={"input": "x"}
+        )
+    )
+    assert {answer.status_code for answer in answers} == {401}
+    assert len({answer.text for answer in answers}) == 1
+    assert answers[0].json()["error"]["code"] == "invalid_api_key"
+    assert answers[0].headers["www-authenticate"] == "Bearer"
+    with pytest.raises(openai.AuthenticationError):
+        guarded.client("none").embeddings.create(model="echo", input="hello")
+
+
+def test_probes_are_open_and_pages_need_an_admin(guarded: Guarded) -> None:
+    _, user = guarded.key()
+    _, admin = guarded.key(admin=True)
+    for path in ("/livez", "/readyz"):
+        assert guarded.get(path).status_code == 200
+    for path in ("/metrics", "/info", "/docs", "/openapi.json"):
+        assert [guarded.get(path, key).status_code for key in (None, user, admin)] == [401, 403, 200], path
+    assert guarded.get("/info", user).json()["error"]["code"] == "forbidden"
+    assert [guarded.get("/v1/models", key).status_code for key in (None, user)] == [401, 200]
+    assert guarded.get("/unknown").status_code == 401
+
+
+def test_scopes(guarded: Guarded) -> None:
+    allowed = [{"endpoints": ["embeddings"]}, {"models": ["echo"]}, {"models": ["other", "echo"]}]
+    for fields in allowed:
+        _, key = guarded.key(**fields)
+        assert guarded.embed(key).status_code == 200, fields
+    _, key = guarded.key(endpoints=["rerank"])
+    assert guarded.embed(key).json()["error"]["code"] == "forbidden"
+    _, key = add(guarded.keys, models=["other"])
+    until(lambda: guarded.embed(key).status_code == 403)
+
+
+def test_the_log_has_the_id_of_the_key_and_never_the_key(guarded: Guarded) -> None:
+    key, secret = guarded.key(priority="bulk")
+    assert guarded.embed(secret).status_code == 200
+    assert guarded.embed("a-wrong-key").status_code == 401
+    guarded.client(secret).embeddings.create(model="echo", input="hello")
+
+    def requests() -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in guarded.server.log.read_text().splitlines()]
+        return [line for line in lines if line.get("endpoint") == "embeddings"]
+
+    until(lambda: sum(line["key_id"] == key.id for line in requests()) == 2)
+    assert all(line["bulk"] for line in requests() if line["key_id"] == key.id)
+    text = guarded.server.log.read_text()
+    assert secret not in text
+    assert secret.rsplit("_", 1)[-1] not in text
+    assert "a-wrong-key" not in text
+
+
+def test_limits_have_headers_and_a_429(guarded: Guarded) -> None:
+    _, key = guarded.key(requests_per_minute=2, tokens_per_minute=100)
+    first = guarded.embed(key)
+    tokens = int(first.headers["x-inferctl-tokens"])
+    found = {name: value for name, value in first.headers.items() if "ratelimit" in name}
+    assert found.pop("x-ratelimit-reset-requests") in ("1m0s", "1m1s", "1m2s", "1m3s", "1m4s", "1m5s")
+    assert found.pop("x-ratelimit-reset-tokens").startswith("1m")
+    states = found.pop("ratelimit")
+    assert states.startswith('"requests";r=1;t=6')
+    assert f'"tokens";r={100 - tokens};t=6' in states
+    assert found == {
+        "x-ratelimit-limit-requests": "2",
+        "x-ratelimit-remaining-requests": "1",
+        "x-ratelimit-limit-tokens": "100",
+        "x-ratelimit-remaining-tokens": str(100 - tokens),
+        "ratelimit-policy": '"requests";q=2;w=60, "tokens";q=100;w=60',
+    }
+    large = guarded.embed(key, "word " * 98)
+    assert (large.status_code, large.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert "tokens" in large.json()["error"]["message"]
+    # A request that was rejected costs nothing.
+    assert guarded.embed(key).status_code == 200
+    third = guarded.embed(key)
+    assert third.status_code == 429
+    assert third.headers["x-ratelimit-remaining-requests"] == "0"
+    assert 0 < int(third.headers["retry-after-ms"]) <= 1000 * int(third.headers["retry-after"]) <= 65_000
+    never = guarded.embed(guarded.key(tokens_per_minute=5)[1], "word " * 20)
+    assert (never.status_code, never.headers["x-should-retry"]) == (429, "false")
+    assert "retry-after" not in never.headers
+    assert guarded.embed(guarded.key()[1]).status_code == 200  # nobody else waits
+
+
+def test_the_openai_client_waits_as_long_as_the_server_says(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, key = guarded.key(requests_per_minute=1)
+    waited: list[float] = []
+    clock = types.SimpleNamespace(sleep=waited.append, time=time.time, monotonic=time.monotonic)
+    monkeypatch.setattr("openai._base_client.time", clock)
+    client = guarded.client(key, max_retries=2)
+    client.embeddings.create(model="echo", input="hello")
+    with pytest.raises(openai.RateLimitError) as error:
+        client.embeddings.create(model="echo", input="hello")
+    assert error.value.code == "rate_limit_exceeded"
+    assert len(waited) == 2
+    last = int(error.value.response.headers["retry-after-ms"]) / 1000
+    assert waited[1] == pytest.approx(last, abs=1)
+    _, small = guarded.key(tokens_per_minute=1)
+    with pytest.raises(openai.RateLimitError):
+        guarded.client(small, max_retries=2).embeddings.create(model="echo", input="hello world")
+    assert len(waited) == 2  # a retry would not help
+
+
+@pytest.mark.slow_measurement
+def test_a_client_goes_on_after_the_wait(guarded: Guarded) -> None:
+    _, key = guarded.key(requests_per_minute=1)
+    client = guarded.client(key, max_retries=2)
+    for _ in range(2):
+        assert client.embeddings.create(model="echo", input="hello").data
+
+
+def test_a_revoked_key_ends_within_a_second(guarded: Guarded) -> None:
+    key, secret = guarded.key()
+    with key_file.edit(guarded.keys) as found:
+        found[key.id] = key.model_copy(update={"revoked": key_file.now()})
+    revoked = time.monotonic()
+    until(lambda: guarded.embed(secret).status_code == 401)
+    assert time.monotonic() - revoked < 10  # the benchmark has the time
+
+
+def test_limits_of_the_spec_and_open_pages(serve: Callable[..., Running], minilm: Path, tmp_path: Path) -> None:
+    _, key = add(tmp_path / "keys.json")
+    spec = {
+        "name": "echo",
+        "model": {"source": str(minilm)},
+        "access": {"keys": "keys.json", "open": ["metrics", "docs"], "requests_per_minute": 4, "replicas": 2},
+    }
+    (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
+    guarded = Guarded(serve("--engine", "echo"), tmp_path / "keys.json")
+    assert [guarded.embed(key).status_code for _ in range(3)] == [200, 200, 429]
+    codes = [guarded.get(path).status_code for path in ("/metrics", "/docs", "/openapi.json", "/info", "/v1/models")]
+    assert codes == [200, 200, 200, 401, 401]
+    assert guarded.server.metric("inferctl_rejected_total", reason="rate_limit_exceeded") == 1
+    assert "asks for no key" not in guarded.server.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "host", "expected"),
+    [
+        ({}, "127.0.0.1", []),
+        ({}, "::1", []),
+        ({}, "localhost", []),
+        ({}, "0.0.0.0", ["asks for no key"]),
+        ({}, "10.1.2.3", ["asks for no key"]),
+        ({"keys": "k"}, "0.0.0.0", []),
+        ({"tokens_per_minute": 5}, "127.0.0.1", ["no effect"]),
+    ],
+)
+def test_a_server_without_keys_warns_beyond_loopback(settings: Any, host: str, expected: list[str]) -> None:
+    found = list(access.warnings(Access(**settings), host))
+    assert [text in line for text, line in zip(expected, found, strict=True)] == [True] * len(expected)
+
+
+def test_a_server_without_its_key_file_does_not_start(minilm: Path, tmp_path: Path) -> None:
+    arguments = ("--model", str(minilm), "--engine", "echo", "--keys", "missing.json")
+    with pytest.raises(AssertionError, match=r"key file missing\.json cannot be read"):
+        start(tmp_path, *arguments)
+
+
+def test_a_gateway_names_the_caller(serve: Callable[..., Running], minilm: Path, tmp_path: Path) -> None:
+    spec = {
+        "name": "echo",
+        "model": {"source": str(minilm)},
+        "access": {"trusted_proxies": ["127.0.0.0/8"], "requests_per_minute": 2},
+    }
+    (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
+    guarded = Guarded(serve("--engine", "echo", "--log", "json"), tmp_path / "keys.json")
+    assert guarded.embed().status_code == 401
+    codes = [guarded.embed(**{"x-inferctl-key-id": name}).status_code for name in ("a", "a", "a", "b")]
+    assert codes == [200, 200, 429, 200]
+    assert '"key_id":"a"' in guarded.server.log.read_text()
+
+
+def test_a_client_cannot_name_itself(guarded: Guarded) -> None:
+    assert guarded.embed(**{"x-inferctl-key-id": "a"}).status_code == 401

@@ -1,0 +1,89 @@
+"""Keys and limits of generation, around the stand-in for vLLM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from inferctl.serve.generate.meter import expected_tokens
+from tests.access.test_keys import add
+from tests.serve.conftest import until
+from tests.serve.test_generation import Generation, Start, failing, llama, start  # noqa: F401  # fixtures
+
+
+def chat(server: Generation, key: str, script: str, **options: object) -> httpx.Response:
+    body = {"messages": [{"role": "user", "content": script}], **options}
+    headers = {"authorization": f"Bearer {key}"}
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+
+
+def test_keys_and_limits(start: Start, tmp_path: Path) -> None:  # noqa: F811
+    keys = tmp_path / "keys.json"
+    key, secret = add(keys, tokens_per_minute=200)
+    _, other = add(keys, "b")
+    _, admin = add(keys, "admin", admin=True, endpoints=["embeddings"])
+    server = start("--keys", str(keys))
+    assert failing(lambda: server.chat("3")) == "401 invalid_api_key"
+    assert chat(server, admin, "3").json()["error"]["code"] == "forbidden"
+    for path in ("/metrics", "/info", "/docs", "/openapi.json", "/redoc"):
+        assert server.get(path).status_code == 401, path
+        headers = {"authorization": f"Bearer {admin}"}
+        # The stand-in has no documentation.
+        assert httpx.get(f"{server.url}{path}", headers=headers).status_code not in (401, 403), path
+    assert server.get("/readyz").status_code == 200
+    # The estimate of the prompt and `max_tokens` are reserved, and what was used is charged.
+    answer = chat(server, secret, "5", max_tokens=100)
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["total_tokens"] == 12
+    second = chat(server, secret, "5", max_tokens=100)
+    assert second.status_code == 200
+    large = chat(server, secret, "5", max_tokens=150, n=2)
+    assert (large.status_code, large.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert large.headers["x-ratelimit-remaining-tokens"] == str(200 - 24)
+    assert large.headers["x-should-retry"] == "false"
+    assert chat(server, secret, "invalid", max_tokens=10).status_code == 400
+    # A client that leaves pays for what it got.
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=secret, max_retries=0)
+    messages = [{"role": "user", "content": "100"}]
+    stream = client.chat.completions.create(model="m", messages=messages, stream=True, max_tokens=100)  # type: ignore
+    for _ in range(3):
+        next(stream)
+    running = chat(server, secret, "3", max_tokens=80)
+    assert running.status_code == 429  # the stream holds its reservation
+    stream.close()
+    until(lambda: len([event for event in server.events() if event["status"] == 499]) == 1)
+    (left,) = [event for event in server.events() if event["status"] == 499]
+    last = chat(server, secret, "3", max_tokens=10)
+    assert int(last.headers["x-ratelimit-remaining-tokens"]) >= 200 - 24 - left["tokens"] - left["output_tokens"] - 60
+    assert {event["key_id"] for event in server.events() if event["status"] == 200} == {key.id}
+    assert chat(server, other, "3").status_code == 200
+    log = server.log.read_text()
+    assert not any(each in log for each in (secret, other, admin))
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"messages": [], "max_tokens": 10}, 10),
+        ({"messages": [], "max_completion_tokens": 20, "max_tokens": 10}, 20),
+        ({"messages": [], "max_tokens": 10, "n": 3}, 30),
+        ({"messages": []}, 1024),
+        ({"prompt": "a", "max_tokens": 1_000_000}, 4096),
+        ({"prompt": ["a", "b"], "max_tokens": 10, "n": 2}, 40),
+        ({"prompt": [1, 2], "max_tokens": 10}, 10),
+        ({"prompt": [[1], [2]], "max_tokens": 10}, 20),
+        ({"max_tokens": "many", "n": -1}, 1024),
+        ([], 0),
+    ],
+)
+def test_the_most_that_a_request_can_generate(body: object, expected: int) -> None:
+    text = json.dumps(body).encode()
+    assert expected_tokens(text, 4096) == (-(-len(text) // 4), expected)
+
+
+def test_a_body_that_is_no_json_is_left_to_vllm() -> None:
+    assert expected_tokens(b"{", 4096) == (1, 0)
