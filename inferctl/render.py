@@ -47,6 +47,7 @@ _READ_BYTES_PER_S = 100_000_000
 _UNKNOWN_WEIGHTS_BYTES = 150_000_000_000
 # The packages and the modules of the server.
 _SERVER_PACKAGES = ("access", "serve")
+_METERING_MODULES = ("__init__", "cloud_event", "outbox", "recorder")
 _SERVER_MODULES = (
     "__init__",
     "assets",
@@ -203,6 +204,8 @@ def server_files() -> dict[str, Path]:
     target = "layers/server/opt/inferctl/server/inferctl"
     files = [package / f"{module}.py" for module in _SERVER_MODULES]
     files += (file for name in _SERVER_PACKAGES for file in (package / name).rglob("*.py"))
+    # What a server process does itself. The worker and the ledger need packages that images do not have.
+    files += [package / "metering" / f"{name}.py" for name in _METERING_MODULES]
     found = {f"{target}/{file.relative_to(package).as_posix()}": file for file in files}
     # The server reads the hardware facts to report the name of its GPU.
     for file in (assets.root() / "benchmarks" / "hardware").glob("*.yaml"):
@@ -212,7 +215,12 @@ def server_files() -> dict[str, Path]:
 
 def _container_config(spec: Spec, port: int) -> bytes:
     """Return the spec for the container, without paths of the build machine and without build settings."""
-    data = spec.model_dump(mode="json", exclude={"image", "deploy", "bench", "hardware"}, exclude_none=True)
+    exclude = {"image", "deploy", "bench", "hardware", "metering"}
+    data = spec.model_dump(mode="json", exclude=exclude, exclude_none=True)
+    # The addresses may have passwords, and only the worker needs them, which runs outside of the container.
+    metering = spec.metering.model_dump(mode="json", include={"mode", "data", "outbox_size"}, exclude_defaults=True)
+    if metering:
+        data["metering"] = metering
     data["serve"] |= {"port": port, "host": "0.0.0.0"}
     if spec.model.weights != "download":
         data["model"]["source"] = "/model"

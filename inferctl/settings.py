@@ -193,7 +193,14 @@ def paths() -> dict[str, Any]:
 
 _ABSENT = object()
 # Settings that can be a local folder; `~` is expanded.
-_PATHS = ("model.source", "image.wheels", "image.locks", "access.keys")
+_PATHS = (
+    "model.source",
+    "image.wheels",
+    "image.locks",
+    "access.keys",
+    "metering.data",
+    "metering.sink_token_file",
+)
 # Settings that are a name in the catalog or a file.
 _NAMES_OR_FILES = ("hardware", "image.base", "bench.plan")
 _HINTS = {
@@ -202,6 +209,7 @@ _HINTS = {
     "image.tag": "use at most 128 letters, digits, '_', '.' and '-'",
     "image.platform": "use a platform such as linux/amd64 or linux/arm/v7",
     "image.max_size": "write a size such as 6GB, 800MB or 2GiB",
+    "metering.outbox_size": "write a size such as 1GiB or 256MB",
     "model.revision": "set a commit, a branch or a tag of the model",
     "model": "set model.source to a hub id, or set `weights: mount` or `weights: bake` for a local folder",
 }

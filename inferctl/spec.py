@@ -244,6 +244,46 @@ class Access(_Section):
         return bool(self.keys or self.trusted_proxies or self.oidc.issuer)
 
 
+class Metering(_Section):
+    """Usage events: one per request, for show-back."""
+
+    mode: Literal["off", "on", "required"] = Field(
+        "off",
+        description="`on`: record one event per request. `required`: if that is not possible, reject requests.",
+    )
+    data: OneLine = Field(
+        "metering", description="Folder for events that the ledger does not have yet, on a local disk."
+    )
+    outbox_size: Size = Field(
+        "1GiB",
+        description="Maximum size of events on disk, per server process. An event needs 600 bytes.",
+    )
+    ledger: OneLine | None = Field(
+        None,
+        description="URL of the ledger (SQLite, PostgreSQL). Default: `ledger.sqlite` in `metering.data`.",
+    )
+    broker: OneLine | None = Field(
+        None,
+        description="URL of a NATS server. Publish events there, for `inferctl worker --consume`.",
+    )
+    sink: OneLine | None = Field(
+        None,
+        description="URL that also receives all events, as batches of CloudEvents.",
+    )
+    sink_token_file: OneLine | None = Field(None, description="File with a bearer token for `metering.sink`.")
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _boolean(cls, value: Any) -> Any:
+        """Accept true and false, which YAML reads for `on` and `off` without quotes."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    @property
+    def ledger_url(self) -> str:
+        """URL of the ledger."""
+        return self.ledger or f"sqlite:///{self.data}/ledger.sqlite"
+
+
 class Deploy(_Section):
     """Reserved for Kubernetes settings."""
 
@@ -264,9 +304,10 @@ class Spec(_Section):
     slo: Slo = Field(default_factory=Slo)  # type: ignore[arg-type]
     access: Access = Field(default_factory=Access)  # type: ignore[arg-type]
     bench: Bench = Field(default_factory=Bench)  # type: ignore[arg-type]
+    metering: Metering = Field(default_factory=Metering)  # type: ignore[arg-type]
     deploy: Deploy = Field(default_factory=Deploy)
 
-    @field_validator("serve", "image", "slo", "access", "bench", "deploy", mode="before")
+    @field_validator("serve", "image", "slo", "access", "bench", "metering", "deploy", mode="before")
     @classmethod
     def _empty_section(cls, value: Any) -> Any:
         """Replace null, which YAML reads for `serve:` without content, with an empty section."""

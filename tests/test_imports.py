@@ -49,7 +49,9 @@ ALLOWED = {
     "render": {"errors", "assets", "spec", "model", "catalog", "locks"},
     "access": {"errors", "outputs"},
     "image": FACTS | {"hub", "render", "locks", "fit", "sizes"},
-    "serve": FACTS | {"access", "decoder", "hub", "sizes"},
+    "metering": {"errors", "document"},
+    "worker": {"errors", "outputs", "spec", "settings", "metering"},
+    "serve": FACTS | {"access", "decoder", "hub", "sizes", "metering"},
     # The estimator runs the server's batcher, which imports neither HTTP nor torch, on a virtual clock.
     "estimate": FACTS | {"fit", "sizes", "serve.scheduling.batcher", "serve.scheduling.latency_model"},
     "bench": FACTS | {"estimate"},
@@ -65,6 +67,10 @@ ONLY_IN = {
     "jwt": ("access/oidc.py",),
     "huggingface_hub": ("hub.py",),
     "yaml": ("document.py", "pin.py", "render.py"),
+    "sqlalchemy": ("metering/ledger.py", "metering/migrations/"),
+    "alembic": ("metering/ledger.py", "metering/migrations/"),
+    "psycopg": (),
+    "nats": ("metering/broker.py",),
     "locust": (),
     "gevent": (),
     "plotly": (),
@@ -83,6 +89,8 @@ HEAVY = [
     "locust",
     "plotly",
     "huggingface_hub",
+    "sqlalchemy",
+    "nats",
 ]
 
 

@@ -232,7 +232,7 @@ def test_the_server_layer_has_the_modules_that_the_server_imports() -> None:
     assert {"serve/__main__.py", "serve/reference.py", "_assets/benchmarks/hardware/t4.yaml"} <= names
     assert not [name for name in names if name.endswith(".pyc") or "__pycache__" in name]
     folders = {name.partition("/")[0] for name in names if "/" in name}
-    assert folders == {"access", "serve", "_assets"}
+    assert folders == {"access", "metering", "serve", "_assets"}
     for name in names:
         if name.endswith(".py"):
             for imported in imports(render.assets.package() / name):
@@ -260,6 +260,7 @@ def tag(chosen: locks.Locks = LOCKS, weights: str | None = None, **flags: Any) -
         {"image__frontend": "docker/dockerfile:1"},
         {"bench__plan": "quick"},
         {"hardware": ["t4"]},
+        {"metering__ledger": "postgresql://usage:secret@db/usage"},
     ],
 )
 def test_settings_outside_the_image_do_not_change_its_tag(flags: dict[str, Any]) -> None:

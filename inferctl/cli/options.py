@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from inferctl.cli import completion, lazy
 
 if TYPE_CHECKING:
     from inferctl.settings import Resolved
+    from inferctl.spec import Metering
 
 SpecFile = Annotated[
     Path | None,
@@ -34,6 +36,25 @@ PrecisionOption = Annotated[
         help="Set the precision: auto, fp32, fp16, bf16 or int8. [default: the spec's, else auto]",
     ),
 ]
+LedgerUrl = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Use this ledger: sqlite:///FILE or postgresql://... [default: the spec's, else metering/ledger.sqlite]",
+    ),
+]
+
+
+def without_password(text: str) -> str:
+    """Return a URL with `***` in place of its password."""
+    return re.sub(r"(://[^:@/\s]*):[^@/\s]*@", r"\1:***@", text)
+
+
+def metering(spec_file: Path | None, flags: dict[str, Any]) -> Metering:
+    """Return the section `metering` of the settings, also without a spec or a model. Raises `UsageError`."""
+    if not names_model(spec_file, flags):
+        flags = {**flags, "model.source": "."}
+    return load(spec_file, flags).spec.metering
 
 
 def names_model(spec_file: Path | None, flags: dict[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from inferctl.cli import console
-from inferctl.cli.options import Json, ModelSource, SpecFile, load
+from inferctl.cli.options import Json, ModelSource, SpecFile, load, without_password
 
 
 def schema() -> None:
@@ -45,7 +45,7 @@ def config(
         for key in path.split("."):
             value = getattr(value, key)
         if not changed or resolved.origins[path] != "default":
-            values[path] = value
+            values[path] = without_password(value) if isinstance(value, str) else value
     if as_json:
         console.document({path: {"value": value, "origin": resolved.origins[path]} for path, value in values.items()})
         return

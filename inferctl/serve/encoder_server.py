@@ -8,12 +8,13 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from inferctl import outputs
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError
 from inferctl.model import ModelFolder
-from inferctl.serve import describe, events, task_config
+from inferctl.serve import describe, events, task_config, worker_process
 from inferctl.serve.api import app
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
@@ -23,6 +24,7 @@ from inferctl.serve.edge.middleware import Edge, EdgeLimits
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
 from inferctl.serve.engine_process.pool import EnginePool
+from inferctl.serve.metering import Metering
 from inferctl.serve.metrics import Metrics
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.rerank_config import RerankConfig
@@ -35,6 +37,7 @@ from inferctl.spec import Spec, Task
 
 # Tokens of one request, if the queue is not larger. OpenAI's limit is 300,000.
 _MAX_REQUEST_TOKENS = 262_144
+_FLUSH_S = 1.0  # for the last usage events, if requests needed all of `drain_seconds`
 
 
 class EncoderServer:
@@ -45,7 +48,9 @@ class EncoderServer:
     ) -> None:
         self._spec, self._options, self._notify, self._folder = spec, options, notify, folder
         self._config = config = task_config.read(task, folder.path, spec.serve.max_input_tokens)
-        metrics = Metrics()
+        self._metrics = metrics = Metrics()
+        self._metering = Metering(spec.metering, spec.name, task)
+        self._worker = worker_process.start(spec, notify)
         capacity = Capacity.read(options.capacity) if options.capacity else None
         capacity_slo_ms = capacity.slo_p99_ms if capacity else None
         slo_ms = spec.slo.p99_ms or capacity_slo_ms
@@ -75,12 +80,13 @@ class EncoderServer:
         self._edge = Edge(
             app.create(Inference(self._model, self._tokenizer, self._dispatcher, metrics)),
             self._lifecycle,
-            emit=events.emitter(metrics, options.log, options.traces, spec.name),
+            emit=events.emitter(metrics, options.log, options.traces, spec.name, self._metering.record),
             info=self._describe,
             metrics=metrics.exposition,
             endpoints=app.ENDPOINTS,
             limits=self._edge_limits,
             access=access.create(spec.access, (spec.name, spec.model.source)),
+            check_metering=self._metering.check,
         )
         engine_config = EngineConfig(
             engine="echo" if options.engine == "echo" else "encoder",
@@ -99,6 +105,7 @@ class EncoderServer:
         metrics.engine_restarts.set_function(lambda: self._pool.counts()["restarts"])
         self._info: dict[str, Any] | None = None
         self._started, self._ready_seconds = time.monotonic(), 0.0
+        self._drain_end = 0.0
         self._signals = 0
         self._interrupted = False
         self._failure: NotReadyError | None = None
@@ -112,6 +119,9 @@ class EncoderServer:
         for warning in access.warnings(self._spec.access, self._spec.serve.host):
             self._notify(f"warning    {warning}")
         self._http = listener.HttpServer(self._edge, self._spec.serve.drain_seconds, self._edge.rejected)
+        self._metering.open()
+        self._metering.watch(self._metrics)
+        worker = asyncio.create_task(self._worker.run()) if self._worker else None
         engines = asyncio.create_task(self._pool.run())
         serving = asyncio.create_task(self._http.serve(sockets=[socket]))
         signals.connect(self._handle_signal)
@@ -121,7 +131,11 @@ class EncoderServer:
         self._http.close()
         await serving
         self._pool.stop()
-        await engines
+        closing = asyncio.create_task(self._close_metering(worker))
+        try:
+            await engines
+        finally:
+            await closing
         self._tokenizer.close()
         if self._failure:
             raise self._failure
@@ -131,6 +145,14 @@ class EncoderServer:
             return 1
         self._notify("stopped")
         return EXIT_INTERRUPTED if self._interrupted else 0
+
+    async def _close_metering(self, worker: asyncio.Task[None] | None) -> None:
+        """Record the last requests, and let the worker store them before the drain ends."""
+        left = max(_FLUSH_S, self._drain_end - time.monotonic())
+        await self._metering.close(left)
+        if self._worker and worker:
+            await self._worker.stop(left)
+            await worker
 
     def _batch_timeout(self) -> float:
         """Return the seconds after which a batch counts as hung: 20 times the largest one, at least `hang_seconds`."""
@@ -152,11 +174,13 @@ class EncoderServer:
         asyncio.get_running_loop().call_later(grace, self._close)
 
     def _close(self) -> None:
+        self._drain_end = time.monotonic() + self._spec.serve.drain_seconds
         self._lifecycle.closed = True
         self._http.close()
 
     def _engine_ready(self, info: EngineInfo) -> None:
         lifecycle = self._lifecycle
+        self._metering.ready(asdict(info.device), self._folder.digest)
         self._model.dimensions = info.dimensions
         self._model.vocabulary_size = info.vocabulary_size or self._tokenizer.vocabulary_size
         self._info = describe.document(

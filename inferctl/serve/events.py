@@ -1,4 +1,4 @@
-"""What receives the usage events of a server: its metrics, its request log and its traces."""
+"""What receives the usage events of a server: its metrics, its metering, its request log and its traces."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from inferctl.serve.edge.usage import UsageEvent
 from inferctl.serve.metrics import RequestMetrics
 
 
-def emitter(metrics: RequestMetrics, log: str, traces: bool, name: str) -> Callable[[UsageEvent], None]:
-    """Return the function that the edge calls with each event. `log`: text or json. `name`: of the model, in traces."""
+def emitter(
+    metrics: RequestMetrics, log: str, traces: bool, name: str, record: Callable[[UsageEvent], None] | None = None
+) -> Callable[[UsageEvent], None]:
+    """Return the function that the edge calls with each event.
+
+    `log`: text or json. `name`: of the model, in traces. `record`: the sink of metering.
+    """
     sinks: list[Callable[[UsageEvent], None]] = [metrics.count_event]
+    if record:
+        sinks.append(record)
     if log == "json":
         sinks.append(logs.log_request)
     if traces:

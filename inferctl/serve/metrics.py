@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from inferctl.metering.recorder import Recorder
 from inferctl.serve.edge.usage import CLIENT_DISCONNECTED, UsageEvent
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -53,6 +54,15 @@ class RequestMetrics:
             self._cancelled.inc()
         elif event.status == 429 or event.code == "not_ready" or not event.endpoint:
             self._rejected.labels(event.code).inc()
+
+    def watch_outbox(self, recorder: Recorder) -> None:
+        """Add the metrics of the outbox."""
+        depth = self._gauge("outbox_events", "Usage events that the ledger does not have.")
+        depth.set_function(lambda: recorder.depth)
+        age = self._gauge("outbox_age_seconds", "Age of the oldest usage event that the ledger does not have.")
+        age.set_function(lambda: recorder.age)
+        dropped = self._gauge("outbox_dropped_events", "Usage events lost because the outbox could not be written.")
+        dropped.set_function(lambda: recorder.dropped)
 
     def exposition(self) -> tuple[bytes, str]:
         """Return the text that Prometheus scrapes, and its media type."""

@@ -83,7 +83,7 @@ class Inference:
             tokenized = time.monotonic()
             bulk = context.priority == b"bulk"
             result = await self.dispatcher.submit(sequences, second_starts, bulk=bulk, tenant=context.tenant)
-            context.input_tokens = tokens
+            context.input_tokens, context.engine_seconds = tokens, result.engine_seconds
             return result, tokenized
 
         try:

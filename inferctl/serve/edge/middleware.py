@@ -67,6 +67,7 @@ class Edge:
     `emit` receives the events. `info()` returns the document of `GET /info`, None before it is known. `metrics()`
     returns the body and the media type of `GET /metrics`. `endpoints`: path -> name in events, for the paths of tasks.
     `access`: who may use the server; None for everyone, without limits.
+    `check_metering()` raises `ApiError` if the event of another request could not be recorded.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Edge:
         endpoints: Mapping[str, str],
         limits: EdgeLimits | None = None,
         access: Access | None = None,
+        check_metering: Callable[[], None] = lambda: None,
     ) -> None:
         self.in_flight = 0
         self.unfinished_responses = 0  # of complete requests that were still running when the drain ended
@@ -88,6 +90,7 @@ class Edge:
         self._body_bytes = 0  # of all requests in flight
         self._app, self._lifecycle, self._emit, self._limits = app, lifecycle, emit, limits or EdgeLimits()
         self._info, self._endpoints, self._access = info, endpoints, access
+        self._check_metering = check_metering
         self._probes: dict[str, Callable[[], tuple[int, bytes, str]]] = {
             "/livez": self._livez,
             "/readyz": self._readyz,
@@ -144,6 +147,7 @@ class Edge:
         limits = self._limits
         if scope["method"] == "POST" and not self._lifecycle.accepts_requests:
             raise self._lifecycle.unavailable()
+        self._check_metering()
         if self.in_flight > limits.max_requests:
             raise at_capacity(f"{limits.max_requests} requests are in flight", "too_many_requests", 1)
         self._check_body(context.content_length)

@@ -22,7 +22,7 @@ _MAX_MESSAGE = 65536
 class EdgeSettings:
     """What the supervisor tells the edge. `info`: the document of `GET /info`. `log`: text or json.
 
-    `access`: the section of the spec, as JSON data. `models`: the names of the model.
+    `access`, `metering`: the sections of the spec, as JSON data. `models`: the names of the model.
     """
 
     name: str
@@ -32,6 +32,7 @@ class EdgeSettings:
     traces: bool = False
     access: dict[str, Any] = field(default_factory=dict)
     models: list[str] = field(default_factory=list)
+    metering: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write the settings to `folder`."""

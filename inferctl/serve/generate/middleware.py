@@ -24,9 +24,11 @@ from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import Edge
 from inferctl.serve.generate import control, endpoint
+from inferctl.serve.metering import Metering
 from inferctl.serve.metrics import RequestMetrics
 
 _BEAT_S = 1.0
+_FLUSH_S = 2.0  # to write the last usage events
 _ORPHAN_S = 5.0  # to end without the supervisor
 # The usage of the KV cache changes with each part of a long prompt, whose tokens count at its end.
 _PROGRESS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:kv_cache_usage_perc")
@@ -63,6 +65,10 @@ class _EdgeServer:
         self._app, self._folder = app, folder
         self._healthy = True
         metrics = RequestMetrics(REGISTRY)
+        self._metering = Metering(spec.Metering(**settings.metering), settings.name, "generate")
+        self._metering.ready(settings.info["device"], settings.info["model"]["sha256"])
+        self._metering.open()
+        self._metering.watch(metrics)
         self._lifecycle = Lifecycle(ready=lambda: self._healthy, live=lambda: True)
         self._lifecycle.started = True
         limits = settings.info["limits"]
@@ -72,11 +78,12 @@ class _EdgeServer:
         self._edge = Edge(
             self._generation,
             self._lifecycle,
-            emit=events.emitter(metrics, settings.log, settings.traces, settings.name),
+            emit=events.emitter(metrics, settings.log, settings.traces, settings.name, self._metering.record),
             info=lambda: settings.info,
             metrics=metrics.exposition,
             endpoints=endpoint.ENDPOINTS,
             access=access.create(spec.Access(**settings.access), settings.models),
+            check_metering=self._metering.check,
         )
         self._http = listener.HttpServer(self._edge, settings.drain_seconds, self._edge.rejected)
         threading.Thread(target=_kill_orphan, args=(os.getppid(),), daemon=True).start()
@@ -88,6 +95,7 @@ class _EdgeServer:
     async def _serve(self) -> None:
         await self._http.serve(sockets=[self._socket])
         await asyncio.sleep(0.05)  # cancelled requests send their last event
+        await self._metering.close(_FLUSH_S)
         self._channel.send("closed", unfinished=self._edge.unfinished_responses)
 
     async def _beat(self) -> None:

@@ -20,7 +20,7 @@ from inferctl import decoder, outputs, precision
 from inferctl.decoder import Decoder
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError, install_hint
 from inferctl.model import ModelFolder
-from inferctl.serve import events
+from inferctl.serve import events, worker_process
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
@@ -30,6 +30,7 @@ from inferctl.serve.generate import command, control, endpoint, probe
 from inferctl.serve.generate.command import VllmModel
 from inferctl.serve.generate.process import VllmProcess
 from inferctl.serve.generate.supervisor import Supervisor
+from inferctl.serve.metering import Metering
 from inferctl.serve.metrics import RequestMetrics
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.signals import EXIT_TERMINATED, StopSignals
@@ -38,6 +39,7 @@ from inferctl.spec import Spec
 # The versions whose options and behavior this module was tested with.
 TESTED = ("0.32.",)
 _HANDOVER_S = 2.0
+_FLUSH_S = 1.0  # for the last usage events, if requests needed all of `drain_seconds`
 # The edge depends on these.
 _TAKEN_OPTIONS = {"--api-server-count", "--grpc", "--headless", "--host", "--port", "--served-model-name", "--uds"}
 _VLLM_SOCKET = "vllm.sock"
@@ -72,30 +74,38 @@ class GenerationServer:
         )
         metrics = RequestMetrics()
         self._names = [spec.name, spec.model.source]
+        self._metering = Metering(spec.metering, spec.name, "generate")
+        self._worker = worker_process.start(spec, notify)
         # Answers on the port while vLLM does not run. When it runs, its process has an edge of its own.
         self._edge = Edge(
             _no_engine,
             self._lifecycle,
-            emit=events.emitter(metrics, options.log, options.traces, spec.name),
+            emit=events.emitter(metrics, options.log, options.traces, spec.name, self._metering.record),
             info=lambda: None,
             metrics=metrics.exposition,
             endpoints=endpoint.ENDPOINTS,
             access=access.create(spec.access, self._names),
+            check_metering=self._metering.check,
         )
         self._socket: socket.socket
         self._front: tuple[listener.HttpServer, asyncio.Task[None]] | None = None
         self._started = time.monotonic()
+        self._drain_end = 0.0
         self._signals = 0
         self._interrupted = False
 
     async def run(self, signals: StopSignals) -> int:
         """Serve until a signal arrives, and return the exit code. Raises `NotReadyError` if vLLM does not start."""
+        worker: asyncio.Task[None] | None = None
         try:
+            self._metering.open()
+            worker = asyncio.create_task(self._worker.run()) if self._worker else None
             return await self._run(signals)
         finally:
             self._supervisor.kill()
             self._supervisor.close()
             shutil.rmtree(self._directory, ignore_errors=True)
+            await self._close_metering(worker)
 
     async def _run(self, signals: StopSignals) -> int:
         listener.raise_file_limit()
@@ -117,6 +127,14 @@ class GenerationServer:
             return 1
         self._notify("stopped")
         return EXIT_INTERRUPTED if self._interrupted else 0
+
+    async def _close_metering(self, worker: asyncio.Task[None] | None) -> None:
+        """Record the last requests, and let the worker store them before the drain ends."""
+        left = max(_FLUSH_S, self._drain_end - time.monotonic())
+        await self._metering.close(left)
+        if self._worker and worker:
+            await self._worker.stop(left)
+            await worker
 
     async def _start_vllm(self) -> VllmProcess:
         self._edge_settings().write(self._directory)
@@ -147,6 +165,7 @@ class GenerationServer:
             self._options.traces,
             self._spec.access.model_dump() | {"keys": keys and str(Path(keys).absolute())},
             self._names,
+            self._spec.metering.model_dump() | {"data": str(Path(self._spec.metering.data).absolute())},
         )
 
     def _info(self) -> dict[str, Any]:
@@ -224,6 +243,7 @@ class GenerationServer:
         asyncio.get_running_loop().call_later(grace, self._stop)
 
     def _stop(self) -> None:
+        self._drain_end = time.monotonic() + self._spec.serve.drain_seconds
         self._lifecycle.closed = True
         self._socket.close()
         self._supervisor.stop(self._spec.serve.drain_seconds)

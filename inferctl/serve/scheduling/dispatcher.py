@@ -48,13 +48,15 @@ class EngineFailedError(Exception):
 class RequestResult:
     """The vectors of one request ([sequences, dimensions]) and its times (s).
 
-    `non_finite`: the indices of the vectors with NaN or infinity.
+    `non_finite`: the indices of the vectors with NaN or infinity. `inference_seconds`: from the start of its first
+    batch to its last vector. `engine_seconds`: its share of the times of its batches, by tokens.
     """
 
     vectors: Vectors
     non_finite: Sequence[int]
     queue_seconds: float
     inference_seconds: float
+    engine_seconds: float
 
 
 @dataclass
@@ -68,6 +70,7 @@ class _Request:
     predicted: float
     remaining: int  # sequences without a vector
     first_start: float = float("inf")
+    engine_seconds: float = 0.0
     vectors: Vectors | None = None
     non_finite: list[int] = field(default_factory=list)
 
@@ -180,9 +183,11 @@ class Dispatcher:
         self._metrics.count_batch(len(attempt.sequences), attempt.tokens, result.seconds)
         queue.raise_batch_limit(attempt.tokens)
         self._engines_changed()
+        per_token = result.seconds / attempt.tokens
         for row, item in enumerate(attempt.sequences):
             if request := self._requests.get(item.request):
                 request.first_start = min(request.first_start, now - result.seconds)
+                request.engine_seconds += per_token * len(request.sequences[item.position])
                 self._store(request, item.position, result.vectors[row], bool(result.ok[row]), now)
         self._dispatch()
 
@@ -256,7 +261,8 @@ class Dispatcher:
         if not request.remaining and not request.future.done():
             self._batcher.observe(request.predicted, now - request.arrived)
             queued, inference = max(0.0, request.first_start - request.arrived), now - request.first_start
-            request.future.set_result(RequestResult(request.vectors, request.non_finite, queued, inference))
+            result = RequestResult(request.vectors, request.non_finite, queued, inference, request.engine_seconds)
+            request.future.set_result(result)
 
     def _fail(self, number: int, error: Exception) -> None:
         """Fail a request, unless it is complete or cancelled."""

@@ -1,0 +1,143 @@
+"""`inferctl usage`: sum up the ledger, with prices, and show what is known to be missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from inferctl.cli import completion, console, options
+
+if TYPE_CHECKING:
+    from inferctl.metering.report import Report
+
+FORMATS = ("text", "csv", "json")
+EPILOG = """\b
+Examples:
+  # Requests and tokens of each API key in the last 30 days
+  inferctl usage --by key,model --since 30d
+  # The cost of each key and day, as CSV
+  inferctl usage --by key,day --since 2026-11-01 --prices prices.yaml --format csv
+"""
+_SHOWN_GAPS = 5
+_ALWAYS = ("requests", "errors")
+_HEADINGS = {
+    "input_tokens": "tokens in",
+    "cached_tokens": "cached",
+    "output_tokens": "out",
+    "engine_seconds": "engine s",
+}
+
+
+def usage(
+    by: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Group by these: key, day, month, model, task, endpoint, hardware, status, code, source.",
+        ),
+    ] = "key,day,model",
+    since: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Count requests from TIME on: 2026-11-01, 7d or 12h. [default: all]"),
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Count requests before TIME. [default: now]")
+    ] = None,
+    ledger: options.LedgerUrl = None,
+    prices: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Compute costs with this price book (YAML).")
+    ] = None,
+    currency: Annotated[
+        str | None, typer.Option(metavar="CODE", help="Use the prices in this currency. [default: the only one]")
+    ] = None,
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            autocompletion=completion.one_of(*FORMATS),
+            help="Print text, csv or json.",
+        ),
+    ] = "text",
+    json_: options.Json = False,
+    spec_file: options.SpecFile = None,
+) -> None:
+    """Print the usage that `metering` recorded, by API key, day, model and more. Days are in UTC.
+
+    Warns about lost events and about servers that were killed, whose last requests may be missing.
+    """
+    from inferctl.errors import NotReadyError, UsageError, did_you_mean, install_hint
+
+    style = "json" if json_ else format_
+    if style not in FORMATS:
+        raise UsageError(f"--format cannot be {style!r}", did_you_mean(style, FORMATS) or f"use: {', '.join(FORMATS)}")
+    try:
+        from inferctl.metering import ledger as ledgers
+        from inferctl.metering import prices as price_books
+        from inferctl.metering import report as reports
+        from inferctl.metering import times
+
+        names = [name.strip() for name in by.split(",") if name.strip()]
+        for name in names:
+            if name not in ledgers.DIMENSIONS:
+                known = list(ledgers.DIMENSIONS)
+                raise UsageError(f"--by cannot be {name!r}", did_you_mean(name, known) or f"use: {', '.join(known)}")
+        if currency and not prices:
+            raise UsageError("`--currency` requires prices", "pass `--prices FILE`")
+        now_ms = ledgers.now_ms()
+        span = (times.parse(since, now_ms, "--since") if since else 0, times.parse(until or "0h", now_ms, "--until"))
+        book = price_books.read(prices, currency) if prices else None
+        opened = ledgers.Ledger.read(options.metering(spec_file, {"metering.ledger": ledger}).ledger_url)
+        report = reports.make(opened, list(dict.fromkeys(names)), *span, book)
+        opened.close()
+    except ModuleNotFoundError as error:
+        raise NotReadyError(
+            f"`inferctl usage` requires the package {error.name}, not installed", install_hint("ledger")
+        ) from None
+    if style == "json":
+        console.document(report.to_json())
+    elif style == "csv":
+        console.data(report.to_csv())
+    else:
+        _print(report)
+    _warn(report)
+
+
+def _print(report: Report) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+    # Columns without a value would make the table too wide for a terminal.
+    sums = [name for name in report.columns[len(report.dimensions) :] if name in _ALWAYS or report.total[name]]
+    for index, name in enumerate(report.dimensions):
+        table.add_column(name, footer="" if index else "total", overflow="fold")
+    for name in sums:
+        heading = f"cost ({report.currency})" if name == "cost" else _HEADINGS.get(name, name)
+        table.add_column(heading, footer=_shown(name, report.total[name]), justify="right", overflow="fold")
+    for row in report.rows:
+        names = ["-" if row[name] is None else str(row[name]) for name in report.dimensions]
+        # As Text, because Rich reads brackets in a str as markup.
+        table.add_row(*map(Text, [*names, *(_shown(name, row[name]) for name in sums)]))
+    console.report(table)
+
+
+def _shown(name: str, value: object) -> str:
+    if name == "cost":
+        return f"{value:,.6f}"
+    return f"{value:,.3f}" if name == "engine_seconds" else f"{value:,}"
+
+
+def _warn(report: Report) -> None:
+    if report.gaps:
+        ranges = [f"{gap.source} {gap.first}-{gap.last}" for gap in report.gaps[:_SHOWN_GAPS]]
+        more = f" and {len(report.gaps) - _SHOWN_GAPS} more" if len(report.gaps) > _SHOWN_GAPS else ""
+        console.warn(f"{report.lost:,} events were lost, so the sums are too low: {', '.join(ranges)}{more}")
+    if report.unclean_ends:
+        console.warn(
+            f"server processes that were killed: {len(report.unclean_ends)}; "
+            "requests without a complete response left no event"
+        )

@@ -1,0 +1,69 @@
+"""`inferctl worker`: bring usage events from the outboxes of servers, or from a broker, to the ledger."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from inferctl.cli import lazy, options
+
+EPILOG = """\b
+Examples:
+  # Store the events of a server that runs in a container with the volume ./metering
+  inferctl worker --data ./metering --ledger postgresql://usage@db/usage
+  # On each machine with servers: publish the events; next to the database: store them
+  inferctl worker --data ./metering --broker nats://broker:4222
+  inferctl worker --consume --broker nats://broker:4222 --ledger postgresql://usage@db/usage
+"""
+
+
+def worker(
+    spec_file: options.SpecFile = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Read the events in DIR. [default: from the spec, else metering]")
+    ] = None,
+    ledger: options.LedgerUrl = None,
+    broker: Annotated[
+        str | None, typer.Option(metavar="URL", help="Publish to this NATS server, or with --consume read from it.")
+    ] = None,
+    consume: Annotated[
+        bool, typer.Option("--consume", help="Store what the broker has, instead of reading a folder.")
+    ] = False,
+) -> None:
+    """Bring usage events to the ledger until Ctrl-C or SIGTERM, then store what is left.
+
+    `inferctl serve` starts a worker of its own, unless the packages of the ledger are missing, as in an image.
+    """
+    with lazy.deferred_signals():
+        import asyncio
+        import logging
+        import signal
+        import sys
+
+        from inferctl.cli import console
+        from inferctl.errors import NotReadyError, UsageError, install_hint
+
+    settings = options.metering(
+        spec_file, {"metering.data": data, "metering.ledger": ledger, "metering.broker": broker}
+    )
+    if consume and not settings.broker:
+        raise UsageError("`--consume` requires a broker", "pass `--broker nats://HOST:4222`, or set metering.broker")
+    try:
+        with lazy.deferred_signals():
+            from inferctl.worker.worker import Worker
+    except ModuleNotFoundError as error:
+        raise NotReadyError(
+            f"`inferctl worker` requires the package {error.name}, not installed", install_hint("ledger")
+        ) from None
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+
+    async def run() -> None:
+        loop, running = asyncio.get_running_loop(), Worker(settings, consume=consume)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, running.end)
+        source = settings.broker if consume else settings.data
+        console.note(f"storing the usage events of {options.without_password(source or '')}")
+        await running.run()
+
+    asyncio.run(run())

@@ -1,0 +1,374 @@
+"""The ledger: all usage events of one machine (SQLite) or of a fleet (PostgreSQL).
+
+An event is stored once, however often it arrives: its key is (source, id). The watermark of each source is written in
+the transaction of its events, so a crash at any point repeats or loses nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import URL, make_url
+
+from inferctl.errors import NotReadyError, UsageError
+from inferctl.metering import cloud_event
+from inferctl.metering.outbox import Batch
+
+_metadata = sa.MetaData()
+EVENTS = sa.Table(
+    "usage_events",
+    _metadata,
+    sa.Column("source", sa.String, primary_key=True),
+    sa.Column("id", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("time_ms", sa.BigInteger, nullable=False),
+    sa.Column("day", sa.String, nullable=False),
+    *(sa.Column(name, sa.String) for name in ("key_id", "model", "model_sha256", "task", "endpoint")),
+    *(sa.Column(name, sa.BigInteger) for name in ("inputs", "input_tokens", "cached_tokens", "output_tokens")),
+    *(sa.Column(name, sa.Double) for name in ("engine_ms", "duration_ms")),
+    sa.Column("status", sa.Integer),
+    *(sa.Column(name, sa.String) for name in ("code", "hardware", "request_id")),
+)
+# `sent`: what an HTTP sink has. `ended`: None, clean or unclean (the process was killed).
+SOURCES = sa.Table(
+    "usage_sources",
+    _metadata,
+    sa.Column("source", sa.String, primary_key=True),
+    sa.Column("watermark", sa.BigInteger, nullable=False),
+    sa.Column("sent", sa.BigInteger, nullable=False),
+    sa.Column("ended", sa.String),
+    sa.Column("ended_ms", sa.BigInteger),
+)
+# Numbers whose events were lost. `time_ms`: of the batch that showed it.
+GAPS = sa.Table(
+    "usage_gaps",
+    _metadata,
+    sa.Column("source", sa.String, primary_key=True),
+    sa.Column("first", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("last", sa.BigInteger, nullable=False),
+    sa.Column("time_ms", sa.BigInteger, nullable=False),
+)
+_DATA = [
+    "key_id",
+    "model",
+    "model_sha256",
+    "task",
+    "endpoint",
+    "inputs",
+    "input_tokens",
+    "cached_tokens",
+    "output_tokens",
+    "engine_ms",
+    "duration_ms",
+    "status",
+    "code",
+    "hardware",
+    "request_id",
+]
+# What `usage` can group by -> its column.
+DIMENSIONS: dict[str, Any] = {
+    "key": EVENTS.c.key_id,
+    "day": EVENTS.c.day,
+    "month": sa.func.substr(EVENTS.c.day, 1, 7),
+    **{name: EVENTS.c[name] for name in ("model", "task", "endpoint", "hardware", "status", "code", "source")},
+}
+SUMS = ("requests", "errors", "inputs", "input_tokens", "cached_tokens", "output_tokens", "engine_seconds")
+_VERSION_TABLE = "usage_version"
+_MIGRATIONS = Path(__file__).with_name("migrations")
+_MIGRATION_LOCK = 0x696E6665
+
+
+class LedgerUnavailableError(NotReadyError):
+    """The ledger cannot be reached, or it reports an error. The same call may succeed later."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Lost events of a source: the numbers from `first` to `last`. `time_ms`: when it was noticed."""
+
+    source: str
+    first: int
+    last: int
+    time_ms: int
+
+
+class Ledger:
+    """An open ledger. All methods raise `LedgerUnavailableError`."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self._insert: Any = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
+
+    @classmethod
+    def open(cls, address: str) -> Ledger:
+        """Open the ledger for writing, and create or migrate its tables. Raises `UsageError` for an invalid URL."""
+        url = _url(address)
+        if url.get_backend_name() == "sqlite" and url.database:
+            with _reported(url):
+                Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = _engine(url)
+        with _reported(url), engine.begin() as connection:
+            _migrate(connection)
+        return cls(engine)
+
+    @classmethod
+    def read(cls, address: str) -> Ledger:
+        """Open an existing ledger for reports. Raises `UsageError` for an invalid URL or another version."""
+        from alembic.runtime.migration import MigrationContext
+
+        url = _url(address)
+        if url.get_backend_name() == "sqlite":
+            if not Path(url.database or "").is_file():
+                hint = "name it with `--ledger URL`; the worker of a server with `metering.mode: on` makes it"
+                raise UsageError(f"there is no ledger at {url.database}", hint)
+            uri = f"{Path(url.database or '').absolute().as_uri()}?mode=ro&uri=true"
+            engine = sa.create_engine(f"sqlite:///{uri}")
+        else:
+            engine = _engine(url)
+        with _reported(url), engine.connect() as connection:
+            context = MigrationContext.configure(connection, opts={"version_table": _VERSION_TABLE})
+            found, newest = context.get_current_revision(), _newest()
+        if found != newest:
+            hint = "run `inferctl worker` of this version once, which migrates it"
+            raise UsageError(f"the ledger has the version {found}, but this inferctl reads {newest}", hint)
+        return cls(engine)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    def watermarks(self, sources: Sequence[str]) -> dict[str, int]:
+        """Return up to which number the ledger has all that exists, for each source that it knows."""
+        query = sa.select(SOURCES.c.source, SOURCES.c.watermark).where(SOURCES.c.source.in_(sources))
+        with self._transaction() as connection:
+            return {row.source: row.watermark for row in connection.execute(query)}
+
+    def apply(self, batches: Sequence[Batch]) -> dict[str, int]:
+        """Store batches, in the order of their numbers for each source, and return the new watermarks.
+
+        A batch that comes before its predecessor is not stored, nor are those after it: they must come again. Raises
+        `ValueError` for what is no batch of CloudEvents; then nothing is stored.
+        """
+        found: dict[str, int] = {}
+        with self._transaction() as connection:
+            # Sorted, so that two workers cannot wait for each other.
+            for source, group in groupby(sorted(batches, key=lambda batch: batch.source), lambda batch: batch.source):
+                found[source] = self._apply(connection, source, list(group))
+        return found
+
+    def _apply(self, connection: sa.Connection, source: str, batches: list[Batch]) -> int:
+        new = {"source": source, "watermark": 0, "sent": 0}
+        connection.execute(self._insert(SOURCES).values(new).on_conflict_do_nothing())
+        this = SOURCES.c.source == source
+        watermark: int = connection.execute(sa.select(SOURCES.c.watermark).where(this).with_for_update()).scalar_one()
+        rows: list[dict[str, Any]] = []
+        gaps: list[dict[str, Any]] = []
+        update: dict[str, Any] = {}
+        for batch in batches:
+            if batch.last <= watermark:
+                continue
+            if batch.first > watermark + 1 and batch.first > batch.oldest:
+                break  # its predecessor exists and will come
+            events = {number: event for number, event in _parse(batch) if number > watermark}
+            expected = watermark + 1
+            for number in [*sorted(events), batch.last + 1]:
+                if number > expected:
+                    gaps.append({"source": source, "first": expected, "last": number - 1, "time_ms": batch.time_ms})
+                expected = number + 1
+            for number, event in events.items():
+                if event["type"] == cloud_event.END:
+                    ended = "clean" if event["data"]["clean"] else "unclean"
+                    update |= {"ended": ended, "ended_ms": cloud_event.milliseconds(event)}
+                elif event["type"] == cloud_event.REQUEST:
+                    rows.append(_row(source, number, event))
+            watermark = update["watermark"] = batch.last
+        for table, found in ((EVENTS, rows), (GAPS, gaps)):
+            if found:
+                connection.execute(self._insert(table).on_conflict_do_nothing(), found)
+        if update:
+            connection.execute(sa.update(SOURCES).where(this).values(update))
+        return watermark
+
+    def unsent(self, prefix: str, limit: int) -> tuple[str, list[dict[str, Any]]] | None:
+        """Return events that the HTTP sink does not have: their source, and up to `limit` CloudEvents, in order.
+
+        `prefix`: only of sources that start with it. None if the sink has all.
+        """
+        with self._transaction() as connection:
+            waiting = sa.select(SOURCES.c.source, SOURCES.c.sent).where(SOURCES.c.sent < SOURCES.c.watermark)
+            for source, sent in connection.execute(waiting.order_by(SOURCES.c.source)).all():
+                if not source.startswith(prefix):
+                    continue
+                query = sa.select(EVENTS).where(EVENTS.c.source == source, EVENTS.c.id > sent)
+                rows = connection.execute(query.order_by(EVENTS.c.id).limit(limit)).mappings().all()
+                if rows:
+                    return source, [_event(row) for row in rows]
+                self._set_sent(connection, source, SOURCES.c.watermark)  # only the event of the end remains
+        return None
+
+    def sent(self, source: str, number: int) -> None:
+        """Note that the HTTP sink has the events of `source` up to `number`."""
+        with self._transaction() as connection:
+            self._set_sent(connection, source, number)
+
+    def _set_sent(self, connection: sa.Connection, source: str, number: Any) -> None:
+        connection.execute(sa.update(SOURCES).where(SOURCES.c.source == source).values(sent=number))
+
+    def usage(self, dimensions: Sequence[str], since_ms: int, until_ms: int) -> list[dict[str, Any]]:
+        """Return the sums of requests that ended from `since_ms` to before `until_ms`, by `dimensions` and in order."""
+        columns = [DIMENSIONS[name].label(name) for name in dimensions]
+        event = EVENTS.c
+        errors = sa.func.sum(sa.case((event.status >= 400, 1), else_=0)).label("errors")
+        sums = [sa.func.sum(event[name]).label(name) for name in SUMS if name in event]
+        query = sa.select(
+            *columns,
+            sa.func.count().label("requests"),
+            errors,
+            *sums,
+            (sa.func.sum(event.engine_ms) / 1000.0).label("engine_seconds"),
+        )
+        query = query.where(event.time_ms >= since_ms, event.time_ms < until_ms)
+        with self._transaction() as connection:
+            found = connection.execute(query.group_by(*columns).order_by(*columns)).mappings().all()
+        # A sum of PostgreSQL is a Decimal.
+        return [
+            {**row, **{name: float(row[name]) if name == "engine_seconds" else int(row[name]) for name in SUMS}}
+            for row in found
+            if row["requests"]
+        ]
+
+    def gaps(self, since_ms: int, until_ms: int) -> list[Gap]:
+        """Return the lost events that were noticed from `since_ms` to before `until_ms`."""
+        query = sa.select(GAPS).where(GAPS.c.time_ms >= since_ms, GAPS.c.time_ms < until_ms)
+        with self._transaction() as connection:
+            return [Gap(**row) for row in connection.execute(query.order_by(GAPS.c.time_ms)).mappings()]
+
+    def unclean_ends(self, since_ms: int, until_ms: int) -> list[str]:
+        """Return the sources of server processes that were killed from `since_ms` to before `until_ms`."""
+        query = sa.select(SOURCES.c.source).where(
+            SOURCES.c.ended == "unclean", SOURCES.c.ended_ms >= since_ms, SOURCES.c.ended_ms < until_ms
+        )
+        with self._transaction() as connection:
+            return list(connection.execute(query.order_by(SOURCES.c.ended_ms)).scalars())
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sa.Connection]:
+        with _reported(self._engine.url), self._engine.begin() as connection:
+            yield connection
+
+
+def _parse(batch: Batch) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        for event in json.loads(batch.events):
+            if event["source"] == batch.source:
+                yield int(event["id"]), event
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{batch.source} {batch.first}: no batch of CloudEvents: {error}") from None
+
+
+def _row(source: str, number: int, event: dict[str, Any]) -> dict[str, Any]:
+    data = event["data"]
+    row = {name: data.get(name) for name in _DATA}
+    time_ms = cloud_event.milliseconds(event)
+    return {"source": source, "id": number, "time_ms": time_ms, "day": event["time"][:10], **row}
+
+
+def _event(row: Any) -> dict[str, Any]:
+    """Return the CloudEvent of a row."""
+    return {
+        "specversion": "1.0",
+        "type": cloud_event.REQUEST,
+        "source": row["source"],
+        "id": str(row["id"]),
+        "time": cloud_event.formatted(row["time_ms"]),
+        "subject": row["key_id"] or cloud_event.ANONYMOUS,
+        "datacontenttype": "application/json",
+        "data": {name: row[name] for name in _DATA},
+    }
+
+
+def _url(address: str) -> URL:
+    """Parse the URL of a ledger. Raises `UsageError`."""
+    hint = "as in sqlite:///usage.sqlite or postgresql://user@host/database"
+    try:
+        url = make_url(address)
+    except sa.exc.ArgumentError:  # its message contains the address, which may have a password
+        raise UsageError("the address of the ledger is not a URL", hint) from None
+    if url.get_backend_name() not in ("sqlite", "postgresql"):
+        raise UsageError(f"the ledger cannot be in {url.get_backend_name()}", hint)
+    return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
+
+
+def _engine(url: URL) -> sa.Engine:
+    if url.get_backend_name() == "postgresql":
+        options = {"connect_timeout": 5, "options": "-c statement_timeout=30000"}
+        try:
+            return sa.create_engine(url, connect_args=options, pool_pre_ping=True)
+        except ModuleNotFoundError as error:
+            raise NotReadyError(
+                f"a ledger in PostgreSQL requires the package {error.name}", "install it with `pip install psycopg`"
+            ) from None
+    engine = sa.create_engine(url, connect_args={"timeout": 10.0})
+
+    # The driver would begin a transaction only with the first insert, after the watermark was read.
+    @sa.event.listens_for(engine, "connect")
+    def _connected(connection: Any, _: Any) -> None:
+        connection.isolation_level = None
+        # Not WAL, which two writers can corrupt in versions of SQLite that are still common. FULL: see `Outbox`.
+        connection.execute("pragma journal_mode = delete")
+        connection.execute("pragma synchronous = full")
+
+    @sa.event.listens_for(engine, "begin")
+    def _begun(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("begin immediate")
+
+    return engine
+
+
+@contextlib.contextmanager
+def _reported(url: URL) -> Iterator[None]:
+    """Raise `LedgerUnavailableError` for errors of the database, without its password."""
+    try:
+        yield
+    except (sa.exc.SQLAlchemyError, OSError) as error:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        message = f"the ledger {url.render_as_string(hide_password=True)} is not available: {reason}"
+        raise LedgerUnavailableError(message, "check the address and that the database runs") from None
+
+
+def _config() -> Any:
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    return config
+
+
+def _newest() -> str | None:
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory.from_config(_config()).get_current_head()
+
+
+def _migrate(connection: sa.Connection) -> None:
+    """Create the tables, or change them to what this version needs."""
+    from alembic import command
+
+    if connection.dialect.name == "postgresql":  # workers of several machines may start at the same time
+        connection.execute(sa.text(f"select pg_advisory_xact_lock({_MIGRATION_LOCK})"))
+    config = _config()
+    config.attributes |= {"connection": connection, "version_table": _VERSION_TABLE}
+    command.upgrade(config, "head")
+
+
+def now_ms() -> int:
+    """Return the time in milliseconds since 1970."""
+    return int(1000 * time.time())

@@ -1,0 +1,44 @@
+"""The HTTP sink: sends the events of the ledger to a metering product, as batches of CloudEvents."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+
+import inferctl
+from inferctl.errors import NotReadyError
+from inferctl.metering import cloud_event
+from inferctl.metering.ledger import Ledger
+
+_EVENTS = 500
+_TIMEOUT_S = 10.0
+
+
+class SinkUnavailableError(NotReadyError):
+    """The sink did not accept events. The same call may succeed later."""
+
+
+def send(ledger: Ledger, url: str, prefix: str, token: str | None = None) -> int:
+    """Send one batch to `url`, and return how many events it had.
+
+    `prefix`: of the sources to send. `token`: sent as `Authorization: Bearer`. If the process is killed after the sink
+    accepted a batch, the batch is sent again: a sink must deduplicate by `source` and `id`, as CloudEvents require.
+    Raises `SinkUnavailableError` and `LedgerUnavailableError`.
+    """
+    found = ledger.unsent(prefix, _EVENTS)
+    if found is None:
+        return 0
+    source, events = found
+    headers = {"Content-Type": cloud_event.BATCH_MEDIA_TYPE, "User-Agent": f"inferctl/{inferctl.__version__}"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    request = urllib.request.Request(url, json.dumps(events).encode(), headers, method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S):
+            pass
+    except (OSError, ValueError) as error:
+        reason = f"status {error.code}" if isinstance(error, urllib.error.HTTPError) else str(error)
+        raise SinkUnavailableError(f"the sink did not accept usage events: {reason}", "check metering.sink") from None
+    ledger.sent(source, int(events[-1]["id"]))
+    return len(events)

@@ -1,0 +1,70 @@
+"""The metering of one server process: where its usage events go, and when requests are rejected for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from inferctl.metering.cloud_event import Origin
+from inferctl.metering.outbox import Outbox
+from inferctl.metering.recorder import UNAVAILABLE, Recorder
+from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.edge.usage import UsageEvent
+from inferctl.serve.metrics import RequestMetrics
+from inferctl.sizes import parse_size
+from inferctl.spec import Metering as Settings
+from inferctl.spec import Task
+
+log = logging.getLogger("inferctl.metering")
+
+
+class Metering:
+    """The recorder of one process. With `metering.mode: off`, it does nothing."""
+
+    def __init__(self, settings: Settings, model: str, task: Task) -> None:
+        self._settings, self._origin = settings, Origin(model, task)
+        self._recorder: Recorder | None = None
+
+    def open(self) -> None:
+        """Make the outbox, and record from now on.
+
+        Raises `NotReadyError` if that is not possible, `UsageError` for its size.
+        """
+        settings = self._settings
+        if settings.mode != "off":
+            outbox = Outbox.create(Path(settings.data), parse_size(settings.outbox_size))
+            self._recorder = Recorder(outbox, self._origin, required=settings.mode == "required")
+
+    def record(self, event: UsageEvent) -> None:
+        """Record a finished request: the sink of usage events."""
+        if self._recorder is not None:
+            self._recorder.record(event)
+
+    def ready(self, device: Mapping[str, Any], model_sha256: str) -> None:
+        """Set what is known when the model is loaded. `device`: as in `GET /info`."""
+        hardware = device.get("hardware") or device["name"]
+        self._origin = replace(self._origin, hardware=hardware, model_sha256=model_sha256)
+        if self._recorder:
+            self._recorder.origin = self._origin
+
+    def watch(self, metrics: RequestMetrics) -> None:
+        """Add the metrics of the outbox, after `open`."""
+        if self._recorder:
+            metrics.watch_outbox(self._recorder)
+
+    def check(self) -> None:
+        """Raise `ApiError` if each request must be metered, and the event of another one could not be recorded."""
+        recorder = self._recorder
+        if recorder is not None and recorder.required and recorder.full:
+            message = "usage events cannot be recorded; see the server log"
+            raise ApiError(503, message, code=UNAVAILABLE, headers={"retry-after": "5"})
+
+    async def close(self, seconds: float) -> None:
+        """Write the last events, for up to `seconds`."""
+        recorder, self._recorder = self._recorder, None
+        if recorder and not await asyncio.to_thread(recorder.close, seconds):
+            log.error("the server ends, and some of the last usage events could not be written")

@@ -1,0 +1,107 @@
+"""Starts `python -m inferctl.worker`, which brings usage events to the ledger, and restarts it if it ends.
+
+The worker may crash or hang at any time: the server writes its events to the outbox and never waits for the worker. It
+gets the spec as a line of JSON on stdin. The end of stdin tells it to store what is left and to end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+
+from inferctl.errors import install_hint
+from inferctl.spec import Spec
+
+log = logging.getLogger("inferctl.worker")
+
+_MIN_PAUSE_S, _MAX_PAUSE_S = 0.25, 30.0
+_STABLE_S = 30.0  # after this, the next crash is a new one
+_PACKAGES = {"sqlalchemy": "ledger", "alembic": "ledger"}
+
+
+def start(spec: Spec, notify: Callable[[str], None]) -> WorkerProcess | None:
+    """Return the worker of a server, None if it needs none. Its `run` starts it.
+
+    `notify` gets the reason if the packages of the worker are not installed, as in images.
+    """
+    if spec.metering.mode == "off":
+        return None
+    packages = _PACKAGES | ({"nats": "broker"} if spec.metering.broker else {})
+    missing = [name for name in ("inferctl.worker", *packages) if importlib.util.find_spec(name) is None]
+    if missing:
+        how = f"run `inferctl worker --data {spec.metering.data}` where they are"
+        hint = "" if missing[0] == "inferctl.worker" else f" ({install_hint(packages[missing[0]])})"
+        notify(
+            f"usage events stay in {spec.metering.data}, because the packages of the worker are missing{hint}; {how}"
+        )
+        return None
+    return WorkerProcess(spec)
+
+
+class WorkerProcess:
+    """One worker, started again with growing pauses."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._line = json.dumps({"spec": spec.model_dump(mode="json")}).encode() + b"\n"
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = asyncio.Event()
+        self._failures = 0
+
+    async def run(self) -> None:
+        """Keep the worker running until `stop`."""
+        while not self._stopping.is_set():
+            started = time.monotonic()
+            how = await self._run_process()
+            if self._stopping.is_set():
+                return
+            self._failures = 0 if time.monotonic() - started > _STABLE_S else self._failures + 1
+            pause = min(_MIN_PAUSE_S * 2 ** min(self._failures, 10), _MAX_PAUSE_S)
+            log.error("the worker %s; starting it again in %.2g s", how, pause)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), pause)
+
+    async def stop(self, seconds: float) -> None:
+        """Let the worker store what is left, and end it after `seconds` at the latest."""
+        self._stopping.set()
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        assert process.stdin
+        process.stdin.close()
+        try:
+            await asyncio.wait_for(process.wait(), seconds)
+        except TimeoutError:
+            log.warning("the worker did not store all usage events; the next one in this folder does")
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+    async def _run_process(self) -> str:
+        """Run the worker until it ends, and return how it ended."""
+        try:
+            self._process = process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "inferctl.worker",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C in a terminal is for the server only
+            )
+        except OSError as error:
+            return f"cannot be started: {error}"
+        assert process.stdin and process.stderr
+        process.stdin.write(self._line)
+        if self._stopping.is_set():
+            process.stdin.close()
+        with contextlib.suppress(ConnectionError, ValueError):  # a line that is too long
+            async for line in process.stderr:
+                log.warning("%s", line.decode(errors="replace").rstrip())
+        code = await process.wait()
+        return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"

@@ -1,0 +1,64 @@
+"""The worker of a server: `python -m inferctl.worker`, started by `inferctl serve`.
+
+The first line of stdin is the spec as JSON. At the end of stdin, also if the server was killed, the worker stores what
+is left, and ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+
+from inferctl.errors import InferctlError
+
+_NICENESS = 5  # the server and its engine go first
+_RELEASE_S = 0.1  # a killed server closes stdin, and may not have released its outbox yet
+
+
+def main() -> int:
+    """Work until the end of stdin, and return the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the server gets them, and decides
+    os.nice(_NICENESS)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return 0
+    from inferctl.spec import Spec
+    from inferctl.worker.worker import Worker
+
+    spec = Spec.model_validate(json.loads(line)["spec"])
+
+    async def run() -> None:
+        worker, loop = Worker(spec.metering), asyncio.get_running_loop()
+
+        def follow() -> None:
+            sys.stdin.buffer.read()
+            time.sleep(_RELEASE_S)
+            # Even if a thread waits for a database that does not respond.
+            timer = threading.Timer(spec.serve.drain_seconds + 5, os._exit, (1,))
+            timer.daemon = True
+            timer.start()
+            loop.call_soon_threadsafe(worker.end)
+
+        threading.Thread(target=follow, daemon=True).start()
+        await worker.run()
+
+    try:
+        asyncio.run(run())
+    except InferctlError as error:
+        logging.getLogger("inferctl.worker").error("%s", error.message)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # without waiting for a thread that reads stdin

@@ -1,0 +1,68 @@
+"""Fixtures of the tests of metering: ledgers in the real databases, and the real broker."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from inferctl.metering.ledger import Ledger
+from tests.metering.parts import Nats, Postgres
+from tests.serve.conftest import Running, serve  # noqa: F401  # a fixture
+
+
+def _missing(what: str) -> NoReturn:
+    problem = f"{what} is not installed"
+    if "services" in os.environ.get("INFERCTL_REQUIRE", "").split(","):
+        pytest.fail(problem)
+    pytest.skip(problem)
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    """A running PostgreSQL. Skips without one, or fails with INFERCTL_REQUIRE=services."""
+    if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
+        _missing("postgresql")
+    folder = tmp_path_factory.mktemp("p")
+    for parent in (folder, *folder.parents):  # for the user postgres
+        if parent.owner() == "root" and parent != Path("/") and parent != Path("/tmp"):
+            parent.chmod(parent.stat().st_mode | 0o711)
+    started = Postgres(folder / "pg")
+    started.start()
+    yield started
+    started.kill()
+
+
+@pytest.fixture
+def nats(tmp_path: Path) -> Iterator[Nats]:
+    """A running NATS server. Skips without one, or fails with INFERCTL_REQUIRE=services."""
+    if not shutil.which("nats-server"):
+        _missing("nats-server")
+    started = Nats(tmp_path / "nats")
+    started.start()
+    yield started
+    started.kill()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def ledger_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of a new ledger."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/ledger.sqlite"
+    started: Postgres = request.getfixturevalue("postgres")
+    return started.url()
+
+
+@pytest.fixture
+def ledger(ledger_url: str) -> Iterator[Ledger]:
+    """A new ledger."""
+    opened = Ledger.open(ledger_url)
+    yield opened
+    opened.close()
+
+
+Serve = Callable[..., Running]

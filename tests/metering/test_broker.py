@@ -1,0 +1,162 @@
+"""A real NATS JetStream between the outboxes and the ledger, which loses, repeats and reorders."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import nats as client
+import nats.js.errors
+import pytest
+
+from inferctl.metering import broker as brokers
+from inferctl.metering.ledger import Ledger
+from inferctl.metering.outbox import Outbox
+from inferctl.metering.recorder import Recorder
+from tests.metering.parts import ORIGIN, Nats, batch, event
+from tests.serve.conftest import until
+
+ALL = (0, 2**62)
+
+
+class Fleet:
+    """A recorder, the worker that publishes its events, and the worker that stores them."""
+
+    def __init__(self, folder: Path, nats: Nats) -> None:
+        self._folder, self._nats = folder, nats
+        self.recorder = Recorder(Outbox.create(folder / "m", 1 << 24), ORIGIN)
+        self.ledger_url = f"sqlite:///{folder}/ledger.sqlite"
+        Ledger.open(self.ledger_url).close()
+        self.started: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, *roles: str) -> None:
+        for role in roles:
+            options = ["--consume", "--ledger", self.ledger_url] if role == "ledger" else ["--data", "m"]
+            command = [sys.executable, "-m", "inferctl", "worker", "--broker", self._nats.url, *options]
+            log = (self._folder / f"{role}.log").open("ab")
+            self.started[role] = subprocess.Popen(command, cwd=self._folder, stderr=log)
+
+    def kill(self, role: str) -> None:
+        self.started[role].kill()
+        self.started[role].wait()
+
+    def record(self, count: int) -> None:
+        for _ in range(count):
+            self.recorder.record(event())
+            time.sleep(0.001)
+
+    def in_broker(self) -> int:
+        """How many batches the broker keeps."""
+
+        async def ask() -> int:
+            connection = await client.connect(self._nats.url)
+            try:
+                info = await connection.jetstream().stream_info(brokers.STREAM)
+                return int(info.state.messages)
+            except client.js.errors.NotFoundError:
+                return 0
+            finally:
+                await connection.close()
+
+        return asyncio.run(ask())
+
+    def requests(self) -> int:
+        ledger = Ledger.read(self.ledger_url)
+        found = sum(row["requests"] for row in ledger.usage([], *ALL))
+        assert ledger.gaps(*ALL) == []
+        ledger.close()
+        return found
+
+    def logs(self) -> str:
+        return "".join(file.read_text() for file in self._folder.glob("*.log"))
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, nats: Nats) -> Iterator[Fleet]:
+    made = Fleet(tmp_path, nats)
+    yield made
+    made.recorder.close(1)
+    for process in made.started.values():
+        process.kill()
+        process.wait()
+
+
+def test_events_pass_the_broker_and_free_their_outbox(fleet: Fleet) -> None:
+    fleet.start("publish", "ledger")
+    fleet.record(500)
+    until(lambda: fleet.requests() == 500, 60)
+    until(lambda: fleet.recorder.depth == 0, 30)
+    for process in fleet.started.values():
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0, fleet.logs()
+
+
+def test_the_broker_keeps_events_while_the_ledger_is_gone(fleet: Fleet) -> None:
+    fleet.record(300)
+    fleet.start("publish")
+    until(lambda: fleet.in_broker() > 0, 30)
+    time.sleep(1)
+    fleet.kill("publish")
+    fleet.start("ledger")
+    until(lambda: fleet.requests() == 300, 60)
+    assert fleet.recorder.depth == 300, "freed only when its worker hears of it"
+    fleet.start("publish")
+    until(lambda: fleet.recorder.depth == 0, 30)
+    assert fleet.requests() == 300
+
+
+def test_a_killed_broker_whose_store_is_wiped_loses_nothing(fleet: Fleet, nats: Nats) -> None:
+    fleet.record(300)
+    fleet.start("publish")
+    until(lambda: fleet.in_broker() > 0, 30)
+    time.sleep(1)
+    nats.kill()
+    nats.wipe()
+    fleet.record(100)
+    nats.start()
+    fleet.start("ledger")
+    fleet.record(100)
+    until(lambda: fleet.requests() == 500, 90)
+    until(lambda: fleet.recorder.depth == 0, 30)
+    assert fleet.requests() == 500
+
+
+def test_killed_workers_on_both_sides_repeat_nothing(fleet: Fleet) -> None:
+    for role in ("publish", "ledger", "publish", "ledger"):
+        fleet.start(*({"publish", "ledger"} - {name for name, p in fleet.started.items() if p.poll() is None}))
+        fleet.record(300)
+        fleet.kill(role)
+    fleet.start(*(name for name, process in fleet.started.items() if process.poll() is not None))
+    until(lambda: fleet.requests() == 1200, 90)
+    until(lambda: fleet.recorder.depth == 0, 60)
+    assert fleet.requests() == 1200
+
+
+def test_messages_that_repeat_are_reordered_or_are_no_events_do_no_harm(tmp_path: Path, nats: Nats) -> None:
+    ledger = Ledger.open(f"sqlite:///{tmp_path}/ledger.sqlite")
+
+    async def run() -> None:
+        broker = await brokers.connect(nats.url)
+        await broker.store(ledger)  # makes the stream
+        for each in (batch("a", 6, 9), batch("a", 1, 5), batch("a", 1, 5), batch("b", 1, 2)):
+            await broker.publish(each)
+        stream = broker._nats.jetstream()
+        await stream.publish("inferctl.usage.x", b"no events")
+        headers = {"Inferctl-Source": "c", "Inferctl-Range": "1-1", "Inferctl-Oldest": "1", "Inferctl-Time": "0"}
+        await stream.publish("inferctl.usage.x", json.dumps([{"source": "c"}]).encode(), headers=headers)
+        for _ in range(10):
+            await broker.store(ledger)
+        info = await stream.stream_info(brokers.STREAM)
+        assert info.state.messages == 0, "all are acknowledged or dropped"
+        await broker.close()
+
+    asyncio.run(run())
+    assert ledger.watermarks(["a", "b"]) == {"a": 9, "b": 2}
+    assert [row["requests"] for row in ledger.usage(["source"], *ALL)] == [9, 2]
+    ledger.close()

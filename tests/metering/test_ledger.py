@@ -1,0 +1,106 @@
+"""The ledger in both databases: nothing twice, nothing lost without a trace."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from inferctl.errors import UsageError
+from inferctl.metering.ledger import Ledger, LedgerUnavailableError
+from inferctl.metering.outbox import Batch
+from tests.metering.parts import DAY, batch, end
+
+ALL = (0, 2**62)
+
+
+def requests(ledger: Ledger) -> int:
+    return sum(row["requests"] for row in ledger.usage([], *ALL))
+
+
+def test_events_are_stored_with_their_watermark(ledger: Ledger) -> None:
+    assert ledger.apply([batch("a", 1, 5), batch("b", 1, 3), batch("a", 6, 9)]) == {"a": 9, "b": 3}
+    assert ledger.watermarks(["a", "b", "c"]) == {"a": 9, "b": 3}
+    assert (requests(ledger), ledger.gaps(*ALL)) == (12, [])
+
+
+def test_a_full_replay_twice_adds_nothing(ledger: Ledger) -> None:
+    everything = [batch("a", 1, 200), batch("a", 201, 350, lost=[300]), end("a", 351, 353, clean=False)]
+    for _ in range(3):
+        assert ledger.apply(everything) == {"a": 353}
+        assert requests(ledger) == 349
+        assert [(gap.first, gap.last) for gap in ledger.gaps(*ALL)] == [(300, 300), (351, 352)]
+        assert ledger.unclean_ends(*ALL) == ["a"]
+
+
+def test_a_batch_without_its_predecessor_waits(ledger: Ledger) -> None:
+    assert ledger.apply([batch("a", 6, 9)]) == {"a": 0}
+    assert ledger.apply([batch("a", 1, 5)]) == {"a": 5}
+    assert ledger.apply([batch("a", 6, 9)]) == {"a": 9}
+    assert (requests(ledger), ledger.gaps(*ALL)) == (9, [])
+
+
+def test_what_the_outbox_no_longer_has_is_a_gap(ledger: Ledger) -> None:
+    """As after the ledger was lost: the outbox freed what that ledger had."""
+    assert ledger.apply([batch("a", 6, 9, oldest=6)]) == {"a": 9}
+    assert [(gap.first, gap.last) for gap in ledger.gaps(*ALL)] == [(1, 5)]
+
+
+def test_usage_is_summed_by_what_is_asked(ledger: Ledger) -> None:
+    ledger.apply([batch("a", 1, 5), batch("b", 1, 3, key="k2"), batch("c", 1, 2, at=DAY + 86_400)])
+    rows = ledger.usage(["key", "day"], *ALL)
+    found = [(row["key"], row["day"], row["requests"], row["input_tokens"]) for row in rows]
+    assert found == [("k1", "2026-09-21", 5, 50), ("k1", "2026-09-22", 2, 20), ("k2", "2026-09-21", 3, 30)]
+    (total,) = ledger.usage([], *ALL)
+    assert (total["engine_seconds"], total["errors"]) == (pytest.approx(0.02), 0)
+    assert ledger.usage(["month"], int(1000 * DAY) + 1, 2**62)[0]["month"] == "2026-09"
+    assert ledger.usage(["month"], int(1000 * DAY) + 1, 2**62)[0]["requests"] == 2
+
+
+def test_what_is_no_batch_of_events_changes_nothing(ledger: Ledger) -> None:
+    for content in (b"no json", b'[{"source": "a"}]', b"[1]"):
+        with pytest.raises(ValueError, match="no batch"):
+            ledger.apply([batch("b", 1, 5), Batch("a", 1, 1, 0, content)])
+    assert requests(ledger) == 0
+
+
+def test_several_workers_can_start_at_the_same_time(ledger_url: str) -> None:
+    errors: list[Exception] = []
+
+    def work(source: str) -> None:
+        try:
+            ledger = Ledger.open(ledger_url)
+            for number in range(10):
+                ledger.apply([batch(source, 1 + 10 * number, 10 + 10 * number)])
+            ledger.close()
+        except Exception as error:  # noqa: BLE001  # the assertion shows it
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(source,)) for source in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ledger = Ledger.open(ledger_url)
+    assert (errors, requests(ledger)) == ([], 300)
+    ledger.close()
+
+
+def test_a_report_reads_an_existing_ledger_only(ledger_url: str, ledger: Ledger) -> None:
+    ledger.apply([batch("a", 1, 5)])
+    reader = Ledger.read(ledger_url)
+    assert requests(reader) == 5
+    reader.close()
+
+
+def test_errors_name_the_ledger_but_no_password(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not a URL"):
+        Ledger.open("no url: secret")
+    with pytest.raises(UsageError, match="cannot be in mysql"):
+        Ledger.open("mysql://u:secret@h/d")
+    with pytest.raises(UsageError, match="no ledger at"):
+        Ledger.read(f"sqlite:///{tmp_path}/none.sqlite")
+    with pytest.raises(LedgerUnavailableError) as failed:
+        Ledger.open("postgresql://u:secret@127.0.0.1:1/d")
+    assert "secret" not in failed.value.message and "u:***@" in failed.value.message

@@ -1,0 +1,280 @@
+"""Real servers with metering, under load, while the parts behind them fail or are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from inferctl.metering.ledger import Ledger
+from tests.metering.parts import Postgres
+from tests.serve.conftest import Running, until
+
+ALL = (0, 2**62)
+SECRET = "a-text-that-must-stay-private"
+Metered = Callable[..., Running]
+
+
+@pytest.fixture
+def metered(minilm: Path, serve: Metered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Metered]:
+    """`metered(mode="on", ...)` starts a server with the echo engine; options are settings of `metering`."""
+
+    started: list[Running] = []
+
+    def start(**settings: str) -> Running:
+        for name, value in ({"mode": "on"} | settings).items():
+            monkeypatch.setenv(f"INFERCTL_METERING_{name.upper()}", value)
+        (tmp_path / "ready.json").unlink(missing_ok=True)
+        started.append(serve("--model", str(minilm), "--engine", "echo", "--name", "echo"))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.process.kill()
+    # The workers of servers that a test killed end by themselves.
+    until(lambda: not workers(tmp_path), 60)
+
+
+def workers(folder: Path) -> list[int]:
+    """The processes of workers that work in `folder`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"inferctl.worker" in (process / "cmdline").read_bytes() and (process / "cwd").readlink() == folder:
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+class Load:
+    """Clients that send requests one after the other, until `stop`. `statuses`: of the responses they got."""
+
+    def __init__(self, url: str, clients: int = 8) -> None:
+        self.statuses: Counter[int] = Counter()
+        self._url, self._stopping = url, threading.Event()
+        self._threads = [threading.Thread(target=self._send) for _ in range(clients)]
+        for thread in self._threads:
+            thread.start()
+
+    def _send(self) -> None:
+        with httpx.Client(timeout=30) as client:
+            while not self._stopping.is_set():
+                try:
+                    response = client.post(f"{self._url}/v1/embeddings", json={"input": SECRET})
+                except httpx.HTTPError:
+                    self.statuses[0] += 1
+                    time.sleep(0.05)
+                else:
+                    self.statuses[response.status_code] += 1
+
+    def stop(self) -> Counter[int]:
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
+        return self.statuses
+
+
+def ledger_of(folder: Path, address: str | None = None) -> Ledger:
+    return Ledger.read(address or f"sqlite:///{folder}/metering/ledger.sqlite")
+
+
+def rows(ledger: Ledger, **where: Any) -> int:
+    found = ledger.usage(["status"], *ALL)
+    return sum(row["requests"] for row in found if where.items() <= row.items())
+
+
+def stop(server: Running) -> int:
+    server.process.send_signal(signal.SIGTERM)
+    return server.process.wait(60)
+
+
+def test_after_sigterm_under_load_the_ledger_has_every_accepted_request(metered: Metered, tmp_path: Path) -> None:
+    server = metered()
+    load = Load(server.url)
+    until(lambda: load.statuses[200] > 500, 60)
+    assert stop(server) == 0, server.log.read_text()
+    statuses = load.stop()
+    ledger = ledger_of(tmp_path)
+    assert rows(ledger, status=200) == statuses[200] > 500
+    assert (ledger.gaps(*ALL), ledger.unclean_ends(*ALL)) == ([], [])
+    folder = tmp_path / "metering"
+    assert sorted(file.name for file in folder.iterdir()) == ["instance", "ledger.sqlite", "worker.lock"]
+    found = ledger.usage(["key", "model", "endpoint", "task", "status"], *ALL)
+    (row,) = [row for row in found if row["status"] == 200]
+    assert (row["key"], row["model"], row["endpoint"], row["task"]) == (None, "echo", "embeddings", "embed")
+    assert row["input_tokens"] > row["requests"]
+    for file in folder.iterdir():
+        assert SECRET.encode() not in file.read_bytes()
+
+
+def test_after_a_sigkill_under_load_the_loss_is_small_and_known(metered: Metered, tmp_path: Path) -> None:
+    server = metered()
+    load = Load(server.url)
+    until(lambda: load.statuses[200] > 500, 60)
+    began = time.monotonic()
+    time.sleep(1)
+    sent = load.statuses[200]
+    time.sleep(1)
+    rate = (load.statuses[200] - sent) / (time.monotonic() - began - 1)
+    os.kill(server.process.pid, signal.SIGKILL)
+    received = load.stop()[200]
+    # Nobody starts another server: the worker sees that its server ended.
+    until(lambda: not workers(tmp_path), 30)
+    ledger = ledger_of(tmp_path)
+    lost = sum(gap.last - gap.first + 1 for gap in ledger.gaps(*ALL))
+    assert len(ledger.unclean_ends(*ALL)) == 1
+    stored = rows(ledger, status=200)
+    # Each event that the server began is either stored or in a gap. A few responses did not reach their client.
+    assert 0 <= stored + lost - received <= 8
+    # On a busy machine, the thread of the outbox waits for its turn: ten times the interval.
+    assert lost <= 10 * 0.02 * rate + 8, f"{lost} lost at {rate:.0f}/s"
+
+
+def test_three_kills_of_the_worker_lose_and_repeat_nothing(metered: Metered, tmp_path: Path) -> None:
+    server = metered()
+    load = Load(server.url)
+    killed: set[int] = set()
+    for _ in range(3):
+        until(lambda: bool(set(workers(tmp_path)) - killed), 60)
+        time.sleep(1.5)
+        for pid in set(workers(tmp_path)) - killed:
+            killed.add(pid)
+            os.kill(pid, signal.SIGKILL)
+    until(lambda: bool(set(workers(tmp_path)) - killed), 60)
+    assert stop(server) == 0
+    statuses = load.stop()
+    ledger = ledger_of(tmp_path)
+    assert (rows(ledger, status=200), ledger.gaps(*ALL)) == (statuses[200], [])
+    assert server.log.read_text().count("the worker was killed by signal 9; starting it again") == 3
+
+
+def test_the_metrics_show_what_the_ledger_does_not_have(metered: Metered, tmp_path: Path) -> None:
+    server = metered()
+    assert server.embed(input="a").status_code == 200
+    until(lambda: server.metric("inferctl_outbox_events") == 0, 30)
+    assert server.metric("inferctl_outbox_dropped_events") == 0
+    for pid in workers(tmp_path):
+        os.kill(pid, signal.SIGSTOP)
+    server.embed(input="a")
+    until(lambda: server.metric("inferctl_outbox_age_seconds") > 0.5, 30)
+    assert server.metric("inferctl_outbox_events") == 1
+    for pid in workers(tmp_path):
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: server.metric("inferctl_outbox_events") == 0, 30)
+
+
+def test_a_stopped_database_does_not_affect_requests(metered: Metered, tmp_path: Path, postgres: Postgres) -> None:
+    address = postgres.url()
+    server = metered(ledger=address)
+    load = Load(server.url)
+    until(lambda: load.statuses[200] > 100, 60)
+    postgres.signal(signal.SIGSTOP)
+    try:
+        time.sleep(3)
+        before = load.statuses[200]
+        time.sleep(2)
+        assert load.statuses[200] > before + 100
+    finally:
+        postgres.signal(signal.SIGCONT)
+    postgres.kill()
+    time.sleep(2)
+    postgres.start()
+    until(lambda: server.metric("inferctl_outbox_age_seconds") < 2, 60)
+    assert set(load.statuses) == {200}
+    assert stop(server) == 0
+    statuses = load.stop()
+    ledger = ledger_of(tmp_path, address)
+    assert (rows(ledger, status=200), ledger.gaps(*ALL)) == (statuses[200], [])
+
+
+@pytest.mark.slow
+def test_an_outbox_that_is_locked_for_ten_seconds_fails_no_request(metered: Metered, tmp_path: Path) -> None:
+    server = metered(mode="required")
+    load = Load(server.url)
+    until(lambda: load.statuses[200] > 100, 60)
+    (file,) = (tmp_path / "metering").glob("*/events.sqlite")
+    locker = sqlite3.connect(file, isolation_level=None, timeout=30)
+    locker.execute("begin immediate")
+    before = load.statuses[200]
+    time.sleep(10)
+    assert load.statuses[200] > before + 500
+    locker.execute("rollback")
+    locker.close()
+    assert set(load.statuses) == {200}
+    assert stop(server) == 0
+    statuses = load.stop()
+    ledger = ledger_of(tmp_path)
+    assert (rows(ledger, status=200), ledger.gaps(*ALL)) == (statuses[200], [])
+
+
+@pytest.mark.parametrize("mode", ["on", "required"])
+def test_a_full_outbox_drops_events_or_rejects_requests(
+    metered: Metered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """The ledger does not exist, the outbox has place for some events, and the memory for 300 more."""
+    folder = tmp_path / "python"
+    folder.mkdir()
+    patch = "import inferctl.metering.recorder as r\nr.Recorder.__init__.__kwdefaults__['max_pending'] = 300\n"
+    (folder / "sitecustomize.py").write_text(patch)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    server = metered(mode=mode, outbox_size="64kB", ledger="sqlite:////proc/none/ledger.sqlite")
+    load = Load(server.url)
+    if mode == "required":
+        until(lambda: load.statuses[503] > 10, 60)
+        response = server.embed(input="a")
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "metering_unavailable")
+        assert server.metric("inferctl_outbox_dropped_events") == 0
+        assert server.get("/readyz").status_code == 200
+    else:
+        until(lambda: server.metric("inferctl_outbox_dropped_events") > 10, 60)
+        assert server.embed(input="a").status_code == 200
+    until(lambda: "USAGE EVENTS CANNOT BE WRITTEN: database or disk is full" in server.log.read_text(), 30)
+    stop(server)
+    statuses = load.stop()
+    # A ledger at last: what is on disk arrives, and the rest shows as lost.
+    command = [sys.executable, "-m", "inferctl", "worker", "--ledger", f"sqlite:///{tmp_path}/late.sqlite"]
+    late = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    until(lambda: not list((tmp_path / "metering").glob("*/lock")), 60)
+    late.send_signal(signal.SIGTERM)
+    assert late.wait(30) == 0
+    ledger = ledger_of(tmp_path, f"sqlite:///{tmp_path}/late.sqlite")
+    lost = sum(gap.last - gap.first + 1 for gap in ledger.gaps(*ALL))
+    assert rows(ledger, status=200) + lost >= statuses[200]
+    assert lost > 0
+
+
+def test_two_servers_share_a_folder(metered: Metered, tmp_path: Path) -> None:
+    first = metered()
+    (tmp_path / "second").mkdir()
+    second = metered()
+    for _ in range(5):
+        assert first.embed(input="a").status_code == second.embed(input="a").status_code == 200
+    assert stop(first) == 0
+    assert second.embed(input="a").status_code == 200
+    assert stop(second) == 0
+    ledger = ledger_of(tmp_path)
+    assert (rows(ledger, status=200), ledger.gaps(*ALL), ledger.unclean_ends(*ALL)) == (11, [], [])
+    assert len(ledger.usage(["source"], *ALL)) == 2
+
+
+def test_the_api_process_imports_no_package_of_the_ledger() -> None:
+    code = (
+        "import sys, json\n"
+        "from inferctl.serve import encoder_server, metering, worker_process\n"
+        "print(json.dumps([m for m in ('sqlalchemy', 'alembic', 'psycopg', 'nats') if m in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []

@@ -1,0 +1,236 @@
+"""The outbox and its writer, with real files: what is written, what is lost, and that the ledger can tell."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inferctl.errors import NotReadyError
+from inferctl.metering import outbox
+from inferctl.metering.outbox import Batch, Outbox
+from inferctl.metering.outboxes import Outboxes
+from inferctl.metering.recorder import UNAVAILABLE, Recorder
+from tests.metering.parts import ORIGIN, event
+from tests.serve.conftest import until
+
+MIB = 1024 * 1024
+Make = Callable[..., Recorder]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    """`make(...)` starts a recorder in `tmp_path / "m"`."""
+    started: list[Recorder] = []
+
+    def run(max_bytes: int = MIB, **options: Any) -> Recorder:
+        started.append(Recorder(Outbox.create(tmp_path / "m", max_bytes), ORIGIN, **options))
+        return started[-1]
+
+    yield run
+    for recorder in started:
+        recorder.close(0.1)
+
+
+def read(data: Path, after: int = 0) -> list[Batch]:
+    outboxes = Outboxes(data)
+    outboxes.refresh()
+    found = [batch for source in outboxes.sources for batch in outboxes.read(source, after, 10_000)]
+    outboxes.close()
+    return found
+
+
+def numbers(batches: list[Batch]) -> list[int]:
+    return [int(each["id"]) for batch in batches for each in json.loads(batch.events)]
+
+
+def events_file(data: Path) -> Path:
+    return next(data.glob("*/events.sqlite"))
+
+
+def test_events_are_on_disk_soon_and_have_consecutive_numbers(make: Make, tmp_path: Path) -> None:
+    recorder = make()
+    for _ in range(450):
+        recorder.record(event())
+    until(lambda: len(numbers(read(tmp_path / "m"))) == 450, 10)
+    batches = read(tmp_path / "m")
+    assert numbers(batches) == list(range(1, 451))
+    assert [batch.first for batch in batches] == [1, *(batch.last + 1 for batch in batches[:-1])]
+    assert recorder.depth == 450
+    assert 0 < recorder.age < 10
+
+
+def test_an_event_has_exactly_these_fields(make: Make, tmp_path: Path) -> None:
+    make().record(event(cached_tokens=4, output_tokens=3, seconds=0.5))
+    until(lambda: bool(read(tmp_path / "m")), 10)
+    (found,) = json.loads(read(tmp_path / "m")[0].events)
+    source, moment = found.pop("source"), found.pop("time")
+    assert source == read(tmp_path / "m")[0].source
+    assert moment.endswith("Z") and abs(time.time() - time.mktime(time.gmtime())) < 86_400
+    assert found == {
+        "specversion": "1.0",
+        "type": "inferctl.request.v1",
+        "id": "1",
+        "subject": "k1",
+        "datacontenttype": "application/json",
+        "data": {
+            "key_id": "k1",
+            "model": "minilm",
+            "model_sha256": "ab" * 32,
+            "task": "embed",
+            "endpoint": "embeddings",
+            "inputs": 1,
+            "input_tokens": 10,
+            "cached_tokens": 4,
+            "output_tokens": 3,
+            "engine_ms": 2.0,
+            "duration_ms": 500.0,
+            "status": 200,
+            "code": None,
+            "hardware": "l4",
+            "request_id": "request",
+        },
+    }
+
+
+def test_what_the_ledger_has_is_freed(make: Make, tmp_path: Path) -> None:
+    recorder, data = make(), tmp_path / "m"
+    for _ in range(400):
+        recorder.record(event())
+    until(lambda: len(read(data)) > 1, 10)
+    middle = read(data)[0].last
+    outbox.write_watermark(events_file(data).parent, middle)
+    until(lambda: read(data)[0].first == middle + 1, 10)
+    assert read(data)[0].oldest == middle + 1
+    outbox.write_watermark(events_file(data).parent, 400)
+    until(lambda: not read(data) and recorder.depth == 0, 10)
+    until(lambda: recorder.age == 0, 10)
+
+
+def test_a_clean_end_is_the_last_event(make: Make, tmp_path: Path) -> None:
+    recorder = make()
+    recorder.record(event())
+    assert recorder.close(5)
+    batches = read(tmp_path / "m")
+    last = json.loads(batches[-1].events)[-1]
+    assert (last["type"], last["id"], last["data"]) == ("inferctl.end.v1", "2", {"clean": True})
+
+
+def test_an_outbox_of_a_live_process_is_not_taken_over(make: Make, tmp_path: Path) -> None:
+    make().record(event())
+    until(lambda: bool(read(tmp_path / "m")), 10)
+    assert Outbox.adopt(events_file(tmp_path / "m").parent) is None
+
+
+def test_a_reader_cannot_change_the_outbox(make: Make, tmp_path: Path) -> None:
+    make().record(event())
+    until(lambda: bool(read(tmp_path / "m")), 10)
+    reader = sqlite3.connect(f"{events_file(tmp_path / 'm').as_uri()}?mode=ro", uri=True)
+    with pytest.raises(sqlite3.OperationalError):
+        reader.execute("delete from batches")
+    reader.close()
+
+
+def test_a_full_outbox_keeps_events_in_memory_then_drops_them_and_recovers(make: Make, tmp_path: Path) -> None:
+    recorder, data = make(max_bytes=64 * 1024, max_pending=500), tmp_path / "m"
+
+    def more() -> bool:
+        recorder.record(event())
+        return recorder.full
+
+    until(more, 20)
+    time.sleep(0.5)
+    written = numbers(read(data))
+    assert len(written) > 10
+    for _ in range(300):
+        recorder.record(event())
+    assert recorder.dropped >= 299
+    # The ledger has what is on disk: its place is free again, and the events in memory follow.
+    for _ in range(100):
+        outbox.write_watermark(events_file(data).parent, read(data)[-1].last)
+        time.sleep(0.1)
+        if not recorder.full and recorder.close(0.5):
+            break
+    batches = read(data)
+    assert sorted(batch.first for batch in batches) == [batch.first for batch in batches]
+    covered = batches[-1].last
+    assert covered == recorder._issued + 1, "the numbers of dropped events are covered, so they show as missing"
+
+
+def test_a_required_recorder_records_requests_in_flight_also_when_it_is_full(make: Make, tmp_path: Path) -> None:
+    recorder = make(max_bytes=8 * 4096, max_pending=50, required=True)
+
+    def more() -> bool:
+        recorder.record(event())
+        return recorder.full
+
+    until(more, 20)
+    issued = recorder._issued
+    recorder.record(event(status=503, code=UNAVAILABLE))
+    assert recorder._issued == issued, "a rejected request leaves no event and no gap"
+    recorder.record(event())
+    assert (recorder._issued, recorder.dropped) == (issued + 1, 0)
+
+
+def test_an_outbox_that_another_process_locks_delays_events_and_loses_none(make: Make, tmp_path: Path) -> None:
+    recorder, data = make(), tmp_path / "m"
+    recorder.record(event())
+    until(lambda: bool(read(data)), 10)
+    locker = sqlite3.connect(events_file(data), isolation_level=None)
+    locker.execute("begin immediate")
+    for _ in range(1000):
+        recorder.record(event())
+    time.sleep(1.5)
+    assert numbers(read(data)) == [1]
+    locker.execute("rollback")
+    locker.close()
+    until(lambda: numbers(read(data)) == list(range(1, 1002)), 10)
+    assert recorder.dropped == 0
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from inferctl.metering.outbox import Outbox
+from inferctl.metering.recorder import Recorder
+from tests.metering.parts import ORIGIN, event
+recorder = Recorder(Outbox.create(Path(sys.argv[1]), 1 << 20), ORIGIN)
+for number in range(2000):
+    recorder.record(event())
+    if number % 10 == 0:
+        time.sleep(0.001)
+print(recorder._issued, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_after_a_sigkill_the_end_event_tells_exactly_how_many_events_were_lost(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "m")],
+        capture_output=True,
+        check=False,
+        cwd=Path(__file__).parent.parent.parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    batches = read(tmp_path / "m")
+    last = json.loads(batches[-1].events)[-1]
+    assert (last["type"], last["data"]) == ("inferctl.end.v1", {"clean": False})
+    assert int(last["id"]) == int(done.stdout) + 1 == 2001
+    assert numbers(batches)[:-1] == list(range(1, batches[-1].first)), "nothing is missing in the middle"
+    assert numbers(read(tmp_path / "m")) == numbers(batches), "the end is written once"
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotReadyError, match="cannot be made"):
+        Outbox.create(tmp_path / "file", MIB)

@@ -1,0 +1,80 @@
+"""The price book, and reports with it."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from inferctl.errors import UsageError
+from inferctl.metering import prices, report
+from inferctl.metering.ledger import Ledger
+from tests.metering.parts import DAY, batch
+
+BOOK = """\
+prices:
+  - {hardware: l4, currency: EUR, from: 2026-09-22, input: 2, engine_second: 1}
+  - {hardware: l4, currency: EUR, from: 2026-01-01, input: 0.1, cached: 0.01, output: 0.3}
+  - {hardware: "*", currency: USD, from: 2026-01-01, input: 5}
+"""
+ALL = (0, 2**62)
+ROW = {"hardware": "l4", "day": "2026-09-21", "input_tokens": 3_000_000, "cached_tokens": 1_000_000}
+ROW |= {"output_tokens": 1_000_000, "engine_seconds": 10.0}
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    file = tmp_path / "prices.yaml"
+    file.write_text(BOOK)
+    return file
+
+
+def test_the_price_of_the_day_counts(book: Path) -> None:
+    euro = prices.read(book, "EUR")
+    assert euro.cost(ROW) == Decimal("0.51")
+    assert euro.cost({**ROW, "day": "2026-09-22"}) == Decimal(16)
+    assert prices.read(book, "USD").cost({**ROW, "hardware": "h100"}) == Decimal(15)
+
+
+def test_gaps_of_the_book_are_errors(book: Path) -> None:
+    euro = prices.read(book, "EUR")
+    with pytest.raises(UsageError, match="no price in EUR for l4 on 2025-12-31: the first one begins on 2026-01-01"):
+        euro.cost({**ROW, "day": "2025-12-31"})
+    with pytest.raises(UsageError, match="no price in EUR for the hardware 'h100', used on 2026-09-21"):
+        euro.cost({**ROW, "hardware": "h100"})
+    with pytest.raises(UsageError, match="several currencies: EUR, USD"):
+        prices.read(book, None)
+    with pytest.raises(UsageError, match="no prices in CHF"):
+        prices.read(book, "CHF")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("price: []", "unknown key 'price'"),
+        ("prices: []", "must be a list with entries"),
+        ("prices: [{hardware: l4, currency: EUR, from: 2026-13-01, input: 1}]", "`from` must be a day"),
+        ("prices: [{hardware: l4, currency: EUR, from: 2026-01-01}]", "has no price"),
+        ("prices: [{hardware: l4, currency: EUR, from: 2026-01-01, input: -1}]", "must be a number from 0 on"),
+        ("prices: [{hardware: l4, currency: EUR, from: 2026-01-01, inptu: 1}]", "unknown key 'inptu'"),
+        ("prices: [1]", "expected `key: value` lines"),
+    ],
+)
+def test_errors_in_the_book_name_their_place(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "prices.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        prices.read(file, None)
+
+
+def test_a_report_adds_costs_over_days_with_different_prices(ledger: Ledger, book: Path) -> None:
+    ledger.apply([batch("a", 1, 5), batch("b", 1, 3, at=DAY + 86_400)])
+    made = report.make(ledger, ["key"], *ALL, prices.read(book, "EUR"))
+    # 50 tokens at 0.1, 30 at 2, and 6 ms at 1.
+    assert [(row["key"], row["requests"], row["cost"]) for row in made.rows] == [("k1", 8, Decimal("0.006065"))]
+    assert made.total["cost"] == Decimal("0.006065")
+    assert made.to_csv().splitlines() == [
+        "key,requests,errors,inputs,input_tokens,cached_tokens,output_tokens,engine_seconds,cost",
+        "k1,8,0,8,80,0,0,0.016,0.006065",
+    ]

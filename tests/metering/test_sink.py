@@ -1,0 +1,109 @@
+"""The HTTP sink, with a real server that fails now and then."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inferctl.metering import sink
+from inferctl.metering.ledger import Ledger
+from tests.metering.parts import batch, end
+
+
+class Product(ThreadingHTTPServer):
+    """A metering product. `statuses`: of its next responses, then 204."""
+
+    def __init__(self) -> None:
+        self.statuses: list[int] = []
+        self.requests: list[tuple[dict[str, str], list[dict[str, Any]]]] = []
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/api/v1/events"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Product
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.requests.append((dict(self.headers), body))
+        self.send_response(self.server.statuses.pop(0) if self.server.statuses else 204)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture
+def product() -> Iterator[Product]:
+    server = Product()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_each_event_is_sent_once_as_it_was_recorded(ledger: Ledger, product: Product) -> None:
+    first = batch("a/1", 1, 600)
+    ledger.apply([first, end("a/1", 601, 601, clean=True), batch("a/2", 1, 2), batch("other/1", 1, 5)])
+    assert [sink.send(ledger, product.url, "a/", "token") for _ in range(5)] == [500, 100, 2, 0, 0]
+    headers, events = product.requests[0]
+    assert headers["Content-Type"] == "application/cloudevents-batch+json"
+    assert headers["Authorization"] == "Bearer token"
+    assert len(events) == 500
+    recorded = json.loads(first.events)[0]
+    assert events[0] == {**recorded, "time": "2026-09-21T14:13:20.000Z"}
+    assert sink.send(ledger, product.url, "") == 5
+
+
+def test_a_sink_that_fails_gets_the_same_events_again(ledger: Ledger, product: Product) -> None:
+    ledger.apply([batch("a/1", 1, 5)])
+    product.statuses = [503, 500]
+    for _ in range(2):
+        with pytest.raises(sink.SinkUnavailableError, match="status 50"):
+            sink.send(ledger, product.url, "")
+    assert sink.send(ledger, product.url, "") == 5
+    assert [len(events) for _, events in product.requests] == [5, 5, 5]
+    with pytest.raises(sink.SinkUnavailableError):
+        ledger.apply([batch("a/1", 6, 7)])
+        sink.send(ledger, "http://127.0.0.1:1/", "")
+
+
+def test_a_worker_sends_to_the_sink(tmp_path: Path, product: Product) -> None:
+    import asyncio
+
+    from inferctl.metering.outbox import Outbox
+    from inferctl.metering.recorder import Recorder
+    from inferctl.spec import Metering
+    from inferctl.worker.worker import Worker
+    from tests.metering.parts import ORIGIN, event
+
+    recorder = Recorder(Outbox.create(tmp_path / "m", 1 << 20), ORIGIN)
+    for _ in range(10):
+        recorder.record(event())
+    assert recorder.close(5)
+    (tmp_path / "token").write_text("secret\n")
+    settings = Metering(data=str(tmp_path / "m"), sink=product.url, sink_token_file=str(tmp_path / "token"))
+
+    async def run() -> None:
+        worker = Worker(settings)
+        working = asyncio.create_task(worker.run())
+        while sum(len(events) for _, events in product.requests) < 10:
+            await asyncio.sleep(0.05)
+        worker.end()
+        await working
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    headers, events = product.requests[0]
+    assert headers["Authorization"] == "Bearer secret"
+    assert [event["id"] for event in events] == [str(number) for number in range(1, 11)]
