@@ -115,3 +115,20 @@ def test_the_container_gets_the_options_of_the_command_line(named: str, tmp_path
 
 def _docker(*arguments: str) -> str:
     return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_folder_of_the_key_file_is_mounted(tmp_path: Path) -> None:
+    keys = tmp_path / "keys" / "k.json"
+    keys.parent.mkdir()
+    keys.write_text("{}")
+    made = container.options(image("bake"), None, HERE, False, keys=keys)
+    assert made.mounts == {"/keys": str(keys.parent)}
+    assert made.environment and made.environment["INFERCTL_ACCESS_KEYS"] == "/keys/k.json"
+    keys.chmod(0o600)
+    with pytest.raises(UsageError, match="user of the container cannot read"):
+        container.check_readable(keys)
+    keys.chmod(0o644)
+    keys.parent.chmod(0o755)
+    container.check_readable(keys)
+    with pytest.raises(UsageError, match="cannot be read: no such file"):
+        container.check_readable(tmp_path / "none.json")

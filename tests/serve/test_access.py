@@ -15,8 +15,11 @@ import httpx
 import openai
 import pytest
 
+from inferctl import settings
 from inferctl.access import key_file
 from inferctl.access.key_file import ApiKey
+from inferctl.bench.load import target
+from inferctl.errors import NotReadyError
 from inferctl.serve.edge import access
 from inferctl.spec import Access
 from tests.access.test_keys import add
@@ -256,3 +259,27 @@ def test_a_gateway_names_the_caller(serve: Callable[..., Running], minilm: Path,
 
 def test_a_client_cannot_name_itself(guarded: Guarded) -> None:
     assert guarded.embed(**{"x-inferctl-key-id": "a"}).status_code == 401
+
+
+def test_the_benchmark_measures_with_the_key_of_an_admin(guarded: Guarded) -> None:
+    _, admin = guarded.key(admin=True)
+    found = target.connect(guarded.server.url, access=target.Access({"Authorization": f"Bearer {admin}"}, None))
+    assert found.info["name"] == "echo"
+    _, user = guarded.key()
+    with pytest.raises(NotReadyError, match="403") as error:
+        target.connect(guarded.server.url, access=target.Access({"Authorization": f"Bearer {user}"}, None))
+    assert "--admin" in str(error.value.hint)
+
+
+def test_a_private_server_asks_for_no_key(
+    serve: Callable[..., Running], minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `inferctl bench` and the verification of an image start it."""
+    limits = {"keys": "none.json", "trusted_proxies": ["127.0.0.0/8"], "oidc": {"issuer": "https://x.example.com"}}
+    spec = {"name": "echo", "model": {"source": str(minilm)}, "access": limits}
+    (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
+    for variable, text in settings.OPEN_ACCESS.items():
+        monkeypatch.setenv(variable, text)
+    server = serve("--engine", "echo")
+    assert server.embed(input="hello").status_code == 200
+    assert server.get("/info").status_code == 200

@@ -362,7 +362,7 @@ def test_mistakes_are_told_before_vllm_starts(tmp_path: Path, llama: Path) -> No
     spec = tmp_path / "inferctl.yaml"
     spec.write_text(json.dumps({"model": {"source": "x"}, "serve": {"vllm_options": ["--api-key=secret"]}}))
     told = refused("--spec", str(spec))
-    assert "VLLM_API_KEY" in told
+    assert "access.keys" in told
     assert "secret" not in told
     spec.write_text(json.dumps({"model": {"source": "x"}, "serve": {"vllm_options": ["--uds", "/tmp/open"]}}))
     assert "serve.vllm_options has --uds, which inferctl sets" in refused("--spec", str(spec))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 from pathlib import Path
 
@@ -63,6 +64,21 @@ def test_keys_and_limits(start: Start, tmp_path: Path) -> None:  # noqa: F811
     assert chat(server, other, "3").status_code == 200
     log = server.log.read_text()
     assert not any(each in log for each in (secret, other, admin))
+
+
+def test_one_key_does_not_take_all_sequences(start: Start, tmp_path: Path) -> None:  # noqa: F811
+    keys = tmp_path / "keys.json"
+    (_, first), (_, second) = add(keys), add(keys, "b")
+    server = start("--keys", str(keys), "--max-sequences", "2")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(chat, server, first, "300") for _ in range(8)]
+        until(lambda: sum(each.done() for each in running) >= 4)
+        rejected = [each.result() for each in running if each.done()]
+        assert {(each.status_code, each.json()["error"]["code"]) for each in rejected} == {(429, "key_share")}
+        assert chat(server, second, "3").status_code == 200
+        done = [each.result().status_code for each in running]
+    assert done.count(200) == 4
+    assert chat(server, first, "3").status_code == 200
 
 
 @pytest.mark.parametrize(
