@@ -10,30 +10,30 @@ SHARE = 4.0
 
 
 def exceeds_share(held: float, amount: float, free: float) -> bool:
-    """Return whether `amount` more is too much for a key that holds `held` while `free` is left.
+    """Return whether `amount` more is too much for a tenant that holds `held` while `free` is left.
 
-    A key that holds nothing is never over its share; the limit of the queue itself applies to it.
+    A tenant that holds nothing is never over its share; the limit of the queue itself applies to it.
     """
     return held > 0 and held + amount > SHARE * free
 
 
-class InFlight:
-    """The requests in flight of each key. `capacity`: of all keys."""
+class Shares:
+    """How much of a capacity, such as requests in flight, each tenant holds."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity, self._held, self._total = capacity, Counter[str](), 0
 
-    def enter(self, tenant: str) -> bool:
-        """Count a request; return False, and count nothing, if it exceeds the share of its key."""
-        if exceeds_share(self._held[tenant], 1, self._capacity - self._total):
+    def take(self, tenant: str, amount: int = 1) -> bool:
+        """Count `amount`; return False, and count nothing, if it exceeds the share of the tenant."""
+        if exceeds_share(self._held[tenant], amount, self._capacity - self._total):
             return False
-        self._held[tenant] += 1
-        self._total += 1
+        self._held[tenant] += amount
+        self._total += amount
         return True
 
-    def leave(self, tenant: str) -> None:
-        """Count the end of a request."""
-        self._total -= 1
-        self._held[tenant] -= 1
+    def release(self, tenant: str, amount: int = 1) -> None:
+        """Count `amount` that was taken as free."""
+        self._total -= amount
+        self._held[tenant] -= amount
         if not self._held[tenant]:
             del self._held[tenant]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inferctl.access.fairness import Shares
 from inferctl.access.key_file import ApiKey
 from inferctl.access.limits import CELL_S, Charge, Counters, Limiter, LimitError
 
@@ -241,3 +242,22 @@ def test_many_keys_do_not_stay_in_memory() -> None:
         for each in range(9_000):
             charge(limiter, key(f"{number:03}{each:09}"), now + 100 * number)
     assert len(limiter._usages) <= 20_000
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 30), st.booleans()), max_size=80))
+def test_a_tenant_that_holds_nothing_finds_room(acts: list[tuple[str, int, bool]]) -> None:
+    shares, taken = Shares(100), list[tuple[str, int]]()
+    for tenant, amount, release in acts:
+        if release and taken:
+            shares.release(*taken.pop())
+            continue
+        held = sum(each for name, each in taken if name == tenant)
+        free = 100 - sum(each for _, each in taken)
+        accepted = shares.take(tenant, amount)
+        assert accepted == (held == 0 or held + amount <= 4 * free)
+        if accepted:
+            taken.append((tenant, amount))
+    while taken:
+        shares.release(*taken.pop())
+    assert shares._held == {}
+    assert shares._total == 0

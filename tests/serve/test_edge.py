@@ -6,17 +6,21 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from inferctl import spec
 from inferctl.serve.edge import usage
+from inferctl.serve.edge.access import Access
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import ClientDisconnectedError, Edge, EdgeLimits, unless_disconnected
 from inferctl.serve.edge.usage import UsageEvent, context_of
 from inferctl.serve.metrics import Metrics
+from tests.access.test_keys import add
 
 Run = Callable[..., Coroutine[Any, Any, "Answer"]]
 LIMITS = EdgeLimits(max_body_bytes=100, max_requests=2, max_bytes=150)
@@ -64,7 +68,7 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
 class Setting:
     """An edge, the events that it emitted, and a way to send it requests."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: EdgeLimits = LIMITS, access: Access | None = None) -> None:
         self.events: list[UsageEvent] = []
         self.ready = True
         self.lifecycle = Lifecycle(lambda: self.ready, lambda: self.ready)
@@ -75,7 +79,8 @@ class Setting:
             info=lambda: {"name": "m"} if self.ready else None,
             metrics=lambda: (b"metrics", "text/plain"),
             endpoints={"/v1/embeddings": "embeddings"},
-            limits=LIMITS,
+            limits=limits,
+            access=access,
         )
 
     async def send(
@@ -252,3 +257,31 @@ def test_only_successes_count_in_the_latency_histogram() -> None:
     assert value("inferctl_cancelled_total") == 1
     reasons = ("slo", "not_ready", "request_timeout")
     assert [value("inferctl_rejected_total", {"reason": reason}) for reason in reasons] == [1, 1, 1]
+
+
+def test_one_key_does_not_take_all_requests_and_bodies(tmp_path: Path) -> None:
+    asyncio.run(_one_key_takes_much(tmp_path))
+
+
+async def _one_key_takes_much(tmp_path: Path) -> None:
+    (_, first), (_, second) = add(tmp_path / "keys.json"), add(tmp_path / "keys.json", "b")
+    access = Access(spec.Access(keys=str(tmp_path / "keys.json")), ["m"])
+    for limits, body in ((EdgeLimits(max_requests=10), b"x"), (EdgeLimits(max_bytes=100), b"x" * 10)):
+        setting = Setting(limits, access)
+
+        def send(key: str, path: str = "/wait", setting: Setting = setting, body: bytes = body) -> asyncio.Task[Answer]:
+            return asyncio.create_task(setting.send(path, body, authorization=f"Bearer {key}"))
+
+        waiting = [send(first) for _ in range(20)]
+        await asyncio.sleep(0.05)
+        rejected = [task.result() for task in waiting if task.done()]
+        assert {(answer.status, answer.code) for answer in rejected} == {(429, "key_share")}
+        assert len(rejected) == 12
+        assert (await send(second, "/v1/embeddings")).status == 200
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert (await send(first, "/v1/embeddings")).status == 200
+        assert setting.edge._requests._held == {} == setting.edge._bodies._held
+    assert access._table
+    access._table.close()

@@ -38,6 +38,11 @@ def at_capacity(reason: str, code: str, seconds: int) -> ApiError:
     return ApiError(429, message, code=code, headers={"retry-after": str(seconds)})
 
 
+def key_share(what: str) -> ApiError:
+    """Return the 429 of a key that has its share of what all keys can have."""
+    return at_capacity(f"this key has many {what}, and other keys need room", "key_share", 1)
+
+
 def _error_type(status: int) -> str:
     if status == 429:
         return "rate_limit_error"

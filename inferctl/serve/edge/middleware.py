@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from inferctl.access.fairness import Shares
 from inferctl.access.limits import LimitError
 from inferctl.serve.edge import access as edge_access
 from inferctl.serve.edge.access import Access
-from inferctl.serve.edge.errors import ApiError, at_capacity
+from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.usage import CLIENT_DISCONNECTED, REJECTION, RequestContext, UsageEvent
 
@@ -89,6 +90,7 @@ class Edge:
         self.stopped = ApiError(503, "the server stopped", code="stopped")  # for requests that the drain cancels
         self._body_bytes = 0  # of all requests in flight
         self._app, self._lifecycle, self._emit, self._limits = app, lifecycle, emit, limits or EdgeLimits()
+        self._requests, self._bodies = Shares(self._limits.max_requests), Shares(self._limits.max_bytes)
         self._info, self._endpoints, self._access = info, endpoints, access
         self._check_metering = check_metering
         self._probes: dict[str, Callable[[], tuple[int, bytes, str]]] = {
@@ -115,9 +117,14 @@ class Edge:
         context = RequestContext.of(scope, self._endpoints.get(scope["path"], "other"))
         request = _Request(self, context, receive, send)
         self.in_flight += 1
+        counted = None  # the tenant, if the request counts in its share
         try:
             key = self._access.authenticate(scope, context) if self._access else None
             self._admit(scope, context)
+            if context.tenant is not None:
+                if not self._requests.take(context.tenant):
+                    raise key_share("requests in flight")
+                counted = context.tenant
             if self._access and key and scope["method"] == "POST":
                 self._access.charge(key, context)
             await self._app(scope, request.receive, request.send)
@@ -136,6 +143,9 @@ class Edge:
         finally:
             self.in_flight -= 1
             self._body_bytes -= context.body_bytes
+            if counted is not None:
+                self._requests.release(counted)
+                self._bodies.release(counted, context.body_bytes)
             if rejection := scope.get("state", {}).get(REJECTION):  # the client got this response instead
                 context.status, context.code = rejection
             if context.charge is not None:
@@ -164,6 +174,8 @@ class Edge:
         if self._body_bytes and self._body_bytes + size > self._limits.max_bytes:
             message = f"the bodies of requests in flight have {self._body_bytes} bytes"
             raise at_capacity(message, "too_many_bytes", 1)
+        if context.tenant is not None and not self._bodies.take(context.tenant, size):
+            raise key_share("bytes of bodies")
         context.body_bytes += size
         self._body_bytes += size
 

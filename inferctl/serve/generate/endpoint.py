@@ -10,8 +10,8 @@ from typing import Any
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from inferctl.access.fairness import InFlight
-from inferctl.serve.edge.errors import ApiError, at_capacity
+from inferctl.access.fairness import Shares
+from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
 from inferctl.serve.edge.middleware import ClientDisconnectedError
 from inferctl.serve.edge.usage import RequestContext, context_of
 from inferctl.serve.generate import meter
@@ -48,7 +48,7 @@ class GenerationApp:
         sequences: int | None = None,
     ) -> None:
         # Running, and as many that wait: then one key keeps vLLM busy, and others do not wait long.
-        self.in_flight = InFlight(2 * (sequences or _SEQUENCES))
+        self.sequences = Shares(2 * (sequences or _SEQUENCES))
         self._app, self._healthy, self._stopped = app, healthy, stopped
         self.context = context
         self._tokenize_bytes = _FEW_BYTES + _BYTES_PER_TOKEN * context
@@ -114,8 +114,8 @@ class GenerationApp:
         call = _Call(self, context_of(scope), receive, send)
         await call.read()
         tenant = call.context.tenant
-        if tenant is not None and not self.in_flight.enter(tenant):
-            raise at_capacity("this key has many requests in flight, and other keys need room", "key_share", 1)
+        if tenant is not None and not self.sequences.take(tenant):
+            raise key_share("requests in flight")
         self.running += 1
         try:
             call.reserve()
@@ -131,7 +131,7 @@ class GenerationApp:
         finally:
             self.running -= 1
             if tenant is not None:
-                self.in_flight.leave(tenant)
+                self.sequences.release(tenant)
             call.count()
         if call.error is not None:
             raise await self._as_error(call.error)
