@@ -3,7 +3,7 @@
     python token_server.py --announce FILE --truth FILE
                            [--first-ms 40 --gap-ms 10 --sigma 0.3 --seed 1]
                            [--tokens-per-event 1,3] [--pairs] [--split] [--reasoning 4]
-                           [--usage continuous|final|none] [--cached-tokens 0] [--eos-after N] [--strict]
+                           [--usage continuous|final|finish|none] [--cached-tokens 0] [--eos-after N] [--strict]
                            [--fault error|silent|unfinished|reset --fault-share 1 --fault-after 3]
 
 It responds to `POST /v1/chat/completions` and `POST /v1/completions` with a stream: a role chunk at once (chat), the
@@ -14,7 +14,8 @@ nanoseconds from reading the request to writing the event, and its tokens. It wr
 
 - `--tokens-per-event 1,3`: events have one and three tokens in turn. `--pairs`: two events in one write. `--split`:
   each event in two writes. `--reasoning 4`: the first four tokens are in the reasoning channel.
-- `--usage`: usage in every chunk, in the last one, or never. `--eos-after`: end of text after N tokens, unless the
+- `--usage`: usage in every chunk, in a last one of its own, in the one with the finish reason, or never.
+  `--cached-tokens -1`: usage without cached tokens. `--eos-after`: end of text after N tokens, unless the
   request has `ignore_eos`. `--strict`: reject keys that the OpenAI API does not have.
 - `--fault`: after some tokens, a share of the streams has an error event, ends silently, ends without a finish reason,
   or loses its connection.
@@ -107,9 +108,9 @@ class Connection(known_server.Connection):
         continuous = options.usage == "continuous" and wanted.get("continuous_usage_stats")
 
         def usage(done: int) -> dict[str, Any]:
-            details = {"cached_tokens": options.cached_tokens}
             counts = {"prompt_tokens": prompt, "completion_tokens": done, "total_tokens": prompt + done}
-            return {**counts, "prompt_tokens_details": details}
+            cached = {"cached_tokens": options.cached_tokens} if options.cached_tokens >= 0 else None
+            return {**counts, "prompt_tokens_details": cached}
 
         def event(choices: list[Any], done: int, last: bool = False) -> bytes:
             chunk: dict[str, Any] = {"id": "1", "object": "chunk", "choices": choices}
@@ -118,10 +119,12 @@ class Connection(known_server.Connection):
             return b"data: %b\n\n" % json.dumps(chunk, ensure_ascii=False).encode()
 
         def choice(text: str, done: int, finish: str | None = None) -> bytes:
+            with_usage = bool(finish) and options.usage == "finish"
             if not self.chat:
-                return event([{"index": 0, "text": text, "finish_reason": finish}], done)
+                return event([{"index": 0, "text": text, "finish_reason": finish}], done, with_usage)
             channel = "reasoning_content" if done <= options.reasoning else "content"
-            return event([{"index": 0, "delta": {channel: text} if text else {}, "finish_reason": finish}], done)
+            delta = {channel: text} if text else {}
+            return event([{"index": 0, "delta": delta, "finish_reason": finish}], done, with_usage)
 
         if self.chat:
             role = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
@@ -149,7 +152,7 @@ class Connection(known_server.Connection):
                     self.transport.abort()
                 return
         yield 0.0, choice("", done, "length" if total == limit else "stop"), ()
-        if options.usage != "none" and wanted.get("include_usage"):
+        if options.usage in ("continuous", "final") and wanted.get("include_usage"):
             yield 0.0, event([], done, last=True), ()
         yield 0.0, b"data: [DONE]\n\n", ()
 
@@ -197,7 +200,7 @@ def main() -> None:
     parser.add_argument("--pairs", action="store_true")
     parser.add_argument("--split", action="store_true")
     parser.add_argument("--reasoning", type=int, default=0)
-    parser.add_argument("--usage", choices=("continuous", "final", "none"), default="continuous")
+    parser.add_argument("--usage", choices=("continuous", "final", "finish", "none"), default="continuous")
     parser.add_argument("--cached-tokens", type=int, default=0)
     parser.add_argument("--eos-after", type=int, default=0)
     parser.add_argument("--strict", action="store_true")

@@ -347,6 +347,12 @@ class Client:
             self._idle.append(connection)
         self._on_complete(request, response)
 
+    def give_up(self) -> None:
+        """Close the connections of the requests in flight. `on_complete` is not called for them."""
+        requests, self._in_flight = self._in_flight, {}
+        for connection in filter(None, requests.values()):
+            connection.close()
+
     def _connect(self, request: PendingRequest) -> None:
         try:
             connected = socket.create_connection((self.host, self.port), self.timeout_s)

@@ -18,7 +18,7 @@ import gevent.event
 
 from loadgen.alarm import Alarm
 from loadgen.client import Client, PendingRequest, Response
-from loadgen.recorder import CONNECTION, DROPPED, MEASURED, OK, WARMUP, Recorder
+from loadgen.recorder import CONNECTION, DRAIN, DROPPED, MEASURED, OK, WARMUP, Recorder
 from loadgen.stream import TokenStream
 
 NAN = float("nan")
@@ -29,6 +29,8 @@ BURST = 16
 # apply to requests that are closer than SPARSE_NS, because the core does not become idle between them.
 EARLY_NS, SPARSE_NS = 120_000, 1_000_000
 PAUSE_S = 0.05
+# What a phase adds to the serial, so that no prompt occurs in two phases.
+SERIALS = {MEASURED: 0, WARMUP: 1, DRAIN: 2}
 TOO_MANY_REQUESTS = 429
 
 
@@ -54,7 +56,7 @@ class Bodies:
         parts = self._parts[self._order[index % len(self._order)]]
         if len(parts) == 1:
             return parts[0]
-        return (b"%d %d" % (self._serial + (phase == WARMUP), index)).join(parts)
+        return (b"%d %d" % (self._serial + SERIALS[phase], index)).join(parts)
 
 
 class Generator:
@@ -63,6 +65,10 @@ class Generator:
     Requests are numbered over all workers. This worker sends those with number % workers == worker. `finished` is set
     when each sent request has a response or has failed. `events` records the events of a generation server's streams;
     None for other servers.
+
+    A stream can last as long as the measurement, and its gaps depend on how many others there are. So the load goes on
+    until the measured requests have ended (phase DRAIN): an open loop at the rate of the warm-up. These requests have
+    no records, and those that are still in flight at the end are given up.
     """
 
     def __init__(
@@ -84,7 +90,7 @@ class Generator:
         self.max_outstanding = max(1, load["max_outstanding"] // workers)
         self.finished = gevent.event.Event()
         self.warmup_ms: list[float] = []
-        self.late = self.dropped = 0
+        self.late = self.dropped = self._draining = 0
         self.first_user, self.users = 0, 0
         self._on_complete = on_complete
         self._alarm = Alarm(self._on_alarm)
@@ -104,7 +110,7 @@ class Generator:
             "records": self.recorder.count,
             "late": self.late,
             "dropped": self.dropped,
-            "unfinished": self.client.outstanding,
+            "unfinished": self.client.outstanding - self._draining,
             "connections": self.client.opened,
             "reconnects": self.client.reconnects,
             "exact_timer": self._alarm.exact,
@@ -134,10 +140,14 @@ class Generator:
         for sent in range(BURST):
             if self._phase == WARMUP and self._measure_ns and now >= self._measure_ns:
                 self._phase, self._start_ns, self._next_scheduled = MEASURED, self._measure_ns, 0
-            schedule = self.schedules[self._phase]
+            if self._is_over(now) and self._phase == MEASURED and not self._has_unsent():
+                self._phase, self._start_ns, self._next_scheduled = DRAIN, self._stop_ns, 0
+            schedule = self.schedules[self._phase == MEASURED]
             if self._next_scheduled == len(schedule):
                 if self._phase == WARMUP and self._measure_ns:
                     self._alarm.set(self._measure_ns)
+                elif self._phase == MEASURED and self.events is not None:
+                    self._alarm.set(self._stop_ns)
                 return
             due = self._start_ns + schedule[self._next_scheduled]
             early = EARLY_NS if due - self._last_due > SPARSE_NS else 0
@@ -159,6 +169,8 @@ class Generator:
     def _send_scheduled(self, index: int, due: int) -> None:
         phase = self._phase
         if self.client.outstanding >= self.max_outstanding:
+            if phase == DRAIN:
+                return
             self.dropped += phase == MEASURED
             usage = () if self.events is None else (0, 0, 0, 0)
             self.recorder.add(due, 0, 0, due, index, 0, 0, NAN, NAN, NAN, 0, phase, DROPPED, *usage)
@@ -198,13 +210,15 @@ class Generator:
 
     def _send_next(self, user: int, now: int) -> None:
         """Send the next request of a user, unless the load has ended or the stage has fewer users."""
-        if self._stop_ns and now >= self._stop_ns:
+        if self.finished.is_set() or (self._is_over(now) and self.events is None):
             return
         if self.first_user + user >= self._active_users(now):
             self._idle_users.append(user)
             return
         if self._phase == WARMUP and self._measure_ns and now >= self._measure_ns:
             self._phase, self._next_request = MEASURED, 0
+        if self._phase == MEASURED and self._is_over(now):
+            self._phase, self._next_request = DRAIN, 0
         index = self._next_request * self.workers + self.worker
         self._next_request += 1
         self.client.send(self._request(index, 0, user))
@@ -212,12 +226,18 @@ class Generator:
     def _request(self, index: int, intended_ns: int, user: int | None = None) -> PendingRequest:
         phase = self._phase
         request = PendingRequest(phase, index, self.client.encode(self.bodies.at(phase, index)), intended_ns, user)
-        if self.events is not None:
+        if phase == DRAIN:
+            self._draining += 1
+        elif self.events is not None:
             request.stream = TokenStream(self.events.add, index, phase)
         return request
 
     def _record(self, request: PendingRequest, response: Response | None) -> None:
         end, intended = request.end_ns, request.intended_ns
+        if request.phase == DRAIN:
+            self._draining -= 1
+            self._continue(request, response)
+            return
         if response:
             headers = response.headers
             times = [number(headers.get(name)) for name in SERVER_TIMES]
@@ -245,6 +265,10 @@ class Generator:
         self._on_complete((end - request.sent_ns) / 1e6, size, request.error)
         if request.phase == WARMUP and request.error == OK:
             self.warmup_ms.append((end - intended) / 1e6)
+        self._continue(request, response)
+
+    def _continue(self, request: PendingRequest, response: Response | None) -> None:
+        """Send the next request of a closed loop's user."""
         if request.user is None:
             return
         if request.error == CONNECTION or (response and response.status == TOO_MANY_REQUESTS):
@@ -253,7 +277,7 @@ class Generator:
             pause_s = seconds if seconds > 0 else PAUSE_S
             gevent.spawn_later(pause_s, lambda: self._send_next(request.user, time.monotonic_ns()))
         else:
-            self._send_next(request.user, end)
+            self._send_next(request.user, request.end_ns)
 
     def _measure_cpu(self) -> None:
         """Measure the CPU time of this process and its busiest second; then wait for the last responses."""
@@ -277,14 +301,21 @@ class Generator:
             "involuntary_switches": resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw,
         }
         deadline = time.monotonic() + self.load["timeout_s"] + 5
-        while time.monotonic() < deadline and (self.client.outstanding or self._has_unsent()):
+        while time.monotonic() < deadline and (self.client.outstanding > self._draining or self._has_unsent()):
             gevent.sleep(0.02)
         self._alarm.disarm()
         gc.enable()
         self.finished.set()
+        self.client.give_up()
 
     def _has_unsent(self) -> bool:
-        return self.open and (self._phase == WARMUP or self._next_scheduled < len(self.schedules[MEASURED]))
+        if not self.open or self._phase == DRAIN:
+            return False
+        return self._phase == WARMUP or self._next_scheduled < len(self.schedules[MEASURED])
+
+    def _is_over(self, now: int) -> bool:
+        """Return whether the measurement has ended."""
+        return bool(self._stop_ns) and now >= self._stop_ns
 
 
 def number(text: str | None) -> float:

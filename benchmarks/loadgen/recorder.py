@@ -41,7 +41,7 @@ FIELDS: Fields = (
 # What the records of generation have in addition, from the usage that the server reports; 0 if it reports none.
 STREAM_FIELDS: Fields = (
     ("output_tokens", "<u4", "I"),
-    ("cached_tokens", "<u4", "I"),  # tokens of the prompt that came from a cache
+    ("cached_tokens", "<u4", "I"),  # tokens of the prompt that came from a cache; 2**32 - 1 if not reported
     ("finish", "<u1", "B"),  # 0 none, 1 stop, 2 length, 3 other
     ("counted", "<u1", "B"),  # 1 if usage came with each event, else an event counts as one token
 )
@@ -52,7 +52,8 @@ EVENT_FIELDS: Fields = (
     ("tokens", "<u2", "H"),
     ("phase", "<u1", "B"),
 )
-WARMUP, MEASURED = 0, 1
+# Requests of the phase DRAIN have no records.
+WARMUP, MEASURED, DRAIN = 0, 1, 2
 OK, HTTP_ERROR, TIMEOUT, CONNECTION, DROPPED, UNFINISHED, STREAM_ERROR = range(7)
 CHUNK = 4 * 1024 * 1024
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from loadgen.recorder import HTTP_ERROR, OK, STREAM_ERROR, UNFINISHED
 
+# The cached tokens of a prompt if the server does not report them.
+NOT_REPORTED = 2**32 - 1
 # How a response ended, as its `finish_reason`; OTHER is any other reason, such as a tool call.
 NO_FINISH, STOP, LENGTH, OTHER = range(4)
 _FINISH = {"stop": STOP, "length": LENGTH}
@@ -23,9 +25,10 @@ AddEvent = Callable[[int, int, int, int], None]
 class TokenStream:
     """The stream of one request. `add_event(time_ns, index, tokens, phase)` records each event with tokens.
 
-    `output_tokens`, `prompt_tokens` and `cached_tokens` are those of the server's usage; 0 if it reports none.
-    `counted` is whether usage came with each event. Without it, an event counts as one token. The time of an event is
-    that of the read that completed it.
+    `output_tokens` and `prompt_tokens` are those of the server's usage; 0 if it reports none. `cached_tokens` are the
+    tokens of the prompt that came from a cache; NOT_REPORTED if the usage does not have them. `counted` is whether
+    usage came with each event. Without it, an event counts as one token: many servers report usage only with the finish
+    reason. The time of an event is that of the read that completed it.
     """
 
     __slots__ = (
@@ -34,6 +37,7 @@ class TokenStream:
         "_index",
         "_phase",
         "_rest",
+        "_uncounted",
         "cached_tokens",
         "counted",
         "done",
@@ -46,9 +50,10 @@ class TokenStream:
     def __init__(self, add_event: AddEvent, index: int, phase: int) -> None:
         self._add_event, self._index, self._phase = add_event, index, phase
         self._rest = self._data = b""
-        self.output_tokens = self.prompt_tokens = self.cached_tokens = 0
+        self.output_tokens = self.prompt_tokens = 0
+        self.cached_tokens = NOT_REPORTED
         self.finish = NO_FINISH
-        self.counted = self.done = self.failed = False
+        self.counted = self.done = self.failed = self._uncounted = False
 
     def feed(self, part: bytes | bytearray, now_ns: int) -> None:
         """Parse the next bytes of the body, which were read at `now_ns`."""
@@ -86,21 +91,27 @@ class TokenStream:
             choices, usage = chunk.get("choices"), chunk.get("usage")
             tokens = int(bool(choices) and self._has_output(choices[0]))
             if usage:
-                total = int(usage["completion_tokens"])
-                if choices:
-                    self.counted = True
-                    tokens = max(0, total - self.output_tokens)
-                else:
-                    tokens = 0
-                self.output_tokens = total
-                self.prompt_tokens = int(usage.get("prompt_tokens") or 0)
-                details = usage.get("prompt_tokens_details") or {}
-                self.cached_tokens = int(details.get("cached_tokens") or 0)
+                tokens = self._count(usage, tokens) if choices else 0
+                self._keep(usage)
+            else:
+                self._uncounted |= bool(tokens)
         except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
             self.failed = True
             return
         if tokens:
             self._add_event(now_ns, self._index, min(tokens, 65_535), self._phase)
+
+    def _count(self, usage: Mapping[str, Any], tokens: int) -> int:
+        """Return the tokens of an event: the increase of the usage, or `tokens` if earlier events had no usage."""
+        self.counted = not self._uncounted
+        return max(0, int(usage["completion_tokens"]) - self.output_tokens) if self.counted else tokens
+
+    def _keep(self, usage: Mapping[str, Any]) -> None:
+        self.output_tokens = int(usage["completion_tokens"])
+        self.prompt_tokens = int(usage.get("prompt_tokens") or 0)
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        if cached is not None:
+            self.cached_tokens = int(cached)
 
     def _has_output(self, choice: Mapping[str, Any]) -> bool:
         """Return whether a choice has output on any channel; keep its finish reason."""

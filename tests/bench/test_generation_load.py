@@ -60,6 +60,22 @@ def test_every_event_of_the_server_is_recorded_once_with_its_tokens(
     assert found["itl_ms"]["n"] == sum(len(truth[index]) - 1 for index in part.measured["index"].tolist())
 
 
+@pytest.mark.parametrize(
+    "load", [{}, {"workers": 2}, {"mode": "open", "rate": 40.0, "warmup_s": 1}], ids=["closed", "two workers", "open"]
+)
+def test_the_load_goes_on_until_the_measured_streams_have_ended(harness: tuple[Any, Any], load: dict[str, Any]) -> None:
+    loads, token_server = harness
+    generation = {"input_tokens": 32, "output_tokens": 60}
+    with token_server.run_server("--first-ms", "10", "--gap-ms", "8", "--sigma", "0.6") as server:
+        _, part = loads.measure(server.url, task="generate", **{**LOAD, "generation": generation, **load})
+    measured, after = (token_server.truth(server.log, loads.SERIAL + number) for number in (0, 2))
+    assert after
+    found = summary.summarize([part])
+    assert set(part.rows["phase"].tolist()) <= {records.WARMUP, records.MEASURED}
+    assert sorted(part.measured["index"].tolist()) == sorted(measured)
+    assert (found["errors"], found["itl_ms"]["n"]) == ({}, 59 * len(measured))
+
+
 def test_two_events_of_one_read_have_one_time(harness: tuple[Any, Any]) -> None:
     _, found, _ = run(harness, "--pairs")
     assert found["itl_ms"]["min"] == 0
@@ -70,6 +86,16 @@ def test_without_usage_in_each_event_an_event_counts_as_one_token(harness: tuple
     assert (found["counted_percent"], found["output_tokens_per_request"], found["tokens_per_event"]) == (0, 9, 3)
     _, none, _ = run(harness, "--usage", "none", "--tokens-per-event", "3")
     assert (none["output_tokens_per_request"], none["cached_percent"]) == (3, None)
+
+
+def test_usage_with_the_finish_reason_does_not_count_the_tokens_twice(harness: tuple[Any, Any]) -> None:
+    part, found, truth = run(harness, "--usage", "finish", "--cached-tokens", "-1")
+    assert part.streams is not None
+    events = part.events[part.events["phase"] == records.MEASURED]
+    for index in part.measured["index"].tolist():
+        assert events["tokens"][events["index"] == index].tolist() == [tokens for _, tokens in truth[index]] == [1] * 9
+    assert (found["counted_percent"], found["output_tokens_per_request"], found["tokens_per_event"]) == (0, 9, 1)
+    assert (found["cached_percent"], found["tokens_per_request"] is None) == (None, False)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ class Goodput(TypedDict):
     """Requests whose first token came within `ttft_ms`, and whose gaps were at most `itl_ms`.
 
     `percent` is their share of all measured requests. `bounds_percent` has percentiles, as `latency_ms`: of the larger
-    of TTFT and worst gap, each in percent of its bound.
+    of TTFT and worst gap, each in percent of its bound. `dependence` is the variance inflation factor of the share of
+    requests that are not good, None with fewer than 40 requests.
     """
 
     ttft_ms: float | None
@@ -52,6 +53,7 @@ class Goodput(TypedDict):
     requests_per_s: float
     output_tokens_per_s: float
     percent: float
+    dependence: float | None
     bounds_percent: JsonObject
 
 
@@ -59,7 +61,7 @@ class GenerationSummary(TypedDict, total=False):
     """The figures of generation. Percentiles of `ttft_ms` and `tpot_ms` are over requests, of `itl_ms` over gaps.
 
     `counted_percent` is the share of good responses with usage in each event. `cached_percent` is the share of the
-    prompts' tokens that came from a cache, None if the server does not report usage.
+    prompts' tokens that came from a cache, None if the server does not report it.
     """
 
     ttft_ms: JsonObject
@@ -225,7 +227,7 @@ def _generation(runs: Sequence[RunRecords], seconds: float) -> GenerationSummary
     tokens = np.concatenate([streams.tokens[use] for (_, streams), use in zip(pairs, chosen, strict=True)])
     good = np.concatenate([run.rows[use] for (run, _), use in zip(pairs, chosen, strict=True)])
     events = sum(map(len, gaps)) + sum(map(len, ttft))
-    reports_usage = bool(np.any(good["tokens"]))
+    known = good[(good["cached_tokens"] != records.NOT_REPORTED) & (good["tokens"] > 0)]
     return {
         "ttft_ms": latency_summary(ttft),
         "itl_ms": latency_summary(gaps),
@@ -238,19 +240,19 @@ def _generation(runs: Sequence[RunRecords], seconds: float) -> GenerationSummary
         "output_tokens_per_request": round(float(np.mean(tokens)), 2) if len(tokens) else None,
         "tokens_per_event": round(float(np.sum(tokens)) / events, 3) if events else None,
         "counted_percent": round(100 * float(np.mean(good["counted"])), 2) if len(good) else 0.0,
-        "cached_percent": round(100 * float(np.sum(good["cached_tokens"]) / np.sum(good["tokens"])), 3)
-        if reports_usage
+        "cached_percent": round(100 * float(np.sum(known["cached_tokens"]) / np.sum(known["tokens"])), 3)
+        if len(known)
         else None,
         "finish": {
             name: int(np.sum(good["finish"] == code))
             for code, name in enumerate(records.FINISH_NAMES)
             if np.any(good["finish"] == code)
         },
-        "goodput": _goodput(runs, seconds) if runs[0].bounds else None,
+        "goodput": goodput(runs, seconds) if runs[0].bounds else None,
     }
 
 
-def _goodput(runs: Sequence[RunRecords], seconds: float) -> Goodput:
+def goodput(runs: Sequence[RunRecords], seconds: float) -> Goodput:
     """Return the rate of responses within the bounds, and how close to them all responses are."""
     bounds = dict(runs[0].bounds)
     shares = [run.streams.bounds_percent(bounds) for run in runs if run.streams]
@@ -260,6 +262,7 @@ def _goodput(runs: Sequence[RunRecords], seconds: float) -> Goodput:
     measured = [share[_is_measured(run)] for run, share in zip(runs, shares, strict=True)]
     every = np.concatenate(measured)
     finite = latency_summary([share[np.isfinite(share)] for share in measured])
+    inflation = stats.variance_inflation(measured, 100.0)
     of_all = {} if np.isfinite(every).all() else {"p99_of_all": _percentile(np.sort(every), 0.99, measured)}
     return {
         "ttft_ms": bounds.get("ttft"),
@@ -267,6 +270,7 @@ def _goodput(runs: Sequence[RunRecords], seconds: float) -> Goodput:
         "requests_per_s": round(completed / seconds, 3),
         "output_tokens_per_s": round(tokens / seconds, 2),
         "percent": round(100 * float(np.mean(every <= 100)), 3) if len(every) else 0.0,
+        "dependence": None if inflation is None else round(inflation, 2),
         "bounds_percent": {**finite, **of_all},
     }
 

@@ -158,8 +158,14 @@ def judge_generation(summary: JsonObject, common_prefix: float, unique: bool) ->
     """
     reasons, cautions = [], []
     cached, limit = summary["cached_percent"], 100 * common_prefix + CACHED_LIMIT_PERCENT
-    if cached is None:
+    if summary["tokens_per_request"] is None:
         cautions.append("the server reports no usage, so the tokens of the prompts are unknown")
+    if cached is None:
+        cautions.append(
+            "the server does not report cached tokens, so it is unknown whether a prefix cache shortened the time to "
+            "the first token: start vLLM with `--enable-prompt-tokens-details`, or restart the server before each "
+            "benchmark"
+        )
     elif unique and cached > limit:
         reasons.append(
             f"{cached:.1f}% of the prompts' tokens came from a prefix cache (limit {limit:g}%), so the time to the "

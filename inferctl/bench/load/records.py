@@ -30,6 +30,8 @@ ERROR_NAMES = {
 }
 # The key of a `finish_reason` in a receipt, by its code in a record.
 FINISH_NAMES = ("none", "stop", "length", "other")
+# `cached_tokens` of a response whose usage does not have them.
+NOT_REPORTED = 2**32 - 1
 
 # HTTP status of a rejected request: the server could not complete it in time. Not counted as a failure.
 REJECTED = 429

@@ -31,12 +31,12 @@ class NotifyPhase(Protocol):
 
 
 def new_serial() -> int:
-    """Return a random cache-busting prefix: even, since the warm-up uses the next number, and always six digits.
+    """Return a random cache-busting prefix: a multiple of four, since a run uses the next two too. Always six digits.
 
     It is not drawn from the seed: a server that serves several benchmarks must not receive an input twice. With six
     digits the inputs of all runs have the same length.
     """
-    return 100_000 + 2 * secrets.randbelow(450_000)
+    return 100_000 + 4 * secrets.randbelow(225_000)
 
 
 def delete_inputs(folder: Path) -> None:
