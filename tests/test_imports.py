@@ -55,6 +55,7 @@ ALLOWED = {
     # The estimator runs the server's batcher, which imports neither HTTP nor torch, on a virtual clock.
     "estimate": FACTS | {"fit", "sizes", "serve.scheduling.batcher", "serve.scheduling.latency_model"},
     "bench": FACTS | {"estimate"},
+    "gateway": {"errors", "outputs"},
     "deploy": {"errors", "catalog", "spec", "bench.report.capacity"},
 }
 # The packages of `bench` in the order of the data flow. Each imports from itself and from earlier ones.

