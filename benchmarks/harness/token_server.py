@@ -4,6 +4,7 @@
                            [--first-ms 40 --gap-ms 10 --sigma 0.3 --seed 1]
                            [--tokens-per-event 1,3] [--pairs] [--split] [--reasoning 4]
                            [--usage continuous|final|finish|none] [--cached-tokens 0] [--eos-after N] [--strict]
+                           [--no-tokenize]
                            [--fault error|silent|unfinished|reset --fault-share 1 --fault-after 3]
 
 It responds to `POST /v1/chat/completions` and `POST /v1/completions` with a stream: a role chunk at once (chat), the
@@ -19,6 +20,9 @@ nanoseconds from reading the request to writing the event, and its tokens. It wr
   request has `ignore_eos`. `--strict`: reject keys that the OpenAI API does not have.
 - `--fault`: after some tokens, a share of the streams has an error event, ends silently, ends without a finish reason,
   or loses its connection.
+
+`POST /tokenize` returns the tokens of a `prompt`, as vLLM does: the end of a line, a digit, or up to four other
+characters. The usage counts the same tokens, and four more per message. `--no-tokenize`: without that endpoint.
 
 Some tokens contain U+2028, which is legal in JSON and no line break of an event stream.
 """
@@ -41,6 +45,7 @@ import numpy.typing as npt
 
 NUMBERS = re.compile(rb"(\d{6}) (\d+)")
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+TOKEN = re.compile(r"\n| ?\d| ?[^\s\d]{1,4}")
 EXTENSIONS = ("ignore_eos", "min_tokens")
 SPLIT_S = 0.002
 Truth = dict[int, list[tuple[float, int]]]
@@ -61,6 +66,11 @@ def truth(log: Any, serial: int) -> Truth:
     return found
 
 
+def tokens_of(text: str) -> list[str]:
+    """Return the tokens of a text."""
+    return TOKEN.findall(text)
+
+
 class Connection(known_server.Connection):
     """A connection of one client. It sends one stream at a time."""
 
@@ -77,6 +87,11 @@ class Connection(known_server.Connection):
 
     def handle(self, request: bytes, end: int, read_ns: int) -> None:
         """Respond with a stream, or with 400 to keys that a strict server rejects."""
+        if request.startswith(b"POST /tokenize ") and not self.options.no_tokenize:
+            found = [0 if text == "\n" else len(text) for text in tokens_of(json.loads(request[end + 4 :])["prompt"])]
+            content = json.dumps({"tokens": found, "count": len(found)}).encode()
+            self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(content), content))
+            return
         if b"completions " not in request[: request.index(b"\r\n")]:
             self.transport.write(known_server.NOT_FOUND)
             return
@@ -103,7 +118,8 @@ class Connection(known_server.Connection):
         limit = int(body.get("max_tokens") or body.get("max_completion_tokens") or 16)
         natural = options.eos_after if options.eos_after and not body.get("ignore_eos") else limit
         total = min(limit, natural)
-        prompt = len(json.dumps(body.get("messages") or body.get("prompt") or "").split())
+        prompt = len(tokens_of(body.get("prompt") or ""))
+        prompt += sum(len(tokens_of(message["content"])) + 4 for message in body.get("messages") or ())
         wanted = body.get("stream_options") or {}
         continuous = options.usage == "continuous" and wanted.get("continuous_usage_stats")
 
@@ -204,6 +220,7 @@ def main() -> None:
     parser.add_argument("--cached-tokens", type=int, default=0)
     parser.add_argument("--eos-after", type=int, default=0)
     parser.add_argument("--strict", action="store_true")
+    parser.add_argument("--no-tokenize", action="store_true")
     parser.add_argument("--fault", choices=("error", "silent", "unfinished", "reset"))
     parser.add_argument("--fault-share", type=float, default=1.0)
     parser.add_argument("--fault-after", type=int, default=3)

@@ -44,19 +44,22 @@ def integers(content: bytes, code: str) -> array.array[int]:
 
 
 class Bodies:
-    """Request bodies. Each `@SERIAL@` mark is replaced by a cache-busting prefix of two numbers."""
+    """Request bodies. Each `@SERIAL@` mark is replaced by a cache-busting prefix of two numbers.
 
-    def __init__(self, content: bytes, order: bytes, serial: int) -> None:
+    The second one has at least `digits` digits: in most tokenizers, such numbers have equally many tokens.
+    """
+
+    def __init__(self, content: bytes, order: bytes, serial: int, digits: int) -> None:
         self._parts = [body.split(b"@SERIAL@") for body in content.splitlines()]
         self._order = integers(order, "I")
-        self._serial = serial
+        self._serial, self._digits = serial, digits
 
     def at(self, phase: int, index: int) -> bytes:
         """Return the body of request number `index` of a phase."""
         parts = self._parts[self._order[index % len(self._order)]]
         if len(parts) == 1:
             return parts[0]
-        return (b"%d %d" % (self._serial + SERIALS[phase], index)).join(parts)
+        return (b"%d %0*d" % (self._serial + SERIALS[phase], self._digits, index)).join(parts)
 
 
 class Generator:
@@ -83,7 +86,7 @@ class Generator:
     ) -> None:
         self.events = events
         self.load, self.worker, self.workers, self.recorder = load, worker, workers, recorder
-        self.bodies = Bodies(files["bodies"], files["order"], int(load["serial"]))
+        self.bodies = Bodies(files["bodies"], files["order"], int(load["serial"]), 6 if events else 1)
         self.schedules = [integers(files[name], "Q")[worker::workers] for name in ("warmup_schedule", "schedule")]
         self.client = Client(load["url"], load["timeout_s"], self._record, load.get("headers") or {})
         self.open = load["mode"] == "open"

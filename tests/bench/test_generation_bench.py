@@ -16,20 +16,24 @@ from bench_samples import harness
 from inferctl import cli
 from inferctl.bench import receipt
 from inferctl.bench.judge import slo, summary, validity
-from inferctl.bench.plan import plan, prompts, workload
+from inferctl.bench.plan import plan, prompts, tokens, workload
 from inferctl.errors import UsageError
 
 QUICK = ("--plan", "quick", "--users", "3", "--duration", "4", "--lengths", "24,6", "--repeats", "1")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
+def tokens_server(*options: str) -> Any:
+    """Return the context of a server that emits tokens."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "harness"))
     try:
-        tokens = harness("token_server")
+        return harness("token_server").run_server(*options)
     finally:
         sys.path.pop(0)
-    with tokens.run_server("--first-ms", "15", "--gap-ms", "3") as running:
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with tokens_server("--first-ms", "15", "--gap-ms", "3") as running:
         yield running.url
 
 
@@ -144,22 +148,69 @@ def test_a_plan_for_generation_is_rejected_for_embeddings() -> None:
         changed.for_task("embed")
 
 
-def test_prompts_have_the_lengths_of_the_plan(minilm: Path) -> None:
-    from tokenizers import Tokenizer
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> tokens.FileTokenizer:
+    """Return a tokenizer like that of most generative models: bytes, merges within a word, single digits."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    settings = {"generation": {"input_tokens": 100, "output_tokens": 7, "common_prefix": 0.5}}
-    load = plan.Plan.model_validate({"name": "p", "load": settings}).for_task("generate").load
-    drawn = workload.draw(load, "mixed", 3, minilm / "tokenizer.json")
-    tokenizer = Tokenizer.from_file(str(minilm / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    texts = [" ".join([group[0], "123456 1234", group[1]]) for group in drawn.groups[:50]]
-    counts = [len(each.ids) - 2 for each in tokenizer.encode_batch(texts)]
-    assert all(95 <= count <= 100 for count in counts), counts
+    found = Tokenizer(models.BPE())
+    digits, by_bytes = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.pre_tokenizer = pre_tokenizers.Sequence([digits, by_bytes])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
+    found.train_from_iterator(workload.read_corpus("mixed")[0], trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    found.save(str(folder / "tokenizer.json"))
+    loaded = tokens.of_model(folder)
+    assert loaded
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"input_tokens": 100},
+        {"input_tokens": 100, "common_prefix": 0.5},
+        {"input_tokens": 24},
+        {"lengths": "azure-llm-2023"},
+    ],
+    ids=["fixed", "common start", "short", "recorded lengths"],
+)
+def test_each_prompt_has_exactly_the_tokens_of_its_length(
+    settings: dict[str, Any], tokenizer: tokens.FileTokenizer
+) -> None:
+    load = plan.Plan.model_validate({"name": "p", "load": {"generation": settings}}).for_task("generate").load
+    drawn = workload.draw(load, "mixed", 3, tokenizer)
+    serials = [f"{100_000 + 7 * number} {number * 37:06d}" for number in range(len(drawn.groups))]
+    parts = [(f"{common} {serial}".strip(), rest) for (common, rest), serial in zip(drawn.groups, serials, strict=True)]
+    longer = {length for length in drawn.input_tokens if length < 20}
+    for counts in (
+        tokenizer.of_texts([" ".join(part) for part in parts]),
+        [sum(tokenizer.of_texts(part)) for part in parts],
+    ):
+        pairs = zip(counts, drawn.input_tokens, strict=True)
+        assert all(found == wanted for found, wanted in pairs if wanted not in longer)
+    assert (drawn.approximate is None) == (not longer)
     assert len({group[0] for group in drawn.groups}) == 1
     assert len({group[1] for group in drawn.groups}) > 200
-    assert set(drawn.output_tokens) == {7}
-    assert drawn.digest != workload.draw(load, "mixed", 4, minilm / "tokenizer.json").digest
+    assert drawn.digest != workload.draw(load, "mixed", 4, tokenizer).digest
+
+
+def test_lengths_without_an_exact_tokenizer_are_said_to_be_approximate(minilm: Path) -> None:
+    load = plan.Plan.model_validate({"name": "p", "load": {"generation": {}}}).for_task("generate").load
+    assert "no tokenizer counted their tokens" in str(workload.draw(load, "mixed", 3).approximate)
+    # WordPiece merges digits.
+    assert "in this tokenizer" in str(workload.draw(load, "mixed", 3, tokens.of_model(minilm)).approximate)
+
+
+def test_a_server_counts_the_tokens_of_its_prompts(measured: dict[str, Any], tmp_path: Path) -> None:
+    """The chat template of the server adds four tokens to each of the two messages."""
+    row = measured["rows"][0]
+    assert row["generation"]["input_tokens_per_request"] == 24 + 8
+    assert not any("approximate" in caution for caution in row["cautions"])
+    with tokens_server("--first-ms", "15", "--gap-ms", "3", "--no-tokenize") as running:
+        done, result = bench(tmp_path, "--url", f"a={running.url}", *QUICK)
+    assert "the lengths of the prompts are approximate: no tokenizer" in " ".join(result["rows"][0]["cautions"]), done
 
 
 def test_lengths_come_from_a_distribution() -> None:

@@ -150,11 +150,14 @@ def _judge_failures(summary: JsonObject, budget_percent: float, searched: bool) 
     return Validity(cautions=(f"{message}, in a sample too small to decide: use a longer `--duration`",))
 
 
-def judge_generation(summary: JsonObject, common_prefix: float, unique: bool) -> Validity:
+def judge_generation(
+    summary: JsonObject, common_prefix: float, unique: bool, approximate: str | None = None
+) -> Validity:
     """Return the validity of a configuration by its prompts and streams.
 
     `unique`: each prompt has a cache-busting prefix, after a share `common_prefix` that all prompts have in common. A
-    larger share from the server's cache makes the time to the first token too short.
+    larger share from the server's cache makes the time to the first token too short. `approximate`: why the prompts do
+    not have the lengths of the plan.
     """
     reasons, cautions = [], []
     cached, limit = summary["cached_percent"], 100 * common_prefix + CACHED_LIMIT_PERCENT
@@ -177,6 +180,8 @@ def judge_generation(summary: JsonObject, common_prefix: float, unique: bool) ->
             "the server does not report usage in each event, so each event counts as one token, and ITL is the gap "
             f"between events ({summary['tokens_per_event'] or 0:.2f} tokens per event on average)"
         )
+    if approximate:
+        cautions.append(f"the lengths of the prompts are approximate: {approximate}")
     total = sum(summary["finish"].values())
     if early := total - summary["finish"].get("length", 0):
         cautions.append(

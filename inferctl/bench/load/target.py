@@ -170,6 +170,18 @@ class Target:
             raise InferctlError(f"{self.endpoint_url} returned {len(vectors)} embeddings for {len(texts)} texts")
         return vectors
 
+    def tokenize(self, text: str, timeout_s: float = 120) -> list[int]:
+        """Return the tokens of a text, without special tokens. Raises `InferctlError` if the server has no tokenizer.
+
+        The endpoint is that of vLLM and SGLang (`prompt`) and of llama.cpp's server (`content`).
+        """
+        body = {"model": self.model, "prompt": text, "content": text, "add_special_tokens": False, "add_special": False}
+        response = _post(f"{self.url}/tokenize", timeout_s, body, self.access)
+        try:
+            return [int(token) for token in response["tokens"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InferctlError(f"the response of {self.url}/tokenize is not a list of tokens: {error!r}") from None
+
     def score(self, ids: Sequence[int], timeout_s: float = 120) -> Scored:
         """Return the log-probabilities of the next tokens of a prompt.
 

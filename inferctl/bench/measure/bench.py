@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from inferctl.bench.load import child_server, generator
+from inferctl.bench.load.server_tokenizer import of_server
 from inferctl.bench.load.target import Access, connect
 from inferctl.bench.measure import neighbors
 from inferctl.bench.measure.concurrency import Concurrency
 from inferctl.bench.measure.measured_server import MeasuredServer, NotifyPhase
 from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.measure.sensors import MachineMonitor
+from inferctl.bench.plan import tokens
 from inferctl.bench.plan.plan import Load, Plan, Run
+from inferctl.bench.plan.tokens import Tokenizer
 from inferctl.errors import InferctlError
 
 
@@ -53,6 +56,8 @@ class Bench:
     - `mig_devices`: the MIG devices for a server and its neighbors.
     - `access`: headers and keys for running servers.
     - `users`: the concurrency found for each target with `users: auto`, by name.
+    - `tokenizer`: counts the tokens of prompts for generation; None if there is none. One for all targets, so that all
+      receive the same prompts.
     """
 
     plan: Plan
@@ -64,11 +69,7 @@ class Bench:
     mig_devices: Sequence[str] = ()
     access: Access = field(default_factory=Access)
     users: Mapping[str, Concurrency] = field(default_factory=dict)
-
-    @property
-    def tokenizer(self) -> Path | None:
-        """The tokenizer.json that counts the tokens of prompts; None without a model folder."""
-        return self.model and self.model / "tokenizer.json"
+    tokenizer: Tokenizer | None = None
 
     @property
     def order(self) -> list[Run]:
@@ -90,6 +91,22 @@ class Bench:
     def corpus_of(self, target: BenchTarget) -> str:
         """Return the corpus of a target."""
         return target.corpus or self.plan.corpus
+
+
+def find_tokenizer(bench: Bench) -> Tokenizer | None:
+    """Return the tokenizer for prompts of generation: that of the model folder, else of the first server that has one.
+
+    None if there is none, or if the load is for another task.
+    """
+    if not bench.plan.load.generation:
+        return None
+    if found := tokens.of_model(bench.model):
+        return found
+    for target in bench.targets:
+        with contextlib.suppress(InferctlError):
+            if target.url and (server := of_server(connect(target.url, access=bench.access))):
+                return server
+    return None
 
 
 @contextlib.contextmanager

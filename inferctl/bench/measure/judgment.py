@@ -38,7 +38,9 @@ def judge(outcome: Outcome, cores: int, budget_percent: float) -> JudgedOutcome:
     load = runs[0].load
     if load and load.generation:
         unique = load.inputs == "unique"
-        found = validity.merge(found, validity.judge_generation(pooled, load.generation.common_prefix, unique))
+        approximate = next((run.workload.approximate for run in runs if run.workload.approximate), None)
+        judged = validity.judge_generation(pooled, load.generation.common_prefix, unique, approximate)
+        found = validity.merge(found, judged)
     if closed := throughput.pooled(runs):
         found = validity.merge(found, validity.judge_requests(closed["summary"], budget_percent).labeled("closed loop"))
     reasons = [*found.reasons, *validity.judge_identity([run.info for run in runs]).reasons]

@@ -132,7 +132,12 @@ class MeasuredServer:
             ),
             load=load,
             workload=WorkloadRecord(
-                work.digest, privacy.name_of(work.corpus), work.corpus_sha256, work.seed, load.inputs
+                work.digest,
+                privacy.name_of(work.corpus),
+                work.corpus_sha256,
+                work.seed,
+                load.inputs,
+                work.approximate,
             ),
             pace=self._pace(),
         )

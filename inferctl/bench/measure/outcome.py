@@ -38,7 +38,8 @@ class BenchTarget:
 class WorkloadRecord:
     """The requests that one run sent, so that two runs can be shown to have done the same work.
 
-    `sha256` is the digest of the workload, `corpus` the name of the corpus without its folder.
+    `sha256` is the digest of the workload, `corpus` the name of the corpus without its folder. `approximate` is why
+    prompts of generation did not have exactly the lengths of the plan; None if they had.
     """
 
     sha256: str | None = None
@@ -46,6 +47,7 @@ class WorkloadRecord:
     corpus_sha256: str | None = None
     seed: int | None = None
     inputs: str | None = None
+    approximate: str | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from inferctl.bench.measure import auto_users, neighbors, quality, resume, search, throughput
-from inferctl.bench.measure.bench import Bench, NotifyProgress, Progress, phase_notifier, ready_server, started
+from inferctl.bench.measure.bench import (
+    Bench,
+    NotifyProgress,
+    Progress,
+    find_tokenizer,
+    phase_notifier,
+    ready_server,
+    started,
+)
 from inferctl.bench.measure.judgment import judge
 from inferctl.bench.measure.measured_server import MeasuredServer, NotifyPhase
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
@@ -46,7 +54,7 @@ def run(
     before its quality check; a resumed benchmark repeats a check that was interrupted.
     """
     by_name = {outcome.target.name: outcome for outcome in outcomes}
-    bench = replace(bench, users=auto_users.find(bench, by_name, notify))
+    bench = replace(bench, users=auto_users.find(bench, by_name, notify), tokenizer=find_tokenizer(bench))
     checker = quality.QualityChecker(bench.plan.quality, bench.model, bench.output / "runs")
     order = bench.order
     for number, run in enumerate(order, 1):

@@ -21,6 +21,7 @@ from inferctl.bench.load import generator, records
 from inferctl.bench.measure.outcome import Measurement
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Load, Run, Search
+from inferctl.bench.plan.tokens import Tokenizer
 from inferctl.errors import InferctlError
 
 BURST_S, BURST_USERS, GENERATION_BURST_S = 4.0, 32, 15.0
@@ -99,7 +100,7 @@ class Searcher:
     on_probe: Callable[[Probe], None]
     budget: float
     seconds: float | None = None
-    tokenizer: Path | None = None
+    tokenizer: Tokenizer | None = None
     _deadline: float = field(default=math.inf, init=False)
     _measured: list[tuple[Probe, Measurement]] = field(default_factory=list, init=False)
     _count: int = field(default=0, init=False)

@@ -23,6 +23,7 @@ from inferctl.bench.measure.outcome import Measurement
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.shape import Load
+from inferctl.bench.plan.tokens import Tokenizer
 from inferctl.errors import InferctlError
 
 # With a larger share of rejected requests, a closed loop does not show the capacity of a server.
@@ -30,7 +31,13 @@ REJECTED_LIMIT = 0.5
 
 
 def measure(
-    server: MeasuredServer, load: Load, corpus: str, seed: int, run: Run, folder: Path, tokenizer: Path | None = None
+    server: MeasuredServer,
+    load: Load,
+    corpus: str,
+    seed: int,
+    run: Run,
+    folder: Path,
+    tokenizer: Tokenizer | None = None,
 ) -> Measurement:
     """Run the closed loop. Its records are in a folder of their own.
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from inferctl import assets
-from inferctl.bench.plan import prompts, traces
+from inferctl.bench.plan import prompts, tokens, traces
 from inferctl.bench.plan.plan import Load, Stage
 from inferctl.errors import UsageError, did_you_mean
 
@@ -35,7 +35,8 @@ class Workload:
     requested for and from each prompt.
     The n-th request sends `groups[order[n % len(order)]]`. `schedule_ns` (nanoseconds after the start of the
     measurement) and `warmup_schedule_ns` belong to an open loop and are empty for a closed loop. Groups from index
-    `unique_from` get a cache-busting prefix each time; earlier groups are sent unchanged.
+    `unique_from` get a cache-busting prefix each time; earlier groups are sent unchanged. `approximate` is why prompts
+    do not have exactly `input_tokens`; None if they do.
     """
 
     load: Load
@@ -49,6 +50,7 @@ class Workload:
     corpus_sha256: str
     input_tokens: Sequence[int] = ()
     output_tokens: Sequence[int] = ()
+    approximate: str | None = None
 
     @property
     def digest(self) -> str:
@@ -85,10 +87,10 @@ class Workload:
         return [f"{PREFIX_MARK} {text}" for text in group[:count]] + group[count:]
 
 
-def draw(load: Load, corpus: str, seed: int, tokenizer: Path | None = None) -> Workload:
+def draw(load: Load, corpus: str, seed: int, tokenizer: tokens.Tokenizer | None = None) -> Workload:
     """Return the workload of `load`, `corpus` and `seed`; equal arguments give equal workloads. Raises `UsageError`.
 
-    The tokens of prompts for generation are counted with `tokenizer` (tokenizer.json of the model), else estimated.
+    The tokens of prompts for generation are counted with `tokenizer`, else estimated.
     """
     if load.trace:
         return _replay(load, corpus, seed)
@@ -103,8 +105,9 @@ def draw(load: Load, corpus: str, seed: int, tokenizer: Path | None = None) -> W
     if load.inputs == "zipf":
         order = _zipf(load, len(groups), random)
         groups = groups + groups
-        drawn = prompts.Prompts(groups, drawn.input_tokens * 2, drawn.output_tokens * 2)
-    lengths = (drawn.input_tokens, drawn.output_tokens)
+        longer = "those that do not repeat have two more numbers" if load.zipf_share < 1 else None
+        drawn = prompts.Prompts(groups, drawn.input_tokens * 2, drawn.output_tokens * 2, drawn.approximate or longer)
+    lengths = (drawn.input_tokens, drawn.output_tokens, drawn.approximate)
     empty = np.zeros(0, np.uint64)
     if load.mode == "closed":
         return Workload(load, corpus, seed, groups, order, empty, empty, unique_from, digest, *lengths)

@@ -300,7 +300,7 @@ def _tokens(rows: Sequence[MeasuredRow]) -> str:
         if row.generation
     ]
     different = dict.fromkeys(f"{sent} tokens per prompt and {received} per output" for sent, received in means)
-    return f"mean: {', '.join(different)}"
+    return f"mean: {', '.join(different)}, as the server counts"
 
 
 def describe_load(load: Load) -> str:
