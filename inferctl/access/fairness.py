@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 # What one key holds must stay below this many times what is free ("dynamic threshold"). So one key alone gets 4/5, two
 # get 4/9 each, and a key that holds nothing finds room.
 SHARE = 4.0
@@ -21,19 +19,21 @@ class Shares:
     """How much of a capacity, such as requests in flight, each tenant holds."""
 
     def __init__(self, capacity: int) -> None:
-        self._capacity, self._held, self._total = capacity, Counter[str](), 0
+        self._capacity, self._total = capacity, 0
+        self._held: dict[str, int] = {}
 
     def take(self, tenant: str, amount: int = 1) -> bool:
         """Count `amount`; return False, and count nothing, if it exceeds the share of the tenant."""
-        if exceeds_share(self._held[tenant], amount, self._capacity - self._total):
+        held = self._held.get(tenant, 0)
+        if held and exceeds_share(held, amount, self._capacity - self._total):
             return False
-        self._held[tenant] += amount
+        self._held[tenant] = held + amount
         self._total += amount
         return True
 
     def release(self, tenant: str, amount: int = 1) -> None:
         """Count `amount` that was taken as free."""
         self._total -= amount
-        self._held[tenant] -= amount
-        if not self._held[tenant]:
+        held = self._held[tenant] = self._held.get(tenant, 0) - amount
+        if not held:
             del self._held[tenant]

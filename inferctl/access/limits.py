@@ -33,15 +33,10 @@ Counters = dict[str, tuple[Cells, Cells]]
 
 
 class LimitError(Exception):
-    """A request exceeds a limit of its key, whose use is `usage`.
+    """A request exceeds a limit of its key. `retry_after`: seconds until it fits; None if it never does."""
 
-    `retry_after`: seconds until it fits; None if it never does.
-    """
-
-    def __init__(
-        self, usage: KeyUsage, resource: Resource, limit: int, used: int, amount: int, retry_after: float | None
-    ) -> None:
-        self.usage, self.resource, self.retry_after = usage, resource, retry_after
+    def __init__(self, resource: Resource, limit: int, used: int, amount: int, retry_after: float | None) -> None:
+        self.resource, self.retry_after = resource, retry_after
         what = f"{limit} {resource} per minute"
         if retry_after is None:
             message = f"the request needs {amount} {resource}, and the limit of this key is {what}"
@@ -145,7 +140,7 @@ class KeyUsage:
         self.key = key
         self.limits: tuple[int | None, int | None] = limiter.limits_of(key)
 
-    def take(self, index: int, amount: int, now: float) -> None:
+    def check(self, index: int, amount: int, now: float) -> None:
         """Raise `LimitError` if `amount` of a resource (0: requests, 1: tokens) does not fit into its window."""
         limit, used = self._state(index, int(now // CELL_S), now < self._limiter.fresh_until)
         if limit is not None and used + amount > limit:
@@ -154,7 +149,7 @@ class KeyUsage:
             if amount <= limit:
                 shared = now < self._limiter.fresh_until
                 wait = self.windows[index].seconds_until(used + amount - limit, now, shared=shared)
-            raise LimitError(self, resource, limit, used, amount, wait)
+            raise LimitError(resource, limit, used, amount, wait)
 
     def quotas(self, now: float) -> tuple[Quota | None, Quota | None]:
         """Return the state of the limits of requests and of tokens; None for no limit."""
@@ -193,47 +188,44 @@ class KeyUsage:
 class Charge:
     """What one request was charged. The edge closes it at the end of the request."""
 
-    __slots__ = ("_cells", "_charged", "_reserved", "usage")
+    __slots__ = ("_request_cell", "_reserved", "_token_cell", "_tokens", "_usage")
 
     def __init__(self, usage: KeyUsage, now: float) -> None:
         """Charge one request. Raises `LimitError`."""
-        self.usage = usage
-        self._charged = [0, 0]
-        self._cells = [0, 0]
-        self._reserved = 0
-        self._take(0, 1, now)
+        self._usage = usage
+        self._tokens = self._reserved = self._token_cell = 0
+        usage.check(0, 1, now)
+        self._request_cell = usage.windows[0].charge(1)
 
     def tokens(self, amount: int, now: float) -> None:
         """Charge tokens before they are computed. Raises `LimitError`."""
-        self._take(1, amount, now)
+        self._usage.check(1, amount, now)
+        self._token_cell, self._tokens = self._usage.windows[1].charge(amount), amount
 
     def reserve(self, amount: int, now: float) -> None:
         """Keep tokens for a request whose use is known at its end only. Raises `LimitError`."""
-        self.usage.take(1, amount, now)
-        self.usage.windows[1].reserved += amount
+        self._usage.check(1, amount, now)
+        self._usage.windows[1].reserved += amount
         self._reserved += amount
 
     def settle(self, amount: int, now: float) -> None:
         """Charge the tokens that were used, in place of the reserved ones."""
         self._release()
-        window = self.usage.windows[1]
+        window = self._usage.windows[1]
         window.advance(int(now // CELL_S))
         window.charge(amount)
 
     def close(self, *, give_back: bool) -> None:
         """End the request. `give_back`: it was not computed, so it costs nothing."""
-        self._release()
+        if self._reserved:
+            self._release()
         if give_back:
-            for window, cell, amount in zip(self.usage.windows, self._cells, self._charged, strict=True):
-                window.give_back(cell, amount)
-
-    def _take(self, index: int, amount: int, now: float) -> None:
-        self.usage.take(index, amount, now)
-        self._cells[index] = self.usage.windows[index].charge(amount)
-        self._charged[index] = amount
+            requests, tokens = self._usage.windows
+            requests.give_back(self._request_cell, 1)
+            tokens.give_back(self._token_cell, self._tokens)
 
     def _release(self) -> None:
-        self.usage.windows[1].reserved -= self._reserved
+        self._usage.windows[1].reserved -= self._reserved
         self._reserved = 0
 
 
@@ -253,16 +245,16 @@ class Limiter:
         """Return the limits of a key, per minute: requests and tokens."""
         return key.requests_per_minute or self._requests, key.tokens_per_minute or self._tokens
 
-    def charge(self, key: ApiKey, now: float) -> Charge | None:
-        """Charge one request to a key; None if the key has no limits. Raises `LimitError`."""
+    def usage(self, key: ApiKey, now: float) -> KeyUsage | None:
+        """Return the use of a key, to which requests are charged; None if the key has no limits."""
         usage = self._usages.get(key.id)
         if usage is None or usage.key is not key:  # the key file was read again
             limits = self.limits_of(key)
             if limits == (None, None):
                 return None
-            usage = self._usage(key, now) if usage is None else usage
+            usage = self._new_usage(key, now) if usage is None else usage
             usage.key, usage.limits = key, limits
-        return Charge(usage, now)
+        return usage
 
     def counters(self, now: float) -> Counters:
         """Return the counters of this server, for the others."""
@@ -287,12 +279,12 @@ class Limiter:
             if usage is None:
                 if (key := find(key_id)) is None:
                     continue
-                usage = self._usage(key, now)
+                usage = self._new_usage(key, now)
             for window, counts in zip(usage.windows, cells, strict=True):
                 window.advance(cell)
                 window.merge(replica, counts)
 
-    def _usage(self, key: ApiKey, now: float) -> KeyUsage:
+    def _new_usage(self, key: ApiKey, now: float) -> KeyUsage:
         if len(self._usages) >= self._many:
             self._usages = {each: usage for each, usage in self._usages.items() if usage.used(now)}
             self._many = max(_MANY_KEYS, 2 * len(self._usages))

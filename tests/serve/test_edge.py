@@ -266,7 +266,7 @@ def test_one_key_does_not_take_all_requests_and_bodies(tmp_path: Path) -> None:
 async def _one_key_takes_much(tmp_path: Path) -> None:
     (_, first), (_, second) = add(tmp_path / "keys.json"), add(tmp_path / "keys.json", "b")
     access = Access(spec.Access(keys=str(tmp_path / "keys.json")), ["m"])
-    for limits, body in ((EdgeLimits(max_requests=10), b"x"), (EdgeLimits(max_bytes=100), b"x" * 10)):
+    for limits, body in ((EdgeLimits(max_requests=10), b"x"), (EdgeLimits(max_bytes=100, max_requests=40), b"x" * 10)):
         setting = Setting(limits, access)
 
         def send(key: str, path: str = "/wait", setting: Setting = setting, body: bytes = body) -> asyncio.Task[Answer]:

@@ -16,7 +16,7 @@ from starlette.types import Scope
 from inferctl import spec
 from inferctl.access.key_file import ApiKey, caller
 from inferctl.access.key_table import KeyTable, UnavailableError
-from inferctl.access.limits import PERIOD_S, KeyUsage, Limiter, LimitError
+from inferctl.access.limits import PERIOD_S, Charge, KeyUsage, Limiter, LimitError
 from inferctl.errors import NotReadyError, install_hint
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.usage import RequestContext
@@ -82,7 +82,10 @@ class Access:
 
     def charge(self, key: ApiKey, context: RequestContext) -> None:
         """Charge one request. Raises `LimitError`."""
-        context.charge = self._limiter.charge(key, time.time())
+        now = time.time()
+        context.usage = self._limiter.usage(key, now)
+        if context.usage is not None:
+            context.charge = Charge(context.usage, now)
 
     def _find(self, scope: Scope) -> ApiKey:
         if self._proxies and (client := scope.get("client")) and self._trusts(client[0]):
@@ -152,40 +155,31 @@ def limit_exceeded(error: LimitError) -> ApiError:
     else:
         seconds = error.retry_after
         headers = {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(1000 * seconds))}
-    headers |= {name.decode(): value.decode() for name, value in limit_headers(error.usage)}
     return ApiError(429, str(error), code="rate_limit_exceeded", headers=headers)
 
 
-def limit_headers(usage: KeyUsage) -> list[tuple[bytes, bytes]]:
-    """Return the state of the limits: OpenAI's `x-ratelimit-*`, and `RateLimit` and `RateLimit-Policy` of the IETF."""
+def limit_lines(usage: KeyUsage) -> bytes:
+    """Return the headers of limits as lines: OpenAI's `x-ratelimit-*`, and `RateLimit` and `RateLimit-Policy`."""
     requests, tokens = usage.quotas(time.time())
-    found = list(_constant_headers(requests and requests[0], tokens and tokens[0]))
-    states = b""
-    if requests:
-        _, remaining, seconds = requests
-        found.append((b"x-ratelimit-remaining-requests", b"%d" % remaining))
-        found.append((b"x-ratelimit-reset-requests", _duration(seconds)))
-        states = b'"requests";r=%d;t=%d' % (remaining, seconds)
-    if tokens:
-        _, remaining, seconds = tokens
-        found.append((b"x-ratelimit-remaining-tokens", b"%d" % remaining))
-        found.append((b"x-ratelimit-reset-tokens", _duration(seconds)))
-        states += b'%s"tokens";r=%d;t=%d' % (b", " if states else b"", remaining, seconds)
-    if states:
-        found.append((b"ratelimit", states))
-    return found
+    if requests and tokens:
+        (limit, left, reset), (token_limit, tokens_left, token_reset) = requests, tokens
+        state = (left, _duration(reset), tokens_left, _duration(token_reset), left, reset, tokens_left, token_reset)
+        return _template(limit, token_limit) % state
+    if quota := requests or tokens:
+        limit, left, reset = quota
+        return _template(*(each and each[0] for each in (requests, tokens))) % (left, _duration(reset), left, reset)
+    return b""
 
 
 @functools.lru_cache(maxsize=1024)
-def _constant_headers(requests: int | None, tokens: int | None) -> tuple[tuple[bytes, bytes], ...]:
-    limits = [(name, limit) for name, limit in ((b"requests", requests), (b"tokens", tokens)) if limit]
-    if not limits:
-        return ()
-    policy = b", ".join(b'"%s";q=%d;w=%d' % (name, limit, PERIOD_S) for name, limit in limits)
-    return (
-        *((b"x-ratelimit-limit-%s" % name, b"%d" % limit) for name, limit in limits),
-        (b"ratelimit-policy", policy),
-    )
+def _template(requests: int | None, tokens: int | None) -> bytes:
+    """Return the lines with a place for each number that changes."""
+    limits = {name: limit for name, limit in ((b"requests", requests), (b"tokens", tokens)) if limit is not None}
+    lines = [b"x-ratelimit-limit-%s: %d" % each for each in limits.items()]
+    lines += [b"x-ratelimit-remaining-%s: %%d\r\nx-ratelimit-reset-%s: %%s" % (name, name) for name in limits]
+    lines.append(b"ratelimit-policy: " + b", ".join(b'"%s";q=%d;w=%d' % (*each, PERIOD_S) for each in limits.items()))
+    lines.append(b"ratelimit: " + b", ".join(b'"%s";r=%%d;t=%%d' % name for name in limits))
+    return b"\r\n".join([*lines, b""])
 
 
 @functools.lru_cache(maxsize=128)

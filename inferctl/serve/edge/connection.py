@@ -17,7 +17,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from inferctl.serve.edge.errors import ApiError, at_capacity
-from inferctl.serve.edge.usage import REJECTION
+from inferctl.serve.edge.usage import HEADER_LINES, REJECTION
 
 # With less to read, a connection does not check the limit of all. `HttpServer` checks it every `interval_s` anyway.
 _FEW_BYTES = 64 * 1024
@@ -50,6 +50,7 @@ class Connection(HttpToolsProtocol):
         self._dropping = False  # drop what arrives, and close after the response
         self._keep_alive = True
         self._upgrade = b""
+        self._headed: Any = None  # the request whose response has begun
         self._unsent = b""  # a part of a response that is sent with the next one, or in the next turn of the event loop
         self._received = self._body = 0  # bytes of the request, and of its body
         self._written = self._read = 0  # bytes of responses; those that were read at the last look
@@ -153,6 +154,11 @@ class Connection(HttpToolsProtocol):
 
         They are sent together: a packet costs the server and the client more than the rest of the HTTP protocol.
         """
+        cycle = self.cycle
+        if cycle is not self._headed and cycle is not None and cycle.response_started:
+            self._headed = cycle  # this is the head of its response
+            if lines := cycle.scope["state"].get(HEADER_LINES):
+                data = b"%s%s\r\n" % (data[:-2], lines)
         self._written += len(data)
         if self._unsent:
             parts, self._unsent = (self._unsent, data), b""

@@ -23,7 +23,7 @@ from inferctl.serve.edge import access as edge_access
 from inferctl.serve.edge.access import Access
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
 from inferctl.serve.edge.lifecycle import Lifecycle
-from inferctl.serve.edge.usage import CLIENT_DISCONNECTED, REJECTION, RequestContext, UsageEvent
+from inferctl.serve.edge.usage import CLIENT_DISCONNECTED, HEADER_LINES, REJECTION, RequestContext, UsageEvent
 
 log = logging.getLogger("inferctl.edge")
 
@@ -90,6 +90,8 @@ class Edge:
         self.stopped = ApiError(503, "the server stopped", code="stopped")  # for requests that the drain cancels
         self._body_bytes = 0  # of all requests in flight
         self._app, self._lifecycle, self._emit, self._limits = app, lifecycle, emit, limits or EdgeLimits()
+        # All requests with bodies of this size are within `max_bytes`, so these are not shared.
+        self._small_body = self._limits.max_bytes // self._limits.max_requests
         self._requests, self._bodies = Shares(self._limits.max_requests), Shares(self._limits.max_bytes)
         self._info, self._endpoints, self._access = info, endpoints, access
         self._check_metering = check_metering
@@ -115,7 +117,7 @@ class Edge:
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = RequestContext.of(scope, self._endpoints.get(scope["path"], "other"))
-        request = _Request(self, context, receive, send)
+        request = _Request(self, context, scope, receive, send)
         self.in_flight += 1
         counted = None  # the tenant, if the request counts in its share
         try:
@@ -145,7 +147,8 @@ class Edge:
             self._body_bytes -= context.body_bytes
             if counted is not None:
                 self._requests.release(counted)
-                self._bodies.release(counted, context.body_bytes)
+                if context.shared_bytes:
+                    self._bodies.release(counted, context.shared_bytes)
             if rejection := scope.get("state", {}).get(REJECTION):  # the client got this response instead
                 context.status, context.code = rejection
             if context.charge is not None:
@@ -174,8 +177,11 @@ class Edge:
         if self._body_bytes and self._body_bytes + size > self._limits.max_bytes:
             message = f"the bodies of requests in flight have {self._body_bytes} bytes"
             raise at_capacity(message, "too_many_bytes", 1)
-        if context.tenant is not None and not self._bodies.take(context.tenant, size):
-            raise key_share("bytes of bodies")
+        if context.body_bytes + size > self._small_body and context.tenant is not None:
+            unshared = context.body_bytes + size - context.shared_bytes
+            if not self._bodies.take(context.tenant, unshared):
+                raise key_share("bytes of bodies")
+            context.shared_bytes += unshared
         context.body_bytes += size
         self._body_bytes += size
 
@@ -211,10 +217,10 @@ class Edge:
 class _Request:
     """One request between the connection and the application: counts its body, and adds the id to the response."""
 
-    __slots__ = ("_context", "_edge", "_receive", "_send", "body_complete", "complete")
+    __slots__ = ("_context", "_edge", "_receive", "_scope", "_send", "body_complete", "complete")
 
-    def __init__(self, edge: Edge, context: RequestContext, receive: Receive, send: Send) -> None:
-        self._edge, self._context, self._receive, self._send = edge, context, receive, send
+    def __init__(self, edge: Edge, context: RequestContext, scope: Scope, receive: Receive, send: Send) -> None:
+        self._edge, self._context, self._scope, self._receive, self._send = edge, context, scope, receive, send
         self.body_complete = self.complete = False
 
     async def receive(self) -> Message:
@@ -232,8 +238,7 @@ class _Request:
         if message["type"] == "http.response.start":
             self._context.status = message["status"]
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", self._context.id)]
-            if self._context.charge is not None:
-                message["headers"] += edge_access.limit_headers(self._context.charge.usage)
+            self._add_limits()
         elif message["type"] == "http.response.body":
             self.complete = not message.get("more_body", False)
         await self._send(message)
@@ -241,6 +246,10 @@ class _Request:
             # The connection never waits for its client. Each iteration of the event loop computes at most one part.
             async with self._edge.turn:
                 await asyncio.sleep(0)
+
+    def _add_limits(self) -> None:
+        if self._context.usage is not None:
+            self._scope["state"][HEADER_LINES] = edge_access.limit_lines(self._context.usage)
 
     async def fail(self, error: ApiError) -> None:
         """Send an error response. If a response has started, only break it off."""
@@ -251,10 +260,7 @@ class _Request:
             raise error  # the connection is closed, so the client sees that the response is incomplete
         self._context.status = error.status
         headers = {**error.headers, "x-request-id": self._context.id.decode()}
-        if self._context.charge is not None:
-            headers |= {
-                name.decode(): value.decode() for name, value in edge_access.limit_headers(self._context.charge.usage)
-            }
+        self._add_limits()
         await _respond(self._send, error.status, error.body(), "application/json", headers)
 
 
