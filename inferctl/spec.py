@@ -35,6 +35,22 @@ OneLine = Annotated[str, Field(pattern=r"^[^\r\n\x00]+$")]
 Revision = Annotated[str, Field(pattern=r"^[^\x00-\x20\x7f~^:?*\[\\]+$", max_length=200)]
 
 
+# Options of `vllm serve` that the edge depends on, or that a setting is for. With them, `GET /info` would be wrong.
+_EDGE_OPTIONS = ("--api-server-count", "--grpc", "--headless", "--host", "--port", "--served-model-name", "--uds")
+_SETTING_OF_OPTION = {
+    "--dtype": "serve.precision",
+    "--quantization": "serve.precision",
+    "-q": "serve.precision",
+    "--gpu-memory-utilization": "serve.gpu_memory_share",
+    "--kv-cache-memory-bytes": "serve.kv_cache",
+    "--max-model-len": "serve.max_context_tokens",
+    "--max-num-queued-tokens": "serve.max_queue_tokens",
+    "--max-num-seqs": "serve.max_sequences",
+    "--tensor-parallel-size": "serve.gpus",
+    "-tp": "serve.gpus",
+}
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -119,7 +135,7 @@ class Serve(_Section):
     )
     vllm_options: list[OneLine] = Field(
         default_factory=list,
-        description="Generation: further options for `vllm serve`, one list entry per word. They are not checked.",
+        description="Generation: further words for `vllm serve`. Those that inferctl sets are rejected.",
     )
     grace_seconds: float = Field(
         1.0,
@@ -130,6 +146,20 @@ class Serve(_Section):
     drain_seconds: float = Field(
         25.0, ge=0, le=86_400, description="After SIGTERM, how long the server waits for accepted requests to finish."
     )
+
+    @field_validator("vllm_options")
+    @classmethod
+    def _free_options(cls, words: list[str]) -> list[str]:
+        """Reject an option of vLLM that would show a secret, go around the edge or contradict a setting."""
+        for name in (word.partition("=")[0].replace("_", "-") for word in words if word.startswith("-")):
+            if name.startswith("--api-key"):
+                reason = "which the log and the list of processes would show: set `access.keys` instead"
+                raise ValueError(f"serve.vllm_options has --api-key, {reason}")
+            if name in _EDGE_OPTIONS:
+                raise ValueError(f"serve.vllm_options has {name}, which inferctl sets: remove it")
+            if setting := _SETTING_OF_OPTION.get(name):
+                raise ValueError(f"serve.vllm_options has {name}: set {setting} instead")
+        return words
 
 
 class Image(_Section):

@@ -17,6 +17,11 @@ from typing import Any
 
 import pytest
 
+from inferctl import settings
+from inferctl.cli.render import check_task
+from inferctl.errors import UsageError
+from inferctl.model import ModelFolder
+from tests.cli.test_first_steps import small_llama
 from tests.hub import Hub, Repository, online, serving
 from tests.test_model import write_model
 
@@ -317,3 +322,21 @@ def _until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
         except OSError:
             time.sleep(0.1)
     raise AssertionError("the server was never ready")
+
+
+def test_a_generative_hub_model_gets_its_base_or_a_hint(here: Path, tmp_path: Path) -> None:
+    model = small_llama(tmp_path / "llama")
+    with serving({"org/llama": model}) as hub:
+        assert inferctl(here, online(hub, tmp_path / "home"), "init", "--model", "org/llama").returncode == 0
+        assert "base: vllm-cuda13.0 " in (here / "inferctl.yaml").read_text()
+        assert weights(hub) == []
+    offline = online("http://127.0.0.1:9", tmp_path / "other")
+    done = inferctl(here, offline, "init", "--model", "org/llama", "--force")
+    assert done.returncode == 0
+    assert "If the model is generative, pass `--base vllm-cuda13.0`" in done.stderr
+    told = " ".join(inferctl(here, offline, "check").stdout.split())
+    assert "hint: if it is generative, set `task: generate` and `image.base: vllm-cuda13.0`" in told
+    unknown = settings.resolve(settings.read(here / "inferctl.yaml"), {}, {}, {}).spec
+    check_task(unknown, None)
+    with pytest.raises(UsageError, match=r"the base cuda13\.0 is without vLLM"):  # `build`, after the download
+        check_task(unknown, ModelFolder(model))

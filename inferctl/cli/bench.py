@@ -115,7 +115,7 @@ Users = Annotated[
 Rate = Annotated[
     float | None, typer.Option(metavar="N", help="Send an open loop of N requests/s. [default: the plan's load]")
 ]
-Search = Annotated[bool, typer.Option("--search", help="Find the highest rate that meets the p99 SLO.")]
+Search = Annotated[bool, typer.Option("--search", help="Find the highest rate that meets the SLO.")]
 Slo = Annotated[
     float | None,
     typer.Option(

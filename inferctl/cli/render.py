@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from inferctl.model import ModelFolder
     from inferctl.render import Provenance, Rendered
     from inferctl.settings import Resolved
-    from inferctl.spec import Spec, TaskSetting
+    from inferctl.spec import Spec
 
 
 def render(
@@ -120,7 +120,7 @@ def rendered_image(resolved: Resolved, labels: Mapping[str, str] | None = None) 
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
     model = _local_model(spec)
-    catalog.check_task(_task_of(spec, model), base, stack)
+    check_task(spec, model)
     folder = Path(spec.image.locks) if spec.image.locks else None
     package_locks = locks.load(base, folder, int8=spec.serve.precision == "int8")
     provenance = _provenance(Path(resolved.file or ".").resolve().parent)
@@ -139,13 +139,19 @@ def _local_model(spec: Spec) -> ModelFolder | None:
         return None
 
 
-def _task_of(spec: Spec, folder: ModelFolder | None) -> TaskSetting:
-    """Return the task of the spec, or for `auto` that of the model; `auto` if the model is not on this machine."""
+def check_task(spec: Spec, folder: ModelFolder | None) -> None:
+    """Raise `UsageError` if images on the base of the spec cannot serve its task.
+
+    For the task `auto`, it is that of the model, or accepted if the model is not on this machine.
+    """
+    from inferctl import catalog
     from inferctl.model import resolve_task
 
-    if spec.model.task != "auto" or folder is None:
-        return spec.model.task
-    return resolve_task("auto", folder.config, spec.model.source, has_modules=folder.has_modules)
+    task: str = spec.model.task
+    if task == "auto" and folder is not None:
+        task = resolve_task("auto", folder.config, spec.model.source, has_modules=folder.has_modules)
+    base = catalog.base(spec.image.base)
+    catalog.check_task(task, base, catalog.stack(base.stack))
 
 
 def _provenance(folder: Path) -> Provenance:

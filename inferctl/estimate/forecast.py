@@ -316,7 +316,11 @@ def read_config(path: Path) -> dict[str, Any]:
     if task != "embed":
         # Front end and output were measured for embeddings only.
         kind = "a cross-encoder" if task == "rerank" else "a generative model"
-        also = "" if task == "rerank" else "; an embedding model has a modules.json in its folder"
+        also = (
+            ""
+            if task == "rerank"
+            else ", and see with `inferctl check` where it fits; an embedding model has a modules.json in its folder"
+        )
         raise UsageError(
             f"estimates are for embedding models, but {file} is of {kind} ({architecture(data)})",
             f"measure {kind} with `inferctl bench`{also}",

@@ -392,7 +392,7 @@ def test_a_run_of_failures_ends_with_5_and_still_leaves_receipts(answering: Call
         (["--url", f"{'a' * 41}=http://127.0.0.1:9"], 2, "has 41 characters", "a shorter name"),
         (["--url", "a=http://127.0.0.1:9", "--users", "0"], 2, "load.users cannot be 0", "--help"),
         (["--url", "a=http://127.0.0.1:9", "--hardware", "cpu,a10x"], 2, "hardware 'a10x' not found", "did you mean"),
-        (["--url", "a=http://127.0.0.1:9", "--search"], 2, "a search requires a p99 SLO", "--slo 100"),
+        (["--url", "a=http://127.0.0.1:9", "--search"], 2, "a search requires an SLO", "--slo 100"),
         (["--url", "a=http://127.0.0.1:9", "--corpus", "shrt"], 2, "corpus 'shrt' not found", "did you mean short"),
         (
             ["--url", "a=http://127.0.0.1:9", "--batch-tokens", "4096"],

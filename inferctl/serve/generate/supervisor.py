@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from inferctl.errors import NotReadyError
 from inferctl.serve.generate import control
 from inferctl.serve.generate.control import Channel
 from inferctl.serve.generate.process import VllmProcess
@@ -23,6 +24,7 @@ _LOST_S = 5.0
 class Supervisor:
     """`start()` starts a vLLM process and returns it. `folder`: where its edge finds the channel.
 
+    `start_seconds`: how long a start may take before the process is killed.
     `listener()` returns the listening socket, when the edge takes it. `on_ready` is called before the edge accepts
     connections, `on_lost(reason)` after it stopped.
     """
@@ -32,12 +34,14 @@ class Supervisor:
         start: Callable[[], Any],
         folder: Path,
         hang_seconds: float,
+        start_seconds: float,
         listener: Callable[[], socket.socket],
         on_ready: Callable[[], Any],
         on_lost: Callable[[str], None],
         notify: Callable[[str], None],
     ) -> None:
-        self._start, self._hang_seconds, self._listener = start, hang_seconds, listener
+        self._start, self._listener = start, listener
+        self._hang_seconds, self._start_seconds = hang_seconds, start_seconds
         self._on_ready, self._on_lost, self._notify = on_ready, on_lost, notify
         self._control = control.listen(folder)
         self._process: VllmProcess | None = None
@@ -58,10 +62,16 @@ class Supervisor:
         """Run vLLM until `stop`. Raises `NotReadyError` if its first start fails."""
         while not self._stopping.is_set():
             self._process = process = await self._start()
-            channel = await self._connected(process)
+            channel = overdue = None
+            try:
+                async with asyncio.timeout(self._start_seconds):
+                    channel = await self._connected(process)
+            except TimeoutError:
+                overdue = process.overdue(self._start_seconds)
             if channel is None:
                 await process.end(gently=self._stopping.is_set())
-                await self._failed(process)
+                if not self._stopping.is_set():
+                    await self._failed(overdue or process.failure(await process.wait()))
                 continue
             self._failed_starts = 0
             await self._on_ready()
@@ -86,10 +96,7 @@ class Supervisor:
             await self._fail_requests(channel)
             self.restarts += 1
 
-    async def _failed(self, process: VllmProcess) -> None:
-        if self._stopping.is_set():
-            return
-        failure = process.failure(await process.wait())
+    async def _failed(self, failure: NotReadyError) -> None:
         if not self.restarts:
             raise failure
         self._failed_starts += 1
@@ -103,12 +110,13 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         accepting = asyncio.ensure_future(loop.sock_accept(self._control))
         others = [asyncio.ensure_future(other) for other in (process.wait(), self._stopping.wait())]
-        await asyncio.wait((accepting, *others), return_when=asyncio.FIRST_COMPLETED)
-        for other in others:
-            other.cancel()
-        if not accepting.done():
-            accepting.cancel()
-            return None
+        try:
+            await asyncio.wait((accepting, *others), return_when=asyncio.FIRST_COMPLETED)
+            if not accepting.done():
+                return None
+        finally:
+            for each in (accepting, *others):
+                each.cancel()  # without effect if it is done
         channel = Channel(accepting.result()[0])
         if await channel.receive():
             return channel
