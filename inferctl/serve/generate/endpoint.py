@@ -15,6 +15,7 @@ from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
 from inferctl.serve.edge.middleware import ClientDisconnectedError
 from inferctl.serve.edge.usage import RequestContext, context_of
 from inferctl.serve.generate import meter
+from inferctl.serve.generate.control import ENGINE_LOST
 from inferctl.serve.generate.meter import StreamMeter
 
 # Path -> name in events. What they generate is counted.
@@ -150,8 +151,7 @@ class GenerationApp:
         if error.status < 500:
             return error
         if not await self._healthy():
-            message = "the engine was lost and is restarting"
-            return ApiError(503, message, code="engine_lost", headers={"retry-after": "5"})
+            return ApiError(503, ENGINE_LOST, code="engine_lost", headers={"retry-after": "5"})
         return at_capacity("the queue is full", "queue_full", 1) if error.status == 503 else error
 
 

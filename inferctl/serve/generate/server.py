@@ -313,6 +313,8 @@ def _install_vllm(kind: str) -> str:
 
 def _model(spec: Spec, folder: ModelFolder, found: probe.Probe) -> VllmModel:
     """Return what vLLM serves. Raises `UsageError` or `NotReadyError` for a context or precision that is impossible."""
+    if why := decoder.NOT_RUN.get(folder.architecture):
+        raise UsageError(f"vLLM does not run {folder.architecture}: {why}", decoder.RUN_INSTEAD)
     shape = decoder.describe(folder.config)
     own = shape.context if isinstance(shape, Decoder) else folder.config.get("max_position_embeddings")
     context = spec.serve.max_context_tokens or own

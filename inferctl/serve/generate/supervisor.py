@@ -128,7 +128,7 @@ class Supervisor:
         progress, moved = 0.0, time.monotonic()
         while True:
             try:
-                message = await asyncio.wait_for(channel.receive(), self._patience())
+                message = await asyncio.wait_for(channel.receive(), self._message_timeout())
             except TimeoutError:
                 # If this process was stopped too, the messages of that time are not read yet.
                 try:
@@ -149,7 +149,7 @@ class Supervisor:
             elif now - moved > self._hang_seconds:
                 return f"vLLM's engine made no progress for {self._hang_seconds:g} s"
 
-    def _patience(self) -> float:
+    def _message_timeout(self) -> float:
         """Return how many seconds may pass without a message."""
         if not self._stopping.is_set():
             return self._hang_seconds
@@ -157,8 +157,7 @@ class Supervisor:
 
     async def _fail_requests(self, channel: Channel) -> None:
         """Let the requests of a lost engine end with an error."""
-        message = "the engine was lost and is restarting"
-        channel.send("close", seconds=0.5, code="engine_lost", message=message)
+        channel.send("close", seconds=0.5, code="engine_lost", message=control.ENGINE_LOST)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LOST_S):
                 while (answer := await channel.receive()) is not None and answer["kind"] != "closed":
