@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-generate test test-all nightly check golden docs
-.PHONY: locks model generator wheel bench-peers image-check gpu-check clean
+.PHONY: locks model generator wheel bench-peers four-x image-check gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,10 @@ wheel: $(VENV)/.dev  ## build the wheel into dist/
 
 bench-peers: $(VENV)/.dev model  ## compare rebuild times with plain Dockerfiles (requires Docker and localhost:5000)
 	$(BIN)/python benchmarks/peers/rebuild.py
+
+four-x: $(VENV)/.dev model  ## from a common first server to inferctl, step by step (requires PostgreSQL; 15 minutes)
+	mkdir -p demo
+	$(BIN)/python benchmarks/four_x/four_x.py --report demo/four-x.html
 
 image-check: $(VENV)/.dev model  ## build the CUDA 13.0 image and verify it on the CPU (as root; downloads 3 GB)
 	.ci/image-check $(BIN)/python

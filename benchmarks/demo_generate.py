@@ -37,7 +37,7 @@ def main() -> None:
                 time.sleep(0.2)
             url = json.loads(announce.read_text())["url"]
             chat(url)
-            bench = ["bench", "--url", f"smollm2={url}", "--plan", "quick", "--output", "demo"]
+            bench = ["bench", "--url", f"smollm2={url}", "--model", model, "--plan", "quick", "--output", "demo"]
             environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
             code = subprocess.run(
                 [*INFERCTL, *bench, "--report", "demo/generate.html"], env=environment, check=False
