@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -58,8 +59,12 @@ class Part:
         )
 
     def signal(self, number: int) -> None:
+        """Send a signal to the process and its children. Those of PostgreSQL are in groups of their own."""
         assert self.process
-        os.killpg(self.process.pid, number)
+        pid = self.process.pid
+        for each in (pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each, number)
 
     def kill(self) -> None:
         if self.process and self.process.poll() is None:
