@@ -286,7 +286,7 @@ class Metering(_Section):
     )
     outbox_size: Size = Field(
         "1GiB",
-        description="Maximum size of events on disk, per server process. An event needs 600 bytes.",
+        description="Maximum size of events on disk, per server process. An event needs 150 bytes.",
     )
     ledger: OneLine | None = Field(
         None,

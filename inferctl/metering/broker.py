@@ -78,13 +78,15 @@ class Broker:
             _OLDEST: str(batch.oldest),
             _TIME: str(batch.time_ms),
         }
+        events = cloud_event.read(batch.source, batch.content)
+        content = json.dumps([event.as_cloud_event(batch.source) for event in events]).encode()
         subject = f"{SUBJECT}.{batch.source.partition('/')[0].replace('.', '-')}"
         try:
             try:
-                await self._stream.publish(subject, batch.events, headers=headers)
+                await self._stream.publish(subject, content, headers=headers)
             except (nats.js.errors.NotFoundError, nats.js.errors.NoStreamResponseError):
                 await self._make_stream()  # the first time, and if the broker lost its store
-                await self._stream.publish(subject, batch.events, headers=headers)
+                await self._stream.publish(subject, content, headers=headers)
         except _ERRORS as error:
             raise _unavailable(error) from None
 

@@ -1,13 +1,17 @@
-"""The CloudEvents of metering: one per request, and one at the end of each server process.
+"""The usage events of metering: one per request, and one at the end of each server process.
 
-They have identities that never repeat: `source` names the server process (instance and boot), `id` is a number that
-counts from 1. So a repeated event is recognized, and a lost one leaves a gap. They never contain texts or API keys.
+To others, each is a CloudEvent. `source` names the server process (instance and boot), `id` is a number that counts
+from 1, and together they never repeat. So a repeated event is recognized, and a lost one leaves a gap. An event never
+contains texts or API keys.
+
+The outbox has them as rows, without what they have in common: that takes a fifth of the time and of the bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
@@ -17,6 +21,24 @@ END = "inferctl.end.v1"
 BATCH_MEDIA_TYPE = "application/cloudevents-batch+json"
 # `subject` of the events of requests without an API key.
 ANONYMOUS = "anonymous"
+# `data` of the event of a request. The columns of the ledger have the same names.
+FIELDS = [
+    "key_id",
+    "model",
+    "model_sha256",
+    "task",
+    "endpoint",
+    "inputs",
+    "input_tokens",
+    "cached_tokens",
+    "output_tokens",
+    "engine_ms",
+    "duration_ms",
+    "status",
+    "code",
+    "hardware",
+    "request_id",
+]
 
 
 class Usage(Protocol):
@@ -56,54 +78,92 @@ class Origin:
     hardware: str | None = None
 
 
-def request(source: str, number: int, at: float, origin: Origin, usage: Usage) -> dict[str, Any]:
-    """Return the event of a request that ended at `at` (seconds since 1970). orjson formats the time."""
-    return {
-        "specversion": "1.0",
-        "type": REQUEST,
-        "source": source,
-        "id": str(number),
-        "time": datetime.fromtimestamp(int(1000 * at) / 1000, UTC),
-        "subject": usage.key_id or ANONYMOUS,
-        "datacontenttype": "application/json",
-        "data": {
-            "key_id": usage.key_id,
-            "model": origin.model,
-            "model_sha256": origin.model_sha256,
-            "task": origin.task,
-            "endpoint": usage.endpoint,
-            "inputs": usage.inputs,
-            "input_tokens": usage.input_tokens,
-            "cached_tokens": usage.cached_tokens,
-            "output_tokens": usage.output_tokens,
-            "engine_ms": round(1000 * usage.engine_seconds, 3),
-            "duration_ms": round(1000 * usage.seconds, 3),
-            "status": usage.status,
-            "code": usage.code,
-            "hardware": origin.hardware,
-            "request_id": usage.request_id,
-        },
-    }
+@dataclass(frozen=True)
+class Event:
+    """One event. `time_ms`: since 1970. `data`: the `FIELDS` of a request, or `clean` of an end."""
+
+    id: int
+    time_ms: int
+    type: str
+    data: dict[str, Any]
+
+    def as_cloud_event(self, source: str) -> dict[str, Any]:
+        """Return the event in the JSON format of CloudEvents."""
+        return {
+            "specversion": "1.0",
+            "type": self.type,
+            "source": source,
+            "id": str(self.id),
+            "time": datetime.fromtimestamp(self.time_ms / 1000, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
+            **({"subject": self.data["key_id"] or ANONYMOUS} if self.type == REQUEST else {}),
+            "datacontenttype": "application/json",
+            "data": self.data,
+        }
 
 
-def end(source: str, number: int, at: float, *, clean: bool) -> dict[str, Any]:
-    """Return the last event of a server process."""
-    return {
-        "specversion": "1.0",
-        "type": END,
-        "source": source,
-        "id": str(number),
-        "time": formatted(int(1000 * at)),
-        "datacontenttype": "application/json",
-        "data": {"clean": clean},
-    }
+_ROW = [
+    "key_id",
+    "endpoint",
+    "inputs",
+    "input_tokens",
+    "cached_tokens",
+    "output_tokens",
+    "engine_ms",
+    "duration_ms",
+    "status",
+    "code",
+    "request_id",
+]
 
 
-def formatted(time_ms: int) -> str:
-    """Return a time in milliseconds since 1970 as in `2026-01-02T03:04:05.678Z`."""
-    return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def requests(origin: Origin, items: Sequence[tuple[int, float, Usage]]) -> dict[str, Any]:
+    """Return the content of a batch in the outbox. `items`: number, end (seconds since 1970) and usage of requests."""
+    rows = [
+        (
+            number,
+            int(1000 * at),
+            usage.key_id,
+            usage.endpoint,
+            usage.inputs,
+            usage.input_tokens,
+            usage.cached_tokens,
+            usage.output_tokens,
+            int(1e6 * usage.engine_seconds) / 1000,
+            int(1e6 * usage.seconds) / 1000,
+            usage.status,
+            usage.code,
+            usage.request_id,
+        )
+        for number, at, usage in items
+    ]
+    return {"common": asdict(origin), "requests": rows}
 
 
-def milliseconds(event: Mapping[str, Any]) -> int:
-    """Return the time of an event in milliseconds since 1970."""
-    return round(1000 * datetime.fromisoformat(event["time"]).timestamp())
+def end(number: int, time_ms: int, *, clean: bool) -> bytes:
+    """Return the content of the batch with the last event of a server process."""
+    return json.dumps({"end": [number, time_ms, clean]}).encode()
+
+
+def read(source: str, content: bytes) -> list[Event]:
+    """Return the events of a batch: of the outbox, or a JSON array of CloudEvents. Raises `ValueError` for others."""
+    try:
+        found = json.loads(content)
+        if isinstance(found, list):
+            return [_event(each) for each in found if each["source"] == source]
+        if "end" in found:
+            number, time_ms, clean = found["end"]
+            return [Event(number, time_ms, END, {"clean": clean})]
+        common = found["common"]
+        return [
+            Event(number, time_ms, REQUEST, dict(zip(_ROW, values, strict=True)) | common)
+            for number, time_ms, *values in found["requests"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"no batch of usage events: {error}") from None
+
+
+def _event(found: dict[str, Any]) -> Event:
+    time_ms = round(1000 * datetime.fromisoformat(found["time"]).timestamp())
+    data = found["data"]
+    names = FIELDS if found["type"] == REQUEST else ["clean"]
+    return Event(int(found["id"]), time_ms, found["type"], {name: data[name] for name in names})

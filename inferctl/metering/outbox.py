@@ -2,7 +2,7 @@
 
     <data>/instance                 name of this data folder in the `source` of events
     <data>/<boot>/lock              locked by the server process; its 8 bytes count the numbers given to events
-    <data>/<boot>/events.sqlite     one row per batch: the numbers it covers, and a JSON array of CloudEvents
+    <data>/<boot>/events.sqlite     one row per batch of events: the numbers it covers, and JSON
     <data>/<boot>/watermark         written by the worker: the ledger has all events up to this number
 
 Up to 3.51.2, SQLite can corrupt a database in WAL mode if two connections write or checkpoint at the same moment. So
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import mmap
 import os
 import secrets
@@ -38,9 +37,9 @@ _WAL_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Batch:
-    """Events in the order of their numbers. `events`: a JSON array of CloudEvents.
+    """Events in the order of their numbers. `content`: as `cloud_event.read` reads it.
 
-    The batch covers all numbers from `first` to `last`. A number that `events` lacks is that of a lost event.
+    The batch covers all numbers from `first` to `last`. A number without an event is that of a lost one.
     `time_ms`: of the first event. `oldest`: the lowest number that the outbox still has.
     """
 
@@ -48,7 +47,7 @@ class Batch:
     first: int
     last: int
     time_ms: int
-    events: bytes
+    content: bytes
     oldest: int = 1
 
 
@@ -113,9 +112,9 @@ class Outbox:
         """Note that `number` was given to an event. This survives a SIGKILL, so the ledger can tell what it lost."""
         self._issued[0] = number
 
-    def append(self, first: int, last: int, time_ms: int, events: bytes) -> None:
+    def append(self, first: int, last: int, time_ms: int, content: bytes) -> None:
         """Write a batch. Raises `sqlite3.Error`; then nothing of it is written."""
-        self._connected().execute("insert into batches values (?, ?, ?, ?)", (first, last, time_ms, events))
+        self._connected().execute("insert into batches values (?, ?, ?, ?)", (first, last, time_ms, content))
 
     def free(self) -> bool:
         """Delete what the ledger has, and return whether anything changed. Raises `sqlite3.Error`."""
@@ -141,11 +140,10 @@ class Outbox:
             return
         row = connection.execute("select max(last) from batches").fetchone()
         covered = max(row[0] or 0, read_watermark(self._folder))
-        number, now = max(self.issued, covered) + 1, time.time()
-        event = cloud_event.end(self.source, number, now, clean=clean)
+        number, now_ms = max(self.issued, covered) + 1, int(1000 * time.time())
         connection.execute("begin immediate")
         try:
-            row_of_end = (covered + 1, number, int(1000 * now), json.dumps([event]).encode())
+            row_of_end = (covered + 1, number, now_ms, cloud_event.end(number, now_ms, clean=clean))
             connection.execute("insert into batches values (?, ?, ?, ?)", row_of_end)
             connection.execute(f"pragma user_version = {_ENDED}")
             connection.execute("commit")
@@ -192,7 +190,7 @@ class Outbox:
                     connection.execute(f"pragma max_page_count = {max(8, self._max_bytes // page_bytes)}")
                 connection.execute(
                     "create table if not exists batches "
-                    "(first integer primary key, last integer not null, time integer not null, events blob not null)"
+                    "(first integer primary key, last integer not null, time integer not null, content blob not null)"
                 )
                 if connection.execute("pragma user_version").fetchone()[0] == 0:
                     connection.execute(f"pragma user_version = {_OPEN}")
@@ -223,7 +221,7 @@ class OutboxReader:
                 check_same_thread=False,
             )
         rows = self._connection.execute(
-            "select first, last, time, events, (select min(first) from batches) from batches "
+            "select first, last, time, content, (select min(first) from batches) from batches "
             "where last > ? order by first limit ?",
             (after, limit),
         ).fetchall()

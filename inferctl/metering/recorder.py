@@ -74,6 +74,11 @@ class Recorder:
         return len(self._pending) >= self._max_pending
 
     @property
+    def issued(self) -> int:
+        """How many numbers were given to events."""
+        return self._issued
+
+    @property
     def depth(self) -> int:
         """How many events the ledger does not have yet."""
         return self._issued - self._outbox.watermark
@@ -135,15 +140,9 @@ class Recorder:
 
     def _encode(self) -> tuple[int, int, int, bytes]:
         items = [self._pending.popleft() for _ in range(min(_BATCH_EVENTS, len(self._pending)))]
-        source, origin = self._outbox.source, self.origin
-        events = [cloud_event.request(source, number, at, origin, usage) for number, at, usage in items]
+        content = orjson.dumps(cloud_event.requests(self.origin, items))
         # From the number after the last batch on, so that dropped events show as missing.
-        return (
-            self._written + 1,
-            items[-1][0],
-            int(1000 * items[0][1]),
-            orjson.dumps(events, option=orjson.OPT_UTC_Z),
-        )
+        return self._written + 1, items[-1][0], int(1000 * items[0][1]), content
 
     def _free(self) -> None:
         if self._outbox.free():

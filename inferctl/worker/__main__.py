@@ -17,7 +17,7 @@ import time
 
 from inferctl.errors import InferctlError
 
-_NICENESS = 5  # the server and its engine go first
+_NICENESS = 10  # the server and its engine go first
 _RELEASE_S = 0.1  # a killed server closes stdin, and may not have released its outbox yet
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -12,8 +13,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import orjson
 
 from inferctl.metering import cloud_event
 from inferctl.metering.cloud_event import Origin
@@ -35,14 +34,13 @@ def batch(
 ) -> Batch:
     """A batch of the numbers from `first` to `last`, without those that are `lost`."""
     numbers = [number for number in range(first, last + 1) if number not in lost]
-    events = [cloud_event.request(source, number, at, ORIGIN, event(key)) for number in numbers]
-    data = orjson.dumps(events, option=orjson.OPT_UTC_Z)
-    return Batch(source, first, last, int(1000 * at), data, oldest)
+    content = json.dumps(cloud_event.requests(ORIGIN, [(number, at, event(key)) for number in numbers])).encode()
+    return Batch(source, first, last, int(1000 * at), content, oldest)
 
 
 def end(source: str, first: int, number: int, *, clean: bool) -> Batch:
-    document = cloud_event.end(source, number, DAY, clean=clean)
-    return Batch(source, first, number, int(1000 * DAY), orjson.dumps([document]), 1)
+    time_ms = int(1000 * DAY)
+    return Batch(source, first, number, time_ms, cloud_event.end(number, time_ms, clean=clean), 1)
 
 
 @dataclass

@@ -59,7 +59,7 @@ def test_usage_is_summed_by_what_is_asked(ledger: Ledger) -> None:
 
 
 def test_what_is_no_batch_of_events_changes_nothing(ledger: Ledger) -> None:
-    for content in (b"no json", b'[{"source": "a"}]', b"[1]"):
+    for content in (b"no json", b'[{"source": "a"}]', b"[1]", b'{"requests": []}', b"{}"):
         with pytest.raises(ValueError, match="no batch"):
             ledger.apply([batch("b", 1, 5), Batch("a", 1, 1, 0, content)])
     assert requests(ledger) == 0
