@@ -145,6 +145,20 @@ def test_path_and_model_are_detected(serve: Serve, respond: Any, path: str, enco
     assert [pytest.approx(vector) for vector in found.embed(["a", "b"])] == [VECTOR, VECTOR]
 
 
+def test_a_model_without_a_chat_template_is_measured_by_its_completions(serve: Serve) -> None:
+    def respond(path: str, body: Body | None) -> Answer:
+        if path == "/info":
+            return 200, {"task": "generate", "name": MODEL}, {}
+        if path == "/v1/chat/completions" and body:
+            return 400, {"error": {"message": "you must provide a chat template", "code": 400}}, {}
+        return 404, {"error": {"message": f"reached {path}"}}, {}
+
+    with pytest.raises(NotReadyError, match="reached /v1/completions"):
+        target.connect(serve(respond) + "/v1/completions")
+    with pytest.raises(NotReadyError, match=r"no endpoint for generation: .*/v1/chat/completions returned 400"):
+        target.connect(serve(respond))
+
+
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/embeddings", "/embed"])
 def test_a_path_in_the_url_is_used(serve: Serve, path: str) -> None:
     assert target.connect(serve(tei) + path).endpoint_url.endswith(path)

@@ -289,7 +289,9 @@ def _probe(server: Target, path: str | None) -> Target:
         try:
             return _check(replace(server, path=candidate))
         except _StatusError as error:
-            if error.status not in _ABSENT:
+            # A model without a chat template has no chat; vLLM says so with a 400.
+            no_chat = server.task == "generate" and "chat template" in error.message
+            if error.status not in _ABSENT and not no_chat:
                 raise NotReadyError(error.message, _hint(error.status)) from None
             absent.append(error)
         except InferctlError as error:
