@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from inferctl.bench.measure.outcome import BenchTarget
     from inferctl.bench.plan.plan import Plan
 
@@ -19,7 +21,7 @@ def check_configurations(plan: Plan, running_servers: bool) -> None:
             "pass `--precision NAME` or `--url NAME=URL`, or add `configurations` to the plan",
         )
     for configuration in plan.configurations if running_servers else []:
-        for key in ("max_batch_tokens", "corpus", "load"):
+        for key in ("max_batch_tokens", "corpus", "load", "checkpoint"):
             if getattr(configuration, key) is not None:
                 raise UsageError(
                     "`--url` replaces the configurations of the plan, "
@@ -43,6 +45,39 @@ def check_lengths(plan: Plan) -> None:
 
     if plan.load.generation and plan.load.generation.lengths:
         prompts.read_lengths(plan.load.generation.lengths)
+
+
+def check_checkpoints(targets: list[BenchTarget], model: Path | None) -> dict[str, str]:
+    """Return the digest of the checkpoint of each target that has one, by its name.
+
+    Raises `UsageError` if a checkpoint was not made of the weights in the folder `model`.
+    """
+    from pathlib import Path
+
+    from inferctl.errors import UsageError
+    from inferctl.model import ModelFolder
+
+    found: dict[str, str] = {}
+    for target in targets:
+        if target.checkpoint is None or model is None:
+            continue
+        checkpoint, why = ModelFolder(Path(target.checkpoint)), ""
+        try:
+            original = checkpoint.config.get("original_sha256")
+        except UsageError as error:
+            original, why = None, error.message
+        expected = ModelFolder(model).digest
+        if not why and original != expected:
+            named = f"is {original[:12]}…" if isinstance(original, str) else "is missing"
+            why = f"`original_sha256` in its config.json {named}, the digest of the model is {expected[:12]}…"
+        if why:
+            raise UsageError(
+                f"the checkpoint of {target.name!r} is not one of this model: {why}",
+                "write it from this model's folder, as `python benchmarks/prepare_int8.py MODEL_DIR OUTPUT_DIR` does; "
+                "its path is relative to the plan file",
+            )
+        found[target.name] = checkpoint.digest
+    return found
 
 
 def check_search(plan: Plan, targets: list[BenchTarget], slo_p99_ms: float | None) -> None:

@@ -230,6 +230,7 @@ def _identity(definition: _Definition, machine: Environment, servers: dict[str, 
         definition.targets,
         machine,
         models.ModelFolder(definition.folder).digest if definition.folder else None,
+        bench_checks.check_checkpoints(definition.targets, definition.folder),
         _settings_sha256(definition.resolved),
         stated,
         definition.plan_file,
@@ -296,7 +297,7 @@ def _targets(plan: Plan, url_targets: list[tuple[str, str]], bench_options: Benc
 
     configurations = plan.configurations if bench_options.precisions or not url_targets else []
     started = [
-        BenchTarget(each.name, each.precision, None, each.max_batch_tokens, each.corpus, each.load)
+        BenchTarget(each.name, each.precision, None, each.max_batch_tokens, each.corpus, each.load, each.checkpoint)
         for each in configurations
     ]
     if url_targets and not started and bench_options.overrides.get("batch_tokens"):

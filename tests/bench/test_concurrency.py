@@ -132,7 +132,7 @@ def bench(folder: Path, *names: str, slots: int = 12) -> runner.Bench:
         }
     )
 
-    def command(precision: str, announce: Path) -> list[str]:
+    def command(precision: str, announce: Path, checkpoint: str | None) -> list[str]:
         line = [sys.executable, str(ANSWERING), "--announce", str(announce), "--precision", precision]
         # bf16 needs twice the users of fp32, so both receive the load of bf16.
         room = slots * (2 if precision == "bf16" else 1)

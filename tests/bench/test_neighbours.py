@@ -192,7 +192,7 @@ def bench(folder: Path, count: int, repeats: int, *options: str, only: str = "")
         }
     )
 
-    def command(precision: str, announce: Path) -> list[str]:
+    def command(precision: str, announce: Path, checkpoint: str | None) -> list[str]:
         more = list(options) if only in announce.parts else []
         return [sys.executable, str(ANSWERING), "--announce", str(announce), "--median-ms", "4", *more]
 

@@ -52,7 +52,7 @@ def bench(
         }
     )
 
-    def command(precision: str, announce: Path) -> list[str]:
+    def command(precision: str, announce: Path, checkpoint: str | None) -> list[str]:
         return [
             sys.executable,
             str(ANSWERING),

@@ -41,7 +41,7 @@ def bench(folder: Path, *names: str, repeats: int = 1, options: Sequence[str] = 
         }
     )
 
-    def command(precision: str, announce: Path) -> Sequence[str]:
+    def command(precision: str, announce: Path, checkpoint: str | None) -> Sequence[str]:
         return [sys.executable, str(ANSWERING), "--announce", str(announce), "--precision", precision, *options]
 
     return runner.Bench(wanted, [runner.BenchTarget(name, name) for name in names], command, None, folder)
@@ -149,8 +149,9 @@ def test_everything_that_figures_depend_on_is_compared(tmp_path: Path) -> None:
 
     def identity(**changes: Any) -> dict[str, Any]:
         given = {"model": "aa", "spec": "bb", "servers": {"x": ["cc", "bf16"]}, "plan": work.plan, **changes}
-        here, subjects = given.get("machine", machine), work.targets
-        return resume.identity(given["plan"], subjects, here, given["model"], given["spec"], given["servers"], None)
+        given = {"checkpoints": {"int8": "ff"}, "machine": machine, **given}
+        digests = (given["model"], given["checkpoints"], given["spec"])
+        return resume.identity(given["plan"], work.targets, given["machine"], *digests, given["servers"], None)
 
     def other(**changes: Any) -> environment.Environment:
         return dataclasses.replace(machine, **changes)
@@ -159,6 +160,7 @@ def test_everything_that_figures_depend_on_is_compared(tmp_path: Path) -> None:
     resume.check_unchanged(then, identity(), tmp_path)
     for change, said in (
         ({"model": "dd"}, "the weights of the model changed (aa -> dd)"),
+        ({"checkpoints": {"int8": "gg"}}, "a checkpoint changed (int8: ff -> gg)"),
         ({"spec": "ee"}, "the settings changed"),
         ({"servers": {"x": ["cc", "fp32"]}}, "the weights or the precision of a server changed"),
         ({"plan": work.plan.with_overrides(repeats=2)}, "the plan changed (repeats: 1 -> 2)"),
@@ -238,7 +240,7 @@ def test_a_reference_that_could_not_be_computed_is_tried_again(tmp_path: Path, m
 
 def test_what_failed_is_tried_again(tmp_path: Path) -> None:
     work = bench(tmp_path, "fp32")
-    absent = runner.Bench(work.plan, work.targets, lambda precision, announce: ["false"], None, tmp_path)
+    absent = runner.Bench(work.plan, work.targets, lambda *_: ["false"], None, tmp_path)
     _, outcomes = resumed(absent)
     assert outcomes[0].failure
     _, outcomes = resumed(work)

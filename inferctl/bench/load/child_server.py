@@ -19,8 +19,9 @@ from inferctl.errors import InferctlError
 # vLLM takes minutes to start: it loads and compiles the model.
 READY_S = 900.0
 DRAIN_S = 15.0
-# Returns the command that serves a configuration: (precision, file for `--announce`) -> arguments.
-ServeCommand = Callable[[str, Path], Sequence[str]]
+# Returns the command that serves a configuration: (precision, file for `--announce`, folder of a checkpoint to serve
+# instead of the model) -> arguments.
+ServeCommand = Callable[[str, Path, str | None], Sequence[str]]
 
 
 class ServerError(InferctlError):
@@ -54,10 +55,11 @@ def serve_command(model: str, name: str, spec_file: Path | None) -> ServeCommand
     `spec_file` adds the settings of a spec.
     """
 
-    def command(precision: str, announce: Path) -> Sequence[str]:
+    def command(precision: str, announce: Path, checkpoint: str | None) -> Sequence[str]:
         spec = ["--spec", str(spec_file)] if spec_file else []
-        options = ["--model", model, "--name", name, "--precision", precision, "--host", "127.0.0.1", "--port", "0"]
-        return [sys.executable, "-m", "inferctl", "serve", *spec, *options, "--announce", str(announce)]
+        options = ["--model", checkpoint or model, "--name", name, "--precision", precision]
+        address = ["--host", "127.0.0.1", "--port", "0", "--announce", str(announce)]
+        return [sys.executable, "-m", "inferctl", "serve", *spec, *options, *address]
 
     return command
 

@@ -131,7 +131,7 @@ def started(
     if bench.command is None or target.precision is None:
         raise InferctlError(f"{target.name} has neither a URL nor a precision")
     announce = folder / "announce.json"
-    arguments = [*bench.command(target.precision, announce)]
+    arguments = [*bench.command(target.precision, announce, target.checkpoint)]
     if target.max_batch_tokens:
         arguments += ["--max-batch-tokens", str(target.max_batch_tokens)]
     arguments = neighbors.command_on_device(arguments, bench.mig_devices, number)

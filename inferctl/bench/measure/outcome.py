@@ -23,7 +23,8 @@ _FAILED_LIMIT = 0.05
 class BenchTarget:
     """A benchmark target: a server that inferctl starts, or the `url` of a running one.
 
-    inferctl starts a server in `precision` with `max_batch_tokens`. `corpus` and the keys of `load` replace the plan's.
+    inferctl starts a server in `precision` with `max_batch_tokens`, of the model or of its prepared `checkpoint` (a
+    folder). `corpus` and the keys of `load` replace the plan's.
     """
 
     name: str
@@ -32,6 +33,7 @@ class BenchTarget:
     max_batch_tokens: int | None = None
     corpus: str | None = None
     load: Mapping[str, Any] | None = None
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True)

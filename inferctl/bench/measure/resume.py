@@ -49,6 +49,7 @@ _NAMES = {
     "corpora": "a corpus",
     "traces": "a trace",
     "model": "the weights of the model",
+    "checkpoints": "a checkpoint",
     "spec": "the settings",
     "code": "the code of inferctl",
     "machine": "the machine or its software",
@@ -66,11 +67,14 @@ def identity(
     targets: Sequence[BenchTarget],
     environment: Environment,
     model_sha256: str | None,
+    checkpoints: Mapping[str, str],
     spec_sha256: str | None,
     servers: Mapping[str, Any],
     plan_file: str | None,
 ) -> dict[str, Any]:
     """Return all that the figures of a benchmark depend on. Runs of different identities must not be pooled.
+
+    `checkpoints` has the digest of the checkpoint of each target that has one, by its name.
 
     Raises `UsageError` if a corpus or a trace cannot be read.
     """
@@ -88,6 +92,7 @@ def identity(
         "corpora": {name: workload.read_corpus(name)[1] for name in sorted(corpora)},
         "traces": {name: _trace_sha256(name) for name in sorted(filter(None, traces))},
         "model": model_sha256,
+        "checkpoints": dict(checkpoints),
         "spec": spec_sha256,
         "code": {"version": inferctl.__version__, "sha256": digests.of_code()},
         "machine": _machine(environment),

@@ -43,10 +43,15 @@ _GENERATION_TIMEOUT_S = 300.0
 
 
 class Configuration(Section):
-    """One way to serve the model, with the corpus and the keys of the load in which it differs from the plan."""
+    """One way to serve the model, with the corpus and the keys of the load in which it differs from the plan.
+
+    `checkpoint` is the folder of a prepared checkpoint of the same model, for generation. A plan in a file names it
+    relative to the file.
+    """
 
     name: Name
     precision: Precision
+    checkpoint: Annotated[str, Field(min_length=1)] | None = None
     max_batch_tokens: int | None = Field(None, ge=64, le=1_048_576)
     corpus: str | None = None
     load: Keys | None = None
@@ -210,6 +215,11 @@ class Plan(Section):
             )
         if task == "generate":
             return self._for_generation()
+        if found := next((each.name for each in self.configurations if each.checkpoint), None):
+            raise UsageError(
+                f"`checkpoint` of {found!r} is for generation, but the task of the model is {task}",
+                "remove it from the plan",
+            )
         if self.load.generation:
             raise UsageError(
                 f"`load.generation` is for generation, but the task of the model is {task}",
@@ -252,6 +262,23 @@ class Plan(Section):
         own = self.load.generation.model_dump(exclude_unset=True) if self.load.generation else {}
         generation = Generation.model_validate({**given, **{key: value for key, value in own.items() if value}})
         return self.model_copy(update={"load": self.load.model_copy(update={"generation": generation})})
+
+    def with_checkpoints_in(self, folder: Path) -> Plan:
+        """Return the plan with absolute paths of its checkpoints, which are relative to `folder`."""
+
+        def absolute(configurations: list[Configuration]) -> list[Configuration]:
+            return [
+                each.model_copy(update={"checkpoint": str((folder / Path(each.checkpoint).expanduser()).resolve())})
+                if each.checkpoint
+                else each
+                for each in configurations
+            ]
+
+        changes: Keys = {"configurations": absolute(self.configurations)} if self.configurations else {}
+        if self.generate and self.generate.configurations:
+            own = {"configurations": absolute(self.generate.configurations)}
+            changes["generate"] = self.generate.model_copy(update=own)
+        return self.model_copy(update=changes)
 
     def seed_of(self, repeat: int) -> int:
         """Return the seed of a repeat: the plan's seed for the first one (0), a hash of seed and repeat for the others.
@@ -444,7 +471,7 @@ def load(name: str) -> Plan:
         raise UsageError(f"plan {name!r} not found", hint)
     document = read(path, "docs/bench.md explains every key")
     try:
-        plan = Plan.model_validate(document.data)
+        plan = Plan.model_validate(document.data).with_checkpoints_in(path.parent.absolute())
     except ValidationError as error:
         problems = [_problem(details, document) for details in error.errors()]
         raise SpecError(document.file, sorted(problems, key=lambda problem: problem.line or 0)) from None

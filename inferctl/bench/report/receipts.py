@@ -131,6 +131,7 @@ def _configuration(target: BenchTarget) -> dict[str, Any]:
         "name": target.name,
         "precision": target.precision,
         "max_batch_tokens": target.max_batch_tokens,
+        "checkpoint": target.checkpoint and privacy.name_of(target.checkpoint),
         "url": target.url,
         "this_machine": target.url is None or servers.is_local(target.url),
     }
@@ -160,7 +161,8 @@ def _plan(context: Context, outcome: Outcome) -> dict[str, Any]:
             for target in context.targets
         ]
     for configuration in plan["configurations"]:
-        configuration |= {"corpus": privacy.name_of(configuration["corpus"])} if configuration.get("corpus") else {}
+        for key in ("corpus", "checkpoint"):
+            configuration |= {key: privacy.name_of(configuration[key])} if configuration.get(key) else {}
         configuration |= (
             {"load": privacy.without_trace_folder(configuration["load"])} if configuration.get("load") else {}
         )
