@@ -187,7 +187,7 @@ class Coordinator:
                 "here": here,
             }
             parts.append({**self._done[node], **clocks})
-        busiest = max(parts, key=lambda part: part["cpu_ns"] / part["cpu_wall_ns"])
+        busiest = max(parts, key=lambda part: part["cpu_ns"] / (part["cpu_wall_ns"] or 1))
         return {
             "workers": parts,
             "cpu_ns": busiest["cpu_ns"],

@@ -119,13 +119,13 @@ def test_a_receipt_has_the_name_of_the_checkpoint_and_its_digest(tmp_path: Path)
 
     keys = {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0}
     plan = plans.Plan.model_validate({"name": "p", "load": keys, "corpus": "short", "quality": None})
-    target = runner.BenchTarget("int8", "int8", checkpoint="/home/somebody/models/int8")
+    target = runner.BenchTarget("int8", "int8", checkpoint="/srv/somebody/models/int8")
     work = runner.Bench(plan, [target], command, None, tmp_path)
     outcomes = runner.outcomes(work)
     runner.run(work, outcomes, lambda progress: None, lambda outcome: None)
     context = receipts.Context(plan, environment.detect(), "m", [], None, tmp_path, work.targets)
     receipts.write_all(context, outcomes)
     found = receipt.load(tmp_path / "receipts" / "int8.json")
-    assert seen == ["/home/somebody/models/int8"]
+    assert seen == ["/srv/somebody/models/int8"]
     assert (found.data["configuration"]["checkpoint"], found.data["model"]["sha256"]) == ("int8", "a" * 64)
     assert "somebody" not in found.path.read_text()
