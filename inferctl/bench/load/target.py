@@ -215,7 +215,7 @@ def connect(url: str, timeout_s: float = 10, access: Access | None = None) -> Ta
     if info.get("name"):
         name = access.model or str(info["name"])
         known = Target(url, name, info, path or PATHS[task][0], access=access, task=task)
-        return _with_api(_probe(known, known.path)) if task == "generate" else known
+        return _with_api(_probe(known, path)) if task == "generate" else known
     listed = _first_model(url, timeout_s, access)
     model = access.model or info.get("model_id") or listed.get("id")
     if not model:
