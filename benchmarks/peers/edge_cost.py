@@ -1,13 +1,15 @@
 """What keys, limits and other features of the edge cost, on the echo engine: everything is real except the model.
 
-    python benchmarks/peers/edge_cost.py [--with keys] [--seconds 3] [--rounds 20] [--json FILE]
+    python benchmarks/peers/edge_cost.py [--with keys,metering,cache] [--seconds 3] [--rounds 20] [--json FILE]
 
 A server without features and one with those of `--with` are measured in alternating order (A B B A). Throughput and CPU
 time: 64 clients in a closed loop that send single texts. Latency: an open loop at 40% of the throughput of the server
 without features. A figure is the median over the rounds of the ratio within one round, so a slow drift of the machine
 cancels. Load generator and servers share the cores.
 
-`--with keys`: the key file has 10,000 keys, and the key that is used has limits of requests and of tokens.
+- `keys`: the key file has 10,000 keys, and the key that is used has limits of requests and of tokens.
+- `metering`: each request leaves an event in the outbox, which a worker brings to a ledger in SQLite.
+- `cache`: each text is looked up in a cache that has nearly none of them.
 """
 
 from __future__ import annotations
@@ -44,7 +46,17 @@ def keys(folder: Path) -> Feature:
     return {"access": {"keys": str(file), **limits}}, {"authorization": f"Bearer {secret}"}
 
 
-FEATURES: dict[str, Callable[[Path], Feature]] = {"keys": keys}
+def metering(folder: Path) -> Feature:
+    """Return the section `metering`: an event per request, and a worker with a ledger in SQLite."""
+    return {"metering": {"mode": "on", "data": str(folder / "metering")}}, {}
+
+
+def cache(folder: Path) -> Feature:
+    """Return the section `cache`. It is so small that nearly every request computes and stores its vector."""
+    return {"cache": {"size": "64KiB"}}, {}
+
+
+FEATURES: dict[str, Callable[[Path], Feature]] = {"keys": keys, "metering": metering, "cache": cache}
 
 
 def serve(folder: Path, port: int, name: str, features: Sequence[str]) -> tuple[peers.Server, dict[str, str]]:
