@@ -23,6 +23,7 @@ OPTIONS = {
     "capacity absent.json": "--slo",
     "serve --model ./absent": "--port --max-batch-tokens --max-input-tokens --max-queue-tokens --max-context-tokens",
     "serve --model ./gone": "--hang-seconds --engines --max-sequences",
+    "gateway --server 127.0.0.1:9": "--port --timeout --idle --drain --metrics-port --threads",
     "build --dry-run --model org/m": "--ready-timeout",
     "verify localhost:5000/a:b": "--ready-timeout",
     "push localhost:5000/a:b": "--attempts",
@@ -32,9 +33,11 @@ TEXTS = {"compare A B": "--threshold", "check --model org/m --hardware t4": "--d
 CASES = [(line, option) for line, options in OPTIONS.items() for option in options.split()]
 # Errors of the plan name its key.
 PLAN_KEYS = {"--neighbors": "neighbours"}
-# `--port 0` takes a free port. `--neighbors 0` and `--seed 0` are their defaults. The rest are limits that may be 0.
+# `--port 0` takes a free port, and `--drain 0` ends at once. `--neighbors 0` and `--seed 0` are their defaults. The rest
+# are limits that may be 0.
 ZERO_IS_FINE = {
     "--port",
+    "--drain",
     "--neighbors",
     "--seed",
     "--error-budget",

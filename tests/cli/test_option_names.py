@@ -18,6 +18,7 @@ OTHER_PROGRAMS = {
     "--dest": "pip download",
     "--dtype": "vllm serve",
     "--enable-force-include-usage": "vllm serve",
+    "--enable-prompt-tokens-details": "vllm serve",
     "--link": "Dockerfile COPY",
     "--middleware": "vllm serve",
     "--max-tokens": "python -m inferctl.serve.reference",
