@@ -314,6 +314,28 @@ class Metering(_Section):
         return self.ledger or f"sqlite:///{self.data}/ledger.sqlite"
 
 
+class Cache(_Section):
+    """Cache of the vectors of inputs that a server of embeddings received before."""
+
+    size: Size | None = Field(None, description="Memory for cached vectors, such as `256MiB`. Default: no cache.")
+    scope: Literal["key", "all"] = Field(
+        "key",
+        description="`key`: each API key has its own entries. `all`: all keys share them, so response times can show "
+        "a caller which inputs others sent.",
+    )
+    shared: OneLine | None = Field(
+        None,
+        description="URL of a Valkey server (`valkey://host:6379`, `unix:///path`) through which servers share "
+        "their entries. Requires `cache.size`.",
+    )
+
+    @model_validator(mode="after")
+    def _second_level(self) -> Self:
+        if self.shared and not self.size:
+            raise ValueError("cache.shared requires cache.size, such as 256MiB")
+        return self
+
+
 class Deploy(_Section):
     """Reserved for Kubernetes settings."""
 
@@ -335,9 +357,10 @@ class Spec(_Section):
     access: Access = Field(default_factory=Access)  # type: ignore[arg-type]
     bench: Bench = Field(default_factory=Bench)  # type: ignore[arg-type]
     metering: Metering = Field(default_factory=Metering)  # type: ignore[arg-type]
+    cache: Cache = Field(default_factory=Cache)  # type: ignore[arg-type]
     deploy: Deploy = Field(default_factory=Deploy)
 
-    @field_validator("serve", "image", "slo", "access", "bench", "metering", "deploy", mode="before")
+    @field_validator("serve", "image", "slo", "access", "bench", "metering", "cache", "deploy", mode="before")
     @classmethod
     def _empty_section(cls, value: Any) -> Any:
         """Replace null, which YAML reads for `serve:` without content, with an empty section."""

@@ -72,6 +72,8 @@ ONLY_IN = {
     "alembic": ("metering/ledger.py", "metering/migrations/"),
     "psycopg": (),
     "nats": ("metering/broker.py",),
+    "moka_py": ("serve/vector_cache/store.py",),
+    "valkey": ("serve/vector_cache/shared.py",),
     "locust": (),
     "gevent": (),
     "plotly": (),
@@ -158,6 +160,7 @@ SERVE_BOUNDARIES = {
     "scheduling": ("api", "edge", "engines"),
     "engine_process": ("api", "edge", "scheduling"),
     "engines": ("api", "edge", "scheduling"),
+    "vector_cache": ("api", "edge", "engines"),
 }
 
 

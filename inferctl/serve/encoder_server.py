@@ -33,6 +33,7 @@ from inferctl.serve.scheduling.dispatcher import Dispatcher
 from inferctl.serve.scheduling.latency_model import Capacity, LatencyModel
 from inferctl.serve.signals import EXIT_TERMINATED, StopSignals
 from inferctl.serve.tokenizer_pool import TokenizerPool
+from inferctl.serve.vector_cache import keys, vector_cache
 from inferctl.spec import Spec, Task
 
 # Tokens of one request, if the queue is not larger. OpenAI's limit is 300,000.
@@ -75,10 +76,11 @@ class EncoderServer:
         if isinstance(config, RerankConfig):
             self._model.activation = config.scores
         self._tokenizer = TokenizerPool(folder.path, config, on_truncated=metrics.truncated.inc)
+        self._cache = vector_cache.create(spec.cache, task, metrics)
         self._lifecycle = Lifecycle(ready=lambda: self._dispatcher.ready, live=lambda: not self._pool.crash_looping)
         self._edge_limits = EdgeLimits()
         self._edge = Edge(
-            app.create(Inference(self._model, self._tokenizer, self._dispatcher, metrics)),
+            app.create(Inference(self._model, self._tokenizer, self._dispatcher, metrics, self._cache)),
             self._lifecycle,
             emit=events.emitter(metrics, options.log, options.traces, spec.name, self._metering.record),
             info=self._describe,
@@ -123,6 +125,7 @@ class EncoderServer:
         self._metering.watch(self._metrics)
         worker = asyncio.create_task(self._worker.run()) if self._worker else None
         engines = asyncio.create_task(self._pool.run())
+        sharing = asyncio.create_task(self._cache.shared.run()) if self._cache and self._cache.shared else None
         serving = asyncio.create_task(self._http.serve(sockets=[socket]))
         signals.connect(self._handle_signal)
         await asyncio.wait((serving, engines), return_when=asyncio.FIRST_COMPLETED)
@@ -130,6 +133,9 @@ class EncoderServer:
             self._dispatcher.fail_all("the server ends because of an error")
         self._http.close()
         await serving
+        if sharing:
+            sharing.cancel()
+            await asyncio.wait((sharing,))
         self._pool.stop()
         closing = asyncio.create_task(self._close_metering(worker))
         try:
@@ -183,6 +189,8 @@ class EncoderServer:
         self._metering.ready(asdict(info.device), self._folder.digest)
         self._model.dimensions = info.dimensions
         self._model.vocabulary_size = info.vocabulary_size or self._tokenizer.vocabulary_size
+        if self._cache and isinstance(self._config, EmbeddingConfig):
+            self._cache.model_loaded(keys.identity(self._folder.digest, self._config, info), info.dimensions)
         self._info = describe.document(
             self._spec,
             self._folder,

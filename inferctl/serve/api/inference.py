@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from starlette.types import Receive, Scope, Send
@@ -23,6 +24,7 @@ from inferctl.serve.metrics import Metrics
 from inferctl.serve.scheduling.batcher import AdmissionError
 from inferctl.serve.scheduling.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError, RequestResult
 from inferctl.serve.tokenizer_pool import InputError, TokenizerBusyError, TokenizerPool
+from inferctl.serve.vector_cache.vector_cache import CachedResult, VectorCache
 
 # Larger bodies are parsed on another thread. For smaller ones, the switch takes longer than the work.
 _INLINE_BODY_BYTES = 64 * 1024
@@ -33,24 +35,26 @@ _large_body = threading.Lock()
 
 @dataclass(frozen=True)
 class Inference:
-    """What the endpoints share: the model, its tokenizer and the queue in front of its engines."""
+    """What the endpoints share: the model, its tokenizer, the queue in front of its engines and the cache."""
 
     model: ServedModel
     tokenizer: TokenizerPool
     dispatcher: Dispatcher
     metrics: Metrics
+    cache: VectorCache | None = None
 
     def admit(self, scope: Scope) -> RequestContext:
-        """Return the context of a request. Raises `ApiError` if its headers or the full queue rule it out."""
+        """Return the context of a request. Raises `ApiError` if its headers or a full queue rule it out."""
         context = context_of(scope)
         schemas.check_content_type(context.content_type)
         if context.priority not in (b"", b"interactive", b"bulk"):
             message = f"x-priority must be `interactive` or `bulk`, got {context.priority.decode('latin-1')!r}"
             raise ApiError(400, message, code="invalid_priority", param="x-priority")
-        try:
-            self.dispatcher.check_admission(bulk=context.priority == b"bulk", tenant=context.tenant)
-        except AdmissionError as error:
-            raise _rejection(error) from None
+        if self.cache is None:  # the cache may have the vectors, so a full queue does not rule a request out
+            try:
+                self.dispatcher.check_admission(bulk=context.priority == b"bulk", tenant=context.tenant)
+            except AdmissionError as error:
+                raise _rejection(error) from None
         return context
 
     def parse(self, kind: type[schemas.Request], raw: bytes) -> schemas.Request:
@@ -72,7 +76,7 @@ class Inference:
         """
         started = time.monotonic()
 
-        async def compute() -> tuple[RequestResult, float]:
+        async def compute() -> tuple[RequestResult | CachedResult, float]:
             sequences, second_starts = await tokenize
             context.inputs, tokens = len(sequences), sum(map(len, sequences))
             if tokens > self.model.max_tokens:
@@ -81,8 +85,7 @@ class Inference:
             if context.charge is not None:
                 context.charge.tokens(tokens, time.time())
             tokenized = time.monotonic()
-            bulk = context.priority == b"bulk"
-            result = await self.dispatcher.submit(sequences, second_starts, bulk=bulk, tenant=context.tenant)
+            result = await self._vectors(context, sequences, second_starts)
             context.input_tokens, context.engine_seconds = tokens, result.engine_seconds
             return result, tokenized
 
@@ -106,6 +109,24 @@ class Inference:
         times = (tokenized - started, result.queue_seconds, result.inference_seconds)
         context.phases = dict(zip(_PHASES, times, strict=True))
         return result.vectors
+
+    async def _vectors(
+        self, context: RequestContext, sequences: Sequence[Tokens], second_starts: Sequence[int] | None
+    ) -> RequestResult | CachedResult:
+        """Return the vectors of the sequences, from the cache if there is one. Pairs are not cached."""
+        bulk = context.priority == b"bulk"
+        submit = partial(self.dispatcher.submit, bulk=bulk, tenant=context.tenant)
+        if self.cache is None or second_starts is not None:
+            return await submit(sequences, second_starts)
+        result = await self.cache.run(
+            context.key_id,
+            sequences,
+            lambda missing, on_vector: submit(missing, on_vector=on_vector),
+            bulk=bulk,
+            directives=context.cache_control,
+        )
+        context.cached_tokens = result.cached_tokens
+        return result
 
 
 async def parsed_body(receive: Receive, parse: Callable[[bytes], T]) -> T:
@@ -137,6 +158,8 @@ def _parse_large(parse: Callable[[bytes], T], raw: bytes) -> T:
 async def send_json(send: Send, parts: Iterable[bytes], context: RequestContext) -> None:
     """Send a successful response whose body is `parts`, with the times and the tokens of the request as headers."""
     headers = [(b"content-type", b"application/json"), (b"x-inferctl-tokens", b"%d" % context.input_tokens)]
+    if context.cached_tokens:
+        headers.append((b"x-inferctl-cached-tokens", b"%d" % context.cached_tokens))
     headers += [(f"x-inferctl-{name}-ms".encode(), b"%.3f" % (1000 * s)) for name, s in context.phases.items()]
     if context.inputs <= schemas.PART_VECTORS:
         body = b"".join(parts)

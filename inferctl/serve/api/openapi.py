@@ -35,6 +35,7 @@ _HEADERS = {
     "x-inferctl-queue-ms": "Milliseconds in the queue.",
     "x-inferctl-inference-ms": "Milliseconds in the engine.",
     "x-inferctl-tokens": "Number of processed tokens.",
+    "x-inferctl-cached-tokens": "Number of those that the cache had, if any.",
 }
 _JSON = "application/json"
 _GET_ROUTES = {

@@ -69,6 +69,7 @@ class RequestContext:
     priority: bytes = b""
     content_type: bytes = b""
     content_length: int = 0
+    cache_control: bytes = b""
     trace: dict[str, str] = field(default_factory=dict)
     model: str | None = None
     status: int = 0
@@ -100,6 +101,8 @@ class RequestContext:
                 context.content_type = value
             elif name == b"content-length":
                 context.content_length = int(value)
+            elif name == b"cache-control":
+                context.cache_control = value
             elif name in (b"traceparent", b"tracestate"):
                 context.trace[name.decode()] = value.decode("latin-1")
         context.id = context.id or b"%032x" % random.getrandbits(128)

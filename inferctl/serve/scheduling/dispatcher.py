@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
+from typing import TypeAlias
 
 import numpy as np
 
@@ -31,6 +32,9 @@ from inferctl.serve.engine_process.engine_protocol import (
 from inferctl.serve.metrics import Metrics
 from inferctl.serve.scheduling.batcher import Batcher, QueuedSequence
 from inferctl.serve.scheduling.engine_queue import BatchAttempt, EngineQueue
+
+# Gets the index of a sequence in its request, its vector, and whether that has neither NaN nor infinity.
+OnVector: TypeAlias = Callable[[int, Vectors, bool], None]
 
 # Admission asks for each request how long the engines are busy. With eight engines, the answer takes 5 us.
 _BUSY_AGE_S = 0.001
@@ -69,6 +73,7 @@ class _Request:
     arrived: float
     predicted: float
     remaining: int  # sequences without a vector
+    on_vector: OnVector | None = None
     first_start: float = float("inf")
     engine_seconds: float = 0.0
     vectors: Vectors | None = None
@@ -107,11 +112,12 @@ class Dispatcher:
         *,
         bulk: bool = False,
         tenant: str | None = None,
+        on_vector: OnVector | None = None,
     ) -> asyncio.Future[RequestResult]:
         """Queue a request and return the future of its result. Cancelling the future cancels the request.
 
         `second_starts`: as in `Batch`; all requests of a server have them, or none. `tenant`: as in `Batcher.submit`.
-        Raises `AdmissionError`, or `EngineUnavailableError` if no engine is ready. The future raises
+        `on_vector` gets each vector when its batch completes. Raises `AdmissionError`, or `EngineUnavailableError` if no engine is ready. The future raises
         `EngineUnavailableError` or `EngineFailedError`.
         """
         if not self.ready:
@@ -121,7 +127,7 @@ class Dispatcher:
         busy_s = self._seconds_until_free()
         predicted = self._batcher.submit(number, lengths, now, bulk=bulk, busy_s=busy_s, tenant=tenant)
         future: asyncio.Future[RequestResult] = asyncio.get_running_loop().create_future()
-        request = _Request(sequences, second_starts, future, now, predicted, len(sequences))
+        request = _Request(sequences, second_starts, future, now, predicted, len(sequences), on_vector)
         self._requests[number] = request
         future.add_done_callback(lambda _: self._request_done(number))
         if not self._scheduled:  # the other requests of this turn of the event loop join the same batch
@@ -257,6 +263,8 @@ class Dispatcher:
         request.vectors[index] = vector
         if not ok:
             request.non_finite.append(index)
+        if request.on_vector:
+            request.on_vector(index, vector, ok)
         request.remaining -= 1
         if not request.remaining and not request.future.done():
             self._batcher.observe(request.predicted, now - request.arrived)

@@ -1,0 +1,34 @@
+"""The vectors in the memory of one server."""
+
+from __future__ import annotations
+
+from inferctl.errors import NotReadyError, install_hint
+
+# Memory of an entry beyond its vector: its key and the structures of the library (benchmarks/peers/cache_policies.py).
+ENTRY_BYTES = 512
+
+
+class VectorStore:
+    """Vectors (float32, as bytes) by key, in at most about `size_bytes`. The library decides by TinyLFU what stays."""
+
+    def __init__(self, size_bytes: int) -> None:
+        """Raises `NotReadyError` if the library is not installed."""
+        try:
+            from moka_py import Moka
+        except ModuleNotFoundError as error:
+            raise NotReadyError(
+                f"cache.size requires the package {error.name}, not installed", install_hint("cache")
+            ) from None
+
+        self._cache: Moka[bytes, bytes] = Moka(size_bytes, weigher=lambda _, vector: len(vector) + ENTRY_BYTES)
+        self.put = self._cache.set
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return a vector, None if it is not stored."""
+        return self._cache.get(key)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all entries."""
+        self._cache.run_pending_tasks()  # otherwise the last changes are not counted
+        return self._cache.weighted_size()

@@ -1,0 +1,269 @@
+"""Returns stored vectors, and has missing ones computed: equal sequences in flight are computed once.
+
+    keys -> store ----------------------------------------------> vectors
+              | missing                                             ^
+              +-> joined: another request computes it --------------+
+              +-> a flight of this request: shared level -> engines +
+
+A flight runs as long as any request waits for it, so a client that disconnects does not hurt the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+
+from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
+from inferctl.serve.metrics import Metrics
+from inferctl.serve.scheduling.dispatcher import OnVector, RequestResult
+from inferctl.serve.vector_cache.keys import KeySpace
+from inferctl.serve.vector_cache.shared import SharedLevel
+from inferctl.serve.vector_cache.store import VectorStore
+from inferctl.sizes import parse_size
+from inferctl.spec import Cache, Task
+
+# A request joins the flights of others this often. If they fail for reasons of their own, it computes everything.
+_MAX_JOINS = 3
+# Stands for a vector with NaN or infinity. It is never stored.
+_NON_FINITE = b""
+
+
+class Compute(Protocol):
+    """Computes sequences. Raises what `Dispatcher.submit` raises."""
+
+    def __call__(self, sequences: Sequence[Tokens], on_vector: OnVector) -> asyncio.Future[RequestResult]: ...
+
+
+@dataclass(frozen=True)
+class CachedResult:
+    """The vectors of one request, as in `RequestResult`. `cached_tokens`: those that this request did not compute."""
+
+    vectors: Vectors
+    non_finite: Sequence[int]
+    queue_seconds: float
+    inference_seconds: float
+    engine_seconds: float
+    cached_tokens: int
+
+
+@dataclass(eq=False)
+class _Flight:
+    """Missing sequences of one request that are looked up in the shared level and computed.
+
+    `waiters`: how many requests need it. `joined`: futures of single vectors that other requests wait for; None means
+    that the flight failed.
+    """
+
+    sequences: dict[bytes, Tokens]
+    bulk: bool
+    future: asyncio.Future[RequestResult | None] = field(init=False)
+    waiters: int = 0
+    found: dict[bytes, bytes] = field(default_factory=dict)
+    from_shared: set[bytes] = field(default_factory=set)
+    joined: dict[bytes, asyncio.Future[bytes | None]] = field(default_factory=dict)
+    error: BaseException | None = None
+
+    def join(self, key: bytes) -> asyncio.Future[bytes | None]:
+        """Return the future of one vector. Do not cancel it: others wait for it too."""
+        if key not in self.joined:
+            self.joined[key] = asyncio.get_running_loop().create_future()
+        return self.joined[key]
+
+
+def create(settings: Cache, task: Task, metrics: Metrics) -> VectorCache | None:
+    """Return the cache of a server, None without one: also for a task whose results are not cached.
+
+    Raises `NotReadyError` if a package is missing, `UsageError` for a bad size or URL.
+    """
+    if task != "embed" or not settings.size:
+        return None
+    shared = SharedLevel(settings.shared, metrics.cache_shared_failures.inc) if settings.shared else None
+    store = VectorStore(parse_size(settings.size))
+    return VectorCache(store, metrics, shared, scoped=settings.scope == "key")
+
+
+class VectorCache:
+    """The cache of one server. Runs on the event loop. `key_space` is set when the model is loaded."""
+
+    def __init__(
+        self, store: VectorStore, metrics: Metrics, shared: SharedLevel | None = None, *, scoped: bool = True
+    ) -> None:
+        self.shared = shared
+        self._store, self._metrics, self._scoped = store, metrics, scoped
+        metrics.cache_bytes.set_function(lambda: store.bytes)
+        metrics.cache_shared_up.set_function(lambda: shared is not None and shared.up)
+        self._key_space: KeySpace | None = None
+        self._flights: dict[bytes, _Flight] = {}  # who computes a vector now
+
+    def model_loaded(self, identity: Mapping[str, object], dimensions: int) -> None:
+        """Set what determines a vector except its token ids."""
+        self._key_space = KeySpace(identity)
+        if self.shared:
+            self.shared.vector_bytes = 4 * dimensions
+
+    async def run(
+        self, scope: str | None, sequences: Sequence[Tokens], compute: Compute, *, bulk: bool, directives: bytes = b""
+    ) -> CachedResult:
+        """Return the vectors of `sequences`; `compute` runs the missing ones.
+
+        `scope`: the caller, who shares entries with nobody else if the cache is scoped. `directives`: the header
+        Cache-Control. With `no-cache`, everything is computed; with `no-store`, also nothing is stored. Raises what
+        `compute` raises.
+        """
+        assert self._key_space is not None
+        keys = self._key_space.keys(scope if self._scoped else None, sequences)
+        if directives and (wanted := {part.strip().lower() for part in directives.split(b",")}):
+            if b"no-store" in wanted:
+                return _uncached(await compute(sequences, lambda *_: None))
+            if b"no-cache" in wanted:
+                return _uncached(await compute(sequences, partial(self._refresh, keys)))
+        return await self._run(keys, sequences, compute, bulk)
+
+    async def _run(
+        self, keys: Sequence[bytes], sequences: Sequence[Tokens], compute: Compute, bulk: bool
+    ) -> CachedResult:
+        found: dict[bytes, bytes] = {}
+        computed: set[bytes] = set()
+        from_shared = joins = 0
+        queue_s = inference_s = engine_s = 0.0
+        local = 0
+        while True:
+            joined: dict[bytes, _Flight] = {}
+            missing: dict[bytes, Tokens] = {}
+            for key, sequence in zip(keys, sequences, strict=True):
+                if key in found or key in joined or key in missing:
+                    continue
+                if (vector := self._store.get(key)) is not None:
+                    found[key] = vector
+                    local += not joins
+                # An interactive request does not wait behind a bulk one.
+                elif joins < _MAX_JOINS and (flight := self._flights.get(key)) and (bulk or not flight.bulk):
+                    joined[key] = flight
+                else:
+                    missing[key] = sequence
+            if not joined and not missing:
+                break
+            own = self._start(missing, compute, bulk) if missing else None
+            waiting = {key: flight.join(key) for key, flight in joined.items()}
+            started = time.monotonic()
+            await self._wait({*joined.values(), *((own,) if own else ())}, own, list(waiting.values()))
+            if own:
+                result = own.future.result()
+                found |= own.found
+                computed |= own.found.keys() - own.from_shared
+                from_shared += len(own.from_shared)
+                if result:
+                    queue_s, inference_s = queue_s + result.queue_seconds, inference_s + result.inference_seconds
+                    engine_s += result.engine_seconds
+            elif waiting:
+                queue_s += time.monotonic() - started
+            for key, future in waiting.items():
+                if (joined_vector := future.result()) is not None:
+                    found[key] = joined_vector
+                elif (error := joined[key].error) and len(joined[key].sequences) == 1:
+                    raise error  # the same sequence would fail again
+            joins += 1
+        return self._result(keys, sequences, found, computed, (local, from_shared), (queue_s, inference_s, engine_s))
+
+    def _start(self, missing: dict[bytes, Tokens], compute: Compute, bulk: bool) -> _Flight:
+        flight = _Flight(missing, bulk)
+        if self.shared and self.shared.up:
+            flight.future = asyncio.ensure_future(self._through_shared(flight, self.shared, compute))
+        else:
+            keys = list(missing)
+            flight.future = compute(list(missing.values()), partial(self._arrived, flight, keys))  # type: ignore[assignment]
+        flight.future.add_done_callback(partial(self._finished, flight))
+        for key in missing:
+            self._flights[key] = flight
+        return flight
+
+    async def _through_shared(self, flight: _Flight, shared: SharedLevel, compute: Compute) -> RequestResult | None:
+        """Look the sequences of a flight up in the shared level, and compute the rest."""
+        for key, vector in (await shared.get(list(flight.sequences))).items():
+            flight.from_shared.add(key)
+            self._resolve(flight, key, vector)
+        missing = {key: ids for key, ids in flight.sequences.items() if key not in flight.found}
+        if not missing:
+            return None
+        result = await compute(list(missing.values()), partial(self._arrived, flight, list(missing)))
+        shared.put({key: flight.found[key] for key in missing if flight.found[key]})
+        return result
+
+    async def _wait(
+        self, flights: set[_Flight], own: _Flight | None, futures: Sequence[asyncio.Future[bytes | None]]
+    ) -> None:
+        """Wait for a flight of this request and for vectors of others. Stop those that nobody needs."""
+        for flight in flights:
+            flight.waiters += 1
+        try:
+            # Unlike `await`, it does not cancel what others wait for if this request is cancelled.
+            both = [*futures, *((own.future,) if own else ())]
+            await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for flight in flights:
+                flight.waiters -= 1
+                if not flight.waiters and not flight.future.done():
+                    self._forget(flight)
+                    flight.future.cancel()
+
+    def _arrived(self, flight: _Flight, keys: Sequence[bytes], index: int, vector: Vectors, ok: bool) -> None:
+        self._resolve(flight, keys[index], vector.tobytes() if ok else _NON_FINITE)
+
+    def _resolve(self, flight: _Flight, key: bytes, vector: bytes) -> None:
+        flight.found[key] = vector
+        if vector:
+            self._store.put(key, vector)
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+        if (future := flight.joined.get(key)) and not future.done():
+            future.set_result(vector)
+
+    def _finished(self, flight: _Flight, future: asyncio.Future[RequestResult | None]) -> None:
+        flight.error = asyncio.CancelledError() if future.cancelled() else future.exception()
+        self._forget(flight)
+        for joined in flight.joined.values():
+            if not joined.done():
+                joined.set_result(None)
+
+    def _forget(self, flight: _Flight) -> None:
+        for key in flight.sequences:
+            if self._flights.get(key) is flight:
+                del self._flights[key]
+
+    def _refresh(self, keys: Sequence[bytes], index: int, vector: Vectors, ok: bool) -> None:
+        if ok:
+            self._store.put(keys[index], vector.tobytes())
+
+    def _result(
+        self,
+        keys: Sequence[bytes],
+        sequences: Sequence[Tokens],
+        found: dict[bytes, bytes],
+        computed: set[bytes],
+        hits: tuple[int, int],
+        seconds: tuple[float, float, float],
+    ) -> CachedResult:
+        local, from_shared = hits
+        metrics = self._metrics
+        metrics.cache_hits.labels("local").inc(local)
+        metrics.cache_hits.labels("shared").inc(from_shared)
+        metrics.cache_misses.inc(len(computed))
+        metrics.cache_coalesced.inc(len(keys) - local - from_shared - len(computed))
+        tokens = sum(map(len, sequences))
+        if computed:
+            tokens -= sum(len(ids) for key, ids in dict(zip(keys, sequences, strict=True)).items() if key in computed)
+        non_finite = [index for index, key in enumerate(keys) if not found[key]]
+        data = b"" if non_finite else b"".join([found[key] for key in keys])
+        vectors = np.frombuffer(data, dtype=np.float32).reshape(len(keys), -1) if data else np.empty((0, 0), np.float32)
+        return CachedResult(vectors, non_finite, *seconds, cached_tokens=tokens)
+
+
+def _uncached(result: RequestResult) -> CachedResult:
+    seconds = (result.queue_seconds, result.inference_seconds, result.engine_seconds)
+    return CachedResult(result.vectors, result.non_finite, *seconds, cached_tokens=0)

@@ -1,0 +1,242 @@
+"""The cache of vectors on real servers: what is computed once, who sees what, and that no vector is ever wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inferctl.errors import SpecError
+from inferctl.metering.ledger import Ledger
+from inferctl.serve.engines.echo import CRASHING_TOKEN, FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_SECONDS, SLOW_TOKEN
+from inferctl.serve.vector_cache.keys import KeySpace
+from inferctl.settings import resolve
+from tests.access.test_keys import add
+from tests.serve.conftest import CLIENT, Running, start, stop, until
+
+CACHED = "x-inferctl-cached-tokens"
+
+
+def spec(folder: Path, model: Path, **sections: Any) -> Path:
+    file = folder / "inferctl.yaml"
+    sections = {"cache": {"size": "16MiB"}} | sections
+    file.write_text(json.dumps({"name": "cached", "model": {"source": str(model)}, **sections}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def cached(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server with a cache and the echo engine."""
+    folder = tmp_path_factory.mktemp("cached")
+    server = start(folder, "--spec", str(spec(folder, minilm)), "--engine", "echo")
+    yield server
+    stop(server)
+
+
+def computed(server: Running) -> float:
+    return server.metric("inferctl_batch_sequences_sum")
+
+
+def vectors(response: httpx.Response) -> list[list[float]]:
+    assert response.status_code == 200, response.text
+    return [entry["embedding"] for entry in response.json()["data"]]
+
+
+def test_an_input_is_computed_once_and_counted_always(cached: Running) -> None:
+    before, misses = computed(cached), cached.metric("inferctl_cache_misses_total")
+    first = cached.embed(input=["a counted text", "another one", "a counted text"])
+    second = cached.embed(input=["another one", "a counted text", "a new text"])
+    assert computed(cached) - before == 3
+    assert cached.metric("inferctl_cache_misses_total") - misses == 3
+    assert vectors(first)[0] == vectors(first)[2] == vectors(second)[1]
+    assert vectors(first)[1] == vectors(second)[0]
+    one = cached.embed(input="a counted text")
+    tokens = one.json()["usage"]["prompt_tokens"]
+    assert one.headers[CACHED] == str(tokens) == one.headers["x-inferctl-tokens"]
+    assert first.headers[CACHED] == str(tokens)  # of the duplicate
+    assert first.json()["usage"]["prompt_tokens"] > 2 * tokens
+    assert cached.metric("inferctl_cache_bytes") > 0
+    assert cached.metric("inferctl_cache_hits_total", level="local") >= 3
+
+
+def test_texts_and_their_token_ids_share_an_entry(cached: Running) -> None:
+    before = computed(cached)
+    assert vectors(cached.embed(input="ok")) == vectors(cached.embed(input=[101, 7929, 102]))
+    assert computed(cached) - before == 1
+
+
+def test_a_client_can_skip_the_cache(cached: Running) -> None:
+    def embed(**headers: str) -> httpx.Response:
+        return CLIENT.post(f"{cached.url}/v1/embeddings", json={"input": "skipped"}, headers=headers)
+
+    before = computed(cached)
+    first = embed(**{"cache-control": "no-store"})
+    assert embed(**{"cache-control": "max-age=0, No-Cache"}).headers.get(CACHED) is None
+    assert computed(cached) - before == 2
+    assert vectors(embed()) == vectors(first)
+    assert computed(cached) - before == 2
+
+
+def test_equal_requests_are_computed_once_and_all_recorded(
+    minilm: Path, tmp_path: Path, serve: Callable[..., Running]
+) -> None:
+    count = 1_000
+    server = serve("--spec", str(spec(tmp_path, minilm, metering={"mode": "on"})), "--engine", "echo")
+
+    async def send() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=count)
+        async with httpx.AsyncClient(timeout=120, limits=limits) as client:
+            url, body = f"{server.url}/v1/embeddings", {"input": [SLOW_TOKEN, 7]}
+            return await asyncio.gather(*(client.post(url, json=body) for _ in range(count)))
+
+    before = computed(server)
+    responses = asyncio.run(send())
+    assert computed(server) - before == 1
+    assert len({tuple(*vectors(response)) for response in responses}) == 1
+    assert {response.json()["usage"]["prompt_tokens"] for response in responses} == {2}
+    assert sum(CACHED not in response.headers for response in responses) == 1
+    ledger = Ledger.read(f"sqlite:///{tmp_path}/metering/ledger.sqlite")
+    until(lambda: sum(row["requests"] for row in ledger.usage(["model"], 0, 2**62)) == count)
+    (sums,) = ledger.usage(["model"], 0, 2**62)
+    assert (sums["input_tokens"], sums["cached_tokens"]) == (2 * count, 2 * (count - 1))
+    ledger.close()
+    server.process.terminate()  # its worker too
+    server.process.wait()
+
+
+def background(call: Callable[[], httpx.Response]) -> Callable[[], httpx.Response]:
+    """Run a request on a thread, and return a function that waits for its response."""
+    found: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+
+    def response() -> httpx.Response:
+        thread.join()
+        return found[0]
+
+    return response
+
+
+def test_a_leader_that_disconnects_does_not_hurt_the_others(cached: Running) -> None:
+    body = {"input": [SLOW_TOKEN, 31]}
+    before = computed(cached)
+
+    def impatient() -> httpx.Response:
+        try:
+            return httpx.post(f"{cached.url}/v1/embeddings", json=body, timeout=SLOW_SECONDS / 2)
+        except httpx.TimeoutException:
+            return httpx.Response(499)
+
+    leader = background(impatient)
+    time.sleep(SLOW_SECONDS / 5)
+    follower = background(lambda: cached.embed(**body))
+    assert leader().status_code == 499
+    assert follower().status_code == 200
+    assert computed(cached) - before == 1
+
+
+def test_what_nobody_waits_for_is_not_computed(cached: Running) -> None:
+    """The queued request of a client that disconnected leaves the queue, and a later one computes it."""
+    busy = [background(partial(cached.embed, input=[SLOW_TOKEN, 40 + n])) for n in range(3)]
+    time.sleep(SLOW_SECONDS / 5)
+    with pytest.raises(httpx.TimeoutException):
+        httpx.post(f"{cached.url}/v1/embeddings", json={"input": "abandoned"}, timeout=SLOW_SECONDS / 5)
+    assert all(response().status_code == 200 for response in busy)
+    before = computed(cached)
+    assert CACHED not in cached.embed(input="abandoned").headers
+    assert computed(cached) - before == 1
+
+
+def test_an_interactive_request_does_not_wait_for_a_bulk_one(cached: Running) -> None:
+    items = [[SLOW_TOKEN, 60 + n] for n in range(4)] + [[77, 77]]
+    headers = {"x-priority": "bulk"}
+    bulk = background(lambda: CLIENT.post(f"{cached.url}/v1/embeddings", json={"input": items}, headers=headers))
+    time.sleep(SLOW_SECONDS / 5)
+    assert CACHED not in cached.embed(input=[77, 77]).headers
+    assert len(vectors(bulk())) == 5
+
+
+@pytest.mark.parametrize(
+    ("token", "code"), [(FAILING_TOKEN, "engine_failed"), (NON_FINITE_TOKEN, "non_finite")], ids=str
+)
+def test_a_failure_is_not_stored_and_stays_with_its_input(cached: Running, token: int, code: str) -> None:
+    bad, slow = [token, 99], [SLOW_TOKEN, 200 + token]
+    both = background(lambda: cached.embed(input=[slow, bad]))
+    time.sleep(SLOW_SECONDS / 5)
+    good = background(lambda: cached.embed(input=slow))
+    assert (both().status_code, both().json()["error"]["code"]) == (500, code)
+    assert good().status_code == 200
+    before = cached.metric("inferctl_non_finite_total") + cached.metric("inferctl_batch_failures_total")
+    assert cached.embed(input=bad).json()["error"]["code"] == code
+    after = cached.metric("inferctl_non_finite_total") + cached.metric("inferctl_batch_failures_total")
+    assert after > before
+
+
+def test_a_crash_costs_the_waiting_requests_no_more_than_one_engine(cached: Running) -> None:
+    deaths = cached.metric("inferctl_engine_deaths_total")
+    requests = [background(lambda: cached.embed(input=[CRASHING_TOKEN, 5])) for _ in range(8)]
+    assert {response().status_code for response in requests} == {503}
+    cached.wait_ready()
+    assert cached.metric("inferctl_engine_deaths_total") - deaths <= 4
+    assert cached.embed(input="still works").status_code == 200
+
+
+@pytest.mark.parametrize("scope", ["key", "all"])
+def test_a_tenant_sees_the_entries_of_others_only_if_they_are_shared(
+    minilm: Path, tmp_path: Path, serve: Callable[..., Running], scope: str
+) -> None:
+    _, first = add(tmp_path / "keys.json", "first")
+    _, second = add(tmp_path / "keys.json", "second")
+    access = {"keys": str(tmp_path / "keys.json"), "open": ["metrics"]}
+    file = spec(tmp_path, minilm, access=access, cache={"size": "16MiB", "scope": scope})
+    server = serve("--spec", str(file), "--engine", "echo")
+
+    def embed(key: str, body: object = "what one tenant sent") -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}"}
+        return CLIENT.post(f"{server.url}/v1/embeddings", json={"input": body}, headers=headers)
+
+    assert CACHED not in embed(first).headers
+    assert CACHED in embed(first).headers
+    assert (CACHED in embed(second).headers) == (scope == "all")
+    before = computed(server)
+    slow = background(lambda: embed(first, [SLOW_TOKEN, 5]))
+    time.sleep(SLOW_SECONDS / 5)
+    assert (CACHED in embed(second, [SLOW_TOKEN, 5]).headers) == (scope == "all")
+    assert slow().status_code == 200
+    assert computed(server) - before == (1 if scope == "all" else 2)
+
+
+def test_the_memory_is_bounded(minilm: Path, tmp_path: Path, serve: Callable[..., Running]) -> None:
+    server = serve("--spec", str(spec(tmp_path, minilm, cache={"size": "64KiB"})), "--engine", "echo")
+    for start_ in range(0, 4_000, 1_000):
+        assert len(vectors(server.embed(input=[[1_000 + n, 1_000] for n in range(start_, start_ + 1_000)]))) == 1_000
+        assert server.metric("inferctl_cache_bytes") <= 1.1 * 64 * 1024
+
+
+def test_a_shared_level_needs_a_local_one() -> None:
+    with pytest.raises(SpecError) as caught:
+        resolve(None, {}, {"model.source": "m", "cache.shared": "valkey://host"})
+    assert "cache.shared requires cache.size" in str(caught.value)
+
+
+IDS = st.lists(st.integers(0, 3), min_size=1, max_size=4)
+
+
+@given(st.lists(st.tuples(st.sampled_from([None, "", "a", "b"]), st.sampled_from(["x", "y"]), IDS), max_size=50))
+def test_keys_are_equal_only_for_equal_scope_identity_and_ids(cases: list[tuple[str | None, str, list[int]]]) -> None:
+    spaces = {name: KeySpace({"precision": name}) for name in "xy"}
+    found: dict[bytes, object] = {}
+    for scope, name, ids in cases:
+        (key,) = spaces[name].keys(scope, [np.array(ids, dtype=np.int32)])
+        assert found.setdefault(key, (scope, name, ids)) == (scope, name, ids)
