@@ -33,8 +33,8 @@ TEXTS = {"compare A B": "--threshold", "check --model org/m --hardware t4": "--d
 CASES = [(line, option) for line, options in OPTIONS.items() for option in options.split()]
 # Errors of the plan name its key.
 PLAN_KEYS = {"--neighbors": "neighbours"}
-# `--port 0` takes a free port, and `--drain 0` ends at once. `--neighbors 0` and `--seed 0` are their defaults. The rest
-# are limits that may be 0.
+# `--port 0` takes a free port, and `--drain 0` ends at once. `--neighbors 0` and `--seed 0` are their defaults. The
+# rest are limits that may be 0.
 ZERO_IS_FINE = {
     "--port",
     "--drain",
