@@ -40,8 +40,12 @@ class Metering:
             self._recorder = Recorder(outbox, self._origin, required=settings.mode == "required")
 
     def record(self, event: UsageEvent) -> None:
-        """Record a finished request: the sink of usage events."""
-        if self._recorder is not None:
+        """Record a finished request: the sink of usage events.
+
+        Requests without a valid key, and those that are no valid HTTP, are only counted in the metrics: anyone can send
+        them, and they would fill the disk.
+        """
+        if self._recorder is not None and event.status != 401 and event.endpoint:
             self._recorder.record(event)
 
     def ready(self, device: Mapping[str, Any], model_sha256: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from inferctl.metering.ledger import Ledger
+from tests.access.test_keys import add
 from tests.metering.parts import Postgres
 from tests.serve.conftest import Running, until
 
@@ -118,6 +121,26 @@ def test_after_sigterm_under_load_the_ledger_has_every_accepted_request(metered:
     assert row["input_tokens"] > row["requests"]
     for file in folder.iterdir():
         assert SECRET.encode() not in file.read_bytes()
+
+
+def test_requests_that_anyone_can_send_leave_no_event(
+    metered: Metered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, secret = add(tmp_path / "keys.json")
+    monkeypatch.setenv("INFERCTL_ACCESS_KEYS", str(tmp_path / "keys.json"))
+    server = metered()
+    sent = []
+    for value in (secret, *(f"wrong{number}" for number in range(20)), secret):
+        headers = {"authorization": f"Bearer {value}"}
+        sent.append(httpx.post(f"{server.url}/v1/embeddings", json={"input": "x"}, headers=headers).status_code)
+    assert sent == [200, *[401] * 20, 200]
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port)) as client:
+        client.sendall(b"GARBAGE\r\n\r\n")
+        assert b" 400 " in client.recv(4096)
+    assert stop(server) == 0
+    found = ledger_of(tmp_path).usage(["key", "status"], *ALL)
+    assert [(row["key"], row["status"], row["requests"]) for row in found] == [(key.id, 200, 2)]
 
 
 def test_after_a_sigkill_under_load_the_loss_is_small_and_known(metered: Metered, tmp_path: Path) -> None:
