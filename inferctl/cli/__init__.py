@@ -34,7 +34,7 @@ class Root(LazyGroup):
         "verify": Command("inferctl.cli.verify", "verify", "Start an image and compare its output with fp32."),
         "push": Command("inferctl.cli.push", "push", "Push an image and print its name@digest."),
         "pull": Command("inferctl.cli.pull", "pull", "Pull an image and print its name@digest."),
-        "serve": Command("inferctl.cli.serve", "serve", "Serve embeddings with an OpenAI-compatible API."),
+        "serve": Command("inferctl.cli.serve", "serve", "Serve a model with an OpenAI-compatible API."),
         "keys": Command("inferctl.cli.keys", "app", "Create, list, revoke and rotate API keys."),
         "gateway": Command("inferctl.cli.gateway", "gateway", "Balance requests between several servers with Envoy."),
         "bench": Command("inferctl.cli.bench", "bench", "Measure latency, throughput and quality."),
@@ -56,7 +56,7 @@ class Root(LazyGroup):
 app = typer.Typer(
     cls=Root,
     name="inferctl",
-    help="Build, serve and benchmark containers for embedding models.",
+    help="Build, serve and benchmark model containers.",
     epilog="To start, run `inferctl init`, or serve a model without a file: `inferctl serve --model DIR`.",
     invoke_without_command=True,
     rich_markup_mode=None,
