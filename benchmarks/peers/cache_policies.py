@@ -16,6 +16,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,14 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def measure(create: Callable[[], Operations], requests: list[int], keys: list[bytes]) -> tuple[float, float, float]:
-    """Return the hit ratio, microseconds per operation, and resident bytes per entry beyond the vector."""
-    gc.collect()
-    before = resident_bytes()
+def numbered(count: int) -> list[bytes]:
+    """Return the keys of the first inputs."""
+    return [blake2b(b"%d" % number, digest_size=16).digest() for number in range(count)]
+
+
+def measure(create: Callable[[], Operations], requests: list[int]) -> tuple[float, float]:
+    """Return the hit ratio, and microseconds per operation."""
+    keys = numbered(INPUTS)
     get, put = create()
     hits = operations = 0
     vector = bytes(VECTOR_BYTES - 1)
@@ -96,33 +101,44 @@ def measure(create: Callable[[], Operations], requests: list[int], keys: list[by
         else:
             hits += 1
     seconds = time.process_time() - started
-    extra = (resident_bytes() - before) / ENTRIES - VECTOR_BYTES
-    return hits / len(requests), 1e6 * seconds / operations, extra
+    return hits / len(requests), 1e6 * seconds / operations
 
 
-def in_child(create: Callable[[], Operations], exponent: float, shift: bool) -> tuple[float, float, float]:
-    """Run `measure` in a process of its own, so that no cache counts in the memory of another."""
+def overhead(create: Callable[[], Operations]) -> float:
+    """Return the resident bytes per entry of a full cache, its key included, beyond the vector."""
+    _, put = create()
+    put(b"first", bytes(VECTOR_BYTES))
+    vector = bytes(VECTOR_BYTES - 1)
+    gc.collect()
+    before = resident_bytes()
+    for number in range(ENTRIES - 1):
+        put(blake2b(b"%d" % number, digest_size=16).digest(), vector + b"\0")
+    return (resident_bytes() - before) / (ENTRIES - 1) - VECTOR_BYTES
+
+
+def in_child(call: Callable[[], Any]) -> Any:
+    """Return the result of `call` in a process of its own, so that no cache counts in the memory of another."""
     reader, writer = os.pipe()
     if not (child := os.fork()):
-        keys = [blake2b(b"%d" % number, digest_size=16).digest() for number in range(INPUTS)]
-        os.write(writer, json.dumps(measure(create, traffic(exponent, shift), keys)).encode())
+        os.write(writer, json.dumps(call()).encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as stream:
         found = json.load(stream)
     os.waitpid(child, 0)
-    return tuple(found)  # type: ignore[return-value]
+    return found
 
 
 def rows() -> Iterator[dict[str, Any]]:
     for name, create in (("LRU", lru), ("cachebox LFU", cachebox_lfu), ("moka-py", moka), ("theine", theine)):
+        extra = in_child(partial(overhead, create))
         for label, exponent, shift in (
             ("0.8", 0.8, False),
             ("1.0", 1.0, False),
             ("1.2", 1.2, False),
             ("1.0 shift", 1.0, True),
         ):
-            ratio, microseconds, extra = in_child(create, exponent, shift)
+            ratio, microseconds = in_child(partial(measure, create, traffic(exponent, shift)))
             row = {
                 "cache": name,
                 "zipf": label,
