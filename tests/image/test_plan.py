@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from inferctl import settings
 from inferctl.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image import buildx, context, verify
 from inferctl.image.build import check_size, named_layers, new_bytes, note_unverified
@@ -232,7 +233,7 @@ def test_on_the_hosts_network_the_server_uses_a_free_port() -> None:
     options, port = verify.server_options(image, verify.VerifyOptions(None, network="host"), 8080)
     assert port is not None
     assert options.command == ("serve", "--host", "127.0.0.1", "--port", str(port))
-    assert options.environment == {"INFERCTL_SERVE_PORT": str(port)}
+    assert options.environment == {**settings.OPEN_ACCESS, "INFERCTL_SERVE_PORT": str(port)}
     bridged, none = verify.server_options(image, verify.VerifyOptions(None), 8080)
     assert none is None
     assert bridged.port == 8080

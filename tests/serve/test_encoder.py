@@ -304,14 +304,15 @@ def test_the_batch_limit_is_lowered_until_memory_is_sufficient(
     config = EngineConfig(model=str(tiny(architecture, "mean_tokens")), precision="fp32", max_batch_tokens=4096)
     info, lines = started(EncoderEngine(config))
     assert info.batch_tokens == 1024
-    assert [line for line in lines if line.startswith("warning")] == [
+    # A torch for CUDA warns that this machine has no driver.
+    assert [line for line in lines if line.startswith("warning") and "no usable GPU" not in line] == [
         "warning    insufficient memory for batches of 4096 tokens: the limit is 1024 (serve.max_batch_tokens)"
     ]
     short_of_memory(monkeypatch, 300)
     again = EncoderEngine(replace(config, previous_info=info.to_json()))
     info = again.load()
     assert info.batch_tokens == 256
-    assert info.warnings == [
+    assert [warning for warning in info.warnings if "no usable GPU" not in warning] == [
         "insufficient memory for batches of 1024 tokens: the limit is 256 (serve.max_batch_tokens)"
     ]
     assert again._compute.batch_tokens == 256  # also for padded sub-batches
@@ -517,7 +518,8 @@ from torch._native import registry, triton_utils
 from torch._vendor.packaging.version import Version
 triton_utils._check_runtime_available = lambda: (True, Version("3.7.1"))
 importlib.import_module("torch._native.ops.bmm_outer_product.triton_impl").register_to_dispatch()
-print(sorted(op for op, nodes in registry._graphs.items() if any(node.dsl_name != "native" for node in nodes)))
+# From torch 2.15 on, the name begins with the namespace.
+print(sorted(op[-2:] for op, nodes in registry._graphs.items() if any(node.dsl_name != "native" for node in nodes)))
 """
 
 
