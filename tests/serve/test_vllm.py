@@ -172,7 +172,7 @@ print("".join(part.choices[0].delta.content or "" for part in litellm.completion
 
 @pytest.fixture(scope="module")
 def older_clients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment with clients that require an older version of the package openai, so they have a folder of their own."""
+    """Environment with clients that require an older version of the package openai, in a folder of their own."""
     folder = str(tmp_path_factory.mktemp("clients"))
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", folder]
     subprocess.run([*install, "litellm", "llama-index-llms-openai-like"], check=True, capture_output=True)

@@ -2,8 +2,8 @@
 
 The first message of a chat is its script: `die` ends this process, `engine dies` ends the engine, `hang` stops it, and
 a number is the count of tokens. The file named by FAKE_VLLM_START has the text with which the start fails, and
-FAKE_VLLM_SECONDS is how long it takes. A token takes 50 ms. With FAKE_VLLM_TOKENS_PER_S, the first token takes 20 ms, and
-all streams share that rate for the others, at most 50 tokens/s each.
+FAKE_VLLM_SECONDS is how long it takes. A token takes 50 ms. With FAKE_VLLM_TOKENS_PER_S, the first token takes
+20 ms, and all streams share that rate for the others, at most 50 tokens/s each.
 
 Without `--uds`, it listens at `--port`, like a vLLM without inferctl.
 """
