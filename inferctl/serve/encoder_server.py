@@ -50,7 +50,7 @@ class EncoderServer:
         self._spec, self._options, self._notify, self._folder = spec, options, notify, folder
         self._config = config = task_config.read(task, folder.path, spec.serve.max_input_tokens)
         self._metrics = metrics = Metrics()
-        self._metering = Metering(spec.metering, spec.name, task)
+        self._metering = Metering(spec.metering, spec.name, task, known_callers=spec.access.required)
         self._worker = worker_process.start(spec, notify)
         capacity = Capacity.read(options.capacity) if options.capacity else None
         capacity_slo_ms = capacity.slo_p99_ms if capacity else None

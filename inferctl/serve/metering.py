@@ -23,10 +23,13 @@ log = logging.getLogger("inferctl.metering")
 
 
 class Metering:
-    """The recorder of one process. With `metering.mode: off`, it does nothing."""
+    """The recorder of one process. With `metering.mode: off`, it does nothing.
 
-    def __init__(self, settings: Settings, model: str, task: Task) -> None:
-        self._settings, self._origin = settings, Origin(model, task)
+    `known_callers`: whether the server asks who a client is. Then only requests of a known caller are recorded.
+    """
+
+    def __init__(self, settings: Settings, model: str, task: Task, *, known_callers: bool) -> None:
+        self._settings, self._origin, self._known_callers = settings, Origin(model, task), known_callers
         self._recorder: Recorder | None = None
 
     def open(self) -> None:
@@ -43,9 +46,11 @@ class Metering:
         """Record a finished request: the sink of usage events.
 
         Requests without a valid key, and those that are no valid HTTP, are only counted in the metrics: anyone can send
-        them, and they would fill the disk.
+        them, and they would fill the disk. The status does not tell: without a key, a request can also get 400 (its
+        body is no HTTP), 503 (tokens cannot be checked now) or 200 (an open page).
         """
-        if self._recorder is not None and event.status != 401 and event.endpoint:
+        known = event.key_id is not None or not self._known_callers
+        if self._recorder is not None and event.endpoint and known:
             self._recorder.record(event)
 
     def ready(self, device: Mapping[str, Any], model_sha256: str) -> None:

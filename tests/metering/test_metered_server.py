@@ -128,6 +128,7 @@ def test_requests_that_anyone_can_send_leave_no_event(
 ) -> None:
     key, secret = add(tmp_path / "keys.json")
     monkeypatch.setenv("INFERCTL_ACCESS_KEYS", str(tmp_path / "keys.json"))
+    monkeypatch.setenv("INFERCTL_ACCESS_OPEN", "docs")
     server = metered()
     sent = []
     for value in (secret, *(f"wrong{number}" for number in range(20)), secret):
@@ -135,9 +136,13 @@ def test_requests_that_anyone_can_send_leave_no_event(
         sent.append(httpx.post(f"{server.url}/v1/embeddings", json={"input": "x"}, headers=headers).status_code)
     assert sent == [200, *[401] * 20, 200]
     address = urlsplit(server.url)
-    with socket.create_connection((address.hostname, address.port)) as client:
-        client.sendall(b"GARBAGE\r\n\r\n")
-        assert b" 400 " in client.recv(4096)
+    # Its head is valid, and its body is not: the connection rejects it before its key is checked.
+    bad_body = b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nno length\r\n"
+    for request in (b"GARBAGE\r\n\r\n", bad_body):
+        with socket.create_connection((address.hostname, address.port)) as client:
+            client.sendall(request)
+            assert b" 400 " in client.recv(4096)
+    assert httpx.get(f"{server.url}/docs").status_code == 200
     assert stop(server) == 0
     found = ledger_of(tmp_path).usage(["key", "status"], *ALL)
     assert [(row["key"], row["status"], row["requests"]) for row in found] == [(key.id, 200, 2)]

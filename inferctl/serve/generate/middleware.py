@@ -65,7 +65,10 @@ class _EdgeServer:
         self._app, self._folder = app, folder
         self._healthy = True
         metrics = RequestMetrics(REGISTRY)
-        self._metering = Metering(spec.Metering(**settings.metering), settings.name, "generate")
+        who = spec.Access(**settings.access)
+        self._metering = Metering(
+            spec.Metering(**settings.metering), settings.name, "generate", known_callers=who.required
+        )
         self._metering.ready(settings.info["device"], settings.info["model"]["sha256"])
         self._metering.open()
         self._metering.watch(metrics)
@@ -82,7 +85,7 @@ class _EdgeServer:
             info=lambda: settings.info,
             metrics=metrics.exposition,
             endpoints=endpoint.ENDPOINTS,
-            access=access.create(spec.Access(**settings.access), settings.models),
+            access=access.create(who, settings.models),
             check_metering=self._metering.check,
         )
         self._http = listener.HttpServer(self._edge, settings.drain_seconds, self._edge.rejected)

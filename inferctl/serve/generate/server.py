@@ -74,7 +74,7 @@ class GenerationServer:
         )
         metrics = RequestMetrics()
         self._names = [spec.name, spec.model.source]
-        self._metering = Metering(spec.metering, spec.name, "generate")
+        self._metering = Metering(spec.metering, spec.name, "generate", known_callers=spec.access.required)
         self._worker = worker_process.start(spec, notify)
         # Answers on the port while vLLM does not run. When it runs, its process has an edge of its own.
         self._edge = Edge(
