@@ -133,6 +133,14 @@ def edit(path: Path, *, create: bool = False) -> Iterator[dict[str, ApiKey]]:
         os.close(folder)
 
 
+def is_caller_id(text: str) -> bool:
+    """Return whether `text` can name a caller: not empty, and without control characters and lone surrogates.
+
+    The latter are no UTF-8, so no event can be written with them. PostgreSQL stores no NUL, and terminals obey escapes.
+    """
+    return text != "" and text.isprintable()
+
+
 @functools.lru_cache(maxsize=10_000)
 def caller(caller_id: str) -> ApiKey:
     """Return a caller that is not in the file, but known by a token or a proxy. It has the limits of the server."""

@@ -16,7 +16,7 @@ from typing import Any
 import jwt
 
 from inferctl.access import keys
-from inferctl.access.key_file import ApiKey, caller
+from inferctl.access.key_file import ApiKey, caller, is_caller_id
 from inferctl.access.key_table import Entry, UnavailableError
 
 _ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "ES512", "EdDSA"]
@@ -87,7 +87,7 @@ class TokenTable:
         except jwt.PyJWTError:
             return None
         subject = claims["sub"]
-        return claims if isinstance(subject, str) and 0 < len(subject) <= _MAX_SUBJECT else None
+        return claims if isinstance(subject, str) and len(subject) <= _MAX_SUBJECT and is_caller_id(subject) else None
 
     def follow(self) -> None:
         """Fetch the keys of the issuer now and then, on a thread, until `close`."""

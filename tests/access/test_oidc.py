@@ -102,6 +102,10 @@ def test_other_tokens_are_not(provider: Provider, table: TokenTable) -> None:
         "no end": provider.token(exp=None),
         "no subject": provider.token(sub=None),
         "long subject": provider.token(sub="a" * 300),
+        # The ledger could not store them, and a terminal would obey the third.
+        "no UTF-8": provider.token(sub="\ud800"),
+        "NUL": provider.token(sub="a\0b"),
+        "escape": provider.token(sub="\x1b[31m"),
         "key": provider.token(other),
         "unknown key": provider.token(other, "other"),
         "none": jwt.encode({"sub": "team-a"}, None, "none", headers={"kid": "rsa"}).encode(),

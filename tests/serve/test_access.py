@@ -43,7 +43,7 @@ class Guarded:
     def get(self, path: str, key: str | None = None) -> httpx.Response:
         return CLIENT.get(f"{self.server.url}{path}", headers={"authorization": f"Bearer {key}"} if key else {})
 
-    def embed(self, key: str | None = None, text: str = "hello", **headers: str) -> httpx.Response:
+    def embed(self, key: str | None = None, text: str = "hello", **headers: Any) -> httpx.Response:
         headers |= {"authorization": f"Bearer {key}"} if key else {}
         return CLIENT.post(f"{self.server.url}/v1/embeddings", json={"input": text}, headers=headers)
 
@@ -255,6 +255,10 @@ def test_a_gateway_names_the_caller(serve: Callable[..., Running], minilm: Path,
     codes = [guarded.embed(**{"x-inferctl-key-id": name}).status_code for name in ("a", "a", "a", "b")]
     assert codes == [200, 200, 429, 200]
     assert '"key_id":"a"' in guarded.server.log.read_text()
+    # C1 control characters, an escape in UTF-8, no UTF-8: a terminal would obey what `inferctl usage` prints.
+    for name in (b"\x9b31m", "\x9b31m".encode(), b"\xff", b""):
+        assert guarded.embed(**{"x-inferctl-key-id": name}).status_code == 401
+    assert guarded.embed(**{"x-inferctl-key-id": "Größe".encode()}).status_code == 200
 
 
 def test_a_client_cannot_name_itself(guarded: Guarded) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import ipaddress
 import logging
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from starlette.types import Scope
 
 from inferctl import spec
-from inferctl.access.key_file import ApiKey, caller
+from inferctl.access.key_file import ApiKey, caller, is_caller_id
 from inferctl.access.key_table import KeyTable, UnavailableError
 from inferctl.access.limits import PERIOD_S, Charge, KeyUsage, Limiter, LimitError
 from inferctl.errors import NotReadyError, install_hint
@@ -90,8 +91,10 @@ class Access:
     def _find(self, scope: Scope) -> ApiKey:
         if self._proxies and (client := scope.get("client")) and self._trusts(client[0]):
             for name, value in scope["headers"]:
-                if name == _PROXY_HEADER and 0 < len(value) <= _MAX_CALLER:
-                    return caller(value.decode("latin-1"))
+                if name == _PROXY_HEADER and len(value) <= _MAX_CALLER:
+                    with contextlib.suppress(UnicodeDecodeError):
+                        if is_caller_id(found := value.decode()):
+                            return caller(found)
         credential = _credential(scope["headers"])
         try:
             key = self._known(credential) if credential else None
