@@ -22,7 +22,8 @@ Balancing = Literal["least-request", "load-reports", "round-robin"]
 class Settings:
     """What a gateway does. Times are in seconds, sizes in bytes.
 
-    `timeout_s`: of a request without a stream. `max_body_bytes`: larger bodies get 413, and all smaller ones can be
+    `timeout_s`: to receive a request, and for the response of one without a stream. `max_heap_bytes`: above 95% of it,
+    Envoy rejects new requests. `max_body_bytes`: larger bodies get 413, and all smaller ones can be
     repeated. `requests_per_server`: retries are allowed for so many requests at once, because all of them fail at once
     if a server dies. `certificate`, `key`: PEM files; both or none.
     """
@@ -34,6 +35,7 @@ class Settings:
     timeout_s: float = 60.0
     idle_s: float = 60.0
     max_body_bytes: int = 8 * 1024 * 1024
+    max_heap_bytes: int = 1024 * 1024 * 1024
     requests_per_server: int = 256
     certificate: Path | None = None
     key: Path | None = None
@@ -53,19 +55,40 @@ def bootstrap(settings: Settings, folder: Path) -> dict[str, Any]:
         # A Unix socket: whoever reaches the admin interface can stop Envoy and read its configuration.
         "admin": {"address": {"pipe": {"path": str(folder / "admin"), "mode": 0o600}}},
         "static_resources": {"listeners": listeners, "clusters": clusters},
-        # Without it, Envoy accepts connections until its memory ends.
-        "overload_manager": {
-            "resource_monitors": [
-                {
-                    "name": "envoy.resource_monitors.global_downstream_max_connections",
-                    "typed_config": {
-                        "@type": f"{_TYPE}.extensions.resource_monitors.downstream_connections.v3."
-                        "DownstreamConnectionsConfig",
-                        "max_active_downstream_connections": 20_000,
-                    },
-                }
-            ]
-        },
+        "overload_manager": _overload(settings),
+    }
+
+
+def _overload(settings: Settings) -> dict[str, Any]:
+    """Bound connections and memory. Envoy reads bodies before a server checks the key, so anyone can send them."""
+    heap = "envoy.resource_monitors.fixed_heap"
+    actions = {"shrink_heap": 0.9, "stop_accepting_requests": 0.95}
+    return {
+        "refresh_interval": "0.25s",
+        "resource_monitors": [
+            {
+                "name": "envoy.resource_monitors.global_downstream_max_connections",
+                "typed_config": {
+                    "@type": f"{_TYPE}.extensions.resource_monitors.downstream_connections.v3."
+                    "DownstreamConnectionsConfig",
+                    "max_active_downstream_connections": 20_000,
+                },
+            },
+            {
+                "name": heap,
+                "typed_config": {
+                    "@type": f"{_TYPE}.extensions.resource_monitors.fixed_heap.v3.FixedHeapConfig",
+                    "max_heap_size_bytes": settings.max_heap_bytes,
+                },
+            },
+        ],
+        "actions": [
+            {
+                "name": f"envoy.overload_actions.{action}",
+                "triggers": [{"name": heap, "threshold": {"value": share}}],
+            }
+            for action, share in actions.items()
+        ],
     }
 
 
@@ -140,6 +163,7 @@ def _http(settings: Settings) -> dict[str, Any]:
         "use_remote_address": True,  # a client must not choose its own address
         "server_name": "inferctl-gateway",
         "request_headers_timeout": "10s",
+        "request_timeout": _seconds(settings.timeout_s),  # a slow body would hold its memory for ever
         "stream_idle_timeout": _seconds(settings.idle_s),
         "common_http_protocol_options": {"idle_timeout": "300s", "headers_with_underscores_action": "REJECT_REQUEST"},
         "http2_protocol_options": {"max_concurrent_streams": 256},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -311,3 +313,48 @@ def test_a_name_means_all_of_its_addresses_and_an_unknown_one_none() -> None:
     assert unknown == ["nowhere.invalid"]
     with pytest.raises(UsageError):
         servers.parse("http://a:80/path")
+
+
+def test_a_body_that_arrives_slowly_gets_408(backends: Backends, start: Any) -> None:
+    gateway = start("--server", backends.start("a"), "--timeout", "1")
+    wait_for_servers(gateway.url, {"a"})
+    with slow_upload(gateway.url, 10) as client:
+        assert b" 408 " in client.recv(4096)
+
+
+def test_bodies_of_anyone_do_not_grow_the_gateway_without_limit(
+    backends: Backends, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The real limit would take 1 GiB of the machine.
+    (tmp_path / "sitecustomize.py").write_text(
+        "from inferctl.gateway import config\n"
+        "initialize = config.Settings.__init__\n"
+        "def small(self, **given):\n    initialize(self, **given, max_heap_bytes=64 << 20)\n"
+        "config.Settings.__init__ = small\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    gateway = start("--server", backends.start("a"), "--timeout", "5")
+    wait_for_servers(gateway.url, {"a"})
+    body = bytes(7 << 20)
+    with contextlib.ExitStack() as clients:
+
+        def rejects() -> bool:
+            with contextlib.suppress(ConnectionError):  # this one is rejected already
+                clients.enter_context(slow_upload(gateway.url, 8 << 20)).sendall(body)
+            return httpx.get(f"{gateway.url}/v1/models").status_code == 503
+
+        sent = 0
+        while not rejects():
+            sent += 1
+            assert sent < 16, "112 MiB of bodies are in memory"
+            time.sleep(0.3)  # Envoy looks at its memory
+    until(lambda: httpx.get(f"{gateway.url}/v1/models").status_code != 503)
+
+
+def slow_upload(url: str, size: int) -> socket.socket:
+    """Connect, and send the head of a request whose body has `size` bytes."""
+    parts = urllib.parse.urlsplit(url)
+    assert parts.hostname
+    client = socket.create_connection((parts.hostname, parts.port or 80), timeout=10)
+    client.sendall(b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % size)
+    return client
