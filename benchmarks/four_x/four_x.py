@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +59,6 @@ class Place:
     database: str
     key: str
     key_file: Path
-
-
-@dataclass
-class Figures:
-    """One server in one round: requests/s at the SLO, and ms at the peak of the first server and in a burst."""
-
-    rate: float = 0.0
-    mean_ms: float = 0.0
-    p99_ms: float = 0.0
-    burst_p99_ms: float = 0.0
-    failures: int = 0
-    rounds: list[dict[str, float]] = field(default_factory=list)
 
 
 @contextmanager
@@ -309,6 +297,7 @@ def main() -> None:
     base = rows[0]
     for index, row in enumerate(rows):
         row["times"] = row["rate"] / base["rate"]
+        # Envoy stands apart: the step after it is compared with the first server.
         row["step"] = row["rate"] / rows[max(0, index - 1 - (index == 2))]["rate"]
     words = (
         f"Single texts, {options.repeats:.0%} repeats, SLO p99 {options.slo:g} ms. Latency at {peak:.0f} requests/s, "

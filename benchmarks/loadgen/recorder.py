@@ -73,7 +73,7 @@ def exit_on_write_error() -> Iterator[None]:
 
 
 class Recorder:
-    """Append records with `fields` to `path`, after `magic` and `header` as JSON. Ends the process if the disk is full."""
+    """Append records with `fields` to `path`, after `magic` and `header` as JSON. Ends this process on a full disk."""
 
     def __init__(self, path: Path, header: dict[str, Any], fields: Fields = FIELDS, magic: bytes = MAGIC) -> None:
         names = {"fields": [[name, kind] for name, kind, _ in fields], "clock": "CLOCK_MONOTONIC", **header}

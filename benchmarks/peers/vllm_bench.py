@@ -3,10 +3,10 @@
     python benchmarks/peers/vllm_bench.py VLLM MODEL [--url http://127.0.0.1:8000] [--users 1 8] [--rounds 2]
                                           [--input 128 --output 64] [--seconds 40] [--json FILE]
 
-VLLM is the executable of vLLM in this environment, MODEL a model folder. Without `--url`, the script starts the server, and ends
-it. Both tools send completions of equal lengths in closed loops, in the order A B B A. Each run has prompts of its own, so that
-no prefix cache responds. `vllm bench serve` sends as many requests as inferctl completed before. The check passes if
-the means over the rounds differ by at most 5%.
+VLLM is the executable of vLLM in this environment, MODEL a model folder. Without `--url`, the script starts the server,
+and ends it. Both tools send completions of equal lengths in closed loops, in the order A B B A. Each run has prompts of
+its own, so that no prefix cache responds. `vllm bench serve` sends as many requests as inferctl completed before. The
+check passes if the means over the rounds differ by at most 5%.
 
 The tools differ in what they measure: inferctl counts tokens in a window after a warm-up, vLLM's benchmark all tokens
 from its start to its last response, with ramp and tail.

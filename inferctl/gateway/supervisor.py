@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from inferctl import outputs
@@ -94,8 +95,7 @@ class Gateway:
         if self._settings.certificate:
             _replace(self._folder / "tls" / "certificate.yaml", config.certificates(self._settings))
         self._refresh()
-        file = self._folder / "envoy.yaml"
-        _replace(file, config.bootstrap(self._settings, self._folder))
+        file = self._write_config()
         done = subprocess.run(
             [self._binary, "-c", str(file), "--mode", "validate", "--log-level", "error"],
             capture_output=True,
@@ -104,6 +104,11 @@ class Gateway:
         )
         if done.returncode:
             raise UsageError(f"Envoy rejects the configuration: {_reason(done.stderr.splitlines())}")
+
+    def _write_config(self) -> Path:
+        file = self._folder / "envoy.yaml"
+        _replace(file, config.bootstrap(self._settings, self._folder))
+        return file
 
     def _refresh(self) -> bool:
         """Write the endpoints if they have changed, and say so. Returns whether they have."""
@@ -131,15 +136,19 @@ class Gateway:
 
     def _check_port(self) -> None:
         """Raise `NotReadyError` if the port is taken. Envoy's own message does not say which one."""
-        for host, port in ((self._settings.host, self._settings.port), ("127.0.0.1", self._settings.metrics_port)):
+        settings = self._settings
+        listeners = [("--port", settings.host, settings.port)]
+        if settings.metrics_port is not None:
+            listeners.append(("--metrics-port", "127.0.0.1", settings.metrics_port))
+        for option, host, port in listeners:
             with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
-                    probe.bind((host, port or 0))
+                    probe.bind((host, port))
                 except OSError as error:
                     taken = error.errno == errno.EADDRINUSE
                     why = "the port is taken" if taken else (error.strerror or str(error)).lower()
-                    hint = "pass another one with `--port`; 0 selects a free one"
+                    hint = f"pass another one with `{option}`"
                     raise NotReadyError(f"cannot listen on {host}:{port}: {why}", hint) from None
 
     async def _start(self) -> None:
@@ -180,6 +189,9 @@ class Gateway:
             raise NotReadyError(f"Envoy ended during its start: {_reason(self._tail)}", "see its messages above")
         if not self._stopping.is_set():
             port = await asyncio.to_thread(admin.port_of, self._admin, "clients")
+            if port != self._settings.port:  # it was a free one: an Envoy that is started again has the same
+                self._settings = replace(self._settings, port=port)
+                self._write_config()
             host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self._settings.host, self._settings.host)
             url = f"{'https' if self._settings.certificate else 'http'}://{host}:{port}"
             self._notify(f"ready      {url}")

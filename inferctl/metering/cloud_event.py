@@ -21,12 +21,9 @@ END = "inferctl.end.v1"
 BATCH_MEDIA_TYPE = "application/cloudevents-batch+json"
 # `subject` of the events of requests without an API key.
 ANONYMOUS = "anonymous"
-# `data` of the event of a request. The columns of the ledger have the same names.
-FIELDS = [
+# What a row of the outbox has of a request, after its number and time.
+_ROW = [
     "key_id",
-    "model",
-    "model_sha256",
-    "task",
     "endpoint",
     "inputs",
     "input_tokens",
@@ -36,9 +33,10 @@ FIELDS = [
     "duration_ms",
     "status",
     "code",
-    "hardware",
     "request_id",
 ]
+# `data` of the event of a request: its row and its `Origin`. The columns of the ledger have the same names.
+FIELDS = [*_ROW, "model", "model_sha256", "task", "hardware"]
 
 
 class Usage(Protocol):
@@ -99,21 +97,6 @@ class Event:
             "datacontenttype": "application/json",
             "data": self.data,
         }
-
-
-_ROW = [
-    "key_id",
-    "endpoint",
-    "inputs",
-    "input_tokens",
-    "cached_tokens",
-    "output_tokens",
-    "engine_ms",
-    "duration_ms",
-    "status",
-    "code",
-    "request_id",
-]
 
 
 def requests(origin: Origin, items: Sequence[tuple[int, float, Usage]]) -> dict[str, Any]:

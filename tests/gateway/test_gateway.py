@@ -224,8 +224,7 @@ def test_the_file_of_servers_is_followed(backends: Backends, start: Any, tmp_pat
 
 
 def test_an_ended_envoy_is_started_again_on_the_same_port(backends: Backends, start: Any) -> None:
-    port = free_port()
-    gateway = start("--server", backends.start("a"), "--port", str(port))
+    gateway = start("--server", backends.start("a"))
     children = subprocess.run(["pgrep", "-P", str(gateway.process.pid)], capture_output=True, text=True, check=True)
     os.kill(int(children.stdout), signal.SIGKILL)
 
@@ -291,6 +290,7 @@ def test_envoy_accepts_the_configuration(balancing: Any, tmp_path: Path) -> None
         (["--server", "a:1", "--balancing", "least"], "--balancing: 'least' is not known"),
         (["--server", "a:1", "--tls-key", "k"], "belong together"),
         (["--server", "127.0.0.1:1", "--port", "{taken}"], "the port is taken"),
+        (["--server", "127.0.0.1:1", "--port", "0", "--metrics-port", "{taken}"], "one with `--metrics-port`"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -329,7 +329,7 @@ def test_bodies_of_anyone_do_not_grow_the_gateway_without_limit(
     (tmp_path / "sitecustomize.py").write_text(
         "from inferctl.gateway import config\n"
         "initialize = config.Settings.__init__\n"
-        "def small(self, **given):\n    initialize(self, **given, max_heap_bytes=64 << 20)\n"
+        "def small(self, **given):\n    initialize(self, **given | {'max_heap_bytes': 64 << 20})\n"
         "config.Settings.__init__ = small\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))

@@ -76,8 +76,8 @@ def criterion(rows: Sequence[MeasuredRow], mode: str) -> Criterion:
     """Return how to compare `rows` under a load of this `mode`.
 
     A closed loop compares requests/s, or output tokens/s of generation. An open loop compares the p99 if every run has
-    one, else the p50. With fewer than the recommended repeats, it is enough if all runs of a row together have a p99. The result of a search has no
-    repeats.
+    one, else the p50. With fewer than the recommended repeats, it is enough if all runs of a row together have a p99.
+    The result of a search has no repeats.
     """
     if any(row.search for row in rows):
         return Criterion("goodput")

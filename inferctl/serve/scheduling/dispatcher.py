@@ -117,9 +117,9 @@ class Dispatcher:
         """Queue a request and return the future of its result. Cancelling the future cancels the request.
 
         `second_starts`: as in `Batch`; all requests of a server have them, or none. `tenant`: as in `Batcher.submit`.
-        `on_vector` gets each vector when its batch completes. Raises `AdmissionError`, or `EngineUnavailableError` if no engine is
-        ready. The future raises
-        `EngineUnavailableError` or `EngineFailedError`.
+        `on_vector` gets each vector when its batch completes. Raises `AdmissionError`, or
+        `EngineUnavailableError` if no engine is ready. The future raises `EngineUnavailableError` or
+        `EngineFailedError`.
         """
         if not self.ready:
             raise EngineUnavailableError("the engine is not ready")

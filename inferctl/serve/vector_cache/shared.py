@@ -1,7 +1,7 @@
 """Vectors that several servers share in a Valkey server, which may be slow, full or gone at any time.
 
 Requests only ever use a connection that is known to work: a background task connects, and after three failures in a
-row, no request asks until a probe of that task succeeds. So a request loses at most the timeout.
+row, no request asks until a probe of that task succeeds. So a request loses about the timeout.
 """
 
 from __future__ import annotations
