@@ -1,5 +1,7 @@
 """Reads YAML files into plain data with the line number of every key. All YAML is read here.
 
+A settings file is one mapping (`read`). A file of Kubernetes manifests has several documents (`read_all`).
+
 A short file can expand to gigabytes, because aliases repeat the value that they name. The reader therefore checks the
 size, the depth and the number of values, with aliases expanded, before it builds any data.
 """
@@ -21,6 +23,10 @@ MAX_BYTES = 1_000_000
 MAX_DEPTH = 50
 # Keys and values, with aliases expanded. The largest shipped file has a few hundred.
 MAX_VALUES = 100_000
+
+# The same for Kubernetes manifests: `kubectl get nodes -o yaml` of 500 nodes has 8 MB.
+MAX_MANIFEST_BYTES = 16_000_000
+MAX_MANIFEST_VALUES = 1_000_000
 
 # libyaml is ten times as fast as the Python parser and does not recurse.
 _Parser: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -45,6 +51,27 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
+class _ManifestLoader(_Parser):  # type: ignore[misc]
+    """A YAML loader that reads scalars as kubectl does: 0400 is the octal 256, 1:30 and dates are text."""
+
+
+_MANIFEST_INTEGER = re.compile(r"[-+]?(?:0b[01]+|0[0-7]+|0x[0-9a-fA-F]+|0|[1-9][0-9]*)$")
+_MANIFEST_FLOAT = re.compile(
+    r"[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$"
+    r"|\.(?:nan|NaN|NAN)$"
+)
+_MANIFEST_SCALARS = {"int": _MANIFEST_INTEGER, "float": _MANIFEST_FLOAT}
+_ManifestLoader.yaml_implicit_resolvers = {
+    first: [
+        (tag, _MANIFEST_SCALARS.get(tag.rpartition(":")[2], pattern))
+        for tag, pattern in resolvers
+        if not tag.endswith(":timestamp")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_TEXT_TAG, _MERGE_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+
+
 @dataclass(frozen=True)
 class Document:
     """A YAML file as plain data, with the line (from 1) of each key and item: `lines[("serve", "port")] == 9`."""
@@ -66,21 +93,18 @@ def read(path: Path, example: str) -> Document:
 
     Raises `UsageError` if it cannot be read, `SpecError` if it is not a YAML mapping.
     """
-    try:
-        with path.open("rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
-        text = content[:MAX_BYTES].decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {_reason(error)}", example) from None
-    if len(content) > MAX_BYTES:
-        raise UsageError(f"{path} is larger than {MAX_BYTES:,} bytes", example)
-    return parse(text, str(path), example)
+    return parse(_text(path, MAX_BYTES, example), str(path), example)
+
+
+def read_all(path: Path, example: str) -> list[Document]:
+    """Read all documents of a file of Kubernetes manifests. Raises `UsageError` and `SpecError` like `read`."""
+    return parse_all(_text(path, MAX_MANIFEST_BYTES, example), str(path), example)
 
 
 def parse(text: str, file: str, example: str) -> Document:
     """Parse YAML text. Raises `SpecError` for a syntax error, a repeated key, too many values, or no mapping."""
     try:
-        _check_size(text)
+        _check_size(text, MAX_VALUES)
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
@@ -88,13 +112,7 @@ def parse(text: str, file: str, example: str) -> Document:
         finally:
             loader.dispose()
     except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        hint = "check the indentation and quotes on that line"
-        if isinstance(error, _TooLargeError):
-            hint = example
-        line = mark.line + 1 if mark else None
-        raise SpecError(file, [Problem("", f"not valid YAML: {what}", line, hint)]) from None
+        raise SpecError(file, [_syntax_problem(error, example)]) from None
     if node is None:
         raise SpecError(file, [Problem("", "the file is empty", None, example)])
     if not isinstance(node, yaml.MappingNode):
@@ -104,6 +122,39 @@ def parse(text: str, file: str, example: str) -> Document:
     if problems:
         raise SpecError(file, problems)
     return Document(file, data or {}, lines)
+
+
+def parse_all(text: str, file: str, example: str) -> list[Document]:
+    """Parse the documents of Kubernetes manifests, without empty ones. Keys are text, as in JSON.
+
+    Lines count from the start of the file; `lines[()]` is the first line of a document. Raises `SpecError`.
+    """
+    documents, problems = [], []
+    try:
+        _check_size(text, MAX_MANIFEST_VALUES)
+        loader = _ManifestLoader(text)
+        try:
+            while loader.check_node():
+                node = loader.get_node()
+                line = node.start_mark.line + 1
+                if isinstance(node, yaml.ScalarNode) and node.value in ("", "~", "null"):
+                    continue
+                if not isinstance(node, yaml.MappingNode):
+                    problems.append(Problem("", "expected a Kubernetes object (`key: value` lines)", line, example))
+                    continue
+                lines: dict[tuple[str | int, ...], int] = {(): line}
+                found = list(_walk(node, (), lines))
+                problems += found
+                if not found:
+                    _keys_as_text(node)
+                    documents.append(Document(file, loader.construct_document(node), lines))
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, ValueError) as error:
+        raise SpecError(file, [_syntax_problem(error, example)]) from None
+    if problems:
+        raise SpecError(file, problems)
+    return documents
 
 
 def scalar(text: str) -> Any:
@@ -130,8 +181,27 @@ class _TooLargeError(yaml.MarkedYAMLError):
     pass
 
 
-def _check_size(text: str) -> None:
-    """Raise `_TooLargeError` if `text` is nested too deeply or has too many values with aliases expanded."""
+def _syntax_problem(error: yaml.YAMLError | ValueError, example: str) -> Problem:
+    mark = getattr(error, "problem_mark", None)
+    what = getattr(error, "problem", None) or str(error).splitlines()[0]
+    hint = example if isinstance(error, _TooLargeError) else "check the indentation and quotes on that line"
+    return Problem("", f"not valid YAML: {what}", mark.line + 1 if mark else None, hint)
+
+
+def _keys_as_text(node: yaml.Node) -> None:
+    """Make the keys under `node` text, also those that YAML reads as numbers or booleans."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE_TAG:
+                key.tag = _TEXT_TAG
+            _keys_as_text(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _keys_as_text(item)
+
+
+def _check_size(text: str, max_values: int) -> None:
+    """Raise `_TooLargeError` if `text` is nested too deeply or has over `max_values` values with aliases expanded."""
     sizes: dict[str, int] = {}
     # For each open collection: its anchor, and the number of values before it.
     open_levels: list[tuple[str | None, int]] = []
@@ -153,8 +223,8 @@ def _check_size(text: str) -> None:
             total += 1
             if event.anchor:
                 sizes[event.anchor] = 1
-        if total > MAX_VALUES:
-            raise _TooLargeError(problem=f"more than {MAX_VALUES:,} values with aliases expanded", problem_mark=mark)
+        if total > max_values:
+            raise _TooLargeError(problem=f"more than {max_values:,} values with aliases expanded", problem_mark=mark)
 
 
 def _walk(
@@ -187,6 +257,19 @@ def _walk(
         for index, item in enumerate(node.value):
             lines[(*path, index)] = item.start_mark.line + 1
             yield from _walk(item, (*path, index), lines, (*parents, node))
+
+
+def _text(path: Path, max_bytes: int, example: str) -> str:
+    """Return the content of `path`. Raises `UsageError` if it cannot be read, is not UTF-8 or is too large."""
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(max_bytes + 1)
+        text = content[:max_bytes].decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {_reason(error)}", example) from None
+    if len(content) > max_bytes:
+        raise UsageError(f"{path} is larger than {max_bytes:,} bytes", example)
+    return text
 
 
 def _reason(error: OSError | UnicodeDecodeError) -> str:

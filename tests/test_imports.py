@@ -56,7 +56,7 @@ ALLOWED = {
     "estimate": FACTS | {"fit", "sizes", "serve.scheduling.batcher", "serve.scheduling.latency_model"},
     "bench": FACTS | {"estimate"},
     "gateway": {"errors", "outputs"},
-    "deploy": {"errors", "catalog", "spec", "bench.report.capacity"},
+    "deploy": {"errors", "document", "catalog", "spec", "bench.report.capacity"},
 }
 # The packages of `bench` in the order of the data flow. Each imports from itself and from earlier ones.
 BENCH_ORDER = ["", "plan", "load", "judge", "measure", "report"]
