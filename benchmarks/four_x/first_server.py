@@ -120,8 +120,9 @@ class Batches:
             vectors = self._model.encode(
                 [text for text, _ in batch], normalize_embeddings=True, show_progress_bar=False, batch_size=self._size
             )
-            for (_, future), vector in zip(batch, vectors, strict=True):
-                future.set_result(vector)
+            for (text, future), vector in zip(batch, vectors, strict=True):
+                # On this thread: a fast tokenizer must not be used by two threads at a time.
+                future.set_result((vector, len(self._model.tokenizer(text)["input_ids"])))
 
 
 def application(options: argparse.Namespace) -> FastAPI:
@@ -135,8 +136,7 @@ def application(options: argparse.Namespace) -> FastAPI:
     def admit(authorization: str) -> str:
         return work.admit(hashlib.sha256(authorization.removeprefix("Bearer ").encode()).hexdigest())
 
-    def answer(key_id: str, text: str, vector: Any, started: float) -> dict[str, Any]:
-        tokens = len(model.tokenizer(text)["input_ids"])
+    def answer(key_id: str, tokens: int, vector: Any, started: float) -> dict[str, Any]:
         work.record(key_id, tokens, time.monotonic() - started)
         data = [{"object": "embedding", "index": 0, "embedding": vector.tolist()}]
         return {"object": "list", "data": data, "model": "minilm", "usage": {"prompt_tokens": tokens}}
@@ -152,15 +152,16 @@ def application(options: argparse.Namespace) -> FastAPI:
             started, key_id = time.monotonic(), admit(authorization)
             with lock:
                 vector = model.encode(body.input, normalize_embeddings=True, show_progress_bar=False)
-            return answer(key_id, body.input, vector, started)
+                tokens = len(model.tokenizer(body.input)["input_ids"])
+            return answer(key_id, tokens, vector, started)
     else:
         batches = Batches(model, options.batch)
 
         @app.post("/v1/embeddings")
         async def embed_in_batches(body: Body, authorization: str = Header()) -> dict[str, Any]:
             started, key_id = time.monotonic(), admit(authorization)
-            vector = await asyncio.wrap_future(batches.submit(body.input))
-            return answer(key_id, body.input, vector, started)
+            vector, tokens = await asyncio.wrap_future(batches.submit(body.input))
+            return answer(key_id, tokens, vector, started)
 
     return app
 

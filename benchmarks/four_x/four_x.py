@@ -203,6 +203,8 @@ def measure(url: str, place: Place, traffic: Traffic, options: Any, peak: float 
         return run_open(url, ready(rate * seconds), rate, seconds)
 
     closed = run_closed(url, ready(4000), CLIENTS, options.seconds, warm=2)
+    if not closed.rate:
+        sys.exit(f"error: the server answered nothing within {options.seconds:g} s\n\nhint: see {peers.LOGS}")
     reached = 0.0
     for factor in FACTORS:
         outcome = probe(factor * closed.rate, options.seconds)

@@ -7,6 +7,7 @@ is left, and ends.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 from inferctl.errors import InferctlError
 
@@ -26,6 +28,10 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the server gets them, and decides
     os.nice(_NICENESS)
+    # Linux schedules each session as one group (autogroup), in which the niceness of its processes counts. This process
+    # has a session of its own, so the group needs it too.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(_NICENESS))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     line = sys.stdin.buffer.readline()
     if not line:

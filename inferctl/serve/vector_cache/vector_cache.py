@@ -96,6 +96,7 @@ class VectorCache:
     ) -> None:
         self.shared = shared
         self._store, self._metrics, self._scoped = store, metrics, scoped
+        self._local_hits, self._shared_hits = (metrics.cache_hits.labels(level) for level in ("local", "shared"))
         metrics.cache_bytes.set_function(lambda: store.bytes)
         metrics.cache_shared_up.set_function(lambda: shared is not None and shared.up)
         self._key_space: KeySpace | None = None
@@ -150,6 +151,11 @@ class VectorCache:
             if not joined and not missing:
                 break
             own = self._start(missing, compute, bulk) if missing else None
+            if own and not joined and len(missing) == len(keys):
+                # The most common case: a request whose inputs are all new. What follows would double the cost.
+                result = await self._wait_alone(own)
+                if result and not own.from_shared:
+                    return self._computed(result, len(keys))
             waiting = {key: flight.join(key) for key, flight in joined.items()}
             started = time.monotonic()
             await self._wait({*joined.values(), *((own,) if own else ())}, own, list(waiting.values()))
@@ -194,6 +200,21 @@ class VectorCache:
         result = await compute(list(missing.values()), partial(self._arrived, flight, list(missing)))
         shared.put({key: flight.found[key] for key in missing if flight.found[key]})
         return result
+
+    async def _wait_alone(self, flight: _Flight) -> RequestResult | None:
+        """Wait for the flight of this request. Unless others wait for it too, stop it if this request is cancelled."""
+        flight.waiters += 1
+        try:
+            return await asyncio.shield(flight.future)
+        finally:
+            flight.waiters -= 1
+            if not flight.waiters and not flight.future.done():
+                self._forget(flight)
+                flight.future.cancel()
+
+    def _computed(self, result: RequestResult, count: int) -> CachedResult:
+        self._metrics.cache_misses.inc(count)
+        return _uncached(result)
 
     async def _wait(
         self, flights: set[_Flight], own: _Flight | None, futures: Sequence[asyncio.Future[bytes | None]]
@@ -251,8 +272,8 @@ class VectorCache:
     ) -> CachedResult:
         local, from_shared = hits
         metrics = self._metrics
-        metrics.cache_hits.labels("local").inc(local)
-        metrics.cache_hits.labels("shared").inc(from_shared)
+        self._local_hits.inc(local)
+        self._shared_hits.inc(from_shared)
         metrics.cache_misses.inc(len(computed))
         metrics.cache_coalesced.inc(len(keys) - local - from_shared - len(computed))
         tokens = sum(map(len, sequences))
