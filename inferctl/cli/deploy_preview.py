@@ -1,0 +1,214 @@
+"""The preview of `inferctl deploy --preview`: on which nodes pods fit, what a spike evicts, what a loss costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inferctl.cli import console
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_SHOWN_NAMES = 4
+_SHOWN_NODES = 12
+
+
+def preview(
+    nodes: Sequence[Path], manifests: Sequence[Path], shares: Mapping[str, float] | None = None, *, as_json: bool
+) -> int:
+    """Print the preview of `manifests` on the clusters of the nodes files, and return the exit code.
+
+    `shares`: the share of the traffic of each cluster. The exit code is 1 if pods do not fit at rest.
+    Raises `UsageError` and `SpecError`.
+    """
+    from inferctl.deploy.preview import drills, report
+    from inferctl.errors import UsageError
+
+    outcomes = _simulate(nodes, manifests)
+    if not any(outcome.workloads for outcome in outcomes):
+        raise UsageError("the manifests have no Deployment", "name files or folders with Deployments")
+    result = report.document(outcomes, drills.run(outcomes, shares))
+    if as_json:
+        console.document(result)
+    else:
+        from rich.console import Group
+
+        console.report(Group(*_pieces(result)))
+    return 0 if result["fits_at_rest"] else 1
+
+
+def _simulate(nodes: Sequence[Path], manifests: Sequence[Path]) -> list[Any]:
+    from inferctl.deploy.preview import nodes_file, overlays, simulation, workloads
+    from inferctl.errors import UsageError
+
+    names = [cluster.name for cluster in nodes_file.read(nodes)]
+    objects = overlays.read(manifests, names)
+    outcomes = []
+    for cluster in nodes_file.read(nodes, objects):
+        found = workloads.find([each.data for each in objects[cluster.name]])
+        try:
+            outcomes.append(simulation.run(cluster, found))
+        except ValueError as error:
+            raise UsageError(f"a Deployment cannot be read: {error}", "check it with `inferctl deploy --lint`") from None
+    return outcomes
+
+
+def _pieces(result: Mapping[str, Any]) -> Iterator[RenderableType]:
+    from rich.text import Text
+
+    for cluster in result["clusters"]:
+        yield Text(f"Cluster {cluster['name']}: {_count(cluster['nodes'], 'node')}", style="bold")
+        for deployment in cluster["deployments"]:
+            yield Text()
+            yield Text(_title(deployment), style="bold")
+            yield _table(deployment)
+        for line in _evictions(cluster):
+            yield Text()
+            yield Text(line)
+        for note in cluster["notes"]:
+            yield Text(f"note: {note}")
+        yield Text()
+    if result["drills"]:
+        yield from _drills(result["drills"])
+
+
+def _title(deployment: Mapping[str, Any]) -> str:
+    least, most = deployment["min_replicas"], deployment["max_replicas"]
+    replicas = f"{least} to {most} replicas" if most > least else _count(most, "replica")
+    requests = ", ".join(f"{amount} {name}" for name, amount in deployment["requests"].items())
+    running = f"{deployment['running']} exist" if deployment["running"] else ""
+    parts = (replicas, f"each {requests}" if requests else "", running)
+    kind = " (placeholders)" if deployment["placeholder"] else ""
+    return f"{deployment['name']}{kind}: {'; '.join(part for part in parts if part)}"
+
+
+def _table(deployment: Mapping[str, Any]) -> RenderableType:
+    """Return one row for each group of pods with the same result: when, which pods, and where they fit."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for _ in ("indent", "when", "pods"):
+        table.add_column(no_wrap=True)
+    table.add_column(overflow="fold", ratio=1)
+    shown: list[tuple[object, set[str]]] = []
+    for group in deployment["pods"]:
+        when = "at rest" if group["phase"] == "rest" else "spike"
+        # Pods of one Deployment differ only in what earlier ones took, so that most reasons repeat.
+        new = [each for each in group["infeasible"] if not _known(each, shown)]
+        shown += [(each["reasons"], set(each["nodes"])) for each in new]
+        warnings = [f"warning, {node}: {text}" for node, text in list(group["warnings"].items())[:_SHOWN_NAMES]]
+        lines = [_where(group), *warnings, *_not_feasible(new)]
+        table.add_row("", when, _numbers(group["names"], deployment["name"]), lines[0])
+        for line in lines[1:]:
+            table.add_row("", "", "", line)
+    if not deployment["pods"]:
+        table.add_row("", "no new pods", "", "")
+    return table
+
+
+def _known(entry: Mapping[str, Any], shown: Sequence[tuple[object, set[str]]]) -> bool:
+    return any(reasons == entry["reasons"] and nodes >= set(entry["nodes"]) for reasons, nodes in shown)
+
+
+def _where(group: Mapping[str, Any]) -> str:
+    if group["refused"]:
+        return f"refused at admission: {group['refused']}"
+    if group["feasible"]:
+        one = "" if len(group["feasible"]) == 1 else "one of "
+        return f"{one}{_some(group['feasible'])}"
+    if group["preemption"]:
+        return f"no free node; {'evict' if len(group['names']) > 1 else 'evicts'} {_victims(group)}"
+    why = f" ({group['no_preemption']})" if group["no_preemption"] else ""
+    return f"{'wait' if len(group['names']) > 1 else 'waits'}: no feasible node, and no pods to evict{why}"
+
+
+def _not_feasible(infeasible: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for each in infeasible[:_SHOWN_NODES]:
+        reasons = "; ".join(f"{reason['filter']}: {reason['text']}" for reason in each["reasons"])
+        yield f"not {_some(each['nodes'])}: {reasons}"
+    if len(infeasible) > _SHOWN_NODES:
+        yield f"and {len(infeasible) - _SHOWN_NODES} more kinds of nodes; `--json` has all"
+
+
+def _victims(group: Mapping[str, Any]) -> str:
+    evicted = _some(group["evicted"])
+    first = group["preemption"][0]
+    lowest = f"priority {first['priorities'][0]}"
+    budgets = f", against {_count(first['violated_budgets'], 'disruption budget')}" if first["violated_budgets"] else ""
+    equal = [each["node"] for each in group["preemption"]]
+    where = f"one of {_some(equal)}" if len(equal) > 1 else equal[0]
+    return f"{_count(len(group['evicted']), 'pod')} ({lowest}{budgets}), first on {where}: {evicted}"
+
+
+def _evictions(cluster: Mapping[str, Any]) -> Iterator[str]:
+    for each in cluster["evicted"]:
+        name = each["deployment"] or "other Deployments"
+        total = each["placed_again"] + each["waiting"]
+        text = f"The spike evicts {_count(total, 'pod')} of {name}: {each['placed_again']} fit elsewhere, "
+        signal = " for new nodes of an autoscaler" if each["waiting"] else ""
+        yield f"{text}{each['waiting']} wait{signal}."
+
+
+def _drills(losses: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from inferctl.deploy.preview import report
+
+    of = {loss["share"]["of"] for loss in losses}
+    yield Text(f"Losses at the peak, as share of {' or '.join(sorted(of))} that is served", style="bold")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("lost", overflow="fold")
+    table.add_column("model", overflow="fold")
+    table.add_column("before", justify="right")
+    table.add_column("at once", justify="right")
+    table.add_column("then", overflow="fold", ratio=1)
+    for loss in report.worst(losses):
+        share = loss["share"]
+        place = f"{loss['scope']} {loss['place']}" + (" (the worst)" if loss["scope"] == "node" else "")
+        table.add_row(place, loss["model"], _percent(share["before"]), _percent(share["at_once"]), _then(loss))
+    yield table
+    yield Text(
+        "A lost node counts as lost after 50 s; its pods are evicted after their tolerationSeconds (300 s by "
+        "default) and then start elsewhere. Feasibility and arithmetic: scores of the scheduler are not imitated."
+    )
+
+
+def _then(loss: Mapping[str, Any]) -> str:
+    parts = []
+    if loss["moved"]:
+        when = f" after {loss['later_s']:.0f} s" if loss["later_s"] is not None else ", load time not stated"
+        evict = f", evicting {_count(loss['evicted'], 'pod')}" if loss["evicted"] else ""
+        moving = f"{loss['moved']} of {_count(loss['lost'], 'pod')} can move{evict}"
+        parts.append(f"{_percent(loss['share']['later'])}{when}: {moving}")
+    if loss["waiting"]:
+        why = "; ".join(loss["why"])
+        when = f"; new nodes serve after {loss['recovered_s']:.0f} s" if loss["recovered_s"] is not None else ""
+        wait = "waits" if loss["waiting"] == 1 else "wait"
+        parts.append(f"{_count(loss['waiting'], 'pod')} {wait} ({why}){when}")
+    return "; ".join(parts)
+
+
+def _numbers(names: Sequence[str], deployment: str) -> str:
+    """Return the pods of a group by their numbers: `pods 3-5`. A pod that exists already has its name."""
+    numbers = [name.removeprefix(f"{deployment}-") for name in names]
+    if not all(number.isdigit() for number in numbers):
+        return ", ".join(names)
+    return f"pod {numbers[0]}" if len(numbers) == 1 else f"pods {numbers[0]}-{numbers[-1]}"
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN_NAMES])
+    return shown if len(names) <= _SHOWN_NAMES else f"{shown} and {len(names) - _SHOWN_NAMES} more"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _percent(share: float) -> str:
+    # Rounded down, so that 99.9% is not shown as all.
+    return f"{int(share * 100 + 1e-9)}%"

@@ -1,0 +1,180 @@
+"""What the API server does with a pod before the scheduler sees it: defaults, priority, overhead and quota."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from inferctl.deploy.preview import fields, resources, selectors
+from inferctl.deploy.preview.cluster import Cluster, Pod, Taint
+from inferctl.deploy.preview.tolerations import tolerates
+
+# The classes that every cluster has.
+_SYSTEM_CLASSES = {"system-cluster-critical": 2_000_000_000, "system-node-critical": 2_000_001_000}
+# Unless a pod says otherwise, it stays this long on a node that is lost.
+EVICTION_S = 300
+_LOST = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
+# A quota on one of these refuses pods that do not state it. For other resources, an absent request is zero.
+_MUST_STATE = ("cpu", "memory", "requests.cpu", "requests.memory", "limits.cpu", "limits.memory")
+
+
+def admitted(
+    objects: Mapping[str, Sequence[Mapping[str, Any]]],
+    namespace: str,
+    name: str,
+    labels: Mapping[str, str],
+    spec: Mapping[str, Any],
+) -> Pod:
+    """Return the pod that the API server makes of a pod spec. Raises `ValueError` for an invalid quantity."""
+    spec = dict(spec)
+    tolerations = fields.items(spec, "tolerations")
+    for key in _LOST:
+        if not tolerates(tolerations, Taint(key, "", "NoExecute")):
+            added = {"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": EVICTION_S}
+            tolerations = [*tolerations, added]
+    spec["tolerations"] = tolerations
+    runtime = _named(objects, "RuntimeClass", fields.text(spec, "runtimeClassName"))
+    if runtime and "overhead" not in spec:
+        spec["overhead"] = fields.mapping(runtime, "overhead", "podFixed")
+    found = _class(objects, fields.text(spec, "priorityClassName"))
+    policy = fields.text(spec, "preemptionPolicy") or fields.text(found, "preemptionPolicy")
+    return Pod(
+        namespace,
+        name,
+        labels,
+        spec,
+        requests=resources.of_pod(spec, "requests"),
+        limits=resources.of_pod(spec, "limits"),
+        priority=fields.integer(spec, "priority", default=fields.integer(found, "value")),
+        preempts=policy != "Never",
+    )
+
+
+def _class(objects: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> Mapping[str, Any]:
+    """Return the priority class, without a name the default one; an empty mapping if there is none."""
+    if name:
+        return _named(objects, "PriorityClass", name) or {"value": _SYSTEM_CLASSES.get(name, 0)}
+    defaults = [each for each in objects.get("PriorityClass", ()) if each.get("globalDefault")]
+    return min(defaults, key=lambda each: fields.integer(each, "value"), default={})
+
+
+def _named(objects: Mapping[str, Sequence[Mapping[str, Any]]], kind: str, name: str) -> Mapping[str, Any] | None:
+    return next((each for each in objects.get(kind, ()) if name and fields.text(each, "metadata", "name") == name), None)
+
+
+def refusal(cluster: Cluster, pod: Pod) -> str | None:
+    """Return why the API server refuses `pod`, which is not part of `cluster` yet; None if it accepts it."""
+    name = fields.text(pod.spec, "priorityClassName")
+    if name and name not in _SYSTEM_CLASSES and _named(cluster.objects, "PriorityClass", name) is None:
+        return f"priority class {name} does not exist in the given files"
+    for quota in cluster.of_kind("ResourceQuota"):
+        if _applies(quota, pod) and (reason := _exceeded(cluster, quota, pod)):
+            return f"quota {fields.text(quota, 'metadata', 'name')}: {reason}"
+    return None
+
+
+def _exceeded(cluster: Cluster, quota: Mapping[str, Any], pod: Pod) -> str | None:
+    hard = hard_limits(quota)
+    if missing := [name for name in _MUST_STATE if name in hard and not _stated(pod, name)]:
+        return f"a container does not state {', '.join(missing)}"
+    asked, used = usage(pod), used_of(cluster, quota)
+    for name, most in hard.items():
+        if name in asked and used.get(name, 0) + asked[name] > most:
+            amounts = (fields.show(name, amount) for amount in (asked[name], used.get(name, 0), most))
+            return "{}: {} requested, {} of {} used".format(name, *amounts)
+    return None
+
+
+def hard_limits(quota: Mapping[str, Any]) -> dict[str, int]:
+    """Return the limits of a quota, with CPU in thousandths. Raises `ValueError` for an invalid quantity."""
+    return _amounts(fields.mapping(quota, "spec", "hard"))
+
+
+def _amounts(values: Mapping[str, Any]) -> dict[str, int]:
+    names = {name: "cpu" if name.rpartition(".")[2] == "cpu" else name for name in values}
+    return {name: fields.amounts({names[name]: value})[names[name]] for name, value in values.items() if value is not None}
+
+
+def used_of(cluster: Cluster, quota: Mapping[str, Any]) -> dict[str, int]:
+    """Return what counts towards a quota in the present state of `cluster`."""
+    total: Counter[str] = Counter(cluster.quota_usage.get(_key(quota), {}))
+    for pod in cluster.pods():
+        if pod.charged and _applies(quota, pod):
+            total.update(usage(pod))
+    return dict(total)
+
+
+def unlisted_usage(cluster: Cluster, quota: Mapping[str, Any]) -> dict[str, int]:
+    """Return what the status of a quota counts more than the pods of `cluster`, such as pods that are not listed."""
+    status, known = _amounts(fields.mapping(quota, "status", "used")), used_of(cluster, quota)
+    return {name: amount - known.get(name, 0) for name, amount in status.items() if amount > known.get(name, 0)}
+
+
+def _key(quota: Mapping[str, Any]) -> tuple[str, str]:
+    return namespace_of(quota), fields.text(quota, "metadata", "name")
+
+
+def namespace_of(item: Mapping[str, Any]) -> str:
+    """Return the namespace of an object."""
+    return fields.text(item, "metadata", "namespace") or "default"
+
+
+def usage(pod: Pod) -> dict[str, int]:
+    """Return what a pod counts in quotas, by the names that quotas use."""
+    found = {"pods": 1, "count/pods": 1}
+    for name, amount in pod.requests.items():
+        found[f"requests.{name}"] = amount
+        if not resources.is_extended(name):
+            found[name] = amount
+    for name, amount in pod.limits.items():
+        if name in ("cpu", "memory", "ephemeral-storage"):
+            found[f"limits.{name}"] = amount
+    return found
+
+
+def _stated(pod: Pod, name: str) -> bool:
+    """Return whether every container states the resource that a quota names, such as `limits.memory` or `cpu`."""
+    kind, _, resource = name.rpartition(".")
+    which: resources.Kind = "limits" if kind == "limits" else "requests"
+    if resource in resources.of_container({"resources": fields.mapping(pod.spec, "resources")}, which):
+        return True
+    containers = [*fields.items(pod.spec, "containers"), *fields.items(pod.spec, "initContainers")]
+    return all(resource in resources.of_container(each, which) for each in containers)
+
+
+def _applies(quota: Mapping[str, Any], pod: Pod) -> bool:
+    if namespace_of(quota) != pod.namespace:
+        return False
+    scopes = [{"scopeName": name, "operator": "Exists"} for name in fields.strings(quota, "spec", "scopes")]
+    scopes += fields.items(quota, "spec", "scopeSelector", "matchExpressions")
+    return all(_in_scope(scope, pod) for scope in scopes)
+
+
+def _in_scope(scope: Mapping[str, Any], pod: Pod) -> bool:
+    match fields.text(scope, "scopeName"):
+        case "Terminating":
+            return fields.get(pod.spec, "activeDeadlineSeconds") is not None
+        case "NotTerminating":
+            return fields.get(pod.spec, "activeDeadlineSeconds") is None
+        case "BestEffort":
+            return resources.best_effort(pod.spec)
+        case "NotBestEffort":
+            return not resources.best_effort(pod.spec)
+        case "PriorityClass":
+            name = fields.text(pod.spec, "priorityClassName")
+            labels = {"PriorityClass": name} if name else {}
+            return selectors.matches({"matchExpressions": [{**scope, "key": "PriorityClass"}]}, labels)
+        case "CrossNamespacePodAffinity":
+            return _crosses_namespaces(pod.spec)
+    return False
+
+
+def _crosses_namespaces(spec: Mapping[str, Any]) -> bool:
+    for kind in ("podAffinity", "podAntiAffinity"):
+        terms = fields.items(spec, "affinity", kind, "requiredDuringSchedulingIgnoredDuringExecution")
+        preferred = fields.items(spec, "affinity", kind, "preferredDuringSchedulingIgnoredDuringExecution")
+        terms = [*terms, *(fields.mapping(each, "podAffinityTerm") for each in preferred)]
+        if any(term.get("namespaces") or term.get("namespaceSelector") is not None for term in terms):
+            return True
+    return False

@@ -1,0 +1,249 @@
+"""What the loss of a node, a zone, a region or a cluster costs at the peak, and when it is made good."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from inferctl.deploy.preview import admission, fields, simulation
+from inferctl.deploy.preview.cluster import REGION, Cluster, Pod
+from inferctl.deploy.preview.simulation import Attempt, Outcome
+from inferctl.deploy.preview.workloads import Workload
+
+# Until the controller manager marks a silent node as lost: --node-monitor-grace-period, 50 s from 1.32.
+DETECTION_S = 50
+# At most so many nodes are lost one by one.
+MAX_NODES = 300
+
+
+@dataclass
+class Loss:
+    """The loss of one place for one model.
+
+    `before`, `at_once` and `later` are what serves before, right after, and once the `moved` of the `lost` pods are ready
+    on other nodes, after `later_s`; in `unit`: tokens/s, or replicas if a rate is not stated. `preempting` of the moved
+    pods evict `evicted` others. `waiting` pods need new nodes until `recovered_s`, or wait for the place to come back.
+    The seconds are None if there is no such time, or a Deployment does not state its load time or cold start. `full` is
+    the capacity of all replicas, `demand` the peak in tokens/s, if stated.
+    """
+
+    scope: str
+    place: str
+    cluster: str
+    model: str
+    unit: str
+    full: float
+    demand: float | None
+    before: float
+    at_once: float
+    later: float
+    lost: int
+    moved: int = 0
+    preempting: int = 0
+    evicted: int = 0
+    waiting: int = 0
+    why: Mapping[str, int] = field(default_factory=dict)
+    later_s: float | None = None
+    recovered_s: float | None = None
+
+    def share(self, amount: float) -> float:
+        """Return `amount` as a share of the peak, else of the capacity of all replicas; at most 1."""
+        whole = self.demand or self.full
+        return min(1.0, amount / whole) if whole else 1.0
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The capacity of a replica by cluster and workload, in `unit`, for one model in all clusters."""
+
+    model: str
+    unit: str
+    values: Mapping[tuple[str, str], float]
+    full: float
+    demand: float | None
+
+    def of(self, cluster: str, pods: Sequence[Pod]) -> float:
+        """Return what `pods` serve; pods of others serve nothing of this model."""
+        return sum(self.values.get((cluster, pod.owner), 0.0) for pod in pods)
+
+    def owns(self, cluster: str, pod: Pod) -> bool:
+        return (cluster, pod.owner) in self.values
+
+
+def rates(outcomes: Sequence[Outcome], part: float = 1.0) -> list[Rates]:
+    """Return the rates of each model. `part`: the share of the peak that these clusters have to serve."""
+    models: dict[str, list[tuple[str, Workload]]] = {}
+    for outcome in outcomes:
+        for workload in outcome.workloads:
+            if not workload.placeholder:
+                models.setdefault(workload.model, []).append((outcome.cluster.name, workload))
+    found = []
+    for model, workloads in models.items():
+        known = all(workload.rate is not None for _, workload in workloads)
+        values = {(cluster, each.key): (each.rate or 0.0) if known else 1.0 for cluster, each in workloads}
+        full = sum(values[cluster, each.key] * each.most for cluster, each in workloads)
+        peak = max(each.peak or 0.0 for _, each in workloads)
+        found.append(Rates(model, "tokens/s" if known else "replicas", values, full, part * peak if known and peak else None))
+    return found
+
+
+def run(outcomes: Sequence[Outcome], shares: Mapping[str, float] | None = None) -> list[Loss]:
+    """Return the losses of each node, zone, region and cluster in which pods of models run.
+
+    `shares`: the share of the traffic of each cluster. If the outcomes are of some clusters only, the peak is that of
+    these.
+    """
+    part = min(1.0, sum(shares.get(each.cluster.name, 0.0) for each in outcomes)) if shares else 1.0
+    models = rates(outcomes, part)
+    losses: list[Loss] = []
+    for outcome in outcomes:
+        for scope, places in _places(outcome.cluster).items():
+            for place, names in places.items():
+                losses += _lose_nodes(outcome, outcomes, models, scope, place, names)
+    if len(outcomes) > 1:
+        for outcome in outcomes:
+            losses += _lose_clusters([outcome], outcomes, models, "cluster", outcome.cluster.name)
+        for region, inside in sorted(_regions(outcomes).items()):
+            if len(inside) > 1:
+                losses += _lose_clusters(inside, outcomes, models, "region", region)
+    return losses
+
+
+def _places(cluster: Cluster) -> dict[str, dict[str, list[str]]]:
+    """Return the nodes and zones that can be lost, with their nodes: scope -> place -> nodes."""
+    zones: dict[str, list[str]] = {}
+    for name, node in cluster.nodes.items():
+        if node.zone:
+            zones.setdefault(node.zone, []).append(name)
+    used = [name for name in cluster.nodes if any(pod.owner for pod in cluster.on(name))]
+    return {"node": {name: [name] for name in used[:MAX_NODES]}, "zone": dict(sorted(zones.items()))}
+
+
+def _regions(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    found: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        for name in {node.labels.get(REGION, "") for node in outcome.cluster.nodes.values()} - {""}:
+            found.setdefault(name, []).append(outcome)
+    return found
+
+
+def _lose_nodes(
+    outcome: Outcome, outcomes: Sequence[Outcome], models: Sequence[Rates], scope: str, place: str, names: Sequence[str]
+) -> list[Loss]:
+    cluster = outcome.cluster.copy()
+    name = cluster.name
+    lost = cluster.lose(names)
+    attempts = _replace(cluster, outcome.workloads, lost)
+    evicted = [pod for attempt in attempts for pod in attempt.evicted]
+    losses = []
+    for model in models:
+        gone = [pod for pod in lost if model.owns(name, pod)]
+        if not gone:
+            continue
+        before = _serving(outcomes, model)
+        mine = [each for each in attempts if model.owns(name, each.pod)]
+        moved, waiting = [each for each in mine if each.node], [each for each in mine if not each.node]
+        at_once = before - model.of(name, gone)
+        # Pods of the model that others evict, and that find no other node, serve no more.
+        ended = model.of(name, [pod for pod in evicted if pod.node is None])
+        later_s = _ready_s([(each.pod, each.workload.load_s) for each in moved])
+        losses.append(
+            Loss(
+                scope,
+                place,
+                name,
+                model.model,
+                model.unit,
+                model.full,
+                model.demand,
+                before,
+                at_once,
+                at_once + model.of(name, [each.pod for each in moved]) - ended,
+                lost=len(gone),
+                moved=len(moved),
+                preempting=sum(bool(each.evicted) for each in moved),
+                evicted=sum(len(each.evicted) for each in moved),
+                waiting=len(waiting),
+                why=Counter(each.refused or summary(each) for each in waiting),
+                later_s=later_s,
+                recovered_s=_ready_s([(each.pod, each.workload.cold_start_s) for each in waiting]) if waiting else later_s,
+            )
+        )
+    return losses
+
+
+def _lose_clusters(
+    lost: Sequence[Outcome], outcomes: Sequence[Outcome], models: Sequence[Rates], scope: str, place: str
+) -> list[Loss]:
+    """Return the losses of whole clusters. Their pods move nowhere: the traffic goes to the other clusters."""
+    losses = []
+    for model in models:
+        before = _serving(outcomes, model)
+        left = before - _serving(lost, model)
+        gone = sum(len(_pods(each, model)) for each in lost)
+        if gone:
+            names = ", ".join(each.cluster.name for each in lost)
+            numbers = (model.full, model.demand, before, left, left)
+            why = {f"until the {scope} is back": gone}
+            losses.append(Loss(scope, place, names, model.model, model.unit, *numbers, lost=gone, waiting=gone, why=why))
+    return losses
+
+
+def _pods(outcome: Outcome, model: Rates) -> list[Pod]:
+    return [pod for _, pod in outcome.cluster.bound() if model.owns(outcome.cluster.name, pod)]
+
+
+def _serving(outcomes: Sequence[Outcome], model: Rates) -> float:
+    return sum(model.of(each.cluster.name, _pods(each, model)) for each in outcomes)
+
+
+def _replace(cluster: Cluster, workloads: Sequence[Workload], lost: Sequence[Pod]) -> list[Attempt]:
+    """Place a new pod for each lost one, higher priority first, and the pods that these evict."""
+    found = {each.key: each for each in workloads}
+    owned = sorted((pod for pod in lost if pod.owner in found), key=lambda pod: -pod.priority)
+    attempts = []
+    for index, pod in enumerate(owned):
+        fresh = simulation.new_pod(cluster, found[pod.owner], index)
+        fresh.name = f"{pod.name}-again"
+        attempts.append(simulation.place(cluster, fresh, found[pod.owner]))
+    simulation.settle(cluster, [pod for attempt in attempts for pod in attempt.evicted])
+    return attempts
+
+
+def summary(attempt: Attempt) -> str:
+    """Return why a pod waits: the first filter that fails, with the number of nodes.
+
+    Nodes that could be right, if pods were evicted there, hide those that never can, such as other hardware.
+    """
+    first = [why[0] for why in attempt.reasons.values() if why]
+    possible = [reason for reason in first if reason.resolvable] or first
+    counts = Counter(reason.plugin for reason in possible)
+    return ", ".join(f"{plugin} on {count} {'node' if count == 1 else 'nodes'}" for plugin, count in counts.items())
+
+
+def _ready_s(pods: Sequence[tuple[Pod, float | None]]) -> float | None:
+    """Return when the slowest pod is ready: its node counts as lost, it is evicted from there, and starts elsewhere.
+
+    `pods`: each with the seconds of its start. None without pods, or if a time is not known.
+    """
+    found = []
+    for pod, start_s in pods:
+        away = eviction_s(pod)
+        if start_s is None or away is None:
+            return None
+        found.append(DETECTION_S + away + start_s)
+    return max(found, default=None)
+
+
+def eviction_s(pod: Pod) -> float | None:
+    """Return how long a pod stays on a node that is marked as lost: the tolerationSeconds; None for ever."""
+    seconds = []
+    for toleration in pod.tolerations:
+        key, effect = fields.text(toleration, "key"), fields.text(toleration, "effect")
+        if key in ("", "node.kubernetes.io/unreachable") and effect in ("", "NoExecute"):
+            given = toleration.get("tolerationSeconds")
+            if not isinstance(given, int):
+                return None
+            seconds.append(max(0, given))
+    return float(min(seconds, default=admission.EVICTION_S))

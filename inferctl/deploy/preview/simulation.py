@@ -1,0 +1,180 @@
+"""Places the pods of Deployments on the nodes of a cluster: at rest, then at the peak.
+
+The scheduler's scores decide among feasible nodes, and they are not imitated. To go on, the simulation takes the feasible
+node in the zone and then on the node with the fewest pods of the same Deployment: an even spread, as the scheduler's
+default constraints prefer it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from inferctl.deploy.preview import admission, filters, preemption, selectors
+from inferctl.deploy.preview.cluster import Cluster, Pod
+from inferctl.deploy.preview.filters import Reason
+from inferctl.deploy.preview.preemption import Candidate
+from inferctl.deploy.preview.workloads import Workload
+
+_HASH = "pod-template-hash"
+
+
+@dataclass
+class Attempt:
+    """What happened to one new pod.
+
+    `reasons` has every node, with no reasons for a feasible one. `candidates` are the best nodes for preemption, `node`
+    is where the simulation put the pod, None if it waits or is `refused`.
+    """
+
+    workload: Workload
+    pod: Pod
+    refused: str | None = None
+    reasons: Mapping[str, Sequence[Reason]] = field(default_factory=dict)
+    warnings: Mapping[str, str] = field(default_factory=dict)
+    candidates: Sequence[Candidate] = ()
+    not_preempting: str | None = None
+    node: str | None = None
+    evicted: Sequence[Pod] = ()
+
+    @property
+    def feasible(self) -> list[str]:
+        """The nodes that pass all filters."""
+        return [name for name, why in self.reasons.items() if not why]
+
+
+@dataclass
+class Outcome:
+    """A cluster after its pods were placed. `rest` and `spike` have the new pods up to the least and the most replicas.
+
+    `again` are the pods that were evicted and could be placed elsewhere, `waiting` those that could not. `cluster` is the
+    state at the peak, `at_rest` the one before the spike.
+    """
+
+    cluster: Cluster
+    at_rest: Cluster
+    workloads: Sequence[Workload]
+    existing: Mapping[str, int]
+    rest: list[Attempt]
+    spike: list[Attempt]
+    again: list[Pod]
+    waiting: list[Pod]
+
+
+def run(cluster: Cluster, workloads: Sequence[Workload]) -> Outcome:
+    """Place the pods of `workloads` at rest and at the peak. Changes `cluster`. Raises `ValueError` for a bad quantity.
+
+    Pods of these Deployments that already run in the cluster stay, and count as replicas.
+    """
+    existing = {each.key: adopt(cluster, each) for each in workloads}
+    # The queue of the scheduler: higher priority first.
+    ordered = sorted(workloads, key=lambda each: -new_pod(cluster, each, 0).priority)
+    rest = [attempt for each in ordered for attempt in scale(cluster, each, each.least)]
+    at_rest = cluster.copy()
+    spike = [attempt for each in ordered for attempt in scale(cluster, each, each.most)]
+    evicted = [pod for attempt in (*rest, *spike) for pod in attempt.evicted]
+    again = settle(cluster, evicted)
+    waiting = [pod for pod in cluster.waiting() if pod in evicted]
+    return Outcome(cluster, at_rest, workloads, existing, rest, spike, again, waiting)
+
+
+def adopt(cluster: Cluster, workload: Workload) -> int:
+    """Mark the pods of `workload` that are in the cluster, and return their number."""
+    count = 0
+    for pod in cluster.pods():
+        if pod.namespace == workload.namespace and selectors.matches(workload.selector or None, pod.labels):
+            pod.owner = workload.key
+            count += not pod.terminating
+    return count
+
+
+def new_pod(cluster: Cluster, workload: Workload, index: int) -> Pod:
+    """Return pod number `index` of `workload`. Raises `ValueError` for an invalid quantity."""
+    # The value is made of the template by the Deployment; here, all new pods have the same one.
+    labels = {**workload.labels, _HASH: "preview"}
+    name = f"{workload.name}-{index + 1}"
+    pod = admission.admitted(cluster.objects, workload.namespace, name, labels, workload.spec)
+    pod.owner = workload.key
+    return pod
+
+
+def scale(cluster: Cluster, workload: Workload, replicas: int) -> list[Attempt]:
+    """Add pods of `workload` until it has `replicas`, and place them; also pods of it that wait in the given state.
+
+    Ends early where the next pods can only repeat the result: refused, or no feasible node.
+    """
+    attempts = []
+    present = [pod for pod in cluster.pods() if pod.owner == workload.key and not pod.terminating]
+    # Its pods that wait: placed here, unless an earlier step of the simulation has tried.
+    pending = [pod for pod in present if pod.node is None and not pod.tried]
+    for index in range(len(present) - len(pending), replicas):
+        known = pending.pop(0) if pending else None
+        if known:
+            cluster.remove(known)
+        attempts.append(place(cluster, known or new_pod(cluster, workload, index), workload))
+    return attempts
+
+
+def place(cluster: Cluster, pod: Pod, workload: Workload) -> Attempt:
+    """Admit and place a new pod: on a feasible node, else by preemption, else it waits."""
+    pod.tried = True
+    if refused := admission.refusal(cluster, pod):
+        return Attempt(workload, pod, refused=refused)
+    cluster.add(pod)
+    reasons = filters.feasible(cluster, pod)
+    attempt = Attempt(workload, pod, reasons=reasons)
+    if attempt.feasible:
+        found = ((name, filters.mig_warning(pod, cluster.nodes[name])) for name in attempt.feasible)
+        attempt.warnings = {name: warning for name, warning in found if warning}
+        attempt.node = _choose(cluster, pod, attempt.feasible)
+        cluster.bind(pod, attempt.node)
+        return attempt
+    attempt.not_preempting = preemption.ineligible(cluster, pod)
+    attempt.candidates = preemption.best(cluster, pod, reasons)
+    if attempt.candidates:
+        chosen = min(attempt.candidates, key=lambda each: natural(each.node))
+        attempt.evicted = [_evict(cluster, victim) for victim in chosen.victims]
+        attempt.node = chosen.node
+        cluster.bind(pod, chosen.node)
+    return attempt
+
+
+def _evict(cluster: Cluster, victim: Pod) -> Pod:
+    """Remove a pod from its node and return the one that its owner creates instead, which waits."""
+    cluster.remove(victim)
+    again = copy.copy(victim)
+    again.node, again.nominated, again.started, again.terminating = None, None, math.inf, False
+    cluster.add(again)
+    return again
+
+
+def settle(cluster: Cluster, pods: Iterable[Pod]) -> list[Pod]:
+    """Place those of `pods` that wait, higher priority first, without preemption; return those that found a node."""
+    placed = []
+    for pod in sorted(pods, key=lambda each: -each.priority):
+        if pod not in cluster.waiting():
+            continue
+        found = [name for name, why in filters.feasible(cluster, pod).items() if not why]
+        if found:
+            cluster.bind(pod, _choose(cluster, pod, found))
+            placed.append(pod)
+    return placed
+
+
+def _choose(cluster: Cluster, pod: Pod, names: Sequence[str]) -> str:
+    own = {
+        name: sum(other.owner == pod.owner and not other.terminating for other in cluster.on(name))
+        for name in cluster.nodes
+    }
+    zones: dict[str, int] = {}
+    for name, node in cluster.nodes.items():
+        zones[node.zone] = zones.get(node.zone, 0) + own[name]
+    return min(names, key=lambda name: (zones[cluster.nodes[name].zone], own[name], natural(name)))
+
+
+def natural(name: str) -> tuple[str | int, ...]:
+    """Return a key that sorts `gpu-2` before `gpu-10`."""
+    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))

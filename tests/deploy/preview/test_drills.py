@@ -1,0 +1,267 @@
+"""Tests for spikes and drills. The expected numbers are computed by hand in the comments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from inferctl.deploy.manifests_file import Located
+from inferctl.deploy.preview import drills, nodes_file, report, simulation, workloads
+from inferctl.deploy.preview.drills import Loss
+from inferctl.deploy.preview.simulation import Outcome
+
+SLICE = "nvidia.com/mig-3g.20gb"
+
+
+def node(name: str, zone: str, slices: int = 2, region: str = "r") -> dict[str, Any]:
+    labels = {
+        "kubernetes.io/hostname": name,
+        "topology.kubernetes.io/zone": zone,
+        "topology.kubernetes.io/region": region,
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": name, "labels": labels},
+        "status": {"allocatable": {"cpu": "16", "pods": "110", SLICE: str(slices)}},
+    }
+
+
+def deployment(name: str, replicas: int | None = None, image: str = "server", **spec: Any) -> dict[str, Any]:
+    labels = {"app.kubernetes.io/name": "embed", "flavor": name}
+    container = {"name": "main", "image": image, "resources": {"limits": {SLICE: 1}}}
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {
+            "name": name,
+            "annotations": {
+                "inferctl.io/tokens-per-second": "100",
+                "inferctl.io/peak-tokens-per-second": "500",
+                "inferctl.io/load-seconds": "45",
+                "inferctl.io/cold-start-seconds": "240",
+            },
+        },
+        "spec": {
+            **({} if replicas is None else {"replicas": replicas}),
+            "selector": {"matchLabels": labels},
+            "template": {"metadata": {"labels": labels}, "spec": {"containers": [container], **spec}},
+        },
+    }
+
+
+def scaled(name: str, least: int, most: int) -> dict[str, Any]:
+    return {
+        "apiVersion": "keda.sh/v1alpha1",
+        "kind": "ScaledObject",
+        "metadata": {"name": name},
+        "spec": {"scaleTargetRef": {"name": name}, "minReplicaCount": least, "maxReplicaCount": most},
+    }
+
+
+LOW = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": "low"}, "value": -10}
+PAUSE = "registry.k8s.io/pause:3.10@sha256:0"
+FOUR = [node("a1", "a"), node("a2", "a"), node("b1", "b"), node("b2", "b")]
+
+
+def simulate(nodes: list[dict[str, Any]], *manifests: dict[str, Any], name: str = "cluster") -> Outcome:
+    cluster = nodes_file.of_objects(name, [Located(each) for each in [*nodes, *manifests]])
+    return simulation.run(cluster, workloads.find(manifests))
+
+
+def lost(losses: list[Loss], place: str, model: str = "embed") -> Loss:
+    (found,) = [loss for loss in losses if (loss.place, loss.model) == (place, model)]
+    return found
+
+
+def test_replicas_come_from_the_autoscaler() -> None:
+    hpa = {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": {"name": "x"},
+        "spec": {"scaleTargetRef": {"kind": "Deployment", "name": "hpa"}, "maxReplicas": 4},
+    }
+    found = workloads.find(
+        [deployment("keda"), scaled("keda", 2, 6), deployment("hpa"), hpa, deployment("fixed", 3), deployment("one")]
+    )
+    assert [(each.name, each.least, each.most) for each in found] == [
+        ("keda", 2, 6), ("hpa", 1, 4), ("fixed", 3, 3), ("one", 1, 1)
+    ]  # fmt: skip
+
+
+def test_a_spike_evicts_placeholders_only_when_no_node_is_free() -> None:
+    # 8 slices: 2 at rest, 3 placeholders; the spike to 6 takes the 3 free ones, then 1 of a placeholder.
+    outcome = simulate(
+        FOUR, LOW, deployment("embed"), scaled("embed", 2, 6),
+        deployment("overflow", 3, PAUSE, priorityClassName="low"),
+    )  # fmt: skip
+    assert [bool(attempt.evicted) for attempt in outcome.spike] == [False, False, False, True]
+    assert [pod.owner for pod in outcome.spike[3].evicted] == ["overflow"]
+    # The evicted placeholder finds no other slice.
+    assert (len(outcome.again), len(outcome.waiting)) == (0, 1)
+    (shown,) = report.document([outcome], [])["clusters"][0]["evicted"]
+    assert shown == {"deployment": "overflow", "placeholder": True, "placed_again": 0, "waiting": 1}
+
+
+def test_an_evicted_pod_may_fit_elsewhere() -> None:
+    # The server fits only on a1, where the placeholder is; the placeholder fits on b1 too.
+    nodes = [node("a1", "a", 1), node("b1", "b", 1)]
+    nodes[0]["metadata"]["labels"]["pool"] = "server"
+    outcome = simulate(
+        nodes, LOW, deployment("embed", nodeSelector={"pool": "server"}), scaled("embed", 0, 1),
+        deployment("overflow", 1, PAUSE, priorityClassName="low"),
+    )  # fmt: skip
+    assert [(pod.owner, pod.node) for pod in outcome.again] == [("overflow", "b1")]
+
+
+def test_losing_a_node_with_free_slices_elsewhere() -> None:
+    # 5 of 8 slices serve 500 of the peak of 500. A node with 1 pod: 400 at once; its pod fits elsewhere.
+    outcome = simulate(FOUR, deployment("embed", 5))
+    losses = drills.run([outcome])
+    worst = max((loss for loss in losses if loss.scope == "node"), key=lambda loss: loss.lost)
+    assert worst.lost == 2  # 5 pods on 4 nodes: 2, 1, 1, 1
+    assert (worst.before, worst.at_once, worst.later, worst.demand) == (500, 300, 500, 500)
+    assert (worst.share(worst.at_once), worst.moved, worst.waiting) == (0.6, 2, 0)
+    # 50 s until the node counts as lost, 300 s until its pods are evicted, 45 s to load.
+    assert (worst.later_s, worst.recovered_s) == (395, 395)
+
+
+def test_losing_a_zone_leaves_pods_waiting() -> None:
+    # 6 pods, 3 in each zone of 4 slices: zone b has room for 1 of the 3 of zone a. The others need a new node.
+    losses = drills.run([simulate(FOUR, deployment("embed", 6))])
+    loss = lost(losses, "a")
+    assert (loss.before, loss.at_once, loss.later, loss.full) == (600, 300, 400, 600)
+    assert (loss.lost, loss.moved, loss.waiting) == (3, 1, 2)
+    assert dict(loss.why) == {"NodeResourcesFit on 2 nodes": 2}
+    # 50 + 300 + 240 s of a cold start.
+    assert (loss.later_s, loss.recovered_s) == (395, 590)
+    # 600 of 500 is all of the peak, not more.
+    assert (loss.share(loss.before), loss.share(loss.at_once), loss.share(loss.later)) == (1, 0.6, 0.8)
+
+
+def test_placeholders_absorb_a_lost_node() -> None:
+    # 6 servers and 2 placeholders fill 8 slices. A lost node with 2 servers evicts the 2 placeholders elsewhere.
+    outcome = simulate(FOUR, LOW, deployment("embed", 6), deployment("overflow", 2, PAUSE, priorityClassName="low"))
+    losses = [loss for loss in drills.run([outcome]) if loss.scope == "node" and loss.lost == 2]
+    assert losses
+    for loss in losses:
+        on_node = sum(pod.owner == "overflow" for pod in outcome.cluster.on(loss.place))
+        assert (loss.moved, loss.evicted) == (2, 2)
+        assert on_node == 0
+        assert loss.later == loss.before
+
+
+def test_a_drill_does_not_change_the_outcome() -> None:
+    outcome = simulate(FOUR, deployment("embed", 6))
+    before = sorted((pod.name, pod.node) for pod in outcome.cluster.pods())
+    assert drills.run([outcome]) == drills.run([outcome])
+    assert sorted((pod.name, pod.node) for pod in outcome.cluster.pods()) == before
+
+
+def test_a_short_toleration_recovers_earlier_and_an_endless_one_never() -> None:
+    def toleration(**more: Any) -> dict[str, Any]:
+        return {"key": "node.kubernetes.io/unreachable", "operator": "Exists", "effect": "NoExecute", **more}
+
+    short = drills.run([simulate(FOUR, deployment("embed", 2, tolerations=[toleration(tolerationSeconds=10)]))])
+    assert {loss.later_s for loss in short if loss.scope == "node"} == {50 + 10 + 45}
+    endless = drills.run([simulate(FOUR, deployment("embed", 2, tolerations=[toleration()]))])
+    assert {loss.later_s for loss in endless} == {None}
+
+
+def test_a_lost_zone_with_a_hard_spread_blocks_the_other_zone() -> None:
+    # The lost zone stays a domain with 0 pods. With maxSkew 1, zone b may have 1, but it has 2: the lost pods wait,
+    # though it has room. With nodeTaintsPolicy Honor, the unreachable nodes are no domain.
+    def spread(policy: str) -> dict[str, Any]:
+        constraint = {
+            "maxSkew": 1,
+            "topologyKey": "topology.kubernetes.io/zone",
+            "whenUnsatisfiable": "DoNotSchedule",
+            "nodeTaintsPolicy": policy,
+            "labelSelector": {"matchLabels": {"flavor": "embed"}},
+        }
+        return deployment("embed", 4, topologySpreadConstraints=[constraint])
+
+    blocked = lost(drills.run([simulate(FOUR, spread("Ignore"))]), "a")
+    assert (blocked.lost, blocked.moved, dict(blocked.why)) == (2, 0, {"PodTopologySpread on 2 nodes": 2})
+    free = lost(drills.run([simulate(FOUR, spread("Honor"))]), "a")
+    assert (free.lost, free.moved) == (2, 2)
+
+
+def test_losing_a_cluster_and_a_region() -> None:
+    # Three clusters with 2, 2 and 4 replicas; two of them in region r. Peak 500.
+    pairs = [("one", 2, "r"), ("two", 2, "r"), ("three", 4, "s")]
+    outcomes = [
+        simulate([node(f"{name}-{i}", "z", 2, region) for i in range(3)], deployment("embed", count), name=name)
+        for name, count, region in pairs
+    ]
+    losses = drills.run(outcomes)
+    three = next(loss for loss in losses if (loss.scope, loss.place) == ("cluster", "three"))
+    assert (three.before, three.at_once, three.later, three.recovered_s) == (800, 400, 400, None)
+    assert three.share(three.at_once) == 0.8
+    region = next(loss for loss in losses if loss.scope == "region")
+    assert (region.place, region.cluster, region.lost, region.at_once) == ("r", "one, two", 4, 400)
+    # Node losses of one cluster count the capacity of all.
+    assert next(loss for loss in losses if loss.scope == "node").before == 800
+
+
+def test_shares_of_clusters_reduce_the_peak() -> None:
+    outcome = simulate(FOUR, deployment("embed", 4), name="one")
+    loss = lost(drills.run([outcome], {"one": 0.5, "other": 0.5}), "a")
+    assert loss.demand == 250
+
+
+def test_without_a_rate_replicas_are_counted() -> None:
+    plain = deployment("embed", 4)
+    del plain["metadata"]["annotations"]
+    loss = lost(drills.run([simulate(FOUR, plain)]), "a")
+    assert (loss.unit, loss.demand, loss.full, loss.at_once) == ("replicas", None, 4, 2)
+    assert (loss.later, loss.later_s) == (4, None)
+
+
+def test_flavors_of_a_model_add_up() -> None:
+    fast, slow = deployment("fast", 2), deployment("slow", 2)
+    slow["metadata"]["annotations"]["inferctl.io/tokens-per-second"] = "50"
+    loss = lost(drills.run([simulate(FOUR, fast, slow)]), "a")
+    assert (loss.before, loss.full) == (300, 300)
+
+
+def test_pods_that_run_count_as_replicas_and_stay() -> None:
+    labels = {"app.kubernetes.io/name": "embed", "flavor": "embed"}
+    running = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "embed-x-1", "namespace": "default", "labels": labels},
+        "spec": {"nodeName": "b2", "containers": [{"name": "main", "resources": {"limits": {SLICE: 1}}}]},
+        "status": {"phase": "Running"},
+    }
+    waiting = {
+        **running,
+        "metadata": {**running["metadata"], "name": "embed-x-2"},
+        "spec": {"containers": running["spec"]["containers"]},
+        "status": {"phase": "Pending"},
+    }
+    outcome = simulate([*FOUR, running, waiting], deployment("embed", 3))
+    assert outcome.existing == {"embed": 2}
+    assert [attempt.pod.name for attempt in outcome.rest] == ["embed-x-2", "embed-3"]
+
+
+def test_the_result_does_not_depend_on_the_order_of_nodes() -> None:
+    manifests = [LOW, deployment("embed"), scaled("embed", 2, 6), deployment("overflow", 3, PAUSE, priorityClassName="low")]
+    results = [report.document([outcome], drills.run([outcome])) for outcome in (simulate(FOUR, *manifests),)]
+    backwards = simulate(FOUR[::-1], *manifests)
+    results.append(report.document([backwards], drills.run([backwards])))
+    places = [[group["nodes"] for each in r["clusters"][0]["deployments"] for group in each["pods"]] for r in results]
+    assert places[0] == places[1]
+
+
+@pytest.mark.parametrize(
+    ("image", "placeholder"),
+    [
+        ("registry.k8s.io/pause:3.10", True), ("localhost:5000/pause", True), ("pause@sha256:0", True),
+        ("gcr.io/google_containers/pause-amd64:3.1", True), ("server:1", False), ("registry.k8s.io/pause/server", False),
+    ],
+)  # fmt: skip
+def test_placeholders_are_known_by_their_image(image: str, placeholder: bool) -> None:
+    (found,) = workloads.find([deployment("x", image=image)])
+    assert found.placeholder is placeholder
