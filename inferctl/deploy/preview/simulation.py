@@ -1,8 +1,8 @@
 """Places the pods of Deployments on the nodes of a cluster: at rest, then at the peak.
 
 The scheduler's scores decide among feasible nodes, and they are not imitated. To go on, the simulation takes the feasible
-node in the zone and then on the node with the fewest pods of the same Deployment: an even spread, as the scheduler's
-default constraints prefer it.
+node in the zone and then on the node with the fewest pods of the same Deployment, then with the fewest pods: an even
+spread, as the scheduler's default constraints prefer it.
 """
 
 from __future__ import annotations
@@ -172,7 +172,10 @@ def _choose(cluster: Cluster, pod: Pod, names: Sequence[str]) -> str:
     zones: dict[str, int] = {}
     for name, node in cluster.nodes.items():
         zones[node.zone] = zones.get(node.zone, 0) + own[name]
-    return min(names, key=lambda name: (zones[cluster.nodes[name].zone], own[name], natural(name)))
+    return min(
+        names,
+        key=lambda name: (zones[cluster.nodes[name].zone], own[name], len(cluster.on(name)), natural(name)),
+    )
 
 
 def natural(name: str) -> tuple[str | int, ...]:

@@ -124,9 +124,6 @@ def spread_violation(counted: View, node: Node) -> tuple[str, bool] | None:
 def affinity_violation(counted: View, node: Node) -> tuple[str, bool] | None:
     """Return why `node` violates affinity between pods, and whether an eviction may help; None if it does not."""
     pod = counted.pod
-    for key, value in counted.repelled:
-        if node.labels.get(key) == value:
-            return f"a pod in {key} {value} has anti-affinity to this pod", True
     for term in pod.affinity:
         if term.key not in node.labels:
             return f"has no label {term.key}, on which affinity to pods depends", False
@@ -141,6 +138,9 @@ def affinity_violation(counted: View, node: Node) -> tuple[str, bool] | None:
         value = node.labels.get(term.key)
         if value is not None and counted.unwanted[term.key, value]:
             return f"a pod that the anti-affinity excludes is in {term.key} {value}", True
+    for key, value in counted.repelled:
+        if node.labels.get(key) == value:
+            return f"a pod in {key} {value} has anti-affinity to this pod", True
     return None
 
 
