@@ -60,7 +60,9 @@ def _class(objects: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> Map
 
 
 def _named(objects: Mapping[str, Sequence[Mapping[str, Any]]], kind: str, name: str) -> Mapping[str, Any] | None:
-    return next((each for each in objects.get(kind, ()) if name and fields.text(each, "metadata", "name") == name), None)
+    if not name:
+        return None
+    return next((each for each in objects.get(kind, ()) if fields.text(each, "metadata", "name") == name), None)
 
 
 def refusal(cluster: Cluster, pod: Pod) -> str | None:
@@ -92,8 +94,13 @@ def hard_limits(quota: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _amounts(values: Mapping[str, Any]) -> dict[str, int]:
-    names = {name: "cpu" if name.rpartition(".")[2] == "cpu" else name for name in values}
-    return {name: fields.amounts({names[name]: value})[names[name]] for name, value in values.items() if value is not None}
+    found = {}
+    for name, value in values.items():
+        # A quota counts `requests.cpu` in thousandths as well.
+        plain = "cpu" if name.rpartition(".")[2] == "cpu" else name
+        if value is not None:
+            found[name] = fields.amounts({plain: value})[plain]
+    return found
 
 
 def used_of(cluster: Cluster, quota: Mapping[str, Any]) -> dict[str, int]:

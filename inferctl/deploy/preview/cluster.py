@@ -262,8 +262,8 @@ class Cluster:
     def lose(self, names: Sequence[str]) -> list[Pod]:
         """Make nodes unreachable, and return their pods, which now terminate until the nodes are back.
 
-        The nodes stay in the cluster with taints, as in Kubernetes, where a cloud removes them later. So an empty domain
-        of topology spread may block pods elsewhere. A quota no longer counts the pods.
+        The nodes stay in the cluster with taints, as in Kubernetes, where a cloud removes them later. So an empty
+        domain of topology spread may block pods elsewhere. A quota no longer counts the pods.
         """
         lost = []
         for name in names:

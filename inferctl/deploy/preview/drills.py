@@ -21,11 +21,11 @@ MAX_NODES = 300
 class Loss:
     """The loss of one place for one model.
 
-    `before`, `at_once` and `later` are what serves before, right after, and once the `moved` of the `lost` pods are ready
-    on other nodes, after `later_s`; in `unit`: tokens/s, or replicas if a rate is not stated. `preempting` of the moved
-    pods evict `evicted` others. `waiting` pods need new nodes until `recovered_s`, or wait for the place to come back.
-    The seconds are None if there is no such time, or a Deployment does not state its load time or cold start. `full` is
-    the capacity of all replicas, `demand` the peak in tokens/s, if stated.
+    `before`, `at_once` and `later` are what serves before, right after, and once the `moved` of the `lost` pods are
+    ready on other nodes, after `later_s`; in `unit`: tokens/s, or replicas if a rate is not stated. `preempting` of the
+    moved pods evict `evicted` others. `waiting` pods need new nodes until `recovered_s`, or wait for the place to come
+    back. The seconds are None if there is no such time, or a Deployment does not state its load time or cold start.
+    `full` is the capacity of all replicas, `demand` the peak in tokens/s, if stated.
     """
 
     scope: str
@@ -84,7 +84,8 @@ def rates(outcomes: Sequence[Outcome], part: float = 1.0) -> list[Rates]:
         values = {(cluster, each.key): (each.rate or 0.0) if known else 1.0 for cluster, each in workloads}
         full = sum(values[cluster, each.key] * each.most for cluster, each in workloads)
         peak = max(each.peak or 0.0 for _, each in workloads)
-        found.append(Rates(model, "tokens/s" if known else "replicas", values, full, part * peak if known and peak else None))
+        demand = part * peak if known and peak else None
+        found.append(Rates(model, "tokens/s" if known else "replicas", values, full, demand))
     return found
 
 
@@ -148,6 +149,7 @@ def _lose_nodes(
         # Pods of the model that others evict, and that find no other node, serve no more.
         ended = model.of(name, [pod for pod in evicted if pod.node is None])
         later_s = _ready_s([(each.pod, each.workload.load_s) for each in moved])
+        cold_s = _ready_s([(each.pod, each.workload.cold_start_s) for each in waiting])
         losses.append(
             Loss(
                 scope,
@@ -167,7 +169,7 @@ def _lose_nodes(
                 waiting=len(waiting),
                 why=Counter(each.refused or summary(each) for each in waiting),
                 later_s=later_s,
-                recovered_s=_ready_s([(each.pod, each.workload.cold_start_s) for each in waiting]) if waiting else later_s,
+                recovered_s=cold_s if waiting else later_s,
             )
         )
     return losses
@@ -186,7 +188,8 @@ def _lose_clusters(
             names = ", ".join(each.cluster.name for each in lost)
             numbers = (model.full, model.demand, before, left, left)
             why = {f"until the {scope} is back": gone}
-            losses.append(Loss(scope, place, names, model.model, model.unit, *numbers, lost=gone, waiting=gone, why=why))
+            loss = Loss(scope, place, names, model.model, model.unit, *numbers, lost=gone, waiting=gone, why=why)
+            losses.append(loss)
     return losses
 
 

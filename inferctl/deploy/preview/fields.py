@@ -1,4 +1,4 @@
-"""Reads fields of Kubernetes objects that may lack them or have other types, and quantities such as `500m` and `1Gi`."""
+"""Reads fields of Kubernetes objects, which may be absent or of another type, and quantities such as `500m`."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ def feasible(cluster: Cluster, pod: Pod) -> dict[str, list[Reason]]:
 def reasons(cluster: Cluster, pod: Pod, name: str, seen: View | None = None) -> list[Reason]:
     """Return why `pod` cannot run on the node. `seen`: the counts of other pods in the present state, if known.
 
-    Pods of equal or higher priority that are nominated to the node hold their place: the filters must pass with them and
-    without them, since they may end up elsewhere.
+    Pods of equal or higher priority that are nominated to the node hold their place: the filters must pass with them
+    and without them, since they may end up elsewhere.
     """
     nominated = [
         other

@@ -66,7 +66,7 @@ class NodeGroups(Section):
 
 
 def read(document: Document) -> list[tuple[str, dict[str, Any]]]:
-    """Return the nodes of a document as objects of Kubernetes, each with the name of its cluster. Raises `SpecError`."""
+    """Return the nodes of a document as Kubernetes objects, each with the name of its cluster. Raises `SpecError`."""
     try:
         groups = NodeGroups.model_validate(document.data).nodes
     except ValidationError as error:

@@ -19,9 +19,9 @@ _TIMEOUT_S = 120
 def read(paths: Sequence[Path], clusters: Sequence[str]) -> dict[str, list[Located]]:
     """Return the objects of files and folders for each of `clusters`.
 
-    A folder with `overlays/CLUSTER` gives each cluster its overlay, and a folder with a kustomization is built, both with
-    `kubectl kustomize`. Other files and folders are the same for all clusters. Raises `UsageError`, `SpecError` and
-    `NotReadyError`.
+    A folder with `overlays/CLUSTER` gives each cluster its overlay, and a folder with a kustomization is built, both
+    with `kubectl kustomize`. Other files and folders are the same for all clusters. Raises `UsageError`, `SpecError`
+    and `NotReadyError`.
     """
     found: dict[str, list[Located]] = {name: [] for name in clusters}
     for path in paths:

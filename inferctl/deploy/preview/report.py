@@ -94,7 +94,7 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
 
 
 def _reasons(attempt: Attempt) -> list[dict[str, Any]]:
-    """Return the reasons, each with the nodes that have it. The first of a node is the one that the scheduler reports."""
+    """Return the reasons, each with the nodes that have them. The scheduler reports the first one of a node."""
     found: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for name, why in attempt.reasons.items():
         if why:

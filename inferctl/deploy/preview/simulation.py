@@ -1,8 +1,8 @@
 """Places the pods of Deployments on the nodes of a cluster: at rest, then at the peak.
 
-The scheduler's scores decide among feasible nodes, and they are not imitated. To go on, the simulation takes the feasible
-node in the zone and then on the node with the fewest pods of the same Deployment, then with the fewest pods: an even
-spread, as the scheduler's default constraints prefer it.
+The scheduler's scores decide among feasible nodes, and they are not imitated. To go on, the simulation takes the
+feasible node in the zone and then on the node with the fewest pods of the same Deployment, then with the fewest pods:
+an even spread, as the scheduler's default constraints prefer it.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Attempt:
 class Outcome:
     """A cluster after its pods were placed. `rest` and `spike` have the new pods up to the least and the most replicas.
 
-    `again` are the pods that were evicted and could be placed elsewhere, `waiting` those that could not. `cluster` is the
-    state at the peak, `at_rest` the one before the spike.
+    `again` are the pods that were evicted and could be placed elsewhere, `waiting` those that could not. `cluster` is
+    the state at the peak, `at_rest` the one before the spike.
     """
 
     cluster: Cluster

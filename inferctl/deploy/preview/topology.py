@@ -21,7 +21,8 @@ class View:
     """Counts of other pods by topology domain (key, value), for one pod to schedule.
 
     `spread` has the pods per domain value of each constraint. `wanted` counts pods that match all terms of affinity,
-    `unwanted` those that match a term of anti-affinity, and `repelled` the pods whose own anti-affinity matches this pod.
+    `unwanted` those that match a term of anti-affinity, and `repelled` the pods whose own anti-affinity matches this
+    pod.
     """
 
     pod: Pod
@@ -100,7 +101,7 @@ def _included(constraint: Spread, pod: Pod, node: Node) -> bool:
 
 
 def spread_violation(counted: View, node: Node) -> tuple[str, bool] | None:
-    """Return why `node` violates a topology spread constraint, and whether an eviction may help; None if it does not."""
+    """Return why `node` violates a topology spread constraint, and whether an eviction may help; None if it fits."""
     pod = counted.pod
     for constraint, counts in zip(pod.spread, counted.spread, strict=True):
         value = node.labels.get(constraint.key)
@@ -122,7 +123,7 @@ def spread_violation(counted: View, node: Node) -> tuple[str, bool] | None:
 
 
 def affinity_violation(counted: View, node: Node) -> tuple[str, bool] | None:
-    """Return why `node` violates affinity between pods, and whether an eviction may help; None if it does not."""
+    """Return why `node` violates affinity between pods, and whether an eviction may help; None if it fits."""
     pod = counted.pod
     for term in pod.affinity:
         if term.key not in node.labels:

@@ -1,4 +1,4 @@
-"""Filters of volumes: claims that are bound to a volume of one zone or node. Only claims in the given files are known."""
+"""Filters of volumes: claims that are bound to a volume of one zone or node, as far as the given files have them."""
 
 from __future__ import annotations
 

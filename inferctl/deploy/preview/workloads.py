@@ -21,9 +21,9 @@ _COMPONENT = "app.kubernetes.io/component"
 class Workload:
     """A Deployment.
 
-    `least` and `most` are its replicas at rest and at the peak: those of its autoscaler, else `spec.replicas`. `rate` is
-    in tokens per second and replica, `peak` the tokens per second of all clusters that the model must serve; `load_s`
-    from start until ready, `cold_start_s` with a new node. None if the Deployment does not state it.
+    `least` and `most` are its replicas at rest and at the peak: those of its autoscaler, else `spec.replicas`. `rate`
+    is in tokens per second and replica, `peak` the tokens per second of all clusters that the model must serve;
+    `load_s` from start until ready, `cold_start_s` with a new node. None if the Deployment does not state it.
     """
 
     namespace: str
