@@ -16,12 +16,11 @@ _SHOWN_NODES = 12
 
 
 def preview(
-    nodes: Sequence[Path], manifests: Sequence[Path], shares: Mapping[str, float] | None = None, *, as_json: bool
+    nodes: Sequence[Path], manifests: Sequence[Path], *, as_json: bool
 ) -> int:
     """Print the preview of `manifests` on the clusters of the nodes files, and return the exit code.
 
-    `shares`: the share of the traffic of each cluster. The exit code is 1 if pods do not fit at rest.
-    Raises `UsageError` and `SpecError`.
+    It is 1 if pods do not fit at rest. Raises `UsageError` and `SpecError`.
     """
     from inferctl.deploy.preview import drills, report
     from inferctl.errors import UsageError
@@ -29,7 +28,7 @@ def preview(
     outcomes = _simulate(nodes, manifests)
     if not any(outcome.workloads for outcome in outcomes):
         raise UsageError("the manifests have no Deployment", "name files or folders with Deployments")
-    result = report.document(outcomes, drills.run(outcomes, shares))
+    result = report.document(outcomes, drills.run(outcomes))
     if as_json:
         console.document(result)
     else:
@@ -189,6 +188,9 @@ def _then(loss: Mapping[str, Any]) -> str:
         when = f"; new nodes serve after {loss['recovered_s']:.0f} s" if loss["recovered_s"] is not None else ""
         wait = "waits" if loss["waiting"] == 1 else "wait"
         parts.append(f"{_count(loss['waiting'], 'pod')} {wait} ({why}){when}")
+    if loss["added"]:
+        when = f" after {loss['covered_s']:.0f} s" if loss["covered_s"] is not None else ""
+        parts.append(f"{_percent(loss['share']['covered'])}{when} with {_count(loss['added'], 'pod')} of the next hardware")
     return "; ".join(parts)
 
 

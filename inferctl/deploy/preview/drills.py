@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from inferctl.deploy.preview import admission, fields, simulation
 from inferctl.deploy.preview.cluster import REGION, Cluster, Pod
 from inferctl.deploy.preview.simulation import Attempt, Outcome
-from inferctl.deploy.preview.workloads import Workload
+from inferctl.deploy.preview.workloads import Workload, serving
 
 # Until the controller manager marks a silent node as lost: --node-monitor-grace-period, 50 s from 1.32.
 DETECTION_S = 50
+# KEDA polls every 15 s in the manifests of `inferctl deploy`, and the autoscaler of pods looks every 15 s.
+AUTOSCALER_S = 30
 # At most so many nodes are lost one by one.
 MAX_NODES = 300
 
@@ -24,8 +26,9 @@ class Loss:
     `before`, `at_once` and `later` are what serves before, right after, and once the `moved` of the `lost` pods are
     ready on other nodes, after `later_s`; in `unit`: tokens/s, or replicas if a rate is not stated. `preempting` of the
     moved pods evict `evicted` others. `waiting` pods need new nodes until `recovered_s`, or wait for the place to come
-    back. The seconds are None if there is no such time, or a Deployment does not state its load time or cold start.
-    `full` is the capacity of all replicas, `demand` the peak in tokens/s, if stated.
+    back. Meanwhile the autoscaler adds `added` pods of the next hardware, so that `covered` serves from `covered_s` on.
+    The seconds are None if there is no such time, or a Deployment does not state its load time or cold start. `full` is
+    the capacity of all replicas, `demand` the peak in tokens/s, if stated.
     """
 
     scope: str
@@ -43,6 +46,9 @@ class Loss:
     preempting: int = 0
     evicted: int = 0
     waiting: int = 0
+    added: int = 0
+    covered: float = 0.0
+    covered_s: float | None = None
     why: Mapping[str, int] = field(default_factory=dict)
     later_s: float | None = None
     recovered_s: float | None = None
@@ -55,7 +61,10 @@ class Loss:
 
 @dataclass(frozen=True)
 class Rates:
-    """The capacity of a replica by cluster and workload, in `unit`, for one model in all clusters."""
+    """The capacity of a replica by cluster and workload, in `unit`, for one model in all clusters.
+
+    `full` is the capacity of all replicas, `demand` the peak in tokens/s, if stated.
+    """
 
     model: str
     unit: str
@@ -71,32 +80,28 @@ class Rates:
         return (cluster, pod.owner) in self.values
 
 
-def rates(outcomes: Sequence[Outcome], part: float = 1.0) -> list[Rates]:
-    """Return the rates of each model. `part`: the share of the peak that these clusters have to serve."""
+def rates(outcomes: Sequence[Outcome]) -> list[Rates]:
+    """Return the rates of each model."""
     models: dict[str, list[tuple[str, Workload]]] = {}
     for outcome in outcomes:
-        for workload in outcome.workloads:
-            if not workload.placeholder:
-                models.setdefault(workload.model, []).append((outcome.cluster.name, workload))
+        for model, workloads in serving(outcome.workloads).items():
+            models.setdefault(model, []).extend((outcome.cluster.name, each) for each in workloads)
     found = []
-    for model, workloads in models.items():
-        known = all(workload.rate is not None for _, workload in workloads)
-        values = {(cluster, each.key): (each.rate or 0.0) if known else 1.0 for cluster, each in workloads}
-        full = sum(values[cluster, each.key] * each.most for cluster, each in workloads)
-        peak = max(each.peak or 0.0 for _, each in workloads)
-        demand = part * peak if known and peak else None
-        found.append(Rates(model, "tokens/s" if known else "replicas", values, full, demand))
+    for model, pairs in models.items():
+        known = all(each.rate is not None for _, each in pairs)
+        values = {(cluster, each.key): (each.rate or 0.0) if known else 1.0 for cluster, each in pairs}
+        full = sum(values[cluster, each.key] * each.most for cluster, each in pairs)
+        peaks: dict[str, float] = {}
+        for cluster, each in pairs:
+            peaks[cluster] = max(peaks.get(cluster, 0.0), each.peak or 0.0)
+        demand = sum(peaks.values()) if known else 0.0
+        found.append(Rates(model, "tokens/s" if known else "replicas", values, full, demand or None))
     return found
 
 
-def run(outcomes: Sequence[Outcome], shares: Mapping[str, float] | None = None) -> list[Loss]:
-    """Return the losses of each node, zone, region and cluster in which pods of models run.
-
-    `shares`: the share of the traffic of each cluster. If the outcomes are of some clusters only, the peak is that of
-    these.
-    """
-    part = min(1.0, sum(shares.get(each.cluster.name, 0.0) for each in outcomes)) if shares else 1.0
-    models = rates(outcomes, part)
+def run(outcomes: Sequence[Outcome]) -> list[Loss]:
+    """Return the losses of each node, zone, region and cluster in which pods of models run."""
+    models = rates(outcomes)
     losses: list[Loss] = []
     for outcome in outcomes:
         for scope, places in _places(outcome.cluster).items():
@@ -137,6 +142,9 @@ def _lose_nodes(
     lost = cluster.lose(names)
     attempts = _replace(cluster, outcome.workloads, lost)
     evicted = [pod for attempt in attempts for pod in attempt.evicted]
+    # Pods that others evicted, and that found no other node, serve no more.
+    ended = [pod for pod in evicted if pod.node is None]
+    fallback = simulation.fill(cluster, outcome.queue)
     losses = []
     for model in models:
         gone = [pod for pod in lost if model.owns(name, pod)]
@@ -145,34 +153,38 @@ def _lose_nodes(
         before = _serving(outcomes, model)
         mine = [each for each in attempts if model.owns(name, each.pod)]
         moved, waiting = [each for each in mine if each.node], [each for each in mine if not each.node]
+        added = [each for each in fallback if model.owns(name, each.pod) and each.node]
         at_once = before - model.of(name, gone)
-        # Pods of the model that others evict, and that find no other node, serve no more.
-        ended = model.of(name, [pod for pod in evicted if pod.node is None])
-        later_s = _ready_s([(each.pod, each.workload.load_s) for each in moved])
-        cold_s = _ready_s([(each.pod, each.workload.cold_start_s) for each in waiting])
-        losses.append(
-            Loss(
-                scope,
-                place,
-                name,
-                model.model,
-                model.unit,
-                model.full,
-                model.demand,
-                before,
-                at_once,
-                at_once + model.of(name, [each.pod for each in moved]) - ended,
-                lost=len(gone),
-                moved=len(moved),
-                preempting=sum(bool(each.evicted) for each in moved),
-                evicted=sum(len(each.evicted) for each in moved),
-                waiting=len(waiting),
-                why=Counter(each.refused or summary(each) for each in waiting),
-                later_s=later_s,
-                recovered_s=cold_s if waiting else later_s,
-            )
+        later = at_once + model.of(name, [each.pod for each in moved]) - model.of(name, ended)
+        loss = Loss(
+            scope, place, name, model.model, model.unit, model.full, model.demand, before, at_once, later, len(gone)
         )
+        loss.moved, loss.waiting, loss.added = len(moved), len(waiting), len(added)
+        loss.preempting = sum(bool(each.evicted) for each in moved)
+        loss.evicted = sum(len(each.evicted) for each in moved)
+        loss.why = Counter(each.refused or summary(each) for each in waiting)
+        loss.later_s = _ready_s([(each.pod, each.workload.load_s) for each in moved])
+        cold_s = _ready_s([(each.pod, each.workload.cold_start_s) for each in waiting])
+        loss.recovered_s = cold_s if waiting else loss.later_s
+        loss.covered = later + model.of(name, [each.pod for each in added])
+        loss.covered_s = _covered_s(waiting, added)
+        losses.append(loss)
     return losses
+
+
+def _covered_s(waiting: Sequence[Attempt], added: Sequence[Attempt]) -> float | None:
+    """Return when the pods of the next hardware are ready, which the autoscaler adds for those that wait.
+
+    It counts a Deployment as out of hardware once pods have been missing for its cold start, and then looks twice.
+    """
+    if not added:
+        return None
+    missing = [each.workload.cold_start_s for each in waiting]
+    loads = [each.workload.load_s for each in added]
+    known = [each for each in (*missing, *loads) if each is not None]
+    if len(known) < len(missing) + len(loads):
+        return None
+    return DETECTION_S + max(known[: len(missing)], default=0.0) + AUTOSCALER_S + max(known[len(missing) :])
 
 
 def _lose_clusters(
@@ -189,6 +201,7 @@ def _lose_clusters(
             numbers = (model.full, model.demand, before, left, left)
             why = {f"until the {scope} is back": gone}
             loss = Loss(scope, place, names, model.model, model.unit, *numbers, lost=gone, waiting=gone, why=why)
+            loss.covered = left
             losses.append(loss)
     return losses
 

@@ -158,12 +158,17 @@ def _loss(loss: Loss) -> dict[str, Any]:
         "model": loss.model,
         "unit": loss.unit,
         "peak": loss.demand,
-        "capacity": {"all_replicas": loss.full, "before": loss.before, "at_once": loss.at_once, "later": loss.later},
+        "capacity": {
+            "all_replicas": loss.full,
+            "before": loss.before, "at_once": loss.at_once, "later": loss.later,
+            "covered": loss.covered,
+        },
         "share": {
             "of": "peak" if loss.demand else "all replicas",
             "before": round(loss.share(loss.before), 4),
             "at_once": round(loss.share(loss.at_once), 4),
             "later": round(loss.share(loss.later), 4),
+            "covered": round(loss.share(loss.covered), 4),
         },
         "lost": loss.lost,
         "moved": loss.moved,
@@ -172,6 +177,8 @@ def _loss(loss: Loss) -> dict[str, Any]:
         "waiting": loss.waiting,
         "why": dict(loss.why),
         "later_s": loss.later_s,
+        "added": loss.added,
+        "covered_s": loss.covered_s,
         "recovered_s": loss.recovered_s,
     }
 

@@ -17,7 +17,7 @@ from inferctl.deploy.preview import admission, filters, preemption, selectors
 from inferctl.deploy.preview.cluster import Cluster, Pod
 from inferctl.deploy.preview.filters import Reason
 from inferctl.deploy.preview.preemption import Candidate
-from inferctl.deploy.preview.workloads import Workload
+from inferctl.deploy.preview.workloads import Workload, serving
 
 _HASH = "pod-template-hash"
 
@@ -48,15 +48,15 @@ class Attempt:
 
 @dataclass
 class Outcome:
-    """A cluster after its pods were placed. `rest` and `spike` have the new pods up to the least and the most replicas.
+    """A cluster at the peak. `rest` and `spike` are the new pods up to the least replicas, and then up to the peak.
 
-    `again` are the pods that were evicted and could be placed elsewhere, `waiting` those that could not. `cluster` is
-    the state at the peak, `at_rest` the one before the spike.
+    `queue` has the workloads in the order in which their pods were placed. `again` are the pods that were evicted and
+    could be placed elsewhere, `waiting` those that could not.
     """
 
     cluster: Cluster
-    at_rest: Cluster
     workloads: Sequence[Workload]
+    queue: Sequence[Workload]
     existing: Mapping[str, int]
     rest: list[Attempt]
     spike: list[Attempt]
@@ -71,14 +71,39 @@ def run(cluster: Cluster, workloads: Sequence[Workload]) -> Outcome:
     """
     existing = {each.key: adopt(cluster, each) for each in workloads}
     # The queue of the scheduler: higher priority first.
-    ordered = sorted(workloads, key=lambda each: -new_pod(cluster, each, 0).priority)
+    ordered = sorted(workloads, key=lambda each: (-new_pod(cluster, each, 0).priority, each.preference))
     rest = [attempt for each in ordered for attempt in scale(cluster, each, each.least)]
-    at_rest = cluster.copy()
-    spike = [attempt for each in ordered for attempt in scale(cluster, each, each.most)]
+    spike = fill(cluster, ordered)
     evicted = [pod for attempt in (*rest, *spike) for pod in attempt.evicted]
     again = settle(cluster, evicted)
     waiting = [pod for pod in cluster.waiting() if pod in evicted]
-    return Outcome(cluster, at_rest, workloads, existing, rest, spike, again, waiting)
+    return Outcome(cluster, workloads, ordered, existing, rest, spike, again, waiting)
+
+
+def fill(cluster: Cluster, workloads: Sequence[Workload]) -> list[Attempt]:
+    """Scale `workloads`, in this order, to what the peak needs, else to their most, and place the new pods.
+
+    The first Deployment of a model takes what it can. What its pods with a node do not serve is left to the next one,
+    so pods that wait for hardware are made up for by other hardware.
+    """
+    left = {
+        model: max((each.peak or 0.0 for each in flavors), default=0.0) or None
+        for model, flavors in serving(workloads).items()
+    }
+    flavors = {each.key for each in workloads if each.rate is not None}
+    attempts: list[Attempt] = []
+    for each in workloads:
+        need = left.get(each.model) if each.key in flavors else None
+        if need is None or each.rate is None:
+            attempts += scale(cluster, each, each.most)
+            continue
+        planned = each.rate * each.utilization
+        # The tolerance keeps an exact multiple from needing one more.
+        wanted = math.ceil(max(0.0, need) / planned - 1e-9) if planned else each.most
+        attempts += scale(cluster, each, min(each.most, max(each.least, wanted)))
+        bound = sum(pod.owner == each.key and not pod.terminating for _, pod in cluster.bound())
+        left[each.model] = need - bound * planned
+    return attempts
 
 
 def adopt(cluster: Cluster, workload: Workload) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from inferctl.deploy.preview import fields
 
-# Annotations of a Deployment with which `inferctl deploy` states what a replica can do.
+# Annotations with which `inferctl deploy` states what a replica can do and must do. All are on the Deployment, the peak
+# on its autoscaler if it has one: both are different in each cluster.
 RATE = "inferctl.io/tokens-per-second"
+UTILIZATION = "inferctl.io/utilization"
+PREFERENCE = "inferctl.io/preference"
 PEAK = "inferctl.io/peak-tokens-per-second"
 LOAD = "inferctl.io/load-seconds"
 COLD_START = "inferctl.io/cold-start-seconds"
@@ -18,12 +21,23 @@ _COMPONENT = "app.kubernetes.io/component"
 
 
 @dataclass(frozen=True)
+class Scaler:
+    """The replicas that an autoscaler may set, and the peak in tokens per second that it is made for, if stated."""
+
+    kind: str
+    least: int
+    most: int
+    peak: float | None = None
+
+
+@dataclass(frozen=True)
 class Workload:
     """A Deployment.
 
-    `least` and `most` are its replicas at rest and at the peak: those of its autoscaler, else `spec.replicas`. `rate`
-    is in tokens per second and replica, `peak` the tokens per second of all clusters that the model must serve;
-    `load_s` from start until ready, `cold_start_s` with a new node. None if the Deployment does not state it.
+    `least` and `most` are its replicas: those of its autoscaler, else `spec.replicas`. `rate` is in tokens per second
+    and replica, of which `utilization` is planned for; `peak` is what all Deployments of the model must serve in this
+    cluster; `preference` says which of them does so first. `load_s` is from start until ready, `cold_start_s` with a new
+    node. None if it is not stated.
     """
 
     namespace: str
@@ -35,12 +49,13 @@ class Workload:
     least: int
     most: int
     rate: float | None = None
+    utilization: float = 1.0
+    preference: int = 0
     peak: float | None = None
     load_s: float | None = None
     cold_start_s: float | None = None
     component: str = ""
     scaled_by: str = ""
-    annotations: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -61,12 +76,10 @@ def _is_pause(image: str) -> bool:
 def find(objects: Iterable[Mapping[str, Any]], namespace: str = "default") -> list[Workload]:
     """Return the Deployments among `objects` in their order. `namespace`: for objects that name none."""
     objects = list(objects)
-    scalers = {
-        (_namespace(each, namespace), target): limits
-        for each in objects
-        if (found := _scaler(each)) is not None
-        for target, limits in [found]
-    }
+    scalers: dict[tuple[str, str], Scaler] = {}
+    for each in objects:
+        if found := _scaler(each):
+            scalers[_namespace(each, namespace), fields.text(each, "spec", "scaleTargetRef", "name")] = found
     return [
         _workload(each, _namespace(each, namespace), scalers)
         for each in objects
@@ -74,13 +87,13 @@ def find(objects: Iterable[Mapping[str, Any]], namespace: str = "default") -> li
     ]
 
 
-def _workload(item: Mapping[str, Any], namespace: str, scalers: Mapping[tuple[str, str], tuple[str, int, int]]) -> Workload:
+def _workload(item: Mapping[str, Any], namespace: str, scalers: Mapping[tuple[str, str], Scaler]) -> Workload:
     name = fields.text(item, "metadata", "name")
     template = fields.mapping(item, "spec", "template")
     labels = fields.text_map(fields.mapping(template, "metadata", "labels"))
     annotations = fields.text_map(fields.mapping(item, "metadata", "annotations"))
     replicas = fields.integer(item, "spec", "replicas", default=1)
-    scaled_by, least, most = scalers.get((namespace, name), ("", replicas, replicas))
+    scaler = scalers.get((namespace, name), Scaler("", replicas, replicas))
     return Workload(
         namespace,
         name,
@@ -88,22 +101,23 @@ def _workload(item: Mapping[str, Any], namespace: str, scalers: Mapping[tuple[st
         labels,
         fields.mapping(template, "spec"),
         fields.mapping(item, "spec", "selector"),
-        least,
-        most,
+        scaler.least,
+        scaler.most,
         rate=_number(annotations.get(RATE)),
-        peak=_number(annotations.get(PEAK)),
+        utilization=_number(annotations.get(UTILIZATION)) or 1.0,
+        preference=int(_number(annotations.get(PREFERENCE)) or 0),
+        peak=scaler.peak or _number(annotations.get(PEAK)),
         load_s=_number(annotations.get(LOAD)),
         cold_start_s=_number(annotations.get(COLD_START)),
         component=labels.get(_COMPONENT, ""),
-        scaled_by=scaled_by,
-        annotations=annotations,
+        scaled_by=scaler.kind,
     )
 
 
-def _scaler(item: Mapping[str, Any]) -> tuple[str, tuple[str, int, int]] | None:
-    """Return the Deployment that a ScaledObject or HorizontalPodAutoscaler scales: its name, kind, least and most."""
-    kind, target = item.get("kind"), fields.mapping(item, "spec", "scaleTargetRef")
-    if target.get("kind", "Deployment") != "Deployment":
+def _scaler(item: Mapping[str, Any]) -> Scaler | None:
+    """Return the limits of a ScaledObject or HorizontalPodAutoscaler of a Deployment; None for other objects."""
+    kind = item.get("kind")
+    if fields.text(item, "spec", "scaleTargetRef", "kind") not in ("", "Deployment"):
         return None
     if kind == "ScaledObject":
         # The defaults of KEDA.
@@ -114,7 +128,7 @@ def _scaler(item: Mapping[str, Any]) -> tuple[str, tuple[str, int, int]] | None:
         most = fields.integer(item, "spec", "maxReplicas", default=least)
     else:
         return None
-    return fields.text(target, "name"), (str(kind), least, max(least, most))
+    return Scaler(str(kind), least, max(least, most), _number(fields.text(item, "metadata", "annotations", PEAK)))
 
 
 def _namespace(item: Mapping[str, Any], default: str) -> str:
@@ -128,3 +142,14 @@ def _number(text: str | None) -> float | None:
         return None
 
 
+def serving(workloads: Sequence[Workload]) -> dict[str, list[Workload]]:
+    """Return the workloads that serve, by model and in order of preference.
+
+    Those with a rate, if there are any: then others are gateways, workers and the like. Placeholders do not serve.
+    """
+    rated = [each for each in workloads if each.rate is not None]
+    found: dict[str, list[Workload]] = {}
+    for each in sorted(rated or workloads, key=lambda each: each.preference):
+        if not each.placeholder:
+            found.setdefault(each.model, []).append(each)
+    return found

@@ -51,11 +51,12 @@ def deployment(name: str, replicas: int | None = None, image: str = "server", **
     }
 
 
-def scaled(name: str, least: int, most: int) -> dict[str, Any]:
+def scaled(name: str, least: int, most: int, peak: int | None = None) -> dict[str, Any]:
+    annotations = {"inferctl.io/peak-tokens-per-second": str(peak)} if peak else {}
     return {
         "apiVersion": "keda.sh/v1alpha1",
         "kind": "ScaledObject",
-        "metadata": {"name": name},
+        "metadata": {"name": name, "annotations": annotations},
         "spec": {"scaleTargetRef": {"name": name}, "minReplicaCount": least, "maxReplicaCount": most},
     }
 
@@ -91,9 +92,9 @@ def test_replicas_come_from_the_autoscaler() -> None:
 
 
 def test_a_spike_evicts_placeholders_only_when_no_node_is_free() -> None:
-    # 8 slices: 2 at rest, 3 placeholders; the spike to 6 takes the 3 free ones, then 1 of a placeholder.
+    # 8 slices: 2 at rest, 3 placeholders; the spike to 600 / 100 = 6 takes the 3 free ones, then 1 of a placeholder.
     outcome = simulate(
-        FOUR, LOW, deployment("embed"), scaled("embed", 2, 6),
+        FOUR, LOW, deployment("embed"), scaled("embed", 2, 6, peak=600),
         deployment("overflow", 3, PAUSE, priorityClassName="low"),
     )  # fmt: skip
     assert [bool(attempt.evicted) for attempt in outcome.spike] == [False, False, False, True]
@@ -189,7 +190,7 @@ def test_a_lost_zone_with_a_hard_spread_blocks_the_other_zone() -> None:
 
 
 def test_losing_a_cluster_and_a_region() -> None:
-    # Three clusters with 2, 2 and 4 replicas; two of them in region r. Peak 500.
+    # Three clusters with 2, 2 and 4 replicas; two of them in region r. Peak 500 in each.
     pairs = [("one", 2, "r"), ("two", 2, "r"), ("three", 4, "s")]
     outcomes = [
         simulate([node(f"{name}-{i}", "z", 2, region) for i in range(3)], deployment("embed", count), name=name)
@@ -198,17 +199,11 @@ def test_losing_a_cluster_and_a_region() -> None:
     losses = drills.run(outcomes)
     three = next(loss for loss in losses if (loss.scope, loss.place) == ("cluster", "three"))
     assert (three.before, three.at_once, three.later, three.recovered_s) == (800, 400, 400, None)
-    assert three.share(three.at_once) == 0.8
+    assert (three.demand, three.share(three.at_once)) == (1500, 400 / 1500)
     region = next(loss for loss in losses if loss.scope == "region")
     assert (region.place, region.cluster, region.lost, region.at_once) == ("r", "one, two", 4, 400)
     # Node losses of one cluster count the capacity of all.
     assert next(loss for loss in losses if loss.scope == "node").before == 800
-
-
-def test_shares_of_clusters_reduce_the_peak() -> None:
-    outcome = simulate(FOUR, deployment("embed", 4), name="one")
-    loss = lost(drills.run([outcome], {"one": 0.5, "other": 0.5}), "a")
-    assert loss.demand == 250
 
 
 def test_without_a_rate_replicas_are_counted() -> None:
@@ -224,6 +219,71 @@ def test_flavors_of_a_model_add_up() -> None:
     slow["metadata"]["annotations"]["inferctl.io/tokens-per-second"] = "50"
     loss = lost(drills.run([simulate(FOUR, fast, slow)]), "a")
     assert (loss.before, loss.full) == (300, 300)
+
+
+def chain(first: int, second: int, **annotations: str) -> list[dict[str, Any]]:
+    """Return two flavors of one model, at most so many pods each, for a peak of 500 tokens/s."""
+    found: list[dict[str, Any]] = []
+    for preference, (name, most, rate) in enumerate((("z-fast", first, "100"), ("a-slow", second, "50")), start=1):
+        each = deployment(name, nodeSelector={"pool": name})
+        more = {"inferctl.io/tokens-per-second": rate, "inferctl.io/preference": str(preference)}
+        each["metadata"]["annotations"] |= more | {f"inferctl.io/{key}": value for key, value in annotations.items()}
+        found += [each, scaled(name, 0, most)]
+    # The order of the files is not that of preference.
+    return found[::-1]
+
+
+def pools(fast: int, slow: int) -> list[dict[str, Any]]:
+    """Return two nodes of each pool, with so many slices each."""
+    found = []
+    for pool, slices in (("z-fast", fast), ("a-slow", slow)):
+        for index in (1, 2):
+            each = node(f"{pool}-{index}", "ab"[index - 1], slices)
+            each["metadata"]["labels"]["pool"] = pool
+            found.append(each)
+    return found
+
+
+def peak_of(outcome: Outcome) -> dict[str, int]:
+    counts = {each.name: 0 for each in outcome.workloads}
+    for _, pod in outcome.cluster.bound():
+        counts[pod.owner] += 1
+    return counts
+
+
+def test_the_next_flavor_serves_what_the_first_leaves() -> None:
+    # 3 x 100 of 500; the second needs (500 - 300) / 50 = 4 of its 9.
+    assert peak_of(simulate(pools(4, 4), *chain(3, 9))) == {"z-fast": 3, "a-slow": 4}
+    # The first alone: 500 / 100 = 5.
+    assert peak_of(simulate(pools(4, 4), *chain(8, 9))) == {"z-fast": 5, "a-slow": 0}
+    # Planned for 80%: 500 / (0.8 x 100) = 6.25, so 7.
+    assert peak_of(simulate(pools(4, 4), *chain(8, 9, utilization="0.8"))) == {"z-fast": 7, "a-slow": 0}
+
+
+def test_the_next_flavor_makes_up_for_pods_that_wait() -> None:
+    # Only 2 of 5 fast pods have a slice: 300 are left, 6 slow ones.
+    outcome = simulate(pools(1, 4), *chain(5, 9))
+    assert peak_of(outcome) == {"z-fast": 2, "a-slow": 6}
+    assert sum(attempt.node is None for attempt in outcome.spike) == 3
+
+
+def test_after_a_loss_the_next_flavor_fills_in() -> None:
+    # 5 fast pods on 2 nodes of 3 slices: 3 in zone a, 2 in zone b. Zone a is lost: 1 fits in b, 2 wait. They leave
+    # 500 - 300 = 200, so 4 slow pods, which fit in zone b.
+    losses = drills.run([simulate(pools(3, 4), *chain(5, 9))])
+    loss = lost(losses, "a")
+    assert (loss.lost, loss.moved, loss.waiting, loss.added) == (3, 1, 2, 4)
+    assert (loss.before, loss.at_once, loss.later, loss.covered) == (500, 200, 300, 500)
+    # 50 s until the node is lost, 240 s (cold start) until the hardware counts as missing, 30 s to notice, 45 s to load.
+    assert loss.covered_s == 50 + 240 + 30 + 45
+
+
+def test_gateways_do_not_count_next_to_servers_with_a_rate() -> None:
+    gateway = deployment("gateway", 1)
+    del gateway["metadata"]["annotations"]
+    losses = drills.run([simulate(FOUR, deployment("embed", 4), gateway)])
+    assert {loss.unit for loss in losses} == {"tokens/s"}
+    assert {loss.before for loss in losses} == {400}
 
 
 def test_pods_that_run_count_as_replicas_and_stay() -> None:
