@@ -15,9 +15,7 @@ _SHOWN_NAMES = 4
 _SHOWN_NODES = 12
 
 
-def preview(
-    nodes: Sequence[Path], manifests: Sequence[Path], *, as_json: bool
-) -> int:
+def preview(nodes: Sequence[Path], manifests: Sequence[Path], *, as_json: bool) -> int:
     """Print the preview of `manifests` on the clusters of the nodes files, and return the exit code.
 
     It is 1 if pods do not fit at rest. Raises `UsageError` and `SpecError`.
@@ -50,7 +48,9 @@ def _simulate(nodes: Sequence[Path], manifests: Sequence[Path]) -> list[Any]:
         try:
             outcomes.append(simulation.run(cluster, found))
         except ValueError as error:
-            raise UsageError(f"a Deployment cannot be read: {error}", "check it with `inferctl deploy --lint`") from None
+            raise UsageError(
+                f"a Deployment cannot be read: {error}", "check it with `inferctl deploy --lint`"
+            ) from None
     return outcomes
 
 
@@ -190,7 +190,9 @@ def _then(loss: Mapping[str, Any]) -> str:
         parts.append(f"{_count(loss['waiting'], 'pod')} {wait} ({why}){when}")
     if loss["added"]:
         when = f" after {loss['covered_s']:.0f} s" if loss["covered_s"] is not None else ""
-        parts.append(f"{_percent(loss['share']['covered'])}{when} with {_count(loss['added'], 'pod')} of the next hardware")
+        parts.append(
+            f"{_percent(loss['share']['covered'])}{when} with {_count(loss['added'], 'pod')} of the next hardware"
+        )
     return "; ".join(parts)
 
 

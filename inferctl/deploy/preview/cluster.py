@@ -201,6 +201,8 @@ class Cluster:
     _on: dict[str, list[Pod]] = field(default_factory=dict)
     _unbound: list[Pod] = field(default_factory=list)
     _used: dict[str, Counter[str]] = field(default_factory=dict)
+    # Pods on nodes that keep others away: few, so that the filters need not ask all.
+    _repelling: dict[Pod, Node] = field(default_factory=dict)
 
     def of_kind(self, kind: str) -> Sequence[Mapping[str, Any]]:
         """Return the objects of `kind`."""
@@ -213,6 +215,8 @@ class Cluster:
             return
         self._on.setdefault(pod.node, []).append(pod)
         self._used.setdefault(pod.node, Counter()).update(pod.requests)
+        if pod.anti_affinity:
+            self._repelling[pod] = self.nodes[pod.node]
 
     def remove(self, pod: Pod) -> None:
         """Remove a pod."""
@@ -221,6 +225,7 @@ class Cluster:
             return
         self._on[pod.node].remove(pod)
         self._used[pod.node].subtract(pod.requests)
+        self._repelling.pop(pod, None)
 
     def bind(self, pod: Pod, node: str) -> None:
         """Move a waiting pod to a node."""
@@ -245,6 +250,11 @@ class Cluster:
         for name, pods in self._on.items():
             for pod in pods:
                 yield self.nodes[name], pod
+
+    def repelling(self) -> Iterator[tuple[Node, Pod]]:
+        """Yield each pod on a node that has required anti-affinity, with the node."""
+        for pod, node in self._repelling.items():
+            yield node, pod
 
     def pods(self) -> Iterator[Pod]:
         """Yield all pods."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from inferctl.deploy.preview import admission, fields, simulation
 from inferctl.deploy.preview.cluster import REGION, Cluster, Pod
@@ -15,13 +15,13 @@ from inferctl.deploy.preview.workloads import Workload, serving
 DETECTION_S = 50
 # KEDA polls every 15 s in the manifests of `inferctl deploy`, and the autoscaler of pods looks every 15 s.
 AUTOSCALER_S = 30
-# At most so many nodes are lost one by one.
+# At most so many kinds of nodes are lost one by one.
 MAX_NODES = 300
 
 
 @dataclass
 class Loss:
-    """The loss of one place for one model.
+    """The loss of one place for one model. `alike`: how many nodes are equal to this one.
 
     `before`, `at_once` and `later` are what serves before, right after, and once the `moved` of the `lost` pods are
     ready on other nodes, after `later_s`; in `unit`: tokens/s, or replicas if a rate is not stated. `preempting` of the
@@ -42,6 +42,7 @@ class Loss:
     at_once: float
     later: float
     lost: int
+    alike: int = 1
     moved: int = 0
     preempting: int = 0
     evicted: int = 0
@@ -104,9 +105,11 @@ def run(outcomes: Sequence[Outcome]) -> list[Loss]:
     models = rates(outcomes)
     losses: list[Loss] = []
     for outcome in outcomes:
-        for scope, places in _places(outcome.cluster).items():
-            for place, names in places.items():
-                losses += _lose_nodes(outcome, outcomes, models, scope, place, names)
+        for names in _alike(outcome.cluster):
+            found = _lose_nodes(outcome, outcomes, models, "node", names[0], names[:1])
+            losses += [replace(each, alike=len(names)) for each in found]
+        for zone, names in _zones(outcome.cluster).items():
+            losses += _lose_nodes(outcome, outcomes, models, "zone", zone, names)
     if len(outcomes) > 1:
         for outcome in outcomes:
             losses += _lose_clusters([outcome], outcomes, models, "cluster", outcome.cluster.name)
@@ -116,14 +119,25 @@ def run(outcomes: Sequence[Outcome]) -> list[Loss]:
     return losses
 
 
-def _places(cluster: Cluster) -> dict[str, dict[str, list[str]]]:
-    """Return the nodes and zones that can be lost, with their nodes: scope -> place -> nodes."""
+def _alike(cluster: Cluster) -> list[list[str]]:
+    """Return the nodes with pods of the preview, in groups that differ only by name: the loss of each is the same."""
+    groups: dict[object, list[str]] = {}
+    for name, node in cluster.nodes.items():
+        pods = cluster.on(name)
+        if any(pod.owner for pod in pods):
+            labels = tuple(sorted((key, value) for key, value in node.labels.items() if value != name))
+            held = tuple(sorted((pod.owner, pod.priority, sorted(pod.labels.items())) for pod in pods))
+            kind = (labels, node.taints, node.unschedulable, tuple(sorted(node.allocatable.items())), repr(held))
+            groups.setdefault(kind, []).append(name)
+    return list(groups.values())[:MAX_NODES]
+
+
+def _zones(cluster: Cluster) -> dict[str, list[str]]:
     zones: dict[str, list[str]] = {}
     for name, node in cluster.nodes.items():
         if node.zone:
             zones.setdefault(node.zone, []).append(name)
-    used = [name for name in cluster.nodes if any(pod.owner for pod in cluster.on(name))]
-    return {"node": {name: [name] for name in used[:MAX_NODES]}, "zone": dict(sorted(zones.items()))}
+    return dict(sorted(zones.items()))
 
 
 def _regions(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:

@@ -1,13 +1,13 @@
 """The short form of a nodes file: groups of equal nodes, written by hand.
 
-    nodes:
-    - name: a100
-      count: 4
-      cluster: gke-europe-west4
-      zones: [europe-west4-a, europe-west4-b]
-      labels: {nvidia.com/gpu.product: NVIDIA-A100-SXM4-40GB}
-      taints: ["nvidia.com/gpu=present:NoSchedule"]
-      allocatable: {cpu: 11, memory: 80Gi, nvidia.com/mig-3g.20gb: 2}
+nodes:
+- name: a100
+  count: 4
+  cluster: gke-europe-west4
+  zones: [europe-west4-a, europe-west4-b]
+  labels: {nvidia.com/gpu.product: NVIDIA-A100-SXM4-40GB}
+  taints: ["nvidia.com/gpu=present:NoSchedule"]
+  allocatable: {cpu: 11, memory: 80Gi, nvidia.com/mig-3g.20gb: 2}
 """
 
 from __future__ import annotations

@@ -87,7 +87,9 @@ def of_objects(name: str, located: Sequence[Located]) -> Cluster:
             objects[each.kind] = [*same, _with_status(each.data, objects.get(each.kind, []))]
     cluster = Cluster(name, {}, objects)
     nodes = [each for each in located if each.kind == "Node"]
-    pods = [each for each in located if each.kind == "Pod" and fields.text(each.data, "status", "phase") not in _FINISHED]
+    pods = [
+        each for each in located if each.kind == "Pod" and fields.text(each.data, "status", "phase") not in _FINISHED
+    ]
     problems = []
     for each in nodes:
         try:

@@ -58,7 +58,9 @@ def build(folder: Path) -> list[Located]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        raise NotReadyError(f"`kubectl kustomize {folder}` took over {_TIMEOUT_S} s", "check its remote bases") from None
+        raise NotReadyError(
+            f"`kubectl kustomize {folder}` took over {_TIMEOUT_S} s", "check its remote bases"
+        ) from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise InferctlError(f"`kubectl kustomize {folder}` failed: {last}", "correct the kustomization")

@@ -106,7 +106,8 @@ def _by_budget(cluster: Cluster, pods: Sequence[Pod]) -> tuple[list[Pod], list[P
     """Split `pods`, most important first, into those whose eviction violates a disruption budget, and the others."""
     budgets = cluster.of_kind("PodDisruptionBudget")
     allowed = [_allowed(cluster, budget) for budget in budgets]
-    protected, others = [], []
+    protected: list[Pod] = []
+    others: list[Pod] = []
     for pod in pods:
         violated = False
         for index, budget in enumerate(budgets):

@@ -160,7 +160,9 @@ def _loss(loss: Loss) -> dict[str, Any]:
         "peak": loss.demand,
         "capacity": {
             "all_replicas": loss.full,
-            "before": loss.before, "at_once": loss.at_once, "later": loss.later,
+            "before": loss.before,
+            "at_once": loss.at_once,
+            "later": loss.later,
             "covered": loss.covered,
         },
         "share": {
@@ -170,6 +172,7 @@ def _loss(loss: Loss) -> dict[str, Any]:
             "later": round(loss.share(loss.later), 4),
             "covered": round(loss.share(loss.covered), 4),
         },
+        "nodes_alike": loss.alike,
         "lost": loss.lost,
         "moved": loss.moved,
         "preempting": loss.preempting,

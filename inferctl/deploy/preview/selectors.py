@@ -66,13 +66,17 @@ def _term_matches(term: Mapping[str, Any], name: str, labels: Mapping[str, str])
 def unmet(spec: Mapping[str, Any], name: str, labels: Mapping[str, str]) -> list[str]:
     """Return what a node lacks for the nodeSelector and the required node affinity, one text per requirement."""
     wanted = fields.text_map(fields.mapping(spec, "nodeSelector"))
-    found = [f"{key} is {_value(labels, key)}, not {value}" for key, value in wanted.items() if labels.get(key) != value]
+    found = [
+        f"{key} is {_value(labels, key)}, not {value}" for key, value in wanted.items() if labels.get(key) != value
+    ]
     required = fields.get(spec, "affinity", "nodeAffinity", "requiredDuringSchedulingIgnoredDuringExecution")
     if required is None or node_selector_matches(required, name, labels):
         return found
     terms = fields.items(required, "nodeSelectorTerms")
     for term in terms:
-        missing = [_describe(each, labels) for each in fields.items(term, "matchExpressions") if not _holds(each, labels)]
+        missing = [
+            _describe(each, labels) for each in fields.items(term, "matchExpressions") if not _holds(each, labels)
+        ]
         missing += [
             f"its name is not {', '.join(fields.strings(each, 'values'))}"
             for each in fields.items(term, "matchFields")

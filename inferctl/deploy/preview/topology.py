@@ -41,13 +41,14 @@ def view(pod: Pod, cluster: Cluster) -> View:
     }
     found = View(pod, namespaces=namespaces)
     _count_spread(found, cluster)
-    for node, other in cluster.bound():
+    for node, other in cluster.repelling():
+        hit = [term for term in other.anti_affinity if matches(term, pod, namespaces)]
+        found.repelled.update(_domains(hit, node))
+    for node, other in cluster.bound() if pod.affinity or pod.anti_affinity else ():
         if pod.affinity and all(matches(term, other, namespaces) for term in pod.affinity):
             found.wanted.update(_domains(pod.affinity, node))
         hit = [term for term in pod.anti_affinity if matches(term, other, namespaces)]
         found.unwanted.update(_domains(hit, node))
-        hit = [term for term in other.anti_affinity if matches(term, pod, namespaces)]
-        found.repelled.update(_domains(hit, node))
     return found
 
 
@@ -113,7 +114,9 @@ def spread_violation(counted: View, node: Node) -> tuple[str, bool] | None:
         own = int(selectors.matches(constraint.selector, pod.labels))
         here = counts.get(value, 0)
         if here + own - least > constraint.max_skew:
-            few = f" ({len(counts)} of {constraint.min_domains} domains)" if len(counts) < constraint.min_domains else ""
+            few = (
+                f" ({len(counts)} of {constraint.min_domains} domains)" if len(counts) < constraint.min_domains else ""
+            )
             return (
                 f"{constraint.key} {value} would have {here + own} pods, the least is {least}{few}: "
                 f"more than maxSkew {constraint.max_skew} apart",
@@ -143,5 +146,3 @@ def affinity_violation(counted: View, node: Node) -> tuple[str, bool] | None:
         if node.labels.get(key) == value:
             return f"a pod in {key} {value} has anti-affinity to this pod", True
     return None
-
-

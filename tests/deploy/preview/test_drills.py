@@ -307,7 +307,12 @@ def test_pods_that_run_count_as_replicas_and_stay() -> None:
 
 
 def test_the_result_does_not_depend_on_the_order_of_nodes() -> None:
-    manifests = [LOW, deployment("embed"), scaled("embed", 2, 6), deployment("overflow", 3, PAUSE, priorityClassName="low")]
+    manifests = [
+        LOW,
+        deployment("embed"),
+        scaled("embed", 2, 6),
+        deployment("overflow", 3, PAUSE, priorityClassName="low"),
+    ]
     results = [report.document([outcome], drills.run([outcome])) for outcome in (simulate(FOUR, *manifests),)]
     backwards = simulate(FOUR[::-1], *manifests)
     results.append(report.document([backwards], drills.run([backwards])))

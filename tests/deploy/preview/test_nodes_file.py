@@ -108,7 +108,9 @@ def test_a_quota_counts_pods_that_are_not_listed(tmp_path: Path) -> None:
 
 def test_the_manifests_replace_objects_of_the_cluster(tmp_path: Path) -> None:
     old = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": "c"}, "value": 1}
-    (cluster,) = nodes_file.read([write(tmp_path, kubectl_list(NODE, old))], [Located({**old, "value": 2}), Located(POD)])
+    (cluster,) = nodes_file.read(
+        [write(tmp_path, kubectl_list(NODE, old))], [Located({**old, "value": 2}), Located(POD)]
+    )
     assert [each["value"] for each in cluster.of_kind("PriorityClass")] == [2]
     # Pods among the manifests do not run yet.
     assert list(cluster.pods()) == []
@@ -158,7 +160,7 @@ def test_quantities(text: object, value: object) -> None:
 
 @pytest.mark.parametrize("text", ["", "1 Gi", "Gi", "1KB", "1K", "0x10", "1e999", "--1", None, True, [], "1_000"])
 def test_what_is_no_quantity(text: object) -> None:
-    with pytest.raises(ValueError, match="is not a quantity|is out of range"):
+    with pytest.raises(ValueError, match=r"is not a quantity|is out of range"):
         fields.quantity(text)
 
 
