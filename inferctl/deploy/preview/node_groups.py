@@ -16,13 +16,12 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from inferctl.deploy.preview import fields
 from inferctl.deploy.preview.cluster import HOSTNAME, REGION, ZONE
 from inferctl.document import Document, dotted
 from inferctl.errors import Problem, SpecError, did_you_mean
-from inferctl.spec_types import OneLine, Section
 
 EXAMPLE = "docs/deploy-preview.md describes the nodes file"
 # The kubelet's default.
@@ -30,14 +29,18 @@ _PODS = 110
 _TAINT = re.compile(r"([^=:\s]+)(?:=([^=:\s]*))?:(NoSchedule|PreferNoSchedule|NoExecute)")
 
 
-class NodeGroup(Section):
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class NodeGroup(_Section):
     """Nodes that are equal except for their name and zone."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=200)]
     count: int = Field(1, ge=0, le=1000)
-    cluster: OneLine = "cluster"
-    region: OneLine | None = None
-    zones: list[OneLine] = Field(default_factory=list)
+    cluster: str = "cluster"
+    region: str | None = None
+    zones: list[str] = Field(default_factory=list)
     labels: dict[str, str | bool | int] = Field(default_factory=dict)
     taints: list[str] = Field(default_factory=list)
     allocatable: dict[str, str | int | float] = Field(min_length=1)
@@ -59,7 +62,7 @@ class NodeGroup(Section):
         return values
 
 
-class NodeGroups(Section):
+class NodeGroups(_Section):
     """A document of the nodes file in the short form."""
 
     nodes: list[NodeGroup] = Field(min_length=1, max_length=1000)
