@@ -36,8 +36,8 @@ class Workload:
 
     `least` and `most` are its replicas: those of its autoscaler, else `spec.replicas`. `rate` is in tokens per second
     and replica, of which `utilization` is planned for; `peak` is what all Deployments of the model must serve in this
-    cluster; `preference` says which of them does so first. `load_s` is from start until ready, `cold_start_s` with a new
-    node. None if it is not stated.
+    cluster; `preference` says which of them does so first. `load_s` is from start until ready, `cold_start_s` with a
+    new node. None if it is not stated.
     """
 
     namespace: str

@@ -274,7 +274,7 @@ def test_after_a_loss_the_next_flavor_fills_in() -> None:
     loss = lost(losses, "a")
     assert (loss.lost, loss.moved, loss.waiting, loss.added) == (3, 1, 2, 4)
     assert (loss.before, loss.at_once, loss.later, loss.covered) == (500, 200, 300, 500)
-    # 50 s until the node is lost, 240 s (cold start) until the hardware counts as missing, 30 s to notice, 45 s to load.
+    # 50 s until the node is lost, 240 s (cold start) until the hardware is missing, 30 s to notice, 45 s to load.
     assert loss.covered_s == 50 + 240 + 30 + 45
 
 
@@ -324,7 +324,8 @@ def test_the_result_does_not_depend_on_the_order_of_nodes() -> None:
     ("image", "placeholder"),
     [
         ("registry.k8s.io/pause:3.10", True), ("localhost:5000/pause", True), ("pause@sha256:0", True),
-        ("gcr.io/google_containers/pause-amd64:3.1", True), ("server:1", False), ("registry.k8s.io/pause/server", False),
+        ("gcr.io/google_containers/pause-amd64:3.1", True), ("server:1", False),
+        ("registry.k8s.io/pause/server", False),
     ],
 )  # fmt: skip
 def test_placeholders_are_known_by_their_image(image: str, placeholder: bool) -> None:

@@ -150,7 +150,8 @@ def test_a_bad_quantity_of_a_node_is_an_error(tmp_path: Path) -> None:
     ("text", "value"),
     [
         ("1", 1), ("100m", Fraction(1, 10)), ("0.5", Fraction(1, 2)), (".5", Fraction(1, 2)), ("1.", 1), ("1k", 1000),
-        ("1Ki", 1024), ("1.5Gi", 3 * 2**29), ("1E", 10**18), ("1E3", 1000), ("2e-3", Fraction(1, 500)), ("1u", Fraction(1, 10**6)),
+        ("1Ki", 1024), ("1.5Gi", 3 * 2**29), ("1E", 10**18), ("1E3", 1000), ("2e-3", Fraction(1, 500)),
+        ("1u", Fraction(1, 10**6)),
         ("1n", Fraction(1, 10**9)), ("+3", 3), (2, 2), (0.25, Fraction(1, 4)),
     ],
 )  # fmt: skip
