@@ -143,10 +143,17 @@ async def user(port: int, number: int, window: Window, begin: float, end: float)
         sent = time.monotonic()
         writer.write(head.encode() + b"\r\n\r\n" + body)
         arrived: list[float] = []
+        connections = 1
         while True:
             line = await reader.readline()
             if not line:
-                sys.exit("the server closed the connection")
+                if arrived or connections == 3:
+                    sys.exit("the server closed the connection")
+                # llama.cpp's server ends connections between requests. As HTTP clients do, send it on a new one.
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(head.encode() + b"\r\n\r\n" + body)
+                connections += 1
+                continue
             if not line.startswith(b"data: "):
                 continue
             if line.startswith(b"data: [DONE]"):
