@@ -25,7 +25,7 @@ from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
 from inferctl.serve.engine_process.pool import EnginePool
 from inferctl.serve.metering import Metering
-from inferctl.serve.metrics import Metrics
+from inferctl.serve.metrics import Metrics, objectives
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.scheduling.batcher import Batcher, QueueLimits
@@ -49,12 +49,12 @@ class EncoderServer:
     ) -> None:
         self._spec, self._options, self._notify, self._folder = spec, options, notify, folder
         self._config = config = task_config.read(task, folder.path, spec.serve.max_input_tokens)
-        self._metrics = metrics = Metrics()
-        self._metering = Metering(spec.metering, spec.name, task, known_callers=spec.access.required)
-        self._worker = worker_process.start(spec, notify)
-        capacity = Capacity.read(options.capacity) if options.capacity else None
+        self._capacity = capacity = Capacity.read(options.capacity) if options.capacity else None
         capacity_slo_ms = capacity.slo_p99_ms if capacity else None
         slo_ms = spec.slo.p99_ms or capacity_slo_ms
+        self._metrics = metrics = Metrics(objectives(spec.slo, slo_ms))
+        self._metering = Metering(spec.metering, spec.name, task, known_callers=spec.access.required)
+        self._worker = worker_process.start(spec, notify)
         self._admission = describe.admission_line(spec.slo.p99_ms, capacity_slo_ms)
         queue = QueueLimits(
             spec.serve.max_batch_tokens,
@@ -105,6 +105,7 @@ class EncoderServer:
             engine_config, options.engines, self._dispatcher, self._batch_timeout, self._engine_ready
         )
         metrics.engine_restarts.set_function(lambda: self._pool.counts()["restarts"])
+        metrics.watch_capacity(self._rates)
         self._info: dict[str, Any] | None = None
         self._started, self._ready_seconds = time.monotonic(), 0.0
         self._drain_end = 0.0
@@ -200,6 +201,7 @@ class EncoderServer:
             self._edge_limits.max_body_bytes,
             self._options.image,
         )
+        self._metrics.describe_model(self._info)
         if lifecycle.started:
             engines = self._pool.counts()
             counts = f"ready: {engines['up']} of {engines['count']}, restarts: {engines['restarts']}"
@@ -220,6 +222,16 @@ class EncoderServer:
                 # A process that waits for the file would wait forever.
                 self._failure = error
                 self._close()
+
+    def _rates(self) -> dict[str, float]:
+        """Return the tokens per second of this server by source; without those that are not known."""
+        batcher, capacity = self._batcher, self._capacity
+        size = batcher.limits.batch_tokens, batcher.slots
+        rates = {
+            "capacity_file": capacity.tokens_per_second(*size) if capacity else None,
+            "fitted": batcher.latency.tokens_per_second(*size),
+        }
+        return {source: rate for source, rate in rates.items() if rate is not None}
 
     def _describe(self) -> dict[str, Any] | None:
         """Return the document of `GET /info`; None before an engine was ready."""

@@ -2,41 +2,130 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-from inferctl.metering.recorder import Recorder
+from inferctl.metering.recorder import UNAVAILABLE, Recorder
 from inferctl.serve.edge.usage import CLIENT_DISCONNECTED, UsageEvent
+from inferctl.spec import Slo
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+# Codes of rejections that more servers would avoid. Not among them: limits of keys.
+_AT_CAPACITY = frozenset(
+    {
+        "queue_full",
+        "key_share",
+        "max_wait",
+        "slo",
+        "too_many_requests",
+        "too_many_bytes",
+        "tokenizer_full",
+        "not_ready",
+    }
+)
+# Codes of rejections with 503.
+_UNAVAILABLE = frozenset({"not_ready", UNAVAILABLE, "access_unavailable"})
+# Before requests complete: bytes of a body per token.
+_BYTES_PER_TOKEN = 4
+# Each completed request multiplies the weight of earlier ones by this, so that about the last 1000 count.
+_DECAY = 0.999
+
+
+def objectives(slo: Slo, enforced_p99_ms: float | None = None) -> dict[str, float]:
+    """Return the SLO of a spec in seconds, by objective. `enforced_p99_ms`: that of admission control, if it differs."""
+    found = {
+        "request_p99": enforced_p99_ms or slo.p99_ms,
+        "first_token": slo.ttft_ms,
+        "token_gap": slo.itl_ms,
+    }
+    return {name: ms / 1000 for name, ms in found.items() if ms is not None}
+
+
+class RequestSize:
+    """Estimates the tokens of a request from the size of its body, by the requests that completed.
+
+    `answer_tokens`: assumed per request until requests complete.
+    """
+
+    def __init__(self, answer_tokens: int = 0) -> None:
+        self._requests, self._bytes, self._inputs, self._outputs = 1.0, 1000.0 * _BYTES_PER_TOKEN, 1000.0, answer_tokens
+
+    @property
+    def mean(self) -> float:
+        """The mean tokens of a request: of its inputs and its answers."""
+        return (self._inputs + self._outputs) / self._requests
+
+    def estimate(self, size: int) -> float:
+        """Return the estimated tokens of a request with a body of `size` bytes."""
+        return size * self._inputs / self._bytes + self._outputs / self._requests
+
+    def observe(self, size: int, input_tokens: int, output_tokens: int) -> None:
+        """Count a completed request."""
+        self._requests = self._requests * _DECAY + 1
+        self._bytes = self._bytes * _DECAY + size
+        self._inputs = self._inputs * _DECAY + input_tokens
+        self._outputs = self._outputs * _DECAY + output_tokens
 
 
 class RequestMetrics:
     """The metrics of requests, for every task. Names follow Prometheus' conventions: base units, `_total` on counters.
 
-    `other`: more registries to expose.
+    `other`: more registries to expose. `slo`: seconds by objective, from `objectives`. `answer_tokens`: as in
+    `RequestSize`.
     """
 
-    def __init__(self, *other: CollectorRegistry) -> None:
+    def __init__(
+        self, *other: CollectorRegistry, slo: Mapping[str, float] | None = None, answer_tokens: int = 0
+    ) -> None:
         self.registry = CollectorRegistry()
         self._registries = (self.registry, *other)
-        counter, histogram = self._counter, self._histogram
+        self.size = RequestSize(answer_tokens)
+        slo = slo or {}
+        counter, gauge, histogram = self._counter, self._gauge, self._histogram
         self._requests = counter("requests", "Requests by HTTP status; 499: disconnected.", "endpoint", "status")
         self._duration = histogram(
             "request_duration_seconds",
             "Time from the last byte of a request to its successful response.",
-            _SECONDS,
+            _with_bound(slo.get("request_p99")),
             "endpoint",
+            "priority",
         )
-        self._phase = histogram("phase_duration_seconds", "Time of a successful request by phase.", _SECONDS, "phase")
+        self._phase = histogram(
+            "phase_duration_seconds",
+            "Time of a successful request by phase.",
+            _with_bound(slo.get("first_token")),
+            "phase",
+        )
         self._tokens = counter("tokens", "Input tokens of successful requests.")
         self._output_tokens = counter("output_tokens", "Generated tokens, also of streams that did not complete.")
         self._broken = counter("broken_streams", "Streams that ended with an error event.", "reason")
         self._inputs = counter("inputs", "Inputs of successful requests.")
         self._rejected = counter("rejected", "Requests rejected before any work.", "reason")
         self._cancelled = counter("cancelled", "Requests whose client disconnected.")
+        offered = counter(
+            "offered_tokens",
+            "Tokens for the engines, also of requests rejected for lack of capacity; estimated if not tokenized here.",
+            "basis",
+        )
+        self._offered_counted, self._offered_estimated = offered.labels("counted"), offered.labels("estimated")
+        self._queue_tokens = gauge("queue_tokens", "Tokens in the queue; estimated for generation.", "basis")
+        self._waiting = gauge("requests_waiting", "Requests in the queue.")
+        self._in_flight = gauge("requests_in_flight", "Accepted requests without a response.")
+        self.engine_up = gauge("engine_up", "Engines that accept batches.")
+        self.engine_restarts = gauge("engine_restarts", "Engine processes restarted since the server started.")
+        self._model = gauge(
+            "model_info", "The served model, always 1.", "model", "task", "sha256", "precision", "hardware"
+        )
+        objective = gauge("slo_seconds", "Service level objective of the server.", "objective")
+        for name, seconds in slo.items():
+            objective.labels(name).set(seconds)
 
     def count_event(self, event: UsageEvent) -> None:
         """Count a finished request. Only successful ones count in the histograms, because rejections are fast."""
@@ -45,15 +134,56 @@ class RequestMetrics:
         if event.status < 400 and event.code:
             self._broken.labels(event.code).inc()
         elif event.status < 400:
-            self._duration.labels(event.endpoint).observe(event.seconds)
+            # Clients choose the header of the priority, so other values must not become labels.
+            priority = "bulk" if event.priority == "bulk" else "interactive"
+            self._duration.labels(event.endpoint, priority).observe(event.seconds)
             for name, seconds in event.phases.items():
                 self._phase.labels(name).observe(seconds)
             self._tokens.inc(event.input_tokens)
             self._inputs.inc(event.inputs)
+            if event.inputs:
+                computed = event.input_tokens - event.cached_tokens
+                self.size.observe(event.body_bytes, computed, event.output_tokens)
         elif event.status == CLIENT_DISCONNECTED:
             self._cancelled.inc()
-        elif event.status == 429 or event.code == "not_ready" or not event.endpoint:
+        elif event.status == 429 or event.code in _UNAVAILABLE or not event.endpoint:
             self._rejected.labels(event.code).inc()
+            # The others were offered before they were rejected.
+            if event.code in _AT_CAPACITY and not event.inputs and event.endpoint not in ("", "other"):
+                self.offer_body(max(event.content_length, event.body_bytes))
+
+    def offer(self, tokens: int) -> None:
+        """Count tokens for the engines, before the queue accepts or rejects them."""
+        self._offered_counted.inc(tokens)
+
+    def offer_body(self, size: int) -> None:
+        """Count the estimated tokens of a request with a body of `size` bytes that was not tokenized here."""
+        self._offered_estimated.inc(self.size.estimate(size))
+
+    def watch_queue(
+        self,
+        tokens: Callable[[], float],
+        waiting: Callable[[], float],
+        in_flight: Callable[[], float],
+        *,
+        estimated: bool = False,
+    ) -> None:
+        """Report the queue: its tokens, its requests, and all requests in flight."""
+        self._queue_tokens.labels("estimated" if estimated else "counted").set_function(tokens)
+        self._waiting.set_function(waiting)
+        self._in_flight.set_function(in_flight)
+
+    def describe_model(self, info: Mapping[str, Any]) -> None:
+        """Report the served model. `info`: the document of `GET /info`."""
+        self._model.clear()  # an engine may start again with another precision
+        device = info["device"]
+        self._model.labels(
+            info["name"],
+            info["task"],
+            info["model"]["sha256"][:12],
+            info["precision"]["effective"],
+            device.get("hardware") or device["name"],
+        ).set(1)
 
     def watch_outbox(self, recorder: Recorder) -> None:
         """Add the metrics of the outbox."""
@@ -71,8 +201,8 @@ class RequestMetrics:
     def _counter(self, name: str, description: str, *labels: str) -> Counter:
         return Counter(f"inferctl_{name}", description, labels, registry=self.registry)
 
-    def _gauge(self, name: str, description: str) -> Gauge:
-        return Gauge(f"inferctl_{name}", description, registry=self.registry)
+    def _gauge(self, name: str, description: str, *labels: str) -> Gauge:
+        return Gauge(f"inferctl_{name}", description, labels, registry=self.registry)
 
     def _histogram(self, name: str, description: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(f"inferctl_{name}", description, labels, buckets=buckets, registry=self.registry)
@@ -81,16 +211,12 @@ class RequestMetrics:
 class Metrics(RequestMetrics):
     """The metrics of requests, queue and engines of the encoder tasks."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, slo: Mapping[str, float] | None = None) -> None:
+        super().__init__(slo=slo)
         counter, gauge, histogram = self._counter, self._gauge, self._histogram
         self.truncated = counter("inputs_truncated", "Inputs truncated to the longest input of the model.")
         self.non_finite = counter("non_finite", "Inputs for which the model returned NaN or infinity; never sent.")
-        self.queue_tokens = gauge("queue_tokens", "Tokens in the queue.")
-        self.in_flight = gauge("requests_in_flight", "Accepted requests without a response.")
-        self.engine_up = gauge("engine_up", "Engines that accept batches.")
         self.engine_deaths = counter("engine_deaths", "Engine processes that crashed.")
-        self.engine_restarts = gauge("engine_restarts", "Engine processes restarted since the server started.")
         self.batch_failures = counter("batch_failures", "Batches that the engine could not compute.")
         self.out_of_memory = counter("out_of_memory", "Batches for which the memory of the engine was insufficient.")
         self.batch_limit = gauge("batch_limit_tokens", "Largest batch in tokens; lowered after running out of memory.")
@@ -109,3 +235,30 @@ class Metrics(RequestMetrics):
         self._batch_sequences.observe(sequences)
         self._batch_tokens.observe(tokens)
         self._batch_seconds.observe(seconds)
+
+    def watch_capacity(self, rates: Callable[[], Mapping[str, float]]) -> None:
+        """Report the tokens per second of this server in full batches, by source."""
+        self.registry.register(_Capacity(rates))
+
+
+class _Capacity(Collector):
+    """Collects only the rates that are known: a sum over servers with a zero or NaN would be wrong."""
+
+    def __init__(self, rates: Callable[[], Mapping[str, float]]) -> None:
+        self._rates = rates
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metric."""
+        description = "Tokens per second in full batches. Sources: the file of --capacity; fitted to the last batches."
+        family = GaugeMetricFamily("inferctl_capacity_tokens_per_second", description, labels=["source"])
+        for source, rate in self._rates().items():
+            family.add_metric([source], rate)
+        yield family
+
+
+def _with_bound(seconds: float | None) -> tuple[float, ...]:
+    """Return the bounds of a histogram. With the SLO among them, a quantile is above the SLO only if it really is.
+
+    A quantile above the last bound is reported as that bound, so one above the SLO is needed.
+    """
+    return _SECONDS if seconds is None else tuple(sorted({*_SECONDS, seconds, 2 * seconds}))

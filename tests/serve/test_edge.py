@@ -251,7 +251,8 @@ def test_only_successes_count_in_the_latency_histogram() -> None:
         metrics.count_event(UsageEvent("a", "embeddings", status, code, seconds=1))
     metrics.count_event(UsageEvent("", "", 408, "request_timeout"))
     value = metrics.registry.get_sample_value
-    assert value("inferctl_request_duration_seconds_count", {"endpoint": "embeddings"}) == 1
+    labels = {"endpoint": "embeddings", "priority": "interactive"}
+    assert value("inferctl_request_duration_seconds_count", labels) == 1
     assert value("inferctl_requests_total", {"endpoint": "embeddings", "status": "429"}) == 1
     assert value("inferctl_requests_total", {"endpoint": "none", "status": "408"}) == 1
     assert value("inferctl_cancelled_total") == 1

@@ -173,6 +173,35 @@ def test_the_edge_answers_for_vllm(start: Start) -> None:
     assert '"usage"' not in raw.text
 
 
+def test_the_demand_of_generation_is_estimated_at_arrival(start: Start, tmp_path: Path) -> None:
+    spec = tmp_path / "inferctl.yaml"
+    spec.write_text(json.dumps({"model": {"source": "x"}, "slo": {"ttft_ms": 40_000}}))
+    server = start("--spec", str(spec))
+    name = "inferctl_offered_tokens_total"
+    assert server.metric("inferctl_slo_seconds", objective="first_token") == 40
+    assert server.metric("inferctl_queue_tokens", basis="estimated") == 0
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        running = pool.submit(server.chat, "60")
+        until(lambda: server.metric("inferctl_requests_in_flight") == 1)
+        first = server.metric(name, basis="estimated")  # before its end
+        assert 256 < first < 300  # an answer of 256 tokens is assumed, and 4 bytes per token
+        running.result()
+    for _ in range(20):
+        server.chat("2")
+    before = server.metric(name, basis="estimated")
+    assert failing(lambda: server.chat("busy")) == "429 queue_full"
+    learned = server.metric(name, basis="estimated") - before
+    assert 5 < learned < 40  # 7 tokens of the prompt, and mostly 2 of the answer
+    assert server.metric(name, basis="counted") == 0
+    server.chat("wait", max_tokens=1)
+    assert server.metric("inferctl_requests_waiting") == 3
+    assert 3 * 5 < server.metric("inferctl_queue_tokens", basis="estimated") < 3 * 80
+    assert list(server.chat("2", stream=True))
+    count = server.metric("inferctl_phase_duration_seconds_bucket", phase="first_token", le="40.0")
+    assert count == server.metric("inferctl_phase_duration_seconds_count", phase="first_token") == 1
+    assert server.metric("inferctl_model_info", task="generate", precision="fp32") == 1
+
+
 @pytest.mark.parametrize("fault", ["engine dies", "die", "hang", "block"])
 def test_a_lost_engine_fails_its_requests_and_is_replaced(start: Start, fault: str) -> None:
     server = start("--hang-seconds", "2")
@@ -193,6 +222,7 @@ def test_a_lost_engine_fails_its_requests_and_is_replaced(start: Start, fault: s
     assert refused.status_code in (200, 503)
     until(lambda: failing(lambda: server.chat("3", stream=True)) == "complete")
     assert server.get("/info").json()["restarts"] == 1
+    assert server.metric("inferctl_engine_restarts") == server.metric("inferctl_engine_up") == 1
     if not killed:
         counted = Counter((event["status"], event["code"]) for event in server.events())
         assert counted[(200, "engine_lost")] + counted[(503, "engine_lost")] == 7

@@ -17,7 +17,9 @@ from typing import Any
 
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from inferctl.deploy.observe import names
 from tests.conftest import ROOT
 from tests.serve.conftest import Running, until
 
@@ -105,6 +107,15 @@ def test_openai_asynchronous_requests_run_in_one_batch(server: Running) -> None:
         return [answer.choices[0].message.content for answer in answers]
 
     assert all("Paris" in answer for answer in asyncio.run(run()))
+
+
+def test_the_metrics_of_dashboards_and_alerts_exist(server: Running, client: openai.OpenAI) -> None:
+    client.chat.completions.create(**greedy())
+    families = text_string_to_metric_families(server.get("/metrics").text)
+    exposed = {sample.name for family in families for sample in family.samples}
+    assert exposed >= names.VLLM
+    assert server.metric("inferctl_offered_tokens_total", basis="estimated") > 0
+    assert server.metric("inferctl_requests_waiting") == server.metric("inferctl_queue_tokens") == 0
 
 
 def test_usage_equals_what_the_clients_saw_also_of_those_that_left(server: Running, client: openai.OpenAI) -> None:

@@ -158,12 +158,12 @@ class Edge:
     def _admit(self, scope: Scope, context: RequestContext) -> None:
         """Reject a request before its body is read."""
         limits = self._limits
+        self._check_body(context.content_length)  # first, since rejections count as demand of this size
         if scope["method"] == "POST" and not self._lifecycle.accepts_requests:
             raise self._lifecycle.unavailable()
         self._check_metering()
         if self.in_flight > limits.max_requests:
             raise at_capacity(f"{limits.max_requests} requests are in flight", "too_many_requests", 1)
-        self._check_body(context.content_length)
 
     def _check_body(self, size: int) -> None:
         if size > self._limits.max_body_bytes:

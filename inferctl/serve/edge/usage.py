@@ -35,7 +35,8 @@ class UsageEvent:
     byte of the request to the last byte of the response; `phases`: the parts of them. `input_tokens` counts the tokens
     that the model processed or a cache had, `cached_tokens` the latter, `output_tokens` those that it generated.
     `trace`: the W3C trace context of the client. `key_id`: of the API key, never the key itself. `engine_seconds`: the
-    share of its batches' times, by tokens; 0 for generation, because vLLM does not report it.
+    share of its batches' times, by tokens; 0 for generation, because vLLM does not report it. `content_length`: of the
+    body, as the client declared it; `body_bytes` were read.
     """
 
     request_id: str
@@ -54,6 +55,7 @@ class UsageEvent:
     key_id: str | None = None
     cached_tokens: int = 0
     engine_seconds: float = 0.0
+    content_length: int = 0
 
 
 @dataclass(slots=True)
@@ -127,6 +129,7 @@ class RequestContext:
             self.key_id,
             self.cached_tokens,
             self.engine_seconds,
+            self.content_length,
         )
 
 

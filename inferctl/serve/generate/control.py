@@ -23,7 +23,8 @@ _MAX_MESSAGE = 65536
 class EdgeSettings:
     """What the supervisor tells the edge. `info`: the document of `GET /info`. `log`: text or json.
 
-    `access`, `metering`: the sections of the spec, as JSON data. `models`: the names of the model.
+    `access`, `metering`: the sections of the spec, as JSON data. `models`: the names of the model. `slo`: seconds by
+    objective.
     """
 
     name: str
@@ -34,6 +35,7 @@ class EdgeSettings:
     access: dict[str, Any] = field(default_factory=dict)
     models: list[str] = field(default_factory=list)
     metering: dict[str, Any] = field(default_factory=dict)
+    slo: dict[str, float] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write the settings to `folder`."""

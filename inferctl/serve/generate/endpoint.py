@@ -26,6 +26,8 @@ _PASSED = _TOKENIZER | {"/v1/models", "/docs", "/redoc", "/version"}
 _DOCUMENT = "/openapi.json"
 # Of a body for the tokenizer: for each token of the context, and in addition. English has about 4 bytes per token.
 _BYTES_PER_TOKEN, _FEW_BYTES = 16, 64 * 1024
+# Tokens of an answer, assumed until requests complete: for the metrics of demand.
+ASSUMED_ANSWER_TOKENS = 256
 # The most sequences that vLLM runs at a time, if the spec does not say.
 _SEQUENCES = 1024
 _STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
@@ -34,7 +36,8 @@ _STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"
 class GenerationApp:
     """`app` is vLLM's application. `healthy()` asks it whether its engine runs. `context`: the largest one, in tokens.
 
-    `sequences`: the most that vLLM runs at a time, None if unknown.
+    `sequences`: the most that vLLM runs at a time, None if unknown. `offer(size)` is called for each request that asks
+    for tokens, with the bytes of its body, also if vLLM rejects it.
     `stopped()` returns the error for requests that are cancelled when the server ends. `running`: how many complete
     requests vLLM has. `tokenizing`: the same of the tokenizer. `events`: how many parts of streams arrived, which shows
     progress.
@@ -47,10 +50,11 @@ class GenerationApp:
         stopped: Callable[[], ApiError],
         context: int,
         sequences: int | None = None,
+        offer: Callable[[int], None] = lambda _: None,
     ) -> None:
         # Running, and as many that wait: then one key keeps vLLM busy, and others do not wait long.
         self.sequences = Shares(2 * (sequences or _SEQUENCES))
-        self._app, self._healthy, self._stopped = app, healthy, stopped
+        self._app, self._healthy, self._stopped, self._offer = app, healthy, stopped, offer
         self.context = context
         self._tokenize_bytes = _FEW_BYTES + _BYTES_PER_TOKEN * context
         self.running = self.tokenizing = self.events = 0
@@ -116,10 +120,12 @@ class GenerationApp:
         await call.read()
         tenant = call.context.tenant
         if tenant is not None and not self.sequences.take(tenant):
+            self._offer(call.context.body_bytes)
             raise key_share("requests in flight")
         self.running += 1
         try:
             call.reserve()
+            self._offer(call.context.body_bytes)
             await self._app(scope, call.receive, call.send)
         except asyncio.CancelledError:
             if call.begun and not call.complete:

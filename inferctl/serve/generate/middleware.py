@@ -30,6 +30,7 @@ from inferctl.serve.metrics import RequestMetrics
 _BEAT_S = 1.0
 _FLUSH_S = 2.0  # to write the last usage events
 _ORPHAN_S = 5.0  # to end without the supervisor
+_WAITING = "vllm:num_requests_waiting"
 # The usage of the KV cache changes with each part of a long prompt, whose tokens count at its end.
 _PROGRESS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:kv_cache_usage_perc")
 
@@ -64,7 +65,13 @@ class _EdgeServer:
         logs.notifier(settings.log, lambda _: None)
         self._app, self._folder = app, folder
         self._healthy = True
-        metrics = RequestMetrics(REGISTRY)
+        metrics = RequestMetrics(REGISTRY, slo=settings.slo, answer_tokens=endpoint.ASSUMED_ANSWER_TOKENS)
+        metrics.describe_model(settings.info)
+        metrics.engine_restarts.set(settings.info["restarts"])
+        metrics.engine_up.set_function(lambda: self._healthy)
+        metrics.watch_queue(
+            lambda: _waiting() * metrics.size.mean, _waiting, lambda: self._generation.running, estimated=True
+        )
         who = spec.Access(**settings.access)
         self._metering = Metering(
             spec.Metering(**settings.metering), settings.name, "generate", known_callers=who.required
@@ -76,7 +83,12 @@ class _EdgeServer:
         self._lifecycle.started = True
         limits = settings.info["limits"]
         self._generation = endpoint.GenerationApp(
-            app, self._check, lambda: self._edge.stopped, limits["max_context_tokens"], limits["max_sequences"]
+            app,
+            self._check,
+            lambda: self._edge.stopped,
+            limits["max_context_tokens"],
+            limits["max_sequences"],
+            metrics.offer_body,
         )
         self._edge = Edge(
             self._generation,
@@ -136,6 +148,12 @@ class _EdgeServer:
                 self._http.close()
         shutil.rmtree(self._folder, ignore_errors=True)  # the supervisor cannot if it was killed
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _waiting() -> float:
+    """Return how many requests wait in vLLM; 0 with `--disable-log-stats`."""
+    found = REGISTRY.restricted_registry([_WAITING]).collect()
+    return sum(sample.value for metric in found for sample in metric.samples)
 
 
 def _kill_orphan(parent: int) -> None:

@@ -31,7 +31,7 @@ from inferctl.serve.generate.command import VllmModel
 from inferctl.serve.generate.process import VllmProcess
 from inferctl.serve.generate.supervisor import Supervisor
 from inferctl.serve.metering import Metering
-from inferctl.serve.metrics import RequestMetrics
+from inferctl.serve.metrics import RequestMetrics, objectives
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.signals import EXIT_TERMINATED, StopSignals
 from inferctl.spec import Spec
@@ -72,7 +72,9 @@ class GenerationServer:
             self._lost,
             notify,
         )
-        metrics = RequestMetrics()
+        metrics = RequestMetrics(slo=objectives(spec.slo), answer_tokens=endpoint.ASSUMED_ANSWER_TOKENS)
+        metrics.watch_queue(lambda: 0, lambda: 0, lambda: self._edge.in_flight, estimated=True)
+        metrics.engine_restarts.set_function(lambda: self._supervisor.restarts)
         self._names = [spec.name, spec.model.source]
         self._metering = Metering(spec.metering, spec.name, "generate", known_callers=spec.access.required)
         self._worker = worker_process.start(spec, notify)
@@ -166,6 +168,7 @@ class GenerationServer:
             self._spec.access.model_dump() | {"keys": keys and str(Path(keys).absolute())},
             self._names,
             self._spec.metering.model_dump() | {"data": str(Path(self._spec.metering.data).absolute())},
+            objectives(self._spec.slo),
         )
 
     def _info(self) -> dict[str, Any]:

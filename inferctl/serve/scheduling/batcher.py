@@ -95,6 +95,11 @@ class Batcher:
         return self._interactive.count + self._bulk.count
 
     @property
+    def waiting_requests(self) -> int:
+        """Requests with a sequence in the queue."""
+        return len(self._requests)
+
+    @property
     def waiting_tokens(self) -> int:
         """Tokens in the queue."""
         return self._interactive.tokens + self._bulk.tokens

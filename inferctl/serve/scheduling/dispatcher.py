@@ -95,8 +95,9 @@ class Dispatcher:
         self._ids = count()
         self._busy_s, self._busy_at = 0.0, -math.inf  # seconds until an engine is free, and when this was computed
         self._scheduled = False  # `_dispatch` will run in this turn of the event loop
-        metrics.queue_tokens.set_function(lambda: batcher.waiting_tokens)
-        metrics.in_flight.set_function(lambda: len(self._requests))
+        metrics.watch_queue(
+            lambda: batcher.waiting_tokens, lambda: batcher.waiting_requests, lambda: len(self._requests)
+        )
         metrics.engine_up.set_function(lambda: len(self._engines))
         metrics.batch_limit.set_function(lambda: batcher.limits.batch_tokens)
 
@@ -121,10 +122,11 @@ class Dispatcher:
         `EngineUnavailableError` if no engine is ready. The future raises `EngineUnavailableError` or
         `EngineFailedError`.
         """
+        lengths = [len(s) for s in sequences]
+        self._metrics.offer(sum(lengths))
         if not self.ready:
             raise EngineUnavailableError("the engine is not ready")
         number, now = next(self._ids), self._clock()
-        lengths = [len(s) for s in sequences]
         busy_s = self._seconds_until_free()
         predicted = self._batcher.submit(number, lengths, now, bulk=bulk, busy_s=busy_s, tenant=tenant)
         future: asyncio.Future[RequestResult] = asyncio.get_running_loop().create_future()

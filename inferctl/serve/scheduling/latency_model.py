@@ -17,6 +17,8 @@ _DECAY = 0.97
 _MAX_RATIO = 3.0
 _SEED_WEIGHT = 20.0
 _SEED_TOKENS = 2048
+# After this many batches, the first values have 6% of the weight.
+_OWN_BATCHES = 100
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Capacity:
     slo_p99_ms: float | None = None
     parallel_batches: int | None = None
     max_batch_tokens: int | None = None
+
+    def tokens_per_second(self, batch_tokens: int, parallel: int) -> float:
+        """Return the tokens per second in full batches. The arguments are of the server, if the file lacks them."""
+        tokens = self.max_batch_tokens or batch_tokens
+        return (self.parallel_batches or parallel) * tokens / (self.fixed_s + tokens / self.tokens_per_s)
 
     @classmethod
     def read(cls, file: Path) -> Capacity:
@@ -71,6 +78,7 @@ class LatencyModel:
 
     def __init__(self, capacity: Capacity | None = None) -> None:
         self.fixed, self.per_token = 0.0, 0.0
+        self._batches = 0
         self._weight = self._t = self._s = self._tt = self._ts = 0.0
         if capacity is not None:
             for tokens in (0, _SEED_TOKENS):
@@ -97,6 +105,7 @@ class LatencyModel:
             setattr(self, name, getattr(self, name) * _DECAY)
         self._add(tokens, seconds, 1.0)
         self._fit()
+        self._batches += 1
 
     def seconds(self, tokens: int, batch_tokens: int | None = None) -> float:
         """Return the predicted seconds of `tokens`, in batches of `batch_tokens` (one batch if None).
@@ -105,6 +114,13 @@ class LatencyModel:
         """
         batches = math.ceil(tokens / batch_tokens) if batch_tokens else min(tokens, 1)
         return batches * self.fixed + tokens * self.per_token
+
+    def tokens_per_second(self, batch_tokens: int, parallel: int) -> float | None:
+        """Return the tokens per second in full batches, `parallel` at a time; None before 100 batches.
+
+        It is too low while only small batches ran, because these do not show which part of a batch is fixed.
+        """
+        return parallel * batch_tokens / self.seconds(batch_tokens) if self._batches >= _OWN_BATCHES else None
 
     def _add(self, tokens: int, seconds: float, weight: float) -> None:
         self._weight += weight

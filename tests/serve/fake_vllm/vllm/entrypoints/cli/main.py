@@ -31,6 +31,7 @@ from starlette.routing import Route
 GAP_S = 0.05
 TOKENS = Counter("vllm:generation_tokens", "Generated tokens.")
 KV_CACHE = Gauge("vllm:kv_cache_usage_perc", "Used part of the KV cache.")
+WAITING = Gauge("vllm:num_requests_waiting", "Waiting requests.", ["engine"])
 BUSY = "The engine is currently busy"
 ENGINE_LOST = {"error": {"message": "EngineCore died", "type": "InternalServerError", "param": None, "code": 500}}
 
@@ -101,6 +102,8 @@ async def chat(request: Request) -> Response:
             KV_CACHE.set(part)
     if script == "tokenize":
         await asyncio.sleep(3)
+    if script == "wait":
+        WAITING.labels("0").set(3)
     if script == "block":
         time.sleep(600)
     if script == "invalid":
@@ -145,6 +148,7 @@ def main() -> None:
     if "--disable-log-stats" in others:
         REGISTRY.unregister(TOKENS)
         REGISTRY.unregister(KV_CACHE)
+        REGISTRY.unregister(WAITING)
     print("(APIServer pid=1) INFO 11-26 19:00:00 [x.py:1] started with", *others)
     print("(APIServer pid=1) ERROR 11-26 19:00:00 [x.py:1] an error line")
     routes = [

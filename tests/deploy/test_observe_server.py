@@ -1,0 +1,69 @@
+"""Every metric of dashboards and alerts exists in `/metrics` of running servers, and no server has others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from inferctl.deploy.observe import names
+from tests.serve.conftest import Running, start, stop
+from tests.serve.test_generation import CONFIG, launch, until
+
+_SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum")}
+
+
+def exposed(server: Running) -> set[str]:
+    """Return the names of all series that a server can have, also of those without a label so far."""
+    families = text_string_to_metric_families(server.get("/metrics").text)
+    return {family.name + suffix for family in families for suffix in _SUFFIXES[family.type]}
+
+
+def own(server: Running) -> set[str]:
+    return {name for name in exposed(server) if name.startswith("inferctl_")}
+
+
+def spec(folder: Path, model: Path, **sections: object) -> Path:
+    file = folder / "inferctl.yaml"
+    metering = {"mode": "on", "data": str(folder / "metering")}
+    file.write_text(json.dumps({"name": "m", "model": {"source": str(model)}, "metering": metering, **sections}))
+    return file
+
+
+@pytest.mark.parametrize("task", ["embed", "rerank"])
+def test_servers_of_embeddings_and_reranking_have_the_names(task: str, minilm: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(minilm, model, ignore=shutil.ignore_patterns("modules.json") if task == "rerank" else None)
+    if task == "rerank":
+        config = json.loads((minilm / "config.json").read_text())
+        config |= {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+        (model / "config.json").write_text(json.dumps(config))
+    file = spec(tmp_path, model, cache={"size": "16MiB"}, slo={"p99_ms": 1000})
+    server = start(tmp_path, "--spec", str(file), "--engine", "echo")
+    try:
+        assert server.get("/info").json()["task"] == task
+        expected = names.SERVER - (set() if task == "embed" else {n for n in names.SERVER if "_cache_" in n})
+        assert expected <= own(server) <= names.SERVER
+    finally:
+        stop(server)
+
+
+def test_a_server_of_generation_has_the_names(tmp_path: Path) -> None:
+    model = tmp_path / "llama"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(CONFIG))
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    file = spec(tmp_path, model, slo={"ttft_ms": 500})
+    server = launch(tmp_path, model, "--spec", str(file))
+    try:
+        until(lambda: (tmp_path / "ready.json").exists() or server.process.poll() is not None)
+        assert server.process.poll() is None, server.log.read_text()
+        server.url = json.loads((tmp_path / "ready.json").read_text())["url"]
+        assert own(server) == names.REQUESTS | names.OUTBOX
+    finally:
+        server.process.kill()
+        server.process.wait()

@@ -1,0 +1,194 @@
+"""The metrics that autoscalers and alerts read, on real servers: offered tokens, the queue, the capacity, the SLO."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from inferctl.serve.edge.usage import UsageEvent
+from inferctl.serve.engines.echo import SLOW_TOKEN
+from inferctl.serve.metrics import Metrics, RequestMetrics, RequestSize, objectives
+from inferctl.serve.scheduling.latency_model import Capacity, LatencyModel
+from inferctl.spec import Slo
+from tests.access.test_keys import add
+from tests.serve.conftest import CLIENT, Running, start, stop, until
+
+Serve = Callable[..., Running]
+OFFERED = "inferctl_offered_tokens_total"
+
+
+def spec(folder: Path, model: Path, **sections: object) -> Path:
+    file = folder / "inferctl.yaml"
+    file.write_text(json.dumps({"name": "echo", "model": {"source": str(model)}, **sections}))
+    return file
+
+
+def offered(server: Running) -> tuple[float, float]:
+    return server.metric(OFFERED, basis="counted"), server.metric(OFFERED, basis="estimated")
+
+
+@pytest.fixture(scope="module")
+def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server with a small queue, an SLO and a capacity file."""
+    folder = tmp_path_factory.mktemp("demand")
+    capacity = {"fixed_s": 0.004, "tokens_per_s": 16000, "parallel_batches": 2, "max_batch_tokens": 512}
+    (folder / "capacity.json").write_text(json.dumps(capacity))
+    file = spec(folder, minilm, slo={"p99_ms": 70_000}, serve={"max_queue_tokens": 64})
+    found = start(folder, "--spec", str(file), "--engine", "echo", "--capacity", str(folder / "capacity.json"))
+    yield found
+    stop(found)
+
+
+def test_the_tokens_of_accepted_and_rejected_requests_are_offered(server: Running) -> None:
+    before = offered(server)
+    assert server.embed(input=[5] * 7).status_code == 200
+    assert offered(server) == (before[0] + 7, before[1])
+    with ThreadPoolExecutor(12) as pool:
+        codes = list(pool.map(lambda _: server.embed(input=[SLOW_TOKEN] + [5] * 30).status_code, range(12)))
+    assert set(codes) == {200, 429}
+    counted, estimated = (after - start for after, start in zip(offered(server), before, strict=True))
+    # A rejected request is counted after tokenization, or estimated if it was rejected before.
+    assert counted % 31 == 7
+    assert counted >= 7 + 31 * codes.count(200)
+    assert counted + estimated == pytest.approx(7 + 31 * 12, rel=0.5)
+
+
+def test_requests_that_no_capacity_would_help_are_not_offered(server: Running) -> None:
+    before = offered(server)
+    assert server.embed(input=[]).status_code == 400
+    assert server.embed(input="a", model="other").status_code == 404
+    assert server.get("/v1/models").status_code == 200
+    assert server.get("/nothing").status_code == 404
+    assert offered(server) == before
+
+
+def test_limits_of_keys_are_not_offered(serve: Serve, minilm: Path, tmp_path: Path) -> None:
+    _, secret = add(tmp_path / "keys.json")
+    access = {"keys": "keys.json", "open": ["metrics"], "tokens_per_minute": 10}
+    server = serve("--spec", str(spec(tmp_path, minilm, access=access)), "--engine", "echo")
+    headers = {"authorization": f"Bearer {secret}"}
+    codes = [CLIENT.post(f"{server.url}/v1/embeddings", json={"input": [5] * 8}, headers=headers) for _ in range(3)]
+    assert [answer.status_code for answer in codes] == [200, 429, 429]
+    assert offered(server) == (8, 0)
+    assert server.metric("inferctl_rejected_total", reason="rate_limit_exceeded") == 2
+
+
+def test_cached_tokens_are_not_offered(serve: Serve, minilm: Path, tmp_path: Path) -> None:
+    server = serve("--spec", str(spec(tmp_path, minilm, cache={"size": "16MiB"})), "--engine", "echo")
+    for _ in range(3):
+        assert server.embed(input=[[5] * 8, [5] * 8, [6] * 4]).status_code == 200
+    assert offered(server) == (12, 0)
+
+
+def test_the_queue_is_reported_in_tokens_and_in_requests(server: Running) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(server.embed, input=[SLOW_TOKEN] * 20) for _ in range(3)]
+        until(lambda: server.metric("inferctl_requests_in_flight") == 3)
+        until(lambda: server.metric("inferctl_requests_waiting") >= 1)
+        assert server.metric("inferctl_queue_tokens", basis="counted") in (20, 40)
+        assert [each.result().status_code for each in running] == [200] * 3
+    assert server.metric("inferctl_requests_waiting") == server.metric("inferctl_queue_tokens") == 0
+
+
+def test_the_capacity_says_where_it_comes_from(server: Running) -> None:
+    name = "inferctl_capacity_tokens_per_second"
+    measured = server.metric(name, source="capacity_file")
+    assert measured == pytest.approx(2 * 512 / (0.004 + 512 / 16000))
+    for _ in range(100):
+        assert server.embed(input=[5]).status_code == 200
+    fitted = server.metric(name, source="fitted")
+    assert fitted > 0
+    assert fitted != pytest.approx(measured, rel=0.01)
+    assert server.metric(name, source="capacity_file") == measured
+
+
+def test_the_slo_is_reported_and_a_bound_of_the_histogram(server: Running) -> None:
+    assert server.metric("inferctl_slo_seconds", objective="request_p99") == 70
+    before = server.metric("inferctl_request_duration_seconds_count", priority="bulk")
+    CLIENT.post(f"{server.url}/v1/embeddings", json={"input": [5]}, headers={"x-priority": "bulk"})
+    server.embed(input=[5])
+    assert server.metric("inferctl_request_duration_seconds_count", priority="bulk") == before + 1
+    for bound in ("70.0", "140.0"):
+        assert server.metric("inferctl_request_duration_seconds_bucket", priority="bulk", le=bound) == before + 1
+
+
+def test_the_served_model_is_described(server: Running) -> None:
+    info = server.get("/info").json()
+    labels = {"model": "echo", "task": "embed", "sha256": info["model"]["sha256"][:12], "precision": "fp32"}
+    assert server.metric("inferctl_model_info", **labels) == 1
+    assert server.metric("inferctl_engine_up") == 1
+
+
+def test_each_name_is_in_the_exposition_from_the_start(server: Running) -> None:
+    """A scaler must not read "no data" before the first request."""
+    samples = {s.name for family in text_string_to_metric_families(server.get("/metrics").text) for s in family.samples}
+    assert {OFFERED, "inferctl_queue_tokens", "inferctl_requests_waiting", "inferctl_requests_in_flight"} <= samples
+
+
+def test_the_size_of_a_request_is_learned_from_completed_ones() -> None:
+    size = RequestSize(answer_tokens=256)
+    assert size.estimate(4000) == pytest.approx(1256)
+    for _ in range(2000):
+        size.observe(800, 100, 50)
+    assert size.estimate(1600) == pytest.approx(250, rel=0.02)
+    assert size.mean == pytest.approx(150, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "endpoint", "tokens"),
+    [
+        (429, "queue_full", "embeddings", 100),
+        (429, "slo", "embeddings", 100),
+        (429, "too_many_requests", "rerank", 100),
+        (503, "not_ready", "chat", 100),
+        (429, "queue_full", "other", 0),  # not a task
+        (429, "rate_limit_exceeded", "embeddings", 0),
+        (503, "metering_unavailable", "embeddings", 0),
+        (401, "invalid_api_key", "embeddings", 0),
+        (413, "body_too_large", "embeddings", 0),
+    ],
+)
+def test_only_rejections_for_lack_of_capacity_are_estimated(
+    status: int, code: str, endpoint: str, tokens: int
+) -> None:
+    metrics = Metrics()
+    metrics.count_event(UsageEvent("a", endpoint, status, code, content_length=400))
+    assert metrics.registry.get_sample_value(OFFERED, {"basis": "estimated"}) == pytest.approx(tokens)
+    # Its inputs are known, so it was offered before.
+    metrics.count_event(UsageEvent("a", endpoint, status, code, content_length=400, inputs=2))
+    assert metrics.registry.get_sample_value(OFFERED, {"basis": "estimated"}) == pytest.approx(tokens)
+
+
+def test_a_priority_that_a_client_invents_is_no_label() -> None:
+    metrics = RequestMetrics()
+    for number in range(50):
+        metrics.count_event(UsageEvent("a", "chat", 200, priority=f"mine-{number}"))
+    assert b"mine-" not in metrics.exposition()[0]
+
+
+def test_the_fitted_capacity_needs_own_batches() -> None:
+    model = LatencyModel(Capacity(0.01, 1000))
+    for _ in range(99):
+        model.observe(64, 0.05)
+    assert model.tokens_per_second(64, 2) is None
+    model.observe(64, 0.05)
+    assert model.tokens_per_second(64, 2) == pytest.approx(2 * 64 / 0.05, rel=0.1)
+
+
+def test_objectives_are_in_seconds() -> None:
+    slo = Slo(p99_ms=70, ttft_ms=500, itl_ms=None)
+    assert objectives(slo) == {"request_p99": 0.07, "first_token": 0.5}
+    assert objectives(Slo(), 200) == {"request_p99": 0.2}  # type: ignore[call-arg]
+
+
+def test_connection_rejections_offer_nothing(server: Running) -> None:
+    before = offered(server)
+    answer = httpx.post(f"{server.url}/v1/embeddings", content=b"{}", headers={"content-type": "text/plain"})
+    assert answer.status_code == 415
+    assert offered(server) == before
