@@ -19,11 +19,12 @@ _SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_
 def exposed(server: Running) -> set[str]:
     """Return the names of all series that a server can have, also of those without a label so far."""
     families = text_string_to_metric_families(server.get("/metrics").text)
-    return {family.name + suffix for family in families for suffix in _SUFFIXES[family.type]}
+    return {family.name + suffix for family in families for suffix in _SUFFIXES.get(family.type, ("",))}
 
 
 def own(server: Running) -> set[str]:
-    return {name for name in exposed(server) if name.startswith("inferctl_")}
+    found = {name for name in exposed(server) if name.startswith("inferctl_")}
+    return {name for name in found if not name.endswith("_created")}  # the client library adds them
 
 
 def spec(folder: Path, model: Path, **sections: object) -> Path:
