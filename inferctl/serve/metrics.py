@@ -18,7 +18,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 _TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # Codes of rejections that more servers would avoid. Not among them: limits of keys.
-_AT_CAPACITY = frozenset(
+AT_CAPACITY = frozenset(
     {
         "queue_full",
         "key_share",
@@ -32,8 +32,8 @@ _AT_CAPACITY = frozenset(
 )
 # Codes of rejections with 503.
 _UNAVAILABLE = frozenset({"not_ready", UNAVAILABLE, "access_unavailable"})
-# Before requests complete: bytes of a body per token.
-_BYTES_PER_TOKEN = 4
+# Before requests complete: tokens of a request, and bytes of a body per token.
+_INPUT_TOKENS, _BYTES_PER_TOKEN = 100, 4
 # Each completed request multiplies the weight of earlier ones by this, so that about the last 1000 count.
 _DECAY = 0.999
 
@@ -55,7 +55,8 @@ class RequestSize:
     """
 
     def __init__(self, answer_tokens: int = 0) -> None:
-        self._requests, self._bytes, self._inputs, self._outputs = 1.0, 1000.0 * _BYTES_PER_TOKEN, 1000.0, answer_tokens
+        self._requests, self._outputs = 1.0, float(answer_tokens)
+        self._inputs, self._bytes = float(_INPUT_TOKENS), float(_INPUT_TOKENS * _BYTES_PER_TOKEN)
 
     @property
     def mean(self) -> float:
@@ -149,7 +150,7 @@ class RequestMetrics:
         elif event.status == 429 or event.code in _UNAVAILABLE or not event.endpoint:
             self._rejected.labels(event.code).inc()
             # The others were offered before they were rejected.
-            if event.code in _AT_CAPACITY and not event.inputs and event.endpoint not in ("", "other"):
+            if event.code in AT_CAPACITY and not event.inputs and event.endpoint not in ("", "other"):
                 self.offer_body(max(event.content_length, event.body_bytes))
 
     def offer(self, tokens: int) -> None:

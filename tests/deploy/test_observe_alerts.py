@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from inferctl.deploy.observe import names
-from inferctl.deploy.observe.alerts import alerts, groups
+from inferctl.deploy.observe.alerts import REASONS, alerts, groups
 from inferctl.deploy.observe.watched import Watched
+from inferctl.serve.metrics import AT_CAPACITY
 from tests.conftest import ROOT
 from tests.deploy.watched_models import CHAT, EMBED
 
@@ -357,6 +358,13 @@ def test_the_summary_has_the_numbers_and_the_rule_its_labels(promtool: str, tmp_
     document = {"rule_files": ["rules.yaml"], "evaluation_interval": "1m", "tests": [test]}
     (tmp_path / "tests.yaml").write_text(json.dumps(document))
     run(promtool, "test", "rules", str(tmp_path / "tests.yaml"))
+
+
+def test_the_reasons_are_codes_of_the_server() -> None:
+    reasons = set(REASONS.split("|"))
+    assert reasons == AT_CAPACITY - {"not_ready"}
+    source = "".join(file.read_text() for file in (ROOT / "inferctl/serve").rglob("*.py") if file.name != "metrics.py")
+    assert all(f'"{reason}"' in source for reason in reasons)
 
 
 def test_options_that_a_model_lacks_have_no_alerts() -> None:

@@ -187,7 +187,7 @@ def test_objectives_are_in_seconds() -> None:
     assert objectives(Slo(), 200) == {"request_p99": 0.2}  # type: ignore[call-arg]
 
 
-def test_connection_rejections_offer_nothing(server: Running) -> None:
+def test_another_media_type_offers_nothing(server: Running) -> None:
     before = offered(server)
     answer = httpx.post(f"{server.url}/v1/embeddings", content=b"{}", headers={"content-type": "text/plain"})
     assert answer.status_code == 415

@@ -21,7 +21,8 @@ _OUTBOX_S = 900
 _SLOW, _BUSY = 0.7, 0.5
 _PREEMPTIONS = 0.1
 _NOT_READY_S = 300
-_CAPACITY = "queue_full|key_share|max_wait|slo|too_many_requests|too_many_bytes|tokenizer_full"
+# The codes of rejections that more replicas would avoid.
+REASONS = "queue_full|key_share|max_wait|slo|too_many_requests|too_many_bytes|tokenizer_full"
 
 Severity = Literal["critical", "warning", "info"]
 
@@ -81,7 +82,7 @@ def _service(watched: Watched) -> Iterator[Alert]:
     )
     yield Alert(
         "InferctlRejected",
-        f'sum(rate(inferctl_rejected_total{{{series},reason=~"{_CAPACITY}"}}[5m]))\n'
+        f'sum(rate(inferctl_rejected_total{{{series},reason=~"{REASONS}"}}[5m]))\n'
         f"/ sum(rate(inferctl_requests_total{{{series}}}[5m])) > {_REJECTED}",
         300,
         "critical",
@@ -110,13 +111,6 @@ def _service(watched: Watched) -> Iterator[Alert]:
         600,
         "critical",
         "Prometheus has no metrics of some of {{ $value }} available replicas, so the autoscaler sees too little work",
-    )
-    yield Alert(
-        "InferctlModelsDiffer",
-        f"count(count by (sha256) (inferctl_model_info{{{series}}})) > 1",
-        3600,
-        "warning",
-        "replicas serve {{ $value }} different models under one name",
     )
 
 
@@ -301,6 +295,13 @@ def _encoders(watched: Watched) -> Iterator[Alert]:
         0,
         "warning",
         "batches of {{ $labels.pod }} did not fit into the memory of its device",
+    )
+    yield Alert(
+        "InferctlModelsDiffer",
+        f"count(count by (sha256) (inferctl_model_info{{{series}}})) > 1",
+        3600,
+        "warning",
+        "replicas serve {{ $value }} different models under one name",
     )
     if watched.shared_cache:
         yield Alert(
