@@ -1,0 +1,126 @@
+"""A real Prometheus scrapes a server: the queries of dashboard and alerts find its series."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from inferctl.deploy.observe import names, panels
+from inferctl.deploy.observe.alerts import groups
+from inferctl.deploy.observe.watched import Watched, WatchedFlavor
+from inferctl.serve.engines.echo import NON_FINITE_TOKEN
+from tests.serve.conftest import CLIENT, Running, start, stop, until
+
+WATCHED = Watched("embed", "inference", "embed", (WatchedFlavor("embed-l4", 60, 10),), cache=True, metering=True)
+LABELS = {"namespace": "inference", "service": "embed", "pod": "embed-l4-7d9f8c6b5-abcde", "inferctl_io_flavor": "l4"}
+
+
+@pytest.fixture(scope="module")
+def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("scraped")
+    spec = {
+        "name": "embed",
+        "model": {"source": str(minilm)},
+        "slo": {"p99_ms": 1000},
+        "cache": {"size": "16MiB"},
+        "metering": {"mode": "on", "data": str(folder / "metering")},
+    }
+    (folder / "inferctl.yaml").write_text(json.dumps(spec))
+    found = start(folder, "--spec", str(folder / "inferctl.yaml"), "--engine", "echo")
+    yield found
+    stop(found)
+
+
+@pytest.fixture(scope="module")
+def prometheus(server: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Prometheus that scrapes the server each 0.5 s and evaluates the rules."""
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.skip("prometheus not found; `apt-get install prometheus` installs it")
+    folder = tmp_path_factory.mktemp("prometheus")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    (folder / "rules.yml").write_text(json.dumps(groups(WATCHED)))
+    scrape = {
+        "job_name": "embed",
+        "scrape_interval": "500ms",
+        "scrape_timeout": "500ms",
+        "static_configs": [{"targets": [server.url.removeprefix("http://")], "labels": LABELS}],
+    }
+    config = {"global": {"evaluation_interval": "1s"}, "rule_files": ["rules.yml"], "scrape_configs": [scrape]}
+    (folder / "prometheus.yml").write_text(json.dumps(config))
+    command = [program, f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([*command, f"--web.listen-address={address}"], stdout=log, stderr=log)
+    try:
+        until(lambda: ready(address) or process.poll() is not None, 60)
+        assert process.poll() is None, (folder / "log").read_text()
+        load(server)
+        yield f"http://{address}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ready(address: str) -> bool:
+    try:
+        return httpx.get(f"http://{address}/-/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def load(server: Running) -> None:
+    """Send requests of all kinds for some scrapes."""
+    for number in range(120):  # the fitted capacity needs 100 batches
+        server.embed(input=[[5 + number % 3, number + 20], [6]])
+        if number in (40, 80):
+            server.embed(input=[NON_FINITE_TOKEN])
+        CLIENT.post(f"{server.url}/v1/embeddings", json={"input": [5]}, headers={"x-priority": "bulk"})
+        time.sleep(0.05)
+
+
+def values(prometheus: str, expression: str) -> list[float]:
+    answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": expression})
+    assert answer.status_code == 200, answer.text
+    return [float(sample["value"][1]) for sample in answer.json()["data"]["result"]]
+
+
+def test_each_query_about_the_server_finds_its_series(prometheus: str) -> None:
+    rate = "30s"
+    asked = 0
+    for _, row in panels.rows(WATCHED):
+        for panel in row:
+            for query in panel.queries:
+                if names.used(query.expression) <= names.SERVER and "rejected_total" not in query.expression:
+                    asked += 1
+                    assert values(prometheus, query.expression.replace("$__rate_interval", rate)), query
+    assert asked >= 20
+
+
+def test_rates_and_latencies_are_those_of_the_load(prometheus: str) -> None:
+    found = {query.legend: query.expression for _, row in panels.rows(WATCHED) for p in row for query in p.queries}
+    (offered,) = values(prometheus, found["offered, with rejected requests"].replace("$__rate_interval", "30s"))
+    (served,) = values(prometheus, found["served"].replace("$__rate_interval", "30s"))
+    assert 0 < offered < served  # the cache had the rest
+    (slo,) = values(prometheus, found["SLO of the p99"])
+    assert slo == 1
+
+
+def test_only_the_fault_of_the_load_fires(prometheus: str) -> None:
+    def firing() -> set[str]:
+        alerts = httpx.get(f"{prometheus}/api/v1/alerts").json()["data"]["alerts"]
+        return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
+
+    until(lambda: "InferctlNonFiniteVectors" in firing(), 30)
+    assert firing() == {"InferctlNonFiniteVectors"}
+    rules = httpx.get(f"{prometheus}/api/v1/rules").json()["data"]["groups"][0]["rules"]
+    assert {rule["health"] for rule in rules} == {"ok"}
