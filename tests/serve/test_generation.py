@@ -199,7 +199,8 @@ def test_the_demand_of_generation_is_estimated_at_arrival(start: Start, tmp_path
     assert list(server.chat("2", stream=True))
     count = server.metric("inferctl_phase_duration_seconds_bucket", phase="first_token", le="40.0")
     assert count == server.metric("inferctl_phase_duration_seconds_count", phase="first_token") == 1
-    assert server.metric("inferctl_model_info", task="generate", precision="fp32") == 1
+    precision = server.get("/info").json()["precision"]["effective"]
+    assert server.metric("inferctl_model_info", task="generate", precision=precision) == 1
 
 
 @pytest.mark.parametrize("fault", ["engine dies", "die", "hang", "block"])
