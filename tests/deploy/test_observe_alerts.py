@@ -142,6 +142,7 @@ INACTIVE = "kube_horizontalpodautoscaler_status_condition"
 AVAILABLE = "kube_deployment_status_replicas_available"
 OVERFLOW = '_replicas_available{namespace="inference",deployment="embed-a100-half-overflow"'
 HALF_POD = 'namespace="inference",pod="embed-a100-half-7d9f8c6b5-abcd0"'
+KILLED = f'kube_pod_container_status_last_terminated_reason{{{HALF_POD},container="server",reason="OOMKilled"}}'
 LAST = AFTER - 4  # an event shortly before the rules are read
 
 
@@ -206,21 +207,13 @@ CASES = [
         "a container killed for memory",
         "ContainerOutOfMemory",
         ("status_restarts_total", gauge(0, 1, LAST)),
-        added={
-            f'kube_pod_container_status_last_terminated_reason{{{HALF_POD},container="server",reason="OOMKilled"}}': lambda m: (
-                1 if m >= LAST else None
-            )
-        },
+        added={KILLED: lambda m: 1 if m >= LAST else None},
     ),
     fault(
         "killed for memory long ago",
         "",
         ("status_restarts_total", gauge(0, 1)),
-        added={
-            f'kube_pod_container_status_last_terminated_reason{{{HALF_POD},container="server",reason="OOMKilled"}}': lambda m: (
-                1 if m >= FAULT else None
-            )
-        },
+        added={KILLED: lambda m: 1 if m >= FAULT else None},
     ),
     fault(
         "no replica",
