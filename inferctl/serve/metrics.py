@@ -39,7 +39,7 @@ _DECAY = 0.999
 
 
 def objectives(slo: Slo, enforced_p99_ms: float | None = None) -> dict[str, float]:
-    """Return the SLO of a spec in seconds, by objective. `enforced_p99_ms`: that of admission control, if it has one."""
+    """Return the SLO of a spec in seconds, by objective. `enforced_p99_ms`: that of admission control, if any."""
     found = {
         "request_p99": enforced_p99_ms or slo.p99_ms,
         "first_token": slo.ttft_ms,
