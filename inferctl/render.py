@@ -222,8 +222,11 @@ def _container_config(spec: Spec, port: int) -> bytes:
     data["serve"] |= {"port": port, "host": "0.0.0.0"}
     if spec.model.weights != "download":
         data["model"]["source"] = "/model"
-    if spec.access.keys:
-        data["access"]["keys"] = f"{KEYS_PATH}/{Path(spec.access.keys).name}"
+    if spec.access.key_file:
+        data["access"]["keys"] = f"{KEYS_PATH}/{Path(spec.access.key_file).name}"
+    del data["access"]["data"]  # of the build machine
+    if spec.access.broker:  # only the worker, which runs outside of the container, connects to it
+        data["access"]["broker"] = "nats://worker"
     return yaml.safe_dump(data, sort_keys=True).encode()
 
 

@@ -26,11 +26,12 @@ ENVIRONMENT_PREFIX = "INFERCTL_"
 # Variables that the command line or the tests read. They are not settings of the spec.
 RESERVED_VARIABLES = frozenset({"INFERCTL_SPEC", "INFERCTL_REQUIRE"})
 # Settings of a spec file that `null` in a variable removes. Other texts stay texts.
-_REMOVABLE = ("access.keys", "access.oidc.issuer", "cache.size", "cache.shared")
+_REMOVABLE = ("access.keys", "access.broker", "access.oidc.issuer", "cache.size", "cache.shared")
 # The environment of a server that only its parent process uses: it asks for no keys and computes every input, whatever
 # the spec says.
 OPEN_ACCESS = {
     "INFERCTL_ACCESS_KEYS": "null",
+    "INFERCTL_ACCESS_BROKER": "null",
     "INFERCTL_ACCESS_OIDC_ISSUER": "null",
     "INFERCTL_ACCESS_TRUSTED_PROXIES": "",
     "INFERCTL_CACHE_SIZE": "null",
@@ -165,7 +166,7 @@ def _make_relative(document: Document, data: dict[str, Any]) -> dict[str, str]:
 
 
 def _relative_to(folder: Path, path: str, value: str) -> str:
-    if value.startswith(("/", "~")):
+    if value.startswith(("/", "~")) or (path == "access.keys" and "://" in value):
         return value
     if path == "model.source":
         local = not re.fullmatch(HUB_ID, value) or (folder / value).is_dir()
@@ -201,6 +202,7 @@ _PATHS = (
     "image.wheels",
     "image.locks",
     "access.keys",
+    "access.data",
     "metering.data",
     "metering.sink_token_file",
 )

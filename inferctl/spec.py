@@ -234,7 +234,17 @@ class Access(_Section):
     """Who may use the server, and how much. Without keys, every client may use it without limits."""
 
     keys: OneLine | None = Field(
-        None, description="Key file that `inferctl keys` writes. Without it, the server asks for no keys."
+        None,
+        description="Key file that `inferctl keys` writes, or the URL of a database with keys (SQLite, PostgreSQL). "
+        "Without it, the server asks for no keys.",
+    )
+    broker: OneLine | None = Field(
+        None,
+        description="URL of a NATS server, through which servers with the same name share the limits of keys, and hear "
+        "of revoked keys.",
+    )
+    data: OneLine = Field(
+        "access", description="Folder that a server with a broker or a database of keys shares with its worker."
     )
     open: list[Literal["metrics", "info", "docs"]] = Field(
         default_factory=list,
@@ -255,7 +265,10 @@ class Access(_Section):
         description="Limit of each key without its own: tokens in and out. Default: no limit.",
     )
     replicas: int = Field(
-        1, ge=1, le=10_000, description="Number of servers behind one address: each applies limit / replicas."
+        1,
+        ge=1,
+        le=10_000,
+        description="Number of servers that share the limits. Without `access.broker`, each applies limit / replicas.",
     )
 
     @field_validator("trusted_proxies")
@@ -272,6 +285,21 @@ class Access(_Section):
     def required(self) -> bool:
         """Whether a client must say who it is."""
         return bool(self.keys or self.trusted_proxies or self.oidc.issuer)
+
+    @property
+    def key_store(self) -> str | None:
+        """URL of the database with the keys; None if they are in a file."""
+        return self.keys if self.keys and "://" in self.keys else None
+
+    @property
+    def key_file(self) -> str | None:
+        """The file that a server reads. The worker writes that of a database."""
+        return f"{self.data}/keys.json" if self.key_store else self.keys
+
+    @property
+    def has_worker(self) -> bool:
+        """Whether keys and limits need a worker."""
+        return self.required and bool(self.broker or self.key_store)
 
 
 class Metering(_Section):

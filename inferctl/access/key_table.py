@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -33,21 +33,36 @@ class Entry(NamedTuple):
 
 
 class KeyTable:
-    """The keys of one file. `warn` gets a line if the file is no longer valid; the last valid content stays in use."""
+    """The keys of one file. `warn` gets a line if the file is no longer valid; the last valid content stays in use.
 
-    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+    `awaited`: the worker writes the file, which may not exist yet. `ready`: it was read.
+    """
+
+    def __init__(self, path: Path, warn: Callable[[str], None], *, awaited: bool = False) -> None:
         """Raises `UsageError` if the file is missing or not valid."""
         self._path, self._warn = path, warn
         self._version = self._stat()
         self._closed = threading.Event()
-        self._load(key_file.read(path))
+        self._revoked: set[str] = set()
+        self._entries: dict[bytes, Entry] = {}
+        self.ready = self.shared = False
+        if not awaited or self._version:
+            self._load(key_file.read(path))
 
     def find(self, credential: bytes, now: float) -> ApiKey | None:
-        """Return the key that a client sent; None if it is unknown, revoked or expired."""
+        """Return the key that a client sent; None if it is unknown, revoked or expired. Raises `UnavailableError`."""
+        if not self.ready:
+            raise UnavailableError("the keys are not known yet")
         if len(credential) > _MAX_LENGTH:
             return None
         entry = self._entries.get(keys.digest(credential))
-        return None if entry is None or now >= entry.not_after else entry.key
+        if entry is None or now >= entry.not_after or entry.key.id in self._revoked:
+            return None
+        return entry.key
+
+    def revoke(self, ids: Iterable[str]) -> None:
+        """Reject these keys from now on, also if the file, or an older copy of it, still has them."""
+        self._revoked.update(ids)
 
     def follow(self) -> None:
         """Read the file again when it changes, on a thread, until `close`."""
@@ -67,6 +82,7 @@ class KeyTable:
         self._entries = entries
         # With a single key, there is nobody to share the queue with.
         self.shared = sum(key.revoked is None for key in content.keys) > 1
+        self.ready = True
 
     def _follow(self) -> None:
         while not self._closed.wait(INTERVAL_S):

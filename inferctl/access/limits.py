@@ -5,29 +5,36 @@ at most the limit is admitted. (Two cells of 60 s, the older one weighted, would
 
 The counters of a cell only grow: one for what was charged, one for what was given back. Servers that share a limit tell
 each other their own counters. A receiver keeps the maximum, so lost, doubled and reordered messages do no harm.
+
+What this server charged since it last heard from another one counts once more for that one: it may have charged as much
+in this time, and neither knows of the other. So there is no burst in which each server admits the whole limit. If
+counters stop to arrive, all that this server charges counts once for each server, which leaves it limit / replicas.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
 from typing import Literal
 
 from inferctl.access.key_file import ApiKey
+from inferctl.access.window import CELL_S, CELLS, SLOT_S, Cells, Silences, Window
 
-CELL_S = 5.0
-CELLS = 13  # 60 s, and the oldest one whole
 PERIOD_S = 60
-# After this long without counters of other servers, each one applies its share of the limit.
+# After this long without counters of a server, the others show and explain limit / replicas as their limit.
 EXCHANGE_TIMEOUT_S = 3.0
+# What this server charged is known to the others after this time at most.
+DELAY_S = 0.5
+# Until the other servers know what this one charged just now.
+_SETTLED_S = 1.0
 # Keys that were not used for a while are forgotten when there are more than this many.
 _MANY_KEYS = 10_000
+# `rest` returns all keys in this many calls, but at most so many keys in one, which takes 2 ms.
+_CALLS, _MANY_AT_ONCE = 20, 500
 
 Resource = Literal["requests", "tokens"]
 # The limit, what remains of it, and the seconds until it is unused.
 Quota = tuple[int, int, int]
-# Cell -> (charged, given back), both since the start of the server.
-Cells = dict[int, tuple[int, int]]
 # Key id -> counters of requests, and of tokens.
 Counters = dict[str, tuple[Cells, Cells]]
 
@@ -40,128 +47,63 @@ class LimitError(Exception):
         what = f"{limit} {resource} per minute"
         if retry_after is None:
             message = f"the request needs {amount} {resource}, and the limit of this key is {what}"
+        elif used + amount <= limit:
+            message = f"the limit of this key is {what}, and this server used its share of what remains"
+            message += f"; retry after {math.ceil(retry_after)} s"
         else:
             message = f"the limit of this key is {what}: {used} are used, and the request needs {amount}"
             message += f"; retry after {math.ceil(retry_after)} s"
         super().__init__(message)
 
 
-class Window:
-    """What one key used of one resource. `cell`: the newest of the window.
-
-    `reserved`: for requests in flight whose use is not known yet.
-    """
-
-    __slots__ = ("_foreign", "_own", "cell", "foreign_total", "newest", "own_total", "reserved")
-
-    def __init__(self) -> None:
-        self.reserved = self.own_total = self.foreign_total = 0
-        self.newest = 0  # cell of the last charge
-        self.cell = 0
-        self._own: dict[int, list[int]] = {}
-        self._foreign: dict[str, Cells] = {}
-
-    def advance(self, cell: int) -> None:
-        """Forget what is no longer in the window that ends with `cell`. Called before the totals are read.
-
-        Cells up to a window ahead count too: the clocks of servers differ, and a clock may be set back.
-        """
-        if cell == self.cell:
-            return
-        self.cell = cell
-        oldest, last = cell - CELLS + 1, cell + CELLS
-        self._own = {each: counts for each, counts in self._own.items() if oldest <= each <= last}
-        for replica, cells in list(self._foreign.items()):
-            kept = {each: counts for each, counts in cells.items() if oldest <= each <= last}
-            if kept:
-                self._foreign[replica] = kept
-            else:
-                del self._foreign[replica]
-        self.own_total = sum(charged - returned for charged, returned in self._own.values())
-        self.foreign_total = sum(
-            max(0, charged - returned) for cells in self._foreign.values() for charged, returned in cells.values()
-        )
-
-    def charge(self, amount: int) -> int:
-        """Count `amount` in the current cell, and return the cell."""
-        counts = self._own.get(self.cell)
-        if counts is None:
-            counts = self._own[self.cell] = [0, 0]
-        counts[0] += amount
-        self.own_total += amount
-        self.newest = self.cell
-        return self.cell
-
-    def give_back(self, cell: int, amount: int) -> None:
-        """Undo a part of what was charged in `cell`."""
-        if counts := self._own.get(cell):
-            amount = min(amount, counts[0] - counts[1])
-            counts[1] += amount
-            self.own_total -= amount
-
-    def own(self) -> Cells:
-        """Return the counters of this server."""
-        return {cell: (charged, returned) for cell, (charged, returned) in self._own.items()}
-
-    def merge(self, replica: str, cells: Mapping[int, tuple[int, int]]) -> None:
-        """Take over the counters of another server. `advance` comes first."""
-        known = self._foreign.setdefault(replica, {})
-        for cell, (charged, returned) in cells.items():
-            if not self.cell - CELLS < cell <= self.cell + CELLS:
-                continue
-            before = known.get(cell, (0, 0))
-            after = known[cell] = (max(before[0], charged), max(before[1], returned))
-            self.foreign_total += max(0, after[0] - after[1]) - max(0, before[0] - before[1])
-            self.newest = max(self.newest, cell)
-
-    def seconds_until(self, amount: int, now: float, *, shared: bool) -> float:
-        """Return the seconds until `amount` less than now is counted."""
-        every: dict[int, int] = {}
-        sources: list[Mapping[int, tuple[int, int] | list[int]]] = [self._own]
-        if shared:
-            sources += self._foreign.values()
-        for cells in sources:
-            for cell, counts in cells.items():
-                every[cell] = every.get(cell, 0) + counts[0] - counts[1]
-        for cell in sorted(every):
-            amount -= every[cell]
-            if amount <= 0:
-                return max(0.001, (cell + CELLS) * CELL_S - now)
-        return CELL_S  # the rest is reserved by requests in flight
-
-
 class KeyUsage:
     """The windows and the limits of one key. A limit of None does not limit."""
 
-    __slots__ = ("_limiter", "key", "limits", "windows")
+    __slots__ = ("_limiter", "key", "key_id", "limits", "windows")
 
-    def __init__(self, limiter: Limiter, key: ApiKey) -> None:
-        self._limiter, self.windows = limiter, (Window(), Window())
-        self.key = key
-        self.limits: tuple[int | None, int | None] = limiter.limits_of(key)
+    def __init__(self, limiter: Limiter, key_id: str) -> None:
+        self._limiter, self.key_id, self.windows = limiter, key_id, (Window(), Window())
+        self.key: ApiKey | None = None
+        self.limits: tuple[int | None, int | None] = (None, None)
 
     def check(self, index: int, amount: int, now: float) -> None:
         """Raise `LimitError` if `amount` of a resource (0: requests, 1: tokens) does not fit into its window."""
-        limit, used = self._state(index, int(now // CELL_S), now < self._limiter.fresh_until)
-        if limit is not None and used + amount > limit:
-            resource: Resource = "tokens" if index else "requests"
-            wait = None
-            if amount <= limit:
-                shared = now < self._limiter.fresh_until
-                wait = self.windows[index].seconds_until(used + amount - limit, now, shared=shared)
-            raise LimitError(resource, limit, used, amount, wait)
+        limit, limiter = self.limits[index], self._limiter
+        used, unknown = self._state(index, now)
+        others = limiter.others
+        if limit is None or used + unknown + amount * (1 + others) <= limit:
+            return
+        shared = now < limiter.fresh_until
+        fits = used + amount <= limit
+        # A request larger than the share of one server, or the last one of the limit. The others hear of it before this
+        # server admits another one like it.
+        if fits and not unknown and (shared or amount == 1):
+            return
+        resource: Resource = "tokens" if index else "requests"
+        own_limit = limit if shared else max(1, limit // (1 + others))
+        window = self.windows[index]
+        wait: float | None = None
+        if shared and fits:
+            wait = _SETTLED_S
+        elif amount <= own_limit and shared:
+            wait = window.seconds_until(used + amount - limit, now)
+        elif amount <= own_limit:
+            wait = window.seconds_until(used + unknown + amount * (1 + others) - limit, now, limiter.silences)
+        raise LimitError(resource, own_limit, self._shown(used, unknown, shared), amount, wait)
 
     def quotas(self, now: float) -> tuple[Quota | None, Quota | None]:
         """Return the state of the limits of requests and of tokens; None for no limit."""
-        cell, shared = int(now // CELL_S), now < self._limiter.fresh_until
-        requests, tokens = self._quota(0, cell, shared, now), self._quota(1, cell, shared, now)
+        shared = now < self._limiter.fresh_until
+        requests, tokens = self._quota(0, shared, now), self._quota(1, shared, now)
         return requests, tokens
 
-    def _quota(self, index: int, cell: int, shared: bool, now: float) -> Quota | None:
-        limit, used = self._state(index, cell, shared)
+    def _quota(self, index: int, shared: bool, now: float) -> Quota | None:
+        limit, window = self.limits[index], self.windows[index]
         if limit is None:
             return None
-        window = self.windows[index]
+        used = self._shown(*self._state(index, now), shared)
+        if not shared and self._limiter.others:
+            limit = max(1, limit // (1 + self._limiter.others))
         empty = not (window.own_total or window.foreign_total)
         seconds = 0 if empty else math.ceil((window.newest + CELLS) * CELL_S - now)
         return limit, limit - used if used < limit else 0, seconds
@@ -172,35 +114,53 @@ class KeyUsage:
             window.advance(int(now // CELL_S))
         return any(window.own_total or window.foreign_total or window.reserved for window in self.windows)
 
-    def _state(self, index: int, cell: int, shared: bool) -> tuple[int | None, int]:
-        """Return the limit that this server applies now, and what counts towards it."""
-        limit, window = self.limits[index], self.windows[index]
+    def own(self, cell: int, oldest: int = 0) -> tuple[Cells, Cells]:
+        """Return the counters of this server: of requests, and of tokens. `cell`: the current one."""
+        for window in self.windows:
+            window.advance(cell)
+        requests, tokens = (window.own(oldest) for window in self.windows)
+        return requests, tokens
+
+    def note_change(self) -> None:
+        """Let the other servers know that the counters of this one changed."""
+        if self._limiter.changed is not None:
+            self._limiter.changed.add(self)
+
+    def _state(self, index: int, now: float) -> tuple[int, int]:
+        """Return what is known to be used, and what other servers may have used since they were heard."""
+        window, cell, limiter = self.windows[index], int(now // CELL_S), self._limiter
         if window.cell != cell:
             window.advance(cell)
-        used = window.own_total + window.reserved
-        if shared:
-            used += window.foreign_total
-        elif limit is not None and self._limiter.replicas > 1:
-            limit = max(1, limit // self._limiter.replicas)
-        return limit, used
+        unknown = 0
+        if limiter.others:
+            unknown = window.reserved * limiter.others
+            for slot, count in limiter.silences:
+                unknown += count * window.charged_after(slot)
+        return window.own_total + window.foreign_total + window.reserved, unknown
+
+    def _shown(self, used: int, unknown: int, shared: bool) -> int:
+        """Return what counts as used towards the limit that is shown."""
+        return used if shared else -(-(used + unknown) // (1 + self._limiter.others))
 
 
 class Charge:
     """What one request was charged. The edge closes it at the end of the request."""
 
-    __slots__ = ("_request_cell", "_reserved", "_token_cell", "_tokens", "_usage")
+    __slots__ = ("_request_slot", "_reserved", "_token_slot", "_tokens", "_usage")
 
     def __init__(self, usage: KeyUsage, now: float) -> None:
         """Charge one request. Raises `LimitError`."""
         self._usage = usage
-        self._tokens = self._reserved = self._token_cell = 0
+        self._tokens = self._reserved = self._token_slot = 0
         usage.check(0, 1, now)
-        self._request_cell = usage.windows[0].charge(1)
+        self._request_slot = usage.windows[0].charge(1, now)
+        usage.note_change()
 
     def tokens(self, amount: int, now: float) -> None:
         """Charge tokens before they are computed. Raises `LimitError`."""
         self._usage.check(1, amount, now)
-        self._token_cell, self._tokens = self._usage.windows[1].charge(amount), amount
+        self._token_slot, self._tokens = self._usage.windows[1].charge(amount, now), amount
+        self._usage.note_change()
 
     def reserve(self, amount: int, now: float) -> None:
         """Keep tokens for a request whose use is known at its end only. Raises `LimitError`."""
@@ -213,7 +173,8 @@ class Charge:
         self._release()
         window = self._usage.windows[1]
         window.advance(int(now // CELL_S))
-        window.charge(amount)
+        window.charge(amount, now)
+        self._usage.note_change()
 
     def close(self, *, give_back: bool) -> None:
         """End the request. `give_back`: it was not computed, so it costs nothing."""
@@ -221,8 +182,9 @@ class Charge:
             self._release()
         if give_back:
             requests, tokens = self._usage.windows
-            requests.give_back(self._request_cell, 1)
-            tokens.give_back(self._token_cell, self._tokens)
+            requests.give_back(self._request_slot, 1)
+            tokens.give_back(self._token_slot, self._tokens)
+            self._usage.note_change()
 
     def _release(self) -> None:
         self._usage.windows[1].reserved -= self._reserved
@@ -232,14 +194,23 @@ class Charge:
 class Limiter:
     """The use of all keys on this server. `requests` and `tokens` per minute: of keys without a limit of their own.
 
-    `replicas`: by how many servers each limit is divided while no counters of other servers arrive.
+    `replicas`: the number of servers that share the limits. `exchanges`: whether they tell each other their counters.
+    `others`: how many other servers there are. `silences`: slots, and how many of them were last heard then.
     """
 
-    def __init__(self, requests: int | None = None, tokens: int | None = None, replicas: int = 1) -> None:
-        self._requests, self._tokens, self.replicas = requests, tokens, replicas
+    def __init__(
+        self, requests: int | None = None, tokens: int | None = None, replicas: int = 1, *, exchanges: bool = False
+    ) -> None:
+        self._requests, self._tokens, self._replicas = requests, tokens, replicas
         self._usages: dict[str, KeyUsage] = {}
         self._many = _MANY_KEYS
-        self.fresh_until = -math.inf  # until when the counters of the other servers are known
+        self._heard: dict[str, float] = {}
+        self._waiting: list[str] = []  # keys whose counters `rest` has not returned yet
+        self._part = 0  # how many of them it returns at a time
+        self.changed: set[KeyUsage] | None = set() if exchanges else None
+        self.others = replicas - 1
+        self.silences: Silences = ((0, self.others),) if self.others else ()
+        self.fresh_until = -math.inf  # until when the counters of all other servers are known
 
     def limits_of(self, key: ApiKey) -> tuple[int | None, int | None]:
         """Return the limits of a key, per minute: requests and tokens."""
@@ -252,41 +223,75 @@ class Limiter:
             limits = self.limits_of(key)
             if limits == (None, None):
                 return None
-            usage = self._new_usage(key, now) if usage is None else usage
+            usage = self._new_usage(key.id, now) if usage is None else usage
             usage.key, usage.limits = key, limits
         return usage
 
-    def counters(self, now: float) -> Counters:
-        """Return the counters of this server, for the others."""
-        cell, found = int(now // CELL_S), {}
-        for key_id, usage in self._usages.items():
-            for window in usage.windows:
-                window.advance(cell)
-            requests, tokens = (window.own() for window in usage.windows)
-            if requests or tokens:
-                found[key_id] = (requests, tokens)
-        return found
-
-    def merge(self, replica: str, counters: Counters, now: float, find: Callable[[str], ApiKey | None]) -> None:
-        """Take over the counters of the server `replica` (its name and its start). `find`: id -> key.
-
-        From now on, limits count the use on all servers, until no counters arrive for `EXCHANGE_TIMEOUT_S`.
-        """
-        self.fresh_until = now + EXCHANGE_TIMEOUT_S
+    def changes(self, now: float) -> Counters:
+        """Return the newest counters of this server, for the others: of keys that changed since the last call."""
+        if not self.changed:
+            return {}
+        found, self.changed = self.changed, set()
         cell = int(now // CELL_S)
-        for key_id, cells in counters.items():
+        return {usage.key_id: usage.own(cell, cell - 1) for usage in found}
+
+    def rest(self, now: float) -> dict[str, Counters]:
+        """Return all counters of the next keys, by server; that of this one is "". After `_CALLS`, it begins again.
+
+        Those of servers that are not heard any more are among them: a server that starts needs to know them.
+        """
+        if not self._waiting:
+            self._waiting, self._part = list(self._usages), math.ceil(len(self._usages) / _CALLS)
+        cell, count, found = int(now // CELL_S), min(self._part, _MANY_AT_ONCE), dict[str, Counters]()
+        for key_id in self._waiting[:count]:
             usage = self._usages.get(key_id)
             if usage is None:
-                if (key := find(key_id)) is None:
-                    continue
-                usage = self._new_usage(key, now)
+                continue
+            own = usage.own(cell)
+            if own != ({}, {}):
+                found.setdefault("", {})[key_id] = own
+            for replica in {*usage.windows[0].foreign, *usage.windows[1].foreign}:
+                if self._heard.get(replica, -math.inf) < now - EXCHANGE_TIMEOUT_S:
+                    requests, tokens = (window.foreign.get(replica, {}) for window in usage.windows)
+                    found.setdefault(replica, {})[key_id] = requests, tokens
+        del self._waiting[:count]
+        return found
+
+    def send_all(self) -> None:
+        """Let `rest` begin again, and return as many keys at a time as it can: others may lack some of them."""
+        self._waiting, self._part = list(self._usages), _MANY_AT_ONCE
+
+    def merge(self, replica: str, counters: Counters, now: float) -> None:
+        """Take over counters of the server `replica` (one start of it)."""
+        cell = int(now // CELL_S)
+        for key_id, cells in counters.items():
+            usage = self._usages.get(key_id) or self._new_usage(key_id, now)
             for window, counts in zip(usage.windows, cells, strict=True):
                 window.advance(cell)
                 window.merge(replica, counts)
 
-    def _new_usage(self, key: ApiKey, now: float) -> KeyUsage:
+    def heard(self, replica: str, sent: float, now: float) -> None:
+        """Note that what `replica` counted up to `sent`, by its clock, was merged.
+
+        If its clock is behind, this server is more careful than it has to be, and if it is ahead, `now` applies.
+        """
+        self._heard = {each: time for each, time in self._heard.items() if time > now - CELLS * CELL_S}
+        self._heard[replica] = max(min(sent, now), self._heard.get(replica, -math.inf))
+        times = sorted(self._heard.values(), reverse=True)
+        current = sum(time > now - EXCHANGE_TIMEOUT_S for time in times)
+        # Of a server that was started again, the earlier start is silent, and does not count.
+        self.others = max(self._replicas - 1, current)
+        slots = Counter(int((time - DELAY_S) // SLOT_S) for time in times[: self.others])
+        if (missing := self.others - len(times)) > 0:
+            slots[0] += missing
+        self.silences = tuple(slots.items())
+        self.fresh_until = times[self.others - 1] + EXCHANGE_TIMEOUT_S if missing <= 0 else -math.inf
+
+    def _new_usage(self, key_id: str, now: float) -> KeyUsage:
         if len(self._usages) >= self._many:
             self._usages = {each: usage for each, usage in self._usages.items() if usage.used(now)}
+            if self.changed:  # no worker has asked for them
+                self.changed &= set(self._usages.values())
             self._many = max(_MANY_KEYS, 2 * len(self._usages))
-        found = self._usages[key.id] = KeyUsage(self, key)
+        found = self._usages[key_id] = KeyUsage(self, key_id)
         return found

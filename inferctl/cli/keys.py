@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from inferctl.cli import completion, console, options
+from inferctl.cli.key_place import Place
 from inferctl.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
 _DURATION = re.compile(r"(\d+)([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_KeyFile = Annotated[
-    Path | None,
+_KeysOption = Annotated[
+    str | None,
     typer.Option(
-        "--file", metavar="FILE", help="Use this key file. [default: access.keys of the spec, else keys.json]"
+        "--keys",
+        "--file",
+        metavar="FILE|URL",
+        help="Use this key file or database. [default: access.keys of the spec, else keys.json]",
     ),
 ]
 _Keys = Annotated[
@@ -57,7 +60,7 @@ Examples:
 @app.command(epilog=_CREATE_EPILOG)
 def create(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Who uses the key: a team, a service or a person.")],
-    file: _KeyFile = None,
+    keys_: _KeysOption = None,
     spec_file: options.SpecFile = None,
     expires: Annotated[
         str | None,
@@ -114,7 +117,7 @@ def create(
     for each in endpoint or ():
         if each not in known:
             raise UsageError(f"unknown endpoint {each!r}", did_you_mean(each, known) or f"known: {', '.join(known)}")
-    path, now = options.key_file(file, spec_file), key_file.now()
+    place, now = Place(options.access(spec_file, keys_)), key_file.now()
     key_id = keys.new_id()
     secret = keys.generate(key_id, environment)
     key = ApiKey(
@@ -130,26 +133,27 @@ def create(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
     )
-    with key_file.edit(path, create=True) as found:
+    with place.edit(create=True) as found:
         found[key_id] = key
-    _print_secret(key, secret, f"created {key_id} ({name}) in {path}", as_json)
+    _print_secret(key, secret, f"created {key_id} ({name}) in {place.name}", as_json)
+    place.publish([])
 
 
 @app.command("list")
-def list_(file: _KeyFile = None, spec_file: options.SpecFile = None, as_json: options.Json = False) -> None:
+def list_(keys_: _KeysOption = None, spec_file: options.SpecFile = None, as_json: options.Json = False) -> None:
     """List the keys: id, name, status, scopes and limits.
 
     Example: inferctl keys list --file keys.json
     """
     from inferctl.access import key_file
 
-    path, now = options.key_file(file, spec_file), key_file.now()
-    found = sorted(key_file.read(path).keys, key=lambda key: key.created)
+    place, now = Place(options.access(spec_file, keys_)), key_file.now()
+    found = sorted(place.read(), key=lambda key: key.created)
     if as_json:
-        console.document({"file": str(path), "keys": [_described(key, now) for key in found]})
+        console.document({"file": place.name, "keys": [_described(key, now) for key in found]})
         return
     if not found:
-        console.note(f"{path} has no keys")
+        console.note(f"{place.name} has no keys")
         return
     rows: list[tuple[str, ...]] = [
         ("id", "name", "status", "created", "expires", "scopes", "requests/min", "tokens/min")
@@ -162,25 +166,26 @@ def list_(file: _KeyFile = None, spec_file: options.SpecFile = None, as_json: op
 
 @app.command()
 def revoke(
-    ids: _Keys, file: _KeyFile = None, spec_file: options.SpecFile = None, as_json: options.Json = False
+    ids: _Keys, keys_: _KeysOption = None, spec_file: options.SpecFile = None, as_json: options.Json = False
 ) -> None:
-    """Revoke keys. Running servers reject them within half a second.
+    """Revoke keys. Running servers reject them within a second, and without their broker or worker, see the guide.
 
     Example: inferctl keys revoke 3k9x0a7bq2vd
     """
     from inferctl.access import key_file
 
-    path, now = options.key_file(file, spec_file), key_file.now()
+    place, now = Place(options.access(spec_file, keys_)), key_file.now()
     changed = []
-    with key_file.edit(path) as found:
+    with place.edit() as found:
         for each in map(_id_of, ids):
-            key = _find(found, each, path)
+            key = _find(found, each, place.name)
             found[each] = key if key.revoked else key.model_copy(update={"revoked": now, "digests": []})
             changed.append(found[each])
+    place.publish([key.id for key in changed])
     if as_json:
-        console.document({"file": str(path), "keys": [_described(key, now) for key in changed]})
+        console.document({"file": place.name, "keys": [_described(key, now) for key in changed]})
     for key in changed:
-        console.note(f"revoked {key.id} ({key.name}) in {path}")
+        console.note(f"revoked {key.id} ({key.name}) in {place.name}")
 
 
 _ROTATE_EPILOG = """\b
@@ -195,7 +200,7 @@ Examples:
 @app.command(epilog=_ROTATE_EPILOG)
 def rotate(
     key_id: Annotated[str, typer.Argument(metavar="ID", help="Id of the key. `-` reads a key from stdin instead.")],
-    file: _KeyFile = None,
+    keys_: _KeysOption = None,
     spec_file: options.SpecFile = None,
     overlap: Annotated[
         str, typer.Option(metavar="TIME", help="Accept the old key for this long, such as 0s, 12h or 7d.")
@@ -216,11 +221,11 @@ def rotate(
         raise UsageError(
             f"--environment {environment!r} is not allowed", "use at most 16 lower-case letters and digits"
         )
-    path, now, each = options.key_file(file, spec_file), key_file.now(), _id_of(key_id)
+    place, now, each = Place(options.access(spec_file, keys_)), key_file.now(), _id_of(key_id)
     end = now + _duration(overlap, "--overlap")
     secret = keys.generate(each, environment)
-    with key_file.edit(path) as found:
-        key = _find(found, each, path)
+    with place.edit() as found:
+        key = _find(found, each, place.name)
         if (status := key.status(now)) != "active":
             raise UsageError(f"the key {each} is {status}", "create another one with `inferctl keys create NAME`")
         old = [
@@ -231,7 +236,8 @@ def rotate(
         new = StoredDigest(sha256=keys.digest(secret.encode()).hex())
         found[each] = key = key.model_copy(update={"digests": [new, *old]})
     until = f"the old key is accepted until {end:%Y-%m-%d %H:%M} UTC" if end > now else "the old key is not accepted"
-    _print_secret(key, secret, f"rotated {each} ({key.name}) in {path}; {until}", as_json)
+    _print_secret(key, secret, f"rotated {each} ({key.name}) in {place.name}; {until}", as_json)
+    place.publish([])
 
 
 def _id_of(text: str) -> str:
@@ -249,11 +255,11 @@ def _id_of(text: str) -> str:
     return found
 
 
-def _find(found: dict[str, ApiKey], key_id: str, path: Path) -> ApiKey:
+def _find(found: dict[str, ApiKey], key_id: str, place: str) -> ApiKey:
     if key_id not in found:
         named = [key.id for key in found.values() if key.name == key_id]
         hint = f"did you mean {' or '.join(named)}?" if named else did_you_mean(key_id, found)
-        raise UsageError(f"{path} has no key with the id {key_id!r}", hint or "`inferctl keys list` shows the ids")
+        raise UsageError(f"{place} has no key with the id {key_id!r}", hint or "`inferctl keys list` shows the ids")
     return found[key_id]
 
 

@@ -13,7 +13,7 @@ from inferctl.cli import completion, lazy
 
 if TYPE_CHECKING:
     from inferctl.settings import Resolved
-    from inferctl.spec import Metering
+    from inferctl.spec import Access, Spec
 
 SpecFile = Annotated[
     Path | None,
@@ -50,11 +50,11 @@ def without_password(text: str) -> str:
     return re.sub(r"(://[^:@/\s]*):[^@/\s]*@", r"\1:***@", text)
 
 
-def metering(spec_file: Path | None, flags: dict[str, Any]) -> Metering:
-    """Return the section `metering` of the settings, also without a spec or a model. Raises `UsageError`."""
+def without_model(spec_file: Path | None, flags: dict[str, Any]) -> Spec:
+    """Return the settings for a command that needs no model, also without a spec. Raises `UsageError`."""
     if not names_model(spec_file, flags):
         flags = {**flags, "model.source": "."}
-    return load(spec_file, flags).spec.metering
+    return load(spec_file, flags).spec
 
 
 def names_model(spec_file: Path | None, flags: dict[str, Any]) -> bool:
@@ -81,12 +81,10 @@ def spec_path(spec_file: Path | None) -> Path:
     return spec_file or Path(os.environ.get("INFERCTL_SPEC") or spec.DEFAULT_FILE)
 
 
-def key_file(file: Path | None, spec_file: Path | None) -> Path:
-    """Return the key file: `file` (an option), else `access.keys` of the environment or of the spec, else keys.json."""
-    if file is None and (spec_file or spec_path(None).exists()):
-        keys = load(spec_file, {}).spec.access.keys
-        file = Path(keys) if keys else None
-    return file or Path(os.environ.get("INFERCTL_ACCESS_KEYS") or "keys.json")
+def access(spec_file: Path | None, keys: str | None) -> Access:
+    """Return the section `access` of the settings, also without a spec. `keys`: an option. Default: keys.json."""
+    found = without_model(spec_file, {"access.keys": keys}).access
+    return found if found.keys else found.model_copy(update={"keys": "keys.json"})
 
 
 def load(spec_file: Path | None, flags: dict[str, Any]) -> Resolved:

@@ -71,7 +71,7 @@ def serve(
     ] = None,
     keys: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Accept the keys in this file of `inferctl keys`. [default: the spec's]"),
+        typer.Option(metavar="FILE", help="Accept the keys in this file or database. [default: the spec's]"),
     ] = None,
     device: Annotated[
         str,
@@ -194,7 +194,7 @@ def _serve_image(
         model=spec.model.source if has_model else None,
         revision=spec.model.revision if has_model else None,
         replaces_model="model" in command_line,
-        keys=Path(spec.access.keys) if spec.access.keys else None,
+        keys=Path(spec.access.key_file) if spec.access.key_file else None,
         drain_seconds=spec.serve.grace_seconds + spec.serve.drain_seconds,
         arguments=main.arguments(command_line),
     )

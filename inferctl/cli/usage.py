@@ -89,7 +89,7 @@ def usage(
         now_ms = ledgers.now_ms()
         span = (times.parse(since, now_ms, "--since") if since else 0, times.parse(until or "0h", now_ms, "--until"))
         book = price_books.read(prices, currency) if prices else None
-        opened = ledgers.Ledger.read(options.metering(spec_file, {"metering.ledger": ledger}).ledger_url)
+        opened = ledgers.Ledger.read(options.without_model(spec_file, {"metering.ledger": ledger}).metering.ledger_url)
         report = reports.make(opened, list(dict.fromkeys(names)), *span, book)
         opened.close()
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""`inferctl worker`: bring usage events from the outboxes of servers, or from a broker, to the ledger."""
+"""`inferctl worker`: usage events to the ledger, keys from a database, and limits between servers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def worker(
         bool, typer.Option("--consume", help="Store what the broker has, instead of reading a folder.")
     ] = False,
 ) -> None:
-    """Bring usage events to the ledger until Ctrl-C or SIGTERM, then store what is left.
+    """Bring usage events to the ledger until Ctrl-C or SIGTERM, then store what is left. Exchange keys and limits.
 
     `inferctl serve` starts a worker of its own, unless the packages of the ledger are missing, as in an image.
     """
@@ -44,9 +44,9 @@ def worker(
         from inferctl.cli import console
         from inferctl.errors import NotReadyError, UsageError, install_hint
 
-    settings = options.metering(
-        spec_file, {"metering.data": data, "metering.ledger": ledger, "metering.broker": broker}
-    )
+    flags = {"metering.data": data, "metering.ledger": ledger, "metering.broker": broker}
+    spec = options.without_model(spec_file, flags)
+    settings, access = spec.metering, spec.access
     if consume and not settings.broker:
         raise UsageError("`--consume` requires a broker", "pass `--broker nats://HOST:4222`, or set metering.broker")
     try:
@@ -56,14 +56,20 @@ def worker(
         raise NotReadyError(
             f"`inferctl worker` requires the package {error.name}, not installed", install_hint("ledger")
         ) from None
+    # Without usage events, keys and limits may be all that the worker is for.
+    wanted = settings.mode != "off" or consume or any(flags.values()) or not access.has_worker
+    metering = settings if wanted else None
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
 
     async def run() -> None:
-        loop, running = asyncio.get_running_loop(), Worker(settings, consume=consume)
+        loop, running = asyncio.get_running_loop(), Worker(metering, access, consume=consume)
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, running.end)
-        source = settings.broker if consume else settings.data
-        console.note(f"storing the usage events of {options.without_password(source or '')}")
+        if metering:
+            source = settings.broker if consume else settings.data
+            console.note(f"storing the usage events of {options.without_password(source or '')}")
+        if access.has_worker:
+            console.note(f"serving keys and limits in {access.data}")
         await running.run()
 
     asyncio.run(run())

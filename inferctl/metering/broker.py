@@ -116,7 +116,7 @@ class Broker:
     async def store(self, ledger: Ledger) -> int:
         """Store the next messages in `ledger`, and return how many there were.
 
-        Raises also `LedgerUnavailableError`. The broker then delivers the messages again.
+        Raises also `DatabaseUnavailableError`. The broker then delivers the messages again.
         """
         try:
             messages = await self._fetch()

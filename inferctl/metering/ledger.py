@@ -18,9 +18,9 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import URL, make_url
 
-from inferctl.errors import NotReadyError, UsageError
+from inferctl.database import Schema
+from inferctl.errors import UsageError
 from inferctl.metering import cloud_event
 from inferctl.metering.cloud_event import Event
 from inferctl.metering.outbox import Batch
@@ -66,14 +66,8 @@ DIMENSIONS: dict[str, Any] = {
     **{name: EVENTS.c[name] for name in ("model", "task", "endpoint", "hardware", "status", "code", "source")},
 }
 SUMS = ("requests", "errors", "inputs", "input_tokens", "cached_tokens", "output_tokens", "engine_seconds")
-_VERSION_TABLE = "usage_version"
-_MIGRATIONS = Path(__file__).with_name("migrations")
-_MIGRATION_LOCK = 0x696E6665
+_SCHEMA = Schema("the ledger", Path(__file__).with_name("migrations"), "usage_version")
 _EPOCH, _DAY_MS = datetime.date(1970, 1, 1), 86_400_000
-
-
-class LedgerUnavailableError(NotReadyError):
-    """The ledger cannot be reached, or it reports an error. The same call may succeed later."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +81,7 @@ class Gap:
 
 
 class Ledger:
-    """An open ledger. All methods raise `LedgerUnavailableError`."""
+    """An open ledger. All methods raise `DatabaseUnavailableError`."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
@@ -97,21 +91,12 @@ class Ledger:
     @classmethod
     def open(cls, address: str) -> Ledger:
         """Open the ledger for writing, and create or migrate its tables. Raises `UsageError` for an invalid URL."""
-        url = _url(address)
-        if url.get_backend_name() == "sqlite" and url.database:
-            with _reported(url):
-                Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = _engine(url)
-        with _reported(url), engine.begin() as connection:
-            _migrate(connection)
-        return cls(engine)
+        return cls(_SCHEMA.open(address))
 
     @classmethod
     def read(cls, address: str) -> Ledger:
         """Open an existing ledger for reports. Raises `UsageError` for an invalid URL or another version."""
-        from alembic.runtime.migration import MigrationContext
-
-        url = _url(address)
+        url = _SCHEMA.url(address)
         if url.get_backend_name() == "sqlite":
             if not Path(url.database or "").is_file():
                 hint = "name it with `--ledger URL`; the worker of a server with `metering.mode: on` makes it"
@@ -119,10 +104,9 @@ class Ledger:
             uri = f"{Path(url.database or '').absolute().as_uri()}?mode=ro&uri=true"
             engine = sa.create_engine(f"sqlite:///{uri}")
         else:
-            engine = _engine(url)
-        with _reported(url), engine.connect() as connection:
-            context = MigrationContext.configure(connection, opts={"version_table": _VERSION_TABLE})
-            found, newest = context.get_current_revision(), _newest()
+            engine = _SCHEMA.engine(url)
+        with _SCHEMA.reported(url), engine.connect() as connection:
+            found, newest = _SCHEMA.versions(connection)
         if found != newest:
             hint = "run `inferctl worker` of this version once, which migrates it"
             raise UsageError(f"the ledger has the version {found}, but this inferctl reads {newest}", hint)
@@ -252,7 +236,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:
-        with _reported(self._engine.url), self._engine.begin() as connection:
+        with _SCHEMA.reported(self._engine.url), self._engine.begin() as connection:
             yield connection
 
 
@@ -273,80 +257,6 @@ def _event(row: Any) -> dict[str, Any]:
     """Return the CloudEvent of a row."""
     data = {name: row[name] for name in cloud_event.FIELDS}
     return Event(row["id"], row["time_ms"], cloud_event.REQUEST, data).as_cloud_event(row["source"])
-
-
-def _url(address: str) -> URL:
-    """Parse the URL of a ledger. Raises `UsageError`."""
-    hint = "as in sqlite:///usage.sqlite or postgresql://user@host/database"
-    try:
-        url = make_url(address)
-    except sa.exc.ArgumentError:  # its message contains the address, which may have a password
-        raise UsageError("the address of the ledger is not a URL", hint) from None
-    if url.get_backend_name() not in ("sqlite", "postgresql"):
-        raise UsageError(f"the ledger cannot be in {url.get_backend_name()}", hint)
-    return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
-
-
-def _engine(url: URL) -> sa.Engine:
-    if url.get_backend_name() == "postgresql":
-        options = {"connect_timeout": 5, "options": "-c statement_timeout=30000"}
-        try:
-            return sa.create_engine(url, connect_args=options, pool_pre_ping=True)
-        except ModuleNotFoundError as error:
-            raise NotReadyError(
-                f"a ledger in PostgreSQL requires the package {error.name}", "install it with `pip install psycopg`"
-            ) from None
-    engine = sa.create_engine(url, connect_args={"timeout": 10.0})
-
-    # The driver would begin a transaction only with the first insert, after the watermark was read.
-    @sa.event.listens_for(engine, "connect")
-    def _connected(connection: Any, _: Any) -> None:
-        connection.isolation_level = None
-        # Not WAL, which two writers can corrupt in versions of SQLite that are still common. FULL: see `Outbox`.
-        connection.execute("pragma journal_mode = delete")
-        connection.execute("pragma synchronous = full")
-
-    @sa.event.listens_for(engine, "begin")
-    def _begun(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("begin immediate")
-
-    return engine
-
-
-@contextlib.contextmanager
-def _reported(url: URL) -> Iterator[None]:
-    """Raise `LedgerUnavailableError` for errors of the database, without its password."""
-    try:
-        yield
-    except (sa.exc.SQLAlchemyError, OSError) as error:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        message = f"the ledger {url.render_as_string(hide_password=True)} is not available: {reason}"
-        raise LedgerUnavailableError(message, "check the address and that the database runs") from None
-
-
-def _config() -> Any:
-    from alembic.config import Config
-
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-    return config
-
-
-def _newest() -> str | None:
-    from alembic.script import ScriptDirectory
-
-    return ScriptDirectory.from_config(_config()).get_current_head()
-
-
-def _migrate(connection: sa.Connection) -> None:
-    """Create the tables, or change them to what this version needs."""
-    from alembic import command
-
-    if connection.dialect.name == "postgresql":  # workers of several machines may start at the same time
-        connection.execute(sa.text(f"select pg_advisory_xact_lock({_MIGRATION_LOCK})"))
-    config = _config()
-    config.attributes |= {"connection": connection, "version_table": _VERSION_TABLE}
-    command.upgrade(config, "head")
 
 
 def now_ms() -> int:

@@ -24,7 +24,7 @@ def send(ledger: Ledger, url: str, prefix: str, token: str | None = None) -> int
 
     `prefix`: of the sources to send. `token`: sent as `Authorization: Bearer`. If the process is killed after the sink
     accepted a batch, the batch is sent again: a sink must deduplicate by `source` and `id`, as CloudEvents require.
-    Raises `SinkUnavailableError` and `LedgerUnavailableError`.
+    Raises `SinkUnavailableError` and `DatabaseUnavailableError`.
     """
     found = ledger.unsent(prefix, _EVENTS)
     if found is None:

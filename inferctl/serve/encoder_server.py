@@ -77,7 +77,8 @@ class EncoderServer:
             self._model.activation = config.scores
         self._tokenizer = TokenizerPool(folder.path, config, on_truncated=metrics.truncated.inc)
         self._cache = vector_cache.create(spec.cache, task, metrics)
-        self._lifecycle = Lifecycle(ready=lambda: self._dispatcher.ready, live=lambda: not self._pool.crash_looping)
+        self._access = access.create(spec.access, (spec.name, spec.model.source))
+        self._lifecycle = Lifecycle(ready=self._is_ready, live=lambda: not self._pool.crash_looping)
         self._edge_limits = EdgeLimits()
         self._edge = Edge(
             app.create(Inference(self._model, self._tokenizer, self._dispatcher, metrics, self._cache)),
@@ -87,7 +88,7 @@ class EncoderServer:
             metrics=metrics.exposition,
             endpoints=app.ENDPOINTS,
             limits=self._edge_limits,
-            access=access.create(spec.access, (spec.name, spec.model.source)),
+            access=self._access,
             check_metering=self._metering.check,
         )
         engine_config = EngineConfig(
@@ -127,6 +128,7 @@ class EncoderServer:
         worker = asyncio.create_task(self._worker.run()) if self._worker else None
         engines = asyncio.create_task(self._pool.run())
         sharing = asyncio.create_task(self._cache.shared.run()) if self._cache and self._cache.shared else None
+        exchange = asyncio.create_task(self._access.exchange()) if self._access else None
         serving = asyncio.create_task(self._http.serve(sockets=[socket]))
         signals.connect(self._handle_signal)
         await asyncio.wait((serving, engines), return_when=asyncio.FIRST_COMPLETED)
@@ -134,9 +136,9 @@ class EncoderServer:
             self._dispatcher.fail_all("the server ends because of an error")
         self._http.close()
         await serving
-        if sharing:
-            sharing.cancel()
-            await asyncio.wait((sharing,))
+        for task in filter(None, (sharing, exchange)):
+            task.cancel()
+            await asyncio.wait((task,))
         self._pool.stop()
         closing = asyncio.create_task(self._close_metering(worker))
         try:
@@ -160,6 +162,9 @@ class EncoderServer:
         if self._worker and worker:
             await self._worker.stop(left)
             await worker
+
+    def _is_ready(self) -> bool:
+        return self._dispatcher.ready and (self._access is None or self._access.ready)
 
     def _batch_timeout(self) -> float:
         """Return the seconds after which a batch counts as hung: 20 times the largest one, at least `hang_seconds`."""

@@ -1,4 +1,6 @@
-"""Starts `python -m inferctl.worker`, which brings usage events to the ledger, and restarts it if it ends.
+"""Starts `python -m inferctl.worker`, which does what no request may wait for, and restarts it if it ends.
+
+It brings usage events to the ledger, copies the key store, and exchanges limits and revoked keys with other servers.
 
 The worker may crash or hang at any time: the server writes its events to the outbox and never waits for the worker. It
 gets the spec as a line of JSON on stdin. The end of stdin tells it to store what is left and to end.
@@ -22,7 +24,6 @@ log = logging.getLogger("inferctl.worker")
 
 _MIN_PAUSE_S, _MAX_PAUSE_S = 0.25, 30.0
 _STABLE_S = 30.0  # after this, the next crash is a new one
-_PACKAGES = {"sqlalchemy": "ledger", "alembic": "ledger"}
 
 
 def start(spec: Spec, notify: Callable[[str], None]) -> WorkerProcess | None:
@@ -30,15 +31,22 @@ def start(spec: Spec, notify: Callable[[str], None]) -> WorkerProcess | None:
 
     `notify` gets the reason if the packages of the worker are not installed, as in images.
     """
-    if spec.metering.mode == "off":
+    metering, access = spec.metering.mode != "off", spec.access.has_worker
+    if not metering and not access:
         return None
-    packages = _PACKAGES | ({"nats": "broker"} if spec.metering.broker else {})
+    packages = {"sqlalchemy": "ledger", "alembic": "ledger"}
+    if (metering and spec.metering.broker) or (access and spec.access.broker):
+        packages["nats"] = "broker"
     missing = [name for name in ("inferctl.worker", *packages) if importlib.util.find_spec(name) is None]
     if missing:
-        how = f"run `inferctl worker --data {spec.metering.data}` where they are"
         hint = "" if missing[0] == "inferctl.worker" else f" ({install_hint(packages[missing[0]])})"
+        waiting = [f"usage events stay in {spec.metering.data}"] if metering else []
+        if access:
+            waiting.append(f"keys and limits of other servers do not arrive in {spec.access.data}")
+        what, options = " and ".join(waiting), f" --data {spec.metering.data}" if metering else ""
         notify(
-            f"usage events stay in {spec.metering.data}, because the packages of the worker are missing{hint}; {how}"
+            f"{what}, because the packages of the worker are missing{hint}; "
+            f"run `inferctl worker{options}` where they are"
         )
         return None
     return WorkerProcess(spec)

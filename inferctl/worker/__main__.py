@@ -42,7 +42,8 @@ def main() -> int:
     spec = Spec.model_validate(json.loads(line)["spec"])
 
     async def run() -> None:
-        worker, loop = Worker(spec.metering), asyncio.get_running_loop()
+        metering = None if spec.metering.mode == "off" else spec.metering
+        worker, loop = Worker(metering, spec.access), asyncio.get_running_loop()
 
         def follow() -> None:
             sys.stdin.buffer.read()

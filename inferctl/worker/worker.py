@@ -1,4 +1,4 @@
-"""Brings usage events to the ledger: from the outboxes of this machine, or from a broker.
+"""Brings usage events to the ledger: from the outboxes of this machine, or from a broker. Runs `AccessWorker` too.
 
 Nothing that a server needs depends on it. It may be killed at any point: what the ledger has is written in one
 transaction with how far it got, and the outboxes keep the rest.
@@ -18,7 +18,7 @@ from inferctl.errors import NotReadyError
 from inferctl.metering import outbox, sink
 from inferctl.metering.ledger import Ledger
 from inferctl.metering.outboxes import Outboxes
-from inferctl.spec import Metering
+from inferctl.spec import Access, Metering
 
 if TYPE_CHECKING:
     from inferctl.metering.broker import Broker, Progress
@@ -34,10 +34,11 @@ _ONLY_WORKER_S = 0.5
 
 
 class Worker:
-    """One worker. `consume`: store what the broker has, instead of reading outboxes."""
+    """One worker. `metering`: None without usage events. `consume`: store those of the broker, and read no outboxes."""
 
-    def __init__(self, settings: Metering, *, consume: bool = False) -> None:
-        self._settings, self._consume = settings, consume
+    def __init__(self, metering: Metering | None, access: Access, *, consume: bool = False) -> None:
+        self._metering, self._access, self._consume = metering is not None, access, consume
+        self._settings = metering or Metering.model_construct()
         self._ending = asyncio.Event()
         self._ledger: Ledger | None = None
         self._broker: Broker | None = None
@@ -50,7 +51,15 @@ class Worker:
         self._ending.set()
 
     async def run(self) -> None:
-        """Work until `end`. Raises `UsageError` for an invalid address."""
+        """Work until `end`. Raises `UsageError` for an invalid address, `OSError` for a folder that is not writable."""
+        tasks = [self._bring_events()] if self._metering else []
+        if self._access.has_worker:
+            from inferctl.worker.access import AccessWorker
+
+            tasks.append(AccessWorker(self._access).run(self._ending))
+        await asyncio.gather(*tasks)
+
+    async def _bring_events(self) -> None:
         try:
             if self._consume:
                 await self._repeat(self._store_messages)

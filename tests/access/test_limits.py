@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
+import random
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inferctl.access.fairness import Shares
@@ -176,7 +178,7 @@ class Replica:
     """A server that charges, gives back, and sends its counters."""
 
     def __init__(self) -> None:
-        self.limiter, self.open = Limiter(tokens=10**9), list[Charge]()
+        self.limiter, self.open = Limiter(tokens=10**9, exchanges=True), list[Charge]()
 
     def act(self, amount: int, give_back: bool, now: float) -> None:
         if give_back and self.open:
@@ -187,7 +189,7 @@ class Replica:
             self.open.append(found)
 
     def total(self, now: float) -> int:
-        found = self.limiter.counters(now).get(key().id)
+        found = self.limiter.rest(now).get("", {}).get(key().id)
         return sum(charged - returned for charged, returned in found[1].values()) if found else 0
 
 
@@ -203,13 +205,14 @@ def test_lost_doubled_and_reordered_counters_never_count_twice(
     for index, amount, give_back, gap in acts:
         now += gap
         replicas[index].act(amount, give_back, now)
-        messages.append((f"r{index}.boot", replicas[index].limiter.counters(now)))
+        limiter = replicas[index].limiter
+        messages += [(f"r{index}.boot", counters) for counters in (limiter.changes(now), limiter.rest(now)[""])]
     delivered = data.draw(st.lists(st.sampled_from(messages), max_size=60)) if messages else []
     seen: dict[tuple[str, int], tuple[int, int]] = {}
     for name, counters in delivered:
-        receiver.merge(name, counters, now, lambda _: key())
+        receiver.merge(name, counters, now)
         usage = receiver._usages[key().id]
-        for replica, cells in usage.windows[1]._foreign.items():
+        for replica, cells in usage.windows[1].foreign.items():
             for cell, counts in cells.items():
                 before = seen.get((replica, cell), (0, 0))
                 assert counts[0] >= before[0]
@@ -217,27 +220,168 @@ def test_lost_doubled_and_reordered_counters_never_count_twice(
                 seen[replica, cell] = counts
     for index, replica in enumerate(replicas):  # the last state of each arrives, twice
         for _ in range(2):
-            receiver.merge(f"r{index}.boot", replica.limiter.counters(now), now, lambda _: key())
+            receiver.merge(f"r{index}.boot", replica.limiter.rest(now).get("", {}), now)
     if key().id in receiver._usages:
         window = receiver._usages[key().id].windows[1]
         window.advance(int(now // CELL_S))
         assert window.foreign_total == sum(replica.total(now) for replica in replicas)
         assert window.own_total == 0  # what was imported is never published again
-    assert receiver.counters(now) == {}
+    assert receiver.changes(now) == {}
+    assert "" not in receiver.rest(now)
 
 
-def test_with_exchange_the_whole_limit_is_shared_until_it_stops() -> None:
-    a, b, who = Limiter(tokens=90, replicas=3), Limiter(tokens=90, replicas=3), key()
-    assert charge(a, who, START, 30)
-    assert charge(a, who, START, 1) is None
-    b.merge("a.1", a.counters(START), START, lambda _: who)
-    assert charge(b, who, START, 60)
-    assert charge(b, who, START, 1) is None
-    a.merge("b.1", b.counters(START), START, lambda _: who)
-    assert charge(a, who, START, 1) is None
-    # No more counters arrive: each server applies its share again.
-    assert charge(b, who, START + 66, 30)
-    assert charge(b, who, START + 66, 1) is None
+class Fleet:
+    """Servers that send their counters to each other every 0.1 s. `sent`: all messages, as (sender, server, counters)."""
+
+    def __init__(self, replicas: int, **limits: int) -> None:
+        self.servers = [Limiter(**limits, replicas=replicas, exchanges=True) for _ in range(replicas)]
+        self.names = [f"r{number}" for number in range(replicas)]
+
+    def messages(self, index: int, now: float) -> list[tuple[str, str, Counters]]:
+        limiter, name = self.servers[index], self.names[index]
+        found = [(name, name, limiter.changes(now))]
+        return found + [(name, server or name, counters) for server, counters in limiter.rest(now).items()]
+
+    def deliver(self, index: int, messages: list[tuple[str, str, Counters]], sent: float, now: float) -> None:
+        for sender, server, counters in messages:
+            if server != self.names[index]:
+                self.servers[index].merge(server, counters, now)
+            self.servers[index].heard(sender, sent, now)
+
+    def exchange(self, now: float) -> None:
+        """Let every server hear of all others."""
+        every = [self.messages(index, now) for index in range(len(self.servers))]
+        for to, sender in itertools.permutations(range(len(self.servers)), 2):
+            self.deliver(to, every[sender], now, now)
+
+
+def admitted(server: Limiter, now: float, requests: int = 50) -> int:
+    return sum(bool(charge(server, key(), now)) for _ in range(requests))
+
+
+def test_with_exchange_the_whole_limit_is_shared() -> None:
+    fleet = Fleet(3, requests=90)
+    a, b, c = fleet.servers
+    fleet.exchange(START)
+    assert admitted(a, START) == 30, "the others may have admitted as many since they were heard"
+    usage = a.usage(key(), START)
+    assert usage and usage.quotas(START)[0] == (90, 60, 65)
+    with pytest.raises(LimitError, match="used its share") as error:
+        Charge(usage, START)
+    assert error.value.retry_after == 1
+    for step in range(1, 40):  # all requests of the key go to one server, which gets the whole limit
+        fleet.exchange(START + step / 4)
+        admitted(a, START + step / 4, 20)
+    end = START + 10
+    assert a.usage(key(), end).quotas(end)[0][:2] == (90, 0)  # type: ignore[union-attr,index]
+    assert admitted(b, end) == admitted(c, end) == 0
+
+
+def test_a_request_larger_than_the_share_of_a_server_fits_with_exchange_only() -> None:
+    fleet = Fleet(3, tokens=90)
+    with pytest.raises(LimitError, match="is 30 tokens per minute") as error:
+        fleet.servers[0].usage(key(), START).check(1, 80, START)  # type: ignore[union-attr]
+    assert error.value.retry_after is None
+    fleet.exchange(START)
+    assert charge(fleet.servers[0], key(), START, 80)
+    fleet.exchange(START + 1)
+    assert charge(fleet.servers[1], key(), START + 1, 80) is None
+    assert charge(fleet.servers[1], key(), START + 1, 10)
+
+
+def test_without_the_broker_what_was_heard_still_counts() -> None:
+    fleet = Fleet(3, requests=90)
+    for step in range(60):
+        fleet.exchange(START + step / 10)
+        admitted(fleet.servers[0], START + step / 10, 1)
+    total = 60
+    for second in range(6, 64):  # nobody hears of the others any more
+        total += sum(admitted(server, START + second) for server in fleet.servers)
+    assert 60 < total <= 90
+    total = sum(admitted(server, START + 200) for server in fleet.servers)
+    assert total == 90, "30 on each server"
+
+
+def test_a_silent_server_counts_as_busy_and_one_that_was_started_again_does_not() -> None:
+    fleet = Fleet(3, requests=90)
+    fleet.exchange(START)
+    fleet.servers.pop()
+    for step in range(200):
+        now = START + step / 4
+        fleet.exchange(now)
+        admitted(fleet.servers[step % 2], now, 2)
+    used = sum(usage.windows[0].own_total for server in fleet.servers for usage in server._usages.values())
+    assert 50 <= used <= 60, "30 are left for the server that is not heard"
+    fleet.servers.append(Limiter(requests=90, replicas=3, exchanges=True))
+    fleet.names[2] = "r2.again"
+    for step in range(200, 230):
+        fleet.exchange(START + step / 4)
+        admitted(fleet.servers[0], START + step / 4, 2)
+    assert 85 <= sum(usage.windows[0].own_total for each in fleet.servers for usage in each._usages.values()) <= 90
+
+
+def test_a_server_that_starts_hears_of_those_that_ended() -> None:
+    fleet = Fleet(2, requests=90)
+    ended = Limiter(requests=90)
+    assert admitted(ended, START, 50) == 50
+    for index in range(2):
+        fleet.deliver(index, [("ended", "ended", ended_counters(ended))], START, START)
+    for server in fleet.servers:
+        assert server.usage(key(), START)
+    started = Fleet(1, requests=90)
+    started.names = ["started"]
+    for step in range(1, 100):
+        now = START + step / 10
+        fleet.exchange(now)
+        started.deliver(0, fleet.messages(0, now), now, now)
+    usage = started.servers[0].usage(key(), START + 10)
+    assert usage and usage.windows[0].foreign_total == 50
+
+
+def ended_counters(limiter: Limiter) -> Counters:
+    return limiter.rest(START)[""]
+
+
+@given(
+    st.integers(0, 10**9),
+    st.sampled_from(["even", "one server", "bursts"]),
+    st.floats(0.01, 0.3),
+    st.floats(0, 0.5),
+    st.sampled_from([(0.0, 0.0), (3.0, 30.0), (20.0, 90.0)]),
+    st.integers(1, 8),
+)
+@settings(max_examples=15, deadline=None)
+def test_ten_times_the_limit_on_three_servers_stays_within_a_request_each(
+    seed: int, shape: str, delay: float, loss: float, outage: tuple[float, float], largest: int
+) -> None:
+    """Messages arrive late, in any order, twice or not at all, and for some time none arrives."""
+    draw, fleet, limit = random.Random(seed), Fleet(3, tokens=200), 200
+    acts: list[tuple[float, int, str, object]] = []
+    for number in range(int(85 * 10 * limit / 60 / (largest + 1) * 2)):
+        at = draw.uniform(0, 85) if shape != "bursts" else draw.randrange(0, 85, 8) + draw.uniform(0, 0.01)
+        server = 0 if shape == "one server" else draw.randrange(3)
+        acts.append((at, number, "request", (server, draw.randint(1, largest))))
+    acts += [(tick / 10 + each / 30, -1 - 3 * tick - each, "send", each) for tick in range(850) for each in range(3)]
+    heapq.heapify(acts)
+    found, count = list[tuple[float, int]](), itertools.count(10**6)
+    while acts:
+        at, _, what, detail = heapq.heappop(acts)
+        now = START + at
+        if what == "request":
+            server, amount = detail  # type: ignore[misc]
+            if charge(fleet.servers[server], key(), now, amount):
+                found.append((now, amount))
+        elif what == "send":
+            sender: int = detail  # type: ignore[assignment]
+            messages = fleet.messages(sender, now)
+            for to in {0, 1, 2} - {sender}:
+                for _ in range(draw.choice([1, 1, 2])):
+                    if draw.random() >= loss / 4 and not outage[0] <= at < outage[1]:
+                        heapq.heappush(acts, (at + draw.uniform(0, delay), next(count), "hear", (to, messages, now)))
+        else:
+            to, messages, sent = detail  # type: ignore[misc]
+            fleet.deliver(to, messages, sent, now)
+    assert worst(found) <= limit + 2 * largest
 
 
 def test_many_keys_do_not_stay_in_memory() -> None:

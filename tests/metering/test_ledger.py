@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from inferctl.errors import UsageError
-from inferctl.metering.ledger import Ledger, LedgerUnavailableError
+from inferctl.database import DatabaseUnavailableError
+from inferctl.metering.ledger import Ledger
 from inferctl.metering.outbox import Batch
 from tests.metering.parts import DAY, batch, end
 
@@ -101,6 +102,6 @@ def test_errors_name_the_ledger_but_no_password(tmp_path: Path) -> None:
         Ledger.open("mysql://u:secret@h/d")
     with pytest.raises(UsageError, match="no ledger at"):
         Ledger.read(f"sqlite:///{tmp_path}/none.sqlite")
-    with pytest.raises(LedgerUnavailableError) as failed:
+    with pytest.raises(DatabaseUnavailableError) as failed:
         Ledger.open("postgresql://u:secret@127.0.0.1:1/d")
     assert "secret" not in failed.value.message and "u:***@" in failed.value.message

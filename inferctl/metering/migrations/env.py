@@ -1,4 +1,4 @@
-"""Runs the migrations of the ledger on the connection of `inferctl.metering.ledger`. Alembic loads it."""
+"""Runs the migrations of the ledger on the connection of `inferctl.database`. Alembic loads it."""
 
 from __future__ import annotations
 

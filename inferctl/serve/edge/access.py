@@ -20,6 +20,7 @@ from inferctl.access.key_table import KeyTable, UnavailableError
 from inferctl.access.limits import PERIOD_S, Charge, KeyUsage, Limiter, LimitError
 from inferctl.errors import NotReadyError, install_hint
 from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.edge.exchange import Exchange
 from inferctl.serve.edge.usage import RequestContext
 
 if TYPE_CHECKING:
@@ -41,20 +42,35 @@ _PROXY_HEADER, _MAX_CALLER = b"x-inferctl-key-id", 200
 
 
 class Access:
-    """Who may use one server. `names`: of its model. `settings`: the section `access` of the spec."""
+    """Who may use one server. `names`: of its model, first that of the server. `settings`: of the spec."""
 
     def __init__(self, settings: spec.Access, names: Iterable[str]) -> None:
         """Raises `UsageError` if the key file is missing or not valid, `NotReadyError` without PyJWT for tokens."""
-        self._table = KeyTable(Path(settings.keys), log.warning) if settings.keys else None
+        self._table = None
+        if settings.key_file:
+            self._table = KeyTable(Path(settings.key_file), log.warning, awaited=bool(settings.key_store))
         self._tokens = _tokens(settings.oidc)
         self._proxies = [ipaddress.ip_network(network) for network in settings.trusted_proxies]
         self._trusts = functools.lru_cache(maxsize=1024)(self._is_proxy)
-        self._limiter = Limiter(settings.requests_per_minute, settings.tokens_per_minute, settings.replicas)
+        limits = settings.requests_per_minute, settings.tokens_per_minute
+        self._limiter = Limiter(*limits, settings.replicas, exchanges=settings.broker is not None)
+        first, *_ = names = list(names)
         self._names, self._open = frozenset(names), frozenset(settings.open)
+        self._exchange = Exchange(self._limiter, Path(settings.data), first, self._revoke) if settings.broker else None
         if self._table:
             self._table.follow()
         if self._tokens:
             self._tokens.follow()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the keys are known."""
+        return self._table is None or self._table.ready
+
+    async def exchange(self) -> None:
+        """Share limits with other servers, and hear of revoked keys, until this is cancelled."""
+        if self._exchange:
+            await self._exchange.run()
 
     def authenticate(self, scope: Scope, context: RequestContext) -> ApiKey | None:
         """Return the key of a request, and write it to the context; None for an open page. Raises `ApiError`."""
@@ -111,6 +127,10 @@ class Access:
         if self._tokens and credential.count(b".") == 2:
             return self._tokens.find(credential, time.time())
         return self._table.find(credential, time.time()) if self._table else None
+
+    def _revoke(self, ids: Iterable[str]) -> None:
+        if self._table:
+            self._table.revoke(ids)
 
     def _is_proxy(self, address: str) -> bool:
         try:

@@ -79,7 +79,8 @@ class _EdgeServer:
         self._metering.ready(settings.info["device"], settings.info["model"]["sha256"])
         self._metering.open()
         self._metering.watch(metrics)
-        self._lifecycle = Lifecycle(ready=lambda: self._healthy, live=lambda: True)
+        self._access = access.create(who, settings.models)
+        self._lifecycle = Lifecycle(ready=self._is_ready, live=lambda: True)
         self._lifecycle.started = True
         limits = settings.info["limits"]
         self._generation = endpoint.GenerationApp(
@@ -97,7 +98,7 @@ class _EdgeServer:
             info=lambda: settings.info,
             metrics=metrics.exposition,
             endpoints=endpoint.ENDPOINTS,
-            access=access.create(who, settings.models),
+            access=self._access,
             check_metering=self._metering.check,
         )
         self._http = listener.HttpServer(self._edge, settings.drain_seconds, self._edge.rejected)
@@ -105,7 +106,11 @@ class _EdgeServer:
         self._channel = control.connect(folder)
         self._channel.send("ready")
         self._socket = self._channel.receive_listener()
-        self._tasks = [asyncio.create_task(work()) for work in (self._serve, self._beat, self._follow)]
+        work = [self._serve, self._beat, self._follow, *([self._access.exchange] if self._access else [])]
+        self._tasks = [asyncio.create_task(each()) for each in work]
+
+    def _is_ready(self) -> bool:
+        return self._healthy and (self._access is None or self._access.ready)
 
     async def _serve(self) -> None:
         await self._http.serve(sockets=[self._socket])

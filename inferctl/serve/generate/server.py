@@ -158,14 +158,16 @@ class GenerationServer:
         sys.stderr.flush()
 
     def _edge_settings(self) -> control.EdgeSettings:
-        keys = self._spec.access.keys
+        keys, data = self._spec.access.keys, str(Path(self._spec.access.data).absolute())
+        if keys and not self._spec.access.key_store:
+            keys = str(Path(keys).absolute())
         return control.EdgeSettings(
             self._spec.name,
             self._spec.serve.drain_seconds,
             self._info(),
             self._options.log,
             self._options.traces,
-            self._spec.access.model_dump() | {"keys": keys and str(Path(keys).absolute())},
+            self._spec.access.model_dump() | {"keys": keys, "data": data},
             self._names,
             self._spec.metering.model_dump() | {"data": str(Path(self._spec.metering.data).absolute())},
             objectives(self._spec.slo),

@@ -1,0 +1,53 @@
+"""What an API process and its worker say to each other: lines of JSON over a Unix socket in `access.data`.
+
+The first line of the API process is the name of its servers, which share limits. Then both send counters of limits. The
+worker passes on what comes from other servers, and the ids of keys that were revoked. It keeps nothing, so either side
+may end and start again at any time. Whoever connects sends `AGAIN`, as messages may have been lost before: then every
+server sends all of its counters.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from inferctl.access.limits import Counters
+
+INTERVAL_S = 0.1
+AGAIN = b'{"again": true}\n'
+MAX_LINE = 1_000_000  # NATS accepts 1 MiB
+# A key has up to 600 bytes.
+_KEYS = 1000
+_SOCKET = "worker.sock"
+_MAX_PATH = 100  # a socket can have 107 bytes
+
+
+def address(folder: Path) -> str:
+    """Return the path of the socket in `folder`, which exists. Raises `OSError`."""
+    path = str(folder.absolute() / _SOCKET)
+    if len(os.fsencode(path)) <= _MAX_PATH:
+        return path
+    # Never closed: there is one folder for each process.
+    return f"/proc/self/fd/{os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)}/{_SOCKET}"
+
+
+def messages(sender: str, counted_by: str, counters: Counters, now: float) -> Iterator[dict[str, Any]]:
+    """Yield counters as messages. `counted_by`: the server that charged; `sender`: the one that says so, at `now`."""
+    items = list(counters.items())
+    for first in range(0, len(items), _KEYS):
+        part = {
+            key_id: [[[cell, *counts] for cell, counts in cells.items()] for cells in both]
+            for key_id, both in items[first : first + _KEYS]
+        }
+        yield {"sender": sender, "sent": now, "counted_by": counted_by, "counters": part}
+
+
+def counters(message: dict[str, Any]) -> Counters:
+    """Return the counters in a message. Raises `ValueError`, `KeyError` or `TypeError` if it is not one."""
+    found: Counters = {}
+    for key_id, both in message["counters"].items():
+        requests, tokens = ({cell: (charged, returned) for cell, charged, returned in cells} for cells in both)
+        found[key_id] = requests, tokens
+    return found

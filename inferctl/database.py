@@ -1,0 +1,115 @@
+"""SQLite and PostgreSQL: addresses, connections, errors without passwords, and migrations by Alembic."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import URL, make_url
+
+from inferctl.errors import NotReadyError, UsageError
+
+_MIGRATION_LOCK = 0x696E6665
+
+
+class DatabaseUnavailableError(NotReadyError):
+    """The database cannot be reached, or it reports an error. The same call may succeed later."""
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The tables of one part of inferctl. `what`: its name in messages. `migrations`: the folder of Alembic."""
+
+    what: str
+    migrations: Path
+    version_table: str
+
+    def url(self, address: str) -> URL:
+        """Parse the address of a database. Raises `UsageError`."""
+        hint = "as in sqlite:///file.sqlite or postgresql://user@host/database"
+        try:
+            url = make_url(address)
+        except sa.exc.ArgumentError:  # its message contains the address, which may have a password
+            raise UsageError(f"the address of {self.what} is not a URL", hint) from None
+        if url.get_backend_name() not in ("sqlite", "postgresql"):
+            raise UsageError(f"{self.what} cannot be in {url.get_backend_name()}", hint)
+        return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
+
+    def open(self, address: str) -> sa.Engine:
+        """Connect for writing, and create or migrate the tables.
+
+        Raises `UsageError` for an invalid URL, and `DatabaseUnavailableError`.
+        """
+        url = self.url(address)
+        if url.get_backend_name() == "sqlite" and url.database:
+            with self.reported(url):
+                Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = self.engine(url)
+        with self.reported(url), engine.begin() as connection:
+            self._migrate(connection)
+        return engine
+
+    def engine(self, url: URL) -> sa.Engine:
+        """Return what connects to `url`. Raises `NotReadyError` without the driver of PostgreSQL."""
+        if url.get_backend_name() == "postgresql":
+            options = {"connect_timeout": 5, "options": "-c statement_timeout=30000"}
+            try:
+                return sa.create_engine(url, connect_args=options, pool_pre_ping=True)
+            except ModuleNotFoundError as error:
+                raise NotReadyError(
+                    f"{self.what} in PostgreSQL requires the package {error.name}", "install it with `pip install psycopg`"
+                ) from None
+        engine = sa.create_engine(url, connect_args={"timeout": 10.0})
+
+        # The driver would begin a transaction only with the first insert, after the first select.
+        @sa.event.listens_for(engine, "connect")
+        def _connected(connection: Any, _: Any) -> None:
+            connection.isolation_level = None
+            # Not WAL, which two writers can corrupt in versions of SQLite that are still common. FULL: see `Outbox`.
+            connection.execute("pragma journal_mode = delete")
+            connection.execute("pragma synchronous = full")
+
+        @sa.event.listens_for(engine, "begin")
+        def _begun(connection: sa.Connection) -> None:
+            connection.exec_driver_sql("begin immediate")
+
+        return engine
+
+    @contextlib.contextmanager
+    def reported(self, url: URL) -> Iterator[None]:
+        """Raise `DatabaseUnavailableError` for errors of the database, without its password."""
+        try:
+            yield
+        except (sa.exc.SQLAlchemyError, OSError) as error:
+            reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+            message = f"{self.what} {url.render_as_string(hide_password=True)} is not available: {reason}"
+            raise DatabaseUnavailableError(message, "check the address and that the database runs") from None
+
+    def versions(self, connection: sa.Connection) -> tuple[str | None, str | None]:
+        """Return the version of the tables, and the one that this inferctl needs."""
+        from alembic.runtime.migration import MigrationContext
+        from alembic.script import ScriptDirectory
+
+        context = MigrationContext.configure(connection, opts={"version_table": self.version_table})
+        return context.get_current_revision(), ScriptDirectory.from_config(self._config()).get_current_head()
+
+    def _config(self) -> Any:
+        from alembic.config import Config
+
+        config = Config()
+        config.set_main_option("script_location", str(self.migrations).replace("%", "%%"))
+        return config
+
+    def _migrate(self, connection: sa.Connection) -> None:
+        """Create the tables, or change them to what this version needs."""
+        from alembic import command
+
+        if connection.dialect.name == "postgresql":  # workers of several machines may start at the same time
+            connection.execute(sa.text(f"select pg_advisory_xact_lock({_MIGRATION_LOCK})"))
+        config = self._config()
+        config.attributes |= {"connection": connection, "version_table": self.version_table}
+        command.upgrade(config, "head")

@@ -1,0 +1,171 @@
+"""Keys in SQLite and PostgreSQL: `inferctl keys`, and the file that a worker writes for servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy
+
+from inferctl.access import key_file, keys
+from inferctl.access.key_file import ApiKey
+from inferctl.errors import UsageError
+from inferctl.fleet.key_store import KeyStore
+from tests.metering.parts import Postgres
+from tests.serve.conftest import until
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of an empty store."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/keys.sqlite"
+    started: Postgres = request.getfixturevalue("postgres")
+    return started.url()
+
+
+@pytest.fixture
+def run(tmp_path: Path, address: str) -> Run:
+    def run(*arguments: str, code: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "inferctl", "keys", *arguments, "--keys", address]
+        done = subprocess.run(command, cwd=tmp_path, input=stdin, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def worker(tmp_path: Path, address: str) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """`worker()` starts `inferctl worker` for the store, in the folder of the test."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> subprocess.Popen[bytes]:
+        environment = {"INFERCTL_ACCESS_KEYS": address, "INFERCTL_ACCESS_DATA": "access"}
+        command = [sys.executable, "-m", "inferctl", "worker"]
+        with (tmp_path / "worker.log").open("ab") as log:
+            started.append(subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **environment}, stderr=log))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def key(number: int, **fields: Any) -> ApiKey:
+    content = {"id": f"{number:012}", "name": f"k{number}", "digests": [], "created": datetime.now(UTC), **fields}
+    return ApiKey.model_validate(content)
+
+
+def test_the_commands_work_as_with_a_file(run: Run) -> None:
+    secret = run("create", "team-a", "--requests-per-minute", "5").stdout.strip()
+    key_id = keys.parse(secret) or ""
+    new = run("rotate", key_id, "--overlap", "1h").stdout.strip()
+    assert keys.parse(new) == key_id != keys.parse(run("create", "team-b").stdout.strip())
+    found = {each["id"]: each for each in json.loads(run("list", "--json").stdout)["keys"]}
+    assert len(found) == 2
+    assert found[key_id]["requests_per_minute"] == 5
+    run("revoke", "-", stdin=secret)
+    assert "revoked" in run("list").stdout
+    assert "has no key" in run("revoke", "000000000000", code=2).stderr
+
+
+def test_edits_at_the_same_time_do_not_lose_each_other(address: str) -> None:
+    KeyStore.open(address).close()
+
+    def add(first: int) -> None:
+        store = KeyStore.open(address)
+        for number in range(first, first + 10):
+            with store.edit() as found:
+                found[f"{number:012}"] = key(number)
+        store.close()
+
+    threads = [threading.Thread(target=add, args=(100 * each,)) for each in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    store = KeyStore.open(address)
+    content, changes = store.read()
+    assert len(content.keys) == changes == store.changes() == 40
+    with pytest.raises(RuntimeError), store.edit() as found:
+        found["000000000900"] = key(900)
+        raise RuntimeError
+    assert (len(store.read()[0].keys), store.changes()) == (40, 40), "an edit that fails changes nothing"
+    store.close()
+
+
+def test_the_worker_keeps_the_file_of_the_servers_equal(
+    run: Run, worker: Callable[[], subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    secret = run("create", "a").stdout.strip()
+    copy = tmp_path / "access" / "keys.json"
+    first = worker()
+    until(copy.exists)
+    assert copy.stat().st_mode & 0o777 == 0o600
+    (only,) = key_file.read(copy).keys
+    assert only.digests[0].sha256 == keys.digest(secret.encode()).hex()
+    assert secret not in copy.read_text()
+    run("revoke", only.id)
+    until(lambda: key_file.read(copy).keys[0].revoked is not None, 10)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    run("create", "b")
+    second = worker()
+    until(lambda: len(key_file.read(copy).keys) == 2, 30)
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(30) == 0
+    assert not (tmp_path / "metering").exists(), "nobody asked for usage events"
+
+
+def test_a_store_that_stops_leaves_the_last_keys(
+    postgres: Postgres, worker: Callable[[], subprocess.Popen[bytes]], run: Run, address: str, tmp_path: Path
+) -> None:
+    if not address.startswith("postgresql"):
+        pytest.skip("SQLite does not stop")
+    run("create", "a")
+    worker()
+    copy = tmp_path / "access" / "keys.json"
+    until(copy.exists)
+    before = copy.read_bytes()
+    postgres.kill()
+    until(lambda: b"is not available" in (tmp_path / "worker.log").read_bytes(), 30)
+    assert copy.read_bytes() == before
+    postgres.start()
+    run("create", "b")
+    until(lambda: len(key_file.read(copy).keys) == 2, 30)
+
+
+@pytest.mark.parametrize(
+    "url", ["mysql://u:secret@h/d", "sqlite:///missing.sqlite", "postgresql://u:secret@127.0.0.1:1/d"]
+)
+def test_errors_show_no_password(url: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "inferctl", "keys", "list", "--keys", url]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode in (2, 3), done.stderr
+    assert "error:" in done.stderr
+    assert "secret" not in done.stderr
+    assert not (tmp_path / "missing.sqlite").exists()
+
+
+def test_a_key_of_another_version_is_an_error(address: str) -> None:
+    store = KeyStore.open(address)
+    with store._engine.begin() as connection:
+        content = json.dumps({"id": "a" * 12, "name": "a", "digests": [], "created": "2026-01-01T00:00:00Z", "no": 1})
+        insert = sqlalchemy.text("insert into api_keys (id, content) values ('aaaaaaaaaaaa', :content)")
+        connection.execute(insert, {"content": content})
+    with pytest.raises(UsageError, match="not valid: no"):
+        store.read()
+    store.close()
