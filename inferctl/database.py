@@ -61,7 +61,8 @@ class Schema:
                 return sa.create_engine(url, connect_args=options, pool_pre_ping=True)
             except ModuleNotFoundError as error:
                 raise NotReadyError(
-                    f"{self.what} in PostgreSQL requires the package {error.name}", "install it with `pip install psycopg`"
+                    f"{self.what} in PostgreSQL requires the package {error.name}",
+                    "install it with `pip install psycopg`",
                 ) from None
         engine = sa.create_engine(url, connect_args={"timeout": 10.0})
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from inferctl import outputs
-from inferctl.fleet.key_store import KeyStore
 from inferctl.errors import NotReadyError, UsageError
+from inferctl.fleet.key_store import KeyStore
 from inferctl.metering import outbox
 from inferctl.spec import Access
 

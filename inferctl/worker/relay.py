@@ -91,7 +91,9 @@ class Relay:
         if self._broker and name not in self._subscribed:
             self._subscribed.add(name)
             with contextlib.suppress(BrokerUnavailableError):
-                await self._broker.subscribe(f"{broker.LIMITS}.{name}", lambda message: self._forward(_line(message), name))
+                await self._broker.subscribe(
+                    f"{broker.LIMITS}.{name}", lambda message: self._forward(_line(message), name)
+                )
 
     def _key_message(self, message: bytes) -> None:
         self._keys_changed()

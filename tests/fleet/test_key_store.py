@@ -140,7 +140,9 @@ def test_a_store_that_stops_leaves_the_last_keys(
     copy = tmp_path / "access" / "keys.json"
     until(copy.exists)
     before = copy.read_bytes()
-    postgres.kill()
+    assert postgres.process
+    postgres.process.send_signal(signal.SIGINT)
+    postgres.process.wait()
     until(lambda: b"is not available" in (tmp_path / "worker.log").read_bytes(), 30)
     assert copy.read_bytes() == before
     postgres.start()

@@ -28,9 +28,6 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
         _missing("postgresql")
     folder = tmp_path_factory.mktemp("p")
-    for parent in (folder, *folder.parents):  # for the user postgres
-        if parent.owner() == "root" and parent != Path("/") and parent != Path("/tmp"):
-            parent.chmod(parent.stat().st_mode | 0o711)
     started = Postgres(folder / "pg")
     started.start()
     yield started

@@ -81,12 +81,14 @@ class Postgres(Part):
         self._psql = [f"{programs}/psql", "-h", str(folder), "-U", "postgres", "-q"]
         data = folder / "data"
         initdb = [f"{programs}/initdb", "-D", str(data), "-A", "trust", "-U", "postgres", "-N"]
+        _open_for_others(folder)
         subprocess.run(initdb, user=user, check=True, capture_output=True)
         options = ["-c", "listen_addresses=", "-k", str(folder), "-c", "fsync=off"]
         super().__init__([f"{programs}/postgres", "-D", str(data), *options], user)
         self._folder, self._count = folder, 0
 
     def start(self) -> None:
+        _open_for_others(self._folder)
         super().start()
         for _ in range(300):
             if subprocess.run([*self._psql, "-c", "select 1"], capture_output=True, check=False).returncode == 0:
@@ -98,6 +100,13 @@ class Postgres(Part):
         self._count += 1
         subprocess.run([*self._psql, "-c", f"create database usage{self._count}"], check=True)
         return f"postgresql://postgres@/usage{self._count}?host={self._folder}"
+
+
+def _open_for_others(folder: Path) -> None:
+    """Let the user postgres reach `folder`. pytest closes its folders to others again and again."""
+    for parent in folder.parents:
+        if parent.owner() == "root" and parent not in (Path("/"), Path("/tmp")):
+            parent.chmod(parent.stat().st_mode | 0o711)
 
 
 class Nats(Part):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from inferctl.errors import UsageError
 from inferctl.database import DatabaseUnavailableError
+from inferctl.errors import UsageError
 from inferctl.metering.ledger import Ledger
 from inferctl.metering.outbox import Batch
 from tests.metering.parts import DAY, batch, end
