@@ -231,7 +231,7 @@ def test_lost_doubled_and_reordered_counters_never_count_twice(
 
 
 class Fleet:
-    """Servers that send their counters to each other every 0.1 s. `sent`: all messages, as (sender, server, counters)."""
+    """Servers that send each other their counters, in messages of (sender, server that charged, counters)."""
 
     def __init__(self, replicas: int, **limits: int) -> None:
         self.servers = [Limiter(**limits, replicas=replicas, exchanges=True) for _ in range(replicas)]
