@@ -1,11 +1,15 @@
 """Tokens of an OIDC provider (JWT), checked with keys that a thread fetches: no request waits for the provider.
 
 While the provider does not respond, the last keys stay in use. A verified token is known by its hash until it ends.
+Everything that costs little is checked before the signature, which costs 80 to 150 us of the event loop. Clients that
+send wrong signatures have a budget of their own, so they cannot use up the one of the others.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import math
 import threading
 import time
 import urllib.request
@@ -29,8 +33,28 @@ _MAX_BYTES = 1_000_000
 _MAX_TOKEN_BYTES = 16 * 1024
 _MAX_SUBJECT = 200
 _MAX_KNOWN = 10_000
-# A signature takes 80 to 150 us. More new tokens than this are rejected until the next second.
+# New tokens whose signatures are checked. More of them are rejected until the next second.
 _CHECKS_PER_S = 1000
+# The same for all clients together that sent a wrong signature in the last minute.
+_SUSPECT_CHECKS_PER_S, _SUSPECT_S = 300, 60.0
+# What a token says of itself is checked before its signature.
+_UNVERIFIED: Any = {"verify_signature": False, "require": _REQUIRED} | dict.fromkeys(
+    ("verify_exp", "verify_nbf", "verify_iat", "verify_aud", "verify_iss", "verify_sub"), True
+)
+
+
+class _Budget:
+    """Allows so many checks per second."""
+
+    def __init__(self, per_second: int) -> None:
+        self._per_second, self._second, self._used = per_second, 0, 0
+
+    def take(self, now: float) -> bool:
+        """Return whether one more check is allowed at `now`."""
+        if int(now) != self._second:
+            self._second, self._used = int(now), 0
+        self._used += 1
+        return self._used <= self._per_second
 
 
 class TokenTable:
@@ -40,12 +64,17 @@ class TokenTable:
         self._issuer, self._audience, self._jwks, self._warn = issuer, audience, jwks, warn
         self._keys: dict[str, jwt.PyJWK] | None = None
         self._known: dict[bytes, Entry] = {}
-        self._checks, self._second = 0, 0
+        self._forged: set[bytes] = set()  # hashes of tokens with wrong signatures
+        self._checks, self._suspect_checks = _Budget(_CHECKS_PER_S), _Budget(_SUSPECT_CHECKS_PER_S)
+        self._suspects: dict[str, float] = {}  # network -> until when
         self._wanted, self._closed = threading.Event(), False
         self._failed = False
 
-    def find(self, credential: bytes, now: float) -> ApiKey | None:
-        """Return who sent a token; None if it is not valid. Raises `UnavailableError`."""
+    def find(self, credential: bytes, now: float, address: str = "") -> ApiKey | None:
+        """Return who sent a token; None if it is not valid. Raises `UnavailableError`.
+
+        `address`: of the client, whose wrong signatures do not count against the budget of others.
+        """
         if len(credential) > _MAX_TOKEN_BYTES:
             return None
         digest = keys.digest(credential)
@@ -54,28 +83,17 @@ class TokenTable:
                 return entry.key
             del self._known[digest]
             return None
+        if digest in self._forged:
+            return None
         if self._keys is None:
             raise UnavailableError("the keys of the token issuer are not known yet")
-        if int(now) != self._second:
-            self._second, self._checks = int(now), 0
-        if self._checks >= _CHECKS_PER_S:
-            raise UnavailableError("too many new tokens arrive")
-        claims = self._verified(credential)
-        if claims is None:
+        if (key := self._key_of(credential)) is None:
             return None
-        if len(self._known) >= _MAX_KNOWN:
-            self._known.clear()
-        entry = self._known[digest] = Entry(caller(claims["sub"]), float(claims["exp"]))
-        return entry.key
-
-    def _verified(self, credential: bytes) -> dict[str, Any] | None:
+        network = _network(address)
+        suspect = now < self._suspects.get(network, -math.inf)
+        if not (self._suspect_checks if suspect else self._checks).take(now):
+            raise UnavailableError("too many new tokens arrive")
         try:
-            key_id = jwt.get_unverified_header(credential).get("kid")
-            key = (self._keys or {}).get(key_id or "")
-            if key is None:
-                self._wanted.set()
-                return None
-            self._checks += 1
             claims = jwt.decode(
                 credential,
                 key,
@@ -85,9 +103,35 @@ class TokenTable:
                 options={"require": _REQUIRED},
             )
         except jwt.PyJWTError:
+            for found in (self._forged, self._suspects):
+                if len(found) >= _MAX_KNOWN:
+                    found.clear()
+            self._forged.add(digest)
+            self._suspects[network] = now + _SUSPECT_S
             return None
-        subject = claims["sub"]
-        return claims if isinstance(subject, str) and len(subject) <= _MAX_SUBJECT and is_caller_id(subject) else None
+        if len(self._known) >= _MAX_KNOWN:
+            self._known.clear()
+        entry = self._known[digest] = Entry(caller(claims["sub"]), float(claims["exp"]))
+        return entry.key
+
+    def _key_of(self, credential: bytes) -> jwt.PyJWK | None:
+        """Return the key of the issuer that a token names; None if the token cannot be valid, whatever its signature.
+
+        Asks for new keys if the key is not known.
+        """
+        try:
+            token = jwt.decode_complete(
+                credential, options=_UNVERIFIED, audience=self._audience, issuer=self._issuer
+            )
+        except jwt.PyJWTError:
+            return None
+        subject, header = token["payload"]["sub"], token["header"]
+        if len(subject) > _MAX_SUBJECT or not is_caller_id(subject) or header.get("alg") not in _ALGORITHMS:
+            return None
+        key = (self._keys or {}).get(header.get("kid") or "")
+        if key is None:
+            self._wanted.set()
+        return key
 
     def follow(self) -> None:
         """Fetch the keys of the issuer now and then, on a thread, until `close`."""
@@ -103,6 +147,7 @@ class TokenTable:
             started = time.monotonic()
             try:
                 self._keys = {key.key_id or "": key for key in jwt.PyJWKSet.from_dict(self._fetch()).keys}
+                self._forged = set()  # a key may have changed
                 self._failed = False
             except Exception as error:  # noqa: BLE001  # without this thread, no new key would be known
                 if not self._failed:
@@ -121,6 +166,15 @@ class TokenTable:
         if where is None:
             where = str(_json(f"{self._issuer.rstrip('/')}/.well-known/openid-configuration")["jwks_uri"])
         return _json(where)
+
+
+def _network(address: str) -> str:
+    """Return what one client can choose its address from: the /64 of an IPv6 address, else the address."""
+    try:
+        parsed = ipaddress.IPv6Address(address)
+    except ValueError:
+        return address
+    return str(parsed.ipv4_mapped or int(parsed) >> 64)
 
 
 def _json(where: str) -> dict[str, Any]:

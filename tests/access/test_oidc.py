@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
 import json
 import threading
@@ -148,6 +149,63 @@ def test_a_flood_of_new_tokens_is_bounded(provider: Provider, table: TokenTable)
         for number in range(2000):
             table.find(token[:-9] + b"%08dA" % number, now)
     assert table.find(provider.token(sub="team-b"), now + 1)
+
+
+def forged(token: bytes, number: int) -> bytes:
+    """Return a token with the claims of `token` and a wrong signature."""
+    head, payload, _ = token.split(b".")
+    return b".".join([head, payload, base64.urlsafe_b64encode(number.to_bytes(256)).rstrip(b"=")])
+
+
+def test_wrong_signatures_of_some_clients_cost_the_others_nothing(provider: Provider, table: TokenTable) -> None:
+    token, now = provider.token(), float(int(time.time()))
+    new = [provider.token(sub=f"team-{number}") for number in range(40)]
+    rejected = 0
+    for number in range(2000):
+        try:
+            assert table.find(forged(token, number), now, f"192.0.2.{number % 20}") is None
+        except UnavailableError:
+            rejected += 1
+    assert rejected > 1500  # their signatures were not checked
+    found = [table.find(each, now, "198.51.100.7") for each in new]
+    assert [each.id if each else None for each in found] == [f"team-{number}" for number in range(40)]
+
+
+def test_a_client_with_many_addresses_of_one_network_is_one_client(provider: Provider, table: TokenTable) -> None:
+    token, now = provider.token(), float(int(time.time()))
+    with pytest.raises(UnavailableError):
+        for number in range(400):
+            table.find(forged(token, number), now, f"2001:db8::{number:x}")
+    assert table.find(provider.token(sub="team-b"), now, "2001:db8:0:1::1")
+
+
+def test_what_a_token_says_is_checked_before_its_signature(
+    provider: Provider, table: TokenTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, hopeless = provider.token(), [
+        provider.token(exp=int(time.time()) - 1),
+        provider.token(aud="other"),
+        provider.token(iss="https://other.example.com"),
+        provider.token(sub=None),
+        provider.token(kid="unknown"),
+        provider.token("secret" * 10, "rsa", "HS256"),
+    ]
+    checked = []
+    monkeypatch.setattr(jwt, "decode", lambda *arguments, **_: checked.append(arguments) or {})
+    assert [table.find(each, time.time()) for each in hopeless] == [None] * len(hopeless)
+    assert not checked
+    with pytest.raises(KeyError):  # this one is checked
+        table.find(good, time.time())
+
+
+def test_a_repeated_wrong_token_is_checked_once(
+    provider: Provider, table: TokenTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked, decode = [], jwt.decode
+    monkeypatch.setattr(jwt, "decode", lambda *some, **named: checked.append(some) or decode(*some, **named))
+    wrong = forged(provider.token(), 1)
+    assert [table.find(wrong, time.time()) for _ in range(1000)] == [None] * 1000
+    assert len(checked) == 1
 
 
 def test_keys_in_a_file(provider: Provider, tmp_path: Any) -> None:

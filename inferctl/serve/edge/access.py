@@ -113,7 +113,7 @@ class Access:
                             return caller(found)
         credential = _credential(scope["headers"])
         try:
-            key = self._known(credential) if credential else None
+            key = self._known(credential, scope) if credential else None
         except UnavailableError as error:
             headers = {"retry-after": "5"}
             raise ApiError(503, str(error), code="access_unavailable", headers=headers) from None
@@ -123,14 +123,24 @@ class Access:
             raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
         return key
 
-    def _known(self, credential: bytes) -> ApiKey | None:
+    def _known(self, credential: bytes, scope: Scope) -> ApiKey | None:
         if self._tokens and credential.count(b".") == 2:
-            return self._tokens.find(credential, time.time())
+            return self._tokens.find(credential, time.time(), self._address(scope))
         return self._table.find(credential, time.time()) if self._table else None
 
     def _revoke(self, ids: Iterable[str]) -> None:
         if self._table:
             self._table.revoke(ids)
+
+    def _address(self, scope: Scope) -> str:
+        """Return the address of a client: behind a trusted proxy, what that appended to x-forwarded-for."""
+        client = scope.get("client")
+        address: str = client[0] if client else ""
+        if self._proxies and self._trusts(address):
+            for name, value in scope["headers"]:
+                if name == b"x-forwarded-for":
+                    address = value.rpartition(b",")[2].strip().decode("latin-1")
+        return address
 
     def _is_proxy(self, address: str) -> bool:
         try:
