@@ -27,6 +27,8 @@ EXCHANGE_TIMEOUT_S = 3.0
 DELAY_S = 0.5
 # Until the other servers know what this one charged just now.
 _SETTLED_S = 1.0
+# An estimate, for requests that are not tokenized.
+BYTES_PER_TOKEN = 4
 # Keys that were not used for a while are forgotten when there are more than this many.
 _MANY_KEYS = 10_000
 # `rest` returns all keys in this many calls, but at most so many keys in one, which takes 2 ms.
@@ -40,33 +42,49 @@ Counters = dict[str, tuple[Cells, Cells]]
 
 
 class LimitError(Exception):
-    """A request exceeds a limit of its key. `retry_after`: seconds until it fits; None if it never does."""
+    """A request exceeds a limit of its key. `retry_after`: seconds until it fits; None if it never does.
 
-    def __init__(self, resource: Resource, limit: int, used: int, amount: int, retry_after: float | None) -> None:
+    `estimated`: `amount` is an estimate, because the request was not tokenized.
+    """
+
+    def __init__(
+        self,
+        resource: Resource,
+        limit: int,
+        used: int,
+        amount: int,
+        retry_after: float | None,
+        *,
+        estimated: bool = False,
+    ) -> None:
         self.resource, self.retry_after = resource, retry_after
         what = f"{limit} {resource} per minute"
         if retry_after is None:
             message = f"the request needs {amount} {resource}, and the limit of this key is {what}"
-        elif used + amount <= limit:
+        elif used + amount <= limit and not estimated:
             message = f"the limit of this key is {what}, and this server used its share of what remains"
             message += f"; retry after {math.ceil(retry_after)} s"
         else:
-            message = f"the limit of this key is {what}: {used} are used, and the request needs {amount}"
+            needed = f"about {amount}" if estimated else f"{amount}"
+            message = f"the limit of this key is {what}: {used} are used, and the request needs {needed}"
             message += f"; retry after {math.ceil(retry_after)} s"
         super().__init__(message)
 
 
 class KeyUsage:
-    """The windows and the limits of one key. A limit of None does not limit."""
+    """The windows and the limits of one key. A limit of None does not limit.
 
-    __slots__ = ("_limiter", "key", "key_id", "limits", "windows")
+    `rejected`: tokens of requests that were rejected after their texts were tokenized. They count towards no limit.
+    """
+
+    __slots__ = ("_limiter", "key", "key_id", "limits", "rejected", "windows")
 
     def __init__(self, limiter: Limiter, key_id: str) -> None:
-        self._limiter, self.key_id, self.windows = limiter, key_id, (Window(), Window())
+        self._limiter, self.key_id, self.windows, self.rejected = limiter, key_id, (Window(), Window()), Window()
         self.key: ApiKey | None = None
         self.limits: tuple[int | None, int | None] = (None, None)
 
-    def check(self, index: int, amount: int, now: float) -> None:
+    def check(self, index: int, amount: int, now: float, *, estimated: bool = False) -> None:
         """Raise `LimitError` if `amount` of a resource (0: requests, 1: tokens) does not fit into its window."""
         limit, limiter = self.limits[index], self._limiter
         used, unknown = self._state(index, now)
@@ -89,7 +107,34 @@ class KeyUsage:
             wait = window.seconds_until(used + amount - limit, now)
         elif amount <= own_limit:
             wait = window.seconds_until(used + unknown + amount * (1 + others) - limit, now, limiter.silences)
-        raise LimitError(resource, own_limit, self._shown(used, unknown, shared), amount, wait)
+        shown = self._shown(used, unknown, shared)
+        raise LimitError(resource, own_limit, shown, amount, wait, estimated=estimated)
+
+    def check_size(self, size: int, now: float) -> None:
+        """Raise `LimitError` for a request of `size` bytes that must not be tokenized.
+
+        Either nothing remains of the limit, or a whole limit was tokenized in vain in this window. Then only a request
+        that fits for sure is tokenized: one with at most as many bytes as tokens remain.
+        """
+        limit, limiter = self.limits[1], self._limiter
+        if limit is None:
+            return
+        used, unknown = self._state(1, now)
+        if used + unknown + max(1, size) * (1 + limiter.others) <= limit:
+            return
+        shared = now < limiter.fresh_until
+        own_limit = limit if shared else max(1, limit // (1 + limiter.others))
+        estimate = min(own_limit, math.ceil(size / BYTES_PER_TOKEN) or 1)
+        try:
+            self.check(1, 1, now)
+        except LimitError:
+            self.check(1, estimate, now, estimated=True)  # raises, and says when so many tokens fit
+            raise
+        self.rejected.advance(int(now // CELL_S))
+        if (rejected := self.rejected.own_total) >= limit:
+            wait = self.rejected.seconds_until(rejected - limit + 1, now)
+            shown = self._shown(used, unknown, shared)
+            raise LimitError("tokens", own_limit, shown, estimate, wait, estimated=True)
 
     def quotas(self, now: float) -> tuple[Quota | None, Quota | None]:
         """Return the state of the limits of requests and of tokens; None for no limit."""
@@ -110,9 +155,11 @@ class KeyUsage:
 
     def used(self, now: float) -> bool:
         """Return whether anything counts."""
-        for window in self.windows:
+        for window in (*self.windows, self.rejected):
             window.advance(int(now // CELL_S))
-        return any(window.own_total or window.foreign_total or window.reserved for window in self.windows)
+        return self.rejected.own_total > 0 or any(
+            window.own_total or window.foreign_total or window.reserved for window in self.windows
+        )
 
     def own(self, cell: int, oldest: int = 0) -> tuple[Cells, Cells]:
         """Return the counters of this server: of requests, and of tokens. `cell`: the current one."""
@@ -156,11 +203,24 @@ class Charge:
         self._request_slot = usage.windows[0].charge(1, now)
         usage.note_change()
 
+    def check_size(self, size: int, now: float) -> None:
+        """Raise `LimitError` for a request of `size` bytes that must not be tokenized."""
+        self._usage.check_size(size, now)
+
     def tokens(self, amount: int, now: float) -> None:
         """Charge tokens before they are computed. Raises `LimitError`."""
-        self._usage.check(1, amount, now)
+        try:
+            self._usage.check(1, amount, now)
+        except LimitError:
+            self.in_vain(amount, now)
+            raise
         self._token_slot, self._tokens = self._usage.windows[1].charge(amount, now), amount
         self._usage.note_change()
+
+    def in_vain(self, amount: int, now: float) -> None:
+        """Count tokens of a request that was rejected after its texts were tokenized."""
+        self._usage.rejected.advance(int(now // CELL_S))
+        self._usage.rejected.charge(amount, now)
 
     def reserve(self, amount: int, now: float) -> None:
         """Keep tokens for a request whose use is known at its end only. Raises `LimitError`."""

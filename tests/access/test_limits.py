@@ -142,6 +142,36 @@ def test_what_never_fits_says_so() -> None:
     assert error.value.retry_after is None
 
 
+def test_no_more_than_the_limit_is_tokenized_in_vain() -> None:
+    limiter, who = Limiter(tokens=1000), key()
+    usage = limiter.usage(who, START)
+    assert usage
+    assert charge(limiter, who, START, 400)
+    usage.check_size(1_000_000, START)  # tokenized, and rejected
+    assert charge(limiter, who, START, 900) is None
+    usage.check_size(1_000_000, START + 5)
+    assert charge(limiter, who, START + 5, 900) is None
+    for size in (601, 1_000_000):
+        with pytest.raises(LimitError, match="the request needs about") as error:
+            usage.check_size(size, START + 10)
+        assert error.value.retry_after == 65 - 10
+    usage.check_size(600, START + 10)  # fits for sure
+    assert charge(limiter, who, START + 10, 600)
+    usage.check_size(1_000_000, START + 65)
+
+
+def test_a_request_of_a_key_without_tokens_is_not_tokenized() -> None:
+    limiter, who = Limiter(tokens=1000), key()
+    usage = limiter.usage(who, START)
+    assert usage
+    assert charge(limiter, who, START, 600)
+    assert charge(limiter, who, START + 20, 400)
+    for size, wait in ((0, 45), (40, 45), (2400, 45), (2404, 65), (1_000_000, 65)):
+        with pytest.raises(LimitError) as error:
+            usage.check_size(size, START + 20)
+        assert error.value.retry_after == wait
+
+
 def test_a_key_has_its_own_limits_which_may_change() -> None:
     limiter = Limiter(requests=1)
     assert charge(limiter, key(requests_per_minute=2), START)

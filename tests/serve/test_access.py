@@ -187,6 +187,30 @@ def test_the_openai_client_waits_as_long_as_the_server_says(guarded: Guarded, mo
     assert len(waited) == 2  # a retry would not help
 
 
+@pytest.mark.parametrize(
+    "text", ["word " * 200_000, ["word " * 100] * 500 + [""]], ids=["too many tokens", "an error at the end"]
+)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_small_limit_of_tokens_bounds_what_is_tokenized(guarded: Guarded, text: Any, chunked: bool) -> None:
+    _, key = guarded.key(tokens_per_minute=10)
+    body = json.dumps({"input": text, "truncate": True}).encode()
+    headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+
+    def send() -> httpx.Response:
+        content = iter([body]) if chunked else body
+        return CLIENT.post(f"{guarded.server.url}/v1/embeddings", content=content, headers=headers)
+
+    assert send().status_code in (400, 429)  # tokenized
+    for _ in range(3):
+        response = send()
+        assert response.status_code == 429
+        assert "the request needs about" in response.json()["error"]["message"]
+        assert 0 < int(response.headers["retry-after"]) <= 65
+    assert CLIENT.post(
+        f"{guarded.server.url}/v1/embeddings", content=b'"x"', headers=headers
+    ).status_code == 400, "a small request is read"
+
+
 @pytest.mark.slow_measurement
 def test_a_client_goes_on_after_the_wait(guarded: Guarded) -> None:
     _, key = guarded.key(requests_per_minute=1)

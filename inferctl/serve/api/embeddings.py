@@ -30,7 +30,7 @@ class EmbeddingsEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
         context = self.inference.admit(scope)
-        request = await parsed_body(receive, self._parse)
+        request = await parsed_body(context, receive, self._parse)
         model = self.inference.model
         dimensions = model.dimensions_for(request.dimensions)
         vectors = await self.inference.run(context, receive, self._tokenize(request))

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from starlette.types import Receive, Scope, Send
 
+from inferctl.access.limits import BYTES_PER_TOKEN
 from inferctl.serve.api import schemas
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError, at_capacity
@@ -44,12 +45,17 @@ class Inference:
     cache: VectorCache | None = None
 
     def admit(self, scope: Scope) -> RequestContext:
-        """Return the context of a request. Raises `ApiError` if its headers or a full queue rule it out."""
+        """Return the context of a request.
+
+        Raises `ApiError` or `LimitError` if its headers, a limit of its key or a full queue rule it out.
+        """
         context = context_of(scope)
         schemas.check_content_type(context.content_type)
         if context.priority not in (b"", b"interactive", b"bulk"):
             message = f"x-priority must be `interactive` or `bulk`, got {context.priority.decode('latin-1')!r}"
             raise ApiError(400, message, code="invalid_priority", param="x-priority")
+        if context.charge is not None:  # before the body is read
+            context.charge.check_size(context.content_length, time.time())
         if self.cache is None:  # the cache may have the vectors, so a full queue does not rule a request out
             try:
                 self.dispatcher.check_admission(bulk=context.priority == b"bulk", tenant=context.tenant)
@@ -77,9 +83,14 @@ class Inference:
         started = time.monotonic()
 
         async def compute() -> tuple[RequestResult | CachedResult, float]:
-            sequences, second_starts = await tokenize
+            try:
+                sequences, second_starts = await tokenize
+            except (InputError, asyncio.CancelledError):
+                _in_vain(context, context.body_bytes // BYTES_PER_TOKEN)
+                raise
             context.inputs, tokens = len(sequences), sum(map(len, sequences))
             if tokens > self.model.max_tokens:
+                _in_vain(context, tokens)
                 message = f"the request has {tokens} tokens; the limit is {self.model.max_tokens}"
                 raise ApiError(400, message, code="too_many_tokens")
             if context.charge is not None:
@@ -129,8 +140,11 @@ class Inference:
         return result
 
 
-async def parsed_body(receive: Receive, parse: Callable[[bytes], T]) -> T:
-    """Return `parse(body)`, run on another thread for a large body. Raises `ClientDisconnectedError`."""
+async def parsed_body(context: RequestContext, receive: Receive, parse: Callable[[bytes], T]) -> T:
+    """Return `parse(body)`, run on another thread for a large body.
+
+    Raises `ClientDisconnectedError`, and `LimitError` if the key may not have such a body tokenized.
+    """
     parts, more = [], True
     while more:
         message = await receive()
@@ -139,6 +153,8 @@ async def parsed_body(receive: Receive, parse: Callable[[bytes], T]) -> T:
         parts.append(message.get("body", b""))
         more = message.get("more_body", False)
     raw = b"".join(parts)
+    if context.charge is not None and not context.content_length:
+        context.charge.check_size(len(raw), time.time())
     return await asyncio.to_thread(_parse_large, parse, raw) if len(raw) > _INLINE_BODY_BYTES else parse(raw)
 
 
@@ -171,6 +187,11 @@ async def send_json(send: Send, parts: Iterable[bytes], context: RequestContext)
     for part in parts:
         await send({"type": "http.response.body", "body": part, "more_body": True})
     await send({"type": "http.response.body", "body": body})
+
+
+def _in_vain(context: RequestContext, tokens: int) -> None:
+    if context.charge is not None:
+        context.charge.in_vain(tokens, time.time())
 
 
 def _rejection(error: AdmissionError) -> ApiError:

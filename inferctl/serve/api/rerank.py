@@ -27,7 +27,7 @@ class RerankEndpoint:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
         inference = self.inference
         context = inference.admit(scope)
-        request = await parsed_body(receive, partial(inference.parse, RerankRequest))
+        request = await parsed_body(context, receive, partial(inference.parse, RerankRequest))
         scores = await _scores(inference, context, receive, request.query, request.texts, request.truncate)
         # A stable sort, so documents with equal scores keep their order.
         order = np.argsort(-scores, kind="stable")[: request.top_n].tolist()
@@ -47,7 +47,7 @@ class ScoreEndpoint:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
         inference = self.inference
         context = inference.admit(scope)
-        request = await parsed_body(receive, partial(inference.parse, ScoreRequest))
+        request = await parsed_body(context, receive, partial(inference.parse, ScoreRequest))
         scores = await _scores(inference, context, receive, *request.pairs, request.truncate)
         data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores.tolist())]
         await _respond(send, context, inference.model.name, {"object": "list"}, {"data": data})
