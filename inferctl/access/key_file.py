@@ -101,7 +101,8 @@ def read(path: Path) -> KeyFile:
         return KeyFile.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
+        # An unknown field has the name that an edit by hand gave it. A terminal would obey escapes.
+        where = ".".join(map(str, first["loc"])).encode("unicode_escape").decode()
         raise UsageError(
             f"the key file {path} is not valid: {where + ': ' if where else ''}{first['msg']}",
             "`inferctl keys` writes it; an edit by hand, or another version of inferctl, may have changed it",

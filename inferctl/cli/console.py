@@ -98,6 +98,11 @@ def help_without_command(context: typer.Context) -> None:
         data(context.get_help())
 
 
+def plain(text: str) -> str:
+    """Return `text` with escapes in place of what a terminal could obey, for texts that others may have written."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def rich(stderr: bool = False) -> Console:
     """Return a Rich console. Rich itself respects NO_COLOR, TERM and COLUMNS."""
     from rich.console import Console

@@ -185,7 +185,7 @@ def revoke(
     if as_json:
         console.document({"file": place.name, "keys": [_described(key, now) for key in changed]})
     for key in changed:
-        console.note(f"revoked {key.id} ({key.name}) in {place.name}")
+        console.note(f"revoked {key.id} ({console.plain(key.name)}) in {place.name}")
 
 
 _ROTATE_EPILOG = """\b
@@ -236,7 +236,7 @@ def rotate(
         new = StoredDigest(sha256=keys.digest(secret.encode()).hex())
         found[each] = key = key.model_copy(update={"digests": [new, *old]})
     until = f"the old key is accepted until {end:%Y-%m-%d %H:%M} UTC" if end > now else "the old key is not accepted"
-    _print_secret(key, secret, f"rotated {each} ({key.name}) in {place.name}; {until}", as_json)
+    _print_secret(key, secret, f"rotated {each} ({console.plain(key.name)}) in {place.name}; {until}", as_json)
     place.publish([])
 
 
@@ -289,11 +289,11 @@ def _row(key: ApiKey, now: datetime) -> tuple[str, ...]:
     scopes = [*(key.endpoints or ()), *(key.models or ()), *(["admin"] if key.admin else ())]
     return (
         key.id,
-        key.name,
+        console.plain(key.name),
         key.status(now),
         f"{key.created:%Y-%m-%d}",
         f"{key.expires:%Y-%m-%d}" if key.expires else "-",
-        ",".join(scopes) or "all",
+        console.plain(",".join(scopes)) or "all",
         str(key.requests_per_minute or "-"),
         str(key.tokens_per_minute or "-"),
     )

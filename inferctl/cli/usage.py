@@ -119,7 +119,7 @@ def _print(report: Report) -> None:
         heading = f"cost ({report.currency})" if name == "cost" else _HEADINGS.get(name, name)
         table.add_column(heading, footer=_shown(name, report.total[name]), justify="right", overflow="fold")
     for row in report.rows:
-        names = ["-" if row[name] is None else str(row[name]) for name in report.dimensions]
+        names = ["-" if row[name] is None else console.plain(str(row[name])) for name in report.dimensions]
         # As Text, because Rich reads brackets in a str as markup.
         table.add_row(*map(Text, [*names, *(_shown(name, row[name]) for name in sums)]))
     console.report(table)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
+import math
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 
 import orjson
 
@@ -23,6 +24,8 @@ _BATCH_EVENTS = 200
 _RETRY_S = 0.2
 _FREE_S = 0.5
 _LOG_S = 30.0
+# After an event could not be encoded, a recorder whose events are required accepts none for this long.
+_REFUSE_S = 30.0
 # The code of requests that are rejected because their events could not be recorded. They leave none.
 UNAVAILABLE = "metering_unavailable"
 # Requests in flight, which were accepted before the memory was full.
@@ -34,7 +37,8 @@ class Recorder:
 
     If the outbox cannot be written, up to `max_pending` events wait in memory. Then `full` is True. A server that must
     meter every request rejects requests while it is, and has `required` set, so that those in flight are recorded too.
-    Other servers drop events: their numbers are missing in the ledger, and `dropped` counts them.
+    Other servers drop events: their numbers are missing in the ledger, and `dropped` counts them. An event that cannot
+    be encoded is dropped too; if events are required, `full` is then True for `_REFUSE_S`.
     """
 
     def __init__(self, outbox: Outbox, origin: Origin, *, required: bool = False, max_pending: int = 100_000) -> None:
@@ -47,6 +51,7 @@ class Recorder:
         self._encoded: tuple[int, int, int, bytes] | None = None  # a batch that was not written yet
         self._oldest_ms: int | None = None  # of what is in the outbox
         self._failed_at = self._logged_at = 0.0
+        self._refused_until = -math.inf
         self._awake = False
         self._wake = threading.Event()
         self._deadline: float | None = None  # of `close`
@@ -56,7 +61,7 @@ class Recorder:
     def record(self, usage: Usage) -> None:
         """Record a finished request. Called for each request on the event loop, so it only appends to a list."""
         waiting = len(self._pending)
-        if waiting >= self._max_pending and self.required and usage.code == UNAVAILABLE:
+        if self.required and usage.code == UNAVAILABLE and self.full:
             return
         self._issued = number = self._issued + 1
         self._outbox.issue(number)
@@ -71,7 +76,8 @@ class Recorder:
     @property
     def full(self) -> bool:
         """Whether there is no place for the event of another request."""
-        return len(self._pending) >= self._max_pending
+        refuses = self.required and time.monotonic() < self._refused_until
+        return refuses or len(self._pending) >= self._max_pending
 
     @property
     def issued(self) -> int:
@@ -125,11 +131,13 @@ class Recorder:
             self._free()
             while self._encoded or self._pending:
                 batch = self._encoded = self._encoded or self._encode()
+                if batch is None:
+                    continue
                 self._outbox.append(*batch)
                 self._written, self._encoded = batch[1], None
                 if self._oldest_ms is None:
                     self._oldest_ms = batch[2]
-        except (sqlite3.Error, OSError) as error:
+        except Exception as error:  # noqa: BLE001  # without this thread, no event would be recorded any more
             self._failed(error)
             return False
         if self._failed_at:
@@ -138,11 +146,46 @@ class Recorder:
             self._failed_at = self._logged_at = 0.0
         return True
 
-    def _encode(self) -> tuple[int, int, int, bytes]:
+    def _encode(self) -> tuple[int, int, int, bytes] | None:
+        """Return the next batch; None if none of its events can be encoded."""
         items = [self._pending.popleft() for _ in range(min(_BATCH_EVENTS, len(self._pending)))]
-        content = orjson.dumps(cloud_event.requests(self.origin, items))
+        try:
+            content = self._content(items)
+        except Exception as error:  # noqa: BLE001  # one event must not take the others with it
+            items = self._encodable(items, error)
+            if not items:
+                return None
+            content = self._content(items)
         # From the number after the last batch on, so that dropped events show as missing.
         return self._written + 1, items[-1][0], int(1000 * items[0][1]), content
+
+    def _content(self, items: Sequence[tuple[int, float, Usage]]) -> bytes:
+        return orjson.dumps(cloud_event.requests(self.origin, items))
+
+    def _encodable(
+        self, items: Sequence[tuple[int, float, Usage]], error: Exception
+    ) -> list[tuple[int, float, Usage]]:
+        """Return the events of a batch that can be encoded, and count the others as dropped."""
+        found = []
+        for item in items:
+            try:
+                self._content([item])
+                found.append(item)
+            except Exception as reason:  # noqa: BLE001
+                error = reason
+        if lost := len(items) - len(found):
+            self.dropped += lost
+            self._refused_until = time.monotonic() + _REFUSE_S
+            after = f" Requests are rejected with 503 for {_REFUSE_S:g} s." if self.required else ""
+            # Without the text of the error, which may quote what a client sent.
+            log.error(
+                "USAGE EVENTS WERE LOST, because they cannot be encoded: %d (%s). Dropped: %d.%s",
+                lost,
+                type(error).__name__,
+                self.dropped,
+                after,
+            )
+        return found
 
     def _free(self) -> None:
         if self._outbox.free():
@@ -154,7 +197,7 @@ class Recorder:
             try:
                 self._outbox.end(clean=True)
                 return
-            except (sqlite3.Error, OSError) as error:
+            except Exception as error:  # noqa: BLE001  # `_run` must close the outbox
                 self._failed(error)
                 if time.monotonic() > deadline:
                     return

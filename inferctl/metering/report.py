@@ -13,6 +13,10 @@ from inferctl.metering.ledger import SUMS, Gap, Ledger
 from inferctl.metering.prices import PriceBook
 
 
+# What a spreadsheet takes for a formula at the start of a cell. Callers of a proxy or with a token choose their ids.
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r")
+
+
 @dataclass(frozen=True)
 class Report:
     """Usage by `dimensions`. `rows`: their values, `SUMS`, and `cost` if there is a price book.
@@ -50,11 +54,11 @@ class Report:
         }
 
     def to_csv(self) -> str:
-        """Return the rows as CSV with a header."""
+        """Return the rows as CSV with a header. Texts that a spreadsheet would run as a formula begin with a quote."""
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(_plain(row) for row in self.rows)
+        writer.writerows({name: _cell(value) for name, value in _plain(row).items()} for row in self.rows)
         return text.getvalue()
 
 
@@ -83,6 +87,10 @@ def make(ledger: Ledger, dimensions: Sequence[str], since_ms: int, until_ms: int
 
 def _empty(book: PriceBook | None) -> dict[str, Any]:
     return dict.fromkeys(SUMS, 0) | ({"cost": Decimal(0)} if book else {})
+
+
+def _cell(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULAS) else value
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

@@ -96,6 +96,22 @@ def test_mistakes_are_named(run: Run, tmp_path: Path, arguments: tuple[str, ...]
     assert not (tmp_path / "keys.json").exists()
 
 
+def test_a_terminal_obeys_nothing_that_an_edit_by_hand_wrote(run: Run, tmp_path: Path) -> None:
+    escape = "\x1b[31mred\x1b[0m\r\x07\u202e"
+    key_id = keys.parse(run("create", "team-a").stdout.strip()) or ""
+    file = tmp_path / "keys.json"
+    document = json.loads(file.read_text())
+    document["keys"][0] |= {"name": f"a{escape}", "models": [escape], "endpoints": [escape]}
+    file.write_text(json.dumps(document))
+    shown = [run("list").stdout, run("rotate", key_id).stderr, run("revoke", key_id).stderr]
+    document["keys"][0][escape] = 1
+    file.write_text(json.dumps(document))
+    shown.append(run("list", code=2).stderr)
+    for text in shown:
+        assert "\\x1b[31mred" in text
+        assert all(each.isprintable() for line in text.split("\n") for each in line), text
+
+
 def test_an_unknown_id_and_a_key_as_an_argument(run: Run, tmp_path: Path) -> None:
     key = run("create", "team-a").stdout.strip()
     before = (tmp_path / "keys.json").read_bytes()

@@ -202,6 +202,48 @@ def test_an_outbox_that_another_process_locks_delays_events_and_loses_none(make:
     assert recorder.dropped == 0
 
 
+@pytest.mark.parametrize("required", [False, True])
+def test_an_event_that_cannot_be_encoded_is_the_only_one_lost(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, required: bool
+) -> None:
+    recorder, data = make(required=required), tmp_path / "m"
+    for number in range(20):
+        recorder.record(event(key_id="\ud800" if number == 10 else "k1", input_tokens=2**70 if number == 15 else 1))
+    until(lambda: len(numbers(read(data))) == 18, 10)
+    assert recorder.dropped == 2
+    assert "USAGE EVENTS WERE LOST, because they cannot be encoded: 2 (" in caplog.text
+    assert recorder.full == required, "if each request must be recorded, no more are accepted"
+    recorder.record(event())
+    until(lambda: numbers(read(data)) == [n for n in range(1, 22) if n not in (11, 16)], 10)
+    recorder.record(event(status=503, code=UNAVAILABLE))
+    assert recorder.issued == (21 if required else 22)
+    for _ in range(300):  # a batch of its own
+        recorder.record(event(key_id="\ud800"))
+    recorder.record(event())
+    issued = recorder.issued
+    until(lambda: numbers(read(data))[-1] == issued, 10)
+    assert recorder.dropped == 302
+    assert recorder.close(5)
+    covered = [number for batch in read(data) for number in range(batch.first, batch.last + 1)]
+    assert covered == list(range(1, issued + 2)), "lost ones show as missing, and the end is clean"
+
+
+def test_no_error_ends_the_thread(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, data = make(), tmp_path / "m"
+    failures = iter([RuntimeError("injected"), MemoryError()])
+    append = Outbox.append
+
+    def fail(self: Outbox, *batch: Any) -> None:
+        for error in failures:
+            raise error
+        append(self, *batch)
+
+    monkeypatch.setattr(Outbox, "append", fail)
+    for _ in range(10):
+        recorder.record(event())
+    until(lambda: numbers(read(data)) == list(range(1, 11)), 10)
+
+
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path

@@ -51,6 +51,24 @@ def test_csv_and_json_have_costs(folder: Path) -> None:
     assert (document["currency"], document["total"]["cost"], document["lost_events"]) == ("EUR", "0.070", 0)
 
 
+CALLERS = ["=1+1", "+1", "-1", "@SUM(A1)", "a=1", "\x1b[31mred"]
+
+
+def test_a_spreadsheet_runs_no_caller_and_a_terminal_obeys_none(tmp_path: Path) -> None:
+    ledger = Ledger.open(f"sqlite:///{tmp_path}/metering/ledger.sqlite")
+    for number, name in enumerate(CALLERS):
+        ledger.apply([batch(f"s{number}", 1, 2, key=name), end(f"s{number}", 3, 3, clean=True)])
+    ledger.close()
+    rows = list(csv.DictReader(io.StringIO(usage(tmp_path, "--by", "key", "--format", "csv").stdout)))
+    assert {row["key"] for row in rows} == {*(f"'{name}" for name in CALLERS[:4]), *CALLERS[4:]}
+    assert {row["requests"] for row in rows} == {"2"}
+    document = json.loads(usage(tmp_path, "--by", "key", "--json").stdout)
+    assert {row["key"] for row in document["rows"]} == set(CALLERS)
+    table = usage(tmp_path, "--by", "key").stdout
+    assert "\x1b" not in table
+    assert "\\x1b[31mred" in table
+
+
 def test_errors_say_what_to_do(folder: Path, tmp_path: Path) -> None:
     done = usage(folder, "--prices", "prices.yaml")
     assert (done.returncode, "no price in EUR for l4 on 2026-09-21" in done.stderr) == (2, True)
