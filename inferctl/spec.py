@@ -146,6 +146,11 @@ class Serve(_Section):
     drain_seconds: float = Field(
         25.0, ge=0, le=86_400, description="After SIGTERM, how long the server waits for accepted requests to finish."
     )
+    load_reports: bool = Field(
+        False,
+        description="Add the header endpoint-load-metrics (ORCA) to responses, for `inferctl gateway --balancing "
+        "load-reports`, which removes it.",
+    )
 
     @field_validator("vllm_options")
     @classmethod

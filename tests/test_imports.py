@@ -28,6 +28,7 @@ FACTS = {
     "outputs",
 }
 ALLOWED = {
+    "core_files": set(),
     "errors": set(),
     "assets": set(),
     "outputs": {"errors"},
@@ -53,11 +54,11 @@ ALLOWED = {
     "image": FACTS | {"hub", "render", "locks", "fit", "sizes"},
     "metering": {"errors", "document", "database"},
     "worker": {"errors", "outputs", "spec", "settings", "metering", "access", "fleet"},
-    "serve": FACTS | {"access", "decoder", "hub", "sizes", "metering"},
+    "serve": FACTS | {"access", "core_files", "decoder", "hub", "sizes", "metering"},
     # The estimator runs the server's batcher, which imports neither HTTP nor torch, on a virtual clock.
     "estimate": FACTS | {"fit", "sizes", "serve.scheduling.batcher", "serve.scheduling.latency_model"},
     "bench": FACTS | {"estimate"},
-    "gateway": {"errors", "outputs"},
+    "gateway": {"core_files", "errors", "outputs"},
     "deploy": {"errors", "document", "catalog", "spec", "bench.report.capacity"},
 }
 # The packages of `bench` in the order of the data flow. Each imports from itself and from earlier ones.

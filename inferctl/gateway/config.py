@@ -22,9 +22,9 @@ Balancing = Literal["least-request", "load-reports", "round-robin"]
 class Settings:
     """What a gateway does. Times are in seconds, sizes in bytes.
 
-    `timeout_s`: to receive a request, and for the response of one without a stream. `max_heap_bytes`: above 95% of it,
-    Envoy rejects new requests. `max_body_bytes`: larger bodies get 413, and all smaller ones can be
-    repeated. `requests_per_server`: retries are allowed for so many requests at once, because all of them fail at once
+    `timeout_s`: to receive a request, and for the response of one without a stream. `max_connections`: of clients.
+    `max_heap_bytes`: above 95% of it, Envoy rejects new requests. `buffered_body_bytes`: smaller bodies are sent to a
+    server when they are complete. `max_repeated_bytes`: larger bodies are not repeated. `requests_per_server`: retries are allowed for so many requests at once, because all of them fail at once
     if a server dies. `certificate`, `key`: PEM files; both or none.
     """
 
@@ -34,7 +34,9 @@ class Settings:
     balancing: Balancing = "least-request"
     timeout_s: float = 60.0
     idle_s: float = 60.0
-    max_body_bytes: int = 8 * 1024 * 1024
+    max_connections: int = 20_000
+    buffered_body_bytes: int = 32 * 1024
+    max_repeated_bytes: int = 8 * 1024 * 1024
     max_heap_bytes: int = 1024 * 1024 * 1024
     requests_per_server: int = 256
     certificate: Path | None = None
@@ -60,7 +62,7 @@ def bootstrap(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _overload(settings: Settings) -> dict[str, Any]:
-    """Bound connections and memory. Envoy reads bodies before a server checks the key, so anyone can send them."""
+    """Bound connections and memory. All connections with a small body each, which anyone can send, need 60% of it."""
     heap = "envoy.resource_monitors.fixed_heap"
     actions = {"shrink_heap": 0.9, "stop_accepting_requests": 0.95}
     return {
@@ -71,7 +73,7 @@ def _overload(settings: Settings) -> dict[str, Any]:
                 "typed_config": {
                     "@type": f"{_TYPE}.extensions.resource_monitors.downstream_connections.v3."
                     "DownstreamConnectionsConfig",
-                    "max_active_downstream_connections": 20_000,
+                    "max_active_downstream_connections": settings.max_connections,
                 },
             },
             {
@@ -169,10 +171,10 @@ def _http(settings: Settings) -> dict[str, Any]:
         "http2_protocol_options": {"max_concurrent_streams": 256},
         "http_filters": [
             {
-                "name": "buffer",  # answers 413 above the limit. Streams of responses are not buffered.
+                "name": "buffer",  # Envoy repeats complete requests only. Streams of responses are not buffered.
                 "typed_config": {
                     "@type": f"{_TYPE}.extensions.filters.http.buffer.v3.Buffer",
-                    "max_request_bytes": settings.max_body_bytes,
+                    "max_request_bytes": settings.buffered_body_bytes,
                 },
             },
             {"name": "router", "typed_config": {"@type": f"{_TYPE}.extensions.filters.http.router.v3.Router"}},
@@ -186,31 +188,33 @@ def _http(settings: Settings) -> dict[str, Any]:
                 {
                     "name": "all",
                     "domains": ["*"],
-                    # Envoy repeats bodies up to 1 MiB by default, and answers 507 to larger ones.
-                    "request_body_buffer_limit": settings.max_body_bytes,
+                    # Envoy repeats bodies up to 1 MiB by default.
+                    "request_body_buffer_limit": settings.max_repeated_bytes,
                     "retry_policy": _retries(),
-                    "routes": [
-                        *[
-                            # A stream has no limit of its own, only one of its pauses.
-                            {
-                                "match": {"path": path},
-                                "route": {
-                                    "cluster": "servers",
-                                    "timeout": "0s",
-                                    "idle_timeout": _seconds(settings.idle_s),
-                                },
-                            }
-                            for path in settings.generation_paths
-                        ],
-                        {
-                            "match": {"prefix": "/"},
-                            "route": {"cluster": "servers", "timeout": _seconds(settings.timeout_s)},
-                        },
-                    ],
+                    "routes": _routes(settings),
                 }
             ],
         },
     }
+
+
+def _routes(settings: Settings) -> list[dict[str, Any]]:
+    """Return the routes: of streams and of other requests, each for small bodies and for all others.
+
+    Large bodies, and those of unknown size, go to a server while they arrive. It rejects clients without a key before
+    it reads the body, so they cannot fill the memory of the gateway with slow uploads.
+    """
+    small = {"name": "content-length", "range_match": {"start": 0, "end": settings.buffered_body_bytes + 1}}
+    disabled = {"buffer": {"@type": f"{_TYPE}.extensions.filters.http.buffer.v3.BufferPerRoute", "disabled": True}}
+    # A stream has no limit of its own, only one of its pauses.
+    stream = {"cluster": "servers", "timeout": "0s", "idle_timeout": _seconds(settings.idle_s)}
+    other = {"cluster": "servers", "timeout": _seconds(settings.timeout_s)}
+    matches = [*(({"path": path}, stream) for path in settings.generation_paths), ({"prefix": "/"}, other)]
+    found: list[dict[str, Any]] = []
+    for match, route in matches:
+        found.append({"match": {**match, "headers": [small]}, "route": route})
+        found.append({"match": match, "route": route, "typed_per_filter_config": disabled})
+    return found
 
 
 def _retries() -> dict[str, Any]:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from inferctl.errors import UsageError
 
+# A million servers took 5.8 GB, and Envoy checks the health of each one.
+_MAX_SERVERS, _MAX_BYTES = 1000, 1024 * 1024
+_TOO_MANY = "name a file with one URL per line, and run several gateways for more servers"
 _EXAMPLE = "write http://HOST:PORT, as in http://10.0.0.7:8080"
 
 
@@ -37,7 +40,11 @@ def parse(url: str) -> Server:
 def read(file: Path) -> list[Server]:
     """Return the servers in a file: one URL per line, `#` starts a comment. Raises `UsageError`."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        with file.open("rb") as stream:
+            content = stream.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise UsageError(f"{file} is larger than {_MAX_BYTES:,} bytes", _TOO_MANY)
+        lines = content.decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UsageError(f"{file} cannot be read: {reason}", "name a file with one URL per line") from None
@@ -48,6 +55,8 @@ def read(file: Path) -> list[Server]:
                 found.append(parse(text))
             except UsageError as error:
                 raise UsageError(f"{file}:{number}: {error.message}", error.hint) from None
+    if len(found) > _MAX_SERVERS:
+        raise UsageError(f"{file} has {len(found):,} servers; a gateway has at most {_MAX_SERVERS:,}", _TOO_MANY)
     return found
 
 

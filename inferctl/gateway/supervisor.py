@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from inferctl import outputs
+from inferctl import core_files, outputs
 from inferctl.errors import NotReadyError, UsageError, install_hint
 from inferctl.gateway import admin, config, servers
 from inferctl.gateway.servers import Server
@@ -73,6 +73,7 @@ class Gateway:
 
     async def run(self, connect_signals: Callable[[Callable[[int], None]], None]) -> int:
         """Serve until a signal arrives. Returns the exit code. Raises `NotReadyError` and `UsageError`."""
+        core_files.disable()
         with tempfile.TemporaryDirectory(prefix="inferctl-gateway-") as name:
             self._folder = Path(name)
             self._admin = self._folder / "admin"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import os
 import signal
 import time
@@ -20,6 +21,7 @@ from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.lifecycle import Lifecycle
+from inferctl.serve.edge.load_report import LoadReport
 from inferctl.serve.edge.middleware import Edge, EdgeLimits
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
@@ -79,17 +81,23 @@ class EncoderServer:
         self._cache = vector_cache.create(spec.cache, task, metrics)
         self._access = access.create(spec.access, (spec.name, spec.model.source))
         self._lifecycle = Lifecycle(ready=self._is_ready, live=lambda: not self._pool.crash_looping)
+        longest_wait = min(queue.slo_s or math.inf, queue.max_wait_s or math.inf)
+        load = None
+        if spec.serve.load_reports:
+            load = LoadReport(lambda: self._batcher.slots, lambda: self._batcher.expected_wait() / longest_wait)
+        sinks = [self._metering.record, *([load.record] if load else [])]
         self._edge_limits = EdgeLimits()
         self._edge = Edge(
             app.create(Inference(self._model, self._tokenizer, self._dispatcher, metrics, self._cache)),
             self._lifecycle,
-            emit=events.emitter(metrics, options.log, options.traces, spec.name, self._metering.record),
+            emit=events.emitter(metrics, options.log, options.traces, spec.name, *sinks),
             info=self._describe,
             metrics=metrics.exposition,
             endpoints=app.ENDPOINTS,
             limits=self._edge_limits,
             access=self._access,
             check_metering=self._metering.check,
+            load_line=load.line if load else None,
         )
         engine_config = EngineConfig(
             engine="echo" if options.engine == "echo" else "encoder",

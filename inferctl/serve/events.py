@@ -12,15 +12,13 @@ from inferctl.serve.metrics import RequestMetrics
 
 
 def emitter(
-    metrics: RequestMetrics, log: str, traces: bool, name: str, record: Callable[[UsageEvent], None] | None = None
+    metrics: RequestMetrics, log: str, traces: bool, name: str, *more: Callable[[UsageEvent], None]
 ) -> Callable[[UsageEvent], None]:
     """Return the function that the edge calls with each event.
 
-    `log`: text or json. `name`: of the model, in traces. `record`: the sink of metering.
+    `log`: text or json. `name`: of the model, in traces. `more`: further sinks, such as that of metering.
     """
-    sinks: list[Callable[[UsageEvent], None]] = [metrics.count_event]
-    if record:
-        sinks.append(record)
+    sinks: list[Callable[[UsageEvent], None]] = [metrics.count_event, *more]
     if log == "json":
         sinks.append(logs.log_request)
     if traces:

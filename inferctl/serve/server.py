@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Protocol
 
-from inferctl import hub, model, outputs
+from inferctl import core_files, hub, model, outputs
 from inferctl.errors import UsageError
 from inferctl.model import ModelFolder
 from inferctl.serve import logs
@@ -33,6 +33,7 @@ def run(spec: Spec, options: ServerOptions, notify: Callable[[str], None], fetch
     if options.log not in ("text", "json"):
         raise UsageError(f"unknown log style {options.log!r}", "`--log` accepts text or json")
     logs.configure(options.log)
+    core_files.disable()
     # The library would start one thread per core, which compete with batches that have one core each.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     notify = logs.notifier(options.log, notify)

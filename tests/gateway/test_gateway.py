@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ import trustme
 
 from inferctl.errors import UsageError
 from inferctl.gateway import config, servers
+from tests.access.test_keys import add
+from tests.serve.conftest import Running as Server
+from tests.serve.conftest import serve  # noqa: F401  # a fixture
 
 BACKEND = Path(__file__).with_name("backend.py")
 ENVOY = Path(sys.executable).with_name("envoy")
@@ -204,11 +207,41 @@ def test_headers_that_servers_trust_or_report_do_not_pass(backends: Backends, st
     assert headers["x-request-id"]
 
 
-def test_large_bodies_pass_and_larger_ones_are_rejected(backends: Backends, start: Any) -> None:
+@pytest.mark.parametrize("size", [0, 32 * 1024, 32 * 1024 + 1, 4_000_000, 20_000_000])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_bodies_of_all_sizes_pass(backends: Backends, start: Any, size: int, chunked: bool) -> None:
     gateway = start("--server", backends.start("a"))
     wait_for_servers(gateway.url, {"a"})
-    assert httpx.post(f"{gateway.url}/v1/embeddings", content=b"x" * 4_000_000).json()["bytes"] == 4_000_000
-    assert httpx.post(f"{gateway.url}/v1/embeddings", content=b"x" * 9_000_000).status_code == 413
+    content = iter([b"x" * 1000] * (size // 1000)) if chunked else b"x" * size
+    for path in ("/v1/embeddings", "/v1/other"):
+        response = httpx.post(f"{gateway.url}{path}", content=content)
+        assert (response.status_code, response.json()["bytes"]) == (200, size // 1000 * 1000 if chunked else size)
+        content = iter([b"x" * 1000] * (size // 1000)) if chunked else content
+
+
+def test_a_large_request_is_repeated_too(backends: Backends, start: Any) -> None:
+    gateway = start("--server", backends.start("a", 1.0), "--server", backends.start("b", 1.0))
+    wait_for_servers(gateway.url, {"a", "b"})
+
+    async def kill_one() -> list[int]:
+        async with httpx.AsyncClient(timeout=30) as client:
+            url, content = f"{gateway.url}/v1/embeddings", b"x" * 4_000_000
+            running = [asyncio.create_task(client.post(url, content=content)) for _ in range(4)]
+            await asyncio.sleep(0.7)  # they have arrived
+            backends.processes["a"].kill()
+            return [(await each).status_code for each in running]
+
+    assert asyncio.run(kill_one()) == [200] * 4
+
+
+def test_load_reports_send_most_requests_to_the_server_that_can_do_most(backends: Backends, start: Any) -> None:
+    urls = [backends.start("slow", 0.3), backends.start("fast", 0.03)]
+    gateway = start(*(part for url in urls for part in ("--server", url)), "--balancing", "load-reports")
+    wait_for_servers(gateway.url, {"slow", "fast"})
+    asyncio.run(load(gateway.url, 8, 8))  # Envoy first collects reports, for five seconds
+    names = Counter(name for _, name, _ in asyncio.run(load(gateway.url, 8, 5)))
+    # By their capacity, the ratio is 10. In turns, it would be 1.
+    assert names["fast"] > 4 * names["slow"] > 0
 
 
 def test_the_file_of_servers_is_followed(backends: Backends, start: Any, tmp_path: Path) -> None:
@@ -307,6 +340,23 @@ def test_mistakes_are_explained(arguments: list[str], message: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("10.0.0.7:8080\n" * 1001, "has 1,001 servers; a gateway has at most 1,000"),
+        ("# é\n" * 1_000_000, "is larger than 1,048,576 bytes"),
+    ],
+    ids=["servers", "bytes"],
+)
+def test_a_file_with_too_many_servers_is_an_error(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "servers.txt"
+    file.write_text(content)
+    with pytest.raises(UsageError, match=message):
+        servers.read(file)
+    file.write_text("10.0.0.7:8080\n" * 1000)
+    assert len(servers.read(file)) == 1000
+
+
 def test_a_name_means_all_of_its_addresses_and_an_unknown_one_none() -> None:
     found, unknown = servers.addresses([servers.parse("localhost:80"), servers.parse("nowhere.invalid:80")])
     assert ("127.0.0.1", 80) in found
@@ -322,18 +372,22 @@ def test_a_body_that_arrives_slowly_gets_408(backends: Backends, start: Any) -> 
         assert b" 408 " in client.recv(4096)
 
 
-def test_bodies_of_anyone_do_not_grow_the_gateway_without_limit(
-    backends: Backends, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The real limit would take 1 GiB of the machine.
-    (tmp_path / "sitecustomize.py").write_text(
+def small_heap(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the gateways of this test 64 MiB of memory: the real limit would take 1 GiB of the machine."""
+    (folder / "sitecustomize.py").write_text(
         "from inferctl.gateway import config\n"
         "initialize = config.Settings.__init__\n"
         "def small(self, **given):\n    initialize(self, **given | {'max_heap_bytes': 64 << 20})\n"
         "config.Settings.__init__ = small\n"
     )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    gateway = start("--server", backends.start("a"), "--timeout", "5")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+
+
+def test_bodies_of_anyone_do_not_grow_the_gateway_without_limit(
+    backends: Backends, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_heap(tmp_path, monkeypatch)
+    gateway = start("--server", backends.start("a"), "--timeout", "5")  # a server that reads everything
     wait_for_servers(gateway.url, {"a"})
     body = bytes(7 << 20)
     with contextlib.ExitStack() as clients:
@@ -351,10 +405,46 @@ def test_bodies_of_anyone_do_not_grow_the_gateway_without_limit(
     until(lambda: httpx.get(f"{gateway.url}/v1/models").status_code != 503)
 
 
-def slow_upload(url: str, size: int) -> socket.socket:
-    """Connect, and send the head of a request whose body has `size` bytes."""
+def test_slow_uploads_without_a_key_take_nothing_from_others(
+    start: Any,
+    serve: Callable[..., Server],  # noqa: F811
+    minilm: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small_heap(tmp_path, monkeypatch)
+    _, key = add(tmp_path / "keys.json")
+    monkeypatch.setenv("INFERCTL_SERVE_LOAD_REPORTS", "true")
+    server = serve("--model", str(minilm), "--engine", "echo", "--keys", str(tmp_path / "keys.json"))
+    (tmp_path / "ready.json").unlink()
+    gateway = start("--server", server.url)
+    headers = {"authorization": f"Bearer {key}"}
+
+    def embed() -> httpx.Response:
+        return httpx.post(f"{gateway.url}/v1/embeddings", json={"input": "hello"}, headers=headers)
+
+    until(lambda: embed().status_code == 200)
+    assert "endpoint-load-metrics" not in embed().headers
+    body = bytes(7 << 20)
+    with contextlib.ExitStack() as clients:
+        slow = []
+        for _ in range(30):
+            slow.append(clients.enter_context(slow_upload(gateway.url, 8 << 20)))
+            with contextlib.suppress(ConnectionError):
+                slow[-1].sendall(body)
+            assert embed().status_code == 200
+        clients.enter_context(slow_upload(gateway.url, 8 << 20, "transfer-encoding: chunked"))
+        time.sleep(1)  # Envoy looks at its memory
+        assert [embed().status_code for _ in range(20)] == [200] * 20
+    with slow_upload(gateway.url, 8 << 20) as client:
+        assert b" 401 " in client.recv(4096), "the server rejects it before its body arrives"
+
+
+def slow_upload(url: str, size: int, length: str = "") -> socket.socket:
+    """Connect, and send the head of a request whose body has `size` bytes. `length`: the header that says so."""
     parts = urllib.parse.urlsplit(url)
     assert parts.hostname
     client = socket.create_connection((parts.hostname, parts.port or 80), timeout=10)
-    client.sendall(b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % size)
+    length = length or f"content-length: {size}"
+    client.sendall(f"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\n{length}\r\n\r\n".encode())
     return client

@@ -68,7 +68,8 @@ class Edge:
     `emit` receives the events. `info()` returns the document of `GET /info`, None before it is known. `metrics()`
     returns the body and the media type of `GET /metrics`. `endpoints`: path -> name in events, for the paths of tasks.
     `access`: who may use the server; None for everyone, without limits.
-    `check_metering()` raises `ApiError` if the event of another request could not be recorded.
+    `check_metering()` raises `ApiError` if the event of another request could not be recorded. `load_line()` returns a
+    header with the load of the server as a line, for a gateway.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Edge:
         limits: EdgeLimits | None = None,
         access: Access | None = None,
         check_metering: Callable[[], None] = lambda: None,
+        load_line: Callable[[], bytes] | None = None,
     ) -> None:
         self.in_flight = 0
         self.unfinished_responses = 0  # of complete requests that were still running when the drain ended
@@ -94,7 +96,7 @@ class Edge:
         self._small_body = self._limits.max_bytes // self._limits.max_requests
         self._requests, self._bodies = Shares(self._limits.max_requests), Shares(self._limits.max_bytes)
         self._info, self._endpoints, self._access = info, endpoints, access
-        self._check_metering = check_metering
+        self._check_metering, self.load_line = check_metering, load_line
         self._probes: dict[str, Callable[[], tuple[int, bytes, str]]] = {
             "/livez": self._livez,
             "/readyz": self._readyz,
@@ -238,7 +240,7 @@ class _Request:
         if message["type"] == "http.response.start":
             self._context.status = message["status"]
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", self._context.id)]
-            self._add_limits()
+            self._add_lines()
         elif message["type"] == "http.response.body":
             self.complete = not message.get("more_body", False)
         await self._send(message)
@@ -247,9 +249,13 @@ class _Request:
             async with self._edge.turn:
                 await asyncio.sleep(0)
 
-    def _add_limits(self) -> None:
-        if self._context.usage is not None:
-            self._scope["state"][HEADER_LINES] = edge_access.limit_lines(self._context.usage)
+    def _add_lines(self) -> None:
+        usage, load_line = self._context.usage, self._edge.load_line
+        lines = edge_access.limit_lines(usage) if usage is not None else b""
+        if load_line is not None:
+            lines += load_line()
+        if lines:
+            self._scope["state"][HEADER_LINES] = lines
 
     async def fail(self, error: ApiError) -> None:
         """Send an error response. If a response has started, only break it off."""
@@ -260,7 +266,7 @@ class _Request:
             raise error  # the connection is closed, so the client sees that the response is incomplete
         self._context.status = error.status
         headers = {**error.headers, "x-request-id": self._context.id.decode()}
-        self._add_limits()
+        self._add_lines()
         await _respond(self._send, error.status, error.body(), "application/json", headers)
 
 

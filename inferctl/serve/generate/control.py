@@ -36,6 +36,7 @@ class EdgeSettings:
     models: list[str] = field(default_factory=list)
     metering: dict[str, Any] = field(default_factory=dict)
     slo: dict[str, float] = field(default_factory=dict)
+    load_reports: bool = False
 
     def write(self, folder: Path) -> None:
         """Write the settings to `folder`."""

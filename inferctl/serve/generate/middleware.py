@@ -22,12 +22,14 @@ from inferctl.serve import events, logs
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
+from inferctl.serve.edge.load_report import LoadReport
 from inferctl.serve.edge.middleware import Edge
 from inferctl.serve.generate import control, endpoint
 from inferctl.serve.metering import Metering
 from inferctl.serve.metrics import RequestMetrics
 
 _BEAT_S = 1.0
+_SEQUENCES = 1024  # if `serve.max_sequences` is not set
 _FLUSH_S = 2.0  # to write the last usage events
 _ORPHAN_S = 5.0  # to end without the supervisor
 _WAITING = "vllm:num_requests_waiting"
@@ -91,15 +93,20 @@ class _EdgeServer:
             limits["max_sequences"],
             metrics.offer_body,
         )
+        # The engine's time is not known, but many requests in flight are slow ones.
+        sequences = limits["max_sequences"] or _SEQUENCES
+        load = LoadReport(waiting=lambda: self._edge.in_flight / sequences) if settings.load_reports else None
+        sinks = [self._metering.record, *([load.record] if load else [])]
         self._edge = Edge(
             self._generation,
             self._lifecycle,
-            emit=events.emitter(metrics, settings.log, settings.traces, settings.name, self._metering.record),
+            emit=events.emitter(metrics, settings.log, settings.traces, settings.name, *sinks),
             info=lambda: settings.info,
             metrics=metrics.exposition,
             endpoints=endpoint.ENDPOINTS,
             access=self._access,
             check_metering=self._metering.check,
+            load_line=load.line if load else None,
         )
         self._http = listener.HttpServer(self._edge, settings.drain_seconds, self._edge.rejected)
         threading.Thread(target=_kill_orphan, args=(os.getppid(),), daemon=True).start()

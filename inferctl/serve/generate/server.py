@@ -171,6 +171,7 @@ class GenerationServer:
             self._names,
             self._spec.metering.model_dump() | {"data": str(Path(self._spec.metering.data).absolute())},
             objectives(self._spec.slo),
+            self._spec.serve.load_reports,
         )
 
     def _info(self) -> dict[str, Any]:

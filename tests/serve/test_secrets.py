@@ -1,0 +1,49 @@
+"""Nothing that a server leaves has a text or a key of its clients: files, metrics, errors and core files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.serve.conftest import Running
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def test_a_scan_of_everything_finds_no_text_and_no_key(minilm: Path, tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    script = ROOT / "benchmarks" / "peers" / "secrets_scan.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--engine", "echo", "--no-core", "--json", str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(file.read_text())
+    assert {found["statuses"][name] for name in ("valid", "cached", "token ids", "truncated")} == {200}
+    assert {found["statuses"][name] for name in ("engine fails", "engine crashes")} == {500}
+    assert found["files"] > 5
+    assert found["events"] > 10
+
+
+def test_no_process_of_a_server_writes_a_core_file(
+    serve: Callable[..., Running], minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INFERCTL_METERING_MODE", "on")
+    server = serve("--model", str(minilm), "--engine", "echo")
+    pid = server.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert len(children) >= 2, "an engine and a worker"
+    for each in (pid, *children):
+        (line,) = re.findall(r"Max core file size +(\S+) +(\S+)", Path(f"/proc/{each}/limits").read_text())
+        # The kernel treats 1 like this for programs in core_pattern too, unlike 0.
+        assert line == ("1", "1") or (line[1] == "0" and os.geteuid() != 0)
