@@ -28,7 +28,7 @@ INPUTS, REQUESTS, ENTRIES, VECTOR_BYTES = 1_000_000, 1_000_000, 10_000, 4 * 384
 Operations = tuple[Callable[[bytes], Any], Callable[[bytes, Any], Any]]
 
 
-def lru() -> Operations:
+def lru(most: int = ENTRIES) -> Operations:
     entries: OrderedDict[bytes, bytes] = OrderedDict()
 
     def get(key: bytes) -> bytes | None:
@@ -38,7 +38,7 @@ def lru() -> Operations:
 
     def put(key: bytes, value: bytes) -> None:
         entries[key] = value
-        if len(entries) > ENTRIES:
+        if len(entries) > most:
             entries.popitem(last=False)
 
     return get, put
@@ -65,14 +65,14 @@ def cachebox_lfu() -> Operations:
     return cache.get, cache.__setitem__
 
 
-def traffic(exponent: float, shift: bool) -> list[int]:
+def traffic(exponent: float, shift: bool = False, inputs: int = INPUTS, requests: int = REQUESTS) -> list[int]:
     """Return the numbers of the requested inputs."""
     random = np.random.default_rng(1)
-    weights = np.arange(1, INPUTS + 1, dtype=np.float64) ** -exponent
+    weights = np.arange(1, inputs + 1, dtype=np.float64) ** -exponent
     cumulative = np.cumsum(weights / weights.sum())
-    ranks = np.minimum(np.searchsorted(cumulative, random.random(REQUESTS)), INPUTS - 1)
-    first, second = random.permutation(INPUTS), random.permutation(INPUTS)
-    half = REQUESTS // 2 if shift else REQUESTS
+    ranks = np.minimum(np.searchsorted(cumulative, random.random(requests)), inputs - 1)
+    first, second = random.permutation(inputs), random.permutation(inputs)
+    half = requests // 2 if shift else requests
     return [*first[ranks[:half]].tolist(), *second[ranks[half:]].tolist()]
 
 
