@@ -176,9 +176,7 @@ def shortest_inputs(rounds: int) -> dict[str, float]:
         run(sequences, None)
         ended = time.process_time()
         if number:  # the first round warms up
-            for name, seconds in zip(
-                found, (looked_up - started, stored - looked_up, ended - stored), strict=True
-            ):
+            for name, seconds in zip(found, (looked_up - started, stored - looked_up, ended - stored), strict=True):
                 found[name].append(1e6 * seconds / SHORT_INPUTS)
     return {name: peers.median(values) for name, values in found.items()}
 

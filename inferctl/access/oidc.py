@@ -120,9 +120,7 @@ class TokenTable:
         Asks for new keys if the key is not known.
         """
         try:
-            token = jwt.decode_complete(
-                credential, options=_UNVERIFIED, audience=self._audience, issuer=self._issuer
-            )
+            token = jwt.decode_complete(credential, options=_UNVERIFIED, audience=self._audience, issuer=self._issuer)
         except jwt.PyJWTError:
             return None
         subject, header = token["payload"]["sub"], token["header"]

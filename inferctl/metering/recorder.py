@@ -162,9 +162,7 @@ class Recorder:
     def _content(self, items: Sequence[tuple[int, float, Usage]]) -> bytes:
         return orjson.dumps(cloud_event.requests(self.origin, items))
 
-    def _encodable(
-        self, items: Sequence[tuple[int, float, Usage]], error: Exception
-    ) -> list[tuple[int, float, Usage]]:
+    def _encodable(self, items: Sequence[tuple[int, float, Usage]], error: Exception) -> list[tuple[int, float, Usage]]:
         """Return the events of a batch that can be encoded, and count the others as dropped."""
         found = []
         for item in items:

@@ -12,7 +12,6 @@ from typing import Any
 from inferctl.metering.ledger import SUMS, Gap, Ledger
 from inferctl.metering.prices import PriceBook
 
-
 # What a spreadsheet takes for a formula at the start of a cell. Callers of a proxy or with a token choose their ids.
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 

@@ -182,14 +182,17 @@ def test_a_client_with_many_addresses_of_one_network_is_one_client(provider: Pro
 def test_what_a_token_says_is_checked_before_its_signature(
     provider: Provider, table: TokenTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good, hopeless = provider.token(), [
-        provider.token(exp=int(time.time()) - 1),
-        provider.token(aud="other"),
-        provider.token(iss="https://other.example.com"),
-        provider.token(sub=None),
-        provider.token(kid="unknown"),
-        provider.token("secret" * 10, "rsa", "HS256"),
-    ]
+    good, hopeless = (
+        provider.token(),
+        [
+            provider.token(exp=int(time.time()) - 1),
+            provider.token(aud="other"),
+            provider.token(iss="https://other.example.com"),
+            provider.token(sub=None),
+            provider.token(kid="unknown"),
+            provider.token("secret" * 10, "rsa", "HS256"),
+        ],
+    )
     checked = []
     monkeypatch.setattr(jwt, "decode", lambda *arguments, **_: checked.append(arguments) or {})
     assert [table.find(each, time.time()) for each in hopeless] == [None] * len(hopeless)
