@@ -24,8 +24,9 @@ class Settings:
 
     `timeout_s`: to receive a request, and for the response of one without a stream. `max_connections`: of clients.
     `max_heap_bytes`: above 95% of it, Envoy rejects new requests. `buffered_body_bytes`: smaller bodies are sent to a
-    server when they are complete. `max_repeated_bytes`: larger bodies are not repeated. `requests_per_server`: retries are allowed for so many requests at once, because all of them fail at once
-    if a server dies. `certificate`, `key`: PEM files; both or none.
+    server when they are complete. `max_repeated_bytes`: larger bodies are not repeated. `requests_per_server`: retries
+    are allowed for so many requests at once, because all of them fail at once if a server dies. `certificate`, `key`:
+    PEM files; both or none.
     """
 
     host: str = "127.0.0.1"
