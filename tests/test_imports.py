@@ -77,6 +77,7 @@ ONLY_IN = {
     "nats": ("metering/broker.py", "fleet/broker.py"),
     "moka_py": ("serve/vector_cache/store.py",),
     "valkey": ("serve/vector_cache/shared.py",),
+    "promql_parser": ("deploy/lint/promql.py",),
     "locust": (),
     "gevent": (),
     "plotly": (),

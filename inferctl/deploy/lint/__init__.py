@@ -1,0 +1,34 @@
+"""Finds what goes wrong with manifests of model servers although every schema accepts them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from inferctl.deploy.lint import access, gpu, life, observability, overflow, placement, scaling, version
+from inferctl.deploy.lint.finding import LESSONS, RULES, Context, Finding, Level, ModelFacts, Rule
+from inferctl.deploy.lint.manifests import Manifests, mapping
+from inferctl.deploy.manifests_file import Located
+
+__all__ = ["LESSONS", "RULES", "Context", "Finding", "Level", "ModelFacts", "Rule", "lint"]
+
+# The modules of rules. Importing them registers their rules.
+MODULES = (gpu, placement, overflow, scaling, life, access, observability, version)
+# Annotation with the ids of rules that an object is exempt from, separated by commas.
+IGNORE = "inferctl/lint-ignore"
+
+
+def lint(objects: Sequence[Located], context: Context | None = None) -> list[Finding]:
+    """Return the findings about `objects`, by file and line. Rules that an object's annotation ignores find nothing."""
+    manifests = Manifests(objects)
+    ignored: dict[tuple[str, str], set[str]] = {}
+    for each in objects:
+        words = mapping(each.data, "metadata", "annotations").get(IGNORE)
+        if isinstance(words, str):
+            ignored.setdefault((each.file, f"{each.kind}/{each.name}"), set()).update(words.replace(",", " ").split())
+    found = [
+        finding
+        for rule in RULES.values()
+        for finding in rule.findings(manifests, context or Context())
+        if rule.id not in ignored.get((finding.file, finding.object), ())
+    ]
+    return sorted(set(found), key=lambda each: (each.file, each.line or 0, each.object, each.rule, each.field))

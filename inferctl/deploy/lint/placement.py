@@ -1,0 +1,260 @@
+"""Rules on where pods land: selectors, spread, anti-affinity, node labels, zones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from inferctl.deploy.lint.finding import Context, Hit, rule
+from inferctl.deploy.lint.manifests import (
+    Manifests,
+    Workload,
+    get,
+    integer,
+    mapping,
+    quantity,
+    same_namespace,
+    selects,
+    sequence,
+    text,
+)
+from inferctl.deploy.manifests_file import FieldPath
+
+_ZONE, _HOST = "topology.kubernetes.io/zone", "kubernetes.io/hostname"
+_TERM = "requiredDuringSchedulingIgnoredDuringExecution"
+_ENUMS = {
+    "whenUnsatisfiable": ("DoNotSchedule", "ScheduleAnyway"),
+    "nodeTaintsPolicy": ("Honor", "Ignore"),
+    "nodeAffinityPolicy": ("Honor", "Ignore"),
+    "imagePullPolicy": ("Always", "IfNotPresent", "Never"),
+    "effect": ("NoSchedule", "PreferNoSchedule", "NoExecute", ""),
+    "preemptionPolicy": ("Never", "PreemptLowerPriority"),
+    "unhealthyPodEvictionPolicy": ("AlwaysAllow", "IfHealthyBudget"),
+    "restartPolicy": ("Always", "OnFailure", "Never"),
+}
+# Fields with other meanings in custom resources.
+_CORE = ("v1", "apps/v1", "batch/v1", "policy/v1", "scheduling.k8s.io/v1")
+
+
+@rule(
+    "selector-mismatch",
+    "error",
+    "placement",
+    finds="a selector that does not select the pods of its own template",
+    consequence="the API server refuses the object",
+    fix="use the same labels in spec.selector.matchLabels and spec.template.metadata.labels",
+)
+def _selector(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.workloads:
+        selector = get(workload.object.data, "spec", "selector")
+        if workload.object.kind in ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet") and (
+            selector is not None and not selects(selector, workload.labels)
+        ):
+            labels = ", ".join(f"{key}={value}" for key, value in mapping(selector, "matchLabels").items())
+            yield Hit(workload.object, ("spec", "selector"), f"the template does not have the labels {labels}")
+
+
+@rule(
+    "service-selects-nothing",
+    "error",
+    "placement",
+    finds="a Service, PodDisruptionBudget, NetworkPolicy or InferencePool whose selector selects no pod",
+    consequence="requests to the Service fail; a budget or a policy that selects nothing protects nothing",
+    fix="use labels of the pod template",
+)
+def _selects_nothing(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for each in manifests.of("Service", "PodDisruptionBudget", "NetworkPolicy", "InferencePool"):
+        path = ("spec", "podSelector" if each.kind == "NetworkPolicy" else "selector")
+        selector = mapping(each.data, *path)
+        if not selector or not any(same_namespace(each, workload.object) for workload in manifests.workloads):
+            continue
+        if each.kind == "Service":
+            selector = {"matchLabels": selector}
+        if not any(manifests.selected(each, selector)):
+            # An operator may make the pods. With a label key of these pods, it is more likely a wrong value.
+            keys = mapping(selector, "matchLabels").keys()
+            near = [one for one in manifests.workloads if same_namespace(each, one.object) and keys & one.labels.keys()]
+            what = "the selector selects no pod of these manifests"
+            yield Hit(each, path, what, level=None if near else "warning")
+
+
+@rule(
+    "bad-value",
+    "error",
+    "placement",
+    finds="a quantity, a maxSkew or a word of a fixed list that is not allowed",
+    consequence="the API server refuses the object",
+    fix="correct the value",
+)
+def _values(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for each in manifests.objects:
+        if each.api_version in _CORE:
+            for path, what in _bad(each.data, ()):
+                yield Hit(each, path, what)
+
+
+def _bad(value: Any, path: FieldPath) -> Iterator[tuple[FieldPath, str]]:
+    """Yield the path and the description of each bad value under `value`."""
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _bad(item, (*path, index))
+    if not isinstance(value, dict) or path[-1:] in (("data",), ("labels",), ("annotations",), ("matchLabels",)):
+        return
+    for key, item in value.items():
+        here = (*path, key)
+        if key in _ENUMS and isinstance(item, str) and item not in _ENUMS[key]:
+            yield here, f"{key} is {item!r}; allowed: {', '.join(word for word in _ENUMS[key] if word)}"
+        elif key == "maxSkew" and isinstance(item, int) and item < 1:
+            yield here, f"maxSkew is {item}; the smallest is 1"
+        elif key in ("limits", "requests") and "resources" in path and isinstance(item, dict):
+            for name, amount in item.items():
+                number = quantity(amount)
+                if number is None or number < 0:
+                    yield (*here, name), f"{name}: {amount!r} is not a quantity such as 500m, 2 or 16Gi"
+        elif key == "sizeLimit" and quantity(item) is None:
+            yield here, f"sizeLimit: {item!r} is not a quantity such as 2Gi"
+        yield from _bad(item, here)
+
+
+@rule(
+    "hostname-anti-affinity",
+    "warning",
+    "placement",
+    finds="required anti-affinity between replicas on one host that keeps shares of a GPU from being used, or that "
+    "needs more nodes than there are",
+    consequence="each replica needs its own node: the other slices of its GPU stay empty, or replicas stay pending",
+    fix="use preferredDuringSchedulingIgnoredDuringExecution, or topologySpreadConstraints",
+)
+def _anti_affinity(manifests: Manifests, context: Context) -> Iterator[Hit]:
+    nodes = [*context.nodes, *manifests.of("Node")]
+    for workload in manifests.model_servers:
+        for index, term in enumerate(sequence(workload.spec, "affinity", "podAntiAffinity", _TERM)):
+            if get(term, "topologyKey") != _HOST or not selects(get(term, "labelSelector"), workload.labels):
+                continue
+            path = (*workload.spec_path, "affinity", "podAntiAffinity", _TERM, index)
+            most = manifests.replicas(workload)[1]
+            fitting = [node for node in nodes if workload.runs_on(mapping(node.data, "metadata", "labels"))]
+            if nodes and most > len(fitting):
+                what = f"up to {most} replicas, each on its own node, but {len(fitting)} described nodes are possible"
+                yield Hit(workload.object, path, what, level="error")
+            elif not nodes and most > 1 and _is_share(workload):
+                yield Hit(workload.object, path, f"two replicas cannot use two shares of a GPU ({_is_share(workload)})")
+
+
+def _is_share(workload: Workload) -> str | None:
+    """Return what says that a workload has a share of a GPU; None if it has whole ones."""
+    for name in workload.gpus:
+        if "/mig-" in name or name.endswith(".shared"):
+            return name
+    products = workload.node_labels.get("nvidia.com/gpu.product", set())
+    return next((value for value in sorted(products) if "-MIG-" in value or value.endswith("-SHARED")), None)
+
+
+@rule(
+    "spread-counts-old-pods",
+    "warning",
+    "placement",
+    finds="topology spread without matchLabelKeys: [pod-template-hash]",
+    consequence="a rollout counts the pods of the old version too, so the new ones end up on one side",
+    fix="add matchLabelKeys: [pod-template-hash]",
+)
+def _match_label_keys(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        for index, each in enumerate(sequence(workload.spec, "topologySpreadConstraints")):
+            if workload.object.kind == "Deployment" and "pod-template-hash" not in sequence(each, "matchLabelKeys"):
+                path = (*workload.spec_path, "topologySpreadConstraints", index)
+                yield Hit(workload.object, path, f"spread over {text(each, 'topologyKey')} without matchLabelKeys")
+
+
+@rule(
+    "spread-ignores-taints",
+    "note",
+    "placement",
+    finds="required topology spread without nodeTaintsPolicy: Honor",
+    consequence="zones whose nodes the pod does not tolerate count as empty, so pods wait for a place there",
+    fix="add nodeTaintsPolicy: Honor",
+)
+def _taints_policy(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        for index, each in enumerate(sequence(workload.spec, "topologySpreadConstraints")):
+            if get(each, "whenUnsatisfiable") != "ScheduleAnyway" and get(each, "nodeTaintsPolicy") != "Honor":
+                path = (*workload.spec_path, "topologySpreadConstraints", index)
+                yield Hit(workload.object, path, f"spread over {text(each, 'topologyKey')} ignores taints")
+
+
+@rule(
+    "zones-without-traffic-distribution",
+    "warning",
+    "regions",
+    finds="pods in several zones behind a Service without trafficDistribution",
+    consequence="most requests cross zones: that costs money and a millisecond each way",
+    fix="set trafficDistribution: PreferSameZone, or PreferClose before Kubernetes 1.34",
+)
+def _traffic(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for service in manifests.of("Service"):
+        spread = [
+            workload
+            for workload in manifests.behind(service)
+            if workload.is_model_server
+            and any(get(each, "topologyKey") == _ZONE for each in sequence(workload.spec, "topologySpreadConstraints"))
+        ]
+        annotations = mapping(service.data, "metadata", "annotations")
+        headless = get(service.data, "spec", "clusterIP") == "None"
+        if (
+            spread
+            and not headless
+            and not get(service.data, "spec", "trafficDistribution")
+            and (annotations.get("service.kubernetes.io/topology-mode") != "Auto")
+        ):
+            what = f"{spread[0].object.name} is spread over zones, and traffic to it is not kept in one"
+            yield Hit(service, ("spec",), what)
+
+
+@rule(
+    "no-such-node",
+    "error",
+    "placement",
+    finds="required node labels that no described node (Node, NodePool) has",
+    consequence="the pod stays pending",
+    fix="use labels of the nodes: `kubectl get nodes --show-labels`",
+)
+def _no_node(manifests: Manifests, context: Context) -> Iterator[Hit]:
+    nodes = [*context.nodes, *manifests.of("Node")]
+    pools = manifests.of("NodePool")
+    labels = [mapping(node.data, "metadata", "labels") for node in nodes]
+    for workload in manifests.workloads:
+        if not (workload.gpus and workload.node_labels and nodes) or pools:
+            continue
+        if not any(workload.runs_on(each) for each in labels):
+            missing = [
+                f"{key} in {', '.join(sorted(values))}"
+                for key, values in sorted(workload.node_labels.items())
+                if not any(str(each.get(key)) in values for each in labels)
+            ]
+            what = f"no node has {missing[0]}" if missing else "no node has all required labels together"
+            field = "nodeSelector" if get(workload.spec, "nodeSelector") else "affinity"
+            yield Hit(workload.object, (*workload.spec_path, field), what)
+
+
+@rule(
+    "one-zone",
+    "note",
+    "regions",
+    finds="several replicas of a model server without topology spread over zones",
+    consequence="the scheduler prefers to spread pods, but may put all of them into one zone, and it can fail",
+    fix="add a topologySpreadConstraint with topologyKey: topology.kubernetes.io/zone",
+)
+def _one_zone(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        spread = [get(each, "topologyKey") for each in sequence(workload.spec, "topologySpreadConstraints")]
+        pinned = "topology.kubernetes.io/zone" in workload.node_labels
+        if workload.object.kind in ("Deployment", "StatefulSet") and _ZONE not in spread and not pinned:
+            most = manifests.replicas(workload)[1]
+            if most > 1:
+                yield Hit(workload.object, workload.spec_path, f"up to {most} replicas, and no spread over zones")
+
+
+def replicas_path(workload: Workload) -> FieldPath:
+    """Return the path of `spec.replicas`, or of `spec` if it is absent."""
+    present = integer(workload.object.data, "spec", "replicas") is not None
+    return ("spec", "replicas") if present else ("spec",)

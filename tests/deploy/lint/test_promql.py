@@ -1,0 +1,55 @@
+"""Expressions of PromQL: what is wrong with them, with and without the parser, and which metrics they read."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from inferctl.deploy.lint import promql
+
+GOOD = [
+    "up",
+    'sum by (pod) (rate(inferctl_tokens_total{service="a"}[5m])) / (0.7 * 90000)',
+    "histogram_quantile(0.99, sum by (le) (rate(inferctl_request_duration_seconds_bucket[5m])))",
+    "max_over_time((count(inferctl_engine_up) or vector(0))[10m:1m])",
+    'label_replace(up{job=~"a|b}"}, "x", "$1", "pod", "(.*)")',
+]
+UNBALANCED = ["sum(rate(a[5m])", "a{b='c'", "sum(a))", "(a]", 'a{b="c}', ""]
+# Wrong in ways that only the parser knows.
+NOT_PROMQL = ["rate(a)", "sum(", "a b", "a + ", "rate(a[5 minutes])"]
+
+
+@pytest.fixture
+def without_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "promql_parser", None)
+
+
+@pytest.mark.parametrize("expression", GOOD)
+def test_good_expressions_have_no_problem(expression: str) -> None:
+    assert promql.problem(expression) is None
+
+
+@pytest.mark.parametrize("expression", UNBALANCED + NOT_PROMQL)
+def test_bad_expressions_have_a_problem(expression: str) -> None:
+    problem = promql.problem(expression)
+    assert problem and "\n" not in problem
+
+
+@pytest.mark.usefixtures("without_parser")
+@pytest.mark.parametrize("expression", GOOD)
+def test_good_expressions_have_no_problem_without_the_parser(expression: str) -> None:
+    assert promql.problem(expression) is None
+
+
+@pytest.mark.usefixtures("without_parser")
+@pytest.mark.parametrize("expression", UNBALANCED)
+def test_brackets_and_quotes_are_checked_without_the_parser(expression: str) -> None:
+    assert promql.problem(expression)
+
+
+def test_metrics_of_an_expression() -> None:
+    expression = 'sum(inferctl_b{job="inferctl_x"}) / on (inferctl_y) inferctl_a + other'
+    assert promql.metric_names(expression, "inferctl_") == ["inferctl_a", "inferctl_b"]
+    assert "inferctl_tokens_total" in promql.server_metrics()
+    assert promql.closest("inferctl_token_total", promql.server_metrics()) == "did you mean inferctl_tokens_total?"

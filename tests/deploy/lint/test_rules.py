@@ -1,0 +1,267 @@
+"""Each rule of the lint finds its seeded faults, and nothing else does; no rule finds anything in good manifests."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+
+from inferctl import catalog
+from inferctl.deploy import lint, manifests_file
+from inferctl.deploy.lint import gpu, models
+from inferctl.deploy.lint.manifests import Manifests, Workload, quantity, selects
+from inferctl.deploy.manifests_file import Located
+from tests.deploy.lint import seeded
+
+FAULTS = seeded.faults()
+
+
+def rules(objects: list[dict[str, Any]], context: lint.Context | None = None) -> set[str]:
+    return {finding.rule for finding in lint.lint(seeded.located(objects), context)}
+
+
+def changed(name: str, path: tuple[str | int, ...], value: Any) -> list[dict[str, Any]]:
+    """Return good.yaml with one value changed."""
+    objects = seeded.good()
+    (found,) = (each for each in objects if f"{each['kind']}/{each['metadata']['name']}" == name)
+    parent: Any = found
+    for part in path[:-1]:
+        parent = parent[part]
+    parent[path[-1]] = value
+    return objects
+
+
+POD = ("spec", "template", "spec")
+SERVER = (*POD, "containers", 0)
+
+
+def test_there_are_no_findings_in_good_manifests() -> None:
+    assert lint.lint(manifests_file.read([seeded.GOOD])) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_rule_finds_its_fault(fault: seeded.Fault) -> None:
+    assert rules(fault.objects, fault.context) == {fault.rule, *fault.also}
+
+
+def test_each_rule_has_a_fault() -> None:
+    assert {fault.rule for fault in FAULTS} == set(lint.RULES)
+    assert len(lint.RULES) >= 45
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_the_same_manifests_without_the_fault_are_good(fault: seeded.Fault) -> None:
+    """The mended twin has the same version, nodes and facts, unless the fault is in them."""
+    if fault.minor is None and not fault.nodes and fault.model is None:
+        assert rules(seeded.good(), fault.context) == set()
+    else:
+        assert fault.rule not in rules(seeded.good(), lint.Context())
+
+
+def test_a_finding_says_where_why_and_what_to_do() -> None:
+    text = seeded.GOOD.read_text(encoding="utf-8").replace("value: -10\n", "value: -1000\n")
+    (finding,) = lint.lint(manifests_file.parse(text, "overflow.yaml"))
+    assert text.splitlines()[(finding.line or 0) - 1] == "value: -1000"
+    assert (finding.file, finding.object, finding.field) == ("overflow.yaml", "PriorityClass/overflow", "value")
+    assert finding.level == "error" and finding.rule == "placeholder-priority"
+    assert "-1000" in finding.what and "expendable-pods-priority-cutoff" in finding.consequence
+    assert finding.lesson == lint.LESSONS["overflow"] and "-10 to -1" in finding.fix
+
+
+SILENT = {
+    "a moving tag with a digest": changed("Deployment/chat", (*SERVER, "image"), "vllm/vllm-openai:latest@sha256:00"),
+    "a registry with a port": changed("Deployment/chat", (*SERVER, "image"), "localhost:5000/vllm-openai:v0.33.0"),
+    "a limit without a request": changed("Deployment/chat", (*SERVER, "resources", "requests"), {"cpu": "4"}),
+    "equal quantities in other words": changed(
+        "Deployment/chat", (*SERVER, "resources", "requests", "nvidia.com/gpu"), "1"
+    ),
+    "a model with 4 bits per weight": changed(
+        "Deployment/chat", (*SERVER, "args"), ["--model", "Qwen/Qwen2.5-32B-Instruct-AWQ"]
+    ),
+    "30B weights of which 3B are active": changed(
+        "Deployment/chat", (*SERVER, "args"), ["--model", "Qwen/Qwen3-30B-A3B-Instruct-FP8-4bit"]
+    ),
+    "a placeholder for a secret": changed(
+        "Deployment/chat", (*SERVER, "env", 0), {"name": "HF_TOKEN", "value": "<your token>"}
+    ),
+    "a file of a secret": changed(
+        "Deployment/chat", (*SERVER, "env", 0), {"name": "HF_TOKEN_PATH", "value": "/run/secrets/token"}
+    ),
+    "a key that is none": changed(
+        "Deployment/chat", (*SERVER, "env", 0), {"name": "OPENAI_API_KEY", "value": "EMPTY"}
+    ),
+    "a policy for a range of ports": changed(
+        "NetworkPolicy/embed", ("spec", "ingress", 0, "ports", 0), {"port": 8000, "endPort": 8100}
+    ),
+    "a policy for all ports": changed("NetworkPolicy/embed", ("spec", "ingress", 0, "ports", 0), {"protocol": "TCP"}),
+    "a number of tokens": changed("Deployment/chat", (*SERVER, "env", 0), {"name": "MAX_TOKENS", "value": "100"}),
+    "another probe for liveness": changed(
+        "Deployment/chat", (*SERVER, "livenessProbe"), {"tcpSocket": {"port": 8000}, "periodSeconds": 5}
+    ),
+    "a sidecar's memory": changed(
+        "Deployment/chat", (*POD, "initContainers"), [{"name": "fetch", "image": "registry.example.com/fetch:1",
+        "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]}}}]
+    ),
+    "time slicing of something else": changed("ConfigMap/device-plugin", ("data", "t4"), "sharing is caring: [\n"),
+    "a budget of half of the pods": changed("PodDisruptionBudget/chat", ("spec", "minAvailable"), "50%"),
+    "a ScaledObject that another metric than Prometheus scales": changed(
+        "ScaledObject/embed", ("spec", "triggers"), [{"type": "cron", "metadata": {"timezone": "UTC"}}]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_what_only_looks_like_a_fault_is_not_found(name: str) -> None:
+    assert rules(SILENT[name]) == set()
+
+
+def test_versions_decide() -> None:
+    zero = changed("HorizontalPodAutoscaler/chat", ("spec", "minReplicas"), 0)
+    assert rules(zero, lint.Context(37)) == set()
+    assert rules(zero, lint.Context(36)) == {"hpa-scale-to-zero"}
+    tolerance = changed("HorizontalPodAutoscaler/chat", ("spec", "behavior"), {"scaleUp": {"tolerance": "0.05"}})
+    assert rules(tolerance, lint.Context(35)) == set()
+    zone = changed("Service/embed", ("spec", "trafficDistribution"), "PreferSameZone")
+    assert rules(zone, lint.Context(35)) == set()
+
+
+@pytest.mark.parametrize(
+    ("version", "minor", "karpenter", "level"),
+    [
+        ("v1beta1", 32, True, None),
+        ("v1beta1", 35, False, None),
+        ("v1beta1", 34, False, "error"),
+        ("v1alpha1", 34, False, None),
+        ("v1alpha1", 33, False, "error"),
+        ("v1alpha1", 35, False, "warning"),
+        ("v1alpha1", 35, True, "error"),
+        ("v1", 37, True, "error"),
+    ],
+)
+def test_the_autoscaler_decides_on_the_version_of_a_buffer(
+    version: str, minor: int, karpenter: bool, level: str | None
+) -> None:
+    objects = changed("CapacityBuffer/chat", ("apiVersion",), f"autoscaling.x-k8s.io/{version}")
+    kept = [each for each in objects if karpenter or each["kind"] != "NodePool"]
+    found = {f.rule: f.level for f in lint.lint(seeded.located(kept), lint.Context(minor))}
+    assert found.get("buffer-version") == level
+
+
+def test_an_annotation_ignores_a_rule_for_its_object() -> None:
+    objects = changed("Deployment/chat", (*POD, "hostIPC"), True)
+    deployment = next(each for each in objects if each["metadata"]["name"] == "chat" and each["kind"] == "Deployment")
+    deployment["metadata"]["annotations"] = {"inferctl/lint-ignore": "no-pdb, privileged"}
+    assert rules(objects) == set()
+    deployment["metadata"]["annotations"] = {"inferctl/lint-ignore": "no-pdb"}
+    assert rules(objects) == {"privileged"}
+
+
+def test_measured_facts_replace_guesses() -> None:
+    """A model of 70 B in its name, that is known to need 10 GB, fits an L4."""
+    objects = changed("Deployment/chat", (*SERVER, "args", 1), "meta-llama/Llama-3.1-70B-Instruct")
+    facts = (lint.ModelFacts("chat", memory_bytes=10_000_000_000),)
+    assert rules(objects) == {"model-exceeds-memory"}
+    assert rules(objects, lint.Context(models=facts)) == set()
+
+
+def test_mig_profiles_include_those_of_the_catalog() -> None:
+    slices = [part for part in catalog.hardware_profiles().values() if part.mig]
+    assert slices
+    for part in slices:
+        product = part.labels["nvidia.com/gpu.product"].partition("-MIG-")[0]
+        assert part.mig and part.mig.profile in (gpu._profiles(product) or ()), part.key
+    assert gpu._profiles("NVIDIA-L4") == gpu._profiles("Tesla-T4") == gpu._profiles("NVIDIA-A10G") == ()
+    assert gpu._profiles("NVIDIA-Something-New") is None
+    assert "1g.18gb" in (gpu._profiles("NVIDIA-H200") or ())
+    assert "1g.12gb" in (gpu._profiles("NVIDIA-GH200-480GB") or ())
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--model", "org/name-7B"], 14e9),
+        (["--model=mistralai/Mixtral-8x7B-v0.1"], 89.6e9),
+        (["--model-id", "org/name-0.5b-gptq"], 0.25e9),
+        (["bash", "-c", "exec vllm serve org/name-13b --quantization fp8"], 13e9),
+        (["serve", "--port", "8000"], None),
+        (["--model", "org/name"], None),
+    ],
+)
+def test_the_size_of_a_model_is_read_from_its_name(args: list[str], expected: float | None) -> None:
+    pod = {"kind": "Pod", "spec": {"containers": [{"command": args, "image": "vllm"}]}}
+    found = models.weights(Workload(Located(pod), ()), lint.Context())
+    assert (found.size if found else None) == (pytest.approx(expected) if expected else None)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("500m", 0.5), ("2", 2), (3, 3), ("16Gi", 16 * 2**30), ("1e3", 1000), ("-1", -1), ("1.5k", 1500)],
+)
+def test_quantities(value: Any, expected: float) -> None:
+    assert quantity(value) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("value", ["1banana", "", "Gi", None, True, [], "1 Gi", "0x10", "1e99999x"])
+def test_what_is_no_quantity(value: Any) -> None:
+    assert quantity(value) is None
+
+
+@pytest.mark.parametrize(
+    ("selector", "expected"),
+    [
+        ({}, True),
+        ({"matchLabels": {"a": "1"}}, True),
+        ({"matchLabels": {"a": "2"}}, False),
+        ({"matchExpressions": [{"key": "a", "operator": "In", "values": ["1", "2"]}]}, True),
+        ({"matchExpressions": [{"key": "b", "operator": "NotIn", "values": ["1"]}]}, True),
+        ({"matchExpressions": [{"key": "b", "operator": "Exists"}]}, False),
+        ({"matchExpressions": [{"key": "b", "operator": "DoesNotExist"}]}, True),
+        ({"matchLabels": {"a": "1"}, "matchExpressions": [{"key": "a", "operator": "DoesNotExist"}]}, False),
+    ],
+)
+def test_selectors(selector: Any, expected: bool) -> None:
+    assert selects(selector, {"a": "1"}) is expected
+
+
+def test_surge_and_replicas_are_those_of_kubernetes() -> None:
+    def surge(strategy: Any, replicas: int) -> int:
+        data = {"kind": "Deployment", "spec": {"replicas": replicas, "strategy": strategy}}
+        manifests = Manifests([Located(data)])
+        return manifests.surge(manifests.workloads[0])
+
+    assert surge(None, 4) == 1
+    assert surge({"rollingUpdate": {"maxSurge": "50%"}}, 5) == 3  # rounded up
+    assert surge({"rollingUpdate": {"maxSurge": 2}}, 5) == 2
+    assert surge({"type": "Recreate"}, 5) == 0
+
+
+JUNK: list[Any] = [None, True, -1, 3.5, "", "text", [], {}, [[]], [None], {"a": None}, [{}], {"name": []}, "9" * 400]
+
+
+def test_no_rule_fails_on_broken_manifests() -> None:
+    """Replace random parts of good and of faulty manifests by values of other types."""
+    chosen = random.Random(1)
+    starts = [seeded.good(), *(fault.objects for fault in FAULTS)]
+    nodes = tuple(seeded.located([{"kind": "Node", "spec": {"taints": [None, {"effect": 1}]}, "metadata": []}]))
+    for number in range(120):
+        objects = copy.deepcopy(chosen.choice(starts))
+        for _ in range(chosen.randint(1, 4)):
+            _spoil(objects[chosen.randrange(len(objects))], chosen)
+        context = lint.Context(32 + number % 6, nodes if number % 2 else ())
+        for finding in lint.lint(seeded.located(objects), context):
+            assert finding.rule in lint.RULES
+
+
+def _spoil(value: Any, chosen: random.Random) -> None:
+    while True:
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        if not keys:
+            return
+        key = chosen.choice(keys)
+        if not isinstance(value[key], (dict, list)) or not value[key] or chosen.random() < 0.2:
+            value[key] = copy.deepcopy(chosen.choice(JUNK))
+            return
+        value = value[key]
