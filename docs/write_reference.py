@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,11 @@ def settings() -> str:
             annotation = info.annotation
             if isinstance(annotation, type) and issubclass(annotation, BaseModel):
                 walk(annotation, f"{prefix}{name}.")
+                continue
+            item = next(iter(typing.get_args(annotation)), None)
+            if isinstance(item, type) and issubclass(item, BaseModel):
+                rows.append(f"| `{prefix}{name}` | `[]` | {info.description} |")
+                walk(item, f"{prefix}{name}[].")
                 continue
             default = (
                 "required"

@@ -148,6 +148,17 @@ def architecture(config: Mapping[str, Any]) -> str:
     return str(names[0])
 
 
+def uses_alibi(config: Mapping[str, Any]) -> bool:
+    """Return whether a model adds a bias by distance to its attention scores (ALiBi), from its `config.json`."""
+    attention = config.get("attn_config")
+    return (
+        config.get("model_type") == "bloom"
+        or bool(config.get("alibi"))
+        or config.get("position_embedding_type") == "alibi"
+        or (isinstance(attention, Mapping) and bool(attention.get("alibi")))
+    )
+
+
 def resolve_task(requested: TaskSetting, config: Mapping[str, Any], source: str, *, has_modules: bool = False) -> Task:
     """Return the task of the model `source`: `requested`, or for `auto` the one that its `config.json` implies.
 

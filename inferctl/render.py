@@ -51,6 +51,7 @@ _SERVER_MODULES = (
     "assets",
     "catalog",
     "decoder",
+    "deploy_spec",
     "divergence",
     "document",
     "drivers",
@@ -62,6 +63,7 @@ _SERVER_MODULES = (
     "settings",
     "sizes",
     "spec",
+    "spec_types",
 )
 
 

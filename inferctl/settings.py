@@ -252,15 +252,20 @@ def _from_text(text: str, annotation: Any) -> Any:
 
 
 def _section_fields(path: Sequence[str | int]) -> list[str]:
+    """Return the keys of the section at `path`, which may go through the items of lists; empty if it is no section."""
     section: Any = Spec
     for key in path:
-        info = (
-            section.model_fields.get(str(key)) if isinstance(section, type) and issubclass(section, BaseModel) else None
-        )
-        if info is None:
+        if isinstance(key, int):
+            section = next(iter(typing.get_args(section)), None)
+            continue
+        if not _is_section(section) or key not in section.model_fields:
             return []
-        section = info.annotation
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+        section = section.model_fields[key].annotation
+    return list(section.model_fields) if _is_section(section) else []
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _where(

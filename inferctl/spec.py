@@ -8,32 +8,19 @@ import json
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+
+from inferctl.deploy_spec import Deploy
+from inferctl.spec_types import IMAGE_NAME as IMAGE_NAME
+from inferctl.spec_types import IMAGE_REFERENCE, OneLine, Precision, Revision, Section, Size, Slug, Weights
+from inferctl.spec_types import IMAGE_TAG as IMAGE_TAG
+from inferctl.spec_types import PLATFORM as PLATFORM
+from inferctl.spec_types import Task as Task
+from inferctl.spec_types import TaskSetting as TaskSetting
 
 DEFAULT_FILE = "inferctl.yaml"
 # The hub accepts at most 96 characters. A longer name is a path.
 HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}"
-
-Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "fp8"]
-Task = Literal["embed", "rerank", "generate"]
-TaskSetting = Literal["auto", "embed", "rerank", "generate"]
-Weights = Literal["mount", "bake", "download"]
-# One path component of an image name, as Docker accepts it.
-_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
-# The first component is a registry if it has a dot or a port, or is localhost. Other names are on Docker Hub.
-_LABELS = r"[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)"
-IMAGE_NAME = rf"(?:(?:{_LABELS}+|localhost)/|{_LABELS}*:\d+/)?{_PART}(?:/{_PART})*"
-IMAGE_TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
-IMAGE_REFERENCE = rf"{IMAGE_NAME}(?::{IMAGE_TAG})?(?:@sha256:[0-9a-f]{{64}})?"
-# Operating system, architecture and variant, such as linux/amd64 or linux/arm/v7.
-PLATFORM = r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9_.]+)?"
-Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+(?:(?:\.|-+)[a-z0-9]+)*$", max_length=63)]
-Size = Annotated[str, Field(pattern=r"^\d+(?:\.\d+)? ?[kKmMgGtT]?i?[bB]?$")]
-# A value in a Dockerfile or a label must not contain a line break.
-OneLine = Annotated[str, Field(pattern=r"^[^\r\n\x00]+$")]
-# What Git accepts as the name of a commit, a branch or a tag.
-Revision = Annotated[str, Field(pattern=r"^[^\x00-\x20\x7f~^:?*\[\\]+$", max_length=200)]
-
 
 # Options of `vllm serve` that the edge depends on, or that a setting is for. With them, `GET /info` would be wrong.
 _EDGE_OPTIONS = ("--api-server-count", "--grpc", "--headless", "--host", "--port", "--served-model-name", "--uds")
@@ -51,11 +38,7 @@ _SETTING_OF_OPTION = {
 }
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Model(_Section):
+class Model(Section):
     """The model to serve, and how the container gets its weights."""
 
     source: OneLine = Field(description="Hub id (`org/name`) or local folder with config.json and safetensors weights.")
@@ -83,7 +66,7 @@ class Model(_Section):
         return self
 
 
-class Serve(_Section):
+class Serve(Section):
     """Settings of the server. Each one can be overridden when the server starts."""
 
     precision: Precision = Field(
@@ -167,7 +150,7 @@ class Serve(_Section):
         return words
 
 
-class Image(_Section):
+class Image(Section):
     """Settings of the container image."""
 
     repository: Annotated[str, Field(pattern=rf"^{IMAGE_NAME}$")] | None = Field(
@@ -197,7 +180,7 @@ class Image(_Section):
     )
 
 
-class Slo(_Section):
+class Slo(Section):
     """Service level objective of the server."""
 
     p99_ms: float | None = Field(
@@ -217,13 +200,13 @@ class Slo(_Section):
     )
 
 
-class Bench(_Section):
+class Bench(Section):
     """Defaults of `inferctl bench`."""
 
     plan: OneLine = Field("precision", description="Benchmark plan: an entry of benchmarks/plans/ or a YAML file.")
 
 
-class Oidc(_Section):
+class Oidc(Section):
     """Tokens of an OIDC provider, such as those of service accounts. They require the extra `oidc`."""
 
     issuer: OneLine | None = Field(
@@ -235,7 +218,7 @@ class Oidc(_Section):
     )
 
 
-class Access(_Section):
+class Access(Section):
     """Who may use the server, and how much. Without keys, every client may use it without limits."""
 
     keys: OneLine | None = Field(
@@ -307,7 +290,7 @@ class Access(_Section):
         return self.required and bool(self.broker or self.key_store)
 
 
-class Metering(_Section):
+class Metering(Section):
     """Usage events: one per request, for show-back."""
 
     mode: Literal["off", "on", "required"] = Field(
@@ -347,7 +330,7 @@ class Metering(_Section):
         return self.ledger or f"sqlite:///{self.data}/ledger.sqlite"
 
 
-class Cache(_Section):
+class Cache(Section):
     """Cache of the vectors of inputs that a server of embeddings received before."""
 
     size: Size | None = Field(None, description="Memory for cached vectors, such as `256MiB`. Default: no cache.")
@@ -369,11 +352,7 @@ class Cache(_Section):
         return self
 
 
-class Deploy(_Section):
-    """Reserved for Kubernetes settings."""
-
-
-class Spec(_Section):
+class Spec(Section):
     """One model container: the model, the server, the image, the target hardware and the SLO."""
 
     name: Slug = Field(
@@ -391,7 +370,7 @@ class Spec(_Section):
     bench: Bench = Field(default_factory=Bench)  # type: ignore[arg-type]
     metering: Metering = Field(default_factory=Metering)  # type: ignore[arg-type]
     cache: Cache = Field(default_factory=Cache)  # type: ignore[arg-type]
-    deploy: Deploy = Field(default_factory=Deploy)
+    deploy: Deploy = Field(default_factory=Deploy)  # type: ignore[arg-type]
 
     @field_validator("serve", "image", "slo", "access", "bench", "metering", "cache", "deploy", mode="before")
     @classmethod

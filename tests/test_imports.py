@@ -33,7 +33,9 @@ ALLOWED = {
     "assets": set(),
     "outputs": {"errors"},
     "document": {"errors"},
-    "spec": {"errors"},
+    "spec_types": set(),
+    "deploy_spec": {"spec_types"},
+    "spec": {"errors", "deploy_spec", "spec_types"},
     "settings": {"errors", "document", "spec"},
     "model": {"errors", "spec"},
     "divergence": {"errors"},
@@ -59,7 +61,8 @@ ALLOWED = {
     "estimate": FACTS | {"fit", "sizes", "serve.scheduling.batcher", "serve.scheduling.latency_model"},
     "bench": FACTS | {"estimate"},
     "gateway": {"core_files", "errors", "outputs"},
-    "deploy": {"errors", "document", "catalog", "spec", "bench.report.capacity"},
+    "deploy": FACTS
+    | {"deploy_spec", "fit", "generation_fit", "sizes", "spec_types", "bench.receipt", "bench.report.capacity"},
 }
 # The packages of `bench` in the order of the data flow. Each imports from itself and from earlier ones.
 BENCH_ORDER = ["", "plan", "load", "judge", "measure", "report"]

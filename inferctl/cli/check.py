@@ -118,7 +118,7 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, lis
         hint = "set `hardware: [t4]` in the spec, or pass `--hardware all`"
         general.append(fit.Finding("warn", "hardware", "no hardware specified", why, hint))
     try:
-        size = _size(spec, ask=bool(parts))
+        size = model_size(spec, ask=bool(parts))
     except UsageError as error:
         general.append(fit.Finding("error", "model", error.message, _NEEDS[spec.model.weights], error.hint))
         size = fit.UnknownSize("the model was not found", "fix the model first")
@@ -212,7 +212,7 @@ def _files(spec: Spec, base: BaseImage) -> Iterator[Finding]:
         yield fit.Finding("error", "plan", f"bench.plan: file {plan} not found", "`inferctl bench` reads it", hint)
 
 
-def _size(spec: Spec, ask: bool) -> ModelSize | UnknownSize:
+def model_size(spec: Spec, ask: bool) -> ModelSize | UnknownSize:
     """Return the model's size from its folder, the hub's cache or, with `ask`, the hub.
 
     Raises `UsageError` for a folder or a hub model that does not exist or is not usable.

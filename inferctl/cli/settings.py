@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,10 +40,12 @@ def config(
 
     resolved = load(spec_file, {"model.source": model})
     values = {}
+    # Plain data, because the items of a list can be sections.
+    data = resolved.spec.model_dump(mode="json")
     for path in settings.paths():
-        value: object = resolved.spec
+        value: Any = data
         for key in path.split("."):
-            value = getattr(value, key)
+            value = value[key]
         if not changed or resolved.origins[path] != "default":
             values[path] = without_password(value) if isinstance(value, str) else value
     if as_json:

@@ -77,6 +77,47 @@ def test_no_capacity_comes_from_an_invalid_run_or_from_a_server_that_says_nothin
         capacity.capacity(written(tmp_path, {"fixed_s": 0.001, "tokens_per_s": 1.0}, validity=bad))
 
 
+def generation(folder: Path, **changes: Any) -> receipt.Receipt:
+    """Return a receipt of generation: prompts of 512 tokens, answers of 128."""
+    summary = {"requests_per_s": 9.0, "tokens_per_request": 512.0, "output_tokens_per_request": 128.0}
+    plan = {"name": "search", "load": {"task": "generate", "mode": "open"}}
+    return written(folder, None, plan=plan, **{"summary": summary, "search": FOUND, **changes})
+
+
+def test_the_rate_of_a_search_is_within_the_slo_for_every_task(tmp_path: Path) -> None:
+    embed = written(tmp_path, None, search=FOUND)
+    found = capacity.served_rate(embed)
+    # 84 requests/s x 10 tokens
+    assert (found.requests_per_s, found.tokens_per_s, found.within_slo) == (84.0, 840.0, True)
+    # 84 requests/s x (512 + 128) tokens, without a batch latency model
+    assert capacity.served_rate(generation(tmp_path)).tokens_per_s == 53_760
+
+
+def test_generation_still_has_no_capacity_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["capacity", str(generation(tmp_path).path)]) == 2
+    assert "`inferctl deploy` reads the rate of a search" in capsys.readouterr().err
+
+
+def test_a_closed_loop_shows_a_rate_without_an_slo_and_an_open_loop_none(tmp_path: Path) -> None:
+    closed = written(tmp_path, None, plan={"load": {"mode": "closed"}})
+    found = capacity.served_rate(closed)
+    assert (found.requests_per_s, found.tokens_per_request, found.within_slo) == (50.0, 10.0, False)
+    with pytest.raises(NotEnoughEvidenceError, match="open loop without a search"):
+        capacity.served_rate(written(tmp_path, None, plan={"load": {"mode": "open"}}))
+
+
+def test_no_rate_comes_from_a_search_without_a_result(tmp_path: Path) -> None:
+    for changes, message in (
+        ({"max_goodput_rps": None, "reason": "all rates are above the SLO"}, "all rates are above the SLO"),
+        ({"caution": "its interval ends with the sample"}, "ends with the sample"),
+    ):
+        with pytest.raises(NotEnoughEvidenceError, match=message):
+            capacity.served_rate(written(tmp_path, None, search=FOUND | changes))
+    without_answers = generation(tmp_path, summary={"requests_per_s": 9.0, "tokens_per_request": 512.0})
+    with pytest.raises(NotEnoughEvidenceError, match="no tokens per request"):
+        capacity.served_rate(without_answers)
+
+
 @contextlib.contextmanager
 def serving(model: Path, folder: Path, *more: str) -> Iterator[dict[str, Any]]:
     """Start a server with the echo engine; yield its URL and its `GET /info`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from inferctl.bench.receipt import Receipt
@@ -18,6 +19,63 @@ SCHEMA = "inferctl.capacity/1"
 _TOKENS = 2048
 
 
+@dataclass(frozen=True)
+class ServedRate:
+    """What one replica served: requests per second and, with the tokens of a request, tokens per second.
+
+    For generation, a request has the tokens of its prompt and of its answer. `within_slo` is True for the result of a
+    search, and False for a closed loop, which shows a throughput but no SLO.
+    """
+
+    requests_per_s: float
+    tokens_per_request: float
+    within_slo: bool
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.requests_per_s * self.tokens_per_request
+
+
+def served_rate(sealed: Receipt) -> ServedRate:
+    """Return the rate that a receipt of any task supports: that of its search, else that of its closed loop.
+
+    Raises `InvalidRunError` for an invalid receipt, and `NotEnoughEvidenceError` if no rate was shown to meet the SLO,
+    if the load was an open loop, or if the server counted no tokens.
+    """
+    data = sealed.data
+    _check_valid(sealed)
+    summary = data["summary"]
+    tokens = summary.get("tokens_per_request")
+    if sealed.task == "generate":
+        answer = summary.get("output_tokens_per_request")
+        tokens = tokens + answer if tokens and answer else None
+    again = "search for the highest rate within the SLO: `inferctl bench --search --slo MS`"
+    if not tokens:
+        raise NotEnoughEvidenceError(f"{sealed.path} has no tokens per request: its server counted none", again)
+    if search := data.get("search"):
+        best = _max_goodput(search)
+        if not best:
+            reason = search.get("caution") or search.get("reason") or search.get("verdict")
+            raise NotEnoughEvidenceError(f"{sealed.path}: no rate was shown to meet the SLO ({reason})", again)
+        return ServedRate(best, tokens, within_slo=True)
+    if (sealed.load.get("mode") or "closed") != "closed":
+        raise NotEnoughEvidenceError(f"{sealed.path} has an open loop without a search, which shows no limit", again)
+    return ServedRate(summary["requests_per_s"], tokens, within_slo=False)
+
+
+def _check_valid(sealed: Receipt) -> None:
+    if not sealed.valid:
+        raise InvalidRunError(
+            f"{sealed.path} is from an invalid run ({sealed.data['validity']['reasons'][0]})",
+            "measure again",
+        )
+
+
+def _max_goodput(search: Mapping[str, Any]) -> float | None:
+    """Return the highest rate within the SLO. In older receipts, a caution says that it was not shown to meet it."""
+    return None if search.get("caution") else search.get("max_goodput_rps")
+
+
 def capacity(sealed: Receipt, slo_p99_ms: float | None = None) -> dict[str, Any]:
     """Return the capacity that a receipt supports (docs/receipts.md describes each key).
 
@@ -26,15 +84,11 @@ def capacity(sealed: Receipt, slo_p99_ms: float | None = None) -> dict[str, Any]
     SLO.
     """
     data = sealed.data
-    if not sealed.valid:
-        raise InvalidRunError(
-            f"{sealed.path} is from an invalid run ({data['validity']['reasons'][0]})",
-            "measure again",
-        )
+    _check_valid(sealed)
     if sealed.task == "generate":
         raise UsageError(
             f"{sealed.path} is of generation, which has no capacity file",
-            "use the receipt of a search: `max_goodput_rps` is the highest rate within the SLO",
+            "set it as the `receipt` of a flavor: `inferctl deploy` reads the rate of a search from it",
         )
     pace = _pace(data["runs"])
     if pace is None:
@@ -54,8 +108,7 @@ def capacity(sealed: Receipt, slo_p99_ms: float | None = None) -> dict[str, Any]
         "fixed_s": pace["fixed_s"],
         "tokens_per_s": pace["tokens_per_s"],
         "slo_p99_ms": slo,
-        # In older receipts, a caution says that the rate was not shown to meet the SLO.
-        "max_goodput_rps": None if search.get("caution") else search.get("max_goodput_rps"),
+        "max_goodput_rps": _max_goodput(search),
         "band_rps": search.get("band_rps"),
         "first_failing_rps": search.get("first_failing_rps"),
         "limited_by": search.get("limited_by"),

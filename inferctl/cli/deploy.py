@@ -1,0 +1,124 @@
+"""`inferctl deploy`: compute a Kubernetes deployment from specs, clusters and receipts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from inferctl.cli import console, options
+
+if TYPE_CHECKING:
+    from inferctl.deploy.clusters import Cluster
+    from inferctl.deploy.plan import Plan
+    from inferctl.deploy.resolve import Source
+    from inferctl.settings import Resolved
+
+EPILOG = """\b
+Examples:
+  # Show the arithmetic: replicas, overflow, probes and cost
+  inferctl deploy --explain
+  # Explain two models
+  inferctl deploy -f embed.yaml -f generate.yaml --explain
+"""
+
+
+def deploy(
+    spec_files: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--spec", "-f", metavar="FILE", help="Read this spec file; repeatable. [default: ./inferctl.yaml]"
+        ),
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print each derived number with its formula and source.")
+    ] = False,
+    clusters_file: Annotated[
+        Path | None,
+        typer.Option("--clusters", metavar="FILE", help="Read the clusters from FILE. [default: the spec's]"),
+    ] = None,
+    kubernetes_version: Annotated[
+        str | None,
+        typer.Option(metavar="1.NN", help="Write for this version of Kubernetes. [default: that of each cluster]"),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Compute a Kubernetes deployment from specs, the clusters file and measured receipts."""
+    from inferctl.errors import UsageError
+
+    if not explain and not as_json:
+        raise UsageError("nothing to do without --explain", "pass `--explain` or `--json`")
+    plan = _plan(spec_files, clusters_file, kubernetes_version)
+    for model in plan.models:
+        for warning in model.warnings:
+            console.warn(warning)
+    if as_json:
+        from inferctl.deploy.explain import document
+
+        console.document(document(plan))
+        return
+    from inferctl.cli import deploy_explain
+
+    deploy_explain.report(plan)
+
+
+def _plan(spec_files: list[Path] | None, clusters_file: Path | None, version: str | None) -> Plan:
+    from inferctl.deploy import resolve
+
+    files: list[Path | None] = [*spec_files] if spec_files else [None]
+    found = [options.load(file, {}) for file in files]
+    sources = [_source(each) for each in found]
+    return resolve.resolve(sources, _clusters(sources, clusters_file), _checked(version))
+
+
+def _checked(version: str | None) -> str | None:
+    import re
+
+    from inferctl.errors import UsageError
+
+    if version is not None and not re.fullmatch(r"1\.3[2-7]", version):
+        raise UsageError(f"--kubernetes-version: {version!r} is not supported", "pass a version from 1.32 to 1.37")
+    return version
+
+
+def _source(resolved: Resolved) -> Source:
+    """Return a spec with what is known about its model. Raises `UsageError` if its task is not known."""
+    from inferctl import fit
+    from inferctl.cli.check import model_size
+    from inferctl.deploy.resolve import Source
+    from inferctl.errors import UsageError
+    from inferctl.model import resolve_task
+
+    spec = resolved.spec
+    folder = Path(resolved.file).parent if resolved.file else Path()
+    try:
+        size: fit.ModelSize | fit.UnknownSize = model_size(spec, ask=True)
+    except UsageError as error:
+        size = fit.UnknownSize(error.message, error.hint or "")
+    if isinstance(size, fit.ModelSize):
+        task = resolve_task(spec.model.task, size.config, spec.model.source, has_modules=size.has_modules)
+        return Source(spec, folder, size, task)
+    console.warn(f"{spec.name}: whether the model fits was not checked: {size.why}")
+    if spec.model.task == "auto":
+        raise UsageError(
+            f"the task of {spec.name} is not known, because {size.why}", "set model.task: embed, rerank or generate"
+        )
+    return Source(spec, folder, size, spec.model.task)
+
+
+def _clusters(sources: list[Source], file: Path | None) -> tuple[Cluster, ...]:
+    """Return the clusters of `--clusters`, else of the specs, else one on-premises cluster."""
+    from inferctl.deploy import clusters
+    from inferctl.errors import UsageError
+
+    if file is not None:
+        return clusters.read(file)
+    named = {
+        (source.folder / Path(source.spec.deploy.clusters).expanduser()).resolve(): source
+        for source in sources
+        if source.spec.deploy.clusters
+    }
+    if len(named) > 1:
+        raise UsageError("the specs name several clusters files", "pass `--clusters FILE`")
+    return clusters.read(next(iter(named))) if named else clusters.default()

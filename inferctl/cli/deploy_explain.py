@@ -1,0 +1,70 @@
+"""The tables of `inferctl deploy --explain`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from inferctl.cli import console
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from inferctl.deploy.figure import Figure
+    from inferctl.deploy.plan import ModelPlan, Plan
+
+
+def report(plan: Plan) -> None:
+    """Print each figure of the plan with its formula and source, and the cost."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from inferctl.deploy import explain, sizing
+
+    pieces: list[RenderableType] = [
+        piece for model in plan.models for piece in (_title(model), _table(model, plan), Text())
+    ]
+    cost = explain.total(plan)
+    without = f"; no list price: {', '.join(cost.unknown)}" if cost.unknown else ""
+    pieces.append(
+        Text(
+            f"Cost at list price, {sizing.HOURS_PER_MONTH} h: {cost.least:,.2f} USD/month at the minimum, "
+            f"{cost.peak:,.2f} if the peak lasts, at most {cost.most:,.2f} with all flavors at their maximum{without}"
+        )
+    )
+    console.report(Group(*pieces))
+
+
+def _title(model: ModelPlan) -> RenderableType:
+    from rich.text import Text
+
+    flavors = ", then ".join(f"{flavor.hardware.key} in {flavor.precision}" for flavor in model.flavors)
+    return Text(f"{model.name}: {model.task} on {flavors}", style="bold")
+
+
+def _table(model: ModelPlan, plan: Plan) -> RenderableType:
+    from rich import box
+    from rich.table import Table
+
+    from inferctl.deploy import explain
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for heading in ("figure", "value", "formula", "source"):
+        table.add_column(heading, overflow="fold")
+    scope = None
+    for where, figure in explain.rows(model, plan.clusters):
+        if where != scope:
+            table.add_row(where, "", "", "", style="bold")
+            scope = where
+        table.add_row(f"  {figure.name}", _value(figure), figure.formula, figure.source)
+    return table
+
+
+def _value(figure: Figure) -> str:
+    from inferctl.deploy.figure import shown
+    from inferctl.sizes import size
+
+    if figure.unit == "bytes":
+        return size(int(figure.value), 1)
+    if figure.unit == "USD/month":
+        return f"{figure.value:,.2f} USD/month"
+    return f"{shown(figure.value)} {figure.unit}"

@@ -1,0 +1,151 @@
+"""Reads `clusters.yaml`, the file of the platform team: where models run, and what each cluster can do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from inferctl import document
+from inferctl.catalog import hardware_profiles
+from inferctl.deploy_spec import DnsLabel, Replicas, Url
+from inferctl.errors import Problem, SpecError, did_you_mean
+from inferctl.spec_types import OneLine, Section
+
+Autoscaler = Literal["cluster-autoscaler", "karpenter", "gke", "eks-auto", "none"]
+Cloud = Literal["aws", "gcp", "azure", "on-premises"]
+_EXAMPLE = "docs/deploy.md describes the clusters file"
+
+
+class Cluster(Section):
+    """One Kubernetes cluster: cloud, region, zones, version, autoscaler and limits."""
+
+    name: DnsLabel = Field(description="Name of the cluster and of its overlay.")
+    cloud: Cloud = Field("on-premises", description="`aws`, `gcp`, `azure` or `on-premises`.")
+    region: OneLine | None = Field(None, description="Region of the cloud.")
+    zones: list[OneLine] = Field(default_factory=list, description="Zones with GPU nodes.")
+    kubernetes: Annotated[str, Field(pattern=r"^1\.3[2-7]$")] = Field(
+        "1.35", description="Version of Kubernetes, `1.32` to `1.37`."
+    )
+    autoscaler: Autoscaler = Field("none", description="Autoscaler of the nodes.")
+    capacity_buffers: bool = Field(
+        False,
+        description="Whether CapacityBuffers are switched on in the autoscaler. If not, placeholder pods keep nodes.",
+    )
+    mig_strategy: Literal["mixed", "single"] = Field(
+        "mixed", description="MIG strategy of the device plugin: resource names with or without the profile."
+    )
+    gpu_labels: Literal["nvidia", "gke"] | None = Field(
+        None,
+        description="Labels of GPU nodes: `nvidia` (GPU feature discovery of the GPU Operator) or `gke`. "
+        "Default: gke on gcp, else nvidia.",
+    )
+    share: float | None = Field(
+        None, ge=0, le=1, description="Share of the traffic. Default: an equal part of what the others leave."
+    )
+    max_replicas: dict[str, Replicas] = Field(
+        default_factory=dict, description="Most replicas by hardware that this cluster can have."
+    )
+    labels: dict[str, str] = Field(default_factory=dict, description="Labels that the nodes must have as well.")
+    prometheus: Url | None = Field(None, description="URL of Prometheus in this cluster.")
+
+    @property
+    def minor(self) -> int:
+        """The minor version of Kubernetes: 35 for 1.35."""
+        return int(self.kubernetes.partition(".")[2])
+
+    @property
+    def node_labels(self) -> Literal["nvidia", "gke"]:
+        """Who labels the GPU nodes."""
+        return self.gpu_labels or ("gke" if self.cloud == "gcp" else "nvidia")
+
+    @property
+    def buffer_version(self) -> str | None:
+        """The API version of CapacityBuffer that the autoscaler of this cluster serves; None if it has none.
+
+        Cluster Autoscaler has v1alpha1 alone in 1.34 and v1beta1 from 1.35; Karpenter has v1beta1 only, and GKE has
+        active buffers from 1.35. EKS Auto Mode has none.
+        """
+        if not self.capacity_buffers or self.autoscaler in ("eks-auto", "none"):
+            return None
+        if self.autoscaler == "karpenter" or self.minor >= 35:
+            return "autoscaling.x-k8s.io/v1beta1"
+        if self.autoscaler == "cluster-autoscaler" and self.minor == 34:
+            return "autoscaling.x-k8s.io/v1alpha1"
+        return None
+
+    @field_validator("max_replicas")
+    @classmethod
+    def _known_hardware(cls, limits: dict[str, int]) -> dict[str, int]:
+        for key in limits:
+            if key not in hardware_profiles() and not key.endswith((".yaml", ".yml")):
+                close = did_you_mean(key, hardware_profiles()) or "`inferctl catalog hardware` lists all"
+                raise ValueError(f"max_replicas: hardware {key!r} not found; {close}")
+        return limits
+
+
+class Clusters(Section):
+    """The clusters file."""
+
+    prometheus: Url | None = Field(None, description="URL of Prometheus, for clusters without their own.")
+    clusters: list[Cluster] = Field(min_length=1, max_length=100)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [cluster.name for cluster in self.clusters]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"the cluster {twice} is listed twice")
+        given = [cluster.share for cluster in self.clusters if cluster.share is not None]
+        total, complete = sum(given), len(given) == len(self.clusters)
+        if total > 1 + 1e-9 or (complete and abs(total - 1) > 1e-9):
+            raise ValueError(f"the shares of the clusters add up to {total:g}, not to 1")
+        return self
+
+    def resolved(self) -> tuple[Cluster, ...]:
+        """Return the clusters with their shares and the URL of Prometheus filled in."""
+        missing = [cluster for cluster in self.clusters if cluster.share is None]
+        rest = 1 - sum(cluster.share or 0 for cluster in self.clusters)
+        equal = rest / len(missing) if missing else 0.0
+        return tuple(
+            cluster.model_copy(
+                update={
+                    "share": equal if cluster.share is None else cluster.share,
+                    "prometheus": cluster.prometheus or self.prometheus,
+                }
+            )
+            for cluster in self.clusters
+        )
+
+
+def read(path: Path) -> tuple[Cluster, ...]:
+    """Read the clusters file. Raises `UsageError` if it cannot be read, `SpecError` with all errors and their lines."""
+    found = document.read(path, _EXAMPLE)
+    try:
+        return Clusters.model_validate(found.data).resolved()
+    except ValidationError as error:
+        problems = [_problem(dict(each), found) for each in error.errors()]
+        raise SpecError(str(path), sorted(problems, key=lambda problem: problem.line or 0)) from None
+
+
+def default() -> tuple[Cluster, ...]:
+    """Return the one cluster that is assumed without a clusters file."""
+    return Clusters(clusters=[Cluster(name="default")]).resolved()  # type: ignore[call-arg]
+
+
+def _problem(error: Mapping[str, Any], found: document.Document) -> Problem:
+    location = list(error["loc"])
+    path = document.dotted(location)
+    line = found.line(location)
+    if error["type"] == "extra_forbidden":
+        fields = list((Cluster if len(location) > 1 else Clusters).model_fields)
+        hint = did_you_mean(str(location[-1]), fields) or f"known: {', '.join(fields)}"
+        return Problem(path, f"unknown key {str(location[-1])!r}", line, hint)
+    if error["type"] == "value_error":
+        return Problem(path, str(error["msg"]).removeprefix("Value error, "), line, _EXAMPLE)
+    if error["type"] == "missing":
+        return Problem(path, f"{path} is missing", found.line(location[:-1]), _EXAMPLE)
+    message = re.sub("^(Input|String|List|Value) should", "must", str(error["msg"]))
+    return Problem(path, f"{path}: {message}, got {error.get('input')!r}", line, _EXAMPLE)

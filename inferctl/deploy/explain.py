@@ -1,0 +1,161 @@
+"""The arithmetic of a deployment as rows and as the JSON document of `inferctl deploy --json`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from inferctl.deploy import sizing
+from inferctl.deploy.clusters import Cluster
+from inferctl.deploy.figure import Figure, shown
+from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Plan
+from inferctl.sizes import size
+
+SCHEMA = "inferctl.deploy/1"
+
+
+@dataclass(frozen=True)
+class Total:
+    """What all models cost in a month, in USD.
+
+    `least`: with the minima. `peak`: with a peak that lasts. `most`: with all flavors at their maxima. `unknown`:
+    placements for which the catalog has no price.
+    """
+
+    least: float
+    peak: float
+    most: float
+    unknown: tuple[str, ...]
+
+
+def rows(model: ModelPlan, clusters: Sequence[Cluster]) -> Iterator[tuple[str, Figure]]:
+    """Yield every figure of a model with its scope: the model, a flavor, or a flavor in a cluster."""
+    if model.traffic:
+        traffic = model.traffic
+        for figure in (traffic.tokens_per_request, traffic.base, traffic.peak, traffic.slope):
+            yield model.name, figure
+    for flavor in model.flavors:
+        for figure in flavor_figures(flavor):
+            yield flavor.name, figure
+        for cluster in clusters:
+            for figure in placement_figures(flavor.at(cluster)):
+                yield f"{flavor.name} in {cluster.name}", figure
+
+
+def flavor_figures(flavor: FlavorPlan) -> list[Figure]:
+    """Return the figures of a flavor that are the same in all clusters."""
+    found = []
+    if flavor.rate:
+        kind = "measured" if flavor.rate.measured else "assumed"
+        found.append(Figure(f"rate, {kind}", flavor.rate.tokens_per_second, "tokens/s", "", flavor.rate.source))
+    if memory := _gpu_memory(flavor):
+        found.append(memory)
+    return [
+        *found,
+        flavor.load_s,
+        flavor.cold_start_s,
+        flavor.startup_failures,
+        flavor.drain_s,
+        flavor.grace_s,
+        flavor.memory_bytes,
+        flavor.cpu,
+    ]
+
+
+def placement_figures(placed: Placement) -> list[Figure]:
+    """Return the figures of a flavor in one cluster."""
+    if placed.replicas and not placed.max_replicas.value:
+        return [placed.replicas]
+    found = [placed.at_base, placed.at_peak, placed.min_replicas, placed.max_replicas, placed.replicas]
+    found += [placed.overflow, placed.cost_min, placed.cost_peak, placed.cost_max]
+    return [figure for figure in found if figure is not None]
+
+
+def total(plan: Plan) -> Total:
+    """Return the cost of all placements with a price, and the others by name."""
+    least = peak = most = 0.0
+    unknown: list[str] = []
+    for model in plan.models:
+        for flavor in model.flavors:
+            for cluster in plan.clusters:
+                placed = flavor.at(cluster)
+                if placed.cost_min and placed.cost_peak and placed.cost_max:
+                    least += placed.cost_min.value
+                    peak += placed.cost_peak.value
+                    most += placed.cost_max.value
+                elif placed.max_replicas.value:
+                    unknown.append(f"{flavor.name} in {cluster.name}")
+    return Total(round(least, 2), round(peak, 2), round(most, 2), tuple(unknown))
+
+
+def document(plan: Plan) -> dict[str, Any]:
+    """Return the document of `--json` (docs/deploy.md describes its keys)."""
+    cost = total(plan)
+    return {
+        "schema": SCHEMA,
+        "namespace": plan.namespace,
+        "clusters": [cluster.model_dump(mode="json") for cluster in plan.clusters],
+        "models": [_model(model, plan.clusters) for model in plan.models],
+        "cost": {
+            "usd_per_month_at_minimum": cost.least,
+            "usd_per_month_at_peak": cost.peak,
+            "usd_per_month_at_maximum": cost.most,
+            "without_price": list(cost.unknown),
+            "hours_per_month": sizing.HOURS_PER_MONTH,
+            "basis": "on-demand list prices of the catalog, without discounts, disks and traffic",
+        },
+        "warnings": [warning for model in plan.models for warning in model.warnings],
+    }
+
+
+def _model(model: ModelPlan, clusters: Sequence[Cluster]) -> dict[str, Any]:
+    traffic = model.traffic
+    return {
+        "name": model.name,
+        "task": model.task,
+        "traffic": traffic
+        and [figure.as_dict() for figure in (traffic.tokens_per_request, traffic.base, traffic.peak, traffic.slope)],
+        "flavors": [_flavor(flavor, clusters) for flavor in model.flavors],
+        "warnings": list(model.warnings),
+    }
+
+
+def _flavor(flavor: FlavorPlan, clusters: Sequence[Cluster]) -> dict[str, Any]:
+    rate = flavor.rate
+    return {
+        "name": flavor.name,
+        "hardware": flavor.hardware.key,
+        "precision": flavor.precision,
+        "image": flavor.image,
+        "sharing": flavor.sharing,
+        "shared_by": flavor.shared_by,
+        "rate": rate
+        and {"tokens_per_second": rate.tokens_per_second, "measured": rate.measured, "source": rate.source},
+        "figures": [figure.as_dict() for figure in flavor_figures(flavor)],
+        "clusters": [
+            {
+                "name": cluster.name,
+                "resource": (resource := flavor.at(cluster).resource)
+                and {"name": resource.name, "count": resource.count, "labels": dict(resource.labels)},
+                "figures": [figure.as_dict() for figure in placement_figures(flavor.at(cluster))],
+            }
+            for cluster in clusters
+        ],
+    }
+
+
+def _gpu_memory(flavor: FlavorPlan) -> Figure | None:
+    """Return the memory that the model needs on its part of the GPU, with the arithmetic of `inferctl check`."""
+    need, available = flavor.fit.memory, flavor.fit.memory_bytes
+    if need is None or available is None:
+        return None
+    parts = [need.weights, need.activations, need.overhead]
+    formula = " + ".join(size(part, 1) for part in parts)
+    source = f"estimated: weights, activations and overhead, of {size(available, 1)}"
+    if flavor.shared_by > 1:
+        source += f" (1/{flavor.shared_by} of the GPU)"
+    if flavor.fit.capacity:
+        sequences = flavor.fit.capacity.sequences
+        source += f"; the rest holds the KV cache of {shown(sequences)} sequences"
+    return Figure("GPU memory", need.total, "bytes", formula, source)

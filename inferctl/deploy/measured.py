@@ -1,0 +1,85 @@
+"""Reads the rate of a flavor, and what else its receipt measured."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from inferctl.bench import receipt
+from inferctl.bench.report import capacity
+from inferctl.catalog import Hardware
+from inferctl.deploy.figure import shown
+from inferctl.deploy.plan import Rate
+from inferctl.errors import NotEnoughEvidenceError, UsageError
+
+# Digits of a seal that identify a receipt in a comment.
+_SEAL_DIGITS = 8
+
+
+def read(path: Path, hardware: Hardware, task: str) -> tuple[Rate, str, list[str]]:
+    """Return the rate of a receipt, the precision that it measured, and warnings.
+
+    A receipt with `sample: true` has invented figures, for documentation: its rate does not count as measured.
+
+    Raises `UsageError` for a receipt of other hardware or of another task, `NotEnoughEvidenceError` if the receipt
+    supports no rate, and `InvalidRunError` if it is invalid or was altered.
+    """
+    sealed = receipt.load(path)
+    data = sealed.data
+    key, name = data["hardware"].get("key"), data["hardware"].get("name")
+    if key != hardware.key:
+        raise UsageError(
+            f"{path} was measured on {key or name}, not on {hardware.key}",
+            f"measure on {hardware.key}, or set `hardware: {key}` for this flavor",
+        )
+    if sealed.task != task:
+        raise UsageError(f"{path} is of the task {sealed.task}, but the model is for {task}", "use another receipt")
+    if sealed.quality.get("passes") is False:
+        raise NotEnoughEvidenceError(
+            f"{path}: the output was below the quality limits of its plan", "use another precision for this flavor"
+        )
+    found = capacity.served_rate(sealed)
+    sample = bool(data.get("sample"))
+    warnings = [f"{path.name}: {caution}" for caution in data["validity"].get("cautions") or ()]
+    if not found.within_slo:
+        warnings.append(f"{path.name} has no search: its rate is the throughput of a closed loop, without an SLO")
+    if sample:
+        warnings.append(f"{path.name} is a sample with invented figures: measure before you use the manifests")
+    what = "sample receipt" if sample else "receipt"
+    when = "invented" if sample else f"measured {str(data['created'])[:10]}"
+    limit = "within the SLO" if found.within_slo else "closed loop"
+    source = (
+        f"{what} {sealed.seal[:_SEAL_DIGITS]} ({when}, {limit}): {shown(found.requests_per_s)} requests/s x "
+        f"{shown(found.tokens_per_request)} tokens"
+    )
+    resources = data.get("resources") or {}
+    rate = Rate(
+        tokens_per_second=found.tokens_per_s,
+        measured=not sample,
+        source=source,
+        requests_per_second=found.requests_per_s,
+        tokens_per_request=found.tokens_per_request,
+        load_s=_most([run.get("ready_seconds") for run in sealed.runs]),
+        longest_s=_longest(data["summary"]),
+        memory_bytes=_whole(resources.get("server_peak_bytes")),
+        cores=_most([resources.get("server_cores")]),
+        seal=sealed.seal[:_SEAL_DIGITS],
+    )
+    return rate, str(sealed.precision), warnings
+
+
+def _most(values: list[Any]) -> float | None:
+    known = [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value) and value > 0]
+    return max(known, default=None)
+
+
+def _whole(value: Any) -> int | None:
+    found = _most([value])
+    return None if found is None else int(found)
+
+
+def _longest(summary: Any) -> float | None:
+    """Return the longest response in seconds."""
+    longest = _most([(summary.get("latency_ms") or {}).get("max")])
+    return None if longest is None else longest / 1e3

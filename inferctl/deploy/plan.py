@@ -1,0 +1,151 @@
+"""What `inferctl deploy` renders: models with their flavors, and the clusters, with every derived number resolved.
+
+`resolve.py` makes a `Plan` from specs, the clusters file and receipts. The object builders only read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from inferctl.catalog import Hardware
+from inferctl.deploy.clusters import Cluster
+from inferctl.deploy.figure import Figure
+from inferctl.deploy_spec import Sharing
+from inferctl.fit import Fit
+from inferctl.spec import Spec, Task
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Tokens per second that one replica serves within the SLO. `measured` is False for an assumed rate.
+
+    For generation, tokens of the prompt and of the answer count. `tokens_per_request`, `load_s`, `longest_s` (longest
+    response), `memory_bytes` and `cores` of the server and `seal` (its first digits) are from the same receipt; None if
+    it does not have them.
+    """
+
+    tokens_per_second: float
+    measured: bool
+    source: str
+    requests_per_second: float | None = None
+    tokens_per_request: float | None = None
+    load_s: float | None = None
+    longest_s: float | None = None
+    memory_bytes: int | None = None
+    cores: float | None = None
+    seal: str | None = None
+
+    @property
+    def origin(self) -> str:
+        """Where the rate is from, for a comment: `receipt 0123abcd`, or that it is assumed."""
+        if self.seal is None:
+            return "rate assumed in the spec"
+        return f"receipt {self.seal}" if self.measured else f"sample receipt {self.seal}, invented"
+
+
+@dataclass(frozen=True)
+class GpuResource:
+    """How a pod gets its GPU in one cluster: an extended resource, the node labels that it requires, and a toleration.
+
+    `labels`: label -> allowed values, for a required node affinity. `toleration`: key of the taint of GPU nodes.
+    """
+
+    name: str
+    count: int
+    labels: Mapping[str, tuple[str, ...]]
+    toleration: str = "nvidia.com/gpu"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One flavor in one cluster: the limits of its autoscaler, its spare capacity and its cost.
+
+    `replicas`: their number if no autoscaler sets it, else None: with `scaling: none`, for a flavor without a rate, and
+    0 in a cluster that can have none of this hardware. `at_base` and `at_peak` are None without a rate or traffic.
+    `overflow` is None if there is none. The costs (USD per month, with the overflow) are None if the catalog has no
+    price for this cloud.
+    """
+
+    cluster: str
+    resource: GpuResource | None
+    min_replicas: Figure
+    max_replicas: Figure
+    replicas: Figure | None = None
+    at_base: Figure | None = None
+    at_peak: Figure | None = None
+    overflow: Figure | None = None
+    cost_min: Figure | None = None
+    cost_peak: Figure | None = None
+    cost_max: Figure | None = None
+
+
+@dataclass(frozen=True)
+class FlavorPlan:
+    """One kind of hardware of a model: one Deployment, named `name`, with the label value `label`.
+
+    `resource` is the GPU as the NVIDIA device plugin names it; a `Placement` has that of its cluster. None for a CPU.
+    """
+
+    name: str
+    label: str
+    hardware: Hardware
+    precision: str
+    image: str
+    sharing: Sharing
+    shared_by: int
+    rate: Rate | None
+    fit: Fit
+    resource: GpuResource | None
+    placements: tuple[Placement, ...]
+    load_s: Figure
+    cold_start_s: Figure
+    startup_period_s: Figure
+    startup_failures: Figure
+    pre_stop_s: Figure
+    drain_s: Figure
+    grace_s: Figure
+    memory_bytes: Figure
+    cpu: Figure
+
+    @property
+    def isolated(self) -> bool:
+        """Whether other pods on the same GPU can neither take its memory nor slow it down much."""
+        return self.sharing not in ("time-slicing", "mps")
+
+    def at(self, cluster: Cluster) -> Placement:
+        """Return the placement in `cluster`."""
+        return next(placement for placement in self.placements if placement.cluster == cluster.name)
+
+
+@dataclass(frozen=True)
+class TrafficPlan:
+    """The traffic in tokens per second, in all clusters together."""
+
+    base: Figure
+    peak: Figure
+    slope: Figure
+    tokens_per_request: Figure
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """One model: its flavors in order of preference. `name` is the DNS label of its Service."""
+
+    spec: Spec
+    name: str
+    task: Task
+    flavors: tuple[FlavorPlan, ...]
+    traffic: TrafficPlan | None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is rendered. `kubernetes` is the oldest version of the clusters, such as (1, 32)."""
+
+    namespace: str
+    models: tuple[ModelPlan, ...]
+    clusters: tuple[Cluster, ...]
+    kubernetes: tuple[int, int] = (1, 35)
+    warnings: tuple[str, ...] = field(default=())

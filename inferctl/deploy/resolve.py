@@ -1,0 +1,419 @@
+"""Makes the plan of a deployment from specs, clusters and receipts, and checks that each model fits its hardware."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from inferctl import catalog, fit, generation_fit, model
+from inferctl.catalog import Hardware
+from inferctl.deploy import gpu, measured, sizing
+from inferctl.deploy.clusters import Cluster
+from inferctl.deploy.figure import Figure, shown
+from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Plan, Rate, TrafficPlan
+from inferctl.deploy_spec import Flavor, Sharing
+from inferctl.errors import InferctlError, UsageError
+from inferctl.fit import Fit, ModelSize, UnknownSize
+from inferctl.spec import Spec, Task
+
+# A Deployment's name is followed by a hash of its template and of the pod, in at most 63 characters.
+_LONGEST_NAME = 46
+# Findings about the stack of the spec's image, which a flavor with another image does not use.
+_OF_THE_IMAGE = ("kernels", "driver")
+# From this factor between the tokens of a request, a rate of tokens per second carries over less well.
+_DIFFERENT_LENGTHS = 2.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """A spec with what is known about its model. `folder` is that of the spec file, for the paths of receipts."""
+
+    spec: Spec
+    folder: Path
+    size: ModelSize | UnknownSize
+    task: Task
+
+
+def resolve(sources: Sequence[Source], clusters: Sequence[Cluster], kubernetes: str | None = None) -> Plan:
+    """Return the plan. `kubernetes`: version of all clusters, instead of theirs.
+
+    Raises `UsageError` for settings that contradict each other, the receipts or the hardware.
+    """
+    if kubernetes:
+        clusters = [cluster.model_copy(update={"kubernetes": kubernetes}) for cluster in clusters]
+    namespaces = {source.spec.deploy.namespace for source in sources}
+    if len(namespaces) > 1:
+        raise UsageError(
+            f"the specs have several namespaces: {', '.join(sorted(namespaces))}",
+            "set the same deploy.namespace, or run `inferctl deploy` once per namespace",
+        )
+    models = tuple(_model(source, tuple(clusters)) for source in sources)
+    names = [each.name for each in models]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"two specs have the name {twice}", "give each spec its own `name`")
+    models = _with_shared_limits(models, clusters)
+    oldest = min(cluster.minor for cluster in clusters)
+    return Plan(namespaces.pop(), models, tuple(clusters), (1, oldest))
+
+
+def _with_shared_limits(models: tuple[ModelPlan, ...], clusters: Sequence[Cluster]) -> tuple[ModelPlan, ...]:
+    """Return the models with a warning for hardware of which a cluster has fewer than their maxima together.
+
+    Raises `UsageError` if not even their minima fit.
+    """
+    warnings: list[str] = []
+    for cluster in clusters:
+        for key, limit in cluster.max_replicas.items():
+            users = [
+                (flavor.name, flavor.at(cluster))
+                for model in models
+                for flavor in model.flavors
+                if flavor.hardware.key == key and flavor.at(cluster).max_replicas.value
+            ]
+            if len(users) < 2:
+                continue
+            least = sum(int(placed.min_replicas.value) for _, placed in users)
+            most = sum(int(placed.max_replicas.value) for _, placed in users)
+            names = " and ".join(name for name, _ in users)
+            if least > limit:
+                raise UsageError(
+                    f"{cluster.name} can have {limit} of {key}, but {names} need {least} at their minimum",
+                    "lower min_replicas, or raise max_replicas of the cluster",
+                )
+            if most > limit:
+                warnings.append(
+                    f"{cluster.name} can have {limit} of {key}, but the maxima of {names} add up to {most}: "
+                    "the first to ask gets them. Set max_replicas of the flavors"
+                )
+    first, *others = models
+    return (replace(first, warnings=(*first.warnings, *warnings)), *others)
+
+
+def _model(source: Source, clusters: tuple[Cluster, ...]) -> ModelPlan:
+    spec, settings = source.spec, source.spec.deploy
+    name = spec.name.replace(".", "-")
+    flavors = settings.flavors or [Flavor(hardware=key) for key in spec.hardware]  # type: ignore[call-arg]
+    if not flavors:
+        raise UsageError(
+            f"{spec.name} has no hardware to run on", "set deploy.flavors, or `hardware: [l4]`, in the spec"
+        )
+    _check_settings(spec)
+    warnings: list[str] = []
+    made = [_flavor(source, name, flavor, index, warnings) for index, flavor in enumerate(flavors)]
+    labels = [each.label for each in made]
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        raise UsageError(f"two flavors of {name} have the name {twice}", "set `name` of one of them")
+    rates = [each.rate for each in made]
+    traffic = _traffic(spec, rates, warnings)
+    for index, (flavor, each) in enumerate(zip(flavors, made, strict=True)):
+        _check_limits(flavor, each, index, traffic)
+        if each.rate is None:
+            warnings.append(
+                f"{each.name} has no rate, so it is not scaled by work: it keeps min_replicas. "
+                f"Set its receipt, or tokens_per_second"
+            )
+    placements = {cluster.name: _place(spec, flavors, made, traffic, cluster, warnings) for cluster in clusters}
+    complete = tuple(
+        replace(each, placements=tuple(placements[cluster.name][index] for cluster in clusters))
+        for index, each in enumerate(made)
+    )
+    return ModelPlan(spec, name, source.task, complete, traffic, tuple(dict.fromkeys(warnings)))
+
+
+def _check_settings(spec: Spec) -> None:
+    settings = spec.deploy
+    if spec.model.weights == "mount" and not (settings.weights.pvc or settings.weights.image):
+        raise UsageError(
+            f"{spec.name} has mounted weights, but deploy.weights names no volume",
+            "set deploy.weights: {pvc: NAME} or {image: REFERENCE}, or set model.weights: bake",
+        )
+    if settings.keys_secret and not spec.access.keys:
+        raise UsageError(
+            "deploy.keys_secret is set, but the server asks for no keys", "set access.keys in the spec as well"
+        )
+    if spec.access.keys and not settings.keys_secret:
+        raise UsageError(
+            "access.keys is set, but no Secret has the key file in the cluster",
+            "create a Secret from the key file and set deploy.keys_secret to its name",
+        )
+
+
+def _flavor(source: Source, model_name: str, flavor: Flavor, index: int, warnings: list[str]) -> FlavorPlan:
+    spec, settings = source.spec, source.spec.deploy
+    where = f"deploy.flavors[{index}]"
+    hardware = _hardware(flavor, source.folder, where)
+    label = flavor.name or re.sub(r"[^a-z0-9-]+", "-", hardware.key.lower()).strip("-")
+    name = f"{model_name}-{label}"
+    if len(name) > _LONGEST_NAME:
+        raise UsageError(
+            f"the name {name} is longer than {_LONGEST_NAME} characters, so names of pods would be cut",
+            f"set a shorter `name` in {where}",
+        )
+    sharing: Sharing = flavor.sharing or ("mig" if hardware.mig else "whole")
+    rate, measured_precision, found = _rate(source, flavor, hardware, where)
+    warnings += found
+    precision = flavor.precision if flavor.precision != "auto" else spec.serve.precision
+    if measured_precision and precision not in ("auto", measured_precision):
+        raise UsageError(
+            f"{where}: the receipt is of {measured_precision}, but the flavor is served in {precision}",
+            f"measure {precision}, or set `precision: {measured_precision}`",
+        )
+    effective = _fit(source, flavor, hardware, measured_precision or precision, sharing, where)
+    load = sizing.load_s(flavor.load_s, settings.load_s, rate)
+    period, failures = sizing.startup(load)
+    stop, drain = sizing.pre_stop_s(), sizing.drain_s(spec.serve.drain_seconds, rate)
+    memory = effective.memory
+    return FlavorPlan(
+        name=name,
+        label=label,
+        hardware=hardware,
+        precision=effective.precision,
+        image=_image(spec, flavor, where, warnings),
+        sharing=sharing,
+        shared_by=flavor.shared_by,
+        rate=rate,
+        fit=effective,
+        resource=gpu.resource(hardware, sharing, _gpus(source)),
+        placements=(),
+        load_s=load,
+        cold_start_s=_cold_start(spec, flavor),
+        startup_period_s=period,
+        startup_failures=failures,
+        pre_stop_s=stop,
+        drain_s=drain,
+        grace_s=sizing.grace_s(stop, spec.serve.grace_seconds, drain),
+        memory_bytes=sizing.memory_bytes(
+            rate,
+            memory.weights if memory else None,
+            memory.total if memory and hardware.kind == "cpu" else None,
+        ),
+        cpu=sizing.cores(rate),
+    )
+
+
+def _gpus(source: Source) -> int:
+    return source.spec.serve.gpus if source.task == "generate" else 1
+
+
+def _hardware(flavor: Flavor, folder: Path, where: str) -> Hardware:
+    key = flavor.hardware
+    try:
+        return catalog.hardware(str(folder / key) if key.endswith((".yaml", ".yml")) else key)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error.message}", error.hint) from None
+
+
+def _rate(source: Source, flavor: Flavor, hardware: Hardware, where: str) -> tuple[Rate | None, str | None, list[str]]:
+    """Return the rate of a flavor, the precision that its receipt measured, and warnings."""
+    if flavor.receipt is None:
+        if flavor.tokens_per_second is None:
+            return None, None, []
+        formula = f"{shown(flavor.tokens_per_second)} tokens/s assumed in the spec, not measured"
+        return Rate(flavor.tokens_per_second, measured=False, source=formula), None, []
+    path = Path(flavor.receipt).expanduser()
+    try:
+        rate, precision, warnings = measured.read(
+            path if path.is_absolute() else source.folder / path, hardware, source.task
+        )
+    except InferctlError as error:
+        raise type(error)(f"{where}: {error.message}", error.hint) from None
+    return rate, precision, warnings
+
+
+def _fit(source: Source, flavor: Flavor, hardware: Hardware, precision: str, sharing: Sharing, where: str) -> Fit:
+    """Return how the model fits its part of the GPU. Raises `UsageError` if it does not."""
+    isolated = sharing not in ("time-slicing", "mps")
+    if not isolated and isinstance(source.size, ModelSize) and model.uses_alibi(source.size.config):
+        raise UsageError(
+            f"{where}: {source.spec.name} uses ALiBi, and sharing: {sharing} does not isolate memory. Its attention "
+            "stores a bias for each pair of tokens, so its memory grows with the square of the input, and a long input "
+            "can take the memory of the other pods on the GPU",
+            "use `sharing: whole`, or a MIG slice, which has its own memory",
+        )
+    part, share = hardware, flavor.shared_by
+    if share > 1 and hardware.memory_bytes:
+        part = replace(hardware, memory_bytes=hardware.memory_bytes // share)
+        _check_memory_share(source, share, where)
+    spec = source.spec.model_copy(
+        update={"serve": source.spec.serve.model_copy(update={"precision": precision})},
+    )
+    base = catalog.base(spec.image.base)
+    check = generation_fit.check_part if source.task == "generate" else fit.check_part
+    found = check(spec, base, catalog.stack(base.stack), part, source.size)
+    errors = [each for each in found.findings if each.level == "error"]
+    if flavor.image:
+        errors = [each for each in errors if each.topic not in _OF_THE_IMAGE]
+    if errors:
+        first = errors[0]
+        raise UsageError(f"{where}: {hardware.key}: {first.what}: {first.why}", first.hint)
+    return found
+
+
+def _check_memory_share(source: Source, share: int, where: str) -> None:
+    wanted = source.spec.serve.gpu_memory_share
+    if source.task == "generate" and wanted > 1 / share:
+        raise UsageError(
+            f"{where}: {share} pods share a GPU, but each takes serve.gpu_memory_share: {wanted:g} of its memory",
+            f"set serve.gpu_memory_share to at most {int(95 / share) / 100:g}",
+        )
+
+
+def _image(spec: Spec, flavor: Flavor, where: str, warnings: list[str]) -> str:
+    if flavor.image:
+        if "@sha256:" not in flavor.image:
+            warnings.append(f"{where}: the image {flavor.image} has no digest, so its tag can be moved")
+        return flavor.image
+    if spec.image.tag is None:
+        raise UsageError(
+            f"{where} has no image: image.tag is not set, so the tag depends on the content of the image",
+            "set `image` of the flavor to the name@digest that `inferctl push` prints",
+        )
+    warnings.append(f"{where}: the image {spec.repository}:{spec.image.tag} has no digest, so its tag can be moved")
+    return f"{spec.repository}:{spec.image.tag}"
+
+
+def _cold_start(spec: Spec, flavor: Flavor) -> Figure:
+    if flavor.cold_start_s is not None:
+        return Figure("cold start", flavor.cold_start_s, "s", "", "spec deploy.flavors cold_start_s")
+    given = "cold_start_s" in spec.deploy.model_fields_set
+    source = "spec deploy.cold_start_s" if given else "assumed: the default of deploy.cold_start_s"
+    return Figure("cold start", spec.deploy.cold_start_s, "s", "", source)
+
+
+def _traffic(spec: Spec, rates: Sequence[Rate | None], warnings: list[str]) -> TrafficPlan | None:
+    settings = spec.deploy.traffic
+    measured_tokens = [rate for rate in rates if rate and rate.tokens_per_request]
+    tokens, source = settings.tokens_per_request, "spec deploy.traffic"
+    if tokens is None and measured_tokens:
+        tokens, source = measured_tokens[0].tokens_per_request, measured_tokens[0].origin
+    if tokens is None:
+        if settings.peak_rps is not None:
+            raise UsageError(
+                f"deploy.traffic of {spec.name} has no tokens_per_request, and no receipt has them",
+                "set deploy.traffic.tokens_per_request",
+            )
+        return None
+    for rate in measured_tokens:
+        known = rate.tokens_per_request or tokens
+        if max(known / tokens, tokens / known) > _DIFFERENT_LENGTHS:
+            warnings.append(
+                f"{rate.origin} has {shown(known)} tokens per request, the traffic {shown(tokens)}: "
+                "measure with requests of that length"
+            )
+    return sizing.traffic(settings, tokens, source)
+
+
+def _check_limits(flavor: Flavor, made: FlavorPlan, index: int, traffic: TrafficPlan | None) -> None:
+    """Raise `UsageError` for a flavor whose replicas cannot be computed and are not set."""
+    if made.rate is not None and traffic is not None:
+        return
+    missing = [key for key in ("min_replicas", "max_replicas") if getattr(flavor, key) is None]
+    if missing:
+        lacks = "a rate (receipt or tokens_per_second)" if made.rate is None else "deploy.traffic"
+        raise UsageError(
+            f"deploy.flavors[{index}] ({flavor.hardware}) has no {' and no '.join(missing)}, and without {lacks} "
+            "they cannot be computed",
+            f"set {' and '.join(missing)}, or add {lacks}",
+        )
+
+
+def _place(
+    spec: Spec,
+    flavors: Sequence[Flavor],
+    made: Sequence[FlavorPlan],
+    traffic: TrafficPlan | None,
+    cluster: Cluster,
+    warnings: list[str],
+) -> list[Placement]:
+    settings, share = spec.deploy, cluster.share or 0.0
+    chain = [
+        sizing.Demand(
+            each.label,
+            each.rate,
+            flavor.min_replicas,
+            flavor.max_replicas,
+            cluster.max_replicas.get(flavor.hardware),
+        )
+        for flavor, each in zip(flavors, made, strict=True)
+    ]
+    scaled = settings.scaling != "none"
+    # A HorizontalPodAutoscaler accepts a minimum of 0 from Kubernetes 1.37.
+    lowest = 1 if settings.scaling == "hpa" and cluster.minor < 37 else 0
+    sized = sizing.replicas(chain, traffic, share, settings.utilization, scaled=scaled, lowest=lowest)
+    _warn_of_uncovered_peak(spec, chain, sized, traffic, cluster, warnings)
+    first = _first_with_room(sized, settings.overflow)
+    found = []
+    for index, (each, counts) in enumerate(zip(made, sized, strict=True)):
+        spare = None
+        if index == first:
+            room = int(counts.most.value - counts.least.value) if scaled else 0
+            spare = sizing.overflow(
+                settings.overflow, traffic, share, settings.traffic.rise_s, each.cold_start_s, each.rate, room
+            )
+        fixed = None
+        if counts.most.value == 0:
+            fixed = replace(counts.most, name="replicas")
+        elif not scaled or each.rate is None:
+            fixed = replace(counts.least, name="replicas")
+        extra = int(spare.value) if spare else 0
+        found.append(
+            Placement(
+                cluster=cluster.name,
+                resource=gpu.resource(each.hardware, each.sharing, each.resource.count, cluster)
+                if each.resource
+                else None,
+                min_replicas=counts.least,
+                max_replicas=counts.most,
+                replicas=fixed,
+                at_base=counts.at_base,
+                at_peak=counts.at_peak,
+                overflow=spare,
+                cost_min=_cost("cost at the minimum", int(counts.least.value) + extra, each, cluster),
+                cost_peak=_cost("cost at the peak", _running_at_peak(counts) + extra, each, cluster),
+                cost_max=_cost("cost at the maximum", int(counts.most.value) + extra, each, cluster),
+            )
+        )
+    return found
+
+
+def _first_with_room(sized: Sequence[sizing.Replicas], setting: str | int) -> int | None:
+    """Return the flavor that gets the overflow: the first that can grow; for a given number, the first that exists."""
+    grows = [index for index, each in enumerate(sized) if each.most.value > each.least.value]
+    exists = [index for index, each in enumerate(sized) if each.most.value]
+    return next(iter(grows if setting == "auto" else exists), None)
+
+
+def _running_at_peak(counts: sizing.Replicas) -> int:
+    needed = counts.at_peak.value if counts.at_peak else counts.most.value
+    return int(max(counts.least.value, min(counts.most.value, needed)))
+
+
+def _cost(name: str, count: int, flavor: FlavorPlan, cluster: Cluster) -> Figure | None:
+    gpus = flavor.resource.count if flavor.resource else 1
+    return sizing.cost(name, count, flavor.hardware, cluster.cloud, gpus=gpus, shared_by=flavor.shared_by)
+
+
+def _warn_of_uncovered_peak(
+    spec: Spec,
+    chain: Sequence[sizing.Demand],
+    sized: Sequence[sizing.Replicas],
+    traffic: TrafficPlan | None,
+    cluster: Cluster,
+    warnings: list[str],
+) -> None:
+    share = cluster.share or 0.0
+    if traffic is None or share == 0:
+        return
+    served = sum(
+        float(counts.most.value) * spec.deploy.utilization * demand.rate.tokens_per_second
+        for demand, counts in zip(chain, sized, strict=True)
+        if demand.rate
+    )
+    peak = float(traffic.peak.value) * share
+    if served < peak * (1 - 1e-9):
+        warnings.append(
+            f"{cluster.name}: all replicas at their maximum serve {served / peak:.0%} of the peak of {spec.name} "
+            f"({shown(served)} of {shown(peak)} tokens/s): raise max_replicas or the share of other clusters"
+        )

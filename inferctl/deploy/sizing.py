@@ -1,0 +1,293 @@
+"""The arithmetic of a deployment: replicas, spare capacity, probes, grace and cost. Pure functions that return figures.
+
+A replica is planned with a share of its rate (`utilization`). Flavors form a chain in order of preference: each one
+serves what the earlier ones, at their maximum, leave over. Its own maximum is for the case that none of them is
+available.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from inferctl.catalog import Hardware, Price, hardware_profiles
+from inferctl.deploy.figure import Figure, shown
+from inferctl.deploy.plan import Rate, TrafficPlan
+from inferctl.deploy_spec import Traffic
+from inferctl.sizes import size
+
+HOURS_PER_MONTH = 730
+# One replica can be lost with its node while the other one serves.
+LEAST_REPLICAS = 2
+# A start may take three times as long as the measured one: a cold disk, a busy node.
+_START_FACTOR = 3
+_PROBE_PERIOD_S = 5
+_LEAST_START_S = 30
+# Endpoints and kube-proxy need seconds to forget a pod; the gateway checks health every second and needs two failures.
+_PRE_STOP_S = 5
+_MARGIN_S = 5
+_ASSUMED_LOAD_S = 120
+_ASSUMED_CORES = 4
+_MIB = 1024**2
+_ASSUMED_HOST_BYTES = 4 * 1024**3
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the spec says about one flavor in one cluster. `limit`: the most replicas that the cluster can have."""
+
+    label: str
+    rate: Rate | None
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """The limits of the autoscaler of one flavor, and what the traffic needs. None without a rate or traffic."""
+
+    least: Figure
+    most: Figure
+    at_base: Figure | None
+    at_peak: Figure | None
+
+
+def traffic(settings: Traffic, tokens: float, tokens_source: str) -> TrafficPlan | None:
+    """Return the traffic in tokens per second; None if the spec has none."""
+    base, peak = settings.base_rps, settings.peak_rps
+    if base is None or peak is None:
+        return None
+    own = "spec deploy.traffic"
+    source = own if tokens_source == own else f"{own}; tokens per request from {tokens_source}"
+    low, high = base * tokens, peak * tokens
+    return TrafficPlan(
+        Figure("base traffic", low, "tokens/s", f"{shown(base)} x {shown(tokens)}", source),
+        Figure("peak traffic", high, "tokens/s", f"{shown(peak)} x {shown(tokens)}", source),
+        Figure(
+            "slope of the rise",
+            (high - low) / settings.rise_s,
+            "tokens/s per s",
+            f"({shown(high)} - {shown(low)}) / {shown(settings.rise_s)}",
+            "spec deploy.traffic",
+        ),
+        Figure("tokens per request", tokens, "tokens", "", tokens_source),
+    )
+
+
+def replicas(
+    chain: Sequence[Demand],
+    load: TrafficPlan | None,
+    share: float,
+    utilization: float,
+    *,
+    scaled: bool,
+    lowest: int,
+) -> list[Replicas]:
+    """Return the replicas of each flavor in one cluster.
+
+    `share`: of the traffic. `scaled`: whether an autoscaler adds replicas. If not, minimum and maximum are equal.
+    `lowest`: the lowest minimum that the autoscaler accepts, 0 or 1. A flavor without a rate serves nothing in this
+    arithmetic, and needs its own `min_replicas` and `max_replicas`.
+    """
+    found: list[Replicas] = []
+    base, peak = (load.base, load.peak) if load else (None, None)
+    first = next((index for index, each in enumerate(chain) if each.limit != 0 and each.max_replicas != 0), 0)
+    for index, demand in enumerate(chain):
+        earlier = list(zip(chain[:index], found, strict=True))
+        at_base = _needed("base", demand, base, share, utilization, _at_most(earlier))
+        at_peak = _needed("peak", demand, peak, share, utilization, _at_most(earlier))
+        # If the hardware of all earlier flavors has run out, this one serves the whole peak.
+        stand_in = _needed("peak", demand, peak, share, utilization, [])
+        least = _least(demand, at_base if scaled else at_peak, first=index == first, lowest=lowest)
+        most = _limited(_most(demand, stand_in, least) if scaled else _equal(least), demand.limit)
+        if least.value > most.value:
+            least = Figure(least.name, most.value, "replicas", f"min({most.value}, {least.value})", most.source)
+        found.append(Replicas(least, most, at_base, at_peak))
+    return found
+
+
+def _at_most(earlier: list[tuple[Demand, Replicas]]) -> list[tuple[int, Rate]]:
+    return [(int(each.most.value), demand.rate) for demand, each in earlier if demand.rate and each.most.value]
+
+
+def _needed(
+    when: str,
+    demand: Demand,
+    load: Figure | None,
+    share: float,
+    utilization: float,
+    earlier: list[tuple[int, Rate]],
+) -> Figure | None:
+    if demand.rate is None or load is None:
+        return None
+    rate = demand.rate.tokens_per_second
+    offered = load.value * share
+    served = sum(count * utilization * each.tokens_per_second for count, each in earlier)
+    value = ceil(max(0.0, offered - served) / (utilization * rate))
+    total = shown(load.value) if share == 1 else f"{shown(share)} x {shown(load.value)}"
+    left = total
+    for count, each in earlier:
+        left += f" - {count} x {shown(utilization)} x {shown(each.tokens_per_second)}"
+    left = f"max(0, {left})" if earlier else left
+    formula = f"ceil({left} / ({shown(utilization)} x {shown(rate)}))"
+    return Figure(f"replicas at {when}", value, "replicas", formula, f"spec deploy.traffic; {demand.rate.origin}")
+
+
+def _least(demand: Demand, needed: Figure | None, *, first: bool, lowest: int) -> Figure:
+    name = "minimum"
+    if demand.min_replicas is not None:
+        value = max(lowest, demand.min_replicas)
+        return Figure(name, value, "replicas", "", "spec min_replicas")
+    floor = max(lowest, LEAST_REPLICAS if first else 0)
+    if needed is None:
+        source = "own choice: one can be lost with its node" if first else "none before the traffic needs it"
+        return Figure(name, floor, "replicas", "", source)
+    return _at_least_this(name, floor, needed)
+
+
+def _most(demand: Demand, needed: Figure | None, least: Figure) -> Figure:
+    name = "maximum"
+    if demand.max_replicas is not None:
+        return Figure(name, demand.max_replicas, "replicas", "", "spec max_replicas")
+    if needed is not None:
+        return _at_least_this(name, int(least.value), needed)
+    return Figure(name, least.value, "replicas", "", f"{least.source}; no traffic or rate to size it from")
+
+
+def _at_least_this(name: str, floor: int, needed: Figure) -> Figure:
+    formula = f"max({floor}, {needed.formula})" if floor else needed.formula
+    return Figure(name, max(floor, needed.value), "replicas", formula, needed.source)
+
+
+def _limited(most: Figure, limit: int | None) -> Figure:
+    """Return the maximum, or what the cluster can have if that is less."""
+    if limit is None or limit >= most.value:
+        return most
+    return Figure(most.name, limit, "replicas", f"min({limit}, {most.value})", "max_replicas of the clusters file")
+
+
+def _equal(least: Figure) -> Figure:
+    return Figure("maximum", least.value, "replicas", "equal to the minimum", "scaling: none")
+
+
+def overflow(
+    setting: str | int,
+    load: TrafficPlan | None,
+    share: float,
+    rise_s: float,
+    cold_start: Figure,
+    rate: Rate | None,
+    room: int,
+) -> Figure | None:
+    """Return the replicas that must find a node at once; None if there are none.
+
+    While a new node starts, the traffic keeps rising. This part of the rise needs nodes that are alive and empty. The
+    rise ends after `rise_s`. `room`: replicas that the autoscaler can add, between its minimum and its maximum.
+    """
+    if isinstance(setting, int):
+        return Figure("overflow", setting, "replicas", "", "spec deploy.overflow") if setting else None
+    if setting == "none" or load is None or rate is None:
+        return None
+    seconds = min(float(cold_start.value), rise_s)
+    needed = ceil(load.slope.value * share * seconds / rate.tokens_per_second)
+    slope = shown(load.slope.value) if share == 1 else f"{shown(share)} x {shown(load.slope.value)}"
+    during = f"min({shown(cold_start.value)}, {shown(rise_s)})"
+    formula = f"ceil({slope} x {during} / {shown(rate.tokens_per_second)})"
+    if room < needed:
+        formula = f"min({room}, {formula})"
+    source = f"spec deploy.traffic; cold start from {cold_start.source}; {rate.origin}"
+    value = min(room, needed)
+    return Figure("overflow", value, "replicas", formula, source) if value > 0 else None
+
+
+def load_s(flavor: float | None, deploy: float | None, rate: Rate | None) -> Figure:
+    """Return the seconds from the start of a container until it is ready."""
+    name = "load time"
+    if flavor is not None:
+        return Figure(name, flavor, "s", "", "spec deploy.flavors load_s")
+    if deploy is not None:
+        return Figure(name, deploy, "s", "", "spec deploy.load_s")
+    if rate and rate.load_s:
+        return Figure(name, round(rate.load_s, 1), "s", "longest start of its runs", rate.origin)
+    return Figure(name, _ASSUMED_LOAD_S, "s", "", "assumed: neither load_s nor a receipt")
+
+
+def startup(load: Figure) -> tuple[Figure, Figure]:
+    """Return the period of the startup probe and the failures that it allows."""
+    allowed = max(float(_LEAST_START_S), _START_FACTOR * float(load.value))
+    failures = ceil(allowed / _PROBE_PERIOD_S)
+    formula = f"ceil(max({_LEAST_START_S}, {_START_FACTOR} x {shown(load.value)}) / {_PROBE_PERIOD_S})"
+    return (
+        Figure("period of the startup probe", _PROBE_PERIOD_S, "s", "", "own choice"),
+        Figure("failures of the startup probe", failures, "probes", formula, f"load time from {load.source}"),
+    )
+
+
+def pre_stop_s() -> Figure:
+    """Return the seconds before SIGTERM in which routers stop sending requests."""
+    return Figure("preStop", _PRE_STOP_S, "s", "", "own choice: time until routers notice")
+
+
+def drain_s(setting: float, rate: Rate | None) -> Figure:
+    """Return the seconds that accepted requests get to finish: the setting, or twice the longest measured response."""
+    if rate and rate.longest_s and 2 * rate.longest_s > setting:
+        formula = f"ceil(2 x {shown(rate.longest_s)})"
+        source = f"longest response of {rate.origin}; more than serve.drain_seconds"
+        return Figure("drain", ceil(2 * rate.longest_s), "s", formula, source)
+    return Figure("drain", setting, "s", "", "spec serve.drain_seconds")
+
+
+def grace_s(pre_stop: Figure, grace_seconds: float, drain: Figure) -> Figure:
+    """Return the seconds between the end of a pod's service and SIGKILL."""
+    parts = (pre_stop.value, grace_seconds, drain.value, _MARGIN_S)
+    source = f"preStop + serve.grace_seconds + drain ({drain.source}) + margin"
+    return Figure("grace period", ceil(sum(parts)), "s", " + ".join(map(shown, parts)), source)
+
+
+def memory_bytes(rate: Rate | None, weights: int | None, model: int | None) -> Figure:
+    """Return the host memory of a pod. `weights`: their bytes. `model`: all estimated bytes on a CPU, None on a GPU."""
+    if rate and rate.memory_bytes:
+        value = ceil(rate.memory_bytes * 1.25 / _MIB) * _MIB
+        return Figure("host memory", value, "bytes", f"1.25 x {size(rate.memory_bytes, 1)}", f"peak of {rate.origin}")
+    known = model if model is not None else weights
+    value = ceil(((known or 0) + _ASSUMED_HOST_BYTES) / _MIB) * _MIB
+    formula = f"{size(known, 1)} + {size(_ASSUMED_HOST_BYTES, 1)}" if known else size(_ASSUMED_HOST_BYTES, 1)
+    return Figure("host memory", value, "bytes", formula, "assumed: weights and 4 GiB, no receipt with memory")
+
+
+def cores(rate: Rate | None) -> Figure:
+    """Return the CPU cores of a pod."""
+    if rate and rate.cores:
+        return Figure("cores", max(1, ceil(1.2 * rate.cores)), "cores", f"ceil(1.2 x {shown(rate.cores)})", rate.origin)
+    return Figure("cores", _ASSUMED_CORES, "cores", "", "assumed: no receipt with cores")
+
+
+def price_of(hardware: Hardware, cloud: str) -> tuple[Price | None, int]:
+    """Return the list price of the GPU in a cloud, and how many such devices one GPU makes. None if unknown."""
+    whole, parts = hardware, 1
+    if hardware.mig:
+        whole, parts = hardware_profiles()[hardware.mig.parent], hardware.mig.at_most
+    return next((price for price in whole.prices if price.provider == cloud), None), parts
+
+
+def cost(name: str, count: int, hardware: Hardware, cloud: str, *, gpus: int, shared_by: int) -> Figure | None:
+    """Return the list price of `count` replicas for a month of 730 hours; None if the catalog has no price.
+
+    A MIG slice or a shared GPU costs its share of the GPU, which assumes that the other shares are used too.
+    """
+    price, parts = price_of(hardware, cloud)
+    if price is None:
+        return None
+    divided = parts * shared_by
+    each = price.usd_per_hour * gpus / divided
+    factors = [str(count), *([str(gpus)] if gpus > 1 else []), f"{price.usd_per_hour:g} USD/h"]
+    formula = " x ".join(factors) + (f" / {divided}" if divided > 1 else "") + f" x {HOURS_PER_MONTH} h"
+    source = f"catalog: list price of {price.instance} on {price.provider}, {price.date}"
+    return Figure(name, round(count * each * HOURS_PER_MONTH, 2), "USD/month", formula, source)
+
+
+def ceil(value: float) -> int:
+    """Return the least integer that is not below `value`, with room for rounding errors of its computation."""
+    return math.ceil(value - 1e-9 * max(1.0, abs(value)))

@@ -1,0 +1,33 @@
+"""The types that the sections of `inferctl.yaml` share: names, sizes, image references, precisions, tasks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "fp8"]
+Task = Literal["embed", "rerank", "generate"]
+TaskSetting = Literal["auto", "embed", "rerank", "generate"]
+Weights = Literal["mount", "bake", "download"]
+# One path component of an image name, as Docker accepts it.
+_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+# The first component is a registry if it has a dot or a port, or is localhost. Other names are on Docker Hub.
+_LABELS = r"[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)"
+IMAGE_NAME = rf"(?:(?:{_LABELS}+|localhost)/|{_LABELS}*:\d+/)?{_PART}(?:/{_PART})*"
+IMAGE_TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
+IMAGE_REFERENCE = rf"{IMAGE_NAME}(?::{IMAGE_TAG})?(?:@sha256:[0-9a-f]{{64}})?"
+# Operating system, architecture and variant, such as linux/amd64 or linux/arm/v7.
+PLATFORM = r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9_.]+)?"
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+(?:(?:\.|-+)[a-z0-9]+)*$", max_length=63)]
+Size = Annotated[str, Field(pattern=r"^\d+(?:\.\d+)? ?[kKmMgGtT]?i?[bB]?$")]
+# A value in a Dockerfile or a label must not contain a line break.
+OneLine = Annotated[str, Field(pattern=r"^[^\r\n\x00]+$")]
+# What Git accepts as the name of a commit, a branch or a tag.
+Revision = Annotated[str, Field(pattern=r"^[^\x00-\x20\x7f~^:?*\[\\]+$", max_length=200)]
+
+
+class Section(BaseModel):
+    """A section of a file: unknown keys are errors, values cannot be changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -1,0 +1,123 @@
+"""The section `deploy` of the spec, the clusters file, and the digest of specs without them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from deploy_sources import parse
+
+from inferctl.deploy import clusters
+from inferctl.errors import SpecError
+
+HEAD = "name: a\nmodel: {source: a/b}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "digest"),
+    [
+        (HEAD, "183e132ee360677b7ec3b5a9057bf2f68b851a58c60188caabadc524755d503a"),
+        (f"{HEAD}deploy: {{}}\n", "183e132ee360677b7ec3b5a9057bf2f68b851a58c60188caabadc524755d503a"),
+        (f"{HEAD}deploy:\n", "183e132ee360677b7ec3b5a9057bf2f68b851a58c60188caabadc524755d503a"),
+        (
+            "name: a\nmodel: {source: a/b, weights: bake}\nserve: {precision: bf16, port: 9000}\n"
+            "hardware: [t4]\nslo: {p99_ms: 70}\n",
+            "12d59517ed78ee63530f096d98da419e09be566e98871699043cc6f62f4c1257",
+        ),
+    ],
+)
+def test_specs_without_a_deployment_keep_their_digests(text: str, digest: str) -> None:
+    """The digests are those of the version before the section had keys."""
+    assert parse(text).digest() == digest
+
+
+@pytest.mark.parametrize(
+    ("deploy", "message"),
+    [
+        ("flavors: [{hardware: l4, receipt: r.json, tokens_per_second: 5}]", "remove tokens_per_second"),
+        ("flavors: [{hardware: l4, sharing: mig}]", "sharing: mig requires a MIG slice"),
+        (
+            "flavors: [{hardware: a100-40gb-mig-3g.20gb, sharing: mps, shared_by: 2}]",
+            "the MIG slice a100-40gb-mig-3g.20gb is not shared further",
+        ),
+        ("flavors: [{hardware: l4, sharing: time-slicing}]", "require shared_by"),
+        ("flavors: [{hardware: l4, shared_by: 2}]", "require shared_by"),
+        ("flavors: [{hardware: l4, min_replicas: 3, max_replicas: 2}]", "min_replicas 3 above max_replicas 2"),
+        ("flavors: [{hardware: l4}, {hardware: l4}]", "has l4 twice"),
+        ("flavors: [{hardware: l4, name: L4}]", "deploy.flavors.0.name"),
+        ("traffic: {base_rps: 5, peak_rps: 2}", "base_rps 5 is above peak_rps 2"),
+        ("traffic: {peak_rps: 2}", "requires base_rps and peak_rps together"),
+        ("utilization: 1.5", "deploy.utilization"),
+        ("scaling: cluster", "'cluster' is not one of keda, hpa, none"),
+        ("overflow: some", "deploy.overflow: 'some' is not auto, none or a number"),
+        ("overflow: -1", "deploy.overflow: -1 is not auto, none or a number"),
+        ("flavors: [{hardware: l4, recipt: r.json}]", "did you mean receipt?"),
+        ("namespace: Inference", "deploy.namespace"),
+        ("weights: {pvc: a, image: b}", "keep one of them"),
+        ("gateway: envoy\n  router: epp", "two ways to route"),
+        ("broker: nats", "deploy.broker"),
+        ("flavours: []", "did you mean flavors?"),
+    ],
+)
+def test_wrong_settings_are_named(deploy: str, message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse(f"{HEAD}deploy:\n  {deploy}\n")
+    error = f"{caught.value.message} {caught.value.hint}"
+    assert message in error
+
+
+def test_a_deployment_changes_the_digest() -> None:
+    assert parse(f"{HEAD}deploy: {{namespace: x}}\n").digest() != parse(HEAD).digest()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clusters: []\n", "clusters"),
+        ("clusters:\n  - {cloud: aws}\n", "2: clusters.0.name is missing"),
+        ("clusters:\n  - name: a\n    region_: x\n", "3: unknown key 'region_'"),
+        ("clusters:\n  - {name: a, cloud: gce}\n", "clusters.0.cloud"),
+        ("clusters:\n  - {name: a, kubernetes: '1.31'}\n", "clusters.0.kubernetes"),
+        ("clusters:\n  - {name: a}\n  - {name: a}\n", "the cluster a is listed twice"),
+        ("clusters:\n  - {name: a, share: 0.6}\n  - {name: b, share: 0.6}\n", "add up to 1.2, not to 1"),
+        ("clusters:\n  - {name: a, share: 0.6}\n", "add up to 0.6, not to 1"),
+        ("clusters:\n  - name: a\n    max_replicas: {l5: 2}\n", "hardware 'l5' not found; did you mean"),
+    ],
+)
+def test_errors_of_the_clusters_file_have_their_line(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "clusters.yaml"
+    file.write_text(text)
+    with pytest.raises(SpecError) as caught:
+        clusters.read(file)
+    assert message in caught.value.message
+
+
+def test_clusters_share_what_the_others_leave(tmp_path: Path) -> None:
+    file = tmp_path / "clusters.yaml"
+    file.write_text("prometheus: http://p:9090\nclusters:\n  - {name: a, share: 0.5}\n  - name: b\n  - name: c\n")
+    found = clusters.read(file)
+    assert [cluster.share for cluster in found] == [0.5, 0.25, 0.25]
+    assert {cluster.prometheus for cluster in found} == {"http://p:9090"}
+
+
+@pytest.mark.parametrize(
+    ("autoscaler", "version", "on", "expected"),
+    [
+        ("cluster-autoscaler", "1.34", True, "v1alpha1"),
+        ("cluster-autoscaler", "1.35", True, "v1beta1"),
+        ("cluster-autoscaler", "1.33", True, None),
+        ("cluster-autoscaler", "1.35", False, None),
+        ("karpenter", "1.33", True, "v1beta1"),
+        ("gke", "1.35", True, "v1beta1"),
+        ("gke", "1.34", True, None),
+        ("eks-auto", "1.36", True, None),
+        ("none", "1.36", True, None),
+    ],
+)
+def test_capacity_buffers_have_the_version_of_the_autoscaler(
+    autoscaler: str, version: str, on: bool, expected: str | None
+) -> None:
+    cluster = clusters.Cluster.model_validate(
+        {"name": "a", "autoscaler": autoscaler, "kubernetes": version, "capacity_buffers": on}
+    )
+    assert cluster.buffer_version == (expected and f"autoscaling.x-k8s.io/{expected}")

@@ -1,0 +1,243 @@
+"""`inferctl deploy --explain` and `--json`, against numbers that are worked out by hand in the comments."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deploy_sources import HALF, IMAGE, write_receipt
+
+from inferctl import cli
+
+EXAMPLE = Path(__file__).resolve().parents[3] / "docs" / "examples" / "kubernetes"
+
+SPEC = f"""\
+name: embed
+model: {{source: org/embed, task: embed, weights: bake}}
+deploy:
+  clusters: clusters.yaml
+  flavors:
+    - {{hardware: {HALF}, name: half, receipt: half.json, image: "{IMAGE}"}}
+    - {{hardware: l4, tokens_per_second: 40000, image: "{IMAGE}", cold_start_s: 300}}
+  traffic: {{base_rps: 200, peak_rps: 1400, tokens_per_request: 250, rise_s: 200}}
+  utilization: 0.8
+  cold_start_s: 150
+"""
+CLUSTERS = """\
+clusters:
+  - {name: one, cloud: aws, share: 0.8, max_replicas: {a100-40gb-mig-3g.20gb: 3}}
+  - {name: two, cloud: gcp, share: 0.2}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "inferctl.yaml").write_text(SPEC)
+    (tmp_path / "clusters.yaml").write_text(CLUSTERS)
+    write_receipt(tmp_path / "half.json", HALF, 400.0, resources={"server_peak_bytes": 2**30, "server_cores": 1.1})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def document(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert cli.run(["deploy", "--json", *arguments]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def values(figures: list[dict[str, Any]]) -> dict[str, Any]:
+    return {figure["name"]: figure["value"] for figure in figures}
+
+
+@pytest.mark.usefixtures("folder")
+def test_every_number_is_the_one_worked_out_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys)
+    (model,) = found["models"]
+    # 200 x 250, 1,400 x 250, (350,000 - 50,000) / 200
+    assert values(model["traffic"]) == {
+        "tokens per request": 250,
+        "base traffic": 50_000,
+        "peak traffic": 350_000,
+        "slope of the rise": 1_500,
+    }
+    half, l4 = model["flavors"]
+    # Measured: 400 requests/s x 250 tokens. Load 41.5 s: 3 x 41.5 / 5 = 24.9 -> 25 probes. Grace 5 + 1 + 25 + 5.
+    # Memory 1.25 x 1 GiB. Cores 1.2 x 1.1 = 1.32 -> 2.
+    assert (half["rate"]["tokens_per_second"], half["rate"]["measured"]) == (100_000, True)
+    assert values(half["figures"]) == {
+        "rate, measured": 100_000,
+        "load time": 41.5,
+        "cold start": 150,
+        "failures of the startup probe": 25,
+        "drain": 25,
+        "grace period": 36,
+        "host memory": 1_342_177_280,
+        "cores": 2,
+    }
+    # Cluster one has 80%: base 40,000, peak 280,000. A half is planned with 80,000: base 1, peak 3.5 -> 4, but the
+    # cluster has 3. Minimum 2, so one can be added. Overflow: 0.8 x 1,500 x 150 / 100,000 = 1.8 -> 2, but only 1 can.
+    # Cost: (2 + 1) and (3 + 1) x 2.745 / 2 x 730.
+    one, two = half["clusters"]
+    assert values(one["figures"]) == {
+        "replicas at base": 1,
+        "replicas at peak": 4,
+        "minimum": 2,
+        "maximum": 3,
+        "overflow": 1,
+        "cost at the minimum": pytest.approx(3_005.775, abs=0.006),
+        "cost at the peak": 4_007.70,
+        "cost at the maximum": 4_007.70,
+    }
+    # Cluster two has 20%: peak 70,000 / 80,000 -> 1, but at least 2 replicas run. No price on gcp.
+    assert values(two["figures"]) == {"replicas at base": 1, "replicas at peak": 1, "minimum": 2, "maximum": 2}
+    # An L4 is planned with 32,000. Cluster one: 280,000 - 3 x 80,000 = 40,000 / 32,000 = 1.25 -> 2; without any half,
+    # 280,000 / 32,000 = 8.75 -> 9. Cost: 2 and 9 x 0.8048 x 730.
+    assert l4["rate"]["measured"] is False
+    assert values(l4["figures"])["rate, assumed"] == 40_000
+    assert values(l4["clusters"][0]["figures"]) == {
+        "replicas at base": 0,
+        "replicas at peak": 2,
+        "minimum": 0,
+        "maximum": 9,
+        "cost at the minimum": 0,
+        "cost at the peak": 1_175.01,
+        "cost at the maximum": 5_287.54,
+    }
+    # Cluster two: 70,000 / 32,000 = 2.2 -> 3. No half can be added there, so the L4 has the overflow:
+    # 0.2 x 1,500 x min(300, 200) / 40,000 = 1.5 -> 2.
+    assert values(l4["clusters"][1]["figures"]) == {
+        "replicas at base": 0,
+        "replicas at peak": 0,
+        "minimum": 0,
+        "maximum": 3,
+        "overflow": 2,
+    }
+    # 4,007.70 + 1,175.01 and 4,007.70 + 5,287.54
+    assert found["cost"]["usd_per_month_at_minimum"] == pytest.approx(3_005.775, abs=0.006)
+    assert found["cost"]["usd_per_month_at_peak"] == 5_182.71
+    assert found["cost"]["usd_per_month_at_maximum"] == 9_295.24
+    assert found["cost"]["without_price"] == ["embed-half in two", "embed-l4 in two"]
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_changed_receipt_changes_only_what_comes_from_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = document(capsys)
+    # 300 requests/s x 250 = 75,000 tokens/s; planned 60,000.
+    write_receipt(folder / "half.json", HALF, 300.0, resources={"server_peak_bytes": 2**30, "server_cores": 1.1})
+    after = document(capsys)
+    changed = differences(before, after)
+    numbers = {path: pair for path, pair in changed.items() if not isinstance(pair[0], str)}
+    assert numbers == {
+        "models.0.flavors.0.rate.tokens_per_second": (100_000, 75_000),
+        "models.0.flavors.0.figures.0.value": (100_000, 75_000),
+        # Cluster one: 280,000 / 60,000 = 4.7 -> 5 at the peak; it still has only 3. Two: 70,000 / 60,000 -> 2.
+        "models.0.flavors.0.clusters.0.figures.1.value": (4, 5),
+        "models.0.flavors.0.clusters.1.figures.1.value": (1, 2),
+        # L4 in cluster one: 280,000 - 3 x 60,000 = 100,000 / 32,000 = 3.1 -> 4; 4 x 0.8048 x 730 = 2,350.02.
+        "models.0.flavors.1.clusters.0.figures.1.value": (2, 4),
+        "models.0.flavors.1.clusters.0.figures.5.value": (1_175.01, 2_350.02),
+        "cost.usd_per_month_at_peak": (5_182.71, 6_357.72),
+    }
+    old_seal = before["models"][0]["flavors"][0]["rate"]["source"].split()[1]
+    unnamed = {
+        path
+        for path, (old, _) in changed.items()
+        if path not in numbers and not any(text in old for text in (old_seal, "100,000"))
+    }
+    # Texts name the receipt or its rate, but for min(3, 4), which is now min(3, 5), and the cost of 2, now 4, L4.
+    assert unnamed == {
+        "models.0.flavors.0.clusters.0.figures.3.formula",
+        "models.0.flavors.1.clusters.0.figures.5.formula",
+    }
+
+
+def differences(before: Any, after: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return the leaves that differ, by dotted path. A list with another length is one difference."""
+    if isinstance(before, dict) and isinstance(after, dict) and before.keys() == after.keys():
+        parts = [(key, before[key], after[key]) for key in before]
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        parts = [(str(index), *pair) for index, pair in enumerate(zip(before, after, strict=True))]
+    else:
+        return {} if before == after else {path.removeprefix("."): (before, after)}
+    return {found: pair for key, old, new in parts for found, pair in differences(old, new, f"{path}.{key}").items()}
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_tables_have_the_formulas_and_their_sources(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["deploy", "--explain"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "5,182.71 if the peak lasts, at most 9,295.24 with all flavors at their maximum" in text
+    assert "no list price: embed-half in two, embed-l4 in two" in text
+    assert "rate, assumed" in text
+    assert "rate, measured" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to do"),
+        (["--explain", "--kubernetes-version", "1.31"], "'1.31' is not supported"),
+        (["--explain", "--clusters", "absent.yaml"], "absent.yaml cannot be read"),
+        (["--explain", "-f", "absent.yaml"], "absent.yaml not found"),
+        (["--explain", "-f", "inferctl.yaml", "-f", "inferctl.yaml"], "two specs have the name embed"),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_wrong_command_lines(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["deploy", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_clusters_file_is_next_to_the_spec(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = folder / "inner"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    assert [each["name"] for each in document(capsys, "-f", "../inferctl.yaml")["clusters"]] == ["one", "two"]
+
+
+def test_the_example_of_the_docs_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = shutil.copytree(EXAMPLE, tmp_path / "example")
+    monkeypatch.chdir(example)
+    found = document(capsys, "-f", "embed.yaml", "-f", "generate.yaml")
+    assert [model["name"] for model in found["models"]] == ["embed", "generate"]
+    assert not any(flavor["rate"]["measured"] for model in found["models"] for flavor in model["flavors"])
+    assert any("invented figures" in warning for warning in found["warnings"])
+
+
+def test_the_figures_in_the_docs_are_those_of_the_example(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (EXAMPLE.parents[1] / "deploy.md").read_text()
+    shown = text.partition("the example has these figures")[2].split("```")[1].removeprefix("text").strip()
+    monkeypatch.chdir(shutil.copytree(EXAMPLE, tmp_path / "example"))
+    half = document(capsys, "-f", "embed.yaml", "-f", "generate.yaml")["models"][0]["flavors"][0]
+    (cluster,) = (each for each in half["clusters"] if each["name"] == "aws-eu-central-1")
+    lines = {
+        " ".join(f"{each['name']} {each['value']:,} {each['unit']} {each['formula']}".split())
+        for each in cluster["figures"]
+    }
+    assert {" ".join(line.split()) for line in shown.splitlines()} <= lines
+
+
+def test_the_sample_receipts_are_those_of_their_script(tmp_path: Path) -> None:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("sample_receipts", EXAMPLE / "sample_receipts.py")
+    assert spec
+    assert spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    from inferctl.bench import receipt
+
+    for task, rows in (("embed", script.EMBED), ("generate", script.GENERATE)):
+        for row in rows:
+            made = receipt.write(tmp_path / "made.json", script.document(task, row))
+            assert made.data == receipt.load(EXAMPLE / "receipts" / f"{task}-{row[0]}.json").data

@@ -1,0 +1,269 @@
+"""The plan of a deployment: rates from receipts, fit, node labels, limits, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deploy_sources import HALF, IMAGE, SMALL, cluster, plan, receipt_document, spec, write_receipt
+
+from inferctl import catalog
+from inferctl.bench import receipt
+from inferctl.deploy import gpu
+from inferctl.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
+from inferctl.fit import ModelSize, UnknownSize
+
+TRAFFIC = {"base_rps": 100, "peak_rps": 1000, "tokens_per_request": 250}
+
+
+def flavor(**keys: Any) -> dict[str, Any]:
+    return {"hardware": "l4", "image": IMAGE, "tokens_per_second": 50_000, **keys}
+
+
+def one(**keys: Any) -> dict[str, Any]:
+    return {"flavors": [flavor(**keys)], "traffic": TRAFFIC}
+
+
+def test_a_receipt_gives_the_rate_precision_load_drain_memory_and_cores(tmp_path: Path) -> None:
+    resources = {"server_peak_bytes": 3_900_000_000, "server_cores": 2.4}
+    write_receipt(tmp_path / "r.json", HALF, 400.0, resources=resources)
+    deploy = {"flavors": [{"hardware": HALF, "image": IMAGE, "receipt": "r.json"}], "traffic": TRAFFIC}
+    (found,) = plan(spec(deploy), tmp_path).models[0].flavors
+    assert found.rate
+    assert (found.rate.tokens_per_second, found.rate.measured) == (100_000, True)
+    assert found.rate.source.endswith("(measured 2026-11-20, within the SLO): 400 requests/s x 250 tokens")
+    assert (found.precision, found.sharing, found.label) == ("bf16", "mig", "a100-40gb-mig-3g-20gb")
+    assert (found.load_s.value, found.startup_failures.value) == (41.5, 25)
+    assert (found.drain_s.value, found.cpu.value, found.memory_bytes.value) == (25, 3, 4650 * 1024**2)
+
+
+def test_a_closed_loop_gives_a_rate_with_a_warning_and_an_open_one_none(tmp_path: Path) -> None:
+    deploy = {"flavors": [{"hardware": "l4", "image": IMAGE, "receipt": "r.json"}], "traffic": TRAFFIC}
+    write_receipt(tmp_path / "r.json", "l4", 200.0, search=None, plan={"load": {"task": "embed", "mode": "closed"}})
+    found = plan(spec(deploy), tmp_path).models[0]
+    assert found.flavors[0].rate
+    assert found.flavors[0].rate.tokens_per_second == 50_000
+    assert any("throughput of a closed loop" in warning for warning in found.warnings)
+    write_receipt(tmp_path / "r.json", "l4", 200.0, search=None)
+    with pytest.raises(NotEnoughEvidenceError, match="open loop without a search"):
+        plan(spec(deploy), tmp_path)
+
+
+def test_a_search_of_generation_gives_tokens_of_prompts_and_answers(tmp_path: Path) -> None:
+    summary = {"requests_per_s": 4.0, "tokens_per_request": 512.0, "output_tokens_per_request": 128.0}
+    load = {"load": {"task": "generate", "mode": "open"}}
+    write_receipt(tmp_path / "r.json", "l4", 4.0, plan=load, summary=summary)
+    deploy = {"flavors": [{"hardware": "l4", "image": IMAGE, "receipt": "r.json"}], "traffic": TRAFFIC}
+    unknown = UnknownSize("no network", "")
+    (found,) = plan(spec(deploy), tmp_path, task="generate", size=unknown).models[0].flavors
+    assert found.rate
+    assert found.rate.tokens_per_second == 2560  # 4 x (512 + 128)
+    with pytest.raises(UsageError, match="is of the task generate, but the model is for embed"):
+        plan(spec(deploy), tmp_path)
+
+
+def test_a_sample_receipt_does_not_count_as_measured(tmp_path: Path) -> None:
+    write_receipt(tmp_path / "r.json", "l4", 200.0, sample=True)
+    deploy = {"flavors": [{"hardware": "l4", "image": IMAGE, "receipt": "r.json"}], "traffic": TRAFFIC}
+    found = plan(spec(deploy), tmp_path).models[0]
+    assert found.flavors[0].rate
+    assert not found.flavors[0].rate.measured
+    assert found.flavors[0].rate.source.startswith("sample receipt ")
+    assert "invented" in found.flavors[0].rate.origin
+    assert any("invented figures" in warning for warning in found.warnings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"hardware": {"key": "t4", "name": "T4"}}, UsageError, "was measured on t4, not on l4"),
+        ({"quality": {"checked": True, "passes": False}}, NotEnoughEvidenceError, "below the quality limits"),
+        (
+            {"validity": {"valid": False, "reasons": ["9 requests failed"], "cautions": []}},
+            InvalidRunError,
+            "9 requests failed",
+        ),
+        ({"search": {"verdict": "none holds", "reason": "p99 too high"}}, NotEnoughEvidenceError, "p99 too high"),
+        ({"summary": {"requests_per_s": 5.0}}, NotEnoughEvidenceError, "no tokens per request"),
+        ({"precision": {"effective": "fp16"}}, UsageError, "the receipt is of fp16, but the flavor is served in bf16"),
+    ],
+)
+def test_receipts_that_do_not_fit_are_refused(
+    changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    write_receipt(tmp_path / "r.json", "l4", 200.0, **changes)
+    flavors = [{"hardware": "l4", "image": IMAGE, "receipt": "r.json", "precision": "bf16"}]
+    with pytest.raises(error, match=message) as caught:
+        plan(spec({"flavors": flavors, "traffic": TRAFFIC}), tmp_path)
+    assert str(caught.value).startswith("deploy.flavors[0]: ")
+
+
+def test_an_altered_receipt_is_refused(tmp_path: Path) -> None:
+    file = write_receipt(tmp_path / "r.json", "l4", 200.0)
+    file.write_text(file.read_text().replace("200.0", "900.0"))
+    flavors = [{"hardware": "l4", "image": IMAGE, "receipt": "r.json"}]
+    with pytest.raises(InvalidRunError, match="altered after it was sealed"):
+        plan(spec({"flavors": flavors, "traffic": TRAFFIC}), tmp_path)
+
+
+def test_an_assumed_rate_is_called_assumed() -> None:
+    (found,) = plan(spec(one())).models[0].flavors
+    assert found.rate
+    assert "assumed in the spec, not measured" in found.rate.source
+    assert "rate assumed in the spec" in found.placements[0].max_replicas.source
+
+
+def test_a_flavor_without_a_rate_needs_its_limits_and_keeps_its_minimum() -> None:
+    with pytest.raises(UsageError, match="has no min_replicas and no max_replicas, and without a rate") as caught:
+        plan(spec(one(tokens_per_second=None)))
+    assert caught.value.hint
+    found = plan(spec(one(tokens_per_second=None, min_replicas=2, max_replicas=5))).models[0]
+    assert found.flavors[0].placements[0].replicas
+    assert found.flavors[0].placements[0].replicas.value == 2
+    assert any("not scaled by work" in warning for warning in found.warnings)
+
+
+def test_without_traffic_the_limits_are_required() -> None:
+    with pytest.raises(UsageError, match=r"without deploy\.traffic"):
+        plan(spec({"flavors": [flavor(min_replicas=1)]}))
+    placed = plan(spec({"flavors": [flavor(min_replicas=1, max_replicas=4)]})).models[0].flavors[0].placements[0]
+    assert (placed.min_replicas.value, placed.max_replicas.value, placed.overflow) == (1, 4, None)
+
+
+def test_a_model_that_does_not_fit_its_slice_is_refused_with_the_arithmetic() -> None:
+    large = ModelSize(8_000_000_000, SMALL.config)
+    with pytest.raises(UsageError, match=r"a100-40gb-mig-1g.5gb: .*5\.0 GB") as caught:
+        plan(spec(one(hardware="a100-40gb-mig-1g.5gb")), size=large)
+    assert caught.value.hint
+
+
+def test_pods_that_share_a_gpu_share_its_memory() -> None:
+    # 6 GB of weights fit into 24 GB, but not into a quarter of it.
+    size = ModelSize(3_000_000_000, SMALL.config)
+    assert plan(spec(one()), size=size).models[0].flavors[0].fit.memory_bytes == 24_000_000_000
+    with pytest.raises(UsageError, match=r"6\.0 GB"):
+        plan(spec(one(sharing="time-slicing", shared_by=4)), size=size)
+
+
+@pytest.mark.parametrize("config", [{"model_type": "bloom"}, {"alibi": True}, {"attn_config": {"alibi": True}}])
+def test_alibi_needs_its_own_memory(config: dict[str, Any]) -> None:
+    size = ModelSize(100_000_000, {**SMALL.config, **config})
+    with pytest.raises(UsageError, match=r"uses ALiBi, and sharing: mps does not isolate memory.*square of the input"):
+        plan(spec(one(sharing="mps", shared_by=2)), size=size)
+    assert plan(spec(one()), size=size).models[0].flavors[0].isolated
+    assert plan(spec(one(hardware=HALF)), size=size).models[0].flavors[0].isolated
+
+
+def test_vllm_servers_that_share_a_gpu_must_not_each_take_all_of_it() -> None:
+    made = spec(one(sharing="time-slicing", shared_by=2), image={"base": "vllm-cuda13.0"})
+    with pytest.raises(UsageError, match=r"each takes serve.gpu_memory_share: 0\.9") as caught:
+        plan(made, task="generate", size=SMALL)
+    assert caught.value.hint == "set serve.gpu_memory_share to at most 0.47"
+
+
+@pytest.mark.parametrize(
+    ("deploy", "sections", "message"),
+    [
+        ({}, {}, "has no hardware to run on"),
+        (one(image=None), {}, "has no image"),
+        (one(hardware="l5"), {}, r"deploy.flavors\[0\]: hardware 'l5' not found"),
+        (one(name="x" * 45), {}, "longer than 46"),
+        (one(), {"model": {"source": "a/b"}}, r"deploy\.weights names no volume"),
+        (one(), {"access": {"keys": "keys.json"}}, "no Secret has the key file"),
+        ({**one(), "keys_secret": "s"}, {}, "the server asks for no keys"),
+        ({"flavors": [flavor()], "traffic": {"base_rps": 1, "peak_rps": 2}}, {}, "has no tokens_per_request"),
+        (one(hardware="a100-40gb-pcie"), {}, r"has no label nvidia.com/gpu.product"),
+    ],
+)
+def test_what_is_missing_is_named(deploy: dict[str, Any], sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan(spec(deploy, **sections))
+
+
+def test_an_image_without_a_digest_is_a_warning() -> None:
+    made = spec(one(image=None), image={"repository": "registry.example.com/ml/embed", "tag": "1"})
+    found = plan(made).models[0]
+    assert found.flavors[0].image == "registry.example.com/ml/embed:1"
+    assert any("has no digest" in warning for warning in found.warnings)
+
+
+def test_a_peak_that_the_limits_do_not_serve_is_a_warning() -> None:
+    # One replica serves 0.7 x 50,000 = 35,000 of 250,000 tokens/s: 14%.
+    (warning,) = plan(spec(one(max_replicas=1))).models[0].warnings
+    assert warning.startswith("default: all replicas at their maximum serve 14% of the peak of embed")
+
+
+def test_hardware_that_a_cluster_lacks_is_left_out_there() -> None:
+    deploy = {"flavors": [flavor(), flavor(hardware="t4", tokens_per_second=10_000)], "traffic": TRAFFIC}
+    clusters = [{"name": "a", "share": 0.5}, {"name": "b", "share": 0.5, "max_replicas": {"l4": 0}}]
+    first, second = plan(spec(deploy), clusters=clusters).models[0].flavors
+    assert [placed.max_replicas.value for placed in first.placements] == [4, 0]
+    assert first.placements[1].replicas
+    assert first.placements[1].overflow is None
+    # 0.5 x 250,000 / 7,000 = 17.9 -> 18, and the overflow belongs to the first flavor that is there.
+    assert second.placements[1].max_replicas.value == 18
+    assert second.placements[1].overflow
+    assert second.placements[0].overflow is None
+
+
+GKE = {"cloud": "gcp", "region": "x"}
+
+
+@pytest.mark.parametrize(
+    ("key", "sharing", "keys", "name", "labels"),
+    [
+        (HALF, "mig", {}, "nvidia.com/mig-3g.20gb", {"gpu.product": "NVIDIA-A100-SXM4-40GB"}),
+        (
+            HALF,
+            "mig",
+            {"mig_strategy": "single"},
+            "nvidia.com/gpu",
+            {"gpu.product": "NVIDIA-A100-SXM4-40GB-MIG-3g.20gb"},
+        ),
+        (HALF, "mig", GKE, "nvidia.com/gpu", {"gke-gpu-partition-size": "3g.20gb"}),
+        ("l4", "whole", {}, "nvidia.com/gpu", {"gpu.product": "NVIDIA-L4"}),
+        ("l4", "whole", GKE, "nvidia.com/gpu", {"gke-accelerator": "nvidia-l4"}),
+        ("l4", "whole", {**GKE, "gpu_labels": "nvidia"}, "nvidia.com/gpu", {"gpu.product": "NVIDIA-L4"}),
+        ("l4", "time-slicing", {}, "nvidia.com/gpu.shared", {"gpu.product": "NVIDIA-L4"}),
+        ("l4", "whole", {"labels": {"team": "ml"}}, "nvidia.com/gpu", {"team": "ml"}),
+    ],
+)
+def test_the_gpu_has_the_name_and_labels_of_the_cluster(
+    key: str, sharing: Any, keys: dict[str, Any], name: str, labels: dict[str, str]
+) -> None:
+    found = gpu.resource(catalog.hardware(key), sharing, 1, cluster(**keys))
+    assert found
+    assert found.name == name
+    values = {label.rpartition("/")[2]: value for label, value in found.labels.items()}
+    assert {label: (value,) for label, value in labels.items()}.items() <= values.items()
+    # A node whose slices are not made yet offers the whole GPU. GKE makes slices before a node joins.
+    assert ("mig.config.state" in values) == (key == HALF and "cloud" not in keys)
+
+
+def test_a_cpu_has_no_gpu() -> None:
+    assert gpu.resource(catalog.hardware("cpu"), "whole", 1, None) is None
+
+
+def test_two_models_must_fit_the_limits_of_a_cluster_together(tmp_path: Path) -> None:
+    from inferctl.deploy import resolve
+    from inferctl.deploy.clusters import Clusters
+
+    sources = [
+        resolve.Source(spec(one(min_replicas=2, max_replicas=4), name=name), tmp_path, SMALL, "embed")
+        for name in ("first", "second")
+    ]
+
+    def resolved(limit: int) -> list[str]:
+        found = Clusters.model_validate({"clusters": [{"name": "a", "max_replicas": {"l4": limit}}]}).resolved()
+        return [warning for model in resolve.resolve(sources, found).models for warning in model.warnings]
+
+    assert not any("add up" in warning for warning in resolved(8))
+    assert any("the maxima of first-l4 and second-l4 add up to 8" in warning for warning in resolved(6))
+    with pytest.raises(UsageError, match="first-l4 and second-l4 need 4 at their minimum"):
+        resolved(3)
+
+
+def test_the_sample_documents_of_these_tests_are_receipts(tmp_path: Path) -> None:
+    """Otherwise these tests would pass with documents that no benchmark writes."""
+    assert receipt_document("l4", 1.0).keys() >= receipt._REQUIRED
