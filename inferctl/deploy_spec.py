@@ -172,6 +172,10 @@ class Deploy(Section):
     ledger_secret: ObjectName | None = Field(
         None, description="Secret with the URL of the ledger, under `url`, for the worker of usage events."
     )
+    tools_image: Image | None = Field(
+        None,
+        description="Image with `inferctl[ledger,broker,bench]` for the workers of usage events and for bench Jobs.",
+    )
     gateway: Literal["none", "envoy"] = Field("none", description="Gateway before the replicas: `none` or `envoy`.")
     router: Literal["none", "epp", "envoy-gateway"] = Field(
         "none",

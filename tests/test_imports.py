@@ -62,7 +62,9 @@ ALLOWED = {
     "bench": FACTS | {"estimate"},
     "gateway": {"core_files", "errors", "outputs"},
     "deploy": FACTS
-    | {"deploy_spec", "fit", "generation_fit", "sizes", "spec_types", "bench.receipt", "bench.report.capacity"},
+    | {"deploy_spec", "fit", "generation_fit", "sizes", "spec_types", "bench.receipt", "bench.report.capacity"}
+    # The configuration of Envoy, and where the image expects its keys.
+    | {"gateway.config", "render"},
 }
 # The packages of `bench` in the order of the data flow. Each imports from itself and from earlier ones.
 BENCH_ORDER = ["", "plan", "load", "judge", "measure", "report"]
@@ -74,6 +76,7 @@ ONLY_IN = {
     "jwt": ("access/oidc.py",),
     "huggingface_hub": ("hub.py",),
     "yaml": ("document.py", "pin.py", "render.py"),
+    "ruamel": ("deploy/manifest.py",),
     "sqlalchemy": ("database.py", "metering/ledger.py", "metering/migrations/", "fleet/"),
     "alembic": ("database.py", "metering/migrations/", "fleet/migrations/"),
     "psycopg": (),
@@ -93,6 +96,7 @@ HEAVY = [
     "numpy",
     "rich",
     "yaml",
+    "ruamel",
     "pydantic",
     "starlette",
     "uvicorn",

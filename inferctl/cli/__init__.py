@@ -43,7 +43,7 @@ class Root(LazyGroup):
             "inferctl.cli.estimate", "estimate", "Estimate latency, throughput and cost on other hardware."
         ),
         "capacity": Command("inferctl.cli.capacity", "capacity", "Write the measured capacity from a receipt."),
-        "deploy": Command("inferctl.cli.deploy", "deploy", "Compute a Kubernetes deployment from receipts."),
+        "deploy": Command("inferctl.cli.deploy", "deploy", "Write Kubernetes manifests from receipts."),
         "usage": Command("inferctl.cli.usage", "usage", "Sum up the usage that servers recorded, with prices."),
         "worker": Command("inferctl.cli.worker", "worker", "Bring usage events to the ledger."),
         "doctor": Command("inferctl.cli.doctor", "doctor", "Check what this machine can build, serve and measure."),

@@ -1,4 +1,4 @@
-"""`inferctl deploy`: compute a Kubernetes deployment from specs, clusters and receipts."""
+"""`inferctl deploy`: write Kubernetes manifests from specs, clusters and receipts."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ EPILOG = """\b
 Examples:
   # Show the arithmetic: replicas, overflow, probes and cost
   inferctl deploy --explain
-  # Explain two models
-  inferctl deploy -f embed.yaml -f generate.yaml --explain
+  # Write the manifests of two models
+  inferctl deploy -f embed.yaml -f generate.yaml --output manifests
+  # Apply those of one cluster
+  kubectl apply -k manifests/overlays/aws-eu-central-1
 """
 
 
@@ -30,6 +32,9 @@ def deploy(
         typer.Option(
             "--spec", "-f", metavar="FILE", help="Read this spec file; repeatable. [default: ./inferctl.yaml]"
         ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Write the manifests to DIR, for kustomize.")
     ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print each derived number with its formula and source.")
@@ -44,23 +49,31 @@ def deploy(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Compute a Kubernetes deployment from specs, the clusters file and measured receipts."""
+    """Write Kubernetes manifests from specs, the clusters file and measured receipts."""
     from inferctl.errors import UsageError
 
-    if not explain and not as_json:
-        raise UsageError("nothing to do without --explain", "pass `--explain` or `--json`")
+    if output is None and not explain and not as_json:
+        raise UsageError("nothing to do without --output and --explain", "pass `--output DIR` or `--explain`")
     plan = _plan(spec_files, clusters_file, kubernetes_version)
     for model in plan.models:
         for warning in model.warnings:
             console.warn(warning)
+    written: list[str] = []
+    if output is not None:
+        from inferctl.cli import deploy_files
+
+        written = deploy_files.write(plan, output)
     if as_json:
         from inferctl.deploy.explain import document
 
-        console.document(document(plan))
+        console.document(document(plan) | ({"output": str(output), "files": written} if output else {}))
         return
-    from inferctl.cli import deploy_explain
+    if explain:
+        from inferctl.cli import deploy_explain
 
-    deploy_explain.report(plan)
+        deploy_explain.report(plan)
+    if output is not None:
+        console.note(f"wrote {len(written)} files to {output}; apply a cluster with `kubectl apply -k`")
 
 
 def _plan(spec_files: list[Path] | None, clusters_file: Path | None, version: str | None) -> Plan:

@@ -1,0 +1,290 @@
+"""The files of a deployment, for kustomize: `base/`, one component for each capability, one overlay for each cluster.
+
+    base/                  what is the same everywhere: servers, Services, budgets, network policies
+    components/NAME/       a capability that an overlay includes: monitoring, gateway, metering, ...
+    overlays/CLUSTER/      one cluster: its replicas, GPU resource and node labels, quota, options
+    bench/CLUSTER/         the bench Jobs of one cluster, which run before the rest is deployed
+    gpu-operator/CLUSTER/  values of the GPU Operator's Helm chart, for MIG slices and shared GPUs
+    karmada/               all clusters together, instead of overlays
+
+`kubectl apply -k overlays/CLUSTER` installs all that belongs to one cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from inferctl.deploy import manifest, versions
+from inferctl.deploy.clusters import Cluster
+from inferctl.deploy.figure import Figure, Noted
+from inferctl.deploy.objects import (
+    bench,
+    gateway,
+    karmada,
+    metering,
+    options,
+    policy,
+    router,
+    scaling,
+    service,
+    sharing,
+    workload,
+)
+from inferctl.deploy.objects.metadata import COMPONENT, SERVER, Object, labels_of
+from inferctl.deploy.plan import FlavorPlan, ModelPlan, Plan
+from inferctl.errors import UsageError
+
+_KUSTOMIZE = "kustomize.config.k8s.io"
+_FILE = "kustomization.yaml"
+OLDEST = 32
+
+
+@dataclass
+class Folder:
+    """One kustomization: files with objects, and files with patches of objects of others."""
+
+    resources: dict[str, list[Object]] = field(default_factory=dict)
+    patches: dict[str, list[Object]] = field(default_factory=dict)
+    bases: list[str] = field(default_factory=list)
+    components: list[str] = field(default_factory=list)
+
+    def files(self, path: str, kind: str = "Kustomization") -> dict[str, str]:
+        """Return the files by path. Files without objects are left out."""
+        resources = {name: objects for name, objects in self.resources.items() if objects}
+        patches = {name: objects for name, objects in self.patches.items() if objects}
+        version = "v1alpha1" if kind == "Component" else "v1beta1"
+        kustomization: Object = {"apiVersion": f"{_KUSTOMIZE}/{version}", "kind": kind}
+        if listed := [*self.bases, *resources]:
+            kustomization["resources"] = listed
+        if self.components:
+            kustomization["components"] = self.components
+        if patches:
+            kustomization["patches"] = [{"path": name} for name in patches]
+        found = {name: manifest.dump(objects) for name, objects in {**resources, **patches}.items()}
+        return {f"{path}/{name}": text for name, text in {_FILE: manifest.dump([kustomization]), **found}.items()}
+
+
+def files(plan: Plan) -> dict[str, str]:
+    """Return all files of the deployment: relative path -> text. Raises `UsageError` if a cluster cannot run it."""
+    for model in plan.models:
+        check(model, plan.clusters)
+    base, components = _base(plan), _components(plan)
+    found = base.files("base")
+    for name, component in components.items():
+        found |= component.files(f"components/{name}", "Component")
+    if any(model.spec.deploy.karmada for model in plan.models):
+        found |= _karmada(plan, [base, *components.values()], list(components)).files("karmada")
+    for cluster in plan.clusters:
+        found |= _overlay(plan, cluster, list(components)).files(f"overlays/{cluster.name}")
+        if benches := [model for model in plan.models if model.spec.deploy.bench]:
+            found |= _bench(plan, benches, cluster).files(f"bench/{cluster.name}")
+        found |= _gpu_operator(plan, cluster)
+    return dict(sorted(found.items()))
+
+
+def check(model: ModelPlan, clusters: Sequence[Cluster]) -> None:
+    """Raise `UsageError` if the pods of `model` could not start: no image, a field that a version lacks."""
+    spec = model.spec
+    metering.check(spec)
+    bench.check(spec)
+    karmada.check(model)
+    needed = []
+    if spec.model.weights == "mount" and spec.deploy.weights.image:
+        needed.append(("image-volume", "deploy.weights.image"))
+    if any(flavor.sharing == "dra" for flavor in model.flavors):
+        needed.append(("dra", "sharing: dra"))
+    for cluster in clusters:
+        if cluster.minor < OLDEST:
+            raise UsageError(
+                f"cluster {cluster.name} has Kubernetes {cluster.kubernetes}; the manifests need 1.{OLDEST}",
+                "update the cluster",
+            )
+        for feature, setting in needed:
+            if not versions.works(feature, cluster.kubernetes):
+                known = versions.FEATURES[feature]
+                raise UsageError(
+                    f"{spec.name}: {setting} needs Kubernetes 1.{known.since}; cluster {cluster.name} has "
+                    f"{cluster.kubernetes}",
+                    f"use {known.instead}",
+                )
+
+
+def _base(plan: Plan) -> Folder:
+    namespace = plan.namespace
+    found = Folder({"namespace.yaml": _namespace(namespace), "priorities.yaml": policy.priority_classes()})
+    for model in plan.models:
+        found.resources[f"{model.name}.yaml"] = _model(model, namespace)
+    return found
+
+
+def _namespace(name: str) -> list[Object]:
+    return [policy.namespace(name), policy.deny_all(name), policy.allow_dns(name)]
+
+
+def _model(model: ModelPlan, namespace: str) -> list[Object]:
+    spec = model.spec
+    egress = [*metering.egress(spec, namespace)]
+    urls = [spec.cache.shared if spec.cache.size else None, spec.access.oidc.issuer]
+    egress += [policy.endpoint(url, namespace) for url in urls if url and not url.startswith("unix:")]
+    if spec.model.weights == "download":
+        egress.append(policy.Endpoint(443, None))
+    through = gateway.GATEWAY if spec.deploy.gateway == "envoy" else None
+    claims = [sharing.claim_template(model, each, namespace) for each in model.flavors if each.sharing == "dra"]
+    return [
+        policy.service_account(model.name, namespace),
+        service.service(model.name, namespace),
+        policy.disruption_budget(model.name, namespace, labels_of(model.name, SERVER)),
+        policy.server_policy(model.name, namespace, gateway=through, egress=egress),
+        *claims,
+        *(workload.deployment(model, flavor, namespace) for flavor in model.flavors),
+    ]
+
+
+def _components(plan: Plan) -> dict[str, Folder]:
+    """Return the components that the plan uses, by name."""
+    namespace = plan.namespace
+    found: dict[str, Folder] = {}
+    gateways = [model for model in plan.models if model.spec.deploy.gateway == "envoy"]
+    if gateways:
+        found["gateway"] = Folder({f"{model.name}.yaml": gateway.objects(model, namespace) for model in gateways})
+    routed = [model for model in plan.models if model.spec.deploy.router != "none"]
+    if routed:
+        found["router"] = Folder({f"{model.name}.yaml": _routed(model, namespace) for model in routed})
+    if consumers := metering.consumers(plan.models, namespace):
+        accounts = [policy.service_account(metering.CONSUMER, namespace)]
+        found["metering"] = Folder({"usage-worker.yaml": [*accounts, *consumers]})
+    if sources := _prometheus_namespaces(plan):
+        found["monitoring"] = _monitoring(plan, sources)
+    return found
+
+
+def _routed(model: ModelPlan, namespace: str) -> list[Object]:
+    if model.spec.deploy.router == "epp":
+        return [*router.objects(model, namespace), options.http_route(model, namespace, pool=True)]
+    route = options.http_route(model, namespace, pool=False)
+    return [route, options.backend_traffic_policy(model, namespace)]
+
+
+def _karmada(plan: Plan, folders: Sequence[Folder], components: Sequence[str]) -> Folder:
+    objects = [each for folder in folders for listed in folder.resources.values() for each in listed]
+    return Folder(
+        resources={"policies.yaml": karmada.policies(plan, objects)},
+        patches={"replicas.yaml": karmada.replicas(plan)},
+        bases=["../base"],
+        components=[f"../components/{name}" for name in components],
+    )
+
+
+def _gpu_operator(plan: Plan, cluster: Cluster) -> dict[str, str]:
+    """Return the settings of the GPU Operator in a cluster whose nodes it labels; none if the defaults do."""
+    placed = [flavor for model in plan.models for flavor in model.flavors if flavor.at(cluster).max_replicas.value]
+    if cluster.node_labels != "nvidia":
+        return {}
+    objects, values = options.gpu_operator(placed, cluster.mig_strategy)
+    if not values:
+        return {}
+    folder = f"gpu-operator/{cluster.name}"
+    found = Folder({"config.yaml": objects}).files(folder) if objects else {}
+    return {**found, f"{folder}/values.yaml": manifest.dump([values])}
+
+
+def _monitoring(plan: Plan, sources: Sequence[str]) -> Folder:
+    namespace = plan.namespace
+    monitors = [service.monitor(model.name, namespace) for model in plan.models]
+    policies = [policy.scrape_policy("allow-prometheus", namespace, {COMPONENT: SERVER}, "http", sources)]
+    gateways = [model for model in plan.models if model.spec.deploy.gateway == "envoy"]
+    if gateways:
+        monitors += [
+            service.monitor(model.name, namespace, gateway.GATEWAY, service.METRICS_PORT) for model in gateways
+        ]
+        selector = {COMPONENT: gateway.GATEWAY}
+        policies.append(
+            policy.scrape_policy("allow-prometheus-gateway", namespace, selector, service.METRICS_PORT, sources)
+        )
+    return Folder({"monitors.yaml": monitors, "network.yaml": policies})
+
+
+def _bench(plan: Plan, models: Sequence[ModelPlan], cluster: Cluster) -> Folder:
+    namespace = plan.namespace
+    jobs = {f"{model.name}.yaml": bench.objects(model, cluster, namespace) for model in models}
+    return Folder({"namespace.yaml": _namespace(namespace), **jobs})
+
+
+def _prometheus_namespaces(plan: Plan) -> list[str]:
+    """Return the namespaces from which Prometheus reads metrics, in all clusters."""
+    urls = {cluster.prometheus for cluster in plan.clusters} | {model.spec.deploy.prometheus for model in plan.models}
+    found = {policy.endpoint(url, plan.namespace).namespace for url in urls if url}
+    if not found and any(model.spec.deploy.scaling != "none" for model in plan.models):
+        found = {policy.endpoint(scaling.DEFAULT_PROMETHEUS, plan.namespace).namespace}
+    return sorted(name for name in found if name)
+
+
+def _overlay(plan: Plan, cluster: Cluster, components: Sequence[str]) -> Folder:
+    namespace = plan.namespace
+    flavors = [(model, flavor) for model in plan.models for flavor in model.flavors]
+    patches = []
+    for model, flavor in flavors:
+        placed = flavor.at(cluster)
+        if placed.max_replicas.value == 0:
+            patches.append(_delete(flavor, namespace))
+        elif found := workload.in_cluster(model, flavor, placed, namespace):
+            patches.append(found)
+    zones = []
+    if len(cluster.zones) > 1:
+        same = versions.works("prefer-same-zone", cluster.kubernetes)
+        distribution = "PreferSameZone" if same else "PreferClose"
+        zones = [service.zones(model.name, namespace, distribution) for model in plan.models]
+    scalers = [each for model in plan.models for each in scaling.scaling(model, cluster, namespace)]
+    spare = [each for model, flavor in flavors for each in _overflow(model, flavor, cluster, namespace)]
+    pools = options.node_pools(plan, cluster)
+    return Folder(
+        resources={
+            "quota.yaml": _quota(plan, cluster),
+            "scaling.yaml": scalers,
+            "overflow.yaml": spare,
+            "nodepools.yaml": pools,
+        },
+        patches={"flavors.yaml": patches, "zones.yaml": zones},
+        bases=["../../base"],
+        components=[f"../../components/{name}" for name in components],
+    )
+
+
+def _overflow(model: ModelPlan, flavor: FlavorPlan, cluster: Cluster, namespace: str) -> list[Object]:
+    """Return what keeps nodes for `flavor`, with the GPU resource and the node labels of the cluster."""
+    here = replace(flavor, resource=flavor.at(cluster).resource)
+    deployment = manifest.plain(workload.deployment(model, here, namespace))
+    return scaling.overflow(model, flavor, cluster, deployment)
+
+
+def _delete(flavor: FlavorPlan, namespace: str) -> Object:
+    """Return the patch that removes a flavor, because the cluster cannot have its hardware."""
+    name = {"name": flavor.name, "namespace": namespace}
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": name, "$patch": "delete"}
+
+
+def _quota(plan: Plan, cluster: Cluster) -> list[Object]:
+    """Return the quota of GPUs: what all flavors may have, with a rollout and the overflow."""
+    parts: dict[str, list[tuple[str, int]]] = {}
+    for model in plan.models:
+        for flavor in model.flavors:
+            placed = flavor.at(cluster)
+            if placed.resource is None or placed.max_replicas.value == 0 or flavor.sharing == "dra":
+                continue
+            most, overflow = placed.max_replicas.value, _value(placed.overflow)
+            pods = most + workload.surge(model, flavor) + overflow
+            parts.setdefault(placed.resource.name, []).append((flavor.name, int(pods * placed.resource.count)))
+    hard: Mapping[str, Noted] = {
+        name: Noted(str(sum(count for _, count in counts)), f"{_sum(counts)}: maximum, rollout and overflow")
+        for name, counts in parts.items()
+    }
+    return [policy.quota(plan.namespace, hard)] if hard else []
+
+
+def _value(figure: Figure | None) -> float:
+    return figure.value if figure else 0
+
+
+def _sum(counts: Sequence[tuple[str, int]]) -> str:
+    return " + ".join(f"{count} {name}" for name, count in counts)

@@ -1,0 +1,41 @@
+"""What the containers of all pods share: security contexts for the level `restricted`, and empty volumes."""
+
+from __future__ import annotations
+
+from inferctl.deploy.objects.metadata import Object
+
+# User and group of the images that inferctl builds.
+USER = 10001
+
+
+def pod_security() -> Object:
+    """Return the security context of a pod: the user of the image, without privileges."""
+    return {
+        "runAsNonRoot": True,
+        "runAsUser": USER,
+        "runAsGroup": USER,
+        "fsGroup": USER,
+        "fsGroupChangePolicy": "OnRootMismatch",  # changing the group of all weights would take minutes
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def container_security() -> Object:
+    """Return the security context of a container: no capabilities, and a root file system that is read-only."""
+    return {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def resources(cpu: object, memory: object) -> Object:
+    """Return equal requests and limits, so that a container is not throttled by neighbors and is evicted last."""
+    found = {"cpu": cpu, "memory": memory}
+    return {"requests": found, "limits": dict(found)}
+
+
+def empty(name: str, path: str, limit: str, medium: str | None = None) -> tuple[Object, Object]:
+    """Return an empty volume with a size limit, and its mount. Above the limit, the pod is evicted."""
+    content = {"sizeLimit": limit} | ({"medium": medium} if medium else {})
+    return {"name": name, "emptyDir": content}, {"name": name, "mountPath": path}

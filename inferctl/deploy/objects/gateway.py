@@ -1,0 +1,155 @@
+"""Envoy in front of the servers of a model, with the configuration of `inferctl gateway`."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from inferctl.deploy import manifest
+from inferctl.deploy.figure import Noted
+from inferctl.deploy.objects.containers import container_security, empty, pod_security, resources
+from inferctl.deploy.objects.metadata import HTTP_PORT, Object, labels_of, metadata
+from inferctl.deploy.objects.policy import SERVING_PRIORITY, disruption_budget, gateway_policy, service_account
+from inferctl.deploy.objects.service import METRICS_PORT, headless, headless_name, service
+from inferctl.deploy.objects.workload import port
+from inferctl.deploy.plan import ModelPlan
+from inferctl.gateway import config
+
+GATEWAY = "gateway"
+IMAGE = f"envoyproxy/envoy:v{config.ENVOY_VERSION}"
+_LISTEN = 8080
+_METRICS = 9901
+_DRAIN = 9902
+_CPUS = 2
+_REPLICAS = 2
+_FOLDER = Path("/run/inferctl-gateway")
+_CONFIG_FOLDER = "/etc/inferctl-gateway"
+_CONFIG_FILE = "envoy.yaml"
+# Until endpoints of the Service without this pod are known on all nodes.
+_ENDPOINTS_S = 5
+# As `inferctl gateway --drain`.
+_DRAIN_S = 25
+_MARGIN_S = 5
+_MIB = 1024 * 1024
+
+# Envoy drops the requests in flight on SIGTERM, so they end before. The image has bash, and no HTTP client.
+_DRAIN_SCRIPT = f"""\
+ask() {{
+  exec 3<>/dev/tcp/127.0.0.1/{_DRAIN} || return
+  printf '%s HTTP/1.1\\r\\nHost: envoy\\r\\nContent-Length: 0\\r\\nConnection: close\\r\\n\\r\\n' "$1" >&3
+  cat <&3
+  exec 3>&-
+}}
+ask 'POST /drain'
+sleep {_ENDPOINTS_S}
+for _ in {{1..{_DRAIN_S}}}; do
+  ask 'GET /stats?filter=http.clients.downstream_rq_active' | grep -q 'active: 0' && break
+  sleep 1
+done
+"""
+
+
+def objects(model: ModelPlan, namespace: str) -> list[Object]:
+    """Return the gateway of a model, which all clients use."""
+    text = manifest.dump([bootstrap(model)])
+    labels = labels_of(model.name, GATEWAY)
+    name = f"{model.name}-{GATEWAY}"
+    return [
+        service_account(name, namespace),
+        {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": metadata(name, namespace, labels),
+            "data": {_CONFIG_FILE: text},
+        },
+        _deployment(model, name, namespace, text),
+        service(model.name, namespace, GATEWAY, _METRICS),
+        headless(model.name, namespace),
+        disruption_budget(name, namespace, labels),
+        gateway_policy(model.name, namespace, GATEWAY, port(model)),
+    ]
+
+
+def bootstrap(model: ModelPlan) -> Object:
+    """Return Envoy's configuration. The name of the headless Service means the addresses of all ready servers."""
+    settings = config.Settings(
+        host="0.0.0.0",
+        port=_LISTEN,
+        metrics_port=_METRICS,
+        metrics_host="0.0.0.0",
+        drain_port=_DRAIN,
+        dns=(headless_name(model.name), port(model)),
+    )
+    return config.bootstrap(settings, _FOLDER)
+
+
+def _deployment(model: ModelPlan, name: str, namespace: str, text: str) -> Object:
+    labels = labels_of(model.name, GATEWAY)
+    grace = Noted(_ENDPOINTS_S + _DRAIN_S + _MARGIN_S, f"preStop: {_ENDPOINTS_S} + {_DRAIN_S} s; margin {_MARGIN_S} s")
+    run, run_mount = empty("run", str(_FOLDER), "16Mi")
+    volumes = [{"name": "config", "configMap": {"name": name}}, run]
+    host = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": labels}}
+    pod = {
+        "serviceAccountName": name,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "priorityClassName": SERVING_PRIORITY,
+        "terminationGracePeriodSeconds": grace,
+        "securityContext": pod_security(),
+        "affinity": {
+            "podAntiAffinity": {
+                "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "podAffinityTerm": host}]
+            }
+        },
+        "topologySpreadConstraints": [
+            {
+                "maxSkew": 1,
+                "topologyKey": "topology.kubernetes.io/zone",
+                "whenUnsatisfiable": "ScheduleAnyway",
+                "nodeTaintsPolicy": "Honor",
+                "matchLabelKeys": ["pod-template-hash"],
+                "labelSelector": {"matchLabels": labels},
+            }
+        ],
+        "containers": [_container(run_mount)],
+        "volumes": volumes,
+    }
+    # Envoy reads its configuration at the start only, so a change of it must change the pods.
+    digest = {"inferctl.io/config-sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": metadata(name, namespace, labels),
+        "spec": {
+            "replicas": _REPLICAS,
+            "revisionHistoryLimit": 3,
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
+            "selector": {"matchLabels": labels},
+            "template": {"metadata": {"labels": labels, "annotations": digest}, "spec": pod},
+        },
+    }
+
+
+def _container(run_mount: Object) -> Object:
+    heap = config.Settings().max_heap_bytes // _MIB
+    memory = Noted(f"{heap + 256}Mi", f"Envoy's heap of {heap} MiB, and 256 MiB for code, threads and buffers")
+    ready = {"httpGet": {"path": "/ready", "port": METRICS_PORT}, "timeoutSeconds": 2}
+    return {
+        "name": GATEWAY,
+        "image": IMAGE,
+        "imagePullPolicy": "IfNotPresent",
+        "command": ["envoy", "--config-path", f"{_CONFIG_FOLDER}/{_CONFIG_FILE}", "--concurrency", str(_CPUS)],
+        "args": ["--disable-hot-restart", "--log-level", "warning"],
+        "ports": [
+            {"name": HTTP_PORT, "containerPort": _LISTEN, "protocol": "TCP"},
+            {"name": METRICS_PORT, "containerPort": _METRICS, "protocol": "TCP"},
+        ],
+        "resources": resources(str(_CPUS), memory),
+        "securityContext": container_security(),
+        "startupProbe": {**ready, "periodSeconds": 1, "failureThreshold": 30},
+        "readinessProbe": {**ready, "periodSeconds": 5, "failureThreshold": 1},
+        # /ready fails during a drain, which must not restart the container.
+        "livenessProbe": {"tcpSocket": {"port": METRICS_PORT}, "periodSeconds": 10, "failureThreshold": 3},
+        "lifecycle": {"preStop": {"exec": {"command": ["/bin/bash", "-c", _DRAIN_SCRIPT]}}},
+        "volumeMounts": [{"name": "config", "mountPath": _CONFIG_FOLDER, "readOnly": True}, run_mount],
+    }

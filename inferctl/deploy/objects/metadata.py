@@ -1,0 +1,45 @@
+"""Names and labels that all objects of one deployment share.
+
+The labels of a pod say which model it serves (`app.kubernetes.io/name`), what it does
+(`app.kubernetes.io/component`) and on which flavor of hardware (`inferctl.io/flavor`). Selectors use only these three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Object = dict[str, Any]
+
+NAME = "app.kubernetes.io/name"
+COMPONENT = "app.kubernetes.io/component"
+FLAVOR = "inferctl.io/flavor"
+PART_OF = {"app.kubernetes.io/part-of": "inferctl", "app.kubernetes.io/managed-by": "inferctl"}
+# A namespace with this label, set to "true", may send requests.
+CLIENTS = "inferctl.io/clients"
+NAMESPACE_NAME = "kubernetes.io/metadata.name"
+# Component of the pods that serve the model.
+SERVER = "server"
+BENCH = "bench"
+HTTP_PORT = "http"
+# The label by which an endpoint picker knows which metrics a server has.
+ENGINE = {"llm-d.ai/engine-type": "inferctl"}
+
+
+def metadata(
+    name: str, namespace: str | None, labels: Mapping[str, str], annotations: Mapping[str, str] | None = None
+) -> Object:
+    """Return the metadata of an object. `namespace`: None for an object of the whole cluster."""
+    found: Object = {"name": name}
+    if namespace:
+        found["namespace"] = namespace
+    found["labels"] = {**labels, **PART_OF}
+    if annotations:
+        found["annotations"] = dict(annotations)
+    return found
+
+
+def labels_of(model: str, component: str, flavor: str | None = None) -> dict[str, str]:
+    """Return the labels that select pods of `model`: those of one component, and of one flavor if it is given."""
+    found = {NAME: model, COMPONENT: component}
+    return found | ({FLAVOR: flavor} if flavor else {})

@@ -1,0 +1,216 @@
+"""What protects the servers: namespace, priorities, quota, disruption budgets and network policies."""
+
+from __future__ import annotations
+
+import urllib.parse
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from inferctl.deploy.figure import Noted
+from inferctl.deploy.objects.metadata import (
+    BENCH,
+    CLIENTS,
+    HTTP_PORT,
+    NAMESPACE_NAME,
+    SERVER,
+    Object,
+    labels_of,
+    metadata,
+)
+
+SERVING_PRIORITY = "inferctl-serving"
+OVERFLOW_PRIORITY = "inferctl-overflow"
+# Cluster Autoscaler ignores pods below -10 by default (--expendable-pods-priority-cutoff).
+_OVERFLOW_VALUE = -5
+_SERVING_VALUE = 100_000
+_DNS_NAMESPACE = "kube-system"
+# NodeLocal DNSCache listens on this address of each node, which no pod selector matches.
+_NODE_LOCAL_DNS = "169.254.20.10/32"
+_SCHEME_PORTS = {"http": 80, "https": 443, "nats": 4222, "tls": 4222, "valkey": 6379, "valkeys": 6379, "redis": 6379}
+
+
+def namespace(name: str) -> Object:
+    """Return the namespace, which admits only pods of the Pod Security level `restricted`."""
+    levels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "audit", "warn")}
+    return {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata(name, None, levels)}
+
+
+def priority_classes() -> list[Object]:
+    """Return the priority of servers, and the lower one of placeholders, which servers preempt."""
+    serving = {
+        "apiVersion": "scheduling.k8s.io/v1",
+        "kind": "PriorityClass",
+        "metadata": metadata(SERVING_PRIORITY, None, {}),
+        "value": _SERVING_VALUE,
+        "globalDefault": False,
+        "description": "Model servers: they preempt placeholders and jobs without a priority.",
+    }
+    overflow = {
+        "apiVersion": "scheduling.k8s.io/v1",
+        "kind": "PriorityClass",
+        "metadata": metadata(OVERFLOW_PRIORITY, None, {}),
+        "value": Noted(_OVERFLOW_VALUE, "below 0: gives way to every pod; above -10: Cluster Autoscaler counts it"),
+        "globalDefault": False,
+        "preemptionPolicy": "Never",
+        "description": "Placeholders that keep nodes alive and empty for servers.",
+    }
+    return [serving, overflow]
+
+
+def quota(namespace: str, hard: Mapping[str, Noted]) -> Object:
+    """Return the quota of a namespace. `hard`: name of an extended resource -> the most that pods may request."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": metadata("accelerators", namespace, {}),
+        "spec": {"hard": {f"requests.{name}": limit for name, limit in sorted(hard.items())}},
+    }
+
+
+def disruption_budget(name: str, namespace: str, selector: Mapping[str, str]) -> Object:
+    """Return a budget that lets one pod at a time be evicted, and broken pods always."""
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": metadata(name, namespace, selector),
+        "spec": {
+            "maxUnavailable": 1,
+            # Otherwise, pods that never become ready block the drain of their node.
+            "unhealthyPodEvictionPolicy": "AlwaysAllow",
+            "selector": {"matchLabels": dict(selector)},
+        },
+    }
+
+
+def service_account(name: str, namespace: str) -> Object:
+    """Return an account without permissions, and without a token in the pods."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": metadata(name, namespace, {}),
+        "automountServiceAccountToken": False,
+    }
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server that pods connect to. `namespace`: None if it is outside of the cluster, so its pods are unknown."""
+
+    port: int
+    namespace: str | None
+
+
+def endpoint(url: str, default_namespace: str) -> Endpoint:
+    """Return the endpoint of a URL. `NAME` and `NAME.NAMESPACE[.svc...]` are Services of the cluster."""
+    parts = urllib.parse.urlsplit(url)
+    words = (parts.hostname or "").split(".")
+    port = parts.port or _SCHEME_PORTS.get(parts.scheme, 443)
+    if len(words) == 1:
+        return Endpoint(port, default_namespace)
+    if len(words) == 2 or (len(words) > 2 and words[2] == "svc"):
+        return Endpoint(port, words[1])
+    return Endpoint(port, None)
+
+
+def deny_all(namespace: str) -> Object:
+    """Return the policy that forbids all connections of the namespace which no other policy allows."""
+    return _policy("default-deny", namespace, {}, [], [])
+
+
+def allow_dns(namespace: str) -> Object:
+    """Return the policy that lets all pods of the namespace resolve names."""
+    to = [
+        {"namespaceSelector": {"matchLabels": {NAMESPACE_NAME: _DNS_NAMESPACE}}},
+        {"ipBlock": {"cidr": _NODE_LOCAL_DNS}},
+    ]
+    rule = {"to": to, "ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]}
+    return _policy("allow-dns", namespace, {}, None, [rule])
+
+
+def server_policy(model: str, namespace: str, *, gateway: str | None, egress: Iterable[Endpoint]) -> Object:
+    """Return what the servers of `model` may connect to, and who may connect to them.
+
+    `gateway`: component of the gateway's pods, through which all clients come; None if clients come directly, from this
+    namespace and from those with the label `inferctl.io/clients: "true"`.
+    """
+    sources = [{"podSelector": {"matchLabels": labels_of(model, gateway)}}] if gateway else client_sources()
+    return _policy(f"{model}-server", namespace, labels_of(model, SERVER), [_ingress(sources)], egress_rules(egress))
+
+
+def gateway_policy(model: str, namespace: str, component: str, port: int) -> Object:
+    """Return the policy of the gateway's pods: clients in, servers out. `port`: of the servers."""
+    to = [{"podSelector": {"matchLabels": labels_of(model, SERVER)}}]
+    egress = [{"to": to, "ports": [{"protocol": "TCP", "port": port}]}]
+    return _policy(f"{model}-{component}", namespace, labels_of(model, component), [_ingress(client_sources())], egress)
+
+
+def picker_policy(model: str, namespace: str, component: str, port: int) -> Object:
+    """Return the policy of the endpoint picker: gateways in; servers and the API server out."""
+    to = [{"podSelector": {"matchLabels": labels_of(model, SERVER)}}]
+    api: Object = {"ports": [{"protocol": "TCP", "port": 443}, {"protocol": "TCP", "port": 6443}]}
+    servers: Object = {"to": to, "ports": [{"protocol": "TCP", "port": port}]}
+    egress = [servers, api]
+    ingress = [_ingress(client_sources(), "grpc")]
+    return _policy(f"{model}-{component}", namespace, labels_of(model, component), ingress, egress)
+
+
+def scrape_policy(name: str, namespace: str, selector: Mapping[str, str], port: str, sources: Sequence[str]) -> Object:
+    """Return the policy that lets Prometheus in the namespaces `sources` read the metrics on a named port."""
+    return _policy(name, namespace, selector, [_ingress([_in_namespace(each) for each in sources], port)], None)
+
+
+def bench_policy(model: str, namespace: str, egress: Iterable[Endpoint]) -> Object:
+    """Return the policy of bench pods: no connections from other pods, because they have their own server."""
+    return _policy(f"{model}-{BENCH}", namespace, labels_of(model, BENCH), [], egress_rules(egress))
+
+
+def egress_policy(name: str, namespace: str, selector: Mapping[str, str], egress: Iterable[Endpoint]) -> Object:
+    """Return the policy of pods that only connect to others."""
+    return _policy(name, namespace, selector, [], egress_rules(egress))
+
+
+def client_sources() -> list[Object]:
+    """Return the peers of clients: this namespace, and namespaces with the label of clients."""
+    return [{"podSelector": {}}, {"namespaceSelector": {"matchLabels": {CLIENTS: "true"}}}]
+
+
+def egress_rules(endpoints: Iterable[Endpoint]) -> list[Object]:
+    """Return one rule for each endpoint, without duplicates."""
+    rules = []
+    for each in sorted(set(endpoints), key=lambda found: (found.namespace or "", found.port)):
+        to = {"to": [_in_namespace(each.namespace)]} if each.namespace else {}
+        rules.append({**to, "ports": [{"protocol": "TCP", "port": each.port}]})
+    return rules
+
+
+def _in_namespace(name: str) -> Object:
+    return {"namespaceSelector": {"matchLabels": {NAMESPACE_NAME: name}}}
+
+
+def _ingress(sources: Sequence[Object], port: str = HTTP_PORT) -> Object:
+    return {"from": list(sources), "ports": [{"protocol": "TCP", "port": port}]}
+
+
+def _policy(
+    name: str,
+    namespace: str,
+    selector: Mapping[str, str],
+    ingress: list[Object] | None,
+    egress: list[Object] | None,
+) -> Object:
+    """Return a NetworkPolicy. None: it says nothing about this direction; an empty list: it allows nothing."""
+    rules = {"Ingress": ingress, "Egress": egress}
+    spec: Object = {
+        "podSelector": {"matchLabels": dict(selector)} if selector else {},
+        "policyTypes": [direction for direction, found in rules.items() if found is not None],
+    }
+    if ingress:
+        spec["ingress"] = ingress
+    if egress:
+        spec["egress"] = egress
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": metadata(name, namespace, selector),
+        "spec": spec,
+    }

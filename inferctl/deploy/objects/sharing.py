@@ -1,0 +1,106 @@
+"""How a pod gets its GPU, a part of one, or a device that DRA selects, and on which nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from inferctl.deploy.figure import Noted
+from inferctl.deploy.objects.metadata import Object, labels_of, metadata
+from inferctl.deploy.plan import FlavorPlan, GpuResource, ModelPlan
+
+_CLAIM = "gpu"
+_DRIVER = "gpu.nvidia.com"
+
+
+def limits(resource: GpuResource | None) -> dict[str, Any]:
+    """Return the extended resource of a container. Requests and limits of these must be equal."""
+    return {resource.name: resource.count} if resource else {}
+
+
+def placement(flavor: FlavorPlan, resource: GpuResource | None) -> Object:
+    """Return the fields of a pod spec that send it to the nodes of its hardware: affinity and tolerations.
+
+    With DRA, the device class selects the device, and so the node.
+    """
+    if resource is None:
+        return {}
+    found: Object = {}
+    if resource.labels and flavor.sharing != "dra":
+        found["affinity"] = node_affinity(resource.labels)
+    found["tolerations"] = [{"key": resource.toleration, "operator": "Exists", "effect": "NoSchedule"}]
+    return found
+
+
+def node_affinity(labels: Mapping[str, Sequence[str]]) -> Object:
+    """Return a required affinity to nodes that have one of the values of each label."""
+    terms = [{"key": key, "operator": "In", "values": list(values)} for key, values in labels.items()]
+    required = {"nodeSelectorTerms": [{"matchExpressions": terms}]}
+    return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}
+
+
+def claims(flavor: FlavorPlan) -> tuple[Object, Object]:
+    """Return the fields of a pod spec and of a container's resources that claim a device with DRA."""
+    if flavor.sharing != "dra":
+        return {}, {}
+    template = {"name": _CLAIM, "resourceClaimTemplateName": flavor.name}
+    return {"resourceClaims": [template]}, {"claims": [{"name": _CLAIM}]}
+
+
+def claim_template(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
+    """Return the template of the claim of each pod: the device of its flavor, else the next one that runs its image.
+
+    The alternatives are the later flavors with DRA that have the same image and precision.
+    """
+    later = model.flavors[model.flavors.index(flavor) + 1 :]
+    same = [
+        each for each in later if (each.sharing, each.image, each.precision) == ("dra", flavor.image, flavor.precision)
+    ]
+    devices = [_device(each) for each in (flavor, *same)]
+    if len(devices) == 1:
+        request: Object = {"name": _CLAIM, "exactly": devices[0]}
+    else:
+        names = (each.label for each in (flavor, *same))
+        request = {
+            "name": _CLAIM,
+            "firstAvailable": [{"name": name, **device} for name, device in zip(names, devices, strict=True)],
+        }
+    labels = labels_of(model.name, "server", flavor.label)
+    return {
+        "apiVersion": "resource.k8s.io/v1",
+        "kind": "ResourceClaimTemplate",
+        "metadata": metadata(flavor.name, namespace, labels),
+        "spec": {"metadata": {"labels": labels}, "spec": {"devices": {"requests": [request]}}},
+    }
+
+
+def _device(flavor: FlavorPlan) -> Object:
+    part = flavor.hardware
+    products = sorted({name.partition(" MIG ")[0] for name in part.device_names})
+    listed = ", ".join(f"'{product}'" for product in products)
+    expressions = [f"device.attributes['{_DRIVER}'].productName in [{listed}]"]
+    if part.mig:
+        expressions.append(f"device.attributes['{_DRIVER}'].profile == '{part.mig.profile}'")
+    return {
+        "deviceClassName": "mig.nvidia.com" if part.mig else _DRIVER,
+        "selectors": [{"cel": {"expression": " && ".join(expressions)}}],
+    }
+
+
+def device_plugin_config(flavors: Sequence[FlavorPlan]) -> Object | None:
+    """Return the configuration of NVIDIA's device plugin for shared GPUs; None if no flavor shares a GPU.
+
+    With `renameByDefault`, a shared GPU is another resource (`nvidia.com/gpu.shared`), so that no pod gets a part of a
+    GPU by mistake. With `failRequestsGreaterThanOne`, a request for two parts fails instead of getting one.
+    """
+    shared = [flavor for flavor in flavors if flavor.sharing in ("time-slicing", "mps")]
+    if not shared:
+        return None
+    sharing: Object = {}
+    for kind, key in (("time-slicing", "timeSlicing"), ("mps", "mps")):
+        parts = {flavor.shared_by for flavor in shared if flavor.sharing == kind}
+        if parts:
+            note = f"deploy.flavors[].shared_by of {', '.join(f.name for f in shared if f.sharing == kind)}"
+            resource = {"name": "nvidia.com/gpu", "replicas": Noted(max(parts), note)}
+            sharing[key] = {"renameByDefault": True, "failRequestsGreaterThanOne": True, "resources": [resource]}
+    return {"version": "v1", "sharing": sharing}

@@ -1,0 +1,230 @@
+"""The Deployment of a flavor: one server container, its settings, probes, volumes and nodes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from inferctl.deploy.figure import Noted
+from inferctl.deploy.objects import metering, sharing
+from inferctl.deploy.objects.containers import container_security, empty, pod_security
+from inferctl.deploy.objects.metadata import ENGINE, HTTP_PORT, SERVER, Object, labels_of, metadata
+from inferctl.deploy.objects.policy import SERVING_PRIORITY
+from inferctl.deploy.plan import FlavorPlan, GpuResource, ModelPlan, Placement
+from inferctl.render import DEFAULT_PORT, KEYS_PATH
+
+MODEL_PATH = "/model"
+CACHE_PATH = "/model-cache"
+KEYS_FILE = "keys.json"
+_MIB = 1024 * 1024
+
+
+def deployment(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
+    """Return the Deployment of `flavor`, without replicas: the autoscaler or the patch of a cluster sets them.
+
+    Its GPU resource and node labels are those of NVIDIA's device plugin, which the patch of a cluster can replace.
+    """
+    labels = labels_of(model.name, SERVER, flavor.label)
+    engine = ENGINE if model.spec.deploy.router == "epp" else {}
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": metadata(flavor.name, namespace, labels),
+        "spec": {
+            "revisionHistoryLimit": 3,
+            "progressDeadlineSeconds": _progress_deadline(flavor),
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": _rollout(model, flavor)},
+            "selector": {"matchLabels": labels},
+            "template": {
+                "metadata": {
+                    # The name of the container that `kubectl logs` and `kubectl exec` use.
+                    "annotations": {"kubectl.kubernetes.io/default-container": SERVER},
+                    "labels": {
+                        **labels,
+                        "app.kubernetes.io/part-of": "inferctl",
+                        "inferctl.io/task": model.task,
+                        **engine,
+                    },
+                },
+                "spec": pod(model, flavor),
+            },
+        },
+    }
+
+
+def pod(model: ModelPlan, flavor: FlavorPlan) -> Object:
+    """Return the pod spec of a server, for the Pod Security level `restricted`."""
+    claims, _ = sharing.claims(flavor)
+    sidecars = metering.sidecars(model.spec)
+    return {
+        "serviceAccountName": model.name,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "priorityClassName": SERVING_PRIORITY,
+        "terminationGracePeriodSeconds": flavor.grace_s.noted,
+        "securityContext": pod_security(),
+        **spread(model, flavor),
+        **_affinity(model, flavor, flavor.resource),
+        **claims,
+        **({"initContainers": sidecars} if sidecars else {}),
+        "containers": [container(model, flavor)],
+        "volumes": [volume for volume, _ in _volumes(model)],
+    }
+
+
+def container(model: ModelPlan, flavor: FlavorPlan) -> Object:
+    """Return the server container of `flavor`."""
+    _, claims = sharing.claims(flavor)
+    resources = {**cpu_and_memory(flavor), **({} if claims else sharing.limits(flavor.resource))}
+    return {
+        "name": SERVER,
+        "image": flavor.image,
+        "imagePullPolicy": "IfNotPresent",
+        "env": [{"name": name, "value": value} for name, value in environment(model, flavor).items()],
+        "ports": [{"name": HTTP_PORT, "containerPort": port(model), "protocol": "TCP"}],
+        # Equal requests and limits: the server is not throttled by neighbors, and is evicted last.
+        "resources": {"requests": resources, "limits": dict(resources), **claims},
+        "securityContext": container_security(),
+        "startupProbe": {
+            **_probe("/readyz"),
+            "periodSeconds": flavor.startup_period_s.noted,
+            "failureThreshold": flavor.startup_failures.noted,
+        },
+        # /livez stays 200 during a drain and under full load, so that neither restarts the container.
+        "livenessProbe": {**_probe("/livez"), "periodSeconds": 10, "failureThreshold": 6},
+        "readinessProbe": {**_probe("/readyz"), "periodSeconds": 5, "failureThreshold": 2},
+        "lifecycle": {"preStop": {"sleep": {"seconds": flavor.pre_stop_s.noted}}},
+        "volumeMounts": [mount for _, mount in _volumes(model)],
+    }
+
+
+def environment(model: ModelPlan, flavor: FlavorPlan) -> dict[str, str | Noted]:
+    """Return the settings of the server that differ from those in its image."""
+    spec = model.spec
+    drain = Noted(f"{flavor.drain_s.value:g}", flavor.drain_s.note)
+    found: dict[str, str | Noted] = {
+        "INFERCTL_SERVE_PRECISION": flavor.precision,
+        "INFERCTL_SERVE_DRAIN_SECONDS": drain,
+    }
+    if spec.deploy.keys_secret:
+        found["INFERCTL_ACCESS_KEYS"] = f"{KEYS_PATH}/{KEYS_FILE}"
+        # Prometheus has no key. The network policies say who reaches the port.
+        found["INFERCTL_ACCESS_OPEN"] = ",".join(sorted({*spec.access.open, "metrics"}))
+    replicas = sum(int(placement.max_replicas.value) for each in model.flavors for placement in each.placements)
+    if spec.access.requests_per_minute or spec.access.tokens_per_minute:
+        note = "maximum of all flavors and clusters: together, they stay below the limit of a key"
+        found["INFERCTL_ACCESS_REPLICAS"] = Noted(str(max(1, replicas)), note)
+    return found | metering.environment(spec)
+
+
+def port(model: ModelPlan) -> int:
+    """Return the port that the server in the image listens on."""
+    return model.spec.serve.port or DEFAULT_PORT
+
+
+def spread(model: ModelPlan, flavor: FlavorPlan) -> Object:
+    """Return the spread over zones. It is soft: when GPUs run out in one zone, the others must serve."""
+    selector = {"matchLabels": labels_of(model.name, SERVER, flavor.label)}
+    constraint = {
+        "maxSkew": 1,
+        "topologyKey": "topology.kubernetes.io/zone",
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "nodeTaintsPolicy": "Honor",
+        # Otherwise, pods of the old version count during a rollout, and the new ones end up uneven.
+        "matchLabelKeys": ["pod-template-hash"],
+        "labelSelector": selector,
+    }
+    return {"topologySpreadConstraints": [constraint]}
+
+
+def in_cluster(model: ModelPlan, flavor: FlavorPlan, placed: Placement, namespace: str) -> Object | None:
+    """Return the patch of the Deployment for one cluster; None if nothing differs there.
+
+    It has the GPU resource and the node labels of the cluster, and the replicas if no autoscaler sets them.
+    """
+    spec: Object = {}
+    if placed.replicas is not None:
+        spec["replicas"] = placed.replicas.noted
+    if placed.resource != flavor.resource and placed.resource is not None:
+        pod_patch: Object = sharing.placement(flavor, placed.resource)
+        if flavor.sharing != "dra":
+            changed: dict[str, Any] = sharing.limits(placed.resource)
+            if flavor.resource and flavor.resource.name != placed.resource.name:
+                changed = {flavor.resource.name: None, **changed}
+            pod_patch["containers"] = [{"name": SERVER, "resources": {"requests": changed, "limits": dict(changed)}}]
+        spec["template"] = {"spec": pod_patch}
+    if not spec:
+        return None
+    name = {"name": flavor.name, "namespace": namespace}
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": name, "spec": spec}
+
+
+def _affinity(model: ModelPlan, flavor: FlavorPlan, resource: GpuResource | None) -> Object:
+    found = sharing.placement(flavor, resource)
+    # Preferred, not required: two halves of one GPU may run two servers.
+    apart = {
+        "weight": 50,
+        "podAffinityTerm": {
+            "topologyKey": "kubernetes.io/hostname",
+            "labelSelector": {"matchLabels": labels_of(model.name, SERVER)},
+        },
+    }
+    preferred = {"preferredDuringSchedulingIgnoredDuringExecution": [apart]}
+    return {**found, "affinity": {**found.get("affinity", {}), "podAntiAffinity": preferred}}
+
+
+def _rollout(model: ModelPlan, flavor: FlavorPlan) -> Object:
+    """Return how many pods may be missing or added during a rollout. A surge needs a free GPU."""
+    single = sum(int(placement.min_replicas.value) for each in model.flavors for placement in each.placements) < 2
+    if flavor.hardware.kind == "cpu" or single:
+        return {"maxSurge": 1, "maxUnavailable": 0}
+    return {"maxSurge": 0, "maxUnavailable": 1}
+
+
+def surge(model: ModelPlan, flavor: FlavorPlan) -> int:
+    """Return the number of additional pods of a rollout, for the quota."""
+    return int(_rollout(model, flavor)["maxSurge"])
+
+
+def _progress_deadline(flavor: FlavorPlan) -> Noted:
+    probes = flavor.startup_period_s.value * flavor.startup_failures.value
+    seconds = max(600, 60 * math.ceil((flavor.cold_start_s.value + probes) / 60))
+    return Noted(
+        seconds, "at least cold start + startup probes; otherwise a rollout counts as failed while nodes start"
+    )
+
+
+def cpu_and_memory(flavor: FlavorPlan) -> Object:
+    memory, cpu = flavor.memory_bytes, flavor.cpu
+    cores = f"{math.ceil(cpu.value * 1000)}m" if cpu.value != int(cpu.value) else str(int(cpu.value))
+    return {
+        "cpu": Noted(cores, cpu.note),
+        "memory": Noted(f"{math.ceil(memory.value / _MIB)}Mi", memory.note),
+    }
+
+
+def _probe(path: str) -> Object:
+    return {"httpGet": {"path": path, "port": HTTP_PORT}, "timeoutSeconds": 3}
+
+
+def _volumes(model: ModelPlan) -> list[tuple[Object, Object]]:
+    """Return the volumes of a server, each with its mount."""
+    spec = model.spec
+    generate = model.task == "generate"
+    found = [empty("tmp", "/tmp", "10Gi" if generate else "1Gi")]  # vLLM writes compiled kernels
+    if generate:
+        # Processes of vLLM exchange tensors here. The engine's default of 64 MiB is too small.
+        found.append(empty("shm", "/dev/shm", "1Gi", medium="Memory"))
+    if spec.model.weights == "download":
+        found.append(empty("model-cache", CACHE_PATH, "50Gi"))
+    if spec.model.weights == "mount":
+        weights = spec.deploy.weights
+        if weights.image:
+            volume: Object = {"name": "model", "image": {"reference": weights.image, "pullPolicy": "IfNotPresent"}}
+        else:
+            volume = {"name": "model", "persistentVolumeClaim": {"claimName": weights.pvc, "readOnly": True}}
+        found.append((volume, {"name": "model", "mountPath": MODEL_PATH, "readOnly": True}))
+    if spec.deploy.keys_secret:
+        secret = {"secretName": spec.deploy.keys_secret, "defaultMode": 0o440}
+        found.append(({"name": "keys", "secret": secret}, {"name": "keys", "mountPath": KEYS_PATH, "readOnly": True}))
+    return found + metering.volumes(spec)

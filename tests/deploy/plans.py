@@ -1,0 +1,155 @@
+"""Plans for the tests of manifests, from specs as a file would have them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from inferctl import model
+from inferctl.deploy.clusters import Cluster, Clusters
+from inferctl.deploy.plan import Plan
+from inferctl.deploy.resolve import Source, resolve
+from inferctl.fit import ModelSize
+from inferctl.spec import Spec
+
+DIGEST = "@sha256:" + "ab" * 32
+# The shapes of all-MiniLM-L6-v2 and SmolLM2-135M, so that no test needs their weights.
+EMBED_SIZE = ModelSize(
+    22_713_216,
+    {
+        "architectures": ["BertModel"],
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "vocab_size": 30522,
+        "max_position_embeddings": 512,
+        "model_type": "bert",
+    },
+    90_868_376,
+)
+GENERATE_SIZE = ModelSize(
+    134_515_008,
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    },
+    269_060_552,
+)
+CLUSTERS: list[dict[str, Any]] = [
+    {
+        "name": "aws-us-east-1",
+        "cloud": "aws",
+        "region": "us-east-1",
+        "zones": ["us-east-1a", "us-east-1b"],
+        "kubernetes": "1.35",
+        "autoscaler": "karpenter",
+        "capacity_buffers": True,
+        "share": 0.5,
+    },
+    {
+        "name": "aws-eu-central-1",
+        "cloud": "aws",
+        "region": "eu-central-1",
+        "zones": ["eu-central-1a", "eu-central-1b"],
+        "kubernetes": "1.34",
+        "autoscaler": "eks-auto",
+        "max_replicas": {"t4": 0},
+        "share": 0.2,
+    },
+    {
+        "name": "gcp-europe-west4",
+        "cloud": "gcp",
+        "region": "europe-west4",
+        "zones": ["europe-west4-a"],
+        "kubernetes": "1.36",
+        "autoscaler": "gke",
+        "capacity_buffers": True,
+        "share": 0.3,
+    },
+]
+# The first cluster alone.
+ONE_CLUSTER = [{**CLUSTERS[0], "share": 1.0}]
+FLAVORS: list[dict[str, Any]] = [
+    {
+        "hardware": "a100-40gb-mig-3g.20gb",
+        "name": "a100-half",
+        "tokens_per_second": 90_000,
+        "image": f"registry.example.com/embed{DIGEST}",
+    },
+    {"hardware": "l4", "tokens_per_second": 40_000, "image": f"registry.example.com/embed{DIGEST}"},
+    {"hardware": "t4", "tokens_per_second": 15_000, "image": f"registry.example.com/embed-fp16{DIGEST}"},
+]
+TOOLS = f"registry.example.com/inferctl-tools{DIGEST}"
+
+
+def embed(**deploy: Any) -> Spec:
+    """Return a spec of embeddings with keys, metering with a broker, a gateway and a bench."""
+    settings = {
+        "flavors": FLAVORS,
+        "traffic": {"base_rps": 200, "peak_rps": 3000, "tokens_per_request": 120, "rise_s": 60},
+        "weights": {"pvc": "embed-weights"},
+        "keys_secret": "inferctl-keys",
+        "broker": "nats://nats.messaging:4222",
+        "ledger_secret": "inferctl-ledger",
+        "tools_image": TOOLS,
+        "gateway": "envoy",
+        "bench": True,
+        "load_s": 20,
+        "prometheus": "http://prometheus.monitoring:9090",
+        **deploy,
+    }
+    return Spec.model_validate(
+        {
+            "name": "embed",
+            "model": {"source": "sentence-transformers/all-MiniLM-L6-v2"},
+            "access": {"keys": "keys.json", "tokens_per_minute": 100_000},
+            "metering": {"mode": "on"},
+            "slo": {"p99_ms": 70},
+            "deploy": settings,
+        }
+    )
+
+
+def generate(**deploy: Any) -> Spec:
+    """Return a spec of generation on L4, with downloaded weights and no gateway."""
+    image = f"registry.example.com/chat{DIGEST}"
+    settings = {
+        "flavors": [{"hardware": "l4", "tokens_per_second": 3000, "image": image}],
+        "traffic": {"base_rps": 2, "peak_rps": 20, "tokens_per_request": 400},
+        "prometheus": "http://prometheus.monitoring:9090",
+        **deploy,
+    }
+    return Spec.model_validate(
+        {
+            "name": "chat",
+            "model": {"source": "HuggingFaceTB/SmolLM2-135M-Instruct", "weights": "download", "task": "generate"},
+            "image": {"base": "vllm-cuda13.0"},
+            "deploy": settings,
+        }
+    )
+
+
+def plan(*specs: Spec, clusters: list[dict[str, Any]] | None = None, kubernetes: str | None = None) -> Plan:
+    """Return the plan of `specs`; of an embedding and a generation model in three clusters without any."""
+    sources = [_source(spec) for spec in specs or (embed(), generate())]
+    return resolve(sources, _clusters(CLUSTERS if clusters is None else clusters), kubernetes)
+
+
+def _clusters(rows: list[dict[str, Any]]) -> tuple[Cluster, ...]:
+    return Clusters.model_validate({"clusters": rows}).resolved()
+
+
+def _source(spec: Spec) -> Source:
+    size = GENERATE_SIZE if spec.model.task == "generate" else EMBED_SIZE
+    task = model.resolve_task(spec.model.task, size.config, spec.model.source, has_modules=size.has_modules)
+    return Source(spec, Path(), size, task)

