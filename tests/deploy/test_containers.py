@@ -97,7 +97,7 @@ def mounted_packages() -> tuple[str, ...]:
 def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of the Secret with the key file, with the mode that a kubelet gives it, and a key."""
     folder = tmp_path_factory.mktemp("keys")
-    key = run("keys", "create", "team-a", "--keys", folder / "keys.json")
+    key = run("keys", "create", "team-a", "--file", folder / "keys.json")
     os.chown(folder / "keys.json", 0, 10001)
     (folder / "keys.json").chmod(0o440)
     return folder, key
