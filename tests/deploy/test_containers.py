@@ -98,6 +98,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of the Secret with the key file, with the mode that a kubelet gives it, and a key."""
     folder = tmp_path_factory.mktemp("keys")
     key = run("keys", "create", "team-a", "--file", folder / "keys.json")
+    folder.chmod(0o755)
     os.chown(folder / "keys.json", 0, 10001)
     (folder / "keys.json").chmod(0o440)
     return folder, key
@@ -248,7 +249,7 @@ def test_the_gateway_becomes_ready_and_drains_without_losing_a_request(
     )
     pod = pod_of(rendered, "embed-gateway")
     config = tmp_path / "config"
-    config.mkdir()
+    config.mkdir(mode=0o755)
     for name, text in named(rendered, "ConfigMap", "embed-gateway")["data"].items():
         (config / name).write_text(text)
     volumes = {**folders(pod, tmp_path / "gateway"), "config": config}
