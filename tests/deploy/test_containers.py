@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def tools(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     (folder / "inferctl").write_text("#!/usr/local/bin/python3.11\nfrom inferctl.__main__ import main\n\nmain()\n")
     (folder / "envoy").touch()
     if ENVOY.exists():
-        shutil.copy(ENVOY, folder / "envoy")
+        shutil.copy(files("envoy").joinpath("_bin", "envoy"), folder / "envoy")  # ENVOY itself is a script
     (folder / "Dockerfile").write_text(
         f"FROM {base_image}\nCOPY --chmod=755 inferctl envoy /usr/local/bin/\nENV PYTHONDONTWRITEBYTECODE=1\n"
     )
@@ -124,8 +125,8 @@ def rendered(image: str, spec_file: Path, tmp_path: Path, request: pytest.Fixtur
         "gateway": "envoy",
         **({"broker": broker} if broker else {}),
     }
-    files = layout.files(plans.plan(Spec.model_validate(spec), clusters=CLUSTER))
-    built = kustomize(write(files, tmp_path / "manifests") / "overlays" / "here")
+    rendered_files = layout.files(plans.plan(Spec.model_validate(spec), clusters=CLUSTER))
+    built = kustomize(write(rendered_files, tmp_path / "manifests") / "overlays" / "here")
     return [each for each in yaml.safe_load_all(built) if each]
 
 
