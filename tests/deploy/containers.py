@@ -27,6 +27,11 @@ class Network:
     `hosts`: names that have the address 127.0.0.1.
     """
 
+    @property
+    def option(self) -> str:
+        """Value of `docker run --network`."""
+        return f"container:{self.name}"
+
     def __init__(self, image: str, hosts: tuple[str, ...] = ()) -> None:
         self.name = f"inferctl-test-{uuid.uuid4().hex[:12]}"
         names = [f"--add-host={host}:127.0.0.1" for host in hosts]
@@ -55,6 +60,17 @@ class Network:
 
     def remove(self) -> None:
         subprocess.run(["docker", "rm", "--force", self.name], capture_output=True, check=False)
+
+
+class HostNetwork(Network):
+    """The network of this machine, for containers that connect to its services."""
+
+    def __init__(self) -> None:
+        self.name = "host"
+
+    @property
+    def option(self) -> str:
+        return "host"
 
 
 class RunningContainer:
@@ -153,7 +169,7 @@ def start(
     limits = container["resources"]["limits"]
     cores = min(_cores(limits["cpu"]), float(len(os.sched_getaffinity(0))))
     memory = str(_bytes(limits["memory"]))
-    command = ["run", "--detach", "--name", name, "--network", f"container:{network.name}", "--read-only"]
+    command = ["run", "--detach", "--name", name, "--network", network.option, "--read-only"]
     command += ["--user", f"{context['runAsUser']}:{context['runAsGroup']}", "--group-add", str(context["fsGroup"])]
     command += [f"--cap-drop={each}" for each in context["capabilities"]["drop"]]
     command += ["--security-opt", "no-new-privileges", "--cpus", f"{cores:g}"]

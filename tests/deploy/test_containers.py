@@ -20,12 +20,15 @@ import pytest
 import yaml
 
 from inferctl.deploy import layout
+from inferctl.metering.outbox import Outbox
+from inferctl.metering.recorder import Recorder
 from inferctl.spec import Spec
 from tests.deploy import plans
 from tests.deploy.conftest import Objects, kustomize, write
-from tests.deploy.containers import Network, RunningContainer, docker, folders, start
+from tests.deploy.containers import HostNetwork, Network, RunningContainer, docker, folders, start
 from tests.deploy.test_layout import named
 from tests.gateway.test_gateway import ENVOY
+from tests.metering.parts import ORIGIN, Nats, event
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -106,9 +109,12 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.fixture
-def rendered(image: str, spec_file: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Objects:
+def rendered(image: str, spec_file: Path, tmp_path: Path) -> Objects:
     """The objects of a cluster: three flavors of one model with gateway, keys and usage events."""
-    broker = f"nats://127.0.0.1:{request.param}" if getattr(request, "param", None) else None
+    return render(image, spec_file, tmp_path)
+
+
+def render(image: str, spec_file: Path, folder: Path, **deploy: Any) -> Objects:
     spec = yaml.safe_load(spec_file.read_text())
     hardware = [("a100-half", "a100-40gb-mig-3g.20gb", "bf16"), ("l4", "l4", "bf16"), ("t4", "t4", "fp32")]
     spec["deploy"] = {
@@ -123,10 +129,10 @@ def rendered(image: str, spec_file: Path, tmp_path: Path, request: pytest.Fixtur
         "ledger_secret": "inferctl-ledger",
         "tools_image": f"registry.example.com/tools{plans.DIGEST}",
         "gateway": "envoy",
-        **({"broker": broker} if broker else {}),
+        **deploy,
     }
     rendered_files = layout.files(plans.plan(Spec.model_validate(spec), clusters=CLUSTER))
-    built = kustomize(write(rendered_files, tmp_path / "manifests") / "overlays" / "here")
+    built = kustomize(write(rendered_files, folder / "manifests") / "overlays" / "here")
     return [each for each in yaml.safe_load_all(built) if each]
 
 
@@ -287,3 +293,62 @@ def test_the_gateway_becomes_ready_and_drains_without_losing_a_request(
     finally:
         gateway.remove()
         server.remove()
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Nats]:
+    started = Nats(tmp_path / "nats")
+    started.start()
+    yield started
+    started.kill()
+
+
+@pytest.mark.skipif(shutil.which("nats-server") is None, reason="nats-server is not installed")
+def test_the_worker_of_the_ledger_stores_what_the_workers_of_servers_publish(
+    spec_file: Path, tools: str, broker: Nats, tmp_path: Path
+) -> None:
+    """A sidecar reads the outbox of a server and publishes its events; the usage worker stores them."""
+    built = render(f"registry.example.com/embed{plans.DIGEST}", spec_file, tmp_path, broker=broker.url)
+    server, consumer = pod_of(built, "embed-l4"), pod_of(built, "usage-worker")
+    volumes = folders(server, tmp_path / "server")
+    store = tmp_path / "ledger"
+    store.mkdir()
+    os.chown(store, 10001, 10001)
+    packages = mounted_packages()
+    recorder = Recorder(Outbox.create(volumes["metering"], 1 << 24), ORIGIN)
+    for _ in range(50):
+        recorder.record(event())
+    assert recorder.close(10)
+    for path in volumes["metering"].rglob("*"):  # the server has the same user as the worker
+        os.chown(path, 10001, 10001)
+    network = HostNetwork()
+    secrets = {"inferctl-ledger/url": "sqlite:////ledger/ledger.sqlite"}
+    mount = ("--volume", f"{store}:/ledger", *packages)
+    tmp = folders(consumer, tmp_path / "consumer")
+    storing = start(network, consumer, {**consumer["containers"][0], "image": tools}, tmp, secrets, mount)
+    sidecar = start(network, server, {**server["initContainers"][0], "image": tools}, volumes, secrets, packages)
+    try:
+        limit = time.monotonic() + 60
+        while stored(store) < 50:
+            assert time.monotonic() < limit, storing.logs() + sidecar.logs()
+            time.sleep(1)
+        for each in (sidecar, storing):
+            docker("stop", "--time", str(consumer["terminationGracePeriodSeconds"]), each.name)
+            assert each.state()["ExitCode"] == 0, each.logs()
+        assert stored(store) == 50
+    finally:
+        sidecar.remove()
+        storing.remove()
+
+
+def stored(folder: Path) -> int:
+    """Return the number of requests in the ledger."""
+    if not (folder / "ledger.sqlite").exists():
+        return 0
+    done = subprocess.run(
+        [sys.executable, "-m", "inferctl", "usage", "--ledger", f"sqlite:///{folder}/ledger.sqlite", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return sum(row["requests"] for row in json.loads(done.stdout)["rows"]) if done.returncode == 0 else 0
