@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +22,8 @@ import httpx
 import pytest
 import yaml
 
+from inferctl.bench import receipt
+from inferctl.bench.report.capacity import served_rate
 from inferctl.deploy import layout
 from inferctl.metering.outbox import Outbox
 from inferctl.metering.recorder import Recorder
@@ -114,7 +119,7 @@ def rendered(image: str, spec_file: Path, tmp_path: Path) -> Objects:
     return render(image, spec_file, tmp_path)
 
 
-def render(image: str, spec_file: Path, folder: Path, **deploy: Any) -> Objects:
+def render(image: str, spec_file: Path, folder: Path, kind: str = "overlays", **deploy: Any) -> Objects:
     spec = yaml.safe_load(spec_file.read_text())
     hardware = [("a100-half", "a100-40gb-mig-3g.20gb", "bf16"), ("l4", "l4", "bf16"), ("t4", "t4", "fp32")]
     spec["deploy"] = {
@@ -132,7 +137,7 @@ def render(image: str, spec_file: Path, folder: Path, **deploy: Any) -> Objects:
         **deploy,
     }
     rendered_files = layout.files(plans.plan(Spec.model_validate(spec), clusters=CLUSTER))
-    built = kustomize(write(rendered_files, folder / "manifests") / "overlays" / "here")
+    built = kustomize(write(rendered_files, folder / "manifests") / kind / "here")
     return [each for each in yaml.safe_load_all(built) if each]
 
 
@@ -292,6 +297,33 @@ def test_the_gateway_becomes_ready_and_drains_without_losing_a_request(
         assert (state["ExitCode"], state["OOMKilled"]) == (0, False), gateway.logs()
     finally:
         gateway.remove()
+        server.remove()
+
+
+def test_a_bench_job_measures_its_server_and_prints_the_receipts(
+    image: str, spec_file: Path, network: Network, tools: str, minilm: Path, tmp_path: Path
+) -> None:
+    built = render(image, spec_file, tmp_path, "bench", bench=True)
+    pod = named(built, "Job", "bench-embed-l4")["spec"]["template"]["spec"]
+    volumes = {**folders(pod, tmp_path / "volumes"), "model": minilm}
+    server = start(network, pod, pod["initContainers"][0], volumes)
+    bench = None
+    try:
+        server.wait_started()
+        bench = start(network, pod, {**pod["containers"][0], "image": tools}, volumes, {}, mounted_packages())
+        docker("wait", bench.name)
+        assert bench.state()["ExitCode"] == 0, bench.logs()
+        printed = docker("logs", bench.name).splitlines()[-1]
+        with tarfile.open(fileobj=io.BytesIO(base64.b64decode(printed)), mode="r:gz") as archive:
+            archive.extractall(tmp_path / "receipts", filter="data")
+        found = sorted((tmp_path / "receipts").rglob("*.json"))
+        loaded = [receipt.load(file) for file in found if "seal" in json.loads(file.read_text())]
+        assert len(loaded) == 1, found
+        assert loaded[0].valid
+        assert served_rate(loaded[0]).tokens_per_s > 0
+    finally:
+        if bench:
+            bench.remove()
         server.remove()
 
 
