@@ -317,7 +317,7 @@ def test_a_bench_job_measures_its_server_and_prints_the_receipts(
         with tarfile.open(fileobj=io.BytesIO(base64.b64decode(printed)), mode="r:gz") as archive:
             archive.extractall(tmp_path / "receipts", filter="data")
         found = sorted((tmp_path / "receipts").rglob("*.json"))
-        loaded = [receipt.load(file) for file in found if "seal" in json.loads(file.read_text())]
+        loaded = [receipt.load(file) for file in found]
         assert len(loaded) == 1, found
         assert loaded[0].valid
         assert served_rate(loaded[0]).tokens_per_s > 0

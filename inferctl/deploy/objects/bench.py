@@ -127,5 +127,5 @@ def _script(model: ModelPlan, flavor: FlavorPlan) -> str:
     url = f"{flavor.label}=http://127.0.0.1:{workload.port(model)}"
     return (
         f"inferctl bench --url {url} {load} --output {_RESULTS} || exit 1\n"
-        f"cd {_RESULTS} && find . -name '*.json' | tar -cz -T - | base64 -w 0\n"
+        f"cd {_RESULTS}/*/receipts && tar -cz . | base64 -w 0\n"
     )
