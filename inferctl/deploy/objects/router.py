@@ -1,6 +1,6 @@
 """Routing with a Gateway and an endpoint picker: an InferencePool of the servers, and the picker that chooses one.
 
-The picker (llm-d-router) reads the metrics of each server and prefers the one with the fewest tokens and requests.
+The picker (llm-d-router) reads the metrics of each server and prefers the one with the fewest requests.
 """
 
 from __future__ import annotations
@@ -82,8 +82,7 @@ def _configuration() -> Object:
     """Return the configuration of the picker: which metrics inferctl's server has, and what counts."""
     engine = {
         "name": ENGINE["llm-d.ai/engine-type"],
-        # Tokens say more than requests, and the picker only compares servers.
-        "queuedRequestsSpec": "inferctl_queue_tokens",
+        "queuedRequestsSpec": "inferctl_requests_waiting",
         "runningRequestsSpec": "inferctl_requests_in_flight",
     }
     scorers = ["queue-scorer", "running-requests-size-scorer"]
