@@ -230,11 +230,10 @@ def _overlay(plan: Plan, cluster: Cluster, components: Sequence[str]) -> Folder:
             patches.append(_delete(flavor, namespace))
         elif found := workload.in_cluster(model, flavor, placed, namespace):
             patches.append(found)
-    zones = []
-    if len(cluster.zones) > 1:
-        same = versions.works("prefer-same-zone", cluster.kubernetes)
-        distribution = "PreferSameZone" if same else "PreferClose"
-        zones = [service.zones(model.name, namespace, distribution) for model in plan.models]
+    same = versions.works("prefer-same-zone", cluster.kubernetes)
+    gateways = [model.name for model in plan.models if model.spec.deploy.gateway == "envoy"]
+    names = [*(model.name for model in plan.models), *(f"{name}-{gateway.GATEWAY}" for name in gateways)]
+    zones = [service.zones(name, namespace, "PreferSameZone" if same else "PreferClose") for name in names]
     scalers = [each for model in plan.models for each in scaling.scaling(model, cluster, namespace)]
     spare = [each for model, flavor in flavors for each in _overflow(model, flavor, cluster, namespace)]
     pools = options.node_pools(plan, cluster)

@@ -190,9 +190,9 @@ def test_a_flavor_is_absent_where_its_hardware_is(build: Build) -> None:
 def test_requests_stay_in_their_zone_as_the_version_allows(build: Build) -> None:
     for version, distribution in (("1.33", "PreferClose"), ("1.34", "PreferSameZone")):
         files = layout.files(plans.plan(kubernetes=version))
-        service = named(build(files, OVERLAYS[0]), "Service", "embed")
-        assert service["spec"]["trafficDistribution"] == distribution
-        assert "trafficDistribution" not in named(build(files, OVERLAYS[2]), "Service", "embed")["spec"]  # one zone
+        built = build(files, OVERLAYS[0])
+        for name in ("embed", "embed-gateway"):
+            assert named(built, "Service", name)["spec"]["trafficDistribution"] == distribution
 
 
 def test_the_quota_covers_maximum_rollout_and_overflow(build: Build) -> None:

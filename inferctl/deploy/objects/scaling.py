@@ -229,6 +229,7 @@ def _placeholders(
         "metadata": metadata(name, deployment["metadata"]["namespace"], labels),
         "spec": {
             "replicas": spare.noted,
+            "strategy": {"type": "Recreate"},  # a surge would need GPUs beyond the quota
             "selector": {"matchLabels": dict(labels)},
             "template": {"metadata": {"labels": dict(labels)}, "spec": template},
         },

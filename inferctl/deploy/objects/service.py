@@ -39,9 +39,9 @@ def headless_name(model: str) -> str:
     return f"{model}-{PODS}"
 
 
-def zones(model: str, namespace: str, distribution: str) -> Object:
+def zones(service_name: str, namespace: str, distribution: str) -> Object:
     """Return a patch that keeps requests in the zone of the client. `distribution`: what the version has."""
-    name = {"name": model, "namespace": namespace}
+    name = {"name": service_name, "namespace": namespace}
     return {"apiVersion": "v1", "kind": "Service", "metadata": name, "spec": {"trafficDistribution": distribution}}
 
 

@@ -1,0 +1,50 @@
+"""The lint finds nothing in the manifests that `inferctl deploy` writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inferctl import cli
+from inferctl.deploy import layout, manifests_file
+from inferctl.deploy.lint import Context, lint
+from tests.deploy import plans
+from tests.deploy.conftest import kustomize, write
+from tests.deploy.test_example import SPECS
+
+ONE_EACH = [{**flavor, "min_replicas": 2, "max_replicas": 2} for flavor in plans.FLAVORS]
+
+
+def findings(folder: Path, minor: int) -> list[str]:
+    text = kustomize(folder)
+    found = lint(manifests_file.parse(text, folder.name), Context(minor=minor))
+    return [f"{each.rule} {each.object} {each.field}: {each.what}" for each in found]
+
+
+def test_the_lint_finds_nothing_in_the_example(tmp_path: Path) -> None:
+    assert cli.run(["deploy", *SPECS, "--output", str(tmp_path)]) == 0
+    overlays = sorted((tmp_path / "overlays").iterdir())
+    assert len(overlays) == 3
+    assert {folder.name: findings(folder, 35) for folder in overlays} == {folder.name: [] for folder in overlays}
+
+
+@pytest.mark.parametrize(
+    "deploy",
+    [
+        {"router": "epp", "gateway": "none"},
+        {"router": "envoy-gateway", "gateway": "none"},
+        {"scaling": "hpa"},
+        {"scaling": "none", "flavors": ONE_EACH},
+        {"flavors": [{**plans.FLAVORS[1], "sharing": "time-slicing", "shared_by": 4}]},
+        {"flavors": [{**plans.FLAVORS[1], "sharing": "mps", "shared_by": 2}]},
+        {"flavors": [{**flavor, "sharing": "dra"} for flavor in plans.FLAVORS[:2]]},
+    ],
+    ids=["epp", "envoy-gateway", "hpa", "fixed", "time-slicing", "mps", "dra"],
+)
+def test_the_lint_finds_nothing_in_any_option(deploy: dict[str, Any], tmp_path: Path) -> None:
+    files = layout.files(plans.plan(plans.embed(**deploy), kubernetes="1.35"))
+    write(files, tmp_path)
+    overlays = sorted((tmp_path / "overlays").iterdir())
+    assert {folder.name: findings(folder, 35) for folder in overlays} == {folder.name: [] for folder in overlays}
