@@ -22,7 +22,7 @@ from tests.deploy.watched_models import CHAT, EMBED
 
 MINUTES = 120
 FAULT = 40  # minute at which most faults start
-BEFORE, AFTER = 39, 118
+BEFORE, AFTER = 38, 118
 Series = Callable[[int], float | None]
 
 
@@ -331,7 +331,7 @@ def test_promtool_accepts_the_rules(promtool: str, watched: Watched, tmp_path: P
 def test_each_fault_fires_its_alerts_and_no_others(promtool: str, watched: Watched, tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_text(json.dumps(groups(watched)))
     cases = [as_test(case) for case in CASES if case.watched is watched]
-    document = {"rule_files": ["rules.yaml"], "evaluation_interval": "1m", "tests": cases}
+    document = {"rule_files": ["rules.yaml"], "evaluation_interval": "2m", "tests": cases}
     (tmp_path / "tests.yaml").write_text(json.dumps(document))
     run(promtool, "test", "rules", str(tmp_path / "tests.yaml"))
 
@@ -369,7 +369,7 @@ def test_the_summary_has_the_numbers_and_the_rule_its_labels(promtool: str, tmp_
             {"eval_time": f"{BEFORE}m", "alertname": "InferctlRejected", "exp_alerts": []},
         ]
     }
-    document = {"rule_files": ["rules.yaml"], "evaluation_interval": "1m", "tests": [test]}
+    document = {"rule_files": ["rules.yaml"], "evaluation_interval": "2m", "tests": [test]}
     (tmp_path / "tests.yaml").write_text(json.dumps(document))
     run(promtool, "test", "rules", str(tmp_path / "tests.yaml"))
 
