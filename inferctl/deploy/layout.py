@@ -5,6 +5,7 @@
     overlays/CLUSTER/      one cluster: its replicas, GPU resource and node labels, quota, options
     bench/CLUSTER/         the bench Jobs of one cluster, which run before the rest is deployed
     gpu-operator/CLUSTER/  values of the GPU Operator's Helm chart, for MIG slices and shared GPUs
+    monitoring/            alerts and dashboards as plain files, for a Prometheus and a Grafana without operators
     karmada/               all clusters together, instead of overlays
 
 `kubectl apply -k overlays/CLUSTER` installs all that belongs to one cluster.
@@ -32,6 +33,7 @@ from inferctl.deploy.objects import (
     workload,
 )
 from inferctl.deploy.objects.metadata import COMPONENT, SERVER, Object, labels_of
+from inferctl.deploy.observe import objects as observe
 from inferctl.deploy.plan import FlavorPlan, ModelPlan, Plan
 from inferctl.errors import UsageError
 
@@ -80,7 +82,7 @@ def files(plan: Plan) -> dict[str, str]:
         if benches := [model for model in plan.models if model.spec.deploy.bench]:
             found |= _bench(plan, benches, cluster).files(f"bench/{cluster.name}")
         found |= _gpu_operator(plan, cluster)
-    return dict(sorted(found.items()))
+    return dict(sorted((found | observe.plain_files(plan)).items()))
 
 
 def check(model: ModelPlan, clusters: Sequence[Cluster]) -> None:
@@ -202,7 +204,8 @@ def _monitoring(plan: Plan, sources: Sequence[str]) -> Folder:
         policies.append(
             policy.scrape_policy("allow-prometheus-gateway", namespace, selector, service.METRICS_PORT, sources)
         )
-    return Folder({"monitors.yaml": monitors, "network.yaml": policies})
+    watched = {f"{model.name}.yaml": observe.objects(plan, model) for model in plan.models}
+    return Folder({"monitors.yaml": monitors, "network.yaml": policies, **watched})
 
 
 def _bench(plan: Plan, models: Sequence[ModelPlan], cluster: Cluster) -> Folder:

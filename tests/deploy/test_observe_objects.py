@@ -1,0 +1,104 @@
+"""The monitoring of a plan: its alerts and dashboards name what is in the other manifests."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inferctl.deploy import layout
+from inferctl.deploy.observe.objects import watched
+from tests.deploy import plans
+from tests.deploy.conftest import Objects
+
+Build = Callable[[dict[str, str], str], Objects]
+OVERLAYS = [f"overlays/{cluster['name']}" for cluster in plans.CLUSTERS]
+
+
+def of_kind(objects: Objects, kind: str) -> dict[str, dict[str, Any]]:
+    return {each["metadata"]["name"]: each for each in objects if each["kind"] == kind}
+
+
+@pytest.fixture(params=OVERLAYS)
+def built(request: pytest.FixtureRequest, build: Build) -> Objects:
+    return build(layout.files(plans.plan()), request.param)
+
+
+def rules_of(built: Objects, model: str) -> list[dict[str, Any]]:
+    (group,) = of_kind(built, "PrometheusRule")[f"{model}-alerts"]["spec"]["groups"]
+    rules: list[dict[str, Any]] = group["rules"]
+    return rules
+
+
+def test_alerts_name_objects_of_the_overlay(built: Objects) -> None:
+    deployments, scaled = of_kind(built, "Deployment"), of_kind(built, "ScaledObject")
+    for model in ("embed", "chat"):
+        text = json.dumps(rules_of(built, model)).replace('\\"', '"')
+        assert set(re.findall(r'service="([^"]+)"', text)) == {model} <= set(of_kind(built, "Service"))
+        assert set(re.findall(r'namespace="([^"]+)"', text)) == {"inference"}
+        (names,) = set(re.findall(r'horizontalpodautoscaler=~"\(keda-hpa-\)\?\(([^)]*)\)"', text))
+        # A cluster may lack a flavor of the plan.
+        assert {name for name in deployments if scaled.get(name) and name.startswith(f"{model}-")} <= set(
+            names.split("|")
+        )
+
+
+def test_placeholders_have_the_name_that_alerts_expect(built: Objects) -> None:
+    found = {name for name in of_kind(built, "Deployment") if name.endswith("-overflow")}
+    text = json.dumps([rules_of(built, model) for model in ("embed", "chat")]).replace('\\"', '"')
+    assert found <= set(re.findall(r'deployment="([^"]+)"', text))
+
+
+def test_monitors_give_the_labels_that_queries_use(built: Objects) -> None:
+    for model in ("embed", "chat"):
+        monitor = of_kind(built, "ServiceMonitor")[model]
+        assert "inferctl.io/flavor" in monitor["spec"]["podTargetLabels"]
+        (data,) = of_kind(built, "ConfigMap")[f"{model}-dashboard"]["data"].values()
+        assert "inferctl_io_flavor" in data or model == "chat"
+
+
+def test_the_sidecar_of_grafana_finds_a_dashboard_for_each_model(built: Objects) -> None:
+    found = [each for each in of_kind(built, "ConfigMap").values() if "grafana_dashboard" in each["metadata"]["labels"]]
+    titles = [json.loads(text)["title"] for each in found for text in each["data"].values()]
+    assert sorted(titles) == ["inferctl chat (inference)", "inferctl embed (inference)"]
+
+
+def test_promtool_accepts_the_rules_of_an_overlay(built: Objects, tmp_path: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool not found; `apt-get install prometheus` installs it")
+    for name, rule in of_kind(built, "PrometheusRule").items():
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(rule["spec"]))
+    files = [str(file) for file in sorted(tmp_path.glob("*-alerts.yaml"))]
+    done = subprocess.run([promtool, "check", "rules", *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_is_watched_follows_the_plan() -> None:
+    plan = plans.plan()
+    embed, chat = (watched(plan, model) for model in plan.models)
+    assert [flavor.name for flavor in embed.flavors] == ["embed-a100-half", "embed-l4", "embed-t4"]
+    assert (embed.task, embed.metering, embed.cache, embed.keda, embed.gpu) == ("embed", True, False, True, True)
+    assert (chat.task, chat.metering, chat.flavors[0].rate, chat.flavors[0].measured) == (
+        "generate",
+        False,
+        3000,
+        False,
+    )
+    assert {flavor.overflow for flavor in embed.flavors} <= {
+        None,
+        *(f"{flavor.name}-overflow" for flavor in embed.flavors),
+    }
+
+
+def test_plain_files_are_next_to_the_objects(tmp_path: Path) -> None:
+    files = layout.files(plans.plan())
+    rules = json.loads(files["monitoring/embed-alerts.json"])
+    assert rules["groups"][0]["rules"]
+    assert json.loads(files["monitoring/embed-dashboard.json"])["panels"]
