@@ -54,6 +54,14 @@ def bodies(texts: Sequence[str]) -> list[dict[str, Any]]:
     return [{"input": text, "encoding_format": "base64"} for text in texts]
 
 
+def embed(server: peers.Server, texts: Sequence[str]) -> bytes:
+    """Send one request, and return the body of its response."""
+    body = json.dumps({"input": texts, "encoding_format": "base64"}).encode()
+    request = urllib.request.Request(f"{server.url}{server.path}", body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request) as response:
+        return bytes(response.read())
+
+
 def cached(port: int, size: int, name: str) -> peers.Server:
     """Start inferctl with the model and a cache of `size` bytes."""
     os.environ["INFERCTL_CACHE_SIZE"] = str(size)
@@ -65,10 +73,7 @@ def cached(port: int, size: int, name: str) -> peers.Server:
 
 def bare(port: int, like: peers.Server, folder: Path) -> peers.Server:
     """Start a Starlette application that sends the same bytes as a response of `like`."""
-    body = json.dumps(bodies(peers.texts(1))[0]).encode()
-    request = urllib.request.Request(f"{like.url}{like.path}", body, {"content-type": "application/json"})
-    with urllib.request.urlopen(request) as response:
-        (folder / "body.json").write_bytes(response.read())
+    (folder / "body.json").write_bytes(embed(like, peers.texts(1)))
     command = [sys.executable, peers.HERE / "bare_app.py", str(port), folder / "body.json"]
     return peers.start("bare Starlette", command, port, "/v1/embeddings", "/health", pausable=False)
 
@@ -102,7 +107,7 @@ def single_texts(seconds: float, rounds: int) -> tuple[dict[str, dict[str, float
             running.append(peers.inferctl(18542, "--engine", "echo", name="front end"))
             running.append(bare(18543, running[0], Path(folder)))
             servers = dict(zip(figures, (running[0], *running), strict=True))
-            run_closed(running[0].url, requests(running[0].url, running[0].path, bodies(hot)), 4, 2, warm=0)
+            embed(running[0], hot)
             for number, name in enumerate(peers.order(list(figures), rounds)):
                 # A client needs at least half a millisecond for a miss.
                 new = peers.texts(int(4000 * seconds) + 1000, seed=1000 + number) if name == "miss" else hot
@@ -132,11 +137,7 @@ def zipf(inputs: int) -> dict[str, float]:
     server = cached(18544, entries * (VECTOR_BYTES + ENTRY_BYTES), "zipf")
     try:
         for at in range(0, len(numbers), PER_REQUEST):
-            texts = [f"question {number}" for number in numbers[at : at + PER_REQUEST]]
-            body = json.dumps({"input": texts, "encoding_format": "base64"}).encode()
-            request = urllib.request.Request(f"{server.url}{server.path}", body, {"content-type": "application/json"})
-            with urllib.request.urlopen(request) as response:
-                response.read()
+            embed(server, [f"question {number}" for number in numbers[at : at + PER_REQUEST]])
         hits, misses = counters(server)
     finally:
         server.end()

@@ -30,7 +30,8 @@ def test_a_scan_of_everything_finds_no_text_and_no_key(minilm: Path, tmp_path: P
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(file.read_text())
     assert {found["statuses"][name] for name in ("valid", "cached", "token ids", "truncated")} == {200}
-    assert {found["statuses"][name] for name in ("engine fails", "engine crashes")} == {500}
+    assert found["statuses"]["engine fails"] == 500
+    assert found["statuses"]["engine crashes"] in (500, 503)
     assert found["files"] > 5
     assert found["events"] > 10
 
