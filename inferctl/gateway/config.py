@@ -42,8 +42,8 @@ class Settings:
     balancing: Balancing = "least-request"
     timeout_s: float = 60.0
     idle_s: float = 60.0
-    max_connections: int = 20_000
-    buffered_body_bytes: int = 32 * 1024
+    max_connections: int = 16_000
+    buffered_body_bytes: int = 16 * 1024
     max_repeated_bytes: int = 8 * 1024 * 1024
     max_heap_bytes: int = 1024 * 1024 * 1024
     requests_per_server: int = 256
@@ -78,7 +78,10 @@ def bootstrap(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _overload(settings: Settings) -> dict[str, Any]:
-    """Bound connections and memory. All connections with a small body each, which anyone can send, need 60% of it."""
+    """Bound connections and memory.
+
+    A connection with an incomplete small body, which anyone can send, needs 50 kB. So all of them need 80% of it.
+    """
     heap = "envoy.resource_monitors.fixed_heap"
     actions = {"shrink_heap": 0.9, "stop_accepting_requests": 0.95}
     return {
