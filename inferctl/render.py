@@ -50,6 +50,7 @@ _SERVER_MODULES = (
     "__init__",
     "assets",
     "catalog",
+    "core_files",
     "decoder",
     "deploy_spec",
     "divergence",
