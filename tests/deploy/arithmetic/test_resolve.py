@@ -10,7 +10,7 @@ from deploy_sources import HALF, IMAGE, SMALL, cluster, plan, receipt_document, 
 
 from inferctl import catalog
 from inferctl.bench import receipt
-from inferctl.deploy import gpu
+from inferctl.deploy import explain, gpu
 from inferctl.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
 from inferctl.fit import ModelSize, UnknownSize
 
@@ -136,6 +136,15 @@ def test_a_model_that_does_not_fit_its_slice_is_refused_with_the_arithmetic() ->
     with pytest.raises(UsageError, match=r"a100-40gb-mig-1g.5gb: .*5\.0 GB") as caught:
         plan(spec(one(hardware="a100-40gb-mig-1g.5gb")), size=large)
     assert caught.value.hint
+
+
+def test_the_memory_on_the_slice_is_shown_with_its_parts() -> None:
+    # Weights 100,000,000 x 2 bytes; activations 16,384 x (5 x 768 + 2 x 3,072) x 2; 1 GB for CUDA.
+    (found,) = plan(spec(one(hardware=HALF))).models[0].flavors
+    (figure,) = (each for each in explain.flavor_figures(found) if each.name == "GPU memory")
+    assert figure.value == 200_000_000 + 327_155_712 + 1_000_000_000
+    assert figure.formula == "200.0 MB + 327.2 MB + 1.0 GB"
+    assert figure.source == "estimated: weights, activations and overhead, of 20.0 GB"
 
 
 def test_pods_that_share_a_gpu_share_its_memory() -> None:

@@ -1,0 +1,148 @@
+"""Places the flavors of a model in a cluster: replicas, spare capacity, GPU resource and cost, with warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from inferctl.deploy import gpu, sizing
+from inferctl.deploy.clusters import Cluster
+from inferctl.deploy.figure import Figure, shown
+from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, TrafficPlan
+from inferctl.deploy_spec import Flavor
+from inferctl.errors import UsageError
+from inferctl.spec import Spec
+
+
+def place(
+    spec: Spec,
+    flavors: Sequence[Flavor],
+    made: Sequence[FlavorPlan],
+    traffic: TrafficPlan | None,
+    cluster: Cluster,
+    warnings: list[str],
+) -> list[Placement]:
+    """Return the placement of each flavor in `cluster`. Adds warnings to `warnings`."""
+    settings, share = spec.deploy, cluster.share or 0.0
+    chain = [
+        sizing.Demand(
+            each.label,
+            each.rate,
+            flavor.min_replicas,
+            flavor.max_replicas,
+            cluster.max_replicas.get(flavor.hardware),
+        )
+        for flavor, each in zip(flavors, made, strict=True)
+    ]
+    scaled = settings.scaling != "none"
+    # A HorizontalPodAutoscaler accepts a minimum of 0 from Kubernetes 1.37.
+    lowest = 1 if settings.scaling == "hpa" and cluster.minor < 37 else 0
+    sized = sizing.replicas(chain, traffic, share, settings.utilization, scaled=scaled, lowest=lowest)
+    _warn_of_uncovered_peak(spec, chain, sized, traffic, cluster, warnings)
+    first = _first_with_room(sized, settings.overflow)
+    found = []
+    for index, (each, counts) in enumerate(zip(made, sized, strict=True)):
+        spare = None
+        if index == first:
+            room = int(counts.most.value - counts.least.value) if scaled else 0
+            spare = sizing.overflow(
+                settings.overflow, traffic, share, settings.traffic.rise_s, each.cold_start_s, each.rate, room
+            )
+        fixed = None
+        if counts.most.value == 0:
+            fixed = replace(counts.most, name="replicas")
+        elif not scaled or each.rate is None:
+            fixed = replace(counts.least, name="replicas")
+        extra = int(spare.value) if spare else 0
+        found.append(
+            Placement(
+                cluster=cluster.name,
+                resource=gpu.resource(each.hardware, each.sharing, each.resource.count, cluster)
+                if each.resource
+                else None,
+                min_replicas=counts.least,
+                max_replicas=counts.most,
+                replicas=fixed,
+                at_base=counts.at_base,
+                at_peak=counts.at_peak,
+                overflow=spare,
+                cost_min=_cost("cost at the minimum", int(counts.least.value) + extra, each, cluster),
+                cost_peak=_cost("cost at the peak", _running_at_peak(counts) + extra, each, cluster),
+                cost_max=_cost("cost at the maximum", int(counts.most.value) + extra, each, cluster),
+            )
+        )
+    return found
+
+
+def _first_with_room(sized: Sequence[sizing.Replicas], setting: str | int) -> int | None:
+    """Return the flavor that gets the overflow: the first that can grow; for a given number, the first that exists."""
+    grows = [index for index, each in enumerate(sized) if each.most.value > each.least.value]
+    exists = [index for index, each in enumerate(sized) if each.most.value]
+    return next(iter(grows if setting == "auto" else exists), None)
+
+
+def _running_at_peak(counts: sizing.Replicas) -> int:
+    needed = counts.at_peak.value if counts.at_peak else counts.most.value
+    return int(max(counts.least.value, min(counts.most.value, needed)))
+
+
+def _cost(name: str, count: int, flavor: FlavorPlan, cluster: Cluster) -> Figure | None:
+    gpus = flavor.resource.count if flavor.resource else 1
+    return sizing.cost(name, count, flavor.hardware, cluster.cloud, gpus=gpus, shared_by=flavor.shared_by)
+
+
+def _warn_of_uncovered_peak(
+    spec: Spec,
+    chain: Sequence[sizing.Demand],
+    sized: Sequence[sizing.Replicas],
+    traffic: TrafficPlan | None,
+    cluster: Cluster,
+    warnings: list[str],
+) -> None:
+    share = cluster.share or 0.0
+    if traffic is None or share == 0:
+        return
+    served = sum(
+        float(counts.most.value) * spec.deploy.utilization * demand.rate.tokens_per_second
+        for demand, counts in zip(chain, sized, strict=True)
+        if demand.rate
+    )
+    peak = float(traffic.peak.value) * share
+    if served < peak * (1 - 1e-9):
+        warnings.append(
+            f"{cluster.name}: all replicas at their maximum serve {served / peak:.0%} of the peak of {spec.name} "
+            f"({shown(served)} of {shown(peak)} tokens/s): raise max_replicas or the share of other clusters"
+        )
+
+
+def with_shared_limits(models: tuple[ModelPlan, ...], clusters: Sequence[Cluster]) -> tuple[ModelPlan, ...]:
+    """Return the models with a warning for hardware of which a cluster has fewer than their maxima together.
+
+    Raises `UsageError` if not even their minima fit.
+    """
+    warnings: list[str] = []
+    for cluster in clusters:
+        for key, limit in cluster.max_replicas.items():
+            users = [
+                (flavor.name, flavor.at(cluster))
+                for model in models
+                for flavor in model.flavors
+                if flavor.hardware.key == key and flavor.at(cluster).max_replicas.value
+            ]
+            if len(users) < 2:
+                continue
+            least = sum(int(placed.min_replicas.value) for _, placed in users)
+            most = sum(int(placed.max_replicas.value) for _, placed in users)
+            names = " and ".join(name for name, _ in users)
+            if least > limit:
+                raise UsageError(
+                    f"{cluster.name} can have {limit} of {key}, but {names} need {least} at their minimum",
+                    "lower min_replicas, or raise max_replicas of the cluster",
+                )
+            if most > limit:
+                warnings.append(
+                    f"{cluster.name} can have {limit} of {key}, but the maxima of {names} add up to {most}: "
+                    "the first to ask gets them. Set max_replicas of the flavors"
+                )
+    first, *others = models
+    return (replace(first, warnings=(*first.warnings, *warnings)), *others)
