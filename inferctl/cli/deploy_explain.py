@@ -24,13 +24,14 @@ def report(plan: Plan) -> None:
         piece for model in plan.models for piece in (_title(model), _table(model, plan), Text())
     ]
     cost = explain.total(plan)
-    without = f"; no list price: {', '.join(cost.unknown)}" if cost.unknown else ""
-    pieces.append(
-        Text(
-            f"Cost at list price, {sizing.HOURS_PER_MONTH} h: {cost.least:,.2f} USD/month at the minimum, "
-            f"{cost.peak:,.2f} if the peak lasts, at most {cost.most:,.2f} with all flavors at their maximum{without}"
+    text = "unknown"
+    if cost.least is not None:
+        text = (
+            f"{cost.least:,.2f} USD/month at the minimum, {cost.peak:,.2f} if the peak lasts, at most {cost.most:,.2f} "
+            "with all flavors at their maximum"
         )
-    )
+    without = f"; no list price: {', '.join(cost.unknown)}" if cost.unknown else ""
+    pieces.append(Text(f"Cost at list price, {sizing.HOURS_PER_MONTH} h: {text}{without}"))
     console.report(Group(*pieces))
 
 

@@ -17,15 +17,15 @@ SCHEMA = "inferctl.deploy/1"
 
 @dataclass(frozen=True)
 class Total:
-    """What all models cost in a month, in USD.
+    """What all models cost in a month, in USD; None if the catalog has no price at all.
 
     `least`: with the minima. `peak`: with a peak that lasts. `most`: with all flavors at their maxima. `unknown`:
-    placements for which the catalog has no price.
+    placements for which the catalog has no price, which are left out.
     """
 
-    least: float
-    peak: float
-    most: float
+    least: float | None
+    peak: float | None
+    most: float | None
     unknown: tuple[str, ...]
 
 
@@ -74,19 +74,20 @@ def placement_figures(placed: Placement) -> list[Figure]:
 
 def total(plan: Plan) -> Total:
     """Return the cost of all placements with a price, and the others by name."""
-    least = peak = most = 0.0
+    known: list[tuple[float, float, float]] = []
     unknown: list[str] = []
     for model in plan.models:
         for flavor in model.flavors:
             for cluster in plan.clusters:
                 placed = flavor.at(cluster)
                 if placed.cost_min and placed.cost_peak and placed.cost_max:
-                    least += placed.cost_min.value
-                    peak += placed.cost_peak.value
-                    most += placed.cost_max.value
+                    known.append((placed.cost_min.value, placed.cost_peak.value, placed.cost_max.value))
                 elif placed.max_replicas.value:
                     unknown.append(f"{flavor.name} in {cluster.name}")
-    return Total(round(least, 2), round(peak, 2), round(most, 2), tuple(unknown))
+    if not known:
+        return Total(None, None, None, tuple(unknown))
+    least, peak, most = (round(sum(column), 2) for column in zip(*known, strict=True))
+    return Total(least, peak, most, tuple(unknown))
 
 
 def document(plan: Plan) -> dict[str, Any]:

@@ -175,6 +175,17 @@ def test_the_tables_have_the_formulas_and_their_sources(capsys: pytest.CaptureFi
     assert "rate, measured" in text
 
 
+@pytest.mark.usefixtures("folder")
+def test_a_cost_without_any_price_is_unknown_and_not_zero(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "clusters.yaml").write_text("clusters: [{name: one, cloud: azure}]\n")
+    found = document(capsys)["cost"]
+    assert [found[f"usd_per_month_at_{when}"] for when in ("minimum", "peak", "maximum")] == [None, None, None]
+    assert cli.run(["deploy", "--explain"]) == 0
+    assert "Cost at list price, 730 h: unknown; no list price: embed-half in one" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
