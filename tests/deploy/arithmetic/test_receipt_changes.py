@@ -27,6 +27,8 @@ def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from leaves(inner, f"{path}.{key}")
+    elif isinstance(value, str) and value.startswith("{\n"):
+        yield from leaves(json.loads(value), path)  # a dashboard
     elif isinstance(value, list):
         for index, inner in enumerate(value):
             name = inner.get("name", index) if isinstance(inner, dict) else index
@@ -67,7 +69,7 @@ def test_a_changed_receipt_changes_exactly_what_comes_from_it(tmp_path: Path, mo
     old, new = values(before), values(after)
     assert old.keys() == new.keys()
     changed = {path: (old[path], new[path]) for path in old if old[path] != new[path]}
-    queries = {path: changed.pop(path) for path in list(changed) if path.endswith(".query")}
+    queries = {path: changed.pop(path) for path in list(changed) if path.endswith((".query", ".expr"))}
     # All maxima of embed together: 88 and, with 2 + 1 + 1 more, 92. Quotas and limits of node pools are sums too.
     replicas = "spec.template.spec.containers[server].env[INFERCTL_ACCESS_REPLICAS].value"
     limit = "spec.limits.nvidia.com/gpu"
@@ -85,9 +87,13 @@ def test_a_changed_receipt_changes_exactly_what_comes_from_it(tmp_path: Path, mo
         f"overlays/gcp-europe-west4/quota.yaml {quota}": ("44", "45"),
         "overlays/gcp-europe-west4/scaling.yaml ScaledObject/embed-l4.spec.maxReplicaCount": (5, 6),
     }
-    scaled = {f"{path.split(' ')[1].split('.')[0]} {path.split('[')[1].split(']')[0]}" for path in queries}
+    scaled = {re.sub(r"^\S+ (\S+)\.spec.*\[(.*)\].*", r"\1 \2", path) for path in queries if "ScaledObject" in path}
     assert scaled == {
         f"ScaledObject/embed-{flavor} {name}" for flavor in ("l4", "t4") for name in ("offered", "backlog")
+    }
+    # Panels of the dashboard have what the available replicas of all flavors serve.
+    assert {path.partition("[")[0] for path in queries if "ScaledObject" not in path} == {
+        "components/monitoring/embed.yaml ConfigMap/embed-dashboard.data.inferctl-embed.json.panels"
     }
     # The rate, the planned rate, and the maximum of the L4 in the queries of the T4.
     becomes = {"42000": "35000", "60000": "50000", "vector(9)": "vector(11)", "vector(5)": "vector(6)"}
