@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 _SHOWN_NAMES = 4
 _SHOWN_NODES = 12
+# Filters that look only at the node and the pod.
+_LASTING = ("NodeUnschedulable", "TaintToleration", "NodeAffinity")
 
 
 def preview(nodes: Sequence[Path], manifests: Sequence[Path], *, as_json: bool) -> int:
@@ -95,7 +97,7 @@ def _table(deployment: Mapping[str, Any]) -> RenderableType:
     for group in deployment["pods"]:
         when = "at rest" if group["phase"] == "rest" else "spike"
         # Pods of one Deployment differ only in what earlier ones took, so that most reasons repeat.
-        new = [each for each in group["infeasible"] if not _known(each, shown)]
+        new = [each for each in _decisive(group["infeasible"]) if not _known(each, shown)]
         shown += [(each["reasons"], set(each["nodes"])) for each in new]
         warnings = [f"warning, {node}: {text}" for node, text in list(group["warnings"].items())[:_SHOWN_NAMES]]
         lines = [_where(group), *warnings, *_not_feasible(new)]
@@ -105,6 +107,19 @@ def _table(deployment: Mapping[str, Any]) -> RenderableType:
     if not deployment["pods"]:
         table.add_row("", "no new pods", "", "")
     return table
+
+
+def _decisive(infeasible: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the reasons by nodes. What keeps a pod off a node in any state hides what else is missing there."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for each in infeasible:
+        lasting = [reason for reason in each["reasons"] if reason["filter"] in _LASTING]
+        reasons = lasting or each["reasons"]
+        key = tuple(reason["text"] for reason in reasons)
+        found.setdefault(key, {"nodes": [], "reasons": reasons})["nodes"] += each["nodes"]
+    from inferctl.deploy.preview.simulation import natural
+
+    return [{**each, "nodes": sorted(each["nodes"], key=natural)} for each in found.values()]
 
 
 def _known(entry: Mapping[str, Any], shown: Sequence[tuple[object, set[str]]]) -> bool:
@@ -157,19 +172,29 @@ def _drills(losses: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
 
     from inferctl.deploy.preview import report
 
-    of = {loss["share"]["of"] for loss in losses}
-    yield Text(f"Losses at the peak, as share of {' or '.join(sorted(of))} that is served", style="bold")
+    of = sorted({loss["share"]["of"] for loss in losses})
+    yield Text(f"Losses at the peak: share of {' or '.join(of)} that is still served", style="bold")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("lost", overflow="fold")
     table.add_column("model", overflow="fold")
     table.add_column("before", justify="right")
     table.add_column("at once", justify="right")
     table.add_column("then", overflow="fold", ratio=1)
-    for loss in report.worst(losses):
+    several = len({loss["cluster"] for loss in losses}) > 1
+    worst = report.worst(losses)
+    shown = [loss for loss in worst if loss["share"]["at_once"] < 1]
+    cluster = None
+    for loss in shown:
+        if several and loss["cluster"] != cluster and loss["scope"] in ("node", "zone"):
+            cluster = loss["cluster"]
+            table.add_row(f"in {cluster}", style="bold")
         share = loss["share"]
         place = f"{loss['scope']} {loss['place']}" + (" (the worst)" if loss["scope"] == "node" else "")
         table.add_row(place, loss["model"], _percent(share["before"]), _percent(share["at_once"]), _then(loss))
-    yield table
+    if shown:
+        yield table
+    if rest := len(worst) - len(shown):
+        yield Text(f"{_count(rest, 'other loss')} of a node, zone or cluster leave all of it served at once.")
     yield Text(
         "A lost node counts as lost after 50 s; its pods are evicted after their tolerationSeconds (300 s by "
         "default) and then start elsewhere. Feasibility and arithmetic: scores of the scheduler are not imitated."
@@ -185,7 +210,7 @@ def _then(loss: Mapping[str, Any]) -> str:
         parts.append(f"{_percent(loss['share']['later'])}{when}: {moving}")
     if loss["waiting"]:
         why = "; ".join(loss["why"])
-        when = f"; new nodes serve after {loss['recovered_s']:.0f} s" if loss["recovered_s"] is not None else ""
+        when = f"; on new nodes after {loss['recovered_s']:.0f} s" if loss["recovered_s"] is not None else ""
         wait = "waits" if loss["waiting"] == 1 else "wait"
         parts.append(f"{_count(loss['waiting'], 'pod')} {wait} ({why}){when}")
     if loss["added"]:
@@ -210,7 +235,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+    return f"{number} {what}{'' if number == 1 else 'es' if what.endswith('s') else 's'}"
 
 
 def _percent(share: float) -> str:

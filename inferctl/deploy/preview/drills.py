@@ -101,16 +101,21 @@ def rates(outcomes: Sequence[Outcome]) -> list[Rates]:
 
 
 def run(outcomes: Sequence[Outcome]) -> list[Loss]:
-    """Return the losses of each node, zone, region and cluster in which pods of models run."""
-    models = rates(outcomes)
+    """Return the losses of each node, zone, region and cluster in which pods of models run.
+
+    A lost node or zone concerns its cluster: its capacity is compared with the cluster's part of the peak, since traffic
+    does not move to other clusters by itself. A lost cluster or region is compared with the whole peak.
+    """
     losses: list[Loss] = []
     for outcome in outcomes:
+        models = rates([outcome])
         for names in _alike(outcome.cluster):
-            found = _lose_nodes(outcome, outcomes, models, "node", names[0], names[:1])
+            found = _lose_nodes(outcome, models, "node", names[0], names[:1])
             losses += [replace(each, alike=len(names)) for each in found]
         for zone, names in _zones(outcome.cluster).items():
-            losses += _lose_nodes(outcome, outcomes, models, "zone", zone, names)
+            losses += _lose_nodes(outcome, models, "zone", zone, names)
     if len(outcomes) > 1:
+        models = rates(outcomes)
         for outcome in outcomes:
             losses += _lose_clusters([outcome], outcomes, models, "cluster", outcome.cluster.name)
         for region, inside in sorted(_regions(outcomes).items()):
@@ -149,7 +154,7 @@ def _regions(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def _lose_nodes(
-    outcome: Outcome, outcomes: Sequence[Outcome], models: Sequence[Rates], scope: str, place: str, names: Sequence[str]
+    outcome: Outcome, models: Sequence[Rates], scope: str, place: str, names: Sequence[str]
 ) -> list[Loss]:
     cluster = outcome.cluster.copy()
     name = cluster.name
@@ -164,7 +169,7 @@ def _lose_nodes(
         gone = [pod for pod in lost if model.owns(name, pod)]
         if not gone:
             continue
-        before = _serving(outcomes, model)
+        before = _serving([outcome], model)
         mine = [each for each in attempts if model.owns(name, each.pod)]
         moved, waiting = [each for each in mine if each.node], [each for each in mine if not each.node]
         added = [each for each in fallback if model.owns(name, each.pod) and each.node]

@@ -43,7 +43,7 @@ def _overlay(folder: Path, name: str, clusters: Sequence[str]) -> Path:
     if len(known) == 1 and len(clusters) == 1:
         return folder / known[0]
     raise UsageError(
-        f"the nodes file has the cluster {name!r}, but {folder} has no such overlay",
+        f"the nodes file has the cluster {name!r}, but there is no such overlay",
         f"name clusters in the nodes file as the overlays: {', '.join(known)}",
     )
 

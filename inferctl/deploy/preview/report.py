@@ -19,11 +19,16 @@ _ALL_CANDIDATES = 100
 def document(outcomes: Sequence[Outcome], losses: Sequence[Loss]) -> dict[str, Any]:
     """Return the whole result."""
     return {
-        "fits_at_rest": all(attempt.node for outcome in outcomes for attempt in outcome.rest),
-        "fits_at_peak": all(attempt.node for outcome in outcomes for attempt in outcome.spike),
+        "fits_at_rest": all(_fits(attempt) for outcome in outcomes for attempt in outcome.rest),
+        "fits_at_peak": all(_fits(attempt) for outcome in outcomes for attempt in outcome.spike),
         "clusters": [_cluster(outcome) for outcome in outcomes],
         "drills": [_loss(loss) for loss in losses],
     }
+
+
+def _fits(attempt: Attempt) -> bool:
+    """Return whether the pod has a node. A placeholder may wait: it then makes an autoscaler add one."""
+    return attempt.node is not None or attempt.workload.placeholder
 
 
 def _cluster(outcome: Outcome) -> dict[str, Any]:

@@ -202,8 +202,9 @@ def test_losing_a_cluster_and_a_region() -> None:
     assert (three.demand, three.share(three.at_once)) == (1500, 400 / 1500)
     region = next(loss for loss in losses if loss.scope == "region")
     assert (region.place, region.cluster, region.lost, region.at_once) == ("r", "one, two", 4, 400)
-    # Node losses of one cluster count the capacity of all.
-    assert next(loss for loss in losses if loss.scope == "node").before == 800
+    # A lost node concerns its cluster: 2 replicas for its peak of 500.
+    first = next(loss for loss in losses if loss.scope == "node")
+    assert (first.cluster, first.before, first.demand) == ("one", 200, 500)
 
 
 def test_without_a_rate_replicas_are_counted() -> None:
