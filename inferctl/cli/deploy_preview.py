@@ -11,6 +11,8 @@ from inferctl.cli import console
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from inferctl.deploy.plan import Plan
+
 _SHOWN_NAMES = 4
 _SHOWN_NODES = 12
 # Filters that look only at the node and the pod.
@@ -36,6 +38,17 @@ def preview(nodes: Sequence[Path], manifests: Sequence[Path], *, as_json: bool) 
 
         console.report(Group(*_pieces(result)))
     return 0 if result["fits_at_rest"] else 1
+
+
+def of_plan(plan: Plan, nodes: Sequence[Path], *, as_json: bool) -> int:
+    """Print the preview of the manifests of `plan`, and return the exit code of `preview`."""
+    import tempfile
+
+    from inferctl.cli import deploy_files
+
+    with tempfile.TemporaryDirectory(prefix="inferctl-deploy-") as folder:
+        deploy_files.write(plan, Path(folder))
+        return preview(nodes, [Path(folder)], as_json=as_json)
 
 
 def _simulate(nodes: Sequence[Path], manifests: Sequence[Path]) -> list[Any]:
@@ -208,17 +221,16 @@ def _then(loss: Mapping[str, Any]) -> str:
         evict = f", evicting {_count(loss['evicted'], 'pod')}" if loss["evicted"] else ""
         moving = f"{loss['moved']} of {_count(loss['lost'], 'pod')} can move{evict}"
         parts.append(f"{_percent(loss['share']['later'])}{when}: {moving}")
+    if loss["added"]:
+        when = f" after {loss['covered_s']:.0f} s" if loss["covered_s"] is not None else ""
+        where = "of the next hardware" if loss["scope"] in ("node", "zone") else "more in the others"
+        parts.append(f"{_percent(loss['share']['covered'])}{when} with {_count(loss['added'], 'pod')} {where}")
     if loss["waiting"]:
         why = "; ".join(loss["why"])
         when = f"; on new nodes after {loss['recovered_s']:.0f} s" if loss["recovered_s"] is not None else ""
         wait = "waits" if loss["waiting"] == 1 else "wait"
         parts.append(f"{_count(loss['waiting'], 'pod')} {wait} ({why}){when}")
-    if loss["added"]:
-        when = f" after {loss['covered_s']:.0f} s" if loss["covered_s"] is not None else ""
-        parts.append(
-            f"{_percent(loss['share']['covered'])}{when} with {_count(loss['added'], 'pod')} of the next hardware"
-        )
-    return "; ".join(parts)
+    return "; ".join(parts) or f"until the {loss['scope']} is back"
 
 
 def _numbers(names: Sequence[str], deployment: str) -> str:

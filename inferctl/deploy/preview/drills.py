@@ -25,8 +25,8 @@ class Loss:
 
     `before`, `at_once` and `later` are what serves before, right after, and once the `moved` of the `lost` pods are
     ready on other nodes, after `later_s`; in `unit`: tokens/s, or replicas if a rate is not stated. `preempting` of the
-    moved pods evict `evicted` others. `waiting` pods need new nodes until `recovered_s`, or wait for the place to come
-    back. Meanwhile the autoscaler adds `added` pods of the next hardware, so that `covered` serves from `covered_s` on.
+    moved pods evict `evicted` others. `waiting` pods need new nodes until `recovered_s`. The autoscaler adds `added`
+    pods of the next hardware, or in the clusters that are left, so that `covered` serves from `covered_s` on.
     The seconds are None if there is no such time, or a Deployment does not state its load time or cold start. `full` is
     the capacity of all replicas, `demand` the peak in tokens/s, if stated.
     """
@@ -153,9 +153,7 @@ def _regions(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     return found
 
 
-def _lose_nodes(
-    outcome: Outcome, models: Sequence[Rates], scope: str, place: str, names: Sequence[str]
-) -> list[Loss]:
+def _lose_nodes(outcome: Outcome, models: Sequence[Rates], scope: str, place: str, names: Sequence[str]) -> list[Loss]:
     cluster = outcome.cluster.copy()
     name = cluster.name
     lost = cluster.lose(names)
@@ -209,20 +207,53 @@ def _covered_s(waiting: Sequence[Attempt], added: Sequence[Attempt]) -> float | 
 def _lose_clusters(
     lost: Sequence[Outcome], outcomes: Sequence[Outcome], models: Sequence[Rates], scope: str, place: str
 ) -> list[Loss]:
-    """Return the losses of whole clusters. Their pods move nowhere: the traffic goes to the other clusters."""
+    """Return the losses of whole clusters. Their traffic goes to the other ones, which add pods for it."""
+    rest = [each for each in outcomes if each not in lost]
+    more = {model.model: _factor(model.model, rest, outcomes) for model in models}
+    extra = [(each.cluster.name, attempt) for each in rest for attempt in _grow(each, more)]
     losses = []
     for model in models:
         before = _serving(outcomes, model)
         left = before - _serving(lost, model)
         gone = sum(len(_pods(each, model)) for each in lost)
-        if gone:
-            names = ", ".join(each.cluster.name for each in lost)
-            numbers = (model.full, model.demand, before, left, left)
-            why = {f"until the {scope} is back": gone}
-            loss = Loss(scope, place, names, model.model, model.unit, *numbers, lost=gone, waiting=gone, why=why)
-            loss.covered = left
-            losses.append(loss)
+        if not gone:
+            continue
+        names = ", ".join(each.cluster.name for each in lost)
+        loss = Loss(
+            scope, place, names, model.model, model.unit, model.full, model.demand, before, left, left, lost=gone
+        )
+        mine = [(cluster, each) for cluster, each in extra if model.owns(cluster, each.pod)]
+        added = [(cluster, each) for cluster, each in mine if each.node]
+        waiting = [each for _, each in mine if not each.node]
+        loss.added, loss.waiting = len(added), len(waiting)
+        loss.covered = left + sum(model.of(cluster, [each.pod]) for cluster, each in added)
+        loss.covered_s = _started_s([each.workload.load_s for _, each in added])
+        loss.why = Counter(each.refused or summary(each) for each in waiting)
+        loss.recovered_s = _started_s([each.workload.cold_start_s for each in waiting])
+        losses.append(loss)
     return losses
+
+
+def _factor(model: str, rest: Sequence[Outcome], outcomes: Sequence[Outcome]) -> float:
+    """Return by how much the peak of a model grows in the clusters that are left."""
+    before, after = _demand(model, outcomes), _demand(model, rest)
+    return before / after if after else 1.0
+
+
+def _demand(model: str, outcomes: Sequence[Outcome]) -> float:
+    return sum(each.demand or 0.0 for each in rates(outcomes) if each.model == model)
+
+
+def _grow(outcome: Outcome, more: Mapping[str, float]) -> list[Attempt]:
+    """Return the new pods of a cluster if the peaks of its models grow by the factors `more`."""
+    queue = [replace(each, peak=each.peak * more.get(each.model, 1.0)) if each.peak else each for each in outcome.queue]
+    return simulation.fill(outcome.cluster.copy(), queue)
+
+
+def _started_s(starts: Sequence[float | None]) -> float | None:
+    """Return when pods are ready that the autoscaler adds at once; None without pods, or if a time is not known."""
+    known = [each for each in starts if each is not None]
+    return AUTOSCALER_S + max(known) if known and len(known) == len(starts) else None
 
 
 def _pods(outcome: Outcome, model: Rates) -> list[Pod]:

@@ -207,6 +207,25 @@ def test_losing_a_cluster_and_a_region() -> None:
     assert (first.cluster, first.before, first.demand) == ("one", 200, 500)
 
 
+def test_the_other_clusters_take_over_the_traffic_of_a_lost_one() -> None:
+    # Each serves its peak of 300 with 3 of at most 6 pods. Without one, the other must serve 600 with 6.
+    manifests = [deployment("embed"), scaled("embed", 0, 6, peak=300)]
+    outcomes = [simulate(FOUR, *manifests, name=name) for name in ("one", "two")]
+    loss = next(each for each in drills.run(outcomes) if (each.scope, each.place) == ("cluster", "one"))
+    assert (loss.demand, loss.before, loss.at_once, loss.covered) == (600, 600, 300, 600)
+    assert (loss.added, loss.waiting) == (3, 0)
+    # 30 s until the autoscaler adds pods, 45 s to load.
+    assert loss.covered_s == 75
+
+
+def test_the_other_clusters_may_have_too_few_nodes() -> None:
+    # The other cluster has 4 slices: 1 of the 3 more pods fits, 2 wait for nodes: 30 s + a cold start of 240 s.
+    manifests = [deployment("embed"), scaled("embed", 0, 6, peak=300)]
+    outcomes = [simulate(nodes, *manifests, name=name) for name, nodes in (("one", FOUR), ("two", FOUR[:2]))]
+    loss = next(each for each in drills.run(outcomes) if (each.scope, each.place) == ("cluster", "one"))
+    assert (loss.added, loss.waiting, loss.covered, loss.recovered_s) == (1, 2, 400, 270)
+
+
 def test_without_a_rate_replicas_are_counted() -> None:
     plain = deployment("embed", 4)
     del plain["metadata"]["annotations"]
