@@ -23,10 +23,20 @@ Examples:
   inferctl deploy -f embed.yaml -f generate.yaml --output manifests
   # Apply those of one cluster
   kubectl apply -k manifests/overlays/aws-eu-central-1
+  # Show where its pods fit on given nodes, what a spike evicts and what a loss costs
+  inferctl deploy --preview nodes.yaml manifests
 """
 
 
 def deploy(
+    manifests: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[MANIFEST]...",
+            help="With --preview: manifests, folders or a kustomize tree. [default: those of the specs]",
+            show_default=False,
+        ),
+    ] = None,
     spec_files: Annotated[
         list[Path] | None,
         typer.Option(
@@ -47,11 +57,20 @@ def deploy(
         str | None,
         typer.Option(metavar="1.NN", help="Write for this version of Kubernetes. [default: that of each cluster]"),
     ] = None,
+    nodes: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--preview", metavar="NODES", help="Show where pods fit, what a spike evicts and a loss costs; repeatable."
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Write Kubernetes manifests from specs, the clusters file and measured receipts."""
     from inferctl.errors import UsageError
 
+    if nodes or manifests:
+        _preview(nodes, manifests, spec_files, clusters_file, kubernetes_version, output, explain, as_json)
+        return
     if output is None and not explain and not as_json:
         raise UsageError("nothing to do without --output and --explain", "pass `--output DIR` or `--explain`")
     plan = _plan(spec_files, clusters_file, kubernetes_version)
@@ -74,6 +93,33 @@ def deploy(
         deploy_explain.report(plan)
     if output is not None:
         console.note(f"wrote {len(written)} files to {output}; apply a cluster with `kubectl apply -k`")
+
+
+def _preview(
+    nodes: list[Path] | None,
+    manifests: list[Path] | None,
+    spec_files: list[Path] | None,
+    clusters_file: Path | None,
+    version: str | None,
+    output: Path | None,
+    explain: bool,
+    as_json: bool,
+) -> None:
+    """Print the preview of `manifests`, else of those of the specs. Raises `typer.Exit` with its exit code."""
+    from inferctl.cli import deploy_preview
+    from inferctl.errors import UsageError
+
+    if not nodes:
+        raise UsageError(f"{manifests[0] if manifests else ''} is read only for a preview", "pass `--preview NODES`")
+    if output or explain:
+        raise UsageError("--preview cannot be combined with --output or --explain", "run the command twice")
+    if manifests and spec_files:
+        raise UsageError("the preview is of manifests or of specs, not of both", "remove `--spec` or the manifests")
+    if manifests:
+        code = deploy_preview.preview(nodes, manifests, as_json=as_json)
+    else:
+        code = deploy_preview.of_plan(_plan(spec_files, clusters_file, version), nodes, as_json=as_json)
+    raise typer.Exit(code)
 
 
 def _plan(spec_files: list[Path] | None, clusters_file: Path | None, version: str | None) -> Plan:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from inferctl.deploy.figure import Noted
+
 Object = dict[str, Any]
 
 NAME = "app.kubernetes.io/name"
@@ -27,7 +29,7 @@ ENGINE = {"llm-d.ai/engine-type": "inferctl"}
 
 
 def metadata(
-    name: str, namespace: str | None, labels: Mapping[str, str], annotations: Mapping[str, str] | None = None
+    name: str, namespace: str | None, labels: Mapping[str, str], annotations: Mapping[str, str | Noted] | None = None
 ) -> Object:
     """Return the metadata of an object. `namespace`: None for an object of the whole cluster."""
     found: Object = {"name": name}

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from inferctl.deploy import queries
+from inferctl.deploy import annotation_keys, queries
 from inferctl.deploy.clusters import Cluster
-from inferctl.deploy.figure import Figure, Noted
+from inferctl.deploy.figure import Figure, Noted, shown
 from inferctl.deploy.objects.metadata import SERVER, Object, labels_of, metadata
 from inferctl.deploy.objects.policy import OVERFLOW_PRIORITY
 from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement
@@ -41,7 +41,7 @@ def scaling(model: ModelPlan, cluster: Cluster, namespace: str) -> list[Object]:
         if settings.scaling == "keda":
             made.append(scaled_object(model, chain[-1], cluster, namespace, found))
         else:
-            made.append(autoscaler(model, chain[-1], namespace, found))
+            made.append(autoscaler(model, chain[-1], cluster, namespace, found))
             rules += [_recorded(flavor, namespace, query) for query in found]
     return [*made, *([_prometheus_rule(model, namespace, rules)] if rules else [])]
 
@@ -56,7 +56,9 @@ def scaled_object(model: ModelPlan, link: Link, cluster: Cluster, namespace: str
     return {
         "apiVersion": "keda.sh/v1alpha1",
         "kind": "ScaledObject",
-        "metadata": metadata(flavor.name, namespace, labels_of(model.name, SERVER, flavor.label)),
+        "metadata": metadata(
+            flavor.name, namespace, labels_of(model.name, SERVER, flavor.label), _peak(model, cluster)
+        ),
         "spec": {
             "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": flavor.name},
             "pollingInterval": _POLLING_S,
@@ -70,13 +72,15 @@ def scaled_object(model: ModelPlan, link: Link, cluster: Cluster, namespace: str
     }
 
 
-def autoscaler(model: ModelPlan, link: Link, namespace: str, found: list[Query]) -> Object:
+def autoscaler(model: ModelPlan, link: Link, cluster: Cluster, namespace: str, found: list[Query]) -> Object:
     """Return the HorizontalPodAutoscaler of a flavor. The API of external metrics must serve the recorded series."""
     flavor, placed = link.flavor, link.placement
     return {
         "apiVersion": "autoscaling/v2",
         "kind": "HorizontalPodAutoscaler",
-        "metadata": metadata(flavor.name, namespace, labels_of(model.name, SERVER, flavor.label)),
+        "metadata": metadata(
+            flavor.name, namespace, labels_of(model.name, SERVER, flavor.label), _peak(model, cluster)
+        ),
         "spec": {
             "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": flavor.name},
             "minReplicas": placed.min_replicas.noted,
@@ -97,6 +101,15 @@ def autoscaler(model: ModelPlan, link: Link, namespace: str, found: list[Query])
             ],
         },
     }
+
+
+def _peak(model: ModelPlan, cluster: Cluster) -> dict[str, str | Noted]:
+    """Return the annotation that says what all flavors of the model must serve in `cluster`."""
+    if model.traffic is None:
+        return {}
+    share, peak = cluster.share if cluster.share is not None else 1.0, model.traffic.peak
+    note = f"{shown(share)} x {shown(peak.value)} tokens/s; {peak.source}"
+    return {annotation_keys.PEAK: Noted(f"{share * peak.value:.10g}", note)}
 
 
 def behavior(flavor: FlavorPlan) -> Object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from inferctl.deploy import annotation_keys
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import metering, sharing
 from inferctl.deploy.objects.containers import container_security, empty, pod_security
@@ -29,7 +30,7 @@ def deployment(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": metadata(flavor.name, namespace, labels),
+        "metadata": metadata(flavor.name, namespace, labels, capacity(model, flavor)),
         "spec": {
             "revisionHistoryLimit": 3,
             "progressDeadlineSeconds": _progress_deadline(flavor),
@@ -50,6 +51,19 @@ def deployment(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
             },
         },
     }
+
+
+def capacity(model: ModelPlan, flavor: FlavorPlan) -> dict[str, str | Noted]:
+    """Return the annotations that say what a replica can do, for `inferctl deploy --preview`."""
+    found: dict[str, str | Noted] = {
+        annotation_keys.PREFERENCE: str([each.name for each in model.flavors].index(flavor.name) + 1),
+        annotation_keys.LOAD: Noted(f"{flavor.load_s.value:g}", flavor.load_s.note),
+        annotation_keys.COLD_START: Noted(f"{flavor.cold_start_s.value:g}", flavor.cold_start_s.note),
+    }
+    if flavor.rate:
+        found[annotation_keys.RATE] = Noted(f"{flavor.rate.tokens_per_second:.10g}", flavor.rate.origin)
+        found[annotation_keys.UTILIZATION] = Noted(f"{model.spec.deploy.utilization:g}", "spec deploy.utilization")
+    return found
 
 
 def pod(model: ModelPlan, flavor: FlavorPlan) -> Object:

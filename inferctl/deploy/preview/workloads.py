@@ -6,16 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from inferctl.deploy.annotation_keys import COLD_START, LOAD, PEAK, PREFERENCE, RATE, UTILIZATION
 from inferctl.deploy.preview import fields
 
-# Annotations with which `inferctl deploy` states what a replica can do and must do. All are on the Deployment, the peak
-# on its autoscaler if it has one: both are different in each cluster.
-RATE = "inferctl.io/tokens-per-second"
-UTILIZATION = "inferctl.io/utilization"
-PREFERENCE = "inferctl.io/preference"
-PEAK = "inferctl.io/peak-tokens-per-second"
-LOAD = "inferctl.io/load-seconds"
-COLD_START = "inferctl.io/cold-start-seconds"
 _MODEL = "app.kubernetes.io/name"
 _COMPONENT = "app.kubernetes.io/component"
 
