@@ -103,8 +103,8 @@ def rates(outcomes: Sequence[Outcome]) -> list[Rates]:
 def run(outcomes: Sequence[Outcome]) -> list[Loss]:
     """Return the losses of each node, zone, region and cluster in which pods of models run.
 
-    A lost node or zone concerns its cluster: its capacity is compared with the cluster's part of the peak, since traffic
-    does not move to other clusters by itself. A lost cluster or region is compared with the whole peak.
+    A lost node or zone concerns its cluster: its capacity is compared with the cluster's part of the peak, since
+    traffic does not move to other clusters by itself. A lost cluster or region is compared with the whole peak.
     """
     losses: list[Loss] = []
     for outcome in outcomes:
