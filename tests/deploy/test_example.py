@@ -36,7 +36,7 @@ def test_output_replaces_what_an_earlier_run_wrote(tmp_path: Path, capsys: pytes
     assert cli.run(["deploy", *SPECS, "--output", str(tmp_path), "--json"]) == 0
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert document["output"] == str(tmp_path)
-    written = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*.yaml")}
+    written = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()}
     assert written == {*document["files"], "overlays/mine.yaml"}
 
 
