@@ -168,7 +168,9 @@ def list_(keys_: _KeysOption = None, spec_file: options.SpecFile = None, as_json
 def revoke(
     ids: _Keys, keys_: _KeysOption = None, spec_file: options.SpecFile = None, as_json: options.Json = False
 ) -> None:
-    """Revoke keys. Running servers reject them within a second, and without their broker or worker, see the guide.
+    """Revoke keys. Running servers reject them within a second.
+
+    Without `access.broker`, servers with keys in a database need some seconds.
 
     Example: inferctl keys revoke 3k9x0a7bq2vd
     """

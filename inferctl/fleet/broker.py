@@ -35,9 +35,17 @@ class Broker:
 
     @classmethod
     async def connect(
-        cls, url: str, timeout_s: float = _TIMEOUT_S, reconnected: Callable[[], Awaitable[None]] | None = None
+        cls,
+        url: str,
+        timeout_s: float = _TIMEOUT_S,
+        *,
+        lost: Callable[[], Awaitable[None]] | None = None,
+        reconnected: Callable[[], Awaitable[None]] | None = None,
     ) -> Broker:
-        """Connect to `url`. `reconnected` is called when that was necessary again. Raises `BrokerUnavailableError`."""
+        """Connect to `url`. `lost`, `reconnected`: called when the connection breaks, and when it is made again.
+
+        Raises `BrokerUnavailableError`.
+        """
 
         async def ignore(_: Exception) -> None:
             """Until the connection is made again, each server applies limit / replicas."""
@@ -51,6 +59,7 @@ class Broker:
             max_outstanding_pings=2,
             no_echo=True,
             error_cb=ignore,
+            disconnected_cb=lost,
             reconnected_cb=reconnected,
         )
         try:

@@ -29,6 +29,7 @@ class Relay:
         self._servers: dict[asyncio.StreamWriter, str] = {}
         self._subscribed: set[str] = set()
         self._broker: Broker | None = None
+        self._closing = False
 
     async def run(self) -> None:
         """Pass messages on until this is cancelled. Raises `OSError` if the socket cannot be made."""
@@ -39,6 +40,7 @@ class Relay:
             await self._connect()
             await asyncio.get_running_loop().create_future()
         finally:
+            self._closing = True
             listening.close()
             for writer in self._servers:
                 writer.close()
@@ -49,7 +51,7 @@ class Relay:
         reported = False
         while True:
             try:
-                connected = await Broker.connect(self._url, reconnected=self._ask_again)
+                connected = await Broker.connect(self._url, lost=self._report_lost, reconnected=self._ask_again)
                 await connected.subscribe(broker.KEYS, self._key_message)
                 break
             except BrokerUnavailableError as error:
@@ -61,6 +63,10 @@ class Relay:
         for name in set(self._servers.values()):
             await self._subscribe(name)
         await self._ask_again()
+
+    async def _report_lost(self) -> None:
+        if not self._closing:
+            log.warning("the broker of limits and keys is lost; each server applies limit / replicas")
 
     async def _ask_again(self) -> None:
         """Let all servers send everything: what they sent without the broker was lost."""

@@ -129,6 +129,7 @@ def test_three_servers_apply_one_limit_with_and_without_the_broker(fleet: Fleet,
     # What the servers admitted while they did not hear of each other counts everywhere now.
     assert fleet.offer(second, 5, 2) <= 0.1 * LIMIT
     logs = "".join(server.log.read_text() for server in fleet.servers)
+    assert "the broker of limits and keys is lost" in logs
     assert secret not in logs
     assert "Traceback" not in logs
 
