@@ -248,7 +248,7 @@ def measure_flood(fleet: Fleet, rate: float, seconds: float, rounds: int) -> dic
         if name != "alone":
             command = [sys.executable, __file__, "send", server.url, str(rate), str(seconds + 1), name]
             flood = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-            time.sleep(1)
+            assert flood.stdout and flood.stdout.readline() == "ready\n"
         before = fleet.commits()
         outcome = load.run_closed(server.url, valid, 4, seconds - 1, warm=0.5)
         commits = fleet.commits() - before
@@ -274,7 +274,10 @@ def measure_flood(fleet: Fleet, rate: float, seconds: float, rounds: int) -> dic
 
 
 def send_flood(url: str, rate: float, seconds: float, what: str) -> None:
-    """Send requests that need no engine at `rate`, and print how many per second got a response."""
+    """Send requests that need no engine at `rate`. Print `ready`, and at the end how many per second got a response.
+
+    If the server or this process is too slow for `rate`, the time is longer than `seconds`.
+    """
     if what == "livez":
         host = url.removeprefix("http://")
         ready = [f"GET /livez HTTP/1.1\r\nhost: {host}\r\n\r\n".encode()]
@@ -284,8 +287,10 @@ def send_flood(url: str, rate: float, seconds: float, what: str) -> None:
             load.requests(url, "/v1/embeddings", [{"input": [1]}], {"authorization": f"Bearer {each}"})[0]
             for each in bearers
         ]
+    print("ready", flush=True)
+    begin = time.perf_counter()
     outcome = load.run_open(url, ready, rate, seconds)
-    print(sum(outcome.statuses.values()) / seconds)
+    print(sum(outcome.statuses.values()) / (time.perf_counter() - begin))
 
 
 def main() -> None:
