@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 
 from inferctl.serve.edge.load_report import LoadReport
 from inferctl.serve.edge.usage import UsageEvent
-from tests.serve.conftest import Running
+from tests.serve.conftest import CLIENT, Running
+from tests.serve.test_generation import Start, llama, start  # noqa: F401  # fixtures
 
 HEADER = "endpoint-load-metrics"
 
@@ -57,3 +59,14 @@ def test_a_server_reports_only_if_it_is_asked_to(
     for response in (server.embed(input="hello"), server.embed(input=""), server.get("/v1/models")):
         read(response.headers[HEADER])
     assert HEADER not in server.get("/readyz").headers
+
+
+def test_a_generator_reports_its_requests_in_flight(start: Start) -> None:  # noqa: F811
+    server = start(INFERCTL_SERVE_LOAD_REPORTS="true", INFERCTL_SERVE_MAX_SEQUENCES="4")
+    body = {"model": "m", "messages": [{"role": "user", "content": "ok"}]}
+    response = CLIENT.post(f"{server.url}/v1/chat/completions", json=body)
+    assert response.status_code == 200
+    utilization, _ = read(response.headers[HEADER])
+    assert utilization >= 0.25, "one of four sequences is in flight"
+    limits = Path(f"/proc/{server.vllm_pid()}/limits").read_text()
+    assert re.search(r"Max core file size +(1 +1|0 +0) ", limits), "vLLM writes no core file either"
