@@ -16,6 +16,7 @@ FILES = sorted(file for file in PACKAGE.rglob("*.py") if "_assets" not in file.p
 OTHER_PROGRAMS = {
     "--chown": "Dockerfile COPY",
     "--dest": "pip download",
+    "--disable-log-stats": "vllm serve",
     "--dtype": "vllm serve",
     "--enable-force-include-usage": "vllm serve",
     "--enable-prompt-tokens-details": "vllm serve",
@@ -27,6 +28,7 @@ OTHER_PROGRAMS = {
     "--progress": "docker buildx build",
     "--require-hashes": "pip install",
     "--shm-size": "docker run",
+    "--show-labels": "kubectl get",
     "--task": "python -m inferctl.serve.reference",
     "--use": "docker buildx create",
 }
