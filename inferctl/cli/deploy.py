@@ -25,6 +25,8 @@ Examples:
   kubectl apply -k manifests/overlays/aws-eu-central-1
   # Show where its pods fit on given nodes, what a spike evicts and what a loss costs
   inferctl deploy --preview nodes.yaml manifests
+  # Check manifests of yours or of others, also for the code scanning of a forge
+  inferctl deploy --lint manifests other.yaml --sarif lint.sarif
 """
 
 
@@ -33,7 +35,8 @@ def deploy(
         list[Path] | None,
         typer.Argument(
             metavar="[MANIFEST]...",
-            help="With --preview: manifests, folders or a kustomize tree. [default: those of the specs]",
+            help="With --lint or --preview: files, folders or a kustomize tree; --lint: `-` is stdin. [default with "
+            "--preview: those of the specs]",
             show_default=False,
         ),
     ] = None,
@@ -63,11 +66,36 @@ def deploy(
             "--preview", metavar="NODES", help="Show where pods fit, what a spike evicts and a loss costs; repeatable."
         ),
     ] = None,
+    lint: Annotated[
+        bool, typer.Option("--lint", help="Check manifests: exit code 1 if a finding is an error.")
+    ] = False,
+    sarif: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --lint: also write the findings to FILE, as SARIF 2.1.0.")
+    ] = None,
+    known_nodes: Annotated[
+        Path | None,
+        typer.Option("--nodes", metavar="FILE", help="With --lint: the nodes, as for --preview. [default: unknown]"),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Write Kubernetes manifests from specs, the clusters file and measured receipts."""
     from inferctl.errors import UsageError
 
+    if lint:
+        from inferctl.cli import deploy_lint
+
+        if nodes or explain or output:
+            raise UsageError("--lint with another mode", "run `--preview`, `--output` and `--explain` without `--lint`")
+        if not manifests:
+            raise UsageError("no manifests to check", "name the manifests, as in `inferctl deploy --lint manifests`")
+        plan = _plan(spec_files, clusters_file, kubernetes_version) if spec_files else None
+        deploy_lint.run(
+            manifests, version=kubernetes_version, nodes=known_nodes, plan=plan, sarif_file=sarif, as_json=as_json
+        )
+        return
+    for option, given in (("--sarif", sarif), ("--nodes", known_nodes)):
+        if given:
+            raise UsageError(f"{option} without --lint", "add `--lint`")
     if nodes or manifests:
         _preview(nodes, manifests, spec_files, clusters_file, kubernetes_version, output, explain, as_json)
         return
@@ -110,7 +138,8 @@ def _preview(
     from inferctl.errors import UsageError
 
     if not nodes:
-        raise UsageError(f"{manifests[0] if manifests else ''} is read only for a preview", "pass `--preview NODES`")
+        name = manifests[0] if manifests else ""
+        raise UsageError(f"{name} is read only with --lint or --preview", "pass `--lint`, or `--preview NODES`")
     if output or explain:
         raise UsageError("--preview cannot be combined with --output or --explain", "run the command twice")
     if manifests and spec_files:

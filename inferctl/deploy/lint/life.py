@@ -103,7 +103,7 @@ def _grace(manifests: Manifests, context: Context) -> Iterator[Hit]:
             need = sleep + max(drain, measured or 0)
             # A hook that takes all of the period leaves nothing for the server; without one, only a drain counts.
             if need > grace or (sleep and sleep >= grace):
-                source = "measured drain" if (measured or 0) > drain else "drain"
+                source = "known drain" if (measured or 0) > drain else "drain"
                 parts = f"preStop {sleep:g} s + {source} {need - sleep:g} s"
                 path = (*workload.spec_path, "terminationGracePeriodSeconds")
                 yield Hit(workload.object, path, f"{parts} of {each.name} exceed the grace period of {grace} s")
@@ -167,7 +167,7 @@ def _startup(manifests: Manifests, context: Context) -> Iterator[Hit]:
             if not (startup or liveness):
                 continue
             if load is not None and window < load:
-                what = f"the {key} of {each.name} allows {window} s, the measured load takes {load:g} s"
+                what = f"the {key} of {each.name} allows {window} s, and its load takes {load:g} s"
                 yield Hit(workload.object, (*each.path, key), what)
             elif load is None and window < _SHORT_START_S:
                 what = f"the {key} of {each.name} allows {window} s to load a model"

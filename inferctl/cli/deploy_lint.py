@@ -1,0 +1,166 @@
+"""`inferctl deploy --lint`: findings about Kubernetes manifests, as text, JSON and SARIF."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inferctl.cli import console
+from inferctl.errors import InferctlError, UsageError
+
+if TYPE_CHECKING:
+    from inferctl.deploy.lint import Context, Finding, ModelFacts
+    from inferctl.deploy.manifests_file import Located
+    from inferctl.deploy.plan import Plan
+
+_STDIN = "-"
+_KUSTOMIZATION = "kustomization.yaml"
+
+
+def run(
+    paths: Sequence[Path],
+    *,
+    version: str | None,
+    nodes: Path | None,
+    plan: Plan | None,
+    sarif_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Print the findings about the manifests in `paths`; raise `InferctlError` (exit code 1) if one is an error.
+
+    `nodes`: a file with the nodes of the cluster. `plan`: what the specs say about the models.
+    """
+    import json
+
+    from inferctl import outputs
+    from inferctl.deploy import lint, versions
+    from inferctl.deploy.lint import sarif
+
+    if sarif_file is not None:
+        outputs.check(sarif_file, "--sarif", parents=True, inputs=[path for path in paths if str(path) != _STDIN])
+    known = version or (f"1.{plan.kubernetes[1]}" if plan else None)
+    minor = versions.minor_of(known) if known else versions.OLDEST_SUPPORTED
+    context = lint.Context(minor, tuple(_nodes(nodes)) if nodes else (), _models(plan))
+    groups = _read(paths)
+    found = {finding: None for objects in groups for finding in lint.lint(objects, context)}
+    findings, count = list(found), sum(map(len, groups))
+    if sarif_file is not None:
+        text = json.dumps(sarif.log(findings, list(lint.RULES.values())), indent=2, ensure_ascii=False) + "\n"
+        outputs.write(sarif_file, text, "--sarif")
+    if as_json:
+        console.document(_document(count, findings, context))
+    else:
+        for finding in findings:
+            console.data(_text(finding))
+        assumed = "" if known else " (the oldest with updates; pass `--kubernetes-version` for another)"
+        console.note(f"{_summary(findings)} in {count} objects, for Kubernetes 1.{minor}{assumed}")
+    errors = sum(finding.level == "error" for finding in findings)
+    if errors:
+        raise InferctlError(
+            f"{errors} of the findings {'is an error' if errors == 1 else 'are errors'}",
+            "fix them, or annotate an object with `inferctl/lint-ignore: RULE` and say why in a comment",
+        )
+
+
+def _read(paths: Sequence[Path]) -> list[list[Located]]:
+    """Return the objects that belong together: all of `paths`, with a kustomize tree once for each of its overlays."""
+    from inferctl.deploy import manifests_file
+
+    common: list[Located] = []
+    overlays: list[list[Located]] = []
+    for path in paths:
+        if str(path) == _STDIN:
+            common += manifests_file.parse(sys.stdin.read(), "stdin")
+        elif (path / "overlays").is_dir():
+            folders = sorted(each.parent for each in (path / "overlays").glob(f"*/{_KUSTOMIZATION}"))
+            overlays += [_built(folder) for folder in folders]
+        elif (path / _KUSTOMIZATION).is_file():
+            common += _built(path)
+        else:
+            common += manifests_file.read([path])
+    groups = [[*common, *overlay] for overlay in overlays] or [common]
+    if not any(groups):
+        raise UsageError(
+            f"no Kubernetes objects in {', '.join(map(str, paths))}", "pass files that `kubectl apply` accepts"
+        )
+    return groups
+
+
+def _built(folder: Path) -> list[Located]:
+    """Return the objects that kustomize builds. They are in no file, so they have no lines."""
+    from inferctl.deploy.manifests_file import Located
+    from inferctl.deploy.preview import overlays
+
+    return [Located(each.data, str(folder / _KUSTOMIZATION)) for each in overlays.build(folder)]
+
+
+def _nodes(file: Path) -> list[Located]:
+    """Return the nodes of a nodes file, which may be that of `--preview`, as Kubernetes objects."""
+    from inferctl.deploy.manifests_file import Located
+    from inferctl.deploy.preview import nodes_file
+
+    return [
+        Located(
+            {
+                "apiVersion": "v1",
+                "kind": "Node",
+                "metadata": {"name": node.name, "labels": dict(node.labels)},
+                "spec": {"taints": [taint._asdict() for taint in node.taints]},
+                "status": {"allocatable": dict(node.allocatable)},
+            },
+            str(file),
+        )
+        for cluster in nodes_file.read([file])
+        for node in cluster.nodes.values()
+    ]
+
+
+def _models(plan: Plan | None) -> tuple[ModelFacts, ...]:
+    """Return what the plan says about each flavor of each model. Assumed times are facts too: the pods have them."""
+    from inferctl.deploy.lint import ModelFacts
+
+    return tuple(
+        ModelFacts(
+            flavor.name,
+            load_s=flavor.load_s.value,
+            drain_s=flavor.drain_s.value,
+            memory_bytes=flavor.fit.memory.total if flavor.fit.memory else None,
+        )
+        for model in (plan.models if plan else ())
+        for flavor in model.flavors
+    )
+
+
+def _text(finding: Finding) -> str:
+    place = f"{finding.file}:{finding.line}: " if finding.line else f"{finding.file}: " if finding.file else ""
+    return "\n".join(
+        (
+            f"{place}{finding.level} [{finding.rule}] {finding.object} {finding.field}",
+            f"    {finding.what}",
+            f"    lesson: {finding.lesson}",
+            f"    what goes wrong: {finding.consequence}",
+            f"    fix: {finding.fix}",
+        )
+    )
+
+
+def _summary(findings: Sequence[Finding]) -> str:
+    counts = Counter(finding.level for finding in findings)
+    return ", ".join(
+        f"{counts[level]} {level}{'' if counts[level] == 1 else 's'}" for level in ("error", "warning", "note")
+    )
+
+
+def _document(count: int, findings: Sequence[Finding], context: Context) -> dict[str, Any]:
+    counts = Counter(finding.level for finding in findings)
+    return {
+        "kubernetes": f"1.{context.minor}",
+        "objects": count,
+        "errors": counts["error"],
+        "warnings": counts["warning"],
+        "notes": counts["note"],
+        "findings": [vars(finding) for finding in findings],
+    }

@@ -1,0 +1,64 @@
+"""docs/deploy-lint.md lists every rule, and explains the public manifests as the lint finds them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from inferctl.deploy import lint, manifests_file
+from tests.deploy import validation
+from tests.deploy.lint import seeded
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGE = ROOT / "docs" / "deploy-lint.md"
+PUBLIC = ROOT / "docs" / "examples" / "lint"
+START, END = "<!-- rules: tests/deploy/lint/test_docs.py -->\n", "<!-- end of rules -->\n"
+
+
+def table() -> str:
+    """Return the rules by lesson, as in the page."""
+    parts = []
+    for key, lesson in lint.LESSONS.items():
+        rules = [rule for rule in lint.RULES.values() if rule.lesson == key]
+        parts += [f"### {key.capitalize()}", "", lesson, "", "| rule | level | finds | what goes wrong | fix |"]
+        parts += ["|---|---|---|---|---|"]
+        parts += [
+            f"| `{rule.id}` | {rule.level} | {rule.finds} | {rule.consequence} | {rule.fix} |".replace("<", "&lt;")
+            for rule in rules
+        ]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def test_the_page_lists_the_rules(request: pytest.FixtureRequest) -> None:
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    listed, _, after = rest.partition(END)
+    if request.config.getoption("--update-golden"):
+        PAGE.write_text(f"{before}{START}{table()}{END}{after}", encoding="utf-8")
+        return
+    assert listed == table(), "`make golden` updates the page"
+
+
+def test_the_page_counts_rules_and_faults() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert f"{len(lint.RULES)} rules" in text
+    assert f"{len(seeded.faults())} faults" in text
+
+
+@pytest.mark.parametrize("name", ["vllm", "text-generation-inference", "triton"])
+def test_the_page_explains_what_the_lint_finds_in_public_manifests(name: str) -> None:
+    """The section of each manifest names the errors and warnings that the lint finds, and no others."""
+    found = {f.rule for f in lint.lint(manifests_file.read([PUBLIC / f"{name}.yaml"])) if f.level != "note"}
+    section = re.search(rf"^### `{name}\.yaml`$(.*?)^##", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert section
+    assert set(re.findall(r"^\| `([a-z-]+)` \|", section[1], re.MULTILINE)) == found
+    assert found
+
+
+@pytest.mark.parametrize("name", ["vllm", "text-generation-inference", "triton"])
+def test_schemas_accept_the_public_manifests(name: str) -> None:
+    objects = manifests_file.read([PUBLIC / f"{name}.yaml"])
+    assert len(objects) >= 3
+    assert [problem for each in objects for problem in validation.problems(each.data, "1.35")] == []
