@@ -185,6 +185,9 @@ def _lose_nodes(outcome: Outcome, models: Sequence[Rates], scope: str, place: st
         loss.recovered_s = cold_s if waiting else loss.later_s
         loss.covered = later + model.of(name, [each.pod for each in added])
         loss.covered_s = _covered_s(waiting, added)
+        if loss.covered_s is not None and moved:
+            # What serves then includes the pods that moved.
+            loss.covered_s = None if loss.later_s is None else max(loss.covered_s, loss.later_s)
         losses.append(loss)
     return losses
 

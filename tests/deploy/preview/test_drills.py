@@ -295,6 +295,15 @@ def test_after_a_loss_the_next_flavor_fills_in() -> None:
     assert (loss.lost, loss.moved, loss.waiting, loss.added) == (3, 1, 2, 4)
     assert (loss.before, loss.at_once, loss.later, loss.covered) == (500, 200, 300, 500)
     # 50 s until the node is lost, 240 s (cold start) until the hardware is missing, 30 s to notice, 45 s to load.
+    # The pod that moves is ready later: 50 s + 300 s + 45 s.
+    assert loss.covered_s == max(50 + 240 + 30 + 45, 395)
+
+
+def test_the_next_flavor_alone_is_ready_earlier_than_evicted_pods() -> None:
+    # 4 fast pods serve a peak of 400. Zone a is lost with 2 of them, which fit nowhere: 4 slow pods start in zone b.
+    peak = {"peak-tokens-per-second": "400"}
+    loss = lost(drills.run([simulate(pools(2, 5), *chain(4, 9, **peak))]), "a")
+    assert (loss.moved, loss.waiting, loss.covered) == (0, 2, loss.before)
     assert loss.covered_s == 50 + 240 + 30 + 45
 
 
