@@ -1,0 +1,101 @@
+"""The guide to Kubernetes: its commands, links and figures are those of the program and of the example."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from inferctl import cli
+from tests.conftest import ROOT
+
+GUIDE = ROOT / "docs/guides/kubernetes.md"
+EXAMPLE = ROOT / "docs/examples/kubernetes"
+TEXT = GUIDE.read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def commands(program: str) -> list[list[str]]:
+    """Return the command lines of a program in the guide, without what follows in a pipe or a redirection."""
+    lines = [line for kind, text in BLOCKS if kind == "bash" for line in text.replace("\\\n", " ").splitlines()]
+    parts = [part.strip() for line in lines for part in re.split(r"&&|\||>", line)]
+    return [shlex.split(part) for part in parts if part.startswith(f"{program} ")]
+
+
+def test_each_option_of_inferctl_exists() -> None:
+    found = get_command(cli.app).commands  # type: ignore[attr-defined]  # the root is a group
+    assert len(commands("inferctl")) >= 8
+    for _, *words in commands("inferctl"):
+        command = found[words.pop(0)]
+        if inner := getattr(command, "commands", None):
+            command = inner[words.pop(0)]
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        assert {word for word in words if word.startswith("-")} <= known, words
+
+
+def test_the_commands_of_deploy_run_and_overlays_are_where_the_guide_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    example = tmp_path / "example"
+    example.mkdir()
+    for file in EXAMPLE.rglob("*"):
+        if file.is_file():
+            target = example / file.relative_to(EXAMPLE)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    kubectl = Path(sys.executable).with_name("kubectl")
+    wanted = [words for words in commands("inferctl") if words[1] == "deploy" and "--preview" not in words]
+    for words in wanted:
+        if "--lint" in words:
+            done = subprocess.run(
+                [kubectl, "kustomize", "manifests/overlays/aws-eu-central-1"],
+                cwd=example,
+                capture_output=True,
+                check=True,
+            )
+            (example / "all.yaml").write_bytes(done.stdout)
+        run = [sys.executable, "-m", *words]
+        done = subprocess.run(run, cwd=example, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+    paths = {word for words in commands("kubectl") for word in words if word.startswith("manifests/")}
+    assert paths
+    # The example has no bench Jobs until a spec asks for them.
+    assert all((example / path).exists() for path in paths if "/bench/" not in path)
+    built = [each for each in yaml.safe_load_all((example / "all.yaml").read_text()) if each]
+    names = {f"{each['kind'].lower()}/{each['metadata']['name']}" for each in built}
+    named = set(re.findall(r"\b(?:deployment|service)/[\w-]+", TEXT))
+    assert named
+    assert named <= names
+    secrets = set(re.findall(r"create secret generic ([\w-]+)", TEXT))
+    text = (example / "all.yaml").read_text()
+    assert secrets == {"inferctl-keys", "inferctl-ledger"}
+    assert all(secret in text for secret in secrets)
+
+
+def test_links_are_valid() -> None:
+    for name, anchor in re.findall(r"\]\(([^)#\s]+)(?:#([^)]*))?\)", TEXT):
+        if "://" in name:
+            continue
+        page = (GUIDE.parent / name).resolve()
+        assert page.exists(), name
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+            assert anchor in {heading.lower().replace(" ", "-") for heading in headings}
+
+
+def test_the_example_is_quoted_as_it_is() -> None:
+    (quoted,) = (yaml.safe_load(text) for kind, text in BLOCKS if kind == "yaml")
+    spec = yaml.safe_load((EXAMPLE / "embed.yaml").read_text())["deploy"]
+    assert quoted["deploy"]["traffic"] == spec["traffic"]
+    for mine, theirs in zip(quoted["deploy"]["flavors"], spec["flavors"], strict=True):
+        assert mine["hardware"] == theirs["hardware"]
+        assert {key: mine[key] for key in mine if key != "image"} == {
+            key: theirs[key] for key in mine if key != "image"
+        }
