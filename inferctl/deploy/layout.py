@@ -88,6 +88,12 @@ def files(plan: Plan) -> dict[str, str]:
 def check(model: ModelPlan, clusters: Sequence[Cluster]) -> None:
     """Raise `UsageError` if the pods of `model` could not start: no image, a field that a version lacks."""
     spec = model.spec
+    if spec.access.broker or spec.access.key_store:
+        raise UsageError(
+            f"{spec.name}: access.broker and keys in a database need a worker with the folder access.data, which the "
+            "manifests do not have",
+            "use a key file and deploy.keys_secret; each server then applies limit / replicas",
+        )
     metering.check(spec)
     bench.check(spec)
     karmada.check(model)

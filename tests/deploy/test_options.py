@@ -62,6 +62,8 @@ def test_envoy_gateway_balances_by_the_load_that_servers_report(build: Build) ->
     valid(built)
     policy = named(built, "BackendTrafficPolicy", "embed")["spec"]
     assert policy["loadBalancer"]["type"] == "BackendUtilization"
+    server = named(built, "Deployment", "embed-l4")["spec"]["template"]["spec"]["containers"][0]
+    assert {"name": "INFERCTL_SERVE_LOAD_REPORTS", "value": "true"} in server["env"]
     route = named(built, "HTTPRoute", policy["targetRefs"][0]["name"])["spec"]["rules"][0]
     assert route["backendRefs"] == [{"name": "embed", "port": 80}]
     assert route["filters"][0]["requestHeaderModifier"] == {"remove": ["x-inferctl-key-id"]}
@@ -132,6 +134,13 @@ def test_karmada_divides_what_the_clusters_have(build: Build) -> None:
         target[last] = change["value"]
     overlay = named(build(files, OVERLAYS[2]), "Deployment", "embed-a100-half")
     assert deployment["spec"]["template"] == overlay["spec"]["template"]
+
+
+def test_limits_that_servers_share_are_refused() -> None:
+    spec = plans.embed()
+    access = spec.access.model_copy(update={"broker": "nats://nats:4222"})
+    with pytest.raises(UsageError, match=r"access\.broker and keys in a database need a worker"):
+        layout.files(plans.plan(spec.model_copy(update={"access": access})))
 
 
 def test_karmada_and_an_autoscaler_contradict() -> None:

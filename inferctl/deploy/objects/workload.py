@@ -120,6 +120,8 @@ def environment(model: ModelPlan, flavor: FlavorPlan) -> dict[str, str | Noted]:
         "INFERCTL_SERVE_PRECISION": flavor.precision,
         "INFERCTL_SERVE_DRAIN_SECONDS": drain,
     }
+    if spec.deploy.router == "envoy-gateway":
+        found["INFERCTL_SERVE_LOAD_REPORTS"] = "true"
     if spec.deploy.keys_secret:
         found["INFERCTL_ACCESS_KEYS"] = f"{KEYS_PATH}/{KEYS_FILE}"
         # Prometheus has no key. The network policies say who reaches the port.
