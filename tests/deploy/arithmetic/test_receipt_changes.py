@@ -75,6 +75,7 @@ def test_a_changed_receipt_changes_exactly_what_comes_from_it(tmp_path: Path, mo
     limit = "spec.limits.nvidia.com/gpu"
     quota = "ResourceQuota/accelerators.spec.hard.requests.nvidia.com/gpu"
     assert changed == {
+        "base/embed.yaml Deployment/embed-l4.metadata.annotations.inferctl.io/tokens-per-second": ("60000", "50000"),
         f"base/embed.yaml Deployment/embed-a100-half.{replicas}": ("88", "92"),
         f"base/embed.yaml Deployment/embed-l4.{replicas}": ("88", "92"),
         f"base/embed.yaml Deployment/embed-t4.{replicas}": ("88", "92"),
