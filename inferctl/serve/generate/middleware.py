@@ -163,7 +163,7 @@ class _EdgeServer:
 
 
 def _waiting() -> float:
-    """Return how many requests wait in vLLM; 0 with `--disable-log-stats`."""
+    """Return how many requests wait in vLLM; 0 if vLLM publishes no statistics."""
     found = REGISTRY.restricted_registry([_WAITING]).collect()
     return sum(sample.value for metric in found for sample in metric.samples)
 
