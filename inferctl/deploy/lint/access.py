@@ -267,11 +267,10 @@ def _hidden(manifests: Manifests, _: Context) -> Iterator[Hit]:
 
 def _metrics_port(manifests: Manifests, workload: Workload) -> str | int | None:
     """Return the port that Prometheus scrapes in another namespace; None if nothing says so."""
-    for monitor in manifests.of("ServiceMonitor"):
-        for service in manifests.of("Service"):
-            if workload in manifests.behind(service) and selects(
-                get(monitor.data, "spec", "selector"), mapping(service.data, "metadata", "labels")
-            ):
+    services = [service for service in manifests.of("Service") if workload in manifests.behind(service)]
+    for monitor in manifests.of("ServiceMonitor") if services else ():
+        for service in services:
+            if selects(get(monitor.data, "spec", "selector"), mapping(service.data, "metadata", "labels")):
                 name = get(monitor.data, "spec", "endpoints", 0, "port")
                 for port in sequence(service.data, "spec", "ports"):
                     if get(port, "name") == name:

@@ -114,7 +114,7 @@ def same_namespace(a: Located, b: Located) -> bool:
     return not a.namespace or not b.namespace or a.namespace == b.namespace
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Container:
     """One container of a workload, and its path in the object."""
 
@@ -147,7 +147,7 @@ class Container:
         return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Workload:
     """An object with a pod template. `path`: of the template in the object."""
 
@@ -284,19 +284,33 @@ class Manifests:
     def autoscalers(self) -> list[Located]:
         return self.of("HorizontalPodAutoscaler", "ScaledObject")
 
+    @cached_property
+    def _by_name(self) -> dict[tuple[str, str], list[Workload]]:
+        found: dict[tuple[str, str], list[Workload]] = {}
+        for each in self.workloads:
+            found.setdefault((each.object.kind, each.object.name), []).append(each)
+        return found
+
+    @cached_property
+    def _autoscalers(self) -> dict[Workload, list[Located]]:
+        found: dict[Workload, list[Located]] = {}
+        for each in self.autoscalers:
+            if (workload := self.target(each)) is not None:
+                found.setdefault(workload, []).append(each)
+        return found
+
     def autoscalers_of(self, workload: Workload) -> list[Located]:
         """Return the HPAs and ScaledObjects whose target is `workload`."""
-        return [each for each in self.autoscalers if self.target(each) is workload]
+        return self._autoscalers.get(workload, [])
+
+    def named(self, by: Located, kind: str, name: object) -> Workload | None:
+        """Return the workload of this kind and name in the namespace of `by`; None if it is not among the objects."""
+        return next((w for w in self._by_name.get((kind, str(name)), ()) if same_namespace(w.object, by)), None)
 
     def target(self, autoscaler: Located) -> Workload | None:
         """Return the workload that an HPA or a ScaledObject scales; None if it is not among the objects."""
         reference = mapping(autoscaler.data, "spec", "scaleTargetRef")
-        kind = text(reference, "kind") or "Deployment"
-        for each in self.workloads:
-            found = each.object
-            if found.kind == kind and found.name == reference.get("name") and same_namespace(found, autoscaler):
-                return each
-        return None
+        return self.named(autoscaler, text(reference, "kind") or "Deployment", reference.get("name"))
 
     def replicas(self, workload: Workload) -> tuple[int, int]:
         """Return the lowest and the highest number of pods, by autoscaler or `replicas`. At least 1 at most."""
@@ -335,5 +349,12 @@ class Manifests:
 
     def behind(self, service: Located) -> list[Workload]:
         """Return the workloads that a Service selects. A Service without a selector selects none."""
-        labels = mapping(service.data, "spec", "selector")
-        return list(self.selected(service, {"matchLabels": labels})) if labels else []
+        return self._behind.get(id(service), [])
+
+    @cached_property
+    def _behind(self) -> dict[int, list[Workload]]:
+        found = {}
+        for service in self.of("Service"):
+            if labels := mapping(service.data, "spec", "selector"):
+                found[id(service)] = list(self.selected(service, {"matchLabels": labels}))
+        return found

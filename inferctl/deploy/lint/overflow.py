@@ -134,13 +134,8 @@ def buffer_target(manifests: Manifests, buffer: Located) -> Workload | None:
     """Return the workload or pod template that a CapacityBuffer keeps room for; None if it is not among the objects."""
     for key, kind in (("scalableRef", ""), ("podTemplateRef", "PodTemplate")):
         reference = mapping(buffer.data, "spec", key)
-        for each in manifests.workloads:
-            if (
-                reference
-                and each.object.kind == (kind or reference.get("kind"))
-                and (each.object.name == reference.get("name") and same_namespace(buffer, each.object))
-            ):
-                return each
+        if reference and (found := manifests.named(buffer, kind or text(reference, "kind"), reference.get("name"))):
+            return found
     return None
 
 
