@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from sqlalchemy.engine import URL, make_url
 from inferctl.errors import NotReadyError, UsageError
 
 _MIGRATION_LOCK = 0x696E6665
+# Alembic keeps the connection of an upgrade in globals, and a worker opens its ledger and its keys in two threads.
+# Without the lock, tables would be missing that the version table calls complete.
+_UPGRADE = threading.Lock()
 
 
 class DatabaseUnavailableError(NotReadyError):
@@ -113,4 +117,5 @@ class Schema:
             connection.execute(sa.text(f"select pg_advisory_xact_lock({_MIGRATION_LOCK})"))
         config = self._config()
         config.attributes |= {"connection": connection, "version_table": self.version_table}
-        command.upgrade(config, "head")
+        with _UPGRADE:
+            command.upgrade(config, "head")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from inferctl.database import DatabaseUnavailableError
 from inferctl.errors import UsageError
+from inferctl.fleet.key_store import KeyStore
 from inferctl.metering.ledger import Ledger
 from inferctl.metering.outbox import Batch
 from tests.metering.parts import DAY, batch, end
@@ -105,3 +108,28 @@ def test_errors_name_the_ledger_but_no_password(tmp_path: Path) -> None:
     with pytest.raises(DatabaseUnavailableError) as failed:
         Ledger.open("postgresql://u:secret@127.0.0.1:1/d")
     assert "secret" not in failed.value.message and "u:***@" in failed.value.message
+
+
+def test_a_worker_creates_its_ledger_and_its_keys_at_the_same_time(tmp_path: Path) -> None:
+    """Both upgrades run in one process, and Alembic has one connection for all of them in its globals."""
+    for attempt in range(10):
+        barrier = threading.Barrier(2)
+
+        def opened(kind: type[Ledger] | type[KeyStore], file: Path, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            kind.open(f"sqlite:///{file}").close()
+
+        usage, keys = tmp_path / f"usage-{attempt}.sqlite", tmp_path / f"keys-{attempt}.sqlite"
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(opened, (Ledger, KeyStore), (usage, keys)))
+        engines = [sa.create_engine(f"sqlite:///{file}") for file in (usage, keys)]
+        found = {name for engine in engines for name in sa.inspect(engine).get_table_names()}
+        assert found == {
+            "usage_events",
+            "usage_sources",
+            "usage_gaps",
+            "usage_version",
+            "api_keys",
+            "api_key_changes",
+            "api_key_version",
+        }
