@@ -41,7 +41,7 @@ def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
 
 @pytest.fixture(scope="module")
 def prometheus(server: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a Prometheus that scrapes the server each 0.5 s and evaluates the rules."""
+    """The address of a Prometheus that scrapes the server each second and evaluates the rules."""
     program = shutil.which("prometheus")
     if program is None:
         pytest.skip("prometheus not found; `apt-get install prometheus` installs it")
@@ -52,8 +52,8 @@ def prometheus(server: Running, tmp_path_factory: pytest.TempPathFactory) -> Ite
     (folder / "rules.yml").write_text(json.dumps(groups(WATCHED)))
     scrape = {
         "job_name": "embed",
-        "scrape_interval": "500ms",
-        "scrape_timeout": "500ms",
+        "scrape_interval": "1s",
+        "scrape_timeout": "1s",
         "static_configs": [{"targets": [server.url.removeprefix("http://")], "labels": LABELS}],
     }
     config = {"global": {"evaluation_interval": "1s"}, "rule_files": ["rules.yml"], "scrape_configs": [scrape]}
@@ -115,12 +115,16 @@ def test_rates_and_latencies_are_those_of_the_load(prometheus: str) -> None:
     assert slo == 1
 
 
-def test_only_the_fault_of_the_load_fires(prometheus: str) -> None:
+def test_only_the_fault_of_the_load_fires(server: Running, prometheus: str) -> None:
     def firing() -> set[str]:
         alerts = httpx.get(f"{prometheus}/api/v1/alerts").json()["data"]["alerts"]
         return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
 
-    until(lambda: "InferctlNonFiniteVectors" in firing(), 30)
+    def fails_and_fires() -> bool:
+        server.embed(input=[NON_FINITE_TOKEN])  # again: with other load on the machine, scrapes can be late
+        return "InferctlNonFiniteVectors" in firing()
+
+    until(fails_and_fires, 60)
     assert firing() == {"InferctlNonFiniteVectors"}
     rules = httpx.get(f"{prometheus}/api/v1/rules").json()["data"]["groups"][0]["rules"]
     assert {rule["health"] for rule in rules} == {"ok"}
