@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import functools
 import os
+import shlex
 import stat
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -88,7 +89,8 @@ def read(path: Path) -> KeyFile:
             mode = os.fstat(stream.fileno()).st_mode
             content = stream.read(_MAX_BYTES + 1)
     except OSError as error:
-        hint = "write one with `inferctl keys create NAME`" if isinstance(error, FileNotFoundError) else None
+        command = f"inferctl keys create NAME --keys {shlex.quote(str(path))}"
+        hint = f"write one with `{command}`" if isinstance(error, FileNotFoundError) else None
         reason = (error.strerror or str(error)).lower()
         raise UsageError(f"the key file {path} cannot be read: {reason}", hint) from None
     if mode & _WRITABLE_BY_OTHERS:

@@ -47,7 +47,7 @@ def root(context: typer.Context) -> None:
 
 _CREATE_EPILOG = """\b
 Examples:
-  # Create a key, and keep it in a variable; the server accepts it at once
+  # Create a key, and keep it in a variable; the server accepts it within 0.5 s
   TEAM_A_KEY=$(inferctl keys create team-a)
   # Limit a key to embeddings, 600 requests and 100,000 tokens a minute, and 90 days
   inferctl keys create team-b --endpoint embeddings --requests-per-minute 600 \\

@@ -107,6 +107,10 @@ class Ledger:
             engine = _SCHEMA.engine(url)
         with _SCHEMA.reported(url), engine.connect() as connection:
             found, newest = _SCHEMA.versions(connection)
+        if found is None:
+            shown = url.render_as_string(hide_password=True)
+            hint = "a server with `metering.mode: on` and this ledger makes them when it starts"
+            raise UsageError(f"the ledger {shown} has no tables yet", hint)
         if found != newest:
             hint = "run `inferctl worker` of this version once, which migrates it"
             raise UsageError(f"the ledger has the version {found}, but this inferctl reads {newest}", hint)

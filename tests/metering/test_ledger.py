@@ -133,3 +133,10 @@ def test_a_worker_creates_its_ledger_and_its_keys_at_the_same_time(tmp_path: Pat
             "api_key_changes",
             "api_key_version",
         }
+
+
+def test_a_database_without_tables_is_named(tmp_path: Path) -> None:
+    (tmp_path / "new.sqlite").touch()
+    with pytest.raises(UsageError, match=r"new\.sqlite has no tables yet") as caught:
+        Ledger.read(f"sqlite:///{tmp_path}/new.sqlite")
+    assert "metering.mode" in str(caught.value.hint)
