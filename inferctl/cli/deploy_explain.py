@@ -45,18 +45,22 @@ def _title(model: ModelPlan) -> RenderableType:
 def _table(model: ModelPlan, plan: Plan) -> RenderableType:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from inferctl.deploy import explain
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for heading in ("figure", "value", "formula", "source"):
+    # Formula and source share a column: side by side, they would leave a few letters per line on a narrow terminal.
+    for heading in ("figure", "value", "formula and source"):
         table.add_column(heading, overflow="fold")
     scope = None
     for where, figure in explain.rows(model, plan.clusters):
         if where != scope:
-            table.add_row(where, "", "", "", style="bold")
+            table.add_row(where, "", "", style="bold")
             scope = where
-        table.add_row(f"  {figure.name}", _value(figure), figure.formula, figure.source)
+        origin = Text(figure.formula)
+        origin.append(f"\n{figure.source}" if figure.formula else figure.source, style="dim")
+        table.add_row(f"  {figure.name}", _value(figure), origin)
     return table
 
 
