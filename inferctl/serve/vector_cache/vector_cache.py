@@ -151,7 +151,7 @@ class VectorCache:
             if not joined and not missing:
                 break
             own = self._start(missing, compute, bulk) if missing else None
-            if own and not joined and len(missing) == len(keys):
+            if own and not joins and len(missing) == len(keys):
                 # The most common case: a request whose inputs are all new. What follows would double the cost.
                 result = await self._wait_alone(own)
                 if result and not own.from_shared:
@@ -182,8 +182,8 @@ class VectorCache:
         if self.shared and self.shared.up:
             flight.future = asyncio.ensure_future(self._through_shared(flight, self.shared, compute))
         else:
-            keys = list(missing)
-            flight.future = compute(list(missing.values()), partial(self._arrived, flight, keys))  # type: ignore[assignment]
+            arrived = partial(self._arrived, flight, list(missing))
+            flight.future = compute(list(missing.values()), arrived)  # type: ignore[assignment]
         flight.future.add_done_callback(partial(self._finished, flight))
         for key in missing:
             self._flights[key] = flight
