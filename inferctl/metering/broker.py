@@ -47,9 +47,11 @@ async def connect(url: str) -> Broker:
         """The next call fails with the same error, and its caller reports it."""
 
     try:
-        connection = await nats.connect(
-            url, connect_timeout=_TIMEOUT_S, max_reconnect_attempts=-1, allow_reconnect=True, error_cb=ignore
-        )
+        # Without the timeout, the first connection is tried for ever: no message, and SIGTERM does not end the worker.
+        async with asyncio.timeout(_TIMEOUT_S):
+            connection = await nats.connect(
+                url, connect_timeout=_TIMEOUT_S, max_reconnect_attempts=-1, allow_reconnect=True, error_cb=ignore
+            )
     except _ERRORS as error:
         raise _unavailable(error) from None
     return Broker(connection)

@@ -160,3 +160,14 @@ def test_messages_that_repeat_are_reordered_or_are_no_events_do_no_harm(tmp_path
     assert ledger.watermarks(["a", "b"]) == {"a": 9, "b": 2}
     assert [row["requests"] for row in ledger.usage(["source"], *ALL)] == [9, 2]
     ledger.close()
+
+
+def test_a_broker_that_never_was_there_is_an_error() -> None:
+    """Otherwise the worker waits in its first step for ever: it says nothing, and SIGTERM does not end it."""
+
+    async def connect() -> None:
+        async with asyncio.timeout(30):
+            await brokers.connect("nats://127.0.0.1:1")
+
+    with pytest.raises(brokers.BrokerUnavailableError):
+        asyncio.run(connect())
