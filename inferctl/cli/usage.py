@@ -22,6 +22,8 @@ Examples:
 """
 _SHOWN_GAPS = 5
 _ALWAYS = ("requests", "errors")
+# Letters of a name that a narrow terminal does not break. An id of a key has 12, a day 10.
+_WHOLE = 16
 _HEADINGS = {
     "input_tokens": "tokens in",
     "cached_tokens": "cached",
@@ -114,7 +116,10 @@ def _print(report: Report) -> None:
     # Columns without a value would make the table too wide for a terminal.
     sums = [name for name in report.columns[len(report.dimensions) :] if name in _ALWAYS or report.total[name]]
     for index, name in enumerate(report.dimensions):
-        table.add_column(name, footer="" if index else "total", overflow="fold")
+        # Days and ids of keys stay on one line, so that they can be copied. Subjects of tokens may be longer.
+        longest = max((len(str(row[name])) for row in report.rows), default=0)
+        width = min(_WHOLE, longest)
+        table.add_column(name, footer="" if index else "total", overflow="fold", min_width=width)
     for name in sums:
         heading = f"cost ({report.currency})" if name == "cost" else _HEADINGS.get(name, name)
         table.add_column(heading, footer=_shown(name, report.total[name]), justify="right", overflow="fold")

@@ -46,7 +46,8 @@ def main() -> int:
         worker, loop = Worker(metering, spec.access), asyncio.get_running_loop()
 
         def follow() -> None:
-            sys.stdin.buffer.read()
+            while os.read(sys.stdin.fileno(), 4096):  # without Python's buffer, whose lock would break an early exit
+                pass
             time.sleep(_RELEASE_S)
             # Even if a thread waits for a database that does not respond.
             timer = threading.Timer(spec.serve.drain_seconds + 5, os._exit, (1,))

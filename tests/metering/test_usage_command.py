@@ -69,6 +69,15 @@ def test_a_spreadsheet_runs_no_caller_and_a_terminal_obeys_none(tmp_path: Path) 
     assert "\\x1b[31mred" in table
 
 
+def test_a_narrow_terminal_breaks_no_key_or_day(tmp_path: Path) -> None:
+    ledger = Ledger.open(f"sqlite:///{tmp_path}/metering/ledger.sqlite")
+    ledger.apply([batch("a", 1, 6, key="70zriuf6ni90")])
+    ledger.close()
+    lines = usage(tmp_path, "--by", "key,day,model,hardware").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("70zriuf6ni90" in line and "2026-09-21" in line for line in lines)
+
+
 def test_errors_say_what_to_do(folder: Path, tmp_path: Path) -> None:
     done = usage(folder, "--prices", "prices.yaml")
     assert (done.returncode, "no price in EUR for l4 on 2026-09-21" in done.stderr) == (2, True)
