@@ -114,7 +114,11 @@ def main() -> None:
             code = serve(stream)
     except ConnectionError:  # the API process ended or closed the socket
         code = 0
-    sys.exit(code)
+    # Without Python's finalization, in which Triton prints 30 lines about leaks that look like a crash.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
