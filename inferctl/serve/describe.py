@@ -8,10 +8,11 @@ from typing import Any
 
 import inferctl
 from inferctl.model import ModelFolder
+from inferctl.serve.edge import access
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineInfo
 from inferctl.serve.task_config import TaskConfig
-from inferctl.spec import Spec
+from inferctl.spec import Access, Spec
 
 
 def document(
@@ -76,8 +77,13 @@ def admission_line(spec_ms: float | None, capacity_ms: float | None) -> str | No
     )
 
 
-def lines(info: EngineInfo, name: str, url: str, seconds: float, admission: str | None = None) -> Iterator[str]:
-    """Yield the lines printed when the server is ready. `admission`: the result of `admission_line`."""
+def lines(
+    info: EngineInfo, name: str, url: str, seconds: float, settings: Access, admission: str | None = None
+) -> Iterator[str]:
+    """Yield the lines printed when the server is ready.
+
+    `settings`: who may use it. `admission`: the result of `admission_line`.
+    """
     precision, device = info.precision, info.device
     requested = f" (requested: {precision.requested})" if precision.requested != precision.effective else ""
     yield f"precision  {precision.effective}{requested}, {precision.level}, {precision.method}: {precision.reason}"
@@ -95,4 +101,5 @@ def lines(info: EngineInfo, name: str, url: str, seconds: float, admission: str 
         yield admission
     for warning in info.warnings:
         yield f"warning    {warning}"
-    yield f"ready      {name} at {url} after {seconds:.1f} s; documentation at {url}/docs"
+    documentation = access.documentation(settings, url)
+    yield f"ready      {name} at {url} after {seconds:.1f} s; {documentation}"

@@ -226,7 +226,8 @@ class EncoderServer:
         gc.freeze()
         if lifecycle.draining:
             return
-        for line in describe.lines(info, self._spec.name, self._url, self._ready_seconds, self._admission):
+        spec = self._spec
+        for line in describe.lines(info, spec.name, self._url, self._ready_seconds, spec.access, self._admission):
             self._notify(line)
         if self._options.announce:
             try:

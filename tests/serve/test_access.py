@@ -311,3 +311,11 @@ def test_a_private_server_asks_for_no_key(
     server = serve("--engine", "echo")
     assert server.embed(input="hello").status_code == 200
     assert server.get("/info").status_code == 200
+
+
+def test_the_ready_line_says_who_may_read_the_documentation() -> None:
+    url = "http://10.0.0.7:8080"
+    assert access.documentation(Access(), url) == f"documentation at {url}/docs"
+    closed, opened = (Access.model_validate({"keys": "k.json", "open": pages}) for pages in ([], ["docs"]))
+    assert access.documentation(closed, url).endswith("/docs (requires an admin key)")
+    assert access.documentation(opened, url).endswith("/docs")

@@ -19,6 +19,7 @@ import pytest
 from inferctl.errors import NotReadyError, UsageError
 from inferctl.serve import embedding_config
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Tokens, Vectors
+from inferctl.spec import Access
 from tests.serve import tiny_models
 
 EXACT = {
@@ -229,7 +230,7 @@ def started(engine: Any) -> tuple[Any, list[str]]:
     from inferctl.serve import describe
 
     info = engine.load()
-    return info, list(describe.lines(info, "m", "http://x", 1.0))
+    return info, list(describe.lines(info, "m", "http://x", 1.0, Access()))
 
 
 def altered(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:

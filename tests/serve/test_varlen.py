@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention  # noqa: E402  # to
 
 from inferctl.serve.engine_process.engine_protocol import EngineConfig  # noqa: E402
 from inferctl.serve.engines import packed  # noqa: E402
+from inferctl.spec import Access  # noqa: E402
 from tests.serve.test_encoder import with_gpu  # noqa: E402
 
 LENGTHS = [33, 32, 32, 17, 16, 3, 1]
@@ -147,4 +148,4 @@ def test_the_reason_for_padding_on_a_gpu_names_the_release_of_torch(
     config = EngineConfig(model=str(tiny("modernbert", "mean_tokens")), precision="fp16", max_batch_tokens=256)
     info = EncoderEngine(config).load()
     assert (info.attention, reason in info.attention_reason) == (attention, True), info.attention_reason
-    assert any(attention in line and reason in line for line in describe.lines(info, "tiny", "http://x", 1.0))
+    assert any(attention in line and reason in line for line in describe.lines(info, "tiny", "http://x", 1.0, Access()))

@@ -181,6 +181,12 @@ def warnings(settings: spec.Access, host: str) -> Iterator[str]:
         yield "limits per key have no effect without `access.keys`"
 
 
+def documentation(settings: spec.Access, url: str) -> str:
+    """Return where the documentation of a server is, and who may read it."""
+    who = " (requires an admin key)" if settings.required and "docs" not in settings.open else ""
+    return f"documentation at {url}/docs{who}"
+
+
 def limit_exceeded(error: LimitError) -> ApiError:
     """Return the 429 of an exceeded limit. OpenAI's clients obey `retry-after-ms` and `x-should-retry`."""
     if error.retry_after is None:

@@ -227,7 +227,8 @@ class GenerationServer:
         chosen, device, spec = self._model.precision, self._probe.device, self._spec
         self._notify(f"precision  {chosen.effective}, {chosen.level}, {chosen.method}: {chosen.reason}")
         self._notify(f"device     {device.name}")
-        self._notify(f"ready      {spec.name} at {self._url} after {seconds:.1f} s; documentation at {self._url}/docs")
+        documentation = access.documentation(spec.access, self._url)
+        self._notify(f"ready      {spec.name} at {self._url} after {seconds:.1f} s; {documentation}")
         if self._options.announce:
             outputs.announce(self._options.announce, self._url)
 
