@@ -51,10 +51,10 @@ class Flavor(Section):
         1, ge=1, le=48, description="With `time-slicing` and `mps`: number of pods that share one GPU."
     )
     min_replicas: Replicas | None = Field(
-        None, description="Minimum number of replicas in all clusters together. Default: from the base traffic."
+        None, description="Minimum number of replicas in each cluster. Default: from the base traffic."
     )
     max_replicas: Replicas | None = Field(
-        None, description="Maximum number of replicas in all clusters together. Default: from the peak traffic."
+        None, description="Maximum number of replicas in each cluster. Default: from the peak traffic."
     )
     load_s: Seconds | None = Field(
         None, description="Seconds from the start of the container until it is ready. Default: the receipt's."

@@ -35,6 +35,8 @@ def rows(model: ModelPlan, clusters: Sequence[Cluster]) -> Iterator[tuple[str, F
         traffic = model.traffic
         for figure in (traffic.tokens_per_request, traffic.base, traffic.peak, traffic.slope):
             yield model.name, figure
+    if model.key_servers:
+        yield model.name, model.key_servers
     for flavor in model.flavors:
         for figure in flavor_figures(flavor):
             yield flavor.name, figure
@@ -117,6 +119,7 @@ def _model(model: ModelPlan, clusters: Sequence[Cluster]) -> dict[str, Any]:
         "task": model.task,
         "traffic": traffic
         and [figure.as_dict() for figure in (traffic.tokens_per_request, traffic.base, traffic.peak, traffic.slope)],
+        "key_servers": model.key_servers and model.key_servers.as_dict(),
         "flavors": [_flavor(flavor, clusters) for flavor in model.flavors],
         "warnings": list(model.warnings),
     }

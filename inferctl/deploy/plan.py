@@ -130,7 +130,10 @@ class TrafficPlan:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """One model: its flavors in order of preference. `name` is the DNS label of its Service."""
+    """One model: its flavors in order of preference. `name` is the DNS label of its Service.
+
+    `key_servers`: servers among which the limit of a key is divided; None without keys and limits.
+    """
 
     spec: Spec
     name: str
@@ -138,6 +141,7 @@ class ModelPlan:
     flavors: tuple[FlavorPlan, ...]
     traffic: TrafficPlan | None
     warnings: tuple[str, ...] = ()
+    key_servers: Figure | None = None
 
 
 @dataclass(frozen=True)

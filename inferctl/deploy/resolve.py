@@ -12,6 +12,7 @@ from inferctl.catalog import Hardware
 from inferctl.deploy import gpu, measured, placement, sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure, shown
+from inferctl.deploy.objects import metering
 from inferctl.deploy.plan import FlavorPlan, ModelPlan, Plan, Rate, TrafficPlan
 from inferctl.deploy_spec import Flavor, Sharing
 from inferctl.errors import InferctlError, UsageError
@@ -88,7 +89,8 @@ def _model(source: Source, clusters: tuple[Cluster, ...]) -> ModelPlan:
         replace(each, placements=tuple(placements[cluster.name][index] for cluster in clusters))
         for index, each in enumerate(made)
     )
-    return ModelPlan(spec, name, source.task, complete, traffic, tuple(dict.fromkeys(warnings)))
+    servers = placement.key_servers(spec, complete, warnings)
+    return ModelPlan(spec, name, source.task, complete, traffic, tuple(dict.fromkeys(warnings)), servers)
 
 
 def _check_settings(spec: Spec) -> None:
@@ -158,7 +160,7 @@ def _flavor(source: Source, model_name: str, flavor: Flavor, index: int, warning
             memory.weights if memory else None,
             memory.total if memory and hardware.kind == "cpu" else None,
         ),
-        cpu=sizing.cores(rate),
+        cpu=sizing.cores(rate, metering.WORKER_CORES if spec.metering.mode != "off" else 0.0),
     )
 
 

@@ -28,7 +28,8 @@ _LEAST_START_S = 30
 _PRE_STOP_S = 5
 _MARGIN_S = 5
 _ASSUMED_LOAD_S = 120
-_ASSUMED_CORES = 4
+# Of the 4 vCPUs of the smallest machines with a GPU (g6.xlarge, g4dn.xlarge), the node itself needs a part.
+_ASSUMED_POD_CORES = 3
 _MIB = 1024**2
 _ASSUMED_HOST_BYTES = 4 * 1024**3
 
@@ -257,11 +258,13 @@ def memory_bytes(rate: Rate | None, weights: int | None, model: int | None) -> F
     return Figure("host memory", value, "bytes", formula, "assumed: weights and 4 GiB, no receipt with memory")
 
 
-def cores(rate: Rate | None) -> Figure:
-    """Return the CPU cores of a pod."""
+def cores(rate: Rate | None, beside: float = 0.0) -> Figure:
+    """Return the CPU cores of a server. `beside`: cores of the other containers in its pod."""
     if rate and rate.cores:
         return Figure("cores", max(1, ceil(1.2 * rate.cores)), "cores", f"ceil(1.2 x {shown(rate.cores)})", rate.origin)
-    return Figure("cores", _ASSUMED_CORES, "cores", "", "assumed: no receipt with cores")
+    formula = f"{_ASSUMED_POD_CORES} - {shown(beside)}" if beside else ""
+    source = "assumed: a pod fits 4 vCPUs; no receipt with cores"
+    return Figure("cores", round(_ASSUMED_POD_CORES - beside, 3), "cores", formula, source)
 
 
 def price_of(hardware: Hardware, cloud: str) -> tuple[Price | None, int]:

@@ -156,12 +156,28 @@ def test_a_bench_job_measures_one_server_of_its_own(build: Build) -> None:
     assert server["restartPolicy"] == "Always"
     assert server["startupProbe"]["httpGet"]["path"] == "/readyz"
     assert server["resources"]["limits"]["nvidia.com/gpu"] == 1
+    # No measured cores: both together fit the 4 vCPUs of a g6.xlarge.
+    assert [each["resources"]["requests"]["cpu"] for each in (server, *job["containers"])] == ["2", "1"]
     env = {each["name"]: each["value"] for each in server["env"]}
     assert (env["INFERCTL_ACCESS_KEYS"], env["INFERCTL_METERING_MODE"]) == ("null", "off")
     assert "--search --slo 70" in job["containers"][0]["command"][-1]
     assert {volume["name"] for volume in job["volumes"]} == {
         mount["name"] for each in (server, *job["containers"]) for mount in each["volumeMounts"]
     }
+
+
+def test_a_gateway_waits_as_long_as_the_slowest_server(build: Build) -> None:
+    spec = plans.generate(gateway="envoy")
+    spec = spec.model_copy(update={"serve": spec.serve.model_copy(update={"drain_seconds": 60})})
+    built = build(layout.files(plans.plan(spec)), OVERLAYS[0])
+    pod = named(built, "Deployment", "chat-gateway")["spec"]["template"]["spec"]
+    script = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+    assert "for _ in {1..60}; do" in script
+    assert "/dev/tcp/127.0.0.1/9902 || return" in script
+    assert "sleep 5\n" in script
+    # 5 s until no node sends requests, 60 s of drain, 5 s of margin.
+    assert pod["terminationGracePeriodSeconds"] == 70
+    subprocess.run(["bash", "-n", "-c", script], check=True)
 
 
 @pytest.mark.skipif(not ENVOY.exists(), reason="Envoy is not installed: pip install '.[gateway]'")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from inferctl.deploy import sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.objects import metering, sharing, workload
 from inferctl.deploy.objects.containers import container_security, empty, pod_security, resources
@@ -24,6 +25,8 @@ _RESULTS = "/results"
 _KEPT_S = 86_400
 # A search takes about ten minutes, after the start of the node and the server.
 _LONGEST_S = 7200
+# With an assumed server, both fit 4 vCPUs.
+_CORES = 1
 
 
 def check(spec: Spec) -> None:
@@ -45,6 +48,7 @@ def objects(model: ModelPlan, cluster: Cluster, namespace: str) -> list[Object]:
 
 
 def _job(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
+    flavor = replace(flavor, cpu=sizing.cores(flavor.rate, _CORES))
     labels = labels_of(model.name, BENCH, flavor.label)
     tmp, tmp_mount = empty("bench-tmp", "/tmp", "1Gi")
     results, results_mount = empty("results", _RESULTS, "2Gi")
@@ -53,7 +57,7 @@ def _job(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
         "image": model.spec.deploy.tools_image,
         "imagePullPolicy": "IfNotPresent",
         "command": ["/bin/sh", "-c", _script(model, flavor)],
-        "resources": resources("2", "2Gi"),
+        "resources": resources(str(_CORES), "2Gi"),
         "securityContext": container_security(),
         "volumeMounts": [tmp_mount, results_mount],
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 from pathlib import Path
 
 from inferctl.deploy import manifest
@@ -27,22 +29,20 @@ _CONFIG_FOLDER = "/etc/inferctl-gateway"
 _CONFIG_FILE = "envoy.yaml"
 # Until endpoints of the Service without this pod are known on all nodes.
 _ENDPOINTS_S = 5
-# As `inferctl gateway --drain`.
-_DRAIN_S = 25
 _MARGIN_S = 5
 _MIB = 1024 * 1024
 
 # Envoy drops the requests in flight on SIGTERM, so they end before. The image has bash, and no HTTP client.
-_DRAIN_SCRIPT = f"""\
-ask() {{
-  exec 3<>/dev/tcp/127.0.0.1/{_DRAIN} || return
+_DRAIN_SCRIPT = """\
+ask() {
+  exec 3<>/dev/tcp/127.0.0.1/PORT || return
   printf '%s HTTP/1.1\\r\\nHost: envoy\\r\\nContent-Length: 0\\r\\nConnection: close\\r\\n\\r\\n' "$1" >&3
   cat <&3
   exec 3>&-
-}}
+}
 ask 'POST /drain'
-sleep {_ENDPOINTS_S}
-for _ in {{1..{_DRAIN_S}}}; do
+sleep ENDPOINTS
+for _ in {1..SECONDS}; do
   ask 'GET /stats?filter=http.clients.downstream_rq_active' | grep -q 'active: 0' && break
   sleep 1
 done
@@ -85,7 +85,11 @@ def bootstrap(model: ModelPlan) -> Object:
 
 def _deployment(model: ModelPlan, name: str, namespace: str, text: str) -> Object:
     labels = labels_of(model.name, GATEWAY)
-    grace = Noted(_ENDPOINTS_S + _DRAIN_S + _MARGIN_S, f"preStop: {_ENDPOINTS_S} + {_DRAIN_S} s; margin {_MARGIN_S} s")
+    drain = _drain_s(model)
+    grace = Noted(
+        _ENDPOINTS_S + drain + _MARGIN_S,
+        f"preStop: {_ENDPOINTS_S} s + {drain} s, the longest drain of the servers; margin {_MARGIN_S} s",
+    )
     run, run_mount = empty("run", str(_FOLDER), "16Mi")
     volumes = [{"name": "config", "configMap": {"name": name}}, run]
     host = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": labels}}
@@ -111,7 +115,7 @@ def _deployment(model: ModelPlan, name: str, namespace: str, text: str) -> Objec
                 "labelSelector": {"matchLabels": labels},
             }
         ],
-        "containers": [_container(run_mount)],
+        "containers": [_container(run_mount, drain)],
         "volumes": volumes,
     }
     # Envoy reads its configuration at the start only, so a change of it must change the pods.
@@ -130,7 +134,17 @@ def _deployment(model: ModelPlan, name: str, namespace: str, text: str) -> Objec
     }
 
 
-def _container(run_mount: Object) -> Object:
+def _drain_s(model: ModelPlan) -> int:
+    """Return the longest drain of the servers: a request through the gateway takes as long as on its server."""
+    return math.ceil(max(flavor.drain_s.value for flavor in model.flavors))
+
+
+def _drain_script(seconds: int) -> str:
+    values = {"PORT": _DRAIN, "ENDPOINTS": _ENDPOINTS_S, "SECONDS": seconds}
+    return re.sub("PORT|ENDPOINTS|SECONDS", lambda match: str(values[match[0]]), _DRAIN_SCRIPT)
+
+
+def _container(run_mount: Object, drain: int) -> Object:
     heap = config.Settings().max_heap_bytes // _MIB
     memory = Noted(f"{heap + 256}Mi", f"Envoy's heap of {heap} MiB, and 256 MiB for code, threads and buffers")
     ready = {"httpGet": {"path": "/ready", "port": METRICS_PORT}, "timeoutSeconds": 2}
@@ -150,6 +164,6 @@ def _container(run_mount: Object) -> Object:
         "readinessProbe": {**ready, "periodSeconds": 5, "failureThreshold": 1},
         # /ready fails during a drain, which must not restart the container.
         "livenessProbe": {"tcpSocket": {"port": METRICS_PORT}, "periodSeconds": 10, "failureThreshold": 3},
-        "lifecycle": {"preStop": {"exec": {"command": ["/bin/bash", "-c", _DRAIN_SCRIPT]}}},
+        "lifecycle": {"preStop": {"exec": {"command": ["/bin/bash", "-c", _drain_script(drain)]}}},
         "volumeMounts": [{"name": "config", "mountPath": _CONFIG_FOLDER, "readOnly": True}, run_mount],
     }

@@ -17,6 +17,8 @@ CONSUMER = "usage-worker"
 DATA = "/metering"
 # Key of the Secret with the URL of the ledger.
 LEDGER_KEY = "url"
+# Of the worker next to a server.
+WORKER_CORES = 0.1
 _VOLUME = "metering"
 _MIB = 1024 * 1024
 _POSTGRES_PORT = 5432
@@ -70,7 +72,7 @@ def sidecars(spec: Spec) -> list[Object]:
             "restartPolicy": "Always",
             "command": ["inferctl", "worker", "--data", DATA],
             "env": source,
-            "resources": resources("100m", "256Mi"),
+            "resources": resources(f"{WORKER_CORES * 1000:g}m", "256Mi"),
             "securityContext": container_security(),
             "volumeMounts": [mount for _, mount in volumes(spec)],
         }

@@ -126,10 +126,8 @@ def environment(model: ModelPlan, flavor: FlavorPlan) -> dict[str, str | Noted]:
         found["INFERCTL_ACCESS_KEYS"] = f"{KEYS_PATH}/{KEYS_FILE}"
         # Prometheus has no key. The network policies say who reaches the port.
         found["INFERCTL_ACCESS_OPEN"] = ",".join(sorted({*spec.access.open, "metrics"}))
-    replicas = sum(int(placement.max_replicas.value) for each in model.flavors for placement in each.placements)
-    if spec.access.requests_per_minute or spec.access.tokens_per_minute:
-        note = "maximum of all flavors and clusters: together, they stay below the limit of a key"
-        found["INFERCTL_ACCESS_REPLICAS"] = Noted(str(max(1, replicas)), note)
+    if model.key_servers:
+        found["INFERCTL_ACCESS_REPLICAS"] = Noted(f"{model.key_servers.value:g}", model.key_servers.note)
     return found | metering.environment(spec)
 
 

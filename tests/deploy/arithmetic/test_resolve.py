@@ -273,6 +273,30 @@ def test_two_models_must_fit_the_limits_of_a_cluster_together(tmp_path: Path) ->
         resolved(3)
 
 
+def test_the_limit_of_a_key_is_divided_among_the_replicas_at_the_peak() -> None:
+    # An L4 is planned with 35,000 tokens/s. Half of the peak: 125,000 / 35,000 = 3.6 -> 4 in each cluster. A T4 with
+    # 10,000 can stand in for them: 125,000 / 7,000 = 17.9 -> 18, but none is needed. Minima: 2 + 2.
+    deploy = {"flavors": [flavor(), flavor(hardware="t4", tokens_per_second=10_000)], "traffic": TRAFFIC}
+    clusters = [{"name": "a"}, {"name": "b"}]
+    found = plan(spec(deploy, access={"requests_per_minute": 1000}), clusters=clusters).models[0]
+    assert found.key_servers
+    assert (found.key_servers.value, found.key_servers.formula) == (8, "4 + 4")
+    (warning,) = (each for each in found.warnings if "access.broker" in each)
+    assert "applies 1/8 of the limit of a key" in warning
+    assert "With the 4 of the minima, a key gets 50% of it" in warning
+    # Keys in the file of the Secret can have their own limits.
+    keys = plan(spec({**deploy, "keys_secret": "s"}, access={"keys": "keys.json"}), clusters=clusters).models[0]
+    assert keys.key_servers == found.key_servers
+    assert not any("access.broker" in each for each in keys.warnings)
+    assert plan(spec(deploy), clusters=clusters).models[0].key_servers is None
+
+
+def test_without_a_rate_the_servers_of_a_key_are_those_that_run() -> None:
+    made = spec(one(tokens_per_second=None, min_replicas=2, max_replicas=5), access={"tokens_per_minute": 9})
+    assert (figure := plan(made).models[0].key_servers)
+    assert figure.value == 2
+
+
 def test_the_sample_documents_of_these_tests_are_receipts(tmp_path: Path) -> None:
     """Otherwise these tests would pass with documents that no benchmark writes."""
     assert receipt_document("l4", 1.0).keys() >= receipt._REQUIRED

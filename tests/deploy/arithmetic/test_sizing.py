@@ -172,7 +172,10 @@ def test_memory_and_cores_are_measured_or_called_assumed() -> None:
     # 200,000,000 + 4 GiB = 4,494,967,296 = 4,286.7 MiB -> 4,287 MiB
     assumed = sizing.memory_bytes(None, 200_000_000, None)
     assert (assumed.value, "assumed" in assumed.source) == (4287 * 1024**2, True)
-    assert "assumed" in sizing.cores(None).source
+    # A pod of 3 cores, also with a worker or a load generator, fits the 4 vCPUs of a g6.xlarge.
+    assert (sizing.cores(None).value, "assumed" in sizing.cores(None).source) == (3, True)
+    assert (sizing.cores(None, 0.1).value, sizing.cores(None, 0.1).formula) == (2.9, "3 - 0.1")
+    assert sizing.cores(rate, 1).value == 3
 
 
 def test_a_slice_costs_its_part_of_the_gpu_for_730_hours() -> None:
