@@ -91,7 +91,8 @@ def key_servers(spec: Spec, flavors: Sequence[FlavorPlan], warnings: list[str]) 
         least = sum(int((placed.replicas or placed.min_replicas).value) for placed in placements)
         warnings.append(
             f"{spec.name}: without access.broker, each server applies 1/{value} of the limit of a key, for the "
-            f"{value} replicas at the peak. With the {least} of the minima, a key gets {min(1, least / value):.0%} of it"
+            f"{value} replicas at the peak. With the {least} of the minima, a key gets {min(1, least / value):.0%} of "
+            "it"
         )
     formula = " + ".join(map(str, counts)) if len(counts) > 1 else ""
     source = "replicas at the peak in all clusters, at least the minima; each server applies limit / servers"
