@@ -32,6 +32,13 @@ def report(plan: Plan) -> None:
         )
     without = f"; no list price: {', '.join(cost.unknown)}" if cost.unknown else ""
     pieces.append(Text(f"Cost at list price, {sizing.HOURS_PER_MONTH} h: {text}{without}"))
+    if cost.least is not None:
+        pieces.append(
+            Text(
+                "The cost is a share of instances: clouds sell nodes whole. Prices are of the region in the catalog.",
+                style="dim",
+            )
+        )
     console.report(Group(*pieces))
 
 

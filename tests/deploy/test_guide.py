@@ -13,7 +13,9 @@ import yaml
 from typer.main import get_command
 
 from inferctl import cli
+from inferctl.deploy.objects.options import NODE_CLASS
 from tests.conftest import ROOT
+from tests.deploy.validation import problems
 
 GUIDE = ROOT / "docs/guides/kubernetes.md"
 EXAMPLE = ROOT / "docs/examples/kubernetes"
@@ -64,10 +66,13 @@ def test_the_commands_of_deploy_run_and_overlays_are_where_the_guide_says(
         run = [sys.executable, "-m", *words]
         done = subprocess.run(run, cwd=example, capture_output=True, check=False)
         assert done.returncode == 0, done.stderr.decode()
-    paths = {word for words in commands("kubectl") for word in words if word.startswith("manifests/")}
-    assert paths
-    # The example has no bench Jobs until a spec asks for them.
-    assert all((example / path).exists() for path in paths if "/bench/" not in path)
+    words = {word for program in ("kubectl", "helm") for words in commands(program) for word in words}
+    paths = {word for word in words if word.startswith(("manifests/", "cluster/"))}
+    assert {path.split("/")[1] for path in paths} >= {"base", "bench", "gpu-operator", "overlays", "weights.yaml"}
+    assert {path for path in paths if not (example / path).exists()} == set()
+    jobs = {job for each in words for job in re.findall(r"^job/(\S+)", each)}
+    bench = (example / "manifests/bench/aws-eu-central-1/embed.yaml").read_text()
+    assert jobs and all(f"name: {job}\n" in bench for job in jobs)
     built = [each for each in yaml.safe_load_all((example / "all.yaml").read_text()) if each]
     names = {f"{each['kind'].lower()}/{each['metadata']['name']}" for each in built}
     named = set(re.findall(r"\b(?:deployment|service)/[\w-]+", TEXT))
@@ -77,6 +82,37 @@ def test_the_commands_of_deploy_run_and_overlays_are_where_the_guide_says(
     text = (example / "all.yaml").read_text()
     assert secrets == {"inferctl-keys", "inferctl-ledger"}
     assert all(secret in text for secret in secrets)
+
+
+def test_each_file_is_made_before_it_is_used() -> None:
+    lines = [line for kind, text in BLOCKS if kind == "bash" for line in text.replace("\\\n", " ").splitlines()]
+
+    def first(part: str) -> int:
+        return next(index for index, line in enumerate(lines) if part in line)
+
+    order = ["cp -r docs/examples/kubernetes", "cd my-models", "-f embed.yaml", "--output manifests", "manifests/"]
+    assert [first(part) for part in order] == sorted(first(part) for part in order)
+    for made, used in (("> team-a.key", "team-a.key)"), ("KEY=", "$KEY"), ("> ledger-url.txt", "=ledger-url.txt")):
+        assert first(made) < first(used)
+    # The key is created once. A second one in another cluster would be another key.
+    assert sum("keys create" in line for line in lines) == 1
+    assert not any("keys create" in text and "create secret" in text for _, text in BLOCKS)
+
+
+def test_what_the_specs_name_outside_of_the_manifests_is_made_in_the_guide() -> None:
+    specs = [yaml.safe_load((EXAMPLE / f"{name}.yaml").read_text()) for name in ("embed", "generate")]
+    for spec in specs:
+        name, namespace = spec["deploy"]["broker"].removeprefix("nats://").partition(":")[0].split(".")
+        assert ["helm", "install", name] in [words[:3] for words in commands("helm") if namespace in words]
+    weights = list(yaml.safe_load_all((EXAMPLE / "cluster/weights.yaml").read_text()))
+    claim = specs[1]["deploy"]["weights"]["pvc"]
+    assert (weights[0]["kind"], weights[0]["metadata"]["name"]) == ("PersistentVolumeClaim", claim)
+    # Pods of several nodes mount it.
+    assert weights[0]["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert {each["metadata"]["namespace"] for each in weights} == {specs[1]["deploy"]["namespace"]}
+    assert [problem for each in weights for problem in problems(each, "1.35")] == []
+    node_class = yaml.safe_load((EXAMPLE / "cluster/ec2nodeclass.yaml").read_text())
+    assert (node_class["kind"], node_class["metadata"]["name"]) == ("EC2NodeClass", NODE_CLASS)
 
 
 def test_links_are_valid() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from inferctl import cli
 
@@ -67,3 +68,13 @@ def test_a_lost_cluster_is_compared_with_the_whole_peak(result: dict[str, Any]) 
     # 5 L4 of 60,000 and 3 half A100 of 100,000 are left of the peak of 750,000.
     assert (loss["peak"], loss["capacity"]["at_once"]) == (750_000, 600_000)
     assert loss["share"]["at_once"] == 0.8
+
+
+def test_the_nodes_have_all_labels_and_slices_that_the_manifests_require(tmp_path: Path) -> None:
+    specs = [argument for name in ("embed", "generate") for argument in ("-f", str(EXAMPLE / f"{name}.yaml"))]
+    assert cli.run(["deploy", *specs, "--output", str(tmp_path)]) == 0
+    assert cli.run(["deploy", "--lint", str(tmp_path), "--nodes", str(EXAMPLE / "nodes.yaml")]) == 0
+    groups = yaml.safe_load((EXAMPLE / "nodes.yaml").read_text())["nodes"]
+    slices = {each["allocatable"].get("nvidia.com/mig-3g.20gb") for each in groups} - {None}
+    # all-3g.20gb makes two slices of each A100, and a p4d.24xlarge has eight.
+    assert slices == {2 * 8}
