@@ -225,8 +225,8 @@ def _container_config(spec: Spec, port: int) -> bytes:
     data["serve"] |= {"port": port, "host": "0.0.0.0"}
     if spec.model.weights != "download":
         data["model"]["source"] = "/model"
-    if spec.access.key_file:
-        data["access"]["keys"] = f"{KEYS_PATH}/{Path(spec.access.key_file).name}"
+    if spec.access.keys:
+        data["access"]["keys"] = f"{KEYS_PATH}/{'keys.json' if spec.access.key_store else Path(spec.access.keys).name}"
     del data["access"]["data"]  # of the build machine
     if spec.access.broker:  # only the worker, which runs outside of the container, connects to it
         data["access"]["broker"] = "nats://worker"

@@ -218,6 +218,12 @@ class Oidc(Section):
     )
 
 
+def _url_hash(url: str) -> str:
+    """Return the hash of a URL without its password, which may change."""
+    public = re.sub(r"(://[^/:@]*):[^/]*@", r"\1@", url)
+    return hashlib.sha256(re.sub(r"([?&])password=[^&]*&?", r"\1", public).rstrip("?&").encode()).hexdigest()[:16]
+
+
 class Access(Section):
     """Who may use the server, and how much. Without keys, every client may use it without limits."""
 
@@ -281,8 +287,11 @@ class Access(Section):
 
     @property
     def key_file(self) -> str | None:
-        """The file that a server reads. The worker writes that of a database."""
-        return f"{self.data}/keys.json" if self.key_store else self.keys
+        """The file that a server reads. The worker writes that of a database, whose URL is in the name as a hash.
+
+        So a server in the same folder does not accept the keys of another database.
+        """
+        return f"{self.data}/keys-{_url_hash(self.key_store)}.json" if self.key_store else self.keys
 
     @property
     def has_worker(self) -> bool:

@@ -25,6 +25,10 @@ class UnavailableError(Exception):
     """A credential cannot be checked now. A retry after some seconds may succeed."""
 
 
+class BusyError(Exception):
+    """Too many credentials of this kind wait to be checked. A retry in the next second may succeed."""
+
+
 class Entry(NamedTuple):
     """What a key opens, until `not_after` (Unix time)."""
 
@@ -85,17 +89,22 @@ class KeyTable:
         self.ready = True
 
     def _follow(self) -> None:
+        warned: list[tuple[int, ...] | None] = []  # the version that could not be read, if any
         while not self._closed.wait(INTERVAL_S):
             version = self._stat()
             if version == self._version:
                 continue
-            self._version = version
             try:
                 self._load(key_file.read(self._path))
-            except UsageError as error:
-                self._warn(f"{error.message}; the last valid keys stay in use")
             except Exception as error:  # noqa: BLE001  # without this thread, no key could be revoked
-                self._warn(f"the key file {self._path} cannot be loaded: {type(error).__name__}")
+                # The file is read again until that succeeds: a missing descriptor must not keep a revoked key valid.
+                if not warned or warned[0] != version:
+                    reason = f"the key file {self._path} cannot be loaded: {type(error).__name__}"
+                    reason = error.message if isinstance(error, UsageError) else reason
+                    self._warn(f"{reason}; the last valid keys stay in use")
+                warned = [version]
+            else:
+                self._version, warned = version, []
 
     def _stat(self) -> tuple[int, ...] | None:
         try:

@@ -21,7 +21,7 @@ import jwt
 
 from inferctl.access import keys
 from inferctl.access.key_file import ApiKey, caller, is_caller_id
-from inferctl.access.key_table import Entry, UnavailableError
+from inferctl.access.key_table import BusyError, Entry, UnavailableError
 
 _ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "ES512", "EdDSA"]
 _REQUIRED = ["exp", "aud", "iss", "sub"]
@@ -71,7 +71,7 @@ class TokenTable:
         self._failed = False
 
     def find(self, credential: bytes, now: float, address: str = "") -> ApiKey | None:
-        """Return who sent a token; None if it is not valid. Raises `UnavailableError`.
+        """Return who sent a token; None if it is not valid. Raises `UnavailableError` and `BusyError`.
 
         `address`: of the client, whose wrong signatures do not count against the budget of others.
         """
@@ -92,7 +92,7 @@ class TokenTable:
         network = _network(address)
         suspect = now < self._suspects.get(network, -math.inf)
         if not (self._suspect_checks if suspect else self._checks).take(now):
-            raise UnavailableError("too many new tokens arrive")
+            raise BusyError("too many new tokens arrive; retry after 1 s")
         try:
             claims = jwt.decode(
                 credential,

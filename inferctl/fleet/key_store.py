@@ -6,6 +6,9 @@ A key is one row, whose content is the same JSON as in a key file. So it has has
 from __future__ import annotations
 
 import contextlib
+import os
+import shlex
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +39,14 @@ class KeyStore:
 
     @classmethod
     def open(cls, address: str) -> KeyStore:
-        """Open the store, and create or migrate its tables. Raises `UsageError` for an invalid URL."""
+        """Open the store, and create or migrate its tables.
+
+        Raises `UsageError` for an invalid URL, tables of a newer version, and a file that others can write.
+        """
+        url = _SCHEMA.url(address)
+        if url.get_backend_name() == "sqlite" and url.database:
+            with _SCHEMA.reported(url):
+                _protect(Path(url.database))
         return cls(_SCHEMA.open(address))
 
     def close(self) -> None:
@@ -85,3 +95,12 @@ class KeyStore:
     def _transaction(self) -> Iterator[sa.Connection]:
         with _SCHEMA.reported(self._engine.url), self._engine.begin() as connection:
             yield connection
+
+
+def _protect(file: Path) -> None:
+    """Make a file that only its owner can read and write. Raises `UsageError` if others can write it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    if file.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        hint = f"run `chmod go-w {shlex.quote(str(file))}`"
+        raise UsageError(f"the key store {file} can be written by other users, who could add keys", hint)

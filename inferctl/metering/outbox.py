@@ -257,10 +257,10 @@ def write_watermark(folder: Path, watermark: int) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(data: Path) -> Iterator[bool]:
-    """Yield whether this process is the only worker of `data`, until the end of the block. Raises `OSError`."""
+def exclusive(data: Path, name: str = "worker.lock") -> Iterator[bool]:
+    """Yield whether this process alone has the lock `name` of `data`, until the end of the block. Raises `OSError`."""
     data.mkdir(parents=True, exist_ok=True)
-    lock = os.open(data / "worker.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open(data / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ from inferctl.spec import Access
 
 log = logging.getLogger("inferctl.worker")
 
-_ONLY_WORKER_S = 0.5
+# Not the lock of usage events: `metering.data` may be the same folder, with another worker.
+_RELAY_LOCK = "access.lock"
+_ONLY_WORKER_S, _LOG_AFTER = 0.5, 4
 # How often a worker asks the key store for changes. With a broker, it also does at each message.
 _ASK_S = 1.0
+_PAUSE_S = 0.1  # between two questions, however many messages arrive
 
 
 class AccessWorker:
@@ -30,24 +35,17 @@ class AccessWorker:
 
     async def run(self, ending: asyncio.Event) -> None:
         """Work until `ending`. Raises `UsageError` for an invalid address, `OSError` if the folder is not writable."""
-        while not ending.is_set():
-            with outbox.exclusive(self._folder) as alone:
-                if alone:
-                    await self._work(ending)
-                    return
-            # The worker of another server in this folder also serves this one.
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(ending.wait(), _ONLY_WORKER_S)
-
-    async def _work(self, ending: asyncio.Event) -> None:
         tasks: list[asyncio.Task[Any]] = [asyncio.create_task(ending.wait())]
-        if self._settings.broker:
+        if url := self._settings.broker:
             from inferctl.worker.relay import Relay
 
-            relay = Relay(self._folder, self._settings.broker, self._changed.set)
-            tasks.append(asyncio.create_task(relay.run()))
+            relay = Relay(self._folder, url, self._changed.set)
+            tasks.append(asyncio.create_task(self._alone(_RELAY_LOCK, relay.run)))
         if address := self._settings.key_store:
-            tasks.append(asyncio.create_task(self._copy_keys(address)))
+            file = Path(self._settings.key_file or "")
+            # One lock for each database: the worker of another one must not keep this one from copying.
+            copying = self._alone(f"{file.stem}.lock", lambda: self._copy_keys(address, file))
+            tasks.append(asyncio.create_task(copying))
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -57,9 +55,20 @@ class AccessWorker:
                 task.cancel()
             await asyncio.wait(tasks)
 
-    async def _copy_keys(self, address: str) -> None:
+    async def _alone(self, lock: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Work while this process has the lock. If another one has it, its worker also serves this folder."""
+        for attempt in itertools.count():
+            with outbox.exclusive(self._folder, lock) as alone:
+                if alone:
+                    await work()
+                    return
+            if attempt == _LOG_AFTER:
+                log.warning("another worker has %s; this one waits for its end", self._folder / lock)
+            await asyncio.sleep(_ONLY_WORKER_S)
+
+    async def _copy_keys(self, address: str, file: Path) -> None:
         """Write the keys to the file that the servers read, whenever they change."""
-        copy = _Copy(address, Path(self._settings.key_file or ""))
+        copy = _Copy(address, file)
         failed = False
         try:
             while True:
@@ -71,6 +80,7 @@ class AccessWorker:
                     if not failed:
                         log.warning("%s; the last keys stay in use", getattr(error, "message", error))
                     failed = True
+                await asyncio.sleep(_PAUSE_S)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), _ASK_S)
         finally:

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inferctl.errors import NotReadyError
+from inferctl.errors import NotReadyError, UsageError
 from inferctl.metering import outbox, sink
 from inferctl.metering.ledger import Ledger
 from inferctl.metering.outboxes import Outboxes
@@ -52,12 +52,31 @@ class Worker:
 
     async def run(self) -> None:
         """Work until `end`. Raises `UsageError` for an invalid address, `OSError` for a folder that is not writable."""
-        tasks = [self._bring_events()] if self._metering else []
+        parts: list[Callable[[], Awaitable[None]]] = [self._bring_events] if self._metering else []
         if self._access.has_worker:
             from inferctl.worker.access import AccessWorker
 
-            tasks.append(AccessWorker(self._access).run(self._ending))
-        await asyncio.gather(*tasks)
+            access = AccessWorker(self._access)
+            parts.append(lambda: access.run(self._ending))
+        if len(parts) == 1:
+            await parts[0]()
+        else:
+            await asyncio.gather(*map(self._try_again, parts))
+
+    async def _try_again(self, part: Callable[[], Awaitable[None]]) -> None:
+        """Run one of several parts. Its errors do not end the others."""
+        reported = False
+        while True:
+            try:
+                await part()
+                return
+            except (UsageError, OSError) as error:
+                if self._ending.is_set():
+                    raise
+                if not reported:
+                    log.error("%s; trying again", getattr(error, "message", error))
+                reported = True
+                await self._wait(_RETRY_S)
 
     async def _bring_events(self) -> None:
         try:
@@ -77,6 +96,7 @@ class Worker:
                 await self._broker.close()
             if self._ledger:
                 self._ledger.close()
+            self._broker = self._ledger = None
 
     async def _empty_outboxes(self, data: Path) -> None:
         outboxes = Outboxes(data)

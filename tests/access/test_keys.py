@@ -177,6 +177,29 @@ def test_a_broken_file_keeps_the_last_keys(path: Path, table: KeyTable, warnings
     eventually(lambda: (found := table.find(secret.encode(), time.time())) and found.name == "c")
 
 
+def test_a_read_that_fails_once_is_repeated(
+    path: Path, table: KeyTable, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the process has no descriptor left: the file does not change again after it."""
+    key, secret = add(path, "b")
+    eventually(lambda: table.find(secret.encode(), time.time()))
+    read, attempts = key_file.read, []
+
+    def fails(file: Path) -> key_file.KeyFile:
+        attempts.append(file)
+        raise OSError(24, "too many open files")
+
+    monkeypatch.setattr(key_file, "read", fails)
+    content = read(path)
+    revoked = [each.model_copy(update={"revoked": key_file.now()}) for each in content.keys]
+    path.write_text(content.model_copy(update={"keys": revoked}).model_dump_json(exclude_none=True))
+    eventually(lambda: len(attempts) >= 3)
+    assert table.find(secret.encode(), time.time()) == key
+    assert len(warnings) == 1, "one for each version of the file"
+    monkeypatch.setattr(key_file, "read", read)
+    eventually(lambda: table.find(secret.encode(), time.time()) is None)
+
+
 def test_a_key_ends_at_its_time(path: Path) -> None:
     end = datetime.now(UTC) + timedelta(hours=1)
     _, secret = add(path, expires=end)

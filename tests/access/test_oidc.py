@@ -14,8 +14,11 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from inferctl.access.key_table import UnavailableError
+from inferctl import spec
+from inferctl.access.key_table import BusyError, UnavailableError
 from inferctl.access.oidc import TokenTable
+from inferctl.serve.edge import access
+from inferctl.serve.edge.errors import ApiError
 
 RSA_KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 EC_KEY = ec.generate_private_key(ec.SECP256R1())
@@ -145,7 +148,7 @@ def test_the_last_keys_stay_in_use(provider: Provider, table: TokenTable) -> Non
 def test_a_flood_of_new_tokens_is_bounded(provider: Provider, table: TokenTable) -> None:
     token = provider.token()
     now = float(int(time.time()))
-    with pytest.raises(UnavailableError):
+    with pytest.raises(BusyError):
         for number in range(2000):
             table.find(token[:-9] + b"%08dA" % number, now)
     assert table.find(provider.token(sub="team-b"), now + 1)
@@ -164,16 +167,34 @@ def test_wrong_signatures_of_some_clients_cost_the_others_nothing(provider: Prov
     for number in range(2000):
         try:
             assert table.find(forged(token, number), now, f"192.0.2.{number % 20}") is None
-        except UnavailableError:
+        except BusyError:
             rejected += 1
     assert rejected > 1500  # their signatures were not checked
     found = [table.find(each, now, "198.51.100.7") for each in new]
     assert [each.id if each else None for each in found] == [f"team-{number}" for number in range(40)]
 
 
+def test_a_client_with_wrong_signatures_gets_429(provider: Provider) -> None:
+    """Not 503: a gateway would take the server out, and one client could take out all of them."""
+    settings = spec.Access.model_validate({"oidc": {"issuer": provider.url, "audience": "inferctl"}})
+    found = access.Access(settings, ["m"])
+    assert found._tokens
+    deadline = time.monotonic() + 30
+    while found._tokens._keys is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    codes, token = set(), provider.token()
+    for number in range(2000):
+        headers = [(b"authorization", b"Bearer " + forged(token, number))]
+        with pytest.raises(ApiError) as error:
+            found._find({"type": "http", "path": "/", "headers": headers, "client": ("192.0.2.1", 1)})
+        codes.add((error.value.status, error.value.code))
+    assert codes == {(401, "invalid_api_key"), (429, "too_many_tokens")}
+    found._tokens.close()
+
+
 def test_a_client_with_many_addresses_of_one_network_is_one_client(provider: Provider, table: TokenTable) -> None:
     token, now = provider.token(), float(int(time.time()))
-    with pytest.raises(UnavailableError):
+    with pytest.raises(BusyError):
         for number in range(400):
             table.find(forged(token, number), now, f"2001:db8::{number:x}")
     assert table.find(provider.token(sub="team-b"), now, "2001:db8:0:1::1")

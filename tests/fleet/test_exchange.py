@@ -21,6 +21,7 @@ import pytest
 
 from inferctl.access import channel
 from inferctl.fleet.key_store import KeyStore
+from inferctl.spec import Access
 from tests.access.test_keys import add
 from tests.metering.parts import Nats, Postgres
 from tests.serve.conftest import CLIENT, Running, start, stop, until
@@ -167,7 +168,8 @@ def test_servers_start_before_the_store_and_are_not_ready(
         assert (response.status_code, response.json()["error"]["code"]) == (503, "access_unavailable")
         assert server.get("/readyz").status_code == 503
         until(lambda: "the key store" in server.log.read_text())
-        _, secret = add(tmp_path / "access" / "keys.json")
+        settings = Access(keys="postgresql://postgres@127.0.0.1:1/none", data=str(tmp_path / "access"))
+        _, secret = add(Path(settings.key_file or ""))
         until(lambda: server.get("/readyz").status_code == 200)
         assert CLIENT.get(f"{server.url}/v1/models", headers={"x-api-key": secret}).status_code == 200
     finally:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +23,9 @@ from inferctl.access import key_file, keys
 from inferctl.access.key_file import ApiKey
 from inferctl.errors import UsageError
 from inferctl.fleet.key_store import KeyStore
+from inferctl.metering import outbox
+from inferctl.spec import Access, Metering
+from inferctl.worker.worker import Worker
 from tests.metering.parts import Postgres
 from tests.serve.conftest import until
 
@@ -108,10 +114,10 @@ def test_edits_at_the_same_time_do_not_lose_each_other(address: str) -> None:
 
 
 def test_the_worker_keeps_the_file_of_the_servers_equal(
-    run: Run, worker: Callable[[], subprocess.Popen[bytes]], tmp_path: Path
+    run: Run, worker: Callable[[], subprocess.Popen[bytes]], address: str, tmp_path: Path
 ) -> None:
     secret = run("create", "a").stdout.strip()
-    copy = tmp_path / "access" / "keys.json"
+    copy = Path(Access(keys=address, data=str(tmp_path / "access")).key_file or "")
     first = worker()
     until(copy.exists)
     assert copy.stat().st_mode & 0o777 == 0o600
@@ -137,7 +143,7 @@ def test_a_store_that_stops_leaves_the_last_keys(
         pytest.skip("SQLite does not stop")
     run("create", "a")
     worker()
-    copy = tmp_path / "access" / "keys.json"
+    copy = Path(Access(keys=address, data=str(tmp_path / "access")).key_file or "")
     until(copy.exists)
     before = copy.read_bytes()
     assert postgres.process
@@ -171,3 +177,68 @@ def test_a_key_of_another_version_is_an_error(address: str) -> None:
     with pytest.raises(UsageError, match="not valid: no"):
         store.read()
     store.close()
+
+
+def test_a_server_does_not_read_the_keys_of_another_store() -> None:
+    files = {url: Access(keys=url).key_file for url in ("postgresql://a@h/x", "postgresql://a@h/y", "sqlite:///x")}
+    assert len(set(files.values())) == 3
+    assert Access(keys="postgresql://a:secret@h/x").key_file == files["postgresql://a@h/x"], "passwords change"
+    assert Access(keys="postgresql://a@h/x?password=b").key_file == files["postgresql://a@h/x"]
+
+
+def store_at(path: Path) -> str:
+    address = f"sqlite:///{path}"
+    KeyStore.open(address).close()
+    return address
+
+
+async def _run_until(worker: Worker, condition: Callable[[], bool]) -> None:
+    task = asyncio.create_task(worker.run())
+    deadline = time.monotonic() + 20
+    while not condition() and not task.done() and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    found = condition()
+    worker.end()
+    await asyncio.gather(task, return_exceptions=True)
+    assert found, task
+
+
+def test_one_folder_for_events_and_for_two_stores(tmp_path: Path) -> None:
+    """Each part has a lock of its own, so none waits for another one, also of other workers."""
+    settings = [Access(keys=store_at(tmp_path / f"{name}.sqlite"), data=str(tmp_path / "data")) for name in "ab"]
+    metering = Metering(mode="on", data=str(tmp_path / "data"), ledger=f"sqlite:///{tmp_path}/ledger.sqlite")
+    files = [Path(each.key_file or "") for each in settings]
+    with outbox.exclusive(files[0].parent, f"{files[0].stem}.lock"):  # a worker with another store
+        asyncio.run(_run_until(Worker(metering, settings[1]), files[1].exists))
+    assert not files[0].exists()
+
+
+def test_a_ledger_of_a_newer_version_does_not_end_the_copy_of_keys(tmp_path: Path) -> None:
+    address = store_at(tmp_path / "keys.sqlite")
+    settings = Access(keys=address, data=str(tmp_path / "access"))
+    metering = Metering(mode="on", data=str(tmp_path / "data"), ledger=f"sqlite:///{tmp_path}/ledger.sqlite")
+    newer = sqlite3.connect(tmp_path / "ledger.sqlite")
+    newer.execute("create table usage_version (version_num varchar(32) not null)")
+    newer.execute("insert into usage_version values ('9999')")
+    newer.commit()
+    newer.close()
+    worker, copied = Worker(metering, settings), Path(settings.key_file or "")
+    asyncio.run(_run_until(worker, copied.exists))
+
+
+def test_a_store_of_a_newer_version_is_an_error(tmp_path: Path) -> None:
+    address = store_at(tmp_path / "keys.sqlite")
+    newer = sqlite3.connect(tmp_path / "keys.sqlite")
+    newer.execute("update api_key_version set version_num = '9999'")
+    newer.commit()
+    newer.close()
+    with pytest.raises(UsageError, match="newer version"):
+        KeyStore.open(address)
+
+
+def test_only_the_owner_may_write_a_store(tmp_path: Path) -> None:
+    address = store_at(tmp_path / "keys.sqlite")
+    assert (tmp_path / "keys.sqlite").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "keys.sqlite").chmod(0o662)
+    with pytest.raises(UsageError, match="can be written by other users"):
+        KeyStore.open(address)

@@ -16,7 +16,7 @@ from starlette.types import Scope
 
 from inferctl import spec
 from inferctl.access.key_file import ApiKey, caller, is_caller_id
-from inferctl.access.key_table import KeyTable, UnavailableError
+from inferctl.access.key_table import BusyError, KeyTable, UnavailableError
 from inferctl.access.limits import PERIOD_S, Charge, KeyUsage, Limiter, LimitError
 from inferctl.errors import NotReadyError, install_hint
 from inferctl.serve.edge.errors import ApiError
@@ -117,6 +117,8 @@ class Access:
         except UnavailableError as error:
             headers = {"retry-after": "5"}
             raise ApiError(503, str(error), code="access_unavailable", headers=headers) from None
+        except BusyError as error:  # not 503, for which a gateway ejects the server: one client can cause it
+            raise ApiError(429, str(error), code="too_many_tokens", headers={"retry-after": "1"}) from None
         if key is None:
             # The same text for every reason: it must not say which keys exist.
             message = "the API key is missing or not valid; send it as `Authorization: Bearer KEY`"
