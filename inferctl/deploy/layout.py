@@ -138,12 +138,14 @@ def _model(model: ModelPlan, namespace: str) -> list[Object]:
     if spec.model.weights == "download":
         egress.append(policy.Endpoint(443, None))
     through = gateway.GATEWAY if spec.deploy.gateway == "envoy" else None
+    direct = [] if through else [policy.client_policy(model.name, namespace, SERVER, workload.port(model))]
     claims = [sharing.claim_template(model, each, namespace) for each in model.flavors if each.sharing == "dra"]
     return [
         policy.service_account(model.name, namespace),
         service.service(model.name, namespace),
         policy.disruption_budget(model.name, namespace, labels_of(model.name, SERVER)),
         policy.server_policy(model.name, namespace, gateway=through, egress=egress),
+        *direct,
         *claims,
         *(workload.deployment(model, flavor, namespace) for flavor in model.flavors),
     ]
@@ -281,7 +283,7 @@ def _quota(plan: Plan, cluster: Cluster) -> list[Object]:
             if placed.resource is None or placed.max_replicas.value == 0 or flavor.sharing == "dra":
                 continue
             most, overflow = placed.max_replicas.value, _value(placed.overflow)
-            pods = most + workload.surge(model, flavor) + overflow
+            pods = most + flavor.surge + overflow
             parts.setdefault(placed.resource.name, []).append((flavor.name, int(pods * placed.resource.count)))
     hard: Mapping[str, Noted] = {
         name: Noted(str(sum(count for _, count in counts)), f"{_sum(counts)}: maximum, rollout and overflow")

@@ -1,4 +1,7 @@
-"""Places the flavors of a model in a cluster: replicas, spare capacity, GPU resource and cost, with warnings."""
+"""Places the flavors of a model in a cluster: replicas, spare capacity, GPU resource and cost, with warnings.
+
+`room.py` then bounds rollouts and overflow by what a cluster has for all models.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ from dataclasses import replace
 from inferctl.deploy import gpu, sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure, shown
-from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, TrafficPlan
+from inferctl.deploy.plan import FlavorPlan, Placement, TrafficPlan
 from inferctl.deploy_spec import Flavor
-from inferctl.errors import UsageError
 from inferctl.spec import Spec
+
+# Autoscalers that know only whole GPUs. EKS Auto Mode is Karpenter.
+_KARPENTER = ("karpenter", "eks-auto")
 
 
 def place(
@@ -48,12 +53,17 @@ def place(
             spare = sizing.overflow(
                 settings.overflow, traffic, share, settings.traffic.rise_s, each.cold_start_s, each.rate, room
             )
+            if spare and each.resource and each.sharing != "whole" and cluster.autoscaler in _KARPENTER:
+                warnings.append(
+                    f"{cluster.name}: no overflow for {each.name}: Karpenter starts no nodes for sharing: "
+                    f"{each.sharing}, so it would keep nothing. Give the node group of fixed size nodes for the maximum"
+                )
+                spare = None
         fixed = None
         if counts.most.value == 0:
             fixed = replace(counts.most, name="replicas")
         elif not scaled or each.rate is None:
             fixed = replace(counts.least, name="replicas")
-        extra = int(spare.value) if spare else 0
         found.append(
             Placement(
                 cluster=cluster.name,
@@ -66,9 +76,6 @@ def place(
                 at_base=counts.at_base,
                 at_peak=counts.at_peak,
                 overflow=spare,
-                cost_min=_cost("cost at the minimum", int(counts.least.value) + extra, each, cluster),
-                cost_peak=_cost("cost at the peak", _running_at_peak(counts) + extra, each, cluster),
-                cost_max=_cost("cost at the maximum", int(counts.most.value) + extra, each, cluster),
             )
         )
     return found
@@ -84,7 +91,11 @@ def key_servers(spec: Spec, flavors: Sequence[FlavorPlan], warnings: list[str]) 
     if not spec.access.required and not limited:
         return None
     placements = [placed for each in flavors for placed in each.placements if placed.max_replicas.value]
-    counts = [count for placed in placements if (count := _at_peak(placed))]
+    counts = [
+        count
+        for placed in placements
+        if (count := int(placed.replicas.value) if placed.replicas else _running_at_peak(placed))
+    ]
     # The setting of the server ends at 10,000.
     value = min(10_000, max(1, sum(counts)))
     if limited and not spec.access.broker:
@@ -99,13 +110,6 @@ def key_servers(spec: Spec, flavors: Sequence[FlavorPlan], warnings: list[str]) 
     return Figure("servers that divide the limit of a key", value, "servers", formula, source)
 
 
-def _at_peak(placed: Placement) -> int:
-    if placed.replicas:
-        return int(placed.replicas.value)
-    needed = placed.at_peak.value if placed.at_peak else placed.max_replicas.value
-    return int(max(placed.min_replicas.value, min(placed.max_replicas.value, needed)))
-
-
 def _first_with_room(sized: Sequence[sizing.Replicas], setting: str | int) -> int | None:
     """Return the flavor that gets the overflow: the first that can grow; for a given number, the first that exists."""
     grows = [index for index, each in enumerate(sized) if each.most.value > each.least.value]
@@ -113,9 +117,24 @@ def _first_with_room(sized: Sequence[sizing.Replicas], setting: str | int) -> in
     return next(iter(grows if setting == "auto" else exists), None)
 
 
-def _running_at_peak(counts: sizing.Replicas) -> int:
-    needed = counts.at_peak.value if counts.at_peak else counts.most.value
-    return int(max(counts.least.value, min(counts.most.value, needed)))
+def with_costs(flavor: FlavorPlan, clusters: Sequence[Cluster]) -> FlavorPlan:
+    """Return the flavor with its costs in each cluster, with the overflow."""
+    placements = []
+    for cluster in clusters:
+        placed = flavor.at(cluster)
+        extra = int(placed.overflow.value) if placed.overflow else 0
+        costs = {
+            "cost_min": _cost("cost at the minimum", int(placed.min_replicas.value) + extra, flavor, cluster),
+            "cost_peak": _cost("cost at the peak", _running_at_peak(placed) + extra, flavor, cluster),
+            "cost_max": _cost("cost at the maximum", int(placed.max_replicas.value) + extra, flavor, cluster),
+        }
+        placements.append(replace(placed, **costs))
+    return replace(flavor, placements=tuple(placements))
+
+
+def _running_at_peak(placed: Placement) -> int:
+    needed = placed.at_peak.value if placed.at_peak else placed.max_replicas.value
+    return int(max(placed.min_replicas.value, min(placed.max_replicas.value, needed)))
 
 
 def _cost(name: str, count: int, flavor: FlavorPlan, cluster: Cluster) -> Figure | None:
@@ -145,36 +164,3 @@ def _warn_of_uncovered_peak(
             f"{cluster.name}: all replicas at their maximum serve {served / peak:.0%} of the peak of {spec.name} "
             f"({shown(served)} of {shown(peak)} tokens/s): raise max_replicas or the share of other clusters"
         )
-
-
-def with_shared_limits(models: tuple[ModelPlan, ...], clusters: Sequence[Cluster]) -> tuple[ModelPlan, ...]:
-    """Return the models with a warning for hardware of which a cluster has fewer than their maxima together.
-
-    Raises `UsageError` if not even their minima fit.
-    """
-    warnings: list[str] = []
-    for cluster in clusters:
-        for key, limit in cluster.max_replicas.items():
-            users = [
-                (flavor.name, flavor.at(cluster))
-                for model in models
-                for flavor in model.flavors
-                if flavor.hardware.key == key and flavor.at(cluster).max_replicas.value
-            ]
-            if len(users) < 2:
-                continue
-            least = sum(int(placed.min_replicas.value) for _, placed in users)
-            most = sum(int(placed.max_replicas.value) for _, placed in users)
-            names = " and ".join(name for name, _ in users)
-            if least > limit:
-                raise UsageError(
-                    f"{cluster.name} can have {limit} of {key}, but {names} need {least} at their minimum",
-                    "lower min_replicas, or raise max_replicas of the cluster",
-                )
-            if most > limit:
-                warnings.append(
-                    f"{cluster.name} can have {limit} of {key}, but the maxima of {names} add up to {most}: "
-                    "the first to ask gets them. Set max_replicas of the flavors"
-                )
-    first, *others = models
-    return (replace(first, warnings=(*first.warnings, *warnings)), *others)

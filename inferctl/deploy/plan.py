@@ -85,6 +85,7 @@ class FlavorPlan:
     """One kind of hardware of a model: one Deployment, named `name`, with the label value `label`.
 
     `resource` is the GPU as the NVIDIA device plugin names it; a `Placement` has that of its cluster. None for a CPU.
+    `surge`: additional pods of a rollout.
     """
 
     name: str
@@ -107,6 +108,7 @@ class FlavorPlan:
     grace_s: Figure
     memory_bytes: Figure
     cpu: Figure
+    surge: int = 0
 
     @property
     def isolated(self) -> bool:

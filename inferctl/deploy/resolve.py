@@ -9,7 +9,7 @@ from pathlib import Path
 
 from inferctl import catalog, fit, generation_fit, model
 from inferctl.catalog import Hardware
-from inferctl.deploy import gpu, measured, placement, sizing
+from inferctl.deploy import gpu, measured, placement, room, sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure, shown
 from inferctl.deploy.objects import metering
@@ -54,7 +54,7 @@ def resolve(sources: Sequence[Source], clusters: Sequence[Cluster], kubernetes: 
     names = [each.name for each in models]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"two specs have the name {twice}", "give each spec its own `name`")
-    models = placement.with_shared_limits(models, clusters)
+    models = room.within_limits(models, clusters)
     oldest = min(cluster.minor for cluster in clusters)
     return Plan(namespaces.pop(), models, tuple(clusters), (1, oldest))
 

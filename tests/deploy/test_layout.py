@@ -82,7 +82,8 @@ def test_selectors_find_their_pods(overlay: str, build: Build) -> None:
         }.get(each["kind"])
         if selector:
             wanted = selector(each["spec"]).items()
-            assert any(wanted <= labels.items() for labels in templates), each["metadata"]["name"]
+            clients = wanted == {"inferctl.io/client": "true"}.items()  # pods of others
+            assert clients or any(wanted <= labels.items() for labels in templates), each["metadata"]["name"]
         if each["kind"] == "Service":
             assert {port["targetPort"] for port in each["spec"]["ports"]} <= ports
     services = [each for each in built if each["kind"] == "Service"]
@@ -223,6 +224,36 @@ def test_the_gateway_stands_between_clients_and_servers(build: Build) -> None:
     scrape = named(built, "NetworkPolicy", "allow-prometheus")["spec"]["ingress"]
     monitoring = {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}
     assert [source["namespaceSelector"] for rule in scrape for source in rule["from"]] == [monitoring]
+
+
+def test_clients_of_the_namespace_and_name_servers_are_reached(build: Build) -> None:
+    built = build(layout.files(plans.plan()), OVERLAYS[0])
+    dns = named(built, "NetworkPolicy", "allow-dns")["spec"]
+    # Name servers are pods, the node itself (EKS Auto Mode) or 169.254.169.254 (GKE), so there is no selector.
+    assert dns == {
+        "podSelector": {},
+        "policyTypes": ["Egress"],
+        "egress": [{"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]}],
+    }
+    for model, component in (("embed", "gateway"), ("chat", "server")):
+        spec = named(built, "NetworkPolicy", f"{model}-clients")["spec"]
+        assert (spec["podSelector"], spec["policyTypes"]) == (
+            {"matchLabels": {"inferctl.io/client": "true"}},
+            ["Egress"],
+        )
+        (rule,) = spec["egress"]
+        (peer,) = rule["to"]
+        labels = peer["podSelector"]["matchLabels"]
+        assert labels == {"app.kubernetes.io/name": model, "app.kubernetes.io/component": component}
+        (pod, *_) = (
+            each["spec"]["template"]["spec"]
+            for each in built
+            if each["kind"] == "Deployment" and labels.items() <= each["spec"]["template"]["metadata"]["labels"].items()
+        )
+        ports = {
+            port["containerPort"] for each in pod["containers"] for port in each["ports"] if port["name"] == "http"
+        }
+        assert {port["port"] for port in rule["ports"]} == ports
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,23 @@ def test_karpenter_makes_nodes_for_whole_gpus_only(build: Build) -> None:
     assert not [each for each in build(layout.files(plan), OVERLAYS[2]) if each["kind"] == "NodePool"]
 
 
+def test_the_limit_of_a_node_pool_has_room_for_a_rollout(build: Build) -> None:
+    flavors = [{**plans.FLAVORS[1], "min_replicas": 1, "max_replicas": 4}]
+    spec = plans.embed(flavors=flavors, overflow=2)
+    files = layout.files(plans.plan(spec, clusters=plans.ONE_CLUSTER))
+    built = build(files, OVERLAYS[0])
+    # 4 replicas, 2 of overflow, and 1 more while the only replica is replaced.
+    assert named(built, "NodePool", "inferctl-l4")["spec"]["limits"]["nvidia.com/gpu"] == "7"
+    rollout = named(built, "Deployment", "embed-l4")["spec"]["strategy"]["rollingUpdate"]
+    assert rollout == {"maxSurge": 1, "maxUnavailable": 0}
+    clusters = [{**plans.ONE_CLUSTER[0], "max_replicas": {"l4": 4}}]
+    built = build(layout.files(plans.plan(spec, clusters=clusters)), OVERLAYS[0])
+    assert named(built, "NodePool", "inferctl-l4")["spec"]["limits"]["nvidia.com/gpu"] == "4"
+    assert named(built, "ResourceQuota", "accelerators")["spec"]["hard"] == {"requests.nvidia.com/gpu": "4"}
+    rollout = named(built, "Deployment", "embed-l4")["spec"]["strategy"]["rollingUpdate"]
+    assert rollout == {"maxSurge": 0, "maxUnavailable": 1}
+
+
 def test_shared_gpus_are_configured_so_that_no_pod_shares_by_mistake(build: Build) -> None:
     shared = {**plans.FLAVORS[1], "sharing": "time-slicing", "shared_by": 4}
     files = render(flavors=[plans.FLAVORS[0], shared])

@@ -19,6 +19,7 @@ from inferctl.deploy.lint.manifests import (
     text,
 )
 from inferctl.deploy.manifests_file import FieldPath
+from inferctl.deploy.objects.metadata import CLIENT
 
 _ZONE, _HOST = "topology.kubernetes.io/zone", "kubernetes.io/hostname"
 _TERM = "requiredDuringSchedulingIgnoredDuringExecution"
@@ -68,6 +69,8 @@ def _selects_nothing(manifests: Manifests, _: Context) -> Iterator[Hit]:
         selector = mapping(each.data, *path)
         if not selector or not any(same_namespace(each, workload.object) for workload in manifests.workloads):
             continue
+        if selector == {"matchLabels": {CLIENT: "true"}}:
+            continue  # clients in the namespace are pods of others
         if each.kind == "Service":
             selector = {"matchLabels": selector}
         if not any(manifests.selected(each, selector)):

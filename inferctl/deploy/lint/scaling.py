@@ -271,8 +271,8 @@ def _short(words: str) -> str:
     "pool-limit-low",
     "error",
     "guardrails",
-    finds="a Karpenter NodePool whose GPU limit is below the highest number of replicas",
-    consequence="Karpenter starts no more nodes, and replicas stay pending at peak",
+    finds="a Karpenter NodePool whose GPU limit is below the highest number of replicas and the surge of rollouts",
+    consequence="Karpenter starts no more nodes, and replicas stay pending at peak or in a rollout",
     fix="raise spec.limits of the NodePool, or lower the highest number of replicas",
 )
 def _pool_limits(manifests: Manifests, _: Context) -> Iterator[Hit]:
@@ -281,10 +281,13 @@ def _pool_limits(manifests: Manifests, _: Context) -> Iterator[Hit]:
     for name in sorted(names):
         limits = [quantity(get(pool.data, "spec", "limits", name)) for pool in pools]
         known = [limit for limit in limits if limit is not None]
-        needs = sum(manifests.replicas(each)[1] * each.gpus.get(name, 0) for each in manifests.model_servers)
+        needs = sum(
+            (manifests.replicas(each)[1] + manifests.surge(each)) * each.gpus.get(name, 0)
+            for each in manifests.model_servers
+        )
         # A pool without a limit for this GPU can start any number.
         if pools and len(known) == len(limits) and needs > sum(known):
-            what = f"{name}: {sum(known):g} allowed by the NodePools, {needs} needed by all replicas"
+            what = f"{name}: {sum(known):g} allowed by the NodePools, {needs} needed by all replicas and rollouts"
             yield Hit(pools[0], ("spec", "limits", name), what)
 
 

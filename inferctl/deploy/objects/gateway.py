@@ -11,7 +11,13 @@ from inferctl.deploy import manifest
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects.containers import container_security, empty, pod_security, resources
 from inferctl.deploy.objects.metadata import HTTP_PORT, Object, labels_of, metadata
-from inferctl.deploy.objects.policy import SERVING_PRIORITY, disruption_budget, gateway_policy, service_account
+from inferctl.deploy.objects.policy import (
+    SERVING_PRIORITY,
+    client_policy,
+    disruption_budget,
+    gateway_policy,
+    service_account,
+)
 from inferctl.deploy.objects.service import METRICS_PORT, headless, headless_name, service
 from inferctl.deploy.objects.workload import port
 from inferctl.deploy.plan import ModelPlan
@@ -67,6 +73,7 @@ def objects(model: ModelPlan, namespace: str) -> list[Object]:
         headless(model.name, namespace),
         disruption_budget(name, namespace, labels),
         gateway_policy(model.name, namespace, GATEWAY, port(model)),
+        client_policy(model.name, namespace, GATEWAY, _LISTEN),
     ]
 
 

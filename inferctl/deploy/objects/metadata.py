@@ -19,6 +19,8 @@ FLAVOR = "inferctl.io/flavor"
 PART_OF = {"app.kubernetes.io/part-of": "inferctl", "app.kubernetes.io/managed-by": "inferctl"}
 # A namespace with this label, set to "true", may send requests.
 CLIENTS = "inferctl.io/clients"
+# A pod of our namespace with this label, set to "true", may connect to servers and gateways.
+CLIENT = "inferctl.io/client"
 NAMESPACE_NAME = "kubernetes.io/metadata.name"
 # Component of the pods that serve the model.
 SERVER = "server"

@@ -37,8 +37,10 @@ def node_pools(plan: Plan, cluster: Cluster) -> list[Object]:
     for model in plan.models:
         for flavor in model.flavors:
             placed = flavor.at(cluster)
-            pods = int(placed.max_replicas.value + (placed.overflow.value if placed.overflow else 0))
-            if placed.resource and pods and flavor.sharing == "whole":
+            if not placed.max_replicas.value:
+                continue
+            pods = int(placed.max_replicas.value + (placed.overflow.value if placed.overflow else 0)) + flavor.surge
+            if placed.resource and flavor.sharing == "whole":
                 found.setdefault(flavor.hardware.key, []).append((flavor, pods * placed.resource.count))
     return [_node_pool(key, placed, cluster, *known) for key, placed in found.items()]
 
@@ -82,7 +84,9 @@ def _node_pool(
                     "expireAfter": "720h",
                 },
             },
-            "limits": {"nvidia.com/gpu": Noted(str(sum(gpus for _, gpus in placed)), f"{note}: maximum and overflow")},
+            "limits": {
+                "nvidia.com/gpu": Noted(str(sum(gpus for _, gpus in placed)), f"{note}: maximum, rollout and overflow")
+            },
             "disruption": {
                 "consolidationPolicy": "WhenEmptyOrUnderutilized",
                 "consolidateAfter": "5m",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects.metadata import (
     BENCH,
+    CLIENT,
     CLIENTS,
     HTTP_PORT,
     NAMESPACE_NAME,
@@ -23,9 +24,9 @@ OVERFLOW_PRIORITY = "inferctl-overflow"
 # Cluster Autoscaler ignores pods below -10 by default (--expendable-pods-priority-cutoff).
 _OVERFLOW_VALUE = -5
 _SERVING_VALUE = 100_000
-_DNS_NAMESPACE = "kube-system"
-# NodeLocal DNSCache listens on this address of each node, which no pod selector matches.
-_NODE_LOCAL_DNS = "169.254.20.10/32"
+# CoreDNS is pods, but EKS Auto Mode resolves names on the node, and GKE with Cloud DNS and NodeLocal DNSCache at
+# link-local addresses (169.254.169.254, 169.254.20.10): no selector is right everywhere.
+_DNS_NOTE = "to all addresses: name servers are pods, the node, or 169.254.x.x, as the cloud has them"
 _SCHEME_PORTS = {"http": 80, "https": 443, "nats": 4222, "tls": 4222, "valkey": 6379, "valkeys": 6379, "redis": 6379}
 
 
@@ -119,12 +120,18 @@ def deny_all(namespace: str) -> Object:
 
 def allow_dns(namespace: str) -> Object:
     """Return the policy that lets all pods of the namespace resolve names."""
-    to = [
-        {"namespaceSelector": {"matchLabels": {NAMESPACE_NAME: _DNS_NAMESPACE}}},
-        {"ipBlock": {"cidr": _NODE_LOCAL_DNS}},
-    ]
-    rule = {"to": to, "ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]}
+    rule = {"ports": [{"protocol": protocol, "port": Noted(53, _DNS_NOTE)} for protocol in ("UDP", "TCP")]}
     return _policy("allow-dns", namespace, {}, None, [rule])
+
+
+def client_policy(model: str, namespace: str, component: str, port: int) -> Object:
+    """Return what lets clients in this namespace, pods with the label `inferctl.io/client: "true"`, reach a component.
+
+    Everywhere else, the policies of the other namespace apply. `port`: of the component's pods.
+    """
+    to = [{"podSelector": {"matchLabels": labels_of(model, component)}}]
+    rule = {"to": to, "ports": [{"protocol": "TCP", "port": port}]}
+    return _policy(f"{model}-clients", namespace, {CLIENT: "true"}, None, [rule])
 
 
 def server_policy(model: str, namespace: str, *, gateway: str | None, egress: Iterable[Endpoint]) -> Object:

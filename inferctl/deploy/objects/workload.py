@@ -34,7 +34,7 @@ def deployment(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
         "spec": {
             "revisionHistoryLimit": 3,
             "progressDeadlineSeconds": _progress_deadline(flavor),
-            "strategy": {"type": "RollingUpdate", "rollingUpdate": _rollout(model, flavor)},
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": _rollout(flavor)},
             "selector": {"matchLabels": labels},
             "template": {
                 "metadata": {
@@ -187,17 +187,9 @@ def _affinity(model: ModelPlan, flavor: FlavorPlan, resource: GpuResource | None
     return {**found, "affinity": {**found.get("affinity", {}), "podAntiAffinity": preferred}}
 
 
-def _rollout(model: ModelPlan, flavor: FlavorPlan) -> Object:
+def _rollout(flavor: FlavorPlan) -> Object:
     """Return how many pods may be missing or added during a rollout. A surge needs a free GPU."""
-    single = sum(int(placement.min_replicas.value) for each in model.flavors for placement in each.placements) < 2
-    if flavor.hardware.kind == "cpu" or single:
-        return {"maxSurge": 1, "maxUnavailable": 0}
-    return {"maxSurge": 0, "maxUnavailable": 1}
-
-
-def surge(model: ModelPlan, flavor: FlavorPlan) -> int:
-    """Return the number of additional pods of a rollout, for the quota."""
-    return int(_rollout(model, flavor)["maxSurge"])
+    return {"maxSurge": flavor.surge, "maxUnavailable": 0 if flavor.surge else 1}
 
 
 def _progress_deadline(flavor: FlavorPlan) -> Noted:

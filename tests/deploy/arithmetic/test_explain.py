@@ -79,18 +79,17 @@ def test_every_number_is_the_one_worked_out_by_hand(capsys: pytest.CaptureFixtur
         "cores": 2,
     }
     # Cluster one has 80%: base 40,000, peak 280,000. A half is planned with 80,000: base 1, peak 3.5 -> 4, but the
-    # cluster has 3. Minimum 2, so one can be added. Overflow: 0.8 x 1,500 x 150 / 100,000 = 1.8 -> 2, but only 1 can.
-    # Cost: (2 + 1) and (3 + 1) x 2.745 / 2 x 730.
+    # cluster has 3. Minimum 2, so one can be added. Overflow: 0.8 x 1,500 x 150 / 100,000 = 1.8 -> 2, but only 1 can,
+    # and none is left beside the maximum. Cost: 2 and 3 x 2.745 / 2 x 730.
     one, two = half["clusters"]
     assert values(one["figures"]) == {
         "replicas at base": 1,
         "replicas at peak": 4,
         "minimum": 2,
         "maximum": 3,
-        "overflow": 1,
-        "cost at the minimum": pytest.approx(3_005.775, abs=0.006),
-        "cost at the peak": 4_007.70,
-        "cost at the maximum": 4_007.70,
+        "cost at the minimum": pytest.approx(2_003.85, abs=0.006),
+        "cost at the peak": pytest.approx(3_005.775, abs=0.006),
+        "cost at the maximum": pytest.approx(3_005.775, abs=0.006),
     }
     # Cluster two has 20%: peak 70,000 / 80,000 -> 1, but at least 2 replicas run. No price on gcp.
     assert values(two["figures"]) == {"replicas at base": 1, "replicas at peak": 1, "minimum": 2, "maximum": 2}
@@ -116,10 +115,12 @@ def test_every_number_is_the_one_worked_out_by_hand(capsys: pytest.CaptureFixtur
         "maximum": 3,
         "overflow": 2,
     }
-    # 4,007.70 + 1,175.01 and 4,007.70 + 5,287.54
-    assert found["cost"]["usd_per_month_at_minimum"] == pytest.approx(3_005.775, abs=0.006)
-    assert found["cost"]["usd_per_month_at_peak"] == 5_182.71
-    assert found["cost"]["usd_per_month_at_maximum"] == 9_295.24
+    # 3,005.775 + 1,175.01 and 3,005.775 + 5,287.54
+    assert found["cost"]["usd_per_month_at_minimum"] == pytest.approx(2_003.85, abs=0.006)
+    assert found["cost"]["usd_per_month_at_peak"] == pytest.approx(4_180.785, abs=0.006)
+    assert found["cost"]["usd_per_month_at_maximum"] == pytest.approx(8_293.315, abs=0.006)
+    (warning,) = (each for each in found["warnings"] if "overflow" in each)
+    assert warning.startswith("one: the overflow of embed-half is 0 instead of 1: the cluster can have 3 of a100-40gb")
     assert found["cost"]["without_price"] == ["embed-half in two", "embed-l4 in two"]
 
 
@@ -140,7 +141,7 @@ def test_a_changed_receipt_changes_only_what_comes_from_it(folder: Path, capsys:
         # L4 in cluster one: 280,000 - 3 x 60,000 = 100,000 / 32,000 = 3.1 -> 4; 4 x 0.8048 x 730 = 2,350.02.
         "models.0.flavors.1.clusters.0.figures.1.value": (2, 4),
         "models.0.flavors.1.clusters.0.figures.5.value": (1_175.01, 2_350.02),
-        "cost.usd_per_month_at_peak": (5_182.71, 6_357.72),
+        "cost.usd_per_month_at_peak": (4_180.78, 5_355.79),
     }
     old_seal = before["models"][0]["flavors"][0]["rate"]["source"].split()[1]
     unnamed = {
@@ -170,7 +171,7 @@ def differences(before: Any, after: Any, path: str = "") -> dict[str, tuple[Any,
 def test_the_tables_have_the_formulas_and_their_sources(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["deploy", "--explain"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "5,182.71 if the peak lasts, at most 9,295.24 with all flavors at their maximum" in text
+    assert "4,180.78 if the peak lasts, at most 8,293.31 with all flavors at their maximum" in text
     assert "no list price: embed-half in two, embed-l4 in two" in text
     assert "rate, assumed" in text
     assert "rate, measured" in text

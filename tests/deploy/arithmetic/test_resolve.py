@@ -273,6 +273,45 @@ def test_two_models_must_fit_the_limits_of_a_cluster_together(tmp_path: Path) ->
         resolved(3)
 
 
+def test_rollouts_and_overflow_stay_within_the_limit_of_a_cluster() -> None:
+    # An L4 is planned with 35,000 tokens/s: base 25,000 -> 2, peak 250,000 -> 8. Rise 3,750 x 60 / 50,000 = 4.5 -> 5.
+    def planned(limit: int, **keys: Any) -> tuple[Any, list[str]]:
+        found = plan(spec(one(**keys)), clusters=[{"name": "a", "max_replicas": {"l4": limit}}]).models[0]
+        return found.flavors[0], list(found.warnings)
+
+    flavor_plan, warnings = planned(13)
+    assert flavor_plan.placements[0].overflow.value == 5
+    assert warnings == []
+    flavor_plan, (warning,) = planned(10)
+    figure = flavor_plan.placements[0].overflow
+    assert (figure.value, figure.formula) == (2, "min(2, ceil(3,750 x min(240, 60) / 50,000))")
+    assert "the overflow of embed-l4 is 2 instead of 5: the cluster can have 10 of l4" in warning
+    flavor_plan, (warning,) = planned(8)
+    assert flavor_plan.placements[0].overflow is None
+    # One replica needs a GPU more for its rollout: 1 + 1. The overflow gets the rest.
+    flavor_plan, warnings = planned(4, min_replicas=1, max_replicas=2)
+    assert (flavor_plan.surge, flavor_plan.placements[0].overflow.value) == (1, 1)
+    flavor_plan, warnings = planned(2, min_replicas=1, max_replicas=2)
+    assert (flavor_plan.surge, flavor_plan.placements[0].overflow) == (0, None)
+    assert any("no l4 is left for a rollout of embed-l4" in each for each in warnings)
+    flavor_plan, warnings = planned(8, min_replicas=2, max_replicas=8)
+    assert flavor_plan.surge == 0
+    assert not any("rollout of" in each for each in warnings)
+
+
+def test_two_models_share_what_a_cluster_has_for_overflow(tmp_path: Path) -> None:
+    from inferctl.deploy import resolve
+    from inferctl.deploy.clusters import Clusters
+
+    sources = [resolve.Source(spec(one(), name=name), tmp_path, SMALL, "embed") for name in ("first", "second")]
+    clusters = Clusters.model_validate({"clusters": [{"name": "a", "max_replicas": {"l4": 22}}]}).resolved()
+    first, second = (each.flavors[0].placements[0] for each in resolve.resolve(sources, clusters).models)
+    # 8 + 8 are the maxima, so 6 are left: 5 for the first, 1 for the second.
+    assert first.overflow
+    assert second.overflow
+    assert (first.overflow.value, second.overflow.value) == (5, 1)
+
+
 def test_the_limit_of_a_key_is_divided_among_the_replicas_at_the_peak() -> None:
     # An L4 is planned with 35,000 tokens/s. Half of the peak: 125,000 / 35,000 = 3.6 -> 4 in each cluster. A T4 with
     # 10,000 can stand in for them: 125,000 / 7,000 = 17.9 -> 18, but none is needed. Minima: 2 + 2.

@@ -116,7 +116,7 @@ def test_without_a_rate_or_autoscaler_nothing_scales_a_flavor() -> None:
 
 
 def test_a_buffer_has_the_version_of_the_cluster_and_only_one_size() -> None:
-    keys = {"autoscaler": "karpenter", "capacity_buffers": True}
+    keys = {"autoscaler": "cluster-autoscaler", "capacity_buffers": True}
     (buffer,) = spare(planned(keys))
     assert (buffer["kind"], buffer["apiVersion"]) == ("CapacityBuffer", "autoscaling.x-k8s.io/v1beta1")
     # (500,000 - 100,000) / 60 x 60 s = 400,000 tokens/s more within a cold start: 4 replicas; 6 can be added.
@@ -125,6 +125,22 @@ def test_a_buffer_has_the_version_of_the_cluster_and_only_one_size() -> None:
         "replicas": 4,
     }
     assert spare(planned(keys), flavor=1) == []
+
+
+@pytest.mark.parametrize("autoscaler", ["karpenter", "eks-auto"])
+@pytest.mark.parametrize("overflow", ["auto", 3])
+def test_karpenter_keeps_whole_gpus_only(autoscaler: str, overflow: Any) -> None:
+    found = planned({"autoscaler": autoscaler}, overflow=overflow)
+    assert spare(found) == []
+    (warning,) = (each for each in found.models[0].warnings if "no overflow" in each)
+    assert "no overflow for embed-half: Karpenter starts no nodes for sharing: mig" in warning
+    whole = planned(
+        {"autoscaler": autoscaler},
+        overflow=overflow,
+        flavors=[{"hardware": "l4", "tokens_per_second": 40_000, "image": IMAGE}],
+    )
+    assert len(spare(whole)) == 1
+    assert not any("no overflow" in each for each in whole.models[0].warnings)
 
 
 def test_placeholders_take_the_place_of_a_server_and_give_way() -> None:

@@ -61,6 +61,13 @@ def test_the_same_manifests_without_the_fault_are_good(fault: seeded.Fault) -> N
         assert fault.rule not in rules(seeded.good(), lint.Context())
 
 
+def test_a_node_pool_has_room_for_replicas_and_a_rollout() -> None:
+    # The pool has 10 slices, and the highest number of replicas is 8.
+    surge = ("spec", "strategy", "rollingUpdate", "maxSurge")
+    assert "pool-limit-low" not in rules(changed("Deployment/embed", surge, 2))
+    assert "pool-limit-low" in rules(changed("Deployment/embed", surge, 3))
+
+
 def test_namespaces_are_apart_and_large_files_take_seconds() -> None:
     """The same manifests in 40 namespaces: nothing of one is counted for another, and 700 objects take 0.4 s."""
     objects = [each for each in seeded.good() if "namespace" not in each["metadata"]]

@@ -1,0 +1,94 @@
+"""What the limits of the clusters leave room for, over all models: maxima, rollouts and overflow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from inferctl.deploy import placement
+from inferctl.deploy.clusters import Cluster
+from inferctl.deploy.figure import Figure
+from inferctl.deploy.plan import FlavorPlan, ModelPlan
+from inferctl.errors import UsageError
+
+
+def within_limits(models: Sequence[ModelPlan], clusters: Sequence[Cluster]) -> tuple[ModelPlan, ...]:
+    """Return the models with the rollouts and the overflow that all clusters have room for, and with their costs.
+
+    What does not fit is a warning of the first model. Raises `UsageError` if not even the minima fit.
+    """
+    warnings: list[str] = []
+    found = [replace(each, surge=_surge(model, each)) for model in models for each in model.flavors]
+    limits = [(cluster, key, limit) for cluster in clusters for key, limit in cluster.max_replicas.items()]
+    for cluster, key, limit in limits:
+        _check_replicas(list(_users(found, cluster, key)), cluster, key, limit, warnings)
+    for cluster, key, limit in limits:
+        left = limit - _most(found, cluster, key)
+        for flavor in _users(found, cluster, key):
+            if flavor.surge > left:
+                found[found.index(flavor)] = replace(flavor, surge=0)
+                warnings.append(
+                    f"{cluster.name}: no {key} is left for a rollout of {flavor.name}: it stops a replica before it "
+                    "starts the new one. Raise max_replicas of the cluster, or lower that of the flavors"
+                )
+            left -= flavor.surge
+    for cluster, key, limit in limits:
+        left = max(0, limit - _most(found, cluster, key) - sum(each.surge for each in _users(found, cluster, key)))
+        for flavor in _users(found, cluster, key):
+            if spare := flavor.at(cluster).overflow:
+                found[found.index(flavor)] = _with_overflow(flavor, cluster, _at_most(left, spare))
+                if spare.value > left:
+                    warnings.append(
+                        f"{cluster.name}: the overflow of {flavor.name} is {left} instead of {spare.value}: the "
+                        f"cluster can have {limit} of {key}, and maxima, rollouts and other overflow need the rest"
+                    )
+                left = max(0, left - int(spare.value))
+    priced = iter([placement.with_costs(flavor, clusters) for flavor in found])
+    done = [replace(model, flavors=tuple(next(priced) for _ in model.flavors)) for model in models]
+    return (replace(done[0], warnings=(*done[0].warnings, *warnings)), *done[1:])
+
+
+def _surge(model: ModelPlan, flavor: FlavorPlan) -> int:
+    """Return the additional pods of a rollout. On a GPU, one stops first, unless it is the only replica."""
+    single = sum(int(placed.min_replicas.value) for each in model.flavors for placed in each.placements) < 2
+    return 1 if flavor.hardware.kind == "cpu" or single else 0
+
+
+def _users(flavors: Sequence[FlavorPlan], cluster: Cluster, key: str) -> Iterator[FlavorPlan]:
+    return (each for each in list(flavors) if each.hardware.key == key and each.at(cluster).max_replicas.value)
+
+
+def _most(flavors: Sequence[FlavorPlan], cluster: Cluster, key: str) -> int:
+    return sum(int(each.at(cluster).max_replicas.value) for each in _users(flavors, cluster, key))
+
+
+def _at_most(left: int, spare: Figure) -> Figure | None:
+    if spare.value <= left:
+        return spare
+    formula = f"min({left}, {spare.formula or spare.value})"
+    source = f"{spare.source}; max_replicas of the clusters file"
+    return replace(spare, value=left, formula=formula, source=source) if left else None
+
+
+def _with_overflow(flavor: FlavorPlan, cluster: Cluster, spare: Figure | None) -> FlavorPlan:
+    placements = (replace(each, overflow=spare) if each.cluster == cluster.name else each for each in flavor.placements)
+    return replace(flavor, placements=tuple(placements))
+
+
+def _check_replicas(users: Sequence[FlavorPlan], cluster: Cluster, key: str, limit: int, warnings: list[str]) -> None:
+    if len(users) < 2:
+        return
+    placed = [each.at(cluster) for each in users]
+    least = sum(int(each.min_replicas.value) for each in placed)
+    most = sum(int(each.max_replicas.value) for each in placed)
+    names = " and ".join(each.name for each in users)
+    if least > limit:
+        raise UsageError(
+            f"{cluster.name} can have {limit} of {key}, but {names} need {least} at their minimum",
+            "lower min_replicas, or raise max_replicas of the cluster",
+        )
+    if most > limit:
+        warnings.append(
+            f"{cluster.name} can have {limit} of {key}, but the maxima of {names} add up to {most}: "
+            "the first to ask gets them. Set max_replicas of the flavors"
+        )
