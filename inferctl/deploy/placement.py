@@ -123,12 +123,13 @@ def with_costs(flavor: FlavorPlan, clusters: Sequence[Cluster]) -> FlavorPlan:
     for cluster in clusters:
         placed = flavor.at(cluster)
         extra = int(placed.overflow.value) if placed.overflow else 0
-        costs = {
-            "cost_min": _cost("cost at the minimum", int(placed.min_replicas.value) + extra, flavor, cluster),
-            "cost_peak": _cost("cost at the peak", _running_at_peak(placed) + extra, flavor, cluster),
-            "cost_max": _cost("cost at the maximum", int(placed.max_replicas.value) + extra, flavor, cluster),
-        }
-        placements.append(replace(placed, **costs))
+        priced = replace(
+            placed,
+            cost_min=_cost("cost at the minimum", int(placed.min_replicas.value) + extra, flavor, cluster),
+            cost_peak=_cost("cost at the peak", _running_at_peak(placed) + extra, flavor, cluster),
+            cost_max=_cost("cost at the maximum", int(placed.max_replicas.value) + extra, flavor, cluster),
+        )
+        placements.append(priced)
     return replace(flavor, placements=tuple(placements))
 
 
