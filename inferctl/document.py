@@ -8,6 +8,7 @@ size, the depth and the number of values, with aliases expanded, before it build
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ MAX_VALUES = 100_000
 # The same for Kubernetes manifests: `kubectl get nodes -o yaml` of 500 nodes has 8 MB.
 MAX_MANIFEST_BYTES = 16_000_000
 MAX_MANIFEST_VALUES = 1_000_000
+# Objects of a cluster as JSON: reading pods of 250 MB took 0.8 GB of memory. YAML, with its nodes and lines, takes
+# about 70 times its size: 0.6 GB for 8 MB.
+MAX_JSON_BYTES = 256_000_000
 
 # libyaml is ten times as fast as the Python parser and does not recurse.
 _Parser: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -101,6 +105,25 @@ def read_all(path: Path, example: str) -> list[Document]:
     return parse_all(_text(path, MAX_MANIFEST_BYTES, example), str(path), example)
 
 
+def read_cluster(path: Path, example: str, smaller: str) -> list[Document]:
+    """Read all documents of a file with objects of a cluster. `smaller` is the hint if it is too large.
+
+    YAML has the limits of `read_all`. JSON may have 256 MB; above 1 MB, it is read without line numbers. Raises
+    `UsageError` and `SpecError` like `read`.
+    """
+    text = _text(path, MAX_JSON_BYTES, example, smaller)
+    if len(text) > MAX_BYTES and text[:100].lstrip().startswith("{"):
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            what = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise SpecError(str(path), [Problem("", f"not valid JSON: {what}", None, example)]) from None
+        return [Document(str(path), data)]
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise UsageError(f"{path} is larger than {MAX_MANIFEST_BYTES:,} bytes, the limit for YAML", smaller)
+    return parse_all(text, str(path), example, smaller)
+
+
 def parse(text: str, file: str, example: str) -> Document:
     """Parse YAML text. Raises `SpecError` for a syntax error, a repeated key, too many values, or no mapping."""
     try:
@@ -124,7 +147,7 @@ def parse(text: str, file: str, example: str) -> Document:
     return Document(file, data or {}, lines)
 
 
-def parse_all(text: str, file: str, example: str) -> list[Document]:
+def parse_all(text: str, file: str, example: str, smaller: str | None = None) -> list[Document]:
     """Parse the documents of Kubernetes manifests, without empty ones. Keys are text, as in JSON.
 
     Lines count from the start of the file; `lines[()]` is the first line of a document. Raises `SpecError`.
@@ -151,7 +174,7 @@ def parse_all(text: str, file: str, example: str) -> list[Document]:
         finally:
             loader.dispose()
     except (yaml.YAMLError, ValueError) as error:
-        raise SpecError(file, [_syntax_problem(error, example)]) from None
+        raise SpecError(file, [_syntax_problem(error, smaller or example)]) from None
     if problems:
         raise SpecError(file, problems)
     return documents
@@ -259,7 +282,7 @@ def _walk(
             yield from _walk(item, (*path, index), lines, (*parents, node))
 
 
-def _text(path: Path, max_bytes: int, example: str) -> str:
+def _text(path: Path, max_bytes: int, example: str, smaller: str | None = None) -> str:
     """Return the content of `path`. Raises `UsageError` if it cannot be read, is not UTF-8 or is too large."""
     try:
         with path.open("rb") as stream:
@@ -268,7 +291,7 @@ def _text(path: Path, max_bytes: int, example: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {_reason(error)}", example) from None
     if len(content) > max_bytes:
-        raise UsageError(f"{path} is larger than {max_bytes:,} bytes", example)
+        raise UsageError(f"{path} is larger than {max_bytes:,} bytes", smaller or example)
     return text
 
 

@@ -292,6 +292,8 @@ def _translate(error: Exception, source: str, revision: str | None) -> InferctlE
                 f"the hub cache {constants.HF_HUB_CACHE} is not writable", "set HF_HOME to a writable folder"
             )
     message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    # A number of the system says nothing to the reader: `[Errno -2] Name or service not known`.
+    message = re.sub(r"\[Errno -?\d+\] ", "", message)
     return NotReadyError(
         f"{source} is not in the local hub cache, and the hub {constants.ENDPOINT} does not provide it: {message}",
         "check the network, the proxy and HF_ENDPOINT, or pass `--model DIR` with a local folder",

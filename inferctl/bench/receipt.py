@@ -119,7 +119,8 @@ def load(path: Path) -> Receipt:
     try:
         data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_reject_constant)
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"cannot read {path} as a receipt: {error}", "`inferctl bench` writes receipts") from None
+        why = error.strerror.lower() if isinstance(error, OSError) and error.strerror else error
+        raise UsageError(f"cannot read {path} as a receipt: {why}", "`inferctl bench` writes receipts") from None
     if not isinstance(data, dict) or not str(data.get("schema", "")).startswith("inferctl.receipt/"):
         raise UsageError(
             f"{path} is not a receipt", "`inferctl bench` writes receipts into receipts/ of its output folder"

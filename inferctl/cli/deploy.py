@@ -100,8 +100,14 @@ def deploy(
         _preview(nodes, manifests, spec_files, clusters_file, kubernetes_version, output, explain, as_json)
         return
     if output is None and not explain and not as_json:
-        raise UsageError("nothing to do without --output and --explain", "pass `--output DIR` or `--explain`")
-    plan = _plan(spec_files, clusters_file, kubernetes_version)
+        raise UsageError(
+            "nothing to do: none of --output, --explain, --preview, --lint and --json is given",
+            "pass `--output DIR` to write the manifests, or `--explain` to see the arithmetic",
+        )
+    plan = _plan(spec_files, clusters_file, kubernetes_version, images=output is not None)
+    for cluster in plan.clusters:
+        for warning in cluster.warnings:
+            console.warn(warning)
     for model in plan.models:
         for warning in model.warnings:
             console.warn(warning)
@@ -120,7 +126,10 @@ def deploy(
 
         deploy_explain.report(plan)
     if output is not None:
-        console.note(f"wrote {len(written)} files to {output}; apply a cluster with `kubectl apply -k`")
+        names = [cluster.name for cluster in plan.clusters]
+        which, of = (names[0], "") if len(names) == 1 else ("NAME", f" (NAME: {', '.join(names)})")
+        command = f"kubectl apply -k {output}/overlays/{which}"
+        console.note(f"wrote {len(written)} files to {output}; apply a cluster with `{command}`{of}")
 
 
 def _preview(
@@ -151,23 +160,25 @@ def _preview(
     raise typer.Exit(code)
 
 
-def _plan(spec_files: list[Path] | None, clusters_file: Path | None, version: str | None) -> Plan:
+def _plan(
+    spec_files: list[Path] | None, clusters_file: Path | None, version: str | None, *, images: bool = True
+) -> Plan:
     from inferctl.deploy import resolve
 
     files: list[Path | None] = [*spec_files] if spec_files else [None]
     found = [options.load(file, {}) for file in files]
     sources = [_source(each) for each in found]
-    return resolve.resolve(sources, _clusters(sources, clusters_file), _checked(version))
+    return resolve.resolve(sources, _clusters(sources, clusters_file), _checked(version), images=images)
 
 
 def _checked(version: str | None) -> str | None:
-    import re
-
+    from inferctl.deploy import versions
     from inferctl.errors import UsageError
 
-    if version is not None and not re.fullmatch(r"1\.3[2-7]", version):
-        raise UsageError(f"--kubernetes-version: {version!r} is not supported", "pass a version from 1.32 to 1.37")
-    return version
+    try:
+        return versions.tested(version) if version is not None else None
+    except UsageError as error:
+        raise UsageError(f"--kubernetes-version: {error.message}", error.hint) from None
 
 
 def _source(resolved: Resolved) -> Source:

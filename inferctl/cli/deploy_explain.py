@@ -79,4 +79,7 @@ def _value(figure: Figure) -> str:
         return size(int(figure.value), 1)
     if figure.unit == "USD/month":
         return f"{figure.value:,.2f} USD/month"
-    return f"{shown(figure.value)} {figure.unit}"
+    unit = figure.unit
+    if figure.value == 1 and unit in ("replicas", "probes", "cores", "servers"):
+        unit = unit.removesuffix("s")
+    return f"{shown(figure.value)} {unit}"

@@ -22,10 +22,10 @@ _LASTING = ("NodeUnschedulable", "TaintToleration", "NodeAffinity")
 def preview(nodes: Sequence[Path], manifests: Sequence[Path], *, as_json: bool) -> int:
     """Print the preview of `manifests` on the clusters of the nodes files, and return the exit code.
 
-    It is 1 if pods do not fit at rest. Raises `UsageError` and `SpecError`.
+    Raises `InferctlError` (exit code 1) if pods do not fit at rest, `UsageError` and `SpecError`.
     """
     from inferctl.deploy.preview import drills, report
-    from inferctl.errors import UsageError
+    from inferctl.errors import InferctlError, UsageError
 
     outcomes = _simulate(nodes, manifests)
     if not any(outcome.workloads for outcome in outcomes):
@@ -37,7 +37,20 @@ def preview(nodes: Sequence[Path], manifests: Sequence[Path], *, as_json: bool) 
         from rich.console import Group
 
         console.report(Group(*_pieces(result)))
-    return 0 if result["fits_at_rest"] else 1
+    if result["fits_at_rest"]:
+        return 0
+    waiting = sum(
+        len(group["names"])
+        for cluster in result["clusters"]
+        for deployment in cluster["deployments"]
+        if not deployment["placeholder"]  # may wait: it then makes an autoscaler add a node
+        for group in deployment["pods"]
+        if group["phase"] == "rest" and (group["refused"] or not (group["feasible"] or group["preemption"]))
+    )
+    raise InferctlError(
+        f"{_count(waiting, 'pod')} at rest {'does' if waiting == 1 else 'do'} not fit on the nodes",
+        "add nodes to the nodes file, or lower min_replicas",
+    )
 
 
 def of_plan(plan: Plan, nodes: Sequence[Path], *, as_json: bool) -> int:

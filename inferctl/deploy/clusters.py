@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from inferctl import document
 from inferctl.catalog import hardware_profiles
+from inferctl.deploy import versions
 from inferctl.deploy_spec import DnsLabel, Replicas, Url
-from inferctl.errors import Problem, SpecError, did_you_mean
+from inferctl.errors import Problem, SpecError, UsageError, did_you_mean
 from inferctl.spec_types import OneLine, Section
 
 Autoscaler = Literal["cluster-autoscaler", "karpenter", "gke", "eks-auto", "none"]
@@ -27,9 +28,7 @@ class Cluster(Section):
     cloud: Cloud = Field("on-premises", description="`aws`, `gcp`, `azure` or `on-premises`.")
     region: OneLine | None = Field(None, description="Region of the cloud.")
     zones: list[OneLine] = Field(default_factory=list, description="Zones with GPU nodes.")
-    kubernetes: Annotated[str, Field(pattern=r"^1\.3[2-7]$")] = Field(
-        "1.35", description="Version of Kubernetes, `1.32` to `1.37`."
-    )
+    kubernetes: str = Field("1.35", description="Version of Kubernetes, `1.32` to `1.37`. `v1.35.2` is 1.35.")
     autoscaler: Autoscaler = Field("none", description="Autoscaler of the nodes.")
     capacity_buffers: bool = Field(
         False,
@@ -76,6 +75,34 @@ class Cluster(Section):
         if self.autoscaler == "cluster-autoscaler" and self.minor == 34:
             return "autoscaling.x-k8s.io/v1alpha1"
         return None
+
+    @property
+    def warnings(self) -> list[str]:
+        """What in this file has no effect."""
+        found = []
+        if self.autoscaler == "karpenter" and self.cloud not in ("aws", "azure"):
+            found.append(f"cluster {self.name}: no NodePools are written for Karpenter on {self.cloud}: write your own")
+        if self.capacity_buffers and self.buffer_version is None:
+            found.append(
+                f"cluster {self.name}: the autoscaler {self.autoscaler} has no CapacityBuffer in Kubernetes "
+                f"{self.kubernetes}, so placeholder pods are written: remove capacity_buffers"
+            )
+        return found
+
+    @field_validator("kubernetes", mode="before")
+    @classmethod
+    def _tested_version(cls, version: Any) -> str:
+        try:
+            return versions.tested(str(version))
+        except UsageError as error:
+            raise ValueError(f"kubernetes: {error.message}: {error.hint}") from None
+
+    @model_validator(mode="after")
+    def _autoscaler_of_the_cloud(self) -> Self:
+        for autoscaler, cloud in (("gke", "gcp"), ("eks-auto", "aws")):
+            if self.autoscaler == autoscaler and self.cloud != cloud:
+                raise ValueError(f"the cluster {self.name} has autoscaler: {autoscaler}, which needs cloud: {cloud}")
+        return self
 
     @field_validator("max_replicas")
     @classmethod

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from inferctl import catalog, fit, generation_fit, model
 from inferctl.catalog import Hardware
@@ -18,6 +19,9 @@ from inferctl.deploy_spec import Flavor, Sharing
 from inferctl.errors import InferctlError, UsageError
 from inferctl.fit import Fit, ModelSize, UnknownSize
 from inferctl.spec import Spec, Task
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 # A Deployment's name is followed by a hash of its template and of the pod, in at most 63 characters.
 _LONGEST_NAME = 46
@@ -37,8 +41,12 @@ class Source:
     task: Task
 
 
-def resolve(sources: Sequence[Source], clusters: Sequence[Cluster], kubernetes: str | None = None) -> Plan:
+def resolve(
+    sources: Sequence[Source], clusters: Sequence[Cluster], kubernetes: str | None = None, *, images: bool = True
+) -> Plan:
     """Return the plan. `kubernetes`: version of all clusters, instead of theirs.
+
+    `images`: whether each flavor must have an image. Arithmetic needs none: a missing one is then a warning.
 
     Raises `UsageError` for settings that contradict each other, the receipts or the hardware.
     """
@@ -50,7 +58,7 @@ def resolve(sources: Sequence[Source], clusters: Sequence[Cluster], kubernetes: 
             f"the specs have several namespaces: {', '.join(sorted(namespaces))}",
             "set the same deploy.namespace, or run `inferctl deploy` once per namespace",
         )
-    models = tuple(_model(source, tuple(clusters)) for source in sources)
+    models = tuple(_each(sources, lambda source: _model(source, tuple(clusters), images=images)))
     names = [each.name for each in models]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"two specs have the name {twice}", "give each spec its own `name`")
@@ -59,7 +67,24 @@ def resolve(sources: Sequence[Source], clusters: Sequence[Cluster], kubernetes: 
     return Plan(namespaces.pop(), models, tuple(clusters), (1, oldest))
 
 
-def _model(source: Source, clusters: tuple[Cluster, ...]) -> ModelPlan:
+def _each(items: Iterable[T], make: Callable[[T], R]) -> list[R]:
+    """Return `make` of each item. Raises `UsageError` with the errors of all items."""
+    made: list[R] = []
+    errors: list[UsageError] = []
+    for item in items:
+        try:
+            made.append(make(item))
+        except UsageError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        lines = [f"{error.message}{f' - {error.hint}' if error.hint else ''}" for error in errors]
+        raise UsageError("\n".join([f"{len(lines)} errors", *lines]), "correct all of them, then run it again")
+    return made
+
+
+def _model(source: Source, clusters: tuple[Cluster, ...], *, images: bool) -> ModelPlan:
     spec, settings = source.spec, source.spec.deploy
     name = spec.name.replace(".", "-")
     flavors = settings.flavors or [Flavor(hardware=key) for key in spec.hardware]  # type: ignore[call-arg]
@@ -69,14 +94,19 @@ def _model(source: Source, clusters: tuple[Cluster, ...]) -> ModelPlan:
         )
     _check_settings(spec)
     warnings: list[str] = []
-    made = [_flavor(source, name, flavor, index, warnings) for index, flavor in enumerate(flavors)]
+    # A spec without deploy.flavors has no index that an error could name.
+    wheres = [
+        f"deploy.flavors[{index}]" if settings.flavors else f"hardware {flavor.hardware}"
+        for index, flavor in enumerate(flavors)
+    ]
+    made = _each(zip(flavors, wheres, strict=True), lambda each: _flavor(source, name, *each, warnings, images=images))
     labels = [each.label for each in made]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise UsageError(f"two flavors of {name} have the name {twice}", "set `name` of one of them")
     rates = [each.rate for each in made]
     traffic = _traffic(spec, rates, warnings)
-    for index, (flavor, each) in enumerate(zip(flavors, made, strict=True)):
-        _check_limits(flavor, each, index, traffic)
+    for flavor, each, where in zip(flavors, made, wheres, strict=True):
+        _check_limits(flavor, each, where, traffic)
         if each.rate is None:
             warnings.append(
                 f"{each.name} has no rate, so it is not scaled by work: it keeps min_replicas. "
@@ -111,9 +141,10 @@ def _check_settings(spec: Spec) -> None:
         )
 
 
-def _flavor(source: Source, model_name: str, flavor: Flavor, index: int, warnings: list[str]) -> FlavorPlan:
+def _flavor(
+    source: Source, model_name: str, flavor: Flavor, where: str, warnings: list[str], *, images: bool
+) -> FlavorPlan:
     spec, settings = source.spec, source.spec.deploy
-    where = f"deploy.flavors[{index}]"
     hardware = _hardware(flavor, source.folder, where)
     label = flavor.name or re.sub(r"[^a-z0-9-]+", "-", hardware.key.lower()).strip("-")
     name = f"{model_name}-{label}"
@@ -141,7 +172,7 @@ def _flavor(source: Source, model_name: str, flavor: Flavor, index: int, warning
         label=label,
         hardware=hardware,
         precision=effective.precision,
-        image=_image(spec, flavor, where, warnings),
+        image=_image(spec, flavor, where, warnings, required=images),
         sharing=sharing,
         shared_by=flavor.shared_by,
         rate=rate,
@@ -231,11 +262,14 @@ def _check_memory_share(source: Source, share: int, where: str) -> None:
         )
 
 
-def _image(spec: Spec, flavor: Flavor, where: str, warnings: list[str]) -> str:
+def _image(spec: Spec, flavor: Flavor, where: str, warnings: list[str], *, required: bool) -> str:
     if flavor.image:
         if "@sha256:" not in flavor.image:
             warnings.append(f"{where}: the image {flavor.image} has no digest, so its tag can be moved")
         return flavor.image
+    if spec.image.tag is None and not required:
+        warnings.append(f"{where} has no image: `--output` needs one (`image` of the flavor, as name@digest)")
+        return spec.repository
     if spec.image.tag is None:
         raise UsageError(
             f"{where} has no image: image.tag is not set, so the tag depends on the content of the image",
@@ -276,7 +310,7 @@ def _traffic(spec: Spec, rates: Sequence[Rate | None], warnings: list[str]) -> T
     return sizing.traffic(settings, tokens, source)
 
 
-def _check_limits(flavor: Flavor, made: FlavorPlan, index: int, traffic: TrafficPlan | None) -> None:
+def _check_limits(flavor: Flavor, made: FlavorPlan, where: str, traffic: TrafficPlan | None) -> None:
     """Raise `UsageError` for a flavor whose replicas cannot be computed and are not set."""
     if made.rate is not None and traffic is not None:
         return
@@ -284,7 +318,7 @@ def _check_limits(flavor: Flavor, made: FlavorPlan, index: int, traffic: Traffic
     if missing:
         lacks = "a rate (receipt or tokens_per_second)" if made.rate is None else "deploy.traffic"
         raise UsageError(
-            f"deploy.flavors[{index}] ({flavor.hardware}) has no {' and no '.join(missing)}, and without {lacks} "
-            "they cannot be computed",
+            f"{where if where.endswith(flavor.hardware) else f'{where} ({flavor.hardware})'} has no "
+            f"{' and no '.join(missing)}, and without {lacks} they cannot be computed",
             f"set {' and '.join(missing)}, or add {lacks}",
         )

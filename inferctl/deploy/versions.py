@@ -137,6 +137,16 @@ def minor_of(version: str) -> int:
     return int(found[1])
 
 
+def tested(version: str) -> str:
+    """Return a version such as `v1.35.2` as `1.35`. Raises `UsageError` if manifests are not tested against it."""
+    minor = minor_of(version)
+    if minor not in TESTED:
+        raise UsageError(
+            f"{version!r} is not supported", f"use a version from 1.{TESTED[0]} to 1.{TESTED[-1]}, such as `1.35`"
+        )
+    return f"1.{minor}"
+
+
 def works(feature: str, version: str) -> bool:
     """Return whether a field of `FEATURES` works by default in a version such as `1.35`. Raises `UsageError`."""
     return FEATURES[feature].works(minor_of(version))

@@ -360,7 +360,6 @@ def test_the_summary_has_the_numbers_and_the_rule_its_labels(promtool: str, tmp_
         "exp_labels": {"severity": "critical", "namespace": "inference", "model": "embed"},
         "exp_annotations": {
             "summary": "embed: 2% of requests are rejected for lack of capacity",
-            "runbook": "docs/observability.md#inferctlrejected",
         },
     }
     test = as_test(case) | {

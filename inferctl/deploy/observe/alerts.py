@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from inferctl.deploy.observe.watched import Watched, WatchedFlavor
 
-RUNBOOK = "docs/observability.md"
 # A percentile of fewer requests says little.
 _FEW_REQUESTS = 100
 # Seconds of queued work, as a multiple of those from which the autoscaler adds replicas.
@@ -49,10 +48,7 @@ class Alert:
             "expr": self.expression,
             "for": f"{self.seconds}s",
             "labels": labels | ({"flavor": self.flavor} if self.flavor else {}),
-            "annotations": {
-                "summary": f"{watched.name}: {self.summary}",
-                "runbook": f"{RUNBOOK}#{self.name.lower()}",
-            },
+            "annotations": {"summary": f"{watched.name}: {self.summary}"},
         }
 
 

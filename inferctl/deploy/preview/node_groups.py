@@ -23,7 +23,7 @@ from inferctl.deploy.preview.cluster import HOSTNAME, REGION, ZONE
 from inferctl.document import Document, dotted
 from inferctl.errors import Problem, SpecError, did_you_mean
 
-EXAMPLE = "docs/deploy-preview.md describes the nodes file"
+EXAMPLE = "save `kubectl get nodes,pods -A -o yaml` as the nodes file, or write it as in docs/deploy-preview.md"
 # The kubelet's default.
 _PODS = 110
 _TAINT = re.compile(r"([^=:\s]+)(?:=([^=:\s]*))?:(NoSchedule|PreferNoSchedule|NoExecute)")

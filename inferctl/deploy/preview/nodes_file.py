@@ -16,6 +16,10 @@ from inferctl.deploy.preview.cluster import Cluster, Node, Pod, Taint
 from inferctl.errors import Problem, SpecError, UsageError
 
 _FINISHED = ("Succeeded", "Failed")
+_SMALLER = (
+    f"save it with `-o json` (up to {document.MAX_JSON_BYTES:,} bytes), or without finished pods: "
+    "`kubectl get pods -A --field-selector=status.phase!=Succeeded,status.phase!=Failed`"
+)
 # Kinds that the filters, admission and the notes of the report read.
 _READ = (
     "CapacityBuffer",
@@ -59,7 +63,7 @@ def read(paths: Sequence[Path], manifests: Mapping[str, Sequence[Located]] | Seq
 def _file(path: Path) -> dict[str, list[Located]]:
     groups: dict[str, list[Located]] = {}
     others: list[Located] = []
-    for each in document.read_all(path, node_groups.EXAMPLE):
+    for each in document.read_cluster(path, node_groups.EXAMPLE, _SMALLER):
         if "kind" in each.data or "apiVersion" in each.data:
             others += manifests_file.objects_of(each)
         else:

@@ -191,7 +191,8 @@ def test_a_cost_without_any_price_is_unknown_and_not_zero(folder: Path, capsys: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to do"),
+        ([], "nothing to do: none of --output, --explain, --preview, --lint and --json is given"),
+        (["--explain", "--kubernetes-version", "new"], "'new' is not a version of Kubernetes"),
         (["--explain", "--kubernetes-version", "1.31"], "'1.31' is not supported"),
         (["--explain", "--clusters", "absent.yaml"], "absent.yaml cannot be read"),
         (["--explain", "-f", "absent.yaml"], "absent.yaml not found"),
@@ -274,3 +275,80 @@ def test_the_sample_receipts_are_those_of_their_script(tmp_path: Path) -> None:
         for row in rows:
             made = receipt.write(tmp_path / "made.json", script.document(task, row))
             assert made.data == receipt.load(EXAMPLE / "receipts" / f"{task}-{row[0]}.json").data
+
+
+@pytest.mark.parametrize("version", ["1.36", "v1.36", "1.36.2", "v1.36.2-eks-1234"])
+def test_a_version_may_have_a_patch_and_a_v(folder: Path, version: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {each["kubernetes"] for each in document(capsys, "--kubernetes-version", version)["clusters"]} == {"1.36"}
+    (folder / "clusters.yaml").write_text(f"clusters: [{{name: one, kubernetes: {version}}}]\n")
+    assert document(capsys)["clusters"][0]["kubernetes"] == "1.36"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [
+        ("kubernetes: 1.31", "'1.31' is not supported: use a version from 1.32 to 1.37"),
+        ("autoscaler: gke, cloud: aws", "autoscaler: gke, which needs cloud: gcp"),
+        ("autoscaler: eks-auto", "autoscaler: eks-auto, which needs cloud: aws"),
+    ],
+)
+def test_wrong_clusters(folder: Path, cluster: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "clusters.yaml").write_text(f"clusters: [{{name: one, {cluster}}}]\n")
+    assert cli.run(["deploy", "--explain"]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [
+        ("autoscaler: karpenter, cloud: gcp", "no NodePools are written for Karpenter on gcp"),
+        ("autoscaler: none, capacity_buffers: true", "the autoscaler none has no CapacityBuffer"),
+    ],
+)
+def test_settings_of_a_cluster_without_effect_warn(
+    folder: Path, cluster: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "clusters.yaml").write_text(f"clusters: [{{name: one, {cluster}}}]\n")
+    assert cli.run(["deploy", "--explain"]) == 0
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_arithmetic_needs_no_image(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = yaml.safe_load(SPEC)
+    del spec["deploy"]["flavors"][1]["image"]
+    (folder / "inferctl.yaml").write_text(yaml.safe_dump(spec))
+    assert cli.run(["deploy", "--explain"]) == 0
+    printed = capsys.readouterr()
+    assert "deploy.flavors[1] has no image" in " ".join(printed.err.split())
+    words = " ".join(printed.out.split())
+    assert " 1 replica " in words and " 1 replicas" not in words
+    assert "clouds sell nodes whole" in words
+    assert cli.run(["deploy", "--output", str(folder / "out")]) == 2
+    assert "deploy.flavors[1] has no image" in " ".join(capsys.readouterr().err.split())
+
+
+def test_all_errors_of_flavors_are_shown_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = yaml.safe_load(SPEC)
+    spec["deploy"]["flavors"][0]["receipt"] = "absent.json"
+    spec["deploy"]["flavors"][1]["hardware"] = "l5"
+    (folder / "inferctl.yaml").write_text(yaml.safe_dump(spec))
+    assert cli.run(["deploy", "--explain"]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "2 errors deploy.flavors[0]: cannot read" in shown and "no such file or directory" in shown
+    assert "deploy.flavors[1]: hardware 'l5' not found" in shown
+    assert "Errno" not in shown
+
+
+def test_a_spec_without_flavors_names_its_hardware(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "inferctl.yaml").write_text(
+        "name: embed\nmodel: {source: org/embed, task: embed, weights: bake}\nhardware: [l4]\nimage: {tag: a}\n"
+    )
+    assert cli.run(["deploy", "--explain"]) == 2
+    shown = capsys.readouterr().err
+    assert "hardware l4 has no min_replicas" in shown and "deploy.flavors" not in shown
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_command_that_applies_a_cluster_is_printed_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["deploy", "--output", "out"]) == 0
+    assert "`kubectl apply -k out/overlays/NAME` (NAME: one, two)" in " ".join(capsys.readouterr().err.split())

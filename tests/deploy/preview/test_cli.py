@@ -111,7 +111,10 @@ def test_pods_that_do_not_fit_at_rest_fail_the_command(tmp_path: Path, capsys: p
     manifests = Path(arguments[-1])
     manifests.write_text(manifests.read_text().replace("value: -10", "value: 10"))
     assert cli.run(arguments) == 1
-    assert "waits: no feasible node, and no pods to evict" in " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr()
+    assert "waits: no feasible node, and no pods to evict" in " ".join(printed.out.split())
+    # The placeholder has one slice, and embed cannot evict it now: the fourth pod waits.
+    assert "1 pod at rest does not fit on the nodes" in printed.err
 
 
 def test_manifests_without_a_deployment_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import yaml
 
+from inferctl import document
 from inferctl.deploy.manifests_file import Located
 from inferctl.deploy.preview import admission, fields, filters, nodes_file
 from inferctl.errors import InferctlError, SpecError, UsageError
@@ -181,3 +183,29 @@ def test_manifests_with_wrong_types_do_not_crash(tmp_path: Path) -> None:
     pod = admission.admitted(cluster.objects, "a", "odd", {}, spec)
     cluster.add(pod)
     assert filters.feasible(cluster, pod)["n1"]
+
+
+def test_large_json_is_read_where_yaml_of_its_size_is_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(document, "MAX_BYTES", 100)
+    monkeypatch.setattr(document, "MAX_MANIFEST_BYTES", 200)
+    items = [
+        {"apiVersion": "v1", "kind": "Node", "metadata": {"name": f"n{i}"}, "status": {"allocatable": {"cpu": "3500m"}}}
+        for i in range(5)
+    ]
+    listed = {"apiVersion": "v1", "kind": "List", "items": items}
+    (cluster,) = nodes_file.read([write(tmp_path, json.dumps(listed), "one.json")])
+    assert list(cluster.nodes) == ["n0", "n1", "n2", "n3", "n4"]
+    assert cluster.nodes["n4"].allocatable["cpu"] == 3500
+    with pytest.raises(UsageError, match="larger than 200 bytes, the limit for YAML") as caught:
+        nodes_file.read([write(tmp_path, yaml.safe_dump(listed), "one.yaml")])
+    assert "-o json" in str(caught.value.hint) and "256,000,000" in str(caught.value.hint)
+    with pytest.raises(SpecError, match="not valid JSON"):
+        nodes_file.read([write(tmp_path, json.dumps(listed)[:-1], "cut.json")])
+    with pytest.raises(SpecError, match="nested too deeply"):
+        nodes_file.read([write(tmp_path, '{"a":' * 100_000, "deep.json")])
+    monkeypatch.setattr(document, "MAX_JSON_BYTES", 300)
+    with pytest.raises(UsageError, match="larger than 300 bytes") as caught:
+        nodes_file.read([write(tmp_path, json.dumps(listed), "one.json")])
+    assert "--field-selector" in str(caught.value.hint)
