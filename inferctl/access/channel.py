@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.access.limits import Counters
+from inferctl.access.window import CELLS, Cells
 
 INTERVAL_S = 0.1
 AGAIN = b'{"again": true}\n'
 MAX_LINE = 1_000_000  # NATS accepts 1 MiB
-# A key has up to 600 bytes.
+# In one message. The counters of a key that changed have up to 1 KB.
 _KEYS = 1000
+_MOST_CELLS = 2 * CELLS  # a window, and another one for clocks that are ahead
+_MAX_ID = 200
+_MOST = 1 << 53
 _SOCKET = "worker.sock"
 _MAX_PATH = 100  # a socket can have 107 bytes
 
@@ -45,9 +49,24 @@ def messages(sender: str, counted_by: str, counters: Counters, now: float) -> It
 
 
 def counters(message: dict[str, Any]) -> Counters:
-    """Return the counters in a message. Raises `ValueError`, `KeyError` or `TypeError` if it is not one."""
+    """Return the counters in a message. Raises `ValueError` and others if it is not one that a server sends."""
     found: Counters = {}
-    for key_id, both in message["counters"].items():
-        requests, tokens = ({cell: (charged, returned) for cell, charged, returned in cells} for cells in both)
-        found[key_id] = requests, tokens
+    if len(message["counters"]) > _KEYS:
+        raise ValueError("too many keys")
+    for key_id, (requests, tokens) in message["counters"].items():
+        if len(key_id) > _MAX_ID:
+            raise ValueError("not the id of a key")
+        found[key_id] = _cells(requests), _cells(tokens)
+    return found
+
+
+def _cells(items: list[list[int]]) -> Cells:
+    if len(items) > _MOST_CELLS:
+        raise ValueError("too many cells")
+    found: Cells = {}
+    for cell, charged, returned in items:
+        # `type`: neither bool nor float.
+        if not type(cell) is type(charged) is type(returned) is int or not 0 <= returned <= charged < _MOST:
+            raise ValueError("not a counter")
+        found[cell] = charged, returned
     return found

@@ -19,6 +19,7 @@ from inferctl.errors import UsageError
 INTERVAL_S = 0.25
 # A key has 63 to 84 characters. Longer texts are not hashed.
 _MAX_LENGTH = 128
+_MANY_REVOKED = 100_000
 
 
 class UnavailableError(Exception):
@@ -47,7 +48,7 @@ class KeyTable:
         self._path, self._warn = path, warn
         self._version = self._stat()
         self._closed = threading.Event()
-        self._revoked: set[str] = set()
+        self._revoked: dict[str, None] = {}
         self._entries: dict[bytes, Entry] = {}
         self.ready = self.shared = False
         if not awaited or self._version:
@@ -66,7 +67,10 @@ class KeyTable:
 
     def revoke(self, ids: Iterable[str]) -> None:
         """Reject these keys from now on, also if the file, or an older copy of it, still has them."""
-        self._revoked.update(ids)
+        self._revoked |= dict.fromkeys(ids)
+        # Who can publish could send any number. The file says the same of those that are forgotten.
+        while len(self._revoked) > _MANY_REVOKED:
+            del self._revoked[next(iter(self._revoked))]
 
     def follow(self) -> None:
         """Read the file again when it changes, on a thread, until `close`."""

@@ -13,11 +13,13 @@ counters stop to arrive, all that this server charges counts once for each serve
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from typing import Literal
 
 from inferctl.access.key_file import ApiKey
+from inferctl.access.limit_error import LimitError as LimitError
+from inferctl.access.limit_error import Resource
 from inferctl.access.window import CELL_S, CELLS, SLOT_S, Cells, Silences, Window
 
 PERIOD_S = 60
@@ -31,44 +33,18 @@ _SETTLED_S = 1.0
 BYTES_PER_TOKEN = 4
 # Keys that were not used for a while are forgotten when there are more than this many.
 _MANY_KEYS = 10_000
-# `rest` returns all keys in this many calls, but at most so many keys in one, which takes 2 ms.
-_CALLS, _MANY_AT_ONCE = 20, 500
+# `rest` returns all keys in this many calls: when all other servers are heard, which know them, and when not. One call
+# of `rest` or `changes` returns at most so many keys, which takes 2 ms.
+_CALLS_KNOWN, _CALLS, _MANY_AT_ONCE = 100, 20, 500
+# The clock was set back if it is so much behind what it was.
+_SET_BACK_S = 1.0
+# Keys of other servers that are kept. A hostile server could send any number.
+_MOST_KEYS = 100_000
 
-Resource = Literal["requests", "tokens"]
 # The limit, what remains of it, and the seconds until it is unused.
 Quota = tuple[int, int, int]
 # Key id -> counters of requests, and of tokens.
 Counters = dict[str, tuple[Cells, Cells]]
-
-
-class LimitError(Exception):
-    """A request exceeds a limit of its key. `retry_after`: seconds until it fits; None if it never does.
-
-    `estimated`: `amount` is an estimate, because the request was not tokenized.
-    """
-
-    def __init__(
-        self,
-        resource: Resource,
-        limit: int,
-        used: int,
-        amount: int,
-        retry_after: float | None,
-        *,
-        estimated: bool = False,
-    ) -> None:
-        self.resource, self.retry_after = resource, retry_after
-        what = f"{limit} {resource} per minute"
-        if retry_after is None:
-            message = f"the request needs {amount} {resource}, and the limit of this key is {what}"
-        elif used + amount <= limit and not estimated:
-            message = f"the limit of this key is {what}, and this server used its share of what remains"
-            message += f"; retry after {math.ceil(retry_after)} s"
-        else:
-            needed = f"about {amount}" if estimated else f"{amount}"
-            message = f"the limit of this key is {what}: {used} are used, and the request needs {needed}"
-            message += f"; retry after {math.ceil(retry_after)} s"
-        super().__init__(message)
 
 
 class KeyUsage:
@@ -171,7 +147,7 @@ class KeyUsage:
     def note_change(self) -> None:
         """Let the other servers know that the counters of this one changed."""
         if self._limiter.changed is not None:
-            self._limiter.changed.add(self)
+            self._limiter.changed.setdefault(self, self._limiter.asked)
 
     def _state(self, index: int, now: float) -> tuple[int, int]:
         """Return what is known to be used, and what other servers may have used since they were heard."""
@@ -263,11 +239,18 @@ class Limiter:
     ) -> None:
         self._requests, self._tokens, self._replicas = requests, tokens, replicas
         self._usages: dict[str, KeyUsage] = {}
-        self._many = _MANY_KEYS
+        self._many, self._forgot = _MANY_KEYS, -math.inf
         self._heard: dict[str, float] = {}
         self._waiting: list[str] = []  # keys whose counters `rest` has not returned yet
         self._part = 0  # how many of them it returns at a time
-        self.changed: set[KeyUsage] | None = set() if exchanges else None
+        # Keys that changed, in the order in which they are sent, and the last call of `changes` before they did.
+        self.changed: dict[KeyUsage, float] | None = {} if exchanges else None
+        self.asked = 0.0  # the last call of `changes`
+        self._updated = -math.inf
+        self._sends_all = self._sends_all_again = False  # whether `rest` returns all keys as fast as it can
+        self._all_since = math.inf  # the first change that the others learn from it only
+        # Servers that were started again are other ones until the earlier start is silent.
+        self._most_others = 2 * replicas + 16
         self.others = replicas - 1
         self.silences: Silences = ((0, self.others),) if self.others else ()
         self.fresh_until = -math.inf  # until when the counters of all other servers are known
@@ -288,12 +271,19 @@ class Limiter:
         return usage
 
     def changes(self, now: float) -> Counters:
-        """Return the newest counters of this server, for the others: of keys that changed since the last call."""
+        """Return the newest counters of this server, for the others: of the next keys that changed."""
+        self.asked = now
         if not self.changed:
             return {}
-        found, self.changed = self.changed, set()
+        found = list(itertools.islice(self.changed, _MANY_AT_ONCE))
+        for usage in found:
+            del self.changed[usage]
         cell = int(now // CELL_S)
         return {usage.key_id: usage.own(cell, cell - 1) for usage in found}
+
+    def told(self, now: float) -> float:
+        """Return up to when the others know all counters of this server, after `changes` and `rest` were sent."""
+        return min(next(iter((self.changed or {}).values()), now), self._all_since, now)
 
     def rest(self, now: float) -> dict[str, Counters]:
         """Return all counters of the next keys, by server; that of this one is "". After `_CALLS`, it begins again.
@@ -301,7 +291,8 @@ class Limiter:
         Those of servers that are not heard any more are among them: a server that starts needs to know them.
         """
         if not self._waiting:
-            self._waiting, self._part = list(self._usages), math.ceil(len(self._usages) / _CALLS)
+            calls = _CALLS_KNOWN if now < self.fresh_until else _CALLS
+            self._waiting, self._part = list(self._usages), math.ceil(len(self._usages) / calls)
         cell, count, found = int(now // CELL_S), min(self._part, _MANY_AT_ONCE), dict[str, Counters]()
         for key_id in self._waiting[:count]:
             usage = self._usages.get(key_id)
@@ -315,28 +306,61 @@ class Limiter:
                     requests, tokens = (window.foreign.get(replica, {}) for window in usage.windows)
                     found.setdefault(replica, {})[key_id] = requests, tokens
         del self._waiting[:count]
+        if not self._waiting:
+            self._sends_all, self._all_since = False, math.inf
+            if self._sends_all_again:
+                self._sends_all_again = False
+                self.send_all()
         return found
 
     def send_all(self) -> None:
-        """Let `rest` begin again, and return as many keys at a time as it can: others may lack some of them."""
-        self._waiting, self._part = list(self._usages), _MANY_AT_ONCE
+        """Let `rest` begin again, and return as many keys at a time as it can: others may lack some of them.
+
+        If it already does, it begins again after the last one, so calls in any number let all keys be sent.
+        """
+        if self._sends_all:
+            self._sends_all_again = True
+            return
+        self._waiting, self._part, self._sends_all = list(self._usages), _MANY_AT_ONCE, True
+        if self.changed and len(self.changed) > _MANY_AT_ONCE:  # they are among them
+            self._all_since, self.changed = next(iter(self.changed.values())), {}
 
     def merge(self, replica: str, counters: Counters, now: float) -> None:
         """Take over counters of the server `replica` (one start of it)."""
         cell = int(now // CELL_S)
         for key_id, cells in counters.items():
-            usage = self._usages.get(key_id) or self._new_usage(key_id, now)
+            usage = self._usages.get(key_id)
+            if usage is None:
+                if len(self._usages) >= _MOST_KEYS:
+                    if now >= self._forgot + PERIOD_S:
+                        self._forget(now)
+                    continue
+                usage = self._new_usage(key_id, now)
             for window, counts in zip(usage.windows, cells, strict=True):
                 window.advance(cell)
-                window.merge(replica, counts)
+                if replica in window.foreign or len(window.foreign) < 2 * self._most_others:
+                    window.merge(replica, counts)
 
     def heard(self, replica: str, sent: float, now: float) -> None:
         """Note that what `replica` counted up to `sent`, by its clock, was merged.
 
-        If its clock is behind, this server is more careful than it has to be, and if it is ahead, `now` applies.
+        If its clock is behind, this server is more careful than it has to be, and if it is ahead, `now` applies. What
+        follows from it is up to `update`.
         """
-        self._heard = {each: time for each, time in self._heard.items() if time > now - CELLS * CELL_S}
+        if replica not in self._heard and len(self._heard) >= self._most_others:
+            oldest = min(self._heard, key=self._heard.__getitem__)
+            if self._heard[oldest] > now - EXCHANGE_TIMEOUT_S:
+                return
+            del self._heard[oldest]
         self._heard[replica] = max(min(sent, now), self._heard.get(replica, -math.inf))
+
+    def update(self, now: float) -> None:
+        """Compute what the times at which other servers were heard mean. Called about every 100 ms."""
+        if now < self._updated - _SET_BACK_S:
+            # What was charged before has later times than now, so it must not seem to be known to the others.
+            self._heard = {}
+        self._updated = now
+        self._heard = {each: min(time, now) for each, time in self._heard.items() if time > now - CELLS * CELL_S}
         times = sorted(self._heard.values(), reverse=True)
         current = sum(time > now - EXCHANGE_TIMEOUT_S for time in times)
         # Of a server that was started again, the earlier start is silent, and does not count.
@@ -349,9 +373,15 @@ class Limiter:
 
     def _new_usage(self, key_id: str, now: float) -> KeyUsage:
         if len(self._usages) >= self._many:
-            self._usages = {each: usage for each, usage in self._usages.items() if usage.used(now)}
-            if self.changed:  # no worker has asked for them
-                self.changed &= set(self._usages.values())
-            self._many = max(_MANY_KEYS, 2 * len(self._usages))
+            self._forget(now)
         found = self._usages[key_id] = KeyUsage(self, key_id)
         return found
+
+    def _forget(self, now: float) -> None:
+        """Forget keys of which nothing counts."""
+        self._forgot = now
+        self._usages = {each: usage for each, usage in self._usages.items() if usage.used(now)}
+        if self.changed:  # no worker has asked for them
+            kept = set(self._usages.values())
+            self.changed = {usage: since for usage, since in self.changed.items() if usage in kept}
+        self._many = max(_MANY_KEYS, 2 * len(self._usages))

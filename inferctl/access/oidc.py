@@ -37,6 +37,8 @@ _MAX_KNOWN = 10_000
 _CHECKS_PER_S = 1000
 # The same for all clients together that sent a wrong signature in the last minute.
 _SUSPECT_CHECKS_PER_S, _SUSPECT_S = 300, 60.0
+# A /48 is suspect too if so many of its /64 networks are: one customer of a provider often has a whole one.
+_MANY_PARTS = 8
 # What a token says of itself is checked before its signature.
 _UNVERIFIED: Any = {"verify_signature": False, "require": _REQUIRED} | dict.fromkeys(
     ("verify_exp", "verify_nbf", "verify_iat", "verify_aud", "verify_iss", "verify_sub"), True
@@ -67,6 +69,7 @@ class TokenTable:
         self._forged: set[bytes] = set()  # hashes of tokens with wrong signatures
         self._checks, self._suspect_checks = _Budget(_CHECKS_PER_S), _Budget(_SUSPECT_CHECKS_PER_S)
         self._suspects: dict[str, float] = {}  # network -> until when
+        self._parts: dict[str, list[float]] = {}  # wider network -> until when networks in it are suspects
         self._wanted, self._closed = threading.Event(), False
         self._failed = False
 
@@ -90,7 +93,8 @@ class TokenTable:
         if (key := self._key_of(credential)) is None:
             return None
         network = _network(address)
-        suspect = now < self._suspects.get(network, -math.inf)
+        wider = _wider_network(address)
+        suspect = now < max(self._suspects.get(each, -math.inf) for each in (network, wider))
         if not (self._suspect_checks if suspect else self._checks).take(now):
             raise BusyError("too many new tokens arrive; retry after 1 s")
         try:
@@ -103,10 +107,16 @@ class TokenTable:
                 options={"require": _REQUIRED},
             )
         except jwt.PyJWTError:
-            for found in (self._forged, self._suspects):
+            for found in (self._forged, self._suspects, self._parts):
                 if len(found) >= _MAX_KNOWN:
                     found.clear()
             self._forged.add(digest)
+            if wider and now >= self._suspects.get(network, -math.inf):
+                self._parts[wider] = parts = [each for each in self._parts.get(wider, []) if now < each] + [
+                    now + _SUSPECT_S
+                ]
+                if len(parts) >= _MANY_PARTS:
+                    self._suspects[wider] = now + _SUSPECT_S
             self._suspects[network] = now + _SUSPECT_S
             return None
         if len(self._known) >= _MAX_KNOWN:
@@ -173,6 +183,15 @@ def _network(address: str) -> str:
     except ValueError:
         return address
     return str(parsed.ipv4_mapped or int(parsed) >> 64)
+
+
+def _wider_network(address: str) -> str:
+    """Return the /48 of an IPv6 address, empty for others."""
+    try:
+        parsed = ipaddress.IPv6Address(address)
+    except ValueError:
+        return ""
+    return "" if parsed.ipv4_mapped else f"{int(parsed) >> 80}/48"
 
 
 def _json(where: str) -> dict[str, Any]:

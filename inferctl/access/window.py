@@ -95,6 +95,8 @@ class Window:
             if not self.cell - CELLS < cell <= self.cell + CELLS:
                 continue
             before = known.get(cell, (0, 0))
+            if charged <= before[0] and returned <= before[1]:
+                continue
             after = known[cell] = (max(before[0], charged), max(before[1], returned))
             self.foreign_total += max(0, after[0] - after[1]) - max(0, before[0] - before[1])
             self.newest = max(self.newest, cell)

@@ -41,14 +41,23 @@ class Broker:
         *,
         lost: Callable[[], Awaitable[None]] | None = None,
         reconnected: Callable[[], Awaitable[None]] | None = None,
+        closed: Callable[[], None] | None = None,
+        rejected: Callable[[str], None] | None = None,
     ) -> Broker:
         """Connect to `url`. `lost`, `reconnected`: called when the connection breaks, and when it is made again.
 
-        Raises `BrokerUnavailableError`.
+        `closed`: called when it ended for ever, as after some errors of the broker. `rejected`: gets the reason if the
+        broker does not let this client publish or subscribe. Raises `BrokerUnavailableError`.
         """
 
-        async def ignore(_: Exception) -> None:
-            """Until the connection is made again, each server applies limit / replicas."""
+        async def failed(error: Exception) -> None:
+            # Other errors are about the connection, of which `lost` and `closed` tell.
+            if rejected and "permissions violation" in str(error).lower():
+                rejected(str(error))
+
+        async def ended() -> None:
+            if closed:
+                closed()
 
         connecting = nats.connect(
             url,
@@ -58,9 +67,10 @@ class Broker:
             ping_interval=_PING_S,
             max_outstanding_pings=2,
             no_echo=True,
-            error_cb=ignore,
+            error_cb=failed,
             disconnected_cb=lost,
             reconnected_cb=reconnected,
+            closed_cb=ended,
         )
         try:
             return cls(await asyncio.wait_for(connecting, timeout_s))

@@ -155,7 +155,11 @@ class Recorder:
             items = self._encodable(items, error)
             if not items:
                 return None
-            content = self._content(items)
+            try:
+                content = self._content(items)
+            except Exception:  # as without memory, which may pass
+                self._pending.extendleft(reversed(items))
+                raise
         # From the number after the last batch on, so that dropped events show as missing.
         return self._written + 1, items[-1][0], int(1000 * items[0][1]), content
 

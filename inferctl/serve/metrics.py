@@ -36,6 +36,8 @@ _UNAVAILABLE = frozenset({"not_ready", UNAVAILABLE, "access_unavailable"})
 _INPUT_TOKENS, _BYTES_PER_TOKEN = 100, 4
 # Each completed request multiplies the weight of earlier ones by this, so that about the last 1000 count.
 _DECAY = 0.999
+# A body that was not read counts as at most so many mean requests, so no header can ask for more servers.
+_MOST_UNREAD = 4
 
 
 def objectives(slo: Slo, enforced_p99_ms: float | None = None) -> dict[str, float]:
@@ -150,8 +152,14 @@ class RequestMetrics:
         elif event.status == 429 or event.code in _UNAVAILABLE or not event.endpoint:
             self._rejected.labels(event.code).inc()
             # The others were offered before they were rejected.
-            if event.code in AT_CAPACITY and not event.inputs and event.endpoint not in ("", "other"):
-                self.offer_body(max(event.content_length, event.body_bytes))
+            # Not those above the share of a key, which another server would not accept either.
+            known = event.code in AT_CAPACITY and event.code != "key_share"
+            if known and not event.inputs and event.endpoint not in ("", "other"):
+                # What was not read, only the header tells.
+                unread = min(self.size.estimate(event.content_length), _MOST_UNREAD * self.size.mean)
+                self._offered_estimated.inc(
+                    max(self.size.estimate(event.body_bytes) if event.body_bytes else 0, unread)
+                )
 
     def offer(self, tokens: int) -> None:
         """Count tokens for the engines, before the queue accepts or rejects them."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import orjson
 
 from inferctl.access import channel
 from inferctl.fleet import broker
@@ -18,7 +21,8 @@ log = logging.getLogger("inferctl.worker")
 _RETRY_S = 1.0
 _MAX_UNREAD = 4 << 20  # bytes for an API process that does not read
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
-_SOCKET_MODE = 0o660
+_SOCKET_MODE = 0o600
+_LOG_S = 60.0
 
 
 class Relay:
@@ -29,7 +33,9 @@ class Relay:
         self._servers: dict[asyncio.StreamWriter, str] = {}
         self._subscribed: set[str] = set()
         self._broker: Broker | None = None
+        self._closed = asyncio.Event()  # the connection ended for ever
         self._closing = False
+        self._logged: dict[str, float] = {}
 
     async def run(self) -> None:
         """Pass messages on until this is cancelled. Raises `OSError` if the socket cannot be made."""
@@ -37,8 +43,12 @@ class Relay:
         listening = await asyncio.start_unix_server(self._serve, path, limit=channel.MAX_LINE)
         try:
             Path(path).chmod(_SOCKET_MODE)
-            await self._connect()
-            await asyncio.get_running_loop().create_future()
+            while True:
+                await self._connect()
+                await self._closed.wait()
+                self._broker = None
+                self._subscribed.clear()
+                await asyncio.sleep(_RETRY_S)
         finally:
             self._closing = True
             listening.close()
@@ -48,25 +58,37 @@ class Relay:
                 await self._broker.close()
 
     async def _connect(self) -> None:
-        reported = False
         while True:
+            connected, closed = None, asyncio.Event()
             try:
-                connected = await Broker.connect(self._url, lost=self._report_lost, reconnected=self._ask_again)
+                connected = await Broker.connect(
+                    self._url,
+                    lost=self._report_lost,
+                    reconnected=self._ask_again,
+                    closed=closed.set,
+                    rejected=lambda reason: self._report(f"the broker of limits and keys rejects something: {reason}"),
+                )
                 await connected.subscribe(broker.KEYS, self._key_message)
                 break
             except BrokerUnavailableError as error:
-                if not reported:
-                    log.warning("%s; each server applies limit / replicas", error.message)
-                reported = True
+                if connected:
+                    await connected.close()
+                self._report(f"{error.message}; each server applies limit / replicas")
                 await asyncio.sleep(_RETRY_S)
-        self._broker = connected
+        self._broker, self._closed = connected, closed
         for name in set(self._servers.values()):
             await self._subscribe(name)
         await self._ask_again()
 
     async def _report_lost(self) -> None:
         if not self._closing:
-            log.warning("the broker of limits and keys is lost; each server applies limit / replicas")
+            self._report("the broker of limits and keys is lost; each server applies limit / replicas")
+
+    def _report(self, message: str) -> None:
+        """Log a message, but the same one not again at once: a broker may end each connection."""
+        if (now := time.monotonic()) >= self._logged.get(message, -_LOG_S) + _LOG_S:
+            self._logged = {each: at for each, at in self._logged.items() if now < at + _LOG_S} | {message: now}
+            log.warning("%s", message)
 
     async def _ask_again(self) -> None:
         """Let all servers send everything: what they sent without the broker was lost."""
@@ -84,6 +106,8 @@ class Relay:
             self._servers[writer] = name
             await self._subscribe(name)
             while line := await reader.readline():
+                if "revoked" in _content(line):
+                    continue
                 self._forward(line, name, writer)
                 if self._broker:
                     await self._broker.publish(f"{broker.LIMITS}.{name}", line)
@@ -95,21 +119,41 @@ class Relay:
 
     async def _subscribe(self, name: str) -> None:
         if self._broker and name not in self._subscribed:
-            self._subscribed.add(name)
-            with contextlib.suppress(BrokerUnavailableError):
-                await self._broker.subscribe(
-                    f"{broker.LIMITS}.{name}", lambda message: self._forward(_line(message), name)
-                )
+            connected = self._broker
+            try:
+                await connected.subscribe(f"{broker.LIMITS}.{name}", lambda message: self._limit_message(message, name))
+                self._subscribed.add(name)
+            except BrokerUnavailableError as error:  # with a new connection, it is tried again
+                self._report(error.message)
+                await connected.close()
+                if self._broker is connected:
+                    self._closed.set()
+
+    def _limit_message(self, message: bytes, name: str) -> None:
+        if (content := _content(message)) and "revoked" not in content:
+            self._forward(_line(message), name)
 
     def _key_message(self, message: bytes) -> None:
-        self._keys_changed()
-        for name in set(self._servers.values()):
-            self._forward(_line(message), name)
+        if list(_content(message)) == ["revoked"]:
+            self._keys_changed()
+            for name in set(self._servers.values()):
+                self._forward(_line(message), name)
 
     def _forward(self, line: bytes, name: str, sender: asyncio.StreamWriter | None = None) -> None:
         for writer, each in self._servers.items():
             if each == name and writer is not sender and writer.transport.get_write_buffer_size() < _MAX_UNREAD:
                 writer.write(line)
+
+
+def _content(message: bytes) -> dict[str, Any]:
+    """Return what a message says; empty if it is not valid, or longer than a line that servers read."""
+    if len(message) >= channel.MAX_LINE:
+        return {}
+    try:
+        found = orjson.loads(message)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _line(message: bytes) -> bytes:

@@ -277,6 +277,7 @@ class Fleet:
             if server != self.names[index]:
                 self.servers[index].merge(server, counters, now)
             self.servers[index].heard(sender, sent, now)
+        self.servers[index].update(now)
 
     def exchange(self, now: float) -> None:
         """Let every server hear of all others."""
@@ -412,6 +413,71 @@ def test_ten_times_the_limit_on_three_servers_stays_within_a_request_each(
             to, messages, sent = detail  # type: ignore[misc]
             fleet.deliver(to, messages, sent, now)
     assert worst(found) <= limit + 2 * largest
+
+
+def test_a_clock_that_is_set_back_before_the_broker_is_lost_does_not_multiply_the_limit() -> None:
+    fleet, now = Fleet(3, requests=300), START
+    fleet.exchange(now)
+    now -= 3600
+    for _ in range(20):
+        fleet.exchange(now)
+        now += 0.1
+    for server in fleet.servers:
+        server.update(now + 30)
+    assert [admitted(server, now + 30, 1000) for server in fleet.servers] == [100] * 3
+
+
+def test_a_clock_that_is_set_back_while_nobody_is_heard_makes_the_others_silent() -> None:
+    fleet = Fleet(3, requests=300)
+    fleet.exchange(START)
+    for server in fleet.servers:
+        server.update(START - 3600)
+    assert [admitted(server, START - 3600, 1000) for server in fleet.servers] == [100] * 3
+
+
+def test_many_changes_are_sent_in_parts_and_the_time_says_up_to_when() -> None:
+    limiter = Limiter(requests=5, exchanges=True, replicas=2)
+    limiter.changes(START)
+    for number in range(1200):
+        charge(limiter, key(f"{number:012}"), START + 0.05)
+    found, times = list[Counters](), list[float]()
+    for step in range(1, 4):
+        found.append(limiter.changes(START + step / 10))
+        times.append(limiter.told(START + step / 10))
+        if step == 1:  # again, while others wait: its turn comes after theirs
+            charge(limiter, key("0" * 12), START + 0.15)
+    assert [len(each) for each in found] == [500, 500, 201]
+    assert times == [START, START, START + 0.3]
+    assert found[2]["0" * 12] == ({int(START // CELL_S): (2, 0)}, {})
+
+
+def test_what_was_left_out_of_changes_is_sent_with_the_rest() -> None:
+    limiter = Limiter(requests=5, exchanges=True, replicas=2)
+    limiter.changes(START)
+    for number in range(1200):
+        charge(limiter, key(f"{number:012}"), START + 0.05)
+    limiter.send_all()
+    seen = set[str]()
+    for step in range(1, 4):
+        limiter.send_all()  # any number of messages: all keys get their turn
+        assert limiter.changes(START + step / 10) == {}
+        seen |= set(limiter.rest(START + step / 10)[""])
+        assert limiter.told(START + step / 10) == (START if step < 3 else START + 0.3)
+    assert len(seen) == 1200
+
+
+def test_forged_servers_do_not_take_the_whole_limit() -> None:
+    limiter = Limiter(requests=6000, exchanges=True, replicas=3)
+    limiter.heard("peer", START, START)
+    for number in range(5000):
+        limiter.heard(f"f{number}", START, START)
+        limiter.merge(f"f{number}", {key().id: ({int(START // CELL_S): (1, 0)}, {})}, START)
+    limiter.update(START)
+    assert limiter.others == 22
+    assert "peer" in limiter._heard
+    assert limiter._usages[key().id].windows[0].foreign_total == 44
+    limiter.heard("new", START + 4, START + 4)  # silent ones make room
+    assert "new" in limiter._heard
 
 
 def test_many_keys_do_not_stay_in_memory() -> None:

@@ -200,6 +200,17 @@ def test_a_client_with_many_addresses_of_one_network_is_one_client(provider: Pro
     assert table.find(provider.token(sub="team-b"), now, "2001:db8:0:1::1")
 
 
+def test_a_client_with_many_networks_of_one_provider_is_one_client(provider: Provider, table: TokenTable) -> None:
+    token, now, rejected = provider.token(), float(int(time.time())), 0
+    for number in range(1000):
+        try:
+            table.find(forged(token, number), now, f"2001:db8:0:{number:x}::1")
+        except BusyError:
+            rejected += 1
+    assert rejected == 1000 - 8 - 300, "after eight networks, the budget of suspects"
+    assert table.find(provider.token(sub="team-b"), now, "2001:db8:1::1")
+
+
 def test_what_a_token_says_is_checked_before_its_signature(
     provider: Provider, table: TokenTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

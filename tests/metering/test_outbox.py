@@ -202,6 +202,27 @@ def test_an_outbox_that_another_process_locks_delays_events_and_loses_none(make:
     assert recorder.dropped == 0
 
 
+def test_a_batch_that_could_not_be_encoded_again_is_not_lost(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As without memory for some time: the batch fails, its events alone do not, and the batch fails again."""
+    recorder, data = make(), tmp_path / "m"
+    content, failures = recorder._content, list[int]()
+
+    def fails(items: Any) -> bytes:
+        if len(items) > 1 and len(failures) < 2:
+            failures.append(len(items))
+            raise MemoryError
+        return content(items)
+
+    monkeypatch.setattr(recorder, "_content", fails)
+    for _ in range(5):
+        recorder.record(event())
+    until(lambda: numbers(read(data)) == [1, 2, 3, 4, 5], 10)
+    assert len(failures) == 2
+    assert recorder.dropped == 0
+
+
 @pytest.mark.parametrize("required", [False, True])
 def test_an_event_that_cannot_be_encoded_is_the_only_one_lost(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, required: bool

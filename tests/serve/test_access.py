@@ -254,9 +254,11 @@ def test_limits_of_the_spec_and_open_pages(serve: Callable[..., Running], minilm
         ({}, "10.1.2.3", ["asks for no key"]),
         ({"keys": "k"}, "0.0.0.0", []),
         ({"tokens_per_minute": 5}, "127.0.0.1", ["no effect"]),
+        ({"keys": "k", "broker": "nats://b"}, "127.0.0.1", ["access.replicas is 1"]),
+        ({"keys": "k", "broker": "nats://b", "replicas": 2}, "127.0.0.1", []),
     ],
 )
-def test_a_server_without_keys_warns_beyond_loopback(settings: Any, host: str, expected: list[str]) -> None:
+def test_what_the_operator_should_know_is_a_warning(settings: Any, host: str, expected: list[str]) -> None:
     found = list(access.warnings(Access(**settings), host))
     assert [text in line for text, line in zip(expected, found, strict=True)] == [True] * len(expected)
 

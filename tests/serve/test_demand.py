@@ -149,6 +149,7 @@ def test_the_size_of_a_request_is_learned_from_completed_ones() -> None:
         (503, "not_ready", "chat", 100),
         (429, "queue_full", "other", 0),  # not a task
         (429, "rate_limit_exceeded", "embeddings", 0),
+        (429, "key_share", "embeddings", 0),  # another server would not accept it either
         (503, "metering_unavailable", "embeddings", 0),
         (401, "invalid_api_key", "embeddings", 0),
         (413, "body_too_large", "embeddings", 0),
@@ -160,6 +161,13 @@ def test_only_rejections_for_lack_of_capacity_are_estimated(status: int, code: s
     assert metrics.registry.get_sample_value(OFFERED, {"basis": "estimated"}) == pytest.approx(tokens)
     # Its inputs are known, so it was offered before.
     metrics.count_event(UsageEvent("a", endpoint, status, code, content_length=400, inputs=2))
+    assert metrics.registry.get_sample_value(OFFERED, {"basis": "estimated"}) == pytest.approx(tokens)
+
+
+@pytest.mark.parametrize(("read", "tokens"), [(0, 400), (1, 400), (4000, 1000), (4 << 20, 1 << 20)])
+def test_what_only_a_header_says_counts_as_four_requests_at_most(read: int, tokens: int) -> None:
+    metrics = Metrics()
+    metrics.count_event(UsageEvent("a", "embeddings", 429, "queue_full", content_length=4 << 20, body_bytes=read))
     assert metrics.registry.get_sample_value(OFFERED, {"basis": "estimated"}) == pytest.approx(tokens)
 
 

@@ -173,6 +173,11 @@ def create(settings: spec.Access, names: Iterable[str]) -> Access | None:
 def warnings(settings: spec.Access, host: str) -> Iterator[str]:
     """Yield what the operator should know at the start."""
     if settings.required:
+        if settings.broker and settings.replicas == 1:
+            yield (
+                "access.broker is set and access.replicas is 1: until this server hears of others, and without the "
+                "broker, it applies the whole limits; set access.replicas to the number of servers"
+            )
         return
     if not _is_loopback(host):
         yield (
