@@ -32,6 +32,7 @@ class Relay:
         self._folder, self._url, self._keys_changed = folder, url, keys_changed
         self._servers: dict[asyncio.StreamWriter, str] = {}
         self._subscribed: set[str] = set()
+        self._subscribing: set[tuple[str, Broker]] = set()
         self._broker: Broker | None = None
         self._closed = asyncio.Event()  # the connection ended for ever
         self._closing = False
@@ -118,8 +119,9 @@ class Relay:
             writer.close()
 
     async def _subscribe(self, name: str) -> None:
-        if self._broker and name not in self._subscribed:
+        if self._broker and name not in self._subscribed and (name, self._broker) not in self._subscribing:
             connected = self._broker
+            self._subscribing.add((name, connected))
             try:
                 await connected.subscribe(f"{broker.LIMITS}.{name}", lambda message: self._limit_message(message, name))
                 self._subscribed.add(name)
@@ -128,6 +130,8 @@ class Relay:
                 await connected.close()
                 if self._broker is connected:
                     self._closed.set()
+            finally:
+                self._subscribing.discard((name, connected))
 
     def _limit_message(self, message: bytes, name: str) -> None:
         if (content := _content(message)) and "revoked" not in content:

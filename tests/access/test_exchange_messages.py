@@ -98,6 +98,29 @@ def test_what_no_server_sends_changes_nothing(
     assert set(limiter._heard) == {SENDER}
 
 
+def test_a_flood_of_messages_leaves_time_for_requests(exchange: Exchange) -> None:
+    """Also if all of them have arrived, so that no read has to wait."""
+    cell = int(time.time() // 5)
+    counters = {f"{number:012}": [[[cell, 1, 0]], [[cell, 5, 0]]] for number in range(1000)}
+    busy = list[float]()
+
+    async def run() -> None:
+        reader = asyncio.StreamReader()
+        for number in range(20):
+            other = message(counted_by=f"{number:016x}", counters=counters)
+            reader.feed_data(orjson.dumps(other) + b"\n")
+        reader.feed_eof()
+        receiving = asyncio.create_task(exchange._receive(reader))
+        while not receiving.done():
+            started = time.perf_counter()
+            await asyncio.sleep(0)
+            busy.append(time.perf_counter() - started)
+
+    started = time.perf_counter()
+    asyncio.run(run())
+    assert sum(each for each in busy if each > 0.001) < 0.75 * (time.perf_counter() - started)
+
+
 def test_a_server_does_not_hear_itself(exchange: Exchange, limiter: Limiter) -> None:
     receive(exchange, orjson.dumps(message(sender=exchange._this)))
     assert (limiter._heard, limiter._usages) == ({}, {})

@@ -25,6 +25,7 @@ from inferctl.errors import UsageError
 from inferctl.fleet.key_store import KeyStore
 from inferctl.metering import outbox
 from inferctl.spec import Access, Metering
+from inferctl.worker.access import AccessWorker
 from inferctl.worker.worker import Worker
 from tests.metering.parts import Postgres
 from tests.serve.conftest import until
@@ -242,3 +243,33 @@ def test_only_the_owner_may_write_a_store(tmp_path: Path) -> None:
     (tmp_path / "keys.sqlite").chmod(0o662)
     with pytest.raises(UsageError, match="can be written by other users"):
         KeyStore.open(address)
+
+
+def test_a_flood_of_changes_asks_the_store_ten_times_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Access(keys=store_at(tmp_path / "keys.sqlite"), data=str(tmp_path / "access"))
+    asked = list[float]()
+    monkeypatch.setattr("inferctl.worker.access._Copy.update", lambda _: asked.append(time.monotonic()))
+
+    async def run() -> None:
+        worker, ending = AccessWorker(settings), asyncio.Event()
+        task = asyncio.create_task(worker.run(ending))
+        until_s = time.monotonic() + 0.8
+        while time.monotonic() < until_s:
+            worker._changed.set()
+            await asyncio.sleep(0.001)
+        ending.set()
+        await task
+
+    asyncio.run(run())
+    assert 3 <= len(asked) <= 9, "without messages, it would be one"
+
+
+def test_a_host_that_is_gone_is_noticed(postgres: Postgres) -> None:
+    store = KeyStore.open(postgres.url())
+    with store._engine.connect() as connection:
+        driver: Any = connection.connection.dbapi_connection
+        found = driver.info.get_parameters()
+    expected = {"keepalives_idle": "5", "keepalives_interval": "3", "keepalives_count": "3"}
+    assert {name: found[name] for name in expected} == expected
+    assert found["tcp_user_timeout"] == "15000"
+    store.close()

@@ -81,10 +81,13 @@ class Exchange:
         """Take over what arrives, until the worker ends."""
         with contextlib.suppress(OSError, ValueError):  # ValueError: a line is too long
             while line := await reader.readline():
+                started = time.perf_counter()
                 try:
                     self._take(orjson.loads(line))
                 except Exception as error:  # noqa: BLE001  # one message must not keep the others out
                     self._report(error)
+                # Whoever sends many, at least half of the time is left for requests.
+                await asyncio.sleep(time.perf_counter() - started)
 
     def _take(self, message: dict[str, Any]) -> None:
         if "revoked" in message:
