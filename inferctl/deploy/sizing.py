@@ -222,7 +222,7 @@ def startup(load: Figure) -> tuple[Figure, Figure]:
     formula = f"ceil(max({_LEAST_START_S}, {_START_FACTOR} x {shown(load.value)}) / {_PROBE_PERIOD_S})"
     return (
         Figure("period of the startup probe", _PROBE_PERIOD_S, "s", "", "own choice"),
-        Figure("failures of the startup probe", failures, "probes", formula, f"load time from {load.source}"),
+        Figure("failures of the startup probe", failures, "probes", formula, f"load time: {load.source}"),
     )
 
 

@@ -14,6 +14,7 @@ from typer.main import get_command
 
 from inferctl import cli
 from inferctl.deploy.objects.options import NODE_CLASS
+from inferctl.deploy.objects.scaling import DEFAULT_PROMETHEUS
 from tests.conftest import ROOT
 from tests.deploy.validation import problems
 
@@ -78,6 +79,12 @@ def test_the_commands_of_deploy_run_and_overlays_are_where_the_guide_says(
     named = set(re.findall(r"\b(?:deployment|service)/[\w-]+", TEXT))
     assert named
     assert named <= names
+    page = (ROOT / "docs/deploy.md").read_text()
+    (overflow,) = (each["value"] for each in built if each["metadata"]["name"] == "inferctl-overflow")
+    assert f"(priority {overflow})" in (ROOT / "docs/deploy-preview.md").read_text()
+    crds = {each["kind"] for each in built if re.search(r"(keda|coreos|karpenter|x-k8s)\b", each["apiVersion"])}
+    assert crds >= {"ScaledObject", "ServiceMonitor", "PrometheusRule", "NodePool"}
+    assert {kind for kind in crds if not re.search(rf"^\| [^|]*\b{kind}\b", page, re.MULTILINE)} == set()
     secrets = set(re.findall(r"create secret generic ([\w-]+)", TEXT))
     text = (example / "all.yaml").read_text()
     assert secrets == {"inferctl-keys", "inferctl-ledger"}
@@ -113,6 +120,11 @@ def test_what_the_specs_name_outside_of_the_manifests_is_made_in_the_guide() -> 
     assert [problem for each in weights for problem in problems(each, "1.35")] == []
     node_class = yaml.safe_load((EXAMPLE / "cluster/ec2nodeclass.yaml").read_text())
     assert (node_class["kind"], node_class["metadata"]["name"]) == ("EC2NodeClass", NODE_CLASS)
+
+
+def test_the_defaults_that_the_pages_name_are_those_of_the_manifests() -> None:
+    assert f"`{DEFAULT_PROMETHEUS}`" in (ROOT / "docs/deploy.md").read_text()
+    assert f"`{DEFAULT_PROMETHEUS}`" in TEXT
 
 
 def test_links_are_valid() -> None:
