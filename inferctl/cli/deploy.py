@@ -183,7 +183,7 @@ def _checked(version: str | None) -> str | None:
 
 def _source(resolved: Resolved) -> Source:
     """Return a spec with what is known about its model. Raises `UsageError` if its task is not known."""
-    from inferctl import fit
+    from inferctl import fit, hub
     from inferctl.cli.check import model_size
     from inferctl.deploy.resolve import Source
     from inferctl.errors import UsageError
@@ -197,7 +197,8 @@ def _source(resolved: Resolved) -> Source:
         size = fit.UnknownSize(error.message, error.hint or "")
     if isinstance(size, fit.ModelSize):
         task = resolve_task(spec.model.task, size.config, spec.model.source, has_modules=size.has_modules)
-        return Source(spec, folder, size, task)
+        local = hub.cached(spec.model.source, spec.model.revision)
+        return Source(spec, folder, size, task, (lambda: local.digest) if local else None)
     console.warn(f"{spec.name}: whether the model fits was not checked: {size.why}")
     if spec.model.task == "auto":
         raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ from inferctl.errors import NotEnoughEvidenceError, UsageError
 _SEAL_DIGITS = 8
 
 
-def read(path: Path, hardware: Hardware, task: str) -> tuple[Rate, str, list[str]]:
+def read(
+    path: Path, hardware: Hardware, task: str, digest: Callable[[], str] | None = None
+) -> tuple[Rate, str, list[str]]:
     """Return the rate of a receipt, the precision that it measured, and warnings.
+
+    `digest`: returns the sha256 of the model; None if the model is not on this machine. A receipt of another model is a
+    warning.
 
     A receipt with `sample: true` has invented figures, for documentation: its rate does not count as measured.
 
@@ -44,6 +50,12 @@ def read(path: Path, hardware: Hardware, task: str) -> tuple[Rate, str, list[str
     warnings = [f"{path.name}: {caution}" for caution in data["validity"].get("cautions") or ()]
     if not found.within_slo:
         warnings.append(f"{path.name} has no search: its rate is the throughput of a closed loop, without an SLO")
+    known = {sealed.weights_sha256, data["model"].get("original_sha256")} - {None}
+    if digest and known and digest() not in known:
+        warnings.append(
+            f"{path.name} was measured with another model: sha256 {str(sealed.weights_sha256)[:12]}, not "
+            f"{digest()[:12]}. Measure this model"
+        )
     if sample:
         warnings.append(f"{path.name} is a sample with invented figures: measure before you use the manifests")
     what = "sample receipt" if sample else "receipt"

@@ -13,8 +13,11 @@ from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure, shown
 from inferctl.deploy.plan import FlavorPlan, Placement, TrafficPlan
 from inferctl.deploy_spec import Flavor
+from inferctl.errors import UsageError
 from inferctl.spec import Spec
 
+# More is a wrong number in the spec or in a receipt.
+_MOST_REPLICAS = 100_000
 # Autoscalers that know only whole GPUs. EKS Auto Mode is Karpenter.
 _KARPENTER = ("karpenter", "eks-auto")
 
@@ -43,6 +46,7 @@ def place(
     # A HorizontalPodAutoscaler accepts a minimum of 0 from Kubernetes 1.37.
     lowest = 1 if settings.scaling == "hpa" and cluster.minor < 37 else 0
     sized = sizing.replicas(chain, traffic, share, settings.utilization, scaled=scaled, lowest=lowest)
+    _refuse_too_many(made, sized, cluster)
     _warn_of_uncovered_peak(spec, chain, sized, traffic, cluster, warnings)
     first = _first_with_room(sized, settings.overflow)
     found = []
@@ -108,6 +112,17 @@ def key_servers(spec: Spec, flavors: Sequence[FlavorPlan], warnings: list[str]) 
     formula = " + ".join(map(str, counts)) if len(counts) > 1 else ""
     source = "replicas at the peak in all clusters, at least the minima; each server applies limit / servers"
     return Figure("servers that divide the limit of a key", value, "servers", formula, source)
+
+
+def _refuse_too_many(made: Sequence[FlavorPlan], sized: Sequence[sizing.Replicas], cluster: Cluster) -> None:
+    for flavor, counts in zip(made, sized, strict=True):
+        for figure in (counts.at_peak, counts.most):
+            if figure and figure.value > _MOST_REPLICAS:
+                raise UsageError(
+                    f"{cluster.name}: {flavor.name} needs {figure.value:,} {figure.name}, more than "
+                    f"{_MOST_REPLICAS:,}: {figure.formula}",
+                    "correct deploy.traffic, or the rate of the flavor",
+                )
 
 
 def _first_with_room(sized: Sequence[sizing.Replicas], setting: str | int) -> int | None:

@@ -33,12 +33,16 @@ _DIFFERENT_LENGTHS = 2.0
 
 @dataclass(frozen=True)
 class Source:
-    """A spec with what is known about its model. `folder` is that of the spec file, for the paths of receipts."""
+    """A spec with what is known about its model. `folder` is that of the spec file, for the paths of receipts.
+
+    `digest`: returns the sha256 of the model, which can take seconds; None if the model is not on this machine.
+    """
 
     spec: Spec
     folder: Path
     size: ModelSize | UnknownSize
     task: Task
+    digest: Callable[[], str] | None = None
 
 
 def resolve(
@@ -217,7 +221,7 @@ def _rate(source: Source, flavor: Flavor, hardware: Hardware, where: str) -> tup
     path = Path(flavor.receipt).expanduser()
     try:
         rate, precision, warnings = measured.read(
-            path if path.is_absolute() else source.folder / path, hardware, source.task
+            path if path.is_absolute() else source.folder / path, hardware, source.task, source.digest
         )
     except InferctlError as error:
         raise type(error)(f"{where}: {error.message}", error.hint) from None

@@ -192,6 +192,15 @@ class Workload:
                 total[name] = total.get(name, 0) + count
         return total
 
+    def request(self, name: str) -> float:
+        """Return how much of a resource all containers request; a limit without a request is the request."""
+        found = 0.0
+        for container in self.containers:
+            requested = get(container.data, "resources", "requests", name)
+            limit = get(container.data, "resources", "limits", name)
+            found += quantity(limit if requested is None else requested) or 0.0
+        return found
+
     @property
     def is_placeholder(self) -> bool:
         """Whether all containers are pause containers: the pod only holds a place."""

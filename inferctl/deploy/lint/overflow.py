@@ -56,9 +56,11 @@ def _preempts(manifests: Manifests, _: Context) -> Iterator[Hit]:
     "placeholder-differs",
     "error",
     "overflow",
-    finds="placeholder pods whose GPU, node labels or tolerations differ from those of every model server",
+    finds="placeholder pods whose GPU, node labels or tolerations differ from those of every model server, or that "
+    "request less CPU or memory",
     consequence="the place that they hold is not one where a model server fits, so it does not help in a spike",
-    fix="copy resources (GPU), nodeSelector, node affinity and tolerations from the model server",
+    fix="copy resources (GPU; CPU and memory of all containers), nodeSelector, node affinity and tolerations from the "
+    "model server",
 )
 def _differs(manifests: Manifests, _: Context) -> Iterator[Hit]:
     for each in manifests.placeholders:
@@ -79,9 +81,13 @@ def _difference(placeholder: Workload, server: Workload) -> tuple[str, str] | No
     """Return the first field in which a placeholder differs from a model server, and how; None if it does not."""
     if placeholder.gpus != server.gpus:
         return "resources", f"it requests {_shown(placeholder)}, {server.object.name} {_shown(server)}"
+    for name in ("cpu", "memory"):
+        ours, theirs = placeholder.request(name), server.request(name)
+        if ours < theirs:
+            return "resources", f"it requests {ours:g} of {name}, all containers of {server.object.name} {theirs:g}"
     if placeholder.node_labels != server.node_labels:
-        ours, theirs = placeholder.node_labels, server.node_labels
-        differing = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+        labels, wanted = placeholder.node_labels, server.node_labels
+        differing = sorted(key for key in {*labels, *wanted} if labels.get(key) != wanted.get(key))
         return "affinity", f"it requires other node labels than {server.object.name}: {', '.join(differing)}"
     for toleration in sequence(server.spec, "tolerations"):
         if toleration not in sequence(placeholder.spec, "tolerations"):

@@ -5,6 +5,7 @@ All of it depends on the cluster: its share of the traffic, its limits, its Prom
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from inferctl.deploy.figure import Figure, Noted, shown
 from inferctl.deploy.objects.metadata import SERVER, Object, labels_of, metadata
 from inferctl.deploy.objects.policy import OVERFLOW_PRIORITY
 from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement
+from inferctl.deploy.preview.resources import of_pod
 from inferctl.deploy.queries import Link, Query
 
 DEFAULT_PROMETHEUS = "http://prometheus-operated.monitoring:9090"
@@ -21,6 +23,7 @@ DEFAULT_PROMETHEUS = "http://prometheus-operated.monitoring:9090"
 OVERFLOW = "overflow"
 PAUSE_IMAGE = "registry.k8s.io/pause:3.10"
 _POLLING_S = 15
+_MIB = 1024 * 1024
 _SCALE_DOWN_S = 300
 _SCALE_DOWN_PERCENT = 25
 
@@ -214,7 +217,10 @@ def _buffer(flavor: FlavorPlan, namespace: str, labels: Mapping[str, str], versi
 def _placeholders(
     flavor: FlavorPlan, deployment: Mapping[str, Any], labels: Mapping[str, str], spare: Figure
 ) -> Object:
-    """Return a Deployment of pause pods, which keep nodes until a server with a higher priority preempts them."""
+    """Return a Deployment of pause pods, which keep nodes until a server with a higher priority preempts them.
+
+    Each one requests as much as all containers of a server's pod, so that the pod fits in its place.
+    """
     pod = deployment["spec"]["template"]["spec"]
     (server,) = (each for each in pod["containers"] if each["name"] == SERVER)
     affinity = {key: value for key, value in pod.get("affinity", {}).items() if key == "nodeAffinity"}
@@ -231,7 +237,7 @@ def _placeholders(
             {
                 "name": "pause",
                 "image": PAUSE_IMAGE,
-                "resources": server["resources"],
+                "resources": _of_all_containers(pod, server),
                 "securityContext": server["securityContext"],
             }
         ],
@@ -247,3 +253,14 @@ def _placeholders(
             "template": {"metadata": {"labels": dict(labels)}, "spec": template},
         },
     }
+
+
+def _of_all_containers(pod: Mapping[str, Any], server: Mapping[str, Any]) -> Object:
+    """Return the resources of the server, with the CPU and memory of its sidecars added."""
+    sidecars = pod.get("initContainers", [])
+    if not sidecars:
+        return dict(server["resources"])
+    total = of_pod(pod, "requests")
+    sums = {"cpu": f"{total['cpu']}m", "memory": f"{math.ceil(total['memory'] / _MIB)}Mi"}
+    found: Object = dict(server["resources"])
+    return found | {kind: {**found[kind], **sums} for kind in ("requests", "limits")}

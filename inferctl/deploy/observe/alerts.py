@@ -16,8 +16,6 @@ _REJECTED = 0.01
 _KEY_LIMITED = 0.05
 _ERRORS = 0.01
 _OUTBOX_S = 900
-# A server below this share of its measured rate while it has at least this share of its work.
-_SLOW, _BUSY = 0.7, 0.5
 _PREEMPTIONS = 0.1
 _NOT_READY_S = 300
 # The codes of rejections that more replicas would avoid.
@@ -261,22 +259,12 @@ def _usage(watched: Watched) -> Iterator[Alert]:
 def _encoders(watched: Watched) -> Iterator[Alert]:
     series, backlog = watched.series, watched.backlog_s * _BACKLOG
     fitted = f'inferctl_capacity_tokens_per_second{{{series},source="fitted"}}'
-    measured = f'inferctl_capacity_tokens_per_second{{{series},source="capacity_file"}}'
     yield Alert(
         "InferctlBacklog",
         f"sum(inferctl_queue_tokens{{{series}}}) / sum({fitted}) > {backlog:g}",
         300,
         "critical",
         "the queues hold {{ $value | humanizeDuration }} of work",
-    )
-    yield Alert(
-        "InferctlSlowerThanMeasured",
-        f"max by (pod) ({fitted}) < {_SLOW} * max by (pod) ({measured})\n"
-        f"and on (pod) sum by (pod) (rate(inferctl_tokens_total{{{series}}}[10m])) > {_BUSY} * max by (pod) ({fitted})",
-        900,
-        "warning",
-        "{{ $labels.pod }} computes {{ $value | humanize }} tokens/s in full batches, "
-        f"less than {_SLOW:.0%} of its capacity file",
     )
     yield Alert(
         "InferctlNonFiniteVectors",

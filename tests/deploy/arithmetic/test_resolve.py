@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,40 @@ def test_receipts_that_do_not_fit_are_refused(
     with pytest.raises(error, match=message) as caught:
         plan(spec({"flavors": flavors, "traffic": TRAFFIC}), tmp_path)
     assert str(caught.value).startswith("deploy.flavors[0]: ")
+
+
+@pytest.mark.parametrize(
+    ("model", "differs"),
+    [
+        ({"sha256": "ab" * 32}, False),
+        ({"sha256": "cd" * 32}, True),
+        ({"sha256": "cd" * 32, "original_sha256": "ab" * 32}, False),  # quantized from this model
+        ({}, False),
+    ],
+)
+def test_a_receipt_of_another_model_is_a_warning(model: dict[str, Any], differs: bool, tmp_path: Path) -> None:
+    from inferctl.deploy.measured import read
+
+    file = write_receipt(tmp_path / "r.json", "l4", 200.0, model={"source": "test", **model})
+    _, _, warnings = read(file, catalog.hardware("l4"), "embed", lambda: "ab" * 32)
+    expected = ["r.json was measured with another model: sha256 cdcdcdcdcdcd, not abababababab. Measure this model"]
+    assert warnings == (expected if differs else [])
+    assert read(file, catalog.hardware("l4"), "embed")[2] == []
+
+
+def test_a_model_on_this_machine_is_compared_with_its_receipts(
+    minilm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from inferctl import cli, model
+
+    deploy = {"flavors": [{"hardware": "l4", "image": IMAGE, "receipt": "r.json"}], "traffic": TRAFFIC}
+    data = {"name": "embed", "model": {"source": str(minilm), "weights": "bake"}, "deploy": deploy}
+    (tmp_path / "inferctl.yaml").write_text(json.dumps(data))
+    for digest, differs in ((model.find(str(minilm)).digest, False), ("cd" * 32, True)):
+        write_receipt(tmp_path / "r.json", "l4", 200.0, model={"source": "test", "sha256": digest})
+        assert cli.run(["deploy", "--json", "-f", str(tmp_path / "inferctl.yaml")]) == 0
+        warnings = json.loads(capsys.readouterr().out)["warnings"]
+        assert any("was measured with another model" in each for each in warnings) is differs
 
 
 def test_an_altered_receipt_is_refused(tmp_path: Path) -> None:
@@ -310,6 +345,17 @@ def test_two_models_share_what_a_cluster_has_for_overflow(tmp_path: Path) -> Non
     assert first.overflow
     assert second.overflow
     assert (first.overflow.value, second.overflow.value) == (5, 1)
+
+
+def test_more_replicas_than_any_cluster_has_are_refused_with_the_arithmetic() -> None:
+    # 250,000 / (0.7 x 1) = 357,142.9
+    with pytest.raises(
+        UsageError, match=r"needs 357,143 replicas at peak, more than 100,000: ceil\(250,000 / "
+    ) as caught:
+        plan(spec(one(tokens_per_second=1)))
+    assert caught.value.hint == "correct deploy.traffic, or the rate of the flavor"
+    # 250,000 / (0.7 x 4) = 89,285.7
+    assert plan(spec(one(tokens_per_second=4))).models[0].flavors[0].placements[0].max_replicas.value == 89_286
 
 
 def test_the_limit_of_a_key_is_divided_among_the_replicas_at_the_peak() -> None:

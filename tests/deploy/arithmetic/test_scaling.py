@@ -162,6 +162,21 @@ def test_placeholders_take_the_place_of_a_server_and_give_way() -> None:
     assert not selector["matchLabels"].items() <= placeholder["spec"]["template"]["metadata"]["labels"].items()
 
 
+def test_placeholders_are_as_large_as_a_pod_with_its_worker() -> None:
+    settings = {
+        "flavors": [{"hardware": "l4", "tokens_per_second": 40_000, "image": IMAGE}],
+        "traffic": {"base_rps": 400, "peak_rps": 2000, "tokens_per_request": 250},
+        "ledger_secret": "ledger",
+        "tools_image": IMAGE,
+    }
+    found = plan(spec(settings, metering={"mode": "on"}))
+    (placeholder,) = spare(found)
+    # Server: 3 - 0.1 cores assumed, and 200 MB + 4 GiB = 4,287 MiB. Worker: 0.1 cores and 256 MiB.
+    resources = placeholder["spec"]["template"]["spec"]["containers"][0]["resources"]
+    assert resources["requests"] == {"cpu": "3000m", "memory": "4543Mi", "nvidia.com/gpu": 1}
+    assert resources["limits"] == resources["requests"]
+
+
 @pytest.mark.parametrize("overflow", ["none", 0])
 def test_the_overflow_can_be_switched_off(overflow: Any) -> None:
     assert spare(planned(overflow=overflow)) == []

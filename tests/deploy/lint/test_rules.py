@@ -68,6 +68,14 @@ def test_a_node_pool_has_room_for_replicas_and_a_rollout() -> None:
     assert "pool-limit-low" in rules(changed("Deployment/embed", surge, 3))
 
 
+@pytest.mark.parametrize(("name", "value"), [("cpu", "3900m"), ("memory", "8000Mi")])
+def test_a_placeholder_is_as_large_as_a_server(name: str, value: str) -> None:
+    objects = changed("Deployment/embed-overflow", (*SERVER, "resources", "requests", name), value)
+    assert rules(objects) >= {"placeholder-differs"}
+    larger = changed("Deployment/embed-overflow", (*SERVER, "resources", "requests", "cpu"), "5")
+    assert rules(larger) == set()
+
+
 def test_namespaces_are_apart_and_large_files_take_seconds() -> None:
     """The same manifests in 40 namespaces: nothing of one is counted for another, and 700 objects take 0.4 s."""
     objects = [each for each in seeded.good() if "namespace" not in each["metadata"]]
