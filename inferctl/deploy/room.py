@@ -25,13 +25,14 @@ def within_limits(models: Sequence[ModelPlan], clusters: Sequence[Cluster]) -> t
     for cluster, key, limit in limits:
         left = limit - _most(found, cluster, key)
         for flavor in _users(found, cluster, key):
-            if flavor.surge > left:
+            if flavor.surge and flavor.surge > left:
                 found[found.index(flavor)] = replace(flavor, surge=0)
                 warnings.append(
                     f"{cluster.name}: no {key} is left for a rollout of {flavor.name}: it stops a replica before it "
                     "starts the new one. Raise max_replicas of the cluster, or lower that of the flavors"
                 )
-            left -= flavor.surge
+            else:
+                left -= flavor.surge
     for cluster, key, limit in limits:
         left = max(0, limit - _most(found, cluster, key) - sum(each.surge for each in _users(found, cluster, key)))
         for flavor in _users(found, cluster, key):

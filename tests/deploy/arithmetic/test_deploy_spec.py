@@ -117,7 +117,8 @@ def test_clusters_share_what_the_others_leave(tmp_path: Path) -> None:
 def test_capacity_buffers_have_the_version_of_the_autoscaler(
     autoscaler: str, version: str, on: bool, expected: str | None
 ) -> None:
+    cloud = {"gke": "gcp", "eks-auto": "aws"}.get(autoscaler, "on-premises")
     cluster = clusters.Cluster.model_validate(
-        {"name": "a", "autoscaler": autoscaler, "kubernetes": version, "capacity_buffers": on}
+        {"name": "a", "cloud": cloud, "autoscaler": autoscaler, "kubernetes": version, "capacity_buffers": on}
     )
     assert cluster.buffer_version == (expected and f"autoscaling.x-k8s.io/{expected}")

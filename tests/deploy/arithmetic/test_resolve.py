@@ -304,6 +304,8 @@ def test_two_models_must_fit_the_limits_of_a_cluster_together(tmp_path: Path) ->
 
     assert not any("add up" in warning for warning in resolved(8))
     assert any("the maxima of first-l4 and second-l4 add up to 8" in warning for warning in resolved(6))
+    # With two replicas or more, a rollout needs no free GPU.
+    assert not any("for a rollout" in warning for warning in resolved(6))
     with pytest.raises(UsageError, match="first-l4 and second-l4 need 4 at their minimum"):
         resolved(3)
 

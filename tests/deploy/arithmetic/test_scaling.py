@@ -130,12 +130,12 @@ def test_a_buffer_has_the_version_of_the_cluster_and_only_one_size() -> None:
 @pytest.mark.parametrize("autoscaler", ["karpenter", "eks-auto"])
 @pytest.mark.parametrize("overflow", ["auto", 3])
 def test_karpenter_keeps_whole_gpus_only(autoscaler: str, overflow: Any) -> None:
-    found = planned({"autoscaler": autoscaler}, overflow=overflow)
+    found = planned({"cloud": "aws", "autoscaler": autoscaler}, overflow=overflow)
     assert spare(found) == []
     (warning,) = (each for each in found.models[0].warnings if "no overflow" in each)
     assert "no overflow for embed-half: Karpenter starts no nodes for sharing: mig" in warning
     whole = planned(
-        {"autoscaler": autoscaler},
+        {"cloud": "aws", "autoscaler": autoscaler},
         overflow=overflow,
         flavors=[{"hardware": "l4", "tokens_per_second": 40_000, "image": IMAGE}],
     )
