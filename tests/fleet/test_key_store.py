@@ -214,7 +214,9 @@ def test_one_folder_for_events_and_for_two_stores(tmp_path: Path) -> None:
     assert not files[0].exists()
 
 
-def test_a_ledger_of_a_newer_version_does_not_end_the_copy_of_keys(tmp_path: Path) -> None:
+def test_a_ledger_of_a_newer_version_does_not_end_the_copy_of_keys(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     address = store_at(tmp_path / "keys.sqlite")
     settings = Access(keys=address, data=str(tmp_path / "access"))
     metering = Metering(mode="on", data=str(tmp_path / "data"), ledger=f"sqlite:///{tmp_path}/ledger.sqlite")
@@ -223,8 +225,34 @@ def test_a_ledger_of_a_newer_version_does_not_end_the_copy_of_keys(tmp_path: Pat
     newer.execute("insert into usage_version values ('9999')")
     newer.commit()
     newer.close()
-    worker, copied = Worker(metering, settings), Path(settings.key_file or "")
-    asyncio.run(_run_until(worker, copied.exists))
+    worker, copied, removed = Worker(metering, settings), Path(settings.key_file or ""), list[bool]()
+
+    def copied_after_the_error() -> bool:
+        if "newer version" in caplog.text and not removed:
+            copied.unlink(missing_ok=True)
+            removed.append(True)
+        return bool(removed) and copied.exists()
+
+    asyncio.run(_run_until(worker, copied_after_the_error))
+
+
+def test_a_worker_that_waits_for_another_one_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("inferctl.worker.access._ONLY_WORKER_S", 0.01)
+    settings = Access(keys=store_at(tmp_path / "keys.sqlite"), data=str(tmp_path / "access"))
+    copied, seconds = Path(settings.key_file or ""), list[float]()
+
+    def waited() -> bool:
+        if "another worker has" in caplog.text:
+            seconds.append(time.monotonic())
+        return len(seconds) > 5
+
+    with outbox.exclusive(copied.parent, f"{copied.stem}.lock"):
+        asyncio.run(_run_until(Worker(None, settings), waited))
+    assert caplog.text.count("another worker has") == 1
+    assert not copied.exists()
+    asyncio.run(_run_until(Worker(None, settings), copied.exists))
 
 
 def test_a_store_of_a_newer_version_is_an_error(tmp_path: Path) -> None:
