@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from inferctl.deploy import manifest, versions
+from inferctl.deploy import manifest, room, versions
 from inferctl.deploy.clusters import Cluster
-from inferctl.deploy.figure import Figure, Noted
+from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import (
     bench,
     gateway,
@@ -34,7 +34,7 @@ from inferctl.deploy.objects import (
 )
 from inferctl.deploy.objects.metadata import COMPONENT, SERVER, Object, labels_of
 from inferctl.deploy.observe import objects as observe
-from inferctl.deploy.plan import FlavorPlan, ModelPlan, Plan
+from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Plan
 from inferctl.errors import UsageError
 
 _KUSTOMIZE = "kustomize.config.k8s.io"
@@ -276,25 +276,20 @@ def _delete(flavor: FlavorPlan, namespace: str) -> Object:
 
 def _quota(plan: Plan, cluster: Cluster) -> list[Object]:
     """Return the quota of GPUs: what all flavors may have, with a rollout and the overflow."""
-    parts: dict[str, list[tuple[str, int]]] = {}
+    kinds: dict[tuple[str, str], list[tuple[FlavorPlan, Placement]]] = {}
     for model in plan.models:
         for flavor in model.flavors:
             placed = flavor.at(cluster)
-            if placed.resource is None or placed.max_replicas.value == 0 or flavor.sharing == "dra":
-                continue
-            most, overflow = placed.max_replicas.value, _value(placed.overflow)
-            pods = most + flavor.surge + overflow
-            parts.setdefault(placed.resource.name, []).append((flavor.name, int(pods * placed.resource.count)))
+            if placed.resource and placed.max_replicas.value and flavor.sharing != "dra":
+                kinds.setdefault((placed.resource.name, flavor.hardware.key), []).append((flavor, placed))
+    parts: dict[str, list[tuple[int, str]]] = {}
+    for (name, key), flavors in kinds.items():
+        parts.setdefault(name, []).append(room.gpus(flavors, cluster.max_replicas.get(key)))
     hard: Mapping[str, Noted] = {
-        name: Noted(str(sum(count for _, count in counts)), f"{_sum(counts)}: maximum, rollout and overflow")
-        for name, counts in parts.items()
+        name: Noted(
+            str(sum(count for count, _ in found)),
+            f"{' + '.join(formula for _, formula in found)}: maximum, rollout and overflow",
+        )
+        for name, found in parts.items()
     }
     return [policy.quota(plan.namespace, hard)] if hard else []
-
-
-def _value(figure: Figure | None) -> float:
-    return figure.value if figure else 0
-
-
-def _sum(counts: Sequence[tuple[str, int]]) -> str:
-    return " + ".join(f"{count} {name}" for name, count in counts)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from inferctl.deploy import placement
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure
-from inferctl.deploy.plan import FlavorPlan, ModelPlan
+from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement
 from inferctl.errors import UsageError
 
 
@@ -47,6 +47,21 @@ def within_limits(models: Sequence[ModelPlan], clusters: Sequence[Cluster]) -> t
     priced = iter([placement.with_costs(flavor, clusters) for flavor in found])
     done = [replace(model, flavors=tuple(next(priced) for _ in model.flavors)) for model in models]
     return (replace(done[0], warnings=(*done[0].warnings, *warnings)), *done[1:])
+
+
+def gpus(placed: Sequence[tuple[FlavorPlan, Placement]], limit: int | None) -> tuple[int, str]:
+    """Return the GPUs of flavors with one kind of hardware in a cluster, and the formula: maxima, rollouts, overflow.
+
+    `limit`: the most replicas that the cluster can have of it, None if unknown. More are never returned.
+    """
+    counts = []
+    for flavor, here in placed:
+        overflow = here.overflow.value if here.overflow else 0
+        each = here.resource.count if here.resource else 0
+        counts.append((flavor.name, int(here.max_replicas.value + flavor.surge + overflow) * each, each))
+    total, formula = sum(count for _, count, _ in counts), " + ".join(f"{count} {name}" for name, count, _ in counts)
+    most = total if limit is None else limit * max(each for _, _, each in counts)
+    return (total, formula) if total <= most else (most, f"min({most}, {formula})")
 
 
 def _surge(model: ModelPlan, flavor: FlavorPlan) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from inferctl.deploy import manifest
+from inferctl.deploy import manifest, room
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import service, sharing
 from inferctl.deploy.objects.metadata import SERVER, Object, labels_of, metadata
-from inferctl.deploy.plan import FlavorPlan, ModelPlan, Plan
+from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Plan
 
 # Names of objects that the platform team makes: the Gateway with its namespace, and the class of nodes of Karpenter.
 GATEWAY = {"name": "inference-gateway", "namespace": "gateways"}
@@ -33,20 +33,17 @@ def node_pools(plan: Plan, cluster: Cluster) -> list[Object]:
     known = _NODE_CLASSES.get("eks-auto" if cluster.autoscaler == "eks-auto" else cluster.cloud)
     if cluster.autoscaler not in ("karpenter", "eks-auto") or known is None:
         return []
-    found: dict[str, list[tuple[FlavorPlan, int]]] = {}
+    found: dict[str, list[tuple[FlavorPlan, Placement]]] = {}
     for model in plan.models:
         for flavor in model.flavors:
             placed = flavor.at(cluster)
-            if not placed.max_replicas.value:
-                continue
-            pods = int(placed.max_replicas.value + (placed.overflow.value if placed.overflow else 0)) + flavor.surge
-            if placed.resource and flavor.sharing == "whole":
-                found.setdefault(flavor.hardware.key, []).append((flavor, pods * placed.resource.count))
+            if placed.resource and placed.max_replicas.value and flavor.sharing == "whole":
+                found.setdefault(flavor.hardware.key, []).append((flavor, placed))
     return [_node_pool(key, placed, cluster, *known) for key, placed in found.items()]
 
 
 def _node_pool(
-    key: str, placed: list[tuple[FlavorPlan, int]], cluster: Cluster, group: str, kind: str, gpu_label: str
+    key: str, placed: list[tuple[FlavorPlan, Placement]], cluster: Cluster, group: str, kind: str, gpu_label: str
 ) -> Object:
     part = placed[0][0].hardware
     name = key.partition("-")[0]
@@ -66,7 +63,7 @@ def _node_pool(
     if cluster.zones:
         zones = {"key": "topology.kubernetes.io/zone", "operator": "In", "values": list(cluster.zones)}
         requirements.append(zones)
-    note = " + ".join(f"{gpus} {flavor.name}" for flavor, gpus in placed)
+    limit, formula = room.gpus(placed, cluster.max_replicas.get(key))
     return {
         "apiVersion": "karpenter.sh/v1",
         "kind": "NodePool",
@@ -84,9 +81,7 @@ def _node_pool(
                     "expireAfter": "720h",
                 },
             },
-            "limits": {
-                "nvidia.com/gpu": Noted(str(sum(gpus for _, gpus in placed)), f"{note}: maximum, rollout and overflow")
-            },
+            "limits": {"nvidia.com/gpu": Noted(str(limit), f"{formula}: maximum, rollout and overflow")},
             "disruption": {
                 "consolidationPolicy": "WhenEmptyOrUnderutilized",
                 "consolidateAfter": "5m",
