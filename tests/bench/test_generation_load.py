@@ -126,7 +126,8 @@ def test_goodput_counts_requests_within_both_bounds(harness: tuple[Any, Any]) ->
     assert wide["goodput"] is not None
     assert (wide["goodput"]["percent"], wide["goodput"]["requests_per_s"]) == (100, wide["requests_per_s"])
     assert wide["goodput"]["output_tokens_per_s"] == wide["output_tokens_per_s"]
-    _, narrow, _ = run(harness, generation={**generation, "ttft_ms": 60_000, "itl_ms": 0.001})
+    # Not a bound of the gaps: on a busy machine, the tokens of a response can arrive together.
+    _, narrow, _ = run(harness, generation={**generation, "ttft_ms": 0.001, "itl_ms": 60_000})
     assert narrow["goodput"] is not None
     assert (narrow["goodput"]["percent"], narrow["goodput"]["requests_per_s"]) == (0, 0)
 
