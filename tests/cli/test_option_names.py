@@ -20,6 +20,7 @@ OTHER_PROGRAMS = {
     "--dtype": "vllm serve",
     "--enable-force-include-usage": "vllm serve",
     "--enable-prompt-tokens-details": "vllm serve",
+    "--field-selector": "kubectl get",
     "--link": "Dockerfile COPY",
     "--middleware": "vllm serve",
     "--max-tokens": "python -m inferctl.serve.reference",

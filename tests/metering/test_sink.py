@@ -84,7 +84,7 @@ def test_a_worker_sends_to_the_sink(tmp_path: Path, product: Product) -> None:
 
     from inferctl.metering.outbox import Outbox
     from inferctl.metering.recorder import Recorder
-    from inferctl.spec import Metering
+    from inferctl.spec import Access, Metering
     from inferctl.worker.worker import Worker
     from tests.metering.parts import ORIGIN, event
 
@@ -96,7 +96,7 @@ def test_a_worker_sends_to_the_sink(tmp_path: Path, product: Product) -> None:
     settings = Metering(data=str(tmp_path / "m"), sink=product.url, sink_token_file=str(tmp_path / "token"))
 
     async def run() -> None:
-        worker = Worker(settings)
+        worker = Worker(settings, Access())
         working = asyncio.create_task(worker.run())
         while sum(len(events) for _, events in product.requests) < 10:
             await asyncio.sleep(0.05)
