@@ -151,16 +151,15 @@ class VectorCache:
             if not joined and not missing:
                 break
             own = self._start(missing, compute, bulk) if missing else None
-            if own and not joins and len(missing) == len(keys):
-                # The most common case: a request whose inputs are all new. What follows would double the cost.
-                result = await self._wait_alone(own)
-                if result and not own.from_shared:
-                    return self._computed(result, len(keys))
             waiting = {key: flight.join(key) for key, flight in joined.items()}
             started = time.monotonic()
             await self._wait({*joined.values(), *((own,) if own else ())}, own, list(waiting.values()))
             if own:
                 result = own.future.result()
+                if result and not joins and len(missing) == len(keys) and not own.from_shared:
+                    # The most common case: all inputs are new. To put the vectors together again would take as long.
+                    self._metrics.cache_misses.inc(len(keys))
+                    return _uncached(result)
                 found |= own.found
                 computed |= own.found.keys() - own.from_shared
                 from_shared += len(own.from_shared)
@@ -200,21 +199,6 @@ class VectorCache:
         result = await compute(list(missing.values()), partial(self._arrived, flight, list(missing)))
         shared.put({key: flight.found[key] for key in missing if flight.found[key]})
         return result
-
-    async def _wait_alone(self, flight: _Flight) -> RequestResult | None:
-        """Wait for the flight of this request. Unless others wait for it too, stop it if this request is cancelled."""
-        flight.waiters += 1
-        try:
-            return await asyncio.shield(flight.future)
-        finally:
-            flight.waiters -= 1
-            if not flight.waiters and not flight.future.done():
-                self._forget(flight)
-                flight.future.cancel()
-
-    def _computed(self, result: RequestResult, count: int) -> CachedResult:
-        self._metrics.cache_misses.inc(count)
-        return _uncached(result)
 
     async def _wait(
         self, flights: set[_Flight], own: _Flight | None, futures: Sequence[asyncio.Future[bytes | None]]
