@@ -133,6 +133,7 @@ def test_all_engines_killed_at_once(three: Running) -> None:
         load.wait_for_progress()
         for engine in engines_of(three):
             os.kill(engine, signal.SIGKILL)
+        until(lambda: three.metric("inferctl_engine_deaths_total") == 3)
         wait_for_engines(three, 3)
     assert three.get("/livez").status_code == 200
 
@@ -206,6 +207,7 @@ def test_an_encoder_is_killed_and_another_hangs(serve: Serve, tiny: Callable[...
     with Load(server, lambda n: (texts[n % 40], vectors[n % 40])).running(2) as load:
         load.wait_for_progress(20)
         os.kill(engines_of(server)[0], signal.SIGKILL)
+        until(lambda: server.metric("inferctl_engine_deaths_total") == 1)  # the kernel frees its memory first
         load.wait_for_progress(20)
         load.pause_s = 0.1  # the start of an engine needs the cores
         wait_for_engines(server, 2)
