@@ -25,7 +25,7 @@ from inferctl.serve.metrics import Metrics
 from inferctl.serve.scheduling.batcher import AdmissionError
 from inferctl.serve.scheduling.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError, RequestResult
 from inferctl.serve.tokenizer_pool import InputError, TokenizerBusyError, TokenizerPool
-from inferctl.serve.vector_cache.vector_cache import CachedResult, VectorCache
+from inferctl.serve.vector_cache.vector_cache import VectorCache
 
 # Larger bodies are parsed on another thread. For smaller ones, the switch takes longer than the work.
 _INLINE_BODY_BYTES = 64 * 1024
@@ -82,7 +82,7 @@ class Inference:
         """
         started = time.monotonic()
 
-        async def compute() -> tuple[RequestResult | CachedResult, float]:
+        async def compute() -> tuple[RequestResult, float]:
             try:
                 sequences, second_starts = await tokenize
             except (InputError, asyncio.CancelledError):
@@ -123,18 +123,14 @@ class Inference:
 
     async def _vectors(
         self, context: RequestContext, sequences: Sequence[Tokens], second_starts: Sequence[int] | None
-    ) -> RequestResult | CachedResult:
+    ) -> RequestResult:
         """Return the vectors of the sequences, from the cache if there is one. Pairs are not cached."""
         bulk = context.priority == b"bulk"
         submit = partial(self.dispatcher.submit, bulk=bulk, tenant=context.tenant)
         if self.cache is None or second_starts is not None:
             return await submit(sequences, second_starts)
         result = await self.cache.run(
-            context.key_id,
-            sequences,
-            lambda missing, on_vector: submit(missing, on_vector=on_vector),
-            bulk=bulk,
-            directives=context.cache_control,
+            context.key_id, sequences, submit, bulk=bulk, directives=context.cache_control
         )
         context.cached_tokens = result.cached_tokens
         return result

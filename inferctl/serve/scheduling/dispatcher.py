@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -48,12 +48,12 @@ class EngineFailedError(Exception):
     """The engine could not compute this request. The message says why."""
 
 
-@dataclass(frozen=True)
-class RequestResult:
+class RequestResult(NamedTuple):
     """The vectors of one request ([sequences, dimensions]) and its times (s).
 
     `non_finite`: the indices of the vectors with NaN or infinity. `inference_seconds`: from the start of its first
-    batch to its last vector. `engine_seconds`: its share of the times of its batches, by tokens.
+    batch to its last vector. `engine_seconds`: its share of the times of its batches, by tokens. `cached_tokens`: those
+    that were not computed for this request, with a cache.
     """
 
     vectors: Vectors
@@ -61,6 +61,7 @@ class RequestResult:
     queue_seconds: float
     inference_seconds: float
     engine_seconds: float
+    cached_tokens: int = 0
 
 
 @dataclass
