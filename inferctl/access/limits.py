@@ -122,9 +122,9 @@ class KeyUsage:
         limit, window = self.limits[index], self.windows[index]
         if limit is None:
             return None
-        used = self._shown(*self._state(index, now), shared)
-        if not shared and self._limiter.others:
-            limit = max(1, limit // (1 + self._limiter.others))
+        used, unknown = self._state(index, now)
+        if (others := self._limiter.others) and not shared:
+            limit, used = max(1, limit // (1 + others)), self._shown(used, unknown, shared)
         empty = not (window.own_total or window.foreign_total)
         seconds = 0 if empty else math.ceil((window.newest + CELLS) * CELL_S - now)
         return limit, limit - used if used < limit else 0, seconds

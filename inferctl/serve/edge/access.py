@@ -209,26 +209,28 @@ def limit_lines(usage: KeyUsage) -> bytes:
     requests, tokens = usage.quotas(time.time())
     if requests and tokens:
         (limit, left, reset), (token_limit, tokens_left, token_reset) = requests, tokens
-        state = (left, _duration(reset), tokens_left, _duration(token_reset), left, reset, tokens_left, token_reset)
-        return _template(limit, token_limit) % state
-    if quota := requests or tokens:
-        limit, left, reset = quota
-        return _template(*(each and each[0] for each in (requests, tokens))) % (left, _duration(reset), left, reset)
+        return _template(limit, reset, token_limit, token_reset) % (left, tokens_left, left, tokens_left)
+    if requests:
+        limit, left, reset = requests
+        return _template(limit, reset, None, 0) % (left, left)
+    if tokens:
+        limit, left, reset = tokens
+        return _template(None, 0, limit, reset) % (left, left)
     return b""
 
 
 @functools.lru_cache(maxsize=1024)
-def _template(requests: int | None, tokens: int | None) -> bytes:
-    """Return the lines with a place for each number that changes."""
-    limits = {name: limit for name, limit in ((b"requests", requests), (b"tokens", tokens)) if limit is not None}
-    lines = [b"x-ratelimit-limit-%s: %d" % each for each in limits.items()]
-    lines += [b"x-ratelimit-remaining-%s: %%d\r\nx-ratelimit-reset-%s: %%s" % (name, name) for name in limits]
-    lines.append(b"ratelimit-policy: " + b", ".join(b'"%s";q=%d;w=%d' % (*each, PERIOD_S) for each in limits.items()))
-    lines.append(b"ratelimit: " + b", ".join(b'"%s";r=%%d;t=%%d' % name for name in limits))
+def _template(requests: int | None, reset: int, tokens: int | None, token_reset: int) -> bytes:
+    """Return the lines with a place for what is left of each limit, which changes with each request."""
+    limits = [(b"requests", requests, reset), (b"tokens", tokens, token_reset)]
+    found = [(name, limit, seconds) for name, limit, seconds in limits if limit is not None]
+    lines = [b"x-ratelimit-limit-%s: %d\r\nx-ratelimit-reset-%s: %s" % (n, q, n, _duration(t)) for n, q, t in found]
+    lines += [b"x-ratelimit-remaining-%s: %%d" % name for name, _, _ in found]
+    lines.append(b"ratelimit-policy: " + b", ".join(b'"%s";q=%d;w=%d' % (n, q, PERIOD_S) for n, q, _ in found))
+    lines.append(b"ratelimit: " + b", ".join(b'"%s";r=%%d;t=%d' % (n, t) for n, _, t in found))
     return b"\r\n".join([*lines, b""])
 
 
-@functools.lru_cache(maxsize=128)
 def _duration(seconds: int) -> bytes:
     return b"%dm%ds" % divmod(seconds, 60) if seconds >= 60 else b"%ds" % seconds
 
