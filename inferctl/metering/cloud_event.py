@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 REQUEST = "inferctl.request.v1"
 # The last event of a server process. `data.clean`: False if the process was killed, then written after its death.
@@ -76,8 +76,7 @@ class Origin:
     hardware: str | None = None
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """One event. `time_ms`: since 1970. `data`: the `FIELDS` of a request, or `clean` of an end."""
 
     id: int

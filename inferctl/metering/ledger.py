@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ class Ledger:
         if rows:
             # Past SQLAlchemy's handling of parameters, which takes as long as the rest.
             names = self._insert_event.positiontup
-            values = [tuple(row[name] for name in names) for row in rows] if names else rows
+            values = list(map(itemgetter(*names), rows)) if names else rows
             connection.exec_driver_sql(str(self._insert_event), values)
         if gaps:
             connection.execute(self._insert(GAPS).on_conflict_do_nothing(), gaps)
