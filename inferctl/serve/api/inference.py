@@ -129,9 +129,7 @@ class Inference:
         submit = partial(self.dispatcher.submit, bulk=bulk, tenant=context.tenant)
         if self.cache is None or second_starts is not None:
             return await submit(sequences, second_starts)
-        result = await self.cache.run(
-            context.key_id, sequences, submit, bulk=bulk, directives=context.cache_control
-        )
+        result = await self.cache.run(context.key_id, sequences, submit, bulk=bulk, directives=context.cache_control)
         context.cached_tokens = result.cached_tokens
         return result
 

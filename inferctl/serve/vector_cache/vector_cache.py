@@ -263,4 +263,3 @@ class VectorCache:
         data = b"" if non_finite else b"".join([found[key] for key in keys])
         vectors = np.frombuffer(data, dtype=np.float32).reshape(len(keys), -1) if data else np.empty((0, 0), np.float32)
         return RequestResult(vectors, non_finite, *seconds, cached_tokens=tokens)
-
