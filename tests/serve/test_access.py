@@ -18,6 +18,7 @@ import pytest
 from inferctl import settings
 from inferctl.access import key_file
 from inferctl.access.key_file import ApiKey
+from inferctl.access.limits import Charge, KeyUsage, Limiter
 from inferctl.bench.load import target
 from inferctl.errors import NotReadyError
 from inferctl.serve.edge import access
@@ -134,6 +135,43 @@ def test_the_log_has_the_id_of_the_key_and_never_the_key(guarded: Guarded) -> No
     assert secret not in text
     assert secret.rsplit("_", 1)[-1] not in text
     assert "a-wrong-key" not in text
+
+
+@pytest.mark.parametrize(
+    ("limits", "lines"),
+    [
+        ((None, None), []),
+        (
+            (9, None),
+            [
+                b"x-ratelimit-limit-requests: 9",
+                b"x-ratelimit-reset-requests: 1m1s",
+                b"x-ratelimit-remaining-requests: 8",
+                b'ratelimit-policy: "requests";q=9;w=60',
+                b'ratelimit: "requests";r=8;t=61',
+            ],
+        ),
+        (
+            (None, 90),
+            [
+                b"x-ratelimit-limit-tokens: 90",
+                b"x-ratelimit-reset-tokens: 0s",
+                b"x-ratelimit-remaining-tokens: 90",
+                b'ratelimit-policy: "tokens";q=90;w=60',
+                b'ratelimit: "tokens";r=90;t=0',
+            ],
+        ),
+    ],
+)
+def test_headers_name_only_limits_that_exist(
+    limits: tuple[int | None, int | None], lines: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1_000_000_004.0  # 61 s before a cell that began 4 s ago leaves the window
+    monkeypatch.setattr(time, "time", lambda: now)
+    usage = KeyUsage(Limiter(), "a")
+    usage.limits = limits
+    Charge(usage, now)
+    assert access.limit_lines(usage).splitlines() == lines
 
 
 def test_limits_have_headers_and_a_429(guarded: Guarded) -> None:
