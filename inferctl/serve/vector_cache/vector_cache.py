@@ -228,9 +228,11 @@ class VectorCache:
     def _finished(self, flight: _Flight, future: asyncio.Future[RequestResult | None]) -> None:
         flight.error = asyncio.CancelledError() if future.cancelled() else future.exception()
         self._forget(flight)
-        for waiting in (flight.ended, *flight.joined.values()):
-            if not waiting.done():
-                waiting.set_result(None)
+        if not flight.ended.done():
+            flight.ended.set_result(None)
+        for joined in flight.joined.values():
+            if not joined.done():
+                joined.set_result(None)
 
     def _forget(self, flight: _Flight) -> None:
         for key in flight.sequences:
