@@ -12,6 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
 
+from inferctl import passwords
 from inferctl.errors import NotReadyError, UsageError
 
 _MIGRATION_LOCK = 0x696E6665
@@ -94,7 +95,9 @@ class Schema:
             yield
         except (sa.exc.SQLAlchemyError, OSError) as error:
             reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-            message = f"{self.what} {url.render_as_string(hide_password=True)} is not available: {reason}"
+            # SQLAlchemy hides passwords before the host, but not those in the query.
+            address = passwords.hide(url.render_as_string(hide_password=False))
+            message = f"{self.what} {address} is not available: {reason}"
             raise DatabaseUnavailableError(message, "check the address and that the database runs") from None
 
     def versions(self, connection: sa.Connection) -> tuple[str | None, str | None]:

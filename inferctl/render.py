@@ -60,6 +60,7 @@ _SERVER_MODULES = (
     "hub",
     "model",
     "outputs",
+    "passwords",
     "precision",
     "settings",
     "sizes",

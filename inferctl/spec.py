@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from inferctl import passwords
 from inferctl.deploy_spec import Deploy
 from inferctl.spec_types import IMAGE_NAME as IMAGE_NAME
 from inferctl.spec_types import IMAGE_REFERENCE, OneLine, Precision, Revision, Section, Size, Slug, Weights
@@ -220,8 +221,7 @@ class Oidc(Section):
 
 def _url_hash(url: str) -> str:
     """Return the hash of a URL without its password, which may change."""
-    public = re.sub(r"(://[^/:@]*):[^/]*@", r"\1@", url)
-    return hashlib.sha256(re.sub(r"([?&])password=[^&]*&?", r"\1", public).rstrip("?&").encode()).hexdigest()[:16]
+    return hashlib.sha256(passwords.remove(url).encode()).hexdigest()[:16]
 
 
 class Access(Section):

@@ -1,10 +1,18 @@
-"""Compare how `inferctl gateway` chooses servers, when one of three is three times slower than the others.
+"""What `inferctl gateway` does with a slow server, with one that is killed, and while all are restarted.
 
-    python benchmarks/peers/balancing.py [--seconds 20] [--rounds 2] [--json FILE]
+    python benchmarks/peers/balancing.py [--seconds 20] [--rounds 2] [--kills 5] [--json FILE] [PART ...]
 
-The servers are those of the tests (four requests at a time, fixed times), so the capacity is known. The load is an open
-loop at 80% of the capacity of all three. Latency is counted from the intended time of a request. Rounds are
-interleaved. The check passes if the p99 of least request is at most half of that of round robin.
+The parts are `balancing`, `killed` and `restart`; default: all. Latency counts from the intended time of a request.
+
+balancing: one of three servers is three times slower than the others. They are those of the tests (four requests at a
+time, fixed times), so the capacity is known, and the open loop is 80% of it. Rounds are interleaved. The p99 of least
+request must be at most half of that of round robin.
+
+killed, restart: three servers of inferctl with the echo engine, an open loop of `--rate` requests/s. One in a hundred
+takes half a second, so that nearly all servers have requests in flight. `killed`: SIGKILL of one server after the
+other, which then starts again. Ejected: from the signal until Envoy does not count it as healthy, which must be within
+2 s; also until the last attempt to connect to it. `restart`: SIGTERM of one server after the other, which drains,
+ends, and starts again. In both, no client may get another response than 200.
 """
 
 from __future__ import annotations
@@ -12,28 +20,35 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import socket
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
+import load
 import peers
+import recorder
+
+sys.path.insert(0, str(peers.ROOT))
+
+from inferctl.gateway import admin
+from inferctl.serve.engines.echo import SLOW_TOKEN
 
 BACKEND = peers.ROOT / "tests" / "gateway" / "backend.py"
 DELAYS_S = {"a": 0.1, "b": 0.1, "slow": 0.3}
 SLOTS = 4  # of each server
 LOAD = 0.8
 BALANCING = ("least-request", "round-robin")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+PORT, SERVERS = 18571, 3
+MAX_RATIO, MAX_EJECTED_S = 0.5, 2.0
+_WATCHED_S = 8.0  # after a kill: Envoy could try an ejected server again after 5 s
+PARTS = ("balancing", "killed", "restart")
 
 
 def wait_for(url: str) -> None:
@@ -72,40 +87,52 @@ async def measure(url: str, rate: float, seconds: float, seed: int) -> tuple[lis
     return sorted(latencies), failed
 
 
-def main() -> int:
-    parser = peers.options(__doc__)
-    parser.set_defaults(seconds=20)
-    options = parser.parse_args()
+class Gateway:
+    """A running gateway. Its files are in a folder of its own."""
+
+    def __init__(self, urls: list[str], *options: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="balancing-", ignore_cleanup_errors=True)
+        folder = Path(self._folder.name)
+        file = folder / "ready.json"
+        command = [sys.executable, "-m", "inferctl", "gateway", "--port", "0", "--threads", "1"]
+        command += [part for url in urls for part in ("--server", url)]
+        environment = {**peers.environment(), "PYTHONPATH": str(peers.ROOT), "TMPDIR": str(folder)}
+        self._process = subprocess.Popen([*command, "--announce", str(file), *options], env=environment)
+        peers.wait_until(lambda: file.exists() or self._process.poll() is not None)
+        self.url: str = json.loads(file.read_text())["url"]
+        (self._admin,) = folder.glob("inferctl-gateway-*/admin")
+
+    def stat(self, name: str) -> int:
+        """Return one of Envoy's statistics of the servers."""
+        return admin.stat(self._admin, f"cluster.servers.{name}")
+
+    def end(self) -> None:
+        self._process.terminate()
+        self._process.wait(60)
+        self._folder.cleanup()
+
+
+def measure_balancing(seconds: float, rounds: int) -> dict[str, Any]:
     rate = LOAD * sum(SLOTS / delay for delay in DELAYS_S.values())
-    processes: list[subprocess.Popen[bytes]] = []
-    gateways: dict[str, str] = {}
     found: dict[str, list[list[float]]] = {name: [] for name in BALANCING}
     failures = 0
-    try:
-        servers = []
+    with ExitStack() as stack:
+        urls = []
         for name, delay_s in DELAYS_S.items():
-            port = free_port()
-            processes.append(subprocess.Popen([sys.executable, str(BACKEND), name, str(port), str(delay_s)]))
-            servers += ["--server", f"http://127.0.0.1:{port}"]
-            wait_for(f"http://127.0.0.1:{port}/readyz")
-        with tempfile.TemporaryDirectory() as folder:
-            for name in BALANCING:
-                file = Path(folder) / f"{name}.json"
-                command = [sys.executable, "-m", "inferctl", "gateway", *servers, "--balancing", name, "--port", "0"]
-                processes.append(subprocess.Popen([*command, "--threads", "1", "--announce", str(file)]))
-                while not file.exists():
-                    time.sleep(0.1)
-                gateways[name] = json.loads(file.read_text())["url"]
+            port = peers.free_port()
+            process = subprocess.Popen([sys.executable, str(BACKEND), name, str(port), str(delay_s)])
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+            urls.append(f"http://127.0.0.1:{port}")
+            wait_for(f"{urls[-1]}/readyz")
+        gateways = {name: Gateway(urls, "--balancing", name) for name in BALANCING}
+        for gateway in gateways.values():
+            stack.callback(gateway.end)
         time.sleep(12)  # health checks and slow start
-        for number, name in enumerate(peers.order(BALANCING, options.rounds)):
-            latencies, failed = asyncio.run(measure(gateways[name], rate, options.seconds, number // len(BALANCING)))
+        for number, name in enumerate(peers.order(BALANCING, rounds)):
+            latencies, failed = asyncio.run(measure(gateways[name].url, rate, seconds, number // len(BALANCING)))
             found[name].append(latencies)
             failures += failed
-    finally:
-        for process in reversed(processes):
-            process.terminate()
-        for process in processes:
-            process.wait(60)
     quantile = {
         name: {q: peers.median([run[int(q / 100 * len(run))] for run in runs]) for q in (50, 90, 99)}
         for name, runs in found.items()
@@ -114,9 +141,97 @@ def main() -> int:
     print(f"{rate:.0f} requests/s, {LOAD:.0%} of the capacity; failed: {failures}; ms from the intended time")
     peers.table(("balancing", "p50", "p90", "p99"), rows)
     ratio = quantile["least-request"][99] / quantile["round-robin"][99]
-    print(f"p99 of least request / round robin: {ratio:.2f}")
-    peers.write(options.json, {"quantiles_ms": quantile, "p99_ratio": ratio, "failed": failures})
-    return 0 if ratio <= 0.5 and not failures else 1
+    print(f"p99 of least request / round robin: {ratio:.2f}\n")
+    return {"quantiles_ms": quantile, "p99_ratio": ratio, "failed": failures}
+
+
+def start_server(number: int) -> peers.Server:
+    return peers.inferctl(PORT + number, "--engine", "echo", "--name", "echo", name=f"balanced {number}")
+
+
+def measure_ends(how: str, rate: float, count: int) -> dict[str, Any]:
+    """End `count` servers, one after the other, by SIGKILL (`killed`) or SIGTERM (`restart`), and start them again."""
+    ended: list[dict[str, float]] = []
+    servers: list[peers.Server] = []
+    with ExitStack() as stack:
+        stack.callback(lambda: [server.end() for server in servers if server.process.poll() is None])
+        for number in range(SERVERS):
+            servers.append(start_server(number))
+        gateway = Gateway([server.url for server in servers])
+        stack.callback(gateway.end)
+        peers.wait_until(lambda: gateway.stat("membership_healthy") == SERVERS)
+        bodies = [{"input": [SLOW_TOKEN if number == 0 else 1000 + number, 102]} for number in range(100)]
+        ready = [("", each) for each in load.requests(gateway.url, servers[0].path, bodies)]
+        with recorder.OpenLoop(gateway.url, ready, rate) as running:
+            time.sleep(12)  # slow start
+            for turn in range(count):
+                number = turn % SERVERS
+                ended.append(kill(gateway, servers[number]) if how == "killed" else drain(servers[number]))
+                servers[number] = start_server(number)
+                peers.wait_until(lambda: gateway.stat("membership_healthy") == SERVERS)
+                time.sleep(2)
+    return {
+        "ended": ended,
+        "statuses": recorder.statuses(running.records),
+        "p99_ms": recorder.quantile(recorder.latencies(running.records), 0.99),
+    }
+
+
+def kill(gateway: Gateway, server: peers.Server) -> dict[str, float]:
+    """Kill a server, and return the seconds until Envoy ejected it, and until its last attempt to connect to it."""
+    attempts = gateway.stat("upstream_cx_connect_fail")
+    begin = now = time.monotonic()
+    server.end()
+    found = {"ejected_s": float("inf"), "last_attempt_s": 0.0}
+    while now < begin + _WATCHED_S:
+        healthy, failed = gateway.stat("membership_healthy"), gateway.stat("upstream_cx_connect_fail")
+        now = time.monotonic()
+        if healthy < SERVERS:
+            found["ejected_s"] = min(found["ejected_s"], now - begin)
+        if failed > attempts:
+            attempts, found["last_attempt_s"] = failed, now - begin
+        time.sleep(0.02)
+    return found
+
+
+def drain(server: peers.Server) -> dict[str, float]:
+    """Let a server drain and end, and return how long it took, and its exit code."""
+    begin = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    code = server.process.wait(60)
+    return {"seconds": time.monotonic() - begin, "exit_code": code}
+
+
+def main() -> int:
+    parser = peers.options(__doc__ or "")
+    parser.set_defaults(seconds=20)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--rate", type=float, default=150, help="requests/s while servers end")
+    options = parser.parse_args()
+    parts = options.parts or PARTS
+    figures: dict[str, Any] = {}
+    failed = []
+    if "balancing" in parts:
+        figures["balancing"] = found = measure_balancing(options.seconds, options.rounds)
+        if found["p99_ratio"] > MAX_RATIO or found["failed"]:
+            failed.append("balancing")
+    for name, count in (("killed", options.kills), ("restart", options.rounds * SERVERS)):
+        if name not in parts:
+            continue
+        figures[name] = found = measure_ends(name, options.rate, count)
+        print(f"{name}, {options.rate:g} requests/s: p99 {found['p99_ms']:.0f} ms, responses {found['statuses']}")
+        peers.table(("", *found["ended"][0]), [(n + 1, *each.values()) for n, each in enumerate(found["ended"])])
+        print()
+        if set(found["statuses"]) != {"200"}:
+            failed.append(f"{name}: responses other than 200")
+        if any(each.get("ejected_s", 0) > MAX_EJECTED_S for each in found["ended"]):
+            failed.append(f"{name}: a server was ejected after more than {MAX_EJECTED_S:g} s")
+        if any(each.get("exit_code", 0) for each in found["ended"]):
+            failed.append(f"{name}: a server did not end by itself")
+    print(f"NOT MET: {'; '.join(failed)}" if failed else "all bars are met")
+    peers.write(options.json, {**figures, "not_met": failed})
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -43,9 +43,7 @@ MAX_CPU_SHARE, MAX_P50_RATIO = 1 / 20, 1.5
 
 def counters(server: peers.Server) -> tuple[float, float]:
     """Return the hits and the misses of a server so far. Equal inputs of one request count as hits, but the first."""
-    with urllib.request.urlopen(f"{server.url}/metrics") as response:
-        lines = response.read().decode().splitlines()
-    found = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line and line[0] != "#"}
+    found = peers.metrics(server)
     hits = sum(found.get(f"inferctl_cache_{name}", 0.0) for name in ('hits_total{level="local"}', "coalesced_total"))
     return hits, found["inferctl_cache_misses_total"]
 

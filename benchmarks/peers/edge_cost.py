@@ -59,18 +59,23 @@ def cache(folder: Path) -> Feature:
 FEATURES: dict[str, Callable[[Path], Feature]] = {"keys": keys, "metering": metering, "cache": cache}
 
 
+def start(folder: Path, port: int, name: str, sections: dict[str, Any]) -> peers.Server:
+    """Start a server with the echo engine and these sections of the spec."""
+    file = folder / "inferctl.yaml"
+    file.write_text(json.dumps({"name": "echo", "model": {"source": str(peers.MODEL)}, **sections}))
+    return peers.inferctl(port, "--engine", "echo", "--spec", str(file), name=name)
+
+
 def serve(folder: Path, port: int, name: str, features: Sequence[str]) -> tuple[peers.Server, dict[str, str]]:
     """Start a server with these features, and return it with the headers that its requests need."""
     folder.mkdir()
-    spec: dict[str, Any] = {"name": "echo", "model": {"source": str(peers.MODEL)}}
+    spec: dict[str, Any] = {}
     headers: dict[str, str] = {}
     for feature in features:
         sections, more = FEATURES[feature](folder)
         spec |= sections
         headers |= more
-    file = folder / "inferctl.yaml"
-    file.write_text(json.dumps(spec))
-    return peers.inferctl(port, "--engine", "echo", "--spec", str(file), name=name), headers
+    return start(folder, port, name, spec), headers
 
 
 def main() -> None:

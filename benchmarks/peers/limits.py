@@ -29,7 +29,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,7 @@ class Fleet:
         digests = [StoredDigest(sha256=keys.digest(secret.encode()).hex())]
         with self.store.edit() as found:
             found[key_id] = ApiKey(id=key_id, name="k", digests=digests, created=key_file.now(), **fields)
-        wait_until(lambda: all(status(server, secret) == 200 for server in self.servers))
+        peers.wait_until(lambda: all(status(server, secret) == 200 for server in self.servers))
         return key_id, secret
 
     def wait_until_shared(self) -> None:
@@ -99,20 +98,13 @@ class Fleet:
             found = [httpx.post(f"{server.url}{server.path}", **body).headers for server in self.servers]
             return all(each["x-ratelimit-limit-requests"] == "1000000" for each in found)
 
-        wait_until(shared)
+        peers.wait_until(shared)
 
     def commits(self) -> int:
         """Return how many transactions PostgreSQL has committed in the database of the keys."""
         with self.store._engine.connect() as connection:
             query = "select xact_commit from pg_stat_database where datname = current_database()"
             return int(connection.exec_driver_sql(query).scalar_one())
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timeout"
-        time.sleep(0.05)
 
 
 def status(server: peers.Server, secret: str) -> int:

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import signal
+import socket
 import statistics
 import struct
 import subprocess
@@ -19,7 +20,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -203,6 +204,36 @@ def fastapi(port: int) -> Server:
     """Start sentence-transformers in bf16 behind FastAPI."""
     command = [python("sentence-transformers"), HERE / "fastapi_app.py", MODEL, str(port)]
     return start("sentence-transformers bf16", command, port, "/v1/embeddings", "/health")
+
+
+def metrics(server: Server) -> dict[str, float]:
+    """Return what /metrics has, by name and labels."""
+    with urllib.request.urlopen(f"{server.url}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line and line[0] != "#"}
+
+
+def create_key(keys: str | Path, *options: str) -> str:
+    """Return a new API key in a key file or a database."""
+    command = [sys.executable, "-m", "inferctl", "keys", "create", "team", "--keys", str(keys), *options]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Return when `condition()` is true. Raises `AssertionError` after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timeout"
+        time.sleep(0.05)
 
 
 def vllm_environment(folder: Path) -> dict[str, str]:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inferctl.cli import console, options
+from inferctl import passwords
+from inferctl.cli import console
 from inferctl.errors import NotReadyError, UsageError, install_hint
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class Place:
 
     def __init__(self, settings: Access) -> None:
         self._settings = settings
-        self.name = options.without_password(settings.keys or "")
+        self.name = passwords.hide(settings.keys or "")
 
     def read(self) -> list[ApiKey]:
         """Return all keys. Raises `UsageError` and `NotReadyError`."""

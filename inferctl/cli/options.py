@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,11 +42,6 @@ LedgerUrl = Annotated[
         help="Use this ledger: sqlite:///FILE or postgresql://... [default: the spec's, else metering/ledger.sqlite]",
     ),
 ]
-
-
-def without_password(text: str) -> str:
-    """Return a URL with `***` in place of its password."""
-    return re.sub(r"(://[^:@/\s]*):[^@/\s]*@", r"\1:***@", text)
 
 
 def without_model(spec_file: Path | None, flags: dict[str, Any]) -> Spec:

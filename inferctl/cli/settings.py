@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from inferctl.cli import console
-from inferctl.cli.options import Json, ModelSource, SpecFile, load, without_password
+from inferctl.cli.options import Json, ModelSource, SpecFile, load
 
 
 def schema() -> None:
@@ -36,7 +36,7 @@ def config(
 
     Example: inferctl config --changed
     """
-    from inferctl import settings
+    from inferctl import passwords, settings
 
     resolved = load(spec_file, {"model.source": model})
     values = {}
@@ -47,7 +47,7 @@ def config(
         for key in path.split("."):
             value = value[key]
         if not changed or resolved.origins[path] != "default":
-            values[path] = without_password(value) if isinstance(value, str) else value
+            values[path] = passwords.hide(value) if isinstance(value, str) else value
     if as_json:
         console.document({path: {"value": value, "origin": resolved.origins[path]} for path, value in values.items()})
         return

@@ -41,6 +41,7 @@ def worker(
         import signal
         import sys
 
+        from inferctl import passwords
         from inferctl.cli import console
         from inferctl.errors import NotReadyError, UsageError, install_hint
 
@@ -67,7 +68,7 @@ def worker(
             loop.add_signal_handler(number, running.end)
         if metering:
             source = settings.broker if consume else settings.data
-            console.note(f"storing the usage events of {options.without_password(source or '')}")
+            console.note(f"storing the usage events of {passwords.hide(source or '')}")
         if access.has_worker:
             console.note(f"serving keys and limits in {access.data}")
         await running.run()

@@ -20,6 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from inferctl import passwords
 from inferctl.database import Schema
 from inferctl.errors import UsageError
 from inferctl.metering import cloud_event
@@ -109,7 +110,7 @@ class Ledger:
         with _SCHEMA.reported(url), engine.connect() as connection:
             found, newest = _SCHEMA.versions(connection)
         if found is None:
-            shown = url.render_as_string(hide_password=True)
+            shown = passwords.hide(url.render_as_string(hide_password=False))
             hint = "a server with `metering.mode: on` and this ledger makes them when it starts"
             raise UsageError(f"the ledger {shown} has no tables yet", hint)
         if found != newest:

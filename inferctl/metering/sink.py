@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -37,8 +38,15 @@ def send(ledger: Ledger, url: str, prefix: str, token: str | None = None) -> int
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S):
             pass
-    except (OSError, ValueError) as error:
-        reason = f"status {error.code}" if isinstance(error, urllib.error.HTTPError) else str(error)
-        raise SinkUnavailableError(f"the sink did not accept usage events: {reason}", "check metering.sink") from None
+    except urllib.error.HTTPError as error:
+        raise _unavailable(f"status {error.code}") from None
+    except OSError as error:
+        raise _unavailable(str(error)) from None
+    except (ValueError, http.client.HTTPException) as error:  # its text may quote the URL, which may have a password
+        raise _unavailable(type(error).__name__) from None
     ledger.sent(source, int(events[-1]["id"]))
     return len(events)
+
+
+def _unavailable(reason: str) -> SinkUnavailableError:
+    return SinkUnavailableError(f"the sink did not accept usage events: {reason}", "check metering.sink")

@@ -79,6 +79,14 @@ def test_a_sink_that_fails_gets_the_same_events_again(ledger: Ledger, product: P
         sink.send(ledger, "http://127.0.0.1:1/", "")
 
 
+@pytest.mark.parametrize("url", ["http://u:geheim@127.0.0.1:1/", "u:geheim@127.0.0.1", "http://127.0.0.1:geheim/"])
+def test_an_url_that_is_not_valid_is_an_error_without_its_password(ledger: Ledger, url: str) -> None:
+    ledger.apply([batch("a/1", 1, 5)])
+    with pytest.raises(sink.SinkUnavailableError) as found:
+        sink.send(ledger, url, "")
+    assert "geheim" not in found.value.message
+
+
 def test_a_worker_sends_to_the_sink(tmp_path: Path, product: Product) -> None:
     import asyncio
 

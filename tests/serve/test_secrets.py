@@ -21,14 +21,14 @@ def test_a_scan_of_everything_finds_no_text_and_no_key(minilm: Path, tmp_path: P
     file = tmp_path / "found.json"
     script = ROOT / "benchmarks" / "peers" / "secrets_scan.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--engine", "echo", "--no-core", "--json", str(file)],
+        [sys.executable, str(script), "server", "--engine", "echo", "--json", str(file)],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(file.read_text())
+    found = json.loads(file.read_text())["server"]
     assert {found["statuses"][name] for name in ("valid", "cached", "token ids", "truncated")} == {200}
     assert found["statuses"]["engine fails"] == 500
     assert found["statuses"]["engine crashes"] in (500, 503)

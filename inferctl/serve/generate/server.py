@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import inferctl
-from inferctl import decoder, outputs, precision
+from inferctl import decoder, outputs, passwords, precision
 from inferctl.decoder import Decoder
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError, install_hint
 from inferctl.model import READ_BYTES_PER_S, ModelFolder
@@ -158,18 +158,25 @@ class GenerationServer:
         sys.stderr.flush()
 
     def _edge_settings(self) -> control.EdgeSettings:
-        keys, data = self._spec.access.keys, str(Path(self._spec.access.data).absolute())
-        if keys and not self._spec.access.key_store:
-            keys = str(Path(keys).absolute())
+        """Return what the edge needs. A killed server leaves it in a file, and the edge connects to no store.
+
+        So it has no passwords.
+        """
+        access, metering = self._spec.access, self._spec.metering
+        keys = access.keys
+        if keys:
+            keys = passwords.remove(keys) if access.key_store else str(Path(keys).absolute())
+        broker = passwords.remove(access.broker) if access.broker else None
+        addresses = {name: None for name in ("ledger", "broker", "sink")}
         return control.EdgeSettings(
             self._spec.name,
             self._spec.serve.drain_seconds,
             self._info(),
             self._options.log,
             self._options.traces,
-            self._spec.access.model_dump() | {"keys": keys, "data": data},
+            access.model_dump() | {"keys": keys, "broker": broker, "data": str(Path(access.data).absolute())},
             self._names,
-            self._spec.metering.model_dump() | {"data": str(Path(self._spec.metering.data).absolute())},
+            metering.model_dump() | {"data": str(Path(metering.data).absolute())} | addresses,
             objectives(self._spec.slo),
             self._spec.serve.load_reports,
         )

@@ -1,0 +1,232 @@
+"""Servers with the parts that `outages.py` stops: NATS, an outbox, PostgreSQL, Valkey and an OIDC provider."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import edge_cost
+import peers
+
+sys.path.insert(0, str(peers.ROOT))
+
+from tests.access.test_oidc import Provider
+from tests.metering.parts import Nats, Part, Postgres
+
+PORT = 18561
+VALKEY_S, VALKEY_TIMES, VALKEY_TEXTS = 2.0, 5, 60_000
+_LOCK = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=30)
+connection.execute("begin exclusive")
+print("locked", flush=True)
+sys.stdin.read()
+connection.execute("rollback")
+"""
+
+
+@dataclass
+class Outage:
+    """A server, and a part of it that stops for `seconds`.
+
+    `begin` returns when it began (monotonic), `end` lets the part respond again. `noticed(metrics, sent)` is asked at
+    the end of an outage in which `sent` requests were sent, `recovered(metrics, rate)` after it, until it is true.
+    """
+
+    server: peers.Server
+    headers: dict[str, str]
+    begin: Callable[[], float]
+    end: Callable[[], object]
+    seconds: float
+    noticed: Callable[[dict[str, float], int], bool]
+    recovered: Callable[[dict[str, float], float], bool]
+    times: int = 1
+    texts: int = 500
+
+
+def events_wait(metrics: dict[str, float], sent: int) -> bool:
+    """Return whether the ledger lacks most of the events of `sent` requests."""
+    return metrics["inferctl_outbox_events"] > 0.8 * sent
+
+
+def events_arrive(metrics: dict[str, float], rate: float) -> bool:
+    """Return whether the ledger lacks only the events of the last seconds."""
+    return metrics["inferctl_outbox_events"] < 3 * rate
+
+
+def at_once(action: Callable[[], object]) -> Callable[[], float]:
+    """Return an action that returns when it began."""
+
+    def begin() -> float:
+        now = time.monotonic()
+        action()
+        return now
+
+    return begin
+
+
+def sections(folder: Path, **more: dict[str, Any]) -> dict[str, Any]:
+    """Return the spec of a server with metering and a key file; `more` adds to its sections."""
+    spec = {**edge_cost.metering(folder)[0], "access": {"open": ["metrics"]}}
+    return spec | {name: {**spec.get(name, {}), **section} for name, section in more.items()}
+
+
+@contextmanager
+def broker(folder: Path, seconds: float, *, killed: bool) -> Iterator[Outage]:
+    nats = Nats(folder / "nats")
+    nats.start()
+    limited, headers = edge_cost.keys(folder)
+    shared = {**limited["access"], "broker": nats.url, "replicas": 2, "data": str(folder / "access")}
+    spec = sections(folder, access=shared, metering={"broker": nats.url})
+    command = [sys.executable, "-m", "inferctl", "worker", "--consume", "--broker", nats.url]
+    command += ["--ledger", f"sqlite:///{folder}/ledger.sqlite"]
+    environment = {**peers.environment(), "PYTHONPATH": str(peers.ROOT)}
+    with (folder / "consumer.log").open("wb") as log:
+        consumer = subprocess.Popen(command, env=environment, stderr=log)
+    try:
+        server = edge_cost.start(folder, PORT, "broker", spec)
+        begin = at_once(nats.kill if killed else lambda: nats.signal(signal.SIGSTOP))
+        end = nats.start if killed else lambda: nats.signal(signal.SIGCONT)
+        yield Outage(server, headers, begin, end, seconds, events_wait, events_arrive)
+    finally:
+        consumer.kill()
+        nats.kill()
+
+
+@contextmanager
+def outbox(folder: Path, seconds: float) -> Iterator[Outage]:
+    limited, headers = edge_cost.keys(folder)
+    server = edge_cost.start(folder, PORT, "outbox", sections(folder, **limited))
+    lockers: list[subprocess.Popen[str]] = []
+
+    def lock() -> float:
+        (file,) = (folder / "metering").glob("*/events.sqlite")
+        command = [sys.executable, "-c", _LOCK, str(file)]
+        lockers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        assert lockers[-1].stdout and lockers[-1].stdout.readline() == "locked\n"
+        return time.monotonic()
+
+    def release() -> None:
+        lockers[-1].communicate()
+
+    try:
+        yield Outage(server, headers, lock, release, seconds, events_wait, events_arrive)
+    finally:
+        for locker in lockers:
+            locker.kill()
+
+
+@contextmanager
+def postgresql(folder: Path, seconds: float) -> Iterator[Outage]:
+    postgres = Postgres(folder / "postgres")
+    postgres.start()
+    try:
+        keys = postgres.url()
+        headers = {"authorization": f"Bearer {peers.create_key(keys)}"}
+        access = {"keys": keys, "data": str(folder / "access")}
+        spec = sections(folder, access=access, metering={"ledger": postgres.url()})
+        server = edge_cost.start(folder, PORT, "postgresql", spec)
+        stop, go = (lambda: postgres.signal(signal.SIGSTOP)), (lambda: postgres.signal(signal.SIGCONT))
+        yield Outage(server, headers, at_once(stop), go, seconds, events_wait, events_arrive)
+    finally:
+        postgres.kill()
+
+
+@contextmanager
+def valkey(folder: Path, _: float) -> Iterator[Outage]:
+    socket = folder / "valkey"
+    command = ["valkey-server", "--port", "0", "--unixsocket", str(socket), "--save", "", "--dir", str(folder)]
+    # Few entries, so that nearly all requests compute, as they do in an outage.
+    part = Part([*command, "--maxmemory", "3mb", "--maxmemory-policy", "allkeys-lru"])
+    part.start()
+    try:
+        peers.wait_until(socket.exists)
+        limited, headers = edge_cost.keys(folder)
+        cache = {"size": "64KiB", "shared": f"unix://{socket}"}
+        server = edge_cost.start(folder, PORT, "valkey", sections(folder, **limited, cache=cache))
+        yield Outage(
+            server,
+            headers,
+            at_once(lambda: part.signal(signal.SIGSTOP)),
+            lambda: part.signal(signal.SIGCONT),
+            VALKEY_S,
+            lambda metrics, _: metrics["inferctl_cache_shared_up"] == 0,
+            lambda metrics, rate: metrics["inferctl_cache_shared_up"] == 1 and events_arrive(metrics, rate),
+            VALKEY_TIMES,
+            VALKEY_TEXTS,
+        )
+    finally:
+        part.kill()
+
+
+class StallingProvider(Provider):
+    """Counts the connections that it accepts."""
+
+    accepted = 0
+
+    def process_request(self, *given: Any) -> None:
+        self.accepted += 1
+        super().process_request(*given)
+
+    def handle_error(self, *_: object) -> None:
+        """Print nothing: the server closes connections that stalled."""
+
+
+@contextmanager
+def jwks(folder: Path, seconds: float) -> Iterator[Outage]:
+    provider = StallingProvider()
+    valid = int(time.time()) + 24 * 3600
+    accepted = fetched = 0
+
+    def ask() -> None:
+        """Send a token with an unknown key."""
+        unknown = provider.token(kid=f"k{provider.accepted}", exp=valid).decode()
+        headers = {"authorization": f"Bearer {unknown}", "content-type": "application/json"}
+        try:
+            urllib.request.urlopen(urllib.request.Request(server.url + server.path, b"{}", headers), timeout=10)
+        except urllib.error.HTTPError as error:
+            assert error.code == 401
+
+    def stall() -> float:
+        nonlocal accepted, fetched
+        accepted, fetched = provider.accepted, provider.fetched
+        provider.stalled.set()
+        ask()
+        peers.wait_until(lambda: provider.accepted > accepted)  # it asks once in 30 s
+        return time.monotonic()
+
+    try:
+        access = {"oidc": {"issuer": provider.url, "audience": "inferctl"}}
+        server = edge_cost.start(folder, PORT, "jwks", sections(folder, access=access))
+        yield Outage(
+            server,
+            {"authorization": f"Bearer {provider.token(exp=valid).decode()}"},
+            stall,
+            provider.stalled.clear,
+            seconds,
+            lambda *_: provider.accepted > accepted and provider.fetched == fetched,
+            lambda *_: provider.fetched > fetched,
+        )
+    finally:
+        provider.stalled.clear()
+        provider.shutdown()
+        provider.server_close()
+
+
+OUTAGES: dict[str, Callable[[Path, float], Any]] = {
+    "broker-stalled": lambda folder, seconds: broker(folder, seconds, killed=False),
+    "broker-killed": lambda folder, seconds: broker(folder, seconds, killed=True),
+    "outbox-locked": outbox,
+    "postgresql-stalled": postgresql,
+    "valkey-stalled": valkey,
+    "jwks-stalled": jwks,
+}

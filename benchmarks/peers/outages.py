@@ -1,0 +1,224 @@
+"""What a part that stops to respond costs the requests of a server: broker, outbox, PostgreSQL, Valkey, OIDC provider.
+
+    python benchmarks/peers/outages.py [--broker-seconds 60] [--seconds 10] [--rounds 6] [--json FILE] [OUTAGE ...]
+
+The outages, default all; each one has a server of its own, with the echo engine, keys and metering:
+
+- `broker-stalled`: NATS, for usage events, limits and keys, is stopped (SIGSTOP) for `--broker-seconds`
+- `broker-killed`: the same NATS is killed, and started again after that time
+- `outbox-locked`: another process holds BEGIN EXCLUSIVE on the outbox for `--seconds`
+- `postgresql-stalled`: PostgreSQL with ledger and keys is stopped
+- `valkey-stalled`: Valkey, the shared level of the cache, is stopped for 2 s at a time, five times as often
+- `jwks-stalled`: the OIDC provider accepts connections and does not respond. Requests have its tokens, and a token with
+  an unknown key makes the server ask the provider. The outage is measured from when the server waits for it
+
+An open loop runs at 40% of the throughput of a closed loop. Calm windows and outages alternate on the same server (A B
+B A). A ratio is p99 in an outage / p99 in the calm window of the same round, and a figure is the median over the
+rounds. A window has all requests in flight in it. "After" begins at the end of the outage, when the server catches up,
+and lasts as long, up to 20 s. For Valkey, the requests until the breaker opens are shown apart: those of all rounds.
+
+Exits with 1 if a p99 rises by more than 5% (Valkey: by more than 2 ms until its breaker opens), if a request gets
+another response than 200, or if the server lost an event, did not notice an outage, or did not recover from it.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import load
+import peers
+from outage_parts import OUTAGES, Outage
+from recorder import OpenLoop, Record, latencies, quantile, statuses
+
+CLIENTS, LOAD = 64, 0.4
+MAX_RATIO, MAX_BREAKER_MS = 1.05, 2.0
+AFTER_S, RECOVERY_S, PAUSE_S = 20.0, 120.0, 1.0
+# The server logs it when the breaker opens.
+_BREAKER = re.compile(r"^(\S+ \S+) WARNING inferctl.cache: .* the Valkey server failed", re.MULTILINE)
+
+
+def in_flight(records: list[Record], begin: float, end: float) -> list[Record]:
+    return [each for each in records if each.intended < end and (each.ended is None or each.ended >= begin)]
+
+
+def wait_until_recovered(outage: Outage, rate: float) -> bool:
+    try:
+        peers.wait_until(lambda: outage.recovered(peers.metrics(outage.server), rate), RECOVERY_S)
+    except AssertionError:
+        return False
+    return True
+
+
+def breaker_opened(server: peers.Server, begin: float) -> float | None:
+    """Return when the breaker opened after `begin`, by the log of the server; None if it did not."""
+    log = (peers.LOGS / f"{server.name}.log").read_text()
+    offset = time.time() - time.monotonic()
+    times = [datetime.strptime(at, "%Y-%m-%d %H:%M:%S,%f").timestamp() - offset for at in _BREAKER.findall(log)]
+    return min((at for at in times if at >= begin), default=None)
+
+
+def run_round(outage: Outage, ready: list[bytes], rate: float, kinds: list[str], seed: int) -> dict[str, Any]:
+    """Run a calm window and an outage in this order, and return p99 (ms) by window, statuses and problems."""
+    windows: dict[str, tuple[float, float]] = {}
+    problems = []
+
+    def window(name: str, seconds: float, begin: float | None = None) -> list[Record]:
+        begin = time.monotonic() if begin is None else begin
+        time.sleep(seconds)
+        windows[name] = begin, time.monotonic()
+        return in_flight(list(running.records), *windows[name])
+
+    # A collection in this process would delay the load generator by tens of ms.
+    gc.disable()
+    with OpenLoop(outage.server.url, [("text", each) for each in ready], rate, seed=seed) as running:
+        time.sleep(2)
+        for kind in kinds:
+            if kind == "calm":
+                window("calm", min(outage.seconds, AFTER_S))
+                continue
+            sent = window("outage", outage.seconds, outage.begin())
+            if not outage.noticed(peers.metrics(outage.server), len(sent)):
+                problems.append("the outage was not noticed")
+            outage.end()
+            window("after", min(outage.seconds, AFTER_S))
+            if not wait_until_recovered(outage, rate):
+                problems.append(f"not recovered after {RECOVERY_S:g} s")
+            time.sleep(PAUSE_S)
+    gc.enable()
+    gc.collect()
+    found = {name: latencies(in_flight(running.records, *window)) for name, window in windows.items()}
+    breaker: list[float] | None = None
+    if outage.times > 1:  # Valkey
+        begin = windows["outage"][0]
+        opened = breaker_opened(outage.server, begin)
+        breaker = latencies(in_flight(running.records, begin, opened + 0.001)) if opened else []  # the log has ms
+    return {
+        "p99_ms": {name: quantile(values, 0.99) for name, values in found.items()},
+        "statuses": statuses(running.records),
+        "problems": problems,
+        "until_breaker_ms": breaker,
+        "max_lateness_s": running.max_lateness_s,
+    }
+
+
+def measure(outage: Outage, rounds: int) -> dict[str, Any]:
+    """Return the figures of all rounds of one outage."""
+    texts = peers.texts(500)
+    bodies = [{"input": f"{number} {texts[number % len(texts)]}"} for number in range(outage.texts)]
+    ready = load.requests(outage.server.url, outage.server.path, bodies, outage.headers)
+    peak = load.run_closed(outage.server.url, ready, CLIENTS, 3, warm=2)
+    assert not peak.failures, f"rejected requests: {peak.statuses}"
+    rate = LOAD * peak.rate
+    wait_until_recovered(outage, rate)
+    order = [["calm", "outage"], ["outage", "calm"]]
+    found = [run_round(outage, ready, rate, order[n % 2], n) for n in range(rounds * outage.times)]
+    problems = [problem for each in found for problem in each["problems"]]
+    try:
+        peers.wait_until(lambda: peers.metrics(outage.server)["inferctl_outbox_events"] == 0, RECOVERY_S)
+    except AssertionError:
+        problems.append("events do not reach the ledger")
+    if dropped := peers.metrics(outage.server)["inferctl_outbox_dropped_events"]:
+        problems.append(f"{dropped:g} events were dropped")
+    counted: dict[str, int] = {}
+    for each in found:
+        for status, count in each["statuses"].items():
+            counted[status] = counted.get(status, 0) + count
+    figures: dict[str, Any] = {
+        "rate": rate,
+        "p99_ms": {name: [each["p99_ms"][name] for each in found] for name in ("calm", "outage", "after")},
+        "statuses": counted,
+        "max_lateness_s": max(each["max_lateness_s"] for each in found),
+    }
+    calm = figures["p99_ms"]["calm"]
+    for name in ("outage", "after"):
+        ratios = sorted(b / a for a, b in zip(calm, figures["p99_ms"][name], strict=True))
+        figures[f"{name}_ratio"] = peers.median(ratios)
+        figures[f"{name}_ratios"] = ratios
+    if outage.times > 1:
+        waited = [latency for each in found for latency in each["until_breaker_ms"]]
+        figures["until_breaker"] = {
+            "requests": len(waited),
+            "p99_ms": quantile(waited, 0.99),
+            "added_ms": quantile(waited, 0.99) - peers.median(calm),
+        }
+    figures["problems"] = problems + not_met(figures)
+    return figures
+
+
+def not_met(figures: dict[str, Any]) -> list[str]:
+    """Return the bars that figures do not meet."""
+    found = []
+    if errors := {status: count for status, count in figures["statuses"].items() if status != "200"}:
+        found.append(f"responses other than 200: {errors}")
+    found += [
+        f"p99 x{figures[f'{name}_ratio']:.2f} {when}"
+        for name, when in (("outage", "in the outage"), ("after", "after the outage"))
+        if figures[f"{name}_ratio"] > MAX_RATIO
+    ]
+    breaker = figures.get("until_breaker")
+    if breaker and not breaker["requests"]:
+        found.append("the breaker did not open")
+    elif breaker and breaker["added_ms"] > MAX_BREAKER_MS:
+        found.append(f"p99 +{breaker['added_ms']:.2f} ms until the breaker opens")
+    return found
+
+
+def run(name: str, seconds: float, rounds: int) -> dict[str, Any]:
+    """Start the parts of one outage and a server, and measure it."""
+    # A worker may still write when its server was killed.
+    with tempfile.TemporaryDirectory(prefix="outages-", ignore_cleanup_errors=True) as folder, ExitStack() as stack:
+        Path(folder).chmod(0o755)  # PostgreSQL runs as another user
+        outage = stack.enter_context(OUTAGES[name](Path(folder), seconds))
+        stack.callback(outage.server.end)
+        return measure(outage, rounds)
+
+
+def main() -> int:
+    parser = peers.options(__doc__ or "")
+    parser.set_defaults(seconds=10, rounds=6)
+    parser.add_argument("outages", nargs="*", metavar="OUTAGE", help=f"{', '.join(OUTAGES)}; default: all")
+    parser.add_argument("--broker-seconds", type=float, default=60, help="duration of an outage of the broker")
+    options = parser.parse_args()
+    if unknown := set(options.outages) - set(OUTAGES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    figures = {}
+    for name in options.outages or OUTAGES:
+        seconds = options.broker_seconds if name.startswith("broker") else options.seconds
+        figures[name] = run(name, seconds, options.rounds)
+        print(f"{name}: {'; '.join(figures[name]['problems']) or 'all bars are met'}", file=sys.stderr)
+    rows = [
+        (
+            name,
+            each["rate"],
+            *(peers.median(values) for values in each["p99_ms"].values()),
+            each["outage_ratio"],
+            f"{each['outage_ratios'][0]:.2f} to {each['outage_ratios'][-1]:.2f}",
+            each["after_ratio"],
+            str(each["statuses"]),
+        )
+        for name, each in figures.items()
+    ]
+    head = ("outage", "requests/s", "p99 calm (ms)", "outage", "after", "ratio, outage", "rounds", "after", "responses")
+    peers.table(head, rows)
+    if breaker := figures.get("valkey-stalled", {}).get("until_breaker"):
+        print(
+            f"Valkey, until the breaker opens: {breaker['requests']} requests, p99 {breaker['p99_ms']:.2f} ms, "
+            f"{breaker['added_ms']:+.2f} ms"
+        )
+    failed = {name: each["problems"] for name, each in figures.items() if each["problems"]}
+    for name, problems in failed.items():
+        print(f"NOT MET: {name}: {'; '.join(problems)}")
+    peers.write(options.json, {"outages": figures, "failed": failed})
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Nothing that a fleet leaves has a text, a key, a token or a password: files of all parts, logs, traces, metrics."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.metering.conftest import _missing
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.mark.slow
+def test_a_scan_of_a_fleet_finds_no_text_and_no_key(minilm: Path, tmp_path: Path) -> None:
+    for program in ("nats-server", "valkey-server"):
+        if not shutil.which(program):
+            _missing(program)
+    if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
+        _missing("postgresql")
+    if not Path(sys.executable).with_name("envoy").exists() and not shutil.which("envoy"):
+        _missing("envoy")
+    file = tmp_path / "found.json"
+    script = ROOT / "benchmarks" / "peers" / "secrets_scan.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "fleet", "--engine", "echo", "--json", str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(file.read_text())["fleet"]
+    accepted = ("valid", "token ids", "key: token", "key: rotated key", "key: new key", "chat: valid", "chat: stream")
+    assert {name: found["statuses"][name] for name in (*accepted, "without a consumer", "without stores")} == (
+        dict.fromkeys((*accepted, "without a consumer", "without stores"), 200)
+    )
+    rejected = ("wrong key", "key: forged token", "key: revoked key", "chat: wrong key")
+    assert {found["statuses"][name] for name in rejected} == {401}
+    assert found["events"] >= 25
