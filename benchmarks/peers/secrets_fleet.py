@@ -279,7 +279,7 @@ def chat(client: Client, marks: Marks) -> dict[str, int]:
         "template arguments": client.send(path, body(chat_template_kwargs={field: value})),
         "no messages": client.send(path, {"model": "m", "messages": text}),
         "unknown field": client.send(path, body(**{field: value})),
-        "unknown model": client.send(path, body() | {"model": value}),
+        "unknown model": client.send(path, body() | {"model": f"unknown-{value}"}),
         "no JSON": client.send(path, f'{{"messages": "{text}'.encode()),
         "long": client.send(path, body() | {"messages": [{"role": "user", "content": f"{text} " * 3000}]}),
         "invalid": client.send(path, body("invalid")),

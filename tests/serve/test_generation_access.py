@@ -103,3 +103,19 @@ def test_the_most_that_a_request_can_generate(body: object, expected: int) -> No
 
 def test_a_body_that_is_no_json_is_left_to_vllm() -> None:
     assert expected_tokens(b"{", 4096) == (1, 0)
+
+
+def test_what_vllm_quotes_of_requests_is_not_logged(start: Start) -> None:  # noqa: F811
+    server = start()
+    requests: list[dict[str, object]] = [
+        {"model": "unknown-geheim"},
+        {"structured_outputs": {"grammar": "geheim"}},
+        {"stop": ["geheim"], "messages": [{"role": "user", "content": "engine dies"}], "stream": True},
+    ]
+    found = []
+    for more in requests:
+        body = {"model": "m", "messages": [{"role": "user", "content": "5"}]} | more
+        found.append(httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).status_code)
+    assert found == [404, 400, 200]
+    until(lambda: server.log.read_text().count("an error line") == 2)  # vLLM was started again
+    assert "geheim" not in server.log.read_text()

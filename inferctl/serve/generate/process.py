@@ -22,6 +22,10 @@ _SHOWN = re.compile(r"ERROR |CRITICAL |\{")
 # The log of the edge has a traceback in further lines.
 _RECORD = re.compile(r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) |\{|\d{4}-\d\d-\d\d ")
 _EDGE = re.compile(r"\d{4}-\d\d-\d\d \S+ (?:WARNING|ERROR|CRITICAL) inferctl\.")
+# Errors in which vLLM quotes requests: the parameters of those that an engine computed when it failed, the name of a
+# model that it does not have, a grammar. All lines of such a record have the same prefix.
+_QUOTING = re.compile(r"Dumping scheduler output|Error with model |Failed to compile grammar")
+_PREFIX_OF_RECORD = re.compile(r"\w+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ")
 _LINE = re.compile(r"^(?:\w+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] )?(.*)$")
 # What vLLM says when it cannot start -> the hint.
 _HINTS = (
@@ -127,7 +131,7 @@ class VllmProcess:
     async def _read(self) -> None:
         assert self._process.stdout
         everything = "VLLM_LOGGING_LEVEL" in os.environ
-        of_edge = False
+        of_edge, quoting = False, None
         while True:
             try:
                 data = await self._process.stdout.readline()
@@ -137,6 +141,12 @@ class VllmProcess:
                 return
             line = data.decode(errors="replace").rstrip()
             text = _PREFIX.sub("", line)
+            found = _PREFIX_OF_RECORD.match(text)
+            prefix = found[0] if found else text
+            if not everything and (prefix == quoting or _QUOTING.search(text)):
+                quoting = prefix
+                continue
+            quoting = None
             self._tail.append(text)
             if _RECORD.match(text):
                 of_edge = _EDGE.match(text) is not None
