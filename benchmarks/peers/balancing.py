@@ -155,8 +155,7 @@ def measure_ends(how: str, rate: float, count: int) -> dict[str, Any]:
     servers: list[peers.Server] = []
     with ExitStack() as stack:
         stack.callback(lambda: [server.end() for server in servers if server.process.poll() is None])
-        for number in range(SERVERS):
-            servers.append(start_server(number))
+        servers.extend(start_server(number) for number in range(SERVERS))
         gateway = Gateway([server.url for server in servers])
         stack.callback(gateway.end)
         peers.wait_until(lambda: gateway.stat("membership_healthy") == SERVERS)

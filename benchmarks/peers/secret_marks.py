@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import json
 import os
 import resource
@@ -74,7 +75,7 @@ class Client:
         except urllib.error.HTTPError as error:
             self.errors += b"%s\n%s\n" % (str(error.headers).encode(), error.read())
             return error.code
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return 0
 
     def send_raw(self, content: bytes) -> None:

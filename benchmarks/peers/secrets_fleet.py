@@ -90,6 +90,11 @@ class Stores:
                 return 0
         return int(found[0]) if found else 0
 
+    def checkpoint(self) -> None:
+        """Let PostgreSQL write its tables: it will be killed."""
+        with psycopg.connect(self.ledger, autocommit=True) as connection:
+            connection.execute("checkpoint")
+
     def kill(self) -> None:
         for part in (self.postgres, self.nats, self.valkey):
             part.kill()
@@ -324,6 +329,7 @@ def run(folder: Path, engine: str | None, vllm: Path | None, marks: Marks) -> di
         statuses["without a consumer"] = generate.send("/v1/chat/completions", {"messages": [{"content": "3"}]})
         embed.send(path, body)
         time.sleep(3)
+        stores.checkpoint()
         stores.kill()
         statuses["without stores"] = embed.send(path, body)
         for command in ("keys list", "usage", "keys create x"):

@@ -117,5 +117,6 @@ def test_what_vllm_quotes_of_requests_is_not_logged(start: Start) -> None:  # no
         body = {"model": "m", "messages": [{"role": "user", "content": "5"}]} | more
         found.append(httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).status_code)
     assert found == [404, 400, 200]
+    assert "geheim" not in server.get("/v1/geheim").text  # a key in a path
     until(lambda: server.log.read_text().count("an error line") == 2)  # vLLM was started again
     assert "geheim" not in server.log.read_text()

@@ -151,7 +151,7 @@ def test_errors_have_their_status_and_openais_envelope(client: openai.OpenAI) ->
         client.completions.create(model="smollm2", prompt="word " * 3000)
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.chat.completions.create(**greedy(stream=True) | {"temperature": -1})
-    with pytest.raises(openai.NotFoundError, match="no such endpoint: /v1/responses"):
+    with pytest.raises(openai.NotFoundError, match="no such endpoint; POST to /v1/chat/completions"):
         client.responses.create(model="smollm2", input="hi")
 
 

@@ -71,7 +71,8 @@ class GenerationApp:
         elif path in ENDPOINTS or path in _PASSED or path.startswith(("/docs/", "/v1/models/")):
             await self._app(scope, receive, send)
         else:
-            raise ApiError(404, f"no such endpoint: {path}", code="not_found")
+            # The path may have a key by mistake, and clients log errors.
+            raise ApiError(404, f"no such endpoint; POST to {' or '.join(ENDPOINTS)}", code="not_found")
 
     async def _tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Bound the body by the context: vLLM tokenizes it in one thread, and all chats wait for it."""

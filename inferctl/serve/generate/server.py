@@ -167,7 +167,7 @@ class GenerationServer:
         if keys:
             keys = passwords.remove(keys) if access.key_store else str(Path(keys).absolute())
         broker = passwords.remove(access.broker) if access.broker else None
-        addresses = {name: None for name in ("ledger", "broker", "sink")}
+        addresses = dict.fromkeys(("ledger", "broker", "sink"))
         return control.EdgeSettings(
             self._spec.name,
             self._spec.serve.drain_seconds,
