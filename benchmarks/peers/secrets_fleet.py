@@ -139,7 +139,7 @@ class Fleet:
         new = self.cli("keys", "rotate", rotated.split("_")[2])
         self.cli("keys", "revoke", "-", given=revoked)
         self.cli("keys", "list")
-        self.cli("settings", "--model", str(peers.MODEL))
+        self.cli("config", "--json", "--model", str(peers.MODEL))
         marks.keys |= {"rotated key": rotated, "revoked key": revoked, "new key": new, "key of generation": generation}
         self.key_ids = {"PostgreSQL": key.split("_")[2], "SQLite": generation.split("_")[2]}
         assert new.startswith("ik_")
