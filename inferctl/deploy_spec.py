@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import urllib.parse
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from inferctl.spec_types import IMAGE_REFERENCE, OneLine, Precision, Section
 
 # A name of an object in Kubernetes, and of a label or a Service (DNS label).
-DNS_NAME = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"
+DNS_NAME = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*$"
 DNS_LABEL = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
 DnsLabel = Annotated[str, Field(pattern=DNS_LABEL, max_length=63)]
 ObjectName = Annotated[str, Field(pattern=DNS_NAME, max_length=253)]
-Url = Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://[^\s]+$", max_length=2000)]
+
+
+def _public(url: str) -> str:
+    """Return `url`. Raises `ValueError` if it is not a URL, or has a user or a password, which manifests would show."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        known = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError("the URL has no valid host and port")
+    if "@" in parts.netloc:
+        raise ValueError(
+            "the URL has a user or a password, which the manifests would show: remove it, and add it from a Secret in "
+            "an overlay of your own"
+        )
+    return url
+
+
+Url = Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://[^\s]+$", max_length=2000), AfterValidator(_public)]
 Image = Annotated[str, Field(pattern=rf"^{IMAGE_REFERENCE}$")]
 Sharing = Literal["whole", "mig", "time-slicing", "mps", "dra"]
 Replicas = Annotated[int, Field(ge=0, le=10_000)]
@@ -32,7 +52,7 @@ class Flavor(Section):
     )
     tokens_per_second: float | None = Field(
         None,
-        gt=0,
+        ge=0.001,
         le=1e9,
         description="Rate of one replica without a receipt. It is called assumed in every output.",
     )
@@ -148,7 +168,7 @@ class Deploy(Section):
         description="Seconds until a replica on a new node is ready: node, image and load.",
     )
     utilization: float = Field(
-        0.7, gt=0, le=1, description="Share of the measured rate of a replica that is planned for."
+        0.7, ge=0.01, le=1, description="Share of the measured rate of a replica that is planned for."
     )
     backlog_s: float = Field(
         1.0, gt=0, le=3600, description="Seconds of queued work per replica from which replicas are added."
@@ -190,6 +210,17 @@ class Deploy(Section):
         if value in ("auto", "none") or (isinstance(value, int) and 0 <= value <= 1000):
             return value
         raise ValueError(f"deploy.overflow: {value!r} is not auto, none or a number of replicas up to 1000")
+
+    @field_validator("namespace")
+    @classmethod
+    def _own_namespace(cls, name: str) -> str:
+        """Reject a namespace with pods of others: the manifests forbid all connections that they do not name."""
+        if name == "default" or name.startswith("kube-"):
+            raise ValueError(
+                f"deploy.namespace: {name} has pods of others, and the network policies would cut their connections: "
+                "use a namespace of its own"
+            )
+        return name
 
     @field_validator("traffic", "weights", mode="before")
     @classmethod

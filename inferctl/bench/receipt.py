@@ -130,7 +130,11 @@ def load(path: Path) -> Receipt:
             f"{path} has the schema {data['schema']}, but this version reads {SCHEMA}",
             "use the version of inferctl that wrote it, or run the benchmark again",
         )
-    if data.get("seal") != seal_of(data):
+    try:
+        seal = seal_of(data)
+    except ValueError as error:  # 1e999 is infinity, and text can be half of a character
+        raise UsageError(f"cannot read {path} as a receipt: {error}", "`inferctl bench` writes receipts") from None
+    if data.get("seal") != seal:
         raise InvalidRunError(
             f"{path} was altered after it was sealed", "measure again: `inferctl bench` writes a new receipt"
         )

@@ -16,14 +16,26 @@ def write(plan: Plan, folder: Path) -> list[str]:
     Raises `UsageError` if the folder cannot be written.
     """
     from inferctl import outputs
-    from inferctl.deploy import layout, manifest
+    from inferctl.deploy import layout
 
     outputs.check_folder(folder, "--output")
     files = layout.files(plan)
-    for file in sorted(folder.rglob("*.yaml")):
-        ours = file.is_file() and file.read_bytes().startswith(manifest.HEADER.encode())
-        if ours and file.relative_to(folder).as_posix() not in files:
-            file.unlink()
+    for top in layout.FOLDERS:
+        for file in sorted((folder / top).rglob("*")):
+            if file.relative_to(folder).as_posix() not in files and file.is_file() and _written_before(file):
+                file.unlink()
     for name, text in files.items():
         outputs.write(folder / name, text, "--output")
     return list(files)
+
+
+def _written_before(file: Path) -> bool:
+    """Return whether `inferctl deploy` wrote `file`. JSON has no comments, but alerts and dashboards have names."""
+    from inferctl.deploy import manifest
+
+    starts = {
+        ".yaml": [manifest.HEADER],
+        ".json": ['{\n "groups": [\n  {\n   "name": "inferctl.', '{\n "uid": "inferctl-'],
+    }
+    with file.open("rb") as content:
+        return content.read(200).startswith(tuple(start.encode() for start in starts.get(file.suffix, [])))

@@ -18,6 +18,10 @@ from inferctl.spec_types import OneLine, Section
 
 Autoscaler = Literal["cluster-autoscaler", "karpenter", "gke", "eks-auto", "none"]
 Cloud = Literal["aws", "gcp", "azure", "on-premises"]
+# What the API server accepts as the key and the value of a label.
+_LABEL_NAME = r"[A-Za-z0-9](?:[\w.-]{0,61}[A-Za-z0-9])?"
+_LABEL_KEY = re.compile(rf"(?:[a-z0-9](?:[a-z0-9.-]{{0,251}}[a-z0-9])?/)?{_LABEL_NAME}", re.ASCII)
+_LABEL_VALUE = re.compile(rf"(?:{_LABEL_NAME})?", re.ASCII)
 _EXAMPLE = "docs/deploy.md describes the clusters file"
 
 
@@ -104,14 +108,36 @@ class Cluster(Section):
                 raise ValueError(f"the cluster {self.name} has autoscaler: {autoscaler}, which needs cloud: {cloud}")
         return self
 
+    @field_validator("zones")
+    @classmethod
+    def _valid_zones(cls, zones: list[str]) -> list[str]:
+        if wrong := next((zone for zone in zones if not _LABEL_VALUE.fullmatch(zone)), None):
+            raise ValueError(f"zones: {wrong!r} is not the value of a label of Kubernetes")
+        return list(dict.fromkeys(zones))
+
+    @field_validator("labels")
+    @classmethod
+    def _valid_labels(cls, labels: dict[str, str]) -> dict[str, str]:
+        for key, value in labels.items():
+            if not (_LABEL_KEY.fullmatch(key) and _LABEL_VALUE.fullmatch(value)):
+                raise ValueError(f"labels: {key!r}: {value!r} is not a label of Kubernetes")
+        return labels
+
     @field_validator("max_replicas")
     @classmethod
     def _known_hardware(cls, limits: dict[str, int]) -> dict[str, int]:
-        for key in limits:
-            if key not in hardware_profiles() and not key.endswith((".yaml", ".yml")):
+        """Return the limits by the key of the hardware, which is the name of its file for hardware of your own."""
+        found: dict[str, int] = {}
+        for name, limit in limits.items():
+            own = name.endswith((".yaml", ".yml"))
+            key = Path(name).stem if own else name
+            if not own and key not in hardware_profiles():
                 close = did_you_mean(key, hardware_profiles()) or "`inferctl catalog hardware` lists all"
                 raise ValueError(f"max_replicas: hardware {key!r} not found; {close}")
-        return limits
+            if key in found:
+                raise ValueError(f"max_replicas has the hardware {key} twice")
+            found[key] = limit
+        return found
 
 
 class Clusters(Section):

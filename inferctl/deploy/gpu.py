@@ -8,37 +8,61 @@ from inferctl.deploy.plan import GpuResource
 from inferctl.deploy_spec import Sharing
 from inferctl.errors import UsageError
 
+# Labels of GPU feature discovery.
 _PRODUCT = "nvidia.com/gpu.product"
+_STRATEGY = "nvidia.com/gpu.sharing-strategy"
+_REPLICAS = "nvidia.com/gpu.replicas"
 _GKE = ("cloud.google.com/gke-accelerator", "cloud.google.com/gke-gpu-partition-size")
+_GKE_SHARING = "cloud.google.com/gke-gpu-sharing-strategy"
+_GKE_CLIENTS = "cloud.google.com/gke-max-shared-clients-per-gpu"
 
 
-def resource(hardware: Hardware, sharing: Sharing, gpus: int, cluster: Cluster | None = None) -> GpuResource | None:
+def labels_of(cluster: Cluster) -> dict[str, tuple[str, ...]]:
+    """Return the labels that all nodes in `cluster` must have."""
+    return {label: (value,) for label, value in cluster.labels.items()}
+
+
+def resource(
+    hardware: Hardware, sharing: Sharing, gpus: int, cluster: Cluster | None = None, shared_by: int = 1
+) -> GpuResource | None:
     """Return the GPU of a pod in `cluster`, or as the NVIDIA device plugin with mixed MIG names it; None for a CPU.
 
     A node whose MIG slices are not made yet still offers the whole GPU, so a slice also requires
     `nvidia.com/mig.config.state: success`. GKE makes slices before a node joins, and has no such label. With time
     slicing or MPS, `renameByDefault` of the device plugin makes the resource `nvidia.com/gpu.shared` and keeps the
-    label.
+    label. The node must share its GPUs among `shared_by` pods, because the memory of a pod is 1/`shared_by`.
 
-    Raises `UsageError` for a GPU without node labels in the catalog.
+    In GKE, whole GPUs, slices and shared GPUs are all `nvidia.com/gpu` on nodes with one label of the accelerator. So
+    a pod also requires that the node does, or does not, divide its GPUs.
+
+    Raises `UsageError` for a GPU without node labels in the catalog, and for MPS in GKE.
     """
     if hardware.kind == "cpu":
         return None
+    extra = labels_of(cluster) if cluster else {}
+    if sharing == "dra":  # the device class selects the device
+        return GpuResource("nvidia.com/gpu", gpus, extra)
+    shared = sharing in ("time-slicing", "mps")
     gke = cluster is not None and cluster.node_labels == "gke"
+    if gke and sharing == "mps":
+        raise UsageError(
+            "sharing: mps needs hostIPC in GKE, which the Pod Security level restricted forbids",
+            "use sharing: time-slicing, or a MIG slice",
+        )
     needed = _GKE[:1] if gke else (_PRODUCT,)
     if missing := next((label for label in needed if label not in hardware.labels), None):
         raise UsageError(
             f"{hardware.key} has no label {missing} in the catalog, so no node can be selected",
             "use a YAML file of the hardware with its labels, as in benchmarks/hardware/",
         )
-    extra = {label: (value,) for label, value in (cluster.labels if cluster else {}).items()}
     if gke:
-        labels = {label: (hardware.labels[label],) for label in _GKE if label in hardware.labels}
+        labels = {label: (hardware.labels[label],) if label in hardware.labels else () for label in _GKE}
+        labels |= {_GKE_SHARING: ("time-sharing",), _GKE_CLIENTS: (str(shared_by),)} if shared else {_GKE_SHARING: ()}
         return GpuResource("nvidia.com/gpu", gpus, labels | extra)
     if hardware.mig is None:
-        shared = sharing in ("time-slicing", "mps")
         name = "nvidia.com/gpu.shared" if shared else "nvidia.com/gpu"
-        return GpuResource(name, gpus, {_PRODUCT: (hardware.labels[_PRODUCT],)} | extra)
+        parts = {_STRATEGY: (sharing,), _REPLICAS: (str(shared_by),)} if shared else {}
+        return GpuResource(name, gpus, {_PRODUCT: (hardware.labels[_PRODUCT],)} | parts | extra)
     ready = {"nvidia.com/mig.config.state": ("success",)}
     if cluster is not None and cluster.mig_strategy == "single":
         return GpuResource("nvidia.com/gpu", gpus, {_PRODUCT: (hardware.labels[_PRODUCT],)} | ready | extra)

@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from inferctl.deploy import manifest, room, versions
 from inferctl.deploy.clusters import Cluster
@@ -40,6 +40,10 @@ from inferctl.errors import UsageError
 _KUSTOMIZE = "kustomize.config.k8s.io"
 _FILE = "kustomization.yaml"
 OLDEST = 32
+# All files are in these.
+FOLDERS = ("base", "components", "overlays", "bench", "gpu-operator", "monitoring", "karmada")
+# Files of a folder that are not of one model, so no model may have the name of one.
+_OTHER_FILES = ("kustomization", "namespace", "priorities", "monitors", "network")
 
 
 @dataclass
@@ -72,13 +76,16 @@ def files(plan: Plan) -> dict[str, str]:
     for model in plan.models:
         check(model, plan.clusters)
     base, components = _base(plan), _components(plan)
+    overlays = {cluster.name: _overlay(plan, cluster, list(components)) for cluster in plan.clusters}
+    for overlay in overlays.values():
+        _check_names([base, *components.values(), overlay])
     found = base.files("base")
     for name, component in components.items():
         found |= component.files(f"components/{name}", "Component")
     if any(model.spec.deploy.karmada for model in plan.models):
         found |= _karmada(plan, [base, *components.values()], list(components)).files("karmada")
     for cluster in plan.clusters:
-        found |= _overlay(plan, cluster, list(components)).files(f"overlays/{cluster.name}")
+        found |= overlays[cluster.name].files(f"overlays/{cluster.name}")
         if benches := [model for model in plan.models if model.spec.deploy.bench]:
             found |= _bench(plan, benches, cluster).files(f"bench/{cluster.name}")
         found |= _gpu_operator(plan, cluster)
@@ -88,6 +95,8 @@ def files(plan: Plan) -> dict[str, str]:
 def check(model: ModelPlan, clusters: Sequence[Cluster]) -> None:
     """Raise `UsageError` if the pods of `model` could not start: no image, a field that a version lacks."""
     spec = model.spec
+    if model.name in _OTHER_FILES:
+        raise UsageError(f"the name {model.name} is that of a file of the manifests", "set another `name` in the spec")
     if spec.access.broker or spec.access.key_store:
         raise UsageError(
             f"{spec.name}: access.broker and keys in a database need a worker with the folder access.data, which the "
@@ -118,6 +127,18 @@ def check(model: ModelPlan, clusters: Sequence[Cluster]) -> None:
                 )
 
 
+def _check_names(folders: Sequence[Folder]) -> None:
+    """Raise `UsageError` if two objects have one name: flavor `gateway` of `embed`, or flavor `x-l4` and model `x`."""
+    known: set[tuple[str, str]] = set()
+    for each in (one for folder in folders for objects in folder.resources.values() for one in objects):
+        found = (each["kind"], each["metadata"]["name"])
+        if found in known:
+            raise UsageError(
+                f"two objects would be the {found[0]} {found[1]}", "set another `name` of the flavor or of the spec"
+            )
+        known.add(found)
+
+
 def _base(plan: Plan) -> Folder:
     namespace = plan.namespace
     found = Folder({"namespace.yaml": _namespace(namespace), "priorities.yaml": policy.priority_classes()})
@@ -133,8 +154,10 @@ def _namespace(name: str) -> list[Object]:
 def _model(model: ModelPlan, namespace: str) -> list[Object]:
     spec = model.spec
     egress = [*metering.egress(spec, namespace)]
-    urls = [spec.cache.shared if spec.cache.size else None, spec.access.oidc.issuer]
-    egress += [policy.endpoint(url, namespace) for url in urls if url and not url.startswith("unix:")]
+    if spec.cache.size and spec.cache.shared and not spec.cache.shared.startswith("unix:"):
+        egress.append(policy.endpoint(spec.cache.shared, namespace))
+    oidc = spec.access.oidc
+    egress += [policy.public_endpoint(url, namespace) for url in (oidc.issuer, oidc.jwks) if url and "://" in url]
     if spec.model.weights == "download":
         egress.append(policy.Endpoint(443, None))
     through = gateway.GATEWAY if spec.deploy.gateway == "envoy" else None
@@ -223,11 +246,15 @@ def _bench(plan: Plan, models: Sequence[ModelPlan], cluster: Cluster) -> Folder:
 
 
 def _prometheus_namespaces(plan: Plan) -> list[str]:
-    """Return the namespaces from which Prometheus reads metrics, in all clusters."""
+    """Return the namespaces from which Prometheus reads metrics, in all clusters.
+
+    A URL outside of the cluster does not say where its agent runs: then it is the namespace of the default.
+    """
+    default = policy.endpoint(scaling.DEFAULT_PROMETHEUS, plan.namespace).namespace
     urls = {cluster.prometheus for cluster in plan.clusters} | {model.spec.deploy.prometheus for model in plan.models}
-    found = {policy.endpoint(url, plan.namespace).namespace for url in urls if url}
+    found = {policy.endpoint(url, plan.namespace).namespace or default for url in urls if url}
     if not found and any(model.spec.deploy.scaling != "none" for model in plan.models):
-        found = {policy.endpoint(scaling.DEFAULT_PROMETHEUS, plan.namespace).namespace}
+        found = {default}
     return sorted(name for name in found if name)
 
 
@@ -263,8 +290,7 @@ def _overlay(plan: Plan, cluster: Cluster, components: Sequence[str]) -> Folder:
 
 def _overflow(model: ModelPlan, flavor: FlavorPlan, cluster: Cluster, namespace: str) -> list[Object]:
     """Return what keeps nodes for `flavor`, with the GPU resource and the node labels of the cluster."""
-    here = replace(flavor, resource=flavor.at(cluster).resource)
-    deployment = manifest.plain(workload.deployment(model, here, namespace))
+    deployment = manifest.plain(workload.deployment(model, flavor.only_at(cluster), namespace))
     return scaling.overflow(model, flavor, cluster, deployment)
 
 

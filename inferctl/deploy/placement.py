@@ -38,7 +38,7 @@ def place(
             each.rate,
             flavor.min_replicas,
             flavor.max_replicas,
-            cluster.max_replicas.get(flavor.hardware),
+            cluster.max_replicas.get(each.hardware.key),
         )
         for flavor, each in zip(flavors, made, strict=True)
     ]
@@ -48,6 +48,11 @@ def place(
     sized = sizing.replicas(chain, traffic, share, settings.utilization, scaled=scaled, lowest=lowest)
     _refuse_too_many(made, sized, cluster)
     _warn_of_uncovered_peak(spec, chain, sized, traffic, cluster, warnings)
+    if scaled and any(each.most.value for each in sized) and not any(each.least.value for each in sized):
+        warnings.append(
+            f"{cluster.name}: all flavors of {spec.name} may have 0 replicas. The metrics that start one come from the "
+            "servers, so nothing notices the first request: set min_replicas: 1 of a flavor"
+        )
     first = _first_with_room(sized, settings.overflow)
     found = []
     for index, (each, counts) in enumerate(zip(made, sized, strict=True)):
@@ -71,9 +76,10 @@ def place(
         found.append(
             Placement(
                 cluster=cluster.name,
-                resource=gpu.resource(each.hardware, each.sharing, each.resource.count, cluster)
-                if each.resource
-                else None,
+                resource=gpu.resource(each.hardware, each.sharing, each.resource.count, cluster, each.shared_by)
+                if each.resource and counts.most.value
+                else each.resource,
+                node_labels={} if each.resource else gpu.labels_of(cluster),
                 min_replicas=counts.least,
                 max_replicas=counts.most,
                 replicas=fixed,

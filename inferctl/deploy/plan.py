@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from inferctl.catalog import Hardware
 from inferctl.deploy.clusters import Cluster
@@ -48,7 +48,8 @@ class Rate:
 class GpuResource:
     """How a pod gets its GPU in one cluster: an extended resource, the node labels that it requires, and a toleration.
 
-    `labels`: label -> allowed values, for a required node affinity. `toleration`: key of the taint of GPU nodes.
+    `labels`: label -> allowed values, for a required node affinity; without values, the node must not have the label.
+    `toleration`: key of the taint of GPU nodes.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Placement:
     `replicas`: their number if no autoscaler sets it, else None: with `scaling: none`, for a flavor without a rate, and
     0 in a cluster that can have none of this hardware. `at_base` and `at_peak` are None without a rate or traffic.
     `overflow` is None if there is none. The costs (USD per month, with the overflow) are None if the catalog has no
-    price for this cloud.
+    price for this cloud. `node_labels`: labels that the nodes of a CPU flavor must have.
     """
 
     cluster: str
@@ -78,6 +79,7 @@ class Placement:
     cost_min: Figure | None = None
     cost_peak: Figure | None = None
     cost_max: Figure | None = None
+    node_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class FlavorPlan:
     """One kind of hardware of a model: one Deployment, named `name`, with the label value `label`.
 
     `resource` is the GPU as the NVIDIA device plugin names it; a `Placement` has that of its cluster. None for a CPU.
-    `surge`: additional pods of a rollout.
+    `surge`: additional pods of a rollout. `node_labels`: those of the placement, in a plan for one cluster.
     """
 
     name: str
@@ -109,6 +111,7 @@ class FlavorPlan:
     memory_bytes: Figure
     cpu: Figure
     surge: int = 0
+    node_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def isolated(self) -> bool:
@@ -118,6 +121,11 @@ class FlavorPlan:
     def at(self, cluster: Cluster) -> Placement:
         """Return the placement in `cluster`."""
         return next(placement for placement in self.placements if placement.cluster == cluster.name)
+
+    def only_at(self, cluster: Cluster) -> FlavorPlan:
+        """Return the flavor with the GPU resource and the node labels of `cluster`."""
+        placed = self.at(cluster)
+        return replace(self, resource=placed.resource, node_labels=placed.node_labels)
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,8 @@ class TrafficPlan:
 class ModelPlan:
     """One model: its flavors in order of preference. `name` is the DNS label of its Service.
 
-    `key_servers`: servers among which the limit of a key is divided; None without keys and limits.
+    `key_servers`: servers among which the limit of a key is divided; None without keys and limits. `weights_bytes`:
+    size of the weights on disk, 0 if unknown.
     """
 
     spec: Spec
@@ -144,6 +153,7 @@ class ModelPlan:
     traffic: TrafficPlan | None
     warnings: tuple[str, ...] = ()
     key_servers: Figure | None = None
+    weights_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ flavor. The backlog alone would oscillate: with an empty queue it asks for the m
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from inferctl.deploy.figure import shown
@@ -90,7 +91,7 @@ def _served(namespace: str, earlier: list[Link], factor: float) -> str:
     for link in earlier:
         assert link.rate
         deployment = f'namespace="{namespace}",deployment="{link.flavor.name}"'
-        window = f"{int(link.flavor.cold_start_s.value)}s"
+        window = f"{math.ceil(link.flavor.cold_start_s.value)}s"  # Prometheus refuses 0s
         missing = f"min_over_time(kube_deployment_status_replicas_unavailable{{{deployment}}}[{window}]) > 0"
         available = f"kube_deployment_status_replicas_available{{{deployment}}}"
         count = f"(max({available} and on (deployment) ({missing})) or vector({link.maximum}))"

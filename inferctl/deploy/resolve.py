@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +13,12 @@ from inferctl.deploy import gpu, measured, placement, room, sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure, shown
 from inferctl.deploy.objects import metering
+from inferctl.deploy.objects.metadata import object_name
 from inferctl.deploy.plan import FlavorPlan, ModelPlan, Plan, Rate, TrafficPlan
 from inferctl.deploy_spec import Flavor, Sharing
 from inferctl.errors import InferctlError, UsageError
 from inferctl.fit import Fit, ModelSize, UnknownSize
+from inferctl.sizes import parse_size
 from inferctl.spec import Spec, Task
 
 T = TypeVar("T")
@@ -91,6 +92,11 @@ def _each(items: Iterable[T], make: Callable[[T], R]) -> list[R]:
 def _model(source: Source, clusters: tuple[Cluster, ...], *, images: bool) -> ModelPlan:
     spec, settings = source.spec, source.spec.deploy
     name = spec.name.replace(".", "-")
+    if not name[0].isalpha():
+        raise UsageError(
+            f"the name {name} starts with a digit, and the name of a Service must start with a letter",
+            f"set `name` in the spec, as in `name: model-{name}`",
+        )
     flavors = settings.flavors or [Flavor(hardware=key) for key in spec.hardware]  # type: ignore[call-arg]
     if not flavors:
         raise UsageError(
@@ -124,7 +130,15 @@ def _model(source: Source, clusters: tuple[Cluster, ...], *, images: bool) -> Mo
         for index, each in enumerate(made)
     )
     servers = placement.key_servers(spec, complete, warnings)
-    return ModelPlan(spec, name, source.task, complete, traffic, tuple(dict.fromkeys(warnings)), servers)
+    if 0 < spec.serve.port < 1024:
+        warnings.append(
+            f"{spec.name}: serve.port is {spec.serve.port}, and some container runtimes give ports below 1024 to root "
+            "only, which the pods are not: set 8080. The Service has port 80 in any case"
+        )
+    if spec.metering.mode != "off" and spec.metering.sink:
+        warnings.append(f"{spec.name}: the workers in the manifests do not send usage events to metering.sink")
+    weights = source.size.weights_bytes if isinstance(source.size, ModelSize) else 0
+    return ModelPlan(spec, name, source.task, complete, traffic, tuple(dict.fromkeys(warnings)), servers, weights)
 
 
 def _check_settings(spec: Spec) -> None:
@@ -150,7 +164,9 @@ def _flavor(
 ) -> FlavorPlan:
     spec, settings = source.spec, source.spec.deploy
     hardware = _hardware(flavor, source.folder, where)
-    label = flavor.name or re.sub(r"[^a-z0-9-]+", "-", hardware.key.lower()).strip("-")
+    label = flavor.name or object_name(hardware.key)
+    if not label:
+        raise UsageError(f"{where}: {hardware.key} has no letter or digit for a name", f"set `name` in {where}")
     name = f"{model_name}-{label}"
     if len(name) > _LONGEST_NAME:
         raise UsageError(
@@ -158,6 +174,12 @@ def _flavor(
             f"set a shorter `name` in {where}",
         )
     sharing: Sharing = flavor.sharing or ("mig" if hardware.mig else "whole")
+    gpus = source.spec.serve.gpus if source.task == "generate" else 1
+    if gpus > 1 and sharing in ("time-slicing", "mps"):
+        raise UsageError(
+            f"{where}: serve.gpus is {gpus}, and with sharing: {sharing} a pod gets a part of one GPU only",
+            "use whole GPUs, or set serve.gpus: 1",
+        )
     rate, measured_precision, found = _rate(source, flavor, hardware, where)
     warnings += found
     precision = flavor.precision if flavor.precision != "auto" else spec.serve.precision
@@ -181,7 +203,7 @@ def _flavor(
         shared_by=flavor.shared_by,
         rate=rate,
         fit=effective,
-        resource=gpu.resource(hardware, sharing, _gpus(source)),
+        resource=gpu.resource(hardware, sharing, gpus, shared_by=flavor.shared_by),
         placements=(),
         load_s=load,
         cold_start_s=_cold_start(spec, flavor),
@@ -194,13 +216,10 @@ def _flavor(
             rate,
             memory.weights if memory else None,
             memory.total if memory and hardware.kind == "cpu" else None,
+            parse_size(spec.cache.size) if spec.cache.size and source.task == "embed" else 0,
         ),
         cpu=sizing.cores(rate, metering.WORKER_CORES if spec.metering.mode != "off" else 0.0),
     )
-
-
-def _gpus(source: Source) -> int:
-    return source.spec.serve.gpus if source.task == "generate" else 1
 
 
 def _hardware(flavor: Flavor, folder: Path, where: str) -> Hardware:
@@ -221,10 +240,15 @@ def _rate(source: Source, flavor: Flavor, hardware: Hardware, where: str) -> tup
     path = Path(flavor.receipt).expanduser()
     try:
         rate, precision, warnings = measured.read(
-            path if path.is_absolute() else source.folder / path, hardware, source.task, source.digest
+            path if path.is_absolute() else source.folder / path, hardware, source.task, source.digest, source.spec.slo
         )
     except InferctlError as error:
         raise type(error)(f"{where}: {error.message}", error.hint) from None
+    if flavor.shared_by > 1:
+        warnings.append(
+            f"{path.name} does not say how fast a pod is while {flavor.shared_by} pods share its GPU: measure with the "
+            "others under load, or set a lower tokens_per_second instead"
+        )
     return rate, precision, warnings
 
 

@@ -65,8 +65,13 @@ def gpus(placed: Sequence[tuple[FlavorPlan, Placement]], limit: int | None) -> t
 
 
 def _surge(model: ModelPlan, flavor: FlavorPlan) -> int:
-    """Return the additional pods of a rollout. On a GPU, one stops first, unless it is the only replica."""
-    single = sum(int(placed.min_replicas.value) for each in model.flavors for placed in each.placements) < 2
+    """Return the additional pods of a rollout. On a GPU, one stops first, unless a cluster could be left with none.
+
+    A new image changes all flavors at once, so one of them must have two replicas in each cluster.
+    """
+    placed = zip(*(each.placements for each in model.flavors), strict=True)
+    here = [flavors for flavors in placed if any(each.max_replicas.value for each in flavors)]
+    single = any(max(int(each.min_replicas.value) for each in flavors) < 2 for flavors in here)
     return 1 if flavor.hardware.kind == "cpu" or single else 0
 
 

@@ -32,6 +32,8 @@ _ASSUMED_LOAD_S = 120
 _ASSUMED_POD_CORES = 3
 _MIB = 1024**2
 _ASSUMED_HOST_BYTES = 4 * 1024**3
+# The longest drain that the server accepts.
+_LONGEST_DRAIN_S = 86_400
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def replicas(
         # If the hardware of all earlier flavors has run out, this one serves the whole peak.
         stand_in = _needed("peak", demand, peak, share, utilization, [])
         least = _least(demand, at_base if scaled else at_peak, first=index == first, lowest=lowest)
-        most = _limited(_most(demand, stand_in, least) if scaled else _equal(least), demand.limit)
+        most = _limited(_most(demand, stand_in, least) if scaled else _equal(demand, least), demand.limit)
         if least.value > most.value:
             least = Figure(least.name, most.value, "replicas", f"min({most.value}, {least.value})", most.source)
         found.append(Replicas(least, most, at_base, at_peak))
@@ -169,7 +171,11 @@ def _limited(most: Figure, limit: int | None) -> Figure:
     return Figure(most.name, limit, "replicas", f"min({limit}, {most.value})", "max_replicas of the clusters file")
 
 
-def _equal(least: Figure) -> Figure:
+def _equal(demand: Demand, least: Figure) -> Figure:
+    """Return the maximum without an autoscaler: the minimum, or what the spec allows if that is less."""
+    if demand.max_replicas is not None and demand.max_replicas < least.value:
+        formula = f"min({demand.max_replicas}, {least.value})"
+        return Figure("maximum", demand.max_replicas, "replicas", formula, "spec max_replicas")
     return Figure("maximum", least.value, "replicas", "equal to the minimum", "scaling: none")
 
 
@@ -236,7 +242,7 @@ def drain_s(setting: float, rate: Rate | None) -> Figure:
     if rate and rate.longest_s and 2 * rate.longest_s > setting:
         formula = f"ceil(2 x {shown(rate.longest_s)})"
         source = f"longest response of {rate.origin}; more than serve.drain_seconds"
-        return Figure("drain", ceil(2 * rate.longest_s), "s", formula, source)
+        return Figure("drain", min(_LONGEST_DRAIN_S, ceil(2 * rate.longest_s)), "s", formula, source)
     return Figure("drain", setting, "s", "", "spec serve.drain_seconds")
 
 
@@ -247,15 +253,22 @@ def grace_s(pre_stop: Figure, grace_seconds: float, drain: Figure) -> Figure:
     return Figure("grace period", ceil(sum(parts)), "s", " + ".join(map(shown, parts)), source)
 
 
-def memory_bytes(rate: Rate | None, weights: int | None, model: int | None) -> Figure:
-    """Return the host memory of a pod. `weights`: their bytes. `model`: all estimated bytes on a CPU, None on a GPU."""
+def memory_bytes(rate: Rate | None, weights: int | None, model: int | None, cache: int = 0) -> Figure:
+    """Return the host memory of a server.
+
+    `weights`: their bytes. `model`: all estimated bytes on a CPU, None on a GPU. `cache`: most bytes of cached vectors,
+    which `inferctl bench` switches off, so no receipt has them.
+    """
+    added, also = (f" + {size(cache, 1)}", "; cache.size") if cache else ("", "")
     if rate and rate.memory_bytes:
-        value = ceil(rate.memory_bytes * 1.25 / _MIB) * _MIB
-        return Figure("host memory", value, "bytes", f"1.25 x {size(rate.memory_bytes, 1)}", f"peak of {rate.origin}")
+        value = ceil((rate.memory_bytes * 1.25 + cache) / _MIB) * _MIB
+        formula = f"1.25 x {size(rate.memory_bytes, 1)}{added}"
+        return Figure("host memory", value, "bytes", formula, f"peak of {rate.origin}{also}")
     known = model if model is not None else weights
-    value = ceil(((known or 0) + _ASSUMED_HOST_BYTES) / _MIB) * _MIB
+    value = ceil(((known or 0) + _ASSUMED_HOST_BYTES + cache) / _MIB) * _MIB
     formula = f"{size(known, 1)} + {size(_ASSUMED_HOST_BYTES, 1)}" if known else size(_ASSUMED_HOST_BYTES, 1)
-    return Figure("host memory", value, "bytes", formula, "assumed: weights and 4 GiB, no receipt with memory")
+    source = f"assumed: weights and 4 GiB, no receipt with memory{also}"
+    return Figure("host memory", value, "bytes", formula + added, source)
 
 
 def cores(rate: Rate | None, beside: float = 0.0) -> Figure:

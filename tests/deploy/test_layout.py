@@ -159,7 +159,7 @@ def test_a_slice_is_a_resource_of_its_own_where_the_device_plugin_has_it(build: 
     assert extended == [{"nvidia.com/mig-3g.20gb": 1}, {"nvidia.com/gpu": 1}]
     required = [
         {
-            term["key"]: term["values"]
+            term["key"]: term.get("values", term["operator"])
             for term in pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"][
                 "nodeSelectorTerms"
             ][0]["matchExpressions"]
@@ -171,6 +171,7 @@ def test_a_slice_is_a_resource_of_its_own_where_the_device_plugin_has_it(build: 
         {
             "cloud.google.com/gke-accelerator": ["nvidia-tesla-a100"],
             "cloud.google.com/gke-gpu-partition-size": ["3g.20gb"],
+            "cloud.google.com/gke-gpu-sharing-strategy": "DoesNotExist",
         },
     ]
     assert all(pod["tolerations"][0]["key"] == "nvidia.com/gpu" for pod in (aws, gcp))

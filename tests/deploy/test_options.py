@@ -110,8 +110,8 @@ def test_shared_gpus_are_configured_so_that_no_pod_shares_by_mistake(build: Buil
     values = yaml.safe_load(files["gpu-operator/aws-us-east-1/values.yaml"])
     assert values["mig"] == {"strategy": "mixed"}
     (config,) = build(files, "gpu-operator/aws-us-east-1")
-    assert values["devicePlugin"]["config"] == {"name": config["metadata"]["name"], "default": "shared"}
-    sharing = yaml.safe_load(config["data"]["shared"])["sharing"]["timeSlicing"]
+    assert values["devicePlugin"]["config"] == {"name": config["metadata"]["name"], "default": "time-slicing-4"}
+    sharing = yaml.safe_load(config["data"]["time-slicing-4"])["sharing"]["timeSlicing"]
     assert sharing["renameByDefault"] is True
     assert sharing["failRequestsGreaterThanOne"] is True
     assert sharing["resources"] == [{"name": "nvidia.com/gpu", "replicas": 4}]

@@ -40,8 +40,7 @@ def check(spec: Spec) -> None:
 
 def objects(model: ModelPlan, cluster: Cluster, namespace: str) -> list[Object]:
     """Return the Jobs of a model in a cluster, of the flavors that it can have, and their network policy."""
-    placed = [(flavor, flavor.at(cluster)) for flavor in model.flavors]
-    here = [replace(flavor, resource=each.resource) for flavor, each in placed if each.max_replicas.value]
+    here = [flavor.only_at(cluster) for flavor in model.flavors if flavor.at(cluster).max_replicas.value]
     account = service_account(f"{model.name}-{BENCH}", namespace)
     policy = bench_policy(model.name, namespace, _egress(model))
     return [account, policy, *(_job(model, flavor, namespace) for flavor in here)]

@@ -84,19 +84,17 @@ def _divided(flavor: FlavorPlan, plan: Plan) -> Object:
 
 def _override(flavor: FlavorPlan, cluster: Cluster) -> Object | None:
     """Return the GPU resource and the node labels of a flavor in `cluster`, if they differ from those of the base."""
-    resource = flavor.at(cluster).resource
-    if resource is None or resource == flavor.resource or flavor.sharing == "dra":
+    placed = flavor.at(cluster)
+    resource, labels = placed.resource, placed.resource.labels if placed.resource else placed.node_labels
+    if resource == flavor.resource and not placed.node_labels:
         return None
-    affinity = sharing.placement(flavor, resource)["affinity"]["nodeAffinity"]
-    amounts = manifest.plain({**workload.cpu_and_memory(flavor), **sharing.limits(resource)})
-    changes = [
-        {"path": "/spec/template/spec/affinity/nodeAffinity", "operator": "replace", "value": affinity},
-        {
-            "path": "/spec/template/spec/containers/0/resources",
-            "operator": "replace",
-            "value": {"requests": amounts, "limits": amounts},
-        },
-    ]
+    affinity = sharing.node_affinity(labels)["nodeAffinity"]
+    # `add` also replaces a value that exists.
+    changes = [{"path": "/spec/template/spec/affinity/nodeAffinity", "operator": "add", "value": affinity}]
+    if resource and flavor.sharing != "dra":
+        amounts = manifest.plain({**workload.cpu_and_memory(flavor), **sharing.limits(resource)})
+        path, value = "/spec/template/spec/containers/0/resources", {"requests": amounts, "limits": amounts}
+        changes.append({"path": path, "operator": "replace", "value": value})
     return {"targetCluster": {"clusterNames": [cluster.name]}, "overriders": {"plaintext": changes}}
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 
-from inferctl.deploy import manifest, room
+from inferctl.catalog import Hardware, hardware_profiles
+from inferctl.deploy import manifest, room, sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import service, sharing
-from inferctl.deploy.objects.metadata import SERVER, Object, labels_of, metadata
+from inferctl.deploy.objects.metadata import SERVER, Object, labels_of, metadata, object_name
 from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Plan
 
 # Names of objects that the platform team makes: the Gateway with its namespace, and the class of nodes of Karpenter.
@@ -63,11 +66,17 @@ def _node_pool(
     if cluster.zones:
         zones = {"key": "topology.kubernetes.io/zone", "operator": "In", "values": list(cluster.zones)}
         requirements.append(zones)
+    # Karpenter starts no node whose GPUs exceed the rest of the limit.
+    each, instance = _gpus_of_a_node(part, cluster)
     limit, formula = room.gpus(placed, cluster.max_replicas.get(key))
+    note = f"{formula}: maximum, rollout and overflow"
+    if limit % each:
+        limit, note = math.ceil(limit / each) * each, f"{note}; whole nodes of {each} GPUs ({instance})"
+    requirements += [{"key": key, "operator": "In", "values": [value]} for key, value in cluster.labels.items()]
     return {
         "apiVersion": "karpenter.sh/v1",
         "kind": "NodePool",
-        "metadata": metadata(f"inferctl-{key}", None, {}),
+        "metadata": metadata(f"inferctl-{object_name(key)}", None, {}),
         "spec": {
             "template": {
                 # The servers require this label, and Karpenter must know it before a node exists. GPU feature
@@ -81,7 +90,7 @@ def _node_pool(
                     "expireAfter": "720h",
                 },
             },
-            "limits": {"nvidia.com/gpu": Noted(str(limit), f"{formula}: maximum, rollout and overflow")},
+            "limits": {"nvidia.com/gpu": Noted(str(limit), note)},
             "disruption": {
                 "consolidationPolicy": "WhenEmptyOrUnderutilized",
                 "consolidateAfter": "5m",
@@ -91,31 +100,48 @@ def _node_pool(
     }
 
 
+def _gpus_of_a_node(part: Hardware, cluster: Cluster) -> tuple[int, str]:
+    """Return the GPUs of the instance with the list price of the catalog (`p4d.24xlarge, 1 of 8`), and its name."""
+    price, _ = sizing.price_of(part, cluster.cloud)
+    found = re.fullmatch(r"(\S+), 1 of (\d+)", price.instance) if price else None
+    return (int(found[2]), found[1]) if found else (1, "")
+
+
 def gpu_operator(flavors: Sequence[FlavorPlan], strategy: str) -> tuple[list[Object], Object]:
     """Return ConfigMaps of the GPU Operator's namespace, and the values of its Helm chart that use them.
 
     Values replace a ClusterPolicy of our own, because the chart makes the only one of a cluster. They are not for a
     cluster with GPUCluster (DRA), which must not have a ClusterPolicy.
+
+    If the flavors share GPUs in one way, it is the default of all nodes. If not, a node selects its configuration with
+    the label `nvidia.com/device-plugin.config`.
     """
     objects: list[Object] = []
     values: Object = {}
+    gpus = [flavor for flavor in flavors if flavor.resource]
     slices = sorted({(f.hardware.mig.parent, f.hardware.mig.profile) for f in flavors if f.hardware.mig})
     if slices:
         values["mig"] = {"strategy": strategy}
         profiles = {profile for _, profile in slices}
-        if len(profiles) == 1:
+        divisible = {part.mig.parent for part in hardware_profiles().values() if part.mig}
+        # A default divides every GPU that can be divided, so none of these would be left whole.
+        if len(profiles) == 1 and not any(flavor.hardware.key in divisible for flavor in gpus):
             values["migManager"] = {"config": {"default": f"all-{profiles.pop()}"}}
-    if config := sharing.device_plugin_config(flavors):
+    if configs := sharing.device_plugin_configs(flavors):
         name = "inferctl-device-plugin"
         objects.append(
             {
                 "apiVersion": "v1",
                 "kind": "ConfigMap",
                 "metadata": metadata(name, "gpu-operator", {}),
-                "data": {"shared": manifest.dump([config])},
+                "data": {key: manifest.dump([config]) for key, config in configs.items()},
             }
         )
-        values["devicePlugin"] = {"config": {"name": name, "default": "shared"}}
+        values["devicePlugin"] = {"config": {"name": name}}
+        # A default renames `nvidia.com/gpu` on all nodes without a label, so whole GPUs would be gone.
+        others = [each for each in gpus if each.sharing not in ("time-slicing", "mps")]
+        if len(configs) == 1 and all(each.hardware.mig and strategy == "mixed" for each in others):
+            values["devicePlugin"]["config"]["default"] = next(iter(configs))
     return objects, values
 
 

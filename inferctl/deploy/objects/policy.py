@@ -18,6 +18,7 @@ from inferctl.deploy.objects.metadata import (
     labels_of,
     metadata,
 )
+from inferctl.errors import UsageError
 
 SERVING_PRIORITY = "inferctl-serving"
 OVERFLOW_PRIORITY = "inferctl-overflow"
@@ -102,15 +103,32 @@ class Endpoint:
 
 
 def endpoint(url: str, default_namespace: str) -> Endpoint:
-    """Return the endpoint of a URL. `NAME` and `NAME.NAMESPACE[.svc...]` are Services of the cluster."""
-    parts = urllib.parse.urlsplit(url)
+    """Return the endpoint of a URL. `NAME` and `NAME.NAMESPACE[.svc...]` are Services of the cluster.
+
+    Raises `UsageError` if it is not a URL.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port or _SCHEME_PORTS.get(parts.scheme, 443)
+    except ValueError:
+        # Not the URL itself, which may have a password.
+        raise UsageError("a URL of the spec has no valid host and port", "write it as scheme://host:port") from None
     words = (parts.hostname or "").split(".")
-    port = parts.port or _SCHEME_PORTS.get(parts.scheme, 443)
+    if ":" in words[0]:  # an address of IPv6
+        return Endpoint(port, None)
     if len(words) == 1:
         return Endpoint(port, default_namespace)
     if len(words) == 2 or (len(words) > 2 and words[2] == "svc"):
         return Endpoint(port, words[1])
     return Endpoint(port, None)
+
+
+def public_endpoint(url: str, default_namespace: str) -> Endpoint:
+    """Return the endpoint of a URL that is often outside of the cluster: `https://gitlab.com` is not in `com`."""
+    found = endpoint(url, default_namespace)
+    parts = urllib.parse.urlsplit(url)
+    outside = parts.scheme == "https" and (parts.hostname or "").count(".") == 1
+    return Endpoint(found.port, None) if outside else found
 
 
 def deny_all(namespace: str) -> Object:

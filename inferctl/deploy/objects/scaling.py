@@ -25,6 +25,8 @@ PAUSE_IMAGE = "registry.k8s.io/pause:3.10"
 _POLLING_S = 15
 _MIB = 1024 * 1024
 _SCALE_DOWN_S = 300
+# The longest window that a HorizontalPodAutoscaler accepts.
+_LONGEST_WINDOW_S = 3600
 _SCALE_DOWN_PERCENT = 25
 
 
@@ -157,8 +159,11 @@ def series(query: Query) -> str:
 def _window(flavor: FlavorPlan) -> Noted:
     """Return the seconds without need after which replicas are removed: at least a cold start, which a return costs."""
     cold = flavor.cold_start_s
-    value = max(_SCALE_DOWN_S, int(cold.value))
-    return Noted(value, f"scale-down window: max({_SCALE_DOWN_S}, cold start {cold.value:g} s); {cold.source}")
+    value = min(_LONGEST_WINDOW_S, max(_SCALE_DOWN_S, math.ceil(cold.value)))
+    formula = f"max({_SCALE_DOWN_S}, cold start {cold.value:g} s)"
+    if cold.value > _LONGEST_WINDOW_S:
+        formula = f"min({_LONGEST_WINDOW_S}, {formula})"
+    return Noted(value, f"scale-down window: {formula}; {cold.source}")
 
 
 def _fallback(placed: Placement) -> Noted:

@@ -21,20 +21,23 @@ def limits(resource: GpuResource | None) -> dict[str, Any]:
 def placement(flavor: FlavorPlan, resource: GpuResource | None) -> Object:
     """Return the fields of a pod spec that send it to the nodes of its hardware: affinity and tolerations.
 
-    With DRA, the device class selects the device, and so the node.
+    With DRA, the device class selects the device, and so the node: only labels of the cluster are left.
     """
     if resource is None:
-        return {}
+        return {"affinity": node_affinity(flavor.node_labels)} if flavor.node_labels else {}
     found: Object = {}
-    if resource.labels and flavor.sharing != "dra":
+    if resource.labels:
         found["affinity"] = node_affinity(resource.labels)
     found["tolerations"] = [{"key": resource.toleration, "operator": "Exists", "effect": "NoSchedule"}]
     return found
 
 
 def node_affinity(labels: Mapping[str, Sequence[str]]) -> Object:
-    """Return a required affinity to nodes that have one of the values of each label."""
-    terms = [{"key": key, "operator": "In", "values": list(values)} for key, values in labels.items()]
+    """Return a required affinity to nodes that have one of the values of each label, or not a label without values."""
+    terms: list[Object] = [
+        {"key": key, "operator": "In", "values": list(values)} if values else {"key": key, "operator": "DoesNotExist"}
+        for key, values in labels.items()
+    ]
     required = {"nodeSelectorTerms": [{"matchExpressions": terms}]}
     return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}
 
@@ -81,26 +84,27 @@ def _device(flavor: FlavorPlan) -> Object:
     expressions = [f"device.attributes['{_DRIVER}'].productName in [{listed}]"]
     if part.mig:
         expressions.append(f"device.attributes['{_DRIVER}'].profile == '{part.mig.profile}'")
+    count = flavor.resource.count if flavor.resource else 1
     return {
         "deviceClassName": "mig.nvidia.com" if part.mig else _DRIVER,
         "selectors": [{"cel": {"expression": " && ".join(expressions)}}],
+        **({"count": count} if count > 1 else {}),
     }
 
 
-def device_plugin_config(flavors: Sequence[FlavorPlan]) -> Object | None:
-    """Return the configuration of NVIDIA's device plugin for shared GPUs; None if no flavor shares a GPU.
+def device_plugin_configs(flavors: Sequence[FlavorPlan]) -> dict[str, Object]:
+    """Return the configurations of NVIDIA's device plugin for shared GPUs by name, such as `time-slicing-4`.
 
-    With `renameByDefault`, a shared GPU is another resource (`nvidia.com/gpu.shared`), so that no pod gets a part of a
-    GPU by mistake. With `failRequestsGreaterThanOne`, a request for two parts fails instead of getting one.
+    A node has one of them. With `renameByDefault`, a shared GPU is another resource (`nvidia.com/gpu.shared`), so that
+    no pod gets a part of a GPU by mistake. With `failRequestsGreaterThanOne`, a request for two parts fails instead of
+    getting one.
     """
-    shared = [flavor for flavor in flavors if flavor.sharing in ("time-slicing", "mps")]
-    if not shared:
-        return None
-    sharing: Object = {}
+    found: dict[str, Object] = {}
     for kind, key in (("time-slicing", "timeSlicing"), ("mps", "mps")):
-        parts = {flavor.shared_by for flavor in shared if flavor.sharing == kind}
-        if parts:
-            note = f"deploy.flavors[].shared_by of {', '.join(f.name for f in shared if f.sharing == kind)}"
-            resource = {"name": "nvidia.com/gpu", "replicas": Noted(max(parts), note)}
-            sharing[key] = {"renameByDefault": True, "failRequestsGreaterThanOne": True, "resources": [resource]}
-    return {"version": "v1", "sharing": sharing}
+        shared = [flavor for flavor in flavors if flavor.sharing == kind]
+        for parts in sorted({flavor.shared_by for flavor in shared}):
+            names = ", ".join(flavor.name for flavor in shared if flavor.shared_by == parts)
+            resource = {"name": "nvidia.com/gpu", "replicas": Noted(parts, f"deploy.flavors[].shared_by of {names}")}
+            sharing = {"renameByDefault": True, "failRequestsGreaterThanOne": True, "resources": [resource]}
+            found[f"{kind}-{parts}"] = {"version": "v1", "sharing": {key: sharing}}
+    return found

@@ -18,6 +18,7 @@ MODEL_PATH = "/model"
 CACHE_PATH = "/model-cache"
 KEYS_FILE = "keys.json"
 _MIB = 1024 * 1024
+_LEAST_DOWNLOAD_GIB = 50
 
 
 def deployment(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
@@ -167,6 +168,8 @@ def in_cluster(model: ModelPlan, flavor: FlavorPlan, placed: Placement, namespac
                 changed = {flavor.resource.name: None, **changed}
             pod_patch["containers"] = [{"name": SERVER, "resources": {"requests": changed, "limits": dict(changed)}}]
         spec["template"] = {"spec": pod_patch}
+    if placed.node_labels:
+        spec["template"] = {"spec": {"affinity": sharing.node_affinity(placed.node_labels)}}
     if not spec:
         return None
     name = {"name": flavor.name, "namespace": namespace}
@@ -213,6 +216,11 @@ def _probe(path: str) -> Object:
     return {"httpGet": {"path": path, "port": HTTP_PORT}, "timeoutSeconds": 3}
 
 
+def _download_limit(model: ModelPlan) -> str:
+    """Return the size limit of the folder for downloaded weights. Above it, the pod is evicted."""
+    return f"{max(_LEAST_DOWNLOAD_GIB, math.ceil(1.2 * model.weights_bytes / 1024**3))}Gi"
+
+
 def _volumes(model: ModelPlan) -> list[tuple[Object, Object]]:
     """Return the volumes of a server, each with its mount."""
     spec = model.spec
@@ -222,7 +230,7 @@ def _volumes(model: ModelPlan) -> list[tuple[Object, Object]]:
         # Processes of vLLM exchange tensors here. The engine's default of 64 MiB is too small.
         found.append(empty("shm", "/dev/shm", "1Gi", medium="Memory"))
     if spec.model.weights == "download":
-        found.append(empty("model-cache", CACHE_PATH, "50Gi"))
+        found.append(empty("model-cache", CACHE_PATH, _download_limit(model)))
     if spec.model.weights == "mount":
         weights = spec.deploy.weights
         if weights.image:

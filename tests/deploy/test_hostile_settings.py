@@ -1,0 +1,287 @@
+"""Settings that gave wrong or dangerous manifests: names, namespaces, URLs, nodes that others use too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from inferctl.cli import deploy_files
+from inferctl.deploy import layout
+from inferctl.deploy.clusters import Clusters
+from inferctl.errors import UsageError
+from inferctl.fit import ModelSize
+from inferctl.spec import Spec
+from tests.deploy import plans
+from tests.deploy.conftest import Objects
+from tests.deploy.test_layout import OVERLAYS, named
+from tests.deploy.validation import problems
+
+Build = Callable[[dict[str, str], str], Objects]
+A100 = {**plans.FLAVORS[0], "hardware": "a100-40gb-sxm", "name": "a100"}
+HALF, L4, T4 = plans.FLAVORS
+SLICED = {**L4, "sharing": "time-slicing", "shared_by": 2}
+
+
+def named_as(name: str) -> Spec:
+    return plans.embed().model_copy(update={"name": name})
+
+
+def on_one(*flavors: dict[str, Any], **cluster: Any) -> dict[str, str]:
+    """Return the files for one cluster, which differs from the first one in `cluster`."""
+    clusters = [{**plans.ONE_CLUSTER[0], **cluster}]
+    return layout.files(plans.plan(plans.embed(flavors=list(flavors)), clusters=clusters))
+
+
+def required(built: Objects, name: str) -> dict[str, Any]:
+    """Return what the nodes of a Deployment must have: label -> values or operator."""
+    pod = named(built, "Deployment", name)["spec"]["template"]["spec"]
+    (term,) = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    return {each["key"]: each.get("values", each["operator"]) for each in term["matchExpressions"]}
+
+
+@pytest.mark.parametrize("name", ["namespace", "priorities", "kustomization", "network", "monitors"])
+def test_a_model_cannot_replace_a_file_of_the_manifests(name: str) -> None:
+    """The model `namespace` would replace the policy that forbids all other connections."""
+    with pytest.raises(UsageError, match=f"the name {name} is that of a file"):
+        layout.files(plans.plan(named_as(name)))
+
+
+def test_the_name_of_a_service_starts_with_a_letter() -> None:
+    with pytest.raises(UsageError, match="3d-embed starts with a digit"):
+        plans.plan(named_as("3d-embed"))
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ([plans.embed(flavors=[{**L4, "name": "gateway"}])], "two objects would be the Deployment embed-gateway"),
+        (
+            [
+                plans.embed(flavors=[L4, {**T4, "name": "l4-overflow"}], overflow=1),
+            ],
+            "two objects would be the Deployment embed-l4-overflow",
+        ),
+        (
+            [plans.embed(flavors=[{**L4, "name": "x-l4"}]), named_as("embed-x")],
+            "two objects would be the Deployment embed-x-l4",
+        ),
+        ([plans.embed(), named_as("embed-gateway")], "two objects would be the ServiceAccount embed-gateway"),
+    ],
+    ids=["gateway", "overflow", "two models", "model and gateway"],
+)
+def test_two_objects_with_one_name_are_an_error(specs: list[Spec], message: str) -> None:
+    clusters = [{**plans.ONE_CLUSTER[0], "capacity_buffers": False}]
+    with pytest.raises(UsageError, match=message):
+        layout.files(plans.plan(*specs, clusters=clusters))
+
+
+@pytest.mark.parametrize("namespace", ["kube-system", "kube-public", "default"])
+def test_a_namespace_with_pods_of_others_is_refused(namespace: str) -> None:
+    """The policy `default-deny` in kube-system would stop the name servers of the whole cluster."""
+    with pytest.raises(ValidationError, match="would cut their connections"):
+        plans.embed(namespace=namespace)
+
+
+@pytest.mark.parametrize("key", ["broker", "prometheus"])
+@pytest.mark.parametrize("user", ["user:hunter2@", "hunter2@"])
+def test_a_url_with_a_password_never_reaches_a_manifest(key: str, user: str) -> None:
+    with pytest.raises(ValidationError, match="which the manifests would show"):
+        plans.embed(**{key: f"nats://{user}nats.messaging:4222"})
+    with pytest.raises(ValidationError, match="which the manifests would show"):
+        Clusters.model_validate({"clusters": [{"name": "a", "prometheus": f"http://{user}prometheus.monitoring"}]})
+
+
+@pytest.mark.parametrize("url", ["nats://nats:99999", "nats://:4222", "nats://[::1"])
+def test_a_url_without_a_valid_host_and_port_is_an_error(url: str) -> None:
+    with pytest.raises(ValidationError, match="no valid host and port"):
+        plans.embed(broker=url)
+    oidc = plans.embed().access.oidc.model_copy(update={"issuer": "https://login:99999"})
+    spec = plans.embed()
+    spec = spec.model_copy(update={"access": spec.access.model_copy(update={"oidc": oidc})})
+    with pytest.raises(UsageError, match="no valid host and port"):
+        layout.files(plans.plan(spec))
+
+
+@pytest.mark.parametrize("labels", [{"a b": "x"}, {"team": "x y"}, {"a/b/c": "x"}, {"team": "x" * 64}, {"-a": "x"}])
+def test_labels_that_the_api_server_refuses_are_errors(labels: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match="is not a label of Kubernetes"):
+        Clusters.model_validate({"clusters": [{"name": "a", "labels": labels}]})
+
+
+def test_a_zone_is_the_value_of_a_label() -> None:
+    with pytest.raises(ValidationError, match="zones: 'a b' is not the value of a label"):
+        Clusters.model_validate({"clusters": [{"name": "a", "zones": ["a", "a b"]}]})
+    found = Clusters.model_validate({"clusters": [{"name": "a", "zones": ["on", "1.10", "on"]}]})
+    assert found.clusters[0].zones == ["on", "1.10"]
+
+
+def test_metrics_are_scraped_also_if_prometheus_is_outside_of_the_cluster(build: Build) -> None:
+    spec = plans.embed(prometheus="https://prometheus.example.com")
+    built = build(layout.files(plans.plan(spec, clusters=plans.ONE_CLUSTER)), OVERLAYS[0])
+    assert {"ServiceMonitor", "PrometheusRule"} <= {each["kind"] for each in built}
+    (rule,) = named(built, "NetworkPolicy", "allow-prometheus")["spec"]["ingress"]
+    (source,) = rule["from"]
+    assert source["namespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}
+
+
+def test_servers_reach_a_public_issuer_and_its_keys(build: Build) -> None:
+    spec = plans.embed()
+    oidc = spec.access.oidc.model_copy(update={"issuer": "https://gitlab.com", "jwks": "http://keys.auth:8080/jwks"})
+    spec = spec.model_copy(update={"access": spec.access.model_copy(update={"oidc": oidc})})
+    built = build(layout.files(plans.plan(spec, clusters=plans.ONE_CLUSTER)), OVERLAYS[0])
+    rules = named(built, "NetworkPolicy", "embed-server")["spec"]["egress"]
+    assert {"ports": [{"protocol": "TCP", "port": 443}]} in rules  # not only to the namespace `com`
+    auth = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "auth"}}}
+    assert {"to": [auth], "ports": [{"protocol": "TCP", "port": 8080}]} in rules
+
+
+def test_gke_gives_no_slice_or_shared_gpu_to_a_pod_that_wants_a_whole_one(build: Build) -> None:
+    """In GKE, all of them are `nvidia.com/gpu`, with the same label of the accelerator."""
+    accelerator, slices, strategy, clients = (
+        f"cloud.google.com/gke-{name}"
+        for name in ("accelerator", "gpu-partition-size", "gpu-sharing-strategy", "max-shared-clients-per-gpu")
+    )
+    files = on_one(A100, HALF, {**SLICED, "name": "part"}, cloud="gcp", autoscaler="gke")
+    built = build(files, OVERLAYS[0])
+    assert [problem for each in built for problem in problems(each, "1.35")] == []
+    a100 = {accelerator: ["nvidia-tesla-a100"]}
+    assert required(built, "embed-a100") == a100 | {slices: "DoesNotExist", strategy: "DoesNotExist"}
+    assert required(built, "embed-a100-half") == a100 | {slices: ["3g.20gb"], strategy: "DoesNotExist"}
+    assert required(built, "embed-part") == {
+        accelerator: ["nvidia-l4"],
+        slices: "DoesNotExist",
+        strategy: ["time-sharing"],
+        clients: ["2"],
+    }
+    with pytest.raises(UsageError, match="mps needs hostIPC in GKE"):
+        on_one({**SLICED, "sharing": "mps"}, cloud="gcp", autoscaler="gke")
+    assert on_one({**SLICED, "sharing": "mps"}, T4, cloud="gcp", autoscaler="gke", max_replicas={"l4": 0})
+
+
+def test_a_shared_gpu_has_as_many_parts_as_its_memory_is_divided_by(build: Build) -> None:
+    built = build(on_one(SLICED), OVERLAYS[0])
+    assert required(built, "embed-l4") == {
+        "nvidia.com/gpu.product": ["NVIDIA-L4"],
+        "nvidia.com/gpu.sharing-strategy": ["time-slicing"],
+        "nvidia.com/gpu.replicas": ["2"],
+    }
+
+
+def test_each_way_to_share_gpus_is_a_configuration_of_its_own(build: Build) -> None:
+    """One configuration with both is invalid, and the larger number of parts would overfill the other GPUs."""
+    folder = f"gpu-operator/{plans.ONE_CLUSTER[0]['name']}"
+    files = on_one(SLICED, {**T4, "sharing": "mps", "shared_by": 4}, {**A100, "hardware": "a10"})
+    (found,) = build(files, folder)
+    configs = {name: yaml.safe_load(text)["sharing"] for name, text in found["data"].items()}
+    assert {name: list(sharing) for name, sharing in configs.items()} == {
+        "time-slicing-2": ["timeSlicing"],
+        "mps-4": ["mps"],
+    }
+    assert configs["mps-4"]["mps"]["resources"] == [{"name": "nvidia.com/gpu", "replicas": 4}]
+    plugin = yaml.safe_load(files[f"{folder}/values.yaml"])["devicePlugin"]
+    assert plugin == {"config": {"name": "inferctl-device-plugin"}}
+
+
+@pytest.mark.parametrize(
+    ("flavors", "strategy", "default"),
+    [
+        ([SLICED], "mixed", "time-slicing-2"),
+        ([SLICED, HALF], "mixed", "time-slicing-2"),
+        ([SLICED, HALF], "single", None),  # a slice is `nvidia.com/gpu` too
+        ([SLICED, T4], "mixed", None),  # whole GPUs would be renamed
+    ],
+)
+def test_sharing_is_the_default_of_all_nodes_only_if_no_flavor_has_a_whole_gpu(
+    flavors: list[dict[str, Any]], strategy: str, default: str | None
+) -> None:
+    files = on_one(*flavors, mig_strategy=strategy)
+    values = yaml.safe_load(files[f"gpu-operator/{plans.ONE_CLUSTER[0]['name']}/values.yaml"])
+    assert values["devicePlugin"]["config"].get("default") == default
+
+
+def test_slices_are_not_the_default_if_another_flavor_needs_the_gpu_whole() -> None:
+    path = f"gpu-operator/{plans.ONE_CLUSTER[0]['name']}/values.yaml"
+    assert yaml.safe_load(on_one(HALF)[path])["migManager"] == {"config": {"default": "all-3g.20gb"}}
+    assert "migManager" not in yaml.safe_load(on_one(HALF, A100)[path])
+
+
+def test_several_gpus_are_all_claimed_and_never_shared(build: Build) -> None:
+    spec = plans.generate(flavors=[{**plans.generate().deploy.flavors[0].model_dump(), "sharing": "dra"}])
+    spec = spec.model_copy(update={"serve": spec.serve.model_copy(update={"gpus": 3})})
+    built = build(layout.files(plans.plan(spec, clusters=plans.ONE_CLUSTER)), OVERLAYS[0])
+    claim = named(built, "ResourceClaimTemplate", "chat-l4")["spec"]["spec"]["devices"]["requests"][0]
+    assert claim["exactly"]["count"] == 3
+    assert [problem for each in built for problem in problems(each, "1.35")] == []
+    flavor = {**spec.deploy.flavors[0].model_dump(), "sharing": "time-slicing", "shared_by": 2}
+    shared = plans.generate(flavors=[flavor]).model_copy(update={"serve": spec.serve})
+    with pytest.raises(UsageError, match="a pod gets a part of one GPU only"):
+        plans.plan(shared, clusters=plans.ONE_CLUSTER)
+
+
+def test_karpenter_may_start_whole_nodes_with_the_labels_that_pods_require(build: Build) -> None:
+    """Karpenter starts no node whose GPUs exceed the limit: a p4d.24xlarge has eight, also for three replicas."""
+    flavor = {**A100, "min_replicas": 2, "max_replicas": 3}
+    built = build(on_one(flavor, labels={"example.com/team": "search"}), OVERLAYS[0])
+    pool = named(built, "NodePool", "inferctl-a100-40gb-sxm")["spec"]
+    assert pool["limits"] == {"nvidia.com/gpu": "8"}
+    template = pool["template"]
+    offered = {each["key"]: each["values"] for each in template["spec"]["requirements"]}
+    offered |= {key: [value] for key, value in template["metadata"]["labels"].items()}
+    assert required(built, "embed-a100").items() <= offered.items()
+    hard = named(built, "ResourceQuota", "accelerators")["spec"]["hard"]
+    assert int(hard["requests.nvidia.com/gpu"]) < 8  # pods stay within their maximum
+
+
+@pytest.mark.parametrize(
+    "flavor",
+    [{**L4, "hardware": "cpu", "name": "cpu", "tokens_per_second": 20_000}, {**L4, "name": "cpu", "sharing": "dra"}],
+    ids=["cpu", "dra"],
+)
+def test_labels_of_the_cluster_are_required_without_a_gpu_label_too(flavor: dict[str, Any], build: Build) -> None:
+    built = build(on_one(flavor, labels={"team": "search"}, capacity_buffers=False), OVERLAYS[0])
+    assert required(built, "embed-cpu") == {"team": ["search"]}
+    if flavor["hardware"] == "cpu":
+        assert required(built, "embed-cpu-overflow") == {"team": ["search"]}
+    for _, folder in ((0, OVERLAYS[0]), (1, f"bench/{plans.ONE_CLUSTER[0]['name']}")):
+        pods = [
+            each["spec"]["template"]["spec"]
+            for each in build(on_one(flavor, labels={"team": "search"}), folder)
+            if each["metadata"]["name"].endswith("embed-cpu") and each["kind"] in ("Deployment", "Job")
+        ]
+        assert pods and all("nodeAffinity" in pod["affinity"] for pod in pods)
+
+
+def test_downloaded_weights_fit_their_volume(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = ModelSize(plans.GENERATE_SIZE.parameters, plans.GENERATE_SIZE.config, 140 * 1024**3)
+    limits = []
+    for each in (plans.GENERATE_SIZE, size):
+        monkeypatch.setattr(plans, "GENERATE_SIZE", each)
+        built = build(layout.files(plans.plan(plans.generate(), clusters=plans.ONE_CLUSTER)), OVERLAYS[0])
+        pod = named(built, "Deployment", "chat-l4")["spec"]["template"]["spec"]
+        (volume,) = (volume for volume in pod["volumes"] if volume["name"] == "model-cache")
+        limits.append(volume["emptyDir"]["sizeLimit"])
+    assert limits == ["50Gi", "168Gi"]
+
+
+def test_events_that_nothing_sends_to_the_sink_are_a_warning() -> None:
+    spec = plans.embed()
+    metering = spec.metering.model_copy(update={"sink": "https://events.example.com"})
+    (model,) = plans.plan(spec.model_copy(update={"metering": metering})).models
+    assert any("do not send usage events to metering.sink" in warning for warning in model.warnings)
+
+
+def test_another_output_in_the_folder_is_kept(tmp_path: Path) -> None:
+    both, one = plans.plan(), plans.plan(plans.embed())
+    deploy_files.write(both, tmp_path / "team")
+    deploy_files.write(both, tmp_path)
+    (tmp_path / "base" / "own.yaml").write_text("kind: ConfigMap\n")
+    deploy_files.write(one, tmp_path)
+    gone = ("base/chat.yaml", "monitoring/chat-alerts.json", "monitoring/chat-dashboard.json")
+    assert not [name for name in gone if (tmp_path / name).exists()]
+    kept = (*(f"team/{name}" for name in gone), "base/own.yaml", "monitoring/embed-alerts.json")
+    assert [name for name in kept if (tmp_path / name).exists()] == list(kept)
