@@ -111,6 +111,29 @@ def read(path: Path) -> KeyFile:
         ) from None
 
 
+def keep_ended(found: KeyFile, before: KeyFile) -> tuple[KeyFile, list[str]]:
+    """Return `found`, in which no key lives longer than `before` says, and the ids of keys that did.
+
+    No command takes back that a key was revoked or rotated. So those come from a store that was restored from a backup.
+    """
+    revoked = {key.id: key.revoked for key in before.keys if key.revoked}
+    ends = {each.sha256: each.not_after for key in before.keys for each in key.digests if each.not_after}
+    kept, revived = [], []
+    for key in found.keys:
+        if key.revoked is None:
+            digests = [
+                each.model_copy(update={"not_after": end})
+                if (end := ends.get(each.sha256)) and (each.not_after is None or each.not_after > end)
+                else each
+                for each in key.digests
+            ]
+            if key.id in revoked or digests != key.digests:
+                revived.append(key.id)
+                key = key.model_copy(update={"revoked": revoked.get(key.id), "digests": digests})
+        kept.append(key)
+    return KeyFile(keys=kept), revived
+
+
 @contextlib.contextmanager
 def edit(path: Path, *, create: bool = False) -> Iterator[dict[str, ApiKey]]:
     """Yield the keys by id, and write them to the file when the body ends. `create`: a missing file has no keys.

@@ -288,8 +288,10 @@ class Limiter:
     def rest(self, now: float) -> dict[str, Counters]:
         """Return all counters of the next keys, by server; that of this one is "". After `_CALLS`, it begins again.
 
-        Those of servers that are not heard any more are among them: a server that starts needs to know them.
+        Those of servers that are not heard any more are among them: a server that starts needs to know them. After
+        `send_all`, it may be the next start of one that was heard just now.
         """
+        silent = now - (DELAY_S if self._sends_all else EXCHANGE_TIMEOUT_S)
         if not self._waiting:
             calls = _CALLS_KNOWN if now < self.fresh_until else _CALLS
             self._waiting, self._part = list(self._usages), math.ceil(len(self._usages) / calls)
@@ -302,7 +304,7 @@ class Limiter:
             if own != ({}, {}):
                 found.setdefault("", {})[key_id] = own
             for replica in {*usage.windows[0].foreign, *usage.windows[1].foreign}:
-                if self._heard.get(replica, -math.inf) < now - EXCHANGE_TIMEOUT_S:
+                if self._heard.get(replica, -math.inf) < silent:
                     requests, tokens = (window.foreign.get(replica, {}) for window in usage.windows)
                     found.setdefault(replica, {})[key_id] = requests, tokens
         del self._waiting[:count]
@@ -342,11 +344,7 @@ class Limiter:
                     window.merge(replica, counts)
 
     def heard(self, replica: str, sent: float, now: float) -> None:
-        """Note that what `replica` counted up to `sent`, by its clock, was merged.
-
-        If its clock is behind, this server is more careful than it has to be, and if it is ahead, `now` applies. What
-        follows from it is up to `update`.
-        """
+        """Note that what `replica` counted up to `sent` was merged. What follows from it is up to `update`."""
         if replica not in self._heard and len(self._heard) >= self._most_others:
             oldest = min(self._heard, key=self._heard.__getitem__)
             if self._heard[oldest] > now - EXCHANGE_TIMEOUT_S:

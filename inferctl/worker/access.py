@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl import outputs
+from inferctl.access import key_file
 from inferctl.errors import NotReadyError, UsageError
 from inferctl.fleet.key_store import KeyStore
 from inferctl.metering import outbox
@@ -24,6 +25,7 @@ _ONLY_WORKER_S, _LOG_AFTER = 0.5, 4
 # How often a worker asks the key store for changes. With a broker, it also does at each message.
 _ASK_S = 1.0
 _PAUSE_S = 0.1  # between two questions, however many messages arrive
+_SHOWN = 20  # ids of keys in a message
 
 
 class AccessWorker:
@@ -102,8 +104,27 @@ class _Copy:
         if self._store.changes() == self._changes and self._file.exists():
             return
         content, changes = self._store.read()
+        with contextlib.suppress(UsageError):  # there is no copy yet, or another program wrote it
+            content, revived = key_file.keep_ended(content, key_file.read(self._file))
+            self._report(revived, changes)
         outputs.replace(self._file, content.model_dump_json(exclude_none=True) + "\n", mode=0o600)
         self._changes = changes
+
+    def _report(self, revived: list[str], changes: int) -> None:
+        """Log that the store was restored from a backup, if so."""
+        if self._changes is not None and changes < self._changes:
+            log.error(
+                "THE KEY STORE WENT BACK from change %d to %d, as after a restored backup; it lacks later keys",
+                self._changes,
+                changes,
+            )
+        if revived:
+            log.error(
+                "THE KEY STORE HAS KEYS THAT WERE REVOKED OR ROTATED BEFORE, as after a restored backup. This machine "
+                "still rejects them, others may not: run `inferctl keys revoke %s`%s",
+                " ".join(revived[:_SHOWN]),
+                f" and {len(revived) - _SHOWN:,} more" if len(revived) > _SHOWN else "",
+            )
 
     def close(self) -> None:
         """Close the store."""

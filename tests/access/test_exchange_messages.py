@@ -14,6 +14,7 @@ import pytest
 from inferctl.access import key_table
 from inferctl.access.key_table import KeyTable
 from inferctl.access.limits import Limiter
+from inferctl.serve.edge import exchange as exchanges
 from inferctl.serve.edge.exchange import Exchange
 from tests.access.test_keys import add
 
@@ -37,7 +38,8 @@ def limiter() -> Limiter:
 
 
 @pytest.fixture
-def exchange(limiter: Limiter, revoked: list[str], tmp_path: Path) -> Exchange:
+def exchange(limiter: Limiter, revoked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Exchange:
+    monkeypatch.setattr(exchanges, "_LISTEN_S", 0.0)
     return Exchange(limiter, tmp_path, "m", revoked.extend)
 
 
@@ -73,6 +75,8 @@ def counted(*cells: object) -> dict[str, Any]:
         {"sent": "nan"},
         {"sent": "-inf"},
         {"sent": None},
+        {"clock": "inf"},
+        {"clock": None},
         counted([1, -500, 0]),
         counted([1, 5, 6]),
         counted([1, 1 << 53, 0]),
@@ -99,7 +103,7 @@ def test_what_no_server_sends_changes_nothing(
 
 
 def test_a_flood_of_messages_leaves_time_for_requests(exchange: Exchange) -> None:
-    """Also if all of them have arrived, so that no read has to wait."""
+    """Also if all of them have arrived, so that no read has to wait. CPU time: other processes may run meanwhile."""
     cell = int(time.time() // 5)
     counters = {f"{number:012}": [[[cell, 1, 0]], [[cell, 5, 0]]] for number in range(1000)}
     busy = list[float]()
@@ -112,13 +116,13 @@ def test_a_flood_of_messages_leaves_time_for_requests(exchange: Exchange) -> Non
         reader.feed_eof()
         receiving = asyncio.create_task(exchange._receive(reader))
         while not receiving.done():
-            started = time.perf_counter()
+            started = time.thread_time()
             await asyncio.sleep(0)
-            busy.append(time.perf_counter() - started)
+            busy.append(time.thread_time() - started)
 
-    started = time.perf_counter()
+    started = time.thread_time()
     asyncio.run(run())
-    assert sum(each for each in busy if each > 0.001) < 0.75 * (time.perf_counter() - started)
+    assert sum(each for each in busy if each > 0.001) < 0.75 * (time.thread_time() - started)
 
 
 def test_a_server_does_not_hear_itself(exchange: Exchange, limiter: Limiter) -> None:

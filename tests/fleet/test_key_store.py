@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -25,7 +26,7 @@ from inferctl.errors import UsageError
 from inferctl.fleet.key_store import KeyStore
 from inferctl.metering import outbox
 from inferctl.spec import Access, Metering
-from inferctl.worker.access import AccessWorker
+from inferctl.worker.access import AccessWorker, _Copy
 from inferctl.worker.worker import Worker
 from tests.metering.parts import Postgres
 from tests.serve.conftest import until
@@ -155,6 +156,59 @@ def test_a_store_that_stops_leaves_the_last_keys(
     postgres.start()
     run("create", "b")
     until(lambda: len(key_file.read(copy).keys) == 2, 30)
+
+
+def test_a_restored_store_does_not_revive_keys(
+    run: Run, worker: Callable[[], subprocess.Popen[bytes]], address: str, tmp_path: Path
+) -> None:
+    if not address.startswith("sqlite"):
+        pytest.skip("a backup of SQLite is a copy")
+    file, log = tmp_path / "keys.sqlite", tmp_path / "worker.log"
+    revoked, rotated, other = [keys.parse(run("create", name).stdout.strip()) or "" for name in "abc"]
+    shutil.copy(file, tmp_path / "backup")
+    run("revoke", revoked)
+    run("rotate", rotated, "--overlap", "1h")
+    copy = Path(Access(keys=address, data=str(tmp_path / "access")).key_file or "")
+    process = worker()
+    until(copy.exists)
+    process.kill()  # it learns of the backup from the file alone
+    process.wait()
+    before = _valid(copy)
+    shutil.copy(tmp_path / "backup", file)
+    worker()
+    until(lambda: revoked in log.read_text())
+    until(lambda: len(_valid(copy)[rotated]) == 1)
+    assert _valid(copy) == {revoked: [], rotated: before[rotated][1:], other: before[other]}
+    assert before[rotated][1][1], "the rotated key ends as before"
+    run("revoke", revoked)
+    run("create", "d")
+    until(lambda: len(_valid(copy)) == 4)
+    assert log.read_text().count(revoked) == 1
+
+
+def _valid(copy: Path) -> dict[str, list[Any]]:
+    """Return what opens each key of a file: hashes, and until when."""
+    return {
+        key.id: [] if key.revoked else [(each.sha256, each.not_after) for each in key.digests]
+        for key in key_file.read(copy).keys
+    }
+
+
+def test_a_store_that_went_back_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "keys.sqlite"
+    address = store_at(file)
+    copy = _Copy(address, tmp_path / "copy.json")
+    for number in range(2):
+        with KeyStore.open(address).edit() as found:
+            found[f"{number:012}"] = key(number)
+        if not number:
+            shutil.copy(file, tmp_path / "backup")
+    copy.update()
+    shutil.copy(tmp_path / "backup", file)
+    copy.update()
+    assert "WENT BACK from change 2 to 1" in caplog.text
+    assert len(key_file.read(tmp_path / "copy.json").keys) == 1
+    copy.close()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from typing import Any
 
 import orjson
 
-from inferctl.access import channel, keys
+from inferctl.access import channel, clocks, keys
+from inferctl.access.clocks import Clocks
 from inferctl.access.limits import Limiter
 
 log = logging.getLogger("inferctl.access")
@@ -27,6 +28,8 @@ log = logging.getLogger("inferctl.access")
 _RETRY_S = 0.25
 _LOG_S = 30.0
 _MAX_UNREAD = 1 << 20  # bytes for a worker that does not read
+# A server that starts hears first what others counted, and what they heard of its earlier start.
+_LISTEN_S = 2.0
 # The names of starts of servers, and ids of keys.
 _SERVER, _ID = re.compile("[0-9a-f]{16}"), re.compile(keys.ID)
 
@@ -38,7 +41,9 @@ class Exchange:
         self._limiter, self._folder, self._name, self._revoke = limiter, folder, name, revoke
         self._this = secrets.token_hex(8)  # this start of this server
         self._address: str | None = None
-        self._reported = -math.inf
+        self._clocks = Clocks()
+        self._listens_until: float | None = None  # set by the first counters that arrive
+        self._reported: dict[str, float] = {}
 
     async def run(self) -> None:
         """Exchange counters until this is cancelled."""
@@ -70,11 +75,11 @@ class Exchange:
         now = time.time()
         changes, rest = self._limiter.changes(now), self._limiter.rest(now)
         told = self._limiter.told(now)
-        found = list(channel.messages(self._this, self._this, changes, told))
-        for server, counters in rest.items():
-            found += channel.messages(self._this, server or self._this, counters, told)
         # Without changes, the others learn that there are none.
-        for message in found or [{"sender": self._this, "sent": told, "counted_by": self._this, "counters": {}}]:
+        found = list(channel.messages(self._this, self._this, changes, told, now)) if changes or not rest else []
+        for server, counters in rest.items():
+            found += channel.messages(self._this, server or self._this, counters, told, now)
+        for message in found:
             writer.write(orjson.dumps(message) + b"\n")
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
@@ -85,7 +90,8 @@ class Exchange:
                 try:
                     self._take(orjson.loads(line))
                 except Exception as error:  # noqa: BLE001  # one message must not keep the others out
-                    self._report(error)
+                    kind = type(error).__name__
+                    self._report("invalid", f"messages of other servers are not valid, and are ignored: {kind}")
                 # Whoever sends many, at least half of the time is left for requests.
                 await asyncio.sleep(time.perf_counter() - started)
 
@@ -97,17 +103,31 @@ class Exchange:
             self._limiter.send_all()
             return
         now, sender, counted_by, sent = time.time(), message["sender"], message["counted_by"], float(message["sent"])
-        if not (_SERVER.fullmatch(sender) and _SERVER.fullmatch(counted_by) and math.isfinite(sent)):
+        clock = float(message.get("clock", sent))
+        if not (_SERVER.fullmatch(sender) and _SERVER.fullmatch(counted_by) and math.isfinite(sent + clock)):
             raise ValueError("not a server or a time")
         counters = channel.counters(message)
         if sender == self._this:  # this server does not hear itself
             return
-        if counted_by != self._this:
-            self._limiter.merge(counted_by, counters, now)
-        self._limiter.heard(sender, sent, now)
+        ahead = self._clocks.ahead(sender, clock, now)
+        if ahead > clocks.TOLERANCE_S:
+            self._report("clock", f"the clock of another server is {ahead:.1f} s ahead of this one; synchronize them")
+        # What others say of a server that sends its own counters could be in other cells, and count once more.
+        if counted_by == sender or not (counted_by == self._this or self._clocks.sends(counted_by, now)):
+            self._limiter.merge(counted_by, clocks.in_own_time(counters, ahead), now)
+        if not self._listens():
+            # What is behind may be messages that are late. Then this server is more careful than it has to be.
+            self._limiter.heard(sender, sent - max(0.0, ahead), now)
 
-    def _report(self, error: Exception) -> None:
-        """Log that a message was not valid, but not each one of many."""
-        if (now := time.monotonic()) >= self._reported + _LOG_S:
-            self._reported = now
-            log.warning("messages of other servers are not valid, and are ignored: %s", type(error).__name__)
+    def _listens(self) -> bool:
+        """Return whether this server started just now. Until it has heard the others, all of them count as silent."""
+        now = time.monotonic()
+        if self._listens_until is None:
+            self._listens_until = now + _LISTEN_S
+        return now < self._listens_until
+
+    def _report(self, kind: str, message: str) -> None:
+        """Log a message, but not each one of many."""
+        if (now := time.monotonic()) >= self._reported.get(kind, -math.inf) + _LOG_S:
+            self._reported[kind] = now
+            log.warning("%s", message)
