@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from inferctl.gateway import overload
+
 _TYPE = "type.googleapis.com/envoy"
 # Headers that a server trusts or reports. A client must neither send the first nor see the second.
 TRUSTED_HEADERS = ("x-inferctl-key-id",)
@@ -24,7 +26,9 @@ Balancing = Literal["least-request", "load-reports", "round-robin"]
 class Settings:
     """What a gateway does. Times are in seconds, sizes in bytes.
 
-    `timeout_s`: to receive a request, and for the response of one without a stream. `max_connections`: of clients.
+    `timeout_s`: to receive a request, and for the response of one without a stream. `begin_s`: of a new connection until
+    its first bytes and the end of its TLS handshake, and of a request until the end of its headers. `keep_alive_s`:
+    between two requests, if not too many connections are open. `max_connections`: of clients.
     `max_heap_bytes`: above 95% of it, Envoy rejects new requests. `buffered_body_bytes`: smaller bodies are sent to a
     server when they are complete. `max_repeated_bytes`: larger bodies are not repeated. `requests_per_server`: retries
     are allowed for so many requests at once, because all of them fail at once if a server dies. `certificate`, `key`:
@@ -42,6 +46,8 @@ class Settings:
     balancing: Balancing = "least-request"
     timeout_s: float = 60.0
     idle_s: float = 60.0
+    begin_s: float = 10.0
+    keep_alive_s: float = 300.0
     max_connections: int = 16_000
     buffered_body_bytes: int = 16 * 1024
     max_repeated_bytes: int = 8 * 1024 * 1024
@@ -73,43 +79,7 @@ def bootstrap(settings: Settings, folder: Path) -> dict[str, Any]:
         # A Unix socket: whoever reaches the admin interface can stop Envoy and read its configuration.
         "admin": {"address": {"pipe": {"path": str(folder / "admin"), "mode": 0o600}}},
         "static_resources": {"listeners": listeners, "clusters": clusters},
-        "overload_manager": _overload(settings),
-    }
-
-
-def _overload(settings: Settings) -> dict[str, Any]:
-    """Bound connections and memory.
-
-    A connection with an incomplete small body, which anyone can send, needs 50 kB. So all of them need 80% of it.
-    """
-    heap = "envoy.resource_monitors.fixed_heap"
-    actions = {"shrink_heap": 0.9, "stop_accepting_requests": 0.95}
-    return {
-        "refresh_interval": "0.25s",
-        "resource_monitors": [
-            {
-                "name": "envoy.resource_monitors.global_downstream_max_connections",
-                "typed_config": {
-                    "@type": f"{_TYPE}.extensions.resource_monitors.downstream_connections.v3."
-                    "DownstreamConnectionsConfig",
-                    "max_active_downstream_connections": settings.max_connections,
-                },
-            },
-            {
-                "name": heap,
-                "typed_config": {
-                    "@type": f"{_TYPE}.extensions.resource_monitors.fixed_heap.v3.FixedHeapConfig",
-                    "max_heap_size_bytes": settings.max_heap_bytes,
-                },
-            },
-        ],
-        "actions": [
-            {
-                "name": f"envoy.overload_actions.{action}",
-                "triggers": [{"name": heap, "threshold": {"value": share}}],
-            }
-            for action, share in actions.items()
-        ],
+        "overload_manager": overload.manager(settings.max_connections, settings.max_heap_bytes),
     }
 
 
@@ -151,11 +121,19 @@ def _address(host: str, port: int) -> dict[str, Any]:
 
 def _listener(settings: Settings, folder: Path) -> dict[str, Any]:
     chain: dict[str, Any] = {"filters": [{"name": "http", "typed_config": _http(settings)}]}
+    inspector = "http"
     if settings.certificate:
         chain["transport_socket"] = {"name": "tls", "typed_config": _tls(settings, folder)}
+        chain["transport_socket_connect_timeout"] = _seconds(settings.begin_s)
+        inspector = "tls"
+    name = f"{inspector}_inspector"
+    kind = f"{_TYPE}.extensions.filters.listener.{name}.v3.{inspector.title()}Inspector"
     return {
         "name": "clients",
         "address": _address(settings.host, settings.port),
+        # They wait for the first bytes. So a client that sends nothing cannot keep its connection.
+        "listener_filters": [{"name": name, "typed_config": {"@type": kind}}],
+        "listener_filters_timeout": _seconds(settings.begin_s),
         "filter_chains": [chain],
         "per_connection_buffer_limit_bytes": 1024 * 1024,
     }
@@ -183,10 +161,13 @@ def _http(settings: Settings) -> dict[str, Any]:
         "stat_prefix": "clients",
         "use_remote_address": True,  # a client must not choose its own address
         "server_name": "inferctl-gateway",
-        "request_headers_timeout": "10s",
+        "request_headers_timeout": _seconds(settings.begin_s),
         "request_timeout": _seconds(settings.timeout_s),  # a slow body would hold its memory for ever
         "stream_idle_timeout": _seconds(settings.idle_s),
-        "common_http_protocol_options": {"idle_timeout": "300s", "headers_with_underscores_action": "REJECT_REQUEST"},
+        "common_http_protocol_options": {
+            "idle_timeout": _seconds(settings.keep_alive_s),  # 1 h by default
+            "headers_with_underscores_action": "REJECT_REQUEST",
+        },
         "http2_protocol_options": {"max_concurrent_streams": 256},
         "http_filters": [
             {
@@ -345,6 +326,9 @@ def _admin_listener(name: str, host: str, port: int, routes: list[dict[str, Any]
     return {
         "name": name,
         "address": _address(host, port),
+        # Probes, metrics and drains go on when clients have all connections or the memory.
+        "ignore_global_conn_limit": True,
+        "bypass_overload_manager": True,
         "filter_chains": [
             {
                 "filters": [

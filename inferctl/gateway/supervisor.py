@@ -197,6 +197,9 @@ class Gateway:
             url = f"{'https' if self._settings.certificate else 'http'}://{host}:{port}"
             self._notify(f"ready      {url}")
             self._notify(f"servers    {_listed(self._found)}")
+            if not await asyncio.to_thread(admin.stat, self._admin, "cluster.servers.membership_healthy"):
+                which = "none of the servers is ready" if self._found else "there is no server"
+                self._notify(f"warning: {which}; requests get 503 until one is ready")
             if self._announce:
                 outputs.announce(self._announce, url)
 

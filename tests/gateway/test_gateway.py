@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -111,7 +112,10 @@ def wait_for_servers(url: str, names: set[str]) -> None:
     seen: set[str] = set()
 
     def all_seen() -> bool:
-        response = httpx.post(f"{url}/v1/embeddings", json={})
+        try:
+            response = httpx.post(f"{url}/v1/embeddings", json={})
+        except httpx.TransportError:
+            return False
         if response.status_code == 200:
             seen.add(response.json()["server"])
         return seen >= names
@@ -296,8 +300,6 @@ def test_tls_and_client_certificates(backends: Backends, start: Any, tmp_path: P
     client.private_key_and_cert_chain_pem.write_to_path(files["client.pem"])
     options = ["--tls-certificate", files["cert.pem"], "--tls-key", files["key.pem"], "--client-ca", files["ca.pem"]]
     gateway = start("--server", backends.start("a"), *options)
-    import ssl
-
     context = ssl.create_default_context(cafile=files["ca.pem"])
     with pytest.raises(httpx.TransportError):
         httpx.post(f"{gateway.url}/v1/embeddings", json={}, verify=context)
@@ -378,15 +380,119 @@ def test_a_body_that_arrives_slowly_gets_408(backends: Backends, start: Any) -> 
         assert b" 408 " in client.recv(4096)
 
 
-def small_heap(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the gateways of this test 64 MiB of memory: the real limit would take 1 GiB of the machine."""
+def set_settings(folder: Path, monkeypatch: pytest.MonkeyPatch, **values: float) -> None:
+    """Give the gateways of this test settings that have no options."""
     (folder / "sitecustomize.py").write_text(
         "from inferctl.gateway import config\n"
         "initialize = config.Settings.__init__\n"
-        "def small(self, **given):\n    initialize(self, **given | {'max_heap_bytes': 64 << 20})\n"
-        "config.Settings.__init__ = small\n"
+        f"def changed(self, **given):\n    initialize(self, **given | {values})\n"
+        "config.Settings.__init__ = changed\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+
+
+def small_heap(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real limit of memory would take 1 GiB of the machine."""
+    set_settings(folder, monkeypatch, max_heap_bytes=64 << 20)
+
+
+def connect(url: str) -> socket.socket:
+    parts = urllib.parse.urlsplit(url)
+    return socket.create_connection((parts.hostname or "", parts.port or 80), timeout=10)
+
+
+def seconds_until_closed(client: socket.socket) -> float:
+    """Return after how long the gateway closes a connection. What it sends before that does not matter."""
+    begin = time.monotonic()
+    with contextlib.suppress(ConnectionError):
+        while client.recv(4096):
+            pass
+    return time.monotonic() - begin
+
+
+def test_a_connection_without_a_request_ends(
+    backends: Backends, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_settings(tmp_path, monkeypatch, begin_s=1.0, keep_alive_s=3.0)
+    gateway = start("--server", backends.start("a"))
+    wait_for_servers(gateway.url, {"a"})
+    for sent in (b"", b"POST /v1/embed", b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\n"):
+        with connect(gateway.url) as client:
+            client.sendall(sent)
+            assert 0.5 < seconds_until_closed(client) < 2.5
+    with connect(gateway.url) as client:
+        client.sendall(b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n")
+        assert 2.5 < seconds_until_closed(client) < 15, "with the time that Envoy gives to a drain"
+
+
+def test_a_connection_without_a_tls_handshake_ends(
+    backends: Backends, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_settings(tmp_path, monkeypatch, begin_s=1.0)
+    server = trustme.CA().issue_cert("127.0.0.1")
+    server.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    server.private_key_pem.write_to_path(tmp_path / "key.pem")
+    options = ["--tls-certificate", str(tmp_path / "cert.pem"), "--tls-key", str(tmp_path / "key.pem")]
+    gateway = start("--server", backends.start("a"), *options)
+    hello = ssl.MemoryBIO()
+    handshake = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), hello, server_hostname="a")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        handshake.do_handshake()
+    for sent in (b"", hello.read()):  # the client says hello, and no more
+        with connect(gateway.url) as client:
+            client.sendall(sent)
+            assert 0.5 < seconds_until_closed(client) < 2.5
+
+
+def test_metrics_are_read_while_clients_have_all_connections(
+    backends: Backends, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_settings(tmp_path, monkeypatch, max_connections=20)
+    port = free_port()
+    gateway = start("--server", backends.start("a"), "--metrics-port", str(port))
+    wait_for_servers(gateway.url, {"a"})
+    with contextlib.ExitStack() as clients:
+
+        def rejects() -> bool:
+            with contextlib.suppress(ConnectionError):
+                clients.enter_context(connect(gateway.url)).sendall(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+            try:
+                httpx.post(f"{gateway.url}/v1/embeddings", json={})
+            except httpx.TransportError:
+                return True
+            return False
+
+        until(rejects)
+        assert [httpx.get(f"http://127.0.0.1:{port}/{page}").status_code for page in ("ready", "metrics")] == [200, 200]
+    wait_for_servers(gateway.url, {"a"})
+
+
+def test_idle_connections_are_closed_early_when_there_are_many(
+    backends: Backends, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_settings(tmp_path, monkeypatch, max_connections=20)
+    gateway = start("--server", backends.start("a"))
+    wait_for_servers(gateway.url, {"a"})
+    with contextlib.ExitStack() as clients:
+        idle = [clients.enter_context(connect(gateway.url)) for _ in range(20)]
+        for client in idle:
+            with contextlib.suppress(ConnectionError):
+                client.sendall(b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n")
+        wait_for_servers(gateway.url, {"a"})
+        assert all(seconds_until_closed(client) < 30 for client in idle), "not after 300 s"
+
+
+def test_a_gateway_without_a_ready_server_says_so(start: Any, tmp_path: Path) -> None:
+    file = tmp_path / "servers.txt"
+    file.write_text("")
+    gateway = start("--servers", str(file))
+    assert "warning: there is no server; requests get 503" in gateway.log.read_text()
+    file.write_text(f"127.0.0.1:{free_port()}")
+    gateway.process.send_signal(signal.SIGINT)
+    gateway.process.wait(60)
+    (tmp_path / "ready.json").unlink()
+    gateway = start("--servers", str(file))
+    assert "warning: none of the servers is ready; requests get 503" in gateway.log.read_text()
 
 
 def test_bodies_of_anyone_do_not_grow_the_gateway_without_limit(
@@ -448,9 +554,7 @@ def test_slow_uploads_without_a_key_take_nothing_from_others(
 
 def slow_upload(url: str, size: int, length: str = "") -> socket.socket:
     """Connect, and send the head of a request whose body has `size` bytes. `length`: the header that says so."""
-    parts = urllib.parse.urlsplit(url)
-    assert parts.hostname
-    client = socket.create_connection((parts.hostname, parts.port or 80), timeout=10)
+    client = connect(url)
     length = length or f"content-length: {size}"
     client.sendall(f"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\n{length}\r\n\r\n".encode())
     return client
