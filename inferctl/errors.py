@@ -70,13 +70,18 @@ class Problem:
 
 
 class SpecError(UsageError):
-    """All errors of one file. `file` is None if the settings come only from the command line and the environment."""
+    """All errors of one file. `file` is None if the settings come only from the command line and the environment.
 
-    def __init__(self, file: str | None, problems: list[Problem]) -> None:
+    `hint`: if there are several errors, or one without a hint.
+    """
+
+    def __init__(
+        self, file: str | None, problems: list[Problem], hint: str = "`inferctl schema` describes every key"
+    ) -> None:
         self.file = file
         self.problems = problems
         if len(problems) == 1:
-            message, hint = f"{_at(file, problems[0])}{problems[0].message}", problems[0].hint
+            message, hint = f"{_at(file, problems[0])}{problems[0].message}", problems[0].hint or hint
         else:
             lines = [
                 f"{_at(file, p)}{p.message}" + (f" - {p.hint}" if p.hint else "") for p in problems[:_MAX_PROBLEMS]
@@ -84,8 +89,8 @@ class SpecError(UsageError):
             if more := len(problems) - len(lines):
                 lines.append(f"and {more:,} more")
             where = f" in {file}" if file else ""
-            message, hint = "\n".join([f"{len(problems)} errors{where}", *lines]), None
-        super().__init__(message, hint or "`inferctl schema` describes every key")
+            message = "\n".join([f"{len(problems)} errors{where}", *lines])
+        super().__init__(message, hint)
 
 
 def _at(file: str | None, problem: Problem) -> str:

@@ -54,7 +54,7 @@ ALLOWED = {
     "render": {"errors", "assets", "spec", "model", "catalog", "locks"},
     "database": {"errors", "passwords"},
     "access": {"errors", "outputs"},
-    "fleet": {"errors", "access", "database"},
+    "fleet": {"errors", "access", "database", "passwords"},
     "image": FACTS | {"hub", "render", "locks", "fit", "sizes"},
     "metering": {"errors", "document", "database", "passwords"},
     "worker": {"errors", "outputs", "spec", "settings", "metering", "access", "fleet"},

@@ -40,6 +40,7 @@ def worker(
         import logging
         import signal
         import sys
+        from pathlib import Path
 
         from inferctl import passwords
         from inferctl.cli import console
@@ -52,6 +53,7 @@ def worker(
         raise UsageError("`--consume` requires a broker", "pass `--broker nats://HOST:4222`, or set metering.broker")
     try:
         with lazy.deferred_signals():
+            from inferctl.metering import outbox
             from inferctl.worker.worker import Worker
     except ModuleNotFoundError as error:
         raise NotReadyError(
@@ -60,6 +62,11 @@ def worker(
     # Without usage events, keys and limits may be all that the worker is for.
     wanted = settings.mode != "off" or consume or any(flags.values()) or not access.has_worker
     metering = settings if wanted else None
+    folder = Path(settings.data)
+    if data and not folder.is_dir():
+        raise UsageError(
+            f"--data: the folder {folder} does not exist", "name the `metering.data` of a server, which makes it"
+        )
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
 
     async def run() -> None:
@@ -69,6 +76,8 @@ def worker(
         if metering:
             source = settings.broker if consume else settings.data
             console.note(f"storing the usage events of {passwords.hide(source or '')}")
+            if not consume and not outbox.folders(folder):
+                console.note(f"no server records usage in {folder.absolute()} now; this worker waits for one")
         if access.has_worker:
             console.note(f"serving keys and limits in {access.data}")
         await running.run()

@@ -14,6 +14,7 @@ from typing import Any
 import nats
 import nats.errors
 
+from inferctl import passwords
 from inferctl.errors import NotReadyError
 
 # Of the counters of servers with one name; and of changed keys.
@@ -50,7 +51,10 @@ class Broker:
         broker does not let this client publish or subscribe. Raises `BrokerUnavailableError`.
         """
 
+        reasons: list[Exception] = []
+
         async def failed(error: Exception) -> None:
+            reasons[:] = [error]
             # Other errors are about the connection, of which `lost` and `closed` tell.
             if rejected and "permissions violation" in str(error).lower():
                 rejected(str(error))
@@ -75,8 +79,10 @@ class Broker:
         try:
             return cls(await asyncio.wait_for(connecting, timeout_s))
         except _ERRORS as error:
-            reason = str(error).strip() or type(error).__name__
-            message = f"the broker of limits and keys is not available: {reason.splitlines()[0]}"
+            # The time that it may take says less than what failed meanwhile.
+            cause = reasons[-1] if reasons and isinstance(error, TimeoutError) else error
+            reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
+            message = f"the broker of limits and keys {passwords.hide(url)} is not available: {reason}"
             raise BrokerUnavailableError(message, "check access.broker") from None
 
     async def close(self) -> None:

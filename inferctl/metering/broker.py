@@ -18,6 +18,7 @@ import nats.errors
 import nats.js.errors
 from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RetentionPolicy, StreamConfig
 
+from inferctl import passwords
 from inferctl.errors import NotReadyError
 from inferctl.metering import cloud_event
 from inferctl.metering.ledger import Ledger
@@ -29,9 +30,12 @@ STREAM, CONSUMER = "INFERCTL_USAGE", "ledger"
 SUBJECT, WATERMARKS = "inferctl.usage", "inferctl.usage-watermarks"
 _MAX_BYTES = 256 * 1024 * 1024
 _TIMEOUT_S = 5.0
+_PING_S = 2  # a broker that misses two of these is gone
 # A batch that the ledger does not have after this time is published again.
 _LOST_S = 10.0
 _FETCH, _FETCH_S = 50, 0.5
+# After this, what a worker got whose connection broke goes to the next one. A message that arrives twice does no harm.
+_ACK_S = 10
 _RANGE, _OLDEST, _TIME, _SOURCE = "Inferctl-Range", "Inferctl-Oldest", "Inferctl-Time", "Inferctl-Source"
 _ERRORS = (nats.errors.Error, nats.js.errors.Error, OSError, asyncio.TimeoutError)
 
@@ -41,34 +45,54 @@ class BrokerUnavailableError(NotReadyError):
 
 
 async def connect(url: str) -> Broker:
-    """Connect to `url`, and make the stream if it does not exist. Raises `BrokerUnavailableError`."""
+    """Connect to `url`. Raises `BrokerUnavailableError`."""
+    reasons: list[Exception] = []
 
-    async def ignore(_: Exception) -> None:
-        """The next call fails with the same error, and its caller reports it."""
+    async def note(error: Exception) -> None:
+        """Later, the next call fails with the same error, and its caller reports it."""
+        reasons[:] = [error]
 
     try:
         # Without the timeout, the first connection is tried for ever: no message, and SIGTERM does not end the worker.
         async with asyncio.timeout(_TIMEOUT_S):
+            # The client does not connect again by itself: after some errors it never would, and it keeps what it could
+            # not send. The caller does, when `Broker.broken` says so.
             connection = await nats.connect(
-                url, connect_timeout=_TIMEOUT_S, max_reconnect_attempts=-1, allow_reconnect=True, error_cb=ignore
+                url,
+                connect_timeout=_TIMEOUT_S,
+                reconnect_time_wait=0.25,
+                allow_reconnect=False,
+                ping_interval=_PING_S,
+                max_outstanding_pings=2,
+                error_cb=note,
             )
     except _ERRORS as error:
-        raise _unavailable(error) from None
-    return Broker(connection)
+        raise _unavailable(url, reasons[-1] if reasons and isinstance(error, TimeoutError) else error) from None
+    return Broker(url, connection)
 
 
 class Broker:
     """A connection to NATS. All methods raise `BrokerUnavailableError`."""
 
-    def __init__(self, connection: Any) -> None:
-        self._nats = connection
+    def __init__(self, url: str, connection: Any) -> None:
+        self._url, self._nats, self._failed = url, connection, False
         self._stream = connection.jetstream(timeout=_TIMEOUT_S)
         self._subscription: Any = None
+
+    @property
+    def broken(self) -> bool:
+        """Whether another connection must be made."""
+        return self._failed or not self._nats.is_connected
 
     async def close(self) -> None:
         """Close the connection."""
         with contextlib.suppress(*_ERRORS):
             await self._nats.close()
+
+    def _failure(self, error: Exception) -> BrokerUnavailableError:
+        # What JetStream rejects is no fault of the connection.
+        self._failed = self._failed or not isinstance(error, nats.js.errors.APIError)
+        return _unavailable(self._url, error)
 
     async def publish(self, batch: Batch) -> None:
         """Return when the broker has stored `batch`."""
@@ -89,17 +113,22 @@ class Broker:
             except (nats.js.errors.NotFoundError, nats.js.errors.NoStreamResponseError):
                 await self._make_stream()  # the first time, and if the broker lost its store
                 await self._stream.publish(subject, content, headers=headers)
-        except _ERRORS as error:
-            raise _unavailable(error) from None
+        except (ValueError, *_ERRORS) as error:  # ValueError: the answer is no JSON
+            raise self._failure(error) from None
 
     async def watermarks(self, sources: list[str]) -> dict[str, int]:
         """Ask the worker with the ledger up to which number it has the events of `sources`."""
         try:
             response = await self._nats.request(WATERMARKS, json.dumps(sources).encode(), timeout=_TIMEOUT_S)
-        except _ERRORS as error:
-            raise _unavailable(error) from None
-        found: dict[str, int] = json.loads(response.data)
-        return found
+            found: dict[str, int] = json.loads(response.data)
+            return found
+        except (nats.errors.NoRespondersError, TimeoutError) as error:  # the client's TimeoutError is one
+            silent = isinstance(error, TimeoutError)
+            reason = f"does not respond within {_TIMEOUT_S:g} s" if silent else "is not connected"
+            message = f"the worker with the ledger {reason}, through the broker {passwords.hide(self._url)}"
+            raise BrokerUnavailableError(message, "start `inferctl worker --consume`") from None
+        except (ValueError, *_ERRORS) as error:
+            raise self._failure(error) from None
 
     async def answer_watermarks(self, ledger: Ledger) -> None:
         """Answer what `watermarks` asks, from now on."""
@@ -113,7 +142,7 @@ class Broker:
         try:
             await self._nats.subscribe(WATERMARKS, queue=CONSUMER, cb=answer)
         except _ERRORS as error:
-            raise _unavailable(error) from None
+            raise self._failure(error) from None
 
     async def store(self, ledger: Ledger) -> int:
         """Store the next messages in `ledger`, and return how many there were.
@@ -139,9 +168,12 @@ class Broker:
                 else:  # its predecessor was lost, and will be published again
                     await message.nak(delay=1)
             return len(messages)
-        except _ERRORS as error:
-            self._subscription = None
-            raise _unavailable(error) from None
+        except (ValueError, *_ERRORS) as error:
+            subscription, self._subscription = self._subscription, None
+            if subscription:  # otherwise, nobody would read what the broker sends to it
+                with contextlib.suppress(*_ERRORS):
+                    await subscription.unsubscribe()
+            raise self._failure(error) from None
 
     async def _one_by_one(
         self, ledger: Ledger, batches: list[tuple[Any, Batch]]
@@ -175,7 +207,7 @@ class Broker:
             return []
 
     async def _subscribe(self) -> Any:
-        config = ConsumerConfig(ack_policy=AckPolicy.EXPLICIT, ack_wait=30, max_ack_pending=1000)
+        config = ConsumerConfig(ack_policy=AckPolicy.EXPLICIT, ack_wait=_ACK_S, max_ack_pending=1000)
         return await self._stream.pull_subscribe(f"{SUBJECT}.>", CONSUMER, stream=STREAM, config=config)
 
     async def _make_stream(self) -> None:
@@ -217,6 +249,9 @@ def _batch(message: Any) -> Batch:
     )
 
 
-def _unavailable(error: BaseException) -> BrokerUnavailableError:
-    reason = str(error).strip() or type(error).__name__
-    return BrokerUnavailableError(f"the broker is not available: {reason.splitlines()[0]}", "check metering.broker")
+def _unavailable(url: str, error: Exception) -> BrokerUnavailableError:
+    reason = str(error).strip().partition("\n")[0]
+    if isinstance(error, TimeoutError):  # also that of the client, whose text is only `nats: timeout`
+        reason = f"no response within {_TIMEOUT_S:g} s"
+    message = f"the broker {passwords.hide(url)} is not available: {reason or type(error).__name__}"
+    return BrokerUnavailableError(message, "check metering.broker")

@@ -104,7 +104,7 @@ def read(file: Path, currency: str | None) -> PriceBook:
             problems.append(Problem("prices", message, content.line(["prices", index]), "remove one of the two"))
         seen.add(identity)
     if problems:
-        raise SpecError(str(file), problems)
+        raise SpecError(str(file), problems, example)
     currencies = sorted({price.currency for price in prices})
     if currency is None and len(currencies) > 1:
         raise UsageError(f"{file} has several currencies: {', '.join(currencies)}", "choose one with `--currency`")
@@ -123,7 +123,9 @@ def _price(content: Document, index: int, problems: list[Problem]) -> Price | No
         problems.append(Problem(document.dotted(path), message, content.line(path), hint))
 
     if not isinstance(entry, dict):
-        problem("", f"expected `key: value` lines, got {shown(entry)}")
+        problem(
+            "", f"expected `key: value` lines, got {shown(entry)}", "as in `- hardware: l4`, with `currency: EUR` below"
+        )
         return None
     for key in set(entry) - set(_KEYS):
         problem(str(key), f"unknown key {key!r}", did_you_mean(str(key), _KEYS) or f"known: {', '.join(_KEYS)}")
@@ -137,14 +139,18 @@ def _price(content: Document, index: int, problems: list[Problem]) -> Price | No
         problem("from", f"`from` must be a day, got {shown(entry.get('from'))}", "as in `from: 2026-01-01`")
     amounts: dict[str, Decimal] = {}
     for key in _PRICES:
-        amount = entry.get(key, entry.get("input", 0) if key == "cached" else 0)
+        if key == "cached" and key not in entry:
+            amounts[key] = amounts.get("input", Decimal(0))
+            continue
+        amount = entry.get(key, 0)
         # Decimal of the text: 0.1 as a float is not a tenth.
         if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount < float("inf"):
-            problem(key, f"`{key}` must be a number from 0 on, got {shown(amount)}")
+            hint = f"as in `{key}: 0.02`, {'per second' if key == 'engine_second' else 'per 1,000,000 tokens'}"
+            problem(key, f"`{key}` must be a number from 0 on, got {shown(amount)}", hint)
         else:
             amounts[key] = Decimal(str(amount))
     if not set(_PRICES) & set(entry):
-        problem("", "the entry has no price", f"it can have: {', '.join(_PRICES)}")
+        problem("", "the entry has no price", f"add one or more of {', '.join(_PRICES)}, as in `input: 0.02`")
     if len(problems) > before:
         return None
     return Price(entry["hardware"], entry["currency"], start, **amounts)

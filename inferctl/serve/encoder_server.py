@@ -10,12 +10,13 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 from inferctl import outputs
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError
 from inferctl.model import ModelFolder
-from inferctl.serve import describe, events, task_config, worker_process
+from inferctl.serve import describe, events, metering, task_config, worker_process
 from inferctl.serve.api import app
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
@@ -80,7 +81,11 @@ class EncoderServer:
         self._tokenizer = TokenizerPool(folder.path, config, on_truncated=metrics.truncated.inc)
         self._cache = vector_cache.create(spec.cache, task, metrics)
         self._access = access.create(spec.access, (spec.name, spec.model.source))
-        self._lifecycle = Lifecycle(ready=self._is_ready, live=lambda: not self._pool.crash_looping)
+        self._lifecycle = Lifecycle(
+            ready=lambda: self._dispatcher.ready,
+            live=lambda: not self._pool.crash_looping,
+            keys_known=lambda: access.known(self._access),
+        )
         longest_wait = min(queue.slo_s or math.inf, queue.max_wait_s or math.inf)
         load = None
         if spec.serve.load_reports:
@@ -128,7 +133,9 @@ class EncoderServer:
         self._tokenizer.warm()
         socket = listener.listen(self._spec.serve.host, self._spec.serve.port)
         self._url = listener.url_of(socket, self._spec.serve.host)
-        for warning in access.warnings(self._spec.access, self._spec.serve.host):
+        for warning in chain(
+            access.warnings(self._spec.access, self._spec.serve.host), metering.warnings(self._spec.metering)
+        ):
             self._notify(f"warning    {warning}")
         self._http = listener.HttpServer(self._edge, self._spec.serve.drain_seconds, self._edge.rejected)
         self._metering.open()
@@ -170,9 +177,6 @@ class EncoderServer:
         if self._worker and worker:
             await self._worker.stop(left)
             await worker
-
-    def _is_ready(self) -> bool:
-        return self._dispatcher.ready and (self._access is None or self._access.ready)
 
     def _batch_timeout(self) -> float:
         """Return the seconds after which a batch counts as hung: 20 times the largest one, at least `hang_seconds`."""
@@ -229,6 +233,8 @@ class EncoderServer:
         spec = self._spec
         for line in describe.lines(info, spec.name, self._url, self._ready_seconds, spec.access, self._admission):
             self._notify(line)
+        if not access.known(self._access):
+            self._notify("warning    the worker has not copied the keys yet; requests get 503 until then")
         if self._options.announce:
             try:
                 outputs.announce(self._options.announce, self._url)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,3 +77,11 @@ class Metering:
         recorder, self._recorder = self._recorder, None
         if recorder and not await asyncio.to_thread(recorder.close, seconds):
             log.error("the server ends, and some of the last usage events could not be written")
+
+
+def warnings(settings: Settings) -> Iterator[str]:
+    """Yield what the operator should know at the start."""
+    found = [f"metering.{name}" for name in ("ledger", "broker", "sink") if getattr(settings, name)]
+    if settings.mode == "off" and found:
+        have = "have" if len(found) > 1 else "has"
+        yield f"no usage is recorded: {' and '.join(found)} {have} no effect without `metering.mode: on`"

@@ -42,6 +42,7 @@ class Worker:
         self._ending = asyncio.Event()
         self._ledger: Ledger | None = None
         self._broker: Broker | None = None
+        self._answering: Broker | None = None
         self._watermarks: dict[str, int] = {}
         self._progress: dict[str, Progress] = {}
         self._logged: dict[str, float] = {}
@@ -171,10 +172,10 @@ class Worker:
 
     async def _store_messages(self) -> bool:
         ledger = await self._opened()
-        new = self._broker is None
         broker = await self._connected()
-        if new:
+        if broker is not self._answering:  # it answers until its connection breaks
             await broker.answer_watermarks(ledger)
+            self._answering = broker
         stored = await broker.store(ledger)
         return await self._send(ledger, "") or stored > 0
 
@@ -198,6 +199,9 @@ class Worker:
     async def _connected(self) -> Broker:
         from inferctl.metering import broker
 
+        if self._broker and self._broker.broken:
+            await self._broker.close()
+            self._broker = None
         if self._broker is None:
             self._broker = await broker.connect(self._settings.broker or "")
         return self._broker

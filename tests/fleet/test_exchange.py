@@ -166,7 +166,7 @@ def test_servers_start_before_the_store_and_are_not_ready(
     try:
         response = CLIENT.post(f"{server.url}/v1/embeddings", json={"input": "x"}, headers={"x-api-key": "ik_x"})
         assert (response.status_code, response.json()["error"]["code"]) == (503, "access_unavailable")
-        assert server.get("/readyz").status_code == 503
+        until(lambda: server.get("/readyz").text == "waiting for keys\n")
         until(lambda: "the key store" in server.log.read_text())
         settings = Access(keys="postgresql://postgres@127.0.0.1:1/none", data=str(tmp_path / "access"))
         _, secret = add(Path(settings.key_file or ""))

@@ -19,6 +19,8 @@ from inferctl.metering import broker as brokers
 from inferctl.metering.ledger import Ledger
 from inferctl.metering.outbox import Outbox
 from inferctl.metering.recorder import Recorder
+from inferctl.spec import Access, Metering
+from inferctl.worker.worker import Worker
 from tests.metering.parts import ORIGIN, Nats, batch, event
 from tests.serve.conftest import until
 
@@ -167,7 +169,79 @@ def test_a_broker_that_never_was_there_is_an_error() -> None:
 
     async def connect() -> None:
         async with asyncio.timeout(30):
-            await brokers.connect("nats://127.0.0.1:1")
+            await brokers.connect("nats://user:secret@127.0.0.1:1")
 
-    with pytest.raises(brokers.BrokerUnavailableError):
+    with pytest.raises(
+        brokers.BrokerUnavailableError, match=r"nats://user:\*\*\*@127\.0\.0\.1:1 .*Connect call failed"
+    ) as error:
         asyncio.run(connect())
+    assert "secret" not in error.value.message
+
+
+@pytest.mark.parametrize("how", ["error", "killed", "reader"])
+def test_a_connection_that_ended_is_made_again(nats: Nats, tmp_path: Path, how: str) -> None:
+    """After some errors, the client of NATS closes for ever, or does not read any more."""
+    settings = Metering(mode="on", broker=nats.url, ledger=f"sqlite:///{tmp_path}/ledger.sqlite")
+    worker = Worker(settings, Access(), consume=True)
+
+    async def stored(number: int) -> None:
+        """Publish a batch, and wait until the worker says that the ledger has it."""
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    broker = await brokers.connect(nats.url)
+                    await broker.publish(batch("a", number, number))
+                    while (await broker.watermarks(["a"])).get("a", 0) < number:
+                        await asyncio.sleep(0.05)
+                    await broker.close()
+                    return
+                except brokers.BrokerUnavailableError:
+                    await asyncio.sleep(0.2)
+
+    async def run() -> None:
+        running = asyncio.create_task(worker.run())
+        await stored(1)
+        first = worker._broker
+        assert first
+        if how == "killed":
+            nats.kill()
+            await asyncio.sleep(0.5)
+            nats.start()
+        elif how == "error":
+            await first._nats._process_err("'user authentication expired'")
+        else:
+            first._nats._reading_task.cancel()
+        await stored(2)
+        assert worker._broker is not first
+        worker.end()
+        await running
+
+    asyncio.run(run())
+
+
+def test_a_silent_broker_is_an_error_that_names_it(nats: Nats, tmp_path: Path) -> None:
+    async def run() -> None:
+        broker = await brokers.connect(nats.url)
+        await broker.publish(batch("a", 1, 1))
+        nats.signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(brokers.BrokerUnavailableError, match=f"{nats.url} is not available: no response"):
+                await broker.publish(batch("a", 2, 2))
+        finally:
+            nats.signal(signal.SIGCONT)
+        assert broker.broken
+        await broker.close()
+
+    asyncio.run(run())
+
+
+def test_without_the_worker_of_the_ledger_the_connection_is_kept(nats: Nats) -> None:
+    async def run() -> None:
+        broker = await brokers.connect(nats.url)
+        with pytest.raises(brokers.BrokerUnavailableError, match="worker with the ledger is not connected"):
+            await broker.watermarks(["a"])
+        assert not broker.broken
+        await broker.close()
+        assert broker.broken
+
+    asyncio.run(run())

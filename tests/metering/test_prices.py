@@ -64,8 +64,18 @@ def test_gaps_of_the_book_are_errors(book: Path) -> None:
 def test_errors_in_the_book_name_their_place(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "prices.yaml"
     file.write_text(text)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as error:
         prices.read(file, None)
+    assert error.value.hint
+    assert "inferctl schema" not in error.value.hint, "it does not describe price books"
+
+
+def test_several_errors_in_the_book_have_an_example(tmp_path: Path) -> None:
+    file = tmp_path / "prices.yaml"
+    file.write_text("prices:\n  - {hardware: l4, currency: EUR, from: 2026-01-01, input: x}\n  - {hardware: 5}\n")
+    with pytest.raises(UsageError, match="5 errors") as error:
+        prices.read(file, None)
+    assert prices.EXAMPLE in (error.value.hint or "")
 
 
 def test_a_report_adds_costs_over_days_with_different_prices(ledger: Ledger, book: Path) -> None:

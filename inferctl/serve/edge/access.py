@@ -170,6 +170,11 @@ def create(settings: spec.Access, names: Iterable[str]) -> Access | None:
     return Access(settings, names) if settings.required else None
 
 
+def known(access: Access | None) -> bool:
+    """Return whether clients can be recognized."""
+    return access is None or access.ready
+
+
 def warnings(settings: spec.Access, host: str) -> Iterator[str]:
     """Yield what the operator should know at the start."""
     if settings.required:

@@ -82,7 +82,9 @@ class _EdgeServer:
         self._metering.open()
         self._metering.watch(metrics)
         self._access = access.create(who, settings.models)
-        self._lifecycle = Lifecycle(ready=self._is_ready, live=lambda: True)
+        self._lifecycle = Lifecycle(
+            ready=lambda: self._healthy, live=lambda: True, keys_known=lambda: access.known(self._access)
+        )
         self._lifecycle.started = True
         limits = settings.info["limits"]
         self._generation = endpoint.GenerationApp(
@@ -115,9 +117,6 @@ class _EdgeServer:
         self._socket = self._channel.receive_listener()
         work = [self._serve, self._beat, self._follow, *([self._access.exchange] if self._access else [])]
         self._tasks = [asyncio.create_task(each()) for each in work]
-
-    def _is_ready(self) -> bool:
-        return self._healthy and (self._access is None or self._access.ready)
 
     async def _serve(self) -> None:
         await self._http.serve(sockets=[self._socket])

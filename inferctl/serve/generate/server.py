@@ -20,7 +20,7 @@ from inferctl import decoder, outputs, passwords, precision
 from inferctl.decoder import Decoder
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError, install_hint
 from inferctl.model import READ_BYTES_PER_S, ModelFolder
-from inferctl.serve import events, worker_process
+from inferctl.serve import events, metering, worker_process
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
@@ -116,6 +116,8 @@ class GenerationServer:
         if not os.environ.get("VLLM_API_KEY"):
             for warning in access.warnings(self._spec.access, self._spec.serve.host):
                 self._notify(f"warning    {warning}")
+        for warning in metering.warnings(self._spec.metering):
+            self._notify(f"warning    {warning}")
         for line in command.lines(self._derived, self._spec, self._model, self._probe.device):
             self._notify(line)
         self._notify("starting vLLM, which takes a minute or more ...")
