@@ -26,9 +26,9 @@ Balancing = Literal["least-request", "load-reports", "round-robin"]
 class Settings:
     """What a gateway does. Times are in seconds, sizes in bytes.
 
-    `timeout_s`: to receive a request, and for the response of one without a stream. `begin_s`: of a new connection until
-    its first bytes and the end of its TLS handshake, and of a request until the end of its headers. `keep_alive_s`:
-    between two requests, if not too many connections are open. `max_connections`: of clients.
+    `timeout_s`: to receive a request, and for the response of one without a stream. `begin_s`: of a new connection
+    until its first bytes and the end of its TLS handshake, and of a request until the end of its headers.
+    `keep_alive_s`: between two requests, if not too many connections are open. `max_connections`: of clients.
     `max_heap_bytes`: above 95% of it, Envoy rejects new requests. `buffered_body_bytes`: smaller bodies are sent to a
     server when they are complete. `max_repeated_bytes`: larger bodies are not repeated. `requests_per_server`: retries
     are allowed for so many requests at once, because all of them fail at once if a server dies. `certificate`, `key`:
