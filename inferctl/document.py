@@ -9,6 +9,7 @@ size, the depth and the number of values, with aliases expanded, before it build
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 class _ManifestLoader(_Parser):  # type: ignore[misc]
-    """A YAML loader that reads scalars as kubectl does: 0400 is the octal 256, 1:30 and dates are text."""
+    """A YAML loader that reads scalars as kubectl does: 0400 is the octal 256, 1:30, dates and = are text."""
 
 
 _MANIFEST_INTEGER = re.compile(r"[-+]?(?:0b[01]+|0[0-7]+|0x[0-9a-fA-F]+|0|[1-9][0-9]*)$")
@@ -69,10 +70,26 @@ _ManifestLoader.yaml_implicit_resolvers = {
     first: [
         (tag, _MANIFEST_SCALARS.get(tag.rpartition(":")[2], pattern))
         for tag, pattern in resolvers
-        if not tag.endswith(":timestamp")
+        # PyYAML has a type for a bare =, and cannot read it. The resources of Prometheus have it in a list of operators.
+        if not tag.endswith((":timestamp", ":value"))
     ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+
+
+def _bounded_integer(loader: Any, node: yaml.ScalarNode) -> int | float:
+    """Return an integer; one of over 64 bits as the nearest float. Python cannot print one of 5,000 digits."""
+    value = loader.construct_yaml_int(node)
+    if value.bit_length() <= 64:
+        return int(value)
+    if value.bit_length() < 1024:
+        return float(value)
+    return math.inf if value > 0 else -math.inf
+
+
+_ManifestLoader.add_constructor("tag:yaml.org,2002:int", _bounded_integer)
+# JSON may write a character as two escapes, such as an emoji. YAML has one longer escape instead.
+_ESCAPED_PAIR = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 _TEXT_TAG, _MERGE_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 
@@ -134,7 +151,7 @@ def parse(text: str, file: str, example: str) -> Document:
             data = loader.construct_document(node) if isinstance(node, yaml.MappingNode) else None
         finally:
             loader.dispose()
-    except (yaml.YAMLError, ValueError) as error:
+    except _INVALID as error:
         raise SpecError(file, [_syntax_problem(error, example)]) from None
     if node is None:
         raise SpecError(file, [Problem("", "the file is empty", None, example)])
@@ -153,6 +170,8 @@ def parse_all(text: str, file: str, example: str, smaller: str | None = None) ->
     Lines count from the start of the file; `lines[()]` is the first line of a document. Raises `SpecError`.
     """
     documents, problems = [], []
+    if text.lstrip().startswith("{"):
+        text = _ESCAPED_PAIR.sub(lambda pair: json.loads(f'"{pair[0]}"'), text)
     try:
         _check_size(text, MAX_MANIFEST_VALUES)
         loader = _ManifestLoader(text)
@@ -173,7 +192,7 @@ def parse_all(text: str, file: str, example: str, smaller: str | None = None) ->
                     documents.append(Document(file, loader.construct_document(node), lines))
         finally:
             loader.dispose()
-    except (yaml.YAMLError, ValueError) as error:
+    except _INVALID as error:
         raise SpecError(file, [_syntax_problem(error, smaller or example)]) from None
     if problems:
         raise SpecError(file, problems)
@@ -204,9 +223,15 @@ class _TooLargeError(yaml.MarkedYAMLError):
     pass
 
 
-def _syntax_problem(error: yaml.YAMLError | ValueError, example: str) -> Problem:
+# PyYAML raises the last two for a tag that does not fit its value, such as `!!bool maybe`.
+_INVALID = (yaml.YAMLError, ValueError, LookupError, AttributeError)
+
+
+def _syntax_problem(error: Exception, example: str) -> Problem:
     mark = getattr(error, "problem_mark", None)
     what = getattr(error, "problem", None) or str(error).splitlines()[0]
+    if isinstance(error, LookupError | AttributeError):
+        what = "a tag does not fit its value"
     hint = example if isinstance(error, _TooLargeError) else "check the indentation and quotes on that line"
     return Problem("", f"not valid YAML: {what}", mark.line + 1 if mark else None, hint)
 
@@ -287,7 +312,8 @@ def _text(path: Path, max_bytes: int, example: str, smaller: str | None = None) 
     try:
         with path.open("rb") as stream:
             content = stream.read(max_bytes + 1)
-        text = content[:max_bytes].decode("utf-8")
+        # Editors of Windows write a byte order mark.
+        text = content[:max_bytes].decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {_reason(error)}", example) from None
     if len(content) > max_bytes:

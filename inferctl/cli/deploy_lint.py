@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from inferctl.deploy.plan import Plan
 
 _STDIN = "-"
-_KUSTOMIZATION = "kustomization.yaml"
 
 
 def run(
@@ -50,11 +49,15 @@ def run(
     if sarif_file is not None:
         text = json.dumps(sarif.log(findings, list(lint.RULES.values())), indent=2, ensure_ascii=False) + "\n"
         outputs.write(sarif_file, text, "--sarif")
+    unread = lint.unread([each for objects in groups for each in objects])
     if as_json:
-        console.document(_document(count, findings, context))
+        console.document({**_document(count, findings, context), "unread": unread})
     else:
         for finding in findings:
             console.data(_text(finding))
+        if unread:
+            kinds = ", ".join(f"{number} {kind}" for kind, number in unread.items())
+            console.note(f"the pods of these objects are not checked: {kinds}")
         assumed = "" if known else " (the oldest with updates; pass `--kubernetes-version` for another)"
         console.note(f"{_summary(findings)} in {count} objects, for Kubernetes 1.{minor}{assumed}")
     errors = sum(finding.level == "error" for finding in findings)
@@ -73,11 +76,10 @@ def _read(paths: Sequence[Path]) -> list[list[Located]]:
     overlays: list[list[Located]] = []
     for path in paths:
         if str(path) == _STDIN:
-            common += manifests_file.parse(sys.stdin.read(), "stdin")
-        elif (path / "overlays").is_dir():
-            folders = sorted(each.parent for each in (path / "overlays").glob(f"*/{_KUSTOMIZATION}"))
+            common += manifests_file.parse(_standard_input(), "stdin")
+        elif folders := _overlays(path / "overlays"):
             overlays += [_built(folder) for folder in folders]
-        elif (path / _KUSTOMIZATION).is_file():
+        elif manifests_file.kustomization(path):
             common += _built(path)
         else:
             common += manifests_file.read([path])
@@ -89,12 +91,36 @@ def _read(paths: Sequence[Path]) -> list[list[Located]]:
     return groups
 
 
+def _standard_input() -> str:
+    from inferctl import document
+
+    hint = "pipe YAML or JSON, such as the output of `helm template`"
+    try:
+        text = sys.stdin.read(document.MAX_MANIFEST_BYTES + 1)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the standard input cannot be read: byte {error.start} is not UTF-8", hint) from None
+    if len(text) > document.MAX_MANIFEST_BYTES:
+        raise UsageError(f"the standard input is larger than {document.MAX_MANIFEST_BYTES:,} bytes", hint)
+    return text
+
+
+def _overlays(folder: Path) -> list[Path]:
+    """Return the folders in `folder` that kustomize builds: one for each overlay, which may be in groups."""
+    from inferctl.deploy.manifests_file import KUSTOMIZATIONS, kustomization
+
+    found = []
+    for each in sorted(folder.iterdir()) if folder.is_dir() else ():
+        below = sorted({file.parent for name in KUSTOMIZATIONS for file in each.rglob(name)})
+        found += [each] if kustomization(each) else below
+    return found
+
+
 def _built(folder: Path) -> list[Located]:
     """Return the objects that kustomize builds. They are in no file, so they have no lines."""
-    from inferctl.deploy.manifests_file import Located
+    from inferctl.deploy.manifests_file import Located, kustomization
     from inferctl.deploy.preview import overlays
 
-    return [Located(each.data, str(folder / _KUSTOMIZATION)) for each in overlays.build(folder)]
+    return [Located(each.data, str(kustomization(folder) or folder)) for each in overlays.build(folder)]
 
 
 def _nodes(file: Path) -> list[Located]:
@@ -137,7 +163,9 @@ def _models(plan: Plan | None) -> tuple[ModelFacts, ...]:
 def _text(finding: Finding) -> str:
     place = f"{finding.file}:{finding.line}: " if finding.line else f"{finding.file}: " if finding.file else ""
     return "\n".join(
-        (
+        # Names in the manifests of others may have what a terminal obeys.
+        console.plain(line)
+        for line in (
             f"{place}{finding.level} [{finding.rule}] {finding.object} {finding.field}",
             f"    {finding.what}",
             f"    lesson: {finding.lesson}",

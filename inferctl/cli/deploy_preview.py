@@ -114,6 +114,7 @@ def _title(deployment: Mapping[str, Any]) -> str:
 def _table(deployment: Mapping[str, Any]) -> RenderableType:
     """Return one row for each group of pods with the same result: when, which pods, and where they fit."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table.grid(padding=(0, 2, 0, 0))
     for _ in ("indent", "when", "pods"):
@@ -127,9 +128,10 @@ def _table(deployment: Mapping[str, Any]) -> RenderableType:
         shown += [(each["reasons"], set(each["nodes"])) for each in new]
         warnings = [f"warning, {node}: {text}" for node, text in list(group["warnings"].items())[:_SHOWN_NAMES]]
         lines = [_where(group), *warnings, *_not_feasible(new)]
-        table.add_row("", when, _numbers(group["names"], deployment["name"]), lines[0])
+        # As `Text`, since Rich reads [ ] in a string as markup.
+        table.add_row("", when, Text(_numbers(group["names"], deployment["name"])), Text(lines[0]))
         for line in lines[1:]:
-            table.add_row("", "", "", line)
+            table.add_row("", "", "", Text(line))
     if not deployment["pods"]:
         table.add_row("", "no new pods", "", "")
     return table
@@ -213,10 +215,11 @@ def _drills(losses: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     for loss in shown:
         if several and loss["cluster"] != cluster and loss["scope"] in ("node", "zone"):
             cluster = loss["cluster"]
-            table.add_row(f"in {cluster}", style="bold")
+            table.add_row(Text(f"in {cluster}"), style="bold")
         share = loss["share"]
         place = f"{loss['scope']} {loss['place']}" + (" (the worst)" if loss["scope"] == "node" else "")
-        table.add_row(place, loss["model"], _percent(share["before"]), _percent(share["at_once"]), _then(loss))
+        cells = (Text(place), Text(loss["model"]), _percent(share["before"]), _percent(share["at_once"]))
+        table.add_row(*cells, Text(_then(loss)))
     if shown:
         yield table
     if rest := len(worst) - len(shown):

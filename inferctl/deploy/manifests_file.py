@@ -14,6 +14,7 @@ _HINT = "name files with Kubernetes objects, such as the output of `kubectl kust
 _SUFFIXES = (".yaml", ".yml", ".json")
 # Files of kustomize. Their objects are instructions for a build, not objects of a cluster.
 _KUSTOMIZE_GROUP = "kustomize.config.k8s.io/"
+KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
 MAX_FILES = 10_000
 
 FieldPath = tuple[str | int, ...]
@@ -84,8 +85,14 @@ def objects_of(each: document.Document) -> list[Located]:
     return _objects([each], required=True)
 
 
+def kustomization(folder: Path) -> Path | None:
+    """Return the file that tells kustomize how to build `folder`; None if there is none."""
+    return next((folder / name for name in KUSTOMIZATIONS if (folder / name).is_file()), None)
+
+
 def _folder(folder: Path) -> list[Located]:
-    files = sorted(file for file in folder.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
+    found_files = (f for f in folder.rglob("*") if f.suffix in _SUFFIXES or f.name in KUSTOMIZATIONS)
+    files = sorted(file for file in found_files if file.is_file())
     if not files:
         raise UsageError(f"{folder} has no YAML files", _HINT)
     if len(files) > MAX_FILES:
@@ -113,7 +120,7 @@ def _claims_object(file: Path) -> bool:
 
 def _patches(file: Path, data: dict[str, Any]) -> Iterator[Path]:
     """Yield the files that a kustomization applies as patches."""
-    if not str(data.get("apiVersion", "")).startswith(_KUSTOMIZE_GROUP) and file.stem != "kustomization":
+    if not str(data.get("apiVersion", "")).startswith(_KUSTOMIZE_GROUP) and file.name not in KUSTOMIZATIONS:
         return
     for key in ("patches", "patchesStrategicMerge", "patchesJson6902"):
         for each in data.get(key) or () if isinstance(data.get(key), list) else ():

@@ -126,6 +126,16 @@ REMOVED: Mapping[str, tuple[tuple[str, ...], str]] = {
     "networking.k8s.io/v1beta1": (("Ingress", "IngressClass"), "networking.k8s.io/v1"),
     "scheduling.k8s.io/v1beta1": ((), "scheduling.k8s.io/v1"),
     "rbac.authorization.k8s.io/v1beta1": ((), "rbac.authorization.k8s.io/v1"),
+    "rbac.authorization.k8s.io/v1alpha1": ((), "rbac.authorization.k8s.io/v1"),
+    "apiextensions.k8s.io/v1beta1": ((), "apiextensions.k8s.io/v1"),
+    "admissionregistration.k8s.io/v1beta1": (
+        ("MutatingWebhookConfiguration", "ValidatingWebhookConfiguration"),
+        "admissionregistration.k8s.io/v1",
+    ),
+    "storage.k8s.io/v1beta1": (
+        ("StorageClass", "CSIDriver", "CSINode", "CSIStorageCapacity", "VolumeAttachment"),
+        "storage.k8s.io/v1",
+    ),
 }
 
 

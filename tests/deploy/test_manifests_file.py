@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -71,9 +72,40 @@ def test_folders_leave_out_what_is_not_an_object(tmp_path: Path) -> None:
     assert manifests_file.read([tmp_path])[0].file == str(tmp_path / "a" / "deployment.yaml")
 
 
+def test_what_others_write_is_read() -> None:
+    """A bare =, as in the resources of Prometheus, an emoji as two escapes, and an integer that Python cannot print."""
+    text = POD.format(name="a") + f"operators: [=, '!=', =~]\nlarge: 0x{'f' * 5000}\nmore: {2**70}\n"
+    (item,) = manifests_file.parse(text, "f.yaml")
+    assert item.data["operators"] == ["=", "!=", "=~"]
+    assert (item.data["large"], item.data["more"]) == (math.inf, float(2**70))
+    data = {"apiVersion": "v1", "kind": "Pod", "metadata": {"annotations": {"mood": "\U0001f600", "path": "\\ud83d"}}}
+    escaped = json.dumps(data, indent=2)
+    assert "\\ud83d\\ude00" in escaped
+    (item,) = manifests_file.parse(escaped, "f.json")
+    assert item.data == data and item.line(("metadata", "annotations", "path")) == 7
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
+    file = tmp_path / "windows.yaml"
+    file.write_bytes(b"\xef\xbb\xbf" + POD.format(name="a").replace("\n", "\r\n").encode())
+    assert [each.name for each in manifests_file.read([file])] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["kustomization.yaml", "kustomization.yml", "Kustomization"])
+def test_a_kustomization_has_three_names(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("resources: [pod.yaml]\npatches:\n- path: patch.yaml\n")
+    (tmp_path / "pod.yaml").write_text(POD.format(name="a"))
+    (tmp_path / "patch.yaml").write_text(POD.format(name="patched"))
+    assert manifests_file.kustomization(tmp_path) == tmp_path / name
+    assert [each.name for each in manifests_file.read([tmp_path])] == ["a"]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        (POD.format(name="a") + "x: !!bool maybe\n", "a tag does not fit its value"),
+        (POD.format(name="a") + "x: !!int ''\n", "a tag does not fit its value"),
+        (POD.format(name="a") + "x: !!timestamp y\n", "a tag does not fit its value"),
         ("apiVersion: v1\nkind: Pod\n---\n- a\n", "f.yaml:4: expected a Kubernetes object"),
         ("a: 1\n", "f.yaml:1: not a Kubernetes object"),
         (POD.format(name="a") + "kind: Pod\n", "duplicate key kind"),
@@ -81,7 +113,7 @@ def test_folders_leave_out_what_is_not_an_object(tmp_path: Path) -> None:
         ("a: &a [" + "b," * 1000 + "]\n" + "".join(f"c{i}: [" + "*a," * 50 + "]\n" for i in range(30)), "more than"),
         ("[" * 60 + "]" * 60, "nested deeper"),
     ],
-    ids=["list", "no kind", "duplicate", "syntax", "aliases", "depth"],
+    ids=["boolean", "integer", "time", "list", "no kind", "duplicate", "syntax", "aliases", "depth"],
 )
 def test_broken_text_is_an_error_with_its_line(text: str, expected: str) -> None:
     with pytest.raises(SpecError) as caught:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from inferctl.deploy.lint import access, gpu, life, observability, overflow, placement, scaling, version
 from inferctl.deploy.lint.finding import LESSONS, RULES, Context, Finding, Level, ModelFacts, Rule
-from inferctl.deploy.lint.manifests import Manifests, mapping
+from inferctl.deploy.lint.manifests import Manifests
+from inferctl.deploy.lint.pod_templates import unread
+from inferctl.deploy.lint.values import mapping
 from inferctl.deploy.manifests_file import Located
 
-__all__ = ["LESSONS", "RULES", "Context", "Finding", "Level", "ModelFacts", "Rule", "lint"]
+__all__ = ["LESSONS", "RULES", "Context", "Finding", "Level", "ModelFacts", "Rule", "lint", "unread"]
 
 # The modules of rules. Importing them registers their rules.
 MODULES = (gpu, placement, overflow, scaling, life, access, observability, version)

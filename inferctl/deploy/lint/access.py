@@ -7,18 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from inferctl.deploy.lint.finding import Context, Hit, rule
-from inferctl.deploy.lint.manifests import (
-    Container,
-    Manifests,
-    Workload,
-    get,
-    integer,
-    mapping,
-    same_namespace,
-    selects,
-    sequence,
-    text,
-)
+from inferctl.deploy.lint.manifests import Container, Manifests, Workload, same_namespace
+from inferctl.deploy.lint.values import get, integer, mapping, selects, sequence, text
 from inferctl.deploy.manifests_file import Located
 
 _MOVING_TAGS = re.compile(
@@ -32,9 +22,11 @@ _SECRET_VALUE = re.compile(r"(?:hf_|sk-|nvapi-|ghp_|AKIA|xox[bp]-|eyJ)[A-Za-z0-9
 _SECRET_OPTION = re.compile(r"--(?:api-key|hf-token|token|password|auth-token)$")
 # Values that only mark a place, such as <your token>, ${TOKEN} or CHANGEME.
 _PLACE = re.compile(
-    r"[<$({].*|.*(?:your|change-?me|example|replace|xxx|\*\*\*).*|empty|none|null|dummy|fake|not-?needed|",
+    r"[<$({].*|.*(?:your|change-?me|example|replace|xxx|\*\*\*).*|empty|none|null|dummy|fake|not-?needed|true|false|",
     re.IGNORECASE,
 )
+# The value of GOOGLE_APPLICATION_CREDENTIALS and the like: where the secret is mounted.
+_FILE = re.compile(r"/(?:app|config|data|etc|home|mnt|opt|root|run|secrets?|tmp|usr|var)/[\w./-]+")
 
 
 @rule(
@@ -68,7 +60,7 @@ def _secret(manifests: Manifests, _: Context) -> Iterator[Hit]:
             for index, variable in enumerate(sequence(each.data, "env")):
                 name, value = text(variable, "name"), text(variable, "value")
                 named = _SECRET_NAME.search(name) and not _PLACE.fullmatch(value) and not value.isdigit()
-                if named or _SECRET_VALUE.search(value):
+                if (named and not _FILE.fullmatch(value)) or _SECRET_VALUE.search(value):
                     yield Hit(workload.object, (*each.path, "env", index), f"{name} has its value in the manifest")
             yield from _in_words(workload, each)
     for secret in manifests.of("Secret"):
@@ -179,6 +171,8 @@ def _links(manifests: Manifests, _: Context) -> Iterator[Hit]:
         for service in manifests.of("Service"):
             if (
                 service.name == "vllm"
+                # A headless Service has no address to tell.
+                and get(service.data, "spec", "clusterIP") != "None"
                 and "vllm" in words
                 and same_namespace(service, workload.object)
                 and (get(workload.spec, "enableServiceLinks") is not False)

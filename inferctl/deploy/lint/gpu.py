@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from inferctl import catalog
 from inferctl.deploy.lint import models
 from inferctl.deploy.lint.finding import Context, Hit, rule
-from inferctl.deploy.lint.manifests import Manifests, Workload, get, mapping, quantity, same_namespace, sequence, text
+from inferctl.deploy.lint.manifests import Manifests, Workload, same_namespace
+from inferctl.deploy.lint.values import get, mapping, quantity, sequence, text
 
 _PRODUCT, _MIG_STATE = "nvidia.com/gpu.product", "nvidia.com/mig.config.state"
 _GKE_PRODUCT, _GKE_SLICE = "cloud.google.com/gke-accelerator", "cloud.google.com/gke-gpu-partition-size"
@@ -27,6 +28,7 @@ MIG_PROFILES = {
     "GH200": ("1g.12gb", "1g.24gb", "2g.24gb", "3g.48gb", "4g.48gb", "7g.96gb"),
     "RTX-PRO-6000": ("1g.24gb", "2g.48gb", "4g.96gb"),
 }
+_GPU_TAINT = re.compile(r"gpu|accelerator", re.IGNORECASE)
 _NO_MIG = re.compile(r"T4|L4|A10|V100|L40|P100", re.IGNORECASE)
 
 
@@ -149,7 +151,8 @@ def _shared(workload: Workload) -> str | None:
 def _too_large(manifests: Manifests, context: Context) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         need, device = models.weights(workload, context), _device_bytes(workload)
-        if need and device and need.size > device[0] * sum(workload.gpus.values()):
+        count = sum(workload.gpus.values()) * workload.group_size
+        if need and device and need.size > device[0] * max(count, models.devices(workload)):
             container = next(each for each in workload.containers if each.gpus)
             what = f"{need.name}: {need.how}, but {device[1]} has {device[0] / 1e9:.0f} GB"
             yield Hit(workload.object, (*container.path, "resources"), what)
@@ -272,9 +275,10 @@ def _toleration(manifests: Manifests, context: Context) -> Iterator[Hit]:
                     level="error",
                     fix=f"tolerate the taint: {{key: {key}, operator: Exists, effect: {effect}}}",
                 )
-        # GKE adds the toleration itself. The value of the taint differs between clouds, so only the key counts.
+        # GKE adds the toleration itself. Key and value of the taint differ: nvidia.com/gpu, or sku=gpu on Azure.
         elif _GKE_PRODUCT not in workload.node_labels and not any(
-            text(each, "key") == "nvidia.com/gpu" or (not get(each, "key") and get(each, "operator") == "Exists")
+            _GPU_TAINT.search(f"{text(each, 'key')} {text(each, 'value')}")
+            or (not get(each, "key") and get(each, "operator") == "Exists")
             for each in sequence(workload.spec, "tolerations")
         ):
             yield Hit(workload.object, path, "no toleration for the taint nvidia.com/gpu:NoSchedule")

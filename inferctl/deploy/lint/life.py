@@ -8,17 +8,9 @@ from typing import Any
 
 from inferctl.deploy.lint import models
 from inferctl.deploy.lint.finding import Context, Hit, rule
-from inferctl.deploy.lint.manifests import (
-    Container,
-    Manifests,
-    Workload,
-    get,
-    integer,
-    mapping,
-    sequence,
-    text,
-)
+from inferctl.deploy.lint.manifests import Container, Manifests, Workload
 from inferctl.deploy.lint.overflow import buffer_target
+from inferctl.deploy.lint.values import get, integer, mapping, sequence, text
 
 _HANDLERS = ("httpGet", "tcpSocket", "grpc", "exec")
 _DRAIN_WORDS = ("--drain-seconds", "--shutdown-timeout", "--timeout-graceful-shutdown", "--exit-timeout-secs")
@@ -45,8 +37,16 @@ def _blocks(manifests: Manifests, _: Context) -> Iterator[Hit]:
             yield Hit(budget, ("spec", "maxUnavailable"), f"maxUnavailable is {high}")
         elif low == "100%":
             yield Hit(budget, ("spec", "minAvailable"), "minAvailable is 100%")
-        elif isinstance(low, int) and workloads and 0 < least <= low:
+        elif workloads and 0 < least <= _least_available(low, least):
             yield Hit(budget, ("spec", "minAvailable"), f"minAvailable is {low}, and there may be {least} replicas")
+
+
+def _least_available(value: Any, pods: int) -> int:
+    """Return how many of `pods` a budget keeps: its minAvailable, or that share of them, rounded up; 0 if it is none."""
+    share = re.fullmatch(r"(\d{1,3})%", value) if isinstance(value, str) else None
+    if share:
+        return -(-int(share[1]) * pods // 100)
+    return value if isinstance(value, int) else 0
 
 
 @rule(
@@ -266,7 +266,10 @@ def _has_overflow(manifests: Manifests, workload: Workload) -> bool:
 def _empty_dir(manifests: Manifests, _: Context) -> Iterator[Hit]:
     for workload in manifests.workloads:
         for index, volume in enumerate(sequence(workload.spec, "volumes")):
-            if isinstance(volume, dict) and "emptyDir" in volume and not get(volume, "emptyDir", "sizeLimit"):
+            if not isinstance(volume, dict) or get(volume, "emptyDir", "sizeLimit"):
+                continue
+            # A volume without a source is an emptyDir.
+            if "emptyDir" in volume or volume.keys() <= {"name"}:
                 memory = " in memory" if get(volume, "emptyDir", "medium") == "Memory" else ""
                 path = (*workload.spec_path, "volumes", index)
                 yield Hit(workload.object, path, f"emptyDir {text(volume, 'name')}{memory} has no sizeLimit")
@@ -283,5 +286,6 @@ def _empty_dir(manifests: Manifests, _: Context) -> Iterator[Hit]:
 def _memory(manifests: Manifests, _: Context) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         for each in workload.containers:
-            if each.gpus and not get(each.data, "resources", "limits", "memory"):
+            of_pod = get(workload.spec, "resources", "limits", "memory")
+            if each.gpus and not of_pod and not get(each.data, "resources", "limits", "memory"):
                 yield Hit(workload.object, (*each.path, "resources"), f"container {each.name} has no limits.memory")

@@ -5,112 +5,33 @@ The rules run on anyone's files, so nothing here assumes that a field has the ty
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from inferctl.deploy.lint import pod_templates
+from inferctl.deploy.lint.values import get, integer, mapping, quantity, selects, sequence, text
 from inferctl.deploy.manifests_file import FieldPath, Located
 
-# Kind -> path of its pod template.
-_TEMPLATES: Mapping[str, FieldPath] = {
-    "Pod": (),
-    "PodTemplate": ("template",),
-    "Deployment": ("spec", "template"),
-    "StatefulSet": ("spec", "template"),
-    "DaemonSet": ("spec", "template"),
-    "ReplicaSet": ("spec", "template"),
-    "Job": ("spec", "template"),
-    "CronJob": ("spec", "jobTemplate", "spec", "template"),
-    "LeaderWorkerSet": ("spec", "leaderWorkerTemplate", "workerTemplate"),
-}
-_SCALABLE = ("Deployment", "StatefulSet", "ReplicaSet")
 _GPU = re.compile(
     r"(?:nvidia\.com/(?:gpu(?:\.shared)?|mig-.+)|amd\.com/gpu.*|gpu\.intel\.com/.+|habana\.ai/.+"
     r"|aws\.amazon\.com/neuron.*|google\.com/tpu)$"
 )
+# An option other than those of Python and shells that a program follows, such as -m, -u and -c.
+_TAKES_VALUE = re.compile(r"--?\w[^=]+$|-[^-muceils]$")
 _PAUSE = re.compile(r"(?:^|/)pause(?:-[a-z0-9]+)?(?::|@|$)")
 _SERVERS = re.compile(
     r"vllm|text-generation-inference|text-generation-launcher|text-embeddings-inference|tritonserver|triton-inference"
     r"|sglang|llama-server|llama\.cpp|ollama|lmdeploy|tensorrt|inferctl|infinity-emb|torchserve|openai/v1",
     re.IGNORECASE,
 )
-_QUANTITY = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(?:([numkMGTPE]|[KMGTPE]i)|[eE]([+-]?\d+))?$")
-_FACTORS = {"n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18} | {
-    f"{unit}i": 1024.0**power for power, unit in enumerate("KMGTPE", 1)
-}
-
-
-def get(value: Any, *path: str | int) -> Any:
-    """Return the value at `path`; None if it is absent or something else is in the way."""
-    for part in path:
-        if isinstance(value, dict):
-            value = value.get(part)
-        elif isinstance(value, list) and isinstance(part, int) and -len(value) <= part < len(value):
-            value = value[part]
-        else:
-            return None
-    return value
-
-
-def mapping(value: Any, *path: str | int) -> dict[str, Any]:
-    """Return the mapping at `path`; an empty one if there is none."""
-    found = get(value, *path)
-    return found if isinstance(found, dict) else {}
-
-
-def sequence(value: Any, *path: str | int) -> list[Any]:
-    """Return the list at `path`; an empty one if there is none."""
-    found = get(value, *path)
-    return found if isinstance(found, list) else []
-
-
-def text(value: Any, *path: str | int) -> str:
-    """Return the text at `path`; "" if there is none."""
-    found = get(value, *path)
-    return found if isinstance(found, str) else ""
-
-
-def integer(value: Any, *path: str | int) -> int | None:
-    """Return the integer at `path`; None if there is none."""
-    found = get(value, *path)
-    return found if isinstance(found, int) and not isinstance(found, bool) else None
-
-
-def quantity(value: Any) -> float | None:
-    """Return a Kubernetes quantity such as `500m` or `16Gi` as a number; None if it is not one."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, (int, float)):
-        return float(value)
-    found = _QUANTITY.match(value) if isinstance(value, str) else None
-    if not found:
-        return None
-    number = float(found[1]) * (-1 if value.startswith("-") else 1)
-    return number * (_FACTORS.get(found[2] or "", 1.0) if not found[3] else 10.0 ** min(int(found[3]), 30))
-
-
-def selects(selector: Any, labels: Mapping[str, Any]) -> bool:
-    """Return whether a label selector (matchLabels, matchExpressions) selects `labels`. An empty one selects all."""
-    if any(labels.get(key) != value for key, value in mapping(selector, "matchLabels").items()):
-        return False
-    for each in sequence(selector, "matchExpressions"):
-        key, values, operator = text(each, "key"), sequence(each, "values"), get(each, "operator")
-        present, value = key in labels, labels.get(key)
-        ok = {
-            "In": present and value in values,
-            "NotIn": not present or value not in values,
-            "Exists": present,
-            "DoesNotExist": not present,
-        }
-        if not (isinstance(operator, str) and ok.get(operator, False)):
-            return False
-    return True
 
 
 def same_namespace(a: Located, b: Located) -> bool:
-    """Return whether two objects can be in one namespace. An object without one gets that of kubectl or kustomize."""
+    """Return whether two objects can be in one namespace. An object without one gets that of kubectl."""
     return not a.namespace or not b.namespace or a.namespace == b.namespace
 
 
@@ -137,13 +58,23 @@ class Container:
         return [part for word in words for part in word.split()]
 
     @property
+    def programs(self) -> list[str]:
+        """The words that may be a program: no options with their values, and no addresses, which clients have too."""
+        before = ["", *self.words]
+        return [
+            word
+            for index, word in enumerate(self.words)
+            if not word.startswith("-") and "://" not in word and not _TAKES_VALUE.match(before[index])
+        ]
+
+    @property
     def gpus(self) -> dict[str, int]:
         """GPUs by resource name, from the limits, else the requests."""
         found: dict[str, int] = {}
         for key in ("requests", "limits"):
             for name, value in mapping(self.data, "resources", key).items():
                 if isinstance(name, str) and _GPU.match(name) and (number := quantity(value)):
-                    found[name] = int(number)
+                    found[name] = math.ceil(number)
         return found
 
 
@@ -169,6 +100,29 @@ class Workload:
     @property
     def labels(self) -> dict[str, Any]:
         return mapping(self.template, "metadata", "labels")
+
+    @property
+    def group_size(self) -> int:
+        """How many pods serve one copy of a model: more than one in a LeaderWorkerSet."""
+        return max(1, integer(self.object.data, "spec", "leaderWorkerTemplate", "size") or 1)
+
+    @property
+    def pods_per_replica(self) -> int:
+        """How many pods of this template a replica has."""
+        if self.path == pod_templates.LEADER:
+            return 1
+        return self.group_size - (1 if get(self.object.data, *pod_templates.LEADER) and self.group_size > 1 else 0)
+
+    def selected_by(self, selector: Any) -> bool:
+        """Return whether a label selector selects its pods, also by labels that a controller adds to them."""
+        wanted = mapping(selector, "matchLabels")
+        leads = self.path == pod_templates.LEADER or not get(self.object.data, *pod_templates.LEADER)
+        added = {
+            key: value
+            for key, value in wanted.items()
+            if key not in self.labels and pod_templates.adds_label(self.object, key, value, leads=leads)
+        }
+        return selects(selector, {**self.labels, **added} if added else self.labels)
 
     @property
     def containers(self) -> list[Container]:
@@ -209,10 +163,11 @@ class Workload:
     @property
     def is_model_server(self) -> bool:
         """Whether the pods stay and serve: they have a GPU or a claim, or the name of a known model server."""
-        if self.is_placeholder or self.object.kind in ("Job", "CronJob", "DaemonSet", "PodTemplate"):
+        ends = self.spec.get("restartPolicy") in ("Never", "OnFailure")
+        if ends or self.is_placeholder or self.object.kind in ("Job", "CronJob", "DaemonSet", "PodTemplate"):
             return False
         return bool(self.gpus or self.spec.get("resourceClaims")) or any(
-            _SERVERS.search(" ".join([each.image, *each.words])) for each in self.containers
+            _SERVERS.search(" ".join([each.image, *each.programs])) for each in self.containers
         )
 
     @property
@@ -278,8 +233,8 @@ class Manifests:
 
     @cached_property
     def workloads(self) -> list[Workload]:
-        """All objects with a pod template."""
-        return [Workload(each, _TEMPLATES[each.kind]) for each in self.objects if each.kind in _TEMPLATES]
+        """All pod templates of the objects. The leader of a group, such as that of Ray, has one of its own."""
+        return [Workload(each, path) for each in self.objects for path in pod_templates.paths(each)]
 
     @cached_property
     def model_servers(self) -> list[Workload]:
@@ -323,6 +278,10 @@ class Manifests:
 
     def replicas(self, workload: Workload) -> tuple[int, int]:
         """Return the lowest and the highest number of pods, by autoscaler or `replicas`. At least 1 at most."""
+        if "workerGroupSpecs" in workload.path:
+            group = get(workload.object.data, *workload.path[:-1])
+            numbers = [integer(group, key) or 1 for key in ("minReplicas", "replicas", "maxReplicas")]
+            return numbers[0], max(numbers)
         lows, highs = [], []
         for each in self.autoscalers_of(workload):
             keda = each.kind == "ScaledObject"
@@ -334,7 +293,7 @@ class Manifests:
             key = "parallelism" if workload.object.kind == "Job" else "replicas"
             count = integer(workload.object.data, "spec", key)
             lows = highs = [1 if count is None else count]
-        return min(lows), max(highs)
+        return min(lows) * workload.pods_per_replica, max(highs) * workload.pods_per_replica
 
     def surge(self, workload: Workload) -> int:
         """Return how many more pods than its replicas a rollout of `workload` may start."""
@@ -353,7 +312,7 @@ class Manifests:
     def selected(self, by: Located, selector: Any) -> Iterator[Workload]:
         """Yield the workloads in the namespace of `by` whose pods a label selector selects."""
         for each in self.workloads:
-            if same_namespace(by, each.object) and selects(selector, each.labels):
+            if same_namespace(by, each.object) and each.selected_by(selector):
                 yield each
 
     def behind(self, service: Located) -> list[Workload]:

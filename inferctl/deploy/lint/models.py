@@ -8,7 +8,8 @@ from typing import Any
 
 from inferctl import document
 from inferctl.deploy.lint.finding import Context, ModelFacts
-from inferctl.deploy.lint.manifests import Workload, sequence, text
+from inferctl.deploy.lint.manifests import Workload
+from inferctl.deploy.lint.values import sequence, text
 from inferctl.errors import SpecError
 
 _OPTIONS = ("--model", "--model-id", "--model-path", "-m")
@@ -19,11 +20,23 @@ _ALIBI = re.compile(
     r"(?<![a-z])(?:mpt-\d|bloomz?(?![a-z])|falcon-rw|replit-code|jina-embeddings-v2|baichuan2?-13b|btlm-3b)",
     re.IGNORECASE,
 )
+# Models of gpt-oss are published in MXFP4, and those of Ollama in 4 bits unless a name says otherwise.
 _BITS = (
-    (re.compile(r"awq|gptq|int4|4bit|w4a16|bnb|nf4|nvfp4|mxfp4|bitsandbytes|q4_", re.IGNORECASE), 0.5),
+    (re.compile(r"exl[23]|bpw|bitnet|i?q[123]_", re.IGNORECASE), 0.2),
+    (
+        re.compile(r"awq|gptq|int4|4-?bit|w4a|bnb|nf4|nvfp4|mxfp4|bitsandbytes|q4_|q4-|gpt-oss|ollama", re.IGNORECASE),
+        0.5,
+    ),
+    (re.compile(r"q[56]_", re.IGNORECASE), 0.65),
     (re.compile(r"fp8|int8|8bit|w8a8|q8_", re.IGNORECASE), 1.0),
     (re.compile(r"float32|fp32"), 4.0),
 )
+# The bits of such files are not known without a word above.
+_UNKNOWN_BITS = re.compile(r"gguf|llama\.cpp|llama-server", re.IGNORECASE)
+# Options that put a part of the weights into the memory of the host, or spread them over the GPUs of several pods.
+_OFFLOAD = re.compile(r"--(?:cpu-offload-gb|n-gpu-layers|gpu-layers|(?:n-)?cpu-moe)|-ngl|-ncmoe")
+_PARALLEL = (("--tensor-parallel-size", "-tp", "--tp-size", "--tp"), ("--pipeline-parallel-size", "-pp", "--pp-size"))
+_PYTHON = re.compile(r"(?:^|/)python[\d.]*$")
 _SHARED_LAYERS = 0.8  # experts share attention and embeddings: 8x7B has 47, not 56, billion parameters
 
 
@@ -51,7 +64,8 @@ def name_of(workload: Workload) -> str:
         words = container.words
         for index, word in enumerate(words):
             option, _, value = word.partition("=")
-            if option in _OPTIONS:
+            # `python -m` is followed by a module.
+            if option in _OPTIONS and not (option == "-m" and any(_PYTHON.search(each) for each in words[:index])):
                 found = value or (words[index + 1] if index + 1 < len(words) else "")
                 if found:
                     return found.strip("'\"")
@@ -83,11 +97,31 @@ def weights(workload: Workload, context: Context) -> Weights | None:
     found = _PARAMETERS.search(name)
     if not found:
         return None
-    line = " ".join([name, *(word for each in workload.containers for word in each.words)])
-    width = next((width for pattern, width in _BITS if pattern.search(line)), 2.0)
+    words = [word for each in workload.containers for word in each.words]
+    line = " ".join([name, *words, *(each.image for each in workload.containers)])
+    width = next((width for pattern, width in _BITS if pattern.search(line)), None)
+    if any(_OFFLOAD.fullmatch(word.partition("=")[0]) for word in words) or (
+        width is None and _UNKNOWN_BITS.search(line)
+    ):
+        return None
+    width = width or 2.0
     billions = float(found[2]) * (int(found[1]) * _SHARED_LAYERS if found[1] else 1)
     how = f"{billions:g} billion weights of {width:g} bytes are {billions * width:.1f} GB"
     return Weights(name, billions * width * 1e9, how)
+
+
+def devices(workload: Workload) -> int:
+    """Return over how many GPUs the command line spreads the weights: tensor times pipeline parallel size."""
+    words = [word for each in workload.containers for word in each.words]
+    count = 1
+    for options in _PARALLEL:
+        for index, word in enumerate(words):
+            option, _, value = word.partition("=")
+            value = value or (words[index + 1] if index + 1 < len(words) else "")
+            if option in options and value.isascii() and value.isdigit():
+                count *= max(1, int(value[:4]))
+                break
+    return count
 
 
 def yaml_documents(value: Any) -> list[dict[str, Any]]:

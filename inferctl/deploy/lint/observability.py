@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from inferctl.deploy.lint import promql
+from inferctl.deploy.lint import pools, promql
 from inferctl.deploy.lint.finding import Context, Hit, rule
-from inferctl.deploy.lint.manifests import Manifests, get, mapping, same_namespace, selects, sequence, text
+from inferctl.deploy.lint.manifests import Manifests, same_namespace
+from inferctl.deploy.lint.values import get, mapping, selects, sequence, text
 from inferctl.deploy.manifests_file import FieldPath, Located
 
 
@@ -97,20 +98,23 @@ def _monitor(manifests: Manifests, _: Context) -> Iterator[Hit]:
             yield Hit(monitor, ("spec", "selector"), what, level="warning")
         for index, endpoint in enumerate(sequence(monitor.data, "spec", "endpoints")):
             name = get(endpoint, "port")
-            for service in selected:
-                names = [text(port, "name") for port in sequence(service.data, "spec", "ports")]
-                if name is not None and name not in names:
-                    shown = ", ".join(each for each in names if each) or "no names"
-                    what = f"the Service {service.name} has no port named {name!r}, but {shown}"
-                    yield Hit(monitor, ("spec", "endpoints", index, "port"), what)
+            names = [text(port, "name") for each in selected for port in sequence(each.data, "spec", "ports")]
+            # A monitor of several Services may have an endpoint for each: Prometheus drops those that are not there.
+            if selected and name is not None and name not in names:
+                shown = ", ".join(dict.fromkeys(each for each in names if each)) or "no names"
+                services_ = f"the Service {selected[0].name} has" if len(selected) == 1 else "its Services have"
+                what = f"{services_} no port named {name!r}, but {shown}"
+                yield Hit(monitor, ("spec", "endpoints", index, "port"), what)
     for monitor in manifests.of("PodMonitor"):
         for index, endpoint in enumerate(sequence(monitor.data, "spec", "podMetricsEndpoints")):
             name = get(endpoint, "port")
-            for workload in manifests.selected(monitor, get(monitor.data, "spec", "selector")):
-                names = [text(port, "name") for each in workload.containers for port in sequence(each.data, "ports")]
-                if name is not None and name not in names:
-                    what = f"the pods of {workload.object.name} have no port named {name!r}"
-                    yield Hit(monitor, ("spec", "podMetricsEndpoints", index, "port"), what)
+            selector = get(monitor.data, "spec", "selector")
+            # The operator of Ray adds ports to its pods.
+            workloads = [w for w in manifests.selected(monitor, selector) if not w.object.kind.startswith("Ray")]
+            ports = [port for one in workloads for each in one.containers for port in sequence(each.data, "ports")]
+            if workloads and name is not None and name not in [text(port, "name") for port in ports]:
+                what = f"the pods of {workloads[0].object.name} have no port named {name!r}"
+                yield Hit(monitor, ("spec", "podMetricsEndpoints", index, "port"), what)
 
 
 def _in_reach(monitor: Located, service: Located) -> bool:
@@ -128,7 +132,7 @@ def _in_reach(monitor: Located, service: Located) -> bool:
 )
 def _engine(manifests: Manifests, _: Context) -> Iterator[Hit]:
     for pool in manifests.of("InferencePool"):
-        for workload in manifests.selected(pool, get(pool.data, "spec", "selector")):
+        for workload in manifests.selected(pool, pools.selector(pool)):
             words = " ".join(f"{each.image} {' '.join(each.words)}" for each in workload.containers).lower()
             if "vllm" not in words.replace("inferctl-vllm", "") and "llm-d.ai/engine-type" not in workload.labels:
                 path = (*workload.path, "metadata", "labels")
@@ -146,8 +150,9 @@ def _engine(manifests: Manifests, _: Context) -> Iterator[Hit]:
 )
 def _picker(manifests: Manifests, _: Context) -> Iterator[Hit]:
     for pool in manifests.of("InferencePool"):
-        if not text(pool.data, "spec", "endpointPickerRef", "name"):
-            yield Hit(pool, ("spec",), "no endpointPickerRef")
+        field, name = pools.picker(pool)
+        if not name:
+            yield Hit(pool, ("spec",), f"no {field}")
 
 
 @rule(

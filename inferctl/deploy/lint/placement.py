@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from inferctl.deploy.lint import pools
 from inferctl.deploy.lint.finding import Context, Hit, rule
-from inferctl.deploy.lint.manifests import (
-    Manifests,
-    Workload,
-    get,
-    integer,
-    mapping,
-    quantity,
-    same_namespace,
-    selects,
-    sequence,
-    text,
-)
+from inferctl.deploy.lint.manifests import Manifests, Workload, same_namespace
+from inferctl.deploy.lint.values import get, integer, mapping, quantity, selects, sequence, text
 from inferctl.deploy.manifests_file import FieldPath
 from inferctl.deploy.objects.metadata import CLIENT
 
@@ -73,10 +64,14 @@ def _selects_nothing(manifests: Manifests, _: Context) -> Iterator[Hit]:
             continue  # clients in the namespace are pods of others
         if each.kind == "Service":
             selector = {"matchLabels": selector}
+        elif each.kind == "InferencePool":
+            selector = pools.selector(each)
         if not any(manifests.selected(each, selector)):
-            # An operator may make the pods. With a label key of these pods, it is more likely a wrong value.
+            # An operator may make the pods. With all label keys of these pods, it is more likely a wrong value.
             keys = mapping(selector, "matchLabels").keys()
-            near = [one for one in manifests.workloads if same_namespace(each, one.object) and keys & one.labels.keys()]
+            near = keys and any(
+                same_namespace(each, one.object) and keys <= one.labels.keys() for one in manifests.workloads
+            )
             what = "the selector selects no pod of these manifests"
             yield Hit(each, path, what, level=None if near else "warning")
 
@@ -85,7 +80,8 @@ def _selects_nothing(manifests: Manifests, _: Context) -> Iterator[Hit]:
     "bad-value",
     "error",
     "placement",
-    finds="a quantity, a maxSkew or a word of a fixed list that is not allowed",
+    finds="a quantity, a maxSkew or a word of a fixed list that is not allowed, a request above its limit, or a part "
+    "of an extended resource such as a GPU",
     consequence="the API server refuses the object",
     fix="correct the value",
 )
@@ -114,9 +110,25 @@ def _bad(value: Any, path: FieldPath) -> Iterator[tuple[FieldPath, str]]:
                 number = quantity(amount)
                 if number is None or number < 0:
                     yield (*here, name), f"{name}: {amount!r} is not a quantity such as 500m, 2 or 16Gi"
+                elif is_extended(name) and not number.is_integer():
+                    yield (*here, name), f"{name}: {amount}, but only CPUs can be divided"
+                elif key == "requests" and (what := _above_limit(name, number, mapping(value, "limits"))):
+                    yield (*here, name), what
         elif key == "sizeLimit" and quantity(item) is None:
             yield here, f"sizeLimit: {item!r} is not a quantity such as 2Gi"
         yield from _bad(item, here)
+
+
+def is_extended(resource: str) -> bool:
+    """Return whether a resource is one of devices, such as `nvidia.com/gpu`."""
+    domain, slash, _ = resource.partition("/")
+    return bool(slash) and domain != "kubernetes.io" and not domain.endswith(".kubernetes.io")
+
+
+def _above_limit(name: str, number: float, limits: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a request next to its limit. GPUs have a rule of their own."""
+    limit = None if is_extended(name) else quantity(limits.get(name))
+    return f"{name}: the request is above the limit {limits[name]}" if limit is not None and number > limit else None
 
 
 @rule(
@@ -132,7 +144,9 @@ def _anti_affinity(manifests: Manifests, context: Context) -> Iterator[Hit]:
     nodes = [*context.nodes, *manifests.of("Node")]
     for workload in manifests.model_servers:
         for index, term in enumerate(sequence(workload.spec, "affinity", "podAntiAffinity", _TERM)):
-            if get(term, "topologyKey") != _HOST or not selects(get(term, "labelSelector"), workload.labels):
+            selector = get(term, "labelSelector")
+            # Without a selector, a term is about no pod.
+            if get(term, "topologyKey") != _HOST or selector is None or not selects(selector, workload.labels):
                 continue
             path = (*workload.spec_path, "affinity", "podAntiAffinity", _TERM, index)
             most = manifests.replicas(workload)[1]

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from inferctl.deploy.lint.finding import Context, Hit, rule
-from inferctl.deploy.lint.manifests import Manifests, get, integer, mapping, quantity, same_namespace, sequence, text
+from inferctl.deploy.lint.manifests import Manifests, same_namespace
 from inferctl.deploy.lint.placement import replicas_path
+from inferctl.deploy.lint.values import get, integer, mapping, quantity, sequence, text
 from inferctl.deploy.manifests_file import FieldPath, Located
 
-_GPU_METRIC = re.compile(r"gpu_?utili?[sz]?\w*|duty_cycle|gpu_usage|sm_active|nvidia_smi\w*|DCGM_FI_DEV_MEM_COPY", re.I)
+_GPU_METRIC = re.compile(
+    r"gpu_?utili?[sz]?\w*|duty_cycle|gpu_usage|sm_active|gr_engine_active|nvidia_smi\w*|DCGM_FI_DEV_MEM_COPY", re.I
+)
 _BACKLOG = re.compile(r"waiting|queue|backlog|pending|in_?flight", re.I)
 _NOT_RATE = re.compile(r"queue|waiting|backlog", re.I)
 _RATE = re.compile(r"\b(?:rate|irate|increase)\s*\(", re.I)

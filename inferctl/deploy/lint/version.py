@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from inferctl.deploy import versions
 from inferctl.deploy.lint.finding import Context, Hit, rule
-from inferctl.deploy.lint.manifests import Manifests, get, mapping, sequence
+from inferctl.deploy.lint.manifests import Manifests
+from inferctl.deploy.lint.values import get, mapping, sequence
 from inferctl.deploy.manifests_file import FieldPath, Located
 
 _DRA_KINDS = ("ResourceClaim", "ResourceClaimTemplate", "DeviceClass", "ResourceSlice")

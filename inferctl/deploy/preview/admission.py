@@ -35,9 +35,22 @@ def admitted(
             tolerations = [*tolerations, added]
     spec["tolerations"] = tolerations
     runtime = _named(objects, "RuntimeClass", fields.text(spec, "runtimeClassName"))
-    if runtime and "overhead" not in spec:
-        spec["overhead"] = fields.mapping(runtime, "overhead", "podFixed")
+    if runtime:
+        if "overhead" not in spec:
+            spec["overhead"] = fields.mapping(runtime, "overhead", "podFixed")
+        spec["nodeSelector"] = {
+            **fields.mapping(runtime, "scheduling", "nodeSelector"),
+            **fields.mapping(spec, "nodeSelector"),
+        }
+        spec["tolerations"] = [*tolerations, *fields.items(runtime, "scheduling", "tolerations")]
     found = _class(objects, fields.text(spec, "priorityClassName"))
+    # A new pod without a class gets the default one, also for the scopes of quotas. A running pod states its priority.
+    if (
+        not spec.get("priorityClassName")
+        and "priority" not in spec
+        and (default := fields.text(found, "metadata", "name"))
+    ):
+        spec["priorityClassName"] = default
     policy = fields.text(spec, "preemptionPolicy") or fields.text(found, "preemptionPolicy")
     return Pod(
         namespace,
@@ -67,12 +80,33 @@ def _named(objects: Mapping[str, Sequence[Mapping[str, Any]]], kind: str, name: 
 
 def refusal(cluster: Cluster, pod: Pod) -> str | None:
     """Return why the API server refuses `pod`, which is not part of `cluster` yet; None if it accepts it."""
+    if invalid := _invalid(pod):
+        return invalid
     name = fields.text(pod.spec, "priorityClassName")
     if name and name not in _SYSTEM_CLASSES and _named(cluster.objects, "PriorityClass", name) is None:
         return f"priority class {name} does not exist in the given files"
     for quota in cluster.of_kind("ResourceQuota"):
         if _applies(quota, pod) and (reason := _exceeded(cluster, quota, pod)):
             return f"quota {fields.text(quota, 'metadata', 'name')}: {reason}"
+    return None
+
+
+def _invalid(pod: Pod) -> str | None:
+    """Return why the API server refuses the resources of a container; None if it accepts them."""
+    for each in [*fields.items(pod.spec, "initContainers"), *fields.items(pod.spec, "containers")]:
+        limits = fields.mapping(each, "resources", "limits")
+        requests = {**limits, **fields.mapping(each, "resources", "requests")}
+        for name, value in requests.items():
+            if value is None:
+                continue
+            amount, limit = fields.quantity(value), limits.get(name)
+            if resources.is_extended(name):
+                if amount.denominator != 1:
+                    return f"{name}: {value} is not a whole number"
+                if limit is None or fields.quantity(limit) != amount:
+                    return f"{name}: the request {value} is not equal to the limit {limit}"
+            elif limit is not None and amount > fields.quantity(limit):
+                return f"{name}: the request {value} is above the limit {limit}"
     return None
 
 
@@ -105,7 +139,7 @@ def _amounts(values: Mapping[str, Any]) -> dict[str, int]:
 
 def used_of(cluster: Cluster, quota: Mapping[str, Any]) -> dict[str, int]:
     """Return what counts towards a quota in the present state of `cluster`."""
-    total: Counter[str] = Counter(cluster.quota_usage.get(_key(quota), {}))
+    total: Counter[str] = Counter(cluster.quota_usage.get(key_of(quota), {}))
     for pod in cluster.pods():
         if pod.charged and _applies(quota, pod):
             total.update(usage(pod))
@@ -118,8 +152,9 @@ def unlisted_usage(cluster: Cluster, quota: Mapping[str, Any]) -> dict[str, int]
     return {name: amount - known.get(name, 0) for name, amount in status.items() if amount > known.get(name, 0)}
 
 
-def _key(quota: Mapping[str, Any]) -> tuple[str, str]:
-    return namespace_of(quota), fields.text(quota, "metadata", "name")
+def key_of(item: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the namespace and the name of an object."""
+    return namespace_of(item), fields.text(item, "metadata", "name")
 
 
 def namespace_of(item: Mapping[str, Any]) -> str:

@@ -132,11 +132,11 @@ class Pod:
 
     def _term(self, term: Mapping[str, Any]) -> Term:
         namespaces = fields.strings(term, "namespaces")
-        selector = term.get("namespaceSelector")
+        selector = fields.optional(term, "namespaceSelector")
         if not namespaces and selector is None:
             namespaces = [self.namespace]
         keys, mismatch = fields.strings(term, "matchLabelKeys"), fields.strings(term, "mismatchLabelKeys")
-        pods = selectors.with_label_keys(term.get("labelSelector"), self.labels, keys, mismatch)
+        pods = selectors.with_label_keys(fields.optional(term, "labelSelector"), self.labels, keys, mismatch)
         return Term(fields.text(term, "topologyKey"), pods, frozenset(namespaces), selector)
 
     @cached_property
@@ -148,7 +148,7 @@ class Pod:
                 fields.integer(each, "maxSkew", default=1),
                 fields.integer(each, "minDomains", default=1),
                 selectors.with_label_keys(
-                    each.get("labelSelector"), self.labels, fields.strings(each, "matchLabelKeys")
+                    fields.optional(each, "labelSelector"), self.labels, fields.strings(each, "matchLabelKeys")
                 ),
                 fields.text(each, "nodeAffinityPolicy") != "Ignore",
                 fields.text(each, "nodeTaintsPolicy") == "Honor",
@@ -191,13 +191,15 @@ class Cluster:
 
     `pods` has pods with and without a node, without those that have finished. `objects` has objects of other kinds by
     kind: priority classes, quotas, budgets, namespaces, claims and volumes. `quota_usage` is what a quota counts in
-    addition to `pods`, by namespace and name.
+    addition to `pods`, by namespace and name. `margins` are by how many pods each disruption budget with a status was
+    above its minimum in the files; the simulation changes that.
     """
 
     name: str
     nodes: dict[str, Node]
     objects: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     quota_usage: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
+    margins: dict[tuple[str, str], int] = field(default_factory=dict)
     _on: dict[str, list[Pod]] = field(default_factory=dict)
     _unbound: list[Pod] = field(default_factory=list)
     _used: dict[str, Counter[str]] = field(default_factory=dict)
@@ -264,7 +266,7 @@ class Cluster:
 
     def copy(self) -> Cluster:
         """Return a copy that can change on its own. Nodes and other objects, which do not change, are shared."""
-        found = Cluster(self.name, dict(self.nodes), self.objects, self.quota_usage)
+        found = Cluster(self.name, dict(self.nodes), self.objects, self.quota_usage, self.margins)
         for pod in self.pods():
             found.add(copy.copy(pod))
         return found

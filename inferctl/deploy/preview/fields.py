@@ -11,14 +11,21 @@ from typing import Any
 _QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:([numkMGTPE]|[KMGTPE]i)|[eE]([+-]?\d{1,2}))?")
 _POWERS_OF_TEN = {"n": -9, "u": -6, "m": -3, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
 _POWERS_OF_TWO = {"Ki": 10, "Mi": 20, "Gi": 30, "Ti": 40, "Pi": 50, "Ei": 60}
-# The largest exponent that a quantity can need: Kubernetes caps quantities at 2**63.
 _MAX_EXPONENT = 30
+# Kubernetes caps quantities.
+_MOST = 2**63 - 1
 
 
 def mapping(value: Any, *path: str) -> dict[str, Any]:
     """Return the mapping at `path` in `value`; an empty one if it is absent or something else."""
     found = get(value, *path)
     return found if isinstance(found, dict) else {}
+
+
+def optional(value: Any, *path: str) -> dict[str, Any] | None:
+    """Return the mapping at `path` in `value`; None if it is absent or something else, where {} has a meaning."""
+    found = get(value, *path)
+    return found if isinstance(found, dict) else None
 
 
 def items(value: Any, *path: str) -> list[dict[str, Any]]:
@@ -65,6 +72,10 @@ def _text(value: Any) -> str:
 
 def quantity(value: Any) -> Fraction:
     """Return a quantity of Kubernetes (`2`, `500m`, `1Gi`, `129e6`) as a number. Raises `ValueError`."""
+    return max(Fraction(-_MOST), min(Fraction(_MOST), _uncapped(value)))
+
+
+def _uncapped(value: Any) -> Fraction:
     match = _QUANTITY.fullmatch(str(value)) if isinstance(value, str | int | float) else None
     if match is None or isinstance(value, bool):
         raise ValueError(f"{value!r} is not a quantity such as 500m, 2 or 1Gi")

@@ -7,7 +7,7 @@ reports only that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from inferctl.deploy.preview import fields, selectors, volumes
 from inferctl.deploy.preview.cluster import Cluster, Node, Pod
@@ -74,7 +74,12 @@ def _forget(cluster: Cluster, pod: Pod, node: str) -> None:
 def _check(cluster: Cluster, pod: Pod, node: Node, seen: View) -> list[Reason]:
     if gates := fields.items(pod.spec, "schedulingGates"):
         return [Reason("SchedulingGates", f"waits for its gate {fields.text(gates[0], 'name')}")]
-    return [reason for each in _FILTERS for reason in each(cluster, pod, node, seen)]
+    if (name := fields.text(pod.spec, "nodeName")) and name != node.name:
+        return [Reason("NodeName", f"the pod template names the node {name}")]
+    # A pod with a node goes past the scheduler. The kubelet asks some of the same, and evicts no pod for it.
+    filters = _KUBELET_FILTERS if name else _FILTERS
+    found = [reason for each in filters for reason in each(cluster, pod, node, seen)]
+    return [replace(reason, resolvable=False) for reason in found] if name else found
 
 
 def _unschedulable(cluster: Cluster, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
@@ -137,6 +142,7 @@ _FILTERS: tuple[Callable[[Cluster, Pod, Node, View], Iterator[Reason]], ...] = (
     _spread,
     _pods,
 )
+_KUBELET_FILTERS = (_affinity, _ports, _resources)
 
 
 def mig_warning(pod: Pod, node: Node) -> str | None:

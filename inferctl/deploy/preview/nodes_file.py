@@ -11,7 +11,7 @@ from typing import Any
 from inferctl import document
 from inferctl.deploy import manifests_file
 from inferctl.deploy.manifests_file import Located
-from inferctl.deploy.preview import admission, fields, node_groups
+from inferctl.deploy.preview import admission, fields, node_groups, preemption
 from inferctl.deploy.preview.cluster import Cluster, Node, Pod, Taint
 from inferctl.errors import Problem, SpecError, UsageError
 
@@ -50,9 +50,15 @@ def read(paths: Sequence[Path], manifests: Mapping[str, Sequence[Located]] | Seq
     Raises `UsageError` and `SpecError`.
     """
     found: dict[str, list[Located]] = {}
+    files: dict[str, Path] = {}
     for path in paths:
         for name, objects in _file(path).items():
             found.setdefault(name, []).extend(objects)
+            if name == path.stem and files.setdefault(name, path) != path:
+                raise UsageError(
+                    f"{files[name]} and {path} both describe the cluster {name!r}",
+                    "give each file the name of its cluster",
+                )
     clusters = []
     for name, objects in found.items():
         own = manifests.get(name, ()) if isinstance(manifests, Mapping) else manifests
@@ -110,12 +116,14 @@ def of_objects(name: str, located: Sequence[Located]) -> Cluster:
     if problems:
         raise SpecError(located[0].file, problems)
     for quota in cluster.of_kind("ResourceQuota"):
-        key = (admission.namespace_of(quota), fields.text(quota, "metadata", "name"))
+        key = admission.key_of(quota)
         try:
             admission.hard_limits(quota)
             cluster.quota_usage[key] = admission.unlisted_usage(cluster, quota)
         except ValueError as error:
             raise SpecError(located[0].file, [Problem("spec.hard", f"quota {key[1]}: {error}")]) from None
+    for budget in cluster.of_kind("PodDisruptionBudget"):
+        cluster.margins[admission.key_of(budget)] = preemption.margin(cluster, budget)
     return cluster
 
 
@@ -151,7 +159,8 @@ def pod_of(objects: Mapping[str, Sequence[Mapping[str, Any]]], item: Mapping[str
         fields.text(metadata, "namespace") or "default",
         fields.text(metadata, "name") or fields.text(metadata, "generateName"),
         fields.text_map(fields.mapping(metadata, "labels")),
-        spec,
+        # The node that the scheduler chose does not bind the pod that replaces this one.
+        {key: value for key, value in spec.items() if key != "nodeName"},
     )
     pod.node = fields.text(spec, "nodeName") or None
     pod.nominated = fields.text(status, "nominatedNodeName") or None

@@ -12,7 +12,6 @@ from inferctl.deploy import manifests_file
 from inferctl.deploy.manifests_file import Located
 from inferctl.errors import InferctlError, NotReadyError, UsageError
 
-_FILE = "kustomization.yaml"
 _TIMEOUT_S = 120
 
 
@@ -29,7 +28,7 @@ def read(paths: Sequence[Path], clusters: Sequence[str]) -> dict[str, list[Locat
             for name in clusters:
                 found[name] += build(_overlay(path / "overlays", name, clusters))
             continue
-        objects = build(path) if (path / _FILE).is_file() else manifests_file.read([path])
+        objects = build(path) if manifests_file.kustomization(path) else manifests_file.read([path])
         for name in clusters:
             found[name] += objects
     return found
@@ -37,7 +36,7 @@ def read(paths: Sequence[Path], clusters: Sequence[str]) -> dict[str, list[Locat
 
 def _overlay(folder: Path, name: str, clusters: Sequence[str]) -> Path:
     """Return the overlay of a cluster. If both sides have only one, their names need not be equal."""
-    known = sorted(each.name for each in folder.iterdir() if (each / _FILE).is_file())
+    known = sorted(each.name for each in folder.iterdir() if manifests_file.kustomization(each))
     if name in known:
         return folder / name
     if len(known) == 1 and len(clusters) == 1:

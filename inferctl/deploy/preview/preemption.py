@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from inferctl.deploy.preview import fields, selectors
-from inferctl.deploy.preview.admission import namespace_of
+from inferctl.deploy.preview.admission import key_of, namespace_of
 from inferctl.deploy.preview.cluster import Cluster, Pod
 from inferctl.deploy.preview.filters import Reason, reasons
+from inferctl.deploy.preview.topology import View, is_counted, view
 
 # Makes every priority positive, so that fewer victims always have the smaller sum.
 _OFFSET = 2**31
@@ -25,12 +26,21 @@ class Candidate:
     violations: int
 
 
-def ineligible(cluster: Cluster, pod: Pod) -> str | None:
-    """Return why `pod` may not preempt at all; None if it may."""
+# A budget, and how many of its pods may go.
+Budget = tuple[Mapping[str, Any], int]
+
+
+def ineligible(cluster: Cluster, pod: Pod, found: Mapping[str, Sequence[Reason]]) -> str | None:
+    """Return why `pod` may not preempt at all; None if it may. `found`: why each node is not feasible."""
     if not pod.preempts:
         return "preemptionPolicy is Never"
-    if pod.nominated in cluster.nodes and any(
-        other.preempted and other.priority < pod.priority for other in cluster.on(str(pod.nominated))
+    # It does not wait for a node that evictions cannot open any more.
+    why = found.get(pod.nominated or "", ())
+    lost = bool(why) and not why[0].resolvable
+    if (
+        not lost
+        and pod.nominated in cluster.nodes
+        and any(other.preempted and other.priority < pod.priority for other in cluster.on(str(pod.nominated)))
     ):
         return f"waits for pods that terminate on {pod.nominated}"
     return None
@@ -41,11 +51,13 @@ def candidates(cluster: Cluster, pod: Pod, found: Mapping[str, Sequence[Reason]]
 
     The scheduler takes the first. With over 100 nodes it looks at a part of them only, beginning at a random one.
     """
-    if ineligible(cluster, pod):
+    if ineligible(cluster, pod, found):
         return []
     # The scheduler sees only the first reason. If evictions cannot help there, it skips the node.
     nodes = [name for name, why in found.items() if why and why[0].resolvable]
-    options = [each for name in nodes if (each := _victims(cluster, pod, name)) is not None]
+    budgets = [(budget, _allowed(cluster, budget)) for budget in cluster.of_kind("PodDisruptionBudget")]
+    seen = view(pod, cluster)
+    options = [each for name in nodes if (each := _victims(cluster, pod, name, budgets, seen)) is not None]
     return sorted(options, key=_preference)
 
 
@@ -69,10 +81,11 @@ def _preference(candidate: Candidate) -> tuple[float, ...]:
     )
 
 
-def _victims(cluster: Cluster, pod: Pod, node: str) -> Candidate | None:
+def _victims(cluster: Cluster, pod: Pod, node: str, budgets: Sequence[Budget], seen: View) -> Candidate | None:
     """Return the fewest evictions that make room on `node`; None if even evicting all lower pods does not.
 
-    All pods of lower priority are removed, then put back from the most important one while `pod` still fits.
+    All pods of lower priority are removed, then put back from the most important one while `pod` still fits. `seen`:
+    the counts of other pods before that.
     """
     lower = sorted(
         (other for other in cluster.on(node) if other.priority < pod.priority),
@@ -80,18 +93,20 @@ def _victims(cluster: Cluster, pod: Pod, node: str) -> Candidate | None:
     )
     if not lower:
         return None
-    protected, others = _by_budget(cluster, lower)
+    protected, others = _by_budget(budgets, lower)
+    # Counting the pods of all nodes again is slow, and needed only if one that goes was counted.
+    unchanged = None if any(is_counted(seen, other) for other in lower) else seen
     removed = list(lower)
     for other in lower:
         cluster.remove(other)
     try:
-        if reasons(cluster, pod, node):
+        if reasons(cluster, pod, node, unchanged):
             return None
         violations = 0
         for other in [*protected, *others]:
             cluster.add(other)
             removed.remove(other)
-            if reasons(cluster, pod, node):
+            if reasons(cluster, pod, node, unchanged):
                 cluster.remove(other)
                 removed.append(other)
                 violations += other in protected
@@ -102,16 +117,15 @@ def _victims(cluster: Cluster, pod: Pod, node: str) -> Candidate | None:
             cluster.add(other)
 
 
-def _by_budget(cluster: Cluster, pods: Sequence[Pod]) -> tuple[list[Pod], list[Pod]]:
+def _by_budget(budgets: Sequence[Budget], pods: Sequence[Pod]) -> tuple[list[Pod], list[Pod]]:
     """Split `pods`, most important first, into those whose eviction violates a disruption budget, and the others."""
-    budgets = cluster.of_kind("PodDisruptionBudget")
-    allowed = [_allowed(cluster, budget) for budget in budgets]
+    allowed = [most for _, most in budgets]
     protected: list[Pod] = []
     others: list[Pod] = []
     for pod in pods:
         violated = False
-        for index, budget in enumerate(budgets):
-            selector = fields.get(budget, "spec", "selector")
+        for index, (budget, _) in enumerate(budgets):
+            selector = fields.optional(budget, "spec", "selector")
             if namespace_of(budget) != pod.namespace or selectors.is_empty(selector) or not pod.labels:
                 continue
             if not selectors.matches(selector, pod.labels):
@@ -125,16 +139,21 @@ def _by_budget(cluster: Cluster, pods: Sequence[Pod]) -> tuple[list[Pod], list[P
 
 
 def _allowed(cluster: Cluster, budget: Mapping[str, Any]) -> int:
-    """Return how many pods may go. A budget that is only in manifests has no status yet: then the pods are counted."""
-    stated = fields.get(budget, "status", "disruptionsAllowed")
+    """Return how many pods may go: what its status says, and what has changed since; without a status, what it has."""
+    stated, now = fields.get(budget, "status", "disruptionsAllowed"), margin(cluster, budget)
     if isinstance(stated, int):
-        return stated
-    selector, namespace = fields.get(budget, "spec", "selector"), namespace_of(budget)
+        now = stated + now - cluster.margins.get(key_of(budget), now)
+    return max(0, now)
+
+
+def margin(cluster: Cluster, budget: Mapping[str, Any]) -> int:
+    """Return by how many pods with a node a budget is above its minimum, or below it."""
+    selector, namespace = fields.optional(budget, "spec", "selector"), namespace_of(budget)
     pods = [pod for pod in cluster.pods() if pod.namespace == namespace and selectors.matches(selector, pod.labels)]
     healthy = sum(pod.node is not None and not pod.terminating for pod in pods)
     if (least := fields.get(budget, "spec", "minAvailable")) is not None:
-        return max(0, healthy - _count(least, len(pods)))
-    return max(0, healthy - (len(pods) - _count(fields.get(budget, "spec", "maxUnavailable"), len(pods))))
+        return healthy - _count(least, len(pods))
+    return healthy - (len(pods) - _count(fields.get(budget, "spec", "maxUnavailable"), len(pods)))
 
 
 def _count(value: Any, of: int) -> int:

@@ -148,7 +148,10 @@ def _notes(outcome: Outcome) -> Iterable[str]:
     for each in cluster.of_kind("CapacityBuffer"):
         name = fields.text(each, "metadata", "name")
         yield f"CapacityBuffer {name}: its nodes count only if the nodes file lists them"
-    foreign = sum(not pod.owner for pod in cluster.waiting())
+    elsewhere = sum(pod.node is not None for pod in cluster.waiting())
+    if elsewhere:
+        yield f"{elsewhere} pods are on nodes that the files do not have"
+    foreign = sum(not pod.owner and pod.node is None for pod in cluster.waiting())
     if foreign:
         yield f"{foreign} waiting pods of others are not placed; the scheduler may place them first"
     if len(cluster.nodes) > _ALL_CANDIDATES and any(attempt.candidates for attempt in outcome.spike):

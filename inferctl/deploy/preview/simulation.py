@@ -11,7 +11,7 @@ import copy
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from inferctl.deploy.preview import admission, filters, preemption, selectors
 from inferctl.deploy.preview.cluster import Cluster, Pod
@@ -20,6 +20,8 @@ from inferctl.deploy.preview.preemption import Candidate
 from inferctl.deploy.preview.workloads import Workload, serving
 
 _HASH = "pod-template-hash"
+# More pods than the largest cluster that Kubernetes supports has nodes and pods for.
+MAX_REPLICAS = 150_000
 
 
 @dataclass
@@ -70,6 +72,7 @@ def run(cluster: Cluster, workloads: Sequence[Workload]) -> Outcome:
     Pods of these Deployments that already run in the cluster stay, and count as replicas.
     """
     existing = {each.key: adopt(cluster, each) for each in workloads}
+    workloads = [_like_running(cluster, each) for each in workloads]
     # The queue of the scheduler: higher priority first.
     ordered = sorted(workloads, key=lambda each: (-new_pod(cluster, each, 0).priority, each.preference))
     rest = [attempt for each in ordered for attempt in scale(cluster, each, each.least)]
@@ -116,12 +119,20 @@ def adopt(cluster: Cluster, workload: Workload) -> int:
     return count
 
 
+def _like_running(cluster: Cluster, workload: Workload) -> Workload:
+    """Return `workload` with the template hash of its newest pods: they stay, so its new pods are of one kind with them.
+
+    Without running pods, all new ones have the same value.
+    """
+    own = (pod for pod in cluster.pods() if pod.owner == workload.key and _HASH in pod.labels)
+    hashes = [(pod.started, pod.labels[_HASH]) for pod in own]
+    return replace(workload, labels={**workload.labels, _HASH: max(hashes)[1] if hashes else "preview"})
+
+
 def new_pod(cluster: Cluster, workload: Workload, index: int) -> Pod:
     """Return pod number `index` of `workload`. Raises `ValueError` for an invalid quantity."""
-    # The value is made of the template by the Deployment; here, all new pods have the same one.
-    labels = {**workload.labels, _HASH: "preview"}
     name = f"{workload.name}-{index + 1}"
-    pod = admission.admitted(cluster.objects, workload.namespace, name, labels, workload.spec)
+    pod = admission.admitted(cluster.objects, workload.namespace, name, workload.labels, workload.spec)
     pod.owner = workload.key
     return pod
 
@@ -129,9 +140,13 @@ def new_pod(cluster: Cluster, workload: Workload, index: int) -> Pod:
 def scale(cluster: Cluster, workload: Workload, replicas: int) -> list[Attempt]:
     """Add pods of `workload` until it has `replicas`, and place them; also pods of it that wait in the given state.
 
-    Ends early where the next pods can only repeat the result: refused, or no feasible node.
+    After a pod that is refused or waits, the next new ones have the same result. Raises `ValueError` for a number of
+    replicas that no cluster can have.
     """
-    attempts = []
+    if replicas > MAX_REPLICAS:
+        raise ValueError(f"{workload.name} may have {replicas:,} replicas, and the most is {MAX_REPLICAS:,}")
+    attempts: list[Attempt] = []
+    failed: Attempt | None = None
     present = [pod for pod in cluster.pods() if pod.owner == workload.key and not pod.terminating]
     # Its pods that wait: placed here, unless an earlier step of the simulation has tried.
     pending = [pod for pod in present if pod.node is None and not pod.tried]
@@ -139,8 +154,20 @@ def scale(cluster: Cluster, workload: Workload, replicas: int) -> list[Attempt]:
         known = pending.pop(0) if pending else None
         if known:
             cluster.remove(known)
-        attempts.append(place(cluster, known or new_pod(cluster, workload, index), workload))
+        pod = known or new_pod(cluster, workload, index)
+        attempts.append(_repeat(cluster, pod, failed) if failed and not known else place(cluster, pod, workload))
+        failed = attempts[-1] if attempts[-1].node is None and not known else None
     return attempts
+
+
+def _repeat(cluster: Cluster, pod: Pod, last: Attempt) -> Attempt:
+    """Return the result of a pod like that of `last`, which found no place: a quota may refuse it, nothing is freed."""
+    pod.tried = True
+    refused = last.refused or admission.refusal(cluster, pod)
+    if refused:
+        return Attempt(last.workload, pod, refused=refused)
+    cluster.add(pod)
+    return replace(last, pod=pod)
 
 
 def place(cluster: Cluster, pod: Pod, workload: Workload) -> Attempt:
@@ -157,7 +184,7 @@ def place(cluster: Cluster, pod: Pod, workload: Workload) -> Attempt:
         attempt.node = _choose(cluster, pod, attempt.feasible)
         cluster.bind(pod, attempt.node)
         return attempt
-    attempt.not_preempting = preemption.ineligible(cluster, pod)
+    attempt.not_preempting = preemption.ineligible(cluster, pod, reasons)
     attempt.candidates = preemption.best(cluster, pod, reasons)
     if attempt.candidates:
         chosen = min(attempt.candidates, key=lambda each: natural(each.node))
@@ -205,4 +232,4 @@ def _choose(cluster: Cluster, pod: Pod, names: Sequence[str]) -> str:
 
 def natural(name: str) -> tuple[str | int, ...]:
     """Return a key that sorts `gpu-2` before `gpu-10`."""
-    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
+    return tuple(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name))

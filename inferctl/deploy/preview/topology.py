@@ -52,6 +52,19 @@ def view(pod: Pod, cluster: Cluster) -> View:
     return found
 
 
+def is_counted(seen: View, other: Pod) -> bool:
+    """Return whether `other`, if it has a node, is one of the pods that `seen` may count."""
+    pod = seen.pod
+    spread = other.namespace == pod.namespace and any(
+        selectors.matches(constraint.selector, other.labels) for constraint in pod.spread
+    )
+    return (
+        spread
+        or any(matches(term, other, seen.namespaces) for term in (*pod.affinity, *pod.anti_affinity))
+        or any(matches(term, pod, seen.namespaces) for term in other.anti_affinity)
+    )
+
+
 def matches(term: Term, pod: Pod, namespaces: Mapping[str, Mapping[str, str]]) -> bool:
     """Return whether `pod` is in a namespace of `term` and its labels match."""
     in_namespace = pod.namespace in term.namespaces or (

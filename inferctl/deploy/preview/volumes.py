@@ -20,8 +20,8 @@ def problems(cluster: Cluster, pod: Pod, node: Node) -> Iterator[tuple[str, str]
             continue
         volume = _find(cluster, "PersistentVolume", fields.text(claim, "spec", "volumeName"))
         if volume is None:
-            if not fields.text(claim, "spec", "volumeName") and _immediate(cluster, claim):
-                yield "VolumeBinding", f"claim {name} is not bound, and its class binds at once"
+            if not fields.text(claim, "spec", "volumeName") and (why := _unbound(cluster, claim, node)):
+                yield "VolumeBinding", f"claim {name} {why}"
             continue
         required = fields.get(volume, "spec", "nodeAffinity", "required")
         if required is not None and not selectors.node_selector_matches(required, node.name, node.labels):
@@ -45,10 +45,43 @@ def _find(cluster: Cluster, kind: str, name: str, namespace: str | None = None) 
     return None
 
 
-def _immediate(cluster: Cluster, claim: Mapping[str, Any]) -> bool:
+def _unbound(cluster: Cluster, claim: Mapping[str, Any], node: Node) -> str | None:
+    """Return why a claim that is not bound cannot be bound on `node`; None if it can, or if its class is not known."""
     storage_class = _find(cluster, "StorageClass", fields.text(claim, "spec", "storageClassName"))
-    mode = fields.text(storage_class, "volumeBindingMode") if storage_class else "WaitForFirstConsumer"
-    return (mode or "Immediate") == "Immediate"
+    if storage_class is None:
+        return None
+    if (fields.text(storage_class, "volumeBindingMode") or "Immediate") == "Immediate":
+        return "is not bound, and its class binds at once"
+    volumes = cluster.of_kind("PersistentVolume")
+    if any(_offers(volume, claim, node) for volume in volumes):
+        return None
+    if fields.text(storage_class, "provisioner") == "kubernetes.io/no-provisioner":
+        return "finds no free volume of its class here" if volumes else None
+    terms = [fields.items(each, "matchLabelExpressions") for each in fields.items(storage_class, "allowedTopologies")]
+    if terms and not any(all(_in(each, node) for each in term) for term in terms):
+        return "has a class that makes no volume here (allowedTopologies)"
+    return None
+
+
+def _in(requirement: Mapping[str, Any], node: Node) -> bool:
+    return node.labels.get(fields.text(requirement, "key")) in fields.strings(requirement, "values")
+
+
+def _offers(volume: Mapping[str, Any], claim: Mapping[str, Any], node: Node) -> bool:
+    """Return whether a volume that no claim has is one that `claim` may get on `node`."""
+    spec, wanted = fields.mapping(volume, "spec"), fields.mapping(claim, "spec")
+    required = fields.get(spec, "nodeAffinity", "required")
+    return (
+        spec.get("claimRef") is None
+        and fields.text(spec, "storageClassName") == fields.text(wanted, "storageClassName")
+        and set(fields.strings(wanted, "accessModes")) <= set(fields.strings(spec, "accessModes"))
+        and _bytes(spec, "capacity") >= _bytes(wanted, "resources", "requests")
+        and (required is None or selectors.node_selector_matches(required, node.name, node.labels))
+    )
+
+
+def _bytes(value: Any, *path: str) -> int:
+    return fields.amounts({"storage": fields.get(value, *path, "storage")}).get("storage", 0)
 
 
 def _other_zone(volume: Mapping[str, Any], node: Node) -> str | None:

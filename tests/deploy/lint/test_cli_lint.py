@@ -104,6 +104,43 @@ def test_standard_input_is_a_file(capsys: pytest.CaptureFixture[str], monkeypatc
     assert code == 1 and out.startswith("stdin:7: error [privileged]")
 
 
+def test_standard_input_that_is_not_utf_8_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"kind: \xff\xfe"), encoding="utf-8"))
+    code, _, err = run(capsys, "--lint", "-")
+    assert code == 2 and "byte 6 is not UTF-8" in err
+
+
+def test_names_cannot_move_the_cursor(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(BAD.replace("name: a\n", 'name: "a\\e[2J\\nall is well"\n'))
+    code, out, _ = run(capsys, "--lint", str(file))
+    assert code == 1
+    assert "Pod/a\\x1b[2J\\nall is well" in out and "\x1b" not in out
+
+
+def test_kinds_that_are_not_read_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path(__file__).parent / "public" / "kserve.yaml"
+    code, out, err = run(capsys, "--lint", str(file))
+    assert (code, out) == (0, "")
+    assert "the pods of these objects are not checked: 1 InferenceService, 1 ServingRuntime" in err
+    code, out, _ = run(capsys, "--lint", str(file), "--json")
+    assert json.loads(out)["unread"] == {"InferenceService": 1, "ServingRuntime": 1}
+
+
+@pytest.mark.parametrize("name", ["kustomization.yml", "Kustomization"])
+def test_overlays_may_be_in_groups(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    overlay = tmp_path / "overlays" / "prod" / "eu"
+    overlay.mkdir(parents=True)
+    (overlay / name).write_text("resources: [pod.yaml]\nnamePrefix: eu-\n")
+    (overlay / "pod.yaml").write_text(BAD)
+    code, out, _ = run(capsys, "--lint", str(tmp_path))
+    assert code == 1 and f"{overlay / name}: error [privileged] Pod/eu-a" in out
+    code, out, _ = run(capsys, "--lint", str(overlay))
+    assert code == 1 and "Pod/eu-a" in out
+
+
 def test_nodes_are_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     nodes = tmp_path / "nodes.yaml"
     nodes.write_text("apiVersion: v1\nkind: Node\nmetadata:\n  name: a\n  labels: {nvidia.com/gpu.product: Tesla-T4}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import time
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 from inferctl import catalog
 from inferctl.deploy import lint, manifests_file
 from inferctl.deploy.lint import gpu, models
-from inferctl.deploy.lint.manifests import Manifests, Workload, quantity, selects
+from inferctl.deploy.lint.manifests import Manifests, Workload
+from inferctl.deploy.lint.values import quantity, selects
 from inferctl.deploy.manifests_file import Located
 from tests.deploy.lint import seeded
 
@@ -270,7 +272,10 @@ def test_surge_and_replicas_are_those_of_kubernetes() -> None:
     assert surge({"type": "Recreate"}, 5) == 0
 
 
-JUNK: list[Any] = [None, True, -1, 3.5, "", "text", [], {}, [[]], [None], {"a": None}, [{}], {"name": []}, "9" * 400]
+JUNK: list[Any] = [
+    None, True, -1, 3.5, "", "text", [], {}, [[]], [None], {"a": None}, [{}], {"name": []}, "9" * 400, 2**64,
+    math.inf, math.nan, "500m", "\x1b[2J", b"bytes", {"image", "a"},
+]  # fmt: skip
 
 
 def test_no_rule_fails_on_broken_manifests() -> None:

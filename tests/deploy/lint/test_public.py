@@ -1,0 +1,234 @@
+"""What the lint finds in manifests written after those that authors of model servers publish, each finding judged."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from inferctl.deploy import lint, manifests_file
+from inferctl.deploy.manifests_file import Located
+
+PUBLIC = Path(__file__).parent / "public"
+# Each of these manifests is for clusters without Pod Security, and without a thought of the token.
+USUAL = {"token-mounted", "not-restricted"}
+# All errors and warnings of each file, and why each is right.
+FINDINGS = {
+    # One of five replicas more in a rollout; the pull of the model into an emptyDir; scaled on its queue alone.
+    "tei.yaml": USUAL
+    | {"surge-needs-gpu", "replicas-and-autoscaler", "gpu-toleration-missing", "empty-dir-unbounded", "backlog-only"},
+    # A 70B model of Ollama has 4 bits per weight, and fits. `sku=gpu` is the taint of Azure. A volume without a source
+    # is an emptyDir.
+    "ollama.yaml": USUAL | {"memory-limit-missing", "empty-dir-unbounded"},
+    # KServe makes the pods, and the lint says that it does not read them.
+    "kserve.yaml": set(),
+    # The operator of Ray adds the port `metrics`.
+    "ray.yaml": USUAL,
+    # 405 billion weights on two nodes with eight GPUs each. The labels of the Services come from the controller.
+    "leader-worker-set.yaml": USUAL | {"gpu-toleration-missing"},
+    # `-m` names a model: 70 billion weights of 4 bits.
+    "llama-cpp.yaml": USUAL,
+    # A path in GOOGLE_APPLICATION_CREDENTIALS is no secret, and a monitor may have one port for each of its Services.
+    "nim.yaml": USUAL | {"memory-limit-missing"},
+    # gpt-oss-120b is published in 4 bits, and fits. The token is in the file.
+    "sglang.yaml": USUAL
+    | {"surge-needs-gpu", "gpu-toleration-missing", "privileged", "floating-image", "secret-in-manifest"},
+    # The picker has the name of the pool in its arguments. It is no model server, and needs its token.
+    "inference-gateway.yaml": USUAL
+    | {"surge-needs-gpu", "gpu-toleration-missing", "memory-limit-missing", "empty-dir-unbounded"},
+    # The operator makes the pods of the Service, which these manifests do not have.
+    "prometheus-stack.yaml": {"service-selects-nothing"},
+    # Neither a pod that ends nor a client of a model server is a model server.
+    "test-pod.yaml": set(),
+}
+
+
+def test_every_file_is_judged() -> None:
+    assert {file.name for file in PUBLIC.iterdir()} == set(FINDINGS)
+    assert len(FINDINGS) >= 10
+
+
+@pytest.mark.parametrize("name", FINDINGS)
+def test_the_findings_are_right_and_complete(name: str) -> None:
+    found = lint.lint(manifests_file.read([PUBLIC / name]))
+    assert {each.rule for each in found if each.level != "note"} == FINDINGS[name]
+    errors = {each.rule for each in found if each.level == "error"}
+    assert errors == FINDINGS[name] & {"secret-in-manifest"}
+
+
+def test_only_the_server_behind_a_pool_is_a_model_server() -> None:
+    found = lint.lint(manifests_file.read([PUBLIC / "inference-gateway.yaml"]))
+    assert {each.object for each in found} == {"Deployment/vllm-llama3"}
+
+
+def test_kinds_whose_pods_are_not_read_are_named() -> None:
+    assert lint.unread(manifests_file.read([PUBLIC / "kserve.yaml"])) == {"InferenceService": 1, "ServingRuntime": 1}
+    assert lint.unread(manifests_file.read([PUBLIC / "prometheus-stack.yaml"])) == {}
+
+
+def parsed(name: str) -> list[dict[str, Any]]:
+    return [copy.deepcopy(each.data) for each in manifests_file.read([PUBLIC / name])]
+
+
+def rules(objects: list[dict[str, Any]], minor: int = 35) -> dict[str, str]:
+    """Return the findings by rule, each with what it says."""
+    found = lint.lint([Located(each) for each in objects], lint.Context(minor))
+    return {each.rule: each.what for each in found if each.level != "note"}
+
+
+def server(args: list[str] | None = None, kind: str = "Deployment", **more: Any) -> dict[str, Any]:
+    """Return a workload with one container on an H100 with 80 GB. `more`: of the container."""
+    container = {
+        "name": "main",
+        "image": "vllm/vllm-openai:v0.11.0",
+        "args": args or [],
+        "resources": {"limits": {"nvidia.com/gpu": 1, "memory": "64Gi"}},
+        **more,
+    }
+    template = {
+        "metadata": {"labels": {"app": "server"}},
+        "spec": {"containers": [container], "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}},
+    }
+    spec = {"replicas": 2, "selector": {"matchLabels": {"app": "server"}}, "template": template}
+    return {"apiVersion": "apps/v1", "kind": kind, "metadata": {"name": "server"}, "spec": spec}
+
+
+def pod(item: dict[str, Any]) -> Any:
+    return item["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize(
+    ("args", "fits"),
+    [
+        # `python -m` was taken for the option that names a model.
+        (["python3", "-m", "vllm.entrypoints.openai.api_server", "--model", "meta-llama/Llama-3.1-70B"], False),
+        (["--model", "openai/gpt-oss-120b"], True),
+        (["--model", "meta-llama/Llama-3.1-70B", "--cpu-offload-gb", "90"], True),
+        (["--model=meta-llama/Llama-3.1-70B", "--tensor-parallel-size=8"], True),
+        (["-m", "/models/Llama-3.3-70B.Q4_K_M.gguf"], True),
+        (["-m", "/models/Llama-3.3-70B.gguf"], True),
+        (["-m", "/models/Llama-3.1-405B-Q4_K_M.gguf"], False),
+        (["--model", "meta-llama/Llama-3.1-70B"], False),
+    ],
+)
+def test_what_fits_on_a_gpu(args: list[str], fits: bool) -> None:
+    assert ("model-exceeds-memory" not in rules([server(args)])) == fits
+
+
+@pytest.mark.parametrize(
+    ("resources", "what"),
+    [
+        ({"limits": {"nvidia.com/gpu": 0.5}}, "nvidia.com/gpu: 0.5, but only CPUs can be divided"),
+        ({"limits": {"nvidia.com/gpu": "500m"}}, "nvidia.com/gpu: 500m, but only CPUs can be divided"),
+        ({"limits": {"cpu": 2}, "requests": {"cpu": "2500m"}}, "cpu: the request is above the limit 2"),
+        ({"limits": {"memory": "1Gi"}, "requests": {"memory": "1G"}}, None),
+        ({"limits": {"nvidia.com/gpu": "1000m"}}, None),
+        ({"limits": {"nvidia.com/gpu": float("inf")}}, "nvidia.com/gpu: inf is not a quantity such as 500m, 2 or 16Gi"),
+        ({"limits": {"cpu": "9" * 500}}, f"cpu: '{'9' * 500}' is not a quantity such as 500m, 2 or 16Gi"),
+    ],
+)
+def test_quantities_that_the_api_server_refuses(resources: dict[str, Any], what: str | None) -> None:
+    assert rules([server(resources=resources)]).get("bad-value") == what
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("GOOGLE_APPLICATION_CREDENTIALS", "/var/secrets/google/key.json", False),
+        ("USE_AUTH_TOKEN", "true", False),
+        ("AWS_SECRET_ACCESS_KEY", "/wJalrXUtnFEMI/K7MDENGbPxRfiCYkey", True),
+        ("HF_TOKEN", "hf_abcdefghijklmnopqrstuvwxyz", True),
+    ],
+)
+def test_what_is_a_secret(name: str, value: str, found: bool) -> None:
+    assert ("secret-in-manifest" in rules([server(env=[{"name": name, "value": value}])])) == found
+
+
+@pytest.mark.parametrize(("least", "found"), [("90%", True), ("50%", False), ("100%", True), (2, True), (1, False)])
+def test_a_budget_in_percent_is_rounded_up(least: object, found: bool) -> None:
+    """90% of two pods are two pods, so that none may go."""
+    budget = {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": {"name": "server"},
+        "spec": {"minAvailable": least, "selector": {"matchLabels": {"app": "server"}}},
+    }
+    assert ("pdb-blocks-eviction" in rules([server(), budget])) == found
+
+
+@pytest.mark.parametrize(("address", "found"), [(None, True), ("None", False)])
+def test_a_headless_service_sets_no_environment(address: str | None, found: bool) -> None:
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "vllm"},
+        "spec": {"clusterIP": address, "selector": {"app": "server"}, "ports": [{"port": 8000}]},
+    }
+    assert ("service-links" in rules([server(), service])) == found
+
+
+def test_a_term_without_a_selector_keeps_no_pod_away() -> None:
+    item = server(resources={"limits": {"nvidia.com/mig-3g.40gb": 1}})
+    term: dict[str, Any] = {"topologyKey": "kubernetes.io/hostname"}
+    required = {"requiredDuringSchedulingIgnoredDuringExecution": [term]}
+    pod(item)["affinity"] = {"podAntiAffinity": required}
+    assert "hostname-anti-affinity" not in rules([item])
+    term["labelSelector"] = {"matchLabels": {"app": "server"}}
+    assert "hostname-anti-affinity" in rules([item])
+
+
+def test_limits_of_the_whole_pod_are_limits() -> None:
+    item = server(resources={"limits": {"nvidia.com/gpu": 1}})
+    assert "memory-limit-missing" in rules([item])
+    pod(item)["resources"] = {"limits": {"memory": "64Gi"}}
+    assert "memory-limit-missing" not in rules([item])
+
+
+def test_an_activity_of_the_gpu_is_no_load() -> None:
+    hpa = {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": {"name": "server"},
+        "spec": {
+            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": "server"},
+            "maxReplicas": 3,
+            "metrics": [{"type": "Pods", "pods": {"metric": {"name": "DCGM_FI_PROF_GR_ENGINE_ACTIVE"}}}],
+        },
+    }
+    assert "scale-on-gpu-utilization" in rules([server(), hpa])
+
+
+@pytest.mark.parametrize(
+    ("version", "kind", "found"),
+    [
+        ("apiextensions.k8s.io/v1beta1", "CustomResourceDefinition", True),
+        ("admissionregistration.k8s.io/v1beta1", "MutatingWebhookConfiguration", True),
+        ("admissionregistration.k8s.io/v1beta1", "MutatingAdmissionPolicy", False),
+        ("storage.k8s.io/v1beta1", "StorageClass", True),
+        ("storage.k8s.io/v1beta1", "VolumeAttributesClass", False),
+    ],
+)
+def test_apis_that_are_gone(version: str, kind: str, found: bool) -> None:
+    assert ("removed-api" in rules([{"apiVersion": version, "kind": kind, "metadata": {"name": "a"}}])) == found
+
+
+def test_a_monitor_without_the_port_of_any_service_is_found() -> None:
+    objects = parsed("nim.yaml")
+    objects[-1]["spec"]["endpoints"].append({"port": "metrics"})
+    found = [each for each in lint.lint([Located(each) for each in objects]) if each.rule == "monitor-port"]
+    assert [each.field for each in found] == ["spec.endpoints.2.port"]
+    assert found[0].what == "its Services have no port named 'metrics', but http-openai, first"
+
+
+def test_all_manifests_are_read_as_json_too() -> None:
+    for file in sorted(PUBLIC.iterdir()):
+        for each in manifests_file.read([file]):
+            (again,) = manifests_file.parse(json.dumps(each.data), "a.json")
+            assert again.data == each.data
+    # PyYAML itself takes a bare = for a type that it does not know.
+    with pytest.raises(yaml.YAMLError):
+        list(yaml.safe_load_all((PUBLIC / "prometheus-stack.yaml").read_text(encoding="utf-8")))
