@@ -70,7 +70,7 @@ _ManifestLoader.yaml_implicit_resolvers = {
     first: [
         (tag, _MANIFEST_SCALARS.get(tag.rpartition(":")[2], pattern))
         for tag, pattern in resolvers
-        # PyYAML has a type for a bare =, and cannot read it. The resources of Prometheus have it in a list of operators.
+        # PyYAML has a type for a bare =, and cannot read it. The resources of Prometheus have it as an operator.
         if not tag.endswith((":timestamp", ":value"))
     ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()

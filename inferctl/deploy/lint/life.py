@@ -42,7 +42,7 @@ def _blocks(manifests: Manifests, _: Context) -> Iterator[Hit]:
 
 
 def _least_available(value: Any, pods: int) -> int:
-    """Return how many of `pods` a budget keeps: its minAvailable, or that share of them, rounded up; 0 if it is none."""
+    """Return how many of `pods` a budget keeps: its minAvailable, or that share rounded up; 0 if it is neither."""
     share = re.fullmatch(r"(\d{1,3})%", value) if isinstance(value, str) else None
     if share:
         return -(-int(share[1]) * pods // 100)

@@ -120,7 +120,7 @@ def adopt(cluster: Cluster, workload: Workload) -> int:
 
 
 def _like_running(cluster: Cluster, workload: Workload) -> Workload:
-    """Return `workload` with the template hash of its newest pods: they stay, so its new pods are of one kind with them.
+    """Return `workload` with the template hash of its newest pods: they stay, and its new pods are like them.
 
     Without running pods, all new ones have the same value.
     """
