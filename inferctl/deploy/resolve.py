@@ -12,7 +12,7 @@ from inferctl.catalog import Hardware
 from inferctl.deploy import gpu, measured, placement, room, sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure, shown
-from inferctl.deploy.objects import metering
+from inferctl.deploy.objects import metering, policy
 from inferctl.deploy.objects.metadata import object_name
 from inferctl.deploy.plan import FlavorPlan, ModelPlan, Plan, Rate, TrafficPlan
 from inferctl.deploy_spec import Flavor, Sharing
@@ -67,9 +67,24 @@ def resolve(
     names = [each.name for each in models]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"two specs have the name {twice}", "give each spec its own `name`")
-    models = room.within_limits(models, clusters)
+    models, namespace = room.within_limits(models, clusters), namespaces.pop()
+    if shared := _shared_prometheus(clusters, namespace):
+        warning = (
+            f"{' and '.join(shared)} have one Prometheus outside of the cluster. The queries of the autoscalers have no "
+            "label of the cluster: each would count the traffic of all. Give each a URL with its own series only"
+        )
+        models = (replace(models[0], warnings=(*models[0].warnings, warning)), *models[1:])
     oldest = min(cluster.minor for cluster in clusters)
-    return Plan(namespaces.pop(), models, tuple(clusters), (1, oldest))
+    return Plan(namespace, models, tuple(clusters), (1, oldest))
+
+
+def _shared_prometheus(clusters: Sequence[Cluster], namespace: str) -> list[str]:
+    """Return the clusters with the same Prometheus, which is no Service in each of them; empty if there are none."""
+    outside = [
+        each for each in clusters if each.prometheus and policy.endpoint(each.prometheus, namespace).namespace is None
+    ]
+    urls = [each.prometheus for each in outside]
+    return [each.name for each in outside if urls.count(each.prometheus) > 1]
 
 
 def _each(items: Iterable[T], make: Callable[[T], R]) -> list[R]:
@@ -216,9 +231,14 @@ def _flavor(
             rate,
             memory.weights if memory else None,
             memory.total if memory and hardware.kind == "cpu" else None,
-            parse_size(spec.cache.size) if spec.cache.size and source.task == "embed" else 0,
+            cache=parse_size(spec.cache.size) if spec.cache.size and source.task == "embed" else 0,
+            gpus=gpus if hardware.kind == "cuda" else 1,
         ),
-        cpu=sizing.cores(rate, metering.WORKER_CORES if spec.metering.mode != "off" else 0.0),
+        cpu=sizing.cores(
+            rate,
+            metering.WORKER_CORES if spec.metering.mode != "off" else 0.0,
+            gpus if hardware.kind == "cuda" else 1,
+        ),
     )
 
 

@@ -253,11 +253,11 @@ def grace_s(pre_stop: Figure, grace_seconds: float, drain: Figure) -> Figure:
     return Figure("grace period", ceil(sum(parts)), "s", " + ".join(map(shown, parts)), source)
 
 
-def memory_bytes(rate: Rate | None, weights: int | None, model: int | None, cache: int = 0) -> Figure:
+def memory_bytes(rate: Rate | None, weights: int | None, model: int | None, *, cache: int = 0, gpus: int = 1) -> Figure:
     """Return the host memory of a server.
 
-    `weights`: their bytes. `model`: all estimated bytes on a CPU, None on a GPU. `cache`: most bytes of cached vectors,
-    which `inferctl bench` switches off, so no receipt has them.
+    `weights`: their bytes on each GPU. `model`: all estimated bytes on a CPU, None on a GPU. `cache`: most bytes of
+    cached vectors, which `inferctl bench` switches off, so no receipt has them. `gpus`: each has a process of its own.
     """
     added, also = (f" + {size(cache, 1)}", "; cache.size") if cache else ("", "")
     if rate and rate.memory_bytes:
@@ -265,19 +265,21 @@ def memory_bytes(rate: Rate | None, weights: int | None, model: int | None, cach
         formula = f"1.25 x {size(rate.memory_bytes, 1)}{added}"
         return Figure("host memory", value, "bytes", formula, f"peak of {rate.origin}{also}")
     known = model if model is not None else weights
-    value = ceil(((known or 0) + _ASSUMED_HOST_BYTES + cache) / _MIB) * _MIB
+    value = ceil((gpus * ((known or 0) + _ASSUMED_HOST_BYTES) + cache) / _MIB) * _MIB
     formula = f"{size(known, 1)} + {size(_ASSUMED_HOST_BYTES, 1)}" if known else size(_ASSUMED_HOST_BYTES, 1)
-    source = f"assumed: weights and 4 GiB, no receipt with memory{also}"
+    formula = f"{gpus} x ({formula})" if gpus > 1 else formula
+    source = f"assumed: weights and 4 GiB{' per GPU' if gpus > 1 else ''}, no receipt with memory{also}"
     return Figure("host memory", value, "bytes", formula + added, source)
 
 
-def cores(rate: Rate | None, beside: float = 0.0) -> Figure:
-    """Return the CPU cores of a server. `beside`: cores of the other containers in its pod."""
+def cores(rate: Rate | None, beside: float = 0.0, gpus: int = 1) -> Figure:
+    """Return the CPU cores of a server. `beside`: cores of the other containers in its pod. `gpus`: of the pod."""
     if rate and rate.cores:
         return Figure("cores", max(1, ceil(1.2 * rate.cores)), "cores", f"ceil(1.2 x {shown(rate.cores)})", rate.origin)
-    formula = f"{_ASSUMED_POD_CORES} - {shown(beside)}" if beside else ""
-    source = "assumed: a pod fits 4 vCPUs; no receipt with cores"
-    return Figure("cores", round(_ASSUMED_POD_CORES - beside, 3), "cores", formula, source)
+    terms = [f"{gpus} x {_ASSUMED_POD_CORES}"] if gpus > 1 else [f"{_ASSUMED_POD_CORES}"] if beside else []
+    formula = " - ".join([*terms, *([shown(beside)] if beside else [])])
+    source = f"assumed: a pod fits 4 vCPUs{' per GPU' if gpus > 1 else ''}; no receipt with cores"
+    return Figure("cores", round(gpus * _ASSUMED_POD_CORES - beside, 3), "cores", formula, source)
 
 
 def price_of(hardware: Hardware, cloud: str) -> tuple[Price | None, int]:

@@ -18,7 +18,7 @@ from inferctl.fit import ModelSize
 from inferctl.spec import Spec
 from tests.deploy import plans
 from tests.deploy.conftest import Objects
-from tests.deploy.test_layout import OVERLAYS, named
+from tests.deploy.test_layout import OVERLAYS, named, pods
 from tests.deploy.validation import problems
 
 Build = Callable[[dict[str, str], str], Objects]
@@ -129,6 +129,16 @@ def test_metrics_are_scraped_also_if_prometheus_is_outside_of_the_cluster(build:
     assert source["namespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}
 
 
+def test_one_prometheus_of_several_clusters_is_a_warning() -> None:
+    def warned(url: str) -> bool:
+        clusters = [{"name": name, "prometheus": url} for name in ("a", "b")]
+        (made,) = plans.plan(plans.embed(), clusters=clusters).models
+        return any("each would count the traffic of all" in warning for warning in made.warnings)
+
+    assert warned("https://thanos.example.com")
+    assert not warned("http://prometheus.monitoring:9090")  # a Service of each cluster
+
+
 def test_servers_reach_a_public_issuer_and_its_keys(build: Build) -> None:
     spec = plans.embed()
     oidc = spec.access.oidc.model_copy(update={"issuer": "https://gitlab.com", "jwks": "http://keys.auth:8080/jwks"})
@@ -214,13 +224,59 @@ def test_several_gpus_are_all_claimed_and_never_shared(build: Build) -> None:
     spec = plans.generate(flavors=[{**plans.generate().deploy.flavors[0].model_dump(), "sharing": "dra"}])
     spec = spec.model_copy(update={"serve": spec.serve.model_copy(update={"gpus": 3})})
     built = build(layout.files(plans.plan(spec, clusters=plans.ONE_CLUSTER)), OVERLAYS[0])
-    claim = named(built, "ResourceClaimTemplate", "chat-l4")["spec"]["spec"]["devices"]["requests"][0]
-    assert claim["exactly"]["count"] == 3
+    (template,) = templates(built)
+    assert template["spec"]["spec"]["devices"]["requests"][0]["exactly"]["count"] == 3
     assert [problem for each in built for problem in problems(each, "1.35")] == []
     flavor = {**spec.deploy.flavors[0].model_dump(), "sharing": "time-slicing", "shared_by": 2}
     shared = plans.generate(flavors=[flavor]).model_copy(update={"serve": spec.serve})
     with pytest.raises(UsageError, match="a pod gets a part of one GPU only"):
         plans.plan(shared, clusters=plans.ONE_CLUSTER)
+
+
+def templates(built: Objects) -> Objects:
+    """Return the templates of claims in `built`, after checking that every claim of a pod has one."""
+    found = {each["metadata"]["name"]: each for each in built if each["kind"] == "ResourceClaimTemplate"}
+    claims = [claim for _, pod in pods(built) for claim in pod.get("resourceClaims", ())]
+    assert claims
+    assert {claim["resourceClaimTemplateName"] for claim in claims} == set(found)
+    return list(found.values())
+
+
+def test_changed_devices_are_another_template_because_the_spec_of_one_cannot_change(build: Build) -> None:
+    first = {**L4, "sharing": "dra", "precision": "bf16"}
+    alone = templates(build(on_one(first), OVERLAYS[0]))[0]
+    both = templates(build(on_one(first, {**HALF, "sharing": "dra", "precision": "bf16"}), OVERLAYS[0]))
+    again = {each["metadata"]["name"]: each["spec"] for each in both}
+    assert again.get(alone["metadata"]["name"], alone["spec"]) == alone["spec"]
+    assert len(both) == 2
+
+
+def test_a_bench_job_finds_the_template_of_its_claim(build: Build) -> None:
+    files = on_one({**L4, "sharing": "dra"})
+    bench = templates(build(files, f"bench/{plans.ONE_CLUSTER[0]['name']}"))
+    assert bench == templates(build(files, OVERLAYS[0]))
+
+
+def test_a_request_has_at_most_eight_alternatives(build: Build) -> None:
+    flavors = [{**L4, "name": f"l4-{number}", "sharing": "dra", "min_replicas": 1} for number in range(10)]
+    for template in templates(build(on_one(*flavors, capacity_buffers=False), OVERLAYS[0])):
+        (request,) = template["spec"]["spec"]["devices"]["requests"]
+        assert len(request.get("firstAvailable", ())) <= 8
+
+
+def test_processes_of_several_gpus_have_memory_and_cores_of_their_own(build: Build) -> None:
+    def server(gpus: int) -> tuple[dict[str, str], str]:
+        spec = plans.generate()
+        spec = spec.model_copy(update={"serve": spec.serve.model_copy(update={"gpus": gpus})})
+        built = build(layout.files(plans.plan(spec, clusters=plans.ONE_CLUSTER)), OVERLAYS[0])
+        pod = named(built, "Deployment", "chat-l4")["spec"]["template"]["spec"]
+        (shm,) = (volume for volume in pod["volumes"] if volume["name"] == "shm")
+        return pod["containers"][0]["resources"]["limits"], shm["emptyDir"]["sizeLimit"]
+
+    (one, small), (three, large) = server(1), server(3)
+    assert (one["cpu"], three["cpu"], small, large) == ("3", "9", "1Gi", "3Gi")
+    # 4 GiB per process, with a third of the weights (269 MB) on each of three GPUs: 256.6 and 85.5 MiB.
+    assert (one["memory"], three["memory"]) == ("4353Mi", "12545Mi")
 
 
 def test_karpenter_may_start_whole_nodes_with_the_labels_that_pods_require(build: Build) -> None:
@@ -248,12 +304,10 @@ def test_labels_of_the_cluster_are_required_without_a_gpu_label_too(flavor: dict
     if flavor["hardware"] == "cpu":
         assert required(built, "embed-cpu-overflow") == {"team": ["search"]}
     for _, folder in ((0, OVERLAYS[0]), (1, f"bench/{plans.ONE_CLUSTER[0]['name']}")):
-        pods = [
-            each["spec"]["template"]["spec"]
-            for each in build(on_one(flavor, labels={"team": "search"}), folder)
-            if each["metadata"]["name"].endswith("embed-cpu") and each["kind"] in ("Deployment", "Job")
-        ]
-        assert pods and all("nodeAffinity" in pod["affinity"] for pod in pods)
+        found = build(on_one(flavor, labels={"team": "search"}), folder)
+        servers = [pod for name, pod in pods(found) if name.endswith("embed-cpu")]
+        assert servers
+        assert all("nodeAffinity" in pod["affinity"] for pod in servers)
 
 
 def test_downloaded_weights_fit_their_volume(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,11 +288,12 @@ def test_dra_claims_the_first_available_device(build: Build) -> None:
     plan = plans.plan(plans.embed(flavors=flavors), clusters=plans.ONE_CLUSTER)
     built = build(layout.files(plan), OVERLAYS[0])
     pod = named(built, "Deployment", "embed-a100-half")["spec"]["template"]["spec"]
-    assert pod["resourceClaims"] == [{"name": "gpu", "resourceClaimTemplateName": "embed-a100-half"}]
+    (template,) = {each["resourceClaimTemplateName"] for each in pod["resourceClaims"]}
+    assert re.fullmatch("embed-a100-half-[0-9a-f]{8}", template)
     server = pod["containers"][0]["resources"]
     assert server["claims"] == [{"name": "gpu"}]
     assert not [name for name in server["limits"] if "/" in name]
-    claim = named(built, "ResourceClaimTemplate", "embed-a100-half")
+    claim = named(built, "ResourceClaimTemplate", template)
     (request,) = claim["spec"]["spec"]["devices"]["requests"]
     assert [(each["name"], each["deviceClassName"]) for each in request["firstAvailable"]] == [
         ("a100-half", "mig.nvidia.com"),

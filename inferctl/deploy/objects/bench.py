@@ -43,11 +43,13 @@ def objects(model: ModelPlan, cluster: Cluster, namespace: str) -> list[Object]:
     here = [flavor.only_at(cluster) for flavor in model.flavors if flavor.at(cluster).max_replicas.value]
     account = service_account(f"{model.name}-{BENCH}", namespace)
     policy = bench_policy(model.name, namespace, _egress(model))
-    return [account, policy, *(_job(model, flavor, namespace) for flavor in here)]
+    claims = [sharing.claim_template(model, flavor, namespace) for flavor in here if flavor.sharing == "dra"]
+    return [account, policy, *claims, *(_job(model, flavor, namespace) for flavor in here)]
 
 
 def _job(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
-    flavor = replace(flavor, cpu=sizing.cores(flavor.rate, _CORES))
+    gpus = flavor.resource.count if flavor.resource else 1
+    flavor = replace(flavor, cpu=sizing.cores(flavor.rate, _CORES, gpus))
     labels = labels_of(model.name, BENCH, flavor.label)
     tmp, tmp_mount = empty("bench-tmp", "/tmp", "1Gi")
     results, results_mount = empty("results", _RESULTS, "2Gi")
@@ -64,7 +66,7 @@ def _job(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
     server = _server(model, flavor)
     mounted = {mount["name"] for mount in server["volumeMounts"]}
     volumes = [volume for volume in pod["volumes"] if volume["name"] in mounted]
-    claims, _ = sharing.claims(flavor)
+    claims, _ = sharing.claims(model, flavor)
     affinity = {key: value for key, value in pod["affinity"].items() if key == "nodeAffinity"}
     return {
         "apiVersion": "batch/v1",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,8 @@ from inferctl.deploy.plan import FlavorPlan, GpuResource, ModelPlan
 
 _CLAIM = "gpu"
 _DRIVER = "gpu.nvidia.com"
+# The most alternatives that the API server accepts in one request.
+_MOST_DEVICES = 8
 
 
 def limits(resource: GpuResource | None) -> dict[str, Any]:
@@ -42,11 +46,11 @@ def node_affinity(labels: Mapping[str, Sequence[str]]) -> Object:
     return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}
 
 
-def claims(flavor: FlavorPlan) -> tuple[Object, Object]:
+def claims(model: ModelPlan, flavor: FlavorPlan) -> tuple[Object, Object]:
     """Return the fields of a pod spec and of a container's resources that claim a device with DRA."""
     if flavor.sharing != "dra":
         return {}, {}
-    template = {"name": _CLAIM, "resourceClaimTemplateName": flavor.name}
+    template = {"name": _CLAIM, "resourceClaimTemplateName": _template_name(flavor, _requests(model, flavor))}
     return {"resourceClaims": [template]}, {"claims": [{"name": _CLAIM}]}
 
 
@@ -55,10 +59,30 @@ def claim_template(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Obje
 
     The alternatives are the later flavors with DRA that have the same image and precision.
     """
-    later = model.flavors[model.flavors.index(flavor) + 1 :]
+    requests = _requests(model, flavor)
+    labels = labels_of(model.name, "server", flavor.label)
+    return {
+        "apiVersion": "resource.k8s.io/v1",
+        "kind": "ResourceClaimTemplate",
+        "metadata": metadata(_template_name(flavor, requests), namespace, labels),
+        "spec": {"metadata": {"labels": labels}, "spec": {"devices": {"requests": requests}}},
+    }
+
+
+def _template_name(flavor: FlavorPlan, requests: Sequence[Object]) -> str:
+    """Return a name with a hash of the content: a template cannot be changed, so other requests need another one."""
+    digest = hashlib.sha256(json.dumps(requests, sort_keys=True).encode()).hexdigest()
+    return f"{flavor.name}-{digest[:8]}"
+
+
+def _requests(model: ModelPlan, flavor: FlavorPlan) -> list[Object]:
+    """Return the requests of a claim: one device, or the first available one of several."""
+    place = [each.name for each in model.flavors].index(flavor.name)
+    later = model.flavors[place + 1 :]
     same = [
         each for each in later if (each.sharing, each.image, each.precision) == ("dra", flavor.image, flavor.precision)
     ]
+    same = same[: _MOST_DEVICES - 1]
     devices = [_device(each) for each in (flavor, *same)]
     if len(devices) == 1:
         request: Object = {"name": _CLAIM, "exactly": devices[0]}
@@ -68,13 +92,7 @@ def claim_template(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Obje
             "name": _CLAIM,
             "firstAvailable": [{"name": name, **device} for name, device in zip(names, devices, strict=True)],
         }
-    labels = labels_of(model.name, "server", flavor.label)
-    return {
-        "apiVersion": "resource.k8s.io/v1",
-        "kind": "ResourceClaimTemplate",
-        "metadata": metadata(flavor.name, namespace, labels),
-        "spec": {"metadata": {"labels": labels}, "spec": {"devices": {"requests": [request]}}},
-    }
+    return [request]
 
 
 def _device(flavor: FlavorPlan) -> Object:

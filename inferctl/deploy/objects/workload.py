@@ -69,7 +69,7 @@ def capacity(model: ModelPlan, flavor: FlavorPlan) -> dict[str, str | Noted]:
 
 def pod(model: ModelPlan, flavor: FlavorPlan) -> Object:
     """Return the pod spec of a server, for the Pod Security level `restricted`."""
-    claims, _ = sharing.claims(flavor)
+    claims, _ = sharing.claims(model, flavor)
     sidecars = metering.sidecars(model.spec)
     return {
         "serviceAccountName": model.name,
@@ -89,7 +89,7 @@ def pod(model: ModelPlan, flavor: FlavorPlan) -> Object:
 
 def container(model: ModelPlan, flavor: FlavorPlan) -> Object:
     """Return the server container of `flavor`."""
-    _, claims = sharing.claims(flavor)
+    _, claims = sharing.claims(model, flavor)
     resources = {**cpu_and_memory(flavor), **({} if claims else sharing.limits(flavor.resource))}
     return {
         "name": SERVER,
@@ -228,7 +228,7 @@ def _volumes(model: ModelPlan) -> list[tuple[Object, Object]]:
     found = [empty("tmp", "/tmp", "10Gi" if generate else "1Gi")]  # vLLM writes compiled kernels
     if generate:
         # Processes of vLLM exchange tensors here. The engine's default of 64 MiB is too small.
-        found.append(empty("shm", "/dev/shm", "1Gi", medium="Memory"))
+        found.append(empty("shm", "/dev/shm", f"{spec.serve.gpus}Gi", medium="Memory"))
     if spec.model.weights == "download":
         found.append(empty("model-cache", CACHE_PATH, _download_limit(model)))
     if spec.model.weights == "mount":
