@@ -70,8 +70,8 @@ def resolve(
     models, namespace = room.within_limits(models, clusters), namespaces.pop()
     if shared := _shared_prometheus(clusters, namespace):
         warning = (
-            f"{' and '.join(shared)} have one Prometheus outside of the cluster. The queries of the autoscalers have no "
-            "label of the cluster: each would count the traffic of all. Give each a URL with its own series only"
+            f"{' and '.join(shared)} have one Prometheus outside of the cluster. The queries of the autoscalers have "
+            "no label of the cluster: each would count the traffic of all. Give each a URL with its own series only"
         )
         models = (replace(models[0], warnings=(*models[0].warnings, warning)), *models[1:])
     oldest = min(cluster.minor for cluster in clusters)
