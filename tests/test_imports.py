@@ -27,6 +27,7 @@ FACTS = {
     "drivers",
     "outputs",
     "passwords",
+    "validation",
 }
 ALLOWED = {
     "core_files": set(),
@@ -35,6 +36,7 @@ ALLOWED = {
     "outputs": {"errors"},
     "passwords": set(),
     "document": {"errors"},
+    "validation": {"errors", "document"},
     "spec_types": set(),
     "deploy_spec": {"spec_types"},
     "spec": {"errors", "deploy_spec", "passwords", "spec_types"},

@@ -11,7 +11,7 @@ from inferctl.cli import completion, console, options
 
 if TYPE_CHECKING:
     from inferctl.bench.measure.outcome import Outcome
-    from inferctl.bench.plan.plan import Overrides
+    from inferctl.bench.plan.overrides import Overrides
     from inferctl.bench.report.receipts import Context
     from inferctl.bench.report.result import Result
     from inferctl.cli.bench_setup import PreparedBench

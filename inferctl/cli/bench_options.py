@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inferctl.bench.load.target import Access
-    from inferctl.bench.plan.plan import Overrides
+    from inferctl.bench.plan.overrides import Overrides
 
 MAX_NAME_LENGTH = 40
 

@@ -165,13 +165,14 @@ def _saved_plan(plan: dict[str, Any]) -> Plan:
     """Return the plan of an interrupted benchmark. Raises `UsageError` if a trace of it is absent or not valid."""
     from pydantic import ValidationError
 
+    from inferctl import validation
     from inferctl.bench.plan.plan import Plan
     from inferctl.errors import UsageError
 
     try:
         return Plan.model_validate(plan)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].replace("Value error, ", "")
+        _, reason = validation.first_message(error)
         raise UsageError(
             f"cannot resume: the plan is not valid any more: {reason}", "restore the file, or start a new benchmark"
         ) from None

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from inferctl import document
+from inferctl import document, validation
 from inferctl.catalog import hardware_profiles
 from inferctl.deploy import versions
 from inferctl.deploy_spec import DnsLabel, Replicas, Url
-from inferctl.errors import Problem, SpecError, UsageError, did_you_mean
+from inferctl.errors import SpecError, UsageError, did_you_mean
 from inferctl.spec_types import OneLine, Section
 
 Autoscaler = Literal["cluster-autoscaler", "karpenter", "gke", "eks-auto", "none"]
@@ -179,8 +178,7 @@ def read(path: Path) -> tuple[Cluster, ...]:
     try:
         return Clusters.model_validate(found.data).resolved()
     except ValidationError as error:
-        problems = [_problem(dict(each), found) for each in error.errors()]
-        raise SpecError(str(path), sorted(problems, key=lambda problem: problem.line or 0)) from None
+        raise SpecError(str(path), validation.problems(error, found, _keys_at, _EXAMPLE)) from None
 
 
 def default() -> tuple[Cluster, ...]:
@@ -188,17 +186,5 @@ def default() -> tuple[Cluster, ...]:
     return Clusters(clusters=[Cluster(name="default")]).resolved()  # type: ignore[call-arg]
 
 
-def _problem(error: Mapping[str, Any], found: document.Document) -> Problem:
-    location = list(error["loc"])
-    path = document.dotted(location)
-    line = found.line(location)
-    if error["type"] == "extra_forbidden":
-        fields = list((Cluster if len(location) > 1 else Clusters).model_fields)
-        hint = did_you_mean(str(location[-1]), fields) or f"known: {', '.join(fields)}"
-        return Problem(path, f"unknown key {str(location[-1])!r}", line, hint)
-    if error["type"] == "value_error":
-        return Problem(path, str(error["msg"]).removeprefix("Value error, "), line, _EXAMPLE)
-    if error["type"] == "missing":
-        return Problem(path, f"{path} is missing", found.line(location[:-1]), _EXAMPLE)
-    message = re.sub("^(Input|String|List|Value) should", "must", str(error["msg"]))
-    return Problem(path, f"{path}: {message}, got {error.get('input')!r}", line, _EXAMPLE)
+def _keys_at(location: Sequence[str | int]) -> list[str]:
+    return list((Cluster if location else Clusters).model_fields)

@@ -16,7 +16,7 @@ from bench_samples import ANSWERING
 from inferctl.bench.judge import summary
 from inferctl.bench.measure import auto_users, concurrency, environment, resume, runner, throughput
 from inferctl.bench.measure.concurrency import Step
-from inferctl.bench.plan import plan
+from inferctl.bench.plan import plan, shape
 from inferctl.bench.report import findings, result
 from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.rows import MeasuredRow
@@ -113,10 +113,10 @@ def test_auto_is_for_closed_loops_and_the_command_line_wins() -> None:
     assert made.load_with({"users": 3}).users == 3 and not made.load_with({"users": 3}).auto_users
     assert not made.load_with({"rate": 3}).auto_users
     assert plan.Plan.model_validate(made.model_dump(mode="json")) == made
-    assert plan.Load.model_validate({"mode": "open", "rate": "50%", "users": "auto"}).auto_users
+    assert shape.Load.model_validate({"mode": "open", "rate": "50%", "users": "auto"}).auto_users
     for bad in ({"mode": "open", "rate": 9}, {"stages": [{"duration_s": 1, "users": 2}]}):
         with pytest.raises(ValueError, match="users: auto requires a closed loop"):
-            plan.Load.model_validate({**bad, "users": "auto"})
+            shape.Load.model_validate({**bad, "users": "auto"})
     with pytest.raises(UsageError):
         made.with_overrides(load={"users": 0})
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from inferctl.bench import receipt
 from inferctl.bench.judge import comparable, compare
-from inferctl.bench.plan import plan
+from inferctl.bench.plan import plan, shape
 from inferctl.errors import UsageError
 
 # The plan `gate`, with short runs.
@@ -65,7 +65,7 @@ def test_a_share_that_means_nothing_is_refused(load: dict[str, Any], tmp_path: P
         (tmp_path / "x.jsonl").write_text('{"at_s": 0, "input": "a"}\n')
         load = load | {"trace": str(tmp_path / "x.jsonl")}
     with pytest.raises(ValidationError):
-        plan.Load.model_validate(load)
+        shape.Load.model_validate(load)
 
 
 def test_neighbours_need_a_rate_in_requests_per_second() -> None:

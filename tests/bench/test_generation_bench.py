@@ -16,7 +16,7 @@ from bench_samples import harness
 from inferctl import cli
 from inferctl.bench import receipt
 from inferctl.bench.judge import slo, summary, validity
-from inferctl.bench.plan import plan, prompts, tokens, workload
+from inferctl.bench.plan import plan, prompts, shape, tokens, workload
 from inferctl.errors import UsageError
 
 QUICK = ("--plan", "quick", "--users", "3", "--duration", "4", "--lengths", "24,6", "--repeats", "1")
@@ -224,7 +224,7 @@ def test_lengths_come_from_a_distribution() -> None:
     assert len(set(pairs)) > 100
     assert set(pairs) <= {row for row in rows if sum(row) <= 1000}
     assert load.as_single_stage(users=3).generation == load.generation
-    assert plan.Load.model_validate(load.model_dump(mode="json")) == load
+    assert shape.Load.model_validate(load.model_dump(mode="json")) == load
 
 
 def test_a_resumed_benchmark_of_generation_keeps_its_figures(measured: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from inferctl.bench import stats
 from inferctl.bench.load.target import Target
 from inferctl.bench.measure.quality import QualityChecker, QualityResult
 from inferctl.bench.measure.resume import _decoded
-from inferctl.bench.plan.plan import Quality
+from inferctl.bench.plan.sections import Quality
 from inferctl.serve.reference import reference
 from tests.serve import tiny_models
 

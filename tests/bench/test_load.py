@@ -10,13 +10,13 @@ from bench_samples import SECOND, row, table
 
 from inferctl.bench.judge import summary, validity
 from inferctl.bench.load import generator, records, target
-from inferctl.bench.plan import plan, workload
+from inferctl.bench.plan import shape, workload
 
 
 def measure(
     url: str, folder: Path, **settings: object
 ) -> tuple[generator.LoadResult, summary.RunRecords, workload.Workload]:
-    load = plan.Load.model_validate({"warmup_s": 0, "timeout_s": 10, **settings})
+    load = shape.Load.model_validate({"warmup_s": 0, "timeout_s": 10, **settings})
     work = workload.draw(load, "short", seed=3)
     folder.mkdir(exist_ok=True)
     description = generator.prepare(load, work, target.Target(url, "test"), 100, folder)

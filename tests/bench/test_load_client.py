@@ -14,7 +14,7 @@ import trustme
 from test_load import measure
 
 from inferctl.bench.load import generator, records, target
-from inferctl.bench.plan import plan, workload
+from inferctl.bench.plan import shape, workload
 
 MODELS = b'{"data": [{"id": "m"}]}'
 BODY = b'{"data": [], "usage": {"prompt_tokens": 7}}'
@@ -139,7 +139,7 @@ def test_tls_is_supported_and_certificates_are_verified(tmp_path: Path, monkeypa
         # The same server, with a load generator that does not trust its certificate authority.
         trustme.CA().cert_pem.write_to_path(str(tmp_path / "other.pem"))
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "other.pem"))
-        load = plan.Load.model_validate({"users": 1, "duration_s": 1, "warmup_s": 0})
+        load = shape.Load.model_validate({"users": 1, "duration_s": 1, "warmup_s": 0})
         work = workload.draw(load, "short", 1)
         description = generator.prepare(load, work, target.Target(url, "m"), 100_000, tmp_path)
         rejected = generator.run(load, description, lambda live: None, lambda: None)

@@ -15,7 +15,7 @@ from test_load import measure
 
 from inferctl import cli
 from inferctl.bench.load import generator, records, target
-from inferctl.bench.plan import plan, workload
+from inferctl.bench.plan import shape, workload
 
 HARNESS = Path(__file__).resolve().parents[2] / "benchmarks" / "harness"
 
@@ -79,7 +79,7 @@ def test_a_disk_that_is_full_at_the_start_ends_the_load(answering: Callable[...,
 
 
 def test_a_disk_that_fills_up_during_a_load_ends_it(answering: Callable[..., str], disk: Path) -> None:
-    load = plan.Load.model_validate({"users": 2, "duration_s": 2, "warmup_s": 0})
+    load = shape.Load.model_validate({"users": 2, "duration_s": 2, "warmup_s": 0})
     work = workload.draw(load, "short", 1)
     description = generator.prepare(load, work, target.Target(answering(), "test"), 100_000, disk)
 

@@ -15,12 +15,12 @@ from test_load import measure
 
 from inferctl.bench.judge import stages, summary
 from inferctl.bench.load import records, target
-from inferctl.bench.plan import plan, workload
+from inferctl.bench.plan import shape, workload
 from inferctl.errors import UsageError
 
 
-def make_load(**keys: Any) -> plan.Load:
-    return plan.Load.model_validate(keys)
+def make_load(**keys: Any) -> shape.Load:
+    return shape.Load.model_validate(keys)
 
 
 def test_stages_set_the_duration_and_the_loop() -> None:

@@ -22,7 +22,7 @@ from test_load import measure
 from inferctl.bench.judge import summary
 from inferctl.bench.load import generator, records, target
 from inferctl.bench.load.worker import serve
-from inferctl.bench.plan import plan, workload
+from inferctl.bench.plan import shape, workload
 from inferctl.errors import InferctlError
 
 HARNESS = Path(__file__).resolve().parents[2] / "benchmarks" / "harness"
@@ -63,8 +63,8 @@ RUN = """
 import sys
 from pathlib import Path
 from inferctl.bench.load import generator, target
-from inferctl.bench.plan import plan, workload
-load = plan.Load.model_validate({"mode": "open", "rate": 50, "duration_s": 600, "warmup_s": 0})
+from inferctl.bench.plan import shape, workload
+load = shape.Load.model_validate({"mode": "open", "rate": 50, "duration_s": 600, "warmup_s": 0})
 work = workload.draw(load, "short", 1)
 description = generator.prepare(load, work, target.connect(sys.argv[1]), 100_000, Path(sys.argv[2]))
 generator.run(load, description, lambda progress: None, lambda: None)
@@ -118,7 +118,7 @@ def test_a_killed_worker_ends_the_run_and_loses_no_record(tmp_path: Path) -> Non
             killed.append(writer(tmp_path / "requests-1.bin"))
             os.kill(killed[0], signal.SIGKILL)
 
-    load = plan.Load.model_validate({"mode": "open", "rate": 200, "duration_s": 20, "warmup_s": 0, "workers": 2})
+    load = shape.Load.model_validate({"mode": "open", "rate": 200, "duration_s": 20, "warmup_s": 0, "workers": 2})
     with known_server.run_server("--median-ms", "2") as server:
         work = workload.draw(load, "short", 1)
         description = generator.prepare(load, work, target.connect(server.url), 100_000, tmp_path)
@@ -189,7 +189,7 @@ def test_an_interrupted_run_stops_its_remote_workers(
     port, remote_folder, url = free_port(), tmp_path / "remote", answering("--median-ms", "2")
     remote_folder.mkdir()
     settings = {"mode": "open", "rate": 50, "remote_workers": 1, "master_port": port}
-    load = plan.Load.model_validate({**settings, "duration_s": 60, "warmup_s": 20 if cut_in == "warm-up" else 0})
+    load = shape.Load.model_validate({**settings, "duration_s": 60, "warmup_s": 20 if cut_in == "warm-up" else 0})
     cut = tmp_path / "cut"
     cut.mkdir()
 
@@ -224,7 +224,7 @@ def test_records_from_a_worker_of_an_earlier_run_are_rejected(answering: Callabl
 
 def test_an_additional_worker_waits_for_the_next_run(answering: Callable[..., str], tmp_path: Path) -> None:
     port, url = free_port(), answering("--median-ms", "2")
-    load = plan.Load.model_validate(
+    load = shape.Load.model_validate(
         {"mode": "open", "rate": 50, "duration_s": 8, "warmup_s": 0, "remote_workers": 1, "master_port": port}
     )
     run, remote_folders = tmp_path / "run", [tmp_path / "first", tmp_path / "second"]

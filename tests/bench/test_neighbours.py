@@ -22,7 +22,7 @@ from inferctl.bench.load import records
 from inferctl.bench.measure import environment, neighbors, runner
 from inferctl.bench.measure.outcome import NeighborLoad
 from inferctl.bench.plan import plan
-from inferctl.bench.plan.plan import Load
+from inferctl.bench.plan.shape import Load
 from inferctl.bench.report import result
 from inferctl.bench.report.receipts import write_all
 from inferctl.errors import UsageError

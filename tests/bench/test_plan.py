@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from inferctl.bench.load import target
-from inferctl.bench.plan import plan, workload
+from inferctl.bench.plan import plan, shape, workload
 from inferctl.errors import SpecError, UsageError
 
 
@@ -40,7 +40,7 @@ def test_shipped_plans_load_and_their_corpora_exist(name: str) -> None:
 
 def test_repeats_alternate_in_direction() -> None:
     names = [
-        run.name for run in plan.load("precision").with_overrides(["a", "b"][:0] or ["fp32", "int8"], repeats=3).runs()
+        run.name for run in plan.load("precision").with_overrides(["fp32", "int8"], repeats=3).runs()
     ]
     assert names == ["fp32-1", "int8-1", "int8-2", "fp32-2", "fp32-3", "int8-3"]
 
@@ -156,7 +156,7 @@ def test_the_command_line_sets_the_error_budget() -> None:
 
 
 def test_equal_seeds_draw_equal_work() -> None:
-    load = plan.Load.model_validate({"mode": "open", "rate": 100, "duration_s": 5})
+    load = shape.Load.model_validate({"mode": "open", "rate": 100, "duration_s": 5})
     one, same, other = (workload.draw(load, "short", seed) for seed in (1, 1, 2))
     assert one.digest == same.digest
     assert one.digest != other.digest
@@ -164,9 +164,9 @@ def test_equal_seeds_draw_equal_work() -> None:
 
 
 def test_poisson_arrivals_have_the_requested_rate_and_exponential_gaps() -> None:
-    load = plan.Load.model_validate({"mode": "open", "rate": 200})
+    load = shape.Load.model_validate({"mode": "open", "rate": 200})
     times = (
-        workload.arrivals(load, [plan.Stage(duration_s=100, rate=200)], np.random.default_rng(1)).astype(np.float64)
+        workload.arrivals(load, [shape.Stage(duration_s=100, rate=200)], np.random.default_rng(1)).astype(np.float64)
         / 1e9
     )
     gaps = np.diff(times)
@@ -176,7 +176,7 @@ def test_poisson_arrivals_have_the_requested_rate_and_exponential_gaps() -> None
 
 
 def test_constant_arrivals_are_evenly_spaced() -> None:
-    load = plan.Load.model_validate({"mode": "open", "rate": 4, "duration_s": 1, "arrivals": "constant"})
+    load = shape.Load.model_validate({"mode": "open", "rate": 4, "duration_s": 1, "arrivals": "constant"})
     assert workload.arrivals(load, load.timeline[:1], np.random.default_rng(1)).tolist() == [
         0,
         250_000_000,
@@ -186,7 +186,7 @@ def test_constant_arrivals_are_evenly_spaced() -> None:
 
 
 def test_bodies_are_one_line_each_and_mark_the_place_of_the_prefix() -> None:
-    load = plan.Load.model_validate({"inputs_per_request": 3})
+    load = shape.Load.model_validate({"inputs_per_request": 3})
     bodies = workload.draw(load, "mixed", 1).bodies(target.Target("http://test", "m").body)
     first = json.loads(bodies[0])
     assert len(first["input"]) == 3
@@ -228,7 +228,7 @@ def test_a_corpus_that_is_not_utf_8_is_reported_with_its_line(tmp_path: Path) ->
 
 
 def test_the_warm_ups_schedule_outlasts_the_warm_up() -> None:
-    load = plan.Load.model_validate({"mode": "open", "rate": 20, "arrivals": "constant", "warmup_s": 4, "window_s": 3})
+    load = shape.Load.model_validate({"mode": "open", "rate": 20, "arrivals": "constant", "warmup_s": 4, "window_s": 3})
     assert workload.draw(load, "short", 1).warmup_schedule_ns[-1] > (4 + 3) * 1e9
     cold = load.model_copy(update={"warmup_s": 0.0})
     assert len(workload.draw(cold, "short", 1).warmup_schedule_ns) == 0

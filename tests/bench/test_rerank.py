@@ -20,13 +20,13 @@ from inferctl.bench import receipt
 from inferctl.bench.judge import comparable, compare
 from inferctl.bench.load import target
 from inferctl.bench.measure import quality, resume, runner
-from inferctl.bench.plan import plan, workload
+from inferctl.bench.plan import plan, sections, workload
 from inferctl.bench.report import charts, comparison, html, terminal
 from inferctl.bench.report.rows import MeasuredRow
 from inferctl.errors import InferctlError, UsageError
 
 __all__ = ["serve"]
-LIMITS = plan.Quality.model_validate({})
+LIMITS = sections.Quality.model_validate({})
 QUALITY = {
     "checked": True,
     "texts": 96,

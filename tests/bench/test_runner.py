@@ -24,7 +24,7 @@ from inferctl.bench import receipt
 from inferctl.bench.judge import comparable
 from inferctl.bench.load import child_server, procfs, records, target
 from inferctl.bench.measure import environment, quality, runner
-from inferctl.bench.plan import plan, workload
+from inferctl.bench.plan import plan, shape, workload
 from inferctl.bench.report import charts, html, result, terminal
 from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.rows import MeasuredRow
@@ -127,7 +127,7 @@ def test_runs_alternate_and_are_pooled_into_one_receipt_a_configuration(tmp_path
 def test_each_repeat_has_a_schedule_of_its_own_that_all_configurations_share(tmp_path: Path) -> None:
     work = bench(tmp_path, "fp32", "bf16", repeats=2)
     load = {"mode": "open", "rate": 40, "duration_s": 1, "warmup_s": 0}
-    work = dataclasses.replace(work, plan=work.plan.model_copy(update={"load": plan.Load.model_validate(load)}))
+    work = dataclasses.replace(work, plan=work.plan.model_copy(update={"load": shape.Load.model_validate(load)}))
     document(work, ran(work))
     fp32, bf16 = (receipt.load(tmp_path / "receipts" / f"{name}.json") for name in ("fp32", "bf16"))
     sent = [
@@ -150,7 +150,7 @@ def test_each_repeat_has_a_schedule_of_its_own_that_all_configurations_share(tmp
 def test_requests_that_a_server_rejects_are_counted_and_do_not_invalidate(tmp_path: Path) -> None:
     work = bench(tmp_path, "fp32", options=("--slots", "1", "--queue", "1"))
     work = dataclasses.replace(
-        work, plan=work.plan.model_copy(update={"load": plan.Load.model_validate(SHORT | {"users": 6})})
+        work, plan=work.plan.model_copy(update={"load": shape.Load.model_validate(SHORT | {"users": 6})})
     )
     result_ = collected(work, ran(work))
     found = result_.as_dict()

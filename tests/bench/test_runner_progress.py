@@ -12,7 +12,7 @@ from bench_samples import row, table
 from inferctl.bench.load import generator, records
 from inferctl.bench.load.generator import LoadProgress
 from inferctl.bench.measure.runner import Progress
-from inferctl.bench.plan import plan
+from inferctl.bench.plan import shape
 from inferctl.cli import bench_progress
 
 
@@ -65,7 +65,7 @@ def test_the_rate_is_that_of_the_window_and_rejections_are_shown(
     def follow() -> LoadProgress:
         running = iter((True, False))
         processes = SimpleNamespace(running=lambda: next(running), wait=lambda _: None)
-        generator._follow(processes, plan.Load(mode="closed"), tmp_path, seen.append, lambda: None)
+        generator._follow(processes, shape.Load(mode="closed"), tmp_path, seen.append, lambda: None)
         return seen[-1]
 
     assert follow().rate == pytest.approx(10, rel=0.05)
@@ -95,7 +95,7 @@ def test_the_rate_counts_good_responses_only(monkeypatch: pytest.MonkeyPatch, tm
         tail = SimpleNamespace(read_new=lambda rows=rows: rows)
         monkeypatch.setattr(generator.records, "files", lambda _: [Path("requests-0.bin")])
         monkeypatch.setattr(generator.records, "Tail", lambda _, tail=tail: tail)
-        generator._follow(processes, plan.Load(mode="closed"), tmp_path, seen.append, lambda: None)
+        generator._follow(processes, shape.Load(mode="closed"), tmp_path, seen.append, lambda: None)
         assert seen[-1].rate == pytest.approx(rate, rel=0.05)
     failed = bench_progress.line(Progress("a", 1, 1, "measure", live=seen[-1]))
     assert failed == "[1/1] a \u00b7 measure \u00b7 0 req/s"
@@ -107,9 +107,9 @@ def test_a_warm_up_has_no_rate_in_the_first_second_of_responses(count: int) -> N
     now_ns, ends = 10**12, generator._Ends()
     if count:
         ends.add(table(*(row(now_ns / 1e6 - 500, 100 + 0.1 * i) for i in range(count))))
-    live = generator._progress([], ends, {"phase": "warm-up"}, plan.Load(mode="closed"), now_ns)
+    live = generator._progress([], ends, {"phase": "warm-up"}, shape.Load(mode="closed"), now_ns)
     assert bench_progress.line(Progress("a", 1, 1, "warm-up", live=live)) == "[1/1] a \u00b7 warm-up"
-    later = generator._progress([], ends, {"phase": "warm-up"}, plan.Load(mode="closed"), now_ns + 10**9)
+    later = generator._progress([], ends, {"phase": "warm-up"}, shape.Load(mode="closed"), now_ns + 10**9)
     assert later.rate == (pytest.approx(count / 1.4) if count else None)
-    stalled = generator._progress([], ends, {"phase": "warm-up"}, plan.Load(mode="closed"), now_ns + 10**10)
+    stalled = generator._progress([], ends, {"phase": "warm-up"}, shape.Load(mode="closed"), now_ns + 10**10)
     assert stalled.rate == (0 if count else None)

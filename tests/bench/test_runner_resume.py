@@ -23,7 +23,7 @@ from inferctl import model as models
 from inferctl.bench import receipt
 from inferctl.bench.load import records
 from inferctl.bench.measure import environment, quality, resume, runner
-from inferctl.bench.plan import plan
+from inferctl.bench.plan import plan, sections
 from inferctl.errors import InferctlError, NotReadyError, UsageError
 
 LOAD = {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0, "timeout_s": 5}
@@ -192,7 +192,7 @@ def test_a_run_whose_records_are_not_whole_is_made_again(tmp_path: Path) -> None
 
 def test_a_run_whose_quality_check_was_cut_short_is_kept_and_the_check_made_up(tmp_path: Path) -> None:
     work = bench(tmp_path, "fp32", repeats=2)
-    work = dataclasses.replace(work, plan=work.plan.model_copy(update={"quality": plan.Quality.model_validate({})}))
+    work = dataclasses.replace(work, plan=work.plan.model_copy(update={"quality": sections.Quality.model_validate({})}))
     found = quality.unchecked("no local model folder to compare with: pass `--model DIR`")
 
     def interrupt(progress: runner.Progress) -> None:
@@ -220,7 +220,7 @@ def test_a_reference_that_could_not_be_computed_is_tried_again(tmp_path: Path, m
     (weights / "config.json").write_text("{}")
     digest = models.ModelFolder(weights).digest
     work = bench(tmp_path, "fp32", options=("--sha256", digest))
-    checked = plan.Quality.model_validate({"corpus": "short", "texts": 40})
+    checked = sections.Quality.model_validate({"corpus": "short", "texts": 40})
     work = dataclasses.replace(work, plan=work.plan.model_copy(update={"quality": checked}), model=weights)
     _, (first,) = resumed(work)  # there are no weights to compute from
     assert "the computation of the fp32 reference failed" in (first.quality.reason or "")

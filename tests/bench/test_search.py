@@ -23,7 +23,7 @@ from inferctl.bench.judge import probe as probes
 from inferctl.bench.judge.probe import Probe
 from inferctl.bench.load import records
 from inferctl.bench.measure import judgment, resume, runner, search
-from inferctl.bench.plan import plan, workload
+from inferctl.bench.plan import plan, sections, shape, workload
 from inferctl.bench.report import search_findings
 from inferctl.cli import bench_options
 from inferctl.errors import UsageError
@@ -103,7 +103,7 @@ def true_goodput(slo_ms: float, noise: float = 0.0) -> float:
 
 
 def found(settings: dict[str, Any], server: Simulated, ceiling: float | None = 100.0) -> dict[str, Any]:
-    return goodput.find(plan.Search.model_validate(settings), server.slo_ms, ceiling, server).as_dict()
+    return goodput.find(sections.Search.model_validate(settings), server.slo_ms, ceiling, server).as_dict()
 
 
 def test_the_goodput_is_close_to_the_true_one_and_not_over_it() -> None:
@@ -181,9 +181,9 @@ def test_a_rate_whose_answers_are_alike_is_measured_for_as_long_as_they_need(tmp
         return runner.Measurement(plan.Run("a", 0), 0.0, part, {}, {}, tmp_path / "a", {}, 1)
 
     searcher = search.Searcher(
-        plan.Search.model_validate({"max_probe_s": 30}),
+        sections.Search.model_validate({"max_probe_s": 30}),
         80,
-        plan.Load.model_validate({"mode": "open", "rate": 1, "duration_s": 20}),
+        shape.Load.model_validate({"mode": "open", "rate": 1, "duration_s": 20}),
         "short",
         1,
         tmp_path / "runs" / "a",
@@ -218,9 +218,9 @@ def pooled_search(folder: Path) -> runner.Measurement:
         return runner.Measurement(plan.Run("a", 0), 0.0, part, {"place": str(place)}, {}, place, {}, 1)
 
     return search.Searcher(
-        plan.Search.model_validate({"probe_s": 8, "max_probe_s": 30, "max_probes": 24}),
+        sections.Search.model_validate({"probe_s": 8, "max_probe_s": 30, "max_probes": 24}),
         80,
-        plan.Load.model_validate({"mode": "open", "rate": 1, "duration_s": 20, "warmup_s": 1}),
+        shape.Load.model_validate({"mode": "open", "rate": 1, "duration_s": 20, "warmup_s": 1}),
         "short",
         1,
         folder / "runs" / "a-1",
@@ -336,7 +336,7 @@ def test_the_failing_rate_must_fail_twice() -> None:
             )
         return made
 
-    result = goodput.find(plan.Search.model_validate({}), 80, 100.0, unlucky).as_dict()
+    result = goodput.find(sections.Search.model_validate({}), 80, 100.0, unlucky).as_dict()
     assert stalled
     assert result["max_goodput_rps"] > 60
     first = result["first_failing_rps"]
@@ -362,7 +362,7 @@ def test_one_failure_below_rates_that_hold_does_not_decide() -> None:
             else made
         )
 
-    result = goodput.find(plan.Search.model_validate({}), 80, 100.0, stalled).as_dict()
+    result = goodput.find(sections.Search.model_validate({}), 80, 100.0, stalled).as_dict()
     assert result["verdict"] == "found"
     assert result["max_goodput_rps"] > 60
     assert result["first_failing_rps"] > result["max_goodput_rps"]
@@ -392,7 +392,7 @@ def test_a_rate_that_held_and_fails_once_is_probed_a_third_time() -> None:
             )
         return made
 
-    result = goodput.find(plan.Search.model_validate({}), 80, 100.0, unlucky).as_dict()
+    result = goodput.find(sections.Search.model_validate({}), 80, 100.0, unlucky).as_dict()
     assert [p["rate"] for p in result["probes"] if p["stage"] == "confirm"][:2] == failed * 2
     if result["max_goodput_rps"] != failed[0]:
         # The third had no luck either: then what lies between it and the next lower one is searched, not skipped.
@@ -408,7 +408,7 @@ def test_a_rate_that_held_once_and_failed_twice_gets_no_further_chance() -> None
         fails = rate > 60 or (stage == "confirm" and confirmed.count(rate) <= 2 and rate == confirmed[0])
         return Probe(**{**vars(probe(rate, rate, 5, "p99" if fails else None)), "stage": stage, "n": 1000})
 
-    result = goodput.find(plan.Search.model_validate({"max_rate": 115}), 80, 100.0, unlucky).as_dict()
+    result = goodput.find(sections.Search.model_validate({"max_rate": 115}), 80, 100.0, unlucky).as_dict()
     assert confirmed.count(confirmed[0]) == 2
     assert result["verdict"] == "found"
     assert result["max_goodput_rps"] < confirmed[0]
@@ -502,7 +502,7 @@ def test_the_generators_limit_is_not_blamed_on_the_server() -> None:
             }
         )
 
-    result = goodput.find(plan.Search.model_validate({}), 80, 100.0, limited).as_dict()
+    result = goodput.find(sections.Search.model_validate({}), 80, 100.0, limited).as_dict()
     assert result["verdict"] == "at least"
     assert result["limited_by"] == "generator"
     assert result["saturation_rps"] is None
@@ -537,7 +537,7 @@ class Timed(Simulated):
         budget = goodput.Budget(
             self.budget_s, lambda: self.budget_s - self.spent, lambda _: self.seconds + self.AROUND, short=True
         )
-        chosen = plan.Search.model_validate(settings)
+        chosen = sections.Search.model_validate(settings)
         return goodput.find(chosen, self.slo_ms, 100.0, self, budget).as_dict() | {
             "budget": {"seconds": self.budget_s, "spent_s": self.spent}
         }
@@ -595,7 +595,7 @@ def test_a_search_that_ran_out_of_time_does_not_say_that_no_rate_meets_the_slo()
         return dataclasses.replace(made, stage=stage, reason=reason, interval_contains_slo=True)
 
     budget = goodput.Budget(100.0, lambda: left[0], lambda _: 20.0, short=True)
-    result = goodput.find(plan.Search(), 80, 100.0, undecided, budget).as_dict()
+    result = goodput.find(sections.Search(), 80, 100.0, undecided, budget).as_dict()
     assert left[0] >= 0
     assert (result["verdict"], result["expired"]) == ("not confirmed", True)
     said = search_findings.sentences("mine", result | {"budget": {"seconds": 100.0, "spent_s": 100 - left[0]}})
@@ -645,7 +645,7 @@ def test_a_hopeless_backlog_is_found_and_one_that_comes_and_goes_is_not(tmp_path
         said = 0
         for seed in range(5):
             arrivals, ends = waits(rate, 6, seed)
-            work = workload.draw(plan.Load(mode="open", rate=rate), "short", 1)  # type: ignore[call-arg]
+            work = workload.draw(shape.Load(mode="open", rate=rate), "short", 1)  # type: ignore[call-arg]
             work = workload.Workload(**{**vars(work), "schedule_ns": np.round(arrivals * 1e9).astype(np.uint64)})
             backlog = search.Backlog(tmp_path, work, rate)
             answered = ends < 6

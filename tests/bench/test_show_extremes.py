@@ -18,7 +18,7 @@ from test_show import in_browser
 from inferctl.bench import receipt
 from inferctl.bench.judge import stages, summary
 from inferctl.bench.measure import environment, runner
-from inferctl.bench.plan import plan
+from inferctl.bench.plan import plan, shape
 from inferctl.bench.report import charts, findings, html, result, terminal
 from inferctl.bench.report.estimated import EstimatedFigures
 from inferctl.bench.report.result import Result
@@ -89,7 +89,7 @@ def burst() -> dict[str, Any]:
         rows.append(row(at, (48 if busy else 12) * math.exp(draw.gauss(0, 0.2))))
         at += 1000 * draw.expovariate(240 if busy else 80)
     part = summary.RunRecords(table(row(0, 999, phase=WARMUP), *rows), 0, 20 * SECOND, 1)
-    load = plan.Load.model_validate(
+    load = shape.Load.model_validate(
         {"mode": "open", "rate": 80, "duration_s": 20, "spike": {"at_s": 8, "duration_s": 5, "times": 3}}
     )
     made = document("bf16", 100, 10, stages=stages.summarize([part], load))

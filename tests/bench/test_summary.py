@@ -9,7 +9,7 @@ from bench_samples import FIELDS, SECOND, records_file, row, steady, table
 from inferctl.bench.judge import stages, summary
 from inferctl.bench.load import records
 from inferctl.bench.load.records import DROPPED, HTTP_ERROR, WARMUP
-from inferctl.bench.plan import plan
+from inferctl.bench.plan import shape
 from inferctl.errors import InferctlError
 
 
@@ -61,7 +61,7 @@ def test_answers_that_queue_behind_each_other_have_wider_intervals_in_summary_an
     random = np.random.default_rng(2)
     drawn = [float(ms) for ms in random.permutation(np.arange(1.0, 1001.0))]
     alike = [ms for start in range(0, 1000, 50) for ms in sorted(drawn)[start : start + 50]]
-    load = plan.Load.model_validate({"stages": [{"duration_s": 9, "rate": 100}, {"duration_s": 1, "rate": 100}]})
+    load = shape.Load.model_validate({"stages": [{"duration_s": 9, "rate": 100}, {"duration_s": 1, "rate": 100}]})
     for q in ("p50", "p90"):
         mixed, sorted_ = (summary.summarize([run(one)])["latency_ms"][q] for one in (drawn, alike))
         assert mixed["value"] == sorted_["value"]

@@ -20,14 +20,14 @@ from inferctl.bench.judge import slo, summary, validity
 from inferctl.bench.load.records import TIMEOUT, WARMUP
 from inferctl.bench.measure import environment, quality, runner, throughput
 from inferctl.bench.measure.outcome import WorkloadRecord
-from inferctl.bench.plan import plan
+from inferctl.bench.plan import plan, sections, shape
 from inferctl.bench.report import caveats, findings, receipts, result, rows
 from inferctl.bench.report.caveats import Caveat
 from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.rows import MeasuredRow, Row, RunFigures
 from inferctl.errors import InferctlError, InvalidRunError, UsageError
 
-LIMITS = plan.Quality.model_validate({})
+LIMITS = sections.Quality.model_validate({})
 
 
 def judged(part: summary.RunRecords, **resources: float) -> validity.Validity:
@@ -130,7 +130,7 @@ def test_a_closed_loop_that_rejects_most_requests_shows_no_capacity(tmp_path: Pa
     measured = runner.Measurement(plan.Run("a", 0), 0.0, rejecting(1), {}, {}, tmp_path, {}, 1)
     server = SimpleNamespace(measure=lambda *_: measured)
     server.labeled = lambda _: server
-    load = plan.Load.model_validate({"mode": "open", "rate": "50%", "users": 4})
+    load = shape.Load.model_validate({"mode": "open", "rate": "50%", "users": 4})
     with pytest.raises(InferctlError, match="rejected 100% of a closed loop with 4 users") as caught:
         throughput.measure(cast(Any, server), load, "short", 1, plan.Run("a", 0), tmp_path)
     assert "raise `serve.max_wait_seconds`" in (caught.value.hint or "")

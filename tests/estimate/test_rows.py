@@ -11,7 +11,9 @@ import pytest
 
 from inferctl import estimate
 from inferctl.bench.measure.outcome import BenchTarget
-from inferctl.bench.plan.plan import Configuration, Load, Plan
+from inferctl.bench.plan.plan import Plan
+from inferctl.bench.plan.sections import Configuration
+from inferctl.bench.plan.shape import Load
 from inferctl.bench.report import caveats, estimated, findings
 from inferctl.bench.report.estimated import EstimatedFigures
 from inferctl.bench.report.rows import MeasuredRow

@@ -19,7 +19,7 @@ from inferctl.bench import stats
 from inferctl.bench.judge import search_outcome
 from inferctl.bench.judge.probe import SATURATED, Probe
 from inferctl.bench.judge.search_outcome import SearchOutcome
-from inferctl.bench.plan.plan import Search
+from inferctl.bench.plan.sections import Search
 
 SWEEP = (0.2, 0.4, 0.6, 0.75, 0.9, 1.0, 1.15)
 # With little time: fewer rates, and none beyond the first one that is too high.

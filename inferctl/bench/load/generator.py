@@ -17,7 +17,7 @@ from inferctl.bench import stats
 from inferctl.bench.load import locust, records
 from inferctl.bench.load.child_server import last_error
 from inferctl.bench.load.target import Target
-from inferctl.bench.plan.plan import Load
+from inferctl.bench.plan.shape import Load
 from inferctl.bench.plan.workload import Workload
 from inferctl.errors import InferctlError
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from inferctl import assets
 from inferctl.bench.load.child_server import last_error
-from inferctl.bench.plan.plan import Load
+from inferctl.bench.plan.shape import Load
 from inferctl.errors import InferctlError
 
 LOAD_FILE = "INFERCTL_LOAD_FILE"

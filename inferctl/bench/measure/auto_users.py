@@ -13,7 +13,8 @@ from inferctl.bench.measure.bench import Bench, NotifyProgress, Progress, ready_
 from inferctl.bench.measure.concurrency import Concurrency
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
 from inferctl.bench.plan import workload
-from inferctl.bench.plan.plan import Load, Run
+from inferctl.bench.plan.plan import Run
+from inferctl.bench.plan.shape import Load
 from inferctl.errors import InferctlError
 
 FILE = "concurrency.json"

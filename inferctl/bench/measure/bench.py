@@ -16,7 +16,8 @@ from inferctl.bench.measure.measured_server import MeasuredServer, NotifyPhase
 from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.measure.sensors import MachineMonitor
 from inferctl.bench.plan import tokens
-from inferctl.bench.plan.plan import Load, Plan, Run
+from inferctl.bench.plan.plan import Plan, Run
+from inferctl.bench.plan.shape import Load
 from inferctl.bench.plan.tokens import Tokenizer
 from inferctl.errors import InferctlError
 

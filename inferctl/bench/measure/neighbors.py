@@ -26,7 +26,8 @@ from inferctl.bench.measure import digests, measured_server, sensors
 from inferctl.bench.measure.measured_server import MeasuredServer
 from inferctl.bench.measure.outcome import Measurement, NeighborLoad
 from inferctl.bench.plan import workload
-from inferctl.bench.plan.plan import Load, Run
+from inferctl.bench.plan.plan import Run
+from inferctl.bench.plan.shape import Load
 from inferctl.errors import InferctlError, UsageError
 
 START_TIMEOUT_S = 30.0

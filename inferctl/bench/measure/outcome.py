@@ -13,7 +13,8 @@ from inferctl.bench.measure import telemetry
 from inferctl.bench.measure.concurrency import Concurrency
 from inferctl.bench.measure.quality import QualityResult, unchecked
 from inferctl.bench.measure.telemetry import Telemetry
-from inferctl.bench.plan.plan import Load, Run
+from inferctl.bench.plan.plan import Run
+from inferctl.bench.plan.shape import Load
 
 # The largest share of requests that may fail on a neighbor.
 _FAILED_LIMIT = 0.05

@@ -21,7 +21,7 @@ from inferctl.bench.load.target import Target
 from inferctl.bench.measure import generation_quality, reference_process
 from inferctl.bench.measure.generation_quality import Agreement, KlDivergence, Perplexity, TokenReference
 from inferctl.bench.plan import workload
-from inferctl.bench.plan.plan import DOCUMENTS, Quality
+from inferctl.bench.plan.sections import DOCUMENTS, Quality
 from inferctl.bench.stats import rank
 from inferctl.divergence import Divergence, Limits, NoLogprobsError
 from inferctl.errors import InferctlError

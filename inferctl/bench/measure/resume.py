@@ -36,7 +36,8 @@ from inferctl.bench.measure.outcome import BenchTarget, Measurement, NeighborLoa
 from inferctl.bench.measure.quality import QualityResult
 from inferctl.bench.measure.telemetry import Telemetry
 from inferctl.bench.plan import workload
-from inferctl.bench.plan.plan import Load, Plan, Run
+from inferctl.bench.plan.plan import Plan, Run
+from inferctl.bench.plan.shape import Load
 from inferctl.errors import NotReadyError, UsageError
 
 SCHEMA = "inferctl.run/1"

@@ -31,7 +31,8 @@ from inferctl.bench.measure.judgment import judge
 from inferctl.bench.measure.measured_server import MeasuredServer, NotifyPhase
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
 from inferctl.bench.plan import workload
-from inferctl.bench.plan.plan import Load, Run
+from inferctl.bench.plan.plan import Run
+from inferctl.bench.plan.shape import Load
 from inferctl.errors import InferctlError
 
 __all__ = ["Bench", "BenchTarget", "Measurement", "Outcome", "Progress", "judge", "outcomes", "run"]

@@ -20,7 +20,9 @@ from inferctl.bench.judge.validity import ACHIEVED_LIMIT
 from inferctl.bench.load import generator, records
 from inferctl.bench.measure.outcome import Measurement
 from inferctl.bench.plan import workload
-from inferctl.bench.plan.plan import Load, Run, Search
+from inferctl.bench.plan.plan import Run
+from inferctl.bench.plan.sections import Search
+from inferctl.bench.plan.shape import Load
 from inferctl.bench.plan.tokens import Tokenizer
 from inferctl.errors import InferctlError
 

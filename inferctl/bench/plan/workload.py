@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from inferctl import assets
 from inferctl.bench.plan import prompts, tokens, traces
-from inferctl.bench.plan.plan import Load, Stage
+from inferctl.bench.plan.shape import Load, Stage
 from inferctl.errors import UsageError, did_you_mean
 
 ORDER_LENGTH = 65_536

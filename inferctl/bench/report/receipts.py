@@ -18,7 +18,8 @@ from inferctl.bench.measure import digests, neighbors, throughput
 from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.judgment import judge
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
-from inferctl.bench.plan.plan import Load, Plan
+from inferctl.bench.plan.plan import Plan
+from inferctl.bench.plan.shape import Load
 from inferctl.bench.receipt import JsonObject
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from inferctl import catalog
 from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.outcome import Outcome
-from inferctl.bench.plan.plan import Load, Plan
+from inferctl.bench.plan.plan import Plan
+from inferctl.bench.plan.shape import Load
 from inferctl.bench.receipt import Receipt
 from inferctl.bench.report import estimated, findings, rows, search_findings
 from inferctl.bench.report.caveats import Caveat, caveats

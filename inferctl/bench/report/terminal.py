@@ -12,7 +12,7 @@ from rich.text import Text
 
 from inferctl.bench import stats
 from inferctl.bench.judge.summary import failures
-from inferctl.bench.plan.plan import Load
+from inferctl.bench.plan.shape import Load
 from inferctl.bench.receipt import JsonObject
 from inferctl.bench.report import search_findings
 from inferctl.bench.report.chart import unit_of

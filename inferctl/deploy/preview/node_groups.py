@@ -13,15 +13,16 @@ nodes:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from inferctl import validation
 from inferctl.deploy.preview import fields
 from inferctl.deploy.preview.cluster import HOSTNAME, REGION, ZONE
-from inferctl.document import Document, dotted
-from inferctl.errors import Problem, SpecError, did_you_mean
+from inferctl.document import Document
+from inferctl.errors import SpecError
 
 EXAMPLE = "save `kubectl get nodes,pods -A -o yaml` as the nodes file, or write it as in docs/deploy-preview.md"
 # The kubelet's default.
@@ -73,8 +74,7 @@ def read(document: Document) -> list[tuple[str, dict[str, Any]]]:
     try:
         groups = NodeGroups.model_validate(document.data).nodes
     except ValidationError as error:
-        problems = [_problem(dict(each), document) for each in error.errors()]
-        raise SpecError(document.file, sorted(problems, key=lambda problem: problem.line or 0)) from None
+        raise SpecError(document.file, validation.problems(error, document, _keys_at, EXAMPLE)) from None
     return [(group.cluster, node) for group in groups for node in _nodes(group)]
 
 
@@ -108,16 +108,5 @@ def _taint(text: str) -> dict[str, str]:
     return {"key": key, "effect": effect, **({"value": value} if value else {})}
 
 
-def _problem(error: dict[str, Any], document: Document) -> Problem:
-    location = list(error["loc"])
-    path, line = dotted(location), document.line(location)
-    if error["type"] == "extra_forbidden":
-        known = list((NodeGroup if len(location) > 1 else NodeGroups).model_fields)
-        hint = did_you_mean(str(location[-1]), known) or f"known: {', '.join(known)}"
-        return Problem(path, f"unknown key {str(location[-1])!r}", line, hint)
-    if error["type"] == "missing":
-        return Problem(path, f"{path} is missing", document.line(location[:-1]), EXAMPLE)
-    if error["type"] == "value_error":
-        return Problem(path, str(error["msg"]).removeprefix("Value error, "), line, EXAMPLE)
-    message = re.sub("^(Input|String|List|Value|Dictionary) should", "must", str(error["msg"]))
-    return Problem(path, f"{path}: {message}, got {error.get('input')!r}", line, EXAMPLE)
+def _keys_at(location: Sequence[str | int]) -> list[str]:
+    return list((NodeGroup if location else NodeGroups).model_fields)

@@ -1,0 +1,132 @@
+"""The sections of a plan: what is served, with which quality, and how a rate is searched."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from inferctl.bench.plan.shape import Keys, Name, Section
+from inferctl.errors import UsageError
+
+Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "fp8"]
+# Documents of a rerank request.
+DOCUMENTS = 16
+
+
+class Configuration(Section):
+    """One way to serve the model, with the corpus and the keys of the load in which it differs from the plan.
+
+    `checkpoint` is the folder of a prepared checkpoint of the same model, for generation. A plan in a file names it
+    relative to the file.
+    """
+
+    name: Name
+    precision: Precision
+    checkpoint: Annotated[str, Field(min_length=1)] | None = None
+    max_batch_tokens: int | None = Field(None, ge=64, le=1_048_576)
+    corpus: str | None = None
+    load: Keys | None = None
+
+
+class Quality(Section):
+    """The texts on which a configuration is compared with fp32, and the limits with which it can win.
+
+    Cosine and recall are those of embeddings, Kendall's tau and the score difference those of rerank scores. The limit
+    of the score difference is a share of the range of the fp32 scores. For generation, `tokens` is the number of tokens
+    of which the log-probabilities are compared, `max_kl` the largest mean KL divergence (nats), and `min_top_1` the
+    smallest share of equal most likely tokens.
+    """
+
+    corpus: str = "mixed"
+    texts: int = Field(400, ge=20, le=100_000)
+    min_cosine_p1: float = Field(0.98, ge=-1, le=1)
+    min_recall: float = Field(0.9, ge=0, le=1)
+    min_kendall: float = Field(0.9, ge=-1, le=1)
+    max_score_difference: float = Field(0.1, ge=0, le=1)
+    tokens: int = Field(4096, ge=256, le=1_000_000)
+    max_kl: float = Field(0.1, ge=0, le=100)
+    min_top_1: float = Field(0.8, ge=0, le=1)
+
+
+class Matrix(Section):
+    """All combinations of the values of several axes.
+
+    `load` maps a name to the keys in which that load differs from the plan's.
+    """
+
+    precision: list[Precision] = Field(min_length=1)
+    max_batch_tokens: list[Annotated[int, Field(ge=64, le=1_048_576)]] = Field(default_factory=list)
+    corpus: list[str] = Field(default_factory=list)
+    load: dict[Name, Keys] = Field(default_factory=dict)
+    hardware: list[str] = Field(default_factory=list)
+
+    def configurations(self) -> list[Configuration]:
+        """Return one configuration per combination, named after the axes that have more than one value."""
+        return combine(
+            [Configuration.model_validate({"name": name, "precision": name}) for name in dict.fromkeys(self.precision)],
+            self.max_batch_tokens,
+            self.corpus,
+            self.load,
+        )
+
+
+class Search(Section):
+    """Settings of the search for the highest rate within the SLO (`inferctl/bench/measure/search.py`)."""
+
+    slo_p99_ms: float | None = Field(None, gt=0, le=3_600_000)
+    resolution: float = Field(0.05, gt=0, le=1)
+    probe_s: float = Field(8, ge=1, le=3600)
+    max_probe_s: float = Field(60, ge=1, le=86_400)
+    max_probes: int = Field(24, ge=3, le=200)
+    start_rate: float | None = Field(None, gt=0, le=100_000)
+    max_rate: float = Field(100_000, gt=0, le=100_000)
+    budget_s: float | None = Field(None, ge=1, le=604_800)
+
+    def required_slo_ms(self, default_ms: float | None) -> float:
+        """Return the p99 SLO: the search's own, else `default_ms`. Raises `UsageError` if there is none."""
+        slo_ms = self.slo_p99_ms or default_ms
+        if not slo_ms:
+            raise UsageError(
+                "a search requires an SLO",
+                "pass `--slo 100` (ms; for generation, also `--slo-ttft 500` or `--slo-itl 50`), or set "
+                "`search.slo_p99_ms` in the plan or `slo` in the spec",
+            )
+        return slo_ms
+
+
+class GenerationPlan(Section):
+    """The keys of a plan that have other values for generation. `load` has the keys of the load that differ."""
+
+    configurations: list[Configuration] | None = None
+    load: Keys = Field(default_factory=dict)
+    repeats: int | None = Field(None, ge=1, le=100)
+
+
+def combine(
+    configurations: Sequence[Configuration],
+    batch_tokens: Sequence[int] = (),
+    corpora: Sequence[str] = (),
+    loads: Mapping[str, Keys] | None = None,
+) -> list[Configuration]:
+    """Return each configuration with each token budget of a batch, each corpus and each load.
+
+    The values of an axis replace the configuration's own value. Only axes with several values become part of the names.
+    """
+    axes: list[list[tuple[str, Keys]]] = [
+        [(str(value), {"max_batch_tokens": value}) for value in dict.fromkeys(batch_tokens)],
+        [(Path(value).stem, {"corpus": value}) for value in dict.fromkeys(corpora)],
+        [(name, {"load": changes}) for name, changes in (loads or {}).items()],
+    ]
+    no_change: list[tuple[str, Keys]] = [("", {})]
+    choices_of_axes = list(itertools.product(*(axis or no_change for axis in axes)))
+    combined = []
+    for configuration, choices in itertools.product(configurations, choices_of_axes):
+        parts = [configuration.name, *(label for (label, _), axis in zip(choices, axes, strict=True) if len(axis) > 1)]
+        changes = {key: value for _, values in choices for key, value in values.items()}
+        keys = {**configuration.model_dump(), **changes, "name": "-".join(parts)}
+        combined.append(Configuration.model_validate(keys))
+    return combined
