@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inferctl.bench.load.target import Access
+    from inferctl.bench.load.http_json import Access
     from inferctl.bench.plan.overrides import Overrides
 
 MAX_NAME_LENGTH = 40
@@ -25,7 +25,7 @@ class AccessOptions:
         """Return the headers and the model name of requests. Raises `UsageError` for a bad header or key."""
         import os
 
-        from inferctl.bench.load.target import Access
+        from inferctl.bench.load.http_json import Access
         from inferctl.errors import UsageError
 
         headers = dict(_parse_header(text) for text in self.headers)

@@ -13,7 +13,8 @@ from inferctl.cli import bench_checks, console, options
 from inferctl.cli.bench_options import AccessOptions, BenchOptions, parse_hardware, parse_target
 
 if TYPE_CHECKING:
-    from inferctl.bench.load.target import Access, Target
+    from inferctl.bench.load.http_json import Access
+    from inferctl.bench.load.target import Target
     from inferctl.bench.measure.environment import Environment
     from inferctl.bench.measure.outcome import BenchTarget, Outcome
     from inferctl.bench.measure.runner import Bench

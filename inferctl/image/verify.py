@@ -6,20 +6,16 @@ scores or next tokens are compared with an fp32 reference.
 
 from __future__ import annotations
 
-import array
-import base64
 import http.client
 import json
-import math
 import socket
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from inferctl import divergence, settings
 from inferctl.errors import InferctlError, NotReadyError, UsageError
@@ -27,15 +23,18 @@ from inferctl.image import failures, next_tokens
 from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.events import Note
 from inferctl.image.next_tokens import Prompt
+from inferctl.image.output_checks import (
+    NO_VERIFY,
+    SCORE_TOLERANCE,
+    TOLERANCE,
+    check_scores,
+    check_vectors,
+    decode,
+    fail,
+)
 from inferctl.image.records import ContainerOptions, ImageInfo
 from inferctl.model import ModelFolder
 
-# Minimum cosine between a served vector and the fp32 reference. fp32 on the same weights differs only by the order of
-# sums. fp16 and bf16 keep 11 and 8 bits of the mantissa, which costs up to about 5e-4 over the layers of a transformer.
-# int8 quantizes the weights; below 0.99, retrieval rankings start to change.
-TOLERANCE: Mapping[str, float] = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999, "int8": 0.99}
-# Maximum difference between a rerank score and the fp32 reference, relative to the largest score (at least 1).
-SCORE_TOLERANCE: Mapping[str, float] = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.02, "int8": 0.1}
 READY_SECONDS = 300.0
 # SmolLM2 has a perplexity of 14 for the texts. With the token ids of another tokenizer, it has 100,000 and more.
 _CHANCE = 1000.0
@@ -45,7 +44,6 @@ _POLL_SECONDS = 0.2
 _LOG_LINES = 20
 T = TypeVar("T")
 MODEL_PATH, CACHE_PATH = "/model", "/model-cache"
-_NO_VERIFY = "see the log above, or pass `--no-verify` to build without this test"
 
 # Short and long texts, several scripts, code and digits, to test padding, truncation and special cases of tokenizers.
 TEXTS: tuple[str, ...] = (
@@ -151,7 +149,7 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
         yield Note(f"not compared with fp32: {reference}")
         reference = None
     if reference is not None and reference["model_sha256"] != info["model"].get("sha256"):
-        _fail(
+        fail(
             f"the server has other weights ({info['model'].get('sha256')}) than the image ({reference['model_sha256']})"
         )
     sha256 = info["model"].get("sha256")
@@ -217,74 +215,7 @@ def mounts_of(folder: Path) -> dict[str, str]:
     return {f"{MODEL_PATH}/{path.relative_to(folder).as_posix()}": str(path.resolve()) for path in files}
 
 
-def check_vectors(
-    vectors: Sequence[Sequence[float]],
-    expected: Sequence[Sequence[float]] | None,
-    dimensions: int,
-    tolerance: float | None,
-) -> float | None:
-    """Return the lowest cosine of `vectors` to `expected`, None without `expected`.
-
-    Raises `InferctlError` for a wrong size, NaN, infinity, zeros, or a cosine below `tolerance`.
-    """
-    for index, vector in enumerate(vectors):
-        if len(vector) != dimensions:
-            _fail(
-                f"the vector of text {index + 1} has {len(vector)} numbers, but the model has {dimensions} dimensions"
-            )
-        if count := sum(not math.isfinite(x) for x in vector):
-            _fail(f"the vector of text {index + 1} has NaN or infinity in {count} of {dimensions} numbers")
-        if not any(vector):
-            _fail(f"the vector of text {index + 1} is all zeros")
-    if expected is None or tolerance is None:
-        return None
-    if len(vectors) != len(expected) or any(len(v) != len(e) for v, e in zip(vectors, expected, strict=False)):
-        _fail("the fp32 reference and the served vectors have different shapes")
-    cosines = [_cosine(v, e) for v, e in zip(vectors, expected, strict=True)]
-    lowest = min(cosines)
-    if lowest < tolerance:
-        _fail(
-            f"the vector of text {cosines.index(lowest) + 1} differs from the fp32 reference of the same weights: "
-            f"cosine {lowest:.5f}, required {tolerance}"
-        )
-    return lowest
-
-
-def check_scores(scores: Sequence[float], expected: Sequence[float] | None, tolerance: float | None) -> float | None:
-    """Return the largest difference of `scores` to `expected`, None without `expected`.
-
-    It is relative to the largest expected score, at least 1. Raises `InferctlError` for NaN, infinity, or a difference
-    above `tolerance`.
-    """
-    for index, value in enumerate(scores):
-        if not math.isfinite(value):
-            _fail(f"the score of text {index + 1} is NaN or infinity")
-    if expected is None or tolerance is None:
-        return None
-    if len(scores) != len(expected):
-        _fail(f"the fp32 reference has {len(expected)} scores for {len(scores)} texts")
-    scale = max(1.0, *map(abs, expected))
-    differences = [abs(value - other) / scale for value, other in zip(scores, expected, strict=True)]
-    largest = max(differences)
-    # `not` so that a reference of NaN fails.
-    if not largest <= tolerance:
-        index = differences.index(largest)
-        _fail(
-            f"the score of text {index + 1} differs from the fp32 reference of the same weights: {scores[index]:.5f} "
-            f"instead of {expected[index]:.5f}, the limit is {tolerance * scale:.3g}"
-        )
-    return largest
-
-
-def decode(text: str) -> list[float]:
-    """Decode base64 of little-endian float32 numbers."""
-    numbers = array.array("f", base64.b64decode(text))
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers.tolist()
-
-
-def exit_error(container: Container, hint: str = _NO_VERIFY) -> InferctlError | None:
+def exit_error(container: Container, hint: str = NO_VERIFY) -> InferctlError | None:
     """Return an error with the reason why the container exited, None if it runs.
 
     `hint`: for an exit whose reason is only in the log.
@@ -328,7 +259,7 @@ def _wait_ready(container: Container, address: tuple[str, int], started: float, 
             return
         if time.monotonic() - started > seconds:
             log = container.log(_LOG_LINES)
-            _fail(
+            fail(
                 _with_log(f"/readyz was not ready within {seconds:.0f} s", log),
                 "wait longer with `--ready-timeout SECONDS`",
             )
@@ -340,7 +271,7 @@ def _embed(container: Container, address: tuple[str, int], model: str) -> list[l
     response = fetch(container, address, "/v1/embeddings", body)
     found = sorted(response["data"], key=lambda item: item["index"])
     if len(found) != len(TEXTS):
-        _fail(f"the server returned {len(found)} vectors for {len(TEXTS)} texts")
+        fail(f"the server returned {len(found)} vectors for {len(TEXTS)} texts")
     return [decode(item["embedding"]) for item in found]
 
 
@@ -349,7 +280,7 @@ def _score(container: Container, address: tuple[str, int], model: str) -> list[f
     results = fetch(container, address, "/v1/rerank", body)["results"]
     found = {int(item["index"]): float(item["relevance_score"]) for item in results}
     if len(results) != len(TEXTS) or len(found) != len(TEXTS):
-        _fail(f"the server returned {len(found)} scores for {len(TEXTS)} texts")
+        fail(f"the server returned {len(found)} scores for {len(TEXTS)} texts")
     return [found[index] for index in range(len(TEXTS))]
 
 
@@ -361,7 +292,7 @@ def _checked(check: Callable[[], T]) -> T:
     try:
         return check()
     except InferctlError as error:
-        _fail(error.message.removeprefix("verification failed: "))
+        fail(error.message.removeprefix("verification failed: "))
 
 
 def _reference(
@@ -382,17 +313,17 @@ def _reference(
     )
     code, out, err = engine.run_with_input(image.id, container_options, json.dumps(inputs).encode(), _REFERENCE_SECONDS)
     if code is None:
-        _fail(f"the fp32 reference took longer than {_REFERENCE_SECONDS:.0f} s")
+        fail(f"the fp32 reference took longer than {_REFERENCE_SECONDS:.0f} s")
     # transformers does not know all models of vLLM, nor the reference all quantized formats.
     if code == UsageError.exit_code and task == "generate":
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
         return lines[0].removeprefix("error: ") if lines else "the reference rejects the model"
     if code:
-        _fail(_with_log(f"the fp32 reference ended with exit code {code}", err))
+        fail(_with_log(f"the fp32 reference ended with exit code {code}", err))
     try:
         return dict(json.loads(out))
     except ValueError:
-        _fail(_with_log("the fp32 reference wrote no JSON", err))
+        fail(_with_log("the fp32 reference wrote no JSON", err))
 
 
 def fetch(
@@ -403,11 +334,11 @@ def fetch(
         return dict(json.loads(request(address, "POST" if body else "GET", path, body, _REQUEST_SECONDS)))
     except urllib.error.HTTPError as error:
         text = error.read().decode("utf-8", "replace")
-        _fail(_with_log(f"{path} returned {error.code}: {text[:500]}", container.log(_LOG_LINES)))
+        fail(_with_log(f"{path} returned {error.code}: {text[:500]}", container.log(_LOG_LINES)))
     except (OSError, http.client.HTTPException, ValueError) as error:
         if ended := exit_error(container):
-            _fail(f"no response from {path}: {ended.message}")
-        _fail(_with_log(f"no response from {path}: {error}", container.log(_LOG_LINES)))
+            fail(f"no response from {path}: {ended.message}")
+        fail(_with_log(f"no response from {path}: {error}", container.log(_LOG_LINES)))
 
 
 def request(address: tuple[str, int], method: str, path: str, body: Any = None, timeout: float = 10.0) -> bytes:
@@ -446,15 +377,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _cosine(a: Sequence[float], b: Sequence[float]) -> float:
-    length = math.hypot(*a) * math.hypot(*b)
-    return sum(x * y for x, y in zip(a, b, strict=True)) / length if length else 0.0
-
-
 def _with_log(message: str, log: str) -> str:
     lines = "\n".join(f"  | {line}" for line in log.splitlines()[-_LOG_LINES:])
     return f"{message}\n{lines}" if lines else f"{message}; the log is empty"
-
-
-def _fail(message: str, hint: str = _NO_VERIFY) -> NoReturn:
-    raise InferctlError(f"verification failed: {message}", hint)

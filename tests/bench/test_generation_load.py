@@ -12,6 +12,7 @@ import numpy.lib.recfunctions
 import pytest
 
 from inferctl.bench.judge import streams, summary
+from inferctl.bench.judge.summary_types import Summary
 from inferctl.bench.load import records, target
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -32,7 +33,7 @@ def harness() -> Iterator[tuple[Any, Any]]:
             sys.path.remove(folder)
 
 
-def run(harness: tuple[Any, Any], *options: str, **load: Any) -> tuple[Any, summary.Summary, Any]:
+def run(harness: tuple[Any, Any], *options: str, **load: Any) -> tuple[Any, Summary, Any]:
     """Return the records of a load, its summary and the log of the server."""
     loads, token_server = harness
     with token_server.run_server("--first-ms", "10", "--gap-ms", "3", *options) as server:

@@ -13,7 +13,7 @@ import pytest
 
 from inferctl import settings
 from inferctl.errors import InferctlError, NotReadyError, UsageError
-from inferctl.image import buildx, context, verify
+from inferctl.image import buildx, context, output_checks, verify
 from inferctl.image.build import check_size, named_layers, new_bytes, note_unverified
 from inferctl.image.context import staged
 from inferctl.image.events import StepFinished
@@ -168,11 +168,11 @@ GOOD = [[0.6, 0.8], [1.0, 0.0]]
 
 
 def test_equal_vectors_have_cosine_one() -> None:
-    assert verify.check_vectors(GOOD, GOOD, 2, 0.999) == pytest.approx(1.0)
+    assert output_checks.check_vectors(GOOD, GOOD, 2, 0.999) == pytest.approx(1.0)
 
 
 def test_the_lowest_cosine_counts() -> None:
-    assert verify.check_vectors([[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.8, 0.6]], 2, 0.9) == pytest.approx(0.96)
+    assert output_checks.check_vectors([[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.8, 0.6]], 2, 0.9) == pytest.approx(0.96)
 
 
 @pytest.mark.parametrize(
@@ -188,24 +188,24 @@ def test_the_lowest_cosine_counts() -> None:
 )
 def test_invalid_vectors_have_different_errors(vectors: list[list[float]], what: str) -> None:
     with pytest.raises(InferctlError, match=what) as caught:
-        verify.check_vectors(vectors, GOOD, 2, 0.999)
+        output_checks.check_vectors(vectors, GOOD, 2, 0.999)
     assert caught.value.exit_code == 1
 
 
 def test_the_difference_of_scores_is_relative_to_the_largest_one() -> None:
-    assert verify.check_scores([0.2, -8.1], [0.2, -8.0], 0.02) == pytest.approx(0.1 / 8)
-    assert verify.check_scores([0.2, 0.91], [0.2, 0.9], 0.02) == pytest.approx(0.01)
-    assert verify.check_scores([0.2, 0.91], None, None) is None
+    assert output_checks.check_scores([0.2, -8.1], [0.2, -8.0], 0.02) == pytest.approx(0.1 / 8)
+    assert output_checks.check_scores([0.2, 0.91], [0.2, 0.9], 0.02) == pytest.approx(0.01)
+    assert output_checks.check_scores([0.2, 0.91], None, None) is None
     with pytest.raises(InferctlError, match=r"text 2 differs .*: -8.20000 instead of -8.00000, the limit is 0.16"):
-        verify.check_scores([0.2, -8.2], [0.2, -8.0], 0.02)
+        output_checks.check_scores([0.2, -8.2], [0.2, -8.0], 0.02)
     with pytest.raises(InferctlError, match="text 1 is NaN or infinity"):
-        verify.check_scores([math.nan], [0.5], 0.02)
+        output_checks.check_scores([math.nan], [0.5], 0.02)
     with pytest.raises(InferctlError, match="text 1 differs"):
-        verify.check_scores([0.5], [math.nan], 0.02)
+        output_checks.check_scores([0.5], [math.nan], 0.02)
 
 
 def test_vectors_are_little_endian_float32() -> None:
-    assert verify.decode(base64.b64encode(struct.pack("<2f", 0.5, -2.0)).decode()) == [0.5, -2.0]
+    assert output_checks.decode(base64.b64encode(struct.pack("<2f", 0.5, -2.0)).decode()) == [0.5, -2.0]
 
 
 def test_links_out_of_a_hub_snapshot_are_mounted_one_by_one(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from inferctl import settings
 from inferctl.access import key_file
 from inferctl.access.key_file import ApiKey
 from inferctl.access.limits import Charge, KeyUsage, Limiter
-from inferctl.bench.load import target
+from inferctl.bench.load import http_json, target
 from inferctl.errors import NotReadyError
 from inferctl.serve.edge import access
 from inferctl.spec import Access
@@ -331,11 +331,11 @@ def test_a_client_cannot_name_itself(guarded: Guarded) -> None:
 
 def test_the_benchmark_measures_with_the_key_of_an_admin(guarded: Guarded) -> None:
     _, admin = guarded.key(admin=True)
-    found = target.connect(guarded.server.url, access=target.Access({"Authorization": f"Bearer {admin}"}, None))
+    found = target.connect(guarded.server.url, access=http_json.Access({"Authorization": f"Bearer {admin}"}, None))
     assert found.info["name"] == "echo"
     _, user = guarded.key()
     with pytest.raises(NotReadyError, match="403") as error:
-        target.connect(guarded.server.url, access=target.Access({"Authorization": f"Bearer {user}"}, None))
+        target.connect(guarded.server.url, access=http_json.Access({"Authorization": f"Bearer {user}"}, None))
     assert "--admin" in str(error.value.hint)
 
 

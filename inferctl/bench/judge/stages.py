@@ -12,6 +12,7 @@ import numpy.typing as npt
 from inferctl.bench import stats
 from inferctl.bench.judge import summary
 from inferctl.bench.judge.summary import RunRecords
+from inferctl.bench.judge.summary_types import Counts
 from inferctl.bench.load import records
 from inferctl.bench.plan.shape import Load, Stage
 from inferctl.bench.receipt import JsonObject
@@ -22,7 +23,7 @@ GROUP_SIZES = {0.99: 50, 0.95: 25, 0.9: 25}
 RECOVERED_GROUPS = 3
 
 
-class StageSummary(summary.Counts):
+class StageSummary(Counts):
     """The figures of one stage, as in a receipt. Latencies are in ms."""
 
     name: str | None

@@ -11,16 +11,12 @@ Servers differ in their paths and in how they name their model:
 from __future__ import annotations
 
 import base64
-import http.client
 import ipaddress
 import itertools
-import json
 import math
 import re
 import struct
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -28,6 +24,7 @@ from typing import Any, Literal
 from inferctl import divergence
 from inferctl.bench.load import generation, procfs
 from inferctl.bench.load.generation import GenerationApi
+from inferctl.bench.load.http_json import ABSENT, Access, Body, Info, StatusError, get_json, post, send
 from inferctl.divergence import NoLogprobsError, Scored
 from inferctl.errors import InferctlError, NotReadyError, UsageError
 from inferctl.spec import Task
@@ -38,44 +35,10 @@ PATHS: Mapping[Task, tuple[str, ...]] = {
     "generate": ("/v1/chat/completions", "/v1/completions"),
 }
 _SERVES: Mapping[Task, str] = {"embed": "embeddings", "rerank": "reranking", "generate": "generation"}
-_ABSENT = (404, 405, 501)
 # HTTP statuses of a server that rejects an unknown key of a request.
 _INVALID = (400, 415, 422)
 _PROBE_S = 60.0
 _PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-# No proxies, as in the load generator: the latency of a proxy is not that of the server.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-# JSON objects: the report of a server about itself (`GET /info`), and the body of a request.
-Info = dict[str, Any]
-Body = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Access:
-    """The model name and the headers for servers at `--url`.
-
-    Headers may contain secrets, so they are never printed or written to a file.
-    """
-
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    model: str | None = None
-
-    def without_secrets(self, text: str) -> str:
-        """Return `text` with `***` in place of each header value and key: a server may quote them in an error."""
-        for value in self.headers.values():
-            for secret in (value, value.rpartition(" ")[2]):
-                text = text.replace(secret, "***") if len(secret) > 3 else text
-        return text
-
-
-class _StatusError(InferctlError):
-    """The server responded with an HTTP error status."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True)
@@ -129,7 +92,7 @@ class Target:
 
     def generate(self, texts: list[str], timeout_s: float = 120, output_tokens: int = 1) -> list[Body]:
         """Return the chunks of the stream of a completion. Raises `InferctlError` unless the stream is complete."""
-        content = _send(self.endpoint_url, timeout_s, self.body(texts, output_tokens), self.access)
+        content = send(self.endpoint_url, timeout_s, self.body(texts, output_tokens), self.access)
         return generation.chunks(content, self.endpoint_url)
 
     def rerank(self, texts: list[str], timeout_s: float = 120) -> list[float]:
@@ -138,7 +101,7 @@ class Target:
         Raises `InferctlError` if the request is rejected or the response is invalid: without one finite score per
         document, or not sorted.
         """
-        response = _post(self.endpoint_url, timeout_s, self.body(texts), self.access)
+        response = post(self.endpoint_url, timeout_s, self.body(texts), self.access)
         try:
             if self.documents_key == "texts":
                 results = [(int(row["index"]), float(row["score"])) for row in response]
@@ -157,7 +120,7 @@ class Target:
 
     def embed(self, texts: list[str], timeout_s: float = 120) -> list[tuple[float, ...]]:
         """Return one vector per text. Raises `InferctlError` if the request is rejected or the response is invalid."""
-        response = _post(self.endpoint_url, timeout_s, self.body(texts), self.access)
+        response = post(self.endpoint_url, timeout_s, self.body(texts), self.access)
         try:
             if self.path == "/embed":
                 vectors = [_vector(row) for row in response]
@@ -176,7 +139,7 @@ class Target:
         The endpoint is that of vLLM and SGLang (`prompt`) and of llama.cpp's server (`content`).
         """
         body = {"model": self.model, "prompt": text, "content": text, "add_special_tokens": False, "add_special": False}
-        response = _post(f"{self.url}/tokenize", timeout_s, body, self.access)
+        response = post(f"{self.url}/tokenize", timeout_s, body, self.access)
         try:
             return [int(token) for token in response["tokens"]]
         except (KeyError, TypeError, ValueError) as error:
@@ -190,9 +153,9 @@ class Target:
         """
         body = divergence.request(self.model, ids)
         try:
-            return divergence.read_served(_post(f"{self.url}/v1/completions", timeout_s, body, self.access), ids)
-        except _StatusError as error:
-            if error.status in (*_ABSENT, *_INVALID):
+            return divergence.read_served(post(f"{self.url}/v1/completions", timeout_s, body, self.access), ids)
+        except StatusError as error:
+            if error.status in (*ABSENT, *_INVALID):
                 raise NoLogprobsError(f"the server reports no log-probabilities of a prompt: {error.message}") from None
             raise
 
@@ -210,7 +173,7 @@ def connect(url: str, timeout_s: float = 10, access: Access | None = None) -> Ta
     url = url.removesuffix(path or "").removesuffix("/v1")
     if not _is_address(url):
         raise UsageError(f"{url!r} is not the URL of a server", "pass a URL as in `--url t4=http://10.0.0.7:8080`")
-    info = _get_json(f"{url}/info", timeout_s, access)
+    info = get_json(f"{url}/info", timeout_s, access)
     task = _task(info, path)
     if info.get("name"):
         name = access.model or str(info["name"])
@@ -262,7 +225,7 @@ def _first_model(url: str, timeout_s: float, access: Access) -> Info:
     """Return the entry of the first model in the list of the server; empty if there is none."""
     for page in ("/v1/models", "/models"):
         try:
-            entry = _get_json(f"{url}{page}", timeout_s, access)["data"][0]
+            entry = get_json(f"{url}{page}", timeout_s, access)["data"][0]
             return {**entry, "id": str(entry["id"])}
         except (KeyError, IndexError, TypeError):
             continue
@@ -284,14 +247,14 @@ def _describe(info: Mapping[str, Any]) -> Info:
 
 def _probe(server: Target, path: str | None) -> Target:
     """Return `server` with the first path and form of a request that it accepts. Raises `NotReadyError`."""
-    absent: list[_StatusError] = []
+    absent: list[StatusError] = []
     for candidate in (path,) if path else PATHS[server.task]:
         try:
             return _check(replace(server, path=candidate))
-        except _StatusError as error:
+        except StatusError as error:
             # A model without a chat template has no chat; vLLM says so with a 400.
             no_chat = server.task == "generate" and "chat template" in error.message
-            if error.status not in _ABSENT and not no_chat:
+            if error.status not in ABSENT and not no_chat:
                 raise NotReadyError(error.message, _hint(error.status)) from None
             absent.append(error)
         except InferctlError as error:
@@ -314,7 +277,7 @@ def _check(server: Target) -> Target:
     texts = ["ready", "ready"] if server.task == "rerank" else ["ready"]
     try:
         server.request(texts, _PROBE_S)
-    except _StatusError as error:
+    except StatusError as error:
         if error.status not in _INVALID or server.path == "/embed":
             raise
         server = replace(server, base64=False, documents_key="texts")
@@ -329,7 +292,7 @@ def _check_generation(server: Target) -> Target:
         try:
             server.generate(["ready", "ready"], _PROBE_S)
             return server
-        except _StatusError as error:
+        except StatusError as error:
             if error.status not in (*_INVALID, 500):  # some servers return 500 for a role that a template rejects
                 raise
             rejected = error
@@ -345,48 +308,6 @@ def _is_address(url: str) -> bool:
         return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:
         return False
-
-
-def _get_json(url: str, timeout_s: float, access: Access) -> Info:
-    """Return the JSON object at `url`; empty if the server has no such page or returns something else.
-
-    Raises `NotReadyError` if no server responds or it rejects the request.
-    """
-    try:
-        with _OPENER.open(_request(url, access), timeout=timeout_s) as response:
-            value = json.loads(response.read())
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code in _ABSENT:
-            return {}
-        raise NotReadyError(f"{url} returned {error.code} {error.reason}", _hint(error.code)) from None
-    except (ValueError, RecursionError):
-        return {}
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise NotReadyError(
-            f"cannot connect to {url}: {reason}", "start the server first, or check host and port"
-        ) from None
-    return value if isinstance(value, dict) else {}
-
-
-def _request(url: str, access: Access, body: bytes | None = None) -> urllib.request.Request:
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"} if body else {})
-    for name, value in access.headers.items():
-        # A redirect to another host must not send the headers there.
-        request.add_unredirected_header(name, value)
-    return request
-
-
-def _hint(status: int) -> str:
-    if status in (401, 403):
-        return (
-            "the server requires credentials: name the environment variable of its API key with `--api-key-env NAME`, "
-            "or pass `--header 'Name: value'`; for inferctl, a key of `inferctl keys create NAME --admin`"
-        )
-    if status in (429, 502, 503, 504):
-        return "the server may be loading its model, or be busy: wait until GET /readyz or GET /health returns 200"
-    return "see the log of the server"
 
 
 def is_local(url: str) -> bool:
@@ -406,27 +327,6 @@ def local_pid(url: str) -> int | None:
     """Return the process of this machine that serves `url`; None if it is elsewhere or unknown."""
     parts = urllib.parse.urlsplit(url)
     return procfs.listener(parts.port or (443 if parts.scheme == "https" else 80)) if is_local(url) else None
-
-
-def _post(url: str, timeout_s: float, body: Mapping[str, Any], access: Access) -> Any:
-    try:
-        return json.loads(_send(url, timeout_s, body, access))
-    except (ValueError, RecursionError) as error:
-        raise InferctlError(f"the request to {url} failed: {error}") from None
-
-
-def _send(url: str, timeout_s: float, body: Mapping[str, Any], access: Access) -> bytes:
-    """Return the body of the response to a POST request. Raises `InferctlError`."""
-    try:
-        with _OPENER.open(_request(url, access, json.dumps(body).encode()), timeout=timeout_s) as response:
-            content: bytes = response.read()
-            return content
-    except urllib.error.HTTPError as error:
-        with error:
-            message = access.without_secrets(error.read(300).decode(errors="replace"))
-        raise _StatusError(error.code, f"{url} returned {error.code}: {message}") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise InferctlError(f"the request to {url} failed: {error}") from None
 
 
 def _vector(embedding: str | list[float]) -> tuple[float, ...]:

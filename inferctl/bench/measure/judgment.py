@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from inferctl.bench.judge import summary, validity
+from inferctl.bench.judge.summary_types import Summary
 from inferctl.bench.judge.validity import Validity
 from inferctl.bench.measure import neighbors, throughput
 from inferctl.bench.measure.outcome import Outcome, WorkloadRecord
@@ -15,7 +16,7 @@ from inferctl.bench.measure.outcome import Outcome, WorkloadRecord
 class JudgedOutcome:
     """The summary of all runs of a target, the validity of each run, and the validity of all together."""
 
-    summary: summary.Summary
+    summary: Summary
     runs: list[Validity]
     validity: Validity
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.bench.judge import summary, validity
+from inferctl.bench.judge.summary_types import Summary
 from inferctl.bench.judge.validity import Validity
 from inferctl.bench.measure import telemetry
 from inferctl.bench.measure.concurrency import Concurrency
@@ -132,7 +133,7 @@ class Measurement:
         return [*(earlier.records for earlier in self.pooled), self.records]
 
     @property
-    def summary(self) -> summary.Summary:
+    def summary(self) -> Summary:
         """The figures of this load alone."""
         return summary.summarize([self.records])
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from inferctl.bench import privacy
 from inferctl.bench.judge import slo, summary
-from inferctl.bench.judge.summary import GenerationSummary
+from inferctl.bench.judge.summary_types import GenerationSummary
 from inferctl.bench.measure.outcome import Outcome
 from inferctl.bench.receipt import JsonObject, Receipt
 from inferctl.bench.report.estimated import EstimatedFigures

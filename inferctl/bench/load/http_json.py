@@ -1,0 +1,111 @@
+"""HTTP requests with JSON to servers that are measured or described, with the headers of `--url`."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from inferctl.errors import InferctlError, NotReadyError
+
+ABSENT = (404, 405, 501)
+# No proxies, as in the load generator: the latency of a proxy is not that of the server.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+# JSON objects: the report of a server about itself (`GET /info`), and the body of a request.
+Info = dict[str, Any]
+Body = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Access:
+    """The model name and the headers for servers at `--url`.
+
+    Headers may contain secrets, so they are never printed or written to a file.
+    """
+
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    model: str | None = None
+
+    def without_secrets(self, text: str) -> str:
+        """Return `text` with `***` in place of each header value and key: a server may quote them in an error."""
+        for value in self.headers.values():
+            for secret in (value, value.rpartition(" ")[2]):
+                text = text.replace(secret, "***") if len(secret) > 3 else text
+        return text
+
+
+class StatusError(InferctlError):
+    """The server responded with an HTTP error status."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def get_json(url: str, timeout_s: float, access: Access) -> Info:
+    """Return the JSON object at `url`; empty if the server has no such page or returns something else.
+
+    Raises `NotReadyError` if no server responds or it rejects the request.
+    """
+    try:
+        with _OPENER.open(_request(url, access), timeout=timeout_s) as response:
+            value = json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code in ABSENT:
+            return {}
+        raise NotReadyError(f"{url} returned {error.code} {error.reason}", _hint(error.code)) from None
+    except (ValueError, RecursionError):
+        return {}
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise NotReadyError(
+            f"cannot connect to {url}: {reason}", "start the server first, or check host and port"
+        ) from None
+    return value if isinstance(value, dict) else {}
+
+
+def _request(url: str, access: Access, body: bytes | None = None) -> urllib.request.Request:
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"} if body else {})
+    for name, value in access.headers.items():
+        # A redirect to another host must not send the headers there.
+        request.add_unredirected_header(name, value)
+    return request
+
+
+def _hint(status: int) -> str:
+    if status in (401, 403):
+        return (
+            "the server requires credentials: name the environment variable of its API key with `--api-key-env NAME`, "
+            "or pass `--header 'Name: value'`; for inferctl, a key of `inferctl keys create NAME --admin`"
+        )
+    if status in (429, 502, 503, 504):
+        return "the server may be loading its model, or be busy: wait until GET /readyz or GET /health returns 200"
+    return "see the log of the server"
+
+
+def post(url: str, timeout_s: float, body: Mapping[str, Any], access: Access) -> Any:
+    """Return the JSON of the response to a POST request. Raises `InferctlError`."""
+    try:
+        return json.loads(send(url, timeout_s, body, access))
+    except (ValueError, RecursionError) as error:
+        raise InferctlError(f"the request to {url} failed: {error}") from None
+
+
+def send(url: str, timeout_s: float, body: Mapping[str, Any], access: Access) -> bytes:
+    """Return the body of the response to a POST request. Raises `InferctlError`."""
+    try:
+        with _OPENER.open(_request(url, access, json.dumps(body).encode()), timeout=timeout_s) as response:
+            content: bytes = response.read()
+            return content
+    except urllib.error.HTTPError as error:
+        with error:
+            message = access.without_secrets(error.read(300).decode(errors="replace"))
+        raise StatusError(error.code, f"{url} returned {error.code}: {message}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise InferctlError(f"the request to {url} failed: {error}") from None

@@ -1,0 +1,97 @@
+"""Compares what a server of an image returns with the fp32 reference of the same weights."""
+
+from __future__ import annotations
+
+import array
+import base64
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from inferctl.errors import InferctlError
+
+# Minimum cosine between a served vector and the fp32 reference. fp32 on the same weights differs only by the order of
+# sums. fp16 and bf16 keep 11 and 8 bits of the mantissa, which costs up to about 5e-4 over the layers of a transformer.
+# int8 quantizes the weights; below 0.99, retrieval rankings start to change.
+TOLERANCE: Mapping[str, float] = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999, "int8": 0.99}
+# Maximum difference between a rerank score and the fp32 reference, relative to the largest score (at least 1).
+SCORE_TOLERANCE: Mapping[str, float] = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.02, "int8": 0.1}
+NO_VERIFY = "see the log above, or pass `--no-verify` to build without this test"
+
+
+def check_vectors(
+    vectors: Sequence[Sequence[float]],
+    expected: Sequence[Sequence[float]] | None,
+    dimensions: int,
+    tolerance: float | None,
+) -> float | None:
+    """Return the lowest cosine of `vectors` to `expected`, None without `expected`.
+
+    Raises `InferctlError` for a wrong size, NaN, infinity, zeros, or a cosine below `tolerance`.
+    """
+    for index, vector in enumerate(vectors):
+        if len(vector) != dimensions:
+            fail(
+                f"the vector of text {index + 1} has {len(vector)} numbers, but the model has {dimensions} dimensions"
+            )
+        if count := sum(not math.isfinite(x) for x in vector):
+            fail(f"the vector of text {index + 1} has NaN or infinity in {count} of {dimensions} numbers")
+        if not any(vector):
+            fail(f"the vector of text {index + 1} is all zeros")
+    if expected is None or tolerance is None:
+        return None
+    if len(vectors) != len(expected) or any(len(v) != len(e) for v, e in zip(vectors, expected, strict=False)):
+        fail("the fp32 reference and the served vectors have different shapes")
+    cosines = [_cosine(v, e) for v, e in zip(vectors, expected, strict=True)]
+    lowest = min(cosines)
+    if lowest < tolerance:
+        fail(
+            f"the vector of text {cosines.index(lowest) + 1} differs from the fp32 reference of the same weights: "
+            f"cosine {lowest:.5f}, required {tolerance}"
+        )
+    return lowest
+
+
+def check_scores(scores: Sequence[float], expected: Sequence[float] | None, tolerance: float | None) -> float | None:
+    """Return the largest difference of `scores` to `expected`, None without `expected`.
+
+    It is relative to the largest expected score, at least 1. Raises `InferctlError` for NaN, infinity, or a difference
+    above `tolerance`.
+    """
+    for index, value in enumerate(scores):
+        if not math.isfinite(value):
+            fail(f"the score of text {index + 1} is NaN or infinity")
+    if expected is None or tolerance is None:
+        return None
+    if len(scores) != len(expected):
+        fail(f"the fp32 reference has {len(expected)} scores for {len(scores)} texts")
+    scale = max(1.0, *map(abs, expected))
+    differences = [abs(value - other) / scale for value, other in zip(scores, expected, strict=True)]
+    largest = max(differences)
+    # `not` so that a reference of NaN fails.
+    if not largest <= tolerance:
+        index = differences.index(largest)
+        fail(
+            f"the score of text {index + 1} differs from the fp32 reference of the same weights: {scores[index]:.5f} "
+            f"instead of {expected[index]:.5f}, the limit is {tolerance * scale:.3g}"
+        )
+    return largest
+
+
+def decode(text: str) -> list[float]:
+    """Decode base64 of little-endian float32 numbers."""
+    numbers = array.array("f", base64.b64decode(text))
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tolist()
+
+
+def fail(message: str, hint: str = NO_VERIFY) -> NoReturn:
+    """Raise `InferctlError`: the verification failed."""
+    raise InferctlError(f"verification failed: {message}", hint)
+
+
+def _cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    length = math.hypot(*a) * math.hypot(*b)
+    return sum(x * y for x, y in zip(a, b, strict=True)) / length if length else 0.0
