@@ -39,7 +39,6 @@ from inferctl.errors import UsageError
 
 _KUSTOMIZE = "kustomize.config.k8s.io"
 _FILE = "kustomization.yaml"
-OLDEST = 32
 # All files are in these.
 FOLDERS = ("base", "components", "overlays", "bench", "gpu-operator", "monitoring", "karmada")
 # Files of a folder that are not of one model, so no model may have the name of one.
@@ -112,11 +111,6 @@ def check(model: ModelPlan, clusters: Sequence[Cluster]) -> None:
     if any(flavor.sharing == "dra" for flavor in model.flavors):
         needed.append(("dra", "sharing: dra"))
     for cluster in clusters:
-        if cluster.minor < OLDEST:
-            raise UsageError(
-                f"cluster {cluster.name} has Kubernetes {cluster.kubernetes}; the manifests need 1.{OLDEST}",
-                "update the cluster",
-            )
         for feature, setting in needed:
             if not versions.works(feature, cluster.kubernetes):
                 known = versions.FEATURES[feature]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from inferctl.deploy import gpu, sizing
+from inferctl.deploy import gpu, sizing, versions
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure, shown
 from inferctl.deploy.plan import FlavorPlan, Placement, TrafficPlan
@@ -43,8 +43,8 @@ def place(
         for flavor, each in zip(flavors, made, strict=True)
     ]
     scaled = settings.scaling != "none"
-    # A HorizontalPodAutoscaler accepts a minimum of 0 from Kubernetes 1.37.
-    lowest = 1 if settings.scaling == "hpa" and cluster.minor < 37 else 0
+    zero = settings.scaling != "hpa" or versions.works("hpa-scale-to-zero", cluster.kubernetes)
+    lowest = 0 if zero else 1
     sized = sizing.replicas(chain, traffic, share, settings.utilization, scaled=scaled, lowest=lowest)
     _refuse_too_many(made, sized, cluster)
     _warn_of_uncovered_peak(spec, chain, sized, traffic, cluster, warnings)

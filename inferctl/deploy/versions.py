@@ -62,11 +62,6 @@ FEATURES: Mapping[str, Feature] = {
         _states("absent", "off", "on", "on", "stable", "stable"),
         "`exactly` with one device class, and one Deployment per kind of GPU",
     ),
-    "dra-partitionable": Feature(
-        "ResourceSlice sharedCounters",
-        _states("absent", "off", "off", "off", "on", "on"),
-        "MIG slices that the MIG manager makes beforehand",
-    ),
     "dra-extended-resource": Feature(
         "DeviceClass extendedResourceName",
         _states("absent", "absent", "off", "off", "on", "stable"),
@@ -97,20 +92,10 @@ FEATURES: Mapping[str, Feature] = {
         _states("on", "on", "stable", "stable", "stable", "stable"),
         "preStop.exec with `sleep`",
     ),
-    "match-label-keys": Feature(
-        "topologySpreadConstraints[].matchLabelKeys",
-        _states("on", "on", "on", "on", "on", "on"),
-        "a label with the version of the workload in labelSelector",
-    ),
     "in-place-resize": Feature(
         "containers[].resizePolicy",
         _states("off", "on", "on", "stable", "stable", "stable"),
         "a rollout with new resources",
-    ),
-    "capacity-buffer": Feature(
-        "autoscaling.x-k8s.io/v1beta1 CapacityBuffer",
-        _states("absent", "absent", "absent", "on", "on", "on"),
-        "v1alpha1 in 1.34, or placeholder pods with a priority of -10 to -1",
     ),
 }
 

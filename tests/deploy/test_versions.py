@@ -26,16 +26,13 @@ WORKS = {
     "image-volume": (35, 36, 37),
     "dra": (34, 35, 36, 37),
     "dra-first-available": (34, 35, 36, 37),
-    "dra-partitionable": (36, 37),
     "dra-extended-resource": (36, 37),
     "dra-device-taints": (37,),
     "hpa-tolerance": (35, 36, 37),
     "hpa-scale-to-zero": (37,),
     "prefer-same-zone": (34, 35, 36, 37),
     "pre-stop-sleep": (32, 33, 34, 35, 36, 37),
-    "match-label-keys": (32, 33, 34, 35, 36, 37),
     "in-place-resize": (33, 34, 35, 36, 37),
-    "capacity-buffer": (35, 36, 37),
 }
 
 

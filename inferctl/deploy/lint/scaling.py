@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from inferctl.deploy import versions
 from inferctl.deploy.lint.finding import Context, Hit, rule
 from inferctl.deploy.lint.manifests import Manifests, same_namespace
 from inferctl.deploy.lint.placement import replicas_path
@@ -119,7 +120,7 @@ def _zero(manifests: Manifests, context: Context) -> Iterator[Hit]:
         if integer(each.data, "spec", "minReplicas") != 0:
             continue
         kinds = {text(metric, "type") for metric in sequence(each.data, "spec", "metrics")}
-        if context.minor < 37:
+        if not versions.FEATURES["hpa-scale-to-zero"].works(context.minor):
             yield Hit(each, ("spec", "minReplicas"), f"minReplicas: 0 needs 1.37, and this is 1.{context.minor}")
         elif not kinds & {"External", "Object"}:
             yield Hit(each, ("spec", "minReplicas"), "minReplicas: 0 without a metric of type External or Object")
