@@ -32,9 +32,7 @@ def check_vectors(
     """
     for index, vector in enumerate(vectors):
         if len(vector) != dimensions:
-            fail(
-                f"the vector of text {index + 1} has {len(vector)} numbers, but the model has {dimensions} dimensions"
-            )
+            fail(f"the vector of text {index + 1} has {len(vector)} numbers, but the model has {dimensions} dimensions")
         if count := sum(not math.isfinite(x) for x in vector):
             fail(f"the vector of text {index + 1} has NaN or infinity in {count} of {dimensions} numbers")
         if not any(vector):

@@ -39,9 +39,7 @@ def test_shipped_plans_load_and_their_corpora_exist(name: str) -> None:
 
 
 def test_repeats_alternate_in_direction() -> None:
-    names = [
-        run.name for run in plan.load("precision").with_overrides(["fp32", "int8"], repeats=3).runs()
-    ]
+    names = [run.name for run in plan.load("precision").with_overrides(["fp32", "int8"], repeats=3).runs()]
     assert names == ["fp32-1", "int8-1", "int8-2", "fp32-2", "fp32-3", "int8-3"]
 
 

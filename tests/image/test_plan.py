@@ -172,7 +172,9 @@ def test_equal_vectors_have_cosine_one() -> None:
 
 
 def test_the_lowest_cosine_counts() -> None:
-    assert output_checks.check_vectors([[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.8, 0.6]], 2, 0.9) == pytest.approx(0.96)
+    assert output_checks.check_vectors([[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.8, 0.6]], 2, 0.9) == pytest.approx(
+        0.96
+    )
 
 
 @pytest.mark.parametrize(

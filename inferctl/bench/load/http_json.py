@@ -59,7 +59,7 @@ def get_json(url: str, timeout_s: float, access: Access) -> Info:
         error.close()
         if error.code in ABSENT:
             return {}
-        raise NotReadyError(f"{url} returned {error.code} {error.reason}", _hint(error.code)) from None
+        raise NotReadyError(f"{url} returned {error.code} {error.reason}", hint(error.code)) from None
     except (ValueError, RecursionError):
         return {}
     except (OSError, http.client.HTTPException) as error:
@@ -78,7 +78,8 @@ def _request(url: str, access: Access, body: bytes | None = None) -> urllib.requ
     return request
 
 
-def _hint(status: int) -> str:
+def hint(status: int) -> str:
+    """Return what to do about an HTTP error status of a server."""
     if status in (401, 403):
         return (
             "the server requires credentials: name the environment variable of its API key with `--api-key-env NAME`, "

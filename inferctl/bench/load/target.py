@@ -24,7 +24,7 @@ from typing import Any, Literal
 from inferctl import divergence
 from inferctl.bench.load import generation, procfs
 from inferctl.bench.load.generation import GenerationApi
-from inferctl.bench.load.http_json import ABSENT, Access, Body, Info, StatusError, get_json, post, send
+from inferctl.bench.load.http_json import ABSENT, Access, Body, Info, StatusError, get_json, hint, post, send
 from inferctl.divergence import NoLogprobsError, Scored
 from inferctl.errors import InferctlError, NotReadyError, UsageError
 from inferctl.spec import Task
@@ -255,7 +255,7 @@ def _probe(server: Target, path: str | None) -> Target:
             # A model without a chat template has no chat; vLLM says so with a 400.
             no_chat = server.task == "generate" and "chat template" in error.message
             if error.status not in ABSENT and not no_chat:
-                raise NotReadyError(error.message, _hint(error.status)) from None
+                raise NotReadyError(error.message, hint(error.status)) from None
             absent.append(error)
         except InferctlError as error:
             raise NotReadyError(error.message, f"check that it serves {_SERVES[server.task]}") from None

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from inferctl.bench.load import child_server, generator
-from inferctl.bench.load.server_tokenizer import of_server
 from inferctl.bench.load.http_json import Access
+from inferctl.bench.load.server_tokenizer import of_server
 from inferctl.bench.load.target import connect
 from inferctl.bench.measure import neighbors
 from inferctl.bench.measure.concurrency import Concurrency
