@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from inferctl.spec_types import IMAGE_REFERENCE, OneLine, Precision, Section
+from inferctl.spec_types import IMAGE_REFERENCE, OneLine, Precision, Section, Size
 
 # A name of an object in Kubernetes, and of a label or a Service (DNS label).
 DNS_NAME = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*$"
@@ -27,8 +27,8 @@ def _public(url: str) -> str:
         raise ValueError("the URL has no valid host and port")
     if "@" in parts.netloc:
         raise ValueError(
-            "the URL has a user or a password, which the manifests would show: remove it, and add it from a Secret in "
-            "an overlay of your own"
+            "the URL has a user or a password, which the manifests would show: remove it, and add it from a Secret "
+            "(deploy.broker_secret; for others, in an overlay of your own)"
         )
     return url
 
@@ -142,6 +142,26 @@ class WeightsVolume(Section):
         return self
 
 
+class Nats(Section):
+    """NATS in the namespace of the deployment: three servers with JetStream, each with a volume."""
+
+    storage: Size | None = Field(
+        None,
+        description="Write three NATS servers too, in place of `deploy.broker`. Size of the volume of each, such as "
+        "`10GiB`; JetStream uses up to 90% of it. Default: no NATS.",
+    )
+    storage_class: ObjectName | None = Field(
+        None, description="Class of the volumes, each for one node. Default: that of the cluster."
+    )
+    image: Image = Field("nats:2.15.1-alpine", description="Image of NATS.")
+
+    @model_validator(mode="after")
+    def _with_storage(self) -> Self:
+        if self.model_fields_set and self.storage is None:
+            raise ValueError("deploy.nats has no storage: set it, as in `nats: {storage: 10GiB}`")
+        return self
+
+
 class Deploy(Section):
     """Kubernetes: traffic, flavors of hardware and options of `inferctl deploy`."""
 
@@ -186,9 +206,21 @@ class Deploy(Section):
     )
     weights: WeightsVolume = Field(default_factory=WeightsVolume)  # type: ignore[arg-type]
     keys_secret: ObjectName | None = Field(
-        None, description="Secret with the key file, under `keys.json`. Requires `access.keys`."
+        None,
+        description="Secret with the key file, under `keys.json`, or, if `access.keys` is a database, with its URL, "
+        "under `url`. Requires `access.keys`.",
     )
-    broker: Url | None = Field(None, description="URL of the NATS server for usage events. Default: no broker.")
+    broker: Url | None = Field(
+        None,
+        description="URL of the NATS server in the clusters, for usage events and, with `access.broker`, for limits. "
+        "Default: none for events, `access.broker` for limits.",
+    )
+    broker_secret: ObjectName | None = Field(
+        None,
+        description="Secret with the URL of the NATS server and its credentials, under `url`. With `nats`: with "
+        "passwords, under `password` and `cluster-password`. Default: NATS asks for none.",
+    )
+    nats: Nats = Field(default_factory=Nats)  # type: ignore[arg-type]
     ledger_secret: ObjectName | None = Field(
         None, description="Secret with the URL of the ledger, under `url`, for the worker of usage events."
     )
@@ -197,6 +229,17 @@ class Deploy(Section):
         description="Image with `inferctl[ledger,broker,bench]` for the workers of usage events and for bench Jobs.",
     )
     gateway: Literal["none", "envoy"] = Field("none", description="Gateway before the replicas: `none` or `envoy`.")
+    gateway_tls_secret: ObjectName | None = Field(
+        None,
+        description="Secret of the type `kubernetes.io/tls` with the certificate of the gateway. Default: no TLS.",
+    )
+    gateway_max_replicas: int = Field(
+        10,
+        ge=2,
+        le=1000,
+        description="Most pods of the gateway in each cluster. It has at least 2, and an autoscaler adds some by their "
+        "CPU. 2: no autoscaler.",
+    )
     router: Literal["none", "epp", "envoy-gateway"] = Field(
         "none",
         description="Router: `none` (Service), `epp` (InferencePool) or `envoy-gateway` (HTTPRoute).",
@@ -222,7 +265,7 @@ class Deploy(Section):
             )
         return name
 
-    @field_validator("traffic", "weights", mode="before")
+    @field_validator("traffic", "weights", "nats", mode="before")
     @classmethod
     def _empty_section(cls, value: object) -> object:
         """Replace null, which YAML reads for `traffic:` without content, with an empty section."""
@@ -235,4 +278,10 @@ class Deploy(Section):
             raise ValueError(f"deploy.flavors has {twice} twice: give each flavor its own name")
         if self.gateway != "none" and self.router != "none":
             raise ValueError("deploy.gateway and deploy.router are two ways to route: set one of them to none")
+        if self.gateway == "none" and self.gateway_tls_secret:
+            raise ValueError("deploy.gateway_tls_secret is set, but there is no gateway: set deploy.gateway: envoy")
+        if self.nats.storage and self.broker:
+            raise ValueError("deploy.nats and deploy.broker are two brokers: remove one of them")
+        if self.nats.storage and not self.broker_secret:
+            raise ValueError("deploy.nats has no passwords: create a Secret and set deploy.broker_secret to its name")
         return self

@@ -219,11 +219,6 @@ class Oidc(Section):
     )
 
 
-def _url_hash(url: str) -> str:
-    """Return the hash of a URL without its password, which may change."""
-    return hashlib.sha256(passwords.remove(url).encode()).hexdigest()[:16]
-
-
 class Access(Section):
     """Who may use the server, and how much. Without keys, every client may use it without limits."""
 
@@ -286,12 +281,19 @@ class Access(Section):
         return self.keys if self.keys and "://" in self.keys else None
 
     @property
+    def public_key_store(self) -> str | None:
+        """URL of the database with the keys, without its password. Servers and workers with it use the same file."""
+        return passwords.remove(self.key_store) if self.key_store else None
+
+    @property
     def key_file(self) -> str | None:
         """The file that a server reads. The worker writes that of a database, whose URL is in the name as a hash.
 
         So a server in the same folder does not accept the keys of another database.
         """
-        return f"{self.data}/keys-{_url_hash(self.key_store)}.json" if self.key_store else self.keys
+        if not self.public_key_store:
+            return self.keys
+        return f"{self.data}/keys-{hashlib.sha256(self.public_key_store.encode()).hexdigest()[:16]}.json"
 
     @property
     def has_worker(self) -> bool:

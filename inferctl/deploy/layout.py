@@ -20,10 +20,13 @@ from inferctl.deploy import manifest, room, versions
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import (
+    access,
     bench,
+    broker,
     gateway,
     karmada,
     metering,
+    nats,
     options,
     policy,
     router,
@@ -96,12 +99,7 @@ def check(model: ModelPlan, clusters: Sequence[Cluster]) -> None:
     spec = model.spec
     if model.name in _OTHER_FILES:
         raise UsageError(f"the name {model.name} is that of a file of the manifests", "set another `name` in the spec")
-    if spec.access.broker or spec.access.key_store:
-        raise UsageError(
-            f"{spec.name}: access.broker and keys in a database need a worker with the folder access.data, which the "
-            "manifests do not have",
-            "use a key file and deploy.keys_secret; each server then applies limit / replicas",
-        )
+    access.check(spec)
     metering.check(spec)
     bench.check(spec)
     karmada.check(model)
@@ -147,7 +145,7 @@ def _namespace(name: str) -> list[Object]:
 
 def _model(model: ModelPlan, namespace: str) -> list[Object]:
     spec = model.spec
-    egress = [*metering.egress(spec, namespace)]
+    egress = [*metering.egress(spec), *access.egress(spec, namespace), *broker.egress(spec, namespace)]
     if spec.cache.size and spec.cache.shared and not spec.cache.shared.startswith("unix:"):
         egress.append(policy.endpoint(spec.cache.shared, namespace))
     oidc = spec.access.oidc
@@ -181,6 +179,8 @@ def _components(plan: Plan) -> dict[str, Folder]:
     if consumers := metering.consumers(plan.models, namespace):
         accounts = [policy.service_account(metering.CONSUMER, namespace)]
         found["metering"] = Folder({"usage-worker.yaml": [*accounts, *consumers]})
+    if brokers := nats.objects(plan.models, namespace):
+        found["broker"] = Folder({"nats.yaml": brokers})
     if sources := _prometheus_namespaces(plan):
         found["monitoring"] = _monitoring(plan, sources)
     return found

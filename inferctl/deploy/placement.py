@@ -91,35 +91,6 @@ def place(
     return found
 
 
-def key_servers(spec: Spec, flavors: Sequence[FlavorPlan], warnings: list[str]) -> Figure | None:
-    """Return the servers among which the limit of a key is divided: those at the peak, in all clusters.
-
-    The maxima would be too many, because each flavor can stand in for all others. None without keys and limits. Adds a
-    warning to `warnings` if a key gets less than its limit before the peak.
-    """
-    limited = bool(spec.access.requests_per_minute or spec.access.tokens_per_minute)
-    if not spec.access.required and not limited:
-        return None
-    placements = [placed for each in flavors for placed in each.placements if placed.max_replicas.value]
-    counts = [
-        count
-        for placed in placements
-        if (count := int(placed.replicas.value) if placed.replicas else _running_at_peak(placed))
-    ]
-    # The setting of the server ends at 10,000.
-    value = min(10_000, max(1, sum(counts)))
-    if limited and not spec.access.broker:
-        least = sum(int((placed.replicas or placed.min_replicas).value) for placed in placements)
-        warnings.append(
-            f"{spec.name}: without access.broker, each server applies 1/{value} of the limit of a key, for the "
-            f"{value} replicas at the peak. With the {least} of the minima, a key gets {min(1, least / value):.0%} of "
-            "it"
-        )
-    formula = " + ".join(map(str, counts)) if len(counts) > 1 else ""
-    source = "replicas at the peak in all clusters, at least the minima; each server applies limit / servers"
-    return Figure("servers that divide the limit of a key", value, "servers", formula, source)
-
-
 def _refuse_too_many(made: Sequence[FlavorPlan], sized: Sequence[sizing.Replicas], cluster: Cluster) -> None:
     for flavor, counts in zip(made, sized, strict=True):
         for figure in (counts.at_peak, counts.most):
@@ -147,14 +118,15 @@ def with_costs(flavor: FlavorPlan, clusters: Sequence[Cluster]) -> FlavorPlan:
         priced = replace(
             placed,
             cost_min=_cost("cost at the minimum", int(placed.min_replicas.value) + extra, flavor, cluster),
-            cost_peak=_cost("cost at the peak", _running_at_peak(placed) + extra, flavor, cluster),
+            cost_peak=_cost("cost at the peak", running_at_peak(placed) + extra, flavor, cluster),
             cost_max=_cost("cost at the maximum", int(placed.max_replicas.value) + extra, flavor, cluster),
         )
         placements.append(priced)
     return replace(flavor, placements=tuple(placements))
 
 
-def _running_at_peak(placed: Placement) -> int:
+def running_at_peak(placed: Placement) -> int:
+    """Return the replicas at the peak, at least the minimum; those of the autoscaler if nothing else sets them."""
     needed = placed.at_peak.value if placed.at_peak else placed.max_replicas.value
     return int(max(placed.min_replicas.value, min(placed.max_replicas.value, needed)))
 

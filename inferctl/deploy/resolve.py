@@ -9,10 +9,10 @@ from typing import TypeVar
 
 from inferctl import catalog, fit, generation_fit, model
 from inferctl.catalog import Hardware
-from inferctl.deploy import gpu, measured, placement, room, sizing
+from inferctl.deploy import gpu, key_limits, measured, placement, room, sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure, shown
-from inferctl.deploy.objects import metering, policy
+from inferctl.deploy.objects import policy, worker
 from inferctl.deploy.objects.metadata import object_name
 from inferctl.deploy.plan import FlavorPlan, ModelPlan, Plan, Rate, TrafficPlan
 from inferctl.deploy_spec import Flavor, Sharing
@@ -144,7 +144,7 @@ def _model(source: Source, clusters: tuple[Cluster, ...], *, images: bool) -> Mo
         replace(each, placements=tuple(placements[cluster.name][index] for cluster in clusters))
         for index, each in enumerate(made)
     )
-    servers = placement.key_servers(spec, complete, warnings)
+    servers = key_limits.servers(spec, complete, clusters, warnings)
     if 0 < spec.serve.port < 1024:
         warnings.append(
             f"{spec.name}: serve.port is {spec.serve.port}, and some container runtimes give ports below 1024 to root "
@@ -168,9 +168,12 @@ def _check_settings(spec: Spec) -> None:
             "deploy.keys_secret is set, but the server asks for no keys", "set access.keys in the spec as well"
         )
     if spec.access.keys and not settings.keys_secret:
+        stored = spec.access.key_store is not None
         raise UsageError(
-            "access.keys is set, but no Secret has the key file in the cluster",
-            "create a Secret from the key file and set deploy.keys_secret to its name",
+            f"access.keys is set, but no Secret has {'the URL of its database' if stored else 'the key file'} in the "
+            "cluster",
+            f"create a Secret with {'the URL under `url`' if stored else 'the key file under `keys.json`'} and set "
+            "deploy.keys_secret to its name",
         )
 
 
@@ -236,7 +239,7 @@ def _flavor(
         ),
         cpu=sizing.cores(
             rate,
-            metering.WORKER_CORES if spec.metering.mode != "off" else 0.0,
+            worker.cores(spec),
             gpus if hardware.kind == "cuda" else 1,
         ),
     )

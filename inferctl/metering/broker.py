@@ -29,6 +29,9 @@ log = logging.getLogger("inferctl.metering")
 STREAM, CONSUMER = "INFERCTL_USAGE", "ledger"
 SUBJECT, WATERMARKS = "inferctl.usage", "inferctl.usage-watermarks"
 _MAX_BYTES = 256 * 1024 * 1024
+# Copies of the stream in a cluster of NATS, so that the loss of one server stops nothing. With these errors, one copy:
+# NATS is one server, or a cluster of two.
+_COPIES, _TOO_MANY_COPIES = 3, (10074, 10005)
 _TIMEOUT_S = 5.0
 _PING_S = 2  # a broker that misses two of these is gone
 # A batch that the ledger does not have after this time is published again.
@@ -219,8 +222,14 @@ class Broker:
             discard=DiscardPolicy.NEW,
             max_bytes=_MAX_BYTES,
             duplicate_window=120,
+            num_replicas=_COPIES,
         )
-        await self._stream.add_stream(config)
+        try:
+            await self._stream.add_stream(config)
+        except nats.js.errors.APIError as error:
+            if error.err_code not in _TOO_MANY_COPIES:
+                raise
+            await self._stream.add_stream(config, num_replicas=1)
 
 
 class Progress:

@@ -27,11 +27,17 @@ WAIVED: dict[str, tuple[tuple[str, ...], str]] = {
         "a placeholder does nothing that could hang; the worker has no port, ends on an error and is started again",
     ),
     "CKV_K8S_9": (("-overflow", ".usage-worker"), "nobody sends requests to them, so readiness has no meaning"),
-    "CKV_K8S_15": (("-overflow", "-gateway", "-picker"), "tags of releases, which do not move: a node may keep them"),
-    "CKV_K8S_35": ((".usage-worker",), "the worker reads the URL of the ledger from a variable"),
+    "CKV_K8S_15": (
+        ("-overflow", "-gateway", "-picker", ".nats"),
+        "tags of releases, which do not move: a node may keep them",
+    ),
+    "CKV_K8S_35": (
+        (".usage-worker", ".nats", "-a100-half", "-l4", "-t4"),
+        "the worker reads URLs of the ledger and of NATS from variables, and NATS its passwords",
+    ),
     "CKV_K8S_38": (("-picker",), "the picker watches pods and the pool; its role allows nothing else"),
     "CKV_K8S_43": (
-        ("-overflow", "-gateway", "-picker"),
+        ("-overflow", "-gateway", "-picker", ".nats"),
         "images of other projects by their release: a digest would be for one platform, and mirrors change it",
     ),
 }

@@ -76,7 +76,7 @@ def test_the_commands_of_deploy_run_and_overlays_are_where_the_guide_says(
     assert jobs and all(f"name: {job}\n" in bench for job in jobs)
     built = [each for each in yaml.safe_load_all((example / "all.yaml").read_text()) if each]
     names = {f"{each['kind'].lower()}/{each['metadata']['name']}" for each in built}
-    named = set(re.findall(r"\b(?:deployment|service)/[\w-]+", TEXT))
+    named = set(re.findall(r"\b(?:deployment|statefulset|service)/[\w-]+", TEXT))
     assert named
     assert named <= names
     page = (ROOT / "docs/deploy.md").read_text()
@@ -87,7 +87,7 @@ def test_the_commands_of_deploy_run_and_overlays_are_where_the_guide_says(
     assert {kind for kind in crds if not re.search(rf"^\| [^|]*\b{kind}\b", page, re.MULTILINE)} == set()
     secrets = set(re.findall(r"create secret generic ([\w-]+)", TEXT))
     text = (example / "all.yaml").read_text()
-    assert secrets == {"inferctl-keys", "inferctl-ledger"}
+    assert secrets == {"inferctl-keys", "inferctl-ledger", "inferctl-nats"}
     assert all(secret in text for secret in secrets)
 
 
@@ -108,9 +108,10 @@ def test_each_file_is_made_before_it_is_used() -> None:
 
 def test_what_the_specs_name_outside_of_the_manifests_is_made_in_the_guide() -> None:
     specs = [yaml.safe_load((EXAMPLE / f"{name}.yaml").read_text()) for name in ("embed", "generate")]
-    for spec in specs:
-        name, namespace = spec["deploy"]["broker"].removeprefix("nats://").partition(":")[0].split(".")
-        assert ["helm", "install", name] in [words[:3] for words in commands("helm") if namespace in words]
+    (passwords,) = (words for words in commands("kubectl") if specs[0]["deploy"]["broker_secret"] in words)
+    keys = {word.partition("=")[2].partition("=")[0] for word in passwords if word.startswith("--from-literal")}
+    assert keys == {"password", "cluster-password"}
+    assert specs[0]["deploy"]["nats"] == specs[1]["deploy"]["nats"]
     weights = list(yaml.safe_load_all((EXAMPLE / "cluster/weights.yaml").read_text()))
     claim = specs[1]["deploy"]["weights"]["pvc"]
     assert (weights[0]["kind"], weights[0]["metadata"]["name"]) == ("PersistentVolumeClaim", claim)

@@ -153,13 +153,6 @@ def test_karmada_divides_what_the_clusters_have(build: Build) -> None:
     assert deployment["spec"]["template"] == overlay["spec"]["template"]
 
 
-def test_limits_that_servers_share_are_refused() -> None:
-    spec = plans.embed()
-    access = spec.access.model_copy(update={"broker": "nats://nats:4222"})
-    with pytest.raises(UsageError, match=r"access\.broker and keys in a database need a worker"):
-        layout.files(plans.plan(spec.model_copy(update={"access": access})))
-
-
 def test_karmada_and_an_autoscaler_contradict() -> None:
     with pytest.raises(UsageError, match="Karmada divides the replicas"):
         render(karmada=True)

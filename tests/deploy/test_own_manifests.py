@@ -40,8 +40,10 @@ def test_the_lint_finds_nothing_in_the_example(tmp_path: Path) -> None:
         {"flavors": [{**plans.FLAVORS[1], "sharing": "time-slicing", "shared_by": 4}]},
         {"flavors": [{**plans.FLAVORS[1], "sharing": "mps", "shared_by": 2}]},
         {"flavors": [{**flavor, "sharing": "dra"} for flavor in plans.FLAVORS[:2]]},
+        {"nats": {"storage": "10GiB"}, "broker": None, "broker_secret": "nats"},
+        {"gateway_tls_secret": "tls"},
     ],
-    ids=["epp", "envoy-gateway", "hpa", "fixed", "time-slicing", "mps", "dra"],
+    ids=["epp", "envoy-gateway", "hpa", "fixed", "time-slicing", "mps", "dra", "nats", "tls"],
 )
 def test_the_lint_finds_nothing_in_any_option(deploy: dict[str, Any], tmp_path: Path) -> None:
     mps = any(flavor.get("sharing") == "mps" for flavor in deploy.get("flavors", ()))

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from inferctl.deploy import sizing
 from inferctl.deploy.clusters import Cluster
-from inferctl.deploy.objects import metering, sharing, workload
+from inferctl.deploy.objects import access, metering, sharing, workload
 from inferctl.deploy.objects.containers import container_security, empty, pod_security, resources
 from inferctl.deploy.objects.metadata import BENCH, SERVER, Object, labels_of, metadata
 from inferctl.deploy.objects.policy import Endpoint, bench_policy, service_account
@@ -104,9 +104,9 @@ def _egress(model: ModelPlan) -> list[Endpoint]:
 def _server(model: ModelPlan, flavor: FlavorPlan) -> Object:
     """Return the server as a sidecar: the bench starts when its startup probe succeeds, and it ends after the bench."""
     found = workload.container(model, flavor)
-    open_access = {**OPEN_ACCESS, **({"INFERCTL_METERING_MODE": "off"} if metering.sidecars(model.spec) else {})}
+    open_access = {**OPEN_ACCESS, **({"INFERCTL_METERING_MODE": "off"} if metering.volumes(model.spec) else {})}
     env = [each for each in found["env"] if not each["name"].startswith(("INFERCTL_ACCESS_", "INFERCTL_METERING_"))]
-    left_out = {"keys", *(volume["name"] for volume, _ in metering.volumes(model.spec))}
+    left_out = {volume["name"] for volume, _ in (*access.volumes(model.spec), *metering.volumes(model.spec))}
     return {
         "name": SERVER,
         "image": found["image"],

@@ -10,7 +10,7 @@ from pathlib import Path
 from inferctl.deploy import manifest
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects.containers import container_security, empty, pod_security, resources
-from inferctl.deploy.objects.metadata import HTTP_PORT, Object, labels_of, metadata
+from inferctl.deploy.objects.metadata import HTTP_PORT, HTTPS_PORT, Object, labels_of, metadata
 from inferctl.deploy.objects.policy import (
     SERVING_PRIORITY,
     client_policy,
@@ -25,14 +25,19 @@ from inferctl.gateway import config
 
 GATEWAY = "gateway"
 IMAGE = f"envoyproxy/envoy:v{config.ENVOY_VERSION}"
-_LISTEN = 8080
+_LISTEN, _LISTEN_TLS = 8080, 8443
 _METRICS = 9901
 _DRAIN = 9902
 _CPUS = 2
 _REPLICAS = 2
+# Of the requested CPU. The rest is for the time until new pods are ready, and for the loss of one.
+_UTILIZATION_PERCENT = 60
 _FOLDER = Path("/run/inferctl-gateway")
 _CONFIG_FOLDER = "/etc/inferctl-gateway"
 _CONFIG_FILE = "envoy.yaml"
+# Envoy reads which files it uses, and the files, again when they change, as after the renewal of a certificate.
+_CERTIFICATE_FILE = "certificate.yaml"
+_TLS_FOLDER = Path("/etc/inferctl-gateway-tls")
 # Until endpoints of the Service without this pod are known on all nodes.
 _ENDPOINTS_S = 5
 _MARGIN_S = 5
@@ -57,37 +62,82 @@ done
 
 def objects(model: ModelPlan, namespace: str) -> list[Object]:
     """Return the gateway of a model, which all clients use."""
+    deploy = model.spec.deploy
     text = manifest.dump([bootstrap(model)])
     labels = labels_of(model.name, GATEWAY)
     name = f"{model.name}-{GATEWAY}"
+    tls = deploy.gateway_tls_secret is not None
+    files = {_CONFIG_FILE: text}
+    if tls:
+        files[_CERTIFICATE_FILE] = manifest.dump([config.certificates(_settings(model))])
     return [
         service_account(name, namespace),
         {
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": metadata(name, namespace, labels),
-            "data": {_CONFIG_FILE: text},
+            "data": files,
         },
         _deployment(model, name, namespace, text),
-        service(model.name, namespace, GATEWAY, _METRICS),
+        *([_autoscaler(model, name, namespace)] if _scaled(model) else []),
+        service(model.name, namespace, GATEWAY, _METRICS, tls=tls),
         headless(model.name, namespace),
         disruption_budget(name, namespace, labels),
-        gateway_policy(model.name, namespace, GATEWAY, port(model)),
-        client_policy(model.name, namespace, GATEWAY, _LISTEN),
+        gateway_policy(model.name, namespace, GATEWAY, port(model), _listener(model)[0]),
+        client_policy(model.name, namespace, GATEWAY, _listener(model)[1]),
     ]
 
 
 def bootstrap(model: ModelPlan) -> Object:
     """Return Envoy's configuration. The name of the headless Service means the addresses of all ready servers."""
-    settings = config.Settings(
+    return config.bootstrap(_settings(model), _FOLDER)
+
+
+def _settings(model: ModelPlan) -> config.Settings:
+    tls = model.spec.deploy.gateway_tls_secret is not None
+    return config.Settings(
         host="0.0.0.0",
-        port=_LISTEN,
+        port=_listener(model)[1],
         metrics_port=_METRICS,
         metrics_host="0.0.0.0",
         drain_port=_DRAIN,
         dns=(headless_name(model.name), port(model)),
+        certificate=_TLS_FOLDER / "tls.crt" if tls else None,
+        key=_TLS_FOLDER / "tls.key" if tls else None,
     )
-    return config.bootstrap(settings, _FOLDER)
+
+
+def _listener(model: ModelPlan) -> tuple[str, int]:
+    """Return name and number of the port for clients."""
+    return (HTTPS_PORT, _LISTEN_TLS) if model.spec.deploy.gateway_tls_secret else (HTTP_PORT, _LISTEN)
+
+
+def _scaled(model: ModelPlan) -> bool:
+    """Return whether an autoscaler sets the replicas. Karmada sets those of all clusters."""
+    return model.spec.deploy.gateway_max_replicas > _REPLICAS and not model.spec.deploy.karmada
+
+
+def _autoscaler(model: ModelPlan, name: str, namespace: str) -> Object:
+    """Return what adds pods at once, and removes one per minute, each of which drains."""
+    target = {"type": "Utilization", "averageUtilization": _UTILIZATION_PERCENT}
+    return {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": metadata(name, namespace, labels_of(model.name, GATEWAY)),
+        "spec": {
+            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": name},
+            "minReplicas": _REPLICAS,
+            "maxReplicas": model.spec.deploy.gateway_max_replicas,
+            "metrics": [{"type": "Resource", "resource": {"name": "cpu", "target": target}}],
+            "behavior": {
+                "scaleUp": {"stabilizationWindowSeconds": 0},
+                "scaleDown": {
+                    "stabilizationWindowSeconds": 300,
+                    "policies": [{"type": "Pods", "value": 1, "periodSeconds": 60}],
+                },
+            },
+        },
+    }
 
 
 def _deployment(model: ModelPlan, name: str, namespace: str, text: str) -> Object:
@@ -97,8 +147,7 @@ def _deployment(model: ModelPlan, name: str, namespace: str, text: str) -> Objec
         _ENDPOINTS_S + drain + _MARGIN_S,
         f"preStop: {_ENDPOINTS_S} s + {drain} s, the longest drain of the servers; margin {_MARGIN_S} s",
     )
-    run, run_mount = empty("run", str(_FOLDER), "16Mi")
-    volumes = [{"name": "config", "configMap": {"name": name}}, run]
+    volumes, mounts = _volumes(model, name)
     host = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": labels}}
     pod = {
         "serviceAccountName": name,
@@ -122,7 +171,7 @@ def _deployment(model: ModelPlan, name: str, namespace: str, text: str) -> Objec
                 "labelSelector": {"matchLabels": labels},
             }
         ],
-        "containers": [_container(run_mount, drain)],
+        "containers": [_container(mounts, drain, *_listener(model))],
         "volumes": volumes,
     }
     # Envoy reads its configuration at the start only, so a change of it must change the pods.
@@ -132,13 +181,30 @@ def _deployment(model: ModelPlan, name: str, namespace: str, text: str) -> Objec
         "kind": "Deployment",
         "metadata": metadata(name, namespace, labels),
         "spec": {
-            "replicas": _REPLICAS,
+            **({} if _scaled(model) else {"replicas": _REPLICAS}),
             "revisionHistoryLimit": 3,
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
             "selector": {"matchLabels": labels},
             "template": {"metadata": {"labels": labels, "annotations": digest}, "spec": pod},
         },
     }
+
+
+def _volumes(model: ModelPlan, name: str) -> tuple[list[Object], list[Object]]:
+    run, run_mount = empty("run", str(_FOLDER), "16Mi")
+    volumes = [{"name": "config", "configMap": {"name": name}}, run]
+    mounts = [{"name": "config", "mountPath": _CONFIG_FOLDER, "readOnly": True}, run_mount]
+    if secret := model.spec.deploy.gateway_tls_secret:
+        items = [{"key": _CERTIFICATE_FILE, "path": _CERTIFICATE_FILE}]
+        volumes += [
+            {"name": "tls", "secret": {"secretName": secret, "defaultMode": 0o440}},
+            {"name": "tls-names", "configMap": {"name": name, "items": items}},
+        ]
+        mounts += [
+            {"name": "tls", "mountPath": str(_TLS_FOLDER), "readOnly": True},
+            {"name": "tls-names", "mountPath": str(_FOLDER / "tls"), "readOnly": True},
+        ]
+    return volumes, mounts
 
 
 def _drain_s(model: ModelPlan) -> int:
@@ -151,7 +217,7 @@ def _drain_script(seconds: int) -> str:
     return re.sub("PORT|ENDPOINTS|SECONDS", lambda match: str(values[match[0]]), _DRAIN_SCRIPT)
 
 
-def _container(run_mount: Object, drain: int) -> Object:
+def _container(mounts: list[Object], drain: int, listener: str, number: int) -> Object:
     heap = config.Settings().max_heap_bytes // _MIB
     memory = Noted(f"{heap + 256}Mi", f"Envoy's heap of {heap} MiB, and 256 MiB for code, threads and buffers")
     ready = {"httpGet": {"path": "/ready", "port": METRICS_PORT}, "timeoutSeconds": 2}
@@ -162,7 +228,7 @@ def _container(run_mount: Object, drain: int) -> Object:
         "command": ["envoy", "--config-path", f"{_CONFIG_FOLDER}/{_CONFIG_FILE}", "--concurrency", str(_CPUS)],
         "args": ["--disable-hot-restart", "--log-level", "warning"],
         "ports": [
-            {"name": HTTP_PORT, "containerPort": _LISTEN, "protocol": "TCP"},
+            {"name": listener, "containerPort": number, "protocol": "TCP"},
             {"name": METRICS_PORT, "containerPort": _METRICS, "protocol": "TCP"},
         ],
         "resources": resources(str(_CPUS), memory),
@@ -172,5 +238,5 @@ def _container(run_mount: Object, drain: int) -> Object:
         # /ready fails during a drain, which must not restart the container.
         "livenessProbe": {"tcpSocket": {"port": METRICS_PORT}, "periodSeconds": 10, "failureThreshold": 3},
         "lifecycle": {"preStop": {"exec": {"command": ["/bin/bash", "-c", _drain_script(drain)]}}},
-        "volumeMounts": [{"name": "config", "mountPath": _CONFIG_FOLDER, "readOnly": True}, run_mount],
+        "volumeMounts": mounts,
     }

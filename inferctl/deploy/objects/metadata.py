@@ -26,7 +26,7 @@ NAMESPACE_NAME = "kubernetes.io/metadata.name"
 # Component of the pods that serve the model.
 SERVER = "server"
 BENCH = "bench"
-HTTP_PORT = "http"
+HTTP_PORT, HTTPS_PORT = "http", "https"
 # The label by which an endpoint picker knows which metrics a server has.
 ENGINE = {"llm-d.ai/engine-type": "inferctl"}
 
@@ -53,3 +53,8 @@ def labels_of(model: str, component: str, flavor: str | None = None) -> dict[str
 def object_name(text: str) -> str:
     """Return `text` as a part of a name: lower-case letters, digits and `-`. Empty if it has none of these."""
     return re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")
+
+
+def from_secret(variable: str, secret: str | None, key: str) -> Object:
+    """Return an environment variable whose value is in a Secret."""
+    return {"name": variable, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}

@@ -28,7 +28,17 @@ _SERVING_VALUE = 100_000
 # CoreDNS is pods, but EKS Auto Mode resolves names on the node, and GKE with Cloud DNS and NodeLocal DNSCache at
 # link-local addresses (169.254.169.254, 169.254.20.10): no selector is right everywhere.
 _DNS_NOTE = "to all addresses: name servers are pods, the node, or 169.254.x.x, as the cloud has them"
-_SCHEME_PORTS = {"http": 80, "https": 443, "nats": 4222, "tls": 4222, "valkey": 6379, "valkeys": 6379, "redis": 6379}
+_SCHEME_PORTS = {
+    "http": 80,
+    "https": 443,
+    "nats": 4222,
+    "tls": 4222,
+    "valkey": 6379,
+    "valkeys": 6379,
+    "redis": 6379,
+    "postgresql": 5432,
+    "postgres": 5432,
+}
 
 
 def namespace(name: str) -> Object:
@@ -109,7 +119,7 @@ def endpoint(url: str, default_namespace: str) -> Endpoint:
     """
     try:
         parts = urllib.parse.urlsplit(url)
-        port = parts.port or _SCHEME_PORTS.get(parts.scheme, 443)
+        port = parts.port or _SCHEME_PORTS.get(parts.scheme.partition("+")[0], 443)
     except ValueError:
         # Not the URL itself, which may have a password.
         raise UsageError("a URL of the spec has no valid host and port", "write it as scheme://host:port") from None
@@ -162,11 +172,15 @@ def server_policy(model: str, namespace: str, *, gateway: str | None, egress: It
     return _policy(f"{model}-server", namespace, labels_of(model, SERVER), [_ingress(sources)], egress_rules(egress))
 
 
-def gateway_policy(model: str, namespace: str, component: str, port: int) -> Object:
-    """Return the policy of the gateway's pods: clients in, servers out. `port`: of the servers."""
+def gateway_policy(model: str, namespace: str, component: str, port: int, listener: str = HTTP_PORT) -> Object:
+    """Return the policy of the gateway's pods: clients in, servers out.
+
+    `port`: of the servers. `listener`: name of the gateway's port.
+    """
     to = [{"podSelector": {"matchLabels": labels_of(model, SERVER)}}]
     egress = [{"to": to, "ports": [{"protocol": "TCP", "port": port}]}]
-    return _policy(f"{model}-{component}", namespace, labels_of(model, component), [_ingress(client_sources())], egress)
+    ingress = [_ingress(client_sources(), listener)]
+    return _policy(f"{model}-{component}", namespace, labels_of(model, component), ingress, egress)
 
 
 def picker_policy(model: str, namespace: str, component: str, port: int) -> Object:
@@ -192,6 +206,28 @@ def bench_policy(model: str, namespace: str, egress: Iterable[Endpoint]) -> Obje
 def egress_policy(name: str, namespace: str, selector: Mapping[str, str], egress: Iterable[Endpoint]) -> Object:
     """Return the policy of pods that only connect to others."""
     return _policy(name, namespace, selector, [], egress_rules(egress))
+
+
+def broker_policy(
+    name: str,
+    namespace: str,
+    selector: Mapping[str, str],
+    *,
+    clients: Sequence[Mapping[str, str]],
+    client_port: int,
+    routes_port: int,
+) -> Object:
+    """Return the policy of brokers: clients with these labels in this namespace, and the other brokers."""
+    routes = {"podSelector": {"matchLabels": dict(selector)}}
+    ports = [{"protocol": "TCP", "port": routes_port}]
+    ingress = [
+        {
+            "from": [{"podSelector": {"matchLabels": dict(labels)}} for labels in clients],
+            "ports": [{"protocol": "TCP", "port": client_port}],
+        },
+        {"from": [routes], "ports": ports},
+    ]
+    return _policy(name, namespace, selector, ingress, [{"to": [routes], "ports": ports}])
 
 
 def client_sources() -> list[Object]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from inferctl.deploy.objects.metadata import FLAVOR, HTTP_PORT, NAME, SERVER, Object, labels_of, metadata
+from inferctl.deploy.objects.metadata import FLAVOR, HTTP_PORT, HTTPS_PORT, NAME, SERVER, Object, labels_of, metadata
 
-PORT = 80
+PORT, TLS_PORT = 80, 443
 METRICS_PORT = "metrics"
 # Component of the headless Service: the same pods, under one address each.
 PODS = "pods"
 
 
-def service(model: str, namespace: str, component: str = SERVER, metrics: int | None = None) -> Object:
+def service(
+    model: str, namespace: str, component: str = SERVER, metrics: int | None = None, *, tls: bool = False
+) -> Object:
     """Return the Service of all pods of a component, over all flavors. `metrics`: port of metrics of its own."""
     labels = labels_of(model, component)
-    ports: list[Object] = [
-        {"name": HTTP_PORT, "port": PORT, "targetPort": HTTP_PORT, "protocol": "TCP", "appProtocol": "http"}
-    ]
+    name, port = (HTTPS_PORT, TLS_PORT) if tls else (HTTP_PORT, PORT)
+    ports: list[Object] = [{"name": name, "port": port, "targetPort": name, "protocol": "TCP", "appProtocol": name}]
     if metrics:
         ports.append({"name": METRICS_PORT, "port": metrics, "targetPort": METRICS_PORT, "protocol": "TCP"})
     return {

@@ -7,16 +7,15 @@ from typing import Any
 
 from inferctl.deploy import annotation_keys
 from inferctl.deploy.figure import Noted
-from inferctl.deploy.objects import metering, sharing
+from inferctl.deploy.objects import access, metering, sharing, worker
 from inferctl.deploy.objects.containers import container_security, empty, pod_security
 from inferctl.deploy.objects.metadata import ENGINE, HTTP_PORT, SERVER, Object, labels_of, metadata
 from inferctl.deploy.objects.policy import SERVING_PRIORITY
 from inferctl.deploy.plan import FlavorPlan, GpuResource, ModelPlan, Placement
-from inferctl.render import DEFAULT_PORT, KEYS_PATH
+from inferctl.render import DEFAULT_PORT
 
 MODEL_PATH = "/model"
 CACHE_PATH = "/model-cache"
-KEYS_FILE = "keys.json"
 _MIB = 1024 * 1024
 _LEAST_DOWNLOAD_GIB = 50
 
@@ -70,7 +69,7 @@ def capacity(model: ModelPlan, flavor: FlavorPlan) -> dict[str, str | Noted]:
 def pod(model: ModelPlan, flavor: FlavorPlan) -> Object:
     """Return the pod spec of a server, for the Pod Security level `restricted`."""
     claims, _ = sharing.claims(model, flavor)
-    sidecars = metering.sidecars(model.spec)
+    sidecars = worker.sidecars(model.spec)
     return {
         "serviceAccountName": model.name,
         "automountServiceAccountToken": False,
@@ -123,10 +122,7 @@ def environment(model: ModelPlan, flavor: FlavorPlan) -> dict[str, str | Noted]:
     }
     if spec.deploy.router == "envoy-gateway":
         found["INFERCTL_SERVE_LOAD_REPORTS"] = "true"
-    if spec.deploy.keys_secret:
-        found["INFERCTL_ACCESS_KEYS"] = f"{KEYS_PATH}/{KEYS_FILE}"
-        # Prometheus has no key. The network policies say who reaches the port.
-        found["INFERCTL_ACCESS_OPEN"] = ",".join(sorted({*spec.access.open, "metrics"}))
+    found |= access.environment(spec)
     if model.key_servers:
         found["INFERCTL_ACCESS_REPLICAS"] = Noted(f"{model.key_servers.value:g}", model.key_servers.note)
     return found | metering.environment(spec)
@@ -238,7 +234,4 @@ def _volumes(model: ModelPlan) -> list[tuple[Object, Object]]:
         else:
             volume = {"name": "model", "persistentVolumeClaim": {"claimName": weights.pvc, "readOnly": True}}
         found.append((volume, {"name": "model", "mountPath": MODEL_PATH, "readOnly": True}))
-    if spec.deploy.keys_secret:
-        secret = {"secretName": spec.deploy.keys_secret, "defaultMode": 0o440}
-        found.append(({"name": "keys", "secret": secret}, {"name": "keys", "mountPath": KEYS_PATH, "readOnly": True}))
-    return found + metering.volumes(spec)
+    return found + access.volumes(spec) + metering.volumes(spec)

@@ -1,0 +1,71 @@
+"""The NATS server of usage events and limits: where it is, and what connects to it. `nats.py` writes one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from inferctl.deploy.objects.metadata import Object, from_secret
+from inferctl.deploy.objects.policy import Endpoint, endpoint
+from inferctl.errors import UsageError
+from inferctl.spec import Spec
+
+# Keys of the Secret: the URL of a given broker; passwords of the one that is written.
+URL_KEY, PASSWORD_KEY = "url", "password"
+# Name of the Service of the one that is written, its port, and the user of its clients.
+SERVICE, PORT, USER = "nats", 4222, "inferctl"
+EVENTS, LIMITS = "INFERCTL_METERING_BROKER", "INFERCTL_ACCESS_BROKER"
+_PASSWORD = "NATS_PASSWORD"
+
+
+def of_events(spec: Spec) -> str | None:
+    """Return the URL of the broker of usage events, without credentials; None if there is none."""
+    return _address(spec) if spec.metering.mode != "off" else None
+
+
+def of_limits(spec: Spec) -> str | None:
+    """Return the URL of the broker of limits and revoked keys, without credentials; None if there is none."""
+    if not (spec.access.required and spec.access.broker):
+        return None
+    return _address(spec) or spec.access.broker
+
+
+def _address(spec: Spec) -> str | None:
+    return f"nats://{SERVICE}.{spec.deploy.namespace}:{PORT}" if spec.deploy.nats.storage else spec.deploy.broker
+
+
+def check(spec: Spec) -> None:
+    """Raise `UsageError` for a URL with credentials, and for settings of a broker that nothing uses."""
+    if "@" in (of_limits(spec) or ""):
+        raise UsageError(
+            f"{spec.name}: access.broker has credentials, which everyone who reads the manifests would see",
+            "set deploy.broker to the address without them, and deploy.broker_secret to a Secret with the whole URL",
+        )
+    given = "nats" if spec.deploy.nats.storage else "broker_secret" if spec.deploy.broker_secret else None
+    if given and not (of_events(spec) or of_limits(spec)):
+        raise UsageError(
+            f"{spec.name}: deploy.{given} is set, but nothing uses a broker",
+            f"set metering.mode (usage events) or access.broker (limits), or remove deploy.{given}",
+        )
+
+
+def variables(spec: Spec, urls: Mapping[str, str | None]) -> list[Object]:
+    """Return environment variables with URLs: from the Secret, or as they are if NATS asks for no credentials.
+
+    `urls`: name of the variable -> URL without credentials; None: it is left out.
+    """
+    found = {name: url for name, url in urls.items() if url}
+    secret = spec.deploy.broker_secret
+    if found and spec.deploy.nats.storage:
+        # Kubernetes replaces $(NAME) with the value of an earlier variable.
+        return [
+            from_secret(_PASSWORD, secret, PASSWORD_KEY),
+            *({"name": name, "value": url.replace("://", f"://{USER}:$({_PASSWORD})@")} for name, url in found.items()),
+        ]
+    return [
+        from_secret(name, secret, URL_KEY) if secret else {"name": name, "value": url} for name, url in found.items()
+    ]
+
+
+def egress(spec: Spec, namespace: str) -> list[Endpoint]:
+    """Return what the worker of a server connects to."""
+    return [endpoint(url, namespace) for url in (of_events(spec), of_limits(spec)) if url]
