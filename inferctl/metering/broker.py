@@ -29,9 +29,9 @@ log = logging.getLogger("inferctl.metering")
 STREAM, CONSUMER = "INFERCTL_USAGE", "ledger"
 SUBJECT, WATERMARKS = "inferctl.usage", "inferctl.usage-watermarks"
 _MAX_BYTES = 256 * 1024 * 1024
-# Copies of the stream in a cluster of NATS, so that the loss of one server stops nothing. With these errors, one copy:
-# NATS is one server, or a cluster of two.
-_COPIES, _TOO_MANY_COPIES = 3, (10074, 10005)
+# Copies of the stream in a cluster of NATS, so that the loss of one server stops nothing. One copy if NATS is one
+# server, or if there are not enough of them for so long: after its start, a cluster needs some seconds to find them.
+_COPIES, _NO_CLUSTER, _NO_PEERS, _PEERS_S = 3, 10074, 10005, 60.0
 _TIMEOUT_S = 5.0
 _PING_S = 2  # a broker that misses two of these is gone
 # A batch that the ledger does not have after this time is published again.
@@ -81,6 +81,7 @@ class Broker:
         self._url, self._nats, self._failed = url, connection, False
         self._stream = connection.jetstream(timeout=_TIMEOUT_S)
         self._subscription: Any = None
+        self._no_peers_since: float | None = None
 
     @property
     def broken(self) -> bool:
@@ -227,7 +228,11 @@ class Broker:
         try:
             await self._stream.add_stream(config)
         except nats.js.errors.APIError as error:
-            if error.err_code not in _TOO_MANY_COPIES:
+            if error.err_code not in (_NO_CLUSTER, _NO_PEERS):
+                raise
+            now = time.monotonic()
+            self._no_peers_since = self._no_peers_since or now
+            if error.err_code == _NO_PEERS and now < self._no_peers_since + _PEERS_S:
                 raise
             await self._stream.add_stream(config, num_replicas=1)
 

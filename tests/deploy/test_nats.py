@@ -20,7 +20,7 @@ import pytest
 
 from inferctl.deploy import layout
 from inferctl.errors import UsageError
-from inferctl.metering.broker import STREAM, connect
+from inferctl.metering.broker import STREAM, BrokerUnavailableError, connect
 from inferctl.metering.outbox import Batch
 from inferctl.spec import Spec
 from tests.deploy import plans
@@ -221,7 +221,13 @@ def test_a_server_may_leave_without_a_lost_event(servers: list[Server]) -> None:
         broker = await connect(URL.format(server.address))
         try:
             for number in numbers:
-                await broker.publish(made(number))
+                async with asyncio.timeout(60):
+                    while True:  # as a worker does: after the start, servers have not found each other
+                        try:
+                            await broker.publish(made(number))
+                            break
+                        except BrokerUnavailableError:
+                            await asyncio.sleep(0.5)
             return await broker._stream.stream_info(STREAM)
         finally:
             await broker.close()
