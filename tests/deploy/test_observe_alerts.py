@@ -56,7 +56,7 @@ def healthy(watched: Watched) -> dict[str, Series]:
     """Return the series of a model without problems, also of another model in the same namespace that has all."""
     found: dict[str, Series] = {}
     for number, flavor in enumerate(watched.flavors):
-        pod = f"{flavor.name}-7d9f8c6b5-abcd{number}"
+        pod = f"{flavor.name}-7d9f8c6b5-bcdf{number + 4}"
         server = f'namespace="inference",service="{watched.name}",pod="{pod}"'
         found |= histogram(
             "inferctl_request_duration_seconds", f'{server},endpoint="embeddings",priority="interactive"', 0, "0.07"
@@ -140,7 +140,7 @@ DESIRED = "kube_horizontalpodautoscaler_status_desired_replicas"
 INACTIVE = "kube_horizontalpodautoscaler_status_condition"
 AVAILABLE = "kube_deployment_status_replicas_available"
 OVERFLOW = '_replicas_available{namespace="inference",deployment="embed-a100-half-overflow"'
-HALF_POD = 'namespace="inference",pod="embed-a100-half-7d9f8c6b5-abcd0"'
+HALF_POD = 'namespace="inference",pod="embed-a100-half-7d9f8c6b5-bcdf4"'
 KILLED = f'kube_pod_container_status_last_terminated_reason{{{HALF_POD},container="server",reason="OOMKilled"}}'
 LAST = AFTER - 4  # an event shortly before the rules are read
 
@@ -257,7 +257,7 @@ CASES = [
         "GpuError",
         ("DCGM_FI_DEV_XID_ERRORS", lost(0, 0)),
         added={
-            'DCGM_FI_DEV_XID_ERRORS{exported_pod="embed-l4-7d9f8c6b5-abcd1",pod="dcgm-exporter-x"}': gauge(0, 79, LAST)
+            'DCGM_FI_DEV_XID_ERRORS{exported_pod="embed-l4-7d9f8c6b5-bcdf5",pod="dcgm-exporter-x"}': gauge(0, 79, LAST)
         },
     ),
     fault("nothing in generation", "", watched=CHAT),

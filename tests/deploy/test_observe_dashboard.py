@@ -101,3 +101,17 @@ def test_the_dashboards_of_two_models_have_different_ids() -> None:
     ids = {dashboard(watched)["uid"] for watched in (EMBED, CHAT)}
     assert len(ids) == 2
     assert all(len(each) <= 40 for each in ids)
+
+
+@pytest.mark.parametrize("name", ["embed-l4", "e" * 46])
+def test_the_pods_of_placeholders_are_not_pods_of_servers(name: str) -> None:
+    """A long name is cut after 58 characters, and five random ones follow: `...-overflow-7dbcdfg`."""
+    flavor = WatchedFlavor(name=name, cold_start_s=240, load_s=60)
+    pods = Watched(name="embed", namespace="inference", task="embed", flavors=(flavor,)).pod_names()
+
+    def pod(deployment: str) -> str:
+        return f"{deployment}-7d9f8c6b5d-"[:58] + "bcdf4"
+
+    assert re.fullmatch(pods, pod(name))
+    for other in (f"{name}-overflow", "embed-gateway"):
+        assert not re.fullmatch(pods, pod(other)), pod(other)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from inferctl.spec import Task
 
+# The letters of generated names. Kubernetes leaves out vowels, so `overflow` and `gateway` are none of them.
+_GENERATED = "[bcdfghjklmnpqrstvwxz2-9]+"
+
 
 @dataclass(frozen=True)
 class WatchedFlavor:
@@ -65,8 +68,11 @@ class Watched:
         return f'namespace="{self.namespace}",pod=~"{self.pod_names(*flavors)}"'
 
     def pod_names(self, *flavors: WatchedFlavor) -> str:
-        """Return an expression for the names of the pods. Kubernetes shortens the second part of a long name."""
-        return f"({_any(f.name for f in flavors or self.flavors)})-[a-z0-9]+(-[a-z0-9]+)?"
+        """Return an expression for the names of the pods, without those of placeholders.
+
+        Kubernetes shortens the second part of a long name, so it may end without the third one.
+        """
+        return f"({_any(f.name for f in flavors or self.flavors)})-{_GENERATED}(-{_GENERATED})?"
 
 
 def _any(names: Iterable[str]) -> str:
