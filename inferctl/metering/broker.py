@@ -39,6 +39,8 @@ _LOST_S = 10.0
 _FETCH, _FETCH_S = 50, 0.5
 # After this, what a worker got whose connection broke goes to the next one. A message that arrives twice does no harm.
 _ACK_S = 10
+# A batch without its predecessor comes again after 1 s, then after twice the time, up to this one.
+_MAX_DELAY_S = 16
 _RANGE, _OLDEST, _TIME, _SOURCE = "Inferctl-Range", "Inferctl-Oldest", "Inferctl-Time", "Inferctl-Source"
 _ERRORS = (nats.errors.Error, nats.js.errors.Error, OSError, asyncio.TimeoutError)
 
@@ -170,7 +172,8 @@ class Broker:
                 if batch.last <= watermarks.get(batch.source, 0):
                     await message.ack()
                 else:  # its predecessor was lost, and will be published again
-                    await message.nak(delay=1)
+                    # Redelivered messages come before new ones. So they must not come so often that no other does.
+                    await message.nak(delay=min(2 ** (message.metadata.num_delivered - 1), _MAX_DELAY_S))
             return len(messages)
         except (ValueError, *_ERRORS) as error:
             subscription, self._subscription = self._subscription, None
@@ -211,8 +214,16 @@ class Broker:
             return []
 
     async def _subscribe(self) -> Any:
-        config = ConsumerConfig(ack_policy=AckPolicy.EXPLICIT, ack_wait=_ACK_S, max_ack_pending=1000)
-        return await self._stream.pull_subscribe(f"{SUBJECT}.>", CONSUMER, stream=STREAM, config=config)
+        config = ConsumerConfig(
+            durable_name=CONSUMER,
+            filter_subject=f"{SUBJECT}.>",
+            ack_policy=AckPolicy.EXPLICIT,
+            ack_wait=_ACK_S,
+            # All messages may wait for a predecessor, which is published again behind them.
+            max_ack_pending=-1,
+        )
+        await self._stream.add_consumer(STREAM, config)  # also changes one of an earlier version
+        return await self._stream.pull_subscribe_bind(CONSUMER, stream=STREAM)
 
     async def _make_stream(self) -> None:
         config = StreamConfig(

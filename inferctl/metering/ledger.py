@@ -136,8 +136,9 @@ class Ledger:
         """
         found: dict[str, int] = {}
         with self._transaction() as connection:
-            # Sorted, so that two workers cannot wait for each other.
-            for source, group in groupby(sorted(batches, key=lambda batch: batch.source), lambda batch: batch.source):
+            # Sorted by source, so that two workers cannot wait for each other. A broker may deliver in another order.
+            ordered = sorted(batches, key=lambda batch: (batch.source, batch.first))
+            for source, group in groupby(ordered, lambda batch: batch.source):
                 found[source] = self._apply(connection, source, list(group))
         return found
 

@@ -164,6 +164,30 @@ def test_messages_that_repeat_are_reordered_or_are_no_events_do_no_harm(tmp_path
     ledger.close()
 
 
+def test_any_number_of_batches_can_wait_for_their_predecessor(
+    tmp_path: Path, nats: Nats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is published again behind them. Before, 1,000 of them kept it out for ever."""
+    monkeypatch.setattr(brokers, "_MAX_DELAY_S", 2)
+    ledger, count = Ledger.open(f"sqlite:///{tmp_path}/ledger.sqlite"), 1100
+
+    async def run() -> None:
+        broker = await brokers.connect(nats.url)
+        stored = await broker.store(ledger)  # makes the stream
+        for number in range(2, count + 1):
+            await broker.publish(batch("a", number, number))
+        while stored < count:  # each of them was delivered
+            stored += await broker.store(ledger)
+        await broker.publish(batch("a", 1, 1))
+        async with asyncio.timeout(90):
+            while ledger.watermarks(["a"]) != {"a": count}:
+                await broker.store(ledger)
+        await broker.close()
+
+    asyncio.run(run())
+    ledger.close()
+
+
 def test_a_broker_that_never_was_there_is_an_error() -> None:
     """Otherwise the worker waits in its first step for ever: it says nothing, and SIGTERM does not end it."""
 

@@ -42,7 +42,8 @@ def test_a_batch_without_its_predecessor_waits(ledger: Ledger) -> None:
     assert ledger.apply([batch("a", 6, 9)]) == {"a": 0}
     assert ledger.apply([batch("a", 1, 5)]) == {"a": 5}
     assert ledger.apply([batch("a", 6, 9)]) == {"a": 9}
-    assert (requests(ledger), ledger.gaps(*ALL)) == (9, [])
+    assert ledger.apply([batch("a", 15, 20), batch("a", 10, 14)]) == {"a": 20}, "they arrived together"
+    assert (requests(ledger), ledger.gaps(*ALL)) == (20, [])
 
 
 def test_what_the_outbox_no_longer_has_is_a_gap(ledger: Ledger) -> None:
