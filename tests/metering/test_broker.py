@@ -102,7 +102,7 @@ def test_events_pass_the_broker_and_free_their_outbox(fleet: Fleet) -> None:
 def test_the_broker_keeps_events_while_the_ledger_is_gone(fleet: Fleet) -> None:
     fleet.record(300)
     fleet.start("publish")
-    until(lambda: fleet.in_broker() > 0, 30)
+    until(lambda: fleet.in_broker() > 0)
     time.sleep(1)
     fleet.kill("publish")
     fleet.start("ledger")
@@ -116,7 +116,7 @@ def test_the_broker_keeps_events_while_the_ledger_is_gone(fleet: Fleet) -> None:
 def test_a_killed_broker_whose_store_is_wiped_loses_nothing(fleet: Fleet, nats: Nats) -> None:
     fleet.record(300)
     fleet.start("publish")
-    until(lambda: fleet.in_broker() > 0, 30)
+    until(lambda: fleet.in_broker() > 0)
     time.sleep(1)
     nats.kill()
     nats.wipe()
