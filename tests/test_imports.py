@@ -187,6 +187,22 @@ def test_only_the_edge_and_the_endpoints_know_http(package: str) -> None:
             assert not name.startswith(tuple(unwanted)), f"{file.name} imports {name}"
 
 
+# Package of `deploy` -> the parts of `deploy` that it may not import.
+DEPLOY_BOUNDARIES = {
+    "kubernetes": ("lint", "preview", "objects", "observe", "plan", "manifests_file"),
+    "lint": ("preview", "plan", "resolve"),
+    "preview": ("lint", "plan", "resolve"),
+}
+
+
+@pytest.mark.parametrize("package", DEPLOY_BOUNDARIES)
+def test_lint_and_preview_read_manifests_of_anyone(package: str) -> None:
+    for file in (PACKAGE / "deploy" / package).glob("*.py"):
+        for name in imports(file):
+            unwanted = [f"inferctl.deploy.{other}." for other in DEPLOY_BOUNDARIES[package]]
+            assert not f"{name}.".startswith(tuple(unwanted)), f"{file.name} imports {name}"
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
 def test_heavy_libraries_are_imported_in_their_one_place(file: Path) -> None:
     where = file.relative_to(PACKAGE).as_posix()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from inferctl.catalog import Hardware, hardware_profiles
 from inferctl.deploy.clusters import Cluster
+from inferctl.deploy.kubernetes.labels import GKE_ACCELERATOR, GKE_PARTITION, GPU_PRODUCT, MIG_STATE
 from inferctl.deploy.plan import GpuResource
 from inferctl.deploy_spec import Sharing
 from inferctl.errors import UsageError
 
 # Labels of GPU feature discovery.
-_PRODUCT = "nvidia.com/gpu.product"
 _STRATEGY = "nvidia.com/gpu.sharing-strategy"
 _REPLICAS = "nvidia.com/gpu.replicas"
-_GKE = ("cloud.google.com/gke-accelerator", "cloud.google.com/gke-gpu-partition-size")
+_GKE = (GKE_ACCELERATOR, GKE_PARTITION)
 _GKE_SHARING = "cloud.google.com/gke-gpu-sharing-strategy"
 _GKE_CLIENTS = "cloud.google.com/gke-max-shared-clients-per-gpu"
 
@@ -49,7 +49,7 @@ def resource(
             "sharing: mps needs hostIPC in GKE, which the Pod Security level restricted forbids",
             "use sharing: time-slicing, or a MIG slice",
         )
-    needed = _GKE[:1] if gke else (_PRODUCT,)
+    needed = _GKE[:1] if gke else (GPU_PRODUCT,)
     if missing := next((label for label in needed if label not in hardware.labels), None):
         raise UsageError(
             f"{hardware.key} has no label {missing} in the catalog, so no node can be selected",
@@ -62,10 +62,10 @@ def resource(
     if hardware.mig is None:
         name = "nvidia.com/gpu.shared" if shared else "nvidia.com/gpu"
         parts = {_STRATEGY: (sharing,), _REPLICAS: (str(shared_by),)} if shared else {}
-        return GpuResource(name, gpus, {_PRODUCT: (hardware.labels[_PRODUCT],)} | parts | extra)
-    ready = {"nvidia.com/mig.config.state": ("success",)}
+        return GpuResource(name, gpus, {GPU_PRODUCT: (hardware.labels[GPU_PRODUCT],)} | parts | extra)
+    ready = {MIG_STATE: ("success",)}
     if cluster is not None and cluster.mig_strategy == "single":
-        return GpuResource("nvidia.com/gpu", gpus, {_PRODUCT: (hardware.labels[_PRODUCT],)} | ready | extra)
-    whole = hardware_profiles()[hardware.mig.parent].labels[_PRODUCT]
+        return GpuResource("nvidia.com/gpu", gpus, {GPU_PRODUCT: (hardware.labels[GPU_PRODUCT],)} | ready | extra)
+    whole = hardware_profiles()[hardware.mig.parent].labels[GPU_PRODUCT]
     name = f"nvidia.com/mig-{hardware.mig.profile}"
-    return GpuResource(name, gpus, {_PRODUCT: (whole,)} | ready | extra)
+    return GpuResource(name, gpus, {GPU_PRODUCT: (whole,)} | ready | extra)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl import document
+from inferctl.deploy.kubernetes import fields
 from inferctl.errors import Problem, SpecError, UsageError
 
 _HINT = "name files with Kubernetes objects, such as the output of `kubectl kustomize`"
@@ -51,6 +52,11 @@ class Located:
         """`metadata.namespace`; "" if absent, which means the namespace that kubectl is told to use."""
         metadata = self.data.get("metadata")
         return str(metadata.get("namespace") or "") if isinstance(metadata, dict) else ""
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """`metadata.labels`, as text."""
+        return fields.text_map(fields.mapping(self.data, "metadata", "labels"))
 
     def line(self, path: Sequence[str | int] = ()) -> int | None:
         """Return the line of `path`, or of its closest parent, or of the object. None without a file."""

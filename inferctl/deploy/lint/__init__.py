@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from inferctl.deploy.kubernetes.fields import mapping
 from inferctl.deploy.lint import access, gpu, life, observability, overflow, placement, scaling, version
 from inferctl.deploy.lint.finding import LESSONS, RULES, Context, Finding, Level, ModelFacts, Rule
 from inferctl.deploy.lint.manifests import Manifests
 from inferctl.deploy.lint.pod_templates import unread
-from inferctl.deploy.lint.values import mapping
 from inferctl.deploy.manifests_file import Located
 
 __all__ = ["LESSONS", "RULES", "Context", "Finding", "Level", "ModelFacts", "Rule", "lint", "unread"]

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from inferctl.deploy.kubernetes import selectors
+from inferctl.deploy.kubernetes.fields import get, integer, mapping, sequence, text
 from inferctl.deploy.lint.finding import Context, Hit, rule
 from inferctl.deploy.lint.manifests import Container, Manifests, Workload, same_namespace
-from inferctl.deploy.lint.values import get, integer, mapping, selects, sequence, text
 from inferctl.deploy.manifests_file import Located
 
 _MOVING_TAGS = re.compile(
@@ -187,7 +188,7 @@ def _policies(manifests: Manifests, workload: Workload) -> list[Located]:
         each
         for each in manifests.of("NetworkPolicy")
         if same_namespace(each, workload.object)
-        and selects(get(each.data, "spec", "podSelector"), workload.labels)
+        and selectors.matches(mapping(each.data, "spec", "podSelector"), workload.labels)
         and "Ingress" in (sequence(each.data, "spec", "policyTypes") or ["Ingress"])
     ]
 
@@ -264,7 +265,7 @@ def _metrics_port(manifests: Manifests, workload: Workload) -> str | int | None:
     services = [service for service in manifests.of("Service") if workload in manifests.behind(service)]
     for monitor in manifests.of("ServiceMonitor") if services else ():
         for service in services:
-            if selects(get(monitor.data, "spec", "selector"), mapping(service.data, "metadata", "labels")):
+            if selectors.matches(mapping(monitor.data, "spec", "selector"), service.labels):
                 name = get(monitor.data, "spec", "endpoints", 0, "port")
                 for port in sequence(service.data, "spec", "ports"):
                     if get(port, "name") == name:

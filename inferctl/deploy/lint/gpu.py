@@ -6,13 +6,12 @@ import re
 from collections.abc import Iterator
 
 from inferctl import catalog
+from inferctl.deploy.kubernetes.fields import as_float, get, mapping, sequence, text
+from inferctl.deploy.kubernetes.labels import GKE_ACCELERATOR, GKE_PARTITION, GPU_PRODUCT, MIG_STATE
 from inferctl.deploy.lint import models
 from inferctl.deploy.lint.finding import Context, Hit, rule
 from inferctl.deploy.lint.manifests import Manifests, Workload, same_namespace
-from inferctl.deploy.lint.values import get, mapping, quantity, sequence, text
 
-_PRODUCT, _MIG_STATE = "nvidia.com/gpu.product", "nvidia.com/mig.config.state"
-_GKE_PRODUCT, _GKE_SLICE = "cloud.google.com/gke-accelerator", "cloud.google.com/gke-gpu-partition-size"
 _SHARING = "nvidia.com/gpu.sharing-strategy"
 _GKE_SHARING = "cloud.google.com/gke-gpu-sharing-strategy"
 # GPUs (by product label) -> MIG profiles that they can make, by NVIDIA's user guide of MIG. A test compares them with
@@ -52,7 +51,7 @@ def _request_limit(manifests: Manifests, _: Context) -> Iterator[Hit]:
                 if name not in limits:
                     what = f"container {each.name} requests {name}: {request} without a limit"
                     yield Hit(workload.object, path, what)
-                elif quantity(request) != quantity(limits[name]):
+                elif as_float(request) != as_float(limits[name]):
                     yield Hit(
                         workload.object, path, f"container {each.name} requests {name}: {request}, limit {limits[name]}"
                     )
@@ -135,7 +134,7 @@ def _shared(workload: Workload) -> str | None:
     for key, values in workload.node_labels.items():
         if key in (_SHARING, _GKE_SHARING) and values & {"time-slicing", "time-sharing", "mps"}:
             return f"node label {key}"
-        if key == _PRODUCT and any(value.endswith("-SHARED") for value in values):
+        if key == GPU_PRODUCT and any(value.endswith("-SHARED") for value in values):
             return f"node label {key} ends with -SHARED"
     return None
 
@@ -164,14 +163,14 @@ def _device_bytes(workload: Workload) -> tuple[int, str] | None:
         if found := re.match(r"nvidia\.com/mig-\d+g\.(\d+)gb", name):
             return int(found[1]) * 10**9, name
     labels = workload.node_labels
-    for values in (labels.get(_PRODUCT, set()), labels.get(_GKE_SLICE, set())):
+    for values in (labels.get(GPU_PRODUCT, set()), labels.get(GKE_PARTITION, set())):
         sizes = [re.search(r"(?:-MIG-|^)\d+g\.(\d+)gb", value) for value in values]
         if sizes and all(sizes):
             return max(int(size[1]) for size in sizes if size) * 10**9, "/".join(sorted(values))
     found_parts = [
         part
         for part in catalog.hardware_profiles().values()
-        if not part.mig and any(part.labels.get(key) in labels.get(key, ()) for key in (_PRODUCT, _GKE_PRODUCT))
+        if not part.mig and any(part.labels.get(key) in labels.get(key, ()) for key in (GPU_PRODUCT, GKE_ACCELERATOR))
     ]
     memory = [part.memory_bytes for part in found_parts if part.memory_bytes]
     return (max(memory), found_parts[0].name) if memory and workload.gpus else None
@@ -188,9 +187,9 @@ def _device_bytes(workload: Workload) -> tuple[int, str] | None:
 def _mig_state(manifests: Manifests, _: Context) -> Iterator[Hit]:
     for workload in manifests.workloads:
         labels = workload.node_labels
-        slices = [value for value in labels.get(_PRODUCT, ()) if "-MIG-" in value]
-        if slices and "nvidia.com/gpu" in workload.gpus and labels.get(_MIG_STATE) != {"success"}:
-            yield Hit(workload.object, _node_path(workload), f"{_PRODUCT} is {slices[0]} whatever the state of MIG")
+        slices = [value for value in labels.get(GPU_PRODUCT, ()) if "-MIG-" in value]
+        if slices and "nvidia.com/gpu" in workload.gpus and labels.get(MIG_STATE) != {"success"}:
+            yield Hit(workload.object, _node_path(workload), f"{GPU_PRODUCT} is {slices[0]} whatever the state of MIG")
 
 
 @rule(
@@ -204,7 +203,7 @@ def _mig_state(manifests: Manifests, _: Context) -> Iterator[Hit]:
 def _mig_profile(manifests: Manifests, _: Context) -> Iterator[Hit]:
     known = {profile for profiles in MIG_PROFILES.values() for profile in profiles}
     for workload in manifests.workloads:
-        products = {value.partition("-MIG-")[0] for value in workload.node_labels.get(_PRODUCT, ())}
+        products = {value.partition("-MIG-")[0] for value in workload.node_labels.get(GPU_PRODUCT, ())}
         for container in workload.all_containers:
             for name in container.gpus:
                 found = re.match(r"nvidia\.com/mig-(.+)", name)
@@ -231,8 +230,8 @@ def _profiles(product: str) -> tuple[str, ...] | None:
 
 def _node_path(workload: Workload) -> tuple[str | int, ...]:
     """Return the path of the field that requires node labels."""
-    if get(workload.spec, "nodeSelector", _PRODUCT):
-        return (*workload.spec_path, "nodeSelector", _PRODUCT)
+    if get(workload.spec, "nodeSelector", GPU_PRODUCT):
+        return (*workload.spec_path, "nodeSelector", GPU_PRODUCT)
     return (*workload.spec_path, "affinity", "nodeAffinity")
 
 
@@ -250,24 +249,11 @@ def _toleration(manifests: Manifests, context: Context) -> Iterator[Hit]:
         if workload.object.kind == "PodTemplate" or not any(name.startswith("nvidia.com/") for name in workload.gpus):
             continue
         path = (*workload.spec_path, "tolerations")
-        allowed = [node for node in nodes if workload.runs_on(mapping(node.data, "metadata", "labels"))]
-        refused = [
-            taint
-            for node in allowed
-            for taint in sequence(node.data, "spec", "taints")
-            if get(taint, "effect") in ("NoSchedule", "NoExecute") and not workload.tolerates(taint)
-        ]
+        allowed = [node for node in nodes if workload.runs_on(node)]
+        refused = [taint for node in allowed if (taint := workload.untolerated(node))]
         if allowed:
-            open_nodes = [
-                node
-                for node in allowed
-                if all(
-                    get(taint, "effect") == "PreferNoSchedule" or workload.tolerates(taint)
-                    for taint in sequence(node.data, "spec", "taints")
-                )
-            ]
-            if not open_nodes:
-                key, effect = text(refused[0], "key"), text(refused[0], "effect")
+            if len(refused) == len(allowed):
+                key, effect = refused[0].key, refused[0].effect
                 yield Hit(
                     workload.object,
                     path,
@@ -276,7 +262,7 @@ def _toleration(manifests: Manifests, context: Context) -> Iterator[Hit]:
                     fix=f"tolerate the taint: {{key: {key}, operator: Exists, effect: {effect}}}",
                 )
         # GKE adds the toleration itself. Key and value of the taint differ: nvidia.com/gpu, or sku=gpu on Azure.
-        elif _GKE_PRODUCT not in workload.node_labels and not any(
+        elif GKE_ACCELERATOR not in workload.node_labels and not any(
             _GPU_TAINT.search(f"{text(each, 'key')} {text(each, 'value')}")
             or (not get(each, "key") and get(each, "operator") == "Exists")
             for each in sequence(workload.spec, "tolerations")
@@ -297,7 +283,7 @@ def _quota(manifests: Manifests, _: Context) -> Iterator[Hit]:
         if get(quota.data, "spec", "scopeSelector") or get(quota.data, "spec", "scopes"):
             continue
         for key, value in mapping(quota.data, "spec", "hard").items():
-            name, limit = str(key).removeprefix("requests."), quantity(value)
+            name, limit = str(key).removeprefix("requests."), as_float(value)
             if limit is None or not str(key).startswith("requests."):
                 continue
             users = [each for each in manifests.workloads if name in each.gpus and same_namespace(quota, each.object)]

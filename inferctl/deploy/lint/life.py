@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from inferctl.deploy.kubernetes.fields import get, integer, mapping, sequence, text
 from inferctl.deploy.lint import models
 from inferctl.deploy.lint.finding import Context, Hit, rule
 from inferctl.deploy.lint.manifests import Container, Manifests, Workload
 from inferctl.deploy.lint.overflow import buffer_target
-from inferctl.deploy.lint.values import get, integer, mapping, sequence, text
 
 _HANDLERS = ("httpGet", "tcpSocket", "grpc", "exec")
 _DRAIN_WORDS = ("--drain-seconds", "--shutdown-timeout", "--timeout-graceful-shutdown", "--exit-timeout-secs")
@@ -230,7 +230,7 @@ def _surge(manifests: Manifests, context: Context) -> Iterator[Hit]:
         if not (workload.gpus and surge) or _has_overflow(manifests, workload):
             continue
         most = manifests.replicas(workload)[1]
-        fitting = [node for node in nodes if workload.runs_on(mapping(node.data, "metadata", "labels"))]
+        fitting = [node for node in nodes if workload.runs_on(node)]
         if nodes and all(
             sum(integer_of(get(node.data, "status", "allocatable", name)) for node in fitting) >= (most + surge) * count
             for name, count in workload.gpus.items()

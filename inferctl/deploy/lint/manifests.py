@@ -1,19 +1,18 @@
-"""A view of Kubernetes objects for the rules: workloads, their containers and GPUs, and what refers to what.
-
-The rules run on anyone's files, so nothing here assumes that a field has the type that it should have.
-"""
+"""A view of Kubernetes objects for the rules: workloads, their containers and GPUs, and what refers to what."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from inferctl.deploy.kubernetes import fields, selectors, taints
+from inferctl.deploy.kubernetes.fields import as_float, get, integer, mapping, sequence, text
+from inferctl.deploy.kubernetes.taints import Taint
 from inferctl.deploy.lint import pod_templates
-from inferctl.deploy.lint.values import get, integer, mapping, quantity, selects, sequence, text
 from inferctl.deploy.manifests_file import FieldPath, Located
 
 _GPU = re.compile(
@@ -22,7 +21,6 @@ _GPU = re.compile(
 )
 # An option other than those of Python and shells that a program follows, such as -m, -u and -c.
 _TAKES_VALUE = re.compile(r"--?\w[^=]+$|-[^-muceils]$")
-_PAUSE = re.compile(r"(?:^|/)pause(?:-[a-z0-9]+)?(?::|@|$)")
 _SERVERS = re.compile(
     r"vllm|text-generation-inference|text-generation-launcher|text-embeddings-inference|tritonserver|triton-inference"
     r"|sglang|llama-server|llama\.cpp|ollama|lmdeploy|tensorrt|inferctl|infinity-emb|torchserve|openai/v1",
@@ -73,7 +71,7 @@ class Container:
         found: dict[str, int] = {}
         for key in ("requests", "limits"):
             for name, value in mapping(self.data, "resources", key).items():
-                if isinstance(name, str) and _GPU.match(name) and (number := quantity(value)):
+                if isinstance(name, str) and _GPU.match(name) and (number := as_float(value)):
                     found[name] = math.ceil(number)
         return found
 
@@ -97,9 +95,9 @@ class Workload:
     def spec(self) -> dict[str, Any]:
         return mapping(self.template, "spec")
 
-    @property
-    def labels(self) -> dict[str, Any]:
-        return mapping(self.template, "metadata", "labels")
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        return fields.text_map(mapping(self.template, "metadata", "labels"))
 
     @property
     def group_size(self) -> int:
@@ -122,12 +120,12 @@ class Workload:
             for key, value in wanted.items()
             if key not in self.labels and pod_templates.adds_label(self.object, key, value, leads=leads)
         }
-        return selects(selector, {**self.labels, **added} if added else self.labels)
+        return selectors.matches(selector, self.labels | fields.text_map(added))
 
     @property
     def containers(self) -> list[Container]:
         """The containers that run all the time: also init containers with `restartPolicy: Always`."""
-        return [each for each in self.all_containers if each.path[-2] == "containers" or _is_sidecar(each.data)]
+        return [each for each in self.all_containers if each.path[-2] == "containers" or fields.is_sidecar(each.data)]
 
     @property
     def all_containers(self) -> list[Container]:
@@ -152,13 +150,13 @@ class Workload:
         for container in self.containers:
             requested = get(container.data, "resources", "requests", name)
             limit = get(container.data, "resources", "limits", name)
-            found += quantity(limit if requested is None else requested) or 0.0
+            found += as_float(limit if requested is None else requested) or 0.0
         return found
 
     @property
     def is_placeholder(self) -> bool:
         """Whether all containers are pause containers: the pod only holds a place."""
-        return bool(self.containers) and all(_PAUSE.search(each.image) for each in self.containers)
+        return bool(self.containers) and all(fields.is_pause(each.image) for each in self.containers)
 
     @property
     def is_model_server(self) -> bool:
@@ -177,48 +175,26 @@ class Workload:
         The terms of an affinity are alternatives: a key counts only if each of them has it.
         """
         found = {key: {str(value)} for key, value in mapping(self.spec, "nodeSelector").items()}
+        required = get(self.spec, "affinity", "nodeAffinity", "requiredDuringSchedulingIgnoredDuringExecution")
         terms = [
             {
                 text(each, "key"): {str(value) for value in sequence(each, "values")}
                 for each in sequence(term, "matchExpressions")
                 if get(each, "operator") == "In"
             }
-            for term in self.affinity_terms
+            for term in sequence(required, "nodeSelectorTerms")
         ]
         for key in set.intersection(*(set(term) for term in terms)) if terms else ():
             found.setdefault(key, set().union(*(term[key] for term in terms)))
         return found
 
-    @property
-    def affinity_terms(self) -> list[Any]:
-        return sequence(
-            self.spec, "affinity", "nodeAffinity", "requiredDuringSchedulingIgnoredDuringExecution", "nodeSelectorTerms"
-        )
+    def runs_on(self, node: Located) -> bool:
+        """Return whether nodeSelector and required node affinity allow a node."""
+        return selectors.node_matches(self.spec, node.name, node.labels)
 
-    def runs_on(self, labels: Mapping[str, Any]) -> bool:
-        """Return whether nodeSelector and required node affinity allow a node with `labels`."""
-        if any(str(labels.get(key)) != str(value) for key, value in mapping(self.spec, "nodeSelector").items()):
-            return False
-        return not self.affinity_terms or any(selects(term, labels) for term in self.affinity_terms)
-
-    def tolerates(self, taint: Any) -> bool:
-        """Return whether the pod tolerates a taint of a node."""
-        return any(
-            get(each, "effect") in (None, "", get(taint, "effect"))
-            and (
-                (get(each, "operator") == "Exists" and get(each, "key") in (None, "", get(taint, "key")))
-                or (
-                    get(each, "operator") in (None, "", "Equal")
-                    and get(each, "key") == get(taint, "key")
-                    and (get(each, "value") or "") == (get(taint, "value") or "")
-                )
-            )
-            for each in sequence(self.spec, "tolerations")
-        )
-
-
-def _is_sidecar(container: Any) -> bool:
-    return bool(get(container, "restartPolicy") == "Always")
+    def untolerated(self, node: Located) -> Taint | None:
+        """Return the first taint of a node that keeps the pod away; None if there is none."""
+        return taints.untolerated(fields.items(self.spec, "tolerations"), taints.of_node(mapping(node.data, "spec")))
 
 
 class Manifests:
@@ -277,23 +253,19 @@ class Manifests:
         return self.named(autoscaler, text(reference, "kind") or "Deployment", reference.get("name"))
 
     def replicas(self, workload: Workload) -> tuple[int, int]:
-        """Return the lowest and the highest number of pods, by autoscaler or `replicas`. At least 1 at most."""
+        """Return the lowest and the highest number of pods, by its autoscalers, else by `replicas`."""
         if "workerGroupSpecs" in workload.path:
             group = get(workload.object.data, *workload.path[:-1])
             numbers = [integer(group, key) or 1 for key in ("minReplicas", "replicas", "maxReplicas")]
             return numbers[0], max(numbers)
-        lows, highs = [], []
-        for each in self.autoscalers_of(workload):
-            keda = each.kind == "ScaledObject"
-            low = integer(each.data, "spec", "minReplicaCount" if keda else "minReplicas")
-            high = integer(each.data, "spec", "maxReplicaCount" if keda else "maxReplicas")
-            lows.append(low if low is not None else 0 if keda else 1)
-            highs.append(high if high is not None else 100 if keda else 1)
-        if not highs:
+        found = [fields.replica_limits(each.data) for each in self.autoscalers_of(workload)]
+        limits = [each for each in found if each is not None]
+        if not limits:
             key = "parallelism" if workload.object.kind == "Job" else "replicas"
-            count = integer(workload.object.data, "spec", key)
-            lows = highs = [1 if count is None else count]
-        return min(lows) * workload.pods_per_replica, max(highs) * workload.pods_per_replica
+            count = integer(workload.object.data, "spec", key, default=1)
+            limits = [(count, count)]
+        size = workload.pods_per_replica
+        return min(least for least, _ in limits) * size, max(most for _, most in limits) * size
 
     def surge(self, workload: Workload) -> int:
         """Return how many more pods than its replicas a rollout of `workload` may start."""
@@ -302,15 +274,12 @@ class Manifests:
         strategy = mapping(workload.object.data, "spec", "strategy")
         if strategy.get("type") == "Recreate":
             return 0
-        value = get(strategy, "rollingUpdate", "maxSurge")
-        if isinstance(value, int):
-            return value
-        share = re.match(r"(\d{1,4})%$", value) if isinstance(value, str) else None
-        percent = int(share[1]) if share else 25
-        return -(-self.replicas(workload)[1] * percent // 100)
+        most = self.replicas(workload)[1]
+        surge = fields.count_of(get(strategy, "rollingUpdate", "maxSurge"), most)
+        return -(-most * 25 // 100) if surge is None else surge
 
     def selected(self, by: Located, selector: Any) -> Iterator[Workload]:
-        """Yield the workloads in the namespace of `by` whose pods a label selector selects."""
+        """Yield the workloads in the namespace of `by` whose pods a label selector selects: none without one."""
         for each in self.workloads:
             if same_namespace(by, each.object) and each.selected_by(selector):
                 yield each

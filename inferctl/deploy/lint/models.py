@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from inferctl import document
+from inferctl.deploy.kubernetes.fields import sequence, text
 from inferctl.deploy.lint.finding import Context, ModelFacts
 from inferctl.deploy.lint.manifests import Workload
-from inferctl.deploy.lint.values import sequence, text
 from inferctl.errors import SpecError
 
 _OPTIONS = ("--model", "--model-id", "--model-path", "-m")
@@ -51,7 +51,7 @@ class Weights:
 
 def facts(workload: Workload, context: Context) -> ModelFacts | None:
     """Return the facts of the model that `workload` serves: by name or label, or those of the only model."""
-    names = {workload.object.name, *(value for value in workload.labels.values() if isinstance(value, str))}
+    names = {workload.object.name, *workload.labels.values()}
     for each in context.models:
         if each.name in names:
             return each

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from inferctl.deploy.kubernetes import selectors
+from inferctl.deploy.kubernetes.fields import get, mapping, sequence, text
 from inferctl.deploy.lint import pools, promql
 from inferctl.deploy.lint.finding import Context, Hit, rule
 from inferctl.deploy.lint.manifests import Manifests, same_namespace
-from inferctl.deploy.lint.values import get, mapping, selects, sequence, text
 from inferctl.deploy.manifests_file import FieldPath, Located
 
 
@@ -89,9 +90,7 @@ def _monitor(manifests: Manifests, _: Context) -> Iterator[Hit]:
     for monitor in manifests.of("ServiceMonitor"):
         services = [each for each in manifests.of("Service") if _in_reach(monitor, each)]
         selected = [
-            each
-            for each in services
-            if selects(get(monitor.data, "spec", "selector"), mapping(each.data, "metadata", "labels"))
+            each for each in services if selectors.matches(mapping(monitor.data, "spec", "selector"), each.labels)
         ]
         if services and not selected:
             what = "the selector selects no Service of these manifests"
@@ -108,7 +107,7 @@ def _monitor(manifests: Manifests, _: Context) -> Iterator[Hit]:
     for monitor in manifests.of("PodMonitor"):
         for index, endpoint in enumerate(sequence(monitor.data, "spec", "podMetricsEndpoints")):
             name = get(endpoint, "port")
-            selector = get(monitor.data, "spec", "selector")
+            selector = mapping(monitor.data, "spec", "selector")
             # The operator of Ray adds ports to its pods.
             workloads = [w for w in manifests.selected(monitor, selector) if not w.object.kind.startswith("Ray")]
             ports = [port for one in workloads for each in one.containers for port in sequence(each.data, "ports")]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from inferctl.deploy.kubernetes.fields import get, integer, mapping, sequence, text
 from inferctl.deploy.lint.finding import Context, Hit, rule
 from inferctl.deploy.lint.manifests import Manifests, Workload, same_namespace
-from inferctl.deploy.lint.values import get, integer, mapping, sequence, text
 from inferctl.deploy.manifests_file import Located
 
 # Cluster Autoscaler's default of --expendable-pods-priority-cutoff.

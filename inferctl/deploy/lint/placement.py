@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from inferctl.deploy.kubernetes import selectors
+from inferctl.deploy.kubernetes.fields import as_float, get, integer, mapping, sequence, text
+from inferctl.deploy.kubernetes.labels import HOSTNAME, ZONE
 from inferctl.deploy.lint import pools
 from inferctl.deploy.lint.finding import Context, Hit, rule
 from inferctl.deploy.lint.manifests import Manifests, Workload, same_namespace
-from inferctl.deploy.lint.values import get, integer, mapping, quantity, selects, sequence, text
 from inferctl.deploy.manifests_file import FieldPath
 from inferctl.deploy.objects.metadata import CLIENT
 
-_ZONE, _HOST = "topology.kubernetes.io/zone", "kubernetes.io/hostname"
 _TERM = "requiredDuringSchedulingIgnoredDuringExecution"
 _ENUMS = {
     "whenUnsatisfiable": ("DoNotSchedule", "ScheduleAnyway"),
@@ -40,7 +41,7 @@ def _selector(manifests: Manifests, _: Context) -> Iterator[Hit]:
     for workload in manifests.workloads:
         selector = get(workload.object.data, "spec", "selector")
         if workload.object.kind in ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet") and (
-            selector is not None and not selects(selector, workload.labels)
+            selector is not None and not selectors.matches(selector, workload.labels)
         ):
             labels = ", ".join(f"{key}={value}" for key, value in mapping(selector, "matchLabels").items())
             yield Hit(workload.object, ("spec", "selector"), f"the template does not have the labels {labels}")
@@ -107,14 +108,14 @@ def _bad(value: Any, path: FieldPath) -> Iterator[tuple[FieldPath, str]]:
             yield here, f"maxSkew is {item}; the smallest is 1"
         elif key in ("limits", "requests") and "resources" in path and isinstance(item, dict):
             for name, amount in item.items():
-                number = quantity(amount)
+                number = as_float(amount)
                 if number is None or number < 0:
                     yield (*here, name), f"{name}: {amount!r} is not a quantity such as 500m, 2 or 16Gi"
                 elif is_extended(name) and not number.is_integer():
                     yield (*here, name), f"{name}: {amount}, but only CPUs can be divided"
                 elif key == "requests" and (what := _above_limit(name, number, mapping(value, "limits"))):
                     yield (*here, name), what
-        elif key == "sizeLimit" and quantity(item) is None:
+        elif key == "sizeLimit" and as_float(item) is None:
             yield here, f"sizeLimit: {item!r} is not a quantity such as 2Gi"
         yield from _bad(item, here)
 
@@ -127,7 +128,7 @@ def is_extended(resource: str) -> bool:
 
 def _above_limit(name: str, number: float, limits: Mapping[str, Any]) -> str | None:
     """Return what is wrong with a request next to its limit. GPUs have a rule of their own."""
-    limit = None if is_extended(name) else quantity(limits.get(name))
+    limit = None if is_extended(name) else as_float(limits.get(name))
     return f"{name}: the request is above the limit {limits[name]}" if limit is not None and number > limit else None
 
 
@@ -145,12 +146,11 @@ def _anti_affinity(manifests: Manifests, context: Context) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         for index, term in enumerate(sequence(workload.spec, "affinity", "podAntiAffinity", _TERM)):
             selector = get(term, "labelSelector")
-            # Without a selector, a term is about no pod.
-            if get(term, "topologyKey") != _HOST or selector is None or not selects(selector, workload.labels):
+            if get(term, "topologyKey") != HOSTNAME or not selectors.matches(selector, workload.labels):
                 continue
             path = (*workload.spec_path, "affinity", "podAntiAffinity", _TERM, index)
             most = manifests.replicas(workload)[1]
-            fitting = [node for node in nodes if workload.runs_on(mapping(node.data, "metadata", "labels"))]
+            fitting = [node for node in nodes if workload.runs_on(node)]
             if nodes and most > len(fitting):
                 what = f"up to {most} replicas, each on its own node, but {len(fitting)} described nodes are possible"
                 yield Hit(workload.object, path, what, level="error")
@@ -213,7 +213,7 @@ def _traffic(manifests: Manifests, _: Context) -> Iterator[Hit]:
             workload
             for workload in manifests.behind(service)
             if workload.is_model_server
-            and any(get(each, "topologyKey") == _ZONE for each in sequence(workload.spec, "topologySpreadConstraints"))
+            and any(get(each, "topologyKey") == ZONE for each in sequence(workload.spec, "topologySpreadConstraints"))
         ]
         annotations = mapping(service.data, "metadata", "annotations")
         headless = get(service.data, "spec", "clusterIP") == "None"
@@ -238,15 +238,14 @@ def _traffic(manifests: Manifests, _: Context) -> Iterator[Hit]:
 def _no_node(manifests: Manifests, context: Context) -> Iterator[Hit]:
     nodes = [*context.nodes, *manifests.of("Node")]
     pools = manifests.of("NodePool")
-    labels = [mapping(node.data, "metadata", "labels") for node in nodes]
     for workload in manifests.workloads:
         if not (workload.gpus and workload.node_labels and nodes) or pools:
             continue
-        if not any(workload.runs_on(each) for each in labels):
+        if not any(workload.runs_on(node) for node in nodes):
             missing = [
                 f"{key} in {', '.join(sorted(values))}"
                 for key, values in sorted(workload.node_labels.items())
-                if not any(str(each.get(key)) in values for each in labels)
+                if not any(node.labels.get(key) in values for node in nodes)
             ]
             what = f"no node has {missing[0]}" if missing else "no node has all required labels together"
             field = "nodeSelector" if get(workload.spec, "nodeSelector") else "affinity"
@@ -264,8 +263,8 @@ def _no_node(manifests: Manifests, context: Context) -> Iterator[Hit]:
 def _one_zone(manifests: Manifests, _: Context) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         spread = [get(each, "topologyKey") for each in sequence(workload.spec, "topologySpreadConstraints")]
-        pinned = "topology.kubernetes.io/zone" in workload.node_labels
-        if workload.object.kind in ("Deployment", "StatefulSet") and _ZONE not in spread and not pinned:
+        pinned = ZONE in workload.node_labels
+        if workload.object.kind in ("Deployment", "StatefulSet") and ZONE not in spread and not pinned:
             most = manifests.replicas(workload)[1]
             if most > 1:
                 yield Hit(workload.object, workload.spec_path, f"up to {most} replicas, and no spread over zones")

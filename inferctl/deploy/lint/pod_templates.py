@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from inferctl.deploy.lint.values import get, mapping, sequence
+from inferctl.deploy.kubernetes.fields import get, mapping, sequence
 from inferctl.deploy.manifests_file import FieldPath, Located
 
 # Kind -> path of its pod template.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from inferctl.deploy.lint.values import mapping, text
+from inferctl.deploy.kubernetes.fields import mapping, text
 from inferctl.deploy.manifests_file import Located
 
 # The group before v1. Its selector was only labels, and the picker an extension.

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from inferctl.deploy import versions
+from inferctl.deploy.kubernetes.fields import as_float, get, integer, mapping, sequence, text
 from inferctl.deploy.lint.finding import Context, Hit, rule
 from inferctl.deploy.lint.manifests import Manifests, same_namespace
 from inferctl.deploy.lint.placement import replicas_path
-from inferctl.deploy.lint.values import get, integer, mapping, quantity, sequence, text
 from inferctl.deploy.manifests_file import FieldPath, Located
 
 _GPU_METRIC = re.compile(
@@ -283,7 +283,7 @@ def _pool_limits(manifests: Manifests, _: Context) -> Iterator[Hit]:
     pools = [each for each in manifests.of("NodePool") if each.api_version.startswith("karpenter.sh/")]
     names = {name for each in manifests.workloads for name in each.gpus}
     for name in sorted(names):
-        limits = [quantity(get(pool.data, "spec", "limits", name)) for pool in pools]
+        limits = [as_float(get(pool.data, "spec", "limits", name)) for pool in pools]
         known = [limit for limit in limits if limit is not None]
         needs = sum(
             (manifests.replicas(each)[1] + manifests.surge(each)) * each.gpus.get(name, 0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from inferctl.deploy import versions
+from inferctl.deploy.kubernetes.fields import get, mapping, sequence
 from inferctl.deploy.lint.finding import Context, Hit, rule
 from inferctl.deploy.lint.manifests import Manifests
-from inferctl.deploy.lint.values import get, mapping, sequence
 from inferctl.deploy.manifests_file import FieldPath, Located
 
 _DRA_KINDS = ("ResourceClaim", "ResourceClaimTemplate", "DeviceClass", "ResourceSlice")

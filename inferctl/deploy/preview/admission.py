@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from inferctl.deploy.preview import fields, resources, selectors
-from inferctl.deploy.preview.cluster import Cluster, Pod, Taint
-from inferctl.deploy.preview.tolerations import tolerates
+from inferctl.deploy.kubernetes import fields, selectors
+from inferctl.deploy.kubernetes.taints import Taint, tolerates
+from inferctl.deploy.preview import resources
+from inferctl.deploy.preview.cluster import Cluster, Pod
 
 # The classes that every cluster has.
 _SYSTEM_CLASSES = {"system-cluster-critical": 2_000_000_000, "system-node-critical": 2_000_001_000}
@@ -59,7 +60,7 @@ def admitted(
         spec,
         requests=resources.of_pod(spec, "requests"),
         limits=resources.of_pod(spec, "limits"),
-        priority=fields.integer(spec, "priority", default=fields.integer(found, "value")),
+        priority=fields.integer(spec, "priority", default=fields.integer(found, "value", default=0)),
         preempts=policy != "Never",
     )
 
@@ -69,7 +70,7 @@ def _class(objects: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> Map
     if name:
         return _named(objects, "PriorityClass", name) or {"value": _SYSTEM_CLASSES.get(name, 0)}
     defaults = [each for each in objects.get("PriorityClass", ()) if each.get("globalDefault")]
-    return min(defaults, key=lambda each: fields.integer(each, "value"), default={})
+    return min(defaults, key=lambda each: fields.integer(each, "value", default=0), default={})
 
 
 def _named(objects: Mapping[str, Sequence[Mapping[str, Any]]], kind: str, name: str) -> Mapping[str, Any] | None:
@@ -139,7 +140,7 @@ def _amounts(values: Mapping[str, Any]) -> dict[str, int]:
 
 def used_of(cluster: Cluster, quota: Mapping[str, Any]) -> dict[str, int]:
     """Return what counts towards a quota in the present state of `cluster`."""
-    total: Counter[str] = Counter(cluster.quota_usage.get(key_of(quota), {}))
+    total: Counter[str] = Counter(cluster.quota_usage.get(fields.key_of(quota), {}))
     for pod in cluster.pods():
         if pod.charged and _applies(quota, pod):
             total.update(usage(pod))
@@ -150,16 +151,6 @@ def unlisted_usage(cluster: Cluster, quota: Mapping[str, Any]) -> dict[str, int]
     """Return what the status of a quota counts more than the pods of `cluster`, such as pods that are not listed."""
     status, known = _amounts(fields.mapping(quota, "status", "used")), used_of(cluster, quota)
     return {name: amount - known.get(name, 0) for name, amount in status.items() if amount > known.get(name, 0)}
-
-
-def key_of(item: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the namespace and the name of an object."""
-    return namespace_of(item), fields.text(item, "metadata", "name")
-
-
-def namespace_of(item: Mapping[str, Any]) -> str:
-    """Return the namespace of an object."""
-    return fields.text(item, "metadata", "namespace") or "default"
 
 
 def usage(pod: Pod) -> dict[str, int]:
@@ -186,7 +177,7 @@ def _stated(pod: Pod, name: str) -> bool:
 
 
 def _applies(quota: Mapping[str, Any], pod: Pod) -> bool:
-    if namespace_of(quota) != pod.namespace:
+    if fields.namespace_of(quota) != pod.namespace:
         return False
     scopes = [{"scopeName": name, "operator": "Exists"} for name in fields.strings(quota, "spec", "scopes")]
     scopes += fields.items(quota, "spec", "scopeSelector", "matchExpressions")

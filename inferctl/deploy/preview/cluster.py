@@ -10,23 +10,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from inferctl.deploy.preview import fields, selectors
-
-HOSTNAME = "kubernetes.io/hostname"
-ZONE = "topology.kubernetes.io/zone"
-REGION = "topology.kubernetes.io/region"
-
-
-class Taint(NamedTuple):
-    """A taint of a node."""
-
-    key: str
-    value: str
-    effect: str
-
-    def __str__(self) -> str:
-        return f"{self.key}{f'={self.value}' if self.value else ''}:{self.effect}"
-
+from inferctl.deploy.kubernetes import fields, selectors
+from inferctl.deploy.kubernetes.labels import ZONE
+from inferctl.deploy.kubernetes.taints import Taint
 
 _UNREACHABLE = (
     Taint("node.kubernetes.io/unreachable", "", "NoSchedule"),
@@ -160,13 +146,13 @@ class Pod:
     @cached_property
     def host_ports(self) -> list[Port]:
         """The host ports of containers and of sidecars."""
-        sidecars = [each for each in fields.items(self.spec, "initContainers") if is_sidecar(each)]
+        sidecars = [each for each in fields.items(self.spec, "initContainers") if fields.is_sidecar(each)]
         shared = bool(self.spec.get("hostNetwork"))
         return [
             Port(
                 fields.text(port, "hostIP") or "0.0.0.0",
                 fields.text(port, "protocol") or "TCP",
-                fields.integer(port, "hostPort") or (fields.integer(port, "containerPort") if shared else 0),
+                fields.integer(port, "hostPort") or (fields.integer(port, "containerPort", default=0) if shared else 0),
             )
             for container in [*sidecars, *fields.items(self.spec, "containers")]
             for port in fields.items(container, "ports")
@@ -178,11 +164,6 @@ class Pod:
         """The names of the PersistentVolumeClaims that the pod uses."""
         names = (fields.text(each, "persistentVolumeClaim", "claimName") for each in fields.items(self.spec, "volumes"))
         return [name for name in names if name]
-
-
-def is_sidecar(container: Mapping[str, Any]) -> bool:
-    """Return whether an init container runs as long as the pod."""
-    return container.get("restartPolicy") == "Always"
 
 
 @dataclass

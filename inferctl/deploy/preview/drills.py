@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from inferctl.deploy.preview import admission, fields, simulation
-from inferctl.deploy.preview.cluster import REGION, Cluster, Pod
+from inferctl.deploy.kubernetes import fields
+from inferctl.deploy.kubernetes.labels import REGION
+from inferctl.deploy.preview import admission, simulation
+from inferctl.deploy.preview.cluster import Cluster, Pod
 from inferctl.deploy.preview.simulation import Attempt, Outcome
 from inferctl.deploy.preview.workloads import Workload, serving
 

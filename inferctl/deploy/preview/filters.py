@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from inferctl.deploy.preview import fields, selectors, volumes
+from inferctl.deploy.kubernetes import fields, selectors
+from inferctl.deploy.kubernetes.labels import MIG_STATE
+from inferctl.deploy.kubernetes.taints import UNSCHEDULABLE, tolerates, untolerated
+from inferctl.deploy.preview import volumes
 from inferctl.deploy.preview.cluster import Cluster, Node, Pod
-from inferctl.deploy.preview.tolerations import UNSCHEDULABLE, tolerates, untolerated
 from inferctl.deploy.preview.topology import View, affinity_violation, spread_violation, view
-
-_MIG_STATE = "nvidia.com/mig.config.state"
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ _KUBELET_FILTERS = (_affinity, _ports, _resources)
 
 def mig_warning(pod: Pod, node: Node) -> str | None:
     """Return why a feasible node is not ready for a pod with a GPU: its MIG configuration is not applied; else None."""
-    state = node.labels.get(_MIG_STATE)
+    state = node.labels.get(MIG_STATE)
     if state in (None, "success") or not any(name.startswith("nvidia.com/") and n for name, n in pod.requests.items()):
         return None
     return f"MIG state is {state}: the pod may start before the slices are made, and get the whole GPU or none"

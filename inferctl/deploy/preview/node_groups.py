@@ -19,8 +19,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from inferctl import validation
-from inferctl.deploy.preview import fields
-from inferctl.deploy.preview.cluster import HOSTNAME, REGION, ZONE
+from inferctl.deploy.kubernetes import fields
+from inferctl.deploy.kubernetes.labels import HOSTNAME, REGION, ZONE
 from inferctl.document import Document
 from inferctl.errors import SpecError
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from inferctl import document
 from inferctl.deploy import manifests_file
+from inferctl.deploy.kubernetes import fields, taints
 from inferctl.deploy.manifests_file import Located
-from inferctl.deploy.preview import admission, fields, node_groups, preemption
-from inferctl.deploy.preview.cluster import Cluster, Node, Pod, Taint
+from inferctl.deploy.preview import admission, node_groups, preemption
+from inferctl.deploy.preview.cluster import Cluster, Node, Pod
 from inferctl.errors import Problem, SpecError, UsageError
 
 _FINISHED = ("Succeeded", "Failed")
@@ -93,7 +94,7 @@ def of_objects(name: str, located: Sequence[Located]) -> Cluster:
     for each in located:
         if each.kind in _READ:
             # The same object in the cluster and in the manifests: the manifests come later and win.
-            same = [o for o in objects.get(each.kind, []) if _identity(o) != _identity(each.data)]
+            same = [o for o in objects.get(each.kind, []) if fields.key_of(o) != fields.key_of(each.data)]
             objects[each.kind] = [*same, _with_status(each.data, objects.get(each.kind, []))]
     cluster = Cluster(name, {}, objects)
     nodes = [each for each in located if each.kind == "Node"]
@@ -116,24 +117,20 @@ def of_objects(name: str, located: Sequence[Located]) -> Cluster:
     if problems:
         raise SpecError(located[0].file, problems)
     for quota in cluster.of_kind("ResourceQuota"):
-        key = admission.key_of(quota)
+        key = fields.key_of(quota)
         try:
             admission.hard_limits(quota)
             cluster.quota_usage[key] = admission.unlisted_usage(cluster, quota)
         except ValueError as error:
             raise SpecError(located[0].file, [Problem("spec.hard", f"quota {key[1]}: {error}")]) from None
     for budget in cluster.of_kind("PodDisruptionBudget"):
-        cluster.margins[admission.key_of(budget)] = preemption.margin(cluster, budget)
+        cluster.margins[fields.key_of(budget)] = preemption.margin(cluster, budget)
     return cluster
-
-
-def _identity(item: Mapping[str, Any]) -> tuple[str, str]:
-    return fields.text(item, "metadata", "namespace") or "default", fields.text(item, "metadata", "name")
 
 
 def _with_status(item: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Return `item` with the status that the cluster has for it: manifests have none."""
-    known = next((o for o in earlier if _identity(o) == _identity(item)), {})
+    known = next((o for o in earlier if fields.key_of(o) == fields.key_of(item)), {})
     return item if "status" in item or "status" not in known else {**item, "status": known["status"]}
 
 
@@ -142,10 +139,7 @@ def _node(item: Mapping[str, Any]) -> Node:
     return Node(
         fields.text(item, "metadata", "name"),
         fields.text_map(fields.mapping(item, "metadata", "labels")),
-        tuple(
-            Taint(fields.text(each, "key"), fields.text(each, "value"), fields.text(each, "effect"))
-            for each in fields.items(spec, "taints")
-        ),
+        taints.of_node(spec),
         spec.get("unschedulable") is True,
         fields.amounts(fields.mapping(item, "status", "allocatable")),
     )
@@ -156,7 +150,7 @@ def pod_of(objects: Mapping[str, Sequence[Mapping[str, Any]]], item: Mapping[str
     metadata, spec, status = (fields.mapping(item, key) for key in ("metadata", "spec", "status"))
     pod = admission.admitted(
         objects,
-        fields.text(metadata, "namespace") or "default",
+        fields.namespace_of(item),
         fields.text(metadata, "name") or fields.text(metadata, "generateName"),
         fields.text_map(fields.mapping(metadata, "labels")),
         # The node that the scheduler chose does not bind the pod that replaces this one.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from inferctl.deploy.preview import fields, selectors
-from inferctl.deploy.preview.admission import key_of, namespace_of
+from inferctl.deploy.kubernetes import fields, selectors
 from inferctl.deploy.preview.cluster import Cluster, Pod
 from inferctl.deploy.preview.filters import Reason, reasons
 from inferctl.deploy.preview.topology import View, is_counted, view
@@ -126,7 +124,7 @@ def _by_budget(budgets: Sequence[Budget], pods: Sequence[Pod]) -> tuple[list[Pod
         violated = False
         for index, (budget, _) in enumerate(budgets):
             selector = fields.optional(budget, "spec", "selector")
-            if namespace_of(budget) != pod.namespace or selectors.is_empty(selector) or not pod.labels:
+            if fields.namespace_of(budget) != pod.namespace or selectors.is_empty(selector) or not pod.labels:
                 continue
             if not selectors.matches(selector, pod.labels):
                 continue
@@ -142,22 +140,15 @@ def _allowed(cluster: Cluster, budget: Mapping[str, Any]) -> int:
     """Return how many pods may go: what its status says, and what has changed since; without a status, what it has."""
     stated, now = fields.get(budget, "status", "disruptionsAllowed"), margin(cluster, budget)
     if isinstance(stated, int):
-        now = stated + now - cluster.margins.get(key_of(budget), now)
+        now = stated + now - cluster.margins.get(fields.key_of(budget), now)
     return max(0, now)
 
 
 def margin(cluster: Cluster, budget: Mapping[str, Any]) -> int:
     """Return by how many pods with a node a budget is above its minimum, or below it."""
-    selector, namespace = fields.optional(budget, "spec", "selector"), namespace_of(budget)
+    selector, namespace = fields.optional(budget, "spec", "selector"), fields.namespace_of(budget)
     pods = [pod for pod in cluster.pods() if pod.namespace == namespace and selectors.matches(selector, pod.labels)]
     healthy = sum(pod.node is not None and not pod.terminating for pod in pods)
     if (least := fields.get(budget, "spec", "minAvailable")) is not None:
-        return healthy - _count(least, len(pods))
-    return healthy - (len(pods) - _count(fields.get(budget, "spec", "maxUnavailable"), len(pods)))
-
-
-def _count(value: Any, of: int) -> int:
-    """Return a number of pods, or a percentage of `of` pods rounded up."""
-    if isinstance(value, str) and value.endswith("%") and value[:-1].isdigit():
-        return math.ceil(int(value[:-1]) * of / 100)
-    return value if isinstance(value, int) else 0
+        return healthy - (fields.count_of(least, len(pods)) or 0)
+    return healthy - (len(pods) - (fields.count_of(fields.get(budget, "spec", "maxUnavailable"), len(pods)) or 0))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from inferctl.deploy.preview import fields, volumes
+from inferctl.deploy.kubernetes import fields
+from inferctl.deploy.preview import volumes
 from inferctl.deploy.preview.drills import Loss
 from inferctl.deploy.preview.preemption import Candidate
 from inferctl.deploy.preview.simulation import Attempt, Outcome

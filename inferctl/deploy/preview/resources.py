@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from inferctl.deploy.preview import fields
-from inferctl.deploy.preview.cluster import is_sidecar
+from inferctl.deploy.kubernetes import fields
 
 Kind = Literal["requests", "limits"]
 
@@ -33,7 +32,7 @@ def of_pod(spec: Mapping[str, Any], kind: Kind) -> dict[str, int]:
     starting: Counter[str] = Counter()
     for container in fields.items(spec, "initContainers"):
         own = of_container(container, kind)
-        if is_sidecar(container):
+        if fields.is_sidecar(container):
             running.update(own)
             sidecars.update(own)
             need = sidecars

@@ -13,13 +13,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from inferctl.deploy.preview import admission, filters, preemption, selectors
+from inferctl.deploy.kubernetes import selectors
+from inferctl.deploy.kubernetes.labels import POD_TEMPLATE_HASH
+from inferctl.deploy.preview import admission, filters, preemption
 from inferctl.deploy.preview.cluster import Cluster, Pod
 from inferctl.deploy.preview.filters import Reason
 from inferctl.deploy.preview.preemption import Candidate
 from inferctl.deploy.preview.workloads import Workload, serving
 
-_HASH = "pod-template-hash"
 # More pods than the largest cluster that Kubernetes supports has nodes and pods for.
 MAX_REPLICAS = 150_000
 
@@ -124,9 +125,9 @@ def _like_running(cluster: Cluster, workload: Workload) -> Workload:
 
     Without running pods, all new ones have the same value.
     """
-    own = (pod for pod in cluster.pods() if pod.owner == workload.key and _HASH in pod.labels)
-    hashes = [(pod.started, pod.labels[_HASH]) for pod in own]
-    return replace(workload, labels={**workload.labels, _HASH: max(hashes)[1] if hashes else "preview"})
+    own = (pod for pod in cluster.pods() if pod.owner == workload.key and POD_TEMPLATE_HASH in pod.labels)
+    hashes = [(pod.started, pod.labels[POD_TEMPLATE_HASH]) for pod in own]
+    return replace(workload, labels={**workload.labels, POD_TEMPLATE_HASH: max(hashes)[1] if hashes else "preview"})
 
 
 def new_pod(cluster: Cluster, workload: Workload, index: int) -> Pod:

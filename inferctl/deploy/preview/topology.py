@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from inferctl.deploy.preview import fields, selectors
+from inferctl.deploy.kubernetes import fields, selectors
+from inferctl.deploy.kubernetes.taints import untolerated
 from inferctl.deploy.preview.cluster import Cluster, Node, Pod, Spread, Term
-from inferctl.deploy.preview.tolerations import untolerated
 
 Domain = tuple[str, str]
 

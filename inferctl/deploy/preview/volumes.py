@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from inferctl.deploy.preview import fields, selectors
-from inferctl.deploy.preview.cluster import REGION, ZONE, Cluster, Node, Pod
+from inferctl.deploy.kubernetes import fields, selectors
+from inferctl.deploy.kubernetes.labels import REGION, ZONE
+from inferctl.deploy.preview.cluster import Cluster, Node, Pod
 
 _OLD = {"failure-domain.beta.kubernetes.io/zone": ZONE, "failure-domain.beta.kubernetes.io/region": REGION}
 
@@ -40,7 +41,7 @@ def unknown(cluster: Cluster, pod: Pod) -> list[str]:
 def _find(cluster: Cluster, kind: str, name: str, namespace: str | None = None) -> Mapping[str, Any] | None:
     for each in cluster.of_kind(kind):
         found = fields.text(each, "metadata", "name")
-        if name and found == name and namespace in (None, fields.text(each, "metadata", "namespace") or "default"):
+        if name and found == name and namespace in (None, fields.namespace_of(each)):
             return each
     return None
 

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from inferctl.deploy.annotation_keys import COLD_START, LOAD, PEAK, PREFERENCE, RATE, UTILIZATION
-from inferctl.deploy.preview import fields
-
-_MODEL = "app.kubernetes.io/name"
-_COMPONENT = "app.kubernetes.io/component"
+from inferctl.deploy.kubernetes import fields
+from inferctl.deploy.objects.metadata import COMPONENT, NAME
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,7 @@ class Workload:
     def placeholder(self) -> bool:
         """Whether the pods only hold capacity: they run nothing but a pause image."""
         images = [fields.text(each, "image") for each in fields.items(self.spec, "containers")]
-        return bool(images) and all(_is_pause(image) for image in images)
-
-
-def _is_pause(image: str) -> bool:
-    return image.partition("@")[0].rpartition("/")[2].partition(":")[0].startswith("pause")
+        return bool(images) and all(fields.is_pause(image) for image in images)
 
 
 def find(objects: Iterable[Mapping[str, Any]], namespace: str = "default") -> list[Workload]:
@@ -73,9 +67,9 @@ def find(objects: Iterable[Mapping[str, Any]], namespace: str = "default") -> li
     scalers: dict[tuple[str, str], Scaler] = {}
     for each in objects:
         if found := _scaler(each):
-            scalers[_namespace(each, namespace), fields.text(each, "spec", "scaleTargetRef", "name")] = found
+            scalers[fields.namespace_of(each, namespace), fields.text(each, "spec", "scaleTargetRef", "name")] = found
     return [
-        _workload(each, _namespace(each, namespace), scalers)
+        _workload(each, fields.namespace_of(each, namespace), scalers)
         for each in objects
         if each.get("kind") == "Deployment" and fields.text(each, "metadata", "name")
     ]
@@ -91,7 +85,7 @@ def _workload(item: Mapping[str, Any], namespace: str, scalers: Mapping[tuple[st
     return Workload(
         namespace,
         name,
-        labels.get(_MODEL, name),
+        labels.get(NAME, name),
         labels,
         fields.mapping(template, "spec"),
         fields.mapping(item, "spec", "selector"),
@@ -103,30 +97,17 @@ def _workload(item: Mapping[str, Any], namespace: str, scalers: Mapping[tuple[st
         peak=scaler.peak or _number(annotations.get(PEAK)),
         load_s=_number(annotations.get(LOAD)),
         cold_start_s=_number(annotations.get(COLD_START)),
-        component=labels.get(_COMPONENT, ""),
+        component=labels.get(COMPONENT, ""),
         scaled_by=scaler.kind,
     )
 
 
 def _scaler(item: Mapping[str, Any]) -> Scaler | None:
     """Return the limits of a ScaledObject or HorizontalPodAutoscaler of a Deployment; None for other objects."""
-    kind = item.get("kind")
-    if fields.text(item, "spec", "scaleTargetRef", "kind") not in ("", "Deployment"):
+    limits = fields.replica_limits(item)
+    if limits is None or fields.text(item, "spec", "scaleTargetRef", "kind") not in ("", "Deployment"):
         return None
-    if kind == "ScaledObject":
-        # The defaults of KEDA.
-        least = fields.integer(item, "spec", "minReplicaCount", default=0)
-        most = fields.integer(item, "spec", "maxReplicaCount", default=100)
-    elif kind == "HorizontalPodAutoscaler":
-        least = fields.integer(item, "spec", "minReplicas", default=1)
-        most = fields.integer(item, "spec", "maxReplicas", default=least)
-    else:
-        return None
-    return Scaler(str(kind), least, max(least, most), _number(fields.text(item, "metadata", "annotations", PEAK)))
-
-
-def _namespace(item: Mapping[str, Any], default: str) -> str:
-    return fields.text(item, "metadata", "namespace") or default
+    return Scaler(str(item["kind"]), *limits, _number(fields.text(item, "metadata", "annotations", PEAK)))
 
 
 def _number(text: str | None) -> float | None:

@@ -12,9 +12,9 @@ import pytest
 
 from inferctl import catalog
 from inferctl.deploy import lint, manifests_file
+from inferctl.deploy.kubernetes.fields import as_float
 from inferctl.deploy.lint import gpu, models
 from inferctl.deploy.lint.manifests import Manifests, Workload
-from inferctl.deploy.lint.values import quantity, selects
 from inferctl.deploy.manifests_file import Located
 from tests.deploy.lint import seeded
 
@@ -235,29 +235,50 @@ def test_the_size_of_a_model_is_read_from_its_name(args: list[str], expected: fl
     [("500m", 0.5), ("2", 2), (3, 3), ("16Gi", 16 * 2**30), ("1e3", 1000), ("-1", -1), ("1.5k", 1500)],
 )
 def test_quantities(value: Any, expected: float) -> None:
-    assert quantity(value) == pytest.approx(expected)
+    assert as_float(value) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("value", ["1banana", "", "Gi", None, True, [], "1 Gi", "0x10", "1e99999x"])
 def test_what_is_no_quantity(value: Any) -> None:
-    assert quantity(value) is None
+    assert as_float(value) is None
+
+
+L4_NODE: dict[str, Any] = {
+    "apiVersion": "v1", "kind": "Node",
+    "metadata": {"name": "a", "labels": {"nvidia.com/gpu.product": "NVIDIA-L4", "nvidia.com/gpu.memory": "23034"}},
+}  # fmt: skip
+A100_NODE: dict[str, Any] = {
+    "apiVersion": "v1", "kind": "Node",
+    "metadata": {"name": "b", "labels": {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-40GB",
+    "nvidia.com/mig.config.state": "success"}},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("selector", "expected"),
+    ("term", "found"),
     [
-        ({}, True),
-        ({"matchLabels": {"a": "1"}}, True),
-        ({"matchLabels": {"a": "2"}}, False),
-        ({"matchExpressions": [{"key": "a", "operator": "In", "values": ["1", "2"]}]}, True),
-        ({"matchExpressions": [{"key": "b", "operator": "NotIn", "values": ["1"]}]}, True),
-        ({"matchExpressions": [{"key": "b", "operator": "Exists"}]}, False),
-        ({"matchExpressions": [{"key": "b", "operator": "DoesNotExist"}]}, True),
-        ({"matchLabels": {"a": "1"}, "matchExpressions": [{"key": "a", "operator": "DoesNotExist"}]}, False),
+        ({"matchExpressions": [{"key": "nvidia.com/gpu.memory", "operator": "Gt", "values": ["20000"]}]}, False),
+        ({"matchExpressions": [{"key": "nvidia.com/gpu.memory", "operator": "Lt", "values": ["20000"]}]}, True),
+        ({"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["a"]}]}, False),
+        ({"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["b"]}]}, True),
+        ({}, True),  # an empty term matches no node
     ],
 )
-def test_selectors(selector: Any, expected: bool) -> None:
-    assert selects(selector, {"a": "1"}) is expected
+def test_node_affinity_is_that_of_the_scheduler(term: dict[str, Any], found: bool) -> None:
+    required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
+    objects = changed("Deployment/chat", (*POD, "affinity"), {"nodeAffinity": required})
+    objects = [each for each in objects if each["kind"] != "NodePool"]  # whose nodes may have any label
+    context = lint.Context(nodes=tuple(seeded.located([L4_NODE, A100_NODE])))
+    assert rules(objects, context) == ({"no-such-node"} if found else set())
+
+
+def test_anti_affinity_without_a_selector_keeps_no_pods_apart() -> None:
+    term = "requiredDuringSchedulingIgnoredDuringExecution"
+    for selector, expected in ((None, set()), ({}, {"hostname-anti-affinity"})):
+        terms = [{"topologyKey": "kubernetes.io/hostname", "labelSelector": selector}]
+        objects = changed("Deployment/chat", (*POD, "affinity"), {"podAntiAffinity": {term: terms}})
+        context = lint.Context(nodes=tuple(seeded.located([L4_NODE, A100_NODE])))
+        assert rules(objects, context) == expected
 
 
 def test_surge_and_replicas_are_those_of_kubernetes() -> None:

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from inferctl import document
+from inferctl.deploy.kubernetes import fields
 from inferctl.deploy.manifests_file import Located
-from inferctl.deploy.preview import admission, fields, filters, nodes_file
+from inferctl.deploy.preview import admission, filters, nodes_file
 from inferctl.errors import InferctlError, SpecError, UsageError
 
 GROUPS = """

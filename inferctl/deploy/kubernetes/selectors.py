@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from inferctl.deploy.preview import fields
+from inferctl.deploy.kubernetes import fields
 
 _INTEGER = re.compile(r"[+-]?\d+")
 

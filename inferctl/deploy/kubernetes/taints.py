@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from inferctl.deploy.preview import fields
-from inferctl.deploy.preview.cluster import Taint
+from inferctl.deploy.kubernetes import fields
+
+
+class Taint(NamedTuple):
+    """A taint of a node."""
+
+    key: str
+    value: str
+    effect: str
+
+    def __str__(self) -> str:
+        return f"{self.key}{f'={self.value}' if self.value else ''}:{self.effect}"
+
 
 UNSCHEDULABLE = Taint("node.kubernetes.io/unschedulable", "", "NoSchedule")
 # Taints of PreferNoSchedule only lower a score.
@@ -36,3 +47,11 @@ def _tolerates(toleration: Mapping[str, Any], taint: Taint) -> bool:
         case "" | "Equal":
             return fields.text(toleration, "value") == taint.value
     return False
+
+
+def of_node(spec: Mapping[str, Any]) -> tuple[Taint, ...]:
+    """Return the taints in the spec of a Node."""
+    return tuple(
+        Taint(fields.text(each, "key"), fields.text(each, "value"), fields.text(each, "effect"))
+        for each in fields.items(spec, "taints")
+    )

@@ -1,0 +1,1 @@
+"""What fields of Kubernetes objects mean, as the scheduler reads them. Lint and preview share it."""
