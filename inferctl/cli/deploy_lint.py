@@ -64,7 +64,7 @@ def run(
     if errors:
         raise InferctlError(
             f"{errors} of the findings {'is an error' if errors == 1 else 'are errors'}",
-            "fix them, or annotate an object with `inferctl/lint-ignore: RULE` and say why in a comment",
+            "fix them, or annotate an object with `inferctl.io/lint-ignore: RULE` and say why in a comment",
         )
 
 

@@ -1,6 +1,6 @@
-"""Annotations that say what a replica of a Deployment can do, and what its model must serve.
+"""Annotations of inferctl: what a replica of a Deployment can do, what its model must serve, which rules do not apply.
 
-`inferctl deploy` writes them, and `inferctl deploy --preview` reads them, from any manifests.
+`inferctl deploy` writes all but the last one. `--preview` and `--lint` read them, from any manifests.
 """
 
 from __future__ import annotations
@@ -15,3 +15,5 @@ LOAD = "inferctl.io/load-seconds"
 COLD_START = "inferctl.io/cold-start-seconds"
 # On the autoscaler, which differs between clusters, else on the Deployment: the model's peak in this cluster.
 PEAK = "inferctl.io/peak-tokens-per-second"
+# On any object: ids of rules of the lint that it is exempt from, separated by commas.
+LINT_IGNORE = "inferctl.io/lint-ignore"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from inferctl.deploy.annotation_keys import LINT_IGNORE
 from inferctl.deploy.kubernetes.fields import mapping
 from inferctl.deploy.lint import access, gpu, life, observability, overflow, placement, scaling, version
 from inferctl.deploy.lint.finding import LESSONS, RULES, Context, Finding, Level, ModelFacts, Rule
@@ -15,8 +16,6 @@ __all__ = ["LESSONS", "RULES", "Context", "Finding", "Level", "ModelFacts", "Rul
 
 # The modules of rules. Importing them registers their rules.
 MODULES = (gpu, placement, overflow, scaling, life, access, observability, version)
-# Annotation with the ids of rules that an object is exempt from, separated by commas.
-IGNORE = "inferctl/lint-ignore"
 
 
 def lint(objects: Sequence[Located], context: Context | None = None) -> list[Finding]:
@@ -24,7 +23,7 @@ def lint(objects: Sequence[Located], context: Context | None = None) -> list[Fin
     manifests = Manifests(objects)
     ignored: dict[tuple[str, str], set[str]] = {}
     for each in objects:
-        words = mapping(each.data, "metadata", "annotations").get(IGNORE)
+        words = mapping(each.data, "metadata", "annotations").get(LINT_IGNORE)
         if isinstance(words, str):
             ignored.setdefault((each.file, f"{each.kind}/{each.name}"), set()).update(words.replace(",", " ").split())
     found = [

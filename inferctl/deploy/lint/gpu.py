@@ -85,7 +85,7 @@ def _operator_twice(manifests: Manifests, _: Context) -> Iterator[Hit]:
     policies = manifests.of("ClusterPolicy")
     for each in manifests.of("GPUCluster"):
         if any(policy.api_version.startswith("nvidia.com/") for policy in policies):
-            yield Hit(each, ("kind",), f"GPUCluster {each.name} beside ClusterPolicy {policies[0].name}")
+            yield Hit(each, ("kind",), f"GPUCluster {each.name} next to ClusterPolicy {policies[0].name}")
 
 
 @rule(

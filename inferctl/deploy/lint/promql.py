@@ -14,7 +14,7 @@ _PAIRS = {")": "(", "]": "[", "}": "{"}
 def problem(expression: str) -> str | None:
     """Return why `expression` is not PromQL, None if it is.
 
-    Without the package promql-parser (extra `deploy`), only empty expressions, quotes and brackets are checked.
+    Without the package promql-parser (extra `lint`), only empty expressions, quotes and brackets are checked.
     """
     if not expression.strip():
         return "the expression is empty"

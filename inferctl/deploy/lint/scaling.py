@@ -85,7 +85,7 @@ def _replicas(manifests: Manifests, _: Context) -> Iterator[Hit]:
     for workload in manifests.workloads:
         if replicas_path(workload) == ("spec", "replicas") and (found := manifests.autoscalers_of(workload)):
             count = get(workload.object.data, "spec", "replicas")
-            what = f"replicas: {count} beside {found[0].kind} {found[0].name}"
+            what = f"replicas: {count} next to {found[0].kind} {found[0].name}"
             yield Hit(workload.object, ("spec", "replicas"), what)
 
 
@@ -174,7 +174,7 @@ def _null_values(manifests: Manifests, _: Context) -> Iterator[Hit]:
     "keda-fallback",
     "warning",
     "guardrails",
-    finds="a ScaledObject on Prometheus without a fallback, or with a static one beside several triggers",
+    finds="a ScaledObject on Prometheus without a fallback, or with a static one for several triggers",
     consequence="if Prometheus fails, the number of replicas does not follow the load; a static fallback also "
     "overrides the triggers that still work",
     fix="set fallback: {failureThreshold: 3, replicas: N, behavior: currentReplicasIfHigher}",

@@ -187,9 +187,9 @@ def test_the_autoscaler_decides_on_the_version_of_a_buffer(
 def test_an_annotation_ignores_a_rule_for_its_object() -> None:
     objects = changed("Deployment/chat", (*POD, "hostIPC"), True)
     deployment = next(each for each in objects if each["metadata"]["name"] == "chat" and each["kind"] == "Deployment")
-    deployment["metadata"]["annotations"] = {"inferctl/lint-ignore": "no-pdb, privileged"}
+    deployment["metadata"]["annotations"] = {"inferctl.io/lint-ignore": "no-pdb, privileged"}
     assert rules(objects) == set()
-    deployment["metadata"]["annotations"] = {"inferctl/lint-ignore": "no-pdb"}
+    deployment["metadata"]["annotations"] = {"inferctl.io/lint-ignore": "no-pdb"}
     assert rules(objects) == {"privileged"}
 
 
