@@ -57,12 +57,12 @@ def wait_until_recovered(outage: Outage, rate: float) -> bool:
     return True
 
 
-def breaker_opened(server: peers.Server, begin: float) -> float | None:
-    """Return when the breaker opened after `begin`, by the log of the server; None if it did not."""
+def breaker_opened(server: peers.Server, begin: float, end: float) -> float | None:
+    """Return when the breaker opened, by the log of the server; None if it did not, or was open before."""
     log = (peers.LOGS / f"{server.name}.log").read_text()
     offset = time.time() - time.monotonic()
     times = [datetime.strptime(at, "%Y-%m-%d %H:%M:%S,%f").timestamp() - offset for at in _BREAKER.findall(log)]
-    return min((at for at in times if at >= begin), default=None)
+    return min((at for at in times if begin <= at <= end), default=None)
 
 
 def run_round(outage: Outage, ready: list[bytes], rate: float, kinds: list[str], seed: int) -> dict[str, Any]:
@@ -97,8 +97,8 @@ def run_round(outage: Outage, ready: list[bytes], rate: float, kinds: list[str],
     found = {name: latencies(in_flight(running.records, *window)) for name, window in windows.items()}
     breaker: list[float] | None = None
     if outage.times > 1:  # Valkey
-        begin = windows["outage"][0]
-        opened = breaker_opened(outage.server, begin)
+        begin, end = windows["outage"]
+        opened = breaker_opened(outage.server, begin, end)
         breaker = latencies(in_flight(running.records, begin, opened + 0.001)) if opened else []  # the log has ms
     return {
         "p99_ms": {name: quantile(values, 0.99) for name, values in found.items()},
@@ -117,7 +117,8 @@ def measure(outage: Outage, rounds: int) -> dict[str, Any]:
     peak = load.run_closed(outage.server.url, ready, CLIENTS, 3, warm=2)
     assert not peak.failures, f"rejected requests: {peak.statuses}"
     rate = LOAD * peak.rate
-    wait_until_recovered(outage, rate)
+    if not wait_until_recovered(outage, rate):
+        sys.exit(f"error: {outage.server.name}: events do not reach the ledger\nhint: end other work on the machine")
     order = [["calm", "outage"], ["outage", "calm"]]
     found = [run_round(outage, ready, rate, order[n % 2], n) for n in range(rounds * outage.times)]
     problems = [problem for each in found for problem in each["problems"]]

@@ -148,12 +148,16 @@ def start(
         )
     server = Server(name, f"http://127.0.0.1:{port}", path, process, pausable)
     deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(server.url + ready, timeout=2):
-                return server
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.2)
+    try:
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                with urllib.request.urlopen(server.url + ready, timeout=2):
+                    return server
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.2)
+    except BaseException:  # as with SIGTERM: nobody else knows of the server yet
+        server.end()
+        raise
     if process.poll() is None:
         server.end()
     sys.exit(f"error: {name} did not start\nhint: see {log}")
