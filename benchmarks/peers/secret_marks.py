@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -151,7 +152,12 @@ def serve(folder: Path, name: str, *arguments: str, **environment: str) -> tuple
     announce = folder / f"{name}.json"
     command = ["serve", "--port", "0", "--log", "json", "--announce", str(announce), *arguments]
     process = launch(folder, f"{name}.log", *command, **environment)
-    return process, url_of(process, announce)
+    try:
+        return process, url_of(process, announce)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
 
 
 def children(pid: int) -> list[int]:

@@ -103,7 +103,7 @@ class Stores:
 class Fleet:
     """All processes, and the environments of those that need an address."""
 
-    def __init__(self, folder: Path, engine: str | None, vllm: Path | None, marks: Marks) -> None:
+    def __init__(self, folder: Path, marks: Marks) -> None:
         self.folder, self.marks = folder, marks
         self.running: list[subprocess.Popen[bytes]] = []
         self.pages: dict[str, str] = {}
@@ -122,12 +122,16 @@ class Fleet:
             "OTEL_EXPORTER_OTLP_ENDPOINT": self.collector.url,
             "OTEL_BSP_SCHEDULE_DELAY": "500",
         }
+
+    def start(self, engine: str | None, vllm: Path | None) -> None:
+        """Create keys and tokens, and start all processes."""
         self.create_keys()
         self.create_tokens()
-        self.consumer = launch(folder, "consumer.log", "worker", "--consume", **self._addresses)
+        self.consumer = launch(self.folder, "consumer.log", "worker", "--consume", **self._addresses)
         self.running.append(self.consumer)
-        self.embed = Client(self._embeddings(engine), marks.keys["key"], marks)
-        self.generate = Client(self._generation(vllm), marks.keys["key of generation"], marks)
+        keys = self.marks.keys
+        self.embed = Client(self._embeddings(engine), keys["key"], self.marks)
+        self.generate = Client(self._generation(vllm), keys["key of generation"], self.marks)
 
     def create_keys(self) -> None:
         """Create, rotate and revoke keys with the command line, whose output stays in the folder."""
@@ -230,8 +234,9 @@ class Fleet:
     def end(self) -> None:
         """End what is left."""
         for process in self.running:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            for pid in (*_descendants(process.pid), process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self.stores.kill()
         self.collector.shutdown()
 
@@ -310,10 +315,11 @@ def chat(client: Client, marks: Marks) -> dict[str, int]:
 def run(folder: Path, engine: str | None, vllm: Path | None, marks: Marks) -> dict[str, Any]:
     """Run the fleet, send everything, let the stores fail, kill all, and return what was found where."""
     folder.chmod(0o755)  # PostgreSQL runs as another user
-    fleet = Fleet(folder, engine, vllm, marks)
-    embed, generate, stores = fleet.embed, fleet.generate, fleet.stores
+    fleet = Fleet(folder, marks)
     path, body = "/v1/embeddings", {"input": f"{marks.texts['text']} a text"}
     try:
+        fleet.start(engine, vllm)
+        embed, generate, stores = fleet.embed, fleet.generate, fleet.stores
         peers.wait_until(lambda: embed.send(path, body) == generate.send("/v1/models") == 200)
         statuses = {f"key: {name}": embed.send(path, body, marks.keys[name]) for name in ("token", "forged token")}
         for name in ("rotated key", "new key", "revoked key"):
