@@ -169,11 +169,11 @@ class Batcher:
 
         The bounds on the wait are shared in the same way: they can be reached long before the queue is full.
         """
-        bounds = [] if self.limits.max_wait_s is None else [self.limits.max_wait_s]
+        bound = math.inf if self.limits.max_wait_s is None else self.limits.max_wait_s
         if self.limits.slo_s is not None and not bulk:
-            bounds.append(self.limits.slo_s / self._safety_factor)
+            bound = min(bound, self.limits.slo_s / self._safety_factor)
         seconds = self.latency.seconds(held + tokens, self.limits.batch_tokens) / max(1, self.slots)
-        if exceeds_share(held, tokens, free) or (bounds and seconds > SHARE * (min(bounds) - wait)):
+        if exceeds_share(held, tokens, free) or seconds > SHARE * (bound - wait):
             message = f"this key has {held} tokens in the queue, and other keys need room"
             raise AdmissionError("key_share", message, wait if self.latency.known else 1.0)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from inferctl.errors import NotReadyError, install_hint
 
 # Memory of an entry beyond its vector: its key and the structures of the library (benchmarks/peers/cache_policies.py).
@@ -9,7 +11,10 @@ ENTRY_BYTES = 512
 
 
 class VectorStore:
-    """Vectors (float32, as bytes) by key, in at most about `size_bytes`. The library decides by TinyLFU what stays."""
+    """Vectors (float32, as bytes) by key, in at most about `size_bytes`. The library decides by TinyLFU what stays.
+
+    `get(key)` returns a vector, None if it is not stored; `put(key, vector)` stores one.
+    """
 
     def __init__(self, size_bytes: int) -> None:
         """Raises `NotReadyError` if the library is not installed."""
@@ -21,11 +26,8 @@ class VectorStore:
             ) from None
 
         self._cache: Moka[bytes, bytes] = Moka(size_bytes, weigher=lambda _, vector: len(vector) + ENTRY_BYTES)
+        self.get: Callable[[bytes], bytes | None] = self._cache.get
         self.put = self._cache.set
-
-    def get(self, key: bytes) -> bytes | None:
-        """Return a vector, None if it is not stored."""
-        return self._cache.get(key)
 
     @property
     def bytes(self) -> int:
