@@ -65,7 +65,8 @@ class Placement:
     `replicas`: their number if no autoscaler sets it, else None: with `scaling: none`, for a flavor without a rate, and
     0 in a cluster that can have none of this hardware. `at_base` and `at_peak` are None without a rate or traffic.
     `overflow` is None if there is none. The costs (USD per month, with the overflow) are None if the catalog has no
-    price for this cloud. `node_labels`: labels that the nodes of a CPU flavor must have.
+    price for this cloud. `node_labels`: labels that the nodes of a CPU flavor must have. `surge`: additional pods of a
+    rollout.
     """
 
     cluster: str
@@ -80,6 +81,7 @@ class Placement:
     cost_peak: Figure | None = None
     cost_max: Figure | None = None
     node_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    surge: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class FlavorPlan:
     """One kind of hardware of a model: one Deployment, named `name`, with the label value `label`.
 
     `resource` is the GPU as the NVIDIA device plugin names it; a `Placement` has that of its cluster. None for a CPU.
-    `surge`: additional pods of a rollout. `node_labels`: those of the placement, in a plan for one cluster.
+    `node_labels`: those of the placement, in a plan for one cluster.
     """
 
     name: str
@@ -110,13 +112,17 @@ class FlavorPlan:
     grace_s: Figure
     memory_bytes: Figure
     cpu: Figure
-    surge: int = 0
     node_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def isolated(self) -> bool:
         """Whether other pods on the same GPU can neither take its memory nor slow it down much."""
         return self.sharing not in ("time-slicing", "mps")
+
+    @property
+    def surge(self) -> int:
+        """The most additional pods of a rollout in a cluster."""
+        return max((each.surge for each in self.placements), default=0)
 
     def at(self, cluster: Cluster) -> Placement:
         """Return the placement in `cluster`."""

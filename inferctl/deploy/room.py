@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from inferctl.deploy import placement
 from inferctl.deploy.clusters import Cluster
@@ -18,26 +19,28 @@ def within_limits(models: Sequence[ModelPlan], clusters: Sequence[Cluster]) -> t
     What does not fit is a warning of the first model. Raises `UsageError` if not even the minima fit.
     """
     warnings: list[str] = []
-    found = [replace(each, surge=_surge(model, each)) for model in models for each in model.flavors]
+    found = [_with_surges(model, each) for model in models for each in model.flavors]
     limits = [(cluster, key, limit) for cluster in clusters for key, limit in cluster.max_replicas.items()]
     for cluster, key, limit in limits:
         _check_replicas(list(_users(found, cluster, key)), cluster, key, limit, warnings)
     for cluster, key, limit in limits:
         left = limit - _most(found, cluster, key)
         for flavor in _users(found, cluster, key):
-            if flavor.surge and flavor.surge > left:
-                found[found.index(flavor)] = replace(flavor, surge=0)
+            surge = flavor.at(cluster).surge
+            if surge and surge > left:
+                found[found.index(flavor)] = _changed(flavor, cluster, surge=0)
                 warnings.append(
                     f"{cluster.name}: no {key} is left for a rollout of {flavor.name}: it stops a replica before it "
                     "starts the new one. Raise max_replicas of the cluster, or lower that of the flavors"
                 )
             else:
-                left -= flavor.surge
+                left -= surge
     for cluster, key, limit in limits:
-        left = max(0, limit - _most(found, cluster, key) - sum(each.surge for each in _users(found, cluster, key)))
+        rollouts = sum(each.at(cluster).surge for each in _users(found, cluster, key))
+        left = max(0, limit - _most(found, cluster, key) - rollouts)
         for flavor in _users(found, cluster, key):
             if spare := flavor.at(cluster).overflow:
-                found[found.index(flavor)] = _with_overflow(flavor, cluster, _at_most(left, spare))
+                found[found.index(flavor)] = _changed(flavor, cluster, overflow=_at_most(left, spare))
                 if spare.value > left:
                     warnings.append(
                         f"{cluster.name}: the overflow of {flavor.name} is {left} instead of {spare.value}: the "
@@ -58,21 +61,24 @@ def gpus(placed: Sequence[tuple[FlavorPlan, Placement]], limit: int | None) -> t
     for flavor, here in placed:
         overflow = here.overflow.value if here.overflow else 0
         each = here.resource.count if here.resource else 0
-        counts.append((flavor.name, int(here.max_replicas.value + flavor.surge + overflow) * each, each))
+        counts.append((flavor.name, int(here.max_replicas.value + here.surge + overflow) * each, each))
     total, formula = sum(count for _, count, _ in counts), " + ".join(f"{count} {name}" for name, count, _ in counts)
     most = total if limit is None else limit * max(each for _, _, each in counts)
     return (total, formula) if total <= most else (most, f"min({most}, {formula})")
 
 
-def _surge(model: ModelPlan, flavor: FlavorPlan) -> int:
-    """Return the additional pods of a rollout. On a GPU, one stops first, unless a cluster could be left with none.
+def _with_surges(model: ModelPlan, flavor: FlavorPlan) -> FlavorPlan:
+    """Return the flavor with the additional pods of its rollouts.
 
-    A new image changes all flavors at once, so one of them must have two replicas in each cluster.
+    On a GPU, a pod stops first, unless its cluster could be left with none. A new image changes all flavors at once, so
+    one of them must have two replicas.
     """
-    placed = zip(*(each.placements for each in model.flavors), strict=True)
-    here = [flavors for flavors in placed if any(each.max_replicas.value for each in flavors)]
-    single = any(max(int(each.min_replicas.value) for each in flavors) < 2 for flavors in here)
-    return 1 if flavor.hardware.kind == "cpu" or single else 0
+    placements = []
+    for index, placed in enumerate(flavor.placements):
+        most = max(int(each.placements[index].min_replicas.value) for each in model.flavors)
+        needed = flavor.hardware.kind == "cpu" or most < 2
+        placements.append(replace(placed, surge=1 if needed and placed.max_replicas.value else 0))
+    return replace(flavor, placements=tuple(placements))
 
 
 def _users(flavors: Sequence[FlavorPlan], cluster: Cluster, key: str) -> Iterator[FlavorPlan]:
@@ -91,8 +97,9 @@ def _at_most(left: int, spare: Figure) -> Figure | None:
     return replace(spare, value=left, formula=formula, source=source) if left else None
 
 
-def _with_overflow(flavor: FlavorPlan, cluster: Cluster, spare: Figure | None) -> FlavorPlan:
-    placements = (replace(each, overflow=spare) if each.cluster == cluster.name else each for each in flavor.placements)
+def _changed(flavor: FlavorPlan, cluster: Cluster, **changes: Any) -> FlavorPlan:
+    """Return the flavor with fields of its placement in `cluster` replaced."""
+    placements = (replace(each, **changes) if each.cluster == cluster.name else each for each in flavor.placements)
     return replace(flavor, placements=tuple(placements))
 
 

@@ -34,7 +34,7 @@ def deployment(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
         "spec": {
             "revisionHistoryLimit": 3,
             "progressDeadlineSeconds": _progress_deadline(flavor),
-            "strategy": {"type": "RollingUpdate", "rollingUpdate": _rollout(flavor)},
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": _rollout(flavor.surge)},
             "selector": {"matchLabels": labels},
             "template": {
                 "metadata": {
@@ -151,11 +151,14 @@ def spread(model: ModelPlan, flavor: FlavorPlan) -> Object:
 def in_cluster(model: ModelPlan, flavor: FlavorPlan, placed: Placement, namespace: str) -> Object | None:
     """Return the patch of the Deployment for one cluster; None if nothing differs there.
 
-    It has the GPU resource and the node labels of the cluster, and the replicas if no autoscaler sets them.
+    It has the GPU resource and the node labels of the cluster, its rollouts, and the replicas if no autoscaler sets
+    them.
     """
     spec: Object = {}
     if placed.replicas is not None:
         spec["replicas"] = placed.replicas.noted
+    if placed.surge != flavor.surge:
+        spec["strategy"] = {"rollingUpdate": _rollout(placed.surge)}
     if placed.resource != flavor.resource and placed.resource is not None:
         pod_patch: Object = sharing.placement(flavor, placed.resource)
         if flavor.sharing != "dra":
@@ -186,9 +189,9 @@ def _affinity(model: ModelPlan, flavor: FlavorPlan, resource: GpuResource | None
     return {**found, "affinity": {**found.get("affinity", {}), "podAntiAffinity": preferred}}
 
 
-def _rollout(flavor: FlavorPlan) -> Object:
+def _rollout(surge: int) -> Object:
     """Return how many pods may be missing or added during a rollout. A surge needs a free GPU."""
-    return {"maxSurge": flavor.surge, "maxUnavailable": 0 if flavor.surge else 1}
+    return {"maxSurge": surge, "maxUnavailable": 0 if surge else 1}
 
 
 def _progress_deadline(flavor: FlavorPlan) -> Noted:

@@ -55,12 +55,30 @@ def test_without_an_autoscaler_max_replicas_still_bounds_a_flavor() -> None:
 def test_a_rollout_leaves_a_replica_in_each_cluster(least: list[int], clusters: list[str], surge: int) -> None:
     flavors = [{**flavor, "min_replicas": count} for flavor, count in zip((L4, T4), least, strict=True)]
     made = model(*flavors, clusters=[{"name": name} for name in clusters])
-    assert [flavor.surge for flavor in made.flavors] == [surge, surge]
+    assert {placed.surge for flavor in made.flavors for placed in flavor.placements} == {surge}
 
 
-def test_a_cluster_without_the_hardware_needs_no_free_gpu() -> None:
-    clusters = [{"name": "a"}, {"name": "b", "max_replicas": {"l4": 0}}]
-    assert model({**L4, "min_replicas": 2}, clusters=clusters).flavors[0].surge == 0
+def test_only_the_cluster_with_one_replica_needs_a_free_gpu() -> None:
+    clusters = [{"name": "a"}, {"name": "b", "max_replicas": {"l4": 1}}, {"name": "c", "max_replicas": {"l4": 0}}]
+    flavors = [{**L4, "min_replicas": 2}, {**T4, "min_replicas": 0, "max_replicas": 1}]
+    made = plan(spec({"flavors": flavors, "traffic": TRAFFIC}), clusters=clusters)
+    assert [placed.surge for placed in made.models[0].flavors[1].placements] == [0, 1, 1]
+    # The cluster b can have one L4, so its replica stops first.
+    assert [placed.surge for placed in made.models[0].flavors[0].placements] == [0, 0, 0]
+    files = layout.files(made)
+    (base,) = (each for each in yaml.safe_load_all(files["base/embed.yaml"]) if each["metadata"]["name"] == "embed-t4")
+    patches = {
+        name: [
+            each["spec"]["strategy"]["rollingUpdate"]
+            for each in yaml.safe_load_all(text)
+            if "strategy" in each.get("spec", {})
+        ]
+        for name in ("a", "b", "c")
+        if (text := files.get(f"overlays/{name}/flavors.yaml"))
+    }
+    assert base["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+    assert patches["a"] == [{"maxSurge": 0, "maxUnavailable": 1}]
+    assert not patches.get("b")
 
 
 def test_the_memory_limit_has_room_for_cached_vectors() -> None:
