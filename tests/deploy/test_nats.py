@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import shutil
 import signal
@@ -173,7 +174,7 @@ class Server(Part):
 
 def environment(container: dict[str, Any], pod: str) -> dict[str, str]:
     """Return the variables of a container, as a kubelet makes them."""
-    found = {"PATH": "/usr/bin:/usr/sbin:/bin"}
+    found = {"PATH": os.environ["PATH"]}
     for each in container["env"]:
         source = each.get("valueFrom", {})
         if "fieldRef" in source:
