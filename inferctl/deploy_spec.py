@@ -234,7 +234,7 @@ class Deploy(Section):
         description="Secret of the type `kubernetes.io/tls` with the certificate of the gateway. Default: no TLS.",
     )
     gateway_max_replicas: int = Field(
-        10,
+        4,
         ge=2,
         le=1000,
         description="Most pods of the gateway in each cluster. It has at least 2, and an autoscaler adds some by their "

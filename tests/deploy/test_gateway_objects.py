@@ -32,7 +32,7 @@ def test_an_autoscaler_keeps_at_least_two(version: str, build: Build) -> None:
     built = build(layout.files(plans.plan(kubernetes=version)), OVERLAYS[0])
     scaler = named(built, "HorizontalPodAutoscaler", "embed-gateway")
     assert problems(scaler, version) == []
-    assert (scaler["spec"]["minReplicas"], scaler["spec"]["maxReplicas"]) == (2, 10)
+    assert (scaler["spec"]["minReplicas"], scaler["spec"]["maxReplicas"]) == (2, 4)
     assert scaler["spec"]["scaleTargetRef"]["name"] == "embed-gateway"
     deployment = named(built, "Deployment", "embed-gateway")["spec"]
     assert "replicas" not in deployment
