@@ -18,8 +18,11 @@ from typing import Any
 from inferctl.errors import UsageError
 from inferctl.spec import HUB_ID, Task, TaskSetting
 
+_READ_BYTES_PER_S = 100_000_000  # weights on a slow network disk
+# How long a start of vLLM may take, without reading the weights. The slowest took 348 s, on two cores with other load.
+_START_S = 900
+_UNKNOWN_WEIGHTS_BYTES = 150_000_000_000
 # Weights, tokenizer and configuration. Other files, such as a README, do not change what the model computes.
-READ_BYTES_PER_S = 100_000_000  # weights on a slow network disk
 SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".gguf", ".jinja"})
 
 
@@ -188,6 +191,15 @@ def resolve_task(requested: TaskSetting, config: Mapping[str, Any], source: str,
         f"model.task: {requested} requires {requires}, but {source} is {made_for} ({name})",
         f"set `model.task: auto`, or choose {requires}",
     )
+
+
+def longest_start_s(weights_bytes: int | None) -> float:
+    """Return the seconds after which a start of vLLM has failed. Unknown weights (None) count as 150 GB.
+
+    `inferctl serve` then ends it and reports why. Health checks and probes from outside wait as long, because they know
+    no reason.
+    """
+    return _START_S + (_UNKNOWN_WEIGHTS_BYTES if weights_bytes is None else weights_bytes) / _READ_BYTES_PER_S
 
 
 def is_loaded(file: PurePath) -> bool:

@@ -26,7 +26,7 @@ import yaml
 
 from inferctl import assets
 from inferctl.errors import UsageError
-from inferctl.model import READ_BYTES_PER_S, SUFFIXES, is_hub_id
+from inferctl.model import SUFFIXES, is_hub_id, longest_start_s
 
 if TYPE_CHECKING:
     from inferctl.catalog import BaseImage, Stack
@@ -40,9 +40,6 @@ DEFAULT_PORT = 8080
 KEYS_PATH = "/keys"
 # HEALTHCHECK does not count failures before the server can be ready. Embeddings: imports and the comparison with fp32.
 _START_PERIOD_S = 180
-# Generation: imports, compilation and warm-up of vLLM took 78 to 200 s with 0.3 GB of weights on two busy cores.
-_VLLM_START_S = 300
-_UNKNOWN_WEIGHTS_BYTES = 150_000_000_000
 # The packages and the modules of the server.
 _SERVER_PACKAGES = ("access", "serve")
 _METERING_MODULES = ("__init__", "cloud_event", "outbox", "recorder")
@@ -183,8 +180,7 @@ def _start_period(stack: Stack, weights_bytes: int | None) -> int:
     """Return the start period of HEALTHCHECK in seconds, in whole minutes."""
     if not stack.vllm:
         return _START_PERIOD_S
-    read = (_UNKNOWN_WEIGHTS_BYTES if weights_bytes is None else weights_bytes) / READ_BYTES_PER_S
-    return math.ceil((_VLLM_START_S + read) / 60) * 60
+    return math.ceil(longest_start_s(weights_bytes) / 60) * 60
 
 
 def _content(dockerfile: str, files: Mapping[str, bytes], weights: str | None) -> str:

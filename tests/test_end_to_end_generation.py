@@ -99,7 +99,7 @@ def test_the_image_has_the_facts_of_its_stack(pushed: str, container: str) -> No
     found = inspect(pushed)
     assert found["Config"]["User"] == "10001:10001"
     assert found["Config"]["Labels"]["io.inferctl.stack"] == "vllm0.32-cpu"
-    # 300 s and 0.27 GB at 100 MB/s, in whole minutes.
-    assert found["Config"]["Healthcheck"]["StartPeriod"] == 360 * 10**9
+    # 900 s and 0.27 GB at 100 MB/s, in whole minutes.
+    assert found["Config"]["Healthcheck"]["StartPeriod"] == 960 * 10**9
     # base | libnuma1 | torch closure | vLLM | server dependencies | server | config
     assert len(found["RootFS"]["Layers"]) == 7

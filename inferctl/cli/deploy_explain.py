@@ -23,6 +23,7 @@ def report(plan: Plan) -> None:
     pieces: list[RenderableType] = [
         piece for model in plan.models for piece in (_title(model), _table(model, plan), Text())
     ]
+    pieces += [Text("Replicas, and the cost if the peak lasts", style="bold"), _summary(plan), Text()]
     cost = explain.total(plan)
     text = "unknown"
     if cost.least is not None:
@@ -51,6 +52,7 @@ def _title(model: ModelPlan) -> RenderableType:
 
 def _table(model: ModelPlan, plan: Plan) -> RenderableType:
     from rich import box
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
@@ -67,7 +69,34 @@ def _table(model: ModelPlan, plan: Plan) -> RenderableType:
             scope = where
         origin = Text(figure.formula)
         origin.append(f"\n{figure.source}" if figure.formula else figure.source, style="dim")
-        table.add_row(f"  {figure.name}", _value(figure), origin)
+        # The name may need two lines, which both have the indentation.
+        table.add_row(Padding(figure.name, (0, 0, 0, 2)), _value(figure), origin)
+    return table
+
+
+def _summary(plan: Plan) -> RenderableType:
+    from rich import box
+    from rich.table import Table
+
+    from inferctl.deploy.placement import running_at_peak
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for heading in ("flavor", "cluster"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("min", "peak", "max", "overflow", "USD/month"):
+        table.add_column(heading, justify="right")
+    for model in plan.models:
+        for flavor in model.flavors:
+            for cluster in plan.clusters:
+                placed = flavor.at(cluster)
+                if not placed.max_replicas.value:
+                    continue
+                counts = [placed.min_replicas.value, running_at_peak(placed), placed.max_replicas.value]
+                if placed.replicas:
+                    counts = [placed.replicas.value] * 3
+                cost = f"{placed.cost_peak.value:,.0f}" if placed.cost_peak else "no price"
+                overflow = placed.overflow.value if placed.overflow else 0
+                table.add_row(flavor.name, cluster.name, *map(str, counts), str(overflow), cost)
     return table
 
 

@@ -208,9 +208,12 @@ def _flavor(
         )
     effective = _fit(source, flavor, hardware, measured_precision or precision, sharing, where)
     load = sizing.load_s(flavor.load_s, settings.load_s, rate)
-    period, failures = sizing.startup(load)
+    memory, capacity = effective.memory, effective.capacity
+    generate = source.task == "generate"
+    weights = source.size.weights_bytes if isinstance(source.size, ModelSize) else 0
+    period, failures = sizing.startup(load, model.longest_start_s(weights) if generate else None)
     stop, drain = sizing.pre_stop_s(), sizing.drain_s(spec.serve.drain_seconds, rate)
-    memory = effective.memory
+    kv_cache = capacity.kv_cache_bytes if capacity else 0
     return FlavorPlan(
         name=name,
         label=label,
@@ -233,7 +236,7 @@ def _flavor(
         memory_bytes=sizing.memory_bytes(
             rate,
             memory.weights if memory else None,
-            memory.total if memory and hardware.kind == "cpu" else None,
+            memory.total + kv_cache if memory and hardware.kind == "cpu" else None,
             cache=parse_size(spec.cache.size) if spec.cache.size and source.task == "embed" else 0,
             gpus=gpus if hardware.kind == "cuda" else 1,
         ),

@@ -24,6 +24,8 @@ LEAST_REPLICAS = 2
 _START_FACTOR = 3
 _PROBE_PERIOD_S = 5
 _LEAST_START_S = 30
+# Of a server of generation, before it starts vLLM.
+_BEFORE_ENGINE_S = 60
 # Endpoints and kube-proxy need seconds to forget a pod; the gateway checks health every second and needs two failures.
 _PRE_STOP_S = 5
 _MARGIN_S = 5
@@ -221,14 +223,20 @@ def load_s(flavor: float | None, deploy: float | None, rate: Rate | None) -> Fig
     return Figure(name, _ASSUMED_LOAD_S, "s", "", "assumed: neither load_s nor a receipt")
 
 
-def startup(load: Figure) -> tuple[Figure, Figure]:
-    """Return the period of the startup probe and the failures that it allows."""
-    allowed = max(float(_LEAST_START_S), _START_FACTOR * float(load.value))
-    failures = ceil(allowed / _PROBE_PERIOD_S)
-    formula = f"ceil(max({_LEAST_START_S}, {_START_FACTOR} x {shown(load.value)}) / {_PROBE_PERIOD_S})"
+def startup(load: Figure, longest_s: float | None = None) -> tuple[Figure, Figure]:
+    """Return the period of the startup probe and the failures that it allows.
+
+    `longest_s`: when the server itself ends a start and reports the reason. A probe that kills it earlier hides that.
+    """
+    least, source = float(_LEAST_START_S), f"load time: {load.source}"
+    if longest_s is not None:
+        least = math.ceil(longest_s) + _BEFORE_ENGINE_S
+        source += f"; the server ends a start itself after {shown(math.ceil(longest_s))} s"
+    failures = ceil(max(least, _START_FACTOR * float(load.value)) / _PROBE_PERIOD_S)
+    formula = f"ceil(max({shown(least)}, {_START_FACTOR} x {shown(load.value)}) / {_PROBE_PERIOD_S})"
     return (
         Figure("period of the startup probe", _PROBE_PERIOD_S, "s", "", "own choice"),
-        Figure("failures of the startup probe", failures, "probes", formula, f"load time: {load.source}"),
+        Figure("failures of the startup probe", failures, "probes", formula, source),
     )
 
 
@@ -256,8 +264,9 @@ def grace_s(pre_stop: Figure, grace_seconds: float, drain: Figure) -> Figure:
 def memory_bytes(rate: Rate | None, weights: int | None, model: int | None, *, cache: int = 0, gpus: int = 1) -> Figure:
     """Return the host memory of a server.
 
-    `weights`: their bytes on each GPU. `model`: all estimated bytes on a CPU, None on a GPU. `cache`: most bytes of
-    cached vectors, which `inferctl bench` switches off, so no receipt has them. `gpus`: each has a process of its own.
+    `weights`: their bytes on each GPU. `model`: all estimated bytes on a CPU, with the KV cache; None on a GPU.
+    `cache`: most bytes of cached vectors, which `inferctl bench` switches off, so no receipt has them. `gpus`: each has
+    a process of its own.
     """
     added, also = (f" + {size(cache, 1)}", "; cache.size") if cache else ("", "")
     if rate and rate.memory_bytes:

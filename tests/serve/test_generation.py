@@ -154,6 +154,7 @@ def test_the_edge_answers_for_vllm(start: Start) -> None:
     info = server.get("/info").json()
     assert (info["task"], info["name"], info["limits"]["max_context_tokens"]) == ("generate", "m", 128)
     assert info["versions"]["vllm"] == "0.32.0+cpu"
+    assert 0 < info["ready_seconds"] < 300, "receipts have it as the load time"
     assert server.get("/v1/models").json()["data"][0]["id"] == "m"
     assert server.get("/readyz").status_code == server.get("/livez").status_code == 200
     assert "vllm:generation_tokens" in server.get("/metrics").text

@@ -99,7 +99,7 @@ def test_openai_answers_with_and_without_a_stream(client: openai.OpenAI) -> None
     text = client.completions.create(model="smollm2", prompt="The capital of France is", max_tokens=4, temperature=0)
     assert text.usage is not None
     assert text.usage.completion_tokens == 4
-    assert client.models.list().data[0].id == "smollm2"
+    assert [each.id for each in client.models.list().data] == ["smollm2"]
 
 
 def test_openai_asynchronous_requests_run_in_one_batch(server: Running) -> None:

@@ -22,6 +22,13 @@ def options(**serve: Any) -> dict[str, str]:
     return {each.option: each.value for each in command.options(spec, model, A100, Path("/tmp/x/vllm.sock"))}
 
 
+def test_a_folder_is_no_name_of_the_model(tmp_path: Path) -> None:
+    spec = Spec.model_validate({"name": "m", "model": {"source": str(tmp_path)}})
+    model = VllmModel(tmp_path, 8192, BF16, "bf16")
+    found = {each.option: each.value for each in command.options(spec, model, A100, Path("/tmp/x/vllm.sock"))}
+    assert found["--served-model-name"] == "m"
+
+
 def test_settings_become_options_of_vllm() -> None:
     default = options()
     assert default["--dtype"] == "bfloat16"

@@ -83,6 +83,8 @@ def _job(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
                     "serviceAccountName": f"{model.name}-{BENCH}",
                     "automountServiceAccountToken": False,
                     "enableServiceLinks": False,
+                    # Otherwise, the bench cannot see the memory and the cores that the server uses.
+                    "shareProcessNamespace": True,
                     "securityContext": pod_security(),
                     **({"affinity": affinity} if affinity else {}),
                     **({"tolerations": pod["tolerations"]} if "tolerations" in pod else {}),
@@ -129,7 +131,7 @@ def _script(model: ModelPlan, flavor: FlavorPlan) -> str:
         load = f"--search --slo {slo.p99_ms:g}"
     else:
         load = "--users 16 --duration 60"  # without an SLO, only the throughput can be measured
-    url = f"{flavor.label}=http://127.0.0.1:{workload.port(model)}"
+    url = f"{flavor.name}=http://127.0.0.1:{workload.port(model)}"
     return (
         f"inferctl bench --url {url} {load} --output {_RESULTS} || exit 1\n"
         f"cd {_RESULTS}/*/receipts && tar -cz . | base64 -w 0\n"

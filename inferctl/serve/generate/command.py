@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inferctl import decoder
+from inferctl.model import is_hub_id
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo, PrecisionInfo
 from inferctl.sizes import parse_size
 from inferctl.spec import Spec
@@ -69,12 +70,19 @@ def _options(spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path, cpp
     elif not cpp_compiler:
         yield Derived("--enforce-eager", "", "no C++ compiler")
     yield Derived("--max-num-queued-tokens", str(serve.max_queue_tokens), "serve.max_queue_tokens")
-    yield Derived("--served-model-name", " ".join(dict.fromkeys((spec.name, spec.model.source))), "name, model.source")
+    yield Derived("--served-model-name", " ".join(_names(spec)), "name, model.source")
     yield Derived("--middleware", MIDDLEWARE, "the edge of inferctl")
     yield Derived("--uds", str(socket), "the edge of inferctl, which has the port")
     yield Derived("--enable-force-include-usage", "", "usage of each request")
     yield Derived("--enable-prompt-tokens-details", "", "usage of each request")
     yield Derived("--disable-uvicorn-access-log", "", "the log of the edge")
+
+
+def _names(spec: Spec) -> Iterator[str]:
+    """Yield the names that requests may use and `/v1/models` lists. A folder of this machine is none of them."""
+    yield spec.name
+    if is_hub_id(spec.model.source) and spec.model.source != spec.name:
+        yield spec.model.source
 
 
 def arguments(spec: Spec, model: VllmModel, derived: list[Derived]) -> list[str]:

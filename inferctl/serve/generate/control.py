@@ -24,7 +24,7 @@ class EdgeSettings:
     """What the supervisor tells the edge. `info`: the document of `GET /info`. `log`: text or json.
 
     `access`, `metering`: the sections of the spec, as JSON data. `models`: the names of the model. `slo`: seconds by
-    objective.
+    objective. `started`: when the server started, or restarted vLLM (CLOCK_MONOTONIC).
     """
 
     name: str
@@ -37,6 +37,7 @@ class EdgeSettings:
     metering: dict[str, Any] = field(default_factory=dict)
     slo: dict[str, float] = field(default_factory=dict)
     load_reports: bool = False
+    started: float = 0.0
 
     def write(self, folder: Path) -> None:
         """Write the settings to `folder`."""

@@ -67,6 +67,7 @@ class _EdgeServer:
         logs.notifier(settings.log, lambda _: None)
         self._app, self._folder = app, folder
         self._healthy = True
+        settings.info["ready_seconds"] = round(time.monotonic() - settings.started, 3)
         metrics = RequestMetrics(REGISTRY, slo=settings.slo, answer_tokens=endpoint.ASSUMED_ANSWER_TOKENS)
         metrics.describe_model(settings.info)
         metrics.engine_restarts.set(settings.info["restarts"])

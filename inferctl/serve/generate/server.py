@@ -19,7 +19,7 @@ import inferctl
 from inferctl import decoder, outputs, passwords, precision
 from inferctl.decoder import Decoder
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError, install_hint
-from inferctl.model import READ_BYTES_PER_S, ModelFolder
+from inferctl.model import ModelFolder, longest_start_s
 from inferctl.serve import events, metering, worker_process
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
@@ -38,8 +38,6 @@ from inferctl.spec import Spec
 
 # The versions whose options and behavior this module was tested with.
 TESTED = ("0.32.",)
-# How long a start may take, without reading the weights. The slowest one took 348 s, on two cores with other load.
-_START_S = 900.0
 _HANDOVER_S = 2.0
 _FLUSH_S = 1.0  # for the last usage events, if requests needed all of `drain_seconds`
 _VLLM_SOCKET = "vllm.sock"
@@ -51,6 +49,7 @@ class GenerationServer:
     """One running server of chat and completions."""
 
     def __init__(self, spec: Spec, options: ServerOptions, notify: Callable[[str], None], folder: ModelFolder) -> None:
+        self._started = time.monotonic()
         self._spec, self._options, self._notify, self._folder = spec, options, notify, folder
         self._probe = _probe(options.device)
         _check_version(self._probe, notify)
@@ -66,7 +65,7 @@ class GenerationServer:
             self._start_vllm,
             self._directory,
             options.hang_seconds,
-            _START_S + folder.bytes / READ_BYTES_PER_S,
+            longest_start_s(folder.bytes),
             lambda: self._socket,
             self._ready,
             self._lost,
@@ -91,7 +90,6 @@ class GenerationServer:
         )
         self._socket: socket.socket
         self._front: tuple[listener.HttpServer, asyncio.Task[None]] | None = None
-        self._started = time.monotonic()
         self._drain_end = 0.0
         self._signals = 0
         self._interrupted = False
@@ -181,6 +179,7 @@ class GenerationServer:
             metering.model_dump() | {"data": str(Path(metering.data).absolute())} | addresses,
             objectives(self._spec.slo),
             self._spec.serve.load_reports,
+            time.monotonic() if self._supervisor.restarts else self._started,
         )
 
     def _info(self) -> dict[str, Any]:

@@ -178,6 +178,25 @@ def test_the_tables_have_the_formulas_and_their_sources(capsys: pytest.CaptureFi
 
 
 @pytest.mark.usefixtures("folder")
+def test_a_table_at_the_end_has_the_replicas_of_all_flavors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["deploy", "--explain"]) == 0
+    _, _, table = capsys.readouterr().out.partition("Replicas, and the cost if the peak lasts\n")
+    rows = [line.split() for line in table.partition("\n\n")[0].splitlines()[2:]]
+    found = document(capsys)["models"][0]["flavors"]
+    wanted = []
+    for flavor in found:
+        for cluster in flavor["clusters"]:
+            figures = values(cluster["figures"])
+            most, cost = figures["maximum"], figures.get("cost at the peak")
+            counts = [figures["minimum"], max(figures["minimum"], min(most, figures["replicas at peak"])), most]
+            shown = [f"{cost:,.0f}"] if cost is not None else ["no", "price"]
+            counted = [*map(str, counts), str(figures.get("overflow", 0))]
+            wanted.append([flavor["name"], cluster["name"], *counted, *shown])
+    assert rows == wanted
+    assert len(rows) == 4
+
+
+@pytest.mark.usefixtures("folder")
 def test_a_cost_without_any_price_is_unknown_and_not_zero(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "clusters.yaml").write_text("clusters: [{name: one, cloud: azure}]\n")
     found = document(capsys)["cost"]

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferctl import catalog
+from inferctl import catalog, model
 from inferctl.deploy import sizing
 from inferctl.deploy.figure import Figure
 from inferctl.deploy.plan import Rate, TrafficPlan
 from inferctl.deploy.sizing import Demand
 from inferctl.deploy_spec import Traffic
+from tests.deploy import plans
 
 FAST = Rate(90_000.0, measured=True, source="", seal="01234567")
 SLOW = Rate(20_000.0, measured=False, source="")
@@ -147,6 +148,15 @@ def test_the_startup_probe_allows_three_times_the_load() -> None:
     assert failures.value == 6
 
 
+def test_the_startup_probe_does_not_end_a_start_before_the_server_does() -> None:
+    # The server allows 900 s and 3 GB at 100 MB/s, from about 60 s after its own start: 990 / 5 = 198.
+    _, failures = sizing.startup(Figure("load time", 95, "s", "", "receipt"), model.longest_start_s(3 * 10**9))
+    assert (failures.value, failures.formula) == (198, "ceil(max(990, 3 x 95) / 5)")
+    assert "the server ends a start itself after 930 s" in failures.source
+    _, failures = sizing.startup(Figure("load time", 400, "s", "", "receipt"), 930)
+    assert failures.value == 240
+
+
 def test_the_load_time_of_the_spec_wins_over_the_receipt() -> None:
     rate = Rate(1.0, True, "", load_s=41.5, seal="01234567")
     assert sizing.load_s(10, 20, rate).value == 10
@@ -176,6 +186,19 @@ def test_memory_and_cores_are_measured_or_called_assumed() -> None:
     assert (sizing.cores(None).value, "assumed" in sizing.cores(None).source) == (3, True)
     assert (sizing.cores(None, 0.1).value, sizing.cores(None, 0.1).formula) == (2.9, "3 - 0.1")
     assert sizing.cores(rate, 1).value == 3
+
+
+def test_the_memory_of_a_generator_on_a_cpu_has_its_kv_cache() -> None:
+    image = f"registry.example.com/chat{plans.DIGEST}"
+    spec = plans.generate(flavors=[{"hardware": "cpu", "tokens_per_second": 300, "image": image}])
+
+    def gibibytes(kv_cache: str | None) -> float:
+        serve = spec.serve.model_copy(update={"kv_cache": kv_cache})
+        (flavor,) = plans.plan(spec.model_copy(update={"serve": serve})).models[0].flavors
+        return flavor.memory_bytes.value / 1024**3
+
+    assert gibibytes("3GiB") - gibibytes("1GiB") == 2
+    assert gibibytes(None) - gibibytes("1GiB") == 3, "4 GiB is the default on a CPU"
 
 
 def test_a_slice_costs_its_part_of_the_gpu_for_730_hours() -> None:

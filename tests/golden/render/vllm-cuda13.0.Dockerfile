@@ -93,7 +93,7 @@ ENV PYTHONPATH=/opt/inferctl/server:/opt/inferctl/dependencies:/opt/inferctl/vll
 USER 10001:10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=15s --timeout=5s --start-period=1800s --retries=3 \
+HEALTHCHECK --interval=15s --timeout=5s --start-period=2400s --retries=3 \
     CMD ["/usr/bin/python3.12", "-m", "inferctl.serve.health", "8080"]
 LABEL \
     org.opencontainers.image.title="minilm" \
