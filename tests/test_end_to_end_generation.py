@@ -1,27 +1,42 @@
-"""Tests a container for generation from the spec to build, push and serving, with real weights on a CPU."""
+"""Tests a container for generation from the spec to build, push, serving and a Deployment, with real weights on a CPU.
+
+`tests/deploy/test_containers.py` has the same for the other Deployments. Here, both share an image that takes minutes.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import yaml
 
 from inferctl import assets, catalog
+from inferctl.deploy import layout
+from inferctl.metering import cloud_event, outbox
+from inferctl.metering.outbox import OutboxReader
+from inferctl.spec import Spec
 from tests.conftest import ROOT
+from tests.deploy import plans
+from tests.deploy.chats import COMPLETE, Chats
+from tests.deploy.conftest import objects, write
+from tests.deploy.containers import Network, assert_constrained, folders, secret_with_key, start
+from tests.deploy.test_layout import named
 from tests.test_end_to_end import free_port, inferctl, inspect
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(1500)]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 REPOSITORY = "localhost:5000/e2e/smollm2"
+DRAIN_S = 15
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -103,3 +118,80 @@ def test_the_image_has_the_facts_of_its_stack(pushed: str, container: str) -> No
     assert found["Config"]["Healthcheck"]["StartPeriod"] == 960 * 10**9
     # base | libnuma1 | torch closure | vLLM | server dependencies | server | config
     assert len(found["RootFS"]["Layers"]) == 7
+
+
+def rendered_pod(image: str, spec_file: Path, folder: Path) -> dict[str, Any]:
+    """Return the pod of the Deployment that `inferctl deploy` writes for this image on CPUs, with keys and metering."""
+    spec = yaml.safe_load(spec_file.read_text())
+    spec["model"]["task"] = "generate"
+    spec["serve"]["drain_seconds"] = DRAIN_S
+    spec |= {"access": {"keys": "keys.json"}, "metering": {"mode": "on"}}
+    spec["deploy"] = {
+        "flavors": [{"name": "cpu", "hardware": "cpu", "image": image, "tokens_per_second": 200}],
+        "traffic": {"base_rps": 1, "peak_rps": 2, "tokens_per_request": 100},
+        "weights": {"pvc": "weights"},
+        "keys_secret": "inferctl-keys",
+        "ledger_secret": "inferctl-ledger",
+        "tools_image": f"registry.example.com/tools{plans.DIGEST}",
+    }
+    files = layout.files(plans.plan(Spec.model_validate(spec), clusters=[{"name": "here"}]))
+    built = objects(write(files, folder) / "overlays" / "here")
+    pod: dict[str, Any] = named(built, "Deployment", "smollm2-cpu")["spec"]["template"]["spec"]
+    return pod
+
+
+def test_the_container_of_a_rendered_deployment_drains_without_losing_a_request_or_ending_a_stream_silently(
+    pushed: str, spec_file: Path, base_image: str, tmp_path: Path
+) -> None:
+    pod = rendered_pod(pushed, spec_file, tmp_path / "manifests")
+    secret = tmp_path / "keys"
+    secret.mkdir()
+    headers = {"authorization": f"Bearer {secret_with_key(secret)}"}
+    volumes = {**folders(pod, tmp_path / "volumes"), "model": MODEL, "keys": secret}
+    network = Network(base_image)
+    server = start(network, pod, pod["containers"][0], volumes)
+    try:
+        server.wait_started()
+        assert server.probe("readinessProbe")
+        assert server.probe("livenessProbe")
+        assert_constrained(server)
+        url = server.url()
+        assert network.run(lambda: httpx.get(f"{url}/v1/models")).status_code == 401
+        assert network.run(lambda: httpx.get(f"{url}/metrics")).status_code == 200  # Prometheus has no key
+        listed = network.run(lambda: httpx.get(f"{url}/v1/models", headers=headers)).json()
+        assert [each["id"] for each in listed["data"]] == ["smollm2"]
+        chats, long = Chats(network, url, headers), Chats(network, url, headers)
+        for number in range(4):
+            chats.start(stream=number % 2 == 0, max_tokens=32)
+        time.sleep(3)
+        ending = threading.Thread(target=server.terminate)
+        ending.start()
+        # Routers need a part of the preStop hook to notice. Until then, requests arrive.
+        time.sleep(server.container["lifecycle"]["preStop"]["sleep"]["seconds"] - 0.5)
+        # Four sequences of 1,900 tokens take longer than the drain, on every CPU.
+        long.start(once=True, stream=True, max_tokens=1900, n=4)
+        chats.stop()
+        found, (cut_off,) = chats.wait(), long.wait()
+        ending.join()
+        assert {each.ending for each in found} == {COMPLETE}, found
+        assert any(each.ended > server.signalled for each in found), "no request was in flight at SIGTERM"
+        assert cut_off.ending == "stopped", "the client gets an error event"
+        state = server.state()
+        # 1: a request did not finish within `serve.drain_seconds`.
+        assert (state["ExitCode"], state["OOMKilled"], state["Running"]) == (1, False, False), server.logs()
+        events = usage_of_chats(volumes["metering"])
+        used = [each["output_tokens"] for each in events if each["code"] is None]
+        assert sorted(used) == sorted(each.tokens for each in found)
+        (stopped,) = (each for each in events if each["code"] is not None)
+        assert stopped["code"] == "stopped"
+        assert stopped["output_tokens"] > 0
+    finally:
+        server.remove()
+        network.remove()
+
+
+def usage_of_chats(data: Path) -> list[dict[str, Any]]:
+    """Return the usage events of chats in the outbox that the server wrote to `data`."""
+    batches = [batch for folder in outbox.folders(data) for batch in OutboxReader(folder).read(0, 10_000)]
+    events = [event for batch in batches for event in cloud_event.read(batch.source, batch.content)]
+    return [event.data for event in events if event.data.get("endpoint") == "chat"]
