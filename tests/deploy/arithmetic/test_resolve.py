@@ -249,6 +249,10 @@ def test_hardware_that_a_cluster_lacks_is_left_out_there() -> None:
     assert second.placements[1].max_replicas.value == 18
     assert second.placements[1].overflow
     assert second.placements[0].overflow is None
+    # A number too goes to the first flavor that the cluster can have.
+    first, second = plan(spec({**deploy, "overflow": 2}), clusters=clusters).models[0].flavors
+    assert [each.overflow.value if each.overflow else 0 for each in first.placements] == [2, 0]
+    assert [each.overflow.value if each.overflow else 0 for each in second.placements] == [0, 2]
 
 
 GKE = {"cloud": "gcp", "region": "x"}
@@ -306,6 +310,7 @@ def test_two_models_must_fit_the_limits_of_a_cluster_together(tmp_path: Path) ->
     assert any("the maxima of first-l4 and second-l4 add up to 8" in warning for warning in resolved(6))
     # With two replicas or more, a rollout needs no free GPU.
     assert not any("for a rollout" in warning for warning in resolved(6))
+    assert resolved(4)  # the minima fit exactly
     with pytest.raises(UsageError, match="first-l4 and second-l4 need 4 at their minimum"):
         resolved(3)
 

@@ -78,6 +78,17 @@ def test_a_later_flavor_can_stand_in_for_all_earlier_ones() -> None:
     )
 
 
+def test_earlier_flavors_without_a_rate_or_replicas_serve_nothing() -> None:
+    # Peak 360,000 over 63,000 per a100 = 5.71 -> 6, whatever runs before it without a rate. Base 48,000 -> 1.
+    unrated = Demand("t4", None, min_replicas=2, max_replicas=5)
+    found = sizing.replicas([unrated, Demand("a100", FAST)], traffic(400, 3000), 1.0, 0.7, scaled=True, lowest=0)
+    assert [each.at_peak.value if each.at_peak else None for each in found] == [None, 6]
+    # A flavor that the cluster cannot have is not in the formula.
+    absent = Demand("l4", SLOW, limit=0)
+    _, second = sizing.replicas([absent, Demand("a100", FAST)], traffic(400, 3000), 1.0, 0.7, scaled=True, lowest=0)
+    assert second.at_peak and second.at_peak.formula == "ceil(360,000 / (0.7 x 90,000))"
+
+
 def test_a_later_flavor_runs_always_if_the_earlier_ones_cannot_serve_the_base() -> None:
     # a100 is limited to 1 replica: 63,000. Base 96,000 - 63,000 = 33,000 / 14,000 = 2.36 -> 3.
     chain = [Demand("a100", FAST, limit=1), Demand("l4", SLOW)]

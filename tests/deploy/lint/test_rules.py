@@ -139,6 +139,8 @@ SILENT = {
         "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]}}}]
     ),
+    "ALiBi on a whole GPU": changed("Deployment/chat", (*SERVER, "args"), ["--model", "mosaicml/mpt-7b"]),
+    "a toleration of all taints": changed("Deployment/chat", (*POD, "tolerations"), [{"operator": "Exists"}]),
     "time slicing of something else": changed("ConfigMap/device-plugin", ("data", "t4"), "sharing is caring: [\n"),
     "a budget of half of the pods": changed("PodDisruptionBudget/chat", ("spec", "minAvailable"), "50%"),
     "a ScaledObject that another metric than Prometheus scales": changed(
@@ -150,6 +152,37 @@ SILENT = {
 @pytest.mark.parametrize("name", SILENT)
 def test_what_only_looks_like_a_fault_is_not_found(name: str) -> None:
     assert rules(SILENT[name]) == set()
+
+
+def test_a_toleration_of_another_taint_is_none_of_gpu_nodes() -> None:
+    objects = changed("Deployment/chat", (*POD, "tolerations"), [{"key": "team", "operator": "Exists"}])
+    assert rules(objects) == {"gpu-toleration-missing"}
+
+
+def test_a_recorded_series_is_a_known_metric() -> None:
+    query = ("spec", "triggers", 0, "metadata", "query")
+    objects = changed("ScaledObject/embed", query, "max(inferctl_needed_replicas)")
+    assert rules(objects) == {"unknown-metric"}
+    record = {"record": "inferctl_needed_replicas", "expr": "sum(inferctl_queue_tokens)"}
+    objects.append(
+        {
+            "apiVersion": "monitoring.coreos.com/v1",
+            "kind": "PrometheusRule",
+            "metadata": {"name": "recorded", "namespace": "inference"},
+            "spec": {"groups": [{"name": "recorded", "rules": [record]}]},
+        }
+    )
+    assert rules(objects) == set()
+
+
+def test_a_client_with_the_address_of_a_server_is_none() -> None:
+    def serves(*args: str) -> bool:
+        pod = {"kind": "Pod", "spec": {"containers": [{"image": "python:3.13", "args": list(args)}]}}
+        return Workload(Located(pod), ()).is_model_server
+
+    assert serves("-m", "vllm.entrypoints.openai.api_server")
+    assert not serves("chat.py", "http://vllm:8000/v1")
+    assert not serves("chat.py", "--base-url", "http://vllm:8000/v1")
 
 
 def test_versions_decide() -> None:
