@@ -299,6 +299,28 @@ def test_after_a_loss_the_next_flavor_fills_in() -> None:
     assert loss.covered_s == max(50 + 240 + 30 + 45, 395)
 
 
+def test_pods_that_are_added_count_only_for_their_model() -> None:
+    chat = deployment("chat", 1, nodeSelector={"pool": "chat"})
+    chat["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/name"] = "chat"
+    chat["metadata"]["annotations"]["inferctl.io/peak-tokens-per-second"] = "100"
+    nodes = pools(3, 4)
+    for index, zone in enumerate("ab"):
+        nodes.append(node(f"chat-{index}", zone, 1))
+        nodes[-1]["metadata"]["labels"]["pool"] = "chat"
+    losses = drills.run([simulate(nodes, chat, *chain(5, 9))])
+    # As above; the one pod of the other model moves to its node in zone b, and none is added.
+    assert lost(losses, "a").added == 4
+    assert (lost(losses, "a", "chat").moved, lost(losses, "a", "chat").added) == (1, 0)
+
+
+def test_a_loss_is_over_when_the_slowest_pod_is_ready() -> None:
+    slow = deployment("slow", 1)
+    slow["metadata"]["annotations"]["inferctl.io/load-seconds"] = "90"
+    loss = lost(drills.run([simulate(FOUR, deployment("embed", 1), slow)]), "a")
+    # Both pods are in zone a. 50 s until the nodes are lost, 300 s until the pods are evicted, and the longer load.
+    assert (loss.moved, loss.later_s) == (2, 50 + 300 + 90)
+
+
 def test_the_next_flavor_alone_is_ready_earlier_than_evicted_pods() -> None:
     # 4 fast pods serve a peak of 400. Zone a is lost with 2 of them, which fit nowhere: 4 slow pods start in zone b.
     peak = {"peak-tokens-per-second": "400"}
@@ -333,6 +355,23 @@ def test_pods_that_run_count_as_replicas_and_stay() -> None:
     outcome = simulate([*FOUR, running, waiting], deployment("embed", 3))
     assert outcome.existing == {"embed": 2}
     assert [attempt.pod.name for attempt in outcome.rest] == ["embed-x-2", "embed-3"]
+
+
+def test_new_pods_have_the_template_hash_of_the_newest_running_ones() -> None:
+    def running(name: str, template: str, start: str) -> dict[str, Any]:
+        labels = {"app.kubernetes.io/name": "embed", "flavor": "embed", "pod-template-hash": template}
+        return {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name, "labels": labels},
+            "spec": {"nodeName": "a1", "containers": [{"name": "main", "resources": {"limits": {SLICE: 1}}}]},
+            "status": {"phase": "Running", "startTime": start},
+        }
+
+    old, new = running("o", "zz", "2026-11-01T00:00:00Z"), running("n", "aa", "2026-11-02T00:00:00Z")
+    cluster = nodes_file.of_objects("c", [Located(each) for each in [*FOUR, old, new]])
+    outcome = simulation.run(cluster, workloads.find([deployment("embed", 3)]))
+    assert [attempt.pod.labels["pod-template-hash"] for attempt in outcome.rest] == ["aa"]
 
 
 def test_the_result_does_not_depend_on_the_order_of_nodes() -> None:
