@@ -158,8 +158,13 @@ def amounts(values: Mapping[str, Any]) -> dict[str, int]:
 
     Raises `ValueError` for an invalid quantity.
     """
+    return {name: math.ceil(amount) for name, amount in exact(values).items()}
+
+
+def exact(values: Mapping[str, Any]) -> dict[str, Fraction]:
+    """Return a resource list before it is rounded: CPU in thousandths, others in units. Raises `ValueError`."""
     return {
-        str(name): math.ceil(quantity(value) * (1000 if name == "cpu" else 1))
+        str(name): quantity(value) * (1000 if name == "cpu" else 1)
         for name, value in values.items()
         if value is not None
     }

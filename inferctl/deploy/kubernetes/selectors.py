@@ -8,6 +8,8 @@ from typing import Any
 
 from inferctl.deploy.kubernetes import fields
 
+# A selector with another value is an error, and matches nothing.
+_VALUE = re.compile(r"(?:[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 _INTEGER = re.compile(r"[+-]?\d+")
 
 
@@ -16,9 +18,9 @@ def matches(selector: Mapping[str, Any] | None, labels: Mapping[str, str]) -> bo
     if selector is None:
         return False
     wanted = fields.text_map(fields.mapping(selector, "matchLabels"))
-    if any(labels.get(key) != value for key, value in wanted.items()):
+    if any(labels.get(key) != value or not _VALUE.fullmatch(value) for key, value in wanted.items()):
         return False
-    return all(_holds(each, labels) for each in fields.items(selector, "matchExpressions"))
+    return all(_met(each, labels) for each in fields.items(selector, "matchExpressions"))
 
 
 def is_empty(selector: Mapping[str, Any] | None) -> bool:
@@ -58,7 +60,7 @@ def _term_matches(term: Mapping[str, Any], name: str, labels: Mapping[str, str])
     expressions, of_fields = fields.items(term, "matchExpressions"), fields.items(term, "matchFields")
     if not expressions and not of_fields:
         return False
-    return all(_holds(each, labels) for each in expressions) and all(
+    return all(_met(each, labels) for each in expressions) and all(
         _holds(each, {"metadata.name": name}) for each in of_fields
     )
 
@@ -75,7 +77,7 @@ def unmet(spec: Mapping[str, Any], name: str, labels: Mapping[str, str]) -> list
     terms = fields.items(required, "nodeSelectorTerms")
     for term in terms:
         missing = [
-            _describe(each, labels) for each in fields.items(term, "matchExpressions") if not _holds(each, labels)
+            _describe(each, labels) for each in fields.items(term, "matchExpressions") if not _met(each, labels)
         ]
         missing += [
             f"its name is not {', '.join(fields.strings(each, 'values'))}"
@@ -97,6 +99,11 @@ def _describe(requirement: Mapping[str, Any], labels: Mapping[str, str]) -> str:
 
 def _value(labels: Mapping[str, str], key: str) -> str:
     return (labels[key] or '""') if key in labels else "absent"
+
+
+def _met(requirement: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    valid = all(_VALUE.fullmatch(each) for each in fields.strings(requirement, "values"))
+    return valid and _holds(requirement, labels)
 
 
 def _holds(requirement: Mapping[str, Any], labels: Mapping[str, str]) -> bool:

@@ -72,15 +72,15 @@ def _unready(manifests: Manifests, _: Context) -> Iterator[Hit]:
     fix="add a PodDisruptionBudget with maxUnavailable: 1 and unhealthyPodEvictionPolicy: AlwaysAllow",
 )
 def _no_budget(manifests: Manifests, _: Context) -> Iterator[Hit]:
-    budgets = manifests.of("PodDisruptionBudget")
+    covered = {
+        workload
+        for each in manifests.of("PodDisruptionBudget")
+        if (selector := get(each.data, "spec", "selector")) is not None
+        for workload in manifests.selected(each, selector)
+    }
     for workload in manifests.model_servers:
-        covered = any(
-            workload in manifests.selected(each, selector)
-            for each in budgets
-            if (selector := get(each.data, "spec", "selector")) is not None
-        )
         most = manifests.replicas(workload)[1]
-        if workload.object.kind in ("Deployment", "StatefulSet") and most > 1 and not covered:
+        if workload.object.kind in ("Deployment", "StatefulSet") and most > 1 and workload not in covered:
             yield Hit(workload.object, ("spec",), f"up to {most} replicas, and no budget")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, Literal
 
 from inferctl.deploy.kubernetes import fields
@@ -11,12 +12,15 @@ from inferctl.deploy.kubernetes import fields
 Kind = Literal["requests", "limits"]
 
 
-def of_container(container: Mapping[str, Any], kind: Kind) -> dict[str, int]:
+Exact = dict[str, Fraction]
+
+
+def of_container(container: Mapping[str, Any], kind: Kind) -> Exact:
     """Return the requests or limits of a container. A limit without a request is the request. Raises `ValueError`."""
-    limits = fields.amounts(fields.mapping(container, "resources", "limits"))
+    limits = fields.exact(fields.mapping(container, "resources", "limits"))
     if kind == "limits":
         return limits
-    return limits | fields.amounts(fields.mapping(container, "resources", "requests"))
+    return limits | fields.exact(fields.mapping(container, "resources", "requests"))
 
 
 def of_pod(spec: Mapping[str, Any], kind: Kind) -> dict[str, int]:
@@ -25,33 +29,44 @@ def of_pod(spec: Mapping[str, Any], kind: Kind) -> dict[str, int]:
     It is the larger, for each resource, of what all containers need together and of what is needed while an init
     container runs; sidecars that started before count in both. The overhead of the runtime class is added.
     """
-    running: Counter[str] = Counter()
+    running: Exact = {}
     for container in fields.items(spec, "containers"):
-        running.update(of_container(container, kind))
-    sidecars: Counter[str] = Counter()
-    starting: Counter[str] = Counter()
+        _add(running, of_container(container, kind))
+    sidecars: Exact = {}
+    starting: Exact = {}
     for container in fields.items(spec, "initContainers"):
         own = of_container(container, kind)
         if fields.is_sidecar(container):
-            running.update(own)
-            sidecars.update(own)
+            _add(running, own)
+            _add(sidecars, own)
             need = sidecars
         else:
-            need = Counter(own)
-            need.update(sidecars)
-        starting |= need
-    total = running | starting
+            need = own
+            _add(need, sidecars)
+        starting = _larger(starting, need)
+    total = _larger(running, starting)
     _apply_pod_level(total, spec, kind)
-    total.update(fields.amounts(fields.mapping(spec, "overhead")))
-    return dict(total)
+    overhead = fields.exact(fields.mapping(spec, "overhead"))
+    # What has no limit does not get one from the overhead.
+    _add(total, {name: amount for name, amount in overhead.items() if kind == "requests" or total.get(name)})
+    return {name: math.ceil(amount) for name, amount in total.items()}
 
 
-def _apply_pod_level(total: Counter[str], spec: Mapping[str, Any], kind: Kind) -> None:
+def _add(total: Exact, more: Mapping[str, Fraction]) -> None:
+    for name, amount in more.items():
+        total[name] = total.get(name, Fraction(0)) + amount
+
+
+def _larger(one: Exact, other: Exact) -> Exact:
+    return {name: max(one.get(name, Fraction(0)), other.get(name, Fraction(0))) for name in {**one, **other}}
+
+
+def _apply_pod_level(total: Exact, spec: Mapping[str, Any], kind: Kind) -> None:
     """Replace CPU, memory and huge pages by those of the whole pod, if the pod states them (on from 1.34)."""
-    stated = fields.amounts(fields.mapping(spec, "resources", kind))
+    stated = fields.exact(fields.mapping(spec, "resources", kind))
     if kind == "requests":
         # The API server fills in a missing request of the pod: the sum of its containers, else the limit of the pod.
-        limits = fields.amounts(fields.mapping(spec, "resources", "limits"))
+        limits = fields.exact(fields.mapping(spec, "resources", "limits"))
         stated = {name: total.get(name) or amount for name, amount in limits.items()} | stated
     for name, amount in stated.items():
         if name in ("cpu", "memory") or name.startswith("hugepages-"):
