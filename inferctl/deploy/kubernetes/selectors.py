@@ -13,14 +13,27 @@ _VALUE = re.compile(r"(?:[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 _INTEGER = re.compile(r"[+-]?\d+")
 
 
+class Selector:
+    """A label selector, read once to be asked about many pods."""
+
+    def __init__(self, selector: Mapping[str, Any] | None) -> None:
+        self._wanted = list(fields.text_map(fields.mapping(selector, "matchLabels")).items())
+        self._expressions = fields.items(selector, "matchExpressions")
+        self._nothing = selector is None or not all(_VALUE.fullmatch(value) for _, value in self._wanted)
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Return whether it matches. None matches nothing, an empty selector everything."""
+        if self._nothing:
+            return False
+        for key, value in self._wanted:
+            if labels.get(key) != value:
+                return False
+        return not self._expressions or all(_met(each, labels) for each in self._expressions)
+
+
 def matches(selector: Mapping[str, Any] | None, labels: Mapping[str, str]) -> bool:
-    """Return whether a label selector matches. None matches nothing, an empty selector everything."""
-    if selector is None:
-        return False
-    wanted = fields.text_map(fields.mapping(selector, "matchLabels"))
-    if any(labels.get(key) != value or not _VALUE.fullmatch(value) for key, value in wanted.items()):
-        return False
-    return all(_met(each, labels) for each in fields.items(selector, "matchExpressions"))
+    """Return whether a label selector matches."""
+    return Selector(selector).matches(labels)
 
 
 def is_empty(selector: Mapping[str, Any] | None) -> bool:
@@ -76,9 +89,7 @@ def unmet(spec: Mapping[str, Any], name: str, labels: Mapping[str, str]) -> list
         return found
     terms = fields.items(required, "nodeSelectorTerms")
     for term in terms:
-        missing = [
-            _describe(each, labels) for each in fields.items(term, "matchExpressions") if not _met(each, labels)
-        ]
+        missing = [_describe(each, labels) for each in fields.items(term, "matchExpressions") if not _met(each, labels)]
         missing += [
             f"its name is not {', '.join(fields.strings(each, 'values'))}"
             for each in fields.items(term, "matchFields")

@@ -41,7 +41,7 @@ class Term:
     """A required term of affinity or anti-affinity of a pod."""
 
     key: str
-    selector: Mapping[str, Any] | None
+    selector: selectors.Selector
     namespaces: frozenset[str]
     namespace_selector: Mapping[str, Any] | None
 
@@ -53,7 +53,7 @@ class Spread:
     key: str
     max_skew: int
     min_domains: int
-    selector: Mapping[str, Any] | None
+    selector: selectors.Selector
     honor_affinity: bool
     honor_taints: bool
 
@@ -123,7 +123,7 @@ class Pod:
             namespaces = [self.namespace]
         keys, mismatch = fields.strings(term, "matchLabelKeys"), fields.strings(term, "mismatchLabelKeys")
         pods = selectors.with_label_keys(fields.optional(term, "labelSelector"), self.labels, keys, mismatch)
-        return Term(fields.text(term, "topologyKey"), pods, frozenset(namespaces), selector)
+        return Term(fields.text(term, "topologyKey"), selectors.Selector(pods), frozenset(namespaces), selector)
 
     @cached_property
     def spread(self) -> list[Spread]:
@@ -133,8 +133,10 @@ class Pod:
                 fields.text(each, "topologyKey"),
                 fields.integer(each, "maxSkew", default=1),
                 fields.integer(each, "minDomains", default=1),
-                selectors.with_label_keys(
-                    fields.optional(each, "labelSelector"), self.labels, fields.strings(each, "matchLabelKeys")
+                selectors.Selector(
+                    selectors.with_label_keys(
+                        fields.optional(each, "labelSelector"), self.labels, fields.strings(each, "matchLabelKeys")
+                    )
                 ),
                 fields.text(each, "nodeAffinityPolicy") != "Ignore",
                 fields.text(each, "nodeTaintsPolicy") == "Honor",

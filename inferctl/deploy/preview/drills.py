@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from inferctl.deploy.kubernetes import fields
-from inferctl.deploy.kubernetes.labels import REGION
+from inferctl.deploy.kubernetes.labels import REGION, ZONE
 from inferctl.deploy.preview import admission, simulation
 from inferctl.deploy.preview.cluster import Cluster, Pod
 from inferctl.deploy.preview.simulation import Attempt, Outcome
@@ -129,14 +129,34 @@ def run(outcomes: Sequence[Outcome]) -> list[Loss]:
 def _alike(cluster: Cluster) -> list[list[str]]:
     """Return the nodes with pods of the preview, in groups that differ only by name: the loss of each is the same."""
     groups: dict[object, list[str]] = {}
+    keys = _asked(cluster)
     for name, node in cluster.nodes.items():
         pods = cluster.on(name)
         if any(pod.owner for pod in pods):
-            labels = tuple(sorted((key, value) for key, value in node.labels.items() if value != name))
+            labels = tuple(sorted((key, value) for key, value in node.labels.items() if key in keys and value != name))
             held = tuple(sorted((pod.owner, pod.priority, sorted(pod.labels.items())) for pod in pods))
             kind = (labels, node.taints, node.unschedulable, tuple(sorted(node.allocatable.items())), repr(held))
             groups.setdefault(kind, []).append(name)
     return list(groups.values())[:MAX_NODES]
+
+
+def _asked(cluster: Cluster) -> set[str]:
+    """Return the labels of nodes that a pod or a volume asks for. Others, such as serial numbers, change nothing."""
+    keys = {ZONE, REGION}
+    for pod in cluster.pods():
+        required = ("affinity", "nodeAffinity", "requiredDuringSchedulingIgnoredDuringExecution")
+        keys |= fields.mapping(pod.spec, "nodeSelector").keys()
+        keys |= _in_terms(fields.mapping(pod.spec, *required))
+        keys |= {term.key for term in (*pod.affinity, *pod.anti_affinity)}
+        keys |= {constraint.key for constraint in pod.spread}
+    for volume in cluster.of_kind("PersistentVolume"):
+        keys |= _in_terms(fields.mapping(volume, "spec", "nodeAffinity", "required"))
+    return keys
+
+
+def _in_terms(selector: Mapping[str, object]) -> set[str]:
+    terms = fields.items(selector, "nodeSelectorTerms")
+    return {fields.text(each, "key") for term in terms for each in fields.items(term, "matchExpressions")}
 
 
 def _zones(cluster: Cluster) -> dict[str, list[str]]:

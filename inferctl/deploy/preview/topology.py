@@ -56,7 +56,7 @@ def is_counted(seen: View, other: Pod) -> bool:
     """Return whether `other`, if it has a node, is one of the pods that `seen` may count."""
     pod = seen.pod
     spread = other.namespace == pod.namespace and any(
-        selectors.matches(constraint.selector, other.labels) for constraint in pod.spread
+        constraint.selector.matches(other.labels) for constraint in pod.spread
     )
     return (
         spread
@@ -71,7 +71,7 @@ def matches(term: Term, pod: Pod, namespaces: Mapping[str, Mapping[str, str]]) -
         term.namespace_selector is not None
         and selectors.matches(term.namespace_selector, namespace_labels(pod.namespace, namespaces))
     )
-    return in_namespace and selectors.matches(term.selector, pod.labels)
+    return in_namespace and term.selector.matches(pod.labels)
 
 
 def namespace_labels(name: str, namespaces: Mapping[str, Mapping[str, str]]) -> Mapping[str, str]:
@@ -99,9 +99,7 @@ def _count_spread(found: View, cluster: Cluster) -> None:
             value = node.labels[constraint.key]
             # A terminating pod does not count.
             hits = sum(
-                not other.terminating
-                and other.namespace == pod.namespace
-                and selectors.matches(constraint.selector, other.labels)
+                not other.terminating and other.namespace == pod.namespace and constraint.selector.matches(other.labels)
                 for other in cluster.on(node.name)
             )
             counts[value] = counts.get(value, 0) + hits
@@ -124,7 +122,7 @@ def spread_violation(counted: View, node: Node) -> tuple[str, bool] | None:
         least = min(counts.values(), default=0) if len(counts) >= constraint.min_domains else 0
         if not counts:
             continue
-        own = int(selectors.matches(constraint.selector, pod.labels))
+        own = int(constraint.selector.matches(pod.labels))
         here = counts.get(value, 0)
         if here + own - least > constraint.max_skew:
             few = (
