@@ -157,7 +157,8 @@ class Nats(Section):
 
     @model_validator(mode="after")
     def _with_storage(self) -> Self:
-        if self.model_fields_set and self.storage is None:
+        # Not `model_fields_set`: a server gives its worker all settings, with their defaults.
+        if self.storage is None and (self.storage_class or self.image != type(self).model_fields["image"].default):
             raise ValueError("deploy.nats has no storage: set it, as in `nats: {storage: 10GiB}`")
         return self
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from inferctl.serve import metering
-from inferctl.spec import Metering
+from inferctl.spec import Metering, Spec
 from tests.serve.conftest import until
 
 
@@ -47,3 +47,9 @@ def test_settings_without_effect_are_a_warning(settings: dict[str, str], named: 
     found = list(metering.warnings(Metering.model_validate(settings)))
     assert len(found) == len(named)
     assert all(text in warning for text, warning in zip(named, found, strict=True))
+
+
+def test_a_worker_can_read_the_settings_of_its_server() -> None:
+    """The server sends them as JSON, with all defaults."""
+    spec = Spec.model_validate({"name": "m", "model": {"source": "x"}})
+    assert Spec.model_validate(spec.model_dump(mode="json")) == spec
