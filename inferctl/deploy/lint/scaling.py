@@ -223,11 +223,10 @@ def _trigger(manifests: Manifests, _: Context) -> Iterator[Hit]:
 def _utilization(manifests: Manifests, _: Context) -> Iterator[Hit]:
     for each in manifests.autoscalers:
         for path, words in _metrics(each):
-            if _GPU_METRIC.search(words):
+            if found := _GPU_METRIC.search(words):
                 workload = manifests.target(each)
                 mig = workload is not None and any("/mig-" in name for name in workload.gpus)
-                found = _GPU_METRIC.search(words)
-                what = f"the metric {found[0] if found else words} is about the GPU, not about the load"
+                what = f"the metric {found[0]} is about the GPU, not about the load"
                 yield Hit(each, path, what, level="error" if mig else None)
 
 

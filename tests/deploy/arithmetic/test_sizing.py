@@ -223,7 +223,7 @@ def test_a_slice_costs_its_part_of_the_gpu_for_730_hours() -> None:
     # Two L4 for each replica: 2 x 2 x 0.8048 x 730 = 2,350.016
     two = sizing.cost("cost", 2, catalog.hardware("l4"), "aws", gpus=2, shared_by=1)
     assert two
-    assert two.value == 2350.02
+    assert (two.value, two.formula) == (2350.02, "2 x 2 x 0.8048 USD/h x 730 h")
     # Four pods on one T4: 4 x 0.526 / 4 x 730 = 383.98
     shared = sizing.cost("cost", 4, catalog.hardware("t4"), "aws", gpus=1, shared_by=4)
     assert shared

@@ -175,6 +175,30 @@ def test_a_recorded_series_is_a_known_metric() -> None:
     assert rules(objects) == set()
 
 
+def test_findings_name_the_place_and_what_differs_there() -> None:
+    faults = {(fault.rule, fault.what): fault for fault in FAULTS}
+
+    def finding(rule: str, what: str) -> lint.Finding:
+        fault = faults[rule, what]
+        (found,) = (f for f in lint.lint(seeded.located(fault.objects), fault.context) if f.rule == rule)
+        return found
+
+    assert finding("alibi-shared-gpu", "MPT on a GPU shared by time slicing").field.endswith("containers.0.resources")
+    assert finding("placeholder-differs", "a placeholder for other nodes").what.endswith(": nvidia.com/gpu.product")
+    # One finding: it names what this GPU can make, so it is not said again that another one could.
+    assert "cannot make 3g.40gb" in finding("mig-profile-unknown", "the slice of an 80 GB A100 on one of 40 GB").what
+
+
+def test_a_profile_that_no_gpu_makes_is_one_error_if_the_gpu_is_known() -> None:
+    objects = changed("Deployment/embed", (*SERVER, "resources", "limits"), {"nvidia.com/mig-9g.99gb": 1})
+    found = [f for f in lint.lint(seeded.located(objects)) if f.rule == "mig-profile-unknown"]
+    assert [finding.level for finding in found] == ["error"]
+
+
+def test_a_volume_without_a_source_is_an_empty_dir() -> None:
+    assert rules(changed("Deployment/chat", (*POD, "volumes"), [{"name": "cache"}])) == {"empty-dir-unbounded"}
+
+
 def test_a_client_with_the_address_of_a_server_is_none() -> None:
     def serves(*args: str) -> bool:
         pod = {"kind": "Pod", "spec": {"containers": [{"image": "python:3.13", "args": list(args)}]}}
