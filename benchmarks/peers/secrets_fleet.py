@@ -320,7 +320,8 @@ def run(folder: Path, engine: str | None, vllm: Path | None, marks: Marks) -> di
     try:
         fleet.start(engine, vllm)
         embed, generate, stores = fleet.embed, fleet.generate, fleet.stores
-        peers.wait_until(lambda: embed.send(path, body) == generate.send("/v1/models") == 200)
+        # Workers copy the keys first, and have the lowest priority.
+        peers.wait_until(lambda: embed.send(path, body) == generate.send("/v1/models") == 200, peers.START_SECONDS)
         statuses = {f"key: {name}": embed.send(path, body, marks.keys[name]) for name in ("token", "forged token")}
         for name in ("rotated key", "new key", "revoked key"):
             statuses[f"key: {name}"] = embed.send(path, body, marks.keys[name])
