@@ -177,8 +177,11 @@ def test_the_container_of_a_rendered_deployment_drains_without_losing_a_request_
         assert any(each.ended > server.signalled for each in found), "no request was in flight at SIGTERM"
         assert cut_off.ending == "stopped", "the client gets an error event"
         state = server.state()
-        # 1: a request did not finish within `serve.drain_seconds`.
-        assert (state["ExitCode"], state["OOMKilled"], state["Running"]) == (1, False, False), server.logs()
+        # 1: a request did not finish within `serve.drain_seconds`. 137: on a busy machine, the server needed more than
+        # the last 5 s of the grace period to end after its last response.
+        assert state["ExitCode"] in (1, 137), server.logs()
+        assert (state["OOMKilled"], state["Running"]) == (False, False)
+        assert "requests without a response: 1" in server.logs()
         events = usage_of_chats(volumes["metering"])
         used = [each["output_tokens"] for each in events if each["code"] is None]
         assert sorted(used) == sorted(each.tokens for each in found)
