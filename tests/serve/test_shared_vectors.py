@@ -112,12 +112,12 @@ def test_a_stopped_server_is_no_longer_asked_after_three_failures(
 ) -> None:
     server = sharing()
     vectors(server.embed(input="before"))
-    failures = server.metric("inferctl_cache_shared_failures_total")
     valkey.signal(signal.SIGSTOP)
     try:
         for number in range(3):
             assert vectors(server.embed(input=f"stopped {number}"))
-        assert server.metric("inferctl_cache_shared_failures_total") - failures >= 3
+        # On a busy machine, the first call may be one of the three failures in a row.
+        assert server.metric("inferctl_cache_shared_failures_total") >= 3
         assert server.metric("inferctl_cache_shared_up") == 0
         failures = server.metric("inferctl_cache_shared_failures_total")
         for number in range(20):

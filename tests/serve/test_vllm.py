@@ -137,8 +137,9 @@ def test_usage_equals_what_the_clients_saw_also_of_those_that_left(server: Runni
     until(lambda: len(events(server)) == before + 3, 20)
     left = events(server)[before:]
     assert [(event["status"], event["code"]) for event in left] == [(499, "client_disconnected")] * 3
-    # Some tokens were on their way when the client left.
-    assert all(0 <= event["output_tokens"] - seen <= 24 for event, seen in zip(left, received, strict=True))
+    # Some tokens were on their way when the client left, more on a busy machine, but far from all 800.
+    more = [event["output_tokens"] - seen for event, seen in zip(left, received, strict=True)]
+    assert 0 <= min(more) <= max(more) <= 200, more
     complete = client.chat.completions.create(**greedy() | {"temperature": 1, "extra_body": {"n": 2}})
     until(lambda: len(events(server)) == before + 4, 20)
     assert events(server)[-1]["output_tokens"] == complete.usage.completion_tokens
