@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import re
-import socket
 import time
 import types
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,7 +22,6 @@ from inferctl.access.limits import Charge, KeyUsage, Limiter
 from inferctl.bench.load import http_json, target
 from inferctl.errors import NotReadyError
 from inferctl.serve.edge import access
-from inferctl.serve.engines.echo import SLOW_TOKEN
 from inferctl.spec import Access
 from tests.access.test_keys import add
 from tests.serve.conftest import CLIENT, Running, start, stop, until
@@ -364,43 +359,3 @@ def test_the_ready_line_says_who_may_read_the_documentation() -> None:
     closed, opened = (Access.model_validate({"keys": "k.json", "open": pages}) for pages in ([], ["docs"]))
     assert access.documentation(closed, url).endswith("/docs (requires an admin key)")
     assert access.documentation(opened, url).endswith("/docs")
-
-
-def test_a_key_that_does_not_wait_gets_no_large_body_tokenized_in_vain(
-    serve: Callable[..., Running], minilm: Path, tmp_path: Path
-) -> None:
-    keys = tmp_path / "keys.json"
-    (_, busy), (_, flooding) = add(keys, "busy"), add(keys, "flooding")
-    arguments = ("--model", str(minilm), "--engine", "echo", "--max-queue-tokens", "64", "--keys", str(keys))
-    server = serve(*arguments)
-
-    def embed(key: str, content: Any) -> httpx.Response:
-        headers = {"authorization": f"Bearer {key}"}
-        return httpx.post(f"{server.url}/v1/embeddings", json={"input": content}, headers=headers, timeout=60)
-
-    def answer_to_head(key: str) -> bytes:
-        """Send the head of a request with a large body, and return what arrives within 0.3 s."""
-        url = httpx.URL(server.url)
-        with socket.create_connection((url.host, url.port or 80), timeout=10) as client:
-            lines = ["POST /v1/embeddings HTTP/1.1", "host: a", "content-type: application/json"]
-            lines += [f"authorization: Bearer {key}", "content-length: 100000", "", ""]
-            client.sendall("\r\n".join(lines).encode())
-            client.settimeout(0.3)
-            with contextlib.suppress(TimeoutError):
-                return client.recv(4096)
-        return b""
-
-    with ThreadPoolExecutor(8) as pool:
-        waiting = [pool.submit(embed, busy, [SLOW_TOKEN]) for _ in range(8)]
-        rejected = httpx.Response(200)
-        while rejected.status_code != 429 and not all(each.done() for each in waiting):
-            rejected = embed(flooding, ["many words " * 100] * 100)
-        first = answer_to_head(flooding)
-        assert answer_to_head(busy) == b"", "the server waits for the body of another key"
-    assert rejected.json()["error"]["code"] == "queue_full"
-    assert int(re.findall(r"the request has (\d+)", rejected.text)[0]) > 64, "it was tokenized"
-    assert b" 429 " in first
-    assert b"queue_full" in first
-    assert embed(flooding, "hello").status_code == 200
-    time.sleep(int(rejected.headers["retry-after"]))
-    assert answer_to_head(flooding) == b""

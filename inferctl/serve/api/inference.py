@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -32,9 +32,6 @@ _INLINE_BODY_BYTES = 64 * 1024
 _PHASES = ("tokenize", "queue", "inference")
 T = TypeVar("T")
 _large_body = threading.Lock()
-# After a request was rejected that was tokenized, larger bodies of its key are not read for this long (s) at most.
-_LONGEST_PAUSE_S = 10.0
-_MANY_PAUSES = 10_000
 
 
 @dataclass(frozen=True)
@@ -46,8 +43,6 @@ class Inference:
     dispatcher: Dispatcher
     metrics: Metrics
     cache: VectorCache | None = None
-    # Key id -> until when its large bodies are not read, and why.
-    pauses: dict[str, tuple[float, AdmissionError]] = field(default_factory=dict)
 
     def admit(self, scope: Scope) -> RequestContext:
         """Return the context of a request.
@@ -61,26 +56,12 @@ class Inference:
             raise ApiError(400, message, code="invalid_priority", param="x-priority")
         if context.charge is not None:  # before the body is read
             context.charge.check_size(context.content_length, time.time())
-        if context.content_length > _INLINE_BODY_BYTES and context.tenant in self.pauses:
-            self._check_pause(context.tenant)
         if self.cache is None:  # the cache may have the vectors, so a full queue does not rule a request out
             try:
                 self.dispatcher.check_admission(bulk=context.priority == b"bulk", tenant=context.tenant)
             except AdmissionError as error:
                 raise _rejection(error) from None
         return context
-
-    def _check_pause(self, key_id: str) -> None:
-        """Raise `ApiError` for a key that does not obey `Retry-After`: to tokenize its texts in vain takes long."""
-        until, error = self.pauses[key_id]
-        if (left := until - time.monotonic()) > 0:
-            raise _rejection(AdmissionError(error.reason, str(error), left))
-        del self.pauses[key_id]
-
-    def _pause(self, key_id: str, error: AdmissionError) -> None:
-        if len(self.pauses) >= _MANY_PAUSES:
-            self.pauses.clear()
-        self.pauses[key_id] = time.monotonic() + min(max(1.0, error.retry_after), _LONGEST_PAUSE_S), error
 
     def parse(self, kind: type[schemas.Request], raw: bytes) -> schemas.Request:
         """Return a request. Raises `ApiError` 400, or 404 for another model."""
@@ -126,8 +107,6 @@ class Inference:
         except InputError as error:
             raise ApiError(400, str(error), code=error.code, param=error.field) from None
         except AdmissionError as error:
-            if context.tenant is not None:
-                self._pause(context.tenant, error)
             raise _rejection(error) from None
         except EngineUnavailableError as error:
             raise ApiError(503, str(error), code="engine_unavailable", headers={"retry-after": "1"}) from None
