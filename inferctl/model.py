@@ -19,7 +19,7 @@ from inferctl.errors import UsageError
 from inferctl.spec import HUB_ID, Task, TaskSetting
 
 _READ_BYTES_PER_S = 100_000_000  # weights on a slow network disk
-# How long a start of vLLM may take, without reading the weights. The slowest took 348 s, on two cores with other load.
+# How long a start of vLLM may take, without reading the weights. The slowest took 423 s, on two cores with other load.
 _START_S = 900
 _UNKNOWN_WEIGHTS_BYTES = 150_000_000_000
 # Weights, tokenizer and configuration. Other files, such as a README, do not change what the model computes.

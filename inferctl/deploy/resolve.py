@@ -210,7 +210,7 @@ def _flavor(
     load = sizing.load_s(flavor.load_s, settings.load_s, rate)
     memory, capacity = effective.memory, effective.capacity
     generate = source.task == "generate"
-    weights = source.size.weights_bytes if isinstance(source.size, ModelSize) else 0
+    weights = source.size.weights_bytes if isinstance(source.size, ModelSize) else None
     period, failures = sizing.startup(load, model.longest_start_s(weights) if generate else None)
     stop, drain = sizing.pre_stop_s(), sizing.drain_s(spec.serve.drain_seconds, rate)
     kv_cache = capacity.kv_cache_bytes if capacity else 0

@@ -170,6 +170,12 @@ def exact(values: Mapping[str, Any]) -> dict[str, Fraction]:
     }
 
 
+def is_extended(resource: str) -> bool:
+    """Return whether a resource is one of devices, such as `nvidia.com/gpu`."""
+    domain, slash, _ = resource.partition("/")
+    return bool(slash) and domain != "kubernetes.io" and not domain.endswith(".kubernetes.io")
+
+
 def show(resource: str, amount: int) -> str:
     """Return an amount of `amounts` for people: `2.5` CPUs, `1.5Gi` of memory, `2` GPUs."""
     if resource.rpartition(".")[2] == "cpu":

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from inferctl.deploy.kubernetes.fields import get, integer, mapping, sequence, text
+from inferctl.deploy.kubernetes.fields import count_of, get, integer, mapping, sequence, text
 from inferctl.deploy.lint import models
 from inferctl.deploy.lint.finding import Context, Hit, rule
 from inferctl.deploy.lint.manifests import Container, Manifests, Workload
@@ -37,16 +37,8 @@ def _blocks(manifests: Manifests, _: Context) -> Iterator[Hit]:
             yield Hit(budget, ("spec", "maxUnavailable"), f"maxUnavailable is {high}")
         elif low == "100%":
             yield Hit(budget, ("spec", "minAvailable"), "minAvailable is 100%")
-        elif workloads and 0 < least <= _least_available(low, least):
+        elif workloads and 0 < least <= (count_of(low, least) or 0):
             yield Hit(budget, ("spec", "minAvailable"), f"minAvailable is {low}, and there may be {least} replicas")
-
-
-def _least_available(value: Any, pods: int) -> int:
-    """Return how many of `pods` a budget keeps: its minAvailable, or that share rounded up; 0 if it is neither."""
-    share = re.fullmatch(r"(\d{1,3})%", value) if isinstance(value, str) else None
-    if share:
-        return -(-int(share[1]) * pods // 100)
-    return value if isinstance(value, int) else 0
 
 
 @rule(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from inferctl.deploy.kubernetes import selectors
-from inferctl.deploy.kubernetes.fields import as_float, get, integer, mapping, sequence, text
+from inferctl.deploy.kubernetes.fields import as_float, get, integer, is_extended, mapping, sequence, text
 from inferctl.deploy.kubernetes.labels import HOSTNAME, ZONE
 from inferctl.deploy.lint import pools
 from inferctl.deploy.lint.finding import Context, Hit, rule
@@ -118,12 +118,6 @@ def _bad(value: Any, path: FieldPath) -> Iterator[tuple[FieldPath, str]]:
         elif key == "sizeLimit" and as_float(item) is None:
             yield here, f"sizeLimit: {item!r} is not a quantity such as 2Gi"
         yield from _bad(item, here)
-
-
-def is_extended(resource: str) -> bool:
-    """Return whether a resource is one of devices, such as `nvidia.com/gpu`."""
-    domain, slash, _ = resource.partition("/")
-    return bool(slash) and domain != "kubernetes.io" and not domain.endswith(".kubernetes.io")
 
 
 def _above_limit(name: str, number: float, limits: Mapping[str, Any]) -> str | None:

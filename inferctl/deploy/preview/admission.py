@@ -101,7 +101,7 @@ def _invalid(pod: Pod) -> str | None:
             if value is None:
                 continue
             amount, limit = fields.quantity(value), limits.get(name)
-            if resources.is_extended(name):
+            if fields.is_extended(name):
                 if amount.denominator != 1:
                     return f"{name}: {value} is not a whole number"
                 if limit is None or fields.quantity(limit) != amount:
@@ -158,7 +158,7 @@ def usage(pod: Pod) -> dict[str, int]:
     found = {"pods": 1, "count/pods": 1}
     for name, amount in pod.requests.items():
         found[f"requests.{name}"] = amount
-        if not resources.is_extended(name):
+        if not fields.is_extended(name):
             found[name] = amount
     for name, amount in pod.limits.items():
         if name in ("cpu", "memory", "ephemeral-storage"):

@@ -151,6 +151,9 @@ def _asked(cluster: Cluster) -> set[str]:
         keys |= {constraint.key for constraint in pod.spread}
     for volume in cluster.of_kind("PersistentVolume"):
         keys |= _in_terms(fields.mapping(volume, "spec", "nodeAffinity", "required"))
+    for storage_class in cluster.of_kind("StorageClass"):
+        for term in fields.items(storage_class, "allowedTopologies"):
+            keys |= {fields.text(each, "key") for each in fields.items(term, "matchLabelExpressions")}
     return keys
 
 

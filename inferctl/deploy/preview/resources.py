@@ -73,12 +73,6 @@ def _apply_pod_level(total: Exact, spec: Mapping[str, Any], kind: Kind) -> None:
             total[name] = amount
 
 
-def is_extended(resource: str) -> bool:
-    """Return whether a resource is an extended one, such as `nvidia.com/gpu`."""
-    domain, slash, _ = resource.partition("/")
-    return bool(slash) and not (domain == "kubernetes.io" or domain.endswith(".kubernetes.io"))
-
-
 def best_effort(spec: Mapping[str, Any]) -> bool:
     """Return whether the quality of service is BestEffort: no container states CPU or memory."""
     containers = [*fields.items(spec, "containers"), *fields.items(spec, "initContainers"), spec]

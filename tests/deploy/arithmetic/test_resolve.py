@@ -60,6 +60,8 @@ def test_a_search_of_generation_gives_tokens_of_prompts_and_answers(tmp_path: Pa
     (found,) = plan(spec(deploy), tmp_path, task="generate", size=unknown).models[0].flavors
     assert found.rate
     assert found.rate.tokens_per_second == 2560  # 4 x (512 + 128)
+    # Weights of unknown size count as 150 GB: the probe waits for 900 + 1,500 + 60 s.
+    assert found.startup_failures.value * found.startup_period_s.value == 2460
     with pytest.raises(UsageError, match="is of the task generate, but the model is for embed"):
         plan(spec(deploy), tmp_path)
 
