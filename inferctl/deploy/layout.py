@@ -45,7 +45,7 @@ _FILE = "kustomization.yaml"
 # All files are in these.
 FOLDERS = ("base", "components", "overlays", "bench", "gpu-operator", "monitoring", "karmada")
 # Files of a folder that are not of one model, so no model may have the name of one.
-_OTHER_FILES = ("kustomization", "namespace", "priorities", "monitors", "network")
+_OTHER_FILES = ("kustomization", "namespace", "priorities", "network")
 
 
 @dataclass
@@ -56,6 +56,10 @@ class Folder:
     patches: dict[str, list[Object]] = field(default_factory=dict)
     bases: list[str] = field(default_factory=list)
     components: list[str] = field(default_factory=list)
+
+    def objects_of(self, model: ModelPlan) -> list[Object]:
+        """Return the objects that are only for one model."""
+        return self.resources.get(_file_of(model), [])
 
     def files(self, path: str, kind: str = "Kustomization") -> dict[str, str]:
         """Return the files by path. Files without objects are left out."""
@@ -73,12 +77,16 @@ class Folder:
         return {f"{path}/{name}": text for name, text in {_FILE: manifest.dump([kustomization]), **found}.items()}
 
 
+def _file_of(model: ModelPlan) -> str:
+    return f"{model.name}.yaml"
+
+
 def files(plan: Plan) -> dict[str, str]:
     """Return all files of the deployment: relative path -> text. Raises `UsageError` if a cluster cannot run it."""
     for model in plan.models:
         check(model, plan.clusters)
     base, components = _base(plan), _components(plan)
-    overlays = {cluster.name: _overlay(plan, cluster, list(components)) for cluster in plan.clusters}
+    overlays = {cluster.name: _overlay(plan, cluster, base, components) for cluster in plan.clusters}
     for overlay in overlays.values():
         _check_names([base, *components.values(), overlay])
     found = base.files("base")
@@ -135,7 +143,7 @@ def _base(plan: Plan) -> Folder:
     namespace = plan.namespace
     found = Folder({"namespace.yaml": _namespace(namespace), "priorities.yaml": policy.priority_classes()})
     for model in plan.models:
-        found.resources[f"{model.name}.yaml"] = _model(model, namespace)
+        found.resources[_file_of(model)] = _model(model, namespace)
     return found
 
 
@@ -172,10 +180,10 @@ def _components(plan: Plan) -> dict[str, Folder]:
     found: dict[str, Folder] = {}
     gateways = [model for model in plan.models if model.spec.deploy.gateway == "envoy"]
     if gateways:
-        found["gateway"] = Folder({f"{model.name}.yaml": gateway.objects(model, namespace) for model in gateways})
+        found["gateway"] = Folder({_file_of(model): gateway.objects(model, namespace) for model in gateways})
     routed = [model for model in plan.models if model.spec.deploy.router != "none"]
     if routed:
-        found["router"] = Folder({f"{model.name}.yaml": _routed(model, namespace) for model in routed})
+        found["router"] = Folder({_file_of(model): _routed(model, namespace) for model in routed})
     if consumers := metering.consumers(plan.models, namespace):
         accounts = [policy.service_account(metering.CONSUMER, namespace)]
         found["metering"] = Folder({"usage-worker.yaml": [*accounts, *consumers]})
@@ -218,24 +226,27 @@ def _gpu_operator(plan: Plan, cluster: Cluster) -> dict[str, str]:
 
 def _monitoring(plan: Plan, sources: Sequence[str]) -> Folder:
     namespace = plan.namespace
-    monitors = [service.monitor(model.name, namespace) for model in plan.models]
     policies = [policy.scrape_policy("allow-prometheus", namespace, {COMPONENT: SERVER}, "http", sources)]
     gateways = [model for model in plan.models if model.spec.deploy.gateway == "envoy"]
     if gateways:
-        monitors += [
-            service.monitor(model.name, namespace, gateway.GATEWAY, service.METRICS_PORT) for model in gateways
-        ]
         selector = {COMPONENT: gateway.GATEWAY}
         policies.append(
             policy.scrape_policy("allow-prometheus-gateway", namespace, selector, service.METRICS_PORT, sources)
         )
-    watched = {f"{model.name}.yaml": observe.objects(plan, model) for model in plan.models}
-    return Folder({"monitors.yaml": monitors, "network.yaml": policies, **watched})
+    watched = {_file_of(model): [*_monitors(model, namespace), *observe.objects(plan, model)] for model in plan.models}
+    return Folder({"network.yaml": policies, **watched})
+
+
+def _monitors(model: ModelPlan, namespace: str) -> list[Object]:
+    monitors = [service.monitor(model.name, namespace)]
+    if model.spec.deploy.gateway == "envoy":
+        monitors.append(service.monitor(model.name, namespace, gateway.GATEWAY, service.METRICS_PORT))
+    return monitors
 
 
 def _bench(plan: Plan, models: Sequence[ModelPlan], cluster: Cluster) -> Folder:
     namespace = plan.namespace
-    jobs = {f"{model.name}.yaml": bench.objects(model, cluster, namespace) for model in models}
+    jobs = {_file_of(model): bench.objects(model, cluster, namespace) for model in models}
     return Folder({"namespace.yaml": _namespace(namespace), **jobs})
 
 
@@ -252,21 +263,26 @@ def _prometheus_namespaces(plan: Plan) -> list[str]:
     return sorted(name for name in found if name)
 
 
-def _overlay(plan: Plan, cluster: Cluster, components: Sequence[str]) -> Folder:
+def _overlay(plan: Plan, cluster: Cluster, base: Folder, components: Mapping[str, Folder]) -> Folder:
     namespace = plan.namespace
-    flavors = [(model, flavor) for model in plan.models for flavor in model.flavors]
-    patches = []
+    absent = [model for model in plan.models if all(not each.at(cluster).max_replicas.value for each in model.flavors)]
+    present = [model for model in plan.models if model not in absent]
+    flavors = [(model, flavor) for model in present for flavor in model.flavors]
+    patches = [
+        _delete(each) for model in absent for folder in (base, *components.values()) for each in folder.objects_of(model)
+    ]
     for model, flavor in flavors:
         placed = flavor.at(cluster)
+        deployment = workload.deployment(model, flavor, namespace)
         if placed.max_replicas.value == 0:
-            patches.append(_delete(flavor, namespace))
+            patches.append(_delete(deployment))
         elif found := workload.in_cluster(model, flavor, placed, namespace):
             patches.append(found)
     same = versions.works("prefer-same-zone", cluster.kubernetes)
-    gateways = [model.name for model in plan.models if model.spec.deploy.gateway == "envoy"]
-    names = [*(model.name for model in plan.models), *(f"{name}-{gateway.GATEWAY}" for name in gateways)]
+    gateways = [model.name for model in present if model.spec.deploy.gateway == "envoy"]
+    names = [*(model.name for model in present), *(f"{name}-{gateway.GATEWAY}" for name in gateways)]
     zones = [service.zones(name, namespace, "PreferSameZone" if same else "PreferClose") for name in names]
-    scalers = [each for model in plan.models for each in scaling.scaling(model, cluster, namespace)]
+    scalers = [each for model in present for each in scaling.scaling(model, cluster, namespace)]
     spare = [each for model, flavor in flavors for each in _overflow(model, flavor, cluster, namespace)]
     pools = options.node_pools(plan, cluster)
     return Folder(
@@ -288,10 +304,10 @@ def _overflow(model: ModelPlan, flavor: FlavorPlan, cluster: Cluster, namespace:
     return scaling.overflow(model, flavor, cluster, deployment)
 
 
-def _delete(flavor: FlavorPlan, namespace: str) -> Object:
-    """Return the patch that removes a flavor, because the cluster cannot have its hardware."""
-    name = {"name": flavor.name, "namespace": namespace}
-    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": name, "$patch": "delete"}
+def _delete(item: Object) -> Object:
+    """Return the patch that removes an object whose hardware the cluster cannot have."""
+    names = {key: item["metadata"][key] for key in ("name", "namespace") if key in item["metadata"]}
+    return {"apiVersion": item["apiVersion"], "kind": item["kind"], "metadata": names, "$patch": "delete"}
 
 
 def _quota(plan: Plan, cluster: Cluster) -> list[Object]:

@@ -67,6 +67,7 @@ def resolve(
     names = [each.name for each in models]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"two specs have the name {twice}", "give each spec its own `name`")
+    _check_clusters(models, clusters)
     models, namespace = room.within_limits(models, clusters), namespaces.pop()
     if shared := _shared_prometheus(clusters, namespace):
         warning = (
@@ -76,6 +77,16 @@ def resolve(
         models = (replace(models[0], warnings=(*models[0].warnings, warning)), *models[1:])
     oldest = min(cluster.minor for cluster in clusters)
     return Plan(namespace, models, tuple(clusters), (1, oldest))
+
+
+def _check_clusters(models: Sequence[ModelPlan], clusters: Sequence[Cluster]) -> None:
+    """Raise `UsageError` for a cluster that can run no model at all."""
+    for cluster in clusters:
+        if not any(each.at(cluster).max_replicas.value for model in models for each in model.flavors):
+            raise UsageError(
+                f"{cluster.name} can run no model: all flavors have at most 0 replicas there",
+                "raise its max_replicas, or remove the cluster",
+            )
 
 
 def _shared_prometheus(clusters: Sequence[Cluster], namespace: str) -> list[str]:
@@ -289,9 +300,11 @@ def _fit(source: Source, flavor: Flavor, hardware: Hardware, precision: str, sha
             "use `sharing: whole`, or a MIG slice, which has its own memory",
         )
     part, share = hardware, flavor.shared_by
-    if share > 1 and hardware.memory_bytes:
-        part = replace(hardware, memory_bytes=hardware.memory_bytes // share)
+    if share > 1 and source.task == "generate":
+        # vLLM takes serve.gpu_memory_share of the whole GPU, so the part of a pod is already in it.
         _check_memory_share(source, share, where)
+    elif share > 1 and hardware.memory_bytes:
+        part = replace(hardware, memory_bytes=hardware.memory_bytes // share)
     spec = source.spec.model_copy(
         update={"serve": source.spec.serve.model_copy(update={"precision": precision})},
     )
@@ -309,7 +322,7 @@ def _fit(source: Source, flavor: Flavor, hardware: Hardware, precision: str, sha
 
 def _check_memory_share(source: Source, share: int, where: str) -> None:
     wanted = source.spec.serve.gpu_memory_share
-    if source.task == "generate" and wanted > 1 / share:
+    if wanted > 1 / share:
         raise UsageError(
             f"{where}: {share} pods share a GPU, but each takes serve.gpu_memory_share: {wanted:g} of its memory",
             f"set serve.gpu_memory_share to at most {int(95 / share) / 100:g}",

@@ -320,9 +320,9 @@ def test_a_server_on_this_machine_is_not_counted_as_another_process(
     answering: Callable[..., str], tmp_path: Path
 ) -> None:
     work = bench(tmp_path, "fp32")
-    work = runner.Bench(
-        work.plan, [runner.BenchTarget("here", url=answering("--median-ms", "1"))], None, None, tmp_path
-    )
+    # Processes are sampled every 0.5 s, and late on a busy machine: two samples must lie in the measurement.
+    longer = work.plan.model_copy(update={"load": shape.Load.model_validate(SHORT | {"duration_s": 4})})
+    work = runner.Bench(longer, [runner.BenchTarget("here", url=answering("--median-ms", "1"))], None, None, tmp_path)
     found = collected(work, ran(work))
     path = Path(found.rows[0].receipt or "")
     data = receipt.load(path).data

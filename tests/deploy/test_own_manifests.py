@@ -14,6 +14,7 @@ from tests.deploy import plans
 from tests.deploy.conftest import kustomize, write
 from tests.deploy.test_example import SPECS
 
+CPU = {**plans.FLAVORS[1], "hardware": "cpu", "name": "cpu", "tokens_per_second": 5000}
 ONE_EACH = [{**flavor, "min_replicas": 2, "max_replicas": 2} for flavor in plans.FLAVORS]
 
 
@@ -42,8 +43,14 @@ def test_the_lint_finds_nothing_in_the_example(tmp_path: Path) -> None:
         {"flavors": [{**flavor, "sharing": "dra"} for flavor in plans.FLAVORS[:2]]},
         {"nats": {"storage": "10GiB"}, "broker": None, "broker_secret": "nats"},
         {"gateway_tls_secret": "tls"},
+        {"flavors": [CPU, *plans.FLAVORS]},
+        {"load_s": 3},
+        {"flavors": [{**plans.FLAVORS[1], "min_replicas": 1, "max_replicas": 1}], "overflow": 0},
     ],
-    ids=["epp", "envoy-gateway", "hpa", "fixed", "time-slicing", "mps", "dra", "nats", "tls"],
+    ids=[
+        *("epp", "envoy-gateway", "hpa", "fixed", "time-slicing", "mps", "dra", "nats", "tls"),
+        *("cpu-first", "short-load", "one-replica"),
+    ],
 )
 def test_the_lint_finds_nothing_in_any_option(deploy: dict[str, Any], tmp_path: Path) -> None:
     mps = any(flavor.get("sharing") == "mps" for flavor in deploy.get("flavors", ()))
@@ -53,3 +60,24 @@ def test_the_lint_finds_nothing_in_any_option(deploy: dict[str, Any], tmp_path: 
     write(files, tmp_path)
     overlays = sorted((tmp_path / "overlays").iterdir())
     assert {folder.name: findings(folder, 35) for folder in overlays} == {folder.name: [] for folder in overlays}
+
+
+def test_the_lint_finds_nothing_next_to_slices_that_karpenter_does_not_start(tmp_path: Path) -> None:
+    """With MIG's strategy `single`, slices have the resource name of whole GPUs, and another product."""
+    clusters = [{**plans.ONE_CLUSTER[0], "mig_strategy": "single"}]
+    write(layout.files(plans.plan(clusters=clusters, kubernetes="1.35")), tmp_path)
+    assert findings(tmp_path / "overlays" / "aws-us-east-1", 35) == []
+
+
+def test_a_cluster_without_hardware_for_a_model_has_none_of_its_objects(tmp_path: Path) -> None:
+    clusters = [
+        {**plans.CLUSTERS[0], "share": 0.5},
+        {**plans.CLUSTERS[2], "share": 0.5, "max_replicas": {"l4": 0}},
+    ]
+    chat = plans.generate(router="envoy-gateway")
+    write(layout.files(plans.plan(plans.embed(gateway="none"), chat, clusters=clusters)), tmp_path)
+    folders = [tmp_path / "overlays" / each["name"] for each in clusters]
+    assert {folder.name: findings(folder, 35) for folder in folders} == {folder.name: [] for folder in folders}
+    here, there = (kustomize(folder).count("app.kubernetes.io/name: chat") for folder in folders)
+    assert here > 10
+    assert there == 0

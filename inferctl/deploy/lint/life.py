@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from inferctl.deploy.kubernetes.fields import count_of, get, integer, mapping, sequence, text
+from inferctl.deploy import annotation_keys
+from inferctl.deploy.kubernetes.fields import as_float, count_of, get, integer, mapping, sequence, text
 from inferctl.deploy.lint import models
 from inferctl.deploy.lint.finding import Context, Hit, rule
 from inferctl.deploy.lint.manifests import Container, Manifests, Workload
@@ -149,10 +150,9 @@ def _window(probe: Any) -> int:
 )
 def _startup(manifests: Manifests, context: Context) -> Iterator[Hit]:
     for workload in manifests.model_servers:
-        facts = models.facts(workload, context)
+        load = _load_s(workload, context)
         for each in workload.containers:
             startup, liveness = mapping(each.data, "startupProbe"), mapping(each.data, "livenessProbe")
-            load = facts.load_s if facts is not None else None
             if not (each.gpus or load) or (not each.gpus and not _has_probe(each)):
                 continue
             key, window = ("startupProbe", _window(startup)) if startup else ("livenessProbe", _window(liveness))
@@ -164,6 +164,14 @@ def _startup(manifests: Manifests, context: Context) -> Iterator[Hit]:
             elif load is None and window < _SHORT_START_S:
                 what = f"the {key} of {each.name} allows {window} s to load a model"
                 yield Hit(workload.object, (*each.path, key), what, level="warning")
+
+
+def _load_s(workload: Workload, context: Context) -> float | None:
+    """Return how long a server loads its model, in seconds: by its receipt, else by its annotation."""
+    facts = models.facts(workload, context)
+    if facts is not None and facts.load_s is not None:
+        return facts.load_s
+    return as_float(get(workload.object.data, "metadata", "annotations", annotation_keys.LOAD))
 
 
 def _has_probe(container: Container) -> bool:
@@ -211,7 +219,8 @@ def _span(probe: Any) -> int:
     "surge-needs-gpu",
     "warning",
     "life",
-    finds="a rollout that starts an additional GPU pod (maxSurge) without overflow or a spare GPU",
+    finds="a rollout that starts an additional GPU pod (maxSurge) without overflow or a spare GPU, unless the minimum is "
+    "one replica and maxSurge is set",
     consequence="if no GPU is free, the rollout waits for one and stops there; maxSurge is 25% by default, rounded up",
     fix="set maxSurge: 0 and maxUnavailable: 1, or keep overflow for this kind of GPU",
 )
@@ -221,14 +230,16 @@ def _surge(manifests: Manifests, context: Context) -> Iterator[Hit]:
         surge = manifests.surge(workload)
         if not (workload.gpus and surge) or _has_overflow(manifests, workload):
             continue
-        most = manifests.replicas(workload)[1]
+        least, most = manifests.replicas(workload)
+        explicit = get(workload.object.data, "spec", "strategy", "rollingUpdate", "maxSurge") is not None
+        if explicit and least < 2:
+            continue  # the only rollout without an outage
         fitting = [node for node in nodes if workload.runs_on(node)]
         if nodes and all(
             sum(integer_of(get(node.data, "status", "allocatable", name)) for node in fitting) >= (most + surge) * count
             for name, count in workload.gpus.items()
         ):
             continue
-        explicit = get(workload.object.data, "spec", "strategy", "rollingUpdate", "maxSurge") is not None
         path = ("spec", "strategy") if get(workload.object.data, "spec", "strategy") else ("spec",)
         default = "" if explicit else " (default maxSurge)"
         what = f"at {most} replicas, a rollout starts {surge} more GPU pod{'' if surge == 1 else 's'}{default}"

@@ -14,6 +14,7 @@ from inferctl.deploy.kubernetes.fields import as_float, get, integer, mapping, s
 from inferctl.deploy.kubernetes.taints import Taint
 from inferctl.deploy.lint import pod_templates
 from inferctl.deploy.manifests_file import FieldPath, Located
+from inferctl.deploy.objects.metadata import TASK
 
 _GPU = re.compile(
     r"(?:nvidia\.com/(?:gpu(?:\.shared)?|mig-.+)|amd\.com/gpu.*|gpu\.intel\.com/.+|habana\.ai/.+"
@@ -160,11 +161,11 @@ class Workload:
 
     @property
     def is_model_server(self) -> bool:
-        """Whether the pods stay and serve: they have a GPU or a claim, or the name of a known model server."""
+        """Whether the pods stay and serve: a GPU, a claim, our label of the task, or the name of a known server."""
         ends = self.spec.get("restartPolicy") in ("Never", "OnFailure")
         if ends or self.is_placeholder or self.object.kind in ("Job", "CronJob", "DaemonSet", "PodTemplate"):
             return False
-        return bool(self.gpus or self.spec.get("resourceClaims")) or any(
+        return bool(self.gpus or self.spec.get("resourceClaims") or TASK in self.labels) or any(
             _SERVERS.search(" ".join([each.image, *each.programs])) for each in self.containers
         )
 

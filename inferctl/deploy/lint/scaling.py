@@ -274,24 +274,31 @@ def _short(words: str) -> str:
     "pool-limit-low",
     "error",
     "guardrails",
-    finds="a Karpenter NodePool whose GPU limit is below the highest number of replicas and the surge of rollouts",
+    finds="Karpenter NodePools whose GPU limit is below the highest number of replicas and the surge of rollouts on their "
+    "nodes",
     consequence="Karpenter starts no more nodes, and replicas stay pending at peak or in a rollout",
     fix="raise spec.limits of the NodePool, or lower the highest number of replicas",
 )
 def _pool_limits(manifests: Manifests, _: Context) -> Iterator[Hit]:
     pools = [each for each in manifests.of("NodePool") if each.api_version.startswith("karpenter.sh/")]
-    names = {name for each in manifests.workloads for name in each.gpus}
+    servers = [each for each in manifests.model_servers if any(_may_start(pool, each) for pool in pools)]
+    names = {name for each in servers for name in each.gpus}
     for name in sorted(names):
         limits = [as_float(get(pool.data, "spec", "limits", name)) for pool in pools]
         known = [limit for limit in limits if limit is not None]
         needs = sum(
-            (manifests.replicas(each)[1] + manifests.surge(each)) * each.gpus.get(name, 0)
-            for each in manifests.model_servers
+            (manifests.replicas(each)[1] + manifests.surge(each)) * each.gpus.get(name, 0) for each in servers
         )
         # A pool without a limit for this GPU can start any number.
         if pools and len(known) == len(limits) and needs > sum(known):
             what = f"{name}: {sum(known):g} allowed by the NodePools, {needs} needed by all replicas and rollouts"
             yield Hit(pools[0], ("spec", "limits", name), what)
+
+
+def _may_start(pool: Located, server: Workload) -> bool:
+    """Return whether nodes of a NodePool can have the labels that the pods of a server require."""
+    labels = mapping(pool.data, "spec", "template", "metadata", "labels")
+    return all(str(labels[key]) in allowed for key, allowed in server.node_labels.items() if key in labels)
 
 
 @rule(

@@ -17,6 +17,8 @@ Object = dict[str, Any]
 NAME = "app.kubernetes.io/name"
 COMPONENT = "app.kubernetes.io/component"
 FLAVOR = "inferctl.io/flavor"
+# On the pods that serve a model: embed, rerank or generate.
+TASK = "inferctl.io/task"
 PART_OF = {"app.kubernetes.io/part-of": "inferctl", "app.kubernetes.io/managed-by": "inferctl"}
 # A namespace with this label, set to "true", may send requests.
 CLIENTS = "inferctl.io/clients"

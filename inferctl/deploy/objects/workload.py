@@ -9,7 +9,7 @@ from inferctl.deploy import annotation_keys
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import access, metering, sharing, worker
 from inferctl.deploy.objects.containers import container_security, empty, pod_security
-from inferctl.deploy.objects.metadata import ENGINE, HTTP_PORT, SERVER, Object, labels_of, metadata
+from inferctl.deploy.objects.metadata import ENGINE, HTTP_PORT, SERVER, TASK, Object, labels_of, metadata
 from inferctl.deploy.objects.policy import SERVING_PRIORITY
 from inferctl.deploy.plan import FlavorPlan, GpuResource, ModelPlan, Placement
 from inferctl.render import DEFAULT_PORT
@@ -43,7 +43,7 @@ def deployment(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
                     "labels": {
                         **labels,
                         "app.kubernetes.io/part-of": "inferctl",
-                        "inferctl.io/task": model.task,
+                        TASK: model.task,
                         **engine,
                     },
                 },
