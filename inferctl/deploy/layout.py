@@ -269,7 +269,10 @@ def _overlay(plan: Plan, cluster: Cluster, base: Folder, components: Mapping[str
     present = [model for model in plan.models if model not in absent]
     flavors = [(model, flavor) for model in present for flavor in model.flavors]
     patches = [
-        _delete(each) for model in absent for folder in (base, *components.values()) for each in folder.objects_of(model)
+        _delete(each)
+        for model in absent
+        for folder in (base, *components.values())
+        for each in folder.objects_of(model)
     ]
     for model, flavor in flavors:
         placed = flavor.at(cluster)

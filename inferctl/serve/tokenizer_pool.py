@@ -16,6 +16,7 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from inferctl.access.fairness import Shares
 from inferctl.errors import UsageError
 from inferctl.serve.embedding_config import read_object
 from inferctl.serve.engine_process.engine_protocol import Tokens
@@ -63,6 +64,10 @@ class TokenizerBusyError(Exception):
     """Too many characters wait to be tokenized. A retry after a second may succeed."""
 
 
+class TokenizerShareError(Exception):
+    """The tenant of this request has its share of the characters that may wait."""
+
+
 class TokenizerPool:
     """Tokenizes small requests on the caller's thread, and others on `threads` threads."""
 
@@ -87,6 +92,7 @@ class TokenizerPool:
         self._has_segments = not isinstance(names, list) or "token_type_ids" in names
         self._local = threading.local()
         self._waiting = 0  # characters of the requests on the threads
+        self._shares = Shares(_MAX_WAITING_CHARACTERS)  # the part of them that tenants have
         self._threads, self._executor = threads, ThreadPoolExecutor(threads, "tokenize")
         self.vocabulary_size = self._tokenizer().get_vocab_size(with_added_tokens=True)
 
@@ -100,18 +106,20 @@ class TokenizerPool:
         """Stop the threads."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    async def encode(self, texts: Sequence[str], *, truncate: bool) -> list[Tokens]:
-        """Return the token ids (int32) of each text.
+    async def encode(self, texts: Sequence[str], *, truncate: bool, tenant: str | None = None) -> list[Tokens]:
+        """Return the token ids (int32) of each text. `tenant`: among whom the threads are shared; None if they are not.
 
         Raises `InputError` for a long text without `truncate`, for a text without any token, and for a text with very
-        few tokens for its length, and `TokenizerBusyError`.
+        few tokens for its length, `TokenizerBusyError` and `TokenizerShareError`.
         """
         if self._is_small(texts):
             return self.encode_now(texts, truncate=truncate)
         calls = [partial(self.encode_now, texts[i:j], truncate=truncate, first=i) for i, j in _slices(texts)]
-        return await self._run(calls, sum(map(len, texts)))
+        return await self._run(calls, sum(map(len, texts)), tenant)
 
-    async def encode_pairs(self, query: str | Sequence[str], documents: Sequence[str], *, truncate: bool) -> list[Pair]:
+    async def encode_pairs(
+        self, query: str | Sequence[str], documents: Sequence[str], *, truncate: bool, tenant: str | None = None
+    ) -> list[Pair]:
         """Return the pair of the query with each document: its token ids (int32), and where its second segment starts.
 
         `query`: one text for all documents, or one text per document. Pairs are truncated to `max_tokens` as by
@@ -130,7 +138,7 @@ class TokenizerPool:
             )
             for i, j in _slices(documents)
         ]
-        return await self._run(calls, sum(map(len, texts)))
+        return await self._run(calls, sum(map(len, texts)), tenant)
 
     def encode_now(self, texts: Sequence[str], *, truncate: bool, first: int = 0) -> list[Tokens]:
         """Do what `encode` does, on the calling thread. `first`: the index of the first text in errors."""
@@ -179,11 +187,16 @@ class TokenizerPool:
         fixed = len(texts) * (_TEXT_CHARACTERS + len(self._config.prompt))
         return sum(map(len, texts)) + fixed <= _INLINE_CHARACTERS
 
-    async def _run(self, calls: Sequence[Callable[[], list[T]]], characters: int) -> list[T]:
-        """Return the results of `calls`, run one after the other on the threads. Raises `TokenizerBusyError`."""
+    async def _run(self, calls: Sequence[Callable[[], list[T]]], characters: int, tenant: str | None) -> list[T]:
+        """Return the results of `calls`, run one after the other on the threads.
+
+        Raises `TokenizerBusyError` and `TokenizerShareError`.
+        """
         # A single request is always accepted, otherwise it would be rejected forever.
         if self._waiting and self._waiting + characters > _MAX_WAITING_CHARACTERS:
             raise TokenizerBusyError(f"{self._waiting} characters wait to be tokenized")
+        if tenant is not None and not self._shares.take(tenant, characters):
+            raise TokenizerShareError
         loop, found = asyncio.get_running_loop(), []
         self._waiting += characters
         try:
@@ -191,6 +204,8 @@ class TokenizerPool:
                 found += await loop.run_in_executor(self._executor, call)
         finally:
             self._waiting -= characters
+            if tenant is not None:
+                self._shares.release(tenant, characters)
         return found
 
     def _allow_truncation(self, index: int, truncate: bool, field: str = "input") -> None:

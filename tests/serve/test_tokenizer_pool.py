@@ -13,9 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from inferctl.access.fairness import Shares
 from inferctl.serve import embedding_config, tokenizer_pool
 from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.tokenizer_pool import InputError, TokenizerBusyError, TokenizerPool
+from inferctl.serve.tokenizer_pool import InputError, TokenizerBusyError, TokenizerPool, TokenizerShareError
 
 LIMIT = 16
 WORDS = st.sampled_from(
@@ -196,6 +197,21 @@ def test_too_many_waiting_characters_are_rejected(pool: TokenizerPool, monkeypat
         assert len(await pool.encode(["small"], truncate=True)) == 1
         await first
         assert len(await pool.encode(["word " * 300], truncate=True)) == 1
+
+    asyncio.run(run())
+
+
+def test_a_tenant_leaves_room_for_the_others(pool: TokenizerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_shares", Shares(10_000))
+
+    async def run() -> None:
+        first = asyncio.create_task(pool.encode(["word " * 1_600], truncate=True, tenant="a"))
+        await asyncio.sleep(0)
+        with pytest.raises(TokenizerShareError):
+            await pool.encode(["word " * 300], truncate=True, tenant="a")
+        assert len(await pool.encode(["word " * 300], truncate=True, tenant="b")) == 1
+        await first
+        assert len(await pool.encode(["word " * 300], truncate=True, tenant="a")) == 1
 
     asyncio.run(run())
 

@@ -9,7 +9,7 @@ from typing import Any
 from inferctl.deploy import versions
 from inferctl.deploy.kubernetes.fields import as_float, get, integer, mapping, sequence, text
 from inferctl.deploy.lint.finding import Context, Hit, rule
-from inferctl.deploy.lint.manifests import Manifests, same_namespace
+from inferctl.deploy.lint.manifests import Manifests, Workload, same_namespace
 from inferctl.deploy.lint.placement import replicas_path
 from inferctl.deploy.manifests_file import FieldPath, Located
 
@@ -286,9 +286,7 @@ def _pool_limits(manifests: Manifests, _: Context) -> Iterator[Hit]:
     for name in sorted(names):
         limits = [as_float(get(pool.data, "spec", "limits", name)) for pool in pools]
         known = [limit for limit in limits if limit is not None]
-        needs = sum(
-            (manifests.replicas(each)[1] + manifests.surge(each)) * each.gpus.get(name, 0) for each in servers
-        )
+        needs = sum((manifests.replicas(each)[1] + manifests.surge(each)) * each.gpus.get(name, 0) for each in servers)
         # A pool without a limit for this GPU can start any number.
         if pools and len(known) == len(limits) and needs > sum(known):
             what = f"{name}: {sum(known):g} allowed by the NodePools, {needs} needed by all replicas and rollouts"

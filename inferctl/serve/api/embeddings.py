@@ -33,7 +33,7 @@ class EmbeddingsEndpoint:
         request = await parsed_body(context, receive, self._parse)
         model = self.inference.model
         dimensions = model.dimensions_for(request.dimensions)
-        vectors = await self.inference.run(context, receive, self._tokenize(request))
+        vectors = await self.inference.run(context, receive, self._tokenize(request, context.tenant))
         parts = embedding_schemas.response(
             _with_dimensions(vectors, dimensions), request.encoding_format, model.name, context.input_tokens
         )
@@ -49,11 +49,11 @@ class EmbeddingsEndpoint:
                 raise ApiError(400, message, code="invalid_token", param="input")
         return request
 
-    async def _tokenize(self, request: EmbeddingRequest) -> tuple[Sequence[Tokens], None]:
+    async def _tokenize(self, request: EmbeddingRequest, tenant: str | None) -> tuple[Sequence[Tokens], None]:
         truncate = self.inference.model.truncate if request.truncate is None else request.truncate
         items: Any = request.items
         if isinstance(items[0], str):
-            return await self.inference.tokenizer.encode(items, truncate=truncate), None
+            return await self.inference.tokenizer.encode(items, truncate=truncate, tenant=tenant), None
         call = partial(self.inference.tokenizer.truncate, items, truncate=truncate)
         large = sum(map(len, items)) > _INLINE_IDS
         return (await asyncio.to_thread(call) if large else call()), None

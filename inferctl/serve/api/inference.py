@@ -17,14 +17,14 @@ from starlette.types import Receive, Scope, Send
 from inferctl.access.limits import BYTES_PER_TOKEN
 from inferctl.serve.api import schemas
 from inferctl.serve.api.served_model import ServedModel
-from inferctl.serve.edge.errors import ApiError, at_capacity
+from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
 from inferctl.serve.edge.middleware import ClientDisconnectedError, unless_disconnected
 from inferctl.serve.edge.usage import RequestContext, context_of
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.metrics import Metrics
 from inferctl.serve.scheduling.batcher import AdmissionError
 from inferctl.serve.scheduling.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError, RequestResult
-from inferctl.serve.tokenizer_pool import InputError, TokenizerBusyError, TokenizerPool
+from inferctl.serve.tokenizer_pool import InputError, TokenizerBusyError, TokenizerPool, TokenizerShareError
 from inferctl.serve.vector_cache.vector_cache import VectorCache
 
 # Larger bodies are parsed on another thread. For smaller ones, the switch takes longer than the work.
@@ -104,6 +104,8 @@ class Inference:
             result, tokenized = await unless_disconnected(asyncio.ensure_future(compute()), receive)
         except TokenizerBusyError as error:
             raise at_capacity(str(error), "tokenizer_full", 1) from None
+        except TokenizerShareError:
+            raise key_share("characters that wait to be tokenized") from None
         except InputError as error:
             raise ApiError(400, str(error), code=error.code, param=error.field) from None
         except AdmissionError as error:

@@ -65,7 +65,7 @@ async def _scores(
 
     async def tokenize() -> tuple[list[Tokens], list[int]]:
         allowed = inference.model.truncate if truncate is None else truncate
-        pairs = await inference.tokenizer.encode_pairs(first, second, truncate=allowed)
+        pairs = await inference.tokenizer.encode_pairs(first, second, truncate=allowed, tenant=context.tenant)
         return [ids for ids, _ in pairs], [start for _, start in pairs]
 
     logits = await inference.run(context, receive, tokenize())
