@@ -351,4 +351,4 @@ def _cpu_support(precision: str, flags: frozenset[str]) -> Support:
             "native",
             f"the CPU has {', '.join(found)}: half the weight memory; slower than bf16 on short texts only",
         )
-    return Support("emulated", "the CPU has no VNNI or AMX instructions: int8 saves memory but not time")
+    return Support("emulated", "the CPU has no VNNI or AMX instructions: int8 has 7-bit weights and is less accurate")

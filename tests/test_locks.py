@@ -22,6 +22,8 @@ LOCK = (
     "uvicorn[standard]==0.5 ; python_version > '3' \\\n    --hash=sha256:cc\n"
 )
 SHIPPED = list(catalog.bases().values())
+# In the worker that also has the other users of the downloaded wheels.
+USES_WHEELS = pytest.mark.xdist_group("docker")
 
 
 def test_versions_are_read_with_normalized_names() -> None:
@@ -100,6 +102,7 @@ def test_missing_locks_have_a_hint_with_the_command(tmp_path: Path) -> None:
     assert "torch.txt not found" in caught.value.message
 
 
+@USES_WHEELS
 def test_a_wheel_folder_resolves_to_its_versions(wheels: Path, tmp_path: Path) -> None:
     """The folder of the fixture has the versions of the shipped locks."""
     command = ["lock", "--base", "cpu", "--wheels", str(wheels), "--output", str(tmp_path)]
@@ -158,6 +161,7 @@ def test_a_check_with_the_package_index_keeps_an_older_release(tmp_path: Path) -
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
+@USES_WHEELS
 def test_one_package_is_upgraded_and_the_others_stay(wheels: Path, tmp_path: Path) -> None:
     folder, both = with_older_orjson(tmp_path, "torch2.13-cpu"), tmp_path / "wheels"
     shutil.copytree(wheels, both, copy_function=os.link)

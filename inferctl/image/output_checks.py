@@ -15,9 +15,23 @@ from inferctl.errors import InferctlError
 # sums. fp16 and bf16 keep 11 and 8 bits of the mantissa, which costs up to about 5e-4 over the layers of a transformer.
 # int8 quantizes the weights; below 0.99, retrieval rankings start to change.
 TOLERANCE: Mapping[str, float] = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999, "int8": 0.99}
+# On CPUs without VNNI or AMX, where int8 is emulated, the server has 7-bit weights.
+EMULATED_INT8_TOLERANCE = 0.97
 # Maximum difference between a rerank score and the fp32 reference, relative to the largest score (at least 1).
 SCORE_TOLERANCE: Mapping[str, float] = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.02, "int8": 0.1}
 NO_VERIFY = "see the log above, or pass `--no-verify` to build without this test"
+
+
+def limit(precision: str, level: str, *, rerank: bool) -> float:
+    """Return the minimum cosine of vectors, or the maximum difference of scores.
+
+    `level`: whether the precision is native or emulated on the hardware.
+    """
+    if rerank:
+        return SCORE_TOLERANCE.get(precision, SCORE_TOLERANCE["int8"])
+    if (precision, level) == ("int8", "emulated"):
+        return EMULATED_INT8_TOLERANCE
+    return TOLERANCE.get(precision, TOLERANCE["int8"])
 
 
 def check_vectors(

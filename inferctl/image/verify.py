@@ -25,12 +25,11 @@ from inferctl.image.events import Note
 from inferctl.image.next_tokens import Prompt
 from inferctl.image.output_checks import (
     NO_VERIFY,
-    SCORE_TOLERANCE,
-    TOLERANCE,
     check_scores,
     check_vectors,
     decode,
     fail,
+    limit,
 )
 from inferctl.image.records import ContainerOptions, ImageInfo
 from inferctl.model import ModelFolder
@@ -164,10 +163,9 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
                 f"in fp32 too, the model hardly predicts the texts (perplexity {found.perplexity_fp32:,.0f}): check "
                 "that the tokenizer belongs to the weights"
             )
-        limit = divergence.limits_of(precision).kl
-        return replace(verified, kl=found.kl_mean, top_1=found.top_1, tokens=found.positions, tolerance=limit)
-    limits = SCORE_TOLERANCE if rerank else TOLERANCE
-    tolerance = limits.get(precision, limits["int8"]) if reference is not None else None
+        most = divergence.limits_of(precision).kl
+        return replace(verified, kl=found.kl_mean, top_1=found.top_1, tokens=found.positions, tolerance=most)
+    tolerance = limit(precision, facts[1], rerank=rerank) if reference is not None else None
     if rerank:
         largest = check_scores(scores, reference["scores"] if reference is not None else None, tolerance)
         return Verified(*facts, None, len(scores), None, tolerance, ready, sha256, "rerank", largest)

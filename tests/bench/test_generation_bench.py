@@ -19,6 +19,8 @@ from inferctl.bench.judge import slo, summary, validity
 from inferctl.bench.plan import plan, prompts, shape, tokens, workload
 from inferctl.errors import UsageError
 
+# In one worker, so that the server is measured once.
+pytestmark = pytest.mark.xdist_group("generation_bench")
 QUICK = ("--plan", "quick", "--users", "3", "--duration", "4", "--lengths", "24,6", "--repeats", "1")
 
 

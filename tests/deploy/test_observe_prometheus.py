@@ -19,6 +19,8 @@ from inferctl.deploy.observe.watched import Watched, WatchedFlavor
 from inferctl.serve.engines.echo import NON_FINITE_TOKEN
 from tests.serve.conftest import CLIENT, Running, start, stop, until
 
+# In one worker, one test after the other: the queries look back for 30 s.
+pytestmark = pytest.mark.xdist_group("prometheus")
 WATCHED = Watched("embed", "inference", "embed", (WatchedFlavor("embed-l4", 60, 10),), cache=True, metering=True)
 LABELS = {"namespace": "inference", "service": "embed", "pod": "embed-l4-7d9f8c6b5-abcde", "inferctl_io_flavor": "l4"}
 

@@ -194,6 +194,22 @@ def test_invalid_vectors_have_different_errors(vectors: list[list[float]], what:
     assert caught.value.exit_code == 1
 
 
+@pytest.mark.parametrize(
+    ("precision", "level", "rerank", "expected"),
+    [
+        ("bf16", "emulated", False, 0.999),
+        ("int8", "native", False, 0.99),
+        ("int8", "emulated", False, 0.97),
+        ("int8", "emulated", True, 0.1),
+        ("fp8", "native", False, 0.99),
+    ],
+)
+def test_the_limit_depends_on_what_the_precision_is_on_this_hardware(
+    precision: str, level: str, rerank: bool, expected: float
+) -> None:
+    assert output_checks.limit(precision, level, rerank=rerank) == expected
+
+
 def test_the_difference_of_scores_is_relative_to_the_largest_one() -> None:
     assert output_checks.check_scores([0.2, -8.1], [0.2, -8.0], 0.02) == pytest.approx(0.1 / 8)
     assert output_checks.check_scores([0.2, 0.91], [0.2, 0.9], 0.02) == pytest.approx(0.01)

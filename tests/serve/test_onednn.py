@@ -15,18 +15,16 @@ from inferctl.serve.engines import onednn
 from inferctl.serve.engines.encoder import EncoderEngine
 from tests.serve.test_encoder import batch, plain, sequences
 
-pytestmark = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bf16 on this CPU"
-)
+HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="oneDNN has no bf16 on this CPU")
 
 
 class Block(torch.nn.Module):
-    dtype = torch.bfloat16
-
-    def __init__(self, gelu: bool) -> None:
+    def __init__(self, gelu: bool, dtype: torch.dtype) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.dense = torch.nn.Linear(64, 96, dtype=self.dtype)
+        self.dtype = dtype
+        self.dense = torch.nn.Linear(64, 96, dtype=dtype)
         self.intermediate_act_fn = ACT2FN["gelu"] if gelu else torch.nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -34,18 +32,42 @@ class Block(torch.nn.Module):
 
 
 @pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize(("int8", "tolerance"), [(False, 0.02), (True, 0.04)])
-def test_packed_linear_layers_equal_plain_ones(int8: bool, tolerance: float, gelu: bool) -> None:
-    block = Block(gelu)
-    x = torch.randn(1, 50, 64, dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("dtype", "int8", "tolerance"),
+    [
+        (torch.float32, False, 1e-5),
+        (torch.float32, True, 0.04),
+        pytest.param(torch.bfloat16, False, 0.02, marks=needs_bf16),
+        pytest.param(torch.bfloat16, True, 0.04, marks=needs_bf16),
+    ],
+)
+def test_packed_linear_layers_equal_plain_ones(dtype: torch.dtype, int8: bool, tolerance: float, gelu: bool) -> None:
+    block = Block(gelu, dtype)
+    x = torch.randn(1, 50, 64, dtype=dtype)
     x[0, 7] *= 50  # one token with large activations must not make the others inaccurate
+    given = x.clone()
     with torch.inference_mode():
         expected = block(x)
         assert onednn.pack(block, int8=int8) is None
         got = block(x)
+    assert torch.equal(x, given)  # the residual connection adds it later
     assert isinstance(block.dense, onednn.Int8Linear if int8 else onednn.Linear)
     worst = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert worst.max() < tolerance
+
+
+@pytest.mark.parametrize("levels", [None, 63])
+def test_large_products_of_int8_do_not_overflow(levels: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without VNNI, two products of 8 bits do not fit into the 16 bits of their sum. None: as on this CPU."""
+    if levels is not None:
+        monkeypatch.setattr(onednn, "_weight_levels", lambda: levels)
+    linear = torch.nn.Linear(64, 64)
+    with torch.inference_mode():
+        linear.weight.fill_(1.0)
+        linear.bias.zero_()
+        x = torch.linspace(0.5, 1.0, 64).repeat(16, 1)
+        got, expected = onednn.Int8Linear(linear)(x), linear(x)
+    assert torch.allclose(got, expected, rtol=0.01)
 
 
 def test_public_operators_quantize_like_the_deprecated_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +77,7 @@ def test_public_operators_quantize_like_the_deprecated_one(monkeypatch: pytest.M
     assert torch.equal(onednn._quantized(x.clone()), expected)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=needs_bf16), "int8"])
 @pytest.mark.parametrize("failure", ["missing", "changed"])
 def test_without_the_private_operators_bf16_uses_plain_layers_and_int8_does_not_start(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, precision: str, failure: str
