@@ -157,6 +157,25 @@ def _too_large(manifests: Manifests, context: Context) -> Iterator[Hit]:
             yield Hit(workload.object, (*container.path, "resources"), what)
 
 
+@rule(
+    "parallel-size",
+    "error",
+    "placement",
+    finds="a server that spreads a model over more GPUs (tensor times pipeline parallel size) than its pods have",
+    consequence="the server ends at its start, because it does not find the GPUs",
+    fix="request as many GPUs, or lower the parallel size",
+)
+def _parallel(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        count, wanted = sum(workload.gpus.values()) * workload.group_size, models.devices(workload)
+        # With Ray, GPUs are those of other pods too.
+        ray = workload.object.kind.startswith("Ray") or any("ray" in each.words for each in workload.containers)
+        if count and wanted > count and not ray:
+            container = next(each for each in workload.containers if each.gpus)
+            what = f"the parallel sizes need {wanted} GPUs, and there {'is 1' if count == 1 else f'are {count}'}"
+            yield Hit(workload.object, (*container.path, "resources"), what)
+
+
 def _device_bytes(workload: Workload) -> tuple[int, str] | None:
     """Return the memory of one GPU of a workload, and which GPU it is: the largest that the node labels allow."""
     for name in workload.gpus:

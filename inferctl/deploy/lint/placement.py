@@ -78,6 +78,30 @@ def _selects_nothing(manifests: Manifests, _: Context) -> Iterator[Hit]:
 
 
 @rule(
+    "volume-of-one-node",
+    "warning",
+    "placement",
+    finds="several pods of one workload, also in a rollout, that mount one claim with only ReadWriteOnce or "
+    "ReadWriteOncePod",
+    consequence="pods on other nodes wait for ever for the volume; with ReadWriteOncePod, each pod but the first waits",
+    fix="use a claim with ReadOnlyMany or ReadWriteMany, an image volume, a claim for each pod (volumeClaimTemplates), "
+    "or for one replica the strategy Recreate",
+)
+def _one_node(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    claims = manifests.of("PersistentVolumeClaim")
+    for workload in manifests.workloads:
+        most = manifests.replicas(workload)[1] + manifests.surge(workload)
+        for index, volume in enumerate(sequence(workload.spec, "volumes") if most > 1 else ()):
+            name = text(volume, "persistentVolumeClaim", "claimName")
+            claim = next((each for each in claims if each.name == name and same_namespace(each, workload.object)), None)
+            modes = {str(mode) for mode in sequence(claim.data, "spec", "accessModes")} if claim else set()
+            if modes and modes <= {"ReadWriteOnce", "ReadWriteOncePod"}:
+                path = (*workload.spec_path, "volumes", index, "persistentVolumeClaim")
+                what = f"up to {most} pods mount the claim {name} with {' and '.join(sorted(modes))}"
+                yield Hit(workload.object, path, what, level="error" if modes == {"ReadWriteOncePod"} else None)
+
+
+@rule(
     "bad-value",
     "error",
     "placement",
