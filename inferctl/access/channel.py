@@ -37,11 +37,13 @@ def address(folder: Path) -> str:
     return f"/proc/self/fd/{os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)}/{_SOCKET}"
 
 
-def messages(sender: str, counted_by: str, counters: Counters, told: float, now: float) -> Iterator[dict[str, Any]]:
+def messages(
+    sender: str, counted_by: str, counters: Counters, sent_up_to: float, now: float
+) -> Iterator[dict[str, Any]]:
     """Yield counters as messages; one without counters if there are none.
 
     `counted_by`: the server that charged; `sender`: the one that says so, at `now`. It sent all that it counted up to
-    `told`.
+    `sent_up_to`.
     """
     items = list(counters.items())
     for first in range(0, len(items) or 1, _KEYS):
@@ -49,7 +51,7 @@ def messages(sender: str, counted_by: str, counters: Counters, told: float, now:
             key_id: [[[cell, *counts] for cell, counts in cells.items()] for cells in both]
             for key_id, both in items[first : first + _KEYS]
         }
-        yield {"sender": sender, "sent": told, "clock": now, "counted_by": counted_by, "counters": part}
+        yield {"sender": sender, "sent": sent_up_to, "clock": now, "counted_by": counted_by, "counters": part}
 
 
 def counters(message: dict[str, Any]) -> Counters:

@@ -20,7 +20,7 @@ from collections import Counter
 from inferctl.access.key_file import ApiKey
 from inferctl.access.limit_error import LimitError as LimitError
 from inferctl.access.limit_error import Resource
-from inferctl.access.window import CELL_S, CELLS, SLOT_S, Cells, Silences, Window
+from inferctl.access.window import CELL_S, CELLS, SLOT_S, Cells, LastHeard, Window
 
 PERIOD_S = 60
 # After this long without counters of a server, the others show and explain limit / replicas as their limit.
@@ -33,8 +33,8 @@ _SETTLED_S = 1.0
 BYTES_PER_TOKEN = 4
 # Keys that were not used for a while are forgotten when there are more than this many.
 _MANY_KEYS = 10_000
-# `rest` returns all keys in this many calls: when all other servers are heard, which know them, and when not. One call
-# of `rest` or `changes` returns at most so many keys, which takes 2 ms.
+# `next_counters` returns all keys in this many calls: when all other servers are heard, which know them, and when not.
+# One call of `next_counters` or `changes` returns at most so many keys, which takes 2 ms.
 _CALLS_KNOWN, _CALLS, _MANY_AT_ONCE = 100, 20, 500
 # The clock was set back if it is so much behind what it was.
 _SET_BACK_S = 1.0
@@ -82,7 +82,7 @@ class KeyUsage:
         elif amount <= own_limit and shared:
             wait = window.seconds_until(used + amount - limit, now)
         elif amount <= own_limit:
-            wait = window.seconds_until(used + unknown + amount * (1 + others) - limit, now, limiter.silences)
+            wait = window.seconds_until(used + unknown + amount * (1 + others) - limit, now, limiter.last_heard)
         shown = self._shown(used, unknown, shared)
         raise LimitError(resource, own_limit, shown, amount, wait, estimated=estimated)
 
@@ -157,7 +157,7 @@ class KeyUsage:
         unknown = 0
         if limiter.others:
             unknown = window.reserved * limiter.others
-            for slot, count in limiter.silences:
+            for slot, count in limiter.last_heard:
                 unknown += count * window.charged_after(slot)
         return window.own_total + window.foreign_total + window.reserved, unknown
 
@@ -231,7 +231,7 @@ class Limiter:
     """The use of all keys on this server. `requests` and `tokens` per minute: of keys without a limit of their own.
 
     `replicas`: the number of servers that share the limits. `exchanges`: whether they tell each other their counters.
-    `others`: how many other servers there are. `silences`: slots, and how many of them were last heard then.
+    `others`: how many other servers there are. `last_heard`: slots, and how many of them were last heard then.
     """
 
     def __init__(
@@ -241,18 +241,18 @@ class Limiter:
         self._usages: dict[str, KeyUsage] = {}
         self._many, self._forgot = _MANY_KEYS, -math.inf
         self._heard: dict[str, float] = {}
-        self._waiting: list[str] = []  # keys whose counters `rest` has not returned yet
+        self._waiting: list[str] = []  # keys whose counters `next_counters` has not returned yet
         self._part = 0  # how many of them it returns at a time
         # Keys that changed, in the order in which they are sent, and the last call of `changes` before they did.
         self.changed: dict[KeyUsage, float] | None = {} if exchanges else None
         self.asked = 0.0  # the last call of `changes`
         self._updated = -math.inf
-        self._sends_all = self._sends_all_again = False  # whether `rest` returns all keys as fast as it can
+        self._sends_all = self._sends_all_again = False  # whether `next_counters` returns all keys as fast as it can
         self._all_since = math.inf  # the first change that the others learn from it only
         # Servers that were started again are other ones until the earlier start is silent.
         self._most_others = 2 * replicas + 16
         self.others = replicas - 1
-        self.silences: Silences = ((0, self.others),) if self.others else ()
+        self.last_heard: LastHeard = ((0, self.others),) if self.others else ()
         self.fresh_until = -math.inf  # until when the counters of all other servers are known
 
     def limits_of(self, key: ApiKey) -> tuple[int | None, int | None]:
@@ -281,11 +281,11 @@ class Limiter:
         cell = int(now // CELL_S)
         return {usage.key_id: usage.own(cell, cell - 1) for usage in found}
 
-    def told(self, now: float) -> float:
-        """Return up to when the others know all counters of this server, after `changes` and `rest` were sent."""
+    def sent_up_to(self, now: float) -> float:
+        """Return up to when the others know all counters, after those of `changes` and `next_counters` were sent."""
         return min(next(iter((self.changed or {}).values()), now), self._all_since, now)
 
-    def rest(self, now: float) -> dict[str, Counters]:
+    def next_counters(self, now: float) -> dict[str, Counters]:
         """Return all counters of the next keys, by server; that of this one is "". After `_CALLS`, it begins again.
 
         Those of servers that are not heard any more are among them: a server that starts needs to know them. After
@@ -316,7 +316,7 @@ class Limiter:
         return found
 
     def send_all(self) -> None:
-        """Let `rest` begin again, and return as many keys at a time as it can: others may lack some of them.
+        """Let `next_counters` begin again, with as many keys at a time as it can return: others may lack some of them.
 
         If it already does, it begins again after the last one, so calls in any number let all keys be sent.
         """
@@ -366,7 +366,7 @@ class Limiter:
         slots = Counter(int((time - DELAY_S) // SLOT_S) for time in times[: self.others])
         if (missing := self.others - len(times)) > 0:
             slots[0] += missing
-        self.silences = tuple(slots.items())
+        self.last_heard = tuple(slots.items())
         self.fresh_until = times[self.others - 1] + EXCHANGE_TIMEOUT_S if missing <= 0 else -math.inf
 
     def _new_usage(self, key_id: str, now: float) -> KeyUsage:

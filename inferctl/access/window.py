@@ -13,7 +13,7 @@ _SLOTS = int(CELL_S / SLOT_S)
 # Cell -> (charged, given back), both since the start of the server.
 Cells = dict[int, tuple[int, int]]
 # Slots, and how many of the other servers were last heard then.
-Silences = Sequence[tuple[int, int]]
+LastHeard = Sequence[tuple[int, int]]
 
 
 class Window:
@@ -101,11 +101,11 @@ class Window:
             self.foreign_total += max(0, after[0] - after[1]) - max(0, before[0] - before[1])
             self.newest = max(self.newest, cell)
 
-    def seconds_until(self, amount: int, now: float, silences: Silences = ()) -> float:
-        """Return the seconds until `amount` less than now is counted. `silences`: as of `Limiter`."""
+    def seconds_until(self, amount: int, now: float, last_heard: LastHeard = ()) -> float:
+        """Return the seconds until `amount` less than now is counted. `last_heard`: as of `Limiter`."""
         every: dict[int, int] = {}
         for cell, (charged, returned) in self._own.items():
-            weight = 1 + sum(count for slot, count in silences if cell >= slot // _SLOTS)
+            weight = 1 + sum(count for slot, count in last_heard if cell >= slot // _SLOTS)
             every[cell] = (charged - returned) * weight
         for cells in self.foreign.values():
             for cell, (charged, returned) in cells.items():

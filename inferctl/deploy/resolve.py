@@ -67,8 +67,9 @@ def resolve(
     names = [each.name for each in models]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"two specs have the name {twice}", "give each spec its own `name`")
-    _check_clusters(models, clusters)
     models, namespace = room.within_limits(models, clusters), namespaces.pop()
+    if empty := _without_hardware(models, clusters):
+        models = (replace(models[0], warnings=(*models[0].warnings, *empty)), *models[1:])
     if shared := _shared_prometheus(clusters, namespace):
         warning = (
             f"{' and '.join(shared)} have one Prometheus outside of the cluster. The queries of the autoscalers have "
@@ -79,14 +80,14 @@ def resolve(
     return Plan(namespace, models, tuple(clusters), (1, oldest))
 
 
-def _check_clusters(models: Sequence[ModelPlan], clusters: Sequence[Cluster]) -> None:
-    """Raise `UsageError` for a cluster that can run no model at all."""
-    for cluster in clusters:
-        if not any(each.at(cluster).max_replicas.value for model in models for each in model.flavors):
-            raise UsageError(
-                f"{cluster.name} can run no model: all flavors have at most 0 replicas there",
-                "raise its max_replicas, or remove the cluster",
-            )
+def _without_hardware(models: Sequence[ModelPlan], clusters: Sequence[Cluster]) -> list[str]:
+    """Return a warning for each cluster that can run no model at all."""
+    return [
+        f"{cluster.name} can run no model: all flavors have at most 0 replicas there. Raise its max_replicas, or remove "
+        "the cluster"
+        for cluster in clusters
+        if not any(each.at(cluster).max_replicas.value for model in models for each in model.flavors)
+    ]
 
 
 def _shared_prometheus(clusters: Sequence[Cluster], namespace: str) -> list[str]:

@@ -219,7 +219,7 @@ class Replica:
             self.open.append(found)
 
     def total(self, now: float) -> int:
-        found = self.limiter.rest(now).get("", {}).get(key().id)
+        found = self.limiter.next_counters(now).get("", {}).get(key().id)
         return sum(charged - returned for charged, returned in found[1].values()) if found else 0
 
 
@@ -236,7 +236,9 @@ def test_lost_doubled_and_reordered_counters_never_count_twice(
         now += gap
         replicas[index].act(amount, give_back, now)
         limiter = replicas[index].limiter
-        messages += [(f"r{index}.boot", counters) for counters in (limiter.changes(now), limiter.rest(now)[""])]
+        messages += [
+            (f"r{index}.boot", counters) for counters in (limiter.changes(now), limiter.next_counters(now)[""])
+        ]
     delivered = data.draw(st.lists(st.sampled_from(messages), max_size=60)) if messages else []
     seen: dict[tuple[str, int], tuple[int, int]] = {}
     for name, counters in delivered:
@@ -250,14 +252,14 @@ def test_lost_doubled_and_reordered_counters_never_count_twice(
                 seen[replica, cell] = counts
     for index, replica in enumerate(replicas):  # the last state of each arrives, twice
         for _ in range(2):
-            receiver.merge(f"r{index}.boot", replica.limiter.rest(now).get("", {}), now)
+            receiver.merge(f"r{index}.boot", replica.limiter.next_counters(now).get("", {}), now)
     if key().id in receiver._usages:
         window = receiver._usages[key().id].windows[1]
         window.advance(int(now // CELL_S))
         assert window.foreign_total == sum(replica.total(now) for replica in replicas)
         assert window.own_total == 0  # what was imported is never published again
     assert receiver.changes(now) == {}
-    assert "" not in receiver.rest(now)
+    assert "" not in receiver.next_counters(now)
 
 
 class Fleet:
@@ -270,7 +272,7 @@ class Fleet:
     def messages(self, index: int, now: float) -> list[tuple[str, str, Counters]]:
         limiter, name = self.servers[index], self.names[index]
         found = [(name, name, limiter.changes(now))]
-        return found + [(name, server or name, counters) for server, counters in limiter.rest(now).items()]
+        return found + [(name, server or name, counters) for server, counters in limiter.next_counters(now).items()]
 
     def deliver(self, index: int, messages: list[tuple[str, str, Counters]], sent: float, now: float) -> None:
         for sender, server, counters in messages:
@@ -370,7 +372,7 @@ def test_a_server_that_starts_hears_of_those_that_ended() -> None:
 
 
 def ended_counters(limiter: Limiter) -> Counters:
-    return limiter.rest(START)[""]
+    return limiter.next_counters(START)[""]
 
 
 @given(
@@ -443,7 +445,7 @@ def test_many_changes_are_sent_in_parts_and_the_time_says_up_to_when() -> None:
     found, times = list[Counters](), list[float]()
     for step in range(1, 4):
         found.append(limiter.changes(START + step / 10))
-        times.append(limiter.told(START + step / 10))
+        times.append(limiter.sent_up_to(START + step / 10))
         if step == 1:  # again, while others wait: its turn comes after theirs
             charge(limiter, key("0" * 12), START + 0.15)
     assert [len(each) for each in found] == [500, 500, 201]
@@ -461,8 +463,8 @@ def test_what_was_left_out_of_changes_is_sent_with_the_rest() -> None:
     for step in range(1, 4):
         limiter.send_all()  # any number of messages: all keys get their turn
         assert limiter.changes(START + step / 10) == {}
-        seen |= set(limiter.rest(START + step / 10)[""])
-        assert limiter.told(START + step / 10) == (START if step < 3 else START + 0.3)
+        seen |= set(limiter.next_counters(START + step / 10)[""])
+        assert limiter.sent_up_to(START + step / 10) == (START if step < 3 else START + 0.3)
     assert len(seen) == 1200
 
 

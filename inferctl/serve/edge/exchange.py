@@ -73,12 +73,14 @@ class Exchange:
 
     def _send(self, writer: asyncio.StreamWriter) -> None:
         now = time.time()
-        changes, rest = self._limiter.changes(now), self._limiter.rest(now)
-        told = self._limiter.told(now)
+        changes, further = self._limiter.changes(now), self._limiter.next_counters(now)
+        sent_up_to = self._limiter.sent_up_to(now)
         # Without changes, the others learn that there are none.
-        found = list(channel.messages(self._this, self._this, changes, told, now)) if changes or not rest else []
-        for server, counters in rest.items():
-            found += channel.messages(self._this, server or self._this, counters, told, now)
+        found = (
+            list(channel.messages(self._this, self._this, changes, sent_up_to, now)) if changes or not further else []
+        )
+        for server, counters in further.items():
+            found += channel.messages(self._this, server or self._this, counters, sent_up_to, now)
         for message in found:
             writer.write(orjson.dumps(message) + b"\n")
 
