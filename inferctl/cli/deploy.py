@@ -198,13 +198,13 @@ def _source(resolved: Resolved) -> Source:
     if isinstance(size, fit.ModelSize):
         task = resolve_task(spec.model.task, size.config, spec.model.source, has_modules=size.has_modules)
         local = hub.cached(spec.model.source, spec.model.revision)
-        return Source(spec, folder, size, task, (lambda: local.digest) if local else None)
+        return Source(spec, folder, size, task, (lambda: local.digest) if local else None, resolved.file)
     console.warn(f"{spec.name}: whether the model fits was not checked: {size.why}")
     if spec.model.task == "auto":
         raise UsageError(
             f"the task of {spec.name} is not known, because {size.why}", "set model.task: embed, rerank or generate"
         )
-    return Source(spec, folder, size, spec.model.task)
+    return Source(spec, folder, size, spec.model.task, file=resolved.file)
 
 
 def _clusters(sources: list[Source], file: Path | None) -> tuple[Cluster, ...]:

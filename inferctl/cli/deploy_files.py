@@ -13,13 +13,20 @@ def write(plan: Plan, folder: Path) -> list[str]:
     """Write all files of `plan` to `folder` and return their paths in it.
 
     Manifests that an earlier run wrote, and that the plan no longer has, are removed: an overlay would include them.
-    Raises `UsageError` if the folder cannot be written.
+    Raises `UsageError` if the folder cannot be written, or if a file there is not from an earlier run.
     """
     from inferctl import outputs
     from inferctl.deploy import layout
+    from inferctl.errors import UsageError
 
     outputs.check_folder(folder, "--output")
     files = layout.files(plan)
+    for name in files:
+        if (file := folder / name).exists() and not (file.is_file() and _written_before(file)):
+            raise UsageError(
+                f"{file} is not from `inferctl deploy`, and would be overwritten",
+                "name another folder with `--output`, or remove the file",
+            )
     for top in layout.FOLDERS:
         for file in sorted((folder / top).rglob("*")):
             if file.relative_to(folder).as_posix() not in files and file.is_file() and _written_before(file):

@@ -99,7 +99,8 @@ class Cluster(Section):
         try:
             return versions.tested(str(version))
         except UsageError as error:
-            raise ValueError(f"kubernetes: {error.message}: {error.hint}") from None
+            quotes = ", in quotes: 1.30 is the number 1.3" if isinstance(version, float) else ""
+            raise ValueError(f"kubernetes: {error.message}: {error.hint}{quotes}") from None
 
     @model_validator(mode="after")
     def _autoscaler_of_the_cloud(self) -> Self:
@@ -179,7 +180,7 @@ def read(path: Path) -> tuple[Cluster, ...]:
     try:
         return Clusters.model_validate(found.data).resolved()
     except ValidationError as error:
-        raise SpecError(str(path), validation.problems(error, found, _keys_at, _EXAMPLE)) from None
+        raise SpecError(str(path), validation.problems(error, found, _keys_at, _EXAMPLE), _EXAMPLE) from None
 
 
 def default() -> tuple[Cluster, ...]:

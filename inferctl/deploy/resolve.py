@@ -37,6 +37,7 @@ class Source:
     """A spec with what is known about its model. `folder` is that of the spec file, for the paths of receipts.
 
     `digest`: returns the sha256 of the model, which can take seconds; None if the model is not on this machine.
+    `file`: the spec file, for messages.
     """
 
     spec: Spec
@@ -44,6 +45,7 @@ class Source:
     size: ModelSize | UnknownSize
     task: Task
     digest: Callable[[], str] | None = None
+    file: str | None = None
 
 
 def resolve(
@@ -63,10 +65,20 @@ def resolve(
             f"the specs have several namespaces: {', '.join(sorted(namespaces))}",
             "set the same deploy.namespace, or run `inferctl deploy` once per namespace",
         )
-    models = tuple(_each(sources, lambda source: _model(source, tuple(clusters), images=images)))
+
+    def model_of(source: Source) -> ModelPlan:
+        try:
+            return _model(source, tuple(clusters), images=images)
+        except UsageError as error:
+            where = f"{source.file}: " if source.file and len(sources) > 1 else ""
+            raise UsageError(f"{where}{error.message}", error.hint) from None
+
+    models = tuple(_each(sources, model_of))
     names = [each.name for each in models]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UsageError(f"two specs have the name {twice}", "give each spec its own `name`")
+        files = [str(source.file) for source, name in zip(sources, names, strict=True) if name == twice and source.file]
+        where = f" ({', '.join(files)})" if files else ""
+        raise UsageError(f"two specs have the name {twice}{where}", "give each spec its own `name`")
     models, namespace = room.within_limits(models, clusters), namespaces.pop()
     if empty := _without_hardware(models, clusters):
         models = (replace(models[0], warnings=(*models[0].warnings, *empty)), *models[1:])

@@ -113,7 +113,8 @@ def _check_replicas(users: Sequence[FlavorPlan], cluster: Cluster, key: str, lim
     if least > limit:
         raise UsageError(
             f"{cluster.name} can have {limit} of {key}, but {names} need {least} at their minimum",
-            "lower min_replicas, or raise max_replicas of the cluster",
+            "lower min_replicas, or raise max_replicas of the cluster. A minimum that is not set follows from "
+            "deploy.traffic and the rate of the flavor",
         )
     if most > limit:
         warnings.append(

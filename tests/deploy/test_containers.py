@@ -103,7 +103,8 @@ def render(image: str, spec_file: Path, folder: Path, kind: str = "overlays", **
 
 def with_deploy(image: str, spec_file: Path, **deploy: Any) -> dict[str, Any]:
     spec: dict[str, Any] = yaml.safe_load(spec_file.read_text())
-    hardware = [("a100-half", "a100-40gb-mig-3g.20gb", "bf16"), ("l4", "l4", "bf16"), ("t4", "t4", "fp32")]
+    # In fp32, because the containers run on this CPU, where bf16 may be emulated.
+    hardware = [("a100-half", "a100-40gb-mig-3g.20gb", "fp32"), ("l4", "l4", "fp32"), ("t4", "t4", "fp32")]
     spec["deploy"] = {
         "flavors": [
             {"name": name, "hardware": key, "precision": precision, "image": image, "tokens_per_second": 1000}

@@ -30,6 +30,28 @@ def test_every_manifest_of_the_example_is_valid(version: str, tmp_path: Path) ->
     assert [problem for each in built.values() for problem in problems(each, version)] == []
 
 
+def test_output_overwrites_no_file_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "base" / "kustomization.yaml"
+    mine.parent.mkdir()
+    mine.write_text("resources: [mine.yaml]\n")
+    assert cli.run(["deploy", *SPECS, "--output", str(tmp_path)]) == 2
+    assert "is not from `inferctl deploy`" in capsys.readouterr().err
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [mine]
+    assert mine.read_text() == "resources: [mine.yaml]\n"
+
+
+def test_errors_of_several_specs_name_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error_with(text: str) -> str:
+        (tmp_path / "b.yaml").write_text(text)
+        assert cli.run(["deploy", *SPECS[:2], "-f", str(tmp_path / "b.yaml"), "--explain"]) == 2
+        return "".join(capsys.readouterr().err.split())
+
+    spec = "{name: NAME, model: {source: org/x, task: embed, weights: bake}, deploy: {namespace: inference, flavors: [{hardware: l5}]}}"
+    assert f"{tmp_path}/b.yaml:deploy.flavors[0]:hardware'l5'notfound" in error_with(spec.replace("NAME", "b"))
+    text = spec.replace("NAME", "embed").replace("hardware: l5", "hardware: l4, min_replicas: 1, max_replicas: 1")
+    assert f"twospecshavethenameembed({EXAMPLE}/embed.yaml,{tmp_path}/b.yaml)" in error_with(text)
+
+
 def test_output_replaces_what_an_earlier_run_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stale, foreign = tmp_path / "overlays" / "gone" / "quota.yaml", tmp_path / "overlays" / "mine.yaml"
     stale.parent.mkdir(parents=True)

@@ -44,7 +44,7 @@ def required(built: Objects, name: str) -> dict[str, Any]:
     return {each["key"]: each.get("values", each["operator"]) for each in term["matchExpressions"]}
 
 
-@pytest.mark.parametrize("name", ["namespace", "priorities", "kustomization", "network", "monitors"])
+@pytest.mark.parametrize("name", ["namespace", "priorities", "kustomization", "network"])
 def test_a_model_cannot_replace_a_file_of_the_manifests(name: str) -> None:
     """The model `namespace` would replace the policy that forbids all other connections."""
     with pytest.raises(UsageError, match=f"the name {name} is that of a file"):

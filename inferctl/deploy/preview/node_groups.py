@@ -74,7 +74,7 @@ def read(document: Document) -> list[tuple[str, dict[str, Any]]]:
     try:
         groups = NodeGroups.model_validate(document.data).nodes
     except ValidationError as error:
-        raise SpecError(document.file, validation.problems(error, document, _keys_at, EXAMPLE)) from None
+        raise SpecError(document.file, validation.problems(error, document, _keys_at, EXAMPLE), EXAMPLE) from None
     return [(group.cluster, node) for group in groups for node in _nodes(group)]
 
 

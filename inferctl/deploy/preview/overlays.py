@@ -43,7 +43,7 @@ def _overlay(folder: Path, name: str, clusters: Sequence[str]) -> Path:
         return folder / known[0]
     raise UsageError(
         f"the nodes file has the cluster {name!r}, but there is no such overlay",
-        f"name clusters in the nodes file as the overlays: {', '.join(known)}",
+        f"name its clusters, or the nodes file of one cluster, as the overlays: {', '.join(known)}",
     )
 
 
