@@ -79,7 +79,7 @@ class Int8Linear(Linear):
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
         scales = x.abs().amax(dim=-1, keepdim=True).float().clamp_(min=_TINY) / _LEVELS
         out: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-            *(_quantized(x.float() * scales.reciprocal()), 1.0, _ZERO_POINT),
+            *(_quantized(x * scales.reciprocal()), 1.0, _ZERO_POINT),
             *(self._weight, self._scales, self._zeros, None, 1.0, 0, x.dtype, *_NO_ACTIVATION),
         )
         torch.addcmul(self._bias, out, scales.to(x.dtype), out=out)
