@@ -81,14 +81,19 @@ def _no_budget(manifests: Manifests, _: Context) -> Iterator[Hit]:
     "grace-too-short",
     "error",
     "life",
-    finds="a termination grace period below the preStop hook and the drain together",
+    finds="a termination grace period below the preStop hook and the drain together, or of 0 for a model server",
     consequence="the kubelet kills the server while it still works on requests",
     fix="set terminationGracePeriodSeconds to preStop + drain + a margin of some seconds",
 )
 def _grace(manifests: Manifests, context: Context) -> Iterator[Hit]:
     for workload in manifests.workloads:
-        value = integer(workload.spec, "terminationGracePeriodSeconds")
-        grace = 30 if value is None else value
+        if workload.object.kind in ("Job", "CronJob"):
+            continue  # its clients are in the pod, such as in our bench Jobs, and end with it
+        grace = integer(workload.spec, "terminationGracePeriodSeconds", default=30)
+        path = (*workload.spec_path, "terminationGracePeriodSeconds")
+        if grace == 0 and workload.is_model_server:
+            yield Hit(workload.object, path, "with a grace period of 0 s, the server is killed at once")
+            continue
         facts = models.facts(workload, context) if workload.is_model_server else None
         for each in workload.containers:
             sleep, drain = _pre_stop(each), _drain(each)
@@ -98,7 +103,6 @@ def _grace(manifests: Manifests, context: Context) -> Iterator[Hit]:
             if need > grace or (sleep and sleep >= grace):
                 source = "known drain" if (measured or 0) > drain else "drain"
                 parts = f"preStop {sleep:g} s + {source} {need - sleep:g} s"
-                path = (*workload.spec_path, "terminationGracePeriodSeconds")
                 yield Hit(workload.object, path, f"{parts} of {each.name} exceed the grace period of {grace} s")
 
 
