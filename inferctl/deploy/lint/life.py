@@ -250,6 +250,44 @@ def _surge(manifests: Manifests, context: Context) -> Iterator[Hit]:
         yield Hit(workload.object, path, what)
 
 
+@rule(
+    "rollout-stops-all",
+    "warning",
+    "life",
+    finds="a rollout that stops all replicas of a model server at once: Recreate, or maxUnavailable of all",
+    consequence="each change of the pods is an outage until the first new server has loaded its model",
+    fix="use RollingUpdate with maxSurge: 0 and maxUnavailable: 1",
+)
+def _stops_all(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        strategy, most = mapping(workload.object.data, "spec", "strategy"), manifests.replicas(workload)[1]
+        if workload.object.kind != "Deployment" or most < 2:
+            continue
+        recreate = strategy.get("type") == "Recreate"
+        unavailable = count_of(get(strategy, "rollingUpdate", "maxUnavailable"), most) or 0
+        if recreate or unavailable >= most:
+            how = "the strategy Recreate" if recreate else "maxUnavailable"
+            yield Hit(workload.object, ("spec", "strategy"), f"{how} stops up to {most} replicas at once")
+
+
+@rule(
+    "progress-deadline-short",
+    "warning",
+    "life",
+    finds="a startupProbe that allows a model more time to load than progressDeadlineSeconds (600 by default)",
+    consequence="the rollout counts as failed while the model still loads, and tools that wait for it end or roll back",
+    fix="set progressDeadlineSeconds above the time of the startupProbe and of the start of a node",
+)
+def _deadline(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        deadline = integer(workload.object.data, "spec", "progressDeadlineSeconds", default=600)
+        for each in workload.containers:
+            startup = mapping(each.data, "startupProbe")
+            if workload.object.kind in ("Deployment", "Rollout") and startup and _window(startup) > deadline:
+                what = f"the startupProbe of {each.name} allows {_window(startup)} s, and the rollout {deadline} s"
+                yield Hit(workload.object, (*each.path, "startupProbe"), what)
+
+
 def integer_of(value: Any) -> int:
     """Return a number of GPUs in the status of a node, which is text; 0 if it is none."""
     return int(value) if isinstance(value, (int, str)) and str(value).isdigit() else 0
