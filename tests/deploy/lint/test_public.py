@@ -192,6 +192,20 @@ def test_what_is_a_secret(name: str, value: str, found: bool) -> None:
     assert ("secret-in-manifest" in rules([server(env=[{"name": name, "value": value}])])) == found
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "found"),
+    [
+        ("Deployment", "all", True),
+        ("StatefulSet", "0,1", True),
+        ("Deployment", "void", False),  # of a sidecar without a GPU
+        ("DaemonSet", "all", False),  # an exporter
+    ],
+)
+def test_who_may_take_gpus_without_the_device_plugin(kind: str, value: str, found: bool) -> None:
+    item = server(kind=kind, env=[{"name": "NVIDIA_VISIBLE_DEVICES", "value": value}])
+    assert ("visible-devices" in rules([item])) == found
+
+
 @pytest.mark.parametrize(("least", "found"), [("90%", True), ("50%", False), ("100%", True), (2, True), (1, False)])
 def test_a_budget_in_percent_is_rounded_up(least: object, found: bool) -> None:
     """90% of two pods are two pods, so that none may go."""
