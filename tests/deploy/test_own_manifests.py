@@ -26,9 +26,9 @@ def findings(folder: Path, minor: int) -> list[str]:
 
 def test_the_lint_finds_nothing_in_the_example(tmp_path: Path) -> None:
     assert cli.run(["deploy", *SPECS, "--output", str(tmp_path)]) == 0
-    overlays = sorted((tmp_path / "overlays").iterdir())
-    assert len(overlays) == 3
-    assert {folder.name: findings(folder, 35) for folder in overlays} == {folder.name: [] for folder in overlays}
+    folders = [folder for part in ("overlays", "bench") for folder in sorted((tmp_path / part).iterdir())]
+    assert len(folders) == 6
+    assert {str(folder): findings(folder, 35) for folder in folders} == {str(folder): [] for folder in folders}
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,26 @@ def _time_slicing(manifests: Manifests, _: Context) -> Iterator[Hit]:
 
 
 @rule(
+    "visible-devices",
+    "warning",
+    "neighbors",
+    finds="a container that sets NVIDIA_VISIBLE_DEVICES, other than in a DaemonSet",
+    consequence="where the device plugin has its default (envvar), the variable replaces the GPUs that it chose, with "
+    "or without a limit: the container uses GPUs of other pods",
+    fix="remove the variable, and request GPUs with resources.limits",
+)
+def _visible(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.workloads:
+        # Exporters and device plugins, which need all GPUs of a node, are DaemonSets.
+        for each in workload.all_containers if workload.object.kind != "DaemonSet" else ():
+            for index, variable in enumerate(sequence(each.data, "env")):
+                value = text(variable, "value")
+                if text(variable, "name") == "NVIDIA_VISIBLE_DEVICES" and value not in ("", "void", "none"):
+                    what = "all GPUs of the node" if value == "all" else "GPUs by number or name"
+                    yield Hit(workload.object, (*each.path, "env", index), f"container {each.name} takes {what}")
+
+
+@rule(
     "alibi-shared-gpu",
     "error",
     "neighbors",

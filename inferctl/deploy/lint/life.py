@@ -81,14 +81,19 @@ def _no_budget(manifests: Manifests, _: Context) -> Iterator[Hit]:
     "grace-too-short",
     "error",
     "life",
-    finds="a termination grace period below the preStop hook and the drain together",
+    finds="a termination grace period below the preStop hook and the drain together, or of 0 for a model server",
     consequence="the kubelet kills the server while it still works on requests",
     fix="set terminationGracePeriodSeconds to preStop + drain + a margin of some seconds",
 )
 def _grace(manifests: Manifests, context: Context) -> Iterator[Hit]:
     for workload in manifests.workloads:
-        value = integer(workload.spec, "terminationGracePeriodSeconds")
-        grace = 30 if value is None else value
+        if workload.object.kind in ("Job", "CronJob"):
+            continue  # its clients are in the pod, such as in our bench Jobs, and end with it
+        grace = integer(workload.spec, "terminationGracePeriodSeconds", default=30)
+        path = (*workload.spec_path, "terminationGracePeriodSeconds")
+        if grace == 0 and workload.is_model_server:
+            yield Hit(workload.object, path, "with a grace period of 0 s, the server is killed at once")
+            continue
         facts = models.facts(workload, context) if workload.is_model_server else None
         for each in workload.containers:
             sleep, drain = _pre_stop(each), _drain(each)
@@ -98,7 +103,6 @@ def _grace(manifests: Manifests, context: Context) -> Iterator[Hit]:
             if need > grace or (sleep and sleep >= grace):
                 source = "known drain" if (measured or 0) > drain else "drain"
                 parts = f"preStop {sleep:g} s + {source} {need - sleep:g} s"
-                path = (*workload.spec_path, "terminationGracePeriodSeconds")
                 yield Hit(workload.object, path, f"{parts} of {each.name} exceed the grace period of {grace} s")
 
 
@@ -244,6 +248,44 @@ def _surge(manifests: Manifests, context: Context) -> Iterator[Hit]:
         default = "" if explicit else " (default maxSurge)"
         what = f"at {most} replicas, a rollout starts {surge} more GPU pod{'' if surge == 1 else 's'}{default}"
         yield Hit(workload.object, path, what)
+
+
+@rule(
+    "rollout-stops-all",
+    "warning",
+    "life",
+    finds="a rollout that stops all replicas of a model server at once: Recreate, or maxUnavailable of all",
+    consequence="each change of the pods is an outage until the first new server has loaded its model",
+    fix="use RollingUpdate with maxSurge: 0 and maxUnavailable: 1",
+)
+def _stops_all(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        strategy, most = mapping(workload.object.data, "spec", "strategy"), manifests.replicas(workload)[1]
+        if workload.object.kind != "Deployment" or most < 2:
+            continue
+        recreate = strategy.get("type") == "Recreate"
+        unavailable = count_of(get(strategy, "rollingUpdate", "maxUnavailable"), most) or 0
+        if recreate or unavailable >= most:
+            how = "the strategy Recreate" if recreate else "maxUnavailable"
+            yield Hit(workload.object, ("spec", "strategy"), f"{how} stops up to {most} replicas at once")
+
+
+@rule(
+    "progress-deadline-short",
+    "warning",
+    "life",
+    finds="a startupProbe that allows a model more time to load than progressDeadlineSeconds (600 by default)",
+    consequence="the rollout counts as failed while the model still loads, and tools that wait for it end or roll back",
+    fix="set progressDeadlineSeconds above the time of the startupProbe and of the start of a node",
+)
+def _deadline(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        deadline = integer(workload.object.data, "spec", "progressDeadlineSeconds", default=600)
+        for each in workload.containers:
+            startup = mapping(each.data, "startupProbe")
+            if workload.object.kind in ("Deployment", "Rollout") and startup and _window(startup) > deadline:
+                what = f"the startupProbe of {each.name} allows {_window(startup)} s, and the rollout {deadline} s"
+                yield Hit(workload.object, (*each.path, "startupProbe"), what)
 
 
 def integer_of(value: Any) -> int:

@@ -22,6 +22,10 @@ _GPU = re.compile(
 )
 # An option other than those of Python and shells that a program follows, such as -m, -u and -c.
 _TAKES_VALUE = re.compile(r"--?\w[^=]+$|-[^-muceils]$")
+# What Kubernetes replaces in a command, $(NAME), and what a shell does, $NAME and ${NAME}.
+_REFERENCE = re.compile(r"(?<!\$)\$(?:\(([\w.-]+)\)|\{(\w+)\}|(\w+))")
+# Longer values in a file of bad intent could make gigabytes of words.
+_LONGEST_VALUE = 1000
 _SERVERS = re.compile(
     r"vllm|text-generation-inference|text-generation-launcher|text-embeddings-inference|tritonserver|triton-inference"
     r"|sglang|llama-server|llama\.cpp|ollama|lmdeploy|tensorrt|inferctl|infinity-emb|torchserve|openai/v1",
@@ -57,12 +61,25 @@ class Container:
         return [part for word in words for part in word.split()]
 
     @property
+    def variables(self) -> dict[str, str]:
+        """Environment variables that have their value in the manifest."""
+        return {text(each, "name"): text(each, "value") for each in sequence(self.data, "env") if text(each, "value")}
+
+    @property
+    def expanded(self) -> list[str]:
+        """The words, with the values of `variables` in the place of their names."""
+        values = {name: value for name, value in self.variables.items() if len(value) <= _LONGEST_VALUE}
+        line = " ".join(self.words)
+        return _REFERENCE.sub(lambda found: values.get(found[found.lastindex or 0], found[0]), line).split()
+
+    @property
     def programs(self) -> list[str]:
         """The words that may be a program: no options with their values, and no addresses, which clients have too."""
-        before = ["", *self.words]
+        words = self.expanded
+        before = ["", *words]
         return [
             word
-            for index, word in enumerate(self.words)
+            for index, word in enumerate(words)
             if not word.startswith("-") and "://" not in word and not _TAKES_VALUE.match(before[index])
         ]
 

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from inferctl import document
-from inferctl.deploy.kubernetes.fields import sequence, text
+from inferctl.deploy.kubernetes.fields import get
 from inferctl.deploy.lint.finding import Context, ModelFacts
-from inferctl.deploy.lint.manifests import Workload
+from inferctl.deploy.lint.manifests import Container, Workload
 from inferctl.errors import SpecError
 
 _OPTIONS = ("--model", "--model-id", "--model-path", "-m")
 _VARIABLES = ("MODEL_ID", "MODEL_NAME", "MODEL", "HF_MODEL_ID", "INFERCTL_MODEL_SOURCE", "VLLM_MODEL")
+# Images that start `vllm serve`, so that the first argument is the model.
+_SERVE_IMAGE = re.compile(r"vllm-openai|vllm-cpu")
+# What sets the format of the weights. Neither the cache of keys and values nor a draft model is among them.
+_FORMAT = (
+    *("--quantization", "--quantize", "-q", "--dtype", "--load-format", "--model-format", "--torchao-config"),
+    *("--revision", "--served-model-name"),
+)
+_FORMAT_VARIABLES = ("QUANTIZE", "QUANTIZATION", "HF_MODEL_QUANTIZE", "DTYPE", "REVISION")
+_FORMAT_WORD = re.compile(r"llama-server|llama\.cpp|ollama|--load[-_](?:in[-_])?[48]-?bit")
 # Parameters in the name of a model: 7B, 0.5b, 8x7B. Not A3B, the active parameters of a mixture of experts.
 _PARAMETERS = re.compile(r"(?<![A-Za-z0-9.])(?:(\d{1,3})x)?(\d{1,4}(?:\.\d{1,3})?)[bB](?![A-Za-z0-9])")
 _ALIBI = re.compile(
@@ -28,14 +38,20 @@ _BITS = (
         0.5,
     ),
     (re.compile(r"q[56]_", re.IGNORECASE), 0.65),
-    (re.compile(r"fp8|int8|8bit|w8a8|q8_", re.IGNORECASE), 1.0),
+    (re.compile(r"fp8|int8|8-?bit|w8a8|q8_|eetq", re.IGNORECASE), 1.0),
     (re.compile(r"float32|fp32"), 4.0),
 )
-# The bits of such files are not known without a word above.
-_UNKNOWN_BITS = re.compile(r"gguf|llama\.cpp|llama-server", re.IGNORECASE)
+# The bits of such files and methods are not known without a word above.
+_UNKNOWN_BITS = re.compile(
+    r"gguf|llama\.cpp|llama-server|compressed-tensors|modelopt|torchao|quark|hqq|auto-?round", re.IGNORECASE
+)
 # Options that put a part of the weights into the memory of the host, or spread them over the GPUs of several pods.
 _OFFLOAD = re.compile(r"--(?:cpu-offload-gb|n-gpu-layers|gpu-layers|(?:n-)?cpu-moe)|-ngl|-ncmoe")
-_PARALLEL = (("--tensor-parallel-size", "-tp", "--tp-size", "--tp"), ("--pipeline-parallel-size", "-pp", "--pp-size"))
+# Options and variables that multiply the number of GPUs.
+_PARALLEL = (
+    (("--tensor-parallel-size", "-tp", "--tp-size", "--tp", "--num-shard"), ("NUM_SHARD", "SM_NUM_GPUS")),
+    (("--pipeline-parallel-size", "-pp", "--pp-size"), ()),
+)
 _PYTHON = re.compile(r"(?:^|/)python[\d.]*$")
 _SHARED_LAYERS = 0.8  # experts share attention and embeddings: 8x7B has 47, not 56, billion parameters
 
@@ -61,22 +77,32 @@ def facts(workload: Workload, context: Context) -> ModelFacts | None:
 def name_of(workload: Workload) -> str:
     """Return the model that the command line or the environment of a workload names; "" if neither does."""
     for container in workload.containers:
-        words = container.words
-        for index, word in enumerate(words):
-            option, _, value = word.partition("=")
-            # `python -m` is followed by a module.
-            if option in _OPTIONS and not (option == "-m" and any(_PYTHON.search(each) for each in words[:index])):
-                found = value or (words[index + 1] if index + 1 < len(words) else "")
-                if found:
-                    return found.strip("'\"")
-            if word == "serve" and index and words[index - 1].endswith(("vllm", "inferctl")) and words[index + 1 :]:
-                following = words[index + 1]
-                if not following.startswith("-"):
-                    return following.strip("'\"")
-        for variable in sequence(container.data, "env"):
-            if text(variable, "name") in _VARIABLES and text(variable, "value"):
-                return text(variable, "value")
+        words = container.expanded
+        serve = [
+            words[index + 1]
+            for index, word in enumerate(words[:-1])
+            if word == "serve" and index and words[index - 1].endswith(("vllm", "inferctl"))
+        ]
+        if not get(container.data, "command") and _SERVE_IMAGE.search(container.image):
+            serve += container.programs[:1]
+        named = [each for each in serve if not each.startswith("-")]
+        found = [*_values(container, _OPTIONS), *named, *_values(container, (), _VARIABLES)]
+        if found:
+            return found[0].strip("'\"")
     return ""
+
+
+def _values(container: Container, options: Sequence[str], variables: Sequence[str] = ()) -> list[str]:
+    """Return the values of options in the command line of a container, then those of environment variables."""
+    words, found = container.expanded, []
+    for index, word in enumerate(words):
+        option, _, value = word.partition("=")
+        # vLLM accepts underscores. `python -m` is followed by a module.
+        name = option.replace("_", "-") if option.startswith("--") else option
+        if name in options and not (name == "-m" and any(_PYTHON.search(each) for each in words[:index])):
+            found.append(value or (words[index + 1] if index + 1 < len(words) else ""))
+    known = container.variables
+    return [each for each in (*found, *(known.get(name, "") for name in variables)) if each]
 
 
 def alibi_model(workload: Workload, context: Context) -> str | None:
@@ -97,8 +123,11 @@ def weights(workload: Workload, context: Context) -> Weights | None:
     found = _PARAMETERS.search(name)
     if not found:
         return None
-    words = [word for each in workload.containers for word in each.words]
-    line = " ".join([name, *words, *(each.image for each in workload.containers)])
+    words = [word for each in workload.containers for word in each.expanded]
+    formats = [
+        part for each in workload.containers for part in (each.image, *_values(each, _FORMAT, _FORMAT_VARIABLES))
+    ]
+    line = " ".join([name, *formats, *(word for word in words if _FORMAT_WORD.search(word))])
     width = next((width for pattern, width in _BITS if pattern.search(line)), None)
     if any(_OFFLOAD.fullmatch(word.partition("=")[0]) for word in words) or (
         width is None and _UNKNOWN_BITS.search(line)
@@ -111,16 +140,12 @@ def weights(workload: Workload, context: Context) -> Weights | None:
 
 
 def devices(workload: Workload) -> int:
-    """Return over how many GPUs the command line spreads the weights: tensor times pipeline parallel size."""
-    words = [word for each in workload.containers for word in each.words]
+    """Return over how many GPUs a server spreads the weights: tensor times pipeline parallel size."""
     count = 1
-    for options in _PARALLEL:
-        for index, word in enumerate(words):
-            option, _, value = word.partition("=")
-            value = value or (words[index + 1] if index + 1 < len(words) else "")
-            if option in options and value.isascii() and value.isdigit():
-                count *= max(1, int(value[:4]))
-                break
+    for options, variables in _PARALLEL:
+        found = [value for each in workload.containers for value in _values(each, options, variables)]
+        numbers = [int(value[:4]) for value in found if value.isascii() and value.isdigit()]
+        count *= max(1, next(iter(numbers), 1))
     return count
 
 
