@@ -182,14 +182,18 @@ def _has_probe(container: Container) -> bool:
     "readiness-missing",
     "warning",
     "life",
-    finds="a model server with a port and no readinessProbe",
+    finds="a model server with a port or a Service, and no readinessProbe",
     consequence="a Service sends requests to the pod while it still loads the model, and while it drains",
     fix="add a readinessProbe with the health endpoint of the server",
 )
 def _readiness(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    # Ports of containers are only information. Peers that find each other do not wait until they are ready.
+    services = [each for each in manifests.of("Service") if not get(each.data, "spec", "publishNotReadyAddresses")]
+    served = {workload for each in services for workload in manifests.behind(each)}
     for workload in manifests.model_servers:
         for each in workload.containers:
-            if each.gpus and sequence(each.data, "ports") and not mapping(each.data, "readinessProbe"):
+            reached = sequence(each.data, "ports") or workload in served
+            if each.gpus and reached and not mapping(each.data, "readinessProbe"):
                 yield Hit(workload.object, each.path, f"container {each.name} has no readinessProbe")
 
 

@@ -67,6 +67,11 @@ class Container:
         ]
 
     @property
+    def port_names(self) -> list[str]:
+        """The names of its ports; "" for a port without one."""
+        return [text(each, "name") for each in sequence(self.data, "ports")]
+
+    @property
     def gpus(self) -> dict[str, int]:
         """GPUs by resource name, from the limits, else the requests."""
         found: dict[str, int] = {}
@@ -127,6 +132,12 @@ class Workload:
     def containers(self) -> list[Container]:
         """The containers that run all the time: also init containers with `restartPolicy: Always`."""
         return [each for each in self.all_containers if each.path[-2] == "containers" or fields.is_sidecar(each.data)]
+
+    @property
+    def port_names(self) -> set[str] | None:
+        """The names of all ports; None if they are not known, because the operator of Ray adds ports to its pods."""
+        ray = self.object.kind.startswith("Ray")
+        return None if ray else {name for each in self.containers for name in each.port_names if name}
 
     @property
     def all_containers(self) -> list[Container]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from inferctl.deploy.kubernetes import selectors
@@ -75,6 +75,39 @@ def _selects_nothing(manifests: Manifests, _: Context) -> Iterator[Hit]:
             )
             what = "the selector selects no pod of these manifests"
             yield Hit(each, path, what, level=None if near else "warning")
+
+
+@rule(
+    "port-name-unknown",
+    "error",
+    "placement",
+    finds="a targetPort of a Service, or a port of a probe, with a name that no port of the pods or of the container has",
+    consequence="the Service has no endpoints for this port; a probe does not run: without a readinessProbe or "
+    "startupProbe that succeeds, the pod never becomes ready",
+    fix="use the name of a port in ports of the container, or a number",
+)
+def _port_names(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for service in manifests.of("Service"):
+        known = [workload.port_names for workload in manifests.behind(service)]
+        names = set().union(*(each for each in known if each))
+        for index, port in enumerate(sequence(service.data, "spec", "ports")):
+            target = get(port, "targetPort")
+            if known and None not in known and isinstance(target, str) and target not in names:
+                what = f"no container of the selected pods has a port named {target!r}{_or(names)}"
+                yield Hit(service, ("spec", "ports", index, "targetPort"), what)
+    for workload in manifests.workloads:
+        for each in workload.all_containers if workload.port_names is not None else ():
+            for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+                for handler in ("httpGet", "tcpSocket"):
+                    target = get(each.data, probe, handler, "port")
+                    if isinstance(target, str) and target not in each.port_names:
+                        what = f"container {each.name} has no port named {target!r}{_or(each.port_names)}"
+                        yield Hit(workload.object, (*each.path, probe, handler, "port"), what)
+
+
+def _or(names: Iterable[str]) -> str:
+    """Return the names that there are, as the end of a sentence."""
+    return f", but {', '.join(sorted(filter(None, names)))}" if any(names) else ""
 
 
 @rule(

@@ -171,6 +171,32 @@ def test_a_headless_service_sets_no_environment(address: str | None, found: bool
     assert ("service-links" in rules([server(), service])) == found
 
 
+def service(target: object, **more: Any) -> dict[str, Any]:
+    """Return a Service of `server`. `more`: of its spec."""
+    spec = {"selector": {"app": "server"}, "ports": [{"port": 80, "targetPort": target}], **more}
+    return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "front"}, "spec": spec}
+
+
+def test_a_service_needs_readiness_also_without_a_list_of_ports() -> None:
+    assert "readiness-missing" not in rules([server()])
+    assert "readiness-missing" in rules([server(), service(8000)])
+    assert "readiness-missing" not in rules([server(), service(8000, publishNotReadyAddresses=True)])
+
+
+def test_names_of_ports_are_those_of_any_container_for_a_service_and_of_its_own_for_a_probe() -> None:
+    item = server(ports=[{"containerPort": 8000, "name": "http"}], readinessProbe={"httpGet": {"port": "metrics"}})
+    sidecar = {"name": "proxy", "image": "proxy:1", "ports": [{"containerPort": 9000, "name": "metrics"}]}
+    pod(item)["containers"].append(sidecar)
+    found = rules([item, service("metrics")])
+    assert found["port-name-unknown"] == "container main has no port named 'metrics', but http"
+    found = rules([server(), service("http")])
+    assert found["port-name-unknown"] == "no container of the selected pods has a port named 'http'"
+    # The operator of Ray adds ports, and the pods of another Service are not known.
+    ray = {"kind": "RayCluster", "spec": {"headGroupSpec": {"template": server()["spec"]["template"]}}}
+    assert "port-name-unknown" not in rules([ray, service("serve")])
+    assert "port-name-unknown" not in rules([service("http")])
+
+
 def test_a_term_without_a_selector_keeps_no_pod_away() -> None:
     item = server(resources={"limits": {"nvidia.com/mig-3g.40gb": 1}})
     term: dict[str, Any] = {"topologyKey": "kubernetes.io/hostname"}
