@@ -29,6 +29,11 @@ _SERVERS = re.compile(
 )
 
 
+def is_gpu(resource: object) -> bool:
+    """Return whether a resource is a GPU, a share of one or another accelerator."""
+    return isinstance(resource, str) and _GPU.match(resource) is not None
+
+
 def same_namespace(a: Located, b: Located) -> bool:
     """Return whether two objects can be in one namespace. An object without one gets that of kubectl."""
     return not a.namespace or not b.namespace or a.namespace == b.namespace
@@ -77,7 +82,7 @@ class Container:
         found: dict[str, int] = {}
         for key in ("requests", "limits"):
             for name, value in mapping(self.data, "resources", key).items():
-                if isinstance(name, str) and _GPU.match(name) and (number := as_float(value)):
+                if is_gpu(name) and (number := as_float(value)):
                     found[name] = math.ceil(number)
         return found
 

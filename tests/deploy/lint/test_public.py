@@ -207,6 +207,15 @@ def test_a_term_without_a_selector_keeps_no_pod_away() -> None:
     assert "hostname-anti-affinity" in rules([item])
 
 
+def test_a_quota_counts_only_requests_of_gpus() -> None:
+    keys = ["nvidia.com/gpu", "limits.nvidia.com/gpu", "requests.nvidia.com/gpu", "requests.memory", "limits.cpu"]
+    more = ["count/deployments.apps", "a.storageclass.storage.k8s.io/requests.storage", "pods"]
+    hard = dict.fromkeys([*keys, *more], 9)
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "gpus"}, "spec": {"hard": hard}}
+    found = [each for each in lint.lint([Located(quota)]) if each.rule == "gpu-quota-key"]
+    assert [each.what for each in found] == [f"the key {key} without requests." for key in keys[:2]]
+
+
 def test_limits_of_the_whole_pod_are_limits() -> None:
     item = server(resources={"limits": {"nvidia.com/gpu": 1}})
     assert "memory-limit-missing" in rules([item])
