@@ -208,12 +208,26 @@ def test_a_term_without_a_selector_keeps_no_pod_away() -> None:
 
 
 def test_a_quota_counts_only_requests_of_gpus() -> None:
-    keys = ["nvidia.com/gpu", "limits.nvidia.com/gpu", "requests.nvidia.com/gpu", "requests.memory", "limits.cpu"]
+    keys = ["limits.nvidia.com/gpu", "nvidia.com/gpu", "requests.nvidia.com/gpu", "requests.memory", "limits.cpu"]
     more = ["count/deployments.apps", "a.storageclass.storage.k8s.io/requests.storage", "pods"]
     hard = dict.fromkeys([*keys, *more], 9)
     quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "gpus"}, "spec": {"hard": hard}}
     found = [each for each in lint.lint([Located(quota)]) if each.rule == "gpu-quota-key"]
     assert [each.what for each in found] == [f"the key {key} without requests." for key in keys[:2]]
+
+
+def test_a_volume_may_be_a_claim_of_each_pod_of_a_stateful_set() -> None:
+    item = server(kind="StatefulSet", volumeMounts=[{"name": "weights", "mountPath": "/models"}])
+    assert rules([item])["bad-value"] == "container main mounts weights, which is no volume"
+    item["spec"]["volumeClaimTemplates"] = [{"metadata": {"name": "weights"}}]
+    assert "bad-value" not in rules([item])
+
+
+@pytest.mark.parametrize(
+    ("amount", "found"), [(0, False), (32, True), ("1023Ki", True), ("1Mi", False), ("32G", False), ("lots", False)]
+)
+def test_an_amount_without_a_unit_is_one_of_bytes(amount: object, found: bool) -> None:
+    assert ("amount-too-small" in rules([server(resources={"limits": {"memory": amount}})])) == found
 
 
 def test_limits_of_the_whole_pod_are_limits() -> None:
