@@ -266,20 +266,41 @@ def _has_overflow(manifests: Manifests, workload: Workload) -> bool:
     "empty-dir-unbounded",
     "warning",
     "life",
-    finds="an emptyDir without sizeLimit",
+    finds="an emptyDir without sizeLimit, or with medium: Memory and more than the memory limit of its containers",
     consequence="it can fill the disk of the node, or its memory with medium: Memory, and then other pods are evicted",
     fix="set emptyDir.sizeLimit; medium: Memory counts towards the memory limit of the container",
 )
 def _empty_dir(manifests: Manifests, _: Context) -> Iterator[Hit]:
     for workload in manifests.workloads:
         for index, volume in enumerate(sequence(workload.spec, "volumes")):
-            if not isinstance(volume, dict) or get(volume, "emptyDir", "sizeLimit"):
-                continue
+            path, name = (*workload.spec_path, "volumes", index), text(volume, "name")
+            size, in_memory = get(volume, "emptyDir", "sizeLimit"), get(volume, "emptyDir", "medium") == "Memory"
+            if size and in_memory:
+                limit = _memory_limit(workload, name)
+                if limit is not None and (as_float(size) or 0) > limit:
+                    yield Hit(
+                        workload.object,
+                        (*path, "emptyDir", "sizeLimit"),
+                        f"emptyDir {name} may have {size} in memory, and its containers {limit / 2**30:.3g}Gi",
+                        consequence="its files count towards the memory limit: a container is killed before it is full",
+                        fix="lower the sizeLimit, or raise the memory limit",
+                    )
             # A volume without a source is an emptyDir.
-            if "emptyDir" in volume or volume.keys() <= {"name"}:
-                memory = " in memory" if get(volume, "emptyDir", "medium") == "Memory" else ""
-                path = (*workload.spec_path, "volumes", index)
-                yield Hit(workload.object, path, f"emptyDir {text(volume, 'name')}{memory} has no sizeLimit")
+            elif isinstance(volume, dict) and not size and ("emptyDir" in volume or volume.keys() <= {"name"}):
+                yield Hit(workload.object, path, f"emptyDir {name}{' in memory' if in_memory else ''} has no sizeLimit")
+
+
+def _memory_limit(workload: Workload, volume: str) -> float | None:
+    """Return how much memory the containers that mount a volume may take together; None if that is not limited."""
+    if (of_pod := as_float(get(workload.spec, "resources", "limits", "memory"))) is not None:
+        return of_pod
+    limits = [
+        as_float(get(each.data, "resources", "limits", "memory"))
+        for each in workload.all_containers
+        if any(text(mount, "name") == volume for mount in sequence(each.data, "volumeMounts"))
+    ]
+    known = [limit for limit in limits if limit]
+    return sum(known) if known and len(known) == len(limits) else None
 
 
 @rule(

@@ -230,6 +230,24 @@ def test_an_amount_without_a_unit_is_one_of_bytes(amount: object, found: bool) -
     assert ("amount-too-small" in rules([server(resources={"limits": {"memory": amount}})])) == found
 
 
+def test_memory_of_a_volume_counts_to_the_containers_that_mount_it() -> None:
+    mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
+    item = server(volumeMounts=mounts)
+    pod(item)["volumes"] = [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "70Gi"}}]
+    assert rules([item])["empty-dir-unbounded"] == ("emptyDir shm may have 70Gi in memory, and its containers 64Gi")
+    sidecar = {"name": "proxy", "image": "proxy:1", "resources": {"limits": {"memory": "8Gi"}}}
+    pod(item)["containers"].append(sidecar)
+    assert "empty-dir-unbounded" in rules([item])
+    sidecar["volumeMounts"] = mounts
+    assert "empty-dir-unbounded" not in rules([item])
+    # Without a limit, only the node limits the memory.
+    sidecar["resources"] = {}
+    pod(item)["volumes"][0]["emptyDir"]["sizeLimit"] = "700Gi"
+    assert "empty-dir-unbounded" not in rules([item])
+    pod(item)["resources"] = {"limits": {"memory": "64Gi"}}
+    assert "empty-dir-unbounded" in rules([item])
+
+
 def test_limits_of_the_whole_pod_are_limits() -> None:
     item = server(resources={"limits": {"nvidia.com/gpu": 1}})
     assert "memory-limit-missing" in rules([item])
