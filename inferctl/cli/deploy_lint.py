@@ -40,7 +40,7 @@ def run(
 
     if sarif_file is not None:
         outputs.check(sarif_file, "--sarif", parents=True, inputs=[path for path in paths if str(path) != _STDIN])
-    known = version or (f"1.{plan.kubernetes[1]}" if plan else None)
+    known = versions.tested(version) if version else f"1.{plan.kubernetes[1]}" if plan else None
     minor = versions.minor_of(known) if known else versions.OLDEST_SUPPORTED
     context = lint.Context(minor, tuple(_nodes(nodes)) if nodes else (), _models(plan))
     groups = _read(paths)

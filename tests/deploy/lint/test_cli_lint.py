@@ -161,6 +161,7 @@ def test_nodes_are_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
         (["--lint"], "name the manifests"),
         (["--lint", "absent.yaml"], "cannot be read"),
         (["--lint", str(seeded.GOOD), "--kubernetes-version", "2.0"], "2.0"),
+        (["--lint", str(seeded.GOOD), "--kubernetes-version", "1.99"], "'1.99' is not supported"),
         (["--lint", str(seeded.GOOD), "--sarif", str(seeded.GOOD)], "is an input of this command"),
         (["--lint", str(seeded.GOOD), "--nodes", str(seeded.GOOD)], "has no nodes"),
         (["--sarif", "x.sarif"], "--lint"),
