@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from inferctl.deploy import annotation_keys
-from inferctl.deploy.kubernetes.fields import as_float, count_of, get, integer, mapping, sequence, text
+from inferctl.deploy.kubernetes.fields import as_float, count_of, get, integer, mapping, sequence, show, text
 from inferctl.deploy.lint import models
 from inferctl.deploy.lint.finding import Context, Hit, rule
 from inferctl.deploy.lint.manifests import Container, Manifests, Workload
@@ -192,7 +192,9 @@ def _readiness(manifests: Manifests, _: Context) -> Iterator[Hit]:
     served = {workload for each in services for workload in manifests.behind(each)}
     for workload in manifests.model_servers:
         for each in workload.containers:
-            reached = sequence(each.data, "ports") or workload in served
+            # The operator of Ray adds a readinessProbe.
+            ray = workload.object.kind.startswith("Ray")
+            reached = sequence(each.data, "ports") or (workload in served and not ray)
             if each.gpus and reached and not mapping(each.data, "readinessProbe"):
                 yield Hit(workload.object, each.path, f"container {each.name} has no readinessProbe")
 
@@ -281,7 +283,7 @@ def _empty_dir(manifests: Manifests, _: Context) -> Iterator[Hit]:
                     yield Hit(
                         workload.object,
                         (*path, "emptyDir", "sizeLimit"),
-                        f"emptyDir {name} may have {size} in memory, and its containers {limit / 2**30:.3g}Gi",
+                        f"emptyDir {name} may have {size} in memory, and its containers {show('memory', int(limit))}",
                         consequence="its files count towards the memory limit: a container is killed before it is full",
                         fix="lower the sizeLimit, or raise the memory limit",
                     )

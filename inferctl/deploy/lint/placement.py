@@ -14,6 +14,12 @@ from inferctl.deploy.manifests_file import FieldPath
 from inferctl.deploy.objects.metadata import CLIENT
 
 _TERM = "requiredDuringSchedulingIgnoredDuringExecution"
+# What happens if the kubelet cannot run a probe.
+_WITHOUT_PROBE = {
+    "startupProbe": "the pod never becomes ready",
+    "readinessProbe": "the pod never becomes ready",
+    "livenessProbe": "a server that hangs is not restarted",
+}
 
 
 @rule(
@@ -69,8 +75,8 @@ def _selects_nothing(manifests: Manifests, _: Context) -> Iterator[Hit]:
     "error",
     "placement",
     finds="a targetPort of a Service, or a port of a probe, with a name that no port of the pods or of the container has",
-    consequence="the Service has no endpoints for this port; a probe does not run: without a readinessProbe or "
-    "startupProbe that succeeds, the pod never becomes ready",
+    consequence="the Service has no endpoints for this port; a probe does not run, so the pod never becomes ready, or is "
+    "never restarted",
     fix="use the name of a port in ports of the container, or a number",
 )
 def _port_names(manifests: Manifests, _: Context) -> Iterator[Hit]:
@@ -81,15 +87,18 @@ def _port_names(manifests: Manifests, _: Context) -> Iterator[Hit]:
             target = get(port, "targetPort")
             if known and None not in known and isinstance(target, str) and target not in names:
                 what = f"no container of the selected pods has a port named {target!r}{_or(names)}"
-                yield Hit(service, ("spec", "ports", index, "targetPort"), what)
+                consequence = "the Service has no endpoints for this port: requests to it fail"
+                yield Hit(service, ("spec", "ports", index, "targetPort"), what, consequence=consequence)
     for workload in manifests.workloads:
         for each in workload.all_containers if workload.port_names is not None else ():
-            for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            for probe, never in _WITHOUT_PROBE.items():
                 for handler in ("httpGet", "tcpSocket"):
                     target = get(each.data, probe, handler, "port")
                     if isinstance(target, str) and target not in each.port_names:
                         what = f"container {each.name} has no port named {target!r}{_or(each.port_names)}"
-                        yield Hit(workload.object, (*each.path, probe, handler, "port"), what)
+                        consequence = f"the kubelet cannot run the probe: {never}"
+                        path = (*each.path, probe, handler, "port")
+                        yield Hit(workload.object, path, what, consequence=consequence)
 
 
 def _or(names: Iterable[str]) -> str:

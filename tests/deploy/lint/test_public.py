@@ -181,6 +181,8 @@ def test_a_service_needs_readiness_also_without_a_list_of_ports() -> None:
     assert "readiness-missing" not in rules([server()])
     assert "readiness-missing" in rules([server(), service(8000)])
     assert "readiness-missing" not in rules([server(), service(8000, publishNotReadyAddresses=True)])
+    ray = {"kind": "RayCluster", "spec": {"headGroupSpec": {"template": server()["spec"]["template"]}}}
+    assert "readiness-missing" not in rules([ray, service(8000)])
 
 
 def test_names_of_ports_are_those_of_any_container_for_a_service_and_of_its_own_for_a_probe() -> None:
