@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inferctl.cli import console
-from inferctl.errors import InferctlError, UsageError
+from inferctl.errors import InferctlError, SpecError, UsageError
 
 if TYPE_CHECKING:
     from inferctl.deploy.lint import Context, Finding, ModelFacts
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from inferctl.deploy.plan import Plan
 
 _STDIN = "-"
+_HELM = "`helm template CHART | inferctl deploy --lint -`"
+_MOST_NAMES = 5
+# A place where a template has an expression and YAML has a value. In the text of alerts, expressions follow words.
+_TEMPLATE = re.compile(r"^[ \t]*(?:- )?(?:[\w./-]+: +)?\{\{", re.MULTILINE)
 
 
 def run(
@@ -40,10 +45,11 @@ def run(
 
     if sarif_file is not None:
         outputs.check(sarif_file, "--sarif", parents=True, inputs=[path for path in paths if str(path) != _STDIN])
-    known = version or (f"1.{plan.kubernetes[1]}" if plan else None)
+    known = versions.tested(version) if version else f"1.{plan.kubernetes[1]}" if plan else None
     minor = versions.minor_of(known) if known else versions.OLDEST_SUPPORTED
     context = lint.Context(minor, tuple(_nodes(nodes)) if nodes else (), _models(plan))
-    groups = _read(paths)
+    left_out: list[str] = []
+    groups = _read(paths, left_out)
     found = {finding: None for objects in groups for finding in lint.lint(objects, context)}
     findings, count = list(found), sum(map(len, groups))
     if sarif_file is not None:
@@ -51,13 +57,17 @@ def run(
         outputs.write(sarif_file, text, "--sarif")
     unread = lint.unread([each for objects in groups for each in objects])
     if as_json:
-        console.document({**_document(count, findings, context), "unread": unread})
+        console.document({**_document(count, findings, context), "unread": unread, "left_out": left_out})
     else:
         for finding in findings:
             console.data(_text(finding))
         if unread:
             kinds = ", ".join(f"{number} {kind}" for kind, number in unread.items())
-            console.note(f"the pods of these objects are not checked: {kinds}")
+            console.note(console.plain(f"the pods of these objects are not checked: {kinds}"))
+        if left_out:
+            names = ", ".join(left_out[:_MOST_NAMES])
+            more = f" and {len(left_out) - _MOST_NAMES:,} more" if len(left_out) > _MOST_NAMES else ""
+            console.note(console.plain(f"left out, because these are no Kubernetes objects: {names}{more}"))
         assumed = "" if known else " (the oldest with updates; pass `--kubernetes-version` for another)"
         console.note(f"{_summary(findings)} in {count} objects, for Kubernetes 1.{minor}{assumed}")
     errors = sum(finding.level == "error" for finding in findings)
@@ -68,27 +78,45 @@ def run(
         )
 
 
-def _read(paths: Sequence[Path]) -> list[list[Located]]:
-    """Return the objects that belong together: all of `paths`, with a kustomize tree once for each of its overlays."""
+def _read(paths: Sequence[Path], left_out: list[str]) -> list[list[Located]]:
+    """Return the objects that belong together: all of `paths`, with a kustomize tree once for each of its overlays.
+
+    Adds the places of what is no object to `left_out`.
+    """
     from inferctl.deploy import manifests_file
 
     common: list[Located] = []
     overlays: list[list[Located]] = []
     for path in paths:
         if str(path) == _STDIN:
-            common += manifests_file.parse(_standard_input(), "stdin")
+            common += manifests_file.parse(_standard_input(), "stdin", left_out)
         elif folders := _overlays(path / "overlays"):
             overlays += [_built(folder) for folder in folders]
         elif manifests_file.kustomization(path):
             common += _built(path)
         else:
-            common += manifests_file.read([path])
+            common += _objects(path, left_out)
     groups = [[*common, *overlay] for overlay in overlays] or [common]
     if not any(groups):
         raise UsageError(
-            f"no Kubernetes objects in {', '.join(map(str, paths))}", "pass files that `kubectl apply` accepts"
+            f"no Kubernetes objects in {', '.join(map(str, paths))}",
+            f"pass files that `kubectl apply` accepts; of charts, pass the output: {_HELM}",
         )
     return groups
+
+
+def _objects(path: Path, left_out: list[str]) -> list[Located]:
+    """Return the objects of a file or a folder. Raises `UsageError` for a chart of Helm: its files are templates."""
+    from inferctl.deploy import manifests_file
+
+    if (path / "Chart.yaml").is_file():
+        raise UsageError(f"{path} is a chart of Helm: its files are templates, not Kubernetes objects", f"run {_HELM}")
+    try:
+        return manifests_file.read([path], left_out)
+    except SpecError as error:
+        if error.file and _TEMPLATE.search(Path(error.file).read_text(encoding="utf-8", errors="replace")):
+            error.hint = f"if this is a template of Helm, run {_HELM}"
+        raise
 
 
 def _standard_input() -> str:

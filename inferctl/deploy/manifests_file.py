@@ -66,29 +66,31 @@ class Located:
         return None
 
 
-def read(paths: Sequence[Path]) -> list[Located]:
+def read(paths: Sequence[Path], left_out: list[str] | None = None) -> list[Located]:
     """Return the objects of files and folders (with their subfolders), in stable order.
 
     Lists are replaced by their items. In a folder, files without any Kubernetes object are left out, and so are files
-    of kustomize with the patches that they name: build those first. Raises `UsageError` and `SpecError`.
+    of kustomize with the patches that they name: build those first. Adds the places of what is left out, other than
+    these files of kustomize, to `left_out`. Raises `UsageError` and `SpecError`.
     """
     objects: list[Located] = []
+    left_out = [] if left_out is None else left_out
     for path in paths:
         if path.is_dir():
-            objects += _folder(path)
+            objects += _folder(path, left_out)
         else:
-            objects += _objects(document.read_all(path, _HINT), required=True)
+            objects += _objects(document.read_all(path, _HINT), left_out, required=True)
     return objects
 
 
-def parse(text: str, file: str) -> list[Located]:
-    """Return the objects of YAML text. `file` names it in errors. Raises `SpecError`."""
-    return _objects(document.parse_all(text, file, _HINT), required=True)
+def parse(text: str, file: str, left_out: list[str] | None = None) -> list[Located]:
+    """Return the objects of YAML text, as `read` does. `file` names it in errors. Raises `SpecError`."""
+    return _objects(document.parse_all(text, file, _HINT), [] if left_out is None else left_out, required=True)
 
 
 def objects_of(each: document.Document) -> list[Located]:
     """Return the objects of one document: itself, or the items of a list. Raises `SpecError` if it is no object."""
-    return _objects([each], required=True)
+    return _objects([each], [], required=True)
 
 
 def kustomization(folder: Path) -> Path | None:
@@ -96,7 +98,7 @@ def kustomization(folder: Path) -> Path | None:
     return next((folder / name for name in KUSTOMIZATIONS if (folder / name).is_file()), None)
 
 
-def _folder(folder: Path) -> list[Located]:
+def _folder(folder: Path, left_out: list[str]) -> list[Located]:
     found_files = (f for f in folder.rglob("*") if f.suffix in _SUFFIXES or f.name in KUSTOMIZATIONS)
     files = sorted(file for file in found_files if file.is_file())
     if not files:
@@ -104,18 +106,22 @@ def _folder(folder: Path) -> list[Located]:
     if len(files) > MAX_FILES:
         raise UsageError(f"{folder} has more than {MAX_FILES:,} YAML files", _HINT)
     patches: set[Path] = set()
-    found: list[tuple[Path, list[Located]]] = []
+    found: list[tuple[Path, list[Located], list[str]]] = []
     for file in files:
         try:
             documents = document.read_all(file, _HINT)
         except SpecError:
             # Templates of Helm and lists of values are YAML files too, and not objects.
             if "templates" in file.parts or not _claims_object(file):
+                found.append((file, [], [str(file)]))
                 continue
             raise
         patches |= {patch.resolve() for each in documents for patch in _patches(file, each.data)}
-        found.append((file, _objects(documents, required=False)))
-    return [each for file, objects in found if file.resolve() not in patches for each in objects]
+        places: list[str] = []
+        found.append((file, _objects(documents, places, required=False), places))
+    kept = [each for each in found if each[0].resolve() not in patches]
+    left_out += [place for file, _, places in kept if file.name not in KUSTOMIZATIONS for place in places]
+    return [each for _, objects, _ in kept for each in objects]
 
 
 def _claims_object(file: Path) -> bool:
@@ -135,8 +141,11 @@ def _patches(file: Path, data: dict[str, Any]) -> Iterator[Path]:
                 yield file.parent / name
 
 
-def _objects(documents: Sequence[document.Document], *, required: bool) -> list[Located]:
-    """Return the objects of `documents`. `required`: whether a document that is no object is an error."""
+def _objects(documents: Sequence[document.Document], left_out: list[str], *, required: bool) -> list[Located]:
+    """Return the objects of `documents`. `required`: whether a document that is no object is an error.
+
+    Adds the places of other documents, and of items of lists that are no objects, to `left_out`.
+    """
     objects, problems = [], []
     for each in documents:
         kind, version = each.data.get("kind"), each.data.get("apiVersion")
@@ -144,22 +153,32 @@ def _objects(documents: Sequence[document.Document], *, required: bool) -> list[
             problems.append(
                 Problem("kind", "not a Kubernetes object: no apiVersion or kind", each.lines.get(()), _HINT)
             )
+            left_out.append(_place(each, ()))
         elif not version.startswith(_KUSTOMIZE_GROUP):
-            objects += _items(each, kind)
+            objects += _items(each, kind, left_out)
     if required and problems:
         raise SpecError(documents[0].file, problems)
     return objects
 
 
-def _items(each: document.Document, kind: str) -> list[Located]:
+def _place(each: document.Document, path: FieldPath) -> str:
+    line = each.lines.get(path)
+    return f"{each.file}:{line}" if line else each.file
+
+
+def _items(each: document.Document, kind: str, left_out: list[str]) -> list[Located]:
     """Return the object of a document, or the items of a `List`, `PodList` and so on."""
     items = each.data.get("items")
+    if kind == "List" and not isinstance(items, list):
+        left_out.append(_place(each, ()))
+        return []
     if not (kind.endswith("List") and isinstance(items, list)):
         return [Located(each.data, each.file, each.lines)]
     lines: dict[int, dict[FieldPath, int]] = {index: {} for index in range(len(items))}
     for path, line in each.lines.items():
         if len(path) >= 2 and path[0] == "items" and isinstance(path[1], int):
             lines[path[1]][path[2:]] = line
+    left_out += [_place(each, ("items", index)) for index, item in enumerate(items) if not isinstance(item, dict)]
     # The items of a typed list, such as a PodList, may leave out their own kind.
     typed = {"apiVersion": each.data["apiVersion"], "kind": kind.removesuffix("List")} if kind != "List" else {}
     return [

@@ -69,7 +69,9 @@ def test_folders_leave_out_what_is_not_an_object(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert [each.name for each in manifests_file.read([tmp_path])] == ["a", "b"]
-    assert manifests_file.read([tmp_path])[0].file == str(tmp_path / "a" / "deployment.yaml")
+    left_out: list[str] = []
+    assert manifests_file.read([tmp_path], left_out)[0].file == str(tmp_path / "a" / "deployment.yaml")
+    assert left_out == [str(tmp_path / "chart" / "templates" / "t.yaml"), f"{tmp_path / 'values.yaml'}:1"]
 
 
 def test_what_others_write_is_read() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from inferctl.deploy.annotation_keys import LINT_IGNORE
 from inferctl.deploy.kubernetes.fields import mapping
-from inferctl.deploy.lint import access, gpu, life, observability, overflow, placement, scaling, version
+from inferctl.deploy.lint import access, gpu, life, observability, overflow, placement, scaling, values, version
 from inferctl.deploy.lint.finding import LESSONS, RULES, Context, Finding, Level, ModelFacts, Rule
 from inferctl.deploy.lint.manifests import Manifests
 from inferctl.deploy.lint.pod_templates import unread
@@ -15,7 +15,7 @@ from inferctl.deploy.manifests_file import Located
 __all__ = ["LESSONS", "RULES", "Context", "Finding", "Level", "ModelFacts", "Rule", "lint", "unread"]
 
 # The modules of rules. Importing them registers their rules.
-MODULES = (gpu, placement, overflow, scaling, life, access, observability, version)
+MODULES = (gpu, placement, values, overflow, scaling, life, access, observability, version)
 
 
 def lint(objects: Sequence[Located], context: Context | None = None) -> list[Finding]:

@@ -103,9 +103,10 @@ def _token(manifests: Manifests, _: Context) -> Iterator[Hit]:
     "privileged",
     "error",
     "access",
-    finds="a privileged container, or a pod in the namespaces of the host",
+    finds="a privileged container, a pod in the namespaces of the host, or a model server with folders of the host",
     consequence="it owns the node, and sees all of its GPUs, whatever its limits say; Pod Security refuses it",
-    fix="remove privileged, hostNetwork, hostPID and hostIPC; a memory emptyDir at /dev/shm replaces hostIPC",
+    fix="remove privileged, hostNetwork, hostPID, hostIPC and hostPath; a memory emptyDir at /dev/shm replaces hostIPC, "
+    "a claim or an image volume replaces hostPath",
 )
 def _privileged(manifests: Manifests, _: Context) -> Iterator[Hit]:
     for workload in manifests.workloads:
@@ -120,6 +121,15 @@ def _privileged(manifests: Manifests, _: Context) -> Iterator[Hit]:
                     f"{key}: true",
                     level="warning",
                     consequence="it shares this with all processes of the node, and Pod Security `baseline` refuses it",
+                )
+        for index, volume in enumerate(sequence(workload.spec, "volumes") if workload.is_model_server else ()):
+            if get(volume, "hostPath") is not None:
+                yield Hit(
+                    workload.object,
+                    (*workload.spec_path, "volumes", index, "hostPath"),
+                    f"hostPath: {text(volume, 'hostPath', 'path')}",
+                    level="warning",
+                    consequence="on another node, this has other files or none, and Pod Security `baseline` refuses it",
                 )
         for each in workload.all_containers:
             if get(each.data, "securityContext", "privileged") is True:

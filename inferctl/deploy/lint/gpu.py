@@ -10,7 +10,7 @@ from inferctl.deploy.kubernetes.fields import as_float, get, mapping, sequence, 
 from inferctl.deploy.kubernetes.labels import GKE_ACCELERATOR, GKE_PARTITION, GPU_PRODUCT, MIG_STATE
 from inferctl.deploy.lint import models
 from inferctl.deploy.lint.finding import Context, Hit, rule
-from inferctl.deploy.lint.manifests import Manifests, Workload, same_namespace
+from inferctl.deploy.lint.manifests import Manifests, Workload, is_gpu, same_namespace
 
 _SHARING = "nvidia.com/gpu.sharing-strategy"
 _GKE_SHARING = "cloud.google.com/gke-gpu-sharing-strategy"
@@ -331,3 +331,18 @@ def _quota(manifests: Manifests, _: Context) -> Iterator[Hit]:
                 parts = ", ".join(f"{each.object.name} {need}" for each, need in zip(users, needs, strict=True))
                 what = f"{name}: {limit:g} allowed, {sum(needs)} needed at most ({parts})"
                 yield Hit(quota, ("spec", "hard", key), what)
+
+
+@rule(
+    "gpu-quota-key",
+    "error",
+    "guardrails",
+    finds="a ResourceQuota for GPUs with a key other than requests.NAME",
+    consequence="for extended resources, Kubernetes counts only keys with requests.: this one limits nothing",
+    fix="use requests.NAME, such as requests.nvidia.com/gpu",
+)
+def _quota_key(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for quota in manifests.of("ResourceQuota"):
+        for key in mapping(quota.data, "spec", "hard"):
+            if is_gpu(str(key).removeprefix("limits.")):
+                yield Hit(quota, ("spec", "hard", key), f"the key {key} without requests.")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from inferctl.deploy import annotation_keys
-from inferctl.deploy.kubernetes.fields import as_float, count_of, get, integer, mapping, sequence, text
+from inferctl.deploy.kubernetes.fields import as_float, count_of, get, integer, mapping, sequence, show, text
 from inferctl.deploy.lint import models
 from inferctl.deploy.lint.finding import Context, Hit, rule
 from inferctl.deploy.lint.manifests import Container, Manifests, Workload
@@ -186,14 +186,20 @@ def _has_probe(container: Container) -> bool:
     "readiness-missing",
     "warning",
     "life",
-    finds="a model server with a port and no readinessProbe",
+    finds="a model server with a port or a Service, and no readinessProbe",
     consequence="a Service sends requests to the pod while it still loads the model, and while it drains",
     fix="add a readinessProbe with the health endpoint of the server",
 )
 def _readiness(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    # Ports of containers are only information. Peers that find each other do not wait until they are ready.
+    services = [each for each in manifests.of("Service") if not get(each.data, "spec", "publishNotReadyAddresses")]
+    served = {workload for each in services for workload in manifests.behind(each)}
     for workload in manifests.model_servers:
         for each in workload.containers:
-            if each.gpus and sequence(each.data, "ports") and not mapping(each.data, "readinessProbe"):
+            # The operator of Ray adds a readinessProbe.
+            ray = workload.object.kind.startswith("Ray")
+            reached = sequence(each.data, "ports") or (workload in served and not ray)
+            if each.gpus and reached and not mapping(each.data, "readinessProbe"):
                 yield Hit(workload.object, each.path, f"container {each.name} has no readinessProbe")
 
 
@@ -304,20 +310,41 @@ def _has_overflow(manifests: Manifests, workload: Workload) -> bool:
     "empty-dir-unbounded",
     "warning",
     "life",
-    finds="an emptyDir without sizeLimit",
+    finds="an emptyDir without sizeLimit, or with medium: Memory and more than the memory limit of its containers",
     consequence="it can fill the disk of the node, or its memory with medium: Memory, and then other pods are evicted",
     fix="set emptyDir.sizeLimit; medium: Memory counts towards the memory limit of the container",
 )
 def _empty_dir(manifests: Manifests, _: Context) -> Iterator[Hit]:
     for workload in manifests.workloads:
         for index, volume in enumerate(sequence(workload.spec, "volumes")):
-            if not isinstance(volume, dict) or get(volume, "emptyDir", "sizeLimit"):
-                continue
+            path, name = (*workload.spec_path, "volumes", index), text(volume, "name")
+            size, in_memory = get(volume, "emptyDir", "sizeLimit"), get(volume, "emptyDir", "medium") == "Memory"
+            if size and in_memory:
+                limit = _memory_limit(workload, name)
+                if limit is not None and (as_float(size) or 0) > limit:
+                    yield Hit(
+                        workload.object,
+                        (*path, "emptyDir", "sizeLimit"),
+                        f"emptyDir {name} may have {size} in memory, and its containers {show('memory', int(limit))}",
+                        consequence="its files count towards the memory limit: a container is killed before it is full",
+                        fix="lower the sizeLimit, or raise the memory limit",
+                    )
             # A volume without a source is an emptyDir.
-            if "emptyDir" in volume or volume.keys() <= {"name"}:
-                memory = " in memory" if get(volume, "emptyDir", "medium") == "Memory" else ""
-                path = (*workload.spec_path, "volumes", index)
-                yield Hit(workload.object, path, f"emptyDir {text(volume, 'name')}{memory} has no sizeLimit")
+            elif isinstance(volume, dict) and not size and ("emptyDir" in volume or volume.keys() <= {"name"}):
+                yield Hit(workload.object, path, f"emptyDir {name}{' in memory' if in_memory else ''} has no sizeLimit")
+
+
+def _memory_limit(workload: Workload, volume: str) -> float | None:
+    """Return how much memory the containers that mount a volume may take together; None if that is not limited."""
+    if (of_pod := as_float(get(workload.spec, "resources", "limits", "memory"))) is not None:
+        return of_pod
+    limits = [
+        as_float(get(each.data, "resources", "limits", "memory"))
+        for each in workload.all_containers
+        if any(text(mount, "name") == volume for mount in sequence(each.data, "volumeMounts"))
+    ]
+    known = [limit for limit in limits if limit]
+    return sum(known) if known and len(known) == len(limits) else None
 
 
 @rule(

@@ -33,6 +33,11 @@ _SERVERS = re.compile(
 )
 
 
+def is_gpu(resource: object) -> bool:
+    """Return whether a resource is a GPU, a share of one or another accelerator."""
+    return isinstance(resource, str) and _GPU.match(resource) is not None
+
+
 def same_namespace(a: Located, b: Located) -> bool:
     """Return whether two objects can be in one namespace. An object without one gets that of kubectl."""
     return not a.namespace or not b.namespace or a.namespace == b.namespace
@@ -84,12 +89,17 @@ class Container:
         ]
 
     @property
+    def port_names(self) -> list[str]:
+        """The names of its ports; "" for a port without one."""
+        return [text(each, "name") for each in sequence(self.data, "ports")]
+
+    @property
     def gpus(self) -> dict[str, int]:
         """GPUs by resource name, from the limits, else the requests."""
         found: dict[str, int] = {}
         for key in ("requests", "limits"):
             for name, value in mapping(self.data, "resources", key).items():
-                if isinstance(name, str) and _GPU.match(name) and (number := as_float(value)):
+                if is_gpu(name) and (number := as_float(value)):
                     found[name] = math.ceil(number)
         return found
 
@@ -144,6 +154,12 @@ class Workload:
     def containers(self) -> list[Container]:
         """The containers that run all the time: also init containers with `restartPolicy: Always`."""
         return [each for each in self.all_containers if each.path[-2] == "containers" or fields.is_sidecar(each.data)]
+
+    @property
+    def port_names(self) -> set[str] | None:
+        """The names of all ports; None if they are not known, because the operator of Ray adds ports to its pods."""
+        ray = self.object.kind.startswith("Ray")
+        return None if ray else {name for each in self.containers for name in each.port_names if name}
 
     @property
     def all_containers(self) -> list[Container]:

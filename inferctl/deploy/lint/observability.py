@@ -108,11 +108,9 @@ def _monitor(manifests: Manifests, _: Context) -> Iterator[Hit]:
         for index, endpoint in enumerate(sequence(monitor.data, "spec", "podMetricsEndpoints")):
             name = get(endpoint, "port")
             selector = mapping(monitor.data, "spec", "selector")
-            # The operator of Ray adds ports to its pods.
-            workloads = [w for w in manifests.selected(monitor, selector) if not w.object.kind.startswith("Ray")]
-            ports = [port for one in workloads for each in one.containers for port in sequence(each.data, "ports")]
-            if workloads and name is not None and name not in [text(port, "name") for port in ports]:
-                what = f"the pods of {workloads[0].object.name} have no port named {name!r}"
+            known = [each for each in manifests.selected(monitor, selector) if each.port_names is not None]
+            if known and name is not None and not any(name in (each.port_names or ()) for each in known):
+                what = f"the pods of {known[0].object.name} have no port named {name!r}"
                 yield Hit(monitor, ("spec", "podMetricsEndpoints", index, "port"), what)
 
 

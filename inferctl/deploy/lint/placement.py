@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from inferctl.deploy.kubernetes import selectors
-from inferctl.deploy.kubernetes.fields import as_float, get, integer, is_extended, mapping, sequence, text
+from inferctl.deploy.kubernetes.fields import get, integer, mapping, sequence, text
 from inferctl.deploy.kubernetes.labels import HOSTNAME, ZONE
 from inferctl.deploy.lint import pools
 from inferctl.deploy.lint.finding import Context, Hit, rule
@@ -15,18 +14,12 @@ from inferctl.deploy.manifests_file import FieldPath
 from inferctl.deploy.objects.metadata import CLIENT
 
 _TERM = "requiredDuringSchedulingIgnoredDuringExecution"
-_ENUMS = {
-    "whenUnsatisfiable": ("DoNotSchedule", "ScheduleAnyway"),
-    "nodeTaintsPolicy": ("Honor", "Ignore"),
-    "nodeAffinityPolicy": ("Honor", "Ignore"),
-    "imagePullPolicy": ("Always", "IfNotPresent", "Never"),
-    "effect": ("NoSchedule", "PreferNoSchedule", "NoExecute", ""),
-    "preemptionPolicy": ("Never", "PreemptLowerPriority"),
-    "unhealthyPodEvictionPolicy": ("AlwaysAllow", "IfHealthyBudget"),
-    "restartPolicy": ("Always", "OnFailure", "Never"),
+# What happens if the kubelet cannot run a probe.
+_WITHOUT_PROBE = {
+    "startupProbe": "the pod never becomes ready",
+    "readinessProbe": "the pod never becomes ready",
+    "livenessProbe": "a server that hangs is not restarted",
 }
-# Fields with other meanings in custom resources.
-_CORE = ("v1", "apps/v1", "batch/v1", "policy/v1", "scheduling.k8s.io/v1")
 
 
 @rule(
@@ -78,6 +71,42 @@ def _selects_nothing(manifests: Manifests, _: Context) -> Iterator[Hit]:
 
 
 @rule(
+    "port-name-unknown",
+    "error",
+    "placement",
+    finds="a targetPort of a Service, or a port of a probe, with a name that no port of the pods or of the container has",
+    consequence="the Service has no endpoints for this port; a probe does not run, so the pod never becomes ready, or is "
+    "never restarted",
+    fix="use the name of a port in ports of the container, or a number",
+)
+def _port_names(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for service in manifests.of("Service"):
+        known = [workload.port_names for workload in manifests.behind(service)]
+        names = set().union(*(each for each in known if each))
+        for index, port in enumerate(sequence(service.data, "spec", "ports")):
+            target = get(port, "targetPort")
+            if known and None not in known and isinstance(target, str) and target not in names:
+                what = f"no container of the selected pods has a port named {target!r}{_or(names)}"
+                consequence = "the Service has no endpoints for this port: requests to it fail"
+                yield Hit(service, ("spec", "ports", index, "targetPort"), what, consequence=consequence)
+    for workload in manifests.workloads:
+        for each in workload.all_containers if workload.port_names is not None else ():
+            for probe, never in _WITHOUT_PROBE.items():
+                for handler in ("httpGet", "tcpSocket"):
+                    target = get(each.data, probe, handler, "port")
+                    if isinstance(target, str) and target not in each.port_names:
+                        what = f"container {each.name} has no port named {target!r}{_or(each.port_names)}"
+                        consequence = f"the kubelet cannot run the probe: {never}"
+                        path = (*each.path, probe, handler, "port")
+                        yield Hit(workload.object, path, what, consequence=consequence)
+
+
+def _or(names: Iterable[str]) -> str:
+    """Return the names that there are, as the end of a sentence."""
+    return f", but {', '.join(sorted(filter(None, names)))}" if any(names) else ""
+
+
+@rule(
     "volume-of-one-node",
     "warning",
     "placement",
@@ -99,55 +128,6 @@ def _one_node(manifests: Manifests, _: Context) -> Iterator[Hit]:
                 path = (*workload.spec_path, "volumes", index, "persistentVolumeClaim")
                 what = f"up to {most} pods mount the claim {name} with {' and '.join(sorted(modes))}"
                 yield Hit(workload.object, path, what, level="error" if modes == {"ReadWriteOncePod"} else None)
-
-
-@rule(
-    "bad-value",
-    "error",
-    "placement",
-    finds="a quantity, a maxSkew or a word of a fixed list that is not allowed, a request above its limit, or a part "
-    "of an extended resource such as a GPU",
-    consequence="the API server refuses the object",
-    fix="correct the value",
-)
-def _values(manifests: Manifests, _: Context) -> Iterator[Hit]:
-    for each in manifests.objects:
-        if each.api_version in _CORE:
-            for path, what in _bad(each.data, ()):
-                yield Hit(each, path, what)
-
-
-def _bad(value: Any, path: FieldPath) -> Iterator[tuple[FieldPath, str]]:
-    """Yield the path and the description of each bad value under `value`."""
-    if isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _bad(item, (*path, index))
-    if not isinstance(value, dict) or path[-1:] in (("data",), ("labels",), ("annotations",), ("matchLabels",)):
-        return
-    for key, item in value.items():
-        here = (*path, key)
-        if key in _ENUMS and isinstance(item, str) and item not in _ENUMS[key]:
-            yield here, f"{key} is {item!r}; allowed: {', '.join(word for word in _ENUMS[key] if word)}"
-        elif key == "maxSkew" and isinstance(item, int) and item < 1:
-            yield here, f"maxSkew is {item}; the smallest is 1"
-        elif key in ("limits", "requests") and "resources" in path and isinstance(item, dict):
-            for name, amount in item.items():
-                number = as_float(amount)
-                if number is None or number < 0:
-                    yield (*here, name), f"{name}: {amount!r} is not a quantity such as 500m, 2 or 16Gi"
-                elif is_extended(name) and not number.is_integer():
-                    yield (*here, name), f"{name}: {amount}, but only CPUs can be divided"
-                elif key == "requests" and (what := _above_limit(name, number, mapping(value, "limits"))):
-                    yield (*here, name), what
-        elif key == "sizeLimit" and as_float(item) is None:
-            yield here, f"sizeLimit: {item!r} is not a quantity such as 2Gi"
-        yield from _bad(item, here)
-
-
-def _above_limit(name: str, number: float, limits: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a request next to its limit. GPUs have a rule of their own."""
-    limit = None if is_extended(name) else as_float(limits.get(name))
-    return f"{name}: the request is above the limit {limits[name]}" if limit is not None and number > limit else None
 
 
 @rule(

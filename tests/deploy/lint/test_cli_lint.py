@@ -129,6 +129,44 @@ def test_kinds_that_are_not_read_are_named(capsys: pytest.CaptureFixture[str]) -
     assert json.loads(out)["unread"] == {"InferenceService": 1, "ServingRuntime": 1}
 
 
+def test_what_is_left_out_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "pod.yaml").write_text(WARNING)
+    code, out, err = run(capsys, "--lint", str(tmp_path), "--json")
+    assert json.loads(out)["left_out"] == [] and "left out" not in err
+    (tmp_path / "list.yaml").write_text(
+        "apiVersion: v1\nkind: List\nitems: {a: b}\n---\napiVersion: v1\nkind: List\nitems:\n- text\n"
+    )
+    (tmp_path / "values.yaml").write_text("replicas: 2\n")
+    code, out, err = run(capsys, "--lint", str(tmp_path))
+    places = [f"{tmp_path}/list.yaml:1", f"{tmp_path}/list.yaml:8", f"{tmp_path}/values.yaml:1"]
+    assert code == 0 and "in 1 objects" in err
+    assert f"left out, because these are no Kubernetes objects: {', '.join(places)}\n" in err
+    code, out, _ = run(capsys, "--lint", str(tmp_path), "--json")
+    assert json.loads(out)["left_out"] == places
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{- if .Values.on }}\napiVersion: v1\nkind: Pod\n{{- end }}\n",
+        "apiVersion: v1\nkind: Pod\nmetadata:\n  name: {{ .Release.Name }}\n",
+    ],
+)
+def test_a_template_of_helm_is_an_error_that_names_helm(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, template: str
+) -> None:
+    file, helm = tmp_path / "pod.yaml", "run `helm template CHART | inferctl deploy --lint -`"
+    file.write_text(template)
+    code, _, err = run(capsys, "--lint", str(file))
+    assert code == 2 and "not valid YAML" in err and f"if this is a template of Helm, {helm}" in err
+    (tmp_path / "Chart.yaml").write_text("apiVersion: v2\nname: a\nversion: 1.0.0\n")
+    code, _, err = run(capsys, "--lint", str(tmp_path))
+    assert code == 2 and f"{tmp_path} is a chart of Helm" in err and helm in err
+    file.write_text("apiVersion: v1\nkind: Pod\nmetadata: [\ntext: 'on {{ $labels.pod }}'\n")
+    code, _, err = run(capsys, "--lint", str(file))
+    assert code == 2 and "Helm" not in err
+
+
 @pytest.mark.parametrize("name", ["kustomization.yml", "Kustomization"])
 def test_overlays_may_be_in_groups(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
     overlay = tmp_path / "overlays" / "prod" / "eu"
@@ -161,6 +199,7 @@ def test_nodes_are_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
         (["--lint"], "name the manifests"),
         (["--lint", "absent.yaml"], "cannot be read"),
         (["--lint", str(seeded.GOOD), "--kubernetes-version", "2.0"], "2.0"),
+        (["--lint", str(seeded.GOOD), "--kubernetes-version", "1.99"], "'1.99' is not supported"),
         (["--lint", str(seeded.GOOD), "--sarif", str(seeded.GOOD)], "is an input of this command"),
         (["--lint", str(seeded.GOOD), "--nodes", str(seeded.GOOD)], "has no nodes"),
         (["--sarif", "x.sarif"], "--lint"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -45,6 +46,12 @@ def test_the_page_counts_rules_and_faults() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert f"{len(lint.RULES)} rules" in text
     assert f"{len(seeded.faults())} faults" in text
+
+
+def test_the_page_names_the_rules_with_two_levels() -> None:
+    section = PAGE.read_text(encoding="utf-8").partition("\n## Rules\n")[2].partition(START)[0]
+    levels = {rule.id for rule in lint.RULES.values() if "level=" in inspect.getsource(rule.check)}
+    assert set(re.findall(r"`([a-z-]+-[a-z-]+|privileged)`", section)) == levels
 
 
 @pytest.mark.parametrize("name", ["vllm", "text-generation-inference", "triton"])

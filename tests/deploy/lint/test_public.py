@@ -229,6 +229,34 @@ def test_a_headless_service_sets_no_environment(address: str | None, found: bool
     assert ("service-links" in rules([server(), service])) == found
 
 
+def service(target: object, **more: Any) -> dict[str, Any]:
+    """Return a Service of `server`. `more`: of its spec."""
+    spec = {"selector": {"app": "server"}, "ports": [{"port": 80, "targetPort": target}], **more}
+    return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "front"}, "spec": spec}
+
+
+def test_a_service_needs_readiness_also_without_a_list_of_ports() -> None:
+    assert "readiness-missing" not in rules([server()])
+    assert "readiness-missing" in rules([server(), service(8000)])
+    assert "readiness-missing" not in rules([server(), service(8000, publishNotReadyAddresses=True)])
+    ray = {"kind": "RayCluster", "spec": {"headGroupSpec": {"template": server()["spec"]["template"]}}}
+    assert "readiness-missing" not in rules([ray, service(8000)])
+
+
+def test_names_of_ports_are_those_of_any_container_for_a_service_and_of_its_own_for_a_probe() -> None:
+    item = server(ports=[{"containerPort": 8000, "name": "http"}], readinessProbe={"httpGet": {"port": "metrics"}})
+    sidecar = {"name": "proxy", "image": "proxy:1", "ports": [{"containerPort": 9000, "name": "metrics"}]}
+    pod(item)["containers"].append(sidecar)
+    found = rules([item, service("metrics")])
+    assert found["port-name-unknown"] == "container main has no port named 'metrics', but http"
+    found = rules([server(), service("http")])
+    assert found["port-name-unknown"] == "no container of the selected pods has a port named 'http'"
+    # The operator of Ray adds ports, and the pods of another Service are not known.
+    ray = {"kind": "RayCluster", "spec": {"headGroupSpec": {"template": server()["spec"]["template"]}}}
+    assert "port-name-unknown" not in rules([ray, service("serve")])
+    assert "port-name-unknown" not in rules([service("http")])
+
+
 def test_a_term_without_a_selector_keeps_no_pod_away() -> None:
     item = server(resources={"limits": {"nvidia.com/mig-3g.40gb": 1}})
     term: dict[str, Any] = {"topologyKey": "kubernetes.io/hostname"}
@@ -237,6 +265,47 @@ def test_a_term_without_a_selector_keeps_no_pod_away() -> None:
     assert "hostname-anti-affinity" not in rules([item])
     term["labelSelector"] = {"matchLabels": {"app": "server"}}
     assert "hostname-anti-affinity" in rules([item])
+
+
+def test_a_quota_counts_only_requests_of_gpus() -> None:
+    keys = ["limits.nvidia.com/gpu", "nvidia.com/gpu", "requests.nvidia.com/gpu", "requests.memory", "limits.cpu"]
+    more = ["count/deployments.apps", "a.storageclass.storage.k8s.io/requests.storage", "pods"]
+    hard = dict.fromkeys([*keys, *more], 9)
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "gpus"}, "spec": {"hard": hard}}
+    found = [each for each in lint.lint([Located(quota)]) if each.rule == "gpu-quota-key"]
+    assert [each.what for each in found] == [f"the key {key} without requests." for key in keys[:2]]
+
+
+def test_a_volume_may_be_a_claim_of_each_pod_of_a_stateful_set() -> None:
+    item = server(kind="StatefulSet", volumeMounts=[{"name": "weights", "mountPath": "/models"}])
+    assert rules([item])["bad-value"] == "container main mounts weights, which is no volume"
+    item["spec"]["volumeClaimTemplates"] = [{"metadata": {"name": "weights"}}]
+    assert "bad-value" not in rules([item])
+
+
+@pytest.mark.parametrize(
+    ("amount", "found"), [(0, False), (32, True), ("1023Ki", True), ("1Mi", False), ("32G", False), ("lots", False)]
+)
+def test_an_amount_without_a_unit_is_one_of_bytes(amount: object, found: bool) -> None:
+    assert ("amount-too-small" in rules([server(resources={"limits": {"memory": amount}})])) == found
+
+
+def test_memory_of_a_volume_counts_to_the_containers_that_mount_it() -> None:
+    mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
+    item = server(volumeMounts=mounts)
+    pod(item)["volumes"] = [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "70Gi"}}]
+    assert rules([item])["empty-dir-unbounded"] == ("emptyDir shm may have 70Gi in memory, and its containers 64Gi")
+    sidecar = {"name": "proxy", "image": "proxy:1", "resources": {"limits": {"memory": "8Gi"}}}
+    pod(item)["containers"].append(sidecar)
+    assert "empty-dir-unbounded" in rules([item])
+    sidecar["volumeMounts"] = mounts
+    assert "empty-dir-unbounded" not in rules([item])
+    # Without a limit, only the node limits the memory.
+    sidecar["resources"] = {}
+    pod(item)["volumes"][0]["emptyDir"]["sizeLimit"] = "700Gi"
+    assert "empty-dir-unbounded" not in rules([item])
+    pod(item)["resources"] = {"limits": {"memory": "64Gi"}}
+    assert "empty-dir-unbounded" in rules([item])
 
 
 def test_limits_of_the_whole_pod_are_limits() -> None:

@@ -196,7 +196,7 @@ def test_a_profile_that_no_gpu_makes_is_one_error_if_the_gpu_is_known() -> None:
 
 
 def test_a_volume_without_a_source_is_an_empty_dir() -> None:
-    assert rules(changed("Deployment/chat", (*POD, "volumes"), [{"name": "cache"}])) == {"empty-dir-unbounded"}
+    assert rules(changed("Deployment/chat", (*POD, "volumes", 1), {"name": "tmp"})) == {"empty-dir-unbounded"}
 
 
 def test_a_client_with_the_address_of_a_server_is_none() -> None:
