@@ -33,7 +33,7 @@ BRIDGE = "inferctl-ci0"
 PLAN = {
     "name": "gate",
     "configurations": [{"name": "auto", "precision": "auto"}],
-    "load": {"mode": "closed", "users": 2, "duration_s": 2, "warmup_s": 1},
+    "load": {"mode": "closed", "users": 2, "duration_s": 3, "warmup_s": 1},
     "corpus": "short",
     "repeats": 3,
     "quality": None,
@@ -307,7 +307,7 @@ def test_gitlab_publishes_the_image_but_not_a_regression(setting: Setting, expor
 
 @contextmanager
 def throttled_candidate(folder: Path, socket: Path) -> Iterator[None]:
-    """Limit the candidate to 0.1 cores as soon as it is ready."""
+    """Limit the candidate to 0.2 cores as soon as it is ready."""
     docker = ("docker", "-H", f"unix://{socket}")
     known = set(folder.glob("workspace-*/new.json"))
     done = threading.Event()
@@ -317,7 +317,7 @@ def throttled_candidate(folder: Path, socket: Path) -> Iterator[None]:
             if set(folder.glob("workspace-*/new.json")) - known:
                 # The newest container is the candidate, because the job starts the baseline first.
                 newest, *_ = output(*docker, "ps", "--quiet", "--filter", "label=io.inferctl.role=serve").split()
-                output(*docker, "update", "--cpus", "0.1", newest)
+                output(*docker, "update", "--cpus", "0.2", newest)
                 return
 
     thread = threading.Thread(target=throttle)
