@@ -95,8 +95,8 @@ def resolve(
 def _without_hardware(models: Sequence[ModelPlan], clusters: Sequence[Cluster]) -> list[str]:
     """Return a warning for each cluster that can run no model at all."""
     return [
-        f"{cluster.name} can run no model: all flavors have at most 0 replicas there. Raise its max_replicas, or remove "
-        "the cluster"
+        f"{cluster.name} can run no model: all flavors have at most 0 replicas there. Raise its max_replicas, or "
+        "remove the cluster"
         for cluster in clusters
         if not any(each.at(cluster).max_replicas.value for model in models for each in model.flavors)
     ]

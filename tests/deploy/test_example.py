@@ -46,7 +46,8 @@ def test_errors_of_several_specs_name_the_file(tmp_path: Path, capsys: pytest.Ca
         assert cli.run(["deploy", *SPECS[:2], "-f", str(tmp_path / "b.yaml"), "--explain"]) == 2
         return "".join(capsys.readouterr().err.split())
 
-    spec = "{name: NAME, model: {source: org/x, task: embed, weights: bake}, deploy: {namespace: inference, flavors: [{hardware: l5}]}}"
+    model = "{source: org/x, task: embed, weights: bake}"
+    spec = f"{{name: NAME, model: {model}, deploy: {{namespace: inference, flavors: [{{hardware: l5}}]}}}}"
     assert f"{tmp_path}/b.yaml:deploy.flavors[0]:hardware'l5'notfound" in error_with(spec.replace("NAME", "b"))
     text = spec.replace("NAME", "embed").replace("hardware: l5", "hardware: l4, min_replicas: 1, max_replicas: 1")
     assert f"twospecshavethenameembed({EXAMPLE}/embed.yaml,{tmp_path}/b.yaml)" in error_with(text)

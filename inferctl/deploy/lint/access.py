@@ -105,8 +105,8 @@ def _token(manifests: Manifests, _: Context) -> Iterator[Hit]:
     "access",
     finds="a privileged container, a pod in the namespaces of the host, or a model server with folders of the host",
     consequence="it owns the node, and sees all of its GPUs, whatever its limits say; Pod Security refuses it",
-    fix="remove privileged, hostNetwork, hostPID, hostIPC and hostPath; a memory emptyDir at /dev/shm replaces hostIPC, "
-    "a claim or an image volume replaces hostPath",
+    fix="remove privileged, hostNetwork, hostPID, hostIPC and hostPath; a memory emptyDir at /dev/shm replaces "
+    "hostIPC, a claim or an image volume replaces hostPath",
 )
 def _privileged(manifests: Manifests, _: Context) -> Iterator[Hit]:
     for workload in manifests.workloads:

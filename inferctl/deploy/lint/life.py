@@ -229,8 +229,8 @@ def _span(probe: Any) -> int:
     "surge-needs-gpu",
     "warning",
     "life",
-    finds="a rollout that starts an additional GPU pod (maxSurge) without overflow or a spare GPU, unless the minimum is "
-    "one replica and maxSurge is set",
+    finds="a rollout that starts an additional GPU pod (maxSurge) without overflow or a spare GPU, unless the minimum "
+    "is one replica and maxSurge is set",
     consequence="if no GPU is free, the rollout waits for one and stops there; maxSurge is 25% by default, rounded up",
     fix="set maxSurge: 0 and maxUnavailable: 1, or keep overflow for this kind of GPU",
 )

@@ -74,9 +74,10 @@ def _selects_nothing(manifests: Manifests, _: Context) -> Iterator[Hit]:
     "port-name-unknown",
     "error",
     "placement",
-    finds="a targetPort of a Service, or a port of a probe, with a name that no port of the pods or of the container has",
-    consequence="the Service has no endpoints for this port; a probe does not run, so the pod never becomes ready, or is "
-    "never restarted",
+    finds="a targetPort of a Service, or a port of a probe, with a name that no port of the pods or of the container "
+    "has",
+    consequence="the Service has no endpoints for this port; a probe does not run, so the pod never becomes ready, or "
+    "is never restarted",
     fix="use the name of a port in ports of the container, or a number",
 )
 def _port_names(manifests: Manifests, _: Context) -> Iterator[Hit]:

@@ -274,8 +274,8 @@ def _short(words: str) -> str:
     "pool-limit-low",
     "error",
     "guardrails",
-    finds="Karpenter NodePools whose GPU limit is below the highest number of replicas and the surge of rollouts on their "
-    "nodes",
+    finds="Karpenter NodePools whose GPU limit is below the highest number of replicas and the surge of rollouts on "
+    "their nodes",
     consequence="Karpenter starts no more nodes, and replicas stay pending at peak or in a rollout",
     fix="raise spec.limits of the NodePool, or lower the highest number of replicas",
 )

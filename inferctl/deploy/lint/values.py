@@ -29,8 +29,8 @@ _CORE = ("v1", "apps/v1", "batch/v1", "policy/v1", "scheduling.k8s.io/v1")
     "bad-value",
     "error",
     "placement",
-    finds="a quantity, a maxSkew, a successThreshold or a word of a fixed list that is not allowed, a request above its "
-    "limit, a part of an extended resource such as a GPU, a minimum of replicas above the maximum, or a mount of a "
+    finds="a quantity, a maxSkew, a successThreshold or a word of a fixed list that is not allowed, a request above "
+    "its limit, a part of an extended resource such as a GPU, a minimum of replicas above the maximum, or a mount of a "
     "volume that the pod does not have",
     consequence="the API server refuses the object",
     fix="correct the value",

@@ -6,8 +6,8 @@ range. One scale for all tokens would take less time, but a few tokens have very
 minimum cosine to fp32 of all-MiniLM-L6-v2 from 0.996 to 0.985, and a vector then depended on the other texts of its
 batch.
 
-CPUs without VNNI or AMX add two products in 16 bits, which overflow. There, the weights have 7 bits, so that two products
-of at most 255 x 63 fit. With 7 bits for the activations instead, the minimum cosine was 0.966 and not 0.983.
+CPUs without VNNI or AMX add two products in 16 bits, which overflow. There, the weights have 7 bits, so that two
+products of at most 255 x 63 fit. With 7 bits for the activations instead, the minimum cosine was 0.966 and not 0.983.
 """
 
 from __future__ import annotations
