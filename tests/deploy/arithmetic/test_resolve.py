@@ -14,6 +14,7 @@ from inferctl.bench import receipt
 from inferctl.deploy import explain, gpu
 from inferctl.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
 from inferctl.fit import ModelSize, UnknownSize
+from tests.deploy import plans
 
 TRAFFIC = {"base_rps": 100, "peak_rps": 1000, "tokens_per_request": 250}
 
@@ -206,6 +207,16 @@ def test_vllm_servers_that_share_a_gpu_must_not_each_take_all_of_it() -> None:
     with pytest.raises(UsageError, match=r"each takes serve.gpu_memory_share: 0\.9") as caught:
         plan(made, task="generate", size=SMALL)
     assert caught.value.hint == "set serve.gpu_memory_share to at most 0.47"
+
+
+def test_the_memory_share_of_vllm_is_one_of_the_whole_gpu() -> None:
+    def kv_cache(**sharing: Any) -> int:
+        made = spec(one(**sharing), image={"base": "vllm-cuda13.0"}, serve={"gpu_memory_share": 0.45})
+        (flavor,) = plan(made, task="generate", size=plans.GENERATE_SIZE).models[0].flavors
+        assert flavor.fit.capacity
+        return flavor.fit.capacity.kv_cache_bytes
+
+    assert kv_cache(sharing="time-slicing", shared_by=2) == kv_cache() > 0
 
 
 @pytest.mark.parametrize(
