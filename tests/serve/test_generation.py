@@ -99,7 +99,8 @@ def start(tmp_path: Path, llama: Path) -> Iterator[Start]:
 
 def launch(folder: Path, model: Path, *arguments: str, **environment: str) -> Generation:
     log = folder / "server.log"
-    options = ["--model", str(model), "--name", "m", "--port", "0", "--log", "json"]
+    # The last of equal options counts. Any other device needs torch to be found, which takes two seconds.
+    options = ["--model", str(model), "--name", "m", "--port", "0", "--log", "json", "--device", "cpu"]
     command = [sys.executable, "-m", "inferctl.serve", *options, "--announce", str(folder / "ready.json"), *arguments]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FAKE), os.environ.get("PYTHONPATH", "")])}
     with log.open("wb") as stream:
@@ -352,10 +353,30 @@ def test_each_prompt_of_a_stream_that_was_left_is_counted_once() -> None:
     assert (context.input_tokens, context.output_tokens) == (9, 16)
 
 
+def test_a_cpu_is_found_without_the_import_of_torch() -> None:
+    code = """
+import runpy, sys
+sys.argv[1:] = ["cpu"]
+runpy.run_module("inferctl.serve.generate.probe", run_name="__main__")
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = Probe.from_json(done.stdout)
+    assert (found.device.kind, found.traits.kind) == ("cpu", "cpu")
+    assert found.traits.cpu_flags
+
+
 def test_the_port_answers_while_vllm_starts(tmp_path: Path, llama: Path, start: Start) -> None:
+    def restarting() -> bool:
+        try:
+            return httpx.get(f"{server.url}/readyz").text == "restarting\n"
+        except httpx.TransportError:  # the killed process had accepted the connection
+            return False
+
     server = start("--hang-seconds", "2")
     os.kill(server.vllm_pid(), signal.SIGKILL)
-    until(lambda: httpx.get(f"{server.url}/readyz").text == "restarting\n", 10)
+    until(restarting, 10)
     response = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"content": "1"}]})
     assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
     assert response.headers["retry-after"] == "5"

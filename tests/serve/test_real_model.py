@@ -75,3 +75,10 @@ def test_the_reference_accepts_only_a_list_of_texts(minilm: Path, stdin: str) ->
     assert done.returncode == 2
     assert "hint:" in done.stderr
     assert done.stdout == ""
+
+
+def test_the_engine_process_does_not_load_scikit_learn(minilm_server: Running) -> None:
+    """The development tools include it, and transformers would import it."""
+    mapped = Path(f"/proc/{minilm_server.engine_pid()}/maps").read_text()
+    assert "/torch/" in mapped
+    assert "/sklearn/" not in mapped

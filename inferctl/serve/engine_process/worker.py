@@ -106,6 +106,9 @@ def _send(stream: BufferedIOBase, frame: bytes) -> None:
 
 def main() -> None:
     """Run the engine process."""
+    # transformers imports scikit-learn if it is installed, for methods that no engine uses: a second of each start.
+    # With None, Python finds no such package.
+    sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
     # These signals reach the whole process group. The API process decides when the engine ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

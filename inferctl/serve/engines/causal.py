@@ -11,7 +11,7 @@ import torch
 from inferctl.divergence import REFERENCE_TOKENS
 from inferctl.errors import UsageError
 from inferctl.serve.engines import plain
-from inferctl.serve.engines.device import usable_cores
+from inferctl.serve.engines.cpu import usable_cores
 
 # Bounds the logits of one text in memory: 256 MB for a vocabulary of 256,000 tokens.
 MAX_TEXT_TOKENS = 256

@@ -67,12 +67,19 @@ class Checks:
         if small:
             self.description = f"{len(self.texts)} {'pairs' if self._rerank else 'texts'} compared with padded fp32"
 
-    def choose_attention(self, forward: Forward, precision: PrecisionInfo) -> str:
-        """Let `forward` use packed attention if the result equals that of padded attention. Return the reason."""
-        padded = self._run_in_parts(forward, self.texts)
+    def run(self, forward: Forward) -> Vectors:
+        """Return the vectors or logits of the check texts. Raises `NotReadyError` if memory is insufficient for one."""
+        return self._run_in_parts(forward, self.texts)
+
+    def choose_attention(self, forward: Forward, precision: PrecisionInfo) -> tuple[str, Vectors]:
+        """Let `forward` use packed attention if the result equals that of padded attention.
+
+        Returns the reason, and what `run` returns with the chosen attention.
+        """
+        padded = self.run(forward)
         try:
             forward.pack()
-            batched = self._run_in_parts(forward, self.texts)
+            batched = self.run(forward)
             isolated = np.concatenate([forward(self.texts.take([index])) for index in range(len(self.texts))])
         except Exception as error:  # architectures reject packing with various errors; padding works for all
             if isinstance(error, NotReadyError) or memory.is_insufficient(error):
@@ -82,20 +89,20 @@ class Checks:
             limits = _MAX_LOGIT_ERROR if self._rerank else _MAX_COSINE_DISTANCE
             errors = self._errors(batched, padded), self._errors(batched, isolated)
             if errors[0].max() <= limits[precision.effective] and errors[1].max() <= limits["isolated"]:
-                return "no padding; equals the padded result"
+                return "no padding; equals the padded result", batched
             worst = float(np.concatenate(errors).max())
             measure = f"relative logit error {worst:.4f}" if self._rerank else f"cosine {1 - worst:.4f}"
             reason = f"packed differs from padded ({measure})"
         log.warning("packed attention is not used: %s", reason)
         forward.pack(False)
-        return f"sorted by length; {reason}"
+        return f"sorted by length; {reason}", padded
 
-    def compare(self, forward: Forward, precision: PrecisionInfo) -> tuple[dict[str, Any], str | None]:
+    def compare(self, results: Vectors, precision: PrecisionInfo) -> tuple[dict[str, Any], str | None]:
         """Return the fields of `EngineInfo` about fidelity to fp32, and a warning if it is below the limit.
 
-        Raises `NotReadyError` for NaN or infinity, or if memory is insufficient for one of the texts.
+        `results`: what `run` returned. Raises `NotReadyError` for NaN or infinity.
         """
-        results, effective = self._run_in_parts(forward, self.texts), precision.effective
+        effective = precision.effective
         if bad := int((~finite_rows(results)).sum()):
             message = f"the model returns NaN or infinity for {bad} of {len(results)} check texts in {effective}"
             hints = {"fp32": "check the weights of the model", "bf16": "use `--precision fp32`"}

@@ -23,6 +23,8 @@ _PART_TOKENS = 64
 # A batch gets twice the threads if a text is then at least this many times faster; else more batches run at a time.
 _MIN_SPEEDUP = 1.4
 _TYPICAL_TOKENS = 64
+# Each number of threads runs this text up to eight times, or until this time (s) has passed, but at least three times.
+_RUNS, _LEAST_RUNS, _SECONDS = 8, 3, 0.3
 
 
 def choose_threads(forward: Forward, cores: int) -> int:
@@ -31,11 +33,12 @@ def choose_threads(forward: Forward, cores: int) -> int:
     chosen, seconds = 1, math.inf
     for threads in (1 << bit for bit in range(cores.bit_length())):
         torch.set_num_threads(threads)
-        times = []
-        for _ in range(8):
+        times: list[float] = []
+        while len(times) < _LEAST_RUNS or (len(times) < _RUNS and sum(times) < _SECONDS):
             started = time.perf_counter()
             forward(text)
             times.append(time.perf_counter() - started)
+        # The first two may do one-time work.
         if (median := statistics.median(times[2:])) * _MIN_SPEEDUP > seconds:
             break
         chosen, seconds = threads, median

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import os
-import platform
 import re
-from pathlib import Path
 
 import torch
 
@@ -14,7 +10,7 @@ from inferctl import catalog, precision
 from inferctl.errors import NotReadyError, UsageError, shown
 from inferctl.serve.engine_process import memory
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo, PrecisionInfo
-from inferctl.serve.engines import int8
+from inferctl.serve.engines import cpu, int8
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -51,10 +47,7 @@ def detect(wanted: str) -> tuple[torch.device, DeviceInfo, precision.DeviceTrait
             count=1 if ":" in wanted else count,
         )
         return device, info, precision.DeviceTraits("cuda", compute_capability=capability)
-    name, flags = _cpu_name_and_flags()
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    info = DeviceInfo("cpu", name, None, memory_bytes, usable_cores(), "cpu")
-    return torch.device("cpu"), info, precision.DeviceTraits("cpu", cpu_flags=flags)
+    return torch.device("cpu"), *cpu.detect()
 
 
 def equal(a: DeviceInfo, b: DeviceInfo) -> bool:
@@ -81,16 +74,6 @@ def _why_no_gpu() -> str:
     return "torch cannot use CUDA"
 
 
-def usable_cores() -> int:
-    """Return how many cores this process can use: its affinity, limited by the CPU quota (cgroup v2) rounded up."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):
-        return cores
-
-
 def choose(wanted: str, traits: precision.DeviceTraits) -> tuple[PrecisionInfo, torch.dtype]:
     """Return the precision to use and the number format of its activations.
 
@@ -114,10 +97,3 @@ def choose(wanted: str, traits: precision.DeviceTraits) -> tuple[PrecisionInfo, 
     if effective == "fp32" and tf32:
         reason += "; matrix products in TF32 (10 bits of mantissa), which the environment or torch's settings enable"
     return PrecisionInfo(wanted, effective, support.level, reason, tf32=tf32), _DTYPES[effective]
-
-
-def _cpu_name_and_flags() -> tuple[str, frozenset[str]]:
-    file = Path("/proc/cpuinfo")
-    fields = dict(re.findall(r"^([\w ]+?)\s*:(.*)$", file.read_text() if file.exists() else "", re.MULTILINE))
-    flags = fields.get("flags") or fields.get("Features", "")
-    return fields.get("model name", platform.machine()).strip(), frozenset(flags.split())

