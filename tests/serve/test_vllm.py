@@ -70,8 +70,10 @@ def serving(folder: Path, spec: dict[str, Any]) -> Iterator[Running]:
         until(lambda: announce.exists() or process.poll() is not None, 280)
         assert process.poll() is None, log.read_text()[-3000:]
         yield Running(json.loads(announce.read_text())["url"], process, log)
+        size = log.stat().st_size
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
+        assert "Traceback" not in (said := log.read_text()[size:]), said
     finally:
         process.kill()
 

@@ -92,9 +92,13 @@ class VllmProcess:
         return await self._process.wait()
 
     async def end(self, gently: bool = True) -> None:
-        """End the process and its children: with SIGTERM if `gently`, with SIGKILL what remains."""
+        """End the process and its children: with SIGTERM if `gently`, with SIGKILL what remains.
+
+        SIGTERM is for the process alone. It ends its engine, and would report the death of one that ends before it.
+        """
         if gently and self.running:
-            self._signal(signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), _TERMINATE_S)
         self.kill()
