@@ -115,13 +115,20 @@ def test_the_report_shows_the_receipts_numbers(tmp_path: Path) -> None:
         figures = one.data["summary"]
         for key in ("p50", "p90"):
             p = figures["latency_ms"][key]
-            assert f"{p['value']:.2f}{p['low']:.2f} – {p['high']:.2f}" in text
+            value, low, high = (html.milliseconds(p[name]) for name in ("value", "low", "high"))
+            assert f"{value}{low} – {high}" in text
         assert f"{figures['requests_per_s']:.2f}" in text
         assert f"{figures['tokens_per_s']:,.0f}" in text
         assert one.data["seal"][:16] in text
     assert "not enough samples85 of 368" in text
     assert "not measured here: the hardware measured is Test CPU" in text
     assert "not run: bitsandbytes is not installed" in text
+
+
+def test_large_latencies_have_no_decimals() -> None:
+    assert [html.milliseconds(value) for value in (0.5, 12.345, 99.994, 123.45, 999.94, 1234.5, 13631.22)] == (
+        ["0.50", "12.35", "99.99", "123.5", "999.9", "1,234", "13,631"]
+    )
 
 
 def test_the_report_needs_no_network_and_every_chart_has_its_place(tmp_path: Path) -> None:

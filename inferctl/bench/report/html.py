@@ -35,6 +35,11 @@ def write(path: Path, result: Result, receipts: Sequence[Receipt]) -> Path:
     return path
 
 
+def milliseconds(value: float) -> str:
+    """Return the text of a latency in a table: two decimals below 100 ms, none from 1,000 ms on."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
 def render(result: Result, receipts: Sequence[Receipt]) -> str:
     """Return the page."""
     import jinja2
@@ -43,6 +48,7 @@ def render(result: Result, receipts: Sequence[Receipt]) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["milliseconds"] = milliseconds
     drawn = charts.all_charts(receipts, result.rows)
     document = result.as_dict()
     rows = [{**row, "runs_as": terminal.runs_as(row["precision"])} for row in document["rows"]]
