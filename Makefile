@@ -4,8 +4,8 @@ VENV ?= .venv
 MODEL := models/all-MiniLM-L6-v2
 GENERATOR := models/SmolLM2-135M-Instruct
 BIN := $(VENV)/bin
-# -n 3: tests wait for servers, loads and the Docker Engine, so two workers leave two cores idle.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup
+# -n 4: tests wait for servers, loads and the Docker Engine, so two or three workers leave two cores partly idle.
+PYTEST := $(BIN)/python -m pytest -n 4 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-generate test test-all nightly check golden docs

@@ -30,13 +30,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# Fixtures of a module that start a server or load a model.
+EXPENSIVE = {"cached", "checker", "echo", "expected", "guarded", "postgres", "reference", "server", "tenants"}
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Run tests that use the Docker Engine in one worker: BuildKit merges equal steps of concurrent builds.
 
-    Skip slow measurements unless `-m` names their marker.
+    The tests of a module that share an expensive fixture run in one worker too, so that it is set up once. Skip slow
+    measurements unless `-m` names their marker.
     """
-    if item.get_closest_marker("docker") and not item.get_closest_marker("xdist_group"):
-        item.add_marker(pytest.mark.xdist_group("docker"))
+    if not item.get_closest_marker("xdist_group"):
+        if item.get_closest_marker("docker"):
+            item.add_marker(pytest.mark.xdist_group("docker"))
+        elif EXPENSIVE & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if item.get_closest_marker("slow_measurement") and "slow_measurement" not in item.config.option.markexpr:
         item.add_marker(pytest.mark.skip(reason="takes minutes; `make nightly` runs it"))
 

@@ -58,7 +58,7 @@ def spec_file(base_image: str, wheels: Path, minilm: Path, tmp_path_factory: pyt
     spec = {
         "name": "minilm",
         "model": {"source": str(minilm)},
-        "serve": {"precision": "bf16", "max_batch_tokens": 4096},
+        "serve": {"precision": "bf16", "max_batch_tokens": 512},
         "image": {
             "repository": REPOSITORY,
             "base": "cpu",

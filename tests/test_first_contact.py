@@ -282,8 +282,9 @@ def test_a_bench_downloads_once_and_measures_the_real_server(here: Path, minilm:
     plan = {
         "name": "once",
         "load": {"mode": "closed", "users": 1, "duration_s": 2, "warmup_s": 0},
-        "configurations": [{"name": "fp32", "precision": "fp32"}, {"name": "bf16", "precision": "bf16"}],
-        "quality": {"corpus": "mixed", "texts": 100},
+        # auto is bf16 where the CPU has it. Emulated, bf16 would need a minute.
+        "configurations": [{"name": "fp32", "precision": "fp32"}, {"name": "auto", "precision": "auto"}],
+        "quality": {"corpus": "mixed", "texts": 50},
         "repeats": 1,
     }
     (here / "once.yaml").write_text(json.dumps(plan))
@@ -293,11 +294,11 @@ def test_a_bench_downloads_once_and_measures_the_real_server(here: Path, minilm:
     assert weights(hub) == ["model.safetensors"]
     assert done.stderr.startswith(f"downloading {DEFAULT}"), "before its servers start"
     rows = json.loads(done.stdout)["rows"]
-    assert [row["configuration"] for row in rows] == ["fp32", "bf16"], done.stderr
+    assert [row["configuration"] for row in rows] == ["fp32", "auto"], done.stderr
     assert done.returncode == (0 if all(row["valid"] for row in rows) else 5)
-    for row, precision in zip(rows, ("fp32", "bf16"), strict=True):
+    for row, precisions in zip(rows, ({"fp32"}, {"fp32", "bf16"}), strict=True):
         assert row["outcome"] == "measured", row["reason"]
-        assert row["precision"]["effective"] == precision
+        assert row["precision"]["effective"] in precisions
         assert row["cosine_mean"] > 0.999
         assert row["recall_at_10"] > 0.95
         assert row["tokens_per_s"] > row["requests_per_s"]

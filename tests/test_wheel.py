@@ -58,9 +58,10 @@ def test_the_wheel_contains_its_license_and_types(wheel: Path) -> None:
 
 @pytest.mark.slow
 def test_a_clean_environment_without_torch_can_init_check_and_render(wheel: Path, tmp_path: Path) -> None:
-    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel)
+    install = ("install", "--quiet", "--disable-pip-version-check", "--no-compile", wheel)
+    run(sys.executable, "-m", "pip", "--python", python, *install)
     command, work = tmp_path / "venv" / "bin" / "inferctl", tmp_path / "work"
     work.mkdir()
     assert run(command, "init", cwd=work).strip() == "inferctl.yaml"

@@ -235,12 +235,14 @@ def test_the_command_measures_a_reranker_and_rejects_two_tasks(answering: Callab
 
 
 def test_the_real_server_is_measured_and_its_scores_are_close_to_fp32(cross_encoder: Path, tmp_path: Path) -> None:
-    line = ["--model", str(cross_encoder), "--plan", SHORT_PLAN, "--duration", "2", "--json"]
+    # bf16 where the CPU has it. Emulated, it is many times slower.
+    options = ["--precision", "auto", "--duration", "2", "--json"]
+    line = ["--model", str(cross_encoder), "--plan", SHORT_PLAN, *options]
     done = command(*line, folder=tmp_path)
     (row,) = json.loads(done.stdout)["rows"]
     assert row["outcome"] == "measured", row["reason"]
     assert done.returncode == (0 if row["valid"] else 5)
-    assert (row["task"], row["precision"]["effective"]) == ("rerank", "bf16")
+    assert row["task"] == "rerank" and row["precision"]["effective"] in ("fp32", "bf16")
     assert row["pairs_per_s"] == pytest.approx(16 * row["requests_per_s"], rel=0.001)
     assert row["tokens_per_s"] > 16 * row["pairs_per_s"]
     assert row["quality"]["passes"] and row["quality"]["texts"] == 96

@@ -43,6 +43,15 @@ def end(source: str, first: int, number: int, *, clean: bool) -> Batch:
     return Batch(source, first, number, time_ms, cloud_event.end(number, time_ms, clean=clean), 1)
 
 
+def _stopped(pid: int) -> bool:
+    """Whether no thread of a process runs any more: after SIGSTOP, one may still answer on a busy machine."""
+    try:
+        stats = [file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except OSError:  # it ended
+        return True
+    return all(stat.rpartition(")")[2].split()[0] in "TZX" for stat in stats)
+
+
 @dataclass
 class Part:
     """A process that a test starts, stops and kills."""
@@ -63,6 +72,8 @@ class Part:
         for each in (pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(each, number)
+                while number == signal.SIGSTOP and not _stopped(each):
+                    time.sleep(0.01)
 
     def kill(self) -> None:
         if self.process and self.process.poll() is None:

@@ -185,7 +185,7 @@ def tenants(
         keys = [add(folder / "keys.json", name)[1] for name in ("first", "second")]
         cache = {"size": "1MiB", "shared": valkey.url}
         access = {"keys": str(folder / "keys.json"), "open": ["metrics"]}
-        file = spec(folder, model, cache=cache, access=access, serve={"precision": precision})
+        file = spec(folder, model, cache=cache, access=access, serve={"precision": precision, "max_batch_tokens": 256})
         server = start(folder, "--spec", str(file))
         found.append(Tenants(server, (keys[0], keys[1]), 0.02 if precision == "bf16" else 1e-4))
     yield found
