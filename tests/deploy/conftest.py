@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -28,9 +30,14 @@ def kustomize(folder: Path) -> str:
     return done.stdout
 
 
+def parsed(text: str) -> Objects:
+    """Return the objects in the documents of `text`."""
+    return [each for each in yaml.load_all(text, yaml.CSafeLoader) if each]
+
+
 def objects(folder: Path) -> Objects:
     """Return the objects that `kubectl kustomize` builds from `folder`."""
-    return [each for each in yaml.load_all(kustomize(folder), yaml.CSafeLoader) if each]
+    return parsed(kustomize(folder))
 
 
 def write(texts: dict[str, str], folder: Path) -> Path:
@@ -41,14 +48,16 @@ def write(texts: dict[str, str], folder: Path) -> Path:
     return folder
 
 
+@functools.cache
+def _built(texts: frozenset[tuple[str, str]], folder: str) -> str:
+    with tempfile.TemporaryDirectory() as place:
+        return kustomize(write(dict(texts), Path(place)) / folder)
+
+
 @pytest.fixture
-def build(tmp_path: Path) -> Callable[[dict[str, str], str], Objects]:
-    """Write the files of a deployment, build one of its folders, and return the objects."""
-
-    def run(files: dict[str, str], folder: str) -> Objects:
-        return objects(write(files, tmp_path) / folder)
-
-    return run
+def build() -> Callable[[dict[str, str], str], Objects]:
+    """Build a folder of the files of a deployment, and return the objects. Equal files are built once."""
+    return lambda files, folder: parsed(_built(frozenset(files.items()), folder))
 
 
 @contextlib.contextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 from inferctl import model
+from inferctl.deploy import layout
 from inferctl.deploy.clusters import Cluster, Clusters
 from inferctl.deploy.plan import Plan
 from inferctl.deploy.resolve import Source, resolve
@@ -143,6 +145,16 @@ def plan(*specs: Spec, clusters: list[dict[str, Any]] | None = None, kubernetes:
     """Return the plan of `specs`; of an embedding and a generation model in three clusters without any."""
     sources = [_source(spec) for spec in specs or (embed(), generate())]
     return resolve(sources, _clusters(CLUSTERS if clusters is None else clusters), kubernetes)
+
+
+@functools.cache
+def _files() -> dict[str, str]:
+    return layout.files(plan())
+
+
+def files() -> dict[str, str]:
+    """Return the files of `plan()`, rendered once."""
+    return dict(_files())
 
 
 def _clusters(rows: list[dict[str, Any]]) -> tuple[Cluster, ...]:

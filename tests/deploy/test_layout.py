@@ -51,7 +51,7 @@ def test_every_object_is_valid_in_every_version(version: str, build: Build) -> N
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_each_overlay_is_complete_and_has_each_object_once(overlay: str, build: Build) -> None:
-    built = build(layout.files(plans.plan()), overlay)
+    built = build(plans.files(), overlay)
     names = [(each["kind"], each["metadata"].get("namespace"), each["metadata"]["name"]) for each in built]
     assert len(names) == len(set(names))
     kinds = {each["kind"] for each in built}
@@ -70,7 +70,7 @@ def test_equal_plans_give_equal_files() -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_selectors_find_their_pods(overlay: str, build: Build) -> None:
-    built = build(layout.files(plans.plan()), overlay)
+    built = build(plans.files(), overlay)
     templates = [each["spec"]["template"]["metadata"]["labels"] for each in built if each["kind"] == "Deployment"]
     ports = {port["name"] for _, pod in pods(built) for each in pod["containers"] for port in each.get("ports", ())}
     for each in built:
@@ -97,7 +97,7 @@ def test_selectors_find_their_pods(overlay: str, build: Build) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_pod_is_restricted(overlay: str, build: Build) -> None:
-    files = layout.files(plans.plan())
+    files = plans.files()
     built = [*build(files, overlay), *build(files, overlay.replace("overlays", "bench"))]
     found = list(pods(built))
     assert len(found) >= 5
@@ -121,7 +121,7 @@ def test_every_pod_is_restricted(overlay: str, build: Build) -> None:
 
 
 def test_no_object_contains_a_secret(build: Build) -> None:
-    built = [each for overlay in OVERLAYS for each in build(layout.files(plans.plan()), overlay)]
+    built = [each for overlay in OVERLAYS for each in build(plans.files(), overlay)]
     assert not [each for each in built if each["kind"] == "Secret"]
     server = named(built[: len(built) // 3], "Deployment", "embed-a100-half")["spec"]["template"]["spec"]
     (keys,) = (volume for volume in server["volumes"] if volume["name"] == "keys")
@@ -147,7 +147,7 @@ def test_probes_and_grace_come_from_measured_times(build: Build) -> None:
 
 
 def test_a_slice_is_a_resource_of_its_own_where_the_device_plugin_has_it(build: Build) -> None:
-    files = layout.files(plans.plan())
+    files = plans.files()
     aws, gcp = (
         named(build(files, overlay), "Deployment", "embed-a100-half")["spec"]["template"]["spec"]
         for overlay in (OVERLAYS[0], OVERLAYS[2])
@@ -180,7 +180,7 @@ def test_a_slice_is_a_resource_of_its_own_where_the_device_plugin_has_it(build: 
 
 
 def test_a_flavor_is_absent_where_its_hardware_is(build: Build) -> None:
-    files = layout.files(plans.plan())
+    files = plans.files()
     names = {
         overlay: {each["metadata"]["name"] for each in build(files, overlay) if each["kind"] == "Deployment"}
         for overlay in OVERLAYS
@@ -213,7 +213,7 @@ def test_the_quota_covers_maximum_rollout_and_overflow(build: Build) -> None:
 
 
 def test_the_gateway_stands_between_clients_and_servers(build: Build) -> None:
-    built = build(layout.files(plans.plan()), OVERLAYS[0])
+    built = build(plans.files(), OVERLAYS[0])
     ingress = named(built, "NetworkPolicy", "embed-server")["spec"]["ingress"]
     labels = {"app.kubernetes.io/name": "embed", "app.kubernetes.io/component": "gateway"}
     assert [source["podSelector"]["matchLabels"] for rule in ingress for source in rule["from"]] == [labels]
@@ -228,7 +228,7 @@ def test_the_gateway_stands_between_clients_and_servers(build: Build) -> None:
 
 
 def test_clients_of_the_namespace_and_name_servers_are_reached(build: Build) -> None:
-    built = build(layout.files(plans.plan()), OVERLAYS[0])
+    built = build(plans.files(), OVERLAYS[0])
     dns = named(built, "NetworkPolicy", "allow-dns")["spec"]
     # Name servers are pods, the node itself (EKS Auto Mode) or 169.254.169.254 (GKE), so there is no selector.
     assert dns == {

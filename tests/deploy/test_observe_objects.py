@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from inferctl.deploy import layout
 from inferctl.deploy.observe.objects import watched
 from tests.deploy import plans
 from tests.deploy.conftest import Objects
@@ -27,7 +26,7 @@ def of_kind(objects: Objects, kind: str) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(params=OVERLAYS)
 def built(request: pytest.FixtureRequest, build: Build) -> Objects:
-    return build(layout.files(plans.plan()), request.param)
+    return build(plans.files(), request.param)
 
 
 def rules_of(built: Objects, model: str) -> list[dict[str, Any]]:
@@ -98,7 +97,7 @@ def test_what_is_watched_follows_the_plan() -> None:
 
 
 def test_plain_files_are_next_to_the_objects(tmp_path: Path) -> None:
-    files = layout.files(plans.plan())
+    files = plans.files()
     rules = json.loads(files["monitoring/embed-alerts.json"])
     assert rules["groups"][0]["rules"]
     assert json.loads(files["monitoring/embed-dashboard.json"])["panels"]

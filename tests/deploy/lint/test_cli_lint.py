@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 
 from inferctl import cli
-from inferctl.deploy import layout, lint
+from inferctl.deploy import lint
 from tests.deploy import plans
 from tests.deploy.conftest import write
 from tests.deploy.lint import seeded
@@ -215,7 +215,7 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], arguments: list[str], 
 def test_a_kustomize_tree_is_built_and_checked_overlay_by_overlay(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    tree = write(layout.files(plans.plan()), tmp_path / "tree")
+    tree = write(plans.files(), tmp_path / "tree")
     code, out, err = run(capsys, "--lint", str(tree))
     assert (code, out) == (0, "")
     assert "0 errors" in err

@@ -11,6 +11,8 @@ import yaml
 
 from inferctl import cli
 
+# One preview for all tests.
+pytestmark = pytest.mark.xdist_group("preview_example")
 EXAMPLE = Path(__file__).resolve().parents[3] / "docs" / "examples" / "kubernetes"
 
 
