@@ -4,8 +4,8 @@ VENV ?= .venv
 MODEL := models/all-MiniLM-L6-v2
 GENERATOR := models/SmolLM2-135M-Instruct
 BIN := $(VENV)/bin
-# -n 4: tests wait for servers, loads and the Docker Engine, so two or three workers leave two cores partly idle.
-PYTEST := $(BIN)/python -m pytest -n 4 --dist loadgroup
+# -n 5: tests wait for servers, loads and the Docker Engine, so fewer workers leave two cores partly idle.
+PYTEST := $(BIN)/python -m pytest -n 5 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-generate test test-all nightly check golden docs
@@ -20,10 +20,10 @@ demo: $(VENV)/.demo model  ## benchmark a real model in fp16, bf16 and int8 and 
 demo-generate: $(VENV)/.vllm generator  ## serve a real language model with vLLM on the CPU, chat, benchmark it
 	$(BIN)/python benchmarks/demo_generate.py $(GENERATOR)
 
-test: check model  ## run lint, type checks and all tests that need neither Docker nor vLLM; list skipped tests
-	$(PYTEST) -m "not docker and not vllm"
+test: check model  ## run lint, type checks and all tests but the slow ones and those that need Docker or vLLM
+	$(PYTEST) -m "not docker and not vllm and not slow and not slow_measurement"
 
-test-all: check model $(VENV)/.vllm generator  ## run lint, type checks and all tests that this machine supports
+test-all: check model $(VENV)/.vllm generator  ## run all tests that this machine supports; list skipped tests
 	$(PYTEST)
 
 nightly: $(VENV)/.dev model  ## run the tests that take minutes: measurements and searches with many examples

@@ -102,6 +102,7 @@ def test_missing_locks_have_a_hint_with_the_command(tmp_path: Path) -> None:
     assert "torch.txt not found" in caught.value.message
 
 
+@pytest.mark.slow
 @USES_WHEELS
 def test_a_wheel_folder_resolves_to_its_versions(wheels: Path, tmp_path: Path) -> None:
     """The folder of the fixture has the versions of the shipped locks."""

@@ -90,6 +90,7 @@ def test_there_is_no_capacity_file_of_generation(measured: dict[str, Any], capsy
     assert "is of generation, which has no capacity file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_search_finds_the_rate_at_which_the_bounds_hold(server: str, tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text(

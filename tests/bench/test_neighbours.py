@@ -208,6 +208,7 @@ def receipt_of(work: runner.Bench) -> dict[str, Any]:
     return receipt.load(work.output / "receipts" / "fp32.json").data
 
 
+@pytest.mark.slow
 def test_a_pair_measures_both_ways_and_records_what_the_neighbours_did(tmp_path: Path) -> None:
     found = receipt_of(bench(tmp_path, 2, 2))
     section = found["neighbours"]

@@ -234,6 +234,7 @@ def test_the_command_measures_a_reranker_and_rejects_two_tasks(answering: Callab
     assert "the targets have different tasks: mine: rerank, other: embed" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_real_server_is_measured_and_its_scores_are_close_to_fp32(cross_encoder: Path, tmp_path: Path) -> None:
     # bf16 where the CPU has it. Emulated, it is many times slower.
     options = ["--precision", "auto", "--duration", "2", "--json"]

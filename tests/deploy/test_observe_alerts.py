@@ -319,6 +319,7 @@ def test_promtool_accepts_the_rules(promtool: str, watched: Watched, tmp_path: P
     run(promtool, "check", "rules", "--lint=all", "--lint-fatal", str(tmp_path / "rules.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("watched", [EMBED, CHAT], ids=lambda watched: watched.name)
 def test_each_fault_fires_its_alerts_and_no_others(promtool: str, watched: Watched, tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_text(json.dumps(groups(watched)))

@@ -107,6 +107,7 @@ def test_every_row_is_estimated_within_its_limit(part: str, precision: str, data
         assert 1.15 * min(given) >= offline or not server.meets_slo(1.15 * min(given), rows.SLO)
 
 
+@pytest.mark.slow
 def test_the_band_of_a_part_contains_nine_of_ten_unseen_rows(data: dict, samples) -> None:
     """Rounds 1.1 and 2.0 are in no fit and no band. At most 1 of 10 rows of each scenario may be outside.
 

@@ -111,6 +111,7 @@ def fleet(
         stop(server)
 
 
+@pytest.mark.slow
 def test_three_servers_apply_one_limit_with_and_without_the_broker(fleet: Fleet, nats: Nats) -> None:
     _, probe = fleet.add(requests_per_minute=100_000)
     until(lambda: fleet.shared(probe), 20)
@@ -135,6 +136,7 @@ def test_three_servers_apply_one_limit_with_and_without_the_broker(fleet: Fleet,
     assert "Traceback" not in logs
 
 
+@pytest.mark.slow
 def test_the_broker_goes_while_a_key_is_used(fleet: Fleet, nats: Nats) -> None:
     """Silent, not closed: the connections stay open. Together, the servers stay below the limit at any time."""
     _, probe = fleet.add(requests_per_minute=100_000)

@@ -113,6 +113,7 @@ def test_the_broker_keeps_events_while_the_ledger_is_gone(fleet: Fleet) -> None:
     assert fleet.requests() == 300
 
 
+@pytest.mark.slow
 def test_a_killed_broker_whose_store_is_wiped_loses_nothing(fleet: Fleet, nats: Nats) -> None:
     fleet.record(300)
     fleet.start("publish")
