@@ -23,8 +23,8 @@ _PART_TOKENS = 64
 # A batch gets twice the threads if a text is then at least this many times faster; else more batches run at a time.
 _MIN_SPEEDUP = 1.4
 _TYPICAL_TOKENS = 64
-# Each number of threads runs this text up to eight times, or until this time (s) has passed, but at least three times.
-_RUNS, _LEAST_RUNS, _SECONDS = 8, 3, 0.3
+# Each number of threads runs this text up to eight times, or until this time (s) has passed, but at least four times.
+_RUNS, _LEAST_RUNS, _SECONDS = 8, 4, 0.3
 
 
 def choose_threads(forward: Forward, cores: int) -> int:
