@@ -97,7 +97,9 @@ def test_what_no_server_sends_changes_nothing(
     with caplog.at_level(logging.WARNING):
         receive(exchange, *[orjson.dumps(message(**fields))] * 50)
     assert (limiter._heard, limiter._usages) == ({}, {})
-    assert len(caplog.records) == 1, "not one line for each message"
+    # asyncio may log what a client of an earlier test left.
+    ours = [record for record in caplog.records if record.name.startswith("inferctl")]
+    assert len(ours) == 1, "not one line for each message"
     receive(exchange, orjson.dumps(message()))
     assert set(limiter._heard) == {SENDER}
 
