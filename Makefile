@@ -4,8 +4,8 @@ VENV ?= .venv
 MODEL := models/all-MiniLM-L6-v2
 GENERATOR := models/SmolLM2-135M-Instruct
 BIN := $(VENV)/bin
-# -n 4: tests wait for servers, loads and the Docker Engine, so fewer workers leave two cores partly idle. With five, the
-# same tests took 15% more CPU time, and more of them failed for lack of it.
+# -n 4: tests wait for servers, loads and the Docker Engine, so fewer workers leave two cores partly idle. With five,
+# the same tests took 15% more CPU time.
 PYTEST := $(BIN)/python -m pytest -n 4 --dist loadgroup
 
 .DEFAULT_GOAL := help
