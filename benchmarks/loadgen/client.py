@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import gevent
+import gevent.socket
 from geventhttpclient._parser import HTTPResponseParser
 
 from loadgen.recorder import CONNECTION, HTTP_ERROR, OK, TIMEOUT
@@ -355,7 +356,7 @@ class Client:
 
     def _connect(self, request: PendingRequest) -> None:
         try:
-            connected = socket.create_connection((self.host, self.port), self.timeout_s)
+            connected = gevent.socket.create_connection((self.host, self.port), self.timeout_s)
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             stream = PlainStream(connected)
             if self.tls:

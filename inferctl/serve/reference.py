@@ -33,6 +33,7 @@ from typing import Any, NoReturn
 from inferctl import model
 from inferctl.errors import UsageError
 from inferctl.serve import task_config
+from inferctl.serve.engines import hide_scikit_learn
 from inferctl.serve.main import exit_with
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool
@@ -123,6 +124,7 @@ def main() -> int:
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "PASSIVE"
     )  # spare a server on the same cores; torch reads it when it loads
+    hide_scikit_learn()
     parser = _Parser(add_help=False)
     parser.add_argument("source")
     parser.add_argument("--task", choices=("auto", "embed", "rerank", "generate"), default="auto")

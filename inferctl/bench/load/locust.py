@@ -29,6 +29,9 @@ WORKERS_S = 300
 _PORT_S = 60.0
 # Exit codes of a process that cannot write a file (`exit_on_write_error` in benchmarks/loadgen/recorder.py).
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+# gevent looks for plugins in all installed packages for each module that it patches: with 290 packages, half of the
+# start. The load generator uses gevent directly. A master waits for its workers with the patched `time.sleep`.
+_UNPATCHED = {"LOCUST_SKIP_MONKEY_PATCH": "1"}
 # How long the master may take to stop its workers: Locust waits 0.5 s for their last messages.
 _QUIT_S = 3.0
 
@@ -45,14 +48,17 @@ class Processes:
         self._folder, self._remote = folder, remote
         self._all: list[subprocess.Popen[bytes]] = []
 
-    def start(self, arguments: Sequence[str], description: Path) -> None:
-        """Start a process. The first one logs to locust.log, the others to locust-1.log and so on."""
-        environment = clean_environment() | {LOAD_FILE: str(description), HEADERS: self._headers}
+    def start(self, arguments: Sequence[str], description: Path, variables: Mapping[str, str] | None = None) -> None:
+        """Start a process. The first one logs to locust.log, the others to locust-1.log and so on.
+
+        `variables` are added to its environment.
+        """
+        own = {LOAD_FILE: str(description), HEADERS: self._headers, **(variables or {})}
         with self._log_of(len(self._all)).open("wb") as stream:
             self._all.append(
                 subprocess.Popen(
                     arguments,
-                    env=environment,
+                    env=clean_environment() | own,
                     cwd=self._folder,
                     stdin=subprocess.DEVNULL,
                     stdout=stream,
@@ -124,7 +130,7 @@ def processes(
     group = Processes(folder, bool(load.remote_workers), headers)
     try:
         if load.workers == 1 and not load.remote_workers:
-            group.start(command(_users(load)), description)
+            group.start(command(_users(load)), description, _UNPATCHED)
         else:
             group.start(command(_users(load), _master(load)), description)
             port = _port(group, folder)

@@ -23,6 +23,7 @@ from inferctl.serve import logs
 from inferctl.serve.engine_process import frames, gpu_errors, memory
 from inferctl.serve.engine_process.engine_protocol import Batch, Engine, EngineConfig
 from inferctl.serve.engine_process.frames import Kind
+from inferctl.serve.engines import hide_scikit_learn
 
 log = logging.getLogger("inferctl.engine")
 
@@ -106,9 +107,7 @@ def _send(stream: BufferedIOBase, frame: bytes) -> None:
 
 def main() -> None:
     """Run the engine process."""
-    # transformers imports scikit-learn if it is installed, for methods that no engine uses: a second of each start.
-    # With None, Python finds no such package.
-    sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
+    hide_scikit_learn()
     # These signals reach the whole process group. The API process decides when the engine ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
