@@ -32,17 +32,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Fixtures of a module that start a server or load a model.
 EXPENSIVE = {"cached", "checker", "echo", "expected", "guarded", "postgres", "reference", "server", "tenants"}
+# Modules that use torch in the process of the tests. Its import and that of transformers take 5 s of CPU time.
+TORCH = {
+    "test_checkpoints",
+    "test_cross_encoder",
+    "test_encoder",
+    "test_generation_quality",
+    "test_next_tokens",
+    "test_onednn",
+    "test_pairs",
+    "test_rerank",
+    "test_varlen",
+}
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Run tests that use the Docker Engine in one worker: BuildKit merges equal steps of concurrent builds.
 
-    The tests of a module that share an expensive fixture run in one worker too, so that it is set up once. Skip slow
-    measurements unless `-m` names their marker.
+    Tests that use torch run in one worker too, so that it is imported once, and so do the tests of a module that share
+    an expensive fixture. Skip slow measurements unless `-m` names their marker.
     """
     if not item.get_closest_marker("xdist_group"):
         if item.get_closest_marker("docker"):
             item.add_marker(pytest.mark.xdist_group("docker"))
+        elif item.path.stem in TORCH:
+            item.add_marker(pytest.mark.xdist_group("torch"))
         elif EXPENSIVE & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if item.get_closest_marker("slow_measurement") and "slow_measurement" not in item.config.option.markexpr:

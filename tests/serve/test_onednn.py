@@ -6,43 +6,53 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers.activations import ACT2FN
 
 from inferctl.errors import NotReadyError
 from inferctl.serve.engine_process.engine_protocol import EngineConfig
-from inferctl.serve.engines import onednn
-from inferctl.serve.engines.encoder import EncoderEngine
 from tests.serve.test_encoder import batch, plain, sequences
 
-HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="oneDNN has no bf16 on this CPU")
+
+@pytest.fixture(autouse=True)
+def _bf16(request: pytest.FixtureRequest) -> None:
+    """Skip the test if it has the parameter bf16 and oneDNN has no bf16 on this CPU."""
+    import torch
+
+    parameters = getattr(request.node, "callspec", None)
+    if parameters and "bf16" in parameters.params.values() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bf16 on this CPU")
 
 
-class Block(torch.nn.Module):
-    def __init__(self, gelu: bool, dtype: torch.dtype) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.dtype = dtype
-        self.dense = torch.nn.Linear(64, 96, dtype=dtype)
-        self.intermediate_act_fn = ACT2FN["gelu"] if gelu else torch.nn.Identity()
+def make_block(gelu: bool, dtype: Any) -> Any:
+    """Return a linear layer and its activation, as in an encoder."""
+    import torch
+    from transformers.activations import ACT2FN
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.intermediate_act_fn(self.dense(x)).float()
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.dtype = dtype
+            self.dense = torch.nn.Linear(64, 96, dtype=dtype)
+            self.intermediate_act_fn = ACT2FN["gelu"] if gelu else torch.nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.intermediate_act_fn(self.dense(x)).float()
+
+    return Block()
 
 
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "int8", "tolerance"),
-    [
-        (torch.float32, False, 1e-5),
-        (torch.float32, True, 0.04),
-        pytest.param(torch.bfloat16, False, 0.02, marks=needs_bf16),
-        pytest.param(torch.bfloat16, True, 0.04, marks=needs_bf16),
-    ],
+    ("precision", "int8", "tolerance"),
+    [("fp32", False, 1e-5), ("fp32", True, 0.04), ("bf16", False, 0.02), ("bf16", True, 0.04)],
 )
-def test_packed_linear_layers_equal_plain_ones(dtype: torch.dtype, int8: bool, tolerance: float, gelu: bool) -> None:
-    block = Block(gelu, dtype)
+def test_packed_linear_layers_equal_plain_ones(precision: str, int8: bool, tolerance: float, gelu: bool) -> None:
+    import torch
+
+    from inferctl.serve.engines import onednn
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    block = make_block(gelu, dtype)
     x = torch.randn(1, 50, 64, dtype=dtype)
     x[0, 7] *= 50  # one token with large activations must not make the others inaccurate
     given = x.clone()
@@ -59,6 +69,10 @@ def test_packed_linear_layers_equal_plain_ones(dtype: torch.dtype, int8: bool, t
 @pytest.mark.parametrize("levels", [None, 63])
 def test_large_products_of_int8_do_not_overflow(levels: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without VNNI, two products of 8 bits do not fit into the 16 bits of their sum. None: as on this CPU."""
+    import torch
+
+    from inferctl.serve.engines import onednn
+
     if levels is not None:
         monkeypatch.setattr(onednn, "_weight_levels", lambda: levels)
     linear = torch.nn.Linear(64, 64)
@@ -71,17 +85,25 @@ def test_large_products_of_int8_do_not_overflow(levels: int | None, monkeypatch:
 
 
 def test_public_operators_quantize_like_the_deprecated_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from inferctl.serve.engines import onednn
+
     x = torch.linspace(-127, 127, 4096).view(8, 512)
     expected = onednn._quantized(x.clone())
     monkeypatch.delattr(torch, "quantize_per_tensor")
     assert torch.equal(onednn._quantized(x.clone()), expected)
 
 
-@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=needs_bf16), "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
 @pytest.mark.parametrize("failure", ["missing", "changed"])
 def test_without_the_private_operators_bf16_uses_plain_layers_and_int8_does_not_start(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, precision: str, failure: str
 ) -> None:
+    import torch
+
+    from inferctl.serve.engines.encoder import EncoderEngine
+
     def changed(*_: Any) -> None:
         raise TypeError("unexpected number of arguments")
 

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizer, XLMRobertaTokenizer
 
 from inferctl.serve import embedding_config, tokenizer_pool
 from inferctl.serve.embedding_config import EmbeddingConfig
@@ -37,12 +36,16 @@ def byte_level(special: list[str]) -> Tokenizer:
 
 
 def roberta() -> Any:
+    from transformers import RobertaTokenizer
+
     tokenizer = byte_level(SPECIAL)
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     return RobertaTokenizer(vocab=tokenizer.get_vocab(), merges=merges)
 
 
 def xlm_roberta() -> Any:
+    from transformers import XLMRobertaTokenizer
+
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
@@ -52,6 +55,8 @@ def xlm_roberta() -> Any:
 
 
 def modernbert() -> Any:
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = byte_level(["[CLS]", "[SEP]"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
@@ -75,6 +80,8 @@ def folder(minilm: Path, tmp_path_factory: pytest.TempPathFactory, request: pyte
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> Any:
     """The tokenizer that a CrossEncoder of sentence-transformers uses."""
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(folder)
 
 

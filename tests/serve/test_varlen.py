@@ -12,15 +12,9 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from torch.nn.functional import scaled_dot_product_attention  # noqa: E402  # torch may be missing
-
-from inferctl.serve.engine_process.engine_protocol import EngineConfig  # noqa: E402
-from inferctl.serve.engines import packed  # noqa: E402
-from inferctl.spec import Access  # noqa: E402
-from tests.serve.test_encoder import with_gpu  # noqa: E402
+from inferctl.serve.engine_process.engine_protocol import EngineConfig
+from inferctl.spec import Access
+from tests.serve.test_encoder import with_gpu
 
 LENGTHS = [33, 32, 32, 17, 16, 3, 1]
 
@@ -29,6 +23,9 @@ def per_sequence(
     rows: tuple[Any, Any, Any], lengths: list[int], scale: float | None, seen: Callable[[Any], Any]
 ) -> Any:
     """Return the attention of [tokens, heads, size], one sequence at a time. `seen` gets query minus key position."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
     query, key, value = rows
     k, v = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
     parts = []
@@ -98,6 +95,10 @@ def test_the_installed_kernel_has_the_recorded_signature() -> None:
 def test_packed_attention_equals_attention_per_sequence(
     monkeypatch: pytest.MonkeyPatch, path: str, causal: bool, kv_heads: int, scaling: float | None, window: int | None
 ) -> None:
+    import torch
+
+    from inferctl.serve.engines import packed
+
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_2_12_1)
     dtype = torch.bfloat16 if path == "bf16" else torch.float32
     torch.manual_seed(5)
@@ -121,6 +122,10 @@ def test_packed_attention_equals_attention_per_sequence(
 
 
 def test_long_sequences_are_not_padded() -> None:
+    import torch
+
+    from inferctl.serve.engines import packed
+
     assert packed.layout([512], torch.bfloat16).spread is not None
     assert packed.layout([513], torch.bfloat16).spread is None
 
@@ -136,6 +141,8 @@ def test_long_sequences_are_not_padded() -> None:
 def test_the_reason_for_padding_on_a_gpu_names_the_release_of_torch(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, release: str, kernel: Any, attention: str, reason: str
 ) -> None:
+    import torch
+
     from inferctl.serve import describe
     from inferctl.serve.engines.encoder import EncoderEngine
 
