@@ -685,9 +685,9 @@ def searched(url: str, folder: Path, settings: str) -> tuple[dict[str, Any], lis
 @pytest.mark.slow
 def test_a_search_of_a_server_is_in_its_receipt(answering: Callable[..., str], tmp_path: Path) -> None:
     url = answering("--median-ms", "4")
-    settings = "slo_p99_ms: 10000, probe_s: 2, max_probe_s: 2, max_probes: 3, start_rate: 210, max_rate: 220"
+    settings = "slo_p99_ms: 10000, probe_s: 2, max_probe_s: 2, max_probes: 3, start_rate: 60, max_rate: 66"
     result, said = searched(url, tmp_path, settings)
-    assert [probe["rate"] for probe in result["probes"]][:2] == [210, 220]
+    assert [probe["rate"] for probe in result["probes"]][:2] == [60, 66]
     # Without enough independent samples, as on a busy machine, no rate is confirmed.
     assert result["verdict"] in ("at least", "not confirmed", "n too small"), result
     assert any(one.startswith("mine") for one in said)
