@@ -38,7 +38,6 @@ LEFT_OUT = {
     "mdurl": "rich",
     "pygments": "rich",
     "docker": "builds of images",
-    "ruamel-yaml": "manifests of Kubernetes",
     "requests": "docker",
     "certifi": "requests",
     "charset-normalizer": "requests",

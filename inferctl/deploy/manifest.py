@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.scalarstring import DoubleQuotedScalarString, LiteralScalarString
+import yaml
 
 from inferctl.deploy.figure import Noted
 
 HEADER = "# Written by `inferctl deploy`. Change inferctl.yaml or clusters.yaml and run it again.\n"
 # Kubernetes reads YAML 1.1, where `on` and `y` are booleans, `1_000` is a number and `12:30` is a number in base 60.
+# In quotes, all line breaks of YAML but `\n` are escaped, so that a line of the text is a line of YAML.
 _AMBIGUOUS = re.compile(
-    r"(?i:y|n|yes|no|on|off|true|false|null|~|)|[-+]?\.?\d.*|(?i:[-+]?\.(?:inf|nan))|.*\s", re.DOTALL
+    r"(?i:y|n|yes|no|on|off|true|false|null|~|)|[-+]?\.?\d.*|(?i:[-+]?\.(?:inf|nan))|.*\s|.*[\r\x85\u2028\u2029].*",
+    re.DOTALL,
 )
 
 
@@ -41,51 +39,45 @@ def plain(value: Any) -> Any:
 
 
 def _document(value: Mapping[str, Any]) -> str:
-    stream = io.StringIO()
-    _writer().dump(_commented(value), stream)
-    return stream.getvalue()
+    # A folded line would lose its comment.
+    text: str = yaml.dump(value, Dumper=_Dumper, width=2**30, sort_keys=False, allow_unicode=True)
+    if not _has_note(value):
+        return text
+    lines = text.split("\n")
+    for number, note in _notes(value, yaml.compose(text, Loader=yaml.CSafeLoader)):
+        lines[number] += f" # {' '.join(note.split())}"
+    return "\n".join(lines)
 
 
-@cache
-def _writer() -> YAML:
-    writer = YAML()
-    writer.width = 4096  # a folded line would lose its comment
-    writer.indent(mapping=2, sequence=4, offset=2)
-    writer.representer.add_representer(type(None), _null)
-    return writer
-
-
-def _null(representer: Any, _: None) -> Any:
-    """Write `null` in full: in a patch, it removes a key, and an empty value looks like a mistake."""
-    return representer.represent_scalar("tag:yaml.org,2002:null", "null")
-
-
-def _commented(value: Any) -> Any:
+def _has_note(value: Any) -> bool:
     if isinstance(value, Mapping):
-        found = CommentedMap()
-        for key, inner in value.items():
-            found[_text(key)] = _commented(inner)
-            _note(found, inner, key)
-        return found
-    if isinstance(value, list | tuple):
-        items = CommentedSeq()
-        for index, inner in enumerate(value):
-            items.append(_commented(inner))
-            _note(items, inner, index)
-        return items
+        return any(map(_has_note, value.values()))
+    return isinstance(value, Noted) or (isinstance(value, list | tuple) and any(map(_has_note, value)))
+
+
+def _notes(value: Any, node: Any) -> Iterator[tuple[int, str]]:
+    """Yield the line of each noted value, from 0, and its note. `node` is what `value` was written as."""
     if isinstance(value, Noted):
-        return _commented(value.value)
-    return _text(value) if isinstance(value, str) else value
+        yield node.start_mark.line, value.note
+    elif isinstance(value, Mapping):
+        for inner, (_, written) in zip(value.values(), node.value, strict=True):
+            yield from _notes(inner, written)
+    elif isinstance(value, list | tuple):
+        for inner, written in zip(value, node.value, strict=True):
+            yield from _notes(inner, written)
 
 
-def _note(parent: CommentedMap | CommentedSeq, value: Any, key: Any) -> None:
-    if isinstance(value, Noted):
-        parent.yaml_add_eol_comment(" ".join(value.note.split()), key, column=0)
+class _Dumper(yaml.CSafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
-def _text(value: str) -> str:
-    if "\n" in value:
-        literal: str = LiteralScalarString(value)
-        return literal
-    quoted: str = DoubleQuotedScalarString(value) if _AMBIGUOUS.fullmatch(value) else value
-    return quoted
+def _text(dumper: yaml.CSafeDumper, value: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in value and not re.search(r"[\r\x85\u2028\u2029]", value) else None
+    if style is None and _AMBIGUOUS.fullmatch(value):
+        style = '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style)
+
+
+_Dumper.add_representer(str, _text)
+_Dumper.add_representer(Noted, lambda dumper, noted: dumper.represent_data(noted.value))

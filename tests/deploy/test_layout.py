@@ -6,14 +6,11 @@ import json
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from inferctl.deploy import layout, manifest
-from inferctl.deploy.figure import Noted
+from inferctl.deploy import layout
 from inferctl.errors import UsageError
 from tests.deploy import plans
 from tests.deploy.conftest import KUBECTL, Objects
@@ -333,28 +330,3 @@ def test_a_derived_number_has_its_origin_next_to_it() -> None:
     assert re.fullmatch(r"failureThreshold: 12 # .*ceil\(max\(30, 3 x 20\) / 5\).*deploy\.load_s", line)
     grace = [line for line in text.splitlines() if "terminationGracePeriodSeconds" in line]
     assert all(" # grace period: 5 + 1 + 25 + 5" in line for line in grace)
-
-
-def test_text_that_yaml_would_read_as_another_type_stays_text(tmp_path: Path) -> None:
-    values = [
-        "on",
-        "y",
-        "12",
-        "1e3",
-        "0x10",
-        "12:30",
-        "1_000",
-        "null",
-        "~",
-        "",
-        "true",
-        ".5",
-        "-1",
-        "2026-11-27",
-        "a: b",
-    ]
-    values += ["#x", "*", "a\nb\n", "a ", "{x}", "- a", "plain", "[a", "'", '"', "%d", "@x", "1.35", "off", "=", "<<"]
-    text = manifest.dump(
-        [{"values": values, "noted": Noted("1", "a\n note: # with signs"), **dict.fromkeys(values, 1)}]
-    )
-    assert yaml.safe_load(text) == {"values": values, "noted": "1", **dict.fromkeys(values, 1)}

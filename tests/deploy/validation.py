@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -25,6 +26,13 @@ _KUSTOMIZE = "kustomize.config.k8s.io"
 
 def problems(found: Mapping[str, Any], version: str) -> list[str]:
     """Return what the API server of `version` would reject in an object, as far as schemas and CEL rules know it."""
+    return list(_problems(json.dumps(found), version))
+
+
+@cache
+def _problems(text: str, version: str) -> list[str]:
+    """Check an object in JSON. Overlays share most objects, and kubernetes_validate reads its schema each time."""
+    found = json.loads(text)
     group = str(found["apiVersion"]).rpartition("/")[0]
     name = f"{found['kind']} {found['metadata']['name']}"
     if (schema := custom_resources().get((found["apiVersion"], found["kind"]))) is not None:
