@@ -53,7 +53,7 @@ def checkov(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkov")
     venv.create(folder, with_pip=True)
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, f"checkov=={VERSION}"], check=True)
+    subprocess.run([*pip, "--no-compile", f"checkov=={VERSION}"], check=True)
     return folder / "bin" / "checkov"
 
 

@@ -198,8 +198,10 @@ print("".join(part.choices[0].delta.content or "" for part in litellm.completion
 def older_clients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Environment with clients that require an older version of the package openai, in a folder of their own."""
     folder = str(tmp_path_factory.mktemp("clients"))
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", folder]
-    subprocess.run([*install, "litellm", "llama-index-llms-openai-like"], check=True, capture_output=True)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    subprocess.run(
+        [*install, "--target", folder, "litellm", "llama-index-llms-openai-like"], check=True, capture_output=True
+    )
     return os.environ | {"PYTHONPATH": folder}
 
 
