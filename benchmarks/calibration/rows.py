@@ -197,7 +197,7 @@ def simulate(row: Row, cost: Cost, samples: Samples) -> float:
     if row.scenario == "Offline":
         return server.offline().per_second
     if row.scenario == "SingleStream":
-        return server.single().percentile(0.90)
+        return server.single(0.90)
     return server.highest_rate(SLO)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -216,9 +216,8 @@ def under_load(
             *notes,
             f"requests/s is at most {scenario.front_rate:.0f} behind this front end: {front_end.load().machine}",
         ]
-    p50, p90, p99 = (
-        None if result is None else latency(q, (fitted, fast, slow), bool(reasons)) for q in (0.5, 0.9, 0.99)
-    )
+    percentiles = [None if each is None else each.percentile for each in (fitted, fast, slow)]
+    p50, p90, p99 = (None if result is None else latency(q, percentiles, bool(reasons)) for q in (0.5, 0.9, 0.99))
     return Estimate(
         hardware=calibrated.part.key,
         name=calibrated.part.name,
@@ -264,12 +263,12 @@ def capacity(calibrated: CalibratedPart, model: Transformer, scenario: Scenario)
     return found.capped(scenario.front_rate)
 
 
-def latency(q: float, simulations: Sequence[SimulationResult | None], bounded: bool) -> Range:
-    """Return a percentile in ms from three simulations: with the fitted times, the fast end and the slow end.
+def latency(q: float, percentiles: Sequence[Callable[[float], float] | None], bounded: bool) -> Range:
+    """Return a percentile in ms from those of three simulations: with the fitted times, at the fast and the slow end.
 
-    A simulation is None beyond saturation.
+    One is None beyond saturation.
     """
-    value, low, high = (None if result is None else result.percentile(q) * 1000 for result in simulations)
+    value, low, high = (None if percentile is None else percentile(q) * 1000 for percentile in percentiles)
     return Range.at_least(low or 0.0) if bounded else Range(value, value if low is None else low, high)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from inferctl.estimate.cost import Cost
-from inferctl.estimate.simulate import Simulation, SimulationResult
+from inferctl.estimate.simulate import Simulation, SimulationResult, percentile
 from inferctl.serve.scheduling.batcher import QueueLimits
 
 # With this many requests, the error of the p99 is about 3%. The first tenth is a warm-up and is not counted.
@@ -37,9 +38,13 @@ class SimulatedServer:
         """Run with all requests queued from the start."""
         return self._new().open([0.0] * len(self.requests))
 
-    def single(self) -> SimulationResult:
-        """Run one request after the other."""
-        return self._new().closed(1)
+    def single(self, q: float) -> float:
+        """Return the latency in seconds at the quantile `q` (0 to 1) of one request after the other."""
+        # Alone, requests with equal lengths take equally long, so each length is simulated once.
+        distinct = Counter(map(tuple, self.requests))
+        latencies = Simulation(self.cost, self.limits, list(distinct), self.slots, self.front).closed(1).latencies
+        repeated = zip(latencies, distinct.values(), strict=True)
+        return percentile([seconds for seconds, count in repeated for _ in range(count)], q)
 
     def closed(self, users: int) -> SimulationResult:
         """Run a closed loop of `users`, without a pause between a response and the next request."""
@@ -69,7 +74,7 @@ class SimulatedServer:
         It is 0 if a single request without load already exceeds `slo`. `most`: the saturation rate, if known.
         """
         most = most or self.offline().per_second
-        if self.single().percentile(q) > slo:
+        if self.single(q) > slo:
             return 0.0
         low, high = (most / 2, most) if self.meets_slo(most / 2, slo, q) else (0.0, most / 2)
         for _ in range(_STEPS):

@@ -36,13 +36,17 @@ class SimulationResult:
 
     def percentile(self, q: float) -> float:
         """Return the latency in seconds at the quantile `q` (0 to 1), as an order statistic."""
-        ordered = sorted(self.latencies)
-        return ordered[max(0, math.ceil(q * len(ordered)) - 1)]
+        return percentile(self.latencies, q)
 
     @property
     def per_second(self) -> float:
         """Completed requests per second."""
         return len(self.latencies) / self.seconds
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """Return the value at the quantile `q` (0 to 1), as an order statistic."""
+    return sorted(values)[max(0, math.ceil(q * len(values)) - 1)]
 
 
 class Simulation:

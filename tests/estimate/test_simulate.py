@@ -45,6 +45,15 @@ def test_a_user_sends_the_next_request_after_a_response() -> None:
     assert answers.per_second == pytest.approx(0.5)
 
 
+@given(st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=4), min_size=1, max_size=30), st.integers(1, 3))
+def test_the_latency_alone_is_that_of_one_request_after_the_other(requests: list[list[int]], slots: int) -> None:
+    limits = QueueLimits(400, UNBOUNDED)
+    answers = Simulation(COST, limits, requests, slots, front=0.1).closed(1)
+    server = SimulatedServer(COST, limits, requests, slots, front=0.1)
+    for q in (0.0, 0.5, 0.9, 1.0):
+        assert server.single(q) == pytest.approx(answers.percentile(q))
+
+
 def test_a_request_ends_with_its_last_text() -> None:
     assert Simulation(COST, QueueLimits(100, UNBOUNDED), [[100, 100]]).open([0.0]).latencies == pytest.approx([4.0])
 
