@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,7 @@ HEAVY = [
 ]
 
 
+@cache
 def imports(file: Path, *, at_run_time_only: bool = False) -> set[str]:
     """Return the dotted names that `file` imports, with `at_run_time_only` without those under TYPE_CHECKING."""
     tree = ast.parse(file.read_text(encoding="utf-8"))

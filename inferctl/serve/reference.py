@@ -33,7 +33,7 @@ from typing import Any, NoReturn
 from inferctl import model
 from inferctl.errors import UsageError
 from inferctl.serve import task_config
-from inferctl.serve.engines import hide_scikit_learn
+from inferctl.serve.engines.startup import hide_scikit_learn
 from inferctl.serve.main import exit_with
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool

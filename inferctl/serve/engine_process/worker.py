@@ -23,7 +23,7 @@ from inferctl.serve import logs
 from inferctl.serve.engine_process import frames, gpu_errors, memory
 from inferctl.serve.engine_process.engine_protocol import Batch, Engine, EngineConfig
 from inferctl.serve.engine_process.frames import Kind
-from inferctl.serve.engines import hide_scikit_learn
+from inferctl.serve.engines.startup import hide_scikit_learn
 
 log = logging.getLogger("inferctl.engine")
 
