@@ -30,11 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# Fixtures of a module that start a server or load a model.
-EXPENSIVE = {"cached", "checker", "echo", "expected", "guarded", "postgres", "reference", "server", "tenants"}
-# Modules that use torch in the process of the tests. Its import and that of transformers take 5 s of CPU time.
+# Fixtures that start a server. The tests of a module that use one run in one worker, so that it starts once.
+EXPENSIVE = {"cached", "echo", "guarded", "postgres", "server", "tenants"}
+# Modules that use torch in the process of the tests. Its import and that of transformers take 5 s of CPU time, so one
+# worker runs them.
 TORCH = {
     "test_checkpoints",
+    "test_cores",
     "test_cross_encoder",
     "test_encoder",
     "test_generation_quality",
@@ -47,10 +49,9 @@ TORCH = {
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Run tests that use the Docker Engine in one worker: BuildKit merges equal steps of concurrent builds.
+    """Choose the tests that run in one worker, and skip slow measurements unless `-m` names their marker.
 
-    Tests that use torch run in one worker too, so that it is imported once, and so do the tests of a module that share
-    an expensive fixture. Skip slow measurements unless `-m` names their marker.
+    Tests that use the Docker Engine run in one worker, because BuildKit merges equal steps of concurrent builds.
     """
     if not item.get_closest_marker("xdist_group"):
         if item.get_closest_marker("docker"):

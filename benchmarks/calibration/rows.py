@@ -16,7 +16,7 @@ from inferctl.estimate import lengths
 from inferctl.estimate.calibration import Calibration
 from inferctl.estimate.cost import BERT_LARGE, Cost, Transformer
 from inferctl.estimate.search import SimulatedServer
-from inferctl.estimate.simulate import UNBOUNDED
+from inferctl.estimate.simulate import UNBOUNDED, percentile
 from inferctl.serve.scheduling.batcher import QueueLimits
 
 HERE = Path(__file__).resolve().parent
@@ -197,7 +197,7 @@ def simulate(row: Row, cost: Cost, samples: Samples) -> float:
     if row.scenario == "Offline":
         return server.offline().per_second
     if row.scenario == "SingleStream":
-        return server.single(0.90)
+        return percentile(server.single(), 0.90)
     return server.highest_rate(SLO)
 
 

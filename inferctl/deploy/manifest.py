@@ -12,11 +12,14 @@ from inferctl.deploy.figure import Noted
 
 HEADER = "# Written by `inferctl deploy`. Change inferctl.yaml or clusters.yaml and run it again.\n"
 # Kubernetes reads YAML 1.1, where `on` and `y` are booleans, `1_000` is a number and `12:30` is a number in base 60.
-# In quotes, all line breaks of YAML but `\n` are escaped, so that a line of the text is a line of YAML.
 _AMBIGUOUS = re.compile(
-    r"(?i:y|n|yes|no|on|off|true|false|null|~|)|[-+]?\.?\d.*|(?i:[-+]?\.(?:inf|nan))|.*\s|.*[\r\x85\u2028\u2029].*",
-    re.DOTALL,
+    r"(?i:y|n|yes|no|on|off|true|false|null|~|)|[-+]?\.?\d.*|(?i:[-+]?\.(?:inf|nan))|.*\s", re.DOTALL
 )
+# Line breaks of YAML besides `\n`.
+_OTHER_BREAKS = re.compile(r"[\r\x85\u2028\u2029]")
+# libyaml is many times faster, but some builds of PyYAML do not contain it.
+_SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def dump(objects: Sequence[Mapping[str, Any]]) -> str:
@@ -44,7 +47,7 @@ def _document(value: Mapping[str, Any]) -> str:
     if not _has_note(value):
         return text
     lines = text.split("\n")
-    for number, note in _notes(value, yaml.compose(text, Loader=yaml.CSafeLoader)):
+    for number, note in _notes(value, yaml.compose(text, Loader=_SafeLoader)):
         lines[number] += f" # {' '.join(note.split())}"
     return "\n".join(lines)
 
@@ -67,17 +70,16 @@ def _notes(value: Any, node: Any) -> Iterator[tuple[int, str]]:
             yield from _notes(inner, written)
 
 
-class _Dumper(yaml.CSafeDumper):
+class _Dumper(_SafeDumper):  # type: ignore[misc]
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-def _text(dumper: yaml.CSafeDumper, value: str) -> yaml.ScalarNode:
-    style = "|" if "\n" in value and not re.search(r"[\r\x85\u2028\u2029]", value) else None
-    if style is None and _AMBIGUOUS.fullmatch(value):
-        style = '"'
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style)
+def _represent_text(dumper: Any, value: str) -> Any:
+    # Double quotes escape all breaks, so that a line of YAML ends where `_document` expects it.
+    style = '"' if _OTHER_BREAKS.search(value) or ("\n" not in value and _AMBIGUOUS.fullmatch(value)) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style or ("|" if "\n" in value else None))
 
 
-_Dumper.add_representer(str, _text)
+_Dumper.add_representer(str, _represent_text)
 _Dumper.add_representer(Noted, lambda dumper, noted: dumper.represent_data(noted.value))

@@ -29,6 +29,7 @@ from inferctl.estimate.forecast import (
     under_load,
 )
 from inferctl.estimate.search import SimulatedServer
+from inferctl.estimate.simulate import percentile
 from inferctl.precision import best_precision
 
 # Version 2: a figure can be a bound, with `value` null. `against` names the break-even price.
@@ -100,7 +101,7 @@ def row(
     fitted, fast, slow = (scenario.server(cost) for cost in ends(calibrated, model))
     reasons = differences(model, scenario)
     offline = capacity(calibrated, model, scenario)
-    single = [server.single for server in (fitted, fast, slow)]
+    single = [server.single() for server in (fitted, fast, slow)]
     result: dict[str, Any] = {
         "hardware": calibrated.part.key,
         "name": calibrated.part.name,
@@ -162,7 +163,7 @@ def measured_row(cost: Cost, name: str, scenario: Scenario, question: Question) 
         "fixed_ms": cost.fixed * 1000,
         "sustained_fraction": None,
         "offline_texts_per_s": _exact(offline * scenario.inputs),
-        "single_ms": {f"p{q * 100:g}": _exact(server.single(q) * 1000) for q in (0.5, 0.9, 0.99)},
+        "single_ms": {f"p{q * 100:g}": _exact(percentile(server.single(), q) * 1000) for q in (0.5, 0.9, 0.99)},
         "costs": [],
         "notes": ["no error band; docs/estimate.md has the errors of two such estimates"],
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,7 +21,7 @@ from inferctl.estimate import calibration, front_end, lengths
 from inferctl.estimate.calibration import CalibratedPart
 from inferctl.estimate.cost import BERT_LARGE, Cost, Transformer
 from inferctl.estimate.search import REQUESTS, SimulatedServer
-from inferctl.estimate.simulate import UNBOUNDED, SimulationResult
+from inferctl.estimate.simulate import UNBOUNDED, SimulationResult, percentile
 from inferctl.model import architecture, resolve_task
 from inferctl.precision import best_precision
 from inferctl.serve.scheduling.batcher import QueueLimits
@@ -216,8 +216,8 @@ def under_load(
             *notes,
             f"requests/s is at most {scenario.front_rate:.0f} behind this front end: {front_end.load().machine}",
         ]
-    percentiles = [None if each is None else each.percentile for each in (fitted, fast, slow)]
-    p50, p90, p99 = (None if result is None else latency(q, percentiles, bool(reasons)) for q in (0.5, 0.9, 0.99))
+    latencies = [None if each is None else each.latencies for each in (fitted, fast, slow)]
+    p50, p90, p99 = (None if result is None else latency(q, latencies, bool(reasons)) for q in (0.5, 0.9, 0.99))
     return Estimate(
         hardware=calibrated.part.key,
         name=calibrated.part.name,
@@ -263,12 +263,12 @@ def capacity(calibrated: CalibratedPart, model: Transformer, scenario: Scenario)
     return found.capped(scenario.front_rate)
 
 
-def latency(q: float, percentiles: Sequence[Callable[[float], float] | None], bounded: bool) -> Range:
-    """Return a percentile in ms from those of three simulations: with the fitted times, at the fast and the slow end.
+def latency(q: float, simulations: Sequence[Sequence[float] | None], bounded: bool) -> Range:
+    """Return a percentile in ms from the latencies (s) of three simulations: fitted times, fast end, slow end.
 
-    One is None beyond saturation.
+    Those of a simulation are None beyond saturation.
     """
-    value, low, high = (None if percentile is None else percentile(q) * 1000 for percentile in percentiles)
+    value, low, high = (None if latencies is None else percentile(latencies, q) * 1000 for latencies in simulations)
     return Range.at_least(low or 0.0) if bounded else Range(value, value if low is None else low, high)
 
 

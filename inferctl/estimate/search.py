@@ -38,13 +38,12 @@ class SimulatedServer:
         """Run with all requests queued from the start."""
         return self._new().open([0.0] * len(self.requests))
 
-    def single(self, q: float) -> float:
-        """Return the latency in seconds at the quantile `q` (0 to 1) of one request after the other."""
+    def single(self) -> list[float]:
+        """Return the latencies in seconds of one request after the other, in no order."""
         # Alone, requests with equal lengths take equally long, so each length is simulated once.
         distinct = Counter(map(tuple, self.requests))
         latencies = Simulation(self.cost, self.limits, list(distinct), self.slots, self.front).closed(1).latencies
-        repeated = zip(latencies, distinct.values(), strict=True)
-        return percentile([seconds for seconds, count in repeated for _ in range(count)], q)
+        return [seconds for seconds, count in zip(latencies, distinct.values(), strict=True) for _ in range(count)]
 
     def closed(self, users: int) -> SimulationResult:
         """Run a closed loop of `users`, without a pause between a response and the next request."""
@@ -74,7 +73,7 @@ class SimulatedServer:
         It is 0 if a single request without load already exceeds `slo`. `most`: the saturation rate, if known.
         """
         most = most or self.offline().per_second
-        if self.single(q) > slo:
+        if percentile(self.single(), q) > slo:
             return 0.0
         low, high = (most / 2, most) if self.meets_slo(most / 2, slo, q) else (0.0, most / 2)
         for _ in range(_STEPS):

@@ -126,8 +126,8 @@ def test_the_report_shows_the_receipts_numbers(tmp_path: Path) -> None:
 
 
 def test_large_latencies_have_no_decimals() -> None:
-    assert [html.milliseconds(value) for value in (0.5, 12.345, 99.994, 123.45, 999.94, 1234.5, 13631.22)] == (
-        ["0.50", "12.35", "99.99", "123.5", "999.9", "1,234", "13,631"]
+    assert [html.milliseconds(value) for value in (0.5, 99.994, 99.996, 123.45, 999.94, 999.96, 13631.22)] == (
+        ["0.50", "99.99", "100.0", "123.5", "999.9", "1,000", "13,631"]
     )
 
 

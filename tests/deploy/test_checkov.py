@@ -17,6 +17,7 @@ from inferctl.deploy import layout
 from tests.deploy import plans
 from tests.deploy.conftest import kustomize, write
 from tests.deploy.test_example import SPECS
+from tests.packages import install
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 VERSION = "3.3.30"
@@ -51,9 +52,8 @@ def checkov(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "checkov" not in os.environ.get("INFERCTL_REQUIRE", "").split(","):
         pytest.skip("checkov is not installed; INFERCTL_REQUIRE=checkov installs it for the test")
     folder = tmp_path_factory.mktemp("checkov")
-    venv.create(folder, with_pip=True)
-    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--no-compile", f"checkov=={VERSION}"], check=True)
+    venv.create(folder)
+    install(folder / "bin" / "python", f"checkov=={VERSION}")
     return folder / "bin" / "checkov"
 
 

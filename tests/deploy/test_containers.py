@@ -130,7 +130,7 @@ def network(tools: str) -> Iterator[Network]:
 
 
 class Load:
-    """Clients that send requests until `stop`, each as soon as its last one is answered."""
+    """Clients that send requests until `stop`, each shortly after its last one is answered."""
 
     def __init__(self, network: Network, url: str, key: str, clients: int = 6) -> None:
         self.network, self.url, self.headers = network, url, {"authorization": f"Bearer {key}"}
@@ -150,6 +150,7 @@ class Load:
                     self.outcomes.append(response.status_code)
                 except httpx.HTTPError as error:
                     self.outcomes.append(repr(error))
+                self._stopping.wait(0.05)  # leaves a part of the cores to other tests
 
     def stop(self) -> list[object]:
         """Send no new requests, wait for the last responses, and return all outcomes."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import string
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -60,6 +62,18 @@ def test_each_note_is_in_the_line_of_its_value(value: dict[str, Any]) -> None:
 
     text = manifest.dump([with_count(value)])
     assert re.findall(r"(word\d+) # note of (\w+)\.$", text, re.MULTILINE) == [(word, word) for word in counted]
+
+
+def test_pyyaml_without_libyaml_writes_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(yaml, "CSafeDumper")
+    monkeypatch.delattr(yaml, "CSafeLoader")
+    specification = importlib.util.find_spec(manifest.__name__)
+    assert specification and specification.loader
+    without = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(without)
+    assert issubclass(without._Dumper, yaml.SafeDumper)
+    value = {"values": noted(HARD), **dict.fromkeys(HARD, Noted(1, "one"))}
+    assert list(yaml.safe_load_all(without.dump([value]))) == [manifest.plain(value)]
 
 
 def test_kustomize_reads_the_same_text(tmp_path: Path) -> None:

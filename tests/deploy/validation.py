@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -26,13 +25,17 @@ _KUSTOMIZE = "kustomize.config.k8s.io"
 
 def problems(found: Mapping[str, Any], version: str) -> list[str]:
     """Return what the API server of `version` would reject in an object, as far as schemas and CEL rules know it."""
-    return list(_problems(json.dumps(found), version))
+    # Overlays share most objects, and kubernetes_validate reads its schema each time.
+    key = version, repr(found)
+    if key not in _found:
+        _found[key] = _problems(found, version)
+    return _found[key]
 
 
-@cache
-def _problems(text: str, version: str) -> list[str]:
-    """Check an object in JSON. Overlays share most objects, and kubernetes_validate reads its schema each time."""
-    found = json.loads(text)
+_found: dict[tuple[str, str], list[str]] = {}
+
+
+def _problems(found: Mapping[str, Any], version: str) -> list[str]:
     group = str(found["apiVersion"]).rpartition("/")[0]
     name = f"{found['kind']} {found['metadata']['name']}"
     if (schema := custom_resources().get((found["apiVersion"], found["kind"]))) is not None:

@@ -44,11 +44,11 @@ def end(source: str, first: int, number: int, *, clean: bool) -> Batch:
 
 
 def _stopped(pid: int) -> bool:
-    """Whether no thread of a process runs any more: after SIGSTOP, one may still answer on a busy machine."""
-    try:
-        stats = [file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/stat")]
-    except OSError:  # it ended
-        return True
+    """Return whether no thread of a process runs any more: after SIGSTOP, one may still answer on a busy machine."""
+    stats = []
+    for file in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # the thread ended
+            stats.append(file.read_text())
     return all(stat.rpartition(")")[2].split()[0] in "TZX" for stat in stats)
 
 
@@ -72,7 +72,9 @@ class Part:
         for each in (pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(each, number)
+                deadline = time.monotonic() + 10
                 while number == signal.SIGSTOP and not _stopped(each):
+                    assert time.monotonic() < deadline, f"{each} does not stop"
                     time.sleep(0.01)
 
     def kill(self) -> None:

@@ -99,7 +99,7 @@ def start(tmp_path: Path, llama: Path) -> Iterator[Start]:
 
 def launch(folder: Path, model: Path, *arguments: str, **environment: str) -> Generation:
     log = folder / "server.log"
-    # The last of equal options counts. Any other device needs torch to be found, which takes two seconds.
+    # The last of equal options counts. Any other device imports torch, which takes two seconds.
     options = ["--model", str(model), "--name", "m", "--port", "0", "--log", "json", "--device", "cpu"]
     command = [sys.executable, "-m", "inferctl.serve", *options, "--announce", str(folder / "ready.json"), *arguments]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FAKE), os.environ.get("PYTHONPATH", "")])}
@@ -365,6 +365,15 @@ assert "torch" not in sys.modules
     found = Probe.from_json(done.stdout)
     assert (found.device.kind, found.traits.kind) == ("cpu", "cpu")
     assert found.traits.cpu_flags
+
+
+def test_a_device_is_found_with_torch() -> None:
+    command = [sys.executable, "-m", "inferctl.serve.generate.probe", "auto"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = Probe.from_json(done.stdout)
+    assert found.device.kind == found.traits.kind
+    assert found.device.memory_bytes
 
 
 def test_the_port_answers_while_vllm_starts(tmp_path: Path, llama: Path, start: Start) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,22 @@ def test_the_reference_accepts_only_a_list_of_texts(minilm: Path, stdin: str) ->
 
 def test_the_engine_process_does_not_load_scikit_learn(minilm_server: Running) -> None:
     """The development tools include it, and transformers would import it."""
+    assert importlib.util.find_spec("sklearn")
     mapped = Path(f"/proc/{minilm_server.engine_pid()}/maps").read_text()
     assert "/torch/" in mapped
     assert "/sklearn/" not in mapped
+
+
+def test_the_reference_does_not_load_scikit_learn(minilm: Path) -> None:
+    code = """
+import runpy, sys
+sys.argv[1:] = [sys.stdin.readline().strip()]
+try:
+    runpy.run_module("inferctl.serve.reference", run_name="__main__")
+except SystemExit:
+    pass
+assert "transformers" in sys.modules and not any(name.startswith("sklearn.") for name in sys.modules)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, input=f'{minilm}\n["a"]', capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
-import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,11 @@ class Valkey:
         command += ["--maxmemory", "64mb", "--maxmemory-policy", "allkeys-lfu"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=self.socket.parent)
         until(self.socket.exists)
+
+    def count(self) -> int:
+        """Return the number of stored values."""
+        done = subprocess.run(["valkey-cli", "-s", self.socket, "dbsize"], capture_output=True, text=True, check=True)
+        return int(done.stdout)
 
     def signal(self, number: int) -> None:
         assert self.process
@@ -81,13 +86,15 @@ def sharing(minilm: Path, valkey: Valkey, tmp_path_factory: pytest.TempPathFacto
         stop(server)
 
 
-def test_a_server_uses_what_another_one_computed(sharing: Callable[[], Running]) -> None:
+def test_a_server_uses_what_another_one_computed(sharing: Callable[[], Running], valkey: Valkey) -> None:
     first, second = sharing(), sharing()
-    texts = [f"shared text {n}" for n in range(20)]
+    # A test that runs again must not find what it stored before.
+    run, stored = uuid.uuid4().hex, valkey.count()
+    texts = [f"shared text {run} {n}" for n in range(20)]
     wanted = vectors(first.embed(input=texts))
-    time.sleep(0.2)  # it is written in the background
+    until(lambda: valkey.count() == stored + 20)  # they are written in the background
     before = computed(second)
-    found = second.embed(input=[*texts, "its own text"])
+    found = second.embed(input=[*texts, f"its own text {run}"])
     assert vectors(found)[:20] == wanted
     assert computed(second) - before == 1
     assert second.metric("inferctl_cache_hits_total", level="shared") == 20
@@ -97,13 +104,14 @@ def test_a_server_uses_what_another_one_computed(sharing: Callable[[], Running])
 
 
 def test_a_value_that_is_no_vector_is_ignored(sharing: Callable[[], Running], valkey: Valkey) -> None:
-    server = sharing()
-    wanted = vectors(server.embed(input="a text"))
-    time.sleep(0.2)
+    server, stored = sharing(), valkey.count()
+    text = f"a text {uuid.uuid4().hex}"
+    wanted = vectors(server.embed(input=text))
+    until(lambda: valkey.count() == stored + 1)
     script = "for _, key in ipairs(redis.call('keys', 'inferctl:*')) do redis.call('set', key, 'x') end"
     subprocess.run(["valkey-cli", "-s", str(valkey.socket), "eval", script, "0"], check=True, capture_output=True)
     other = sharing()
-    assert vectors(other.embed(input="a text")) == wanted
+    assert vectors(other.embed(input=text)) == wanted
     assert other.metric("inferctl_cache_hits_total", level="shared") == 0
 
 

@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from inferctl.deploy.observe import names
 from tests.conftest import ROOT
+from tests.packages import install
 from tests.serve.conftest import Running, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("vllm")]
@@ -73,7 +74,7 @@ def serving(folder: Path, spec: dict[str, Any]) -> Iterator[Running]:
         size = log.stat().st_size
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-        assert "Traceback" not in (said := log.read_text()[size:]), said
+        assert "Traceback" not in (said := log.read_bytes()[size:].decode()), said
     finally:
         process.kill()
 
@@ -198,10 +199,7 @@ print("".join(part.choices[0].delta.content or "" for part in litellm.completion
 def older_clients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Environment with clients that require an older version of the package openai, in a folder of their own."""
     folder = str(tmp_path_factory.mktemp("clients"))
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-    subprocess.run(
-        [*install, "--target", folder, "litellm", "llama-index-llms-openai-like"], check=True, capture_output=True
-    )
+    install(sys.executable, "--target", folder, "litellm", "llama-index-llms-openai-like")
     return os.environ | {"PYTHONPATH": folder}
 
 

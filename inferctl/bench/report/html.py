@@ -36,8 +36,9 @@ def write(path: Path, result: Result, receipts: Sequence[Receipt]) -> Path:
 
 
 def milliseconds(value: float) -> str:
-    """Return the text of a latency in a table: two decimals below 100 ms, none from 1,000 ms on."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+    """Return the text of a latency in a table: two decimals below 100 ms, one below 1,000 ms, none above."""
+    decimals = 0 if round(value, 1) >= 1000 else 1 if round(value, 2) >= 100 else 2
+    return f"{value:,.{decimals}f}"
 
 
 def render(result: Result, receipts: Sequence[Receipt]) -> str:

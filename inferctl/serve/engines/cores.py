@@ -24,7 +24,7 @@ _PART_TOKENS = 64
 _MIN_SPEEDUP = 1.4
 _TYPICAL_TOKENS = 64
 # Each number of threads runs this text up to eight times, or until this time (s) has passed, but at least four times.
-_RUNS, _LEAST_RUNS, _SECONDS = 8, 4, 0.3
+_MAX_RUNS, _MIN_RUNS, _MEASURE_S = 8, 4, 0.3
 
 
 def choose_threads(forward: Forward, cores: int) -> int:
@@ -34,7 +34,7 @@ def choose_threads(forward: Forward, cores: int) -> int:
     for threads in (1 << bit for bit in range(cores.bit_length())):
         torch.set_num_threads(threads)
         times: list[float] = []
-        while len(times) < _LEAST_RUNS or (len(times) < _RUNS and sum(times) < _SECONDS):
+        while len(times) < _MIN_RUNS or (len(times) < _MAX_RUNS and sum(times) < _MEASURE_S):
             started = time.perf_counter()
             forward(text)
             times.append(time.perf_counter() - started)

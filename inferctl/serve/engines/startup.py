@@ -1,4 +1,4 @@
-"""What a process of its own does before it imports transformers."""
+"""Prepares a process before it imports transformers."""
 
 import sys
 

@@ -94,7 +94,8 @@ class VllmProcess:
     async def end(self, gently: bool = True) -> None:
         """End the process and its children: with SIGTERM if `gently`, with SIGKILL what remains.
 
-        SIGTERM is for the process alone. It ends its engine, and would report the death of one that ends before it.
+        SIGTERM goes only to vLLM's API process. That process ends its engine, and logs an error if the engine ends
+        first.
         """
         if gently and self.running:
             with contextlib.suppress(ProcessLookupError):
@@ -108,7 +109,8 @@ class VllmProcess:
 
     def kill(self) -> None:
         """Kill the process and its children at once."""
-        self._signal(signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def failure(self, code: int) -> NotReadyError:
         """Return why the process did not start, from its output."""
@@ -127,10 +129,6 @@ class VllmProcess:
         """Return that the process was not ready after `seconds`, and what it printed last."""
         last = _sentence(_LINE.sub(r"\1", self._tail[-1])) if self._tail else "it printed nothing"
         return NotReadyError(f"vLLM was not ready after {seconds:.0f} s and was killed: {last}", _SEE_LOG)
-
-    def _signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
 
     async def _read(self) -> None:
         assert self._process.stdout
