@@ -7,13 +7,15 @@ BIN := $(VENV)/bin
 # -n 4: tests wait for servers, loads and the Docker Engine, so fewer workers leave two cores partly idle. With five,
 # the same tests took 15% more CPU time.
 PYTEST := $(BIN)/python -m pytest -n 4 --dist loadgroup
-# uv, where it is installed, is many times faster than pip. It gets the index and the folders of wheels from pip's
-# variables, but does not read pip's configuration files: `make UV=` uses pip.
+# uv, where it is installed, is many times faster than pip. It gets the indexes and the folders of wheels from pip's
+# variables, but does not read pip's configuration files: `make UV=` uses pip. The variables are set in the recipes, not
+# exported, because `inferctl lock` uses uv too. They are no options, because all users can read command lines.
 UV ?= $(shell command -v uv)
-UV_OPTIONS = --python $(BIN)/python $(if $(PIP_EXTRA_INDEX_URL),--index-strategy unsafe-best-match) \
-  $(foreach url,$(PIP_INDEX_URL),--default-index '$(url)') $(foreach url,$(PIP_EXTRA_INDEX_URL),--index '$(url)') \
-  $(foreach folder,$(PIP_FIND_LINKS),--find-links '$(folder)')
-INSTALL = $(if $(UV),$(UV) pip install $(UV_OPTIONS),$(BIN)/python -m pip install --disable-pip-version-check)
+UV_INSTALL = { test -z "$$PIP_INDEX_URL" || export UV_DEFAULT_INDEX="$$PIP_INDEX_URL"; \
+  test -z "$$PIP_EXTRA_INDEX_URL" || export UV_INDEX="$$PIP_EXTRA_INDEX_URL" UV_INDEX_STRATEGY=unsafe-best-match; \
+  test -z "$$PIP_FIND_LINKS" || export UV_FIND_LINKS="$$(echo "$$PIP_FIND_LINKS" | tr -s ' ' ,)"; } && \
+  $(UV) pip install --python $(BIN)/python
+INSTALL = $(if $(UV),$(UV_INSTALL),$(BIN)/python -m pip install --disable-pip-version-check)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-generate test test-all nightly check golden docs

@@ -97,6 +97,32 @@ def test_a_broken_packed_path_is_detected_and_not_used(tiny: Any, monkeypatch: p
     np.testing.assert_allclose(engine.run(batch(rows)).vectors, plain(folder, rows), rtol=1e-4, atol=1e-5)
 
 
+def test_the_comparison_with_fp32_is_of_the_attention_that_serves(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from inferctl.serve.engines.encoder import EncoderEngine
+    from inferctl.serve.engines.forward import Forward, Sequences
+
+    pack, call, rejected = Forward.pack, Forward.__call__, []
+
+    def rejecting(forward: Forward, on: bool = True) -> None:
+        if on:
+            rejected.append(forward)
+            raise RuntimeError("no packing")
+        pack(forward, on)
+
+    def damaged(forward: Forward, texts: Sequences) -> Vectors:
+        vectors = call(forward, texts)
+        return vectors[:, ::-1] if forward in rejected else vectors
+
+    monkeypatch.setattr(Forward, "pack", rejecting)
+    monkeypatch.setattr(Forward, "__call__", damaged)
+    info = EncoderEngine(
+        EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", device="cpu", max_batch_tokens=256)
+    ).load()
+    assert info.attention == "padded"
+    assert info.cosine_min is not None
+    assert info.cosine_min < 0.99
+
+
 @pytest.mark.parametrize(("precision", "least"), [("fp32", 0.99999), ("bf16", 0.999), ("fp16", 0.9999), ("int8", 0.98)])
 def test_every_precision_stays_close_to_fp32_on_the_real_model(minilm: Path, precision: str, least: float) -> None:
     from inferctl.serve.engines.encoder import EncoderEngine

@@ -1,0 +1,62 @@
+"""The installation of packages by the Makefile, with a program in place of uv that prints how it was called."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SECRET = "https://user:pa$word@index.example/simple"
+SETTINGS = {
+    "PIP_INDEX_URL": SECRET,
+    "PIP_EXTRA_INDEX_URL": "https://a.example https://b.example",
+    "PIP_FIND_LINKS": "/o'brien/wheels  /other",
+}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the Makefile with an environment that has no packages, and a program `uv`."""
+    if not shutil.which("make"):
+        pytest.skip("make is not installed")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    uv = tmp_path / "uv"
+    uv.write_text('#!/bin/sh\ntr "\\0" " " </proc/$$/cmdline\necho\nenv\n')
+    uv.chmod(0o755)
+    return tmp_path
+
+
+def make(checkout: Path, *arguments: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("UV_", "PIP_", "MAKE"))}
+    command = ["make", "--silent", *arguments]
+    done = subprocess.run(
+        command, cwd=checkout, env=environment | SETTINGS, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_uv_gets_the_settings_of_pip_and_no_command_line_has_them(checkout: Path) -> None:
+    lines = make(checkout, f"UV={checkout}/uv", ".venv/.demo").splitlines()
+    assert f"UV_DEFAULT_INDEX={SECRET}" in lines
+    assert "UV_INDEX=https://a.example https://b.example" in lines
+    assert "UV_INDEX_STRATEGY=unsafe-best-match" in lines
+    assert "UV_FIND_LINKS=/o'brien/wheels,/other" in lines
+    (command,) = (line for line in lines if " pip install " in line)
+    assert "index.example" not in command
+
+
+def test_other_recipes_do_not_get_them(checkout: Path) -> None:
+    (checkout / "more.mk").write_text("show:\n\tenv\n")
+    shown = make(checkout, f"UV={checkout}/uv", "-f", "Makefile", "-f", "more.mk", "show")
+    assert f"PIP_INDEX_URL={SECRET}" in shown
+    assert "UV_DEFAULT_INDEX" not in shown
+    assert "UV_FIND_LINKS" not in shown
