@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 4 --dist loadgroup
 # uv, where it is installed, is many times faster than pip. It gets the indexes and the folders of wheels from pip's
 # variables, but does not read pip's configuration files: `make UV=` uses pip. The variables are set in the recipes, not
-# exported, because `inferctl lock` uses uv too. They are no options, because all users can read command lines.
+# exported, because `inferctl lock` uses uv too. uv gets no options for them, because all users can read command lines.
 UV ?= $(shell command -v uv)
 UV_INSTALL = { test -z "$$PIP_INDEX_URL" || export UV_DEFAULT_INDEX="$$PIP_INDEX_URL"; \
   test -z "$$PIP_EXTRA_INDEX_URL" || export UV_INDEX="$$PIP_EXTRA_INDEX_URL" UV_INDEX_STRATEGY=unsafe-best-match; \

@@ -148,7 +148,7 @@ def _waits_for_front(server: SimulatedServer, slo: float, rate: float) -> bool:
 def measured_row(cost: Cost, name: str, scenario: Scenario, question: Question) -> dict[str, Any]:
     """Return the row of a server with measured batch times (`capacity.json`). Its figures are estimates too."""
     server = scenario.server(cost)
-    offline = server.offline().per_second
+    offline, single = server.offline().per_second, server.single()
     result: dict[str, Any] = {
         "hardware": name,
         "name": name,
@@ -163,7 +163,7 @@ def measured_row(cost: Cost, name: str, scenario: Scenario, question: Question) 
         "fixed_ms": cost.fixed * 1000,
         "sustained_fraction": None,
         "offline_texts_per_s": _exact(offline * scenario.inputs),
-        "single_ms": {f"p{q * 100:g}": _exact(percentile(server.single(), q) * 1000) for q in (0.5, 0.9, 0.99)},
+        "single_ms": {f"p{q * 100:g}": _exact(percentile(single, q) * 1000) for q in (0.5, 0.9, 0.99)},
         "costs": [],
         "notes": ["no error band; docs/estimate.md has the errors of two such estimates"],
     }

@@ -25,7 +25,7 @@ HARD += ["x " * 4000, "---", "--- a\n---\nb", "a\n# b\n", "\ufeffa", "?", "? a",
 
 
 def noted(value: Any) -> Any:
-    """Return `value` with a note `line <text>` on each scalar."""
+    """Return `value` with a note on each text and integer."""
     if isinstance(value, dict):
         return {key: noted(inner) for key, inner in value.items()}
     if isinstance(value, list):
