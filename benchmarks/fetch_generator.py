@@ -9,6 +9,7 @@ so that every precision is compared with the same weights. The packages that rea
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 import subprocess
@@ -76,12 +77,15 @@ def pip(action: str, *arguments: str) -> None:
 
 def convert(source: Path, folder: Path) -> None:
     """Write the model in the GGUF file `source` to `folder`, with its tokenizer, readable by every user."""
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # transformers reads the file for the configuration, the weights and the tokenizer, 5 s each.
+    gguf.GGUFReader = functools.cache(gguf.GGUFReader)
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
     # The layers are plain, but the model still counts as quantized, and `save_pretrained` rejects such models.
     del model.hf_quantizer, model.quantization_method, model.config.quantization_config

@@ -33,7 +33,7 @@ BRIDGE = "inferctl-ci0"
 PLAN = {
     "name": "gate",
     "configurations": [{"name": "auto", "precision": "auto"}],
-    "load": {"mode": "closed", "users": 2, "duration_s": 3, "warmup_s": 1},
+    "load": {"mode": "closed", "users": 2, "duration_s": 2, "warmup_s": 1},
     "corpus": "short",
     "repeats": 3,
     "quality": None,
