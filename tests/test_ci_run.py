@@ -21,6 +21,7 @@ import yaml
 
 from tests import forges, hub
 from tests.forges import Event, GitHub, GitLab, Result
+from tests.packages import install
 
 # Another group than the other builds: its engine is its own, except for one build.
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(2400), pytest.mark.xdist_group("ci")]
@@ -38,6 +39,7 @@ PLAN = {
     "repeats": 3,
     "quality": None,
 }
+VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
 MACHINE = """FROM {base}
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv git docker-cli docker-buildx
 """
@@ -176,11 +178,11 @@ def setting(
         def machine(socket: Path) -> Any:
             return forges.machine(machine_image, folder, socket, [path for path in found if path.exists()], environment)
 
-        # pip resolves and installs 60 dependencies once. In the jobs it finds them on PYTHONPATH.
+        # The 60 dependencies are installed once. In the jobs, pip finds them on PYTHONPATH.
         dependencies = folder / "dependencies"
-        install = 'python3 -m venv pip && pip/bin/pip install --quiet --target "$TARGET" "$PACKAGE"'
-        with machine(Path("/var/run/docker.sock")) as first:
-            assert first.run(install, folder, {"TARGET": str(dependencies), "PACKAGE": package}) == 0
+        version = output("docker", "run", "--rm", machine_image, "python3", "-c", VERSION)
+        options = ("--target", str(dependencies), "--python-version", version, "--only-binary", ":all:")
+        install(sys.executable, *options, package)
         for own in dependencies.glob("inferctl*"):
             shutil.rmtree(own)
         environment["PYTHONPATH"] = str(dependencies)

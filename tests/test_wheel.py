@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.packages import install
+
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = (
     "templates/",
@@ -60,8 +62,7 @@ def test_the_wheel_contains_its_license_and_types(wheel: Path) -> None:
 def test_a_clean_environment_without_torch_can_init_check_and_render(wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
-    install = ("install", "--quiet", "--disable-pip-version-check", "--no-compile", wheel)
-    run(sys.executable, "-m", "pip", "--python", python, *install)
+    install(python, str(wheel))
     command, work = tmp_path / "venv" / "bin" / "inferctl", tmp_path / "work"
     work.mkdir()
     assert run(command, "init", cwd=work).strip() == "inferctl.yaml"

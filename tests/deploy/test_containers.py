@@ -166,10 +166,7 @@ def pod_of(objects: Objects, name: str) -> dict[str, Any]:
     return found
 
 
-# The test of the gateway runs the pod of the flavor l4.
-@pytest.mark.parametrize("flavor", ["a100-half", "t4"])
 def test_a_server_becomes_ready_and_drains_without_losing_a_request(
-    flavor: str,
     rendered: Objects,
     network: Network,
     keys: tuple[Path, str],
@@ -177,7 +174,7 @@ def test_a_server_becomes_ready_and_drains_without_losing_a_request(
     minilm: Path,
     tmp_path: Path,
 ) -> None:
-    pod = pod_of(rendered, f"embed-{flavor}")
+    pod = pod_of(rendered, "embed-a100-half")
     folder, key = keys
     volumes = {**folders(pod, tmp_path / "volumes"), "model": minilm, "keys": folder}
     (sidecar,) = pod["initContainers"]

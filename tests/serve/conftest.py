@@ -56,6 +56,14 @@ class Running:
     def get(self, path: str) -> httpx.Response:
         return CLIENT.get(f"{self.url}{path}")
 
+    def readiness(self) -> tuple[int, str]:
+        """Return the status and the text of `/readyz`, or 0 and "" if a killed process had accepted the connection."""
+        try:
+            response = self.get("/readyz")
+        except httpx.TransportError:
+            return 0, ""
+        return response.status_code, response.text
+
     def metric(self, name: str, **labels: str) -> float:
         for family in text_string_to_metric_families(self.get("/metrics").text):
             for sample in family.samples:

@@ -377,15 +377,9 @@ def test_a_device_is_found_with_torch() -> None:
 
 
 def test_the_port_answers_while_vllm_starts(tmp_path: Path, llama: Path, start: Start) -> None:
-    def restarting() -> bool:
-        try:
-            return httpx.get(f"{server.url}/readyz").text == "restarting\n"
-        except httpx.TransportError:  # the killed process had accepted the connection
-            return False
-
     server = start("--hang-seconds", "2")
     os.kill(server.vllm_pid(), signal.SIGKILL)
-    until(restarting, 10)
+    until(lambda: server.readiness() == (503, "restarting\n"), 10)
     response = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"content": "1"}]})
     assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
     assert response.headers["retry-after"] == "5"

@@ -281,7 +281,7 @@ def test_a_killed_engine_is_replaced_and_no_stream_ends_silently(server: Running
     os.kill(int(engines.stdout), signal.SIGKILL)
     with pytest.raises(openai.APIError):
         list(stream)
-    until(lambda: server.get("/readyz").status_code == 503, 30)
-    until(lambda: server.get("/readyz").status_code == 200, 250)
+    until(lambda: server.readiness()[0] == 503, 30)
+    until(lambda: server.readiness()[0] == 200, 250)
     assert "Paris" in client.chat.completions.create(**greedy()).choices[0].message.content
     assert "starting it again" in server.log.read_text()
