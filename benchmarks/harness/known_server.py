@@ -107,35 +107,39 @@ class Connection(asyncio.Protocol):
         self.transport.write(RESPONSE)
 
 
-@dataclass(frozen=True)
+@dataclass
 class KnownServer:
-    """A server process. `truth_ms` works after it has ended."""
+    """A server process. `log`: what it logged, after it has ended."""
 
     url: str
     pid: int
-    log: Path
+    log: bytes = b""
 
     def truth_ms(self, serial: int) -> dict[int, float]:
         """Return the actual times (ms) of the requests with one serial, by index."""
-        rows: npt.NDArray[np.uint64] = np.fromfile(self.log, "<u8").reshape(-1, 3)
+        rows: npt.NDArray[np.uint64] = np.frombuffer(self.log, "<u8").reshape(-1, 3)
         return {int(index): float(ns) / 1e6 for number, index, ns in rows.tolist() if number == serial}
 
 
 @contextlib.contextmanager
 def run_server(*options: str, script: str = __file__) -> Iterator[KnownServer]:
     """Start a server and yield it; it has ended when the context ends."""
-    folder = Path(tempfile.mkdtemp(prefix="known-server-"))
-    announce, log = folder / "announce.json", folder / "truth.bin"
-    process = subprocess.Popen([sys.executable, script, "--announce", str(announce), "--truth", str(log), *options])
-    try:
-        while not announce.is_file():
-            if process.poll() is not None:
-                raise RuntimeError(f"the server ended with exit code {process.returncode}")
-            time.sleep(0.02)
-        yield KnownServer(json.loads(announce.read_text())["url"], process.pid, log)
-    finally:
-        process.terminate()
-        process.wait()
+    with tempfile.TemporaryDirectory(prefix="known-server-") as folder:
+        announce, truth = Path(folder) / "announce.json", Path(folder) / "truth.bin"
+        process = subprocess.Popen(
+            [sys.executable, script, "--announce", str(announce), "--truth", str(truth), *options]
+        )
+        try:
+            while not announce.is_file():
+                if process.poll() is not None:
+                    raise RuntimeError(f"the server ended with exit code {process.returncode}")
+                time.sleep(0.02)
+            server = KnownServer(json.loads(announce.read_text())["url"], process.pid)
+            yield server
+        finally:
+            process.terminate()
+            process.wait()
+        server.log = truth.read_bytes()
 
 
 async def serve(options: argparse.Namespace, connection: Callable[[], asyncio.Protocol], log: array.array[int]) -> None:

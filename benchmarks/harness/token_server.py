@@ -52,13 +52,13 @@ Truth = dict[int, list[tuple[float, int]]]
 
 
 def run_server(*options: str) -> Any:
-    """Start a server; see `known_server.run_server`. `truth(server.log, serial)` reads its log after its end."""
+    """Start a server; see `known_server.run_server`. `truth(server.log, serial)` reads its log after it has ended."""
     return known_server.run_server(*options, script=__file__)
 
 
-def truth(log: Any, serial: int) -> Truth:
+def truth(log: bytes, serial: int) -> Truth:
     """Return (ms since the request was read, tokens) of each event with tokens, by the index of the request."""
-    rows: npt.NDArray[np.uint64] = np.fromfile(log, "<u8").reshape(-1, 4)
+    rows: npt.NDArray[np.uint64] = np.frombuffer(log, "<u8").reshape(-1, 4)
     found: Truth = {}
     for number, index, ns, tokens in rows.tolist():
         if number == serial:
