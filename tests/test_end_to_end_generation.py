@@ -72,7 +72,7 @@ def pushed(spec_file: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def container(pushed: str) -> Iterator[str]:
-    """URL of a container with the pushed image, which has a read-only root. `test_end_to_end.py` also pulls its image."""
+    """URL of a container with the pushed image, which has a read-only root. `test_end_to_end.py` tests the pull."""
     port = free_port()
     command = [sys.executable, "-m", "inferctl", "serve", "--image", pushed, "--model", str(MODEL), "--port", str(port)]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -60,7 +60,7 @@ class Running:
         """Return the status and the text of `/readyz`, or 0 and "" if a killed process had accepted the connection."""
         try:
             response = self.get("/readyz")
-        except httpx.TransportError:
+        except (httpx.ReadError, httpx.RemoteProtocolError):
             return 0, ""
         return response.status_code, response.text
 
