@@ -280,7 +280,7 @@ def test_a_new_config_reuses_every_heavy_layer_and_is_obeyed(pushed: str, spec_f
     before = inspect(pushed)["RootFS"]["Layers"]
     changed = spec_file.with_name("changed.yaml")
     spec = yaml.safe_load(spec_file.read_text())
-    # A precision that `auto` does not select. The model is small, so it is fast if it is emulated, too.
+    # A precision that `auto` does not select. The model is so small that it is fast when emulated, too.
     spec["serve"]["precision"] = other = "fp32" if PRECISION == "bf16" else "bf16"
     changed.write_text(yaml.safe_dump(spec))
     done = inferctl("build", "--spec", changed, "--push", "--network", "host", "--no-verify", "--json")
