@@ -8,6 +8,7 @@ the probes, turns errors into OpenAI's envelope, rejects requests while the serv
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -122,6 +123,7 @@ class Edge:
         request = _Request(self, context, scope, receive, send)
         self.in_flight += 1
         counted = None  # the tenant, if the request counts in its share
+        stopped = False
         try:
             key = self._access.authenticate(scope, context) if self._access else None
             self._admit(scope, context)
@@ -133,6 +135,7 @@ class Edge:
                 self._access.charge(key, context)
             await self._app(scope, request.receive, request.send)
         except asyncio.CancelledError:  # the drain took too long
+            stopped = True
             self.unfinished_responses += request.body_complete
             await request.fail(self.stopped)
         except ClientDisconnectedError:
@@ -145,6 +148,11 @@ class Edge:
             log.exception("request %s", context.id.decode())
             await request.fail(ApiError(500, "internal error; see the server log", code="internal_error"))
         finally:
+            if (use := context.use) is not None:
+                if not stopped:
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await use.settled()
+                context.input_tokens, context.engine_seconds = use.tokens, use.seconds
             self.in_flight -= 1
             self._body_bytes -= context.body_bytes
             if counted is not None:
