@@ -116,9 +116,9 @@ def test_each_bad_key_gets_the_same_401(guarded: Guarded) -> None:
 def test_probes_are_open_and_pages_need_an_admin(guarded: Guarded) -> None:
     _, user = guarded.key()
     _, admin = guarded.key(admin=True)
-    for path in ("/livez", "/readyz"):
+    for path in ("/livez", "/readyz", "/health"):
         assert guarded.get(path).status_code == 200
-    for path in ("/metrics", "/info", "/docs", "/openapi.json"):
+    for path in ("/", "/metrics", "/info", "/docs", "/openapi.json"):
         assert [guarded.get(path, key).status_code for key in (None, user, admin)] == [401, 403, 200], path
     assert guarded.get("/info", user).json()["error"]["code"] == "forbidden"
     assert [guarded.get("/v1/models", key).status_code for key in (None, user)] == [401, 200]

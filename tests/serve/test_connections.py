@@ -258,7 +258,10 @@ def test_a_trailer_is_no_header(server: Served, more: bytes, pause: float) -> No
         answer = read_response(connection)
         assert answer.count(b"HTTP/1.1") == 1
         found = json.loads(answer.partition(b"\r\n\r\n")[2])
-        assert (found["bytes"], sorted(found["headers"])) == (3, ["connection"] * bool(more) + ["host", "transfer-encoding"])
+        assert (found["bytes"], sorted(found["headers"])) == (
+            3,
+            ["connection"] * bool(more) + ["host", "transfer-encoding"],
+        )
         # The next request has headers again.
         connection.sendall(CLOSING.replace(b"host", b"x-more: 1\r\nhost"))
         assert b'"x-more"' in read_all(connection)
@@ -378,12 +381,16 @@ def test_a_client_that_ends_its_side_gets_the_response_that_is_written(server: S
 
 def test_the_application_learns_that_a_client_disconnected(server: Served) -> None:
     waiting = OK.replace(b"/a", b"/wait")
-    for sent, reset in ((HEAD + b"content-length: 10\r\n\r\nabc", False), (waiting, False), (waiting, True)):
+    half = HEAD + b"content-length: 10\r\n\r\nabc"
+    for sent, end in ((half, "close"), (waiting, "close"), (waiting, "reset"), (half, "half"), (waiting, "half")):
         before = len(server.events()["disconnected"])
         with server.connect(sent) as connection:
             time.sleep(0.05)
-            if reset:
+            if end == "reset":
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            elif end == "half":  # the same packet as of a client that left
+                connection.shutdown(socket.SHUT_WR)
+                assert read_all(connection) == b""
         until(lambda before=before: len(server.events()["disconnected"]) == before + 1, 20)  # type: ignore[misc]
 
 

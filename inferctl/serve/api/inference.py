@@ -99,7 +99,11 @@ class Inference:
             tokenized = time.monotonic()
             context.use = use = EngineUse()
             result = await self._vectors(context, use, sequences, second_starts)
-            context.input_tokens, context.cached_tokens, context.engine_seconds = tokens, tokens - use.tokens, use.seconds
+            context.input_tokens, context.cached_tokens, context.engine_seconds = (
+                tokens,
+                tokens - use.tokens,
+                use.seconds,
+            )
             context.use = None
             return result, tokenized
 

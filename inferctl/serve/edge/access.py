@@ -30,6 +30,7 @@ log = logging.getLogger("inferctl.access")
 
 # Path -> its name in `access.open`.
 _PAGES = {
+    "/": "docs",
     "/metrics": "metrics",
     "/info": "info",
     "/docs": "docs",

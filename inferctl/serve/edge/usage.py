@@ -31,7 +31,7 @@ class Use(Protocol):
     tokens: int
     seconds: float
 
-    async def settled(self) -> None: ...  # noqa: D102
+    async def settled(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
