@@ -33,6 +33,10 @@ _MAX_BYTES = 1_000_000
 _MAX_TOKEN_BYTES = 16 * 1024
 _MAX_SUBJECT = 200
 _MAX_KNOWN = 10_000
+# The clocks of the issuer and of this server differ: by so much, a token may begin later and end earlier.
+_LEEWAY_S = 30.0
+_TIMES = ("exp", "nbf", "iat")
+_LATEST = 2**53  # a larger time is not exact in JSON, and the largest ones are not even a float
 # New tokens whose signatures are checked. More of them are rejected until the next second.
 _CHECKS_PER_S = 1000
 # The same for all clients together that sent a wrong signature in the last minute.
@@ -104,6 +108,7 @@ class TokenTable:
                 algorithms=_ALGORITHMS,
                 audience=self._audience,
                 issuer=self._issuer,
+                leeway=_LEEWAY_S,
                 options={"require": _REQUIRED},
             )
         except jwt.PyJWTError:
@@ -121,7 +126,7 @@ class TokenTable:
             return None
         if len(self._known) >= _MAX_KNOWN:
             self._known.clear()
-        entry = self._known[digest] = Entry(caller(claims["sub"]), float(claims["exp"]))
+        entry = self._known[digest] = Entry(caller(claims["sub"]), claims["exp"] + _LEEWAY_S)
         return entry.key
 
     def _key_of(self, credential: bytes) -> jwt.PyJWK | None:
@@ -130,13 +135,20 @@ class TokenTable:
         Asks for new keys if the key is not known.
         """
         try:
-            token = jwt.decode_complete(credential, options=_UNVERIFIED, audience=self._audience, issuer=self._issuer)
-        except jwt.PyJWTError:
+            token = jwt.decode_complete(
+                credential, options=_UNVERIFIED, audience=self._audience, issuer=self._issuer, leeway=_LEEWAY_S
+            )
+        except (jwt.PyJWTError, OverflowError, RecursionError, TypeError):  # the others by versions before 2.15
             return None
-        subject, header = token["payload"]["sub"], token["header"]
-        if len(subject) > _MAX_SUBJECT or not is_caller_id(subject) or header.get("alg") not in _ALGORITHMS:
+        claims, header = token["payload"], token["header"]
+        if len(claims["sub"]) > _MAX_SUBJECT or not is_caller_id(claims["sub"]) or header.get("alg") not in _ALGORITHMS:
             return None
-        key = (self._keys or {}).get(header.get("kid") or "")
+        # PyJWT reads times with `int`, so it also accepts texts, booleans and numbers of any size.
+        times = [claims.get(each, 0) for each in _TIMES]
+        if any(type(each) not in (int, float) or abs(each) > _LATEST for each in times):
+            return None
+        kid = header.get("kid")
+        key = (self._keys or {}).get(kid if isinstance(kid, str) else "")
         if key is None:
             self._wanted.set()
         return key

@@ -103,6 +103,7 @@ class EncoderServer:
             access=self._access,
             check_metering=self._metering.check,
             load_line=load.line if load else None,
+            served=app.served(task),
         )
         engine_config = EngineConfig(
             engine="echo" if options.engine == "echo" else "encoder",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.server
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -98,14 +99,16 @@ def test_other_tokens_are_not(provider: Provider, table: TokenTable) -> None:
     other = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     good = provider.token()
     bad = {
-        "expired": provider.token(exp=int(time.time()) - 1),
+        "expired": provider.token(exp=int(time.time()) - 40),
         "not yet valid": provider.token(nbf=int(time.time()) + 600),
+        "from the future": provider.token(iat=int(time.time()) + 600),
         "audience": provider.token(aud="other"),
         "no audience": provider.token(aud=None),
         "issuer": provider.token(iss="https://other.example.com"),
         "no end": provider.token(exp=None),
         "no subject": provider.token(sub=None),
         "long subject": provider.token(sub="a" * 300),
+        "one of many audiences": provider.token(aud=["inferctl", 1]),
         # The ledger could not store them, and a terminal would obey the third.
         "no UTF-8": provider.token(sub="\ud800"),
         "NUL": provider.token(sub="a\0b"),
@@ -115,17 +118,36 @@ def test_other_tokens_are_not(provider: Provider, table: TokenTable) -> None:
         "none": jwt.encode({"sub": "team-a"}, None, "none", headers={"kid": "rsa"}).encode(),
         "symmetric": provider.token("secret" * 10, "rsa", "HS256"),
         "changed": good[:-4] + (b"AAAA" if good[-4:] != b"AAAA" else b"BBBB"),
+        "no key named": jwt.encode({"sub": "team-a"}, RSA_KEY, "RS256").encode(),
         "no token": b"a.b.c",
         "large": b"a." * 20_000,
     }
     assert {name for name, token in bad.items() if table.find(token, time.time())} == set()
 
 
+@pytest.mark.parametrize("claim", ["exp", "nbf", "iat"])
+def test_a_time_is_a_number_that_a_clock_can_show(provider: Provider, table: TokenTable, claim: str) -> None:
+    later = str(int(time.time()) + 600)
+    bad: list[Any] = [10**400, -(10**400), 10**20, 1e300, math.inf, -math.inf, math.nan, True, False, later, "1", "٣"]
+    bad += [[], [1], {}]
+    assert {repr(each)[:9] for each in bad if table.find(provider.token(**{claim: each}), time.time())} == set()
+    good = time.time() + 600.5 if claim == "exp" else 0.5
+    assert table.find(provider.token(**{claim: good}), time.time())
+
+
+@pytest.mark.parametrize(("claim", "offset"), [("iat", 1.5), ("nbf", 1.5), ("iat", 20), ("nbf", 20), ("exp", -20)])
+def test_clocks_may_differ_by_some_seconds(provider: Provider, table: TokenTable, claim: str, offset: float) -> None:
+    token = provider.token(**{claim: time.time() + offset})
+    for _ in range(2):  # the second time, it is known
+        assert table.find(token, time.time())
+
+
 def test_a_known_token_ends_at_its_time(provider: Provider, table: TokenTable) -> None:
     end = int(time.time()) + 600
     token = provider.token(exp=end)
     assert table.find(token, time.time())
-    assert table.find(token, end) is None
+    assert table.find(token, end + 29)
+    assert table.find(token, end + 30) is None
 
 
 def test_a_provider_that_stalls_delays_no_request(provider: Provider) -> None:
@@ -217,7 +239,7 @@ def test_what_a_token_says_is_checked_before_its_signature(
     good, hopeless = (
         provider.token(),
         [
-            provider.token(exp=int(time.time()) - 1),
+            provider.token(exp=int(time.time()) - 40),
             provider.token(aud="other"),
             provider.token(iss="https://other.example.com"),
             provider.token(sub=None),

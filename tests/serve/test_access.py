@@ -48,6 +48,9 @@ class Guarded:
         headers |= {"authorization": f"Bearer {key}"} if key else {}
         return CLIENT.post(f"{self.server.url}/v1/embeddings", json={"input": text}, headers=headers)
 
+    def embed_with(self, *headers: tuple[str, str]) -> httpx.Response:
+        return CLIENT.post(f"{self.server.url}/v1/embeddings", json={"input": "hello"}, headers=list(headers))
+
     def client(self, key: str, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.server.url}/v1", api_key=key, **options)
 
@@ -75,6 +78,20 @@ def test_a_key_is_accepted_in_each_header(guarded: Guarded) -> None:
     assert not [name for name in guarded.embed(key).headers if "ratelimit" in name]
 
 
+def test_a_header_that_appears_twice_opens_nothing(guarded: Guarded) -> None:
+    _, key = guarded.key()
+    good, bad = f"Bearer {key}", "Bearer other"
+    for first, second in ((good, good), (good, bad), (bad, good), ("Basic abc", good)):
+        assert guarded.embed_with(("authorization", first), ("Authorization", second)).status_code == 401
+    for name in ("x-api-key", "api-key"):
+        assert guarded.embed_with((name, key), (name, "other")).status_code == 401
+    # Different headers have an order.
+    for name in ("x-api-key", "api-key"):
+        assert guarded.embed_with((name, "other"), ("authorization", good)).status_code == 200
+        assert guarded.embed_with((name, key), ("authorization", bad)).status_code == 401
+    assert guarded.embed_with(("api-key", "other"), ("x-api-key", key)).status_code == 200
+
+
 def test_each_bad_key_gets_the_same_401(guarded: Guarded) -> None:
     key, secret = guarded.key()
     _, expired = guarded.key(expires=datetime.now(UTC) - timedelta(seconds=1))
@@ -99,9 +116,9 @@ def test_each_bad_key_gets_the_same_401(guarded: Guarded) -> None:
 def test_probes_are_open_and_pages_need_an_admin(guarded: Guarded) -> None:
     _, user = guarded.key()
     _, admin = guarded.key(admin=True)
-    for path in ("/livez", "/readyz"):
+    for path in ("/livez", "/readyz", "/health"):
         assert guarded.get(path).status_code == 200
-    for path in ("/metrics", "/info", "/docs", "/openapi.json"):
+    for path in ("/", "/metrics", "/info", "/docs", "/openapi.json"):
         assert [guarded.get(path, key).status_code for key in (None, user, admin)] == [401, 403, 200], path
     assert guarded.get("/info", user).json()["error"]["code"] == "forbidden"
     assert [guarded.get("/v1/models", key).status_code for key in (None, user)] == [401, 200]
@@ -323,6 +340,10 @@ def test_a_gateway_names_the_caller(serve: Callable[..., Running], minilm: Path,
     for name in (b"\x9b31m", "\x9b31m".encode(), b"\xff", b""):
         assert guarded.embed(**{"x-inferctl-key-id": name}).status_code == 401
     assert guarded.embed(**{"x-inferctl-key-id": "Größe".encode()}).status_code == 200
+    # Of two, the gateway may have set only one. Other spellings are other headers.
+    for first, second in (("c", "victim"), ("victim", "victim"), ("", "victim")):
+        assert guarded.embed_with(("x-inferctl-key-id", first), ("X-Inferctl-Key-Id", second)).status_code == 401
+    assert guarded.embed_with(("x_inferctl_key_id", "victim")).status_code == 401
 
 
 def test_a_client_cannot_name_itself(guarded: Guarded) -> None:

@@ -80,7 +80,9 @@ class App:
         elif path == "/large":
             body, parts = b"a" * LARGE_BYTES, 4
         else:
-            body = json.dumps({"path": path, "bytes": size, "http": scope["http_version"]}).encode()
+            answer = {"path": path, "bytes": size, "http": scope["http_version"]}
+            answer["headers"] = [name.decode() for name, _ in scope["headers"]]
+            body = json.dumps(answer).encode()
         status = 413 if path == "/early" else 200
         await send(
             {"type": "http.response.start", "status": status, "headers": [(b"content-length", b"%d" % len(body))]}
@@ -242,6 +244,37 @@ def test_an_invalid_request_gets_an_error_in_the_envelope_is_counted_once_and_cl
     assert server.events()["rejected"] == [*before, [status, code]]
 
 
+NAMES = [b"x-inferctl-key-id", b"X-INFERCTL-KEY-ID", b"authorization", b"x-api-key", b"x-priority", b"host", b"expect"]
+NAMES += [b"x-request-id", b"cache-control", b"traceparent", b"x-forwarded-for", b"content-type"]
+TRAILERS = b"".join(name + b": 100-continue\r\n" for name in NAMES)
+
+
+@pytest.mark.parametrize("pause", [0, 0.05], ids=["at once", "later"])
+@pytest.mark.parametrize("more", [b"", b"connection: upgrade\r\nupgrade: h2c\r\n"], ids=["plain", "upgrade"])
+def test_a_trailer_is_no_header(server: Served, more: bytes, pause: float) -> None:
+    with server.connect(CHUNKED.replace(b"host", more + b"host") + b"3\r\nabc\r\n") as connection:
+        time.sleep(pause)
+        connection.sendall(b"0\r\n" + TRAILERS + b"\r\n")
+        answer = read_response(connection)
+        assert answer.count(b"HTTP/1.1") == 1
+        found = json.loads(answer.partition(b"\r\n\r\n")[2])
+        assert (found["bytes"], sorted(found["headers"])) == (
+            3,
+            ["connection"] * bool(more) + ["host", "transfer-encoding"],
+        )
+        # The next request has headers again.
+        connection.sendall(CLOSING.replace(b"host", b"x-more: 1\r\nhost"))
+        assert b'"x-more"' in read_all(connection)
+
+
+@pytest.mark.parametrize("name", [b"content-length", b"transfer-encoding"])
+def test_a_trailer_does_not_change_the_length(server: Served, name: bytes) -> None:
+    for value in (b"2", b"x", b"chunked"):
+        answer = server.talk(CHUNKED + b"3\r\nabc\r\n0\r\n" + name + b": " + value + b"\r\n\r\n")
+        assert answer.count(b"HTTP/1.1") == 1
+        assert answer.startswith(b"HTTP/1.1 400") or b'"bytes": 3' in answer
+
+
 @pytest.mark.parametrize("ending", [b"", b"\r\n", b"\r\n\r\n"])
 @pytest.mark.parametrize("first", [b"", OK], ids=["new", "kept"])
 def test_a_connection_without_a_request_is_closed(server: Served, first: bytes, ending: bytes) -> None:
@@ -348,12 +381,16 @@ def test_a_client_that_ends_its_side_gets_the_response_that_is_written(server: S
 
 def test_the_application_learns_that_a_client_disconnected(server: Served) -> None:
     waiting = OK.replace(b"/a", b"/wait")
-    for sent, reset in ((HEAD + b"content-length: 10\r\n\r\nabc", False), (waiting, False), (waiting, True)):
+    half = HEAD + b"content-length: 10\r\n\r\nabc"
+    for sent, end in ((half, "close"), (waiting, "close"), (waiting, "reset"), (half, "half"), (waiting, "half")):
         before = len(server.events()["disconnected"])
         with server.connect(sent) as connection:
             time.sleep(0.05)
-            if reset:
+            if end == "reset":
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            elif end == "half":  # the same packet as of a client that left
+                connection.shutdown(socket.SHUT_WR)
+                assert read_all(connection) == b""
         until(lambda before=before: len(server.events()["disconnected"]) == before + 1, 20)  # type: ignore[misc]
 
 

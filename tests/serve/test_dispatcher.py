@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import hypothesis
@@ -23,8 +24,12 @@ from inferctl.serve.engine_process.engine_protocol import (
 )
 from inferctl.serve.metrics import Metrics
 from inferctl.serve.scheduling.batcher import AdmissionError, Batcher, QueueLimits
-from inferctl.serve.scheduling.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError
+from inferctl.serve.scheduling.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError, RequestResult
+from inferctl.serve.scheduling.engine_use import EngineUse
 from inferctl.serve.scheduling.latency_model import Capacity, LatencyModel
+from inferctl.serve.vector_cache.shared import SharedLevel
+from inferctl.serve.vector_cache.store import VectorStore
+from inferctl.serve.vector_cache.vector_cache import VectorCache
 
 INFO = EngineInfo(
     1, "none", "", PrecisionInfo("fp32", "fp32", "native", ""), DeviceInfo("cpu", "virtual", None, 0), batch_tokens=8
@@ -48,7 +53,7 @@ class World:
     """A dispatcher with engines that run ten tokens per second."""
 
     def __init__(self, engines: int = 1, slo: float | None = None, parallel: int = 1) -> None:
-        self.now, self.crashes = 0.0, 0
+        self.now, self.crashes, self.computed = 0.0, 0, 0
         self.info = replace(INFO, parallel=parallel)
         self.batcher = Batcher(QueueLimits(8, 1_000, slo_s=slo), LatencyModel(Capacity(0.0, 10.0)))
         self.dispatcher = Dispatcher(self.batcher, Metrics(), lambda: self.now)
@@ -76,6 +81,7 @@ class World:
         else:
             ends = np.cumsum(batch.lengths) - 1
             vectors = batch.tokens[ends].astype(np.float32)[:, None]
+            self.computed += len(batch.tokens)
             result = BatchResult(batch.id, vectors, np.ones(len(ends), dtype=np.bool_), len(batch.tokens) / 10)
             self.dispatcher.batch_done(engine, result)
 
@@ -175,6 +181,111 @@ def test_every_request_completes_once_when_engines_are_killed_at_any_moment(
             else:
                 assert result.vectors[:, 0].tolist() == [row[-1] for row in rows]
         assert world.batcher.waiting_tokens == 0
+
+    run(scenario)
+
+
+class SlowShared(SharedLevel):
+    """A shared level that has every sequence of this length, after a while."""
+
+    def __init__(self, length: int, known: dict[bytes, int]) -> None:
+        self.up, self._length, self._known = True, length, known
+
+    async def get(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return {key: b"abcd" for key in keys if self._known.get(key) == self._length}
+
+    def put(self, vectors: dict[bytes, bytes]) -> None:
+        pass
+
+
+ACTION = st.sampled_from(["ask", "ask", "ask", "bulk", "leave", "leave", "step", "step", "crash"])
+
+
+@hypothesis.settings(max_examples=400)
+@given(st.lists(st.tuples(ACTION, st.integers(0, 9)), max_size=40), st.sampled_from([None, 0, 2]), st.integers(1, 2))
+def test_what_engines_compute_counts_once_whoever_leaves(
+    actions: list[tuple[str, int]], shared: int | None, parallel: int
+) -> None:
+    async def scenario() -> None:
+        world = World(2, parallel=parallel)
+        known: dict[bytes, int] = {}
+        level = None if shared is None else SlowShared(shared, known)
+        cache = VectorCache(VectorStore(100_000), Metrics(), level, scoped=False)
+        cache.model_loaded({}, 1)
+        asked: list[asyncio.Task[Any]] = []
+        left: set[asyncio.Task[Any]] = set()
+        events: list[tuple[int, int, float]] = []
+
+        async def ask(rows: list[Tokens], **options: Any) -> Any:
+            use = EngineUse()
+            submit = partial(world.dispatcher.submit, bulk=options["bulk"])
+            try:
+                return await cache.run(None, rows, submit, use, **options)
+            finally:  # as the edge does
+                await use.settled()
+                events.append((sum(map(len, rows)), use.tokens, use.seconds))
+
+        for action, number in actions:
+            engine = world.engines[number % 2]
+            if action in ("ask", "bulk"):
+                # Few sequences of few lengths, so that requests share some of them.
+                rows = [tokens([20 + i % 3] * (1 + i % 4)) for i in range(1 + number // 2)]
+                assert cache._key_space
+                known.update((cache._key_space.keys(None, [row])[0], len(row)) for row in rows)
+                if number == 9:
+                    rows.append(tokens([FAILING]))
+                directives = b"no-cache" if number == 8 else b"no-store" if number == 7 else b""
+                asked.append(asyncio.ensure_future(ask(rows, bulk=action == "bulk", directives=directives)))
+            elif action == "leave" and asked:
+                left.add(chosen := asked[-1 - number % len(asked)])
+                if not chosen.cancelling():
+                    chosen.cancel()
+            elif action == "step" and engine.batches:
+                world.step(engine)
+            elif action == "crash" and engine.up:
+                world.crash(engine)
+            elif action == "crash":
+                world.start(engine)
+            for _ in range(number % 3):
+                await asyncio.sleep(0)
+        for _ in range(10):  # the shared level answers
+            await run_callbacks()
+            await world.drain()
+        results = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 10)
+        assert sum(tokens for _, tokens, _ in events) == world.computed
+        assert sum(seconds for *_, seconds in events) == pytest.approx(world.computed / 10)
+        assert all(tokens <= length for length, tokens, _ in events)
+        for task, result in zip(asked, results, strict=True):
+            assert isinstance(result, RequestResult | EngineFailedError | EngineUnavailableError) or task in left
+
+    run(scenario)
+
+
+def test_a_request_that_left_settles_when_its_batches_end() -> None:
+    async def scenario() -> None:
+        for end in ("done", "failed", "crash"):
+            world, use = World(), EngineUse()
+            engine = world.engines[0]
+            future = world.dispatcher.submit([tokens([20] * 8), tokens([21] * 8), tokens([22] * 8)], use=use)
+            await run_callbacks()
+            assert len(engine.batches) == 2, "one runs, one is prefetched, one waits"
+            future.cancel()
+            settled = asyncio.ensure_future(use.settled())
+            await run_callbacks()
+            assert not settled.done()
+            for _ in range(2):
+                if end == "crash" and engine.up:
+                    world.crash(engine)
+                elif end == "failed":
+                    world.dispatcher.batch_failed(engine, engine.batches.pop(0).id, "injected failure", False)
+                elif end == "done":
+                    world.step(engine)
+                await run_callbacks()
+            assert settled.done()
+            assert use.tokens == (16 if end == "done" else 0)
+            assert not engine.batches
 
     run(scenario)
 

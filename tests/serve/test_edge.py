@@ -220,14 +220,14 @@ def test_the_phases_decide_about_probes_and_requests(setting: Setting) -> None:
         return [asyncio.run(setting.send(path, method="GET")).status for path in paths]
 
     setting.ready = False
-    assert statuses("/livez", "/readyz", "/info", "/metrics") == [503, 503, 503, 200]
+    assert statuses("/livez", "/readyz", "/info", "/metrics", "/health", "/") == [503, 503, 503, 200, 503, 200]
     rejected = asyncio.run(setting.send())
     assert (rejected.status, rejected.code, rejected.headers[b"retry-after"]) == (503, "not_ready", b"5")
     setting.ready = setting.lifecycle.started = True
-    assert statuses("/livez", "/readyz", "/info", "/metrics") == [200, 200, 200, 200]
+    assert statuses("/livez", "/readyz", "/info", "/metrics", "/health", "/") == [200] * 6
     assert asyncio.run(setting.send("/livez")).status == 405
     setting.lifecycle.draining = True
-    assert statuses("/livez", "/readyz") == [200, 503]
+    assert statuses("/livez", "/readyz", "/health") == [200, 503, 503]
     assert asyncio.run(setting.send()).status == 200
     setting.lifecycle.closed = True
     assert asyncio.run(setting.send()).status == 503

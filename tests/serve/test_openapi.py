@@ -47,7 +47,7 @@ def test_schemathesis_finds_no_failures(
     ]
     done = subprocess.run([*command, *bounds, *options], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stdout
-    assert "8 selected / 8 total" in done.stdout
+    assert "10 selected / 10 total" in done.stdout
     generated = re.search(r"(\d+) generated", done.stdout)
     assert generated
     assert int(generated[1]) > 8 * examples / 2

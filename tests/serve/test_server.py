@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from inferctl.serve.engines.echo import CRASHING_TOKEN, FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_SECONDS, SLOW_TOKEN
-from tests.serve.conftest import Running, until
+from tests.serve.conftest import CLIENT, Running, until
 from tests.test_settings import SERVICE_LINKS
 
 Serve = Callable[..., Running]
@@ -143,7 +143,13 @@ def test_the_request_of_a_disconnected_client_is_cancelled(serve: Serve, minilm:
 
 def test_probes_metrics_and_descriptions(echo: Running) -> None:
     assert echo.get("/livez").status_code == 200
-    assert echo.get("/readyz").status_code == 200
+    assert echo.get("/readyz").status_code == echo.get("/health").status_code == 200
+    root = echo.get("/").json()
+    assert (root["name"], root["task"], root["phase"]) == ("echo", "embed", "ready")
+    assert root["endpoints"] == ["/v1/embeddings"]
+    for name in ("documentation", "openapi", "info", "health"):
+        assert echo.get(root[name]).status_code == 200
+    assert CLIENT.head(echo.url).status_code == 200
     assert echo.get("/v1/models").json()["data"][0]["id"] == "echo"
     assert echo.get("/v1/models/echo").json()["id"] == "echo"
     assert echo.get("/v1/models/other").status_code == 404

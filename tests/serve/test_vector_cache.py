@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +28,7 @@ from inferctl.settings import resolve
 from tests.access.test_keys import add
 from tests.serve.conftest import CLIENT, Running, start, stop, until
 
+ROOT = Path(__file__).resolve().parents[2]
 CACHED = "x-inferctl-cached-tokens"
 
 
@@ -124,6 +127,18 @@ def test_equal_requests_are_computed_once_and_all_recorded(
     ledger.close()
     server.process.terminate()  # its worker too
     server.process.wait()
+
+
+def test_the_ledger_has_what_the_engines_computed(tmp_path: Path) -> None:
+    """Clients that leave, half-close and send equal requests, and inputs that fail or crash the engine."""
+    script, file = ROOT / "benchmarks" / "peers" / "metering.py", tmp_path / "figures.json"
+    command = [sys.executable, str(script), "--exact", "500", "--engine", "echo", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(file.read_text())
+    assert figures["charged_tokens"] == figures["computed_tokens"] > 0
+    assert figures["events"] == 500
+    assert min(figures["charged_tokens_of_leavers"], figures["cached_tokens"]) > 0
 
 
 def background(call: Callable[[], httpx.Response]) -> Callable[[], httpx.Response]:

@@ -20,6 +20,7 @@ from inferctl.serve.api.openapi import Operation
 from inferctl.serve.api.rerank import RerankEndpoint, ScoreEndpoint
 from inferctl.serve.api.rerank_schemas import RerankRequest, RerankResponse, ScoreRequest, ScoreResponse
 from inferctl.serve.edge.errors import ApiError
+from inferctl.spec import Task
 
 # The paths of the tasks, and their names in usage events. Cohere's clients use /v2/rerank, Jina's /v1/rerank.
 ENDPOINTS = {
@@ -29,6 +30,7 @@ ENDPOINTS = {
     "/rerank": "rerank",
     "/v1/score": "score",
 }
+_NAMES: dict[Task, tuple[str, ...]] = {"embed": ("embeddings",), "rerank": ("rerank", "score")}
 _EMBED = [
     Operation(
         "/v1/embeddings",
@@ -54,6 +56,11 @@ _RERANK = [
         {"text_1": "a question", "text_2": ["first text", "second text"]},
     ),
 ]
+
+
+def served(task: Task) -> list[str]:
+    """Return the paths that a server of this task has."""
+    return [path for path, name in ENDPOINTS.items() if name in _NAMES[task]]
 
 
 def create(inference: Inference) -> ASGIApp:

@@ -24,6 +24,7 @@ from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.metrics import Metrics
 from inferctl.serve.scheduling.batcher import AdmissionError
 from inferctl.serve.scheduling.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError, RequestResult
+from inferctl.serve.scheduling.engine_use import EngineUse
 from inferctl.serve.tokenizer_pool import InputError, TokenizerBusyError, TokenizerPool, TokenizerShareError
 from inferctl.serve.vector_cache.vector_cache import VectorCache
 
@@ -96,8 +97,14 @@ class Inference:
             if context.charge is not None:
                 context.charge.tokens(tokens, time.time())
             tokenized = time.monotonic()
-            result = await self._vectors(context, sequences, second_starts)
-            context.input_tokens, context.engine_seconds = tokens, result.engine_seconds
+            context.use = use = EngineUse()
+            result = await self._vectors(context, use, sequences, second_starts)
+            context.input_tokens, context.cached_tokens, context.engine_seconds = (
+                tokens,
+                tokens - use.tokens,
+                use.seconds,
+            )
+            context.use = None
             return result, tokenized
 
         try:
@@ -124,16 +131,15 @@ class Inference:
         return result.vectors
 
     async def _vectors(
-        self, context: RequestContext, sequences: Sequence[Tokens], second_starts: Sequence[int] | None
+        self, context: RequestContext, use: EngineUse, sequences: Sequence[Tokens], second_starts: Sequence[int] | None
     ) -> RequestResult:
         """Return the vectors of the sequences, from the cache if there is one. Pairs are not cached."""
         bulk = context.priority == b"bulk"
         submit = partial(self.dispatcher.submit, bulk=bulk, tenant=context.tenant)
         if self.cache is None or second_starts is not None:
-            return await submit(sequences, second_starts)
-        result = await self.cache.run(context.key_id, sequences, submit, bulk=bulk, directives=context.cache_control)
-        context.cached_tokens = result.cached_tokens
-        return result
+            return await submit(sequences, second_starts, use=use)
+        directives = context.cache_control
+        return await self.cache.run(context.key_id, sequences, submit, use, bulk=bulk, directives=directives)
 
 
 async def parsed_body(context: RequestContext, receive: Receive, parse: Callable[[bytes], T]) -> T:

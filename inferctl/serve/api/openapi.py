@@ -1,4 +1,4 @@
-"""The OpenAPI document, built from the pydantic models of the requests, and a self-contained HTML page of it."""
+"""The OpenAPI document, built from the pydantic models of the requests, and the HTML page of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import inferctl
+from inferctl.serve import docs_page
 from inferctl.serve.api.schemas import ErrorResponse
 from inferctl.serve.api.served_model import ServedModel
 
@@ -41,8 +42,10 @@ _JSON = "application/json"
 _GET_ROUTES = {
     "/v1/models": ("List the served model, in OpenAI's format.", _JSON),
     "/v1/models/{name}": ("Return the served model if it has this name.", _JSON),
+    "/": ("Name and version of the server, and where everything is.", _JSON),
     "/livez": ("200 while the process is live.", "text/plain"),
     "/readyz": ("200 while the server is ready for requests.", "text/plain"),
+    "/health": ("The same as /readyz.", "text/plain"),
     "/metrics": ("Prometheus metrics.", "text/plain"),
     "/info": ("Model, precision, attention path, fidelity to fp32, device and limits.", _JSON),
     "/docs": ("This document as a web page.", "text/html"),
@@ -97,10 +100,10 @@ def _get(path: str, name: str) -> dict[str, Any]:
     responses: dict[str, Any] = {"200": {"description": summary, "content": {media: {"schema": schema}}}}
     operation: dict[str, Any] = {
         "summary": summary,
-        "operationId": path.strip("/").replace("/", "_"),
+        "operationId": path.strip("/").replace("/", "_") or "root",
         "responses": responses,
     }
-    if path in ("/livez", "/readyz"):
+    if path in ("/livez", "/readyz", "/health"):
         # Probes use only the status, so the body has no schema.
         operation["responses"] = {"200": {"description": summary}, "503": {"description": "Otherwise."}}
     if path == "/info":
@@ -143,26 +146,12 @@ def _reference(kind: type[BaseModel]) -> dict[str, str]:
 
 
 def page(model: ServedModel, operations: list[Operation]) -> str:
-    """Return a page with the routes, the fields of requests and examples, without scripts or external files."""
-    spec, name = document(model, operations), html.escape(model.name)
-    rows = [
-        (f"{method.upper()} {path}", operation["summary"])
-        for path, methods in spec["paths"].items()
-        for method, operation in methods.items()
-    ]
-    parts = [f"<h1>{name}</h1><p><a href=/openapi.json>/openapi.json</a> has all details.</p>", _table(rows)]
+    """Return a page with the routes, the fields of requests and examples."""
+    spec, parts = document(model, operations), []
     for operation in operations:
         fields = spec["components"]["schemas"][operation.request.__name__]["properties"]
         body = orjson.dumps({"model": model.name, **operation.example}).decode()
         curl = html.escape(f"curl -s $URL{operation.path} -H 'content-type: application/json' -d '{body}'")
-        rows = [(field, entry.get("description", "")) for field, entry in fields.items()]
-        parts += [f"<h2>POST {operation.path}</h2><pre>{curl}</pre>", _table(rows)]
-    parts += ["<h2>Errors</h2>", _table(list(_ERRORS.items()))]
-    style = "body{font:16px/1.5 sans-serif;max-width:52rem;margin:2rem auto}:root{color-scheme:light dark}"
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><style>{style}</style>"
-    return head + "".join(parts)
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-    cells = (f"<tr><td><code>{html.escape(a)}</code><td>{html.escape(b)}" for a, b in rows)
-    return f"<table>{''.join(cells)}</table>"
+        described = docs_page.table((field, entry.get("description", "")) for field, entry in fields.items())
+        parts += [f"<h2>POST {operation.path}</h2><pre>{curl}</pre>", described]
+    return docs_page.render(spec, *parts, "<h2>Errors</h2>", docs_page.table(_ERRORS.items()))

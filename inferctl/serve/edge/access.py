@@ -30,6 +30,7 @@ log = logging.getLogger("inferctl.access")
 
 # Path -> its name in `access.open`.
 _PAGES = {
+    "/": "docs",
     "/metrics": "metrics",
     "/info": "info",
     "/docs": "docs",
@@ -37,7 +38,8 @@ _PAGES = {
     "/redoc": "docs",
     "/openapi.json": "docs",
 }
-# The gateway of inferctl sets it, and removes what a client sends.
+_KEY_HEADERS = (b"authorization", b"x-api-key", b"api-key")
+# A gateway that authenticates clients sets it. That of inferctl removes it.
 _PROXY_HEADER, _MAX_CALLER = b"x-inferctl-key-id", 200
 
 
@@ -106,11 +108,12 @@ class Access:
 
     def _find(self, scope: Scope) -> ApiKey:
         if self._proxies and (client := scope.get("client")) and self._trusts(client[0]):
-            for name, value in scope["headers"]:
-                if name == _PROXY_HEADER and len(value) <= _MAX_CALLER:
-                    with contextlib.suppress(UnicodeDecodeError):
-                        if is_caller_id(found := value.decode()):
-                            return caller(found)
+            # Of two, the proxy may have set only one.
+            named = [value for name, value in scope["headers"] if name == _PROXY_HEADER]
+            if len(named) == 1 and len(named[0]) <= _MAX_CALLER:
+                with contextlib.suppress(UnicodeDecodeError):
+                    if is_caller_id(found := named[0].decode()):
+                        return caller(found)
         credential = _credential(scope["headers"])
         try:
             key = self._known(credential, scope) if credential else None
@@ -241,15 +244,20 @@ def _duration(seconds: int) -> bytes:
 
 
 def _credential(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Return the key in the headers of a request; empty if there is none."""
-    found = b""
+    """Return the key in the headers of a request; empty if there is none, or if a header appears twice.
+
+    Of two headers, a proxy may check one, and this server the other.
+    """
+    found: dict[bytes, bytes] = {}
     for name, value in headers:
-        if name == b"authorization":
-            if value[:7].lower() == b"bearer ":
-                return value[7:].strip()
-        elif name in (b"x-api-key", b"api-key"):
-            found = value.strip()
-    return found
+        if name in _KEY_HEADERS:
+            if name in found:
+                return b""
+            found[name] = value
+    bearer, *others = (found.get(name, b"") for name in _KEY_HEADERS)
+    if bearer[:7].lower() == b"bearer ":
+        return bearer[7:].strip()
+    return next(filter(None, others), b"").strip()
 
 
 def _forbidden(what: str) -> ApiError:

@@ -53,6 +53,8 @@ class Connection(HttpToolsProtocol):
         self._headed: Any = None  # the request whose response has begun
         self._unsent = b""  # a part of a response that is sent with the next one, or in the next turn of the event loop
         self._received = self._body = 0  # bytes of the request, and of its body
+        self._fields = 0  # headers and trailers of the request
+        self._headers_complete = False
         self._written = self._read = 0  # bytes of responses; those that were read at the last look
         self._read_deadline = math.inf  # until which the client must read more
 
@@ -91,7 +93,7 @@ class Connection(HttpToolsProtocol):
             # Headers, trailers, and what is around the chunks of a body. Each chunk costs as much as a call, so a body
             # cannot have many small ones.
             too_large = self._received - self._body > self.max_header_bytes + self._body / 8
-            if too_large or len(self.headers or ()) > self.max_headers:
+            if too_large or self._fields > self.max_headers:
                 self._reject(self._headers_too_large())
 
     def on_message_begin(self) -> None:
@@ -102,6 +104,7 @@ class Connection(HttpToolsProtocol):
                 self.close()
             raise RuntimeError("a pipelined request")
         super().on_message_begin()
+        self._fields, self._headers_complete = 0, False
         self._receiving, self._deadline = True, self.loop.time() + self.transfer_s
 
     def on_url(self, url: bytes) -> None:
@@ -110,8 +113,19 @@ class Connection(HttpToolsProtocol):
         if len(self.url) >= self.max_header_bytes:
             raise self._headers_too_large()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Store a header, and drop a trailer. Called by httptools.
+
+        uvicorn would append it to the headers. A proxy that removes `x-inferctl-key-id` from those passes trailers on,
+        and no part of a body may change who sent it, its priority or its length.
+        """
+        self._fields += 1
+        if not self._headers_complete:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """Pass the request to the application. Called by httptools."""
+        self._headers_complete = True
         method = self.parser.get_method()
         if method == b"CONNECT":
             raise ApiError(405, "method CONNECT is not supported", code="method_not_allowed")

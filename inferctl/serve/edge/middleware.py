@@ -8,15 +8,17 @@ the probes, turns errors into OpenAI's envelope, rejects requests while the serv
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+import inferctl
 from inferctl.access.fairness import Shares
 from inferctl.access.limits import LimitError
 from inferctl.serve.edge import access as edge_access
@@ -69,7 +71,8 @@ class Edge:
     returns the body and the media type of `GET /metrics`. `endpoints`: path -> name in events, for the paths of tasks.
     `access`: who may use the server; None for everyone, without limits.
     `check_metering()` raises `ApiError` if the event of another request could not be recorded. `load_line()` returns a
-    header with the load of the server as a line, for a gateway.
+    header with the load of the server as a line, for a gateway. `served`: the paths that the task of this server has,
+    None for all.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Edge:
         access: Access | None = None,
         check_metering: Callable[[], None] = lambda: None,
         load_line: Callable[[], bytes] | None = None,
+        served: Sequence[str] | None = None,
     ) -> None:
         self.in_flight = 0
         self.unfinished_responses = 0  # of complete requests that were still running when the drain ended
@@ -96,10 +100,13 @@ class Edge:
         self._small_body = self._limits.max_bytes // self._limits.max_requests
         self._requests, self._bodies = Shares(self._limits.max_requests), Shares(self._limits.max_bytes)
         self._info, self._endpoints, self._access = info, endpoints, access
+        self._served = list(endpoints if served is None else served)
         self._check_metering, self.load_line = check_metering, load_line
         self._probes: dict[str, Callable[[], tuple[int, bytes, str]]] = {
+            "/": self._root,
             "/livez": self._livez,
             "/readyz": self._readyz,
+            "/health": self._readyz,  # of TEI and vLLM, whose probes users bring along
             "/info": self._info_page,
             "/metrics": lambda: (200, *metrics()),
         }
@@ -122,6 +129,7 @@ class Edge:
         request = _Request(self, context, scope, receive, send)
         self.in_flight += 1
         counted = None  # the tenant, if the request counts in its share
+        stopped = False
         try:
             key = self._access.authenticate(scope, context) if self._access else None
             self._admit(scope, context)
@@ -133,6 +141,7 @@ class Edge:
                 self._access.charge(key, context)
             await self._app(scope, request.receive, request.send)
         except asyncio.CancelledError:  # the drain took too long
+            stopped = True
             self.unfinished_responses += request.body_complete
             await request.fail(self.stopped)
         except ClientDisconnectedError:
@@ -145,6 +154,11 @@ class Edge:
             log.exception("request %s", context.id.decode())
             await request.fail(ApiError(500, "internal error; see the server log", code="internal_error"))
         finally:
+            if (use := context.use) is not None:
+                if not stopped:
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await use.settled()
+                context.input_tokens, context.engine_seconds = use.tokens, use.seconds
             self.in_flight -= 1
             self._body_bytes -= context.body_bytes
             if counted is not None:
@@ -207,6 +221,13 @@ class Edge:
     def _readyz(self) -> tuple[int, bytes, str]:
         phase = self._lifecycle.phase
         return (200, b"ok\n", "text/plain") if phase == "ready" else (503, f"{phase}\n".encode(), "text/plain")
+
+    def _root(self) -> tuple[int, bytes, str]:
+        known = self._info() or {}
+        document = {name: known.get(name) for name in ("name", "task")}
+        document |= {"inferctl": inferctl.__version__, "phase": self._lifecycle.phase, "endpoints": self._served}
+        document |= {"documentation": "/docs", "openapi": "/openapi.json", "info": "/info", "health": "/health"}
+        return 200, orjson.dumps(document), "application/json"
 
     def _info_page(self) -> tuple[int, bytes, str]:
         document = self._info()

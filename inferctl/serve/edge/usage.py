@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from starlette.types import Scope
 
@@ -22,6 +23,15 @@ REJECTION = "inferctl.rejection"
 HEADER_LINES = "inferctl.headers"
 _MAX_ID_LENGTH = 128
 _SCOPE_KEY = "inferctl.request"
+
+
+class Use(Protocol):
+    """What engines computed for a request that is not complete. `settled` returns when they compute no more."""
+
+    tokens: int
+    seconds: float
+
+    async def settled(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +72,8 @@ class UsageEvent:
 class RequestContext:
     """One request in progress. The edge reads the headers; the application fills in the model and the counts.
 
+    `use`: what counts if the request does not complete, as when its client disconnects.
+
     `usage`: what the key used, None without limits; `charge`: what this request was charged. `tenant`: among whom the
     queue is shared; None for a client without a key, and if there is one key only.
     """
@@ -89,6 +101,7 @@ class RequestContext:
     tenant: str | None = None
     shared_bytes: int = 0  # bytes of the body that count in the share of the tenant
     engine_seconds: float = 0.0
+    use: Use | None = None
 
     @classmethod
     def of(cls, scope: Scope, endpoint: str) -> RequestContext:

@@ -11,6 +11,7 @@ import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inferctl.access.fairness import Shares
+from inferctl.serve import docs_page
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
 from inferctl.serve.edge.middleware import ClientDisconnectedError
 from inferctl.serve.edge.usage import RequestContext, context_of
@@ -22,8 +23,9 @@ from inferctl.serve.generate.meter import StreamMeter
 ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 # vLLM has more endpoints that generate, whose tokens would not be counted, and some that change the server.
 _TOKENIZER = frozenset({"/tokenize", "/detokenize"})
-_PASSED = _TOKENIZER | {"/v1/models", "/docs", "/redoc", "/version"}
-_DOCUMENT = "/openapi.json"
+_PASSED = _TOKENIZER | {"/v1/models", "/version"}
+# vLLM's pages load scripts from other hosts.
+_DOCUMENTS = frozenset({"/openapi.json", "/docs", "/redoc"})
 # Of a body for the tokenizer: for each token of the context, and in addition. English has about 4 bytes per token.
 _BYTES_PER_TOKEN, _FEW_BYTES = 16, 64 * 1024
 # Tokens of an answer, assumed until requests complete: for the metrics of demand.
@@ -66,9 +68,9 @@ class GenerationApp:
             await self._generate(scope, receive, send)
         elif path in _TOKENIZER:
             await self._tokenize(scope, receive, send)
-        elif path == _DOCUMENT and scope["method"] == "GET":
+        elif path in _DOCUMENTS and scope["method"] == "GET":
             await self._document(scope, receive, send)
-        elif path in ENDPOINTS or path in _PASSED or path.startswith(("/docs/", "/v1/models/")):
+        elif path in ENDPOINTS or path in _PASSED or path.startswith("/v1/models/"):
             await self._app(scope, receive, send)
         else:
             # The path may have a key by mistake, and clients log errors.
@@ -98,21 +100,26 @@ class GenerationApp:
             self.tokenizing -= started
 
     async def _document(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send vLLM's OpenAPI document without the endpoints that the edge does not pass on."""
+        """Send vLLM's OpenAPI document, or a page of it, without the endpoints that the edge does not pass on."""
         parts: list[bytes] = []
 
         async def collect(message: Message) -> None:
             parts.append(message.get("body", b""))
 
-        await self._app(scope, receive, collect)
+        await self._app({**scope, "path": "/openapi.json", "raw_path": b"/openapi.json"}, receive, collect)
         document = orjson.loads(b"".join(parts))
+        if "paths" not in document:
+            raise ApiError(404, "vLLM was started without its documentation", code="not_found")
         document["paths"] = {
             path: operations
             for path, operations in document["paths"].items()
             if path in ENDPOINTS or path in _PASSED or path.startswith("/v1/models/")
         }
-        body = orjson.dumps(document)
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        if scope["path"] == "/openapi.json":
+            media, body = b"application/json", orjson.dumps(document)
+        else:
+            media, body = b"text/html; charset=utf-8", docs_page.render(document).encode()
+        headers = [(b"content-type", media), (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 

@@ -32,6 +32,7 @@ from inferctl.serve.engine_process.engine_protocol import (
 from inferctl.serve.metrics import Metrics
 from inferctl.serve.scheduling.batcher import Batcher, QueuedSequence
 from inferctl.serve.scheduling.engine_queue import BatchAttempt, EngineQueue
+from inferctl.serve.scheduling.engine_use import EngineUse
 
 # Gets the index of a sequence in its request, its vector, and whether that has neither NaN nor infinity.
 OnVector: TypeAlias = Callable[[int, Vectors, bool], None]
@@ -52,16 +53,13 @@ class RequestResult(NamedTuple):
     """The vectors of one request ([sequences, dimensions]) and its times (s).
 
     `non_finite`: the indices of the vectors with NaN or infinity. `inference_seconds`: from the start of its first
-    batch to its last vector. `engine_seconds`: its share of the times of its batches, by tokens. `cached_tokens`: those
-    that were not computed for this request, with a cache.
+    batch to its last vector.
     """
 
     vectors: Vectors
     non_finite: Sequence[int]
     queue_seconds: float
     inference_seconds: float
-    engine_seconds: float
-    cached_tokens: int = 0
 
 
 @dataclass
@@ -74,9 +72,9 @@ class _Request:
     arrived: float
     predicted: float
     remaining: int  # sequences without a vector
+    use: EngineUse
     on_vector: OnVector | None = None
     first_start: float = float("inf")
-    engine_seconds: float = 0.0
     vectors: Vectors | None = None
     non_finite: list[int] = field(default_factory=list)
 
@@ -115,13 +113,14 @@ class Dispatcher:
         bulk: bool = False,
         tenant: str | None = None,
         on_vector: OnVector | None = None,
+        use: EngineUse | None = None,
     ) -> asyncio.Future[RequestResult]:
         """Queue a request and return the future of its result. Cancelling the future cancels the request.
 
         `second_starts`: as in `Batch`; all requests of a server have them, or none. `tenant`: as in `Batcher.submit`.
-        `on_vector` gets each vector when its batch completes. Raises `AdmissionError`, or
-        `EngineUnavailableError` if no engine is ready. The future raises `EngineUnavailableError` or
-        `EngineFailedError`.
+        `on_vector` gets each vector when its batch completes. `use` counts what engines compute. Raises
+        `AdmissionError`, or `EngineUnavailableError` if no engine is ready. The future raises `EngineUnavailableError`
+        or `EngineFailedError`.
         """
         lengths = [len(s) for s in sequences]
         self._metrics.offer(sum(lengths))
@@ -131,9 +130,12 @@ class Dispatcher:
         busy_s = self._seconds_until_free()
         predicted = self._batcher.submit(number, lengths, now, bulk=bulk, busy_s=busy_s, tenant=tenant)
         future: asyncio.Future[RequestResult] = asyncio.get_running_loop().create_future()
-        request = _Request(sequences, second_starts, future, now, predicted, len(sequences), on_vector)
+        use = use or EngineUse()
+        request = _Request(sequences, second_starts, future, now, predicted, len(sequences), use, on_vector)
         self._requests[number] = request
+        use.begin()
         future.add_done_callback(lambda _: self._request_done(number))
+        future.add_done_callback(use.end)
         if not self._scheduled:  # the other requests of this turn of the event loop join the same batch
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._dispatch)
@@ -169,7 +171,7 @@ class Dispatcher:
     def engine_lost(self, engine: EngineProcess) -> None:
         """Requeue the batches of an engine that ended. Part of `Listener`."""
         self._metrics.engine_deaths.inc()
-        for attempt in self._engines.pop(engine).in_flight.values():
+        for attempt in self._engines.pop(engine).close():
             if attempt.started is None:  # the prefetched one
                 self._batcher.requeue(self._wanted(attempt.sequences))
                 continue
@@ -194,10 +196,10 @@ class Dispatcher:
         queue.raise_batch_limit(attempt.tokens)
         self._engines_changed()
         per_token = result.seconds / attempt.tokens
-        for row, item in enumerate(attempt.sequences):
+        for row, (item, use) in enumerate(zip(attempt.sequences, attempt.uses, strict=True)):
+            use.add(item.tokens, per_token * item.tokens)
             if request := self._requests.get(item.request):
                 request.first_start = min(request.first_start, now - result.seconds)
-                request.engine_seconds += per_token * len(request.sequences[item.position])
                 self._store(request, item.position, result.vectors[row], bool(result.ok[row]), now)
         self._dispatch()
 
@@ -235,10 +237,11 @@ class Dispatcher:
         for prefetch in (False, True):
             for queue in sorted(self._engines.values(), key=lambda queue: queue.tokens):
                 while attempt := self._next(queue, prefetch=prefetch):
-                    queue.send(self._batch(attempt.sequences), attempt)
+                    queue.send(self._batch(attempt), attempt)
 
-    def _batch(self, items: Sequence[QueuedSequence]) -> Batch:
-        found = [(self._requests[item.request], item.position) for item in items]
+    def _batch(self, attempt: BatchAttempt) -> Batch:
+        found = [(self._requests[item.request], item.position) for item in attempt.sequences]
+        attempt.uses = [request.use for request, _ in found]
         parts = [request.sequences[position] for request, position in found]
         lengths = np.array([len(part) for part in parts], dtype=np.int32)
         starts = [request.second_starts[position] for request, position in found if request.second_starts is not None]
@@ -273,8 +276,7 @@ class Dispatcher:
         if not request.remaining and not request.future.done():
             self._batcher.observe(request.predicted, now - request.arrived)
             queued, inference = max(0.0, request.first_start - request.arrived), now - request.first_start
-            result = RequestResult(request.vectors, request.non_finite, queued, inference, request.engine_seconds)
-            request.future.set_result(result)
+            request.future.set_result(RequestResult(request.vectors, request.non_finite, queued, inference))
 
     def _fail(self, number: int, error: Exception) -> None:
         """Fail a request, unless it is complete or cancelled."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from inferctl.serve.engine_process.engine_protocol import MIN_BATCH_TOKENS, Batch, EngineInfo, EngineProcess
 from inferctl.serve.scheduling.batcher import QueuedSequence
+from inferctl.serve.scheduling.engine_use import EngineUse
 from inferctl.serve.scheduling.latency_model import LatencyModel
 
 # After at most this many batches near the lowered limit that fit into memory, the batch limit is back at its start
@@ -20,12 +21,13 @@ class BatchAttempt:
     """One attempt to run sequences as a batch.
 
     `isolated`: no other batch may be in flight on the engine. `started`: when the engine could start it (s), None while
-    it is prefetched.
+    it is prefetched. `uses`: for whom the sequences are computed, also if their requests are cancelled.
     """
 
     sequences: Sequence[QueuedSequence]
     isolated: bool = False
     started: float | None = None
+    uses: Sequence[EngineUse] = field(default_factory=list)
 
     @cached_property
     def tokens(self) -> int:
@@ -68,17 +70,28 @@ class EngineQueue:
     def send(self, batch: Batch, attempt: BatchAttempt) -> None:
         """Send a batch to the engine."""
         attempt.started = self._clock() if len(self.in_flight) < self.slots else None
+        for use in attempt.uses:
+            use.begin()
         self.in_flight[batch.id] = attempt
         self._engine.send(batch)
 
     def finish(self, number: int) -> tuple[BatchAttempt, float]:
         """Remove a batch and return it with its run time (s). The next prefetched batch starts now."""
         now, attempt = self._clock(), self.in_flight.pop(number)
+        for use in attempt.uses:
+            use.end()
         for waiting in self.in_flight.values():
             if waiting.started is None:
                 waiting.started = now
                 break
         return attempt, 0.0 if attempt.started is None else now - attempt.started
+
+    def close(self) -> list[BatchAttempt]:
+        """Return the batches that the engine had when it ended."""
+        for attempt in self.in_flight.values():
+            for use in attempt.uses:
+                use.end()
+        return list(self.in_flight.values())
 
     def lower_batch_limit(self, failed: BatchAttempt) -> None:
         """Halve the batch limit after memory was insufficient for a batch and those that ran at the same time."""

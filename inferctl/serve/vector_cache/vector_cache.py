@@ -5,7 +5,8 @@
               +-> joined: another request computes it --------------+
               +-> a flight of this request: shared level -> engines +
 
-A flight runs as long as any request waits for it, so a client that disconnects does not hurt the others.
+A flight runs as long as any request waits for it, so a client that disconnects does not hurt the others. What engines
+compute for a flight counts for the request that started it, also if its client disconnected.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.metrics import Metrics
 from inferctl.serve.scheduling.dispatcher import OnVector, RequestResult
+from inferctl.serve.scheduling.engine_use import EngineUse
 from inferctl.serve.vector_cache.keys import KeySpace
 from inferctl.serve.vector_cache.shared import SharedLevel
 from inferctl.serve.vector_cache.store import VectorStore
@@ -38,7 +40,7 @@ class Compute(Protocol):
     """Computes sequences. Raises what `Dispatcher.submit` raises."""
 
     def __call__(
-        self, sequences: Sequence[Tokens], *, on_vector: OnVector | None = None
+        self, sequences: Sequence[Tokens], *, on_vector: OnVector | None = None, use: EngineUse | None = None
     ) -> asyncio.Future[RequestResult]: ...
 
 
@@ -54,6 +56,7 @@ class _Flight:
     sequences: dict[bytes, Tokens]
     bulk: bool
     ended: asyncio.Future[None]
+    use: EngineUse
     future: asyncio.Future[RequestResult | None] = field(init=False)
     waiters: int = 0
     found: dict[bytes, bytes] = field(default_factory=dict)
@@ -101,9 +104,16 @@ class VectorCache:
             self.shared.vector_bytes = 4 * dimensions
 
     async def run(
-        self, scope: str | None, sequences: Sequence[Tokens], compute: Compute, *, bulk: bool, directives: bytes = b""
+        self,
+        scope: str | None,
+        sequences: Sequence[Tokens],
+        compute: Compute,
+        use: EngineUse,
+        *,
+        bulk: bool,
+        directives: bytes = b"",
     ) -> RequestResult:
-        """Return the vectors of `sequences`; `compute` runs the missing ones.
+        """Return the vectors of `sequences`; `compute` runs the missing ones, and `use` counts what engines compute.
 
         `scope`: the caller, who shares entries with nobody else if the cache is scoped. `directives`: the header
         Cache-Control. With `no-cache`, everything is computed; with `no-store`, also nothing is stored. Raises what
@@ -113,18 +123,17 @@ class VectorCache:
         keys = self._key_space.keys(scope if self._scoped else None, sequences)
         if directives and (wanted := {part.strip().lower() for part in directives.split(b",")}):
             if b"no-store" in wanted:
-                return await compute(sequences)
+                return await compute(sequences, use=use)
             if b"no-cache" in wanted:
-                return await compute(sequences, on_vector=partial(self._refresh, keys))
-        return await self._run(keys, sequences, compute, bulk)
+                return await compute(sequences, on_vector=partial(self._refresh, keys), use=use)
+        return await self._run(keys, sequences, compute, use, bulk)
 
     async def _run(
-        self, keys: Sequence[bytes], sequences: Sequence[Tokens], compute: Compute, bulk: bool
+        self, keys: Sequence[bytes], sequences: Sequence[Tokens], compute: Compute, use: EngineUse, bulk: bool
     ) -> RequestResult:
         found: dict[bytes, bytes] = {}
-        computed: set[bytes] = set()
-        from_shared = joins = 0
-        queue_s = inference_s = engine_s = 0.0
+        computed = from_shared = joins = 0
+        queue_s = inference_s = 0.0
         local = 0
         while True:
             joined: dict[bytes, _Flight] = {}
@@ -142,7 +151,7 @@ class VectorCache:
                     missing[key] = sequence
             if not joined and not missing:
                 break
-            own = self._start(missing, compute, bulk) if missing else None
+            own = self._start(missing, compute, use, bulk) if missing else None
             waiting = {key: flight.join(key) for key, flight in joined.items()}
             started = time.monotonic()
             await self._wait({*joined.values(), *((own,) if own else ())}, own, list(waiting.values()))
@@ -153,11 +162,10 @@ class VectorCache:
                     self._metrics.cache_misses.inc(len(keys))
                     return result
                 found |= own.found
-                computed |= own.found.keys() - own.from_shared
+                computed += len(own.found) - len(own.from_shared)
                 from_shared += len(own.from_shared)
                 if result:
                     queue_s, inference_s = queue_s + result.queue_seconds, inference_s + result.inference_seconds
-                    engine_s += result.engine_seconds
             elif waiting:
                 queue_s += time.monotonic() - started
             for key, future in waiting.items():
@@ -166,15 +174,23 @@ class VectorCache:
                 elif (error := joined[key].error) and len(joined[key].sequences) == 1:
                     raise error  # the same sequence would fail again
             joins += 1
-        return self._result(keys, sequences, found, computed, (local, from_shared), (queue_s, inference_s, engine_s))
+        self._local_hits.inc(local)
+        self._shared_hits.inc(from_shared)
+        self._metrics.cache_misses.inc(computed)
+        self._metrics.cache_coalesced.inc(len(keys) - local - from_shared - computed)
+        non_finite = [index for index, key in enumerate(keys) if not found[key]]
+        data = b"" if non_finite else b"".join([found[key] for key in keys])
+        vectors = np.frombuffer(data, dtype=np.float32).reshape(len(keys), -1) if data else np.empty((0, 0), np.float32)
+        return RequestResult(vectors, non_finite, queue_s, inference_s)
 
-    def _start(self, missing: dict[bytes, Tokens], compute: Compute, bulk: bool) -> _Flight:
-        flight = _Flight(missing, bulk, asyncio.get_running_loop().create_future())
+    def _start(self, missing: dict[bytes, Tokens], compute: Compute, use: EngineUse, bulk: bool) -> _Flight:
+        flight = _Flight(missing, bulk, asyncio.get_running_loop().create_future(), use)
         if self.shared and self.shared.up:
             flight.future = asyncio.ensure_future(self._through_shared(flight, self.shared, compute))
+            use.begin()  # it may compute after its request was cancelled
+            flight.future.add_done_callback(use.end)
         else:
-            arrived = partial(self._arrived, flight, list(missing))
-            flight.future = compute(list(missing.values()), on_vector=arrived)  # type: ignore[assignment]
+            flight.future = self._computed(flight, list(missing), compute)  # type: ignore[assignment]
         flight.future.add_done_callback(partial(self._finished, flight))
         for key in missing:
             self._flights[key] = flight
@@ -185,13 +201,16 @@ class VectorCache:
         for key, vector in (await shared.get(list(flight.sequences))).items():
             flight.from_shared.add(key)
             self._resolve(flight, key, vector)
-        missing = {key: ids for key, ids in flight.sequences.items() if key not in flight.found}
+        missing = [key for key in flight.sequences if key not in flight.found]
         if not missing:
             return None
-        arrived = partial(self._arrived, flight, list(missing))
-        result = await compute(list(missing.values()), on_vector=arrived)
+        result = await self._computed(flight, missing, compute)
         shared.put({key: flight.found[key] for key in missing if flight.found[key]})
         return result
+
+    def _computed(self, flight: _Flight, keys: Sequence[bytes], compute: Compute) -> asyncio.Future[RequestResult]:
+        sequences, arrived = [flight.sequences[key] for key in keys], partial(self._arrived, flight, keys)
+        return compute(sequences, on_vector=arrived, use=flight.use)
 
     async def _wait(
         self, flights: set[_Flight], own: _Flight | None, futures: Sequence[asyncio.Future[bytes | None]]
@@ -242,26 +261,3 @@ class VectorCache:
     def _refresh(self, keys: Sequence[bytes], index: int, vector: Vectors, ok: bool) -> None:
         if ok:
             self._store.put(keys[index], vector.tobytes())
-
-    def _result(
-        self,
-        keys: Sequence[bytes],
-        sequences: Sequence[Tokens],
-        found: dict[bytes, bytes],
-        computed: set[bytes],
-        hits: tuple[int, int],
-        seconds: tuple[float, float, float],
-    ) -> RequestResult:
-        local, from_shared = hits
-        metrics = self._metrics
-        self._local_hits.inc(local)
-        self._shared_hits.inc(from_shared)
-        metrics.cache_misses.inc(len(computed))
-        metrics.cache_coalesced.inc(len(keys) - local - from_shared - len(computed))
-        tokens = sum(map(len, sequences))
-        if computed:
-            tokens -= sum(len(ids) for key, ids in dict(zip(keys, sequences, strict=True)).items() if key in computed)
-        non_finite = [index for index, key in enumerate(keys) if not found[key]]
-        data = b"" if non_finite else b"".join([found[key] for key in keys])
-        vectors = np.frombuffer(data, dtype=np.float32).reshape(len(keys), -1) if data else np.empty((0, 0), np.float32)
-        return RequestResult(vectors, non_finite, *seconds, cached_tokens=tokens)

@@ -143,6 +143,16 @@ async def health(_: Request) -> Response:
     return Response(status_code=200 if Engine.alive else 503)
 
 
+async def document(_: Request) -> Response:
+    post = {"post": {"summary": "Create <it>"}}
+    paths = {"/v1/chat/completions": post, "/v1/responses": post, "/tokenize": post}
+    return JSONResponse({"openapi": "3.1.0", "info": {"title": "stand-in", "version": "1"}, "paths": paths})
+
+
+async def page(_: Request) -> Response:
+    return Response("<script src=https://cdn.example.com/ui.js></script>", media_type="text/html")
+
+
 async def models(_: Request) -> Response:
     return JSONResponse({"object": "list", "data": [{"id": "m", "object": "model"}]})
 
@@ -168,6 +178,8 @@ def main() -> None:
     routes = [
         Route("/health", health),
         Route("/v1/models", models),
+        Route("/openapi.json", document),
+        *(Route(path, page) for path in ("/docs", "/redoc", "/docs/oauth2-redirect")),
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/responses", chat, methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),
