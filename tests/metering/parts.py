@@ -30,7 +30,14 @@ def event(key_id: str | None = "k1", tokens: int = 10, status: int = 200, **fiel
 
 
 def batch(
-    source: str, first: int, last: int, *, lost: Sequence[int] = (), oldest: int = 1, at: float = DAY, key: str = "k1"
+    source: str,
+    first: int,
+    last: int,
+    *,
+    lost: Sequence[int] = (),
+    oldest: int = 1,
+    at: float = DAY,
+    key: str | None = "k1",
 ) -> Batch:
     """A batch of the numbers from `first` to `last`, without those that are `lost`."""
     numbers = [number for number in range(first, last + 1) if number not in lost]
