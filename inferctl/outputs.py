@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from inferctl.errors import NotReadyError, UsageError
@@ -59,10 +60,11 @@ def write(file: Path, content: str | bytes, option: str) -> None:
         ) from None
 
 
-def replace(file: Path, text: str, mode: int = 0o666) -> None:
+def replace(file: Path, text: str, mode: int = 0o666, before: Callable[[], None] = lambda: None) -> None:
     """Replace `file` atomically: a reader sees the old content or all of `text`. Raises `OSError`.
 
-    An existing file keeps its permissions; a new one gets `mode`, reduced by the umask.
+    An existing file keeps its permissions; a new one gets `mode`, reduced by the umask. `before` is called when all of
+    `text` is on disk; if it raises, `file` does not change.
     """
     partial = file.with_name(f".inferctl-{os.getpid()}.partial")
     try:
@@ -74,9 +76,42 @@ def replace(file: Path, text: str, mode: int = 0o666) -> None:
             os.fsync(to.fileno())  # otherwise a power failure can leave an empty file
         if file.exists():
             shutil.copymode(file, partial)
+        before()
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def secret(file: Path, text: str, option: str, *, force: bool, inputs: Iterable[Path] = ()) -> Iterator[None]:
+    """Write `text` for its owner alone, run the body, which makes it valid, and move it to `file`.
+
+    If the body raises, `file` is what it was. `force`: replace an existing file. `inputs`: see `check`. Raises
+    `UsageError` and `NotReadyError`.
+    """
+    check(file, option, inputs=inputs)
+    file = file.resolve()  # a link stays a link
+    place = file.with_name(f".{file.name}.{os.getpid()}.partial") if force else file
+    try:
+        descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        hint = f"pass `--force` to replace it, or name another file with `{option}`"
+        raise UsageError(f"{file} already exists", hint) from None
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as to:
+            to.write(text)
+            to.flush()
+            os.fsync(descriptor)
+        yield
+    except BaseException:
+        place.unlink(missing_ok=True)
+        raise
+    if force:
+        try:
+            place.replace(file)
+        except OSError as error:
+            message = f"{file} cannot be replaced: {_reason(error)}; its new content is in {place}"
+            raise NotReadyError(message, "move that file yourself") from None
 
 
 def retract(file: Path) -> None:

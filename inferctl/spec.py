@@ -313,7 +313,7 @@ class Metering(Section):
     )
     outbox_size: Size = Field(
         "1GiB",
-        description="Maximum size of events on disk, per server process. An event needs 150 bytes.",
+        description="Maximum size of events on disk, per server process. An event needs about 200 bytes.",
     )
     ledger: OneLine | None = Field(
         None,

@@ -1,133 +1,47 @@
-"""What metering costs: `inferctl serve` with usage events beside the same server without.
+"""What metering costs: `inferctl serve` with usage events beside the same server without; and a flood of rejections.
 
-    python benchmarks/peers/metering.py [--seconds 8] [--rounds 6] [--json FILE]
-    python benchmarks/peers/metering.py --exact 10000 [--engine echo] [--json FILE]
+    python benchmarks/peers/metering.py [--seconds 8] [--rounds 6] [--json FILE] [cost]
+    python benchmarks/peers/metering.py [--seconds 8] [--rounds 3] [--json FILE] [--earlier CHECKOUT] rejections
 
-Both servers have the echo engine, so everything is real except the model. 64 clients send single texts as token ids.
+cost: both servers have the echo engine, so everything is real except the model. 64 clients send single texts as token ids.
 Rounds are interleaved; the worker of the metered server runs all the time, on the same cores, and stores into SQLite.
 CPU times are those of the API process and of the worker, per request.
 
-With `--exact`, one server with a cache gets so many requests: equal ones in flight, repeated ones, ones that share some
-inputs, clients that leave with FIN or RST, and half-closed ones. With the echo engine, some inputs fail, are slow or
-crash the engine. The script then compares the ledger with what the engines computed, and fails if they differ.
+rejections: a key above its limit sends as fast as it can, next to another key in a closed loop and to 20 requests/s for
+/livez. Each run has a new server with `metering.mode: required` and an outbox of 4 MiB, with a ledger and without one,
+of this checkout and of another one. The other key's figures are from the end of the run, when an outbox may be full.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import os
-import random
 import shutil
-import socket
 import sqlite3
-import struct
+import subprocess
 import sys
 import tempfile
+import threading
 import time
-import urllib.parse
 from pathlib import Path
 from typing import Any
 
 import peers
-from load import Outcome, requests, run_closed
+from load import Outcome, requests, run_closed, run_open
+
+sys.path.insert(0, str(peers.ROOT))
+
+from inferctl.access import key_file, keys
+from inferctl.access.key_file import ApiKey, StoredDigest
 
 CLIENTS, _WARM_S = 64, 1.0
 _HEAD = ("server", "requests/s", "p50 (ms)", "p99 (ms)", "CPU of the server (us)", "CPU of the worker (us)")
 
 
-def stored(folder: Path) -> int:
+def stored(folder: Path, where: str = "true") -> int:
     """Return how many events the ledger has."""
     with sqlite3.connect(f"file:{folder}/ledger.sqlite?mode=ro", uri=True, timeout=30) as ledger:
-        return int(ledger.execute("select count(*) from usage_events").fetchone()[0])
-
-
-def totals(folder: Path) -> dict[str, Any]:
-    """Return the sums of the ledger, and how many events each status has."""
-    with sqlite3.connect(f"file:{folder}/ledger.sqlite?mode=ro", uri=True, timeout=30) as ledger:
-        sums = "count(*), sum(input_tokens - cached_tokens), sum(cached_tokens), sum(engine_ms) / 1000"
-        row = ledger.execute(f"select {sums} from usage_events").fetchone()
-        statuses = dict(ledger.execute("select status, count(*) from usage_events group by status"))
-        left = ledger.execute("select sum(input_tokens) from usage_events where status = 499").fetchone()[0]
-    names = ("events", "charged_tokens", "cached_tokens", "charged_engine_s")
-    return {**dict(zip(names, row, strict=True)), "charged_tokens_of_leavers": left, "statuses": statuses}
-
-
-def mixed_bodies(count: int, faults: bool) -> list[dict[str, Any]]:
-    """Return bodies of which many are equal or share inputs. `faults`: for the echo engine (see `engines/echo.py`)."""
-    random_, ids = random.Random(11), [peers.token_ids(text) for text in peers.texts(count)]
-    bodies: list[dict[str, Any]] = []
-    for number in range(count):
-        share = random_.random()
-        if share < 0.4:
-            rows = [ids[random_.randrange(10)]]
-        elif share < 0.7:
-            rows = [ids[number], *(ids[random_.randrange(number + 1)] for _ in range(random_.randrange(1, 20)))]
-        else:
-            rows = [ids[number]]
-        if faults and number % 200 == 100:
-            rows = [*rows, [(13, 14, 16, 16)[number // 200 % 4], number % 1000]]
-        elif faults and number % 2000 == 1050:
-            rows = [*rows, [15, number % 1000]]
-        bodies.append({"input": rows})
-    return bodies
-
-
-async def send_mixed(url: str, bodies: list[dict[str, Any]], leave_s: float) -> None:
-    """Send all requests with clients that stay, end their sending side, or leave within `leave_s`, by FIN or RST."""
-    random_, address, slots = random.Random(12), urllib.parse.urlsplit(url), asyncio.Semaphore(CLIENTS)
-
-    async def send(body: dict[str, Any], kind: str, control: str, wait_s: float) -> None:
-        content = json.dumps(body).encode()
-        head = f"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncache-control: {control}\r\n"
-        head += f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
-        async with slots:
-            reader, writer = await asyncio.open_connection(address.hostname, address.port)
-            with contextlib.suppress(ConnectionError):
-                writer.write(head.encode() + content)
-                await writer.drain()
-                if kind == "half-closed":
-                    writer.write_eof()
-                if kind in ("FIN", "RST"):
-                    await asyncio.sleep(wait_s)
-                elif (await reader.read()).startswith(b"HTTP/1.1 503"):
-                    await asyncio.sleep(1)  # an engine starts again
-            if kind == "RST":
-                linger = struct.pack("ii", 1, 0)
-                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            writer.close()
-            with contextlib.suppress(ConnectionError):
-                await writer.wait_closed()
-
-    kinds = random_.choices(("stays", "half-closed", "FIN", "RST"), (5, 1, 2, 2), k=len(bodies))
-    controls = random_.choices(("", "no-cache", "no-store"), (18, 1, 1), k=len(bodies))
-    each = zip(bodies, kinds, controls, strict=True)
-    await asyncio.gather(*(send(*arguments, random_.uniform(0.001, leave_s)) for arguments in each))
-
-
-def compare(count: int, engine: str) -> dict[str, Any]:
-    """Return what the ledger has, next to what the engines computed."""
-    folder = Path(tempfile.mkdtemp(prefix="metering-"))
-    os.environ |= {"INFERCTL_METERING_MODE": "on", "INFERCTL_METERING_DATA": str(folder)}
-    os.environ["INFERCTL_CACHE_SIZE"] = "256MiB"
-    server = peers.inferctl(peers.free_port(), *(("--engine", "echo") if engine == "echo" else ()))
-    try:
-        asyncio.run(send_mixed(server.url, mixed_bodies(count, engine == "echo"), 0.05 if engine == "echo" else 1.0))
-        peers.wait_until(lambda: peers.metrics(server)["inferctl_requests_in_flight"] == 0)
-
-        def complete() -> bool:
-            found = peers.metrics(server)
-            events = sum(value for name, value in found.items() if name.startswith("inferctl_requests_total"))
-            return found["inferctl_outbox_events"] == 0 and totals(folder)["events"] == events
-
-        peers.wait_until(complete)
-        found = peers.metrics(server)
-        computed, seconds = found["inferctl_batch_tokens_sum"], found["inferctl_batch_duration_seconds_sum"]
-        return {"requests": count, "computed_tokens": int(computed), "engine_s": seconds, **totals(folder)}
-    finally:
-        server.end()
-        shutil.rmtree(folder, ignore_errors=True)
+        return int(ledger.execute(f"select count(*) from usage_events where {where}").fetchone()[0])
 
 
 def cpu_seconds(pid: int) -> float:
@@ -144,20 +58,116 @@ def worker_of(pid: int) -> int | None:
     return None
 
 
+def key(file: Path, name: str, **fields: Any) -> dict[str, str]:
+    """Add a key to a file, and return the header with it."""
+    key_id = keys.new_id()
+    secret = keys.generate(key_id)
+    digests = [StoredDigest(sha256=keys.digest(secret.encode()).hex())]
+    with key_file.edit(file, create=True) as found:
+        found[key_id] = ApiKey(id=key_id, name=name, digests=digests, created=key_file.now(), **fields)
+    return {"authorization": f"Bearer {secret}"}
+
+
+def send(what: str, url: str, header: str, seconds: float) -> None:
+    """Send a flood, or requests for /livez, and print how many responses of which status there were, and the p99."""
+    if what == "livez":
+        get = f"GET /livez HTTP/1.1\r\nhost: {url.removeprefix('http://')}\r\n\r\n".encode()
+        outcome = run_open(url, [get], 20, seconds)
+    else:
+        ready = requests(url, "/v1/embeddings", [{"input": [101, 102]}], json.loads(header))
+        outcome = run_closed(url, ready, 16, seconds, warm=0)
+    print(json.dumps({"statuses": outcome.statuses, "p99_ms": outcome.quantile(0.99), "max_ms": outcome.quantile(1)}))
+
+
+class Children:
+    """What sends next to the measured client."""
+
+    def __init__(self, url: str, header: dict[str, str], seconds: float) -> None:
+        self._started = {
+            what: subprocess.Popen(
+                [sys.executable, __file__, "send", what, url, json.dumps(header), str(seconds)],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for what in ("livez", "flood")
+        }
+
+    def results(self) -> dict[str, Any]:
+        return {what: json.loads(process.communicate()[0]) for what, process in self._started.items()}
+
+
+def measure_rejections(port: int, checkout: Path, seconds: float, *, ledger: bool) -> dict[str, Any]:
+    """Return the figures of one run."""
+    folder = Path(tempfile.mkdtemp(prefix="rejections-"))
+    flooding, other = key(folder / "k.json", "flood", requests_per_minute=1), key(folder / "k.json", "other")
+    data = folder / "metering"
+    settings = {"mode": "required", "data": str(data), "outbox_size": "4MiB"}
+    if not ledger:
+        settings["ledger"] = "sqlite:////proc/none/ledger.sqlite"
+    os.environ |= {"INFERCTL_ACCESS_KEYS": str(folder / "k.json")}
+    os.environ |= {f"INFERCTL_METERING_{name.upper()}": value for name, value in settings.items()}
+    os.environ.pop("INFERCTL_METERING_LEDGER" if ledger else "", None)
+    server = peers.inferctl(port, "--engine", "echo", name="rejections", checkout=checkout)
+    bytes_: list[int] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.2):
+            bytes_.append(sum(file.stat().st_size for file in data.glob("*/events.sqlite")))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        ready = requests(server.url, server.path, [{"input": [101, 102]}], other)
+        children = Children(server.url, flooding, seconds + 1)
+        outcome = run_closed(server.url, ready, 2, seconds / 3, warm=2 * seconds / 3)
+        found = children.results()
+        time.sleep(3)
+        rows = stored(data, "status = 429") if ledger else 0
+    finally:
+        ended.set()
+        watching.join()
+        server.end()
+        shutil.rmtree(folder, ignore_errors=True)
+    return {
+        "rejected": found["flood"]["statuses"].get("429", 0),
+        "rows": rows,
+        "outbox_bytes": max(bytes_),
+        "other_requests_per_s": outcome.rate,
+        "other_p99_ms": outcome.quantile(0.99),
+        "other_503": outcome.statuses.get(503, 0),
+        "livez_p99_ms": found["livez"]["p99_ms"],
+    }
+
+
+def rejections(options: Any) -> None:
+    checkouts = {"earlier": options.earlier, "now": peers.ROOT} if options.earlier else {"now": peers.ROOT}
+    cases = [(name, ledger) for ledger in (True, False) for name in checkouts]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for number, (name, ledger) in enumerate(peers.order(cases, options.rounds)):
+        figures = measure_rejections(18523 + number, checkouts[name], options.seconds, ledger=ledger)
+        found.setdefault(f"{name}, {'with' if ledger else 'without'} a ledger", []).append(figures)
+        print(name, ledger, figures, file=sys.stderr)
+    medians = {
+        case: {each: peers.median([run[each] for run in runs]) for each in runs[0]} for case, runs in found.items()
+    }
+    peers.table(("server", *next(iter(medians.values()))), [(case, *each.values()) for case, each in medians.items()])
+    peers.write(options.json, {"seconds": options.seconds, "medians": medians, "runs": found})
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["send"]:
+        send(*sys.argv[2:5], float(sys.argv[5]))
+        return
     parser = peers.options(__doc__ or "")
-    parser.set_defaults(rounds=6)
-    parser.add_argument("--exact", type=int, metavar="N", help="compare the ledger with the engines after N requests")
-    parser.add_argument("--engine", choices=("model", "echo"), default="model", help="of the server for --exact")
+    parser.add_argument("part", nargs="?", default="cost", choices=("cost", "rejections"))
+    parser.add_argument("--earlier", type=Path, metavar="CHECKOUT", help="also measure `rejections` of this checkout")
+    parser.set_defaults(rounds=None)
     options = parser.parse_args()
-    if options.exact:
-        figures = compare(options.exact, options.engine)
-        peers.table(("", "value"), list(figures.items()))
-        peers.write(options.json, figures)
-        exact = figures["computed_tokens"] == figures["charged_tokens"]
-        # An event has whole microseconds.
-        close = abs(figures["engine_s"] - figures["charged_engine_s"]) <= 1e-6 * figures["events"]
-        sys.exit(None if exact and close else "error: the ledger and the engines differ")
+    options.rounds = options.rounds or {"cost": 6, "rejections": 3}[options.part]
+    if options.part == "rejections":
+        rejections(options)
+        return
     bodies = [{"input": peers.token_ids(text)} for text in peers.texts(500)]
     folder = Path(tempfile.mkdtemp(prefix="metering-"))
     names, running = ("without", "with metering"), []

@@ -11,7 +11,7 @@ import functools
 import os
 import shlex
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -135,10 +135,12 @@ def keep_ended(found: KeyFile, before: KeyFile) -> tuple[KeyFile, list[str]]:
 
 
 @contextlib.contextmanager
-def edit(path: Path, *, create: bool = False) -> Iterator[dict[str, ApiKey]]:
+def edit(
+    path: Path, *, create: bool = False, deliver: Callable[[], None] = lambda: None
+) -> Iterator[dict[str, ApiKey]]:
     """Yield the keys by id, and write them to the file when the body ends. `create`: a missing file has no keys.
 
-    Two commands at the same time do not lose each other's change. Raises `UsageError` for a file that is not valid,
+    `deliver` is called just before the keys become valid. If it raises, nothing changes. Two commands at the same time do not lose each other's change. Raises `UsageError` for a file that is not valid,
     `OSError` if it cannot be written.
     """
     path = path.resolve()  # a link stays a link
@@ -153,7 +155,8 @@ def edit(path: Path, *, create: bool = False) -> Iterator[dict[str, ApiKey]]:
         found = {key.id: key for key in current.keys}
         yield found
         changed = KeyFile(keys=list(found.values()))
-        outputs.replace(path, changed.model_dump_json(indent=1, exclude_none=True) + "\n", mode=0o600)
+        content = changed.model_dump_json(indent=1, exclude_none=True) + "\n"
+        outputs.replace(path, content, mode=0o600, before=deliver)
         os.fsync(folder)
     finally:
         os.close(folder)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from inferctl.errors import EXIT_INTERRUPTED, InferctlError, SpecError
+from inferctl.cli import streams
+from inferctl.errors import EXIT_INTERRUPTED, InferctlError, NotReadyError, SpecError
 
 if TYPE_CHECKING:
     import typer
@@ -38,6 +39,12 @@ def document(value: Any) -> None:
     # JSON must be UTF-8. If stdout has another encoding, escapes keep the document valid.
     escaped = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
     data(json.dumps(value, indent=2, ensure_ascii=escaped, default=str))
+
+
+def check_read() -> None:
+    """Raise `NotReadyError` if nobody reads what was written to stdout. For what is shown only once."""
+    if streams.stdout_is_lost():
+        raise NotReadyError("stdout is closed", "redirect stdout, or write to a file with `--output FILE`")
 
 
 def note(text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,13 @@ class Place:
         self._settings = settings
         self.name = passwords.hide(settings.keys or "")
 
+    @property
+    def file(self) -> Path | None:
+        """The file with the keys; None if they are in a database server."""
+        address = self._settings.keys or ""
+        file = address.removeprefix("sqlite:///")
+        return None if self._settings.key_store and file == address else Path(file)
+
     def read(self) -> list[ApiKey]:
         """Return all keys. Raises `UsageError` and `NotReadyError`."""
         if self._settings.key_store:
@@ -37,15 +44,18 @@ class Place:
         return key_file.read(Path(self._settings.keys or "")).keys
 
     @contextlib.contextmanager
-    def edit(self, *, create: bool = False) -> Iterator[dict[str, ApiKey]]:
-        """Yield the keys by id, and write them when the body ends. `create`: a missing file has no keys."""
+    def edit(self, *, create: bool = False, deliver: Callable[[], None] = lambda: None) -> Iterator[dict[str, ApiKey]]:
+        """Yield the keys by id, and write them when the body ends. `create`: a missing file has no keys.
+
+        `deliver` is called just before the keys become valid. If it raises, nothing changes.
+        """
         if self._settings.key_store:
-            with self._store(create=create) as store, store.edit() as found:
+            with self._store(create=create) as store, store.edit(deliver) as found:
                 yield found
             return
         from inferctl.access import key_file
 
-        with key_file.edit(Path(self._settings.keys or ""), create=create) as found:
+        with key_file.edit(Path(self._settings.keys or ""), create=create, deliver=deliver) as found:
             yield found
 
     def publish(self, revoked: list[str]) -> None:
@@ -63,17 +73,15 @@ class Place:
 
     @contextlib.contextmanager
     def _store(self, *, create: bool) -> Iterator[KeyStore]:
-        address = self._settings.keys or ""
-        file = address.removeprefix("sqlite:///")
-        if not create and file != address and not Path(file).exists():
-            raise UsageError(f"there is no key store at {file}", "make one with `inferctl keys create NAME`")
+        if not create and self.file and not self.file.exists():
+            raise UsageError(f"there is no key store at {self.file}", "make one with `inferctl keys create NAME`")
         try:
             from inferctl.fleet.key_store import KeyStore
         except ModuleNotFoundError as error:
             raise NotReadyError(
                 f"keys in a database require the package {error.name}, not installed", install_hint("ledger")
             ) from None
-        store = KeyStore.open(address)
+        store = KeyStore.open(self._settings.keys or "")
         try:
             yield store
         finally:

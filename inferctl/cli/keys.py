@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
+from collections.abc import Callable
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from inferctl import outputs
 from inferctl.cli import completion, console, options
 from inferctl.cli.key_place import Place
-from inferctl.errors import UsageError, did_you_mean
+from inferctl.errors import UsageError, did_you_mean, shown
 
 if TYPE_CHECKING:
     from inferctl.access.key_file import ApiKey
 
-_DURATION = re.compile(r"(\d+)([smhdw])")
+_DURATION = re.compile(r"([0-9]{1,9})([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _KeysOption = Annotated[
     str | None,
@@ -28,8 +32,18 @@ _KeysOption = Annotated[
     ),
 ]
 _Keys = Annotated[
-    list[str], typer.Argument(metavar="ID...", help="Id of a key. `-` reads a key from stdin, and uses the id in it.")
+    list[str],
+    typer.Argument(
+        metavar="ID|NAME...", help="Id or name of a key. `-` reads a key from stdin, and uses the id in it."
+    ),
 ]
+_Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", metavar="FILE", help="Write the key to this file, with mode 600, and not to stdout."
+    ),
+]
+_Force = Annotated[bool, typer.Option("--force", help="Replace the file of `--output`.")]
 
 app = typer.Typer(
     name="keys",
@@ -47,13 +61,13 @@ def root(context: typer.Context) -> None:
 
 _CREATE_EPILOG = """\b
 Examples:
-  # Create a key, and keep it in a variable; the server accepts it within 0.5 s
-  TEAM_A_KEY=$(inferctl keys create team-a)
+  # Create a key, and keep it in a file; the server accepts it within 0.5 s
+  inferctl keys create team-a --output team-a.key
   # Limit a key to embeddings, 600 requests and 100,000 tokens a minute, and 90 days
   inferctl keys create team-b --endpoint embeddings --requests-per-minute 600 \\
       --tokens-per-minute 100000 --expires 90d
   # Create a key for Prometheus and for `inferctl bench`, which read /metrics and /info
-  inferctl keys create monitoring --admin > monitoring.key
+  inferctl keys create monitoring --admin --output monitoring.key
 """
 
 
@@ -96,11 +110,13 @@ def create(
     environment: Annotated[
         str, typer.Option(metavar="NAME", help="Set the second part of the key, such as live or test.")
     ] = "live",
+    output: _Output = None,
+    force: _Force = False,
     as_json: options.Json = False,
 ) -> None:
-    """Create a key, and print it once on stdout.
+    """Create a key, and print it once on stdout, or write it to a file.
 
-    The file stores only its SHA-256, so the key cannot be shown again.
+    Only its SHA-256 is stored, so the key cannot be shown again. If it cannot be written, it is not created.
     """
     from inferctl.access import key_file, keys
     from inferctl.access.key_file import ApiKey, StoredDigest
@@ -111,8 +127,10 @@ def create(
         raise UsageError(
             f"--environment {environment!r} is not allowed", "use at most 16 lower-case letters and digits"
         )
-    if not name.isprintable() or not 0 < len(name) <= 100:
-        raise UsageError("the name of a key must have 1 to 100 printable characters", "use a name such as team-a")
+    # `-` would mean stdin in other commands, and a key as a name would be in all lists.
+    if not name.isprintable() or not 0 < len(name.strip()) == len(name) <= 100 or name == "-" or keys.parse(name):
+        message = "the name of a key must have 1 to 100 printable characters, and must not be `-` or a key"
+        raise UsageError(message, "use a name such as team-a")
     known = ("embeddings", "rerank", "score", "chat", "completions")
     for each in endpoint or ():
         if each not in known:
@@ -125,7 +143,7 @@ def create(
         name=name,
         digests=[StoredDigest(sha256=keys.digest(secret.encode()).hex())],
         created=now,
-        expires=now + _duration(expires, "--expires") if expires else None,
+        expires=_end(now, expires, "--expires", least=1) if expires is not None else None,
         models=model or None,
         endpoints=endpoint or None,
         admin=admin,
@@ -133,9 +151,17 @@ def create(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
     )
-    with place.edit(create=True) as found:
+
+    def add(found: dict[str, ApiKey]) -> ApiKey:
+        same = [each.id for each in found.values() if each.name == name and each.status(now) == "active"]
+        if same or name in found:
+            one = f"the key {', '.join(same)} has the name {name!r}" if same else f"{name!r} is the id of a key"
+            raise UsageError(one, "use another name, or replace that key with `inferctl keys rotate`")
         found[key_id] = key
-    _print_secret(key, secret, f"created {key_id} ({name}) in {place.name}", as_json)
+        return key
+
+    _issue(place, add, secret, output, as_json, force=force, create=True)
+    _note(f"created {key_id} ({name}) in {place.name}", output)
     place.publish([])
 
 
@@ -172,17 +198,16 @@ def revoke(
 
     Without `access.broker`, servers with keys in a database need some seconds.
 
-    Example: inferctl keys revoke 3k9x0a7bq2vd
+    Example: inferctl keys revoke team-a
     """
     from inferctl.access import key_file
 
     place, now = Place(options.access(spec_file, keys_)), key_file.now()
     changed = []
     with place.edit() as found:
-        for each in map(_id_of, ids):
-            key = _find(found, each, place.name)
-            found[each] = key if key.revoked else key.model_copy(update={"revoked": now, "digests": []})
-            changed.append(found[each])
+        for key in [_find(found, each, place.name, now) for each in map(_id_of, ids)]:
+            found[key.id] = key if key.revoked else key.model_copy(update={"revoked": now, "digests": []})
+            changed.append(found[key.id])
     place.publish([key.id for key in changed])
     if as_json:
         console.document({"file": place.name, "keys": [_described(key, now) for key in changed]})
@@ -193,15 +218,17 @@ def revoke(
 _ROTATE_EPILOG = """\b
 Examples:
   # Replace a key; clients have a day to change to the new one
-  NEW_KEY=$(inferctl keys rotate 3k9x0a7bq2vd)
+  inferctl keys rotate team-a --output team-a.new.key
   # Replace a key that leaked; the old one ends at once
-  inferctl keys rotate 3k9x0a7bq2vd --overlap 0s
+  inferctl keys rotate team-a --overlap 0s --output team-a.key --force
 """
 
 
 @app.command(epilog=_ROTATE_EPILOG)
 def rotate(
-    key_id: Annotated[str, typer.Argument(metavar="ID", help="Id of the key. `-` reads a key from stdin instead.")],
+    key_id: Annotated[
+        str, typer.Argument(metavar="ID|NAME", help="Id or name of the key. `-` reads a key from stdin instead.")
+    ],
     keys_: _KeysOption = None,
     spec_file: options.SpecFile = None,
     overlap: Annotated[
@@ -210,11 +237,13 @@ def rotate(
     environment: Annotated[
         str, typer.Option(metavar="NAME", help="Set the second part of the key, such as live or test.")
     ] = "live",
+    output: _Output = None,
+    force: _Force = False,
     as_json: options.Json = False,
 ) -> None:
-    """Replace a key by a new one with the same id, and print it once on stdout.
+    """Replace a key by a new one with the same id, and print it once on stdout, or write it to a file.
 
-    Name, scopes, limits and expiry stay.
+    Name, scopes, limits and expiry stay. If the new key cannot be written, the old one stays too.
     """
     from inferctl.access import key_file, keys
     from inferctl.access.key_file import StoredDigest
@@ -224,21 +253,28 @@ def rotate(
             f"--environment {environment!r} is not allowed", "use at most 16 lower-case letters and digits"
         )
     place, now, each = Place(options.access(spec_file, keys_)), key_file.now(), _id_of(key_id)
-    end = now + _duration(overlap, "--overlap")
-    secret = keys.generate(each, environment)
-    with place.edit() as found:
-        key = _find(found, each, place.name)
-        if (status := key.status(now)) != "active":
-            raise UsageError(f"the key {each} is {status}", "create another one with `inferctl keys create NAME`")
+    end = _end(now, overlap, "--overlap")
+    # A key contains its id, and is written before the keys are locked.
+    key = _find({one.id: one for one in place.read()}, each, place.name, now)
+    secret = keys.generate(key.id, environment)
+
+    def replace(found: dict[str, ApiKey]) -> ApiKey:
+        key_now = _find(found, key.id, place.name, now)
+        if (status := key_now.status(now)) != "active":
+            raise UsageError(f"the key {key.id} is {status}", "create another one with `inferctl keys create NAME`")
         old = [
             StoredDigest(sha256=one.sha256, not_after=min(one.not_after or end, end))
-            for one in key.digests
+            for one in key_now.digests
             if end > now and (one.not_after is None or one.not_after > now)
         ]
         new = StoredDigest(sha256=keys.digest(secret.encode()).hex())
-        found[each] = key = key.model_copy(update={"digests": [new, *old]})
-    until = f"the old key is accepted until {end:%Y-%m-%d %H:%M} UTC" if end > now else "the old key is not accepted"
-    _print_secret(key, secret, f"rotated {each} ({console.plain(key.name)}) in {place.name}; {until}", as_json)
+        found[key.id] = changed = key_now.model_copy(update={"digests": [new, *old]})
+        return changed
+
+    _issue(place, replace, secret, output, as_json, force=force)
+    last = min(end, key.expires or end)
+    until = f"the old key is accepted until {last:%Y-%m-%d %H:%M} UTC" if end > now else "the old key is not accepted"
+    _note(f"rotated {key.id} ({console.plain(key.name)}) in {place.name}; {until}", output)
     place.publish([])
 
 
@@ -257,29 +293,73 @@ def _id_of(text: str) -> str:
     return found
 
 
-def _find(found: dict[str, ApiKey], key_id: str, place: str) -> ApiKey:
-    if key_id not in found:
-        named = [key.id for key in found.values() if key.name == key_id]
-        hint = f"did you mean {' or '.join(named)}?" if named else did_you_mean(key_id, found)
-        raise UsageError(f"{place} has no key with the id {key_id!r}", hint or "`inferctl keys list` shows the ids")
-    return found[key_id]
+def _find(found: dict[str, ApiKey], text: str, place: str, now: datetime) -> ApiKey:
+    """Return the key with the id or the name `text`. An earlier version let several keys have one name."""
+    if text in found:
+        return found[text]
+    named = [key for key in found.values() if key.name == text]
+    named = [key for key in named if key.status(now) == "active"] or named
+    if len(named) == 1:
+        return named[0]
+    if named:
+        ids = " or ".join(key.id for key in named)
+        raise UsageError(f"{place} has {len(named)} keys with the name {shown(text)}", f"use the id: {ids}")
+    hint = did_you_mean(text, [*found, *{console.plain(key.name) for key in found.values()}])
+    message = f"{place} has no key with the id or the name {shown(text)}"
+    raise UsageError(message, hint or "`inferctl keys list` shows both")
 
 
-def _duration(text: str, option: str) -> timedelta:
+def _end(now: datetime, text: str, option: str, least: int = 0) -> datetime:
+    """Return the time `text` after `now`."""
     found = _DURATION.fullmatch(text)
-    if not found or int(found[1]) > 1_000_000:
-        raise UsageError(f"{option} {text!r} is not a time", "write a number and a unit: 30m, 12h, 90d or 4w")
-    return timedelta(**{_UNITS[found[2]]: int(found[1])})
+    if not found or int(found[1]) < least:
+        above = " above 0" if least else ""
+        raise UsageError(f"{option} {shown(text)} is not a time{above}", "write a number and a unit: 30m, 12h or 90d")
+    try:
+        return now + timedelta(**{_UNITS[found[2]]: int(found[1])})
+    except OverflowError:
+        raise UsageError(f"{option} {text} ends after the year 9999", "use a shorter time") from None
 
 
-def _print_secret(key: ApiKey, secret: str, what: str, as_json: bool) -> None:
+def _issue(
+    place: Place,
+    change: Callable[[dict[str, ApiKey]], ApiKey],
+    secret: str,
+    output: Path | None,
+    as_json: bool,
+    *,
+    force: bool,
+    create: bool = False,
+) -> None:
+    """Store what `change` returns, but hand the key over first: otherwise nobody would have it.
+
+    A key on stdout can be one that was not stored after all. Then the exit code says so.
+    """
     from inferctl.access import key_file
 
-    if as_json:
-        console.document({**_described(key, key_file.now()), "key": secret})
-    else:
-        console.data(secret)
-    console.note(f"{what}; the key is shown only now")
+    if force and not output:
+        raise UsageError("`--force` has no effect without a file", "pass `--output FILE`")
+    document: dict[str, Any] = {}
+
+    def deliver() -> None:
+        if as_json:
+            console.document({**document, "key": secret})
+        else:
+            console.data(secret)
+        console.check_read()
+
+    with contextlib.ExitStack() as stack:
+        if output:
+            inputs = [place.file] if place.file else []
+            stack.enter_context(outputs.secret(output, f"{secret}\n", "--output", force=force, inputs=inputs))
+        with place.edit(create=create, **({} if output else {"deliver": deliver})) as found:
+            document = _described(change(found), key_file.now())
+    if output and as_json:
+        console.document({**document, "output": str(output)})
+
+
+def _note(what: str, output: Path | None) -> None:
+    console.note(f"{what}; the key is {f'in {output}' if output else 'shown only now'}")
 
 
 def _described(key: ApiKey, now: datetime) -> dict[str, Any]:

@@ -77,7 +77,11 @@ def spec_path(spec_file: Path | None) -> Path:
 
 def access(spec_file: Path | None, keys: str | None) -> Access:
     """Return the section `access` of the settings, also without a spec. `keys`: an option. Default: keys.json."""
-    found = without_model(spec_file, {"access.keys": keys}).access
+    return with_keys(without_model(spec_file, {"access.keys": keys}).access)
+
+
+def with_keys(found: Access) -> Access:
+    """Return the section `access` with a place of keys."""
     return found if found.keys else found.model_copy(update={"keys": "keys.json"})
 
 

@@ -40,11 +40,14 @@ _ERRORS = "inferctl.plain"
 
 
 class _Descriptor(io.FileIO):
-    """A file descriptor for output. After a failed write, it drops all further output."""
+    """A file descriptor for output. After a failed write, it drops all further output. `lost`: whether it dropped any.
 
-    def __init__(self, number: int) -> None:
+    `closed_at_start`: then the descriptor is /dev/null.
+    """
+
+    def __init__(self, number: int, closed_at_start: bool) -> None:
         super().__init__(number, "wb", closefd=False)
-        self._failed = False
+        self.lost, self._failed = closed_at_start, False
 
     def write(self, data: object) -> int:
         """Write a part of `data` and return its length. Raises `NotReadyError` if stdout cannot be written."""
@@ -53,7 +56,7 @@ class _Descriptor(io.FileIO):
             try:
                 written = super().write(view)
             except OSError as error:
-                self._failed = True
+                self.lost = self._failed = True
                 if self.fileno() == 1 and error.errno not in _READER_GONE:
                     reason = (error.strerror or str(error)).lower()
                     raise NotReadyError(
@@ -78,11 +81,17 @@ def guard() -> None:
     sys.stderr = _guarded(sys.stderr, 2)
 
 
+def stdout_is_lost() -> bool:
+    """Return whether output to stdout was dropped, because it is closed or its reader has exited."""
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    return isinstance(raw, _Descriptor) and raw.lost
+
+
 def _guarded(stream: TextIO | None, number: int) -> TextIO:
     if stream is not None and not isinstance(stream, io.TextIOWrapper):
         return stream
     return io.TextIOWrapper(
-        io.BufferedWriter(_Descriptor(number)),
+        io.BufferedWriter(_Descriptor(number, stream is None)),
         encoding=stream.encoding if stream else "utf-8",
         errors=_ERRORS,
         line_buffering=stream.line_buffering if stream else False,

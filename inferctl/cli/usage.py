@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +13,7 @@ from inferctl.cli import completion, console, options
 
 if TYPE_CHECKING:
     from inferctl.metering.report import Report
+    from inferctl.spec import Access
 
 FORMATS = ("text", "csv", "json")
 EPILOG = """\b
@@ -48,6 +51,14 @@ def usage(
         str | None, typer.Option(metavar="TIME", help="Count requests before TIME. [default: now]")
     ] = None,
     ledger: options.LedgerUrl = None,
+    keys_: Annotated[
+        str | None,
+        typer.Option(
+            "--keys",
+            metavar="FILE|URL",
+            help="Show the names of these keys. [default: access.keys of the spec, else keys.json]",
+        ),
+    ] = None,
     prices: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Compute costs with this price book (YAML).")
     ] = None,
@@ -68,7 +79,7 @@ def usage(
 ) -> None:
     """Print the usage that `metering` recorded, by API key, day, model and more. Days are in UTC.
 
-    Warns about lost events and about servers that were killed, whose last requests may be missing.
+    Inputs and tokens are those of requests that were computed. Warns about lost events and about servers that were killed, whose last requests may be missing.
     """
     from inferctl.errors import NotReadyError, UsageError, did_you_mean, install_hint
 
@@ -91,8 +102,10 @@ def usage(
         now_ms = ledgers.now_ms()
         span = (times.parse(since, now_ms, "--since") if since else 0, times.parse(until or "0h", now_ms, "--until"))
         book = price_books.read(prices, currency) if prices else None
-        opened = ledgers.Ledger.read(options.without_model(spec_file, {"metering.ledger": ledger}).metering.ledger_url)
-        report = reports.make(opened, list(dict.fromkeys(names)), *span, book)
+        spec = options.without_model(spec_file, {"metering.ledger": ledger, "access.keys": keys_})
+        opened = ledgers.Ledger.read(spec.metering.ledger_url)
+        known_keys = _names(spec.access, required=keys_ is not None) if "key" in names else {}
+        report = reports.make(opened, list(dict.fromkeys(names)), *span, book, known_keys)
         opened.close()
     except ModuleNotFoundError as error:
         raise NotReadyError(
@@ -107,6 +120,23 @@ def usage(
     _warn(report)
 
 
+def _names(access: Access, *, required: bool) -> dict[str, str]:
+    """Return the names of keys by id. Only if they are `required`, it is an error that they cannot be read."""
+    from inferctl.cli.key_place import Place
+    from inferctl.errors import InferctlError
+
+    place = Place(options.with_keys(access))
+    if not required and place.file and not place.file.exists():
+        return {}
+    try:
+        return {key.id: key.name for key in place.read()}
+    except (InferctlError, OSError) as error:
+        if required:
+            raise
+        console.warn(f"the names of keys are not shown: {getattr(error, 'message', error)}")
+        return {}
+
+
 def _print(report: Report) -> None:
     from rich import box
     from rich.table import Table
@@ -114,20 +144,30 @@ def _print(report: Report) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
     # Columns without a value would make the table too wide for a terminal.
-    sums = [name for name in report.columns[len(report.dimensions) :] if name in _ALWAYS or report.total[name]]
+    sums = [name for name in report.columns if name in _ALWAYS or report.total.get(name)]
+    rows = _with_names(report.rows)
     for index, name in enumerate(report.dimensions):
         # Days and ids of keys stay on one line, so that they can be copied. Subjects of tokens may be longer.
-        longest = max((len(str(row[name])) for row in report.rows), default=0)
+        longest = max((len(str(row[name])) for row in rows), default=0)
         width = min(_WHOLE, longest)
         table.add_column(name, footer="" if index else "total", overflow="fold", min_width=width)
     for name in sums:
         heading = f"cost ({report.currency})" if name == "cost" else _HEADINGS.get(name, name)
         table.add_column(heading, footer=_shown(name, report.total[name]), justify="right", overflow="fold")
-    for row in report.rows:
+    for row in rows:
         names = ["-" if row[name] is None else console.plain(str(row[name])) for name in report.dimensions]
         # As Text, because Rich reads brackets in a str as markup.
         table.add_row(*map(Text, [*names, *(_shown(name, row[name]) for name in sums)]))
     console.report(table)
+
+
+def _with_names(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows with the name of a key in place of its id, which follows only if the name could mean another row."""
+    shown = Counter(name for _, name in {(row.get("key"), row.get("key_name") or row.get("key")) for row in rows})
+    return [
+        {**row, "key": name if shown[name] == 1 else f"{name} ({row['key']})"} if (name := row.get("key_name")) else row
+        for row in rows
+    ]
 
 
 def _shown(name: str, value: object) -> str:

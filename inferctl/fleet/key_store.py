@@ -9,7 +9,7 @@ import contextlib
 import os
 import shlex
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -65,8 +65,11 @@ class KeyStore:
             return KeyFile(keys=list(self._all(connection).values())), number
 
     @contextlib.contextmanager
-    def edit(self) -> Iterator[dict[str, ApiKey]]:
-        """Yield the keys by id, and store those that changed when the body ends. One edit runs at a time."""
+    def edit(self, deliver: Callable[[], None] = lambda: None) -> Iterator[dict[str, ApiKey]]:
+        """Yield the keys by id, and store those that changed when the body ends. One edit runs at a time.
+
+        `deliver` is called just before the keys become valid. If it raises, nothing changes.
+        """
         with self._transaction() as connection:
             # The first statement locks the row, so what the second one reads stays the newest.
             connection.execute(sa.update(_CHANGES).values(number=_CHANGES.c.number + 1))
@@ -78,6 +81,7 @@ class KeyStore:
                 connection.execute(sa.delete(_KEYS).where(_KEYS.c.id.in_([key.id for key in changed])))
                 rows = [{"id": key.id, "content": key.model_dump_json(exclude_none=True)} for key in changed]
                 connection.execute(sa.insert(_KEYS), rows)
+            deliver()
 
     def _all(self, connection: sa.Connection) -> dict[str, ApiKey]:
         try:

@@ -1,4 +1,4 @@
-"""The usage events of metering: one per request, and one at the end of each server process.
+"""The usage events of metering: one per request or per sum of requests, and one at the end of each server process.
 
 To others, each is a CloudEvent. `source` names the server process (instance and boot), `id` is a number that counts
 from 1, and together they never repeat. So a repeated event is recognized, and a lost one leaves a gap. An event never
@@ -21,7 +21,8 @@ END = "inferctl.end.v1"
 BATCH_MEDIA_TYPE = "application/cloudevents-batch+json"
 # `subject` of the events of requests without an API key.
 ANONYMOUS = "anonymous"
-# What a row of the outbox has of a request, after its number and time.
+# What a row of the outbox has of a request, after its number and time. A row of a sum also has how many it stands for;
+# without it, an older version reads the others.
 _ROW = [
     "key_id",
     "endpoint",
@@ -35,8 +36,9 @@ _ROW = [
     "code",
     "request_id",
 ]
+_WIDTH = len(_ROW)
 # `data` of the event of a request: its row and its `Origin`. The columns of the ledger have the same names.
-FIELDS = [*_ROW, "model", "model_sha256", "task", "hardware"]
+FIELDS = [*_ROW, "requests", "model", "model_sha256", "task", "hardware"]
 
 
 class Usage(Protocol):
@@ -64,6 +66,19 @@ class Usage(Protocol):
     def engine_seconds(self) -> float: ...
     @property
     def seconds(self) -> float: ...
+
+
+class Item(NamedTuple):
+    """What is recorded as one event. `at`: the end of the request, in seconds since 1970.
+
+    `requests`: how many it stands for; `usage`: of the last one. `caller`: in place of the key id of `usage`.
+    """
+
+    number: int
+    at: float
+    usage: Usage
+    requests: int = 1
+    caller: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,15 +113,20 @@ class Event(NamedTuple):
         }
 
 
-def requests(origin: Origin, items: Sequence[tuple[int, float, Usage]]) -> dict[str, Any]:
-    """Return the content of a batch in the outbox. `items`: number, end (seconds since 1970) and usage of requests."""
+def is_free(usage: Usage) -> bool:
+    """Return whether nothing was computed for a request, and no cache had its tokens, as for most rejected ones."""
+    return not (usage.input_tokens or usage.output_tokens or usage.engine_seconds)
+
+
+def requests(origin: Origin, items: Sequence[Item]) -> dict[str, Any]:
+    """Return the content of a batch in the outbox. Inputs count only if something was computed for their request."""
     rows = [
         (
             number,
             int(1000 * at),
-            usage.key_id,
+            caller or usage.key_id,
             usage.endpoint,
-            usage.inputs,
+            0 if is_free(usage) else usage.inputs,
             usage.input_tokens,
             usage.cached_tokens,
             usage.output_tokens,
@@ -115,8 +135,9 @@ def requests(origin: Origin, items: Sequence[tuple[int, float, Usage]]) -> dict[
             usage.status,
             usage.code,
             usage.request_id,
+            *((count,) if count > 1 else ()),
         )
-        for number, at, usage in items
+        for number, at, usage, count, caller in items
     ]
     return {"common": asdict(origin), "requests": rows}
 
@@ -137,7 +158,7 @@ def read(source: str, content: bytes) -> list[Event]:
             return [Event(number, time_ms, END, {"clean": clean})]
         common = found["common"]
         return [
-            Event(number, time_ms, REQUEST, dict(zip(_ROW, values, strict=True)) | common)
+            Event(number, time_ms, REQUEST, dict(zip(_ROW, values[:_WIDTH], strict=True)) | _count(values) | common)
             for number, time_ms, *values in found["requests"]
         ]
     except (KeyError, TypeError, ValueError) as error:
@@ -147,5 +168,12 @@ def read(source: str, content: bytes) -> list[Event]:
 def _event(found: dict[str, Any]) -> Event:
     time_ms = round(1000 * datetime.fromisoformat(found["time"]).timestamp())
     data = found["data"]
+    if found["type"] == REQUEST:
+        data = {"requests": 1, **data}  # an older version does not sum requests
     names = FIELDS if found["type"] == REQUEST else ["clean"]
     return Event(int(found["id"]), time_ms, found["type"], {name: data[name] for name in names})
+
+
+def _count(values: Sequence[Any]) -> dict[str, int]:
+    (count,) = values[_WIDTH:] or (1,)
+    return {"requests": count}

@@ -128,6 +128,15 @@ class Outbox:
         self._watermark_id = found
         return True
 
+    def used(self) -> float:
+        """Return the used share of the size. Raises `sqlite3.Error`."""
+        connection = self._connected()
+        pages, free, most = (
+            connection.execute(f"pragma {name}").fetchone()[0]
+            for name in ("page_count", "freelist_count", "max_page_count")
+        )
+        return float((pages - free) / most)
+
     def oldest_ms(self) -> int | None:
         """Return the time of the oldest batch (ms since 1970); None without one. Raises `sqlite3.Error`."""
         row = self._connected().execute("select time from batches order by first limit 1").fetchone()

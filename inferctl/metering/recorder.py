@@ -8,11 +8,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import orjson
 
 from inferctl.metering import cloud_event
-from inferctl.metering.cloud_event import Origin, Usage
+from inferctl.metering.cloud_event import Item, Origin, Usage
 from inferctl.metering.outbox import Outbox
 
 log = logging.getLogger("inferctl.metering")
@@ -24,16 +25,25 @@ _BATCH_EVENTS = 200
 _RETRY_S = 0.2
 _FREE_S = 0.5
 _LOG_S = 30.0
+_DAY_S = 86_400
 # After an event could not be encoded, a recorder whose events are required accepts none for this long.
 _REFUSE_S = 30.0
-# The code of requests that are rejected because their events could not be recorded. They leave none.
+# Requests that used nothing, such as those above a limit, are free for who sends them. Otherwise each one would fill the
+# outbox: so those with the same key, endpoint, status and code become one event per second.
+_SUM_S = 1.0
+# A gateway or a provider of tokens may name any number of callers. Those after the first ones have one sum together.
+_MAX_SUMS = 1000
+_OTHERS = "(others)"
+# Above this share of the outbox, sums wait in memory and grow, so that they never fill the place of other events.
+_SUMS_SHARE = 0.5
+# The code of requests that are rejected because the events of others could not be recorded.
 UNAVAILABLE = "metering_unavailable"
 # Requests in flight, which were accepted before the memory was full.
 _IN_FLIGHT = 8192
 
 
 class Recorder:
-    """Gives each event its number, and writes it to `outbox` within about 20 ms.
+    """Gives each event its number, and writes it to `outbox` within about 20 ms. Sums of free requests take a second.
 
     If the outbox cannot be written, up to `max_pending` events wait in memory. Then `full` is True. A server that must
     meter every request rejects requests while it is, and has `required` set, so that those in flight are recorded too.
@@ -46,8 +56,11 @@ class Recorder:
         self.dropped = 0
         self._outbox, self._max_pending = outbox, max_pending
         self._limit = max_pending + (_IN_FLIGHT if required else 0)
+        self._lock = threading.Lock()  # of the numbers, `_pending` and `_sums`
         self._issued = self._written = 0
-        self._pending: deque[tuple[int, float, Usage]] = deque()
+        self._pending: deque[Item] = deque()
+        self._sums: dict[tuple[Any, ...], tuple[int, float, Usage]] = {}  # their first value: the key id
+        self._sums_began = 0.0
         self._encoded: tuple[int, int, int, bytes] | None = None  # a batch that was not written yet
         self._oldest_ms: int | None = None  # of what is in the outbox
         self._failed_at = self._logged_at = 0.0
@@ -59,19 +72,36 @@ class Recorder:
         self._thread.start()
 
     def record(self, usage: Usage) -> None:
-        """Record a finished request. Called for each request on the event loop, so it only appends to a list."""
-        waiting = len(self._pending)
-        if self.required and usage.code == UNAVAILABLE and self.full:
-            return
-        self._issued = number = self._issued + 1
-        self._outbox.issue(number)
-        if waiting >= self._limit:
-            self.dropped += 1
-            return
-        self._pending.append((number, time.time(), usage))
+        """Record a finished request. Called for each request on the event loop, so it only adds to a list or a sum."""
+        at = time.time()
+        with self._lock:
+            if cloud_event.is_free(usage):
+                if not self._add(usage, at):
+                    return
+            elif len(self._pending) >= self._limit:
+                self._issued += 1
+                self.dropped += 1
+            else:
+                self._issued += 1
+                self._pending.append(Item(self._issued, at, usage))
+            # With the sums, which get their numbers later: so the ledger can tell how many a SIGKILL lost.
+            self._outbox.issue(self._issued + len(self._sums))
         if not self._awake:
             self._awake = True
             self._wake.set()
+
+    def _add(self, usage: Usage, at: float) -> bool:
+        """Add a request that used nothing to its sum. Return whether the sum is new."""
+        # A sum is of one day, because it counts on that of its last request.
+        kind = (usage.endpoint, usage.status, usage.code, at // _DAY_S)
+        key = (usage.key_id, *kind)
+        if key not in self._sums and len(self._sums) >= _MAX_SUMS:
+            key = (_OTHERS, *kind)
+        if not self._sums:
+            self._sums_began = time.monotonic()
+        known = self._sums.get(key)
+        self._sums[key] = (known[0] + 1 if known else 1, at, usage)
+        return known is None
 
     @property
     def full(self) -> bool:
@@ -81,13 +111,13 @@ class Recorder:
 
     @property
     def issued(self) -> int:
-        """How many numbers were given to events."""
+        """How many numbers were given to events. Sums get theirs when they are written."""
         return self._issued
 
     @property
     def depth(self) -> int:
         """How many events the ledger does not have yet."""
-        return self._issued - self._outbox.watermark
+        return self._issued + len(self._sums) - self._outbox.watermark
 
     @property
     def age(self) -> float:
@@ -105,7 +135,7 @@ class Recorder:
         self._deadline = time.monotonic() + seconds
         self._wake.set()
         self._thread.join(seconds + 1)
-        return not self._thread.is_alive() and not self._pending and self._encoded is None
+        return not self._thread.is_alive() and not (self._sums or self._pending or self._encoded)
 
     def _run(self) -> None:
         while self._deadline is None:
@@ -119,6 +149,7 @@ class Recorder:
             if self._failed_at:
                 time.sleep(_RETRY_S)
                 self._wake.set()
+        self._end_sums()
         while not self._write() and time.monotonic() < self._deadline:
             time.sleep(0.05)
         if not (self._pending or self._encoded):
@@ -129,6 +160,8 @@ class Recorder:
         """Write all pending events, and free what the ledger has. Return whether that succeeded."""
         try:
             self._free()
+            if self._sums and self._has_place():
+                self._end_sums()
             while self._encoded or self._pending:
                 batch = self._encoded = self._encoded or self._encode()
                 if batch is None:
@@ -145,6 +178,20 @@ class Recorder:
             log.warning("the outbox is written again after %.0f s; dropped events: %d", seconds, self.dropped)
             self._failed_at = self._logged_at = 0.0
         return True
+
+    def _has_place(self) -> bool:
+        """Return whether the sums are complete, and may take their place in the outbox."""
+        complete = time.monotonic() - self._sums_began >= _SUM_S
+        # What is in memory has no place in the outbox now.
+        return complete and not self._failed_at and self._outbox.used() < _SUMS_SHARE
+
+    def _end_sums(self) -> None:
+        """Let each sum become an event."""
+        with self._lock:
+            for (key_id, *_), (count, at, usage) in self._sums.items():
+                self._issued += 1
+                self._pending.append(Item(self._issued, at, usage, count, key_id))
+            self._sums.clear()
 
     def _encode(self) -> tuple[int, int, int, bytes] | None:
         """Return the next batch; None if none of its events can be encoded."""
@@ -163,10 +210,10 @@ class Recorder:
         # From the number after the last batch on, so that dropped events show as missing.
         return self._written + 1, items[-1][0], int(1000 * items[0][1]), content
 
-    def _content(self, items: Sequence[tuple[int, float, Usage]]) -> bytes:
+    def _content(self, items: Sequence[Item]) -> bytes:
         return orjson.dumps(cloud_event.requests(self.origin, items))
 
-    def _encodable(self, items: Sequence[tuple[int, float, Usage]], error: Exception) -> list[tuple[int, float, Usage]]:
+    def _encodable(self, items: Sequence[Item], error: Exception) -> list[Item]:
         """Return the events of a batch that can be encoded, and count the others as dropped."""
         found = []
         for item in items:

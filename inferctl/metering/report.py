@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -20,6 +20,7 @@ _FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 class Report:
     """Usage by `dimensions`. `rows`: their values, `SUMS`, and `cost` if there is a price book.
 
+    With the dimension `key`, a row also has `key_name`: None if it is not known, as of a caller with a token.
     `gaps`: lost events. `unclean_ends`: sources of server processes that were killed.
     """
 
@@ -38,7 +39,8 @@ class Report:
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the values of a row."""
-        return (*self.dimensions, *SUMS, *(["cost"] if self.currency else []))
+        names = ["key_name"] if "key" in self.dimensions else []
+        return (*self.dimensions, *SUMS, *(["cost"] if self.currency else []), *names)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain data. Costs are text, because they are exact decimals."""
@@ -61,8 +63,18 @@ class Report:
         return text.getvalue()
 
 
-def make(ledger: Ledger, dimensions: Sequence[str], since_ms: int, until_ms: int, book: PriceBook | None) -> Report:
-    """Return the usage from `since_ms` to before `until_ms`. Raises `UsageError` for a day without a price."""
+def make(
+    ledger: Ledger,
+    dimensions: Sequence[str],
+    since_ms: int,
+    until_ms: int,
+    book: PriceBook | None,
+    names: Mapping[str, str],
+) -> Report:
+    """Return the usage from `since_ms` to before `until_ms`. `names`: of keys, by id.
+
+    Raises `UsageError` for a day without a price.
+    """
     # Prices differ by hardware and day.
     needed = [*dimensions, *(name for name in ("hardware", "day") if book and name not in dimensions)]
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -70,6 +82,8 @@ def make(ledger: Ledger, dimensions: Sequence[str], since_ms: int, until_ms: int
     for found in ledger.usage(needed, since_ms, until_ms):
         group = tuple(found[name] for name in dimensions)
         row = rows.setdefault(group, dict(zip(dimensions, group, strict=True)) | _empty(book))
+        if "key" in dimensions:
+            row["key_name"] = names.get(found["key"])
         cost = {"cost": book.cost(found)} if book else {}
         for sums in (row, total):
             for name, value in ({name: found[name] for name in SUMS} | cost).items():

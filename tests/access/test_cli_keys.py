@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from inferctl import cli
 from inferctl.access import key_file, keys
+from inferctl.access.key_file import ApiKey
+from inferctl.cli.key_place import Place
+from inferctl.spec import Access
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`run(...)` runs `inferctl keys` in this process, which is faster."""
+    monkeypatch.chdir(tmp_path)
+
     def run(*arguments: str, code: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "inferctl", "keys", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, input=stdin, capture_output=True, text=True, check=False)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        found = cli.run(["keys", *arguments])
+        done = subprocess.CompletedProcess([], found, *capsys.readouterr())
         assert done.returncode == code, done.stderr
         return done
 
@@ -82,7 +94,25 @@ def test_revoke_and_rotate(run: Run, tmp_path: Path) -> None:
     [
         (("create", ""), "1 to 100 printable characters"),
         (("create", "a\nb"), "1 to 100 printable characters"),
+        (("create", "-"), "must not be `-`"),
+        (("create", " a"), "1 to 100 printable characters"),
+        (("create", keys.generate("a" * 12)), "or a key"),
         (("create", "a", "--expires", "soon"), "'soon' is not a time"),
+        (("create", "a", "--expires", "0s"), "'0s' is not a time"),
+        (("create", "a", "--expires=-1d"), "'-1d' is not a time"),
+        (("create", "a", "--expires", "1.5h"), "'1.5h' is not a time"),
+        (("create", "a", "--expires", ""), "'' is not a time"),
+        (("create", "a", "--expires", "٣d"), "is not a time"),
+        (("create", "a", "--expires", "1000000w"), "ends after the year 9999"),
+        (("create", "a", "--expires", "999999999w"), "ends after the year 9999"),
+        (("create", "a", "--expires", "9" * 5000 + "s"), "is not a time"),
+        (("rotate", "a", "--overlap", "1000000w"), "ends after the year 9999"),
+        (("rotate", "a", "--overlap=-1s"), "'-1s' is not a time"),
+        (("create", "a", "--force"), "--output FILE"),
+        (("create", "a", "--output", "none/a.key"), "none/a.key cannot be written"),
+        (("create", "a", "--output", "."), "it is a folder"),
+        (("create", "a", "--output", "/dev/full"), "not a regular file"),
+        (("create", "a", "--output", "keys.json"), "keys.json"),
         (("create", "a", "--endpoint", "embedding"), "did you mean embeddings?"),
         (("create", "a", "--priority", "high"), "interactive or bulk"),
         (("create", "a", "--environment", "A_b"), "is not allowed"),
@@ -115,12 +145,112 @@ def test_a_terminal_obeys_nothing_that_an_edit_by_hand_wrote(run: Run, tmp_path:
 def test_an_unknown_id_and_a_key_as_an_argument(run: Run, tmp_path: Path) -> None:
     key = run("create", "team-a").stdout.strip()
     before = (tmp_path / "keys.json").read_bytes()
-    assert f"did you mean {keys.parse(key)}?" in run("revoke", "team-a", code=2).stderr
+    assert "did you mean team-a?" in run("revoke", "team_a", code=2).stderr
     done = run("revoke", key, code=2)
     assert "on stdin" in done.stderr
     assert key not in done.stderr
     assert "typing error" in run("revoke", "-", code=2, stdin=key[:-1]).stderr
     assert (tmp_path / "keys.json").read_bytes() == before
+
+
+def test_a_name_stands_for_one_key(run: Run, tmp_path: Path) -> None:
+    first = keys.parse(run("create", "team-a").stdout.strip()) or ""
+    done = run("create", "team-a", code=2)
+    assert first in done.stderr and "inferctl keys rotate" in done.stderr
+    assert f"{first!r} is the id of a key" in run("create", first, code=2).stderr
+    assert keys.parse(run("rotate", "team-a").stdout.strip()) == first
+    assert first in run("revoke", "team-a").stderr
+    assert first in run("revoke", "team-a").stderr, "again"
+    second = keys.parse(run("create", "team-a").stdout.strip()) or ""
+    assert keys.parse(run("rotate", "team-a").stdout.strip()) == second, "not the revoked one"
+    # An earlier version did not ask.
+    document = json.loads((tmp_path / "keys.json").read_text())
+    document["keys"].append({**document["keys"][-1], "id": "0" * 12, "digests": []})
+    (tmp_path / "keys.json").write_text(json.dumps(document))
+    for command in ("rotate", "revoke"):
+        done = run(command, "team-a", code=2)
+        assert second in done.stderr and "0" * 12 in done.stderr
+    run("revoke", second)
+    assert "0" * 12 in run("revoke", "team-a").stderr
+
+
+ADDRESSES = ["keys.json", "sqlite:///keys.sqlite"]
+
+
+def stored(folder: Path, address: str) -> list[ApiKey]:
+    return Place(
+        Access(keys=f"sqlite:///{folder}/keys.sqlite" if "sqlite" in address else f"{folder}/{address}")
+    ).read()
+
+
+@pytest.mark.parametrize(("address", "options"), zip(ADDRESSES, ["--json", ""], strict=True))
+def test_a_key_that_nobody_gets_is_not_stored(tmp_path: Path, address: str, options: str) -> None:
+    inferctl = f"{shlex.quote(sys.executable)} -m inferctl keys"
+    first = shell(f"{inferctl} create a --keys {address}", tmp_path)
+    assert first.returncode == 0, first.stderr
+    before = stored(tmp_path, address)
+    for command in ("create b", "rotate a --overlap 0s"):
+        for stdout in (">&-", ">/dev/full", "broken pipe"):
+            line = f"{inferctl} {command} --keys {address} {options} {stdout if stdout != 'broken pipe' else ''}"
+            done = shell(line, tmp_path, broken_pipe=stdout == "broken pipe")
+            assert done.returncode == 3, (line, done.stderr)
+            assert "error: " in done.stderr and "Traceback" not in done.stderr
+            assert "created" not in done.stderr and "rotated" not in done.stderr
+            assert stored(tmp_path, address) == before, line
+
+
+def shell(line: str, folder: Path, *, broken_pipe: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a line of bash. `broken_pipe`: nobody reads its stdout."""
+    stdout = subprocess.PIPE
+    if broken_pipe:
+        reader, stdout = os.pipe()
+        os.close(reader)
+    try:
+        command = ["bash", "-c", line]
+        return subprocess.run(command, cwd=folder, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        if broken_pipe:
+            os.close(stdout)
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_a_key_in_a_file_is_for_its_owner_alone(run: Run, tmp_path: Path, address: str) -> None:
+    file, place = tmp_path / "me.key", ("--keys", address)
+    done = run("create", "me", *place, "--output", "me.key")
+    assert (done.stdout, file.stat().st_mode & 0o777) == ("", 0o600)
+    assert "in me.key" in done.stderr
+    (key,) = stored(tmp_path, address)
+    assert keys.parse(file.read_text().strip()) == key.id
+    before = file.read_text()
+    for command in ("create you", "rotate me --overlap 0s"):
+        done = run(*command.split(), *place, "--output", "me.key", code=2)
+        assert "me.key already exists" in done.stderr and "--force" in done.stderr
+    assert (stored(tmp_path, address), file.read_text()) == ([key], before)
+    file.chmod(0o644)
+    link = tmp_path / "link.key"
+    link.symlink_to(file)
+    document = json.loads(
+        run("rotate", "me", *place, "--overlap", "0s", "--output", "link.key", "--force", "--json").stdout
+    )
+    assert (document["id"], document["output"], "key" in document) == (key.id, "link.key", False)
+    assert (link.is_symlink(), file.stat().st_mode & 0o777) == (True, 0o600)
+    (new,) = stored(tmp_path, address)
+    assert new.digests[0].sha256 == keys.digest(file.read_text().strip().encode()).hex() != key.digests[0].sha256
+    # The change fails: the file stays what it was.
+    before = file.read_text()
+    for output, options in (("me.key", ["--force"]), ("new.key", [])):
+        run("rotate", "nobody", *place, "--output", output, *options, code=2)
+        run("create", "me", *place, "--output", output, *options, code=2)
+    store = address.rpartition("/")[2]
+    assert "input of this command" in run("create", "b", *place, "--output", store, "--force", code=2).stderr
+    assert file.read_text() == before
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted([store, "link.key", "me.key"])
+
+
+def test_an_old_key_ends_with_its_expiry(run: Run) -> None:
+    run("create", "a", "--expires", "1h")
+    until = re.search(r"until (\S+ \S+) UTC", run("rotate", "a", "--overlap", "5000w").stderr)
+    assert until and datetime.fromisoformat(f"{until[1]}+00:00") - datetime.now(UTC) < timedelta(hours=2)
 
 
 def test_the_spec_names_the_file(run: Run, tmp_path: Path) -> None:

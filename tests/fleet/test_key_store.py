@@ -111,6 +111,12 @@ def test_edits_at_the_same_time_do_not_lose_each_other(address: str) -> None:
     with pytest.raises(RuntimeError), store.edit() as found:
         found["000000000900"] = key(900)
         raise RuntimeError
+
+    def deliver() -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError), store.edit(deliver) as found:
+        found["000000000900"] = key(900)
     assert (len(store.read()[0].keys), store.changes()) == (40, 40), "an edit that fails changes nothing"
     store.close()
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from inferctl.metering import cloud_event
-from inferctl.metering.cloud_event import Origin
+from inferctl.metering.cloud_event import Item, Origin
 from inferctl.metering.outbox import Batch
 from inferctl.serve.edge.usage import UsageEvent
 
@@ -25,16 +25,23 @@ DAY = 1_790_000_000.0  # 2026-09-21T14:13:20Z
 
 def event(key_id: str | None = "k1", tokens: int = 10, status: int = 200, **fields: object) -> UsageEvent:
     code = None if status < 400 else "queue_full"
-    values = {"code": code, "key_id": key_id, "input_tokens": tokens, "engine_seconds": 0.002, "inputs": 1, **fields}
-    return UsageEvent("request", "embeddings", status, **values)  # type: ignore[arg-type]
+    values = {"code": code, "key_id": key_id, "input_tokens": tokens, "engine_seconds": 0.002, "inputs": 1}
+    return UsageEvent("request", status=status, **{"endpoint": "embeddings", **values, **fields})  # type: ignore[arg-type]
 
 
 def batch(
-    source: str, first: int, last: int, *, lost: Sequence[int] = (), oldest: int = 1, at: float = DAY, key: str = "k1"
+    source: str,
+    first: int,
+    last: int,
+    *,
+    lost: Sequence[int] = (),
+    oldest: int = 1,
+    at: float = DAY,
+    key: str | None = "k1",
 ) -> Batch:
     """A batch of the numbers from `first` to `last`, without those that are `lost`."""
     numbers = [number for number in range(first, last + 1) if number not in lost]
-    content = json.dumps(cloud_event.requests(ORIGIN, [(number, at, event(key)) for number in numbers])).encode()
+    content = json.dumps(cloud_event.requests(ORIGIN, [Item(number, at, event(key)) for number in numbers])).encode()
     return Batch(source, first, last, int(1000 * at), content, oldest)
 
 

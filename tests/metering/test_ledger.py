@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
 
-from inferctl.database import DatabaseUnavailableError
+from inferctl.database import DatabaseUnavailableError, Schema
 from inferctl.errors import UsageError
 from inferctl.fleet.key_store import KeyStore
+from inferctl.metering import cloud_event
+from inferctl.metering import ledger as ledger_module
+from inferctl.metering.cloud_event import Item
 from inferctl.metering.ledger import Ledger
 from inferctl.metering.outbox import Batch
-from tests.metering.parts import DAY, batch, end
+from tests.metering.parts import DAY, ORIGIN, batch, end, event
 
 ALL = (0, 2**62)
+MIGRATIONS = Path(ledger_module.__file__).with_name("migrations")
 
 
 def requests(ledger: Ledger) -> int:
@@ -61,6 +68,54 @@ def test_usage_is_summed_by_what_is_asked(ledger: Ledger) -> None:
     assert (total["engine_seconds"], total["errors"]) == (pytest.approx(0.02), 0)
     assert ledger.usage(["month"], int(1000 * DAY) + 1, 2**62)[0]["month"] == "2026-09"
     assert ledger.usage(["month"], int(1000 * DAY) + 1, 2**62)[0]["requests"] == 2
+
+
+def summed(source: str, first: int, *, cloud_events: bool = False) -> Batch:
+    """Two events: of a request that was computed, and of 40 rejected ones."""
+    items = [
+        Item(first, DAY, event()),
+        Item(first + 1, DAY, event(tokens=0, status=429, engine_seconds=0.0), 40),
+    ]
+    content = json.dumps(cloud_event.requests(ORIGIN, items)).encode()
+    if cloud_events:
+        content = json.dumps([each.as_cloud_event(source) for each in cloud_event.read(source, content)]).encode()
+    return Batch(source, first, first + 1, int(1000 * DAY), content)
+
+
+@pytest.mark.parametrize("cloud_events", [False, True])
+def test_an_event_counts_the_requests_that_it_stands_for(ledger: Ledger, cloud_events: bool) -> None:
+    for _ in range(2):  # again, as after a crash
+        ledger.apply([summed("a", number, cloud_events=cloud_events) for number in (1, 3, 5)])
+    rows = ledger.usage(["status"], *ALL)
+    found = [tuple(row[name] for name in ("status", "requests", "errors", "inputs", "input_tokens")) for row in rows]
+    assert found == [(200, 3, 0, 3, 30), (429, 120, 120, 0, 0)]
+    assert ledger.gaps(*ALL) == []
+    _, sent = ledger.unsent("", 100) or ("", [])
+    assert [each["data"]["requests"] for each in sent] == [1, 40] * 3
+
+
+def test_a_ledger_of_an_older_version_is_migrated(ledger_url: str) -> None:
+    """Its rows are one request each, and a worker of the older version that still runs can store more."""
+    engine = sa.create_engine(Schema("it", MIGRATIONS, "usage_version").url(ledger_url))
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    with engine.begin() as connection:
+        config.attributes |= {"connection": connection, "version_table": "usage_version"}
+        command.upgrade(config, "0001")
+        row = "insert into usage_events (source, id, time_ms, day, status, {}) values ('old', {}, 0, '2026-01-01', 200, {})"
+        sums = "inputs, input_tokens, cached_tokens, output_tokens, engine_ms"
+        connection.exec_driver_sql(row.format(sums, 1, "1, 2, 0, 0, 1.5"))
+    with pytest.raises(UsageError, match="has the version 0001") as caught:
+        Ledger.read(ledger_url)
+    assert "inferctl worker" in str(caught.value.hint)
+    ledger = Ledger.open(ledger_url)
+    ledger.apply([summed("new", 1)])
+    with engine.begin() as connection:
+        connection.exec_driver_sql(row.format(sums, 2, "1, 2, 0, 0, 1.5"))
+    found = [(row["source"], row["requests"]) for row in ledger.usage(["source"], *ALL)]
+    assert found == [("new", 41), ("old", 2)]
+    ledger.close()
+    engine.dispose()
 
 
 def test_what_is_no_batch_of_events_changes_nothing(ledger: Ledger) -> None:

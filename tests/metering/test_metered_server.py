@@ -152,6 +152,41 @@ def test_requests_that_anyone_can_send_leave_no_event(
     assert [(row["key"], row["status"], row["requests"]) for row in found] == [(key.id, 200, 2)]
 
 
+def test_the_ledger_counts_all_rejected_requests_in_few_rows(
+    metered: Metered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, secret = add(tmp_path / "keys.json", requests_per_minute=10)
+    other, other_secret = add(tmp_path / "keys.json")
+    monkeypatch.setenv("INFERCTL_ACCESS_KEYS", str(tmp_path / "keys.json"))
+    server = metered(mode="required")
+    large = b'{"input": "' + bytes(5 << 20) + b'"}'
+    requests = [
+        ("POST", "/v1/embeddings", b'{"input": ["a", "b"]}'),  # 429 after the tenth one
+        ("POST", "/v1/embeddings", b"{"),
+        ("POST", "/v1/nothing", b"{}"),
+        ("POST", "/v1/embeddings", large),
+        ("GET", "/v1/models", b""),
+    ]
+    seen: Counter[tuple[str, int]] = Counter()
+    with httpx.Client(base_url=server.url) as client:
+        for number in range(100):
+            for method, path, body in requests if number < 5 else requests[:1]:
+                for key_id, value in ((key.id, secret), (other.id, other_secret)):
+                    headers = {"authorization": f"Bearer {value}"}
+                    response = client.request(method, path, content=body, headers=headers)
+                    seen[key_id, response.status_code] += 1
+    assert {status for _, status in seen} == {200, 400, 404, 413, 429}
+    assert stop(server) == 0
+    ledger = ledger_of(tmp_path)
+    found = ledger.usage(["key", "status"], *ALL)
+    assert {(row["key"], row["status"]): row["requests"] for row in found} == seen
+    assert sum(row["inputs"] for row in found) == sum(row["input_tokens"] for row in found) // 3
+    assert ledger.gaps(*ALL) == []
+    with sqlite3.connect(tmp_path / "metering" / "ledger.sqlite") as connection:
+        (count,) = connection.execute("select count(*) from usage_events where status >= 400").fetchone()
+    assert count < sum(seen[each] for each in seen if each[1] >= 400) / 2
+
+
 def test_after_a_sigkill_under_load_the_loss_is_small_and_known(metered: Metered, tmp_path: Path) -> None:
     server = metered()
     load = Load(server.url, pause_s=0)

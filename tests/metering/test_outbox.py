@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 
 from inferctl.errors import NotReadyError
 from inferctl.metering import cloud_event, outbox
+from inferctl.metering import recorder as recorders
 from inferctl.metering.outbox import Batch, Outbox
 from inferctl.metering.outboxes import Outboxes
 from inferctl.metering.recorder import UNAVAILABLE, Recorder
@@ -102,6 +104,7 @@ def test_an_event_has_exactly_these_fields(make: Make, tmp_path: Path) -> None:
             "code": None,
             "hardware": "l4",
             "request_id": "request",
+            "requests": 1,
         },
     }
 
@@ -180,8 +183,8 @@ def test_a_required_recorder_records_requests_in_flight_also_when_it_is_full(mak
 
     until(more, 20)
     issued = recorder.issued
-    recorder.record(event(status=503, code=UNAVAILABLE))
-    assert recorder.issued == issued, "a rejected request leaves no event and no gap"
+    recorder.record(event(status=503, code=UNAVAILABLE, **REJECTED))
+    assert recorder.issued == issued, "a rejected request takes no place now"
     recorder.record(event())
     assert (recorder.issued, recorder.dropped) == (issued + 1, 0)
 
@@ -236,8 +239,6 @@ def test_an_event_that_cannot_be_encoded_is_the_only_one_lost(
     assert recorder.full == required, "if each request must be recorded, no more are accepted"
     recorder.record(event())
     until(lambda: numbers(read(data)) == [n for n in range(1, 22) if n not in (11, 16)], 10)
-    recorder.record(event(status=503, code=UNAVAILABLE))
-    assert recorder.issued == (21 if required else 22)
     for _ in range(300):  # a batch of its own
         recorder.record(event(key_id="\ud800"))
     recorder.record(event())
@@ -265,6 +266,127 @@ def test_no_error_ends_the_thread(make: Make, tmp_path: Path, monkeypatch: pytes
     until(lambda: numbers(read(data)) == list(range(1, 11)), 10)
 
 
+REJECTED = {"tokens": 0, "engine_seconds": 0.0}
+
+
+def data(folder: Path) -> list[dict[str, Any]]:
+    return [each.data for batch in read(folder) for each in cloud_event.read(batch.source, batch.content)]
+
+
+def total(events: list[dict[str, Any]], **where: object) -> int:
+    return sum(each["requests"] for each in events if where.items() <= each.items())
+
+
+def test_a_flood_of_rejected_requests_leaves_few_events_that_count_them_all(make: Make, tmp_path: Path) -> None:
+    recorder, folder = make(), tmp_path / "m"
+    for number in range(20_000):
+        recorder.record(event("k2", status=429, **REJECTED))
+        if number % 1000 == 0:
+            recorder.record(event())
+    until(lambda: total(data(folder)) == 20_020, 10)
+    found = data(folder)
+    assert len(found) < 20 + 10
+    assert (total(found, key_id="k2", status=429), total(found, key_id="k1", status=200)) == (20_000, 20)
+    assert sum(each["inputs"] for each in found) == 20, "nothing was computed for the others"
+    assert numbers(read(folder)) == list(range(1, recorder.issued + 1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "events"),
+    [
+        *(({"status": status, **REJECTED}, 1) for status in (400, 404, 413, 429, 499, 500, 503)),
+        ({"status": 503, "code": UNAVAILABLE, **REJECTED}, 1),
+        ({"key_id": None, "status": 404, "endpoint": "other", **REJECTED}, 1),
+        ({"status": 200, "inputs": 0, **REJECTED}, 1),  # such as GET /v1/models
+        *(({"status": status}, 50) for status in (200, 499, 500)),
+        ({"status": 499, "tokens": 0}, 50),  # engine seconds
+        ({"status": 200, "tokens": 0, "output_tokens": 1, "engine_seconds": 0.0}, 50),
+        ({"status": 200, "cached_tokens": 10, "engine_seconds": 0.0}, 50),
+    ],
+)
+def test_requests_that_used_nothing_are_summed(make: Make, tmp_path: Path, fields: dict[str, Any], events: int) -> None:
+    recorder = make()
+    for _ in range(50):
+        recorder.record(event(**fields))
+    assert recorder.close(10)
+    found = data(tmp_path / "m")[:-1]
+    assert (len(found), total(found)) == (events, 50)
+    assert {each["inputs"] for each in found} == {0 if events == 1 else 1}
+
+
+def test_sums_differ_by_key_endpoint_status_code_and_day(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, midnight = make(), 1_790_035_200.0
+    variants = [{}, {"key_id": "k2"}, {"key_id": None}, {"endpoint": "rerank"}, {"status": 400}, {"code": "other"}]
+    for second in (-0.5, 0.5):
+        monkeypatch.setattr(recorders.time, "time", lambda second=second: midnight + second)
+        for variant in variants:
+            for _ in range(3):
+                recorder.record(replace(event(status=429, **REJECTED), **variant))
+    assert recorder.close(10)
+    *found, _ = [each for batch in read(tmp_path / "m") for each in cloud_event.read("", batch.content)]
+    assert [each.data["requests"] for each in found] == [3] * 12
+    assert [each.time_ms for each in found] == [1000 * int(midnight) - 500] * 6 + [1000 * int(midnight) + 500] * 6
+
+
+def test_any_number_of_callers_makes_a_bounded_number_of_events(make: Make, tmp_path: Path) -> None:
+    recorder = make(max_bytes=16 * MIB)
+    for number in range(9000):
+        recorder.record(event(f"caller {number % 3000}", status=429 if number % 2 else 404, **REJECTED))
+    assert recorder.close(10)
+    found = data(tmp_path / "m")[:-1]
+    assert len(found) <= 2 * (1000 + 2), "in up to two seconds"
+    assert (total(found, status=429), total(found, status=404)) == (4500, 4500)
+    assert total(found, key_id="caller 0", status=404) == 3
+    assert total(found, key_id="(others)") >= 4000
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_rejections_do_not_fill_the_outbox(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, required: bool
+) -> None:
+    monkeypatch.setattr(recorders, "_SUM_S", 0.0)
+    recorder, folder = make(max_bytes=128 * 1024, max_pending=100, required=required), tmp_path / "m"
+    sent = 0
+
+    def flood() -> None:
+        nonlocal sent
+        for number in range(500):
+            recorder.record(event(f"caller {number}", status=429, **REJECTED))
+        sent += 500
+        time.sleep(0.03)
+
+    for _ in range(40):
+        flood()
+    until(lambda: len(recorder._sums) == 500, 20)
+    assert not recorder.full
+    before = recorder.issued
+    for _ in range(100):
+        flood()
+    assert recorder.issued == before, "the sums wait"
+    for _ in range(10):
+        recorder.record(event())
+    until(lambda: total(data(folder), status=200) == 10, 10)
+    stored = total(data(folder))
+    # The ledger comes back.
+    outbox.write_watermark(events_file(folder).parent, read(folder)[-1].last)
+    until(lambda: not recorder._sums, 10)
+    assert recorder.close(10)
+    assert stored + total(data(folder)[:-1]) == sent + 10
+    assert (recorder.dropped, recorder.full) == (0, False)
+
+
+def test_a_row_of_an_older_version_is_one_request() -> None:
+    row = [7, 1000, "k1", "embeddings", 1, 10, 0, 0, 2.0, 500.0, 200, None, "request"]
+    common = {"model": "m", "model_sha256": None, "task": "embed", "hardware": None}
+    (found,) = cloud_event.read("a", json.dumps({"common": common, "requests": [row]}).encode())
+    assert found.data["requests"] == 1
+    shown = found.as_cloud_event("a")
+    del shown["data"]["requests"]
+    assert cloud_event.read("a", json.dumps([shown]).encode())[0].data["requests"] == 1
+
+
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
@@ -276,6 +398,8 @@ for number in range(2000):
     recorder.record(event())
     if number % 10 == 0:
         time.sleep(0.001)
+for number in range(300):
+    recorder.record(event(f"k{number % 3}", 0, 429, engine_seconds=0.0))
 print(recorder.issued, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -293,7 +417,7 @@ def test_after_a_sigkill_the_end_event_tells_exactly_how_many_events_were_lost(t
     batches = read(tmp_path / "m")
     (last,) = cloud_event.read("", batches[-1].content)
     assert (last.type, last.data) == ("inferctl.end.v1", {"clean": False})
-    assert last.id == int(done.stdout) + 1 == 2001
+    assert last.id == int(done.stdout) + 3 + 1 == 2004, "with the three sums in memory"
     assert numbers(batches)[:-1] == list(range(1, batches[-1].first)), "nothing is missing in the middle"
     assert numbers(read(tmp_path / "m")) == numbers(batches), "the end is written once"
 

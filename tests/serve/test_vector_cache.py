@@ -131,8 +131,8 @@ def test_equal_requests_are_computed_once_and_all_recorded(
 
 def test_the_ledger_has_what_the_engines_computed(tmp_path: Path) -> None:
     """Clients that leave, half-close and send equal requests, and inputs that fail or crash the engine."""
-    script, file = ROOT / "benchmarks" / "peers" / "metering.py", tmp_path / "figures.json"
-    command = [sys.executable, str(script), "--exact", "500", "--engine", "echo", "--json", str(file)]
+    script, file = ROOT / "benchmarks" / "peers" / "charges.py", tmp_path / "figures.json"
+    command = [sys.executable, str(script), "--requests", "500", "--engine", "echo", "--json", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(file.read_text())
