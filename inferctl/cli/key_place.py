@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inferctl import passwords
 from inferctl.cli import console
 from inferctl.errors import NotReadyError, UsageError, install_hint
 
 if TYPE_CHECKING:
     from inferctl.access.key_file import ApiKey
+    from inferctl.addresses import DatabaseAddress
     from inferctl.fleet.key_store import KeyStore
     from inferctl.spec import Access
 
@@ -25,27 +25,27 @@ class Place:
 
     def __init__(self, settings: Access) -> None:
         self._settings = settings
-        self.name = passwords.hide(settings.keys or "")
+        self.name = str(settings.keys or "")
 
     def read(self) -> list[ApiKey]:
         """Return all keys. Raises `UsageError` and `NotReadyError`."""
-        if self._settings.key_store:
-            with self._store(create=False) as store:
+        if address := self._settings.key_store:
+            with _store(address, create=False) as store:
                 return store.read()[0].keys
         from inferctl.access import key_file
 
-        return key_file.read(Path(self._settings.keys or "")).keys
+        return key_file.read(Path(self.name)).keys
 
     @contextlib.contextmanager
     def edit(self, *, create: bool = False) -> Iterator[dict[str, ApiKey]]:
         """Yield the keys by id, and write them when the body ends. `create`: a missing file has no keys."""
-        if self._settings.key_store:
-            with self._store(create=create) as store, store.edit() as found:
+        if address := self._settings.key_store:
+            with _store(address, create=create) as store, store.edit() as found:
                 yield found
             return
         from inferctl.access import key_file
 
-        with key_file.edit(Path(self._settings.keys or ""), create=create) as found:
+        with key_file.edit(Path(self.name), create=create) as found:
             yield found
 
     def publish(self, revoked: list[str]) -> None:
@@ -61,20 +61,20 @@ class Place:
         except NotReadyError as error:
             console.warn(f"servers do not hear of the change at once: {error.message}")
 
-    @contextlib.contextmanager
-    def _store(self, *, create: bool) -> Iterator[KeyStore]:
-        address = self._settings.keys or ""
-        file = address.removeprefix("sqlite:///")
-        if not create and file != address and not Path(file).exists():
-            raise UsageError(f"there is no key store at {file}", "make one with `inferctl keys create NAME`")
-        try:
-            from inferctl.fleet.key_store import KeyStore
-        except ModuleNotFoundError as error:
-            raise NotReadyError(
-                f"keys in a database require the package {error.name}, not installed", install_hint("ledger")
-            ) from None
-        store = KeyStore.open(address)
-        try:
-            yield store
-        finally:
-            store.close()
+
+@contextlib.contextmanager
+def _store(address: DatabaseAddress, *, create: bool) -> Iterator[KeyStore]:
+    try:
+        from inferctl.database import file_of
+        from inferctl.fleet.key_store import KeyStore
+    except ModuleNotFoundError as error:
+        raise NotReadyError(
+            f"keys in a database require the package {error.name}, not installed", install_hint("ledger")
+        ) from None
+    if not create and (file := file_of(address)) and not file.exists():
+        raise UsageError(f"there is no key store at {file}", "make one with `inferctl keys create NAME`")
+    store = KeyStore.open(address)
+    try:
+        yield store
+    finally:
+        store.close()
