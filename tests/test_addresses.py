@@ -160,6 +160,8 @@ def test_nats_gets_decoded_credentials(address: str, credentials: dict[str, str]
 
 
 _SETTINGS = {
+    "deploy.broker": "nats://u:x/geheim@h",
+    "deploy.prometheus": "https://h?token=geheim",
     "access.keys": "postgresql://u:geh/eim@h/d",
     "access.broker": "geheim@a,geheim@b",
     "access.oidc.issuer": "https://u:geheim@idp",

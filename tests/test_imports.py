@@ -39,7 +39,7 @@ ALLOWED = {
     "document": {"errors"},
     "validation": {"errors", "document"},
     "spec_types": set(),
-    "deploy_spec": {"spec_types"},
+    "deploy_spec": {"addresses", "spec_types"},
     "spec": {"errors", "deploy_spec", "addresses", "spec_types"},
     "settings": {"errors", "addresses", "document", "spec"},
     "model": {"errors", "spec"},
