@@ -192,7 +192,7 @@ class Fleet:
         for column, command in enumerate(commands):
             values = {name: texts[column].replace("{}", mark) for name, texts in _REJECTED.items()}
             self.cli(*command.split(), **values)
-            self.cli("config", "--json", **values)
+            self.cli("config", "--json", "--model", str(peers.MODEL), **values)
 
     def cli(self, *arguments: str, given: str = "", **variables: str) -> str:
         """Run a command, keep its messages in the folder, and return its output."""
