@@ -103,6 +103,7 @@ class Stores:
         self.valkey_url = f"unix://{socket}?password={escaped['valkey']}"
         for part in (self.postgres, self.nats, self.valkey):
             part.start()
+        (folder / "nats" / "n.conf").unlink()  # it has the password, and was read
         self.keys = self.postgres.url().replace("postgres@", f"postgres:{escaped['postgresql']}@")
         self.ledger = f"{self.postgres.url()}&password={escaped['postgresql']}"
         self._ask_for_password(folder / "postgres" / "data", passwords["postgresql"])
